@@ -1,0 +1,40 @@
+"""The model's side of tierstore: token map, hashing, prefetch, drop-in modules.
+
+Flows in: token ids (or the row ids that a model already holds). Flows out: rows in the table's float type, by way of
+`tierstore` lookups. What needs torch is imported when it is first used, so that hashing, building and serving do without.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .hash_spec import HashSpec
+from .token_map import build_token_map
+
+if TYPE_CHECKING:
+    from .embedding import RowIdEmbedding, TieredEmbedding
+    from .engram_layer import EngramLayer
+    from .swap import swap_embedding
+
+__all__ = [
+    "EngramLayer",
+    "HashSpec",
+    "RowIdEmbedding",
+    "TieredEmbedding",
+    "build_token_map",
+    "swap_embedding",
+]
+
+_NEEDS_TORCH = {
+    "EngramLayer": "engram_layer",
+    "RowIdEmbedding": "embedding",
+    "TieredEmbedding": "embedding",
+    "swap_embedding": "swap",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEEDS_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_NEEDS_TORCH[name]}", __name__), name)

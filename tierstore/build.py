@@ -1,0 +1,387 @@
+"""build: checkpoint -> row stream -> pages -> shards + catalog.
+
+Flows in: `TableSource`s, whose rows are read range by range. Flows out: a store that opens only after the ready mark, the
+last thing written. A shard is written to a temporary name, synced, renamed, and then noted in the catalog; a build killed
+anywhere goes on with the first shard that is not noted. Refuses, before it writes, what cannot fit or is another's.
+
+Threads: each of `jobs` workers builds whole shards (read, interleave, digest, write; the interpreter lock is released in
+all four); the calling thread reports progress.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from .errors import BudgetError, ConfigError, FormatError, TierStoreError
+from .formats.catalog import (
+    CATALOG_FILE,
+    LOCK_FILE,
+    CatalogImage,
+    ShardRecord,
+    TableLayout,
+    create_catalog,
+    mark_ready,
+    read_catalog,
+    record_shard,
+    sync_folder,
+)
+from .formats.checkpoint import PlaneReader, TableSource
+from .formats.page import PageShape, page_seed, seal_pages
+from .units import format_bytes
+
+CHUNK_BYTES = 4 << 20  # pages that a worker holds at once; with their rows, about 8 MiB a job
+JOBS_MAX = 64
+SPARE_DISK_BYTES = 64 << 20  # left free beside the shards: the catalog and the file system's own records
+PROGRESS_SECONDS = 0.25
+NETWORK_FILE_SYSTEMS = {
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "9p",
+    "ceph",
+    "lustre",
+    "glusterfs",
+    "fuse.sshfs",
+    "afs",
+}
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What a build will write, what is there already, and what the disk has: the preflight."""
+
+    tables: tuple[TableLayout, ...]
+    bytes_done: int
+    bytes_free: int
+
+    @property
+    def num_tables(self) -> int:
+        """Tables in the store."""
+        return len(self.tables)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all tables."""
+        return sum(table.spec.num_rows for table in self.tables)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of all tables."""
+        return sum(table.num_shards for table in self.tables)
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of all rows, without pages' padding."""
+        return sum(table.spec.table_bytes for table in self.tables)
+
+    @property
+    def store_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(table.store_bytes for table in self.tables)
+
+    @property
+    def bytes_needed(self) -> int:
+        """Bytes of disk that the rest of the build takes."""
+        left = self.store_bytes - self.bytes_done
+        return left + SPARE_DISK_BYTES if left else 0
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a finished build did: shards built now, shards kept from an earlier run."""
+
+    bytes_written: int
+    seconds: float
+    shards_built: int
+    shards_kept: int
+
+
+@dataclass
+class _Progress:
+    """Bytes written so far, and whether to give up. Writers: the workers, under the lock."""
+
+    bytes_done: int
+    stop: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, num_bytes: int) -> None:
+        with self.lock:
+            self.bytes_done += num_bytes
+
+
+def build_store(
+    store_path: str | os.PathLike[str],
+    sources: Sequence[TableSource],
+    *,
+    origin: dict[str, Any],
+    attachments: dict[str, bytes],
+    shard_bytes: int = 1 << 30,
+    jobs: int | None = None,
+    allow_network_fs: bool = False,
+    on_plan: Callable[[BuildPlan], None] | None = None,
+    on_progress: OnProgress | None = None,
+) -> BuildReport:
+    """Builds a store, or resumes it where the same build stopped. Blocks until the store is ready.
+
+    origin: who the checkpoint is (`Checkpoint.as_record()`; its "digest" goes into every page's checksum). attachments:
+    the adapter's own records, kept in the catalog (hash, token map). shard_bytes: the largest shard. jobs: shards built at
+    once, by default one for each processor, at most 4. on_plan gets the preflight before anything is written, on_progress
+    (bytes done, bytes in all) now and then, both in the calling thread.
+
+    Raises `BudgetError` where the disk has too little room (also midway: free some and run again), `ConfigError` where the
+    path is another's, not writable, or on a network file system that was not allowed. What is built stays for the next run.
+    """
+    path = Path(store_path)
+    tables = lay_out_tables(sources, origin["digest"], shard_bytes)
+    jobs = min(os.cpu_count() or 1, 4) if jobs is None else jobs
+    if not 1 <= jobs <= JOBS_MAX:
+        raise ConfigError(f"jobs: {jobs} is not within 1 to {JOBS_MAX}")
+    started = time.monotonic()
+    try:
+        with _locked(path, allow_network_fs):
+            image = _resumable(path, tables, origin, attachments)
+            done = _finished_shards(path, image)
+            bytes_done = sum(shard.num_bytes for shards in done.values() for shard in shards.values())
+            plan = BuildPlan(tuple(tables.values()), bytes_done, shutil.disk_usage(path).free)
+            if on_plan:
+                on_plan(plan)
+            _check_room(path, plan)
+            if image is None:
+                create_catalog(path, tables, origin, attachments)
+            progress = _Progress(bytes_done)
+            built = _build_shards(path, sources, tables, done, jobs, progress, plan, on_progress)
+            if image is None or not image.ready:
+                mark_ready(path)
+    except OSError as error:
+        raise _named(error, path) from error
+    kept = plan.num_shards - built
+    return BuildReport(plan.store_bytes - bytes_done, time.monotonic() - started, built, kept)
+
+
+def lay_out_tables(sources: Sequence[TableSource], origin_digest: str, shard_bytes: int) -> dict[str, TableLayout]:
+    """Returns each table's pages and shards, by name. Pure. Raises `ConfigError` for no tables, or two of one name."""
+    if not sources:
+        raise ConfigError("the checkpoint has no table to build; name a tensor with --tensor")
+    tables: dict[str, TableLayout] = {}
+    for index, source in enumerate(sources):
+        spec = source.spec
+        if spec.name in tables:
+            raise ConfigError(f"two tables are called {spec.name}; a store needs different names")
+        shape = PageShape.of_rows(spec.row_bytes)
+        if shard_bytes < shape.page_bytes:
+            raise ConfigError(f"--shard-bytes {shard_bytes} is less than one page of {shape.page_bytes} bytes")
+        readable = re.sub(r"[^A-Za-z0-9._-]", "_", spec.name)[:80]
+        tables[spec.name] = TableLayout(
+            spec=spec,
+            page_bytes=shape.page_bytes,
+            rows_per_page=shape.rows_per_page,
+            num_pages=shape.num_pages(spec.num_rows),
+            pages_per_shard=shard_bytes // shape.page_bytes,
+            seed=page_seed(spec, origin_digest),
+            folder=f"shards/{index}-{readable}",
+        )
+    return tables
+
+
+@contextlib.contextmanager
+def _locked(path: Path, allow_network_fs: bool) -> Iterator[None]:
+    """Makes the store's folder and holds its build lock: one build at a time."""
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    kind = file_system_of(existing)
+    if kind in NETWORK_FILE_SYSTEMS and not allow_network_fs:
+        raise ConfigError(
+            f"{path} is on a network file system ({kind}): LMDB's locks and memory maps do not hold there; "
+            f"build on a local disk, or pass --allow-network-fs if only one host ever uses it"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another build of {path} is running; wait for it, or end it and run again") from None
+        yield
+    finally:
+        os.close(fd)
+
+
+def file_system_of(path: Path) -> str:
+    """Returns the type of the file system that holds `path` ("ext4", "nfs4", ...), "unknown" where nothing says."""
+    resolved = path.resolve()
+    best = ("", "unknown")
+    for partition in psutil.disk_partitions(all=True):
+        if resolved.is_relative_to(partition.mountpoint) and len(partition.mountpoint) >= len(best[0]):
+            best = (partition.mountpoint, partition.fstype)
+    return best[1]
+
+
+def _resumable(
+    path: Path, tables: dict[str, TableLayout], origin: dict[str, Any], attachments: dict[str, bytes]
+) -> CatalogImage | None:
+    """Returns the catalog of the same build begun earlier, None where nothing was begun; refuses anything else."""
+    if not (path / CATALOG_FILE).exists():
+        foreign = [e.name for e in path.iterdir() if e.name != LOCK_FILE and not e.name.startswith(CATALOG_FILE)]
+        if foreign:
+            raise ConfigError(f"{path} holds {len(foreign)} other files ({foreign[0]}, ...); give an empty folder")
+        return None
+    image = read_catalog(path, must_be_ready=False)
+    state = "a finished store" if image.ready else "an unfinished build"
+    if image.origin.get("digest") != origin["digest"]:
+        raise ConfigError(
+            f"{path} holds {state} of another checkpoint (digest {str(image.origin.get('digest'))[:12]}, this one has "
+            f"{origin['digest'][:12]}); give another path, or remove it"
+        )
+    if image.tables != tables or image.attachments != attachments:
+        raise ConfigError(
+            f"{path} holds {state} of the same checkpoint with other tables, shard size or hash; "
+            f"repeat its options, give another path, or remove it"
+        )
+    return image
+
+
+def _finished_shards(path: Path, image: CatalogImage | None) -> dict[str, dict[int, ShardRecord]]:
+    """Returns the shards that the catalog notes and the disk has whole; removes files that a killed build left."""
+    done: dict[str, dict[int, ShardRecord]] = {}
+    for name, shards in (image.shards if image else {}).items():
+        done[name] = {}
+        for index, shard in shards.items():
+            file = path / shard.file
+            if file.is_file() and file.stat().st_size == shard.num_bytes:
+                done[name][index] = shard
+            elif image is not None and image.ready:
+                raise FormatError(
+                    f"shard {index} of table {name}: {file} is missing or short in a finished store; restore it from a "
+                    f"copy, or remove the store and build again"
+                )
+    for leftover in (path / "shards").glob("*/*.new"):
+        leftover.unlink()
+    return done
+
+
+def _check_room(path: Path, plan: BuildPlan) -> None:
+    if plan.bytes_needed > plan.bytes_free:
+        raise BudgetError(
+            f"{path}: the store needs {format_bytes(plan.bytes_needed)} more ({plan.bytes_needed} bytes), the disk has "
+            f"{format_bytes(plan.bytes_free)} free ({plan.bytes_free} bytes); free some or give a path on another disk"
+        )
+
+
+def _build_shards(
+    path: Path,
+    sources: Sequence[TableSource],
+    tables: dict[str, TableLayout],
+    done: dict[str, dict[int, ShardRecord]],
+    jobs: int,
+    progress: _Progress,
+    plan: BuildPlan,
+    on_progress: OnProgress | None,
+) -> int:
+    """Builds what is not done, `jobs` shards at once; returns how many. The first failure stops the others."""
+    with contextlib.ExitStack() as stack:
+        todo = []
+        for source in sources:
+            table = tables[source.spec.name]
+            (path / table.folder).mkdir(parents=True, exist_ok=True)
+            reader = stack.enter_context(PlaneReader(source))
+            missing = set(range(table.num_shards)) - done.get(source.spec.name, {}).keys()
+            todo += [(reader, table, index) for index in sorted(missing)]
+        sync_folder(path)
+        if todo:
+            sync_folder(path / "shards")
+        with ThreadPoolExecutor(jobs, thread_name_prefix="tierstore-build") as pool:
+            futures = [pool.submit(_build_shard, path, reader, table, index, progress) for reader, table, index in todo]
+            try:
+                _await(futures, progress, plan.store_bytes, on_progress)
+            finally:
+                progress.stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+    return len(todo)
+
+
+def _await(futures: list[Future[None]], progress: _Progress, total: int, on_progress: OnProgress | None) -> None:
+    pending = set(futures)
+    while pending:
+        finished, pending = wait(pending, timeout=PROGRESS_SECONDS, return_when=FIRST_EXCEPTION)
+        for future in finished:
+            future.result()
+        if on_progress:
+            on_progress(progress.bytes_done, total)
+
+
+def _build_shard(path: Path, reader: PlaneReader, table: TableLayout, index: int, progress: _Progress) -> None:
+    """Writes one shard under a temporary name, syncs and renames it, and notes it in the catalog."""
+    file = path / table.shard_file(index)
+    new_file = file.with_suffix(".new")
+    fd = os.open(new_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        sha256 = _write_pages(fd, reader, table, index, progress)
+        if sha256 is None:
+            return
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    new_file.rename(file)
+    sync_folder(file.parent)
+    page_start, page_end = table.shard_pages(index)
+    shard = ShardRecord(table.shard_file(index), (page_end - page_start) * table.page_bytes, sha256)
+    record_shard(path, table.spec.name, index, shard)
+
+
+def _write_pages(fd: int, reader: PlaneReader, table: TableLayout, index: int, progress: _Progress) -> str | None:
+    """Streams a shard's rows into sealed pages; returns its SHA-256 (hex), None if another worker failed meanwhile."""
+    sha256 = hashlib.sha256()
+    pages_per_chunk = max(1, CHUNK_BYTES // table.page_bytes)
+    buffer = np.empty((pages_per_chunk, table.page_bytes), dtype=np.uint8)
+    shard_start, shard_end = table.shard_pages(index)
+    for page_start in range(shard_start, shard_end, pages_per_chunk):
+        if progress.stop.is_set():
+            return None
+        page_end = min(page_start + pages_per_chunk, shard_end)
+        row_start = page_start * table.rows_per_page
+        row_end = min(page_end * table.rows_per_page, table.spec.num_rows)
+        pages = buffer[: page_end - page_start]
+        seal_pages(reader.read(row_start, row_end), table.shape, page_start, table.seed, pages)
+        sha256.update(pages)
+        _write_all(fd, pages)
+        progress.add(pages.nbytes)
+    return sha256.hexdigest()
+
+
+def _write_all(fd: int, pages: np.ndarray) -> None:
+    view = memoryview(pages.reshape(-1))
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _named(error: OSError, path: Path) -> TierStoreError:
+    """Turns what the operating system refused into an error that says what to do."""
+    where = error.filename or path
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return BudgetError(
+            f"{where}: {error.strerror}; free some disk and run the same command: finished shards are kept"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ConfigError(f"{where}: {error.strerror}; make the path writable, or give another")
+    return ConfigError(f"{where}: {error.strerror}; mend the disk and run the same command: finished shards are kept")

@@ -1,0 +1,345 @@
+"""The catalog: the LMDB environment `catalog.mdb` that says what a store holds.
+
+Flows in: table layouts and shard records as a build makes them, and last the ready mark. Flows out: a `CatalogImage`, read
+in one transaction, after which LMDB is closed again: nothing here is on the lookup path. Every record ends in a CRC32C
+bound to its key. Refuses foreign, truncated, damaged and newer files with `FormatError`, before LMDB maps them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import lmdb
+
+from .. import kernels
+from ..errors import ConfigError, FormatError, StoreNotReadyError
+from ..spec import TableSpec
+from ..version import VERSION
+from .page import PAGE_UNIT_BYTES, PAGE_UNITS_MAX, PageShape
+
+STORE_FORMAT_VERSION = 1
+CATALOG_FILE = "catalog.mdb"
+NEW_CATALOG_FILE = "catalog.mdb.new"
+LOCK_FILE = "build.lock"
+MAP_BYTES = 1 << 30  # the most that the catalog can grow to; LMDB takes disk only for what is used
+OPEN_ATTEMPTS_MAX = 5
+
+# LMDB allows one open environment a file and process, so each use opens, works and closes under this lock.
+_environment_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _environment_lock
+    _environment_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard: its file (relative to the store), length and SHA-256 (hex)."""
+
+    file: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TableLayout:
+    """A table and how it lies on disk; page p is page p % pages_per_shard of shard p // pages_per_shard."""
+
+    spec: TableSpec
+    page_bytes: int
+    rows_per_page: int
+    num_pages: int
+    pages_per_shard: int
+    seed: int
+    folder: str
+
+    @property
+    def shape(self) -> PageShape:
+        """The pages' geometry."""
+        return PageShape(self.page_bytes, self.rows_per_page, self.spec.row_bytes)
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards the table has when it is finished."""
+        return -(-self.num_pages // self.pages_per_shard)
+
+    @property
+    def store_bytes(self) -> int:
+        """Bytes of all shards."""
+        return self.num_pages * self.page_bytes
+
+    def shard_file(self, shard_index: int) -> str:
+        """Returns the shard's path, relative to the store."""
+        return f"{self.folder}/{shard_index:05d}.shard"
+
+    def shard_pages(self, shard_index: int) -> tuple[int, int]:
+        """Returns the half-open range of pages that a shard holds."""
+        page_start = shard_index * self.pages_per_shard
+        return page_start, min(page_start + self.pages_per_shard, self.num_pages)
+
+    def as_record(self) -> dict[str, Any]:
+        """Returns the layout as a JSON-able dict."""
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return record | {"spec": self.spec.as_record()}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> TableLayout:
+        """Reads what `as_record` wrote; raises `FormatError` where numbers are missing or contradict each other."""
+        spec = TableSpec.from_record(record.get("spec", {}))
+        numbers = {n: record.get(n) for n in ("page_bytes", "rows_per_page", "num_pages", "pages_per_shard", "seed")}
+        if not all(type(value) is int and value >= 0 for value in numbers.values()):
+            raise FormatError(f"table {spec.name}: the catalog's layout {numbers} is damaged; restore it or rebuild")
+        layout = cls(spec, **numbers, folder=_checked_path(record.get("folder"), spec.name))
+        fits = layout.rows_per_page == (layout.page_bytes - 16) // spec.row_bytes >= 1
+        in_units = layout.page_bytes % PAGE_UNIT_BYTES == 0 and layout.page_bytes <= PAGE_UNIT_BYTES * PAGE_UNITS_MAX
+        if not fits or not in_units or layout.num_pages != layout.shape.num_pages(spec.num_rows):
+            raise FormatError(f"table {spec.name}: the catalog's layout {numbers} contradicts its rows; rebuild")
+        if layout.pages_per_shard < 1:
+            raise FormatError(f"table {spec.name}: the catalog says {layout.pages_per_shard} pages a shard; rebuild")
+        return layout
+
+
+@dataclass(frozen=True)
+class CatalogImage:
+    """All that a catalog says, copied out. `shards[table]` maps shard index to its record, finished ones only."""
+
+    path: Path
+    format_version: int
+    ready: bool
+    origin: dict[str, Any]
+    tables: dict[str, TableLayout]
+    shards: dict[str, dict[int, ShardRecord]]
+    attachments: dict[str, bytes]
+
+
+def create_catalog(
+    path: Path, tables: dict[str, TableLayout], origin: dict[str, Any], attachments: dict[str, bytes]
+) -> None:
+    """Writes the catalog of a store whose build begins: everything but shards and ready mark, in one transaction."""
+    records = {"format": _as_json({"format_version": STORE_FORMAT_VERSION, "written_by": f"tierstore {VERSION}"})}
+    records["origin"] = _as_json(origin)
+    records["tables"] = _as_json(list(tables))
+    records |= {f"table/{name}": _as_json(layout.as_record()) for name, layout in tables.items()}
+    records |= {f"attachment/{name}": value for name, value in attachments.items()}
+    for leftover in (NEW_CATALOG_FILE, f"{NEW_CATALOG_FILE}-lock"):
+        (path / leftover).unlink(missing_ok=True)
+    _write(path / NEW_CATALOG_FILE, records)
+    (path / NEW_CATALOG_FILE).rename(path / CATALOG_FILE)
+    (path / f"{NEW_CATALOG_FILE}-lock").unlink(missing_ok=True)
+    sync_folder(path)
+
+
+def record_shard(path: Path, table_name: str, shard_index: int, shard: ShardRecord) -> None:
+    """Notes a shard that is complete and synced on disk. Durable when it returns."""
+    record = {"file": shard.file, "num_bytes": shard.num_bytes, "sha256": shard.sha256}
+    _write(path / CATALOG_FILE, {f"shard/{table_name}/{shard_index:08d}": _as_json(record)})
+
+
+def mark_ready(path: Path) -> None:
+    """Commits the ready mark, last of all: from now on the store opens."""
+    _write(path / CATALOG_FILE, {"ready": _as_json({"ready": True})})
+
+
+def read_catalog(path: str | os.PathLike[str], *, must_be_ready: bool = True) -> CatalogImage:
+    """Reads the catalog of the store at `path`. Blocks on the disk, shortly.
+
+    Raises `StoreNotReadyError` where there is no store or its build has not finished (unless must_be_ready is False),
+    `FormatError` where it is foreign, truncated, damaged or of a newer format.
+    """
+    path = Path(path)
+    if not _holds_catalog(path):
+        raise StoreNotReadyError(f"there is no store at {path}; build one: tierstore build CHECKPOINT {path}")
+    records = _read(path)
+    head = _from_json(records, "format", path)
+    version = head.get("format_version")
+    if version != STORE_FORMAT_VERSION:
+        raise FormatError(
+            f"{path}: store format {version}, this tierstore {VERSION} reads {STORE_FORMAT_VERSION}; "
+            f"install a newer tierstore or rebuild the store with this one"
+        )
+    image = _image(path, records)
+    if must_be_ready and not image.ready:
+        done = sum(len(shards) for shards in image.shards.values())
+        total = sum(layout.num_shards for layout in image.tables.values())
+        raise StoreNotReadyError(
+            f"{path}: its build has not finished ({done} of {total} shards); run the same tierstore build command again"
+        )
+    return image
+
+
+def _image(path: Path, records: dict[str, bytes]) -> CatalogImage:
+    names = _from_json(records, "tables", path, kind=list)
+    tables = {name: TableLayout.from_record(_from_json(records, f"table/{name}", path)) for name in names}
+    shards: dict[str, dict[int, ShardRecord]] = {name: {} for name in names}
+    attachments = {}
+    for key in records:
+        kind, _, rest = key.partition("/")
+        if kind == "attachment":
+            attachments[rest] = records[key]
+        elif kind == "shard":
+            name, _, index = rest.rpartition("/")
+            if name not in tables or not index.isdigit() or int(index) >= tables[name].num_shards:
+                raise FormatError(f"{path}: the catalog has shard record {key!r} of no table; restore it or rebuild")
+            shards[name][int(index)] = _shard_record(_from_json(records, key, path), tables[name], int(index))
+    ready = "ready" in records
+    for name, layout in tables.items():
+        if ready and len(shards[name]) != layout.num_shards:
+            raise FormatError(
+                f"{path}: the catalog is marked ready with {len(shards[name])} of {layout.num_shards} shards of table "
+                f"{name}; restore it or rebuild"
+            )
+    origin = _from_json(records, "origin", path)
+    return CatalogImage(path, STORE_FORMAT_VERSION, ready, origin, tables, shards, attachments)
+
+
+def _shard_record(record: dict[str, Any], layout: TableLayout, shard_index: int) -> ShardRecord:
+    page_start, page_end = layout.shard_pages(shard_index)
+    expected_bytes = (page_end - page_start) * layout.page_bytes
+    file = _checked_path(record.get("file"), layout.spec.name)
+    if record.get("num_bytes") != expected_bytes or not isinstance(record.get("sha256"), str):
+        raise FormatError(
+            f"shard {shard_index} of table {layout.spec.name}: the catalog says {record.get('num_bytes')} bytes, its "
+            f"pages take {expected_bytes}; restore the catalog or rebuild"
+        )
+    return ShardRecord(file, expected_bytes, record["sha256"])
+
+
+def _checked_path(value: Any, table_name: str) -> str:
+    """Returns a path inside the store, or raises: a catalog must not lead a reader out of its folder."""
+    if (
+        not isinstance(value, str)
+        or not value
+        or PurePosixPath(value).is_absolute()
+        or ".." in PurePosixPath(value).parts
+    ):
+        raise FormatError(f"table {table_name}: the catalog names the file {value!r}, outside the store; rebuild")
+    return value
+
+
+def _holds_catalog(path: Path) -> bool:
+    if (path / CATALOG_FILE).is_file():
+        return True
+    if path.is_dir() and any(
+        entry.name != LOCK_FILE and not entry.name.startswith(NEW_CATALOG_FILE) for entry in path.iterdir()
+    ):
+        raise FormatError(f"{path} holds files but no {CATALOG_FILE}: it is no tierstore store; give another path")
+    if path.exists() and not path.is_dir():
+        raise FormatError(f"{path} is a file; a store is a folder with {CATALOG_FILE}")
+    return False
+
+
+def _as_json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+def _from_json(records: dict[str, bytes], key: str, path: Path, kind: type = dict) -> Any:
+    try:
+        value = json.loads(records[key])
+    except (KeyError, ValueError) as error:
+        raise FormatError(
+            f"{path}: catalog record {key!r} is missing or no JSON; restore the catalog or rebuild"
+        ) from error
+    if not isinstance(value, kind):
+        raise FormatError(f"{path}: catalog record {key!r} is no {kind.__name__}; restore the catalog or rebuild")
+    return value
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and new files in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write(file: Path, records: dict[str, bytes]) -> None:
+    """Commits records, each with its checksum, in one durable transaction."""
+    try:
+        with _environment(file, readonly=False) as environment, environment.begin(write=True) as transaction:
+            for key, value in records.items():
+                key_bytes = key.encode()
+                checksum = kernels.crc32c(value, kernels.crc32c(key_bytes))
+                transaction.put(key_bytes, value + struct.pack("<I", checksum))
+    except lmdb.Error as error:
+        if "No space left" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
+        raise ConfigError(f"cannot write the catalog {file}: {error}; is the path writable?") from error
+
+
+def _read(path: Path) -> dict[str, bytes]:
+    """Copies all records out in one transaction and checks them, a few times over if a writer was in between."""
+    for attempt in range(OPEN_ATTEMPTS_MAX):
+        _check_lmdb_file(path / CATALOG_FILE)
+        try:
+            with _environment(path / CATALOG_FILE, readonly=True) as environment, environment.begin() as transaction:
+                pairs = [(bytes(key), bytes(value)) for key, value in transaction.cursor()]
+            return {key.decode(): _unsealed(key, value, path) for key, value in pairs}
+        except (lmdb.Error, FormatError, UnicodeDecodeError) as error:
+            if attempt == OPEN_ATTEMPTS_MAX - 1:
+                raise FormatError(
+                    f"{path / CATALOG_FILE} is damaged ({error}); restore it from a copy or rebuild"
+                ) from error
+    raise AssertionError("unreachable")
+
+
+def _unsealed(key: bytes, value: bytes, path: Path) -> bytes:
+    body, checksum = value[:-4], value[-4:]
+    if len(value) < 4 or struct.pack("<I", kernels.crc32c(body, kernels.crc32c(key))) != checksum:
+        raise FormatError(f"{path}: catalog record {key!r} has a wrong checksum")
+    return body
+
+
+@contextlib.contextmanager
+def _environment(file: Path, *, readonly: bool) -> Iterator[lmdb.Environment]:
+    """Opens the environment alone in this process. Without its lock file where that cannot be written."""
+    with _environment_lock:
+        lock = not readonly or os.access(file.parent, os.W_OK)
+        arguments = {"subdir": False, "max_dbs": 0, "map_size": MAP_BYTES, "readahead": False}
+        try:
+            environment = lmdb.open(str(file), readonly=readonly, lock=lock, create=not readonly, **arguments)
+        except lmdb.Error:
+            if not readonly:
+                raise
+            environment = lmdb.open(str(file), readonly=True, lock=False, create=False, **arguments)
+        try:
+            yield environment
+        finally:
+            environment.close()
+
+
+def _check_lmdb_file(file: Path) -> None:
+    """Checks magic and length before LMDB maps the file: reading a truncated mapping would end in a signal, not an error.
+
+    Each of the first two pages holds, after 16 bytes of page header: magic, version (u32 each), address, map size (u64
+    each), two 48-byte database records (the first begins with the page size, u32), last page number, transaction (u64 each).
+    """
+    meta = struct.Struct("<IIQQI44x48xQQ")
+    file_bytes = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(65536 * 2)
+    if len(head) < 16 + meta.size:
+        raise FormatError(f"{file}: {file_bytes} bytes is no catalog; the copy was cut short: copy it again or rebuild")
+    magic, version, _, _, page_bytes, last_page, _ = meta.unpack_from(head, 16)
+    if magic != 0xBEEFC0DE or page_bytes < 512 or page_bytes & (page_bytes - 1):
+        raise FormatError(f"{file} is no LMDB file (magic {magic:#x}, format {version}); give the path of a store")
+    if len(head) >= page_bytes + 16 + meta.size:
+        last_page = max(last_page, meta.unpack_from(head, page_bytes + 16)[5])
+    if file_bytes < (last_page + 1) * page_bytes:
+        raise FormatError(
+            f"{file}: {file_bytes} bytes on disk, it needs {(last_page + 1) * page_bytes}; "
+            f"the copy was cut short: copy it again or rebuild"
+        )

@@ -1,0 +1,89 @@
+"""A page: as many whole rows as fit, zero padding, and a trailer that says which page it is and that it is whole.
+
+Flows in: rows as planes, or pages read back. Flows out: sealed pages, or rows. Refuses, with `CorruptPageError`, a page that
+was damaged, that lies in another page's place, or that comes from another table or another version of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .. import kernels
+from ..errors import CorruptPageError
+from ..spec import TableSpec
+
+PAGE_VERSION = 1
+PAGE_UNIT_BYTES = 4096
+PAGE_UNITS_MAX = 64
+WASTE_MAX = 0.1
+TRAILER_BYTES = kernels.TRAILER.itemsize
+
+_FAULTS = {
+    kernels.PAGE_BAD_CHECKSUM: "its checksum is wrong: it was damaged, or belongs to another table or checkpoint",
+    kernels.PAGE_OTHER_VERSION: "its page format is of another version",
+    kernels.PAGE_OTHER_NUMBER: "it bears another page's number: it was moved",
+}
+
+
+@dataclass(frozen=True)
+class PageShape:
+    """How a table's rows lie in pages: row r is row r % rows_per_page of page r // rows_per_page."""
+
+    page_bytes: int
+    rows_per_page: int
+    row_bytes: int
+
+    @classmethod
+    def of_rows(cls, row_bytes: int) -> PageShape:
+        """Returns the smallest page of whole 4 KiB units that wastes at most a tenth, else the least wasteful one."""
+        candidates = []
+        for units in range(1, PAGE_UNITS_MAX + 1):
+            page_bytes = units * PAGE_UNIT_BYTES
+            rows_per_page = (page_bytes - TRAILER_BYTES) // row_bytes
+            waste = 1 - rows_per_page * row_bytes / page_bytes
+            if waste <= WASTE_MAX:
+                return cls(page_bytes, rows_per_page, row_bytes)
+            candidates.append((waste, page_bytes, rows_per_page))
+        _, page_bytes, rows_per_page = min(candidates)
+        return cls(page_bytes, rows_per_page, row_bytes)
+
+    def num_pages(self, num_rows: int) -> int:
+        """Returns how many pages hold `num_rows` rows."""
+        return -(-num_rows // self.rows_per_page)
+
+    def rows_of(self, pages: np.ndarray) -> np.ndarray:
+        """Returns the rows of pages, uint8 [P, page_bytes], as uint8 [P, rows_per_page, row_bytes]; no copy."""
+        return pages[:, : self.rows_per_page * self.row_bytes].reshape(-1, self.rows_per_page, self.row_bytes)
+
+
+def page_seed(spec: TableSpec, origin_digest: str) -> int:
+    """Returns the CRC seed of a table's pages, so that a page of another table, hash or checkpoint never passes."""
+    identity = json.dumps([spec.name, spec.num_rows, spec.row_bytes, spec.codec, spec.fingerprint, origin_digest])
+    return kernels.crc32c(hashlib.sha256(identity.encode()).digest())
+
+
+def seal_pages(planes: Sequence[np.ndarray], shape: PageShape, page_start: int, seed: int, out: np.ndarray) -> None:
+    """Turns planes, uint8 [rows, width_bytes] each, into pages numbered from `page_start` on, in `out` [P, page_bytes]."""
+    kernels.seal_pages(planes, out, shape.rows_per_page, page_start, PAGE_VERSION, seed)
+
+
+def page_faults(pages: np.ndarray, page_numbers: np.ndarray, seed: int) -> list[tuple[int, str]]:
+    """Returns (page number, what is wrong) of those of `pages`, uint8 [P, page_bytes], that are not page_numbers [P]."""
+    status = kernels.check_pages(pages, page_numbers, PAGE_VERSION, seed)
+    return [(int(page_numbers[i]), _FAULTS[int(status[i])]) for i in np.flatnonzero(status)]
+
+
+def check_pages(pages: np.ndarray, page_numbers: np.ndarray, seed: int, table_name: str) -> None:
+    """Raises `CorruptPageError`, naming the first, if any of `pages` is not the page that page_numbers says."""
+    faults = page_faults(pages, page_numbers, seed)
+    if faults:
+        page_number, what = faults[0]
+        raise CorruptPageError(
+            f"page {page_number} of table {table_name} ({len(faults)} of {len(page_numbers)} pages read are bad): {what}; "
+            f"run 'tierstore verify', then restore its shard from a copy or rebuild the store"
+        )

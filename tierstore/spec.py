@@ -1,0 +1,236 @@
+"""What a table is: its codec, its address map, and the frozen `TableSpec` that carries both.
+
+Flows in: numbers from a checkpoint's configuration or from the catalog. Flows out: keys to row ids (the address map), row
+ids of whole tokens back to keys (Chinese remainder theorem), and the sizes that pages, tiers and callers compute with.
+Refuses numbers that contradict each other. Shapes: N tokens, O orders, H rows per key (heads of an order).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import FormatError
+
+KEY_MAX = 2**63 - 1
+NAME_BYTES_MAX = 200
+ROW_BYTES_MAX = 64 * 4096 - 16  # one row must fit in the largest page, trailer included
+
+# Bytes of one value, and values that share one trailing scale byte (0: no scale bytes in the row).
+_CODECS = {
+    "fp8_e4m3_e8m0x32": (1, 32),  # V4.1: fp8 values, then one e8m0 scale byte for 32 of them
+    "fp8_e4m3": (1, 0),
+    "bf16": (2, 0),
+    "fp16": (2, 0),
+    "fp32": (4, 0),
+}
+
+
+def codec_row_bytes(codec: str, dim: int) -> int | None:
+    """Returns the bytes of a row of `dim` values under `codec`, or None where the codec fixes none ("raw").
+
+    Codecs: "fp8_e4m3_e8m0x32", "fp8_e4m3", "fp8_e4m3*S" (one global scale S, a C99 hexadecimal float), "bf16", "fp16",
+    "fp32", and "raw" for rows that tierstore stores without knowing how to read them. Raises `FormatError` for others.
+    """
+    if codec == "raw":
+        return None
+    base, _, scale = codec.partition("*")
+    if base not in _CODECS or (scale and base != "fp8_e4m3"):
+        raise FormatError(
+            f"codec {codec!r} is not known to this version; it knows {', '.join(_CODECS)}, fp8_e4m3*SCALE, raw"
+        )
+    if scale:
+        codec_scale(codec)
+    value_bytes, scale_block = _CODECS[base]
+    if scale_block and dim % scale_block:
+        raise FormatError(f"codec {codec!r}: {dim} values a row is not a multiple of the scale block of {scale_block}")
+    return dim * value_bytes + (dim // scale_block if scale_block else 0)
+
+
+def codec_scale(codec: str) -> float:
+    """Returns the global scale that a codec name carries ("fp8_e4m3*0x1.8p-7" -> 0.01171875), 1.0 where there is none."""
+    _, _, scale = codec.partition("*")
+    try:
+        return float.fromhex(scale) if scale else 1.0
+    except (ValueError, OverflowError):
+        raise FormatError(f"codec {codec!r}: {scale!r} is not a hexadecimal float") from None
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One table: all rows of one Engram layer, or a plain embedding.
+
+    `moduli` and `offsets` hold one int for each (order, head), orders outermost: `row_id = key % modulus + offset`. A plain
+    embedding has orders (1,), one row per key, modulus `num_rows`, offset 0, so that row id = key. `fingerprint` is the
+    SHA-256 (hex) of the hash that makes the keys; `dim` counts values in a row. Instances are validated when made.
+    """
+
+    name: str
+    num_rows: int
+    row_bytes: int
+    orders: tuple[int, ...]
+    rows_per_key: int
+    moduli: tuple[int, ...]
+    offsets: tuple[int, ...]
+    codec: str
+    dim: int
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        def refuse(what: str) -> None:
+            raise FormatError(f"table {self.name!r}: {what}; the checkpoint's config or the catalog is damaged")
+
+        if not 0 < len(self.name.encode()) <= NAME_BYTES_MAX:
+            refuse(f"a name of {len(self.name.encode())} bytes, must be 1 to {NAME_BYTES_MAX}")
+        if not 0 < self.num_rows <= KEY_MAX // ROW_BYTES_MAX:
+            refuse(f"{self.num_rows} rows, must be 1 to {KEY_MAX // ROW_BYTES_MAX}")
+        if not 0 < self.row_bytes <= ROW_BYTES_MAX:
+            refuse(f"{self.row_bytes} bytes a row, must be 1 to {ROW_BYTES_MAX}")
+        if not self.orders or self.rows_per_key < 1:
+            refuse(f"orders {self.orders} with {self.rows_per_key} rows a key, both must be at least one")
+        if not len(self.moduli) == len(self.offsets) == self.num_heads:
+            refuse(
+                f"{len(self.moduli)} moduli and {len(self.offsets)} offsets for {self.num_heads} (order, head) pairs"
+            )
+        for modulus, offset in zip(self.moduli, self.offsets, strict=True):
+            if modulus < 1 or offset < 0 or modulus + offset > self.num_rows:
+                refuse(f"rows {offset} to {offset + modulus} of a head lie outside its {self.num_rows} rows")
+        expected = codec_row_bytes(self.codec, self.dim)
+        if expected is not None and expected != self.row_bytes:
+            refuse(f"{self.row_bytes} bytes a row, but {self.dim} values as {self.codec} take {expected}")
+        if len(self.fingerprint) != 64 or not set(self.fingerprint) <= set("0123456789abcdef"):
+            refuse(f"fingerprint {self.fingerprint!r} is not 64 hexadecimal digits")
+
+    @classmethod
+    def plain(cls, name: str, num_rows: int, row_bytes: int, codec: str, dim: int) -> TableSpec:
+        """Returns the spec of a plain embedding: one row per key, row id = key."""
+        identity = json.dumps({"family": "plain", "name": name, "num_rows": num_rows}, sort_keys=True)
+        digest = hashlib.sha256(identity.encode()).hexdigest()
+        return cls(name, num_rows, row_bytes, (1,), 1, (num_rows,), (0,), codec, dim, digest)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether keys are row ids, and so must lie below `num_rows`."""
+        return self.orders == (1,)
+
+    @property
+    def num_heads(self) -> int:
+        """Rows that one token reads: (order, head) pairs."""
+        return len(self.orders) * self.rows_per_key
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one Entry: the rows of one key, back to back."""
+        return self.rows_per_key * self.row_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of all rows, without page padding."""
+        return self.num_rows * self.row_bytes
+
+    def row_ids(self, keys: np.ndarray) -> np.ndarray:
+        """Turns keys, int64 [N, O], into row ids, int64 [N, O * H]; key -1 gives row ids of -1."""
+        assert keys.dtype == np.int64
+        assert keys.shape[1:] == (len(self.orders),)
+        repeated = np.repeat(keys, self.rows_per_key, axis=1)
+        row_ids = repeated % np.array(self.moduli, dtype=np.int64) + np.array(self.offsets, dtype=np.int64)
+        row_ids[repeated < 0] = -1
+        return row_ids
+
+    def row_ids_of_order(self, order_index: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Turns (order index, key) pairs, each int64 [M], keys >= 0, into row ids, int64 [M, H]."""
+        moduli = np.array(self.moduli, dtype=np.int64).reshape(-1, self.rows_per_key)
+        offsets = np.array(self.offsets, dtype=np.int64).reshape(-1, self.rows_per_key)
+        return keys[:, None] % moduli[order_index] + offsets[order_index]
+
+    def keys_of_row_ids(self, row_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Turns row ids, int64 [N, O * H], back into keys, int64 [N, O], and says which tokens are whole, bool [N].
+
+        The residues of the first heads whose moduli multiply to more than 2^63 give the key (Garner's mixed-radix form of
+        the Chinese remainder theorem); a token is whole only if every head of every order then agrees with its keys. Tables
+        whose moduli multiply to less, or share factors, have no whole tokens: their rows are read one by one.
+        """
+        assert row_ids.dtype == np.int64
+        assert row_ids.shape[1:] == (self.num_heads,)
+        radix = self._radix
+        if radix is None:
+            return np.full((len(row_ids), len(self.orders)), -1, dtype=np.int64), np.zeros(len(row_ids), dtype=bool)
+        keys = np.empty((len(row_ids), len(self.orders)), dtype=np.int64)
+        for order_index, (moduli, inverses) in enumerate(radix):
+            start = order_index * self.rows_per_key
+            offsets = np.array(self.offsets[start : start + self.rows_per_key], dtype=np.int64)
+            residues = row_ids[:, start : start + self.rows_per_key] - offsets
+            keys[:, order_index] = _mixed_radix_key(residues, moduli, inverses)
+        keys[(row_ids == -1).all(axis=1)] = -1
+        return keys, (self.row_ids(keys) == row_ids).all(axis=1)
+
+    @functools.cached_property
+    def _radix(self) -> list[tuple[list[int], list[list[int]]]] | None:
+        """For each order: the moduli that fix a key, and inverses[i][j] of moduli[j] modulo moduli[i]."""
+        if self.is_plain:
+            return [([self.num_rows], [[]])]
+        radix = []
+        for order_index in range(len(self.orders)):
+            chosen: list[int] = []
+            product = 1
+            for modulus in self.moduli[order_index * self.rows_per_key : (order_index + 1) * self.rows_per_key]:
+                chosen.append(modulus)
+                product *= modulus
+                if product > KEY_MAX:
+                    break
+            if product <= KEY_MAX or max(chosen) >= 2**31:  # 2^31: products of two residues stay below 2^62
+                return None
+            try:
+                inverses = [[pow(chosen[j], -1, chosen[i]) for j in range(i)] for i in range(len(chosen))]
+            except ValueError:  # not coprime
+                return None
+            radix.append((chosen, inverses))
+        return radix
+
+    def as_record(self) -> dict[str, Any]:
+        """Returns the spec as a JSON-able dict, which `from_record` reads back."""
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in record.items()}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> TableSpec:
+        """Reads what `as_record` wrote; raises `FormatError` where a field is missing or of another type."""
+        try:
+            fields = {name: record[name] for name in cls.__dataclass_fields__}
+            for name in ("orders", "moduli", "offsets"):
+                fields[name] = tuple(int(value) for value in fields[name])
+            for name in ("num_rows", "row_bytes", "rows_per_key", "dim"):
+                fields[name] = int(fields[name])
+            for name in ("name", "codec", "fingerprint"):
+                fields[name] = str(fields[name])
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(
+                f"a table record of the catalog is damaged: {error!r}; restore the catalog or rebuild"
+            ) from error
+        return cls(**fields)
+
+
+def _mixed_radix_key(residues: np.ndarray, moduli: list[int], inverses: list[list[int]]) -> np.ndarray:
+    """Garner's algorithm: digits d with key = d0 + m0 * (d1 + m1 * (d2 + ...)); a key past 2^63 - 1 comes out as -2.
+
+    Worked example: moduli 3, 5 and residues 2, 1 give d0 = 2, d1 = (1 - 2) * 3^-1 mod 5 = -1 * 2 mod 5 = 3, and so
+    key = 2 + 3 * 3 = 11.
+    Residues outside their modulus give some key that the caller's check of every head refuses.
+    """
+    digits: list[np.ndarray] = []
+    for i, modulus in enumerate(moduli):
+        digit = residues[:, i] % modulus
+        for j in range(i):
+            digit = (digit - digits[j]) % modulus * inverses[i][j] % modulus
+        digits.append(digit)
+    key = digits[-1]
+    fits = np.ones(len(key), dtype=bool)
+    for modulus, digit in zip(moduli[-2::-1], digits[-2::-1], strict=True):
+        fits &= key <= (KEY_MAX - digit) // modulus
+        key = np.where(fits, key, 0) * modulus + digit
+    return np.where(fits, key, -2)

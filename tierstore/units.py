@@ -1,0 +1,43 @@
+"""Bytes in and out of words: "2GiB" -> 2147483648 -> "2.00 GiB".
+
+Flows in: what a user typed as a budget or a size. Flows out: an int of bytes, or a text for people. Refuses negative,
+fractional-byte and unknown units with `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from .errors import ConfigError
+
+_FACTORS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_FACTORS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(size: int | str, what: str) -> int:
+    """Returns the bytes that `size` says: an int of bytes, or a text such as "512MiB", "1.5GiB", "2GB".
+
+    `what` names the option in the error. Raises `ConfigError` for anything that is not a whole number of bytes >= 0.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        if size < 0:
+            raise ConfigError(f"{what}: {size} bytes is below 0; give a size such as '2GiB' or a number of bytes")
+        return size
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    factor = _FACTORS.get(match[2].upper()) if match else None
+    if match is None or factor is None:
+        raise ConfigError(f"{what}: {size!r} is not a size; write a number of bytes, or one with B, KiB, MiB, GiB, TiB")
+    value = Fraction(match[1]) * factor
+    if value.denominator != 1:
+        raise ConfigError(f"{what}: {size!r} is {float(value)} bytes, not a whole number; write it in a smaller unit")
+    return int(value)
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Returns `num_bytes` for people, in the largest binary unit of which there is at least one: 1536 -> '1.50 KiB'."""
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(num_bytes) >= factor:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{num_bytes:.0f} B"

@@ -1,0 +1,187 @@
+"""verify: every page, digest and catalog record of a store, and every row against its checkpoint.
+
+Flows in: a store's path, and the checkpoint's `TableSource`s where rows are to be compared. Flows out: a report with one
+line for each fault. It reads shards front to back with plain reads, apart from the lookup path that it vouches for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .errors import ConfigError, FormatError
+from .formats.catalog import CatalogImage, TableLayout, read_catalog
+from .formats.checkpoint import PlaneReader, TableSource, read_exactly
+from .formats.page import page_faults
+
+CHUNK_BYTES = 4 << 20
+FAULTS_PER_SHARD_MAX = 20
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass
+class VerifyReport:
+    """What was checked and what is wrong; the store is good where `faults` is empty."""
+
+    pages_checked: int = 0
+    rows_compared: int = 0
+    shards_checked: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, other: VerifyReport) -> None:
+        """Adds another part's findings to this one."""
+        self.pages_checked += other.pages_checked
+        self.rows_compared += other.rows_compared
+        self.shards_checked += other.shards_checked
+        self.faults += other.faults
+
+
+def verify_store(
+    path: str | os.PathLike[str],
+    *,
+    sources: Sequence[TableSource] | None = None,
+    origin: dict[str, Any] | None = None,
+    sample_rows: int | None = None,
+    seed: int = 0,
+    jobs: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> VerifyReport:
+    """Checks a finished store: catalog, shard lengths and SHA-256, every page; rows against `sources` where given.
+
+    sample_rows: check the pages of that many random rows of each table (drawn with `seed`) instead of everything. origin:
+    the checkpoint's record; another digest than the store's is a fault. Blocks; memory stays below 16 MiB a job. Raises
+    `StoreNotReadyError` or `FormatError` where the catalog cannot be read at all, `ConfigError` where sources lack a table.
+    """
+    image = read_catalog(path)
+    report = VerifyReport()
+    if origin is not None and origin["digest"] != image.origin.get("digest"):
+        report.faults.append(
+            f"the store was built from another checkpoint: digest {str(image.origin.get('digest'))[:12]}, "
+            f"this one has {origin['digest'][:12]}"
+        )
+    by_name = {source.spec.name: source for source in sources or ()}
+    if sources is not None and by_name.keys() != image.tables.keys():
+        raise ConfigError(f"the store has tables {sorted(image.tables)}, the checkpoint gives {sorted(by_name)}")
+    with ExitStack() as stack, ThreadPoolExecutor(jobs or min(os.cpu_count() or 1, 4)) as pool:
+        tasks = []
+        for name, table in image.tables.items():
+            if name in by_name and by_name[name].spec != table.spec:
+                report.faults.append(
+                    f"table {name}: the checkpoint gives {by_name[name].spec}, the store has {table.spec}"
+                )
+                continue
+            reader = stack.enter_context(PlaneReader(by_name[name])) if name in by_name else None
+            rows = _sampled_rows(table, sample_rows, seed)
+            for index in range(table.num_shards):
+                tasks.append(pool.submit(_verify_shard, image, table, index, reader, rows))
+        done = 0
+        for task in as_completed(tasks):
+            report.add(task.result())
+            done += 1
+            if on_progress:
+                on_progress(done, len(tasks))
+    report.faults.sort()
+    return report
+
+
+def _sampled_rows(table: TableLayout, sample_rows: int | None, seed: int) -> np.ndarray | None:
+    if sample_rows is None:
+        return None
+    rng = np.random.default_rng([seed, table.seed])
+    return np.unique(rng.integers(0, table.spec.num_rows, size=sample_rows))
+
+
+def _verify_shard(
+    image: CatalogImage, table: TableLayout, index: int, reader: PlaneReader | None, rows: np.ndarray | None
+) -> VerifyReport:
+    """Checks one shard whole, or only the pages of the sampled rows that lie in it."""
+    report = VerifyReport(shards_checked=1)
+    shard = image.shards[table.spec.name][index]
+    what = f"shard {index} of table {table.spec.name} ({shard.file})"
+    try:
+        fd = os.open(image.path / shard.file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        report.faults.append(f"{what}: {error.strerror}; restore it from a copy or rebuild")
+        return report
+    try:
+        found_bytes = os.fstat(fd).st_size
+        if found_bytes != shard.num_bytes:
+            report.faults.append(f"{what}: {found_bytes} bytes on disk, the catalog says {shard.num_bytes}")
+        elif rows is None:
+            sha256 = _verify_all_pages(fd, table, index, reader, report)
+            if sha256 != shard.sha256:
+                report.faults.append(f"{what}: SHA-256 {sha256[:16]}..., the catalog says {shard.sha256[:16]}...")
+        else:
+            _verify_sample(fd, table, index, reader, rows, report)
+    except (OSError, FormatError) as error:
+        report.faults.append(f"{what}: cannot be read or compared: {error}")
+    finally:
+        os.close(fd)
+    if len(report.faults) > FAULTS_PER_SHARD_MAX:
+        more = len(report.faults) - FAULTS_PER_SHARD_MAX
+        report.faults[FAULTS_PER_SHARD_MAX:] = [f"{what}: and {more} more faults"]
+    return report
+
+
+def _verify_all_pages(fd: int, table: TableLayout, index: int, reader: PlaneReader | None, report: VerifyReport) -> str:
+    sha256 = hashlib.sha256()
+    pages_per_chunk = max(1, CHUNK_BYTES // table.page_bytes)
+    buffer = np.empty((pages_per_chunk, table.page_bytes), dtype=np.uint8)
+    shard_start, shard_end = table.shard_pages(index)
+    for page_start in range(shard_start, shard_end, pages_per_chunk):
+        page_end = min(page_start + pages_per_chunk, shard_end)
+        pages = buffer[: page_end - page_start]
+        byte_start = (page_start - shard_start) * table.page_bytes
+        read_exactly(fd, pages, byte_start, f"pages {page_start} to {page_end}")
+        sha256.update(pages)
+        _check_pages(pages, np.arange(page_start, page_end), table, report)
+        if reader is not None:
+            row_start = page_start * table.rows_per_page
+            row_end = min(page_end * table.rows_per_page, table.spec.num_rows)
+            rows = table.shape.rows_of(pages).reshape(-1, table.spec.row_bytes)[: row_end - row_start]
+            _compare_rows(rows, reader, row_start, table, report)
+    return sha256.hexdigest()
+
+
+def _verify_sample(
+    fd: int, table: TableLayout, index: int, reader: PlaneReader | None, rows: np.ndarray, report: VerifyReport
+) -> None:
+    shard_start, shard_end = table.shard_pages(index)
+    page = np.empty((1, table.page_bytes), dtype=np.uint8)
+    for page_number in np.unique(rows // table.rows_per_page):
+        if not shard_start <= page_number < shard_end:
+            continue
+        read_exactly(fd, page, int(page_number - shard_start) * table.page_bytes, f"page {page_number}")
+        _check_pages(page, np.array([page_number]), table, report)
+        if reader is not None:
+            row_start = int(page_number) * table.rows_per_page
+            row_end = min(row_start + table.rows_per_page, table.spec.num_rows)
+            _compare_rows(table.shape.rows_of(page)[0][: row_end - row_start], reader, row_start, table, report)
+
+
+def _check_pages(pages: np.ndarray, page_numbers: np.ndarray, table: TableLayout, report: VerifyReport) -> None:
+    report.pages_checked += len(pages)
+    for page_number, what in page_faults(pages, page_numbers, table.seed):
+        report.faults.append(f"page {page_number} of table {table.spec.name}: {what}")
+
+
+def _compare_rows(
+    rows: np.ndarray, reader: PlaneReader, row_start: int, table: TableLayout, report: VerifyReport
+) -> None:
+    """Compares rows, uint8 [R, row_bytes], plane by plane with the checkpoint's rows from row_start on."""
+    differ = np.zeros(len(rows), dtype=bool)
+    column = 0
+    for plane in reader.read(row_start, row_start + len(rows)):
+        differ |= (rows[:, column : column + plane.shape[1]] != plane).any(axis=1)
+        column += plane.shape[1]
+    report.rows_compared += len(rows)
+    for row in np.flatnonzero(differ):
+        report.faults.append(f"row {row_start + row} of table {table.spec.name} differs from the checkpoint's")
