@@ -6,6 +6,7 @@ be called from any thread, and check the bounds of what they are given (`ValueEr
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -28,9 +29,9 @@ __all__ = [
     "seal_pages",
 ]
 
-_serving: Any
+_serving: Any = reference
 try:
-    from . import _cpu as _serving
+    _serving = importlib.import_module("._cpu", __name__)
 except ImportError as error:
     warnings.warn(
         f"tierstore runs without its compiled kernels ({error}): checks and builds are ten times slower or more; "
@@ -38,7 +39,6 @@ except ImportError as error:
         RuntimeWarning,
         stacklevel=2,
     )
-    _serving = reference
 
 native: bool = _serving is not reference
 

@@ -363,14 +363,14 @@ def _write_pages(fd: int, reader: PlaneReader, table: TableLayout, index: int, p
         row_end = min(page_end * table.rows_per_page, table.spec.num_rows)
         pages = buffer[: page_end - page_start]
         seal_pages(reader.read(row_start, row_end), table.shape, page_start, table.seed, pages)
-        sha256.update(pages)
+        sha256.update(pages.data)
         _write_all(fd, pages)
         progress.add(pages.nbytes)
     return sha256.hexdigest()
 
 
 def _write_all(fd: int, pages: np.ndarray) -> None:
-    view = memoryview(pages.reshape(-1))
+    view = pages.reshape(-1).data
     while view:
         view = view[os.write(fd, view) :]
 

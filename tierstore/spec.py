@@ -164,9 +164,9 @@ class TableSpec:
         for order_index, (moduli, inverses) in enumerate(radix):
             start = order_index * self.rows_per_key
             offsets = np.array(self.offsets[start : start + self.rows_per_key], dtype=np.int64)
-            residues = row_ids[:, start : start + self.rows_per_key] - offsets
-            keys[:, order_index] = _mixed_radix_key(residues, moduli, inverses)
-        keys[(row_ids == -1).all(axis=1)] = -1
+            ids = row_ids[:, start : start + self.rows_per_key]
+            key = _mixed_radix_key(ids - offsets, moduli, inverses)
+            keys[:, order_index] = np.where((ids == -1).all(axis=1), -1, key)
         return keys, (self.row_ids(keys) == row_ids).all(axis=1)
 
     @functools.cached_property
@@ -206,8 +206,8 @@ class TableSpec:
                 fields[name] = tuple(int(value) for value in fields[name])
             for name in ("num_rows", "row_bytes", "rows_per_key", "dim"):
                 fields[name] = int(fields[name])
-            for name in ("name", "codec", "fingerprint"):
-                fields[name] = str(fields[name])
+            if not all(isinstance(fields[name], str) for name in ("name", "codec", "fingerprint")):
+                raise TypeError("name, codec and fingerprint must be texts")
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(
                 f"a table record of the catalog is damaged: {error!r}; restore the catalog or rebuild"

@@ -59,7 +59,7 @@ class Counters:
     def as_dict(self) -> dict[str, Any]:
         """Returns all counters as plain numbers; hits are in keys."""
         with self._lock:
-            tables = {}
+            tables: dict[str, dict[str, Any]] = {}
             for name, hits in self._hits.items():
                 orders = {
                     order: {tier: int(hits[tier][index]) for tier in TIERS}

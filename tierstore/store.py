@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .decisions.budget import STAGING_BUFFERS, DramPlan, divide_dram
-from .errors import BudgetError, ConfigError, StoreNotReadyError
+from .errors import BudgetError, ConfigError, CorruptPageError, StoreNotReadyError
 from .formats.catalog import CatalogImage, TableLayout, read_catalog
 from .spec import TableSpec
 from .stats import Counters
@@ -55,7 +55,8 @@ def open_store(
     back to "pread", saying so. hbm, device, placement: for tiers and placements that this version does not have yet.
 
     Blocks while resident tables load. Raises `StoreNotReadyError` (no finished store), `FormatError` (foreign, damaged,
-    newer), `BudgetError` (too small, or more than the machine has), `CorruptPageError`, `ConfigError` (an option).
+    newer), `BudgetError` (too small, or more than the machine has), `ConfigError` (an option). A damaged page does not keep a store from
+    opening: lookups of its rows raise.
     """
     if io not in IO_MODES:
         raise ConfigError(f"io: {io!r} is not one of {', '.join(IO_MODES)}")
@@ -155,20 +156,35 @@ class Table:
         out = _checked_out(out, (len(keys), spec.num_heads, spec.row_bytes))
         return np.ascontiguousarray(keys), out
 
-    def _load(self) -> None:
-        """Fills the resident rows front to back, through one staging buffer."""
-        assert self._resident is not None
+    def _load(self) -> ResidentTable:
+        """Reads all rows front to back, through one staging buffer; a page that is bad costs its own rows only."""
         layout = self._layout
+        resident = ResidentTable(self.spec.num_rows, self.spec.row_bytes, layout.rows_per_page)
         with self._store._staging.buffer() as staging:
             pages_per_chunk = len(staging) // layout.page_bytes
             for page_start in range(0, layout.num_pages, pages_per_chunk):
-                page_numbers = np.arange(page_start, min(page_start + pages_per_chunk, layout.num_pages))
-                pages = staging[: len(page_numbers) * layout.page_bytes].reshape(-1, layout.page_bytes)
-                self._store._reader.read(self._files, page_numbers, pages)
-                row_start = page_start * layout.rows_per_page
-                rows = layout.shape.rows_of(pages).reshape(-1, self.spec.row_bytes)
-                part = self._resident.rows[row_start : row_start + len(rows)]
-                part[:] = rows[: len(part)]
+                page_end = min(page_start + pages_per_chunk, layout.num_pages)
+                try:
+                    self._load_pages(resident, page_start, page_end, staging)
+                except CorruptPageError:
+                    for page_number in range(page_start, page_end):
+                        try:
+                            self._load_pages(resident, page_number, page_number + 1, staging)
+                        except CorruptPageError as error:
+                            resident.bad_pages[page_number] = str(error)
+        if resident.bad_pages:
+            first = next(iter(resident.bad_pages.values()))
+            logger.error("%d pages of table %s will not be served: %s", len(resident.bad_pages), self.spec.name, first)
+        return resident
+
+    def _load_pages(self, resident: ResidentTable, page_start: int, page_end: int, staging: np.ndarray) -> None:
+        layout = self._layout
+        pages = staging[: (page_end - page_start) * layout.page_bytes].reshape(-1, layout.page_bytes)
+        self._store._reader.read(self._files, np.arange(page_start, page_end), pages)
+        row_start = page_start * layout.rows_per_page
+        rows = layout.shape.rows_of(pages).reshape(-1, self.spec.row_bytes)
+        part = resident.rows[row_start : row_start + len(rows)]
+        part[:] = rows[: len(part)]
 
 
 class _Misses:
@@ -218,8 +234,7 @@ class Store:
         share = self._plan.shares[layout.spec.name]
         try:
             if share.resident:
-                table._resident = ResidentTable(layout.spec.num_rows, layout.spec.row_bytes)
-                table._load()
+                table._resident = table._load()
             else:
                 table._cache = EntryCache(share.num_sets, layout.spec.entry_bytes)
         except BaseException:
@@ -390,21 +405,22 @@ class Store:
                 order_index, keys = misses.order_index[wave], misses.keys[wave]
                 entries, pages = staging[: len(keys) * spec.entry_bytes], staging[keys_per_wave * spec.entry_bytes :]
                 entries = entries.reshape(len(keys), spec.entry_bytes)
-                row_ids = spec.row_ids_of_order(order_index, keys)
-                self._read_rows(table, row_ids.reshape(-1), pages, entries.reshape(-1, spec.row_bytes))
+                row_ids = spec.row_ids_of_order(order_index, keys).reshape(-1)
+                page_numbers, page_index = np.unique(row_ids // layout.rows_per_page, return_inverse=True)
+                rows = self._read_pages(table, page_numbers, pages)
+                at = page_index * layout.rows_per_page + row_ids % layout.rows_per_page
+                np.take(rows, at, axis=0, out=entries.reshape(-1, spec.row_bytes), mode="clip")
                 places = misses.places[misses.starts[wave.start] : misses.starts[wave.stop]]
                 entries_out[places] = np.repeat(entries, misses.counts[wave], axis=0)
                 table._cache.offer(order_index, keys, entries)
 
-    def _read_rows(self, table: Table, row_ids: np.ndarray, staging: np.ndarray, out: np.ndarray) -> None:
-        """Reads rows, ids int64 [R] >= 0, into out, uint8 [R, row_bytes]; their pages must fit in `staging`."""
+    def _read_pages(self, table: Table, page_numbers: np.ndarray, staging: np.ndarray) -> np.ndarray:
+        """Reads checked pages, ascending, into staging; returns their rows, uint8 [P * rows_per_page, row_bytes]."""
         layout = table._layout
-        page_numbers, page_index = np.unique(row_ids // layout.rows_per_page, return_inverse=True)
         pages = staging[: len(page_numbers) * layout.page_bytes].reshape(-1, layout.page_bytes)
         self._reader.read(table._files, page_numbers, pages)
         self._counters.count_pages(len(page_numbers), layout.page_bytes)
-        rows = layout.shape.rows_of(pages).reshape(-1, table.spec.row_bytes)
-        np.take(rows, page_index * layout.rows_per_page + row_ids % layout.rows_per_page, axis=0, out=out, mode="clip")
+        return layout.shape.rows_of(pages).reshape(-1, table.spec.row_bytes)
 
     def _rows(self, table: Table, row_ids: np.ndarray, out: np.ndarray) -> None:
         """Answers `Table.rows`: whole tokens by their keys, other ids one by one."""
@@ -431,18 +447,22 @@ class Store:
         self._fetch_rows(table, flat_ids, single, flat_out)
 
     def _fetch_rows(self, table: Table, row_ids: np.ndarray, which: np.ndarray, out: np.ndarray) -> None:
-        """Reads the rows of row_ids[which] into out[which], past the cache of entries, in waves of ascending pages."""
+        """Reads the rows of row_ids[which] into out[which], past the cache of entries, each page once."""
+        rows_per_page = table._layout.rows_per_page
         out[which[row_ids[which] < 0]] = 0
         which = which[row_ids[which] >= 0]
         which = which[np.argsort(row_ids[which], kind="stable")]
         self._counters.count_rows(len(which))
+        page_numbers, firsts = np.unique(row_ids[which] // rows_per_page, return_index=True)
+        bounds = np.append(firsts, len(which))
         with self._staging.buffer() as staging:
-            rows_per_wave = len(staging) // (table._layout.page_bytes + table.spec.row_bytes)
-            for start in range(0, len(which), rows_per_wave):
-                wave = which[start : start + rows_per_wave]
-                rows = staging[: len(wave) * table.spec.row_bytes].reshape(len(wave), table.spec.row_bytes)
-                self._read_rows(table, row_ids[wave], staging[rows_per_wave * table.spec.row_bytes :], rows)
-                out[wave] = rows
+            pages_per_wave = len(staging) // table._layout.page_bytes
+            for start in range(0, len(page_numbers), pages_per_wave):
+                wave_pages = page_numbers[start : start + pages_per_wave]
+                rows = self._read_pages(table, wave_pages, staging)
+                wave = which[bounds[start] : bounds[start + len(wave_pages)]]
+                page_index = np.searchsorted(wave_pages, row_ids[wave] // rows_per_page)
+                out[wave] = rows[page_index * rows_per_page + row_ids[wave] % rows_per_page]
 
     def _before_fork(self) -> None:
         self._state.acquire()

@@ -82,10 +82,8 @@ def verify_store(
             rows = _sampled_rows(table, sample_rows, seed)
             for index in range(table.num_shards):
                 tasks.append(pool.submit(_verify_shard, image, table, index, reader, rows))
-        done = 0
-        for task in as_completed(tasks):
+        for done, task in enumerate(as_completed(tasks), start=1):
             report.add(task.result())
-            done += 1
             if on_progress:
                 on_progress(done, len(tasks))
     report.faults.sort()
@@ -141,7 +139,7 @@ def _verify_all_pages(fd: int, table: TableLayout, index: int, reader: PlaneRead
         pages = buffer[: page_end - page_start]
         byte_start = (page_start - shard_start) * table.page_bytes
         read_exactly(fd, pages, byte_start, f"pages {page_start} to {page_end}")
-        sha256.update(pages)
+        sha256.update(pages.data)
         _check_pages(pages, np.arange(page_start, page_end), table, report)
         if reader is not None:
             row_start = page_start * table.rows_per_page

@@ -60,7 +60,15 @@ def divide_dram(tables: Mapping[str, TableLayout], budget_bytes: int) -> DramPla
     share is kept resident, and what it leaves goes to the others. The shares of larger ones become caches of entries.
     """
     unit_bytes = max(staging_unit_bytes(table) for table in tables.values())
-    staging_bytes = max(unit_bytes, min(STAGING_BYTES_MAX, budget_bytes // STAGING_FRACTION))
+    least_for_tables = len(tables) * max(cache_set_bytes(table) for table in tables.values())
+    least = STAGING_BUFFERS * unit_bytes + least_for_tables
+    if budget_bytes < least:
+        raise BudgetError(
+            f"dram: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes ({format_bytes(least)}) "
+            f"that staging and one set of entries a table take; ask for more"
+        )
+    spare_bytes = (budget_bytes - least_for_tables) // STAGING_BUFFERS
+    staging_bytes = max(unit_bytes, min(STAGING_BYTES_MAX, budget_bytes // STAGING_FRACTION, spare_bytes))
     left = budget_bytes - STAGING_BUFFERS * staging_bytes
     shares = {}
     by_size = sorted(tables.values(), key=lambda table: table.spec.table_bytes)
@@ -69,16 +77,8 @@ def divide_dram(tables: Mapping[str, TableLayout], budget_bytes: int) -> DramPla
         set_bytes = cache_set_bytes(table)
         if table.spec.table_bytes <= share_bytes:
             share = TableShare(True, 0, table.spec.table_bytes)
-        elif share_bytes >= set_bytes:
-            share = TableShare(False, share_bytes // set_bytes, share_bytes // set_bytes * set_bytes)
         else:
-            least = STAGING_BUFFERS * unit_bytes + len(tables) * max(
-                cache_set_bytes(table) for table in tables.values()
-            )
-            raise BudgetError(
-                f"dram: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {max(least, budget_bytes + 1)} "
-                f"bytes ({format_bytes(least)}) that staging and one set of entries a table take; ask for more"
-            )
+            share = TableShare(False, share_bytes // set_bytes, share_bytes // set_bytes * set_bytes)
         shares[table.spec.name] = share
         left -= share.num_bytes
     return DramPlan(budget_bytes, staging_bytes, {name: shares[name] for name in tables})

@@ -99,7 +99,9 @@ class TableLayout:
     def from_record(cls, record: dict[str, Any]) -> TableLayout:
         """Reads what `as_record` wrote; raises `FormatError` where numbers are missing or contradict each other."""
         spec = TableSpec.from_record(record.get("spec", {}))
-        numbers = {n: record.get(n) for n in ("page_bytes", "rows_per_page", "num_pages", "pages_per_shard", "seed")}
+        numbers: dict[str, Any] = {
+            n: record.get(n) for n in ("page_bytes", "rows_per_page", "num_pages", "pages_per_shard", "seed")
+        }
         if not all(type(value) is int and value >= 0 for value in numbers.values()):
             raise FormatError(f"table {spec.name}: the catalog's layout {numbers} is damaged; restore it or rebuild")
         layout = cls(spec, **numbers, folder=_checked_path(record.get("folder"), spec.name))
@@ -308,7 +310,7 @@ def _environment(file: Path, *, readonly: bool) -> Iterator[lmdb.Environment]:
     """Opens the environment alone in this process. Without its lock file where that cannot be written."""
     with _environment_lock:
         lock = not readonly or os.access(file.parent, os.W_OK)
-        arguments = {"subdir": False, "max_dbs": 0, "map_size": MAP_BYTES, "readahead": False}
+        arguments: dict[str, Any] = {"subdir": False, "max_dbs": 0, "map_size": MAP_BYTES, "readahead": False}
         try:
             environment = lmdb.open(str(file), readonly=readonly, lock=lock, create=not readonly, **arguments)
         except lmdb.Error:

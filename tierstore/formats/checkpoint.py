@@ -84,8 +84,9 @@ class TableSource:
             names = ", ".join(tensor.name for tensor in plane.tensors[:3])
             if num_bytes != plane.width_bytes * self.spec.num_rows:
                 raise ConfigError(
-                    f"table {self.spec.name}: tensors {names} hold {num_bytes / max(plane.width_bytes, 1):g} rows of {plane.width_bytes} bytes, "
-                    f"the table has {self.spec.num_rows} rows; config.json does not belong to these tensors, or a file is missing"
+                    f"table {self.spec.name}: tensors {names} hold {num_bytes / max(plane.width_bytes, 1):g} rows of "
+                    f"{plane.width_bytes} bytes, the table has {self.spec.num_rows} rows; "
+                    f"config.json does not belong to these tensors, or a file is missing"
                 )
             for tensor in plane.tensors:
                 if tensor.num_bytes % max(plane.width_bytes, 1):
@@ -144,7 +145,7 @@ class PlaneReader:
 
 def read_exactly(fd: int, out: np.ndarray, byte_start: int, what: str) -> None:
     """Fills `out` (contiguous uint8) from `byte_start` of `fd` on; raises `FormatError` where the file ends before."""
-    view = memoryview(out.reshape(-1))
+    view = out.reshape(-1).data
     done = 0
     while done < len(view):
         count = os.preadv(fd, [view[done:]], byte_start + done)
@@ -201,7 +202,8 @@ class Checkpoint:
             )
         if tensor.dtype not in dtypes or len(tensor.shape) != ndim:
             raise ConfigError(
-                f"{self.path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, expected {' or '.join(dtypes)} of {ndim} dimensions"
+                f"{self.path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
+                f"expected {' or '.join(dtypes)} of {ndim} dimensions"
             )
         return tensor
 
@@ -222,7 +224,7 @@ class Checkpoint:
                     for byte_start, num_bytes in _sample_blocks(tensor.num_bytes):
                         part = block[:num_bytes]
                         read_exactly(fd, part, tensor.byte_start + byte_start, f"tensor {tensor.name} in {file}")
-                        digest.update(part)
+                        digest.update(part.data)
             finally:
                 os.close(fd)
         return digest.hexdigest()
@@ -265,7 +267,7 @@ def _tensor_files(folder: Path) -> list[Path]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ConfigError(
-            f"{folder}: {len(missing)} of {len(names)} files that the index names are missing, first {missing[0]}; download them"
+            f"{folder}: {len(missing)} of {len(names)} files of the index are missing, first {missing[0]}; download them"
         )
     return [folder / name for name in names]
 
@@ -293,7 +295,8 @@ def _read_safetensors(path: Path) -> tuple[list[StoredTensor], str]:
             header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= header_bytes <= min(HEADER_BYTES_MAX, file_bytes - 8):
                 raise FormatError(
-                    f"{path}: a header of {header_bytes} bytes in a file of {file_bytes} bytes; it is truncated or no safetensors file"
+                    f"{path}: a header of {header_bytes} bytes in a file of {file_bytes} bytes; "
+                    f"it is truncated or no safetensors file"
                 )
             header = file.read(header_bytes)
     except OSError as error:
@@ -312,12 +315,14 @@ def _read_safetensors(path: Path) -> tuple[list[StoredTensor], str]:
     for tensor in tensors:
         if tensor.byte_start != expected:
             raise FormatError(
-                f"{path}: tensor {tensor.name} starts at byte {tensor.byte_start}, expected {expected}; the header lies, download it again"
+                f"{path}: tensor {tensor.name} starts at byte {tensor.byte_start}, expected {expected}; "
+                f"the header lies, download it again"
             )
         expected += tensor.num_bytes
     if expected != file_bytes:
         raise FormatError(
-            f"{path}: {file_bytes} bytes on disk, its header says {expected}; the copy was cut short or is another file: download it again"
+            f"{path}: {file_bytes} bytes on disk, its header says {expected}; "
+            f"the copy was cut short or is another file: download it again"
         )
     return tensors, hashlib.sha256(header).hexdigest()
 
@@ -343,7 +348,8 @@ def _checked_tensor(path: Path, name: str, entry: Any, data_start: int) -> Store
     element_bytes = DTYPE_BYTES.get(dtype)
     if element_bytes is not None and num_elements * element_bytes != end - start:
         raise FormatError(
-            f"{path}: tensor {name}, {dtype} {shape}, needs {num_elements * element_bytes} bytes, its offsets give {end - start}; "
+            f"{path}: tensor {name}, {dtype} {shape}, needs {num_elements * element_bytes} bytes, "
+            f"its offsets give {end - start}; "
             f"the header lies, download it again"
         )
     return StoredTensor(name, path, dtype, tuple(shape), data_start + start, end - start)

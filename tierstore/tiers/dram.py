@@ -11,18 +11,31 @@ import threading
 import numpy as np
 
 from ..decisions.budget import CACHE_WAYS
+from ..errors import CorruptPageError
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: multiplicative hashing (Knuth, TAOCP 3, 6.4)
 
 
 class ResidentTable:
-    """All rows of a table in memory, by row id. Read-only once filled, so any number of threads may read."""
+    """All rows of a table in memory, by row id. Read-only once filled, so any number of threads may read.
 
-    def __init__(self, num_rows: int, row_bytes: int) -> None:
+    `bad_pages` maps the pages that could not be loaded to what was wrong: their rows are refused, the others served.
+    """
+
+    def __init__(self, num_rows: int, row_bytes: int, rows_per_page: int) -> None:
         self.rows = np.empty((num_rows, row_bytes), dtype=np.uint8)
+        self.bad_pages: dict[int, str] = {}
+        self._rows_per_page = rows_per_page
 
     def copy_rows(self, row_ids: np.ndarray, out: np.ndarray) -> None:
-        """Copies rows, ids int64 [R] with -1 for zero rows, into out, uint8 [R, row_bytes] contiguous."""
+        """Copies rows, ids int64 [R] with -1 for zero rows, into out, uint8 [R, row_bytes] contiguous.
+
+        Raises `CorruptPageError` where one of them lies on a page that could not be loaded.
+        """
+        if self.bad_pages:
+            wanted = np.unique(row_ids[row_ids >= 0] // self._rows_per_page).tolist()
+            for page_number in sorted(self.bad_pages.keys() & set(wanted)):
+                raise CorruptPageError(self.bad_pages[page_number])
         np.take(self.rows, row_ids, axis=0, out=out, mode="clip")
         out[row_ids < 0] = 0
 

@@ -118,7 +118,7 @@ class PreadReader(PageReader):
 
 
 def _read_run(fd: int, byte_start: int, pages: np.ndarray, what: str) -> None:
-    view = memoryview(pages.reshape(-1))
+    view = pages.reshape(-1).data
     done = 0
     while done < len(view):
         count = os.preadv(fd, [view[done:]], byte_start + done)

@@ -1,0 +1,38 @@
+"""Fixtures shared by all tests. What lies in the folder `shared/data` beside the repository is used only where it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from stores import Model, make_model
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the optional folder {folder.name} beside the repository is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return make_model(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def built(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store of `model`, in shards of 64 KiB. Tests must not change it; see `own_store`."""
+    store = tmp_path_factory.mktemp("built") / "store"
+    model.build(store, shard_bytes=65536)
+    return store
+
+
+@pytest.fixture
+def own_store(model: Model, tmp_path: Path) -> Path:
+    """A finished store that a test may damage."""
+    model.build(tmp_path / "own", shard_bytes=65536)
+    return tmp_path / "own"

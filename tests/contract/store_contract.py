@@ -1,0 +1,223 @@
+"""What every store promises, whatever its tiers and budgets: inherited by a test class for each kind of store."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stores import Model, random_keys
+
+import tierstore
+
+
+class StoreContract:
+    """Subclasses say how to open a store in `open_store`."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def store(self, built: Path) -> Iterator[tierstore.Store]:
+        with self.open_store(built) as store:
+            yield store
+
+    @pytest.mark.parametrize("num_tokens", [0, 1, 2, 101, 102, 103, 700])
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_lookup_equals_the_oracle(self, store, model: Model, num_tokens: int, seed: int) -> None:
+        keys = random_keys(np.random.default_rng(seed), num_tokens)
+        for name in ("layers.1", "layers.14"):
+            out = np.full((num_tokens, 24, 40), 0xA5, dtype=np.uint8)
+            for _ in range(2):  # the second time from the caches
+                assert store[name].lookup(keys, out) is out
+                np.testing.assert_array_equal(out, model.expected(name, keys))
+                out[:] = 0x5A
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(keys=st.lists(st.lists(st.integers(-1, 2**63 - 1), min_size=3, max_size=3), max_size=12))
+    def test_lookup_equals_the_oracle_for_any_keys(self, built: Path, model: Model, keys: list[list[int]]) -> None:
+        keys_array = np.array(keys, dtype=np.int64).reshape(-1, 3)
+        with self.open_store(built) as store:
+            np.testing.assert_array_equal(store["layers.1"].lookup(keys_array), model.expected("layers.1", keys_array))
+
+    def test_equal_keys_of_different_orders_have_their_own_rows(self, store, model: Model) -> None:
+        keys = np.array([[0, 0, 0], [7, 7, 7], [0, 7, 0], [2**63 - 1] * 3], dtype=np.int64)
+        for _ in range(3):
+            np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
+
+    def test_lookup_returns_zero_rows_for_sentinel(self, store) -> None:
+        out = np.full((5, 24, 40), 0xA5, dtype=np.uint8)
+        store["layers.1"].lookup(np.full((5, 3), -1, dtype=np.int64), out)
+        assert not out.any()
+
+    def test_strided_keys_and_buffers_give_the_same_rows(self, store, model: Model) -> None:
+        keys = random_keys(np.random.default_rng(2), 60)
+        wide = np.full((60, 6), 12345, dtype=np.int64)
+        wide[:, ::2] = keys
+        out = np.full((120, 24, 80), 0xA5, dtype=np.uint8)[::2, :, :40]
+        store["layers.1"].lookup(wide[:, ::2], out)
+        np.testing.assert_array_equal(out, model.expected("layers.1", keys))
+        backwards = store["layers.1"].lookup(keys[::-1])
+        np.testing.assert_array_equal(backwards, model.expected("layers.1", keys)[::-1])
+
+    def test_a_strided_buffer_is_not_written_beside_its_rows(self, store) -> None:
+        whole = np.full((6, 24, 50), 0xA5, dtype=np.uint8)
+        store["layers.1"].lookup(np.full((6, 3), 3, dtype=np.int64), whole[:, :, :40])
+        assert (whole[:, :, 40:] == 0xA5).all()
+
+    def test_duplicate_keys_all_get_their_rows(self, store, model: Model) -> None:
+        keys = random_keys(np.random.default_rng(3), 400, distinct=5)
+        np.testing.assert_array_equal(store["layers.14"].lookup(keys), model.expected("layers.14", keys))
+
+    def test_rows_by_id_equal_the_checkpoint(self, store, model: Model) -> None:
+        rows = model.rows["layers.1"]
+        ids = np.random.default_rng(4).integers(-1, len(rows), (7, 11))
+        expected = np.where((ids >= 0)[..., None], rows[ids], 0)
+        np.testing.assert_array_equal(store["layers.1"].rows(ids), expected)
+        every = np.arange(len(rows))
+        np.testing.assert_array_equal(store["layers.1"].rows(every), rows)
+        assert store["layers.1"].rows(np.array(len(rows) - 1)).tolist() == rows[-1].tolist()
+        assert store["layers.1"].rows(np.empty((0, 24), dtype=np.int64)).shape == (0, 24, 40)
+
+    def test_row_ids_of_whole_tokens_give_the_same_rows_as_keys(self, store, model: Model) -> None:
+        keys = random_keys(np.random.default_rng(5), 50)
+        ids = model.row_ids("layers.1", keys)
+        out = np.full((5, 10, 24, 40), 0xA5, dtype=np.uint8)
+        assert store["layers.1"].rows(ids.reshape(5, 10, 24), out) is out
+        np.testing.assert_array_equal(out.reshape(50, 24, 40), model.expected("layers.1", keys))
+
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_row_ids_that_are_no_token_are_still_exact(self, store, model: Model, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        ids = model.row_ids("layers.1", random_keys(rng, 40))
+        damage = rng.random(ids.shape) < 0.02
+        ids[damage] = rng.integers(-1, len(model.rows["layers.1"]), damage.sum())
+        expected = np.where((ids >= 0)[..., None], model.rows["layers.1"][ids], 0)
+        for _ in range(2):
+            np.testing.assert_array_equal(store["layers.1"].rows(ids), expected)
+
+    def test_plain_tables_are_looked_up_by_row_id(self, store, model: Model) -> None:
+        keys = np.array([[0], [32], [-1], [5], [5]], dtype=np.int64)
+        expected = np.where(keys[..., None] >= 0, model.rows["plain"][keys], 0)
+        for _ in range(2):
+            np.testing.assert_array_equal(store["plain"].lookup(keys), expected)
+            np.testing.assert_array_equal(store["plain"].rows(keys[:, 0]), expected[:, 0])
+
+    def test_submit_fills_every_table_of_a_step(self, store, model: Model) -> None:
+        rng = np.random.default_rng(6)
+        requests = {}
+        for name, heads, row_bytes, orders in (("layers.1", 24, 40, 3), ("layers.14", 24, 40, 3)):
+            requests[name] = (random_keys(rng, 90, orders), np.full((90, heads, row_bytes), 0xA5, dtype=np.uint8))
+        ticket = store.submit(requests)
+        ticket.wait(timeout_s=60)
+        ticket.wait(timeout_s=60)
+        for name, (keys, out) in requests.items():
+            np.testing.assert_array_equal(out, model.expected(name, keys))
+
+    def test_submit_does_not_need_a_wait(self, store, model: Model) -> None:
+        keys = random_keys(np.random.default_rng(7), 30)
+        outs = [np.full((30, 24, 40), 0xA5, dtype=np.uint8) for _ in range(20)]
+        for out in outs:
+            store.submit({"layers.1": (keys, out)})
+        store.close()
+        for out in outs:
+            np.testing.assert_array_equal(out, model.expected("layers.1", keys))
+
+    def test_submit_keeps_its_own_keys(self, store, model: Model) -> None:
+        keys = random_keys(np.random.default_rng(8), 50)
+        expected = model.expected("layers.1", keys)
+        out = np.full((50, 24, 40), 0xA5, dtype=np.uint8)
+        ticket = store.submit({"layers.1": (keys, out)})
+        keys[:] = 0
+        ticket.wait(timeout_s=60)
+        np.testing.assert_array_equal(out, expected)
+
+    def test_many_threads_get_their_own_rows(self, store, model: Model) -> None:
+        faults = []
+
+        def work(seed: int) -> None:
+            rng = np.random.default_rng(seed)
+            for _ in range(12):
+                keys = random_keys(rng, 40, distinct=60)
+                name = ("layers.1", "layers.14")[int(rng.integers(2))]
+                if not np.array_equal(store[name].lookup(keys), model.expected(name, keys)):
+                    faults.append(seed)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+            assert not thread.is_alive()
+        assert not faults
+
+    def test_wrong_arguments_are_refused_by_name(self, store) -> None:
+        table = store["layers.1"]
+        with pytest.raises(TypeError, match="int32"):
+            table.lookup(np.zeros((1, 3), dtype=np.int32))
+        with pytest.raises(TypeError, match="float64"):
+            table.rows(np.zeros(3))
+        with pytest.raises(ValueError, match=r"\[1, 2\]"):
+            table.lookup(np.zeros((1, 2), dtype=np.int64))
+        with pytest.raises(ValueError, match="-2"):
+            table.lookup(np.array([[0, -2, 0]]))
+        with pytest.raises(ValueError, match="-5"):
+            table.rows(np.array([1, -5]))
+        with pytest.raises(ValueError, match=str(table.spec.num_rows)):
+            table.rows(np.array([table.spec.num_rows]))
+        with pytest.raises(ValueError, match="33"):
+            store["plain"].lookup(np.array([[33]]))
+        with pytest.raises(ValueError, match=r"\[2, 24, 40\]"):
+            table.lookup(np.zeros((1, 3), dtype=np.int64), np.zeros((2, 24, 40), dtype=np.uint8))
+        with pytest.raises(TypeError, match="int8"):
+            table.lookup(np.zeros((1, 3), dtype=np.int64), np.zeros((1, 24, 40), dtype=np.int8))
+        read_only = np.zeros((1, 24, 40), dtype=np.uint8)
+        read_only.flags.writeable = False
+        with pytest.raises(ValueError, match="read-only"):
+            table.lookup(np.zeros((1, 3), dtype=np.int64), read_only)
+        with pytest.raises(TypeError, match="no out"):
+            store.submit({"layers.1": (np.zeros((1, 3), dtype=np.int64), None)})
+        with pytest.raises(KeyError, match="no table"):
+            store["layers.2"]
+
+    def test_a_closed_store_says_so(self, store) -> None:
+        table = store["layers.1"]
+        store.close()
+        store.close()
+        for call in (
+            lambda: table.lookup(np.zeros((1, 3), dtype=np.int64)),
+            lambda: table.rows(np.zeros(3, dtype=np.int64)),
+            lambda: store.submit({}),
+        ):
+            with pytest.raises(tierstore.StoreNotReadyError, match="is closed"):
+                call()
+
+    def test_stats_add_up(self, store) -> None:
+        keys = random_keys(np.random.default_rng(9), 200)
+        for _ in range(3):
+            store["layers.1"].lookup(keys)
+        stats = store.stats()
+        valid = int((keys >= 0).sum())
+        assert stats["keys"] == sum(stats["hits"].values()) == 3 * valid
+        assert stats["sentinels"] == 3 * (keys.size - valid)
+        assert set(stats["hits"]) == {"hbm", "dram", "nvme"}
+        assert stats["batches"] == 3
+        orders = stats["tables"]["layers.1"]["orders"]
+        assert [sum(orders[o].values()) for o in (2, 3, 4)] == [3 * int((keys[:, i] >= 0).sum()) for i in range(3)]
+        assert stats["zero_miss_batches"] <= 3
+        assert (stats["pages_read"] == 0) == (stats["hits"]["nvme"] == 0)
+
+    def test_tables_and_attachments_are_what_was_built(self, store, model: Model) -> None:
+        assert list(store.tables) == [source.spec.name for source in model.sources]
+        for source in model.sources:
+            assert store.tables[source.spec.name] is store[source.spec.name]
+            assert store[source.spec.name].spec == source.spec
+        assert store.attachment("note") == b"kept"
+        with pytest.raises(KeyError):
+            store.attachment("other")
+        with pytest.raises(TypeError):
+            store.tables["x"] = None

@@ -1,0 +1,136 @@
+"""The house keeps its floors: a module imports only from lower ones, and nothing imports what it must not."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+# Modules by floor. Everything under a folder's name is on that folder's floor.
+FLOORS = {
+    "tierstore.kernels": -1,
+    "tierstore.version": 0,
+    "tierstore.errors": 0,
+    "tierstore.units": 0.5,  # of the same floor, but above errors
+    "tierstore.spec": 0.5,
+    "tierstore.formats": 1,
+    "tierstore.decisions": 2,
+    "tierstore.tiers": 3,
+    "tierstore.build": 3,
+    "tierstore.verify": 3,
+    "tierstore.stats": 3,
+    "tierstore.store": 4,
+    "tierstore": 5,
+    "engram_adapter": 6,
+    "tierstore.tools": 7,
+}
+SOURCES = sorted(
+    path
+    for folder in ("tierstore", "kernels", "tools", "engram_adapter")
+    for path in (REPOSITORY / folder).rglob("*.py")
+    if not any(part in ("kernels", "tools") for part in path.relative_to(REPOSITORY).parts[1:-1])
+)
+
+
+def module_of(path: Path) -> str:
+    parts = list(path.relative_to(REPOSITORY).with_suffix("").parts)
+    if parts[0] in ("kernels", "tools"):
+        parts.insert(0, "tierstore")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """The entry of FLOORS that a module belongs to."""
+    while module not in FLOORS:
+        module = module.rpartition(".")[0]
+    return module
+
+
+def imports_of(path: Path, *, top_level_only: bool) -> set[str]:
+    """Names of imported modules, relative imports resolved; of `from a import b`, a.b where that is a module, else a."""
+    module = module_of(path)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = (
+                importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                if node.level
+                else node.module
+            )
+            for alias in node.names:
+                named = f"{base}.{alias.name}"
+                found.add(named if named in MODULES else base)
+    return found
+
+
+MODULES = {module_of(path) for path in SOURCES}
+
+
+def test_there_are_modules_to_look_at() -> None:
+    assert {
+        "tierstore.store",
+        "tierstore.kernels.reference",
+        "engram_adapter.hash_spec",
+        "tierstore.tools.cli",
+    } <= MODULES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_a_module_imports_only_from_lower_floors(path: Path) -> None:
+    module = module_of(path)
+    for name in imports_of(path, top_level_only=False):
+        if name.split(".")[0] not in ("tierstore", "engram_adapter"):
+            continue
+        room, imported = room_of(module), room_of(name)
+        assert room == imported or FLOORS[imported] < FLOORS[room], f"{module} imports {name} from its floor or above"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if module_of(p).startswith("tierstore")], ids=module_of)
+def test_the_store_loads_neither_torch_nor_triton_when_imported(path: Path) -> None:
+    heavy = {name.split(".")[0] for name in imports_of(path, top_level_only=True)} & {"torch", "triton", "transformers"}
+    assert not heavy
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_no_module_is_called_by_a_name_that_says_nothing(path: Path) -> None:
+    assert path.stem not in {"utils", "util", "common", "helpers", "misc"}
+
+
+def test_the_lookup_path_does_not_touch_lmdb() -> None:
+    users = {module_of(path) for path in SOURCES if "lmdb" in imports_of(path, top_level_only=False)}
+    assert users == {"tierstore.formats.catalog"}
+
+
+def test_decisions_are_pure() -> None:
+    for path in SOURCES:
+        if module_of(path).startswith("tierstore.decisions"):
+            assert not imports_of(path, top_level_only=False) & {
+                "os",
+                "time",
+                "random",
+                "pathlib",
+                "io",
+                "socket",
+                "threading",
+            }
+
+
+def test_every_named_place_of_the_house_is_there() -> None:
+    for name in (
+        "README.md",
+        "ARCHITECTURE.md",
+        "FORMAT.md",
+        "BENCHMARKS.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "Makefile",
+        ".ci/run",
+    ):
+        assert (REPOSITORY / name).is_file(), name

@@ -1,0 +1,177 @@
+"""The store in process, through the contract, and what only it promises: budgets, forks, early tickets."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from contract.store_contract import StoreContract
+from stores import Model, random_keys
+
+import tierstore
+from tierstore.tiers.nvme import PreadReader
+
+
+class TestResidentStore(StoreContract):
+    """Budget above all tables: every row in DRAM."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return tierstore.open(path, dram="64MiB")
+
+
+class TestCachedStore(StoreContract):
+    """Budget of about a third of the tables: entries come and go."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return tierstore.open(path, dram="600KiB")
+
+
+class TestSmallestStore(StoreContract):
+    """The least budget there is: one set of entries a table, one key a wave."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return tierstore.open(path, dram=least_budget(path))
+
+
+def least_budget(path: Path) -> int:
+    with pytest.raises(tierstore.BudgetError, match="staging") as caught:
+        tierstore.open(path, dram=1)
+    return int(str(caught.value).split("below the ")[1].split()[0])
+
+
+def test_the_least_budget_that_the_error_names_is_enough_and_exact(built: Path) -> None:
+    least = least_budget(built)
+    with tierstore.open(built, dram=least) as store:
+        assert store.stats()["memory"]["dram_bytes"] <= least
+    with pytest.raises(tierstore.BudgetError, match=str(least - 2000)):
+        tierstore.open(built, dram=least - 2000)
+
+
+def test_a_budget_above_the_machine_is_refused_with_both_numbers(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tierstore.store.available_memory", lambda: (123_456, "cgroup"))
+    with pytest.raises(tierstore.BudgetError, match=r"cgroup has 120\.56 KiB"):
+        tierstore.open(built, dram="64MiB")
+
+
+@pytest.mark.parametrize("dram", ["1GiBB", -1, "x", "", None, True, "0.3B"])
+def test_a_budget_that_is_no_size_is_refused(built: Path, dram: object) -> None:
+    with pytest.raises(tierstore.ConfigError, match="dram"):
+        tierstore.open(built, dram=dram)
+
+
+@pytest.mark.parametrize("option", [{"io": "fast"}, {"hbm": "1GiB"}, {"device": "cuda:0"}, {"placement": 3}])
+def test_options_that_do_not_exist_are_refused(built: Path, option: dict) -> None:
+    with pytest.raises(tierstore.ConfigError, match=next(iter(option))):
+        tierstore.open(built, **option)
+
+
+def test_io_that_is_not_here_yet_falls_back_and_says_so(built: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with tierstore.open(built, io="uring") as store:
+        assert store.stats()["io"] == "pread"
+    assert "uring" in caplog.text
+
+
+def test_hits_are_served_without_reading(built: Path, model: Model) -> None:
+    keys = random_keys(np.random.default_rng(0), 20)
+    with tierstore.open(built, dram="600KiB") as store:
+        store["layers.1"].lookup(keys)
+        before = store.stats()
+        np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
+        after = store.stats()
+    assert after["pages_read"] == before["pages_read"] > 0
+    assert after["hits"]["nvme"] == before["hits"]["nvme"]
+    assert after["zero_miss_batches"] == before["zero_miss_batches"] + 1
+
+
+def test_row_ids_of_whole_tokens_go_through_the_cache(built: Path, model: Model) -> None:
+    keys = random_keys(np.random.default_rng(1), 20)
+    with tierstore.open(built, dram="600KiB") as store:
+        store["layers.1"].lookup(keys)
+        pages_read = store.stats()["pages_read"]
+        store["layers.1"].rows(model.row_ids("layers.1", keys))
+        assert store.stats()["pages_read"] == pages_read
+        assert store.stats()["rows"] == 0
+
+
+def test_pages_of_one_batch_are_read_once(built: Path) -> None:
+    with tierstore.open(built, dram="600KiB") as store:
+        store["layers.1"].rows(np.zeros(500, dtype=np.int64))
+        assert store.stats()["pages_read"] == 1
+
+
+class BlockedReader(PreadReader):
+    """Reads nothing until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import threading
+
+        self.go = threading.Event()
+
+    def _fill(self, files, page_numbers, out) -> None:
+        assert self.go.wait(60)
+        super()._fill(files, page_numbers, out)
+
+
+def test_wait_times_out_and_can_be_called_again(built: Path, model: Model) -> None:
+    keys = random_keys(np.random.default_rng(2), 5)
+    with tierstore.open(built, dram="600KiB") as store:
+        reader = store._reader = BlockedReader()
+        out = np.full((5, 24, 40), 0xA5, dtype=np.uint8)
+        ticket = store.submit({"layers.1": (keys, out)})
+        with pytest.raises(TimeoutError):
+            ticket.wait(timeout_s=0.01)
+        reader.go.set()
+        ticket.wait(timeout_s=60)
+        np.testing.assert_array_equal(out, model.expected("layers.1", keys))
+
+
+def test_tickets_beyond_the_limit_are_done_by_submit_itself(built: Path, model: Model, monkeypatch) -> None:
+    monkeypatch.setattr("tierstore.store.TICKETS_MAX", 0)
+    keys = random_keys(np.random.default_rng(3), 25)
+    with tierstore.open(built, dram="600KiB") as store:
+        out = np.full((25, 24, 40), 0xA5, dtype=np.uint8)
+        ticket = store.submit({"layers.1": (keys, out)})
+        np.testing.assert_array_equal(out, model.expected("layers.1", keys))
+        ticket.wait(timeout_s=0)
+
+
+def _lookup_in_child(store, model: Model, results) -> None:
+    keys = random_keys(np.random.default_rng(4), 50)
+    out = np.full((50, 24, 40), 0xA5, dtype=np.uint8)
+    store.submit({"layers.1": (keys, out)}).wait(timeout_s=60)
+    results.put(np.array_equal(out, model.expected("layers.1", keys)))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_store_works_on_both_sides_of_a_fork(built: Path, model: Model) -> None:
+    context = multiprocessing.get_context("fork")
+    with tierstore.open(built, dram="600KiB") as store:
+        keys = random_keys(np.random.default_rng(5), 40)
+        out = np.full((40, 24, 40), 0xA5, dtype=np.uint8)
+        store.submit({"layers.1": (keys, out)}).wait(timeout_s=60)  # the submit thread now exists
+        results = context.Queue()
+        child = context.Process(target=_lookup_in_child, args=(store, model, results))
+        child.start()
+        assert results.get(timeout=60)
+        child.join(timeout=60)
+        assert child.exitcode == 0
+        np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
+
+
+def test_closing_gives_back_every_descriptor(built: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with tierstore.open(built, dram="600KiB") as store:
+            store["layers.1"].lookup(np.ones((3, 3), dtype=np.int64))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_importing_the_store_loads_neither_torch_nor_triton() -> None:
+    code = "import tierstore, engram_adapter, sys; assert 'torch' not in sys.modules and 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

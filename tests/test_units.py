@@ -1,0 +1,38 @@
+"""Sizes as people write and read them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tierstore import ConfigError
+from tierstore.units import format_bytes, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("2GiB", 2**31),
+        ("1.5 GiB", 3 * 2**29),
+        ("512mib", 2**29),
+        ("10", 10),
+        (7, 7),
+        ("0", 0),
+        ("1KB", 1000),
+        ("0.5KiB", 512),
+    ],
+)
+def test_sizes_are_read(text: str | int, num_bytes: int) -> None:
+    assert parse_bytes(text, "dram") == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "1 GiB 2", "-1", "1.5", "0.3KiB", "1e9", "2GG", None, 2.0, True, -3])
+def test_what_is_no_size_is_refused_by_the_name_of_its_option(text: object) -> None:
+    with pytest.raises(ConfigError, match="dram"):
+        parse_bytes(text, "dram")
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (2**31, "2.00 GiB"), (2**41, "2.00 TiB")]
+)
+def test_sizes_are_written_in_the_largest_whole_unit(num_bytes: int, text: str) -> None:
+    assert format_bytes(num_bytes) == text
