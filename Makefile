@@ -1,0 +1,42 @@
+# Everything a developer runs. Each target works alone on a fresh clone: Debian, Python 3.10 or newer, gcc.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+SOURCES := $(wildcard kernels/cpu/*) setup.py setup.cfg pyproject.toml requirements.txt
+
+.PHONY: install test lint types suite demo bench clean
+
+install: $(STAMP)
+
+# torch first and by itself: the pinned release, so that no other package asks for another build of it.
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $(STAMP)
+
+test: lint types suite
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+suite: install
+	$(BIN)/python -m pytest
+
+demo: install
+	$(BIN)/python -m tierstore.tools.demo
+
+bench: install
+	$(BIN)/tierstore bench build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .demo
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -f kernels/_cpu*.so

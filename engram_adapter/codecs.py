@@ -1,0 +1,87 @@
+"""Rows as stored (opaque bytes) into values that a model computes with.
+
+Flows in: uint8 tensors of whole rows, as lookups return them, and the codec name of their table. Flows out: tensors of
+the table's float type, on the same device. Refuses the codec "raw", whose rows tierstore stores without knowing how to
+read them, and bytes that are not whole rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tierstore.errors import ConfigError
+from tierstore.spec import codec_row_bytes, codec_scale
+
+SCALE_BLOCK = 32  # values that share one e8m0 scale byte
+_E8M0_NAN = 255
+# The float32 bit patterns of the two e8m0 bytes whose value is not `byte << 23`: 0 is the subnormal 2^-127, 255 is NaN.
+_FLOAT32_BITS_2_POW_MINUS_127 = 0x00400000
+_FLOAT32_BITS_NAN = 0x7FC00000
+
+_PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def codec_dtype(codec: str) -> torch.dtype:
+    """Returns the float type in which rows of `codec` come out: bfloat16 for every fp8 codec, else the stored type.
+
+    Raises `ConfigError` for "raw", `FormatError` for a codec that this version does not know.
+    """
+    if codec == "raw":
+        raise ConfigError(
+            "codec 'raw' names no float type: these rows are stored as bytes only; read them with Table.rows and "
+            "decode them yourself"
+        )
+    codec_row_bytes(codec, SCALE_BLOCK)  # refuses unknown names
+    return _PLAIN_DTYPES.get(codec, torch.bfloat16)
+
+
+def decode_rows(rows: torch.Tensor, codec: str, dim: int) -> torch.Tensor:
+    """Decodes rows, uint8 [..., row_bytes], into values [..., dim] of `codec_dtype(codec)`, on the device of `rows`.
+
+    "fp8_e4m3_e8m0x32": value = fp8 * 2^(scale byte - 127), "fp8_e4m3*S": value = fp8 * S; both are computed in float32
+    and rounded once to bfloat16, half to even. The first is exact for scale bytes 3 to 246; a product past the largest
+    bfloat16 is infinite, and scale byte 255 gives NaN. The other codecs copy nothing where the bytes are contiguous
+    and aligned: the result is then a view of `rows`.
+
+    Raises `TypeError` where `rows` is not uint8, `ValueError` where its last axis is not a row of `dim` values,
+    `ConfigError` for "raw", `FormatError` for unknown codecs.
+    """
+    dtype = codec_dtype(codec)
+    row_bytes = codec_row_bytes(codec, dim)
+    if rows.dtype != torch.uint8:
+        raise TypeError(f"rows to decode are {rows.dtype}, must be torch.uint8 as lookups return them")
+    if rows.ndim == 0 or rows.shape[-1] != row_bytes:
+        raise ValueError(
+            f"rows of shape {list(rows.shape)}: the last axis must be {row_bytes} bytes, which {dim} values as "
+            f"{codec} take"
+        )
+    if codec in _PLAIN_DTYPES:
+        return _reinterpreted(rows, dtype)
+    values = rows[..., :dim].view(torch.float8_e4m3fn).to(torch.float32)
+    if codec == "fp8_e4m3_e8m0x32":
+        values.unflatten(-1, (dim // SCALE_BLOCK, SCALE_BLOCK)).mul_(e8m0_to_float32(rows[..., dim:]).unsqueeze(-1))
+    elif codec != "fp8_e4m3":
+        values.mul_(torch.tensor(codec_scale(codec), dtype=torch.float32, device=values.device))
+    return values.to(dtype)
+
+
+def e8m0_to_float32(scale_bytes: torch.Tensor) -> torch.Tensor:
+    """Turns e8m0 bytes, uint8 of any shape, into float32 2^(byte - 127), exactly; byte 255 gives NaN.
+
+    The exponent field of a float32 holds the same bias, so bytes 1 to 254 only move to its place. This stands in for
+    torch.float8_e8m0fnu, which torch 2.6 does not have.
+    """
+    assert scale_bytes.dtype == torch.uint8
+    bits = scale_bytes.to(torch.int32) << 23
+    bits = bits.masked_fill_(scale_bytes == 0, _FLOAT32_BITS_2_POW_MINUS_127)
+    return bits.masked_fill_(scale_bytes == _E8M0_NAN, _FLOAT32_BITS_NAN).view(torch.float32)
+
+
+def _reinterpreted(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Views bytes as `dtype`; copies first where they are not contiguous from an aligned offset, as torch needs."""
+    if rows.numel() == 0:  # an empty array of NumPy has strides of 0, which torch does not view either
+        return rows.new_empty((*rows.shape[:-1], rows.shape[-1] // dtype.itemsize), dtype=dtype)
+    rows = rows.contiguous()
+    if rows.storage_offset() % dtype.itemsize or rows.data_ptr() % dtype.itemsize:
+        rows = rows.clone()
+    return rows.view(dtype)

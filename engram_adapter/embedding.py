@@ -1,0 +1,267 @@
+"""Embedding modules over a store, and their resident counterpart: the same call, the same rows, bit for bit.
+
+Flows in: token ids (`TieredEmbedding`, `HashedEmbedding`) or the row ids that a model already holds
+(`RowIdEmbedding`). Flows out: rows in the table's float type, without gradient, on the device of the ids. Refuses a
+store whose table was built with another hash. Shapes: B sequences, T tokens, O orders, H rows per key.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tierstore.errors import ConfigError, FingerprintMismatchError
+
+from .codecs import codec_dtype, decode_rows
+from .hash_spec import HashSpec
+
+if TYPE_CHECKING:
+    from tierstore.store import Store, Table, Ticket
+
+WAIT_S = 60.0  # the longest a forward waits for its rows; reads of a dying disk can take tens of seconds
+PENDING_PREFETCHES_MAX = 8  # of one module; the oldest is dropped beyond it, so that unused ones cannot fill memory
+
+# What identifies a call: shape and bytes of token ids, history and dead positions.
+_CallKey = tuple[tuple[tuple[int, ...], bytes] | None, ...]
+
+
+class TieredEmbedding(torch.nn.Module):
+    """Looks up the rows of token ids in a store: `TieredEmbedding(store, layer, spec)(token_ids)`.
+
+    `layer` is the 0-based index of the model's module, or the table's name. Has no parameters and nothing in its
+    state_dict. Any number of threads may call it at once. Raises `FingerprintMismatchError` where `spec` is not the
+    hash that the table was built with, `ConfigError` where the store has no such table or cannot decode its rows.
+    """
+
+    def __init__(self, store: Store, layer: int | str, spec: HashSpec) -> None:
+        super().__init__()
+        table = _table(store, spec.table_name(layer))
+        check_fingerprint(table, spec, layer)
+        self._store, self._layer, self._hash_spec, self._table_spec = store, layer, spec, table.spec
+        self.dtype = codec_dtype(table.spec.codec)
+        self.num_embeddings, self.num_heads = table.spec.num_rows, table.spec.num_heads
+        self.embedding_dim = table.spec.dim
+        self._pending_lock = threading.Lock()
+        self._pending: OrderedDict[_CallKey, tuple[Ticket, np.ndarray]] = OrderedDict()  # guarded by _pending_lock
+
+    @property
+    def features(self) -> int:
+        """Values that one token gets: rows a token times values a row."""
+        return self.num_heads * self.embedding_dim
+
+    def prefetch(
+        self, token_ids: torch.Tensor, history: torch.Tensor | None = None, dead: torch.Tensor | None = None
+    ) -> None:
+        """Starts the lookup that a later `forward` with equal arguments takes. Does not wait for any read.
+
+        Of more than `PENDING_PREFETCHES_MAX` prefetches that no forward took, the oldest is dropped; a second one with
+        equal arguments is none. Errors of the lookup itself come out of the forward.
+        """
+        prefetch_layers([self], token_ids, history, dead)
+
+    def forward(
+        self, token_ids: torch.Tensor, history: torch.Tensor | None = None, dead: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns the rows of `token_ids`, integers [B, T], as [B, T, O * H, dim] on the device of `token_ids`.
+
+        `history`: the tokens before, [B, up to the largest order - 1]; `dead`: bool [B, T], positions such as image
+        spans. Blocks until the rows are there, at most `WAIT_S`, then raises `TimeoutError`. Raises `ValueError` for
+        token ids outside the vocabulary, `CorruptPageError` where a row cannot be read as it was built.
+        """
+        call = _Call(token_ids, history, dead)
+        with self._pending_lock:
+            ticket, rows = self._pending.pop(call.key, (None, None))
+        if ticket is None or rows is None:
+            keys, rows = self._request(call)
+            ticket = self._store.submit({self._table_spec.name: (keys, rows)})
+        ticket.wait(timeout_s=WAIT_S)
+        # The tensor is made here, not in prefetch: one made under inference_mode could not serve a training forward.
+        values = decode_rows(torch.from_numpy(rows).to(token_ids.device), self._table_spec.codec, self.embedding_dim)
+        return values.unflatten(0, call.token_ids.shape)
+
+    def _request(self, call: _Call) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the keys, int64 [B * T, O], and the buffer for their rows, uint8 [B * T, O * H, row_bytes]."""
+        spec = self._table_spec
+        keys = self._hash_spec.keys(call.token_ids, self._layer, history=call.history, dead=call.dead)
+        keys = keys.reshape(-1, len(spec.orders))
+        return keys, np.empty((len(keys), spec.num_heads, spec.row_bytes), dtype=np.uint8)
+
+
+def prefetch_layers(
+    embeddings: Sequence[TieredEmbedding],
+    token_ids: torch.Tensor,
+    history: torch.Tensor | None = None,
+    dead: torch.Tensor | None = None,
+) -> None:
+    """Starts the lookups of several layers as one request of their store, which batches reads over tables.
+
+    Each layer's forward with equal arguments then takes its part. Arguments as in `TieredEmbedding.forward`. Raises
+    `ValueError` where the layers lie in different stores or one is named twice. Does not wait for any read.
+    """
+    if not embeddings:
+        return
+    store = embeddings[0]._store
+    names = [embedding._table_spec.name for embedding in embeddings]
+    if any(embedding._store is not store for embedding in embeddings) or len(set(names)) != len(names):
+        raise ValueError(
+            f"prefetch of {', '.join(names)}: one request needs distinct tables of one store; prefetch them apart"
+        )
+    call = _Call(token_ids, history, dead)
+    wanted = []
+    for embedding in embeddings:
+        with embedding._pending_lock:
+            if call.key not in embedding._pending:
+                wanted.append(embedding)
+    if not wanted:
+        return
+    requests = [embedding._request(call) for embedding in wanted]
+    ticket = store.submit(
+        {embedding._table_spec.name: (keys, rows) for embedding, (keys, rows) in zip(wanted, requests, strict=True)}
+    )
+    for embedding, (_, rows) in zip(wanted, requests, strict=True):
+        with embedding._pending_lock:
+            embedding._pending[call.key] = (ticket, rows)
+            while len(embedding._pending) > PENDING_PREFETCHES_MAX:
+                embedding._pending.popitem(last=False)
+
+
+class RowIdEmbedding(torch.nn.Module):
+    """Drop-in for an embedding whose caller already holds row ids: `RowIdEmbedding(store, layer)(row_ids)`.
+
+    Stands in for `nn.Embedding` (`weight.device`, `weight.dtype`, `num_embeddings`, `embedding_dim`), and with
+    `head_offsets=True` for the published MultiHeadEmbedding, which takes ids within each head and adds the offsets
+    itself. `weight` is empty, [0, dim]: it follows `.to(device)`, keeps the table's float type under `.to(dtype)`,
+    because that is the type of the output, and is not in the state_dict. Raises `ConfigError` where the store has no
+    such table.
+    """
+
+    weight: torch.Tensor
+
+    def __init__(self, store: Store, layer: int | str, head_offsets: bool = False) -> None:
+        super().__init__()
+        self._table = _table(store, layer if isinstance(layer, str) else f"layers.{layer}")
+        spec = self._table.spec
+        self._head_offsets = head_offsets
+        self.num_embeddings, self.embedding_dim, self.num_heads = spec.num_rows, spec.dim, spec.num_heads
+        self.register_buffer("weight", torch.empty((0, spec.dim), dtype=codec_dtype(spec.codec)), persistent=False)
+
+    def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """Returns the rows of `row_ids`, integers [...], as [..., dim] on their device; row id -1 gives a zero row.
+
+        With `head_offsets`, the last axis of `row_ids` is the heads, and each id counts within its head. Blocks on the
+        reads. Raises `ValueError` for ids outside the table or their head, `CorruptPageError` where a row is damaged.
+        """
+        ids = _as_int64(row_ids, "row ids")
+        if self._head_offsets:
+            ids = self._ids_in_table(ids)
+        rows = torch.empty((*ids.shape, self._table.spec.row_bytes), dtype=torch.uint8)
+        self._table.rows(ids, out=rows.numpy())
+        return decode_rows(rows.to(row_ids.device), self._table.spec.codec, self.embedding_dim)
+
+    def _ids_in_table(self, ids: np.ndarray) -> np.ndarray:
+        """Adds each head's offset. An id past its head's end is refused: it would become the next head's row."""
+        spec = self._table.spec
+        if ids.ndim == 0 or ids.shape[-1] != spec.num_heads:
+            raise ValueError(
+                f"ids of shape {list(ids.shape)} for table {spec.name}: the last axis must be its {spec.num_heads} "
+                f"heads"
+            )
+        outside = (ids < -1) | (ids >= np.array(spec.moduli, dtype=np.int64))
+        if outside.any():
+            *_, head = place = tuple(int(index) for index in np.argwhere(outside)[0])
+            raise ValueError(
+                f"id {ids[place]} of head {head} of table {spec.name}: that head has rows 0 to "
+                f"{spec.moduli[head] - 1}; "
+                f"pass ids within the head, or use head_offsets=False for ids that count from the table's start"
+            )
+        return np.where(ids == -1, -1, ids + np.array(spec.offsets, dtype=np.int64))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RowIdEmbedding:
+        super()._apply(fn, recurse)
+        self.weight = self.weight.to(codec_dtype(self._table.spec.codec))
+        return self
+
+
+class HashedEmbedding(torch.nn.Module):
+    """The resident counterpart of `TieredEmbedding`: a whole table in memory, addressed by the same hash.
+
+    `weight` holds the decoded rows, [num_rows, dim], and is kept frozen. For tables that fit, and as the oracle of
+    tests. Raises `ValueError` where `weight` is not the size of the table that `spec` describes.
+    """
+
+    def __init__(self, spec: HashSpec, layer: int | str, weight: torch.Tensor) -> None:
+        super().__init__()
+        if weight.ndim != 2 or weight.shape[0] != spec.num_rows(layer):
+            raise ValueError(
+                f"weight of shape {list(weight.shape)} for {spec.table_name(layer)}: it must be "
+                f"[{spec.num_rows(layer)}, values a row]"
+            )
+        self._hash_spec, self._layer = spec, layer
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.num_heads = len(spec.moduli(layer))
+        self.embedding = torch.nn.Embedding.from_pretrained(weight, freeze=True)
+
+    @property
+    def features(self) -> int:
+        """Values that one token gets: rows a token times values a row."""
+        return self.num_heads * self.embedding_dim
+
+    def forward(
+        self, token_ids: torch.Tensor, history: torch.Tensor | None = None, dead: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns the rows of `token_ids`, integers [B, T], as [B, T, O * H, dim]; as `TieredEmbedding.forward`."""
+        call = _Call(token_ids, history, dead)
+        ids = self._hash_spec.row_ids(call.token_ids, self._layer, history=call.history, dead=call.dead)
+        row_ids = torch.from_numpy(ids).to(self.embedding.weight.device)
+        rows: torch.Tensor = self.embedding(row_ids.clamp_min(0))
+        return rows.masked_fill((row_ids < 0).unsqueeze(-1), 0).to(token_ids.device)
+
+
+def check_fingerprint(table: Table, spec: HashSpec, layer: int | str) -> None:
+    """Raises `FingerprintMismatchError` unless `table` was built with the hash that `spec` describes for `layer`."""
+    if table.spec.fingerprint != spec.fingerprint(layer):
+        raise FingerprintMismatchError(
+            f"table {table.spec.name} was built with hash {table.spec.fingerprint[:16]}..., this model's hash is "
+            f"{spec.fingerprint(layer)[:16]}...: every row would be a wrong one; open the store that was built from "
+            f"this model's "
+            f"checkpoint, or take the hash from the store with HashSpec.from_store"
+        )
+
+
+class _Call:
+    """The arguments of one call as int64 and bool arrays on the CPU, and what tells them from another call's."""
+
+    def __init__(self, token_ids: torch.Tensor, history: torch.Tensor | None, dead: torch.Tensor | None) -> None:
+        self.token_ids = _as_int64(token_ids, "token_ids")
+        if self.token_ids.ndim != 2:
+            raise ValueError(f"token_ids of shape {list(self.token_ids.shape)}: they must be [sequences, tokens]")
+        self.history = None if history is None or history.numel() == 0 else _as_int64(history, "history")
+        if dead is not None and dead.dtype != torch.bool:
+            raise TypeError(f"dead is {dead.dtype}, must be torch.bool")
+        self.dead = None if dead is None else dead.detach().cpu().contiguous().numpy()
+        arrays = (self.token_ids, self.history, self.dead)
+        self.key: _CallKey = tuple(None if array is None else (array.shape, array.tobytes()) for array in arrays)
+
+
+def _as_int64(ids: Any, what: str) -> np.ndarray:
+    """Returns an integer tensor of any device and layout as a contiguous int64 array on the CPU."""
+    is_tensor = isinstance(ids, torch.Tensor)
+    if not is_tensor or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        got = ids.dtype if is_tensor else type(ids).__name__
+        raise TypeError(f"{what} are {got}, must be a tensor of integers")
+    array: np.ndarray = ids.detach().to("cpu", torch.int64).contiguous().numpy()
+    return array
+
+
+def _table(store: Store, name: str) -> Table:
+    """Returns the table `name`, or raises `ConfigError` that lists those there are."""
+    if name not in store.tables:
+        raise ConfigError(
+            f"the store has no table {name}; it has {', '.join(sorted(store.tables))}: pass one of these, or build it"
+        )
+    return store.tables[name]

@@ -1,0 +1,231 @@
+"""Where each family keeps its tables in a checkpoint: which tensors, of which dtypes, side by side in which order.
+
+Flows in: a `Checkpoint`. Flows out: a `Model`, its hash and the `TableSource`s that a build streams. Refuses checkpoints whose
+tensors or hash buffers disagree with their configuration: those would be built into wrong rows.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tierstore import ConfigError, TableSpec
+from tierstore.formats.checkpoint import Checkpoint, Plane, StoredTensor, TableSource
+
+from .hash_config import find_family
+from .hash_spec import HashSpec
+from .token_map import build_token_map
+
+SCALE_BLOCK = 32
+# Names of the tensors that hold tables; any prefix may stand before.
+_TABLE_NAMES = {
+    "deepseek_v41": r"layers\.{layer}\.engram\.embed\.weight",
+    "engram": r"layers\.{layer}\.(?:.*\.)?multi_head_embedding\.embedding\.weight",
+    "qwen4_exp": r"layers\.{layer}\.ple\.ple_embedding\.ngram_embedding\.(?:weight|shard_0\.weight)",
+}
+_CODEC_OF_DTYPE = {"F32": ("fp32", 4), "F16": ("fp16", 2), "BF16": ("bf16", 2), "F8_E4M3": ("fp8_e4m3", 1)}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint's n-gram tables: family, hash, and the table of each layer."""
+
+    family: str
+    hash_spec: HashSpec
+    sources: tuple[TableSource, ...]
+
+
+def read_model(checkpoint: Checkpoint, family: str | None = None) -> Model:
+    """Finds the tables of a checkpoint; the family comes from its tensors' names and its config.json unless it is named.
+
+    Reads tokenizer.json where the family's hash has a token map. Raises `ConfigError` where something is missing or
+    contradicts itself, with both numbers.
+    """
+    if not checkpoint.config:
+        raise ConfigError(
+            f"{checkpoint.path} has no config.json, which says how rows are hashed; give the checkpoint's whole folder, "
+            f"or take one tensor as a plain table with --tensor"
+        )
+    family = family or _family_of(checkpoint)
+    if family not in _READERS:
+        raise ConfigError(f"family {family!r} is not known; there are {', '.join(_READERS)}")
+    tokenizer = checkpoint.path / "tokenizer.json"
+    token_map = None if family == "qwen4_exp" else build_token_map(tokenizer)
+    spec = HashSpec.from_config(checkpoint.config, token_map, family)
+    sources = tuple(_READERS[family](checkpoint, spec, layer) for layer in spec.layers)
+    return Model(family, spec, sources)
+
+
+def plain_source(checkpoint: Checkpoint, tensor_name: str) -> TableSource:
+    """Returns any 2-D tensor of a checkpoint as a plain table of its name: row id = key."""
+    tensor = checkpoint.tensors.get(tensor_name)
+    if tensor is None or len(tensor.shape) != 2:
+        found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+        names = [name for name, other in checkpoint.tensors.items() if len(other.shape) == 2]
+        raise ConfigError(
+            f"{checkpoint.path}: tensor {tensor_name!r} is {found}; 2-D tensors are: {', '.join(sorted(names)[:10]) or 'none'}"
+        )
+    num_rows, dim = tensor.shape
+    if not num_rows or not dim:
+        raise ConfigError(
+            f"{checkpoint.path}: tensor {tensor_name!r} is empty, {num_rows} x {dim}; there is no row to store"
+        )
+    codec = _CODEC_OF_DTYPE.get(tensor.dtype, ("raw", 0))[0]
+    row_bytes = tensor.num_bytes // num_rows
+    return TableSource(TableSpec.plain(tensor_name, num_rows, row_bytes, codec, dim), (Plane(row_bytes, (tensor,)),))
+
+
+def _family_of(checkpoint: Checkpoint) -> str:
+    """Returns the one family whose tables the checkpoint holds; where names tell none or several, its config.json's."""
+    held = [
+        family
+        for family, pattern in _TABLE_NAMES.items()
+        if any(re.search(rf"(?:^|\.){pattern.format(layer='[0-9]+')}$", name) for name in checkpoint.tensors)
+    ]
+    return held[0] if len(held) == 1 else find_family(checkpoint.config)
+
+
+def _deepseek_v41(checkpoint: Checkpoint, spec: HashSpec, layer: int) -> TableSource:
+    prefix = _prefix(checkpoint, "deepseek_v41", layer, "weight")
+    weight = checkpoint.tensor(f"{prefix}weight", ["F8_E4M3"], 2)
+    scale = checkpoint.tensor(f"{prefix}scale", ["F8_E8M0", "U8"], 2)
+    num_rows, dim = weight.shape
+    if dim % SCALE_BLOCK or scale.shape != (num_rows, dim // SCALE_BLOCK):
+        raise ConfigError(
+            f"{scale.name} is {list(scale.shape)}, {weight.name} of {list(weight.shape)} needs "
+            f"{[num_rows, dim // SCALE_BLOCK]}: one scale for {SCALE_BLOCK} columns; the checkpoint is damaged"
+        )
+    _check_width(checkpoint, "engram_head_dim", dim)
+    planes = (Plane(dim, (weight,)), Plane(dim // SCALE_BLOCK, (scale,)))
+    return _source(spec, layer, planes, "fp8_e4m3_e8m0x32", dim)
+
+
+def _published(checkpoint: Checkpoint, spec: HashSpec, layer: int) -> TableSource:
+    prefix = _prefix(checkpoint, "engram", layer, "embedding.weight")
+    weight = checkpoint.tensor(f"{prefix}embedding.weight", ["F32", "F16", "BF16"], 2)
+    _check_buffer(checkpoint, f"{prefix}offsets", spec.offsets(layer))
+    codec, value_bytes = _CODEC_OF_DTYPE[weight.dtype]
+    dim = weight.shape[1]
+    _check_width(checkpoint, "n_embed_per_ngram", dim * spec.heads)
+    return _source(spec, layer, (Plane(dim * value_bytes, (weight,)),), codec, dim)
+
+
+def _qwen4_exp(checkpoint: Checkpoint, spec: HashSpec, layer: int) -> TableSource:
+    prefix = _prefix(checkpoint, "qwen4_exp", layer, None)
+    _check_buffer(checkpoint, f"{prefix}layer_multipliers", spec.multipliers(layer))
+    _check_buffer(checkpoint, f"{prefix}ngram_heads_vocab_sizes", spec.moduli(layer))
+    _check_buffer(checkpoint, f"{prefix}ngram_heads_offsets", spec.offsets(layer))
+    tensors = _parts(checkpoint, f"{prefix}ngram_embedding.")
+    dtype, dim = tensors[0].dtype, tensors[0].shape[1]
+    for tensor in tensors:
+        if (tensor.dtype, tensor.shape[1]) != (dtype, dim):
+            raise ConfigError(
+                f"{tensor.name} is {tensor.dtype} of {tensor.shape[1]} columns, {tensors[0].name} is {dtype} of {dim}; "
+                f"the parts of one table must agree: a file of another checkpoint is among them"
+            )
+    _check_width(checkpoint, "ple_embed_dim", dim * len(spec.moduli(layer)))
+    codec, value_bytes = _CODEC_OF_DTYPE[dtype]
+    if dtype == "F8_E4M3":
+        codec = f"fp8_e4m3*{_global_scale(checkpoint, f'{prefix}ngram_embedding.weight_scale').hex()}"
+    return _source(spec, layer, (Plane(dim * value_bytes, tensors),), codec, dim)
+
+
+_READERS: dict[str, Callable[[Checkpoint, HashSpec, int], TableSource]] = {
+    "deepseek_v41": _deepseek_v41,
+    "engram": _published,
+    "qwen4_exp": _qwen4_exp,
+}
+
+
+def _source(spec: HashSpec, layer: int, planes: tuple[Plane, ...], codec: str, dim: int) -> TableSource:
+    """Puts table and planes together; `TableSource` refuses row counts that disagree."""
+    table = TableSpec(
+        name=spec.table_name(layer),
+        num_rows=spec.num_rows(layer),
+        row_bytes=sum(plane.width_bytes for plane in planes),
+        orders=spec.orders,
+        rows_per_key=spec.heads,
+        moduli=spec.moduli(layer),
+        offsets=spec.offsets(layer),
+        codec=codec,
+        dim=dim,
+        fingerprint=spec.fingerprint(layer),
+    )
+    return TableSource(table, planes)
+
+
+def _text_value(checkpoint: Checkpoint, key: str) -> int | None:
+    """Returns a whole number of config.json, None where it gives none; what the hash needs `HashSpec` checks."""
+    text = checkpoint.config.get("text_config")
+    value = text.get(key) if isinstance(text, dict) and key in text else checkpoint.config.get(key)
+    return value if type(value) is int else None
+
+
+def _check_width(checkpoint: Checkpoint, key: str, found: int) -> None:
+    expected = _text_value(checkpoint, key)
+    if expected not in (None, found):
+        raise ConfigError(
+            f"{checkpoint.path}: config.json says {key} {expected}, its tensors' columns make {found}; "
+            f"config.json does not belong to these tensors"
+        )
+
+
+def _global_scale(checkpoint: Checkpoint, name: str) -> float:
+    tensor = checkpoint.tensors.get(name)
+    if tensor is None or tensor.dtype != "F32" or tensor.num_bytes != 4:
+        found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+        raise ConfigError(f"{name} is {found}, fp8 rows need one F32; download the checkpoint again")
+    scale = float(np.frombuffer(tensor.read_bytes(), "<f4")[0])
+    if not math.isfinite(scale) or scale <= 0:
+        raise ConfigError(f"{name} is {scale}, expected a finite scale above 0; download the checkpoint again")
+    return scale
+
+
+def _prefix(checkpoint: Checkpoint, family: str, layer: int, ending: str | None) -> str:
+    """Returns what stands before `ending` in the name of a layer's table; with None, before its last module."""
+    pattern = _TABLE_NAMES[family].format(layer=layer)
+    names = [name for name in checkpoint.tensors if re.search(rf"(?:^|\.){pattern}$", name)]
+    if len(names) != 1:
+        found = f"are several such tensors: {', '.join(names)}" if names else "is no such tensor"
+        raise ConfigError(
+            f"{checkpoint.path}: there {found} ({pattern.replace(chr(92), '')}); config.json does not belong to these tensors, "
+            f"or a file is missing"
+        )
+    return names[0].removesuffix(ending) if ending else names[0].rpartition("ngram_embedding.")[0]
+
+
+def _parts(checkpoint: Checkpoint, prefix: str) -> tuple[StoredTensor, ...]:
+    """Returns a table's tensors in the order of their rows: one `weight`, or `shard_0.weight`, `shard_1.weight`, ..."""
+    dtypes = list(_CODEC_OF_DTYPE)
+    if f"{prefix}weight" in checkpoint.tensors:
+        return (checkpoint.tensor(f"{prefix}weight", dtypes, 2),)
+    count = sum(bool(re.fullmatch(re.escape(prefix) + r"shard_\d+\.weight", name)) for name in checkpoint.tensors)
+    expected = _text_value(checkpoint, "split_ngram_parts")
+    if expected not in (None, count):
+        raise ConfigError(
+            f"{checkpoint.path}: {count} tensors {prefix}shard_*.weight, config.json says split_ngram_parts {expected}; "
+            f"a file is missing, or config.json does not belong to these tensors"
+        )
+    return tuple(checkpoint.tensor(f"{prefix}shard_{index}.weight", dtypes, 2) for index in range(count))
+
+
+def _check_buffer(checkpoint: Checkpoint, name: str, expected: tuple[int, ...]) -> None:
+    """Compares a hash buffer that the checkpoint carries with ours: where they differ, its rows are not where we look."""
+    if name not in checkpoint.tensors:
+        return
+    tensor = checkpoint.tensors[name]
+    if tensor.dtype != "I64":
+        raise ConfigError(f"{name} is {tensor.dtype}, expected I64; the checkpoint is damaged")
+    found = tuple(np.frombuffer(tensor.read_bytes(), "<i8").tolist())
+    if found != expected:
+        differ = next(
+            (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
+        )
+        raise ConfigError(
+            f"{name} has {len(found)} values, {found[differ : differ + 1]} at {differ}; config.json gives {len(expected)}, "
+            f"{expected[differ : differ + 1]}: the model was trained with another hash than its config.json says"
+        )

@@ -1,0 +1,250 @@
+"""What each family's config.json says about its hash: orders, heads, moduli, multipliers, pad rule.
+
+Flows in: config.json as a dict, and how many compressed ids the token map has. Flows out: `HashParts`. Refuses, with
+`ConfigError` naming the key, values that are missing, of another type, out of range or contradicted by others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tierstore import ConfigError
+
+from .primes import generator_multipliers, primes_from, splitmix_multipliers
+
+ORDER_MAX = 16
+HEADS_MAX = 256
+LAYER_MAX = 10_000
+LAYERS_MAX = 256
+TABLE_HEADS_MAX = 16_384  # of all layers and orders together: finding their primes takes seconds, not hours
+LAYER_SEED_STEP = 10007
+VOCABULARY_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class HashParts:
+    """A family's hash as its configuration gives it; dicts are by layer. pad_id is None where it needs the token map."""
+
+    family: str
+    orders: tuple[int, ...]
+    heads: int
+    vocab_size: int
+    pad_id: int | None
+    barrier_id: int | None
+    needs_token_map: bool
+    multipliers: dict[int, tuple[int, ...]]
+    moduli: dict[int, tuple[int, ...]]
+    num_rows: dict[int, int]
+
+
+def find_family(config: dict[str, Any]) -> str:
+    """Returns the family that a config.json is of; raises `ConfigError` where it has the keys of none."""
+    text = _text_config(config)
+    for family, (_, key) in FAMILIES.items():
+        if text.get(key):
+            return family
+    marks = ", ".join(f"{key} ({family})" for family, (_, key) in FAMILIES.items())
+    raise ConfigError(
+        f"config.json is of no known family: it has none of {marks}; pass --family, or --tensor for a plain table"
+    )
+
+
+def read(config: dict[str, Any], token_map: np.ndarray | None, family: str | None) -> HashParts:
+    """Reads the hash of a family (found from the keys if None)."""
+    family = family or find_family(config)
+    if family not in FAMILIES:
+        raise ConfigError(f"family {family!r} is not known; there are {', '.join(FAMILIES)}")
+    return FAMILIES[family][0](_Values(_text_config(config), family), token_map)
+
+
+class _Values:
+    """A configuration whose values are checked as they are read."""
+
+    def __init__(self, config: dict[str, Any], family: str) -> None:
+        self._config, self.family = config, family
+
+    def refuse(self, key: str, what: str) -> ConfigError:
+        return ConfigError(f"config.json ({self.family}): {key} {what}; config.json is damaged or another model's")
+
+    def integer(self, key: str, low: int, high: int, *others: str, default: int | None = None) -> int:
+        found = next((name for name in (key, *others) if self._config.get(name) is not None), None)
+        value = default if found is None else self._config[found]
+        if key == "eos_token_id" and isinstance(value, list) and value:
+            value = value[0]  # several are listed for generation; the hash takes the first
+        if value is None:
+            without_map = " and no token map is given to count" if key == "engram_compressed_vocab_size" else ""
+            raise self.refuse(key, f"is missing{without_map}")
+        if type(value) is not int or not low <= value <= high:
+            raise self.refuse(key, f"is {value!r}, expected an integer from {low} to {high}")
+        return value
+
+    def integers(self, key: str, low: int, high: int, *, optional: bool = False) -> list[int]:
+        values = self._config.get(key)
+        if values is None and optional:
+            return []
+        if not isinstance(values, list) or not values:
+            raise self.refuse(key, "is missing" if values is None else f"is {values!r}, expected a list of integers")
+        if len(values) > LAYERS_MAX:
+            raise self.refuse(key, f"has {len(values)} values, expected at most {LAYERS_MAX}")
+        if not all(type(value) is int and low <= value <= high for value in values):
+            raise self.refuse(key, f"is {values!r}, expected integers from {low} to {high}")
+        return values
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the part that holds a family's key: text_config where there is one, else the top level."""
+    if not isinstance(config, dict):
+        raise TypeError(f"config is a {type(config).__name__}, expected config.json as a dict")
+    text = config.get("text_config")
+    keys = [key for _, key in FAMILIES.values()]
+    if not isinstance(text, dict) or (any(map(config.get, keys)) and not any(map(text.get, keys))):
+        return config
+    return text
+
+
+def _deepseek_v41(values: _Values, token_map: np.ndarray | None) -> HashParts:
+    layers = _distinct(values, "engram_layer_ids", 0)
+    max_order = values.integer("engram_max_ngram_size", 2, ORDER_MAX)
+    heads = values.integer("engram_n_heads", 1, HEADS_MAX)
+    base = values.integer("engram_vocab_size", 2, 2**31 - 1)
+    parts = _engram(
+        values,
+        token_map,
+        layers,
+        [base] * (max_order - 1),
+        heads,
+        "engram_seed",
+        "engram_pad_token_id",
+        "engram_pad_id",
+    )
+    expected = values.integers("engram_num_embeddings", 1, 2**53, optional=True)
+    if expected and expected != list(parts.num_rows.values()):
+        raise values.refuse(
+            "engram_num_embeddings", f"is {expected}, the moduli add up to {list(parts.num_rows.values())}"
+        )
+    return parts
+
+
+def _published(values: _Values, token_map: np.ndarray | None) -> HashParts:
+    layers = _distinct(values, "layer_ids", 0)
+    max_order = values.integer("max_ngram_size", 2, ORDER_MAX)
+    heads = values.integer("n_head_per_ngram", 1, HEADS_MAX)
+    bases = values.integers("engram_vocab_size", 2, 2**31 - 1)
+    if len(bases) != max_order - 1:
+        raise values.refuse(
+            "engram_vocab_size", f"has {len(bases)} bases, max_ngram_size {max_order} needs {max_order - 1}"
+        )
+    return _engram(values, token_map, layers, bases, heads, "seed", "pad_id")
+
+
+def _engram(
+    values: _Values,
+    token_map: np.ndarray | None,
+    layers: list[int],
+    bases: list[int],
+    heads: int,
+    seed_key: str,
+    *pad_keys: str,
+) -> HashParts:
+    """The hash of arXiv 2601.07372: per layer and order, the next primes that no other head has taken."""
+    orders = tuple(range(2, len(bases) + 2))
+    count = None if token_map is None else _count(token_map)
+    compressed = values.integer("engram_compressed_vocab_size", 1, VOCABULARY_MAX, default=count)
+    if count not in (None, compressed):
+        raise values.refuse(
+            "engram_compressed_vocab_size", f"is {compressed}, tokenizer.json gives {count} distinct ids"
+        )
+    vocab_size = values.integer(
+        "vocab_size", 1, VOCABULARY_MAX, default=compressed if token_map is None else len(token_map)
+    )
+    if token_map is not None and len(token_map) != vocab_size:
+        raise values.refuse("vocab_size", f"is {vocab_size}, tokenizer.json has {len(token_map)} tokens")
+    pad_token = values.integer(pad_keys[0], 0, vocab_size - 1, *pad_keys[1:])
+    seed = values.integer(seed_key, 0, 2**63 - 1, default=0)  # a plain "seed" of a V4.1 config is not the hash's
+    _check_heads(values, len(layers) * len(bases) * heads)
+    taken: set[int] = set()
+    resume: dict[
+        int, int
+    ] = {}  # base -> every prime from it to here is taken, as each run takes the smallest free ones
+    moduli: dict[int, tuple[int, ...]] = {}
+    for layer in layers:
+        chosen = []
+        for base in bases:
+            free = (prime for prime in primes_from(resume.get(base, base)) if prime not in taken)
+            run = [next(free) for _ in range(heads)]
+            resume[base] = run[-1] + 1
+            taken.update(run)
+            chosen += run
+        moduli[layer] = tuple(chosen)
+    return HashParts(
+        family=values.family,
+        orders=orders,
+        heads=heads,
+        vocab_size=vocab_size,
+        pad_id=None if token_map is None else int(token_map[pad_token]),
+        barrier_id=None,
+        needs_token_map=True,
+        multipliers={n: generator_multipliers(compressed, seed + LAYER_SEED_STEP * n, orders[-1]) for n in layers},
+        moduli=moduli,
+        num_rows={layer: sum(chosen) for layer, chosen in moduli.items()},
+    )
+
+
+def _qwen4_exp(values: _Values, token_map: np.ndarray | None) -> HashParts:
+    del token_map  # ids hash as they are
+    layers = sorted({layer - 1 for layer in values.integers("ple_layer_ids", 1, LAYER_MAX)})  # as transformers does
+    max_order = values.integer("ngram_size", 2, ORDER_MAX, default=3)
+    heads = values.integer("heads_per_ngram", 1, HEADS_MAX, default=8)
+    base = values.integer("ngram_vocab_size_base", 2, 2**31 - 1, default=20_000_000)
+    multiple = values.integer("make_ngram_vocab_size_divisible_by", 1, 2**31 - 1, default=128)
+    vocab_size = values.integer("vocab_size", 1, VOCABULARY_MAX)
+    seed = values.integer("seed", 0, 2**63 - 1, default=1234)
+    eos_id = values.integer("eos_token_id", 0, vocab_size - 1)
+    _check_heads(values, len(layers) * (max_order - 1) * heads)
+    primes = primes_from(base)
+    moduli = {layer: tuple(next(primes) for _ in range((max_order - 1) * heads)) for layer in layers}
+    return HashParts(
+        family=values.family,
+        orders=tuple(range(2, max_order + 1)),
+        heads=heads,
+        vocab_size=vocab_size,
+        pad_id=eos_id,
+        barrier_id=eos_id,
+        needs_token_map=False,
+        multipliers={
+            n: splitmix_multipliers(vocab_size, seed + LAYER_SEED_STEP * i, max_order) for i, n in enumerate(layers)
+        },
+        moduli=moduli,
+        num_rows={layer: -(-sum(chosen) // multiple) * multiple for layer, chosen in moduli.items()},
+    )
+
+
+def _distinct(values: _Values, key: str, low: int) -> list[int]:
+    layers = values.integers(key, low, LAYER_MAX)
+    if len(set(layers)) != len(layers):
+        raise values.refuse(key, f"is {layers}, with a layer twice")
+    return layers
+
+
+def _check_heads(values: _Values, heads: int) -> None:
+    if heads > TABLE_HEADS_MAX:
+        raise ConfigError(
+            f"config.json ({values.family}): layers, orders and heads make {heads} heads in all, expected at most "
+            f"{TABLE_HEADS_MAX}; config.json is damaged"
+        )
+
+
+def _count(token_map: np.ndarray) -> int:
+    return len(np.unique(token_map))
+
+
+# Each family's reader, and the key of config.json that marks it.
+FAMILIES: dict[str, tuple[Callable[[_Values, np.ndarray | None], HashParts], str]] = {
+    "deepseek_v41": (_deepseek_v41, "engram_layer_ids"),
+    "qwen4_exp": (_qwen4_exp, "ple_layer_ids"),
+    "engram": (_published, "max_ngram_size"),
+}

@@ -1,0 +1,299 @@
+"""The hash of a model's n-grams: token ids -> keys -> row ids, the same numbers as the model's own code gives.
+
+Flows in: a checkpoint's configuration and token map, or what a build kept of them in the catalog. Flows out: keys and row
+ids of batches of tokens. All families share one form: mapped ids times odd multipliers, XORed over the n-gram; where
+look-back ends, and what stands before, is the family's pad rule. Refuses configurations that contradict themselves.
+
+Shapes: B sequences, T tokens, O orders, H heads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tierstore import ConfigError, FormatError, Store
+
+from . import hash_config
+from .token_map import checked_token_map
+
+RECORD_NAME = "hash_spec"
+TOKEN_MAP_NAME = "token_map"
+
+
+@dataclass(frozen=True)
+class LayerHash:
+    """What is a layer's own: one multiplier a position of the n-gram, a modulus and an offset a head, rows in all."""
+
+    multipliers: tuple[int, ...]
+    moduli: tuple[int, ...]
+    num_rows: int
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each head's rows begin: running sums of the moduli."""
+        sums = [0]
+        for modulus in self.moduli[:-1]:
+            sums.append(sums[-1] + modulus)
+        return tuple(sums)
+
+
+@dataclass(frozen=True, eq=False)
+class HashSpec:
+    """The hash of one model. Immutable; any thread may use it. Make it with `from_config` or `from_store`.
+
+    orders: n-gram lengths, ascending. heads: rows per key. vocab_size: token ids are below it. token_map: int32
+    [vocab_size], None where ids hash as they are. pad_id: the (mapped) id that stands where look-back has ended, and
+    barrier_id: the token id that ends look-back behind it, None where only the sequence's start does.
+    """
+
+    family: str
+    orders: tuple[int, ...]
+    heads: int
+    vocab_size: int
+    pad_id: int | None
+    barrier_id: int | None
+    layer_hashes: dict[int, LayerHash]
+    token_map: np.ndarray | None
+    needs_token_map: bool
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], token_map: np.ndarray | None = None, family: str | None = None
+    ) -> HashSpec:
+        """Makes the hash from a checkpoint's config.json, the token map from `build_token_map` where the family has one.
+
+        Without its token map a spec still gives moduli, multipliers and row counts; keys then raise. Raises `ConfigError`,
+        naming the key, where the configuration is of no known family, lacks a value or contradicts the token map;
+        `TypeError` and `ValueError` for a token map that is none.
+        """
+        token_map = None if token_map is None else checked_token_map(token_map)
+        parts = hash_config.read(config, token_map, family)
+        layers = {
+            layer: LayerHash(parts.multipliers[layer], parts.moduli[layer], parts.num_rows[layer])
+            for layer in parts.moduli
+        }
+        mapped = token_map if parts.needs_token_map else None
+        return cls(
+            parts.family, parts.orders, parts.heads, parts.vocab_size, parts.pad_id, parts.barrier_id, layers, mapped,
+            parts.needs_token_map,
+        )  # fmt: skip
+
+    @classmethod
+    def from_store(cls, store: Store) -> HashSpec:
+        """Makes the hash that a store was built with, from its catalog.
+
+        Raises `ConfigError` where the store holds plain tables only, `FormatError` where the record is damaged.
+        """
+        try:
+            record_bytes = store.attachment(RECORD_NAME)
+        except KeyError:
+            raise ConfigError(
+                "the store holds plain tables: it was built without a hash; look its rows up by row id"
+            ) from None
+        try:
+            record = json.loads(record_bytes)
+            layers = {
+                int(layer): LayerHash(tuple(parts["multipliers"]), tuple(parts["moduli"]), int(parts["num_rows"]))
+                for layer, parts in record["layers"].items()
+            }
+            token_map = None
+            if record["needs_token_map"]:
+                token_map = checked_token_map(np.frombuffer(store.attachment(TOKEN_MAP_NAME), dtype="<i4"))
+            spec = cls(
+                record["family"], tuple(record["orders"]), record["heads"], record["vocab_size"], record["pad_id"],
+                record["barrier_id"], layers, token_map, record["needs_token_map"],
+            )  # fmt: skip
+            if type(spec.needs_token_map) is not bool:
+                raise TypeError(f"needs_token_map is {spec.needs_token_map!r}")
+            if token_map is not None and len(token_map) != spec.vocab_size:
+                raise ValueError(f"a token map of {len(token_map)} tokens for a vocabulary of {spec.vocab_size}")
+            hashes = {spec.table_name(n): (spec.fingerprint(n), spec.num_rows(n), spec.heads) for n in spec.layers}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(
+                f"the store's hash record is damaged ({error!r}); restore the catalog or rebuild"
+            ) from error
+        tables = [table.spec for table in store.tables.values() if not table.spec.is_plain]
+        built = {table.name: (table.fingerprint, table.num_rows, table.rows_per_key) for table in tables}
+        for name in sorted(hashes.keys() | built.keys()):
+            if hashes.get(name) != built.get(name):
+                raise FormatError(
+                    f"fingerprint, rows and rows per key of table {name}: the store's hash record gives "
+                    f"{hashes.get(name, 'none')}, the table has {built.get(name, 'none')}; restore the catalog or rebuild"
+                )
+        return spec
+
+    def attachments(self) -> dict[str, bytes]:
+        """Returns what a build keeps in the catalog, for `from_store`."""
+        layers = {
+            str(layer): {"multipliers": parts.multipliers, "moduli": parts.moduli, "num_rows": parts.num_rows}
+            for layer, parts in self.layer_hashes.items()
+        }
+        record = {
+            "family": self.family,
+            "orders": self.orders,
+            "heads": self.heads,
+            "vocab_size": self.vocab_size,
+            "pad_id": self.pad_id,
+            "barrier_id": self.barrier_id,
+            "needs_token_map": self.needs_token_map,
+            "layers": layers,
+        }
+        attachments = {RECORD_NAME: json.dumps(record).encode()}  # unsorted: the order of layers is kept
+        if self.needs_token_map:
+            attachments[TOKEN_MAP_NAME] = self._token_map().astype("<i4").tobytes()
+        return attachments
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers with a table: 0-based module indices, as in the tables' names."""
+        return tuple(self.layer_hashes)
+
+    def table_name(self, layer: int | str) -> str:
+        """Returns the table of a layer, given as its number or already as the table's name: 1 -> "layers.1"."""
+        return f"layers.{self._number(layer)}"
+
+    def multipliers(self, layer: int | str) -> tuple[int, ...]:
+        """Returns the multiplier of each position of an n-gram, the token itself first."""
+        return self._layer(layer).multipliers
+
+    def moduli(self, layer: int | str) -> tuple[int, ...]:
+        """Returns the modulus of each (order, head), orders outermost."""
+        return self._layer(layer).moduli
+
+    def offsets(self, layer: int | str) -> tuple[int, ...]:
+        """Returns the first row of each (order, head), orders outermost."""
+        return self._layer(layer).offsets
+
+    def num_rows(self, layer: int | str) -> int:
+        """Returns the rows of the layer's table, padding included."""
+        return self._layer(layer).num_rows
+
+    def fingerprint(self, layer: int | str) -> str:
+        """Returns the SHA-256 (hex) of all that a layer's keys and row ids depend on."""
+        parts = self._layer(layer)
+        identity = {
+            "family": self.family,
+            "token_map": hashlib.sha256(self._token_map().astype("<i4").tobytes()).hexdigest()
+            if self.needs_token_map
+            else None,
+            "orders": self.orders,
+            "multipliers": parts.multipliers,
+            "moduli": parts.moduli,
+            "offsets": parts.offsets,
+            "pad_id": self.pad_id,
+            "barrier_id": self.barrier_id,
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def keys(
+        self, token_ids: np.ndarray, layer: int | str, history: np.ndarray | None = None, dead: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Returns the keys of the n-grams that end at each token: int64 [B, T] -> int64 [B, T, O].
+
+        history: the tokens before, [B, <= max order - 1], -1 where there is none (before the sequence's start, or a dead
+        position); a sequence fed in any split with its history gives the keys of the whole. dead: bool [B, T], positions
+        that are no text, such as image spans; their ids are not looked at. On a dead position, before the start and, for
+        families with a barrier, at or behind the barrier token, look-back ends: that predecessor and every older one count
+        as the pad id; so does a dead position itself. Raises `TypeError` (no integers), `ValueError` (shapes, ids outside
+        the vocabulary), `ConfigError` (a spec without its token map).
+        """
+        multipliers, pad_id = self._layer(layer).multipliers, self.pad_id
+        if pad_id is None:
+            raise self._no_token_map()
+        ids, ended = self._joined(token_ids, history, dead)
+        num_tokens = np.shape(token_ids)[1]
+        mapped = self._mapped(ids, ended, num_tokens)
+        first = mapped.shape[1] - num_tokens
+        stop = ended[:, first:].copy()  # look-back has ended at or before the predecessor at hand
+        mixed = np.where(stop, pad_id, mapped[:, first:]) * np.int64(multipliers[0])
+        behind = ended if self.barrier_id is None else ended | (ids == self.barrier_id)
+        keys = np.empty((*mixed.shape, len(self.orders)), dtype=np.int64)
+        for back in range(1, self.orders[-1]):
+            stop |= _shifted(behind, back, num_tokens, fill=True)
+            predecessor = np.where(stop, pad_id, _shifted(mapped, back, num_tokens, fill=0))
+            mixed = mixed ^ (predecessor * np.int64(multipliers[back]))
+            if back + 1 in self.orders:
+                keys[:, :, self.orders.index(back + 1)] = mixed
+        return keys
+
+    def row_ids(
+        self, token_ids: np.ndarray, layer: int | str, history: np.ndarray | None = None, dead: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Returns the rows of each token: int64 [B, T] -> int64 [B, T, O * H]. Arguments and errors as for `keys`."""
+        keys = self.keys(token_ids, layer, history, dead)
+        moduli = np.array(self.moduli(layer), dtype=np.int64).reshape(len(self.orders), self.heads)
+        offsets = np.array(self.offsets(layer), dtype=np.int64).reshape(len(self.orders), self.heads)
+        return (keys[..., None] % moduli + offsets).reshape(*keys.shape[:2], len(self.orders) * self.heads)
+
+    def _mapped(self, ids: np.ndarray, ended: np.ndarray, num_tokens: int) -> np.ndarray:
+        """Returns the mapped ids of history and tokens, int64 [B, P + T]; 0 where there is no token."""
+        outside = ~ended & ((ids < 0) | (ids >= self.vocab_size))
+        if outside.any():
+            row, column = np.argwhere(outside)[0]
+            raise ValueError(
+                f"token id {ids[row, column]} of sequence {row}, position {column - (ids.shape[1] - num_tokens)} is outside "
+                f"the vocabulary of {self.vocab_size}"
+            )
+        ids = np.where(ended, 0, ids)
+        return self._token_map()[ids].astype(np.int64) if self.needs_token_map else ids
+
+    def _joined(
+        self, token_ids: np.ndarray, history: np.ndarray | None, dead: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Checks shapes and dtypes; returns ids of history and tokens, int64 [B, P + T], and where there is no token."""
+        ids = _integers(token_ids, "token_ids")
+        past = np.empty((len(ids), 0), dtype=np.int64) if history is None else _integers(history, "history")
+        if len(past) != len(ids) or past.shape[1] >= self.orders[-1]:
+            raise ValueError(
+                f"history is {list(past.shape)}, expected [{len(ids)}, at most {self.orders[-1] - 1}]: the tokens before"
+            )
+        no_text = np.zeros(ids.shape, dtype=bool) if dead is None else np.asarray(dead)
+        if no_text.dtype != bool:
+            raise TypeError(f"dead is {no_text.dtype}, expected bool")
+        if no_text.shape != ids.shape:
+            raise ValueError(f"dead is {list(no_text.shape)}, token_ids are {list(ids.shape)}; they must agree")
+        return np.concatenate([past, ids], axis=1), np.concatenate([past == -1, no_text], axis=1)
+
+    def _token_map(self) -> np.ndarray:
+        if self.token_map is None:
+            raise self._no_token_map()
+        return self.token_map
+
+    def _no_token_map(self) -> ConfigError:
+        return ConfigError(
+            f"the hash of family {self.family} needs its token map: pass token_map=build_token_map(tokenizer.json)"
+        )
+
+    def _layer(self, layer: int | str) -> LayerHash:
+        return self.layer_hashes[self._number(layer)]
+
+    def _number(self, layer: int | str) -> int:
+        digits = layer.removeprefix("layers.") if isinstance(layer, str) else ""
+        number = int(digits) if digits.isdigit() else layer
+        if number not in self.layer_hashes:
+            raise KeyError(
+                f"there is no table for layer {layer!r}; there are {', '.join(f'layers.{n}' for n in self.layers)}"
+            )
+        return int(number)
+
+
+def _integers(ids: np.ndarray, what: str) -> np.ndarray:
+    array = np.asarray(ids)
+    if array.dtype.kind not in "iu" or array.dtype == np.uint64:
+        raise TypeError(f"{what} are {array.dtype}, expected integers up to int64")
+    if array.ndim != 2:
+        raise ValueError(f"{what} are {list(array.shape)}, expected [sequences, tokens]")
+    return array.astype(np.int64, copy=False)
+
+
+def _shifted(values: np.ndarray, back: int, num_tokens: int, fill: int) -> np.ndarray:
+    """Returns, for each of the last num_tokens columns, the value `back` columns before; `fill` before the first."""
+    first = values.shape[1] - num_tokens - back
+    missing = min(max(0, -first), num_tokens)
+    head = np.full((len(values), missing), fill, dtype=values.dtype)
+    return np.concatenate([head, values[:, max(first, 0) : max(first, 0) + num_tokens - missing]], axis=1)

@@ -1,0 +1,112 @@
+"""Small stores for the adapter's tests: random tables under a V4.1-like hash, and a store that says what it was asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from engram_adapter.hash_spec import HashSpec
+from safetensors.numpy import save_file
+
+from engram_adapter.codecs import decode_rows
+from tierstore.build import build_store
+from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
+from tierstore.spec import TableSpec
+
+LAYERS = (1, 4)
+VOCAB_SIZE = 61
+DIM = 64
+PLANE_BYTES = {"fp8_e4m3_e8m0x32": (DIM, DIM // 32), "bf16": (2 * DIM,), "fp32": (4 * DIM,), "fp16": (2 * DIM,)}
+
+
+def tiny_hash(max_order: int = 3, compressed: int = 40) -> HashSpec:
+    """A hash of V4.1's kind over two layers, 4 heads an order, some 300 rows a head."""
+    token_map = np.arange(VOCAB_SIZE, dtype=np.int32) % compressed
+    config = {
+        "model_type": "deepseek_v41",
+        "engram_layer_ids": list(LAYERS),
+        "engram_vocab_size": 300,
+        "engram_max_ngram_size": max_order,
+        "engram_n_heads": 4,
+        "engram_head_dim": DIM,
+        "engram_compressed_vocab_size": compressed,
+        "engram_pad_token_id": 2,
+        "vocab_size": VOCAB_SIZE,
+    }
+    return HashSpec.from_config(config, token_map)
+
+
+def build_tiny(folder: Path, spec: HashSpec, codec: str, seed: int) -> tuple[Path, dict[str, np.ndarray]]:
+    """Builds a store of random rows for every layer of `spec`; returns its path and each table's rows, by name."""
+    rng = np.random.default_rng(seed)
+    planes: dict[str, np.ndarray] = {}
+    for layer in spec.layers:
+        num_rows = spec.num_rows(layer)
+        planes |= {f"{layer}.{i}": plane for i, plane in enumerate(random_planes(rng, codec, num_rows))}
+    file = folder / "tables.safetensors"
+    save_file(planes, file)
+    checkpoint = Checkpoint.open(file)
+    sources, rows = [], {}
+    for layer in spec.layers:
+        name, widths = spec.table_name(layer), PLANE_BYTES[codec]
+        parts = [planes[f"{layer}.{i}"] for i in range(len(widths))]
+        rows[name] = np.concatenate(parts, axis=1)
+        table = TableSpec(
+            name, len(rows[name]), sum(widths), tuple(spec.orders), spec.heads, tuple(spec.moduli(layer)),
+            tuple(spec.offsets(layer)), codec, DIM, spec.fingerprint(layer),
+        )  # fmt: skip
+        stored = [Plane(width, (checkpoint.tensors[f"{layer}.{i}"],)) for i, width in enumerate(widths)]
+        sources.append(TableSource(table, tuple(stored)))
+    path = folder / "store"
+    build_store(path, sources, origin=checkpoint.as_record(), attachments=spec.attachments(), jobs=1)
+    return path, rows
+
+
+def random_planes(rng: np.random.Generator, codec: str, num_rows: int) -> list[np.ndarray]:
+    """Random finite values as bytes: no NaN, so that results compare with torch.equal."""
+    if codec == "fp8_e4m3_e8m0x32":
+        values = rng.integers(0, 0x7F, (num_rows, DIM), dtype=np.uint8)
+        values |= rng.integers(0, 2, (num_rows, DIM), dtype=np.uint8) << 7
+        return [values, rng.integers(115, 125, (num_rows, DIM // 32), dtype=np.uint8)]
+    values32 = torch.from_numpy(rng.normal(size=(num_rows, DIM)).astype(np.float32))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[codec]
+    return [values32.to(dtype).view(torch.uint8).numpy()]
+
+
+def decoded(rows: np.ndarray, codec: str) -> torch.Tensor:
+    """A table's rows as a resident weight, [num_rows, DIM]; test_codecs.py holds the decoding to its own oracle."""
+    return decode_rows(torch.from_numpy(rows), codec, DIM)
+
+
+class WatchedStore:
+    """Passes everything on to a store and notes each submit; `fail_next` makes the next wait raise it instead."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.submits: list[tuple[str, ...]] = []
+        self.timeouts_s: list[float | None] = []
+        self.fail_next: BaseException | None = None
+
+    @property
+    def tables(self) -> Any:
+        return self.store.tables
+
+    def submit(self, requests: dict[str, Any]) -> WatchedTicket:
+        self.submits.append(tuple(requests))
+        return WatchedTicket(self, self.store.submit(requests))
+
+
+class WatchedTicket:
+    """Notes how long a wait may take, and raises what its store was told to raise."""
+
+    def __init__(self, watched: WatchedStore, ticket: Any) -> None:
+        self.watched, self.ticket = watched, ticket
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        self.watched.timeouts_s.append(timeout_s)
+        self.ticket.wait(timeout_s=timeout_s)
+        error, self.watched.fail_next = self.watched.fail_next, None
+        if error is not None:
+            raise error
