@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ FLOORS = {
     "engram_adapter": 6,
     "tierstore.tools": 7,
 }
+HEAVY = {"torch", "triton", "transformers"}
 SOURCES = sorted(
     path
     for folder in ("tierstore", "kernels", "tools", "engram_adapter")
@@ -92,10 +95,26 @@ def test_a_module_imports_only_from_lower_floors(path: Path) -> None:
         assert room == imported or FLOORS[imported] < FLOORS[room], f"{module} imports {name} from its floor or above"
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if module_of(p).startswith("tierstore")], ids=module_of)
+STORE = [
+    path
+    for path in SOURCES
+    if module_of(path).startswith("tierstore") and room_of(module_of(path)) != "tierstore.tools"
+]
+
+
+@pytest.mark.parametrize("path", STORE, ids=module_of)
 def test_the_store_loads_neither_torch_nor_triton_when_imported(path: Path) -> None:
-    heavy = {name.split(".")[0] for name in imports_of(path, top_level_only=True)} & {"torch", "triton", "transformers"}
+    heavy = {name.split(".")[0] for name in imports_of(path, top_level_only=True)} & HEAVY
     assert not heavy
+
+
+def test_the_commands_load_neither_torch_nor_triton_when_imported() -> None:
+    code = (
+        "import importlib, sys, tierstore, engram_adapter; from tierstore.tools.cli import COMMANDS\n"
+        "for module, _ in COMMANDS.values(): importlib.import_module(module)\n"
+        f"assert not {HEAVY!r} & set(sys.modules), sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)

@@ -55,8 +55,8 @@ def open_store(
     back to "pread", saying so. hbm, device, placement: for tiers and placements that this version does not have yet.
 
     Blocks while resident tables load. Raises `StoreNotReadyError` (no finished store), `FormatError` (foreign, damaged,
-    newer), `BudgetError` (too small, or more than the machine has), `ConfigError` (an option). A damaged page does not keep a store from
-    opening: lookups of its rows raise.
+    newer), `BudgetError` (too small, or more than the machine has), `ConfigError` (an option). A damaged page does not keep
+    a store from opening: lookups of its rows raise.
     """
     if io not in IO_MODES:
         raise ConfigError(f"io: {io!r} is not one of {', '.join(IO_MODES)}")

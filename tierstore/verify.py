@@ -29,7 +29,10 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass
 class VerifyReport:
-    """What was checked and what is wrong; the store is good where `faults` is empty."""
+    """What was checked and what is wrong; the store is good where `faults` is empty.
+
+    Faults of the store as a whole come first, rows that differ last: those mostly follow from the others.
+    """
 
     pages_checked: int = 0
     rows_compared: int = 0
@@ -62,8 +65,9 @@ def verify_store(
     """
     image = read_catalog(path)
     report = VerifyReport()
+    of_all: list[str] = []  # faults of the store as a whole: they explain the others, so they come first
     if origin is not None and origin["digest"] != image.origin.get("digest"):
-        report.faults.append(
+        of_all.append(
             f"the store was built from another checkpoint: digest {str(image.origin.get('digest'))[:12]}, "
             f"this one has {origin['digest'][:12]}"
         )
@@ -73,12 +77,11 @@ def verify_store(
     with ExitStack() as stack, ThreadPoolExecutor(jobs or min(os.cpu_count() or 1, 4)) as pool:
         tasks = []
         for name, table in image.tables.items():
-            if name in by_name and by_name[name].spec != table.spec:
-                report.faults.append(
-                    f"table {name}: the checkpoint gives {by_name[name].spec}, the store has {table.spec}"
-                )
-                continue
-            reader = stack.enter_context(PlaneReader(by_name[name])) if name in by_name else None
+            source = by_name.get(name)
+            if source is not None and source.spec != table.spec:
+                of_all.append(f"table {name}: the checkpoint gives {source.spec}, the store has {table.spec}")
+                source = None  # its rows cannot be compared; its pages can be checked
+            reader = stack.enter_context(PlaneReader(source)) if source is not None else None
             rows = _sampled_rows(table, sample_rows, seed)
             for index in range(table.num_shards):
                 tasks.append(pool.submit(_verify_shard, image, table, index, reader, rows))
@@ -86,7 +89,7 @@ def verify_store(
             report.add(task.result())
             if on_progress:
                 on_progress(done, len(tasks))
-    report.faults.sort()
+    report.faults = of_all + sorted(report.faults, key=lambda fault: (fault.startswith("row "), fault))
     return report
 
 

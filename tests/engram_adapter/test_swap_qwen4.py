@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from engram_adapter.families import read_model
 
 import tierstore
 from engram_adapter.embedding import RowIdEmbedding
+from engram_adapter.families import read_model
 from engram_adapter.swap import swap_embedding
 from tierstore.build import build_store
 from tierstore.errors import ConfigError, FingerprintMismatchError

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from engram_adapter.hash_spec import HashSpec
 from safetensors.numpy import save_file
 
 from engram_adapter.codecs import decode_rows
+from engram_adapter.hash_spec import HashSpec
 from tierstore.build import build_store
 from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
 from tierstore.spec import TableSpec

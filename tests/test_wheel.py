@@ -1,0 +1,80 @@
+"""The package as users get it: a wheel, installed outside the clone, does the whole job."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+SOURCES = (
+    "tierstore",
+    "engram_adapter",
+    "kernels",
+    "tools",
+    "setup.py",
+    "setup.cfg",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+JOB = """
+import sys
+from pathlib import Path
+import numpy as np
+import engram_adapter, tierstore
+from tierstore import kernels
+
+site = Path(sys.argv[1]).resolve()
+for module in (tierstore, engram_adapter, kernels):
+    assert Path(module.__file__).resolve().is_relative_to(site), module.__file__
+assert kernels.native
+with tierstore.open("store", dram="64MiB") as store:
+    spec = engram_adapter.HashSpec.from_store(store)
+    keys = spec.keys(np.arange(40).reshape(2, 20), 1)[0]
+    rows = store["layers.1"].lookup(keys)
+    assert np.array_equal(rows, store["layers.1"].rows(spec.row_ids(np.arange(40).reshape(2, 20), 1)[0]))
+print("rows", *rows.shape)
+"""
+
+
+def run(*command: object, cwd: Path, site: Path | None = None) -> str:
+    environment = os.environ | ({"PYTHONPATH": str(site)} if site else {})
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nothing but the installed wheel in it."""
+    clone, wheels, site = (tmp_path_factory.mktemp(name) for name in ("clone", "wheels", "site"))
+    unwanted = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    for name in SOURCES:
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, clone / name, symlinks=True, ignore=unwanted)
+        else:
+            shutil.copy(source, clone / name)
+    run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, clone, cwd=wheels)
+    (wheel,) = wheels.glob("tierstore-*.whl")
+    run(*PIP, "install", "--no-deps", "--no-index", "--target", site, wheel, cwd=wheels)
+    return site
+
+
+def test_a_wheel_outside_the_clone_does_the_whole_job(site: Path, tmp_path: Path) -> None:
+    command = site / "bin" / "tierstore"
+    run(
+        sys.executable, command, "synth", "model", "--family", "deepseek_v41", "--size", "1MiB", cwd=tmp_path, site=site
+    )
+    run(sys.executable, command, "build", "model", "store", cwd=tmp_path, site=site)
+    said = run(sys.executable, command, "verify", "store", "--source", "model", cwd=tmp_path, site=site)
+    assert "nothing is wrong" in said
+    assert run(sys.executable, "-c", JOB, site, cwd=tmp_path, site=site) == "rows 20 24 264\n"

@@ -1,0 +1,193 @@
+"""The doctor's findings on machines that this one is not: what it reads is faked, what it says is checked."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tierstore.tools import doctor
+from tierstore.tools.doctor import Finding
+
+GIB = 1 << 30
+
+
+def test_every_finding_that_is_not_ok_has_a_remedy(tmp_path: Path) -> None:
+    for finding in doctor.examine(tmp_path):
+        assert finding.state in ("ok", "warn", "fail")
+        assert finding.fact
+        assert finding.state == "ok" or finding.remedy, finding
+
+
+def test_a_path_that_is_not_there_yet_is_judged_by_its_parent(tmp_path: Path) -> None:
+    findings = {finding.what: finding for finding in doctor.examine(tmp_path / "not" / "yet")}
+    assert f"{tmp_path} is on " in findings["file system"].fact
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_extension_is_told_with_how_to_build_it() -> None:
+    assert doctor.check_extension(True).state == "ok"
+    finding = doctor.check_extension(False)
+    assert finding.state == "warn"
+    assert "pip install" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("code", "setting", "state", "remedy"),
+    [
+        (0, "0", "ok", ""),
+        (0, None, "ok", ""),
+        (errno.EPERM, "2", "warn", "sysctl kernel.io_uring_disabled=0"),
+        (errno.EPERM, "1", "warn", "sysctl kernel.io_uring_disabled=0"),
+        (errno.EPERM, "0", "warn", "seccomp"),
+        (errno.EPERM, None, "warn", "seccomp"),
+        (errno.ENOSYS, None, "warn", "5.6"),
+    ],
+)
+def test_io_uring_is_told_by_what_the_kernel_answers(
+    tmp_path: Path, code: int, setting: str | None, state: str, remedy: str
+) -> None:
+    if setting is not None:
+        (tmp_path / "disabled").write_text(f"{setting}\n")
+    finding = doctor.check_io_uring(lambda: code, tmp_path / "disabled")
+    assert finding.state == state
+    assert remedy in finding.remedy
+    assert code == 0 or errno.errorcode[code] in finding.fact
+
+
+def test_the_probe_of_io_uring_leaves_no_descriptor_open() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    doctor.check_io_uring()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_system_without_direct_io_warns_and_leaves_no_file(tmp_path: Path) -> None:
+    def refuse(name: str, flags: int) -> int:
+        assert flags & os.O_DIRECT
+        raise OSError(errno.EINVAL, "Invalid argument", name)
+
+    finding = doctor.check_direct_io(tmp_path, refuse)
+    assert (finding.state, "Invalid argument" in finding.fact) == ("warn", True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_direct_io_on_a_path_that_cannot_be_written_is_not_known(tmp_path: Path) -> None:
+    finding = doctor.check_direct_io(tmp_path / "none")
+    assert finding.state == "warn"
+    assert "not known" in finding.fact
+
+
+@pytest.mark.parametrize(("kind", "state"), [("ext4", "ok"), ("xfs", "ok"), ("nfs4", "warn"), ("cifs", "warn")])
+def test_network_file_systems_warn(tmp_path: Path, kind: str, state: str) -> None:
+    finding = doctor.check_file_system(tmp_path, kind)
+    assert finding.state == state
+    assert kind in finding.fact
+
+
+@pytest.mark.parametrize(
+    ("free", "state"), [(0, "fail"), (64 << 20, "fail"), ((64 << 20) + 1, "warn"), (GIB - 1, "warn"), (GIB, "ok")]
+)
+def test_a_disk_without_room_fails_and_a_tight_one_warns(tmp_path: Path, free: int, state: str) -> None:
+    assert doctor.check_disk(tmp_path, free).state == state
+
+
+@pytest.mark.parametrize(
+    ("enabled", "state"),
+    [("always [madvise] never", "ok"), ("[always] madvise never", "ok"), ("always madvise [never]", "warn"), (None, "warn")],
+)  # fmt: skip
+def test_huge_pages_are_told_as_the_kernel_marks_them(tmp_path: Path, enabled: str | None, state: str) -> None:
+    if enabled:
+        (tmp_path / "enabled").write_text(enabled)
+    (tmp_path / "shmem_enabled").write_text("always within_size [advise] never deny force")
+    (tmp_path / "meminfo").write_text("MemTotal: 8 kB\nHugePages_Total:      12\nHugePages_Free: 3\n")
+    finding = doctor.check_huge_pages(tmp_path, tmp_path / "meminfo")
+    assert finding.state == state
+    assert "in shared memory: advise; reserved: 12" in finding.fact
+
+
+@pytest.mark.parametrize(
+    ("check", "limits", "state"),
+    [
+        (doctor.check_memlock, (8 << 20, 8 << 20), "warn"),
+        (doctor.check_memlock, (GIB, GIB), "ok"),
+        (doctor.check_memlock, (resource.RLIM_INFINITY, resource.RLIM_INFINITY), "ok"),
+        (doctor.check_open_files, (1023, 4096), "warn"),
+        (doctor.check_open_files, (1024, 4096), "ok"),
+    ],
+)
+def test_limits_are_judged_at_their_edges(
+    check: Callable[[tuple[int, int]], Finding], limits: tuple[int, int], state: str
+) -> None:
+    assert check(limits).state == state
+
+
+def test_too_little_memory_fails_and_the_cgroup_is_named() -> None:
+    limit = (2 * GIB, Path("/sys/fs/cgroup/a/memory.max"))
+    finding = doctor.check_memory((63 << 20, "cgroup"), limit, 8 * GIB)
+    assert finding.state == "fail"
+    assert finding.fact == (
+        "63.00 MiB available of 8.00 GiB, limited by the cgroup; cgroup limit 2.00 GiB (/sys/fs/cgroup/a/memory.max)"
+    )
+    assert doctor.check_memory((64 << 20, "machine"), None, 8 * GIB).state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "expected"),
+    [
+        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": "500", "memory.max": "900"}, (500, "a/memory.max")),
+        ("0::/a\n", {"memory.max": "700"}, (700, "memory.max")),
+        ("0::/\n", {"memory.max": "max"}, None),
+        (
+            "5:cpu,cpuacct:/x\n4:memory:/x\n0::/x\n",
+            {"memory/x/memory.limit_in_bytes": "300", "memory/memory.limit_in_bytes": "9223372036854771712"},
+            (300, "memory/x/memory.limit_in_bytes"),
+        ),
+        ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
+        ("", {}, None),
+    ],
+    ids=["v2 parent", "v2 container", "v2 none", "v1", "v1 none", "no cgroups"],
+)
+def test_the_least_limit_of_the_cgroups_above_is_found(
+    tmp_path: Path, membership: str, files: dict[str, str], expected: tuple[int, str] | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(f"{text}\n")
+    (tmp_path / "cgroup").write_text(membership)
+    found = doctor.cgroup_limit(tmp_path / "root", tmp_path / "cgroup")
+    assert found == (expected and (expected[0], tmp_path / "root" / expected[1]))
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "state"),
+    [
+        ("x86_64", "flags : fpu sse4_1 sse4_2 avx2", "ok"),
+        ("x86_64", "flags : fpu sse4_1 avx2", "warn"),
+        ("aarch64", "Features : fp asimd crc32 sha2", "ok"),
+        ("aarch64", "Features : fp asimd", "warn"),
+        ("riscv64", "isa : rv64", "warn"),
+    ],
+)
+def test_processors_without_crc32c_in_hardware_warn(tmp_path: Path, machine: str, flags: str, state: str) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
+    assert doctor.check_processor(tmp_path / "cpuinfo", machine).state == state
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "packages", "state"),
+    [(True, {"torch", "triton"}, "ok"), (True, {"torch"}, "warn"), (True, set(), "warn"), (False, set(), "ok")],
+)
+def test_a_gpu_without_triton_warns_and_no_gpu_is_fine(
+    tmp_path: Path, has_gpu: bool, packages: set[str], state: str
+) -> None:
+    device = tmp_path / "nvidia0"
+    if has_gpu:
+        device.touch()
+    finding = doctor.check_gpu((device,), lambda name: name in packages or None)
+    assert finding.state == state
+    assert bool(re.search("triton", finding.fact))

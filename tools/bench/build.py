@@ -1,0 +1,130 @@
+"""`tierstore bench build`: how near a build comes to merely copying the checkpoint.
+
+Flows in: a size. Flows out: seconds of pairs (copy, build) over the same files in the same cache state, and their ratio. Both
+sides end with everything synced to disk. Peak memory is that of the build, which runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from tierstore.units import format_bytes
+
+from ..synth import write_checkpoint
+
+CACHE_STATES = ("warm", "cold")
+BUILD_TIMEOUT_S = 3600
+
+_BUILD = """
+import resource, sys, time
+from tierstore.tools.build import build_checkpoint
+started = time.monotonic()
+build_checkpoint(sys.argv[1], sys.argv[2])
+print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds of every pair, by cache state of the checkpoint's files before each run."""
+
+    checkpoint_bytes: int
+    store_bytes: int
+    copy_s: dict[str, list[float]]
+    build_s: dict[str, list[float]]
+    build_peak_bytes: int
+
+    def ratio(self, state: str) -> float:
+        """Returns the build's throughput over the copy's: the median over pairs."""
+        return statistics.median(c / b for c, b in zip(self.copy_s[state], self.build_s[state], strict=True))
+
+    def table(self) -> Table:
+        """Returns what is printed."""
+        table = Table(
+            "checkpoint's files", "cp and sync", "build", "build / cp, median of pairs", "lowest", "highest",
+            title=f"build of {format_bytes(self.checkpoint_bytes)}; peak memory {format_bytes(self.build_peak_bytes)}",
+        )  # fmt: skip
+        for state in CACHE_STATES:
+            rates = [
+                format_bytes(self.checkpoint_bytes / statistics.median(seconds[state])) + "/s"
+                for seconds in (self.copy_s, self.build_s)
+            ]
+            ratios = [c / b for c, b in zip(self.copy_s[state], self.build_s[state], strict=True)]
+            table.add_row(state, *rates, f"{self.ratio(state):.2f}", f"{min(ratios):.2f}", f"{max(ratios):.2f}")
+        return table
+
+    def as_record(self) -> dict[str, Any]:
+        """Returns the figures for JSON."""
+        return asdict(self) | {"ratio": {state: self.ratio(state) for state in CACHE_STATES}}
+
+
+def run(folder: Path, size_bytes: int, pairs: int) -> Result:
+    """Measures `pairs` pairs in each cache state, in a temporary folder under `folder`. Needs about three times the size."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix="bench-build-") as name:
+        checkpoint = Path(name) / "checkpoint"
+        write_checkpoint(checkpoint, "deepseek_v41", table_bytes=size_bytes, file_bytes=max(size_bytes // 4, 1 << 20))
+        files = [file for file in checkpoint.iterdir() if file.suffix == ".safetensors"]
+        copy_s: dict[str, list[float]] = {state: [] for state in CACHE_STATES}
+        build_s: dict[str, list[float]] = {state: [] for state in CACHE_STATES}
+        peak_bytes = store_bytes = 0
+        for _ in range(pairs):
+            for state in CACHE_STATES:
+                _set_cache(files, state)
+                copy_s[state].append(_copy(files, Path(name) / "copy"))
+                _set_cache(files, state)
+                seconds, peak, store_bytes = _build(checkpoint, Path(name) / "store")
+                build_s[state].append(seconds)
+                peak_bytes = max(peak_bytes, peak)
+        return Result(sum(file.stat().st_size for file in files), store_bytes, copy_s, build_s, peak_bytes)
+
+
+def _set_cache(files: list[Path], state: str) -> None:
+    """Brings the files into the page cache, or out of it, after all earlier writes have reached the disk."""
+    os.sync()
+    for file in files:
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            if state == "cold":
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while os.read(fd, 1 << 24):
+                    continue
+        finally:
+            os.close(fd)
+
+
+def _copy(files: list[Path], target: Path) -> float:
+    """Copies with cp, then syncs each copy; returns the seconds."""
+    target.mkdir()
+    started = time.monotonic()
+    subprocess.run(["cp", *map(str, files), str(target)], check=True, timeout=BUILD_TIMEOUT_S)
+    for file in target.iterdir():
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    seconds = time.monotonic() - started
+    shutil.rmtree(target)
+    return seconds
+
+
+def _build(checkpoint: Path, store: Path) -> tuple[float, int, int]:
+    """Builds in a new process; returns seconds (without the interpreter's start), its peak memory, the store's bytes."""
+    command = [sys.executable, "-c", _BUILD, str(checkpoint), str(store)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S).stdout
+    seconds, peak = printed.split()
+    store_bytes = sum(file.stat().st_size for file in store.rglob("*.shard"))
+    shutil.rmtree(store)
+    return float(seconds), int(peak), store_bytes

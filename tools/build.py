@@ -1,0 +1,126 @@
+"""`tierstore build`: a checkpoint's tables into a store.
+
+Flows in: the path of a checkpoint. Flows out: a store, the preflight before it and progress on the way. The work is
+`tierstore.build`'s and the layouts are `engram_adapter.families`'; here they meet. Refuses what those refuse.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from engram_adapter.families import plain_source, read_model
+from tierstore.build import BuildPlan, BuildReport, build_store
+from tierstore.formats.checkpoint import Checkpoint, TableSource
+from tierstore.units import format_bytes, parse_bytes
+
+from .cli import Progress, console
+
+SHARD_BYTES = 1 << 30
+
+
+def build_checkpoint(
+    checkpoint_path: str | os.PathLike[str],
+    store_path: str | os.PathLike[str],
+    *,
+    family: str | None = None,
+    tensor: str | None = None,
+    jobs: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    allow_network_fs: bool = False,
+    on_plan: Callable[[BuildPlan], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> BuildReport:
+    """Builds the store of a checkpoint, or resumes it. Blocks until the store is ready.
+
+    family: which layout to read, None to find it from config.json. tensor: the name of one 2-D tensor to take as a plain
+    table (row id = key) instead. The others as for `tierstore.build.build_store`, whose errors come through; `ValueError`
+    where both family and tensor are given.
+    """
+    if family is not None and tensor is not None:
+        raise ValueError(f"--family {family} and --tensor {tensor}: a plain tensor has no family; give one of them")
+    checkpoint = Checkpoint.open(checkpoint_path)
+    sources: tuple[TableSource, ...]
+    attachments: dict[str, bytes] = {}
+    if tensor is not None:
+        sources = (plain_source(checkpoint, tensor),)
+    else:
+        model = read_model(checkpoint, family)
+        sources, attachments = model.sources, model.hash_spec.attachments()
+    return build_store(
+        store_path,
+        sources,
+        origin=checkpoint.as_record(),
+        attachments=attachments,
+        shard_bytes=shard_bytes,
+        jobs=jobs,
+        allow_network_fs=allow_network_fs,
+        on_plan=on_plan,
+        on_progress=on_progress,
+    )
+
+
+@click.command("build")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option(
+    "--family", metavar="NAME", help="Layout to read: deepseek_v41, engram, qwen4_exp. Default: found from config.json."
+)
+@click.option("--tensor", metavar="NAME", help="Take this one 2-D tensor as a plain table: row id = key.")
+@click.option("--jobs", type=int, metavar="N", help="Shards built at once. Default: one a processor, at most 4.")
+@click.option("--shard-bytes", default="1GiB", show_default=True, metavar="SIZE", help="Largest shard.")
+@click.option("--allow-network-fs", is_flag=True, help="Build on a network file system that only this host uses.")
+def command(
+    checkpoint: Path,
+    store: Path,
+    family: str | None,
+    tensor: str | None,
+    jobs: int | None,
+    shard_bytes: str,
+    allow_network_fs: bool,
+) -> None:
+    """Build the store STORE from CHECKPOINT: a folder with config.json and *.safetensors, or one file of tensors.
+
+    Says first what it will write. Killed or out of disk, it goes on when the same command runs again.
+
+    \b
+    Example: tierstore build DeepSeek-V4.1-Flash v41.tier --jobs 4
+    """
+    with Progress("building") as on_progress:
+        report = build_checkpoint(
+            checkpoint,
+            store,
+            family=family,
+            tensor=tensor,
+            jobs=jobs,
+            shard_bytes=parse_bytes(shard_bytes, "--shard-bytes"),
+            allow_network_fs=allow_network_fs,
+            on_plan=print_plan,
+            on_progress=on_progress,
+        )
+    rate = format_bytes(report.bytes_written / max(report.seconds, 1e-9))
+    click.echo(
+        f"{store} is ready: {format_bytes(report.bytes_written)} written in {report.seconds:.1f} s ({rate}/s), "
+        f"{report.shards_built} shards built, {report.shards_kept} kept"
+    )
+
+
+def print_plan(plan: BuildPlan) -> None:
+    """Prints the preflight: what each table takes, and what the disk has."""
+    from rich.table import Table
+
+    table = Table("table", "rows", "row bytes", "page bytes", "rows a page", "pages", "shards")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for layout in plan.tables:
+        numbers = (layout.spec.num_rows, layout.spec.row_bytes, layout.page_bytes, layout.rows_per_page)
+        table.add_row(layout.spec.name, *(f"{n:,}" for n in (*numbers, layout.num_pages, layout.num_shards)))
+    console().print(table)
+    click.echo(
+        f"rows {format_bytes(plan.table_bytes)}, in pages {format_bytes(plan.store_bytes)}, "
+        f"already built {format_bytes(plan.bytes_done)}; "
+        f"disk: {format_bytes(plan.bytes_needed)} needed, {format_bytes(plan.bytes_free)} free"
+    )

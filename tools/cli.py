@@ -1,0 +1,178 @@
+"""The command line `tierstore`: a group of commands, each in its own file, imported only when it is called.
+
+Flows in: arguments. Flows out: results on standard output, progress and errors on standard error, and an exit status: 0,
+1 (an error, or something found wrong), 2 (wrong usage), 130 (Ctrl-C). Nothing here loads torch. What all commands share
+lies here too: progress for people and for logs, and the console that tables are printed to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tierstore.errors import TierStoreError
+from tierstore.units import format_bytes
+from tierstore.version import VERSION
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TABLE_COLUMNS = 120  # width of tables where output is no terminal
+PLAIN_STEPS = 20  # a line of progress for every twentieth of the work
+INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells have it
+
+# Each command: the module whose `command` it is, and its line in the list.
+COMMANDS = {
+    "build": ("tierstore.tools.build", "Build a store from a checkpoint; run it again to resume."),
+    "verify": ("tierstore.tools.verify", "Check every page of a store, and its rows against the checkpoint."),
+    "inspect": ("tierstore.tools.inspect", "Say what a store holds."),
+    "synth": ("tierstore.tools.synth", "Write a checkpoint of random values in a real model's layout."),
+    "doctor": ("tierstore.tools.doctor", "Say what this machine can do, and how to mend what it cannot."),
+    "bench": ("tierstore.tools.bench", "Measure, beside the hardware's own limit."),
+}
+
+
+class _Commands(click.Group):
+    """A group that lists its commands without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name="tierstore")
+def cli() -> None:
+    """A tiered memory store for embedding tables: hot rows in HBM, warm ones in DRAM, the long tail on NVMe.
+
+    \b
+    Try it without a model:
+      tierstore synth model --family deepseek_v41 --size 64MiB
+      tierstore build model model.tier
+      tierstore verify model.tier --source model
+    """
+
+
+class Progress:
+    """Shows work done: a bar with rate and time left on a terminal, else a line for every twentieth, on standard error.
+
+    Call it with (done, total) in `unit` ("bytes", or the plural of what is counted). One thread calls it, inside `with`.
+    """
+
+    def __init__(self, what: str, unit: str = "bytes") -> None:
+        self._what, self._unit = what, unit
+        self._bar: Any = None
+        self._task: Any = None
+        self._started: tuple[float, int] | None = None
+        self._step_printed = -1
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        """Shows that `done` of `total` are done."""
+        first = self._started is None
+        if self._started is None:
+            self._started = time.monotonic(), done
+        if sys.stderr.isatty():
+            self._show_bar(done, total)
+        elif total and (step := done * PLAIN_STEPS // total) > self._step_printed:
+            self._step_printed = step
+            if done == total or not first:  # the first call comes before there is a rate
+                click.echo(self._line(done, total), err=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _show_bar(self, done: int, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+        from rich.progress import Progress as RichProgress
+
+        if self._bar is None:
+            counted = (
+                [DownloadColumn(binary_units=True), TransferSpeedColumn()]
+                if self._unit == "bytes"
+                else [MofNCompleteColumn(), TextColumn(self._unit)]
+            )
+            columns = [TextColumn(self._what), BarColumn(), *counted, TimeRemainingColumn()]
+            self._bar = RichProgress(*columns, console=Console(file=sys.stderr))
+            self._bar.start()
+            self._task = self._bar.add_task(self._what, total=total, completed=done)
+        self._bar.update(self._task, completed=done, total=total)
+
+    def _line(self, done: int, total: int) -> str:
+        assert self._started is not None
+        started_s, started_done = self._started
+        rate = (done - started_done) / max(time.monotonic() - started_s, 1e-9)
+        as_text = format_bytes if self._unit == "bytes" else "{:.0f}".format
+        parts = [f"{self._what}: {100 * done // total:3d} %, {as_text(done)} of {as_text(total)}"]
+        if self._unit != "bytes":
+            parts[0] += f" {self._unit}"
+        if rate:
+            parts += [f"{as_text(rate)}/s", f"{(total - done) / rate:.0f} s left"]
+        return ", ".join(parts)
+
+
+def console() -> Console:
+    """Returns the console for tables, on standard output; where that is no terminal, 120 columns without colour."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else TABLE_COLUMNS)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line on `arguments` (by default the process's) and returns the exit status. Blocks."""
+    try:
+        status = cli.main(args=arguments, prog_name="tierstore", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return INTERRUPTED_STATUS
+    except BrokenPipeError:
+        # Who read the output has left, as `head` does: nothing is wrong, but Python would complain when it flushes at exit.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (TierStoreError, ValueError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+def main() -> None:
+    """The entry point of the `tierstore` script: runs the command line and exits with its status."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""`tierstore doctor`: what this machine allows, each with a number and, where something is amiss, its remedy.
+
+Flows in: the path where a store is or will be, and what the kernel says of this process. Flows out: a table or JSON, and
+exit status 1 where a store could not work at all. Nothing is changed but a temporary file under the path; torch is not
+loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import importlib.util
+import json
+import mmap
+import os
+import platform
+import re
+import resource
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import psutil
+
+from tierstore import kernels
+from tierstore.build import NETWORK_FILE_SYSTEMS, SPARE_DISK_BYTES, file_system_of
+from tierstore.tiers.memory import available_memory
+from tierstore.units import format_bytes
+
+from .cli import console
+
+IO_URING_SETUP = 425  # system call number, the same on x86-64 and arm64
+IO_URING_PARAMS_BYTES = 120
+DIRECT_READ_BYTES = 4096
+OPEN_FILES_MIN = 1024
+MEMLOCK_WANTED = 1 << 30
+DISK_WANTED = 1 << 30
+MEMORY_MIN = 64 << 20
+CGROUP_UNLIMITED = 1 << 60  # version 1 writes "no limit" as a number near 2^63
+_MARKS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, "ok", "warn" or "fail", what was found, and what to do about it."""
+
+    what: str
+    state: str
+    fact: str
+    remedy: str = ""
+
+
+def check_extension(native: bool = kernels.native) -> Finding:
+    """Is the compiled part there?"""
+    if native:
+        return Finding("compiled kernels", "ok", f"built; CRC32C by {kernels.crc32c_backend()}")
+    remedy = "install gcc or clang, then: pip install --force-reinstall tierstore"
+    return Finding("compiled kernels", "warn", "not built: NumPy serves, ten times slower or more", remedy)
+
+
+def check_io_uring(
+    setup: Callable[[], int] | None = None, disabled_file: Path = Path("/proc/sys/kernel/io_uring_disabled")
+) -> Finding:
+    """May this process make an io_uring? `setup` returns 0 or an errno; the file says what the administrator allows."""
+    code = (setup or _io_uring_errno)()
+    setting = _text(disabled_file)
+    sysctl = f"kernel.io_uring_disabled={setting}" if setting else "no kernel.io_uring_disabled"
+    if code == 0:
+        return Finding("io_uring", "ok", f"allowed ({sysctl})")
+    meanwhile = "; until then pages are read without it"
+    if code == errno.ENOSYS:
+        remedy = "boot a kernel of 5.6 or newer, built with it"
+    elif setting in ("1", "2"):
+        remedy = "allow it, as root: sysctl kernel.io_uring_disabled=0"
+    else:
+        remedy = "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile"
+    return Finding("io_uring", "warn", f"refused: {errno.errorcode.get(code, code)} ({sysctl})", remedy + meanwhile)
+
+
+def _io_uring_errno() -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    params = ctypes.create_string_buffer(IO_URING_PARAMS_BYTES)
+    fd = libc.syscall(IO_URING_SETUP, 1, params)
+    if fd < 0:
+        return ctypes.get_errno()
+    os.close(fd)
+    return 0
+
+
+def check_direct_io(path: Path, open_file: Callable[[str, int], int] = os.open) -> Finding:
+    """Does the file system of `path` read past the page cache?"""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path) as file, mmap.mmap(-1, DIRECT_READ_BYTES) as page:
+            file.write(bytes(DIRECT_READ_BYTES))
+            file.flush()
+            try:
+                count = _read_direct(open_file, file.name, page)
+            except OSError as error:
+                remedy = "put the store on ext4, xfs or another local file system; here reads fill the page cache"
+                return Finding("O_DIRECT", "warn", f"refused on {path}: {error.strerror}", remedy)
+    except OSError as error:
+        remedy = "make the path writable to find out, and to build a store there"
+        return Finding("O_DIRECT", "warn", f"not known: {path} cannot be written: {error.strerror}", remedy)
+    return Finding("O_DIRECT", "ok", f"read {count} aligned bytes on {path}")
+
+
+def _read_direct(open_file: Callable[[str, int], int], name: str, page: mmap.mmap) -> int:
+    fd = open_file(name, os.O_RDONLY | os.O_DIRECT)
+    try:
+        return os.preadv(fd, [page], 0)
+    finally:
+        os.close(fd)
+
+
+def check_file_system(path: Path, kind: str | None = None) -> Finding:
+    """Is `path` on a local disk?"""
+    kind = kind or file_system_of(path)
+    if kind in NETWORK_FILE_SYSTEMS:
+        remedy = "build on a local disk: LMDB's locks and memory maps do not hold over a network"
+        return Finding("file system", "warn", f"{path} is on {kind}, a network file system", remedy)
+    return Finding("file system", "ok", f"{path} is on {kind}")
+
+
+def check_disk(path: Path, free_bytes: int | None = None) -> Finding:
+    """How much is free where the store is? A build leaves 64 MiB of it alone."""
+    free_bytes = shutil.disk_usage(path).free if free_bytes is None else free_bytes
+    fact = f"{format_bytes(free_bytes)} free on {path}"
+    if free_bytes >= DISK_WANTED:
+        return Finding("free disk", "ok", fact)
+    state = "fail" if free_bytes <= SPARE_DISK_BYTES else "warn"
+    return Finding("free disk", state, fact, "free some, or take a path on another disk")
+
+
+def check_huge_pages(
+    root: Path = Path("/sys/kernel/mm/transparent_hugepage"), meminfo: Path = Path("/proc/meminfo")
+) -> Finding:
+    """Will large buffers, private and shared, get huge pages?"""
+    private, shared = _chosen(root / "enabled"), _chosen(root / "shmem_enabled")
+    reserved = re.search(r"^HugePages_Total:\s*(\d+)", _text(meminfo), re.MULTILINE)
+    fact = f"transparent: {private}, in shared memory: {shared}; reserved: {reserved[1] if reserved else 'unknown'}"
+    if private in ("always", "madvise"):
+        return Finding("huge pages", "ok", fact)
+    return Finding("huge pages", "warn", fact, f"as root: echo madvise > {root / 'enabled'}")
+
+
+def _chosen(file: Path) -> str:
+    """Returns the word in brackets, by which the kernel marks the setting in force: "always [madvise] never"."""
+    found = re.search(r"\[(\w+)\]", _text(file))
+    return found[1] if found else "unknown"
+
+
+def check_memlock(limits: tuple[int, int] | None = None) -> Finding:
+    """How much memory may be locked (pinned for a GPU, registered with io_uring)?"""
+    soft, _ = limits or resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return Finding("memlock", "ok", "unlimited")
+    if soft >= MEMLOCK_WANTED:
+        return Finding("memlock", "ok", format_bytes(soft))
+    remedy = "needed to pin memory for a GPU: ulimit -l unlimited, or LimitMEMLOCK=infinity in the service's unit"
+    return Finding("memlock", "warn", f"{format_bytes(soft)}, pinned tiers want {format_bytes(MEMLOCK_WANTED)}", remedy)
+
+
+def check_memory(
+    available: tuple[int, str] | None = None, limit: tuple[int, Path] | None = None, total_bytes: int | None = None
+) -> Finding:
+    """How much DRAM could a budget take, and which cgroup bounds it?"""
+    available_bytes, limited_by = available or available_memory()
+    total_bytes = total_bytes or psutil.virtual_memory().total
+    fact = f"{format_bytes(available_bytes)} available of {format_bytes(total_bytes)}, limited by the {limited_by}"
+    if limit:
+        fact += f"; cgroup limit {format_bytes(limit[0])} ({limit[1]})"
+    if available_bytes < MEMORY_MIN:
+        return Finding("memory", "fail", fact, "end other processes, or raise the limit of the container")
+    return Finding("memory", "ok", fact)
+
+
+def cgroup_limit(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> tuple[int, Path] | None:
+    """Returns the least memory limit (bytes, its file) of this process's cgroup and those above it, None without one.
+
+    Version 2 lines are "0::/path" with memory.max, version 1 lines "4:memory:/path" with memory.limit_in_bytes. Inside a
+    container the path may be the host's; then the walk up ends at the root, which is the container's own cgroup.
+    """
+    found: list[tuple[int, Path]] = []
+    for line in _text(membership).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            base, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        inner = Path(path.lstrip("/"))
+        for group in (inner, *inner.parents):
+            text = _text(base / group / name)
+            if text.isdigit() and int(text) < CGROUP_UNLIMITED:
+                found.append((int(text), base / group / name))
+    return min(found, default=None)
+
+
+def check_open_files(limits: tuple[int, int] | None = None) -> Finding:
+    """Are there descriptors for the shards of a large store (one each)?"""
+    soft, hard = limits or resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= OPEN_FILES_MIN:
+        return Finding("open files", "ok", f"{soft} allowed, {hard} at most")
+    remedy = f"ulimit -n {min(hard, 65536)}"
+    return Finding("open files", "warn", f"{soft} allowed; a large store opens one a shard, up to hundreds", remedy)
+
+
+def check_processor(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str = platform.machine()) -> Finding:
+    """How many processors, and do they compute CRC32C in hardware?"""
+    fact = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable, {machine}"
+    feature = {"x86_64": "sse4_2", "aarch64": "crc32"}.get(machine)
+    if feature is None:
+        return Finding("processor", "warn", f"{fact}; CRC32C by table", "checks run slower here; nothing to mend")
+    if feature in re.findall(r"\w+", _text(cpuinfo)):
+        return Finding("processor", "ok", f"{fact}, with {feature}")
+    remedy = "checks run slower; let the virtual machine pass the host's processor through"
+    return Finding("processor", "warn", f"{fact}, without {feature}", remedy)
+
+
+def check_gpu(
+    devices: tuple[Path, ...] = (Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version"), Path("/dev/kfd")),
+    installed: Callable[[str], object] = importlib.util.find_spec,
+) -> Finding:
+    """Is there a GPU, and what would drive it? Packages are looked for, not loaded."""
+    missing = [name for name in ("torch", "triton") if not installed(name)]
+    packages = f"without {' and '.join(missing)}" if missing else "torch and triton are installed"
+    found = next((device for device in devices if device.exists()), None)
+    if found is None:
+        return Finding("GPU", "ok", f"none, {packages}; the DRAM and NVMe tiers need neither")
+    if missing:
+        return Finding("GPU", "warn", f"{found}, {packages}", "pip install 'tierstore[gpu]'")
+    return Finding("GPU", "ok", f"{found}, {packages}")
+
+
+def _text(file: Path) -> str:
+    """Returns what a file of /proc or /sys says, stripped; "" where this kernel or container does not have it."""
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
+
+
+def examine(path: Path) -> list[Finding]:
+    """Returns all findings for this process and a store at `path`, which need not exist yet."""
+    existing = path.absolute()
+    while not existing.is_dir():
+        existing = existing.parent
+    return [
+        check_extension(),
+        check_io_uring(),
+        check_direct_io(existing),
+        check_file_system(existing),
+        check_disk(existing),
+        check_huge_pages(),
+        check_memlock(),
+        check_memory(limit=cgroup_limit()),
+        check_open_files(),
+        check_processor(),
+        check_gpu(),
+    ]
+
+
+@click.command("doctor")
+@click.argument("path", type=click.Path(path_type=Path), default=Path())
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(path: Path, as_json: bool) -> None:
+    """Say what this machine allows a store at PATH (here, by default), with a remedy for what it does not.
+
+    Exit status 1 where a store could not work at all.
+
+    \b
+    Example: tierstore doctor /nvme
+    """
+    findings = examine(path)
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        _print_findings(findings)
+    if any(finding.state == "fail" for finding in findings):
+        click.get_current_context().exit(1)
+
+
+def _print_findings(findings: list[Finding]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("", "what", "found", "remedy", box=None)
+    for finding in findings:
+        mark = Text(finding.state, style=_MARKS[finding.state])
+        table.add_row(mark, finding.what, Text(finding.fact), Text(finding.remedy))
+    console().print(table)

@@ -1,0 +1,111 @@
+"""`tierstore inspect`: what a store holds, as its catalog says it.
+
+Flows in: a store's path; of its files only the catalog is read. Flows out: tables for people, or JSON with stable keys.
+Unfinished builds are shown as such. Refuses what is no store.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tierstore.formats.catalog import CatalogImage, TableLayout, read_catalog
+from tierstore.units import format_bytes
+
+from .cli import console
+
+FILES_SHOWN_MAX = 5
+
+
+def store_record(image: CatalogImage) -> dict[str, Any]:
+    """Returns what a catalog says as a JSON-able dict; the keys are stable, sizes are ints of bytes."""
+    layouts = list(image.tables.values())
+    return {
+        "path": str(image.path),
+        "format_version": image.format_version,
+        "ready": image.ready,
+        "num_rows": sum(layout.spec.num_rows for layout in layouts),
+        "table_bytes": sum(layout.spec.table_bytes for layout in layouts),
+        "store_bytes": sum(layout.store_bytes for layout in layouts),
+        "tables": [_table_record(image, layout) for layout in layouts],
+        "origin": image.origin,
+        "attachments": {name: len(value) for name, value in sorted(image.attachments.items())},
+    }
+
+
+def _table_record(image: CatalogImage, layout: TableLayout) -> dict[str, Any]:
+    shards = image.shards[layout.spec.name]
+    return layout.spec.as_record() | {
+        "entry_bytes": layout.spec.entry_bytes,
+        "table_bytes": layout.spec.table_bytes,
+        "page_bytes": layout.page_bytes,
+        "rows_per_page": layout.rows_per_page,
+        "num_pages": layout.num_pages,
+        "pages_per_shard": layout.pages_per_shard,
+        "store_bytes": layout.store_bytes,
+        "num_shards": layout.num_shards,
+        "shards": [
+            {"index": index, "file": shard.file, "num_bytes": shard.num_bytes, "sha256": shard.sha256}
+            for index, shard in sorted(shards.items())
+        ],
+    }
+
+
+@click.command("inspect")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; the keys are stable, sizes are in bytes.")
+def command(store: Path, as_json: bool) -> None:
+    """Say what the store STORE holds: tables, rows, pages, shards, and the checkpoint that they came from.
+
+    \b
+    Example: tierstore inspect v41.tier --json
+    """
+    record = store_record(read_catalog(store, must_be_ready=False))
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+    else:
+        _print_tables(record)
+
+
+def _print_tables(record: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    state = "ready" if record["ready"] else "UNFINISHED: run the same tierstore build command again"
+    click.echo(f"{record['path']}: store format {record['format_version']}, {state}")
+    tables = Table("table", "rows", "codec", "row bytes", "orders", "rows a key", "page bytes", "shards", "on disk")
+    tables.columns[2].overflow = "fold"  # a codec's scale is a long hexadecimal float
+    for column in (1, 3, 5, 6, 7, 8):
+        tables.columns[column].justify = "right"
+    for table in record["tables"]:
+        tables.add_row(
+            table["name"],
+            f"{table['num_rows']:,}",
+            f"{table['codec']} x {table['dim']}",
+            f"{table['row_bytes']:,}",
+            ", ".join(map(str, table["orders"])),
+            str(table["rows_per_key"]),
+            f"{table['page_bytes']:,}",
+            f"{len(table['shards'])} of {table['num_shards']}",
+            format_bytes(table["store_bytes"]),
+        )
+    console().print(tables)
+    click.echo(
+        f"{record['num_rows']:,} rows, {format_bytes(record['table_bytes'])}; in pages {format_bytes(record['store_bytes'])}"
+    )
+    for table in record["tables"]:
+        click.echo(f"fingerprint of {table['name']}: {table['fingerprint']}")
+    _print_origin(record["origin"])
+    for name, num_bytes in record["attachments"].items():
+        click.echo(f"attachment {name}: {format_bytes(num_bytes)}")
+
+
+def _print_origin(origin: dict[str, Any]) -> None:
+    files = origin.get("files", [])
+    click.echo(f"built from {len(files)} files, digest {origin.get('digest')}")
+    for file in files[:FILES_SHOWN_MAX]:
+        click.echo(f"  {file['name']}: {format_bytes(file['bytes'])}")
+    if len(files) > FILES_SHOWN_MAX:
+        click.echo(f"  and {len(files) - FILES_SHOWN_MAX} more")
