@@ -3,11 +3,13 @@
 The extension is optional: where no C++ compiler is found, the NumPy reference serves, with a warning.
 """
 
+from pathlib import Path
+
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
-SOURCES = ["kernels/cpu/module.cpp", "kernels/cpu/crc32c.cpp", "kernels/cpu/pages.cpp"]
-HEADERS = ["kernels/cpu/crc32c.h", "kernels/cpu/pages.h"]
+SOURCES = sorted(str(path) for path in Path("kernels/cpu").glob("*.cpp"))
+HEADERS = sorted(str(path) for path in Path("kernels/cpu").glob("*.h"))
 
 extension = Pybind11Extension(
     "tierstore.kernels._cpu",

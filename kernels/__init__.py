@@ -6,6 +6,7 @@ be called from any thread, and check the bounds of what they are given (`ValueEr
 
 from __future__ import annotations
 
+import errno
 import importlib
 import warnings
 from collections.abc import Sequence
@@ -22,10 +23,13 @@ __all__ = [
     "PAGE_OTHER_NUMBER",
     "PAGE_OTHER_VERSION",
     "TRAILER",
+    "Engine",
     "check_pages",
     "crc32c",
     "crc32c_backend",
     "native",
+    "probe_process_madvise",
+    "probe_uring",
     "seal_pages",
 ]
 
@@ -41,6 +45,20 @@ except ImportError as error:
     )
 
 native: bool = _serving is not reference
+
+
+def probe_uring() -> int:
+    """Returns 0 where this process may use io_uring as the native reader does, else the errno that says why not."""
+    return _serving.probe_uring() if native else errno.ENOSYS
+
+
+def probe_process_madvise() -> int:
+    """Returns 0 where this process may call process_madvise on itself, else the errno that says why not."""
+    return _serving.probe_process_madvise() if native else errno.ENOSYS
+
+
+# The lookup path of a store (kernels/cpu/engine.h), None where it was not compiled; `tierstore.tiers.native` is its user.
+Engine: Any = _serving.Engine if native else None
 
 
 def crc32c_backend() -> str:

@@ -14,7 +14,7 @@ from contract.store_contract import StoreContract
 from stores import Model, random_keys
 
 import tierstore
-from tierstore.tiers.nvme import PreadReader
+from tierstore import kernels
 
 
 class TestResidentStore(StoreContract):
@@ -25,7 +25,7 @@ class TestResidentStore(StoreContract):
 
 
 class TestCachedStore(StoreContract):
-    """Budget of about a third of the tables: entries come and go."""
+    """Budget of about a third of the tables: entries come and go. Pages by io_uring, where there is one."""
 
     def open_store(self, path: Path) -> tierstore.Store:
         return tierstore.open(path, dram="600KiB")
@@ -36,6 +36,41 @@ class TestSmallestStore(StoreContract):
 
     def open_store(self, path: Path) -> tierstore.Store:
         return tierstore.open(path, dram=least_budget(path))
+
+
+class TestMmapStore(StoreContract):
+    """Pages by memory maps and read-ahead."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return tierstore.open(path, dram="600KiB", io="mmap")
+
+
+class TestPreadStore(StoreContract):
+    """Pages by a pool of threads."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return tierstore.open(path, dram="300KiB", io="pread")
+
+
+def open_portable(path: Path, dram: str) -> tierstore.Store:
+    """Opens a store as where the compiled kernels are missing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "native", False)
+        return tierstore.open(path, dram=dram)
+
+
+class TestPortableStore(StoreContract):
+    """Without the compiled kernels, from a cache of entries."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return open_portable(path, "600KiB")
+
+
+class TestPortableResidentStore(StoreContract):
+    """Without the compiled kernels, every row in DRAM."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return open_portable(path, "64MiB")
 
 
 def least_budget(path: Path) -> int:
@@ -70,7 +105,10 @@ def test_options_that_do_not_exist_are_refused(built: Path, option: dict) -> Non
         tierstore.open(built, **option)
 
 
-def test_io_that_is_not_here_yet_falls_back_and_says_so(built: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_the_compiled_kernels_io_falls_back_and_says_so(
+    built: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "native", False)
     with tierstore.open(built, io="uring") as store:
         assert store.stats()["io"] == "pread"
     assert "uring" in caplog.text
@@ -104,41 +142,28 @@ def test_pages_of_one_batch_are_read_once(built: Path) -> None:
         assert store.stats()["pages_read"] == 1
 
 
-class BlockedReader(PreadReader):
-    """Reads nothing until it is let go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        import threading
-
-        self.go = threading.Event()
-
-    def _fill(self, files, page_numbers, out) -> None:
-        assert self.go.wait(60)
-        super()._fill(files, page_numbers, out)
-
-
 def test_wait_times_out_and_can_be_called_again(built: Path, model: Model) -> None:
     keys = random_keys(np.random.default_rng(2), 5)
     with tierstore.open(built, dram="600KiB") as store:
-        reader = store._reader = BlockedReader()
+        store._engine._engine.inject("slow", 0, 1000)
         out = np.full((5, 24, 40), 0xA5, dtype=np.uint8)
         ticket = store.submit({"layers.1": (keys, out)})
         with pytest.raises(TimeoutError):
             ticket.wait(timeout_s=0.01)
-        reader.go.set()
+        store._engine._engine.inject("none")
         ticket.wait(timeout_s=60)
         np.testing.assert_array_equal(out, model.expected("layers.1", keys))
 
 
-def test_tickets_beyond_the_limit_are_done_by_submit_itself(built: Path, model: Model, monkeypatch) -> None:
-    monkeypatch.setattr("tierstore.store.TICKETS_MAX", 0)
-    keys = random_keys(np.random.default_rng(3), 25)
+def test_tickets_beyond_the_limit_wait_for_earlier_ones(built: Path, model: Model, monkeypatch) -> None:
+    monkeypatch.setattr("tierstore.tiers.native.JOBS_MAX", 1)
+    rng = np.random.default_rng(3)
     with tierstore.open(built, dram="600KiB") as store:
-        out = np.full((25, 24, 40), 0xA5, dtype=np.uint8)
-        ticket = store.submit({"layers.1": (keys, out)})
-        np.testing.assert_array_equal(out, model.expected("layers.1", keys))
-        ticket.wait(timeout_s=0)
+        steps = [(random_keys(rng, 25), np.full((25, 24, 40), 0xA5, dtype=np.uint8)) for _ in range(20)]
+        tickets = [store.submit({"layers.1": step}) for step in steps]
+        for ticket, (keys, out) in zip(tickets, steps, strict=True):
+            ticket.wait(timeout_s=60)
+            np.testing.assert_array_equal(out, model.expected("layers.1", keys))
 
 
 def _lookup_in_child(store, model: Model, results) -> None:

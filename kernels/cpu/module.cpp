@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "crc32c.h"
+#include "engine_module.h"
 #include "pages.h"
 
 namespace py = pybind11;
@@ -90,4 +91,5 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("page_start"), py::arg("version"), py::arg("seed"));
   module.def("check_pages", &check_pages, py::arg("pages").noconvert(), py::arg("page_numbers"), py::arg("version"),
              py::arg("seed"));
+  tierstore::bind_engine(module);
 }

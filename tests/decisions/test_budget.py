@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tierstore import BudgetError
-from tierstore.decisions.budget import CACHE_WAYS, SLOT_OVERHEAD_BYTES, STAGING_BUFFERS, divide_dram, staging_unit_bytes
+from tierstore.decisions.budget import ALIGNMENT_BYTES, DEPTH_MAX, LANES_MAX, cache_set_bytes, divide_dram
 from tierstore.formats.catalog import TableLayout
 from tierstore.formats.page import PageShape
 from tierstore.spec import TableSpec
@@ -27,18 +27,20 @@ def test_the_parts_never_exceed_the_budget(budget_bytes: int) -> None:
     plan = divide_dram(TABLES, budget_bytes)
     assert plan.dram_bytes <= budget_bytes
     assert list(plan.shares) == list(TABLES)
+    byte_end = 0
     for name, share in plan.shares.items():
-        spec = TABLES[name].spec
-        slots = share.num_sets * CACHE_WAYS
-        assert share.num_bytes == (
-            spec.table_bytes if share.resident else slots * (spec.entry_bytes + SLOT_OVERHEAD_BYTES)
-        )
-        assert share.resident or share.num_sets >= 1
+        assert share.byte_start == byte_end
+        assert share.byte_start % ALIGNMENT_BYTES == 0
+        byte_end += share.num_bytes
+        needed = TABLES[name].spec.table_bytes if share.resident else share.num_sets * cache_set_bytes(TABLES[name])
+        assert needed <= share.num_bytes < needed + ALIGNMENT_BYTES
+        assert share.resident == (share.num_sets == 0)
+    assert byte_end == plan.block_bytes
 
 
 def test_what_is_left_unused_is_less_than_one_set_a_table() -> None:
     plan = divide_dram(TABLES, 1 << 30)
-    assert (1 << 30) - plan.dram_bytes < len(TABLES) * CACHE_WAYS * (264 + SLOT_OVERHEAD_BYTES)
+    assert (1 << 30) - plan.dram_bytes < len(TABLES) * (cache_set_bytes(TABLES["a"]) + ALIGNMENT_BYTES)
 
 
 def test_small_tables_are_resident_and_leave_their_rest_to_the_others() -> None:
@@ -52,7 +54,7 @@ def test_all_tables_are_resident_where_they_fit() -> None:
     assert all(share.resident for share in divide_dram(TABLES, total + (64 << 20)).shares.values())
 
 
-@pytest.mark.parametrize("budget_bytes", [0, 1, 5000, 17_000])
+@pytest.mark.parametrize("budget_bytes", [0, 1, 5000, 10_000])
 def test_a_budget_below_the_least_names_one_that_is_enough(budget_bytes: int) -> None:
     with pytest.raises(BudgetError, match=f"dram: {budget_bytes} bytes") as caught:
         divide_dram(TABLES, budget_bytes)
@@ -60,8 +62,19 @@ def test_a_budget_below_the_least_names_one_that_is_enough(budget_bytes: int) ->
     assert divide_dram(TABLES, least).dram_bytes <= least
 
 
-def test_staging_holds_the_pages_of_at_least_one_key() -> None:
-    wide = {"w": layout("w", 100, 100_000)}
-    plan = divide_dram(wide, 4 << 20)
-    assert plan.staging_bytes >= staging_unit_bytes(wide["w"])
-    assert STAGING_BUFFERS * plan.staging_bytes <= 4 << 20
+@pytest.mark.parametrize("row_bytes", [1, 84, 264, 4080, 5000, 100_000])
+@pytest.mark.parametrize("budget_bytes", [4 << 20, 64 << 20, 1 << 30])
+def test_a_lane_holds_the_pages_and_the_entry_of_at_least_one_key(row_bytes: int, budget_bytes: int) -> None:
+    table = layout("w", 1_000_000, row_bytes)
+    staging = divide_dram({"w": table}, budget_bytes).staging
+    assert staging.page_bytes == table.page_bytes
+    assert 1 <= staging.depth <= DEPTH_MAX
+    assert 1 <= staging.num_lanes <= LANES_MAX
+    assert staging.assembly_bytes >= table.spec.entry_bytes
+    assert staging.num_bytes <= budget_bytes
+
+
+def test_staging_of_a_large_budget_is_at_most_16_mib() -> None:
+    staging = divide_dram(TABLES, 16 << 30).staging
+    assert staging.num_lanes == LANES_MAX
+    assert staging.num_bytes <= 16 << 20

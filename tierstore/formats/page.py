@@ -78,12 +78,19 @@ def page_faults(pages: np.ndarray, page_numbers: np.ndarray, seed: int) -> list[
     return [(int(page_numbers[i]), _FAULTS[int(status[i])]) for i in np.flatnonzero(status)]
 
 
+def fault_text(where: str, status: int) -> str:
+    """Returns the message of a page whose check gave `status`; `where` names page and table."""
+    return (
+        f"{where}: {_FAULTS[status]}; run 'tierstore verify', then restore its shard from a copy or rebuild the store"
+    )
+
+
 def check_pages(pages: np.ndarray, page_numbers: np.ndarray, seed: int, table_name: str) -> None:
     """Raises `CorruptPageError`, naming the first, if any of `pages` is not the page that page_numbers says."""
-    faults = page_faults(pages, page_numbers, seed)
-    if faults:
-        page_number, what = faults[0]
-        raise CorruptPageError(
-            f"page {page_number} of table {table_name} ({len(faults)} of {len(page_numbers)} pages read are bad): {what}; "
-            f"run 'tierstore verify', then restore its shard from a copy or rebuild the store"
+    status = kernels.check_pages(pages, page_numbers, PAGE_VERSION, seed)
+    bad = np.flatnonzero(status)
+    if len(bad):
+        where = (
+            f"page {page_numbers[bad[0]]} of table {table_name} ({len(bad)} of {len(page_numbers)} pages read are bad)"
         )
+        raise CorruptPageError(fault_text(where, int(status[bad[0]])))

@@ -1,15 +1,30 @@
-"""How much memory this process may still take: the machine's, or the cgroup's where that is less.
+"""Memory: how much this process may still take, and the flat block that the dram tier lives in.
 
-Flows out: bytes and where the limit comes from. Read once when a budget is asked for; no decision is made here.
+Flows out: bytes available and where the limit comes from (the machine's, or the cgroup's where that is less); blocks of
+memory on huge pages where the system allows them. No decision is made here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def allocate(num_bytes: int) -> np.ndarray:
+    """Returns zeroed memory, uint8 [num_bytes], page-aligned; on huge pages where the system lets a process ask for them."""
+    if num_bytes == 0:
+        return np.empty(0, dtype=np.uint8)
+    block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them: small pages serve, a little slower
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(block, dtype=np.uint8)
 
 
 def available_memory(cgroup: Path = _CGROUP) -> tuple[int, str]:

@@ -1,37 +1,80 @@
-"""The nvme tier: pages read from shards and checked before anybody sees their rows.
+"""The nvme tier: the shards of a store, open, and the choice of how their pages are read.
 
-Flows in: page numbers of a table. Flows out: pages in the caller's buffer, each verified. Refuses, with
-`CorruptPageError`, a page that the disk does not give, or gives short, damaged, moved or foreign.
+Flows in: a catalog and what the user asked for (`io`). Flows out: descriptors and a mode that this kernel and file system
+allow. The reads themselves are the engines' (`native`, `portable`); this module also reads pages front to back, for
+tables that are loaded whole. Refuses shards that are not what the catalog says.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
-import threading
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from .. import kernels
 from ..errors import CorruptPageError, FormatError
 from ..formats.catalog import CatalogImage, TableLayout
 from ..formats.page import check_pages
 
-STAGING_WAIT_S = 300.0
+logger = logging.getLogger("tierstore")
+
+IO_MODES = ("auto", "uring", "mmap", "pread")
+
+
+@dataclass(frozen=True)
+class IoChoice:
+    """How pages are read: "uring", "mmap" or "pread", and whether read-ahead is asked for by process_madvise."""
+
+    mode: str
+    use_process_madvise: bool = False
+
+
+def choose_io(io: str) -> IoChoice:
+    """Returns the best mode that this process may use for `io`, and logs, once a call, what it fell back from and why."""
+    if not kernels.native:
+        if io in ("uring", "mmap"):
+            logger.warning("io=%r needs the compiled kernels: pages are read with pread", io)
+        return IoChoice("pread")
+    if io in ("auto", "uring"):
+        code = kernels.probe_uring()
+        if code == 0:
+            return IoChoice("uring")
+        logger.warning(
+            "io_uring is not to be had (%s): pages are read through the page cache, by mmap; run 'tierstore doctor'",
+            errno.errorcode.get(code, code),
+        )
+    if io == "pread":
+        return IoChoice("pread")
+    code = kernels.probe_process_madvise()
+    if code != 0:
+        logger.warning(
+            "process_madvise is not to be had (%s): read-ahead is asked for page by page, with posix_fadvise",
+            errno.errorcode.get(code, code),
+        )
+    return IoChoice("mmap", code == 0)
 
 
 class TableFiles:
     """The open shards of one table. Any number of threads may read; `close` must come after the last read."""
 
-    def __init__(self, image: CatalogImage, table: TableLayout) -> None:
-        """Opens every shard and compares its length with the catalog's; raises `FormatError` where it differs."""
+    def __init__(self, image: CatalogImage, table: TableLayout, *, direct: bool) -> None:
+        """Opens every shard and compares its length with the catalog's; raises `FormatError` where it differs.
+
+        direct: open each for O_DIRECT too, where its file system has that.
+        """
         self.table = table
         self._fds: list[int] = []
+        self._direct_fds: list[int] = []
         try:
             for index in range(table.num_shards):
-                self._fds.append(_open_shard(image, table, index))
+                file, fd = _open_shard(image, table, index)
+                self._fds.append(fd)
+                self._direct_fds.append(_open_direct(file) if direct else -1)
         except BaseException:
             self.close()
             raise
@@ -40,13 +83,26 @@ class TableFiles:
         """Returns the descriptor of a shard."""
         return self._fds[shard_index]
 
+    @property
+    def has_direct(self) -> bool:
+        """Whether every shard can be read past the page cache."""
+        return all(fd >= 0 for fd in self._direct_fds)
+
+    def handles(self) -> list[tuple[int, int, int]]:
+        """Returns (descriptor, O_DIRECT descriptor or -1, bytes) of every shard."""
+        sizes = [os.fstat(fd).st_size for fd in self._fds]
+        return list(zip(self._fds, self._direct_fds, sizes, strict=True))
+
     def close(self) -> None:
         """Closes the descriptors; closing twice is harmless."""
-        while self._fds:
-            os.close(self._fds.pop())
+        for fds in (self._fds, self._direct_fds):
+            while fds:
+                fd = fds.pop()
+                if fd >= 0:
+                    os.close(fd)
 
 
-def _open_shard(image: CatalogImage, table: TableLayout, index: int) -> int:
+def _open_shard(image: CatalogImage, table: TableLayout, index: int) -> tuple[Path, int]:
     shard = image.shards[table.spec.name][index]
     file = Path(image.path) / shard.file
     what = f"shard {index} of table {table.spec.name} ({file})"
@@ -61,60 +117,51 @@ def _open_shard(image: CatalogImage, table: TableLayout, index: int) -> int:
             f"{what}: {found_bytes} bytes on disk, the catalog says {shard.num_bytes}; "
             f"the copy was cut short or is another file: copy it again or rebuild"
         )
-    return fd
+    # Rows lie scattered: without this, every read of one page would bring in a window of its neighbours.
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    return file, fd
 
 
-class PageReader(ABC):
-    """Reads pages; the one contract that every way of reading keeps.
+def _open_direct(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return -1
 
-    `read` may be called from any number of threads. It never returns a page that is not the one asked for.
+
+def read_pages(files: TableFiles, page_numbers: np.ndarray, out: np.ndarray) -> None:
+    """Reads pages, int64 [P] ascending without repeats, into out, uint8 [P, page_bytes] contiguous, and checks each.
+
+    Portable and without threads: asks the kernel for every run of neighbouring pages first, so that the disk sees the whole
+    batch at once, then copies run by run. Blocks. Raises `CorruptPageError` naming the first bad page.
     """
-
-    name: str
-
-    def read(self, files: TableFiles, page_numbers: np.ndarray, out: np.ndarray) -> None:
-        """Reads pages, int64 [P] ascending without repeats, into out, uint8 [P, page_bytes] contiguous, and checks each.
-
-        Blocks until all are there. Raises `CorruptPageError` naming the first bad page; `out` is then undefined.
-        """
-        table = files.table
-        assert out.shape == (len(page_numbers), table.page_bytes)
-        assert out.flags.c_contiguous
-        try:
-            self._fill(files, page_numbers, out)
-        except OSError as error:
-            raise CorruptPageError(
-                f"pages of table {table.spec.name} cannot be read: {error}; check the disk, then run 'tierstore verify'"
-            ) from error
-        check_pages(out, page_numbers, table.seed, table.spec.name)
-
-    @abstractmethod
-    def _fill(self, files: TableFiles, page_numbers: np.ndarray, out: np.ndarray) -> None:
-        """Fills `out` with the pages, unchecked; raises OSError or CorruptPageError where the disk does not give them."""
-
-
-class PreadReader(PageReader):
-    """Portable, without threads: asks the kernel for every run of neighbouring pages first, then copies run by run.
-
-    `posix_fadvise(WILLNEED)` starts a read and returns, so the disk sees the whole batch at once, and the `preadv` that
-    follows finds the pages in the page cache or on their way.
-    """
-
-    name = "pread"
-
-    def _fill(self, files: TableFiles, page_numbers: np.ndarray, out: np.ndarray) -> None:
-        table = files.table
-        shard = page_numbers // table.pages_per_shard
-        breaks = np.flatnonzero((np.diff(page_numbers) != 1) | (np.diff(shard) != 0)) + 1
-        starts = np.concatenate([[0], breaks]).tolist()
-        ends = np.concatenate([breaks, [len(page_numbers)]]).tolist()
-        byte_starts = ((page_numbers - shard * table.pages_per_shard) * table.page_bytes).tolist()
-        runs = [(files.fd(int(shard[i])), byte_starts[i], i, j) for i, j in zip(starts, ends, strict=True)]
-        if len(runs) > 1:
-            for fd, byte_start, i, j in runs:
-                os.posix_fadvise(fd, byte_start, (j - i) * table.page_bytes, os.POSIX_FADV_WILLNEED)
+    table = files.table
+    assert out.shape == (len(page_numbers), table.page_bytes)
+    assert out.flags.c_contiguous
+    try:
+        runs = list(_runs(files, page_numbers))
+        for fd, byte_start, i, j in runs if len(runs) > 1 else ():
+            os.posix_fadvise(fd, byte_start, (j - i) * table.page_bytes, os.POSIX_FADV_WILLNEED)
         for fd, byte_start, i, j in runs:
             _read_run(fd, byte_start, out[i:j], f"page {page_numbers[i]} of table {table.spec.name}")
+    except OSError as error:
+        raise CorruptPageError(
+            f"pages of table {table.spec.name} cannot be read: {error}; check the disk, then run 'tierstore verify'"
+        ) from error
+    check_pages(out, page_numbers, table.seed, table.spec.name)
+
+
+def _runs(files: TableFiles, page_numbers: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """Yields (descriptor, byte start, first, end) of every run of neighbouring pages; first and end count page_numbers."""
+    table = files.table
+    shard = page_numbers // table.pages_per_shard
+    breaks = np.flatnonzero((np.diff(page_numbers) != 1) | (np.diff(shard) != 0)) + 1
+    starts = np.concatenate([[0], breaks]).tolist()
+    ends = np.concatenate([breaks, [len(page_numbers)]]).tolist()
+    byte_starts = ((page_numbers - shard * table.pages_per_shard) * table.page_bytes).tolist()
+    for i, j in zip(starts, ends, strict=True):
+        if j > i:
+            yield files.fd(int(shard[i])), byte_starts[i], i, j
 
 
 def _read_run(fd: int, byte_start: int, pages: np.ndarray, what: str) -> None:
@@ -129,31 +176,35 @@ def _read_run(fd: int, byte_start: int, pages: np.ndarray, what: str) -> None:
         done += count
 
 
-class StagingPool:
-    """A fixed number of equal buffers for pages on their way; a thread that finds none free waits for one."""
+def load_rows(files: TableFiles, rows: np.ndarray, scratch: np.ndarray) -> dict[int, str]:
+    """Reads a whole table, front to back, into rows, uint8 [num_rows, row_bytes]; scratch: uint8, at least one page.
 
-    def __init__(self, num_buffers: int, buffer_bytes: int) -> None:
-        self._buffers = [np.empty(buffer_bytes, dtype=np.uint8) for _ in range(num_buffers)]
-        self._free = list(self._buffers)
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def buffer(self) -> Iterator[np.ndarray]:
-        """Lends a buffer, uint8 [buffer_bytes]. Raises `TimeoutError` where none comes free within STAGING_WAIT_S."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._free, timeout=STAGING_WAIT_S):
-                raise TimeoutError(
-                    f"no staging buffer came free within {STAGING_WAIT_S} s: the disk has stopped answering"
-                )
-            buffer = self._free.pop()
+    Returns the pages that are bad, with what is wrong with each: they cost their own rows only. Blocks. Leaves nothing of
+    it in the page cache.
+    """
+    table = files.table
+    bad_pages: dict[int, str] = {}
+    pages_per_chunk = len(scratch) // table.page_bytes
+    for page_start in range(0, table.num_pages, pages_per_chunk):
+        page_end = min(page_start + pages_per_chunk, table.num_pages)
         try:
-            yield buffer
-        finally:
-            with self._changed:
-                self._free.append(buffer)
-                self._changed.notify()
+            _load_pages(files, rows, page_start, page_end, scratch)
+        except CorruptPageError:
+            for page_number in range(page_start, page_end):
+                try:
+                    _load_pages(files, rows, page_number, page_number + 1, scratch)
+                except CorruptPageError as error:
+                    bad_pages[page_number] = str(error)
+    for shard_index in range(table.num_shards):
+        os.posix_fadvise(files.fd(shard_index), 0, 0, os.POSIX_FADV_DONTNEED)
+    return bad_pages
 
-    def after_fork(self) -> None:
-        """Takes back, in a forked child, the buffers that the parent's other threads held."""
-        self._free = list(self._buffers)
-        self._changed = threading.Condition()
+
+def _load_pages(files: TableFiles, rows: np.ndarray, page_start: int, page_end: int, scratch: np.ndarray) -> None:
+    table = files.table
+    pages = scratch[: (page_end - page_start) * table.page_bytes].reshape(-1, table.page_bytes)
+    read_pages(files, np.arange(page_start, page_end), pages)
+    row_start = page_start * table.rows_per_page
+    found = table.shape.rows_of(pages).reshape(-1, table.spec.row_bytes)
+    part = rows[row_start : row_start + len(found)]
+    part[:] = found[: len(part)]

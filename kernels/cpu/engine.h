@@ -1,0 +1,96 @@
+// The lookup path of an open store: hits copied by the caller's thread, misses carried by lanes.
+//
+// A lookup that misses takes a lane and drives it itself: no hand-over, no wake-up. A submit takes a lane, starts its first
+// reads and hands it to a worker thread, which finishes the job whether anybody waits or not. Lanes, and so staging, reads in
+// flight and threads, are bounded; who finds none free waits in line. Any number of threads may call at once.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "faults.h"
+#include "job.h"
+#include "lane.h"
+#include "table.h"
+
+namespace tierstore {
+
+struct EngineShape {
+  ReadMode mode;
+  bool use_process_madvise;
+  size_t num_lanes;
+  size_t pread_threads;
+  size_t jobs_max;  // submitted and not done; beyond it, submit waits
+  double wait_s;    // the longest that anything here waits for the disk or for a lane
+  LaneShape lane;
+};
+
+// Counts of one table: by order, keys found in memory and keys fetched.
+struct TableCounters {
+  explicit TableCounters(size_t num_orders) : hits(num_orders), misses(num_orders) {}
+  std::vector<std::atomic<uint64_t>> hits, misses;
+};
+
+struct Counters {
+  std::atomic<uint64_t> batches{0}, zero_miss_batches{0}, sentinels{0}, rows{0};
+};
+
+class Engine {
+ public:
+  Engine(std::vector<Table> tables, const EngineShape& shape);
+  // Closes; where reads do not end, what they write to is leaked.
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  std::vector<Table>& tables() { return tables_; }
+
+  // Every use stands between `enter`, which is false once the engine is closed, and `leave`.
+  bool enter();
+  void leave();
+
+  // Copies what memory holds of a table's keys, [num_tokens, O], and appends the rest to job.misses.
+  void gather(size_t table, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job);
+
+  // Reads rows (kRowUnit; id -1 for zeros) or pages (kPageUnit) by number into `out`, past the cache. Blocks on the disk.
+  void read(size_t table, const int64_t* ids, size_t num_ids, uint8_t* out, uint8_t unit, Job& job);
+
+  void count_batch(const Job& job);
+
+  // Fetches a job's misses on the caller's thread. Blocks on the disk.
+  void fetch(Job& job);
+  // The same by a worker: the first reads are in flight when it returns, unless every lane is busy.
+  void submit(const std::shared_ptr<Job>& job);
+
+  // Waits at most `seconds` for uses and jobs to end, then stops the workers. Returns whether all ended.
+  bool close(double seconds);
+
+  // Around a fork, in this order; locks are held between the two.
+  void before_fork();
+  void after_fork(bool in_child);
+
+  Counters counters;
+  ReadCounters read_counters;
+  FaultPlan faults;
+  std::vector<TableCounters> table_counters;
+
+ private:
+  struct Runtime;
+
+  Lane* acquire_lane(bool wait);
+  bool make_lane();
+  void release_lane(Lane* lane);
+  void drive(Lane& lane, Job& job);
+  void work();
+
+  std::vector<Table> tables_;
+  const EngineShape shape_;
+  std::unique_ptr<Runtime> runtime_;
+  std::atomic<uint64_t> in_use_{0};
+  std::atomic<bool> closed_{false};
+};
+
+}  // namespace tierstore

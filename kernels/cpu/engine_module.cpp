@@ -1,0 +1,363 @@
+// The Python face of the lookup path: checks arguments, holds what must outlive a job, and releases the interpreter lock.
+#include "engine_module.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include <sys/mman.h>
+
+#include "engine.h"
+
+namespace py = pybind11;
+
+namespace tierstore {
+namespace {
+
+constexpr int kWaitSliceMs = 200;  // how often a wait lets Python handle signals
+
+ReadMode mode_of(const std::string& name) {
+  if (name == "uring") return ReadMode::kUring;
+  if (name == "mmap") return ReadMode::kMmap;
+  if (name == "pread") return ReadMode::kPread;
+  throw std::invalid_argument("mode must be uring, mmap or pread");
+}
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+// (kind, table, page, detail), or None where all is well.
+py::object fault_tuple(const Fault& fault) {
+  static const char* const kNames[] = {"none", "page", "disk", "timeout", "forked"};
+  if (fault.kind == FaultKind::kNone) return py::none();
+  return py::make_tuple(kNames[static_cast<int>(fault.kind)], fault.table, fault.page, fault.detail);
+}
+
+bool is_array(py::handle object, char kind, py::ssize_t itemsize, bool writeable) {
+  if (!py::isinstance<py::array>(object)) return false;
+  const auto array = py::reinterpret_borrow<py::array>(object);
+  const py::dtype dtype = array.dtype();
+  const char order = dtype.byteorder();
+  return dtype.kind() == kind && dtype.itemsize() == itemsize && (order == '=' || order == '|') &&
+         (array.flags() & py::array::c_style) != 0 && (!writeable || array.writeable());
+}
+
+Table make_table(const py::dict& record, ReadMode mode) {
+  Table table;
+  table.num_orders = record["num_orders"].cast<size_t>();
+  table.rows_per_key = record["rows_per_key"].cast<size_t>();
+  table.row_bytes = record["row_bytes"].cast<size_t>();
+  table.num_rows = record["num_rows"].cast<uint64_t>();
+  table.is_plain = record["is_plain"].cast<bool>();
+  table.moduli = record["moduli"].cast<std::vector<int64_t>>();
+  table.offsets = record["offsets"].cast<std::vector<int64_t>>();
+  table.page_bytes = record["page_bytes"].cast<size_t>();
+  table.rows_per_page = record["rows_per_page"].cast<size_t>();
+  table.num_pages = record["num_pages"].cast<uint64_t>();
+  table.pages_per_shard = record["pages_per_shard"].cast<uint64_t>();
+  table.shape = {table.page_bytes, table.rows_per_page, record["version"].cast<uint32_t>(), record["seed"].cast<uint32_t>()};
+  require(table.num_orders >= 1 && table.num_orders <= kOrdersMax, "a table has 1 to 16 orders");
+  require(table.rows_per_key >= 1 && table.row_bytes >= 1, "a key has rows, and a row has bytes");
+  require(table.moduli.size() == table.num_heads() && table.offsets.size() == table.num_heads(), "one modulus a head");
+  require(table.page_bytes > kTrailerBytes && table.rows_per_page >= 1, "a page has rows and a trailer");
+  require(table.rows_per_page <= (table.page_bytes - kTrailerBytes) / table.row_bytes, "a page's rows fit in it");
+  require(table.pages_per_shard >= 1, "a shard has pages");
+  require(table.num_rows <= table.num_pages * table.rows_per_page, "the pages hold the rows");
+  for (size_t head = 0; head < table.num_heads(); ++head) {
+    require(table.moduli[head] >= 1 && table.offsets[head] >= 0 &&
+                static_cast<uint64_t>(table.moduli[head]) + static_cast<uint64_t>(table.offsets[head]) <= table.num_rows,
+            "a head's rows lie within the table");
+  }
+  const auto shards = record["shards"].cast<std::vector<std::tuple<int, int, size_t>>>();
+  require(shards.size() == (table.num_pages + table.pages_per_shard - 1) / table.pages_per_shard, "all shards are there");
+  for (const auto& [buffered_fd, direct_fd, num_bytes] : shards) {
+    ShardFile shard{buffered_fd, direct_fd, nullptr, num_bytes};
+    if (mode == ReadMode::kMmap) {
+      void* map = mmap(nullptr, num_bytes, PROT_READ, MAP_SHARED, buffered_fd, 0);
+      if (map != MAP_FAILED) {
+        madvise(map, num_bytes, MADV_RANDOM);
+        shard.map = static_cast<const uint8_t*>(map);
+      }
+    }
+    table.shards.push_back(shard);
+  }
+  return table;
+}
+
+// A job submitted from Python. Whoever made it keeps the output buffers alive until it is done.
+class Ticket {
+ public:
+  explicit Ticket(std::shared_ptr<Job> job) : job_(std::move(job)) {}
+
+  bool done() { return job_->is_done(); }
+
+  // Returns False where the time ran out, else the fault or None.
+  py::object wait(double seconds) {
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::min(seconds, 1e9));
+    for (;;) {
+      const std::chrono::duration<double> left = deadline - std::chrono::steady_clock::now();
+      bool done;
+      {
+        py::gil_scoped_release released;
+        done = job_->wait(std::max(0.0, std::min(left.count(), kWaitSliceMs / 1000.0)));
+      }
+      if (done) return fault_tuple(job_->fault);
+      if (left.count() <= 0) return py::bool_(false);
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
+  }
+
+ private:
+  std::shared_ptr<Job> job_;
+};
+
+class PyEngine {
+ public:
+  PyEngine(const std::vector<py::dict>& records, const std::string& mode, bool use_process_madvise, size_t num_lanes,
+           size_t depth, size_t assembly_bytes, size_t pread_threads, size_t jobs_max, double wait_s) {
+    require(num_lanes >= 1 && depth >= 1 && depth <= 4096 && pread_threads >= 1 && jobs_max >= 1, "limits are at least 1");
+    EngineShape shape{mode_of(mode), use_process_madvise, num_lanes, pread_threads, jobs_max, wait_s, {depth, 0, assembly_bytes}};
+    std::vector<Table> tables;
+    for (const py::dict& record : records) {
+      tables.push_back(make_table(record, shape.mode));
+      Table& table = tables.back();
+      shape.lane.page_bytes = std::max(shape.lane.page_bytes, (table.page_bytes + 4095) / 4096 * 4096);
+      require(table.entry_bytes() <= assembly_bytes, "the assembly buffer holds an entry");
+      auto memory = record["memory"].cast<py::array_t<uint8_t, py::array::c_style>>();
+      const auto num_sets = record["num_sets"].cast<size_t>();
+      if (num_sets == 0) {
+        require(static_cast<uint64_t>(memory.nbytes()) >= table.num_rows * table.row_bytes, "memory holds the resident rows");
+      } else {
+        require(static_cast<size_t>(memory.nbytes()) >= EntryCache::block_bytes(num_sets, table.entry_bytes()) &&
+                    reinterpret_cast<uintptr_t>(memory.data()) % alignof(CacheSet) == 0,
+                "memory holds the sets, at a multiple of 64");
+        table.cache = std::make_unique<EntryCache>(memory.mutable_data(), num_sets, table.entry_bytes());
+        py::gil_scoped_release released;
+        table.cache->clear();
+      }
+      memory_.push_back(std::move(memory));
+    }
+    engine_ = std::make_unique<Engine>(std::move(tables), shape);
+  }
+
+  ~PyEngine() {
+    py::gil_scoped_release released;
+    close(0);
+    engine_.reset();
+  }
+
+  // None: done. False: the arguments, or the state, need Python's look. A tuple: a fault.
+  py::object lookup(size_t index, py::handle keys, py::handle out) {
+    if (!fits(index, keys, out)) return py::bool_(false);
+    const auto key_array = py::reinterpret_borrow<py::array>(keys);
+    const auto num_tokens = static_cast<size_t>(key_array.shape(0));
+    const auto* key_data = static_cast<const int64_t*>(key_array.data());
+    auto* out_data = static_cast<uint8_t*>(py::reinterpret_borrow<py::array>(out).mutable_data());
+    Job job;
+    bool good;
+    {
+      py::gil_scoped_release released;
+      good = engine_->enter();
+      if (good) {
+        if ((good = keys_are_good(engine_->tables()[index], key_data, num_tokens))) {
+          engine_->gather(index, key_data, num_tokens, out_data, job);
+          engine_->count_batch(job);
+          engine_->fetch(job);
+        }
+        engine_->leave();
+      }
+    }
+    return good ? fault_tuple(job.fault) : py::bool_(false);
+  }
+
+  // [(table, keys, out), ...], checked. Returns a Ticket, None where nothing was missing, or False as `lookup` does.
+  py::object submit(const std::vector<std::tuple<size_t, py::object, py::object>>& requests) {
+    for (const auto& [index, keys, out] : requests) {
+      if (!fits(index, keys, out)) return py::bool_(false);
+    }
+    auto job = std::make_shared<Job>();
+    std::vector<std::tuple<size_t, const int64_t*, size_t, uint8_t*>> plain;
+    for (const auto& [index, keys, out] : requests) {
+      const auto key_array = py::reinterpret_borrow<py::array>(keys);
+      plain.emplace_back(index, static_cast<const int64_t*>(key_array.data()), static_cast<size_t>(key_array.shape(0)),
+                         static_cast<uint8_t*>(py::reinterpret_borrow<py::array>(out).mutable_data()));
+    }
+    bool good;
+    {
+      py::gil_scoped_release released;
+      good = engine_->enter();
+      if (good) {
+        for (const auto& [index, keys, num_tokens, out] : plain) {
+          good = good && keys_are_good(engine_->tables()[index], keys, num_tokens);
+        }
+        if (good) {
+          for (const auto& [index, keys, num_tokens, out] : plain) engine_->gather(index, keys, num_tokens, out, *job);
+          engine_->count_batch(*job);
+          if (job->fault.kind != FaultKind::kNone) {
+            job->finish();
+          } else if (!job->misses.empty()) {
+            engine_->submit(job);
+          }
+        }
+        engine_->leave();
+      }
+    }
+    if (!good) return py::bool_(false);
+    if (job->misses.empty() && job->fault.kind == FaultKind::kNone) return py::none();
+    return py::cast(Ticket(std::move(job)));
+  }
+
+  // Row ids, int64 [R], -1 for a zero row, into uint8 [R, row_bytes], past the cache. Returns as `lookup` does.
+  py::object rows(size_t index, py::handle row_ids, py::handle out) {
+    const Table& table = engine_->tables().at(index);
+    return read_units(index, row_ids, out, table.row_bytes, table.num_rows, kRowUnit);
+  }
+
+  // Pages, int64 [P], all different, into uint8 [P, page_bytes]. Returns as `lookup` does.
+  py::object read_pages(size_t index, py::handle page_numbers, py::handle out) {
+    const Table& table = engine_->tables().at(index);
+    return read_units(index, page_numbers, out, table.page_bytes, table.num_pages, kPageUnit);
+  }
+
+  // Says that a resident table's memory holds its rows now, but for those of some pages. Comes before its first lookup.
+  void set_resident(size_t index, const std::vector<uint64_t>& bad_pages) {
+    Table& table = engine_->tables().at(index);
+    require(table.cache == nullptr, "the table has a cache");
+    table.bad_pages.assign(bad_pages.empty() ? 0 : table.num_pages, false);
+    for (const uint64_t page : bad_pages) table.bad_pages.at(page) = true;
+    table.resident = static_cast<const uint8_t*>(memory_.at(index).data());
+  }
+
+  // {"batches": ..., "tables": [(hits by order, misses by order), ...]}
+  py::dict counters() const {
+    py::dict all;
+    const Counters& totals = engine_->counters;
+    all["batches"] = totals.batches.load();
+    all["zero_miss_batches"] = totals.zero_miss_batches.load();
+    all["sentinels"] = totals.sentinels.load();
+    all["rows"] = totals.rows.load();
+    all["pages_read"] = engine_->read_counters.pages.load();
+    all["bytes_read"] = engine_->read_counters.bytes.load();
+    py::list tables;
+    for (const TableCounters& table : engine_->table_counters) {
+      py::list hits, misses;
+      for (const auto& count : table.hits) hits.append(count.load());
+      for (const auto& count : table.misses) misses.append(count.load());
+      tables.append(py::make_tuple(hits, misses));
+    }
+    all["tables"] = tables;
+    return all;
+  }
+
+  void inject(const std::string& what, uint64_t first, uint64_t count) {
+    static const char* const kNames[] = {"none", "failing", "short", "corrupt", "slow"};
+    for (int i = 0; i < 5; ++i) {
+      if (what == kNames[i]) {
+        engine_->faults.set(static_cast<FaultInjection>(i), first, count);
+        return;
+      }
+    }
+    throw std::invalid_argument("what must be none, failing, short, corrupt or slow");
+  }
+
+  uint64_t injected_reads() const { return engine_->faults.seen(); }
+
+  // Waits; returns whether all lookups ended in time. Files may be closed, and buffers let go, only then.
+  bool close(double seconds) {
+    const bool ended = engine_->close(seconds);
+    if (ended) {
+      for (Table& table : engine_->tables()) {
+        for (ShardFile& shard : table.shards) {
+          if (shard.map != nullptr) munmap(const_cast<uint8_t*>(shard.map), shard.num_bytes);
+          shard.map = nullptr;
+        }
+      }
+    }
+    return ended;
+  }
+
+  void before_fork() { engine_->before_fork(); }
+  void after_fork(bool in_child) { engine_->after_fork(in_child); }
+
+ private:
+  // Says whether keys are int64 [N, O] and out uint8 [N, O * H, row_bytes], contiguous.
+  bool fits(size_t index, py::handle keys, py::handle out) const {
+    if (index >= engine_->tables().size() || !is_array(keys, 'i', 8, false) || !is_array(out, 'u', 1, true)) return false;
+    const Table& table = engine_->tables()[index];
+    if (table.cache == nullptr && table.resident == nullptr) return false;
+    const auto k = py::reinterpret_borrow<py::array>(keys);
+    const auto o = py::reinterpret_borrow<py::array>(out);
+    return k.ndim() == 2 && o.ndim() == 3 && k.shape(1) == static_cast<py::ssize_t>(table.num_orders) &&
+           k.size() <= std::numeric_limits<uint32_t>::max() && o.shape(0) == k.shape(0) &&
+           o.shape(1) == static_cast<py::ssize_t>(table.num_heads()) && o.shape(2) == static_cast<py::ssize_t>(table.row_bytes);
+  }
+
+  static bool keys_are_good(const Table& table, const int64_t* keys, size_t num_tokens) {
+    const int64_t end = table.is_plain ? static_cast<int64_t>(table.num_rows) : std::numeric_limits<int64_t>::max();
+    bool good = true;
+    for (size_t i = 0; i < num_tokens * table.num_orders; ++i) {
+      good &= keys[i] >= -1 && (keys[i] < end || !table.is_plain);
+    }
+    return good;
+  }
+
+  py::object read_units(size_t index, py::handle ids, py::handle out, size_t unit_bytes, uint64_t num_units, uint8_t unit) {
+    if (!is_array(ids, 'i', 8, false) || !is_array(out, 'u', 1, true)) return py::bool_(false);
+    const auto id_array = py::reinterpret_borrow<py::array>(ids);
+    const auto out_array = py::reinterpret_borrow<py::array>(out);
+    const auto count = static_cast<size_t>(id_array.size());
+    if (static_cast<size_t>(out_array.nbytes()) != count * unit_bytes || count > std::numeric_limits<uint32_t>::max()) {
+      return py::bool_(false);
+    }
+    const auto* id_data = static_cast<const int64_t*>(id_array.data());
+    auto* out_data = static_cast<uint8_t*>(py::reinterpret_borrow<py::array>(out).mutable_data());
+    Job job;
+    bool good;
+    {
+      py::gil_scoped_release released;
+      good = engine_->enter();
+      if (good) {
+        for (size_t i = 0; i < count; ++i) {
+          good &= id_data[i] >= (unit == kRowUnit ? -1 : 0) && id_data[i] < static_cast<int64_t>(num_units);
+        }
+        if (good) engine_->read(index, id_data, count, out_data, unit, job);
+        engine_->leave();
+      }
+    }
+    return good ? fault_tuple(job.fault) : py::bool_(false);
+  }
+
+  std::unique_ptr<Engine> engine_;
+  std::vector<py::array> memory_;
+};
+
+}  // namespace
+
+void bind_engine(py::module_& module) {
+  py::class_<Ticket>(module, "Ticket", py::module_local()).def("done", &Ticket::done).def("wait", &Ticket::wait, py::arg("seconds"));
+  py::class_<PyEngine>(module, "Engine", py::module_local())
+      .def(py::init<const std::vector<py::dict>&, const std::string&, bool, size_t, size_t, size_t, size_t, size_t, double>(),
+           py::arg("tables"), py::kw_only(), py::arg("mode"), py::arg("use_process_madvise"), py::arg("num_lanes"),
+           py::arg("depth"), py::arg("assembly_bytes"), py::arg("pread_threads"), py::arg("jobs_max"), py::arg("wait_s"))
+      .def("lookup", &PyEngine::lookup)
+      .def("submit", &PyEngine::submit)
+      .def("rows", &PyEngine::rows)
+      .def("read_pages", &PyEngine::read_pages)
+      .def("set_resident", &PyEngine::set_resident)
+      .def("counters", &PyEngine::counters)
+      .def("inject", &PyEngine::inject, py::arg("what"), py::arg("first") = 0, py::arg("count") = 1)
+      .def("injected_reads", &PyEngine::injected_reads)
+      .def("close", &PyEngine::close, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
+      .def("before_fork", &PyEngine::before_fork)
+      .def("after_fork", &PyEngine::after_fork);
+  module.def("probe_uring", &probe_uring);
+  module.def("probe_process_madvise", &probe_process_madvise);
+}
+
+}  // namespace tierstore

@@ -1,0 +1,165 @@
+#include "entry_cache.h"
+
+#include <algorithm>
+#include <new>
+
+#include "racing_copy.h"
+
+namespace tierstore {
+namespace {
+
+constexpr auto kRelaxed = std::memory_order_relaxed;
+
+// The high half of the product maps a 64-bit hash onto 0 .. size - 1 (Lemire, "Fast random integer generation", 2019).
+size_t reduce(uint64_t hash, size_t size) {
+  return static_cast<size_t>((static_cast<unsigned __int128>(hash) * size) >> 64);
+}
+
+// The finalizer of MurmurHash3: every bit of the input changes every bit of the output half of the time.
+uint64_t mix(uint64_t value) {
+  value = (value ^ (value >> 33)) * 0xFF51AFD7ED558CCDull;
+  value = (value ^ (value >> 33)) * 0xC4CEB9FE1A85EC53ull;
+  return value ^ (value >> 33);
+}
+
+uint64_t second_hash(uint64_t hash) { return (hash << 32 | hash >> 32) * 0x9E3779B97F4A7C15ull; }
+
+}  // namespace
+
+EntryCache::EntryCache(uint8_t* block, size_t num_sets, size_t entry_bytes)
+    : sets_(reinterpret_cast<CacheSet*>(block)),
+      sketch_(block + num_sets * sizeof(CacheSet)),
+      entries_(sketch_ + num_sets * kSketchBytesPerSet),
+      num_sets_(num_sets),
+      entry_bytes_(entry_bytes),
+      stride_(entry_stride(entry_bytes)),
+      next_ageing_(kAgeAccessesPerEntry * kWays * num_sets) {}
+
+void EntryCache::clear() {
+  for (size_t i = 0; i < num_sets_; ++i) {
+    CacheSet* set = new (&sets_[i]) CacheSet{};
+    for (auto& key : set->keys) key.store(-1, kRelaxed);
+  }
+  std::fill_n(sketch_, num_sets_ * kSketchBytesPerSet, uint8_t{0});
+}
+
+uint64_t EntryCache::hash(uint8_t order, int64_t key) const {
+  return mix(static_cast<uint64_t>(key) + order * 0x9E3779B97F4A7C15ull);
+}
+
+const CacheSet* EntryCache::find_set(uint8_t order, int64_t key) const {
+  return &sets_[reduce(hash(order, key), num_sets_)];
+}
+
+Probe EntryCache::probe(const CacheSet* set, uint8_t order, int64_t key) const {
+  for (size_t way = 0; way < kWays; ++way) {
+    if (set->keys[way].load(kRelaxed) == key && set->orders[way].load(kRelaxed) == order) {
+      const size_t slot = static_cast<size_t>(set - sets_) * kWays + way;
+      return {set, entries_ + slot * stride_, static_cast<int>(way)};
+    }
+  }
+  return {};
+}
+
+bool EntryCache::copy(const Probe& probe, uint8_t order, int64_t key, uint8_t* to) const {
+  const CacheSet* set = probe.set;
+  const uint64_t version = set->version.load(std::memory_order_acquire);
+  if ((version & 1) != 0 || set->keys[probe.way].load(kRelaxed) != key ||
+      set->orders[probe.way].load(kRelaxed) != order) {
+    return false;
+  }
+  racing_copy(to, probe.entry, entry_bytes_);
+  std::atomic_thread_fence(std::memory_order_acquire);
+  if (set->version.load(kRelaxed) != version) return false;
+  auto& count = const_cast<CacheSet*>(set)->counts[probe.way];
+  const uint8_t uses = count.load(kRelaxed);
+  if (uses < kCountMax) count.store(uses + 1, kRelaxed);  // a lost update costs accuracy only; a hot line stays clean
+  return true;
+}
+
+void EntryCache::offer(uint8_t order, int64_t key, const uint8_t* entry) {
+  grow_old();
+  const uint64_t pair_hash = hash(order, key);
+  CacheSet& set = sets_[reduce(pair_hash, num_sets_)];
+  const uint64_t version = set.version.load(kRelaxed) | 1;
+  const bool abandoned = version == set.version.load(kRelaxed);
+  if (!abandoned && probe(&set, order, key).way >= 0) return;
+  const uint8_t uses = std::min<uint8_t>(kCountMax, estimate(pair_hash) + 1);
+  raise_estimate(pair_hash, uses);
+
+  set.version.store(version, kRelaxed);
+  std::atomic_thread_fence(std::memory_order_release);
+  if (abandoned) {  // another writer died here: nothing of the set can be trusted
+    for (auto& other : set.keys) other.store(-1, kRelaxed);
+    set.window = 0;
+  }
+  const size_t way = choose_way(set);
+  set.keys[way].store(-1, kRelaxed);
+  racing_copy(entries_ + (static_cast<size_t>(&set - sets_) * kWays + way) * stride_, entry, entry_bytes_);
+  set.orders[way].store(order, kRelaxed);
+  set.counts[way].store(uses, kRelaxed);
+  set.arrivals[way] = ++set.clock;
+  set.window |= static_cast<uint8_t>(1u << way);
+  set.keys[way].store(key, kRelaxed);
+  set.version.store(version + 1, std::memory_order_release);
+}
+
+// Returns the way that a new entry takes, after moving the oldest of a full window out of it: into the set's other part, in
+// place of its least used entry where that was used less, else out of the cache.
+size_t EntryCache::choose_way(CacheSet& set) {
+  if (const uint8_t behind = static_cast<uint8_t>(age_ - set.age); behind != 0) {
+    for (auto& count : set.counts) count.store(behind > 3 ? 0 : count.load(kRelaxed) >> behind, kRelaxed);
+    set.age = age_;
+  }
+  const auto waited = [&set](size_t way) { return static_cast<uint8_t>(set.clock - set.arrivals[way]); };
+  int oldest = -1, least_used = -1, empty = -1;
+  size_t window_size = 0;
+  for (int way = 0; way < static_cast<int>(kWays); ++way) {
+    if (set.keys[way].load(kRelaxed) < 0) {
+      set.window &= static_cast<uint8_t>(~(1u << way));
+      empty = way;
+    } else if ((set.window >> way & 1) != 0) {
+      ++window_size;
+      if (oldest < 0 || waited(way) > waited(oldest)) oldest = way;
+    } else {
+      const uint8_t uses = set.counts[way].load(kRelaxed);
+      const uint8_t least = least_used < 0 ? 0 : set.counts[least_used].load(kRelaxed);
+      if (least_used < 0 || uses < least || (uses == least && waited(way) > waited(least_used))) least_used = way;
+    }
+  }
+  if (empty >= 0) {
+    if (window_size >= kWindowWays) set.window &= static_cast<uint8_t>(~(1u << oldest));
+    return static_cast<size_t>(empty);
+  }
+  int evicted = oldest;
+  if (least_used >= 0 && set.counts[oldest].load(kRelaxed) > set.counts[least_used].load(kRelaxed)) {
+    set.window &= static_cast<uint8_t>(~(1u << oldest));
+    evicted = least_used;
+  }
+  raise_estimate(hash(set.orders[evicted].load(kRelaxed), set.keys[evicted].load(kRelaxed)),
+                 set.counts[evicted].load(kRelaxed));
+  return static_cast<size_t>(evicted);
+}
+
+void EntryCache::grow_old() {
+  if (accesses_.load(kRelaxed) < next_ageing_) return;
+  next_ageing_ = accesses_.load(kRelaxed) + kAgeAccessesPerEntry * kWays * num_sets_;
+  ++age_;
+  for (size_t i = 0; i < num_sets_ * kSketchBytesPerSet; ++i) sketch_[i] >>= 1;
+}
+
+// A count-min sketch of two rows in one array; the lesser of the two counts is the nearer one (Cormode, Muthukrishnan, 2005).
+uint8_t EntryCache::estimate(uint64_t hash) const {
+  const size_t size = num_sets_ * kSketchBytesPerSet;
+  return std::min(sketch_[reduce(second_hash(hash), size)], sketch_[reduce(second_hash(~hash), size)]);
+}
+
+void EntryCache::raise_estimate(uint64_t hash, uint8_t count) {
+  const size_t size = num_sets_ * kSketchBytesPerSet;
+  for (const uint64_t row : {second_hash(hash), second_hash(~hash)}) {
+    uint8_t& cell = sketch_[reduce(row, size)];
+    cell = std::max(cell, count);
+  }
+}
+
+}  // namespace tierstore

@@ -1,0 +1,116 @@
+#include "gather.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace tierstore {
+namespace {
+
+constexpr size_t kLineBytes = 64;
+constexpr size_t kSetsAhead = 8;     // pairs whose set is on its way while an earlier one is probed
+constexpr size_t kEntriesAhead = 4;  // pairs whose entry is on its way while an earlier one is copied
+constexpr size_t kRing = 16;
+static_assert((kRing & (kRing - 1)) == 0 && kRing > kSetsAhead + kEntriesAhead, "slots of the pipeline must not meet");
+
+void prefetch(const uint8_t* start, size_t num_bytes) {
+  for (size_t offset = 0; offset < num_bytes; offset += kLineBytes) __builtin_prefetch(start + offset, 0, 2);
+}
+
+void copy_row(const uint8_t* from, uint8_t* to, size_t row_bytes) {
+  if (from == nullptr) {  // a zero row
+    std::memset(to, 0, row_bytes);
+  } else {
+    std::memcpy(to, from, row_bytes);
+  }
+}
+
+// Copies `num_rows` resident rows, the i-th being `row_id(i)`, -1 for zeros.
+template <typename RowId>
+int64_t copy_resident(const Table& table, size_t num_rows, uint8_t* out, RowId row_id) {
+  const uint8_t* ring[kRing];
+  int64_t bad_page = -1;
+  for (size_t i = 0; i < num_rows + kSetsAhead; ++i) {
+    if (i < num_rows) {
+      const int64_t id = row_id(i);
+      const uint8_t* from = id < 0 ? nullptr : table.resident + static_cast<size_t>(id) * table.row_bytes;
+      if (from != nullptr) {
+        prefetch(from, table.row_bytes);
+        const size_t page = static_cast<size_t>(id) / table.rows_per_page;
+        if (bad_page < 0 && !table.bad_pages.empty() && table.bad_pages[page]) bad_page = static_cast<int64_t>(page);
+      }
+      ring[i & (kRing - 1)] = from;
+    }
+    if (i >= kSetsAhead) {
+      const size_t copied = i - kSetsAhead;
+      copy_row(ring[copied & (kRing - 1)], out + copied * table.row_bytes, table.row_bytes);
+    }
+  }
+  return bad_page;
+}
+
+}  // namespace
+
+void gather_cached(const Table& table, uint16_t table_index, const int64_t* keys, size_t num_pairs, uint8_t* out,
+                   std::vector<Miss>& misses) {
+  struct Pair {
+    const CacheSet* set;
+    Probe probe;
+    int64_t key;
+    uint8_t order;
+  };
+  Pair ring[kRing];
+  const EntryCache& cache = *table.cache;
+  const size_t entry_bytes = table.entry_bytes();
+  const size_t sets_ahead = std::min(kSetsAhead, num_pairs), entries_ahead = std::min(kEntriesAhead, num_pairs);
+  uint8_t order = 0;
+  for (size_t i = 0; i < num_pairs + sets_ahead + entries_ahead; ++i) {
+    if (i < num_pairs) {
+      Pair& pair = ring[i & (kRing - 1)];
+      pair.key = keys[i];
+      pair.order = order;
+      order = order + 1u == table.num_orders ? 0 : static_cast<uint8_t>(order + 1);
+      if (pair.key >= 0) {
+        pair.set = cache.find_set(pair.order, pair.key);
+        prefetch(reinterpret_cast<const uint8_t*>(pair.set), sizeof(CacheSet));
+      }
+    }
+    if (i >= sets_ahead && i - sets_ahead < num_pairs) {
+      Pair& pair = ring[(i - sets_ahead) & (kRing - 1)];
+      if (pair.key >= 0) {
+        pair.probe = cache.probe(pair.set, pair.order, pair.key);
+        if (pair.probe.way >= 0) prefetch(pair.probe.entry, entry_bytes);
+      }
+    }
+    if (i >= sets_ahead + entries_ahead) {
+      const size_t place = i - sets_ahead - entries_ahead;
+      const Pair& pair = ring[place & (kRing - 1)];
+      uint8_t* to = out + place * entry_bytes;
+      if (pair.key < 0) {
+        std::memset(to, 0, entry_bytes);
+      } else if (pair.probe.way < 0 || !cache.copy(pair.probe, pair.order, pair.key, to)) {
+        misses.push_back({pair.key, static_cast<uint32_t>(place), table_index, pair.order});
+      }
+    }
+  }
+}
+
+int64_t gather_resident(const Table& table, const int64_t* keys, size_t num_pairs, uint8_t* out) {
+  const size_t heads = table.rows_per_key, orders = table.num_orders;
+  size_t pair = 0, head = 0, order = 0;
+  return copy_resident(table, num_pairs * heads, out, [&](size_t) {
+    const int64_t key = keys[pair];
+    const int64_t id = key < 0 ? -1 : static_cast<int64_t>(table.row_id(order * heads + head, key));
+    if (++head == heads) {
+      head = 0;
+      ++pair;
+      order = order + 1 == orders ? 0 : order + 1;
+    }
+    return id;
+  });
+}
+
+int64_t gather_resident_rows(const Table& table, const int64_t* row_ids, size_t num_rows, uint8_t* out) {
+  return copy_resident(table, num_rows, out, [row_ids](size_t i) { return row_ids[i]; });
+}
+
+}  // namespace tierstore

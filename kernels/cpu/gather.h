@@ -1,0 +1,26 @@
+// Copies what memory holds of a request, straight into the caller's buffer.
+//
+// keys: int64 [num_tokens * O], -1 for zero rows; out: the entries of all pairs, back to back. Costs one probe and one copy a
+// pair; the waits for memory of up to 16 pairs overlap (software prefetch).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "job.h"
+#include "table.h"
+
+namespace tierstore {
+
+// From a cache. Appends the pairs that it does not hold to `misses`.
+void gather_cached(const Table& table, uint16_t table_index, const int64_t* keys, size_t num_pairs, uint8_t* out,
+                   std::vector<Miss>& misses);
+
+// From a resident table. Returns the first bad page that a row lies on, -1 where all are good.
+int64_t gather_resident(const Table& table, const int64_t* keys, size_t num_pairs, uint8_t* out);
+
+// From a resident table, by row id, -1 for a zero row. Returns as `gather_resident` does.
+int64_t gather_resident_rows(const Table& table, const int64_t* row_ids, size_t num_rows, uint8_t* out);
+
+}  // namespace tierstore

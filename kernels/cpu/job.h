@@ -1,0 +1,77 @@
+// One request on its way: what no cache held of it, where the bytes go, and how it ended.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+namespace tierstore {
+
+// What is read at once: the rows of a key of some order, or, by these two in place of an order, one row or one page.
+constexpr uint8_t kRowUnit = 254;
+constexpr uint8_t kPageUnit = 255;
+constexpr size_t kOrdersMax = 16;
+
+struct Miss {
+  int64_t key;     // a key, a row id or a page number
+  uint32_t place;  // which entry, row or page of the table's output it fills
+  uint16_t table;
+  uint8_t order;
+
+  bool same_unit(const Miss& other) const {
+    return key == other.key && table == other.table && order == other.order;
+  }
+};
+
+enum class FaultKind { kNone, kBadPage, kDisk, kTimeout, kForked };
+
+struct Fault {
+  FaultKind kind = FaultKind::kNone;
+  uint32_t table = 0;
+  int64_t page = 0;
+  int detail = 0;  // a PageStatus, an errno, kCutShort, or seconds
+};
+
+// Filled by the thread that submits, read by the thread that fetches, waited for by any. `outputs[t]` is table t's buffer.
+struct Job {
+  std::vector<Miss> misses;
+  std::vector<uint8_t*> outputs;
+  Fault fault;
+
+  // Brings equal units together, so that each is read once.
+  void sort() {
+    std::sort(misses.begin(), misses.end(), [](const Miss& a, const Miss& b) {
+      return std::tie(a.table, a.order, a.key) < std::tie(b.table, b.order, b.key);
+    });
+  }
+
+  void finish() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      done = true;
+    }
+    changed.notify_all();
+  }
+
+  bool is_done() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return done;
+  }
+
+  // Returns whether the job was done within `seconds`.
+  bool wait(double seconds) {
+    std::unique_lock<std::mutex> lock(mutex);
+    return changed.wait_for(lock, std::chrono::duration<double>(seconds), [this] { return done; });
+  }
+
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool done = false;
+};
+
+}  // namespace tierstore

@@ -1,0 +1,239 @@
+#include "lane.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <tuple>
+
+#include <sys/mman.h>
+
+namespace tierstore {
+namespace {
+
+size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
+
+size_t unit_bytes(const Table& table, uint8_t order) {
+  return order == kPageUnit ? 0 : order == kRowUnit ? table.row_bytes : table.entry_bytes();
+}
+
+}  // namespace
+
+Lane::Lane(const std::vector<Table>& tables, const LaneShape& shape, std::unique_ptr<PageQueue> queue, FaultPlan& faults,
+           ReadCounters& counters)
+    : tables_(tables), shape_(shape), queue_(std::move(queue)), faults_(faults), counters_(counters), flights_(shape.depth) {
+  void* memory = mmap(nullptr, round_up(shape.staging_bytes(), 4096), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+                      -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  // The kernel writes into it at any time: a fork must neither copy it nor make the parent write to a copy.
+  madvise(memory, round_up(shape.staging_bytes(), 4096), MADV_DONTFORK);
+  staging_ = static_cast<uint8_t*>(memory);
+  waves_[0].assembly = staging_ + shape.depth * shape.page_bytes;
+  waves_[1].assembly = waves_[0].assembly + shape.assembly_bytes;
+  for (size_t slot = shape.depth; slot-- > 0;) free_slots_.push_back(static_cast<uint32_t>(slot));
+}
+
+Lane::~Lane() {
+  if (in_flight_ > 0) {
+    queue_.release();
+  } else if (staging_ != nullptr) {
+    munmap(staging_, round_up(shape_.staging_bytes(), 4096));
+  }
+}
+
+void Lane::abandon_after_fork() {
+  queue_->abandon_after_fork();
+  queue_.release();  // what is left of it may be in the middle of anything
+  staging_ = nullptr;
+  in_flight_ = 0;
+}
+
+void Lane::disown(const Fault& fault) {
+  fail(fault);
+  disowned_.misses.clear();
+  disowned_.fault = fault;
+  next_miss_ = 0;
+  job_ = &disowned_;
+}
+
+void Lane::begin(Job& job) {
+  job_ = &job;
+  next_miss_ = 0;
+  last_arrival_ = std::chrono::steady_clock::now();
+  fill_waves();
+  start_reads();
+}
+
+bool Lane::run(int timeout_ms) {
+  while (job_ != nullptr) {
+    if (in_flight_ == 0 && !active(waves_[0]) && !active(waves_[1]) && next_miss_ == job_->misses.size()) {
+      job_ = nullptr;
+      break;
+    }
+    done_.clear();
+    try {
+      queue_->reap(done_, timeout_ms);
+    } catch (const std::exception&) {
+      fail({FaultKind::kDisk, 0, 0, EIO});
+    }
+    if (done_.empty()) return false;
+    last_arrival_ = std::chrono::steady_clock::now();
+    for (const PageDone& done : done_) land(done);
+    fill_waves();
+    start_reads();
+  }
+  return true;
+}
+
+void Lane::fill_waves() {
+  for (Wave& wave : waves_) {
+    if (!active(wave) && next_miss_ < job_->misses.size()) plan_wave(wave);
+  }
+}
+
+// Takes the next units of the job, as many as the assembly buffer holds and at least one, and says which rows they want.
+void Lane::plan_wave(Wave& wave) {
+  const std::vector<Miss>& misses = job_->misses;
+  wave.wants.clear();
+  wave.group_starts.clear();
+  wave.miss_start = next_miss_;
+  uint8_t* to = wave.assembly;
+  size_t pages_of_pages = 0;
+  while (next_miss_ < misses.size()) {
+    const Miss& miss = misses[next_miss_];
+    const Table& table = tables_[miss.table];
+    const size_t num_bytes = unit_bytes(table, miss.order);
+    if (next_miss_ > wave.miss_start &&
+        (to + num_bytes > wave.assembly + shape_.assembly_bytes || pages_of_pages >= shape_.depth)) {
+      break;
+    }
+    if (miss.order == kPageUnit) {
+      ++pages_of_pages;
+      wave.wants.push_back({static_cast<uint64_t>(miss.key), miss.table, 0, static_cast<uint32_t>(table.page_bytes),
+                            job_->outputs[miss.table] + miss.place * table.page_bytes});
+    } else {
+      const bool is_row = miss.order == kRowUnit;
+      for (size_t row = 0; row < (is_row ? 1 : table.rows_per_key); ++row) {
+        const uint64_t row_id = is_row ? static_cast<uint64_t>(miss.key)
+                                       : table.row_id(miss.order * table.rows_per_key + row, miss.key);
+        wave.wants.push_back({row_id / table.rows_per_page, miss.table,
+                              static_cast<uint32_t>(row_id % table.rows_per_page), static_cast<uint32_t>(table.row_bytes),
+                              to + row * table.row_bytes});
+      }
+      to += num_bytes;
+    }
+    for (++next_miss_; next_miss_ < misses.size() && misses[next_miss_].same_unit(miss);) ++next_miss_;
+  }
+  wave.miss_end = next_miss_;
+  std::sort(wave.wants.begin(), wave.wants.end(),
+            [](const RowWant& a, const RowWant& b) { return std::tie(a.table, a.page) < std::tie(b.table, b.page); });
+  for (size_t i = 0; i < wave.wants.size(); ++i) {
+    const bool same_page = i > 0 && wave.wants[i].page == wave.wants[i - 1].page && wave.wants[i].table == wave.wants[i - 1].table;
+    if (!same_page) wave.group_starts.push_back(i);
+  }
+  wave.groups_started = 0;
+  wave.groups_left = wave.group_starts.size();
+  wave.group_starts.push_back(wave.wants.size());
+  reads_.clear();
+  for (size_t group = 0; group < wave.groups_left; ++group) reads_.push_back(read_of(wave, group, 0));
+  queue_->announce(reads_);
+}
+
+PageRead Lane::read_of(const Wave& wave, size_t group, uint32_t slot) {
+  const RowWant& want = wave.wants[wave.group_starts[group]];
+  const Table& table = tables_[want.table];
+  return {&table.shards[want.page / table.pages_per_shard], want.page % table.pages_per_shard * table.page_bytes,
+          static_cast<uint32_t>(table.page_bytes), slot, staging_ + slot * shape_.page_bytes};
+}
+
+// Starts the oldest wave's reads first. Small top-ups wait until a quarter of the slots is free: fewer system calls.
+void Lane::start_reads() {
+  if (job_->fault.kind != FaultKind::kNone) return;
+  if (in_flight_ > 0 && free_slots_.size() * 4 < shape_.depth) return;
+  Wave* oldest = &waves_[0];
+  Wave* other = &waves_[1];
+  if (!active(*oldest) || (active(*other) && other->miss_start < oldest->miss_start)) std::swap(oldest, other);
+  reads_.clear();
+  for (Wave* wave : {oldest, other}) {
+    while (active(*wave) && wave->groups_started + 1 < wave->group_starts.size() && !free_slots_.empty()) {
+      const uint32_t slot = free_slots_.back();
+      free_slots_.pop_back();
+      flights_[slot] = {wave, wave->groups_started};
+      reads_.push_back(read_of(*wave, wave->groups_started++, slot));
+    }
+  }
+  in_flight_ += reads_.size();
+  try {
+    if (!reads_.empty()) queue_->start(reads_);
+  } catch (const std::exception&) {
+    fail({FaultKind::kDisk, 0, 0, EIO});
+  }
+}
+
+// Checks a page that arrived, puts its rows where they are wanted, and frees its slot.
+void Lane::land(const PageDone& arrived) {
+  PageDone done = arrived;
+  Wave& wave = *flights_[done.slot].wave;
+  const size_t group = flights_[done.slot].group;
+  const size_t start = wave.group_starts[group], end = wave.group_starts[group + 1];
+  const RowWant& first = wave.wants[start];
+  const Table& table = tables_[first.table];
+  uint8_t* page = staging_ + done.slot * shape_.page_bytes;
+  --in_flight_;
+  free_slots_.push_back(done.slot);
+  if (job_->fault.kind == FaultKind::kNone) {
+    faults_.apply(done, page, table.page_bytes);
+    uint8_t status = kPageGood;
+    const auto number = static_cast<int64_t>(first.page);
+    if (done.error == 0) check_pages(page, 1, table.shape, &number, &status);
+    if (done.error != 0) {
+      fail({FaultKind::kDisk, first.table, number, done.error});
+    } else if (status != kPageGood) {
+      fail({FaultKind::kBadPage, first.table, number, status});
+    } else {
+      counters_.pages.fetch_add(1, std::memory_order_relaxed);
+      counters_.bytes.fetch_add(table.page_bytes, std::memory_order_relaxed);
+      for (size_t i = start; i < end; ++i) {
+        const RowWant& want = wave.wants[i];
+        std::memcpy(want.to, page + want.row_in_page * table.row_bytes, want.num_bytes);
+      }
+    }
+  }
+  if (--wave.groups_left == 0 && job_->fault.kind == FaultKind::kNone) finish_wave(wave);
+}
+
+// Copies a wave's units to every place that asked for them, and offers entries to their tables' caches.
+void Lane::finish_wave(Wave& wave) {
+  const std::vector<Miss>& misses = job_->misses;
+  const uint8_t* from = wave.assembly;
+  for (size_t i = wave.miss_start; i < wave.miss_end;) {
+    const Miss& unit = misses[i];
+    const Table& table = tables_[unit.table];
+    const size_t num_bytes = unit_bytes(table, unit.order);
+    size_t end = i;
+    for (; end < wave.miss_end && misses[end].same_unit(unit); ++end) {
+      if (unit.order != kPageUnit) std::memcpy(job_->outputs[unit.table] + misses[end].place * num_bytes, from, num_bytes);
+    }
+    if (unit.order < kOrdersMax && table.cache != nullptr) {
+      const std::lock_guard<std::mutex> lock(table.cache->writer());
+      table.cache->offer(unit.order, unit.key, from);
+    }
+    from += num_bytes;
+    i = end;
+  }
+}
+
+// The first fault ends the job: nothing more is started, what is in flight is let land, and no rows are handed out.
+void Lane::fail(const Fault& fault) {
+  job_->fault = fault;
+  next_miss_ = job_->misses.size();
+  for (Wave& wave : waves_) {
+    if (!active(wave)) continue;
+    const size_t never_started = wave.group_starts.size() - 1 - wave.groups_started;
+    wave.groups_left -= never_started;
+    wave.groups_started = wave.group_starts.size() - 1;
+  }
+}
+
+}  // namespace tierstore

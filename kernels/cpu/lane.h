@@ -1,0 +1,109 @@
+// A lane: one page queue with its staging, which carries one job at a time from misses to rows in place.
+//
+// A job goes in waves of as many units as the assembly buffer holds. The pages of a wave are sorted and each is read once; as
+// they arrive, they are checked, and their rows put together in the assembly buffer; a finished wave is copied to its
+// places and offered to the caches. Two waves overlap, so that the queue stays full from one to the next. A lane belongs to
+// one thread at a time.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "faults.h"
+#include "job.h"
+#include "page_queue.h"
+#include "table.h"
+
+namespace tierstore {
+
+struct LaneShape {
+  size_t depth;           // pages in flight at most
+  size_t page_bytes;      // of the largest page
+  size_t assembly_bytes;  // of each of the two waves
+
+  size_t staging_bytes() const { return depth * page_bytes + 2 * assembly_bytes; }
+};
+
+// Counters of what was read; any thread may add.
+struct ReadCounters {
+  std::atomic<uint64_t> pages{0}, bytes{0};
+};
+
+class Lane {
+ public:
+  Lane(const std::vector<Table>& tables, const LaneShape& shape, std::unique_ptr<PageQueue> queue, FaultPlan& faults,
+       ReadCounters& counters);
+  // Where reads are still in flight, leaks the staging that they write to.
+  ~Lane();
+  Lane(const Lane&) = delete;
+  Lane& operator=(const Lane&) = delete;
+
+  // Takes a sorted job on and starts its first reads, without blocking on the disk.
+  void begin(Job& job);
+
+  // Goes on until the job is done or failed and nothing of it is in flight (true), or a wait of `timeout_ms` brought nothing
+  // (false). A failed job's `fault` says what was wrong.
+  bool run(int timeout_ms);
+
+  // How long no page has arrived, while a job runs.
+  std::chrono::steady_clock::duration stalled() const { return std::chrono::steady_clock::now() - last_arrival_; }
+
+  // Lets go of a job whose reads do not end; the lane is busy until they do.
+  void disown(const Fault& fault);
+
+  bool has_job() const { return job_ != nullptr; }
+
+  // In a forked child: forgets the staging, which the child does not have, and what is in flight, which is the parent's.
+  void abandon_after_fork();
+
+ private:
+  struct RowWant {
+    uint64_t page;
+    uint32_t table;
+    uint32_t row_in_page;
+    uint32_t num_bytes;
+    uint8_t* to;
+  };
+  struct Wave {
+    size_t miss_start = 0, miss_end = 0;  // of the job's misses
+    std::vector<RowWant> wants;           // sorted by table and page
+    std::vector<size_t> group_starts;     // in `wants`, one a page, and the end
+    size_t groups_started = 0, groups_left = 0;
+    uint8_t* assembly = nullptr;
+  };
+  struct Flight {
+    Wave* wave;
+    size_t group;
+  };
+
+  void fill_waves();
+  void plan_wave(Wave& wave);
+  PageRead read_of(const Wave& wave, size_t group, uint32_t slot);
+  void start_reads();
+  void land(const PageDone& done);
+  void finish_wave(Wave& wave);
+  void fail(const Fault& fault);
+  bool active(const Wave& wave) const { return wave.groups_left > 0; }
+
+  const std::vector<Table>& tables_;
+  const LaneShape shape_;
+  std::unique_ptr<PageQueue> queue_;
+  FaultPlan& faults_;
+  ReadCounters& counters_;
+  uint8_t* staging_;
+  Wave waves_[2];
+  std::vector<Flight> flights_;       // by slot
+  std::vector<uint32_t> free_slots_;
+  std::vector<PageRead> reads_;       // scratch
+  std::vector<PageDone> done_;        // scratch
+  Job* job_ = nullptr;
+  Job disowned_;
+  size_t next_miss_ = 0;
+  size_t in_flight_ = 0;
+  std::chrono::steady_clock::time_point last_arrival_{};
+};
+
+}  // namespace tierstore

@@ -1,0 +1,77 @@
+// How pages get from shards into memory: one contract, three implementations.
+//
+// A queue belongs to one thread at a time. It hands pages back unchecked, in whatever order they come; short reads and
+// interruptions are its own business. No call blocks longer than its time limit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace tierstore {
+
+// One open shard. `direct_fd` is -1 where its file system has no O_DIRECT; `map` is null unless pages are read by mmap.
+struct ShardFile {
+  int buffered_fd = -1;
+  int direct_fd = -1;
+  const uint8_t* map = nullptr;
+  size_t num_bytes = 0;
+};
+
+struct PageRead {
+  const ShardFile* shard;
+  uint64_t byte_start;
+  uint32_t num_bytes;
+  uint32_t slot;  // which of the caller's buffers; names the read when it is done
+  uint8_t* to;
+};
+
+constexpr int kCutShort = -1;  // the file ends before the page does
+
+struct PageDone {
+  uint32_t slot;
+  int error;  // 0, an errno, or kCutShort
+};
+
+class PageQueue {
+ public:
+  virtual ~PageQueue() = default;
+
+  // Tells of reads that will be started soon, sorted. Does not block on the disk.
+  virtual void announce(const std::vector<PageRead>&) {}
+
+  // Takes on reads, at most as many at a time as the queue was made for. Does not block on the disk.
+  virtual void start(const std::vector<PageRead>& reads) = 0;
+
+  // Appends finished reads to `done`: those there are, or, where there are none, waits for one. Appends nothing after
+  // `timeout_ms`.
+  virtual void reap(std::vector<PageDone>& done, int timeout_ms) = 0;
+
+  // Called in a forked child instead of the destructor: gives back what is the child's own, touches nothing shared.
+  virtual void abandon_after_fork() {}
+};
+
+enum class ReadMode { kUring, kMmap, kPread };
+
+// Returns 0 where io_uring can be used by this process, else the errno that says why not.
+int probe_uring();
+// Returns 0 where process_madvise(MADV_WILLNEED) can be used by this process on itself, else the errno.
+int probe_process_madvise();
+
+std::unique_ptr<PageQueue> make_uring_queue(size_t depth);
+std::unique_ptr<PageQueue> make_mmap_queue(bool use_process_madvise);
+
+// Threads that pread for any number of queues; made on first use, joined when destroyed.
+class PreadPool {
+ public:
+  static std::unique_ptr<PreadPool> make(size_t num_threads);
+  virtual ~PreadPool() = default;
+  virtual std::unique_ptr<PageQueue> make_queue() = 0;
+};
+
+// Reads with pread until all is there; returns 0, an errno or kCutShort.
+int read_whole(int fd, uint8_t* to, size_t num_bytes, uint64_t byte_start);
+
+}  // namespace tierstore

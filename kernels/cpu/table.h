@@ -1,0 +1,35 @@
+// A table as the lookup path sees it: address map, page geometry, shards, and what of it lies in memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "entry_cache.h"
+#include "page_queue.h"
+#include "pages.h"
+
+namespace tierstore {
+
+struct Table {
+  size_t num_orders, rows_per_key, row_bytes;
+  uint64_t num_rows;
+  bool is_plain;  // keys are row ids, and so must lie below num_rows
+  std::vector<int64_t> moduli, offsets;  // one of each for every (order, head), orders outermost
+  size_t page_bytes, rows_per_page;
+  uint64_t num_pages, pages_per_shard;
+  PageShape shape;
+  std::vector<ShardFile> shards;
+  std::unique_ptr<EntryCache> cache;  // null where the table is resident
+  const uint8_t* resident = nullptr;  // all rows, by row id
+  std::vector<bool> bad_pages;        // of a resident table: pages that could not be loaded; empty where all are good
+
+  size_t entry_bytes() const { return rows_per_key * row_bytes; }
+  size_t num_heads() const { return num_orders * rows_per_key; }
+  uint64_t row_id(size_t head, int64_t key) const {
+    return static_cast<uint64_t>(key) % static_cast<uint64_t>(moduli[head]) + static_cast<uint64_t>(offsets[head]);
+  }
+};
+
+}  // namespace tierstore

@@ -1,0 +1,205 @@
+// Pages by io_uring, through bare system calls: no library beyond the kernel's header.
+//
+// Kernel interface: io_uring_setup(2), io_uring_enter(2). Needs 5.11 (waits with a time limit, IORING_FEAT_EXT_ARG).
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+
+#include "page_queue.h"
+
+#if defined(__linux__) && __has_include(<linux/io_uring.h>)
+#include <linux/io_uring.h>
+#include <linux/time_types.h>
+#endif
+
+#if defined(IORING_FEAT_EXT_ARG)
+#include <csignal>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef __NR_io_uring_setup
+#define __NR_io_uring_setup 425
+#define __NR_io_uring_enter 426
+#endif
+
+namespace tierstore {
+namespace {
+
+int setup(unsigned entries, io_uring_params* params) {
+  return static_cast<int>(syscall(__NR_io_uring_setup, entries, params));
+}
+
+constexpr unsigned kFeatures = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP | IORING_FEAT_EXT_ARG;
+
+class UringQueue : public PageQueue {
+ public:
+  explicit UringQueue(size_t depth) : slots_(depth) {
+    io_uring_params params{};
+    params.flags = IORING_SETUP_CLAMP;
+    fd_ = setup(static_cast<unsigned>(depth), &params);
+    if (fd_ < 0) throw std::runtime_error(std::string("io_uring_setup: ") + std::strerror(errno));
+    ring_bytes_ = std::max<size_t>(params.sq_off.array + params.sq_entries * sizeof(unsigned),
+                                   params.cq_off.cqes + params.cq_entries * sizeof(io_uring_cqe));
+    sqes_bytes_ = params.sq_entries * sizeof(io_uring_sqe);
+    ring_ = map(ring_bytes_, IORING_OFF_SQ_RING);
+    sqes_ = static_cast<io_uring_sqe*>(static_cast<void*>(map(sqes_bytes_, IORING_OFF_SQES)));
+    sq_tail_ = at(params.sq_off.tail);
+    sq_head_ = at(params.sq_off.head);
+    sq_mask_ = *at(params.sq_off.ring_mask);
+    sq_entries_ = params.sq_entries;
+    sq_array_ = at(params.sq_off.array);
+    cq_head_ = at(params.cq_off.head);
+    cq_tail_ = at(params.cq_off.tail);
+    cq_mask_ = *at(params.cq_off.ring_mask);
+    cqes_ = static_cast<io_uring_cqe*>(static_cast<void*>(ring_ + params.cq_off.cqes));
+  }
+
+  ~UringQueue() override { close_all(); }
+
+  // The rings are shared with the parent: only this process's mappings and descriptor go.
+  void abandon_after_fork() override { close_all(); }
+
+  void start(const std::vector<PageRead>& reads) override {
+    for (const PageRead& read : reads) {
+      slots_.at(read.slot) = {read, 0, read.shard->direct_fd >= 0};
+      push(read.slot);
+    }
+    enter(0, 0);
+  }
+
+  void reap(std::vector<PageDone>& done, int timeout_ms) override {
+    if (collect(done) > 0 || in_flight_ + unsubmitted_ == 0) return;
+    // Half of what is in flight is worth waiting for: fewer wake-ups than one by one, and the queue never runs dry.
+    enter(std::max(1u, (in_flight_ + unsubmitted_) / 2), timeout_ms);
+    collect(done);
+  }
+
+ private:
+  struct Slot {
+    PageRead read;
+    uint32_t bytes_done;
+    bool direct;
+  };
+
+  uint8_t* map(size_t num_bytes, off_t offset) {
+    void* address = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd_, offset);
+    if (address == MAP_FAILED) {
+      const int code = errno;
+      close_all();
+      throw std::runtime_error(std::string("mapping an io_uring: ") + std::strerror(code));
+    }
+    return static_cast<uint8_t*>(address);
+  }
+
+  void close_all() {
+    if (sqes_ != nullptr) munmap(sqes_, sqes_bytes_);
+    if (ring_ != nullptr) munmap(ring_, ring_bytes_);
+    if (fd_ >= 0) close(fd_);
+    sqes_ = nullptr;
+    ring_ = nullptr;
+    fd_ = -1;
+  }
+
+  unsigned* at(uint32_t offset) { return static_cast<unsigned*>(static_cast<void*>(ring_ + offset)); }
+
+  void push(uint32_t slot) {
+    if (*sq_tail_ - __atomic_load_n(sq_head_, __ATOMIC_ACQUIRE) == sq_entries_) enter(0, 0);
+    const Slot& wanted = slots_[slot];
+    const ShardFile& shard = *wanted.read.shard;
+    const unsigned tail = *sq_tail_;
+    io_uring_sqe& sqe = sqes_[tail & sq_mask_];
+    std::memset(&sqe, 0, sizeof sqe);
+    sqe.opcode = IORING_OP_READ;
+    sqe.fd = wanted.direct ? shard.direct_fd : shard.buffered_fd;
+    sqe.addr = reinterpret_cast<uint64_t>(wanted.read.to + wanted.bytes_done);
+    sqe.len = wanted.read.num_bytes - wanted.bytes_done;
+    sqe.off = wanted.read.byte_start + wanted.bytes_done;
+    sqe.user_data = slot;
+    sq_array_[tail & sq_mask_] = tail & sq_mask_;
+    __atomic_store_n(sq_tail_, tail + 1, __ATOMIC_RELEASE);
+    ++unsubmitted_;
+  }
+
+  // Submits what is queued and waits, at most timeout_ms, for `min_complete` to finish (no wait where that is 0).
+  void enter(unsigned min_complete, int timeout_ms) {
+    __kernel_timespec limit{timeout_ms / 1000, timeout_ms % 1000 * 1'000'000ll};
+    io_uring_getevents_arg argument{0, _NSIG / 8, 0, reinterpret_cast<uint64_t>(&limit)};
+    const unsigned flags = min_complete > 0 ? IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG : 0u;
+    const long submitted = syscall(__NR_io_uring_enter, fd_, unsubmitted_, min_complete, flags,
+                                   min_complete > 0 ? &argument : nullptr, sizeof argument);
+    if (submitted >= 0) {
+      unsubmitted_ -= static_cast<unsigned>(submitted);
+      in_flight_ += static_cast<unsigned>(submitted);
+    } else if (errno != EINTR && errno != ETIME && errno != EAGAIN && errno != EBUSY) {
+      // Those four end a wait, or say that the kernel is short of something for now: the next call tries again.
+      throw std::runtime_error(std::string("io_uring_enter: ") + std::strerror(errno));
+    }
+  }
+
+  // Takes what has completed; reads that came short or were interrupted are started again.
+  size_t collect(std::vector<PageDone>& done) {
+    size_t count = 0;
+    unsigned head = *cq_head_;
+    const unsigned tail = __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE);
+    for (; head != tail; ++head) {
+      const io_uring_cqe& cqe = cqes_[head & cq_mask_];
+      const auto slot = static_cast<uint32_t>(cqe.user_data);
+      const int32_t result = cqe.res;
+      Slot& wanted = slots_[slot];
+      --in_flight_;
+      if (result > 0) wanted.bytes_done += static_cast<uint32_t>(result);
+      const bool came_short = result > 0 && wanted.bytes_done < wanted.read.num_bytes;
+      const bool refused_direct = result == -EINVAL && wanted.direct;
+      if (came_short || refused_direct) wanted.direct = false;  // the rest may not be aligned as O_DIRECT wants it
+      if (came_short || refused_direct || result == -EINTR || result == -EAGAIN) {
+        push(slot);
+      } else {
+        done.push_back({slot, result < 0 ? -result : result == 0 ? kCutShort : 0});
+        ++count;
+      }
+    }
+    __atomic_store_n(cq_head_, head, __ATOMIC_RELEASE);
+    return count;
+  }
+
+  int fd_ = -1;
+  uint8_t* ring_ = nullptr;
+  io_uring_sqe* sqes_ = nullptr;
+  size_t ring_bytes_ = 0, sqes_bytes_ = 0;
+  unsigned *sq_head_ = nullptr, *sq_tail_ = nullptr, *sq_array_ = nullptr, *cq_head_ = nullptr, *cq_tail_ = nullptr;
+  unsigned sq_mask_ = 0, sq_entries_ = 0, cq_mask_ = 0;
+  io_uring_cqe* cqes_ = nullptr;
+  unsigned unsubmitted_ = 0, in_flight_ = 0;
+  std::vector<Slot> slots_;
+};
+
+}  // namespace
+
+int probe_uring() {
+  io_uring_params params{};
+  const int fd = setup(1, &params);
+  if (fd < 0) return errno;
+  close(fd);
+  return (params.features & kFeatures) == kFeatures ? 0 : ENOSYS;
+}
+
+std::unique_ptr<PageQueue> make_uring_queue(size_t depth) { return std::make_unique<UringQueue>(depth); }
+
+}  // namespace tierstore
+
+#else  // no kernel header, or one from before 5.11
+
+namespace tierstore {
+
+int probe_uring() { return ENOSYS; }
+
+std::unique_ptr<PageQueue> make_uring_queue(size_t) {
+  throw std::runtime_error("io_uring: this build has no header linux/io_uring.h of 5.11 or newer");
+}
+
+}  // namespace tierstore
+
+#endif

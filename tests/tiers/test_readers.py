@@ -1,0 +1,140 @@
+"""Every way of reading pages, through the contract, and the choice among them."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from contract.reader_contract import ReaderContract
+
+import tierstore
+from tierstore import kernels
+from tierstore.tiers.nvme import IoChoice, choose_io
+
+
+class TestUring(ReaderContract):
+    """io_uring with O_DIRECT."""
+
+    def open_store(self, path: Path, dram: str = "600KiB") -> tierstore.Store:
+        store = tierstore.open(path, dram=dram, io="uring")
+        if store.stats()["io"] != "uring":
+            pytest.skip("this kernel or container forbids io_uring")
+        return store
+
+
+class TestUringBuffered(ReaderContract):
+    """io_uring where the file system has no O_DIRECT."""
+
+    def open_store(self, path: Path, dram: str = "600KiB") -> tierstore.Store:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tierstore.tiers.nvme._open_direct", lambda _: -1)
+            return tierstore.open(path, dram=dram, io="uring")
+
+
+class TestMmap(ReaderContract):
+    """Memory maps with process_madvise."""
+
+    def open_store(self, path: Path, dram: str = "600KiB") -> tierstore.Store:
+        return tierstore.open(path, dram=dram, io="mmap")
+
+
+class TestMmapWithFadvise(ReaderContract):
+    """Memory maps where process_madvise is forbidden."""
+
+    def open_store(self, path: Path, dram: str = "600KiB") -> tierstore.Store:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "probe_process_madvise", lambda: errno.EPERM)
+            return tierstore.open(path, dram=dram, io="mmap")
+
+
+class TestPread(ReaderContract):
+    """A pool of threads."""
+
+    def open_store(self, path: Path, dram: str = "600KiB") -> tierstore.Store:
+        return tierstore.open(path, dram=dram, io="pread")
+
+
+class TestPortable(ReaderContract):
+    """Without the compiled kernels."""
+
+    def open_store(self, path: Path, dram: str = "600KiB") -> tierstore.Store:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "native", False)
+            return tierstore.open(path, dram=dram)
+
+
+@pytest.mark.parametrize(
+    ("io", "uring_errno", "madvise_errno", "expected", "said"),
+    [
+        ("auto", 0, 0, IoChoice("uring"), []),
+        ("uring", 0, 0, IoChoice("uring"), []),
+        ("auto", errno.EPERM, 0, IoChoice("mmap", True), ["io_uring", "EPERM"]),
+        ("uring", errno.ENOSYS, 0, IoChoice("mmap", True), ["io_uring", "ENOSYS"]),
+        ("auto", errno.EPERM, errno.EPERM, IoChoice("mmap", False), ["io_uring", "process_madvise"]),
+        ("mmap", 0, 0, IoChoice("mmap", True), []),
+        ("mmap", 0, errno.ENOSYS, IoChoice("mmap", False), ["process_madvise", "ENOSYS"]),
+        ("pread", 0, 0, IoChoice("pread"), []),
+    ],
+)
+def test_io_falls_back_to_what_the_kernel_allows_and_says_so(
+    io: str,
+    uring_errno: int,
+    madvise_errno: int,
+    expected: IoChoice,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(kernels, "probe_uring", lambda: uring_errno)
+    monkeypatch.setattr(kernels, "probe_process_madvise", lambda: madvise_errno)
+    with caplog.at_level(logging.WARNING):
+        assert choose_io(io) == expected
+    for word in said:
+        assert word in caplog.text
+    assert bool(caplog.text) == bool(said)
+
+
+# A filter as container runtimes install it: the named system calls fail with EPERM. Numbers are those of x86-64 and arm64.
+SECCOMP = """
+import ctypes, struct, sys
+calls = [425, 426, 427, 440]  # io_uring_setup, _enter, _register, process_madvise
+code = [(0x20, 0, 0, 0)]  # load the number of the system call
+for position, number in enumerate(calls):
+    code.append((0x15, len(calls) - position, 0, number))  # equal: jump to the last instruction
+code += [(0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050001)]  # allow; errno 1 (EPERM)
+program = b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+buffer = ctypes.create_string_buffer(program, len(program))
+class Filter(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]
+libc = ctypes.CDLL(None, use_errno=True)
+filter_ = Filter(len(code), ctypes.addressof(buffer))
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+if libc.prctl(22, 2, ctypes.byref(filter_), 0, 0) != 0:  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    sys.exit(77)
+"""
+
+
+@pytest.mark.parametrize("io", ["auto", "uring", "mmap"])
+def test_a_container_that_forbids_io_uring_and_process_madvise_still_serves(built: Path, io: str) -> None:
+    job = f"""
+        import numpy as np, tierstore
+        from tierstore import kernels
+        assert kernels.probe_uring() == 1 and kernels.probe_process_madvise() == 1
+        keys = np.arange(60).reshape(20, 3)
+        with tierstore.open({str(built)!r}, dram="600KiB", io={io!r}) as store:
+            rows = store["layers.1"].lookup(keys)
+            assert store.stats()["io"] == "mmap" and store.stats()["pages_read"] > 0
+        with tierstore.open({str(built)!r}, dram="64MiB") as resident:
+            assert np.array_equal(rows, resident["layers.1"].lookup(keys))
+    """
+    code = SECCOMP + textwrap.dedent(job)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if done.returncode == 77:
+        pytest.skip("this system does not let a process filter its own system calls")
+    assert done.returncode == 0, done.stderr
+    assert "process_madvise is not to be had (EPERM)" in done.stderr

@@ -1,0 +1,75 @@
+"""The lookup path of an open store, as a contract: what memory holds is copied, the rest is read from checked pages.
+
+Flows in: keys or row ids, already checked, and the caller's buffer. Flows out: rows in that buffer, or a named error. Two
+implementations: `native` (C++, the one that serves) and `portable` (NumPy, where there is no compiler; also its oracle).
+Shapes: N tokens, O orders, H rows per key, R rows, P pages. `index` is the table's place in the catalog.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+READ_WAIT_S = 300.0  # the longest that anything waits for the disk or for staging
+
+Request = tuple[int, np.ndarray, np.ndarray]  # index, keys [N, O], out [N, O * H, row_bytes]
+
+
+class Pending(Protocol):
+    """A lookup in flight."""
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Blocks until it has ended; raises what it raised, or `TimeoutError` after timeout_s."""
+
+
+class Engine(ABC):
+    """One store's tiers behind one door. Any number of threads may call; nothing waits longer than READ_WAIT_S."""
+
+    io: str  # how pages are read, as `stats` shows it
+    bad_pages: dict[tuple[int, int], str]  # of resident tables: (index, page number) that could not be loaded -> why
+
+    # (index, keys, out), unchecked -> None where the lookup was done; False where nothing was done, since arguments or state
+    # need a closer look; else a fault for `check`. An attribute, so that the shortest lookups pass through one call less.
+    try_lookup: Callable[[int, Any, Any], Any]
+
+    @abstractmethod
+    def check(self, outcome: Any) -> None:
+        """Raises the error that an outcome of `try_lookup` stands for; None is none."""
+
+    @abstractmethod
+    def lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
+        """Fills out, uint8 [N, O * H, row_bytes], from keys, int64 [N, O], both contiguous and checked."""
+
+    @abstractmethod
+    def submit(self, requests: Sequence[Request]) -> Pending | None:
+        """Starts a lookup in several tables; None where memory held all. The caller keeps the buffers until it ends."""
+
+    @abstractmethod
+    def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
+        """Fills out, uint8 [R, row_bytes], from row_ids, int64 [R], -1 for zero rows: from DRAM if resident, else pages."""
+
+    @abstractmethod
+    def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:
+        """Reads pages, int64 [P] ascending without repeats, into out, uint8 [P, page_bytes], and checks each."""
+
+    @abstractmethod
+    def counters(self) -> dict[str, Any]:
+        """Returns totals, and under "tables" a pair for each table: keys by order found in DRAM, and read from NVMe."""
+
+    @abstractmethod
+    def close(self, timeout_s: float) -> bool:
+        """Refuses new lookups, waits for those under way, frees threads; returns whether all ended in time."""
+
+    @abstractmethod
+    def before_fork(self) -> None:
+        """Takes the locks that a forked child must find in order."""
+
+    @abstractmethod
+    def after_fork(self, *, child: bool) -> None:
+        """Gives them back, on either side; in the child, makes threads, rings and staging anew."""

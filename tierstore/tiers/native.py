@@ -1,0 +1,161 @@
+"""The lookup path in C++ (kernels/cpu/engine.h): this module hands it tables and memory, and names its faults.
+
+Flows in: what the engine contract says. Flows out: the same rows, at the speed of memory and disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import kernels
+from ..decisions.budget import DramPlan
+from ..errors import CorruptPageError, StoreNotReadyError, TierStoreError
+from ..formats.page import PAGE_VERSION, fault_text
+from .engine import READ_WAIT_S, Engine, Request
+from .memory import allocate
+from .nvme import IoChoice, TableFiles, load_rows
+
+PREAD_THREADS = 16
+JOBS_MAX = 256  # tickets under way; beyond it, submit waits for one to end
+LOAD_BYTES = 1 << 20
+
+
+class NativeEngine(Engine):
+    """See `Engine`."""
+
+    def __init__(self, what: str, files: Sequence[TableFiles], plan: DramPlan, choice: IoChoice) -> None:
+        """`what` names the store in errors. Blocks while resident tables load."""
+        self._what = what
+        self._layouts = [file.table for file in files]
+        self.bad_pages = {}
+        self.io = choice.mode
+        block = allocate(plan.block_bytes)
+        shares = [plan.shares[layout.spec.name] for layout in self._layouts]
+        parts = [block[share.byte_start : share.byte_start + share.num_bytes] for share in shares]
+        records = [
+            _record(file, share.num_sets, memory) for file, share, memory in zip(files, shares, parts, strict=True)
+        ]
+        self._engine = kernels.Engine(
+            records,
+            mode=choice.mode,
+            use_process_madvise=choice.use_process_madvise,
+            num_lanes=plan.staging.num_lanes,
+            depth=plan.staging.depth,
+            assembly_bytes=plan.staging.assembly_bytes,
+            pread_threads=PREAD_THREADS,
+            jobs_max=JOBS_MAX,
+            wait_s=READ_WAIT_S,
+        )
+        self.try_lookup = self._engine.lookup
+        for index, (file, share, memory) in enumerate(zip(files, shares, parts, strict=True)):
+            if share.resident:
+                self._load(index, file, memory)
+
+    def _load(self, index: int, file: TableFiles, memory: np.ndarray) -> None:
+        spec = file.table.spec
+        scratch = np.empty(max(LOAD_BYTES, file.table.page_bytes), dtype=np.uint8)
+        bad_pages = load_rows(file, memory[: spec.table_bytes].reshape(spec.num_rows, spec.row_bytes), scratch)
+        self.bad_pages |= {(index, page): text for page, text in bad_pages.items()}
+        self._engine.set_resident(index, list(bad_pages))
+
+    def lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
+        self.check(self._engine.lookup(index, keys, out))
+
+    def submit(self, requests: Sequence[Request]) -> NativePending | None:
+        ticket = self._engine.submit(list(requests))
+        if ticket is None:
+            return None
+        if ticket is False:
+            self.check(False)
+        return NativePending(self, ticket)
+
+    def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
+        self.check(self._engine.rows(index, row_ids, out))
+
+    def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:
+        self.check(self._engine.read_pages(index, page_numbers, out))
+
+    def counters(self) -> dict[str, Any]:
+        return self._engine.counters()
+
+    def close(self, timeout_s: float) -> bool:
+        return self._engine.close(timeout_s)
+
+    def before_fork(self) -> None:
+        self._engine.before_fork()
+
+    def after_fork(self, *, child: bool) -> None:
+        self._engine.after_fork(child)
+
+    def check(self, outcome: Any) -> None:
+        """Raises what an outcome of the C++ side means: None is good, False closed (arguments were checked), else a fault."""
+        if outcome is None:
+            return
+        if outcome is False:
+            raise StoreNotReadyError(f"{self._what} is closed; open it again")
+        raise self._fault(*outcome)
+
+    def _fault(self, kind: str, index: int, page: int, detail: int) -> TierStoreError | TimeoutError:
+        if kind == "timeout":
+            return TimeoutError(
+                f"{self._what}: no page came, or no staging came free, within {detail} s; the disk has stopped answering"
+            )
+        if kind == "forked":
+            return StoreNotReadyError(f"{self._what}: the lookup was under way in the parent when this process forked")
+        where = f"page {page} of table {self._layouts[index].spec.name}"
+        if (index, page) in self.bad_pages:
+            return CorruptPageError(self.bad_pages[index, page])
+        if kind == "page":
+            return CorruptPageError(fault_text(where, detail))
+        if detail < 0:
+            return CorruptPageError(
+                f"{where}: its shard ends before it; it was cut while open: restore it from a copy or rebuild"
+            )
+        return CorruptPageError(
+            f"{where} cannot be read: {os.strerror(detail)}; check the disk, then run 'tierstore verify'"
+        )
+
+
+class NativePending:
+    """A lookup that a thread of the C++ side finishes."""
+
+    def __init__(self, engine: NativeEngine, ticket: Any) -> None:
+        self._engine, self._ticket = engine, ticket
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return bool(self._ticket.done())
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Blocks until it has ended; raises what it raised, or `TimeoutError`."""
+        outcome = self._ticket.wait(READ_WAIT_S * 2 if timeout_s is None else max(0.0, timeout_s))
+        if outcome is False:
+            raise TimeoutError(f"the rows were not there within {timeout_s} s; the lookup goes on, wait again")
+        self._engine.check(outcome)
+
+
+def _record(file: TableFiles, num_sets: int, memory: np.ndarray) -> dict[str, Any]:
+    """What the C++ side must know of a table."""
+    layout, spec = file.table, file.table.spec
+    return {
+        "num_orders": len(spec.orders),
+        "rows_per_key": spec.rows_per_key,
+        "row_bytes": spec.row_bytes,
+        "num_rows": spec.num_rows,
+        "is_plain": spec.is_plain,
+        "moduli": spec.moduli,
+        "offsets": spec.offsets,
+        "page_bytes": layout.page_bytes,
+        "rows_per_page": layout.rows_per_page,
+        "num_pages": layout.num_pages,
+        "pages_per_shard": layout.pages_per_shard,
+        "version": PAGE_VERSION,
+        "seed": layout.seed,
+        "shards": file.handles(),
+        "num_sets": num_sets,
+        "memory": memory,
+    }
