@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 SOURCES := $(wildcard kernels/cpu/*) setup.py setup.cfg pyproject.toml requirements.txt
 
-.PHONY: install test lint types suite demo bench clean
+.PHONY: install test lint types suite sanitize demo bench clean
 
 install: $(STAMP)
 
@@ -29,6 +29,12 @@ types: install
 
 suite: install
 	$(BIN)/python -m pytest
+
+# The C++ lookup path under the sanitizers; the writer that is killed step by step only under the second, which may be traced.
+sanitize: install
+	TIERSTORE_TEST_CXXFLAGS="-O1 -fsanitize=thread -Wno-tsan" $(BIN)/python -m pytest tests/kernels/test_cpp.py -k "not kill"
+	TIERSTORE_TEST_CXXFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+		$(BIN)/python -m pytest tests/kernels/test_cpp.py
 
 demo: install
 	$(BIN)/python -m tierstore.tools.demo
