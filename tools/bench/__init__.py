@@ -1,6 +1,6 @@
 """`tierstore bench`: tierstore beside other ways of doing the same work, in the same run, on the same data.
 
-One file a benchmark; each has `run(folder, **options) -> Result`, where every figure is a median and every ratio the median
+One file a benchmark; each has `run(folder, options) -> Result`, where every figure is a median and every ratio the median
 of pairs that ran one after the other, because shared machines drift. Figures worth keeping are in BENCHMARKS.md.
 """
 
@@ -16,7 +16,17 @@ from tierstore.units import parse_bytes
 
 from ..cli import console
 
-BENCHMARKS = {"build": "Building a store, beside copying the checkpoint's files with cp and syncing them."}
+BENCHMARKS = {
+    "build": "Building a store, beside copying the checkpoint's files with cp and syncing them.",
+    "warm": "All hits, beside the bare probe and copy, torch and NumPy.",
+    "cold": "No hits, beside the bare reads of the same number of pages, fio and np.memmap.",
+    "decode": "One token at a time: latencies, submit and wait, many threads.",
+    "trace": "Real text: hit rates by budget, and a prefill of half hits, half misses.",
+    "scale": "Cost of a row as the table grows.",
+    "peers": "NumPy, torch, LMDB, RocksDB, Redis and Mooncake on the same keys.",
+}
+SIZE_HELP = "Bytes of the table.  [default: build 2GiB, others 8GiB]"
+TRACE_HELP = "For trace: token ids, .npy of int32 or int64, or .zst of int32.  [default: this machine's text]"
 
 
 @click.command("bench", epilog="Benchmarks: " + "; ".join(f"{name}: {line}" for name, line in BENCHMARKS.items()))
@@ -24,21 +34,57 @@ BENCHMARKS = {"build": "Building a store, beside copying the checkpoint's files 
 @click.option(
     "--folder", type=click.Path(path_type=Path), default=Path(), help="Where to work.  [default: this folder]"
 )
-@click.option("--size", default="2GiB", show_default=True, help="Bytes of the tables that are made for it.")
+@click.option("--size", help=SIZE_HELP)
 @click.option("--pairs", type=click.IntRange(min=1), default=7, show_default=True, help="How often each pair is run.")
+@click.option("--threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Callers on every side.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Tokens of a batch.  [default: the benchmark's own]")
+@click.option("--dram", "budgets", multiple=True, help="DRAM of the store; repeat it for trace.")
+@click.option("--rows", multiple=True, type=click.IntRange(min=400), help="For scale: rows of a table; repeat it.")
+@click.option("--trace", type=click.Path(path_type=Path, exists=True, dir_okay=False), help=TRACE_HELP)
+@click.option(
+    "--clean", is_flag=True, help="Afterwards remove the tables that were made under --folder for the next run."
+)
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Also write the figures here."
 )
-def command(names: tuple[str, ...], folder: Path, size: str, pairs: int, json_file: Path | None) -> None:
+def command(
+    names: tuple[str, ...],
+    folder: Path,
+    size: str | None,
+    pairs: int,
+    threads: int,
+    tokens: int | None,
+    budgets: tuple[str, ...],
+    rows: tuple[int, ...],
+    trace: Path | None,
+    clean: bool,
+    json_file: Path | None,
+) -> None:
     """Measure NAME... on this machine, beside the hardware's own limit.
 
     \b
-    tierstore bench build --size 2GiB --json build.json
+    tierstore bench warm cold decode --folder /mnt/nvme --json figures.json
     """
+    from . import stores
+    from .pairs import Options
+
+    options = Options(
+        size_bytes=None if size is None else parse_bytes(size, "--size"),
+        pairs=pairs,
+        threads=threads,
+        tokens=tokens,
+        budgets=tuple(parse_bytes(budget, "--dram") for budget in budgets),
+        rows=rows,
+        trace=trace,
+    )
     results = {}
-    for name in names:
-        result = importlib.import_module(f".{name}", __name__).run(folder, parse_bytes(size, "--size"), pairs)
-        console().print(result.table())
-        results[name] = result.as_record()
-    if json_file:
-        json_file.write_text(json.dumps(results, indent=2) + "\n")
+    try:
+        for name in names:
+            result = importlib.import_module(f".{name}", __name__).run(folder, options)
+            console().print(result.table())
+            results[name] = result.as_record()
+            if json_file:  # after each, so that what was measured is not lost with what fails
+                json_file.write_text(json.dumps(results, indent=2) + "\n")
+    finally:
+        if clean:
+            stores.clean(folder)

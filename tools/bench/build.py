@@ -22,7 +22,9 @@ from rich.table import Table
 from tierstore.units import format_bytes
 
 from ..synth import write_checkpoint
+from .pairs import Options
 
+SIZE_BYTES = 2 << 30
 CACHE_STATES = ("warm", "cold")
 BUILD_TIMEOUT_S = 3600
 
@@ -69,8 +71,9 @@ class Result:
         return asdict(self) | {"ratio": {state: self.ratio(state) for state in CACHE_STATES}}
 
 
-def run(folder: Path, size_bytes: int, pairs: int) -> Result:
-    """Measures `pairs` pairs in each cache state, in a temporary folder under `folder`. Needs about three times the size."""
+def run(folder: Path, options: Options) -> Result:
+    """Measures pairs in each cache state, in a temporary folder under `folder`. Needs about three times the size (2 GiB)."""
+    size_bytes, pairs = options.size_bytes or SIZE_BYTES, options.pairs
     with tempfile.TemporaryDirectory(dir=folder, prefix="bench-build-") as name:
         checkpoint = Path(name) / "checkpoint"
         write_checkpoint(checkpoint, "deepseek_v41", table_bytes=size_bytes, file_bytes=max(size_bytes // 4, 1 << 20))

@@ -1,0 +1,190 @@
+"""Pairs: sides that do the same work in turn, and what their figures come to.
+
+Flows in: a callable a side, each of which prepares its run by itself and returns the seconds of the run alone. Flows out:
+`Comparison`s and `Figure`s, gathered in a `Result` that prints and records them. Shared machines drift, so no figure of one
+side is ever set against a figure of another minute: a ratio is the median of rounds, in each of which every side ran once.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+SUBJECT = "tierstore"
+WARM_UP_ROUNDS = 1  # rounds that are run first and not counted
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line gives every benchmark; None: the benchmark's own default.
+
+    size_bytes: of the table. pairs: rounds that count. threads: callers on every side. tokens: in a batch. budgets: of
+    DRAM; only `trace` takes more than one. rows: table sizes of `scale`. trace: a file of token ids.
+    """
+
+    size_bytes: int | None = None
+    pairs: int = 7
+    threads: int = 1
+    tokens: int | None = None
+    budgets: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+    trace: Path | None = None
+
+    @property
+    def dram_bytes(self) -> int | None:
+        """The store's budget, None for the benchmark's own default."""
+        return self.budgets[0] if self.budgets else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One piece of work and the seconds that each side took for it in each round; `targets` are least ratios to a side.
+
+    work: how many `unit`s a run has. The subject is the side that ratios are of: its rate over the other's.
+    """
+
+    case: str
+    unit: str
+    work: float
+    seconds: dict[str, list[float]]
+    targets: dict[str, float] = field(default_factory=dict)
+    subject: str = SUBJECT
+
+    def ratios(self, side: str) -> list[float]:
+        """Returns the subject's rate over the side's, in each round."""
+        return [other / own for other, own in zip(self.seconds[side], self.seconds[self.subject], strict=True)]
+
+    def ratio(self, side: str) -> float:
+        """Returns the median over rounds of the subject's rate over the side's."""
+        return statistics.median(self.ratios(side))
+
+    def ns(self, side: str) -> float:
+        """Returns the side's median nanoseconds for one unit of work."""
+        return statistics.median(self.seconds[side]) / self.work * 1e9
+
+    def rows(self) -> list[list[str]]:
+        """Returns the lines of a printed table, the subject first."""
+        sides = [self.subject, *(side for side in self.seconds if side != self.subject)]
+        lines = []
+        for side in sides:
+            ratios = [] if side == self.subject else self.ratios(side)
+            shown = [f"{value:.2f}" for value in (self.ratio(side), min(ratios), max(ratios))] if ratios else [""] * 3
+            cost = f"{self.ns(side):,.0f} ns/{self.unit}"
+            lines.append([self.case if side == self.subject else "", side, cost, *shown, _target(self, side)])
+        return lines
+
+    def as_record(self) -> dict[str, Any]:
+        """Returns the figures for JSON: every round's seconds, and what they come to."""
+        others = [side for side in self.seconds if side != self.subject]
+        ratios = {
+            s: {"median": self.ratio(s), "lowest": min(self.ratios(s)), "highest": max(self.ratios(s))} for s in others
+        }
+        return asdict(self) | {"ns_per_unit": {side: self.ns(side) for side in self.seconds}, "ratios": ratios}
+
+
+def _target(comparison: Comparison, side: str) -> str:
+    if side not in comparison.targets:
+        return ""
+    target = comparison.targets[side]
+    return f"{target:g} {'reached' if comparison.ratio(side) >= target else 'MISSED'}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One quantity, measured once a round; `bound`, where there is one, is the most it may be (or least, if at_least)."""
+
+    case: str
+    unit: str
+    values: list[float]
+    bound: float | None = None
+    at_least: bool = False
+
+    @property
+    def median(self) -> float:
+        """The median over rounds."""
+        return statistics.median(self.values)
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the median keeps the bound; None where there is none."""
+        if self.bound is None:
+            return None
+        return self.median >= self.bound if self.at_least else self.median <= self.bound
+
+    def row(self) -> list[str]:
+        """Returns the line of a printed table."""
+        numbers = [f"{value:,.4g}" for value in (self.median, min(self.values), max(self.values))]
+        sign = ">=" if self.at_least else "<="
+        bound = "" if self.bound is None else f"{sign} {self.bound:g} {'reached' if self.reached else 'MISSED'}"
+        return [self.case, self.unit, *numbers, bound]
+
+    def as_record(self) -> dict[str, Any]:
+        """Returns the figure for JSON."""
+        summary = {"median": self.median, "lowest": min(self.values), "highest": max(self.values)}
+        return asdict(self) | summary | {"reached": self.reached}
+
+
+@dataclass
+class Result:
+    """What a benchmark found: comparisons, figures, facts about how they came about, and sides that were skipped."""
+
+    title: str
+    comparisons: list[Comparison] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def table(self) -> RenderableType:
+        """Returns what is printed."""
+        parts: list[RenderableType] = []
+        if self.comparisons:
+            table = Table(
+                "case", "side", "median cost", f"{SUBJECT} / side", "lowest", "highest", "target", title=self.title
+            )
+            for comparison in self.comparisons:
+                for row in comparison.rows():
+                    table.add_row(*row)
+                table.add_section()
+            parts.append(table)
+        if self.figures:
+            table = Table("case", "unit", "median", "lowest", "highest", "target", title=None if parts else self.title)
+            for figure in self.figures:
+                table.add_row(*figure.row())
+            parts.append(table)
+        parts += [f"{name}: {value}" for name, value in self.facts.items()]
+        parts += [f"skipped: {name}: {why}" for name, why in self.skipped.items()]
+        return Group(*parts)
+
+    def as_record(self) -> dict[str, Any]:
+        """Returns all of it for JSON."""
+        return {
+            "title": self.title,
+            "comparisons": [comparison.as_record() for comparison in self.comparisons],
+            "figures": [figure.as_record() for figure in self.figures],
+            "facts": self.facts,
+            "skipped": self.skipped,
+        }
+
+
+def interleave(
+    sides: Mapping[str, Callable[[], float]], rounds: int, warm_up_rounds: int = WARM_UP_ROUNDS
+) -> dict[str, list[float]]:
+    """Runs every side once a round and returns what each gave, by side.
+
+    Each round begins with another side than the one before, so that none always runs in the wake of the same other.
+    """
+    names = list(sides)
+    results: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warm_up_rounds, rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            value = sides[name]()
+            if number >= 0:
+                results[name].append(value)
+    return results

@@ -1,0 +1,163 @@
+"""Tables to measure on: synthetic stores in V4.1's shape, of any size, made once and used again.
+
+Flows in: a number of rows. Flows out: a built store, the pages that keys need, and what its rows must be. No checkpoint is
+written: the table is given to `tierstore.build` as a source whose plane is one block of random rows, named over and over
+(row r is row r % BLOCK_ROWS of the block), so that a build costs what sealing and writing pages cost. Pages differ all the
+same, by their numbers and checksums. Refuses what a build refuses.
+
+Shapes: N tokens, O = 3 orders, H = 8 heads, R = 264 bytes a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engram_adapter import HashSpec
+from tierstore.build import build_store
+from tierstore.errors import ConfigError
+from tierstore.formats.catalog import TableLayout, read_catalog
+from tierstore.formats.checkpoint import Plane, StoredTensor, TableSource
+from tierstore.spec import KEY_MAX, TableSpec
+from tierstore.units import format_bytes
+
+from ..cli import Progress
+
+LAYER, TABLE = 1, "layers.1"
+ORDERS, HEADS, ROW_BYTES, DIM = (2, 3, 4), 8, 264, 256
+ROWS_PER_TOKEN, ENTRY_BYTES = len(ORDERS) * HEADS, HEADS * ROW_BYTES
+CODEC = "fp8_e4m3_e8m0x32"
+BLOCK_ROWS = (64 << 20) // ROW_BYTES
+BLOCK_FILE = "block.bin"
+FOLDER = "tierstore-bench"  # under --folder
+V41_COMPRESSED_VOCAB, V41_VOCAB, PAD_ID = 99_092, 129_280, 2
+
+
+@dataclass(frozen=True)
+class MadeStore:
+    """A store with one table, the block that its rows repeat, and its shards' files in order."""
+
+    path: Path
+    layout: TableLayout
+    block: np.ndarray
+    files: list[Path]
+
+    @property
+    def spec(self) -> TableSpec:
+        """The table's spec."""
+        return self.layout.spec
+
+    def ranges(self, keys: np.ndarray) -> np.ndarray:
+        """Returns the pages that keys [N, O] need, each once, ascending, as int64 [P, 3] of (file, byte offset, bytes)."""
+        row_ids = self.spec.row_ids(keys).reshape(-1)
+        pages = np.unique(row_ids[row_ids >= 0] // self.layout.rows_per_page)
+        shard, page = np.divmod(pages, self.layout.pages_per_shard)
+        page_bytes = np.full_like(page, self.layout.page_bytes)
+        return np.stack([shard, page * self.layout.page_bytes, page_bytes], axis=1)
+
+    def check(self, keys: np.ndarray, rows: np.ndarray) -> None:
+        """Raises `ConfigError` where rows [N, O * H, R] are not those of keys [N, O]: a fast wrong answer is no figure."""
+        row_ids = self.spec.row_ids(keys)
+        expected = self.block[row_ids % BLOCK_ROWS]
+        expected[row_ids < 0] = 0
+        if not np.array_equal(rows, expected):
+            raise ConfigError(
+                f"{self.path}: a lookup gave other rows than were built; run tierstore verify {self.path}"
+            )
+
+
+def v41_hash(rows_per_head: int, token_map: np.ndarray | None = None) -> HashSpec:
+    """Returns V4.1's hash for layer 1, with heads of about `rows_per_head` rows instead of 16 million."""
+    vocab_size = V41_VOCAB if token_map is None else len(token_map)
+    compressed = V41_COMPRESSED_VOCAB if token_map is None else len(np.unique(token_map))
+    text = {
+        "engram_layer_ids": [LAYER],
+        "engram_vocab_size": rows_per_head,
+        "engram_max_ngram_size": ORDERS[-1],
+        "engram_n_heads": HEADS,
+        "engram_head_dim": DIM,
+        "engram_compressed_vocab_size": compressed,
+        "engram_pad_token_id": PAD_ID,
+        "vocab_size": vocab_size,
+    }
+    return HashSpec.from_config({"text_config": text}, token_map, "deepseek_v41")
+
+
+def rows_per_head(table_bytes: int) -> int:
+    """Returns how many rows a head has in a table of about `table_bytes`."""
+    return max(16, table_bytes // (ROWS_PER_TOKEN * ROW_BYTES))
+
+
+def make_store(folder: Path, num_rows: int) -> MadeStore:
+    """Makes, or finds, the store of a table of about `num_rows` rows under `folder`. Blocks: some 300 MiB a second.
+
+    What an interrupted run began is resumed. Raises what `build_store` raises (`BudgetError` where the disk has no room).
+    """
+    heads = v41_hash(max(16, num_rows // ROWS_PER_TOKEN))
+    moduli, offsets = heads.moduli(LAYER), heads.offsets(LAYER)
+    identity = json.dumps([moduli, ROW_BYTES, BLOCK_ROWS])
+    digest = hashlib.sha256(identity.encode()).hexdigest()
+    spec = TableSpec(TABLE, heads.num_rows(LAYER), ROW_BYTES, ORDERS, HEADS, moduli, offsets, CODEC, DIM, digest)
+    path = folder / FOLDER / f"rows-{spec.num_rows}"
+    block_file = folder / FOLDER / BLOCK_FILE
+    block = _block(block_file)
+    with Progress(f"making a table of {format_bytes(spec.table_bytes)}") as progress:
+        origin = {"digest": digest, "made_by": "tierstore bench", "files": []}
+        build_store(path, [_source(spec, block_file)], origin=origin, attachments={}, on_progress=progress)
+    image = read_catalog(path)
+    files = [path / record.file for _, record in sorted(image.shards[TABLE].items())]
+    return MadeStore(path, image.tables[TABLE], block, files)
+
+
+@contextlib.contextmanager
+def temporary_store(folder: Path, num_rows: int) -> Iterator[MadeStore]:
+    """Makes a store in a folder of its own under `folder`, and removes it in the end."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix="tierstore-bench-") as name:
+        yield make_store(Path(name), num_rows)
+
+
+def clean(folder: Path) -> None:
+    """Removes every table that benchmarks made under `folder`."""
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+
+
+def fresh_keys(generator: np.random.Generator, num_tokens: int) -> np.ndarray:
+    """Returns keys, int64 [N, O], drawn from all keys there are: none comes twice, in this run or another."""
+    return generator.integers(0, KEY_MAX, (num_tokens, len(ORDERS)), dtype=np.int64, endpoint=True)
+
+
+def rows_buffer(num_tokens: int) -> np.ndarray:
+    """Returns a buffer for the rows of `num_tokens` tokens, uint8 [N, O * H, R], its memory already there."""
+    return np.ones((num_tokens, ROWS_PER_TOKEN, ROW_BYTES), dtype=np.uint8)
+
+
+def key_pairs(keys: np.ndarray) -> np.ndarray:
+    """Returns keys [N, O] as int64 [N * O, 2] of (order index, key), the order of their entries in a rows buffer."""
+    order_index = np.tile(np.arange(keys.shape[1]), len(keys))
+    return np.stack([order_index, keys.reshape(-1)], axis=1)
+
+
+def _block(file: Path) -> np.ndarray:
+    """Returns the block, uint8 [BLOCK_ROWS, R], read from its file, which is written where it is missing or short."""
+    shape = (BLOCK_ROWS, ROW_BYTES)
+    if not file.exists() or file.stat().st_size != BLOCK_ROWS * ROW_BYTES:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8).tofile(file.with_suffix(".new"))
+        file.with_suffix(".new").rename(file)
+    return np.memmap(file, dtype=np.uint8, mode="r", shape=shape)
+
+
+def _source(spec: TableSpec, block_file: Path) -> TableSource:
+    tensors = []
+    for index, start in enumerate(range(0, spec.num_rows, BLOCK_ROWS)):
+        rows = min(BLOCK_ROWS, spec.num_rows - start)
+        tensors.append(StoredTensor(f"block.{index}", block_file, "U8", (rows, ROW_BYTES), 0, rows * ROW_BYTES))
+    return TableSource(spec, (Plane(ROW_BYTES, tuple(tensors)),))
