@@ -41,6 +41,7 @@ TRACE_HELP = "For trace: token ids, .npy of int32 or int64, or .zst of int32.  [
 @click.option("--dram", "budgets", multiple=True, help="DRAM of the store; repeat it for trace.")
 @click.option("--rows", multiple=True, type=click.IntRange(min=400), help="For scale: rows of a table; repeat it.")
 @click.option("--trace", type=click.Path(path_type=Path, exists=True, dir_okay=False), help=TRACE_HELP)
+@click.option("--trace-tokens", type=click.IntRange(min=64), help="For trace: how many tokens.  [default: 262144]")
 @click.option(
     "--clean", is_flag=True, help="Afterwards remove the tables that were made under --folder for the next run."
 )
@@ -57,6 +58,7 @@ def command(
     budgets: tuple[str, ...],
     rows: tuple[int, ...],
     trace: Path | None,
+    trace_tokens: int | None,
     clean: bool,
     json_file: Path | None,
 ) -> None:
@@ -76,6 +78,7 @@ def command(
         budgets=tuple(parse_bytes(budget, "--dram") for budget in budgets),
         rows=rows,
         trace=trace,
+        trace_tokens=trace_tokens,
     )
     results = {}
     try:

@@ -45,7 +45,7 @@ def run(folder: Path, options: Options) -> Result:
         with ColdLookups(made, io, dram_bytes) as lookups:
             result.comparisons.append(_batch(made, lookups, tokens, options.pairs, result))
             if io == "uring":
-                result.comparisons.append(_one_token(made, lookups, options.pairs))
+                result.comparisons.append(one_token(made, lookups, options.pairs))
             result.facts[f"{io}: served by"] = lookups.store.stats()["io"]
             result.facts[f"{io}: keys that hit DRAM in all runs"] = lookups.store.stats()["hits"]["dram"]
             result.facts[f"{io}: share of the shards in the page cache before runs, at most"] = round(
@@ -126,8 +126,8 @@ def _batch(made: MadeStore, lookups: ColdLookups, tokens: int, pairs: int, resul
     return Comparison(case, "row", tokens * stores.ROWS_PER_TOKEN, seconds, targets)
 
 
-def _one_token(made: MadeStore, lookups: ColdLookups, pairs: int) -> Comparison:
-    """p50 of one-token lookups; the yardstick reads the pages of a token at a time."""
+def one_token(made: MadeStore, lookups: ColdLookups, pairs: int) -> Comparison:
+    """Compares p50 of cold one-token lookups with the yardstick, which reads the pages of one token at a time, and np.memmap."""
     row_ids = np.empty((ONE_TOKEN_LOOKUPS, stores.ROWS_PER_TOKEN), dtype=np.int64)
 
     def bare(loop: BareLoop) -> float:
@@ -155,7 +155,7 @@ def _one_token(made: MadeStore, lookups: ColdLookups, pairs: int) -> Comparison:
             MEMMAP: memmap,
         }
         seconds = interleave(sides, pairs)
-    return Comparison("uring, one token, p50", "row", stores.ROWS_PER_TOKEN, seconds, {BARE: 0.85})
+    return Comparison(f"{lookups.io}, one token, p50", "row", stores.ROWS_PER_TOKEN, seconds, {BARE: 0.85})
 
 
 def _page_cached(result: Result, pairs: int) -> None:

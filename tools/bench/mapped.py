@@ -30,6 +30,11 @@ class MappedRows:
             strides = (layout.page_bytes, layout.spec.row_bytes, 1)
             self._shards.append(np.lib.stride_tricks.as_strided(shard, shape, strides, writeable=False))
 
+    def touch(self) -> None:
+        """Maps every page now, so that no fault is left for later."""
+        for rows in self._shards:
+            rows[:, 0, 0].sum()
+
     def rows(self, row_ids: np.ndarray, out: np.ndarray) -> None:
         """Copies rows of row_ids, int64 [M], into out, uint8 [M, row_bytes]."""
         page, slot = np.divmod(row_ids, self._layout.rows_per_page)

@@ -25,7 +25,8 @@ class Options:
     """What the command line gives every benchmark; None: the benchmark's own default.
 
     size_bytes: of the table. pairs: rounds that count. threads: callers on every side. tokens: in a batch. budgets: of
-    DRAM; only `trace` takes more than one. rows: table sizes of `scale`. trace: a file of token ids.
+    DRAM; only `trace` takes more than one. rows: table sizes of `scale`. trace, trace_tokens: a file of token
+    ids, and how many of them.
     """
 
     size_bytes: int | None = None
@@ -35,6 +36,7 @@ class Options:
     budgets: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
     trace: Path | None = None
+    trace_tokens: int | None = None
 
     @property
     def dram_bytes(self) -> int | None:
@@ -130,13 +132,30 @@ class Figure:
         return asdict(self) | summary | {"reached": self.reached}
 
 
+@dataclass(frozen=True)
+class Grid:
+    """A table of numbers that is neither: hit rates over time, say."""
+
+    title: str
+    columns: list[str]
+    lines: list[list[Any]]
+
+    def table(self) -> Table:
+        """Returns what is printed."""
+        table = Table(*self.columns, title=self.title)
+        for line in self.lines:
+            table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in line))
+        return table
+
+
 @dataclass
 class Result:
-    """What a benchmark found: comparisons, figures, facts about how they came about, and sides that were skipped."""
+    """What a benchmark found: comparisons, figures, grids, facts about how they came about, and sides that were skipped."""
 
     title: str
     comparisons: list[Comparison] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -145,7 +164,7 @@ class Result:
         parts: list[RenderableType] = []
         if self.comparisons:
             table = Table(
-                "case", "side", "median cost", f"{SUBJECT} / side", "lowest", "highest", "target", title=self.title
+                "case", "side", "median cost", "rate / side's", "lowest", "highest", "target", title=self.title
             )
             for comparison in self.comparisons:
                 for row in comparison.rows():
@@ -157,6 +176,7 @@ class Result:
             for figure in self.figures:
                 table.add_row(*figure.row())
             parts.append(table)
+        parts += [grid.table() for grid in self.grids]
         parts += [f"{name}: {value}" for name, value in self.facts.items()]
         parts += [f"skipped: {name}: {why}" for name, why in self.skipped.items()]
         return Group(*parts)
@@ -167,6 +187,7 @@ class Result:
             "title": self.title,
             "comparisons": [comparison.as_record() for comparison in self.comparisons],
             "figures": [figure.as_record() for figure in self.figures],
+            "grids": [asdict(grid) for grid in self.grids],
             "facts": self.facts,
             "skipped": self.skipped,
         }
