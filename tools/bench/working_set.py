@@ -15,7 +15,7 @@ from . import stores
 from .stores import MadeStore
 
 SPARE_TOKENS = 1.2  # tokens tried for each that is wanted: those whose sets are full are given up
-DRAM_FACTOR = 2.25  # budget for each byte of the working set, where none is given
+DRAM_FACTOR = 2.75  # budget for each byte of the working set, where none is given
 FILL_TOKENS = 1024  # in a lookup
 SETTLE_ROUNDS_MAX = 8
 
