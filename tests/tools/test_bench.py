@@ -25,6 +25,7 @@ from tierstore.tools.bench import (
     decode,
     fio,
     page_cache,
+    page_cached,
     peers,
     real_text,
     stores,
@@ -49,7 +50,8 @@ needs_compiler = pytest.mark.skipif(
 def few_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer lookups than a figure needs: here only what is recorded counts."""
     for module, sizes in {
-        cold: {"ONE_TOKEN_LOOKUPS": 8, "CACHED_ROWS": 30_000},
+        cold: {"ONE_TOKEN_LOOKUPS": 8},
+        page_cached: {"ROWS": 30_000, "TOKENS": 100},
         decode: {"WARM_LOOKUPS": 100, "COLD_LOOKUPS": 20, "WAIT_TOKENS": 20, "LOOKUPS_TOGETHER": 640},
         trace: {"PREFILL_TOKENS": 500, "BARE_ENTRIES": 3000},
         warm: {"ONE_TOKEN_LOOKUPS": 100},
@@ -261,6 +263,14 @@ def test_a_peer_gives_the_rows_it_was_filled_with(kind: type, tmp_path: Path) ->
         pytest.skip(f"{kind.name}: {error}")
 
 
+def test_a_file_system_without_o_direct_is_simulated_for_as_long_as_asked(made: MadeStore) -> None:
+    with page_cached.without_o_direct():
+        with pytest.raises(OSError, match="Invalid argument"):
+            os.open(made.files[0], os.O_RDONLY | os.O_DIRECT)
+        os.close(os.open(made.files[0], os.O_RDONLY))
+    os.close(os.open(made.files[0], os.O_RDONLY | os.O_DIRECT))
+
+
 @needs_compiler
 def test_cold_reads_everything_and_says_how_cold_it_was(folder: Path) -> None:
     record = bench(folder, "cold", "--size", "15MiB", "--tokens", 40)["cold"]
@@ -270,6 +280,9 @@ def test_cold_reads_everything_and_says_how_cold_it_was(folder: Path) -> None:
         assert record["facts"][f"{io}: keys that hit DRAM in all runs"] == 0
         assert 0 <= record["facts"][f"{io}: share of the shards in the page cache before runs, at most"] <= 1
     assert ("fio" in case(record, "uring, 40 tokens")["seconds"]) == fio.installed() != ("fio" in record["skipped"])
+    buffered = case(record, "page-cached pages through buffered uring: CPU of one, lookup")
+    assert min(buffered["values"]) > 0
+    assert record["facts"]["page-cached pages: share in the page cache"] == 1.0
     assert "np.memmap, MADV_RANDOM" in case(record, "one token")["seconds"]
 
 
@@ -356,10 +369,11 @@ def test_build_still_runs_and_all_figures_come_in_one_file(folder: Path) -> None
     assert {len(values) for values in record["build"]["build_s"].values()} == {2}
 
 
+@needs_compiler
 def test_clean_removes_the_made_tables(tmp_path: Path) -> None:
     make_store(tmp_path, 10_000)
     assert (tmp_path / stores.FOLDER).is_dir()
-    bench(tmp_path, "peers", "--size", "4MiB", "--tokens", 4, "--clean")
+    bench(tmp_path, "decode", "--size", "15MiB", "--clean")
     assert not (tmp_path / stores.FOLDER).exists()
 
 

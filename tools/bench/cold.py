@@ -8,7 +8,6 @@ because a disk, or its host, may remember what it has just read.
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -19,18 +18,16 @@ import numpy as np
 import tierstore
 from tierstore.units import format_bytes
 
-from . import fio, page_cache, stores
+from . import fio, page_cache, page_cached, stores
 from .bare import BareLoop
 from .mapped import MappedRows
-from .pairs import SUBJECT, Comparison, Figure, Options, Result, interleave
+from .pairs import SUBJECT, Comparison, Options, Result, interleave
 from .stores import MadeStore
 
 SIZE_BYTES = 8 << 30
 TOKENS = 1024
 DRAM_BYTES = 256 << 20
 ONE_TOKEN_LOOKUPS = 64  # in a round; their p50 is the round's figure
-MEMORY_FOLDER = Path("/dev/shm")
-CACHED_ROWS = 256_000  # of the table whose pages lie in memory
 BARE, FIO, MEMMAP = "bare loop", "fio", "np.memmap, MADV_RANDOM"
 
 
@@ -51,7 +48,7 @@ def run(folder: Path, options: Options) -> Result:
             result.facts[f"{io}: share of the shards in the page cache before runs, at most"] = round(
                 lookups.resident, 6
             )
-    _page_cached(result, options.pairs)
+    page_cached.measure(folder, options.pairs, result)
     return result
 
 
@@ -156,23 +153,3 @@ def one_token(made: MadeStore, lookups: ColdLookups, pairs: int) -> Comparison:
         }
         seconds = interleave(sides, pairs)
     return Comparison(f"{lookups.io}, one token, p50", "row", stores.ROWS_PER_TOKEN, seconds, {BARE: 0.85})
-
-
-def _page_cached(result: Result, pairs: int) -> None:
-    """CPU of a page whose bytes are in memory: a small store on tmpfs, through uring (no disk, so CPU is all there is)."""
-    if not MEMORY_FOLDER.is_dir():
-        result.skipped["page-cached pages"] = f"{MEMORY_FOLDER} is not there"
-        return
-    cpu_us = []
-    with contextlib.ExitStack() as stack:
-        made = stack.enter_context(stores.temporary_store(MEMORY_FOLDER, CACHED_ROWS))
-        lookups = stack.enter_context(ColdLookups(made, "uring", made.spec.table_bytes // 4))
-        out = stores.rows_buffer(TOKENS)
-        for _ in range(pairs + 1):
-            keys = stores.fresh_keys(lookups.generator, TOKENS)
-            pages_before, started = lookups.store.stats()["pages_read"], time.process_time()
-            lookups.table.lookup(keys, out)
-            cpu_s = time.process_time() - started
-            cpu_us.append(cpu_s / (lookups.store.stats()["pages_read"] - pages_before) * 1e6)
-    case = "uring, pages in memory (tmpfs): CPU of a page, lookup and checksum included"
-    result.figures.append(Figure(case, "us/page", cpu_us[1:], bound=2.0))
