@@ -61,14 +61,15 @@ Probe EntryCache::probe(const CacheSet* set, uint8_t order, int64_t key) const {
   return {};
 }
 
-bool EntryCache::copy(const Probe& probe, uint8_t order, int64_t key, uint8_t* to) const {
+bool EntryCache::copy(const Probe& probe, uint8_t order, int64_t key, uint8_t* to, const uint8_t* next,
+                      bool streamed) const {
   const CacheSet* set = probe.set;
   const uint64_t version = set->version.load(std::memory_order_acquire);
   if ((version & 1) != 0 || set->keys[probe.way].load(kRelaxed) != key ||
       set->orders[probe.way].load(kRelaxed) != order) {
     return false;
   }
-  racing_copy(to, probe.entry, entry_bytes_);
+  racing_copy(to, probe.entry, entry_bytes_, next, streamed);
   std::atomic_thread_fence(std::memory_order_acquire);
   if (set->version.load(kRelaxed) != version) return false;
   auto& count = const_cast<CacheSet*>(set)->counts[probe.way];

@@ -62,7 +62,9 @@ class EntryCache {
   // pair, copy its entry. `copy` returns whether the entry was whole and still the pair's; else `to` is undefined.
   const CacheSet* find_set(uint8_t order, int64_t key) const;
   Probe probe(const CacheSet* set, uint8_t order, int64_t key) const;
-  bool copy(const Probe& probe, uint8_t order, int64_t key, uint8_t* to) const;
+  // `next` and `streamed` as for `racing_copy`.
+  bool copy(const Probe& probe, uint8_t order, int64_t key, uint8_t* to, const uint8_t* next = nullptr,
+            bool streamed = false) const;
 
   // Counts lookups, hits and misses alike: the clock of ageing.
   void count_accesses(uint64_t num_accesses) { accesses_.fetch_add(num_accesses, std::memory_order_relaxed); }

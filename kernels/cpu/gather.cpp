@@ -3,18 +3,19 @@
 #include <algorithm>
 #include <cstring>
 
+#include "racing_copy.h"
+
 namespace tierstore {
 namespace {
 
-constexpr size_t kLineBytes = 64;
-constexpr size_t kSetsAhead = 8;     // pairs whose set is on its way while an earlier one is probed
-constexpr size_t kEntriesAhead = 4;  // pairs whose entry is on its way while an earlier one is copied
-constexpr size_t kRing = 16;
+constexpr size_t kSetsAhead = 16;     // pairs whose set is on its way while an earlier one is probed
+constexpr size_t kEntriesAhead = 4;   // pairs whose entry is on its way while an earlier one is copied
+constexpr size_t kRowsAhead = 16;     // resident rows on their way while an earlier one is copied
+constexpr size_t kRing = 32;
 static_assert((kRing & (kRing - 1)) == 0 && kRing > kSetsAhead + kEntriesAhead, "slots of the pipeline must not meet");
 
-void prefetch(const uint8_t* start, size_t num_bytes) {
-  for (size_t offset = 0; offset < num_bytes; offset += kLineBytes) __builtin_prefetch(start + offset, 0, 2);
-}
+// A larger output would only push out of the caches what is copied next; a smaller one is read again soon.
+constexpr size_t kStreamedBytes = 4 << 20;
 
 void copy_row(const uint8_t* from, uint8_t* to, size_t row_bytes) {
   if (from == nullptr) {  // a zero row
@@ -29,19 +30,19 @@ template <typename RowId>
 int64_t copy_resident(const Table& table, size_t num_rows, uint8_t* out, RowId row_id) {
   const uint8_t* ring[kRing];
   int64_t bad_page = -1;
-  for (size_t i = 0; i < num_rows + kSetsAhead; ++i) {
+  for (size_t i = 0; i < num_rows + kRowsAhead; ++i) {
     if (i < num_rows) {
       const int64_t id = row_id(i);
       const uint8_t* from = id < 0 ? nullptr : table.resident + static_cast<size_t>(id) * table.row_bytes;
       if (from != nullptr) {
-        prefetch(from, table.row_bytes);
+        fetch(from, table.row_bytes);
         const size_t page = static_cast<size_t>(id) / table.rows_per_page;
         if (bad_page < 0 && !table.bad_pages.empty() && table.bad_pages[page]) bad_page = static_cast<int64_t>(page);
       }
       ring[i & (kRing - 1)] = from;
     }
-    if (i >= kSetsAhead) {
-      const size_t copied = i - kSetsAhead;
+    if (i >= kRowsAhead) {
+      const size_t copied = i - kRowsAhead;
       copy_row(ring[copied & (kRing - 1)], out + copied * table.row_bytes, table.row_bytes);
     }
   }
@@ -62,6 +63,7 @@ void gather_cached(const Table& table, uint16_t table_index, const int64_t* keys
   const EntryCache& cache = *table.cache;
   const size_t entry_bytes = table.entry_bytes();
   const size_t sets_ahead = std::min(kSetsAhead, num_pairs), entries_ahead = std::min(kEntriesAhead, num_pairs);
+  const bool streamed = num_pairs * entry_bytes > kStreamedBytes && (reinterpret_cast<uintptr_t>(out) | entry_bytes) % 16 == 0;
   uint8_t order = 0;
   for (size_t i = 0; i < num_pairs + sets_ahead + entries_ahead; ++i) {
     if (i < num_pairs) {
@@ -71,27 +73,31 @@ void gather_cached(const Table& table, uint16_t table_index, const int64_t* keys
       order = order + 1u == table.num_orders ? 0 : static_cast<uint8_t>(order + 1);
       if (pair.key >= 0) {
         pair.set = cache.find_set(pair.order, pair.key);
-        prefetch(reinterpret_cast<const uint8_t*>(pair.set), sizeof(CacheSet));
+        fetch(reinterpret_cast<const uint8_t*>(pair.set), sizeof(CacheSet));
       }
     }
+    const uint8_t* next = nullptr;  // an entry that will be copied soon
     if (i >= sets_ahead && i - sets_ahead < num_pairs) {
       Pair& pair = ring[(i - sets_ahead) & (kRing - 1)];
       if (pair.key >= 0) {
         pair.probe = cache.probe(pair.set, pair.order, pair.key);
-        if (pair.probe.way >= 0) prefetch(pair.probe.entry, entry_bytes);
+        next = pair.probe.entry;
       }
     }
-    if (i >= sets_ahead + entries_ahead) {
-      const size_t place = i - sets_ahead - entries_ahead;
-      const Pair& pair = ring[place & (kRing - 1)];
-      uint8_t* to = out + place * entry_bytes;
-      if (pair.key < 0) {
-        std::memset(to, 0, entry_bytes);
-      } else if (pair.probe.way < 0 || !cache.copy(pair.probe, pair.order, pair.key, to)) {
-        misses.push_back({pair.key, static_cast<uint32_t>(place), table_index, pair.order});
-      }
+    if (i < sets_ahead + entries_ahead) {
+      if (next != nullptr) fetch(next, entry_bytes);
+      continue;
+    }
+    const size_t place = i - sets_ahead - entries_ahead;
+    const Pair& pair = ring[place & (kRing - 1)];
+    uint8_t* to = out + place * entry_bytes;
+    if (pair.key < 0) {
+      std::memset(to, 0, entry_bytes);
+    } else if (pair.probe.way < 0 || !cache.copy(pair.probe, pair.order, pair.key, to, next, streamed)) {
+      misses.push_back({pair.key, static_cast<uint32_t>(place), table_index, pair.order});
     }
   }
+  if (streamed) end_streamed_copies();
 }
 
 int64_t gather_resident(const Table& table, const int64_t* keys, size_t num_pairs, uint8_t* out) {
