@@ -3,18 +3,15 @@
 The extension is optional: where no C++ compiler is found, the NumPy reference serves, with a warning.
 """
 
-from pathlib import Path
+from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
-SOURCES = sorted(str(path) for path in Path("kernels/cpu").glob("*.cpp"))
-HEADERS = sorted(str(path) for path in Path("kernels/cpu").glob("*.h"))
-
 extension = Pybind11Extension(
     "tierstore.kernels._cpu",
-    SOURCES,
-    depends=HEADERS,
+    sorted(glob("kernels/cpu/*.cpp")),
+    depends=sorted(glob("kernels/cpu/*.h")),
     cxx_std=17,
     extra_compile_args=["-O3", "-Wall", "-Wextra"],
     optional=True,

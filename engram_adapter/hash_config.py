@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from tierstore import ConfigError
+from tierstore.kernels import ORDER_MAX
 
 from .primes import generator_multipliers, primes_from, splitmix_multipliers
 
-ORDER_MAX = 16
 HEADS_MAX = 256
 LAYER_MAX = 10_000
 LAYERS_MAX = 256

@@ -9,6 +9,7 @@ Shapes: B sequences, T tokens, O orders, H heads.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from tierstore import ConfigError, FormatError, Store
+from tierstore import ConfigError, FormatError, Store, kernels
 
 from . import hash_config
 from .token_map import checked_token_map
 
 RECORD_NAME = "hash_spec"
 TOKEN_MAP_NAME = "token_map"
+
+_INT64 = np.dtype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,16 @@ class LayerHash:
         for modulus in self.moduli[:-1]:
             sums.append(sums[-1] + modulus)
         return tuple(sums)
+
+    @functools.cached_property
+    def multiplier_array(self) -> np.ndarray:
+        """The multipliers as the kernels take them, int64."""
+        return np.array(self.multipliers, dtype=np.int64)
+
+    @functools.cached_property
+    def address_map(self) -> tuple[np.ndarray, np.ndarray]:
+        """Moduli and offsets as the kernels take them, int64 [O * H] each."""
+        return np.array(self.moduli, dtype=np.int64), np.array(self.offsets, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,23 +215,26 @@ class HashSpec:
         as the pad id; so does a dead position itself. Raises `TypeError` (no integers), `ValueError` (shapes, ids outside
         the vocabulary), `ConfigError` (a spec without its token map).
         """
-        multipliers, pad_id = self._layer(layer).multipliers, self.pad_id
-        if pad_id is None:
+        multipliers = self._layer(layer).multiplier_array
+        if self.pad_id is None:
             raise self._no_token_map()
-        ids, ended = self._joined(token_ids, history, dead)
-        num_tokens = np.shape(token_ids)[1]
-        mapped = self._mapped(ids, ended, num_tokens)
-        first = mapped.shape[1] - num_tokens
-        stop = ended[:, first:].copy()  # look-back has ended at or before the predecessor at hand
-        mixed = np.where(stop, pad_id, mapped[:, first:]) * np.int64(multipliers[0])
-        behind = ended if self.barrier_id is None else ended | (ids == self.barrier_id)
-        keys = np.empty((*mixed.shape, len(self.orders)), dtype=np.int64)
-        for back in range(1, self.orders[-1]):
-            stop |= _shifted(behind, back, num_tokens, fill=True)
-            predecessor = np.where(stop, pad_id, _shifted(mapped, back, num_tokens, fill=0))
-            mixed = mixed ^ (predecessor * np.int64(multipliers[back]))
-            if back + 1 in self.orders:
-                keys[:, :, self.orders.index(back + 1)] = mixed
+        ids = _integers(token_ids, "token_ids")
+        past = None if history is None else self._checked_history(history, len(ids))
+        no_text = None if dead is None else _checked_dead(dead, ids.shape)
+        token_map = self._token_map() if self.needs_token_map else None
+        barrier_id = -1 if self.barrier_id is None else self.barrier_id
+        orders = self._order_array
+        keys = np.empty((*ids.shape, len(orders)), dtype=_INT64)
+        outside = kernels.keys_of_tokens(
+            ids, past, no_text, token_map, self.vocab_size, multipliers, orders, self.pad_id, barrier_id, keys
+        )
+        if outside >= 0:
+            joined = ids if past is None else np.concatenate([past, ids], axis=1)
+            row, column = divmod(outside, joined.shape[1])
+            raise ValueError(
+                f"token id {joined[row, column]} of sequence {row}, position {column - joined.shape[1] + ids.shape[1]} is "
+                f"outside the vocabulary of {self.vocab_size}"
+            )
         return keys
 
     def row_ids(
@@ -226,38 +242,23 @@ class HashSpec:
     ) -> np.ndarray:
         """Returns the rows of each token: int64 [B, T] -> int64 [B, T, O * H]. Arguments and errors as for `keys`."""
         keys = self.keys(token_ids, layer, history, dead)
-        moduli = np.array(self.moduli(layer), dtype=np.int64).reshape(len(self.orders), self.heads)
-        offsets = np.array(self.offsets(layer), dtype=np.int64).reshape(len(self.orders), self.heads)
-        return (keys[..., None] % moduli + offsets).reshape(*keys.shape[:2], len(self.orders) * self.heads)
+        row_ids = np.empty((*keys.shape[:2], len(self.orders) * self.heads), dtype=np.int64)
+        kernels.row_ids_of_keys(
+            keys.reshape(-1), None, *self._layer(layer).address_map, row_ids.reshape(-1, self.heads)
+        )
+        return row_ids
 
-    def _mapped(self, ids: np.ndarray, ended: np.ndarray, num_tokens: int) -> np.ndarray:
-        """Returns the mapped ids of history and tokens, int64 [B, P + T]; 0 where there is no token."""
-        outside = ~ended & ((ids < 0) | (ids >= self.vocab_size))
-        if outside.any():
-            row, column = np.argwhere(outside)[0]
-            raise ValueError(
-                f"token id {ids[row, column]} of sequence {row}, position {column - (ids.shape[1] - num_tokens)} is outside "
-                f"the vocabulary of {self.vocab_size}"
-            )
-        ids = np.where(ended, 0, ids)
-        return self._token_map()[ids].astype(np.int64) if self.needs_token_map else ids
+    @functools.cached_property
+    def _order_array(self) -> np.ndarray:
+        return np.array(self.orders, dtype=np.int64)
 
-    def _joined(
-        self, token_ids: np.ndarray, history: np.ndarray | None, dead: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Checks shapes and dtypes; returns ids of history and tokens, int64 [B, P + T], and where there is no token."""
-        ids = _integers(token_ids, "token_ids")
-        past = np.empty((len(ids), 0), dtype=np.int64) if history is None else _integers(history, "history")
-        if len(past) != len(ids) or past.shape[1] >= self.orders[-1]:
+    def _checked_history(self, history: np.ndarray, num_sequences: int) -> np.ndarray:
+        past = _integers(history, "history")
+        if len(past) != num_sequences or past.shape[1] >= self.orders[-1]:
             raise ValueError(
-                f"history is {list(past.shape)}, expected [{len(ids)}, at most {self.orders[-1] - 1}]: the tokens before"
+                f"history is {list(past.shape)}, expected [{num_sequences}, at most {self.orders[-1] - 1}]: the tokens before"
             )
-        no_text = np.zeros(ids.shape, dtype=bool) if dead is None else np.asarray(dead)
-        if no_text.dtype != bool:
-            raise TypeError(f"dead is {no_text.dtype}, expected bool")
-        if no_text.shape != ids.shape:
-            raise ValueError(f"dead is {list(no_text.shape)}, token_ids are {list(ids.shape)}; they must agree")
-        return np.concatenate([past, ids], axis=1), np.concatenate([past == -1, no_text], axis=1)
+        return past
 
     def _token_map(self) -> np.ndarray:
         if self.token_map is None:
@@ -284,16 +285,19 @@ class HashSpec:
 
 def _integers(ids: np.ndarray, what: str) -> np.ndarray:
     array = np.asarray(ids)
-    if array.dtype.kind not in "iu" or array.dtype == np.uint64:
-        raise TypeError(f"{what} are {array.dtype}, expected integers up to int64")
+    if array.dtype != _INT64:
+        if array.dtype.kind not in "iu" or array.dtype == np.uint64:
+            raise TypeError(f"{what} are {array.dtype}, expected integers up to int64")
+        array = array.astype(np.int64)
     if array.ndim != 2:
         raise ValueError(f"{what} are {list(array.shape)}, expected [sequences, tokens]")
-    return array.astype(np.int64, copy=False)
+    return array
 
 
-def _shifted(values: np.ndarray, back: int, num_tokens: int, fill: int) -> np.ndarray:
-    """Returns, for each of the last num_tokens columns, the value `back` columns before; `fill` before the first."""
-    first = values.shape[1] - num_tokens - back
-    missing = min(max(0, -first), num_tokens)
-    head = np.full((len(values), missing), fill, dtype=values.dtype)
-    return np.concatenate([head, values[:, max(first, 0) : max(first, 0) + num_tokens - missing]], axis=1)
+def _checked_dead(dead: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    no_text = np.asarray(dead)
+    if no_text.dtype != bool:
+        raise TypeError(f"dead is {no_text.dtype}, expected bool")
+    if no_text.shape != shape:
+        raise ValueError(f"dead is {list(no_text.shape)}, token_ids are {list(shape)}; they must agree")
+    return no_text

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from . import reference
-from .reference import PAGE_BAD_CHECKSUM, PAGE_GOOD, PAGE_OTHER_NUMBER, PAGE_OTHER_VERSION, TRAILER
+from .reference import ORDER_MAX, PAGE_BAD_CHECKSUM, PAGE_GOOD, PAGE_OTHER_NUMBER, PAGE_OTHER_VERSION, TRAILER
 
 __all__ = [
+    "ORDER_MAX",
     "PAGE_BAD_CHECKSUM",
     "PAGE_GOOD",
     "PAGE_OTHER_NUMBER",
@@ -27,9 +28,12 @@ __all__ = [
     "check_pages",
     "crc32c",
     "crc32c_backend",
+    "keys_of_row_ids",
+    "keys_of_tokens",
     "native",
     "probe_process_madvise",
     "probe_uring",
+    "row_ids_of_keys",
     "seal_pages",
 ]
 
@@ -91,3 +95,63 @@ def check_pages(pages: np.ndarray, page_numbers: np.ndarray, version: int, seed:
     before the other two, whose numbers cannot be trusted then.
     """
     return _serving.check_pages(pages, page_numbers, version, seed)
+
+
+def keys_of_tokens(
+    token_ids: np.ndarray,
+    history: np.ndarray | None,
+    dead: np.ndarray | None,
+    token_map: np.ndarray | None,
+    vocab_size: int,
+    multipliers: np.ndarray,
+    orders: np.ndarray,
+    pad_id: int,
+    barrier_id: int,
+    out: np.ndarray,
+) -> int:
+    """Writes the mixed hashes of the n-grams that end at each token; one pass, about 4 ns a token of V4.1.
+
+    token_ids: int64 [B, T]; history: int64 [B, P], the tokens before, -1 where there is none, P below the largest order;
+    dead: bool [B, T], positions that are no text; token_map: int32 [vocab_size], None where ids hash as they are;
+    multipliers: int64 [largest order], the token itself first; orders: int64 [O], n-gram lengths, ascending, 1 to ORDER_MAX;
+    pad_id: the (mapped) id that stands where look-back has ended; barrier_id: the token id that ends look-back behind it,
+    -1 for none; out: int64 [B, T, O], overwritten whole.
+
+    Returns -1, or, with `out` not whole, the place in [B, P + T], flat, of the first id outside the vocabulary. Ids of dead
+    positions are not looked at. `ValueError` for shapes that do not fit. See `HashSpec.keys` for where look-back ends.
+    """
+    return _serving.keys_of_tokens(
+        token_ids, history, dead, token_map, vocab_size, multipliers, orders, pad_id, barrier_id, out
+    )
+
+
+def row_ids_of_keys(
+    keys: np.ndarray, order_index: np.ndarray | None, moduli: np.ndarray, offsets: np.ndarray, out: np.ndarray
+) -> None:
+    """Writes the rows of each key, `key % modulus + offset` for each head of its order; about 1 ns a row.
+
+    keys: int64 [M]; a key below 0 gives row ids of -1; order_index: int64 [M], or None where keys are of whole tokens, and so
+    of orders 0, 1, ..., O - 1, 0, 1, ...; moduli, offsets: int64 [O * H], orders outermost; out: int64 [M, H], overwritten
+    whole. `ValueError` for shapes that do not fit, order indices that there are not, moduli below 1, row ids past 2^63 - 1.
+    """
+    _serving.row_ids_of_keys(keys, order_index, moduli, offsets, out)
+
+
+def keys_of_row_ids(
+    row_ids: np.ndarray,
+    moduli: np.ndarray,
+    offsets: np.ndarray,
+    num_fixing: np.ndarray,
+    inverses: np.ndarray,
+    keys: np.ndarray,
+    whole: np.ndarray,
+) -> None:
+    """Writes the keys that give the row ids of each token, and whether there are such keys; about 3 ns a row.
+
+    row_ids: int64 [N, O * H]; moduli, offsets: int64 [O * H]; num_fixing: int64 [O], how many first heads of each order fix
+    the key (Chinese remainder theorem); inverses: int64 [O, F], of the product of the moduli before, modulo this one, the
+    first of each order not looked at; keys: int64 [N, O] and whole: bool [N], overwritten whole. A token is whole if every
+    head of every order agrees with its keys, 0 to 2^63 - 1, or -1 for an order whose ids are all -1; otherwise its keys are
+    -1. `ValueError` for shapes that do not fit, and moduli with which the arithmetic would leave 63 bits.
+    """
+    _serving.keys_of_row_ids(row_ids, moduli, offsets, num_fixing, inverses, keys, whole)

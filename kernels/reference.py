@@ -13,6 +13,9 @@ import numpy as np
 TRAILER = np.dtype([("page_number", "<u8"), ("version", "<u4"), ("checksum", "<u4")])
 PAGE_GOOD, PAGE_OTHER_VERSION, PAGE_OTHER_NUMBER, PAGE_BAD_CHECKSUM = range(4)
 
+ORDER_MAX = 16  # the longest n-gram; kOrderMax of kernels/cpu/hash.h
+
+_KEY_MAX = 2**63 - 1
 _POLYNOMIAL = 0x82F63B78  # CRC32C, Castagnoli, reflected: RFC 3720, appendix B.4
 
 
@@ -70,3 +73,134 @@ def check_pages(pages: np.ndarray, page_numbers: np.ndarray, version: int, seed:
     status[trailer["version"] != version] = PAGE_OTHER_VERSION
     status[trailer["checksum"] != _checksums(pages, seed)] = PAGE_BAD_CHECKSUM
     return status
+
+
+def keys_of_tokens(
+    token_ids: np.ndarray,
+    history: np.ndarray | None,
+    dead: np.ndarray | None,
+    token_map: np.ndarray | None,
+    vocab_size: int,
+    multipliers: np.ndarray,
+    orders: np.ndarray,
+    pad_id: int,
+    barrier_id: int,
+    out: np.ndarray,
+) -> int:
+    past = np.empty((len(token_ids), 0), dtype=np.int64) if history is None else history
+    no_text = np.zeros(token_ids.shape, dtype=bool) if dead is None else dead
+    if orders.ndim != 1 or not orders.size or (np.diff(orders, prepend=0) < 1).any():
+        raise ValueError("orders must ascend from 1 on, at least one of them")
+    if orders[-1] > ORDER_MAX or multipliers.shape != (orders[-1],):
+        raise ValueError(f"orders must be 1 to {ORDER_MAX}, with a multiplier a position")
+    if token_ids.ndim != 2 or past.ndim != 2 or len(past) != len(token_ids) or past.shape[1] >= orders[-1]:
+        raise ValueError("token_ids must be [sequences, tokens], history [sequences, fewer than the largest order]")
+    if no_text.shape != token_ids.shape or out.shape != (*token_ids.shape, len(orders)):
+        raise ValueError("dead must be [sequences, tokens], out [sequences, tokens, orders]")
+    if vocab_size < 1 or (token_map is not None and token_map.shape != (vocab_size,)):
+        raise ValueError("vocab_size must be positive, token_map [vocab_size]")
+    ids = np.concatenate([past, token_ids], axis=1)
+    ended = np.concatenate([past == -1, no_text], axis=1)
+    outside = ~ended & ((ids < 0) | (ids >= vocab_size))
+    if outside.any():
+        return int(np.flatnonzero(outside)[0])
+    behind = ended | (ids == barrier_id)
+    ids = np.where(ended, 0, ids)
+    mapped = ids if token_map is None else token_map[ids].astype(np.int64)
+    num_tokens = token_ids.shape[1]
+    stop = _shifted(ended, 0, num_tokens, fill=True)  # look-back has ended at or before the predecessor at hand
+    mixed = np.zeros(token_ids.shape, dtype=np.int64)
+    for back in range(orders[-1]):
+        if back > 0:
+            stop |= _shifted(behind, back, num_tokens, fill=True)
+        mixed ^= np.where(stop, pad_id, _shifted(mapped, back, num_tokens, fill=0)) * multipliers[back]
+        out[:, :, orders == back + 1] = mixed[:, :, None]
+    return -1
+
+
+def _shifted(values: np.ndarray, back: int, num_tokens: int, fill: int) -> np.ndarray:
+    """Returns, for each of the last num_tokens columns, the value `back` columns before; `fill` before the first."""
+    first = values.shape[1] - num_tokens - back
+    missing = min(max(0, -first), num_tokens)
+    head = np.full((len(values), missing), fill, dtype=values.dtype)
+    return np.concatenate([head, values[:, max(first, 0) : max(first, 0) + num_tokens - missing]], axis=1)
+
+
+def row_ids_of_keys(
+    keys: np.ndarray, order_index: np.ndarray | None, moduli: np.ndarray, offsets: np.ndarray, out: np.ndarray
+) -> None:
+    if keys.ndim != 1 or out.ndim != 2 or len(out) != len(keys) or not out.shape[1] or len(moduli) % out.shape[1]:
+        raise ValueError("keys must be [keys], out [keys, rows per key]")
+    num_orders = len(moduli) // out.shape[1]
+    moduli, offsets = _address_map(moduli, offsets, num_orders)
+    if order_index is None:
+        if len(keys) % num_orders:
+            raise ValueError(f"{len(keys)} keys are not of whole tokens of {num_orders} orders")
+        out[:] = (keys.reshape(-1, num_orders, 1) % moduli + offsets).reshape(out.shape)
+    else:
+        if order_index.shape != keys.shape or ((order_index < 0) | (order_index >= num_orders)).any():
+            raise ValueError("order_index must be [keys], 0 to orders - 1")
+        out[:] = keys[:, None] % moduli[order_index] + offsets[order_index]
+    out[keys < 0] = -1
+
+
+def _address_map(moduli: np.ndarray, offsets: np.ndarray, num_orders: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns moduli and offsets as [O, H]."""
+    rows_per_key = moduli.size // max(num_orders, 1)
+    if not rows_per_key or moduli.shape != (num_orders * rows_per_key,) or offsets.shape != moduli.shape:
+        raise ValueError("moduli and offsets must be [orders * rows per key]")
+    if (moduli < 1).any() or (offsets < 0).any() or (offsets > _KEY_MAX - moduli).any():
+        raise ValueError("moduli must be positive, offsets not below 0, and their sums below 2^63")
+    return moduli.reshape(num_orders, rows_per_key), offsets.reshape(num_orders, rows_per_key)
+
+
+def keys_of_row_ids(
+    row_ids: np.ndarray,
+    moduli: np.ndarray,
+    offsets: np.ndarray,
+    num_fixing: np.ndarray,
+    inverses: np.ndarray,
+    keys: np.ndarray,
+    whole: np.ndarray,
+) -> None:
+    num_orders = len(num_fixing)
+    rows_per_key = _address_map(moduli, offsets, num_orders)[0].shape[1]
+    if num_fixing.ndim != 1 or inverses.ndim != 2 or len(inverses) != num_orders:
+        raise ValueError("num_fixing must be [orders], inverses [orders, heads]")
+    if (num_fixing < 1).any() or (num_fixing > min(rows_per_key, inverses.shape[1])).any():
+        raise ValueError("num_fixing must be 1 to the heads that there are")
+    if row_ids.ndim != 2 or row_ids.shape[1] != len(moduli):
+        raise ValueError("row_ids must be [tokens, heads]")
+    if keys.shape != (len(row_ids), num_orders) or whole.shape != (len(row_ids),):
+        raise ValueError("keys must be [tokens, orders], whole [tokens]")
+    for order in range(num_orders):
+        heads = slice(order * rows_per_key, order * rows_per_key + int(num_fixing[order]))
+        residues = row_ids[:, heads] - offsets[heads]
+        keys[:, order] = _key_of_residues(residues, moduli[heads].tolist(), inverses[order].tolist())
+        keys[(row_ids[:, order * rows_per_key : (order + 1) * rows_per_key] == -1).all(axis=1), order] = -1
+    given = np.empty((keys.size, rows_per_key), dtype=np.int64)
+    row_ids_of_keys(keys.reshape(-1), None, moduli, offsets, given)
+    whole[:] = (given.reshape(row_ids.shape) == row_ids).all(axis=1)
+    keys[~whole] = -1
+
+
+def _key_of_residues(residues: np.ndarray, moduli: list[int], inverses: list[int]) -> np.ndarray:
+    """The Chinese remainder theorem, one head after the other; a key past 2^63 - 1 comes out as -2.
+
+    Worked example: moduli 3, 5 and residues 2, 1: the key is 2 as far as the first head goes; (1 - 2) * 3^-1 mod 5 =
+    -1 * 2 mod 5 = 3 more times 3 make it right for the second too: 2 + 3 * 3 = 11. Residues outside their modulus give
+    some key that the caller's check of every head refuses.
+    """
+    key, product = residues[:, 0] % moduli[0], 1
+    fits = np.ones(len(key), dtype=bool)
+    for head in range(1, len(moduli)):
+        product *= moduli[head - 1]
+        modulus, inverse = moduli[head], inverses[head]
+        if modulus >= 2**31 or not 0 <= inverse < modulus or product > _KEY_MAX:
+            raise ValueError(
+                "moduli that fix a key must be below 2^31, inverses below them, all products but the last below 2^63"
+            )
+        digit = (residues[:, head] % modulus - key % modulus) % modulus * inverse % modulus
+        fits &= digit <= (_KEY_MAX - key) // product
+        key = key + np.where(fits, digit, 0) * product
+    return np.where(fits, key, -2)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from . import kernels
 from .errors import FormatError
 
 KEY_MAX = 2**63 - 1
@@ -137,60 +139,60 @@ class TableSpec:
         """Turns keys, int64 [N, O], into row ids, int64 [N, O * H]; key -1 gives row ids of -1."""
         assert keys.dtype == np.int64
         assert keys.shape[1:] == (len(self.orders),)
-        repeated = np.repeat(keys, self.rows_per_key, axis=1)
-        row_ids = repeated % np.array(self.moduli, dtype=np.int64) + np.array(self.offsets, dtype=np.int64)
-        row_ids[repeated < 0] = -1
+        row_ids = np.empty((len(keys), self.num_heads), dtype=np.int64)
+        kernels.row_ids_of_keys(keys.reshape(-1), None, *self._address_map, row_ids.reshape(-1, self.rows_per_key))
         return row_ids
 
     def row_ids_of_order(self, order_index: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Turns (order index, key) pairs, each int64 [M], keys >= 0, into row ids, int64 [M, H]."""
-        moduli = np.array(self.moduli, dtype=np.int64).reshape(-1, self.rows_per_key)
-        offsets = np.array(self.offsets, dtype=np.int64).reshape(-1, self.rows_per_key)
-        return keys[:, None] % moduli[order_index] + offsets[order_index]
+        """Turns (order index, key) pairs, each int64 [M], into row ids, int64 [M, H]; key -1 gives row ids of -1."""
+        row_ids = np.empty((len(keys), self.rows_per_key), dtype=np.int64)
+        kernels.row_ids_of_keys(keys, order_index, *self._address_map, row_ids)
+        return row_ids
 
     def keys_of_row_ids(self, row_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Turns row ids, int64 [N, O * H], back into keys, int64 [N, O], and says which tokens are whole, bool [N].
 
-        The residues of the first heads whose moduli multiply to more than 2^63 give the key (Garner's mixed-radix form of
-        the Chinese remainder theorem); a token is whole only if every head of every order then agrees with its keys. Tables
-        whose moduli multiply to less, or share factors, have no whole tokens: their rows are read one by one.
+        The residues of the first heads whose moduli multiply to more than 2^63 give the key (Chinese remainder theorem); a
+        token is whole only if every head of every order then agrees with its keys, and has keys of -1 if not. Tables whose
+        moduli multiply to less, or share factors, have no whole tokens: their rows are read one by one.
         """
         assert row_ids.dtype == np.int64
         assert row_ids.shape[1:] == (self.num_heads,)
-        radix = self._radix
-        if radix is None:
+        if self._fixing is None:
             return np.full((len(row_ids), len(self.orders)), -1, dtype=np.int64), np.zeros(len(row_ids), dtype=bool)
         keys = np.empty((len(row_ids), len(self.orders)), dtype=np.int64)
-        for order_index, (moduli, inverses) in enumerate(radix):
-            start = order_index * self.rows_per_key
-            offsets = np.array(self.offsets[start : start + self.rows_per_key], dtype=np.int64)
-            ids = row_ids[:, start : start + self.rows_per_key]
-            key = _mixed_radix_key(ids - offsets, moduli, inverses)
-            keys[:, order_index] = np.where((ids == -1).all(axis=1), -1, key)
-        return keys, (self.row_ids(keys) == row_ids).all(axis=1)
+        whole = np.empty(len(row_ids), dtype=bool)
+        kernels.keys_of_row_ids(row_ids, *self._address_map, *self._fixing, keys, whole)
+        return keys, whole
 
     @functools.cached_property
-    def _radix(self) -> list[tuple[list[int], list[list[int]]]] | None:
-        """For each order: the moduli that fix a key, and inverses[i][j] of moduli[j] modulo moduli[i]."""
+    def _address_map(self) -> tuple[np.ndarray, np.ndarray]:
+        """Moduli and offsets, int64 [O * H] each, as the kernels take them."""
+        return np.array(self.moduli, dtype=np.int64), np.array(self.offsets, dtype=np.int64)
+
+    @functools.cached_property
+    def _fixing(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """How many first heads of each order fix a key, int64 [O], and their inverses, int64 [O, F], as the kernel takes
+        them; None where the heads of some order do not fix its keys."""
         if self.is_plain:
-            return [([self.num_rows], [[]])]
-        radix = []
+            return np.ones(1, dtype=np.int64), np.zeros((1, 1), dtype=np.int64)
+        inverses: list[list[int]] = []
         for order_index in range(len(self.orders)):
-            chosen: list[int] = []
             product = 1
+            of_order = []
             for modulus in self.moduli[order_index * self.rows_per_key : (order_index + 1) * self.rows_per_key]:
-                chosen.append(modulus)
+                if modulus >= 2**31 or math.gcd(product, modulus) != 1:  # 2^31: a product of residues is below 2^62
+                    return None
+                of_order.append(pow(product, -1, modulus))
                 product *= modulus
                 if product > KEY_MAX:
                     break
-            if product <= KEY_MAX or max(chosen) >= 2**31:  # 2^31: products of two residues stay below 2^62
+            if product <= KEY_MAX:
                 return None
-            try:
-                inverses = [[pow(chosen[j], -1, chosen[i]) for j in range(i)] for i in range(len(chosen))]
-            except ValueError:  # not coprime
-                return None
-            radix.append((chosen, inverses))
-        return radix
+            inverses.append(of_order)
+        heads_max = max(map(len, inverses))
+        padded = [of_order + [0] * (heads_max - len(of_order)) for of_order in inverses]
+        return np.array(list(map(len, inverses)), dtype=np.int64), np.array(padded, dtype=np.int64)
 
     def as_record(self) -> dict[str, Any]:
         """Returns the spec as a JSON-able dict, which `from_record` reads back."""
@@ -213,24 +215,3 @@ class TableSpec:
                 f"a table record of the catalog is damaged: {error!r}; restore the catalog or rebuild"
             ) from error
         return cls(**fields)
-
-
-def _mixed_radix_key(residues: np.ndarray, moduli: list[int], inverses: list[list[int]]) -> np.ndarray:
-    """Garner's algorithm: digits d with key = d0 + m0 * (d1 + m1 * (d2 + ...)); a key past 2^63 - 1 comes out as -2.
-
-    Worked example: moduli 3, 5 and residues 2, 1 give d0 = 2, d1 = (1 - 2) * 3^-1 mod 5 = -1 * 2 mod 5 = 3, and so
-    key = 2 + 3 * 3 = 11.
-    Residues outside their modulus give some key that the caller's check of every head refuses.
-    """
-    digits: list[np.ndarray] = []
-    for i, modulus in enumerate(moduli):
-        digit = residues[:, i] % modulus
-        for j in range(i):
-            digit = (digit - digits[j]) % modulus * inverses[i][j] % modulus
-        digits.append(digit)
-    key = digits[-1]
-    fits = np.ones(len(key), dtype=bool)
-    for modulus, digit in zip(moduli[-2::-1], digits[-2::-1], strict=True):
-        fits &= key <= (KEY_MAX - digit) // modulus
-        key = np.where(fits, key, 0) * modulus + digit
-    return np.where(fits, key, -2)

@@ -5,15 +5,52 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "crc32c.h"
 #include "engine_module.h"
+#include "hash.h"
 #include "pages.h"
 
 namespace py = pybind11;
+
+namespace {
+
+// An array that a kernel reads: the caller's own where it is contiguous, aligned and of type T, else a copy that is; a
+// type that T does not hold is a TypeError. py::array_t as an argument does the same, but first makes an empty array and
+// then goes through the call that copies either way: with it, the keys of one token took 1.9 us instead of 0.4.
+template <typename T>
+class Input : public py::array {
+ public:
+  using Copy = py::array_t<T, py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_>;
+  using py::array::array;
+  Input() : py::array(py::handle(), stolen_t{}) {}  // none: py::array's own default allocates an array
+
+  static bool is_raw(py::handle given) {
+    return Copy::check_(given) && py::detail::check_flags(given.ptr(), py::detail::npy_api::NPY_ARRAY_ALIGNED_);
+  }
+  const T* data() const { return static_cast<const T*>(py::array::data()); }
+};
+
+}  // namespace
+
+template <typename T>
+struct pybind11::detail::pyobject_caster<Input<T>> {
+  PYBIND11_TYPE_CASTER(Input<T>, handle_type_name<typename Input<T>::Copy>::name);
+  bool load(handle given, bool) {
+    if (Input<T>::is_raw(given)) {
+      value = reinterpret_borrow<Input<T>>(given);
+    } else {
+      value = reinterpret_steal<Input<T>>(Input<T>::Copy::ensure(given).release());
+    }
+    return static_cast<bool>(value);
+  }
+};
 
 namespace {
 
@@ -81,6 +118,146 @@ py::array_t<uint8_t> check_pages(const ByteArray& pages, const Int64Array& page_
   return status;
 }
 
+// The mixed hash (hash.h).
+
+// The data of an array that is written: never a copy, so it must be as the kernel needs it.
+template <typename T>
+T* output_of(py::array& array, const char* what) {
+  require(Input<T>::is_raw(array), what);
+  return static_cast<T*>(array.mutable_data());
+}
+
+bool has_shape(const py::array& array, std::initializer_list<py::ssize_t> shape) {
+  return array.ndim() == static_cast<py::ssize_t>(shape.size()) && std::equal(shape.begin(), shape.end(), array.shape());
+}
+
+tierstore::NgramHash ngram_hash(const std::optional<Input<int32_t>>& token_map, int64_t vocab_size,
+                                const Input<int64_t>& multipliers, const Input<int64_t>& orders, int64_t pad_id,
+                                int64_t barrier_id) {
+  require(vocab_size > 0 && (!token_map || has_shape(*token_map, {vocab_size})),
+          "vocab_size must be positive, token_map [vocab_size]");
+  const int64_t* lengths = orders.data();
+  const int64_t* factors = multipliers.data();
+  const py::ssize_t num_orders = orders.size();
+  require(orders.ndim() == 1 && num_orders > 0 && lengths[0] > 0, "orders must ascend from 1 on, at least one of them");
+  for (py::ssize_t i = 1; i < num_orders; ++i) {
+    require(lengths[i - 1] < lengths[i], "orders must ascend from 1 on, at least one of them");
+  }
+  require(lengths[num_orders - 1] <= static_cast<int64_t>(tierstore::kOrderMax) &&
+              has_shape(multipliers, {lengths[num_orders - 1]}),
+          "orders must be 1 to 16, with a multiplier a position");
+  return {token_map ? token_map->data() : nullptr,
+          vocab_size,
+          factors,
+          lengths,
+          static_cast<size_t>(num_orders),
+          pad_id,
+          barrier_id};
+}
+
+int64_t keys_of_tokens(const Input<int64_t>& token_ids, const std::optional<Input<int64_t>>& history,
+                       const std::optional<Input<bool>>& dead, const std::optional<Input<int32_t>>& token_map,
+                       int64_t vocab_size, const Input<int64_t>& multipliers, const Input<int64_t>& orders,
+                       int64_t pad_id, int64_t barrier_id, py::array& out) {
+  const tierstore::NgramHash hash = ngram_hash(token_map, vocab_size, multipliers, orders, pad_id, barrier_id);
+  require(token_ids.ndim() == 2, "token_ids must be [sequences, tokens]");
+  const py::ssize_t num_sequences = token_ids.shape(0), num_tokens = token_ids.shape(1);
+  require(!history || (history->ndim() == 2 && history->shape(0) == num_sequences &&
+                       history->shape(1) < hash.orders[hash.num_orders - 1]),
+          "history must be [sequences, fewer than the largest order]");
+  require(!dead || has_shape(*dead, {num_sequences, num_tokens}), "dead must be [sequences, tokens]");
+  require(has_shape(out, {num_sequences, num_tokens, orders.size()}), "out must be [sequences, tokens, orders]");
+  const tierstore::TokenBatch batch{token_ids.data(),
+                                    history ? history->data() : nullptr,
+                                    dead ? dead->data() : nullptr,
+                                    static_cast<size_t>(num_sequences),
+                                    static_cast<size_t>(num_tokens),
+                                    history ? static_cast<size_t>(history->shape(1)) : 0};
+  int64_t* keys = output_of<int64_t>(out, "out must be contiguous int64");
+  py::gil_scoped_release released;
+  return tierstore::keys_of_tokens(batch, hash, keys);
+}
+
+tierstore::AddressMap address_map(const Input<int64_t>& moduli, const Input<int64_t>& offsets, py::ssize_t num_orders) {
+  require(num_orders > 0 && moduli.ndim() == 1 && moduli.size() > 0 && moduli.size() % num_orders == 0 &&
+              has_shape(offsets, {moduli.size()}),
+          "moduli and offsets must be [orders * rows per key]");
+  const int64_t* sizes = moduli.data();
+  const int64_t* starts = offsets.data();
+  for (py::ssize_t i = 0; i < moduli.size(); ++i) {
+    require(sizes[i] >= 1 && starts[i] >= 0 && starts[i] <= INT64_MAX - sizes[i],
+            "moduli must be positive, offsets not below 0, and their sums below 2^63");
+  }
+  return {sizes, starts, static_cast<size_t>(num_orders), static_cast<size_t>(moduli.size() / num_orders)};
+}
+
+void row_ids_of_keys(const Input<int64_t>& keys, const std::optional<Input<int64_t>>& order_index,
+                     const Input<int64_t>& moduli, const Input<int64_t>& offsets, py::array& out) {
+  require(keys.ndim() == 1 && out.ndim() == 2 && out.shape(0) == keys.size() && out.shape(1) > 0 &&
+              moduli.size() % out.shape(1) == 0,
+          "keys must be [keys], out [keys, rows per key]");
+  const tierstore::AddressMap map = address_map(moduli, offsets, moduli.size() / out.shape(1));
+  require(order_index ? has_shape(*order_index, {keys.size()})
+                      : keys.size() % static_cast<py::ssize_t>(map.num_orders) == 0,
+          "order_index must be [keys], or the keys of whole tokens");
+  const int64_t* indices = order_index ? order_index->data() : nullptr;
+  for (py::ssize_t i = 0; order_index && i < keys.size(); ++i) {
+    require(static_cast<size_t>(indices[i]) < map.num_orders, "order_index must be 0 to orders - 1");
+  }
+  const int64_t* numbers = keys.data();
+  const auto num_keys = static_cast<size_t>(keys.size());
+  int64_t* row_ids = output_of<int64_t>(out, "out must be contiguous int64");
+  py::gil_scoped_release released;
+  tierstore::row_ids_of_keys(numbers, num_keys, indices, map, row_ids);
+}
+
+tierstore::KeyFixing key_fixing(const Input<int64_t>& num_fixing, const Input<int64_t>& inverses,
+                                const tierstore::AddressMap& map) {
+  require(num_fixing.ndim() == 1 && inverses.ndim() == 2 && inverses.shape(0) == num_fixing.size(),
+          "num_fixing must be [orders], inverses [orders, heads]");
+  const tierstore::KeyFixing fixing{num_fixing.data(), inverses.data(), static_cast<size_t>(inverses.shape(1))};
+  for (size_t order = 0; order < map.num_orders; ++order) {
+    const int64_t* moduli = map.moduli + order * map.rows_per_key;
+    const int64_t* of_order = fixing.inverses + order * fixing.heads_max;
+    const int64_t num_heads = fixing.num_heads[order];
+    require(num_heads >= 1 && num_heads <= static_cast<int64_t>(std::min(fixing.heads_max, map.rows_per_key)),
+            "num_fixing must be 1 to the heads that there are");
+    int64_t product = 1;  // of the moduli before
+    for (int64_t head = 1; head < num_heads; ++head) {
+      require(moduli[head] < (int64_t{1} << 31) && of_order[head] >= 0 && of_order[head] < moduli[head] &&
+                  !__builtin_mul_overflow(product, moduli[head - 1], &product),
+              "moduli that fix a key must be below 2^31, inverses below them, all products but the last below 2^63");
+    }
+  }
+  return fixing;
+}
+
+void keys_of_row_ids(const Input<int64_t>& row_ids, const Input<int64_t>& moduli, const Input<int64_t>& offsets,
+                     const Input<int64_t>& num_fixing, const Input<int64_t>& inverses, py::array& keys,
+                     py::array& whole) {
+  const tierstore::AddressMap map = address_map(moduli, offsets, num_fixing.size());
+  const tierstore::KeyFixing fixing = key_fixing(num_fixing, inverses, map);
+  require(row_ids.ndim() == 2 && row_ids.shape(1) == moduli.size(), "row_ids must be [tokens, heads]");
+  require(has_shape(keys, {row_ids.shape(0), num_fixing.size()}) && has_shape(whole, {row_ids.shape(0)}),
+          "keys must be [tokens, orders], whole [tokens]");
+  const int64_t* ids = row_ids.data();
+  const auto num_tokens = static_cast<size_t>(row_ids.shape(0));
+  int64_t* out = output_of<int64_t>(keys, "keys must be contiguous int64");
+  bool* are_whole = output_of<bool>(whole, "whole must be contiguous bool");
+  py::gil_scoped_release released;
+  tierstore::keys_of_row_ids(ids, num_tokens, map, fixing, out, are_whole);
+}
+
+void define_hash(py::module_& module) {
+  module.def("keys_of_tokens", &keys_of_tokens, py::arg("token_ids"), py::arg("history"), py::arg("dead"),
+             py::arg("token_map"), py::arg("vocab_size"), py::arg("multipliers"), py::arg("orders"), py::arg("pad_id"),
+             py::arg("barrier_id"), py::arg("out"));
+  module.def("row_ids_of_keys", &row_ids_of_keys, py::arg("keys"), py::arg("order_index"), py::arg("moduli"),
+             py::arg("offsets"), py::arg("out"));
+  module.def("keys_of_row_ids", &keys_of_row_ids, py::arg("row_ids"), py::arg("moduli"), py::arg("offsets"),
+             py::arg("num_fixing"), py::arg("inverses"), py::arg("keys"), py::arg("whole"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -92,4 +269,5 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("check_pages", &check_pages, py::arg("pages").noconvert(), py::arg("page_numbers"), py::arg("version"),
              py::arg("seed"));
   tierstore::bind_engine(module);
+  define_hash(module);
 }

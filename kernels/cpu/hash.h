@@ -1,0 +1,59 @@
+// The mixed hash: token ids to keys, keys to row ids, and row ids of whole tokens back to keys.
+//
+// Shapes: B sequences, T tokens, P tokens of history, V vocabulary, O orders, H rows per key, N tokens, M keys,
+// F at most as many heads as fix a key. Arrays are contiguous. kernels/__init__.py says what each function promises;
+// module.cpp has checked shapes and ranges before these are called.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tierstore {
+
+constexpr size_t kOrderMax = 16;  // ORDER_MAX of kernels/reference.py
+
+struct TokenBatch {
+  const int64_t* token_ids;  // [B, T]
+  const int64_t* history;    // [B, P], not looked at where P is 0
+  const bool* dead;          // [B, T], or null: none is
+  size_t num_sequences;
+  size_t num_tokens;
+  size_t num_past;
+};
+
+struct NgramHash {
+  const int32_t* token_map;  // [V], or null: ids hash as they are
+  int64_t vocab_size;
+  const int64_t* multipliers;  // [the largest order]
+  const int64_t* orders;       // [O], ascending, 1 to kOrderMax
+  size_t num_orders;
+  int64_t pad_id;
+  int64_t barrier_id;  // -1: there is none
+};
+
+struct AddressMap {
+  const int64_t* moduli;   // [O, H], 1 to 2^63 - 1
+  const int64_t* offsets;  // [O, H], not below 0, modulus and offset together at most 2^63 - 1
+  size_t num_orders;
+  size_t rows_per_key;
+};
+
+struct KeyFixing {
+  const int64_t* num_heads;  // [O], 1 to F: the first heads of the order, whose residues give the key
+  const int64_t* inverses;   // [O, F], of the product of the moduli before, modulo this one; [:, 0] is not looked at
+  size_t heads_max;          // F
+};
+
+// Writes keys [B, T, O]; returns the place in [B, P + T] of the first id outside the vocabulary, or -1. `out` is not
+// whole then.
+int64_t keys_of_tokens(const TokenBatch& batch, const NgramHash& hash, int64_t* out);
+
+// Writes row ids [M, H]. Key i is of order order_index[i], or of order i mod O where order_index is null.
+void row_ids_of_keys(const int64_t* keys, size_t num_keys, const int64_t* order_index, const AddressMap& map,
+                     int64_t* out);
+
+// Writes keys [N, O] and whether each token is whole, [N], of row ids [N, O * H].
+void keys_of_row_ids(const int64_t* row_ids, size_t num_tokens, const AddressMap& map, const KeyFixing& fixing,
+                     int64_t* keys, bool* whole);
+
+}  // namespace tierstore
