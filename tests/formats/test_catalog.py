@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import struct
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +21,7 @@ import pytest
 from stores import Model
 
 import tierstore
+from tierstore.formats import catalog
 from tierstore.formats.catalog import read_catalog
 
 
@@ -156,6 +161,107 @@ def test_a_missing_record_is_refused(own_store: Path, key: str) -> None:
     edit(own_store, key, lambda _: None)
     with pytest.raises(tierstore.FormatError):
         tierstore.open(own_store)
+
+
+# Damages a catalog, case by case, each time in a file that was whole before: a read must give the whole catalog's contents
+# or a named error; where it gives them, now and then a write and another read must too. The case at hand goes to
+# standard output first, so that it is known if a signal ends the process.
+SWEEP = """
+import os, random, sys
+from pathlib import Path
+from tierstore.errors import TierStoreError
+from tierstore.formats import catalog
+
+catalog.OPEN_ATTEMPTS_MAX = 1  # nobody writes meanwhile
+store, seed, kind = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+file, whole, expected = store / "catalog.mdb", (store / "catalog.mdb").read_bytes(), catalog.read_catalog(store)
+table, shards = next(iter(expected.shards.items()))
+rng = random.Random(seed)
+if kind == "bits":
+    cases = [
+        (page + at, bytes([whole[page + at] ^ 1 << bit]))
+        for page in range(0, len(whole), 4096) for at in range(160 if page < 8192 else 120) for bit in range(8)
+    ]
+else:
+    damages = [b"\\0", b"\\xff", b"\\xf0\\xff\\xff\\x7f", rng.randbytes(1), rng.randbytes(8)]
+    cases = [(rng.randrange(len(whole) - 8), rng.choice(damages)) for _ in range(1500)]
+refused = 0
+for number, (at, damage) in enumerate(cases):
+    os.pwrite(1, f"{at:8} {damage.hex():16}".encode(), 0)
+    with file.open("r+b") as stream:
+        stream.seek(at)
+        stream.write(damage)
+    try:
+        assert catalog.read_catalog(store) == expected, "read as something else"
+        if number % 16 == 0:
+            catalog.record_shard(store, table, 0, shards[0])
+            assert catalog.read_catalog(store) == expected, "read as something else after a write"
+            file.write_bytes(whole)
+    except TierStoreError:
+        refused += 1
+    with file.open("r+b") as stream:
+        stream.seek(at)
+        stream.write(whole[at : at + len(damage)])
+assert catalog.read_catalog(store) == expected
+os.pwrite(1, f"{len(cases)} cases, {refused} refused".ljust(40).encode(), 0)
+"""
+
+
+@pytest.fixture
+def large_catalog(built: Path, tmp_path: Path) -> Path:
+    """A catalog with all that LMDB has: two levels of pages, a value in pages of its own, a free list."""
+    image = read_catalog(built)
+    tables = {name: image.tables[name] for name in ("layers.1", "plain")}
+    catalog.create_catalog(tmp_path, tables, image.origin, {"map": bytes(range(256)) * 17, "more": bytes(1900)})
+    for name in tables:
+        for index, shard in image.shards[name].items():
+            catalog.record_shard(tmp_path, name, index, shard)
+    catalog.mark_ready(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("bits", 0), ("bytes", 1), ("bytes", 2)])
+def test_damage_anywhere_in_the_catalog_is_named_or_harmless_and_never_a_signal(
+    large_catalog: Path, tmp_path_factory: pytest.TempPathFactory, kind: str, seed: int
+) -> None:
+    log = tmp_path_factory.mktemp("sweep") / "log"
+    in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # thousands of writes, each synced
+    with log.open("w") as stream, tempfile.TemporaryDirectory(dir=in_memory) as folder:
+        shutil.copy(large_catalog / "catalog.mdb", folder)
+        command = [sys.executable, "-c", SWEEP, folder, str(seed), kind]
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 0, (done.returncode, log.read_text(), done.stderr)
+    assert int(log.read_text().split(" cases, ")[1].split()[0]) > 100
+
+
+def test_a_catalog_that_a_killed_writer_left_is_read_as_of_its_last_commit(large_catalog: Path) -> None:
+    """LMDB reuses the pages of the older meta page's tree: they may be half written, and nobody reads them."""
+    file = large_catalog / "catalog.mdb"
+    expected, before = read_catalog(large_catalog), file.read_bytes()
+    table, shards = next(iter(expected.shards.items()))
+    catalog.record_shard(large_catalog, table, 0, shards[0])
+    after = file.read_bytes()
+    metas = range(2 * 4096)
+    unfinished = bytes(before[i] if i in metas else after[i] for i in range(len(after)))
+    file.write_bytes(unfinished)
+    assert read_catalog(large_catalog) == expected
+
+
+def test_a_catalog_reads_well_while_another_process_writes_it(large_catalog: Path) -> None:
+    expected = read_catalog(large_catalog)
+    code = f"""
+import sys
+from pathlib import Path
+from tierstore.formats.catalog import read_catalog, record_shard
+store = Path(sys.argv[1])
+for _ in range(60):
+    for index, shard in read_catalog(store).shards["{next(iter(expected.shards))}"].items():
+        record_shard(store, "{next(iter(expected.shards))}", index, shard)
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(large_catalog)]) as writer:
+        while writer.poll() is None:
+            assert read_catalog(large_catalog) == expected
+        assert writer.returncode == 0
 
 
 def _open_often(path: Path, results: Any) -> None:

@@ -24,6 +24,7 @@ from .. import kernels
 from ..errors import ConfigError, FormatError, StoreNotReadyError
 from ..spec import TableSpec
 from ..version import VERSION
+from .lmdb_pages import check_lmdb_file
 from .page import PAGE_UNIT_BYTES, PAGE_UNITS_MAX, PageShape
 
 STORE_FORMAT_VERSION = 1
@@ -193,7 +194,7 @@ def _image(path: Path, records: dict[str, bytes]) -> CatalogImage:
             attachments[rest] = records[key]
         elif kind == "shard":
             name, _, index = rest.rpartition("/")
-            if name not in tables or not index.isdigit() or int(index) >= tables[name].num_shards:
+            if name not in tables or not index.isdecimal() or int(index) >= tables[name].num_shards:
                 raise FormatError(f"{path}: the catalog has shard record {key!r} of no table; restore it or rebuild")
             shards[name][int(index)] = _shard_record(_from_json(records, key, path), tables[name], int(index))
     ready = "ready" in records
@@ -284,24 +285,27 @@ def _write(file: Path, records: dict[str, bytes]) -> None:
 
 def _read(path: Path) -> dict[str, bytes]:
     """Copies all records out in one transaction and checks them, a few times over if a writer was in between."""
+    file = path / CATALOG_FILE
     for attempt in range(OPEN_ATTEMPTS_MAX):
-        _check_lmdb_file(path / CATALOG_FILE)
+        last_attempt = attempt == OPEN_ATTEMPTS_MAX - 1
         try:
-            with _environment(path / CATALOG_FILE, readonly=True) as environment, environment.begin() as transaction:
+            check_lmdb_file(file)
+            with _environment(file, readonly=True) as environment, environment.begin() as transaction:
                 pairs = [(bytes(key), bytes(value)) for key, value in transaction.cursor()]
             return {key.decode(): _unsealed(key, value, path) for key, value in pairs}
-        except (lmdb.Error, FormatError, UnicodeDecodeError) as error:
-            if attempt == OPEN_ATTEMPTS_MAX - 1:
-                raise FormatError(
-                    f"{path / CATALOG_FILE} is damaged ({error}); restore it from a copy or rebuild"
-                ) from error
+        except FormatError:
+            if last_attempt:
+                raise
+        except (lmdb.Error, UnicodeDecodeError) as error:
+            if last_attempt:
+                raise FormatError(f"{file} is damaged ({error}); restore it from a copy or rebuild") from error
     raise AssertionError("unreachable")
 
 
 def _unsealed(key: bytes, value: bytes, path: Path) -> bytes:
     body, checksum = value[:-4], value[-4:]
     if len(value) < 4 or struct.pack("<I", kernels.crc32c(body, kernels.crc32c(key))) != checksum:
-        raise FormatError(f"{path}: catalog record {key!r} has a wrong checksum")
+        raise FormatError(f"{path}: catalog record {key!r} has a wrong checksum; restore the catalog or rebuild")
     return body
 
 
@@ -321,27 +325,3 @@ def _environment(file: Path, *, readonly: bool) -> Iterator[lmdb.Environment]:
             yield environment
         finally:
             environment.close()
-
-
-def _check_lmdb_file(file: Path) -> None:
-    """Checks magic and length before LMDB maps the file: reading a truncated mapping would end in a signal, not an error.
-
-    Each of the first two pages holds, after 16 bytes of page header: magic, version (u32 each), address, map size (u64
-    each), two 48-byte database records (the first begins with the page size, u32), last page number, transaction (u64 each).
-    """
-    meta = struct.Struct("<IIQQI44x48xQQ")
-    file_bytes = file.stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(65536 * 2)
-    if len(head) < 16 + meta.size:
-        raise FormatError(f"{file}: {file_bytes} bytes is no catalog; the copy was cut short: copy it again or rebuild")
-    magic, version, _, _, page_bytes, last_page, _ = meta.unpack_from(head, 16)
-    if magic != 0xBEEFC0DE or page_bytes < 512 or page_bytes & (page_bytes - 1):
-        raise FormatError(f"{file} is no LMDB file (magic {magic:#x}, format {version}); give the path of a store")
-    if len(head) >= page_bytes + 16 + meta.size:
-        last_page = max(last_page, meta.unpack_from(head, page_bytes + 16)[5])
-    if file_bytes < (last_page + 1) * page_bytes:
-        raise FormatError(
-            f"{file}: {file_bytes} bytes on disk, it needs {(last_page + 1) * page_bytes}; "
-            f"the copy was cut short: copy it again or rebuild"
-        )
