@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from tierstore.errors import ConfigError
-from tierstore.formats.checkpoint import Checkpoint, StoredTensor
+from tierstore.formats.checkpoint import Checkpoint
+from tierstore.formats.tensor_files import StoredTensor
 
 from .codecs import e8m0_to_float32
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tierstore import ConfigError, TableSpec
-from tierstore.formats.checkpoint import Checkpoint, Plane, StoredTensor, TableSource
+from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
+from tierstore.formats.tensor_files import StoredTensor
 
 from .hash_config import find_family
 from .hash_spec import HashSpec
@@ -63,6 +64,8 @@ def read_model(checkpoint: Checkpoint, family: str | None = None) -> Model:
 def plain_source(checkpoint: Checkpoint, tensor_name: str) -> TableSource:
     """Returns any 2-D tensor of a checkpoint as a plain table of its name: row id = key."""
     tensor = checkpoint.tensors.get(tensor_name)
+    if tensor is None and tensor_name in checkpoint.unusable:
+        raise ConfigError(f"{checkpoint.path}: tensor {tensor_name!r} {checkpoint.unusable[tensor_name]}")
     if tensor is None or len(tensor.shape) != 2:
         found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
         names = [name for name, other in checkpoint.tensors.items() if len(other.shape) == 2]

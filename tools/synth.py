@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from engram_adapter import HashSpec, build_token_map
 from tierstore.errors import BudgetError, ConfigError
-from tierstore.formats.checkpoint import DTYPE_BYTES
+from tierstore.formats.tensor_files import DTYPE_BYTES
 from tierstore.spec import codec_row_bytes
 from tierstore.units import format_bytes, parse_bytes
 

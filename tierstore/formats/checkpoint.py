@@ -1,20 +1,15 @@
 """A trained checkpoint on disk: which tensors its files hold, at which bytes, and who it is (its digest).
 
 Flows in: a Hugging Face-style folder (config.json, *.safetensors with or without an index), or one .safetensors or .pt file.
-Flows out: `StoredTensor`s, whose rows `PlaneReader` reads straight into the caller's buffer, so that memory does not grow
-with the checkpoint. Refuses headers that lie: every offset is checked against the file before it is used.
-
-The safetensors header is parsed here rather than by its library because we need byte offsets, and dtypes (fp8, e8m0) that
-NumPy does not have; a test holds our verdicts against the library's.
+Flows out: `StoredTensor`s (`tensor_files.py`), whose rows `PlaneReader` reads straight into the caller's buffer, so that
+memory does not grow with the checkpoint. Refuses checkpoints that lack files, or of which two files hold one tensor.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,38 +19,10 @@ import numpy as np
 
 from ..errors import ConfigError, FormatError
 from ..spec import TableSpec
+from .tensor_files import StoredTensor, read_exactly, read_tensor_file
 
-HEADER_BYTES_MAX = 100_000_000  # the limit of the safetensors format itself
 DIGEST_BLOCK_BYTES = 4096
 DIGEST_BLOCKS_PER_TENSOR = 16
-
-# Bytes of one element for each safetensors dtype that can be a table's (sub-byte types cannot).
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor in a file: row-major elements of `dtype` (safetensors' names) from byte `byte_start` on."""
-
-    name: str
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    byte_start: int
-    num_bytes: int
-
-    def read_bytes(self) -> bytes:
-        """Reads the whole tensor: for scalars and hash buffers, not for tables. Blocks on the disk."""
-        out = np.empty(self.num_bytes, dtype=np.uint8)
-        fd = os.open(self.path, os.O_RDONLY)
-        try:
-            read_exactly(fd, out, self.byte_start, f"tensor {self.name} in {self.path}")
-        finally:
-            os.close(fd)
-        return out.tobytes()
 
 
 @dataclass(frozen=True)
@@ -108,7 +75,9 @@ class PlaneReader:
                         self._fds[tensor.path] = os.open(tensor.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             self.close()
-            raise ConfigError(f"cannot open checkpoint file {error.filename}: {error.strerror}") from error
+            raise ConfigError(
+                f"cannot open checkpoint file {error.filename}: {error.strerror}; make it readable, or copy it again"
+            ) from error
 
     def read(self, row_start: int, row_end: int) -> list[np.ndarray]:
         """Returns for each plane the rows [row_start, row_end) as uint8 [rows, width_bytes]. Blocks on the disk.
@@ -143,59 +112,63 @@ class PlaneReader:
         self.close()
 
 
-def read_exactly(fd: int, out: np.ndarray, byte_start: int, what: str) -> None:
-    """Fills `out` (contiguous uint8) from `byte_start` of `fd` on; raises `FormatError` where the file ends before."""
-    view = out.reshape(-1).data
-    done = 0
-    while done < len(view):
-        count = os.preadv(fd, [view[done:]], byte_start + done)
-        if count == 0:
-            raise FormatError(
-                f"{what}: the file ends {len(view) - done} bytes early, at byte {byte_start + done}; copy it again"
-            )
-        done += count
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's configuration and tensors. `files` are the files that hold tensors; nothing stays open."""
+    """A checkpoint's configuration and tensors. `files` are the files that hold tensors; nothing stays open.
+
+    `unusable` says of tensors that a file holds, but not as plain rows, why not and what to do.
+    """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
     files: tuple[Path, ...]
     header_digests: tuple[str, ...]
+    unusable: dict[str, str]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
         """Reads the configuration and every header of a folder, or of one .safetensors or .pt file.
 
-        Raises `ConfigError` where something is missing, `FormatError` where a header lies about its file.
+        Raises `ConfigError` where something is missing or cannot be read, `FormatError` where a header lies about its file.
         """
         path = Path(path)
+        try:
+            return cls._open(path)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read {error.filename or path}: {error.strerror}; make it readable for this user, or mend its disk"
+            ) from error
+
+    @classmethod
+    def _open(cls, path: Path) -> Checkpoint:
         if path.is_dir():
             files = _tensor_files(path)
             config = _read_json(path / "config.json") if (path / "config.json").exists() else {}
-        elif path.is_file():
+        elif path.exists():
             files, config = [path], {}
         else:
             raise ConfigError(f"there is no checkpoint at {path}; give a folder with *.safetensors, or one file")
         tensors: dict[str, StoredTensor] = {}
+        unusable: dict[str, str] = {}
         digests = []
         for file in files:
-            found, digest = _read_pt(file) if file.suffix in (".pt", ".pth", ".bin") else _read_safetensors(file)
-            for tensor in found:
+            found = read_tensor_file(file)
+            for tensor in found.tensors:
                 if tensor.name in tensors:
                     raise FormatError(
                         f"tensor {tensor.name} is in {tensors[tensor.name].path.name} and again in {file.name}; remove one file"
                     )
                 tensors[tensor.name] = tensor
-            digests.append(digest)
-        return cls(path, config, tensors, tuple(files), tuple(digests))
+            unusable |= found.unusable
+            digests.append(found.header_digest)
+        return cls(path, config, tensors, tuple(files), tuple(digests), unusable)
 
     def tensor(self, name: str, dtypes: Sequence[str], ndim: int) -> StoredTensor:
-        """Returns the tensor `name`, or raises `ConfigError` where it is missing, or of another dtype or rank."""
+        """Returns the tensor `name`, or raises `ConfigError` where it is missing, unusable, or of another dtype or rank."""
         tensor = self.tensors.get(name)
+        if tensor is None and name in self.unusable:
+            raise ConfigError(f"{self.path}: tensor {name} {self.unusable[name]}")
         if tensor is None:
             raise ConfigError(
                 f"{self.path}: tensor {name} is missing; a file of the checkpoint was not downloaded, or config.json is another's"
@@ -217,7 +190,7 @@ class Checkpoint:
         digest.update(json.dumps(self.config, sort_keys=True).encode())
         block = np.empty(DIGEST_BLOCK_BYTES, dtype=np.uint8)
         for file, header_digest in zip(self.files, self.header_digests, strict=True):
-            digest.update(f"{file.name}\0{file.stat().st_size}\0{header_digest}\0".encode())
+            digest.update(os.fsencode(file.name) + f"\0{file.stat().st_size}\0{header_digest}\0".encode())
             fd = os.open(file, os.O_RDONLY)
             try:
                 for tensor in sorted((t for t in self.tensors.values() if t.path == file), key=lambda t: t.byte_start):
@@ -273,133 +246,12 @@ def _tensor_files(folder: Path) -> list[Path]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # opening a FIFO would wait for its writer
+        raise ConfigError(f"{path} is no regular file; put the checkpoint's own file there")
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} cannot be read as JSON: {error}; download it again") from error
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds a {type(value).__name__}, expected an object; download it again")
     return value
-
-
-def _read_safetensors(path: Path) -> tuple[list[StoredTensor], str]:
-    """Reads and checks the header of a safetensors file; returns its tensors and the header's SHA-256 (hex).
-
-    Layout (https://github.com/huggingface/safetensors): u64 header length, JSON header, data. Tensors must fill the data
-    without gaps or overlaps, and the data must end with the file.
-    """
-    try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= header_bytes <= min(HEADER_BYTES_MAX, file_bytes - 8):
-                raise FormatError(
-                    f"{path}: a header of {header_bytes} bytes in a file of {file_bytes} bytes; "
-                    f"it is truncated or no safetensors file"
-                )
-            header = file.read(header_bytes)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        entries = json.loads(header)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: its header is not JSON ({error}); download it again") from error
-    if not isinstance(entries, dict):
-        raise FormatError(f"{path}: its header is not a JSON object; download it again")
-    entries.pop("__metadata__", None)
-    data_start = 8 + header_bytes
-    tensors = [_checked_tensor(path, name, entry, data_start) for name, entry in entries.items()]
-    tensors.sort(key=lambda tensor: (tensor.byte_start, tensor.num_bytes))
-    expected = data_start
-    for tensor in tensors:
-        if tensor.byte_start != expected:
-            raise FormatError(
-                f"{path}: tensor {tensor.name} starts at byte {tensor.byte_start}, expected {expected}; "
-                f"the header lies, download it again"
-            )
-        expected += tensor.num_bytes
-    if expected != file_bytes:
-        raise FormatError(
-            f"{path}: {file_bytes} bytes on disk, its header says {expected}; "
-            f"the copy was cut short or is another file: download it again"
-        )
-    return tensors, hashlib.sha256(header).hexdigest()
-
-
-def _checked_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
-    """Checks one header entry on its own, before any of its numbers is used."""
-    try:
-        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{path}: tensor {name} has no dtype, shape or data_offsets; download it again") from error
-    numbers = [start, end, *shape] if isinstance(shape, list) else [None]
-    if (
-        not all(type(number) is int and 0 <= number < 2**63 for number in numbers)
-        or end < start
-        or not isinstance(dtype, str)
-    ):
-        raise FormatError(
-            f"{path}: tensor {name} has dtype {dtype!r}, shape {shape!r}, offsets {start!r} to {end!r}; download it again"
-        )
-    num_elements = 1
-    for size in shape:
-        num_elements *= size
-    element_bytes = DTYPE_BYTES.get(dtype)
-    if element_bytes is not None and num_elements * element_bytes != end - start:
-        raise FormatError(
-            f"{path}: tensor {name}, {dtype} {shape}, needs {num_elements * element_bytes} bytes, "
-            f"its offsets give {end - start}; "
-            f"the header lies, download it again"
-        )
-    return StoredTensor(name, path, dtype, tuple(shape), data_start + start, end - start)
-
-
-def _read_pt(path: Path) -> tuple[list[StoredTensor], str]:
-    """Finds the tensors of a file that `torch.save` wrote: a tensor, or a dict of them. Needs torch.
-
-    torch maps the file (`mmap=True`, `weights_only=True`: nothing is executed) and says where each tensor lies in memory;
-    /proc/self/maps says which byte of the file that is. The rows are then read like any other, so memory does not grow.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise ConfigError(
-            f"{path} is a PyTorch file, and torch is not installed; pip install torch, or save it as .safetensors"
-        ) from error
-    names = {
-        torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int8: "I8",
-        torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
-        torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    }  # fmt: skip
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many types here (pickle, runtime, zip errors); all mean an unusable file
-        raise FormatError(
-            f"{path}: torch cannot load it with weights_only and mmap ({error}); save it again with a current torch"
-        ) from error
-    named = {path.stem: value} if isinstance(value, torch.Tensor) else value
-    if not isinstance(named, dict):
-        raise FormatError(f"{path}: it holds a {type(named).__name__}, expected a tensor or a dict of tensors")
-    tensors = []
-    for name, tensor in named.items():
-        if isinstance(tensor, torch.Tensor) and tensor.is_contiguous() and tensor.numel() and tensor.dtype in names:
-            num_bytes = tensor.numel() * tensor.element_size()
-            byte_start = _file_offset(path, tensor.data_ptr())
-            tensors.append(
-                StoredTensor(str(name), path, names[tensor.dtype], tuple(tensor.shape), byte_start, num_bytes)
-            )
-    header = repr([(t.name, t.dtype, t.shape, t.byte_start) for t in tensors])
-    return tensors, hashlib.sha256(header.encode()).hexdigest()
-
-
-def _file_offset(path: Path, address: int) -> int:
-    """Returns which byte of the file `path` is mapped at `address` of this process."""
-    inode = path.stat().st_ino
-    with open("/proc/self/maps") as maps:
-        for line in maps:
-            span, _, offset, _, mapped_inode, *_ = line.split(maxsplit=5)
-            start, end = (int(part, 16) for part in span.split("-"))
-            if start <= address < end and int(mapped_inode) == inode:
-                return int(offset, 16) + address - start
-    raise OSError(errno.ENXIO, "torch did not map the file; save it again with a current torch", str(path))
