@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +78,16 @@ def test_a_page_from_elsewhere_is_found_and_not_looked_up(own_store: Path, tmp_p
     assert any("page 2 of table layers.1" in fault for fault in verify(own_store).faults)
     with tierstore.open(own_store, dram="600KiB") as store, pytest.raises(tierstore.CorruptPageError, match="page 2 "):
         store["layers.1"].rows(np.array([2 * image.tables["layers.1"].rows_per_page]))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_pipe_or_folder_in_place_of_a_shard_is_named_and_not_waited_for(own_store: Path, kind: str) -> None:
+    file = own_store / read_catalog(own_store).tables["layers.1"].shard_file(1)
+    file.unlink()
+    os.mkfifo(file) if kind == "pipe" else file.mkdir()
+    code = "import sys; from tierstore.verify import verify_store; print(*verify_store(sys.argv[1]).faults)"
+    done = subprocess.run([sys.executable, "-c", code, str(own_store)], capture_output=True, text=True, timeout=60)
+    assert re.search(r"shard 1 of table layers\.1 .*no regular file; restore it", done.stdout), done.stderr
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "long", "another"])

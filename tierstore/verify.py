@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
@@ -18,8 +19,9 @@ import numpy as np
 
 from .errors import ConfigError, FormatError
 from .formats.catalog import CatalogImage, TableLayout, read_catalog
-from .formats.checkpoint import PlaneReader, TableSource, read_exactly
+from .formats.checkpoint import PlaneReader, TableSource
 from .formats.page import page_faults
+from .formats.tensor_files import read_exactly
 
 CHUNK_BYTES = 4 << 20
 FAULTS_PER_SHARD_MAX = 20
@@ -108,14 +110,17 @@ def _verify_shard(
     shard = image.shards[table.spec.name][index]
     what = f"shard {index} of table {table.spec.name} ({shard.file})"
     try:
-        fd = os.open(image.path / shard.file, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(image.path / shard.file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait otherwise
     except OSError as error:
-        report.faults.append(f"{what}: {error.strerror}; restore it from a copy or rebuild")
+        remedy = "make it readable" if isinstance(error, PermissionError) else "restore it from a copy or rebuild"
+        report.faults.append(f"{what}: {error.strerror}; {remedy}")
         return report
     try:
-        found_bytes = os.fstat(fd).st_size
-        if found_bytes != shard.num_bytes:
-            report.faults.append(f"{what}: {found_bytes} bytes on disk, the catalog says {shard.num_bytes}")
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            report.faults.append(f"{what}: it is no regular file; restore it from a copy or rebuild")
+        elif found.st_size != shard.num_bytes:
+            report.faults.append(f"{what}: {found.st_size} bytes on disk, the catalog says {shard.num_bytes}")
         elif rows is None:
             sha256 = _verify_all_pages(fd, table, index, reader, report)
             if sha256 != shard.sha256:
