@@ -7,6 +7,7 @@ whether every row was the checkpoint's, bit for bit. It works in the folder `.de
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -23,8 +24,10 @@ import tierstore
 from engram_adapter import EngramLayer, HashSpec, TieredEmbedding
 from engram_adapter.codecs import decode_rows
 from engram_adapter.embedding import prefetch_layers
+from tierstore.errors import ConfigError
 from tierstore.formats.catalog import read_catalog
-from tierstore.formats.checkpoint import Checkpoint, StoredTensor
+from tierstore.formats.checkpoint import Checkpoint
+from tierstore.formats.tensor_files import StoredTensor
 from tierstore.units import format_bytes
 from tierstore.verify import verify_store
 
@@ -39,6 +42,8 @@ VOCAB_SIZE = 4096
 WINDOW_TOKENS = 1024
 WARM_TOKENS = 300_000
 HELD_OUT_TOKENS = 60_000
+MARKER = "made-by-tierstore-demo"
+WORK_FOLDERS = ("checkpoint", "store")
 
 
 class CheckpointRows:
@@ -175,17 +180,54 @@ def demo(folder: Path) -> bool:
     return different == 0 and compared == rows and not verified.faults
 
 
+@contextlib.contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Empties `folder` of what an earlier demo left, and of what this one makes; whatever else is there stays.
+
+    Raises `ConfigError` where it is a file, or holds something and not the mark that a demo works there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give a new or an empty folder")
+    held = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    if held and MARKER not in held:
+        raise ConfigError(
+            f"{folder} holds {len(held)} files that no demo made ({held[0]}, ...); give a new or an empty folder"
+        )
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()  # first made and last removed, so that a killed demo's folder is known
+    try:
+        _remove_work(folder)
+        yield
+    finally:
+        _remove_work(folder)
+        (folder / MARKER).unlink()
+        if is_new or held:
+            with contextlib.suppress(OSError):  # somebody put a file there meanwhile: it stays
+                folder.rmdir()
+
+
+def _remove_work(folder: Path) -> None:
+    for name in WORK_FOLDERS:
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+
+
 @click.command("demo")
-@click.option("--folder", type=click.Path(path_type=Path), default=Path(".demo"), show_default=True)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=Path(".demo"),
+    show_default=True,
+    help="Where to work, in about 1.2 GiB: a new or an empty folder, left as it was.",
+)
 def command(folder: Path) -> None:
     """Build, verify and look up half a gigabyte of tables with real text; exit status 1 if any row is wrong."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
     try:
-        good = demo(folder)
-    finally:
-        shutil.rmtree(folder)
+        with own_folder(folder):
+            good = demo(folder)
+    except (tierstore.TierStoreError, OSError) as error:
+        raise click.ClickException(str(error)) from error
     console().print("[green]all rows are the checkpoint's[/]" if good else "[red]ROWS DIFFER[/]")
     sys.exit(0 if good else 1)
 
