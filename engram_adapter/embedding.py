@@ -7,15 +7,16 @@ store whose table was built with another hash. Shapes: B sequences, T tokens, O 
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
-from tierstore.errors import ConfigError, FingerprintMismatchError
+from tierstore.errors import ConfigError, FingerprintMismatchError, TierStoreError
 
 from .codecs import codec_dtype, decode_rows
 from .hash_spec import HashSpec
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 WAIT_S = 60.0  # the longest a forward waits for its rows; reads of a dying disk can take tens of seconds
 PENDING_PREFETCHES_MAX = 8  # of one module; the oldest is dropped beyond it, so that unused ones cannot fill memory
 
+_Module = TypeVar("_Module", bound=torch.nn.Module)
 # What identifies a call: shape and bytes of token ids, history and dead positions.
 _CallKey = tuple[tuple[tuple[int, ...], bytes] | None, ...]
 
@@ -40,7 +42,11 @@ class TieredEmbedding(torch.nn.Module):
 
     def __init__(self, store: Store, layer: int | str, spec: HashSpec) -> None:
         super().__init__()
-        table = _table(store, spec.table_name(layer))
+        try:
+            name = spec.table_name(layer)
+        except KeyError as error:
+            raise ConfigError(f"{error.args[0]}: pass one of these, or the hash of another model") from None
+        table = _table(store, name)
         check_fingerprint(table, spec, layer)
         self._store, self._layer, self._hash_spec, self._table_spec = store, layer, spec, table.spec
         self.dtype = codec_dtype(table.spec.codec)
@@ -74,15 +80,33 @@ class TieredEmbedding(torch.nn.Module):
         token ids outside the vocabulary, `CorruptPageError` where a row cannot be read as it was built.
         """
         call = _Call(token_ids, history, dead)
-        with self._pending_lock:
-            ticket, rows = self._pending.pop(call.key, (None, None))
-        if ticket is None or rows is None:
+        rows = self._prefetched(call)
+        if rows is None:
             keys, rows = self._request(call)
-            ticket = self._store.submit({self._table_spec.name: (keys, rows)})
-        ticket.wait(timeout_s=WAIT_S)
+            self._store.submit({self._table_spec.name: (keys, rows)}).wait(timeout_s=WAIT_S)
         # The tensor is made here, not in prefetch: one made under inference_mode could not serve a training forward.
         values = decode_rows(torch.from_numpy(rows).to(token_ids.device), self._table_spec.codec, self.embedding_dim)
         return values.unflatten(0, call.token_ids.shape)
+
+    def _prefetched(self, call: _Call) -> np.ndarray | None:
+        """Returns the rows that a prefetch of the same call has read; None where there is none, or its request failed.
+
+        A request of several layers fails as one: what is wrong may be another layer's page, so this layer asks anew, and
+        raises then if the page is its own. `TimeoutError` comes through: waiting twice would break the limit.
+        """
+        with self._pending_lock:
+            ticket, rows = self._pending.pop(call.key, (None, None))
+        if ticket is None:
+            return None
+        try:
+            ticket.wait(timeout_s=WAIT_S)
+        except TierStoreError:
+            return None
+        return rows
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TieredEmbedding:
+        fresh = {"_pending_lock": threading.Lock(), "_pending": OrderedDict()}
+        return _copy_sharing(self, memo, ("_store", "_hash_spec"), fresh)
 
     def _request(self, call: _Call) -> tuple[np.ndarray, np.ndarray]:
         """Returns the keys, int64 [B * T, O], and the buffer for their rows, uint8 [B * T, O * H, row_bytes]."""
@@ -159,7 +183,8 @@ class RowIdEmbedding(torch.nn.Module):
         ids = _as_int64(row_ids, "row ids")
         if self._head_offsets:
             ids = self._ids_in_table(ids)
-        rows = torch.empty((*ids.shape, self._table.spec.row_bytes), dtype=torch.uint8)
+        # On the CPU whatever torch's default device is: the store writes into it.
+        rows = torch.empty((*ids.shape, self._table.spec.row_bytes), dtype=torch.uint8, device="cpu")
         self._table.rows(ids, out=rows.numpy())
         return decode_rows(rows.to(row_ids.device), self._table.spec.codec, self.embedding_dim)
 
@@ -180,6 +205,9 @@ class RowIdEmbedding(torch.nn.Module):
                 f"pass ids within the head, or use head_offsets=False for ids that count from the table's start"
             )
         return np.where(ids == -1, -1, ids + np.array(spec.offsets, dtype=np.int64))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowIdEmbedding:
+        return _copy_sharing(self, memo, ("_table",), {})
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RowIdEmbedding:
         super()._apply(fn, recurse)
@@ -240,9 +268,12 @@ class _Call:
         self.token_ids = _as_int64(token_ids, "token_ids")
         if self.token_ids.ndim != 2:
             raise ValueError(f"token_ids of shape {list(self.token_ids.shape)}: they must be [sequences, tokens]")
-        self.history = None if history is None or history.numel() == 0 else _as_int64(history, "history")
-        if dead is not None and dead.dtype != torch.bool:
-            raise TypeError(f"dead is {dead.dtype}, must be torch.bool")
+        self.history = None if history is None else _as_int64(history, "history")
+        if self.history is not None and self.history.shape == (len(self.token_ids), 0):
+            self.history = None  # the same call as one without
+        if dead is not None and (not isinstance(dead, torch.Tensor) or dead.dtype != torch.bool):
+            got = dead.dtype if isinstance(dead, torch.Tensor) else type(dead).__name__
+            raise TypeError(f"dead is {got}, must be a tensor of torch.bool")
         self.dead = None if dead is None else dead.detach().cpu().contiguous().numpy()
         arrays = (self.token_ids, self.history, self.dead)
         self.key: _CallKey = tuple(None if array is None else (array.shape, array.tobytes()) for array in arrays)
@@ -256,6 +287,20 @@ def _as_int64(ids: Any, what: str) -> np.ndarray:
         raise TypeError(f"{what} are {got}, must be a tensor of integers")
     array: np.ndarray = ids.detach().to("cpu", torch.int64).contiguous().numpy()
     return array
+
+
+def _copy_sharing(module: _Module, memo: dict[int, Any], shared: Sequence[str], fresh: dict[str, Any]) -> _Module:
+    """Returns a deep copy of a module that shares the attributes `shared` with it and gets those of `fresh` as they are.
+
+    A store is files and threads: there is nothing to copy, and a model's copy is meant to look up the same rows.
+    """
+    copied = module.__class__.__new__(module.__class__)
+    memo[id(module)] = copied
+    memo.update({id(module.__dict__[name]): module.__dict__[name] for name in shared})
+    copied.__dict__.update(
+        {name: fresh[name] if name in fresh else copy.deepcopy(value, memo) for name, value in module.__dict__.items()}
+    )
+    return copied
 
 
 def _table(store: Store, name: str) -> Table:

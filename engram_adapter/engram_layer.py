@@ -131,6 +131,8 @@ class EngramLayer(torch.nn.Module):
             conv_state = channels.new_zeros(state_shape)
         if conv_state.shape != state_shape:
             raise ValueError(f"conv_state of shape {list(conv_state.shape)}: must be {list(state_shape)}")
+        if tokens == 0:  # shorter than the convolution's window, which torch refuses
+            return torch.zeros_like(gated), conv_state.detach().clone()
         seen = torch.cat([conv_state, channels], dim=-1)
         mixed = F.conv1d(seen, self.conv_weight, dilation=self.dilation, groups=seen.shape[1])
         # A copy of the tail: a view would keep the activations of the whole part alive between steps.

@@ -275,7 +275,7 @@ class HashSpec:
 
     def _number(self, layer: int | str) -> int:
         digits = layer.removeprefix("layers.") if isinstance(layer, str) else ""
-        number = int(digits) if digits.isdigit() else layer
+        number = int(digits) if digits.isdecimal() else layer
         if number not in self.layer_hashes:
             raise KeyError(
                 f"there is no table for layer {layer!r}; there are {', '.join(f'layers.{n}' for n in self.layers)}"

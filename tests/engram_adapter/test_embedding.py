@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -131,6 +132,9 @@ def test_a_table_that_is_not_there_is_refused_with_those_that_are(
 ) -> None:
     with pytest.raises(ConfigError, match=r"no table layers\.2; it has layers\.1, layers\.4"):
         RowIdEmbedding(watched[0], 2)
+    for layer in (2, "layers.2", "layers.²", "plain"):
+        with pytest.raises(ConfigError, match=rf"no table for layer {layer!r}; there are layers\.1, layers\.4"):
+            TieredEmbedding(watched[0], layer, tiny_hash())
 
 
 def test_forward_takes_the_prefetch_with_equal_arguments_once(
@@ -218,19 +222,72 @@ def test_every_wait_has_the_named_limit(watched: tuple[WatchedStore, dict[str, n
     assert store.timeouts_s == [WAIT_S, WAIT_S]
 
 
-@pytest.mark.parametrize("error", [TimeoutError("rows late"), CorruptPageError("page 3")])
+@pytest.mark.parametrize(
+    ("error", "prefetched"),
+    [(TimeoutError("rows late"), True), (TimeoutError("rows late"), False), (CorruptPageError("page 3"), False)],
+)
 def test_a_failed_lookup_raises_in_forward_and_the_next_forward_looks_up_anew(
-    watched: tuple[WatchedStore, dict[str, np.ndarray]], error: Exception
+    watched: tuple[WatchedStore, dict[str, np.ndarray]], error: Exception, prefetched: bool
 ) -> None:
     store, rows = watched
     embedding = TieredEmbedding(store, 1, tiny_hash())
     token_ids = tokens(1, 5, seed=15)
-    embedding.prefetch(token_ids)
+    if prefetched:
+        embedding.prefetch(token_ids)
     store.fail_next = error
     with pytest.raises(type(error), match=str(error)):
         embedding(token_ids)
     assert torch.equal(embedding(token_ids), gathered(rows["layers.1"], "bf16", 1, token_ids))
     assert len(store.submits) == 2
+
+
+def test_a_damaged_page_of_one_layer_does_not_fail_another_that_was_prefetched_with_it(tmp_path: Path) -> None:
+    path, rows = build_tiny(tmp_path, tiny_hash(), "bf16", seed=3)
+    for shard in (path / "shards").glob("*layers.4/*.shard"):
+        data = bytearray(shard.read_bytes())
+        data[5::4096] = bytes(byte ^ 0xFF for byte in data[5::4096])
+        shard.write_bytes(data)
+    with tierstore.open(path, dram=CACHED) as store:
+        healthy, damaged = (TieredEmbedding(store, layer, tiny_hash()) for layer in LAYERS)
+        token_ids = tokens(2, 7, seed=21)
+        prefetch_layers([healthy, damaged], token_ids)
+        assert torch.equal(healthy(token_ids), gathered(rows["layers.1"], "bf16", 1, token_ids))
+        with pytest.raises(CorruptPageError, match=r"of table layers\.4"):
+            damaged(token_ids)
+
+
+def test_a_copied_model_shares_the_store_and_nothing_else(
+    watched: tuple[WatchedStore, dict[str, np.ndarray]],
+) -> None:
+    store, rows = watched
+    tiered = TieredEmbedding(store, 1, tiny_hash())
+    model = torch.nn.ModuleList([tiered, RowIdEmbedding(store, 4), torch.nn.Linear(2, 2)])
+    model.eval()
+    token_ids = tokens(1, 5, seed=22)
+    tiered.prefetch(token_ids)
+    copied = copy.deepcopy(model)
+    assert copied[0] is not tiered
+    assert not copied[0].training
+    assert torch.equal(copied[0](token_ids), gathered(rows["layers.1"], "bf16", 1, token_ids))
+    assert len(store.submits) == 2  # the prefetch stays the original's
+    assert torch.equal(tiered(token_ids), copied[0](token_ids))
+    copied.to("meta")
+    assert (copied[1].weight.device.type, model[1].weight.device.type) == ("meta", "cpu")
+    assert torch.equal(model[1](torch.tensor([3])), decoded(rows["layers.4"][3:4], "bf16"))
+    assert torch.equal(copied[1](torch.tensor([3])), decoded(rows["layers.4"][3:4], "bf16"))
+
+
+def test_the_default_device_of_torch_does_not_reach_the_rows(
+    watched: tuple[WatchedStore, dict[str, np.ndarray]],
+) -> None:
+    store, rows = watched
+    tiered, by_row = TieredEmbedding(store, 1, tiny_hash()), RowIdEmbedding(store, 1)
+    token_ids, row_ids = tokens(1, 5, seed=23), torch.tensor([[3, -1]])
+    expected = gathered(rows["layers.1"], "bf16", 1, token_ids)
+    with torch.device("meta"):
+        got, got_rows = tiered(token_ids), by_row(row_ids)
+    assert torch.equal(got, expected)
+    assert torch.equal(got_rows[0, 0], decoded(rows["layers.1"][3], "bf16"))
 
 
 def test_threads_that_share_a_module_each_get_their_rows(watched: tuple[WatchedStore, dict[str, np.ndarray]]) -> None:
@@ -285,7 +342,11 @@ def test_rows_prefetched_under_inference_mode_serve_a_training_forward(
         ((torch.full((1, 2), VOCAB_SIZE),), ValueError, str(VOCAB_SIZE)),
         ((torch.full((1, 2), -1),), ValueError, "-1"),
         ((torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 2)), TypeError, "history"),
+        ((torch.zeros(1, 3, dtype=torch.int64), torch.zeros(5, 0, dtype=torch.int64)), ValueError, r"\[5, 0\]"),
+        ((torch.zeros(1, 3, dtype=torch.int64), np.zeros((1, 2), dtype=np.int64)), TypeError, "history are ndarray"),
         ((torch.zeros(1, 3, dtype=torch.int64), None, torch.zeros(1, 3)), TypeError, "bool"),
+        ((torch.zeros(1, 3, dtype=torch.int64), None, [[True, False, True]]), TypeError, "dead is list"),
+        ((torch.zeros(1, 3, dtype=torch.int64), None, np.zeros((1, 3), dtype=bool)), TypeError, "dead is ndarray"),
     ],
 )
 def test_wrong_arguments_are_refused_and_nothing_is_looked_up(

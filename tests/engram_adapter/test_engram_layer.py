@@ -109,7 +109,7 @@ def test_output_with_a_store_equals_the_output_with_a_resident_table_exactly(
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("parts", [[1] * 14, [5, 1, 8], [13, 1], [14]])
+@pytest.mark.parametrize("parts", [[1] * 14, [5, 1, 8], [13, 1], [14], [0, 3, 0, 11, 0]])
 def test_a_sequence_decoded_in_parts_gives_the_output_of_the_whole(
     embeddings: tuple[TieredEmbedding, HashedEmbedding], form: dict[str, Any], parts: list[int]
 ) -> None:
