@@ -17,16 +17,21 @@ from tierstore import ConfigError, TableSpec
 from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
 from tierstore.formats.tensor_files import StoredTensor
 
-from .hash_config import find_family
+from .hash_config import find_family, text_values
 from .hash_spec import HashSpec
 from .token_map import build_token_map
 
 SCALE_BLOCK = 32
-# Names of the tensors that hold tables; any prefix may stand before.
+# Names of the tensors that hold tables, as patterns and in words; any prefix may stand before.
 _TABLE_NAMES = {
     "deepseek_v41": r"layers\.{layer}\.engram\.embed\.weight",
     "engram": r"layers\.{layer}\.(?:.*\.)?multi_head_embedding\.embedding\.weight",
     "qwen4_exp": r"layers\.{layer}\.ple\.ple_embedding\.ngram_embedding\.(?:weight|shard_0\.weight)",
+}
+_TABLE_WORDS = {
+    "deepseek_v41": "layers.{layer}.engram.embed.weight",
+    "engram": "layers.{layer}.[...].multi_head_embedding.embedding.weight",
+    "qwen4_exp": "layers.{layer}.ple.ple_embedding.ngram_embedding.weight or .shard_0.weight",
 }
 _CODEC_OF_DTYPE = {"F32": ("fp32", 4), "F16": ("fp16", 2), "BF16": ("bf16", 2), "F8_E4M3": ("fp8_e4m3", 1)}
 
@@ -163,8 +168,7 @@ def _source(spec: HashSpec, layer: int, planes: tuple[Plane, ...], codec: str, d
 
 def _text_value(checkpoint: Checkpoint, key: str) -> int | None:
     """Returns a whole number of config.json, None where it gives none; what the hash needs `HashSpec` checks."""
-    text = checkpoint.config.get("text_config")
-    value = text.get(key) if isinstance(text, dict) and key in text else checkpoint.config.get(key)
+    value = text_values(checkpoint.config).get(key)
     return value if type(value) is int else None
 
 
@@ -195,8 +199,8 @@ def _prefix(checkpoint: Checkpoint, family: str, layer: int, ending: str | None)
     if len(names) != 1:
         found = f"are several such tensors: {', '.join(names)}" if names else "is no such tensor"
         raise ConfigError(
-            f"{checkpoint.path}: there {found} ({pattern.replace(chr(92), '')}); config.json does not belong to these tensors, "
-            f"or a file is missing"
+            f"{checkpoint.path}: there {found} ({_TABLE_WORDS[family].format(layer=layer)}); "
+            f"config.json does not belong to these tensors, or a file is missing"
         )
     return names[0].removesuffix(ending) if ending else names[0].rpartition("ngram_embedding.")[0]
 

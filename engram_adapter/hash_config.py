@@ -43,7 +43,7 @@ class HashParts:
 
 def find_family(config: dict[str, Any]) -> str:
     """Returns the family that a config.json is of; raises `ConfigError` where it has the keys of none."""
-    text = _text_config(config)
+    text = text_values(config)
     for family, (_, key) in FAMILIES.items():
         if text.get(key):
             return family
@@ -58,7 +58,7 @@ def read(config: dict[str, Any], token_map: np.ndarray | None, family: str | Non
     family = family or find_family(config)
     if family not in FAMILIES:
         raise ConfigError(f"family {family!r} is not known; there are {', '.join(FAMILIES)}")
-    return FAMILIES[family][0](_Values(_text_config(config), family), token_map)
+    return FAMILIES[family][0](_Values(text_values(config), family), token_map)
 
 
 class _Values:
@@ -69,6 +69,12 @@ class _Values:
 
     def refuse(self, key: str, what: str) -> ConfigError:
         return ConfigError(f"config.json ({self.family}): {key} {what}; config.json is damaged or another model's")
+
+    def not_of_tokenizer(self, key: str, said: str, counted: str) -> ConfigError:
+        return ConfigError(
+            f"config.json ({self.family}): {key} is {said}, tokenizer.json gives {counted}; one of the two is another "
+            f"model's, and every row would be a wrong one: download both from where the tensors came from"
+        )
 
     def integer(self, key: str, low: int, high: int, *others: str, default: int | None = None) -> int:
         found = next((name for name in (key, *others) if self._config.get(name) is not None), None)
@@ -95,15 +101,20 @@ class _Values:
         return values
 
 
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the part that holds a family's key: text_config where there is one, else the top level."""
+def text_values(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a config.json says of its text model: each value of text_config, or where it has none the top level's.
+
+    Where a family's key is at the top level only, text_config is another part's and all values are the top level's. A
+    seed is never taken from beside a text_config: there it may be anything's.
+    """
     if not isinstance(config, dict):
         raise TypeError(f"config is a {type(config).__name__}, expected config.json as a dict")
     text = config.get("text_config")
     keys = [key for _, key in FAMILIES.values()]
     if not isinstance(text, dict) or (any(map(config.get, keys)) and not any(map(text.get, keys))):
         return config
-    return text
+    beside = {key: value for key, value in config.items() if key != "seed"}
+    return beside | {key: value for key, value in text.items() if value is not None}
 
 
 def _deepseek_v41(values: _Values, token_map: np.ndarray | None) -> HashParts:
@@ -155,14 +166,12 @@ def _engram(
     count = None if token_map is None else _count(token_map)
     compressed = values.integer("engram_compressed_vocab_size", 1, VOCABULARY_MAX, default=count)
     if count not in (None, compressed):
-        raise values.refuse(
-            "engram_compressed_vocab_size", f"is {compressed}, tokenizer.json gives {count} distinct ids"
-        )
+        raise values.not_of_tokenizer("engram_compressed_vocab_size", f"{compressed}", f"{count} distinct ids")
     vocab_size = values.integer(
         "vocab_size", 1, VOCABULARY_MAX, default=compressed if token_map is None else len(token_map)
     )
     if token_map is not None and len(token_map) != vocab_size:
-        raise values.refuse("vocab_size", f"is {vocab_size}, tokenizer.json has {len(token_map)} tokens")
+        raise values.not_of_tokenizer("vocab_size", f"{vocab_size}", f"{len(token_map)} tokens")
     pad_token = values.integer(pad_keys[0], 0, vocab_size - 1, *pad_keys[1:])
     seed = values.integer(seed_key, 0, 2**63 - 1, default=0)  # a plain "seed" of a V4.1 config is not the hash's
     _check_heads(values, len(layers) * len(bases) * heads)

@@ -83,7 +83,9 @@ def _load(path: Path) -> Tokenizer:
             f"there is no {file}; the hash needs the model's tokenizer.json: download it into the checkpoint"
         )
     try:
-        return Tokenizer.from_file(str(file))
+        return Tokenizer.from_str(file.read_text(encoding="utf-8"))  # its from_file refuses paths that are no UTF-8
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}; make it readable for this user") from error
     except Exception as error:  # the library raises bare Exception for anything that it cannot read
         raise FormatError(
             f"{file} is no tokenizer that the tokenizers library can read: {error}; download it again"

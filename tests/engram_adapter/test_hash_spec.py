@@ -376,9 +376,11 @@ def test_a_spec_without_its_token_map_gives_its_numbers_and_refuses_keys() -> No
 
 def test_a_token_map_of_another_count_or_length_is_refused_with_both_numbers() -> None:
     other_count = (np.arange(129_280) % 99_091).astype(np.int32)
-    with pytest.raises(ConfigError, match=r"engram_compressed_vocab_size is 99092.* 99091 distinct"):
+    with pytest.raises(
+        ConfigError, match=r"compressed_vocab_size is 99092, tokenizer.json gives 99091 distinct ids; .*download"
+    ):
         HashSpec.from_config(V41, other_count)
-    with pytest.raises(ConfigError, match=r"vocab_size is 129280.* 129279 tokens"):
+    with pytest.raises(ConfigError, match=r"vocab_size is 129280, tokenizer.json gives 129279 tokens; .*download"):
         HashSpec.from_config(V41, FOLDED_MAP[:-1])
 
 
@@ -461,6 +463,19 @@ def test_a_wrong_config_value_is_named(config: dict[str, Any], family: str, key:
 def test_family_keys_are_found_at_the_top_level_beside_another_text_config() -> None:
     beside = HashSpec.from_config(V41 | {"text_config": {"hidden_size": 5120}}, FOLDED_MAP)
     assert beside.fingerprint(14) == HashSpec.from_config({"text_config": V41}, FOLDED_MAP).fingerprint(14)
+
+
+def test_a_value_that_text_config_lacks_is_the_top_levels_but_never_the_seed() -> None:
+    whole = HashSpec.from_config({"text_config": QWEN})
+    for key in ("eos_token_id", "vocab_size"):
+        text = {name: value for name, value in QWEN.items() if name != key}
+        for missing in (text, text | {key: None}):
+            split = HashSpec.from_config({key: QWEN[key], "seed": 42, "text_config": missing})
+            assert [split.fingerprint(layer) for layer in split.layers] == [
+                whole.fingerprint(layer) for layer in whole.layers
+            ]
+    inner_first = HashSpec.from_config({"eos_token_id": 1, "vocab_size": 2, "text_config": QWEN})
+    assert inner_first.fingerprint(inner_first.layers[0]) == whole.fingerprint(whole.layers[0])
 
 
 def test_a_seed_that_is_not_the_hashs_leaves_v41_as_it_is() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -97,6 +98,25 @@ def test_tokenizer_file_folder_and_object_give_the_same_map(tokenizer: Tokenizer
     expected = build_token_map(tokenizer)
     for source in (tmp_path, str(tmp_path), tmp_path / "tokenizer.json", str(tmp_path / "tokenizer.json")):
         np.testing.assert_array_equal(build_token_map(source), expected)
+
+
+def test_a_tokenizer_in_a_folder_whose_name_is_no_utf_8_is_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"model-\xff")
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    np.testing.assert_array_equal(build_token_map(folder), build_token_map(tokenizer))
+
+
+def test_a_tokenizer_that_may_not_be_read_is_named(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, **_: object) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ConfigError, match=r"cannot read .*tokenizer\.json: Permission denied; make it readable"):
+        build_token_map(tmp_path)
 
 
 def test_a_missing_tokenizer_is_named_with_its_place(tmp_path: Path) -> None:
