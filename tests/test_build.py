@@ -170,7 +170,80 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(model: Model, tmp
     monkeypatch.setattr(build_module.shutil, "disk_usage", lambda _: Usage)
     with pytest.raises(tierstore.BudgetError, match=r"needs .* MiB more .*1000 bytes"):
         model.build(tmp_path / "store")
-    assert [entry.name for entry in (tmp_path / "store").iterdir()] == ["build.lock"]
+    assert not (tmp_path / "store").exists()
+
+
+def everything_under(folder: Path) -> dict[str, bytes | None]:
+    """All files and folders but LMDB's lock, in which each reader leaves its process id."""
+    found = {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else None for f in folder.rglob("*")}
+    return {name: data for name, data in found.items() if not name.endswith("catalog.mdb-lock")}
+
+
+@pytest.mark.parametrize(
+    "place", ["foreign", "another checkpoint", "no room", "network", "no room, new parents", "jobs"]
+)
+def test_a_build_that_refuses_leaves_everything_as_it_was(
+    model: Model, own_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    store = {"another checkpoint": own_store, "no room, new parents": tmp_path / "some" / "where"}.get(place)
+    store = store or tmp_path / "store"
+    (own_store / "build.lock").unlink()  # as in a copy of a store
+    builder = make_model(tmp_path / "other", seed=1) if place == "another checkpoint" else model
+    if place == "foreign":
+        store.mkdir()
+        (store / "song.mp3").write_bytes(b"la")
+    if place == "network":
+        monkeypatch.setattr(build_module, "file_system_of", lambda _: "nfs4")
+    if place.startswith("no room"):
+        monkeypatch.setattr(build_module, "SPARE_DISK_BYTES", 1 << 62)
+    before = everything_under(tmp_path)
+    with pytest.raises((tierstore.ConfigError, tierstore.BudgetError)):
+        builder.build(store, shard_bytes=65536, jobs=0 if place == "jobs" else 1)
+    assert everything_under(tmp_path) == before
+
+
+def test_foreign_files_that_appear_before_the_lock_is_held_are_refused(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_flock = build_module.fcntl.flock
+
+    def flock(fd: int, operation: int) -> None:
+        (tmp_path / "store" / "song.mp3").write_bytes(b"la")
+        real_flock(fd, operation)
+
+    monkeypatch.setattr(build_module.fcntl, "flock", flock)
+    with pytest.raises(tierstore.ConfigError, match=r"holds 1 other files \(song\.mp3"):
+        model.build(tmp_path / "store")
+    assert everything_under(tmp_path / "store") == {"song.mp3": b"la"}
+
+
+def test_a_lock_that_was_removed_meanwhile_is_not_held(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening a lock and holding it, a build that refuses may remove it: then it excludes nobody."""
+    real_flock = build_module.fcntl.flock
+
+    def flock(fd: int, operation: int) -> None:
+        (tmp_path / "store" / "build.lock").unlink()
+        real_flock(fd, operation)
+
+    monkeypatch.setattr(build_module.fcntl, "flock", flock)
+    with pytest.raises(tierstore.ConfigError, match="another build"):
+        model.build(tmp_path / "store")
+
+
+@pytest.mark.parametrize("below", [".", "store"])
+def test_a_file_in_place_of_a_store_is_said_to_be_a_file(model: Model, tmp_path: Path, below: str) -> None:
+    (tmp_path / "song.mp3").write_bytes(b"la")
+    with pytest.raises(tierstore.ConfigError, match=r"song\.mp3 is a file; a store is a folder"):
+        model.build(tmp_path / "song.mp3" / below)
+
+
+def test_a_store_is_built_and_opened_where_a_path_is_no_utf_8(model: Model, tmp_path: Path) -> None:
+    store = tmp_path / os.fsdecode(b"store-\xff")
+    model.build(store)
+    with tierstore.open(store) as opened:
+        np.testing.assert_array_equal(opened["plain"].rows(np.arange(33)), model.rows["plain"])
 
 
 def test_the_preflight_says_what_will_be_written(model: Model, tmp_path: Path) -> None:
@@ -243,7 +316,7 @@ def test_a_target_that_cannot_be_written_is_named(model: Model, tmp_path: Path, 
         raise OSError(code, os.strerror(code), str(self))
 
     monkeypatch.setattr(build_module.Path, "mkdir", refuse)
-    with pytest.raises(tierstore.ConfigError, match="make the path writable"):
+    with pytest.raises(tierstore.ConfigError, match="make the path readable and writable"):
         model.build(tmp_path / "store")
 
 

@@ -2,7 +2,8 @@
 
 Flows in: `TableSource`s, whose rows are read range by range. Flows out: a store that opens only after the ready mark, the
 last thing written. A shard is written to a temporary name, synced, renamed, and then noted in the catalog; a build killed
-anywhere goes on with the first shard that is not noted. Refuses, before it writes, what cannot fit or is another's.
+anywhere goes on with the first shard that is not noted. Refuses, before it writes, what cannot fit or is another's, and
+leaves no folder or lock behind where it does.
 
 Threads: each of `jobs` workers builds whole shards (read, interleave, digest, write; the interpreter lock is released in
 all four); the calling thread reports progress.
@@ -158,7 +159,8 @@ def build_store(
         raise ConfigError(f"jobs: {jobs} is not within 1 to {JOBS_MAX}")
     started = time.monotonic()
     try:
-        with _locked(path, allow_network_fs):
+        _check_place(path, allow_network_fs)
+        with _locked(path) as made:
             image = _resumable(path, tables, origin, attachments)
             done = _finished_shards(path, image)
             bytes_done = sum(shard.num_bytes for shards in done.values() for shard in shards.values())
@@ -166,6 +168,7 @@ def build_store(
             if on_plan:
                 on_plan(plan)
             _check_room(path, plan)
+            made.clear()  # from here on a build has begun, and what it leaves is there to be resumed
             if image is None:
                 create_catalog(path, tables, origin, attachments)
             progress = _Progress(bytes_done)
@@ -203,26 +206,56 @@ def lay_out_tables(sources: Sequence[TableSource], origin_digest: str, shard_byt
     return tables
 
 
-@contextlib.contextmanager
-def _locked(path: Path, allow_network_fs: bool) -> Iterator[None]:
-    """Makes the store's folder and holds its build lock: one build at a time."""
+def _check_place(path: Path, allow_network_fs: bool) -> None:
+    """Refuses, before anything is made, a path that is a file, holds something else, or is on a network."""
     existing = path
     while not existing.exists():
         existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError(f"{existing} is a file; a store is a folder: give another path")
+    if existing == path:
+        _check_foreign(path)
     kind = file_system_of(existing)
     if kind in NETWORK_FILE_SYSTEMS and not allow_network_fs:
         raise ConfigError(
             f"{path} is on a network file system ({kind}): LMDB's locks and memory maps do not hold there; "
             f"build on a local disk, or pass --allow-network-fs if only one host ever uses it"
         )
+
+
+def _check_foreign(path: Path) -> None:
+    """Refuses a folder that holds something and no catalog."""
+    foreign = [e.name for e in path.iterdir() if e.name != LOCK_FILE and not e.name.startswith(CATALOG_FILE)]
+    if foreign and not (path / CATALOG_FILE).exists():
+        raise ConfigError(f"{path} holds {len(foreign)} other files ({foreign[0]}, ...); give an empty folder")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[list[Path]]:
+    """Makes the store's folder and holds its build lock: one build at a time.
+
+    Yields what it made, the lock last; what is still in the list when the body raises is removed again.
+    """
+    lock = path / LOCK_FILE
+    made = [folder for folder in (*reversed(path.parents), path) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    if not lock.exists():
+        made.append(lock)
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(fd), lock.stat()):
+                raise FileNotFoundError  # a build that refused has just removed the lock, and this is not the new one
+        except (BlockingIOError, FileNotFoundError):
+            made.clear()  # it is the other build's
             raise ConfigError(f"another build of {path} is running; wait for it, or end it and run again") from None
-        yield
+        yield made
+    except BaseException:
+        for place in reversed(made):
+            with contextlib.suppress(OSError):  # somebody uses the folder meanwhile
+                place.unlink() if place == lock else place.rmdir()
+        raise
     finally:
         os.close(fd)
 
@@ -242,9 +275,7 @@ def _resumable(
 ) -> CatalogImage | None:
     """Returns the catalog of the same build begun earlier, None where nothing was begun; refuses anything else."""
     if not (path / CATALOG_FILE).exists():
-        foreign = [e.name for e in path.iterdir() if e.name != LOCK_FILE and not e.name.startswith(CATALOG_FILE)]
-        if foreign:
-            raise ConfigError(f"{path} holds {len(foreign)} other files ({foreign[0]}, ...); give an empty folder")
+        _check_foreign(path)  # again, under the lock
         return None
     image = read_catalog(path, must_be_ready=False)
     state = "a finished store" if image.ready else "an unfinished build"
@@ -383,5 +414,5 @@ def _named(error: OSError, path: Path) -> TierStoreError:
             f"{where}: {error.strerror}; free some disk and run the same command: finished shards are kept"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ConfigError(f"{where}: {error.strerror}; make the path writable, or give another")
+        return ConfigError(f"{where}: {error.strerror}; make the path readable and writable, or give another")
     return ConfigError(f"{where}: {error.strerror}; mend the disk and run the same command: finished shards are kept")

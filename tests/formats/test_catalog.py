@@ -270,6 +270,20 @@ def _open_often(path: Path, results: Any) -> None:
     results.put("done")
 
 
+@pytest.mark.parametrize("refused", ["is_file", "open"])
+def test_a_store_that_may_not_be_read_is_named_with_its_remedy(
+    own_store: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    def refuse(self: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, refused, refuse)
+    with pytest.raises(
+        tierstore.ConfigError, match=r"cannot read .*catalog\.mdb: Permission denied; make the store readable"
+    ):
+        tierstore.open(own_store)
+
+
 def test_many_threads_and_processes_read_one_catalog(built: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

@@ -160,12 +160,17 @@ def read_catalog(path: str | os.PathLike[str], *, must_be_ready: bool = True) ->
     """Reads the catalog of the store at `path`. Blocks on the disk, shortly.
 
     Raises `StoreNotReadyError` where there is no store or its build has not finished (unless must_be_ready is False),
-    `FormatError` where it is foreign, truncated, damaged or of a newer format.
+    `FormatError` where it is foreign, truncated, damaged or of a newer format, `ConfigError` where it may not be read.
     """
     path = Path(path)
-    if not _holds_catalog(path):
-        raise StoreNotReadyError(f"there is no store at {path}; build one: tierstore build CHECKPOINT {path}")
-    records = _read(path)
+    try:
+        if not _holds_catalog(path):
+            raise StoreNotReadyError(f"there is no store at {path}; build one: tierstore build CHECKPOINT {path}")
+        records = _read(path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {error.filename or path}: {error.strerror}; make the store readable for this user, or mend its disk"
+        ) from error
     head = _from_json(records, "format", path)
     version = head.get("format_version")
     if version != STORE_FORMAT_VERSION:
@@ -316,11 +321,11 @@ def _environment(file: Path, *, readonly: bool) -> Iterator[lmdb.Environment]:
         lock = not readonly or os.access(file.parent, os.W_OK)
         arguments: dict[str, Any] = {"subdir": False, "max_dbs": 0, "map_size": MAP_BYTES, "readahead": False}
         try:
-            environment = lmdb.open(str(file), readonly=readonly, lock=lock, create=not readonly, **arguments)
+            environment = lmdb.open(os.fsencode(file), readonly=readonly, lock=lock, create=not readonly, **arguments)
         except lmdb.Error:
             if not readonly:
                 raise
-            environment = lmdb.open(str(file), readonly=True, lock=False, create=False, **arguments)
+            environment = lmdb.open(os.fsencode(file), readonly=True, lock=False, create=False, **arguments)
         try:
             yield environment
         finally:
