@@ -152,6 +152,24 @@ def test_a_sample_finds_damage_where_it_looks(own_store: Path, model: Model) -> 
     assert verify(own_store, model, sample_rows=10, seed=1).faults
 
 
+def test_a_sample_of_more_rows_than_there_are_is_all_of_them_whatever_its_size(built: Path, model: Model) -> None:
+    report = verify(built, model, sample_rows=10**18)
+    assert report.faults == []
+    assert report.rows_compared == sum(len(rows) for rows in model.rows.values())
+
+
+def test_a_shard_that_may_not_be_read_is_named_with_its_remedy(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_open = os.open
+
+    def refuse(path: object, *arguments: int, **options: int) -> int:
+        if str(path).endswith(".shard"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_open(path, *arguments, **options)
+
+    monkeypatch.setattr("tierstore.verify.os.open", refuse)
+    assert all(fault.endswith("Permission denied; make it readable") for fault in verify(built).faults)
+
+
 def test_an_unfinished_store_is_not_verified(tmp_path: Path) -> None:
     with pytest.raises(tierstore.StoreNotReadyError):
         verify(tmp_path / "nothing")

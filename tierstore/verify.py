@@ -25,6 +25,7 @@ from .formats.tensor_files import read_exactly
 
 CHUNK_BYTES = 4 << 20
 FAULTS_PER_SHARD_MAX = 20
+ROWS_DRAWN_AT_ONCE = 1 << 20
 
 OnProgress = Callable[[int, int], None]
 
@@ -61,7 +62,8 @@ def verify_store(
 ) -> VerifyReport:
     """Checks a finished store: catalog, shard lengths and SHA-256, every page; rows against `sources` where given.
 
-    sample_rows: check the pages of that many random rows of each table (drawn with `seed`) instead of everything. origin:
+    sample_rows: check the pages of that many random rows of each table (drawn with `seed`), with all rows in them, instead
+    of everything; a table of no more rows is checked whole. origin:
     the checkpoint's record; another digest than the store's is a fault. Blocks; memory stays below 16 MiB a job. Raises
     `StoreNotReadyError` or `FormatError` where the catalog cannot be read at all, `ConfigError` where sources lack a table.
     """
@@ -84,9 +86,9 @@ def verify_store(
                 of_all.append(f"table {name}: the checkpoint gives {source.spec}, the store has {table.spec}")
                 source = None  # its rows cannot be compared; its pages can be checked
             reader = stack.enter_context(PlaneReader(source)) if source is not None else None
-            rows = _sampled_rows(table, sample_rows, seed)
+            sampled = _sampled_pages(table, sample_rows, seed)
             for index in range(table.num_shards):
-                tasks.append(pool.submit(_verify_shard, image, table, index, reader, rows))
+                tasks.append(pool.submit(_verify_shard, image, table, index, reader, sampled))
         for done, task in enumerate(as_completed(tasks), start=1):
             report.add(task.result())
             if on_progress:
@@ -95,17 +97,22 @@ def verify_store(
     return report
 
 
-def _sampled_rows(table: TableLayout, sample_rows: int | None, seed: int) -> np.ndarray | None:
-    if sample_rows is None:
+def _sampled_pages(table: TableLayout, sample_rows: int | None, seed: int) -> np.ndarray | None:
+    """Returns the pages that random rows lie in, int64, ascending; None for all. A byte a page, however many rows."""
+    if sample_rows is None or sample_rows >= table.spec.num_rows:
         return None
     rng = np.random.default_rng([seed, table.seed])
-    return np.unique(rng.integers(0, table.spec.num_rows, size=sample_rows))
+    sampled = np.zeros(table.num_pages, dtype=bool)
+    for start in range(0, sample_rows, ROWS_DRAWN_AT_ONCE):
+        rows = rng.integers(0, table.spec.num_rows, size=min(ROWS_DRAWN_AT_ONCE, sample_rows - start))
+        sampled[rows // table.rows_per_page] = True
+    return np.flatnonzero(sampled)
 
 
 def _verify_shard(
-    image: CatalogImage, table: TableLayout, index: int, reader: PlaneReader | None, rows: np.ndarray | None
+    image: CatalogImage, table: TableLayout, index: int, reader: PlaneReader | None, sampled: np.ndarray | None
 ) -> VerifyReport:
-    """Checks one shard whole, or only the pages of the sampled rows that lie in it."""
+    """Checks one shard whole, or only the sampled pages that lie in it."""
     report = VerifyReport(shards_checked=1)
     shard = image.shards[table.spec.name][index]
     what = f"shard {index} of table {table.spec.name} ({shard.file})"
@@ -121,12 +128,12 @@ def _verify_shard(
             report.faults.append(f"{what}: it is no regular file; restore it from a copy or rebuild")
         elif found.st_size != shard.num_bytes:
             report.faults.append(f"{what}: {found.st_size} bytes on disk, the catalog says {shard.num_bytes}")
-        elif rows is None:
+        elif sampled is None:
             sha256 = _verify_all_pages(fd, table, index, reader, report)
             if sha256 != shard.sha256:
                 report.faults.append(f"{what}: SHA-256 {sha256[:16]}..., the catalog says {shard.sha256[:16]}...")
         else:
-            _verify_sample(fd, table, index, reader, rows, report)
+            _verify_sample(fd, table, index, reader, sampled, report)
     except (OSError, FormatError) as error:
         report.faults.append(f"{what}: cannot be read or compared: {error}")
     finally:
@@ -158,11 +165,11 @@ def _verify_all_pages(fd: int, table: TableLayout, index: int, reader: PlaneRead
 
 
 def _verify_sample(
-    fd: int, table: TableLayout, index: int, reader: PlaneReader | None, rows: np.ndarray, report: VerifyReport
+    fd: int, table: TableLayout, index: int, reader: PlaneReader | None, sampled: np.ndarray, report: VerifyReport
 ) -> None:
     shard_start, shard_end = table.shard_pages(index)
     page = np.empty((1, table.page_bytes), dtype=np.uint8)
-    for page_number in np.unique(rows // table.rows_per_page):
+    for page_number in sampled:
         if not shard_start <= page_number < shard_end:
             continue
         read_exactly(fd, page, int(page_number - shard_start) * table.page_bytes, f"page {page_number}")

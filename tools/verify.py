@@ -44,7 +44,9 @@ def sources_of_store(image: CatalogImage, checkpoint: Checkpoint) -> tuple[Table
 @click.option(
     "--source", type=click.Path(path_type=Path), metavar="CHECKPOINT", help="Compare rows with this checkpoint's."
 )
-@click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Check N random rows of each table, not all.")
+@click.option(
+    "--sample", type=click.IntRange(min=1), metavar="N", help="Check the pages of N random rows of each table, not all."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="S", help="Draws the sample.")
 @click.option(
     "--jobs",
@@ -55,6 +57,7 @@ def sources_of_store(image: CatalogImage, checkpoint: Checkpoint) -> tuple[Table
 def command(store: Path, source: Path | None, sample: int | None, seed: int, jobs: int | None) -> None:
     """Check the store STORE: its catalog, every shard's digest and every page; with --source, every row.
 
+    With --sample, only the pages that the drawn rows lie in are read, and all their rows compared; shards' digests are not.
     Exit status 1, and a list, where anything is wrong.
 
     \b
