@@ -46,13 +46,23 @@ def _checksums(pages: np.ndarray, seed: int) -> np.ndarray:
     return _crc32c_of_columns(np.ascontiguousarray(pages[:, :-4].T), seed)
 
 
+def _require_bytes(arrays: Sequence[np.ndarray], what: str) -> None:
+    """The compiled kernels take uint8 only; another type would be cut or cast to bytes that nobody meant."""
+    for array in arrays:
+        if array.dtype != np.uint8:
+            raise TypeError(f"{what} are {array.dtype}, must be uint8")
+
+
 def seal_pages(
     planes: Sequence[np.ndarray], out: np.ndarray, rows_per_page: int, page_start: int, version: int, seed: int
 ) -> None:
+    _require_bytes([*planes, out], "planes and out")
+    if not planes or any(plane.ndim != 2 for plane in planes) or out.ndim != 2:
+        raise ValueError("there must be planes, [rows, width] each, and out must be [pages, page_bytes]")
     num_rows = len(planes[0])
     row_bytes = sum(plane.shape[1] for plane in planes)
     num_pages, page_bytes = out.shape
-    if any(plane.ndim != 2 or len(plane) != num_rows for plane in planes) or page_start < 0 or rows_per_page < 1:
+    if any(len(plane) != num_rows for plane in planes) or page_start < 0 or rows_per_page < 1:
         raise ValueError("planes must be [rows, width], of equally many rows")
     if row_bytes * rows_per_page + TRAILER.itemsize > page_bytes or num_pages != -(-num_rows // rows_per_page):
         raise ValueError("rows_per_page rows and the trailer must fit in a page, and out must have a page for the rows")
@@ -67,6 +77,14 @@ def seal_pages(
 
 
 def check_pages(pages: np.ndarray, page_numbers: np.ndarray, version: int, seed: int) -> np.ndarray:
+    _require_bytes([pages], "pages")
+    if page_numbers.dtype.kind not in "iu":
+        raise TypeError(f"page_numbers are {page_numbers.dtype}, must be int64")
+    if pages.ndim != 2 or pages.shape[1] <= TRAILER.itemsize or page_numbers.shape != pages.shape[:1]:
+        raise ValueError(
+            f"pages of shape {pages.shape} and page_numbers of shape {page_numbers.shape}: pages must be [n, page_bytes] "
+            f"with room for a trailer, and page_numbers [n]"
+        )
     trailer = np.ascontiguousarray(pages[:, -TRAILER.itemsize :]).view(TRAILER)[:, 0]
     status = np.full(len(pages), PAGE_GOOD, dtype=np.uint8)
     status[trailer["page_number"] != page_numbers.astype(np.uint64)] = PAGE_OTHER_NUMBER

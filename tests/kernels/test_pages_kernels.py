@@ -103,6 +103,31 @@ def test_a_page_of_another_place_version_or_table_is_noticed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_pages_and_numbers_that_do_not_go_together_are_refused(name: str) -> None:
+    check = IMPLEMENTATIONS[name].check_pages
+    for shape, num_numbers in (((2, 4096), 1), ((2, 4096), 3), ((1, 16), 1), ((4096,), 1)):
+        with pytest.raises(ValueError, match="page"):
+            check(np.zeros(shape, np.uint8), np.zeros(num_numbers, np.int64), 1, 0)
+    for pages, numbers in (
+        (np.zeros((1, 4096), np.int64), np.zeros(1, np.int64)),
+        (np.zeros((1, 4096), np.uint8), np.zeros(1, np.float64)),
+    ):
+        with pytest.raises(TypeError):
+            check(pages, numbers, 1, 0)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_planes_of_other_types_are_refused(name: str, dtype: type) -> None:
+    out = np.full((1, 4096), 0xA5, dtype=np.uint8)
+    with pytest.raises(TypeError):
+        IMPLEMENTATIONS[name].seal_pages([np.full((3, 10), 300, dtype=dtype)], out, 15, 0, 1, 0)
+    with pytest.raises(ValueError, match="plane"):
+        IMPLEMENTATIONS[name].seal_pages([], out, 15, 0, 1, 0)
+    assert (out == 0xA5).all()
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_shapes_that_do_not_fit_are_refused(name: str) -> None:
     seal = IMPLEMENTATIONS[name].seal_pages
     rows = np.zeros((16, 264), dtype=np.uint8)
