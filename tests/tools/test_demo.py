@@ -1,15 +1,17 @@
-"""The demo's own folder: it removes what it made, and nothing else."""
+"""The demo: it removes what it made, and nothing else; and its oracle gives the rows that the hash gives."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from engram_adapter import HashSpec
 from tierstore.errors import ConfigError
 from tierstore.tools import demo
-from tierstore.tools.demo import own_folder
+from tierstore.tools.demo import first_tokens, own_folder, plain_row_ids, windows
 
 
 @pytest.fixture
@@ -79,3 +81,18 @@ def test_a_demo_that_fails_leaves_its_folder_as_it_was(tmp_path: Path, monkeypat
     status, output = run_demo(tmp_path / "demo")
     assert (status, output) == (1, "Error: the disk is full\n")
     assert not (tmp_path / "demo").exists()
+
+
+def test_the_oracles_rows_are_the_hashs_however_a_document_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {
+        "engram_layer_ids": [1, 4], "engram_vocab_size": 300, "engram_max_ngram_size": 4, "engram_n_heads": 3,
+        "engram_head_dim": 32, "engram_pad_token_id": 2, "vocab_size": 61,
+    }  # fmt: skip
+    spec = HashSpec.from_config(config, np.arange(61, dtype=np.int32) % 40)
+    monkeypatch.setattr(demo, "WINDOW_TOKENS", 7)
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 61, length) for length in (20, 1, 7, 9)]
+    for layer in spec.layers:
+        parts = [spec.row_ids(ids.numpy(), layer, before.numpy())[0] for ids, before in windows(documents, 30, 3)]
+        expected = np.concatenate([plain_row_ids(part, spec, layer) for part in first_tokens(documents, 30)])
+        np.testing.assert_array_equal(np.concatenate(parts), expected)
