@@ -1,4 +1,4 @@
-# Everything a developer runs. Each target works alone on a fresh clone: Debian, Python 3.10 or newer, gcc.
+# Everything a developer runs. Each target works alone on a fresh clone: Debian, Python 3.11 or newer, gcc.
 
 PYTHON ?= python3
 VENV := .venv

@@ -111,13 +111,14 @@ def command(
 def print_plan(plan: BuildPlan) -> None:
     """Prints the preflight: what each table takes, and what the disk has."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("table", "rows", "row bytes", "page bytes", "rows a page", "pages", "shards")
     for column in table.columns[1:]:
         column.justify = "right"
     for layout in plan.tables:
         numbers = (layout.spec.num_rows, layout.spec.row_bytes, layout.page_bytes, layout.rows_per_page)
-        table.add_row(layout.spec.name, *(f"{n:,}" for n in (*numbers, layout.num_pages, layout.num_shards)))
+        table.add_row(Text(layout.spec.name), *(f"{n:,}" for n in (*numbers, layout.num_pages, layout.num_shards)))
     console().print(table)
     click.echo(
         f"rows {format_bytes(plan.table_bytes)}, in pages {format_bytes(plan.store_bytes)}, "

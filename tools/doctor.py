@@ -27,6 +27,7 @@ import psutil
 
 from tierstore import kernels
 from tierstore.build import NETWORK_FILE_SYSTEMS, SPARE_DISK_BYTES, file_system_of
+from tierstore.errors import ConfigError
 from tierstore.tiers.memory import available_memory
 from tierstore.units import format_bytes
 
@@ -57,7 +58,7 @@ def check_extension(native: bool = kernels.native) -> Finding:
     """Is the compiled part there?"""
     if native:
         return Finding("compiled kernels", "ok", f"built; CRC32C by {kernels.crc32c_backend()}")
-    remedy = "install gcc or clang, then: pip install --force-reinstall tierstore"
+    remedy = "install gcc or clang, then in the clone: pip install --force-reinstall ."
     return Finding("compiled kernels", "warn", "not built: NumPy serves, ten times slower or more", remedy)
 
 
@@ -234,7 +235,7 @@ def check_gpu(
     if found is None:
         return Finding("GPU", "ok", f"none, {packages}; the DRAM and NVMe tiers need neither")
     if missing:
-        return Finding("GPU", "warn", f"{found}, {packages}", "pip install 'tierstore[gpu]'")
+        return Finding("GPU", "warn", f"{found}, {packages}", "in the clone: pip install '.[gpu]'")
     return Finding("GPU", "ok", f"{found}, {packages}")
 
 
@@ -249,8 +250,13 @@ def _text(file: Path) -> str:
 def examine(path: Path) -> list[Finding]:
     """Returns all findings for this process and a store at `path`, which need not exist yet."""
     existing = path.absolute()
-    while not existing.is_dir():
-        existing = existing.parent
+    try:
+        while not existing.is_dir():
+            existing = existing.parent
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}; make it readable for this user, or give another"
+        ) from error
     return [
         check_extension(),
         check_io_uring(),

@@ -72,6 +72,7 @@ def command(store: Path, as_json: bool) -> None:
 
 def _print_tables(record: dict[str, Any]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     state = "ready" if record["ready"] else "UNFINISHED: run the same tierstore build command again"
     click.echo(f"{record['path']}: store format {record['format_version']}, {state}")
@@ -81,7 +82,7 @@ def _print_tables(record: dict[str, Any]) -> None:
         tables.columns[column].justify = "right"
     for table in record["tables"]:
         tables.add_row(
-            table["name"],
+            Text(table["name"]),  # names may hold brackets, which are markup otherwise
             f"{table['num_rows']:,}",
             f"{table['codec']} x {table['dim']}",
             f"{table['row_bytes']:,}",

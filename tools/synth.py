@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from engram_adapter import HashSpec, build_token_map
 from tierstore.errors import BudgetError, ConfigError
 from tierstore.formats.tensor_files import DTYPE_BYTES
-from tierstore.spec import codec_row_bytes
+from tierstore.spec import ROW_BYTES_MAX, codec_row_bytes
 from tierstore.units import format_bytes, parse_bytes
 
 from .cli import Progress
@@ -152,7 +152,10 @@ def write_checkpoint(
     given = {name: value for name, value in sizes.items() if value is not None}
     shape = _shape(family, full, table_bytes, rows_per_head, given)
     folder = Path(path)
-    _check_empty(folder)
+    try:
+        _check_empty(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}; give a path that can be read and written") from error
     tokenizer = _tokenizer(tokenizer)
     plan = _PLANS[family](shape, tokenizer, full)
     _check_room(folder, plan.total_bytes)
@@ -181,7 +184,14 @@ def _shape(family: str, full: bool, table_bytes: int | None, rows_per_head: int 
     if family == "deepseek_v41" and shape.dim % SCALE_COLUMNS:
         raise ValueError(f"dim {shape.dim} is not a multiple of {SCALE_COLUMNS}, the values that share a scale")
     if min(shape.dim, shape.hidden, shape.parts, len(shape.layers)) < 1 or min(shape.layers) < 0:
-        raise ValueError(f"{shape}: layers must be 0 or more, the sizes 1 or more")
+        raise ValueError(
+            f"layers {', '.join(map(str, shape.layers)) or 'none'}, dim {shape.dim}, hidden {shape.hidden}, parts "
+            f"{shape.parts}: there must be a layer, layers be 0 or more, and the sizes 1 or more"
+        )
+    if _row_bytes(family, shape) > ROW_BYTES_MAX:
+        raise ValueError(
+            f"dim {shape.dim}: rows of {_row_bytes(family, shape)} bytes, a page holds up to {ROW_BYTES_MAX}; give a smaller dim"
+        )
     if table_bytes is not None:
         heads = shape.num_heads * len(shape.layers)
         rows_per_head = table_bytes // (heads * _row_bytes(family, shape))
@@ -336,7 +346,7 @@ def _tokenizer(given: Tokenizer | str | os.PathLike[str] | None) -> Tokenizer:
         return given
     file = Path(given) / "tokenizer.json" if Path(given).is_dir() else Path(given)
     try:
-        return Tokenizer.from_file(str(file))
+        return Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception for anything that it cannot read
         raise ConfigError(f"{file} cannot be read as a tokenizer ({error}); give a model's tokenizer.json") from error
 

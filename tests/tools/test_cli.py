@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +145,52 @@ def test_a_plain_tensor_is_built_verified_and_inspected_by_its_name(tmp_path: Pa
     assert "100 rows compared" in good("verify", tmp_path / "store", "--source", tmp_path / "t.safetensors").stdout
     (table,) = json.loads(good("inspect", tmp_path / "store", "--json").stdout)["tables"]
     assert (table["name"], table["num_rows"], table["codec"], table["orders"]) == ("some.embedding", 100, "fp32", [1])
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path: Path) -> None:
+    save_file({"x[red]y[/a]": np.zeros((10, 8), dtype=np.float32)}, tmp_path / "t.safetensors")
+    built = good("build", tmp_path / "t.safetensors", tmp_path / "store", "--tensor", "x[red]y[/a]")
+    assert "x[red]y[/a]" in built.stdout
+    assert "x[red]y[/a]" in good("inspect", tmp_path / "store").stdout.split("fingerprint")[0]
+
+
+def test_the_whole_job_works_in_folders_and_files_whose_names_are_no_utf_8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"work-\xff")
+    folder.mkdir()
+    synth = ["synth", "model", "--family", "engram", "--rows-per-head", "50", "--dim", "8"]
+    jobs = [synth, ["build", "model", "store"], ["verify", "store", "--source", "model"], ["inspect", "store"]]
+    for job in (*jobs, ["inspect", "store", "--json"], ["doctor", "store"], ["verify", "nothing"]):
+        arguments = [
+            str(folder / os.fsdecode(b"model-\xfe"))
+            if word == "model"
+            else str(folder / word)
+            if word == "store"
+            else word
+            for word in job
+        ]
+        command = [sys.executable, "-m", "tierstore.tools.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONUTF8": "1"})
+        assert done.returncode == (job[-1] == "nothing"), done.stderr
+        assert "Traceback" not in done.stderr
+        if job[0] == "synth":
+            first = min(Path(arguments[1]).glob("*.safetensors"))
+            index = Path(arguments[1], "model.safetensors.index.json")
+            index.unlink()  # without it, files may be called anything
+            first.rename(first.with_name(os.fsdecode(b"first-\xfd.safetensors")))
+
+
+@pytest.mark.parametrize("name", ["doctor", "synth"])
+def test_a_path_that_may_not_be_looked_at_is_named_with_its_remedy(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir" if name == "doctor" else "exists", refuse)
+    options = ["--family", "engram", "--rows-per-head", "50"] if name == "synth" else []
+    assert run([name, str(tmp_path / "locked"), *options]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"error: .*locked: Permission denied; (make it readable|give a path)", error), error
 
 
 def test_family_and_tensor_together_are_refused(tmp_path: Path) -> None:

@@ -269,7 +269,9 @@ def test_a_failure_at_any_block_is_named_and_leaves_an_empty_folder(
         ("engram", {"rows_per_head": 100, "layers": ()}, "layers"),
         ("engram", {"rows_per_head": 100, "layers": (-1,)}, "layers"),
         ("deepseek_v41", {"rows_per_head": 100, "dim": 48}, "dim 48 is not a multiple of 32"),
-        ("qwen4_exp", {"rows_per_head": 100, "hidden": 0}, "hidden=0"),
+        ("qwen4_exp", {"rows_per_head": 100, "hidden": 0}, "dim 160, hidden 0, parts 128"),
+        ("engram", {"rows_per_head": 100, "layers": (1, -2)}, "layers 1, -2, dim 64"),
+        ("engram", {"rows_per_head": 100, "dim": 65533}, "262132 bytes, a page holds up to 262128"),
         ("qwen4_exp", {"rows_per_head": 100, "file_bytes": 0}, "file_bytes 0"),
     ],
 )

@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.table import Table
 
+from tierstore.errors import BudgetError, ConfigError
 from tierstore.units import format_bytes
 
 from ..synth import write_checkpoint
@@ -27,6 +28,8 @@ from .pairs import Options
 SIZE_BYTES = 2 << 30
 CACHE_STATES = ("warm", "cold")
 BUILD_TIMEOUT_S = 3600
+DISK_PER_SIZE = 2.1  # the checkpoint, and a copy or a store with its pages' padding
+SPARE_DISK_BYTES = 256 << 20
 
 _BUILD = """
 import resource, sys, time
@@ -72,8 +75,13 @@ class Result:
 
 
 def run(folder: Path, options: Options) -> Result:
-    """Measures pairs in each cache state, in a temporary folder under `folder`. Needs about three times the size (2 GiB)."""
+    """Measures pairs in each cache state, in a temporary folder under `folder`, over 2 GiB unless another size is given.
+
+    Needs twice the size and a little: the checkpoint, and one copy or store of it at a time. Raises `BudgetError` where
+    the disk has less, `ConfigError` where a copy or a build fails.
+    """
     size_bytes, pairs = options.size_bytes or SIZE_BYTES, options.pairs
+    _check_room(folder, size_bytes)
     with tempfile.TemporaryDirectory(dir=folder, prefix="bench-build-") as name:
         checkpoint = Path(name) / "checkpoint"
         write_checkpoint(checkpoint, "deepseek_v41", table_bytes=size_bytes, file_bytes=max(size_bytes // 4, 1 << 20))
@@ -90,6 +98,16 @@ def run(folder: Path, options: Options) -> Result:
                 build_s[state].append(seconds)
                 peak_bytes = max(peak_bytes, peak)
         return Result(sum(file.stat().st_size for file in files), store_bytes, copy_s, build_s, peak_bytes)
+
+
+def _check_room(folder: Path, size_bytes: int) -> None:
+    needed_bytes, free_bytes = int(DISK_PER_SIZE * size_bytes) + SPARE_DISK_BYTES, shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise BudgetError(
+            f"{folder}: a checkpoint of {format_bytes(size_bytes)} and its copy need {format_bytes(needed_bytes)} "
+            f"({needed_bytes} bytes), the disk has {format_bytes(free_bytes)} free ({free_bytes} bytes); give a smaller "
+            f"--size, or a --folder on another disk"
+        )
 
 
 def _set_cache(files: list[Path], state: str) -> None:
@@ -111,7 +129,7 @@ def _copy(files: list[Path], target: Path) -> float:
     """Copies with cp, then syncs each copy; returns the seconds."""
     target.mkdir()
     started = time.monotonic()
-    subprocess.run(["cp", *map(str, files), str(target)], check=True, timeout=BUILD_TIMEOUT_S)
+    _run(["cp", *map(str, files), str(target)], "copying the checkpoint")
     for file in target.iterdir():
         fd = os.open(file, os.O_RDONLY)
         try:
@@ -125,9 +143,16 @@ def _copy(files: list[Path], target: Path) -> float:
 
 def _build(checkpoint: Path, store: Path) -> tuple[float, int, int]:
     """Builds in a new process; returns seconds (without the interpreter's start), its peak memory, the store's bytes."""
-    command = [sys.executable, "-c", _BUILD, str(checkpoint), str(store)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S).stdout
-    seconds, peak = printed.split()
+    seconds, peak = _run([sys.executable, "-c", _BUILD, str(checkpoint), str(store)], "building").split()
     store_bytes = sum(file.stat().st_size for file in store.rglob("*.shard"))
     shutil.rmtree(store)
     return float(seconds), int(peak), store_bytes
+
+
+def _run(command: list[str], what: str) -> str:
+    """Runs a command and returns what it printed; raises `ConfigError` with the last line of its errors where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="backslashreplace", timeout=BUILD_TIMEOUT_S)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"it said nothing, status {done.returncode}"])[-1]
+        raise ConfigError(f"{what} failed: {said}; mend that and measure again")
+    return done.stdout

@@ -1,0 +1,31 @@
+"""bench build: what stands in its way is named before, or with what the failing program said."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+
+import pytest
+
+from tierstore.errors import BudgetError, ConfigError
+from tierstore.tools.bench import build
+
+DiskUsage = collections.namedtuple("DiskUsage", "total used free")
+
+
+def test_a_disk_without_room_is_refused_with_both_numbers_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = int(2.1 * (1 << 30)) + (256 << 20)
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: DiskUsage(1 << 40, 0, needed - 1))
+    with pytest.raises(BudgetError, match=rf"\({needed} bytes\).* free \({needed - 1} bytes\)"):
+        build._check_room(tmp_path, 1 << 30)
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: DiskUsage(1 << 40, 0, needed))
+    build._check_room(tmp_path, 1 << 30)
+
+
+def test_a_copy_or_a_build_that_fails_says_what_the_program_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"copying the checkpoint failed: cp: .*nothing\.safetensors"):
+        build._copy([tmp_path / "nothing.safetensors"], tmp_path / "copy")
+    with pytest.raises(ConfigError, match=r"building failed: .*there is no checkpoint at"):
+        build._build(tmp_path / "nothing", tmp_path / "store")
