@@ -155,8 +155,12 @@ void Engine::submit(const std::shared_ptr<Job>& job) {
   const std::lock_guard<std::mutex> lock(runtime.mutex);
   if (lane != nullptr) {
     runtime.handed.push_back({lane, job});
-  } else {
+  } else if (runtime.lanes_max > 0) {
     runtime.pending.push_back(job);
+  } else {  // no lane can be made: nobody will ever come for the job
+    job->fault = {FaultKind::kTimeout, 0, 0, 0};
+    runtime.unfinished.remove(job);
+    job->finish();
   }
   runtime.work_came.notify_one();
 }
@@ -166,6 +170,12 @@ Lane* Engine::acquire_lane(bool wait) {
   std::unique_lock<std::mutex> lock(runtime.mutex);
   const auto there = [&] { return runtime.lane_there(); };
   if (!there() && (!wait || !runtime.lane_freed.wait_for(lock, seconds(shape_.wait_s), there))) return nullptr;
+  return take_lane();
+}
+
+// Takes a lane that is there; null where it would have to be made and cannot be. The runtime's lock is held.
+Lane* Engine::take_lane() {
+  Runtime& runtime = *runtime_;
   if (runtime.free.empty() && !make_lane()) return nullptr;
   Lane* lane = runtime.free.back();
   runtime.free.pop_back();
@@ -233,6 +243,9 @@ void Engine::work() {
       } else if (runtime.stopping) {
         return;
       } else {
+        // Job and lane are taken at once: a worker that waited for a lane could be the one that a begun lane waits for.
+        task.lane = take_lane();
+        if (task.lane == nullptr) continue;
         task.job = runtime.pending.front();
         runtime.pending.pop_front();
       }
@@ -243,11 +256,7 @@ void Engine::work() {
       if (drained) release_lane(task.lane);
       continue;
     }
-    if (task.lane == nullptr) {
-      fetch(*task.job);
-    } else {
-      drive(*task.lane, *task.job);
-    }
+    drive(*task.lane, *task.job);
     {
       const std::lock_guard<std::mutex> lock(runtime.mutex);
       runtime.unfinished.remove(task.job);

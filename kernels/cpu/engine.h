@@ -81,6 +81,7 @@ class Engine {
   struct Runtime;
 
   Lane* acquire_lane(bool wait);
+  Lane* take_lane();
   bool make_lane();
   void release_lane(Lane* lane);
   void drive(Lane& lane, Job& job);

@@ -47,7 +47,8 @@ class MmapQueue : public PageQueue {
     pidfd_ = -1;
   }
 
-  void announce(const std::vector<PageRead>& reads) override {
+  void start(const std::vector<PageRead>& reads) override {
+    queue_.insert(queue_.end(), reads.begin(), reads.end());
     std::vector<iovec> ranges;
     for (size_t i = 0; i < reads.size();) {
       size_t end = i + 1;
@@ -67,8 +68,6 @@ class MmapQueue : public PageQueue {
     }
     flush(ranges);
   }
-
-  void start(const std::vector<PageRead>& reads) override { queue_.insert(queue_.end(), reads.begin(), reads.end()); }
 
   void reap(std::vector<PageDone>& done, int) override {
     if (queue_.empty()) return;

@@ -135,9 +135,6 @@ void Lane::plan_wave(Wave& wave) {
   wave.groups_started = 0;
   wave.groups_left = wave.group_starts.size();
   wave.group_starts.push_back(wave.wants.size());
-  reads_.clear();
-  for (size_t group = 0; group < wave.groups_left; ++group) reads_.push_back(read_of(wave, group, 0));
-  queue_->announce(reads_);
 }
 
 PageRead Lane::read_of(const Wave& wave, size_t group, uint32_t slot) {

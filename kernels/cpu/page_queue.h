@@ -39,10 +39,7 @@ class PageQueue {
  public:
   virtual ~PageQueue() = default;
 
-  // Tells of reads that will be started soon, sorted. Does not block on the disk.
-  virtual void announce(const std::vector<PageRead>&) {}
-
-  // Takes on reads, at most as many at a time as the queue was made for. Does not block on the disk.
+  // Takes on reads, sorted, at most as many at a time as the queue was made for. Does not wait for their pages.
   virtual void start(const std::vector<PageRead>& reads) = 0;
 
   // Appends finished reads to `done`: those there are, or, where there are none, waits for one. Appends nothing after

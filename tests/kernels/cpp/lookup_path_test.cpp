@@ -167,12 +167,12 @@ bool rows_are_right(const int64_t* keys, size_t num_keys, const uint8_t* out) {
   return true;
 }
 
-void test_engine(const std::string& folder, ReadMode mode, const char* name) {
+void test_engine(const std::string& folder, ReadMode mode, const char* name, size_t num_lanes) {
   const Files files(folder);
   Block block(EntryCache::block_bytes(20, 2 * Files::kRowBytes));
   std::vector<Table> tables;
   tables.push_back(files.table(block, 20));
-  Engine engine(std::move(tables), {mode, true, 3, 4, 8, 60.0, {16, Files::kPageBytes, 4096}});
+  Engine engine(std::move(tables), {mode, true, num_lanes, 4, 8, 60.0, {16, Files::kPageBytes, 4096}});
   std::atomic<uint64_t> wrong{0}, checked{0};
   std::vector<std::thread> threads;
   for (uint64_t seed = 1; seed <= 6; ++seed) {
@@ -202,7 +202,7 @@ void test_engine(const std::string& folder, ReadMode mode, const char* name) {
   CHECK(wrong == 0);
   CHECK(engine.close(60.0));
   CHECK(!engine.enter());
-  std::printf("engine, %s: %llu keys checked\n", name, static_cast<unsigned long long>(checked.load()));
+  std::printf("engine, %s, %zu lanes: %llu keys checked\n", name, num_lanes, static_cast<unsigned long long>(checked.load()));
   for (const ShardFile& shard : files.shards) {
     munmap(const_cast<uint8_t*>(shard.map), shard.num_bytes);
     close(shard.buffered_fd);
@@ -276,9 +276,11 @@ int main(int argc, char** argv) {
   if (what == "cache") {
     test_cache();
   } else if (what == "engine" && argc > 2) {
-    if (probe_uring() == 0) test_engine(argv[2], ReadMode::kUring, "uring");
-    test_engine(argv[2], ReadMode::kMmap, "mmap");
-    test_engine(argv[2], ReadMode::kPread, "pread");
+    for (const size_t num_lanes : {1, 3}) {
+      if (probe_uring() == 0) test_engine(argv[2], ReadMode::kUring, "uring", num_lanes);
+      test_engine(argv[2], ReadMode::kMmap, "mmap", num_lanes);
+      test_engine(argv[2], ReadMode::kPread, "pread", num_lanes);
+    }
   } else if (what == "kill") {
     test_kill();
   } else {
