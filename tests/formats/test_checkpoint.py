@@ -349,6 +349,11 @@ def test_names_that_are_no_utf_8_are_read_and_told_apart(tmp_path: Path) -> None
         assert checkpoint.tensors["a"].read_bytes() == bytes([0, 1, 2])
         digests.add(checkpoint.as_record()["digest"])
     assert len(digests) == 2
+    torch.save(torch.arange(6.0).reshape(2, 3), tmp_path / "m.pt")
+    (tmp_path / "m.pt").rename(tmp_path / os.fsdecode(b"m-\xff.pt"))
+    ((name, tensor),) = Checkpoint.open(tmp_path / os.fsdecode(b"m-\xff.pt")).tensors.items()
+    assert name == "m-\ufffd"
+    assert tensor.read_bytes() == np.arange(6, dtype=np.float32).tobytes()
 
 
 def test_a_pt_file_with_code_in_it_is_refused(tmp_path: Path) -> None:

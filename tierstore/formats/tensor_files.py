@@ -226,12 +226,14 @@ def _read_pt(path: Path) -> TensorFile:
         torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
         torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     }  # fmt: skip
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many types here (pickle, runtime, zip errors); all mean an unusable file
-        raise FormatError(
-            f"{path}: torch cannot load it with weights_only and mmap ({error}); save it again with a current torch"
-        ) from error
+    with path.open("rb") as file:
+        utf8_name = f"/proc/self/fd/{file.fileno()}"  # torch maps by name, and takes no other
+        try:
+            value = torch.load(utf8_name, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises many types here (pickle, runtime, zip); all mean an unusable file
+            raise FormatError(
+                f"{path}: torch cannot load it with weights_only and mmap ({error}); save it again with a current torch"
+            ) from error
     named = {os.fsencode(path.stem).decode(errors="replace"): value} if isinstance(value, torch.Tensor) else value
     if not isinstance(named, dict):
         raise FormatError(f"{path}: it holds a {type(named).__name__}, expected a tensor or a dict of tensors")
