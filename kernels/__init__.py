@@ -43,7 +43,7 @@ try:
 except ImportError as error:
     warnings.warn(
         f"tierstore runs without its compiled kernels ({error}): checks and builds are ten times slower or more; "
-        f"install gcc or clang and run: pip install --force-reinstall tierstore",
+        f"install gcc or clang, then in the clone: pip install --force-reinstall .",
         RuntimeWarning,
         stacklevel=2,
     )

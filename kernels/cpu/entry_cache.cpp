@@ -52,13 +52,15 @@ const CacheSet* EntryCache::find_set(uint8_t order, int64_t key) const {
 }
 
 Probe EntryCache::probe(const CacheSet* set, uint8_t order, int64_t key) const {
-  for (size_t way = 0; way < kWays; ++way) {
-    if (set->keys[way].load(kRelaxed) == key && set->orders[way].load(kRelaxed) == order) {
-      const size_t slot = static_cast<size_t>(set - sets_) * kWays + way;
-      return {set, entries_ + slot * stride_, static_cast<int>(way)};
-    }
+  // Without branches: which way holds a key is a coin toss that no processor guesses.
+  unsigned same = 0;
+  for (unsigned way = 0; way < kWays; ++way) {
+    same |= static_cast<unsigned>((set->keys[way].load(kRelaxed) == key) & (set->orders[way].load(kRelaxed) == order)) << way;
   }
-  return {};
+  if (same == 0) return {};
+  const int way = __builtin_ctz(same);
+  const size_t slot = static_cast<size_t>(set - sets_) * kWays + static_cast<size_t>(way);
+  return {set, entries_ + slot * stride_, way};
 }
 
 bool EntryCache::copy(const Probe& probe, uint8_t order, int64_t key, uint8_t* to, const uint8_t* next,

@@ -8,7 +8,7 @@
 namespace tierstore {
 namespace {
 
-constexpr size_t kSetsAhead = 16;     // pairs whose set is on its way while an earlier one is probed
+constexpr size_t kSetsAhead = 18;     // pairs whose set is on its way while an earlier one is probed
 constexpr size_t kEntriesAhead = 4;   // pairs whose entry is on its way while an earlier one is copied
 constexpr size_t kRowsAhead = 16;     // resident rows on their way while an earlier one is copied
 constexpr size_t kRing = 32;
@@ -63,7 +63,7 @@ void gather_cached(const Table& table, uint16_t table_index, const int64_t* keys
   const EntryCache& cache = *table.cache;
   const size_t entry_bytes = table.entry_bytes();
   const size_t sets_ahead = std::min(kSetsAhead, num_pairs), entries_ahead = std::min(kEntriesAhead, num_pairs);
-  const bool streamed = num_pairs * entry_bytes > kStreamedBytes && (reinterpret_cast<uintptr_t>(out) | entry_bytes) % 16 == 0;
+  const bool streamed = num_pairs * entry_bytes > kStreamedBytes && (reinterpret_cast<uintptr_t>(out) | entry_bytes) % kStreamAlignment == 0;
   uint8_t order = 0;
   for (size_t i = 0; i < num_pairs + sets_ahead + entries_ahead; ++i) {
     if (i < num_pairs) {
