@@ -7,7 +7,6 @@ loaded.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import importlib.util
 import json
@@ -28,19 +27,16 @@ import psutil
 from tierstore import kernels
 from tierstore.build import NETWORK_FILE_SYSTEMS, SPARE_DISK_BYTES, file_system_of
 from tierstore.errors import ConfigError
-from tierstore.tiers.memory import available_memory
+from tierstore.tiers.memory import CgroupLimit, available_memory, cgroup_limits
 from tierstore.units import format_bytes
 
 from .cli import console
 
-IO_URING_SETUP = 425  # system call number, the same on x86-64 and arm64
-IO_URING_PARAMS_BYTES = 120
 DIRECT_READ_BYTES = 4096
 OPEN_FILES_MIN = 1024
 MEMLOCK_WANTED = 1 << 30
 DISK_WANTED = 1 << 30
 MEMORY_MIN = 64 << 20
-CGROUP_UNLIMITED = 1 << 60  # version 1 writes "no limit" as a number near 2^63
 _MARKS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -63,17 +59,17 @@ def check_extension(native: bool = kernels.native) -> Finding:
 
 
 def check_io_uring(
-    setup: Callable[[], int] | None = None, disabled_file: Path = Path("/proc/sys/kernel/io_uring_disabled")
+    probe: Callable[[], int] = kernels.probe_uring, disabled_file: Path = Path("/proc/sys/kernel/io_uring_disabled")
 ) -> Finding:
-    """May this process make an io_uring? `setup` returns 0 or an errno; the file says what the administrator allows."""
-    code = (setup or _io_uring_errno)()
+    """May this process make an io_uring? `probe` returns 0 or an errno; the file says what the administrator allows."""
+    code = probe()
     setting = _text(disabled_file)
     sysctl = f"kernel.io_uring_disabled={setting}" if setting else "no kernel.io_uring_disabled"
     if code == 0:
         return Finding("io_uring", "ok", f"allowed ({sysctl})")
     meanwhile = "; until then pages are read without it"
     if code == errno.ENOSYS:
-        remedy = "boot a kernel of 5.6 or newer, built with it"
+        remedy = "boot a kernel of 5.11 or newer, built with it"
     elif setting in ("1", "2"):
         remedy = "allow it, as root: sysctl kernel.io_uring_disabled=0"
     else:
@@ -81,14 +77,16 @@ def check_io_uring(
     return Finding("io_uring", "warn", f"refused: {errno.errorcode.get(code, code)} ({sysctl})", remedy + meanwhile)
 
 
-def _io_uring_errno() -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
-    params = ctypes.create_string_buffer(IO_URING_PARAMS_BYTES)
-    fd = libc.syscall(IO_URING_SETUP, 1, params)
-    if fd < 0:
-        return ctypes.get_errno()
-    os.close(fd)
-    return 0
+def check_process_madvise(probe: Callable[[], int] = kernels.probe_process_madvise) -> Finding:
+    """May this process ask for read-ahead in batches? Used where io_uring is not."""
+    code = probe()
+    if code == 0:
+        return Finding("process_madvise", "ok", "allowed")
+    remedy = (
+        "allow pidfd_open and process_madvise in the container's seccomp profile, or boot a kernel of 5.10 or newer"
+    )
+    meanwhile = "; until then read-ahead is asked for page by page"
+    return Finding("process_madvise", "warn", f"refused: {errno.errorcode.get(code, code)}", remedy + meanwhile)
 
 
 def check_direct_io(path: Path, open_file: Callable[[str, int], int] = os.open) -> Finding:
@@ -165,42 +163,18 @@ def check_memlock(limits: tuple[int, int] | None = None) -> Finding:
 
 
 def check_memory(
-    available: tuple[int, str] | None = None, limit: tuple[int, Path] | None = None, total_bytes: int | None = None
+    available: tuple[int, str] | None = None, limits: list[CgroupLimit] | None = None, total_bytes: int | None = None
 ) -> Finding:
     """How much DRAM could a budget take, and which cgroup bounds it?"""
-    available_bytes, limited_by = available or available_memory()
+    limits = cgroup_limits() if limits is None else limits
+    available_bytes, limited_by = available or available_memory(limits)
     total_bytes = total_bytes or psutil.virtual_memory().total
     fact = f"{format_bytes(available_bytes)} available of {format_bytes(total_bytes)}, limited by the {limited_by}"
-    if limit:
-        fact += f"; cgroup limit {format_bytes(limit[0])} ({limit[1]})"
+    if limits:
+        fact += f"; cgroup limit {format_bytes(limits[0].limit_bytes)} ({limits[0].file})"
     if available_bytes < MEMORY_MIN:
         return Finding("memory", "fail", fact, "end other processes, or raise the limit of the container")
     return Finding("memory", "ok", fact)
-
-
-def cgroup_limit(
-    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> tuple[int, Path] | None:
-    """Returns the least memory limit (bytes, its file) of this process's cgroup and those above it, None without one.
-
-    Version 2 lines are "0::/path" with memory.max, version 1 lines "4:memory:/path" with memory.limit_in_bytes. Inside a
-    container the path may be the host's; then the walk up ends at the root, which is the container's own cgroup.
-    """
-    found: list[tuple[int, Path]] = []
-    for line in _text(membership).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, name = root, "memory.max"
-        elif "memory" in controllers.split(","):
-            base, name = root / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        inner = Path(path.lstrip("/"))
-        for group in (inner, *inner.parents):
-            text = _text(base / group / name)
-            if text.isdigit() and int(text) < CGROUP_UNLIMITED:
-                found.append((int(text), base / group / name))
-    return min(found, default=None)
 
 
 def check_open_files(limits: tuple[int, int] | None = None) -> Finding:
@@ -259,13 +233,13 @@ def examine(path: Path) -> list[Finding]:
         ) from error
     return [
         check_extension(),
-        check_io_uring(),
+        *([check_io_uring(), check_process_madvise()] if kernels.native else []),  # it is they who can tell
         check_direct_io(existing),
         check_file_system(existing),
         check_disk(existing),
         check_huge_pages(),
         check_memlock(),
-        check_memory(limit=cgroup_limit()),
+        check_memory(),
         check_open_files(),
         check_processor(),
         check_gpu(),

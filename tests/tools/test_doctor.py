@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tierstore.tiers.memory import CgroupLimit
 from tierstore.tools import doctor
 from tierstore.tools.doctor import Finding
 
@@ -46,7 +47,7 @@ def test_a_missing_extension_is_told_with_how_to_build_it() -> None:
         (errno.EPERM, "1", "warn", "sysctl kernel.io_uring_disabled=0"),
         (errno.EPERM, "0", "warn", "seccomp"),
         (errno.EPERM, None, "warn", "seccomp"),
-        (errno.ENOSYS, None, "warn", "5.6"),
+        (errno.ENOSYS, None, "warn", "5.11"),
     ],
 )
 def test_io_uring_is_told_by_what_the_kernel_answers(
@@ -58,6 +59,14 @@ def test_io_uring_is_told_by_what_the_kernel_answers(
     assert finding.state == state
     assert remedy in finding.remedy
     assert code == 0 or errno.errorcode[code] in finding.fact
+
+
+@pytest.mark.parametrize(("code", "state"), [(0, "ok"), (errno.EPERM, "warn"), (errno.ENOSYS, "warn")])
+def test_process_madvise_is_told_by_what_the_kernel_answers(code: int, state: str) -> None:
+    finding = doctor.check_process_madvise(lambda: code)
+    assert finding.state == state
+    assert errno.errorcode.get(code, "allowed") in finding.fact
+    assert bool(finding.remedy) == (code != 0)
 
 
 def test_the_probe_of_io_uring_leaves_no_descriptor_open() -> None:
@@ -127,40 +136,13 @@ def test_limits_are_judged_at_their_edges(
 
 
 def test_too_little_memory_fails_and_the_cgroup_is_named() -> None:
-    limit = (2 * GIB, Path("/sys/fs/cgroup/a/memory.max"))
-    finding = doctor.check_memory((63 << 20, "cgroup"), limit, 8 * GIB)
+    limit = CgroupLimit(2 * GIB, GIB, Path("/sys/fs/cgroup/a/memory.max"))
+    finding = doctor.check_memory((63 << 20, "cgroup"), [limit], 8 * GIB)
     assert finding.state == "fail"
     assert finding.fact == (
         "63.00 MiB available of 8.00 GiB, limited by the cgroup; cgroup limit 2.00 GiB (/sys/fs/cgroup/a/memory.max)"
     )
-    assert doctor.check_memory((64 << 20, "machine"), None, 8 * GIB).state == "ok"
-
-
-@pytest.mark.parametrize(
-    ("membership", "files", "expected"),
-    [
-        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": "500", "memory.max": "900"}, (500, "a/memory.max")),
-        ("0::/a\n", {"memory.max": "700"}, (700, "memory.max")),
-        ("0::/\n", {"memory.max": "max"}, None),
-        (
-            "5:cpu,cpuacct:/x\n4:memory:/x\n0::/x\n",
-            {"memory/x/memory.limit_in_bytes": "300", "memory/memory.limit_in_bytes": "9223372036854771712"},
-            (300, "memory/x/memory.limit_in_bytes"),
-        ),
-        ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
-        ("", {}, None),
-    ],
-    ids=["v2 parent", "v2 container", "v2 none", "v1", "v1 none", "no cgroups"],
-)
-def test_the_least_limit_of_the_cgroups_above_is_found(
-    tmp_path: Path, membership: str, files: dict[str, str], expected: tuple[int, str] | None
-) -> None:
-    for name, text in files.items():
-        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "root" / name).write_text(f"{text}\n")
-    (tmp_path / "cgroup").write_text(membership)
-    found = doctor.cgroup_limit(tmp_path / "root", tmp_path / "cgroup")
-    assert found == (expected and (expected[0], tmp_path / "root" / expected[1]))
+    assert doctor.check_memory((64 << 20, "machine"), [], 8 * GIB).state == "ok"
 
 
 @pytest.mark.parametrize(
