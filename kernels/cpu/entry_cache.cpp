@@ -22,14 +22,37 @@ uint64_t mix(uint64_t value) {
   return value ^ (value >> 33);
 }
 
-uint64_t second_hash(uint64_t hash) { return (hash << 32 | hash >> 32) * 0x9E3779B97F4A7C15ull; }
+uint64_t hash(uint8_t order, int64_t key) { return mix(static_cast<uint64_t>(key) + order * 0x9E3779B97F4A7C15ull); }
+
+// The low bits of the hash: `reduce` chose the set by the high ones.
+uint16_t fingerprint(uint8_t order, int64_t key) {
+  const auto low = static_cast<uint16_t>(hash(order, key));
+  return low == 0 ? uint16_t{1} : low;
+}
+
+// Returns the uses that the history remembers of a key, and forgets it.
+uint8_t recall(CacheHistory& history, uint16_t wanted) {
+  for (size_t ghost = 0; ghost < kGhosts; ++ghost) {
+    if (history.fingerprints[ghost] == wanted) {
+      history.fingerprints[ghost] = 0;
+      return history.uses[ghost];
+    }
+  }
+  return 0;
+}
+
+void remember(CacheHistory& history, uint16_t leaving, uint8_t uses) {
+  history.fingerprints[history.next] = leaving;
+  history.uses[history.next] = uses;
+  history.next = static_cast<uint8_t>((history.next + 1) % kGhosts);
+}
 
 }  // namespace
 
 EntryCache::EntryCache(uint8_t* block, size_t num_sets, size_t entry_bytes)
     : sets_(reinterpret_cast<CacheSet*>(block)),
-      sketch_(block + num_sets * sizeof(CacheSet)),
-      entries_(sketch_ + num_sets * kSketchBytesPerSet),
+      histories_(reinterpret_cast<CacheHistory*>(block + num_sets * sizeof(CacheSet))),
+      entries_(block + num_sets * (sizeof(CacheSet) + sizeof(CacheHistory))),
       num_sets_(num_sets),
       entry_bytes_(entry_bytes),
       stride_(entry_stride(entry_bytes)),
@@ -39,12 +62,8 @@ void EntryCache::clear() {
   for (size_t i = 0; i < num_sets_; ++i) {
     CacheSet* set = new (&sets_[i]) CacheSet{};
     for (auto& key : set->keys) key.store(-1, kRelaxed);
+    new (&histories_[i]) CacheHistory{};
   }
-  std::fill_n(sketch_, num_sets_ * kSketchBytesPerSet, uint8_t{0});
-}
-
-uint64_t EntryCache::hash(uint8_t order, int64_t key) const {
-  return mix(static_cast<uint64_t>(key) + order * 0x9E3779B97F4A7C15ull);
 }
 
 const CacheSet* EntryCache::find_set(uint8_t order, int64_t key) const {
@@ -81,14 +100,13 @@ bool EntryCache::copy(const Probe& probe, uint8_t order, int64_t key, uint8_t* t
 }
 
 void EntryCache::offer(uint8_t order, int64_t key, const uint8_t* entry) {
-  grow_old();
-  const uint64_t pair_hash = hash(order, key);
-  CacheSet& set = sets_[reduce(pair_hash, num_sets_)];
+  CacheSet& set = sets_[reduce(hash(order, key), num_sets_)];
+  CacheHistory& history = histories_[&set - sets_];
   const uint64_t version = set.version.load(kRelaxed) | 1;
   const bool abandoned = version == set.version.load(kRelaxed);
   if (!abandoned && probe(&set, order, key).way >= 0) return;
-  const uint8_t uses = std::min<uint8_t>(kCountMax, estimate(pair_hash) + 1);
-  raise_estimate(pair_hash, uses);
+  catch_up(set, history);
+  const uint8_t uses = std::min<uint8_t>(kCountMax, recall(history, fingerprint(order, key)) + 1);
 
   set.version.store(version, kRelaxed);
   std::atomic_thread_fence(std::memory_order_release);
@@ -96,7 +114,7 @@ void EntryCache::offer(uint8_t order, int64_t key, const uint8_t* entry) {
     for (auto& other : set.keys) other.store(-1, kRelaxed);
     set.window = 0;
   }
-  const size_t way = choose_way(set);
+  const size_t way = choose_way(set, history);
   set.keys[way].store(-1, kRelaxed);
   racing_copy(entries_ + (static_cast<size_t>(&set - sets_) * kWays + way) * stride_, entry, entry_bytes_);
   set.orders[way].store(order, kRelaxed);
@@ -108,12 +126,8 @@ void EntryCache::offer(uint8_t order, int64_t key, const uint8_t* entry) {
 }
 
 // Returns the way that a new entry takes, after moving the oldest of a full window out of it: into the set's other part, in
-// place of its least used entry where that was used less, else out of the cache.
-size_t EntryCache::choose_way(CacheSet& set) {
-  if (const uint8_t behind = static_cast<uint8_t>(age_ - set.age); behind != 0) {
-    for (auto& count : set.counts) count.store(behind > 3 ? 0 : count.load(kRelaxed) >> behind, kRelaxed);
-    set.age = age_;
-  }
+// place of its least used entry where that was not used more, else out of the cache.
+size_t EntryCache::choose_way(CacheSet& set, CacheHistory& history) {
   const auto waited = [&set](size_t way) { return static_cast<uint8_t>(set.clock - set.arrivals[way]); };
   int oldest = -1, least_used = -1, empty = -1;
   size_t window_size = 0;
@@ -135,34 +149,26 @@ size_t EntryCache::choose_way(CacheSet& set) {
     return static_cast<size_t>(empty);
   }
   int evicted = oldest;
-  if (least_used >= 0 && set.counts[oldest].load(kRelaxed) > set.counts[least_used].load(kRelaxed)) {
+  if (least_used >= 0 && set.counts[oldest].load(kRelaxed) >= set.counts[least_used].load(kRelaxed)) {
     set.window &= static_cast<uint8_t>(~(1u << oldest));
     evicted = least_used;
   }
-  raise_estimate(hash(set.orders[evicted].load(kRelaxed), set.keys[evicted].load(kRelaxed)),
-                 set.counts[evicted].load(kRelaxed));
+  remember(history, fingerprint(set.orders[evicted].load(kRelaxed), set.keys[evicted].load(kRelaxed)),
+           set.counts[evicted].load(kRelaxed));
   return static_cast<size_t>(evicted);
 }
 
-void EntryCache::grow_old() {
-  if (accesses_.load(kRelaxed) < next_ageing_) return;
-  next_ageing_ = accesses_.load(kRelaxed) + kAgeAccessesPerEntry * kWays * num_sets_;
-  ++age_;
-  for (size_t i = 0; i < num_sets_ * kSketchBytesPerSet; ++i) sketch_[i] >>= 1;
-}
-
-// A count-min sketch of two rows in one array; the lesser of the two counts is the nearer one (Cormode, Muthukrishnan, 2005).
-uint8_t EntryCache::estimate(uint64_t hash) const {
-  const size_t size = num_sets_ * kSketchBytesPerSet;
-  return std::min(sketch_[reduce(second_hash(hash), size)], sketch_[reduce(second_hash(~hash), size)]);
-}
-
-void EntryCache::raise_estimate(uint64_t hash, uint8_t count) {
-  const size_t size = num_sets_ * kSketchBytesPerSet;
-  for (const uint64_t row : {second_hash(hash), second_hash(~hash)}) {
-    uint8_t& cell = sketch_[reduce(row, size)];
-    cell = std::max(cell, count);
+// Halves the uses of a set and its history as often as the cache has aged since a writer was last here.
+void EntryCache::catch_up(CacheSet& set, CacheHistory& history) {
+  if (accesses_.load(kRelaxed) >= next_ageing_) {
+    next_ageing_ = accesses_.load(kRelaxed) + kAgeAccessesPerEntry * kWays * num_sets_;
+    ++age_;
   }
+  const auto behind = std::min<uint8_t>(4, static_cast<uint8_t>(age_ - set.age));  // 15 is 0 after four
+  if (behind == 0) return;
+  set.age = age_;
+  for (auto& count : set.counts) count.store(count.load(kRelaxed) >> behind, kRelaxed);
+  for (uint8_t& uses : history.uses) uses >>= behind;
 }
 
 }  // namespace tierstore

@@ -2,14 +2,16 @@
 //
 // It lies in one flat block of memory that holds no pointers, so that other processes can map and read it:
 //
-//   num_sets headers of 128 bytes | num_sets * 32 bytes of use counts | num_sets * 8 entries of entry_stride bytes
+//   num_sets sets of 128 bytes | num_sets histories of 128 bytes | num_sets * 8 entries of entry_stride bytes
 //
 // Readers take no lock: they copy, then compare the set's version (a sequence lock: Boehm, "Can seqlocks get along with
 // programming language memory models?", 2012). Odd or changed is a miss, never a spin. One writer at a time.
 //
 // Admission: two ways of a set are its window, where every new entry starts. The oldest of the window then takes the place of
-// the least used other entry only if it was used more often, so that first-seen keys and one long prefill wash out nothing
-// that is counted (Einziger, Friedman, Manes: "TinyLFU", 2017). Counts saturate at 15 and are halved as the cache ages.
+// the least used other entry only if it was used as often, so that first-seen keys and one long prefill wash out nothing
+// that is counted (Einziger, Friedman, Manes: "TinyLFU", 2017). What a key was used before it last left is remembered by the
+// set's history of 32 fingerprints (ghost entries, as in Johnson, Shasha: "2Q", 1994). Uses saturate at 15 and are halved as the
+// cache ages.
 #pragma once
 
 #include <atomic>
@@ -21,9 +23,9 @@ namespace tierstore {
 
 constexpr size_t kWays = 8;
 constexpr size_t kWindowWays = 2;
-constexpr size_t kSketchBytesPerSet = 32;
+constexpr size_t kGhosts = 32;
 constexpr uint8_t kCountMax = 15;
-constexpr uint64_t kAgeAccessesPerEntry = 16;  // counts are halved after so many accesses for each entry that fits
+constexpr uint64_t kAgeAccessesPerEntry = 10;  // counts are halved after so many accesses for each entry that fits
 
 struct alignas(64) CacheSet {
   std::atomic<int64_t> keys[kWays];  // -1: empty
@@ -37,6 +39,15 @@ struct alignas(64) CacheSet {
   uint8_t unused[29];
 };
 static_assert(sizeof(CacheSet) == 128, "two cache lines: keys, then what a probe that found its key needs");
+
+// Keys that left the set lately, the writer's alone. A fingerprint of 0 is none.
+struct alignas(64) CacheHistory {
+  uint16_t fingerprints[kGhosts];
+  uint8_t uses[kGhosts];
+  uint8_t next;  // the oldest, which gives way first
+  uint8_t unused[31];
+};
+static_assert(sizeof(CacheHistory) == 128, "two cache lines");
 
 // What a probe found out about one pair; `way` below 0 says miss.
 struct Probe {
@@ -52,7 +63,7 @@ class EntryCache {
 
   static size_t entry_stride(size_t entry_bytes) { return (entry_bytes + 7) / 8 * 8; }
   static size_t block_bytes(size_t num_sets, size_t entry_bytes) {
-    return num_sets * (sizeof(CacheSet) + kSketchBytesPerSet + kWays * entry_stride(entry_bytes));
+    return num_sets * (sizeof(CacheSet) + sizeof(CacheHistory) + kWays * entry_stride(entry_bytes));
   }
 
   // Empties every set. No reader may be at work.
@@ -74,14 +85,11 @@ class EntryCache {
   std::mutex& writer() { return writer_; }
 
  private:
-  uint64_t hash(uint8_t order, int64_t key) const;
-  size_t choose_way(CacheSet& set);
-  void grow_old();
-  uint8_t estimate(uint64_t hash) const;
-  void raise_estimate(uint64_t hash, uint8_t count);
+  size_t choose_way(CacheSet& set, CacheHistory& history);
+  void catch_up(CacheSet& set, CacheHistory& history);
 
   CacheSet* sets_;
-  uint8_t* sketch_;
+  CacheHistory* histories_;
   uint8_t* entries_;
   size_t num_sets_;
   size_t entry_bytes_;

@@ -14,7 +14,7 @@ from ..formats.catalog import TableLayout
 from ..units import format_bytes
 
 CACHE_WAYS = 8
-SET_OVERHEAD_BYTES = 128 + 32  # keys, orders, version, uses of 8 entries; the set's part of the use counts
+SET_OVERHEAD_BYTES = 128 + 128  # keys, orders, version, uses of 8 entries; the set's history
 ALIGNMENT_BYTES = 64  # of each table's part of the block: a cache line
 LANES_MAX = 4
 LANE_BYTES_WANTED = 512 << 10  # below it, fewer lanes serve better than smaller ones
