@@ -40,7 +40,7 @@ from .verify import sources_of_store
 TABLE_BYTES = 512 << 20
 VOCAB_SIZE = 4096
 WINDOW_TOKENS = 1024
-WARM_TOKENS = 300_000
+WARM_TOKENS = 120_000
 HELD_OUT_TOKENS = 60_000
 MARKER = "made-by-tierstore-demo"
 WORK_FOLDERS = ("checkpoint", "store")
