@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -97,6 +98,14 @@ def test_io_falls_back_to_what_the_kernel_allows_and_says_so(
     for word in said:
         assert word in caplog.text
     assert bool(caplog.text) == bool(said)
+
+
+def test_a_pipe_in_place_of_a_shard_is_named_and_does_not_block(own_store: Path) -> None:
+    shard = min((own_store / "shards").glob("*/*.shard"))
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(tierstore.FormatError, match=r"shard 0 of table layers\.1 .*no regular file"):
+        tierstore.open(own_store, dram="600KiB")
 
 
 # A filter as container runtimes install it: the named system calls fail with EPERM. Numbers are those of x86-64 and arm64.

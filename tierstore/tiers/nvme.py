@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,9 +108,12 @@ def _open_shard(image: CatalogImage, table: TableLayout, index: int) -> tuple[Pa
     file = Path(image.path) / shard.file
     what = f"shard {index} of table {table.spec.name} ({file})"
     try:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe in its place would block for ever
     except OSError as error:
         raise FormatError(f"{what}: {error.strerror}; copy it again or rebuild") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FormatError(f"{what}: it is no regular file; copy it again or rebuild")
     found_bytes = os.fstat(fd).st_size
     if found_bytes != shard.num_bytes:
         os.close(fd)
