@@ -14,20 +14,28 @@ from typing import Any
 
 import numpy as np
 
-from . import reference
+from . import reference, reference_placed
 from .reference import ORDER_MAX, PAGE_BAD_CHECKSUM, PAGE_GOOD, PAGE_OTHER_NUMBER, PAGE_OTHER_VERSION, TRAILER
+from .reference_placed import BUCKET_SLOTS, INDEX_BUCKET, RECORD_TRAILER
 
 __all__ = [
+    "BUCKET_SLOTS",
+    "INDEX_BUCKET",
     "ORDER_MAX",
     "PAGE_BAD_CHECKSUM",
     "PAGE_GOOD",
     "PAGE_OTHER_NUMBER",
     "PAGE_OTHER_VERSION",
+    "RECORD_TRAILER",
+    "SOURCES",
     "TRAILER",
     "Engine",
     "check_pages",
     "crc32c",
     "crc32c_backend",
+    "drop_bad_places",
+    "find_entries",
+    "index_entries",
     "keys_of_row_ids",
     "keys_of_tokens",
     "native",
@@ -35,6 +43,8 @@ __all__ = [
     "probe_uring",
     "row_ids_of_keys",
     "seal_pages",
+    "seal_records",
+    "spoil_bad_records",
 ]
 
 _serving: Any = reference
@@ -49,6 +59,10 @@ except ImportError as error:
     )
 
 native: bool = _serving is not reference
+_placed: Any = _serving if native else reference_placed
+
+# What answers a key, by the number that `Engine.locate` gives: Source of kernels/cpu/engine.h.
+SOURCES = ("none", "resident", "static", "recency", "record", "pages")
 
 
 def probe_uring() -> int:
@@ -155,3 +169,40 @@ def keys_of_row_ids(
     -1. `ValueError` for shapes that do not fit, and moduli with which the arithmetic would leave 63 bits.
     """
     _serving.keys_of_row_ids(row_ids, moduli, offsets, num_fixing, inverses, keys, whole)
+
+
+def index_entries(keys: np.ndarray, places: np.ndarray, buckets: np.ndarray) -> bool:
+    """Writes the index of placed entries of one order: keys, int64 [n], all different, places, uint32 [n].
+
+    buckets: uint8 [num_buckets, 64], overwritten whole (FORMAT.md draws a bucket); there must be room for every key, with
+    speed in mind at least a bucket for 3.5 of them. Returns False, with `buckets` undefined, where there is not.
+    """
+    return _placed.index_entries(keys, places, buckets)
+
+
+def find_entries(buckets: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Returns the places, int64 [n], that an index has for keys, int64 [n]; -1 where it has none."""
+    return _placed.find_entries(buckets, keys)
+
+
+def seal_records(records: np.ndarray, keys: np.ndarray, order_index: np.ndarray, entry_bytes: int, seed: int) -> None:
+    """Writes padding, keys and checksums of records, uint8 [n, record_bytes], that hold their entries.
+
+    keys: int64 [n]; order_index: uint32 [n]; record_bytes is entry_bytes up to a multiple of 8, and 16.
+    """
+    _placed.seal_records(records, keys, order_index, entry_bytes, seed)
+
+
+def spoil_bad_records(records: np.ndarray, entry_bytes: int, seed: int) -> int:
+    """Checks records, uint8 [n, record_bytes], and gives those that are not whole the key -1; returns how many."""
+    return _placed.spoil_bad_records(records, entry_bytes, seed)
+
+
+def drop_bad_places(
+    buckets: np.ndarray, order_index: int, records: np.ndarray, num_placed: int, entry_bytes: int
+) -> int:
+    """Takes out of an index the keys whose loaded record is another's, or whose place is none; returns how many.
+
+    records: uint8 [loaded, record_bytes], those of places 0, 1, ...; num_placed: records in the file.
+    """
+    return _placed.drop_bad_places(buckets, order_index, records, num_placed, entry_bytes)

@@ -22,6 +22,7 @@ FLOORS = {
     "tierstore.decisions": 2,
     "tierstore.tiers": 3,
     "tierstore.build": 3,
+    "tierstore.place": 3.5,  # of the same floor: uses tiers and the build's lock
     "tierstore.verify": 3,
     "tierstore.stats": 3,
     "tierstore.store": 4,

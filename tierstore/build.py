@@ -160,7 +160,7 @@ def build_store(
     started = time.monotonic()
     try:
         _check_place(path, allow_network_fs)
-        with _locked(path) as made:
+        with locked_store(path) as made:
             image = _resumable(path, tables, origin, attachments)
             done = _finished_shards(path, image)
             bytes_done = sum(shard.num_bytes for shards in done.values() for shard in shards.values())
@@ -231,8 +231,8 @@ def _check_foreign(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[list[Path]]:
-    """Makes the store's folder and holds its build lock: one build at a time.
+def locked_store(path: Path) -> Iterator[list[Path]]:
+    """Makes the store's folder and holds its lock: one build, or one making of a placement, at a time.
 
     Yields what it made, the lock last; what is still in the list when the body raises is removed again.
     """
@@ -249,7 +249,9 @@ def _locked(path: Path) -> Iterator[list[Path]]:
                 raise FileNotFoundError  # a build that refused has just removed the lock, and this is not the new one
         except (BlockingIOError, FileNotFoundError):
             made.clear()  # it is the other build's
-            raise ConfigError(f"another build of {path} is running; wait for it, or end it and run again") from None
+            raise ConfigError(
+                f"another build or plan of {path} is running; wait for it, or end it and run again"
+            ) from None
         yield made
     except BaseException:
         for place in reversed(made):

@@ -14,14 +14,18 @@ TIERS = ("hbm", "dram", "nvme")
 
 
 def stats_of(counters: Mapping[str, Any], specs: Sequence[TableSpec]) -> dict[str, Any]:
-    """Returns counters for people and programs. Keys are counted once each, duplicates included; sentinels apart."""
+    """Returns counters for people and programs. Keys are counted once each, duplicates included; sentinels apart.
+
+    static_hits, by order: those of the dram tier's hits that its static set answered.
+    """
     tables: dict[str, dict[str, Any]] = {}
-    for spec, (in_dram, from_nvme) in zip(specs, counters["tables"], strict=True):
+    for spec, (in_dram, in_static, from_nvme) in zip(specs, counters["tables"], strict=True):
         orders = {
             order: {"hbm": 0, "dram": dram, "nvme": nvme}
             for order, dram, nvme in zip(spec.orders, in_dram, from_nvme, strict=True)
         }
-        tables[spec.name] = {"hits": _sums(orders.values()), "orders": orders}
+        static = dict(zip(spec.orders, in_static, strict=True))
+        tables[spec.name] = {"hits": _sums(orders.values()), "orders": orders, "static_hits": static}
     hits = _sums(table["hits"] for table in tables.values())
     totals = {name: count for name, count in counters.items() if name != "tables"}
     return {"keys": sum(hits.values()), "hits": hits, **totals, "tables": tables}

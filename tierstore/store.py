@@ -20,7 +20,7 @@ import numpy as np
 
 from . import kernels
 from .decisions.budget import DramPlan, divide_dram
-from .errors import BudgetError, ConfigError, StoreNotReadyError
+from .errors import BudgetError, ConfigError, FormatError, StoreNotReadyError
 from .formats.catalog import CatalogImage, read_catalog
 from .spec import TableSpec
 from .stats import stats_of
@@ -28,12 +28,14 @@ from .tiers.engine import Engine, Pending
 from .tiers.memory import available_memory
 from .tiers.native import NativeEngine
 from .tiers.nvme import IO_MODES, IoChoice, TableFiles, choose_io
+from .tiers.placed import OnProgress, PlacementFile
 from .tiers.portable import PortableEngine
 from .units import format_bytes, parse_bytes
 
 logger = logging.getLogger("tierstore")
 
 CLOSE_WAIT_S = 300.0
+PLACEMENT_ATTEMPTS_MAX = 5
 IN_FLIGHT_SWEEP = 64  # so many buffers of ended tickets are kept at most before they are let go
 
 _open_stores: weakref.WeakSet[Store] = weakref.WeakSet()
@@ -46,33 +48,67 @@ def open_store(
     hbm: int | str | None = None,
     device: str | None = None,
     placement: int | str | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Store:
     """Opens a built store in this process; also `tierstore.open`.
 
     dram: bytes of memory that it may take, all included ("2GiB"); tables that fit are loaded whole, others get a cache of
     entries. io: how pages are read: "uring" (io_uring, past the page cache), "mmap" (memory-mapped shards and the page
     cache), "pread" (a pool of threads), or "auto", the first of these that the kernel allows; what cannot be had falls
-    back to the next, saying so. hbm, device, placement: for tiers and placements that this version does not have yet.
+    back to the next, saying so. placement: the epoch whose entries the store starts with; None: the current one, if there is
+    any; "none": none. on_progress: called with (bytes done, bytes in all) while the placement's hottest entries load. hbm,
+    device: for a tier that this version does not have yet.
 
-    Blocks while resident tables load. Raises `StoreNotReadyError` (no finished store), `FormatError` (foreign, damaged,
-    newer), `BudgetError` (too small, or more than the machine has), `ConfigError` (an option). A damaged page does not keep
-    a store from opening: lookups of its rows raise.
+    Blocks while resident tables and placed entries load. Raises `StoreNotReadyError` (no finished store), `FormatError`
+    (foreign, damaged, newer), `BudgetError` (too small, or more than the machine has), `ConfigError` (an option). A damaged
+    page does not keep a store from opening: lookups of its rows raise.
     """
     if io not in IO_MODES:
         raise ConfigError(f"io: {io!r} is not one of {', '.join(IO_MODES)}")
     if hbm is not None or device is not None:
         raise ConfigError(f"hbm={hbm!r}, device={device!r}: this version has no hbm tier; leave both out")
-    if placement not in (None, "none"):
-        raise ConfigError(f"placement: {placement!r} does not exist, the store has none; pass None or 'none'")
+    budget_bytes = parse_bytes(dram, "dram")
+    choice = choose_io(io)
+    image, placed = _open_placement(path, placement, direct=choice.mode == "uring")
+    try:
+        plan = divide_dram(image.tables, budget_bytes, placed.placement if placed else None)
+        available, limit = available_memory()
+        if plan.dram_bytes > available:
+            raise BudgetError(
+                f"dram: {format_bytes(plan.dram_bytes)} ({plan.dram_bytes} bytes) would be used, the {limit} has "
+                f"{format_bytes(available)} ({available} bytes) left; ask for less"
+            )
+        return Store(image, plan, choice, placed, on_progress)
+    except BaseException:
+        if placed:
+            placed.close()
+        raise
+
+
+def _open_placement(
+    path: str | os.PathLike[str], placement: int | str | None, *, direct: bool
+) -> tuple[CatalogImage, PlacementFile | None]:
+    """Reads the catalog and opens the placement that is asked for; again where it was pruned between the two."""
+    if placement not in (None, "none") and type(placement) is not int:
+        raise ConfigError(f"placement: {placement!r} is no epoch; pass a number, None for the current one, or 'none'")
     image = read_catalog(path)
-    plan = divide_dram(image.tables, parse_bytes(dram, "dram"))
-    available, limit = available_memory()
-    if plan.dram_bytes > available:
-        raise BudgetError(
-            f"dram: {format_bytes(plan.dram_bytes)} ({plan.dram_bytes} bytes) would be used, the {limit} has "
-            f"{format_bytes(available)} ({available} bytes) left; ask for less"
-        )
-    return Store(image, plan, choose_io(io))
+    for _ in range(PLACEMENT_ATTEMPTS_MAX):
+        epoch = image.epoch if placement is None else None if placement == "none" else int(placement)
+        if epoch is None:
+            return image, None
+        if epoch not in image.placements:
+            there = ", ".join(map(str, sorted(image.placements))) or "no placement at all"
+            raise ConfigError(f"placement: epoch {epoch} does not exist in {image.path}; there is {there}")
+        try:
+            return image, PlacementFile(image, epoch, direct=direct)
+        except FormatError:
+            again = read_catalog(path)
+            if again.placements == image.placements and again.epoch == image.epoch:
+                raise
+            image = again
+    raise FormatError(
+        f"{path}: its placements changed {PLACEMENT_ATTEMPTS_MAX} times while it was opened; open it again"
+    )
 
 
 class Ticket:
@@ -129,6 +165,17 @@ class Table:
         if flat is not out:
             out[...] = flat
         return out
+
+    def explain(self, keys: np.ndarray) -> np.ndarray:
+        """Returns what would answer each key now: int64 [N, O] -> str [N, O]. Looks nothing up and counts nothing.
+
+        "static" and "recency": the dram tier; "resident": a table that it holds whole; "record": one NVMe read of the placement
+        file; "pages": NVMe reads of pages; "none": key -1. Raises like `lookup`.
+        """
+        keys, _ = self._checked(keys, None)
+        sources = np.empty(keys.shape, dtype=np.uint8)
+        self._engine.locate(self._index, keys, sources)
+        return np.array(kernels.SOURCES)[sources]
 
     def rows(self, row_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Returns rows by row id: int64 [...] -> uint8 [..., row_bytes]; row id -1 gives a zero row.
@@ -192,10 +239,18 @@ class Table:
 class Store:
     """An open store. `tables` maps names to `Table`s, and `store[name]` is the same. Close it, or use `with`."""
 
-    def __init__(self, image: CatalogImage, plan: DramPlan, choice: IoChoice) -> None:
-        """Opens the shards and loads resident tables; `open_store` is the way in."""
+    def __init__(
+        self,
+        image: CatalogImage,
+        plan: DramPlan,
+        choice: IoChoice,
+        placed: PlacementFile | None,
+        on_progress: OnProgress | None,
+    ) -> None:
+        """Opens the shards and loads resident tables and placed entries; `open_store` is the way in."""
         self._image = image
         self._plan = plan
+        self._placed = placed
         self._closed = False
         self._in_flight: list[tuple[Pending, Sequence[np.ndarray]]] = []  # buffers live until their reads have ended
         self._files: list[TableFiles] = []
@@ -203,7 +258,7 @@ class Store:
         try:
             for layout in layouts:
                 self._files.append(TableFiles(image, layout, direct=choice.mode == "uring"))
-            self._engine = self._make_engine(choice)
+            self._engine = self._make_engine(choice, on_progress)
         except BaseException:
             self._close_files()
             raise
@@ -213,14 +268,14 @@ class Store:
         }
         _open_stores.add(self)
 
-    def _make_engine(self, choice: IoChoice) -> Engine:
+    def _make_engine(self, choice: IoChoice, on_progress: OnProgress | None) -> Engine:
         if choice.mode == "uring" and not all(files.has_direct for files in self._files):
             logger.warning("%s: its file system has no O_DIRECT: reads fill the page cache", self._image.path)
         what = f"the store {self._image.path}"
         engine = (
-            NativeEngine(what, self._files, self._plan, choice)
+            NativeEngine(what, self._files, self._plan, choice, self._placed, on_progress)
             if kernels.native
-            else PortableEngine(what, self._files, self._plan)
+            else PortableEngine(what, self._files, self._plan, self._placed, on_progress)
         )
         if engine.bad_pages:
             first = next(iter(engine.bad_pages.values()))
@@ -279,8 +334,19 @@ class Store:
             "staging_bytes": self._plan.staging.num_bytes,
             "resident_tables": [name for name, share in self._plan.shares.items() if share.resident],
         }
+        shares = self._plan.shares
+        placement = {
+            "epoch": self._placed.placement.epoch if self._placed else None,
+            "static_entries": {name: share.static_entries for name, share in shares.items()},
+            "static_bytes": sum(share.static_bytes for share in shares.values()),
+            "index_bytes": sum(share.index_bytes for share in shares.values()),
+        }
         specs = [table.spec for table in self._tables.values()]
-        return stats_of(self._engine.counters(), specs) | {"io": self._engine.io, "memory": memory}
+        return stats_of(self._engine.counters(), specs) | {
+            "io": self._engine.io,
+            "memory": memory,
+            "placement": placement,
+        }
 
     def close(self) -> None:
         """Waits for lookups in flight, then gives back memory, threads and files. Closing twice is harmless.
@@ -297,6 +363,8 @@ class Store:
     def _close_files(self) -> None:
         for files in self._files:
             files.close()
+        if self._placed:
+            self._placed.close()
 
     def __enter__(self) -> Store:
         return self

@@ -75,16 +75,16 @@ void Engine::leave() {
 void Engine::gather(size_t index, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job) {
   const Table& table = tables_[index];
   const size_t num_pairs = num_tokens * table.num_orders, first_miss = job.misses.size();
+  uint64_t keys_of[kOrdersMax] = {}, misses_of[kOrdersMax] = {}, static_hits[kOrdersMax] = {};
   job.outputs.resize(tables_.size());
   job.outputs[index] = out;
   if (table.resident != nullptr) {
     const int64_t bad_page = gather_resident(table, keys, num_pairs, out);
     if (bad_page >= 0) job.fault = {FaultKind::kBadPage, static_cast<uint32_t>(index), bad_page, kPageBadChecksum};
   } else {
-    gather_cached(table, static_cast<uint16_t>(index), keys, num_pairs, out, job.misses);
+    gather_cached(table, static_cast<uint16_t>(index), keys, num_pairs, out, job.misses, static_hits);
     table.cache->count_accesses(num_pairs);
   }
-  uint64_t keys_of[kOrdersMax] = {}, misses_of[kOrdersMax] = {};
   size_t pair = 0;
   for (size_t token = 0; token < num_tokens; ++token) {
     for (size_t order = 0; order < table.num_orders; ++order) keys_of[order] += keys[pair++] >= 0;
@@ -93,10 +93,31 @@ void Engine::gather(size_t index, const int64_t* keys, size_t num_tokens, uint8_
   uint64_t num_keys = 0;
   for (size_t order = 0; order < table.num_orders; ++order) {
     table_counters[index].hits[order].fetch_add(keys_of[order] - misses_of[order], kRelaxed);
+    if (static_hits[order] > 0) table_counters[index].static_hits[order].fetch_add(static_hits[order], kRelaxed);
     if (misses_of[order] > 0) table_counters[index].misses[order].fetch_add(misses_of[order], kRelaxed);
     num_keys += keys_of[order];
   }
   if (num_keys < num_pairs) counters.sentinels.fetch_add(num_pairs - num_keys, kRelaxed);
+}
+
+void Engine::locate(size_t index, const int64_t* keys, size_t num_tokens, uint8_t* sources) {
+  const Table& table = tables_[index];
+  for (size_t i = 0; i < num_tokens * table.num_orders; ++i) {
+    const auto order = static_cast<uint8_t>(i % table.num_orders);
+    const EntryIndex& placed_keys = table.statics.orders[order];
+    const uint32_t placed = keys[i] < 0 ? kNotPlaced : placed_keys.find(placed_keys.find_bucket(keys[i]), keys[i]);
+    if (keys[i] < 0) {
+      sources[i] = kFromNowhere;
+    } else if (table.resident != nullptr) {
+      sources[i] = kFromResident;
+    } else if (placed < table.statics.num_loaded) {
+      sources[i] = kFromStatic;
+    } else if (table.cache->probe(table.cache->find_set(order, keys[i]), order, keys[i]).way >= 0) {
+      sources[i] = kFromRecency;
+    } else {
+      sources[i] = placed == kNotPlaced ? kFromPages : kFromRecord;
+    }
+  }
 }
 
 void Engine::count_batch(const Job& job) {
@@ -118,7 +139,7 @@ void Engine::read(size_t index, const int64_t* ids, size_t num_ids, uint8_t* out
     if (ids[i] < 0) {
       std::memset(out + i * table.row_bytes, 0, table.row_bytes);
     } else {
-      job.misses.push_back({ids[i], static_cast<uint32_t>(i), static_cast<uint16_t>(index), unit});
+      job.misses.push_back({ids[i], static_cast<uint32_t>(i), static_cast<uint16_t>(index), unit, kNotPlaced});
     }
   }
   fetch(job);

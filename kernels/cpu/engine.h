@@ -28,11 +28,14 @@ struct EngineShape {
   LaneShape lane;
 };
 
-// Counts of one table: by order, keys found in memory and keys fetched.
+// Counts of one table: by order, keys found in memory, those of them in the static set, and keys fetched.
 struct TableCounters {
-  explicit TableCounters(size_t num_orders) : hits(num_orders), misses(num_orders) {}
-  std::vector<std::atomic<uint64_t>> hits, misses;
+  explicit TableCounters(size_t num_orders) : hits(num_orders), static_hits(num_orders), misses(num_orders) {}
+  std::vector<std::atomic<uint64_t>> hits, static_hits, misses;
 };
+
+// What would answer a key; kernels/reference.py has the same numbers.
+enum Source : uint8_t { kFromNowhere, kFromResident, kFromStatic, kFromRecency, kFromRecord, kFromPages };
 
 struct Counters {
   std::atomic<uint64_t> batches{0}, zero_miss_batches{0}, sentinels{0}, rows{0};
@@ -57,6 +60,9 @@ class Engine {
 
   // Reads rows (kRowUnit; id -1 for zeros) or pages (kPageUnit) by number into `out`, past the cache. Blocks on the disk.
   void read(size_t table, const int64_t* ids, size_t num_ids, uint8_t* out, uint8_t unit, Job& job);
+
+  // Writes the Source of each of a table's keys, [num_tokens, O]. Counts nothing.
+  void locate(size_t table, const int64_t* keys, size_t num_tokens, uint8_t* sources);
 
   void count_batch(const Job& job);
 

@@ -38,7 +38,7 @@ void require(bool holds, const char* what) {
 
 // (kind, table, page, detail), or None where all is well.
 py::object fault_tuple(const Fault& fault) {
-  static const char* const kNames[] = {"none", "page", "disk", "timeout", "forked"};
+  static const char* const kNames[] = {"none", "page", "disk", "timeout", "forked", "entry"};
   if (fault.kind == FaultKind::kNone) return py::none();
   return py::make_tuple(kNames[static_cast<int>(fault.kind)], fault.table, fault.page, fault.detail);
 }
@@ -94,6 +94,49 @@ Table make_table(const py::dict& record, ReadMode mode) {
   return table;
 }
 
+// What a placement gives a table; `held` keeps its memory alive.
+StaticSet make_statics(const py::dict& record, const Table& table, ReadMode mode, std::vector<py::array>& held) {
+  StaticSet statics;
+  const auto indexes = record["indexes"].cast<std::vector<py::array_t<uint8_t, py::array::c_style>>>();
+  const auto records = record["records"].cast<py::array_t<uint8_t, py::array::c_style>>();
+  const auto num_placed = record["num_placed"].cast<uint64_t>();
+  const auto [buffered_fd, direct_fd, num_bytes] = record["file"].cast<std::tuple<int, int, size_t>>();
+  require(indexes.size() == table.num_orders, "a static set has an index for each order");
+  for (size_t order = 0; order < indexes.size(); ++order) {
+    require(indexes[order].ndim() == 2 && indexes[order].shape(1) == sizeof(IndexBucket) &&
+                reinterpret_cast<uintptr_t>(indexes[order].data()) % alignof(IndexBucket) == 0,
+            "an index is [n, 64], at a multiple of 64");
+    statics.orders[order] = {reinterpret_cast<const IndexBucket*>(indexes[order].data()),
+                             static_cast<size_t>(indexes[order].shape(0))};
+    held.push_back(indexes[order]);
+  }
+  const size_t record_bytes = (table.entry_bytes() + 7) / 8 * 8 + kRecordTrailerBytes;
+  statics.placed.shape = {table.entry_bytes(), record_bytes, table.shape.seed};
+  statics.placed.file = {buffered_fd, direct_fd, nullptr, num_bytes};
+  statics.placed.byte_start = record["byte_start"].cast<uint64_t>();
+  statics.records = records.data();
+  require(records.ndim() == 2 && records.shape(1) == static_cast<py::ssize_t>(record_bytes) &&
+              records.shape(0) <= static_cast<py::ssize_t>(num_placed) && num_placed < kNotPlaced,
+          "records are [loaded, record_bytes], no more than are placed");
+  require(statics.placed.byte_start <= num_bytes && num_placed <= (num_bytes - statics.placed.byte_start) / record_bytes,
+          "the file holds the placed records");
+  statics.num_loaded = static_cast<uint32_t>(records.shape(0));
+  held.push_back(records);
+  if (mode == ReadMode::kMmap) {
+    void* map = mmap(nullptr, num_bytes, PROT_READ, MAP_SHARED, buffered_fd, 0);
+    if (map != MAP_FAILED) {
+      madvise(map, num_bytes, MADV_RANDOM);
+      statics.placed.file.map = static_cast<const uint8_t*>(map);
+    }
+  }
+  return statics;
+}
+
+void unmap(ShardFile& file) {
+  if (file.map != nullptr) munmap(const_cast<uint8_t*>(file.map), file.num_bytes);
+  file.map = nullptr;
+}
+
 // A job submitted from Python. Whoever made it keeps the output buffers alive until it is done.
 class Ticket {
  public:
@@ -144,6 +187,11 @@ class PyEngine {
         table.cache = std::make_unique<EntryCache>(memory.mutable_data(), num_sets, table.entry_bytes());
         py::gil_scoped_release released;
         table.cache->clear();
+      }
+      if (!record["statics"].is_none()) {
+        require(num_sets > 0, "a resident table needs no static set");
+        table.statics = make_statics(record["statics"].cast<py::dict>(), table, shape.mode, memory_);
+        shape.lane.page_bytes = std::max(shape.lane.page_bytes, table.statics.placed.read_bytes_max());
       }
       memory_.push_back(std::move(memory));
     }
@@ -240,7 +288,33 @@ class PyEngine {
     table.resident = static_cast<const uint8_t*>(memory_.at(index).data());
   }
 
-  // {"batches": ..., "tables": [(hits by order, misses by order), ...]}
+  // What would answer keys, int64 [N, O], as uint8 [N, O] in `sources`. Returns None, or False as `lookup` does.
+  py::object locate(size_t index, py::handle keys, py::handle sources) {
+    if (index >= engine_->tables().size() || !is_array(keys, 'i', 8, false) || !is_array(sources, 'u', 1, true)) return py::bool_(false);
+    const Table& table = engine_->tables()[index];
+    const auto key_array = py::reinterpret_borrow<py::array>(keys);
+    auto source_array = py::reinterpret_borrow<py::array>(sources);
+    if (key_array.ndim() != 2 || key_array.shape(1) != static_cast<py::ssize_t>(table.num_orders) ||
+        source_array.nbytes() != key_array.size() || (table.cache == nullptr && table.resident == nullptr)) {
+      return py::bool_(false);
+    }
+    const auto* key_data = static_cast<const int64_t*>(key_array.data());
+    auto* out = static_cast<uint8_t*>(source_array.mutable_data());
+    const auto num_tokens = static_cast<size_t>(key_array.shape(0));
+    bool open;
+    {
+      py::gil_scoped_release released;
+      open = engine_->enter();
+      if (open) {
+        engine_->locate(index, key_data, num_tokens, out);
+        engine_->leave();
+      }
+    }
+    if (!open) return py::bool_(false);
+    return py::none();
+  }
+
+  // {"batches": ..., "tables": [(hits by order, hits in the static set by order, misses by order), ...]}
   py::dict counters() const {
     py::dict all;
     const Counters& totals = engine_->counters;
@@ -249,13 +323,15 @@ class PyEngine {
     all["sentinels"] = totals.sentinels.load();
     all["rows"] = totals.rows.load();
     all["pages_read"] = engine_->read_counters.pages.load();
+    all["entries_read"] = engine_->read_counters.entries.load();
     all["bytes_read"] = engine_->read_counters.bytes.load();
     py::list tables;
     for (const TableCounters& table : engine_->table_counters) {
-      py::list hits, misses;
+      py::list hits, static_hits, misses;
       for (const auto& count : table.hits) hits.append(count.load());
+      for (const auto& count : table.static_hits) static_hits.append(count.load());
       for (const auto& count : table.misses) misses.append(count.load());
-      tables.append(py::make_tuple(hits, misses));
+      tables.append(py::make_tuple(hits, static_hits, misses));
     }
     all["tables"] = tables;
     return all;
@@ -279,10 +355,8 @@ class PyEngine {
     const bool ended = engine_->close(seconds);
     if (ended) {
       for (Table& table : engine_->tables()) {
-        for (ShardFile& shard : table.shards) {
-          if (shard.map != nullptr) munmap(const_cast<uint8_t*>(shard.map), shard.num_bytes);
-          shard.map = nullptr;
-        }
+        for (ShardFile& shard : table.shards) unmap(shard);
+        unmap(table.statics.placed.file);
       }
     }
     return ended;
@@ -356,6 +430,7 @@ void bind_engine(py::module_& module) {
       .def("rows", &PyEngine::rows)
       .def("read_pages", &PyEngine::read_pages)
       .def("set_resident", &PyEngine::set_resident)
+      .def("locate", &PyEngine::locate)
       .def("counters", &PyEngine::counters)
       .def("inject", &PyEngine::inject, py::arg("what"), py::arg("first") = 0, py::arg("count") = 1)
       .def("injected_reads", &PyEngine::injected_reads)

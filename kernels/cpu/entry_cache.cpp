@@ -3,24 +3,13 @@
 #include <algorithm>
 #include <new>
 
+#include "mix.h"
 #include "racing_copy.h"
 
 namespace tierstore {
 namespace {
 
 constexpr auto kRelaxed = std::memory_order_relaxed;
-
-// The high half of the product maps a 64-bit hash onto 0 .. size - 1 (Lemire, "Fast random integer generation", 2019).
-size_t reduce(uint64_t hash, size_t size) {
-  return static_cast<size_t>((static_cast<unsigned __int128>(hash) * size) >> 64);
-}
-
-// The finalizer of MurmurHash3: every bit of the input changes every bit of the output half of the time.
-uint64_t mix(uint64_t value) {
-  value = (value ^ (value >> 33)) * 0xFF51AFD7ED558CCDull;
-  value = (value ^ (value >> 33)) * 0xC4CEB9FE1A85EC53ull;
-  return value ^ (value >> 33);
-}
 
 uint64_t hash(uint8_t order, int64_t key) { return mix(static_cast<uint64_t>(key) + order * 0x9E3779B97F4A7C15ull); }
 

@@ -8,11 +8,13 @@
 namespace tierstore {
 namespace {
 
+constexpr size_t kBucketsAhead = 18;  // pairs whose bucket of the static set's index is on its way while an earlier one is searched
 constexpr size_t kSetsAhead = 18;     // pairs whose set is on its way while an earlier one is probed
 constexpr size_t kEntriesAhead = 4;   // pairs whose entry is on its way while an earlier one is copied
 constexpr size_t kRowsAhead = 16;     // resident rows on their way while an earlier one is copied
-constexpr size_t kRing = 32;
-static_assert((kRing & (kRing - 1)) == 0 && kRing > kSetsAhead + kEntriesAhead, "slots of the pipeline must not meet");
+constexpr size_t kRing = 64;
+static_assert((kRing & (kRing - 1)) == 0 && kRing > kBucketsAhead + kSetsAhead + kEntriesAhead,
+              "slots of the pipeline must not meet");
 
 // A larger output would only push out of the caches what is copied next; a smaller one is read again soon.
 constexpr size_t kStreamedBytes = 4 << 20;
@@ -51,50 +53,71 @@ int64_t copy_resident(const Table& table, size_t num_rows, uint8_t* out, RowId r
 
 }  // namespace
 
+// Four stages, each some pairs behind the one before, so that what it needs has come from memory meanwhile: ask for the key's
+// bucket of the static set's index; search it, and where the key is not loaded ask for its set of the cache; probe that, and ask for
+// the entry; copy. Without a static set the first stage falls away.
 void gather_cached(const Table& table, uint16_t table_index, const int64_t* keys, size_t num_pairs, uint8_t* out,
-                   std::vector<Miss>& misses) {
+                   std::vector<Miss>& misses, uint64_t* static_hits) {
   struct Pair {
+    const IndexBucket* bucket;
     const CacheSet* set;
+    const uint8_t* record;  // of the static set; null where it does not hold the key
     Probe probe;
     int64_t key;
+    uint32_t placed;
     uint8_t order;
   };
   Pair ring[kRing];
   const EntryCache& cache = *table.cache;
+  const StaticSet& statics = table.statics;
   const size_t entry_bytes = table.entry_bytes();
-  const size_t sets_ahead = std::min(kSetsAhead, num_pairs), entries_ahead = std::min(kEntriesAhead, num_pairs);
+  const size_t buckets_ahead = statics.placed.shape.record_bytes > 0 ? std::min(kBucketsAhead, num_pairs) : 0;
+  const size_t sets_ahead = buckets_ahead + std::min(kSetsAhead, num_pairs);
+  const size_t entries_ahead = sets_ahead + std::min(kEntriesAhead, num_pairs);
   const bool streamed = num_pairs * entry_bytes > kStreamedBytes && (reinterpret_cast<uintptr_t>(out) | entry_bytes) % kStreamAlignment == 0;
   uint8_t order = 0;
-  for (size_t i = 0; i < num_pairs + sets_ahead + entries_ahead; ++i) {
+  for (size_t i = 0; i < num_pairs + entries_ahead; ++i) {
     if (i < num_pairs) {
       Pair& pair = ring[i & (kRing - 1)];
-      pair.key = keys[i];
-      pair.order = order;
+      pair = {nullptr, nullptr, nullptr, {}, keys[i], kNotPlaced, order};
       order = order + 1u == table.num_orders ? 0 : static_cast<uint8_t>(order + 1);
+      if (pair.key >= 0 && buckets_ahead > 0) {
+        pair.bucket = statics.orders[pair.order].find_bucket(pair.key);
+        __builtin_prefetch(pair.bucket);
+      }
+    }
+    if (i >= buckets_ahead && i - buckets_ahead < num_pairs) {
+      Pair& pair = ring[(i - buckets_ahead) & (kRing - 1)];
       if (pair.key >= 0) {
-        pair.set = cache.find_set(pair.order, pair.key);
-        fetch(reinterpret_cast<const uint8_t*>(pair.set), sizeof(CacheSet));
+        pair.placed = statics.orders[pair.order].find(pair.bucket, pair.key);
+        if (pair.placed < statics.num_loaded) {
+          pair.record = statics.record(pair.placed);
+        } else {
+          pair.set = cache.find_set(pair.order, pair.key);
+          fetch(reinterpret_cast<const uint8_t*>(pair.set), sizeof(CacheSet));
+        }
       }
     }
     const uint8_t* next = nullptr;  // an entry that will be copied soon
     if (i >= sets_ahead && i - sets_ahead < num_pairs) {
       Pair& pair = ring[(i - sets_ahead) & (kRing - 1)];
-      if (pair.key >= 0) {
-        pair.probe = cache.probe(pair.set, pair.order, pair.key);
-        next = pair.probe.entry;
-      }
+      if (pair.set != nullptr) pair.probe = cache.probe(pair.set, pair.order, pair.key);
+      next = pair.record != nullptr ? pair.record : pair.probe.entry;
     }
-    if (i < sets_ahead + entries_ahead) {
+    if (i < entries_ahead) {
       if (next != nullptr) fetch(next, entry_bytes);
       continue;
     }
-    const size_t place = i - sets_ahead - entries_ahead;
+    const size_t place = i - entries_ahead;
     const Pair& pair = ring[place & (kRing - 1)];
     uint8_t* to = out + place * entry_bytes;
     if (pair.key < 0) {
       std::memset(to, 0, entry_bytes);
+    } else if (pair.record != nullptr) {
+      racing_copy(to, pair.record, entry_bytes, next, streamed);
+      ++static_hits[pair.order];
     } else if (pair.probe.way < 0 || !cache.copy(pair.probe, pair.order, pair.key, to, next, streamed)) {
-      misses.push_back({pair.key, static_cast<uint32_t>(place), table_index, pair.order});
+      misses.push_back({pair.key, static_cast<uint32_t>(place), table_index, pair.order, pair.placed});
     }
   }
   if (streamed) end_streamed_copies();

@@ -10,6 +10,8 @@
 #include <tuple>
 #include <vector>
 
+#include "entry_index.h"
+
 namespace tierstore {
 
 // What is read at once: the rows of a key of some order, or, by these two in place of an order, one row or one page.
@@ -22,19 +24,20 @@ struct Miss {
   uint32_t place;  // which entry, row or page of the table's output it fills
   uint16_t table;
   uint8_t order;
+  uint32_t placed;  // where its record lies in the placement file, kNotPlaced where it has none
 
   bool same_unit(const Miss& other) const {
     return key == other.key && table == other.table && order == other.order;
   }
 };
 
-enum class FaultKind { kNone, kBadPage, kDisk, kTimeout, kForked };
+enum class FaultKind { kNone, kBadPage, kDisk, kTimeout, kForked, kBadEntry };
 
 struct Fault {
   FaultKind kind = FaultKind::kNone;
   uint32_t table = 0;
-  int64_t page = 0;
-  int detail = 0;  // a PageStatus, an errno, kCutShort, or seconds
+  int64_t page = 0;  // of kBadEntry, the entry's place
+  int detail = 0;    // a PageStatus, an errno, kCutShort, or seconds
 };
 
 // Filled by the thread that submits, read by the thread that fetches, waited for by any. `outputs[t]` is table t's buffer.

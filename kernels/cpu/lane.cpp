@@ -14,6 +14,8 @@ namespace {
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
+constexpr uint64_t kPlacedRead = uint64_t{1} << 63;  // in place of a page number: a place in the placement file
+
 size_t unit_bytes(const Table& table, uint8_t order) {
   return order == kPageUnit ? 0 : order == kRowUnit ? table.row_bytes : table.entry_bytes();
 }
@@ -112,6 +114,10 @@ void Lane::plan_wave(Wave& wave) {
       ++pages_of_pages;
       wave.wants.push_back({static_cast<uint64_t>(miss.key), miss.table, 0, static_cast<uint32_t>(table.page_bytes),
                             job_->outputs[miss.table] + miss.place * table.page_bytes});
+    } else if (miss.placed != kNotPlaced) {
+      wave.wants.push_back({kPlacedRead | miss.placed, miss.table, static_cast<uint32_t>(next_miss_),
+                            static_cast<uint32_t>(num_bytes), to});
+      to += num_bytes;
     } else {
       const bool is_row = miss.order == kRowUnit;
       for (size_t row = 0; row < (is_row ? 1 : table.rows_per_key); ++row) {
@@ -140,6 +146,12 @@ void Lane::plan_wave(Wave& wave) {
 PageRead Lane::read_of(const Wave& wave, size_t group, uint32_t slot) {
   const RowWant& want = wave.wants[wave.group_starts[group]];
   const Table& table = tables_[want.table];
+  if ((want.page & kPlacedRead) != 0) {
+    const PlacedFile& placed = table.statics.placed;
+    const auto place = static_cast<uint32_t>(want.page);
+    return {&placed.file, placed.read_start(place), static_cast<uint32_t>(placed.read_bytes(place)), slot,
+            staging_ + slot * shape_.page_bytes};
+  }
   return {&table.shards[want.page / table.pages_per_shard], want.page % table.pages_per_shard * table.page_bytes,
           static_cast<uint32_t>(table.page_bytes), slot, staging_ + slot * shape_.page_bytes};
 }
@@ -168,36 +180,54 @@ void Lane::start_reads() {
   }
 }
 
-// Checks a page that arrived, puts its rows where they are wanted, and frees its slot.
-void Lane::land(const PageDone& arrived) {
-  PageDone done = arrived;
+// Checks what arrived, puts its rows where they are wanted, and frees its slot.
+void Lane::land(const PageDone& done) {
   Wave& wave = *flights_[done.slot].wave;
   const size_t group = flights_[done.slot].group;
-  const size_t start = wave.group_starts[group], end = wave.group_starts[group + 1];
-  const RowWant& first = wave.wants[start];
-  const Table& table = tables_[first.table];
-  uint8_t* page = staging_ + done.slot * shape_.page_bytes;
+  const RowWant& first = wave.wants[wave.group_starts[group]];
   --in_flight_;
   free_slots_.push_back(done.slot);
   if (job_->fault.kind == FaultKind::kNone) {
-    faults_.apply(done, page, table.page_bytes);
-    uint8_t status = kPageGood;
-    const auto number = static_cast<int64_t>(first.page);
-    if (done.error == 0) check_pages(page, 1, table.shape, &number, &status);
-    if (done.error != 0) {
-      fail({FaultKind::kDisk, first.table, number, done.error});
-    } else if (status != kPageGood) {
-      fail({FaultKind::kBadPage, first.table, number, status});
-    } else {
-      counters_.pages.fetch_add(1, std::memory_order_relaxed);
-      counters_.bytes.fetch_add(table.page_bytes, std::memory_order_relaxed);
-      for (size_t i = start; i < end; ++i) {
-        const RowWant& want = wave.wants[i];
-        std::memcpy(want.to, page + want.row_in_page * table.row_bytes, want.num_bytes);
-      }
-    }
+    const Fault fault = (first.page & kPlacedRead) != 0 ? land_placed(first, done) : land_page(wave, group, done);
+    if (fault.kind != FaultKind::kNone) fail(fault);
   }
   if (--wave.groups_left == 0 && job_->fault.kind == FaultKind::kNone) finish_wave(wave);
+}
+
+Fault Lane::land_page(const Wave& wave, size_t group, PageDone done) {
+  const size_t start = wave.group_starts[group], end = wave.group_starts[group + 1];
+  const Table& table = tables_[wave.wants[start].table];
+  const auto number = static_cast<int64_t>(wave.wants[start].page);
+  uint8_t* page = staging_ + done.slot * shape_.page_bytes;
+  faults_.apply(done, page, table.page_bytes);
+  if (done.error != 0) return {FaultKind::kDisk, wave.wants[start].table, number, done.error};
+  uint8_t status = kPageGood;
+  check_pages(page, 1, table.shape, &number, &status);
+  if (status != kPageGood) return {FaultKind::kBadPage, wave.wants[start].table, number, status};
+  counters_.pages.fetch_add(1, std::memory_order_relaxed);
+  counters_.bytes.fetch_add(table.page_bytes, std::memory_order_relaxed);
+  for (size_t i = start; i < end; ++i) {
+    const RowWant& want = wave.wants[i];
+    std::memcpy(want.to, page + want.which * table.row_bytes, want.num_bytes);
+  }
+  return {};
+}
+
+Fault Lane::land_placed(const RowWant& want, PageDone done) {
+  const PlacedFile& placed = tables_[want.table].statics.placed;
+  const auto place = static_cast<uint32_t>(want.page);
+  const Miss& miss = job_->misses[want.which];
+  uint8_t* read = staging_ + done.slot * shape_.page_bytes;
+  const uint8_t* record = read + (placed.record_start(place) - placed.read_start(place));
+  faults_.apply(done, read, placed.read_bytes(place));
+  if (done.error != 0) return {FaultKind::kBadEntry, want.table, place, done.error};
+  if (!record_is_whole(record, placed.shape) || !record_is_of(record, placed.shape, miss.order, miss.key)) {
+    return {FaultKind::kBadEntry, want.table, place, 0};
+  }
+  counters_.entries.fetch_add(1, std::memory_order_relaxed);
+  counters_.bytes.fetch_add(placed.read_bytes(place), std::memory_order_relaxed);
+  std::memcpy(want.to, record, want.num_bytes);
+  return {};
 }
 
 // Copies a wave's units to every place that asked for them, and offers entries to their tables' caches.

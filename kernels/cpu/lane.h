@@ -1,7 +1,7 @@
 // A lane: one page queue with its staging, which carries one job at a time from misses to rows in place.
 //
-// A job goes in waves of as many units as the assembly buffer holds. The pages of a wave are sorted and each is read once; as
-// they arrive, they are checked, and their rows put together in the assembly buffer; a finished wave is copied to its
+// A job goes in waves of as many units as the assembly buffer holds. The pages of a wave are sorted and each is read once, and
+// a key that has a record in the placement file is one read of that instead of its pages; as they arrive, they are checked, and their rows put together in the assembly buffer; a finished wave is copied to its
 // places and offered to the caches. Two waves overlap, so that the queue stays full from one to the next. A lane belongs to
 // one thread at a time.
 #pragma once
@@ -21,15 +21,15 @@ namespace tierstore {
 
 struct LaneShape {
   size_t depth;           // pages in flight at most
-  size_t page_bytes;      // of the largest page
+  size_t page_bytes;      // of the largest page, or of the largest read of a placed entry
   size_t assembly_bytes;  // of each of the two waves
 
   size_t staging_bytes() const { return depth * page_bytes + 2 * assembly_bytes; }
 };
 
-// Counters of what was read; any thread may add.
+// Counters of what was read: pages, placed entries, bytes of both; any thread may add.
 struct ReadCounters {
-  std::atomic<uint64_t> pages{0}, bytes{0};
+  std::atomic<uint64_t> pages{0}, entries{0}, bytes{0};
 };
 
 class Lane {
@@ -60,10 +60,11 @@ class Lane {
   void abandon_after_fork();
 
  private:
+  // One row of a page; or a placed entry: `page` is its place under kPlacedRead, `which` its miss.
   struct RowWant {
     uint64_t page;
     uint32_t table;
-    uint32_t row_in_page;
+    uint32_t which;  // row within the page
     uint32_t num_bytes;
     uint8_t* to;
   };
@@ -84,6 +85,8 @@ class Lane {
   PageRead read_of(const Wave& wave, size_t group, uint32_t slot);
   void start_reads();
   void land(const PageDone& done);
+  Fault land_page(const Wave& wave, size_t group, PageDone done);
+  Fault land_placed(const RowWant& want, PageDone done);
   void finish_wave(Wave& wave);
   void fail(const Fault& fault);
   bool active(const Wave& wave) const { return wave.groups_left > 0; }

@@ -16,6 +16,7 @@
 #include "engine_module.h"
 #include "hash.h"
 #include "pages.h"
+#include "placed_module.h"
 
 namespace py = pybind11;
 
@@ -269,5 +270,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("check_pages", &check_pages, py::arg("pages").noconvert(), py::arg("page_numbers"), py::arg("version"),
              py::arg("seed"));
   tierstore::bind_engine(module);
+  tierstore::bind_placed(module);
   define_hash(module);
 }

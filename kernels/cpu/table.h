@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "entry_cache.h"
+#include "entry_index.h"
 #include "page_queue.h"
 #include "pages.h"
 
@@ -22,6 +23,7 @@ struct Table {
   PageShape shape;
   std::vector<ShardFile> shards;
   std::unique_ptr<EntryCache> cache;  // null where the table is resident
+  StaticSet statics;                  // of the placement; empty where there is none
   const uint8_t* resident = nullptr;  // all rows, by row id
   std::vector<bool> bad_pages;        // of a resident table: pages that could not be loaded; empty where all are good
 

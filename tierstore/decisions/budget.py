@@ -1,21 +1,23 @@
-"""How a DRAM budget is divided: staging first, then tables that fit whole, then caches of entries.
+"""How a DRAM budget is divided: staging first, then tables that fit whole, then static sets and caches of entries.
 
-Flows in: table layouts and a number of bytes. Flows out: a `DramPlan` whose parts add up to no more than that number.
-Refuses a budget that cannot hold one set of entries a table, naming the least that would do.
+Flows in: table layouts, a number of bytes, perhaps a placement. Flows out: a `DramPlan` whose parts add up to no more than
+that number. Refuses a budget that cannot hold one set of entries a table, naming the least that would do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import BudgetError
 from ..formats.catalog import TableLayout
+from ..formats.placement import UNIT_BYTES, PlacedTable, Placement, round_up
 from ..units import format_bytes
 
 CACHE_WAYS = 8
 SET_OVERHEAD_BYTES = 128 + 128  # keys, orders, version, uses of 8 entries; the set's history
-ALIGNMENT_BYTES = 64  # of each table's part of the block: a cache line
+ALIGNMENT_BYTES = UNIT_BYTES  # of each table's part of the block: records are read straight into it
+LINE_BYTES = 64  # of what lies within: a cache line
 LANES_MAX = 4
 LANE_BYTES_WANTED = 512 << 10  # below it, fewer lanes serve better than smaller ones
 DEPTH_MAX = 256  # pages in flight a lane; beyond it, measured, a disk gives no more
@@ -25,12 +27,19 @@ STAGING_FRACTION = 16  # staging takes at most this part of the budget, unless o
 
 @dataclass(frozen=True)
 class TableShare:
-    """What one table gets: all its rows (`resident`), or a cache of `num_sets` sets of 8 entries; where in the block."""
+    """What one table gets, and where in the block: all its rows (`resident`), or three parts one after the other.
+
+    They are `static_bytes` for the placement's first `static_entries` records, `index_bytes` for its indexes, and a cache of
+    `num_sets` sets of 8 entries.
+    """
 
     resident: bool
     num_sets: int
     byte_start: int
     num_bytes: int
+    static_entries: int = 0
+    static_bytes: int = 0
+    index_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,53 +83,76 @@ class DramPlan:
 
 def cache_set_bytes(table: TableLayout) -> int:
     """Returns the bytes of one set of a table's entry cache, index included; entries begin at multiples of 8."""
-    return SET_OVERHEAD_BYTES + CACHE_WAYS * _round_up(table.spec.entry_bytes, 8)
+    return SET_OVERHEAD_BYTES + CACHE_WAYS * round_up(table.spec.entry_bytes, 8)
 
 
-def divide_dram(tables: Mapping[str, TableLayout], budget_bytes: int) -> DramPlan:
+def divide_dram(tables: Mapping[str, TableLayout], budget_bytes: int, placement: Placement | None = None) -> DramPlan:
     """Divides `budget_bytes` among staging and tables; raises `BudgetError` where it is too small.
 
     Every table of a model is asked for equally many keys a token, so each gets an equal share; a table smaller than its
-    share is kept resident, and what it leaves goes to the others. The shares of larger ones become caches of entries.
+    share is kept resident, and what it leaves goes to the others. The shares of larger ones become static sets, as far as the
+    placement goes, and caches of entries.
     """
-    least_lane = _least_staging(tables)
-    least_for_tables = len(tables) * _round_up(max(map(cache_set_bytes, tables.values())), ALIGNMENT_BYTES)
+    placed = placement.tables if placement else {}
+    least_lane = _least_staging(tables, placed)
+    least_for_tables = len(tables) * max(_least_share(table, placed.get(name)) for name, table in tables.items())
     least = least_lane.lane_bytes + least_for_tables
     if budget_bytes < least:
+        what, remedy = ("staging, the placement's index", ", or placement='none'") if placement else ("staging", "")
         raise BudgetError(
             f"dram: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes ({format_bytes(least)}) "
-            f"that staging and one set of entries a table take; ask for more"
+            f"that {what} and one set of entries a table take; ask for more{remedy}"
         )
     staging = _plan_staging(least_lane, budget_bytes, budget_bytes - least_for_tables)
     left = budget_bytes - staging.num_bytes
-    sizes: dict[str, tuple[int, int]] = {}  # sets (0: resident), bytes
+    shares: dict[str, TableShare] = {}
     by_size = sorted(tables.values(), key=lambda table: table.spec.table_bytes)
     for count, table in zip(range(len(by_size), 0, -1), by_size, strict=True):
-        share_bytes = left // count // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-        whole_bytes = _round_up(table.spec.table_bytes, ALIGNMENT_BYTES)
-        num_sets = 0 if whole_bytes <= share_bytes else share_bytes // cache_set_bytes(table)
-        num_bytes = _round_up(num_sets * cache_set_bytes(table), ALIGNMENT_BYTES) if num_sets else whole_bytes
-        sizes[table.spec.name] = num_sets, num_bytes
-        left -= num_bytes
-    shares, byte_start = {}, 0
+        name, share_bytes = table.spec.name, left // count // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        whole_bytes = round_up(table.spec.table_bytes, ALIGNMENT_BYTES)
+        if whole_bytes <= share_bytes:
+            shares[name] = TableShare(True, 0, 0, whole_bytes)
+        else:
+            fraction = placement.static_fraction if placement else 0.0
+            shares[name] = _divide_share(table, share_bytes, placed.get(name), fraction)
+        left -= shares[name].num_bytes
+    byte_start = 0
     for name in tables:
-        num_sets, num_bytes = sizes[name]
-        shares[name] = TableShare(num_sets == 0, num_sets, byte_start, num_bytes)
-        byte_start += num_bytes
-    return DramPlan(budget_bytes, staging, shares)
+        shares[name] = replace(shares[name], byte_start=byte_start)
+        byte_start += shares[name].num_bytes
+    return DramPlan(budget_bytes, staging, {name: shares[name] for name in tables})
 
 
-def _round_up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit
+def _least_share(table: TableLayout, placed: PlacedTable | None) -> int:
+    """Bytes of the placement's indexes and one set."""
+    index_bytes = round_up(placed.index_bytes, LINE_BYTES) if placed else 0
+    return round_up(index_bytes + cache_set_bytes(table), ALIGNMENT_BYTES)
 
 
-def _least_staging(tables: Mapping[str, TableLayout]) -> StagingPlan:
-    """One lane that holds one key of any table: a page for each of its rows, and the entry."""
+def _divide_share(table: TableLayout, share_bytes: int, placed: PlacedTable | None, fraction: float) -> TableShare:
+    """Static set, indexes and cache of a table in `share_bytes`; the cache has one set at least."""
+    set_bytes = cache_set_bytes(table)
+    static_entries = static_bytes = index_bytes = 0
+    if placed:
+        index_bytes = round_up(placed.index_bytes, LINE_BYTES)
+        left = share_bytes - index_bytes
+        most_bytes = max(0, min(int(left * fraction), left - set_bytes)) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        static_entries = min(placed.num_entries, most_bytes // placed.record_bytes)
+        static_bytes = round_up(static_entries * placed.record_bytes, ALIGNMENT_BYTES)
+    num_sets = (share_bytes - static_bytes - index_bytes) // set_bytes
+    num_bytes = round_up(static_bytes + index_bytes + num_sets * set_bytes, ALIGNMENT_BYTES)
+    return TableShare(False, num_sets, 0, num_bytes, static_entries, static_bytes, index_bytes)
+
+
+def _least_staging(tables: Mapping[str, TableLayout], placed: Mapping[str, PlacedTable]) -> StagingPlan:
+    """One lane that holds one key of any table: a page for each of its rows, or the read of its record, and the entry."""
     return StagingPlan(
         num_lanes=1,
         depth=max(table.spec.rows_per_key for table in tables.values()),
-        page_bytes=max(table.page_bytes for table in tables.values()),
-        assembly_bytes=_round_up(max(table.spec.entry_bytes for table in tables.values()), ALIGNMENT_BYTES),
+        page_bytes=max(
+            [table.page_bytes for table in tables.values()] + [part.read_bytes_max for part in placed.values()]
+        ),
+        assembly_bytes=round_up(max(table.spec.entry_bytes for table in tables.values()), LINE_BYTES),
     )
 
 
@@ -131,5 +163,5 @@ def _plan_staging(least: StagingPlan, budget_bytes: int, most_bytes: int) -> Sta
     lane_bytes = max(wanted_bytes // num_lanes, least.lane_bytes)
     most_pages = (lane_bytes - 2 * least.assembly_bytes) // least.page_bytes
     depth = max(least.depth, min(DEPTH_MAX, lane_bytes // 3 // least.page_bytes, most_pages))
-    assembly_bytes = (lane_bytes - depth * least.page_bytes) // 2 // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    assembly_bytes = (lane_bytes - depth * least.page_bytes) // 2 // LINE_BYTES * LINE_BYTES
     return StagingPlan(num_lanes, depth, least.page_bytes, assembly_bytes)

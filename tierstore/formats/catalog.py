@@ -13,7 +13,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -53,6 +53,15 @@ class ShardRecord:
     file: str
     num_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class PlacementRecord:
+    """A published placement: its number, its file (relative to the store) and length."""
+
+    epoch: int
+    file: str
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ class TableLayout:
         }
         if not all(type(value) is int and value >= 0 for value in numbers.values()):
             raise FormatError(f"table {spec.name}: the catalog's layout {numbers} is damaged; restore it or rebuild")
-        layout = cls(spec, **numbers, folder=_checked_path(record.get("folder"), spec.name))
+        layout = cls(spec, **numbers, folder=_checked_path(record.get("folder"), f"table {spec.name}"))
         fits = layout.rows_per_page == (layout.page_bytes - 16) // spec.row_bytes >= 1
         in_units = layout.page_bytes % PAGE_UNIT_BYTES == 0 and layout.page_bytes <= PAGE_UNIT_BYTES * PAGE_UNITS_MAX
         if not fits or not in_units or layout.num_pages != layout.shape.num_pages(spec.num_rows):
@@ -117,7 +126,10 @@ class TableLayout:
 
 @dataclass(frozen=True)
 class CatalogImage:
-    """All that a catalog says, copied out. `shards[table]` maps shard index to its record, finished ones only."""
+    """All that a catalog says, copied out. `shards[table]` maps shard index to its record, finished ones only.
+
+    placements: the published ones by epoch; epoch: the current one, None where there is none.
+    """
 
     path: Path
     format_version: int
@@ -126,6 +138,8 @@ class CatalogImage:
     tables: dict[str, TableLayout]
     shards: dict[str, dict[int, ShardRecord]]
     attachments: dict[str, bytes]
+    placements: dict[int, PlacementRecord]
+    epoch: int | None
 
 
 def create_catalog(
@@ -154,6 +168,23 @@ def record_shard(path: Path, table_name: str, shard_index: int, shard: ShardReco
 def mark_ready(path: Path) -> None:
     """Commits the ready mark, last of all: from now on the store opens."""
     _write(path / CATALOG_FILE, {"ready": _as_json({"ready": True})})
+
+
+def publish_placement(path: Path, placement: PlacementRecord) -> None:
+    """Notes a placement that is complete and synced on disk, and makes it the current epoch, in one transaction."""
+    record = {"file": placement.file, "num_bytes": placement.num_bytes}
+    records = {f"placement/{placement.epoch:08d}": _as_json(record), "epoch": _as_json({"epoch": placement.epoch})}
+    _write(path / CATALOG_FILE, records)
+
+
+def set_epoch(path: Path, epoch: int | None) -> None:
+    """Makes a published placement the current one; None: stores open without any."""
+    _write(path / CATALOG_FILE, {"epoch": _as_json({"epoch": epoch})})
+
+
+def forget_placement(path: Path, epoch: int) -> None:
+    """Takes the record of a placement that is not the current one out of the catalog; its file may go then."""
+    _write(path / CATALOG_FILE, {}, removed=(f"placement/{epoch:08d}",))
 
 
 def read_catalog(path: str | os.PathLike[str], *, must_be_ready: bool = True) -> CatalogImage:
@@ -193,10 +224,14 @@ def _image(path: Path, records: dict[str, bytes]) -> CatalogImage:
     tables = {name: TableLayout.from_record(_from_json(records, f"table/{name}", path)) for name in names}
     shards: dict[str, dict[int, ShardRecord]] = {name: {} for name in names}
     attachments = {}
+    placements = {}
     for key in records:
         kind, _, rest = key.partition("/")
         if kind == "attachment":
             attachments[rest] = records[key]
+        elif kind == "placement":
+            placement = _placement_record(rest, _from_json(records, key, path), path)
+            placements[placement.epoch] = placement
         elif kind == "shard":
             name, _, index = rest.rpartition("/")
             if name not in tables or not index.isdecimal() or int(index) >= tables[name].num_shards:
@@ -209,14 +244,24 @@ def _image(path: Path, records: dict[str, bytes]) -> CatalogImage:
                 f"{path}: the catalog is marked ready with {len(shards[name])} of {layout.num_shards} shards of table "
                 f"{name}; restore it or rebuild"
             )
+    epoch = _from_json(records, "epoch", path).get("epoch") if "epoch" in records else None
+    if epoch is not None and epoch not in placements:
+        raise FormatError(f"{path}: the catalog's current epoch {epoch!r} is no placement of its; restore the catalog")
     origin = _from_json(records, "origin", path)
-    return CatalogImage(path, STORE_FORMAT_VERSION, ready, origin, tables, shards, attachments)
+    return CatalogImage(path, STORE_FORMAT_VERSION, ready, origin, tables, shards, attachments, placements, epoch)
+
+
+def _placement_record(number: str, record: dict[str, Any], path: Path) -> PlacementRecord:
+    num_bytes = record.get("num_bytes")
+    if not number.isdecimal() or type(num_bytes) is not int or num_bytes < 0:
+        raise FormatError(f"{path}: the catalog's record of placement {number!r} is damaged; restore the catalog")
+    return PlacementRecord(int(number), _checked_path(record.get("file"), f"placement {number}"), num_bytes)
 
 
 def _shard_record(record: dict[str, Any], layout: TableLayout, shard_index: int) -> ShardRecord:
     page_start, page_end = layout.shard_pages(shard_index)
     expected_bytes = (page_end - page_start) * layout.page_bytes
-    file = _checked_path(record.get("file"), layout.spec.name)
+    file = _checked_path(record.get("file"), f"table {layout.spec.name}")
     if record.get("num_bytes") != expected_bytes or not isinstance(record.get("sha256"), str):
         raise FormatError(
             f"shard {shard_index} of table {layout.spec.name}: the catalog says {record.get('num_bytes')} bytes, its "
@@ -225,7 +270,7 @@ def _shard_record(record: dict[str, Any], layout: TableLayout, shard_index: int)
     return ShardRecord(file, expected_bytes, record["sha256"])
 
 
-def _checked_path(value: Any, table_name: str) -> str:
+def _checked_path(value: Any, what: str) -> str:
     """Returns a path inside the store, or raises: a catalog must not lead a reader out of its folder."""
     if (
         not isinstance(value, str)
@@ -233,7 +278,7 @@ def _checked_path(value: Any, table_name: str) -> str:
         or PurePosixPath(value).is_absolute()
         or ".." in PurePosixPath(value).parts
     ):
-        raise FormatError(f"table {table_name}: the catalog names the file {value!r}, outside the store; rebuild")
+        raise FormatError(f"{what}: the catalog names the file {value!r}, outside the store; rebuild")
     return value
 
 
@@ -274,14 +319,16 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _write(file: Path, records: dict[str, bytes]) -> None:
-    """Commits records, each with its checksum, in one durable transaction."""
+def _write(file: Path, records: dict[str, bytes], removed: Sequence[str] = ()) -> None:
+    """Commits records, each with its checksum, and takes others out, in one durable transaction."""
     try:
         with _environment(file, readonly=False) as environment, environment.begin(write=True) as transaction:
             for key, value in records.items():
                 key_bytes = key.encode()
                 checksum = kernels.crc32c(value, kernels.crc32c(key_bytes))
                 transaction.put(key_bytes, value + struct.pack("<I", checksum))
+            for key in removed:
+                transaction.delete(key.encode())
     except lmdb.Error as error:
         if "No space left" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error

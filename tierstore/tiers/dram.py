@@ -74,6 +74,13 @@ class EntryCache:
             self._last_use[sets, ways] = self._tick()
         return hits
 
+    def holds(self, order_index: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Returns which pairs are there, bool [M], without using them."""
+        sets = self._sets_of(order_index, keys)
+        with self.lock:
+            same = (self._keys[sets] == keys[:, None]) & (self._order_index[sets] == order_index[:, None])
+        return same.any(axis=1)
+
     def offer(self, order_index: np.ndarray, keys: np.ndarray, entries: np.ndarray) -> None:
         """Puts entries in, each in place of the least recently used of its set; (order index, key) pairs must differ.
 

@@ -59,8 +59,13 @@ class Engine(ABC):
         """Reads pages, int64 [P] ascending without repeats, into out, uint8 [P, page_bytes], and checks each."""
 
     @abstractmethod
+    def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
+        """Writes what would answer keys, int64 [N, O], as uint8 [N, O]: places in `kernels.SOURCES`. Counts nothing."""
+
+    @abstractmethod
     def counters(self) -> dict[str, Any]:
-        """Returns totals, and under "tables" a pair for each table: keys by order found in DRAM, and read from NVMe."""
+        """Returns totals, and under "tables" three lists for each: keys by order found in DRAM, those of them in the static
+        set, and read from NVMe."""
 
     @abstractmethod
     def close(self, timeout_s: float) -> bool:

@@ -18,6 +18,8 @@ from ..formats.page import PAGE_VERSION, fault_text
 from .engine import READ_WAIT_S, Engine, Request
 from .memory import allocate
 from .nvme import IoChoice, TableFiles, load_rows
+from .placed import OnProgress, PlacementFile, StaticSet, load_all_static
+from .placed import fault_text as entry_fault_text
 
 PREAD_THREADS = 16
 JOBS_MAX = 256  # tickets under way; beyond it, submit waits for one to end
@@ -27,20 +29,31 @@ LOAD_BYTES = 1 << 20
 class NativeEngine(Engine):
     """See `Engine`."""
 
-    def __init__(self, what: str, files: Sequence[TableFiles], plan: DramPlan, choice: IoChoice) -> None:
-        """`what` names the store in errors. Blocks while resident tables load."""
+    def __init__(
+        self,
+        what: str,
+        files: Sequence[TableFiles],
+        plan: DramPlan,
+        choice: IoChoice,
+        placed: PlacementFile | None,
+        on_progress: OnProgress | None,
+    ) -> None:
+        """`what` names the store in errors. Blocks while resident tables and static sets load."""
         self._what = what
         self._layouts = [file.table for file in files]
+        self._placed = placed
         self.bad_pages = {}
         self.io = choice.mode
         block = allocate(plan.block_bytes)
         shares = [plan.shares[layout.spec.name] for layout in self._layouts]
         parts = [block[share.byte_start : share.byte_start + share.num_bytes] for share in shares]
-        records = [
-            _record(file, share.num_sets, memory) for file, share, memory in zip(files, shares, parts, strict=True)
-        ]
+        statics = load_all_static(placed, self._layouts, shares, parts, on_progress)
+        caches = [part[share.static_bytes + share.index_bytes :] for share, part in zip(shares, parts, strict=True)]
         self._engine = kernels.Engine(
-            records,
+            [
+                _record(file, share.num_sets, memory, static)
+                for file, share, memory, static in zip(files, shares, caches, statics, strict=True)
+            ],
             mode=choice.mode,
             use_process_madvise=choice.use_process_madvise,
             num_lanes=plan.staging.num_lanes,
@@ -79,6 +92,9 @@ class NativeEngine(Engine):
     def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:
         self.check(self._engine.read_pages(index, page_numbers, out))
 
+    def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
+        self.check(self._engine.locate(index, keys, sources))
+
     def counters(self) -> dict[str, Any]:
         return self._engine.counters()
 
@@ -106,6 +122,9 @@ class NativeEngine(Engine):
             )
         if kind == "forked":
             return StoreNotReadyError(f"{self._what}: the lookup was under way in the parent when this process forked")
+        if kind == "entry":
+            assert self._placed is not None
+            return CorruptPageError(entry_fault_text(self._layouts[index].spec.name, self._placed.path, page, detail))
         where = f"page {page} of table {self._layouts[index].spec.name}"
         if (index, page) in self.bad_pages:
             return CorruptPageError(self.bad_pages[index, page])
@@ -138,7 +157,7 @@ class NativePending:
         self._engine.check(outcome)
 
 
-def _record(file: TableFiles, num_sets: int, memory: np.ndarray) -> dict[str, Any]:
+def _record(file: TableFiles, num_sets: int, memory: np.ndarray, static: StaticSet | None) -> dict[str, Any]:
     """What the C++ side must know of a table."""
     layout, spec = file.table, file.table.spec
     return {
@@ -158,4 +177,13 @@ def _record(file: TableFiles, num_sets: int, memory: np.ndarray) -> dict[str, An
         "shards": file.handles(),
         "num_sets": num_sets,
         "memory": memory,
+        "statics": None
+        if static is None
+        else {
+            "indexes": static.indexes,
+            "records": static.records,
+            "num_placed": static.table.num_entries,
+            "byte_start": static.table.byte_start,
+            "file": static.file.handle,
+        },
     }

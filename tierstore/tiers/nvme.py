@@ -75,7 +75,7 @@ class TableFiles:
             for index in range(table.num_shards):
                 file, fd = _open_shard(image, table, index)
                 self._fds.append(fd)
-                self._direct_fds.append(_open_direct(file) if direct else -1)
+                self._direct_fds.append(open_direct(file) if direct else -1)
         except BaseException:
             self.close()
             raise
@@ -126,7 +126,8 @@ def _open_shard(image: CatalogImage, table: TableLayout, index: int) -> tuple[Pa
     return file, fd
 
 
-def _open_direct(file: Path) -> int:
+def open_direct(file: Path) -> int:
+    """Returns a descriptor that reads past the page cache, -1 where the file system has none."""
     try:
         return os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except OSError:

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from .. import kernels
 from ..decisions.budget import DramPlan
 from ..errors import StoreNotReadyError
 from ..formats.catalog import TableLayout
 from .dram import EntryCache, ResidentTable
 from .engine import READ_WAIT_S, Engine, Request
 from .nvme import TableFiles, load_rows, read_pages
+from .placed import OnProgress, PlacementFile, StaticSet, load_all_static
 
 SUBMIT_THREADS = 2
 
@@ -28,8 +30,15 @@ class PortableEngine(Engine):
 
     io = "pread"
 
-    def __init__(self, what: str, files: Sequence[TableFiles], plan: DramPlan) -> None:
-        """`what` names the store in errors. Blocks while resident tables load."""
+    def __init__(
+        self,
+        what: str,
+        files: Sequence[TableFiles],
+        plan: DramPlan,
+        placed: PlacementFile | None,
+        on_progress: OnProgress | None,
+    ) -> None:
+        """`what` names the store in errors. Blocks while resident tables and static sets load."""
         self._what = what
         self._state = threading.Condition()
         self._in_use = 0
@@ -38,13 +47,15 @@ class PortableEngine(Engine):
         self._staging = StagingPool(plan.staging.num_lanes, plan.staging.lane_bytes)
         self._lock = threading.Lock()
         self._totals = dict.fromkeys(
-            ("batches", "zero_miss_batches", "sentinels", "rows", "pages_read", "bytes_read"), 0
+            ("batches", "zero_miss_batches", "sentinels", "rows", "pages_read", "entries_read", "bytes_read"), 0
         )
         self._tables = []
-        for file in files:
-            share = plan.shares[file.table.spec.name]
+        shares = [plan.shares[file.table.spec.name] for file in files]
+        parts = [np.empty(share.static_bytes + share.index_bytes, dtype=np.uint8) for share in shares]
+        statics = load_all_static(placed, [file.table for file in files], shares, parts, on_progress)
+        for file, share, static in zip(files, shares, statics, strict=True):
             with self._staging.buffer() as scratch:
-                self._tables.append(_Table(file, share.num_sets, scratch))
+                self._tables.append(_Table(file, share.num_sets, static, scratch))
         self.bad_pages = {
             (index, page): text
             for index, table in enumerate(self._tables)
@@ -98,9 +109,28 @@ class PortableEngine(Engine):
             read_pages(self._tables[index].files, page_numbers, out)
             self._count_pages(len(page_numbers), out.shape[1])
 
+    def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
+        with self._using():
+            table = self._tables[index]
+            pairs, found = keys.reshape(-1), np.zeros(keys.size, dtype=np.uint8)
+            places = np.flatnonzero(pairs >= 0)
+            order_index = places % keys.shape[1]
+            if table.resident is not None:
+                found[places] = kernels.SOURCES.index("resident")
+            else:
+                assert table.cache is not None
+                stored = table.places(order_index, pairs[places])
+                found[places] = np.where(stored < 0, kernels.SOURCES.index("pages"), kernels.SOURCES.index("record"))
+                cached = table.cache.holds(order_index, pairs[places])
+                found[places[cached]] = kernels.SOURCES.index("recency")
+                loaded = (stored >= 0) & (stored < table.num_loaded)
+                found[places[loaded]] = kernels.SOURCES.index("static")
+            sources[...] = found.reshape(sources.shape)
+
     def counters(self) -> dict[str, Any]:
         with self._lock:
-            return self._totals | {"tables": [(t.hits.tolist(), t.misses.tolist()) for t in self._tables]}
+            counts = [(t.hits.tolist(), t.static_hits.tolist(), t.misses.tolist()) for t in self._tables]
+            return self._totals | {"tables": counts}
 
     def close(self, timeout_s: float) -> bool:
         with self._state:
@@ -164,6 +194,7 @@ class PortableEngine(Engine):
             self._totals["zero_miss_batches"] += not missing
             for fetch in fetches:
                 fetch.table.hits += fetch.hits
+                fetch.table.static_hits += fetch.static_hits
                 fetch.table.misses += fetch.misses
                 self._totals["sentinels"] += fetch.num_sentinels
         return missing
@@ -183,14 +214,31 @@ class PortableEngine(Engine):
                 order_index, keys = fetch.order_index[start:end], fetch.keys[start:end]
                 entries, pages = staging[: len(keys) * spec.entry_bytes], staging[keys_per_wave * spec.entry_bytes :]
                 entries = entries.reshape(len(keys), spec.entry_bytes)
-                row_ids = spec.row_ids_of_order(order_index, keys).reshape(-1)
+                stored = fetch.stored[start:end]
+                self._read_placed(table, order_index, keys, stored, entries)
+                paged = np.flatnonzero(stored < 0)
+                row_ids = spec.row_ids_of_order(order_index[paged], keys[paged]).reshape(-1)
                 page_numbers, page_index = np.unique(row_ids // layout.rows_per_page, return_inverse=True)
                 rows = self._read_rows(table, page_numbers, pages)
                 at = page_index * layout.rows_per_page + row_ids % layout.rows_per_page
-                np.take(rows, at, axis=0, out=entries.reshape(-1, spec.row_bytes), mode="clip")
+                entries[paged] = rows[at].reshape(len(paged), spec.entry_bytes)
                 places = fetch.places[fetch.starts[start] : fetch.starts[end]]
                 fetch.entries_out[places] = np.repeat(entries, np.diff(fetch.starts)[start:end], axis=0)
                 table.cache.offer(order_index, keys, entries)
+
+    def _read_placed(
+        self, table: _Table, order_index: np.ndarray, keys: np.ndarray, stored: np.ndarray, entries: np.ndarray
+    ) -> None:
+        """Reads those of a wave's entries that lie in the placement file."""
+        which = np.flatnonzero(stored >= 0)
+        if len(which):
+            assert table.static is not None
+            part = np.empty((len(which), entries.shape[1]), dtype=np.uint8)
+            num_bytes = table.static.read(order_index[which], keys[which], stored[which], part)
+            entries[which] = part
+            with self._lock:
+                self._totals["entries_read"] += len(which)
+                self._totals["bytes_read"] += num_bytes
 
     def _read_rows(self, table: _Table, page_numbers: np.ndarray, staging: np.ndarray) -> np.ndarray:
         """Reads checked pages, ascending, into staging; returns their rows, uint8 [P * rows_per_page, row_bytes]."""
@@ -224,13 +272,15 @@ class PortablePending:
 class _Table:
     """A table's files, what of it lies in memory, and its counts by order."""
 
-    def __init__(self, files: TableFiles, num_sets: int, scratch: np.ndarray) -> None:
+    def __init__(self, files: TableFiles, num_sets: int, static: StaticSet | None, scratch: np.ndarray) -> None:
         self.files = files
+        self.static = static
         self.layout: TableLayout = files.table
         spec = self.layout.spec
         self.resident: ResidentTable | None = None
         self.cache: EntryCache | None = None
         self.hits = np.zeros(len(spec.orders), np.int64)
+        self.static_hits = np.zeros(len(spec.orders), np.int64)
         self.misses = np.zeros(len(spec.orders), np.int64)
         if num_sets:
             self.cache = EntryCache(num_sets, spec.entry_bytes)
@@ -238,11 +288,21 @@ class _Table:
             self.resident = ResidentTable(spec.num_rows, spec.row_bytes, self.layout.rows_per_page)
             self.resident.bad_pages = load_rows(files, self.resident.rows, scratch)
 
+    @property
+    def num_loaded(self) -> int:
+        """Placed entries that lie in memory."""
+        return len(self.static.records) if self.static else 0
+
+    def places(self, order_index: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Returns the places of pairs in the placement file, int64 [M]; -1 where they have none."""
+        return self.static.places(order_index, keys) if self.static else np.full(len(keys), -1, dtype=np.int64)
+
 
 class _Fetch:
     """One table's part of a request: hits are copied when it is made; the distinct pairs that no cache held remain.
 
-    keys, order_index: int64 [M], distinct pairs; places[starts[i]:starts[i + 1]]: which entries of the output pair i fills.
+    keys, order_index: int64 [M], distinct pairs; stored: int64 [M], their places in the placement file, -1 for none;
+    places[starts[i]:starts[i + 1]]: which entries of the output pair i fills.
     """
 
     def __init__(self, table: _Table, keys: np.ndarray, out: np.ndarray) -> None:
@@ -256,10 +316,19 @@ class _Fetch:
         if table.resident is not None:
             table.resident.copy_rows(spec.row_ids(keys).reshape(-1), out.reshape(-1, spec.row_bytes))
             found = np.ones(len(places), dtype=bool)
+            stored, static = np.full(len(places), -1, dtype=np.int64), np.zeros(len(places), dtype=bool)
         else:
             assert table.cache is not None
             self.entries_out[pairs < 0] = 0
-            found = table.cache.copy_hits(order_index, pairs[places], self.entries_out, places)
+            stored = table.places(order_index, pairs[places])
+            static = (stored >= 0) & (stored < table.num_loaded)
+            if table.static is not None:
+                self.entries_out[places[static]] = table.static.records[stored[static], : spec.entry_bytes]
+            found = static.copy()
+            found[~static] = table.cache.copy_hits(
+                order_index[~static], pairs[places[~static]], self.entries_out, places[~static]
+            )
+        self.static_hits = np.bincount(order_index[static], minlength=num_orders)
         self.hits = np.bincount(order_index[found], minlength=num_orders)
         self.misses = np.bincount(order_index[~found], minlength=num_orders)
         self.num_sentinels = len(pairs) - len(places)
@@ -270,6 +339,7 @@ class _Fetch:
         first[1:] = (missed_keys[1:] != missed_keys[:-1]) | (order_index[1:] != order_index[:-1])
         self.starts = np.append(np.flatnonzero(first), len(missed))
         self.order_index, self.keys, self.places = order_index[first], missed_keys[first], missed[by_pair]
+        self.stored = stored[~found][by_pair][first]
 
 
 class StagingPool:

@@ -1,0 +1,97 @@
+// Placed entries: the index that finds one by its key, and the record that it lies in.
+//
+// An index serves one order of one table. It is an array of buckets of one cache line, and has no pointers, so that a file, another
+// process or a GPU can hold it as it is:
+//
+//   int64 keys[5] (-1: empty) | uint32 places[5] | uint32 displaced
+//
+// A key's bucket is the high half of mix(key) * num_buckets (Lemire, "Fast random integer generation", 2019). A key that
+// finds it full goes to the next one with room, and sets its bit, mix(key) % 32, in `displaced` of every bucket that it passed: a
+// search goes on only where that bit is set, so that a key that is not there costs one line, nearly always.
+//
+// A record is an entry, zeros up to a multiple of 8, its key (i64), its order's index (u32), and the CRC32C (u32) of
+// all before it, seeded with the table's page seed. FORMAT.md draws both.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "page_queue.h"
+
+namespace tierstore {
+
+constexpr size_t kBucketSlots = 5;
+constexpr size_t kRecordTrailerBytes = 16;
+constexpr size_t kReadUnitBytes = 4096;  // placed entries are read in whole ones, as O_DIRECT wants
+constexpr uint32_t kNotPlaced = UINT32_MAX;
+
+struct alignas(64) IndexBucket {
+  int64_t keys[kBucketSlots];
+  uint32_t places[kBucketSlots];
+  uint32_t displaced;
+};
+static_assert(sizeof(IndexBucket) == 64, "a cache line");
+
+struct EntryIndex {
+  const IndexBucket* buckets = nullptr;
+  size_t num_buckets = 0;
+
+  const IndexBucket* find_bucket(int64_t key) const;
+  // Returns the place of a key, kNotPlaced where it has none; `bucket` is its `find_bucket`.
+  uint32_t find(const IndexBucket* bucket, int64_t key) const;
+};
+
+// Fills num_buckets buckets with keys, all different and not below 0, each with its place. Returns false where they do not fit.
+bool index_entries(const int64_t* keys, const uint32_t* places, size_t num_keys, IndexBucket* buckets, size_t num_buckets);
+
+struct RecordShape {
+  size_t entry_bytes;
+  size_t record_bytes;  // entry, padding and trailer: a multiple of 8
+  uint32_t seed;
+};
+
+// Writes padding and trailers of num_records records that hold their entries.
+void seal_records(const int64_t* keys, const uint32_t* order_index, size_t num_records, const RecordShape& shape,
+                  uint8_t* records);
+
+// Says whether a record is whole, by its checksum; and whether it is that of (order, key), by its trailer alone.
+bool record_is_whole(const uint8_t* record, const RecordShape& shape);
+bool record_is_of(const uint8_t* record, const RecordShape& shape, uint32_t order_index, int64_t key);
+
+// Checks records and marks those that are not whole, by a key of -1, as nobody's; returns how many.
+size_t spoil_bad_records(uint8_t* records, size_t num_records, const RecordShape& shape);
+
+// Where records lie in a placement file.
+struct PlacedFile {
+  ShardFile file;
+  uint64_t byte_start = 0;  // of the first record
+  RecordShape shape{};
+
+  uint64_t record_start(uint32_t place) const { return byte_start + uint64_t{place} * shape.record_bytes; }
+  // The most that a read of one record takes: records begin at multiples of 8.
+  size_t read_bytes_max() const {
+    return (shape.record_bytes + kReadUnitBytes - 8 + kReadUnitBytes - 1) / kReadUnitBytes * kReadUnitBytes;
+  }
+  // The read of whole units that holds a record.
+  uint64_t read_start(uint32_t place) const { return record_start(place) / kReadUnitBytes * kReadUnitBytes; }
+  size_t read_bytes(uint32_t place) const {
+    const uint64_t end = record_start(place) + shape.record_bytes;
+    return (end + kReadUnitBytes - 1) / kReadUnitBytes * kReadUnitBytes - read_start(place);
+  }
+};
+
+// The placed entries of a table: those with places below num_loaded lie in memory, the others in the file. Immutable.
+struct StaticSet {
+  EntryIndex orders[16];
+  const uint8_t* records = nullptr;
+  uint32_t num_loaded = 0;
+  PlacedFile placed;
+
+  const uint8_t* record(uint32_t place) const { return records + place * placed.shape.record_bytes; }
+};
+
+// Takes keys out of an index whose places are loaded and hold another record, or lie outside the placement; returns how many.
+size_t drop_bad_places(const uint8_t* records, size_t num_loaded, size_t num_placed, const RecordShape& shape,
+                       uint32_t order_index, IndexBucket* buckets, size_t num_buckets);
+
+}  // namespace tierstore

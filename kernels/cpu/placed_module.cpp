@@ -1,0 +1,108 @@
+// The Python face of placed entries: argument checks, then the work with the interpreter lock released.
+#include "placed_module.h"
+
+#include <pybind11/numpy.h>
+
+#include <stdexcept>
+
+#include "entry_index.h"
+
+namespace py = pybind11;
+
+namespace tierstore {
+namespace {
+
+using ByteArray = py::array_t<uint8_t, py::array::c_style>;
+using Int64Array = py::array_t<int64_t, py::array::c_style>;
+using UInt32Array = py::array_t<uint32_t, py::array::c_style>;
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+size_t num_buckets(const ByteArray& buckets) {
+  require(buckets.ndim() == 2 && buckets.shape(1) == sizeof(IndexBucket), "buckets must be [n, 64]");
+  require(reinterpret_cast<uintptr_t>(buckets.data()) % alignof(int64_t) == 0, "buckets must be at a multiple of 8");
+  return static_cast<size_t>(buckets.shape(0));
+}
+
+RecordShape record_shape(const ByteArray& records, py::ssize_t entry_bytes, uint32_t seed) {
+  require(records.ndim() == 2, "records must be [n, record_bytes]");
+  const py::ssize_t record_bytes = records.shape(1);
+  require(entry_bytes >= 1 && record_bytes == (entry_bytes + 7) / 8 * 8 + static_cast<py::ssize_t>(kRecordTrailerBytes),
+          "a record is its entry up to a multiple of 8, and 16 bytes");
+  return {static_cast<size_t>(entry_bytes), static_cast<size_t>(record_bytes), seed};
+}
+
+bool index_keys(const Int64Array& keys, const UInt32Array& places, ByteArray buckets) {
+  require(keys.ndim() == 1 && places.ndim() == 1 && keys.shape(0) == places.shape(0), "keys and places must be [n]");
+  const size_t size = num_buckets(buckets), num_keys = static_cast<size_t>(keys.shape(0));
+  const int64_t* key_data = keys.data();
+  const uint32_t* place_data = places.data();
+  auto* out = reinterpret_cast<IndexBucket*>(buckets.mutable_data());
+  py::gil_scoped_release released;
+  for (size_t i = 0; i < num_keys; ++i) require(key_data[i] >= 0, "keys must not be below 0");
+  return index_entries(key_data, place_data, num_keys, out, size);
+}
+
+Int64Array find_places(const ByteArray& buckets, const Int64Array& keys) {
+  require(keys.ndim() == 1, "keys must be [n]");
+  Int64Array found(keys.shape(0));
+  const EntryIndex index{reinterpret_cast<const IndexBucket*>(buckets.data()), num_buckets(buckets)};
+  const int64_t* key_data = keys.data();
+  int64_t* out = found.mutable_data();
+  const auto num_keys = static_cast<size_t>(keys.shape(0));
+  {
+    py::gil_scoped_release released;
+    for (size_t i = 0; i < num_keys; ++i) {
+      const uint32_t place = key_data[i] < 0 ? kNotPlaced : index.find(index.find_bucket(key_data[i]), key_data[i]);
+      out[i] = place == kNotPlaced ? -1 : int64_t{place};
+    }
+  }
+  return found;
+}
+
+void seal(ByteArray records, const Int64Array& keys, const UInt32Array& order_index, py::ssize_t entry_bytes, uint32_t seed) {
+  const RecordShape shape = record_shape(records, entry_bytes, seed);
+  require(keys.ndim() == 1 && order_index.ndim() == 1 && keys.shape(0) == records.shape(0) &&
+              order_index.shape(0) == records.shape(0),
+          "keys and order_index must be [n]");
+  const int64_t* key_data = keys.data();
+  const uint32_t* order_data = order_index.data();
+  uint8_t* out = records.mutable_data();
+  const auto num_records = static_cast<size_t>(records.shape(0));
+  py::gil_scoped_release released;
+  seal_records(key_data, order_data, num_records, shape, out);
+}
+
+size_t spoil(ByteArray records, py::ssize_t entry_bytes, uint32_t seed) {
+  const RecordShape shape = record_shape(records, entry_bytes, seed);
+  uint8_t* data = records.mutable_data();
+  const auto num_records = static_cast<size_t>(records.shape(0));
+  py::gil_scoped_release released;
+  return spoil_bad_records(data, num_records, shape);
+}
+
+size_t drop(ByteArray buckets, uint32_t order_index, const ByteArray& records, size_t num_placed, py::ssize_t entry_bytes) {
+  const RecordShape shape = record_shape(records, entry_bytes, 0);
+  const size_t size = num_buckets(buckets);
+  auto* index = reinterpret_cast<IndexBucket*>(buckets.mutable_data());
+  const uint8_t* data = records.data();
+  const auto num_loaded = static_cast<size_t>(records.shape(0));
+  py::gil_scoped_release released;
+  return drop_bad_places(data, num_loaded, num_placed, shape, order_index, index, size);
+}
+
+}  // namespace
+
+void bind_placed(py::module_& module) {
+  module.def("index_entries", &index_keys, py::arg("keys"), py::arg("places"), py::arg("buckets").noconvert());
+  module.def("find_entries", &find_places, py::arg("buckets").noconvert(), py::arg("keys"));
+  module.def("seal_records", &seal, py::arg("records").noconvert(), py::arg("keys"), py::arg("order_index"),
+             py::arg("entry_bytes"), py::arg("seed"));
+  module.def("spoil_bad_records", &spoil, py::arg("records").noconvert(), py::arg("entry_bytes"), py::arg("seed"));
+  module.def("drop_bad_places", &drop, py::arg("buckets").noconvert(), py::arg("order_index"),
+             py::arg("records").noconvert(), py::arg("num_placed"), py::arg("entry_bytes"));
+}
+
+}  // namespace tierstore

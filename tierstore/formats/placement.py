@@ -1,0 +1,195 @@
+"""A placement: one immutable file with the chosen entries of every table, hottest first, and the indexes that find them.
+
+Flows in: numbers and indexes as `tierstore.place` makes them. Flows out: a `Placement`, read from the file's head and checked
+against the store's tables; where each table's index and records lie. A record is an entry with its key, its order and a
+CRC32C bound to both and to the table. Refuses foreign, truncated, damaged and newer files with `FormatError`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import kernels
+from ..errors import FormatError
+from .catalog import PlacementRecord, TableLayout
+
+PLACEMENT_FORMAT_VERSION = 1
+PLACEMENT_FOLDER = "placements"
+UNIT_BYTES = 4096  # head, indexes and records begin at multiples of it; reads of records are of whole ones
+HEAD_BYTES_MAX = 64 << 10
+BUCKET_KEYS = 3.5  # keys a bucket of 5 slots: 18 bytes of index an entry, and hardly a key displaced
+PLACES_MAX = 2**32 - 2
+_MAGIC = b"TIERPLAC"
+_PREAMBLE = struct.Struct("<8sII")  # magic, format version, bytes of the JSON that follows
+_CHECKSUM = struct.Struct("<I")
+
+
+@dataclass(frozen=True)
+class PlacedIndex:
+    """Where the index of one order lies: uint8 [num_buckets, 64] at byte_start, and its CRC32C."""
+
+    byte_start: int
+    num_buckets: int
+    checksum: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the index."""
+        return self.num_buckets * kernels.INDEX_BUCKET.itemsize
+
+
+@dataclass(frozen=True)
+class PlacedTable:
+    """The part of one table: `num_entries` records of `record_bytes` from byte_start on, hottest first; an index an order."""
+
+    name: str
+    entry_bytes: int
+    record_bytes: int
+    byte_start: int
+    num_entries: int
+    indexes: tuple[PlacedIndex, ...]
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of all indexes."""
+        return sum(index.num_bytes for index in self.indexes)
+
+    @property
+    def records_bytes(self) -> int:
+        """Bytes of all records."""
+        return self.num_entries * self.record_bytes
+
+    @property
+    def read_bytes_max(self) -> int:
+        """Bytes of the largest read that one record takes."""
+        return round_up(self.record_bytes + UNIT_BYTES - 8, UNIT_BYTES)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a placement file's head says.
+
+    static_fraction: the part of a table's share of DRAM, indexes taken off, that its static set takes. hbm_entries: how many
+    of the first entries of each table were meant for HBM. details: what the plan expected and where it came from, for people.
+    """
+
+    epoch: int
+    num_bytes: int
+    static_fraction: float
+    hbm_entries: int
+    tables: dict[str, PlacedTable]
+    details: dict[str, Any]
+
+
+def record_bytes(entry_bytes: int) -> int:
+    """Returns the bytes of a record: the entry, up to a multiple of 8, and its trailer."""
+    return round_up(entry_bytes, 8) + kernels.RECORD_TRAILER.itemsize
+
+
+def round_up(value: int, unit: int) -> int:
+    """Returns the least multiple of `unit` that is not below `value`."""
+    return -(-value // unit) * unit
+
+
+def lay_out_placement(
+    epoch: int,
+    layouts: Mapping[str, TableLayout],
+    entries_of_order: Mapping[str, list[int]],
+    static_fraction: float,
+    hbm_entries: int,
+    details: dict[str, Any],
+) -> Placement:
+    """Returns where everything will lie, indexes' checksums still 0. entries_of_order: by table, entries of each order."""
+    at = HEAD_BYTES_MAX
+    tables = {}
+    for name, counts in entries_of_order.items():
+        indexes = []
+        for count in counts:
+            index = PlacedIndex(at, int(count // BUCKET_KEYS) + 1 if count else 0, 0)
+            indexes.append(index)
+            at += round_up(index.num_bytes, UNIT_BYTES)
+        entry_bytes = layouts[name].spec.entry_bytes
+        table = PlacedTable(name, entry_bytes, record_bytes(entry_bytes), at, sum(counts), tuple(indexes))
+        tables[name] = table
+        at += round_up(table.records_bytes, UNIT_BYTES)
+    return Placement(epoch, at, static_fraction, hbm_entries, tables, details)
+
+
+def head_bytes(placement: Placement) -> bytes:
+    """Returns the file's head, HEAD_BYTES_MAX long or less, padded to whole units and sealed."""
+    body = json.dumps(asdict(placement), sort_keys=True).encode()
+    size = round_up(_PREAMBLE.size + len(body) + _CHECKSUM.size, UNIT_BYTES)
+    if size > HEAD_BYTES_MAX:
+        raise FormatError(f"a placement's head of {size} bytes, at most {HEAD_BYTES_MAX} fit; shorten its details")
+    head = (_PREAMBLE.pack(_MAGIC, PLACEMENT_FORMAT_VERSION, len(body)) + body).ljust(size - _CHECKSUM.size, b"\0")
+    return head + _CHECKSUM.pack(kernels.crc32c(head))
+
+
+def read_head(file: Path, fd: int, record: PlacementRecord, layouts: Mapping[str, TableLayout]) -> Placement:
+    """Reads and checks the head of an open placement file; raises `FormatError` where it is not the catalog's, or damaged."""
+    found_bytes = os.fstat(fd).st_size
+    if found_bytes != record.num_bytes:
+        raise _refused(file, f"{found_bytes} bytes on disk, the catalog says {record.num_bytes}: it was cut short")
+    head = os.pread(fd, HEAD_BYTES_MAX, 0)
+    if len(head) < UNIT_BYTES:
+        raise _refused(file, f"{len(head)} bytes, a head takes {UNIT_BYTES} at least")
+    magic, version, body_bytes = _PREAMBLE.unpack_from(head)
+    if magic != _MAGIC:
+        raise _refused(file, "it is no placement")
+    if version != PLACEMENT_FORMAT_VERSION:
+        raise _refused(file, f"placement format {version}, this tierstore reads {PLACEMENT_FORMAT_VERSION}")
+    size = round_up(_PREAMBLE.size + body_bytes + _CHECKSUM.size, UNIT_BYTES)
+    if size > len(head) or kernels.crc32c(head[: size - 4]) != _CHECKSUM.unpack_from(head, size - 4)[0]:
+        raise _refused(file, "its head has a wrong checksum: it is damaged")
+    try:
+        placement = _placement(json.loads(head[_PREAMBLE.size : _PREAMBLE.size + body_bytes]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise _refused(file, f"its head is damaged ({error!r})") from error
+    _check_against(file, placement, record, layouts)
+    return placement
+
+
+def _placement(body: dict[str, Any]) -> Placement:
+    tables = {}
+    for name, part in body["tables"].items():
+        indexes = tuple(PlacedIndex(**index) for index in part.pop("indexes"))
+        tables[name] = PlacedTable(**part, indexes=indexes)
+    return Placement(**(body | {"tables": tables}))
+
+
+def _check_against(
+    file: Path, placement: Placement, record: PlacementRecord, layouts: Mapping[str, TableLayout]
+) -> None:
+    """Every number that a reader computes with, before it does."""
+    if placement.epoch != record.epoch or placement.num_bytes != record.num_bytes:
+        raise _refused(file, f"it is epoch {placement.epoch}, the catalog says {record.epoch}: it was moved")
+    if not 0 <= placement.static_fraction <= 1 or type(placement.hbm_entries) is not int:
+        raise _refused(file, f"a static part of {placement.static_fraction} is not within 0 to 1")
+    for name, table in placement.tables.items():
+        spec = layouts[name].spec if name in layouts else None
+        if spec is None or table.name != name or table.entry_bytes != spec.entry_bytes:
+            raise _refused(file, f"its table {name} is none of this store's")
+        regions = [(index.byte_start, index.num_bytes) for index in table.indexes]
+        regions.append((table.byte_start, table.records_bytes))
+        good = all(
+            type(start) is int and start % UNIT_BYTES == 0 and 0 <= start <= start + size <= placement.num_bytes
+            for start, size in regions
+        )
+        if (
+            not good
+            or table.record_bytes != record_bytes(table.entry_bytes)
+            or len(table.indexes) != len(spec.orders)
+            or not 0 <= table.num_entries <= PLACES_MAX
+            or any(index.num_buckets < 0 for index in table.indexes)
+        ):
+            raise _refused(file, f"the numbers of its table {name} contradict each other")
+
+
+def _refused(file: Path, what: str) -> FormatError:
+    return FormatError(f"{file}: {what}; plan again, or open the store with placement='none'")

@@ -1,0 +1,337 @@
+"""place: chosen entries -> one placement file -> a new epoch in the catalog.
+
+Flows in: for each table the (order index, key) pairs that were chosen, hottest first. Flows out: an immutable file with their
+entries back to back and the indexes that find them, published last. Every page that is needed is read once, in page order,
+and its rows go through buckets of the destination, so that memory stays bounded whatever the size. Killed anywhere, it leaves
+the old epoch. Refuses, before it writes, what the disk cannot hold.
+
+Memory: 13 bytes a chosen entry of one table, 32 bytes an entry of one order (its rows of one head, sorted), the index of
+one order, and two buckets.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import kernels
+from .build import locked_store
+from .errors import BudgetError, ConfigError
+from .formats.catalog import (
+    CatalogImage,
+    PlacementRecord,
+    TableLayout,
+    forget_placement,
+    publish_placement,
+    read_catalog,
+    sync_folder,
+)
+from .formats.placement import (
+    PLACEMENT_FOLDER,
+    PLACES_MAX,
+    PlacedTable,
+    Placement,
+    head_bytes,
+    lay_out_placement,
+)
+from .tiers.nvme import TableFiles, read_pages
+from .units import format_bytes
+
+BUCKET_BYTES = 96 << 20  # of the destination, filled at once in memory
+SPARE_DISK_BYTES = 64 << 20  # left free beside what is written
+PAGES_AT_ONCE = 2048
+DENSE = 0.25  # where more of a stretch of pages is needed, the whole stretch is read
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The entries chosen of one table, hottest first: order_index, uint8 [n], and keys, int64 [n]; all pairs differ."""
+
+    order_index: np.ndarray
+    keys: np.ndarray
+
+
+@dataclass(frozen=True)
+class PlacePlan:
+    """What will be written, and what the disk has: the preflight."""
+
+    placement: Placement
+    bytes_needed: int
+    bytes_free: int
+
+
+@dataclass(frozen=True)
+class PlaceReport:
+    """What was made."""
+
+    placement: Placement
+    pages_read: int
+    seconds: float
+
+
+def place_entries(
+    store_path: str | os.PathLike[str],
+    chosen: Mapping[str, Chosen],
+    *,
+    static_fraction: float,
+    hbm_entries: int = 0,
+    details: dict[str, Any] | None = None,
+    on_plan: Callable[[PlacePlan], None] | None = None,
+    on_progress: OnProgress | None = None,
+) -> PlaceReport:
+    """Makes a placement of a store and publishes it as its new current epoch. Blocks until it is durable.
+
+    static_fraction, hbm_entries, details: as in `Placement`. on_plan gets the preflight before anything is written,
+    on_progress (rows done, rows in all) now and then. Raises `BudgetError` where the disk has too little room (also midway),
+    `ConfigError` for tables that there are not, `CorruptPageError` for damaged pages. The old epoch stays until it is
+    published over, and in the store after that.
+    """
+    path = Path(store_path)
+    started = time.monotonic()
+    read_catalog(path)  # before a lock is made where no store is
+    with locked_store(path):
+        image = read_catalog(path)
+        _check_chosen(image, chosen)
+        epoch = max([*image.placements, image.epoch or 0], default=0) + 1
+        folder = path / PLACEMENT_FOLDER
+        folder.mkdir(exist_ok=True)
+        _remove_leftovers(folder, image)
+        counts = {
+            name: np.bincount(part.order_index, minlength=len(image.tables[name].spec.orders)).tolist()
+            for name, part in chosen.items()
+        }
+        placement = lay_out_placement(epoch, image.tables, counts, static_fraction, hbm_entries, details or {})
+        plan = PlacePlan(placement, _bytes_needed(placement), shutil.disk_usage(folder).free)
+        if on_plan:
+            on_plan(plan)
+        if plan.bytes_needed > plan.bytes_free:
+            raise BudgetError(
+                f"{folder}: the placement needs {format_bytes(plan.bytes_needed)} of disk ({plan.bytes_needed} bytes, buckets "
+                f"included), {format_bytes(plan.bytes_free)} ({plan.bytes_free} bytes) are free; "
+                f"place fewer entries, or free some"
+            )
+        file = folder / f"{epoch:08d}.placement"
+        try:
+            with tempfile.TemporaryDirectory(dir=folder, prefix="work-") as work:
+                placement, pages = _write(file.with_suffix(".new"), image, placement, chosen, Path(work), on_progress)
+        except OSError as error:
+            file.with_suffix(".new").unlink(missing_ok=True)
+            if error.errno == errno.ENOSPC:
+                raise BudgetError(
+                    f"{folder}: the disk is full: the placement needs {plan.bytes_needed} bytes, {plan.bytes_free} were free "
+                    f"when it began; the store keeps epoch {image.epoch}: free some, then plan again"
+                ) from error
+            raise ConfigError(f"{folder}: {error}; the store keeps epoch {image.epoch}") from error
+        except BaseException:
+            file.with_suffix(".new").unlink(missing_ok=True)
+            raise
+        file.with_suffix(".new").rename(file)
+        sync_folder(folder)
+        publish_placement(path, PlacementRecord(epoch, f"{PLACEMENT_FOLDER}/{file.name}", placement.num_bytes))
+    return PlaceReport(placement, pages, time.monotonic() - started)
+
+
+def prune_placements(store_path: str | os.PathLike[str], keep: int) -> list[PlacementRecord]:
+    """Removes all placements but the current one and the newest `keep` others; returns those removed.
+
+    A store that has one open keeps reading it until it closes.
+    """
+    path = Path(store_path)
+    read_catalog(path)
+    with locked_store(path):
+        image = read_catalog(path)
+        others = sorted(epoch for epoch in image.placements if epoch != image.epoch)
+        removed = [image.placements[epoch] for epoch in others[: max(0, len(others) - keep)]]
+        for record in removed:
+            forget_placement(path, record.epoch)
+            (path / record.file).unlink(missing_ok=True)
+        if (path / PLACEMENT_FOLDER).is_dir():
+            _remove_leftovers(path / PLACEMENT_FOLDER, read_catalog(path))
+    return removed
+
+
+def _check_chosen(image: CatalogImage, chosen: Mapping[str, Chosen]) -> None:
+    for name, part in chosen.items():
+        if name not in image.tables:
+            raise ConfigError(f"{image.path} has no table {name}; it has {', '.join(image.tables)}")
+        spec = image.tables[name].spec
+        if len(part.keys) > PLACES_MAX:
+            raise ConfigError(f"table {name}: {len(part.keys)} entries to place, at most {PLACES_MAX}; place fewer")
+        if len(part.keys) and (part.keys.min() < 0 or part.order_index.max() >= len(spec.orders)):
+            raise ValueError(f"table {name}: keys below 0, or orders that it has not, cannot be placed")
+        if spec.is_plain and len(part.keys) and part.keys.max() >= spec.num_rows:
+            raise ValueError(f"table {name}: key {part.keys.max()} is outside its {spec.num_rows} rows")
+
+
+def _bytes_needed(placement: Placement) -> int:
+    """The file; and beside it the buckets of the largest table that does not fit one: its rows and where each goes."""
+    spilled = [table.records_bytes for table in placement.tables.values() if table.records_bytes > BUCKET_BYTES]
+    return placement.num_bytes + int(max(spilled, default=0) * 1.05) + SPARE_DISK_BYTES
+
+
+def _remove_leftovers(folder: Path, image: CatalogImage) -> None:
+    """Removes what killed runs left: nothing that the catalog does not name is anybody's."""
+    named = {Path(record.file).name for record in image.placements.values()}
+    for entry in folder.iterdir():
+        if entry.name in named:
+            continue
+        if entry.is_dir() and entry.name.startswith("work-"):
+            shutil.rmtree(entry)
+        elif entry.suffix in (".new", ".placement"):
+            entry.unlink()
+
+
+def _write(
+    file: Path,
+    image: CatalogImage,
+    placement: Placement,
+    chosen: Mapping[str, Chosen],
+    work: Path,
+    on_progress: OnProgress | None,
+) -> tuple[Placement, int]:
+    """Writes and syncs the file; returns the placement with its indexes' checksums, and how many pages were read."""
+    total = sum(len(part.keys) * image.tables[name].spec.rows_per_key for name, part in chosen.items())
+    done = pages_read = 0
+    with file.open("xb") as stream:
+        stream.truncate(placement.num_bytes)
+        tables = {}
+        for name, part in chosen.items():
+            layout, table = image.tables[name], placement.tables[name]
+            tables[name] = _write_indexes(stream.fileno(), table, part)
+            destination = _Destination(stream.fileno(), layout, table, part, work)
+            files = TableFiles(image, layout, direct=False)
+            try:
+                for places, heads, rows, num_pages in _needed_rows(files, part):
+                    destination.add(places, heads, rows)
+                    pages_read += num_pages
+                    done += len(rows)
+                    if on_progress:
+                        on_progress(done, total)
+            finally:
+                files.close()
+            destination.finish()
+        placement = replace(placement, tables=tables)
+        os.pwrite(stream.fileno(), head_bytes(placement), 0)
+        os.fsync(stream.fileno())
+    return placement, pages_read
+
+
+def _write_indexes(fd: int, table: PlacedTable, part: Chosen) -> PlacedTable:
+    indexes = []
+    for order_index, index in enumerate(table.indexes):
+        places = np.flatnonzero(part.order_index == order_index)
+        buckets = np.empty((index.num_buckets, kernels.INDEX_BUCKET.itemsize), dtype=np.uint8)
+        room = kernels.index_entries(part.keys[places], places.astype(np.uint32), buckets)
+        assert room, "lay_out_placement gives a bucket for 3.5 keys"
+        _pwrite(fd, buckets, index.byte_start)
+        indexes.append(replace(index, checksum=kernels.crc32c(buckets)))
+    return replace(table, indexes=tuple(indexes))
+
+
+def _needed_rows(files: TableFiles, part: Chosen) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
+    """Yields (places [R], heads [R], rows [R, row_bytes], pages read) in page order, head by head: a head is a range of rows."""
+    layout, spec = files.table, files.table.spec
+    pages = np.empty((PAGES_AT_ONCE, layout.page_bytes), dtype=np.uint8)
+    heads = sorted(range(spec.num_heads), key=lambda head: spec.offsets[head])
+    for head in heads:
+        order_index, of_entry = divmod(head, spec.rows_per_key)
+        places = np.flatnonzero(part.order_index == order_index)
+        row_ids = part.keys[places] % spec.moduli[head] + spec.offsets[head]
+        by_row = np.argsort(row_ids)
+        places, row_ids = places[by_row].astype(np.uint32), row_ids[by_row]
+        for start, end, page_numbers in _stretches(row_ids // layout.rows_per_page):
+            read_pages(files, page_numbers, pages[: len(page_numbers)])
+            rows = layout.shape.rows_of(pages[: len(page_numbers)])
+            at = np.searchsorted(page_numbers, row_ids[start:end] // layout.rows_per_page)
+            found = rows[at, row_ids[start:end] % layout.rows_per_page]
+            yield places[start:end], np.full(end - start, of_entry, dtype=np.uint32), found, len(page_numbers)
+    for shard_index in range(layout.num_shards):
+        os.posix_fadvise(files.fd(shard_index), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _stretches(pages: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Cuts pages, int64 [R] ascending, into (start, end, pages to read): those needed, or all between where many are."""
+    needed, firsts = np.unique(pages, return_index=True)
+    bounds = np.append(firsts, len(pages))
+    i = 0
+    while i < len(needed):
+        dense_end = int(np.searchsorted(needed, needed[i] + PAGES_AT_ONCE))
+        is_dense = dense_end - i > DENSE * PAGES_AT_ONCE
+        j = dense_end if is_dense else min(i + PAGES_AT_ONCE, len(needed))
+        read = np.arange(needed[i], needed[j - 1] + 1) if is_dense else needed[i:j]
+        yield int(bounds[i]), int(bounds[j]), read
+        i = j
+
+
+class _Destination:
+    """A table's records on their way into the file: filled in memory where they fit one bucket, else through a file a bucket."""
+
+    def __init__(self, fd: int, layout: TableLayout, table: PlacedTable, part: Chosen, work: Path) -> None:
+        self._fd, self._layout, self._table, self._part = fd, layout, table, part
+        self._per_bucket = max(1, BUCKET_BYTES // table.record_bytes)
+        self._num_buckets = -(-table.num_entries // self._per_bucket)
+        self._spilled = np.dtype([("place", "<u4"), ("head", "<u4"), ("row", "u1", (layout.spec.row_bytes,))])
+        self._memory = np.empty((min(self._per_bucket, table.num_entries), table.record_bytes), dtype=np.uint8)
+        self._files = (
+            [(work / f"{table.name.replace('/', '_')}-{bucket}").open("w+b") for bucket in range(self._num_buckets)]
+            if self._num_buckets > 1
+            else []
+        )
+
+    def add(self, places: np.ndarray, heads: np.ndarray, rows: np.ndarray) -> None:
+        """Takes rows, uint8 [R, row_bytes], each the head-th of the entry at its place."""
+        if not self._files:
+            self._rows_of(self._memory)[places, heads] = rows
+            return
+        bucket = places // self._per_bucket
+        by_bucket = np.argsort(bucket, kind="stable")
+        spilled = np.empty(len(rows), dtype=self._spilled)
+        spilled["place"], spilled["head"] = places[by_bucket] % self._per_bucket, heads[by_bucket]
+        spilled["row"] = rows[by_bucket]
+        bounds = np.searchsorted(bucket[by_bucket], np.arange(self._num_buckets + 1))
+        for file, start, end in zip(self._files, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            file.write(spilled[start:end].tobytes())
+
+    def finish(self) -> None:
+        """Seals every record and writes it to its place."""
+        for bucket in range(self._num_buckets):
+            start = bucket * self._per_bucket
+            records = self._memory[: min(self._per_bucket, self._table.num_entries - start)]
+            if self._files:
+                self._gather(bucket, records)
+            keys = self._part.keys[start : start + len(records)]
+            order_index = self._part.order_index[start : start + len(records)].astype(np.uint32)
+            kernels.seal_records(records, keys, order_index, self._table.entry_bytes, self._layout.seed)
+            _pwrite(self._fd, records, self._table.byte_start + start * self._table.record_bytes)
+
+    def _gather(self, bucket: int, records: np.ndarray) -> None:
+        with self._files[bucket] as file:
+            file.flush()
+            spilled = np.fromfile(file.name, dtype=self._spilled)
+            Path(file.name).unlink()
+        assert len(spilled) == len(records) * self._layout.spec.rows_per_key, "every row of every entry was added once"
+        self._rows_of(records)[spilled["place"], spilled["head"]] = spilled["row"]
+
+    def _rows_of(self, records: np.ndarray) -> np.ndarray:
+        """The rows of records, uint8 [n, H, row_bytes]; no copy."""
+        spec = self._layout.spec
+        shape, strides = (len(records), spec.rows_per_key, spec.row_bytes), (records.shape[1], spec.row_bytes, 1)
+        return np.lib.stride_tricks.as_strided(records, shape, strides)
+
+
+def _pwrite(fd: int, array: np.ndarray, byte_start: int) -> None:
+    view = array.reshape(-1).data
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done : done + (64 << 20)], byte_start + done)

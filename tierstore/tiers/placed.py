@@ -1,0 +1,232 @@
+"""Placed entries: an open placement file, and the static set that is loaded from its top.
+
+Flows in: a placement file and the memory that a plan gives. Flows out: a table's `StaticSet`: indexes of all placed entries, the
+hottest records in memory, the rest in the file, one read each. Loading is sequential, past the page cache where it can be, and
+checks every record: one that is damaged is left out, so that its key is read from pages. Refuses damaged indexes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .. import kernels
+from ..decisions.budget import LINE_BYTES, TableShare
+from ..errors import CorruptPageError, FormatError
+from ..formats.catalog import CatalogImage, TableLayout
+from ..formats.placement import UNIT_BYTES, PlacedIndex, PlacedTable, Placement, read_head, round_up
+from .nvme import open_direct
+
+logger = logging.getLogger("tierstore")
+
+LOAD_THREADS = 2  # one reads while the other checks
+LOAD_BYTES = 8 << 20
+_GROUP_RECORDS = UNIT_BYTES // 8  # records begin at multiples of 8: so many of any size fill whole units
+
+OnProgress = Callable[[int, int], None]
+
+
+class PlacementFile:
+    """An open placement. Any number of threads may read; `close` must come after the last read. Pruning does not harm it."""
+
+    def __init__(self, image: CatalogImage, epoch: int, *, direct: bool) -> None:
+        """Opens the file of a published epoch and checks its head; raises `FormatError`. direct: for O_DIRECT too."""
+        record = image.placements[epoch]
+        self.path = Path(image.path) / record.file
+        self.fd = self.direct_fd = -1
+        try:
+            self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block for ever
+        except OSError as error:
+            raise FormatError(
+                f"{self.path} (placement {epoch}): {error.strerror}; plan again, or open the store with placement='none'"
+            ) from error
+        try:
+            if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+                raise FormatError(f"{self.path} (placement {epoch}): it is no regular file; plan again")
+            self.placement: Placement = read_head(self.path, self.fd, record, image.tables)
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+            if direct:
+                self.direct_fd = open_direct(self.path)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def handle(self) -> tuple[int, int, int]:
+        """(descriptor, O_DIRECT descriptor or -1, bytes)."""
+        return self.fd, self.direct_fd, self.placement.num_bytes
+
+    def close(self) -> None:
+        """Closes the descriptors; closing twice is harmless."""
+        for fd in (self.fd, self.direct_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.direct_fd = -1
+
+
+@dataclass(frozen=True)
+class StaticSet:
+    """A table's placed entries: indexes by order, uint8 [num_buckets, 64]; the first records, uint8 [loaded, record_bytes].
+
+    byte_start: of the first record in the file; seed: of the records' checksums.
+    """
+
+    table: PlacedTable
+    file: PlacementFile
+    indexes: tuple[np.ndarray, ...]
+    records: np.ndarray
+    seed: int
+
+    def places(self, order_index: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Returns the places of (order index, key) pairs, int64 [M] each; -1 where a pair has none."""
+        places = np.full(len(keys), -1, dtype=np.int64)
+        for index, buckets in enumerate(self.indexes):
+            of_order = order_index == index
+            if of_order.any():
+                places[of_order] = kernels.find_entries(buckets, keys[of_order])
+        return places
+
+    def read(self, order_index: np.ndarray, keys: np.ndarray, places: np.ndarray, entries: np.ndarray) -> int:
+        """Reads placed entries, one read each, into entries, uint8 [M, entry_bytes], and checks them; returns the bytes read.
+
+        Portable, one after the other; blocks. Raises `CorruptPageError` naming the first that is damaged or another's.
+        """
+        size = self.table.record_bytes
+        for i, place in enumerate(places.tolist()):
+            data = os.pread(self.file.fd, size, self.table.byte_start + place * size)
+            record = np.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=np.uint8).reshape(1, size)
+            damaged = kernels.spoil_bad_records(record, self.table.entry_bytes, self.seed)
+            trailer = record[0, -kernels.RECORD_TRAILER.itemsize :].view(kernels.RECORD_TRAILER)[0]
+            if damaged or trailer["key"] != keys[i] or trailer["order_index"] != order_index[i]:
+                raise CorruptPageError(fault_text(self.table.name, self.file.path, place, 0))
+            entries[i] = record[0, : self.table.entry_bytes]
+        return len(places) * size
+
+
+def load_all_static(
+    file: PlacementFile | None,
+    layouts: Sequence[TableLayout],
+    shares: Sequence[TableShare],
+    parts: Sequence[np.ndarray],
+    on_progress: OnProgress | None,
+) -> list[StaticSet | None]:
+    """Loads every table's static set into its part of the block. on_progress: (bytes done, bytes in all), in this thread."""
+    if file is None:
+        return [None] * len(layouts)
+    total, done = sum(share.static_bytes for share in shares), 0
+
+    def on_bytes(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if on_progress:
+            on_progress(done, total)
+
+    return [
+        _load_static(file, layout, share, part, on_bytes)
+        for layout, share, part in zip(layouts, shares, parts, strict=True)
+    ]
+
+
+def _load_static(
+    file: PlacementFile, layout: TableLayout, share: TableShare, memory: np.ndarray, on_bytes: Callable[[int], None]
+) -> StaticSet | None:
+    """Loads a table's indexes and the records that fit its share; None where the placement has nothing of the table.
+
+    memory: uint8, page-aligned: `static_bytes`, then `index_bytes`. on_bytes is called with bytes as they are read, in this
+    thread. Blocks. Raises `FormatError` where an index is damaged.
+    """
+    table = file.placement.tables.get(layout.spec.name)
+    if table is None or share.resident:
+        return None
+    indexes = []
+    at = round_up(share.static_bytes, LINE_BYTES)
+    for index in table.indexes:
+        buckets = memory[at : at + index.num_bytes].reshape(-1, kernels.INDEX_BUCKET.itemsize)
+        _load_index(file, index, buckets)
+        indexes.append(buckets)
+        at += index.num_bytes
+    num_damaged = _load_records(file, table, memory[: share.static_bytes], share.static_entries, layout.seed, on_bytes)
+    records = memory[: share.static_entries * table.record_bytes].reshape(-1, table.record_bytes)
+    num_left_out = sum(
+        kernels.drop_bad_places(buckets, order_index, records, table.num_entries, table.entry_bytes)
+        for order_index, buckets in enumerate(indexes)
+    )
+    if num_damaged or num_left_out:
+        logger.error(
+            "%s: %d placed entries of table %s are damaged and %d left out: their keys are read from pages; plan again",
+            file.path, num_damaged, table.name, num_left_out,
+        )  # fmt: skip
+    return StaticSet(table, file, tuple(indexes), records, layout.seed)
+
+
+def fault_text(table_name: str, path: Path, place: int, detail: int) -> str:
+    """Returns the message of a placed entry that cannot be served; detail: 0 for a wrong checksum or key, else an errno."""
+    what = "its checksum or its key is wrong" if detail == 0 else "the file ends before it"
+    if detail > 0:
+        what = os.strerror(detail)
+    return (
+        f"placed entry {place} of table {table_name} in {path}: {what}; "
+        f"plan again, or open the store with placement='none'"
+    )
+
+
+def _load_index(file: PlacementFile, index: PlacedIndex, buckets: np.ndarray) -> None:
+    done = _read_into(file.fd, buckets.reshape(-1), index.byte_start)
+    if done < index.num_bytes or kernels.crc32c(buckets) != index.checksum:
+        raise FormatError(f"{file.path}: an index is damaged; plan again, or open the store with placement='none'")
+
+
+def _load_records(
+    file: PlacementFile,
+    table: PlacedTable,
+    memory: np.ndarray,
+    num_entries: int,
+    seed: int,
+    on_bytes: Callable[[int], None],
+) -> int:
+    """Reads the first records in order, checked as they come; returns how many are damaged."""
+    step = max(1, LOAD_BYTES // (table.record_bytes * _GROUP_RECORDS)) * _GROUP_RECORDS
+
+    def load(start: int) -> tuple[int, int]:
+        end = min(start + step, num_entries)
+        byte_start, byte_end = start * table.record_bytes, round_up(end * table.record_bytes, UNIT_BYTES)
+        part = memory[byte_start:byte_end]
+        at, done = table.byte_start + byte_start, 0
+        if file.direct_fd >= 0:
+            done = _read_into(file.direct_fd, part, at)
+        if done < len(part):
+            done += _read_into(file.fd, part[done:], at + done)
+            os.posix_fadvise(file.fd, at, len(part), os.POSIX_FADV_DONTNEED)
+        part[done:] = 0  # what could not be read is no record
+        records = memory[byte_start : end * table.record_bytes].reshape(-1, table.record_bytes)
+        return kernels.spoil_bad_records(records, table.entry_bytes, seed), len(part)
+
+    num_damaged = 0
+    with ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="tierstore-load") as pool:
+        for future in as_completed([pool.submit(load, start) for start in range(0, num_entries, step)]):
+            damaged, num_bytes = future.result()
+            num_damaged += damaged
+            on_bytes(num_bytes)
+    return num_damaged
+
+
+def _read_into(fd: int, out: np.ndarray, byte_start: int) -> int:
+    """Reads len(out) bytes; returns how many came before the file's end or an error of the disk."""
+    done = 0
+    while done < len(out):
+        try:
+            count = os.preadv(fd, [out[done:].data], byte_start + done)
+        except OSError as error:
+            logger.error("placement file: reading at byte %d: %s", byte_start + done, error)
+            break
+        if count == 0:
+            break
+        done += count
+    return done
