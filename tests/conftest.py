@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from stores import Model, make_model
+from stores import Model, make_model, place_some
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -28,6 +28,15 @@ def built(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished store of `model`, in shards of 64 KiB. Tests must not change it; see `own_store`."""
     store = tmp_path_factory.mktemp("built") / "store"
     model.build(store, shard_bytes=65536)
+    return store
+
+
+@pytest.fixture(scope="session")
+def placed(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store of `model` with a placement of some of the keys that tests draw. Tests must not change it."""
+    store = tmp_path_factory.mktemp("placed") / "store"
+    model.build(store, shard_bytes=65536)
+    place_some(store)
     return store
 
 

@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from tierstore.build import BuildReport, build_store
 from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
+from tierstore.place import Chosen, place_entries
 from tierstore.spec import TableSpec
 
 PRIMES = [p for p in range(331, 2000) if all(p % d for d in range(2, 45))]
@@ -91,6 +92,21 @@ def make_model(
             TableSource(TableSpec.plain("plain", 33, 24, "raw", 24), (Plane(24, (checkpoint.tensors["plain"],)),))
         )
     return Model(folder, checkpoint, tuple(sources), rows)
+
+
+def place_some(store: Path, static_fraction: float = 0.5, part: float = 0.5) -> dict[str, Chosen]:
+    """Places a part of the keys that tests draw with seeds 0 to 6, in tables of three orders; returns what was placed."""
+    rng = np.random.default_rng(99)
+    drawn = np.concatenate([random_keys(np.random.default_rng(seed), 700)[:120] for seed in range(7)])
+    chosen = {}
+    for name in ("layers.1", "layers.14"):
+        pairs = [(order, key) for order in range(3) for key in np.unique(drawn[:, order]) if key >= 0]
+        picked = [pairs[i] for i in rng.permutation(len(pairs))[: int(len(pairs) * part)]]
+        picked += [pair for pair in ((0, 0), (2, 0), (1, 2**63 - 1), (0, 7)) if pair not in picked]
+        order_index, keys = zip(*picked, strict=True)
+        chosen[name] = Chosen(np.array(order_index, dtype=np.uint8), np.array(keys, dtype=np.int64))
+    place_entries(store, chosen, static_fraction=static_fraction)
+    return chosen
 
 
 def random_keys(rng: np.random.Generator, num_tokens: int, orders: int = 3, distinct: int | None = None) -> np.ndarray:

@@ -73,6 +73,49 @@ class TestPortableResidentStore(StoreContract):
         return open_portable(path, "64MiB")
 
 
+class PlacedStore(StoreContract):
+    """With a placement, part of it in DRAM and part in its file."""
+
+    @pytest.fixture
+    def built(self, placed: Path) -> Path:
+        return placed
+
+
+class TestPlacedStore(PlacedStore):
+    """By io_uring, where there is any."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return tierstore.open(path, dram="400KiB")
+
+
+class TestPlacedMmapStore(PlacedStore):
+    """By memory maps."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return tierstore.open(path, dram="400KiB", io="mmap")
+
+
+class TestPlacedPreadStore(PlacedStore):
+    """By threads of pread, with room for the whole placement."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return tierstore.open(path, dram="1MiB", io="pread")
+
+
+class TestPlacedPortableStore(PlacedStore):
+    """Without the compiled kernels."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return open_portable(path, "400KiB")
+
+
+class TestPlacedResidentStore(PlacedStore):
+    """Where every table fits whole, a placement has nothing to add."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return tierstore.open(path, dram="64MiB")
+
+
 def least_budget(path: Path) -> int:
     with pytest.raises(tierstore.BudgetError, match="staging") as caught:
         tierstore.open(path, dram=1)

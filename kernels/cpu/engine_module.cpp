@@ -190,7 +190,7 @@ class PyEngine {
       }
       if (!record["statics"].is_none()) {
         require(num_sets > 0, "a resident table needs no static set");
-        table.statics = make_statics(record["statics"].cast<py::dict>(), table, shape.mode, memory_);
+        table.statics = make_statics(record["statics"].cast<py::dict>(), table, shape.mode, held_);
         shape.lane.page_bytes = std::max(shape.lane.page_bytes, table.statics.placed.read_bytes_max());
       }
       memory_.push_back(std::move(memory));
@@ -414,7 +414,8 @@ class PyEngine {
   }
 
   std::unique_ptr<Engine> engine_;
-  std::vector<py::array> memory_;
+  std::vector<py::array> memory_;  // of each table, in their order
+  std::vector<py::array> held_;    // what static sets lie in
 };
 
 }  // namespace

@@ -33,7 +33,7 @@ class TestUringBuffered(ReaderContract):
 
     def open_store(self, path: Path, dram: str = "600KiB") -> tierstore.Store:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tierstore.tiers.nvme._open_direct", lambda _: -1)
+            patch.setattr("tierstore.tiers.nvme.open_direct", lambda _: -1)
             return tierstore.open(path, dram=dram, io="uring")
 
 
