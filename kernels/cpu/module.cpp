@@ -6,61 +6,28 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "arrays.h"
 #include "crc32c.h"
 #include "engine_module.h"
 #include "hash.h"
 #include "pages.h"
 #include "placed_module.h"
+#include "profile_module.h"
 
 namespace py = pybind11;
 
 namespace {
 
-// An array that a kernel reads: the caller's own where it is contiguous, aligned and of type T, else a copy that is; a
-// type that T does not hold is a TypeError. py::array_t as an argument does the same, but first makes an empty array and
-// then goes through the call that copies either way: with it, the keys of one token took 1.9 us instead of 0.4.
-template <typename T>
-class Input : public py::array {
- public:
-  using Copy = py::array_t<T, py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_>;
-  using py::array::array;
-  Input() : py::array(py::handle(), stolen_t{}) {}  // none: py::array's own default allocates an array
-
-  static bool is_raw(py::handle given) {
-    return Copy::check_(given) && py::detail::check_flags(given.ptr(), py::detail::npy_api::NPY_ARRAY_ALIGNED_);
-  }
-  const T* data() const { return static_cast<const T*>(py::array::data()); }
-};
-
-}  // namespace
-
-template <typename T>
-struct pybind11::detail::pyobject_caster<Input<T>> {
-  PYBIND11_TYPE_CASTER(Input<T>, handle_type_name<typename Input<T>::Copy>::name);
-  bool load(handle given, bool) {
-    if (Input<T>::is_raw(given)) {
-      value = reinterpret_borrow<Input<T>>(given);
-    } else {
-      value = reinterpret_steal<Input<T>>(Input<T>::Copy::ensure(given).release());
-    }
-    return static_cast<bool>(value);
-  }
-};
-
-namespace {
-
+using tierstore::has_shape;
+using tierstore::Input;
+using tierstore::output_of;
+using tierstore::require;
 using ByteArray = py::array_t<uint8_t, py::array::c_style>;
 using Int64Array = py::array_t<int64_t, py::array::c_style>;
-
-void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
 
 tierstore::PageShape page_shape(py::ssize_t page_bytes, py::ssize_t rows_per_page, uint32_t version, uint32_t seed) {
   require(page_bytes > static_cast<py::ssize_t>(tierstore::kTrailerBytes), "page_bytes must exceed the trailer");
@@ -120,17 +87,6 @@ py::array_t<uint8_t> check_pages(const ByteArray& pages, const Int64Array& page_
 }
 
 // The mixed hash (hash.h).
-
-// The data of an array that is written: never a copy, so it must be as the kernel needs it.
-template <typename T>
-T* output_of(py::array& array, const char* what) {
-  require(Input<T>::is_raw(array), what);
-  return static_cast<T*>(array.mutable_data());
-}
-
-bool has_shape(const py::array& array, std::initializer_list<py::ssize_t> shape) {
-  return array.ndim() == static_cast<py::ssize_t>(shape.size()) && std::equal(shape.begin(), shape.end(), array.shape());
-}
 
 tierstore::NgramHash ngram_hash(const std::optional<Input<int32_t>>& token_map, int64_t vocab_size,
                                 const Input<int64_t>& multipliers, const Input<int64_t>& orders, int64_t pad_id,
@@ -272,4 +228,5 @@ PYBIND11_MODULE(_cpu, module) {
   tierstore::bind_engine(module);
   tierstore::bind_placed(module);
   define_hash(module);
+  tierstore::bind_profile(module);
 }

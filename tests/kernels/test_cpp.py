@@ -15,7 +15,7 @@ import pytest
 from conftest import REPOSITORY
 
 PROGRAM = REPOSITORY / "tests" / "kernels" / "cpp" / "lookup_path_test.cpp"
-BINDINGS = {"module.cpp", "engine_module.cpp"}
+BINDINGS = {"module.cpp", "engine_module.cpp", "profile_module.cpp"}
 NOT_ALLOWED = 77
 FLAGS = os.environ.get("TIERSTORE_TEST_CXXFLAGS", "-O1").split()
 
