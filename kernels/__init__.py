@@ -46,6 +46,7 @@ __all__ = [
     "seal_records",
     "spoil_bad_records",
     "simulate_cache",
+    "stack_distances",
 ]
 
 _serving: Any = reference
@@ -219,3 +220,13 @@ def simulate_cache(order_index: np.ndarray, keys: np.ndarray, batch_ends: np.nda
     `ValueError` for shapes and numbers that do not fit, `MemoryError` where a cache does not.
     """
     return _serving.simulate_cache(order_index, keys, batch_ends, num_sets)
+
+
+def stack_distances(items: np.ndarray) -> np.ndarray:
+    """Returns how many distinct other items came since the last access to the same one, -1 for the first (Mattson 1970).
+
+    items: int64 [A], dense: below A. Returns int64 [A]. A cache of c entries that keeps what was used last hits an access if
+    and only if its distance is 0 to c - 1. O(A log A) (Bennett and Kruskal 1975), about 50 ns an access at ten million.
+    `ValueError` for items that are not dense.
+    """
+    return _serving.stack_distances(items)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .reference_cache import simulate_cache as simulate_cache
+from .reference_cache import stack_distances as stack_distances
 
 TRAILER = np.dtype([("page_number", "<u8"), ("version", "<u4"), ("checksum", "<u4")])
 PAGE_GOOD, PAGE_OTHER_VERSION, PAGE_OTHER_NUMBER, PAGE_BAD_CHECKSUM = range(4)

@@ -1,4 +1,4 @@
-"""The recency cache's policy and reuse distances in plain Python: the oracle of kernels/cpu/simulate.cpp and reuse.cpp.
+"""The recency cache's policy and reuse distances in plain Python: the oracle of kernels/cpu/simulate.cpp and stack_distances.cpp.
 
 Written from the policy's description, not from its code, and with Python's integers. Flows in: accesses. Flows out: which
 of them hit. About ten microseconds an access.
@@ -125,6 +125,32 @@ def simulate_cache(order_index: np.ndarray, keys: np.ndarray, batch_ends: np.nda
             into.catch_up(age)
             into.admit(name, min(COUNT_MAX, into.recall(_fingerprint(name)) + 1))
     return hits
+
+
+def stack_distances(items: np.ndarray) -> np.ndarray:
+    if items.ndim != 1 or ((items < 0) | (items >= len(items))).any():
+        raise ValueError("items must be [accesses] and dense: 0 to accesses - 1")
+    tree = [0] * (len(items) + 1)  # Fenwick: how many last accesses are at a place and before it
+
+    def add(place: int, change: int) -> None:
+        place += 1
+        while place < len(tree):
+            tree[place] += change
+            place += place & -place
+
+    last: dict[int, int] = {}
+    distances = np.full(len(items), -1, dtype=np.int64)
+    for now, item in enumerate(items.tolist()):
+        if item in last:
+            node, up_to = last[item] + 1, 0
+            while node:
+                up_to += tree[node]
+                node &= node - 1
+            distances[now] = len(last) - up_to
+            add(last[item], -1)
+        add(now, 1)
+        last[item] = now
+    return distances
 
 
 def _hash(name: tuple[int, int]) -> int:

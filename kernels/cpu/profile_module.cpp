@@ -4,6 +4,7 @@
 
 #include "arrays.h"
 #include "simulate.h"
+#include "stack_distances.h"
 
 namespace py = pybind11;
 
@@ -35,11 +36,28 @@ py::array_t<bool> simulate_cache_checked(const Input<uint8_t>& order_index, cons
   return hits;
 }
 
+py::array_t<int64_t> stack_distances_checked(const Input<int64_t>& items) {
+  require(items.ndim() == 1, "items must be [accesses]");
+  const int64_t* ids = items.data();
+  const int64_t num_accesses = items.size();
+  py::array_t<int64_t> distances(num_accesses);
+  int64_t* out = distances.mutable_data();
+  {
+    py::gil_scoped_release released;
+    for (int64_t i = 0; i < num_accesses; ++i) {
+      require(ids[i] >= 0 && ids[i] < num_accesses, "items must be dense: 0 to accesses - 1");
+    }
+    stack_distances(ids, static_cast<size_t>(num_accesses), out);
+  }
+  return distances;
+}
+
 }  // namespace
 
 void bind_profile(py::module_& module) {
   module.def("simulate_cache", &simulate_cache_checked, py::arg("order_index"), py::arg("keys"), py::arg("batch_ends"),
              py::arg("num_sets"));
+  module.def("stack_distances", &stack_distances_checked, py::arg("items"));
 }
 
 }  // namespace tierstore
