@@ -44,8 +44,8 @@ __all__ = [
     "row_ids_of_keys",
     "seal_pages",
     "seal_records",
-    "spoil_bad_records",
     "simulate_cache",
+    "spoil_bad_records",
     "stack_distances",
 ]
 

@@ -217,9 +217,8 @@ Fault Lane::land_placed(const RowWant& want, PageDone done) {
   const PlacedFile& placed = tables_[want.table].statics.placed;
   const auto place = static_cast<uint32_t>(want.page);
   const Miss& miss = job_->misses[want.which];
-  uint8_t* read = staging_ + done.slot * shape_.page_bytes;
-  const uint8_t* record = read + (placed.record_start(place) - placed.read_start(place));
-  faults_.apply(done, read, placed.read_bytes(place));
+  uint8_t* record = staging_ + done.slot * shape_.page_bytes + (placed.record_start(place) - placed.read_start(place));
+  faults_.apply(done, record, placed.shape.record_bytes);
   if (done.error != 0) return {FaultKind::kBadEntry, want.table, place, done.error};
   if (!record_is_whole(record, placed.shape) || !record_is_of(record, placed.shape, miss.order, miss.key)) {
     return {FaultKind::kBadEntry, want.table, place, 0};

@@ -33,7 +33,7 @@ def test_a_bad_read_anywhere_is_a_named_error_and_the_next_lookup_right(
     request: pytest.FixtureRequest, model: Model, which: str, io: str, fault: str, early: bool
 ) -> None:
     path = request.getfixturevalue(which)
-    keys = random_keys(np.random.default_rng(0), 4 if which == "built" else 40)
+    keys = random_keys(np.random.default_rng(0), 4 if which == "built" else 6)
     expected = model.expected("layers.1", keys)
     operation = 0
     while True:

@@ -115,7 +115,12 @@ void test_cache() {
 struct Files {
   static constexpr size_t kRowBytes = 264, kRowsPerPage = 15, kPageBytes = 4096, kPages = 300, kPagesPerShard = 200;
   static constexpr uint32_t kVersion = 1, kSeed = 77;
+  static constexpr size_t kPlaced = 150, kLoaded = 75, kBuckets = 40;  // keys 0, kKeyStep, ... have records
+  static constexpr int64_t kKeyStep = 1'000'003;
   std::vector<ShardFile> shards;
+  ShardFile placed;
+  std::vector<IndexBucket> index{kBuckets};
+  std::vector<uint8_t> records;
 
   Files(const std::string& folder) {
     const PageShape shape{kPageBytes, kRowsPerPage, kVersion, kSeed};
@@ -125,14 +130,37 @@ struct Files {
     }
     seal_pages({{rows.data(), kRowBytes}}, kPages * kRowsPerPage, shape, 0, pages.data());
     for (size_t start = 0; start < kPages; start += kPagesPerShard) {
-      const std::string name = folder + "/" + std::to_string(start);
       const size_t num_bytes = std::min(kPagesPerShard, kPages - start) * kPageBytes;
-      const int fd = open(name.c_str(), O_RDWR | O_CREAT | O_TRUNC, 0600);
-      if (fd < 0 || write(fd, pages.data() + start * kPageBytes, num_bytes) != static_cast<ssize_t>(num_bytes)) std::abort();
-      fsync(fd);
-      void* map = mmap(nullptr, num_bytes, PROT_READ, MAP_SHARED, fd, 0);
-      shards.push_back({fd, open(name.c_str(), O_RDONLY | O_DIRECT), static_cast<uint8_t*>(map), num_bytes});
+      shards.push_back(write_file(folder + "/" + std::to_string(start), pages.data() + start * kPageBytes, num_bytes));
     }
+    place(folder);
+  }
+
+  static RecordShape record_shape() { return {2 * kRowBytes, 2 * kRowBytes + kRecordTrailerBytes, kSeed}; }
+
+  static ShardFile write_file(const std::string& name, const uint8_t* data, size_t num_bytes) {
+    const int fd = open(name.c_str(), O_RDWR | O_CREAT | O_TRUNC, 0600);
+    if (fd < 0 || write(fd, data, num_bytes) != static_cast<ssize_t>(num_bytes)) std::abort();
+    fsync(fd);
+    void* map = mmap(nullptr, num_bytes, PROT_READ, MAP_SHARED, fd, 0);
+    return {fd, open(name.c_str(), O_RDONLY | O_DIRECT), static_cast<uint8_t*>(map), num_bytes};
+  }
+
+  void place(const std::string& folder) {
+    const RecordShape shape = record_shape();
+    records.resize((kPlaced * shape.record_bytes + kReadUnitBytes - 1) / kReadUnitBytes * kReadUnitBytes);
+    std::vector<int64_t> keys;
+    std::vector<uint32_t> places, orders(kPlaced, 0);
+    for (size_t i = 0; i < kPlaced; ++i) {
+      keys.push_back(static_cast<int64_t>(i) * kKeyStep);
+      places.push_back(static_cast<uint32_t>(i));
+      uint8_t* record = records.data() + i * shape.record_bytes;
+      fill_entry(record, kRowBytes, 0, keys[i] % 2003);
+      fill_entry(record + kRowBytes, kRowBytes, 0, keys[i] % 2011 + 2003);
+    }
+    seal_records(keys.data(), orders.data(), kPlaced, shape, records.data());
+    if (!index_entries(keys.data(), places.data(), kPlaced, index.data(), kBuckets)) std::abort();
+    placed = write_file(folder + "/placed", records.data(), records.size());
   }
 
   Table table(Block& block, size_t num_sets) const {
@@ -152,6 +180,10 @@ struct Files {
     made.shards = shards;
     made.cache = std::make_unique<EntryCache>(block.data, num_sets, made.entry_bytes());
     made.cache->clear();
+    made.statics.orders[0] = {index.data(), kBuckets};
+    made.statics.records = records.data();
+    made.statics.num_loaded = kLoaded;
+    made.statics.placed = {placed, 0, record_shape()};
     return made;
   }
 };
@@ -172,7 +204,7 @@ void test_engine(const std::string& folder, ReadMode mode, const char* name, siz
   Block block(EntryCache::block_bytes(20, 2 * Files::kRowBytes));
   std::vector<Table> tables;
   tables.push_back(files.table(block, 20));
-  Engine engine(std::move(tables), {mode, true, num_lanes, 4, 8, 60.0, {16, Files::kPageBytes, 4096}});
+  Engine engine(std::move(tables), {mode, true, num_lanes, 4, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}});
   std::atomic<uint64_t> wrong{0}, checked{0};
   std::vector<std::thread> threads;
   for (uint64_t seed = 1; seed <= 6; ++seed) {
@@ -180,7 +212,7 @@ void test_engine(const std::string& folder, ReadMode mode, const char* name, siz
       uint64_t state = seed;
       for (int round = 0; round < 60; ++round) {
         std::vector<int64_t> keys(1 + next_random(state) % 40);
-        for (int64_t& key : keys) key = static_cast<int64_t>(next_random(state) % 500) * 1'000'003;
+        for (int64_t& key : keys) key = static_cast<int64_t>(next_random(state) % 500) * Files::kKeyStep;
         std::vector<uint8_t> out(keys.size() * 2 * Files::kRowBytes, 0xA5);
         auto job = std::make_shared<Job>();
         if (!engine.enter()) std::abort();
@@ -203,7 +235,11 @@ void test_engine(const std::string& folder, ReadMode mode, const char* name, siz
   CHECK(engine.close(60.0));
   CHECK(!engine.enter());
   std::printf("engine, %s, %zu lanes: %llu keys checked\n", name, num_lanes, static_cast<unsigned long long>(checked.load()));
-  for (const ShardFile& shard : files.shards) {
+  CHECK(engine.read_counters.entries > 0);
+  CHECK(engine.table_counters[0].static_hits[0] > 0);
+  std::vector<ShardFile> opened = files.shards;
+  opened.push_back(files.placed);
+  for (const ShardFile& shard : opened) {
     munmap(const_cast<uint8_t*>(shard.map), shard.num_bytes);
     close(shard.buffered_fd);
     if (shard.direct_fd >= 0) close(shard.direct_fd);
