@@ -12,6 +12,11 @@ import numpy as np
 
 from .reference_cache import simulate_cache as simulate_cache
 from .reference_cache import stack_distances as stack_distances
+from .reference_items import find_items as find_items
+from .reference_items import keys_of_windows as keys_of_windows
+from .reference_items import sort_items as sort_items
+from .reference_items import sum_items as sum_items
+from .reference_items import windows_of_tokens as windows_of_tokens
 
 TRAILER = np.dtype([("page_number", "<u8"), ("version", "<u4"), ("checksum", "<u4")])
 PAGE_GOOD, PAGE_OTHER_VERSION, PAGE_OTHER_NUMBER, PAGE_BAD_CHECKSUM = range(4)
