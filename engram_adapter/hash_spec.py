@@ -166,6 +166,11 @@ class HashSpec:
         """The layers with a table: 0-based module indices, as in the tables' names."""
         return tuple(self.layer_hashes)
 
+    @property
+    def kernel_token_map(self) -> np.ndarray | None:
+        """The token map, None where ids hash as they are; raises `ConfigError` where the spec was made without its own."""
+        return self._token_map() if self.needs_token_map else None
+
     def table_name(self, layer: int | str) -> str:
         """Returns the table of a layer, given as its number or already as the table's name: 1 -> "layers.1"."""
         return f"layers.{self._number(layer)}"
@@ -221,7 +226,7 @@ class HashSpec:
         ids = _integers(token_ids, "token_ids")
         past = None if history is None else self._checked_history(history, len(ids))
         no_text = None if dead is None else _checked_dead(dead, ids.shape)
-        token_map = self._token_map() if self.needs_token_map else None
+        token_map = self.kernel_token_map
         barrier_id = -1 if self.barrier_id is None else self.barrier_id
         orders = self._order_array
         keys = np.empty((*ids.shape, len(orders)), dtype=_INT64)
