@@ -1,0 +1,254 @@
+"""Columns: the one container of traces and profiles, integers column by column, compressed with zstd.
+
+Flows in: blocks of named columns, each block under a section, between a header and a footer. Flows out: the same, one block
+at a time, so that memory is bounded by a block. A file bears its name only once it is finished. Refuses, with `FormatError`,
+what `column_layout` refuses, and columns that are not what the directory says, before anything is allocated for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from .. import kernels
+from ..errors import ConfigError, FormatError
+from .catalog import sync_folder
+from .column_layout import (
+    BLOCK_BYTES_MAX,
+    COLUMNS_MAX,
+    DTYPES,
+    FILTERS,
+    Column,
+    is_kind,
+    is_name,
+    pack_directory,
+    pack_head,
+    pack_json,
+    read_directory,
+    read_head,
+)
+from .tensor_files import read_exactly
+
+NEW_SUFFIX = ".new"
+COMPRESSION_LEVEL = 3
+SAMPLE_VALUES = 1 << 14  # of a column, on which filters are compared
+
+
+class ColumnWriter:
+    """Writes one file of columns; use it with `with`. One thread at a time. Unfinished, it leaves nothing behind."""
+
+    def __init__(self, path: str | os.PathLike[str], kind: str, header: Mapping[str, Any]) -> None:
+        """Starts the file at `path`, under a temporary name beside it until `finish`.
+
+        kind: 1 to 16 letters a-z; what the file is, for readers to insist on. header: what JSON can say. Raises `ConfigError`
+        where `path` is there and no regular file, `OSError` where the folder cannot be written.
+        """
+        assert is_kind(kind), kind
+        self.path = Path(path)
+        self._kind, self._header = kind, pack_json(header)
+        if self.path.exists() and not self.path.is_file():
+            raise ConfigError(f"{self.path} is there and no regular file; give the name of a file to write")
+        self._new_path = self.path.with_name(self.path.name + NEW_SUFFIX)
+        self._new_path.unlink(missing_ok=True)  # what a killed writer left
+        self._fd = os.open(self._new_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_content_size=True)
+        self._blocks: list[tuple[str, list[list[Any]]]] = []
+        self._num_bytes = 0
+        try:
+            self._write(pack_head(self._kind, self._header, file_bytes=0))
+        except BaseException:
+            self.abandon()
+            raise
+
+    def write_block(self, section: str, columns: Mapping[str, np.ndarray]) -> None:
+        """Appends a block to `section`: 1-D integer columns, of any lengths. Blocks on the disk.
+
+        Each column is filtered in the way that a sample of it compresses best, compressed alone, and checksummed. Raises
+        `TypeError` for columns that are no 1-D integers, `ValueError` for more than COLUMNS_MAX or BLOCK_BYTES_MAX.
+        """
+        num_bytes = sum(values.nbytes for values in columns.values())
+        if not 1 <= len(columns) <= COLUMNS_MAX or num_bytes > BLOCK_BYTES_MAX:
+            raise ValueError(
+                f"a block of {len(columns)} columns and {num_bytes} bytes; at most {COLUMNS_MAX} and {BLOCK_BYTES_MAX} "
+                f"go into one: write more blocks"
+            )
+        for name in (section, *columns):
+            assert is_name(name), name
+        self._blocks.append((section, [self._write_column(name, values) for name, values in columns.items()]))
+
+    def _write_column(self, name: str, values: np.ndarray) -> list[Any]:
+        """Writes one column; returns its record in the directory."""
+        dtype_name = values.dtype.str[1:]
+        if values.ndim != 1 or dtype_name not in DTYPES:
+            raise TypeError(f"column {name} is {values.dtype} {list(values.shape)}, expected 1-D integers")
+        values = np.ascontiguousarray(values, dtype=DTYPES[dtype_name])
+        middle = max(0, (len(values) - SAMPLE_VALUES) // 2)
+        sample = values[middle : middle + SAMPLE_VALUES]
+        best = min(FILTERS, key=lambda filter_: len(self._compressor.compress(_filtered(sample, filter_))))
+        data = self._compressor.compress(_filtered(values, best))
+        self._write(data)
+        return [name, dtype_name, best, len(values), len(data), kernels.crc32c(data)]
+
+    def finish(self, footer: Mapping[str, Any]) -> None:
+        """Writes directory and footer, makes the file durable and gives it its name. Blocks on the disk.
+
+        Raises `ConfigError` where another process has begun to write the same file meanwhile.
+        """
+        self._write(pack_directory(self._blocks, footer))
+        os.pwrite(self._fd, pack_head(self._kind, self._header, self._num_bytes), 0)
+        os.fsync(self._fd)
+        if not self._is_ours():
+            raise ConfigError(f"{self._new_path} was taken by another writer; give each its own file")
+        os.rename(self._new_path, self.path)
+        self._close()
+        sync_folder(self.path.parent)
+
+    def abandon(self) -> None:
+        """Removes what was written, unless it is finished; harmless then."""
+        if self._fd >= 0:
+            if self._is_ours():
+                self._new_path.unlink()
+            self._close()
+
+    def _is_ours(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._fd), os.stat(self._new_path))
+        return False
+
+    def _write(self, data: bytes) -> None:
+        # Not through a buffered file: a forked child would flush its copy of the buffer into this file.
+        view = memoryview(data)
+        while view:
+            count = os.write(self._fd, view)
+            self._num_bytes += count
+            view = view[count:]
+
+    def _close(self) -> None:
+        os.close(self._fd)
+        self._fd = -1
+
+    def __enter__(self) -> ColumnWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abandon()
+
+
+class ColumnReader:
+    """A finished file of columns: header, footer, and blocks on demand. Any number of threads may read."""
+
+    def __init__(self, path: Path, fd: int, kind: str) -> None:
+        """Reads and checks all but the blocks; `open` is the way in. Takes over fd."""
+        self.path = path
+        self._fd = fd
+        self.header, self.num_bytes, data_start = read_head(path, fd, kind)
+        self.footer, self._blocks = read_directory(path, fd, self.num_bytes, data_start)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], kind: str) -> ColumnReader:
+        """Opens a file of the given kind; use it with `with`. Blocks on the disk.
+
+        Raises `FormatError` where it is no whole file of that kind and of a version we know, `OSError` where it cannot be
+        opened.
+        """
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
+        try:
+            return cls(Path(path), fd, kind)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def sections(self) -> list[str]:
+        """Returns the sections that have blocks, in the order of their first ones."""
+        return list(dict.fromkeys(section for section, _ in self._blocks))
+
+    def num_values(self, section: str, column: str) -> int:
+        """Returns how many values a column has in all blocks of a section; 0 where it has none."""
+        return sum(
+            columns[column].num_values for name, columns in self._blocks if name == section and column in columns
+        )
+
+    def require(self, section: str, columns: Mapping[str, str]) -> None:
+        """Raises `FormatError` where a block of `section` has other columns than {name: NumPy's name of its dtype}."""
+        for name, found in self._blocks:
+            dtypes = {column: record.dtype.name for column, record in found.items()}
+            if name == section and dtypes != dict(columns):
+                raise FormatError(
+                    f"{self.path}: a block of {section} has columns {dtypes}, expected {dict(columns)}; write it again"
+                )
+
+    def blocks(self, section: str) -> Iterator[dict[str, np.ndarray]]:
+        """Yields the blocks of a section in order, {column: 1-D array, read-only}. Blocks on the disk.
+
+        Raises `FormatError` where a column is damaged. No more than one block is in memory.
+        """
+        decompressor = zstandard.ZstdDecompressor()
+        for index, (name, columns) in enumerate(self._blocks):
+            if name == section:
+                where = f"{self.path}: block {index}, section {section}, column"
+                yield {
+                    column: self._read_column(record, decompressor, f"{where} {column}")
+                    for column, record in columns.items()
+                }
+
+    def _read_column(self, record: Column, decompressor: zstandard.ZstdDecompressor, where: str) -> np.ndarray:
+        data = np.empty(record.num_bytes, dtype=np.uint8)
+        read_exactly(self._fd, data, record.byte_start, where)
+        if (checksum := kernels.crc32c(data)) != record.checksum:
+            raise FormatError(
+                f"{where}: checksum {checksum:08x}, the directory says {record.checksum:08x}; copy the file again"
+            )
+        raw_bytes = record.num_values * record.dtype.itemsize
+        try:
+            # The frame's own claim comes first: the decompressor allocates by it.
+            claimed = zstandard.frame_content_size(data.data)
+            if claimed != raw_bytes:
+                raise FormatError(f"{where}: {claimed} bytes of values, the directory says {raw_bytes}; write it again")
+            raw = decompressor.decompress(data.data, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise FormatError(f"{where}: no zstd frame ({error}); write the file again") from error
+        if len(raw) != raw_bytes:
+            raise FormatError(f"{where}: {len(raw)} bytes of values, the directory says {raw_bytes}; write it again")
+        return _unfiltered(raw, record.dtype, record.filter)
+
+    def close(self) -> None:
+        """Closes the file. Closing twice is harmless."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> ColumnReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _filtered(values: np.ndarray, filter_: str) -> memoryview:
+    """Returns values, little-endian, as bytes in the order that the filter says: see FORMAT.md."""
+    if filter_.startswith("delta"):
+        values = values.view(f"<u{values.itemsize}")
+        values = np.concatenate([values[:1], values[1:] - values[:-1]])  # differences wrap round, as sums do later
+    raw = values.view(np.uint8)
+    if filter_.endswith("planes"):
+        raw = np.ascontiguousarray(raw.reshape(len(values), values.itemsize).T).reshape(-1)
+    return raw.data
+
+
+def _unfiltered(raw: bytes, dtype: np.dtype, filter_: str) -> np.ndarray:
+    """Undoes `_filtered`."""
+    values: np.ndarray = np.frombuffer(raw, dtype=f"<u{dtype.itemsize}")
+    if filter_.endswith("planes"):
+        planes = np.frombuffer(raw, dtype=np.uint8).reshape(dtype.itemsize, len(values))
+        values = np.ascontiguousarray(planes.T).reshape(-1).view(values.dtype)
+    if filter_.startswith("delta"):
+        values = np.cumsum(values, dtype=values.dtype)
+    values = values.view(dtype)
+    values.flags.writeable = False
+    return values
