@@ -23,6 +23,7 @@ FLOORS = {
     "tierstore.tiers": 3,
     "tierstore.build": 3,
     "tierstore.place": 3.5,  # of the same floor: uses tiers and the build's lock
+    "tierstore.counting": 3,
     "tierstore.verify": 3,
     "tierstore.stats": 3,
     "tierstore.store": 4,

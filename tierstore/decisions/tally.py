@@ -1,0 +1,184 @@
+"""From counted items to what decisions need: classes of items by (order, count), and the held-out documents as replays.
+
+Flows in: a profile's items, sorted, block by block, and the items that held-out documents accessed, in their order. Flows out: a
+`Group` for each set of tables whose accesses are the same: all tables of a profile of n-grams, each table of a profile of keys. Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .. import kernels
+from ..errors import FormatError
+from ..formats.profile import KEYS, ProfileHeader
+from .choose import ItemClasses, Part, item_hash
+from .replay import Replay
+
+Counted = tuple[np.ndarray, np.ndarray]  # items uint64 [M, 2], sums int64 [M, 2]: counted, held out
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Tables whose accesses are the same, what was counted of them, and what was held out.
+
+    item_classes: int64 [U], the class of each item of the replay, -1 where it was not counted; item_hashes: uint64 [U].
+    """
+
+    tables: tuple[str, ...]
+    orders: tuple[int, ...]
+    classes: ItemClasses
+    distinct: tuple[int, ...]
+    replay: Replay
+    item_classes: np.ndarray
+    item_hashes: np.ndarray
+
+
+class OrderSums:
+    """Sums of a stream of sorted items after a shift; the last one is held back, since it may go on in the next block."""
+
+    def __init__(self, shift: int) -> None:
+        self._shift = shift
+        self._held: Counted | None = None
+
+    def add(self, items: np.ndarray, sums: np.ndarray) -> Counted:
+        """Takes the next items; returns those that are complete."""
+        items, sums = kernels.sum_items(items, sums, self._shift)
+        if self._held is not None:
+            items, sums = np.concatenate([self._held[0], items]), np.concatenate([self._held[1], sums])
+            items, sums = kernels.sum_items(items, sums, 0)
+        self._held = (items[-1:], sums[-1:]) if len(items) else None
+        return items[:-1], sums[:-1]
+
+    def end(self) -> Counted:
+        """Returns the last item, if there was any."""
+        held, self._held = self._held, None
+        return held if held is not None else (np.empty((0, 2), np.uint64), np.empty((0, 2), np.int64))
+
+
+class OrderSplit:
+    """Splits a stream of a profile's items into the items of each (table, order): n-grams by shifting, keys by their mark."""
+
+    def __init__(self, header: ProfileHeader) -> None:
+        self._header = header
+        self._sums = [] if header.kind == KEYS else [OrderSums(header.shift(order)) for order in header.orders]
+
+    def add(self, items: np.ndarray, sums: np.ndarray) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
+        """Takes the next items; returns (table index, order index, items, sums) of those that are complete."""
+        if self._header.kind != KEYS:
+            return [(0, order_index, *part.add(items, sums)) for order_index, part in enumerate(self._sums)]
+        marks, starts = np.unique(items[:, 0], return_index=True)
+        bounds = np.append(starts, len(items)).tolist()
+        return [
+            (int(mark) >> 32, int(mark) & 0xFFFFFFFF, items[start:end], sums[start:end])
+            for mark, start, end in zip(marks.tolist(), bounds[:-1], bounds[1:], strict=True)
+        ]
+
+    def end(self) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
+        """Returns what was held back."""
+        return [(0, order_index, *part.end()) for order_index, part in enumerate(self._sums)]
+
+
+class Tally:
+    """Takes a profile's items as they stream by, and in the end the held-out accesses; gives the groups."""
+
+    def __init__(self, header: ProfileHeader) -> None:
+        self._header = header
+        self._split = OrderSplit(header)
+        self._parts: dict[int, list[Part]] = {}
+        self._kept: dict[tuple[int, int], list[Counted]] = {}
+        self._distinct: dict[tuple[int, int], int] = {}
+
+    def add(self, items: np.ndarray, sums: np.ndarray) -> None:
+        """Takes the next items, uint64 [M, 2] sorted, and their sums, int64 [M, 2]."""
+        self._take(self._split.add(items, sums))
+
+    def _take(self, parts: list[tuple[int, int, np.ndarray, np.ndarray]]) -> None:
+        for table_index, order_index, items, sums in parts:
+            where = table_index, order_index
+            counts, held_out = np.ascontiguousarray(sums[:, 0]), np.ascontiguousarray(sums[:, 1])
+            self._parts.setdefault(table_index, []).append((order_index, counts, held_out, np.ones_like(counts)))
+            self._distinct[where] = self._distinct.get(where, 0) + len(items)
+            again = held_out > 0
+            self._kept.setdefault(where, []).append((items[again], sums[again]))
+            if len(self._parts[table_index]) >= 64:  # what is gathered must not grow with the profile
+                self._fold(table_index)
+
+    def _fold(self, table_index: int) -> None:
+        classes = ItemClasses.of_parts(self._parts[table_index])
+        self._parts[table_index] = classes.as_parts()
+
+    def groups(self, held_items: np.ndarray, document_ends: np.ndarray, tokens: np.ndarray | None) -> list[Group]:
+        """Returns the groups. held_items: uint64 [T, 2], the items that held-out documents accessed, in order.
+
+        document_ends: int64 [D], in tokens; tokens: int64 [T], the token (of keys: the lookup) of each, None where each is
+        its own. Raises `FormatError` where they are not those that were counted.
+        """
+        self._take(self._split.end())
+        if self._header.kind != KEYS:
+            return [self._group(0, held_items, document_ends, np.arange(len(held_items)))]
+        assert tokens is not None
+        table_of = (held_items[:, 0] >> np.uint64(32)).astype(np.int64)
+        return [
+            self._group(index, held_items[table_of == index], document_ends, tokens[table_of == index])
+            for index in range(len(self._header.tables))
+        ]
+
+    def _group(self, table_index: int, held: np.ndarray, document_ends: np.ndarray, tokens: np.ndarray) -> Group:
+        header = self._header
+        names = tuple(name for name, _, _ in header.tables)
+        orders = header.tables[table_index][2]
+        ordered = held.copy()
+        places = np.arange(len(held), dtype=np.int64)[:, None]
+        kernels.sort_items(ordered, places)
+        ids, counts, hashes, item_order = [], [], [], []
+        num_items = 0
+        for order_index, order in enumerate(orders):
+            mine, shift = ordered, 0 if header.kind == KEYS else header.shift(order)
+            at = places[:, 0]
+            if header.kind == KEYS:
+                wanted = ordered[:, 0] == np.uint64(table_index << 32 | order_index)
+                mine, at = ordered[wanted], at[wanted]
+            unique, uses = kernels.sum_items(mine, None, shift)
+            kept_items, kept_sums = self._kept_of(table_index, order_index)
+            if not np.array_equal(unique, kept_items) or not np.array_equal(uses[:, 0], kept_sums[:, 1]):
+                raise FormatError(
+                    f"the profile's held-out documents are not those that it counted: {len(unique)} n-grams of order "
+                    f"{order}, {len(kept_items)} counted; profile again"
+                )
+            of_access = np.full(len(held), -1, dtype=np.int64)
+            of_access[at] = num_items + np.repeat(np.arange(len(unique)), uses[:, 0])
+            ids.append(of_access)
+            counts.append(kept_sums[:, 0])
+            hashes.append(item_hash(unique))
+            item_order.append(np.full(len(unique), order_index, dtype=np.uint8))
+            num_items += len(unique)
+        items = np.stack(ids, axis=1).reshape(-1)
+        there = items >= 0
+        replay = Replay(
+            orders=orders,
+            order_index=np.tile(np.arange(len(orders), dtype=np.uint8), len(held))[there],
+            items=items[there],
+            counts=np.concatenate(counts),
+            item_order=np.concatenate(item_order),
+            tokens=np.repeat(tokens, len(orders))[there],
+            document_ends=document_ends,
+            sample_rate=header.sample_rate,
+        )
+        classes = ItemClasses.of_parts(self._parts.get(table_index, []))
+        return Group(
+            tables=names if header.kind != KEYS else (names[table_index],),
+            orders=orders,
+            classes=classes,
+            distinct=tuple(self._distinct.get((table_index, index), 0) for index in range(len(orders))),
+            replay=replay,
+            item_classes=classes.class_of(replay.item_order, replay.counts),
+            item_hashes=np.concatenate(hashes),
+        )
+
+    def _kept_of(self, table_index: int, order_index: int) -> Counted:
+        empty = np.empty((0, 2), np.uint64), np.empty((0, 2), np.int64)
+        parts = [empty, *self._kept.get((table_index, order_index), [])]
+        items, sums = zip(*parts, strict=True)
+        return np.concatenate(items), np.concatenate(sums)

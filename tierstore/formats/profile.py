@@ -1,0 +1,184 @@
+"""A profile: how often each item was accessed, and a part of the accesses themselves, kept back to test predictions on.
+
+Flows in: counted items, sorted, and held-out documents. Flows out: the same, block by block, and what was computed from them
+(`analysis`). An *item* is a row of uint64 [N, 2], high word first. In a profile of n-grams it is the n-gram of
+the largest order, packed so that its high bits are the n-grams of lower orders; in a profile of keys, (table index << 32 | order
+index, key). Refuses, with `FormatError`, what `columns` refuses, and numbers that contradict each other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import FormatError
+from .columns import ColumnReader, ColumnWriter
+
+KIND = "profile"
+NGRAMS, KEYS = "ngrams", "keys"
+ITEMS, HELD_OUT = "items", "held_out"
+BLOCK_ITEMS = 1 << 20
+BLOCK_VALUES = 1 << 20  # of held-out documents
+_ITEM_COLUMNS = {"high": "uint64", "low": "uint64", "counted": "int64", "held_out": "int64"}
+_HELD_OUT_COLUMNS = {
+    NGRAMS: {"token_ids": "int32", "document_ends": "int64"},
+    KEYS: {"table": "uint16", "order_index": "uint8", "keys": "int64", "document_ends": "int64"},
+}
+
+Columns = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class ProfileHeader:
+    """What was profiled. tables: (name, fingerprint, orders) of each; `held_out`: the share of documents kept back, by content.
+
+    bits: of one id in an n-gram's item. sample_rate: the share of keys that a recorded trace kept (1 for n-grams).
+    accesses: of tokens, or of keys in a profile of keys; documents: whole texts, or recorded stretches.
+    """
+
+    kind: str
+    tables: tuple[tuple[str, str, tuple[int, ...]], ...]
+    bits: int
+    held_out: float
+    sample_rate: float
+
+    @property
+    def orders(self) -> tuple[int, ...]:
+        """Orders of the tables of a profile of n-grams, which are all alike."""
+        return self.tables[0][2]
+
+    def shift(self, order: int) -> int:
+        """Returns by how many bits the item of an n-gram of the largest order is shifted to that of `order`."""
+        return self.bits * (self.orders[-1] - order)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], where: str) -> ProfileHeader:
+        """Reads what `asdict` gave; raises `FormatError` for anything else."""
+        try:
+            tables = tuple(
+                (str(name), str(digest), tuple(map(int, orders))) for name, digest, orders in record["tables"]
+            )
+            header = cls(
+                str(record["kind"]),
+                tables,
+                int(record["bits"]),
+                float(record["held_out"]),
+                float(record["sample_rate"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{where}: the profile's header is damaged ({error!r}); profile again") from error
+        good = header.kind in (NGRAMS, KEYS) and tables and all(orders for _, _, orders in tables)
+        if not good or not 0 <= header.held_out <= 1 or not 0 < header.sample_rate <= 1:
+            raise FormatError(f"{where}: the profile's header contradicts itself: {record}; profile again")
+        if header.kind == NGRAMS and not (
+            header.bits >= 1
+            and header.bits * header.orders[-1] <= 128
+            and len({orders for _, _, orders in tables}) == 1
+        ):
+            raise FormatError(
+                f"{where}: n-grams of {header.bits} bits an id and orders {tables} are none; profile again"
+            )
+        return header
+
+
+class ProfileWriter:
+    """Writes a profile; use it with `with`. Unfinished, it leaves nothing behind."""
+
+    def __init__(self, path: str | os.PathLike[str], header: ProfileHeader) -> None:
+        self._header = header
+        self._file = ColumnWriter(path, KIND, asdict(header))
+        self._items: list[tuple[np.ndarray, np.ndarray]] = []
+        self._num_buffered = 0
+        self._sums = {"counted": 0, "held_out": 0, "items": 0}
+
+    def write_items(self, items: np.ndarray, sums: np.ndarray) -> None:
+        """Takes items, uint64 [M, 2], sorted over all calls and all different, and sums, int64 [M, 2]: counted, held out."""
+        self._items.append((items, sums))
+        self._num_buffered += len(items)
+        if self._num_buffered >= BLOCK_ITEMS:
+            self._write_items(all_of_them=False)
+
+    def write_held_out(self, columns: Columns) -> None:
+        """Takes a stretch of held-out documents, of at most BLOCK_VALUES accesses, with the ends of those that end in it."""
+        self._file.write_block(HELD_OUT, columns)
+
+    def finish(self, footer: dict[str, Any]) -> None:
+        """Makes the profile whole and durable; footer: `accesses`, `documents`, `held_out_...`, `analysis`."""
+        self._write_items(all_of_them=True)
+        self._file.finish(footer | {"sums": self._sums})
+
+    def _write_items(self, *, all_of_them: bool) -> None:
+        items, sums = (np.concatenate(parts) for parts in zip(*self._items, strict=True)) if self._items else ([], [])
+        start = 0
+        while len(items) - start >= (1 if all_of_them else BLOCK_ITEMS):
+            part = slice(start, start + BLOCK_ITEMS)
+            columns = {
+                "high": items[part, 0],
+                "low": items[part, 1],
+                "counted": sums[part, 0],
+                "held_out": sums[part, 1],
+            }
+            self._file.write_block(ITEMS, columns)
+            self._sums["items"] += len(items[part])
+            for name in ("counted", "held_out"):
+                self._sums[name] += int(columns[name].sum())
+            start += BLOCK_ITEMS
+        self._items = [(items[start:], sums[start:])] if start < len(items) else []
+        self._num_buffered = max(0, len(items) - start)
+
+    def __enter__(self) -> ProfileWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.abandon()
+
+
+class Profile:
+    """A finished profile; use it with `with`. Reads stream, block by block."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Opens a profile; raises `FormatError` where it is none, damaged or newer, `OSError` where it cannot be read."""
+        self._file = ColumnReader.open(path, KIND)
+        try:
+            self.header = ProfileHeader.from_record(self._file.header, str(path))
+            self.footer = self._file.footer
+            self._file.require(ITEMS, _ITEM_COLUMNS)
+            self._file.require(HELD_OUT, _HELD_OUT_COLUMNS[self.header.kind])
+        except BaseException:
+            self._file.close()
+            raise
+        self.path = self._file.path
+
+    @property
+    def num_items(self) -> int:
+        """Items in the profile."""
+        return self._file.num_values(ITEMS, "high")
+
+    def items(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (items, uint64 [M, 2], sums, int64 [M, 2]: counted, held out), sorted; raises `FormatError` if damaged."""
+        last = None
+        for block in self._file.blocks(ITEMS):
+            items = np.stack([block["high"], block["low"]], axis=1)
+            sums = np.stack([block["counted"], block["held_out"]], axis=1)
+            if not len(items) == len(block["low"]) == len(sums) or (last is not None and tuple(items[0]) <= last):
+                raise FormatError(f"{self.path}: its items are out of order; profile again")
+            last = tuple(items[-1])
+            yield items, sums
+
+    def held_out(self) -> Iterator[Columns]:
+        """Yields stretches of the held-out documents: columns, and `document_ends` over the whole section."""
+        yield from self._file.blocks(HELD_OUT)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
