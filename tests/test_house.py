@@ -22,6 +22,7 @@ FLOORS = {
     "tierstore.decisions": 2,
     "tierstore.tiers": 3,
     "tierstore.build": 3,
+    "tierstore.profiling": 3.5,
     "tierstore.place": 3.5,  # of the same floor: uses tiers and the build's lock
     "tierstore.counting": 3,
     "tierstore.verify": 3,

@@ -1,8 +1,8 @@
 """profile: documents -> counted items + held-out documents -> one file; and profiles merged into one.
 
 Flows in: documents, each as the items that it accesses, and the columns that a profile keeps of it where it is held out.
-Flows out: a profile, whose analysis is computed by the caller from the `Group`s of what was counted. Memory is bounded: items are counted
-by `ItemCounter`, and the held-out part is as small as its share says. Profiles made anywhere of parts of the same
+Flows out: a profile, whose analysis is computed by the caller from the `Group`s of what was counted. Memory is bounded: items
+are counted by `ItemCounter`, and the held-out part is as small as its share says. Profiles made anywhere of parts of the same
 documents merge to the profile of all. Refuses profiles that do not fit each other.
 """
 
@@ -20,7 +20,7 @@ from . import kernels
 from .counting import ItemCounter
 from .decisions.tally import Group, Tally
 from .errors import ConfigError
-from .formats.profile import BLOCK_VALUES, Columns, Profile, ProfileHeader, ProfileWriter
+from .formats.profile import BLOCK_VALUES, COUNTS, Columns, Profile, ProfileHeader, ProfileWriter
 
 COUNTED, HELD_OUT = 0, 1  # columns of the sums
 HELD_OUT_SHARE = 1 / 8
@@ -80,12 +80,12 @@ def make_profile(
     share their fate, and parts of a trace counted anywhere agree. on_progress gets the tokens counted so far. Raises what
     `ItemCounter` and `ColumnWriter` raise.
     """
-    counts = dict.fromkeys(("tokens", "documents", "held_out_tokens", "held_out_documents"), 0)
+    counts = dict.fromkeys(COUNTS, 0)
     held_out = HeldOut()
     folder = Path(path).resolve().parent
     with ProfileWriter(path, header) as writer, ItemCounter(folder, 2) as counter:
         keeper = _HeldOutColumns(writer)
-        waiting: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+        waiting = [_Waiting(counter, COUNTED), _Waiting(counter, HELD_OUT)]
         for document in documents:
             kind = HELD_OUT if _is_held_out(document, header.held_out) else COUNTED
             counts["tokens"] += document.num_tokens
@@ -95,15 +95,10 @@ def make_profile(
                 counts["held_out_documents"] += 1
                 held_out.add(document)
                 keeper.add(document)
-            waiting[kind].append(document.items)
-            if sum(map(len, waiting[kind])) >= ADDED_AT_ONCE:
-                counter.add(np.concatenate(waiting[kind]), kind)
-                waiting[kind].clear()
-                if on_progress:
-                    on_progress(counts["tokens"])
-        for kind in (COUNTED, HELD_OUT):
-            if waiting[kind]:
-                counter.add(np.concatenate(waiting[kind]), kind)
+            if waiting[kind].add(document.items) and on_progress:
+                on_progress(counts["tokens"])
+        for rest in waiting:
+            rest.flush()
         keeper.flush()
         return _finish(writer, header, counter.merged(), held_out, counts, analyse)
 
@@ -125,7 +120,7 @@ def merge_profiles(
                 f"{part.path} is of other tables or settings than {parts[0].path}: {part.header} and {header}; count all "
                 f"parts with the same store and the same --held-out"
             )
-    counts = {name: sum(int(part.footer[name]) for part in parts) for name in parts[0].footer["counts"]}
+    counts = {name: sum(part.counts[name] for part in parts) for name in COUNTS}
     held_out = HeldOut()
     with ProfileWriter(path, header) as writer, ItemCounter(Path(path).resolve().parent, 2) as counter:
         keeper = _HeldOutColumns(writer)
@@ -158,12 +153,13 @@ def held_out_documents(profile: Profile) -> Iterator[Columns]:
         rest = {name: values for name, values in columns.items() if name != "document_ends"}
         num_values = len(next(iter(rest.values())))
         at = 0
-        for end in [*ends.tolist(), num_values]:
+        for end in ends.tolist():
             unfinished.append({name: values[at:end] for name, values in rest.items()})
-            if end in ends:
-                yield {name: np.concatenate([part[name] for part in unfinished]) for name in rest}
-                unfinished.clear()
+            yield {name: np.concatenate([part[name] for part in unfinished]) for name in rest}
+            unfinished.clear()
             at = end
+        if at < num_values:
+            unfinished.append({name: values[at:] for name, values in rest.items()})
         start += num_values
 
 
@@ -190,6 +186,31 @@ def _is_held_out(document: Document, share: float) -> bool:
         if name != "batch":
             checksum = kernels.crc32c(np.ascontiguousarray(values), checksum)
     return checksum < share * 2**32
+
+
+class _Waiting:
+    """Items of short documents on their way to the counter, which takes many at a time."""
+
+    def __init__(self, counter: ItemCounter, column: int) -> None:
+        self._counter, self._column = counter, column
+        self._items: list[np.ndarray] = []
+        self._num_items = 0
+
+    def add(self, items: np.ndarray) -> bool:
+        """Takes items; returns whether they went on."""
+        self._items.append(items)
+        self._num_items += len(items)
+        if self._num_items < ADDED_AT_ONCE:
+            return False
+        self.flush()
+        return True
+
+    def flush(self) -> None:
+        """Hands on what is waiting."""
+        if self._items:
+            self._counter.add(np.concatenate(self._items), self._column)
+        self._items.clear()
+        self._num_items = 0
 
 
 class _HeldOutColumns:

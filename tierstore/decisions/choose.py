@@ -1,8 +1,8 @@
 """Which entries are static: those from which the most accesses are expected, as many as there is room for.
 
-Flows in: how many items of each class (order, how often counted) there are, and the value of each class. Flows out: the part of
-each class that is chosen. Within a class nothing tells one item from another, so the last class chosen is taken in part, by a hash
-of the item. Pure.
+Flows in: how many items of each class (order, how often counted) there are, and the value of each class. Flows out: the
+part of each class that is chosen. Within a class nothing tells one item from another, so the last class chosen is taken in
+part, by a hash of the item. Pure.
 
 Shapes: C classes, U items, M items.
 """
@@ -31,7 +31,7 @@ class ItemClasses:
 
     @classmethod
     def of_parts(cls, parts: Iterable[Part]) -> ItemClasses:
-        """Gathers (order index, counts, held-out accesses, number of items), each int64 [M], part by part; count 0 is left out."""
+        """Gathers (order index, counts, held-out accesses, number of items), int64 [M] each, part by part; leaves count 0 out."""
         low: dict[int, np.ndarray] = {}  # by order: items and accesses of each count below LOW_COUNTS
         high: dict[int, list[np.ndarray]] = {}  # (count, 1, accesses) of every item above
         for order_index, counts, held_out, num_items in parts:

@@ -1,7 +1,8 @@
 """From counted items to what decisions need: classes of items by (order, count), and the held-out documents as replays.
 
-Flows in: a profile's items, sorted, block by block, and the items that held-out documents accessed, in their order. Flows out: a
-`Group` for each set of tables whose accesses are the same: all tables of a profile of n-grams, each table of a profile of keys. Pure.
+Flows in: a profile's items, sorted, block by block, and the items that held-out documents accessed, in their order. Flows
+out: a `Group` for each set of tables whose accesses are the same: all tables of a profile of n-grams, each table of a profile
+of keys. Pure.
 """
 
 from __future__ import annotations

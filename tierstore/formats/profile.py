@@ -21,12 +21,13 @@ from .columns import ColumnReader, ColumnWriter
 KIND = "profile"
 NGRAMS, KEYS = "ngrams", "keys"
 ITEMS, HELD_OUT = "items", "held_out"
+COUNTS = ("tokens", "documents", "held_out_tokens", "held_out_documents")  # of a profile of keys, tokens are lookups
 BLOCK_ITEMS = 1 << 20
 BLOCK_VALUES = 1 << 20  # of held-out documents
 _ITEM_COLUMNS = {"high": "uint64", "low": "uint64", "counted": "int64", "held_out": "int64"}
 _HELD_OUT_COLUMNS = {
     NGRAMS: {"token_ids": "int32", "document_ends": "int64"},
-    KEYS: {"table": "uint16", "order_index": "uint8", "keys": "int64", "document_ends": "int64"},
+    KEYS: {"table": "uint16", "order_index": "uint8", "keys": "int64", "batch": "int64", "document_ends": "int64"},
 }
 
 Columns = dict[str, np.ndarray]
@@ -93,7 +94,6 @@ class ProfileWriter:
         self._file = ColumnWriter(path, KIND, asdict(header))
         self._items: list[tuple[np.ndarray, np.ndarray]] = []
         self._num_buffered = 0
-        self._sums = {"counted": 0, "held_out": 0, "items": 0}
 
     def write_items(self, items: np.ndarray, sums: np.ndarray) -> None:
         """Takes items, uint64 [M, 2], sorted over all calls and all different, and sums, int64 [M, 2]: counted, held out."""
@@ -107,12 +107,14 @@ class ProfileWriter:
         self._file.write_block(HELD_OUT, columns)
 
     def finish(self, footer: dict[str, Any]) -> None:
-        """Makes the profile whole and durable; footer: `accesses`, `documents`, `held_out_...`, `analysis`."""
+        """Makes the profile whole and durable; footer: `counts` (of COUNTS) and `analysis`."""
         self._write_items(all_of_them=True)
-        self._file.finish(footer | {"sums": self._sums})
+        self._file.finish(footer)
 
     def _write_items(self, *, all_of_them: bool) -> None:
-        items, sums = (np.concatenate(parts) for parts in zip(*self._items, strict=True)) if self._items else ([], [])
+        if not self._items:
+            return
+        items, sums = (np.concatenate(parts) for parts in zip(*self._items, strict=True))
         start = 0
         while len(items) - start >= (1 if all_of_them else BLOCK_ITEMS):
             part = slice(start, start + BLOCK_ITEMS)
@@ -123,12 +125,10 @@ class ProfileWriter:
                 "held_out": sums[part, 1],
             }
             self._file.write_block(ITEMS, columns)
-            self._sums["items"] += len(items[part])
-            for name in ("counted", "held_out"):
-                self._sums[name] += int(columns[name].sum())
             start += BLOCK_ITEMS
-        self._items = [(items[start:], sums[start:])] if start < len(items) else []
-        self._num_buffered = max(0, len(items) - start)
+        rest = items[start:], sums[start:]
+        self._items = [rest] if len(rest[0]) else []
+        self._num_buffered = len(rest[0])
 
     def __enter__(self) -> ProfileWriter:
         return self
@@ -152,6 +152,11 @@ class Profile:
             self._file.close()
             raise
         self.path = self._file.path
+        counts = self.footer.get("counts")
+        if not isinstance(counts, dict) or not all(type(counts.get(name)) is int for name in COUNTS):
+            self._file.close()
+            raise FormatError(f"{path}: the profile's counts {counts!r:.200} are damaged; profile again")
+        self.counts: dict[str, int] = {name: counts[name] for name in COUNTS}
 
     @property
     def num_items(self) -> int:
