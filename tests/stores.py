@@ -104,8 +104,8 @@ def place_some(store: Path, static_fraction: float = 0.5, part: float = 0.5) -> 
         picked = [pairs[i] for i in rng.permutation(len(pairs))[: int(len(pairs) * part)]]
         picked += [pair for pair in ((0, 0), (2, 0), (1, 2**63 - 1), (0, 7)) if pair not in picked]
         order_index, keys = zip(*picked, strict=True)
-        chosen[name] = Chosen(np.array(order_index, dtype=np.uint8), np.array(keys, dtype=np.int64))
-    place_entries(store, chosen, static_fraction=static_fraction)
+        chosen[name] = Chosen(np.array(order_index, dtype=np.uint8), np.array(keys, dtype=np.int64), static_fraction)
+    place_entries(store, chosen)
     return chosen
 
 

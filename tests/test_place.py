@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,10 @@ def some_chosen(seed: int = 0, count: int = 300) -> Chosen:
     return Chosen((np.arange(len(keys)) % 3).astype(np.uint8), keys)
 
 
+def place_at(static_fraction: float, store: Path, chosen: dict[str, Chosen]) -> place.PlaceReport:
+    return place_entries(store, {name: replace(part, static_fraction=static_fraction) for name, part in chosen.items()})
+
+
 def tokens_of(chosen: Chosen) -> np.ndarray:
     keys = np.full((len(chosen.keys), 3), -1, dtype=np.int64)
     keys[np.arange(len(keys)), chosen.order_index] = chosen.keys
@@ -52,7 +57,7 @@ def assert_serves(store: Path, model: Model, keys: np.ndarray, **options: object
 
 def test_placed_entries_cost_one_read_or_none(own_store: Path, model: Model) -> None:
     chosen = some_chosen()
-    place_entries(own_store, {NAME: chosen}, static_fraction=0.25)
+    place_at(0.25, own_store, {NAME: chosen})
     keys = tokens_of(chosen)
     with tierstore.open(own_store, dram="400KiB") as store:
         loaded = store.stats()["placement"]["static_entries"][NAME]
@@ -78,7 +83,7 @@ def test_rows_are_the_same_with_any_placement_any_epoch_and_none(
     own_store: Path, model: Model, io: str, fraction: float
 ) -> None:
     place_some(own_store, fraction)
-    place_entries(own_store, {NAME: some_chosen(5)}, static_fraction=1 - fraction)
+    place_at(1 - fraction, own_store, {NAME: some_chosen(5)})
     keys = np.concatenate([random_keys(np.random.default_rng(seed), 100) for seed in range(7)])
     for choice in (None, "none", 1, 2):
         stats = assert_serves(own_store, model, keys, placement=choice, io=io)
@@ -95,7 +100,7 @@ def test_the_budget_holds_with_static_set_and_indexes(own_store: Path) -> None:
 
 
 def test_a_budget_below_the_index_is_refused_with_the_remedy(own_store: Path, model: Model) -> None:
-    place_entries(own_store, {NAME: some_chosen(1, 4000)}, static_fraction=0.5)
+    place_at(0.5, own_store, {NAME: some_chosen(1, 4000)})
     with pytest.raises(tierstore.BudgetError, match=r"placement's index.*placement='none'"):
         tierstore.open(own_store, dram="80KiB")
     assert_serves(own_store, model, random_keys(np.random.default_rng(0), 10), dram="80KiB", placement="none")
@@ -103,11 +108,11 @@ def test_a_budget_below_the_index_is_refused_with_the_remedy(own_store: Path, mo
 
 def test_many_buckets_make_the_same_file_as_one(own_store: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = {NAME: some_chosen(2, 500), "layers.14": some_chosen(3, 77)}
-    place_entries(own_store, chosen, static_fraction=0.5)
+    place_at(0.5, own_store, chosen)
     monkeypatch.setattr(place, "BUCKET_BYTES", 7000)
     monkeypatch.setattr(place, "PAGES_AT_ONCE", 3)
     monkeypatch.setattr(place, "DENSE", 0.9)
-    place_entries(own_store, chosen, static_fraction=0.5)
+    place_at(0.5, own_store, chosen)
     one, other = (placement_file(own_store, epoch).read_bytes() for epoch in (1, 2))
     head = placement_format.HEAD_BYTES_MAX
     assert one[head:] == other[head:]
@@ -116,7 +121,7 @@ def test_many_buckets_make_the_same_file_as_one(own_store: Path, model: Model, m
 
 def test_every_needed_page_is_read_once(own_store: Path) -> None:
     chosen = some_chosen(4, 100)
-    report = place_entries(own_store, {NAME: chosen}, static_fraction=0.5)
+    report = place_at(0.5, own_store, {NAME: chosen})
     layout = read_catalog(own_store).tables[NAME]
     assert report.pages_read <= layout.num_pages + layout.spec.num_heads  # heads meet within a page
 
@@ -125,7 +130,7 @@ def test_a_damaged_record_costs_its_own_entry_speed_and_no_more(
     own_store: Path, model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
     chosen = some_chosen(6)
-    placed = place_entries(own_store, {NAME: chosen}, static_fraction=0.5).placement.tables[NAME]
+    placed = place_at(0.5, own_store, {NAME: chosen}).placement.tables[NAME]
     damage(placement_file(own_store), placed.byte_start + 3 * placed.record_bytes + 11)
     keys = tokens_of(chosen)
     with tierstore.open(own_store, dram="400KiB") as store:
@@ -140,7 +145,7 @@ def test_a_damaged_record_beyond_dram_is_an_error_that_names_it(
 ) -> None:
     monkeypatch.setattr("tierstore.kernels.native", not portable)
     chosen = some_chosen(7)
-    placed = place_entries(own_store, {NAME: chosen}, static_fraction=0.0).placement.tables[NAME]
+    placed = place_at(0.0, own_store, {NAME: chosen}).placement.tables[NAME]
     damage(placement_file(own_store), placed.byte_start + 3 * placed.record_bytes + 11)
     keys = tokens_of(chosen)
     with tierstore.open(own_store, dram="400KiB") as store:
@@ -151,7 +156,7 @@ def test_a_damaged_record_beyond_dram_is_an_error_that_names_it(
 
 def test_a_record_in_anothers_place_is_never_handed_out(own_store: Path, model: Model) -> None:
     chosen = some_chosen(8)
-    placed = place_entries(own_store, {NAME: chosen}, static_fraction=0.5).placement.tables[NAME]
+    placed = place_at(0.5, own_store, {NAME: chosen}).placement.tables[NAME]
     file = placement_file(own_store)
     content = bytearray(file.read_bytes())
     first, size = placed.byte_start, placed.record_bytes
@@ -165,7 +170,7 @@ def test_a_record_in_anothers_place_is_never_handed_out(own_store: Path, model: 
 
 def test_every_flipped_byte_of_head_and_index_is_named_or_harmless(own_store: Path, model: Model) -> None:
     chosen = some_chosen(9, 12)
-    placed = place_entries(own_store, {NAME: chosen}, static_fraction=0.5).placement.tables[NAME]
+    placed = place_at(0.5, own_store, {NAME: chosen}).placement.tables[NAME]
     file, keys = placement_file(own_store), tokens_of(chosen)
     whole = file.read_bytes()
     head_end = len(placement_format.head_bytes(_placement_of(own_store)))
@@ -180,7 +185,7 @@ def test_every_flipped_byte_of_head_and_index_is_named_or_harmless(own_store: Pa
 
 @pytest.mark.parametrize("left", [0, 1, 4095, 4096, 70_000])
 def test_a_file_cut_short_is_named_and_the_store_opens_without_it(own_store: Path, model: Model, left: int) -> None:
-    place_entries(own_store, {NAME: some_chosen(10)}, static_fraction=0.5)
+    place_at(0.5, own_store, {NAME: some_chosen(10)})
     file = placement_file(own_store)
     file.write_bytes(file.read_bytes()[:left])
     with pytest.raises(tierstore.FormatError, match=f"{left} bytes on disk"):
@@ -193,7 +198,7 @@ def test_a_missing_file_and_a_missing_epoch_are_named(own_store: Path) -> None:
         tierstore.open(own_store, placement=1)
     with pytest.raises(tierstore.ConfigError, match="is no epoch"):
         tierstore.open(own_store, placement="some")
-    place_entries(own_store, {NAME: some_chosen(11)}, static_fraction=0.5)
+    place_at(0.5, own_store, {NAME: some_chosen(11)})
     placement_file(own_store).unlink()
     with pytest.raises(tierstore.FormatError, match=r"placement 1.*No such file"):
         tierstore.open(own_store)
@@ -205,7 +210,7 @@ def test_a_placement_of_another_store_is_refused(own_store: Path, tmp_path: Path
     other = make_model(tmp_path / "other", seed=5)
     other.build(tmp_path / "other_store")
     for store in (own_store, tmp_path / "other_store"):
-        place_entries(store, {NAME: some_chosen(12)}, static_fraction=1.0)
+        place_at(1.0, store, {NAME: some_chosen(12)})
     file = placement_file(own_store)
     file.write_bytes(placement_file(tmp_path / "other_store").read_bytes())
     chosen = some_chosen(12)
@@ -216,7 +221,7 @@ def test_a_placement_of_another_store_is_refused(own_store: Path, tmp_path: Path
 def test_pruning_keeps_the_current_epoch_and_open_stores(own_store: Path, model: Model) -> None:
     chosen = some_chosen(13)
     for _ in range(4):
-        place_entries(own_store, {NAME: chosen}, static_fraction=0.1)
+        place_at(0.1, own_store, {NAME: chosen})
     set_epoch(own_store, 2)
     keys = tokens_of(chosen)
     with tierstore.open(own_store, dram="400KiB", placement=1) as store:
@@ -227,23 +232,23 @@ def test_pruning_keeps_the_current_epoch_and_open_stores(own_store: Path, model:
     assert assert_serves(own_store, model, keys)["placement"]["epoch"] == 2
     with pytest.raises(tierstore.ConfigError, match=r"epoch 1 does not exist.*2, 4"):
         tierstore.open(own_store, placement=1)
-    assert place_entries(own_store, {NAME: chosen}, static_fraction=0.1).placement.epoch == 5
+    assert place_at(0.1, own_store, {NAME: chosen}).placement.epoch == 5
 
 
 def test_what_cannot_be_placed_is_refused(own_store: Path) -> None:
     with pytest.raises(tierstore.ConfigError, match=r"no table layers\.2"):
-        place_entries(own_store, {"layers.2": some_chosen()}, static_fraction=0.5)
+        place_at(0.5, own_store, {"layers.2": some_chosen()})
     with pytest.raises(ValueError, match="keys below 0"):
-        place_entries(own_store, {NAME: Chosen(np.zeros(1, np.uint8), np.array([-1]))}, static_fraction=0.5)
+        place_at(0.5, own_store, {NAME: Chosen(np.zeros(1, np.uint8), np.array([-1]))})
     with pytest.raises(ValueError, match="orders that it has not"):
-        place_entries(own_store, {NAME: Chosen(np.full(1, 3, np.uint8), np.array([1]))}, static_fraction=0.5)
+        place_at(0.5, own_store, {NAME: Chosen(np.full(1, 3, np.uint8), np.array([1]))})
     with pytest.raises(tierstore.StoreNotReadyError):
-        place_entries(own_store / "nowhere", {}, static_fraction=0.5)
+        place_at(0.5, own_store / "nowhere", {})
     assert not (own_store / "nowhere").exists()
 
 
 def test_a_placement_of_nothing_is_one(own_store: Path, model: Model) -> None:
-    place_entries(own_store, {NAME: Chosen(np.zeros(0, np.uint8), np.zeros(0, np.int64))}, static_fraction=0.5)
+    place_at(0.5, own_store, {NAME: Chosen(np.zeros(0, np.uint8), np.zeros(0, np.int64))})
     assert_serves(own_store, model, random_keys(np.random.default_rng(0), 20))
 
 
@@ -252,14 +257,14 @@ def test_too_little_disk_is_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(place.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(tierstore.BudgetError, match="1000 bytes"):
-        place_entries(own_store, {NAME: some_chosen()}, static_fraction=0.5)
+        place_at(0.5, own_store, {NAME: some_chosen()})
     assert not list((own_store / placement_format.PLACEMENT_FOLDER).iterdir())
 
 
 def test_a_disk_that_fills_at_any_write_keeps_the_old_epoch(
     own_store: Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place_entries(own_store, {NAME: some_chosen(1)}, static_fraction=0.5)
+    place_at(0.5, own_store, {NAME: some_chosen(1)})
     real, writes = place._pwrite, 0
 
     for failing in range(100):
@@ -274,7 +279,7 @@ def test_a_disk_that_fills_at_any_write_keeps_the_old_epoch(
 
         monkeypatch.setattr(place, "_pwrite", pwrite)
         try:
-            place_entries(own_store, {NAME: some_chosen(2)}, static_fraction=0.5)
+            place_at(0.5, own_store, {NAME: some_chosen(2)})
             break
         except tierstore.BudgetError as error:
             refused = str(error)
@@ -289,17 +294,17 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_place import NAME, some_chosen
+from test_place import NAME, place_at, some_chosen
 from tierstore import place
 place.BUCKET_BYTES = 7000
 print("ready", flush=True)
 sys.stdin.readline()
-place.place_entries(Path(sys.argv[1]), {NAME: some_chosen(2, 3000)}, static_fraction=0.5)
+place_at(0.5, Path(sys.argv[1]), {NAME: some_chosen(2, 3000)})
 """
 
 
 def test_making_a_placement_killed_ten_times_keeps_an_epoch_that_serves(own_store: Path, model: Model) -> None:
-    place_entries(own_store, {NAME: some_chosen(1)}, static_fraction=0.5)
+    place_at(0.5, own_store, {NAME: some_chosen(1)})
     rng = random.Random(0)
     kills = 0
     for _ in range(60):

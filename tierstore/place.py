@@ -40,6 +40,7 @@ from .formats.placement import (
     PLACES_MAX,
     PlacedTable,
     Placement,
+    TableShape,
     head_bytes,
     lay_out_placement,
 )
@@ -56,10 +57,15 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Chosen:
-    """The entries chosen of one table, hottest first: order_index, uint8 [n], and keys, int64 [n]; all pairs differ."""
+    """The entries chosen of one table, hottest first: order_index, uint8 [n], and keys, int64 [n]; all pairs differ.
+
+    static_fraction, hbm_entries: as in `PlacedTable`.
+    """
 
     order_index: np.ndarray
     keys: np.ndarray
+    static_fraction: float = 1.0
+    hbm_entries: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,15 +90,13 @@ def place_entries(
     store_path: str | os.PathLike[str],
     chosen: Mapping[str, Chosen],
     *,
-    static_fraction: float,
-    hbm_entries: int = 0,
     details: dict[str, Any] | None = None,
     on_plan: Callable[[PlacePlan], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> PlaceReport:
     """Makes a placement of a store and publishes it as its new current epoch. Blocks until it is durable.
 
-    static_fraction, hbm_entries, details: as in `Placement`. on_plan gets the preflight before anything is written,
+    details: as in `Placement`. on_plan gets the preflight before anything is written,
     on_progress (rows done, rows in all) now and then. Raises `BudgetError` where the disk has too little room (also midway),
     `ConfigError` for tables that there are not, `CorruptPageError` for damaged pages. The old epoch stays until it is
     published over, and in the store after that.
@@ -107,11 +111,8 @@ def place_entries(
         folder = path / PLACEMENT_FOLDER
         folder.mkdir(exist_ok=True)
         _remove_leftovers(folder, image)
-        counts = {
-            name: np.bincount(part.order_index, minlength=len(image.tables[name].spec.orders)).tolist()
-            for name, part in chosen.items()
-        }
-        placement = lay_out_placement(epoch, image.tables, counts, static_fraction, hbm_entries, details or {})
+        shapes = {name: _shape_of(part, len(image.tables[name].spec.orders)) for name, part in chosen.items()}
+        placement = lay_out_placement(epoch, image.tables, shapes, details or {})
         plan = PlacePlan(placement, _bytes_needed(placement), shutil.disk_usage(folder).free)
         if on_plan:
             on_plan(plan)
@@ -172,6 +173,11 @@ def _check_chosen(image: CatalogImage, chosen: Mapping[str, Chosen]) -> None:
             raise ValueError(f"table {name}: keys below 0, or orders that it has not, cannot be placed")
         if spec.is_plain and len(part.keys) and part.keys.max() >= spec.num_rows:
             raise ValueError(f"table {name}: key {part.keys.max()} is outside its {spec.num_rows} rows")
+
+
+def _shape_of(part: Chosen, num_orders: int) -> TableShape:
+    entries_of_order = np.bincount(part.order_index, minlength=num_orders).tolist()
+    return TableShape(tuple(entries_of_order), part.static_fraction, part.hbm_entries)
 
 
 def _bytes_needed(placement: Placement) -> int:

@@ -113,8 +113,7 @@ def divide_dram(tables: Mapping[str, TableLayout], budget_bytes: int, placement:
         if whole_bytes <= share_bytes:
             shares[name] = TableShare(True, 0, 0, whole_bytes)
         else:
-            fraction = placement.static_fraction if placement else 0.0
-            shares[name] = _divide_share(table, share_bytes, placed.get(name), fraction)
+            shares[name] = _divide_share(table, share_bytes, placed.get(name))
         left -= shares[name].num_bytes
     byte_start = 0
     for name in tables:
@@ -129,14 +128,16 @@ def _least_share(table: TableLayout, placed: PlacedTable | None) -> int:
     return round_up(index_bytes + cache_set_bytes(table), ALIGNMENT_BYTES)
 
 
-def _divide_share(table: TableLayout, share_bytes: int, placed: PlacedTable | None, fraction: float) -> TableShare:
+def _divide_share(table: TableLayout, share_bytes: int, placed: PlacedTable | None) -> TableShare:
     """Static set, indexes and cache of a table in `share_bytes`; the cache has one set at least."""
     set_bytes = cache_set_bytes(table)
     static_entries = static_bytes = index_bytes = 0
     if placed:
         index_bytes = round_up(placed.index_bytes, LINE_BYTES)
         left = share_bytes - index_bytes
-        most_bytes = max(0, min(int(left * fraction), left - set_bytes)) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        most_bytes = (
+            max(0, min(int(left * placed.static_fraction), left - set_bytes)) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        )
         static_entries = min(placed.num_entries, most_bytes // placed.record_bytes)
         static_bytes = round_up(static_entries * placed.record_bytes, ALIGNMENT_BYTES)
     num_sets = (share_bytes - static_bytes - index_bytes) // set_bytes

@@ -46,13 +46,19 @@ class PlacedIndex:
 
 @dataclass(frozen=True)
 class PlacedTable:
-    """The part of one table: `num_entries` records of `record_bytes` from byte_start on, hottest first; an index an order."""
+    """The part of one table: `num_entries` records of `record_bytes` from byte_start on, hottest first; an index an order.
+
+    static_fraction: the part of the table's share of DRAM, indexes taken off, that its static set takes. hbm_entries: how many
+    of the first entries were meant for HBM.
+    """
 
     name: str
     entry_bytes: int
     record_bytes: int
     byte_start: int
     num_entries: int
+    static_fraction: float
+    hbm_entries: int
     indexes: tuple[PlacedIndex, ...]
 
     @property
@@ -73,16 +79,10 @@ class PlacedTable:
 
 @dataclass(frozen=True)
 class Placement:
-    """What a placement file's head says.
-
-    static_fraction: the part of a table's share of DRAM, indexes taken off, that its static set takes. hbm_entries: how many
-    of the first entries of each table were meant for HBM. details: what the plan expected and where it came from, for people.
-    """
+    """What a placement file's head says. details: what the plan expected and where it came from, for people."""
 
     epoch: int
     num_bytes: int
-    static_fraction: float
-    hbm_entries: int
     tables: dict[str, PlacedTable]
     details: dict[str, Any]
 
@@ -97,28 +97,35 @@ def round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
+@dataclass(frozen=True)
+class TableShape:
+    """What is to be placed of a table: how many entries of each order, and the fields of `PlacedTable` of the same names."""
+
+    entries_of_order: tuple[int, ...]
+    static_fraction: float
+    hbm_entries: int = 0
+
+
 def lay_out_placement(
-    epoch: int,
-    layouts: Mapping[str, TableLayout],
-    entries_of_order: Mapping[str, list[int]],
-    static_fraction: float,
-    hbm_entries: int,
-    details: dict[str, Any],
+    epoch: int, layouts: Mapping[str, TableLayout], shapes: Mapping[str, TableShape], details: dict[str, Any]
 ) -> Placement:
-    """Returns where everything will lie, indexes' checksums still 0. entries_of_order: by table, entries of each order."""
+    """Returns where everything will lie, indexes' checksums still 0."""
     at = HEAD_BYTES_MAX
     tables = {}
-    for name, counts in entries_of_order.items():
+    for name, shape in shapes.items():
         indexes = []
-        for count in counts:
+        for count in shape.entries_of_order:
             index = PlacedIndex(at, int(count // BUCKET_KEYS) + 1 if count else 0, 0)
             indexes.append(index)
             at += round_up(index.num_bytes, UNIT_BYTES)
         entry_bytes = layouts[name].spec.entry_bytes
-        table = PlacedTable(name, entry_bytes, record_bytes(entry_bytes), at, sum(counts), tuple(indexes))
+        num_entries, size = sum(shape.entries_of_order), record_bytes(entry_bytes)
+        table = PlacedTable(
+            name, entry_bytes, size, at, num_entries, shape.static_fraction, shape.hbm_entries, tuple(indexes)
+        )
         tables[name] = table
         at += round_up(table.records_bytes, UNIT_BYTES)
-    return Placement(epoch, at, static_fraction, hbm_entries, tables, details)
+    return Placement(epoch, at, tables, details)
 
 
 def head_bytes(placement: Placement) -> bytes:
@@ -169,8 +176,6 @@ def _check_against(
     """Every number that a reader computes with, before it does."""
     if placement.epoch != record.epoch or placement.num_bytes != record.num_bytes:
         raise _refused(file, f"it is epoch {placement.epoch}, the catalog says {record.epoch}: it was moved")
-    if not 0 <= placement.static_fraction <= 1 or type(placement.hbm_entries) is not int:
-        raise _refused(file, f"a static part of {placement.static_fraction} is not within 0 to 1")
     for name, table in placement.tables.items():
         spec = layouts[name].spec if name in layouts else None
         if spec is None or table.name != name or table.entry_bytes != spec.entry_bytes:
@@ -185,7 +190,8 @@ def _check_against(
             not good
             or table.record_bytes != record_bytes(table.entry_bytes)
             or len(table.indexes) != len(spec.orders)
-            or not 0 <= table.num_entries <= PLACES_MAX
+            or not 0 <= table.hbm_entries <= table.num_entries <= PLACES_MAX
+            or not 0 <= table.static_fraction <= 1
             or any(index.num_buckets < 0 for index in table.indexes)
         ):
             raise _refused(file, f"the numbers of its table {name} contradict each other")
