@@ -1,0 +1,132 @@
+"""Which entries go where within given budgets, and what to expect of that.
+
+Flows in: a `Ranking`, the store's tables, bytes of HBM, DRAM and packed entries on NVMe. Flows out: a `GroupPlan`: how many of
+the first entries each tier takes, how much of DRAM is left to recency, and the simulated outcome on held-out documents. The
+division is the one that opening the store will make (`divide_dram`), not a model of it. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import kernels
+from ..formats.catalog import TableLayout
+from ..formats.placement import BUCKET_KEYS, TableShape, lay_out_placement, record_bytes
+from .budget import DramPlan, divide_dram
+from .ranking import Ranking
+from .replay import Outcome, shares, simulate
+
+FRACTIONS = (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 0.95)
+INDEX_ENTRY_BYTES = kernels.INDEX_BUCKET.itemsize / BUCKET_KEYS
+
+MapLike = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Bytes for all tables together: of HBM, of DRAM, and of packed entries on NVMe beyond those in memory."""
+
+    hbm_bytes: int
+    dram_bytes: int
+    nvme_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class GroupPlan:
+    """What a group's tables get, each: entries by tier, hottest first, and sets of the recency cache.
+
+    outcome: of the held-out documents, with HBM and static set together as its static part. hbm_share: float [O + 1], of
+    accesses that HBM alone answers. reads_per_token, reads_unpacked: NVMe reads of all the group's tables, with packed
+    entries and without.
+    """
+
+    tables: tuple[str, ...]
+    resident: bool
+    hbm_entries: int
+    static_entries: int
+    nvme_entries: int
+    recency_sets: int
+    static_fraction: float
+    outcome: Outcome
+    hbm_share: np.ndarray
+    reads_per_token: float
+    reads_unpacked: float
+
+    @property
+    def num_entries(self) -> int:
+        """Entries to place of each table."""
+        return 0 if self.resident else self.hbm_entries + self.static_entries + self.nvme_entries
+
+
+def plan_group(
+    ranking: Ranking,
+    layouts: Mapping[str, TableLayout],
+    budgets: Budgets,
+    batch_tokens: int = 1,
+    fractions: Iterable[float] = FRACTIONS,
+    map_over: MapLike = map,
+) -> GroupPlan:
+    """Returns the plan whose outcome has most hits, of static fractions `fractions`. Blocks: one simulation for each.
+
+    layouts: all tables of the store. Raises `BudgetError` where DRAM cannot hold the indexes of what is to be placed.
+    """
+    tables = ranking.group.tables
+    name = tables[0]
+    if divide_dram(layouts, budgets.dram_bytes).shares[name].resident:
+        everything = np.ones(len(ranking.group.replay.counts), dtype=bool)
+        outcome = simulate(ranking.group.replay, everything, 0, batch_tokens)
+        return GroupPlan(tables, True, 0, 0, 0, 0, 1.0, outcome, np.zeros(len(outcome.accesses)), 0.0, 0.0)
+
+    def tried(fraction: float) -> GroupPlan:
+        return _plan_at(ranking, layouts, budgets, batch_tokens, fraction)
+
+    return max(map_over(tried, list(fractions)), key=lambda plan: float(plan.outcome.hit_rate[-1]))
+
+
+def divide_as_opened(
+    layouts: Mapping[str, TableLayout], dram_bytes: int, tables: Iterable[str], num_entries: int, fraction: float
+) -> DramPlan:
+    """Returns the division of DRAM that a store opens with whose placement has so many entries of each of `tables`."""
+    shapes = {}
+    for name in tables:
+        num_orders = len(layouts[name].spec.orders)
+        spread = [num_entries // num_orders + (place < num_entries % num_orders) for place in range(num_orders)]
+        shapes[name] = TableShape(tuple(spread), fraction)
+    return divide_dram(layouts, dram_bytes, lay_out_placement(0, layouts, shapes, {}))
+
+
+def _plan_at(
+    ranking: Ranking, layouts: Mapping[str, TableLayout], budgets: Budgets, batch_tokens: int, fraction: float
+) -> GroupPlan:
+    tables, num_tables = ranking.group.tables, len(layouts)
+    spec = layouts[tables[0]].spec
+    record = record_bytes(spec.entry_bytes)
+    share_bytes = divide_dram(layouts, budgets.dram_bytes).shares[tables[0]].num_bytes
+    left = ranking.num_valued
+    hbm_entries = min(left, int(budgets.hbm_bytes / num_tables / (record + INDEX_ENTRY_BYTES)))
+    left -= hbm_entries
+    beyond = int(budgets.nvme_bytes / num_tables / record)
+    room = (
+        fraction * (share_bytes - INDEX_ENTRY_BYTES * (hbm_entries + beyond)) / (record + fraction * INDEX_ENTRY_BYTES)
+    )
+    static_entries = min(left, max(0, int(room)))
+    nvme_entries = min(left - static_entries, beyond)
+    num_entries = hbm_entries + static_entries + nvme_entries
+    share = divide_as_opened(layouts, budgets.dram_bytes, tables, num_entries, fraction).shares[tables[0]]
+    static_entries = min(static_entries, share.static_entries)
+    in_memory = ranking.static(hbm_entries + static_entries)
+    replay = ranking.group.replay
+    outcome = simulate(replay, in_memory, share.num_sets, batch_tokens)
+    in_hbm = replay.per_order(ranking.static(hbm_entries)[replay.items])
+    packed = ranking.static(num_entries)[outcome.missed_items]
+    per_miss = np.where(packed, 1, spec.rows_per_key).sum(), len(packed) * spec.rows_per_key
+    tokens = max(outcome.num_tokens * outcome.sample_rate, 1e-9)
+    return GroupPlan(
+        tables, False, hbm_entries, static_entries, num_entries - hbm_entries - static_entries, share.num_sets, fraction,
+        outcome, shares(in_hbm, outcome.accesses),
+        *(float(reads * len(tables) / tokens) for reads in per_miss),
+    )  # fmt: skip
