@@ -166,7 +166,7 @@ def simulate(replay: Replay, static: np.ndarray, recency_sets: int, batch_tokens
     hits = in_static | in_recency
     missed = ~hits & distinct
     num_batches = -(-replay.num_tokens // batch_tokens)
-    batches_missing = np.count_nonzero(np.bincount(batches[missed])) if missed.any() else 0
+    batches_missing = len(np.unique(batches[missed]))
     return Outcome(
         accesses=replay.per_order(np.ones(len(hits), dtype=bool)),
         static_hits=replay.per_order(in_static),

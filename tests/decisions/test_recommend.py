@@ -1,0 +1,38 @@
+"""Recommended budgets: where curves bend, and where memory stops to pay."""
+
+from __future__ import annotations
+
+import pytest
+
+from tierstore.decisions.recommend import knee, recommend
+
+BUDGETS = [1 << (24 + place) for place in range(8)]
+
+
+def test_the_knee_is_where_a_bent_line_bends() -> None:
+    assert knee(BUDGETS, [0.1, 0.3, 0.5, 0.7, 0.72, 0.74, 0.76, 0.78]) == 3
+
+
+def test_a_dip_moves_no_knee() -> None:
+    assert knee(BUDGETS, [0.1, 0.3, 0.5, 0.7, 0.69, 0.71, 0.72, 0.72]) == 3
+
+
+@pytest.mark.parametrize("rates", [[0.4] * 8, [0.4]])
+def test_of_a_flat_curve_the_least_budget_is_enough(rates: list[float]) -> None:
+    assert knee(BUDGETS[: len(rates)], rates) == 0
+    (only,) = recommend(BUDGETS[: len(rates)], rates)
+    assert only.dram_bytes == BUDGETS[0]
+
+
+def test_choices_ascend_and_say_what_they_bring() -> None:
+    chosen = recommend(BUDGETS, [0.1, 0.3, 0.5, 0.7, 0.72, 0.74, 0.741, 0.742])
+    assert [choice.name for choice in chosen] == ["frugal", "knee", "generous"]
+    assert [choice.dram_bytes for choice in chosen] == [BUDGETS[2], BUDGETS[3], BUDGETS[5]]
+    assert chosen[1].why.startswith("70.0 % of accesses hit")
+    assert "beyond 512.00 MiB" in chosen[2].why
+
+
+def test_where_the_curve_still_rises_at_its_end_nothing_is_said_of_beyond() -> None:
+    chosen = recommend(BUDGETS, [0.1 * place for place in range(8)])
+    assert chosen[-1].dram_bytes == BUDGETS[-1]
+    assert "nothing larger was tried" in chosen[-1].why

@@ -1,0 +1,277 @@
+"""Curves: what each budget of DRAM buys, by policy and by order, and which budgets to choose.
+
+Flows in: a `Replay`, what its items are worth, what an entry costs, a ladder of budgets. Flows out: `Curves`, which
+`as_record` turns into what JSON and the report show. Every point is simulated by itself; the caller may give a `map` that
+runs several at once. The mixed policy's static fraction is the best of a grid, chosen on the very accesses that it is
+then rated by: with seven to choose from that flatters by less than intervals are wide.
+
+Shapes: U items, D documents, O orders; [O + 1]: the orders, and in the last place all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .intervals import prediction_intervals
+from .recommend import Recommendation, recommend
+from .replay import Outcome, Replay, interleaved, lru_hits, shares, simulate
+
+RECENCY_WAYS = 8
+STATIC_FRACTIONS = (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
+SEQUENCES = (1, 4, 16, 64, 256)
+STEPS_MIN = 64  # fewer steps say nothing of their share without a read
+LADDER_BYTES_MIN = 16 << 20
+LADDER_POINTS_MAX = 20
+
+MapLike = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class EntryCost:
+    """What an item costs in all tables together, which hold it side by side.
+
+    static_bytes: an entry of the static set, its part of the index included. recency_set_bytes: a set of 8 of the recency
+    cache, index and history included. reads, packed_reads: NVMe reads of a miss, from the tables' shards and from a placement.
+    """
+
+    static_bytes: int
+    recency_set_bytes: int
+    reads: int
+    packed_reads: int
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One budget. Rates: float [O + 1]. `outcome` is the mixed policy's, its static part `static_fraction` of the bytes."""
+
+    dram_bytes: int
+    static: np.ndarray
+    recency: np.ndarray
+    lru: np.ndarray
+    static_fraction: float
+    static_entries: int
+    recency_sets: int
+    outcome: Outcome
+    reads_per_token: float
+    packed_reads_per_token: float
+
+
+@dataclass(frozen=True)
+class Steps:
+    """`sequences` decoded side by side over a budget: the share of steps without a read (None: unknown), and the like."""
+
+    dram_bytes: int
+    sequences: int
+    without_read: float | None
+    entries_shared: float
+    hit_rate: float
+    reads_per_token: float
+    packed_reads_per_token: float
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """All of it, points by ascending budget; low and high: float [P, O + 1], the 95 % interval of the mixed hit rate."""
+
+    replay: Replay
+    cost: EntryCost
+    points: list[Point]
+    low: np.ndarray
+    high: np.ndarray
+    interval_tokens: int
+    recommended: list[Recommendation]
+    steps: list[Steps]
+
+    def as_record(self) -> dict[str, Any]:
+        """Returns the curves for JSON. *rates* below is {"2": .., "3": .., "all": ..}: a share for each order, and for all.
+
+        orders: [int]
+        replay: {tokens, documents, accesses, items, sample_rate}
+        first_touch: rates
+        cost: {fields of `EntryCost`}
+        interval: {level, tokens}
+        points, by ascending budget: [{dram_bytes, static: rates, recency: rates, lru: rates, mixed: {
+            hit_rate, low, high, static_share, recency_share: rates each, static_fraction, static_entries,
+            recency_entries, misses_per_token, reads_per_token, packed_reads_per_token}}]
+        steps: [{fields of `Steps`}]
+        recommended, the least first: [{name, dram_bytes, why}]
+
+        Who writes it out may add source: {text: value}, which reports show as it is.
+        """
+        replay = self.replay
+        return {
+            "orders": list(replay.orders),
+            "replay": {
+                "tokens": replay.num_tokens,
+                "documents": len(replay.document_ends),
+                "accesses": len(replay.items),
+                "items": len(replay.counts),
+                "sample_rate": replay.sample_rate,
+            },
+            "first_touch": self._rates(self.points[0].outcome.first_touch_share),
+            "cost": asdict(self.cost),
+            "interval": {"level": 0.95, "tokens": self.interval_tokens},
+            "points": [self._point(place) for place in range(len(self.points))],
+            "steps": [asdict(steps) for steps in self.steps],
+            "recommended": [asdict(choice) for choice in self.recommended],
+        }
+
+    def _point(self, place: int) -> dict[str, Any]:
+        point = self.points[place]
+        outcome = point.outcome
+        mixed = {
+            "hit_rate": self._rates(outcome.hit_rate),
+            "low": self._rates(self.low[place]),
+            "high": self._rates(self.high[place]),
+            "static_share": self._rates(outcome.static_share),
+            "recency_share": self._rates(outcome.recency_share),
+            "static_fraction": point.static_fraction,
+            "static_entries": point.static_entries,
+            "recency_entries": point.recency_sets * RECENCY_WAYS,
+            "misses_per_token": float(outcome.misses_per_token[-1]),
+            "reads_per_token": point.reads_per_token,
+            "packed_reads_per_token": point.packed_reads_per_token,
+        }
+        policies = {name: self._rates(getattr(point, name)) for name in ("static", "recency", "lru")}
+        return {"dram_bytes": point.dram_bytes} | policies | {"mixed": mixed}
+
+    def _rates(self, rates: np.ndarray) -> dict[str, float]:
+        names = [*map(str, self.replay.orders), "all"]
+        return {name: float(rate) for name, rate in zip(names, rates, strict=True)}
+
+
+def build_curves(
+    replay: Replay,
+    values: np.ndarray,
+    cost: EntryCost,
+    ladder_bytes: Sequence[int],
+    interval_tokens: int,
+    generator: np.random.Generator,
+    *,
+    packed: np.ndarray | None = None,
+    batch_tokens: int = 1,
+    fractions: Sequence[float] = STATIC_FRACTIONS,
+    sequences: Sequence[int] = SEQUENCES,
+    map_over: MapLike = map,
+) -> Curves:
+    """Returns the curves of a replay over the budgets `ladder_bytes`, ascending. Blocks, seconds a million accesses.
+
+    values: float [U], expected accesses; items of value 0 are never static. interval_tokens: the length of the streams that
+    intervals are for. packed: bool [U], items that a placement would hold, by default those counted twice or
+    more. batch_tokens: of the points; `sequences` are those of the steps, over each recommended budget. map_over: such as an
+    executor's map; what it calls may run on any thread.
+    """
+    assert len(ladder_bytes), "a curve has a point"
+    packed = replay.counts >= 2 if packed is None else packed
+    simulator = _Simulator(replay, values, cost, packed, batch_tokens, sorted({0.0, 1.0, *fractions}))
+    capacities = np.array([n // cost.recency_set_bytes * RECENCY_WAYS for n in ladder_bytes])
+    lru = shares(lru_hits(replay, capacities), replay.per_order(np.ones(len(replay.items), dtype=bool)))
+    points: list[Point] = list(map_over(simulator.point, zip(ladder_bytes, lru, strict=True)))
+    low, high = _intervals(replay, points, interval_tokens, generator)
+    recommended = recommend([p.dram_bytes for p in points], [float(p.outcome.hit_rate[-1]) for p in points])
+    chosen = [p for p in points if p.dram_bytes in {choice.dram_bytes for choice in recommended}]
+    wide = [number for number in sequences if replay.num_tokens >= number * STEPS_MIN]
+    steps = [each for several in map_over(lambda n: list(simulator.steps(n, chosen)), wide) for each in several]
+    return Curves(replay, cost, points, low, high, interval_tokens, recommended, steps)
+
+
+def ladder(replay: Replay, cost: EntryCost, per_doubling: int = 1) -> list[int]:
+    """Returns budgets from 16 MiB in geometric steps to the first that holds every counted item, 20 at most, ascending."""
+    whole_bytes = np.count_nonzero(replay.counts) / replay.sample_rate * cost.static_bytes
+    budgets = [max(LADDER_BYTES_MIN, cost.recency_set_bytes)]
+    while budgets[-1] < whole_bytes and len(budgets) < LADDER_POINTS_MAX:
+        budgets.append(round(budgets[0] * 2 ** (len(budgets) / per_doubling)))
+    return budgets
+
+
+class _Simulator:
+    """What all points share. Immutable after construction, so that any thread may run any of them."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        values: np.ndarray,
+        cost: EntryCost,
+        packed: np.ndarray,
+        batch_tokens: int,
+        fractions: Sequence[float],
+    ) -> None:
+        self._replay, self._cost, self._packed = replay, cost, packed
+        self._batch_tokens, self._fractions = batch_tokens, fractions
+        hottest = np.argsort(-values, kind="stable")
+        self._rank = np.empty(len(values), dtype=np.int64)
+        self._rank[hottest] = np.arange(len(values))
+        self._num_hot = int(np.count_nonzero(values > 0))
+        _ = replay.previous, replay.documents  # computed here, once, and not by every thread
+
+    def point(self, rung: tuple[int, np.ndarray]) -> Point:
+        """Simulates one budget over all fractions and keeps the best; `rung`: the budget, and LRU's rates there."""
+        dram_bytes, lru = rung
+        runs = {fraction: self._run(dram_bytes, fraction) for fraction in self._fractions}
+        best = max(runs, key=lambda fraction: (runs[fraction][0].hit_rate[-1], fraction))
+        outcome, static_entries, recency_sets = runs[best]
+        return Point(
+            dram_bytes,
+            runs[1.0][0].hit_rate,
+            runs[0.0][0].hit_rate,
+            lru,
+            best,
+            static_entries,
+            recency_sets,
+            outcome,
+            *self._reads(outcome),
+        )
+
+    def steps(self, sequences: int, points: Sequence[Point]) -> Iterator[Steps]:
+        """Simulates `sequences` decoded side by side, over each point's budget."""
+        replay = interleaved(self._replay, sequences)
+        for point in points:
+            outcome = simulate(replay, self._static(point.static_entries), point.recency_sets, sequences)
+            yield Steps(
+                point.dram_bytes,
+                sequences,
+                outcome.share_without_miss,
+                float(outcome.shared_share[-1]),
+                float(outcome.hit_rate[-1]),
+                *self._reads(outcome),
+            )
+
+    def _run(self, dram_bytes: int, fraction: float) -> tuple[Outcome, int, int]:
+        """The outcome, static entries and recency sets; what the static set cannot use is recency's, unless it is all static."""
+        all_hot = round(self._num_hot / self._replay.sample_rate)
+        static_entries = min(int(dram_bytes * fraction) // self._cost.static_bytes, all_hot)
+        left_bytes = dram_bytes - static_entries * self._cost.static_bytes
+        recency_sets = 0 if fraction == 1 else left_bytes // self._cost.recency_set_bytes
+        outcome = simulate(self._replay, self._static(static_entries), recency_sets, self._batch_tokens)
+        return outcome, static_entries, recency_sets
+
+    def _static(self, static_entries: int) -> np.ndarray:
+        return self._rank < min(round(static_entries * self._replay.sample_rate), self._num_hot)
+
+    def _reads(self, outcome: Outcome) -> tuple[float, float]:
+        """NVMe reads a token, without and with packed entries."""
+        kept_tokens = max(outcome.num_tokens * outcome.sample_rate, 1e-9)
+        num_missed = len(outcome.missed_items)
+        num_packed = int(np.count_nonzero(self._packed[outcome.missed_items]))
+        with_packed = num_packed * self._cost.packed_reads + (num_missed - num_packed) * self._cost.reads
+        return num_missed * self._cost.reads / kept_tokens, with_packed / kept_tokens
+
+
+def _intervals(
+    replay: Replay, points: Sequence[Point], interval_tokens: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """All points from the same draws of documents, so that the bands of neighbours move together."""
+
+    def columns(name: str) -> np.ndarray:
+        per_document = [getattr(point.outcome, name) for point in points]
+        return np.hstack([np.column_stack([each, each.sum(axis=1)]) for each in per_document])
+
+    low, high = prediction_intervals(
+        columns("document_hits"), columns("document_accesses"), replay.document_tokens, interval_tokens, generator
+    )
+    shape = (len(points), len(replay.orders) + 1)
+    return low.reshape(shape), high.reshape(shape)
