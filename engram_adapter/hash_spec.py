@@ -12,12 +12,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tierstore import ConfigError, FormatError, Store, kernels
+from tierstore import ConfigError, FormatError, Store, TableSpec, kernels
+from tierstore.formats.catalog import CatalogImage
 
 from . import hash_config
 from .token_map import checked_token_map
@@ -102,8 +104,17 @@ class HashSpec:
 
         Raises `ConfigError` where the store holds plain tables only, `FormatError` where the record is damaged.
         """
+        return cls._from_records(store.attachment, [table.spec for table in store.tables.values()])
+
+    @classmethod
+    def from_catalog(cls, image: CatalogImage) -> HashSpec:
+        """Makes the hash of a store that is not open, as `from_store` does."""
+        return cls._from_records(image.attachments.__getitem__, [layout.spec for layout in image.tables.values()])
+
+    @classmethod
+    def _from_records(cls, attachment: Callable[[str], bytes], tables: Iterable[TableSpec]) -> HashSpec:
         try:
-            record_bytes = store.attachment(RECORD_NAME)
+            record_bytes = attachment(RECORD_NAME)
         except KeyError:
             raise ConfigError(
                 "the store holds plain tables: it was built without a hash; look its rows up by row id"
@@ -116,7 +127,7 @@ class HashSpec:
             }
             token_map = None
             if record["needs_token_map"]:
-                token_map = checked_token_map(np.frombuffer(store.attachment(TOKEN_MAP_NAME), dtype="<i4"))
+                token_map = checked_token_map(np.frombuffer(attachment(TOKEN_MAP_NAME), dtype="<i4"))
             spec = cls(
                 record["family"], tuple(record["orders"]), record["heads"], record["vocab_size"], record["pad_id"],
                 record["barrier_id"], layers, token_map, record["needs_token_map"],
@@ -130,8 +141,7 @@ class HashSpec:
             raise FormatError(
                 f"the store's hash record is damaged ({error!r}); restore the catalog or rebuild"
             ) from error
-        tables = [table.spec for table in store.tables.values() if not table.spec.is_plain]
-        built = {table.name: (table.fingerprint, table.num_rows, table.rows_per_key) for table in tables}
+        built = {t.name: (t.fingerprint, t.num_rows, t.rows_per_key) for t in tables if not t.is_plain}
         for name in sorted(hashes.keys() | built.keys()):
             if hashes.get(name) != built.get(name):
                 raise FormatError(

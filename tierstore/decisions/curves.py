@@ -1,6 +1,6 @@
 """Curves: what each budget of DRAM buys, by policy and by order, and which budgets to choose.
 
-Flows in: a `Replay`, what its items are worth, what an entry costs, a ladder of budgets. Flows out: `Curves`, which
+Flows in: a `Ranking`, what an entry costs, a ladder of budgets. Flows out: `Curves`, which
 `as_record` turns into what JSON and the report show. Every point is simulated by itself; the caller may give a `map` that
 runs several at once. The mixed policy's static fraction is the best of a grid, chosen on the very accesses that it is
 then rated by: with seven to choose from that flatters by less than intervals are wide.
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .intervals import prediction_intervals
+from .ranking import Ranking
 from .recommend import Recommendation, recommend
 from .replay import Outcome, Replay, interleaved, lru_hits, shares, simulate
 
@@ -145,8 +146,7 @@ class Curves:
 
 
 def build_curves(
-    replay: Replay,
-    values: np.ndarray,
+    ranking: Ranking,
     cost: EntryCost,
     ladder_bytes: Sequence[int],
     interval_tokens: int,
@@ -160,14 +160,14 @@ def build_curves(
 ) -> Curves:
     """Returns the curves of a replay over the budgets `ladder_bytes`, ascending. Blocks, seconds a million accesses.
 
-    values: float [U], expected accesses; items of value 0 are never static. interval_tokens: the length of the streams that
-    intervals are for. packed: bool [U], items that a placement would hold, by default those counted twice or
-    more. batch_tokens: of the points; `sequences` are those of the steps, over each recommended budget. map_over: such as an
+    interval_tokens: the length of the streams that intervals are for. packed: bool [U], items that a placement would hold,
+    by default those counted twice or more. batch_tokens: of the points; `sequences` are those of the steps, over each recommended budget. map_over: such as an
     executor's map; what it calls may run on any thread.
     """
     assert len(ladder_bytes), "a curve has a point"
+    replay = ranking.group.replay
     packed = replay.counts >= 2 if packed is None else packed
-    simulator = _Simulator(replay, values, cost, packed, batch_tokens, sorted({0.0, 1.0, *fractions}))
+    simulator = _Simulator(ranking, cost, packed, batch_tokens, sorted({0.0, 1.0, *fractions}))
     capacities = np.array([n // cost.recency_set_bytes * RECENCY_WAYS for n in ladder_bytes])
     lru = shares(lru_hits(replay, capacities), replay.per_order(np.ones(len(replay.items), dtype=bool)))
     points: list[Point] = list(map_over(simulator.point, zip(ladder_bytes, lru, strict=True)))
@@ -179,9 +179,9 @@ def build_curves(
     return Curves(replay, cost, points, low, high, interval_tokens, recommended, steps)
 
 
-def ladder(replay: Replay, cost: EntryCost, per_doubling: int = 1) -> list[int]:
+def ladder(ranking: Ranking, cost: EntryCost, per_doubling: int = 1) -> list[int]:
     """Returns budgets from 16 MiB in geometric steps to the first that holds every counted item, 20 at most, ascending."""
-    whole_bytes = np.count_nonzero(replay.counts) / replay.sample_rate * cost.static_bytes
+    whole_bytes = ranking.num_valued * cost.static_bytes
     budgets = [max(LADDER_BYTES_MIN, cost.recency_set_bytes)]
     while budgets[-1] < whole_bytes and len(budgets) < LADDER_POINTS_MAX:
         budgets.append(round(budgets[0] * 2 ** (len(budgets) / per_doubling)))
@@ -193,20 +193,16 @@ class _Simulator:
 
     def __init__(
         self,
-        replay: Replay,
-        values: np.ndarray,
+        ranking: Ranking,
         cost: EntryCost,
         packed: np.ndarray,
         batch_tokens: int,
         fractions: Sequence[float],
     ) -> None:
-        self._replay, self._cost, self._packed = replay, cost, packed
+        self._ranking, self._replay, self._cost, self._packed = ranking, ranking.group.replay, cost, packed
         self._batch_tokens, self._fractions = batch_tokens, fractions
-        hottest = np.argsort(-values, kind="stable")
-        self._rank = np.empty(len(values), dtype=np.int64)
-        self._rank[hottest] = np.arange(len(values))
-        self._num_hot = int(np.count_nonzero(values > 0))
-        _ = replay.previous, replay.documents  # computed here, once, and not by every thread
+        # Computed here, once, and not by every thread.
+        _ = self._replay.previous, self._replay.documents, ranking.class_values
 
     def point(self, rung: tuple[int, np.ndarray]) -> Point:
         """Simulates one budget over all fractions and keeps the best; `rung`: the budget, and LRU's rates there."""
@@ -230,7 +226,7 @@ class _Simulator:
         """Simulates `sequences` decoded side by side, over each point's budget."""
         replay = interleaved(self._replay, sequences)
         for point in points:
-            outcome = simulate(replay, self._static(point.static_entries), point.recency_sets, sequences)
+            outcome = simulate(replay, self._ranking.static(point.static_entries), point.recency_sets, sequences)
             yield Steps(
                 point.dram_bytes,
                 sequences,
@@ -242,15 +238,11 @@ class _Simulator:
 
     def _run(self, dram_bytes: int, fraction: float) -> tuple[Outcome, int, int]:
         """The outcome, static entries and recency sets; what the static set cannot use is recency's, unless it is all static."""
-        all_hot = round(self._num_hot / self._replay.sample_rate)
-        static_entries = min(int(dram_bytes * fraction) // self._cost.static_bytes, all_hot)
+        static_entries = min(int(dram_bytes * fraction) // self._cost.static_bytes, self._ranking.num_valued)
         left_bytes = dram_bytes - static_entries * self._cost.static_bytes
         recency_sets = 0 if fraction == 1 else left_bytes // self._cost.recency_set_bytes
-        outcome = simulate(self._replay, self._static(static_entries), recency_sets, self._batch_tokens)
+        outcome = simulate(self._replay, self._ranking.static(static_entries), recency_sets, self._batch_tokens)
         return outcome, static_entries, recency_sets
-
-    def _static(self, static_entries: int) -> np.ndarray:
-        return self._rank < min(round(static_entries * self._replay.sample_rate), self._num_hot)
 
     def _reads(self, outcome: Outcome) -> tuple[float, float]:
         """NVMe reads a token, without and with packed entries."""

@@ -47,10 +47,10 @@ class Ranking:
     @property
     def num_valued(self) -> int:
         """Entries worth placing: counted items from which accesses are expected; those not sampled reckoned in."""
-        return round(int(self.group.classes.num_items[self.class_values > 0].sum()) / self.group.replay.sample_rate)
+        return round(int(self.group.classes.num_items[self.class_values > 0].sum()) / self.group.counted_rate)
 
     def static(self, num_entries: int) -> np.ndarray:
         """Returns which items of the replay are among the num_entries first, bool [U]."""
-        num_kept = round(num_entries * self.group.replay.sample_rate)
+        num_kept = round(num_entries * self.group.counted_rate)
         parts = chosen_parts(self.class_values, self.group.classes.num_items, num_kept)
         return is_chosen(parts, self.group.item_classes, self.group.item_hashes)

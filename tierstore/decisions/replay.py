@@ -17,6 +17,8 @@ import numpy as np
 
 from .. import kernels
 
+ROOMY_ITEMS_PER_SET = 2  # a cache with sets for so few of its 8 entries each evicts nothing: a larger one hits no more
+
 
 @dataclass(frozen=True, eq=False)
 class Replay:
@@ -153,6 +155,7 @@ def simulate(replay: Replay, static: np.ndarray, recency_sets: int, batch_tokens
     batch_tokens: tokens that are looked up at once; an item that misses is read once a batch.
     """
     num_sets = max(1, round(recency_sets * replay.sample_rate)) if recency_sets else 0
+    num_sets = min(num_sets, 1 + len(replay.counts) // ROOMY_ITEMS_PER_SET)
     batches = replay.tokens // batch_tokens
     in_static = static[replay.items]
     in_recency = np.zeros(len(replay.items), dtype=bool)

@@ -7,7 +7,7 @@ of keys. Pure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from ..formats.profile import KEYS, ProfileHeader
 from .choose import ItemClasses, Part, item_hash
 from .replay import Replay
 
+_SECOND_HASH = np.uint64(0xD6E8FEB86659FD93)  # sampling must not follow the hash by which a class is taken in part
 Counted = tuple[np.ndarray, np.ndarray]  # items uint64 [M, 2], sums int64 [M, 2]: counted, held out
 
 
@@ -24,16 +25,47 @@ Counted = tuple[np.ndarray, np.ndarray]  # items uint64 [M, 2], sums int64 [M, 2
 class Group:
     """Tables whose accesses are the same, what was counted of them, and what was held out.
 
-    item_classes: int64 [U], the class of each item of the replay, -1 where it was not counted; item_hashes: uint64 [U].
+    counted_rate: the share of items that were counted at all, 1 but for recorded keys; a replay may hold fewer. item_classes:
+    int64 [U], the class of each item of the replay, -1 where it was not counted; item_hashes: uint64 [U].
     """
 
     tables: tuple[str, ...]
     orders: tuple[int, ...]
     classes: ItemClasses
+    counted_rate: float
     distinct: tuple[int, ...]
     replay: Replay
     item_classes: np.ndarray
     item_hashes: np.ndarray
+
+    def sampled(self, accesses_max: int) -> Group:
+        """Returns the group with a replay of at most about `accesses_max` accesses: all those of a share of its items.
+
+        The share is of items, by hash, since a share of the accesses would say nothing of a cache (SHARDS: Waldspurger et al.,
+        "Efficient MRC Construction with SHARDS", FAST 2015).
+        """
+        replay = self.replay
+        share = accesses_max / max(len(replay.items), 1)
+        if share >= 1:
+            return self
+        kept = (self.item_hashes * _SECOND_HASH >> np.uint64(11)) * 2.0**-53 < share
+        accesses = kept[replay.items]
+        renamed = np.cumsum(kept) - 1
+        return replace(
+            self,
+            replay=Replay(
+                orders=replay.orders,
+                order_index=replay.order_index[accesses],
+                items=renamed[replay.items[accesses]],
+                counts=replay.counts[kept],
+                item_order=replay.item_order[kept],
+                tokens=replay.tokens[accesses],
+                document_ends=replay.document_ends,
+                sample_rate=replay.sample_rate * share,
+            ),
+            item_classes=self.item_classes[kept],
+            item_hashes=self.item_hashes[kept],
+        )
 
 
 class OrderSums:
@@ -172,6 +204,7 @@ class Tally:
             tables=names if header.kind != KEYS else (names[table_index],),
             orders=orders,
             classes=classes,
+            counted_rate=header.sample_rate,
             distinct=tuple(self._distinct.get((table_index, index), 0) for index in range(len(orders))),
             replay=replay,
             item_classes=classes.class_of(replay.item_order, replay.counts),

@@ -1,0 +1,213 @@
+"""`tierstore profile`: token or key traces -> counts, and what each gigabyte of memory would buy.
+
+Flows in: a store (its hash and sizes) and traces, or profiles to merge. Flows out: a profile, a table for people, JSON, a page.
+The counting is `tierstore.profiling`'s, the model's side `engram_adapter.profiles`', the curves `tierstore.decisions`'; here
+they meet. Refuses what those refuse.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from engram_adapter.hash_spec import HashSpec
+from engram_adapter.profiles import check_profile, profile_header, token_documents
+from tierstore.decisions.budget import cache_set_bytes
+from tierstore.decisions.curves import EntryCost, build_curves, ladder
+from tierstore.decisions.plan import INDEX_ENTRY_BYTES
+from tierstore.decisions.ranking import Ranking
+from tierstore.decisions.tally import Group
+from tierstore.errors import ConfigError, FingerprintMismatchError
+from tierstore.formats.catalog import CatalogImage, TableLayout, read_catalog
+from tierstore.formats.key_trace import read_key_trace_info
+from tierstore.formats.placement import record_bytes
+from tierstore.formats.profile import KEYS, Profile, ProfileHeader
+from tierstore.formats.trace import KEYS as KEY_TRACE
+from tierstore.formats.trace import read_token_documents, read_token_trace_info, sort_of_trace
+from tierstore.profiling import (
+    Document,
+    held_out_documents,
+    held_out_share,
+    key_documents,
+    key_profile_header,
+    make_profile,
+    merge_profiles,
+)
+
+from .cli import Progress, console
+
+CURVE_ACCESSES = 3_000_000  # curves of more held-out accesses are drawn from a share of the items
+SIMULATIONS_AT_ONCE = 2
+
+
+def profile_traces(
+    image: CatalogImage, traces: list[Path], path: Path, held_out: float | None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Counts traces, all of tokens or all of keys, into the profile at `path`; returns its footer. Blocks."""
+    sorts = {sort_of_trace(trace) for trace in traces}
+    if len(sorts) > 1:
+        raise ConfigError(f"{', '.join(map(str, traces))} are traces of tokens and of keys; profile each sort by itself")
+    header: ProfileHeader
+    documents: Iterator[Document]
+    if sorts == {KEY_TRACE}:
+        infos = [read_key_trace_info(trace) for trace in traces]
+        total = sum(info.num_batches for info in infos)
+        header = key_profile_header(infos, image.tables, held_out_share(total) if held_out is None else held_out)
+        documents = key_documents(traces)
+    else:
+        spec = HashSpec.from_catalog(image)
+        total = sum(read_token_trace_info(trace).num_tokens for trace in traces)
+        header = profile_header(spec, held_out_share(total) if held_out is None else held_out)
+        documents = token_documents(spec, (ids for trace in traces for ids in read_token_documents(trace)))
+
+    def on_progress(done: int) -> None:
+        if progress:
+            progress(done, total)
+
+    return make_profile(path, header, documents, lambda groups, counts: analysis(image, groups, counts), on_progress)
+
+
+def merge(image: CatalogImage, parts: list[Path], path: Path) -> dict[str, Any]:
+    """Merges profiles into the one at `path`; returns its footer. Blocks."""
+    profiles = [Profile(part) for part in parts]
+    try:
+        for profile in profiles:
+            check_header(image, profile.header)
+        return merge_profiles(
+            path,
+            profiles,
+            lambda profile: documents_of(image, profile),
+            lambda groups, counts: analysis(image, groups, counts),
+        )
+    finally:
+        for profile in profiles:
+            profile.close()
+
+
+def check_header(image: CatalogImage, header: ProfileHeader) -> None:
+    """Raises `FingerprintMismatchError` where a profile is of other tables than the store's."""
+    if header.kind != KEYS:
+        check_profile(HashSpec.from_catalog(image), header)
+        return
+    for name, fingerprint, orders in header.tables:
+        spec = image.tables[name].spec if name in image.tables else None
+        if spec is None or (spec.fingerprint, spec.orders) != (fingerprint, orders):
+            raise FingerprintMismatchError(
+                f"the profile's keys are of table {name} with fingerprint {fingerprint}, the store has "
+                f"{spec.fingerprint if spec else 'no such table'}; record its own keys"
+            )
+
+
+def documents_of(image: CatalogImage, profile: Profile) -> Iterator[Document]:
+    """Returns the held-out documents of a profile of this store."""
+    if profile.header.kind == KEYS:
+        return (Document.of_keys(columns) for columns in held_out_documents(profile))
+    spec = HashSpec.from_catalog(image)
+    return token_documents(spec, (columns["token_ids"] for columns in held_out_documents(profile)))
+
+
+def analysis(image: CatalogImage, groups: list[Group], counts: dict[str, int]) -> dict[str, Any]:
+    """Returns what the profile's footer keeps: for each group of tables its curves, as `Curves.as_record` says.
+
+    Budgets are of all tables of the store together, each of which gets an equal share.
+    """
+    with ThreadPoolExecutor(SIMULATIONS_AT_ONCE, thread_name_prefix="tierstore-simulate") as pool:
+        return {"groups": [_group_record(image, group, counts, pool) for group in groups if len(group.replay.items)]}
+
+
+def _group_record(
+    image: CatalogImage, group: Group, counts: dict[str, int], pool: ThreadPoolExecutor
+) -> dict[str, Any]:
+    layout = image.tables[group.tables[0]]
+    ranking = Ranking(group.sampled(CURVE_ACCESSES))
+    cost = entry_cost(layout, len(image.tables), len(group.tables))
+    curves = build_curves(
+        ranking,
+        cost,
+        ladder(ranking, cost),
+        counts["held_out_tokens"],
+        np.random.default_rng(0),
+        map_over=pool.map,
+    )
+    source = {"tables": ", ".join(group.tables), "documents": counts["documents"], "tokens": counts["tokens"]}
+    distinct = dict(zip(map(str, group.orders), group.distinct, strict=True))
+    return {"tables": list(group.tables), "distinct": distinct, "source": source} | curves.as_record()
+
+
+def entry_cost(layout: TableLayout, num_tables: int, group_tables: int) -> EntryCost:
+    """Returns what an entry costs, when every one of num_tables tables gets as much memory as this one.
+
+    group_tables: those that the same access reads, whose NVMe reads it costs.
+    """
+    spec = layout.spec
+    static_bytes = record_bytes(spec.entry_bytes) + INDEX_ENTRY_BYTES
+    return EntryCost(
+        round(static_bytes * num_tables),
+        cache_set_bytes(layout) * num_tables,
+        reads=spec.rows_per_key * group_tables,
+        packed_reads=group_tables,
+    )
+
+
+@click.command("profile")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="TRACE...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The profile to write.")
+@click.option("--merge", "is_merge", is_flag=True, help="TRACE... are profiles of parts of the text: make one of them.")
+@click.option(
+    "--held-out",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of documents to keep back for testing predictions. [default: 1/4, at most about 4 million tokens]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables; sizes are in bytes.")
+@click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="Also write a page with the curves.")
+def command(
+    store: Path,
+    inputs: tuple[Path, ...],
+    output: Path,
+    is_merge: bool,
+    held_out: float | None,
+    as_json: bool,
+    report: Path | None,
+) -> None:
+    """Count the n-grams of TRACE... as the model of STORE looks them up, and say what each gigabyte would buy.
+
+    Documents are kept back, by content, and predictions are made for them. Parts of a corpus may be counted anywhere, with
+    the same --held-out, and merged.
+
+    \b
+    Example: tierstore profile v41.tier chats.trace -o chats.profile --report chats.html
+    """
+    from . import report as pages
+
+    image = read_catalog(store)
+    started = time.monotonic()
+    if is_merge:
+        footer = merge(image, list(inputs), output)
+    else:
+        with Progress("counting", "tokens") as progress:
+            footer = profile_traces(image, list(inputs), output, held_out, progress)
+    seconds = time.monotonic() - started
+    record = footer["analysis"]
+    if as_json:
+        click.echo(json.dumps(footer, indent=2))
+    else:
+        for group in record["groups"]:
+            for table in pages.profile_tables(group):
+                console().print(table)
+        counts = footer["counts"]
+        click.echo(
+            f"{output}: {counts['tokens']:,} tokens of {counts['documents']:,} documents, {counts['held_out_tokens']:,} "
+            f"held out, in {seconds:.1f} s"
+        )
+        if not record["groups"]:
+            click.echo("no documents were held out: there is nothing to predict; give more text, or a larger --held-out")
+    if report:
+        pages.write_report(record["groups"], report)
