@@ -32,7 +32,7 @@ FLOORS = {
     "engram_adapter": 6,
     "tierstore.tools": 7,
 }
-HEAVY = {"torch", "triton", "transformers"}
+HEAVY = {"torch", "triton", "transformers", "matplotlib"}
 SOURCES = sorted(
     path
     for folder in ("tierstore", "kernels", "tools", "engram_adapter")

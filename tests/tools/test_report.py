@@ -1,0 +1,186 @@
+"""The report: one page that needs nothing else, well-formed, whole, and that a browser opens without a complaint."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tierstore import ConfigError
+from tierstore.decisions.curves import EntryCost, build_curves
+from tierstore.decisions.replay import Replay
+from tierstore.tools.report import profile_tables, write_report
+
+XHTML, SVG = "{http://www.w3.org/1999/xhtml}", "{http://www.w3.org/2000/svg}"
+FIGURES = ["policies", "orders", "split", "reads", "steps"]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+GIB = 1 << 30
+
+
+def record_of(sample_rate: float = 1.0, source: dict[str, str] | None = None) -> dict[str, Any]:
+    """Curves of a small skewed replay, whose budgets are scaled up to gibibytes."""
+    rng = np.random.default_rng(0)
+    num_tokens, num_items = 3000, 900
+    drawn = (rng.pareto(0.7, (2, num_tokens, 3)) * 5).astype(np.int64) % (num_items // 3) * 3 + [0, 1, 2]
+    replay = Replay(
+        (2, 3, 4),
+        np.tile(np.arange(3, dtype=np.uint8), num_tokens),
+        drawn[0].reshape(-1),
+        np.bincount(drawn[1].reshape(-1), minlength=num_items),
+        (np.arange(num_items) % 3).astype(np.uint8),
+        np.repeat(np.arange(num_tokens), 3),
+        np.arange(100, num_tokens + 1, 100),
+        sample_rate,
+    )
+    cost = EntryCost(GIB // 10, GIB, 8, 1)
+    budgets = [GIB << place for place in range(7)]
+    curves = build_curves(replay, replay.counts.astype(float), cost, budgets, 2000, np.random.default_rng(1))
+    return curves.as_record() | ({"source": source} if source else {})
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, Any]:
+    return record_of(source={"model": "<made up> & small", "counted": "3,000 tokens"})
+
+
+@pytest.fixture(scope="module")
+def page_file(record: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(record, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(page_file: Path) -> ElementTree.Element:
+    return ElementTree.fromstring(page_file.read_text(encoding="utf-8"))
+
+
+def text_of(element: ElementTree.Element) -> str:
+    return " ".join("".join(element.itertext()).split())
+
+
+def test_the_page_holds_every_figure_with_title_description_and_numbers(page: ElementTree.Element) -> None:
+    sections = {section.get("id"): section for section in page.iter(f"{XHTML}section")}
+    assert [name for name in sections if name in FIGURES] == FIGURES
+    for name in FIGURES:
+        (svg,) = sections[name].iter(f"{SVG}svg")
+        title, description = svg.find(f"{SVG}title"), svg.find(f"{SVG}desc")
+        assert title is not None
+        assert description is not None
+        assert svg.get("role") == "img"
+        assert title.get("id") == svg.get("aria-labelledby")
+        assert description.get("id") == svg.get("aria-describedby")
+        assert text_of(title)
+        assert len(list(svg.iter(f"{SVG}text"))) > 5, "text of figures stays text"
+        assert len(list(sections[name].iter(f"{XHTML}tr"))) > 3
+
+
+def test_recommended_budgets_come_first_with_real_numbers(page: ElementTree.Element, record: dict[str, Any]) -> None:
+    first = next(page.iter(f"{XHTML}section"))
+    assert first.get("id") == "recommended"
+    for choice in record["recommended"]:
+        mixed = next(point["mixed"] for point in record["points"] if point["dram_bytes"] == choice["dram_bytes"])
+        assert choice["name"] in text_of(first)
+        assert f"{choice['dram_bytes'] // GIB} GiB" in text_of(first)
+        assert f"{100 * mixed['hit_rate']['all']:.1f} %" in text_of(first)
+        assert f"{mixed['packed_reads_per_token']:.1f}" in text_of(first)
+
+
+def test_ids_are_unique_and_what_is_referred_to_is_there(page: ElementTree.Element, page_file: Path) -> None:
+    ids = [element.get("id") for element in page.iter() if element.get("id")]
+    assert len(ids) == len(set(ids))
+    referred = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', page_file.read_text())
+    assert referred
+    assert {one or other for one, other in referred} <= set(ids)
+
+
+def test_the_page_loads_and_runs_nothing(page: ElementTree.Element, page_file: Path) -> None:
+    text = page_file.read_text()
+    addresses = set(re.findall(r"https?://[^\s\"'<>]+", text))
+    assert addresses <= {XHTML[1:-1], SVG[1:-1], "http://www.w3.org/1999/xlink"}, "names of formats only"
+    assert not list(page.iter(f"{XHTML}script"))
+    for element in page.iter():
+        assert not (element.get("src") or "").strip()
+        assert (element.get("href") or "#").startswith(("#", "data:"))
+    assert "@import" not in text
+
+
+def test_colours_are_the_pages_own_so_that_dark_and_light_are_legible(page_file: Path) -> None:
+    text = page_file.read_text()
+    figures = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    assert set(re.findall(r"var\(--(\w+)\)", figures)) >= {"ink", "grid", "a", "b", "c", "d"}
+    assert not re.findall(r"#[0-9a-f]{6}\b", figures), "a colour that no theme changes"
+
+
+def test_names_from_outside_are_text_and_no_markup(page: ElementTree.Element) -> None:
+    assert "<made up> & small" in text_of(page)
+
+
+def test_a_share_of_the_items_is_said_and_steps_are_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    write_report(record_of(sample_rate=0.5), tmp_path / "r.html")
+    page = ElementTree.fromstring((tmp_path / "r.html").read_text())
+    assert "50.0 % of all entries were followed" in text_of(page)
+    assert "steps" not in {section.get("id") for section in page.iter(f"{XHTML}section")}
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(record: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    path = tmp_path / "report.html"
+    path.write_text("the old one")
+    with pytest.raises(KeyError):
+        write_report({**record, "cost": {}}, path)
+    with pytest.raises(OSError, match="no such folder"):
+        write_report(record, tmp_path / "no such folder" / "report.html")
+    assert path.read_text() == "the old one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_matplotlib_the_error_says_what_to_install(
+    record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"pip install 'tierstore\[report\]'"):
+        write_report(record, tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_terminal_shows_every_budget_and_every_policy(record: dict[str, Any]) -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    for table in profile_tables(record):
+        console.print(table)
+    shown = console.export_text()
+    for words in ("Recommended budgets", "static alone", "LRU", "order 4", "64 GiB", "steps without a read"):
+        assert words in shown
+    for point in record["points"]:
+        assert f"{100 * point['lru']['all']:.1f} %" in shown
+
+
+def browse(browser: str, page_file: Path, profile: Path) -> subprocess.CompletedProcess[str]:
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--dump-dom", page_file.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_browser_opens_the_page_without_a_complaint(page_file: Path, tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH")
+    broken = tmp_path / "broken.html"
+    broken.write_text("<script>nothing.at.all()</script>")
+    assert "CONSOLE" in browse(browser, broken, tmp_path / "profile").stderr, "complaints would be seen"
+    opened = browse(browser, page_file, tmp_path / "profile")
+    assert opened.returncode == 0, opened.stderr
+    assert "CONSOLE" not in opened.stderr, opened.stderr
+    assert opened.stdout.count("<svg") == len(FIGURES)
+    assert opened.stdout.rstrip().endswith("</html>")

@@ -1,0 +1,132 @@
+"""A report on a profile: one HTML page that needs nothing else, for readers who have never seen this project.
+
+Flows in: the record of `tierstore.decisions.curves.Curves.as_record`, perhaps with its `source`. Flows out: a file, or tables
+for the terminal. The page has no scripts and loads nothing. Needs matplotlib for the figures (`ConfigError` without it).
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from pathlib import Path
+
+from rich.table import Table
+
+from tierstore.version import VERSION
+
+from . import report_tables as tables
+from .report_figures import figures_of, svg_of
+from .report_tables import NumberTable, Record, percent, short_bytes
+from .report_words import GLOSSARY, STYLE, words_of_figures
+
+TABLES = {
+    "policies": tables.policy_table,
+    "orders": tables.order_table,
+    "split": tables.split_table,
+    "reads": tables.reads_table,
+    "steps": tables.steps_table,
+}
+
+
+def write_report(record: Record, path: Path) -> None:
+    """Writes the page to `path`, whole or not at all. Blocks, a second or two. Raises `ConfigError` without matplotlib."""
+    page = _page(record)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def profile_tables(record: Record) -> list[Table]:
+    """Returns the record's numbers for the terminal: recommended budgets, policies, orders, who answers, reads, steps."""
+    numbers = [tables.recommended_table(record), *(TABLES[name](record) for name in TABLES)]
+    shown = []
+    for each in numbers:
+        table = Table(title=each.title)
+        for place, column in enumerate(each.columns):
+            text = column in ("budget", "why")
+            table.add_column(column, justify="left" if text or place == 0 else "right", overflow="fold")
+        for line in each.lines:
+            table.add_row(*line)
+        shown.append(table)
+    return [table for table in shown if table.row_count]
+
+
+def _page(record: Record) -> str:
+    words = words_of_figures(record)
+    sections = [
+        f'<section id="{figure.name}"><h2>{html.escape(figure.title)}</h2><p>{words[figure.name]}</p>'
+        f"<figure>{svg_of(figure, record)}</figure>{_table(TABLES[figure.name](record))}</section>"
+        for figure in figures_of(record)
+    ]
+    glossary = "".join(f"<dt>{html.escape(word)}</dt><dd>{html.escape(meaning)}</dd>" for word, meaning in GLOSSARY)
+    return (
+        '<!DOCTYPE html>\n<html xmlns="http://www.w3.org/1999/xhtml" lang="en"><head><meta charset="utf-8"/>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+        '<link rel="icon" href="data:,"/>'
+        f"<title>What memory buys: hit rates and budgets</title><style>{STYLE}</style></head><body><main>"
+        f"<h1>What memory buys</h1>{_summary(record)}"
+        + "\n".join(sections)
+        + f'<section id="glossary"><h2>Words</h2><dl>{glossary}</dl></section>'
+        f"<footer>Made by tierstore {html.escape(VERSION)}</footer></main></body></html>\n"
+    )
+
+
+def _summary(record: Record) -> str:
+    """What was measured, in plain words, and the budgets to choose from."""
+    replay, orders = record["replay"], record["orders"]
+    kinds = f"one for each of its {len(orders)} orders" if len(orders) > 1 else "one"
+    first = percent(record["first_touch"]["all"])
+    sampled = ""
+    if replay["sample_rate"] < 1:
+        sampled = (
+            f" Only {percent(replay['sample_rate'])} of all entries were followed, against as small a share of memory."
+        )
+    cards = "".join(_card(record, place) for place in range(len(record["recommended"])))
+    source = "".join(
+        f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(str(value))}</dd>"
+        for name, value in record.get("source", {}).items()
+    )
+    return (
+        f'<p class="lead">For every token that a language model reads or writes, it looks up entries in large tables: {kinds}. '
+        "Entries that are in memory (DRAM) are there at once; the others have to be read from disk (NVMe). "
+        "This page says how much memory answers how many of these look-ups, and what to choose.</p>"
+        f"<p>Which entries are used was counted in one part of real text. Another part, {replay['tokens']:,} tokens of "
+        f"{replay['documents']:,} documents held out of the counting, was then replayed access by access "
+        f"({replay['accesses']:,} in all) through the very caches that the store runs, empty at first, "
+        f"for every amount of memory below.{sampled} {first} of these accesses were to entries never seen before, which no "
+        "cache can answer.</p>"
+        f'<section id="recommended"><h2>Recommended budgets</h2><div class="cards">{cards}</div>'
+        f"{_table(tables.recommended_table(record), folded=False)}"
+        f"<p>The intervals say where the hit rate of another {record['interval']['tokens']:,} tokens of the same kind of text "
+        f"will lie in 95 of 100 cases. Text of another kind may lie outside.</p></section>"
+        + (f'<section id="source"><h2>What was measured</h2><dl>{source}</dl></section>' if source else "")
+    )
+
+
+def _card(record: Record, place: int) -> str:
+    choice = record["recommended"][place]
+    (mixed,) = (point["mixed"] for point in record["points"] if point["dram_bytes"] == choice["dram_bytes"])
+    return (
+        f'<div class="card"><h3>{html.escape(choice["name"])}</h3><p class="number">{short_bytes(choice["dram_bytes"])}</p>'
+        f"<p>answers <strong>{percent(mixed['hit_rate']['all'])}</strong> of accesses from memory and reads the disk "
+        f"{mixed['reads_per_token']:.1f} times a token, {mixed['packed_reads_per_token']:.1f} with packed entries</p></div>"
+    )
+
+
+def _table(table: NumberTable, *, folded: bool = True) -> str:
+    head = "".join(f'<th scope="col"{_wraps(column)}>{html.escape(column)}</th>' for column in table.columns)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(line[0])}</th>'
+        + "".join(f"<td{_wraps(cell)}>{html.escape(cell)}</td>" for cell in line[1:])
+        + "</tr>"
+        for line in table.lines
+    )
+    written = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f"<details open=''><summary>The numbers</summary>{written}</details>" if folded else written
+
+
+def _wraps(cell: str) -> str:
+    return ' class="text"' if cell == "why" or len(cell) > 40 else ""
