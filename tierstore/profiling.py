@@ -8,8 +8,9 @@ documents merge to the profile of all. Refuses profiles that do not fit each oth
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,18 @@ import numpy as np
 
 from . import kernels
 from .counting import ItemCounter
-from .decisions.tally import Group, Tally
-from .errors import ConfigError
-from .formats.profile import BLOCK_VALUES, COUNTS, Columns, Profile, ProfileHeader, ProfileWriter
+from .decisions.choose import ItemClasses, chosen_parts, is_chosen, item_hash
+from .decisions.ranking import Ranking
+from .decisions.tally import Group, OrderSplit, Tally
+from .errors import ConfigError, FingerprintMismatchError
+from .formats.catalog import TableLayout
+from .formats.key_trace import KeyBlock, KeyTraceInfo, read_key_blocks
+from .formats.profile import BLOCK_VALUES, COUNTS, KEYS, Columns, Profile, ProfileHeader, ProfileWriter
 
 COUNTED, HELD_OUT = 0, 1  # columns of the sums
 HELD_OUT_SHARE = 1 / 4  # less gives wider intervals, more a static set that is fitted to less
 HELD_OUT_TOKENS_MAX = 4_000_000  # of a long trace a smaller share is held out
+STRETCH_ACCESSES = 1 << 14  # of recorded keys, that count as one document
 ADDED_AT_ONCE = 1 << 17  # items that are handed to the counter together
 
 Analyse = Callable[[list[Group], dict[str, int]], dict[str, Any]]
@@ -37,6 +43,13 @@ class Document:
     items: np.ndarray
     columns: Columns
     num_tokens: int
+
+    @classmethod
+    def of_keys(cls, columns: Columns) -> Document:
+        """Makes a document of recorded accesses: table, order_index, keys, and batch, the lookup's number from 0 on."""
+        high = columns["table"].astype(np.uint64) << np.uint64(32) | columns["order_index"].astype(np.uint64)
+        items = np.stack([high, columns["keys"].astype(np.uint64)], axis=1)
+        return cls(items, columns, int(columns["batch"][-1]) + 1)
 
 
 @dataclass
@@ -62,6 +75,51 @@ class HeldOut:
         return tally.groups(items, np.array(self.ends, dtype=np.int64), tokens)
 
 
+def key_profile_header(
+    infos: Sequence[KeyTraceInfo], layouts: Mapping[str, TableLayout], held_out: float
+) -> ProfileHeader:
+    """Returns the header of a profile of key traces; raises `FingerprintMismatchError` where they are of other tables."""
+    first = infos[0]
+    for info in infos:
+        if (info.tables, info.sample_rate) != (first.tables, first.sample_rate):
+            raise ConfigError(
+                f"{info.path} and {first.path} are of other tables or sample rates; profile each by itself"
+            )
+        for table in info.tables:
+            spec = layouts[table.name].spec if table.name in layouts else None
+            if spec is None or (spec.fingerprint, spec.orders) != (table.fingerprint, table.orders):
+                raise FingerprintMismatchError(
+                    f"{info.path}: recorded of table {table.name} with fingerprint {table.fingerprint}, the store has "
+                    f"{spec.fingerprint if spec else 'no such table'}; profile it with the store that recorded it"
+                )
+    tables = tuple((table.name, table.fingerprint, table.orders) for table in first.tables)
+    return ProfileHeader(KEYS, tables, 64, held_out, first.sample_rate)
+
+
+def key_documents(traces: Iterable[str | os.PathLike[str]]) -> Iterator[Document]:
+    """Yields the accesses of key traces in stretches of whole lookups, STRETCH_ACCESSES or a little more each."""
+    for trace in traces:
+        waiting: list[KeyBlock] = []
+        for block in read_key_blocks(trace):
+            waiting.append(block)
+            accesses = KeyBlock(*(np.concatenate(columns) for columns in zip(*waiting, strict=True)))
+            ends = np.flatnonzero(np.diff(accesses.batch)) + 1
+            start = 0
+            for end in ends.tolist():
+                if end - start >= STRETCH_ACCESSES:
+                    yield _stretch(accesses, start, end)
+                    start = end
+            waiting = [KeyBlock(*(column[start:] for column in accesses))]
+        if waiting and len(waiting[0].keys):
+            accesses = KeyBlock(*(np.concatenate(columns) for columns in zip(*waiting, strict=True)))
+            yield _stretch(accesses, 0, len(accesses.keys))
+
+
+def _stretch(accesses: KeyBlock, start: int, end: int) -> Document:
+    part = {name: getattr(accesses, name)[start:end] for name in ("table", "order_index", "keys", "batch")}
+    return Document.of_keys(part | {"batch": part["batch"] - part["batch"][0]})
+
+
 def held_out_share(num_tokens: int) -> float:
     """Returns the share of documents to hold out of a trace: a quarter, or about four million tokens where that is less."""
     return min(HELD_OUT_SHARE, HELD_OUT_TOKENS_MAX / max(num_tokens, 1))
@@ -83,24 +141,26 @@ def make_profile(
     counts = dict.fromkeys(COUNTS, 0)
     held_out = HeldOut()
     folder = Path(path).resolve().parent
-    with ProfileWriter(path, header) as writer, ItemCounter(folder, 2) as counter:
+    with ProfileWriter(path, header) as writer:
         keeper = _HeldOutColumns(writer)
-        waiting = [_Waiting(counter, COUNTED), _Waiting(counter, HELD_OUT)]
-        for document in documents:
-            kind = HELD_OUT if _is_held_out(document, header.held_out) else COUNTED
-            counts["tokens"] += document.num_tokens
-            counts["documents"] += 1
-            if kind == HELD_OUT:
-                counts["held_out_tokens"] += document.num_tokens
-                counts["held_out_documents"] += 1
-                held_out.add(document)
-                keeper.add(document)
-            if waiting[kind].add(document.items) and on_progress:
-                on_progress(counts["tokens"])
-        for rest in waiting:
-            rest.flush()
+        with ItemCounter(folder, 2) as counter:
+            waiting = [_Waiting(counter, COUNTED), _Waiting(counter, HELD_OUT)]
+            for document in documents:
+                kind = HELD_OUT if _is_held_out(document, header.held_out) else COUNTED
+                counts["tokens"] += document.num_tokens
+                counts["documents"] += 1
+                if kind == HELD_OUT:
+                    counts["held_out_tokens"] += document.num_tokens
+                    counts["held_out_documents"] += 1
+                    held_out.add(document)
+                    keeper.add(document)
+                if waiting[kind].add(document.items) and on_progress:
+                    on_progress(counts["tokens"])
+            for rest in waiting:
+                rest.flush()
+            tally = _write_items(writer, header, counter)
         keeper.flush()
-        return _finish(writer, header, counter.merged(), held_out, counts, analyse)
+        return _finish(writer, tally, held_out, counts, analyse)
 
 
 def merge_profiles(
@@ -122,16 +182,18 @@ def merge_profiles(
             )
     counts = {name: sum(part.counts[name] for part in parts) for name in COUNTS}
     held_out = HeldOut()
-    with ProfileWriter(path, header) as writer, ItemCounter(Path(path).resolve().parent, 2) as counter:
+    with ProfileWriter(path, header) as writer:
         keeper = _HeldOutColumns(writer)
-        for part in parts:
-            for document in documents_of(part):
-                held_out.add(document)
-                keeper.add(document)
-            for items, sums in part.items():
-                counter.add(items, sums)
+        with ItemCounter(Path(path).resolve().parent, 2) as counter:
+            for part in parts:
+                for document in documents_of(part):
+                    held_out.add(document)
+                    keeper.add(document)
+                for items, sums in part.items():
+                    counter.add(items, sums)
+            tally = _write_items(writer, header, counter)
         keeper.flush()
-        return _finish(writer, header, counter.merged(), held_out, counts, analyse)
+        return _finish(writer, tally, held_out, counts, analyse)
 
 
 def groups_of(profile: Profile, documents: Iterable[Document]) -> list[Group]:
@@ -142,6 +204,51 @@ def groups_of(profile: Profile, documents: Iterable[Document]) -> list[Group]:
     for document in documents:
         held_out.add(document)
     return held_out.groups(tally)
+
+
+class ItemRanking:
+    """The items of a finished profile in the order in which a ranking places them, by all that was counted of them."""
+
+    def __init__(self, profile: Profile, ranking: Ranking) -> None:
+        """ranking: of a group of the profile's tables."""
+        self._profile, self._ranking = profile, ranking
+        counts = profile.counts
+        # What the ranking says of counts holds for as much text as was counted without the held-out documents.
+        self._scale = (counts["tokens"] - counts["held_out_tokens"]) / max(counts["tokens"], 1)
+        names = [name for name, _, _ in profile.header.tables]
+        self._table_index = names.index(ranking.group.tables[0])
+
+    def first(self, num_entries: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the order index, uint8 [n], and the items, uint64 [n, 2], of the num_entries first, hottest first.
+
+        Of a sample of keys, that share of them. Reads the profile twice; blocks.
+        """
+        classes = ItemClasses.of_parts(
+            (order_index, totals, np.zeros_like(totals), np.ones_like(totals))
+            for order_index, _, totals in self._of_orders()
+        )
+        values = self._values(classes.order_index, classes.counts)
+        parts = chosen_parts(values, classes.num_items, round(num_entries * self._ranking.group.counted_rate))
+        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for order_index, items, totals in self._of_orders():
+            orders = np.full(len(items), order_index, dtype=np.uint8)
+            chosen = is_chosen(parts, classes.class_of(orders, totals), item_hash(items))
+            found.append((orders[chosen], items[chosen], totals[chosen]))
+        orders, items, totals = (np.concatenate(columns) for columns in zip(*found, strict=True))
+        hottest = np.argsort(-self._values(orders, totals), kind="stable")
+        return orders[hottest], items[hottest]
+
+    def _values(self, order_index: np.ndarray, totals: np.ndarray) -> np.ndarray:
+        return self._ranking.values(order_index, totals * self._scale)
+
+    def _of_orders(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Yields (order index, items, counts in all) of the group's items, block by block; never nothing at all."""
+        split = OrderSplit(self._profile.header)
+        yield 0, np.empty((0, 2), dtype=np.uint64), np.empty(0, dtype=np.int64)
+        for parts in itertools.chain((split.add(*block) for block in self._profile.items()), [None]):
+            for table_index, order_index, items, sums in split.end() if parts is None else parts:
+                if table_index == self._table_index:
+                    yield order_index, items, sums.sum(axis=1)
 
 
 def held_out_documents(profile: Profile) -> Iterator[Columns]:
@@ -163,18 +270,17 @@ def held_out_documents(profile: Profile) -> Iterator[Columns]:
         start += num_values
 
 
-def _finish(
-    writer: ProfileWriter,
-    header: ProfileHeader,
-    merged: Iterator[tuple[np.ndarray, np.ndarray]],
-    held_out: HeldOut,
-    counts: dict[str, int],
-    analyse: Analyse,
-) -> dict[str, Any]:
+def _write_items(writer: ProfileWriter, header: ProfileHeader, counter: ItemCounter) -> Tally:
     tally = Tally(header)
-    for items, sums in merged:
+    for items, sums in counter.merged():
         tally.add(items, sums)
         writer.write_items(items, sums)
+    return tally
+
+
+def _finish(
+    writer: ProfileWriter, tally: Tally, held_out: HeldOut, counts: dict[str, int], analyse: Analyse
+) -> dict[str, Any]:
     footer = {"counts": counts, "analysis": analyse(held_out.groups(tally), counts)}
     writer.finish(footer)
     return footer

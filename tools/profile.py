@@ -43,7 +43,8 @@ from tierstore.profiling import (
 
 from .cli import Progress, console
 
-CURVE_ACCESSES = 3_000_000  # curves of more held-out accesses are drawn from a share of the items
+CURVE_ACCESSES = 2_000_000  # curves of more held-out accesses are drawn from a share of the items
+STEP_TOKENS = 500_000  # of the held-out documents, over which steps are simulated, with all items
 SIMULATIONS_AT_ONCE = 2
 
 
@@ -53,7 +54,9 @@ def profile_traces(
     """Counts traces, all of tokens or all of keys, into the profile at `path`; returns its footer. Blocks."""
     sorts = {sort_of_trace(trace) for trace in traces}
     if len(sorts) > 1:
-        raise ConfigError(f"{', '.join(map(str, traces))} are traces of tokens and of keys; profile each sort by itself")
+        raise ConfigError(
+            f"{', '.join(map(str, traces))} are traces of tokens and of keys; profile each sort by itself"
+        )
     header: ProfileHeader
     documents: Iterator[Document]
     if sorts == {KEY_TRACE}:
@@ -127,6 +130,7 @@ def _group_record(
 ) -> dict[str, Any]:
     layout = image.tables[group.tables[0]]
     ranking = Ranking(group.sampled(CURVE_ACCESSES))
+    steps_ranking = Ranking(group.truncated(STEP_TOKENS))
     cost = entry_cost(layout, len(image.tables), len(group.tables))
     curves = build_curves(
         ranking,
@@ -134,6 +138,7 @@ def _group_record(
         ladder(ranking, cost),
         counts["held_out_tokens"],
         np.random.default_rng(0),
+        steps_ranking=steps_ranking,
         map_over=pool.map,
     )
     source = {"tables": ", ".join(group.tables), "documents": counts["documents"], "tokens": counts["tokens"]}
@@ -167,7 +172,9 @@ def entry_cost(layout: TableLayout, num_tables: int, group_tables: int) -> Entry
     help="Share of documents to keep back for testing predictions. [default: 1/4, at most about 4 million tokens]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables; sizes are in bytes.")
-@click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="Also write a page with the curves.")
+@click.option(
+    "--report", type=click.Path(path_type=Path), metavar="FILE.html", help="Also write a page with the curves."
+)
 def command(
     store: Path,
     inputs: tuple[Path, ...],
@@ -208,6 +215,8 @@ def command(
             f"held out, in {seconds:.1f} s"
         )
         if not record["groups"]:
-            click.echo("no documents were held out: there is nothing to predict; give more text, or a larger --held-out")
+            click.echo(
+                "no documents were held out: there is nothing to predict; give more text, or a larger --held-out"
+            )
     if report:
         pages.write_report(record["groups"], report)

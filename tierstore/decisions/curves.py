@@ -3,7 +3,7 @@
 Flows in: a `Ranking`, what an entry costs, a ladder of budgets. Flows out: `Curves`, which
 `as_record` turns into what JSON and the report show. Every point is simulated by itself; the caller may give a `map` that
 runs several at once. The mixed policy's static fraction is the best of a grid, chosen on the very accesses that it is
-then rated by: with seven to choose from that flatters by less than intervals are wide.
+then rated by: with six to choose from that flatters by less than intervals are wide.
 
 Shapes: U items, D documents, O orders; [O + 1]: the orders, and in the last place all of them.
 """
@@ -22,7 +22,7 @@ from .recommend import Recommendation, recommend
 from .replay import Outcome, Replay, interleaved, lru_hits, shares, simulate
 
 RECENCY_WAYS = 8
-STATIC_FRACTIONS = (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0)
+STATIC_FRACTIONS = (0.0, 0.5, 0.75, 0.875, 0.95, 1.0)
 SEQUENCES = (1, 4, 16, 64, 256)
 STEPS_MIN = 64  # fewer steps say nothing of their share without a read
 LADDER_BYTES_MIN = 16 << 20
@@ -156,17 +156,18 @@ def build_curves(
     batch_tokens: int = 1,
     fractions: Sequence[float] = STATIC_FRACTIONS,
     sequences: Sequence[int] = SEQUENCES,
+    steps_ranking: Ranking | None = None,
     map_over: MapLike = map,
 ) -> Curves:
     """Returns the curves of a replay over the budgets `ladder_bytes`, ascending. Blocks, seconds a million accesses.
 
-    interval_tokens: the length of the streams that intervals are for. packed: bool [U], items that a placement would hold,
-    by default those counted twice or more. batch_tokens: of the points; `sequences` are those of the steps, over each recommended budget. map_over: such as an
+    interval_tokens: the length of the streams that intervals are for. packed: bool [U], items that a placement would hold, by
+    default those counted twice or more. batch_tokens: of the points; `sequences` are those of the steps, over each recommended
+    budget; steps_ranking: what steps are taken from, where it is another replay than that of the points. map_over: such as an
     executor's map; what it calls may run on any thread.
     """
     assert len(ladder_bytes), "a curve has a point"
     replay = ranking.group.replay
-    packed = replay.counts >= 2 if packed is None else packed
     simulator = _Simulator(ranking, cost, packed, batch_tokens, sorted({0.0, 1.0, *fractions}))
     capacities = np.array([n // cost.recency_set_bytes * RECENCY_WAYS for n in ladder_bytes])
     lru = shares(lru_hits(replay, capacities), replay.per_order(np.ones(len(replay.items), dtype=bool)))
@@ -174,8 +175,9 @@ def build_curves(
     low, high = _intervals(replay, points, interval_tokens, generator)
     recommended = recommend([p.dram_bytes for p in points], [float(p.outcome.hit_rate[-1]) for p in points])
     chosen = [p for p in points if p.dram_bytes in {choice.dram_bytes for choice in recommended}]
-    wide = [number for number in sequences if replay.num_tokens >= number * STEPS_MIN]
-    steps = [each for several in map_over(lambda n: list(simulator.steps(n, chosen)), wide) for each in several]
+    stepper = _Simulator(steps_ranking, cost, None, batch_tokens, ()) if steps_ranking else simulator
+    wide = [number for number in sequences if stepper.num_tokens >= number * STEPS_MIN]
+    steps = [each for several in map_over(lambda n: list(stepper.steps(n, chosen)), wide) for each in several]
     return Curves(replay, cost, points, low, high, interval_tokens, recommended, steps)
 
 
@@ -195,14 +197,21 @@ class _Simulator:
         self,
         ranking: Ranking,
         cost: EntryCost,
-        packed: np.ndarray,
+        packed: np.ndarray | None,
         batch_tokens: int,
         fractions: Sequence[float],
     ) -> None:
-        self._ranking, self._replay, self._cost, self._packed = ranking, ranking.group.replay, cost, packed
+        self._ranking, self._replay, self._cost = ranking, ranking.group.replay, cost
+        self._packed = self._replay.counts >= 2 if packed is None else packed
         self._batch_tokens, self._fractions = batch_tokens, fractions
         # Computed here, once, and not by every thread.
-        _ = self._replay.previous, self._replay.documents, ranking.class_values
+        _ = self._replay.batched(batch_tokens), self._replay.document_accesses, self._replay.num_first_touches
+        _ = self._replay.num_accesses, ranking.class_values
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the replay."""
+        return self._replay.num_tokens
 
     def point(self, rung: tuple[int, np.ndarray]) -> Point:
         """Simulates one budget over all fractions and keeps the best; `rung`: the budget, and LRU's rates there."""

@@ -85,8 +85,62 @@ class Replay:
         return np.searchsorted(self.document_ends, self.tokens, side="right")
 
     def per_order(self, accesses: np.ndarray) -> np.ndarray:
-        """Returns how many of the accesses where bool [A] `accesses` is set are of each order, and in all: int64 [O + 1]."""
-        return _with_sum(np.bincount(self.order_index[accesses], minlength=len(self.orders)))
+        """Returns how many of some accesses, bool [A] or their places, are of each order, and in all: int64 [O + 1]."""
+        counts = np.bincount(self.order_index[accesses], minlength=len(self.orders))
+        return np.append(counts, counts.sum()).astype(np.int64)
+
+    def per_document(self, accesses: np.ndarray) -> np.ndarray:
+        """Returns how many of some accesses, bool [A] or their places, are of each document and order: int64 [D, O]."""
+        shape = len(self.document_ends), len(self.orders)
+        return np.bincount(self._cells[accesses], minlength=shape[0] * shape[1]).reshape(shape)
+
+    @functools.cached_property
+    def _cells(self) -> np.ndarray:
+        """The place of each access in an array [D, O], int64 [A]."""
+        return np.asarray(self.documents * len(self.orders) + self.order_index)
+
+    # What every simulation says alike: computed once.
+
+    @functools.cached_property
+    def num_accesses(self) -> np.ndarray:
+        """Accesses of each order, and in all: int64 [O + 1]."""
+        return self.per_order(np.ones(len(self.items), dtype=bool))
+
+    @functools.cached_property
+    def num_first_touches(self) -> np.ndarray:
+        """First touches of each order, and in all: int64 [O + 1]."""
+        return self.per_order(self.first_touches)
+
+    @functools.cached_property
+    def document_accesses(self) -> np.ndarray:
+        """Accesses of each document and order: int64 [D, O]."""
+        return self.per_document(np.ones(len(self.items), dtype=bool))
+
+    def batched(self, batch_tokens: int) -> Batches:
+        """Returns the accesses in batches of so many tokens."""
+        if batch_tokens not in self._batched:
+            batches = self.tokens // batch_tokens
+            # Equal items of a batch share their fate: all of a batch are probed before any is put in.
+            distinct = (self.previous < 0) | (batches[self.previous] != batches)
+            ends = np.append(np.flatnonzero(np.diff(batches)) + 1, len(batches))
+            self._batched[batch_tokens] = Batches(ends, distinct, self.per_order(distinct))
+        return self._batched[batch_tokens]
+
+    @functools.cached_property
+    def _batched(self) -> dict[int, Batches]:
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """A replay cut into batches. ends: int64 [B], in accesses. distinct: bool [A], the first access to its item in its batch.
+
+    num_distinct: those of each order, and in all: int64 [O + 1].
+    """
+
+    ends: np.ndarray
+    distinct: np.ndarray
+    num_distinct: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,33 +210,32 @@ def simulate(replay: Replay, static: np.ndarray, recency_sets: int, batch_tokens
     """
     num_sets = max(1, round(recency_sets * replay.sample_rate)) if recency_sets else 0
     num_sets = min(num_sets, 1 + len(replay.counts) // ROOMY_ITEMS_PER_SET)
-    batches = replay.tokens // batch_tokens
+    batches = replay.batched(batch_tokens)
     in_static = static[replay.items]
-    in_recency = np.zeros(len(replay.items), dtype=bool)
+    hits = in_static
     if num_sets and len(replay.items):
-        keys = np.where(in_static, -1, replay.items).astype(np.int64)
-        batch_ends = np.append(np.flatnonzero(np.diff(batches)) + 1, len(keys))
-        in_recency = kernels.simulate_cache(replay.order_index, keys, batch_ends, num_sets)
-    # Equal items of a batch share their fate: all of a batch are probed before any is put in.
-    previous = replay.previous
-    distinct = (previous < 0) | (batches[previous] != batches)
-    hits = in_static | in_recency
-    missed = ~hits & distinct
+        keys = np.where(in_static, -1, replay.items).astype(np.int64, copy=False)
+        hits = in_static | kernels.simulate_cache(replay.order_index, keys, batches.ends, num_sets)
+    missed = np.flatnonzero(batches.distinct & ~hits)
+    static_hits, all_hits = replay.per_order(in_static), replay.per_order(hits)
     num_batches = -(-replay.num_tokens // batch_tokens)
-    batches_missing = len(np.unique(batches[missed]))
+    without_miss = None
+    if replay.sample_rate == 1:
+        batches_missing = np.unique(np.searchsorted(batches.ends, missed, side="right"))
+        without_miss = num_batches - len(batches_missing)
     return Outcome(
-        accesses=replay.per_order(np.ones(len(hits), dtype=bool)),
-        static_hits=replay.per_order(in_static),
-        recency_hits=replay.per_order(in_recency),
-        first_touches=replay.per_order(replay.first_touches),
-        distinct=replay.per_order(distinct),
+        accesses=replay.num_accesses,
+        static_hits=static_hits,
+        recency_hits=all_hits - static_hits,
+        first_touches=replay.num_first_touches,
+        distinct=batches.num_distinct,
         distinct_misses=replay.per_order(missed),
         missed_items=replay.items[missed].astype(np.int64),
-        document_hits=_per_document(replay, hits),
-        document_accesses=_per_document(replay, np.ones(len(hits), dtype=bool)),
+        document_hits=replay.per_document(hits),
+        document_accesses=replay.document_accesses,
         num_tokens=replay.num_tokens,
         num_batches=num_batches,
-        batches_without_miss=num_batches - batches_missing if replay.sample_rate == 1 else None,
+        batches_without_miss=without_miss,
         sample_rate=replay.sample_rate,
     )
 
@@ -231,13 +284,3 @@ def shares(parts: np.ndarray, wholes: np.ndarray | float) -> np.ndarray:
     """Returns parts / wholes, float, 0 where the whole is 0."""
     wholes = np.broadcast_to(np.asarray(wholes, dtype=np.float64), np.shape(parts))
     return np.divide(parts, wholes, out=np.zeros(np.shape(parts)), where=wholes > 0)
-
-
-def _with_sum(per_order: np.ndarray) -> np.ndarray:
-    return np.append(per_order, per_order.sum()).astype(np.int64)
-
-
-def _per_document(replay: Replay, accesses: np.ndarray) -> np.ndarray:
-    num_documents, num_orders = len(replay.document_ends), len(replay.orders)
-    places = replay.documents[accesses] * num_orders + replay.order_index[accesses]
-    return np.bincount(places, minlength=num_documents * num_orders).reshape(num_documents, num_orders)

@@ -38,6 +38,17 @@ class Group:
     item_classes: np.ndarray
     item_hashes: np.ndarray
 
+    def truncated(self, tokens_max: int) -> Group:
+        """Returns the group with its replay cut after the last document that ends within tokens_max tokens, one at least."""
+        replay = self.replay
+        num_documents = max(1, int(np.searchsorted(replay.document_ends, tokens_max, side="right")))
+        if num_documents >= len(replay.document_ends):
+            return self
+        ends = replay.document_ends[:num_documents]
+        num_accesses = int(np.searchsorted(replay.tokens, ends[-1]))
+        cut = {name: getattr(replay, name)[:num_accesses] for name in ("order_index", "items", "tokens")}
+        return replace(self, replay=replace(replay, document_ends=ends, **cut))
+
     def sampled(self, accesses_max: int) -> Group:
         """Returns the group with a replay of at most about `accesses_max` accesses: all those of a share of its items.
 
@@ -50,7 +61,7 @@ class Group:
             return self
         kept = (self.item_hashes * _SECOND_HASH >> np.uint64(11)) * 2.0**-53 < share
         accesses = kept[replay.items]
-        renamed = np.cumsum(kept) - 1
+        renamed = np.cumsum(kept, dtype=np.int32) - 1
         return replace(
             self,
             replay=Replay(
@@ -180,14 +191,15 @@ class Tally:
                     f"the profile's held-out documents are not those that it counted: {len(unique)} n-grams of order "
                     f"{order}, {len(kept_items)} counted; profile again"
                 )
-            of_access = np.full(len(held), -1, dtype=np.int64)
-            of_access[at] = num_items + np.repeat(np.arange(len(unique)), uses[:, 0])
+            of_access = np.full(len(held), -1, dtype=np.int32)
+            of_access[at] = num_items + np.repeat(np.arange(len(unique), dtype=np.int32), uses[:, 0])
             ids.append(of_access)
             counts.append(kept_sums[:, 0])
             hashes.append(item_hash(unique))
             item_order.append(np.full(len(unique), order_index, dtype=np.uint8))
             num_items += len(unique)
         items = np.stack(ids, axis=1).reshape(-1)
+        del ordered, places, ids, of_access
         there = items >= 0
         replay = Replay(
             orders=orders,

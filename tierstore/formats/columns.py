@@ -174,6 +174,13 @@ class ColumnReader:
             columns[column].num_values for name, columns in self._blocks if name == section and column in columns
         )
 
+    def count(self, name: str) -> int:
+        """Returns a count that the footer holds, 0 to 2^63 - 1; raises `FormatError` where it holds none."""
+        value = self.footer.get(name)
+        if type(value) is int and 0 <= value < 1 << 63:
+            return value
+        raise FormatError(f"{self.path}: its footer says {name}: {value!r:.100}, expected a count; write it again")
+
     def require(self, section: str, columns: Mapping[str, str]) -> None:
         """Raises `FormatError` where a block of `section` has other columns than {name: NumPy's name of its dtype}."""
         for name, found in self._blocks:

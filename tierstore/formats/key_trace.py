@@ -1,0 +1,140 @@
+"""Key traces: accesses that a running store saw, all those of a sample of its keys.
+
+Flows in: accesses in the order of their lookups. Flows out: the same, streamed; what a trace is about is known without reading
+its data. Refuses, with `FormatError`, files of columns that are no key trace or whose numbers contradict each other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import FormatError
+from .columns import ColumnReader, ColumnWriter
+from .trace import BLOCK_VALUES, KEYS, TRACE_KIND, open_trace
+
+KEY_COLUMNS = {"table": "uint16", "order_index": "uint8", "keys": "int64", "batch": "int64"}
+
+
+@dataclass(frozen=True)
+class TracedTable:
+    """A table of a key trace: what its keys can be held against."""
+
+    name: str
+    fingerprint: str
+    orders: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class KeyTraceInfo:
+    """What a key trace is about.
+
+    sample_rate: share of all keys of which every access was kept. num_batches: lookups while it was recorded. num_dropped:
+    keys of those lookups that the recorder had no time for, counted before sampling.
+    """
+
+    path: Path
+    tables: tuple[TracedTable, ...]
+    sample_rate: float
+    num_accesses: int
+    num_batches: int
+    num_dropped: int
+
+
+class KeyBlock(NamedTuple):
+    """Accesses in order, [A] each: place of the table in the trace's tables, of the order in its orders, key, lookup."""
+
+    table: np.ndarray
+    order_index: np.ndarray
+    keys: np.ndarray
+    batch: np.ndarray
+
+
+class KeyTraceWriter:
+    """Writes a key trace; use it with `with`, and `finish` it. One thread at a time."""
+
+    def __init__(self, path: str | os.PathLike[str], *, tables: Sequence[TracedTable], sample_rate: float) -> None:
+        """tables: those that accesses may name, by place. sample_rate: share of keys whose accesses are kept, 0 to 1."""
+        assert 0 < sample_rate <= 1, sample_rate
+        self.num_accesses = 0
+        listed = [[table.name, table.fingerprint, list(table.orders)] for table in tables]
+        header = {"trace": KEYS, "tables": listed, "sample_rate": float(sample_rate)}
+        self._writer = ColumnWriter(path, TRACE_KIND, header)
+
+    def add(self, block: KeyBlock) -> None:
+        """Appends accesses as one block or, where they are many, several; batches ascend. Blocks on the disk."""
+        for start in range(0, len(block.keys), BLOCK_VALUES):
+            part = [column[start : start + BLOCK_VALUES] for column in block]
+            columns = dict(zip(KEY_COLUMNS, part, strict=True))
+            self._writer.write_block(KEYS, {name: columns[name].astype(dtype) for name, dtype in KEY_COLUMNS.items()})
+        self.num_accesses += len(block.keys)
+
+    def finish(self, *, num_batches: int, num_dropped: int) -> KeyTraceInfo:
+        """Ends the trace, which bears its name from then on; the counts are those of `KeyTraceInfo`. Blocks on the disk."""
+        self._writer.finish({"accesses": self.num_accesses, "batches": num_batches, "dropped": num_dropped})
+        return read_key_trace_info(self._writer.path)
+
+    def abandon(self) -> None:
+        """Removes what was written, unless it is finished."""
+        self._writer.abandon()
+
+    def __enter__(self) -> KeyTraceWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abandon()
+
+
+def read_key_trace_info(path: str | os.PathLike[str]) -> KeyTraceInfo:
+    """Returns what a key trace is about, without reading its data. Raises `FormatError` where it is none."""
+    with open_trace(path, KEYS) as reader:
+        return _key_info(reader)
+
+
+def read_key_blocks(path: str | os.PathLike[str]) -> Iterator[KeyBlock]:
+    """Yields the accesses of a key trace in order, a block at a time. Raises `FormatError` where it is no whole one."""
+    with open_trace(path, KEYS) as reader:
+        info = _key_info(reader)
+        num_orders = np.array([len(table.orders) for table in info.tables], dtype=np.int64)
+        last_batch = 0
+        for columns in reader.blocks(KEYS):
+            block = KeyBlock(*(columns[name] for name in KEY_COLUMNS))
+            good = len({len(column) for column in block}) == 1
+            good = good and bool((block.table < len(num_orders)).all())
+            good = good and bool((block.order_index < num_orders[block.table]).all()) and bool((block.keys >= 0).all())
+            steps = np.diff(block.batch, prepend=last_batch, append=info.num_batches)
+            if not good or (steps < 0).any() or (len(block.batch) and steps[-1] == 0):
+                raise FormatError(
+                    f"{info.path}: accesses name tables, orders, keys or lookups that it does not have (of "
+                    f"{len(num_orders)} tables, {info.num_batches} lookups); record the trace again"
+                )
+            yield block
+            last_batch = int(block.batch[-1]) if len(block.batch) else last_batch
+
+
+def _key_info(reader: ColumnReader) -> KeyTraceInfo:
+    reader.require(KEYS, KEY_COLUMNS)
+    rate, listed = reader.header.get("sample_rate"), reader.header.get("tables")
+    tables = [_traced_table(entry) for entry in listed] if isinstance(listed, list) else [None]
+    known = tuple(table for table in tables if table is not None)
+    if len(known) != len(tables) or not isinstance(rate, float) or not 0 < rate <= 1:
+        raise FormatError(
+            f"{reader.path}: tables {listed!r:.200}, sample rate {rate!r:.100}; no trace says that: record it again"
+        )
+    accesses, found = reader.count("accesses"), reader.num_values(KEYS, "keys")
+    if accesses != found:
+        raise FormatError(f"{reader.path}: {found} accesses, its footer says {accesses}; record the trace again")
+    return KeyTraceInfo(reader.path, known, rate, accesses, reader.count("batches"), reader.count("dropped"))
+
+
+def _traced_table(entry: object) -> TracedTable | None:
+    match entry:
+        case [str(name), str(fingerprint), [*orders]]:
+            lengths = tuple(order for order in orders if type(order) is int)
+            return TracedTable(name, fingerprint, lengths) if len(lengths) == len(orders) else None
+    return None

@@ -1,0 +1,243 @@
+"""`tierstore plan`: a profile and budgets -> what goes where, what to expect, and the placement that a store opens warm with.
+
+Flows in: a store, a profile of it, budgets. Flows out: a table of the plan, and a new epoch in the store. What is chosen is
+`tierstore.decisions`', making it `tierstore.place`'s. Refuses what those refuse, before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from engram_adapter.hash_spec import HashSpec
+from engram_adapter.ngrams import keys_of_windows
+from tierstore.decisions.intervals import prediction_intervals
+from tierstore.decisions.plan import Budgets, GroupPlan, plan_group
+from tierstore.decisions.ranking import Ranking
+from tierstore.errors import BudgetError, ConfigError
+from tierstore.formats.catalog import CatalogImage, read_catalog
+from tierstore.formats.profile import KEYS, Profile
+from tierstore.place import Chosen, PlacePlan, PlaceReport, place_entries
+from tierstore.profiling import ItemRanking, groups_of
+from tierstore.tiers.memory import available_memory
+from tierstore.units import format_bytes, parse_bytes
+
+from .cli import Progress, console
+from .profile import check_header, documents_of
+
+SIMULATIONS_AT_ONCE = 2
+MEMORY_PART = 0.5  # of what is free, that a recommended budget takes at most
+
+
+def plan_profile(
+    image: CatalogImage, profile: Profile, budgets: Budgets, batch_tokens: int = 1
+) -> tuple[list[Ranking], list[GroupPlan]]:
+    """Returns the plan of each group of tables, with its ranking. Blocks, seconds a million held-out accesses."""
+    check_header(image, profile.header)
+    rankings = [Ranking(group) for group in groups_of(profile, documents_of(image, profile))]
+    rankings = [ranking for ranking in rankings if len(ranking.group.replay.items)]
+    if not rankings:
+        raise ConfigError(f"{profile.path} has no held-out documents to plan with; profile more text, or hold out more")
+    with ThreadPoolExecutor(SIMULATIONS_AT_ONCE, thread_name_prefix="tierstore-simulate") as pool:
+        plans = [plan_group(ranking, image.tables, budgets, batch_tokens, map_over=pool.map) for ranking in rankings]
+    return rankings, plans
+
+
+def choose(image: CatalogImage, profile: Profile, rankings: list[Ranking], plans: list[GroupPlan]) -> dict[str, Chosen]:
+    """Reads the profile for the entries that the plans place; returns them by table, hottest first. Blocks."""
+    chosen: dict[str, Chosen] = {}
+    spec = None if profile.header.kind == KEYS else HashSpec.from_catalog(image)
+    for ranking, plan in zip(rankings, plans, strict=True):
+        if plan.num_entries == 0:
+            continue
+        order_index, items = ItemRanking(profile, ranking).first(plan.num_entries)
+        for name in plan.tables:
+            keys = items[:, 1].view(np.int64) if spec is None else _keys_of(spec, items, order_index, name)
+            chosen[name] = Chosen(order_index, keys, plan.static_fraction, min(plan.hbm_entries, len(keys)))
+    return chosen
+
+
+def _keys_of(spec: HashSpec, items: np.ndarray, order_index: np.ndarray, table: str) -> np.ndarray:
+    keys = np.empty(len(items), dtype=np.int64)
+    for index, order in enumerate(spec.orders):
+        of_order = order_index == index
+        keys[of_order] = keys_of_windows(spec, items[of_order], order, table)
+    return keys
+
+
+def plan_record(
+    plan: GroupPlan, orders: tuple[int, ...], interval_tokens: int, document_tokens: np.ndarray
+) -> dict[str, Any]:
+    """Returns a plan for JSON. A *rates* is {"2": .., "3": .., "all": ..}; entries are of each table."""
+    outcome = plan.outcome
+    hits, accesses = (
+        np.column_stack([part, part.sum(axis=1)]) for part in (outcome.document_hits, outcome.document_accesses)
+    )
+    low, high = prediction_intervals(hits, accesses, document_tokens, interval_tokens, np.random.default_rng(0))
+
+    def rates(values: np.ndarray) -> dict[str, float]:
+        return {str(name): round(float(rate), 6) for name, rate in zip([*orders, "all"], values, strict=True)}
+
+    return {
+        "tables": list(plan.tables),
+        "resident": plan.resident,
+        "hbm_entries": plan.hbm_entries,
+        "static_entries": plan.static_entries,
+        "nvme_entries": plan.nvme_entries,
+        "recency_sets": plan.recency_sets,
+        "static_fraction": plan.static_fraction,
+        "hit_rate": rates(outcome.hit_rate),
+        "low": rates(low),
+        "high": rates(high),
+        "hbm_share": rates(plan.hbm_share),
+        "static_share": rates(outcome.static_share - plan.hbm_share),
+        "recency_share": rates(outcome.recency_share),
+        "first_touch_share": rates(outcome.first_touch_share),
+        "steps_without_read": outcome.share_without_miss,
+        "reads_per_token": plan.reads_per_token,
+        "reads_per_token_unpacked": plan.reads_unpacked,
+    }
+
+
+def recommended_dram(profile: Profile) -> tuple[int, str]:
+    """Returns bytes of DRAM to plan with where none were asked for, and why: the profile's knee, as far as memory goes."""
+    groups = profile.footer["analysis"]["groups"]
+    if not groups:
+        raise ConfigError(f"{profile.path} has no curves to recommend from; give --dram")
+    knee = max(group["recommended"][0]["dram_bytes"] for group in groups)
+    most = int(available_memory()[0] * MEMORY_PART)
+    if knee > most:
+        return most, f"half of the memory that is free here; the curve's knee is at {format_bytes(knee)}"
+    return knee, groups[0]["recommended"][0]["why"]
+
+
+@click.command("plan")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("profile", type=click.Path(path_type=Path))
+@click.option("--hbm", default="0", show_default=True, metavar="SIZE", help="GPU memory to plan for.")
+@click.option("--dram", metavar="SIZE", help="DRAM to plan for.  [default: what the profile recommends]")
+@click.option(
+    "--nvme-entries", default="0", show_default=True, metavar="SIZE", help="Packed entries on NVMe, one read each."
+)
+@click.option(
+    "--batch-tokens", default=1, show_default=True, type=click.IntRange(min=1), help="Tokens looked up at once."
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes are in bytes.")
+def command(
+    store: Path,
+    profile: Path,
+    hbm: str,
+    dram: str | None,
+    nvme_entries: str,
+    batch_tokens: int,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Choose what of STORE goes where, by the PROFILE of its use, and make the placement that it opens warm with.
+
+    \b
+    Example: tierstore plan v41.tier chats.profile --dram 8GiB --nvme-entries 50GiB
+    """
+    image = read_catalog(store)
+    with Profile(profile) as opened:
+        check_header(image, opened.header)
+        why = "asked for"
+        if dram is None:
+            dram_bytes, why = recommended_dram(opened)
+        else:
+            dram_bytes = parse_bytes(dram, "--dram")
+        available, limit = available_memory()
+        if dram_bytes > available:
+            raise BudgetError(
+                f"--dram: {dram_bytes} bytes ({format_bytes(dram_bytes)}), the {limit} has {available} bytes "
+                f"({format_bytes(available)}) left; ask for less"
+            )
+        budgets = Budgets(parse_bytes(hbm, "--hbm"), dram_bytes, parse_bytes(nvme_entries, "--nvme-entries"))
+        rankings, plans = plan_profile(image, opened, budgets, batch_tokens)
+        tokens = opened.counts["held_out_tokens"]
+        records = [
+            plan_record(plan, ranking.group.orders, tokens, ranking.group.replay.document_tokens)
+            for ranking, plan in zip(rankings, plans, strict=True)
+        ]
+        expected = {"dram_bytes": dram_bytes, "hbm_bytes": budgets.hbm_bytes, "nvme_bytes": budgets.nvme_bytes}
+        record: dict[str, Any] = expected | {"why": why, "held_out_tokens": tokens, "groups": records}
+        if not as_json:
+            print_plan(record)
+        if not dry_run:
+            report = materialise(image, opened, rankings, plans, record)
+            record["epoch"] = report.placement.epoch
+            if not as_json:
+                click.echo(
+                    f"{store} opens with epoch {report.placement.epoch} from now on: {format_bytes(report.placement.num_bytes)}, "
+                    f"{report.pages_read:,} pages read, {report.seconds:.1f} s"
+                )
+        if as_json:
+            click.echo(json.dumps(record, indent=2))
+
+
+def materialise(
+    image: CatalogImage,
+    profile: Profile,
+    rankings: list[Ranking],
+    plans: list[GroupPlan],
+    record: Mapping[str, Any],
+) -> PlaceReport:
+    """Makes the placement of plans and publishes it. Blocks."""
+    chosen = choose(image, profile, rankings, plans)
+    if not chosen:
+        raise ConfigError("every table fits its share of DRAM whole: there is nothing to place, opening it loads them")
+    details = {"profile": profile.path.name, "plan": dict(record)}
+    with Progress("placing", "rows") as on_progress:
+        return place_entries(image.path, chosen, details=details, on_plan=print_preflight, on_progress=on_progress)
+
+
+def print_preflight(plan: PlacePlan) -> None:
+    """Prints what the placement takes on disk."""
+    click.echo(
+        f"disk: {format_bytes(plan.bytes_needed)} needed, {format_bytes(plan.placement.num_bytes)} of it to stay; "
+        f"{format_bytes(plan.bytes_free)} free",
+        err=True,
+    )
+
+
+def print_plan(record: Mapping[str, Any]) -> None:
+    """Prints what goes where and what to expect."""
+    from rich.table import Table
+
+    click.echo(f"DRAM {format_bytes(record['dram_bytes'])} ({record['why']})")
+    for group in record["groups"]:
+        title = f"{', '.join(group['tables'])}: expected of {record['held_out_tokens']:,} held-out tokens"
+        table = Table("order", "hits", "95 %", "hbm", "dram static", "dram recency", "nvme", "first seen", title=title)
+        for order in group["hit_rate"]:
+            shown = [
+                f"{100 * value:.1f} %"
+                for value in (
+                    *(group[name][order] for name in ("hbm_share", "static_share", "recency_share")),
+                    1 - group["hit_rate"][order],
+                    group["first_touch_share"][order],
+                )
+            ]
+            interval = f"{100 * group['low'][order]:.1f} to {100 * group['high'][order]:.1f} %"
+            table.add_row(order, f"{100 * group['hit_rate'][order]:.1f} %", interval, *shown)
+        console().print(table)
+        if group["resident"]:
+            click.echo("fits its share of DRAM whole: nothing to place")
+            continue
+        click.echo(
+            f"entries of each table: {group['hbm_entries']:,} in HBM, {group['static_entries']:,} static in DRAM "
+            f"({100 * group['static_fraction']:.0f} % of its share), {group['recency_sets'] * 8:,} left to recency, "
+            f"{group['nvme_entries']:,} packed on NVMe"
+        )
+        without = group["steps_without_read"]
+        click.echo(
+            f"NVMe reads a token: {group['reads_per_token']:.2f}, without packed entries "
+            f"{group['reads_per_token_unpacked']:.2f}"
+            + ("" if without is None else f"; batches without any: {100 * without:.1f} %")
+        )
