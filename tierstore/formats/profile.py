@@ -70,13 +70,18 @@ class ProfileHeader:
                 float(record["held_out"]),
                 float(record["sample_rate"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FormatError(f"{where}: the profile's header is damaged ({error!r}); profile again") from error
-        good = header.kind in (NGRAMS, KEYS) and tables and all(orders for _, _, orders in tables)
+        good = (
+            header.kind in (NGRAMS, KEYS)
+            and 1 <= len({name for name, _, _ in tables}) == len(tables)
+            and all(orders and min(orders) >= 1 for _, _, orders in tables)
+        )
         if not good or not 0 <= header.held_out <= 1 or not 0 < header.sample_rate <= 1:
             raise FormatError(f"{where}: the profile's header contradicts itself: {record}; profile again")
         if header.kind == NGRAMS and not (
             header.bits >= 1
+            and list(header.orders) == sorted(set(header.orders))
             and header.bits * header.orders[-1] <= 128
             and len({orders for _, _, orders in tables}) == 1
         ):
@@ -148,15 +153,12 @@ class Profile:
             self.footer = self._file.footer
             self._file.require(ITEMS, _ITEM_COLUMNS)
             self._file.require(HELD_OUT, _HELD_OUT_COLUMNS[self.header.kind])
+            counts = _checked_counts(self.footer.get("counts"), str(path))
         except BaseException:
             self._file.close()
             raise
         self.path = self._file.path
-        counts = self.footer.get("counts")
-        if not isinstance(counts, dict) or not all(type(counts.get(name)) is int for name in COUNTS):
-            self._file.close()
-            raise FormatError(f"{path}: the profile's counts {counts!r:.200} are damaged; profile again")
-        self.counts: dict[str, int] = {name: counts[name] for name in COUNTS}
+        self.counts = counts
 
     @property
     def num_items(self) -> int:
@@ -165,18 +167,52 @@ class Profile:
 
     def items(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (items, uint64 [M, 2], sums, int64 [M, 2]: counted, held out), sorted; raises `FormatError` if damaged."""
-        last = None
+        last = -1, -1
         for block in self._file.blocks(ITEMS):
-            items = np.stack([block["high"], block["low"]], axis=1)
-            sums = np.stack([block["counted"], block["held_out"]], axis=1)
-            if not len(items) == len(block["low"]) == len(sums) or (last is not None and tuple(items[0]) <= last):
+            high, low, counted, held_out = (block[name] for name in _ITEM_COLUMNS)
+            if not 1 <= len(high) == len(low) == len(counted) == len(held_out):
+                raise FormatError(f"{self.path}: a block of items has columns of different lengths; profile again")
+            ascending = (high[1:] > high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] > low[:-1]))
+            if (int(high[0]), int(low[0])) <= last or not ascending.all():
                 raise FormatError(f"{self.path}: its items are out of order; profile again")
-            last = tuple(items[-1])
-            yield items, sums
+            if min(counted.min(), held_out.min()) < 0 or not self._can_hold(high, low):
+                raise FormatError(f"{self.path}: it counts items that its tables cannot have; profile again")
+            last = int(high[-1]), int(low[-1])
+            yield np.stack([high, low], axis=1), np.stack([counted, held_out], axis=1)
+
+    def _can_hold(self, high: np.ndarray, low: np.ndarray) -> bool:
+        """Whether items, sorted, are n-grams of no more bits than there are, or keys of the profile's tables and orders."""
+        header = self.header
+        if header.kind == NGRAMS:
+            return (int(high[-1]) << 64 | int(low[-1])) >> header.bits * header.orders[-1] == 0
+        marks = {
+            table_index << 32 | order_index
+            for table_index, (_, _, orders) in enumerate(header.tables)
+            for order_index in range(len(orders))
+        }
+        return marks.issuperset(np.unique(high).tolist()) and int(low.max()) < 1 << 63
 
     def held_out(self) -> Iterator[Columns]:
-        """Yields stretches of the held-out documents: columns, and `document_ends` over the whole section."""
-        yield from self._file.blocks(HELD_OUT)
+        """Yields stretches of the held-out documents: columns, and `document_ends` over the whole section.
+
+        Raises `FormatError` if damaged, the number of documents once all were yielded.
+        """
+        start = last_end = num_documents = 0
+        for columns in self._file.blocks(HELD_OUT):
+            ends = columns["document_ends"]
+            lengths = {len(values) for name, values in columns.items() if name != "document_ends"}
+            end = start + max(lengths)
+            if len(lengths) != 1 or np.any(np.diff(ends, prepend=start) < 0) or (len(ends) and ends[-1] > end):
+                raise FormatError(f"{self.path}: its held-out documents do not end where they may; profile again")
+            num_documents += len(ends)
+            last_end = int(ends[-1]) if len(ends) else last_end
+            start = end
+            yield columns
+        if last_end != start or num_documents != self.counts["held_out_documents"]:
+            raise FormatError(
+                f"{self.path}: {num_documents} held-out documents end at {last_end}, its counts say "
+                f"{self.counts['held_out_documents']}, its columns {start}; profile again"
+            )
 
     def close(self) -> None:
         """Closes the file."""
@@ -187,3 +223,13 @@ class Profile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _checked_counts(counts: Any, where: str) -> dict[str, int]:
+    """Returns the counts of a footer; raises `FormatError` where they are missing or contradict each other."""
+    good = isinstance(counts, dict) and all(type(counts.get(name)) is int for name in COUNTS)
+    if not good or not (
+        0 <= counts["held_out_tokens"] <= counts["tokens"] and 0 <= counts["held_out_documents"] <= counts["documents"]
+    ):
+        raise FormatError(f"{where}: the profile's counts {counts!r:.200} are damaged; profile again")
+    return {name: counts[name] for name in COUNTS}
