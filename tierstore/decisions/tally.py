@@ -19,6 +19,8 @@ from .replay import Replay
 
 _SECOND_HASH = np.uint64(0xD6E8FEB86659FD93)  # sampling must not follow the hash by which a class is taken in part
 Counted = tuple[np.ndarray, np.ndarray]  # items uint64 [M, 2], sums int64 [M, 2]: counted, held out
+GATHERED_MAX = 1 << 22  # counts that wait to be folded into classes, of all tables: 100 MB
+PART_OVERHEAD = 16  # what the arrays of a part take beside their counts, in counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +94,7 @@ class OrderSums:
         if self._held is not None:
             items, sums = np.concatenate([self._held[0], items]), np.concatenate([self._held[1], sums])
             items, sums = kernels.sum_items(items, sums, 0)
-        self._held = (items[-1:], sums[-1:]) if len(items) else None
+        self._held = (items[-1:].copy(), sums[-1:].copy()) if len(items) else None
         return items[:-1], sums[:-1]
 
     def end(self) -> Counted:
@@ -133,6 +135,7 @@ class Tally:
         self._parts: dict[int, list[Part]] = {}
         self._kept: dict[tuple[int, int], list[Counted]] = {}
         self._distinct: dict[tuple[int, int], int] = {}
+        self._num_gathered = 0
 
     def add(self, items: np.ndarray, sums: np.ndarray) -> None:
         """Takes the next items, uint64 [M, 2] sorted, and their sums, int64 [M, 2]."""
@@ -146,12 +149,10 @@ class Tally:
             self._distinct[where] = self._distinct.get(where, 0) + len(items)
             again = held_out > 0
             self._kept.setdefault(where, []).append((items[again], sums[again]))
-            if len(self._parts[table_index]) >= 64:  # what is gathered must not grow with the profile
-                self._fold(table_index)
-
-    def _fold(self, table_index: int) -> None:
-        classes = ItemClasses.of_parts(self._parts[table_index])
-        self._parts[table_index] = classes.as_parts()
+            self._num_gathered += len(items) + PART_OVERHEAD
+        if self._num_gathered >= GATHERED_MAX:  # what is gathered must not grow with the profile
+            self._parts = {index: ItemClasses.of_parts(gathered).as_parts() for index, gathered in self._parts.items()}
+            self._num_gathered = 0
 
     def groups(self, held_items: np.ndarray, document_ends: np.ndarray, tokens: np.ndarray | None) -> list[Group]:
         """Returns the groups. held_items: uint64 [T, 2], the items that held-out documents accessed, in order.
