@@ -161,14 +161,21 @@ class Tally:
         its own. Raises `FormatError` where they are not those that were counted.
         """
         self._take(self._split.end())
+        if tokens is None:
+            tokens = np.arange(len(held_items))
         if self._header.kind != KEYS:
-            return [self._group(0, held_items, document_ends, np.arange(len(held_items)))]
-        assert tokens is not None
+            return [self._group(0, held_items, document_ends, tokens)]
         table_of = (held_items[:, 0] >> np.uint64(32)).astype(np.int64)
-        return [
+        groups = [
             self._group(index, held_items[table_of == index], document_ends, tokens[table_of == index])
             for index in range(len(self._header.tables))
         ]
+        if (num_known := sum(len(group.replay.items) for group in groups)) != len(held_items):
+            raise FormatError(
+                f"the profile's held-out documents access {len(held_items)} keys, {num_known} of them of its tables and "
+                f"orders; profile again"
+            )
+        return groups
 
     def _group(self, table_index: int, held: np.ndarray, document_ends: np.ndarray, tokens: np.ndarray) -> Group:
         header = self._header
