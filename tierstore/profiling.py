@@ -26,19 +26,27 @@ from .errors import ConfigError, FingerprintMismatchError
 from .formats.catalog import TableLayout
 from .formats.key_trace import KeyBlock, KeyTraceInfo, read_key_blocks
 from .formats.profile import BLOCK_VALUES, COUNTS, KEYS, Columns, Profile, ProfileHeader, ProfileWriter
+from .decisions.tally import Group, Tally
+from .errors import ConfigError, FormatError
+from .formats.profile import BLOCK_VALUES, COUNTS, Columns, Profile, ProfileHeader, ProfileWriter
 
 COUNTED, HELD_OUT = 0, 1  # columns of the sums
 HELD_OUT_SHARE = 1 / 4  # less gives wider intervals, more a static set that is fitted to less
 HELD_OUT_TOKENS_MAX = 4_000_000  # of a long trace a smaller share is held out
 STRETCH_ACCESSES = 1 << 14  # of recorded keys, that count as one document
 ADDED_AT_ONCE = 1 << 17  # items that are handed to the counter together
+MEMORY_BYTES = 256 << 20  # of the counter
 
 Analyse = Callable[[list[Group], dict[str, int]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its items, uint64 [T, 2], in order; its columns, as the profile keeps them; its tokens (or lookups)."""
+    """One document: its items, uint64 [T, 2], in order; its columns, as the profile keeps them; its tokens (or lookups).
+
+    Columns must say all of it, since a profile that is merged is read from them: of keys there are as many lookups as the last
+    `batch` says, which counts from 0 in each document.
+    """
 
     items: np.ndarray
     columns: Columns
@@ -131,17 +139,19 @@ def make_profile(
     documents: Iterable[Document],
     analyse: Analyse,
     on_progress: Callable[[int], None] | None = None,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> dict[str, Any]:
     """Counts documents, analyses, writes the profile; returns its footer. Blocks.
 
     A document is held out if the checksum of its columns falls below the header's share: by content, so that equal documents
-    share their fate, and parts of a trace counted anywhere agree. on_progress gets the tokens counted so far. Raises what
-    `ItemCounter` and `ColumnWriter` raise.
+    share their fate, and parts of a trace counted anywhere agree. on_progress gets the tokens counted so far. memory_bytes: of
+    the counter. Raises what `ItemCounter` and `ColumnWriter` raise.
     """
     counts = dict.fromkeys(COUNTS, 0)
     held_out = HeldOut()
     folder = Path(path).resolve().parent
     with ProfileWriter(path, header) as writer:
+    with ProfileWriter(path, header) as writer, ItemCounter(folder, 2, memory_bytes) as counter:
         keeper = _HeldOutColumns(writer)
         with ItemCounter(folder, 2) as counter:
             waiting = [_Waiting(counter, COUNTED), _Waiting(counter, HELD_OUT)]
@@ -168,10 +178,12 @@ def merge_profiles(
     parts: Sequence[Profile],
     documents_of: Callable[[Profile], Iterator[Document]],
     analyse: Analyse,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> dict[str, Any]:
     """Writes the profile of all documents of `parts`, in their order; returns its footer. Blocks.
 
-    documents_of gives the held-out documents of a part. Raises `ConfigError` where the parts differ in tables or settings.
+    documents_of gives the held-out documents of a part; memory_bytes: of the counter. Raises `ConfigError` where the parts
+    differ in tables or settings.
     """
     header = parts[0].header
     for part in parts[1:]:
@@ -183,6 +195,8 @@ def merge_profiles(
     counts = {name: sum(part.counts[name] for part in parts) for name in COUNTS}
     held_out = HeldOut()
     with ProfileWriter(path, header) as writer:
+    folder = Path(path).resolve().parent
+    with ProfileWriter(path, header) as writer, ItemCounter(folder, 2, memory_bytes) as counter:
         keeper = _HeldOutColumns(writer)
         with ItemCounter(Path(path).resolve().parent, 2) as counter:
             for part in parts:
@@ -252,7 +266,7 @@ class ItemRanking:
 
 
 def held_out_documents(profile: Profile) -> Iterator[Columns]:
-    """Yields the columns of each held-out document of a profile, `document_ends` left out."""
+    """Yields the columns of each held-out document of a profile, `document_ends` left out; raises `FormatError`."""
     unfinished: list[Columns] = []
     start = 0
     for columns in profile.held_out():
@@ -262,7 +276,10 @@ def held_out_documents(profile: Profile) -> Iterator[Columns]:
         at = 0
         for end in ends.tolist():
             unfinished.append({name: values[at:end] for name, values in rest.items()})
-            yield {name: np.concatenate([part[name] for part in unfinished]) for name in rest}
+            document = {name: np.concatenate([part[name] for part in unfinished]) for name in rest}
+            if "batch" in document and np.any(np.diff(document["batch"], prepend=0) < 0):
+                raise FormatError(f"{profile.path}: lookups of a held-out document go backwards; profile again")
+            yield document
             unfinished.clear()
             at = end
         if at < num_values:
@@ -332,15 +349,16 @@ class _HeldOutColumns:
         """Takes the next document."""
         num_values = len(next(iter(document.columns.values())))
         at = 0
-        while at < num_values:
+        while True:  # once for a document without values too: it has an end
+            if self._num_values == BLOCK_VALUES:
+                self.flush()
             part = min(num_values - at, BLOCK_VALUES - self._num_values)
             self._columns.append({name: values[at : at + part] for name, values in document.columns.items()})
             self._num_values += part
             at += part
             if at == num_values:
-                self._ends.append(self._written + self._num_values)
-            if self._num_values == BLOCK_VALUES:
-                self.flush()
+                break
+        self._ends.append(self._written + self._num_values)
 
     def flush(self) -> None:
         """Writes what is gathered."""
