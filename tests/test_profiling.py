@@ -242,13 +242,8 @@ def test_about_the_asked_share_is_held_out(tmp_path: Path) -> None:
 
 
 def test_of_long_traces_a_smaller_share_is_held_out() -> None:
-    assert [held_out_share(tokens) for tokens in (0, 1, 32_000_000, 64_000_000, 4 * 10**12)] == [
-        1 / 8,
-        1 / 8,
-        1 / 8,
-        1 / 16,
-        1e-6,
-    ]
+    shares = [held_out_share(tokens) for tokens in (0, 1, 16_000_000, 64_000_000, 4 * 10**12)]
+    assert shares == [1 / 4, 1 / 4, 1 / 4, 1 / 16, 1e-6]
 
 
 def test_progress_is_told_in_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,13 +22,10 @@ from .counting import ItemCounter
 from .decisions.choose import ItemClasses, chosen_parts, is_chosen, item_hash
 from .decisions.ranking import Ranking
 from .decisions.tally import Group, OrderSplit, Tally
-from .errors import ConfigError, FingerprintMismatchError
+from .errors import ConfigError, FingerprintMismatchError, FormatError
 from .formats.catalog import TableLayout
 from .formats.key_trace import KeyBlock, KeyTraceInfo, read_key_blocks
 from .formats.profile import BLOCK_VALUES, COUNTS, KEYS, Columns, Profile, ProfileHeader, ProfileWriter
-from .decisions.tally import Group, Tally
-from .errors import ConfigError, FormatError
-from .formats.profile import BLOCK_VALUES, COUNTS, Columns, Profile, ProfileHeader, ProfileWriter
 
 COUNTED, HELD_OUT = 0, 1  # columns of the sums
 HELD_OUT_SHARE = 1 / 4  # less gives wider intervals, more a static set that is fitted to less
@@ -151,9 +148,8 @@ def make_profile(
     held_out = HeldOut()
     folder = Path(path).resolve().parent
     with ProfileWriter(path, header) as writer:
-    with ProfileWriter(path, header) as writer, ItemCounter(folder, 2, memory_bytes) as counter:
         keeper = _HeldOutColumns(writer)
-        with ItemCounter(folder, 2) as counter:
+        with ItemCounter(folder, 2, memory_bytes) as counter:
             waiting = [_Waiting(counter, COUNTED), _Waiting(counter, HELD_OUT)]
             for document in documents:
                 kind = HELD_OUT if _is_held_out(document, header.held_out) else COUNTED
@@ -194,11 +190,10 @@ def merge_profiles(
             )
     counts = {name: sum(part.counts[name] for part in parts) for name in COUNTS}
     held_out = HeldOut()
-    with ProfileWriter(path, header) as writer:
     folder = Path(path).resolve().parent
-    with ProfileWriter(path, header) as writer, ItemCounter(folder, 2, memory_bytes) as counter:
+    with ProfileWriter(path, header) as writer:
         keeper = _HeldOutColumns(writer)
-        with ItemCounter(Path(path).resolve().parent, 2) as counter:
+        with ItemCounter(folder, 2, memory_bytes) as counter:
             for part in parts:
                 for document in documents_of(part):
                     held_out.add(document)
