@@ -104,17 +104,26 @@ def read_key_blocks(path: str | os.PathLike[str]) -> Iterator[KeyBlock]:
         last_batch = 0
         for columns in reader.blocks(KEYS):
             block = KeyBlock(*(columns[name] for name in KEY_COLUMNS))
-            good = len({len(column) for column in block}) == 1
-            good = good and bool((block.table < len(num_orders)).all())
-            good = good and bool((block.order_index < num_orders[block.table]).all()) and bool((block.keys >= 0).all())
-            steps = np.diff(block.batch, prepend=last_batch, append=info.num_batches)
-            if not good or (steps < 0).any() or (len(block.batch) and steps[-1] == 0):
+            if not _is_good(block, num_orders, last_batch, info.num_batches):
                 raise FormatError(
                     f"{info.path}: accesses name tables, orders, keys or lookups that it does not have (of "
                     f"{len(num_orders)} tables, {info.num_batches} lookups); record the trace again"
                 )
             yield block
             last_batch = int(block.batch[-1]) if len(block.batch) else last_batch
+
+
+def _is_good(block: KeyBlock, num_orders: np.ndarray, last_batch: int, num_batches: int) -> bool:
+    """Whether the columns of a block are of one length, and name only what there is."""
+    if len({len(column) for column in block}) != 1 or not (block.table < len(num_orders)).all():
+        return False
+    batches = np.concatenate([[last_batch], block.batch])  # compared, for differences may wrap round
+    return bool(
+        (block.order_index < num_orders[block.table]).all()
+        and (block.keys >= 0).all()
+        and (batches[1:] >= batches[:-1]).all()
+        and (not len(block.batch) or block.batch[-1] < num_batches)
+    )
 
 
 def _key_info(reader: ColumnReader) -> KeyTraceInfo:

@@ -59,8 +59,12 @@ class TokenTraceWriter:
     def __init__(self, path: str | os.PathLike[str], *, vocab_size: int | None, source: str) -> None:
         """vocab_size: ids are below it, None where it is not known. source: where the text comes from, for people.
 
-        Raises what `ColumnWriter` raises.
+        Raises what `ColumnWriter` raises, and `ValueError` for a vocabulary that there cannot be.
         """
+        if vocab_size is not None and not 1 <= vocab_size <= TOKEN_ID_MAX + 1:
+            raise ValueError(
+                f"vocab_size {vocab_size} is outside 1 to {TOKEN_ID_MAX + 1}; give the number of token ids"
+            )
         self.num_tokens, self.num_documents, self.token_id_max = 0, 0, -1
         self._vocab_size = vocab_size
         header = {"trace": TOKENS, "vocab_size": vocab_size, "source": source}
@@ -78,7 +82,7 @@ class TokenTraceWriter:
         """
         check_token_ids(token_ids, self._vocab_size, str(self._writer.path), self.num_tokens)
         ends = np.asarray(document_ends, dtype=np.int64)
-        if len(ends) and (ends[0] < 0 or ends[-1] > len(token_ids) or (np.diff(ends) < 0).any()):
+        if len(ends) and (ends[0] < 0 or ends[-1] > len(token_ids) or (ends[1:] < ends[:-1]).any()):
             raise ValueError(f"document ends are not ascending from 0 to {len(token_ids)}, the tokens given")
         token_end = self.num_tokens + len(token_ids)
         ends = np.unique(ends + self.num_tokens)  # an end twice is a document without tokens
@@ -191,7 +195,7 @@ def _check_tokens(info: TokenTraceInfo, token_ids: np.ndarray, ends: np.ndarray,
             f"{info.token_id_max}; write the trace again"
         )
     bounded = not len(ends) or (ends[0] > token_start and ends[-1] <= token_start + len(token_ids))
-    if not bounded or (np.diff(ends) <= 0).any():
+    if not bounded or (ends[1:] <= ends[:-1]).any():  # compared, for differences may wrap round
         raise FormatError(
             f"{info.path}: document ends of the block from token {token_start} on are not ascending within its "
             f"{len(token_ids)} tokens; write the trace again"
@@ -205,12 +209,14 @@ def read_token_documents(path: str | os.PathLike[str]) -> Iterator[np.ndarray]:
     """
     unfinished: list[np.ndarray] = []
     for token_ids, ends in read_token_pieces(path):
-        *documents, rest = np.split(token_ids, ends)
-        for document in documents:
-            yield np.concatenate([*unfinished, document]) if unfinished else document
+        start = 0
+        for end in ends.tolist():
+            unfinished.append(token_ids[start:end])
+            yield np.concatenate(unfinished) if len(unfinished) > 1 else unfinished[0]
             unfinished.clear()
-        if len(rest):
-            unfinished.append(rest)
+            start = end
+        if start < len(token_ids):
+            unfinished.append(token_ids[start:])
 
 
 def _token_info(reader: ColumnReader) -> TokenTraceInfo:
