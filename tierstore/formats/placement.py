@@ -156,8 +156,8 @@ def read_head(file: Path, fd: int, record: PlacementRecord, layouts: Mapping[str
         raise _refused(file, "its head has a wrong checksum: it is damaged")
     try:
         placement = _placement(json.loads(head[_PREAMBLE.size : _PREAMBLE.size + body_bytes]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise _refused(file, f"its head is damaged ({error!r})") from error
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise _refused(file, f"its head is damaged ({error!r:.200})") from error
     _check_against(file, placement, record, layouts)
     return placement
 
@@ -180,19 +180,21 @@ def _check_against(
         spec = layouts[name].spec if name in layouts else None
         if spec is None or table.name != name or table.entry_bytes != spec.entry_bytes:
             raise _refused(file, f"its table {name} is none of this store's")
-        regions = [(index.byte_start, index.num_bytes) for index in table.indexes]
-        regions.append((table.byte_start, table.records_bytes))
-        good = all(
-            type(start) is int and start % UNIT_BYTES == 0 and 0 <= start <= start + size <= placement.num_bytes
-            for start, size in regions
-        )
+        numbers = [table.record_bytes, table.byte_start, table.num_entries, table.hbm_entries]
+        numbers += [
+            number for index in table.indexes for number in (index.byte_start, index.num_buckets, index.checksum)
+        ]
+        good = all(type(number) is int and number >= 0 for number in numbers)
+        regions = [(table.byte_start, table.records_bytes)] if good else []
+        regions += [(index.byte_start, index.num_bytes) for index in table.indexes] if good else []
         if (
             not good
+            or any(start % UNIT_BYTES or start + size > placement.num_bytes for start, size in regions)
             or table.record_bytes != record_bytes(table.entry_bytes)
             or len(table.indexes) != len(spec.orders)
-            or not 0 <= table.hbm_entries <= table.num_entries <= PLACES_MAX
+            or not table.hbm_entries <= table.num_entries <= PLACES_MAX
+            or type(table.static_fraction) not in (int, float)
             or not 0 <= table.static_fraction <= 1
-            or any(index.num_buckets < 0 for index in table.indexes)
         ):
             raise _refused(file, f"the numbers of its table {name} contradict each other")
 
