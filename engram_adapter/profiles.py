@@ -17,6 +17,8 @@ from tierstore.profiling import Document
 from .hash_spec import HashSpec
 from .ngrams import ngram_windows, window_bits
 
+DOCUMENT_TOKENS_MAX = 1 << 20  # 30 MB of windows and ids; longer texts are several documents
+
 
 def profile_header(spec: HashSpec, held_out: float) -> ProfileHeader:
     """Returns the header of a profile of a model's n-grams: all its tables, and the share of documents to hold out."""
@@ -27,16 +29,21 @@ def profile_header(spec: HashSpec, held_out: float) -> ProfileHeader:
 def token_documents(spec: HashSpec, documents: Iterable[np.ndarray]) -> Iterator[Document]:
     """Yields documents of token ids, integers [T] each, as what is counted of them.
 
-    Raises `ValueError` for ids outside the vocabulary, naming document, position and id.
+    One of more than DOCUMENT_TOKENS_MAX tokens, such as a whole trace without document ends, is cut into several, so that
+    memory stays bounded and a share of it can be held out. Raises `ValueError` for ids outside the vocabulary, naming document,
+    position and id.
     """
-    for number, token_ids in enumerate(documents):
-        try:
-            items = ngram_windows(spec, token_ids)
-        except ValueError as error:
-            raise ValueError(
-                f"document {number}: {error}; profile with the store that the trace's tokenizer is of"
-            ) from error
-        yield Document(items, {"token_ids": token_ids.astype(np.int32)}, len(token_ids))
+    for number, whole in enumerate(documents):
+        for start in range(0, max(len(whole), 1), DOCUMENT_TOKENS_MAX):
+            token_ids = whole[start : start + DOCUMENT_TOKENS_MAX]
+            try:
+                items = ngram_windows(spec, token_ids)
+            except ValueError as error:
+                where = f"document {number}" + (f" from token {start} on" if start else "")
+                raise ValueError(
+                    f"{where}: {error}; profile with the store that the trace's tokenizer is of"
+                ) from error
+            yield Document(items, {"token_ids": token_ids.astype(np.int32)}, len(token_ids))
 
 
 def check_profile(spec: HashSpec, header: ProfileHeader) -> None:

@@ -16,7 +16,7 @@ import zstandard
 from test_real_trace import V41
 from tiny_store import VOCAB_SIZE, tiny_hash
 
-from engram_adapter import HashSpec, build_token_map
+from engram_adapter import HashSpec, build_token_map, profiles
 from engram_adapter.profiles import check_profile, profile_header, token_documents
 from tierstore import kernels
 from tierstore.decisions.replay import simulate
@@ -133,6 +133,24 @@ def test_a_profile_of_real_text_is_what_a_counter_of_its_keys_says(shared_data: 
     with Profile(tmp_path / "p") as profile:
         assert sum(int(sums.sum()) for _, sums in profile.items()) == 200_000
         check_profile(spec, profile.header)
+
+
+@pytest.mark.parametrize("length", [0, 1, 6, 7, 8, 14, 50])
+def test_a_text_longer_than_a_document_may_be_is_several(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """A trace without document ends took 40 bytes a token at once, and was held out whole or not at all."""
+    spec, text = tiny_hash(), np.arange(length, dtype=np.int64) % VOCAB_SIZE
+    expected = [text[start : start + 7] for start in range(0, length, 7)] or [text]
+    whole = list(token_documents(spec, expected))
+    monkeypatch.setattr(profiles, "DOCUMENT_TOKENS_MAX", 7)
+    for document, part, ids in zip(token_documents(spec, [text]), whole, expected, strict=True):
+        np.testing.assert_array_equal(document.items, part.items)
+        assert document.columns["token_ids"].dtype == np.int32
+        assert document.columns["token_ids"].tolist() == ids.tolist()
+        assert document.num_tokens == len(ids)
+    bad = np.append(text, VOCAB_SIZE)
+    where = rf"^document 1 from token {length // 7 * 7} on: " if length >= 7 else "^document 1: "
+    with pytest.raises(ValueError, match=rf"{where}token id {VOCAB_SIZE} .* position {length % 7} "):
+        list(token_documents(spec, [text[:3], bad]))
 
 
 @pytest.mark.parametrize("bad", [VOCAB_SIZE, -1])
