@@ -338,6 +338,7 @@ class Store:
         placement = {
             "epoch": self._placed.placement.epoch if self._placed else None,
             "static_entries": {name: share.static_entries for name, share in shares.items()},
+            "recency_sets": {name: share.num_sets for name, share in shares.items()},
             "static_bytes": sum(share.static_bytes for share in shares.values()),
             "index_bytes": sum(share.index_bytes for share in shares.values()),
         }

@@ -7,7 +7,7 @@ Flows in: a store, a profile of it, budgets. Flows out: a table of the plan, and
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from engram_adapter.hash_spec import HashSpec
 from engram_adapter.ngrams import keys_of_windows
 from tierstore.decisions.intervals import prediction_intervals
-from tierstore.decisions.plan import Budgets, GroupPlan, plan_group
+from tierstore.decisions.plan import FRACTIONS, Budgets, GroupPlan, plan_group
 from tierstore.decisions.ranking import Ranking
 from tierstore.errors import BudgetError, ConfigError
 from tierstore.formats.catalog import CatalogImage, read_catalog
@@ -32,11 +32,16 @@ from .cli import Progress, console
 from .profile import check_header, documents_of
 
 SIMULATIONS_AT_ONCE = 2
+TRIED_ACCESSES = 3_000_000
 MEMORY_PART = 0.5  # of what is free, that a recommended budget takes at most
 
 
 def plan_profile(
-    image: CatalogImage, profile: Profile, budgets: Budgets, batch_tokens: int = 1
+    image: CatalogImage,
+    profile: Profile,
+    budgets: Budgets,
+    batch_tokens: int = 1,
+    fractions: Sequence[float] = FRACTIONS,
 ) -> tuple[list[Ranking], list[GroupPlan]]:
     """Returns the plan of each group of tables, with its ranking. Blocks, seconds a million held-out accesses."""
     check_header(image, profile.header)
@@ -45,8 +50,22 @@ def plan_profile(
     if not rankings:
         raise ConfigError(f"{profile.path} has no held-out documents to plan with; profile more text, or hold out more")
     with ThreadPoolExecutor(SIMULATIONS_AT_ONCE, thread_name_prefix="tierstore-simulate") as pool:
-        plans = [plan_group(ranking, image.tables, budgets, batch_tokens, map_over=pool.map) for ranking in rankings]
+        plans = [_plan(ranking, image, budgets, batch_tokens, fractions, pool) for ranking in rankings]
     return rankings, plans
+
+
+def _plan(
+    ranking: Ranking,
+    image: CatalogImage,
+    budgets: Budgets,
+    batch_tokens: int,
+    fractions: Sequence[float],
+    pool: ThreadPoolExecutor,
+) -> GroupPlan:
+    """Tries the fractions on a share of the items, and the best one on all of them."""
+    sampled = Ranking(ranking.group.sampled(TRIED_ACCESSES))
+    best = plan_group(sampled, image.tables, budgets, batch_tokens, fractions, pool.map)
+    return plan_group(ranking, image.tables, budgets, batch_tokens, [best.static_fraction])
 
 
 def choose(image: CatalogImage, profile: Profile, rankings: list[Ranking], plans: list[GroupPlan]) -> dict[str, Chosen]:
@@ -58,12 +77,13 @@ def choose(image: CatalogImage, profile: Profile, rankings: list[Ranking], plans
             continue
         order_index, items = ItemRanking(profile, ranking).first(plan.num_entries)
         for name in plan.tables:
-            keys = items[:, 1].view(np.int64) if spec is None else _keys_of(spec, items, order_index, name)
+            keys = items[:, 1].view(np.int64) if spec is None else keys_of(spec, items, order_index, name)
             chosen[name] = Chosen(order_index, keys, plan.static_fraction, min(plan.hbm_entries, len(keys)))
     return chosen
 
 
-def _keys_of(spec: HashSpec, items: np.ndarray, order_index: np.ndarray, table: str) -> np.ndarray:
+def keys_of(spec: HashSpec, items: np.ndarray, order_index: np.ndarray, table: str) -> np.ndarray:
+    """Returns the keys, int64 [n], that a table gives n-grams, uint64 [n, 2], each of the order at its index, uint8 [n]."""
     keys = np.empty(len(items), dtype=np.int64)
     for index, order in enumerate(spec.orders):
         of_order = order_index == index

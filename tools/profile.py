@@ -7,6 +7,7 @@ they meet. Refuses what those refuse.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from tierstore.decisions.budget import cache_set_bytes
 from tierstore.decisions.curves import EntryCost, build_curves, ladder
 from tierstore.decisions.plan import INDEX_ENTRY_BYTES
 from tierstore.decisions.ranking import Ranking
-from tierstore.decisions.tally import Group
+from tierstore.decisions.tally import Group, OrderSplit
 from tierstore.errors import ConfigError, FingerprintMismatchError
 from tierstore.formats.catalog import CatalogImage, TableLayout, read_catalog
 from tierstore.formats.key_trace import read_key_trace_info
@@ -92,6 +93,15 @@ def merge(image: CatalogImage, parts: list[Path], path: Path) -> dict[str, Any]:
     finally:
         for profile in profiles:
             profile.close()
+
+
+def counts_of_order(profile: Profile, order_index: int) -> Iterator[np.ndarray]:
+    """Yields how often each item of an order of the first table was counted in all, int64 [M], block by block."""
+    split = OrderSplit(profile.header)
+    for parts in itertools.chain((split.add(*block) for block in profile.items()), [None]):
+        for table_index, order, _, sums in split.end() if parts is None else parts:
+            if (table_index, order) == (0, order_index):
+                yield sums.sum(axis=1)
 
 
 def check_header(image: CatalogImage, header: ProfileHeader) -> None:

@@ -17,7 +17,7 @@ import zstandard
 from engram_adapter import HashSpec, build_token_map
 from tierstore.errors import ConfigError
 
-from ..corpus import python_text_files, token_documents, train_tokenizer
+from ..corpus import python_text_files, split_held_out, token_documents, train_tokenizer
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 TRACE_FILE, LENGTHS_FILE, TOKENIZER_FILE = (
@@ -25,6 +25,7 @@ TRACE_FILE, LENGTHS_FILE, TOKENIZER_FILE = (
     "trace_train_doclens.npy",
     "deepseek_v3_tokenizer.json",
 )
+TEST_FILE, TEST_LENGTHS_FILE = "trace_test.i32.zst", "trace_test_doclens.npy"
 CORPUS_VOCAB = 8192
 CORPUS_FILES_MAX = 2000
 VOCAB_MAX = 1 << 24
@@ -73,6 +74,23 @@ def load(trace: Path | None, num_tokens: int) -> RealText:
     tokenizer = train_tokenizer(files, CORPUS_VOCAB)
     return RealText(
         token_documents(tokenizer, files), build_token_map(tokenizer), "text of this machine, a tokenizer trained on it"
+    )
+
+
+def load_split() -> tuple[RealText, RealText]:
+    """Returns text to profile and text to run: the recorded traces where they are, else this machine's, a tenth held out."""
+    if (SHARED_DATA / TEST_FILE).is_file():
+        token_map = build_token_map(SHARED_DATA / TOKENIZER_FILE)
+        parts = []
+        for trace, lengths in ((TRACE_FILE, LENGTHS_FILE), (TEST_FILE, TEST_LENGTHS_FILE)):
+            ends = np.cumsum(np.load(SHARED_DATA / lengths))
+            ids = _ids_of(SHARED_DATA / trace, int(ends[-1]))
+            parts.append(RealText(np.split(ids, ends[:-1]), token_map, f"shared/data/{trace}"))
+        return parts[0], parts[1]
+    text = load(None, 0)
+    training, held_out = split_held_out(text.documents)
+    return RealText(training, text.token_map, text.source), RealText(
+        held_out, text.token_map, f"{text.source}, held out"
     )
 
 

@@ -96,22 +96,27 @@ def rows_per_head(table_bytes: int) -> int:
     return max(16, table_bytes // (ROWS_PER_TOKEN * ROW_BYTES))
 
 
-def make_store(folder: Path, num_rows: int) -> MadeStore:
+def make_store(folder: Path, num_rows: int, token_map: np.ndarray | None = None) -> MadeStore:
     """Makes, or finds, the store of a table of about `num_rows` rows under `folder`. Blocks: some 300 MiB a second.
 
-    What an interrupted run began is resumed. Raises what `build_store` raises (`BudgetError` where the disk has no room).
+    token_map: of the text that is to be profiled; the store then carries its hash. What an interrupted run began is resumed.
+    Raises what `build_store` raises (`BudgetError` where the disk has no room).
     """
-    heads = v41_hash(max(16, num_rows // ROWS_PER_TOKEN))
+    heads = v41_hash(max(16, num_rows // ROWS_PER_TOKEN), token_map)
     moduli, offsets = heads.moduli(LAYER), heads.offsets(LAYER)
     identity = json.dumps([moduli, ROW_BYTES, BLOCK_ROWS])
     digest = hashlib.sha256(identity.encode()).hexdigest()
-    spec = TableSpec(TABLE, heads.num_rows(LAYER), ROW_BYTES, ORDERS, HEADS, moduli, offsets, CODEC, DIM, digest)
-    path = folder / FOLDER / f"rows-{spec.num_rows}"
+    fingerprint = digest if token_map is None else heads.fingerprint(LAYER)
+    spec = TableSpec(TABLE, heads.num_rows(LAYER), ROW_BYTES, ORDERS, HEADS, moduli, offsets, CODEC, DIM, fingerprint)
+    path = (
+        folder / FOLDER / (f"rows-{spec.num_rows}" if token_map is None else f"rows-{spec.num_rows}-{fingerprint[:8]}")
+    )
     block_file = folder / FOLDER / BLOCK_FILE
     block = _block(block_file)
     with Progress(f"making a table of {format_bytes(spec.table_bytes)}") as progress:
         origin = {"digest": digest, "made_by": "tierstore bench", "files": []}
-        build_store(path, [_source(spec, block_file)], origin=origin, attachments={}, on_progress=progress)
+        attachments = {} if token_map is None else heads.attachments()
+        build_store(path, [_source(spec, block_file)], origin=origin, attachments=attachments, on_progress=progress)
     image = read_catalog(path)
     files = [path / record.file for _, record in sorted(image.shards[TABLE].items())]
     return MadeStore(path, image.tables[TABLE], block, files)

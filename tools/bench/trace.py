@@ -19,6 +19,7 @@ from tierstore.units import format_bytes
 from . import page_cache, real_text, stores
 from .bare import BareLoop
 from .pairs import SUBJECT, Comparison, Grid, Options, Result, interleave
+from .placed import run_placed
 from .stores import MadeStore
 
 SIZE_BYTES = 8 << 30
@@ -47,6 +48,8 @@ def run(folder: Path, options: Options) -> Result:
         result.grids.append(_over_time(made, keys, budget, options.tokens or BATCH_TOKENS))
     result.comparisons.append(_prefill(made, keys, options, result))
     result.facts["text"] = text.source
+    if options.trace is None:
+        run_placed(folder, options, size_bytes, result)
     return result
 
 
