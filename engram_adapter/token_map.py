@@ -28,7 +28,7 @@ def build_token_map(tokenizer: str | os.PathLike[str] | Tokenizer) -> np.ndarray
     `FormatError` where it is no tokenizer or its ids have gaps.
     """
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = _load(Path(tokenizer))
+        tokenizer = load_tokenizer(tokenizer)
     normalise = normalizers.Sequence(
         [
             normalizers.NFKC(),
@@ -76,12 +76,12 @@ def checked_token_map(token_map: np.ndarray) -> np.ndarray:
     return checked
 
 
-def _load(path: Path) -> Tokenizer:
+def load_tokenizer(tokenizer: str | os.PathLike[str]) -> Tokenizer:
+    """Returns the tokenizer of a tokenizer.json, or of the folder that holds it. Raises as `build_token_map` does."""
+    path = Path(tokenizer)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise ConfigError(
-            f"there is no {file}; the hash needs the model's tokenizer.json: download it into the checkpoint"
-        )
+        raise ConfigError(f"there is no {file}; give the model's tokenizer.json, or download it into the checkpoint")
     try:
         return Tokenizer.from_str(file.read_text(encoding="utf-8"))  # its from_file refuses paths that are no UTF-8
     except OSError as error:

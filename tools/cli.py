@@ -38,6 +38,7 @@ COMMANDS = {
     "profile": ("tierstore.tools.profile", "Count traces, and say what each gigabyte of memory would buy."),
     "plan": ("tierstore.tools.plan", "Choose what goes where, and make the placement that a store opens warm with."),
     "epochs": ("tierstore.tools.epochs", "List, choose or prune the placements of a store."),
+    "trace": ("tierstore.tools.trace", "Write a trace of token ids, or of text through a tokenizer."),
     "synth": ("tierstore.tools.synth", "Write a checkpoint of random values in a real model's layout."),
     "doctor": ("tierstore.tools.doctor", "Say what this machine can do, and how to mend what it cannot."),
     "bench": ("tierstore.tools.bench", "Measure, beside the hardware's own limit."),

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 import tierstore
 from tierstore.build import file_system_of
 from tierstore.errors import ConfigError
+from tierstore.formats.trace import TokenTraceWriter
 from tierstore.tools.bench import (
     BENCHMARKS,
     bare,
@@ -330,6 +331,21 @@ def test_text_comes_from_this_machine_where_no_trace_is(monkeypatch: pytest.Monk
     keys = text.keys(spec, stores.LAYER, 1000)
     assert keys.shape == (1000, 3)
     assert np.array_equal(keys[:200], spec.keys(text.documents[0][None, :200], stores.LAYER)[0])
+
+
+def test_text_comes_from_a_recorded_trace_of_tokens(tmp_path: Path) -> None:
+    with TokenTraceWriter(tmp_path / "t.trace", vocab_size=300, source="a test") as writer:
+        writer.add_document(np.arange(7))
+        writer.add_document(np.arange(250, 260))
+        writer.finish()
+    text = real_text.load(tmp_path / "t.trace", 12)
+    assert [document.tolist() for document in text.documents] == [list(range(7)), list(range(250, 255))]
+    assert len(text.token_map) == 300
+    assert text.keys(stores.v41_hash(1000, text.token_map), stores.LAYER, 30).shape == (30, 3)
+    with TokenTraceWriter(tmp_path / "t.trace", vocab_size=300, source="nothing") as writer:
+        writer.finish()
+    with pytest.raises(ConfigError, match="0 tokens"):
+        real_text.load(tmp_path / "t.trace", 12)
 
 
 def test_a_trace_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ BENCHMARKS = {
     "peers": "NumPy, torch, LMDB, RocksDB, Redis and Mooncake on the same keys.",
 }
 SIZE_HELP = "Bytes of the table.  [default: build 2GiB, others 8GiB]"
-TRACE_HELP = "For trace: token ids, .npy of int32 or int64, or .zst of int32.  [default: this machine's text]"
+TRACE_HELP = "For trace: a .trace of tokens, .npy of int32 or int64, or .zst of int32.  [default: this machine's text]"
 
 
 @click.command("bench", epilog="Benchmarks: " + "; ".join(f"{name}: {line}" for name, line in BENCHMARKS.items()))

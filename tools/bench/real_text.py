@@ -16,6 +16,7 @@ import zstandard
 
 from engram_adapter import HashSpec, build_token_map
 from tierstore.errors import ConfigError
+from tierstore.formats.trace import read_token_documents, read_token_trace_info
 
 from ..corpus import python_text_files, split_held_out, token_documents, train_tokenizer
 
@@ -57,6 +58,8 @@ class RealText:
 
 def load(trace: Path | None, num_tokens: int) -> RealText:
     """Returns at least `num_tokens` tokens of text, or all there are. Blocks: a token map takes seconds to make."""
+    if trace is not None and trace.suffix == ".trace":
+        return _recorded(trace, num_tokens)
     if trace is not None:
         documents = [_ids_of(trace, num_tokens)]
         vocab_size = int(documents[0].max()) + 1
@@ -92,6 +95,24 @@ def load_split() -> tuple[RealText, RealText]:
     return RealText(training, text.token_map, text.source), RealText(
         held_out, text.token_map, f"{text.source}, held out"
     )
+
+
+def _recorded(trace: Path, num_tokens: int) -> RealText:
+    """Returns the first documents of a token trace; ids hash as they are, since a trace does not say their token map."""
+    info = read_token_trace_info(trace)
+    vocab_size = info.vocab_size or info.token_id_max + 1
+    if not info.num_tokens or vocab_size > VOCAB_MAX:
+        raise ConfigError(
+            f"{trace}: {info.num_tokens} tokens of a vocabulary of {vocab_size}; give a trace of 1 or more, of at most "
+            f"{VOCAB_MAX} ids"
+        )
+    documents, left = [], num_tokens
+    for document in read_token_documents(trace):
+        documents.append(document[:left].astype(np.int64))
+        left -= len(documents[-1])
+        if not left:
+            break
+    return RealText(documents, np.arange(vocab_size, dtype=np.int32), f"{trace} (ids hash as they are)")
 
 
 def _ids_of(file: Path, num_tokens: int) -> np.ndarray:
