@@ -54,7 +54,7 @@ class Document:
         """Makes a document of recorded accesses: table, order_index, keys, and batch, the lookup's number from 0 on."""
         high = columns["table"].astype(np.uint64) << np.uint64(32) | columns["order_index"].astype(np.uint64)
         items = np.stack([high, columns["keys"].astype(np.uint64)], axis=1)
-        return cls(items, columns, int(columns["batch"][-1]) + 1)
+        return cls(items, columns, int(columns["batch"].max(initial=-1)) + 1)
 
 
 @dataclass
@@ -245,6 +245,7 @@ class ItemRanking:
             found.append((orders[chosen], items[chosen], totals[chosen]))
         orders, items, totals = (np.concatenate(columns) for columns in zip(*found, strict=True))
         hottest = np.argsort(-self._values(orders, totals), kind="stable")
+        hottest = hottest[:num_entries]  # of a class taken in part, hashes give about as many as were asked for
         return orders[hottest], items[hottest]
 
     def _values(self, order_index: np.ndarray, totals: np.ndarray) -> np.ndarray:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TABLE_COLUMNS = 120  # width of tables where output is no terminal
-PLAIN_STEPS = 20  # a line of progress for every twentieth of the work
+PLAIN_STEPS = 20  # a line of progress for every twentieth of the work,
+PLAIN_SECONDS = 1.0  # but none sooner after another: what is over in a moment needs no report
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells have it
 
 # Each command: the module whose `command` it is, and its line in the list.
@@ -35,10 +36,10 @@ COMMANDS = {
     "build": ("tierstore.tools.build", "Build a store from a checkpoint; run it again to resume."),
     "verify": ("tierstore.tools.verify", "Check every page of a store, and its rows against the checkpoint."),
     "inspect": ("tierstore.tools.inspect", "Say what a store holds."),
+    "trace": ("tierstore.tools.trace", "Write a trace of token ids, or of text through a tokenizer."),
     "profile": ("tierstore.tools.profile", "Count traces, and say what each gigabyte of memory would buy."),
     "plan": ("tierstore.tools.plan", "Choose what goes where, and make the placement that a store opens warm with."),
     "epochs": ("tierstore.tools.epochs", "List, choose or prune the placements of a store."),
-    "trace": ("tierstore.tools.trace", "Write a trace of token ids, or of text through a tokenizer."),
     "synth": ("tierstore.tools.synth", "Write a checkpoint of random values in a real model's layout."),
     "doctor": ("tierstore.tools.doctor", "Say what this machine can do, and how to mend what it cannot."),
     "bench": ("tierstore.tools.bench", "Measure, beside the hardware's own limit."),
@@ -87,6 +88,7 @@ class Progress:
         self._task: Any = None
         self._started: tuple[float, int] | None = None
         self._step_printed = -1
+        self._time_printed = 0.0
 
     def __enter__(self) -> Progress:
         return self
@@ -100,7 +102,9 @@ class Progress:
             self._show_bar(done, total)
         elif total and (step := done * PLAIN_STEPS // total) > self._step_printed:
             self._step_printed = step
-            if done == total or not first:  # the first call comes before there is a rate
+            now = time.monotonic()
+            if (done == total or now - self._time_printed >= PLAIN_SECONDS) and not (first and done < total):
+                self._time_printed = now  # the first call comes before there is a rate
                 click.echo(self._line(done, total), err=True)
 
     def __exit__(

@@ -17,11 +17,12 @@ import numpy as np
 
 from engram_adapter.hash_spec import HashSpec
 from engram_adapter.ngrams import keys_of_windows
+from tierstore.build import locked_store
 from tierstore.decisions.intervals import prediction_intervals
 from tierstore.decisions.plan import FRACTIONS, Budgets, GroupPlan, plan_group
 from tierstore.decisions.ranking import Ranking
 from tierstore.errors import BudgetError, ConfigError
-from tierstore.formats.catalog import CatalogImage, read_catalog
+from tierstore.formats.catalog import CatalogImage, read_catalog, set_epoch
 from tierstore.formats.profile import KEYS, Profile
 from tierstore.place import Chosen, PlacePlan, PlaceReport, place_entries
 from tierstore.profiling import ItemRanking, groups_of
@@ -192,12 +193,9 @@ def command(
             print_plan(record)
         if not dry_run:
             report = materialise(image, opened, rankings, plans, record)
-            record["epoch"] = report.placement.epoch
+            record["epoch"] = report.placement.epoch if report else None
             if not as_json:
-                click.echo(
-                    f"{store} opens with epoch {report.placement.epoch} from now on: {format_bytes(report.placement.num_bytes)}, "
-                    f"{report.pages_read:,} pages read, {report.seconds:.1f} s"
-                )
+                click.echo(_made(store, report))
         if as_json:
             click.echo(json.dumps(record, indent=2))
 
@@ -208,14 +206,26 @@ def materialise(
     rankings: list[Ranking],
     plans: list[GroupPlan],
     record: Mapping[str, Any],
-) -> PlaceReport:
-    """Makes the placement of plans and publishes it. Blocks."""
+) -> PlaceReport | None:
+    """Makes the placement of plans and publishes it; None where they place nothing, and the store opens without. Blocks."""
     chosen = choose(image, profile, rankings, plans)
     if not chosen:
-        raise ConfigError("every table fits its share of DRAM whole: there is nothing to place, opening it loads them")
+        with locked_store(image.path):
+            set_epoch(image.path, None)
+        return None
     details = {"profile": profile.path.name, "plan": dict(record)}
     with Progress("placing", "rows") as on_progress:
         return place_entries(image.path, chosen, details=details, on_plan=print_preflight, on_progress=on_progress)
+
+
+def _made(store: Path, report: PlaceReport | None) -> str:
+    if report is None:
+        return f"{store} opens without a placement from now on: the plan leaves DRAM to whole tables and recency"
+    placement = report.placement
+    return (
+        f"{store} opens with epoch {placement.epoch} from now on: {format_bytes(placement.num_bytes)}, "
+        f"{report.pages_read:,} pages read, {report.seconds:.1f} s"
+    )
 
 
 def print_preflight(plan: PlacePlan) -> None:

@@ -142,10 +142,12 @@ def _group_record(
     ranking = Ranking(group.sampled(CURVE_ACCESSES))
     steps_ranking = Ranking(group.truncated(STEP_TOKENS))
     cost = entry_cost(layout, len(image.tables), len(group.tables))
+    whole_bytes = sum(table.spec.table_bytes for table in image.tables.values())
+    budgets = ladder(ranking, cost)
     curves = build_curves(
         ranking,
         cost,
-        ladder(ranking, cost),
+        [budget for budget in budgets if budget < whole_bytes] or budgets[:1],  # from there on tables are kept whole
         counts["held_out_tokens"],
         np.random.default_rng(0),
         steps_ranking=steps_ranking,
@@ -229,4 +231,7 @@ def command(
                 "no documents were held out: there is nothing to predict; give more text, or a larger --held-out"
             )
     if report:
-        pages.write_report(record["groups"], report)
+        for group in record["groups"]:
+            page = report if len(record["groups"]) == 1 else report.with_suffix(f".{'-'.join(group['tables'])}.html")
+            pages.write_report(group, page)
+            click.echo(f"report: {page}", err=as_json)

@@ -22,6 +22,7 @@ import tierstore
 from engram_adapter import HashSpec
 from tierstore import kernels
 from tierstore.decisions.plan import INDEX_ENTRY_BYTES, Budgets
+from tierstore.errors import ConfigError
 from tierstore.formats.catalog import CatalogImage, read_catalog
 from tierstore.formats.placement import record_bytes
 from tierstore.formats.profile import Profile
@@ -95,7 +96,10 @@ def _planned_run(made: MadeStore, image: CatalogImage, profile: Profile, budgets
     rankings, plans = planning.plan_profile(image, profile, budgets, BATCH_TOKENS)
     group = rankings[0].group
     record = planning.plan_record(plans[0], group.orders, len(keys), group.replay.document_tokens)
-    placed = planning.materialise(image, profile, rankings, plans, record).placement
+    made_placement = planning.materialise(image, profile, rankings, plans, record)
+    if made_placement is None:
+        raise ConfigError(f"--dram {budgets.dram_bytes}: the plan places nothing there; give more, or a larger --size")
+    placed = made_placement.placement
     record["placement_bytes"], record["placed"] = placed.num_bytes, placed.tables[stores.TABLE]
     out = stores.rows_buffer(BATCH_TOKENS)
     with tierstore.open(made.path, dram=budgets.dram_bytes) as store:
