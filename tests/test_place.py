@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import random
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from stores import Model, place_some, random_keys
 
 import tierstore
 from tierstore import place
+from tierstore.formats import catalog
 from tierstore.formats import placement as placement_format
 from tierstore.formats.catalog import read_catalog, set_epoch
 from tierstore.place import Chosen, place_entries, prune_placements
@@ -235,6 +237,36 @@ def test_pruning_keeps_the_current_epoch_and_open_stores(own_store: Path, model:
     assert place_at(0.1, own_store, {NAME: chosen}).placement.epoch == 5
 
 
+def test_a_number_is_never_given_to_two_placements(own_store: Path) -> None:
+    """Pruning the newest gave its number to the next one: a store pinned to it would have opened another placement."""
+    for epoch in (1, 2, 3):
+        assert place_at(0.1, own_store, {NAME: some_chosen(epoch)}).placement.epoch == epoch
+    set_epoch(own_store, 1)
+    assert [record.epoch for record in prune_placements(own_store, keep=0)] == [2, 3]
+    assert place_at(0.1, own_store, {NAME: some_chosen(4)}).placement.epoch == 4
+    set_epoch(own_store, None)
+    assert [record.epoch for record in prune_placements(own_store, keep=0)] == [1, 4]
+    assert place_at(0.1, own_store, {NAME: some_chosen(5)}).placement.epoch == 5
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"epoch": 1, "last": 0}, "last epoch is 0"),
+        ({"epoch": 1, "last": None}, "last epoch is None"),
+        ({"epoch": 1, "last": "1"}, "last epoch is '1'"),
+        ({"epoch": 2, "last": 2}, "current epoch 2 is no placement"),
+        ({"epoch": [], "last": 1}, r"current epoch \[\] is no placement"),
+    ],
+    ids=str,
+)
+def test_an_epoch_that_the_catalog_cannot_have_is_named(own_store: Path, record: dict, message: str) -> None:
+    place_at(0.1, own_store, {NAME: some_chosen(1)})
+    catalog._write(own_store / catalog.CATALOG_FILE, {"epoch": json.dumps(record).encode()})
+    with pytest.raises(tierstore.FormatError, match=message):
+        tierstore.open(own_store, dram="400KiB")
+
+
 def test_what_cannot_be_placed_is_refused(own_store: Path) -> None:
     with pytest.raises(tierstore.ConfigError, match=r"no table layers\.2"):
         place_at(0.5, own_store, {"layers.2": some_chosen()})
@@ -296,6 +328,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_place import NAME, place_at, some_chosen
 from tierstore import place
+from tierstore.formats import catalog
 place.BUCKET_BYTES = 7000
 print("ready", flush=True)
 sys.stdin.readline()

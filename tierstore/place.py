@@ -107,7 +107,7 @@ def place_entries(
     with locked_store(path):
         image = read_catalog(path)
         _check_chosen(image, chosen)
-        epoch = max([*image.placements, image.epoch or 0], default=0) + 1
+        epoch = image.last_epoch + 1
         folder = path / PLACEMENT_FOLDER
         folder.mkdir(exist_ok=True)
         _remove_leftovers(folder, image)

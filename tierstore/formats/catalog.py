@@ -128,7 +128,8 @@ class TableLayout:
 class CatalogImage:
     """All that a catalog says, copied out. `shards[table]` maps shard index to its record, finished ones only.
 
-    placements: the published ones by epoch; epoch: the current one, None where there is none.
+    placements: the published ones by epoch; epoch: the current one, None where there is none; last_epoch: the largest number
+    ever given, 0 at first, so that none is given twice.
     """
 
     path: Path
@@ -140,6 +141,7 @@ class CatalogImage:
     attachments: dict[str, bytes]
     placements: dict[int, PlacementRecord]
     epoch: int | None
+    last_epoch: int
 
 
 def create_catalog(
@@ -173,13 +175,19 @@ def mark_ready(path: Path) -> None:
 def publish_placement(path: Path, placement: PlacementRecord) -> None:
     """Notes a placement that is complete and synced on disk, and makes it the current epoch, in one transaction."""
     record = {"file": placement.file, "num_bytes": placement.num_bytes}
-    records = {f"placement/{placement.epoch:08d}": _as_json(record), "epoch": _as_json({"epoch": placement.epoch})}
-    _write(path / CATALOG_FILE, records)
+    _write(
+        path / CATALOG_FILE,
+        {
+            f"placement/{placement.epoch:08d}": _as_json(record),
+            "epoch": _as_json({"epoch": placement.epoch, "last": placement.epoch}),
+        },
+    )
 
 
 def set_epoch(path: Path, epoch: int | None) -> None:
-    """Makes a published placement the current one; None: stores open without any."""
-    _write(path / CATALOG_FILE, {"epoch": _as_json({"epoch": epoch})})
+    """Makes a published placement the current one; None: stores open without any. The caller holds the store's lock."""
+    last_epoch = read_catalog(path, must_be_ready=False).last_epoch
+    _write(path / CATALOG_FILE, {"epoch": _as_json({"epoch": epoch, "last": last_epoch})})
 
 
 def forget_placement(path: Path, epoch: int) -> None:
@@ -244,11 +252,17 @@ def _image(path: Path, records: dict[str, bytes]) -> CatalogImage:
                 f"{path}: the catalog is marked ready with {len(shards[name])} of {layout.num_shards} shards of table "
                 f"{name}; restore it or rebuild"
             )
-    epoch = _from_json(records, "epoch", path).get("epoch") if "epoch" in records else None
-    if epoch is not None and epoch not in placements:
+    numbers = _from_json(records, "epoch", path) if "epoch" in records else {}
+    newest = max(placements, default=0)
+    epoch, last_epoch = numbers.get("epoch"), numbers.get("last", newest)
+    if type(last_epoch) is not int or last_epoch < newest:
+        raise FormatError(f"{path}: the catalog's last epoch is {last_epoch!r}, not that of its placements; restore it")
+    if epoch is not None and (type(epoch) is not int or epoch not in placements):
         raise FormatError(f"{path}: the catalog's current epoch {epoch!r} is no placement of its; restore the catalog")
     origin = _from_json(records, "origin", path)
-    return CatalogImage(path, STORE_FORMAT_VERSION, ready, origin, tables, shards, attachments, placements, epoch)
+    return CatalogImage(
+        path, STORE_FORMAT_VERSION, ready, origin, tables, shards, attachments, placements, epoch, last_epoch
+    )
 
 
 def _placement_record(number: str, record: dict[str, Any], path: Path) -> PlacementRecord:
