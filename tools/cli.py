@@ -38,7 +38,7 @@ COMMANDS = {
     "inspect": ("tierstore.tools.inspect", "Say what a store holds."),
     "trace": ("tierstore.tools.trace", "Write a trace of token ids, or of text through a tokenizer."),
     "profile": ("tierstore.tools.profile", "Count traces, and say what each gigabyte of memory would buy."),
-    "plan": ("tierstore.tools.plan", "Choose what goes where, and make the placement that a store opens warm with."),
+    "plan": ("tierstore.tools.plan", "Choose what goes where, and make the store open warm with it."),
     "epochs": ("tierstore.tools.epochs", "List, choose or prune the placements of a store."),
     "synth": ("tierstore.tools.synth", "Write a checkpoint of random values in a real model's layout."),
     "doctor": ("tierstore.tools.doctor", "Say what this machine can do, and how to mend what it cannot."),

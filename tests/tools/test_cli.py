@@ -342,7 +342,10 @@ def test_doctor_exits_with_1_only_where_something_fails(monkeypatch: pytest.Monk
         assert invoke("doctor", "--json").exit_code == status
 
 
-def test_progress_without_a_terminal_is_a_line_for_every_twentieth(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_without_a_terminal_is_a_line_for_every_twentieth(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_module, "PLAIN_SECONDS", 0.0)
     with Progress("building") as progress:
         for done in range(1001):
             progress(done << 20, 1000 << 20)
@@ -352,6 +355,17 @@ def test_progress_without_a_terminal_is_a_line_for_every_twentieth(capsys: pytes
     assert [line.split(",")[0].split(":")[1].strip() for line in lines] == [f"{5 * step} %" for step in range(1, 21)]
     assert "1000.00 MiB of 1000.00 MiB" in lines[-1]
     assert "s left" in lines[0]
+
+
+def test_progress_of_what_is_over_in_a_moment_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_module, "PLAIN_SECONDS", 3600.0)
+    monkeypatch.setattr(cli_module.time, "monotonic", lambda: 7.0)
+    with Progress("tracing") as progress:
+        for done in range(101):
+            progress(done, 100)
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_progress_of_nothing_and_of_one_step_ends_at_100(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,8 +25,9 @@ class Replay:
     """Accesses of held-out documents, in order. Immutable; any thread may use it.
 
     order_index: uint8 [A]. items: int32 or int64 [A], below U, dense over all orders: what the cache takes for keys.
-    counts: int64 [U], how often counted documents had the item, 0 for never. item_order: uint8 [U]. tokens: int64 [A], each access's token, nondecreasing.
-    document_ends: int64 [D], in tokens. sample_rate: the share of items that were kept, 1 for all.
+    counts: int64 [U], how often counted documents had the item, 0 for never. item_order: uint8 [U]. tokens: int64 [A], each
+    access's token, nondecreasing. document_ends: int64 [D], in tokens. sample_rate: the share of items that were kept, 1 for
+    all.
     """
 
     orders: tuple[int, ...]
