@@ -27,6 +27,7 @@ FLOORS = {
     "tierstore.counting": 3,
     "tierstore.verify": 3,
     "tierstore.stats": 3,
+    "tierstore.recorder": 3.5,  # of the same floor, but above the tiers
     "tierstore.store": 4,
     "tierstore": 5,
     "engram_adapter": 6,

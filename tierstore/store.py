@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -22,6 +23,8 @@ from . import kernels
 from .decisions.budget import DramPlan, divide_dram
 from .errors import BudgetError, ConfigError, FormatError, StoreNotReadyError
 from .formats.catalog import CatalogImage, read_catalog
+from .formats.key_trace import KeyTraceInfo, TracedTable
+from .recorder import Recorder, RecordingEngine
 from .spec import TableSpec
 from .stats import stats_of
 from .tiers.engine import Engine, Pending
@@ -131,12 +134,16 @@ class Table:
     """One table of an open store. Lookups may come from any number of threads at once."""
 
     def __init__(self, engine: Engine, index: int, spec: TableSpec, resident: bool) -> None:
-        self._engine = engine
-        self._try_lookup = engine.try_lookup
         self._index = index
         self._spec = spec
         self._resident = resident
         self._rows_shape = (spec.num_heads, spec.row_bytes)
+        self._use(engine)
+
+    def _use(self, engine: Engine) -> None:
+        """Sends lookups through `engine` from now on."""
+        self._engine = engine
+        self._try_lookup = engine.try_lookup
 
     @property
     def spec(self) -> TableSpec:
@@ -252,6 +259,8 @@ class Store:
         self._plan = plan
         self._placed = placed
         self._closed = False
+        self._recorder: Recorder | None = None
+        self._recorder_lock = threading.Lock()  # of the one above
         self._in_flight: list[tuple[Pending, Sequence[np.ndarray]]] = []  # buffers live until their reads have ended
         self._files: list[TableFiles] = []
         layouts = list(image.tables.values())
@@ -349,13 +358,59 @@ class Store:
             "placement": placement,
         }
 
+    def start_trace(self, path: str | os.PathLike[str], share: float = 1 / 16) -> None:
+        """Starts to record a trace of keys at `path`, until `stop_trace` or `close`; the file bears its name only then.
+
+        share: of all keys, above 0, at most 1; every access of those keys is recorded: lookups, submits, and rows by id where
+        they are read by key. A thread writes it; what that has no time for is counted and not recorded. Raises `ConfigError`
+        (a trace is running, the path is no file's), `ValueError` (share), `StoreNotReadyError` (closed), `OSError`.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}, expected above 0 and at most 1")
+        tables = [TracedTable(t.spec.name, t.spec.fingerprint, tuple(t.spec.orders)) for t in self._tables.values()]
+        with self._recorder_lock:
+            if self._closed:
+                raise StoreNotReadyError(f"the store {self._image.path} is closed; open it again")
+            if self._recorder is not None:
+                raise ConfigError(f"{self._image.path}: a trace is running, to {self._recorder.path}; stop it first")
+            self._recorder = Recorder(path, tables, share)
+            self._use(RecordingEngine(self._engine, self._recorder))
+
+    def stop_trace(self) -> KeyTraceInfo | None:
+        """Ends the trace that is running and returns what it is about; None where there is none. Blocks on the disk.
+
+        Raises `OSError` where the trace could not be written; there is none then.
+        """
+        with self._recorder_lock:
+            recorder = self._forget_trace()
+        return None if recorder is None else recorder.stop()
+
+    def _forget_trace(self) -> Recorder | None:
+        """Sends lookups past the recorder, and returns it."""
+        recorder, self._recorder = self._recorder, None
+        if isinstance(self._engine, RecordingEngine):
+            self._use(self._engine.engine)
+        return recorder
+
+    def _use(self, engine: Engine) -> None:
+        self._engine = engine
+        for table in self._tables.values():
+            table._use(engine)
+
     def close(self) -> None:
         """Waits for lookups in flight, then gives back memory, threads and files. Closing twice is harmless.
 
-        Raises `TimeoutError` where a lookup does not end within CLOSE_WAIT_S; the store then stays half closed: no new
-        lookups, files open.
+        A trace that is running is ended; where it cannot be written, that is raised after all else is done. Raises
+        `TimeoutError` where a lookup does not end within CLOSE_WAIT_S; the store then stays half closed: no new lookups,
+        files open.
         """
         self._closed = True
+        try:
+            self.stop_trace()
+        finally:
+            self._close_engine()
+
+    def _close_engine(self) -> None:
         if not self._engine.close(CLOSE_WAIT_S):
             raise TimeoutError(f"lookups did not end within {CLOSE_WAIT_S} s; the disk has stopped answering")
         self._in_flight.clear()
@@ -415,6 +470,9 @@ def _before_fork() -> None:
 def _after_fork(*, child: bool) -> None:
     for store in _forking:
         store._engine.after_fork(child=child)
+        if child:  # the thread and the file are the parent's
+            store._recorder_lock = threading.Lock()
+            store._forget_trace()
     _forking.clear()
 
 

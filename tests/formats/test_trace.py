@@ -149,7 +149,7 @@ def test_accesses_come_back_in_order(tmp_path: Path) -> None:
         info = writer.finish(num_batches=9, num_dropped=5)
     assert info == KeyTraceInfo(tmp_path / "k", TABLES, 0.25, 21, 9, 5) == read_key_trace_info(tmp_path / "k")
     blocks = list(read_key_blocks(tmp_path / "k"))
-    assert [len(block.keys) for block in blocks] == [8, 8, 1, 4]
+    assert [len(block.keys) for block in blocks] == [8, 8, 5]
     for name in KeyBlock._fields:
         found = np.concatenate([getattr(block, name) for block in blocks])
         np.testing.assert_array_equal(found, getattr(added, name))

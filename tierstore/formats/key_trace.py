@@ -65,17 +65,34 @@ class KeyTraceWriter:
         listed = [[table.name, table.fingerprint, list(table.orders)] for table in tables]
         header = {"trace": KEYS, "tables": listed, "sample_rate": float(sample_rate)}
         self._writer = ColumnWriter(path, TRACE_KIND, header)
+        self._block = {name: np.empty(BLOCK_VALUES, dtype=dtype) for name, dtype in KEY_COLUMNS.items()}
+        self._filled = 0  # of the block
 
-    def add(self, block: KeyBlock) -> None:
-        """Appends accesses as one block or, where they are many, several; batches ascend. Blocks on the disk."""
-        for start in range(0, len(block.keys), BLOCK_VALUES):
-            part = [column[start : start + BLOCK_VALUES] for column in block]
-            columns = dict(zip(KEY_COLUMNS, part, strict=True))
-            self._writer.write_block(KEYS, {name: columns[name].astype(dtype) for name, dtype in KEY_COLUMNS.items()})
-        self.num_accesses += len(block.keys)
+    def add(self, accesses: KeyBlock) -> None:
+        """Appends accesses in order; batches ascend from one to the next. Blocks on the disk when a block is full."""
+        for start in range(0, len(accesses.keys), BLOCK_VALUES):
+            self._add_part([column[start : start + BLOCK_VALUES] for column in accesses])
+        self.num_accesses += len(accesses.keys)
+
+    def _add_part(self, columns: list[np.ndarray]) -> None:
+        """Appends accesses that are not more than a block."""
+        room = BLOCK_VALUES - self._filled
+        for part in ([column[:room] for column in columns], [column[room:] for column in columns]):
+            count = len(part[0])
+            for mine, values in zip(self._block.values(), part, strict=True):
+                mine[self._filled : self._filled + count] = values
+            self._filled += count
+            if self._filled == BLOCK_VALUES:
+                self._write_block()
+
+    def _write_block(self) -> None:
+        if self._filled:
+            self._writer.write_block(KEYS, {name: column[: self._filled] for name, column in self._block.items()})
+        self._filled = 0
 
     def finish(self, *, num_batches: int, num_dropped: int) -> KeyTraceInfo:
         """Ends the trace, which bears its name from then on; the counts are those of `KeyTraceInfo`. Blocks on the disk."""
+        self._write_block()
         self._writer.finish({"accesses": self.num_accesses, "batches": num_batches, "dropped": num_dropped})
         return read_key_trace_info(self._writer.path)
 
