@@ -193,6 +193,9 @@ class RecordingEngine(Engine):
     def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:
         self.engine.read_pages(index, page_numbers, out)
 
+    def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
+        self.engine.locate(index, keys, sources)
+
     def counters(self) -> dict[str, Any]:
         return self.engine.counters()
 
