@@ -294,7 +294,7 @@ def _write_items(writer: ProfileWriter, header: ProfileHeader, counter: ItemCoun
 def _finish(
     writer: ProfileWriter, tally: Tally, held_out: HeldOut, counts: dict[str, int], analyse: Analyse
 ) -> dict[str, Any]:
-    footer = {"counts": counts, "analysis": analyse(held_out.groups(tally), counts)}
+    footer = {"kind": tally.kind, "counts": counts, "analysis": analyse(held_out.groups(tally), counts)}
     writer.finish(footer)
     return footer
 

@@ -226,6 +226,8 @@ def command(
             f"{output}: {counts['tokens']:,} tokens of {counts['documents']:,} documents, {counts['held_out_tokens']:,} "
             f"held out, in {seconds:.1f} s"
         )
+        if footer["kind"] == KEYS:
+            click.echo("of recorded keys: each token above is a lookup")
         if not record["groups"]:
             click.echo(
                 "no documents were held out: there is nothing to predict; give more text, or a larger --held-out"

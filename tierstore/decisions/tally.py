@@ -137,6 +137,11 @@ class Tally:
         self._distinct: dict[tuple[int, int], int] = {}
         self._num_gathered = 0
 
+    @property
+    def kind(self) -> str:
+        """What is counted: NGRAMS or KEYS."""
+        return self._header.kind
+
     def add(self, items: np.ndarray, sums: np.ndarray) -> None:
         """Takes the next items, uint64 [M, 2] sorted, and their sums, int64 [M, 2]."""
         self._take(self._split.add(items, sums))
