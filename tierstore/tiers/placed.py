@@ -26,8 +26,10 @@ from .nvme import open_direct
 
 logger = logging.getLogger("tierstore")
 
-LOAD_THREADS = 2  # one reads while the other checks
-LOAD_BYTES = 8 << 20
+LOAD_THREADS = (
+    6  # most wait for the disk while others check; measured, 2 read at 0.81 of its sequential rate, 6 at 0.98
+)
+LOAD_BYTES = 4 << 20
 _GROUP_RECORDS = UNIT_BYTES // 8  # records begin at multiples of 8: so many of any size fill whole units
 
 OnProgress = Callable[[int, int], None]

@@ -95,7 +95,10 @@ def _profile(image: CatalogImage, documents: list[np.ndarray], work: Path) -> tu
 def _planned_run(made: MadeStore, image: CatalogImage, profile: Profile, budgets: Budgets, keys: np.ndarray) -> Run:
     rankings, plans = planning.plan_profile(image, profile, budgets, BATCH_TOKENS)
     group = rankings[0].group
-    record = planning.plan_record(plans[0], group.orders, len(keys), group.replay.document_tokens)
+    documents = group.replay.document_tokens
+    record = planning.plan_record(plans[0], group.orders, profile.counts["held_out_tokens"], documents)
+    short = planning.plan_record(plans[0], group.orders, len(keys), documents)
+    record["short"] = {name: short[name] for name in ("low", "high")}
     made_placement = planning.materialise(image, profile, rankings, plans, record)
     if made_placement is None:
         raise ConfigError(f"--dram {budgets.dram_bytes}: the plan places nothing there; give more, or a larger --size")
@@ -159,8 +162,10 @@ def _add_rates(
             "measured": run.rates,
             "predicted, this very stream": run.very_stream,
             "predicted from the profile": np.array(list(record["hit_rate"].values())),
-            "its 95 % interval, low": np.array(list(record["low"].values())),
+            "its 95 % interval, as the plan prints it: low": np.array(list(record["low"].values())),
             "high": np.array(list(record["high"].values())),
+            "for a stream as short as this one: low": np.array(list(record["short"]["low"].values())),
+            "high, so short": np.array(list(record["short"]["high"].values())),
             "LRU warmed on the profiled text": lru_rates,
             "static alone": static,
         }
@@ -192,12 +197,10 @@ def _lru_rates(warm: np.ndarray, keys: np.ndarray, capacities: list[int]) -> lis
     salted = both ^ (np.arange(both.shape[1]) * np.int64(0x1E3779B97F4A7C15))  # orders apart
     _, items = np.unique(salted, return_inverse=True)
     items = items.reshape(-1)
-    distances = kernels.stack_distances(items)
-    # Within its batch a key does not profit from itself, as in the store.
+    # Within its batch a key does not profit from itself, as in the store: it shares the fate of the first access to it there.
     batch = np.arange(len(both)).repeat(both.shape[1]) // BATCH_TOKENS
-    by_item = np.argsort(items, kind="stable")
-    again = (items[by_item[1:]] == items[by_item[:-1]]) & (batch[by_item[1:]] == batch[by_item[:-1]])
-    distances[by_item[1:][again]] = -1
+    _, first, place = np.unique(batch * (items.max() + 1) + items, return_index=True, return_inverse=True)
+    distances = kernels.stack_distances(items)[first][place.reshape(-1)]
     ours = distances.reshape(both.shape)[len(warm) :]
     return [_rates_of((ours >= 0) & (ours < capacity)) for capacity in capacities]
 
