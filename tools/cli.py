@@ -98,6 +98,7 @@ class Progress:
         first = self._started is None
         if self._started is None:
             self._started = time.monotonic(), done
+            self._time_printed = time.monotonic()
         if sys.stderr.isatty():
             self._show_bar(done, total)
         elif total and (step := done * PLAIN_STEPS // total) > self._step_printed:

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 import tierstore
+from tierstore import kernels
 from tierstore.build import file_system_of
 from tierstore.errors import ConfigError
 from tierstore.formats.trace import TokenTraceWriter
@@ -28,6 +29,7 @@ from tierstore.tools.bench import (
     page_cache,
     page_cached,
     peers,
+    placed,
     real_text,
     stores,
     trace,
@@ -400,3 +402,42 @@ def test_every_benchmark_is_a_module_that_takes_the_same_options() -> None:
     assert Options().dram_bytes is None
     assert Options(budgets=(5, 6)).dram_bytes == 5
     assert Result("t").as_record()["comparisons"] == []
+
+
+def zipf_text(seed: int, num_documents: int, vocabulary: int) -> real_text.RealText:
+    """Documents of words that follow each other by habit, so that n-grams come back."""
+    rng = np.random.default_rng(seed)
+    habits = rng.integers(0, vocabulary, (vocabulary, 3))
+    documents = []
+    for length in rng.integers(50, 400, num_documents):
+        word, words = int(rng.integers(vocabulary)), []
+        for _ in range(length):
+            words.append(word)
+            word = (
+                int(habits[word, min(2, rng.geometric(0.6) - 1)])
+                if rng.random() < 0.8
+                else int(rng.zipf(1.3)) % vocabulary
+            )
+        documents.append(np.array(words, dtype=np.int64))
+    return real_text.RealText(documents, np.arange(vocabulary, dtype=np.int32), "made up")
+
+
+@pytest.mark.skipif(not kernels.native, reason="predictions are of the compiled cache")
+def test_placed_predicts_the_very_stream_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = zipf_text(0, 300, 500), zipf_text(0, 330, 500)
+    texts[1].documents[:] = texts[1].documents[300:]
+    monkeypatch.setattr(placed.real_text, "load_split", lambda: texts)
+    monkeypatch.setattr(placed, "LRU_WARM_TOKENS", 5000)
+    monkeypatch.setattr(placed, "BATCH_TOKENS", 64)
+    result = Result("placed")
+    placed.run_placed(tmp_path, Options(pairs=1, budgets=(4 << 20, 8 << 20)), 64 << 20, result)
+    figures = {figure.case: figure for figure in result.figures}
+    for budget in ("4 MiB", "8 MiB"):
+        assert figures[f"{budget}: measured off predicted for the very stream"].median == 0
+        assert figures[f"{budget}: placement beyond entries and index"].median < 5
+    assert any(case.endswith(": fewer") for case in figures)
+    rates = {(line[0], line[1]): line[-1] for line in result.grids[0].lines}
+    assert 0 < rates["4 MiB", "measured"] < 1
+    assert rates["4 MiB", "measured"] == rates["4 MiB", "predicted, this very stream"]
+    assert result.comparisons[0].seconds.keys() == {placed.OPEN, placed.SEQUENTIAL}
+    assert not list((tmp_path / "tierstore-bench").glob("*/placements/*.placement"))

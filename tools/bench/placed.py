@@ -23,10 +23,11 @@ from engram_adapter import HashSpec
 from tierstore import kernels
 from tierstore.decisions.plan import INDEX_ENTRY_BYTES, Budgets
 from tierstore.errors import ConfigError
-from tierstore.formats.catalog import CatalogImage, read_catalog
+from tierstore.formats.catalog import CatalogImage, read_catalog, set_epoch
 from tierstore.formats.placement import record_bytes
 from tierstore.formats.profile import Profile
 from tierstore.formats.trace import TokenTraceWriter
+from tierstore.place import prune_placements
 from tierstore.profiling import ItemRanking
 
 from .. import plan as planning
@@ -74,7 +75,8 @@ def run_placed(folder: Path, options: Options, size_bytes: int, result: Result) 
             _add_opening(result, made, budgets[-1], options)
             _add_reads(result, made, image, profile, budgets[0], runs[budgets[0]], keys)
     _add_cold_start(result, spec, training.documents, keys, budgets[0])
-    tierstore.place.prune_placements(made.path, 0)
+    set_epoch(made.path, None)  # the next run begins without a placement
+    prune_placements(made.path, 0)
     result.facts["profiled and run"] = f"{training.source}; {held_out.source}, {len(keys):,} tokens"
 
 
