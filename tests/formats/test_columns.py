@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import json
 import os
 import struct
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierstore import kernels
-from tierstore.errors import ConfigError, FormatError
+from tierstore.errors import BudgetError, ConfigError, FormatError
 from tierstore.formats import column_layout
 from tierstore.formats.columns import ColumnReader, ColumnWriter
 
@@ -356,6 +358,37 @@ def test_columns_other_than_required_are_an_error(tmp_path: Path) -> None:
         for wrong in ({"ids": "int32"}, {"ids": "int64", "ends": "int64", "none": "uint8"}):
             with pytest.raises(FormatError, match="block of items has columns"):
                 reader.require("items", wrong)
+
+
+WRITES = 6  # of a file of one block: head, two columns, directory, the head once more, and the sync
+
+
+@pytest.mark.parametrize("fail_at", range(WRITES))
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fills_at_any_write_is_named_and_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, fail_at: int
+) -> None:
+    block = {"ids": np.arange(5), "ends": np.arange(2)}
+    path = write(tmp_path / "c", block)
+    old, done = path.read_bytes(), 0
+    calls = {name: getattr(os, name) for name in ("write", "pwrite", "fsync")}
+
+    def failing(name: str, *arguments: object) -> object:
+        nonlocal done
+        done += 1
+        if done > fail_at:
+            raise OSError(code, os.strerror(code))
+        return calls[name](*arguments)
+
+    expected = (
+        (OSError, os.strerror(code)) if code == errno.EIO else (BudgetError, r"after \d+ bytes of it, \d+ are free")
+    )
+    with monkeypatch.context() as patched:
+        for name in calls:
+            patched.setattr(os, name, functools.partial(failing, name))
+        with pytest.raises(expected[0], match=expected[1]):
+            write(path, block)
+    assert (path.read_bytes(), list(tmp_path.iterdir())) == (old, [path])
 
 
 def test_closing_twice_is_harmless(tmp_path: Path) -> None:

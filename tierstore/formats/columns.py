@@ -8,7 +8,9 @@ what `column_layout` refuses, and columns that are not what the directory says, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import numpy as np
 import zstandard
 
 from .. import kernels
-from ..errors import ConfigError, FormatError
+from ..errors import BudgetError, ConfigError, FormatError
 from .catalog import sync_folder
 from .column_layout import (
     BLOCK_BYTES_MAX,
@@ -41,7 +43,10 @@ SAMPLE_VALUES = 1 << 14  # of a column, on which filters are compared
 
 
 class ColumnWriter:
-    """Writes one file of columns; use it with `with`. One thread at a time. Unfinished, it leaves nothing behind."""
+    """Writes one file of columns; use it with `with`. One thread at a time. Unfinished, it leaves nothing behind.
+
+    Whatever writes raises `BudgetError` where the disk is full.
+    """
 
     def __init__(self, path: str | os.PathLike[str], kind: str, header: Mapping[str, Any]) -> None:
         """Starts the file at `path`, under a temporary name beside it until `finish`.
@@ -101,8 +106,9 @@ class ColumnWriter:
         Raises `ConfigError` where another process has begun to write the same file meanwhile.
         """
         self._write(pack_directory(self._blocks, footer))
-        os.pwrite(self._fd, pack_head(self._kind, self._header, self._num_bytes), 0)
-        os.fsync(self._fd)
+        with self._full_disk_named():
+            os.pwrite(self._fd, pack_head(self._kind, self._header, self._num_bytes), 0)
+            os.fsync(self._fd)
         if not self._is_ours():
             raise ConfigError(f"{self._new_path} was taken by another writer; give each its own file")
         os.rename(self._new_path, self.path)
@@ -125,9 +131,22 @@ class ColumnWriter:
         # Not through a buffered file: a forked child would flush its copy of the buffer into this file.
         view = memoryview(data)
         while view:
-            count = os.write(self._fd, view)
+            with self._full_disk_named():
+                count = os.write(self._fd, view)
             self._num_bytes += count
             view = view[count:]
+
+    @contextlib.contextmanager
+    def _full_disk_named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise BudgetError(
+                f"{self.path}: {error.strerror} after {self._num_bytes} bytes of it, "
+                f"{shutil.disk_usage(self.path.parent).free} are free; free some disk, or write it on another"
+            ) from error
 
     def _close(self) -> None:
         os.close(self._fd)
