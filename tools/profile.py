@@ -67,7 +67,14 @@ def profile_traces(
         documents = key_documents(traces)
     else:
         spec = HashSpec.from_catalog(image)
-        total = sum(read_token_trace_info(trace).num_tokens for trace in traces)
+        token_infos = [read_token_trace_info(trace) for trace in traces]
+        for info in token_infos:  # before hours of counting
+            if info.token_id_max >= spec.vocab_size:
+                raise ValueError(
+                    f"{info.path}: token ids go up to {info.token_id_max}, the vocabulary of the store's model has "
+                    f"{spec.vocab_size}; profile with the store that the trace's tokenizer is of"
+                )
+        total = sum(info.num_tokens for info in token_infos)
         header = profile_header(spec, held_out_share(total) if held_out is None else held_out)
         documents = token_documents(spec, (ids for trace in traces for ids in read_token_documents(trace)))
 
@@ -75,7 +82,11 @@ def profile_traces(
         if progress:
             progress(done, total)
 
-    return make_profile(path, header, documents, lambda groups, counts: analysis(image, groups, counts), on_progress)
+    def analyse(groups: list[Group], counts: dict[str, int]) -> dict[str, Any]:
+        on_progress(counts["tokens"])
+        return analysis(image, groups, counts)
+
+    return make_profile(path, header, documents, analyse, on_progress)
 
 
 def merge(image: CatalogImage, parts: list[Path], path: Path) -> dict[str, Any]:
@@ -206,6 +217,10 @@ def command(
     """
     from . import report as pages
 
+    if is_merge and held_out is not None:
+        raise ConfigError(f"--held-out {held_out}: profiles to merge hold out what they hold out; leave it out")
+    if report:
+        pages.check_report(report)
     image = read_catalog(store)
     started = time.monotonic()
     if is_merge:
@@ -233,7 +248,5 @@ def command(
                 "no documents were held out: there is nothing to predict; give more text, or a larger --held-out"
             )
     if report:
-        for group in record["groups"]:
-            page = report if len(record["groups"]) == 1 else report.with_suffix(f".{'-'.join(group['tables'])}.html")
-            pages.write_report(group, page)
-            click.echo(f"report: {page}", err=as_json)
+        pages.write_report(record["groups"], report)
+        click.echo(f"report: {report}", err=as_json)

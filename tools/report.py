@@ -1,21 +1,25 @@
 """A report on a profile: one HTML page that needs nothing else, for readers who have never seen this project.
 
-Flows in: the record of `tierstore.decisions.curves.Curves.as_record`, perhaps with its `source`. Flows out: a file, or tables
-for the terminal. The page has no scripts and loads nothing. Needs matplotlib for the figures (`ConfigError` without it).
+Flows in: records of `tierstore.decisions.curves.Curves.as_record`, perhaps with their `source`: one for each group of tables
+whose accesses are the same. Flows out: a file, or tables for the terminal. The page has no scripts and loads nothing. Needs
+matplotlib for the figures (`ConfigError` without it).
 """
 
 from __future__ import annotations
 
 import html
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
+from tierstore.errors import ConfigError
 from tierstore.version import VERSION
 
 from . import report_tables as tables
-from .report_figures import figures_of, svg_of
+from .report_figures import figures_of, require_matplotlib, svg_of
 from .report_tables import NumberTable, Record, percent, short_bytes
 from .report_words import GLOSSARY, STYLE, words_of_figures
 
@@ -27,10 +31,21 @@ TABLES = {
     "steps": tables.steps_table,
 }
 
+LEAD = (
+    '<p class="lead">For every token that a language model reads or writes, it looks up entries in large tables. '
+    "Entries that are in memory (DRAM) are there at once; the others have to be read from disk (NVMe). "
+    "This page says how much memory answers how many of these look-ups, and what to choose.</p>"
+)
 
-def write_report(record: Record, path: Path) -> None:
-    """Writes the page to `path`, whole or not at all. Blocks, a second or two. Raises `ConfigError` without matplotlib."""
-    page = _page(record)
+
+def write_report(records: Sequence[Record], path: Path) -> None:
+    """Writes the page to `path`, whole or not at all. Blocks, a second or two a record.
+
+    Raises `ConfigError` without matplotlib, and without any record.
+    """
+    if not records:
+        raise ConfigError(f"{path}: a report of 0 curves says nothing; profile text of which documents are held out")
+    page = _page(records)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(page, encoding="utf-8")
@@ -54,30 +69,51 @@ def profile_tables(record: Record) -> list[Table]:
     return [table for table in shown if table.row_count]
 
 
-def _page(record: Record) -> str:
-    words = words_of_figures(record)
-    sections = [
-        f'<section id="{figure.name}"><h2>{html.escape(figure.title)}</h2><p>{words[figure.name]}</p>'
-        f"<figure>{svg_of(figure, record)}</figure>{_table(TABLES[figure.name](record))}</section>"
-        for figure in figures_of(record)
-    ]
+def check_report(path: Path) -> None:
+    """Raises `ConfigError` where a report could not be written: before the work that it is to report on."""
+    require_matplotlib()
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"{path}: a report is a file in a folder that there is; give another name")
+
+
+def _page(records: Sequence[Record]) -> str:
+    parts = [_part(record) for record in records]
+    if len(parts) > 1:
+        parts = [_numbered(part, place) for place, part in enumerate(parts, 1)]
     glossary = "".join(f"<dt>{html.escape(word)}</dt><dd>{html.escape(meaning)}</dd>" for word, meaning in GLOSSARY)
     return (
         '<!DOCTYPE html>\n<html xmlns="http://www.w3.org/1999/xhtml" lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
         '<link rel="icon" href="data:,"/>'
         f"<title>What memory buys: hit rates and budgets</title><style>{STYLE}</style></head><body><main>"
-        f"<h1>What memory buys</h1>{_summary(record)}"
-        + "\n".join(sections)
+        f"<h1>What memory buys</h1>{LEAD}"
+        + "\n".join(parts)
         + f'<section id="glossary"><h2>Words</h2><dl>{glossary}</dl></section>'
         f"<footer>Made by tierstore {html.escape(VERSION)}</footer></main></body></html>\n"
     )
 
 
+def _part(record: Record) -> str:
+    """All about one group of tables."""
+    words = words_of_figures(record)
+    sections = [
+        f'<section id="{figure.name}"><h2>{html.escape(figure.title)}</h2><p>{words[figure.name]}</p>'
+        f"<figure>{svg_of(figure, record)}</figure>{_table(TABLES[figure.name](record))}</section>"
+        for figure in figures_of(record)
+    ]
+    return _summary(record) + "\n".join(sections)
+
+
+def _numbered(part: str, number: int) -> str:
+    """Makes the ids of a part unique among several."""
+    return re.sub(r'(\bid="|url\(#|href="#|aria-labelledby="|aria-describedby=")', rf"\g<1>part{number}-", part)
+
+
 def _summary(record: Record) -> str:
     """What was measured, in plain words, and the budgets to choose from."""
     replay, orders = record["replay"], record["orders"]
-    kinds = f"one for each of its {len(orders)} orders" if len(orders) > 1 else "one"
+    tables_named = f"<h2>{html.escape(', '.join(record['tables']))}</h2>" if "tables" in record else ""
+    kinds = f"{len(orders)} entries, one of each order" if len(orders) > 1 else "one entry"
     first = percent(record["first_touch"]["all"])
     sampled = ""
     if replay["sample_rate"] < 1:
@@ -90,10 +126,8 @@ def _summary(record: Record) -> str:
         for name, value in record.get("source", {}).items()
     )
     return (
-        f'<p class="lead">For every token that a language model reads or writes, it looks up entries in large tables: {kinds}. '
-        "Entries that are in memory (DRAM) are there at once; the others have to be read from disk (NVMe). "
-        "This page says how much memory answers how many of these look-ups, and what to choose.</p>"
-        f"<p>Which entries are used was counted in one part of real text. Another part, {replay['tokens']:,} tokens of "
+        f"{tables_named}<p>Every token looks up {kinds}. Which entries are used was counted in one part of real text. "
+        f"Another part, {replay['tokens']:,} tokens of "
         f"{replay['documents']:,} documents held out of the counting, was then replayed access by access "
         f"({replay['accesses']:,} in all) through the very caches that the store runs, empty at first, "
         f"for every amount of memory below.{sampled} {first} of these accesses were to entries never seen before, which no "

@@ -88,16 +88,23 @@ def figures_of(record: Record) -> list[Figure]:
     return figures
 
 
-def svg_of(figure: Figure, record: Record) -> str:
-    """Returns the figure as an `svg` element for an HTML page, with title and description. Raises `ConfigError`."""
+def require_matplotlib() -> None:
+    """Raises `ConfigError` where matplotlib, which draws the figures, is not installed."""
     try:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure as Canvas
+        import matplotlib as mpl  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             f"a report needs matplotlib ({error}): pip install 'tierstore[report]', or ask for --json"
         ) from error
+
+
+def svg_of(figure: Figure, record: Record) -> str:
+    """Returns the figure as an `svg` element for an HTML page, with title and description. Raises `ConfigError`."""
+    require_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure as Canvas
+
     with mpl.rc_context(RC | {"svg.hashsalt": figure.name}):
         canvas = Canvas(figsize=SIZE_INCHES, layout="constrained")
         FigureCanvasSVG(canvas)

@@ -16,9 +16,12 @@ import pytest
 from rich.console import Console
 
 from tierstore import ConfigError
+from tierstore.decisions.choose import ItemClasses, item_hash
 from tierstore.decisions.curves import EntryCost, build_curves
+from tierstore.decisions.ranking import Ranking
 from tierstore.decisions.replay import Replay
-from tierstore.tools.report import profile_tables, write_report
+from tierstore.decisions.tally import Group
+from tierstore.tools.report import check_report, profile_tables, write_report
 
 XHTML, SVG = "{http://www.w3.org/1999/xhtml}", "{http://www.w3.org/2000/svg}"
 FIGURES = ["policies", "orders", "split", "reads", "steps"]
@@ -43,8 +46,20 @@ def record_of(sample_rate: float = 1.0, source: dict[str, str] | None = None) ->
     )
     cost = EntryCost(GIB // 10, GIB, 8, 1)
     budgets = [GIB << place for place in range(7)]
-    curves = build_curves(replay, replay.counts.astype(float), cost, budgets, 2000, np.random.default_rng(1))
+    curves = build_curves(Ranking(group_of(replay)), cost, budgets, 2000, np.random.default_rng(1))
     return curves.as_record() | ({"source": source} if source else {})
+
+
+def group_of(replay: Replay) -> Group:
+    """The replay's own items as all that was counted."""
+    uses = np.bincount(replay.items, minlength=len(replay.counts))
+    columns = np.stack([replay.counts, uses, np.ones_like(uses)])
+    of_order = [columns[:, replay.item_order == order] for order in range(3)]
+    classes = ItemClasses.of_parts((order, *part) for order, part in enumerate(of_order))
+    hashes = item_hash(np.arange(2 * len(uses), dtype=np.uint64).reshape(-1, 2))
+    places = classes.class_of(replay.item_order, replay.counts)
+    distinct = (len(uses) // 3,) * 3
+    return Group(("t",), replay.orders, classes, replay.sample_rate, distinct, replay, places, hashes)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +71,7 @@ def record() -> dict[str, Any]:
 def page_file(record: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(record, path)
+    write_report([record], path)
     return path
 
 
@@ -128,10 +143,34 @@ def test_names_from_outside_are_text_and_no_markup(page: ElementTree.Element) ->
 
 def test_a_share_of_the_items_is_said_and_steps_are_left_out(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
-    write_report(record_of(sample_rate=0.5), tmp_path / "r.html")
+    write_report([record_of(sample_rate=0.5)], tmp_path / "r.html")
     page = ElementTree.fromstring((tmp_path / "r.html").read_text())
     assert "50.0 % of all entries were followed" in text_of(page)
     assert "steps" not in {section.get("id") for section in page.iter(f"{XHTML}section")}
+
+
+def test_tables_that_are_asked_differently_share_a_page_and_no_ids(record: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    write_report([record | {"tables": [name]} for name in ("layers.1", "plain")], tmp_path / "r.html")
+    page = ElementTree.fromstring((tmp_path / "r.html").read_text())
+    ids = [element.get("id") for element in page.iter() if element.get("id")]
+    assert len(ids) == len(set(ids))
+    referred = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', (tmp_path / "r.html").read_text())
+    assert {one or other for one, other in referred} <= set(ids)
+    assert all(svg.get("aria-labelledby") in ids for svg in page.iter(f"{SVG}svg"))
+    assert [text_of(heading) for heading in page.iter(f"{XHTML}h2")][:2] == ["layers.1", "Recommended budgets"]
+    assert "plain" in text_of(page)
+
+
+def test_a_report_of_nothing_or_to_nowhere_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    with pytest.raises(ConfigError, match="0 curves"):
+        write_report([], tmp_path / "r.html")
+    for path in (tmp_path, tmp_path / "no such folder" / "r.html"):
+        with pytest.raises(ConfigError, match="a folder that there is"):
+            check_report(path)
+    check_report(tmp_path / "r.html")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(record: dict[str, Any], tmp_path: Path) -> None:
@@ -139,9 +178,9 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(record: dict[str, An
     path = tmp_path / "report.html"
     path.write_text("the old one")
     with pytest.raises(KeyError):
-        write_report({**record, "cost": {}}, path)
+        write_report([{**record, "cost": {}}], path)
     with pytest.raises(OSError, match="no such folder"):
-        write_report(record, tmp_path / "no such folder" / "report.html")
+        write_report([record], tmp_path / "no such folder" / "report.html")
     assert path.read_text() == "the old one"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -151,7 +190,7 @@ def test_without_matplotlib_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"pip install 'tierstore\[report\]'"):
-        write_report(record, tmp_path / "report.html")
+        write_report([record], tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
 
 
