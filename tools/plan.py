@@ -49,7 +49,7 @@ def plan_profile(
     rankings = [Ranking(group) for group in groups_of(profile, documents_of(image, profile))]
     rankings = [ranking for ranking in rankings if len(ranking.group.replay.items)]
     if not rankings:
-        raise ConfigError(f"{profile.path} has no held-out documents to plan with; profile more text, or hold out more")
+        raise _nothing_held_out(profile)
     with ThreadPoolExecutor(SIMULATIONS_AT_ONCE, thread_name_prefix="tierstore-simulate") as pool:
         plans = [_plan(ranking, image, budgets, batch_tokens, fractions, pool) for ranking in rankings]
     return rankings, plans
@@ -130,12 +130,25 @@ def recommended_dram(profile: Profile) -> tuple[int, str]:
     """Returns bytes of DRAM to plan with where none were asked for, and why: the profile's knee, as far as memory goes."""
     groups = profile.footer["analysis"]["groups"]
     if not groups:
-        raise ConfigError(f"{profile.path} has no curves to recommend from; give --dram")
-    knee = max(group["recommended"][0]["dram_bytes"] for group in groups)
-    most = int(available_memory()[0] * MEMORY_PART)
-    if knee > most:
-        return most, f"half of the memory that is free here; the curve's knee is at {format_bytes(knee)}"
-    return knee, groups[0]["recommended"][0]["why"]
+        raise _nothing_held_out(profile)
+    knee = max((_knee(group["recommended"]) for group in groups), key=lambda choice: int(choice["dram_bytes"]))
+    dram_bytes, most = int(knee["dram_bytes"]), int(available_memory()[0] * MEMORY_PART)
+    if dram_bytes > most:
+        return most, f"half of the memory that is free here; the curve's knee is at {format_bytes(dram_bytes)}"
+    return dram_bytes, f"the profile's {knee['name']} budget: {knee['why']}"
+
+
+def _knee(recommended: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The budget named knee; where it falls together with the frugal one, that, which is the first."""
+    return next((choice for choice in recommended if choice["name"] == "knee"), recommended[0])
+
+
+def _nothing_held_out(profile: Profile) -> ConfigError:
+    counts = profile.counts
+    return ConfigError(
+        f"{profile.path}: {counts['held_out_documents']} of its {counts['documents']} documents are held out, and plans are "
+        f"tested on those; profile more text, or with a larger --held-out"
+    )
 
 
 @click.command("plan")

@@ -98,7 +98,11 @@ def divide_dram(tables: Mapping[str, TableLayout], budget_bytes: int, placement:
     least_for_tables = len(tables) * max(_least_share(table, placed.get(name)) for name, table in tables.items())
     least = least_lane.lane_bytes + least_for_tables
     if budget_bytes < least:
-        what, remedy = ("staging, the placement's index", ", or placement='none'") if placement else ("staging", "")
+        what, remedy = (
+            ("staging, the placement's index", ", place less, or open with placement='none'")
+            if placement
+            else ("staging", "")
+        )
         raise BudgetError(
             f"dram: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes ({format_bytes(least)}) "
             f"that {what} and one set of entries a table take; ask for more{remedy}"

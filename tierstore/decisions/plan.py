@@ -75,7 +75,7 @@ def plan_group(
     layouts: all tables of the store. Raises `BudgetError` where DRAM cannot hold the indexes of what is to be placed.
     """
     tables = ranking.group.tables
-    name = tables[0]
+    name = _largest(tables, layouts)
     if divide_dram(layouts, budgets.dram_bytes).shares[name].resident:
         everything = np.ones(len(ranking.group.replay.counts), dtype=bool)
         outcome = simulate(ranking.group.replay, everything, 0, batch_tokens)
@@ -85,6 +85,11 @@ def plan_group(
         return _plan_at(ranking, layouts, budgets, batch_tokens, fraction)
 
     return max(map_over(tried, list(fractions)), key=lambda plan: float(plan.outcome.hit_rate[-1]))
+
+
+def _largest(tables: Iterable[str], layouts: Mapping[str, TableLayout]) -> str:
+    """The table that is the last to fit its share whole: where it does, all of a group do."""
+    return max(tables, key=lambda name: layouts[name].spec.table_bytes)
 
 
 def divide_as_opened(
@@ -103,9 +108,10 @@ def _plan_at(
     ranking: Ranking, layouts: Mapping[str, TableLayout], budgets: Budgets, batch_tokens: int, fraction: float
 ) -> GroupPlan:
     tables, num_tables = ranking.group.tables, len(layouts)
-    spec = layouts[tables[0]].spec
+    largest = _largest(tables, layouts)
+    spec = layouts[largest].spec
     record = record_bytes(spec.entry_bytes)
-    share_bytes = divide_dram(layouts, budgets.dram_bytes).shares[tables[0]].num_bytes
+    share_bytes = divide_dram(layouts, budgets.dram_bytes).shares[largest].num_bytes
     left = ranking.num_valued
     hbm_entries = min(left, int(budgets.hbm_bytes / num_tables / (record + INDEX_ENTRY_BYTES)))
     left -= hbm_entries
@@ -116,7 +122,7 @@ def _plan_at(
     static_entries = min(left, max(0, int(room)))
     nvme_entries = min(left - static_entries, beyond)
     num_entries = hbm_entries + static_entries + nvme_entries
-    share = divide_as_opened(layouts, budgets.dram_bytes, tables, num_entries, fraction).shares[tables[0]]
+    share = divide_as_opened(layouts, budgets.dram_bytes, tables, num_entries, fraction).shares[largest]
     static_entries = min(static_entries, share.static_entries)
     in_memory = ranking.static(hbm_entries + static_entries)
     replay = ranking.group.replay
