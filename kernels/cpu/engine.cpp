@@ -51,7 +51,8 @@ struct Engine::Runtime {
 Engine::Engine(std::vector<Table> tables, const EngineShape& shape)
     : tables_(std::move(tables)), shape_(shape), runtime_(std::make_unique<Runtime>(shape.num_lanes)) {
   for (const Table& table : tables_) table_counters.emplace_back(table.num_orders);
-  if (!make_lane()) throw std::runtime_error("no lane: out of memory, descriptors or locked memory");
+  while (runtime_->lanes.size() < shape.num_lanes && make_lane()) continue;  // now, so that it is known whether they all are there
+  if (runtime_->lanes.empty()) throw std::runtime_error("no lane: out of memory, descriptors or locked memory");
 }
 
 Engine::~Engine() {
@@ -70,6 +71,11 @@ void Engine::leave() {
     const std::lock_guard<std::mutex> lock(runtime_->mutex);
     runtime_->use_ended.notify_all();
   }
+}
+
+size_t Engine::num_lanes() const {
+  const std::lock_guard<std::mutex> lock(runtime_->mutex);
+  return runtime_->lanes.size();
 }
 
 void Engine::gather(size_t index, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job) {

@@ -55,6 +55,9 @@ class Engine {
   bool enter();
   void leave();
 
+  // How many lanes there are: fewer than asked for where memory or descriptors did not reach.
+  size_t num_lanes() const;
+
   // Copies what memory holds of a table's keys, [num_tokens, O], and appends the rest to job.misses.
   void gather(size_t table, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job);
 

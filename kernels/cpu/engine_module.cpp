@@ -168,6 +168,8 @@ class PyEngine {
  public:
   PyEngine(const std::vector<py::dict>& records, const std::string& mode, bool use_process_madvise, size_t num_lanes,
            size_t depth, size_t assembly_bytes, size_t pread_threads, size_t jobs_max, double wait_s) {
+    num_lanes_ = num_lanes;
+    mode_ = mode_of(mode);
     require(num_lanes >= 1 && depth >= 1 && depth <= 4096 && pread_threads >= 1 && jobs_max >= 1, "limits are at least 1");
     EngineShape shape{mode_of(mode), use_process_madvise, num_lanes, pread_threads, jobs_max, wait_s, {depth, 0, assembly_bytes}};
     std::vector<Table> tables;
@@ -337,6 +339,23 @@ class PyEngine {
     return all;
   }
 
+  // What could not be had, and is made do without: [(what, how many there are, how many were wanted), ...]
+  std::vector<std::tuple<std::string, size_t, size_t>> shortfalls() const {
+    std::vector<std::tuple<std::string, size_t, size_t>> found;
+    if (engine_->num_lanes() < num_lanes_) found.emplace_back("lanes", engine_->num_lanes(), num_lanes_);
+    size_t files = 0, mapped = 0;
+    const auto count = [&](const ShardFile& file) {
+      files += file.buffered_fd >= 0;
+      mapped += file.map != nullptr;
+    };
+    for (const Table& table : engine_->tables()) {
+      for (const ShardFile& shard : table.shards) count(shard);
+      count(table.statics.placed.file);
+    }
+    if (mode_ == ReadMode::kMmap && mapped < files) found.emplace_back("memory maps of shards", mapped, files);
+    return found;
+  }
+
   void inject(const std::string& what, uint64_t first, uint64_t count) {
     static const char* const kNames[] = {"none", "failing", "short", "corrupt", "slow"};
     for (int i = 0; i < 5; ++i) {
@@ -414,6 +433,8 @@ class PyEngine {
   }
 
   std::unique_ptr<Engine> engine_;
+  size_t num_lanes_ = 0;
+  ReadMode mode_ = ReadMode::kPread;
   std::vector<py::array> memory_;  // of each table, in their order
   std::vector<py::array> held_;    // what static sets lie in
 };
@@ -432,6 +453,7 @@ void bind_engine(py::module_& module) {
       .def("read_pages", &PyEngine::read_pages)
       .def("set_resident", &PyEngine::set_resident)
       .def("locate", &PyEngine::locate)
+      .def("shortfalls", &PyEngine::shortfalls)
       .def("counters", &PyEngine::counters)
       .def("inject", &PyEngine::inject, py::arg("what"), py::arg("first") = 0, py::arg("count") = 1)
       .def("injected_reads", &PyEngine::injected_reads)

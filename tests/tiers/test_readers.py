@@ -5,16 +5,20 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 from contract.reader_contract import ReaderContract
+from stores import Model, random_keys
 
 import tierstore
 from tierstore import kernels
+from tierstore.formats.catalog import read_catalog
 from tierstore.tiers.nvme import IoChoice, choose_io
 
 
@@ -147,3 +151,27 @@ def test_a_container_that_forbids_io_uring_and_process_madvise_still_serves(buil
         pytest.skip("this system does not let a process filter its own system calls")
     assert done.returncode == 0, done.stderr
     assert "process_madvise is not to be had (EPERM)" in done.stderr
+
+
+def test_what_cannot_be_had_is_made_do_without_and_said(
+    built: Path, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Too few descriptors for every lane's ring: fewer lanes serve, and a warning says how many."""
+    if kernels.probe_uring() != 0:
+        pytest.skip("io_uring is not to be had here")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with tierstore.open(built, dram="32MiB", placement="none", io="uring") as store:
+        assert store._plan.staging.num_lanes > 1
+        asked = store._plan.staging.num_lanes
+    wanted = 2 + sum(2 * layout.num_shards for layout in read_catalog(built).tables.values())  # shards, and two rings
+    used = {int(fd) for fd in os.listdir("/proc/self/fd")}
+    free = [fd for fd in range(max(used) + wanted + 2) if fd not in used]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[wanted], limits[1]))
+        store = tierstore.open(built, dram="32MiB", io="uring")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with store:
+        assert f"of {asked} lanes could be had" in caplog.text
+        keys = random_keys(np.random.default_rng(0), 20)
+        np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))

@@ -6,13 +6,15 @@ memory on huge pages where the system allows them. No decision is made here.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
+
+logger = logging.getLogger("tierstore")
 
 _UNLIMITED_BYTES = 1 << 60  # version 1 writes "no limit" as a number near 2^63
 
@@ -23,8 +25,12 @@ def allocate(num_bytes: int) -> np.ndarray:
         return np.empty(0, dtype=np.uint8)
     block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them: small pages serve, a little slower
+        try:
             block.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            logger.warning(
+                "no huge pages (%s): small ones serve, a little slower; run 'tierstore doctor'", error.strerror
+            )
     return np.frombuffer(block, dtype=np.uint8)
 
 

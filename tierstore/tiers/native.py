@@ -5,6 +5,7 @@ Flows in: what the engine contract says. Flows out: the same rows, at the speed 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from .memory import allocate
 from .nvme import IoChoice, TableFiles, load_rows
 from .placed import OnProgress, PlacementFile, StaticSet, load_all_static
 from .placed import fault_text as entry_fault_text
+
+logger = logging.getLogger("tierstore")
 
 PREAD_THREADS = 16
 JOBS_MAX = 256  # tickets under way; beyond it, submit waits for one to end
@@ -64,6 +67,11 @@ class NativeEngine(Engine):
             wait_s=READ_WAIT_S,
         )
         self.try_lookup = self._engine.lookup
+        for wanted, found, asked in self._engine.shortfalls():
+            logger.warning(
+                "%s: %d of %d %s could be had: lookups are slower; raise 'ulimit -n' and 'ulimit -l', or free memory",
+                what, found, asked, wanted,
+            )  # fmt: skip
         for index, (file, share, memory) in enumerate(zip(files, shares, parts, strict=True)):
             if share.resident:
                 self._load(index, file, memory)
