@@ -25,7 +25,7 @@ FLOORS = {
     "tierstore.profiling": 3.5,
     "tierstore.place": 3.5,  # of the same floor: uses tiers and the build's lock
     "tierstore.counting": 3,
-    "tierstore.verify": 3,
+    "tierstore.verify": 3.5,
     "tierstore.stats": 3,
     "tierstore.recorder": 3.5,  # of the same floor, but above the tiers
     "tierstore.store": 4,

@@ -21,6 +21,7 @@ from tierstore.formats import catalog
 from tierstore.formats import placement as placement_format
 from tierstore.formats.catalog import read_catalog, set_epoch
 from tierstore.place import Chosen, place_entries, prune_placements
+from tierstore.verify import verify_store
 
 NAME = "layers.1"
 
@@ -366,6 +367,23 @@ def test_making_a_placement_killed_ten_times_keeps_an_epoch_that_serves(own_stor
     assert read_catalog(own_store).epoch != 1
     left = {entry.name for entry in (own_store / placement_format.PLACEMENT_FOLDER).iterdir()}
     assert left == {Path(record.file).name for record in read_catalog(own_store).placements.values()}
+
+
+def test_verify_checks_every_placed_entry_and_index(own_store: Path) -> None:
+    chosen = some_chosen(14)
+    report = place_at(0.5, own_store, {NAME: chosen})
+    verified = verify_store(own_store)
+    assert verified.faults == []
+    assert verified.entries_checked == len(chosen.keys)
+    table, file = report.placement.tables[NAME], placement_file(own_store)
+    for at, what in (
+        (table.byte_start + 7 * table.record_bytes, "1 of 300 entries"),
+        (table.indexes[1].byte_start + 9, "index of its order 1"),
+        (12, "head has a wrong checksum"),
+    ):
+        damage(file, at)
+        assert [what in fault for fault in verify_store(own_store).faults] == [True]
+        damage(file, at)
 
 
 def damage(file: Path, at: int) -> None:

@@ -1,4 +1,4 @@
-"""verify: every page, digest and catalog record of a store, and every row against its checkpoint.
+"""verify: every page, placed entry, digest and catalog record of a store, and every row against its checkpoint.
 
 Flows in: a store's path, and the checkpoint's `TableSource`s where rows are to be compared. Flows out: a report with one
 line for each fault. It reads shards front to back with plain reads, apart from the lookup path that it vouches for.
@@ -17,11 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from . import kernels
 from .errors import ConfigError, FormatError
 from .formats.catalog import CatalogImage, TableLayout, read_catalog
 from .formats.checkpoint import PlaneReader, TableSource
 from .formats.page import page_faults
+from .formats.placement import PlacedTable
 from .formats.tensor_files import read_exactly
+from .tiers.placed import PlacementFile
 
 CHUNK_BYTES = 4 << 20
 FAULTS_PER_SHARD_MAX = 20
@@ -40,6 +43,7 @@ class VerifyReport:
     pages_checked: int = 0
     rows_compared: int = 0
     shards_checked: int = 0
+    entries_checked: int = 0
     faults: list[str] = field(default_factory=list)
 
     def add(self, other: VerifyReport) -> None:
@@ -47,6 +51,7 @@ class VerifyReport:
         self.pages_checked += other.pages_checked
         self.rows_compared += other.rows_compared
         self.shards_checked += other.shards_checked
+        self.entries_checked += other.entries_checked
         self.faults += other.faults
 
 
@@ -60,10 +65,10 @@ def verify_store(
     jobs: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> VerifyReport:
-    """Checks a finished store: catalog, shard lengths and SHA-256, every page; rows against `sources` where given.
+    """Checks a finished store: catalog, shard lengths and SHA-256, every page, every placement; rows against `sources`.
 
     sample_rows: check the pages of that many random rows of each table (drawn with `seed`), with all rows in them, instead
-    of everything; a table of no more rows is checked whole. origin:
+    of everything (placements are checked whole); a table of no more rows is checked whole. origin:
     the checkpoint's record; another digest than the store's is a fault. Blocks; memory stays below 16 MiB a job. Raises
     `StoreNotReadyError` or `FormatError` where the catalog cannot be read at all, `ConfigError` where sources lack a table.
     """
@@ -89,6 +94,7 @@ def verify_store(
             sampled = _sampled_pages(table, sample_rows, seed)
             for index in range(table.num_shards):
                 tasks.append(pool.submit(_verify_shard, image, table, index, reader, sampled))
+        tasks += [pool.submit(_verify_placement, image, epoch) for epoch in sorted(image.placements)]
         for done, task in enumerate(as_completed(tasks), start=1):
             report.add(task.result())
             if on_progress:
@@ -142,6 +148,45 @@ def _verify_shard(
         more = len(report.faults) - FAULTS_PER_SHARD_MAX
         report.faults[FAULTS_PER_SHARD_MAX:] = [f"{what}: and {more} more faults"]
     return report
+
+
+def _verify_placement(image: CatalogImage, epoch: int) -> VerifyReport:
+    """Checks a placement's head, its indexes and every record by their checksums."""
+    report = VerifyReport()
+    try:
+        file = PlacementFile(image, epoch, direct=False)
+    except FormatError as error:
+        report.faults.append(f"placement {epoch}: {error}")
+        return report
+    try:
+        for table in file.placement.tables.values():
+            _verify_placed(file, table, image.tables[table.name].seed, report)
+    except (OSError, FormatError) as error:
+        report.faults.append(f"placement {epoch}: {error}")
+    finally:
+        file.close()
+    return report
+
+
+def _verify_placed(file: PlacementFile, table: PlacedTable, seed: int, report: VerifyReport) -> None:
+    what = f"placement {file.placement.epoch}, table {table.name}"
+    for order_index, index in enumerate(table.indexes):
+        checksum = 0
+        for start in range(0, index.num_bytes, CHUNK_BYTES):
+            part = np.empty(min(CHUNK_BYTES, index.num_bytes - start), dtype=np.uint8)
+            read_exactly(file.fd, part, index.byte_start + start, what)
+            checksum = kernels.crc32c(part, checksum)
+        if checksum != index.checksum:
+            report.faults.append(f"{what}: the index of its order {order_index} has a wrong checksum; plan again")
+    step = max(1, CHUNK_BYTES // table.record_bytes)
+    num_damaged = 0
+    for start in range(0, table.num_entries, step):
+        records = np.empty((min(step, table.num_entries - start), table.record_bytes), dtype=np.uint8)
+        read_exactly(file.fd, records, table.byte_start + start * table.record_bytes, what)
+        num_damaged += kernels.spoil_bad_records(records, table.entry_bytes, seed)
+        report.entries_checked += len(records)
+    if num_damaged:
+        report.faults.append(f"{what}: {num_damaged} of {table.num_entries} entries have wrong checksums; plan again")
 
 
 def _verify_all_pages(fd: int, table: TableLayout, index: int, reader: PlaneReader | None, report: VerifyReport) -> str:

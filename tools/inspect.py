@@ -31,6 +31,10 @@ def store_record(image: CatalogImage) -> dict[str, Any]:
         "table_bytes": sum(layout.spec.table_bytes for layout in layouts),
         "store_bytes": sum(layout.store_bytes for layout in layouts),
         "tables": [_table_record(image, layout) for layout in layouts],
+        "placements": {
+            "current": image.epoch,
+            "epochs": {str(epoch): record.num_bytes for epoch, record in sorted(image.placements.items())},
+        },
         "origin": image.origin,
         "attachments": {name: len(value) for name, value in sorted(image.attachments.items())},
     }
@@ -98,6 +102,10 @@ def _print_tables(record: dict[str, Any]) -> None:
     )
     for table in record["tables"]:
         click.echo(f"fingerprint of {table['name']}: {table['fingerprint']}")
+    placements = record["placements"]
+    for epoch, num_bytes in placements["epochs"].items():
+        opened = ", opened with" if int(epoch) == placements["current"] else ""
+        click.echo(f"placement {epoch}: {format_bytes(num_bytes)}{opened}")
     _print_origin(record["origin"])
     for name, num_bytes in record["attachments"].items():
         click.echo(f"attachment {name}: {format_bytes(num_bytes)}")

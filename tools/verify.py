@@ -55,7 +55,7 @@ def sources_of_store(image: CatalogImage, checkpoint: Checkpoint) -> tuple[Table
     help="Shards checked at once. Default: one a processor, at most 4.",
 )
 def command(store: Path, source: Path | None, sample: int | None, seed: int, jobs: int | None) -> None:
-    """Check the store STORE: its catalog, every shard's digest and every page; with --source, every row.
+    """Check the store STORE: its catalog, every shard's digest, page and placed entry; with --source, every row.
 
     With --sample, only the pages that the drawn rows lie in are read, and all their rows compared; shards' digests are not.
     Exit status 1, and a list, where anything is wrong.
@@ -72,7 +72,8 @@ def command(store: Path, source: Path | None, sample: int | None, seed: int, job
             store, sources=sources, origin=origin, sample_rows=sample, seed=seed, jobs=jobs, on_progress=on_progress
         )
     compared = f", {report.rows_compared} rows compared with {source}" if source is not None else ""
-    click.echo(f"{store}: {report.shards_checked} shards, {report.pages_checked} pages checked{compared}")
+    placed = f", {report.entries_checked} placed entries" if report.entries_checked else ""
+    click.echo(f"{store}: {report.shards_checked} shards, {report.pages_checked} pages{placed} checked{compared}")
     for fault in report.faults[:FAULTS_PRINTED_MAX]:
         click.echo(f"fault: {fault}")
     if len(report.faults) > FAULTS_PRINTED_MAX:
