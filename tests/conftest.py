@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from stores import Model, make_model, place_some
+from text_store import TextStore, make_text_store
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -45,3 +46,15 @@ def own_store(model: Model, tmp_path: Path) -> Path:
     """A finished store that a test may damage."""
     model.build(tmp_path / "own", shard_bytes=65536)
     return tmp_path / "own"
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> TextStore:
+    """A store with a trace and a profile of real text. Tests must not change it; see `own`."""
+    return make_text_store(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def own(text: TextStore, tmp_path: Path) -> Path:
+    """A store of `text` in which a test may place entries."""
+    return text.copy(tmp_path / "own.tier")

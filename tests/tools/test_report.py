@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from text_store import TextStore, good
 
 from tierstore import ConfigError
 from tierstore.decisions.choose import ItemClasses, item_hash
@@ -211,15 +213,40 @@ def browse(browser: str, page_file: Path, profile: Path) -> subprocess.Completed
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_a_browser_opens_the_page_without_a_complaint(page_file: Path, tmp_path: Path) -> None:
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
+@pytest.fixture
+def browser(tmp_path: Path) -> str:
+    """A browser whose complaints would be seen."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH")
     broken = tmp_path / "broken.html"
     broken.write_text("<script>nothing.at.all()</script>")
-    assert "CONSOLE" in browse(browser, broken, tmp_path / "profile").stderr, "complaints would be seen"
-    opened = browse(browser, page_file, tmp_path / "profile")
+    assert "CONSOLE" in browse(found, broken, tmp_path / "browser").stderr
+    return found
+
+
+def assert_opens(browser: str, page_file: Path, profile: Path) -> None:
+    opened = browse(browser, page_file, profile)
     assert opened.returncode == 0, opened.stderr
     assert "CONSOLE" not in opened.stderr, opened.stderr
     assert opened.stdout.count("<svg") == len(FIGURES)
     assert opened.stdout.rstrip().endswith("</html>")
+
+
+def test_a_browser_opens_the_page_without_a_complaint(browser: str, page_file: Path, tmp_path: Path) -> None:
+    assert_opens(browser, page_file, tmp_path / "browser")
+
+
+def test_a_browser_opens_what_the_command_writes_of_real_text(browser: str, text: TextStore, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    page_file = tmp_path / "text.html"
+    shown = good("profile", text.store, text.trace, "-o", tmp_path / "p.profile", "--report", page_file).stdout
+    assert f"report: {page_file}" in shown
+    assert_opens(browser, page_file, tmp_path / "browser")
+    page = ElementTree.fromstring(page_file.read_text(encoding="utf-8"))
+    first = next(page.iter(f"{XHTML}section"))
+    record = json.loads(good("profile", text.store, text.trace, "-o", tmp_path / "p.profile", "--json").stdout)
+    (group,) = record["analysis"]["groups"]
+    for choice in group["recommended"]:
+        assert choice["why"] in text_of(first)
+    assert f"{len(text.documents)}" in text_of(page), "what was measured is said"

@@ -1,0 +1,295 @@
+"""`tierstore plan` as a user calls it; and the promise of it: what is predicted is what the store then measures."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from test_profile_cli import error_of
+from text_store import ORDERS, TABLE_BYTES, TABLES, TextStore, good, good_json, write_trace
+
+import tierstore
+from engram_adapter import HashSpec
+from tierstore import kernels, place
+from tierstore.decisions.plan import Budgets
+from tierstore.formats.catalog import read_catalog
+from tierstore.formats.profile import Profile
+from tierstore.place import place_entries
+from tierstore.profiling import held_out_documents
+from tierstore.tools import plan as planning
+
+DRAM = 16 << 20
+GROUP = [
+    "first_touch_share", "hbm_entries", "hbm_share", "high", "hit_rate", "low", "nvme_entries", "reads_per_token",
+    "reads_per_token_unpacked", "recency_sets", "recency_share", "resident", "static_entries", "static_fraction",
+    "static_share", "steps_without_read", "tables",
+]  # fmt: skip
+RATES = ["first_touch_share", "hbm_share", "high", "hit_rate", "low", "recency_share", "static_share"]
+
+
+class CountedOnly(Profile):
+    """A profile that knows nothing of what its held-out documents held, as a prediction must not."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.counts = self.counts | {
+            "tokens": self.counts["tokens"] - self.counts["held_out_tokens"],
+            "held_out_tokens": 0,
+        }
+
+    def items(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for items, sums in super().items():
+            counted = sums[:, 0] > 0
+            yield items[counted], sums[counted] * [1, 0]
+
+
+def measured_rates(
+    store: tierstore.Store, spec: HashSpec, documents: list[np.ndarray], batch_tokens: int
+) -> dict[str, Any]:
+    """Hit rates by table and order of documents, looked up in batches of so many tokens, one document after the other."""
+    for layer in spec.layers:
+        keys = np.concatenate([spec.keys(ids[None].astype(np.int64), layer)[0] for ids in documents])
+        for start in range(0, len(keys), batch_tokens):
+            store[spec.table_name(layer)].lookup(keys[start : start + batch_tokens])
+    rates = {}
+    for name, counts in store.stats()["tables"].items():
+        of_order = {str(order): tiers for order, tiers in counts["orders"].items()} | {"all": counts["hits"]}
+        rates[name] = {order: tiers["dram"] / sum(tiers.values()) for order, tiers in of_order.items()}
+    return rates
+
+
+@pytest.mark.skipif(not kernels.native, reason="predictions are of the compiled engine's cache")
+@pytest.mark.parametrize(("dram", "nvme", "batch_tokens"), [(DRAM, 0, 1), (DRAM, 4 << 20, 16), (2 * DRAM, 0, 256)])
+def test_what_is_predicted_for_held_out_documents_is_what_the_store_then_measures(
+    text: TextStore, own: Path, dram: int, nvme: int, batch_tokens: int
+) -> None:
+    image = read_catalog(own)
+    with Profile(text.profile) as profile, CountedOnly(text.profile) as counted:
+        rankings, plans = planning.plan_profile(image, profile, Budgets(0, dram, nvme), batch_tokens)
+        place_entries(own, planning.choose(image, counted, rankings, plans))
+        documents = [columns["token_ids"] for columns in held_out_documents(profile)]
+    (ranking,), (plan,) = rankings, plans
+    record = planning.plan_record(plan, ranking.group.orders, 1000, ranking.group.replay.document_tokens)
+    assert plan.static_entries > 0
+    with tierstore.open(own, dram=dram, io="mmap") as store:  # through the page cache: fast, and counted alike
+        placed = store.stats()["placement"]
+        assert abs(placed["static_entries"][TABLES[0]] - plan.static_entries) <= 0.01 * plan.static_entries + 1
+        assert abs(placed["recency_sets"][TABLES[0]] - plan.recency_sets) <= 0.01 * plan.recency_sets + 1
+        measured = measured_rates(store, HashSpec.from_store(store), documents, batch_tokens)
+        stats = store.stats()
+    for name in TABLES:
+        assert measured[name] == pytest.approx(record["hit_rate"], abs=0.005), (
+            "within half a point, by order and in all"
+        )
+    assert (stats["entries_read"] > 0) == (plan.nvme_entries > 0)
+
+
+def test_json_has_the_keys_that_programs_rely_on(text: TextStore, own: Path) -> None:
+    record = good_json("plan", own, text.profile, "--dram", DRAM, "--hbm", "1MiB", "--nvme-entries", "4MiB")
+    assert sorted(record) == ["dram_bytes", "epoch", "groups", "hbm_bytes", "held_out_tokens", "nvme_bytes", "why"]
+    assert (record["dram_bytes"], record["hbm_bytes"], record["nvme_bytes"]) == (DRAM, 1 << 20, 4 << 20)
+    assert (record["epoch"], record["why"]) == (1, "asked for")
+    (group,) = record["groups"]
+    assert sorted(group) == GROUP
+    assert group["tables"] == TABLES
+    for name in RATES:
+        assert list(group[name]) == ORDERS
+        assert all(0 <= rate <= 1 for rate in group[name].values())
+    for order in ORDERS:
+        parts = sum(group[name][order] for name in ("hbm_share", "static_share", "recency_share"))
+        assert parts == pytest.approx(group["hit_rate"][order], abs=1e-5)
+        assert group["low"][order] <= group["hit_rate"][order] <= group["high"][order]
+
+
+def test_hbm_and_packed_entries_are_counted_and_bring_what_they_say(text: TextStore, own: Path) -> None:
+    plain = good_json("plan", own, text.profile, "--dram", DRAM, "--dry-run")["groups"][0]
+    more = good_json("plan", own, text.profile, "--dram", DRAM, "--hbm", "2MiB", "--nvme-entries", "8MiB")["groups"][0]
+    record_bytes = 2128  # 8 rows of 264 bytes, and the trailer of 16
+    index_bytes = 64 / 3.5
+    assert more["hbm_entries"] == int((2 << 20) / len(TABLES) / (record_bytes + index_bytes))
+    assert more["nvme_entries"] == pytest.approx((8 << 20) / len(TABLES) / record_bytes, abs=more["static_entries"])
+    assert (plain["hbm_entries"], plain["nvme_entries"]) == (0, 0)
+    assert plain["reads_per_token"] == plain["reads_per_token_unpacked"]
+    assert more["reads_per_token"] < more["reads_per_token_unpacked"] < plain["reads_per_token"]
+    assert more["hit_rate"]["all"] > plain["hit_rate"]["all"]
+    assert more["hbm_share"]["all"] > 0
+    (epoch,) = good_json("epochs", own)
+    entries = more["hbm_entries"] + more["static_entries"] + more["nvme_entries"]
+    assert epoch["entries"] == pytest.approx(dict.fromkeys(TABLES, entries), rel=0.01)
+    assert epoch["details"]["plan"]["groups"][0]["hbm_entries"] == more["hbm_entries"]
+
+
+def test_people_get_the_plan_and_what_was_made(text: TextStore, own: Path) -> None:
+    shown = good("plan", own, text.profile, "--dram", DRAM).stdout
+    for words in (
+        "DRAM 16.00 MiB (asked for)",
+        "dram static",
+        "first seen",
+        "left to recency",
+        "NVMe reads a token",
+        "95 %",
+    ):
+        assert words in shown
+    assert f"{own} opens with epoch 1 from now on" in "".join(shown.splitlines())
+    with tierstore.open(own, dram=DRAM) as store:
+        assert store.stats()["placement"]["epoch"] == 1
+
+
+def test_a_dry_run_writes_nothing(text: TextStore, own: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in own.rglob("*") if path.is_file() and "lock" not in path.name}
+    record = good_json("plan", own, text.profile, "--dram", DRAM, "--dry-run")
+    assert "epoch" not in record
+    after = {path: path.stat().st_mtime_ns for path in own.rglob("*") if path.is_file() and "lock" not in path.name}
+    assert after == before
+    assert good_json("epochs", own) == []
+
+
+def test_without_dram_the_knee_is_recommended_and_the_reason_said(
+    text: TextStore, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Profile(text.profile) as profile:
+        recommended = profile.footer["analysis"]["groups"][0]["recommended"]
+    names = [choice["name"] for choice in recommended]
+    knee = recommended[names.index("knee") if "knee" in names else 0]
+    record = good_json("plan", own, text.profile, "--dry-run")
+    assert record["dram_bytes"] == knee["dram_bytes"]
+    assert knee["why"] in record["why"]
+    shown = " ".join(good("plan", own, text.profile, "--dry-run").stdout.split())
+    assert f"({record['why']})" in shown
+    monkeypatch.setattr(planning, "available_memory", lambda: (DRAM, "machine"))
+    record = good_json("plan", own, text.profile, "--dry-run")
+    assert record["dram_bytes"] == DRAM // 2
+    assert "half of the memory" in record["why"]
+    assert "MiB" in record["why"]
+
+
+def test_the_knee_is_the_one_so_named_or_the_first() -> None:
+    def profile_of(*recommended: list[tuple[str, int]]) -> Any:
+        groups = [
+            {"recommended": [{"name": name, "dram_bytes": size, "why": name} for name, size in group]}
+            for group in recommended
+        ]
+        return SimpleNamespace(footer={"analysis": {"groups": groups}})
+
+    assert planning.recommended_dram(profile_of([("frugal", 1), ("knee", 2), ("generous", 4)]))[0] == 2
+    assert planning.recommended_dram(profile_of([("frugal", 1), ("generous", 4)]))[0] == 1
+    size, why = planning.recommended_dram(profile_of([("frugal", 1)], [("frugal", 1), ("knee", 3)]))
+    assert (size, "knee" in why) == (3, True)
+
+
+def test_tables_that_fit_whole_need_no_placement(text: TextStore, own: Path) -> None:
+    good("plan", own, text.profile, "--dram", DRAM)
+    shown = good("plan", own, text.profile, "--dram", 2 * TABLE_BYTES).stdout
+    assert "fits its share of DRAM whole" in shown
+    assert "opens without a placement from now on" in " ".join(shown.split())
+    record = good_json("plan", own, text.profile, "--dram", 2 * TABLE_BYTES)
+    assert (record["epoch"], record["groups"][0]["resident"]) == (None, True)
+    with tierstore.open(own, dram=2 * TABLE_BYTES) as store:
+        assert store.stats()["placement"]["epoch"] is None
+        assert store.stats()["memory"]["resident_tables"] == TABLES
+    assert [epoch["current"] for epoch in good_json("epochs", own)] == [False], "the old one stays, to be used again"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dram", "10KiB"], ["10240 bytes", "is below the", "ask for more"]),
+        (["--dram", "900TiB"], [str(900 << 40), "bytes", "left; ask for less"]),
+        (["--dram", "256KiB", "--nvme-entries", "60MiB"], ["262144 bytes", "placement's index", "place less"]),
+        (["--dram", "much"], ["--dram: 'much' is not a size"]),
+        (["--dram", "8MiB", "--hbm", "-1"], ["--hbm: '-1' is not a size"]),
+    ],
+    ids=str,
+)
+def test_budgets_that_cannot_be_are_refused_with_both_numbers(
+    text: TextStore, own: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: list[str]
+) -> None:
+    error = error_of(capsys, "plan", own, text.profile, *options)
+    for each in words:
+        assert each in error
+    assert not read_catalog(own).placements
+
+
+def test_profiles_that_cannot_be_planned_with_are_named(
+    text: TextStore, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is a trace, expected a profile" in error_of(capsys, "plan", own, text.trace, "--dram", DRAM)
+    whole = bytearray(text.profile.read_bytes())
+    path = tmp_path / "bad.profile"
+    for size in (0, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        error = error_of(capsys, "plan", own, path, "--dram", DRAM)
+        assert str(path) in error
+        assert str(size) in error
+    for place_of_version, message in ((8, "upgrade"), (len(whole) // 2, "")):
+        changed = whole.copy()
+        changed[place_of_version] ^= 0xFF
+        path.write_bytes(changed)
+        error = error_of(capsys, "plan", own, path, "--dram", DRAM)
+        assert str(path) in error
+        assert message in error
+    assert not read_catalog(own).placements
+
+
+def test_a_profile_of_another_hash_is_refused(
+    text: TextStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good("synth", tmp_path / "model", "--family", "deepseek_v41", "--rows-per-head", 300, "--seed", 4)
+    good("build", tmp_path / "model", tmp_path / "store")
+    error = error_of(capsys, "plan", tmp_path / "store", text.profile, "--dram", DRAM)
+    theirs, ours = (
+        read_catalog(store).tables[TABLES[0]].spec.fingerprint for store in (text.store, tmp_path / "store")
+    )
+    assert "another hash" in error
+    assert theirs in error
+    assert ours in error
+    assert "profile again with this store" in error
+
+
+@pytest.mark.parametrize("options", [[], ["--dram", "8MiB"]], ids=str)
+def test_profiles_without_held_out_documents_are_refused(
+    text: TextStore, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    trace = write_trace(tmp_path / "t.trace", text.documents[:3])
+    good("profile", own, trace, "--held-out", "0.000001", "-o", tmp_path / "p.profile")
+    error = error_of(capsys, "plan", own, tmp_path / "p.profile", *options)
+    assert "0 of its 3 documents are held out" in error
+    assert "larger --held-out" in error
+
+
+def test_a_disk_that_fills_while_placing_keeps_the_old_epoch(
+    text: TextStore, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good("plan", own, text.profile, "--dram", DRAM)
+    files = sorted((own / "placements").iterdir())
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, "_pwrite", full)
+        error = error_of(capsys, "plan", own, text.profile, "--dram", 2 * DRAM)
+    assert "the disk is full" in error
+    assert "the store keeps epoch 1" in error
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        error = error_of(capsys, "plan", own, text.profile, "--dram", 2 * DRAM)
+    assert "(1000 bytes) are free" in error
+    assert "free some" in error
+    assert sorted((own / "placements").iterdir()) == files
+    with tierstore.open(own, dram=DRAM) as store:
+        assert store.stats()["placement"]["epoch"] == 1
+
+
+def test_a_plan_of_a_store_that_there_is_not_makes_none(
+    text: TextStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no store" in error_of(capsys, "plan", tmp_path / "none", text.profile, "--dram", DRAM)
+    assert not list(tmp_path.iterdir())
