@@ -22,7 +22,7 @@ from .codecs import codec_dtype, decode_rows
 from .hash_spec import HashSpec
 
 if TYPE_CHECKING:
-    from tierstore.store import Store, Table, Ticket
+    from tierstore import Store, Table, Ticket
 
 WAIT_S = 60.0  # the longest a forward waits for its rows; reads of a dying disk can take tens of seconds
 PENDING_PREFETCHES_MAX = 8  # of one module; the oldest is dropped beyond it, so that unused ones cannot fill memory

@@ -28,6 +28,7 @@ FLOORS = {
     "tierstore.verify": 3.5,
     "tierstore.stats": 3,
     "tierstore.recorder": 3.5,  # of the same floor, but above the tiers
+    "tierstore.table": 3.8,
     "tierstore.store": 4,
     "tierstore": 5,
     "engram_adapter": 6,

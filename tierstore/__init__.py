@@ -19,8 +19,9 @@ from .errors import (
     TierStoreError,
 )
 from .spec import TableSpec
-from .store import Store, Table, Ticket
+from .store import Store, Ticket
 from .store import open_store as open
+from .table import Table
 from .version import VERSION as __version__
 
 __all__ = [

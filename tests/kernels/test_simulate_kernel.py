@@ -170,9 +170,9 @@ def test_a_store_hits_exactly_what_is_predicted(built: Path, batch_max: int) -> 
         table = store["layers.1"]
         seen = []
         for batch in np.split(keys, ends[:-1]):
-            before = sum(table._engine.counters()["tables"][table._index][0])
+            before = sum(table._engine.counters()["tables"][table.index][0])
             table.lookup(batch)
-            seen.append(sum(table._engine.counters()["tables"][table._index][0]) - before)
+            seen.append(sum(table._engine.counters()["tables"][table.index][0]) - before)
         num_sets = store._plan.shares["layers.1"].num_sets
     order_index = np.tile(np.arange(3, dtype=np.uint8), len(keys))
     hits = kernels.simulate_cache(order_index, keys.reshape(-1), ends * 3, num_sets)

@@ -32,7 +32,7 @@ def hit_rate(table, keys: np.ndarray) -> float:
 
 
 def table_hits(table) -> dict[str, int]:
-    in_dram, _, from_nvme = table._engine.counters()["tables"][table._index]
+    in_dram, _, from_nvme = table._engine.counters()["tables"][table.index]
     return {"dram": sum(in_dram), "nvme": sum(from_nvme)}
 
 

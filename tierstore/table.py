@@ -1,0 +1,146 @@
+"""One table of an open store: checks what callers give, and hands it to the engine that answers.
+
+Flows in: keys or row ids, a buffer for the rows perhaps. Flows out: rows. Refuses arrays of other types, shapes and ranges than
+the table has, by name. Shapes: N tokens, O orders, H rows per key.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import kernels
+from .spec import TableSpec
+from .tiers.engine import Engine
+
+
+class Table:
+    """One table of an open store. Lookups may come from any number of threads at once."""
+
+    def __init__(self, engine: Engine, index: int, spec: TableSpec, resident: bool) -> None:
+        self.index = index
+        self._spec = spec
+        self._resident = resident
+        self._rows_shape = (spec.num_heads, spec.row_bytes)
+        self._use(engine)
+
+    def _use(self, engine: Engine) -> None:
+        """Sends lookups through `engine` from now on."""
+        self._engine = engine
+        self._try_lookup = engine.try_lookup
+
+    @property
+    def spec(self) -> TableSpec:
+        """What the table is: rows, codec, address map, fingerprint. Frozen."""
+        return self._spec
+
+    def lookup(self, keys: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Returns the rows of keys: int64 [N, O] -> uint8 [N, O * H, row_bytes]; key -1 gives zero rows.
+
+        keys may be strided; out, if given, is filled and returned (any strides). Blocks on the disk for what no tier
+        holds. Raises `TypeError` (not int64), `ValueError` (shape, keys below -1), `CorruptPageError`,
+        `StoreNotReadyError` (closed); after an error, out is undefined.
+        """
+        rows = out
+        if rows is None and isinstance(keys, np.ndarray) and keys.ndim == 2:
+            rows = np.empty((keys.shape[0], *self._rows_shape), dtype=np.uint8)
+        outcome = self._try_lookup(self.index, keys, rows)
+        if outcome is not False:
+            self._engine.check(outcome)
+            assert rows is not None
+            return rows
+        # Something is out of the ordinary: arguments to refuse or to copy, a closed store.
+        keys, out = self.checked(keys, out)
+        flat = out if out.flags.c_contiguous else np.empty(out.shape, dtype=np.uint8)
+        self._engine.lookup(self.index, keys, flat)
+        if flat is not out:
+            out[...] = flat
+        return out
+
+    def explain(self, keys: np.ndarray) -> np.ndarray:
+        """Returns what would answer each key now: int64 [N, O] -> str [N, O]. Looks nothing up and counts nothing.
+
+        "static" and "recency": the dram tier; "resident": a table that it holds whole; "record": one NVMe read of the placement
+        file; "pages": NVMe reads of pages; "none": key -1. Raises like `lookup`.
+        """
+        keys, _ = self.checked(keys, None)
+        sources = np.empty(keys.shape, dtype=np.uint8)
+        self._engine.locate(self.index, keys, sources)
+        return np.array(kernels.SOURCES)[sources]
+
+    def rows(self, row_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Returns rows by row id: int64 [...] -> uint8 [..., row_bytes]; row id -1 gives a zero row.
+
+        Where the last axis holds all row ids of a token ([..., O * H]), tokens whose ids belong together go through the
+        caches by their keys, which the ids give back; other ids are read one by one. Blocks and raises like `lookup`.
+        """
+        spec = self._spec
+        row_ids = _checked_ids(row_ids, "row_ids")
+        if row_ids.size and not -1 <= row_ids.min() <= row_ids.max() < spec.num_rows:
+            bad = row_ids[(row_ids < -1) | (row_ids >= spec.num_rows)][0]
+            raise ValueError(f"table {spec.name}: row id {bad} is outside -1 to {spec.num_rows - 1}")
+        out = _checked_out(out, (*row_ids.shape, spec.row_bytes))
+        flat = out if out.flags.c_contiguous else np.empty(out.shape, dtype=np.uint8)
+        self._gather_rows(np.ascontiguousarray(row_ids), flat)
+        if flat is not out:
+            out[...] = flat
+        return out
+
+    def _gather_rows(self, row_ids: np.ndarray, out: np.ndarray) -> None:
+        """Answers `rows`: whole tokens by their keys, other ids one by one."""
+        spec = self._spec
+        flat_ids, flat_out = row_ids.reshape(-1), out.reshape(-1, spec.row_bytes)
+        whole = np.zeros(0, dtype=bool)
+        if not self._resident and (spec.is_plain or (row_ids.ndim and row_ids.shape[-1] == spec.num_heads)):
+            keys, whole = spec.keys_of_row_ids(flat_ids.reshape(-1, spec.num_heads))
+            tokens_out = out.reshape(-1, *self._rows_shape)
+            if whole.all():
+                self._engine.lookup(self.index, keys, tokens_out)
+                return
+            if whole.any():
+                part = np.empty((int(whole.sum()), *self._rows_shape), dtype=np.uint8)
+                self._engine.lookup(self.index, keys[whole], part)
+                tokens_out[whole] = part
+        if not whole.any():
+            self._engine.rows(self.index, flat_ids, flat_out)
+            return
+        single = np.flatnonzero(~np.repeat(whole, spec.num_heads))
+        part = np.empty((len(single), spec.row_bytes), dtype=np.uint8)
+        self._engine.rows(self.index, flat_ids[single], part)
+        flat_out[single] = part
+
+    def checked(self, keys: np.ndarray, out: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Checks a request; returns its keys, contiguous, and the buffer for its rows."""
+        spec = self.spec
+        keys = _checked_ids(keys, "keys")
+        if keys.ndim != 2 or keys.shape[1] != len(spec.orders):
+            raise ValueError(
+                f"table {spec.name}: keys are {list(keys.shape)}, expected [N, {len(spec.orders)}]: one for each order"
+            )
+        if keys.size and keys.min() < -1:
+            raise ValueError(
+                f"table {spec.name}: key {keys.min()} is below -1; keys are 0 to 2^63 - 1, or -1 for zero rows"
+            )
+        if spec.is_plain and keys.size and keys.max() >= spec.num_rows:
+            raise ValueError(f"table {spec.name}: key {keys.max()} is outside its {spec.num_rows} rows")
+        out = _checked_out(out, (len(keys), spec.num_heads, spec.row_bytes))
+        return np.ascontiguousarray(keys), out
+
+
+def _checked_ids(ids: np.ndarray, what: str) -> np.ndarray:
+    ids = np.asarray(ids)
+    if ids.dtype != np.int64:
+        raise TypeError(f"{what} are {ids.dtype}, expected int64; convert them: {what}.astype(numpy.int64)")
+    return ids
+
+
+def _checked_out(out: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    if out is None:
+        return np.empty(shape, dtype=np.uint8)
+    if not isinstance(out, np.ndarray) or out.dtype != np.uint8:
+        found = out.dtype if isinstance(out, np.ndarray) else type(out).__name__
+        raise TypeError(f"out is {found}, expected a NumPy array of uint8 (of a tensor: tensor.numpy())")
+    if out.shape != shape:
+        raise ValueError(f"out is {list(out.shape)}, the rows are {list(shape)}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; give a buffer that can be written")
+    return out
