@@ -36,7 +36,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_json_has_the_keys_that_programs_rely_on(text: TextStore, tmp_path: Path) -> None:
     footer = good_json("profile", text.store, text.trace, "-o", tmp_path / "p.profile")
-    assert sorted(footer) == ["analysis", "counts"]
+    assert sorted(footer) == ["analysis", "counts", "kind"]
+    assert footer["kind"] == "ngrams"
     num_tokens = sum(map(len, text.documents))
     held_out = footer["counts"].pop("held_out_tokens"), footer["counts"].pop("held_out_documents")
     assert footer["counts"] == {"tokens": num_tokens, "documents": len(text.documents)}
