@@ -32,6 +32,11 @@ def test_choices_ascend_and_say_what_they_bring() -> None:
     assert "beyond 512.00 MiB" in chosen[2].why
 
 
+def test_nothing_is_frugal_that_asks_for_more_than_the_knee() -> None:
+    chosen = recommend(BUDGETS, [0.1, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.75])
+    assert [(choice.name, choice.dram_bytes) for choice in chosen] == [("knee", BUDGETS[1]), ("generous", BUDGETS[7])]
+
+
 def test_where_the_curve_still_rises_at_its_end_nothing_is_said_of_beyond() -> None:
     chosen = recommend(BUDGETS, [0.1 * place for place in range(8)])
     assert chosen[-1].dram_bytes == BUDGETS[-1]

@@ -28,7 +28,8 @@ class Recommendation:
 def recommend(budgets: Sequence[int], rates: Sequence[float]) -> list[Recommendation]:
     """Returns the budgets to choose from, the least first: half of the gain, where the curve bends, where it ends to pay.
 
-    budgets: ascending, one at least; rates: of as many. Budgets that fall together are named once, by the first of these names.
+    budgets: ascending, one at least; rates: of as many. Budgets that fall together are named once, by the first of these names;
+    where the curve bends before half of its gain, none is frugal.
     """
     up = np.maximum.accumulate(np.asarray(rates, dtype=np.float64))
     doublings = np.log2(np.asarray(budgets[1:]) / np.asarray(budgets[:-1]))
@@ -44,6 +45,8 @@ def recommend(budgets: Sequence[int], rates: Sequence[float]) -> list[Recommenda
         "knee": (bend, "the curve bends here: up to here each doubling of memory brings most"),
         "generous": (last, f"the last doubling that brings {100 * GAIN_MIN:g} point or more; {beyond}"),
     }
+    if half > bend:
+        del whys["frugal"]  # it would ask for more than the knee
     chosen: dict[int, Recommendation] = {}
     for name, (place, why) in whys.items():
         text = f"{100 * up[place]:.1f} % of accesses hit: {why}"
