@@ -1,13 +1,15 @@
-"""`make demo`: the whole job on real text: checkpoint -> store -> Engram layers, with every row checked.
+"""`make demo`: the whole job on real text: checkpoint -> store -> profile -> plan -> Engram layers, with every row checked.
 
 Flows in: Python's own library as text, a tokenizer trained on it on the spot, a checkpoint of random values in
-DeepSeek-V4.1's layout. Flows out: what was built, how fast held-out text was looked up with a tenth of the tables in DRAM, and
-whether every row was the checkpoint's, bit for bit. It works in the folder `.demo`, which it removes again.
+DeepSeek-V4.1's layout. Flows out: what a tenth of the tables in DRAM was predicted to bring for text that nobody has seen,
+beside what it brought, and whether every row was the checkpoint's, bit for bit. It works in the folder `.demo`, of which it
+leaves only the report.
 """
 
 from __future__ import annotations
 
 import contextlib
+import random
 import shutil
 import sys
 import time
@@ -22,93 +24,163 @@ from rich.table import Table
 
 import tierstore
 from engram_adapter import EngramLayer, HashSpec, TieredEmbedding
-from engram_adapter.codecs import decode_rows
 from engram_adapter.embedding import prefetch_layers
+from tierstore.decisions.plan import Budgets
 from tierstore.errors import ConfigError
-from tierstore.formats.catalog import read_catalog
+from tierstore.formats.catalog import CatalogImage, read_catalog
 from tierstore.formats.checkpoint import Checkpoint
-from tierstore.formats.tensor_files import StoredTensor
+from tierstore.formats.profile import Profile
+from tierstore.formats.trace import TokenTraceWriter
 from tierstore.units import format_bytes
 from tierstore.verify import verify_store
 
 from .build import build_checkpoint
-from .cli import console
+from .cli import Progress, console
 from .corpus import python_text_files, split_held_out, token_documents, train_tokenizer
+from .demo_checks import WINDOW_TOKENS, check_rows, windows
+from .plan import materialise, plan_profile, plan_record
+from .profile import profile_traces
+from .report import check_report, profile_tables, write_report
 from .synth import write_checkpoint
 from .verify import sources_of_store
 
 TABLE_BYTES = 512 << 20
+DRAM_PART = 10  # of the tables
 VOCAB_SIZE = 4096
-WINDOW_TOKENS = 1024
-WARM_TOKENS = 120_000
 HELD_OUT_TOKENS = 60_000
+SHOWN_TABLES = ("Recommended budgets", "Hit rate by order, mixed")
+REPORT = "tierstore-demo-report.html"
 MARKER = "made-by-tierstore-demo"
-WORK_FOLDERS = ("checkpoint", "store")
+WORK_FOLDERS = ("checkpoint", "store", "profile")
 
 
-class CheckpointRows:
-    """The oracle: a layer's rows straight from the checkpoint's mapped tensors.
+def demo(folder: Path) -> bool:
+    """Does the whole job in `folder`; returns whether every row was right."""
+    started = time.monotonic()
+    say = console().print
+    say("[bold]1. Text and tokenizer[/]: Python's own library, and a tokenizer trained on it")
+    files = python_text_files(documentation=())
+    tokenizer = train_tokenizer(files, VOCAB_SIZE)
+    training, held_out = split_held_out(token_documents(tokenizer, files))
+    random.Random(0).shuffle(held_out)  # in the order of their names, the first are all of one corner of the library
+    say(
+        f"   {len(files)} files: {sum(map(len, training)):,} tokens to profile, {sum(map(len, held_out)):,} never shown"
+    )
 
-    What it shares with the store is where each tensor begins (`Checkpoint` reads that from the header). Which rows a token
-    has comes from `plain_row_ids`, which shares the hash's published numbers with it, and none of its code.
-    """
+    say("[bold]2. Checkpoint[/]: DeepSeek-V4.1's layout, random values")
+    write_checkpoint(folder / "checkpoint", "deepseek_v41", table_bytes=TABLE_BYTES, tokenizer=tokenizer)
+    checkpoint = Checkpoint.open(folder / "checkpoint")
 
-    def __init__(self, checkpoint: Checkpoint, layer: int) -> None:
-        self._planes = [
-            _mapped(checkpoint.tensors[f"layers.{layer}.engram.embed.{part}"]) for part in ("weight", "scale")
+    say("[bold]3. Build and verify[/]")
+    report = build_checkpoint(folder / "checkpoint", folder / "store")
+    say(f"   {format_bytes(report.bytes_written)} in {report.seconds:.1f} s, {report.shards_built} shards")
+    image = read_catalog(folder / "store")
+    verified = verify_store(
+        folder / "store", sources=sources_of_store(image, checkpoint), origin=checkpoint.as_record()
+    )
+    say(f"   {verified.pages_checked:,} pages, {verified.rows_compared:,} rows compared, {len(verified.faults)} faults")
+
+    say("[bold]4. Profile[/]: count every n-gram of the text, and say what memory would buy")
+    path = profile_text(image, training, folder)
+
+    dram_bytes = TABLE_BYTES // DRAM_PART
+    say(f"[bold]5. Plan[/] for {format_bytes(dram_bytes)} of DRAM, a tenth of the tables")
+    planned = plan_text(image, path, dram_bytes)
+
+    say(f"[bold]6. Open warm[/], and run Engram layers over {HELD_OUT_TOKENS:,} tokens that were never shown")
+    say(
+        f"   {WINDOW_TOKENS:,} at once, as in prefill: what repeats within them is read once, and counts as missed each time"
+    )
+    with (
+        Progress("loading the hottest entries") as on_progress,
+        tierstore.open(folder / "store", dram=dram_bytes, on_progress=on_progress) as store,
+    ):
+        spec = HashSpec.from_store(store)
+        embeddings = [TieredEmbedding(store, layer, spec) for layer in spec.layers]
+        layers = [
+            EngramLayer.from_checkpoint(folder / "checkpoint", layer, embedding)
+            for layer, embedding in zip(spec.layers, embeddings, strict=True)
         ]
-
-    def __getitem__(self, row_ids: np.ndarray) -> np.ndarray:
-        return np.concatenate([plane[row_ids] for plane in self._planes], axis=-1)
-
-
-def _mapped(tensor: StoredTensor) -> np.ndarray:
-    return np.memmap(tensor.path, dtype=np.uint8, mode="r", offset=tensor.byte_start, shape=tensor.shape)
-
-
-def plain_row_ids(document: np.ndarray, spec: HashSpec, layer: int) -> np.ndarray:
-    """Returns the rows of each token of a whole document, int64 [T, heads], by the formula of arXiv 2601.07372.
-
-    The key of the n-gram that ends at token t is the XOR of mapped[t - i] * multipliers[i] over i < n, with the pad id
-    before the document's start; each head of order n reads row key % modulus + offset.
-    """
-    assert spec.token_map is not None
-    look_back, num_tokens = spec.orders[-1] - 1, len(document)
-    mapped = np.concatenate([np.full(look_back, spec.pad_id), spec.token_map[document]]).astype(np.int64)
-    heads = list(zip(spec.moduli(layer), spec.offsets(layer), strict=True))
-    key, columns = np.zeros(num_tokens, dtype=np.int64), []
-    for back, multiplier in enumerate(spec.multipliers(layer)):
-        key = key ^ mapped[look_back - back : look_back - back + num_tokens] * multiplier
-        if back:
-            of_order = heads[(back - 1) * spec.heads : back * spec.heads]
-            columns += [key % modulus + offset for modulus, offset in of_order]
-    return np.stack(columns, axis=1)
+        tokens, seconds = run_layers(layers, embeddings, held_out, HELD_OUT_TOKENS)
+        measured = store.stats()
+        rows = tokens * sum(store[spec.table_name(n)].spec.num_heads for n in spec.layers)
+        say(compared_table(planned, measured))
+        reads = (measured["pages_read"] + measured["entries_read"]) / tokens
+        say(f"   NVMe reads a token: {planned['reads_per_token']:.1f} predicted, {reads:.1f} measured")
+        say(f"   {rows:,} rows in {seconds:.1f} s: {rows / seconds:,.0f} rows/s, layers' arithmetic included")
+        say("[bold]7. Every row checked[/] against the checkpoint, bytes and values")
+        checks = {"with the placement": check_rows(store, spec, checkpoint, held_out, HELD_OUT_TOKENS)}
+    with tierstore.open(folder / "store", dram=dram_bytes, placement="none") as store:
+        checks["without any"] = check_rows(store, spec, checkpoint, held_out, HELD_OUT_TOKENS)
+    for how, (compared, different) in checks.items():
+        say(f"   {how}: {compared:,} rows, {different} differ")
+    say(f"   {time.monotonic() - started:.0f} s in all")
+    return not verified.faults and all(found == (rows, 0) for found in checks.values())
 
 
-def windows(
-    documents: list[np.ndarray], tokens_max: int, look_back: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields (token ids [1, T], the tokens before [1, P]) through the documents, as prefill in parts would feed them."""
-    left = tokens_max
-    for document in documents:
-        for start in range(0, len(document), WINDOW_TOKENS):
-            part = document[start : start + min(WINDOW_TOKENS, left)]
-            yield (
-                torch.from_numpy(part[None]),
-                torch.from_numpy(document[max(0, start - look_back) : start][None].copy()),
-            )
-            left -= len(part)
-            if left <= 0:
-                return
+def profile_text(image: CatalogImage, documents: list[np.ndarray], folder: Path) -> Path:
+    """Traces and profiles text, prints the most telling tables, and writes the report where matplotlib is installed."""
+    say = console().print
+    work = folder / "profile"
+    work.mkdir()
+    with TokenTraceWriter(work / "text.trace", vocab_size=None, source="Python's own library") as writer:
+        for document in documents:
+            writer.add_document(document)
+        writer.finish()
+    started = time.monotonic()
+    with Progress("counting", "tokens") as on_progress:
+        footer = profile_traces(image, [work / "text.trace"], work / "text.profile", None, on_progress)
+    counts, (group,) = footer["counts"], footer["analysis"]["groups"]
+    for table in profile_tables(group):
+        if table.title in SHOWN_TABLES:
+            say(table)
+    say(
+        f"   {counts['tokens']:,} tokens counted and {counts['held_out_tokens']:,} of them replayed through simulated caches "
+        f"in {time.monotonic() - started:.1f} s"
+    )
+    with contextlib.suppress(ConfigError):  # no matplotlib: the tables above say the same
+        check_report(folder / REPORT)
+        write_report([group], folder / REPORT)
+        say(f"   all curves: {folder / REPORT}")
+    return work / "text.profile"
 
 
-def first_tokens(documents: list[np.ndarray], tokens_max: int) -> Iterator[np.ndarray]:
-    """Yields the documents up to `tokens_max` tokens in all, the last one cut there."""
-    for document in documents:
-        if tokens_max <= 0:
-            return
-        yield document[:tokens_max]
-        tokens_max -= len(document)
+def plan_text(image: CatalogImage, path: Path, dram_bytes: int) -> dict[str, Any]:
+    """Plans and places; returns what is to be expected of as many tokens as will be run."""
+    with Profile(path) as profile:
+        rankings, plans = plan_profile(image, profile, Budgets(0, dram_bytes, 0), WINDOW_TOKENS)
+        (ranking,), (plan,) = rankings, plans
+        document_tokens = ranking.group.replay.document_tokens
+        record = plan_record(plan, ranking.group.orders, HELD_OUT_TOKENS, document_tokens)
+        details = {"dram_bytes": dram_bytes, "groups": [record]}
+        placed = materialise(image, profile, rankings, plans, details)
+    console().print(
+        f"   of each table {plan.static_entries:,} entries are static, and {plan.recency_sets * 8:,} are left to recency"
+    )
+    if placed:
+        size = format_bytes(placed.placement.num_bytes)
+        console().print(f"   epoch {placed.placement.epoch}: {size}, hottest first, made in {placed.seconds:.1f} s")
+    return record
+
+
+def compared_table(planned: dict[str, Any], measured: dict[str, Any]) -> Table:
+    """Returns hits by order, predicted beside measured, and the tiers that answered; keys of all tables together."""
+    table = Table("order", title="Keys found in memory, and where")
+    for column in ("predicted", "95 % interval", "measured", "static set", "recency", "nvme"):
+        table.add_column(column, justify="right")
+    counts = {order: np.zeros(3, dtype=np.int64) for order in planned["hit_rate"]}  # static, recency, nvme
+    for part in measured["tables"].values():
+        for order, tiers in part["orders"].items():
+            in_static = part["static_hits"][order]
+            found = np.array([in_static, tiers["dram"] - in_static, tiers["nvme"]])
+            counts[str(order)] += found
+            counts["all"] += found
+    for name, found in counts.items():
+        low, predicted, high = (100 * planned[rate][name] for rate in ("low", "hit_rate", "high"))
+        static, recency, nvme = 100 * found / max(found.sum(), 1)
+        shown = [f"{predicted:.1f} %", f"{low:.1f} to {high:.1f} %", f"[bold]{static + recency:.1f} %[/]"]
+        table.add_row(name, *shown, *(f"{share:.1f} %" for share in (static, recency, nvme)))
+    return table
 
 
 def run_layers(
@@ -131,101 +203,15 @@ def run_layers(
     return tokens, time.monotonic() - started
 
 
-def check_rows(
-    store: tierstore.Store, spec: HashSpec, checkpoint: Checkpoint, documents: list[np.ndarray]
-) -> tuple[int, int]:
-    """Looks the same text up again; returns rows compared with the checkpoint, bytes and decoded values, and how many differ."""
-    compared = different = 0
-    for layer in spec.layers:
-        oracle = CheckpointRows(checkpoint, layer)
-        table = store[spec.table_name(layer)]
-        embedding = TieredEmbedding(store, layer, spec)
-        row_ids = np.concatenate(
-            [plain_row_ids(part, spec, layer) for part in first_tokens(documents, HELD_OUT_TOKENS)]
-        )
-        start = 0
-        for token_ids, history in windows(documents, HELD_OUT_TOKENS, look_back=3):
-            expected = oracle[row_ids[start : start + token_ids.shape[1]]]
-            start += token_ids.shape[1]
-            rows = table.lookup(spec.keys(token_ids.numpy(), layer, history.numpy())[0])
-            values = embedding(token_ids, history)[0]
-            decoded = decode_rows(torch.from_numpy(expected), table.spec.codec, table.spec.dim)
-            wrong = (rows != expected).any(axis=-1) | (values.view(torch.int16) != decoded.view(torch.int16)).any(
-                -1
-            ).numpy()
-            compared += wrong.size
-            different += int(wrong.sum())
-    return compared, different
-
-
-def hit_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    """Returns hits by table, order and tier between two readings of a store's counters."""
-    table = Table("table", "order", "keys", "hbm", "dram", "nvme", title="where the keys of held-out text were found")
-    for name, counts in after["tables"].items():
-        for order, tiers in counts["orders"].items():
-            found = {tier: count - before["tables"][name]["orders"][order][tier] for tier, count in tiers.items()}
-            keys = sum(found.values())
-            shares = [f"{100 * found[tier] / max(keys, 1):.1f} %" for tier in ("hbm", "dram", "nvme")]
-            table.add_row(name, str(order), f"{keys:,}", *shares)
-    return table
-
-
-def demo(folder: Path) -> bool:
-    """Does the whole job in `folder`; returns whether every row was right."""
-    started = time.monotonic()
-    say = console().print
-    say("[bold]1. Text and tokenizer[/]: Python's own library, and a tokenizer trained on it")
-    files = python_text_files(documentation=())
-    tokenizer = train_tokenizer(files, VOCAB_SIZE)
-    training, held_out = split_held_out(token_documents(tokenizer, files))
-    say(f"   {len(files)} files; {sum(map(len, training)):,} tokens, and {sum(map(len, held_out)):,} held out")
-
-    say("[bold]2. Checkpoint[/]: DeepSeek-V4.1's layout, random values")
-    write_checkpoint(folder / "checkpoint", "deepseek_v41", table_bytes=TABLE_BYTES, tokenizer=tokenizer)
-    checkpoint = Checkpoint.open(folder / "checkpoint")
-
-    say("[bold]3. Build and verify[/]")
-    report = build_checkpoint(folder / "checkpoint", folder / "store")
-    say(f"   {format_bytes(report.bytes_written)} in {report.seconds:.1f} s, {report.shards_built} shards")
-    sources = sources_of_store(read_catalog(folder / "store"), checkpoint)
-    verified = verify_store(folder / "store", sources=sources, origin=checkpoint.as_record())
-    say(f"   {verified.pages_checked:,} pages, {verified.rows_compared:,} rows compared, {len(verified.faults)} faults")
-
-    budget = TABLE_BYTES // 10
-    say(f"[bold]4. Engram layers over real text[/], {format_bytes(budget)} of DRAM, a tenth of the tables")
-    with tierstore.open(folder / "store", dram=budget) as store:
-        spec = HashSpec.from_store(store)
-        embeddings = [TieredEmbedding(store, layer, spec) for layer in spec.layers]
-        layers = [
-            EngramLayer.from_checkpoint(folder / "checkpoint", layer, embedding)
-            for layer, embedding in zip(spec.layers, embeddings, strict=True)
-        ]
-        run_layers(layers, embeddings, training, WARM_TOKENS)
-        before = store.stats()
-        tokens, seconds = run_layers(layers, embeddings, held_out, HELD_OUT_TOKENS)
-        after = store.stats()
-        rows = tokens * sum(store[spec.table_name(n)].spec.num_heads for n in spec.layers)
-        say(hit_table(before, after))
-        say(
-            f"   {tokens:,} tokens, {rows:,} rows in {seconds:.1f} s: {rows / seconds:,.0f} rows/s, layers' arithmetic included"
-        )
-        compared, different = check_rows(store, spec, checkpoint, held_out)
-    say(
-        f"[bold]5. Every row checked[/]: {compared:,} rows against the checkpoint, bytes and values: {different} differ"
-    )
-    say(f"   {time.monotonic() - started:.0f} s in all")
-    return different == 0 and compared == rows and not verified.faults
-
-
 @contextlib.contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
-    """Empties `folder` of what an earlier demo left, and of what this one makes; whatever else is there stays.
+    """Empties `folder` of what an earlier demo left and this one makes; the report and whatever else is there stay.
 
     Raises `ConfigError` where it is a file, or holds something and not the mark that a demo works there.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give a new or an empty folder")
-    held = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    held = [entry.name for entry in folder.iterdir() if entry.name != REPORT] if folder.exists() else []
     if held and MARKER not in held:
         raise ConfigError(
             f"{folder} holds {len(held)} files that no demo made ({held[0]}, ...); give a new or an empty folder"
@@ -256,10 +242,10 @@ def _remove_work(folder: Path) -> None:
     type=click.Path(path_type=Path),
     default=Path(".demo"),
     show_default=True,
-    help="Where to work, in about 1.2 GiB: a new or an empty folder, left as it was.",
+    help="Where to work, in about 1.2 GiB: a new or an empty folder, left as it was but for a report.",
 )
 def command(folder: Path) -> None:
-    """Build, verify and look up half a gigabyte of tables with real text; exit status 1 if any row is wrong."""
+    """Build, profile, plan and look up half a gigabyte of tables with real text; exit status 1 if any row is wrong."""
     try:
         with own_folder(folder):
             good = demo(folder)

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
+from text_store import TextStore
 
+import tierstore
 from engram_adapter import HashSpec
 from tierstore.errors import ConfigError
-from tierstore.tools import demo
-from tierstore.tools.demo import first_tokens, own_folder, plain_row_ids, windows
+from tierstore.formats.catalog import read_catalog
+from tierstore.formats.checkpoint import Checkpoint
+from tierstore.tools import demo, demo_checks
+from tierstore.tools.demo import own_folder
+from tierstore.tools.demo_checks import first_tokens, plain_row_ids, windows
 
 
 @pytest.fixture
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders that a demo worked in; the work itself is a file in each of its two folders."""
+    """The folders that a demo worked in; the work itself is a file in each of its folders."""
     folders: list[Path] = []
 
     def work(folder: Path) -> bool:
-        for name in ("checkpoint", "store"):
+        for name in ("checkpoint", "store", "profile"):
             (folder / name).mkdir()
             (folder / name / "file").touch()
         folders.append(folder)
@@ -33,6 +42,18 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def run_demo(folder: Path) -> tuple[int, str]:
     result = CliRunner().invoke(demo.command, ["--folder", str(folder)])
     return result.exit_code, result.output
+
+
+def test_the_report_of_an_earlier_demo_stays_and_does_not_keep_the_next_one_out(
+    tmp_path: Path, worked: list[Path]
+) -> None:
+    (tmp_path / demo.REPORT).write_text("curves")
+    for _ in range(2):
+        assert run_demo(tmp_path)[0] == 0
+    assert len(worked) == 2
+    assert [entry.name for entry in tmp_path.iterdir()] == [demo.REPORT]
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert run_demo(tmp_path)[0] == 1
 
 
 @pytest.mark.parametrize("kept", ["thesis.tex", "checkpoint/model.safetensors", "store"])
@@ -89,10 +110,56 @@ def test_the_oracles_rows_are_the_hashs_however_a_document_is_cut(monkeypatch: p
         "engram_head_dim": 32, "engram_pad_token_id": 2, "vocab_size": 61,
     }  # fmt: skip
     spec = HashSpec.from_config(config, np.arange(61, dtype=np.int32) % 40)
-    monkeypatch.setattr(demo, "WINDOW_TOKENS", 7)
+    monkeypatch.setattr(demo_checks, "WINDOW_TOKENS", 7)
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 61, length) for length in (20, 1, 7, 9)]
     for layer in spec.layers:
         parts = [spec.row_ids(ids.numpy(), layer, before.numpy())[0] for ids, before in windows(documents, 30, 3)]
         expected = np.concatenate([plain_row_ids(part, spec, layer) for part in first_tokens(documents, 30)])
         np.testing.assert_array_equal(np.concatenate(parts), expected)
+
+
+def test_predicted_and_measured_stand_side_by_side_for_all_tables_together() -> None:
+    rates = {"2": 0.5, "3": 0.25, "all": 0.375}
+    planned = {"hit_rate": rates, "low": dict.fromkeys(rates, 0.1), "high": dict.fromkeys(rates, 0.9)}
+    part = {
+        "orders": {2: {"hbm": 0, "dram": 6, "nvme": 4}, 3: {"hbm": 0, "dram": 1, "nvme": 9}},
+        "static_hits": {2: 5, 3: 0},
+    }
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(demo.compared_table(planned, {"tables": {"layers.1": part, "layers.14": part}}))
+    lines = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines() if "│" in line
+    ]
+    assert lines == [
+        ["2", "50.0 %", "10.0 to 90.0 %", "60.0 %", "50.0 %", "10.0 %", "40.0 %"],
+        ["3", "25.0 %", "10.0 to 90.0 %", "10.0 %", "0.0 %", "10.0 %", "90.0 %"],
+        ["all", "37.5 %", "10.0 to 90.0 %", "35.0 %", "25.0 %", "10.0 %", "65.0 %"],
+    ]
+
+
+def test_text_is_profiled_planned_and_placed_for_the_store(text: TextStore, own: Path, tmp_path: Path) -> None:
+    image = read_catalog(own)
+    (tmp_path / "work").mkdir()
+    path = demo.profile_text(image, text.documents, tmp_path / "work")
+    has_report = importlib.util.find_spec("matplotlib") is not None
+    assert (tmp_path / "work" / demo.REPORT).exists() == has_report
+    planned = demo.plan_text(image, path, 16 << 20)
+    assert list(planned["hit_rate"]) == ["2", "3", "4", "all"]
+    with tierstore.open(own, dram=16 << 20) as store:
+        assert store.stats()["placement"]["epoch"] == 1
+        assert store.stats()["placement"]["static_entries"]["layers.1"] > 0
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_rows_are_compared_with_the_checkpoints_own_bytes(text: TextStore, own: Path, damaged: bool) -> None:
+    checkpoint = Checkpoint.open(text.store.parent / "model")
+    with tierstore.open(own, dram="16MiB", io="mmap") as store:
+        spec = HashSpec.from_store(store)
+        if damaged:
+            tensor = checkpoint.tensors["layers.1.engram.embed.weight"]
+            checkpoint.tensors["layers.1.engram.embed.weight"] = replace(tensor, byte_start=tensor.byte_start - 1)
+        compared, different = demo_checks.check_rows(store, spec, checkpoint, text.documents, 100)
+    assert compared == 2 * 100 * 24
+    assert (different > compared // 3) == damaged
+    assert (different == 0) == (not damaged)
