@@ -21,9 +21,10 @@ import numpy as np
 from engram_adapter.hash_spec import HashSpec
 from engram_adapter.profiles import check_profile, profile_header, token_documents
 from tierstore.decisions.budget import cache_set_bytes
-from tierstore.decisions.curves import EntryCost, build_curves, ladder
+from tierstore.decisions.curves import Curves, EntryCost, build_curves, ladder
 from tierstore.decisions.plan import INDEX_ENTRY_BYTES
 from tierstore.decisions.ranking import Ranking
+from tierstore.decisions.replay import simulate
 from tierstore.decisions.tally import Group, OrderSplit
 from tierstore.errors import ConfigError, FingerprintMismatchError
 from tierstore.formats.catalog import CatalogImage, TableLayout, read_catalog
@@ -41,6 +42,7 @@ from tierstore.profiling import (
     make_profile,
     merge_profiles,
 )
+from tierstore.units import format_bytes
 
 from .cli import Progress, console
 
@@ -164,9 +166,38 @@ def _group_record(
         steps_ranking=steps_ranking,
         map_over=pool.map,
     )
-    source = {"tables": ", ".join(group.tables), "documents": counts["documents"], "tokens": counts["tokens"]}
-    distinct = dict(zip(map(str, group.orders), group.distinct, strict=True))
-    return {"tables": list(group.tables), "distinct": distinct, "source": source} | curves.as_record()
+    record: dict[str, Any] = {"tables": list(group.tables)} | curves.as_record()
+    record["distinct"] = dict(zip(map(str, group.orders), group.distinct, strict=True))
+    record["sampling"] = _sampling(group, ranking, curves)
+    record["source"] = {
+        "tables": ", ".join(group.tables),
+        "documents": f"{counts['documents']:,}, {counts['held_out_documents']:,} of them held out",
+        "tokens": f"{counts['tokens']:,}, {counts['held_out_tokens']:,} of them held out",
+        "distinct n-grams": ", ".join(f"{count:,} of order {order}" for order, count in record["distinct"].items()),
+        "curves": _words_of_sampling(record["sampling"]),
+    }
+    return record
+
+
+def _sampling(group: Group, sampled: Ranking, curves: Curves) -> dict[str, Any] | None:
+    """How far the curves' share of the items is off all of them, in hit rate, at one budget; None where it is all of them."""
+    share = sampled.group.replay.sample_rate / group.replay.sample_rate
+    if share == 1:
+        return None
+    budget = curves.recommended[0].dram_bytes
+    point = next(point for point in curves.points if point.dram_bytes == budget)
+    static = Ranking(group).static(point.static_entries)
+    exact = simulate(group.replay, static, point.recency_sets, 1).hit_rate
+    return {"share": share, "dram_bytes": budget, "error": float(abs(exact - point.outcome.hit_rate).max())}
+
+
+def _words_of_sampling(sampling: dict[str, Any] | None) -> str:
+    if sampling is None:
+        return "simulated access by access"
+    return (
+        f"from {100 * sampling['share']:.0f} % of the items (SHARDS); all of them give hit rates at most "
+        f"{100 * sampling['error']:.1f} points off these, any order, at {format_bytes(sampling['dram_bytes'])}"
+    )
 
 
 def entry_cost(layout: TableLayout, num_tables: int, group_tables: int) -> EntryCost:
@@ -241,6 +272,9 @@ def command(
             f"{output}: {counts['tokens']:,} tokens of {counts['documents']:,} documents, {counts['held_out_tokens']:,} "
             f"held out, in {seconds:.1f} s"
         )
+        for group in record["groups"]:
+            click.echo(f"distinct n-grams: {group['source']['distinct n-grams']}")
+            click.echo(f"curves: {group['source']['curves']}")
         if footer["kind"] == KEYS:
             click.echo("of recorded keys: each token above is a lookup")
         if not record["groups"]:

@@ -120,7 +120,7 @@ def test_only_the_first_50_faults_are_printed_and_the_rest_counted(
 ) -> None:
     verify = importlib.import_module("tierstore.tools.verify")
     faults = [f"page {index} is bad" for index in range(53)]
-    report = SimpleNamespace(shards_checked=1, pages_checked=60, rows_compared=0, faults=faults)
+    report = SimpleNamespace(shards_checked=1, pages_checked=60, rows_compared=0, entries_checked=0, faults=faults)
     monkeypatch.setattr(verify, "verify_store", lambda *_, **__: report)
     result = invoke("verify", built[1])
     assert result.exit_code == 1
