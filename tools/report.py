@@ -122,7 +122,7 @@ def _summary(record: Record) -> str:
         )
     cards = "".join(_card(record, place) for place in range(len(record["recommended"])))
     source = "".join(
-        f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(str(value))}</dd>"
+        f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(f'{value:,}' if isinstance(value, int) else str(value))}</dd>"
         for name, value in record.get("source", {}).items()
     )
     return (

@@ -249,4 +249,4 @@ def test_a_browser_opens_what_the_command_writes_of_real_text(browser: str, text
     (group,) = record["analysis"]["groups"]
     for choice in group["recommended"]:
         assert choice["why"] in text_of(first)
-    assert f"{len(text.documents)}" in text_of(page), "what was measured is said"
+    assert f"tokens{sum(map(len, text.documents)):,}" in text_of(page), "what was measured is said"
