@@ -188,7 +188,7 @@ void Lane::land(const PageDone& done) {
   --in_flight_;
   free_slots_.push_back(done.slot);
   if (job_->fault.kind == FaultKind::kNone) {
-    const Fault fault = (first.page & kPlacedRead) != 0 ? land_placed(first, done) : land_page(wave, group, done);
+    const Fault fault = (first.page & kPlacedRead) != 0 ? land_placed(wave, group, done) : land_page(wave, group, done);
     if (fault.kind != FaultKind::kNone) fail(fault);
   }
   if (--wave.groups_left == 0 && job_->fault.kind == FaultKind::kNone) finish_wave(wave);
@@ -213,19 +213,24 @@ Fault Lane::land_page(const Wave& wave, size_t group, PageDone done) {
   return {};
 }
 
-Fault Lane::land_placed(const RowWant& want, PageDone done) {
-  const PlacedFile& placed = tables_[want.table].statics.placed;
-  const auto place = static_cast<uint32_t>(want.page);
-  const Miss& miss = job_->misses[want.which];
+// An index may lead several keys to one record: whoever is not the one it names is told so, not handed its rows.
+Fault Lane::land_placed(const Wave& wave, size_t group, PageDone done) {
+  const size_t start = wave.group_starts[group], end = wave.group_starts[group + 1];
+  const uint32_t table = wave.wants[start].table;
+  const PlacedFile& placed = tables_[table].statics.placed;
+  const auto place = static_cast<uint32_t>(wave.wants[start].page);
   uint8_t* record = staging_ + done.slot * shape_.page_bytes + (placed.record_start(place) - placed.read_start(place));
   faults_.apply(done, record, placed.shape.record_bytes);
-  if (done.error != 0) return {FaultKind::kBadEntry, want.table, place, done.error};
-  if (!record_is_whole(record, placed.shape) || !record_is_of(record, placed.shape, miss.order, miss.key)) {
-    return {FaultKind::kBadEntry, want.table, place, 0};
-  }
+  if (done.error != 0) return {FaultKind::kBadEntry, table, place, done.error};
+  if (!record_is_whole(record, placed.shape)) return {FaultKind::kBadEntry, table, place, 0};
   counters_.entries.fetch_add(1, std::memory_order_relaxed);
   counters_.bytes.fetch_add(placed.read_bytes(place), std::memory_order_relaxed);
-  std::memcpy(want.to, record, want.num_bytes);
+  for (size_t i = start; i < end; ++i) {
+    const RowWant& want = wave.wants[i];
+    const Miss& miss = job_->misses[want.which];
+    if (!record_is_of(record, placed.shape, miss.order, miss.key)) return {FaultKind::kBadEntry, table, place, 0};
+    std::memcpy(want.to, record, want.num_bytes);
+  }
   return {};
 }
 

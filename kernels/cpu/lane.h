@@ -86,7 +86,7 @@ class Lane {
   void start_reads();
   void land(const PageDone& done);
   Fault land_page(const Wave& wave, size_t group, PageDone done);
-  Fault land_placed(const RowWant& want, PageDone done);
+  Fault land_placed(const Wave& wave, size_t group, PageDone done);
   void finish_wave(Wave& wave);
   void fail(const Fault& fault);
   bool active(const Wave& wave) const { return wave.groups_left > 0; }

@@ -1,0 +1,70 @@
+"""Placements damaged under good checksums, made on disks that fail, opened by those who are interrupted: rows or a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stores import make_model
+
+import tierstore
+from tierstore import kernels
+from tierstore.formats.catalog import read_catalog
+from tierstore.formats.placement import head_bytes, read_head
+from tierstore.place import Chosen, place_entries
+
+
+def chosen_keys(count: int, static_fraction: float = 0.5) -> Chosen:
+    """Keys of the first order, ascending."""
+    keys = np.sort(np.random.default_rng(0).integers(0, 2**63 - 1, count, dtype=np.int64))
+    return Chosen(np.zeros(count, dtype=np.uint8), keys, static_fraction)
+
+
+def tokens_of(chosen: Chosen, num_orders: int = 3) -> np.ndarray:
+    keys = np.full((len(chosen.keys), num_orders), -1, dtype=np.int64)
+    keys[np.arange(len(keys)), chosen.order_index] = chosen.keys
+    return keys
+
+
+def with_indexes(store: Path, change: Callable[[np.ndarray], None]) -> None:
+    """Changes every index of the current placement, records of `kernels.INDEX_BUCKET`, and seals it again."""
+    image = read_catalog(store)
+    assert image.epoch is not None
+    file = store / image.placements[image.epoch].file
+    with file.open("r+b") as stream:
+        placement = read_head(file, stream.fileno(), image.placements[image.epoch], image.tables)
+        for name, table in placement.tables.items():
+            indexes = []
+            for index in table.indexes:
+                stream.seek(index.byte_start)
+                buckets = np.frombuffer(stream.read(index.num_bytes), dtype=kernels.INDEX_BUCKET).copy()
+                change(buckets)
+                stream.seek(index.byte_start)
+                stream.write(buckets.tobytes())
+                indexes.append(replace(index, checksum=kernels.crc32c(buckets.view(np.uint8))))
+            placement.tables[name] = replace(table, indexes=tuple(indexes))
+        stream.seek(0)
+        stream.write(head_bytes(placement))
+
+
+@pytest.mark.parametrize("io", ["uring", "mmap", "pread"])
+def test_a_record_that_an_index_gives_to_many_keys_is_handed_to_its_own_only(tmp_path: Path, io: str) -> None:
+    """Read for its own key, it was not looked at again for the others in the batch: they got what lay in memory before."""
+    model = make_model(tmp_path / "model", layers=tuple(range(1, 10)))
+    model.build(tmp_path / "store")
+    chosen = chosen_keys(8, static_fraction=0.0)
+    place_entries(tmp_path / "store", {"layers.9": chosen})
+
+    def all_to_the_first(buckets: np.ndarray) -> None:
+        buckets["places"][buckets["keys"] >= 0] = 0
+
+    with_indexes(tmp_path / "store", all_to_the_first)
+    keys = tokens_of(chosen)
+    with tierstore.open(tmp_path / "store", dram="4MiB", io=io) as store:
+        assert store.stats()["memory"]["staging_bytes"] > 200_000  # enough to read many entries in one wave
+        with pytest.raises(tierstore.CorruptPageError, match=r"placed entry 0 of table layers\.9.*key is wrong"):
+            store["layers.9"].lookup(keys)
+        np.testing.assert_array_equal(store["layers.9"].lookup(keys[:1]), model.expected("layers.9", keys[:1]))
