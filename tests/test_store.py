@@ -232,6 +232,36 @@ def test_a_store_works_on_both_sides_of_a_fork(built: Path, model: Model) -> Non
         np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
 
 
+FORKING_THREADS = """
+import os, sys, threading
+import tierstore
+
+sys.setswitchinterval(1e-6)
+stores = [tierstore.open(sys.argv[1], dram="600KiB") for _ in range(4)]
+
+def fork_often():
+    for _ in range(60):
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+
+threads = [threading.Thread(target=fork_often) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+for store in stores:
+    store.close()
+"""
+
+
+def test_threads_that_fork_at_once_do_not_wait_for_each_other_for_ever(built: Path) -> None:
+    """One held some of the stores' locks and waited for the interpreter; the other had that, and waited for those locks."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKING_THREADS, str(built)]
+    subprocess.run(command, check=True, timeout=120)
+
+
 def test_closing_gives_back_every_descriptor(built: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):

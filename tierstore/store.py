@@ -42,6 +42,7 @@ PLACEMENT_ATTEMPTS_MAX = 5
 IN_FLIGHT_SWEEP = 64  # so many buffers of ended tickets are kept at most before they are let go
 
 _open_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+_fork_lock = threading.Lock()  # of the set above; held through a fork
 
 
 def open_store(
@@ -162,7 +163,8 @@ class Store:
             layout.spec.name: Table(self._engine, index, layout.spec, plan.shares[layout.spec.name].resident)
             for index, layout in enumerate(layouts)
         }
-        _open_stores.add(self)
+        with _fork_lock:
+            _open_stores.add(self)
 
     def _make_engine(self, choice: IoChoice, on_progress: OnProgress | None) -> Engine:
         if choice.mode == "uring" and not all(files.has_direct for files in self._files):
@@ -329,6 +331,7 @@ _forking: list[Store] = []
 
 
 def _before_fork() -> None:
+    _fork_lock.acquire()  # two threads that fork at once would wait for each other's stores for ever
     _forking[:] = sorted((store for store in _open_stores if not store._closed), key=id)
     for store in _forking:
         store._engine.before_fork()
@@ -341,6 +344,7 @@ def _after_fork(*, child: bool) -> None:
             store._recorder_lock = threading.Lock()
             store._forget_trace()
     _forking.clear()
+    _fork_lock.release()
 
 
 @atexit.register
