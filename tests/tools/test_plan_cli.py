@@ -126,6 +126,21 @@ def test_hbm_and_packed_entries_are_counted_and_bring_what_they_say(text: TextSt
     assert epoch["details"]["plan"]["groups"][0]["hbm_entries"] == more["hbm_entries"]
 
 
+def test_packed_entries_beyond_all_that_were_counted_cost_no_memory(text: TextStore, own: Path) -> None:
+    """Room was set aside for an index of entries that there are not: with a generous size none was static any more."""
+    some, all_of_them, more = (
+        good_json("plan", own, text.profile, "--dram", 2 * DRAM, "--nvme-entries", size)["groups"][0]
+        for size in ("8MiB", "2GiB", "1TiB")
+    )
+    assert more == all_of_them
+    assert more["static_entries"] > 0
+    assert more["hit_rate"]["all"] > 0.9 * some["hit_rate"]["all"]
+    assert more["reads_per_token"] < some["reads_per_token"]
+    with tierstore.open(own, dram=2 * DRAM) as store:
+        static_entries = store.stats()["placement"]["static_entries"][TABLES[0]]
+    assert static_entries == pytest.approx(more["static_entries"], rel=0.01)
+
+
 def test_people_get_the_plan_and_what_was_made(text: TextStore, own: Path) -> None:
     shown = good("plan", own, text.profile, "--dram", DRAM).stdout
     for words in (

@@ -116,10 +116,12 @@ def _plan_at(
     hbm_entries = min(left, int(budgets.hbm_bytes / num_tables / (record + INDEX_ENTRY_BYTES)))
     left -= hbm_entries
     beyond = int(budgets.nvme_bytes / num_tables / record)
-    room = (
-        fraction * (share_bytes - INDEX_ENTRY_BYTES * (hbm_entries + beyond)) / (record + fraction * INDEX_ENTRY_BYTES)
+    # Indexes are of all that is placed: of those in HBM and beyond, and of static ones; but never of more than there are.
+    room = max(
+        (share_bytes - INDEX_ENTRY_BYTES * (hbm_entries + beyond)) / (record + fraction * INDEX_ENTRY_BYTES),
+        (share_bytes - INDEX_ENTRY_BYTES * (hbm_entries + left)) / record,
     )
-    static_entries = min(left, max(0, int(room)))
+    static_entries = min(left, max(0, int(fraction * room)))
     nvme_entries = min(left - static_entries, beyond)
     num_entries = hbm_entries + static_entries + nvme_entries
     share = divide_as_opened(layouts, budgets.dram_bytes, tables, num_entries, fraction).shares[largest]
