@@ -431,6 +431,7 @@ def test_placed_predicts_the_very_stream_exactly(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(placed, "BATCH_TOKENS", 64)
     result = Result("placed")
     placed.run_placed(tmp_path, Options(pairs=1, budgets=(4 << 20, 8 << 20)), 64 << 20, result)
+    assert json.loads(json.dumps(result.as_record()))["figures"]
     figures = {figure.case: figure for figure in result.figures}
     for budget in ("4 MiB", "8 MiB"):
         assert figures[f"{budget}: measured off predicted for the very stream"].median == 0

@@ -117,7 +117,7 @@ class Figure:
         """Whether the median keeps the bound; None where there is none."""
         if self.bound is None:
             return None
-        return self.median >= self.bound if self.at_least else self.median <= self.bound
+        return bool(self.median >= self.bound if self.at_least else self.median <= self.bound)
 
     def row(self) -> list[str]:
         """Returns the line of a printed table."""
