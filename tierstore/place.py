@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -113,7 +113,7 @@ def place_entries(
         _remove_leftovers(folder, image)
         shapes = {name: _shape_of(part, len(image.tables[name].spec.orders)) for name, part in chosen.items()}
         placement = lay_out_placement(epoch, image.tables, shapes, details or {})
-        plan = PlacePlan(placement, _bytes_needed(placement), shutil.disk_usage(folder).free)
+        plan = PlacePlan(placement, _bytes_needed(placement, image.tables), shutil.disk_usage(folder).free)
         if on_plan:
             on_plan(plan)
         if plan.bytes_needed > plan.bytes_free:
@@ -180,10 +180,23 @@ def _shape_of(part: Chosen, num_orders: int) -> TableShape:
     return TableShape(tuple(entries_of_order), part.static_fraction, part.hbm_entries)
 
 
-def _bytes_needed(placement: Placement) -> int:
-    """The file; and beside it the buckets of the largest table that does not fit one: its rows and where each goes."""
-    spilled = [table.records_bytes for table in placement.tables.values() if table.records_bytes > BUCKET_BYTES]
-    return placement.num_bytes + int(max(spilled, default=0) * 1.05) + SPARE_DISK_BYTES
+def _bytes_needed(placement: Placement, layouts: Mapping[str, TableLayout]) -> int:
+    """The file; and beside it the rows of the largest table that does not fit one bucket, each with its place."""
+    spilled = [
+        table.num_entries * layouts[name].spec.rows_per_key * _placed_row(layouts[name]).itemsize
+        for name, table in placement.tables.items()
+        if table.num_entries > _entries_of_bucket(table)
+    ]
+    return placement.num_bytes + max(spilled, default=0) + SPARE_DISK_BYTES
+
+
+def _entries_of_bucket(table: PlacedTable) -> int:
+    return max(1, BUCKET_BYTES // table.record_bytes)
+
+
+def _placed_row(layout: TableLayout) -> np.dtype[np.void]:
+    """A row on its way: the head-th of the entry at a place of its bucket."""
+    return np.dtype([("place", "<u4"), ("head", "<u4"), ("row", "u1", (layout.spec.row_bytes,))])
 
 
 def _remove_leftovers(folder: Path, image: CatalogImage) -> None:
@@ -281,53 +294,61 @@ def _stretches(pages: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
 
 
 class _Destination:
-    """A table's records on their way into the file: filled in memory where they fit one bucket, else through a file a bucket."""
+    """A table's records on their way into the file: filled in memory where they fit one bucket, else through a file.
+
+    That file has a region for each bucket, which its rows fill in the order in which they are read.
+    """
 
     def __init__(self, fd: int, layout: TableLayout, table: PlacedTable, part: Chosen, work: Path) -> None:
         self._fd, self._layout, self._table, self._part = fd, layout, table, part
-        self._per_bucket = max(1, BUCKET_BYTES // table.record_bytes)
+        self._per_bucket = _entries_of_bucket(table)
         self._num_buckets = -(-table.num_entries // self._per_bucket)
-        self._spilled = np.dtype([("place", "<u4"), ("head", "<u4"), ("row", "u1", (layout.spec.row_bytes,))])
+        self._placed_row = _placed_row(layout)
         self._memory = np.empty((min(self._per_bucket, table.num_entries), table.record_bytes), dtype=np.uint8)
-        self._files = (
-            [(work / f"{table.name.replace('/', '_')}-{bucket}").open("w+b") for bucket in range(self._num_buckets)]
-            if self._num_buckets > 1
-            else []
-        )
+        self._file = (work / "rows").open("w+b") if self._num_buckets > 1 else None
+        self._rows_added = np.zeros(self._num_buckets, dtype=np.int64)
 
     def add(self, places: np.ndarray, heads: np.ndarray, rows: np.ndarray) -> None:
         """Takes rows, uint8 [R, row_bytes], each the head-th of the entry at its place."""
-        if not self._files:
+        if self._file is None:
             self._rows_of(self._memory)[places, heads] = rows
             return
         bucket = places // self._per_bucket
         by_bucket = np.argsort(bucket, kind="stable")
-        spilled = np.empty(len(rows), dtype=self._spilled)
-        spilled["place"], spilled["head"] = places[by_bucket] % self._per_bucket, heads[by_bucket]
-        spilled["row"] = rows[by_bucket]
-        bounds = np.searchsorted(bucket[by_bucket], np.arange(self._num_buckets + 1))
-        for file, start, end in zip(self._files, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            file.write(spilled[start:end].tobytes())
+        placed = np.empty(len(rows), dtype=self._placed_row)
+        placed["place"], placed["head"] = places[by_bucket] % self._per_bucket, heads[by_bucket]
+        placed["row"] = rows[by_bucket]
+        buckets, starts = np.unique(bucket[by_bucket], return_index=True)
+        for number, start, end in zip(
+            buckets.tolist(), starts.tolist(), [*starts.tolist()[1:], len(rows)], strict=True
+        ):
+            at = self._region_start(number) + int(self._rows_added[number]) * self._placed_row.itemsize
+            _pwrite(self._file.fileno(), placed[start:end].view(np.uint8), at)
+            self._rows_added[number] += end - start
+
+    def _region_start(self, bucket: int) -> int:
+        return bucket * self._per_bucket * self._layout.spec.rows_per_key * self._placed_row.itemsize
 
     def finish(self) -> None:
         """Seals every record and writes it to its place."""
         for bucket in range(self._num_buckets):
             start = bucket * self._per_bucket
             records = self._memory[: min(self._per_bucket, self._table.num_entries - start)]
-            if self._files:
-                self._gather(bucket, records)
+            if self._file is not None:
+                self._gather(self._file, bucket, records)
             keys = self._part.keys[start : start + len(records)]
             order_index = self._part.order_index[start : start + len(records)].astype(np.uint32)
             kernels.seal_records(records, keys, order_index, self._table.entry_bytes, self._layout.seed)
             _pwrite(self._fd, records, self._table.byte_start + start * self._table.record_bytes)
+        if self._file is not None:
+            self._file.close()
+            Path(self._file.name).unlink()
 
-    def _gather(self, bucket: int, records: np.ndarray) -> None:
-        with self._files[bucket] as file:
-            file.flush()
-            spilled = np.fromfile(file.name, dtype=self._spilled)
-            Path(file.name).unlink()
-        assert len(spilled) == len(records) * self._layout.spec.rows_per_key, "every row of every entry was added once"
-        self._rows_of(records)[spilled["place"], spilled["head"]] = spilled["row"]
+    def _gather(self, file: BinaryIO, bucket: int, records: np.ndarray) -> None:
+        num_rows = len(records) * self._layout.spec.rows_per_key
+        assert self._rows_added[bucket] == num_rows, "every row of every entry was added once"
+        placed = np.fromfile(file.name, self._placed_row, num_rows, offset=self._region_start(bucket))
+        self._rows_of(records)[placed["place"], placed["head"]] = placed["row"]
 
     def _rows_of(self, records: np.ndarray) -> np.ndarray:
         """The rows of records, uint8 [n, H, row_bytes]; no copy."""

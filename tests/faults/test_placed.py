@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import make_model
+from stores import Model, make_model
 
 import tierstore
-from tierstore import kernels
+from tierstore import kernels, place
 from tierstore.formats.catalog import read_catalog
 from tierstore.formats.placement import head_bytes, read_head
 from tierstore.place import Chosen, place_entries
@@ -68,3 +69,27 @@ def test_a_record_that_an_index_gives_to_many_keys_is_handed_to_its_own_only(tmp
         with pytest.raises(tierstore.CorruptPageError, match=r"placed entry 0 of table layers\.9.*key is wrong"):
             store["layers.9"].lookup(keys)
         np.testing.assert_array_equal(store["layers.9"].lookup(keys[:1]), model.expected("layers.9", keys[:1]))
+
+
+def test_buckets_beyond_all_descriptors_are_filled_through_one_file(
+    own_store: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each had a file, open to the end: 100 GiB of packed entries ran out of descriptors, and their preflight was short."""
+    chosen = chosen_keys(600, static_fraction=0.0)
+    monkeypatch.setattr(place, "BUCKET_BYTES", 1000)  # two records of 336 bytes
+    most_files, most_bytes = 0, 0
+    plans: list[place.PlacePlan] = []
+
+    def look(_done: int, _of: int) -> None:
+        nonlocal most_files, most_bytes
+        most_files = max(most_files, len(os.listdir("/proc/self/fd")))
+        files = [path for path in (own_store / "placements").rglob("*") if path.is_file()]
+        most_bytes = max(most_bytes, sum(path.stat().st_size for path in files))
+
+    before = len(os.listdir("/proc/self/fd"))
+    place_entries(own_store, {"layers.1": chosen}, on_plan=plans.append, on_progress=look)
+    assert most_files < before + 20
+    assert most_bytes <= plans[0].bytes_needed - place.SPARE_DISK_BYTES
+    with tierstore.open(own_store, dram="400KiB") as store:
+        keys = tokens_of(chosen)
+        np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
