@@ -126,20 +126,20 @@ def place_entries(
         try:
             with tempfile.TemporaryDirectory(dir=folder, prefix="work-") as work:
                 placement, pages = _write(file.with_suffix(".new"), image, placement, chosen, Path(work), on_progress)
-        except OSError as error:
-            file.with_suffix(".new").unlink(missing_ok=True)
+            file.with_suffix(".new").rename(file)
+            sync_folder(folder)
+            publish_placement(path, PlacementRecord(epoch, f"{PLACEMENT_FOLDER}/{file.name}", placement.num_bytes))
+        except BaseException as error:
+            kept = read_catalog(path)
+            _remove_leftovers(folder, kept)
+            if not isinstance(error, OSError):
+                raise
             if error.errno == errno.ENOSPC:
                 raise BudgetError(
                     f"{folder}: the disk is full: the placement needs {plan.bytes_needed} bytes, {plan.bytes_free} were free "
-                    f"when it began; the store keeps epoch {image.epoch}: free some, then plan again"
+                    f"when it began; the store keeps epoch {kept.epoch}: free some, then plan again"
                 ) from error
-            raise ConfigError(f"{folder}: {error}; the store keeps epoch {image.epoch}") from error
-        except BaseException:
-            file.with_suffix(".new").unlink(missing_ok=True)
-            raise
-        file.with_suffix(".new").rename(file)
-        sync_folder(folder)
-        publish_placement(path, PlacementRecord(epoch, f"{PLACEMENT_FOLDER}/{file.name}", placement.num_bytes))
+            raise ConfigError(f"{folder}: {error}; the store keeps epoch {kept.epoch}") from error
     return PlaceReport(placement, pages, time.monotonic() - started)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,3 +95,40 @@ def test_buckets_beyond_all_descriptors_are_filled_through_one_file(
     with tierstore.open(own_store, dram="400KiB") as store:
         keys = tokens_of(chosen)
         np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
+
+
+@pytest.mark.parametrize("failing", ["publish_placement", "sync_folder"])
+def test_a_disk_that_is_full_when_all_is_written_gets_its_space_back(
+    own_store: Path, model: Model, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """The file stayed, nobody's, and kept the disk full; the error was a bare OSError."""
+    place_entries(own_store, {"layers.1": chosen_keys(50)})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, failing, full)
+        with pytest.raises(tierstore.BudgetError, match=r"the disk is full.*keeps epoch 1"):
+            place_entries(own_store, {"layers.1": chosen_keys(60)})
+    assert [file.name for file in (own_store / "placements").iterdir()] == ["00000001.placement"]
+    keys = tokens_of(chosen_keys(60))
+    with tierstore.open(own_store, dram="400KiB") as store:
+        assert store.stats()["placement"]["epoch"] == 1
+        np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
+
+
+def test_a_placement_that_was_published_stays_when_its_maker_is_interrupted(
+    own_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = place.publish_placement
+
+    def publish_and_interrupt(*arguments: Any) -> None:
+        published(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, "publish_placement", publish_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        place_entries(own_store, {"layers.1": chosen_keys(50)})
+    with tierstore.open(own_store, dram="400KiB") as store:
+        assert store.stats()["placement"]["epoch"] == 1
