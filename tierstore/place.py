@@ -98,7 +98,8 @@ def place_entries(
 
     details: as in `Placement`. on_plan gets the preflight before anything is written,
     on_progress (rows done, rows in all) now and then. Raises `BudgetError` where the disk has too little room (also midway),
-    `ConfigError` for tables that there are not, `CorruptPageError` for damaged pages. The old epoch stays until it is
+    `ConfigError` for tables that there are not, `CorruptPageError` for damaged pages, `FormatError` for details that are too
+    long, `ValueError` for what cannot be placed. The old epoch stays until it is
     published over, and in the store after that.
     """
     path = Path(store_path)
@@ -113,6 +114,7 @@ def place_entries(
         _remove_leftovers(folder, image)
         shapes = {name: _shape_of(part, len(image.tables[name].spec.orders)) for name, part in chosen.items()}
         placement = lay_out_placement(epoch, image.tables, shapes, details or {})
+        _check_head(placement)
         plan = PlacePlan(placement, _bytes_needed(placement, image.tables), shutil.disk_usage(folder).free)
         if on_plan:
             on_plan(plan)
@@ -173,6 +175,20 @@ def _check_chosen(image: CatalogImage, chosen: Mapping[str, Chosen]) -> None:
             raise ValueError(f"table {name}: keys below 0, or orders that it has not, cannot be placed")
         if spec.is_plain and len(part.keys) and part.keys.max() >= spec.num_rows:
             raise ValueError(f"table {name}: key {part.keys.max()} is outside its {spec.num_rows} rows")
+        if not 0 <= part.static_fraction <= 1 or not 0 <= part.hbm_entries <= len(part.keys):
+            raise ValueError(
+                f"table {name}: static_fraction {part.static_fraction} must be within 0 and 1, hbm_entries {part.hbm_entries} "
+                f"within 0 and its {len(part.keys)} entries"
+            )
+
+
+def _check_head(placement: Placement) -> None:
+    """Raises `FormatError` where the head will not fit, before hours of work and not after."""
+    tables = {
+        name: replace(table, indexes=tuple(replace(index, checksum=2**32 - 1) for index in table.indexes))
+        for name, table in placement.tables.items()
+    }
+    head_bytes(replace(placement, tables=tables))
 
 
 def _shape_of(part: Chosen, num_orders: int) -> TableShape:

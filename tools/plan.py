@@ -23,6 +23,7 @@ from tierstore.decisions.plan import FRACTIONS, Budgets, GroupPlan, plan_group
 from tierstore.decisions.ranking import Ranking
 from tierstore.errors import BudgetError, ConfigError
 from tierstore.formats.catalog import CatalogImage, read_catalog, set_epoch
+from tierstore.formats.placement import HEAD_BYTES_MAX
 from tierstore.formats.profile import KEYS, Profile
 from tierstore.place import Chosen, PlacePlan, PlaceReport, place_entries
 from tierstore.profiling import ItemRanking, groups_of
@@ -34,6 +35,7 @@ from .profile import check_header, documents_of
 
 SIMULATIONS_AT_ONCE = 2
 TRIED_ACCESSES = 3_000_000
+DETAILS_BYTES_MAX = HEAD_BYTES_MAX // 4  # of what the placement says of its plan; groups of many tables are left out
 MEMORY_PART = 0.5  # of what is free, that a recommended budget takes at most
 
 
@@ -226,7 +228,9 @@ def materialise(
         with locked_store(image.path):
             set_epoch(image.path, None)
         return None
-    details = {"profile": profile.path.name, "plan": dict(record)}
+    details: dict[str, Any] = {"profile": profile.path.name, "plan": dict(record)}
+    if len(json.dumps(details)) > DETAILS_BYTES_MAX:
+        del details["plan"]["groups"]
     with Progress("placing", "rows") as on_progress:
         return place_entries(image.path, chosen, details=details, on_plan=print_preflight, on_progress=on_progress)
 

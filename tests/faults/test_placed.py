@@ -11,13 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from stores import Model, make_model
+from text_store import good, good_json
 
 import tierstore
 from tierstore import kernels, place
+from tierstore.build import build_store
 from tierstore.formats.catalog import read_catalog
+from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
 from tierstore.formats.placement import head_bytes, read_head
 from tierstore.place import Chosen, place_entries
+from tierstore.spec import TableSpec
 
 
 def chosen_keys(count: int, static_fraction: float = 0.5) -> Chosen:
@@ -132,3 +137,49 @@ def test_a_placement_that_was_published_stays_when_its_maker_is_interrupted(
         place_entries(own_store, {"layers.1": chosen_keys(50)})
     with tierstore.open(own_store, dram="400KiB") as store:
         assert store.stats()["placement"]["epoch"] == 1
+
+
+@pytest.mark.parametrize("part", [{"static_fraction": 1.5}, {"static_fraction": float("nan")}, {"hbm_entries": 51}])
+def test_what_no_reader_would_open_is_not_published(own_store: Path, part: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"table layers\.1: static_fraction .* hbm_entries .* 50 entries"):
+        place_entries(own_store, {"layers.1": replace(chosen_keys(50), **part)})
+    assert not read_catalog(own_store).placements
+
+
+def test_details_that_do_not_fit_are_named_before_the_work(own_store: Path) -> None:
+    """They were found too long when every row had been read and written."""
+
+    def started(*_: object) -> None:
+        raise AssertionError
+
+    with pytest.raises(tierstore.FormatError, match=r"at most 65536 fit; shorten its details"):
+        place_entries(own_store, {"layers.1": chosen_keys(50)}, details={"plan": "x" * 70_000}, on_progress=started)
+    assert list((own_store / "placements").iterdir()) == []
+
+
+def test_many_tables_are_planned_by_the_keys_of_a_running_store(tmp_path: Path) -> None:
+    """What was expected of a hundred tables did not fit the placement's head, and the plan ended in an error."""
+    rng = np.random.default_rng(0)
+    tensors = {f"t{number}": rng.integers(0, 256, (2000, 64), dtype=np.uint8) for number in range(100)}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path / "model.safetensors")
+    sources = [
+        TableSource(TableSpec.plain(name, 2000, 64, "raw", 64), (Plane(64, (checkpoint.tensors[name],)),))
+        for name in tensors
+    ]
+    build_store(tmp_path / "store", sources, origin=checkpoint.as_record(), attachments={})
+    with tierstore.open(tmp_path / "store", dram="4MiB", io="mmap") as store:
+        store.start_trace(tmp_path / "keys.trace", share=1)
+        for _ in range(100):
+            for name in tensors:
+                store[name].lookup(np.minimum(rng.zipf(1.3, (100, 1)), 2000) - 1)
+        store.stop_trace()
+    good("profile", tmp_path / "store", tmp_path / "keys.trace", "-o", tmp_path / "keys.profile")
+    plan = good_json("plan", tmp_path / "store", tmp_path / "keys.profile", "--dram", "4MiB")
+    assert len(plan["groups"]) == 100
+    (epoch,) = good_json("epochs", tmp_path / "store")
+    assert epoch["details"]["plan"]["dram_bytes"] == 4 << 20
+    with tierstore.open(tmp_path / "store", dram="4MiB") as store:
+        for name, rows in tensors.items():
+            found = store[name].lookup(np.arange(2000)[:, None])
+            np.testing.assert_array_equal(found[:, 0], rows)
