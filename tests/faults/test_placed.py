@@ -23,6 +23,7 @@ from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
 from tierstore.formats.placement import head_bytes, read_head
 from tierstore.place import Chosen, place_entries
 from tierstore.spec import TableSpec
+from tierstore.tiers import placed
 
 
 def chosen_keys(count: int, static_fraction: float = 0.5) -> Chosen:
@@ -56,6 +57,17 @@ def with_indexes(store: Path, change: Callable[[np.ndarray], None]) -> None:
             placement.tables[name] = replace(table, indexes=tuple(indexes))
         stream.seek(0)
         stream.write(head_bytes(placement))
+
+
+def build_plain_tables(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Builds folder/store of plain tables, uint8 [num_rows, row_bytes] each."""
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    checkpoint = Checkpoint.open(folder / "model.safetensors")
+    sources = []
+    for name, rows in tensors.items():
+        spec = TableSpec.plain(name, len(rows), rows.shape[1], "raw", rows.shape[1])
+        sources.append(TableSource(spec, (Plane(rows.shape[1], (checkpoint.tensors[name],)),)))
+    build_store(folder / "store", sources, origin=checkpoint.as_record(), attachments={})
 
 
 @pytest.mark.parametrize("io", ["uring", "mmap", "pread"])
@@ -139,6 +151,33 @@ def test_a_placement_that_was_published_stays_when_its_maker_is_interrupted(
         assert store.stats()["placement"]["epoch"] == 1
 
 
+def test_who_interrupts_an_opening_does_not_wait_for_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All reads were queued, and an interrupt came through when the last had ended: minutes, of a large static set."""
+    rows = np.random.default_rng(0).integers(0, 256, (40_000, 1000), dtype=np.uint8)
+    build_plain_tables(tmp_path, {"t": rows})
+    chosen = Chosen(np.zeros(30_000, dtype=np.uint8), np.arange(30_000), static_fraction=1.0)
+    place_entries(tmp_path / "store", {"t": chosen})
+    monkeypatch.setattr(placed, "LOAD_THREADS", 1)
+    monkeypatch.setattr(placed, "LOAD_BYTES", 1)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    loads = 0
+
+    def checked(*arguments: Any) -> int:
+        nonlocal loads
+        loads += 1
+        return spoil(*arguments)
+
+    def interrupt(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    spoil = kernels.spoil_bad_records
+    monkeypatch.setattr(kernels, "spoil_bad_records", checked)
+    with pytest.raises(KeyboardInterrupt):
+        tierstore.open(tmp_path / "store", dram="32MiB", on_progress=interrupt)
+    assert 0 < loads < 30, "of 59"
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
 @pytest.mark.parametrize("part", [{"static_fraction": 1.5}, {"static_fraction": float("nan")}, {"hbm_entries": 51}])
 def test_what_no_reader_would_open_is_not_published(own_store: Path, part: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"table layers\.1: static_fraction .* hbm_entries .* 50 entries"):
@@ -161,13 +200,7 @@ def test_many_tables_are_planned_by_the_keys_of_a_running_store(tmp_path: Path) 
     """What was expected of a hundred tables did not fit the placement's head, and the plan ended in an error."""
     rng = np.random.default_rng(0)
     tensors = {f"t{number}": rng.integers(0, 256, (2000, 64), dtype=np.uint8) for number in range(100)}
-    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint.open(tmp_path / "model.safetensors")
-    sources = [
-        TableSource(TableSpec.plain(name, 2000, 64, "raw", 64), (Plane(64, (checkpoint.tensors[name],)),))
-        for name in tensors
-    ]
-    build_store(tmp_path / "store", sources, origin=checkpoint.as_record(), attachments={})
+    build_plain_tables(tmp_path, tensors)
     with tierstore.open(tmp_path / "store", dram="4MiB", io="mmap") as store:
         store.start_trace(tmp_path / "keys.trace", share=1)
         for _ in range(100):

@@ -212,10 +212,14 @@ def _load_records(
 
     num_damaged = 0
     with ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="tierstore-load") as pool:
-        for future in as_completed([pool.submit(load, start) for start in range(0, num_entries, step)]):
-            damaged, num_bytes = future.result()
-            num_damaged += damaged
-            on_bytes(num_bytes)
+        try:
+            for future in as_completed([pool.submit(load, start) for start in range(0, num_entries, step)]):
+                damaged, num_bytes = future.result()
+                num_damaged += damaged
+                on_bytes(num_bytes)
+        except BaseException:  # who interrupts does not wait for the rest
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return num_damaged
 
 
