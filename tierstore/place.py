@@ -96,11 +96,10 @@ def place_entries(
 ) -> PlaceReport:
     """Makes a placement of a store and publishes it as its new current epoch. Blocks until it is durable.
 
-    details: as in `Placement`. on_plan gets the preflight before anything is written,
-    on_progress (rows done, rows in all) now and then. Raises `BudgetError` where the disk has too little room (also midway),
-    `ConfigError` for tables that there are not, `CorruptPageError` for damaged pages, `FormatError` for details that are too
-    long, `ValueError` for what cannot be placed. The old epoch stays until it is
-    published over, and in the store after that.
+    details: as in `Placement`. on_plan gets the preflight before anything is written, on_progress (rows done, rows in all) now
+    and then. Raises `BudgetError` where the disk has too little room (also midway), `ConfigError` for tables that there are
+    not, `CorruptPageError` for damaged pages, `FormatError` for details that are too long, `ValueError` for what cannot be
+    placed. The old epoch stays until it is published over, and in the store after that.
     """
     path = Path(store_path)
     started = time.monotonic()
