@@ -112,3 +112,12 @@ def test_intervals_of_part_of_real_documents_hold_other_documents(shared_data: P
             stream = rng.permutation(others)
             held.append(low[0] <= rate_of_a_stream(lengths[stream], hits[stream], STREAM_TOKENS) <= high[0])
     assert np.mean(held) >= 0.9
+
+
+@pytest.mark.parametrize("hits", [0, 3, 10])
+def test_one_document_says_nothing_of_how_documents_differ(hits: int) -> None:
+    """Redrawn, it is always itself: the interval had no width."""
+    one = np.array([[hits]]), np.array([[10]]), np.array([10])
+    for hits_of, accesses, tokens in (one, tuple(np.concatenate([part, part * 0]) for part in one)):
+        low, high = prediction_intervals(hits_of, accesses, tokens, 10, np.random.default_rng(0))
+        assert (low[0], high[0]) == (0, 1)

@@ -34,11 +34,12 @@ def prediction_intervals(
     things are uncertain: the estimate, known from D documents only (redrawn, D of them), and what the other stream happens
     to be (documents drawn until they have its tokens, the last one cut). The interval is the estimate and the quantiles of
     their difference, widened where a few documents have most of the accesses; of fewer than 100 documents of hugely different
-    lengths it still holds less often than it says. Where nothing can be drawn it is 0 to 1. Blocks, a tenth of a second
+    lengths it still holds less often than it says. Of fewer than two documents, which say nothing of how they differ, it is 0
+    to 1. Blocks, a tenth of a second
     for hundreds of documents.
     """
     num_documents, num_quantities = hits.shape
-    if num_tokens <= 0 or document_tokens.sum() <= 0:
+    if num_tokens <= 0 or np.count_nonzero(document_tokens) < 2:
         return np.zeros(num_quantities), np.ones(num_quantities)
     num_tokens = min(num_tokens, STREAMS_MAX * int(document_tokens.sum()))
     estimate = _rates(hits.sum(axis=0), accesses.sum(axis=0))
