@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from stores import Model, random_keys
 
 import tierstore
 from tierstore import kernels
+from tierstore.tiers import native
 
 
 class TestResidentStore(StoreContract):
@@ -260,6 +263,33 @@ def test_threads_that_fork_at_once_do_not_wait_for_each_other_for_ever(built: Pa
     """One held some of the stores' locks and waited for the interpreter; the other had that, and waited for those locks."""
     command = [sys.executable, "-W", "ignore", "-c", FORKING_THREADS, str(built)]
     subprocess.run(command, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_closed_store_that_is_still_named_keeps_no_memory_and_its_counts(
+    built: Path, monkeypatch: pytest.MonkeyPatch, portable: bool
+) -> None:
+    """Its block was let go only with the store itself."""
+    blocks: list[weakref.ref] = []
+    real = native.allocate
+
+    def allocate(num_bytes: int) -> np.ndarray:
+        block = real(num_bytes)
+        blocks.append(weakref.ref(block))
+        return block
+
+    monkeypatch.setattr(native, "allocate", allocate)
+    monkeypatch.setattr(kernels, "native", not portable)
+    store = tierstore.open(built, dram="600KiB")
+    store["layers.1"].lookup(random_keys(np.random.default_rng(0), 20))
+    counted = store.stats()["hits"]
+    store.close()
+    assert store.stats()["hits"] == counted
+    gc.collect()
+    if portable:
+        assert all(table.cache is None and table.resident is None for table in store._engine._tables)
+    else:
+        assert [block() for block in blocks] == [None]
 
 
 def test_closing_gives_back_every_descriptor(built: Path) -> None:

@@ -377,6 +377,9 @@ class PyEngine {
         for (ShardFile& shard : table.shards) unmap(shard);
         unmap(table.statics.placed.file);
       }
+      const py::gil_scoped_acquire acquired;  // a closed store that somebody still names must not keep its budget
+      memory_.clear();
+      held_.clear();
     }
     return ended;
   }

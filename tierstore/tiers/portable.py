@@ -140,7 +140,9 @@ class PortableEngine(Engine):
             pool, self._pool = self._pool, None
         if pool:
             pool.shutdown(wait=True)
-        self._tables.clear()
+        for table in self._tables:  # counts stay, memory goes
+            table.resident = table.cache = table.static = None
+        self._staging.release()
         return True
 
     def before_fork(self) -> None:
@@ -365,6 +367,11 @@ class StagingPool:
             with self._changed:
                 self._free.append(buffer)
                 self._changed.notify()
+
+    def release(self) -> None:
+        """Gives the memory of all buffers back; nobody holds one any more."""
+        self._buffers.clear()
+        self._free.clear()
 
     def after_fork(self) -> None:
         """Takes back, in a forked child, the buffers that the parent's other threads held."""
