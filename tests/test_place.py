@@ -113,7 +113,8 @@ def test_many_buckets_make_the_same_file_as_one(own_store: Path, model: Model, m
     chosen = {NAME: some_chosen(2, 500), "layers.14": some_chosen(3, 77)}
     place_at(0.5, own_store, chosen)
     monkeypatch.setattr(place, "BUCKET_BYTES", 7000)
-    monkeypatch.setattr(place, "PAGES_AT_ONCE", 3)
+    monkeypatch.setattr(place, "READ_BYTES", 3 * 4096)
+    monkeypatch.setattr(place, "ROWS_AT_ONCE", 5)
     monkeypatch.setattr(place, "DENSE", 0.9)
     place_at(0.5, own_store, chosen)
     one, other = (placement_file(own_store, epoch).read_bytes() for epoch in (1, 2))

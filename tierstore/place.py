@@ -49,7 +49,8 @@ from .units import format_bytes
 
 BUCKET_BYTES = 96 << 20  # of the destination, filled at once in memory
 SPARE_DISK_BYTES = 64 << 20  # left free beside what is written
-PAGES_AT_ONCE = 2048
+READ_BYTES = 8 << 20  # of pages at once
+ROWS_AT_ONCE = 1 << 15  # that are taken out of them together, however many keys share a row
 DENSE = 0.25  # where more of a stretch of pages is needed, the whole stretch is read
 
 OnProgress = Callable[[int, int], None]
@@ -276,7 +277,7 @@ def _write_indexes(fd: int, table: PlacedTable, part: Chosen) -> PlacedTable:
 def _needed_rows(files: TableFiles, part: Chosen) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
     """Yields (places [R], heads [R], rows [R, row_bytes], pages read) in page order, head by head: a head is a range of rows."""
     layout, spec = files.table, files.table.spec
-    pages = np.empty((PAGES_AT_ONCE, layout.page_bytes), dtype=np.uint8)
+    pages = np.empty((max(1, READ_BYTES // layout.page_bytes), layout.page_bytes), dtype=np.uint8)
     heads = sorted(range(spec.num_heads), key=lambda head: spec.offsets[head])
     for head in heads:
         order_index, of_entry = divmod(head, spec.rows_per_key)
@@ -284,25 +285,29 @@ def _needed_rows(files: TableFiles, part: Chosen) -> Iterator[tuple[np.ndarray, 
         row_ids = part.keys[places] % spec.moduli[head] + spec.offsets[head]
         by_row = np.argsort(row_ids)
         places, row_ids = places[by_row].astype(np.uint32), row_ids[by_row]
-        for start, end, page_numbers in _stretches(row_ids // layout.rows_per_page):
+        for stretch_start, stretch_end, page_numbers in _stretches(row_ids // layout.rows_per_page, len(pages)):
             read_pages(files, page_numbers, pages[: len(page_numbers)])
             rows = layout.shape.rows_of(pages[: len(page_numbers)])
-            at = np.searchsorted(page_numbers, row_ids[start:end] // layout.rows_per_page)
-            found = rows[at, row_ids[start:end] % layout.rows_per_page]
-            yield places[start:end], np.full(end - start, of_entry, dtype=np.uint32), found, len(page_numbers)
+            num_read = len(page_numbers)
+            for start in range(stretch_start, stretch_end, ROWS_AT_ONCE):
+                end = min(start + ROWS_AT_ONCE, stretch_end)
+                at = np.searchsorted(page_numbers, row_ids[start:end] // layout.rows_per_page)
+                found = rows[at, row_ids[start:end] % layout.rows_per_page]
+                yield places[start:end], np.full(end - start, of_entry, dtype=np.uint32), found, num_read
+                num_read = 0
     for shard_index in range(layout.num_shards):
         os.posix_fadvise(files.fd(shard_index), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _stretches(pages: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+def _stretches(pages: np.ndarray, pages_max: int) -> Iterator[tuple[int, int, np.ndarray]]:
     """Cuts pages, int64 [R] ascending, into (start, end, pages to read): those needed, or all between where many are."""
     needed, firsts = np.unique(pages, return_index=True)
     bounds = np.append(firsts, len(pages))
     i = 0
     while i < len(needed):
-        dense_end = int(np.searchsorted(needed, needed[i] + PAGES_AT_ONCE))
-        is_dense = dense_end - i > DENSE * PAGES_AT_ONCE
-        j = dense_end if is_dense else min(i + PAGES_AT_ONCE, len(needed))
+        dense_end = int(np.searchsorted(needed, needed[i] + pages_max))
+        is_dense = dense_end - i > DENSE * pages_max
+        j = dense_end if is_dense else min(i + pages_max, len(needed))
         read = np.arange(needed[i], needed[j - 1] + 1) if is_dense else needed[i:j]
         yield int(bounds[i]), int(bounds[j]), read
         i = j
