@@ -250,7 +250,8 @@ class Store:
     def start_trace(self, path: str | os.PathLike[str], share: float = 1 / 16) -> None:
         """Starts to record a trace of keys at `path`, until `stop_trace` or `close`; the file bears its name only then.
 
-        share: of all keys, above 0, at most 1; every access of those keys is recorded: lookups, submits, and rows by id where
+        share: of all keys, above 0, at most 1 (a sample can be profiled; to plan a placement from it, record all: 1); every
+        access of those keys is recorded: lookups, submits, and rows by id where
         they are read by key. A thread writes it; what that has no time for is counted and not recorded. Raises `ConfigError`
         (a trace is running, the path is no file's), `ValueError` (share), `StoreNotReadyError` (closed), `OSError`.
         """

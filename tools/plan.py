@@ -48,6 +48,11 @@ def plan_profile(
 ) -> tuple[list[Ranking], list[GroupPlan]]:
     """Returns the plan of each group of tables, with its ranking. Blocks, seconds a million held-out accesses."""
     check_header(image, profile.header)
+    if profile.header.sample_rate < 1:
+        raise ConfigError(
+            f"{profile.path} counts a sample of {profile.header.sample_rate:g} of the keys: it predicts, but a placement needs "
+            f"the keys themselves; record all of them, with store.start_trace(path, share=1)"
+        )
     rankings = [Ranking(group) for group in groups_of(profile, documents_of(image, profile))]
     rankings = [ranking for ranking in rankings if len(ranking.group.replay.items)]
     if not rankings:

@@ -308,3 +308,25 @@ def test_a_plan_of_a_store_that_there_is_not_makes_none(
 ) -> None:
     assert "no store" in error_of(capsys, "plan", tmp_path / "none", text.profile, "--dram", DRAM)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sample_of_keys_predicts_and_all_of_them_can_be_placed(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was not recorded cannot be placed: a plan of a sample promised entries that it had no keys of."""
+    keys = np.random.default_rng(0).zipf(1.3, (6000, 3)).astype(np.int64)
+    for share in (0.25, 1.0):
+        with tierstore.open(own, dram=DRAM, placement="none") as store:
+            store.start_trace(tmp_path / "keys.trace", share=share)
+            for start in range(0, len(keys), 50):
+                store[TABLES[0]].lookup(keys[start : start + 50])
+            store.stop_trace()
+        footer = good_json("profile", own, tmp_path / "keys.trace", "-o", tmp_path / "keys.profile", "--held-out", 0.5)
+        assert footer["kind"] == "keys"
+        if share < 1:
+            refused = error_of(capsys, "plan", own, tmp_path / "keys.profile", "--dram", DRAM)
+            assert "a sample of 0.25 of the keys" in refused
+            assert "share=1" in refused
+        else:
+            record = good_json("plan", own, tmp_path / "keys.profile", "--dram", DRAM, "--nvme-entries", "1GiB")
+            assert record["epoch"] is not None
