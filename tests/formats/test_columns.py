@@ -392,6 +392,9 @@ def test_a_disk_that_fills_at_any_write_is_named_and_leaves_the_old_file(
 
 
 def test_closing_twice_is_harmless(tmp_path: Path) -> None:
+    before = set(os.listdir("/proc/self/fd"))
     reader = ColumnReader.open(small_file(tmp_path), "trace")
+    assert len(os.listdir("/proc/self/fd")) == len(before) + 1
     reader.close()
     reader.close()
+    assert set(os.listdir("/proc/self/fd")) == before
