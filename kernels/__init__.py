@@ -16,11 +16,12 @@ import numpy as np
 
 from . import reference, reference_placed
 from .reference import ORDER_MAX, PAGE_BAD_CHECKSUM, PAGE_GOOD, PAGE_OTHER_NUMBER, PAGE_OTHER_VERSION, TRAILER
-from .reference_placed import BUCKET_SLOTS, INDEX_BUCKET, RECORD_TRAILER
+from .reference_placed import BUCKET_SLOTS, INDEX_BUCKET, INDEX_HEAD, RECORD_TRAILER
 
 __all__ = [
     "BUCKET_SLOTS",
     "INDEX_BUCKET",
+    "INDEX_HEAD",
     "ORDER_MAX",
     "PAGE_BAD_CHECKSUM",
     "PAGE_GOOD",
@@ -30,6 +31,7 @@ __all__ = [
     "SOURCES",
     "TRAILER",
     "Engine",
+    "EntryCache",
     "check_pages",
     "crc32c",
     "crc32c_backend",
@@ -84,6 +86,7 @@ def probe_process_madvise() -> int:
 
 # The lookup path of a store (kernels/cpu/engine.h), None where it was not compiled; `tierstore.tiers.native` is its user.
 Engine: Any = _serving.Engine if native else None
+EntryCache: Any = _serving.EntryCache if native else None
 
 
 def crc32c_backend() -> str:

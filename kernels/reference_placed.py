@@ -8,6 +8,7 @@ from .reference import _crc32c_of_columns
 
 INDEX_BUCKET = np.dtype([("keys", "<i8", 5), ("places", "<u4", 5), ("displaced", "<u4")])
 RECORD_TRAILER = np.dtype([("key", "<i8"), ("order_index", "<u4"), ("checksum", "<u4")])
+INDEX_HEAD = np.dtype([("bucket_start", "<u4", 16), ("num_buckets", "<u4", 16)])
 BUCKET_SLOTS = 5
 
 _MIX = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))

@@ -28,8 +28,10 @@ FLOORS = {
     "tierstore.verify": 3.5,
     "tierstore.stats": 3,
     "tierstore.recorder": 3.5,  # of the same floor, but above the tiers
+    "tierstore.backing": 3.5,
     "tierstore.table": 3.8,
     "tierstore.store": 4,
+    "tierstore.embedded": 4.5,
     "tierstore": 5,
     "engram_adapter": 6,
     "tierstore.tools": 7,

@@ -8,6 +8,7 @@ Hot rows live in DRAM, the long tail in checked pages on NVMe. Importing this lo
 
 from __future__ import annotations
 
+from .embedded import open_store as open
 from .errors import (
     BudgetError,
     ConfigError,
@@ -20,7 +21,6 @@ from .errors import (
 )
 from .spec import TableSpec
 from .store import Store, Ticket
-from .store import open_store as open
 from .table import Table
 from .version import VERSION as __version__
 

@@ -187,6 +187,9 @@ class RecordingEngine(Engine):
             self.recorder.record([(index, keys) for index, keys, _ in requests])
         return pending
 
+    def is_resident(self, index: int) -> bool:
+        return self.engine.is_resident(index)
+
     def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
         self.engine.rows(index, row_ids, out)
 

@@ -1,15 +1,14 @@
-"""The store: one door to all tiers of a built store, opened in process.
+"""The store: one door to all tiers, wherever they are: in this process, in a daemon's shared memory, across a network.
 
-Flows in: keys (or row ids) of batches of tokens. Flows out: rows, from the dram tier where they are there, else from checked
-pages of the nvme tier, offered to the dram tier on the way. A lookup returns the checkpoint's bytes or raises.
+Flows in: keys (or row ids) of batches of tokens. Flows out: rows. A lookup returns the checkpoint's bytes or raises. What the
+store stands on is a `Backing`; the work is its engine's (`tiers/engine.py`); what callers give, `table` checks.
 
-Shapes: N tokens, O orders, H rows per key. The work is an engine's (`tiers/engine.py`); what callers give, `table` checks.
+Shapes: N tokens, O orders, H rows per key.
 """
 
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import threading
 import weakref
@@ -19,100 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from . import kernels
-from .decisions.budget import DramPlan, divide_dram
-from .errors import BudgetError, ConfigError, FormatError, StoreNotReadyError
-from .formats.catalog import CatalogImage, read_catalog
+from .backing import Backing
+from .errors import ConfigError, StoreNotReadyError
 from .formats.key_trace import KeyTraceInfo, TracedTable
 from .recorder import Recorder, RecordingEngine
 from .stats import stats_of
 from .table import Table
 from .tiers.engine import Engine, Pending
-from .tiers.memory import available_memory
-from .tiers.native import NativeEngine
-from .tiers.nvme import IO_MODES, IoChoice, TableFiles, choose_io
-from .tiers.placed import OnProgress, PlacementFile
-from .tiers.portable import PortableEngine
-from .units import format_bytes, parse_bytes
-
-logger = logging.getLogger("tierstore")
+from .units import format_bytes
 
 CLOSE_WAIT_S = 300.0
-PLACEMENT_ATTEMPTS_MAX = 5
 IN_FLIGHT_SWEEP = 64  # so many buffers of ended tickets are kept at most before they are let go
 
 _open_stores: weakref.WeakSet[Store] = weakref.WeakSet()
 _fork_lock = threading.Lock()  # of the set above; held through a fork
-
-
-def open_store(
-    path: str | os.PathLike[str],
-    dram: int | str = "2GiB",
-    io: str = "auto",
-    hbm: int | str | None = None,
-    device: str | None = None,
-    placement: int | str | None = None,
-    on_progress: OnProgress | None = None,
-) -> Store:
-    """Opens a built store in this process; also `tierstore.open`.
-
-    dram: bytes of memory that it may take, all included ("2GiB"); tables that fit are loaded whole, others get a cache of
-    entries. io: how pages are read: "uring" (io_uring, past the page cache), "mmap" (memory-mapped shards and the page
-    cache), "pread" (a pool of threads), or "auto", the first of these that the kernel allows; what cannot be had falls
-    back to the next, saying so. placement: the epoch whose entries the store starts with; None: the current one, if there is
-    any; "none": none. on_progress: called with (bytes done, bytes in all) while the placement's hottest entries load. hbm,
-    device: for a tier that this version does not have yet.
-
-    Blocks while resident tables and placed entries load. Raises `StoreNotReadyError` (no finished store), `FormatError`
-    (foreign, damaged, newer), `BudgetError` (too small, or more than the machine has), `ConfigError` (an option). A damaged
-    page does not keep a store from opening: lookups of its rows raise.
-    """
-    if io not in IO_MODES:
-        raise ConfigError(f"io: {io!r} is not one of {', '.join(IO_MODES)}")
-    if hbm is not None or device is not None:
-        raise ConfigError(f"hbm={hbm!r}, device={device!r}: this version has no hbm tier; leave both out")
-    budget_bytes = parse_bytes(dram, "dram")
-    choice = choose_io(io)
-    image, placed = _open_placement(path, placement, direct=choice.mode == "uring")
-    try:
-        plan = divide_dram(image.tables, budget_bytes, placed.placement if placed else None)
-        available, limit = available_memory()
-        if plan.dram_bytes > available:
-            raise BudgetError(
-                f"dram: {format_bytes(plan.dram_bytes)} ({plan.dram_bytes} bytes) would be used, the {limit} has "
-                f"{format_bytes(available)} ({available} bytes) left; ask for less"
-            )
-        return Store(image, plan, choice, placed, on_progress)
-    except BaseException:
-        if placed:
-            placed.close()
-        raise
-
-
-def _open_placement(
-    path: str | os.PathLike[str], placement: int | str | None, *, direct: bool
-) -> tuple[CatalogImage, PlacementFile | None]:
-    """Reads the catalog and opens the placement that is asked for; again where it was pruned between the two."""
-    if placement not in (None, "none") and type(placement) is not int:
-        raise ConfigError(f"placement: {placement!r} is no epoch; pass a number, None for the current one, or 'none'")
-    image = read_catalog(path)
-    for _ in range(PLACEMENT_ATTEMPTS_MAX):
-        epoch = image.epoch if placement is None else None if placement == "none" else int(placement)
-        if epoch is None:
-            return image, None
-        if epoch not in image.placements:
-            there = ", ".join(map(str, sorted(image.placements))) or "no placement at all"
-            raise ConfigError(f"placement: epoch {epoch} does not exist in {image.path}; there is {there}")
-        try:
-            return image, PlacementFile(image, epoch, direct=direct)
-        except FormatError:
-            again = read_catalog(path)
-            if again.placements == image.placements and again.epoch == image.epoch:
-                raise
-            image = again
-    raise FormatError(
-        f"{path}: its placements changed {PLACEMENT_ATTEMPTS_MAX} times while it was opened; open it again"
-    )
 
 
 class Ticket:
@@ -134,51 +53,19 @@ class Ticket:
 class Store:
     """An open store. `tables` maps names to `Table`s, and `store[name]` is the same. Close it, or use `with`."""
 
-    def __init__(
-        self,
-        image: CatalogImage,
-        plan: DramPlan,
-        choice: IoChoice,
-        placed: PlacementFile | None,
-        on_progress: OnProgress | None,
-    ) -> None:
-        """Opens the shards and loads resident tables and placed entries; `open_store` is the way in."""
-        self._image = image
-        self._plan = plan
-        self._placed = placed
+    def __init__(self, backing: Backing) -> None:
+        """`tierstore.open` and `tierstore.connect` are the ways in."""
+        self._backing = backing
+        self._what = f"the store {backing.name}"
         self._closed = False
         self._recorder: Recorder | None = None
         self._recorder_lock = threading.Lock()  # of the one above
         self._in_flight: list[tuple[Pending, Sequence[np.ndarray]]] = []  # buffers live until their reads have ended
-        self._files: list[TableFiles] = []
-        layouts = list(image.tables.values())
-        try:
-            for layout in layouts:
-                self._files.append(TableFiles(image, layout, direct=choice.mode == "uring"))
-            self._engine = self._make_engine(choice, on_progress)
-        except BaseException:
-            self._close_files()
-            raise
-        self._tables = {
-            layout.spec.name: Table(self._engine, index, layout.spec, plan.shares[layout.spec.name].resident)
-            for index, layout in enumerate(layouts)
-        }
+        self._engine = backing.engine
+        self._tables = {spec.name: Table(self._engine, index, spec) for index, spec in enumerate(backing.specs)}
+        self._engine.subscribe(weakref.WeakMethod(self._renew))
         with _fork_lock:
             _open_stores.add(self)
-
-    def _make_engine(self, choice: IoChoice, on_progress: OnProgress | None) -> Engine:
-        if choice.mode == "uring" and not all(files.has_direct for files in self._files):
-            logger.warning("%s: its file system has no O_DIRECT: reads fill the page cache", self._image.path)
-        what = f"the store {self._image.path}"
-        engine = (
-            NativeEngine(what, self._files, self._plan, choice, self._placed, on_progress)
-            if kernels.native
-            else PortableEngine(what, self._files, self._plan, self._placed, on_progress)
-        )
-        if engine.bad_pages:
-            first = next(iter(engine.bad_pages.values()))
-            logger.error("%s: %d pages will not be served: %s", what, len(engine.bad_pages), first)
-        return engine
 
     @property
     def tables(self) -> Mapping[str, Table]:
@@ -187,12 +74,12 @@ class Store:
 
     def __getitem__(self, name: str) -> Table:
         if name not in self._tables:
-            raise KeyError(f"{self._image.path} has no table {name!r}; it has {', '.join(self._tables)}")
+            raise KeyError(f"{self._backing.name} has no table {name!r}; it has {', '.join(self._tables)}")
         return self._tables[name]
 
     def attachment(self, name: str) -> bytes:
         """Returns a record that the adapter put in the catalog at build time; raises `KeyError` where there is none."""
-        return self._image.attachments[name]
+        return self._backing.attachments[name]
 
     def submit(self, requests: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Ticket:
         """Starts a lookup in several tables at once: {name: (keys [N, O] int64, out [N, O * H, row_bytes] uint8)}.
@@ -203,7 +90,7 @@ class Store:
         reads raise in `wait`. Beyond 256 tickets under way it waits for one to end.
         """
         if self._closed:
-            raise StoreNotReadyError(f"the store {self._image.path} is closed; open it again")
+            raise StoreNotReadyError(f"{self._what} is closed; open it again")
         checked = []
         strided = []
         for name, (keys, out) in requests.items():
@@ -226,26 +113,8 @@ class Store:
 
     def stats(self) -> dict[str, Any]:
         """Returns counters since opening: keys, hits by tier in keys, batches, pages and bytes read, by table and order."""
-        memory = {
-            "budget_bytes": self._plan.budget_bytes,
-            "dram_bytes": self._plan.dram_bytes,
-            "staging_bytes": self._plan.staging.num_bytes,
-            "resident_tables": [name for name, share in self._plan.shares.items() if share.resident],
-        }
-        shares = self._plan.shares
-        placement = {
-            "epoch": self._placed.placement.epoch if self._placed else None,
-            "static_entries": {name: share.static_entries for name, share in shares.items()},
-            "recency_sets": {name: share.num_sets for name, share in shares.items()},
-            "static_bytes": sum(share.static_bytes for share in shares.values()),
-            "index_bytes": sum(share.index_bytes for share in shares.values()),
-        }
         specs = [table.spec for table in self._tables.values()]
-        return stats_of(self._engine.counters(), specs) | {
-            "io": self._engine.io,
-            "memory": memory,
-            "placement": placement,
-        }
+        return stats_of(self._engine.counters(), specs) | self._backing.details()
 
     def start_trace(self, path: str | os.PathLike[str], share: float = 1 / 16) -> None:
         """Starts to record a trace of keys at `path`, until `stop_trace` or `close`; the file bears its name only then.
@@ -260,9 +129,9 @@ class Store:
         tables = [TracedTable(t.spec.name, t.spec.fingerprint, tuple(t.spec.orders)) for t in self._tables.values()]
         with self._recorder_lock:
             if self._closed:
-                raise StoreNotReadyError(f"the store {self._image.path} is closed; open it again")
+                raise StoreNotReadyError(f"{self._what} is closed; open it again")
             if self._recorder is not None:
-                raise ConfigError(f"{self._image.path}: a trace is running, to {self._recorder.path}; stop it first")
+                raise ConfigError(f"{self._backing.name}: a trace is running, to {self._recorder.path}; stop it first")
             self._recorder = Recorder(path, tables, share)
             self._use(RecordingEngine(self._engine, self._recorder))
 
@@ -281,6 +150,10 @@ class Store:
         if isinstance(self._engine, RecordingEngine):
             self._use(self._engine.engine)
         return recorder
+
+    def _renew(self) -> None:
+        """The engine has another way in for the shortest lookups: tables take it."""
+        self._use(self._engine)
 
     def _use(self, engine: Engine) -> None:
         self._engine = engine
@@ -304,13 +177,7 @@ class Store:
         if not self._engine.close(CLOSE_WAIT_S):
             raise TimeoutError(f"lookups did not end within {CLOSE_WAIT_S} s; the disk has stopped answering")
         self._in_flight.clear()
-        self._close_files()
-
-    def _close_files(self) -> None:
-        for files in self._files:
-            files.close()
-        if self._placed:
-            self._placed.close()
+        self._backing.close()
 
     def __enter__(self) -> Store:
         return self
@@ -324,8 +191,8 @@ class Store:
             self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{format_bytes(self._plan.dram_bytes)} of DRAM"
-        return f"<tierstore.Store {self._image.path}: {', '.join(self._tables)}; {state}>"
+        state = "closed" if self._closed else f"{format_bytes(self._backing.details()['memory']['dram_bytes'])} of DRAM"
+        return f"<tierstore.Store {self._backing.name}: {', '.join(self._tables)}; {state}>"
 
 
 _forking: list[Store] = []

@@ -16,10 +16,9 @@ from .tiers.engine import Engine
 class Table:
     """One table of an open store. Lookups may come from any number of threads at once."""
 
-    def __init__(self, engine: Engine, index: int, spec: TableSpec, resident: bool) -> None:
+    def __init__(self, engine: Engine, index: int, spec: TableSpec) -> None:
         self.index = index
         self._spec = spec
-        self._resident = resident
         self._rows_shape = (spec.num_heads, spec.row_bytes)
         self._use(engine)
 
@@ -90,7 +89,9 @@ class Table:
         spec = self._spec
         flat_ids, flat_out = row_ids.reshape(-1), out.reshape(-1, spec.row_bytes)
         whole = np.zeros(0, dtype=bool)
-        if not self._resident and (spec.is_plain or (row_ids.ndim and row_ids.shape[-1] == spec.num_heads)):
+        if not self._engine.is_resident(self.index) and (
+            spec.is_plain or (row_ids.ndim and row_ids.shape[-1] == spec.num_heads)
+        ):
             keys, whole = spec.keys_of_row_ids(flat_ids.reshape(-1, spec.num_heads))
             tokens_out = out.reshape(-1, *self._rows_shape)
             if whole.all():

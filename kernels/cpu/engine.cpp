@@ -49,7 +49,11 @@ struct Engine::Runtime {
 };
 
 Engine::Engine(std::vector<Table> tables, const EngineShape& shape)
-    : tables_(std::move(tables)), shape_(shape), runtime_(std::make_unique<Runtime>(shape.num_lanes)) {
+    : tables_(std::move(tables)),
+      shape_(shape),
+      runtime_(std::make_unique<Runtime>(shape.num_lanes)),
+      gate_(shape.control == nullptr ? std::make_unique<EpochGate>()
+                                     : std::make_unique<EpochGate>(shape.control, shape.control_line, shape.client_block)) {
   for (const Table& table : tables_) table_counters.emplace_back(table.num_orders);
   while (runtime_->lanes.size() < shape.num_lanes && make_lane()) continue;  // now, so that it is known whether they all are there
   if (runtime_->lanes.empty()) throw std::runtime_error("no lane: out of memory, descriptors or locked memory");
@@ -59,18 +63,9 @@ Engine::~Engine() {
   if (!close(shape_.wait_s)) runtime_.release();
 }
 
-bool Engine::enter() {
-  in_use_.fetch_add(1);
-  if (!closed_.load()) return true;
-  leave();
-  return false;
-}
-
-void Engine::leave() {
-  if (in_use_.fetch_sub(1) == 1 && closed_.load()) {
-    const std::lock_guard<std::mutex> lock(runtime_->mutex);
-    runtime_->use_ended.notify_all();
-  }
+void Engine::wake_closer() {
+  const std::lock_guard<std::mutex> lock(runtime_->mutex);
+  runtime_->use_ended.notify_all();
 }
 
 size_t Engine::num_lanes() const {
@@ -78,7 +73,7 @@ size_t Engine::num_lanes() const {
   return runtime_->lanes.size();
 }
 
-void Engine::gather(size_t index, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job) {
+void Engine::gather(uint64_t epoch, size_t index, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job) {
   const Table& table = tables_[index];
   const size_t num_pairs = num_tokens * table.num_orders, first_miss = job.misses.size();
   uint64_t keys_of[kOrdersMax] = {}, misses_of[kOrdersMax] = {}, static_hits[kOrdersMax] = {};
@@ -88,7 +83,7 @@ void Engine::gather(size_t index, const int64_t* keys, size_t num_tokens, uint8_
     const int64_t bad_page = gather_resident(table, keys, num_pairs, out);
     if (bad_page >= 0) job.fault = {FaultKind::kBadPage, static_cast<uint32_t>(index), bad_page, kPageBadChecksum};
   } else {
-    gather_cached(table, static_cast<uint16_t>(index), keys, num_pairs, out, job.misses, static_hits);
+    gather_cached(table, epoch, static_cast<uint16_t>(index), keys, num_pairs, out, job.misses, static_hits);
     table.cache->count_accesses(num_pairs);
   }
   size_t pair = 0;
@@ -106,22 +101,23 @@ void Engine::gather(size_t index, const int64_t* keys, size_t num_tokens, uint8_
   if (num_keys < num_pairs) counters.sentinels.fetch_add(num_pairs - num_keys, kRelaxed);
 }
 
-void Engine::locate(size_t index, const int64_t* keys, size_t num_tokens, uint8_t* sources) {
+void Engine::locate(uint64_t epoch, size_t index, const int64_t* keys, size_t num_tokens, uint8_t* sources) {
   const Table& table = tables_[index];
   for (size_t i = 0; i < num_tokens * table.num_orders; ++i) {
     const auto order = static_cast<uint8_t>(i % table.num_orders);
-    const EntryIndex& placed_keys = table.statics.orders[order];
-    const uint32_t placed = keys[i] < 0 ? kNotPlaced : placed_keys.find(placed_keys.find_bucket(keys[i]), keys[i]);
+    const bool has_statics = keys[i] >= 0 && table.statics.records != nullptr;
+    const EntryIndex placed_keys = has_statics ? table.statics.areas[epoch & 1].order(order) : EntryIndex{};
+    const uint32_t placed = placed_keys.find(placed_keys.find_bucket(keys[i]), keys[i]);
     if (keys[i] < 0) {
       sources[i] = kFromNowhere;
     } else if (table.resident != nullptr) {
       sources[i] = kFromResident;
     } else if (placed < table.statics.num_loaded) {
       sources[i] = kFromStatic;
-    } else if (table.cache->probe(table.cache->find_set(order, keys[i]), order, keys[i]).way >= 0) {
+    } else if (table.cache->probe(table.cache->find_set(table.tagged(order), keys[i]), table.tagged(order), keys[i]).way >= 0) {
       sources[i] = kFromRecency;
     } else {
-      sources[i] = placed == kNotPlaced ? kFromPages : kFromRecord;
+      sources[i] = table.statics.place_in_file(order, keys[i], placed) == kNotPlaced ? kFromPages : kFromRecord;
     }
   }
 }
@@ -301,7 +297,7 @@ bool Engine::close(double limit_s) {
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::steady_clock::duration>(
                                                                  seconds(limit_s));
     if (!runtime.job_ended.wait_until(lock, deadline, [&] { return runtime.unfinished.empty(); })) return false;
-    if (!runtime.use_ended.wait_until(lock, deadline, [&] { return in_use_.load() == 0; })) return false;
+    if (!runtime.use_ended.wait_until(lock, deadline, [&] { return gate_->is_empty(); })) return false;
     runtime.stopping = true;
   }
   runtime.work_came.notify_all();
@@ -330,7 +326,8 @@ void Engine::after_fork(bool in_child) {
   Runtime* old = runtime_.release();
   for (const std::unique_ptr<Lane>& lane : old->lanes) lane->abandon_after_fork();
   runtime_ = std::make_unique<Runtime>(shape_.num_lanes);
-  in_use_ = 0;
+  if (gate_->is_shared()) closed_ = true;
+  gate_->forget();
   for (const std::shared_ptr<Job>& job : old->unfinished) {
     job->fault = {FaultKind::kForked, 0, 0, 0};
     new (&job->mutex) std::mutex;

@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "epochs.h"
 #include "faults.h"
 #include "job.h"
 #include "lane.h"
@@ -26,6 +27,10 @@ struct EngineShape {
   size_t jobs_max;  // submitted and not done; beyond it, submit waits
   double wait_s;    // the longest that anything here waits for the disk or for a lane
   LaneShape lane;
+  // Of a daemon's shared memory; null in a store of its own process.
+  uint8_t* control = nullptr;
+  size_t control_line = 0;
+  uint8_t* client_block = nullptr;
 };
 
 // Counts of one table: by order, keys found in memory, those of them in the static set, and keys fetched.
@@ -51,21 +56,35 @@ class Engine {
 
   std::vector<Table>& tables() { return tables_; }
 
-  // Every use stands between `enter`, which is false once the engine is closed, and `leave`.
-  bool enter();
-  void leave();
+  // Every use of the engine lives as long as one of these, which is false once the engine is closed. It sees one epoch.
+  class Use {
+   public:
+    explicit Use(Engine& engine) : engine_(engine), epoch_(engine.gate_->enter()), open_(!engine.closed_.load()) {}
+    ~Use() {
+      if (engine_.gate_->leave(epoch_) && engine_.closed_.load()) engine_.wake_closer();
+    }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+    explicit operator bool() const { return open_; }
+    uint64_t epoch() const { return epoch_; }
+
+   private:
+    Engine& engine_;
+    const uint64_t epoch_;
+    const bool open_;
+  };
 
   // How many lanes there are: fewer than asked for where memory or descriptors did not reach.
   size_t num_lanes() const;
 
   // Copies what memory holds of a table's keys, [num_tokens, O], and appends the rest to job.misses.
-  void gather(size_t table, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job);
+  void gather(uint64_t epoch, size_t table, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job);
 
   // Reads rows (kRowUnit; id -1 for zeros) or pages (kPageUnit) by number into `out`, past the cache. Blocks on the disk.
   void read(size_t table, const int64_t* ids, size_t num_ids, uint8_t* out, uint8_t unit, Job& job);
 
   // Writes the Source of each of a table's keys, [num_tokens, O]. Counts nothing.
-  void locate(size_t table, const int64_t* keys, size_t num_tokens, uint8_t* sources);
+  void locate(uint64_t epoch, size_t table, const int64_t* keys, size_t num_tokens, uint8_t* sources);
 
   void count_batch(const Job& job);
 
@@ -77,7 +96,8 @@ class Engine {
   // Waits at most `seconds` for uses and jobs to end, then stops the workers. Returns whether all ended.
   bool close(double seconds);
 
-  // Around a fork, in this order; locks are held between the two.
+  // Around a fork, in this order; locks are held between the two. Attached to a daemon, the child's engine is closed: the epoch
+  // that it would read in is counted for the parent.
   void before_fork();
   void after_fork(bool in_child);
 
@@ -95,11 +115,12 @@ class Engine {
   void release_lane(Lane* lane);
   void drive(Lane& lane, Job& job);
   void work();
+  void wake_closer();
 
   std::vector<Table> tables_;
   const EngineShape shape_;
   std::unique_ptr<Runtime> runtime_;
-  std::atomic<uint64_t> in_use_{0};
+  std::unique_ptr<EpochGate> gate_;
   std::atomic<bool> closed_{false};
 };
 

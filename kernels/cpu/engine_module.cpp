@@ -11,9 +11,9 @@
 #include <string>
 #include <utility>
 
-#include <sys/mman.h>
 
 #include "engine.h"
+#include "table_module.h"
 
 namespace py = pybind11;
 
@@ -32,10 +32,6 @@ ReadMode mode_of(const std::string& name) {
   throw std::invalid_argument("mode must be uring, mmap or pread");
 }
 
-void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
 // (kind, table, page, detail), or None where all is well.
 py::object fault_tuple(const Fault& fault) {
   static const char* const kNames[] = {"none", "page", "disk", "timeout", "forked", "entry"};
@@ -50,91 +46,6 @@ bool is_array(py::handle object, char kind, py::ssize_t itemsize, bool writeable
   const char order = dtype.byteorder();
   return dtype.kind() == kind && dtype.itemsize() == itemsize && (order == '=' || order == '|') &&
          (array.flags() & py::array::c_style) != 0 && (!writeable || array.writeable());
-}
-
-Table make_table(const py::dict& record, ReadMode mode) {
-  Table table;
-  table.num_orders = record["num_orders"].cast<size_t>();
-  table.rows_per_key = record["rows_per_key"].cast<size_t>();
-  table.row_bytes = record["row_bytes"].cast<size_t>();
-  table.num_rows = record["num_rows"].cast<uint64_t>();
-  table.is_plain = record["is_plain"].cast<bool>();
-  table.moduli = record["moduli"].cast<std::vector<int64_t>>();
-  table.offsets = record["offsets"].cast<std::vector<int64_t>>();
-  table.page_bytes = record["page_bytes"].cast<size_t>();
-  table.rows_per_page = record["rows_per_page"].cast<size_t>();
-  table.num_pages = record["num_pages"].cast<uint64_t>();
-  table.pages_per_shard = record["pages_per_shard"].cast<uint64_t>();
-  table.shape = {table.page_bytes, table.rows_per_page, record["version"].cast<uint32_t>(), record["seed"].cast<uint32_t>()};
-  require(table.num_orders >= 1 && table.num_orders <= kOrdersMax, "a table has 1 to 16 orders");
-  require(table.rows_per_key >= 1 && table.row_bytes >= 1, "a key has rows, and a row has bytes");
-  require(table.moduli.size() == table.num_heads() && table.offsets.size() == table.num_heads(), "one modulus a head");
-  require(table.page_bytes > kTrailerBytes && table.rows_per_page >= 1, "a page has rows and a trailer");
-  require(table.rows_per_page <= (table.page_bytes - kTrailerBytes) / table.row_bytes, "a page's rows fit in it");
-  require(table.pages_per_shard >= 1, "a shard has pages");
-  require(table.num_rows <= table.num_pages * table.rows_per_page, "the pages hold the rows");
-  for (size_t head = 0; head < table.num_heads(); ++head) {
-    require(table.moduli[head] >= 1 && table.offsets[head] >= 0 &&
-                static_cast<uint64_t>(table.moduli[head]) + static_cast<uint64_t>(table.offsets[head]) <= table.num_rows,
-            "a head's rows lie within the table");
-  }
-  const auto shards = record["shards"].cast<std::vector<std::tuple<int, int, size_t>>>();
-  require(shards.size() == (table.num_pages + table.pages_per_shard - 1) / table.pages_per_shard, "all shards are there");
-  for (const auto& [buffered_fd, direct_fd, num_bytes] : shards) {
-    ShardFile shard{buffered_fd, direct_fd, nullptr, num_bytes};
-    if (mode == ReadMode::kMmap) {
-      void* map = mmap(nullptr, num_bytes, PROT_READ, MAP_SHARED, buffered_fd, 0);
-      if (map != MAP_FAILED) {
-        madvise(map, num_bytes, MADV_RANDOM);
-        shard.map = static_cast<const uint8_t*>(map);
-      }
-    }
-    table.shards.push_back(shard);
-  }
-  return table;
-}
-
-// What a placement gives a table; `held` keeps its memory alive.
-StaticSet make_statics(const py::dict& record, const Table& table, ReadMode mode, std::vector<py::array>& held) {
-  StaticSet statics;
-  const auto indexes = record["indexes"].cast<std::vector<py::array_t<uint8_t, py::array::c_style>>>();
-  const auto records = record["records"].cast<py::array_t<uint8_t, py::array::c_style>>();
-  const auto num_placed = record["num_placed"].cast<uint64_t>();
-  const auto [buffered_fd, direct_fd, num_bytes] = record["file"].cast<std::tuple<int, int, size_t>>();
-  require(indexes.size() == table.num_orders, "a static set has an index for each order");
-  for (size_t order = 0; order < indexes.size(); ++order) {
-    require(indexes[order].ndim() == 2 && indexes[order].shape(1) == sizeof(IndexBucket) &&
-                reinterpret_cast<uintptr_t>(indexes[order].data()) % alignof(IndexBucket) == 0,
-            "an index is [n, 64], at a multiple of 64");
-    statics.orders[order] = {reinterpret_cast<const IndexBucket*>(indexes[order].data()),
-                             static_cast<size_t>(indexes[order].shape(0))};
-    held.push_back(indexes[order]);
-  }
-  const size_t record_bytes = (table.entry_bytes() + 7) / 8 * 8 + kRecordTrailerBytes;
-  statics.placed.shape = {table.entry_bytes(), record_bytes, table.shape.seed};
-  statics.placed.file = {buffered_fd, direct_fd, nullptr, num_bytes};
-  statics.placed.byte_start = record["byte_start"].cast<uint64_t>();
-  statics.records = records.data();
-  require(records.ndim() == 2 && records.shape(1) == static_cast<py::ssize_t>(record_bytes) &&
-              records.shape(0) <= static_cast<py::ssize_t>(num_placed) && num_placed < kNotPlaced,
-          "records are [loaded, record_bytes], no more than are placed");
-  require(statics.placed.byte_start <= num_bytes && num_placed <= (num_bytes - statics.placed.byte_start) / record_bytes,
-          "the file holds the placed records");
-  statics.num_loaded = static_cast<uint32_t>(records.shape(0));
-  held.push_back(records);
-  if (mode == ReadMode::kMmap) {
-    void* map = mmap(nullptr, num_bytes, PROT_READ, MAP_SHARED, buffered_fd, 0);
-    if (map != MAP_FAILED) {
-      madvise(map, num_bytes, MADV_RANDOM);
-      statics.placed.file.map = static_cast<const uint8_t*>(map);
-    }
-  }
-  return statics;
-}
-
-void unmap(ShardFile& file) {
-  if (file.map != nullptr) munmap(const_cast<uint8_t*>(file.map), file.num_bytes);
-  file.map = nullptr;
 }
 
 // A job submitted from Python. Whoever made it keeps the output buffers alive until it is done.
@@ -167,7 +78,7 @@ class Ticket {
 class PyEngine {
  public:
   PyEngine(const std::vector<py::dict>& records, const std::string& mode, bool use_process_madvise, size_t num_lanes,
-           size_t depth, size_t assembly_bytes, size_t pread_threads, size_t jobs_max, double wait_s) {
+           size_t depth, size_t assembly_bytes, size_t pread_threads, size_t jobs_max, double wait_s, const py::object& shared) {
     num_lanes_ = num_lanes;
     mode_ = mode_of(mode);
     require(num_lanes >= 1 && depth >= 1 && depth <= 4096 && pread_threads >= 1 && jobs_max >= 1, "limits are at least 1");
@@ -178,25 +89,22 @@ class PyEngine {
       Table& table = tables.back();
       shape.lane.page_bytes = std::max(shape.lane.page_bytes, (table.page_bytes + 4095) / 4096 * 4096);
       require(table.entry_bytes() <= assembly_bytes, "the assembly buffer holds an entry");
-      auto memory = record["memory"].cast<py::array_t<uint8_t, py::array::c_style>>();
-      const auto num_sets = record["num_sets"].cast<size_t>();
-      if (num_sets == 0) {
-        require(static_cast<uint64_t>(memory.nbytes()) >= table.num_rows * table.row_bytes, "memory holds the resident rows");
+      if (py::isinstance<HeldCache>(record["memory"])) {
+        const auto& held = record["memory"].cast<const HeldCache&>();
+        require(held.cache->entry_bytes() == table.entry_bytes(), "the cache is one of such entries");
+        table.cache = held.cache;
+        memory_.push_back(held.memory);
       } else {
-        require(static_cast<size_t>(memory.nbytes()) >= EntryCache::block_bytes(num_sets, table.entry_bytes()) &&
-                    reinterpret_cast<uintptr_t>(memory.data()) % alignof(CacheSet) == 0,
-                "memory holds the sets, at a multiple of 64");
-        table.cache = std::make_unique<EntryCache>(memory.mutable_data(), num_sets, table.entry_bytes());
-        py::gil_scoped_release released;
-        table.cache->clear();
+        memory_.push_back(record["memory"].cast<py::array_t<uint8_t, py::array::c_style>>());
+        require(static_cast<uint64_t>(memory_.back().nbytes()) >= table.num_rows * table.row_bytes, "memory holds the resident rows");
       }
       if (!record["statics"].is_none()) {
-        require(num_sets > 0, "a resident table needs no static set");
+        require(table.cache != nullptr, "a resident table needs no static set");
         table.statics = make_statics(record["statics"].cast<py::dict>(), table, shape.mode, held_);
         shape.lane.page_bytes = std::max(shape.lane.page_bytes, table.statics.placed.read_bytes_max());
       }
-      memory_.push_back(std::move(memory));
     }
+    if (!shared.is_none()) join(shared.cast<py::tuple>(), shape);
     engine_ = std::make_unique<Engine>(std::move(tables), shape);
   }
 
@@ -218,15 +126,13 @@ class PyEngine {
     {
       std::optional<py::gil_scoped_release> released;
       if (num_tokens * engine_->tables()[index].num_orders > kBriefPairs) released.emplace();
-      good = engine_->enter();
+      const Engine::Use use(*engine_);
+      good = use && keys_are_good(engine_->tables()[index], key_data, num_tokens);
       if (good) {
-        if ((good = keys_are_good(engine_->tables()[index], key_data, num_tokens))) {
-          engine_->gather(index, key_data, num_tokens, out_data, job);
-          engine_->count_batch(job);
-          if (!job.misses.empty() && !released) released.emplace();
-          engine_->fetch(job);
-        }
-        engine_->leave();
+        engine_->gather(use.epoch(), index, key_data, num_tokens, out_data, job);
+        engine_->count_batch(job);
+        if (!job.misses.empty() && !released) released.emplace();
+        engine_->fetch(job);
       }
     }
     return good ? fault_tuple(job.fault) : py::bool_(false);
@@ -246,22 +152,20 @@ class PyEngine {
     }
     bool good;
     {
-      py::gil_scoped_release released;
-      good = engine_->enter();
+      const py::gil_scoped_release released;
+      const Engine::Use use(*engine_);
+      good = static_cast<bool>(use);
+      for (const auto& [index, keys, num_tokens, out] : plain) {
+        good = good && keys_are_good(engine_->tables()[index], keys, num_tokens);
+      }
       if (good) {
-        for (const auto& [index, keys, num_tokens, out] : plain) {
-          good = good && keys_are_good(engine_->tables()[index], keys, num_tokens);
+        for (const auto& [index, keys, num_tokens, out] : plain) engine_->gather(use.epoch(), index, keys, num_tokens, out, *job);
+        engine_->count_batch(*job);
+        if (job->fault.kind != FaultKind::kNone) {
+          job->finish();
+        } else if (!job->misses.empty()) {
+          engine_->submit(job);
         }
-        if (good) {
-          for (const auto& [index, keys, num_tokens, out] : plain) engine_->gather(index, keys, num_tokens, out, *job);
-          engine_->count_batch(*job);
-          if (job->fault.kind != FaultKind::kNone) {
-            job->finish();
-          } else if (!job->misses.empty()) {
-            engine_->submit(job);
-          }
-        }
-        engine_->leave();
       }
     }
     if (!good) return py::bool_(false);
@@ -305,12 +209,10 @@ class PyEngine {
     const auto num_tokens = static_cast<size_t>(key_array.shape(0));
     bool open;
     {
-      py::gil_scoped_release released;
-      open = engine_->enter();
-      if (open) {
-        engine_->locate(index, key_data, num_tokens, out);
-        engine_->leave();
-      }
+      const py::gil_scoped_release released;
+      const Engine::Use use(*engine_);
+      open = static_cast<bool>(use);
+      if (open) engine_->locate(use.epoch(), index, key_data, num_tokens, out);
     }
     if (!open) return py::bool_(false);
     return py::none();
@@ -380,6 +282,7 @@ class PyEngine {
       const py::gil_scoped_acquire acquired;  // a closed store that somebody still names must not keep its budget
       memory_.clear();
       held_.clear();
+      for (Table& table : engine_->tables()) table.cache.reset();
     }
     return ended;
   }
@@ -388,6 +291,19 @@ class PyEngine {
   void after_fork(bool in_child) { engine_->after_fork(in_child); }
 
  private:
+  // Attaches the engine to a daemon's epochs: (control block, which of its numbers, the client's own block).
+  void join(const py::tuple& shared, EngineShape& shape) {
+    auto control = shared[0].cast<py::array_t<uint8_t, py::array::c_style>>();
+    auto block = shared[2].cast<py::array_t<uint8_t, py::array::c_style>>();
+    shape.control_line = shared[1].cast<size_t>();
+    require(control.nbytes() >= static_cast<py::ssize_t>(kControlBytes) && shape.control_line < 2, "a control block has two numbers");
+    require(block.nbytes() >= static_cast<py::ssize_t>(kActiveBytes) && block.writeable(), "a client's block can be written");
+    shape.control = const_cast<uint8_t*>(control.data());
+    shape.client_block = block.mutable_data();
+    held_.push_back(std::move(control));
+    held_.push_back(std::move(block));
+  }
+
   // Says whether keys are int64 [N, O] and out uint8 [N, O * H, row_bytes], contiguous.
   bool fits(size_t index, py::handle keys, py::handle out) const {
     if (index >= engine_->tables().size() || !is_array(keys, 'i', 8, false) || !is_array(out, 'u', 1, true)) return false;
@@ -422,15 +338,13 @@ class PyEngine {
     Job job;
     bool good;
     {
-      py::gil_scoped_release released;
-      good = engine_->enter();
-      if (good) {
-        for (size_t i = 0; i < count; ++i) {
-          good &= id_data[i] >= (unit == kRowUnit ? -1 : 0) && id_data[i] < static_cast<int64_t>(num_units);
-        }
-        if (good) engine_->read(index, id_data, count, out_data, unit, job);
-        engine_->leave();
+      const py::gil_scoped_release released;
+      const Engine::Use use(*engine_);
+      good = static_cast<bool>(use);
+      for (size_t i = 0; i < count; ++i) {
+        good &= id_data[i] >= (unit == kRowUnit ? -1 : 0) && id_data[i] < static_cast<int64_t>(num_units);
       }
+      if (good) engine_->read(index, id_data, count, out_data, unit, job);
     }
     return good ? fault_tuple(job.fault) : py::bool_(false);
   }
@@ -447,9 +361,10 @@ class PyEngine {
 void bind_engine(py::module_& module) {
   py::class_<Ticket>(module, "Ticket", py::module_local()).def("done", &Ticket::done).def("wait", &Ticket::wait, py::arg("seconds"));
   py::class_<PyEngine>(module, "Engine", py::module_local())
-      .def(py::init<const std::vector<py::dict>&, const std::string&, bool, size_t, size_t, size_t, size_t, size_t, double>(),
+      .def(py::init<const std::vector<py::dict>&, const std::string&, bool, size_t, size_t, size_t, size_t, size_t, double, const py::object&>(),
            py::arg("tables"), py::kw_only(), py::arg("mode"), py::arg("use_process_madvise"), py::arg("num_lanes"),
-           py::arg("depth"), py::arg("assembly_bytes"), py::arg("pread_threads"), py::arg("jobs_max"), py::arg("wait_s"))
+           py::arg("depth"), py::arg("assembly_bytes"), py::arg("pread_threads"), py::arg("jobs_max"), py::arg("wait_s"),
+           py::arg("shared") = py::none())
       .def("lookup", &PyEngine::lookup)
       .def("submit", &PyEngine::submit)
       .def("rows", &PyEngine::rows)
@@ -463,6 +378,7 @@ void bind_engine(py::module_& module) {
       .def("close", &PyEngine::close, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def("before_fork", &PyEngine::before_fork)
       .def("after_fork", &PyEngine::after_fork);
+  bind_entry_cache(module);
   module.def("probe_uring", &probe_uring);
   module.def("probe_process_madvise", &probe_process_madvise);
 }

@@ -38,13 +38,14 @@ void remember(CacheHistory& history, uint16_t leaving, uint8_t uses) {
 
 }  // namespace
 
-EntryCache::EntryCache(uint8_t* block, size_t num_sets, size_t entry_bytes)
+EntryCache::EntryCache(uint8_t* block, size_t num_sets, size_t entry_bytes, bool writable)
     : sets_(reinterpret_cast<CacheSet*>(block)),
       histories_(reinterpret_cast<CacheHistory*>(block + num_sets * sizeof(CacheSet))),
       entries_(block + num_sets * (sizeof(CacheSet) + sizeof(CacheHistory))),
       num_sets_(num_sets),
       entry_bytes_(entry_bytes),
       stride_(entry_stride(entry_bytes)),
+      writable_(writable),
       next_ageing_(kAgeAccessesPerEntry * kWays * num_sets) {}
 
 void EntryCache::clear() {
@@ -82,10 +83,32 @@ bool EntryCache::copy(const Probe& probe, uint8_t order, int64_t key, uint8_t* t
   racing_copy(to, probe.entry, entry_bytes_, next, streamed);
   std::atomic_thread_fence(std::memory_order_acquire);
   if (set->version.load(kRelaxed) != version) return false;
+  if (!writable_) return true;
   auto& count = const_cast<CacheSet*>(set)->counts[probe.way];
   const uint8_t uses = count.load(kRelaxed);
   if (uses < kCountMax) count.store(uses + 1, kRelaxed);  // a lost update costs accuracy only; a hot line stays clean
   return true;
+}
+
+void EntryCache::touch(uint8_t order, int64_t key) {
+  const Probe found = probe(find_set(order, key), order, key);
+  if (found.way < 0) return;
+  auto& count = const_cast<CacheSet*>(found.set)->counts[found.way];
+  const uint8_t uses = count.load(kRelaxed);
+  if (uses < kCountMax) count.store(uses + 1, kRelaxed);
+}
+
+void EntryCache::drop_tag(uint8_t tag) {
+  for (size_t i = 0; i < num_sets_; ++i) {
+    CacheSet& set = sets_[i];
+    const uint64_t version = set.version.load(kRelaxed) | 1;
+    set.version.store(version, kRelaxed);
+    std::atomic_thread_fence(std::memory_order_release);
+    for (size_t way = 0; way < kWays; ++way) {
+      if (set.orders[way].load(kRelaxed) >> kTagShift == tag) set.keys[way].store(-1, kRelaxed);
+    }
+    set.version.store(version + 1, std::memory_order_release);
+  }
 }
 
 void EntryCache::offer(uint8_t order, int64_t key, const uint8_t* entry) {

@@ -25,6 +25,7 @@ constexpr size_t kWays = 8;
 constexpr size_t kWindowWays = 2;
 constexpr size_t kGhosts = 32;
 constexpr uint8_t kCountMax = 15;
+constexpr unsigned kTagShift = 4;  // what tells apart equal orders of two versions of a table lies above the order
 constexpr uint64_t kAgeAccessesPerEntry = 10;  // counts are halved after so many accesses for each entry that fits
 
 struct alignas(64) CacheSet {
@@ -58,8 +59,9 @@ struct Probe {
 
 class EntryCache {
  public:
-  // `block` has `block_bytes(num_sets, entry_bytes)` bytes, at a multiple of 64, and outlives the cache.
-  EntryCache(uint8_t* block, size_t num_sets, size_t entry_bytes);
+  // `block` has `block_bytes(num_sets, entry_bytes)` bytes, at a multiple of 64, and outlives the cache. Where it is not writable,
+  // being another process's, readers count no uses and nothing may be offered.
+  EntryCache(uint8_t* block, size_t num_sets, size_t entry_bytes, bool writable = true);
 
   static size_t entry_stride(size_t entry_bytes) { return (entry_bytes + 7) / 8 * 8; }
   static size_t block_bytes(size_t num_sets, size_t entry_bytes) {
@@ -68,6 +70,10 @@ class EntryCache {
 
   // Empties every set. No reader may be at work.
   void clear();
+
+  bool writable() const { return writable_; }
+  size_t num_sets() const { return num_sets_; }
+  size_t entry_bytes() const { return entry_bytes_; }
 
   // A reader's three steps, apart so that many pairs overlap their waits for memory: where is the set, which way holds the
   // pair, copy its entry. `copy` returns whether the entry was whole and still the pair's; else `to` is undefined.
@@ -82,6 +88,10 @@ class EntryCache {
 
   // The writer: puts an entry in, perhaps in another's place. The caller holds `writer()`.
   void offer(uint8_t order, int64_t key, const uint8_t* entry);
+  // The writer: counts a use that a reader of a read-only mapping could not count. The caller holds `writer()`.
+  void touch(uint8_t order, int64_t key);
+  // The writer: takes out all entries of one tag (`Table::tag`). Readers may be at work. The caller holds `writer()`.
+  void drop_tag(uint8_t tag);
   std::mutex& writer() { return writer_; }
 
  private:
@@ -94,6 +104,7 @@ class EntryCache {
   size_t num_sets_;
   size_t entry_bytes_;
   size_t stride_;
+  bool writable_;
   std::atomic<uint64_t> accesses_{0};
   uint64_t next_ageing_;
   uint8_t age_ = 0;

@@ -80,14 +80,44 @@ struct PlacedFile {
   }
 };
 
-// The placed entries of a table: those with places below num_loaded lie in memory, the others in the file. Immutable.
+// Which buckets of an area belong to each order. Lies in shared memory beside the area where a daemon publishes it.
+struct IndexHead {
+  uint32_t bucket_start[16];
+  uint32_t num_buckets[16];
+};
+static_assert(sizeof(IndexHead) == 128, "two cache lines");
+
+// An area of buckets with its head.
+struct IndexArea {
+  const IndexHead* head = nullptr;
+  const IndexBucket* buckets = nullptr;
+  size_t num_buckets = 0;
+
+  // The index of one order; empty where the head points outside the area.
+  EntryIndex order(size_t order) const {
+    const size_t start = head->bucket_start[order], count = head->num_buckets[order];
+    return start <= num_buckets && count <= num_buckets - start ? EntryIndex{buckets + start, count} : EntryIndex{};
+  }
+};
+
+// The placed entries of a table. Those with places below num_loaded lie in memory, as records one after the other; the others are read
+// from the placement file. Immutable within an epoch: epoch e finds them by areas[e % 2], in a store of its own process by
+// either. There places in memory and in the file are the same; where a daemon moves entries, `in_file` has the places in the file.
 struct StaticSet {
-  EntryIndex orders[16];
-  const uint8_t* records = nullptr;
+  IndexArea areas[2];
+  IndexArea in_file;
+  const uint8_t* records = nullptr;  // null: there are none
   uint32_t num_loaded = 0;
   PlacedFile placed;
 
   const uint8_t* record(uint32_t place) const { return records + place * placed.shape.record_bytes; }
+  // Where a key that memory does not hold lies in the file; `found` is what the epoch's area said of it.
+  uint32_t place_in_file(uint8_t order, int64_t key, uint32_t found) const {
+    if (placed.file.buffered_fd < 0) return kNotPlaced;
+    if (in_file.head == nullptr) return found;
+    const EntryIndex index = in_file.order(order);
+    return index.find(index.find_bucket(key), key);
+  }
 };
 
 // Takes keys out of an index whose places are loaded and hold another record, or lie outside the placement; returns how many.

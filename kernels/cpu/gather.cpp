@@ -56,7 +56,7 @@ int64_t copy_resident(const Table& table, size_t num_rows, uint8_t* out, RowId r
 // Four stages, each some pairs behind the one before, so that what it needs has come from memory meanwhile: ask for the key's
 // bucket of the static set's index; search it, and where the key is not loaded ask for its set of the cache; probe that, and ask for
 // the entry; copy. Without a static set the first stage falls away.
-void gather_cached(const Table& table, uint16_t table_index, const int64_t* keys, size_t num_pairs, uint8_t* out,
+void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, const int64_t* keys, size_t num_pairs, uint8_t* out,
                    std::vector<Miss>& misses, uint64_t* static_hits) {
   struct Pair {
     const IndexBucket* bucket;
@@ -71,7 +71,9 @@ void gather_cached(const Table& table, uint16_t table_index, const int64_t* keys
   const EntryCache& cache = *table.cache;
   const StaticSet& statics = table.statics;
   const size_t entry_bytes = table.entry_bytes();
-  const size_t buckets_ahead = statics.placed.shape.record_bytes > 0 ? std::min(kBucketsAhead, num_pairs) : 0;
+  EntryIndex placed_keys[kOrdersMax];
+  const size_t buckets_ahead = statics.records != nullptr ? std::min(kBucketsAhead, num_pairs) : 0;
+  for (size_t i = 0; buckets_ahead > 0 && i < table.num_orders; ++i) placed_keys[i] = statics.areas[epoch & 1].order(i);
   const size_t sets_ahead = buckets_ahead + std::min(kSetsAhead, num_pairs);
   const size_t entries_ahead = sets_ahead + std::min(kEntriesAhead, num_pairs);
   const bool streamed = num_pairs * entry_bytes > kStreamedBytes && (reinterpret_cast<uintptr_t>(out) | entry_bytes) % kStreamAlignment == 0;
@@ -82,18 +84,18 @@ void gather_cached(const Table& table, uint16_t table_index, const int64_t* keys
       pair = {nullptr, nullptr, nullptr, {}, keys[i], kNotPlaced, order};
       order = order + 1u == table.num_orders ? 0 : static_cast<uint8_t>(order + 1);
       if (pair.key >= 0 && buckets_ahead > 0) {
-        pair.bucket = statics.orders[pair.order].find_bucket(pair.key);
+        pair.bucket = placed_keys[pair.order].find_bucket(pair.key);
         __builtin_prefetch(pair.bucket);
       }
     }
     if (i >= buckets_ahead && i - buckets_ahead < num_pairs) {
       Pair& pair = ring[(i - buckets_ahead) & (kRing - 1)];
       if (pair.key >= 0) {
-        pair.placed = statics.orders[pair.order].find(pair.bucket, pair.key);
+        pair.placed = placed_keys[pair.order].find(pair.bucket, pair.key);
         if (pair.placed < statics.num_loaded) {
           pair.record = statics.record(pair.placed);
         } else {
-          pair.set = cache.find_set(pair.order, pair.key);
+          pair.set = cache.find_set(table.tagged(pair.order), pair.key);
           fetch(reinterpret_cast<const uint8_t*>(pair.set), sizeof(CacheSet));
         }
       }
@@ -101,7 +103,7 @@ void gather_cached(const Table& table, uint16_t table_index, const int64_t* keys
     const uint8_t* next = nullptr;  // an entry that will be copied soon
     if (i >= sets_ahead && i - sets_ahead < num_pairs) {
       Pair& pair = ring[(i - sets_ahead) & (kRing - 1)];
-      if (pair.set != nullptr) pair.probe = cache.probe(pair.set, pair.order, pair.key);
+      if (pair.set != nullptr) pair.probe = cache.probe(pair.set, table.tagged(pair.order), pair.key);
       next = pair.record != nullptr ? pair.record : pair.probe.entry;
     }
     if (i < entries_ahead) {
@@ -116,8 +118,9 @@ void gather_cached(const Table& table, uint16_t table_index, const int64_t* keys
     } else if (pair.record != nullptr) {
       racing_copy(to, pair.record, entry_bytes, next, streamed);
       ++static_hits[pair.order];
-    } else if (pair.probe.way < 0 || !cache.copy(pair.probe, pair.order, pair.key, to, next, streamed)) {
-      misses.push_back({pair.key, static_cast<uint32_t>(place), table_index, pair.order, pair.placed});
+    } else if (pair.probe.way < 0 || !cache.copy(pair.probe, table.tagged(pair.order), pair.key, to, next, streamed)) {
+      const uint32_t in_file = statics.place_in_file(pair.order, pair.key, pair.placed);
+      misses.push_back({pair.key, static_cast<uint32_t>(place), table_index, pair.order, in_file});
     }
   }
   if (streamed) end_streamed_copies();

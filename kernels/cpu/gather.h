@@ -13,9 +13,9 @@
 
 namespace tierstore {
 
-// From the static set and the cache. Appends the pairs that neither holds to `misses`, and counts, by order, those that the static
+// From the epoch's static set and the cache. Appends the pairs that neither holds to `misses`, and counts, by order, those that the static
 // set held.
-void gather_cached(const Table& table, uint16_t table_index, const int64_t* keys, size_t num_pairs, uint8_t* out,
+void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, const int64_t* keys, size_t num_pairs, uint8_t* out,
                    std::vector<Miss>& misses, uint64_t* static_hits);
 
 // From a resident table. Returns the first bad page that a row lies on, -1 where all are good.

@@ -246,9 +246,9 @@ void Lane::finish_wave(Wave& wave) {
     for (; end < wave.miss_end && misses[end].same_unit(unit); ++end) {
       if (unit.order != kPageUnit) std::memcpy(job_->outputs[unit.table] + misses[end].place * num_bytes, from, num_bytes);
     }
-    if (unit.order < kOrdersMax && table.cache != nullptr) {
+    if (unit.order < kOrdersMax && table.cache != nullptr && table.cache->writable()) {
       const std::lock_guard<std::mutex> lock(table.cache->writer());
-      table.cache->offer(unit.order, unit.key, from);
+      table.cache->offer(table.tagged(unit.order), unit.key, from);
     }
     from += num_bytes;
     i = end;

@@ -22,11 +22,14 @@ struct Table {
   uint64_t num_pages, pages_per_shard;
   PageShape shape;
   std::vector<ShardFile> shards;
-  std::unique_ptr<EntryCache> cache;  // null where the table is resident
+  std::shared_ptr<EntryCache> cache;  // null where the table is resident
+  uint8_t tag = 0;                    // of its entries in the cache, below 16: two versions of a table may share one
   StaticSet statics;                  // of the placement; empty where there is none
   const uint8_t* resident = nullptr;  // all rows, by row id
   std::vector<bool> bad_pages;        // of a resident table: pages that could not be loaded; empty where all are good
 
+  // An order as the cache has it.
+  uint8_t tagged(uint8_t order) const { return static_cast<uint8_t>(order | tag << kTagShift); }
   size_t entry_bytes() const { return rows_per_key * row_bytes; }
   size_t num_heads() const { return num_orders * rows_per_key; }
   uint64_t row_id(size_t head, int64_t key) const {

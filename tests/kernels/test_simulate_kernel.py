@@ -173,7 +173,7 @@ def test_a_store_hits_exactly_what_is_predicted(built: Path, batch_max: int) -> 
             before = sum(table._engine.counters()["tables"][table.index][0])
             table.lookup(batch)
             seen.append(sum(table._engine.counters()["tables"][table.index][0]) - before)
-        num_sets = store._plan.shares["layers.1"].num_sets
+        num_sets = store._backing._plan.shares["layers.1"].num_sets
     order_index = np.tile(np.arange(3, dtype=np.uint8), len(keys))
     hits = kernels.simulate_cache(order_index, keys.reshape(-1), ends * 3, num_sets)
     starts = np.concatenate([[0], ends[:-1]]) * 3

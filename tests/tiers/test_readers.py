@@ -161,8 +161,8 @@ def test_what_cannot_be_had_is_made_do_without_and_said(
         pytest.skip("io_uring is not to be had here")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with tierstore.open(built, dram="32MiB", placement="none", io="uring") as store:
-        assert store._plan.staging.num_lanes > 1
-        asked = store._plan.staging.num_lanes
+        assert store._backing._plan.staging.num_lanes > 1
+        asked = store._backing._plan.staging.num_lanes
     wanted = 2 + sum(2 * layout.num_shards for layout in read_catalog(built).tables.values())  # shards, and two rings
     used = {int(fd) for fd in os.listdir("/proc/self/fd")}
     free = [fd for fd in range(max(used) + wanted + 2) if fd not in used]

@@ -51,6 +51,13 @@ class Engine(ABC):
         """Starts a lookup in several tables; None where memory held all. The caller keeps the buffers until it ends."""
 
     @abstractmethod
+    def is_resident(self, index: int) -> bool:
+        """Whether memory holds a whole table, by row id."""
+
+    def subscribe(self, renewed: Callable[[], Any]) -> None:  # noqa: B027
+        """Calls `renewed` whenever `try_lookup` has become another, from any thread. Of most engines it never does."""
+
+    @abstractmethod
     def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
         """Fills out, uint8 [R, row_bytes], from row_ids, int64 [R], -1 for zero rows: from DRAM if resident, else pages."""
 

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .. import kernels
-from ..decisions.budget import DramPlan
+from ..decisions.budget import DramPlan, StagingPlan
 from ..errors import CorruptPageError, StoreNotReadyError, TierStoreError
 from ..formats.page import PAGE_VERSION, fault_text
 from .engine import READ_WAIT_S, Engine, Request
 from .memory import allocate
 from .nvme import IoChoice, TableFiles, load_rows
-from .placed import OnProgress, PlacementFile, StaticSet, load_all_static
+from .placed import OnProgress, PlacementFile, load_all_static
 from .placed import fault_text as entry_fault_text
 
 logger = logging.getLogger("tierstore")
@@ -29,6 +30,63 @@ JOBS_MAX = 256  # tickets under way; beyond it, submit waits for one to end
 LOAD_BYTES = 1 << 20
 
 
+@dataclass(frozen=True)
+class TableMemory:
+    """What of a table lies in memory: all rows, uint8 [bytes], or a `kernels.EntryCache`; and its static set, if any.
+
+    tag: of its entries in the cache, below 16; another version of the table may share that.
+    """
+
+    rows_or_cache: Any
+    statics: Mapping[str, Any] | None = None
+    tag: int = 0
+
+
+@dataclass(frozen=True)
+class SharedEpochs:
+    """Where a daemon publishes epochs: its control block, which of the numbers there, and the client's own block."""
+
+    control: np.ndarray
+    line: int
+    block: np.ndarray
+
+
+def open_native(
+    what: str,
+    files: Sequence[TableFiles],
+    plan: DramPlan,
+    choice: IoChoice,
+    placed: PlacementFile | None,
+    on_progress: OnProgress | None,
+) -> NativeEngine:
+    """Allocates a plan's memory, loads resident tables and static sets, and returns the engine over it. Blocks."""
+    layouts = [file.table for file in files]
+    block = allocate(plan.block_bytes)
+    shares = [plan.shares[layout.spec.name] for layout in layouts]
+    parts = [block[share.byte_start : share.byte_start + share.num_bytes] for share in shares]
+    statics = load_all_static(placed, layouts, shares, parts, on_progress)
+    memories = []
+    for layout, share, part, static in zip(layouts, shares, parts, statics, strict=True):
+        if share.resident:
+            memories.append(TableMemory(part))
+            continue
+        rest = part[share.static_bytes + share.index_bytes :]
+        cache = kernels.EntryCache(rest, num_sets=share.num_sets, entry_bytes=layout.spec.entry_bytes, is_new=True)
+        memories.append(TableMemory(cache, None if static is None else static.as_record()))
+    engine = NativeEngine(what, files, memories, choice, plan.staging, placed)
+    for index, (file, share, part) in enumerate(zip(files, shares, parts, strict=True)):
+        if share.resident:
+            engine.set_resident(index, load_table(file, part))
+    return engine
+
+
+def load_table(file: TableFiles, memory: np.ndarray) -> dict[int, str]:
+    """Loads all rows of a table into memory, uint8 [table_bytes at least]; returns its bad pages, as `load_rows` does."""
+    spec = file.table.spec
+    scratch = np.empty(max(LOAD_BYTES, file.table.page_bytes), dtype=np.uint8)
+    return load_rows(file, memory[: spec.table_bytes].reshape(spec.num_rows, spec.row_bytes), scratch)
+
+
 class NativeEngine(Engine):
     """See `Engine`."""
 
@@ -36,35 +94,30 @@ class NativeEngine(Engine):
         self,
         what: str,
         files: Sequence[TableFiles],
-        plan: DramPlan,
+        memories: Sequence[TableMemory],
         choice: IoChoice,
-        placed: PlacementFile | None,
-        on_progress: OnProgress | None,
+        staging: StagingPlan,
+        placed: PlacementFile | None = None,
+        shared: SharedEpochs | None = None,
     ) -> None:
-        """`what` names the store in errors. Blocks while resident tables and static sets load."""
+        """`what` names the store in errors. Tables whose rows are in memory serve after `set_resident`."""
         self._what = what
         self._layouts = [file.table for file in files]
         self._placed = placed
+        self._resident = [isinstance(memory.rows_or_cache, np.ndarray) for memory in memories]
         self.bad_pages = {}
         self.io = choice.mode
-        block = allocate(plan.block_bytes)
-        shares = [plan.shares[layout.spec.name] for layout in self._layouts]
-        parts = [block[share.byte_start : share.byte_start + share.num_bytes] for share in shares]
-        statics = load_all_static(placed, self._layouts, shares, parts, on_progress)
-        caches = [part[share.static_bytes + share.index_bytes :] for share, part in zip(shares, parts, strict=True)]
         self._engine = kernels.Engine(
-            [
-                _record(file, share.num_sets, memory, static)
-                for file, share, memory, static in zip(files, shares, caches, statics, strict=True)
-            ],
+            [_record(file, memory) for file, memory in zip(files, memories, strict=True)],
             mode=choice.mode,
             use_process_madvise=choice.use_process_madvise,
-            num_lanes=plan.staging.num_lanes,
-            depth=plan.staging.depth,
-            assembly_bytes=plan.staging.assembly_bytes,
+            num_lanes=staging.num_lanes,
+            depth=staging.depth,
+            assembly_bytes=staging.assembly_bytes,
             pread_threads=PREAD_THREADS,
             jobs_max=JOBS_MAX,
             wait_s=READ_WAIT_S,
+            shared=None if shared is None else (shared.control, shared.line, shared.block),
         )
         self.try_lookup = self._engine.lookup
         for wanted, found, asked in self._engine.shortfalls():
@@ -72,16 +125,14 @@ class NativeEngine(Engine):
                 "%s: %d of %d %s could be had: lookups are slower; raise 'ulimit -n' and 'ulimit -l', or free memory",
                 what, found, asked, wanted,
             )  # fmt: skip
-        for index, (file, share, memory) in enumerate(zip(files, shares, parts, strict=True)):
-            if share.resident:
-                self._load(index, file, memory)
 
-    def _load(self, index: int, file: TableFiles, memory: np.ndarray) -> None:
-        spec = file.table.spec
-        scratch = np.empty(max(LOAD_BYTES, file.table.page_bytes), dtype=np.uint8)
-        bad_pages = load_rows(file, memory[: spec.table_bytes].reshape(spec.num_rows, spec.row_bytes), scratch)
+    def set_resident(self, index: int, bad_pages: Mapping[int, str]) -> None:
+        """Says that a table's memory holds its rows, but for those of bad pages, and why those are bad."""
         self.bad_pages |= {(index, page): text for page, text in bad_pages.items()}
         self._engine.set_resident(index, list(bad_pages))
+
+    def is_resident(self, index: int) -> bool:
+        return self._resident[index]
 
     def lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
         self.check(self._engine.lookup(index, keys, out))
@@ -165,7 +216,7 @@ class NativePending:
         self._engine.check(outcome)
 
 
-def _record(file: TableFiles, num_sets: int, memory: np.ndarray, static: StaticSet | None) -> dict[str, Any]:
+def _record(file: TableFiles, memory: TableMemory) -> dict[str, Any]:
     """What the C++ side must know of a table."""
     layout, spec = file.table, file.table.spec
     return {
@@ -183,15 +234,7 @@ def _record(file: TableFiles, num_sets: int, memory: np.ndarray, static: StaticS
         "version": PAGE_VERSION,
         "seed": layout.seed,
         "shards": file.handles(),
-        "num_sets": num_sets,
-        "memory": memory,
-        "statics": None
-        if static is None
-        else {
-            "indexes": static.indexes,
-            "records": static.records,
-            "num_placed": static.table.num_entries,
-            "byte_start": static.table.byte_start,
-            "file": static.file.handle,
-        },
+        "memory": memory.rows_or_cache,
+        "statics": memory.statics,
+        "tag": memory.tag,
     }

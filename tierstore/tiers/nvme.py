@@ -60,6 +60,21 @@ def choose_io(io: str) -> IoChoice:
     return IoChoice("mmap", code == 0)
 
 
+def open_tables(image: CatalogImage, *, direct: bool) -> list[TableFiles]:
+    """Opens the shards of every table, in the catalog's order; says so once where `direct` is wanted and not to be had."""
+    opened: list[TableFiles] = []
+    try:
+        for layout in image.tables.values():
+            opened.append(TableFiles(image, layout, direct=direct))
+    except BaseException:
+        for files in opened:
+            files.close()
+        raise
+    if direct and not all(files.has_direct for files in opened):
+        logger.warning("%s: its file system has no O_DIRECT: reads fill the page cache", image.path)
+    return opened
+
+
 class TableFiles:
     """The open shards of one table. Any number of threads may read; `close` must come after the last read."""
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -77,14 +78,24 @@ class PlacementFile:
 class StaticSet:
     """A table's placed entries: indexes by order, uint8 [num_buckets, 64]; the first records, uint8 [loaded, record_bytes].
 
-    byte_start: of the first record in the file; seed: of the records' checksums.
+    area: the indexes as one, back to back; seed: of the records' checksums.
     """
 
     table: PlacedTable
     file: PlacementFile
     indexes: tuple[np.ndarray, ...]
+    area: np.ndarray
     records: np.ndarray
     seed: int
+
+    def as_record(self) -> dict[str, Any]:
+        """What the C++ side must know of it: in every epoch the same; places in memory and in the file are the same too."""
+        area = index_head([len(index) for index in self.indexes]), self.area
+        return {"areas": [area, area], "in_file": None, "records": self.records} | self.file_record()
+
+    def file_record(self) -> dict[str, Any]:
+        """The part of it that is the file."""
+        return {"num_placed": self.table.num_entries, "byte_start": self.table.byte_start, "file": self.file.handle}
 
     def places(self, order_index: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Returns the places of (order index, key) pairs, int64 [M] each; -1 where a pair has none."""
@@ -147,13 +158,9 @@ def _load_static(
     table = file.placement.tables.get(layout.spec.name)
     if table is None or share.resident:
         return None
-    indexes = []
-    at = round_up(share.static_bytes, LINE_BYTES)
-    for index in table.indexes:
-        buckets = memory[at : at + index.num_bytes].reshape(-1, kernels.INDEX_BUCKET.itemsize)
-        _load_index(file, index, buckets)
-        indexes.append(buckets)
-        at += index.num_bytes
+    start = round_up(share.static_bytes, LINE_BYTES)
+    area = memory[start : start + table.index_bytes].reshape(-1, kernels.INDEX_BUCKET.itemsize)
+    indexes = load_indexes(file, table, area)
     num_damaged = _load_records(file, table, memory[: share.static_bytes], share.static_entries, layout.seed, on_bytes)
     records = memory[: share.static_entries * table.record_bytes].reshape(-1, table.record_bytes)
     num_left_out = sum(
@@ -165,7 +172,26 @@ def _load_static(
             "%s: %d placed entries of table %s are damaged and %d left out: their keys are read from pages; plan again",
             file.path, num_damaged, table.name, num_left_out,
         )  # fmt: skip
-    return StaticSet(table, file, tuple(indexes), records, layout.seed)
+    return StaticSet(table, file, indexes, area, records, layout.seed)
+
+
+def load_indexes(file: PlacementFile, table: PlacedTable, area: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Reads a table's indexes into area, uint8 [buckets, 64], back to back; returns each. Raises `FormatError`: one is bad."""
+    indexes, at = [], 0
+    for index in table.indexes:
+        buckets = area[at : at + index.num_buckets]
+        _load_index(file, index, buckets)
+        indexes.append(buckets)
+        at += index.num_buckets
+    return tuple(indexes)
+
+
+def index_head(num_buckets: Sequence[int]) -> np.ndarray:
+    """Returns the head of an area of indexes, uint8 [128]: where each order's buckets begin and how many there are."""
+    head = np.zeros(1, dtype=kernels.INDEX_HEAD)
+    head["num_buckets"][0, : len(num_buckets)] = num_buckets
+    head["bucket_start"][0, : len(num_buckets)] = np.cumsum([0, *num_buckets[:-1]])
+    return head.view(np.uint8)
 
 
 def fault_text(table_name: str, path: Path, place: int, detail: int) -> str:

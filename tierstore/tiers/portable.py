@@ -19,7 +19,7 @@ from ..errors import StoreNotReadyError
 from ..formats.catalog import TableLayout
 from .dram import EntryCache, ResidentTable
 from .engine import READ_WAIT_S, Engine, Request
-from .nvme import TableFiles, load_rows, read_pages
+from .nvme import IoChoice, TableFiles, load_rows, read_pages
 from .placed import OnProgress, PlacementFile, StaticSet, load_all_static
 
 SUBMIT_THREADS = 2
@@ -35,6 +35,7 @@ class PortableEngine(Engine):
         what: str,
         files: Sequence[TableFiles],
         plan: DramPlan,
+        choice: IoChoice,  # noqa: ARG002
         placed: PlacementFile | None,
         on_progress: OnProgress | None,
     ) -> None:
@@ -80,6 +81,9 @@ class PortableEngine(Engine):
                 self._in_use += 1
                 self._pool = self._pool or ThreadPoolExecutor(SUBMIT_THREADS, thread_name_prefix="tierstore")
             return PortablePending(self._pool.submit(self._finish, fetches))
+
+    def is_resident(self, index: int) -> bool:
+        return self._tables[index].resident is not None
 
     def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
         with self._using():

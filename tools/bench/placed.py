@@ -22,6 +22,7 @@ import tierstore
 from engram_adapter import HashSpec
 from tierstore import kernels
 from tierstore.decisions.plan import INDEX_ENTRY_BYTES, Budgets
+from tierstore.embedded import Embedded
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import CatalogImage, read_catalog, set_epoch
 from tierstore.formats.placement import record_bytes
@@ -255,7 +256,8 @@ def _add_opening(result: Result, made: MadeStore, dram_bytes: int, options: Opti
 
 def _first_beside_later(store: tierstore.Store) -> float:
     """Seconds of the first lookup of 2,048 tokens of placed keys over the median of ten later ones of others."""
-    placed = store._placed
+    assert isinstance(store._backing, Embedded)
+    placed = store._backing._placed
     assert placed is not None
     part = placed.placement.tables[stores.TABLE]
     rng = np.random.default_rng(0)

@@ -163,6 +163,8 @@ struct Files {
     placed = write_file(folder + "/placed", records.data(), records.size());
   }
 
+  IndexHead head{{0}, {kBuckets}};
+
   Table table(Block& block, size_t num_sets) const {
     Table made;
     made.num_orders = 1;
@@ -178,9 +180,9 @@ struct Files {
     made.pages_per_shard = kPagesPerShard;
     made.shape = {kPageBytes, kRowsPerPage, kVersion, kSeed};
     made.shards = shards;
-    made.cache = std::make_unique<EntryCache>(block.data, num_sets, made.entry_bytes());
+    made.cache = std::make_shared<EntryCache>(block.data, num_sets, made.entry_bytes());
     made.cache->clear();
-    made.statics.orders[0] = {index.data(), kBuckets};
+    made.statics.areas[0] = made.statics.areas[1] = {&head, index.data(), kBuckets};
     made.statics.records = records.data();
     made.statics.num_loaded = kLoaded;
     made.statics.placed = {placed, 0, record_shape()};
@@ -215,8 +217,9 @@ void test_engine(const std::string& folder, ReadMode mode, const char* name, siz
         for (int64_t& key : keys) key = static_cast<int64_t>(next_random(state) % 500) * Files::kKeyStep;
         std::vector<uint8_t> out(keys.size() * 2 * Files::kRowBytes, 0xA5);
         auto job = std::make_shared<Job>();
-        if (!engine.enter()) std::abort();
-        engine.gather(0, keys.data(), keys.size(), out.data(), *job);
+        const Engine::Use use(engine);
+        if (!use) std::abort();
+        engine.gather(use.epoch(), 0, keys.data(), keys.size(), out.data(), *job);
         engine.count_batch(*job);
         if (seed % 2 == 0 && !job->misses.empty()) {
           engine.submit(job);
@@ -224,7 +227,6 @@ void test_engine(const std::string& folder, ReadMode mode, const char* name, siz
         } else {
           engine.fetch(*job);
         }
-        engine.leave();
         if (job->fault.kind != FaultKind::kNone || !rows_are_right(keys.data(), keys.size(), out.data())) ++wrong;
         checked += keys.size();
       }
@@ -233,7 +235,7 @@ void test_engine(const std::string& folder, ReadMode mode, const char* name, siz
   for (std::thread& thread : threads) thread.join();
   CHECK(wrong == 0);
   CHECK(engine.close(60.0));
-  CHECK(!engine.enter());
+  CHECK(!Engine::Use(engine));
   std::printf("engine, %s, %zu lanes: %llu keys checked\n", name, num_lanes, static_cast<unsigned long long>(checked.load()));
   CHECK(engine.read_counters.entries > 0);
   CHECK(engine.table_counters[0].static_hits[0] > 0);

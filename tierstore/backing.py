@@ -1,0 +1,31 @@
+"""What a store stands on: tables, the engine that answers, and what was opened for it.
+
+Flows in: nothing; each way of having a store implements this. Flows out: what `Store` needs and nothing more, so that a store
+opened in process (`embedded`), attached to a daemon, or reached over a network is the same `Store` to whoever uses it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .spec import TableSpec
+from .tiers.engine import Engine
+
+
+class Backing(ABC):
+    """Tables, an engine, and their upkeep. The store that it was given to closes the engine first, then this."""
+
+    name: str  # what errors and `repr` call it: a path or an address
+    specs: Sequence[TableSpec]  # in the engine's order
+    attachments: Mapping[str, bytes]  # records that the adapter put in the catalog at build time
+    engine: Engine
+
+    @abstractmethod
+    def details(self) -> dict[str, Any]:
+        """Returns what `stats` shows beside counters: "io", "memory", "placement"."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives files and the like back; the engine is closed. Closing twice is harmless."""
