@@ -14,24 +14,31 @@ from typing import Any
 
 import numpy as np
 
-from . import reference, reference_placed
+from . import reference, reference_counts, reference_placed
 from .reference import ORDER_MAX, PAGE_BAD_CHECKSUM, PAGE_GOOD, PAGE_OTHER_NUMBER, PAGE_OTHER_VERSION, TRAILER
 from .reference_placed import BUCKET_SLOTS, INDEX_BUCKET, INDEX_HEAD, RECORD_TRAILER
+from .reference_counts import REPORT
 
 __all__ = [
     "BUCKET_SLOTS",
+    "CLIENT_BLOCK_BYTES",
     "INDEX_BUCKET",
     "INDEX_HEAD",
+    "NUM_RECORDS",
     "ORDER_MAX",
     "PAGE_BAD_CHECKSUM",
     "PAGE_GOOD",
     "PAGE_OTHER_NUMBER",
     "PAGE_OTHER_VERSION",
     "RECORD_TRAILER",
+    "REPORT",
     "SOURCES",
     "TRAILER",
     "Engine",
     "EntryCache",
+    "KeyCounts",
+    "ReportReader",
+    "ReportWriter",
     "check_pages",
     "crc32c",
     "crc32c_backend",
@@ -39,6 +46,7 @@ __all__ = [
     "find_entries",
     "find_items",
     "index_entries",
+    "init_client_block",
     "keys_of_row_ids",
     "keys_of_tokens",
     "keys_of_windows",
@@ -87,6 +95,32 @@ def probe_process_madvise() -> int:
 # The lookup path of a store (kernels/cpu/engine.h), None where it was not compiled; `tierstore.tiers.native` is its user.
 Engine: Any = _serving.Engine if native else None
 EntryCache: Any = _serving.EntryCache if native else None
+
+# The ring by which attached clients report (kernels/cpu/reports.h draws it), None where it was not compiled: NumPy has no
+# atomics. A block is uint8 [CLIENT_BLOCK_BYTES] at a multiple of 64 bytes, `ValueError` where it is not, that no process can
+# truncate; any contents do, and cost the daemon bounded work.
+#   ReportWriter(block).add(reports): writes REPORT [n], or drops what there is no room for; any threads; never waits.
+#   ReportReader(block).take(out) -> int: copies the next reports into out, REPORT [n]; one reader a block, never waits. A report
+#   that is reserved and not yet written gets the time between two calls. `lost`: positions that held none, as far as the
+#   reader saw; `dropped`: reports that found no room, as far as the client says.
+CLIENT_BLOCK_BYTES = 4096 + 16 * 8192
+NUM_RECORDS = 8192
+ReportWriter: Any = _serving.ReportWriter if native else None
+ReportReader: Any = _serving.ReportReader if native else None
+
+# Counts of reported keys in memory, uint8 [64 * sets] at a multiple of 64 bytes, that is emptied (kernels/cpu/key_counts.h: four
+# keys a set, none counted more often than it was reported). Any threads.
+#   add(reports) -> int: counts REPORT [n] by their weights, 2 ** (source_and_weight >> 3); returns how many had a key.
+#   counts(table, order_index, keys) -> uint32 [n]; order_index: one for all, or uint8 [n]; keys: int64 [n].
+#   above(table, minimum) -> order_index uint8 [m], keys int64 [m], counts uint32 [m], in no order: all counted at least
+#   `minimum` times; num_above(table, minimum) -> m, by which to choose a minimum that memory is there for.
+#   age(): halves all counts. num_used, num_slots: keys that have a count, and that could have one.
+KeyCounts: Any = _serving.KeyCounts if native else reference_counts.KeyCounts
+
+
+def init_client_block(block: np.ndarray) -> None:
+    """Makes a block, uint8 [CLIENT_BLOCK_BYTES] at a multiple of 64 bytes, one without reports. Nobody may use it meanwhile."""
+    _serving.init_client_block(block)
 
 
 def crc32c_backend() -> str:

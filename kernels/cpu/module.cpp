@@ -14,6 +14,7 @@
 #include "crc32c.h"
 #include "engine_module.h"
 #include "hash.h"
+#include "learning_module.h"
 #include "pages.h"
 #include "placed_module.h"
 #include "profile_module.h"
@@ -229,4 +230,5 @@ PYBIND11_MODULE(_cpu, module) {
   tierstore::bind_placed(module);
   define_hash(module);
   tierstore::bind_profile(module);
+  tierstore::bind_learning(module);
 }
