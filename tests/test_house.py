@@ -20,21 +20,22 @@ FLOORS = {
     "tierstore.spec": 0.5,
     "tierstore.formats": 1,
     "tierstore.decisions": 2,
+    "tierstore.stats": 2.5,  # pure arithmetic too, that tiers count with
     "tierstore.tiers": 3,
     "tierstore.build": 3,
     "tierstore.profiling": 3.5,
     "tierstore.place": 3.5,  # of the same floor: uses tiers and the build's lock
     "tierstore.counting": 3,
     "tierstore.verify": 3.5,
-    "tierstore.stats": 3,
     "tierstore.recorder": 3.5,  # of the same floor, but above the tiers
     "tierstore.backing": 3.5,
     "tierstore.table": 3.8,
     "tierstore.store": 4,
     "tierstore.embedded": 4.5,
-    "tierstore": 5,
-    "engram_adapter": 6,
-    "tierstore.tools": 7,
+    "tierstore.daemon": 5,
+    "tierstore": 6,
+    "engram_adapter": 7,
+    "tierstore.tools": 8,
 }
 HEAVY = {"torch", "triton", "transformers", "matplotlib"}
 SOURCES = sorted(
