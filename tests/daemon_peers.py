@@ -1,18 +1,47 @@
-"""What tests of the daemon's socket share: a handler that notes its calls, and what a process has open."""
+"""What tests of the daemon's socket share: a handler that notes its calls, peers of all kinds, processes of other users."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import logging
 import os
 import queue
+import signal
+import socket
 import struct
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
+import pytest
+
+from tierstore.daemon.client_socket import dial
 from tierstore.daemon.peer import Peer
+from tierstore.daemon.protocol import PROTOCOL_VERSION, Channel, ChannelClosed
+from tierstore.daemon.server import SocketServer
 from tierstore.errors import BudgetError, DaemonError
 
 WAIT_S = 30.0  # for what must happen; nothing that works takes nearly as long
+NOBODY = 65534
+HELLO = {"hello": PROTOCOL_VERSION, "role": "client", "pid": 1, "release": "0"}
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root")
+
+
+@contextlib.contextmanager
+def noted_warnings() -> Iterator[queue.Queue[str]]:
+    """What is logged meanwhile, line by line, as it is."""
+    lines: queue.Queue[str] = queue.Queue()
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.put(record.getMessage())
+
+    noting = Lines()
+    logging.getLogger("tierstore").addHandler(noting)
+    yield lines
+    logging.getLogger("tierstore").removeHandler(noting)
 
 
 class NotingHandler:
@@ -66,4 +95,83 @@ def packet(part: bytes, num_bytes: int | None = None, *, flags: int = 0, magic: 
 
 
 def open_descriptors() -> int:
+    gc.collect()  # sockets of earlier tests, which errors' traces may hold
     return len(os.listdir("/proc/self/fd"))
+
+
+def connect(path: Path, role: Literal["client", "admin"] = "client") -> Channel:
+    """An attached client, or administrator, that has read what came first."""
+    channel, _, fds = dial(path, role, WAIT_S)
+    for fd in fds:
+        os.close(fd)
+    if role == "client":
+        assert channel.receive(WAIT_S) == ({"early": True}, [])
+    return channel
+
+
+def bare_socket(path: Path) -> socket.socket:
+    """A connection that has not said hello."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.settimeout(WAIT_S)
+    sock.connect(os.fspath(path))
+    return sock
+
+
+def last_words(channel: Channel) -> str:
+    """Why a channel was ended, and that it was."""
+    message, _ = channel.receive(WAIT_S)
+    assert message["error"] == "DaemonError"
+    with pytest.raises(ChannelClosed):
+        channel.receive(WAIT_S)
+    channel.close()
+    return str(message["message"])
+
+
+def become(user: int | None) -> None:
+    if user is not None:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+
+
+def in_child(act: Callable[[], str], user: int | None = None) -> str:
+    """What `act` returns in a forked process, of another user where one is given; "Class: message" where it raises."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:  # whatever happens, the child must not go on with the tests
+            become(user)
+            os.write(write, act().encode())
+        except BaseException as error:
+            os.write(write, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return said
+
+
+class ServingChild:
+    """A forked process that serves a path, of another user where one is given, until it is killed."""
+
+    def __init__(self, path: Path, user: int | None = None) -> None:
+        read, write = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                become(user)
+                opened = SocketServer(path, NotingHandler())
+                opened.start()
+                os.write(write, b"serving")
+                signal.pause()
+            finally:
+                os._exit(1)
+        os.close(write)
+        with open(read) as pipe:
+            assert pipe.read(7) == "serving"
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)

@@ -1,24 +1,40 @@
-"""The socket's server lets in whom it should, serves them side by side, and says by name why it does not."""
+"""The socket's server serves peers side by side, and says by name why it drops one; none of them costs another anything."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import queue
+import resource
+import signal
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from array import array
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
-from daemon_peers import WAIT_S, NotingHandler, open_descriptors
+from daemon_peers import (
+    HELLO,
+    WAIT_S,
+    NotingHandler,
+    bare_socket,
+    connect,
+    in_child,
+    last_words,
+    noted_warnings,
+    open_descriptors,
+    packet,
+)
 
+from tierstore.daemon import asks, client_socket, peer, peer_log, server
 from tierstore.daemon.client_socket import ask, dial
 from tierstore.daemon.protocol import PROTOCOL_VERSION, Channel, ChannelClosed
 from tierstore.daemon.server import SocketServer
 from tierstore.errors import BudgetError, DaemonError
 from tierstore.version import VERSION
-
-NOBODY = 65534
-HELLO = {"hello": PROTOCOL_VERSION, "role": "client", "pid": 1, "release": "0"}
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root")
 
 
 @pytest.fixture
@@ -38,53 +54,10 @@ def serving(path: Path, handler: NotingHandler) -> Iterator[SocketServer]:
         yield opened
 
 
-def connect(path: Path, role: str = "client") -> Channel:
-    """An attached client, or administrator, that has read what came first."""
-    channel, _, fds = dial(path, role, WAIT_S)  # type: ignore[arg-type]
-    for fd in fds:
-        os.close(fd)
-    if role == "client":
-        assert channel.receive(WAIT_S) == ({"early": True}, [])
-    return channel
-
-
-def bare(path: Path) -> Channel:
-    """A connection that has not said hello."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(WAIT_S)
-    sock.connect(os.fspath(path))
-    return Channel(sock)
-
-
-def last_words(channel: Channel) -> str:
-    """Why a channel was ended, and that it was."""
-    message, _ = channel.receive(WAIT_S)
-    assert message["error"] == "DaemonError"
-    with pytest.raises(ChannelClosed):
-        channel.receive(WAIT_S)
-    channel.close()
-    return str(message["message"])
-
-
-def as_nobody(act: Callable[[], str]) -> str:
-    """Returns what `act` returns in a process of the user nobody."""
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        try:  # whatever happens, the child must not go on with the tests
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            os.write(write, act().encode())
-        except BaseException as error:
-            os.write(write, f"{type(error).__name__}: {error}".encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    with open(read) as pipe:
-        said = pipe.read()
-    os.waitpid(child, 0)
-    return said
+@pytest.fixture
+def warnings() -> Iterator[queue.Queue[str]]:
+    with noted_warnings() as lines:
+        yield lines
 
 
 @pytest.mark.usefixtures("serving")
@@ -160,3 +133,409 @@ def test_a_long_request_holds_up_nobody(path: Path, handler: NotingHandler) -> N
     handler.go_on.set()
     assert waiting[0].receive(WAIT_S)[0]["did"] == "wait"
     waiting[0].close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [("DaemonError", "table layers.9: there is none; name one of the store's"), ("other", "its log says more")],
+)
+@pytest.mark.usefixtures("serving")
+def test_a_message_that_fails_costs_its_sender_alone(
+    path: Path, handler: NotingHandler, warnings: queue.Queue[str], fault: str, says: str
+) -> None:
+    with connect(path) as other:
+        handler.next("attach")
+        guilty = connect(path)
+        attached, _ = handler.next("attach")
+        guilty.send({"raise": fault})
+        assert says in last_words(guilty)
+        assert handler.next("message") == (attached, {"raise": fault})
+        assert handler.next("detach") == (attached, None)
+        assert "is dropped" in warnings.get(timeout=WAIT_S)
+        other.send({"echo": 1})
+        assert other.receive(WAIT_S) == ({"echo": 1}, [])
+
+
+def test_an_attach_that_fails_passes_its_error_on_and_detaches_nothing(
+    path: Path, handler: NotingHandler, serving: SocketServer
+) -> None:
+    handler.fault = BudgetError("3 MiB of staging asked, 2 MiB there")
+    with pytest.raises(BudgetError, match="3 MiB of staging"):
+        dial(path)
+    handler.fault = KeyError("mistake")
+    with pytest.raises(DaemonError, match="its log says more"):
+        dial(path)
+    handler.fault = None
+    handler.answer = {"not": {"JSON"}}
+    with pytest.raises(DaemonError, match="its log says more"):
+        dial(path)
+    handler.next("attach")
+    handler.next("detach")  # this one had returned
+    handler.answer = {}
+    connect(path).close()
+    handler.next("attach")
+    handler.next("detach")
+    assert handler.calls.empty()
+    assert serving.counts()["refused"] == 2
+
+
+def test_another_version_is_refused_by_both_numbers(
+    path: Path, serving: SocketServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_socket, "PROTOCOL_VERSION", 7)
+    with pytest.raises(DaemonError, match=r"you speak version 7 .* version 1 .*: install one release for both"):
+        dial(path)
+    with pytest.raises(DaemonError, match=r"version 7"):
+        ask(path, {"do": "stat"})
+    monkeypatch.setattr(client_socket, "PROTOCOL_VERSION", 1)
+    monkeypatch.setattr(server, "PROTOCOL_VERSION", 2)  # a daemon that takes all versions
+    with pytest.raises(DaemonError, match=r"speaks version 2 of the protocol, this is version 1 "):
+        dial(path)
+    assert serving.counts()["refused"] == 2
+
+
+HELLOS = {
+    "empty": {},
+    "a bool for a version": HELLO | {"hello": True},
+    "a text for a version": HELLO | {"hello": "1"},
+    "another role": HELLO | {"role": "root"},
+    "a list for a role": HELLO | {"role": ["client"]},
+    "no process": HELLO | {"pid": None},
+    "a number for a release": HELLO | {"release": 1},
+    "a long release": HELLO | {"release": "x" * 65},
+    "a request": {"do": "stat"},
+}
+
+
+@pytest.mark.parametrize("hello", HELLOS.values(), ids=HELLOS)
+def test_a_first_message_that_is_no_hello_is_refused(path: Path, serving: SocketServer, hello: dict[str, Any]) -> None:
+    channel = Channel(bare_socket(path))
+    channel.send(hello)
+    said = last_words(channel)
+    assert "is no hello, which has" in said or "there is no role" in said
+    assert serving.counts() == {"attached": 0, "max": 3, "refused": 1}
+
+
+@pytest.mark.usefixtures("serving")
+def test_descriptors_and_foreign_packets_end_a_client_by_name(path: Path, handler: NotingHandler) -> None:
+    before = open_descriptors()
+    for data, control, says in (
+        (packet(b"{}"), [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [1]))], "more than 0 descriptors"),
+        (packet(b"{}", magic=b"HTTP"), [], "none of this protocol"),
+        (packet(b"x" * 32756, 65537, flags=1), [], "65,537 bytes, the limit is 65,536"),
+        (packet(b"[[[]]]"), [], "expected an object"),
+    ):
+        channel = connect(path)
+        with socket.socket(fileno=os.dup(channel.fileno())) as sock:
+            sock.sendmsg([data], control)
+        assert says in last_words(channel)
+        handler.next("attach")
+        handler.next("detach")
+    assert open_descriptors() == before
+
+
+def test_who_says_no_hello_in_time_is_dropped(
+    path: Path, serving: SocketServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "HANDSHAKE_S", 0.2)
+    silent, half = bare_socket(path), bare_socket(path)
+    half.send(packet(b"x" * 32756, 40000, flags=1))
+    for sock in (silent, half):
+        assert "no hello came within 0.2 s" in last_words(Channel(sock))
+    assert serving.counts()["refused"] == 2
+
+
+@pytest.mark.usefixtures("serving")
+def test_of_too_many_that_said_no_hello_the_oldest_goes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HANDSHAKE_S", WAIT_S)
+    silent = [Channel(bare_socket(path)) for _ in range(server.GREETINGS_MAX + 2)]
+    for channel in silent[:2]:
+        assert "33 connections have not said hello, the limit is 32" in last_words(channel)
+    connect(path).close()
+    assert "33 connections" in last_words(silent[2])
+    silent[3].send(HELLO)
+    assert silent[3].receive(WAIT_S)[0]["hello"] == PROTOCOL_VERSION
+    for channel in silent[3:]:
+        channel.close()
+
+
+def test_clients_are_limited_and_a_place_is_free_again(
+    path: Path, handler: NotingHandler, serving: SocketServer
+) -> None:
+    clients = [connect(path) for _ in range(3)]
+    with pytest.raises(DaemonError, match=r"3 clients are attached, the limit is 3 \(--clients\): end some"):
+        dial(path)
+    assert serving.counts() == {"attached": 3, "max": 3, "refused": 1}
+    assert ask(path, {"do": "stat"})["ok"], "administrators have places of their own"
+    for _ in range(3):
+        handler.next("attach")
+    clients.pop().close()
+    handler.next("detach")
+    clients.append(connect(path))
+    for channel in clients:
+        channel.close()
+
+
+@pytest.mark.usefixtures("serving")
+def test_administrators_and_their_requests_are_limited(path: Path, handler: NotingHandler) -> None:
+    for _ in range(asks.ASKS_MAX):  # who asks and goes leaves a request under way
+        with connect(path, "admin") as channel:
+            channel.send({"do": "wait"})
+            assert handler.asking.acquire(timeout=WAIT_S)
+    with pytest.raises(DaemonError, match="8 requests are under way, which is the limit"):
+        ask(path, {"do": "stat"})
+    handler.go_on.set()
+    administrators = [connect(path, "admin") for _ in range(server.ADMINS_MAX)]
+    with pytest.raises(DaemonError, match="8 administrators are connected, the limit is 8"):
+        ask(path, {"do": "stat"})
+    for channel in administrators:
+        channel.close()
+
+
+@pytest.mark.usefixtures("serving")
+def test_an_idle_administrator_makes_room_and_a_waiting_one_stays(
+    path: Path, handler: NotingHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = connect(path, "admin")
+    waiting.send({"do": "wait"})
+    assert handler.asking.acquire(timeout=WAIT_S)
+    monkeypatch.setattr(server, "ADMIN_IDLE_S", 0.1)
+    assert "no request came within 0.1 s" in last_words(connect(path, "admin"))
+    handler.go_on.set()
+    assert waiting.receive(WAIT_S)[0]["did"] == "wait"
+    assert "no request came within 0.1 s" in last_words(waiting)
+
+
+@pytest.mark.usefixtures("serving")
+def test_an_answer_that_comes_late_is_given_up(path: Path, handler: NotingHandler) -> None:
+    with pytest.raises(DaemonError, match=r"does not answer within 0.2 s"):
+        ask(path, {"do": "wait"}, timeout_s=0.2)
+    handler.go_on.set()
+
+
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize("forks", [False, True])
+def test_a_killed_client_is_detached_also_where_a_fork_holds_its_socket(
+    path: Path, handler: NotingHandler, forks: bool
+) -> None:
+    child = os.fork()
+    if not child:
+        try:
+            channel = connect(path)
+            grandchild = os.fork() if forks else 1
+            if grandchild:
+                channel.send({"fork": grandchild})
+            signal.pause()
+        finally:
+            os._exit(0)
+    attached, _ = handler.next("attach")
+    _, message = handler.next("message")
+    assert attached.pid == child
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert handler.next("detach") == (attached, None)
+    if forks:
+        assert message is not None
+        os.kill(message["fork"], signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("serving")
+def test_what_a_process_sent_last_is_heard(path: Path, handler: NotingHandler) -> None:
+    def send_and_end() -> str:
+        channel = connect(path)
+        for number in range(5):
+            channel.send({"number": number})
+        return "sent"
+
+    assert in_child(send_and_end) == "sent"
+    handler.next("attach")
+    assert [handler.next("message")[1] for _ in range(5)] == [{"number": number} for number in range(5)]
+    handler.next("detach")
+
+
+@pytest.mark.usefixtures("serving")
+def test_who_does_not_read_is_dropped_in_time(
+    path: Path, handler: NotingHandler, warnings: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "PEER_SEND_S", 0.2)
+    file = os.memfd_create("file")
+    before = open_descriptors()
+    with connect(path):
+        attached, _ = handler.next("attach")
+        for _ in range(3):
+            attached.send({"text": "x" * 900_000}, [file])
+        assert handler.next("detach") == (attached, None)
+        assert "nothing was read within 0.2 s" in warnings.get(timeout=WAIT_S)
+    assert open_descriptors() == before
+    os.close(file)
+
+
+@pytest.mark.usefixtures("serving")
+def test_all_that_is_queued_comes_in_order(path: Path, handler: NotingHandler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer, "QUEUE_BYTES_MAX", 64 << 20)
+    with connect(path) as client:
+        attached, _ = handler.next("attach")
+        for number in range(peer.QUEUE_MESSAGES_MAX):
+            attached.send({"number": number, "text": "x" * 900_000})
+        for number in range(peer.QUEUE_MESSAGES_MAX):
+            assert client.receive(WAIT_S)[0]["number"] == number
+
+
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize("limit", ["messages", "bytes"])
+def test_a_full_queue_ends_its_peer_and_no_other(
+    path: Path, handler: NotingHandler, warnings: queue.Queue[str], limit: str
+) -> None:
+    file = os.memfd_create("file")
+    before = open_descriptors()
+    with connect(path):
+        attached, _ = handler.next("attach")
+        num_messages, num_bytes = (7, 900_000) if limit == "bytes" else (peer.QUEUE_MESSAGES_MAX + 30, 30_000)
+        for _ in range(num_messages):
+            attached.send({"text": "x" * num_bytes}, [file])
+        assert handler.next("detach") == (attached, None)
+        assert "wait for you, which is the limit: read them" in warnings.get(timeout=WAIT_S)
+    assert open_descriptors() == before
+    os.close(file)
+
+
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize("role", ["client", "admin"])
+def test_who_sends_too_fast_is_dropped(
+    path: Path, warnings: queue.Queue[str], monkeypatch: pytest.MonkeyPatch, role: Literal["client", "admin"]
+) -> None:
+    monkeypatch.setattr(peer, "MESSAGES_A_SECOND_MAX", 50)
+
+    def flood(channel: Channel) -> None:
+        for _ in range(100_000):
+            channel.send({"do": "stat"} if role == "admin" else {"n": 1})
+            if role == "admin" and "error" in channel.receive(WAIT_S)[0]:
+                return
+
+    with connect(path) as other, connect(path, role) as hostile:
+        if role == "client":
+            with pytest.raises(ChannelClosed):
+                flood(hostile)
+        else:
+            flood(hostile)
+        assert "more than 50 messages came within a second" in warnings.get(timeout=WAIT_S)
+        other.send({"echo": 1})
+        assert other.receive(WAIT_S) == ({"echo": 1}, [])
+
+
+@pytest.mark.usefixtures("serving")
+def test_the_handler_may_drop_a_peer(path: Path, handler: NotingHandler) -> None:
+    channel = connect(path)
+    attached, _ = handler.next("attach")
+    attached.send({"before": 1})
+    attached.drop("your store was swapped: attach again")
+    assert channel.receive(WAIT_S) == ({"before": 1}, [])
+    assert last_words(channel) == "your store was swapped: attach again"
+    assert handler.next("detach") == (attached, None)
+
+
+def test_closing_says_goodbye_and_detaches(path: Path, handler: NotingHandler, serving: SocketServer) -> None:
+    client, administrator = connect(path), connect(path, "admin")
+    silent = bare_socket(path)
+    handler.next("attach")
+    administrator.send({"do": "wait"})
+    assert handler.asking.acquire(timeout=WAIT_S)
+    assert not serving.close(timeout_s=0.2, reason="the machine restarts"), "a request is still under way"
+    for channel in (client, administrator):
+        assert channel.receive(WAIT_S) == ({"bye": "the machine restarts"}, [])
+        with pytest.raises(ChannelClosed):
+            channel.receive(WAIT_S)
+        channel.close()
+    silent.close()
+    handler.next("detach")
+    handler.go_on.set()
+    assert serving.close()
+    assert serving.close(), "closing again is harmless"
+    assert not list(path.parent.iterdir())
+    with pytest.raises(DaemonError, match="there is no socket"):
+        dial(path)
+
+
+def test_a_goodbye_instead_of_an_answer_is_an_error(path: Path, handler: NotingHandler, serving: SocketServer) -> None:
+    said: list[str] = []
+
+    def wait() -> None:
+        try:
+            ask(path, {"do": "wait"}, WAIT_S)
+        except DaemonError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert handler.asking.acquire(timeout=WAIT_S)
+    serving.close(timeout_s=0)
+    thread.join(WAIT_S)
+    handler.go_on.set()
+    assert said == ["the daemon said goodbye: the daemon ends"]
+
+
+def test_a_server_leaves_neither_descriptors_nor_threads(path: Path, handler: NotingHandler) -> None:
+    descriptors, threads = open_descriptors(), threading.active_count()
+    for turn in range(3):
+        opened = SocketServer(path, handler)
+        if turn:
+            opened.start()
+            channels = [connect(path), connect(path, "admin"), Channel(bare_socket(path))]
+            ask(path, {"do": "stat"})
+        assert opened.close()
+        if turn:
+            for channel in channels:
+                channel.close()
+        assert (open_descriptors(), threading.active_count()) == (descriptors, threads)
+
+
+def test_idle_clients_wake_nobody(path: Path, handler: NotingHandler) -> None:
+    threads = threading.active_count()
+    with SocketServer(path, handler) as opened:
+        opened.start()
+        clients = [connect(path) for _ in range(server.CLIENTS_MAX)]
+        assert threading.active_count() == threads + 1
+        assert opened._seconds_left() is None
+        for number, channel in enumerate(clients):
+            channel.send({"echo": number})
+            assert channel.receive(WAIT_S) == ({"echo": number}, [])
+            channel.close()
+
+
+def test_out_of_descriptors_connections_wait_and_nothing_spins(
+    path: Path, handler: NotingHandler, warnings: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "ACCEPT_PAUSE_S", 0.2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    with SocketServer(path, handler) as opened, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as late:
+        opened.start()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        try:
+            while len(taken) < 256:
+                taken.append(fcntl.fcntl(late.fileno(), fcntl.F_DUPFD_CLOEXEC, 0))
+        except OSError:  # none is left
+            late.connect(os.fspath(path))
+            assert "a connection cannot be accepted (Too many open files)" in warnings.get(timeout=WAIT_S)
+        finally:
+            for fd in taken:
+                os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert len(taken) < 256
+        with Channel(socket.socket(fileno=os.dup(late.fileno()))) as channel:
+            channel.send(HELLO)
+            assert channel.receive(WAIT_S)[0]["hello"] == PROTOCOL_VERSION
+
+
+def test_who_is_refused_again_and_again_does_not_fill_the_log(
+    warnings: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_log, "LINES_A_MINUTE_MAX", 5)
+    clock = iter([0.0] * 20 + [60.0])
+    monkeypatch.setattr(peer_log, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    log = peer_log.PeerLog()
+    for number in range(21):
+        log.warn(f"refused {number}")
+    lines = [warnings.get(timeout=WAIT_S) for _ in range(7)]
+    assert lines[:5] == [f"refused {number}" for number in range(5)]
+    assert lines[5:] == ["15 lines about peers were left out, of which 5 a minute are logged", "refused 20"]

@@ -83,8 +83,8 @@ class SocketServer:
         self._door = Door(self.path, allowed_users)
         self._peers: dict[int, Peer] = {}  # by descriptor; the thread's alone
         self._refused = 0
-        self._selector = selectors.DefaultSelector()
-        self._wake_fd = -1
+        self._selector: selectors.BaseSelector  # from `start` on
+        self._wake_fd = -1  # likewise
         self._wake_lock = threading.Lock()  # of the descriptor's closing
         self._accept_again_at: float | None = None
         self._log = PeerLog()
@@ -95,6 +95,8 @@ class SocketServer:
 
     def start(self) -> None:
         """Begins to serve, in a thread."""
+        assert self._end_reason is None, "it is closed"
+        self._selector = selectors.DefaultSelector()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread.start()
 
@@ -108,7 +110,7 @@ class SocketServer:
         deadline = time.monotonic() + timeout_s
         self._end_reason = self._end_reason or reason
         if self._thread.ident is None:
-            self._end()
+            self._file.close()
         self._wake()
         threads = [self._thread, *self._asks.threads()]
         for thread in threads:
