@@ -40,6 +40,8 @@ COMMANDS = {
     "profile": ("tierstore.tools.profile", "Count traces, and say what each gigabyte of memory would buy."),
     "plan": ("tierstore.tools.plan", "Choose what goes where, and make the store open warm with it."),
     "epochs": ("tierstore.tools.epochs", "List, choose or prune the placements of a store."),
+    "stat": ("tierstore.tools.stat", "Say how a daemon fares: hit rates, latency, memory, clients."),
+    "top": ("tierstore.tools.top", "Watch a daemon, with rates."),
     "synth": ("tierstore.tools.synth", "Write a checkpoint of random values in a real model's layout."),
     "doctor": ("tierstore.tools.doctor", "Say what this machine can do, and how to mend what it cannot."),
     "bench": ("tierstore.tools.bench", "Measure, beside the hardware's own limit."),

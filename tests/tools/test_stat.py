@@ -1,0 +1,308 @@
+"""What an operator reads of a daemon is what its record says, by arithmetic that is checked apart from the words."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from daemon.stat_record import BOUNDS_NS, STARTED_AT, client, stat_record
+from rich.console import Console
+
+from tierstore.errors import DaemonError
+from tierstore.tools.cli import run
+from tierstore.tools.stat_rates import Counts, Rates, missed_bytes, quantile_ns, rates_between
+from tierstore.tools.stat_tables import concerns, page_of
+from tierstore.tools.stat_words import duration, latency_text, share_text, short_count
+
+NOW = STARTED_AT + 86_500
+
+
+def later_record() -> dict[str, Any]:
+    """The record after some more lookups: 10,000 hits and 900 misses times the order, in each order of each table."""
+    record = stat_record()
+    for table in record["counters"]["tables"].values():
+        for order, hits in table["orders"].items():
+            hits["dram"] += 10_000
+            hits["nvme"] += 900 * int(order)
+            table["static_hits"][order] += 8_000
+    record["counters"]["batches"] += 500
+    record["counters"]["pages_read"] += 40_000
+    record["counters"]["entries_read"] += 2_000
+    record["counters"]["bytes_read"] += 170_000_000
+    record["latency"]["counts"][3] += 50
+    record["clients"]["list"][2]["keys"] += 50_000
+    return record
+
+
+def rates_of(seconds: float = 2.0) -> Rates:
+    rates = rates_between(stat_record(), later_record(), seconds)
+    assert rates is not None
+    return rates
+
+
+def text_of(record: dict[str, Any], rates: Rates | None = None, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(page_of(record, rates, NOW))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def cells(text: str, *begin: str) -> list[str]:
+    """The cells of the line that begins with some."""
+    (line,) = [line for line in text.splitlines() if line.split()[: len(begin)] == list(begin)]
+    return line.split()[len(begin) :]
+
+
+def test_rates_are_differences_by_the_seconds_between() -> None:
+    rates = rates_of(2.0)
+    assert rates.counts["layers.14", "3"] == Counts(0, 8_000, 2_000, 2_700)
+    assert rates.keys_s == (6 * 10_000 + 2 * 900 * 9) / 2
+    assert rates.total.hit_rate == pytest.approx(60_000 / 76_200)
+    assert (rates.batches_s, rates.reads_s, rates.read_bytes_s) == (250, 21_000, 85_000_000)
+    assert sum(rates.latency_counts) == rates.latency_counts[3] == 50
+    assert rates.client_keys_s == {5101: 0, 5102: 0, 5230: 25_000}
+
+
+def test_there_are_no_rates_over_a_restart_or_within_a_moment() -> None:
+    restarted, other = stat_record(), stat_record()
+    restarted["daemon"]["started_at"] += 1
+    other["daemon"]["pid"] += 1
+    assert rates_between(stat_record(), restarted, 1.0) is None
+    assert rates_between(stat_record(), other, 1.0) is None
+    assert rates_between(stat_record(), stat_record(), 0.0) is None
+    assert rates_between(stat_record(), stat_record(), 1.0) is not None
+
+
+def test_tables_and_clients_that_came_in_between_count_from_nothing() -> None:
+    earlier, later = stat_record(), stat_record()
+    del earlier["counters"]["tables"]["layers.14"]
+    later["clients"]["list"].append(client(6000, 0.5, 2, 400, 100))
+    rates = rates_between(earlier, later, 2.0)
+    assert rates is not None
+    assert rates.counts["layers.14", "2"].keys == 1_000_000
+    assert rates.client_keys_s[6000] == 200
+
+
+def test_nothing_asked_has_no_hit_rate() -> None:
+    rates = rates_between(stat_record(), stat_record(), 1.0)
+    assert rates is not None
+    assert math.isnan(rates.total.hit_rate)
+    assert rates.keys_s == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.99, 1.0])
+def test_a_quantile_lies_in_the_bucket_where_the_sorted_times_have_it(seed: int, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    times = np.sort(rng.lognormal(10, 2, size=500).clip(1, BOUNDS_NS[-1]))
+    edges = [0, *BOUNDS_NS]
+    counts = [int(((times > low) & (times <= high)).sum()) for low, high in itertools.pairwise(edges)]
+    exact = times[math.ceil(share * len(times)) - 1]
+    bucket = int(np.searchsorted(BOUNDS_NS, exact))
+    assert edges[bucket] <= quantile_ns(BOUNDS_NS, [*counts, 0], share) <= edges[bucket + 1]
+
+
+def test_quantiles_at_the_edges() -> None:
+    assert math.isnan(quantile_ns([1000], [0, 0], 0.5))
+    assert quantile_ns([1000, 2000], [0, 4, 0], 0.5) == 1500
+    assert quantile_ns([1000, 2000], [4, 0, 0], 1.0) == 1000
+    assert quantile_ns([1000, 2000], [1, 0, 1], 0.99) == math.inf
+    assert quantile_ns([1000, 2000], [1, 0, 1], 0.5) == 1000
+
+
+def test_missed_bytes_are_those_of_whole_entries() -> None:
+    assert missed_bytes(stat_record()) == 1_840_000 * 8 * 264
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (7, "7"),
+        (7.5, "7.5"),
+        (999, "999"),
+        (1000, "1.00 k"),
+        (48_211, "48.2 k"),
+        (6e6, "6.00 M"),
+        (2.5e11, "250 G"),
+    ],
+)
+def test_counts_in_three_digits(number: float, text: str) -> None:
+    assert short_count(number) == text
+
+
+def test_what_is_unknown_is_a_dash() -> None:
+    assert [show(math.nan) for show in (short_count, share_text, latency_text)] == ["-", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-1, "0 s"), (59.9, "59 s"), (61, "1 min 1 s"), (7_260, "2 h 1 min"), (90_061, "1 d 1 h")]
+)
+def test_durations_in_two_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("ns", "text"), [(640, "640 ns"), (14_200, "14.2 us"), (3.2e6, "3.2 ms"), (2e9, "2 s")])
+def test_latency_in_a_unit_that_people_read(ns: float, text: str) -> None:
+    assert latency_text(ns) == text
+
+
+def test_the_page_says_who_answered_by_table_and_order() -> None:
+    text = text_of(stat_record())
+    assert cells(text, "layers.1", "3") == ["1.00", "M", "68.0", "%", "42.0", "%", "26.0", "%", "32.0", "%"]
+    assert cells(text, "all")[:4] == ["6.00", "M", "69.3", "%"]
+    assert "keys/s" not in text
+
+
+def test_with_rates_the_page_says_what_goes_on_now() -> None:
+    text = text_of(later_record(), rates_of(2.0))
+    assert cells(text, "layers.1", "3")[:4] == ["6.35", "k", "78.7", "%"]
+    assert cells(text, "now")[:4] == ["hit", "rate", "78.7", "%,"]
+    assert "NVMe 21.0 k reads/s, 81.06 MiB/s" in text
+    busiest = [line.split()[0] for line in text.splitlines() if " 1000 " in line]
+    assert busiest == ["5230", "5101", "5102"]
+
+
+def test_a_resident_table_is_called_so_and_hbm_is_shown_where_it_answers() -> None:
+    record = stat_record()
+    record["store"]["tables"]["layers.1"]["resident"] = True
+    record["counters"]["tables"]["layers.14"]["orders"]["2"]["hbm"] = 1_000_000
+    text = text_of(record)
+    assert "resident" in cells(text, "layers.1", "3")
+    assert cells(text, "layers.14", "2")[4:6] == ["50.0", "%"]
+    assert " hbm " in text
+    assert " hbm " not in text_of(stat_record())
+
+
+def test_names_of_tables_are_whole_on_a_narrow_screen() -> None:
+    text = text_of(later_record(), rates_of(), width=80)
+    assert "layers.14" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_names_with_brackets_are_printed_as_they_are() -> None:
+    record = stat_record()
+    record["counters"]["tables"]["x[red]y[/a]"] = record["counters"]["tables"].pop("layers.1")
+    record["store"]["path"] = "/srv/[bold]"
+    text = text_of(record)
+    assert "x[red]y[/a]" in text
+    assert "/srv/[bold]" in text
+
+
+def test_many_clients_are_cut_to_those_that_ask_the_most() -> None:
+    record = stat_record()
+    record["clients"]["list"] = [client(7000 + index, 1.0, 2, 1000 + index, 10) for index in range(40)]
+    text = text_of(record)
+    assert "28 not shown" in text
+    assert "7039" in text
+    assert "7027" not in text
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "said"),
+    [
+        ("memory", {"used_bytes": 9 << 30}, "1.00 GiB above the budget"),
+        ("epochs", {"alive": 2, "waiting_for": [11, 12]}, "the old epoch waits for pid 11, 12"),
+        ("feed", {"errors": 3}, "3 missed keys could not be read: run tierstore verify /srv/models/v41.tier"),
+        ("feed", {"dropped_keys": 300_000}, "30.0 % of the missed keys were dropped"),
+        ("learning", {"reports_lost": 5_800_000}, "50.0 % of the reports were lost"),
+        ("learning", {"reports_refused": 9}, "9 reports made no sense"),
+        ("clients", {"attached": 64}, "all 64 places for clients are taken"),
+        ("remote", {"errors": 500}, "500 of 1,500 remote calls failed"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_needs_the_operators_eye_is_said_first(section: str, changes: dict[str, Any], said: str) -> None:
+    record = stat_record()
+    record["epochs"] |= {"alive": 1, "waiting_for": []}
+    assert concerns(record) == []
+    record[section] |= changes
+    (concern,) = concerns(record)
+    assert said in concern
+    assert f"! {concern}" in text_of(record, width=200).splitlines()[2]
+
+
+def test_a_daemon_that_has_just_begun_is_shown_without_a_number_that_is_none() -> None:
+    record = stat_record()
+    counters = record["counters"]
+    counters |= dict.fromkeys(("keys", "batches", "zero_miss_batches", "pages_read", "entries_read", "bytes_read"), 0)
+    for table in counters["tables"].values():
+        table["static_hits"] = dict.fromkeys(table["static_hits"], 0)
+        table["orders"] = {order: {"hbm": 0, "dram": 0, "nvme": 0} for order in table["orders"]}
+    record["latency"]["counts"] = [0] * len(record["latency"]["counts"])
+    record["learning"] |= {"reports": 0, "reports_lost": 0, "replans": 0, "last_replan": None, "next_replan_s": None}
+    record["feed"] = dict.fromkeys(record["feed"], 0)
+    record["epochs"] |= {"alive": 1, "waiting_for": []}
+    record["clients"] |= {"attached": 0, "list": []}
+    record["remote"] = record["store"]["previous"] = None
+    assert concerns(record) == []
+    text = text_of(record, rates_between(record, record, 1.0))
+    assert "nan" not in text
+    assert "None" not in text
+    assert "p50 -, p99 -" in text
+    assert "next re-plan on request" in text
+    assert "remote" not in text
+    assert "clients: 0 of 64" in text
+
+
+class Asked:
+    """Stands for `tierstore.daemon.attached`."""
+
+    def __init__(self, answer: dict[str, Any] | Exception) -> None:
+        self.answer = answer
+        self.calls: list[tuple[str, dict[str, Any], float]] = []
+
+    def ask(self, socket_path: str, request: dict[str, Any], timeout_s: float = 10.0) -> dict[str, Any]:
+        self.calls.append((socket_path, request, timeout_s))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any] | Exception) -> Asked:
+    asked = Asked(answer)
+    monkeypatch.setitem(sys.modules, "tierstore.daemon.attached", SimpleNamespace(ask=asked.ask))  # type: ignore[arg-type]
+    return asked
+
+
+def test_stat_asks_the_socket_once_and_prints_its_record(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = serve(monkeypatch, {"ok": True, **stat_record()})
+    assert run(["stat", "/run/tierstore/v41.sock"]) == 0
+    assert asked.calls == [("/run/tierstore/v41.sock", {"do": "stat"}, 10.0)]
+    assert "version 2, epoch 7, /srv/models/v41.tier" in capsys.readouterr().out
+
+
+def test_stat_gives_the_record_itself_to_programs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve(monkeypatch, {"ok": True, **stat_record()})
+    assert run(["stat", "x.sock", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == stat_record()
+
+
+def test_stat_of_no_daemon_is_one_line_with_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve(monkeypatch, DaemonError("x.sock: no daemon answers; start one"))
+    assert run(["stat", "x.sock"]) == 1
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "error: x.sock: no daemon answers; start one\n")
+
+
+def test_a_record_of_another_release_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = stat_record()
+    del record["feed"], record["epochs"]
+    serve(monkeypatch, record)
+    assert run(["stat", "x.sock"]) == 1
+    assert "has no epochs, feed; it is of another release" in capsys.readouterr().err
