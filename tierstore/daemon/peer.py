@@ -82,7 +82,7 @@ class Peer:
     """A connected process. `send` and `drop` may come from any thread and never block; the rest is the server's loop's.
 
     pid, uid, gid: as the kernel noted them when it connected. pidfd: becomes readable when that process ends, None where the
-    kernel gives none. role: "client" or "admin", None until its hello. release: of tierstore, as it says. since: of
+    kernel gives none, and after the peer is gone. role: "client" or "admin", None until its hello. release: of tierstore, as it says. since: of
     `time.monotonic`, when it connected.
     """
 
@@ -191,8 +191,9 @@ class Peer:
             self._queue.clear()
         self._reader.close()
         self.sock.close()
-        if self.pidfd is not None:
-            os.close(self.pidfd)
+        pidfd, self.pidfd = self.pidfd, None
+        if pidfd is not None:
+            os.close(pidfd)
 
 
 def _pidfd_of(sock: socket.socket, pid: int) -> int | None:

@@ -170,9 +170,8 @@ def _receive(sock: socket.socket, space: int) -> tuple[bytes, list[tuple[int, in
     flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
     try:
         return sock.recvmsg(PACKET_BYTES_MAX, space, flags)
-    except (
-        ConnectionResetError
-    ):  # it went without reading all: said once, and before what it sent last, such as a refusal
+    except ConnectionResetError:
+        # The other side went without reading all. The kernel says so once, before what was sent last, such as a refusal.
         return sock.recvmsg(PACKET_BYTES_MAX, space, flags)
 
 
