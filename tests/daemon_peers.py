@@ -26,6 +26,7 @@ from tierstore.errors import BudgetError, DaemonError
 WAIT_S = 30.0  # for what must happen; nothing that works takes nearly as long
 NOBODY = 65534
 HELLO = {"hello": PROTOCOL_VERSION, "role": "client", "pid": 1, "release": "0"}
+gc.freeze()  # what is imported by now stays: so a collection, of which tests here make many, takes milliseconds
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root")
 
 
@@ -68,6 +69,8 @@ class NotingHandler:
             raise DaemonError("table layers.9: there is none; name one of the store's")
         if message.get("raise"):
             raise BlockingIOError("a mistake of the daemon's")
+        if "drop" in message:
+            peer.drop(message["drop"])
         if "echo" in message:
             peer.send({"echo": message["echo"]})
 
@@ -134,8 +137,13 @@ def become(user: int | None) -> None:
         os.setuid(user)
 
 
-def in_child(act: Callable[[], str], user: int | None = None) -> str:
-    """What `act` returns in a forked process, of another user where one is given; "Class: message" where it raises."""
+def in_child(
+    act: Callable[[], str], user: int | None = None, *, before_reaping: Callable[[], None] = lambda: None
+) -> str:
+    """What `act` returns in a forked process, of another user where one is given; "Class: message" where it raises.
+
+    before_reaping: called when the process has ended and its number is still its own.
+    """
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -149,6 +157,8 @@ def in_child(act: Callable[[], str], user: int | None = None) -> str:
     os.close(write)
     with open(read) as pipe:
         said = pipe.read()
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    before_reaping()
     os.waitpid(child, 0)
     return said
 

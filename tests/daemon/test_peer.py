@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import pytest
 from daemon_peers import WAIT_S, open_descriptors
 
+from tierstore.daemon.asks import Asks
 from tierstore.daemon.peer import Peer, error_message
+from tierstore.daemon.peer_log import PeerLog
 from tierstore.daemon.protocol import Channel, ChannelClosed
 from tierstore.errors import BudgetError, DaemonError
 
@@ -102,3 +104,17 @@ def test_errors_are_sent_by_class_and_always_as_text() -> None:
     assert error_message("why") == {"error": "DaemonError", "message": "why"}
     path = os.fsdecode(b"/store\xff")  # a name that is no text must not keep the error from being told
     assert error_message(DaemonError(path)) == {"error": "DaemonError", "message": "/store?"}
+
+
+def test_a_request_that_took_long_leaves_time_for_the_next(ends: tuple[Peer, Channel]) -> None:
+    peer, channel = ends
+    peer.answer({}, ())
+    peer.active_at = -1000.0  # when the request came
+    requests = Asks(lambda _, message: message, PeerLog())
+    requests.begin(peer, {"do": "swap"})
+    for thread in requests.threads():
+        thread.join(WAIT_S)
+    peer.flush(0.0)
+    assert [channel.receive(WAIT_S)[0] for _ in range(2)] == [{}, {"do": "swap"}]
+    assert peer.active_at > 0
+    assert not peer.asking

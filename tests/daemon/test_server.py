@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import queue
 import resource
@@ -339,18 +340,42 @@ def test_a_killed_client_is_detached_also_where_a_fork_holds_its_socket(
         os.kill(message["fork"], signal.SIGKILL)
 
 
-@pytest.mark.usefixtures("serving")
 def test_what_a_process_sent_last_is_heard(path: Path, handler: NotingHandler) -> None:
+    """More than is read of a peer in one round, and all there, like the process's end, before the server looks."""
+    last = range(server.PACKETS_A_ROUND + 3)
+
     def send_and_end() -> str:
-        channel = connect(path)
-        for number in range(5):
-            channel.send({"number": number})
+        sock = bare_socket(path)
+        for message in (HELLO, *({"number": number} for number in last)):
+            sock.send(packet(json.dumps(message).encode()))
         return "sent"
 
-    assert in_child(send_and_end) == "sent"
-    handler.next("attach")
-    assert [handler.next("message")[1] for _ in range(5)] == [{"number": number} for number in range(5)]
-    handler.next("detach")
+    with SocketServer(path, handler) as opened:
+        assert in_child(send_and_end, before_reaping=opened.start) == "sent"
+        handler.next("attach")
+        assert [handler.next("message")[1] for _ in last] == [{"number": number} for number in last]
+        handler.next("detach")
+
+
+def test_all_who_said_hello_at_once_are_attached(path: Path, handler: NotingHandler) -> None:
+    with SocketServer(path, handler) as opened:
+        waiting = [Channel(bare_socket(path)) for _ in range(server.CLIENTS_MAX)]
+        for channel in waiting:
+            channel.send(HELLO)
+        opened.start()
+        for channel in waiting:
+            assert channel.receive(WAIT_S)[0]["hello"] == PROTOCOL_VERSION
+            channel.close()
+
+
+def test_nothing_of_a_dropped_peer_reaches_the_handler(path: Path, handler: NotingHandler) -> None:
+    with SocketServer(path, handler) as opened, Channel(bare_socket(path)) as channel:
+        for message in (HELLO, {"drop": "no more of this"}, {"after": "that"}):
+            channel.send(message)
+        opened.start()
+        handler.next("attach")
+        handler.next("message")
+        handler.next("detach")
 
 
 @pytest.mark.usefixtures("serving")
@@ -505,7 +530,8 @@ def test_idle_clients_wake_nobody(path: Path, handler: NotingHandler) -> None:
 def test_out_of_descriptors_connections_wait_and_nothing_spins(
     path: Path, handler: NotingHandler, warnings: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "ACCEPT_PAUSE_S", 0.2)
+    monkeypatch.setattr(server, "ACCEPT_PAUSE_S", 0.5)
+    monkeypatch.setattr(server, "HANDSHAKE_S", 0.2)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
     with SocketServer(path, handler) as opened, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as late:
@@ -522,9 +548,10 @@ def test_out_of_descriptors_connections_wait_and_nothing_spins(
                 os.close(fd)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert len(taken) < 256
+        connect(path).close()
         with Channel(socket.socket(fileno=os.dup(late.fileno()))) as channel:
-            channel.send(HELLO)
-            assert channel.receive(WAIT_S)[0]["hello"] == PROTOCOL_VERSION
+            assert channel.receive(WAIT_S)[0]["error"] == "DaemonError", "it was accepted, and said nothing"
+        assert warnings.qsize() < 5, "it was not tried again and again"
 
 
 def test_who_is_refused_again_and_again_does_not_fill_the_log(

@@ -75,6 +75,23 @@ def test_the_socket_is_private_whatever_the_umask(path: Path, handler: NotingHan
         os.umask(before)
 
 
+def test_the_socket_is_private_before_it_is_opened_to_others(
+    path: Path, handler: NotingHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes, change, before = [], os.chmod, os.umask(0)
+
+    def noting(file: str, mode: int) -> None:
+        modes.append(stat.S_IMODE(path.stat().st_mode))
+        change(file, mode)
+
+    monkeypatch.setattr(os, "chmod", noting)
+    try:
+        with SocketServer(path, handler, allowed_users=[NOBODY]):
+            assert modes == [0o600]
+    finally:
+        os.umask(before)
+
+
 @as_root
 def test_another_user_is_refused_by_name(open_path: Path, handler: NotingHandler, warnings: queue.Queue[str]) -> None:
     with SocketServer(open_path, handler) as opened:

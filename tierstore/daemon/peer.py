@@ -82,8 +82,8 @@ class Peer:
     """A connected process. `send` and `drop` may come from any thread and never block; the rest is the server's loop's.
 
     pid, uid, gid: as the kernel noted them when it connected. pidfd: becomes readable when that process ends, None where the
-    kernel gives none, and after the peer is gone. role: "client" or "admin", None until its hello. release: of tierstore, as it says. since: of
-    `time.monotonic`, when it connected.
+    kernel gives none, and when the peer is gone. role: "client" or "admin", None until its hello. release: of tierstore, as
+    it says. since: of `time.monotonic`, when it connected.
     """
 
     def __init__(self, sock: socket.socket, on_change: Callable[[], None]) -> None:

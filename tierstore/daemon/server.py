@@ -38,7 +38,7 @@ HANDSHAKE_S = 2.0  # from a connection to its hello
 PEER_SEND_S = 5.0  # how long a peer may read nothing while something waits for it
 ADMIN_IDLE_S = 60.0  # between an administrator's requests
 CLOSE_S = 10.0
-ACCEPTS_A_ROUND = 16  # fewer than GREETINGS_MAX: each gets a round in which its hello is read
+ACCEPTS_A_ROUND = 16  # half of GREETINGS_MAX: each gets a round in which its hello is read
 PACKETS_A_ROUND = 8  # of one peer, before the others have their turn
 ACCEPT_PAUSE_S = 1.0  # after the system had no descriptor left for a connection
 
@@ -140,9 +140,7 @@ class SocketServer:
             self._register(self._wake_fd, lambda _: os.eventfd_read(self._wake_fd))
             self._register(self._listener, self._accept)
             while self._end_reason is None:
-                ready = self._selector.select(self._seconds_left())
-                ready.sort(key=lambda event: event[0].fileobj is self._listener)  # hellos are read before more come
-                for key, events in ready:
+                for key, events in self._selector.select(self._seconds_left()):
                     key.data(events)
                 self._attend()
         except BaseException:
