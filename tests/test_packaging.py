@@ -124,7 +124,7 @@ def test_what_an_operator_looks_for_is_there() -> None:
 def unit() -> configparser.RawConfigParser:
     """The unit, whose settings are each given once."""
     parser = configparser.RawConfigParser(strict=True, delimiters=("=",), comment_prefixes=("#",))
-    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.optionxform = str
     parser.read_string(UNIT.read_text())
     return parser
 

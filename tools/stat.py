@@ -12,13 +12,12 @@ from pathlib import Path
 
 import click
 
+from tierstore.daemon.record import SECTIONS, Record
 from tierstore.errors import DaemonError
 
 from .cli import console
-from .stat_rates import Record
 
 FETCH_S_MAX = 10.0
-_SECTIONS = ("daemon", "store", "counters", "latency", "memory", "epochs", "learning", "feed", "clients", "remote")
 
 
 def fetch_record(socket: Path) -> Record:
@@ -29,7 +28,7 @@ def fetch_record(socket: Path) -> Record:
     attached = importlib.import_module("tierstore.daemon.attached")
     record: Record = dict(attached.ask(str(socket), {"do": "stat"}, timeout_s=FETCH_S_MAX))
     record.pop("ok", None)
-    missing = [name for name in _SECTIONS if name not in record]
+    missing = [name for name in SECTIONS if name not in record]
     if missing:
         raise DaemonError(
             f"{socket}: the daemon's record has no {', '.join(missing)}; "

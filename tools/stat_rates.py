@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Record = dict[str, Any]
+from tierstore.daemon.record import Record, ratio
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,6 @@ class Rates:
     @property
     def keys_s(self) -> float:
         return self.total.keys / self.seconds
-
-
-def ratio(part: float, whole: float) -> float:
-    """Returns part / whole; NaN where there is no whole."""
-    return part / whole if whole else math.nan
 
 
 def counts_of(record: Record) -> dict[tuple[str, str], Counts]:
@@ -123,13 +117,3 @@ def quantile_ns(bounds_ns: Sequence[float], counts: Sequence[int], share: float)
             return lower + (bound - lower) * (rank - below) / count
         below, lower = below + count, bound
     return math.inf
-
-
-def missed_bytes(record: Record) -> int:
-    """Returns the bytes of all entries that were not in memory, which NVMe had to give."""
-    tables = record["store"]["tables"]
-    return sum(
-        counts.nvme * tables[table]["rows_per_key"] * tables[table]["row_bytes"]
-        for (table, _), counts in counts_of(record).items()
-        if table in tables
-    )

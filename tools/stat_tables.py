@@ -10,10 +10,11 @@ import math
 import time
 from typing import TYPE_CHECKING
 
+from tierstore.daemon.record import Record, missed_bytes, ratio
 from tierstore.units import format_bytes
 
 from .report_tables import percent
-from .stat_rates import Counts, Rates, Record, counts_of, missed_bytes, quantile_ns, ratio, reads_of, total_of
+from .stat_rates import Counts, Rates, counts_of, quantile_ns, reads_of, total_of
 from .stat_words import UNKNOWN, bytes_a_second, duration, latency_text, number_text, share_text, short_count
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 CLIENTS_SHOWN_MAX = 12  # those that ask the most
 LOST_SHARE_MAX = 0.01  # of reports, missed keys, remote calls: what is below is counted, but needs no eye
 BAR_COLUMNS = 30
-NAME_COLUMNS_MAX = 40  # kept for names of tables where the screen is narrow
 
 # Parts of the budget: the name in the record, less `_bytes`, and what people read.
 _PARTS = (
@@ -130,7 +130,6 @@ def hits_table(record: Record, rates: Rates | None) -> Table:
     now = ["keys/s", "hit now"] if rates is not None else []
     columns = ["table", "order", *now, "keys", "hit rate", *(["hbm"] if with_hbm else []), "static", "recency", "nvme"]
     table = _table("hits since start, as shares of the keys" + (", and now" if now else ""), *columns)
-    table.columns[0].min_width = min(NAME_COLUMNS_MAX, max(map(len, tables), default=0))
     for column in table.columns[1:]:
         column.justify = "right"
 

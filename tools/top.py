@@ -19,11 +19,12 @@ from pathlib import Path
 
 import click
 
+from tierstore.daemon.record import Record
 from tierstore.errors import DaemonError
 
 from .cli import console
 from .stat import fetch_record
-from .stat_rates import Rates, Record, rates_between
+from .stat_rates import Rates, rates_between
 
 INTERVAL_S_MIN = 0.1  # a record is made by the daemon, which has other things to do
 INTERVAL_S_MAX = 86_400.0

@@ -89,6 +89,13 @@ def test_an_event_has_time_level_name_and_its_values_in_order() -> None:
     assert line.startswith(f"time={values['time']} ")
 
 
+def test_who_sets_up_no_log_of_ours_sees_the_values_too(caplog: pytest.LogCaptureFixture) -> None:
+    event(logger, logging.WARNING, "read_failed", page=3, path="two\nlines", error=OSError("bad"))
+    assert caplog.messages == ['read_failed page=3 path="two\\nlines" error="OSError: bad"']
+    event(logger, logging.WARNING, "stopped")
+    assert caplog.messages[1:] == ["stopped"]
+
+
 def test_json_keeps_numbers_and_says_others_as_text() -> None:
     _, values = logged("json", n=3, share=0.5, bad=float("nan"), pids=[1, 2], on=True, none=None)
     assert {name: values[name] for name in ("n", "share", "bad", "pids", "on", "none")} == {
@@ -144,7 +151,7 @@ def test_a_flood_of_one_name_is_a_few_lines_and_a_count_and_holds_up_no_other() 
     limit = RateLimit(3, 10.0, clock=lambda: now)
     flood = [record_of("read_failed") for _ in range(50)]
     assert [limit.filter(record) for record in flood] == [True] * 3 + [False] * 47
-    assert [record.left_out for record in flood[:3]] == [0, 0, 0]  # type: ignore[attr-defined]
+    assert [record.left_out for record in flood[:3]] == [0, 0, 0]
     other = record_of("attached")
     assert limit.filter(other)
     now = 109.9
@@ -153,7 +160,7 @@ def test_a_flood_of_one_name_is_a_few_lines_and_a_count_and_holds_up_no_other() 
     first, second = record_of("read_failed"), record_of("read_failed")
     assert limit.filter(first)
     assert limit.filter(second)
-    assert (first.left_out, second.left_out, other.left_out) == (48, 0, 0)  # type: ignore[attr-defined]
+    assert (first.left_out, second.left_out, other.left_out) == (48, 0, 0)
 
 
 def test_names_that_are_made_up_take_no_memory_without_end() -> None:

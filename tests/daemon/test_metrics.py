@@ -266,7 +266,7 @@ def test_a_broken_record_is_a_503_and_a_line_of_the_log_and_no_more(
     assert status == 503
     assert "log" in body
     (record,) = caplog.records
-    assert (record.levelno, record.message) == (logging.ERROR, "stat_failed")
+    assert (record.levelno, record.event) == (logging.ERROR, "stat_failed")
     daemon.error = None
     assert fetch(server, path)[0] == 200
 
@@ -402,7 +402,7 @@ def test_a_system_short_of_descriptors_is_logged_and_tried_again(
         def __getattr__(self, name: str) -> Any:
             return getattr(listener, name)
 
-    listener, server._server._listener = server._server._listener, Listener()  # type: ignore[assignment]
+    listener, server._server._listener = server._server._listener, Listener()
     for _ in range(2 * web.REQUESTS_MAX):  # until each thread came back from the listener it had
         assert fetch(server, "/healthz")[0] == 200
     assert "web_accept_failed" in caplog.text
@@ -431,7 +431,7 @@ def test_what_other_hosts_can_reach_is_said(caplog: pytest.LogCaptureFixture) ->
     with MetricsServer("127.0.0.1:0", stat_record):
         assert not caplog.records
     with MetricsServer("0.0.0.0:0", stat_record):
-        assert [record.message for record in caplog.records] == ["metrics_open_to_others"]
+        assert [record.event for record in caplog.records] == ["metrics_open_to_others"]
 
 
 def test_ipv6_is_written_in_brackets() -> None:

@@ -45,7 +45,8 @@ def event(
         told = error if level >= logging.ERROR else None
         if error is not None:
             fields["error"] = f"{type(error).__name__}: {error}"
-        logger.log(level, name, exc_info=told, extra={"event": name, "fields": fields}, stacklevel=2)
+        message = " ".join(filter(None, (name, _logfmt_line(_plain_values(fields)))))  # for logs that others set up
+        logger.log(level, message, exc_info=told, extra={"event": name, "fields": fields}, stacklevel=2)
 
 
 def configure_logging(
@@ -101,7 +102,7 @@ class EventFormatter(logging.Formatter):
             values["left_out"] = left_out
         if record.exc_info and record.exc_info[0]:
             values["traceback"] = self.formatException(record.exc_info)
-        return self._as_line({name: _plain(value) for name, value in values.items()})
+        return self._as_line(_plain_values(values))
 
 
 class RateLimit(logging.Filter):
@@ -133,6 +134,10 @@ class RateLimit(logging.Filter):
             burst[1] += 1
             record.left_out, burst[2] = int(burst[2]), 0
         return True
+
+
+def _plain_values(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -21,14 +21,11 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from .events import event
+from .record import HEALTHY, STATES, Record, missed_bytes, ratio
 from .web import Answer, WebServer, parse_address, text_answer
 
 logger = logging.getLogger("tierstore")
 
-Record = dict[str, Any]
-
-STATES = ("warming", "serving", "changing", "draining")
-HEALTHY = ("serving", "changing")
 MEMORY_PARTS = ("static", "index", "recency", "resident", "staging", "counts")  # `<part>_bytes` of the record's memory
 
 # What is one number of the record: its section and name there, its name here, and what it is.
@@ -115,22 +112,6 @@ def families_of(record: Record) -> Iterator[Metric]:
     yield _latency(record["latency"])
     yield from _memory_and_epochs(record)
     yield from _last_replan(record["learning"])
-
-
-def missed_bytes(record: Record) -> int:
-    """Returns the bytes of all entries that were not in memory: what a store that reads nothing in vain would have read."""
-    tables = record["store"]["tables"]
-    counts = record["counters"]["tables"]
-    return sum(
-        counts[name]["hits"]["nvme"] * table["rows_per_key"] * table["row_bytes"]
-        for name, table in tables.items()
-        if name in counts
-    )
-
-
-def ratio(part: float, whole: float) -> float:
-    """Returns part / whole; NaN, which Prometheus holds for unknown, where there is no whole."""
-    return part / whole if whole else math.nan
 
 
 def _keys(record: Record) -> Iterator[Metric]:
