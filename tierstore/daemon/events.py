@@ -76,7 +76,7 @@ def configure_logging(
     return handler
 
 
-class _EventHandler(logging.StreamHandler[TextIO]):
+class _EventHandler(logging.StreamHandler):
     """A handler of ours, so that `configure_logging` knows which one to replace."""
 
 
