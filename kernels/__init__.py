@@ -16,12 +16,13 @@ import numpy as np
 
 from . import reference, reference_counts, reference_placed
 from .reference import ORDER_MAX, PAGE_BAD_CHECKSUM, PAGE_GOOD, PAGE_OTHER_NUMBER, PAGE_OTHER_VERSION, TRAILER
-from .reference_placed import BUCKET_SLOTS, INDEX_BUCKET, INDEX_HEAD, RECORD_TRAILER
 from .reference_counts import REPORT
+from .reference_placed import BUCKET_SLOTS, INDEX_BUCKET, INDEX_HEAD, RECORD_TRAILER
 
 __all__ = [
     "BUCKET_SLOTS",
     "CLIENT_BLOCK_BYTES",
+    "CONTROL_BYTES",
     "INDEX_BUCKET",
     "INDEX_HEAD",
     "NUM_RECORDS",
@@ -39,20 +40,26 @@ __all__ = [
     "KeyCounts",
     "ReportReader",
     "ReportWriter",
+    "active_lookups",
     "check_pages",
+    "collapse",
     "crc32c",
     "crc32c_backend",
     "drop_bad_places",
     "find_entries",
     "find_items",
+    "forget_before",
+    "forget_version",
     "index_entries",
     "init_client_block",
     "keys_of_row_ids",
     "keys_of_tokens",
     "keys_of_windows",
+    "map_shared",
     "native",
     "probe_process_madvise",
     "probe_uring",
+    "publish_epoch",
     "row_ids_of_keys",
     "seal_pages",
     "seal_records",
@@ -91,6 +98,15 @@ def probe_process_madvise() -> int:
     """Returns 0 where this process may call process_madvise on itself, else the errno that says why not."""
     return _serving.probe_process_madvise() if native else errno.ENOSYS
 
+
+# Memory shared by processes, and the epochs in it (kernels/cpu/shared_module.cpp); None where nothing was compiled.
+map_shared: Any = _serving.map_shared if native else None
+collapse: Any = _serving.collapse if native else None
+publish_epoch: Any = _serving.publish_epoch if native else None
+forget_before: Any = _serving.forget_before if native else None
+forget_version: Any = _serving.forget_version if native else None
+active_lookups: Any = _serving.active_lookups if native else None
+CONTROL_BYTES: int = _serving.CONTROL_BYTES if native else 4096
 
 # The lookup path of a store (kernels/cpu/engine.h), None where it was not compiled; `tierstore.tiers.native` is its user.
 Engine: Any = _serving.Engine if native else None

@@ -8,6 +8,7 @@ Hot rows live in DRAM, the long tail in checked pages on NVMe. Importing this lo
 
 from __future__ import annotations
 
+from .daemon.connecting import connect
 from .embedded import open_store as open
 from .errors import (
     BudgetError,
@@ -38,5 +39,6 @@ __all__ = [
     "Ticket",
     "TierStoreError",
     "__version__",
+    "connect",
     "open",
 ]

@@ -57,15 +57,10 @@ def open_store(
         raise ConfigError(f"hbm={hbm!r}, device={device!r}: this version has no hbm tier; leave both out")
     budget_bytes = parse_bytes(dram, "dram")
     choice = choose_io(io)
-    image, placed = _open_placement(path, placement, direct=choice.mode == "uring")
+    image, placed = open_placement(path, placement, direct=choice.mode == "uring")
     try:
         plan = divide_dram(image.tables, budget_bytes, placed.placement if placed else None)
-        available, limit = available_memory()
-        if plan.dram_bytes > available:
-            raise BudgetError(
-                f"dram: {format_bytes(plan.dram_bytes)} ({plan.dram_bytes} bytes) would be used, the {limit} has "
-                f"{format_bytes(available)} ({available} bytes) left; ask for less"
-            )
+        check_available(plan.dram_bytes)
         return Store(Embedded(image, plan, choice, placed, on_progress))
     except BaseException:
         if placed:
@@ -73,10 +68,13 @@ def open_store(
         raise
 
 
-def _open_placement(
+def open_placement(
     path: str | os.PathLike[str], placement: int | str | None, *, direct: bool
 ) -> tuple[CatalogImage, PlacementFile | None]:
-    """Reads the catalog and opens the placement that is asked for; again where it was pruned between the two."""
+    """Reads the catalog and opens the placement that is asked for; again where it was pruned between the two.
+
+    placement: as in `open_store`; direct: for O_DIRECT too. Raises as `open_store` does.
+    """
     if placement not in (None, "none") and type(placement) is not int:
         raise ConfigError(f"placement: {placement!r} is no epoch; pass a number, None for the current one, or 'none'")
     image = read_catalog(path)
@@ -97,6 +95,16 @@ def _open_placement(
     raise FormatError(
         f"{path}: its placements changed {PLACEMENT_ATTEMPTS_MAX} times while it was opened; open it again"
     )
+
+
+def check_available(dram_bytes: int) -> None:
+    """Raises `BudgetError` where the machine, or the cgroup, has not so much memory left."""
+    available, limit = available_memory()
+    if dram_bytes > available:
+        raise BudgetError(
+            f"dram: {format_bytes(dram_bytes)} ({dram_bytes} bytes) would be used, the {limit} has "
+            f"{format_bytes(available)} ({available} bytes) left; ask for less"
+        )
 
 
 class Embedded(Backing):

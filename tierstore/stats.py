@@ -11,6 +11,10 @@ from typing import Any
 from .spec import TableSpec
 
 TIERS = ("hbm", "dram", "nvme")
+LATENCY_BOUNDS_NS = tuple(
+    1000 << power for power in range(21)
+)  # upper ends of the buckets; what took longer comes last
+LATENCY_SHARE = 1 / 8  # of blocking lookups are timed
 
 
 def stats_of(counters: Mapping[str, Any], specs: Sequence[TableSpec]) -> dict[str, Any]:
@@ -27,8 +31,33 @@ def stats_of(counters: Mapping[str, Any], specs: Sequence[TableSpec]) -> dict[st
         static = dict(zip(spec.orders, in_static, strict=True))
         tables[spec.name] = {"hits": _sums(orders.values()), "orders": orders, "static_hits": static}
     hits = _sums(table["hits"] for table in tables.values())
-    totals = {name: count for name, count in counters.items() if name != "tables"}
+    totals = {name: count for name, count in counters.items() if name not in ("tables", "latency")}
+    if "latency" in counters:
+        totals["latency"] = dict(counters["latency"]) | {"bounds_ns": list(LATENCY_BOUNDS_NS), "share": LATENCY_SHARE}
     return {"keys": sum(hits.values()), "hits": hits, **totals, "tables": tables}
+
+
+def add_counters(total: Any, more: Any) -> Any:
+    """Returns the sum of two engines' counters, number by number, of the same tables; None counts as nothing.
+
+    Raises `ValueError` or `TypeError` where they are not of one shape, or where a number is below 0 or none.
+    """
+    if total is None or more is None:
+        return more if total is None else total
+    if isinstance(total, Mapping):
+        if total.keys() != more.keys():
+            raise ValueError(f"counters {sorted(total)} and {sorted(more)} are not of one shape")
+        return {name: add_counters(part, more[name]) for name, part in total.items()}
+    if isinstance(total, (list, tuple)):
+        return [add_counters(part, other) for part, other in zip(total, more, strict=True)]
+    if type(more) is not int or more < 0:
+        raise ValueError(f"{more!r} is no count")
+    return total + more
+
+
+def latency_of(counts: Sequence[int], sum_ns: int) -> dict[str, Any]:
+    """Returns the latencies of blocking lookups as `stats` has them, from an engine's buckets and their sum."""
+    return {"counts": list(counts), "sum_ns": sum_ns}
 
 
 def _sums(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

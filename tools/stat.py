@@ -5,13 +5,13 @@ Flows in: a daemon's socket. Flows out: tables, or the record as JSON, whose key
 
 from __future__ import annotations
 
-import importlib
 import json
 import time
 from pathlib import Path
 
 import click
 
+from tierstore.daemon.client_socket import ask
 from tierstore.daemon.record import SECTIONS, Record
 from tierstore.errors import DaemonError
 
@@ -25,8 +25,7 @@ def fetch_record(socket: Path) -> Record:
 
     Raises `DaemonError` where no daemon answers, it refuses, or its answer is of another release.
     """
-    attached = importlib.import_module("tierstore.daemon.attached")
-    record: Record = dict(attached.ask(str(socket), {"do": "stat"}, timeout_s=FETCH_S_MAX))
+    record: Record = ask(socket, {"do": "stat"}, timeout_s=FETCH_S_MAX)
     record.pop("ok", None)
     missing = [name for name in SECTIONS if name not in record]
     if missing:

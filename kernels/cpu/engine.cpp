@@ -1,5 +1,6 @@
 #include "engine.h"
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -8,6 +9,7 @@
 #include <list>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -52,8 +54,11 @@ Engine::Engine(std::vector<Table> tables, const EngineShape& shape)
     : tables_(std::move(tables)),
       shape_(shape),
       runtime_(std::make_unique<Runtime>(shape.num_lanes)),
-      gate_(shape.control == nullptr ? std::make_unique<EpochGate>()
-                                     : std::make_unique<EpochGate>(shape.control, shape.control_line, shape.client_block)) {
+      gate_(shape.epochs == nullptr
+                ? std::make_unique<EpochGate>()
+                : std::make_unique<EpochGate>(shape.epochs, shape.version, &ClientBlock::of(shape.client_block)->active[0].value,
+                                              &ClientBlock::of(shape.client_block)->active[1].value)) {
+  if (shape.reports) reports_ = std::make_unique<ReportWriter>(shape.client_block);
   for (const Table& table : tables_) table_counters.emplace_back(table.num_orders);
   while (runtime_->lanes.size() < shape.num_lanes && make_lane()) continue;  // now, so that it is known whether they all are there
   if (runtime_->lanes.empty()) throw std::runtime_error("no lane: out of memory, descriptors or locked memory");
@@ -73,7 +78,7 @@ size_t Engine::num_lanes() const {
   return runtime_->lanes.size();
 }
 
-void Engine::gather(uint64_t epoch, size_t index, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job) {
+void Engine::gather(const EpochView& view, size_t index, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job) {
   const Table& table = tables_[index];
   const size_t num_pairs = num_tokens * table.num_orders, first_miss = job.misses.size();
   uint64_t keys_of[kOrdersMax] = {}, misses_of[kOrdersMax] = {}, static_hits[kOrdersMax] = {};
@@ -83,7 +88,19 @@ void Engine::gather(uint64_t epoch, size_t index, const int64_t* keys, size_t nu
     const int64_t bad_page = gather_resident(table, keys, num_pairs, out);
     if (bad_page >= 0) job.fault = {FaultKind::kBadPage, static_cast<uint32_t>(index), bad_page, kPageBadChecksum};
   } else {
-    gather_cached(table, epoch, static_cast<uint16_t>(index), keys, num_pairs, out, job.misses, static_hits);
+    std::optional<ReportSink> reports;
+    if (reports_ != nullptr) reports.emplace(*reports_, static_cast<uint16_t>(index));
+    bool holds = view.alive;
+    if (holds) {
+      gather_cached(table, view.epoch, static_cast<uint16_t>(index), keys, num_pairs, out, job.misses, static_hits,
+                    reports ? &*reports : nullptr);
+      holds = gate_->holds(view);
+    }
+    if (!holds) {
+      job.misses.resize(first_miss);
+      std::fill_n(static_hits, table.num_orders, uint64_t{0});
+      gather_nothing(table, static_cast<uint16_t>(index), keys, num_pairs, out, job.misses);
+    }
     table.cache->count_accesses(num_pairs);
   }
   size_t pair = 0;
@@ -101,12 +118,12 @@ void Engine::gather(uint64_t epoch, size_t index, const int64_t* keys, size_t nu
   if (num_keys < num_pairs) counters.sentinels.fetch_add(num_pairs - num_keys, kRelaxed);
 }
 
-void Engine::locate(uint64_t epoch, size_t index, const int64_t* keys, size_t num_tokens, uint8_t* sources) {
+void Engine::locate(const EpochView& view, size_t index, const int64_t* keys, size_t num_tokens, uint8_t* sources) {
   const Table& table = tables_[index];
   for (size_t i = 0; i < num_tokens * table.num_orders; ++i) {
     const auto order = static_cast<uint8_t>(i % table.num_orders);
-    const bool has_statics = keys[i] >= 0 && table.statics.records != nullptr;
-    const EntryIndex placed_keys = has_statics ? table.statics.areas[epoch & 1].order(order) : EntryIndex{};
+    const bool has_statics = keys[i] >= 0 && view.alive && table.statics.records != nullptr;
+    const EntryIndex placed_keys = has_statics ? table.statics.areas[view.epoch & 1].order(order) : EntryIndex{};
     const uint32_t placed = placed_keys.find(placed_keys.find_bucket(keys[i]), keys[i]);
     if (keys[i] < 0) {
       sources[i] = kFromNowhere;
@@ -114,7 +131,7 @@ void Engine::locate(uint64_t epoch, size_t index, const int64_t* keys, size_t nu
       sources[i] = kFromResident;
     } else if (placed < table.statics.num_loaded) {
       sources[i] = kFromStatic;
-    } else if (table.cache->probe(table.cache->find_set(table.tagged(order), keys[i]), table.tagged(order), keys[i]).way >= 0) {
+    } else if (view.alive && table.cache->probe(table.cache->find_set(table.tagged(order), keys[i]), table.tagged(order), keys[i]).way >= 0) {
       sources[i] = kFromRecency;
     } else {
       sources[i] = table.statics.place_in_file(order, keys[i], placed) == kNotPlaced ? kFromPages : kFromRecord;
@@ -327,6 +344,7 @@ void Engine::after_fork(bool in_child) {
   for (const std::unique_ptr<Lane>& lane : old->lanes) lane->abandon_after_fork();
   runtime_ = std::make_unique<Runtime>(shape_.num_lanes);
   if (gate_->is_shared()) closed_ = true;
+  reports_.reset();
   gate_->forget();
   for (const std::shared_ptr<Job>& job : old->unfinished) {
     job->fault = {FaultKind::kForked, 0, 0, 0};

@@ -15,6 +15,7 @@
 #include "faults.h"
 #include "job.h"
 #include "lane.h"
+#include "reports.h"
 #include "table.h"
 
 namespace tierstore {
@@ -28,9 +29,10 @@ struct EngineShape {
   double wait_s;    // the longest that anything here waits for the disk or for a lane
   LaneShape lane;
   // Of a daemon's shared memory; null in a store of its own process.
-  uint8_t* control = nullptr;
-  size_t control_line = 0;
+  const EpochLine* epochs = nullptr;
+  uint64_t version = 0;
   uint8_t* client_block = nullptr;
+  bool reports = false;  // whether lookups are reported in it
 };
 
 // Counts of one table: by order, keys found in memory, those of them in the static set, and keys fetched.
@@ -39,11 +41,25 @@ struct TableCounters {
   std::vector<std::atomic<uint64_t>> hits, static_hits, misses;
 };
 
-// What would answer a key; kernels/reference.py has the same numbers.
-enum Source : uint8_t { kFromNowhere, kFromResident, kFromStatic, kFromRecency, kFromRecord, kFromPages };
-
 struct Counters {
   std::atomic<uint64_t> batches{0}, zero_miss_batches{0}, sentinels{0}, rows{0};
+};
+
+// How long blocking lookups took: counts by powers of two of a microsecond, and the sum. One lookup in kShare of a thread is timed,
+// as two looks at the clock would be a noticeable part of the shortest.
+struct Latency {
+  static constexpr size_t kBounds = 21;  // 1 us to 1.05 s; what took longer comes last
+  static constexpr unsigned kShare = 8;
+
+  void add(uint64_t took_ns) {
+    size_t bucket = 0;
+    while (bucket < kBounds && took_ns > uint64_t{1000} << bucket) ++bucket;
+    counts[bucket].fetch_add(1, std::memory_order_relaxed);
+    sum_ns.fetch_add(took_ns, std::memory_order_relaxed);
+  }
+
+  std::atomic<uint64_t> counts[kBounds + 1]{};
+  std::atomic<uint64_t> sum_ns{0};
 };
 
 class Engine {
@@ -59,18 +75,18 @@ class Engine {
   // Every use of the engine lives as long as one of these, which is false once the engine is closed. It sees one epoch.
   class Use {
    public:
-    explicit Use(Engine& engine) : engine_(engine), epoch_(engine.gate_->enter()), open_(!engine.closed_.load()) {}
+    explicit Use(Engine& engine) : engine_(engine), view_(engine.gate_->enter()), open_(!engine.closed_.load()) {}
     ~Use() {
-      if (engine_.gate_->leave(epoch_) && engine_.closed_.load()) engine_.wake_closer();
+      if (engine_.gate_->leave(view_) && engine_.closed_.load()) engine_.wake_closer();
     }
     Use(const Use&) = delete;
     Use& operator=(const Use&) = delete;
     explicit operator bool() const { return open_; }
-    uint64_t epoch() const { return epoch_; }
+    const EpochView& view() const { return view_; }
 
    private:
     Engine& engine_;
-    const uint64_t epoch_;
+    const EpochView view_;
     const bool open_;
   };
 
@@ -78,13 +94,13 @@ class Engine {
   size_t num_lanes() const;
 
   // Copies what memory holds of a table's keys, [num_tokens, O], and appends the rest to job.misses.
-  void gather(uint64_t epoch, size_t table, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job);
+  void gather(const EpochView& view, size_t table, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job);
 
   // Reads rows (kRowUnit; id -1 for zeros) or pages (kPageUnit) by number into `out`, past the cache. Blocks on the disk.
   void read(size_t table, const int64_t* ids, size_t num_ids, uint8_t* out, uint8_t unit, Job& job);
 
   // Writes the Source of each of a table's keys, [num_tokens, O]. Counts nothing.
-  void locate(uint64_t epoch, size_t table, const int64_t* keys, size_t num_tokens, uint8_t* sources);
+  void locate(const EpochView& view, size_t table, const int64_t* keys, size_t num_tokens, uint8_t* sources);
 
   void count_batch(const Job& job);
 
@@ -96,12 +112,13 @@ class Engine {
   // Waits at most `seconds` for uses and jobs to end, then stops the workers. Returns whether all ended.
   bool close(double seconds);
 
-  // Around a fork, in this order; locks are held between the two. Attached to a daemon, the child's engine is closed: the epoch
-  // that it would read in is counted for the parent.
+  // Around a fork, in this order; locks are held between the two. Attached to a daemon, the child's engine is closed: the block
+  // that it would count and report in is the parent's.
   void before_fork();
   void after_fork(bool in_child);
 
   Counters counters;
+  Latency latency;
   ReadCounters read_counters;
   FaultPlan faults;
   std::vector<TableCounters> table_counters;
@@ -121,6 +138,7 @@ class Engine {
   const EngineShape shape_;
   std::unique_ptr<Runtime> runtime_;
   std::unique_ptr<EpochGate> gate_;
+  std::unique_ptr<ReportWriter> reports_;  // null: lookups are not reported
   std::atomic<bool> closed_{false};
 };
 

@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -123,18 +124,22 @@ class PyEngine {
     auto* out_data = static_cast<uint8_t*>(py::reinterpret_borrow<py::array>(out).mutable_data());
     Job job;
     bool good;
+    thread_local unsigned turn = 0;
+    const bool timed = ++turn % Latency::kShare == 0;
+    const auto started = timed ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
     {
       std::optional<py::gil_scoped_release> released;
       if (num_tokens * engine_->tables()[index].num_orders > kBriefPairs) released.emplace();
       const Engine::Use use(*engine_);
       good = use && keys_are_good(engine_->tables()[index], key_data, num_tokens);
       if (good) {
-        engine_->gather(use.epoch(), index, key_data, num_tokens, out_data, job);
+        engine_->gather(use.view(), index, key_data, num_tokens, out_data, job);
         engine_->count_batch(job);
         if (!job.misses.empty() && !released) released.emplace();
         engine_->fetch(job);
       }
     }
+    if (timed && good) engine_->latency.add(static_cast<uint64_t>((std::chrono::steady_clock::now() - started) / std::chrono::nanoseconds(1)));
     return good ? fault_tuple(job.fault) : py::bool_(false);
   }
 
@@ -159,7 +164,7 @@ class PyEngine {
         good = good && keys_are_good(engine_->tables()[index], keys, num_tokens);
       }
       if (good) {
-        for (const auto& [index, keys, num_tokens, out] : plain) engine_->gather(use.epoch(), index, keys, num_tokens, out, *job);
+        for (const auto& [index, keys, num_tokens, out] : plain) engine_->gather(use.view(), index, keys, num_tokens, out, *job);
         engine_->count_batch(*job);
         if (job->fault.kind != FaultKind::kNone) {
           job->finish();
@@ -212,7 +217,7 @@ class PyEngine {
       const py::gil_scoped_release released;
       const Engine::Use use(*engine_);
       open = static_cast<bool>(use);
-      if (open) engine_->locate(use.epoch(), index, key_data, num_tokens, out);
+      if (open) engine_->locate(use.view(), index, key_data, num_tokens, out);
     }
     if (!open) return py::bool_(false);
     return py::none();
@@ -229,6 +234,9 @@ class PyEngine {
     all["pages_read"] = engine_->read_counters.pages.load();
     all["entries_read"] = engine_->read_counters.entries.load();
     all["bytes_read"] = engine_->read_counters.bytes.load();
+    py::list latency;
+    for (const auto& count : engine_->latency.counts) latency.append(count.load());
+    all["latency"] = py::make_tuple(latency, engine_->latency.sum_ns.load());
     py::list tables;
     for (const TableCounters& table : engine_->table_counters) {
       py::list hits, static_hits, misses;
@@ -291,17 +299,17 @@ class PyEngine {
   void after_fork(bool in_child) { engine_->after_fork(in_child); }
 
  private:
-  // Attaches the engine to a daemon's epochs: (control block, which of its numbers, the client's own block).
+  // Attaches the engine to a daemon's epochs: (control block, number of the version, the client's own block, whether to report there).
   void join(const py::tuple& shared, EngineShape& shape) {
     auto control = shared[0].cast<py::array_t<uint8_t, py::array::c_style>>();
     auto block = shared[2].cast<py::array_t<uint8_t, py::array::c_style>>();
-    shape.control_line = shared[1].cast<size_t>();
-    require(control.nbytes() >= static_cast<py::ssize_t>(kControlBytes) && shape.control_line < 2, "a control block has two numbers");
-    require(block.nbytes() >= static_cast<py::ssize_t>(kActiveBytes) && block.writeable(), "a client's block can be written");
-    shape.control = const_cast<uint8_t*>(control.data());
+    shape.version = shared[1].cast<uint64_t>();
+    require(control.nbytes() >= static_cast<py::ssize_t>(kControlBytes) && shape.version >= 1, "a control block has two lines");
+    shape.reports = shared[3].cast<bool>();
+    require(block.nbytes() >= static_cast<py::ssize_t>(kClientBlockBytes) && block.writeable(), "a client's block can be written");
+    shape.epochs = EpochLine::at(const_cast<uint8_t*>(control.data()), shape.version % 2);
     shape.client_block = block.mutable_data();
-    held_.push_back(std::move(control));
-    held_.push_back(std::move(block));
+    gate_memory_ = {std::move(control), std::move(block)};
   }
 
   // Says whether keys are int64 [N, O] and out uint8 [N, O * H, row_bytes], contiguous.
@@ -354,6 +362,7 @@ class PyEngine {
   ReadMode mode_ = ReadMode::kPread;
   std::vector<py::array> memory_;  // of each table, in their order
   std::vector<py::array> held_;    // what static sets lie in
+  std::vector<py::array> gate_memory_;  // what epochs are seen and counted in, also by lookups that come after `close`
 };
 
 }  // namespace

@@ -1,12 +1,13 @@
-// Epochs: which static set a lookup sees, and how whoever changes it knows that the one before is no longer read.
+// Epochs: which static set a lookup sees, and how it learns that what it copied was no longer that.
 //
-// A lookup counts itself into its epoch before it reads and out when it is done; if the epoch changed between reading its number and
-// counting, it counts itself out and tries again. Whoever publishes epoch e waits, before it touches what only epoch e - 1 used,
-// until the counts of that parity are 0 everywhere (the readers of RCU: McKenney and Slingwine, 1998; two parities, as in its
-// sleepable kind). Both sides are sequentially consistent: either the reader sees the new number or the publisher the reader's count.
+// A daemon publishes epochs of versions in a control block that clients map read-only. A lookup takes the epoch that it finds, copies, and
+// then looks whether that may still be read; if not, nothing that it copied from memory counts, and it reads from disk (a sequence
+// lock over all that an epoch names). So no reader can be handed what was written over, and none can hold the writer up for
+// long: it waits a while until nobody is counted in the old epoch, for politeness, and then says that it is over.
 //
-// In a process of its own a store has one epoch for ever. Attached to a daemon, the number lies in the daemon's control block, which
-// is mapped read-only, and the counts in the client's own block.
+//   line of a version (its number % 2), 64 bytes:  u64 version << 48 | epoch (0: none) | u64 oldest epoch that may be read
+//
+// In a store of its own process there is one epoch, 0 of version 0, for ever.
 #pragma once
 
 #include <atomic>
@@ -15,50 +16,78 @@
 
 namespace tierstore {
 
-constexpr size_t kLineStride = 64;           // each number has a cache line for itself
-constexpr size_t kControlBytes = 4096;       // a number for each of two versions, at multiples of kLineStride
-constexpr size_t kActiveBytes = 2 * kLineStride;  // the counts of both parities, first in a client's block
+constexpr size_t kLineStride = 64;      // each counter has a cache line for itself
+constexpr size_t kControlBytes = 4096;  // a line for each of two versions
+constexpr unsigned kVersionShift = 48;
 
-inline std::atomic<uint64_t>* line_at(uint8_t* block, size_t line) {
-  return reinterpret_cast<std::atomic<uint64_t>*>(block + line * kLineStride);
-}
+struct alignas(kLineStride) EpochLine {
+  std::atomic<uint64_t> current{0};
+  std::atomic<uint64_t> oldest{0};
+
+  static EpochLine* at(uint8_t* control, size_t line) { return reinterpret_cast<EpochLine*>(control) + line; }
+
+  void publish(uint64_t version, uint64_t epoch) { current.store(version << kVersionShift | epoch); }
+  // What only epochs before `epoch` name may be written over once this has returned.
+  void forget_before(uint64_t epoch) {
+    oldest.store(epoch);
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+  }
+  // The same for all that any epoch of the version names.
+  void forget_all() {
+    current.store(0);
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+  }
+};
+
+// What one lookup sees. Not alive: nothing in memory may be read, since the version is not served any more.
+struct EpochView {
+  uint64_t epoch = 0;
+  bool alive = false;
+};
 
 class EpochGate {
  public:
-  EpochGate() : epoch_(&own_[0].value), active_{&own_[1].value, &own_[2].value} {}
-  // control: kControlBytes; block: a client's.
-  EpochGate(uint8_t* control, size_t line, uint8_t* block)
-      : epoch_(line_at(control, line)), active_{line_at(block, 0), line_at(block, 1)} {}
+  EpochGate() : line_(&own_line_), active_{&own_active_[0].value, &own_active_[1].value} {}
+  // active: two counters in the client's block, by parity of the epoch.
+  EpochGate(const EpochLine* line, uint64_t version, std::atomic<uint64_t>* even, std::atomic<uint64_t>* odd)
+      : line_(line), version_(version), active_{even, odd} {}
   EpochGate(const EpochGate&) = delete;
   EpochGate& operator=(const EpochGate&) = delete;
 
-  uint64_t enter() {
-    for (;;) {
-      const uint64_t epoch = epoch_->load();
-      active_[epoch & 1]->fetch_add(1);
-      if (epoch_->load() == epoch) return epoch;
-      leave(epoch);
-    }
+  EpochView enter() {
+    const uint64_t current = line_->current.load();
+    const EpochView view{current & ((uint64_t{1} << kVersionShift) - 1), current >> kVersionShift == version_};
+    active_[view.epoch & 1]->fetch_add(1);
+    return view;
   }
   // Returns whether nobody of this parity is left.
-  bool leave(uint64_t epoch) { return active_[epoch & 1]->fetch_sub(1) == 1; }
+  bool leave(const EpochView& view) { return active_[view.epoch & 1]->fetch_sub(1) == 1; }
+
+  // Whether what was copied since `enter` is what the epoch names.
+  bool holds(const EpochView& view) const {
+    std::atomic_thread_fence(std::memory_order_acquire);
+    return line_->current.load(std::memory_order_relaxed) >> kVersionShift == version_ &&
+           line_->oldest.load(std::memory_order_relaxed) <= view.epoch;
+  }
+
   bool is_empty() const { return active_[0]->load() == 0 && active_[1]->load() == 0; }
-  bool is_shared() const { return epoch_ != &own_[0].value; }
+  bool is_shared() const { return line_ != &own_line_; }
 
   // In a forked child: the counts are the parent's, or of threads that are not here.
   void forget() {
-    for (Line& line : own_) line.value = 0;
-    epoch_ = &own_[0].value;
-    active_[0] = &own_[1].value;
-    active_[1] = &own_[2].value;
+    own_active_[0].value = own_active_[1].value = 0;
+    active_[0] = &own_active_[0].value;
+    active_[1] = &own_active_[1].value;
   }
 
  private:
-  struct alignas(kLineStride) Line {
+  struct alignas(kLineStride) Count {
     std::atomic<uint64_t> value{0};
   };
-  Line own_[3];
-  const std::atomic<uint64_t>* epoch_;
+  EpochLine own_line_;
+  Count own_active_[2];
+  const EpochLine* line_;
+  uint64_t version_ = 0;
   std::atomic<uint64_t>* active_[2];
 };
 

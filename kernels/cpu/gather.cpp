@@ -57,7 +57,7 @@ int64_t copy_resident(const Table& table, size_t num_rows, uint8_t* out, RowId r
 // bucket of the static set's index; search it, and where the key is not loaded ask for its set of the cache; probe that, and ask for
 // the entry; copy. Without a static set the first stage falls away.
 void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, const int64_t* keys, size_t num_pairs, uint8_t* out,
-                   std::vector<Miss>& misses, uint64_t* static_hits) {
+                   std::vector<Miss>& misses, uint64_t* static_hits, ReportSink* reports) {
   struct Pair {
     const IndexBucket* bucket;
     const CacheSet* set;
@@ -118,12 +118,29 @@ void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, con
     } else if (pair.record != nullptr) {
       racing_copy(to, pair.record, entry_bytes, next, streamed);
       ++static_hits[pair.order];
+      if (reports != nullptr) reports->some(pair.order, pair.key, kFromStatic);
     } else if (pair.probe.way < 0 || !cache.copy(pair.probe, table.tagged(pair.order), pair.key, to, next, streamed)) {
       const uint32_t in_file = statics.place_in_file(pair.order, pair.key, pair.placed);
       misses.push_back({pair.key, static_cast<uint32_t>(place), table_index, pair.order, in_file});
+      if (reports != nullptr) reports->all(pair.order, pair.key, kFromPages);
+    } else if (reports != nullptr) {
+      const bool counted_out = pair.probe.set->counts[pair.probe.way].load(std::memory_order_relaxed) >= kCountMax;
+      counted_out ? reports->some(pair.order, pair.key, kFromRecency) : reports->all(pair.order, pair.key, kFromRecency);
     }
   }
   if (streamed) end_streamed_copies();
+}
+
+void gather_nothing(const Table& table, uint16_t table_index, const int64_t* keys, size_t num_pairs, uint8_t* out,
+                    std::vector<Miss>& misses) {
+  for (size_t i = 0; i < num_pairs; ++i) {
+    const auto order = static_cast<uint8_t>(i % table.num_orders);
+    if (keys[i] < 0) {
+      std::memset(out + i * table.entry_bytes(), 0, table.entry_bytes());
+    } else {
+      misses.push_back({keys[i], static_cast<uint32_t>(i), table_index, order, table.statics.place_in_file(order, keys[i], kNotPlaced)});
+    }
+  }
 }
 
 int64_t gather_resident(const Table& table, const int64_t* keys, size_t num_pairs, uint8_t* out) {

@@ -9,14 +9,19 @@
 #include <vector>
 
 #include "job.h"
+#include "report_sink.h"
 #include "table.h"
 
 namespace tierstore {
 
 // From the epoch's static set and the cache. Appends the pairs that neither holds to `misses`, and counts, by order, those that the static
-// set held.
+// set held. reports: where to say what was asked for; null: nowhere.
 void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, const int64_t* keys, size_t num_pairs, uint8_t* out,
-                   std::vector<Miss>& misses, uint64_t* static_hits);
+                   std::vector<Miss>& misses, uint64_t* static_hits, ReportSink* reports);
+
+// The same where nothing in memory may be read: all keys are misses.
+void gather_nothing(const Table& table, uint16_t table_index, const int64_t* keys, size_t num_pairs, uint8_t* out,
+                    std::vector<Miss>& misses);
 
 // From a resident table. Returns the first bad page that a row lies on, -1 where all are good.
 int64_t gather_resident(const Table& table, const int64_t* keys, size_t num_pairs, uint8_t* out);

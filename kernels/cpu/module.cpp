@@ -18,6 +18,7 @@
 #include "pages.h"
 #include "placed_module.h"
 #include "profile_module.h"
+#include "shared_module.h"
 
 namespace py = pybind11;
 
@@ -231,4 +232,5 @@ PYBIND11_MODULE(_cpu, module) {
   define_hash(module);
   tierstore::bind_profile(module);
   tierstore::bind_learning(module);
+  tierstore::bind_shared(module);
 }

@@ -13,6 +13,9 @@
 
 namespace tierstore {
 
+// What would answer a key; kernels/reference.py has the same numbers.
+enum Source : uint8_t { kFromNowhere, kFromResident, kFromStatic, kFromRecency, kFromRecord, kFromPages };
+
 struct Table {
   size_t num_orders, rows_per_key, row_bytes;
   uint64_t num_rows;

@@ -6,15 +6,12 @@
 #include <memory>
 #include <vector>
 
+#include "arrays.h"
 #include "job.h"
 #include "page_queue.h"
 #include "table.h"
 
 namespace tierstore {
-
-inline void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
 
 // A recency cache in memory that Python holds; several engines may share it.
 struct HeldCache {

@@ -1,8 +1,8 @@
 """The client's end of the daemon's socket: connecting to it, and asking it as an administrator.
 
-Flows in: the path of a socket. Flows out: a channel that has said hello, or one answer. Refuses a daemon of a user that is not
-trusted, since its descriptors become this process's rows, and one that speaks another version. Every error is a `DaemonError`
-that says what to do, but for the daemon's own, which come through by their names.
+Flows in: the path of a socket. Flows out: a channel that has said hello, or one answer. Refuses a daemon of a user that is
+not trusted, since its descriptors become this process's rows, and one that speaks another version. Every error is a
+`DaemonError` that says what to do, but for the daemon's own, which come through by their names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A peer: a process at the other end of one connection, as the daemon sees it.
 
-Flows in: messages for it, from any thread, into a bounded queue; its packets, read by the server's loop. Flows out: the queue, as
-fast as it reads; its messages. A peer that does not read, or asks too often, is dropped: nobody waits for it.
+Flows in: messages for it, from any thread, into a bounded queue; its packets, read by the server's loop. Flows out: the
+queue, as fast as it reads; its messages. A peer that does not read, or asks too often, is dropped: nobody waits for it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The protocol: messages with descriptors over a connected AF_UNIX SOCK_SEQPACKET socket.
 
-Flows in: a socket, messages as dicts. Flows out: the same on the other side. A message is one JSON object, cut into packets of
-at most 32 KiB, of which all but the last are full; its descriptors go with the first. A packet is
+Flows in: a socket, messages as dicts. Flows out: the same on the other side. A message is one JSON object, cut into packets
+of at most 32 KiB, of which all but the last are full; its descriptors go with the first. A packet is
 
     magic 4s | flags u8 (1: more packets follow) | 3 zero bytes | bytes of the whole message u32 | its part of the message
 
-Refuses, by `DaemonError` and nothing else, whatever is not that: foreign packets, messages over the limit, descriptors where
-none belong, JSON that another reader would see otherwise (a key twice, NaN, half a character). Every wait is bounded.
+Refuses, by `DaemonError` and nothing else, whatever is not that: foreign packets, messages over the limit, descriptors
+where none belong, JSON that another reader would see otherwise (a key twice, NaN, half a character). Every wait is bounded.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The server of the daemon's socket: who may connect, what they may send, and that none of them can hold up the others.
 
-Flows in: connections, and their messages. Flows out: calls of a `Handler`, which alone knows what they mean. One thread runs all
-connections, so that attached clients cost nothing while they are idle; a request of an administrator, which may take long, gets
-a thread of its own. Refuses other users unless they are named, other versions of the protocol, and more connections than
-its limits; drops, by a named reason, whoever breaks the protocol, sends too fast or does not read.
+Flows in: connections, and their messages. Flows out: calls of a `Handler`, which alone knows what they mean. One thread
+runs all connections, so that attached clients cost nothing while they are idle; a request of an administrator, which may
+take long, gets a thread of its own. Refuses other users unless they are named, other versions of the protocol, and more
+connections than its limits; drops, by a named reason, whoever breaks the protocol, sends too fast or does not read.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The socket file: where a daemon listens, which is one daemon's at a time.
 
-Flows in: a path. Flows out: a listening socket at it. A file lock beside it, PATH.lock, decides between two that start at once;
-it goes with the process that holds it, however that ends. A socket that nobody listens on is replaced. Refuses a path that is
-taken by a daemon, by another program, or by a file of another kind; one that is too long for an address.
+Flows in: a path. Flows out: a listening socket at it. A file lock beside it, PATH.lock, decides between two that start at
+once; it goes with the process that holds it, however that ends. A socket that nobody listens on is replaced. Refuses a path
+that is taken by a daemon, by another program, or by a file of another kind; one that is too long for an address.
 """
 
 from __future__ import annotations

@@ -161,6 +161,13 @@ def _least_staging(tables: Mapping[str, TableLayout], placed: Mapping[str, Place
     )
 
 
+def plan_staging(
+    tables: Mapping[str, TableLayout], placed: Mapping[str, PlacedTable], budget_bytes: int, most_bytes: int
+) -> StagingPlan:
+    """Returns staging for a budget, of at most most_bytes where less than a sixteenth is left; one key of any table fits."""
+    return _plan_staging(_least_staging(tables, placed), budget_bytes, most_bytes)
+
+
 def _plan_staging(least: StagingPlan, budget_bytes: int, most_bytes: int) -> StagingPlan:
     """Divides a sixteenth of the budget, at most 16 MiB, into lanes: a third for pages, the rest for entries."""
     wanted_bytes = min(STAGING_BYTES_MAX, budget_bytes // STAGING_FRACTION, most_bytes)

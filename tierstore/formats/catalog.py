@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import os
 import struct
@@ -142,6 +144,13 @@ class CatalogImage:
     placements: dict[int, PlacementRecord]
     epoch: int | None
     last_epoch: int
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A digest, hex, of all that decides what rows a store has: tables, hashes, and every shard's own digest."""
+        tables = {name: layout.as_record() for name, layout in self.tables.items()}
+        shards = {name: {index: vars(shard) for index, shard in of.items()} for name, of in self.shards.items()}
+        return hashlib.sha256(_as_json({"tables": tables, "shards": shards})).hexdigest()
 
 
 def create_catalog(

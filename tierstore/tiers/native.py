@@ -17,6 +17,7 @@ from .. import kernels
 from ..decisions.budget import DramPlan, StagingPlan
 from ..errors import CorruptPageError, StoreNotReadyError, TierStoreError
 from ..formats.page import PAGE_VERSION, fault_text
+from ..stats import latency_of
 from .engine import READ_WAIT_S, Engine, Request
 from .memory import allocate
 from .nvme import IoChoice, TableFiles, load_rows
@@ -44,11 +45,15 @@ class TableMemory:
 
 @dataclass(frozen=True)
 class SharedEpochs:
-    """Where a daemon publishes epochs: its control block, which of the numbers there, and the client's own block."""
+    """Where a daemon publishes epochs: its control block, the number of the version, and the client's own block.
+
+    reports: whether lookups are reported in that block.
+    """
 
     control: np.ndarray
-    line: int
+    version: int
     block: np.ndarray
+    reports: bool
 
 
 def open_native(
@@ -117,7 +122,7 @@ class NativeEngine(Engine):
             pread_threads=PREAD_THREADS,
             jobs_max=JOBS_MAX,
             wait_s=READ_WAIT_S,
-            shared=None if shared is None else (shared.control, shared.line, shared.block),
+            shared=None if shared is None else (shared.control, shared.version, shared.block, shared.reports),
         )
         self.try_lookup = self._engine.lookup
         for wanted, found, asked in self._engine.shortfalls():
@@ -155,7 +160,12 @@ class NativeEngine(Engine):
         self.check(self._engine.locate(index, keys, sources))
 
     def counters(self) -> dict[str, Any]:
-        return self._engine.counters()
+        counters = self._engine.counters()
+        counts, sum_ns = counters["latency"]
+        return counters | {
+            "latency": latency_of(counts, sum_ns),
+            "tables": [list(table) for table in counters["tables"]],
+        }
 
     def close(self, timeout_s: float) -> bool:
         return self._engine.close(timeout_s)

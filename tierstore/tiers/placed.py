@@ -161,7 +161,7 @@ def _load_static(
     start = round_up(share.static_bytes, LINE_BYTES)
     area = memory[start : start + table.index_bytes].reshape(-1, kernels.INDEX_BUCKET.itemsize)
     indexes = load_indexes(file, table, area)
-    num_damaged = _load_records(file, table, memory[: share.static_bytes], share.static_entries, layout.seed, on_bytes)
+    num_damaged = load_records(file, table, memory[: share.static_bytes], share.static_entries, layout.seed, on_bytes)
     records = memory[: share.static_entries * table.record_bytes].reshape(-1, table.record_bytes)
     num_left_out = sum(
         kernels.drop_bad_places(buckets, order_index, records, table.num_entries, table.entry_bytes)
@@ -211,7 +211,7 @@ def _load_index(file: PlacementFile, index: PlacedIndex, buckets: np.ndarray) ->
         raise FormatError(f"{file.path}: an index is damaged; plan again, or open the store with placement='none'")
 
 
-def _load_records(
+def load_records(
     file: PlacementFile,
     table: PlacedTable,
     memory: np.ndarray,
@@ -219,7 +219,10 @@ def _load_records(
     seed: int,
     on_bytes: Callable[[int], None],
 ) -> int:
-    """Reads the first records in order, checked as they come; returns how many are damaged."""
+    """Reads the first num_entries records in order into memory, uint8 in whole units of 4,096 bytes, checked as they come.
+
+    Returns how many are damaged: those have a key of -1 in their trailers. on_bytes is called as `_load_static` says. Blocks.
+    """
     step = max(1, LOAD_BYTES // (table.record_bytes * _GROUP_RECORDS)) * _GROUP_RECORDS
 
     def load(start: int) -> tuple[int, int]:

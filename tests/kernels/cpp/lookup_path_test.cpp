@@ -219,7 +219,7 @@ void test_engine(const std::string& folder, ReadMode mode, const char* name, siz
         auto job = std::make_shared<Job>();
         const Engine::Use use(engine);
         if (!use) std::abort();
-        engine.gather(use.epoch(), 0, keys.data(), keys.size(), out.data(), *job);
+        engine.gather(use.view(), 0, keys.data(), keys.size(), out.data(), *job);
         engine.count_batch(*job);
         if (seed % 2 == 0 && !job->misses.empty()) {
           engine.submit(job);

@@ -1,0 +1,110 @@
+#include "shared_module.h"
+
+#include <pybind11/numpy.h>
+
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+#include <sys/mman.h>
+
+#include "arrays.h"
+#include "epochs.h"
+#include "reports.h"
+
+namespace py = pybind11;
+
+namespace tierstore {
+namespace {
+
+constexpr size_t kPageBytes = 4096;
+constexpr size_t kHugeBytes = 2 << 20;
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+
+struct Mapping {
+  void* memory;
+  size_t num_bytes;
+};
+
+// Maps a descriptor, shared, at a multiple of a huge page, so that huge pages of the file are huge pages of the mapping. The
+// array that comes back unmaps it when the last view of it is gone.
+py::array_t<uint8_t> map_shared(int fd, size_t num_bytes, bool writable) {
+  require(num_bytes > 0 && num_bytes % kPageBytes == 0, "whole pages are mapped");
+  // Reserves more than is wanted, to choose the place in it, and gives back what lies on either side.
+  void* reserved = mmap(nullptr, num_bytes + kHugeBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (reserved == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap");
+  const auto start = reinterpret_cast<uintptr_t>(reserved);
+  const uintptr_t at = (start + kHugeBytes - 1) / kHugeBytes * kHugeBytes;
+  void* memory = mmap(reinterpret_cast<void*>(at), num_bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0);
+  const int error = errno;
+  if (at > start) munmap(reserved, at - start);
+  const uintptr_t end = start + num_bytes + kHugeBytes;
+  if (memory == MAP_FAILED) {
+    munmap(reinterpret_cast<void*>(at), end - at);
+    throw std::system_error(error, std::generic_category(), "mmap");
+  }
+  if (end > at + num_bytes) munmap(reinterpret_cast<void*>(at + num_bytes), end - at - num_bytes);
+  auto* mapping = new Mapping{memory, num_bytes};
+  py::capsule owner(mapping, [](void* held) {
+    auto* gone = static_cast<Mapping*>(held);
+    munmap(gone->memory, gone->num_bytes);
+    delete gone;
+  });
+  py::array_t<uint8_t> array(static_cast<py::ssize_t>(num_bytes), static_cast<uint8_t*>(memory), owner);
+  if (!writable) py::detail::array_proxy(array.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+  return array;
+}
+
+// Brings a part of a mapping onto huge pages; blocks while it copies. Returns 0 or an errno: it is an advice.
+int collapse(py::array_t<uint8_t, py::array::c_style> array, size_t byte_start, size_t num_bytes) {
+  const auto size = static_cast<size_t>(array.nbytes());
+  require(byte_start <= size && num_bytes <= size - byte_start, "a part of the mapping");
+  uint8_t* memory = array.mutable_data() + byte_start;
+  const py::gil_scoped_release released;
+  return madvise(memory, num_bytes, MADV_COLLAPSE) == 0 ? 0 : errno;
+}
+
+uint8_t* checked(py::array_t<uint8_t, py::array::c_style>& block, size_t num_bytes) {
+  require(static_cast<size_t>(block.nbytes()) >= num_bytes, "the block is too small");
+  return const_cast<uint8_t*>(block.data());
+}
+
+EpochLine* line_of(py::array_t<uint8_t, py::array::c_style>& control, uint64_t version) {
+  require(version >= 1 && version < uint64_t{1} << (64 - kVersionShift), "versions are 1 to 65,535");
+  require(control.writeable(), "a control block of one's own");
+  return EpochLine::at(checked(control, kControlBytes), version % 2);
+}
+
+void publish_epoch(py::array_t<uint8_t, py::array::c_style> control, uint64_t version, uint64_t epoch) {
+  line_of(control, version)->publish(version, epoch);
+}
+
+void forget_before(py::array_t<uint8_t, py::array::c_style> control, uint64_t version, uint64_t epoch) {
+  line_of(control, version)->forget_before(epoch);
+}
+
+void forget_version(py::array_t<uint8_t, py::array::c_style> control, uint64_t version) {
+  line_of(control, version)->forget_all();
+}
+
+// How many lookups are in an epoch of either parity, by a client's block. Whatever a client wrote there.
+std::pair<uint64_t, uint64_t> active_lookups(py::array_t<uint8_t, py::array::c_style> block) {
+  const ClientBlock* client = ClientBlock::of(checked(block, kClientBlockBytes));
+  return {client->active[0].value.load(), client->active[1].value.load()};
+}
+
+}  // namespace
+
+void bind_shared(py::module_& module) {
+  module.def("map_shared", &map_shared, py::arg("fd"), py::arg("num_bytes"), py::kw_only(), py::arg("writable"));
+  module.def("collapse", &collapse, py::arg("array"), py::arg("byte_start"), py::arg("num_bytes"));
+  module.def("publish_epoch", &publish_epoch, py::arg("control"), py::arg("version"), py::arg("epoch"));
+  module.def("forget_before", &forget_before, py::arg("control"), py::arg("version"), py::arg("epoch"));
+  module.def("forget_version", &forget_version, py::arg("control"), py::arg("version"));
+  module.def("active_lookups", &active_lookups, py::arg("block"));
+  module.attr("CONTROL_BYTES") = kControlBytes;
+}
+
+}  // namespace tierstore

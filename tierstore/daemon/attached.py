@@ -1,0 +1,296 @@
+"""A client of the daemon: the same `Store`, over tiers that all processes of the host share.
+
+Flows in: the path of a daemon's socket. Flows out: rows, copied from shared memory that is mapped read-only, or read from
+the shards by this process itself; the daemon is asked nothing on the way. It is told, lossily, what was looked up. When it
+goes, lookups go on with what is mapped; when it is back, or serves another version, or this process has forked, a new
+engine takes the place of the old one between two lookups. Refuses another hash than before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import kernels
+from ..backing import Backing
+from ..errors import ConfigError, DaemonError, FingerprintMismatchError, StoreNotReadyError, TierStoreError
+from ..stats import add_counters
+from ..store import Store
+from ..tiers.engine import READ_WAIT_S, Engine, Pending, Request
+from ..tiers.native import NativeEngine
+from ..tiers.nvme import IO_MODES
+from ..units import parse_bytes
+from .client_socket import dial, raise_error
+from .link import Link
+from .mapped import same_tables
+from .protocol import Channel, close_fds
+
+logger = logging.getLogger("tierstore")
+
+DIAL_S = 5.0
+REDIAL_S = 0.1  # between tries to find the daemon again: at first,
+REDIAL_MAX_S = 1.0  # and at most
+TELL_S = 1.0  # between two messages with counters
+SEND_S = 1.0
+END_WAIT_S = 10.0
+ENGINES_MAX = 8  # that a lookup meets closed one after the other, before it gives up: they change seldom
+
+
+def attach(
+    socket: str | os.PathLike[str], *, io: str = "auto", staging: int | str = "16MiB", timeout_s: float = DIAL_S
+) -> Store:
+    """Attaches this process to a daemon (`tierstore serve`) and returns its store; `tierstore.connect` of a path does it.
+
+    socket: its path. io: how this process reads what it misses, as in `tierstore.open`. staging: bytes that it may take for reads
+    on their way; the tiers are the daemon's. Blocks, at most about timeout_s. Raises `DaemonError` (no daemon, refused, another
+    protocol), `ConfigError` (an option), and what opening the store's shards raises.
+    """
+    if not kernels.native:
+        raise ConfigError("attaching needs the compiled kernels: install gcc or clang, then tierstore again")
+    if io not in IO_MODES:
+        raise ConfigError(f"io: {io!r} is not one of {', '.join(IO_MODES)}")
+    return Store(AttachedBacking(os.fspath(socket), io, parse_bytes(staging, "staging"), timeout_s))
+
+
+class AttachedBacking(Backing):
+    """Keeps a store attached, in a thread: hears of other versions, tells counters, finds a daemon that went and is back."""
+
+    def __init__(self, socket: str, io: str, staging_bytes: int, timeout_s: float) -> None:
+        """Attaches; raises what `attach` raises."""
+        self._socket, self._io, self._staging_bytes = socket, io, staging_bytes
+        self._ended = threading.Event()
+        self._channel: Channel | None
+        self._channel, link = self._dial(timeout_s)
+        self.name = f"{link.opened.image.path} (attached by {socket})"
+        self.specs, self.attachments = link.specs, link.attachments
+        self.engine: AttachedEngine = AttachedEngine(link, self._relink)
+        self._start()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="tierstore-attached", daemon=True)
+        self._thread.start()
+
+    def _dial(self, timeout_s: float) -> tuple[Channel, Link]:
+        channel, layout, fds = dial(self._socket, "client", timeout_s)
+        try:
+            return channel, self._link(layout, fds)
+        except BaseException:
+            channel.close()
+            raise
+
+    def _link(self, layout: dict[str, Any], fds: list[int]) -> Link:
+        """Maps what the daemon gave, and lets its descriptors go; refuses other tables than this store has."""
+        try:
+            link = Link(layout, fds, self._io, self._staging_bytes)
+        finally:
+            close_fds(fds)
+        difference = same_tables(self.specs, link.specs) if hasattr(self, "specs") else None
+        if difference:
+            link.close(0)
+            raise FingerprintMismatchError(
+                f"{self._socket}: the daemon serves other tables than before: {difference}; what is mapped already goes on "
+                f"to serve: connect again to have the new ones"
+            )
+        return link
+
+    def _run(self) -> None:
+        """The thread: attached, until it ends or loses the daemon; then in search of it."""
+        pause_s, said = REDIAL_S, ""
+        while not self._ended.is_set():
+            if self._channel is not None:
+                try:
+                    self._attend(self._channel)
+                except (TierStoreError, OSError, TimeoutError) as error:
+                    if not self._ended.is_set():
+                        logger.warning("%s: detached (%s): lookups go on, and it is looked for", self.name, error)
+                self._channel.close()
+                self._channel = None
+                pause_s, said = REDIAL_S, ""
+                continue
+            if self._ended.wait(pause_s):
+                return
+            pause_s = min(2 * pause_s, REDIAL_MAX_S)
+            try:
+                self._channel, link = self._dial(DIAL_S)
+            except (TierStoreError, OSError) as error:
+                if str(error) != said:
+                    said = str(error)
+                    logger.warning("%s: not attached yet: %s", self.name, error)
+                continue
+            logger.info("%s: attached again", self.name)
+            self.engine.retire(self.engine.move_to(link), READ_WAIT_S)
+
+    def _attend(self, channel: Channel) -> None:
+        """Hears and tells until the channel ends, which raises."""
+        told_at = time.monotonic()
+        while not self._ended.is_set():
+            left_s = told_at + TELL_S - time.monotonic()
+            if left_s <= 0:
+                told_at = time.monotonic()
+                channel.send({"counters": self.engine.counters()}, timeout_s=SEND_S)
+                continue
+            try:
+                message, fds = channel.receive(left_s)
+            except TimeoutError:
+                continue
+            if "move" not in message:
+                close_fds(fds)
+                raise_error(message)
+                continue
+            old = self.engine.move_to(self._link(message["move"], fds))
+            self.engine.retire(old, READ_WAIT_S)
+            channel.send({"left": old.version}, timeout_s=SEND_S)
+
+    def _relink(self) -> Link:
+        """In a forked child: attaches it by itself; where that cannot be now, it goes on without, and looks for the daemon."""
+        if self._channel is not None:
+            self._channel.close()  # the parent's; here it would only outlive it
+        self._channel = None
+        self._ended = threading.Event()
+        try:
+            self._channel, link = self._dial(DIAL_S)
+        except (TierStoreError, OSError) as error:
+            logger.warning("%s: a forked child is not attached: %s", self.name, error)
+            link = self.engine.link.alone()
+        self._start()
+        return link
+
+    def details(self) -> dict[str, Any]:
+        """See `Backing`; the memory is the daemon's, but for staging."""
+        link = self.engine.link
+        return {
+            "io": self.engine.io,
+            "memory": link.memory,
+            "placement": {"epoch": link.opened.placed.placement.epoch if link.opened.placed else None},
+            "attached": {"socket": self._socket, "now": self._channel is not None, "version": link.version},
+        }
+
+    def close(self) -> None:
+        self._ended.set()
+        channel = self._channel
+        if channel is not None:
+            with contextlib.suppress(TierStoreError, TimeoutError, OSError):
+                channel.send({"counters": self.engine.counters()}, timeout_s=SEND_S)
+            channel.shutdown()
+        self._thread.join(END_WAIT_S)
+        self.engine.link.opened.close()
+
+
+class AttachedEngine(Engine):
+    """The engine of the version that this process is attached to now. A lookup has one from its start to its end."""
+
+    def __init__(self, link: Link, relink: Callable[[], Link]) -> None:
+        """relink: makes a link for a child that was forked off; it is called in the child, before its first lookup."""
+        self._link = link
+        self._relink = relink
+        self._pid = os.getpid()
+        self._closed = False
+        self._renewed: list[Callable[[], Any]] = []
+        self._past: Any = None  # counters of engines that are gone
+        self._lock = threading.Lock()  # of the link, and of what follows from it
+        self._child_lock = threading.Lock()
+        self.bad_pages = {}
+        self._take(link)
+
+    @property
+    def link(self) -> Link:
+        """What lookups go through now."""
+        return self._link
+
+    def _take(self, link: Link) -> None:
+        self._link = link
+        self.io, self.try_lookup = link.engine.io, link.engine.try_lookup
+
+    def subscribe(self, renewed: Callable[[], Any]) -> None:
+        self._renewed.append(renewed)
+
+    def move_to(self, link: Link) -> Link:
+        """Sends lookups that begin from now on through another link; returns the old one, whose lookups may be under way."""
+        with self._lock:
+            old = self._link
+            self._take(link)
+        for renewed in self._renewed:
+            callback = renewed() if isinstance(renewed, weakref.WeakMethod) else renewed
+            if callback:
+                callback()
+        return old
+
+    def retire(self, old: Link, timeout_s: float) -> bool:
+        """Closes a link that was moved away from, and keeps its counts."""
+        ended = old.close(timeout_s)
+        with self._lock:
+            self._past = add_counters(self._past, old.engine.counters())
+        return ended
+
+    def _now(self) -> NativeEngine:
+        if self._pid != os.getpid():
+            self._relink_child()
+        return self._link.engine
+
+    def _relink_child(self) -> None:
+        """In a forked child: attaches it, since the block in which lookups are counted is its parent's."""
+        with self._child_lock:
+            if self._pid != os.getpid() and not self._closed:
+                self.move_to(self._relink())
+                self._pid = os.getpid()
+
+    def _with_engine(self, act: Callable[[NativeEngine], Any]) -> Any:
+        """Calls act with the engine; again with the next one where it was closed, because another took its place."""
+        for _ in range(ENGINES_MAX):
+            engine = self._now()
+            try:
+                return act(engine)
+            except StoreNotReadyError:
+                if self._closed or (engine is self._link.engine and self._pid == os.getpid()):
+                    raise
+        raise DaemonError(f"the daemon changed its version {ENGINES_MAX} times during one lookup; look it up again")
+
+    def check(self, outcome: Any) -> None:
+        self._link.engine.check(outcome)
+
+    def lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
+        self._with_engine(lambda engine: engine.lookup(index, keys, out))
+
+    def submit(self, requests: Sequence[Request]) -> Pending | None:
+        pending: Pending | None = self._with_engine(lambda engine: engine.submit(requests))
+        return pending
+
+    def is_resident(self, index: int) -> bool:
+        return self._link.engine.is_resident(index)
+
+    def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
+        self._with_engine(lambda engine: engine.rows(index, row_ids, out))
+
+    def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:
+        self._with_engine(lambda engine: engine.read_pages(index, page_numbers, out))
+
+    def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
+        self._with_engine(lambda engine: engine.locate(index, keys, sources))
+
+    def counters(self) -> dict[str, Any]:
+        with self._lock:
+            total: dict[str, Any] = add_counters(self._past, self._link.engine.counters())
+        return total
+
+    def close(self, timeout_s: float) -> bool:
+        self._closed = True
+        return self._link.engine.close(timeout_s)
+
+    def before_fork(self) -> None:
+        self._lock.acquire()
+        self._link.engine.before_fork()
+
+    def after_fork(self, *, child: bool) -> None:
+        self._link.engine.after_fork(child=child)
+        self._lock.release()
+        if child:  # what the parent counted is the parent's, and who held this lock is not here
+            self._past = None
+            self._child_lock = threading.Lock()

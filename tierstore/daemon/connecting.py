@@ -1,0 +1,36 @@
+"""connect: the way to a store that a daemon serves, from the same host or from another."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import ConfigError
+from ..store import Store
+from .attached import DIAL_S, attach
+
+
+def connect(
+    address: str | os.PathLike[str],
+    *,
+    io: str = "auto",
+    staging: int | str = "16MiB",
+    timeout_s: float | None = None,
+    token_file: str | os.PathLike[str] | None = None,
+    ca_file: str | os.PathLike[str] | None = None,
+) -> Store:
+    """Returns the store of a daemon (`tierstore serve`); also `tierstore.connect`.
+
+    address: the path of its socket: this process then looks up in the daemon's memory by itself, see `attach` for io and
+    staging. Or "grpc://HOST:PORT", "grpcs://HOST:PORT" by TLS: every lookup is a call, see `connect_remote` for token_file and
+    ca_file. timeout_s: for a path, how long to try (5 s); else, how long any lookup may take (30 s).
+
+    Blocks. Raises what those raise: `DaemonError` where the daemon cannot be reached or refuses, `ConfigError` for options.
+    """
+    text = os.fspath(address)
+    if "://" not in text:
+        if token_file is not None or ca_file is not None:
+            raise ConfigError(f"{text}: token_file and ca_file are of remote lookups, grpc://HOST:PORT; leave them out")
+        return attach(text, io=io, staging=staging, timeout_s=DIAL_S if timeout_s is None else timeout_s)
+    from .remote_client import CALL_S, connect_remote
+
+    return connect_remote(text, token_file=token_file, ca_file=ca_file, timeout_s=CALL_S if timeout_s is None else timeout_s)

@@ -1,0 +1,113 @@
+"""A link: one version of a daemon's store, as a client has it mapped and open.
+
+Flows in: the daemon's message with its descriptors, and the store's own files. Flows out: an engine that copies from the
+daemon's memory, which it may only read, and reads from the shards what is not there. Refuses messages that contradict their
+blocks, and a store that is not the one that the daemon opened.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .. import kernels
+from ..decisions.budget import STAGING_FRACTION, plan_staging
+from ..decisions.shared_budget import as_share
+from ..embedded import open_placement
+from ..errors import DaemonError
+from ..tiers.native import NativeEngine, SharedEpochs
+from ..tiers.nvme import choose_io
+from ..tiers.shared import map_block
+from .mapped import Blocks, OpenVersion, recency_part, table_memories
+
+_BLOCKS = ("control", "static", "recency", "client", "resident")  # as their descriptors come
+_NOTHING = np.empty(0, dtype=np.uint8)
+
+
+class Link:
+    """A version as this process has it mapped: the engine over it, and the connection by which it came."""
+
+    def __init__(self, layout: Mapping[str, Any], fds: Sequence[int], io: str, staging_bytes: int) -> None:
+        """Maps and opens all; the descriptors stay the caller's. Raises what `connect` raises."""
+        try:
+            self.version = int(layout["version"])
+            self._tag, sizes = int(layout["tag"]), [int(size) for size in layout["sizes"]]
+            self._shares = {name: as_share(share) for name, share in layout["tables"].items()}
+            self._bad_pages = {
+                name: {int(page): str(text) for page, text in bad.items()} for name, bad in layout["bad_pages"].items()
+            }
+            path, identity, epoch = str(layout["store"]), layout["identity"], layout["placement"]
+            self.memory = {name: int(layout[name]) for name in ("budget_bytes", "dram_bytes")}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DaemonError(f"the daemon's answer is damaged ({error!r:.200}): is it of another release?") from error
+        if len(fds) != len(sizes) or not 4 <= len(sizes) <= 5:
+            raise DaemonError(
+                f"the daemon sent {len(fds)} descriptors of {len(sizes)} blocks: is it of another release?"
+            )
+        blocks = {
+            name: map_block(fd, size, f"the {name} block", writable=name == "client")
+            for name, fd, size in zip(_BLOCKS, fds, sizes, strict=False)
+        }
+        self._choice = choose_io(io)
+        direct = self._choice.mode == "uring"
+        image, placed = open_placement(path, "none" if epoch is None else epoch, direct=direct)
+        self.opened = OpenVersion(image, placed, direct=direct)
+        try:
+            if image.identity != identity:
+                raise DaemonError(
+                    f"{path} is not the store that the daemon opened (digest {image.identity[:12]}, and there "
+                    f"{str(identity)[:12]}): it was built anew, or is another here; restart the daemon, or mount the same"
+                )
+            if list(self._shares) != list(image.tables):
+                raise DaemonError(f"{path}: its tables are not those that the daemon serves; restart the daemon")
+            self.attachments = image.attachments
+            self.specs = [layout.spec for layout in image.tables.values()]
+            self._blocks = blocks
+            self._what = f"the store {path} (of a daemon)"
+            staged = self.opened.placed.placement.tables if self.opened.placed else {}
+            self._staging = plan_staging(image.tables, staged, STAGING_FRACTION * staging_bytes, staging_bytes)
+            self.engine = self._make_engine(
+                SharedEpochs(blocks["control"], self.version, blocks["client"], reports=True)
+            )
+        except BaseException:
+            self.opened.close()
+            raise
+
+    def _make_engine(self, shared: SharedEpochs | None) -> NativeEngine:
+        """shared: None where nobody counts this process's lookups, so that it may not read what changes by epochs."""
+        tables, blocks = self.opened.image.tables, self._blocks
+        mapped = Blocks(blocks["control"], blocks["static"], blocks["recency"], blocks.get("resident", _NOTHING))
+        caches = {
+            name: kernels.EntryCache(
+                recency_part(mapped.recency, tables[name], share),
+                num_sets=share.num_sets, entry_bytes=tables[name].spec.entry_bytes, is_new=False,
+            )
+            for name, share in self._shares.items() if not share.resident
+        }  # fmt: skip
+        memories = table_memories(self.opened, self._shares, mapped, self._tag, caches)
+        if shared is None:
+            memories = [replace(memory, statics=None) for memory in memories]
+        engine = NativeEngine(
+            self._what, self.opened.files, memories, self._choice, self._staging, self.opened.placed, shared
+        )
+        for index, (name, share) in enumerate(self._shares.items()):
+            if share.resident:
+                engine.set_resident(index, self._bad_pages.get(name, {}))
+        return engine
+
+    def alone(self) -> Link:
+        """Returns a link without a daemon, over the same files and memory: for a forked child, while it finds none."""
+        link = copy.copy(self)
+        link.engine = self._make_engine(None)
+        return link
+
+    def close(self, timeout_s: float) -> bool:
+        """Waits for the lookups of its engine, then unmaps and closes; returns whether they ended in time."""
+        ended = self.engine.close(timeout_s)
+        if ended:
+            self.opened.close()
+        return ended

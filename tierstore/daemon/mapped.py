@@ -1,0 +1,161 @@
+"""A version of a store over shared blocks: the same in the daemon, which writes them, and in its clients, which only read.
+
+Flows in: an open store, how its tables lie in the blocks (`SharedShare`), the blocks as memory. Flows out: what an engine
+is made of. A layout comes from a daemon's message in a client, so every part is checked against the length of its block
+before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import kernels
+from ..decisions.budget import cache_set_bytes
+from ..decisions.shared_budget import HEAD_BYTES, SharedShare
+from ..errors import DaemonError
+from ..formats.catalog import CatalogImage, TableLayout
+from ..formats.placement import record_bytes
+from ..tiers.native import TableMemory
+from ..tiers.nvme import TableFiles, open_tables
+from ..tiers.placed import PlacementFile
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The memory of one version: control, static, recency, and, where tables are kept whole, resident; uint8 each."""
+
+    control: np.ndarray
+    static: np.ndarray
+    recency: np.ndarray
+    resident: np.ndarray
+
+
+class OpenVersion:
+    """A store's open files: shards and placement. `close` must come after the last read."""
+
+    def __init__(self, image: CatalogImage, placed: PlacementFile | None, *, direct: bool) -> None:
+        """Opens every shard; takes `placed` over, also where that fails."""
+        self.image, self.placed = image, placed
+        self.files: list[TableFiles] = []
+        try:
+            self.files = open_tables(image, direct=direct)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes all; closing twice is harmless."""
+        for files in self.files:
+            files.close()
+        if self.placed:
+            self.placed.close()
+
+
+def part_of(block: np.ndarray, start: int, num_bytes: int, what: str) -> np.ndarray:
+    """Returns a part of a block, uint8 [num_bytes]; raises `DaemonError` where the block ends before it."""
+    if start + num_bytes > len(block):
+        raise DaemonError(
+            f"{what}: bytes {start} to {start + num_bytes} of a block of {len(block)}; the daemon's message contradicts "
+            f"its blocks: is it of another release?"
+        )
+    return block[start : start + num_bytes]
+
+
+@dataclass(frozen=True)
+class StaticParts:
+    """The static set's parts of a table: records [S, record_bytes], heads [128] and areas [n, 64], the file's index likewise."""
+
+    records: np.ndarray
+    heads: tuple[np.ndarray, np.ndarray]
+    areas: tuple[np.ndarray, np.ndarray]
+    file_head: np.ndarray
+    file_area: np.ndarray
+
+
+def static_parts(block: np.ndarray, layout: TableLayout, share: SharedShare) -> StaticParts:
+    """Returns where a table's static set lies; raises `DaemonError` where it lies outside the block."""
+    name, record, bucket = layout.spec.name, record_bytes(layout.spec.entry_bytes), kernels.INDEX_BUCKET.itemsize
+    records = part_of(block, share.records_start, share.num_slots * record, f"records of {name}")
+    heads = tuple(part_of(block, start, HEAD_BYTES, f"head of {name}") for start in share.head_starts)
+    areas = tuple(
+        part_of(block, start, share.area_buckets * bucket, f"index of {name}").reshape(-1, bucket)
+        for start in share.area_starts
+    )
+    return StaticParts(
+        records.reshape(-1, record),
+        (heads[0], heads[1]),
+        (areas[0], areas[1]),
+        part_of(block, share.file_head_start, HEAD_BYTES, f"head of {name}"),
+        part_of(block, share.file_start, share.file_buckets * bucket, f"index of {name}").reshape(-1, bucket),
+    )
+
+
+def recency_part(block: np.ndarray, layout: TableLayout, share: SharedShare) -> np.ndarray:
+    """Returns where a table's recency cache lies."""
+    return part_of(
+        block, share.recency_start, share.num_sets * cache_set_bytes(layout), f"recency cache of {layout.spec.name}"
+    )
+
+
+def table_memories(
+    version: OpenVersion,
+    shares: Mapping[str, SharedShare],
+    blocks: Blocks,
+    tag: int,
+    caches: Mapping[str, Any],
+) -> list[TableMemory]:
+    """Returns what an engine over the blocks is made of, a `TableMemory` for each table in the catalog's order.
+
+    caches: a `kernels.EntryCache` for each table that is not resident.
+    """
+    memories = []
+    for name, layout in version.image.tables.items():
+        share = shares[name]
+        if share.resident:
+            rows = part_of(blocks.resident, share.resident_start, layout.spec.table_bytes, f"rows of {name}")
+            memories.append(TableMemory(rows))
+            continue
+        parts = static_parts(blocks.static, layout, share)
+        placed = version.placed.placement.tables.get(name) if version.placed and share.file_buckets else None
+        statics = {
+            "areas": list(zip(parts.heads, parts.areas, strict=True)),
+            "in_file": (parts.file_head, parts.file_area) if placed else None,
+            "records": parts.records,
+            "num_placed": placed.num_entries if placed else 0,
+            "byte_start": placed.byte_start if placed else 0,
+            "file": version.placed.handle if placed and version.placed else None,
+        }
+        memories.append(TableMemory(caches[name], statics, tag))
+    return memories
+
+
+def pairs_as_tokens(order_index: np.ndarray, keys: np.ndarray, num_orders: int) -> tuple[np.ndarray, np.ndarray]:
+    """Packs (order index [n], key [n]) pairs into keys of a lookup, int64 [N, O], -1 where nothing is wanted.
+
+    Returns them and each pair's place in the flattened result, int64 [n]: orders stand side by side, so that N is no more than
+    the pairs of the commonest order.
+    """
+    counts = np.bincount(order_index, minlength=num_orders)
+    tokens = np.full((int(counts.max(initial=0)), num_orders), -1, dtype=np.int64)
+    places = np.empty(len(keys), dtype=np.int64)
+    for order in range(num_orders):
+        mine = np.flatnonzero(order_index == order)
+        tokens[: len(mine), order] = keys[mine]
+        places[mine] = np.arange(len(mine)) * num_orders + order
+    return tokens, places
+
+
+def same_tables(ours: Sequence[Any], theirs: Sequence[Any]) -> str | None:
+    """Says in what the specs of two versions differ, None where they do not: table, field and both values."""
+    mine, other = {spec.name: spec for spec in ours}, {spec.name: spec for spec in theirs}
+    if list(mine) != list(other):
+        return f"tables are {', '.join(mine)}, and there {', '.join(other)}"
+    for name, spec in mine.items():
+        for field, value in vars(spec).items():
+            if getattr(other[name], field) != value:
+                return f"table {name}: {field} is {str(value)[:80]}, and there {str(getattr(other[name], field))[:80]}"
+    return None

@@ -1,0 +1,191 @@
+"""How a daemon divides its DRAM budget: staging, the counts that it learns from, then static slots and recency caches.
+
+Flows in: table layouts, a number of bytes, perhaps a placement. Flows out: a `SharedPlan`: what every table gets, and where
+in each shared block it lies; all parts together are no more than that number, also while epochs or versions change. Pure.
+
+Against a store in a process of its own (`budget`): the static set has spare slots, into which the entries of the next epoch
+are written while the one before is still read; indexes lie there twice, one for either parity of epochs; and a table is
+kept whole only where two versions of it fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .. import kernels
+from ..errors import BudgetError
+from ..formats.catalog import TableLayout
+from ..formats.placement import BUCKET_KEYS, UNIT_BYTES, PlacedTable, Placement, record_bytes, round_up
+from ..units import format_bytes
+from .budget import LINE_BYTES, StagingPlan, cache_set_bytes, plan_staging
+
+DEFAULT_STATIC_FRACTION = 0.5  # of a table's share, where no placement says better
+SPARE_PART = 8  # one slot in so many is spare
+COUNTS_PART = 64  # one byte in so many is for counting keys,
+COUNTS_BYTES_MAX = 256 << 20  # but no more than these
+COUNTS_BYTES_MIN = 64 << 10
+HEAD_BYTES = kernels.INDEX_HEAD.itemsize
+BUCKET_BYTES = kernels.INDEX_BUCKET.itemsize
+
+
+@dataclass(frozen=True)
+class SharedShare:
+    """What one table gets. Starts are in bytes of their block: `resident`, `static` or `recency`.
+
+    A resident table has its rows at resident_start. Another has `num_slots` records at records_start, of which `capacity` are
+    ever read in one epoch; two areas of `area_buckets` buckets at area_starts, their heads at head_starts; the index of the
+    placement file, `file_buckets` buckets at file_start, its head at file_head_start; and num_sets sets at recency_start.
+    """
+
+    resident: bool
+    resident_start: int = 0
+    num_slots: int = 0
+    capacity: int = 0
+    records_start: int = 0
+    head_starts: tuple[int, int] = (0, 0)
+    area_starts: tuple[int, int] = (0, 0)
+    area_buckets: int = 0
+    file_head_start: int = 0
+    file_start: int = 0
+    file_buckets: int = 0
+    num_sets: int = 0
+    recency_start: int = 0
+
+    def as_record(self) -> dict[str, Any]:
+        """Returns it for a message."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SharedPlan:
+    """The division. Bytes of one version's `resident` block; there may be two of those."""
+
+    budget_bytes: int
+    staging: StagingPlan
+    counts_bytes: int
+    resident_bytes: int
+    static_bytes: int
+    recency_bytes: int
+    index_bytes: int
+    shares: Mapping[str, SharedShare]
+
+    @property
+    def dram_bytes(self) -> int:
+        """Bytes that all parts take together, two versions of resident tables included."""
+        return (
+            self.staging.num_bytes
+            + self.counts_bytes
+            + 2 * self.resident_bytes
+            + self.static_bytes
+            + self.recency_bytes
+        )
+
+
+def divide_shared(
+    tables: Mapping[str, TableLayout], budget_bytes: int, placement: Placement | None = None
+) -> SharedPlan:
+    """Divides a daemon's budget; raises `BudgetError` where it is too small, naming the least that would do.
+
+    Tables get equal shares, as in `divide_dram`; one of which two copies fit its share is kept whole.
+    """
+    placed = placement.tables if placement else {}
+    counts_bytes = min(COUNTS_BYTES_MAX, max(COUNTS_BYTES_MIN, budget_bytes // COUNTS_PART)) // LINE_BYTES * LINE_BYTES
+    least_share = max(_least_share(table, placed.get(name)) for name, table in tables.items())
+    staging = plan_staging(tables, placed, budget_bytes, budget_bytes - counts_bytes - len(tables) * least_share)
+    least = staging.num_bytes + counts_bytes + len(tables) * least_share
+    if budget_bytes < least:
+        raise BudgetError(
+            f"dram: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes ({format_bytes(least)}) that "
+            f"staging, counts, indexes and one set of entries a table take; ask for more with --dram"
+        )
+    left = budget_bytes - staging.num_bytes - counts_bytes
+    shares: dict[str, SharedShare] = {}
+    ends = {"resident": 0, "static": 0, "recency": 0}
+    index_bytes = 0
+    by_size = sorted(tables.values(), key=lambda table: table.spec.table_bytes)
+    for count, table in zip(range(len(by_size), 0, -1), by_size, strict=True):
+        name, share_bytes = table.spec.name, left // count // UNIT_BYTES * UNIT_BYTES
+        whole_bytes = round_up(table.spec.table_bytes, UNIT_BYTES)
+        if 2 * whole_bytes <= share_bytes:
+            shares[name] = SharedShare(True, resident_start=ends["resident"])
+            ends["resident"] += whole_bytes
+            left -= 2 * whole_bytes
+            continue
+        share, static_bytes, recency_bytes = _divide_share(table, share_bytes, placed.get(name), ends)
+        index_bytes += static_bytes - round_up(share.num_slots * record_bytes(table.spec.entry_bytes), UNIT_BYTES)
+        ends["static"] += static_bytes
+        ends["recency"] += recency_bytes
+        left -= static_bytes + recency_bytes
+        shares[name] = share
+    return SharedPlan(
+        budget_bytes, staging, counts_bytes, ends["resident"], ends["static"], ends["recency"], index_bytes,
+        {name: shares[name] for name in tables},
+    )  # fmt: skip
+
+
+def _least_share(table: TableLayout, placed: PlacedTable | None) -> int:
+    """Bytes of an empty static set with its heads and indexes, the index of the placement's file, and one set."""
+    num_orders = len(table.spec.orders)
+    index_bytes = 3 * HEAD_BYTES + 2 * (num_orders + 1) * BUCKET_BYTES + (placed.index_bytes if placed else 0)
+    slots_bytes = 2 * record_bytes(table.spec.entry_bytes)
+    return (
+        round_up(index_bytes, UNIT_BYTES)
+        + round_up(slots_bytes, UNIT_BYTES)
+        + round_up(cache_set_bytes(table), UNIT_BYTES)
+    )
+
+
+def _divide_share(
+    table: TableLayout, share_bytes: int, placed: PlacedTable | None, starts: Mapping[str, int]
+) -> tuple[SharedShare, int, int]:
+    """Divides a table's share; returns it, and its bytes of the static and of the recency block. All parts are whole units."""
+    num_orders, record = len(table.spec.orders), record_bytes(table.spec.entry_bytes)
+    fraction = placed.static_fraction if placed else DEFAULT_STATIC_FRACTION
+    file_bytes = placed.index_bytes if placed else 0
+    fixed_bytes = 3 * HEAD_BYTES + 2 * num_orders * BUCKET_BYTES + file_bytes
+    recency_least = round_up(cache_set_bytes(table), UNIT_BYTES)
+    room = min(int((share_bytes - fixed_bytes) * fraction), share_bytes - fixed_bytes - recency_least) - 2 * UNIT_BYTES
+    num_slots = max(2, int(room / (record + 2 * BUCKET_BYTES / BUCKET_KEYS)))
+    area_buckets = int(num_slots / BUCKET_KEYS) + num_orders
+    at = starts["static"]
+    records_start, at = at, at + round_up(num_slots * record, UNIT_BYTES)
+    head_starts, at = (at, at + HEAD_BYTES), at + 2 * HEAD_BYTES
+    file_head_start, at = at, at + round_up(HEAD_BYTES, LINE_BYTES)
+    area_starts, at = (at, at + area_buckets * BUCKET_BYTES), at + 2 * area_buckets * BUCKET_BYTES
+    file_start, at = at, at + file_bytes
+    static_bytes = round_up(at - starts["static"], UNIT_BYTES)
+    num_sets = max(1, (share_bytes - static_bytes) // cache_set_bytes(table))
+    recency_bytes = round_up(num_sets * cache_set_bytes(table), UNIT_BYTES)
+    if recency_bytes > share_bytes - static_bytes and num_sets > 1:
+        num_sets = (share_bytes - static_bytes) // UNIT_BYTES * UNIT_BYTES // cache_set_bytes(table)
+        recency_bytes = round_up(num_sets * cache_set_bytes(table), UNIT_BYTES)
+    share = SharedShare(
+        False,
+        num_slots=num_slots,
+        capacity=num_slots - max(1, num_slots // SPARE_PART),
+        records_start=records_start,
+        head_starts=head_starts,
+        area_starts=area_starts,
+        area_buckets=area_buckets,
+        file_head_start=file_head_start,
+        file_start=file_start,
+        file_buckets=file_bytes // BUCKET_BYTES,
+        num_sets=num_sets,
+        recency_start=starts["recency"],
+    )
+    return share, static_bytes, recency_bytes
+
+
+def as_share(record: Mapping[str, Any]) -> SharedShare:
+    """Returns what `as_record` gave, of a message; raises `KeyError`, `TypeError` or `ValueError` where it is none."""
+    fixed = {name: tuple(record[name]) for name in ("head_starts", "area_starts")}
+    share = SharedShare(**(dict(record) | fixed))
+    numbers = [*share.head_starts, *share.area_starts]
+    numbers += [value for name, value in asdict(share).items() if name not in (*fixed, "resident")]
+    if any(type(number) is not int or number < 0 for number in numbers) or any(
+        len(pair) != 2 for pair in fixed.values()
+    ):
+        raise ValueError(f"a table's share has numbers that are none: {record}")
+    return share

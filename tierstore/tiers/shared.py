@@ -1,0 +1,119 @@
+"""Shared memory: blocks that one process writes and any number of others map and read.
+
+Flows in: sizes, descriptors. Flows out: memory. A block is a memfd, mapped writable once by its maker and then sealed
+(F_SEAL_FUTURE_WRITE, GROW, SHRINK, SEAL): whoever holds a descriptor of it, even one reopened for writing, can neither
+write it, map it writable, nor change its length under its readers. A client's own block is the other way round: the client
+may write it, and only its length is sealed. Refuses descriptors that are not sealed so: reading one could end in a signal.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from .. import kernels
+from ..errors import BudgetError, DaemonError
+from ..units import format_bytes
+
+logger = logging.getLogger("tierstore")
+
+# Of fcntl(2); Python 3.10 has no name for the last.
+_SEAL, _SHRINK, _GROW, _FUTURE_WRITE = fcntl.F_SEAL_SEAL, fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW, 0x10
+_FIXED_LENGTH = _SEAL | _SHRINK | _GROW
+HUGE_BYTES = 2 << 20
+STEP_BYTES = 64 << 20  # brought in at once, between two calls of on_bytes
+BLOCK_UNIT_BYTES = 4096
+
+OnBytes = Callable[[int], None]
+
+
+class SharedBlock:
+    """A block of zeros, `array` uint8 [num_bytes], that this process alone may write. `fd` is read-only, to be handed out."""
+
+    def __init__(self, name: str, num_bytes: int, on_bytes: OnBytes | None = None) -> None:
+        """name: as /proc shows it; num_bytes: a multiple of 4,096. Blocks until all of it is there, on huge pages if it can be.
+
+        on_bytes is called with bytes as they come. Raises `BudgetError` where there is not so much memory.
+        """
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, num_bytes)
+            self.array: np.ndarray = kernels.map_shared(fd, num_bytes, writable=True)
+            _bring_in(fd, self.array, name, on_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_LENGTH | _FUTURE_WRITE)
+            os.fchmod(fd, 0o400)
+            self.fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise BudgetError(
+                f"{format_bytes(num_bytes)} ({num_bytes} bytes) of shared memory for {name}: {error.strerror or error}; "
+                f"ask for less with --dram, or raise the limit of the machine or the cgroup"
+            ) from error
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Closes the descriptor; the memory goes with the last view of `array` and the last mapping elsewhere."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        self.array = np.empty(0, dtype=np.uint8)
+
+
+def _bring_in(fd: int, array: np.ndarray, name: str, on_bytes: OnBytes | None) -> None:
+    """Has the kernel give all pages now: later, one that it could not give would be a signal.
+
+    A huge page that is touched once and collapsed costs less than 512 small ones; collapsing also works where huge pages of
+    shared memory are not given by themselves.
+    """
+    huge_end = len(array) // HUGE_BYTES * HUGE_BYTES
+    refused = 0
+    for start in range(0, len(array), STEP_BYTES):
+        end = min(start + STEP_BYTES, len(array))
+        collapsible = min(end, huge_end) - start
+        if collapsible > 0 and not refused:
+            for at in range(start, start + collapsible, HUGE_BYTES):
+                os.posix_fallocate(fd, at, 1)
+            refused = kernels.collapse(array, start, collapsible)
+        os.posix_fallocate(fd, start, end - start)  # whatever is not there yet
+        if on_bytes:
+            on_bytes(end - start)
+    if refused:
+        logger.warning(
+            "%s: no huge pages (%s): small ones serve, a little slower; run 'tierstore doctor'",
+            name, errno.errorcode.get(refused, refused),
+        )  # fmt: skip
+
+
+def make_client_block(name: str, num_bytes: int) -> tuple[int, np.ndarray]:
+    """Returns a new block that a client may write: (descriptor, its memory here). Its length cannot be changed by anybody."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, num_bytes)
+        os.posix_fallocate(fd, 0, num_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_LENGTH)
+        return fd, kernels.map_shared(fd, num_bytes, writable=True)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def map_block(fd: int, num_bytes: int, what: str, *, writable: bool = False) -> np.ndarray:
+    """Maps a block that another process made, uint8 [num_bytes]; raises `DaemonError` where it is not sealed or too short."""
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        found_bytes = os.fstat(fd).st_size
+        if seals & _SHRINK and found_bytes >= num_bytes > 0:
+            return kernels.map_shared(fd, num_bytes, writable=writable)
+    except OSError as error:
+        raise DaemonError(
+            f"{what}: {error.strerror}; it is no block of a daemon's: start 'tierstore serve' again"
+        ) from error
+    raise DaemonError(
+        f"{what}: {found_bytes} bytes with seals {seals:#x}, expected {num_bytes} with a sealed length; "
+        f"it is no block of a daemon's: start 'tierstore serve' again"
+    )

@@ -1,0 +1,196 @@
+"""`tierstore serve`: the daemon, in the foreground, until it is told to end.
+
+Flows in: a store and options; signals. Flows out: a served socket, metrics and remote lookups where asked for, one line of
+log an event, and what a service manager wants to hear. SIGTERM and SIGINT end it, with status 0; SIGHUP reads files again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tierstore.errors import ConfigError, TierStoreError
+from tierstore.units import format_bytes, parse_bytes
+
+from .cli import Progress
+
+if TYPE_CHECKING:
+    from tierstore.daemon.notify import Notifier
+    from tierstore.daemon.serving import Daemon
+
+ENDS_WITHIN_S = 30.0
+BEAT_S = 1.0  # between two looks at signals and at the service manager's watchdog
+
+
+@click.command("serve")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option(
+    "--socket", required=True, type=click.Path(path_type=Path), help="Where clients attach: a path, made new."
+)
+@click.option("--dram", default="2GiB", show_default=True, help="Memory that the tiers may take, all included.")
+@click.option("--io", type=click.Choice(["auto", "uring", "mmap", "pread"]), default="auto", show_default=True)
+@click.option("--placement", help="Epoch to begin with, or 'none'.  [default: the store's current one]")
+@click.option("--clients", type=click.IntRange(1, 1024), default=64, show_default=True, help="Attached at once.")
+@click.option(
+    "--allow-user", "users", type=int, multiple=True, metavar="UID", help="Who may attach beside you and root."
+)
+@click.option(
+    "--replan", default="600", show_default=True, metavar="SECONDS", help="Between replans from traffic, or 'off'."
+)
+@click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics here.")
+@click.option(
+    "--listen", metavar="HOST:PORT", help="Serve remote lookups by gRPC here; beyond loopback with all below."
+)
+@click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain of --listen, PEM.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key, PEM.")
+@click.option(
+    "--token-file", type=click.Path(path_type=Path), help="What remote clients must bear, at least 16 characters."
+)
+@click.option("--log-format", type=click.Choice(["logfmt", "json"]), default="logfmt", show_default=True)
+def command(
+    store: Path,
+    socket: Path,
+    dram: str,
+    io: str,
+    placement: str | None,
+    clients: int,
+    users: tuple[int, ...],
+    replan: str,
+    metrics: str | None,
+    listen: str | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    token_file: Path | None,
+    log_format: str,
+) -> None:
+    """Serve STORE to every process of this host, from one copy of its tiers.
+
+    \b
+    tierstore serve model.tier --socket /run/tierstore/model.sock --dram 64GiB
+    python -c 'import tierstore; print(tierstore.connect("/run/tierstore/model.sock"))'
+    """
+    from tierstore.daemon.events import configure_logging, event
+    from tierstore.daemon.notify import Notifier
+    from tierstore.daemon.serving import Daemon, Remote
+
+    configure_logging(log_format)
+    logger = logging.getLogger("tierstore.daemon")
+    notifier = Notifier()
+    remote = None if listen is None else Remote(listen, tls_cert, tls_key, token_file)
+    if remote is None and any((tls_cert, tls_key, token_file)):
+        raise ConfigError("--tls-cert, --tls-key and --token-file are of --listen HOST:PORT, which is missing")
+    with _signals() as signals:
+        notifier.status("warming")
+        with Progress("warming") as on_progress:
+            daemon = Daemon(
+                store,
+                socket,
+                parse_bytes(dram, "--dram"),
+                io=io,
+                placement=_placement_of(placement),
+                clients_max=clients,
+                allowed_users=users,
+                replan_s=_seconds_of(replan),
+                on_progress=signals.checked(on_progress),
+            )
+        try:
+            daemon.start(metrics=metrics, remote=remote)
+            used = format_bytes(daemon.dram_bytes)
+            event(
+                logger, logging.INFO, "ready",
+                socket=socket, store=store, dram=used, metrics=daemon.metrics_address, listen=daemon.remote_address,
+            )  # fmt: skip
+            notifier.ready(f"serving {store}, {used} of DRAM")
+            _serve(daemon, signals, notifier, logger)
+        finally:
+            notifier.stopping("telling clients")
+            ended = daemon.close()
+            event(logger, logging.INFO, "ended", cleanly=ended)
+
+
+def _serve(daemon: Daemon, signals: _Signals, notifier: Notifier, logger: logging.Logger) -> None:
+    """Waits for signals until one ends it."""
+    from tierstore.daemon.events import event
+
+    while True:
+        got = signals.wait(BEAT_S)
+        notifier.watchdog()
+        if got == signal.SIGHUP:
+            notifier.reloading("reading files again")
+            try:
+                daemon.reload()
+            except (TierStoreError, OSError) as error:
+                event(logger, logging.ERROR, "reload_failed", error=error)
+            notifier.ready("serving")
+        elif got is not None:
+            event(logger, logging.INFO, "draining", signal=signal.Signals(got).name)
+            return
+
+
+class _Signals:
+    """Signals that came, as they are asked for; while the tiers warm, one that ends it interrupts them."""
+
+    def __init__(self) -> None:
+        self._got: list[int] = []
+        self._came = threading.Event()
+
+    def handle(self, number: int, _: object) -> None:
+        """The handler: notes it, nothing more."""
+        self._got.append(number)
+        self._came.set()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Returns the next signal, None where none came in time."""
+        self._came.wait(timeout_s)
+        if len(self._got) <= 1:
+            self._came.clear()
+        return self._got.pop(0) if self._got else None
+
+    def checked(self, on_progress: Progress) -> Callable[[int, int], None]:
+        """Returns on_progress, interrupted by a signal that ends the daemon."""
+
+        def called(done: int, total: int) -> None:
+            if any(number != signal.SIGHUP for number in self._got):
+                raise KeyboardInterrupt
+            on_progress(done, total)
+
+        return called
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Signals]:
+    signals = _Signals()
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, signals.handle) for number in numbers]
+    try:
+        yield signals
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _placement_of(text: str | None) -> int | str | None:
+    if text is None or text == "none":
+        return text
+    if not text.isdigit():
+        raise ConfigError(f"--placement {text}: give an epoch's number, or 'none'")
+    return int(text)
+
+
+def _seconds_of(text: str) -> float | None:
+    if text == "off":
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds < 1e9:
+        raise ConfigError(f"--replan {text}: give seconds, 1 at least, or 'off'")
+    return seconds
