@@ -68,6 +68,16 @@ class Store:
             _open_stores.add(self)
 
     @property
+    def name(self) -> str:
+        """What errors call it: a path or an address."""
+        return self._backing.name
+
+    @property
+    def attachments(self) -> Mapping[str, bytes]:
+        """The records that the adapter put in the catalog at build time, by name."""
+        return self._backing.attachments
+
+    @property
     def tables(self) -> Mapping[str, Table]:
         """The tables by name, read-only."""
         return MappingProxyType(self._tables)

@@ -61,10 +61,14 @@ class Table:
         "static" and "recency": the dram tier; "resident": a table that it holds whole; "record": one NVMe read of the placement
         file; "pages": NVMe reads of pages; "none": key -1. Raises like `lookup`.
         """
+        return np.array(kernels.SOURCES)[self.locate(keys)]
+
+    def locate(self, keys: np.ndarray) -> np.ndarray:
+        """Returns what `explain` does, as uint8 [N, O]: places in `kernels.SOURCES`."""
         keys, _ = self.checked(keys, None)
         sources = np.empty(keys.shape, dtype=np.uint8)
         self._engine.locate(self.index, keys, sources)
-        return np.array(kernels.SOURCES)[sources]
+        return sources
 
     def rows(self, row_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Returns rows by row id: int64 [...] -> uint8 [..., row_bytes]; row id -1 gives a zero row.

@@ -1,0 +1,240 @@
+"""The answers to calls of lookup.proto, from a store: descriptions, rows, where keys are, counts.
+
+Flows in: decoded requests, and the call's deadline. Flows out: encoded replies; streams in parts of CHUNK_BYTES, looked up into
+one buffer of the call, so that a call holds CHUNKS_HELD of them at most, however many rows it asks for. Refuses requests of other
+tables, beyond the limits, and arrays whose bytes are not those of their shape. Knows nothing of gRPC.
+
+Shapes: N tokens, O orders, H rows per key.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import kernels
+from ..errors import ConfigError, FingerprintMismatchError, StoreNotReadyError, TierStoreError
+from ..spec import TableSpec
+from ..store import Store
+from ..table import Table
+from . import messages
+from .messages import LookupReply, Part, TableKeys
+from .remote_limits import Deadline, InFlight, Refusal
+from .wire import Buffer, encode
+
+CHUNK_BYTES = 1 << 20  # of rows in one message of a stream
+CHUNKS_HELD = 3  # of one stream: in our buffer, as a message, and on its way through grpc
+HEAD_BYTES = 4096  # of a message, at most, beside its keys or rows
+ID_BYTES = 8  # of a key or a row id
+
+# Whether an answer comes from there, by its place in `kernels.SOURCES`.
+_DRAM, _STATIC, _NVME = (
+    np.array([source in sources for source in kernels.SOURCES])
+    for sources in (("resident", "static", "recency"), ("static",), ("record", "pages"))
+)
+
+
+class Served(NamedTuple):
+    """A store, the number of its version, and what identifies its tables."""
+
+    store: Store
+    version: int
+    identity: bytes
+
+
+class AnswerLimits(NamedTuple):
+    """Bytes and tokens of one request, and lookups at a time."""
+
+    message_bytes_max: int
+    tokens_max: int
+    workers: int
+
+
+class StoreChangedError(TierStoreError):
+    """Another store took the place of the one that a call began with."""
+
+
+class Answers:
+    """Answers requests from the store that is served at the time. Any thread may call."""
+
+    def __init__(
+        self,
+        store: Callable[[], Store],
+        version_of: Callable[[Store], int],
+        limits: AnswerLimits,
+        in_flight: InFlight,
+        record: Callable[[], dict[str, Any]],
+    ) -> None:
+        """store: returns the one to answer from now. record: the server's own counts. Raises `ConfigError` for unfit limits."""
+        self._store, self._version_of = store, version_of
+        self._limits, self._in_flight, self._record = limits, in_flight, record
+        self._workers = threading.BoundedSemaphore(limits.workers)
+        self._served: Served | None = None
+        for spec in _specs(store()):
+            if spec.num_heads * spec.row_bytes + HEAD_BYTES > limits.message_bytes_max:
+                raise ConfigError(
+                    f"message_bytes_max: a token's rows of table {spec.name} take {spec.num_heads * spec.row_bytes} bytes, a "
+                    f"message holds {limits.message_bytes_max - HEAD_BYTES}; allow more"
+                )
+        if limits.tokens_max < 1:
+            raise ConfigError(f"tokens_max is {limits.tokens_max}, expected at least 1")
+
+    def describe(self, call: Deadline, request: messages.DescribeRequest) -> bytes:  # noqa: ARG002
+        """Says what is served, and within which limits."""
+        served = self._now_served()
+        description = messages.Description(
+            name=served.store.name,
+            version=served.version,
+            identity=served.identity,
+            tables=[messages.table_message(spec) for spec in _specs(served.store)],
+            attachments=[messages.Attachment(name, value) for name, value in served.store.attachments.items()],
+            tokens_max=self._limits.tokens_max,
+            message_bytes_max=self._limits.message_bytes_max,
+        )
+        return encode(description)
+
+    def lookup(self, call: Deadline, request: messages.LookupRequest) -> bytes:
+        """Looks all keys of a request up, and answers in one message."""
+        served = self._now_served(request.identity)
+        wanted = self._wanted(served, request.tables)
+        num_bytes = sum(len(keys) * _token_bytes(table) for table, keys in wanted)
+        if num_bytes + HEAD_BYTES > self._limits.message_bytes_max:
+            most = self._limits.message_bytes_max - HEAD_BYTES
+            raise Refusal(f"the rows take {num_bytes} bytes, one message holds {most}; call LookupStream", retry=False)
+        with self._in_flight.holding(2 * num_bytes):
+            parts = []
+            for place, (table, keys) in enumerate(wanted):
+                buffer = np.empty(len(keys) * _token_bytes(table), dtype=np.uint8)
+                parts.append(self._part(call, served, place, 0, table, keys, buffer))
+            return encode(LookupReply(served.version, parts))
+
+    def lookup_stream(self, call: Deadline, request: messages.LookupRequest) -> Iterator[bytes]:
+        """Looks the keys of a request up, part by part."""
+        served = self._now_served(request.identity)
+        wanted = self._wanted(served, request.tables)
+        chunk_bytes = max([CHUNK_BYTES, *(_token_bytes(table) for table, _ in wanted)])
+        with self._in_flight.holding(CHUNKS_HELD * chunk_bytes):
+            buffer = np.empty(chunk_bytes, dtype=np.uint8)
+            for place, (table, keys) in enumerate(wanted):
+                step = chunk_bytes // _token_bytes(table)
+                for start in range(0, len(keys), step):
+                    part = self._part(call, served, place, start, table, keys[start : start + step], buffer)
+                    yield encode(LookupReply(served.version, [part]))
+
+    def rows(self, call: Deadline, request: messages.RowsRequest) -> Iterator[bytes]:
+        """Reads rows by their ids, part by part."""
+        served = self._now_served(request.identity)
+        table = served.store[request.table]
+        row_ids = _array(request.row_ids, len(request.row_ids) // ID_BYTES, 1, f"row ids of table {table.spec.name}")[
+            :, 0
+        ]
+        self._check_tokens(-(-len(row_ids) // table.spec.num_heads))
+        row_bytes = table.spec.row_bytes
+        step = max(1, CHUNK_BYTES // row_bytes)
+        with self._in_flight.holding(CHUNKS_HELD * step * row_bytes):
+            buffer = np.empty((min(step, len(row_ids)), row_bytes), dtype=np.uint8)
+            for start in range(0, len(row_ids), step):
+                ids = row_ids[start : start + step]
+                with self._looking_up(call, served):
+                    rows = table.rows(ids, buffer[: len(ids)])
+                yield encode(LookupReply(served.version, [Part(0, start, _view(rows))]))
+
+    def locate(self, call: Deadline, request: messages.LocateRequest) -> bytes:
+        """Says what would answer each key."""
+        served = self._now_served(request.identity)
+        ((table, keys),) = self._wanted(served, [request.keys or TableKeys()])
+        with self._looking_up(call, served):
+            return encode(messages.LocateReply(_view(table.locate(keys))))
+
+    def stats(self, call: Deadline, request: messages.StatsRequest) -> bytes:  # noqa: ARG002
+        """Returns the store's counts, and the server's own."""
+        stats = self._now_served().store.stats() | {"remote": self._record()}
+        return encode(messages.StatsReply(json.dumps(stats)))
+
+    def _now_served(self, identity: Buffer | None = None) -> Served:
+        """Returns the store to answer from; raises `FingerprintMismatchError` where a client means other tables."""
+        store, served = self._store(), self._served
+        if served is None or served.store is not store:
+            served = self._served = Served(store, 0, messages.identity_of(_specs(store)))
+        if identity is not None and bytes(identity) != served.identity:
+            raise FingerprintMismatchError(
+                f"the client means tables of identity {bytes(identity).hex()[:16] or 'none'}, {store.name} has "
+                f"{served.identity.hex()[:16]}: other tables are served now; connect again, and check which store is served"
+            )
+        return served._replace(version=self._version_of(store))
+
+    def _wanted(self, served: Served, tables: Sequence[TableKeys]) -> list[tuple[Table, np.ndarray]]:
+        """Returns the tables and keys, int64 [N, O], of a request, checked."""
+        wanted = []
+        for of_table in tables:
+            table = served.store[of_table.table]
+            num_orders = len(table.spec.orders)
+            wanted.append(
+                (table, _array(of_table.keys, of_table.num_tokens, num_orders, f"keys of table {of_table.table}"))
+            )
+        self._check_tokens(sum(len(keys) for _, keys in wanted))
+        return wanted
+
+    def _check_tokens(self, num_tokens: int) -> None:
+        if num_tokens > self._limits.tokens_max:
+            raise Refusal(
+                f"{num_tokens} tokens in one request, at most {self._limits.tokens_max} may be; ask in several",
+                retry=False,
+            )
+
+    def _part(
+        self, call: Deadline, served: Served, place: int, start: int, table: Table, keys: np.ndarray, buffer: np.ndarray
+    ) -> Part:
+        """Looks keys [N, O] up in a buffer; the part's rows are a view of it."""
+        spec = table.spec
+        out = buffer[: len(keys) * _token_bytes(table)].reshape(len(keys), spec.num_heads, spec.row_bytes)
+        with self._looking_up(call, served):
+            sources = table.locate(keys)
+            table.lookup(keys, out)
+        hits = [np.count_nonzero(tier[sources], axis=0).tolist() for tier in (_DRAM, _STATIC, _NVME)]
+        return Part(place, start, _view(out), *hits)
+
+    @contextmanager
+    def _looking_up(self, call: Deadline, served: Served) -> Iterator[None]:
+        """Takes one of the workers' turns; raises `TimeoutError` where the call's time is up before it comes."""
+        seconds = call.expires_at - time.monotonic()
+        if call.is_over() or not self._workers.acquire(timeout=max(0.0, seconds)):
+            raise TimeoutError("the call's time was up before its turn came; allow more time, or ask less often")
+        try:
+            yield
+        except StoreNotReadyError as error:
+            if self._store() is served.store:
+                raise
+            raise StoreChangedError(
+                f"{served.store.name} was changed for another while it answered; ask again"
+            ) from error
+        finally:
+            self._workers.release()
+
+
+def _specs(store: Store) -> list[TableSpec]:
+    return [table.spec for table in store.tables.values()]
+
+
+def _token_bytes(table: Table) -> int:
+    return table.spec.num_heads * table.spec.row_bytes
+
+
+def _view(array: np.ndarray) -> memoryview:
+    """Returns an array's bytes, without a copy."""
+    return array.reshape(-1).data
+
+
+def _array(data: Buffer, num_tokens: int, width: int, what: str) -> np.ndarray:
+    """Returns packed little-endian int64 as an array [num_tokens, width] of our own; raises `ValueError` for other sizes."""
+    if len(data) != num_tokens * width * ID_BYTES:
+        raise ValueError(
+            f"{what}: {len(data)} bytes, but [{num_tokens}, {width}] int64 take {num_tokens * width * ID_BYTES}; send all of them"
+        )
+    return np.frombuffer(data, dtype="<i8").astype(np.int64).reshape(num_tokens, width)

@@ -1,0 +1,265 @@
+"""A client's connection to a server of lookups by gRPC: calls out, answers or named errors in.
+
+Flows in: encoded requests with a time by which they are wanted. Flows out: encoded answers. A call that meets a server which is
+away, or busy, is made again until then, so that a restart is a pause. Refuses to send a token where anybody could read it.
+
+Forks: grpc's state is not the child's to use. A fork waits FORK_WAIT_S at most for calls under way, and the child makes a channel
+of its own when it first calls; the parent's is kept there and never touched.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from ..errors import (
+    BudgetError,
+    ConfigError,
+    CorruptPageError,
+    DaemonError,
+    FingerprintMismatchError,
+    FormatError,
+    StoreNotReadyError,
+    TierStoreError,
+)
+from .messages import ERROR_TRAILER, RETRY_TRAILER, SERVICE, TOKEN_HEADER
+from .remote_access import FORK_VARIABLE, Address, load_grpc, parse_url, read_certificate, read_token, survives_forks
+
+FORK_WAIT_S = 1.0
+RETRY_S_MIN, RETRY_S_MAX = 0.02, 1.0  # between tries of a call
+PROBE_WAIT_S = 2.0  # that finding out why a server cannot be reached may take
+REPLY_BYTES_MAX = 128 << 20
+PING_S = 30  # between pings while calls are under way, by which a host that vanished is noticed
+
+_RAISED = {
+    kind.__name__: kind
+    for kind in (
+        BudgetError,
+        ConfigError,
+        CorruptPageError,
+        DaemonError,
+        FingerprintMismatchError,
+        FormatError,
+        StoreNotReadyError,
+        TierStoreError,
+        KeyError,
+        TimeoutError,
+        TypeError,
+        ValueError,
+    )
+}
+T = TypeVar("T")
+
+
+class TryAgainError(DaemonError):
+    """A call that the same server may answer if it is made again: it is busy, or another store took its store's place."""
+
+
+class Gate:
+    """Counts threads that are inside, and holds new ones up while the process forks. Any thread may call."""
+
+    def __init__(self) -> None:
+        self._state = threading.Condition()
+        self._num_inside = 0
+        self._forking = False
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Enters, when no fork is under way."""
+        with self._state:
+            while self._forking:
+                self._state.wait(FORK_WAIT_S)
+            self._num_inside += 1
+        try:
+            yield
+        finally:
+            with self._state:
+                self._num_inside -= 1
+                self._state.notify_all()
+
+    def close_for_fork(self) -> None:
+        """Waits until nobody is inside, FORK_WAIT_S at most, and lets nobody in."""
+        with self._state:
+            self._forking = True
+            self._state.wait_for(lambda: self._num_inside == 0, FORK_WAIT_S)
+
+    def open_after_fork(self, *, child: bool) -> None:
+        """Lets threads in again; in the child, where the others are gone, nobody is inside."""
+        if child:
+            self._state, self._num_inside, self._forking = threading.Condition(), 0, False
+            return
+        with self._state:
+            self._forking = False
+            self._state.notify_all()
+
+
+class Connection:
+    """One server, reached by one channel, which is made when it is needed. Any thread may call."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token_file: str | os.PathLike[str] | None = None,
+        ca_file: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Connects nowhere yet. Raises `ConfigError` for a URL that is none, unfit files, and a token without TLS."""
+        self.url = url
+        self._grpc = load_grpc()
+        self._address: Address = parse_url(url)
+        if not self._address.tls and (ca_file is not None or not self._address.is_loopback):
+            raise ConfigError(
+                f"{url}: {'a ca_file is of TLS' if ca_file else 'beyond this machine lookups need TLS'}; write grpcs://"
+            )
+        self._metadata = () if token_file is None else ((TOKEN_HEADER, f"Bearer {read_token(token_file)}"),)
+        self._ca_file = ca_file
+        self._roots = None if ca_file is None else read_certificate(ca_file, "certificate of the authority")
+        self._gate = Gate()
+        self._lock = threading.Lock()  # of the four below
+        self._channel: Any = None
+        self._methods: dict[str, Any] = {}
+        self._forked = False
+        self._of_parents: list[Any] = []  # channels that must neither be used nor be freed here
+        self._closed = threading.Event()
+
+    def unary(self, method: str, request: bytes, until: float, *, patient: bool = True) -> bytes:
+        """Returns the answer of a method of one answer, asked once; raises what the server raised.
+
+        until: monotonic seconds. patient: waits so long for a server that is away. Raises `TryAgainError` where it is away or
+        busy, other `DaemonError`s where it does not answer in time, and then takes PROBE_WAIT_S more to find out why.
+        """
+        with self._gate.inside():
+            try:
+                call = self._method(method, streams=False)
+                reply: bytes = call(request, timeout=_left(until), metadata=self._metadata, wait_for_ready=patient)
+                return reply
+            except self._grpc.RpcError as error:
+                raise self._fault(error) from None
+
+    def stream(self, method: str, request: bytes, until: float, take: Callable[[bytes], None]) -> None:
+        """Hands each answer of a stream to `take`, in order; raises like `unary`, and what `take` raises."""
+        with self._gate.inside():
+            call = self._method(method, streams=True)
+            replies = call(request, timeout=_left(until), metadata=self._metadata, wait_for_ready=True)
+            try:
+                for reply in replies:
+                    take(reply)
+            except self._grpc.RpcError as error:
+                raise self._fault(error) from None
+            finally:
+                replies.cancel()
+
+    def tried(self, attempt: Callable[[], T], until: float) -> T:
+        """Returns what `attempt` does, which is made again while the server is busy or away, until `until`."""
+        pause_s = RETRY_S_MIN
+        while True:
+            try:
+                return attempt()
+            except TryAgainError as error:
+                if time.monotonic() + pause_s >= until or self._closed.wait(pause_s):
+                    raise DaemonError(str(error)) from error
+                pause_s = min(2 * pause_s, RETRY_S_MAX)
+
+    def close(self) -> None:
+        """Closes the channel; calls under way end with an error."""
+        self._closed.set()
+        with self._lock:
+            channel, self._channel = self._channel, None
+            self._methods.clear()
+        if channel is not None:
+            channel.close()
+
+    def before_fork(self) -> None:
+        """Waits for calls under way, and holds new ones up."""
+        self._gate.close_for_fork()
+        self._lock.acquire()
+
+    def after_fork(self, *, child: bool) -> None:
+        """Lets calls go on; the child's make a channel of their own."""
+        if child:
+            self._of_parents.append((self._channel, self._methods))
+            self._channel, self._methods, self._forked = None, {}, True
+            self._lock = threading.Lock()
+        else:
+            self._lock.release()
+        self._gate.open_after_fork(child=child)
+
+    def _method(self, name: str, *, streams: bool) -> Any:
+        with self._lock:
+            if self._closed.is_set():
+                raise StoreNotReadyError(f"{self.url} is closed; connect again")
+            if self._channel is None:
+                self._channel = self._make_channel()
+            if name not in self._methods:
+                make = self._channel.unary_stream if streams else self._channel.unary_unary
+                self._methods[name] = make(f"/{SERVICE}/{name}")
+            return self._methods[name]
+
+    def _make_channel(self) -> Any:
+        if self._forked and not survives_forks():
+            raise DaemonError(
+                f"{self.url}: this process was forked, and its grpc was loaded without {FORK_VARIABLE}=1; set that in the "
+                "environment before anything imports grpc, or start processes by spawn"
+            )
+        from grpc import experimental
+
+        options = [
+            ("grpc.max_receive_message_length", REPLY_BYTES_MAX),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.initial_reconnect_backoff_ms", 50),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+            ("grpc.keepalive_time_ms", PING_S * 1000),
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_http_proxy", 0),
+            (experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
+        ]
+        if not self._address.tls:
+            return self._grpc.insecure_channel(str(self._address), options)
+        return self._grpc.secure_channel(str(self._address), self._grpc.ssl_channel_credentials(self._roots), options)
+
+    def _fault(self, error: Any) -> Exception:
+        """Returns the error that a failed call stands for."""
+        code, text = error.code(), error.details() or ""
+        trailers = dict(error.trailing_metadata() or ())
+        if RETRY_TRAILER in trailers or (
+            code is self._grpc.StatusCode.RESOURCE_EXHAUSTED and ERROR_TRAILER not in trailers
+        ):
+            return TryAgainError(f"{self.url}: {text}")
+        if ERROR_TRAILER in trailers:
+            return _RAISED.get(trailers[ERROR_TRAILER], DaemonError)(text)
+        if code is self._grpc.StatusCode.UNAVAILABLE:
+            return TryAgainError(f"{self.url} cannot be reached: {self._why(text)}")
+        if code is self._grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DaemonError(
+                f"{self.url} did not answer in time: {self._why('it is there, but slow; allow a longer timeout_s')}"
+            )
+        if self._closed.is_set():
+            return StoreNotReadyError(f"{self.url} is closed; connect again")
+        return DaemonError(f"{self.url}: {code.name.lower()}: {text}")
+
+    def _why(self, otherwise: str) -> str:
+        """Returns, in words, why a server cannot be reached, by trying; `otherwise` where it can."""
+        host, port = self._address.host, self._address.port
+        try:
+            with socket.create_connection((host, port), timeout=PROBE_WAIT_S) as plain:
+                if not self._address.tls:
+                    return otherwise
+                context = ssl.create_default_context(cafile=None if self._ca_file is None else os.fspath(self._ca_file))
+                with context.wrap_socket(plain, server_hostname=host):
+                    return otherwise
+        except ssl.SSLCertVerificationError as error:
+            return f"its certificate is refused: {error.verify_message}; renew it, or give the ca_file that signed it"
+        except ssl.SSLError as error:
+            return f"it does not speak TLS ({error.reason}); write grpc://, or start it with --tls-cert and --tls-key"
+        except OSError as error:
+            return f"{error.strerror or error}; check the address, and that tierstore serve runs there with --remote"
+
+
+def _left(until: float) -> float:
+    return max(0.001, until - time.monotonic())

@@ -1,0 +1,81 @@
+"""A store on another host, by gRPC: the same `Store`, whose engine asks a `RemoteServer`.
+
+Flows in: a URL, files with a token and certificates. Flows out: a `Store`. Refuses what answers and is no tierstore.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from ..backing import Backing
+from ..errors import ConfigError, FormatError
+from ..store import Store
+from . import messages
+from .remote_channel import Connection
+from .remote_engine import RemoteEngine, decoded
+from .wire import encode
+
+
+def connect_remote(
+    url: str,
+    *,
+    token_file: str | os.PathLike[str] | None = None,
+    ca_file: str | os.PathLike[str] | None = None,
+    timeout_s: float = 30.0,
+) -> Store:
+    """Returns the store that a server serves at "grpc://HOST:PORT", or "grpcs://HOST:PORT" by TLS.
+
+    token_file: holds the server's token; must not be readable by others. ca_file: PEM of who signed its certificate; the
+    system's authorities else. timeout_s: that any lookup may take, waiting for a server that restarts included.
+
+    Blocks on the network, at most timeout_s. Raises `DaemonError` (nobody there, no token or a wrong one, a certificate that is
+    refused), `ConfigError` (the URL, the files, grpcio is not installed), `FormatError` (what answers is no tierstore).
+    """
+    if not timeout_s > 0:
+        raise ConfigError(f"timeout_s is {timeout_s}, expected above 0 seconds")
+    connection = Connection(url, token_file=token_file, ca_file=ca_file)
+    try:
+        return Store(Remote(connection, timeout_s))
+    except BaseException:
+        connection.close()
+        raise
+
+
+class Remote(Backing):
+    """The backing of a store reached by gRPC."""
+
+    def __init__(self, connection: Connection, timeout_s: float) -> None:
+        """Asks the server what it has; blocks on it."""
+        self._connection = connection
+        reply = connection.unary(
+            "Describe", encode(messages.DescribeRequest()), time.monotonic() + timeout_s, patient=False
+        )
+        description = decoded(messages.Description, reply, connection.url)
+        self.name = connection.url
+        self.specs = [table.as_spec() for table in description.tables]
+        if bytes(description.identity) != messages.identity_of(self.specs):
+            raise FormatError(
+                f"{self.name}: its tables are not those of its identity; the server is of another release: update both"
+            )
+        self.attachments = {attachment.name: bytes(attachment.value) for attachment in description.attachments}
+        self._description = description
+        self._remote_engine = RemoteEngine(connection, self.specs, description, timeout_s)
+        self.engine = self._remote_engine
+
+    def details(self) -> dict[str, Any]:
+        memory = {"budget_bytes": 0, "dram_bytes": 0, "staging_bytes": 0, "resident_tables": []}
+        counts = {spec.name: 0 for spec in self.specs}
+        placement = {
+            "epoch": None,
+            "static_entries": counts,
+            "recency_sets": counts,
+            "static_bytes": 0,
+            "index_bytes": 0,
+        }
+        server = {"url": self.name, "store": self._description.name, "version": self._remote_engine.version}
+        return {"io": self.engine.io, "memory": memory, "placement": placement, "server": server}
+
+    def close(self) -> None:
+        self._connection.close()

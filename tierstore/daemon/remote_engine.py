@@ -1,0 +1,352 @@
+"""The engine of a store on another host: cuts lookups into requests, asks, and puts the answers in the caller's buffers.
+
+Flows in: what the engine contract says. Flows out: rows, and counts of this client's own requests. Small lookups are one message
+each way; the rows of larger ones are streamed. A lookup's rows are all of one version of the store: it is asked again where a
+change came between its requests. Refuses answers that are not what was asked for, and pages, which are not handed out.
+
+pages_read counts the rows that the server's disk answered, of which each is a page at most; bytes_read the bytes of rows that
+came over the network. Shapes: N tokens, O orders, H rows per key.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..errors import ConfigError, DaemonError, FormatError, StoreNotReadyError
+from ..spec import TableSpec
+from ..tiers.engine import READ_WAIT_S, Engine, Request
+from . import messages
+from .messages import Description, LookupReply, TableKeys
+from .remote_channel import Connection
+from .wire import Buffer, Message, decode, encode
+
+UNARY_BYTES_MAX = 256 << 10  # of rows; beyond, they are streamed
+HEAD_BYTES = 4096  # of a request, beside its keys
+ID_BYTES = 8  # of a key or a row id
+SUBMIT_THREADS = 16
+TICKETS_MAX = 256  # under way; beyond, submit waits for one to end
+VERSION_TRIES_MAX = 5
+COUNTS = ("batches", "zero_miss_batches", "sentinels", "rows", "pages_read", "entries_read", "bytes_read")
+DRAM, STATIC, NVME = range(3)  # of counts by order
+
+M = TypeVar("M", bound=Message)
+
+
+class RemoteEngine(Engine):
+    """See `Engine`. Any number of threads may call; each call blocks on the network, timeout_s at most."""
+
+    io = "grpc"
+
+    def __init__(
+        self, connection: Connection, specs: Sequence[TableSpec], description: Description, timeout_s: float
+    ) -> None:
+        """description: of the server, which says its limits."""
+        self.bad_pages = {}
+        self.version = description.version  # of the store that answered last; whoever was answered writes it
+        self._connection, self._specs, self._timeout_s = connection, specs, timeout_s
+        self._identity = bytes(description.identity)
+        self._tokens_max = max(1, description.tokens_max)
+        self._ids_max = max(1, (description.message_bytes_max - HEAD_BYTES) // ID_BYTES)
+        self._state = threading.Condition()  # of the four below
+        self._num_under_way = self._num_tickets = 0
+        self._closed = False
+        self._pool: ThreadPoolExecutor | None = None
+        self._counts_lock = threading.Lock()  # of the two below
+        self._totals = dict.fromkeys(COUNTS, 0)
+        self._hits = [np.zeros((3, len(spec.orders)), dtype=np.int64) for spec in specs]
+        self.try_lookup = lambda index, keys, out: False  # noqa: ARG005
+
+    def check(self, outcome: Any) -> None:
+        assert outcome is None, "lookups raise by themselves"
+
+    def lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
+        with self._under_way():
+            self._look_up([(index, keys, out)])
+
+    def submit(self, requests: Sequence[Request]) -> RemotePending | None:
+        kept = [(index, keys.copy(), out) for index, keys, out in requests if len(keys)]
+        with self._state:
+            while self._num_tickets >= TICKETS_MAX and not self._closed:
+                if not self._state.wait(READ_WAIT_S):
+                    raise TimeoutError(
+                        f"{self._connection.url}: {TICKETS_MAX} tickets did not end within {READ_WAIT_S} s"
+                    )
+            self._check_open()
+            if not kept:
+                return None
+            self._num_tickets += 1
+            self._num_under_way += 1
+            self._pool = self._pool or ThreadPoolExecutor(SUBMIT_THREADS, thread_name_prefix="tierstore-remote-submit")
+            return RemotePending(self._pool.submit(self._finish, kept), self._connection.url)
+
+    def _finish(self, requests: Sequence[Request]) -> None:
+        """A ticket's work, in a thread of the pool."""
+        try:
+            self._look_up(requests)
+        finally:
+            with self._state:
+                self._num_tickets -= 1
+                self._num_under_way -= 1
+                self._state.notify_all()
+
+    def is_resident(self, index: int) -> bool:  # noqa: ARG002
+        return False  # ids of whole tokens travel as keys, an eighth of the bytes
+
+    def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
+        spec = self._specs[index]
+        step = min(self._ids_max, self._tokens_max * spec.num_heads)
+        starts = range(0, len(row_ids), step)
+        with self._under_way():
+            attempts = [
+                self._attempt_rows(spec, row_ids[start : start + step], out[start : start + step]) for start in starts
+            ]
+            answers = self._answers(attempts)
+        with self._counts_lock:
+            self._totals["rows"] += len(row_ids)
+            self._totals["bytes_read"] += sum(answer.num_bytes for answer in answers)
+
+    def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:  # noqa: ARG002
+        raise ConfigError(
+            f"{self._connection.url}: pages are not handed out over a network; read them on the server's host"
+        )
+
+    def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
+        until = time.monotonic() + self._timeout_s
+        with self._under_way():
+            for start, end in self._token_ranges(index, len(keys)):
+                of_table = self._table_keys(index, keys[start:end])
+                request = encode(messages.LocateRequest(self._identity, of_table))
+                data = self._connection.tried(partial(self._connection.unary, "Locate", request, until), until)
+                found = decoded(messages.LocateReply, data, self._connection.url).sources
+                if len(found) != keys[start:end].size:
+                    raise self._wrong(f"{len(found)} places of {keys[start:end].size} keys")
+                sources[start:end] = np.frombuffer(found, dtype=np.uint8).reshape(-1, keys.shape[1])
+
+    def counters(self) -> dict[str, Any]:
+        with self._counts_lock:
+            return {**self._totals, "tables": [tuple(hits.tolist()) for hits in self._hits]}
+
+    def close(self, timeout_s: float) -> bool:
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+            ended = self._state.wait_for(lambda: self._num_under_way == 0, timeout_s)
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=ended)
+        return ended
+
+    def before_fork(self) -> None:
+        self._connection.before_fork()
+        self._state.acquire()
+        self._counts_lock.acquire()
+
+    def after_fork(self, *, child: bool) -> None:
+        if child:  # threads and what they were at are the parent's
+            self._state, self._counts_lock = threading.Condition(), threading.Lock()
+            self._num_under_way = self._num_tickets = 0
+            self._pool = None
+        else:
+            self._counts_lock.release()
+            self._state.release()
+        self._connection.after_fork(child=child)
+
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        with self._state:
+            self._check_open()
+            self._num_under_way += 1
+        try:
+            yield
+        finally:
+            with self._state:
+                self._num_under_way -= 1
+                if self._closed:
+                    self._state.notify_all()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreNotReadyError(f"the store {self._connection.url} is closed; connect again")
+
+    def _look_up(self, requests: Sequence[Request]) -> None:
+        """Fills the buffers of a lookup, and counts it."""
+        answers = self._answers([self._attempt_lookup(piece) for piece in self._pieces(requests)])
+        sentinels = sum(int(np.count_nonzero(keys < 0)) for _, keys, _ in requests)
+        num_nvme = 0
+        with self._counts_lock:
+            totals = self._totals
+            for answer in answers:
+                totals["bytes_read"] += answer.num_bytes
+                for (index, _, _), hits in zip(answer.requests, answer.hits, strict=True):
+                    self._hits[index] += hits
+                    num_nvme += int(hits[NVME].sum())
+                    totals["pages_read"] += int(hits[NVME].sum()) * self._specs[index].rows_per_key
+            totals["sentinels"] += sentinels
+            totals["batches"] += 1
+            totals["zero_miss_batches"] += not num_nvme
+
+    def _answers(self, attempts: Sequence[Callable[[float], Answer]]) -> list[Answer]:
+        """Makes the requests of one lookup, again where the store was changed between them."""
+        until = time.monotonic() + self._timeout_s
+        for _ in range(VERSION_TRIES_MAX):
+            answers = [self._connection.tried(partial(ask, until), until) for ask in attempts]
+            versions = {answer.version for answer in answers}
+            if len(versions) <= 1:
+                self.version = max(versions, default=self.version)
+                return answers
+        raise DaemonError(
+            f"{self._connection.url}: its store changed {VERSION_TRIES_MAX} times during a lookup; ask for less"
+        )
+
+    def _attempt_lookup(self, piece: Sequence[Request]) -> Callable[[float], Answer]:
+        """Returns what asks for a piece of a lookup."""
+        tables = [self._table_keys(index, keys) for index, keys, _ in piece]
+        request = encode(messages.LookupRequest(self._identity, tables))
+        shapes = [self._specs[index] for index, _, _ in piece]
+
+        def ask(until: float) -> Answer:
+            answer = Answer(
+                piece, [spec.num_heads * spec.row_bytes for spec in shapes], [len(s.orders) for s in shapes]
+            )
+            if sum(out.nbytes for _, _, out in piece) <= UNARY_BYTES_MAX:
+                self._take(answer, self._connection.unary("Lookup", request, until))
+            else:
+                self._connection.stream("LookupStream", request, until, lambda reply: self._take(answer, reply))
+            return self._whole(answer)
+
+        return ask
+
+    def _attempt_rows(self, spec: TableSpec, row_ids: np.ndarray, out: np.ndarray) -> Callable[[float], Answer]:
+        """Returns what asks for rows by their ids."""
+        request = encode(messages.RowsRequest(self._identity, spec.name, _packed(row_ids)))
+
+        def ask(until: float) -> Answer:
+            answer = Answer([(0, row_ids, out)], [spec.row_bytes], [0])
+            self._connection.stream("Rows", request, until, lambda reply: self._take(answer, reply))
+            return self._whole(answer)
+
+        return ask
+
+    def _take(self, answer: Answer, data: bytes) -> None:
+        fault = answer.take(decoded(LookupReply, data, self._connection.url))
+        if fault:
+            raise self._wrong(fault)
+
+    def _whole(self, answer: Answer) -> Answer:
+        missing = answer.missing_bytes()
+        if missing:
+            raise self._wrong(f"the rows are {missing} bytes short")
+        return answer
+
+    def _wrong(self, what: str) -> FormatError:
+        return FormatError(
+            f"{self._connection.url} answered what was not asked: {what}; client and server differ: update both"
+        )
+
+    def _pieces(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
+        """Yields a lookup in parts that the server's limits allow, each of one or more tables."""
+        piece: list[Request] = []
+        num_tokens = num_ids = 0
+        for index, keys, out in requests:
+            for start, end in self._token_ranges(index, len(keys)):
+                part = keys[start:end]
+                if piece and (num_tokens + len(part) > self._tokens_max or num_ids + part.size > self._ids_max):
+                    yield piece
+                    piece, num_tokens, num_ids = [], 0, 0
+                piece.append((index, part, out[start:end]))
+                num_tokens += len(part)
+                num_ids += part.size
+        if piece:
+            yield piece
+
+    def _token_ranges(self, index: int, num_tokens: int) -> Iterator[tuple[int, int]]:
+        step = max(1, min(self._tokens_max, self._ids_max // len(self._specs[index].orders)))
+        for start in range(0, num_tokens, step):
+            yield start, min(start + step, num_tokens)
+
+    def _table_keys(self, index: int, keys: np.ndarray) -> TableKeys:
+        return TableKeys(self._specs[index].name, len(keys), _packed(keys))
+
+
+class Answer:
+    """What one request is answered with: rows go to their buffers as they come, counts by order are summed."""
+
+    def __init__(self, requests: Sequence[Request], unit_bytes: Sequence[int], num_orders: Sequence[int]) -> None:
+        """unit_bytes: of a token, or of a row where ids are asked for; num_orders: for which there are counts."""
+        self.requests, self.version, self.num_bytes = requests, 0, 0
+        self.hits = [np.zeros((3, orders), dtype=np.int64) for orders in num_orders]
+        self._unit_bytes = unit_bytes
+        self._outs = [out.reshape(-1).data for _, _, out in requests]
+        self._filled = [0] * len(requests)
+
+    def take(self, reply: LookupReply) -> str:
+        """Puts a reply's rows where they belong; returns what is wrong with it, "" where nothing is."""
+        if self.num_bytes and reply.version != self.version:
+            return f"version {reply.version} within an answer of version {self.version}"
+        self.version = reply.version
+        for part in reply.parts:
+            if part.table >= len(self._outs):
+                return f"table {part.table} of {len(self._outs)}"
+            start, end = self._filled[part.table], self._filled[part.table] + len(part.rows)
+            out, hits = self._outs[part.table], self.hits[part.table]
+            if part.start * self._unit_bytes[part.table] != start or end > len(out):
+                return f"{len(part.rows)} bytes from {part.start} on of table {part.table}, after {start} of {len(out)}"
+            counts = (part.dram_hits, part.static_hits, part.nvme_hits)
+            if any(len(count) != hits.shape[1] or any(n >> 48 for n in count) for count in counts):
+                return f"counts {counts} of {hits.shape[1]} orders"
+            out[start:end] = part.rows
+            hits += np.array(counts, dtype=np.int64).reshape(hits.shape)
+            self._filled[part.table] = end
+            self.num_bytes += len(part.rows)
+        return ""
+
+    def missing_bytes(self) -> int:
+        """Returns how many bytes of rows have not come."""
+        return sum(len(out) for out in self._outs) - sum(self._filled)
+
+
+class RemotePending:
+    """A lookup that a thread of the pool makes."""
+
+    def __init__(self, future: Future[None], url: str) -> None:
+        self._future, self._url, self._process = future, url, os.getpid()
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self._future.done() or self._process != os.getpid()
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Blocks until it has ended; raises what it raised, or `TimeoutError`."""
+        if self._process != os.getpid() and not self._future.done():
+            raise StoreNotReadyError(f"{self._url}: the lookup was under way in the parent when this process forked")
+        try:
+            self._future.result(2 * READ_WAIT_S if timeout_s is None else max(0.0, timeout_s))
+        except FutureTimeoutError:
+            if self._future.done():  # the lookup's own
+                raise
+            raise TimeoutError(
+                f"the rows were not there within {timeout_s} s; the lookup goes on, wait again"
+            ) from None
+
+
+def decoded(kind: type[M], data: Buffer, url: str) -> M:
+    """Returns a server's message; raises `FormatError` where it is none."""
+    try:
+        return decode(kind, data)
+    except ValueError as error:
+        raise FormatError(f"{url} answered what is no {kind.__name__} ({error}); is that a tierstore?") from error
+
+
+def _packed(ids: np.ndarray) -> memoryview:
+    """Returns int64s as little-endian bytes, without a copy where they lie so."""
+    return np.ascontiguousarray(ids, dtype="<i8").reshape(-1).view(np.uint8).data

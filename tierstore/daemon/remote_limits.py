@@ -1,0 +1,164 @@
+"""What a server of lookups by gRPC lets its clients take: calls and bytes in flight, requests a second, and time.
+
+Flows in: the beginnings and ends of calls. Flows out: permission, or a `Refusal` with both numbers. A thread cancels calls that
+are past their deadline, or whose client takes nothing off the wire. Nothing here knows rows or tables.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import DaemonError
+
+CALL_WAIT_S = 30.0  # of a call that names no deadline
+CALL_WAIT_S_MAX = 300.0  # of any call
+STALL_WAIT_S = 10.0  # that a client may leave a message untaken, or its request unsent
+POLL_S = 0.25
+PEERS_MAX = 1024  # whose rates are remembered
+
+
+class Refusal(DaemonError):
+    """A request beyond a limit. retry: whether the same request may be taken later."""
+
+    def __init__(self, text: str, *, retry: bool) -> None:
+        super().__init__(text)
+        self.retry = retry
+
+
+class InFlight:
+    """Calls, and the bytes that they hold in memory. Any thread may call."""
+
+    def __init__(self, calls_max: int, bytes_max: int) -> None:
+        self.calls_max, self.bytes_max = calls_max, bytes_max
+        self.num_calls = 0
+        self._num_bytes = 0
+        self._lock = threading.Lock()  # of the two above
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Counts a call while it lasts; raises `Refusal` where there are too many."""
+        with self._lock:
+            if self.num_calls >= self.calls_max:
+                raise Refusal(
+                    f"{self.num_calls} calls are under way, at most {self.calls_max} may be; try again", retry=True
+                )
+            self.num_calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.num_calls -= 1
+
+    @contextmanager
+    def holding(self, num_bytes: int) -> Iterator[None]:
+        """Counts bytes while they are held; raises `Refusal` where there are too many."""
+        with self._lock:
+            if self._num_bytes + num_bytes > self.bytes_max:
+                retry = num_bytes <= self.bytes_max
+                raise Refusal(
+                    f"{num_bytes} bytes, with the {self._num_bytes} that other calls hold, are more than the {self.bytes_max} of "
+                    f"all calls; {'try again' if retry else 'ask for less at once'}",
+                    retry=retry,
+                )
+            self._num_bytes += num_bytes
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_bytes -= num_bytes
+
+
+class Rates:
+    """Requests a second of each peer, by a bucket of tokens: a second's worth may come at once. Any thread may call."""
+
+    def __init__(self, per_second: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        """per_second: above 0, or None for no limit."""
+        self._per_second = per_second
+        self._clock = clock
+        self._buckets: dict[str, tuple[float, float]] = {}  # requests left, when that was; oldest first
+        self._lock = threading.Lock()  # of the one above
+
+    def take(self, peer: str) -> None:
+        """Counts a request of a peer; raises `Refusal` where it asks too often."""
+        if self._per_second is None:
+            return
+        most = max(1.0, self._per_second)
+        with self._lock:
+            now = self._clock()
+            left, at = self._buckets.pop(peer, (most, now))
+            left = min(most, left + (now - at) * self._per_second)
+            self._buckets[peer] = (max(left - 1, 0.0) if left >= 1 else left, now)
+            if len(self._buckets) > PEERS_MAX:
+                del self._buckets[next(iter(self._buckets))]
+        if left < 1:
+            raise Refusal(
+                f"more than {self._per_second:g} requests a second from {peer}; ask for more in each", retry=True
+            )
+
+
+class Deadline:
+    """When a call is given up: at its end, or when its client has not moved for STALL_WAIT_S. The call's thread writes it."""
+
+    def __init__(self, context: Any, expires_at: float) -> None:
+        self.context, self.expires_at = context, expires_at
+        self.stalls_at: float | None = None
+
+    @contextmanager
+    def waiting_for_client(self) -> Iterator[None]:
+        """While this lasts, it is the client's turn."""
+        self.stalls_at = time.monotonic() + STALL_WAIT_S
+        try:
+            yield
+        finally:
+            self.stalls_at = None
+
+    def has_passed(self, now: float) -> bool:
+        """Whether the call is to be given up."""
+        stalls_at = self.stalls_at
+        return now >= self.expires_at or (stalls_at is not None and now >= stalls_at)
+
+    def is_over(self) -> bool:
+        """Whether nobody waits for the call's answer any more."""
+        return not self.context.is_active() or self.has_passed(time.monotonic())
+
+
+class Deadlines:
+    """Cancels calls in time, by a thread of its own. Any thread may call."""
+
+    def __init__(self) -> None:
+        self._calls: set[Deadline] = set()
+        self._lock = threading.Lock()  # of the one above
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tierstore-remote-deadlines", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def of(self, context: Any) -> Iterator[Deadline]:
+        """Watches a call while it lasts. One that names no deadline gets CALL_WAIT_S."""
+        remaining = context.time_remaining()
+        seconds = CALL_WAIT_S if remaining is None or remaining > 1e6 else min(remaining, CALL_WAIT_S_MAX)
+        call = Deadline(context, time.monotonic() + seconds)
+        with self._lock:
+            self._calls.add(call)
+        try:
+            yield call
+        finally:
+            with self._lock:
+                self._calls.discard(call)
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(POLL_S):
+            now = time.monotonic()
+            with self._lock:
+                passed = [call for call in self._calls if call.has_passed(now)]
+            for call in passed:
+                call.context.cancel()

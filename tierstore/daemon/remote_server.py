@@ -1,0 +1,278 @@
+"""Lookups by gRPC (lookup.proto), for clients that cannot map this host's memory: other hosts, other languages.
+
+Flows in: calls. Flows out: what `remote_answers` makes of their requests. Refuses calls without the token, beyond the limits, and
+late ones; nothing of a message is read before its call is let in.
+
+Threads: grpc's own, one for each call under way; at most `workers` of them look up at a time, the others wait for the network.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import ConfigError, CorruptPageError, TierStoreError
+from ..store import Store
+from . import messages
+from .messages import ERROR_TRAILER, RETRY_TRAILER, SERVICE, TOKEN_HEADER
+from .remote_access import (
+    check_server_access,
+    load_grpc,
+    parse_address,
+    read_certificate,
+    read_token,
+)
+from .remote_answers import AnswerLimits, Answers, StoreChangedError
+from .remote_limits import Deadline, Deadlines, InFlight, Rates, Refusal
+from .wire import decode
+
+logger = logging.getLogger("tierstore")
+
+MESSAGE_BYTES_MAX = 64 << 20
+TOKENS_MAX = 32768
+IN_FLIGHT_MAX = 64
+IN_FLIGHT_BYTES_MAX = 512 << 20
+ERROR_CHARS_MAX = 2000  # of an error's text; gRPC sends it as a header of 8 KiB at most
+SPARE_THREADS = 4  # that turn calls away while all others are taken
+CONNECTIONS_MAX = 256
+STREAMS_MAX = 128  # calls at a time by one connection
+HANDSHAKE_WAIT_S = 10
+PING_S_MIN = 10  # that a client must leave between pings
+CANCEL_WAIT_S = 5.0  # that calls may take to end after they were cancelled
+
+
+class RemoteServer:
+    """Serves a store by gRPC from its making to `close`. Any thread may call."""
+
+    def __init__(
+        self,
+        store: Store | Callable[[], Store],
+        address: str,
+        *,
+        token_file: str | os.PathLike[str] | None = None,
+        tls_cert: str | os.PathLike[str] | None = None,
+        tls_key: str | os.PathLike[str] | None = None,
+        version_of: Callable[[Store], int] = lambda store: 1,  # noqa: ARG005
+        message_bytes_max: int = MESSAGE_BYTES_MAX,
+        tokens_max: int = TOKENS_MAX,
+        in_flight_max: int = IN_FLIGHT_MAX,
+        in_flight_bytes_max: int = IN_FLIGHT_BYTES_MAX,
+        requests_per_second: float | None = None,
+        workers: int = 4,
+    ) -> None:
+        """Listens on address, "HOST:PORT" (port 0: a free one), and serves at once.
+
+        store: or what returns the one to serve now; a call keeps the one that it began with. version_of: its number. token_file:
+        holds the token that calls must bear; tls_cert, tls_key: PEM files. On a loopback address all three may be left out.
+        message_bytes_max, tokens_max: of one request. in_flight_max, in_flight_bytes_max: calls at a time, and bytes held for
+        them. requests_per_second: of one client's host. workers: lookups at a time.
+
+        Raises `ConfigError`: grpcio is missing, the address is taken or none, a file is unfit, the limits contradict the tables.
+        """
+        self._grpc = load_grpc()
+        wanted = parse_address(address, "address")
+        if (tls_cert is None) != (tls_key is None):
+            raise ConfigError(f"{address}: TLS needs both --tls-cert and --tls-key; give both or none")
+        check_server_access(wanted, has_token=token_file is not None, has_tls=tls_cert is not None)
+        self._token_file, self._tls = token_file, None if tls_cert is None or tls_key is None else (tls_cert, tls_key)
+        self._token = None if token_file is None else read_token(token_file)
+        self._message_bytes_max = message_bytes_max
+        self._in_flight = InFlight(in_flight_max, in_flight_bytes_max)
+        self._rates = Rates(requests_per_second)
+        self._answers = Answers(
+            store if callable(store) else lambda: store,
+            version_of,
+            AnswerLimits(message_bytes_max, tokens_max, workers),
+            self._in_flight,
+            self.record,
+        )
+        self._counts = {"calls": 0, "errors": 0, "bytes_sent": 0}
+        self._counts_lock = threading.Lock()  # of the one above
+        self._closed = False
+        self._server = self._make_server(in_flight_max)
+        self._certificate: Any = None  # as grpc takes it, until it has taken it
+        port = self._listen(str(wanted))
+        self.address = f"{str(wanted).rpartition(':')[0]}:{port}"
+        self._deadlines = Deadlines()
+        self._server.start()
+
+    def _make_server(self, in_flight_max: int) -> Any:
+        options = {
+            "grpc.max_receive_message_length": self._message_bytes_max,
+            "grpc.max_send_message_length": -1,
+            "grpc.max_concurrent_streams": STREAMS_MAX,
+            "grpc.max_allowed_incoming_connections": CONNECTIONS_MAX,
+            "grpc.server_handshake_timeout_ms": HANDSHAKE_WAIT_S * 1000,
+            "grpc.http2.min_ping_interval_without_data_ms": PING_S_MIN * 1000,
+            "grpc.http2.max_ping_strikes": 2,
+            "grpc.keepalive_time_ms": 60_000,
+            "grpc.keepalive_timeout_ms": 20_000,
+            "grpc.so_reuseport": 0,
+        }
+        self._threads = ThreadPoolExecutor(in_flight_max + SPARE_THREADS, thread_name_prefix="tierstore-remote")
+        server = self._grpc.server(
+            self._threads, options=list(options.items()), maximum_concurrent_rpcs=in_flight_max + SPARE_THREADS
+        )
+        # Requests of one message are taken as streams, which is the same on the wire: grpc would else read the message first.
+        one, many = self._grpc.stream_unary_rpc_method_handler, self._grpc.stream_stream_rpc_method_handler
+        answers = self._answers
+        methods = {
+            "Describe": one(self._one(answers.describe, messages.DescribeRequest)),
+            "Lookup": one(self._one(answers.lookup, messages.LookupRequest)),
+            "LookupStream": many(self._many(answers.lookup_stream, messages.LookupRequest)),
+            "Rows": many(self._many(answers.rows, messages.RowsRequest)),
+            "Locate": one(self._one(answers.locate, messages.LocateRequest)),
+            "Stats": one(self._one(answers.stats, messages.StatsRequest)),
+        }
+        server.add_generic_rpc_handlers((self._grpc.method_handlers_generic_handler(SERVICE, methods),))
+        return server
+
+    def _listen(self, address: str) -> int:
+        try:
+            if self._tls is None:
+                return int(self._server.add_insecure_port(address))
+            initial = self._read_certificate()
+            credentials = self._grpc.dynamic_ssl_server_credentials(initial, self._take_certificate, False)
+            return int(self._server.add_secure_port(address, credentials))
+        except RuntimeError as error:
+            self._server.stop(None)
+            raise ConfigError(f"{address} cannot be listened on ({error}); is another server there?") from error
+
+    def _read_certificate(self) -> Any:
+        assert self._tls is not None
+        certificate, key = read_certificate(self._tls[0], "certificate"), read_certificate(self._tls[1], "private key")
+        return self._grpc.ssl_server_certificate_configuration([(key, certificate)])
+
+    def _take_certificate(self) -> Any:
+        """grpc asks at every handshake whether there is another certificate."""
+        certificate, self._certificate = self._certificate, None
+        return certificate
+
+    def reload(self) -> None:
+        """Reads token and certificate anew, for calls and connections from now on; raises `ConfigError` and keeps the old."""
+        token = None if self._token_file is None else read_token(self._token_file)
+        if self._tls is not None:
+            self._certificate = self._read_certificate()
+        self._token = token
+
+    def record(self) -> dict[str, Any]:
+        """Returns address, calls, errors, bytes_sent (of rows) since the start, and calls in_flight."""
+        with self._counts_lock:
+            return {"address": self.address, **self._counts, "in_flight": self._in_flight.num_calls}
+
+    def close(self, timeout_s: float = 30.0) -> bool:
+        """Turns new calls away, waits for those under way, then cancels them. Returns whether all ended by themselves."""
+        if self._closed:
+            return True
+        self._closed = True
+        ended = self._server.stop(timeout_s)
+        clean = ended.wait(timeout_s)
+        ended.wait(CANCEL_WAIT_S)
+        self._threads.shutdown(wait=False)
+        self._deadlines.stop()
+        return clean
+
+    def _one(self, answer: Callable[..., bytes], kind: type) -> Callable[..., Any]:
+        """A method of one answer, as grpc calls it."""
+
+        def behaviour(requests: Iterator[bytes], context: Any) -> bytes:
+            reply = b""
+            with self._calling(requests, context) as (call, data):
+                reply = answer(call, decode(kind, data))
+                self._count("bytes_sent", len(reply))
+            return reply
+
+        return behaviour
+
+    def _many(self, answer: Callable[..., Iterator[bytes]], kind: type) -> Callable[..., Any]:
+        """A method of a stream of answers, as grpc calls it."""
+
+        def behaviour(requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+            with self._calling(requests, context) as (call, data):
+                for reply in answer(call, decode(kind, data)):
+                    with call.waiting_for_client():
+                        yield reply
+                    self._count("bytes_sent", len(reply))
+
+        return behaviour
+
+    @contextmanager
+    def _calling(self, requests: Iterator[bytes], context: Any) -> Iterator[tuple[Deadline, bytes]]:
+        """Lets a call in, reads its request, and says how it ended, in the counts and to the client."""
+        self._count("calls", 1)
+        try:
+            self._check_token(context)
+            self._rates.take(_host_of(context.peer()))
+            with self._in_flight.call(), self._deadlines.of(context) as call:
+                with call.waiting_for_client():
+                    data = next(requests, None)
+                if data is None:
+                    raise ValueError("the call has no request; send one message")
+                with self._in_flight.holding(len(data)):
+                    yield call, data
+        except self._grpc.RpcError:
+            self._count("errors", 1)
+            raise
+        except Exception as error:
+            self._count("errors", 1)
+            self._abort(context, error)
+
+    def _abort(self, context: Any, error: Exception) -> None:
+        """Ends a call with an error's class and words."""
+        if not context.is_active():
+            return
+        code, name = self._code_of(error)
+        if name is None:
+            logger.exception("a lookup by gRPC failed")
+            name = "DaemonError"
+        trailers = [(ERROR_TRAILER, name)]
+        if (isinstance(error, Refusal) and error.retry) or isinstance(error, StoreChangedError):
+            trailers.append((RETRY_TRAILER, "1"))
+        context.set_trailing_metadata(trailers)
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        context.abort(code, text[:ERROR_CHARS_MAX])
+
+    def _code_of(self, error: Exception) -> tuple[Any, str | None]:
+        """Returns the status of an error, and its class's name where a client may raise the same."""
+        code = self._grpc.StatusCode
+        named = {
+            Refusal: (code.RESOURCE_EXHAUSTED, "DaemonError"),
+            PermissionError: (code.UNAUTHENTICATED, "DaemonError"),
+            StoreChangedError: (code.ABORTED, "DaemonError"),
+            CorruptPageError: (code.DATA_LOSS, None),
+            TimeoutError: (code.DEADLINE_EXCEEDED, "TimeoutError"),
+            TierStoreError: (code.FAILED_PRECONDITION, None),
+            ValueError: (code.INVALID_ARGUMENT, "ValueError"),
+            TypeError: (code.INVALID_ARGUMENT, "TypeError"),
+            KeyError: (code.INVALID_ARGUMENT, "KeyError"),
+        }
+        for kind, (status, name) in named.items():
+            if isinstance(error, kind):
+                return status, name or type(error).__name__
+        return code.INTERNAL, None
+
+    def _check_token(self, context: Any) -> None:
+        if self._token is None:
+            return
+        given = next((str(value) for name, value in context.invocation_metadata() if name == TOKEN_HEADER), None)
+        if given is None:
+            raise PermissionError(f"{self.address} wants a token, and the call bears none; give token_file")
+        if not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
+            raise PermissionError(
+                f"the call bears another token than {self.address} wants; give the token_file that it has"
+            )
+
+    def _count(self, name: str, number: int) -> None:
+        with self._counts_lock:
+            self._counts[name] += number
+
+
+def _host_of(peer: str) -> str:
+    """Returns the host of what grpc calls a peer, "ipv4:10.0.0.1:4711": its port is another with every connection."""
+    return peer.rpartition(":")[0]

@@ -1,0 +1,160 @@
+"""The protobuf wire format, as far as the messages of lookup.proto need it: varints, and fields of known length.
+
+Flows in: dataclasses whose `FIELDS` name their numbers and kinds; bytes. Flows out: bytes; dataclasses, whose bytes fields are
+views of what was decoded. Refuses, with `ValueError`, what is cut short, nested without end, or of a wire type that the field
+does not have. Unknown fields are passed by, as protobuf does. Written here because protobuf's own library copies rows four times
+on their way, and asks for one version of itself throughout a process (BENCHMARKS.md).
+
+A message is a row of fields, each a varint `number << 3 | wire type` and a value. Wire type 0: a varint. Wire type 2: a length
+in bytes, a varint, and so many bytes: bytes, UTF-8 text, a message, or packed varints. Wire types 1 and 5: 8 and 4 bytes, which
+only unknown fields have. A varint has 7 bits in each byte, lowest first; the top bit says that more follow: 300 is AC 02.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+UINT, UINTS, BYTES, TEXT = "uint", "uints", "bytes", "text"
+VARINT, FIXED64, SIZED, FIXED32 = 0, 1, 2, 5  # wire types
+VARINT_BYTES_MAX = 10
+FIELDS_MAX = 4096  # of one message, so that many tiny ones cannot take a hundred times their bytes in memory
+NUMBERS_MAX = 1 << 16  # of one packed field
+UINT_END = 1 << 64
+
+Buffer = bytes | bytearray | memoryview
+M = TypeVar("M", bound="Message")
+
+
+class Message:
+    """A dataclass with `FIELDS`: number -> (attribute, kind). A kind is one of the four above, or a `Message` class, whose
+    attribute is a list where its number is in `REPEATED`, else one or None."""
+
+    FIELDS: ClassVar[Mapping[int, tuple[str, Any]]]
+    REPEATED: ClassVar[frozenset[int]] = frozenset()
+
+
+def encode(message: Message) -> bytes:
+    """Returns a message as bytes. Its bytes fields may be any contiguous buffers; each is copied once."""
+    pieces: list[Buffer] = []
+    _encode_into(pieces, message)
+    return b"".join(pieces)
+
+
+def _encode_into(pieces: list[Buffer], message: Message) -> int:
+    """Appends a message's pieces; returns how many bytes they are."""
+    num_bytes = 0
+    for number, (name, kind) in message.FIELDS.items():
+        value = getattr(message, name)
+        if not (
+            value.nbytes if isinstance(value, memoryview) else value
+        ):  # protobuf leaves out zeros and what is empty
+            continue
+        if kind is UINT:
+            head = varint(number << 3 | VARINT) + varint(value)
+            pieces.append(head)
+            num_bytes += len(head)
+            continue
+        for sized in value if number in message.REPEATED else (value,):
+            place = len(pieces)
+            pieces.append(b"")
+            size = _sized_into(pieces, kind, sized)
+            pieces[place] = varint(number << 3 | SIZED) + varint(size)
+            num_bytes += len(pieces[place]) + size
+    return num_bytes
+
+
+def _sized_into(pieces: list[Buffer], kind: Any, value: Any) -> int:
+    if kind is TEXT:
+        value = value.encode()
+    elif kind is UINTS:
+        value = b"".join(map(varint, value))
+    elif kind is not BYTES:
+        return _encode_into(pieces, value)
+    pieces.append(value)
+    return value.nbytes if isinstance(value, memoryview) else len(value)
+
+
+def varint(value: int) -> bytes:
+    """Returns an int of 0 to 2^64 - 1 as a varint."""
+    if not 0 <= value < UINT_END:
+        raise ValueError(f"{value} does not fit a varint of 64 bits")
+    if value < 0x80:
+        return bytes((value,))
+    groups = bytearray()
+    while value >= 0x80:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    groups.append(value)
+    return bytes(groups)
+
+
+def decode(kind: type[M], data: Buffer) -> M:
+    """Returns the message of a kind that bytes are; raises `ValueError` where they are none. Of a field given twice, the last."""
+    message, view, at, num_fields = kind(), memoryview(data), 0, 0
+    while at < len(view):
+        num_fields += 1
+        if num_fields > FIELDS_MAX:
+            raise ValueError(
+                f"{kind.__name__}: more than {FIELDS_MAX} fields; send what is asked for in several requests"
+            )
+        tag, at = _read_varint(view, at)
+        number, wire_type = tag >> 3, tag & 7
+        value, at = _read_value(view, at, wire_type, kind, number)
+        field = kind.FIELDS.get(number)
+        if field is not None:
+            _store(message, number, field, wire_type, value)
+    return message
+
+
+def _read_varint(view: memoryview, at: int) -> tuple[int, int]:
+    """Returns the varint at a place, and the place behind it."""
+    value = 0
+    for shift, byte in enumerate(view[at : at + VARINT_BYTES_MAX]):
+        value |= (byte & 0x7F) << 7 * shift
+        if byte < 0x80:
+            return value % UINT_END, at + shift + 1
+    raise ValueError(f"a varint at byte {at} of {len(view)} does not end; the message is damaged")
+
+
+def _read_value(view: memoryview, at: int, wire_type: int, kind: type, number: int) -> tuple[Any, int]:
+    if number == 0 or wire_type not in (VARINT, FIXED64, SIZED, FIXED32):
+        raise ValueError(f"{kind.__name__}: field {number} has wire type {wire_type}; the message is damaged")
+    if wire_type == VARINT:
+        return _read_varint(view, at)
+    size, at = _read_varint(view, at) if wire_type == SIZED else (8 if wire_type == FIXED64 else 4, at)
+    if size > len(view) - at:
+        raise ValueError(
+            f"{kind.__name__}: field {number} has {size} bytes, {len(view) - at} are left; it was cut short"
+        )
+    return view[at : at + size], at + size
+
+
+def _store(message: Message, number: int, field: tuple[str, Any], wire_type: int, value: Any) -> None:
+    name, kind = field
+    if kind is UINTS and wire_type == VARINT:  # unpacked: protobuf's parsers take both
+        getattr(message, name).append(value)
+        return
+    if (kind is UINT) != (wire_type == VARINT) or (kind is not UINT and wire_type != SIZED):
+        what = f"{type(message).__name__}: field {number} ({name})"
+        raise ValueError(f"{what} has wire type {wire_type}; the message is damaged, or of another version")
+    if kind is UINTS:
+        getattr(message, name).extend(_varints(value))
+    elif kind is TEXT:
+        setattr(message, name, str(value, "utf-8"))  # a `UnicodeDecodeError` is a `ValueError`
+    elif kind is UINT or kind is BYTES:
+        setattr(message, name, value)
+    elif number in message.REPEATED:
+        getattr(message, name).append(decode(kind, value))
+    else:
+        setattr(message, name, decode(kind, value))
+
+
+def _varints(view: memoryview) -> Iterable[int]:
+    at = num_numbers = 0
+    while at < len(view):
+        num_numbers += 1
+        if num_numbers > NUMBERS_MAX:
+            raise ValueError(f"a field of more than {NUMBERS_MAX} numbers; no message has so many")
+        value, at = _read_varint(view, at)
+        yield value
