@@ -8,6 +8,8 @@ from ..errors import ConfigError
 from ..store import Store
 from .attached import DIAL_S, attach
 
+CALL_S = 30.0
+
 
 def connect(
     address: str | os.PathLike[str],
@@ -31,6 +33,8 @@ def connect(
         if token_file is not None or ca_file is not None:
             raise ConfigError(f"{text}: token_file and ca_file are of remote lookups, grpc://HOST:PORT; leave them out")
         return attach(text, io=io, staging=staging, timeout_s=DIAL_S if timeout_s is None else timeout_s)
-    from .remote_client import CALL_S, connect_remote
+    from .remote_client import connect_remote
 
-    return connect_remote(text, token_file=token_file, ca_file=ca_file, timeout_s=CALL_S if timeout_s is None else timeout_s)
+    return connect_remote(
+        text, token_file=token_file, ca_file=ca_file, timeout_s=CALL_S if timeout_s is None else timeout_s
+    )

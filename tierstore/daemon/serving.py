@@ -301,7 +301,7 @@ class Daemon:
             **self._learner.stat(),
             "clients": self._server.counts()
             | {"list": [self._client(peer, told.get(peer), now) for peer in self._host.clients()]},
-            "remote": self._remote.counters() if self._remote else None,
+            "remote": self._remote.record() if self._remote else None,
         }
 
     def _client(self, peer: Any, counters: Any, now: float) -> dict[str, Any]:
