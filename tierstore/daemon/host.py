@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,7 +165,7 @@ class Host:
 
     def _open(self, path: str | os.PathLike[str], placement: int | str | None) -> OpenVersion:
         direct = self._choice.mode == "uring"
-        image, placed = open_placement(path, placement, direct=direct)
+        image, placed = open_placement(Path(path).absolute(), placement, direct=direct)  # clients work in other folders
         return OpenVersion(image, placed, direct=direct)
 
     def _make_version(self, opened: OpenVersion, number: int, on_bytes: Callable[[int], None] | None) -> Version:
