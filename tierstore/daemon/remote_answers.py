@@ -118,7 +118,8 @@ class Answers:
         """Looks the keys of a request up, part by part."""
         served = self._now_served(request.identity)
         wanted = self._wanted(served, request.tables)
-        chunk_bytes = max([CHUNK_BYTES, *(_token_bytes(table) for table, _ in wanted)])
+        most = min(CHUNK_BYTES, self._limits.message_bytes_max - HEAD_BYTES)
+        chunk_bytes = max([most, *(_token_bytes(table) for table, _ in wanted)])
         with self._in_flight.holding(CHUNKS_HELD * chunk_bytes):
             buffer = np.empty(chunk_bytes, dtype=np.uint8)
             for place, (table, keys) in enumerate(wanted):

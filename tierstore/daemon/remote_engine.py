@@ -31,7 +31,7 @@ from .remote_channel import Connection
 from .wire import Buffer, Message, decode, encode
 
 UNARY_BYTES_MAX = 256 << 10  # of rows; beyond, they are streamed
-HEAD_BYTES = 4096  # of a request, beside its keys
+HEAD_BYTES = 4096  # of a message, at most, beside its keys or rows
 ID_BYTES = 8  # of a key or a row id
 SUBMIT_THREADS = 16
 TICKETS_MAX = 256  # under way; beyond, submit waits for one to end
@@ -56,6 +56,7 @@ class RemoteEngine(Engine):
         self._connection, self._specs, self._timeout_s = connection, specs, timeout_s
         self._identity = bytes(description.identity)
         self._tokens_max = max(1, description.tokens_max)
+        self._unary_bytes_max = min(UNARY_BYTES_MAX, description.message_bytes_max - HEAD_BYTES)
         self._ids_max = max(1, (description.message_bytes_max - HEAD_BYTES) // ID_BYTES)
         self._state = threading.Condition()  # of the four below
         self._num_under_way = self._num_tickets = 0
@@ -218,7 +219,7 @@ class RemoteEngine(Engine):
             answer = Answer(
                 piece, [spec.num_heads * spec.row_bytes for spec in shapes], [len(s.orders) for s in shapes]
             )
-            if sum(out.nbytes for _, _, out in piece) <= UNARY_BYTES_MAX:
+            if sum(out.nbytes for _, _, out in piece) <= self._unary_bytes_max:
                 self._take(answer, self._connection.unary("Lookup", request, until))
             else:
                 self._connection.stream("LookupStream", request, until, lambda reply: self._take(answer, reply))

@@ -1,8 +1,8 @@
 """Lookups by gRPC over the loopback: latency of one token, and bytes of rows a second of streamed batches.
 
-Flows in: the URL of a running server, or nothing: then a store of V4.1's rows is made under a folder and served by a process of its
-own, all of it in DRAM, so that what is measured is the way and not the disk. Flows out: medians. Rows are compared with the store's
-before anything is timed, where it is ours.
+Flows in: the URL of a running server, or nothing: then a store of V4.1's rows is made under a folder and served by a process of
+its own, all of it in DRAM, so that what is measured is the way and not the disk. Flows out: medians. Where the store is ours, rows
+are compared with it before anything is timed.
 
     python -m tierstore.tools.bench.remote --folder /mnt/nvme
 """
