@@ -138,7 +138,7 @@ def _read_file(path: str | os.PathLike[str], bytes_max: int, what: str, *, priva
         raise ConfigError(
             f"the {what} file {path} cannot be read: {error.strerror}; check its path and rights"
         ) from error
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"the {what} file {path} is no regular file; give one")
@@ -149,4 +149,6 @@ def _read_file(path: str | os.PathLike[str], bytes_max: int, what: str, *, priva
             )
         if status.st_size > bytes_max:
             raise ConfigError(f"the {what} file {path} has {status.st_size} bytes, at most {bytes_max} are expected")
-        return file.read(bytes_max)
+        return os.read(descriptor, bytes_max)
+    finally:
+        os.close(descriptor)

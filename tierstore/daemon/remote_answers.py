@@ -33,10 +33,13 @@ CHUNKS_HELD = 3  # of one stream: in our buffer, as a message, and on its way th
 HEAD_BYTES = 4096  # of a message, at most, beside its keys or rows
 ID_BYTES = 8  # of a key or a row id
 
-# Whether an answer comes from there, by its place in `kernels.SOURCES`.
-_DRAM, _STATIC, _NVME = (
-    np.array([source in sources for source in kernels.SOURCES])
-    for sources in (("resident", "static", "recency"), ("static",), ("record", "pages"))
+# Of each place in `kernels.SOURCES`, whether it is the dram tier, its static set, or nvme: [sources, 3].
+_TIERS = np.array(
+    [
+        [source in tier for tier in (("resident", "static", "recency"), ("static",), ("record", "pages"))]
+        for source in kernels.SOURCES
+    ],
+    dtype=np.int64,
 )
 
 
@@ -198,8 +201,7 @@ class Answers:
         with self._looking_up(call, served):
             sources = table.locate(keys)
             table.lookup(keys, out)
-        hits = [np.count_nonzero(tier[sources], axis=0).tolist() for tier in (_DRAM, _STATIC, _NVME)]
-        return Part(place, start, _view(out), *hits)
+        return Part(place, start, _view(out), *_hits(sources))
 
     @contextmanager
     def _looking_up(self, call: Deadline, served: Served) -> Iterator[None]:
@@ -221,6 +223,15 @@ class Answers:
 
 def _specs(store: Store) -> list[TableSpec]:
     return [table.spec for table in store.tables.values()]
+
+
+def _hits(sources: np.ndarray) -> list[list[int]]:
+    """Returns how many of sources [N, O] are of each tier in _TIERS, by order."""
+    num_sources, num_orders = len(_TIERS), sources.shape[1]
+    cells = sources + np.arange(num_orders) * num_sources
+    counts = np.bincount(cells.reshape(-1), minlength=num_orders * num_sources).reshape(num_orders, num_sources)
+    hits: list[list[int]] = (counts @ _TIERS).T.tolist()
+    return hits
 
 
 def _token_bytes(table: Table) -> int:

@@ -21,6 +21,7 @@ VARINT_BYTES_MAX = 10
 FIELDS_MAX = 4096  # of one message, so that many tiny ones cannot take a hundred times their bytes in memory
 NUMBERS_MAX = 1 << 16  # of one packed field
 UINT_END = 1 << 64
+NUMBER_MAX = (1 << 29) - 1  # of a field
 
 Buffer = bytes | bytearray | memoryview
 M = TypeVar("M", bound="Message")
@@ -118,7 +119,7 @@ def _read_varint(view: memoryview, at: int) -> tuple[int, int]:
 
 
 def _read_value(view: memoryview, at: int, wire_type: int, kind: type, number: int) -> tuple[Any, int]:
-    if number == 0 or wire_type not in (VARINT, FIXED64, SIZED, FIXED32):
+    if not 0 < number <= NUMBER_MAX or wire_type not in (VARINT, FIXED64, SIZED, FIXED32):
         raise ValueError(f"{kind.__name__}: field {number} has wire type {wire_type}; the message is damaged")
     if wire_type == VARINT:
         return _read_varint(view, at)

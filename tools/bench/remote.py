@@ -1,8 +1,8 @@
 """Lookups by gRPC over the loopback: latency of one token, and bytes of rows a second of streamed batches.
 
 Flows in: the URL of a running server, or nothing: then a store of V4.1's rows is made under a folder and served by a process of
-its own, all of it in DRAM, so that what is measured is the way and not the disk. Flows out: medians. Where the store is ours, rows
-are compared with it before anything is timed.
+its own, all of it in DRAM, so that what is measured is the way and not the disk. Flows out: medians; where the server is ours,
+also those of bare gRPC, which sends equally many bytes in turn with it, and rows are checked before anything is timed.
 
     python -m tierstore.tools.bench.remote --folder /mnt/nvme
 """
@@ -15,88 +15,128 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
+from tierstore.daemon.remote_answers import CHUNK_BYTES
 from tierstore.daemon.remote_client import connect_remote
 from tierstore.errors import DaemonError
+from tierstore.table import Table
 
 from . import stores
 from .stores import MadeStore
 
 SIZE_BYTES = 1 << 30
 TOKENS = 2048
-WARM_UP = 20
-START_TIMEOUT_S, STOP_TIMEOUT_S = 120, 30
-TARGETS = {"one_token_p50_us": 1000.0, "streamed_mb_per_s": 600.0}  # at most, at least
+ROUNDS, ONES, BATCHES, WARM_UP = 9, 200, 5, 2
+STOP_TIMEOUT_S = 30
+Side = Callable[[int], object]  # looks so many tokens up
 
 _SERVER = """
-import sys, tierstore
+import os, sys, grpc, tierstore
+from concurrent.futures import ThreadPoolExecutor
 from tierstore.daemon.remote_server import RemoteServer
 
+data = os.urandom(1 << 20)
+
+def chunks(request, context):
+    for size in map(int, request.split()):
+        yield data[:size]
+
+bare = grpc.server(ThreadPoolExecutor(4), options=[("grpc.max_send_message_length", -1)])
+handlers = {"Chunks": grpc.unary_stream_rpc_method_handler(chunks)}
+handlers["One"] = grpc.unary_unary_rpc_method_handler(lambda request, context: data[: int(request)])
+bare.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", handlers),))
+port = bare.add_insecure_port("127.0.0.1:0")
+bare.start()
 with tierstore.open(sys.argv[1], dram=int(sys.argv[2])) as store:
     server = RemoteServer(store, "127.0.0.1:0")
-    print(server.address, flush=True)
+    print(server.address, f"127.0.0.1:{port}", flush=True)
     sys.stdin.read()
     server.close()
+bare.stop(None)
 """
 
 
-def measure(
-    url: str, *, table: str | None = None, tokens: int = TOKENS, lookups: int = 2000, batches: int = 40, **access: Any
-) -> dict[str, float]:
-    """Returns one token's p50 and p99 in us, and MB (10^6 bytes) of rows a second of batches: median and best. Blocks.
+def measure(url: str, *, tokens: int = TOKENS, bare: str | None = None, **access: Any) -> dict[str, float]:
+    """Returns one token's p50 in us, and MB (10^6 bytes) of rows a second of batches, of the first table: medians. Blocks.
 
-    table: the first one where it is None. access: the token_file and ca_file of `connect_remote`.
+    bare: the address of a server of bare gRPC, whose figures are then returned too. access: as `connect_remote` takes it.
     """
-    with connect_remote(url, **access) as store:
-        asked = store[table or next(iter(store.tables))]
-        spec, generator = asked.spec, np.random.default_rng(0)
-        key_end = spec.num_rows if spec.is_plain else 2**63 - 1
-
-        def draw(num_tokens: int) -> np.ndarray:
-            return generator.integers(0, key_end, (num_tokens, len(spec.orders)), dtype=np.int64)
-
-        ones = _seconds(asked, [draw(1) for _ in range(lookups + WARM_UP)])
-        many = _seconds(asked, [draw(tokens) for _ in range(batches + WARM_UP)])
-    batch_bytes = tokens * spec.num_heads * spec.row_bytes
-    return {
-        "one_token_p50_us": statistics.median(ones) * 1e6,
-        "one_token_p99_us": sorted(ones)[int(len(ones) * 0.99)] * 1e6,
-        "streamed_mb_per_s": batch_bytes / statistics.median(many) / 1e6,
-        "streamed_best_mb_per_s": batch_bytes / min(many) / 1e6,
-        "batch_bytes": float(batch_bytes),
-    }
+    with connect_remote(url, **access) as store, contextlib.ExitStack() as stack:
+        table = next(iter(store.tables.values()))
+        token_bytes = table.spec.num_heads * table.spec.row_bytes
+        sides: dict[str, Side] = {"": _side(table, tokens)}
+        if bare is not None:
+            sides["bare_"] = stack.enter_context(_bare_side(bare, token_bytes))
+        figures: dict[str, list[float]] = {}
+        for number in range(WARM_UP + ROUNDS):
+            for name, look_up in sides.items():
+                one = statistics.median(_seconds(look_up, 1, ONES)) * 1e6
+                rate = tokens * token_bytes / statistics.median(_seconds(look_up, tokens, BATCHES)) / 1e6
+                if number >= WARM_UP:
+                    figures.setdefault(f"{name}one_token_p50_us", []).append(one)
+                    figures.setdefault(f"{name}streamed_mb_per_s", []).append(rate)
+    return {name: statistics.median(values) for name, values in figures.items()}
 
 
-def _seconds(table: Any, batches: list[np.ndarray]) -> list[float]:
-    """Returns the seconds of each lookup but the first WARM_UP."""
-    spec = table.spec
-    out = np.ones((len(batches[0]), spec.num_heads, spec.row_bytes), dtype=np.uint8)
+def _seconds(look_up: Side, tokens: int, times: int) -> list[float]:
     seconds = []
-    for keys in batches:
+    for _ in range(times):
         started = time.perf_counter()
-        table.lookup(keys, out)
+        look_up(tokens)
         seconds.append(time.perf_counter() - started)
-    return seconds[WARM_UP:]
+    return seconds
+
+
+def _side(table: Table, tokens_max: int) -> Side:
+    """Lookups of keys that are drawn once, from all there are, and lie in another order each time."""
+    spec, generator = table.spec, np.random.default_rng(0)
+    key_end = spec.num_rows if spec.is_plain else 2**63 - 1
+    keys = generator.integers(0, key_end, (64 * tokens_max, len(spec.orders)), dtype=np.int64)
+    out = np.ones((tokens_max, spec.num_heads, spec.row_bytes), dtype=np.uint8)
+
+    def look_up(tokens: int) -> object:
+        start = int(generator.integers(0, len(keys) - tokens))
+        return table.lookup(keys[start : start + tokens], out[:tokens])
+
+    return look_up
 
 
 @contextlib.contextmanager
-def serving(made: MadeStore) -> Iterator[str]:
-    """Serves a store from a process of its own, all in DRAM; yields its URL."""
+def _bare_side(address: str, token_bytes: int) -> Iterator[Side]:
+    """Equally many bytes by bare gRPC, in messages of the same size; nobody looks at them."""
+    import grpc
+
+    options = [("grpc.max_receive_message_length", -1), ("SingleThreadedUnaryStream", 1)]
+    with grpc.insecure_channel(address, options) as channel:
+        one, chunks = channel.unary_unary("/bare/One"), channel.unary_stream("/bare/Chunks")
+
+        def look_up(tokens: int) -> object:
+            if tokens == 1:
+                return one(str(token_bytes).encode())
+            whole, rest = divmod(tokens * token_bytes, CHUNK_BYTES)
+            return sum(map(len, chunks(" ".join(map(str, [CHUNK_BYTES] * whole + [rest])).encode())))
+
+        yield look_up
+
+
+@contextlib.contextmanager
+def serving(made: MadeStore) -> Iterator[tuple[str, str]]:
+    """Serves a store from a process of its own, all in DRAM; yields its URL, and the address of bare gRPC beside it."""
     command = [sys.executable, "-c", _SERVER, str(made.path), str(made.spec.table_bytes * 5 // 4 + (64 << 20))]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdin is not None
     assert server.stdout is not None
     try:
-        address = server.stdout.readline().strip()
-        if not address:
+        addresses = server.stdout.readline().split()
+        if len(addresses) != 2:
             raise DaemonError(f"the server of {made.path} did not start; its words are above")
-        yield f"grpc://{address}"
+        yield f"grpc://{addresses[0]}", addresses[1]
     finally:
         server.stdin.close()
         try:
@@ -116,16 +156,16 @@ def check(url: str, made: MadeStore) -> None:
 @click.command("remote")
 @click.argument("url", required=False)
 @click.option("--folder", type=click.Path(path_type=Path), default=Path(), help="Where the store is made.")
-@click.option("--tokens", type=click.IntRange(min=1), default=TOKENS, show_default=True, help="Of a batch.")
+@click.option("--tokens", type=click.IntRange(min=2), default=TOKENS, show_default=True, help="Of a batch.")
 def main(url: str | None, folder: Path, tokens: int) -> None:
     """Measure lookups by gRPC of the server at URL, or of one that is started here."""
     if url is not None:
         click.echo(json.dumps(measure(url, tokens=tokens), indent=2))
         return
     made = stores.make_store(folder, SIZE_BYTES // stores.ROW_BYTES)
-    with serving(made) as url:
+    with serving(made) as (url, bare):
         check(url, made)
-        click.echo(json.dumps(measure(url, tokens=tokens), indent=2))
+        click.echo(json.dumps(measure(url, tokens=tokens, bare=bare), indent=2))
 
 
 if __name__ == "__main__":

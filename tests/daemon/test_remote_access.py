@@ -1,0 +1,279 @@
+"""Who may look up by gRPC: addresses, tokens, TLS; everything else is refused by name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from remote_servers import serving
+from stores import Model, random_keys
+
+from tierstore.daemon.remote_access import (
+    Address,
+    check_server_access,
+    parse_address,
+    parse_url,
+    read_certificate,
+    read_token,
+)
+from tierstore.daemon.remote_client import connect_remote
+from tierstore.errors import ConfigError, DaemonError
+
+TOKEN = "0123456789abcdef-token"
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    return write_private(tmp_path / "token", TOKEN + "\n")
+
+
+def write_private(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an authority (ca), and what it signed for 127.0.0.1: good, renewed, and expired, each .pem and .key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("the openssl command is not installed")
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def run(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    (folder / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    run("req", "-x509", *new_key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority", "-days", "3650")
+    for name, days in (("good", "3650"), ("renewed", "3650"), ("expired", "-1")):
+        run("req", *new_key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        signed = ("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial")
+        run(*signed, "-out", f"{name}.pem", "-days", days, "-extfile", "names")
+        (folder / f"{name}.key").chmod(0o600)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("127.0.0.1:7443", "127.0.0.1", 7443),
+        ("[::1]:1", "::1", 1),
+        ("localhost:0", "localhost", 0),
+        ("a.b:65535", "a.b", 65535),
+    ],
+)
+def test_an_address_is_a_host_and_a_port(text: str, host: str, port: int) -> None:
+    assert parse_address(text, "x") == Address(host, port)
+    assert str(parse_address(text, "x")) == text
+
+
+NO_ADDRESSES = [
+    "",
+    "7443",
+    ":7443",
+    "host",
+    "host:",
+    "host:-1",
+    "host:65536",
+    "::1:5",
+    "[::1]",
+    "a b:1",
+    "h:٣",
+    "u@h:1",
+]
+
+
+@pytest.mark.parametrize("text", [*NO_ADDRESSES, "[h]:1"])
+def test_what_is_no_address_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--remote: .* is no address; write HOST:PORT"):
+        parse_address(text, "--remote")
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:1", "http://h:1", "grpc:/h:1", "grpc://h", "grpc://h:0", "grpcs://", "grpc://h:1/x"]
+)
+def test_what_is_no_url_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="grpc"):
+        parse_url(url)
+    with pytest.raises(ConfigError):
+        connect_remote(url)
+
+
+def test_urls_say_whether_tls_is_spoken() -> None:
+    assert parse_url("grpcs://h:1") == Address("h", 1, tls=True)
+    assert not parse_url("grpc://[::1]:1").tls
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_on_loopback_neither_tls_nor_a_token_is_asked_for(host: str) -> None:
+    check_server_access(Address(host, 1), has_token=False, has_tls=False)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", "128.0.0.1"])
+def test_beyond_this_machine_tls_and_a_token_are_both_asked_for(host: str) -> None:
+    check_server_access(Address(host, 1), has_token=True, has_tls=True)
+    for has_token, has_tls, missing in (
+        (False, True, "there is no token"),
+        (True, False, "there is no TLS"),
+        (False, False, "there is no TLS and no token"),
+    ):
+        with pytest.raises(ConfigError, match=rf"--tls-cert and --tls-key.*--token-file.*{missing}"):
+            check_server_access(Address(host, 1), has_token=has_token, has_tls=has_tls)
+
+
+def test_a_server_beyond_this_machine_without_tls_and_a_token_does_not_start(built: Path, token_file: Path) -> None:
+    with pytest.raises(ConfigError, match="no TLS and no token"), serving(built, "0.0.0.0:0"):
+        pass
+    with pytest.raises(ConfigError, match="there is no TLS"), serving(built, "0.0.0.0:0", token_file=token_file):
+        pass
+    with pytest.raises(ConfigError, match="give both or none"), serving(built, tls_cert=token_file):
+        pass
+
+
+def test_a_client_sends_nothing_to_other_machines_in_plain_text(token_file: Path) -> None:
+    with pytest.raises(ConfigError, match="write grpcs://"):
+        connect_remote("grpc://10.0.0.1:1", token_file=token_file)
+    with pytest.raises(ConfigError, match="write grpcs://"):
+        connect_remote("grpc://example.org:1")
+
+
+def test_a_token_file_must_be_private_regular_and_long_enough(tmp_path: Path) -> None:
+    file = write_private(tmp_path / "token", f"  {TOKEN}\n")
+    assert read_token(file) == TOKEN
+    for mode in (0o640, 0o604, 0o622, 0o777):
+        file.chmod(mode)
+        with pytest.raises(ConfigError, match=rf"may be read by others \(mode {mode:o}.*chmod 600 {file}"):
+            read_token(file)
+    file.chmod(0o600)
+    for text, words in (
+        ("short", "has 5 characters, at least 16 are needed"),
+        ("", "has 0 characters"),
+        ("é" * 20, "one word of ASCII"),
+        ("two words of sixteen", "one word of ASCII"),
+        ("line-one-of-two\nline-two", "one word of ASCII"),
+        ("x" * 5000, "has 5000 bytes, at most 4096"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            read_token(file)
+    with pytest.raises(ConfigError, match="no regular file"):
+        read_token(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read_token(tmp_path / "none")
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    with pytest.raises(ConfigError, match="no regular file"):  # and does not wait for a writer
+        read_token(tmp_path / "pipe")
+
+
+def test_private_keys_must_be_private_and_certificates_pem(tmp_path: Path) -> None:
+    file = write_private(tmp_path / "pem", "-----BEGIN CERTIFICATE-----\n")
+    file.chmod(0o644)
+    assert read_certificate(file, "certificate").startswith(b"-----BEGIN")
+    with pytest.raises(ConfigError, match=f"chmod 600 {file}"):
+        read_certificate(file, "private key")
+    file.write_text("other")
+    with pytest.raises(ConfigError, match="no PEM file"):
+        read_certificate(file, "certificate")
+
+
+def test_a_server_with_a_token_answers_nobody_without_it(
+    built: Path, model: Model, token_file: Path, tmp_path: Path
+) -> None:
+    keys = random_keys(np.random.default_rng(0), 5)
+    with serving(built, token_file=token_file) as server:
+        url = f"grpc://{server.address}"
+        with connect_remote(url, token_file=token_file) as store:
+            np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
+        with pytest.raises(DaemonError, match="wants a token, and the call bears none; give token_file"):
+            connect_remote(url)
+        other = write_private(tmp_path / "other", TOKEN + "x")
+        with pytest.raises(DaemonError, match="bears another token"):
+            connect_remote(url, token_file=other)
+        with grpc.insecure_channel(server.address) as channel:
+            for name, value in (("authorization", TOKEN), ("authorization", f"bearer {TOKEN}"), ("token", TOKEN)):
+                for method in ("Describe", "Lookup", "Stats", "Locate"):
+                    ask = channel.unary_unary(f"/tierstore.v1.Lookups/{method}")
+                    with pytest.raises(grpc.RpcError) as caught:
+                        ask(b"", metadata=((name, value),), timeout=20)
+                    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert TOKEN not in repr(server.record())
+
+
+def test_the_message_of_a_call_without_the_token_is_not_even_read(built: Path, token_file: Path) -> None:
+    with serving(built, token_file=token_file) as server, grpc.insecure_channel(server.address) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/tierstore.v1.Lookups/Lookup")(bytes(65 << 20), timeout=20)
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED  # and not RESOURCE_EXHAUSTED, of its length
+
+
+def test_lookups_by_tls(built: Path, model: Model, certificates: Path, token_file: Path) -> None:
+    keys = random_keys(np.random.default_rng(1), 400)
+    access = {"tls_cert": certificates / "good.pem", "tls_key": certificates / "good.key", "token_file": token_file}
+    with serving(built, "0.0.0.0:0", **access) as server:
+        url = f"grpcs://127.0.0.1:{server.address.rpartition(':')[2]}"
+        with connect_remote(url, token_file=token_file, ca_file=certificates / "ca.pem") as store:
+            np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
+        with pytest.raises(DaemonError, match=r"certificate is refused: .*give the ca_file that signed it"):
+            connect_remote(url, token_file=token_file, timeout_s=5)
+        with pytest.raises(DaemonError, match=r"cannot be reached|did not answer"):
+            connect_remote(url.replace("grpcs", "grpc"), token_file=token_file, timeout_s=5)
+
+
+def test_an_expired_certificate_is_named(built: Path, certificates: Path) -> None:
+    access = {"tls_cert": certificates / "expired.pem", "tls_key": certificates / "expired.key"}
+    words = "certificate is refused: certificate has expired; renew it"
+    with serving(built, **access) as server, pytest.raises(DaemonError, match=words):
+        connect_remote(f"grpcs://{server.address}", ca_file=certificates / "ca.pem", timeout_s=5)
+
+
+def test_a_server_without_tls_is_named(built: Path, certificates: Path) -> None:
+    with serving(built) as server, pytest.raises(DaemonError, match="does not speak TLS"):
+        connect_remote(f"grpcs://{server.address}", ca_file=certificates / "ca.pem", timeout_s=5)
+
+
+def test_certificates_and_tokens_are_read_anew(built: Path, model: Model, certificates: Path, tmp_path: Path) -> None:
+    keys = random_keys(np.random.default_rng(2), 5)
+    token = write_private(tmp_path / "token", TOKEN)
+    used = {ending: tmp_path / f"used.{ending}" for ending in ("pem", "key")}
+
+    def use(name: str) -> None:
+        for ending, path in used.items():
+            shutil.copy(certificates / f"{name}.{ending}", path)
+
+    use("expired")
+    with serving(built, tls_cert=used["pem"], tls_key=used["key"], token_file=token) as server:
+        url, access = f"grpcs://{server.address}", {"ca_file": certificates / "ca.pem", "timeout_s": 5}
+        with pytest.raises(DaemonError, match="expired"):
+            connect_remote(url, token_file=token, **access)
+        use("renewed")
+        with pytest.raises(DaemonError, match="expired"):  # until it is told
+            connect_remote(url, token_file=token, **access)
+        server.reload()
+        with connect_remote(url, token_file=token, **access) as store:
+            write_private(token, TOKEN + "2")
+            server.reload()
+            with pytest.raises(DaemonError, match="bears another token"):
+                store["layers.1"].lookup(keys)
+            with connect_remote(url, token_file=token, **access) as again:
+                np.testing.assert_array_equal(again["layers.1"].lookup(keys), model.expected("layers.1", keys))
+            used["pem"].write_text("damaged")
+            token.chmod(0o644)
+            with pytest.raises(ConfigError):
+                server.reload()
+            with connect_remote(url, token_file=write_private(tmp_path / "t2", TOKEN + "2"), **access) as still:
+                assert still["layers.1"].lookup(keys).shape == (5, 24, 40)
+
+
+def test_a_refused_ca_file_and_timeout_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a ca_file is of TLS"):
+        connect_remote("grpc://127.0.0.1:1", ca_file=tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        connect_remote("grpcs://127.0.0.1:1", ca_file=tmp_path / "none")
+    with pytest.raises(ConfigError, match="timeout_s is 0"):
+        connect_remote("grpc://127.0.0.1:1", timeout_s=0)
