@@ -1,9 +1,9 @@
-"""`make demo`: the whole job on real text: checkpoint -> store -> profile -> plan -> Engram layers, with every row checked.
+"""`make demo`: the whole job on real text: checkpoint -> store -> profile -> plan -> Engram layers -> daemon, all rows checked.
 
 Flows in: Python's own library as text, a tokenizer trained on it on the spot, a checkpoint of random values in
 DeepSeek-V4.1's layout. Flows out: what a tenth of the tables in DRAM was predicted to bring for text that nobody has seen,
-beside what it brought, and whether every row was the checkpoint's, bit for bit. It works in the folder `.demo`, of which it
-leaves only the report.
+beside what it brought, and whether every row was the checkpoint's, bit for bit, in process and through a daemon. It works
+in the folder `.demo`, of which it leaves only the report.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ from .build import build_checkpoint
 from .cli import Progress, console
 from .corpus import python_text_files, split_held_out, token_documents, train_tokenizer
 from .demo_checks import WINDOW_TOKENS, check_rows, windows
+from .demo_daemon import NUM_CLIENTS, check_clients, served
 from .plan import materialise, plan_profile, plan_record
 from .profile import profile_traces
 from .report import check_report, profile_tables, write_report
+from .stat import fetch_record
+from .stat_tables import page_of
 from .synth import write_checkpoint
 from .verify import sources_of_store
 
@@ -48,6 +51,7 @@ TABLE_BYTES = 512 << 20
 DRAM_PART = 10  # of the tables
 VOCAB_SIZE = 4096
 HELD_OUT_TOKENS = 60_000
+SERVED_TOKENS = 20_000  # for each of the processes
 SHOWN_TABLES = ("Recommended budgets", "Hit rate by order, mixed")
 REPORT = "tierstore-demo-report.html"
 MARKER = "made-by-tierstore-demo"
@@ -114,8 +118,25 @@ def demo(folder: Path) -> bool:
         checks["without any"] = check_rows(store, spec, checkpoint, held_out, HELD_OUT_TOKENS)
     for how, (compared, different) in checks.items():
         say(f"   {how}: {compared:,} rows, {different} differ")
+    good = serve_text(folder, dram_bytes, held_out)
     say(f"   {time.monotonic() - started:.0f} s in all")
-    return not verified.faults and all(found == (rows, 0) for found in checks.values())
+    return good and not verified.faults and all(found == (rows, 0) for found in checks.values())
+
+
+def serve_text(folder: Path, dram_bytes: int, documents: list[np.ndarray]) -> bool:
+    """Serves the store to processes that check every row, and prints how the daemon fared; returns whether all were right."""
+    say = console().print
+    say(f"[bold]8. Serve[/] the store by a daemon, to {NUM_CLIENTS} processes that share its memory")
+    with served(folder / "store", dram_bytes) as socket:
+        found = check_clients(socket, folder / "checkpoint", documents, SERVED_TOKENS, folder / "profile")
+        for number, checked in enumerate(found, start=1):
+            say(
+                f"   process {number}: {checked.compared:,} rows, {checked.different} differ; "
+                f"{100 * checked.hit_rate:.1f} % of its keys were in the daemon's memory"
+            )
+        say("   [bold]tierstore stat[/]")
+        say(page_of(fetch_record(socket), None, time.time()))
+    return all(checked.compared and not checked.different for checked in found)
 
 
 def profile_text(image: CatalogImage, documents: list[np.ndarray], folder: Path) -> Path:
@@ -245,7 +266,7 @@ def _remove_work(folder: Path) -> None:
     help="Where to work, in about 1.2 GiB: a new or an empty folder, left as it was but for a report.",
 )
 def command(folder: Path) -> None:
-    """Build, profile, plan and look up half a gigabyte of tables with real text; exit status 1 if any row is wrong."""
+    """Build, profile, plan, look up and serve half a gigabyte of tables with real text; exit status 1 if any row is wrong."""
     try:
         with own_folder(folder):
             good = demo(folder)
