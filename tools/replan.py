@@ -10,7 +10,11 @@ REPLAN_S = 600.0
 @click.command("replan")
 @click.argument("socket", type=click.Path())
 def command(socket: str) -> None:
-    """Have the daemon at SOCKET replan its static set now, from what was asked for lately."""
+    """Have the daemon at SOCKET replan its static set now, from what was asked for lately.
+
+    \b
+    Example: tierstore replan /run/tierstore/v41.sock
+    """
     from tierstore.daemon.client_socket import ask
 
     done = ask(socket, {"do": "replan"}, timeout_s=REPLAN_S)

@@ -25,7 +25,7 @@ def fetch_record(socket: Path) -> Record:
 
     Raises `DaemonError` where no daemon answers, it refuses, or its answer is of another release.
     """
-    record: Record = ask(socket, {"do": "stat"}, timeout_s=FETCH_S_MAX)
+    record: Record = ask(str(socket), {"do": "stat"}, timeout_s=FETCH_S_MAX)
     record.pop("ok", None)
     missing = [name for name in SECTIONS if name not in record]
     if missing:

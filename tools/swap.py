@@ -19,6 +19,9 @@ def command(socket: str, store: Path | None, rollback: bool) -> None:
     """Have the daemon at SOCKET serve STORE in place of its own, for all clients, without stopping any.
 
     STORE must have the same tables, built with the same hash. Restart the daemon with it, too, when you next do.
+
+    \b
+    Example: tierstore swap /run/tierstore/v41.sock v41-next.tier
     """
     from tierstore.daemon.client_socket import ask
 

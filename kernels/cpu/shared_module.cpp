@@ -3,7 +3,6 @@
 #include <pybind11/numpy.h>
 
 #include <cerrno>
-#include <system_error>
 #include <utility>
 
 #include <sys/mman.h>
@@ -23,6 +22,13 @@ constexpr size_t kHugeBytes = 2 << 20;
 #define MADV_COLLAPSE 25
 #endif
 
+// Raises an OSError with errno's number, which callers name the cause by.
+[[noreturn]] void raise_os_error(int error) {
+  errno = error;
+  PyErr_SetFromErrno(PyExc_OSError);
+  throw py::error_already_set();
+}
+
 struct Mapping {
   void* memory;
   size_t num_bytes;
@@ -34,7 +40,7 @@ py::array_t<uint8_t> map_shared(int fd, size_t num_bytes, bool writable) {
   require(num_bytes > 0 && num_bytes % kPageBytes == 0, "whole pages are mapped");
   // Reserves more than is wanted, to choose the place in it, and gives back what lies on either side.
   void* reserved = mmap(nullptr, num_bytes + kHugeBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (reserved == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap");
+  if (reserved == MAP_FAILED) raise_os_error(errno);
   const auto start = reinterpret_cast<uintptr_t>(reserved);
   const uintptr_t at = (start + kHugeBytes - 1) / kHugeBytes * kHugeBytes;
   void* memory = mmap(reinterpret_cast<void*>(at), num_bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0);
@@ -43,7 +49,7 @@ py::array_t<uint8_t> map_shared(int fd, size_t num_bytes, bool writable) {
   const uintptr_t end = start + num_bytes + kHugeBytes;
   if (memory == MAP_FAILED) {
     munmap(reinterpret_cast<void*>(at), end - at);
-    throw std::system_error(error, std::generic_category(), "mmap");
+    raise_os_error(error);
   }
   if (end > at + num_bytes) munmap(reinterpret_cast<void*>(at + num_bytes), end - at - num_bytes);
   auto* mapping = new Mapping{memory, num_bytes};

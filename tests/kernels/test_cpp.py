@@ -33,9 +33,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.mark.parametrize("what", ["cache", "engine", "kill"])
+@pytest.mark.parametrize("what", ["cache", "engine", "epochs", "kill"])
 def test_the_lookup_path_keeps_its_promises_in_cpp(program: Path, what: str, tmp_path: Path) -> None:
-    arguments = [what, str(tmp_path)] if what == "engine" else [what]
+    arguments = [what, str(tmp_path)] if what in ("engine", "epochs") else [what]
     done = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=600)
     if done.returncode == NOT_ALLOWED:
         pytest.skip("this system does not let a process trace its own child")

@@ -6,8 +6,6 @@ import io
 import itertools
 import json
 import math
-import sys
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -254,7 +252,7 @@ def test_a_daemon_that_has_just_begun_is_shown_without_a_number_that_is_none() -
 
 
 class Asked:
-    """Stands for `tierstore.daemon.attached`."""
+    """Stands for `tierstore.daemon.client_socket.ask`."""
 
     def __init__(self, answer: dict[str, Any] | Exception) -> None:
         self.answer = answer
@@ -269,7 +267,7 @@ class Asked:
 
 def serve(monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any] | Exception) -> Asked:
     asked = Asked(answer)
-    monkeypatch.setitem(sys.modules, "tierstore.daemon.attached", SimpleNamespace(ask=asked.ask))
+    monkeypatch.setattr("tierstore.tools.stat.ask", asked.ask)
     return asked
 
 

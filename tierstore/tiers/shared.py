@@ -107,7 +107,7 @@ def map_block(fd: int, num_bytes: int, what: str, *, writable: bool = False) -> 
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         found_bytes = os.fstat(fd).st_size
-        if seals & _SHRINK and found_bytes >= num_bytes > 0:
+        if seals & _SHRINK and found_bytes >= num_bytes > 0 and num_bytes % BLOCK_UNIT_BYTES == 0:
             return kernels.map_shared(fd, num_bytes, writable=writable)
     except OSError as error:
         raise DaemonError(

@@ -3,6 +3,7 @@
 //
 //   lookup_path_test cache          readers copy while writers replace: every copied entry is whole and its pair's
 //   lookup_path_test engine FOLDER  lookups, tickets and closing over shards in FOLDER, by every way of reading
+//   lookup_path_test epochs FOLDER  a daemon writes over slots while clients are in the epochs that named them
 //   lookup_path_test kill           a writer in another process is killed after every instruction of an update
 #include <algorithm>
 #include <cstdio>
@@ -20,6 +21,7 @@
 #include <unistd.h>
 
 #include "engine.h"
+#include "reports.h"
 
 using namespace tierstore;
 
@@ -248,6 +250,174 @@ void test_engine(const std::string& folder, ReadMode mode, const char* name, siz
   }
 }
 
+// A daemon's memory as its clients map it, and the store of `Files` over it: slots for entries that the daemon moves about.
+struct SharedTiers {
+  static constexpr size_t kSlots = 24, kAreaBuckets = 12;
+  Block control{kControlBytes}, client{kClientBlockBytes}, cache{EntryCache::block_bytes(1, 2 * Files::kRowBytes)};
+  std::vector<uint8_t> records;
+  IndexHead head{{0}, {kAreaBuckets}};
+  std::vector<IndexBucket> areas[2];
+
+  SharedTiers() : records(kSlots * Files::record_shape().record_bytes) {
+    areas[0].resize(kAreaBuckets);
+    areas[1].resize(kAreaBuckets);
+    init_client_block(client.data);
+  }
+
+  std::unique_ptr<Engine> make_engine(const Files& files, uint64_t version) {
+    std::vector<Table> tables;
+    tables.push_back(files.table(cache, 1));
+    StaticSet& statics = tables[0].statics;
+    for (size_t parity = 0; parity < 2; ++parity) statics.areas[parity] = {&head, areas[parity].data(), kAreaBuckets};
+    statics.in_file = {&files.head, files.index.data(), Files::kBuckets};
+    statics.records = records.data();
+    statics.num_loaded = kSlots;
+    EngineShape shape{ReadMode::kPread, false, 3, 4, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}};
+    shape.epochs = EpochLine::at(control.data, version % 2);
+    shape.version = version;
+    shape.client_block = client.data;
+    shape.reports = true;
+    return std::make_unique<Engine>(std::move(tables), shape);
+  }
+
+  void write(size_t slot, int64_t key) {
+    uint8_t* record = records.data() + slot * Files::record_shape().record_bytes;
+    fill_entry(record, Files::kRowBytes, 0, key % 2003);
+    fill_entry(record + Files::kRowBytes, Files::kRowBytes, 0, key % 2011 + 2003);
+  }
+
+  void index(uint64_t epoch, const std::vector<int64_t>& keys, const std::vector<uint32_t>& slots) {
+    if (!index_entries(keys.data(), slots.data(), keys.size(), areas[epoch % 2].data(), kAreaBuckets)) std::abort();
+  }
+
+  EpochLine& line(uint64_t version) { return *EpochLine::at(control.data, version % 2); }
+  uint64_t readers(uint64_t epoch) const { return ClientBlock::of(client.data)->active[epoch % 2].value.load(); }
+};
+
+void test_gate() {
+  EpochLine line;
+  std::atomic<uint64_t> even{0}, odd{0};
+  EpochGate gate(&line, 3, &even, &odd);
+  CHECK(!gate.enter().alive && even == 1);  // nothing was published
+  gate.leave({0, false});
+  line.publish(3, 5);
+  const EpochView view = gate.enter();
+  CHECK(view.alive && view.epoch == 5 && odd == 1 && even == 0 && gate.holds(view));
+  line.publish(3, 6);
+  const EpochView next = gate.enter();
+  CHECK(next.alive && next.epoch == 6 && even == 1);
+  CHECK(gate.holds(view) && gate.holds(next));  // two are alive
+  line.forget_before(6);
+  CHECK(!gate.holds(view) && gate.holds(next));
+  line.publish(3, 7);
+  line.forget_before(7);
+  CHECK(!gate.holds(next));
+  const EpochView last = gate.enter();
+  CHECK(gate.holds(last) && !gate.is_empty());
+  line.forget_all();
+  CHECK(!gate.holds(last) && !gate.enter().alive);
+  line.publish(5, 8);  // another version in the same line
+  CHECK(!gate.holds(last) && !gate.enter().alive);
+  CHECK(gate.leave({8, false}) == false && even == 2 && odd == 2);
+}
+
+// What a client that was stopped in the middle of a lookup finds when it goes on: each step of the daemon's, then the copy.
+void test_stopped_reader(const Files& files) {
+  SharedTiers tiers;
+  const std::unique_ptr<Engine> engine = tiers.make_engine(files, 1);
+  const int64_t key = 7 * Files::kKeyStep, other = 9 * Files::kKeyStep;
+  std::vector<uint8_t> out(2 * Files::kRowBytes);
+  const auto look_up = [&](const Engine::Use& use, bool from_memory) {
+    std::fill(out.begin(), out.end(), 0xA5);
+    Job job;
+    engine->gather(use.view(), 0, &key, 1, out.data(), job);
+    CHECK(job.misses.empty() == from_memory);
+    engine->fetch(job);
+    CHECK(job.fault.kind == FaultKind::kNone && rows_are_right(&key, 1, out.data()));
+  };
+  tiers.write(3, key);
+  tiers.index(1, {key}, {3});
+  tiers.line(1).publish(1, 1);
+  const Engine::Use use(*engine);
+  look_up(use, true);
+  tiers.write(4, other);
+  tiers.index(2, {other}, {4});
+  tiers.line(1).publish(1, 2);
+  look_up(use, true);  // its epoch is still read
+  CHECK(tiers.readers(1) == 1 && tiers.readers(2) == 0);
+  const uint64_t static_hits = engine->table_counters[0].static_hits[0];
+  tiers.line(1).forget_before(2);
+  tiers.write(3, other);  // what it copies now is another key's
+  look_up(use, false);
+  CHECK(engine->table_counters[0].static_hits[0] == static_hits);  // discarded, and counted as read
+  tiers.index(3, {key}, {3});  // the area that it searches says what is not so for it
+  look_up(use, false);
+  tiers.line(1).forget_all();
+  look_up(use, false);
+  const Engine::Use late(*engine);
+  CHECK(!late.view().alive);
+  look_up(late, false);
+}
+
+// Lookups while slots are written over as fast as can be. Without a sanitizer nobody waits for them to leave an epoch.
+void test_changing_epochs(const Files& files) {
+#if defined(__SANITIZE_THREAD__)
+  constexpr bool kWaits = true;  // that racing copies are discarded is nothing that it knows
+#else
+  constexpr bool kWaits = false;
+#endif
+  SharedTiers tiers;
+  const std::unique_ptr<Engine> engine = tiers.make_engine(files, 1);
+  tiers.index(1, {}, {});
+  tiers.line(1).publish(1, 1);
+  std::atomic<uint64_t> wrong{0}, checked{0};
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (uint64_t seed = 1; seed <= 4; ++seed) {
+    threads.emplace_back([&, seed] {
+      uint64_t state = seed;
+      while (!stop) {
+        std::vector<int64_t> keys(1 + next_random(state) % 200);
+        for (int64_t& key : keys) key = static_cast<int64_t>(next_random(state) % 40) * Files::kKeyStep;
+        std::vector<uint8_t> out(keys.size() * 2 * Files::kRowBytes, 0xA5);
+        Job job;
+        const Engine::Use use(*engine);
+        engine->gather(use.view(), 0, keys.data(), keys.size(), out.data(), job);
+        engine->fetch(job);
+        if (job.fault.kind != FaultKind::kNone || !rows_are_right(keys.data(), keys.size(), out.data())) ++wrong;
+        checked += keys.size();
+      }
+    });
+  }
+  uint64_t state = 99;
+  uint64_t epoch = 1;
+  while (epoch < 3000 || engine->table_counters[0].static_hits[0] < 1000) {
+    ++epoch;
+    const size_t first = epoch % 2 * SharedTiers::kSlots / 2;  // half of the slots are of one parity's epochs
+    std::vector<int64_t> keys;
+    std::vector<uint32_t> slots;
+    const int64_t shift = static_cast<int64_t>(next_random(state) % 40);
+    for (size_t i = 0; i < SharedTiers::kSlots / 2; ++i) {
+      keys.push_back((static_cast<int64_t>(i) + shift) % 40 * Files::kKeyStep);
+      slots.push_back(static_cast<uint32_t>(first + (i + epoch) % (SharedTiers::kSlots / 2)));
+      tiers.write(slots.back(), keys.back());
+    }
+    tiers.index(epoch, keys, slots);
+    tiers.line(1).publish(1, epoch);
+    while (kWaits && tiers.readers(epoch - 1) > 0) std::this_thread::yield();
+    tiers.line(1).forget_before(epoch);
+    if (epoch % 16 == 0) std::this_thread::yield();
+  }
+  stop = true;
+  for (std::thread& thread : threads) thread.join();
+  CHECK(wrong == 0);
+  CHECK(engine->close(60.0));
+  CHECK(tiers.readers(0) == 0 && tiers.readers(1) == 0);
+  std::printf("epochs: %llu changes, %llu keys checked, %llu from slots\n", static_cast<unsigned long long>(epoch),
+              static_cast<unsigned long long>(checked.load()),
+              static_cast<unsigned long long>(engine->table_counters[0].static_hits[0].load()));
+}
+
 // Runs `offer` in a child, stops it after `steps` instructions and kills it there. Returns false where the child ended before.
 bool offer_and_kill(EntryCache& cache, int64_t key, long steps) {
   const pid_t child = fork();
@@ -319,10 +489,15 @@ int main(int argc, char** argv) {
       test_engine(argv[2], ReadMode::kMmap, "mmap", num_lanes);
       test_engine(argv[2], ReadMode::kPread, "pread", num_lanes);
     }
+  } else if (what == "epochs" && argc > 2) {
+    const Files files(argv[2]);
+    test_gate();
+    test_stopped_reader(files);
+    test_changing_epochs(files);
   } else if (what == "kill") {
     test_kill();
   } else {
-    std::printf("usage: lookup_path_test cache | engine FOLDER | kill\n");
+    std::printf("usage: lookup_path_test cache | engine FOLDER | epochs FOLDER | kill\n");
     return 2;
   }
   return failures == 0 ? 0 : 1;

@@ -1,0 +1,118 @@
+"""What tests of the daemon share: daemons in this process and in one of their own, and waiting for what others do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tierstore.daemon.client_socket import ask
+from tierstore.daemon.serving import Daemon
+from tierstore.decisions.shared_budget import divide_shared
+from tierstore.errors import BudgetError
+from tierstore.formats.catalog import read_catalog
+
+WAIT_S = 30.0  # for what must happen; nothing that works takes nearly as long
+PAUSE_S = 0.002
+KIB, MIB = 1 << 10, 1 << 20
+
+
+def until(holds: Callable[[], Any], within_s: float = WAIT_S) -> Any:
+    """Waits for what another thread or process does, and returns what it found."""
+    deadline, pause = time.monotonic() + within_s, threading.Event()
+    while not (found := holds()):
+        assert time.monotonic() < deadline, f"it did not happen within {within_s} s"
+        pause.wait(PAUSE_S)
+    return found
+
+
+@contextlib.contextmanager
+def serving(store: Path, socket: Path, dram_bytes: int, **options: Any) -> Iterator[Daemon]:
+    """A daemon in this process. It does not replan by itself."""
+    daemon = Daemon(store, socket, dram_bytes, **{"replan_s": None} | options)
+    daemon.start()
+    try:
+        yield daemon
+    finally:
+        assert daemon.close()
+
+
+def request(socket: Path, do: str, **more: Any) -> dict[str, Any]:
+    """A daemon's answer to an administrator."""
+    return ask(socket, {"do": do, **more}, timeout_s=WAIT_S)
+
+
+def least_budget(store: Path) -> int:
+    """The smallest budget that a daemon takes for a store without a placement, as its refusal says."""
+    try:
+        divide_shared(read_catalog(store).tables, 1)
+    except BudgetError as error:
+        return int(str(error).split("below the ")[1].split()[0])
+    raise AssertionError("a budget of one byte was taken")
+
+
+class ServeProcess:
+    """`tierstore serve`, started; `lines` are those of its log so far. Leave it by `with`, which kills what still runs."""
+
+    def __init__(self, store: Path, socket: Path, *options: str, ready: bool = True, **environment: str) -> None:
+        """ready: waits until it says so, which it must."""
+        self.socket = socket
+        command = [sys.executable, "-m", "tierstore.tools.cli", "serve", str(store), "--socket", str(socket), *options]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if ready:
+            self.line("event=ready")
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+
+    def line(self, part: str, since: int = 0) -> str:
+        """The first line with a part, waited for; since: lines before it are passed over."""
+
+        def found() -> str | None:
+            ended = self.process.poll() is not None and not self._reader.is_alive()
+            here = next((line for line in self.lines[since:] if part in line), None)
+            assert here or not ended, f"ended with status {self.process.returncode}: {self.text}"
+            return here
+
+        return str(until(found))
+
+    @property
+    def text(self) -> str:
+        """All that it logged."""
+        return "\n".join(self.lines)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Ends it by a signal; returns its status."""
+        self.process.send_signal(number)
+        status = self.process.wait(WAIT_S)
+        self._reader.join(WAIT_S)
+        return status
+
+    def __enter__(self) -> ServeProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(WAIT_S)
+        self._reader.join(WAIT_S)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
