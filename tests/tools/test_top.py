@@ -134,12 +134,11 @@ def test_intervals_and_counts_that_make_no_sense_are_wrong_usage(
 
 
 CODE = """
-import sys, types
+import sys
 sys.path.insert(0, "tests")
 from daemon.stat_record import stat_record
-attached = types.ModuleType("tierstore.daemon.attached")
-attached.ask = lambda socket, request, timeout_s: stat_record()
-sys.modules["tierstore.daemon.attached"] = attached
+from tierstore.tools import stat
+stat.ask = lambda socket, request, timeout_s: stat_record()
 from tierstore.tools.cli import main
 main()
 """
