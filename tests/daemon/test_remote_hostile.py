@@ -31,7 +31,7 @@ BODIES = 100_000 if os.environ.get("TIERSTORE_SOAK") == "1" else 2_000
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 UNARY, STREAMED = ("Describe", "Lookup", "Locate", "Stats"), ("LookupStream", "Rows")
-GROWTH_BYTES_MAX = 128 << 20
+GROWTH_BYTES_MAX = 64 << 20
 SETTLE_S = 30.0
 
 
