@@ -24,7 +24,6 @@ from stores import Model, random_keys
 from tierstore.daemon import messages
 from tierstore.daemon.messages import SERVICE
 from tierstore.daemon.remote_client import connect_remote
-from tierstore.daemon.remote_server import IN_FLIGHT_MAX, SPARE_THREADS
 from tierstore.daemon.wire import encode
 
 BODIES = 100_000 if os.environ.get("TIERSTORE_SOAK") == "1" else 2_000
@@ -33,6 +32,7 @@ SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 UNARY, STREAMED = ("Describe", "Lookup", "Locate", "Stats"), ("LookupStream", "Rows")
 GROWTH_BYTES_MAX = 64 << 20
 SETTLE_S = 30.0
+THREADS_MAX = 8  # more than before; grpc's own pool breathes
 
 
 class Watched:
@@ -64,11 +64,8 @@ class Watched:
                     self.num_lookups += 1
 
     @contextlib.contextmanager
-    def during(self, threads_max: int = 8) -> Iterator[None]:
-        """Looks up while an attack lasts; then the client must have had rows, and the server be what it was.
-
-        threads_max: more than before; grpc's own pool breathes.
-        """
+    def during(self) -> Iterator[None]:
+        """Looks up while an attack lasts; then the client must have had rows, and the server be what it was."""
         self._thread.start()
         before = self._settled(None)
         try:
@@ -81,7 +78,7 @@ class Watched:
         assert self.num_lookups > 0
         files, threads, num_bytes = self._settled(before)
         assert files <= before[0]
-        assert threads <= before[1] + threads_max
+        assert threads <= before[1] + THREADS_MAX
         assert num_bytes <= before[2] + GROWTH_BYTES_MAX
 
     def _settled(self, before: tuple[int, int, int] | None) -> tuple[int, int, int]:
@@ -128,29 +125,36 @@ def test_connections_that_say_nothing_more(watched: Watched) -> None:
 
 
 def test_streams_that_send_no_request_and_read_no_answer(watched: Watched) -> None:
-    """Each has a thread of the pool, which is kept for later calls."""
-    with watched.during(threads_max=IN_FLIGHT_MAX + SPARE_THREADS), grpc.insecure_channel(watched.address) as channel:
-        silent = threading.Event()
+    """The first time, the pool gets its threads and the allocator its memory; no other time adds to them."""
+    stuck_streams(watched, num_lookups=0)
+    with watched.during():
+        for _ in range(3):
+            stuck_streams(watched, num_lookups=20)
 
-        def nothing() -> Iterator[bytes]:
-            silent.wait(60)
-            yield from ()
 
+def stuck_streams(watched: Watched, num_lookups: int) -> None:
+    """Leaves 40 calls under way until the well-behaved client has done so many lookups more."""
+    silent = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        silent.wait(60)
+        yield from ()
+
+    keys = np.ones((20_000, 3), dtype="<i8").tobytes()
+    with grpc.insecure_channel(watched.address) as channel, connect_remote(f"grpc://{watched.address}") as store:
+        tables = [messages.TableKeys("layers.1", 20_000, keys)]
+        request = encode(messages.LookupRequest(store._engine._identity, tables))
         calls = [channel.stream_unary(f"/{SERVICE}/Lookup").future(nothing(), timeout=60) for _ in range(20)]
-        with connect_remote(f"grpc://{watched.address}", timeout_s=60) as store:
-            keys = np.ones((20_000, 3), dtype="<i8").tobytes()
-            tables = [messages.TableKeys("layers.1", 20_000, keys)]
-            request = encode(messages.LookupRequest(store._engine._identity, tables))
-            stuck = [channel.unary_stream(f"/{SERVICE}/LookupStream")(request, timeout=60) for _ in range(20)]
-            for call in stuck:
-                next(call)
-            looked_up = watched.num_lookups
-            deadline = time.monotonic() + 30
-            while watched.num_lookups < looked_up + 20 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert watched.num_lookups >= looked_up + 20
+        streams = [channel.unary_stream(f"/{SERVICE}/LookupStream")(request, timeout=60) for _ in range(20)]
+        for stream in streams:
+            next(stream)
+        looked_up = watched.num_lookups
+        deadline = time.monotonic() + 30
+        while watched.num_lookups < looked_up + num_lookups and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert watched.num_lookups >= looked_up + num_lookups
         silent.set()
-        for call in (*calls, *stuck):
+        for call in (*calls, *streams):
             call.cancel()
 
 

@@ -14,7 +14,8 @@ from ..errors import ConfigError, FormatError
 from ..store import Store
 from . import messages
 from .remote_channel import Connection
-from .remote_engine import RemoteEngine, decoded
+from .remote_engine import RemoteEngine
+from .remote_replies import decoded
 from .wire import encode
 
 

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +26,10 @@ from ..errors import ConfigError, DaemonError, FormatError, StoreNotReadyError
 from ..spec import TableSpec
 from ..tiers.engine import READ_WAIT_S, Engine, Request
 from . import messages
-from .messages import Description, LookupReply, TableKeys
+from .messages import Description, TableKeys
 from .remote_channel import Connection
-from .wire import Buffer, Message, decode, encode
+from .remote_replies import DRAM, NVME, STATIC, Answer, decoded
+from .wire import encode
 
 UNARY_BYTES_MAX = 256 << 10  # of rows; beyond, they are streamed
 HEAD_BYTES = 4096  # of a message, at most, beside its keys or rows
@@ -37,9 +38,6 @@ SUBMIT_THREADS = 16
 TICKETS_MAX = 256  # under way; beyond, submit waits for one to end
 VERSION_TRIES_MAX = 5
 COUNTS = ("batches", "zero_miss_batches", "sentinels", "rows", "pages_read", "entries_read", "bytes_read")
-DRAM, STATIC, NVME = range(3)  # of counts by order
-
-M = TypeVar("M", bound=Message)
 
 
 class RemoteEngine(Engine):
@@ -64,7 +62,7 @@ class RemoteEngine(Engine):
         self._pool: ThreadPoolExecutor | None = None
         self._counts_lock = threading.Lock()  # of the two below
         self._totals = dict.fromkeys(COUNTS, 0)
-        self._hits = [np.zeros((3, len(spec.orders)), dtype=np.int64) for spec in specs]
+        self._hits = [[[0] * len(spec.orders) for _ in (DRAM, STATIC, NVME)] for spec in specs]
         self.try_lookup = lambda index, keys, out: False  # noqa: ARG005
 
     def check(self, outcome: Any) -> None:
@@ -130,12 +128,15 @@ class RemoteEngine(Engine):
                 data = self._connection.tried(partial(self._connection.unary, "Locate", request, until), until)
                 found = decoded(messages.LocateReply, data, self._connection.url).sources
                 if len(found) != keys[start:end].size:
-                    raise self._wrong(f"{len(found)} places of {keys[start:end].size} keys")
+                    raise FormatError(
+                        f"{self._connection.url} answered {len(found)} places of {keys[start:end].size} keys; client and "
+                        "server differ: update both"
+                    )
                 sources[start:end] = np.frombuffer(found, dtype=np.uint8).reshape(-1, keys.shape[1])
 
     def counters(self) -> dict[str, Any]:
         with self._counts_lock:
-            return {**self._totals, "tables": [tuple(hits.tolist()) for hits in self._hits]}
+            return {**self._totals, "tables": [tuple(map(list, hits)) for hits in self._hits]}
 
     def close(self, timeout_s: float) -> bool:
         with self._state:
@@ -182,17 +183,20 @@ class RemoteEngine(Engine):
     def _look_up(self, requests: Sequence[Request]) -> None:
         """Fills the buffers of a lookup, and counts it."""
         answers = self._answers([self._attempt_lookup(piece) for piece in self._pieces(requests)])
-        sentinels = sum(int(np.count_nonzero(keys < 0)) for _, keys, _ in requests)
+        num_keys = sum(keys.size for _, keys, _ in requests)
         num_nvme = 0
         with self._counts_lock:
             totals = self._totals
             for answer in answers:
                 totals["bytes_read"] += answer.num_bytes
                 for (index, _, _), hits in zip(answer.requests, answer.hits, strict=True):
-                    self._hits[index] += hits
-                    num_nvme += int(hits[NVME].sum())
-                    totals["pages_read"] += int(hits[NVME].sum()) * self._specs[index].rows_per_key
-            totals["sentinels"] += sentinels
+                    for total, counts in zip(self._hits[index], hits, strict=True):
+                        total[:] = [sum(pair) for pair in zip(total, counts, strict=True)]
+                    from_nvme = sum(hits[NVME])
+                    num_nvme += from_nvme
+                    num_keys -= from_nvme + sum(hits[DRAM])
+                    totals["pages_read"] += from_nvme * self._specs[index].rows_per_key
+            totals["sentinels"] += num_keys
             totals["batches"] += 1
             totals["zero_miss_batches"] += not num_nvme
 
@@ -213,17 +217,19 @@ class RemoteEngine(Engine):
         """Returns what asks for a piece of a lookup."""
         tables = [self._table_keys(index, keys) for index, keys, _ in piece]
         request = encode(messages.LookupRequest(self._identity, tables))
-        shapes = [self._specs[index] for index, _, _ in piece]
+        specs = [self._specs[index] for index, _, _ in piece]
+        unit_bytes = [spec.num_heads * spec.row_bytes for spec in specs]
+        orders = [len(spec.orders) for spec in specs]
+        is_small = sum(out.nbytes for _, _, out in piece) <= self._unary_bytes_max
 
         def ask(until: float) -> Answer:
-            answer = Answer(
-                piece, [spec.num_heads * spec.row_bytes for spec in shapes], [len(s.orders) for s in shapes]
-            )
-            if sum(out.nbytes for _, _, out in piece) <= self._unary_bytes_max:
-                self._take(answer, self._connection.unary("Lookup", request, until))
+            answer = Answer(self._connection.url, piece, unit_bytes, orders)
+            if is_small:
+                answer.take(self._connection.unary("Lookup", request, until))
             else:
-                self._connection.stream("LookupStream", request, until, lambda reply: self._take(answer, reply))
-            return self._whole(answer)
+                self._connection.stream("LookupStream", request, until, answer.take)
+            answer.check_whole()
+            return answer
 
         return ask
 
@@ -232,27 +238,12 @@ class RemoteEngine(Engine):
         request = encode(messages.RowsRequest(self._identity, spec.name, _packed(row_ids)))
 
         def ask(until: float) -> Answer:
-            answer = Answer([(0, row_ids, out)], [spec.row_bytes], [0])
-            self._connection.stream("Rows", request, until, lambda reply: self._take(answer, reply))
-            return self._whole(answer)
+            answer = Answer(self._connection.url, [(0, row_ids, out)], [spec.row_bytes], [0])
+            self._connection.stream("Rows", request, until, answer.take)
+            answer.check_whole()
+            return answer
 
         return ask
-
-    def _take(self, answer: Answer, data: bytes) -> None:
-        fault = answer.take(decoded(LookupReply, data, self._connection.url))
-        if fault:
-            raise self._wrong(fault)
-
-    def _whole(self, answer: Answer) -> Answer:
-        missing = answer.missing_bytes()
-        if missing:
-            raise self._wrong(f"the rows are {missing} bytes short")
-        return answer
-
-    def _wrong(self, what: str) -> FormatError:
-        return FormatError(
-            f"{self._connection.url} answered what was not asked: {what}; client and server differ: update both"
-        )
 
     def _pieces(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
         """Yields a lookup in parts that the server's limits allow, each of one or more tables."""
@@ -279,43 +270,6 @@ class RemoteEngine(Engine):
         return TableKeys(self._specs[index].name, len(keys), _packed(keys))
 
 
-class Answer:
-    """What one request is answered with: rows go to their buffers as they come, counts by order are summed."""
-
-    def __init__(self, requests: Sequence[Request], unit_bytes: Sequence[int], num_orders: Sequence[int]) -> None:
-        """unit_bytes: of a token, or of a row where ids are asked for; num_orders: for which there are counts."""
-        self.requests, self.version, self.num_bytes = requests, 0, 0
-        self.hits = [np.zeros((3, orders), dtype=np.int64) for orders in num_orders]
-        self._unit_bytes = unit_bytes
-        self._outs = [out.reshape(-1).data for _, _, out in requests]
-        self._filled = [0] * len(requests)
-
-    def take(self, reply: LookupReply) -> str:
-        """Puts a reply's rows where they belong; returns what is wrong with it, "" where nothing is."""
-        if self.num_bytes and reply.version != self.version:
-            return f"version {reply.version} within an answer of version {self.version}"
-        self.version = reply.version
-        for part in reply.parts:
-            if part.table >= len(self._outs):
-                return f"table {part.table} of {len(self._outs)}"
-            start, end = self._filled[part.table], self._filled[part.table] + len(part.rows)
-            out, hits = self._outs[part.table], self.hits[part.table]
-            if part.start * self._unit_bytes[part.table] != start or end > len(out):
-                return f"{len(part.rows)} bytes from {part.start} on of table {part.table}, after {start} of {len(out)}"
-            counts = (part.dram_hits, part.static_hits, part.nvme_hits)
-            if any(len(count) != hits.shape[1] or any(n >> 48 for n in count) for count in counts):
-                return f"counts {counts} of {hits.shape[1]} orders"
-            out[start:end] = part.rows
-            hits += np.array(counts, dtype=np.int64).reshape(hits.shape)
-            self._filled[part.table] = end
-            self.num_bytes += len(part.rows)
-        return ""
-
-    def missing_bytes(self) -> int:
-        """Returns how many bytes of rows have not come."""
-        return sum(len(out) for out in self._outs) - sum(self._filled)
-
-
 class RemotePending:
     """A lookup that a thread of the pool makes."""
 
@@ -338,14 +292,6 @@ class RemotePending:
             raise TimeoutError(
                 f"the rows were not there within {timeout_s} s; the lookup goes on, wait again"
             ) from None
-
-
-def decoded(kind: type[M], data: Buffer, url: str) -> M:
-    """Returns a server's message; raises `FormatError` where it is none."""
-    try:
-        return decode(kind, data)
-    except ValueError as error:
-        raise FormatError(f"{url} answered what is no {kind.__name__} ({error}); is that a tierstore?") from error
 
 
 def _packed(ids: np.ndarray) -> memoryview:
