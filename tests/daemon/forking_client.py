@@ -22,11 +22,14 @@ def keys_of(seed: int) -> np.ndarray:
 
 
 def child(store: object, keys: np.ndarray, expected: np.ndarray, late: bool) -> int:
+    connection = store._backing._connection
+    (inherited, _) = connection._of_parents[-1]
     try:
         out = np.full_like(expected, 0xA5)
         ticket = store.submit({"layers.1": (keys, out)})
         ticket.wait(WAIT_S)
         good = np.array_equal(out, expected) and np.array_equal(store["layers.1"].lookup(keys), expected)
+        good = good and inherited is not None and connection._channel not in (None, inherited)
         store.close()
         return 0 if good else 1
     except DaemonError as error:

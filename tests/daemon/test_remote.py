@@ -161,12 +161,14 @@ def test_submit_does_not_wait_for_the_network(built: Path, model: Model, monkeyp
     keys = random_keys(np.random.default_rng(4), 9)
     with connected(built) as (store, _):
         out = np.full((9, 24, 40), 0xA5, dtype=np.uint8)
+        expected = model.expected("layers.1", keys)
         ticket = store.submit({"layers.1": (keys, out)})
         with pytest.raises(TimeoutError, match="wait again"):
             ticket.wait(timeout_s=0.01)
+        keys[:] = 0  # a ticket has its own
         go_on.set()
         ticket.wait(timeout_s=60)
-    np.testing.assert_array_equal(out, model.expected("layers.1", keys))
+    np.testing.assert_array_equal(out, expected)
 
 
 def test_tickets_beyond_the_limit_wait_for_earlier_ones(built: Path, model: Model, monkeypatch) -> None:
@@ -474,6 +476,13 @@ def test_requests_that_contradict_themselves_are_value_errors(built: Path) -> No
             server.address, "Lookup", encode(messages.LookupRequest()), grpc.StatusCode.FAILED_PRECONDITION
         )
         assert "is damaged" in refused(server.address, "Lookup", b"\x0b", invalid)
+
+
+def test_a_call_without_a_request_is_refused(built: Path) -> None:
+    with serving(built) as server, grpc.insecure_channel(server.address) as channel:
+        for ask in (channel.stream_unary(f"/{SERVICE}/Lookup"), channel.stream_stream(f"/{SERVICE}/Rows")):
+            with pytest.raises(grpc.RpcError, match="the call has no request; send one message"):
+                list(ask(iter(()), timeout=20))
 
 
 def test_keys_at_an_odd_place_of_a_message_are_read_all_the_same(built: Path, model: Model) -> None:
