@@ -14,6 +14,7 @@ TIERS = ("hbm", "dram", "nvme")
 LATENCY_BOUNDS_NS = tuple(
     1000 << power for power in range(21)
 )  # upper ends of the buckets; what took longer comes last
+COUNT_MAX = 1 << 56  # where sums of what clients tell end: a hundred of them still fit a message's 64 bits
 LATENCY_SHARE = 1 / 8  # of blocking lookups are timed
 
 
@@ -52,7 +53,7 @@ def add_counters(total: Any, more: Any) -> Any:
         return [add_counters(part, other) for part, other in zip(total, more, strict=True)]
     if type(more) is not int or more < 0:
         raise ValueError(f"{more!r} is no count")
-    return total + more
+    return min(total + more, COUNT_MAX)
 
 
 def latency_of(counts: Sequence[int], sum_ns: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ logger = logging.getLogger("tierstore.daemon")
 TAGS = 16
 LEAVE_WAIT_S = 2.0  # how long a change waits for clients to leave an epoch, or a version, by themselves
 LEAVE_POLL_S = 0.001
+LAST_READERS_MAX = 64  # of clients that are gone; of more, the reports of the first are lost
 READ_TOKENS_MAX = 512  # packed keys of a lookup by which entries are read: a few MiB of rows
 
 Pairs = tuple[np.ndarray, np.ndarray]  # order index uint8 [n], keys int64 [n]
@@ -87,16 +89,17 @@ class Attachment:
         self.blocks[version], self._fds[version] = block, fd
         return fd, block
 
-    def left(self, version: int) -> None:
-        """The client is done with a version."""
-        if version in self._fds:
-            os.close(self._fds.pop(version))
-            del self.blocks[version], self.readers[version]
+    def left(self, version: int) -> list[Any]:
+        """The client is done with a version; returns the reader of what it reported of that, if there was one."""
+        if version not in self._fds:
+            return []
+        os.close(self._fds.pop(version))
+        del self.blocks[version]
+        return [self.readers.pop(version)]
 
-    def close(self) -> None:
-        """The client is gone."""
-        for version in list(self.blocks):
-            self.left(version)
+    def close(self) -> list[Any]:
+        """The client is gone; returns the readers of what it reported."""
+        return [reader for version in list(self.blocks) for reader in self.left(version)]
 
 
 class Host:
@@ -116,7 +119,10 @@ class Host:
         self.changes = threading.RLock()
         self._choice = choose_io(io)
         self._attachments: dict[object, Attachment] = {}
-        self._attachments_lock = threading.Lock()  # of the dict
+        self._attachments_lock = threading.Lock()  # of the dict, and of the readers
+        self._last_readers: deque[Any] = deque(
+            maxlen=LAST_READERS_MAX
+        )  # of clients that are gone, not read to their end
         self._tags: dict[str, int] = {}  # identities of versions -> tags
         self.epoch = 0  # the newest
         self.num_changes = 0
@@ -258,14 +264,14 @@ class Host:
         """A client says that it looks nothing up in a version any more."""
         with self._attachments_lock:
             if who in self._attachments and version != self.current.number:
-                self._attachments[who].left(version)
+                self._last_readers += self._attachments[who].left(version)
 
     def detach(self, who: object) -> None:
         """A client is gone; what it held is let go."""
         with self._attachments_lock:
             attachment = self._attachments.pop(who, None)
             if attachment:
-                attachment.close()
+                self._last_readers += attachment.close()
 
     def clients(self) -> list[Any]:
         """Returns who is attached, as given to `attach`."""
@@ -281,6 +287,13 @@ class Host:
         """Returns the readers of all clients' reports."""
         with self._attachments_lock:
             return [reader for each in self._attachments.values() for reader in each.readers.values()]
+
+    def take_last_readers(self) -> list[Any]:
+        """Returns, once, the readers of clients that are gone: what those reported last is still to be read."""
+        with self._attachments_lock:
+            taken = list(self._last_readers)
+            self._last_readers.clear()
+            return taken
 
     # Epochs
 

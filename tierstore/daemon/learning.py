@@ -21,6 +21,7 @@ from .. import kernels
 from ..decisions.replan import LEAST_COUNT, Entries, Replan, choose_static, steps
 from ..errors import DaemonError, TierStoreError
 from ..spec import KEY_MAX
+from ..stats import COUNT_MAX
 from .events import event
 from .host import Host, batches
 
@@ -79,12 +80,12 @@ class Learner:
 
     def stat(self) -> dict[str, Any]:
         """Returns the parts "learning" and "feed" of the stat record."""
-        lost = sum(reader.lost + reader.dropped for reader in self._host.readers())
+        lost = self._lost_of_gone + sum(map(_lost_of, self._host.readers()))
         next_s = None if self._next_replan is None else max(0.0, self._next_replan - time.monotonic())
         return {
             "learning": {
                 "reports": self.totals["reports"],
-                "reports_lost": lost,
+                "reports_lost": min(lost, COUNT_MAX),
                 "reports_refused": self.totals["reports_refused"],
                 "tracked_keys": self._counts.num_used,
                 "replans": self.totals["replans"],
@@ -110,9 +111,16 @@ class Learner:
         reports = np.empty(TAKE_REPORTS_MAX, dtype=kernels.REPORT)
         while not self._ended.wait(DRAIN_S):
             for reader in self._host.readers():
-                taken = reader.take(reports)
-                if taken:
-                    self._learn(reports[:taken])
+                self._take(reader, reports)
+            for reader in self._host.take_last_readers():
+                for _ in range(kernels.NUM_RECORDS // TAKE_REPORTS_MAX):
+                    self._take(reader, reports)
+                self._lost_of_gone += _lost_of(reader)
+
+    def _take(self, reader: Any, reports: np.ndarray) -> None:
+        taken = reader.take(reports)
+        if taken:
+            self._learn(reports[:taken])
 
     def _learn(self, reports: np.ndarray) -> None:
         """Counts reports, and sorts out what each is good for."""
@@ -250,3 +258,8 @@ class Learner:
             )
             done["left"] += len(step.leave)
             done["steps"] += 1
+
+
+def _lost_of(reader: Any) -> int:
+    """Returns how many of a client's reports were lost; of those that it dropped, it says so itself."""
+    return int(reader.lost) + min(int(reader.dropped), COUNT_MAX)

@@ -84,9 +84,8 @@ class Daemon:
         self._learner = Learner(self._host, replan_s)
         self._lock = threading.Lock()  # of the counters below
         self._counters: dict[Peer, Any] = {}  # what each client told last
-        self._gone: Any = (
-            self._host.current.engine.counters()
-        )  # of clients that are gone: at first, zeros of the right shape
+        self._nothing = self._host.current.engine.counters()  # zeros, of the shape that clients' counters must have
+        self._gone: Any = self._nothing  # of clients that are gone
         self._metrics: MetricsServer | None = None
         self._remote: RemoteServer | None = None
         self._remote_store: Store | None = None
@@ -184,13 +183,13 @@ class Daemon:
         """A client tells its counters, or that it has left a version."""
         if "counters" in message:
             try:
-                add_counters(self._gone, message["counters"])
+                counters = add_counters(self._nothing, message["counters"])
             except (AttributeError, TypeError, ValueError) as error:
                 raise DaemonError(
                     f"counters that are none ({error}): the client is dropped; is it of another release?"
                 ) from error
             with self._lock:
-                self._counters[peer] = message["counters"]
+                self._counters[peer] = counters
         elif type(message.get("left")) is int:
             self._host.left(peer, message["left"])
         else:
