@@ -10,17 +10,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from stores import Model, make_model
 
 from tierstore.daemon.client_socket import ask
 from tierstore.daemon.serving import Daemon
 from tierstore.decisions.shared_budget import divide_shared
 from tierstore.errors import BudgetError
 from tierstore.formats.catalog import read_catalog
+from tierstore.store import Store
 
 WAIT_S = 30.0  # for what must happen; nothing that works takes nearly as long
 PAUSE_S = 0.002
+POISON = 0xA5
 KIB, MIB = 1 << 10, 1 << 20
 
 
@@ -56,6 +62,70 @@ def least_budget(store: Path) -> int:
     except BudgetError as error:
         return int(str(error).split("below the ")[1].split()[0])
     raise AssertionError("a budget of one byte was taken")
+
+
+def other_model(folder: Path, fingerprint: str | None = None) -> Model:
+    """A checkpoint with the tables of `make_model`'s default and other rows; with another hash, where one is given."""
+    made = make_model(folder, seed=1)
+    if fingerprint is None:
+        return made
+    sources = tuple(replace(each, spec=replace(each.spec, fingerprint=fingerprint)) for each in made.sources)
+    return replace(made, sources=sources)
+
+
+class Traffic:
+    """Threads that look up without a pause: every lookup must give all rows of one of the versions, by table and key.
+
+    Leave it by `with`, which ends them and fails where a lookup failed or was wrong. `seen` has the versions that answered.
+    """
+
+    def __init__(self, store: Store, name: str, keys: np.ndarray, *versions: np.ndarray, threads: int = 2) -> None:
+        """versions: what `keys` may give, each uint8 [N, O * H, row_bytes]."""
+        self._store, self._name, self._keys, self._versions = store, name, keys, versions
+        self._stop = threading.Event()
+        self.seen: list[
+            int
+        ] = []  # of the latest lookups, the newest last; versions with equal rows are the first of them
+        self.done = 0
+        self.faults: list[str] = []
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._run, args=(seed,)) for seed in range(threads)]
+
+    def _run(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        while not self._stop.is_set() and not self.faults:
+            start = int(rng.integers(0, len(self._keys)))
+            part = np.s_[start : start + int(rng.integers(1, 40))]
+            out = np.full((len(self._keys[part]), *self._versions[0].shape[1:]), POISON, dtype=np.uint8)
+            try:
+                self._store[self._name].lookup(self._keys[part], out)
+            except Exception as error:  # whatever it is, the test says so
+                self.faults.append(f"{type(error).__name__}: {error}")
+                return
+            found = [number for number, rows in enumerate(self._versions) if np.array_equal(out, rows[part])]
+            with self._lock:
+                self.done += 1
+                self.seen = [*self.seen[-9:], *found[:1]]
+                if not found:
+                    self.faults.append(f"wrong rows of keys {start} and on")
+
+    def go_on(self, lookups: int = 20) -> None:
+        """Waits until so many more lookups are done, or one has failed."""
+        end = self.done + lookups
+        until(lambda: self.done >= end or self.faults)
+        assert not self.faults
+
+    def __enter__(self) -> Traffic:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+        assert not self.faults, self.faults
 
 
 class ServeProcess:

@@ -75,6 +75,7 @@ class AttachedBacking(Backing):
         self._start()
 
     def _start(self) -> None:
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="tierstore-attached", daemon=True)
         self._thread.start()
 
@@ -120,13 +121,14 @@ class AttachedBacking(Backing):
             pause_s = min(2 * pause_s, REDIAL_MAX_S)
             try:
                 self._channel, link = self._dial(DIAL_S)
+                old = self.engine.move_to(link)
             except (TierStoreError, OSError) as error:
-                if str(error) != said:
+                if str(error) != said and not self._ended.is_set():
                     said = str(error)
                     logger.warning("%s: not attached yet: %s", self.name, error)
                 continue
             logger.info("%s: attached again", self.name)
-            self.engine.retire(self.engine.move_to(link), READ_WAIT_S)
+            self.engine.retire(old, READ_WAIT_S)
 
     def _attend(self, channel: Channel) -> None:
         """Hears and tells until the channel ends, which raises."""
@@ -149,7 +151,7 @@ class AttachedBacking(Backing):
             self.engine.retire(old, READ_WAIT_S)
             channel.send({"left": old.version}, timeout_s=SEND_S)
 
-    def _relink(self) -> Link:
+    def _relink(self) -> None:
         """In a forked child: attaches it by itself; where that cannot be now, it goes on without, and looks for the daemon."""
         if self._channel is not None:
             self._channel.close()  # the parent's; here it would only outlive it
@@ -160,8 +162,10 @@ class AttachedBacking(Backing):
         except (TierStoreError, OSError) as error:
             logger.warning("%s: a forked child is not attached: %s", self.name, error)
             link = self.engine.link.alone()
-        self._start()
-        return link
+        old = self.engine.move_to(link)
+        if old.opened is not link.opened:
+            old.opened.close()  # its engine was closed by the fork
+        self._start()  # last: what it moves to must not be moved away from
 
     def details(self) -> dict[str, Any]:
         """See `Backing`; the memory is the daemon's, but for staging."""
@@ -176,7 +180,9 @@ class AttachedBacking(Backing):
     def close(self) -> None:
         self._ended.set()
         channel = self._channel
-        if channel is not None:
+        if channel is not None and self._pid != os.getpid():
+            channel.close()  # a child that never looked up: to end the connection would end its parent's
+        elif channel is not None:
             with contextlib.suppress(TierStoreError, TimeoutError, OSError):
                 channel.send({"counters": self.engine.counters()}, timeout_s=SEND_S)
             channel.shutdown()
@@ -187,8 +193,8 @@ class AttachedBacking(Backing):
 class AttachedEngine(Engine):
     """The engine of the version that this process is attached to now. A lookup has one from its start to its end."""
 
-    def __init__(self, link: Link, relink: Callable[[], Link]) -> None:
-        """relink: makes a link for a child that was forked off; it is called in the child, before its first lookup."""
+    def __init__(self, link: Link, relink: Callable[[], None]) -> None:
+        """relink: moves a child that was forked off to a link of its own; it is called there, before its first lookup."""
         self._link = link
         self._relink = relink
         self._pid = os.getpid()
@@ -213,10 +219,17 @@ class AttachedEngine(Engine):
         self._renewed.append(renewed)
 
     def move_to(self, link: Link) -> Link:
-        """Sends lookups that begin from now on through another link; returns the old one, whose lookups may be under way."""
+        """Sends lookups that begin from now on through another link; returns the old one, whose lookups may be under way.
+
+        Raises `StoreNotReadyError`, and closes the link, where the store was closed meanwhile.
+        """
         with self._lock:
-            old = self._link
-            self._take(link)
+            old, closed = self._link, self._closed
+            if not closed:
+                self._take(link)
+        if closed:
+            link.close(0)
+            raise StoreNotReadyError("the store was closed; open it again")
         for renewed in self._renewed:
             callback = renewed() if isinstance(renewed, weakref.WeakMethod) else renewed
             if callback:
@@ -239,7 +252,7 @@ class AttachedEngine(Engine):
         """In a forked child: attaches it, since the block in which lookups are counted is its parent's."""
         with self._child_lock:
             if self._pid != os.getpid() and not self._closed:
-                self.move_to(self._relink())
+                self._relink()
                 self._pid = os.getpid()
 
     def _with_engine(self, act: Callable[[NativeEngine], Any]) -> Any:
@@ -281,7 +294,8 @@ class AttachedEngine(Engine):
         return total
 
     def close(self, timeout_s: float) -> bool:
-        self._closed = True
+        with self._lock:  # so that no other link comes after this one
+            self._closed = True
         return self._link.engine.close(timeout_s)
 
     def before_fork(self) -> None:
