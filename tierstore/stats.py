@@ -56,6 +56,17 @@ def add_counters(total: Any, more: Any) -> Any:
     return min(total + more, COUNT_MAX)
 
 
+def counters_since(now: Any, before: Any) -> Any:
+    """Returns what an engine's counters have grown by since `before`, of the same shape; None counts as nothing."""
+    if before is None:
+        return now
+    if isinstance(now, Mapping):
+        return {name: counters_since(part, before[name]) for name, part in now.items()}
+    if isinstance(now, (list, tuple)):
+        return [counters_since(part, earlier) for part, earlier in zip(now, before, strict=True)]
+    return now - before
+
+
 def latency_of(counts: Sequence[int], sum_ns: int) -> dict[str, Any]:
     """Returns the latencies of blocking lookups as `stats` has them, from an engine's buckets and their sum."""
     return {"counts": list(counts), "sum_ns": sum_ns}

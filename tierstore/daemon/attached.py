@@ -22,7 +22,7 @@ import numpy as np
 from .. import kernels
 from ..backing import Backing
 from ..errors import ConfigError, DaemonError, FingerprintMismatchError, StoreNotReadyError, TierStoreError
-from ..stats import add_counters
+from ..stats import add_counters, counters_since
 from ..store import Store
 from ..tiers.engine import READ_WAIT_S, Engine, Pending, Request
 from ..tiers.native import NativeEngine
@@ -67,6 +67,8 @@ class AttachedBacking(Backing):
         """Attaches; raises what `attach` raises."""
         self._socket, self._io, self._staging_bytes = socket, io, staging_bytes
         self._ended = threading.Event()
+        self._told: Any = None  # the counters that a daemon was told last,
+        self._told_before: Any = None  # and by connections before the one that there is now
         self._channel: Channel | None
         self._channel, link = self._dial(timeout_s)
         self.name = f"{link.opened.image.path} (attached by {socket})"
@@ -113,7 +115,7 @@ class AttachedBacking(Backing):
                     if not self._ended.is_set():
                         logger.warning("%s: detached (%s): lookups go on, and it is looked for", self.name, error)
                 self._channel.close()
-                self._channel = None
+                self._channel, self._told_before = None, self._told
                 pause_s, said = REDIAL_S, ""
                 continue
             if self._ended.wait(pause_s):
@@ -137,7 +139,7 @@ class AttachedBacking(Backing):
             left_s = told_at + TELL_S - time.monotonic()
             if left_s <= 0:
                 told_at = time.monotonic()
-                channel.send({"counters": self.engine.counters()}, timeout_s=SEND_S)
+                self._tell(channel)
                 continue
             try:
                 message, fds = channel.receive(left_s)
@@ -151,11 +153,17 @@ class AttachedBacking(Backing):
             self.engine.retire(old, READ_WAIT_S)
             channel.send({"left": old.version}, timeout_s=SEND_S)
 
+    def _tell(self, channel: Channel) -> None:
+        """Tells what was counted since the connections before this one: what they were told is not told twice."""
+        counters = self.engine.counters()
+        channel.send({"counters": counters_since(counters, self._told_before)}, timeout_s=SEND_S)
+        self._told = counters
+
     def _relink(self) -> None:
         """In a forked child: attaches it by itself; where that cannot be now, it goes on without, and looks for the daemon."""
         if self._channel is not None:
             self._channel.close()  # the parent's; here it would only outlive it
-        self._channel = None
+        self._channel = self._told = self._told_before = None
         self._ended = threading.Event()
         try:
             self._channel, link = self._dial(DIAL_S)
@@ -184,7 +192,7 @@ class AttachedBacking(Backing):
             channel.close()  # a child that never looked up: to end the connection would end its parent's
         elif channel is not None:
             with contextlib.suppress(TierStoreError, TimeoutError, OSError):
-                channel.send({"counters": self.engine.counters()}, timeout_s=SEND_S)
+                self._tell(channel)
             channel.shutdown()
         self._thread.join(END_WAIT_S)
         self.engine.link.opened.close()
