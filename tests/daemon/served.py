@@ -76,7 +76,7 @@ def other_model(folder: Path, fingerprint: str | None = None) -> Model:
 class Traffic:
     """Threads that look up without a pause: every lookup must give all rows of one of the versions, by table and key.
 
-    Leave it by `with`, which ends them and fails where a lookup failed or was wrong. `seen` has the versions that answered.
+    Leave it by `with`, which ends them and fails where a lookup failed or was wrong.
     """
 
     def __init__(self, store: Store, name: str, keys: np.ndarray, *versions: np.ndarray, threads: int = 2) -> None:
@@ -105,7 +105,7 @@ class Traffic:
             found = [number for number, rows in enumerate(self._versions) if np.array_equal(out, rows[part])]
             with self._lock:
                 self.done += 1
-                self.seen = [*self.seen[-9:], *found[:1]]
+                self.seen += found if len(found) == 1 else []
                 if not found:
                     self.faults.append(f"wrong rows of keys {start} and on")
 

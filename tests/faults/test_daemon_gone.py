@@ -60,7 +60,9 @@ def test_lookups_go_on_while_the_daemon_is_gone_and_it_is_found_again(
                 traffic.go_on()
                 least = without["keys"] - before["keys"]
                 assert store.stats()["keys"] > without["keys"]  # counted on, over all engines
-                until(lambda: request(socket, "stat")["counters"]["keys"] > least)  # what no daemon was told of, it is now
+                until(
+                    lambda least=least: request(socket, "stat")["counters"]["keys"] > least
+                )  # what no daemon was told of, it is now
         asked = store.stats()
         assert asked["keys"] == sum(asked["hits"].values()) == sum(sum(o.values()) for o in orders_of(asked))
         assert daemon.end() == 0
@@ -96,7 +98,9 @@ def test_a_daemon_that_comes_back_otherwise_is_used_as_it_is(
             until(lambda: store.stats()["attached"]["now"], BACK_S)
             traffic.go_on()
             stats = store.stats()
-            assert stats["placement"]["epoch"] == {"none": None}.get(again.get("placement", 2), again.get("placement", 2))
+            assert stats["placement"]["epoch"] == {"none": None}.get(
+                again.get("placement", 2), again.get("placement", 2)
+            )
             assert stats["memory"]["budget_bytes"] == again["dram_bytes"]
             keys = random_keys(np.random.default_rng(5), 300)
             np.testing.assert_array_equal(store["layers.14"].lookup(keys), model.expected("layers.14", keys))
@@ -183,12 +187,13 @@ def test_a_client_that_is_dropped_attaches_again_and_is_not_counted_twice(
         for _ in range(3):
             np.testing.assert_array_equal(store[NAME].lookup(KEYS), expected)
             asked = store.stats()["keys"]
-            until(lambda: daemon.stat()["counters"]["keys"] == asked)
+            until(lambda asked=asked: daemon.stat()["counters"]["keys"] == asked)
             (peer,) = daemon._host.clients()
             peer.drop("this is a test")
-            until(lambda: daemon._host.clients() not in ([peer], []))
+            until(lambda peer=peer: daemon._host.clients() not in ([peer], []))
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), expected)
         asked = store.stats()["keys"]
+        until(lambda: store.stats()["attached"]["now"])
         store.close()
         until(lambda: daemon.stat()["clients"]["attached"] == 0)
         assert daemon.stat()["counters"]["keys"] == asked == 4 * int((KEYS >= 0).sum())

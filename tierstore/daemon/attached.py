@@ -171,6 +171,7 @@ class AttachedBacking(Backing):
             logger.warning("%s: a forked child is not attached: %s", self.name, error)
             link = self.engine.link.alone()
         old = self.engine.move_to(link)
+        self.engine.disown(old)
         if old.opened is not link.opened:
             old.opened.close()  # its engine was closed by the fork
         self._start()  # last: what it moves to must not be moved away from
@@ -209,6 +210,7 @@ class AttachedEngine(Engine):
         self._closed = False
         self._renewed: list[Callable[[], Any]] = []
         self._past: Any = None  # counters of engines that are gone
+        self._leaving: list[Link] = []  # moved away from, and not closed yet
         self._lock = threading.Lock()  # of the link, and of what follows from it
         self._child_lock = threading.Lock()
         self.bad_pages = {}
@@ -235,6 +237,7 @@ class AttachedEngine(Engine):
             old, closed = self._link, self._closed
             if not closed:
                 self._take(link)
+                self._leaving.append(old)
         if closed:
             link.close(0)
             raise StoreNotReadyError("the store was closed; open it again")
@@ -248,8 +251,14 @@ class AttachedEngine(Engine):
         """Closes a link that was moved away from, and keeps its counts."""
         ended = old.close(timeout_s)
         with self._lock:
+            self._leaving.remove(old)
             self._past = add_counters(self._past, old.engine.counters())
         return ended
+
+    def disown(self, old: Link) -> None:
+        """Lets go of a link that was moved away from and was a parent's, with its counts."""
+        with self._lock:
+            self._leaving.remove(old)
 
     def _now(self) -> NativeEngine:
         if self._pid != os.getpid():
@@ -298,8 +307,10 @@ class AttachedEngine(Engine):
 
     def counters(self) -> dict[str, Any]:
         with self._lock:
-            total: dict[str, Any] = add_counters(self._past, self._link.engine.counters())
-        return total
+            total: dict[str, Any] = self._past
+            for link in (*self._leaving, self._link):
+                total = add_counters(total, link.engine.counters())
+        return total if self._pid == os.getpid() else counters_since(total, total)
 
     def close(self, timeout_s: float) -> bool:
         with self._lock:  # so that no other link comes after this one
@@ -314,5 +325,5 @@ class AttachedEngine(Engine):
         self._link.engine.after_fork(child=child)
         self._lock.release()
         if child:  # what the parent counted is the parent's, and who held this lock is not here
-            self._past = None
+            self._past, self._leaving = None, []
             self._child_lock = threading.Lock()
