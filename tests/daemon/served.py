@@ -50,6 +50,16 @@ def serving(store: Path, socket: Path, dram_bytes: int, **options: Any) -> Itera
         assert daemon.close()
 
 
+@contextlib.contextmanager
+def killed(child: int) -> Iterator[None]:
+    """Kills a child at the end, whatever came before."""
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def request(socket: Path, do: str, **more: Any) -> dict[str, Any]:
     """A daemon's answer to an administrator."""
     return ask(socket, {"do": do, **more}, timeout_s=WAIT_S)
