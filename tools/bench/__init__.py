@@ -23,9 +23,10 @@ BENCHMARKS = {
     "decode": "One token at a time: latencies, submit and wait, many threads.",
     "trace": "Real text: hit rates by budget, and a prefill of half hits, half misses.",
     "scale": "Cost of a row as the table grows.",
+    "serve": "A daemon's clients, beside stores in process; its changes while they look up.",
     "peers": "NumPy, torch, LMDB, RocksDB, Redis and Mooncake on the same keys.",
 }
-SIZE_HELP = "Bytes of the table.  [default: build 2GiB, others 8GiB]"
+SIZE_HELP = "Bytes of the table.  [default: build and serve 2GiB, others 8GiB]"
 TRACE_HELP = "For trace: a .trace of tokens, .npy of int32 or int64, or .zst of int32.  [default: this machine's text]"
 
 

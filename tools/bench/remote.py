@@ -62,15 +62,17 @@ bare.stop(None)
 """
 
 
-def measure(url: str, *, tokens: int = TOKENS, bare: str | None = None, **access: Any) -> dict[str, float]:
+def measure(
+    url: str, *, tokens: int = TOKENS, keys: np.ndarray | None = None, bare: str | None = None, **access: Any
+) -> dict[str, float]:
     """Returns one token's p50 in us, and MB (10^6 bytes) of rows a second of batches, of the first table: medians. Blocks.
 
-    bare: the address of a server of bare gRPC, whose figures are then returned too. access: as `connect_remote` takes it.
+    keys: int64 [N, O], to draw from; None: from all there are. bare: the address of a server of bare gRPC, whose figures are then returned too. access: as `connect_remote` takes it.
     """
     with connect_remote(url, **access) as store, contextlib.ExitStack() as stack:
         table = next(iter(store.tables.values()))
         token_bytes = table.spec.num_heads * table.spec.row_bytes
-        sides: dict[str, Side] = {"": _side(table, tokens)}
+        sides: dict[str, Side] = {"": _side(table, tokens, keys)}
         if bare is not None:
             sides["bare_"] = stack.enter_context(_bare_side(bare, token_bytes))
         figures: dict[str, list[float]] = {}
@@ -93,11 +95,14 @@ def _seconds(look_up: Side, tokens: int, times: int) -> list[float]:
     return seconds
 
 
-def _side(table: Table, tokens_max: int) -> Side:
-    """Lookups of keys that are drawn once, from all there are, and lie in another order each time."""
+def _side(table: Table, tokens_max: int, drawn_from: np.ndarray | None) -> Side:
+    """Lookups of keys that are drawn once, from all there are where none are given, and lie in another order each time."""
     spec, generator = table.spec, np.random.default_rng(0)
     key_end = spec.num_rows if spec.is_plain else 2**63 - 1
-    keys = generator.integers(0, key_end, (64 * tokens_max, len(spec.orders)), dtype=np.int64)
+    if drawn_from is None:
+        keys = generator.integers(0, key_end, (64 * tokens_max, len(spec.orders)), dtype=np.int64)
+    else:
+        keys = drawn_from[generator.integers(0, len(drawn_from), 64 * tokens_max)]
     out = np.ones((tokens_max, spec.num_heads, spec.row_bytes), dtype=np.uint8)
 
     def look_up(tokens: int) -> object:

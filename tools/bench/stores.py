@@ -96,10 +96,11 @@ def rows_per_head(table_bytes: int) -> int:
     return max(16, table_bytes // (ROWS_PER_TOKEN * ROW_BYTES))
 
 
-def make_store(folder: Path, num_rows: int, token_map: np.ndarray | None = None) -> MadeStore:
+def make_store(folder: Path, num_rows: int, token_map: np.ndarray | None = None, seed: int = 0) -> MadeStore:
     """Makes, or finds, the store of a table of about `num_rows` rows under `folder`. Blocks: some 300 MiB a second.
 
-    token_map: of the text that is to be profiled; the store then carries its hash. What an interrupted run began is resumed.
+    token_map: of the text that is to be profiled; the store then carries its hash. seed: of the block's rows, one in a folder:
+    another version of the same table lies in another folder. What an interrupted run began is resumed.
     Raises what `build_store` raises (`BudgetError` where the disk has no room).
     """
     heads = v41_hash(max(16, num_rows // ROWS_PER_TOKEN), token_map)
@@ -112,13 +113,19 @@ def make_store(folder: Path, num_rows: int, token_map: np.ndarray | None = None)
         folder / FOLDER / (f"rows-{spec.num_rows}" if token_map is None else f"rows-{spec.num_rows}-{fingerprint[:8]}")
     )
     block_file = folder / FOLDER / BLOCK_FILE
-    block = _block(block_file)
+    _make_block(block_file, seed)
     with Progress(f"making a table of {format_bytes(spec.table_bytes)}") as progress:
-        origin = {"digest": digest, "made_by": "tierstore bench", "files": []}
+        origin = {"digest": digest, "seed": seed, "made_by": "tierstore bench", "files": []}
         attachments = {} if token_map is None else heads.attachments()
         build_store(path, [_source(spec, block_file)], origin=origin, attachments=attachments, on_progress=progress)
+    return find_store(path)
+
+
+def find_store(path: Path) -> MadeStore:
+    """Returns a store that was made; raises what reading its catalog raises."""
     image = read_catalog(path)
     files = [path / record.file for _, record in sorted(image.shards[TABLE].items())]
+    block = np.memmap(path.parent / BLOCK_FILE, dtype=np.uint8, mode="r", shape=(BLOCK_ROWS, ROW_BYTES))
     return MadeStore(path, image.tables[TABLE], block, files)
 
 
@@ -150,14 +157,13 @@ def key_pairs(keys: np.ndarray) -> np.ndarray:
     return np.stack([order_index, keys.reshape(-1)], axis=1)
 
 
-def _block(file: Path) -> np.ndarray:
-    """Returns the block, uint8 [BLOCK_ROWS, R], read from its file, which is written where it is missing or short."""
-    shape = (BLOCK_ROWS, ROW_BYTES)
+def _make_block(file: Path, seed: int) -> None:
+    """Writes the block, uint8 [BLOCK_ROWS, R], where its file is missing or short."""
     if not file.exists() or file.stat().st_size != BLOCK_ROWS * ROW_BYTES:
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8).tofile(file.with_suffix(".new"))
+        rows = np.random.default_rng(seed).integers(0, 256, (BLOCK_ROWS, ROW_BYTES), dtype=np.uint8)
+        rows.tofile(file.with_suffix(".new"))
         file.with_suffix(".new").rename(file)
-    return np.memmap(file, dtype=np.uint8, mode="r", shape=shape)
 
 
 def _source(spec: TableSpec, block_file: Path) -> TableSource:

@@ -1,0 +1,250 @@
+"""`tierstore bench serve`: lookups through a daemon's shared memory, beside the same lookups in a store of one's own.
+
+Flows in: a table, of which a working set fits the budget: half of it static by a placement, half in the recency cache. Flows
+out: rates of attached lookups beside those in process, of one process and of many; how even many clients fare; what memory all
+take together; lookups by gRPC; and what `serve_changes` measures, of changes while clients look up. The daemon is a process of
+its own, and so is each of many clients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import tierstore
+from tierstore.errors import ConfigError
+from tierstore.formats.catalog import set_epoch
+from tierstore.place import Chosen, place_entries, prune_placements
+from tierstore.units import format_bytes
+
+from . import page_cache, remote, serve_changes, stores
+from .clients import Clients
+from .pairs import Comparison, Figure, Options, Result, interleave
+from .served import Served, proportional_bytes
+from .stores import MadeStore
+
+SIZE_BYTES = 2 << 30
+SET_PART = 16  # the working set is this part of the table
+DRAM_FACTOR = 2.75  # budget for each byte of the working set,
+STATIC_FRACTION = 0.4  # of which so much is for the static half
+DRAM_BYTES_MIN = 8 << 20
+TOKENS, ONE_TOKEN_LOOKUPS = 2048, 2000
+BATCHES_A_ROUND = 8
+SETTLE_ROUNDS_MAX, SETTLE_PAUSE_S = 20, 0.2  # the daemon reads what attached lookups missed within that
+HELD_SHARE_MIN = 0.95
+CLIENTS, MANY_CLIENTS, OWN_STORES = 8, 64, 2
+CLIENTS_MAX = 80  # of the daemon
+STRETCH_S, MANY_STRETCH_S = 1.0, 3.0
+REMOTE_LOOKUPS, REMOTE_BATCHES = 1000, 40
+SECOND_FOLDER, SECOND_SEED = "second", 1  # of the version that is swapped in
+MIB = 1 << 20
+ATTACHED, OWN = "attached", "in process"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured on. second: another version; keys: int64 [N, O], the working set; work: a folder for sockets."""
+
+    made: MadeStore
+    second: MadeStore
+    keys: np.ndarray
+    dram_bytes: int
+    work: Path
+    options: Options
+
+    def serve(self, name: str, *options: str) -> Served:
+        """Starts a daemon of the store, without replans but those that are asked for."""
+        return Served(
+            self.made.path, self.work / f"{name}.sock", self.dram_bytes,
+            "--replan", "off", "--clients", str(CLIENTS_MAX), *options,
+        )  # fmt: skip
+
+    def save(self, keys: np.ndarray) -> Path:
+        """Writes keys where client processes find them."""
+        np.save(self.work / "keys.npy", keys)
+        return self.work / "keys.npy"
+
+
+def run(folder: Path, options: Options) -> Result:
+    """Measures a daemon and its clients. Needs twice the table's size on disk (2 GiB by default); both stay for the next run."""
+    size_bytes = options.size_bytes or SIZE_BYTES
+    made = stores.make_store(folder, size_bytes // stores.ROW_BYTES)
+    second_folder = folder / stores.FOLDER / SECOND_FOLDER
+    second = stores.make_store(second_folder, size_bytes // stores.ROW_BYTES, seed=SECOND_SEED)
+    set_bytes = size_bytes // SET_PART
+    dram_bytes = options.dram_bytes or max(int(set_bytes * DRAM_FACTOR), DRAM_BYTES_MIN)
+    keys = stores.fresh_keys(np.random.default_rng(), set_bytes // (stores.ROWS_PER_TOKEN * stores.ROW_BYTES))
+    result = Result(f"serve, {format_bytes(set_bytes)} of a table of {format_bytes(made.spec.table_bytes)}, all hits")
+    with tempfile.TemporaryDirectory(dir=folder, prefix="tierstore-bench-") as work:
+        setting = Setting(made, second, keys, dram_bytes, Path(work), options)
+        with _half_placed(made, keys):
+            page_cache.drop(made.files)
+            with setting.serve("steady", "--listen", "127.0.0.1:0") as served:
+                result.figures += serve_changes.readiness(served)
+                held = _measure_one_process(setting, served, result)
+                _measure_together(setting, served, held, result)
+                _measure_many(setting, served, held, result)
+                _measure_remote(served, held, result)
+            serve_changes.measure(setting, result)
+        serve_changes.measure_shift(setting, result)
+    result.facts |= {"DRAM budget, of the daemon and of each store in process": format_bytes(dram_bytes)}
+    result.facts["load average at the end, on so many cores"] = (round(os.getloadavg()[0], 1), os.cpu_count())
+    return result
+
+
+@contextlib.contextmanager
+def _half_placed(made: MadeStore, keys: np.ndarray) -> Iterator[None]:
+    """Places the first half of the keys' entries; the next run begins without a placement again."""
+    pairs = stores.key_pairs(keys[: len(keys) // 2])
+    order_index, placed_keys = pairs[:, 0].astype(np.uint8), np.ascontiguousarray(pairs[:, 1])
+    place_entries(made.path, {stores.TABLE: Chosen(order_index, placed_keys, STATIC_FRACTION)})
+    try:
+        yield
+    finally:
+        set_epoch(made.path, None)
+        prune_placements(made.path, 0)
+
+
+def _measure_one_process(setting: Setting, served: Served, result: Result) -> np.ndarray:
+    """One process that has the store both ways; returns the keys that both hold."""
+    tokens = setting.options.tokens or TOKENS
+    with (
+        tierstore.connect(served.socket) as attached,
+        tierstore.open(setting.made.path, dram=setting.dram_bytes) as own,
+    ):
+        tables = {ATTACHED: attached[stores.TABLE], OWN: own[stores.TABLE]}
+        held = _settled(setting, tables)
+        generator, out = np.random.default_rng(), stores.rows_buffer(tokens)
+
+        def one_token(table: tierstore.Table) -> float:
+            parts, row = list(held[generator.integers(0, len(held), (ONE_TOKEN_LOOKUPS, 1))]), stores.rows_buffer(1)
+            lookup, clock, seconds = table.lookup, time.perf_counter, []
+            for part in parts:
+                started = clock()
+                lookup(part, row)
+                seconds.append(clock() - started)
+            return statistics.median(seconds)
+
+        def batches(table: tierstore.Table) -> float:
+            drawn = list(held[generator.integers(0, len(held), (BATCHES_A_ROUND, tokens))])
+            started = time.perf_counter()
+            for keys in drawn:
+                table.lookup(keys, out)
+            return time.perf_counter() - started
+
+        misses = _misses(attached, own)
+        _compare(result, "one token, p50, through Python", 1, one_token, tables, setting.options)
+        _compare(result, f"{tokens:,} tokens", BATCHES_A_ROUND * tokens, batches, tables, setting.options)
+        result.facts["keys that missed in one process's runs"] = _misses(attached, own) - misses
+    return held
+
+
+def _compare(
+    result: Result,
+    case: str,
+    tokens: int,
+    seconds_of: Callable[[tierstore.Table], float],
+    tables: Mapping[str, tierstore.Table],
+    options: Options,
+) -> None:
+    sides = {side: (lambda table=table: seconds_of(table)) for side, table in tables.items()}
+    seconds = interleave(sides, options.pairs)
+    result.comparisons.append(Comparison(case, "row", tokens * stores.ROWS_PER_TOKEN, seconds, {OWN: 0.9}, ATTACHED))
+
+
+def _settled(setting: Setting, tables: Mapping[str, tierstore.Table]) -> np.ndarray:
+    """Looks all keys up, checking their rows, until no table reads from disk any more; returns the keys that all hold."""
+    in_memory = [tierstore.kernels.SOURCES.index(source) for source in ("static", "recency")]
+    for _ in range(SETTLE_ROUNDS_MAX):
+        for start in range(0, len(setting.keys), 512):
+            part = setting.keys[start : start + 512]
+            for table in tables.values():
+                setting.made.check(part, table.lookup(part))
+        held = np.ones(len(setting.keys), dtype=bool)
+        for table in tables.values():
+            held &= np.isin(table.locate(setting.keys), in_memory).all(axis=1)
+        if held.all():
+            break
+        time.sleep(SETTLE_PAUSE_S)
+    if held.mean() < HELD_SHARE_MIN:
+        raise ConfigError(f"--dram {setting.dram_bytes}: {held.mean():.0%} of the working set is held; give more")
+    return setting.keys[held]
+
+
+def _misses(*all_stores: tierstore.Store) -> int:
+    return sum(int(store.stats()["hits"]["nvme"]) for store in all_stores)
+
+
+def _measure_together(setting: Setting, served: Served, held: np.ndarray, result: Result) -> None:
+    """Attached processes together, beside as many stores in process as there are cores; and what memory the former take."""
+    file, tokens = setting.save(held), setting.options.tokens or TOKENS
+    misses = 0
+    with (
+        Clients(setting.made.path, file, CLIENTS, socket=str(served.socket)) as attached,
+        Clients(setting.made.path, file, OWN_STORES, dram=setting.dram_bytes) as own,
+    ):
+        subject, other = f"{CLIENTS} {ATTACHED} processes", f"{OWN_STORES} processes, a store {OWN} each"
+
+        def seconds_of(clients: Clients, batch: int) -> float:
+            """Seconds of the whole host for one lookup."""
+            nonlocal misses
+            answers = clients.stretch(batch, STRETCH_S)
+            misses += sum(answer["misses"] for answer in answers)
+            return STRETCH_S / max(1, sum(answer["lookups"] for answer in answers))
+
+        for batch in (1, tokens):
+            sides = {
+                side: (lambda clients=clients, batch=batch: seconds_of(clients, batch))
+                for side, clients in ((subject, attached), (other, own))
+            }
+            seconds = interleave(sides, setting.options.pairs)
+            case = f"{'one token' if batch == 1 else f'{batch:,} tokens'}, all processes together"
+            rows = batch * stores.ROWS_PER_TOKEN
+            result.comparisons.append(Comparison(case, "row", rows, seconds, {other: 0.9}, subject))
+        result.facts["keys that missed in runs of all processes together"] = misses
+        taken = proportional_bytes([served.pid, *attached.pids])
+    budget_bytes = served.stat()["memory"]["budget_bytes"]
+    result.figures += [
+        Figure(
+            f"shared memory of the daemon and {CLIENTS} clients (PSS), part of one budget",
+            "%", [100 * taken["Pss_Shmem"] / budget_bytes], bound=100.0,
+        ),
+        Figure("the same with all else that these processes take", "MiB", [taken["Pss"] / MIB]),
+        Figure("one budget", "MiB", [budget_bytes / MIB]),
+    ]  # fmt: skip
+
+
+def _measure_many(setting: Setting, served: Served, held: np.ndarray, result: Result) -> None:
+    """How even many clients fare that look up one token at a time."""
+    shares, together = [], []
+    with Clients(setting.made.path, setting.save(held), MANY_CLIENTS, socket=str(served.socket)) as clients:
+        for _ in range(setting.options.pairs):
+            lookups = [answer["lookups"] for answer in clients.stretch(1, MANY_STRETCH_S)]
+            shares.append(min(lookups) / statistics.mean(lookups))
+            together.append(sum(lookups) / MANY_STRETCH_S)
+    case = f"{MANY_CLIENTS} clients of one token: "
+    result.figures.append(Figure(f"{case}the slowest, part of their mean", "", shares, bound=0.5, at_least=True))
+    result.figures.append(Figure(f"{case}together", "lookups/s", together))
+
+
+def _measure_remote(served: Served, held: np.ndarray, result: Result) -> None:
+    """The daemon's own gRPC, over the loopback."""
+    url = f"grpc://{served.stat()['remote']['address']}"
+    found = remote.measure(url, table=stores.TABLE, keys=held, lookups=REMOTE_LOOKUPS, batches=REMOTE_BATCHES)
+    most_us, least_mb = remote.TARGETS["one_token_p50_us"], remote.TARGETS["streamed_mb_per_s"]
+    result.figures += [
+        Figure("gRPC over the loopback: one token, p50", "us", [found["one_token_p50_us"]], bound=most_us),
+        Figure("gRPC over the loopback: one token, p99", "us", [found["one_token_p99_us"]]),
+        Figure(
+            f"gRPC over the loopback: batches of {remote.TOKENS:,} tokens",
+            "MB/s", [found["streamed_mb_per_s"]], bound=least_mb, at_least=True,
+        ),
+    ]  # fmt: skip
