@@ -163,10 +163,12 @@ def _timed(
     late = end is not None and clock() > start
     time.sleep(max(0.0, start - clock()))
     stamps = array("d", [clock()])
-    while stamps[-1] < end if end is not None else not select.select([lines], [], [], 0)[0]:
+    ended = False
+    while not ended:
         for _ in between_looks:
             lookup(next(parts), out)
             stamps.append(clock())
+        ended = stamps[-1] >= end if end is not None else bool(select.select([lines], [], [], 0)[0])
     if end is None:
         lines.readline()
     times = np.array(stamps)
