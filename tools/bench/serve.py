@@ -25,7 +25,7 @@ from tierstore.formats.catalog import set_epoch
 from tierstore.place import Chosen, place_entries, prune_placements
 from tierstore.units import format_bytes
 
-from . import page_cache, remote, serve_changes, stores
+from . import remote, serve_changes, stores
 from .clients import Clients
 from .pairs import Comparison, Figure, Options, Result, interleave
 from .served import Served, proportional_bytes
@@ -86,9 +86,8 @@ def run(folder: Path, options: Options) -> Result:
     with tempfile.TemporaryDirectory(dir=folder, prefix="tierstore-bench-") as work:
         setting = Setting(made, second, keys, dram_bytes, Path(work), options)
         with _half_placed(made, keys):
-            page_cache.drop(made.files)
+            serve_changes.measure_readiness(setting, result)
             with setting.serve("steady", "--listen", "127.0.0.1:0") as served:
-                result.figures += serve_changes.readiness(served)
                 held = _measure_one_process(setting, served, result)
                 _measure_together(setting, served, held, result)
                 _measure_many(setting, served, held, result)
