@@ -16,7 +16,7 @@ from tierstore import kernels
 from tierstore.errors import BudgetError, ConfigError, DaemonError
 from tierstore.formats.catalog import read_catalog
 from tierstore.tools.bench import clients as clients_module
-from tierstore.tools.bench import serve, serve_changes, stores
+from tierstore.tools.bench import remote, serve, serve_changes, stores
 from tierstore.tools.bench.clients import Clients
 from tierstore.tools.bench.pairs import Options, Result
 from tierstore.tools.bench.served import Served, proportional_bytes
@@ -47,8 +47,8 @@ def keys_file(folder: Path) -> Path:
 def few_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer lookups and clients than a figure needs: here only what is recorded counts."""
     for module, sizes in {
-        serve: {"ONE_TOKEN_LOOKUPS": 50, "CLIENTS": 3, "MANY_CLIENTS": 4, "STRETCH_S": 0.05, "MANY_STRETCH_S": 0.05,
-                "REMOTE_LOOKUPS": 20, "REMOTE_BATCHES": 3},
+        serve: {"ONE_TOKEN_LOOKUPS": 50, "CLIENTS": 3, "MANY_CLIENTS": 4, "STRETCH_S": 0.05, "MANY_STRETCH_S": 0.05},
+        remote: {"ROUNDS": 2, "ONES": 10, "BATCHES": 2},
         serve_changes: {"QUIET_S": 0.1, "SHIFT_TOKENS": 5000},
     }.items():  # fmt: skip
         for name, value in sizes.items():

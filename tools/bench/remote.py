@@ -67,7 +67,8 @@ def measure(
 ) -> dict[str, float]:
     """Returns one token's p50 in us, and MB (10^6 bytes) of rows a second of batches, of the first table: medians. Blocks.
 
-    keys: int64 [N, O], to draw from; None: from all there are. bare: the address of a server of bare gRPC, whose figures are then returned too. access: as `connect_remote` takes it.
+    keys: int64 [N, O], to draw from; None: from all there are. bare: the address of a server of bare gRPC, whose figures are
+    then returned too. access: as `connect_remote` takes it.
     """
     with connect_remote(url, **access) as store, contextlib.ExitStack() as stack:
         table = next(iter(store.tables.values()))
