@@ -30,7 +30,7 @@ types: install
 suite: install
 	$(BIN)/python -m pytest
 
-# The C++ lookup path under the sanitizers. The writer that is killed step by step stays out: its children never end by themselves.
+# The C++ tests under the sanitizers. The writer that is killed step by step stays out: its children never end by themselves.
 sanitize: install
 	TIERSTORE_TEST_CXXFLAGS="-O1 -fsanitize=thread -Wno-tsan" $(BIN)/python -m pytest tests/kernels/test_cpp.py -k "not kill"
 	TIERSTORE_TEST_CXXFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -116,64 +118,68 @@ def test_no_reports_and_no_room_are_nothing() -> None:
 def test_of_many_threads_every_report_is_taken_once_lost_or_dropped(num_threads: int, batch: int) -> None:
     block = fresh_block()
     reader = kernels.ReportReader(block)
-    num_each = 30_000 if batch == 1 else 300_000
-    written = [told(np.arange(num_each) + thread * num_each) for thread in range(num_threads)]
+    enough = threading.Event()
+    written = [0] * num_threads
 
-    def write(reports: np.ndarray) -> None:
+    def write(thread: int) -> None:
         writer = kernels.ReportWriter(block)
-        for start in range(0, num_each, batch):
-            writer.add(reports[start : start + batch])
+        while not enough.is_set():
+            start = thread * 10**12 + written[thread]
+            writer.add(told(np.arange(start, start + batch)))
+            written[thread] += batch
 
-    threads = [threading.Thread(target=write, args=(reports,)) for reports in written]
+    threads = [threading.Thread(target=write, args=(thread,)) for thread in range(num_threads)]
     for thread in threads:
         thread.start()
-    taken, out = [np.zeros(0, dtype=REPORT)], np.zeros(NUM_RECORDS, dtype=REPORT)
-    while any(thread.is_alive() for thread in threads):
-        taken.append(out[: reader.take(out)].copy())
+    taken = [take_until(reader, 3000 if batch == 1 else 100_000)]
+    enough.set()
     for thread in threads:
         thread.join(WAIT_S)
     taken.append(drain(reader))
     reports = np.concatenate(taken)
     np.testing.assert_array_equal(reports, told(reports["key"]))
-    assert len(np.unique(reports["key"])) == len(reports) > 0
-    assert 0 <= reports["key"].min() <= reports["key"].max() < num_threads * num_each
-    assert len(reports) + reader.lost + reader.dropped == num_threads * num_each
+    assert len(np.unique(reports["key"])) == len(reports)
+    assert np.all(reports["key"] % 10**12 < np.array(written)[reports["key"] // 10**12])
+    assert len(reports) + reader.lost + reader.dropped == sum(written)
 
 
-# A client in a process of its own: block's descriptor, first name, how many reports, batch. Says when it has begun.
+# A client in a process of its own reports start, start + 1, .. until its input ends, then says how many. Arguments: the block's
+# descriptor, the start, how many at once.
 CLIENT = """
-import mmap, sys
+import mmap, select, sys
 import numpy as np
 sys.path[:0] = [{tests!r}]
 from test_reports_kernel import told
 from tierstore import kernels
-descriptor, start, count, batch = map(int, sys.argv[1:])
+descriptor, start, batch = map(int, sys.argv[1:])
 block = np.frombuffer(mmap.mmap(descriptor, kernels.CLIENT_BLOCK_BYTES), dtype=np.uint8)
-writer = kernels.ReportWriter(block)
-reports = told(np.arange(start, start + count))
-print("begun", flush=True)
-while True:
-    for at in range(0, count, batch):
-        writer.add(reports[at : at + batch])
-    if sys.stdin.readline() != "again\\n":
-        break
-    print("begun", flush=True)
+writer, count = kernels.ReportWriter(block), 0
+while not select.select([sys.stdin], [], [], 0)[0]:
+    writer.add(told(np.arange(start + count, start + count + batch)))
+    count += batch
+print(count)
 """
 
 
-def start_client(descriptor: int, start: int, count: int, batch: int) -> subprocess.Popen[str]:
+def start_client(descriptor: int, start: int, batch: int) -> subprocess.Popen[str]:
     code = CLIENT.format(tests=str(Path(__file__).parent))
-    arguments = [sys.executable, "-c", code, *(str(number) for number in (descriptor, start, count, batch))]
-    client = subprocess.Popen(
-        arguments, pass_fds=[descriptor], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert client.stdout is not None
-    assert client.stdout.readline() == "begun\n"
-    return client
+    arguments = [sys.executable, "-c", code, *(str(number) for number in (descriptor, start, batch))]
+    return subprocess.Popen(arguments, pass_fds=[descriptor], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def take_until(reader: kernels.ReportReader, wanted: int) -> np.ndarray:
+    """Takes so many reports or more, while they come; fails where none have for WAIT_S."""
+    parts, out, num_taken = [], np.zeros(NUM_RECORDS, dtype=REPORT), 0
+    deadline = time.monotonic() + WAIT_S
+    while num_taken < wanted:
+        assert time.monotonic() < deadline, f"{num_taken:,} of {wanted:,} reports came in {WAIT_S} s"
+        parts.append(out[: reader.take(out)].copy())
+        num_taken += len(parts[-1])
+    return np.concatenate(parts)
 
 
 @pytest.fixture
-def shared() -> tuple[int, np.ndarray]:
+def shared() -> Iterator[tuple[int, np.ndarray]]:
     descriptor = os.memfd_create("reports")
     os.ftruncate(descriptor, CLIENT_BLOCK_BYTES)
     block = np.frombuffer(mmap.mmap(descriptor, CLIENT_BLOCK_BYTES), dtype=np.uint8)
@@ -185,52 +191,37 @@ def shared() -> tuple[int, np.ndarray]:
 def test_two_processes_report_into_one_block(shared: tuple[int, np.ndarray]) -> None:
     descriptor, block = shared
     reader = kernels.ReportReader(block)
-    count = 400_000
-    clients = [start_client(descriptor, start, count, 100) for start in (0, count)]
-    taken, out = [np.zeros(0, dtype=REPORT)], np.zeros(NUM_RECORDS, dtype=REPORT)
-    for client in clients:
-        assert client.stdin is not None
-        client.stdin.close()
-    while any(client.poll() is None for client in clients):
-        taken.append(out[: reader.take(out)].copy())
-    for client in clients:
-        assert client.wait(WAIT_S) == 0
-        assert client.stdout is not None
-        client.stdout.close()
+    clients = [start_client(descriptor, start, 100) for start in (0, 10**12)]
+    taken = [take_until(reader, 100_000)]
+    while not (taken[-1]["key"] >= 10**12).any() or not (taken[-1]["key"] < 10**12).any():
+        taken.append(take_until(reader, 100_000))  # until both are at it
+    written = [int(client.communicate(timeout=WAIT_S)[0]) for client in clients]
     taken.append(drain(reader))
     reports = np.concatenate(taken)
     np.testing.assert_array_equal(reports, told(reports["key"]))
-    assert len(np.unique(reports["key"])) == len(reports) > NUM_RECORDS
-    assert len(reports) + reader.lost + reader.dropped == 2 * count
+    assert len(np.unique(reports["key"])) == len(reports)
+    assert np.all(reports["key"] % 10**12 < np.where(reports["key"] < 10**12, *written))
+    assert len(reports) + reader.lost + reader.dropped == sum(written)
 
 
 def test_a_writer_killed_again_and_again_leaves_a_ring_that_works(shared: tuple[int, np.ndarray]) -> None:
     descriptor, block = shared
     reader, writer = kernels.ReportReader(block), kernels.ReportWriter(block)
-    count, names = 2_000_000, []
-    for round_ in range(8):
-        client = start_client(descriptor, round_ * count, count, 5000)
-        out = np.zeros(NUM_RECORDS, dtype=REPORT)
-        for _ in range(50 * (round_ + 1)):
-            reports = out[: reader.take(out)]
-            np.testing.assert_array_equal(reports, told(reports["key"]))
-            names.append(reports["key"].copy())
-        client.send_signal(signal.SIGKILL)
-        client.wait(WAIT_S)
-        for pipe in (client.stdin, client.stdout):
-            assert pipe is not None
-            pipe.close()
-        reports = drain(reader)
+    names = []
+    for client_number in range(4):
+        with start_client(descriptor, client_number * 10**12, 5000) as client:
+            reports = take_until(reader, 20_000)
+            client.send_signal(signal.SIGKILL)
+            assert client.wait(WAIT_S) == -signal.SIGKILL
+        reports = np.concatenate([reports, drain(reader)])
         np.testing.assert_array_equal(reports, told(reports["key"]))
-        names.append(reports["key"].copy())
-        assert reader.take(out) == 0
-        lost = reader.lost
-        own = told(-1 - np.arange(NUM_RECORDS))
+        names.append(reports["key"])
+        lost, own = reader.lost, told(-1 - np.arange(NUM_RECORDS))
         writer.add(own)
         np.testing.assert_array_equal(drain(reader), own)
         assert reader.lost == lost
     taken = np.concatenate(names)
-    assert len(np.unique(taken)) == len(taken) > NUM_RECORDS
+    assert len(np.unique(taken)) == len(taken)
 
 
 def reserve(block: np.ndarray, count: int) -> None:

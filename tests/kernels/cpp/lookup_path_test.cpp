@@ -14,28 +14,16 @@
 #include <vector>
 
 #include <fcntl.h>
-#include <signal.h>
 #include <sys/mman.h>
-#include <sys/ptrace.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
+#include "checks.h"
 #include "engine.h"
 #include "reports.h"
 
 using namespace tierstore;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(holds)                                                      \
-  do {                                                                    \
-    if (!(holds)) {                                                       \
-      std::printf("%s:%d: %s does not hold\n", __FILE__, __LINE__, #holds); \
-      ++failures;                                                         \
-    }                                                                     \
-  } while (0)
 
 constexpr size_t kEntryBytes = 2112;
 
@@ -52,21 +40,6 @@ bool entry_is_whole(const uint8_t* entry, size_t num_bytes, uint8_t order, int64
   fill_entry(expected.data(), num_bytes, order, key);
   return std::memcmp(entry, expected.data(), num_bytes) == 0;
 }
-
-uint64_t next_random(uint64_t& state) {
-  state = state * 6364136223846793005ull + 1442695040888963407ull;
-  return state >> 33;
-}
-
-struct Block {
-  explicit Block(size_t num_bytes, int flags = MAP_PRIVATE) : num_bytes(num_bytes) {
-    data = static_cast<uint8_t*>(mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, flags | MAP_ANONYMOUS, -1, 0));
-    if (data == MAP_FAILED) std::abort();
-  }
-  ~Block() { munmap(data, num_bytes); }
-  uint8_t* data;
-  size_t num_bytes;
-};
 
 void test_cache() {
   constexpr size_t kSets = 16;
@@ -418,31 +391,6 @@ void test_changing_epochs(const Files& files) {
               static_cast<unsigned long long>(engine->table_counters[0].static_hits[0].load()));
 }
 
-// Runs `offer` in a child, stops it after `steps` instructions and kills it there. Returns false where the child ended before.
-bool offer_and_kill(EntryCache& cache, int64_t key, long steps) {
-  const pid_t child = fork();
-  if (child == 0) {
-    std::vector<uint8_t> entry(kEntryBytes);
-    fill_entry(entry.data(), kEntryBytes, 1, key);
-    ptrace(PTRACE_TRACEME, 0, nullptr, nullptr);
-    raise(SIGSTOP);
-    cache.offer(1, key, entry.data());
-    raise(SIGSTOP);
-    _exit(0);
-  }
-  int status = 0;
-  waitpid(child, &status, 0);
-  bool ended = false;
-  for (long step = 0; step < steps && !ended; ++step) {
-    if (ptrace(PTRACE_SINGLESTEP, child, nullptr, nullptr) != 0) std::exit(77);  // not allowed here
-    waitpid(child, &status, 0);
-    ended = !WIFSTOPPED(status) || WSTOPSIG(status) == SIGSTOP;
-  }
-  kill(child, SIGKILL);
-  waitpid(child, &status, 0);
-  return !ended;
-}
-
 void test_kill() {
   constexpr size_t kSets = 1;
   Block block(EntryCache::block_bytes(kSets, kEntryBytes), MAP_SHARED);
@@ -456,7 +404,8 @@ void test_kill() {
       fill_entry(entry.data(), kEntryBytes, 1, key);
       cache.offer(1, key, entry.data());
     }
-    more = offer_and_kill(cache, 8, steps);
+    fill_entry(entry.data(), kEntryBytes, 1, 8);
+    more = run_and_kill([&] { cache.offer(1, 8, entry.data()); }, steps);
     const auto check_all = [&] {
       for (int64_t key = 0; key < 10; ++key) {
         const Probe probe = cache.probe(cache.find_set(1, key), 1, key);
