@@ -43,7 +43,9 @@ class Table:
         if rows is None and isinstance(keys, np.ndarray) and keys.ndim == 2:
             rows = np.empty((keys.shape[0], *self._rows_shape), dtype=np.uint8)
         outcome = self._try_lookup(self.index, keys, rows)
-        if outcome is None and rows is not None:  # as nearly always: what follows is a noticeable part of the shortest lookup
+        if (
+            outcome is None and rows is not None
+        ):  # as nearly always: what follows is a noticeable part of the shortest lookup
             return rows
         if outcome is not False:
             self._engine.check(outcome)

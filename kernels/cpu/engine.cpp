@@ -47,7 +47,8 @@ struct Engine::Runtime {
   std::list<std::shared_ptr<Job>> unfinished;  // all that were submitted and are not done
   std::vector<std::thread> workers;
   size_t lanes_max;
-  bool stopping = false;
+  bool stopping = false;  // somebody closes the engine,
+  bool ended = false;     // and has: nothing of this is used any more
 };
 
 Engine::Engine(std::vector<Table> tables, const EngineShape& shape)
@@ -315,6 +316,7 @@ bool Engine::close(double limit_s) {
                                                                  seconds(limit_s));
     if (!runtime.job_ended.wait_until(lock, deadline, [&] { return runtime.unfinished.empty(); })) return false;
     if (!runtime.use_ended.wait_until(lock, deadline, [&] { return gate_->is_empty(); })) return false;
+    if (runtime.stopping) return runtime.use_ended.wait_until(lock, deadline, [&] { return runtime.ended; });
     runtime.stopping = true;
   }
   runtime.work_came.notify_all();
@@ -323,6 +325,9 @@ bool Engine::close(double limit_s) {
   runtime.free.clear();
   runtime.lanes.clear();
   runtime.pool.reset();
+  const std::lock_guard<std::mutex> lock(runtime.mutex);
+  runtime.ended = true;
+  runtime.use_ended.notify_all();
   return true;
 }
 

@@ -109,7 +109,7 @@ class Engine {
   // The same by a worker: the first reads are in flight when it returns, unless every lane is busy.
   void submit(const std::shared_ptr<Job>& job);
 
-  // Waits at most `seconds` for uses and jobs to end, then stops the workers. Returns whether all ended.
+  // Waits at most `seconds` for uses and jobs to end, then stops the workers. Returns whether all ended. Any threads may call it.
   bool close(double seconds);
 
   // Around a fork, in this order; locks are held between the two. Attached to a daemon, the child's engine is closed: the block

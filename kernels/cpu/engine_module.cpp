@@ -283,11 +283,12 @@ class PyEngine {
   bool close(double seconds) {
     const bool ended = engine_->close(seconds);
     if (ended) {
+      const py::gil_scoped_acquire acquired;  // of several threads that close it, one at a time goes on
       for (Table& table : engine_->tables()) {
         for (ShardFile& shard : table.shards) unmap(shard);
         unmap(table.statics.placed.file);
       }
-      const py::gil_scoped_acquire acquired;  // a closed store that somebody still names must not keep its budget
+      // A closed store that somebody still names must not keep its budget.
       memory_.clear();
       held_.clear();
       for (Table& table : engine_->tables()) table.cache.reset();

@@ -93,9 +93,11 @@ struct IndexArea {
   const IndexBucket* buckets = nullptr;
   size_t num_buckets = 0;
 
-  // The index of one order; empty where the head points outside the area.
+  // The index of one order; empty where the head points outside the area. Another process may be writing the head: each number
+  // is loaded once, so that what is checked is what is used.
   EntryIndex order(size_t order) const {
-    const size_t start = head->bucket_start[order], count = head->num_buckets[order];
+    const size_t start = __atomic_load_n(&head->bucket_start[order], __ATOMIC_RELAXED);
+    const size_t count = __atomic_load_n(&head->num_buckets[order], __ATOMIC_RELAXED);
     return start <= num_buckets && count <= num_buckets - start ? EntryIndex{buckets + start, count} : EntryIndex{};
   }
 };

@@ -218,6 +218,7 @@ def test_what_does_not_fit_is_refused(implementation: Any) -> None:
 def test_threads_that_count_at_once_lose_nothing_while_others_look_and_age_empties_the_rest() -> None:
     counts = kernels.KeyCounts(lines(4096))
     reports = zipf_reports(0, 40_000, 50)
+    many = np.tile(reports, 50)  # so many that they are at it for longer than a thread takes to start
     stop = threading.Event()
 
     def look() -> None:
@@ -230,7 +231,7 @@ def test_threads_that_count_at_once_lose_nothing_while_others_look_and_age_empti
                 == len(set(zip(order_index.tolist(), keys.tolist(), strict=True)))
             )
 
-    writers = [threading.Thread(target=counts.add, args=(part,)) for part in np.array_split(reports, 4)]
+    writers = [threading.Thread(target=counts.add, args=(part,)) for part in np.array_split(many, 4)]
     looking = threading.Thread(target=look)
     looking.start()
     for thread in writers:
@@ -239,7 +240,7 @@ def test_threads_that_count_at_once_lose_nothing_while_others_look_and_age_empti
         thread.join(60)
     stop.set()
     looking.join(60)
-    assert all_counts(counts) == true_counts(reports)
+    assert all_counts(counts) == {name: 50 * count for name, count in true_counts(reports).items()}
     looking = threading.Thread(target=look)
     stop.clear()
     looking.start()
