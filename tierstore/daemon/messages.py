@@ -1,7 +1,7 @@
 """The messages of lookup.proto, field by field, and what a table is as one of them.
 
-Flows in and out: nothing; `wire` turns them into bytes and back. A test holds them against what protobuf's own compiler makes of
-lookup.proto.
+Flows in and out: nothing; `wire` turns them into bytes and back. A test holds them against what protobuf's own compiler
+makes of lookup.proto.
 """
 
 from __future__ import annotations

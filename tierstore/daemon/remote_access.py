@@ -1,7 +1,7 @@
 """Who may reach lookups by gRPC, and how: addresses, tokens, and the grpc library itself, loaded only when it is used.
 
-Flows in: "HOST:PORT", "grpc://host:port", files. Flows out: parsed and checked. Refuses addresses that are none, tokens that are
-short or that others may read, and anything beyond this machine without TLS and a token.
+Flows in: "HOST:PORT", "grpc://host:port", files. Flows out: parsed and checked. Refuses addresses that are none, tokens
+that are short or that others may read, and anything beyond this machine without TLS and a token.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """A client's connection to a server of lookups by gRPC: calls out, answers or named errors in.
 
-Flows in: encoded requests with a time by which they are wanted. Flows out: encoded answers. A call that meets a server which is
-away, or busy, is made again until then, so that a restart is a pause. Refuses to send a token where anybody could read it.
+Flows in: encoded requests with a time by which they are wanted. Flows out: encoded answers. A call that meets a server
+which is away, or busy, is made again until then, so that a restart is a pause. Refuses to send a token where anybody could
+read it.
 
-Forks: grpc's state is not the child's to use. A fork waits FORK_WAIT_S at most for calls under way, and the child makes a channel
-of its own when it first calls; the parent's is kept there and never touched.
+Forks: grpc's state is not the child's to use. A fork waits FORK_WAIT_S at most for calls under way, and the child makes a
+channel of its own when it first calls; the parent's is kept there and never touched.
 """
 
 from __future__ import annotations

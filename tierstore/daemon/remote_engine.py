@@ -1,11 +1,12 @@
 """The engine of a store on another host: cuts lookups into requests, asks, and puts the answers in the caller's buffers.
 
-Flows in: what the engine contract says. Flows out: rows, and counts of this client's own requests. Small lookups are one message
-each way; the rows of larger ones are streamed. A lookup's rows are all of one version of the store: it is asked again where a
-change came between its requests. Refuses answers that are not what was asked for, and pages, which are not handed out.
+Flows in: what the engine contract says. Flows out: rows, and counts of this client's own requests. Small lookups are one
+message each way; the rows of larger ones are streamed. A lookup's rows are all of one version of the store: it is asked
+again where a change came between its requests. Refuses answers that are not what was asked for, and pages, which are not
+handed out.
 
-pages_read counts the rows that the server's disk answered, of which each is a page at most; bytes_read the bytes of rows that
-came over the network. Shapes: N tokens, O orders, H rows per key.
+pages_read counts the rows that the server's disk answered, of which each is a page at most; bytes_read the bytes of rows
+that came over the network. Shapes: N tokens, O orders, H rows per key.
 """
 
 from __future__ import annotations

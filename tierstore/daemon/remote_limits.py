@@ -1,7 +1,7 @@
 """What a server of lookups by gRPC lets its clients take: calls and bytes in flight, requests a second, and time.
 
-Flows in: the beginnings and ends of calls. Flows out: permission, or a `Refusal` with both numbers. A thread cancels calls that
-are past their deadline, or whose client takes nothing off the wire. Nothing here knows rows or tables.
+Flows in: the beginnings and ends of calls. Flows out: permission, or a `Refusal` with both numbers. A thread cancels calls
+that are past their deadline, or whose client takes nothing off the wire. Nothing here knows rows or tables.
 """
 
 from __future__ import annotations
