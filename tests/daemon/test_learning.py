@@ -17,7 +17,7 @@ from stores import Model, place_some
 
 import tierstore
 from tierstore import kernels
-from tierstore.daemon import host as host_module
+from tierstore.daemon import attachments
 from tierstore.daemon.serving import Daemon
 from tierstore.decisions.replan import Entries, caught, fresh_choice
 
@@ -49,14 +49,14 @@ def until_heard(daemon: Daemon) -> None:
 
     def heard() -> bool:
         written = sum(int(block[128:136].view("<u8")[0]) for block in blocks_of(daemon))
-        lost = sum(reader.lost for reader in daemon._host.readers())
+        lost = sum(reader.lost for reader in daemon._host.attachments.readers())
         return daemon._learner.totals["reports"] + lost >= written
 
     until(heard)
 
 
 def blocks_of(daemon: Daemon) -> list[np.ndarray]:
-    return [block for each in daemon._host._attachments.values() for block in each.blocks.values()]
+    return [block for each in daemon._host.attachments._of.values() for block in each.blocks.values()]
 
 
 def some_keys(count: int, start: int = BASE) -> np.ndarray:
@@ -107,14 +107,14 @@ def test_what_was_asked_for_once_does_not_become_static(daemon: Daemon, store: t
 def test_a_little_more_traffic_moves_nothing_and_clearly_more_does(daemon: Daemon, store: tierstore.Store) -> None:
     capacity = daemon._host.slots[NAME].capacity
     static, hotter = some_keys(capacity // 3), some_keys(60, BASE * 2)
-    count_as(daemon, static, 64)
-    assert request(Path(daemon.path), "replan")["entered"] == static.size  # and counted 32 times from now on
-    count_as(daemon, hotter, 32)
+    count_as(daemon, static, 16)
+    assert request(Path(daemon.path), "replan")["entered"] == static.size  # and counted 8 times from now on
+    count_as(daemon, hotter, 8)
     room = capacity - static.size
     assert request(Path(daemon.path), "replan") | {"entered": room, "left": 0} == daemon.stat()["learning"][
         "last_replan"
     ] | {"ok": True}
-    count_as(daemon, hotter, 64)  # 8 + 64 = 72 times against 16
+    count_as(daemon, hotter, 16)  # 4 + 16 = 20 times against 4
     done = request(Path(daemon.path), "replan")
     assert (done["entered"], done["left"]) == (hotter.size - room,) * 2
     assert (store[NAME].explain(hotter) == "static").all()
@@ -258,16 +258,20 @@ def test_counters_that_are_too_large_are_told_as_far_as_messages_go(
     for _ in range(3):
         backing._channel.send({"counters": most(store.stats() and backing.engine.counters())})
         until(lambda: request(socket, "stat")["counters"]["keys"] > 2**50)
-        (peer,) = daemon._host.clients()
+        (peer,) = daemon._host.attachments.clients()
         peer.drop("so that it is counted among those that are gone")
-        until(lambda peer=peer: daemon._host.clients() not in ([peer], []) and store.stats()["attached"]["now"])
+        until(
+            lambda peer=peer: (
+                daemon._host.attachments.clients() not in ([peer], []) and store.stats()["attached"]["now"]
+            )
+        )
     assert request(socket, "stat")["clients"]["attached"] == 1
 
 
 def test_a_stopped_client_has_the_right_rows_after_any_number_of_replans(
     built: Path, socket: Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_module, "LEAVE_WAIT_S", 0.002)
+    monkeypatch.setattr(attachments, "LEAVE_WAIT_S", 0.002)
     keys = some_keys(200)
     expected = np.tile(model.expected(NAME, keys), (16, 1, 1))
     read, write = os.pipe()

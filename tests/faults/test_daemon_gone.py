@@ -188,9 +188,9 @@ def test_a_client_that_is_dropped_attaches_again_and_is_not_counted_twice(
             np.testing.assert_array_equal(store[NAME].lookup(KEYS), expected)
             asked = store.stats()["keys"]
             until(lambda asked=asked: daemon.stat()["counters"]["keys"] == asked)
-            (peer,) = daemon._host.clients()
+            (peer,) = daemon._host.attachments.clients()
             peer.drop("this is a test")
-            until(lambda peer=peer: daemon._host.clients() not in ([peer], []))
+            until(lambda peer=peer: daemon._host.attachments.clients() not in ([peer], []))
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), expected)
         asked = store.stats()["keys"]
         until(lambda: store.stats()["attached"]["now"])

@@ -111,7 +111,7 @@ class AttachedBacking(Backing):
             if self._channel is not None:
                 try:
                     self._attend(self._channel)
-                except (TierStoreError, OSError, TimeoutError) as error:
+                except Exception as error:  # whatever it is, this thread is the only one that can attach again
                     if not self._ended.is_set():
                         logger.warning("%s: detached (%s): lookups go on, and it is looked for", self.name, error)
                 self._channel.close()
@@ -124,7 +124,7 @@ class AttachedBacking(Backing):
             try:
                 self._channel, link = self._dial(DIAL_S)
                 old = self.engine.move_to(link)
-            except (TierStoreError, OSError) as error:
+            except Exception as error:  # the same
                 if str(error) != said and not self._ended.is_set():
                     said = str(error)
                     logger.warning("%s: not attached yet: %s", self.name, error)
@@ -208,12 +208,13 @@ class AttachedEngine(Engine):
         self._relink = relink
         self._pid = os.getpid()
         self._closed = False
-        self._renewed: list[Callable[[], Any]] = []
+        self._renewed: list[weakref.WeakMethod[Callable[[], Any]]] = []
         self._past: Any = None  # counters of engines that are gone
         self._leaving: list[Link] = []  # moved away from, and not closed yet
         self._lock = threading.Lock()  # of the link, and of what follows from it
         self._child_lock = threading.Lock()
         self.bad_pages = {}
+        self.version = link.version
         self._take(link)
 
     @property
@@ -226,7 +227,9 @@ class AttachedEngine(Engine):
         self.io, self.try_lookup = link.engine.io, link.engine.try_lookup
 
     def subscribe(self, renewed: Callable[[], Any]) -> None:
-        self._renewed.append(renewed)
+        self._renewed.append(
+            weakref.WeakMethod(renewed)
+        )  # a thread holds this engine, and must not hold the store by it
 
     def move_to(self, link: Link) -> Link:
         """Sends lookups that begin from now on through another link; returns the old one, whose lookups may be under way.
@@ -236,15 +239,17 @@ class AttachedEngine(Engine):
         with self._lock:
             old, closed = self._link, self._closed
             if not closed:
+                self.version = -1  # until all who look up by `try_lookup` have the new one
                 self._take(link)
                 self._leaving.append(old)
         if closed:
             link.close(0)
             raise StoreNotReadyError("the store was closed; open it again")
-        for renewed in self._renewed:
-            callback = renewed() if isinstance(renewed, weakref.WeakMethod) else renewed
-            if callback:
-                callback()
+        for reference in self._renewed:
+            renewed = reference()
+            if renewed:
+                renewed()
+        self.version = link.version
         return old
 
     def retire(self, old: Link, timeout_s: float) -> bool:

@@ -15,9 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,80 +24,25 @@ import numpy as np
 from .. import kernels
 from ..decisions.shared_budget import SharedPlan, divide_shared
 from ..embedded import check_available, open_placement
-from ..errors import ConfigError, CorruptPageError, DaemonError, FingerprintMismatchError
+from ..errors import ConfigError, CorruptPageError, FingerprintMismatchError
 from ..formats.placement import UNIT_BYTES, Placement, round_up
-from ..tiers.native import READ_WAIT_S, NativeEngine, SharedEpochs, load_table
+from ..tiers.native import NativeEngine, SharedEpochs, load_table
 from ..tiers.nvme import choose_io
 from ..tiers.placed import OnProgress, index_head, load_indexes, load_records
-from ..tiers.shared import SharedBlock, make_client_block
+from ..tiers.shared import SharedBlock
 from ..tiers.slots import StaticSlots
+from .attachments import Attachments
 from .events import event
 from .mapped import Blocks, OpenVersion, pairs_as_tokens, recency_part, same_tables, static_parts, table_memories
+from .version import Version
 
 logger = logging.getLogger("tierstore.daemon")
 
 TAGS = 16
-LEAVE_WAIT_S = 2.0  # how long a change waits for clients to leave an epoch, or a version, by themselves
-LEAVE_POLL_S = 0.001
-LAST_READERS_MAX = 64  # of clients that are gone; of more, the reports of the first are lost
+CLOSE_WAIT_S = 60.0  # for a change that is under way
 READ_TOKENS_MAX = 512  # packed keys of a lookup by which entries are read: a few MiB of rows
 
 Pairs = tuple[np.ndarray, np.ndarray]  # order index uint8 [n], keys int64 [n]
-
-
-@dataclass(eq=False)
-class Version:
-    """A store that the daemon serves, or served last. number: 1, 2, ...; tag: of its entries in the recency caches."""
-
-    number: int
-    tag: int
-    opened: OpenVersion
-    resident: SharedBlock | None
-    bad_pages: Mapping[str, Mapping[int, str]]  # of resident tables
-    engine: NativeEngine
-    epoch: int = 0  # the last one that was published of it
-
-    @property
-    def path(self) -> str:
-        """The store's path."""
-        return str(self.opened.image.path)
-
-    def close(self) -> None:
-        """Closes engine and files; the daemon's own lookups must have ended."""
-        self.engine.close(READ_WAIT_S)
-        self.opened.close()
-        if self.resident:
-            self.resident.close()
-
-
-class Attachment:
-    """What one client was given: a block of its own for each version that it looks up in, reports included."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.blocks: dict[int, np.ndarray] = {}  # by version, as all of these
-        self.readers: dict[int, Any] = {}
-        self._fds: dict[int, int] = {}
-
-    def give(self, version: int) -> tuple[int, np.ndarray]:
-        """Makes the block for a version; returns its descriptor, which stays ours, and its memory."""
-        fd, block = make_client_block(f"tierstore-client-{self.pid}", kernels.CLIENT_BLOCK_BYTES)
-        kernels.init_client_block(block)
-        self.readers[version] = kernels.ReportReader(block)
-        self.blocks[version], self._fds[version] = block, fd
-        return fd, block
-
-    def left(self, version: int) -> list[Any]:
-        """The client is done with a version; returns the reader of what it reported of that, if there was one."""
-        if version not in self._fds:
-            return []
-        os.close(self._fds.pop(version))
-        del self.blocks[version]
-        return [self.readers.pop(version)]
-
-    def close(self) -> list[Any]:
-        """The client is gone; returns the readers of what it reported."""
-        return [reader for version in list(self.blocks) for reader in self.left(version)]
 
 
 class Host:
@@ -118,17 +61,13 @@ class Host:
             raise ConfigError("a daemon needs the compiled kernels: install gcc or clang, then tierstore again")
         self.changes = threading.RLock()
         self._choice = choose_io(io)
-        self._attachments: dict[object, Attachment] = {}
-        self._attachments_lock = threading.Lock()  # of the dict, and of the readers
-        self._last_readers: deque[Any] = deque(
-            maxlen=LAST_READERS_MAX
-        )  # of clients that are gone, not read to their end
+        self.attachments = Attachments()
         self._tags: dict[str, int] = {}  # identities of versions -> tags
-        self.epoch = 0  # the newest
+        self.epoch = 0  # the newest,
+        self._settled_epoch = 0  # and the newest that is known to be the only one that is read
         self.num_changes = 0
         self._retiring: Version | None = None  # its clients are moving
         self.num_read_errors = 0
-        self.waiting_for: list[int] = []  # process ids that a change waits for
         opened = self._open(path, placement)
         blocks: list[SharedBlock] = []
         try:
@@ -159,12 +98,12 @@ class Host:
                 self.slots[name] = StaticSlots(
                     parts.records, parts.heads, parts.areas, len(spec.orders), spec.entry_bytes, share.capacity
                 )
-            self._own = Attachment(os.getpid())  # the daemon's lookups are counted like a client's
             self.current = self._make_version(opened, 1, progress.add)
             self.previous_path: str | None = None
             self._load_placement(opened, heading)
         except BaseException:
             opened.close()
+            self.attachments.close()
             for block in blocks:
                 block.close()
             raise
@@ -176,16 +115,26 @@ class Host:
 
     def _make_version(self, opened: OpenVersion, number: int, on_bytes: Callable[[int], None] | None) -> Version:
         """Loads resident tables, and makes the engine by which the daemon reads a version."""
+        resident = None
+        try:
+            if self.plan.resident_bytes:
+                resident = SharedBlock(f"tierstore-resident-{number}", self.plan.resident_bytes, on_bytes)
+            return self._make_engine(opened, number, resident)
+        except BaseException:
+            self.attachments.own.left(number)
+            if resident:
+                resident.close()
+            raise
+
+    def _make_engine(self, opened: OpenVersion, number: int, resident: SharedBlock | None) -> Version:
         identity = opened.image.identity
         self._tag(identity)
-        resident, bad_pages = None, {}
-        if self.plan.resident_bytes:
-            resident = SharedBlock(f"tierstore-resident-{number}", self.plan.resident_bytes, on_bytes)
-            for files in opened.files:
-                share, name = self.plan.shares[files.table.spec.name], files.table.spec.name
-                if share.resident:
-                    bad_pages[name] = load_table(files, resident.array[share.resident_start :])
-        _, block = self._own.give(number)
+        bad_pages = {}
+        for files in opened.files:
+            share, name = self.plan.shares[files.table.spec.name], files.table.spec.name
+            if resident and share.resident:
+                bad_pages[name] = load_table(files, resident.array[share.resident_start :])
+        _, block = self.attachments.own.give(number)
         blocks = self._blocks(resident)
         memories = table_memories(opened, self.plan.shares, blocks, self._tags[identity], self.caches)
         shared = SharedEpochs(self._control.array, number, block, reports=False)
@@ -234,13 +183,22 @@ class Host:
     # Clients
 
     def attach(self, who: object, pid: int) -> tuple[dict[str, Any], list[int]]:
-        """Returns what a client needs to map the tiers: a message, and descriptors, which stay ours."""
-        with self._attachments_lock:
-            attachment = self._attachments[who] = Attachment(pid)
-            return self._layout_for(attachment, self.current)
+        """Returns what a new client needs to map the tiers: a message, and descriptors, which stay ours.
 
-    def _layout_for(self, attachment: Attachment, version: Version) -> tuple[dict[str, Any], list[int]]:
-        block_fd, block = attachment.give(version.number)
+        Raises `DaemonError` where there is no memory or descriptor for its block.
+        """
+        with self.attachments.lock:
+            version = self.current
+            given = self.attachments.attach(who, pid, version.number)
+        return self._layout(version, *given)
+
+    def move(self, who: object) -> tuple[dict[str, Any], list[int]] | None:
+        """Returns the same for a client that is to move to the version served now; None where it is gone, or has moved."""
+        version = self.current
+        given = self.attachments.move(who, version.number)
+        return None if given is None else self._layout(version, *given)
+
+    def _layout(self, version: Version, block_fd: int, block: np.ndarray) -> tuple[dict[str, Any], list[int]]:
         image, resident = version.opened.image, version.resident
         layout = {
             "store": version.path,
@@ -262,38 +220,8 @@ class Host:
 
     def left(self, who: object, version: int) -> None:
         """A client says that it looks nothing up in a version any more."""
-        with self._attachments_lock:
-            if who in self._attachments and version != self.current.number:
-                self._last_readers += self._attachments[who].left(version)
-
-    def detach(self, who: object) -> None:
-        """A client is gone; what it held is let go."""
-        with self._attachments_lock:
-            attachment = self._attachments.pop(who, None)
-            if attachment:
-                self._last_readers += attachment.close()
-
-    def clients(self) -> list[Any]:
-        """Returns who is attached, as given to `attach`."""
-        with self._attachments_lock:
-            return list(self._attachments)
-
-    def versions_of(self, who: object) -> list[int]:
-        """Returns the numbers of the versions that a client may look up in."""
-        with self._attachments_lock:
-            return list(self._attachments[who].blocks) if who in self._attachments else []
-
-    def readers(self) -> list[Any]:
-        """Returns the readers of all clients' reports."""
-        with self._attachments_lock:
-            return [reader for each in self._attachments.values() for reader in each.readers.values()]
-
-    def take_last_readers(self) -> list[Any]:
-        """Returns, once, the readers of clients that are gone: what those reported last is still to be read."""
-        with self._attachments_lock:
-            taken = list(self._last_readers)
-            self._last_readers.clear()
-            return taken
+        if version != self.current.number:
+            self.attachments.left(who, version)
 
     # Epochs
 
@@ -305,31 +233,6 @@ class Host:
         version.epoch = self.epoch
         kernels.publish_epoch(self._control.array, version.number, self.epoch)
         self.num_changes += 1
-
-    def _wait_left(self, epoch: int, version: Version, is_last: bool) -> None:
-        """Waits, a while, until nobody is in an epoch of a version; is_last: nor will be again, clients having moved on.
-
-        Whoever still is after LEAVE_WAIT_S finds out at the end of its lookup, and reads from disk what it has copied.
-        """
-        deadline = time.monotonic() + LEAVE_WAIT_S
-        while True:
-            with self._attachments_lock:
-                self.waiting_for = [
-                    each.pid
-                    for each in (self._own, *self._attachments.values())
-                    if version.number in each.blocks
-                    and (
-                        kernels.active_lookups(each.blocks[version.number])[epoch % 2]
-                        or (is_last and each is not self._own)
-                    )
-                ]
-            if not self.waiting_for:
-                return
-            if time.monotonic() > deadline:
-                event(logger, logging.WARNING, "epoch_not_left", epoch=epoch, processes=self.waiting_for)
-                self.waiting_for = []
-                return
-            threading.Event().wait(LEAVE_POLL_S)
 
     def change(self, enter: Mapping[str, Pairs], leave: Mapping[str, np.ndarray]) -> int:
         """Writes entries into free slots, lets others go, and publishes that as the next epoch; returns how many entered.
@@ -354,17 +257,20 @@ class Host:
 
     def _settle(self) -> None:
         """Lets only the newest epoch be read, and frees what it does not name, and a version that is not served any more."""
+        if self._settled_epoch == self.epoch:
+            return
         if self._retiring:
             old, self._retiring = self._retiring, None
-            self._wait_left(old.epoch, old, True)
+            self.attachments.wait_left(old.number, old.epoch, is_last=True)
             kernels.forget_version(self._control.array, old.number)
-            self._own.left(old.number)
+            self.attachments.own.left(old.number)
             old.close()
         else:
-            self._wait_left(self.epoch - 1, self.current, False)
+            self.attachments.wait_left(self.current.number, self.epoch - 1, is_last=False)
         kernels.forget_before(self._control.array, self.current.number, self.epoch)
         for slots in self.slots.values():
             slots.free_dead()
+        self._settled_epoch = self.epoch
 
     def _write(self, version: Version, name: str, order_index: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Reads entries of a version and writes them into free slots; returns the slots, of those that could be read."""
@@ -403,20 +309,20 @@ class Host:
         self,
         path: str | os.PathLike[str],
         counts_of: Callable[[str, np.ndarray, np.ndarray], np.ndarray],
-        move: Callable[[Callable[[object], tuple[dict[str, Any], list[int]]]], None],
+        move: Callable[[], None],
     ) -> dict[str, Any]:
         """Serves another store in place of this one, for every client; returns what was done. Blocks until all have moved.
 
         Half of the static slots go to the new version's hottest entries while clients still look up in the old; then they move.
-        counts_of: (table, order index, keys) -> how often each is asked for; move: is called with a function that makes
-        the message, and descriptors, that tell a client of the new version. Raises what opening a store raises, and
+        counts_of: (table, order index, keys) -> how often each is asked for; move: tells every
+        client of the new version, by `move`. Raises what opening a store raises, and
         `FingerprintMismatchError` where the tables are not the same; the old version is then still served.
         """
         with self.changes:
             started, old = time.monotonic(), self.current
-            opened = self._open(
-                path, "none"
-            )  # static is what is asked for now; its own packed entries wait for a restart
+            self._settle()  # first: a version that is not over may still have the tag that the new one gets
+            # Static is what is asked for now; what the store itself has placed waits for a restart.
+            opened = self._open(path, "none")
             try:
                 self._check_tables(opened)
                 version = self._make_version(opened, old.number + 1, None)
@@ -424,7 +330,6 @@ class Host:
                 opened.close()
                 raise
             try:
-                self._settle()
                 hot = self._hottest_half(counts_of)
                 self.change({}, {name: np.flatnonzero(slots.live & ~hot[name]) for name, slots in self.slots.items()})
                 live, num_warmed = {}, 0
@@ -435,16 +340,16 @@ class Host:
                     live[name][written] = True
                     num_warmed += len(written)
             except BaseException:
-                self._own.left(version.number)
+                self.attachments.own.left(version.number)
                 version.close()
                 for slots in self.slots.values():
                     slots.free_dead()
                 raise
-            with self._attachments_lock:  # who attaches from here on gets the new version
+            with self.attachments.lock:  # who attaches from here on gets the new version
                 self._publish(version, live)
                 self.current, self.previous_path, self._retiring = version, old.path, old
             event(logger, logging.INFO, "version_published", version=version.number, store=path, warmed=num_warmed)
-            move(self._move_message)
+            move()
             self._settle()
             return {
                 "version": version.number,
@@ -452,13 +357,6 @@ class Host:
                 "warmed": num_warmed,
                 "seconds": time.monotonic() - started,
             }
-
-    def _move_message(self, who: object) -> tuple[dict[str, Any], list[int]]:
-        with self._attachments_lock:
-            attachment = self._attachments.get(who)
-            if attachment is None or self.current.number in attachment.blocks:
-                raise DaemonError("the client is gone, or has moved")
-            return self._layout_for(attachment, self.current)
 
     def _check_tables(self, opened: OpenVersion) -> None:
         ours = [layout.spec for layout in self.current.opened.image.tables.values()]
@@ -484,13 +382,14 @@ class Host:
 
     def close(self) -> None:
         """Ends the daemon's own lookups and closes files and descriptors. Clients keep what they mapped."""
+        if not self.changes.acquire(timeout=CLOSE_WAIT_S):
+            event(logger, logging.ERROR, "change_does_not_end", seconds=CLOSE_WAIT_S)
+            return
         with self.changes:
+            self.changes.release()
             for version in filter(None, (self._retiring, self.current)):
                 version.close()
-        with self._attachments_lock:
-            for attachment in (self._own, *self._attachments.values()):
-                attachment.close()
-            self._attachments.clear()
+        self.attachments.close()
         for block in (self._control, self._static, self._recency):
             block.close()
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,12 +23,16 @@ from ..spec import KEY_MAX
 from ..stats import COUNT_MAX
 from .events import event
 from .host import Host, batches
+from .missed import MissedKeys
 
 logger = logging.getLogger("tierstore.daemon")
 
 DRAIN_S = 0.02  # between two looks at the clients' rings: one holds 8,192 reports
 TAKE_REPORTS_MAX = 4096  # of one client at once, before the others have their turn
-FEED_KEYS_MAX = 1 << 16  # missed keys that wait to be read; of more, new ones are dropped
+WEIGHT_LOG2_MAX = 4  # of a report: what report_sink.h gives those that it makes of one in 16
+FEED_KEYS_MAX = 1 << 16  # missed keys that wait to be read
+FEED_KEYS = 1024  # read before it is asked anew which are next
+POLL_S = 1.0
 REPLAN_S = 600.0
 CLOSE_WAIT_S = 10.0
 _HITS = kernels.SOURCES.index("static"), kernels.SOURCES.index("recency")
@@ -51,12 +54,10 @@ class Learner:
         start = -memory.ctypes.data % 64
         self._counts = kernels.KeyCounts(memory[start : start + host.plan.counts_bytes])
         self._ended = threading.Event()
-        self._fed = threading.Condition()  # of the queue and its count
-        self._queue: deque[np.ndarray] = deque()  # of reports that missed
-        self._queued_keys = 0
+        self._missed = MissedKeys(FEED_KEYS_MAX)
         self._next_replan: float | None = None
         self._lost_of_gone = 0
-        self.totals = dict.fromkeys(("reports", "reports_refused", "read_keys", "dropped_keys", "replans"), 0)
+        self.totals = dict.fromkeys(("reports", "reports_refused", "read_keys", "replans"), 0)
         self.last_replan: dict[str, Any] | None = None
         self._threads = [
             threading.Thread(target=run, name=f"tierstore-{name}", daemon=True)
@@ -71,8 +72,7 @@ class Learner:
     def close(self) -> bool:
         """Ends the threads; returns whether all ended in time."""
         self._ended.set()
-        with self._fed:
-            self._fed.notify_all()
+        self._missed.end()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(CLOSE_WAIT_S)
@@ -80,7 +80,7 @@ class Learner:
 
     def stat(self) -> dict[str, Any]:
         """Returns the parts "learning" and "feed" of the stat record."""
-        lost = self._lost_of_gone + sum(map(_lost_of, self._host.readers()))
+        lost = self._lost_of_gone + sum(map(_lost_of, self._host.attachments.readers()))
         next_s = None if self._next_replan is None else max(0.0, self._next_replan - time.monotonic())
         return {
             "learning": {
@@ -93,9 +93,9 @@ class Learner:
                 "last_replan": self.last_replan,
             },
             "feed": {
-                "queued_keys": self._queued_keys,
+                "queued_keys": len(self._missed),
                 "read_keys": self.totals["read_keys"],
-                "dropped_keys": self.totals["dropped_keys"],
+                "dropped_keys": self._missed.num_dropped,
                 "errors": self._host.num_read_errors,
             },
         }
@@ -110,11 +110,11 @@ class Learner:
     def _drain(self) -> None:
         reports = np.empty(TAKE_REPORTS_MAX, dtype=kernels.REPORT)
         while not self._ended.wait(DRAIN_S):
-            for reader in self._host.readers():
-                self._take(reader, reports)
-            for reader in self._host.take_last_readers():
+            for reader in self._host.attachments.readers():
+                self._guarded("reports_failed", self._take, reader, reports)
+            for reader in self._host.attachments.take_last_readers():
                 for _ in range(kernels.NUM_RECORDS // TAKE_REPORTS_MAX):
-                    self._take(reader, reports)
+                    self._guarded("reports_failed", self._take, reader, reports)
                 self._lost_of_gone += _lost_of(reader)
 
     def _take(self, reader: Any, reports: np.ndarray) -> None:
@@ -128,6 +128,7 @@ class Learner:
         table = np.where(good, reports["table"], 0)
         good &= self._cached[table] & (reports["order"] < self._num_orders[table])
         good &= (reports["key"] >= 0) & (reports["key"] <= self._keys_max[table])
+        good &= reports["source_and_weight"] >> 3 <= WEIGHT_LOG2_MAX
         self.totals["reports"] += len(reports)
         self.totals["reports_refused"] += len(reports) - int(good.sum())
         reports = reports[good]
@@ -144,34 +145,24 @@ class Learner:
             cache.touch(mine["order"] | tag, np.ascontiguousarray(mine["key"]))
             weights = np.int64(1) << (reports["source_and_weight"][reports["table"] == index] >> 3).astype(np.int64)
             cache.count_accesses(int(weights.sum()))
-        self._queue_missed(missed)
+        if len(missed):
+            self._missed.put(missed, self._asked_again(missed))
 
-    def _queue_missed(self, missed: np.ndarray) -> None:
-        if not len(missed):
-            return
-        with self._fed:
-            room = max(0, FEED_KEYS_MAX - self._queued_keys)
-            self.totals["dropped_keys"] += max(0, len(missed) - room)
-            if room:
-                self._queue.append(missed[:room].copy())
-                self._queued_keys += min(len(missed), room)
-                self._fed.notify()
+    def _asked_again(self, missed: np.ndarray) -> np.ndarray:
+        """Returns which reports, counted already, are of keys that were asked for before, bool [n]."""
+        again = np.zeros(len(missed), dtype=bool)
+        for index in np.unique(missed["table"]).tolist():
+            mine = np.flatnonzero(missed["table"] == index)
+            order_index, keys = missed["order"][mine].copy(), missed["key"][mine].copy()
+            again[mine] = self._counts.counts(index, order_index, keys) > 1
+        return again
 
     # Feeding
 
     def _feed(self) -> None:
         while not self._ended.is_set():
-            with self._fed:
-                self._fed.wait_for(lambda: self._queue or self._ended.is_set(), timeout=1.0)
-                parts, self._queue = list(self._queue), deque()
-                self._queued_keys = 0
-            if parts:
-                try:
-                    self._read_missed(np.concatenate(parts))
-                except (
-                    TierStoreError
-                ) as error:  # a version that was closed meanwhile, a disk that is gone: others still hit
-                    event(logger, logging.WARNING, "feed_failed", error=error)
+            for missed in self._missed.take(FEED_KEYS, POLL_S):
+                self._guarded("feed_failed", self._read_missed, missed)
 
     def _read_missed(self, missed: np.ndarray) -> None:
         """Reads what clients missed: each lookup of the daemon's offers what it had to read to the recency cache."""
@@ -192,10 +183,16 @@ class Learner:
             self._next_replan = time.monotonic() + self._replan_s
             if self._ended.wait(self._replan_s):
                 return
-            try:
-                self.replan()
-            except TierStoreError as error:
-                event(logger, logging.WARNING, "replan_failed", error=error)
+            self._guarded("replan_failed", self.replan)
+
+    def _guarded(self, name: str, act: Callable[..., Any], *arguments: Any) -> None:
+        """Calls act; what it raises is an event and not the end of its thread, without which nothing would be learned."""
+        try:
+            act(*arguments)
+        except TierStoreError as error:  # a version that was closed meanwhile, a disk that is gone
+            event(logger, logging.WARNING, name, error=error)
+        except Exception as error:
+            event(logger, logging.ERROR, name, error=error)
 
     def replan(self) -> dict[str, Any]:
         """Replans now; returns what was done. Blocks; raises `DaemonError` where the daemon ends meanwhile."""

@@ -8,21 +8,25 @@ blocks, and a store that is not the one that the daemon opened.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .. import kernels
-from ..decisions.budget import STAGING_FRACTION, plan_staging
+from ..decisions.budget import LINE_BYTES, STAGING_FRACTION, plan_staging
 from ..decisions.shared_budget import as_share
 from ..embedded import open_placement
-from ..errors import DaemonError
+from ..errors import ConfigError, DaemonError, FormatError
+from ..formats.catalog import CatalogImage
 from ..tiers.native import NativeEngine, SharedEpochs
 from ..tiers.nvme import choose_io
+from ..tiers.placed import PlacementFile
 from ..tiers.shared import map_block
 from .mapped import Blocks, OpenVersion, recency_part, table_memories
+
+logger = logging.getLogger("tierstore")
 
 _BLOCKS = ("control", "static", "recency", "client", "resident")  # as their descriptors come
 _NOTHING = np.empty(0, dtype=np.uint8)
@@ -54,7 +58,7 @@ class Link:
         }
         self._choice = choose_io(io)
         direct = self._choice.mode == "uring"
-        image, placed = open_placement(path, "none" if epoch is None else epoch, direct=direct)
+        image, placed = _open(path, epoch, direct=direct)
         self.opened = OpenVersion(image, placed, direct=direct)
         try:
             if image.identity != identity:
@@ -77,8 +81,7 @@ class Link:
             self.opened.close()
             raise
 
-    def _make_engine(self, shared: SharedEpochs | None) -> NativeEngine:
-        """shared: None where nobody counts this process's lookups, so that it may not read what changes by epochs."""
+    def _make_engine(self, shared: SharedEpochs) -> NativeEngine:
         tables, blocks = self.opened.image.tables, self._blocks
         mapped = Blocks(blocks["control"], blocks["static"], blocks["recency"], blocks.get("resident", _NOTHING))
         caches = {
@@ -89,8 +92,6 @@ class Link:
             for name, share in self._shares.items() if not share.resident
         }  # fmt: skip
         memories = table_memories(self.opened, self._shares, mapped, self._tag, caches)
-        if shared is None:
-            memories = [replace(memory, statics=None) for memory in memories]
         engine = NativeEngine(
             self._what, self.opened.files, memories, self._choice, self._staging, self.opened.placed, shared
         )
@@ -100,9 +101,17 @@ class Link:
         return engine
 
     def alone(self) -> Link:
-        """Returns a link without a daemon, over the same files and memory: for a forked child, while it finds none."""
+        """Returns a link without a daemon, over the same files and memory: for a forked child, while it finds none.
+
+        Its lookups are counted in a block that nobody looks at. They are right all the same, since each sees afterwards whether
+        its epoch still holds: whoever changes it just does not wait.
+        """
         link = copy.copy(self)
-        link.engine = self._make_engine(None)
+        memory = np.zeros(kernels.CLIENT_BLOCK_BYTES + LINE_BYTES, dtype=np.uint8)
+        start = -memory.ctypes.data % LINE_BYTES
+        block = memory[start : start + kernels.CLIENT_BLOCK_BYTES]
+        kernels.init_client_block(block)
+        link.engine = self._make_engine(SharedEpochs(self._blocks["control"], self.version, block, reports=False))
         return link
 
     def close(self, timeout_s: float) -> bool:
@@ -111,3 +120,13 @@ class Link:
         if ended:
             self.opened.close()
         return ended
+
+
+def _open(path: str, epoch: int | None, *, direct: bool) -> tuple[CatalogImage, PlacementFile | None]:
+    """Opens a store with the placement that its daemon has open; without, where that was pruned since."""
+    if epoch is not None:
+        try:
+            return open_placement(path, epoch, direct=direct)
+        except (ConfigError, FormatError) as error:
+            logger.warning("%s: %s: what is not in memory is read from pages", path, error)
+    return open_placement(path, "none", direct=direct)

@@ -8,7 +8,7 @@ before it is used.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..decisions.shared_budget import HEAD_BYTES, SharedShare
 from ..errors import DaemonError
 from ..formats.catalog import CatalogImage, TableLayout
 from ..formats.placement import record_bytes
+from ..spec import TableSpec
 from ..tiers.native import TableMemory
 from ..tiers.nvme import TableFiles, open_tables
 from ..tiers.placed import PlacementFile
@@ -149,13 +150,14 @@ def pairs_as_tokens(order_index: np.ndarray, keys: np.ndarray, num_orders: int) 
     return tokens, places
 
 
-def same_tables(ours: Sequence[Any], theirs: Sequence[Any]) -> str | None:
+def same_tables(ours: Sequence[TableSpec], theirs: Sequence[TableSpec]) -> str | None:
     """Says in what the specs of two versions differ, None where they do not: table, field and both values."""
     mine, other = {spec.name: spec for spec in ours}, {spec.name: spec for spec in theirs}
     if list(mine) != list(other):
         return f"tables are {', '.join(mine)}, and there {', '.join(other)}"
     for name, spec in mine.items():
-        for field, value in vars(spec).items():
-            if getattr(other[name], field) != value:
-                return f"table {name}: {field} is {str(value)[:80]}, and there {str(getattr(other[name], field))[:80]}"
+        for field in fields(spec):  # and nothing that a spec computes and keeps
+            value, there = getattr(spec, field.name), getattr(other[name], field.name)
+            if there != value:
+                return f"table {name}: {field.name} is {str(value)[:80]}, and there {str(there)[:80]}"
     return None

@@ -124,7 +124,7 @@ class Daemon:
         try:
             self._remote = RemoteServer(
                 store, remote.address,
-                token_file=remote.token_file, tls_cert=remote.tls_cert, tls_key=remote.tls_key, version_of=_version_of,
+                token_file=remote.token_file, tls_cert=remote.tls_cert, tls_key=remote.tls_key,
             )  # fmt: skip
         except BaseException:
             store.close()
@@ -199,7 +199,7 @@ class Daemon:
         """A client is gone."""
         with self._lock:
             self._gone = add_counters(self._gone, self._counters.pop(peer, None))
-        self._host.detach(peer)
+        self._host.attachments.detach(peer)
         event(logger, logging.INFO, "detached", pid=peer.pid, why=peer.dropped_for or "it ended")
 
     def ask(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
@@ -231,11 +231,13 @@ class Daemon:
         filled = self._learner.replan()  # the slots that the old version had
         return {"ok": True, **done, "filled": filled["entered"]}
 
-    def _move_all(self, message_for: Any) -> None:
-        for peer in self._host.clients():
+    def _move_all(self) -> None:
+        """Tells all clients of the version served now."""
+        for peer in self._host.attachments.clients():
             try:
-                layout, fds = message_for(peer)
-                peer.send({"move": layout}, fds)
+                message = self._host.move(peer)
+                if message is not None:
+                    peer.send({"move": message[0]}, message[1])
             except DaemonError as error:  # it is gone, or does not read: the server drops it, and it attaches anew
                 event(logger, logging.WARNING, "not_moved", pid=peer.pid, error=error)
 
@@ -291,15 +293,15 @@ class Daemon:
             },
             "epochs": {
                 "current": host.epoch,
-                "alive": 2 if host.waiting_for else 1,
+                "alive": 2 if host.attachments.waiting_for else 1,
                 "changes": host.num_changes,
-                "waiting_for": list(host.waiting_for),
+                "waiting_for": list(host.attachments.waiting_for),
                 "static_entries": {name: slots.num_live for name, slots in host.slots.items()},
                 "static_slots": {name: len(slots.keys) for name, slots in host.slots.items()},
             },
             **self._learner.stat(),
             "clients": self._server.counts()
-            | {"list": [self._client(peer, told.get(peer), now) for peer in self._host.clients()]},
+            | {"list": [self._client(peer, told.get(peer), now) for peer in self._host.attachments.clients()]},
             "remote": self._remote.record() if self._remote else None,
         }
 
@@ -310,17 +312,12 @@ class Daemon:
             "pid": peer.pid,
             "uid": peer.uid,
             "attached_s": now - peer.since,
-            "version": max(self._host.versions_of(peer), default=0),
+            "version": max(self._host.attachments.versions_of(peer), default=0),
             "keys": hits + misses,
             "dram_hits": hits,
             "nvme_hits": misses,
             "batches": counters["batches"] if counters else 0,
         }
-
-
-def _version_of(store: Store) -> int:
-    version: int = store.stats()["attached"]["version"]
-    return version
 
 
 def _hottest(placed: PlacementFile, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,95 @@
+"""Attachments: waits for clients to leave an epoch end, and whoever outlasted one is not waited for again until it left."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import pytest
+
+import tierstore
+from tierstore import kernels
+from tierstore.daemon import attachments
+from tierstore.daemon.attachments import Attachments
+
+pytestmark = pytest.mark.skipif(not kernels.native, reason="a daemon needs the compiled kernels")
+WAIT_S = 0.2
+
+
+@pytest.fixture
+def clients(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attachments, "LEAVE_WAIT_S", WAIT_S)
+    made = Attachments()
+    yield made
+    made.close()
+
+
+def set_active(block: np.ndarray, parity: int, count: int) -> None:
+    block[64 * parity : 64 * parity + 8].view(np.uint64)[0] = count
+
+
+def waited_s(clients: Attachments, version: int, epoch: int, *, is_last: bool = False) -> float:
+    started = time.monotonic()
+    clients.wait_left(version, epoch, is_last=is_last)
+    return time.monotonic() - started
+
+
+def test_a_client_that_stays_delays_one_change_and_no_more(clients: Attachments) -> None:
+    _, block = clients.attach("a", 1, version=1)
+    assert waited_s(clients, 1, 4) < WAIT_S
+    set_active(block, 0, 3)
+    assert waited_s(clients, 1, 4) >= WAIT_S
+    assert waited_s(clients, 1, 6) < WAIT_S  # the same parity: it is late, not waited for
+    assert waited_s(clients, 1, 5) < WAIT_S
+    set_active(block, 0, 0)
+    assert waited_s(clients, 1, 6) < WAIT_S  # it has left, and so is waited for from now on
+    set_active(block, 0, 1)
+    assert waited_s(clients, 1, 8) >= WAIT_S
+    assert clients.waiting_for == []
+
+
+def test_a_client_of_an_old_version_is_waited_for_once_until_it_moves(clients: Attachments) -> None:
+    clients.attach("a", 1, version=1)
+    assert waited_s(clients, 1, 2) < WAIT_S
+    assert waited_s(clients, 1, 2, is_last=True) >= WAIT_S
+    assert waited_s(clients, 1, 2, is_last=True) < WAIT_S
+    assert clients.move("a", 2) is not None
+    assert clients.versions_of("a") == [1, 2]
+    clients.left("a", 1)
+    assert clients.versions_of("a") == [2]
+    assert waited_s(clients, 1, 2, is_last=True) < WAIT_S
+
+
+def test_who_is_gone_or_has_moved_is_given_nothing(clients: Attachments) -> None:
+    clients.attach("a", 1, version=1)
+    assert clients.move("a", 1) is None
+    clients.detach("a")
+    assert clients.move("a", 2) is None
+    assert clients.clients() == []
+
+
+def test_no_descriptor_for_a_block_is_a_named_error_and_leaves_nothing(
+    clients: Attachments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(24, os.strerror(24))
+
+    monkeypatch.setattr(attachments, "make_client_block", fails)
+    with pytest.raises(tierstore.DaemonError, match=r"process 7 \(Too many open files\): raise the daemon's limits"):
+        clients.attach("a", 7, version=1)
+    assert clients.clients() == []
+    assert clients.readers() == []
+
+
+def test_the_reports_of_who_is_gone_can_be_read_once_more(clients: Attachments) -> None:
+    _, block = clients.attach("a", 1, version=1)
+    reports = np.zeros(3, dtype=kernels.REPORT)
+    reports["key"] = 5, 6, 7
+    kernels.ReportWriter(block).add(reports)
+    clients.detach("a")
+    (reader,) = clients.take_last_readers()
+    out = np.empty(10, dtype=kernels.REPORT)
+    assert reader.take(out) == 3
+    assert out["key"][:3].tolist() == [5, 6, 7]
+    assert clients.take_last_readers() == []

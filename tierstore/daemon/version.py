@@ -1,0 +1,41 @@
+"""A version: one store that the daemon serves, open, with the engine by which the daemon reads it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..tiers.native import READ_WAIT_S, NativeEngine
+from ..tiers.shared import SharedBlock
+from .events import event
+from .mapped import OpenVersion
+
+logger = logging.getLogger("tierstore.daemon")
+
+
+@dataclass(eq=False)
+class Version:
+    """A store that the daemon serves, or served last. number: 1, 2, ...; tag: of its entries in the recency caches."""
+
+    number: int
+    tag: int
+    opened: OpenVersion
+    resident: SharedBlock | None
+    bad_pages: Mapping[str, Mapping[int, str]]  # of resident tables
+    engine: NativeEngine
+    epoch: int = 0  # the last one that was published of it
+
+    @property
+    def path(self) -> str:
+        """The store's path."""
+        return str(self.opened.image.path)
+
+    def close(self) -> None:
+        """Waits for the daemon's own lookups, then closes engine and files. Files of reads that do not end stay open."""
+        if self.resident:
+            self.resident.close()
+        if self.engine.close(READ_WAIT_S):
+            self.opened.close()
+        else:
+            event(logger, logging.ERROR, "reads_do_not_end", store=self.path, version=self.number, seconds=READ_WAIT_S)
