@@ -187,6 +187,10 @@ class RecordingEngine(Engine):
             self.recorder.record([(index, keys) for index, keys, _ in requests])
         return pending
 
+    @property
+    def version(self) -> int:  # type: ignore[override]
+        return self.engine.version
+
     def is_resident(self, index: int) -> bool:
         return self.engine.is_resident(index)
 

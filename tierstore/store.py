@@ -63,7 +63,7 @@ class Store:
         self._in_flight: list[tuple[Pending, Sequence[np.ndarray]]] = []  # buffers live until their reads have ended
         self._engine = backing.engine
         self._tables = {spec.name: Table(self._engine, index, spec) for index, spec in enumerate(backing.specs)}
-        self._engine.subscribe(weakref.WeakMethod(self._renew))
+        self._engine.subscribe(self._renew)
         with _fork_lock:
             _open_stores.add(self)
 
@@ -71,6 +71,14 @@ class Store:
     def name(self) -> str:
         """What errors call it: a path or an address."""
         return self._backing.name
+
+    @property
+    def version(self) -> int:
+        """The number of the version that answers now: of a daemon's store, which may swap it, 1 and more, -1 while it does.
+
+        What was looked up between two equal numbers, neither of them -1, is of that version.
+        """
+        return self._engine.version
 
     @property
     def attachments(self) -> Mapping[str, bytes]:
@@ -111,10 +119,14 @@ class Store:
             if out.flags.c_contiguous:
                 checked.append((table.index, keys, out))
             else:
-                strided.append((table, keys, out))
-        for table, keys, out in strided:
-            table.lookup(keys, out)
+                flat = np.empty(out.shape, dtype=np.uint8)
+                checked.append((table.index, keys, flat))
+                strided.append((flat, out))
         pending = self._engine.submit(checked)
+        if strided and pending is not None:
+            pending.wait(None)
+        for flat, out in strided:
+            out[...] = flat
         if pending is not None:
             if len(self._in_flight) >= IN_FLIGHT_SWEEP:
                 self._in_flight = [kept for kept in self._in_flight if not kept[0].done()]

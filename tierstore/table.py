@@ -6,11 +6,17 @@ the table has, by name. Shapes: N tokens, O orders, H rows per key.
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from . import kernels
+from .errors import StoreNotReadyError
 from .spec import TableSpec
 from .tiers.engine import Engine
+
+VERSION_TRIES_MAX = 16
+VERSION_PAUSE_S = 0.001
 
 
 class Table:
@@ -43,9 +49,7 @@ class Table:
         if rows is None and isinstance(keys, np.ndarray) and keys.ndim == 2:
             rows = np.empty((keys.shape[0], *self._rows_shape), dtype=np.uint8)
         outcome = self._try_lookup(self.index, keys, rows)
-        if (
-            outcome is None and rows is not None
-        ):  # as nearly always: what follows is a noticeable part of the shortest lookup
+        if outcome is None and rows is not None:  # nearly always; what follows would be felt in the shortest lookup
             return rows
         if outcome is not False:
             self._engine.check(outcome)
@@ -85,7 +89,17 @@ class Table:
             raise ValueError(f"table {spec.name}: row id {bad} is outside -1 to {spec.num_rows - 1}")
         out = _checked_out(out, (*row_ids.shape, spec.row_bytes))
         flat = out if out.flags.c_contiguous else np.empty(out.shape, dtype=np.uint8)
-        self._gather_rows(np.ascontiguousarray(row_ids), flat)
+        row_ids = np.ascontiguousarray(row_ids)
+        for _ in range(VERSION_TRIES_MAX):
+            version = self._engine.version
+            self._gather_rows(row_ids, flat)
+            if version == self._engine.version != -1:
+                break
+            time.sleep(VERSION_PAUSE_S)  # swapped meanwhile: some rows may be of the old version, some of the new
+        else:
+            raise StoreNotReadyError(
+                f"table {spec.name}: the store was swapped {VERSION_TRIES_MAX} times during one call; ask again"
+            )
         if flat is not out:
             out[...] = flat
         return out

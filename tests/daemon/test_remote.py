@@ -111,7 +111,7 @@ def test_hits_are_counted_by_the_tier_that_answered_on_the_server(built: Path) -
         or stats["hits"]["dram"] == stats["hits"]["nvme"] == valid
     )
     assert stats["zero_miss_batches"] == 1
-    assert stats["server"]["version"] == 1
+    assert stats["server"]["version"] == 0  # of a store that no daemon serves
 
 
 def test_explain_says_what_the_server_would_do(built: Path) -> None:

@@ -91,8 +91,8 @@ NO_ADDRESSES = [
 
 @pytest.mark.parametrize("text", [*NO_ADDRESSES, "[h]:1"])
 def test_what_is_no_address_is_refused_with_an_example(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--remote: .* is no address; write HOST:PORT"):
-        parse_address(text, "--remote")
+    with pytest.raises(ConfigError, match=r"--listen: .* is no address; write HOST:PORT"):
+        parse_address(text, "--listen")
 
 
 @pytest.mark.parametrize(

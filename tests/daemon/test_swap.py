@@ -19,9 +19,11 @@ from daemon_peers import WAIT_S
 from stores import Model, make_model, place_some, random_keys
 
 import tierstore
-from tierstore.daemon import host as host_module
+from tierstore.daemon import attachments, host, remote_answers, remote_engine
+from tierstore.daemon.attached import AttachedEngine
 from tierstore.daemon.host import TAGS
-from tierstore.daemon.serving import Daemon
+from tierstore.daemon.remote_answers import Answers
+from tierstore.daemon.serving import Daemon, Remote
 
 NAME = "layers.1"
 KEYS = random_keys(np.random.default_rng(0), 150, distinct=60)
@@ -180,7 +182,7 @@ def test_a_swap_whose_reads_fail_leaves_the_old_version_whole(
         for _ in range(20):
             store[NAME].lookup(KEYS)
         request(socket, "replan")
-        whole = host_module.Host._write
+        whole = host.Host._write
         calls = []
 
         def fails(self: Any, version: Any, *arguments: Any) -> Any:
@@ -191,7 +193,7 @@ def test_a_swap_whose_reads_fail_leaves_the_old_version_whole(
                 return calls[0]
             return whole(self, version, *arguments)
 
-        monkeypatch.setattr(host_module.Host, "_write", fails)
+        monkeypatch.setattr(host.Host, "_write", fails)
         with pytest.raises(tierstore.DaemonError, match="the disk is gone"):
             request(socket, "swap", store=str(newer))
         monkeypatch.undo()
@@ -205,7 +207,7 @@ def test_a_swap_whose_reads_fail_leaves_the_old_version_whole(
 
 @pytest.fixture
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "LEAVE_WAIT_S", 0.1)
+    monkeypatch.setattr(attachments, "LEAVE_WAIT_S", 0.1)
 
 
 @pytest.mark.usefixtures("short_waits")
@@ -251,7 +253,7 @@ def test_a_stopped_client_holds_up_no_swap_and_is_right_when_it_goes_on(
                 os.waitpid(child, os.WUNTRACED)
                 started = time.monotonic()
                 assert request(socket, "swap", store=str(path))["version"] == version
-                assert time.monotonic() - started < 8 + host_module.LEAVE_WAIT_S
+                assert time.monotonic() - started < 8 + attachments.LEAVE_WAIT_S
                 until(lambda version=version: store.stats()["attached"]["version"] == version)
                 np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[(version + 1) % 2])
                 os.kill(child, signal.SIGCONT)
@@ -333,3 +335,75 @@ def test_a_replan_and_a_swap_at_once_wait_for_each_other(
         until(lambda: store.stats()["attached"]["version"] == 4)
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[1])
     assert daemon.stat()["learning"]["replans"] >= 8
+
+
+def swapping_once(act: Any, socket: Path, store: Path) -> Any:
+    """Returns act, which the second time that it is called has a daemon swap first."""
+    calls = []
+
+    def swaps(*arguments: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2:
+            request(socket, "swap", store=str(store))
+        return act(*arguments)
+
+    return swaps
+
+
+def test_row_ids_that_take_two_lookups_are_of_one_version_though_a_swap_comes_between(
+    placed: Path, newer: Path, socket: Path, model: Model, other: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = model.row_ids(NAME, KEYS)
+    ids[::2, 3] = 7  # no token's: read one by one, after the tokens
+    expected = np.where((ids >= 0)[..., None], other.rows[NAME][ids], 0)
+    with serving(placed, socket, CACHED), tierstore.connect(socket) as store:
+        engine = store._engine
+        calls = iter(range(100))
+
+        def after_a_swap(*arguments: Any) -> None:
+            if next(calls) == 0:
+                request(socket, "swap", store=str(newer))
+                until(lambda: store.version == 2)
+            AttachedEngine.rows(engine, *arguments)
+
+        monkeypatch.setattr(engine, "rows", after_a_swap)
+        np.testing.assert_array_equal(store[NAME].rows(ids), expected)
+        assert next(calls) == 2  # it was asked again
+
+
+def test_strided_outputs_of_one_submit_are_of_one_version(
+    placed: Path, socket: Path, rows: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(placed, socket, CACHED), tierstore.connect(socket) as store:
+        outs = [np.zeros((2 * len(KEYS), *rows[0].shape[1:]), dtype=np.uint8)[::2] for _ in range(2)]
+        submits = []
+        submit = store._engine.submit
+        monkeypatch.setattr(store._engine, "submit", lambda asked: submits.append(len(asked)) or submit(asked))
+        store.submit({NAME: (KEYS, outs[0]), "layers.14": (KEYS, outs[1])}).wait(WAIT_S)
+        np.testing.assert_array_equal(outs[0], rows[0])
+        assert submits == [2]  # both tables at once: one engine, one version
+
+
+@pytest.mark.parametrize("chunk_bytes", [4000, 1 << 20], ids=["in parts", "whole"])
+def test_a_lookup_by_grpc_is_of_one_version_though_a_swap_comes_between_its_parts(
+    placed: Path,
+    newer: Path,
+    socket: Path,
+    rows: tuple[np.ndarray, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+    chunk_bytes: int,
+) -> None:
+    pytest.importorskip("grpc")
+    monkeypatch.setattr(remote_answers, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(remote_engine, "UNARY_BYTES_MAX", 0)  # all are streamed
+    daemon = Daemon(placed, socket, CACHED, replan_s=None)
+    try:
+        daemon.start(remote=Remote("127.0.0.1:0", None, None, None))
+        with tierstore.connect(f"grpc://{daemon.remote_address}") as store:
+            np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[0])
+            monkeypatch.setattr(Answers, "_part", swapping_once(Answers._part, socket, newer))
+            out = store[NAME].lookup(np.concatenate([KEYS, KEYS]))
+            assert any(np.array_equal(out, np.concatenate([each, each])) for each in rows)
+            np.testing.assert_array_equal(store[NAME].lookup(KEYS), store[NAME].lookup(KEYS))
+    finally:
+        assert daemon.close()

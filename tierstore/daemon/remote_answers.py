@@ -1,8 +1,8 @@
 """The answers to calls of lookup.proto, from a store: descriptions, rows, where keys are, counts.
 
-Flows in: decoded requests, and the call's deadline. Flows out: encoded replies; streams in parts of CHUNK_BYTES, looked up into
-one buffer of the call, so that a call holds CHUNKS_HELD of them at most, however many rows it asks for. Refuses requests of other
-tables, beyond the limits, and arrays whose bytes are not those of their shape. Knows nothing of gRPC.
+Flows in: decoded requests, and the call's deadline. Flows out: encoded replies; streams in parts of CHUNK_BYTES, looked up
+into one buffer of the call, so that a call holds CHUNKS_HELD of them at most, however many rows it asks for. Refuses
+requests of other tables, beyond the limits, and arrays whose bytes are not those of their shape. Knows nothing of gRPC.
 
 Shapes: N tokens, O orders, H rows per key.
 """
@@ -171,7 +171,10 @@ class Answers:
                 f"the client means tables of identity {bytes(identity).hex()[:16] or 'none'}, {store.name} has "
                 f"{served.identity.hex()[:16]}: other tables are served now; connect again, and check which store is served"
             )
-        return served._replace(version=self._version_of(store))
+        version = self._version_of(store)
+        if version < 0:
+            raise StoreChangedError(f"{store.name} is being swapped; ask again")
+        return served._replace(version=version)
 
     def _wanted(self, served: Served, tables: Sequence[TableKeys]) -> list[tuple[Table, np.ndarray]]:
         """Returns the tables and keys, int64 [N, O], of a request, checked."""
@@ -211,6 +214,8 @@ class Answers:
             raise TimeoutError("the call's time was up before its turn came; allow more time, or ask less often")
         try:
             yield
+            if self._version_of(served.store) != served.version:  # whose rows these are is not known
+                raise StoreChangedError(f"{served.store.name} was swapped while it answered; ask again")
         except StoreNotReadyError as error:
             if self._store() is served.store:
                 raise

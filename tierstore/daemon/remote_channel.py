@@ -259,7 +259,7 @@ class Connection:
         except ssl.SSLError as error:
             return f"it does not speak TLS ({error.reason}); write grpc://, or start it with --tls-cert and --tls-key"
         except OSError as error:
-            return f"{error.strerror or error}; check the address, and that tierstore serve runs there with --remote"
+            return f"{error.strerror or error}; check the address, and that tierstore serve runs there with --listen"
 
 
 def _left(until: float) -> float:

@@ -1,9 +1,10 @@
 """Lookups by gRPC (lookup.proto), for clients that cannot map this host's memory: other hosts, other languages.
 
-Flows in: calls. Flows out: what `remote_answers` makes of their requests. Refuses calls without the token, beyond the limits, and
-late ones; nothing of a message is read before its call is let in.
+Flows in: calls. Flows out: what `remote_answers` makes of their requests. Refuses calls without the token, beyond the
+limits, and late ones; nothing of a message is read before its call is let in.
 
-Threads: grpc's own, one for each call under way; at most `workers` of them look up at a time, the others wait for the network.
+Threads: grpc's own, one for each call under way; at most `workers` of them look up at a time, the others wait for the
+network.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class RemoteServer:
         token_file: str | os.PathLike[str] | None = None,
         tls_cert: str | os.PathLike[str] | None = None,
         tls_key: str | os.PathLike[str] | None = None,
-        version_of: Callable[[Store], int] = lambda store: 1,  # noqa: ARG005
+        version_of: Callable[[Store], int] = lambda store: store.version,
         message_bytes_max: int = MESSAGE_BYTES_MAX,
         tokens_max: int = TOKENS_MAX,
         in_flight_max: int = IN_FLIGHT_MAX,

@@ -32,6 +32,7 @@ class Engine(ABC):
     """One store's tiers behind one door. Any number of threads may call; nothing waits longer than READ_WAIT_S."""
 
     io: str  # how pages are read, as `stats` shows it
+    version: int = 0  # of the store that answers; attached, it grows between two lookups, and is -1 while it does
     bad_pages: dict[tuple[int, int], str]  # of resident tables: (index, page number) that could not be loaded -> why
 
     # (index, keys, out), unchecked -> None where the lookup was done; False where nothing was done, since arguments or state
@@ -55,7 +56,7 @@ class Engine(ABC):
         """Whether memory holds a whole table, by row id."""
 
     def subscribe(self, renewed: Callable[[], Any]) -> None:  # noqa: B027
-        """Calls `renewed` whenever `try_lookup` has become another, from any thread. Of most engines it never does."""
+        """Calls `renewed`, a method, while its object lives, whenever `try_lookup` has become another. Few engines do."""
 
     @abstractmethod
     def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
