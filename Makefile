@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 SOURCES := $(wildcard kernels/cpu/*) setup.py setup.cfg pyproject.toml requirements.txt
 
-.PHONY: install test lint types suite sanitize demo bench clean
+.PHONY: install test lint types suite sanitize soak demo bench clean
 
 install: $(STAMP)
 
@@ -35,6 +35,11 @@ sanitize: install
 	TIERSTORE_TEST_CXXFLAGS="-O1 -fsanitize=thread -Wno-tsan" $(BIN)/python -m pytest tests/kernels/test_cpp.py -k "not kill"
 	TIERSTORE_TEST_CXXFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 		$(BIN)/python -m pytest tests/kernels/test_cpp.py -k "not kill"
+
+# What make test does for seconds, for half an hour: daemons and clients killed, moved, lied to and loaded. Prints its figures.
+soak: install
+	TIERSTORE_SOAK=1 $(BIN)/python -m pytest -rP tests/faults/test_daemon_soak.py tests/faults/test_socket_hostile.py \
+		tests/daemon/test_remote_hostile.py
 
 demo: install
 	$(BIN)/python -m tierstore.tools.demo

@@ -209,3 +209,5 @@ def checking_clients(
     for report in reports:
         assert not report["faults"], report["faults"][:3]
         assert report["lookups"] > 10, report
+    lookups, longest_s = sum(each["lookups"] for each in reports), max(each["longest_s"] for each in reports)
+    print(f"{count} clients: {lookups} lookups checked, the longest took {longest_s:.3f} s")

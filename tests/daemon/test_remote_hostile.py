@@ -77,6 +77,10 @@ class Watched:
         assert not self._faults
         assert self.num_lookups > 0
         files, threads, num_bytes = self._settled(before)
+        print(
+            f"descriptors {before[0]} to {files}, threads {before[1]} to {threads}, {before[2] >> 20} MiB to "
+            f"{num_bytes >> 20} MiB, {self.num_lookups} lookups meanwhile"
+        )
         assert files <= before[0]
         assert threads <= before[1] + THREADS_MAX
         assert num_bytes <= before[2] + GROWTH_BYTES_MAX
@@ -214,5 +218,6 @@ def test_random_and_damaged_requests(watched: Watched, method: str) -> None:
             except grpc.RpcError as error:
                 code = error.code()
             codes[code] = codes.get(code, 0) + 1
+    print(f"{method}: {BODIES} bodies, {codes}")
     assert set(codes) <= refusals | {None}
     assert codes[grpc.StatusCode.INVALID_ARGUMENT] > BODIES / 10

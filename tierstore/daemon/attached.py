@@ -229,7 +229,7 @@ class AttachedEngine(Engine):
     def subscribe(self, renewed: Callable[[], Any]) -> None:
         self._renewed.append(
             weakref.WeakMethod(renewed)
-        )  # a thread holds this engine, and must not hold the store by it
+        )  # a thread holds this engine; it must not hold the store by it
 
     def move_to(self, link: Link) -> Link:
         """Sends lookups that begin from now on through another link; returns the old one, whose lookups may be under way.

@@ -23,7 +23,7 @@ from typing import Any
 import lmdb
 
 from .. import kernels
-from ..errors import ConfigError, FormatError, StoreNotReadyError
+from ..errors import BudgetError, ConfigError, FormatError, StoreNotReadyError
 from ..spec import TableSpec
 from ..version import VERSION
 from .lmdb_pages import check_lmdb_file
@@ -371,6 +371,8 @@ def _read(path: Path) -> dict[str, bytes]:
         except FormatError:
             if last_attempt:
                 raise
+        except lmdb.MemoryError as error:
+            raise BudgetError(f"{file} cannot be mapped ({error}); raise the process's limit (ulimit -v)") from error
         except (lmdb.Error, UnicodeDecodeError) as error:
             if last_attempt:
                 raise FormatError(f"{file} is damaged ({error}); restore it from a copy or rebuild") from error

@@ -103,13 +103,20 @@ def make_client_block(name: str, num_bytes: int) -> tuple[int, np.ndarray]:
 
 
 def map_block(fd: int, num_bytes: int, what: str, *, writable: bool = False) -> np.ndarray:
-    """Maps a block that another process made, uint8 [num_bytes]; raises `DaemonError` where it is not sealed or too short."""
+    """Maps a block that another process made, uint8 [num_bytes].
+
+    Raises `DaemonError` where it is not sealed or too short, `BudgetError` where this process may map no more.
+    """
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         found_bytes = os.fstat(fd).st_size
         if seals & _SHRINK and found_bytes >= num_bytes > 0 and num_bytes % BLOCK_UNIT_BYTES == 0:
             return kernels.map_shared(fd, num_bytes, writable=writable)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise BudgetError(
+                f"{what}: {num_bytes} bytes cannot be mapped ({error.strerror}); raise the process's limit (ulimit -v)"
+            ) from error
         raise DaemonError(
             f"{what}: {error.strerror}; it is no block of a daemon's: start 'tierstore serve' again"
         ) from error
