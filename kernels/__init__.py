@@ -128,9 +128,9 @@ ReportReader: Any = _serving.ReportReader if native else None
 # keys a set, none counted more often than it was reported). Any threads.
 #   add(reports) -> int: counts REPORT [n] by their weights, 2 ** (source_and_weight >> 3); returns how many had a key.
 #   counts(table, order_index, keys) -> uint32 [n]; order_index: one for all, or uint8 [n]; keys: int64 [n].
-#   above(table, minimum) -> order_index uint8 [m], keys int64 [m], counts uint32 [m], in no order: all counted at least
-#   `minimum` times; num_above(table, minimum) -> m, by which to choose a minimum that memory is there for.
-#   age(): halves all counts. num_used, num_slots: keys that have a count, and that could have one.
+#   above(table, minimum, first_set=0, end_set=all) -> order_index uint8 [m], keys int64 [m], counts uint32 [m], in no order: all
+#   in these sets that were counted at least `minimum` times. A few sets at a time take little memory.
+#   age(): halves all counts. num_used, num_sets: keys that have a count; four times as many as sets could have one.
 KeyCounts: Any = _serving.KeyCounts if native else reference_counts.KeyCounts
 
 

@@ -32,8 +32,8 @@ class KeyCounts:
         self._slots = memory.view(KEY_COUNT).reshape(-1, SLOTS)
 
     @property
-    def num_slots(self) -> int:
-        return self._slots.size
+    def num_sets(self) -> int:
+        return len(self._slots)
 
     @property
     def num_used(self) -> int:
@@ -75,17 +75,13 @@ class KeyCounts:
         same = (slots["key"] == keys[:, None]) & (slots["table"] == table) & (slots["order"] == orders[:, None])
         return (slots["count"] * same).max(axis=1, initial=0).astype(np.uint32)
 
-    def _above(self, table: int, minimum: int) -> np.ndarray:
+    def above(
+        self, table: int, minimum: int, first_set: int = 0, end_set: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if minimum < 1:
             raise ValueError("minimum must be at least 1")
-        slots = self._slots.reshape(-1)
-        return slots[(slots["count"] >= minimum) & (slots["table"] == table)]
-
-    def num_above(self, table: int, minimum: int) -> int:
-        return len(self._above(table, minimum))
-
-    def above(self, table: int, minimum: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        found = self._above(table, minimum)
+        slots = self._slots[first_set:end_set].reshape(-1)
+        found = slots[(slots["count"] >= minimum) & (slots["table"] == table)]
         return found["order"].copy(), found["key"].copy(), found["count"].copy()
 
     def age(self) -> None:

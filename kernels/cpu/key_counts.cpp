@@ -88,19 +88,19 @@ void KeyCounts::age() {
   }
 }
 
-size_t KeyCounts::num_above(uint16_t table, uint32_t minimum) const {
+size_t KeyCounts::num_above(uint16_t table, uint32_t minimum, SetRange sets) const {
   const std::lock_guard<std::mutex> lock(at_work_);
   size_t num_found = 0;
-  for (size_t i = 0; i < num_sets_; ++i) {
+  for (size_t i = sets.begin; i < std::min(sets.end, num_sets_); ++i) {
     for (const KeyCount& slot : sets_[i].slots) num_found += slot.count >= minimum && slot.table == table;
   }
   return num_found;
 }
 
-size_t KeyCounts::copy_above(uint16_t table, uint32_t minimum, const CountedKeys& out) const {
+size_t KeyCounts::copy_above(uint16_t table, uint32_t minimum, SetRange sets, const CountedKeys& out) const {
   const std::lock_guard<std::mutex> lock(at_work_);
   size_t num_found = 0;
-  for (size_t i = 0; i < num_sets_; ++i) {
+  for (size_t i = sets.begin; i < std::min(sets.end, num_sets_); ++i) {
     for (const KeyCount& slot : sets_[i].slots) {
       if (slot.count < minimum || slot.table != table) continue;
       if (num_found == out.size) return num_found;

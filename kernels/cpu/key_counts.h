@@ -31,6 +31,12 @@ struct alignas(64) KeyCountSet {
 };
 static_assert(sizeof(KeyCountSet) == 64, "a cache line");
 
+// Sets from `begin` to `end`, or to the last one.
+struct SetRange {
+  size_t begin = 0;
+  size_t end = SIZE_MAX;
+};
+
 // Where `copy_above` writes: room for `size` keys.
 struct CountedKeys {
   uint8_t* order_index;
@@ -55,13 +61,14 @@ class KeyCounts {
   // Halves all counts; a count of 1 is gone.
   void age();
 
-  // How many keys of a table were counted at least `minimum`, 1 or more, times; and these, in no order, as many as fit.
-  size_t num_above(uint16_t table, uint32_t minimum) const;
-  size_t copy_above(uint16_t table, uint32_t minimum, const CountedKeys& out) const;
+  // How many keys of a table in some of the sets were counted at least `minimum`, 1 or more, times; and these, in no order,
+  // as many as fit.
+  size_t num_above(uint16_t table, uint32_t minimum, SetRange sets) const;
+  size_t copy_above(uint16_t table, uint32_t minimum, SetRange sets, const CountedKeys& out) const;
 
   // Keys that have a count now, of all tables.
   size_t num_used() const;
-  size_t num_slots() const { return num_sets_ * kCountSlots; }
+  size_t num_sets() const { return num_sets_; }
 
  private:
   KeyCountSet& set_of(uint16_t table, uint8_t order, int64_t key) const;

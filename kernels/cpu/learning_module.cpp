@@ -81,16 +81,16 @@ class PyKeyCounts {
     return counts_of(table, &order_index, true, keys);
   }
 
-  size_t num_above(uint16_t table, uint32_t minimum) const {
-    require(minimum >= 1, "minimum must be at least 1");
-    py::gil_scoped_release released;
-    return counts_.num_above(table, minimum);
-  }
-
   // The room is made between counting and copying, so that no lock is held while the interpreter's is waited for. What has become
   // of the counts meanwhile shows in how much of the room is used.
-  py::tuple above(uint16_t table, uint32_t minimum) const {
-    const auto size = static_cast<py::ssize_t>(num_above(table, minimum));
+  py::tuple above(uint16_t table, uint32_t minimum, size_t first_set, size_t end_set) const {
+    require(minimum >= 1, "minimum must be at least 1");
+    const SetRange sets{first_set, end_set};
+    py::ssize_t size = 0;
+    {
+      py::gil_scoped_release released;
+      size = static_cast<py::ssize_t>(counts_.num_above(table, minimum, sets));
+    }
     py::array_t<uint8_t> order_index(size);
     py::array_t<int64_t> keys(size);
     py::array_t<uint32_t> counts(size);
@@ -98,7 +98,7 @@ class PyKeyCounts {
     py::ssize_t num_found = 0;
     {
       py::gil_scoped_release released;
-      num_found = static_cast<py::ssize_t>(counts_.copy_above(table, minimum, out));
+      num_found = static_cast<py::ssize_t>(counts_.copy_above(table, minimum, sets, out));
     }
     if (num_found < size) {
       for (py::array* each : {static_cast<py::array*>(&order_index), static_cast<py::array*>(&keys),
@@ -117,7 +117,7 @@ class PyKeyCounts {
     py::gil_scoped_release released;
     return counts_.num_used();
   }
-  size_t num_slots() const { return counts_.num_slots(); }
+  size_t num_sets() const { return counts_.num_sets(); }
 
  private:
   static uint8_t* data_of(py::array& memory) {
@@ -164,11 +164,11 @@ void bind_learning(py::module_& module) {
       .def("add", &PyKeyCounts::add, py::arg("reports"))
       .def("counts", &PyKeyCounts::counts_of_order, py::arg("table"), py::arg("order_index"), py::arg("keys"))
       .def("counts", &PyKeyCounts::counts, py::arg("table"), py::arg("order_index"), py::arg("keys"))
-      .def("num_above", &PyKeyCounts::num_above, py::arg("table"), py::arg("minimum"))
-      .def("above", &PyKeyCounts::above, py::arg("table"), py::arg("minimum"))
+      .def("above", &PyKeyCounts::above, py::arg("table"), py::arg("minimum"), py::arg("first_set") = 0,
+           py::arg("end_set") = SIZE_MAX)
       .def("age", &PyKeyCounts::age)
       .def_property_readonly("num_used", &PyKeyCounts::num_used)
-      .def_property_readonly("num_slots", &PyKeyCounts::num_slots);
+      .def_property_readonly("num_sets", &PyKeyCounts::num_sets);
 }
 
 }  // namespace tierstore

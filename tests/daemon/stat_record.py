@@ -65,6 +65,7 @@ def stat_record() -> dict[str, Any]:
             "resident_bytes": 0,
             "staging_bytes": 16 << 20,
             "counts_bytes": 64 << 20,
+            "work_bytes": 60_000_000,
             "process_bytes": 8_700_000_000,
         },
         "epochs": {

@@ -17,7 +17,7 @@ from stores import Model, place_some
 
 import tierstore
 from tierstore import kernels
-from tierstore.daemon import attachments
+from tierstore.daemon import attachments, learning
 from tierstore.daemon.serving import Daemon
 from tierstore.decisions.replan import Entries, caught, fresh_choice
 
@@ -120,6 +120,25 @@ def test_a_little_more_traffic_moves_nothing_and_clearly_more_does(daemon: Daemo
     assert (store[NAME].explain(hotter) == "static").all()
 
 
+def test_a_replan_in_many_small_rounds_ends_as_one_would(
+    daemon: Daemon, store: tierstore.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "ROUND_ENTRIES", 10)
+    monkeypatch.setattr(learning, "SCAN_SETS", 3)
+    slots = daemon._host.slots[NAME]
+    warm, hot = some_keys(slots.capacity // 3 - 20), some_keys(100, BASE * 2)
+    count_as(daemon, warm, 2)
+    count_as(daemon, hot, 8)
+    assert request(Path(daemon.path), "replan")["entered"] == slots.num_live == slots.capacity
+    assert (store[NAME].explain(hot) == "static").all()
+    hottest = some_keys(slots.capacity // 3, BASE * 3)
+    count_as(daemon, hottest, 16)
+    done = request(Path(daemon.path), "replan")
+    assert done["entered"] == done["left"] == hottest.size
+    assert done["steps"] >= hottest.size / 10
+    assert (store[NAME].explain(hottest) == "static").all()
+
+
 def count_as(daemon: Daemon, keys: np.ndarray, times: int) -> None:
     """Has the daemon count keys of the first table, as reports do, a power of two of times."""
     reports = np.zeros(keys.size, dtype=kernels.REPORT)
@@ -216,7 +235,12 @@ def test_what_a_daemon_takes_stays_within_its_budget(
     with serving(placed if with_placement else built, socket, budget_bytes) as daemon:
         host, plan = daemon._host, daemon._host.plan
         blocks = [host._static, host._recency]
-        taken = sum(os.fstat(block.fd).st_size for block in blocks) + plan.staging.num_bytes + plan.counts_bytes
+        taken = (
+            sum(os.fstat(block.fd).st_size for block in blocks)
+            + plan.staging.num_bytes
+            + plan.counts_bytes
+            + plan.work_bytes
+        )
         if host.current.resident:
             taken += 2 * os.fstat(host.current.resident.fd).st_size  # two versions, while one takes the other's place
         memory = daemon.stat()["memory"]

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierstore.decisions.replan import Entries, Replan, caught, choose_static, fresh_choice, joined, steps
+from tierstore.decisions.replan import (
+    Entries,
+    Replan,
+    caught,
+    choose_static,
+    fresh_choice,
+    hotter,
+    hottest_places,
+    joined,
+    steps,
+)
 
 Name = tuple[int, int]  # order index, key
 COUNTS = st.one_of(st.integers(0, 6), st.integers(0, 60), st.integers(2**32 - 4, 2**32 - 1))
@@ -225,3 +235,24 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="must all be"):
         Entries(np.zeros(1, dtype=np.uint8), np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.uint32))
     assert len(joined(two, nothing)) == 2
+
+
+@given(COUNTED, st.integers(1, 12), st.integers(1, 5))
+def test_the_hottest_found_piece_by_piece_are_those_of_the_whole(
+    counted: dict[Name, int], most: int, size: int
+) -> None:
+    whole = entries_of(counted)
+    best = whole[:0]
+    for start in range(0, len(whole), size):
+        best = hotter(best, whole[start : start + size], most)
+    assert sorted(best.counts.tolist()) == sorted(whole.hottest(most).counts.tolist())
+    assert {name: counted[name] for name in names_of(best)} == dict(
+        zip(names_of(best), best.counts.tolist(), strict=True)
+    )
+    assert len(set(names_of(best))) == len(best)
+
+
+@given(st.lists(COUNTS, max_size=30), st.integers(0, 40))
+def test_the_places_of_the_highest_counts(counts: list[int], most: int) -> None:
+    places = hottest_places(np.array(counts, dtype=np.uint32), most).tolist()
+    assert places == sorted(sorted(range(len(counts)), key=lambda place: (-counts[place], place))[:most])

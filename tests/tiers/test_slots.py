@@ -38,7 +38,9 @@ def write(slots: StaticSlots, pairs: list[Pair]) -> list[int]:
     order_index = np.array([order for order, _ in pairs], dtype=np.uint8)
     keys = np.array([key for _, key in pairs], dtype=np.int64)
     entries = np.frombuffer(b"".join(map(entry_of, pairs)), dtype=np.uint8).reshape(-1, ENTRY_BYTES)
-    written: list[int] = slots.write(order_index, keys, entries, SEED).tolist()
+    places = slots.write(order_index, keys, entries, SEED)
+    assert places.base is None  # who keeps them does not keep those of all free slots
+    written: list[int] = places.tolist()
     return written
 
 

@@ -16,12 +16,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import kernels
+from ..decisions.replan import hottest_places
 from ..decisions.shared_budget import SharedPlan, divide_shared
 from ..embedded import check_available, open_placement
 from ..errors import ConfigError, CorruptPageError, FingerprintMismatchError
@@ -40,6 +42,7 @@ logger = logging.getLogger("tierstore.daemon")
 
 TAGS = 16
 CLOSE_WAIT_S = 60.0  # for a change that is under way
+STATIC = kernels.SOURCES.index("static")
 READ_TOKENS_MAX = 512  # packed keys of a lookup by which entries are read: a few MiB of rows
 
 Pairs = tuple[np.ndarray, np.ndarray]  # order index uint8 [n], keys int64 [n]
@@ -303,6 +306,15 @@ class Host:
         )
         return np.concatenate([first[0], second[0] + middle]), np.concatenate([first[1], second[1]])
 
+    def are_static(self, name: str, order_index: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Returns which (order index, key) pairs are static in the newest epoch, bool [n]."""
+        opened = self.current.opened.image.tables
+        tokens, places = pairs_as_tokens(order_index, keys, len(opened[name].spec.orders))
+        sources = np.empty(tokens.shape, dtype=np.uint8)
+        self.current.engine.locate(list(opened).index(name), tokens, sources)
+        found: np.ndarray = sources.reshape(-1)[places] == STATIC
+        return found
+
     # Versions
 
     def swap(
@@ -372,12 +384,10 @@ class Host:
         """Returns which live slots to keep so that half of all are free, bool [S] by table: those asked for most."""
         hot = {}
         for name, slots in self.slots.items():
-            live = np.flatnonzero(slots.live)
-            order = np.argsort(
-                -counts_of(name, slots.order_index[live], slots.keys[live]).astype(np.int64), kind="stable"
-            )
+            counted = slots.counted(partial(counts_of, name))
             hot[name] = np.zeros(len(slots.keys), dtype=bool)
-            hot[name][live[order[: len(slots.keys) // 2]]] = True
+            hot[name][hottest_places(counted, len(slots.keys) // 2)] = True
+            hot[name] &= slots.live
         return hot
 
     def close(self) -> None:

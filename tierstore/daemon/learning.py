@@ -12,12 +12,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .. import kernels
-from ..decisions.replan import LEAST_COUNT, Entries, Replan, choose_static, steps
+from ..decisions.replan import LEAST_COUNT, Entries, Replan, choose_static, hotter, hottest_places, steps
 from ..errors import DaemonError, TierStoreError
 from ..spec import KEY_MAX
 from ..stats import COUNT_MAX
@@ -32,6 +33,8 @@ TAKE_REPORTS_MAX = 4096  # of one client at once, before the others have their t
 WEIGHT_LOG2_MAX = 4  # of a report: what report_sink.h gives those that it makes of one in 16
 FEED_KEYS_MAX = 1 << 16  # missed keys that wait to be read
 FEED_KEYS = 1024  # read before it is asked anew which are next
+ROUND_ENTRIES = 1 << 17  # that a round of a replan exchanges at most: sorting these takes little memory
+SCAN_SETS = 1 << 14  # of the counts, looked through at once
 POLL_S = 1.0
 REPLAN_S = 600.0
 CLOSE_WAIT_S = 10.0
@@ -224,7 +227,7 @@ class Learner:
                 current = Entries(slots.order_index[live], slots.keys[live], np.zeros(len(live), dtype=np.uint32))
                 leave = ~current.are_in(target)
                 replan = Replan(target[~target.are_in(current)], leave, np.flatnonzero(leave))
-                self._apply(name, replan, live, done)
+                self._apply(name, replan, live, slots.capacity, done)
             done["seconds"] = time.monotonic() - started
         self._say("placement_adopted", done)
         return done
@@ -236,18 +239,33 @@ class Learner:
         )  # fmt: skip
 
     def _replan_table(self, index: int, name: str, done: dict[str, Any]) -> None:
+        """Exchanges the coldest entries for the hottest candidates, and again the next ones, until a round has too few."""
         slots = self._host.slots[name]
-        live = np.flatnonzero(slots.live)
-        counts = self._counts.counts(index, slots.order_index[live], slots.keys[live])
-        current = Entries(slots.order_index[live], slots.keys[live], counts)
-        candidates = Entries(*self._counts.above(index, LEAST_COUNT))
-        self._apply(name, choose_static(current, candidates, slots.capacity), live, done)
+        for _ in range(1 + slots.capacity // ROUND_ENTRIES):
+            counted = slots.counted(partial(self._counts.counts, index))
+            coldest = hottest_places(np.where(counted, ~counted, 0), min(ROUND_ENTRIES, slots.num_live))
+            current = Entries(slots.order_index[coldest], slots.keys[coldest], counted[coldest] - np.uint32(1))
+            capacity = slots.capacity - slots.num_live + len(coldest)  # of these, beside the others
+            replan = choose_static(current, self._candidates(index, name), capacity)
+            self._apply(name, replan, coldest, capacity, done)
+            if len(replan.enter) < ROUND_ENTRIES:
+                return
 
-    def _apply(self, name: str, replan: Replan, live: np.ndarray, done: dict[str, Any]) -> None:
-        """Carries a replan out, step by step; live: the slots, int64 [n], that it calls its current entries."""
+    def _candidates(self, index: int, name: str) -> Entries:
+        """Returns the hottest keys that are not static, ROUND_ENTRIES at most, found piece by piece."""
+        none = np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint32)
+        best = Entries(*none)
+        for start in range(0, self._counts.num_sets, SCAN_SETS):
+            piece = Entries(*self._counts.above(index, LEAST_COUNT, start, start + SCAN_SETS))
+            piece = piece[~self._host.are_static(name, piece.order_index, piece.keys)]
+            best = hotter(best, piece, ROUND_ENTRIES)
+        return best
+
+    def _apply(self, name: str, replan: Replan, live: np.ndarray, capacity: int, done: dict[str, Any]) -> None:
+        """Carries a replan of a capacity out, step by step; live: the slots, int64 [n], that it calls its current entries."""
         slots = self._host.slots[name]
         spare = len(slots.keys) - slots.capacity
-        for step in steps(replan, slots.capacity, spare):
+        for step in steps(replan, capacity, spare):
             if self._ended.is_set():
                 raise DaemonError("the daemon ends; the rest of the replan is left")
             done["entered"] += self._host.change(

@@ -26,7 +26,15 @@ from .web import Answer, WebServer, parse_address, text_answer
 
 logger = logging.getLogger("tierstore")
 
-MEMORY_PARTS = ("static", "index", "recency", "resident", "staging", "counts")  # `<part>_bytes` of the record's memory
+MEMORY_PARTS = (
+    "static",
+    "index",
+    "recency",
+    "resident",
+    "staging",
+    "counts",
+    "work",
+)  # `<part>_bytes` of the record's memory
 
 # What is one number of the record: its section and name there, its name here, and what it is.
 _COUNTERS = (

@@ -289,6 +289,7 @@ class Daemon:
                 "resident_bytes": plan.resident_bytes,
                 "staging_bytes": plan.staging.num_bytes,
                 "counts_bytes": plan.counts_bytes,
+                "work_bytes": plan.work_bytes,
                 "process_bytes": psutil.Process().memory_info().rss,
             },
             "epochs": {

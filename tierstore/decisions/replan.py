@@ -146,6 +146,25 @@ def steps(replan: Replan, capacity: int, spare: int) -> Iterator[Step]:
         num_left = num_leaving
 
 
+def hotter(best: Entries, more: Entries, most: int) -> Entries:
+    """Returns the `most` hottest of what was best so far and more; of equal ones, those that came first."""
+    if len(best) == most:
+        more = more[more.counts > best.counts.min(initial=0)]
+    return joined(best, more).hottest(most) if len(more) else best
+
+
+def hottest_places(counts: np.ndarray, most: int) -> np.ndarray:
+    """Returns the places of the `most` highest of counts, uint32 [n], in ascending order, int64; of equal ones the first."""
+    if most >= len(counts):
+        return np.arange(len(counts))
+    if most == 0:
+        return np.empty(0, dtype=np.int64)
+    least = np.partition(counts, len(counts) - most)[len(counts) - most]
+    chosen = counts > least
+    chosen[np.flatnonzero(counts == least)[: most - np.count_nonzero(chosen)]] = True
+    return np.flatnonzero(chosen)
+
+
 def fresh_choice(counted: Entries, capacity: int, least_count: int = LEAST_COUNT) -> Entries:
     """Returns what a plan from scratch would take, hottest first: to say what hysteresis costs."""
     return counted[counted.counts >= least_count].hottest(capacity)

@@ -23,6 +23,9 @@ from .budget import LINE_BYTES, StagingPlan, cache_set_bytes, plan_staging
 
 DEFAULT_STATIC_FRACTION = 0.5  # of a table's share, where no placement says better
 SPARE_PART = 8  # one slot in so many is spare
+SLOT_WORK_BYTES = (
+    32  # of the daemon's own memory for each slot: which entry it holds, and what it takes to index or replan
+)
 COUNTS_PART = 64  # one byte in so many is for counting keys,
 COUNTS_BYTES_MAX = 256 << 20  # but no more than these
 COUNTS_BYTES_MIN = 64 << 10
@@ -69,6 +72,7 @@ class SharedPlan:
     static_bytes: int
     recency_bytes: int
     index_bytes: int
+    work_bytes: int
     shares: Mapping[str, SharedShare]
 
     @property
@@ -80,6 +84,7 @@ class SharedPlan:
             + 2 * self.resident_bytes
             + self.static_bytes
             + self.recency_bytes
+            + self.work_bytes
         )
 
 
@@ -103,7 +108,7 @@ def divide_shared(
     left = budget_bytes - staging.num_bytes - counts_bytes
     shares: dict[str, SharedShare] = {}
     ends = {"resident": 0, "static": 0, "recency": 0}
-    index_bytes = 0
+    index_bytes = work_bytes = 0
     by_size = sorted(tables.values(), key=lambda table: table.spec.table_bytes)
     for count, table in zip(range(len(by_size), 0, -1), by_size, strict=True):
         name, share_bytes = table.spec.name, left // count // UNIT_BYTES * UNIT_BYTES
@@ -117,10 +122,11 @@ def divide_shared(
         index_bytes += static_bytes - round_up(share.num_slots * record_bytes(table.spec.entry_bytes), UNIT_BYTES)
         ends["static"] += static_bytes
         ends["recency"] += recency_bytes
-        left -= static_bytes + recency_bytes
+        work_bytes += _work_bytes(share.num_slots)
+        left -= static_bytes + recency_bytes + _work_bytes(share.num_slots)
         shares[name] = share
     return SharedPlan(
-        budget_bytes, staging, counts_bytes, ends["resident"], ends["static"], ends["recency"], index_bytes,
+        budget_bytes, staging, counts_bytes, ends["resident"], ends["static"], ends["recency"], index_bytes, work_bytes,
         {name: shares[name] for name in tables},
     )  # fmt: skip
 
@@ -131,7 +137,8 @@ def _least_share(table: TableLayout, placed: PlacedTable | None) -> int:
     index_bytes = 3 * HEAD_BYTES + 2 * (num_orders + 1) * BUCKET_BYTES + (placed.index_bytes if placed else 0)
     slots_bytes = 2 * record_bytes(table.spec.entry_bytes)
     return (
-        round_up(index_bytes, UNIT_BYTES)
+        _work_bytes(2)
+        + round_up(index_bytes, UNIT_BYTES)
         + round_up(slots_bytes, UNIT_BYTES)
         + round_up(cache_set_bytes(table), UNIT_BYTES)
     )
@@ -146,8 +153,9 @@ def _divide_share(
     file_bytes = placed.index_bytes if placed else 0
     fixed_bytes = 3 * HEAD_BYTES + 2 * num_orders * BUCKET_BYTES + file_bytes
     recency_least = round_up(cache_set_bytes(table), UNIT_BYTES)
-    room = min(int((share_bytes - fixed_bytes) * fraction), share_bytes - fixed_bytes - recency_least) - 2 * UNIT_BYTES
-    num_slots = max(2, int(room / (record + 2 * BUCKET_BYTES / BUCKET_KEYS)))
+    room = min(int((share_bytes - fixed_bytes) * fraction), share_bytes - fixed_bytes - recency_least) - 3 * UNIT_BYTES
+    num_slots = max(2, int(room / (record + SLOT_WORK_BYTES + 2 * BUCKET_BYTES / BUCKET_KEYS)))
+    share_bytes -= _work_bytes(num_slots)
     area_buckets = int(num_slots / BUCKET_KEYS) + num_orders
     at = starts["static"]
     records_start, at = at, at + round_up(num_slots * record, UNIT_BYTES)
@@ -176,6 +184,10 @@ def _divide_share(
         recency_start=starts["recency"],
     )
     return share, static_bytes, recency_bytes
+
+
+def _work_bytes(num_slots: int) -> int:
+    return round_up(num_slots * SLOT_WORK_BYTES, UNIT_BYTES)
 
 
 def as_share(record: Mapping[str, Any]) -> SharedShare:

@@ -7,11 +7,16 @@ left. Not for several threads at once. Shapes: S slots, n entries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .. import kernels
 from ..formats.placement import BUCKET_KEYS
 from .placed import index_head
+
+PIECE_SLOTS = 1 << 16  # looked at at once, so that looking at all takes little memory
+COUNT_MAX = np.uint32(2**32 - 3)
 
 
 class StaticSlots:
@@ -46,17 +51,25 @@ class StaticSlots:
 
     def adopt(self, num_loaded: int) -> None:
         """Takes the first num_loaded records as they lie there, loaded from a placement; damaged ones count as free slots."""
-        trailers = (
-            self.records[:num_loaded, -kernels.RECORD_TRAILER.itemsize :].copy().view(kernels.RECORD_TRAILER)[:, 0]
-        )
-        self.keys[:num_loaded], self.order_index[:num_loaded] = trailers["key"], trailers["order_index"]
+        for start in range(0, num_loaded, PIECE_SLOTS):
+            part = np.s_[start : min(start + PIECE_SLOTS, num_loaded)]
+            trailers = self.records[part, -kernels.RECORD_TRAILER.itemsize :].copy().view(kernels.RECORD_TRAILER)[:, 0]
+            self.keys[part], self.order_index[part] = trailers["key"], trailers["order_index"]
+
+    def counted(self, counts_of: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        """Returns one more than (order index, key) -> count says of each live slot, 0 for others; uint32 [S]."""
+        counted = np.zeros(len(self.keys), dtype=np.uint32)
+        for start in range(0, len(self.keys), PIECE_SLOTS):
+            live = start + np.flatnonzero(self.live[start : start + PIECE_SLOTS])
+            counted[live] = np.minimum(counts_of(self.order_index[live], self.keys[live]), COUNT_MAX) + np.uint32(1)
+        return counted
 
     def write(self, order_index: np.ndarray, keys: np.ndarray, entries: np.ndarray, seed: int) -> np.ndarray:
         """Writes entries, uint8 [n, entry_bytes], into free slots and returns those, int64 [n]; n is at most `num_free`.
 
         seed: of the records' checksums.
         """
-        slots = np.flatnonzero(self.keys < 0)[: len(keys)]
+        slots = np.flatnonzero(self.keys < 0)[: len(keys)].copy()  # a view would keep the places of all free slots
         assert len(slots) == len(keys), "more entries than free slots"
         if len(keys) == 0:
             return slots
@@ -71,13 +84,14 @@ class StaticSlots:
         """Makes epoch's index name the slots of `live`, bool [S]; at most `capacity` of them. Nobody may be in epoch - 2."""
         assert live.sum() <= self.capacity
         head, area = self.heads[epoch % 2], self.areas[epoch % 2]
-        of_order = [np.flatnonzero(live & (self.order_index == order)) for order in range(self._num_orders)]
-        num_buckets = [int(len(slots) // BUCKET_KEYS) + 1 if len(slots) else 0 for slots in of_order]
+        num_entries = [np.count_nonzero(live & (self.order_index == order)) for order in range(self._num_orders)]
+        num_buckets = [int(count // BUCKET_KEYS) + 1 if count else 0 for count in num_entries]
         head[:] = index_head(num_buckets)
         at = 0
-        for slots, count in zip(of_order, num_buckets, strict=True):
+        for order, count in enumerate(num_buckets):  # one after the other, since slots and keys of all are a lot
             if count:
-                kernels.index_entries(self.keys[slots], slots.astype(np.uint32), area[at : at + count])
+                slots = np.flatnonzero(live & (self.order_index == order)).astype(np.uint32)
+                kernels.index_entries(self.keys[slots], slots, area[at : at + count])
             at += count
         self.live = live.copy()
 

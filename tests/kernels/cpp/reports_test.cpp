@@ -125,7 +125,7 @@ void test_counts() {
     std::vector<int64_t> keys(order_index.size());
     std::vector<uint32_t> found(order_index.size());
     while (writing > 0) {
-      const size_t count = counts.copy_above(1, 1, {order_index.data(), keys.data(), found.data(), keys.size()});
+      const size_t count = counts.copy_above(1, 1, {}, {order_index.data(), keys.data(), found.data(), keys.size()});
       for (size_t i = 0; i < count; ++i) {
         if (order_index[i] != 2 || static_cast<size_t>(keys[i]) >= kKeys || found[i] > reported[keys[i]]) ++wrong;
       }
@@ -134,7 +134,7 @@ void test_counts() {
   });
   for (std::thread& thread : threads) thread.join();
   CHECK(wrong == 0);
-  CHECK(counts.num_used() == counts.num_above(1, 1));
+  CHECK(counts.num_used() == counts.num_above(1, 1, {}));
   while (counts.num_used() > 0) counts.age();
   CHECK(std::all_of(memory.data, memory.data + memory.num_bytes, [](uint8_t byte) { return byte == 0; }));
   std::printf("counts: %llu checked\n", static_cast<unsigned long long>(checked.load()));
