@@ -108,7 +108,7 @@ class Store:
         reads raise in `wait`. Beyond 256 tickets under way it waits for one to end.
         """
         if self._closed:
-            raise StoreNotReadyError(f"{self._what} is closed; open it again")
+            raise StoreNotReadyError(f"{self._what} is closed, as it is when nobody holds it; open it again")
         checked = []
         strided = []
         for name, (keys, out) in requests.items():
@@ -151,7 +151,7 @@ class Store:
         tables = [TracedTable(t.spec.name, t.spec.fingerprint, tuple(t.spec.orders)) for t in self._tables.values()]
         with self._recorder_lock:
             if self._closed:
-                raise StoreNotReadyError(f"{self._what} is closed; open it again")
+                raise StoreNotReadyError(f"{self._what} is closed, as it is when nobody holds it; open it again")
             if self._recorder is not None:
                 raise ConfigError(f"{self._backing.name}: a trace is running, to {self._recorder.path}; stop it first")
             self._recorder = Recorder(path, tables, share)

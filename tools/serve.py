@@ -75,10 +75,14 @@ def command(
     \b
     tierstore serve model.tier --socket /run/tierstore/model.sock --dram 64GiB
     python -c 'import tierstore; print(tierstore.connect("/run/tierstore/model.sock"))'
+
+    SIGTERM ends it when lookups by gRPC have; clients go on alone. SIGHUP has it adopt the placement that 'tierstore plan' made
+    meanwhile, and read certificates and token again.
     """
     from tierstore.daemon.events import configure_logging, event
     from tierstore.daemon.notify import Notifier
     from tierstore.daemon.serving import Daemon, Remote
+    from tierstore.daemon.web import parse_address
 
     configure_logging(log_format)
     logger = logging.getLogger("tierstore.daemon")
@@ -86,6 +90,10 @@ def command(
     remote = None if listen is None else Remote(listen, tls_cert, tls_key, token_file)
     if remote is None and any((tls_cert, tls_key, token_file)):
         raise ConfigError("--tls-cert, --tls-key and --token-file are of --listen HOST:PORT, which is missing")
+    if metrics is not None:
+        parse_address(metrics, "--metrics")
+    if remote is not None:
+        remote.check()
     with _signals() as signals:
         notifier.status("warming")
         with Progress("warming") as on_progress:

@@ -33,6 +33,7 @@ _PARTS = (
     ("resident", "resident tables"),
     ("staging", "staging of reads"),
     ("counts", "counts of keys"),
+    ("work", "what it remembers of places"),
 )
 
 
@@ -110,10 +111,11 @@ def summary(record: Record, rates: Rates | None) -> list[str]:
             f"{short_count(rates.batches_s)} lookups/s, {_quantiles(rates.latency_counts, record)}",
             f"       NVMe {short_count(rates.reads_s)} reads/s, {bytes_a_second(rates.read_bytes_s)}",
         ]
+    by_row_id = f"; and {short_count(counters['rows'])} rows by their ids" if counters["rows"] else ""
     return [
         *lines,
         f"total  hit rate {share_text(total.hit_rate)}, {short_count(total.keys)} keys in "
-        f"{short_count(counters['batches'])} lookups, {_quantiles(record['latency']['counts'], record)}",
+        f"{short_count(counters['batches'])} lookups, {_quantiles(record['latency']['counts'], record)}{by_row_id}",
         f"       NVMe {short_count(reads_of(record))} reads, {format_bytes(counters['bytes_read'])}, "
         f"{amplification} times what was missed; {untouched} of lookups missed nothing",
     ]

@@ -18,7 +18,8 @@ SWAP_S = 3600.0
 def command(socket: str, store: Path | None, rollback: bool) -> None:
     """Have the daemon at SOCKET serve STORE in place of its own, for all clients, without stopping any.
 
-    STORE must have the same tables, built with the same hash. Restart the daemon with it, too, when you next do.
+    STORE must have the same tables, built with the same hash. What is asked for lately stays static; after that comes what a
+    placement of STORE itself says, as far as there is room. Restart the daemon with it, too, when you next do.
 
     \b
     Example: tierstore swap /run/tierstore/v41.sock v41-next.tier

@@ -202,6 +202,10 @@ def test_each_has_help_that_says_what_it_takes(command: str) -> None:
         (["--replan", "nan"], r"--replan nan: give seconds"),
         (["--token-file", "t"], r"--listen HOST:PORT, which is missing"),
         (["--metrics", "nowhere"], r"nowhere"),
+        (["--listen", "nowhere"], r"nowhere"),
+        (["--listen", "0.0.0.0:0"], r"lookups need TLS \(--tls-cert and --tls-key\) and a token"),
+        (["--listen", "127.0.0.1:0", "--token-file", "/nowhere/token"], r"/nowhere/token"),
+        (["--listen", "127.0.0.1:0", "--tls-cert", "/nowhere/cert"], r"TLS needs both"),
     ],
 )
 def test_bad_options_are_refused_with_what_to_do(
@@ -212,6 +216,7 @@ def test_bad_options_are_refused_with_what_to_do(
     assert status == 1
     assert re.search(r"error: .*" + named, error, re.DOTALL), error
     assert "Traceback" not in error
+    assert "warming" not in error  # that takes minutes where a store is large
     assert not socket.exists()
 
 

@@ -232,7 +232,7 @@ def test_a_path_that_cannot_be_a_sockets_is_refused(tmp_path: Path, handler: Not
         os.fspath(tmp_path / "file"): "a file that is no socket; remove it",
         os.fspath(tmp_path / "link"): "a file that is no socket",
         os.fspath(tmp_path): "a file that is no socket",
-        os.fspath(tmp_path / "none" / "socket"): "give a path in a folder that can be written",
+        os.fspath(tmp_path / "none" / "socket"): r"there is no folder .*/none; make it: mkdir -p -m 700 ",
         long: "a path of 108 bytes, a socket's has 107 at most",
         "": "no path of a socket",
         "\0abstract": "no path of a socket",
@@ -279,7 +279,7 @@ def test_dialling_says_what_is_wrong(tmp_path: Path) -> None:
     for path, says in (
         (tmp_path / "none", "there is no socket; start a daemon: tierstore serve STORE --socket"),
         (tmp_path / "file" / "socket", "a folder of this path is a file"),
-        (tmp_path / "file", "nothing listens there"),
+        (tmp_path / "file", "that is no socket"),
     ):
         with pytest.raises(DaemonError, match=says):
             dial(path)

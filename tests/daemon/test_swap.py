@@ -96,6 +96,20 @@ def test_rollback_goes_to_the_version_before_and_back(
             np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[current])
 
 
+def test_places_that_are_free_after_a_swap_go_to_the_placement_of_the_new_store(
+    placed: Path, newer: Path, socket: Path, rows: tuple[np.ndarray, np.ndarray]
+) -> None:
+    with serving(placed, socket, CACHED) as daemon, tierstore.connect(socket) as store:
+        before = {name: slots.num_live for name, slots in daemon._host.slots.items()}
+        done = request(socket, "swap", store=str(newer))
+        for name, (order_index, keys) in daemon._placed().items():
+            slots = daemon._host.slots[name]
+            assert slots.num_live >= before[name]
+            assert slots.num_live == slots.capacity or daemon._host.are_static(name, order_index, keys).all()
+        assert done["filled"] > 0
+        np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[1])
+
+
 def test_what_is_asked_for_most_is_warm_when_clients_move(
     placed: Path, newer: Path, socket: Path, rows: tuple[np.ndarray, np.ndarray]
 ) -> None:

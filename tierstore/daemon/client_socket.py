@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import socket
+import stat
 import time
 from collections.abc import Collection
 from typing import Any, Literal, NoReturn
@@ -143,6 +144,8 @@ def _connect(path: str, deadline: float, timeout_s: float, trusted_uids: Collect
 
 
 def _raise_unreachable(path: str, outcome: int, timeout_s: float) -> NoReturn:
+    if outcome == errno.ECONNREFUSED and os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
+        raise DaemonError(f"{path}: that is no socket; give the path that tierstore serve was given")
     remedies = {
         errno.ENOENT: f"there is no socket; start a daemon: tierstore serve STORE --socket {path}",
         errno.ENOTDIR: "a folder of this path is a file; give the path that tierstore serve was given",

@@ -207,15 +207,18 @@ class Learner:
                     if spec.name in self._host.slots:
                         self._replan_table(index, spec.name, done)
             finally:
-                done["seconds"] = time.monotonic() - started
+                done["at"], done["seconds"] = time.time(), time.monotonic() - started
                 self.last_replan = done
             self._counts.age()
             self.totals["replans"] += 1
             self._say("replan", done)
             return done
 
-    def adopt(self, wanted: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-        """Makes (order index, key) pairs static, hottest first, as many as there is room for; returns what was done. Blocks."""
+    def adopt(self, wanted: Mapping[str, tuple[np.ndarray, np.ndarray]], *, only_free: bool = False) -> dict[str, Any]:
+        """Makes (order index, key) pairs static, hottest first, as many as there is room for; returns what was done. Blocks.
+
+        Others make way for them, unless only_free: then they get what is free.
+        """
         done = {"at": time.time(), "entered": 0, "left": 0, "seconds": 0.0, "steps": 0}
         with self._host.changes:
             started = time.monotonic()
@@ -225,8 +228,10 @@ class Learner:
                 ranks = np.arange(len(keys), 0, -1, dtype=np.uint32)
                 target, live = Entries(order_index, keys, ranks), np.flatnonzero(slots.live)
                 current = Entries(slots.order_index[live], slots.keys[live], np.zeros(len(live), dtype=np.uint32))
-                leave = ~current.are_in(target)
-                replan = Replan(target[~target.are_in(current)], leave, np.flatnonzero(leave))
+                enter, leave = target[~target.are_in(current)], ~current.are_in(target)
+                if only_free:
+                    enter, leave = enter[: slots.capacity - len(live)], np.zeros(len(live), dtype=bool)
+                replan = Replan(enter, leave, np.flatnonzero(leave))
                 self._apply(name, replan, live, slots.capacity, done)
             done["seconds"] = time.monotonic() - started
         self._say("placement_adopted", done)

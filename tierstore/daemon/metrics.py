@@ -42,9 +42,14 @@ _COUNTERS = (
     ("counters", "zero_miss_batches", "zero_miss_batches", "Lookups that read nothing from NVMe."),
     ("counters", "sentinels", "sentinels", "Keys of -1, which have no rows; not among the keys."),
     ("counters", "rows", "rows", "Rows asked for by row id."),
-    ("counters", "pages_read", "pages_read", "Pages read from shards."),
+    (
+        "counters",
+        "pages_read",
+        "pages_read",
+        "Pages read from shards by clients; the daemon's own reads are feed_read_keys.",
+    ),
     ("counters", "entries_read", "entries_read", "Placed entries read from the placement file, one read each."),
-    ("counters", "bytes_read", "read_bytes", "Bytes read from NVMe."),
+    ("counters", "bytes_read", "read_bytes", "Bytes read from NVMe by clients."),
     ("epochs", "changes", "epoch_changes", "Epochs published since the start, new store versions included."),
     ("clients", "refused", "clients_refused", "Clients that were turned away."),
     ("learning", "reports", "reports", "Reports of clients taken: which keys they asked for."),
@@ -169,7 +174,7 @@ def _latency(latency: Mapping[str, Any]) -> Metric:
     for bound, count in zip([*(ns / 1e9 for ns in bounds_ns), math.inf], counts, strict=True):
         total += count / share
         buckets.append(("+Inf" if bound == math.inf else repr(bound), total))
-    text = "Times of lookups in clients, scaled up from those that are timed to all."
+    text = "Times of blocking lookups in clients (submitted ones have none), scaled up from those that are timed."
     return HistogramMetricFamily("tierstore_lookup_seconds", text, buckets, sum_value=latency["sum_ns"] / 1e9 / share)
 
 

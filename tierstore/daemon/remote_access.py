@@ -101,6 +101,26 @@ def check_server_access(address: Address, *, has_token: bool, has_tls: bool) -> 
         )
 
 
+def check_options(
+    address: str,
+    token_file: str | os.PathLike[str] | None,
+    tls_cert: str | os.PathLike[str] | None,
+    tls_key: str | os.PathLike[str] | None,
+) -> Address:
+    """Returns the address to listen on; raises `ConfigError` where grpcio is missing or these do not go together."""
+    load_grpc()
+    wanted = parse_address(address, "address")
+    if (tls_cert is None) != (tls_key is None):
+        raise ConfigError(f"{address}: TLS needs both --tls-cert and --tls-key; give both or none")
+    check_server_access(wanted, has_token=token_file is not None, has_tls=tls_cert is not None)
+    if token_file is not None:
+        read_token(token_file)
+    if tls_cert is not None and tls_key is not None:
+        read_certificate(tls_cert, "certificate")
+        read_certificate(tls_key, "private key")
+    return wanted
+
+
 def read_token(path: str | os.PathLike[str]) -> str:
     """Returns the token that a file holds, blanks around it apart.
 

@@ -22,13 +22,7 @@ from ..errors import ConfigError, CorruptPageError, TierStoreError
 from ..store import Store
 from . import messages
 from .messages import ERROR_TRAILER, RETRY_TRAILER, SERVICE, TOKEN_HEADER
-from .remote_access import (
-    check_server_access,
-    load_grpc,
-    parse_address,
-    read_certificate,
-    read_token,
-)
+from .remote_access import check_options, load_grpc, read_certificate, read_token
 from .remote_answers import AnswerLimits, Answers, StoreChangedError
 from .remote_limits import Deadline, Deadlines, InFlight, Rates, Refusal
 from .wire import decode
@@ -77,10 +71,7 @@ class RemoteServer:
         Raises `ConfigError`: grpcio is missing, the address is taken or none, a file is unfit, the limits contradict the tables.
         """
         self._grpc = load_grpc()
-        wanted = parse_address(address, "address")
-        if (tls_cert is None) != (tls_key is None):
-            raise ConfigError(f"{address}: TLS needs both --tls-cert and --tls-key; give both or none")
-        check_server_access(wanted, has_token=token_file is not None, has_tls=tls_cert is not None)
+        wanted = check_options(address, token_file, tls_cert, tls_key)
         self._token_file, self._tls = token_file, None if tls_cert is None or tls_key is None else (tls_cert, tls_key)
         self._token = None if token_file is None else read_token(token_file)
         self._message_bytes_max = message_bytes_max

@@ -20,7 +20,7 @@ import psutil
 
 from .. import kernels
 from ..embedded import open_placement
-from ..errors import ConfigError, DaemonError
+from ..errors import ConfigError, DaemonError, TierStoreError
 from ..stats import add_counters, stats_of
 from ..store import Store
 from ..tiers.placed import OnProgress, PlacementFile
@@ -50,6 +50,12 @@ class Remote:
     tls_cert: Path | None
     tls_key: Path | None
     token_file: Path | None
+
+    def check(self) -> None:
+        """Raises `ConfigError` where it cannot be served like that, which is better known before minutes of warming."""
+        from .remote_access import check_options
+
+        check_options(self.address, self.token_file, self.tls_cert, self.tls_key)
 
 
 class Daemon:
@@ -158,19 +164,22 @@ class Daemon:
         """Reads again what may have changed on disk: certificates, and the store's placement, whose hottest become static."""
         if self._remote:
             self._remote.reload()
+        self._learner.adopt(self._placed())
+
+    def _placed(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Returns what the placement that the served store has now says of each table: order index and key, hottest first."""
         version = self._host.current
         image, placed = open_placement(version.path, None, direct=False)
         if placed is None:
-            return
+            return {}
         try:
             if image.identity != version.opened.image.identity:
                 raise ConfigError(
                     f"{version.path} is another store now than the one that is served; use 'tierstore swap' to serve it"
                 )
-            wanted = {name: _hottest(placed, name) for name in placed.placement.tables if name in self._host.slots}
+            return {name: _hottest(placed, name) for name in placed.placement.tables if name in self._host.slots}
         finally:
             placed.close()
-        self._learner.adopt(wanted)
 
     # What the socket server calls
 
@@ -207,7 +216,9 @@ class Daemon:
         asked = message.get("do")
         if asked == "stat":
             return self.stat()
-        event(logger, logging.INFO, "asked", what=str(asked), pid=peer.pid, uid=peer.uid)
+        event(
+            logger, logging.INFO, "asked", what=str(asked), store=message.get("store"), pid=peer.pid, uid=peer.uid
+        )  # fmt: skip
         self._state = "changing"
         try:
             if asked == "replan":
@@ -222,14 +233,21 @@ class Daemon:
                 if previous is None:
                     raise ConfigError("nothing to roll back to: no version was swapped in since the daemon began")
                 return self._swap(previous)
+        except (TierStoreError, OSError) as error:
+            event(logger, logging.WARNING, "refused", what=str(asked), error=error)
+            raise
         finally:
             self._state = "serving" if self._state == "changing" else self._state
         raise DaemonError(f"{asked!r} cannot be asked; there are stat, replan, reload, swap with a store, and rollback")
 
     def _swap(self, path: str) -> dict[str, Any]:
         done = self._host.swap(Path(path), self._learner.counts_of, self._move_all)
-        filled = self._learner.replan()  # the slots that the old version had
-        return {"ok": True, **done, "filled": filled["entered"]}
+        filled = self._learner.replan()["entered"]  # the slots that the old version had
+        try:
+            filled += self._learner.adopt(self._placed(), only_free=True)["entered"]
+        except TierStoreError as error:  # a placement that is damaged: the version is served all the same
+            event(logger, logging.WARNING, "placement_not_adopted", error=error)
+        return {"ok": True, **done, "filled": filled}
 
     def _move_all(self) -> None:
         """Tells all clients of the version served now."""

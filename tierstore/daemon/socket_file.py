@@ -95,6 +95,9 @@ def _take_lock(lock_path: str, path: str) -> int:
     while True:
         try:
             fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError as error:
+            folder = os.path.dirname(path) or "."
+            raise ConfigError(f"{path}: there is no folder {folder}; make it: mkdir -p -m 700 {folder}") from error
         except OSError as error:
             raise ConfigError(f"{lock_path}: {error.strerror}; give a path in a folder that can be written") from error
         try:

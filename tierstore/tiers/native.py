@@ -181,7 +181,7 @@ class NativeEngine(Engine):
         if outcome is None:
             return
         if outcome is False:
-            raise StoreNotReadyError(f"{self._what} is closed; open it again")
+            raise StoreNotReadyError(f"{self._what} is closed, as it is when nobody holds it; open it again")
         raise self._fault(*outcome)
 
     def _fault(self, kind: str, index: int, page: int, detail: int) -> TierStoreError | TimeoutError:

@@ -173,7 +173,7 @@ class PortableEngine(Engine):
         """Keeps the engine from closing under a lookup."""
         with self._state:
             if self._closed:
-                raise StoreNotReadyError(f"{self._what} is closed; open it again")
+                raise StoreNotReadyError(f"{self._what} is closed, as it is when nobody holds it; open it again")
             self._in_use += 1
         try:
             yield
