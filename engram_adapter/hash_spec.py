@@ -9,7 +9,6 @@ Shapes: B sequences, T tokens, O orders, H heads.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ import numpy as np
 
 from tierstore import ConfigError, FormatError, Store, TableSpec, kernels
 from tierstore.formats.catalog import CatalogImage
+from tierstore.lazy import lazy
 
 from . import hash_config
 from .token_map import checked_token_map
@@ -46,12 +46,12 @@ class LayerHash:
             sums.append(sums[-1] + modulus)
         return tuple(sums)
 
-    @functools.cached_property
+    @lazy
     def multiplier_array(self) -> np.ndarray:
         """The multipliers as the kernels take them, int64."""
         return np.array(self.multipliers, dtype=np.int64)
 
-    @functools.cached_property
+    @lazy
     def address_map(self) -> tuple[np.ndarray, np.ndarray]:
         """Moduli and offsets as the kernels take them, int64 [O * H] each."""
         return np.array(self.moduli, dtype=np.int64), np.array(self.offsets, dtype=np.int64)
@@ -263,7 +263,7 @@ class HashSpec:
         )
         return row_ids
 
-    @functools.cached_property
+    @lazy
     def _order_array(self) -> np.ndarray:
         return np.array(self.orders, dtype=np.int64)
 

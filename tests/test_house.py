@@ -16,6 +16,7 @@ FLOORS = {
     "tierstore.kernels": -1,
     "tierstore.version": 0,
     "tierstore.errors": 0,
+    "tierstore.lazy": 0,
     "tierstore.units": 0.5,  # of the same floor, but above errors
     "tierstore.spec": 0.5,
     "tierstore.formats": 1,

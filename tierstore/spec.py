@@ -7,7 +7,6 @@ Refuses numbers that contradict each other. Shapes: N tokens, O orders, H rows p
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -18,6 +17,7 @@ import numpy as np
 
 from . import kernels
 from .errors import FormatError
+from .lazy import lazy
 
 KEY_MAX = 2**63 - 1
 NAME_BYTES_MAX = 200
@@ -165,12 +165,12 @@ class TableSpec:
         kernels.keys_of_row_ids(row_ids, *self._address_map, *self._fixing, keys, whole)
         return keys, whole
 
-    @functools.cached_property
+    @lazy
     def _address_map(self) -> tuple[np.ndarray, np.ndarray]:
         """Moduli and offsets, int64 [O * H] each, as the kernels take them."""
         return np.array(self.moduli, dtype=np.int64), np.array(self.offsets, dtype=np.int64)
 
-    @functools.cached_property
+    @lazy
     def _fixing(self) -> tuple[np.ndarray, np.ndarray] | None:
         """How many first heads of each order fix a key, int64 [O], and their inverses, int64 [O, F], as the kernel takes
         them; None where the heads of some order do not fix its keys."""

@@ -60,6 +60,7 @@ class Store:
         self._closed = False
         self._recorder: Recorder | None = None
         self._recorder_lock = threading.Lock()  # of the one above
+        self._in_flight_lock = threading.Lock()  # of the one below
         self._in_flight: list[tuple[Pending, Sequence[np.ndarray]]] = []  # buffers live until their reads have ended
         self._engine = backing.engine
         self._tables = {spec.name: Table(self._engine, index, spec) for index, spec in enumerate(backing.specs)}
@@ -128,9 +129,11 @@ class Store:
         for flat, out in strided:
             out[...] = flat
         if pending is not None:
-            if len(self._in_flight) >= IN_FLIGHT_SWEEP:
-                self._in_flight = [kept for kept in self._in_flight if not kept[0].done()]
-            self._in_flight.append((pending, [out for _, _, out in checked]))
+            kept = pending, [out for _, _, out in checked]
+            with self._in_flight_lock:
+                if len(self._in_flight) >= IN_FLIGHT_SWEEP:
+                    self._in_flight = [each for each in self._in_flight if not each[0].done()]
+                self._in_flight.append(kept)
         return Ticket(pending)
 
     def stats(self) -> dict[str, Any]:
@@ -231,7 +234,7 @@ def _after_fork(*, child: bool) -> None:
     for store in _forking:
         store._engine.after_fork(child=child)
         if child:  # the thread and the file are the parent's
-            store._recorder_lock = threading.Lock()
+            store._recorder_lock, store._in_flight_lock = threading.Lock(), threading.Lock()
             store._forget_trace()
     _forking.clear()
     _fork_lock.release()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tierstore.errors import ConfigError, TierStoreError
+from tierstore.errors import ConfigError
 from tierstore.units import format_bytes, parse_bytes
 
 from .cli import Progress
@@ -134,7 +134,7 @@ def _serve(daemon: Daemon, signals: _Signals, notifier: Notifier, logger: loggin
             notifier.reloading("reading files again")
             try:
                 daemon.reload()
-            except (TierStoreError, OSError) as error:
+            except Exception as error:  # whatever it is, what is served is served on
                 event(logger, logging.ERROR, "reload_failed", error=error)
             notifier.ready("serving")
         elif got is not None:

@@ -20,6 +20,7 @@ namespace tierstore {
 namespace {
 
 constexpr int kSliceMs = 200;  // how often a wait for the disk looks whether it should end
+constexpr std::chrono::milliseconds kLookAgain{2};  // how often a closer looks whether all uses have ended
 constexpr auto kRelaxed = std::memory_order_relaxed;
 
 std::chrono::duration<double> seconds(double count) { return std::chrono::duration<double>(count); }
@@ -67,11 +68,6 @@ Engine::Engine(std::vector<Table> tables, const EngineShape& shape)
 
 Engine::~Engine() {
   if (!close(shape_.wait_s)) runtime_.release();
-}
-
-void Engine::wake_closer() {
-  const std::lock_guard<std::mutex> lock(runtime_->mutex);
-  runtime_->use_ended.notify_all();
 }
 
 size_t Engine::num_lanes() const {
@@ -315,7 +311,11 @@ bool Engine::close(double limit_s) {
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::steady_clock::duration>(
                                                                  seconds(limit_s));
     if (!runtime.job_ended.wait_until(lock, deadline, [&] { return runtime.unfinished.empty(); })) return false;
-    if (!runtime.use_ended.wait_until(lock, deadline, [&] { return gate_->is_empty(); })) return false;
+    // A use ends without the mutex, for which it might wait with the interpreter's lock, while who forks has it the other way.
+    while (!gate_->is_empty()) {
+      if (std::chrono::steady_clock::now() >= deadline) return false;
+      runtime.use_ended.wait_for(lock, kLookAgain);
+    }
     if (runtime.stopping) return runtime.use_ended.wait_until(lock, deadline, [&] { return runtime.ended; });
     runtime.stopping = true;
   }

@@ -76,9 +76,7 @@ class Engine {
   class Use {
    public:
     explicit Use(Engine& engine) : engine_(engine), view_(engine.gate_->enter()), open_(!engine.closed_.load()) {}
-    ~Use() {
-      if (engine_.gate_->leave(view_) && engine_.closed_.load()) engine_.wake_closer();
-    }
+    ~Use() { engine_.gate_->leave(view_); }  // and nothing more: who closes the engine may free it from here on
     Use(const Use&) = delete;
     Use& operator=(const Use&) = delete;
     explicit operator bool() const { return open_; }
@@ -132,7 +130,6 @@ class Engine {
   void release_lane(Lane* lane);
   void drive(Lane& lane, Job& job);
   void work();
-  void wake_closer();
 
   std::vector<Table> tables_;
   const EngineShape shape_;

@@ -60,8 +60,7 @@ class EpochGate {
     active_[view.epoch & 1]->fetch_add(1);
     return view;
   }
-  // Returns whether nobody of this parity is left.
-  bool leave(const EpochView& view) { return active_[view.epoch & 1]->fetch_sub(1) == 1; }
+  void leave(const EpochView& view) { active_[view.epoch & 1]->fetch_sub(1); }
 
   // Whether what was copied since `enter` is what the epoch names.
   bool holds(const EpochView& view) const {

@@ -24,6 +24,7 @@ from tierstore.daemon.attached import AttachedEngine
 from tierstore.daemon.host import TAGS
 from tierstore.daemon.remote_answers import Answers
 from tierstore.daemon.serving import Daemon, Remote
+from tierstore.tiers.slots import StaticSlots
 
 NAME = "layers.1"
 KEYS = random_keys(np.random.default_rng(0), 150, distinct=60)
@@ -217,6 +218,33 @@ def test_a_swap_whose_reads_fail_leaves_the_old_version_whole(
                 request(socket, "replan")
         assert set(traffic.seen) == {0}
         assert daemon.stat()["store"]["version"] == 1
+
+
+def test_a_swap_that_fails_while_it_is_published_leaves_nothing_of_the_new_version(
+    placed: Path, newer: Path, socket: Path, rows: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(placed, socket, CACHED) as daemon, tierstore.connect(socket) as store:
+        slots = daemon._host.slots
+        index, calls = StaticSlots.index, []
+
+        def fails(self: StaticSlots, *arguments: Any) -> None:
+            calls.append(self)
+            if len(calls) == 2 * len(slots):  # the last table of what the new version is published with
+                raise MemoryError("no more")
+            index(self, *arguments)
+
+        monkeypatch.setattr(StaticSlots, "index", fails)
+        with pytest.raises(tierstore.DaemonError):
+            request(socket, "swap", store=str(newer))
+        monkeypatch.undo()
+        for each in slots.values():
+            assert each.num_free == len(each.keys) - each.num_live
+        with Traffic(store, NAME, KEYS, *rows) as traffic:
+            request(socket, "replan")
+            traffic.go_on()
+            assert set(traffic.seen) == {0}
+            assert request(socket, "swap", store=str(newer))["version"] == 2
+            until(lambda: 1 in traffic.seen)
 
 
 @pytest.fixture

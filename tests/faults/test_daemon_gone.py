@@ -18,6 +18,7 @@ from daemon_peers import noted_warnings
 from stores import Model, place_some, random_keys
 
 import tierstore
+from tierstore.daemon.attached import AttachedEngine
 
 BACK_S = 2.0  # after a daemon serves again, its clients are attached again
 NAME = "layers.1"
@@ -125,6 +126,30 @@ def test_a_daemon_that_comes_back_with_another_version_serves_that(
             until(lambda: store.stats()["attached"]["now"], BACK_S)
             traffic.go_on()
             np.testing.assert_array_equal(store[NAME].lookup(KEYS), newer)
+
+
+def test_versions_of_two_daemons_are_never_the_same_and_rows_by_id_never_of_both(
+    built: Path, socket: Path, tmp_path: Path, model: Model, other: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other.build(tmp_path / "newer")
+    ids = model.row_ids(NAME, KEYS)
+    ids[::2, 3] = 7  # no token's: read one by one, after the tokens
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(contextlib.ExitStack())
+        first.enter_context(serving(built, socket, 900 * KIB))
+        store = stack.enter_context(tierstore.connect(socket))
+        engine, number = store._engine, store.version
+
+        def after_a_restart(*arguments: Any) -> None:
+            if store.version == number:
+                first.close()
+                stack.enter_context(serving(tmp_path / "newer", socket, 900 * KIB))
+                until(lambda: store.version not in (number, -1))
+            AttachedEngine.rows(engine, *arguments)
+
+        monkeypatch.setattr(engine, "rows", after_a_restart)
+        expected = np.where((ids >= 0)[..., None], other.rows[NAME][ids], 0)
+        np.testing.assert_array_equal(store[NAME].rows(ids), expected)
 
 
 def test_a_daemon_that_comes_back_with_another_hash_is_refused_and_the_old_rows_go_on(

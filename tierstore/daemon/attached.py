@@ -195,7 +195,8 @@ class AttachedBacking(Backing):
             with contextlib.suppress(TierStoreError, TimeoutError, OSError):
                 self._tell(channel)
             channel.shutdown()
-        self._thread.join(END_WAIT_S)
+        if threading.current_thread() is not self._thread:  # which may be the one that collects the store
+            self._thread.join(END_WAIT_S)
         self.engine.link.opened.close()
 
 
@@ -211,10 +212,12 @@ class AttachedEngine(Engine):
         self._renewed: list[weakref.WeakMethod[Callable[[], Any]]] = []
         self._past: Any = None  # counters of engines that are gone
         self._leaving: list[Link] = []  # moved away from, and not closed yet
-        self._lock = threading.Lock()  # of the link, and of what follows from it
+        self._lock = (
+            threading.RLock()
+        )  # of the link, and of what follows; reentered where a store is collected meanwhile
         self._child_lock = threading.Lock()
         self.bad_pages = {}
-        self.version = link.version
+        self._number = self.version = link.version
         self._take(link)
 
     @property
@@ -227,9 +230,8 @@ class AttachedEngine(Engine):
         self.io, self.try_lookup = link.engine.io, link.engine.try_lookup
 
     def subscribe(self, renewed: Callable[[], Any]) -> None:
-        self._renewed.append(
-            weakref.WeakMethod(renewed)
-        )  # a thread holds this engine; it must not hold the store by it
+        # A thread holds this engine, and must not hold the store by it.
+        self._renewed.append(weakref.WeakMethod(renewed))
 
     def move_to(self, link: Link) -> Link:
         """Sends lookups that begin from now on through another link; returns the old one, whose lookups may be under way.
@@ -249,7 +251,9 @@ class AttachedEngine(Engine):
             renewed = reference()
             if renewed:
                 renewed()
-        self.version = link.version
+        self._number = self.version = max(
+            self._number + 1, link.version
+        )  # of another daemon's, too, never one that was
         return old
 
     def retire(self, old: Link, timeout_s: float) -> bool:
@@ -320,7 +324,10 @@ class AttachedEngine(Engine):
     def close(self, timeout_s: float) -> bool:
         with self._lock:  # so that no other link comes after this one
             self._closed = True
-        return self._link.engine.close(timeout_s)
+            links = [*self._leaving, self._link]
+        deadline = time.monotonic() + timeout_s
+        ended = [link.engine.close(max(0.0, deadline - time.monotonic())) for link in links]
+        return all(ended)
 
     def before_fork(self) -> None:
         self._lock.acquire()

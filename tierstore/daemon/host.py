@@ -232,6 +232,8 @@ class Host:
         """Publishes the next epoch, whose static sets are the slots of `live`, bool [S] by table; only one may be alive."""
         for name, slots in self.slots.items():
             slots.index(self.epoch + 1, live[name])
+        for name, slots in self.slots.items():  # nothing fails from here on
+            slots.live = live[name]
         self.epoch += 1
         version.epoch = self.epoch
         kernels.publish_epoch(self._control.array, version.number, self.epoch)
@@ -246,15 +248,20 @@ class Host:
         with self.changes:
             self._settle()
             live, num_entered = {}, 0
-            for name, slots in self.slots.items():
-                live[name] = slots.live.copy()
-                if name in leave:
-                    live[name][leave[name]] = False
-                if name in enter and len(enter[name][1]):
-                    written = self._write(self.current, name, *enter[name])
-                    live[name][written] = True
-                    num_entered += len(written)
-            self._publish(self.current, live)
+            try:
+                for name, slots in self.slots.items():
+                    live[name] = slots.live.copy()
+                    if name in leave:
+                        live[name][leave[name]] = False
+                    if name in enter and len(enter[name][1]):
+                        written = self._write(self.current, name, *enter[name])
+                        live[name][written] = True
+                        num_entered += len(written)
+                self._publish(self.current, live)
+            except BaseException:
+                for slots in self.slots.values():
+                    slots.free_dead()
+                raise
             self._settle()
             return num_entered
 
@@ -298,7 +305,8 @@ class Host:
         except (CorruptPageError, TimeoutError) as error:
             self.num_read_errors += 1
             event(logger, logging.ERROR, "read_failed", table=name, keys=len(keys), why=str(error))
-        if len(keys) == 1:
+            is_late = isinstance(error, TimeoutError)  # a disk that does not answer would cost each half as long again
+        if len(keys) == 1 or is_late:
             return np.empty(0, dtype=np.int64), np.empty((0, spec.entry_bytes), dtype=np.uint8)
         middle = len(keys) // 2  # one bad page costs its own entries only
         first, second = (
@@ -351,15 +359,15 @@ class Host:
                     live[name] = np.zeros(len(slots.keys), dtype=bool)
                     live[name][written] = True
                     num_warmed += len(written)
+                with self.attachments.lock:  # who attaches from here on gets the new version
+                    self._publish(version, live)
+                    self.current, self.previous_path, self._retiring = version, old.path, old
             except BaseException:
                 self.attachments.own.left(version.number)
                 version.close()
                 for slots in self.slots.values():
                     slots.free_dead()
                 raise
-            with self.attachments.lock:  # who attaches from here on gets the new version
-                self._publish(version, live)
-                self.current, self.previous_path, self._retiring = version, old.path, old
             event(logger, logging.INFO, "version_published", version=version.number, store=path, warmed=num_warmed)
             move()
             self._settle()

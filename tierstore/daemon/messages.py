@@ -143,8 +143,9 @@ class LookupReply(Message):
 
     version: int = 0
     parts: list[Part] = field(default_factory=list)
+    instance: int = 0
 
-    FIELDS: ClassVar = {1: ("version", UINT), 2: ("parts", Part)}
+    FIELDS: ClassVar = {1: ("version", UINT), 2: ("parts", Part), 3: ("instance", UINT)}
     REPEATED = frozenset({2})
 
 

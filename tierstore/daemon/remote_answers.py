@@ -10,6 +10,7 @@ Shapes: N tokens, O orders, H rows per key.
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,7 @@ class Answers:
         self._limits, self._in_flight, self._record = limits, in_flight, record
         self._workers = threading.BoundedSemaphore(limits.workers)
         self._served: Served | None = None
+        self._instance = secrets.randbits(32)
         for spec in _specs(store()):
             if spec.num_heads * spec.row_bytes + HEAD_BYTES > limits.message_bytes_max:
                 raise ConfigError(
@@ -115,7 +117,7 @@ class Answers:
             for place, (table, keys) in enumerate(wanted):
                 buffer = np.empty(len(keys) * _token_bytes(table), dtype=np.uint8)
                 parts.append(self._part(call, served, place, 0, table, keys, buffer))
-            return encode(LookupReply(served.version, parts))
+            return encode(LookupReply(served.version, parts, self._instance))
 
     def lookup_stream(self, call: Deadline, request: messages.LookupRequest) -> Iterator[bytes]:
         """Looks the keys of a request up, part by part."""
@@ -129,7 +131,7 @@ class Answers:
                 step = chunk_bytes // _token_bytes(table)
                 for start in range(0, len(keys), step):
                     part = self._part(call, served, place, start, table, keys[start : start + step], buffer)
-                    yield encode(LookupReply(served.version, [part]))
+                    yield encode(LookupReply(served.version, [part], self._instance))
 
     def rows(self, call: Deadline, request: messages.RowsRequest) -> Iterator[bytes]:
         """Reads rows by their ids, part by part."""
@@ -147,7 +149,7 @@ class Answers:
                 ids = row_ids[start : start + step]
                 with self._looking_up(call, served):
                     rows = table.rows(ids, buffer[: len(ids)])
-                yield encode(LookupReply(served.version, [Part(0, start, _view(rows))]))
+                yield encode(LookupReply(served.version, [Part(0, start, _view(rows))], self._instance))
 
     def locate(self, call: Deadline, request: messages.LocateRequest) -> bytes:
         """Says what would answer each key."""

@@ -51,7 +51,8 @@ class RemoteEngine(Engine):
     ) -> None:
         """description: of the server, which says its limits."""
         self.bad_pages = {}
-        self.version = description.version  # of the store that answered last; whoever was answered writes it
+        self.version = description.version  # one more whenever another version answered than before
+        self._answered: tuple[int, int] | None = None  # instance of the server, and its version, that answered last
         self._connection, self._specs, self._timeout_s = connection, specs, timeout_s
         self._identity = bytes(description.identity)
         self._tokens_max = max(1, description.tokens_max)
@@ -208,7 +209,10 @@ class RemoteEngine(Engine):
             answers = [self._connection.tried(partial(ask, until), until) for ask in attempts]
             versions = {answer.version for answer in answers}
             if len(versions) <= 1:
-                self.version = max(versions, default=self.version)
+                with self._counts_lock:
+                    for version in versions - {self._answered}:
+                        self.version += self._answered is not None
+                        self._answered = version
                 return answers
         raise DaemonError(
             f"{self._connection.url}: its store changed {VERSION_TRIES_MAX} times during a lookup; ask for less"

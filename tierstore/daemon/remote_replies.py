@@ -25,7 +25,11 @@ class Answer:
 
     def __init__(self, url: str, requests: Sequence[Request], unit_bytes: Sequence[int], orders: Sequence[int]) -> None:
         """unit_bytes: of a token, or of a row where ids are asked for; orders: how many there are, 0 where ids are."""
-        self.requests, self.version, self.num_bytes = requests, 0, 0
+        self.requests, self.version, self.num_bytes = (
+            requests,
+            (0, 0),
+            0,
+        )  # version: of the server's instance, and in it
         self.hits = [[[0] * num_orders for _ in (DRAM, STATIC, NVME)] for num_orders in orders]
         self._url, self._unit_bytes = url, unit_bytes
         self._outs = [out.reshape(-1).data for _, _, out in requests]
@@ -34,9 +38,10 @@ class Answer:
     def take(self, data: bytes) -> None:
         """Puts a reply's rows where they belong; raises `FormatError` where they belong nowhere."""
         reply = decoded(LookupReply, data, self._url)
-        if self.num_bytes and reply.version != self.version:
-            raise self._wrong(f"version {reply.version} within an answer of version {self.version}")
-        self.version = reply.version
+        version = reply.instance, reply.version
+        if self.num_bytes and version != self.version:
+            raise self._wrong(f"version {reply.version} within an answer of version {self.version[1]}")
+        self.version = version
         for part in reply.parts:
             if part.table >= len(self._outs):
                 raise self._wrong(f"table {part.table} of {len(self._outs)}")

@@ -256,8 +256,12 @@ class Daemon:
                 message = self._host.move(peer)
                 if message is not None:
                     peer.send({"move": message[0]}, message[1])
-            except DaemonError as error:  # it is gone, or does not read: the server drops it, and it attaches anew
+            except (
+                TierStoreError,
+                OSError,
+            ) as error:  # it is gone, does not read, or descriptors are short: it attaches anew
                 event(logger, logging.WARNING, "not_moved", pid=peer.pid, error=error)
+                peer.drop(f"it could not be told of a version: {error}")
 
     # What is shown
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ import lmdb
 
 from .. import kernels
 from ..errors import BudgetError, ConfigError, FormatError, StoreNotReadyError
+from ..lazy import lazy
 from ..spec import TableSpec
 from ..version import VERSION
 from .lmdb_pages import check_lmdb_file
@@ -145,7 +145,7 @@ class CatalogImage:
     epoch: int | None
     last_epoch: int
 
-    @functools.cached_property
+    @lazy
     def identity(self) -> str:
         """A digest, hex, of all that decides what rows a store has: tables, hashes, and every shard's own digest."""
         tables = {name: layout.as_record() for name, layout in self.tables.items()}

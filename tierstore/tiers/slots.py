@@ -81,7 +81,10 @@ class StaticSlots:
         return slots
 
     def index(self, epoch: int, live: np.ndarray) -> None:
-        """Makes epoch's index name the slots of `live`, bool [S]; at most `capacity` of them. Nobody may be in epoch - 2."""
+        """Makes epoch's index name the slots of `live`, bool [S]; at most `capacity` of them. Nobody may be in epoch - 2.
+
+        What is published then, of all tables, is `live` from then on; until that it may be given up.
+        """
         assert live.sum() <= self.capacity
         head, area = self.heads[epoch % 2], self.areas[epoch % 2]
         num_entries = [np.count_nonzero(live & (self.order_index == order)) for order in range(self._num_orders)]
@@ -93,7 +96,6 @@ class StaticSlots:
                 slots = np.flatnonzero(live & (self.order_index == order)).astype(np.uint32)
                 kernels.index_entries(self.keys[slots], slots, area[at : at + count])
             at += count
-        self.live = live.copy()
 
     def free_dead(self) -> None:
         """Frees the slots that the newest epoch does not name. Nobody may be in the one before."""
