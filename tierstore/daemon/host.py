@@ -341,7 +341,7 @@ class Host:
         with self.changes:
             started, old = time.monotonic(), self.current
             self._settle()  # first: a version that is not over may still have the tag that the new one gets
-            # Static is what is asked for now; what the store itself has placed waits for a restart.
+            # Static is what is asked for now; the placement of the store itself is for what stays free.
             opened = self._open(path, "none")
             try:
                 self._check_tables(opened)
