@@ -92,6 +92,7 @@ def test_two_epochs_at_a_time_name_what_a_dictionary_says(seed: int) -> None:
         mask = np.zeros(num_slots, dtype=bool)
         mask[list(live.values())] = True
         slots.index(epoch, mask)
+        slots.live = mask
         assert_holds(slots, epoch, live, all_pairs)
         assert_holds(slots, epoch - 1, before, all_pairs if epoch > 1 else [])  # until it is left
         slots.free_dead()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import pty
 import select
@@ -168,10 +169,10 @@ def screen() -> Iterator[tuple[subprocess.Popen[bytes], int, list[Any]]]:
 
 def seen(ours: int, text: str) -> str:
     """Reads the terminal until a text is there, 60 s at most; returns all of it."""
-    deadline, found = time.monotonic() + 60, ""
+    deadline, found, decoder = time.monotonic() + 60, "", codecs.getincrementaldecoder("utf-8")()
     while text not in found:
         assert select.select([ours], [], [], max(0.0, deadline - time.monotonic()))[0], f"{text!r} is not in {found!r}"
-        found += os.read(ours, 65536).decode()
+        found += decoder.decode(os.read(ours, 65536))  # which may end within a letter
     return found
 
 
