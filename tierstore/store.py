@@ -75,9 +75,9 @@ class Store:
 
     @property
     def version(self) -> int:
-        """The number of the version that answers now: of a daemon's store, which may swap it, 1 and more, -1 while it does.
+        """A number that grows whenever another version answers, as a daemon's swap or return may have it; -1 while it changes.
 
-        What was looked up between two equal numbers, neither of them -1, is of that version.
+        What was looked up between two equal numbers, neither of them -1, is of one version. `stats` has the daemon's number.
         """
         return self._engine.version
 

@@ -131,15 +131,25 @@ def _serve(daemon: Daemon, signals: _Signals, notifier: Notifier, logger: loggin
         got = signals.wait(BEAT_S)
         notifier.watchdog()
         if got == signal.SIGHUP:
-            notifier.reloading("reading files again")
-            try:
-                daemon.reload()
-            except Exception as error:  # whatever it is, what is served is served on
-                event(logger, logging.ERROR, "reload_failed", error=error)
-            notifier.ready("serving")
+            # By a thread: it may wait for a change that is under way, and signals and the watchdog must not wait for it.
+            threading.Thread(
+                target=_reload, args=(daemon, notifier, logger), name="tierstore-reload", daemon=True
+            ).start()
         elif got is not None:
             event(logger, logging.INFO, "draining", signal=signal.Signals(got).name)
             return
+
+
+def _reload(daemon: Daemon, notifier: Notifier, logger: logging.Logger) -> None:
+    """Reads again what may have changed on disk; whatever fails, what is served is served on."""
+    from tierstore.daemon.events import event
+
+    notifier.reloading("reading files again")
+    try:
+        daemon.reload()
+    except Exception as error:
+        event(logger, logging.ERROR, "reload_failed", error=error)
+    notifier.ready("serving")
 
 
 class _Signals:

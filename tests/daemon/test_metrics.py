@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import logging
 import math
@@ -187,11 +188,9 @@ def connect(server: MetricsServer) -> socket.socket:
 def all_received(connection: socket.socket) -> bytes:
     """What comes until the other side closes, be it by a reset."""
     received = b""
-    try:
+    with contextlib.suppress(ConnectionResetError):
         while part := connection.recv(65536):
             received += part
-    except ConnectionResetError:
-        pass
     return received
 
 

@@ -212,9 +212,7 @@ class AttachedEngine(Engine):
         self._renewed: list[weakref.WeakMethod[Callable[[], Any]]] = []
         self._past: Any = None  # counters of engines that are gone
         self._leaving: list[Link] = []  # moved away from, and not closed yet
-        self._lock = (
-            threading.RLock()
-        )  # of the link, and of what follows; reentered where a store is collected meanwhile
+        self._lock = threading.RLock()  # of the link, and what follows; reentered where a store is collected meanwhile
         self._child_lock = threading.Lock()
         self.bad_pages = {}
         self._number = self.version = link.version
@@ -251,9 +249,7 @@ class AttachedEngine(Engine):
             renewed = reference()
             if renewed:
                 renewed()
-        self._number = self.version = max(
-            self._number + 1, link.version
-        )  # of another daemon's, too, never one that was
+        self._number = self.version = max(self._number + 1, link.version)  # never one that was, of whatever daemon
         return old
 
     def retire(self, old: Link, timeout_s: float) -> bool:

@@ -36,7 +36,7 @@ class Attachment:
         self.pid = pid
         self.late: set[tuple[int, int]] = (
             set()
-        )  # versions and parities that it was waited for in vain, and has not left since
+        )  # (version, parity) that it was waited for in vain, and has not left since
         self.blocks: dict[int, np.ndarray] = {}  # by version, as all of these
         self.readers: dict[int, Any] = {}
         self._fds: dict[int, int] = {}
@@ -55,6 +55,7 @@ class Attachment:
             return []
         os.close(self._fds.pop(version))
         del self.blocks[version]
+        self.late = {where for where in self.late if where[0] != version}
         return [self.readers.pop(version)]
 
     def close(self) -> list[Any]:
@@ -123,7 +124,7 @@ class Attachments:
                 self._last_readers += attachment.close()
 
     def clients(self) -> list[Any]:
-        """Returns who is attached, as given to `give`."""
+        """Returns who is attached, as given to `attach`."""
         with self.lock:
             return list(self._of)
 

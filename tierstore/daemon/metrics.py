@@ -26,15 +26,8 @@ from .web import Answer, WebServer, parse_address, text_answer
 
 logger = logging.getLogger("tierstore")
 
-MEMORY_PARTS = (
-    "static",
-    "index",
-    "recency",
-    "resident",
-    "staging",
-    "counts",
-    "work",
-)  # `<part>_bytes` of the record's memory
+# `<part>_bytes` of the record's memory.
+MEMORY_PARTS = ("static", "index", "recency", "resident", "staging", "counts", "work")
 
 # What is one number of the record: its section and name there, its name here, and what it is.
 _COUNTERS = (
@@ -42,12 +35,7 @@ _COUNTERS = (
     ("counters", "zero_miss_batches", "zero_miss_batches", "Lookups that read nothing from NVMe."),
     ("counters", "sentinels", "sentinels", "Keys of -1, which have no rows; not among the keys."),
     ("counters", "rows", "rows", "Rows asked for by row id."),
-    (
-        "counters",
-        "pages_read",
-        "pages_read",
-        "Pages read from shards by clients; the daemon's own reads are feed_read_keys.",
-    ),
+    ("counters", "pages_read", "pages_read", "Pages read from shards by clients; the daemon's own are not counted."),
     ("counters", "entries_read", "entries_read", "Placed entries read from the placement file, one read each."),
     ("counters", "bytes_read", "read_bytes", "Bytes read from NVMe by clients."),
     ("epochs", "changes", "epoch_changes", "Epochs published since the start, new store versions included."),

@@ -197,10 +197,8 @@ class Peer:
 
 
 def _pidfd_of(sock: socket.socket, pid: int) -> int | None:
-    try:
+    with contextlib.suppress(OSError):  # an older kernel, or the process has ended
         return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
-    except OSError:  # an older kernel, or the process has ended
-        pass
     try:
         return os.pidfd_open(pid) if pid > 0 else None
     except OSError:

@@ -45,11 +45,12 @@ _TIERS = np.array(
 
 
 class Served(NamedTuple):
-    """A store, the number of its version, and what identifies its tables."""
+    """A store, the number of its version, what identifies its tables, and a number of its own: see lookup.proto."""
 
     store: Store
     version: int
     identity: bytes
+    instance: int
 
 
 class AnswerLimits(NamedTuple):
@@ -70,17 +71,15 @@ class Answers:
     def __init__(
         self,
         store: Callable[[], Store],
-        version_of: Callable[[Store], int],
         limits: AnswerLimits,
         in_flight: InFlight,
         record: Callable[[], dict[str, Any]],
     ) -> None:
         """store: returns the one to answer from now. record: the server's own counts. Raises `ConfigError` for unfit limits."""
-        self._store, self._version_of = store, version_of
+        self._store = store
         self._limits, self._in_flight, self._record = limits, in_flight, record
         self._workers = threading.BoundedSemaphore(limits.workers)
         self._served: Served | None = None
-        self._instance = secrets.randbits(32)
         for spec in _specs(store()):
             if spec.num_heads * spec.row_bytes + HEAD_BYTES > limits.message_bytes_max:
                 raise ConfigError(
@@ -117,7 +116,7 @@ class Answers:
             for place, (table, keys) in enumerate(wanted):
                 buffer = np.empty(len(keys) * _token_bytes(table), dtype=np.uint8)
                 parts.append(self._part(call, served, place, 0, table, keys, buffer))
-            return encode(LookupReply(served.version, parts, self._instance))
+            return encode(LookupReply(served.version, parts, served.instance))
 
     def lookup_stream(self, call: Deadline, request: messages.LookupRequest) -> Iterator[bytes]:
         """Looks the keys of a request up, part by part."""
@@ -131,7 +130,7 @@ class Answers:
                 step = chunk_bytes // _token_bytes(table)
                 for start in range(0, len(keys), step):
                     part = self._part(call, served, place, start, table, keys[start : start + step], buffer)
-                    yield encode(LookupReply(served.version, [part], self._instance))
+                    yield encode(LookupReply(served.version, [part], served.instance))
 
     def rows(self, call: Deadline, request: messages.RowsRequest) -> Iterator[bytes]:
         """Reads rows by their ids, part by part."""
@@ -149,7 +148,7 @@ class Answers:
                 ids = row_ids[start : start + step]
                 with self._looking_up(call, served):
                     rows = table.rows(ids, buffer[: len(ids)])
-                yield encode(LookupReply(served.version, [Part(0, start, _view(rows))], self._instance))
+                yield encode(LookupReply(served.version, [Part(0, start, _view(rows))], served.instance))
 
     def locate(self, call: Deadline, request: messages.LocateRequest) -> bytes:
         """Says what would answer each key."""
@@ -167,13 +166,14 @@ class Answers:
         """Returns the store to answer from; raises `FingerprintMismatchError` where a client means other tables."""
         store, served = self._store(), self._served
         if served is None or served.store is not store:
-            served = self._served = Served(store, 0, messages.identity_of(_specs(store)))
+            tables = messages.identity_of(_specs(store))
+            served = self._served = Served(store, 0, tables, secrets.randbits(32))
         if identity is not None and bytes(identity) != served.identity:
             raise FingerprintMismatchError(
                 f"the client means tables of identity {bytes(identity).hex()[:16] or 'none'}, {store.name} has "
                 f"{served.identity.hex()[:16]}: other tables are served now; connect again, and check which store is served"
             )
-        version = self._version_of(store)
+        version = store.version
         if version < 0:
             raise StoreChangedError(f"{store.name} is being swapped; ask again")
         return served._replace(version=version)
@@ -216,7 +216,7 @@ class Answers:
             raise TimeoutError("the call's time was up before its turn came; allow more time, or ask less often")
         try:
             yield
-            if self._version_of(served.store) != served.version:  # whose rows these are is not known
+            if served.store.version != served.version:  # whose rows these are is not known
                 raise StoreChangedError(f"{served.store.name} was swapped while it answered; ask again")
         except StoreNotReadyError as error:
             if self._store() is served.store:

@@ -25,11 +25,8 @@ class Answer:
 
     def __init__(self, url: str, requests: Sequence[Request], unit_bytes: Sequence[int], orders: Sequence[int]) -> None:
         """unit_bytes: of a token, or of a row where ids are asked for; orders: how many there are, 0 where ids are."""
-        self.requests, self.version, self.num_bytes = (
-            requests,
-            (0, 0),
-            0,
-        )  # version: of the server's instance, and in it
+        self.requests, self.num_bytes = requests, 0
+        self.version = 0, 0  # of what instance, and its number there
         self.hits = [[[0] * num_orders for _ in (DRAM, STATIC, NVME)] for num_orders in orders]
         self._url, self._unit_bytes = url, unit_bytes
         self._outs = [out.reshape(-1).data for _, _, out in requests]

@@ -53,7 +53,6 @@ class RemoteServer:
         token_file: str | os.PathLike[str] | None = None,
         tls_cert: str | os.PathLike[str] | None = None,
         tls_key: str | os.PathLike[str] | None = None,
-        version_of: Callable[[Store], int] = lambda store: store.version,
         message_bytes_max: int = MESSAGE_BYTES_MAX,
         tokens_max: int = TOKENS_MAX,
         in_flight_max: int = IN_FLIGHT_MAX,
@@ -63,7 +62,7 @@ class RemoteServer:
     ) -> None:
         """Listens on address, "HOST:PORT" (port 0: a free one), and serves at once.
 
-        store: or what returns the one to serve now; a call keeps the one that it began with. version_of: its number. token_file:
+        store: or what returns the one to serve now; a call keeps the one that it began with. token_file:
         holds the token that calls must bear; tls_cert, tls_key: PEM files. On a loopback address all three may be left out.
         message_bytes_max, tokens_max: of one request. in_flight_max, in_flight_bytes_max: calls at a time, and bytes held for
         them. requests_per_second: of one client's host. workers: lookups at a time.
@@ -79,7 +78,6 @@ class RemoteServer:
         self._rates = Rates(requests_per_second)
         self._answers = Answers(
             store if callable(store) else lambda: store,
-            version_of,
             AnswerLimits(message_bytes_max, tokens_max, workers),
             self._in_flight,
             self.record,

@@ -23,7 +23,7 @@ from ..embedded import open_placement
 from ..errors import ConfigError, DaemonError, TierStoreError
 from ..stats import add_counters, stats_of
 from ..store import Store
-from ..tiers.placed import OnProgress, PlacementFile
+from ..tiers.placed import OnProgress, PlacementFile, load_indexes
 from ..version import VERSION
 from .attached import attach
 from .events import event
@@ -216,9 +216,7 @@ class Daemon:
         asked = message.get("do")
         if asked == "stat":
             return self.stat()
-        event(
-            logger, logging.INFO, "asked", what=str(asked), store=message.get("store"), pid=peer.pid, uid=peer.uid
-        )  # fmt: skip
+        event(logger, logging.INFO, "asked", what=str(asked), store=message.get("store"), pid=peer.pid, uid=peer.uid)
         self._state = "changing"
         try:
             if asked == "replan":
@@ -256,10 +254,7 @@ class Daemon:
                 message = self._host.move(peer)
                 if message is not None:
                     peer.send({"move": message[0]}, message[1])
-            except (
-                TierStoreError,
-                OSError,
-            ) as error:  # it is gone, does not read, or descriptors are short: it attaches anew
+            except (TierStoreError, OSError) as error:  # gone, not reading, or out of descriptors: it attaches anew
                 event(logger, logging.WARNING, "not_moved", pid=peer.pid, error=error)
                 peer.drop(f"it could not be told of a version: {error}")
 
@@ -344,10 +339,15 @@ class Daemon:
 
 
 def _hottest(placed: PlacementFile, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a table's placed (order index, key) pairs, hottest first, as the indexes of a placement file have them."""
+    """Returns a table's placed (order index, key) pairs, hottest first, as the indexes of a placement file have them.
+
+    Raises `FormatError` for a damaged one.
+    """
+    table = placed.placement.tables[name]
+    area = np.empty((sum(index.num_buckets for index in table.indexes), kernels.INDEX_BUCKET.itemsize), dtype=np.uint8)
     order_index, keys, places = [], [], []
-    for order, index in enumerate(placed.placement.tables[name].indexes):
-        buckets = np.frombuffer(os.pread(placed.fd, index.num_bytes, index.byte_start), dtype=kernels.INDEX_BUCKET)
+    for order, loaded in enumerate(load_indexes(placed, table, area)):
+        buckets = loaded.view(kernels.INDEX_BUCKET)[:, 0]
         there = buckets["keys"] >= 0
         keys.append(buckets["keys"][there])
         places.append(buckets["places"][there])

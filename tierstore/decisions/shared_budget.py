@@ -23,9 +23,7 @@ from .budget import LINE_BYTES, StagingPlan, cache_set_bytes, plan_staging
 
 DEFAULT_STATIC_FRACTION = 0.5  # of a table's share, where no placement says better
 SPARE_PART = 8  # one slot in so many is spare
-SLOT_WORK_BYTES = (
-    32  # of the daemon's own memory for each slot: which entry it holds, and what it takes to index or replan
-)
+SLOT_WORK_BYTES = 32  # of the daemon's own memory for each slot: what it holds, and what indexing and replans take
 COUNTS_PART = 64  # one byte in so many is for counting keys,
 COUNTS_BYTES_MAX = 256 << 20  # but no more than these
 COUNTS_BYTES_MIN = 64 << 10
