@@ -265,6 +265,47 @@ def test_threads_that_fork_at_once_do_not_wait_for_each_other_for_ever(built: Pa
     subprocess.run(command, check=True, timeout=120)
 
 
+CLOSING_FORKS = """
+import os, sys, threading, time
+may_close = threading.Event()
+os.register_at_fork(before=lambda: (may_close.set(), time.sleep(0.05)))  # after the stores' own, with what these hold held
+import numpy as np
+import tierstore
+keys, stop = np.arange(6, dtype=np.int64).reshape(2, 3), threading.Event()
+stores = [tierstore.open(sys.argv[1], dram="600KiB")]
+def look_up():
+    while not stop.is_set():
+        try:
+            stores[0]["layers.1"].lookup(keys)
+        except tierstore.StoreNotReadyError:
+            pass
+def close():
+    while may_close.wait() and not stop.is_set():
+        may_close.clear()
+        stores[0].close()
+        stores[0] = tierstore.open(sys.argv[1], dram="600KiB")
+threads = [threading.Thread(target=act) for act in (look_up, look_up, close)]
+for thread in threads:
+    thread.start()
+for _ in range(5):
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    time.sleep(0.1)  # opened again
+stop.set()
+may_close.set()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_a_fork_while_a_store_closes_under_lookups_does_not_wait_for_ever(built: Path) -> None:
+    """Who forked held the store's lock; a lookup that ended waited for it with the interpreter's."""
+    command = [sys.executable, "-W", "ignore", "-c", CLOSING_FORKS, str(built)]
+    subprocess.run(command, check=True, timeout=120)
+
+
 @pytest.mark.parametrize("portable", [False, True])
 def test_a_closed_store_that_is_still_named_keeps_no_memory_and_its_counts(
     built: Path, monkeypatch: pytest.MonkeyPatch, portable: bool

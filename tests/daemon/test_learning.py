@@ -20,6 +20,7 @@ from tierstore import kernels
 from tierstore.daemon import attachments, learning
 from tierstore.daemon.serving import Daemon
 from tierstore.decisions.replan import Entries, caught, fresh_choice
+from tierstore.embedded import open_placement
 
 NAME = "layers.1"
 CACHED = 900 * KIB
@@ -225,6 +226,22 @@ def test_a_placement_that_was_made_meanwhile_is_adopted_on_reload(own_store: Pat
         assert "static" in store[NAME].explain(hottest)
         slots = daemon._host.slots[NAME]
         assert slots.num_live == min(slots.capacity, len(chosen.keys))
+
+
+def test_a_damaged_placement_is_not_adopted(own_store: Path, socket: Path, model: Model) -> None:
+    with serving(own_store, socket, CACHED) as daemon, tierstore.connect(socket) as store:
+        place_some(own_store)
+        _, placed = open_placement(own_store, None, direct=False)
+        assert placed is not None
+        with contextlib.closing(placed), open(placed.path, "r+b") as file:
+            file.seek(placed.placement.tables[NAME].indexes[0].byte_start)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+        with pytest.raises(tierstore.FormatError, match="index"):
+            request(socket, "reload")
+        assert daemon.stat()["epochs"]["static_entries"][NAME] == 0
+        np.testing.assert_array_equal(store[NAME].lookup(keys := some_keys(30)), model.expected(NAME, keys))
 
 
 @pytest.mark.parametrize("with_placement", [False, True])

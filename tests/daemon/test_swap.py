@@ -97,6 +97,19 @@ def test_rollback_goes_to_the_version_before_and_back(
             np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[current])
 
 
+def test_a_client_that_cannot_be_told_of_a_swap_attaches_anew(
+    placed: Path, newer: Path, socket: Path, rows: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_descriptor(_: object) -> None:
+        raise tierstore.DaemonError("no block for it: too many open files")
+
+    with serving(placed, socket, CACHED) as daemon, tierstore.connect(socket) as store:
+        monkeypatch.setattr(daemon._host, "move", no_descriptor)
+        request(socket, "swap", store=str(newer))
+        until(lambda: store.stats()["attached"] == {"socket": str(socket), "now": True, "version": 2})
+        np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[1])
+
+
 def test_places_that_are_free_after_a_swap_go_to_the_placement_of_the_new_store(
     placed: Path, newer: Path, socket: Path, rows: tuple[np.ndarray, np.ndarray]
 ) -> None:
