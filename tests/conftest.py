@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextStore:
 def own(text: TextStore, tmp_path: Path) -> Path:
     """A store of `text` in which a test may place entries."""
     return text.copy(tmp_path / "own.tier")
+
+
+@pytest.fixture
+def logging_as_before() -> Iterator[None]:
+    """For tests that set up logging for the whole process: afterwards it is what it was."""
+    logger = logging.getLogger("tierstore")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before

@@ -7,7 +7,6 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,14 +29,7 @@ HOSTILE = [
     "",
     "level=error",
 ]
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    """Tests set up logging for the whole process; afterwards it is what it was."""
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 
 def parsed(line: str) -> dict[str, str]:

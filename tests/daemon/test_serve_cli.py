@@ -21,6 +21,7 @@ from stores import Model, place_some, random_keys
 import tierstore
 from tierstore.tools.cli import cli, run
 
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 NAME = "layers.1"
 DRAM = ("--dram", "900KiB")
 
