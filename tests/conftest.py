@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from repository import REPOSITORY
 from stores import Model, make_model, place_some
 from text_store import TextStore, make_text_store
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")

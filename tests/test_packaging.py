@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
 from daemon.stat_record import stat_record
+from repository import REPOSITORY
 
 from tierstore.daemon.metrics import families_of
 

@@ -12,9 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from repository import REPOSITORY
 
 from tierstore.daemon import messages
 from tierstore.daemon.messages import Description, LookupReply, LookupRequest, Part, TableKeys, TableMessage

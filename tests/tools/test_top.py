@@ -16,8 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
 from daemon.stat_record import STARTED_AT, stat_record
+from repository import REPOSITORY
 
 from tierstore.errors import DaemonError
 from tierstore.tools import top
