@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 # Modules by floor. Everything under a folder's name is on that folder's floor.
 FLOORS = {
@@ -39,6 +39,7 @@ FLOORS = {
     "tierstore.tools": 8,
 }
 HEAVY = {"torch", "triton", "transformers", "matplotlib"}
+ON_THE_GPU = ("tierstore.kernels.gpu", "tierstore.tiers.hbm")  # load torch and triton, and are loaded by who uses a GPU
 SOURCES = sorted(
     path
     for folder in ("tierstore", "kernels", "tools", "engram_adapter")
@@ -107,7 +108,9 @@ def test_a_module_imports_only_from_lower_floors(path: Path) -> None:
 STORE = [
     path
     for path in SOURCES
-    if module_of(path).startswith("tierstore") and room_of(module_of(path)) != "tierstore.tools"
+    if module_of(path).startswith("tierstore")
+    and room_of(module_of(path)) != "tierstore.tools"
+    and not module_of(path).startswith(ON_THE_GPU)
 ]
 
 
@@ -115,6 +118,11 @@ STORE = [
 def test_the_store_loads_neither_torch_nor_triton_when_imported(path: Path) -> None:
     heavy = {name.split(".")[0] for name in imports_of(path, top_level_only=True)} & HEAVY
     assert not heavy
+
+
+@pytest.mark.parametrize("path", STORE, ids=module_of)
+def test_what_needs_a_gpu_is_imported_when_it_is_used(path: Path) -> None:
+    assert not {name for name in imports_of(path, top_level_only=True) if name.startswith(ON_THE_GPU)}
 
 
 def test_the_commands_load_neither_torch_nor_triton_when_imported() -> None:

@@ -1,0 +1,198 @@
+"""Keys that no source of the device holds: they are listed in host memory, and the host is asked for their entries.
+
+Flows in: keys and their places, as `find_entries` gave them. Flows out: a list of misses at addresses of host memory that the
+device can write, then one request a step in the mailbox (mailbox.py), or none where nothing was missed: then the step is
+ready as it is, and nobody waits for the host. Misses past the list's end are counted and never stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launching
+from .launching import check
+from .mailbox import ASKED, NUM_MISSES, OUTSIDE
+
+_PAIRS_A_PROGRAM = 256  # native; not tuned yet: waits for a GPU
+
+
+@dataclass(frozen=True)
+class MissList:
+    """Where the misses of a step are listed: miss i's key and pair are the i-th of two arrays in host memory.
+
+    count: int64 [1] on the device, how many there are so far; keys_address: of int64 [pairs_max], at a multiple of 8;
+    pairs_address: of int32 [pairs_max], at a multiple of 4; a pair is n * O + o, its place in keys [N, O].
+    """
+
+    count: torch.Tensor
+    keys_address: int
+    pairs_address: int
+    pairs_max: int
+
+    def __post_init__(self) -> None:
+        check("the number of misses", self.count, torch.int64, (1,), self.count.device)
+        if self.pairs_max < 0 or self.keys_address % 8 or self.pairs_address % 4:
+            raise ValueError(
+                f"a list of {self.pairs_max} misses with keys at {self.keys_address:#x}, pairs at {self.pairs_address:#x}: "
+                f"the addresses must be multiples of 8 and 4, and the number not below 0"
+            )
+
+
+@dataclass(frozen=True)
+class StepState:
+    """What a device knows of its steps; every tensor lies on the device, is zero at first, and written by kernels alone.
+
+    count: int64 [1], misses of the step at hand (the MissList's own tensor); step: int64 [1], its number, from 1 on;
+    ready: int64 [1], the last step that waits for nothing any more; posted: int64 [1], misses of the step that were asked
+    for; failed: int64 [1], the last step whose late entries did not come; batch_counts: int64 [2], steps, and those without
+    misses.
+    """
+
+    count: torch.Tensor
+    step: torch.Tensor
+    ready: torch.Tensor
+    posted: torch.Tensor
+    failed: torch.Tensor
+    batch_counts: torch.Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("count", "step", "ready", "posted", "failed"):
+            check(name, getattr(self, name), torch.int64, (1,), self.count.device)
+        check("batch_counts", self.batch_counts, torch.int64, (2,), self.count.device)
+
+
+def collect_misses(keys: torch.Tensor, places: torch.Tensor, misses: MissList, num_places: int) -> None:
+    """Appends the pairs whose key is 0 or more and whose place is none of 0 .. num_places - 1 to the list, in no order.
+
+    keys: int64 [N, O]; places: int32 [N, O]; num_places: entries that the device's sources hold, as `gather_entries` sees
+    them, so that a place that it does not read is a miss here. `misses.count` grows by all misses, also by those that find no
+    room. Asynchronous. Reads 12 bytes a pair, writes 12 a miss over the bus; one atomic a program of 256 pairs.
+    """
+    device = misses.count.device
+    check("keys", keys, torch.int64, (None, None), device)
+    check("places", places, torch.int32, tuple(keys.shape), device)
+    num_pairs = keys.numel()
+    if num_pairs >= 2**31:
+        raise ValueError(
+            f"{num_pairs} pairs in one batch, at most {2**31 - 1} have a number: look up fewer tokens at once"
+        )
+    if num_pairs == 0:
+        return
+    block = launching.block_of(num_pairs, _PAIRS_A_PROGRAM)
+    with launching.on_device(device):
+        _collect_misses[(triton.cdiv(num_pairs, block),)](
+            keys, places, misses.count, misses.keys_address, misses.pairs_address, misses.pairs_max,
+            num_places, num_pairs, BLOCK=block,
+        )  # fmt: skip
+
+
+def post_misses(state: StepState, mailbox_address: int, pairs_max: int, outside: torch.Tensor | None = None) -> None:
+    """Begins the next step and asks the host for its misses; where there are none, the step is ready and the host not asked.
+
+    mailbox_address: of the block that mailbox.py describes, at a multiple of 64; pairs_max: of the list in it; outside: int64
+    [1], as `keys_of_tokens` leaves it, which is told to the host where it is not 0, and 0 afterwards. `state.count`
+    is 0 afterwards, for the next step's misses. More misses than pairs_max are asked for as they are: the host answers that
+    with a status other than 0, and the step fails, for some of its rows are nowhere. Asynchronous; one program, which
+    writes two words over the bus, or none.
+    """
+    check_mailbox(mailbox_address)
+    if outside is not None:
+        launching.check("outside", outside, torch.int64, (1,), state.count.device)
+    with launching.on_device(state.count.device):
+        _post_misses[(1,)](
+            state.count,
+            state.step,
+            state.ready,
+            state.posted,
+            state.batch_counts,
+            state.count if outside is None else outside,
+            mailbox_address,
+            pairs_max,
+            HAS_OUTSIDE=outside is not None,
+            num_warps=1,
+        )
+
+
+def check_mailbox(address: int) -> None:
+    """Raises `ValueError` unless a mailbox can lie at this address."""
+    if address <= 0 or address % 64:
+        raise ValueError(f"a mailbox at {address:#x}: it must lie at a multiple of 64 bytes in host memory")
+
+
+@triton.jit
+def append_misses(
+    count: tl.tensor,
+    keys_address: tl.tensor,
+    pairs_address: tl.tensor,
+    pairs_max: tl.tensor,
+    keys: tl.tensor,
+    pairs: tl.tensor,
+    missed: tl.tensor,
+) -> None:
+    """Appends those of a block's pairs that are `missed`: keys int64, pairs of any integer type, missed bool, one dimension.
+
+    A block's misses get consecutive numbers from one atomic addition, in the order of its lanes.
+    """
+    numbers_within = tl.cumsum(missed.to(tl.int32), 0)
+    num_missed = tl.sum(missed.to(tl.int32), 0).to(tl.int64)
+    start = tl.atomic_add(count, num_missed, mask=num_missed > 0, sem="relaxed")
+    numbers = start + numbers_within - 1
+    stored = missed & (numbers < pairs_max)
+    tl.store(keys_address.to(tl.pointer_type(tl.int64)) + numbers, keys, mask=stored)
+    tl.store(pairs_address.to(tl.pointer_type(tl.int32)) + numbers, pairs.to(tl.int32), mask=stored)
+
+
+@triton.jit(do_not_specialize=["keys_address", "pairs_address", "pairs_max", "num_places", "num_pairs"])
+def _collect_misses(
+    keys: tl.tensor,
+    places: tl.tensor,
+    count: tl.tensor,
+    keys_address: tl.int64,
+    pairs_address: tl.int64,
+    pairs_max: tl.int64,
+    num_places: tl.int64,
+    num_pairs: tl.int64,
+    BLOCK: tl.constexpr,
+) -> None:
+    pairs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = pairs < num_pairs
+    key = tl.load(keys + pairs, mask=there, other=-1)
+    place = tl.load(places + pairs, mask=there, other=0)
+    missed = there & (key >= 0) & ((place < 0) | (place >= num_places))
+    append_misses(count, keys_address, pairs_address, pairs_max, key, pairs, missed)
+
+
+@triton.jit(do_not_specialize=["mailbox", "pairs_max"])
+def _post_misses(
+    count: tl.tensor,
+    step: tl.tensor,
+    ready: tl.tensor,
+    posted: tl.tensor,
+    batch_counts: tl.tensor,
+    outside: tl.tensor,
+    mailbox: tl.int64,
+    pairs_max: tl.int64,
+    HAS_OUTSIDE: tl.constexpr,
+) -> None:
+    if HAS_OUTSIDE:
+        place = tl.load(outside)
+        if place != 0:
+            tl.store((mailbox + OUTSIDE).to(tl.pointer_type(tl.int64)), place)
+            tl.store(outside, place * 0)
+    number = tl.load(step) + 1
+    num_misses = tl.load(count)
+    tl.store(step, number)
+    tl.store(count, num_misses * 0)
+    tl.store(posted, tl.minimum(num_misses, pairs_max))
+    tl.store(batch_counts, tl.load(batch_counts) + 1)
+    if num_misses == 0:
+        tl.store(ready, number)
+        tl.store(batch_counts + 1, tl.load(batch_counts + 1) + 1)
+    else:
+        # Keys and pairs were written by launches before this one; release makes them visible to the host before `asked` is.
+        tl.store((mailbox + NUM_MISSES).to(tl.pointer_type(tl.int64)), num_misses)
+        tl.atomic_xchg((mailbox + ASKED).to(tl.pointer_type(tl.int64)), number, sem="release", scope="sys")

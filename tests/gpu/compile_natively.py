@@ -1,0 +1,114 @@
+"""Run as a program without TRITON_INTERPRET: compiles what the launchers launch for an H100, on a machine without any GPU.
+
+Every launch is kept from the device: its kernel is compiled down to machine code with the very arguments of the launch, and its
+name and the widest loads and stores that it has are printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from gpu_inputs import CODECS, Sources, index_of, poisoned_out
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from tierstore.kernels.gpu import gather, launching, lookup, probe, rows, scatter
+from tierstore.kernels.gpu.codecs import BYTES
+from tierstore.kernels.gpu.misses import MissList, StepState
+
+CPU = torch.device("cpu")
+
+
+def instead_of_launching(compiled: list[Any]) -> None:
+    """From here on launches compile, and add what they compiled to `compiled`."""
+    triton.runtime.driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,  # noqa: ARG005
+        )
+    )
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:  # noqa: ARG001
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    @contextlib.contextmanager
+    def anywhere(device: torch.device) -> Iterator[None]:  # noqa: ARG001
+        yield
+
+    JITFunction.run = compile_only
+    launching.on_device = anywhere
+
+
+def find_entries() -> None:
+    index = index_of([{1: 2}] * 3, (1, 1, 1), CPU).index
+    probe.find_entries(index, torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3, dtype=torch.int32))
+
+
+def gather_entries() -> None:
+    for codec in CODECS.values():
+        keys, places = torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3, dtype=torch.int32)
+        gather.gather_entries(places, keys, Sources(1, 2, 2, codec, CPU).sources, codec, poisoned_out(12, codec, CPU))
+
+
+def lookup_entries() -> None:
+    index = index_of([{1: 2}] * 3, (1, 1, 1), CPU).index
+    count, counts = torch.zeros(1, dtype=torch.int64), torch.zeros(10, dtype=torch.int64)
+    for name in ("bytes-264x8", "scaled-264x8", "fp8-24x4"):
+        codec, keys = CODECS[name], torch.zeros(4, 3, dtype=torch.int64)
+        sources, out = Sources(1, 2, 2, codec, CPU).sources, poisoned_out(12, codec, CPU)
+        for pairs in (lookup.PAIRS_NATIVE, 8):
+            lookup.PAIRS_NATIVE = pairs
+            lookup.lookup_entries(keys, index, sources, codec, out, MissList(count, 0, 0, 12), counts)
+
+
+def scatter_entries() -> None:
+    words = [torch.zeros(1, dtype=torch.int64) for _ in range(5)]
+    state = StepState(*words, torch.zeros(2, dtype=torch.int64))
+    for name in ("bytes-264x8", "scaled-264x8", "fp8-24x4"):
+        scatter.scatter_entries(state, 64, 64, CODECS[name], 12, poisoned_out(12, CODECS[name], CPU))
+
+
+def gather_rows() -> None:
+    ids, places = torch.zeros(24, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int32)
+    for name, width in (("bytes-264x8", 264), ("scaled-264x8", 256)):
+        codec = CODECS[name]
+        out = torch.zeros(24, width, dtype=torch.uint8 if codec.kind == BYTES else torch.bfloat16)
+        rows.gather_rows(ids, 4096, 7, codec, out)
+        rows.gather_rows(ids, torch.zeros(7, 264, dtype=torch.uint8), 7, codec, out, places)
+
+
+LAUNCHES: tuple[Callable[[], None], ...] = (
+    find_entries,
+    gather_entries,
+    lookup_entries,
+    scatter_entries,
+    gather_rows,
+)
+
+
+def main() -> None:
+    assert not launching.INTERPRETED
+    np.seterr(all="raise")
+    compiled: list[Any] = []
+    instead_of_launching(compiled)
+    for launch in LAUNCHES:
+        before = len(compiled)
+        launch()
+        assert len(compiled) > before, f"{launch.__name__} launched nothing"
+        for kernel in compiled[before:]:
+            moves = sorted(set(re.findall(r"\b(?:ld|st)\.[a-z0-9.:_]*", kernel.asm["ptx"])) - {"ld.param"})
+            assert kernel.asm["cubin"]
+            print(launch.__name__, kernel.name, *(move for move in moves if "global" in move))
+
+
+if __name__ == "__main__":
+    main()

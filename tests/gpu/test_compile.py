@@ -1,0 +1,17 @@
+"""What the interpreter runs is what a GPU can run: every launch compiles to machine code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_every_launch_compiles_for_a_gpu_without_one(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)  # nothing compiled before counts
+    program = Path(__file__).with_name("compile_natively.py")
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "find_entries" in done.stdout
