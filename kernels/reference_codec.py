@@ -1,0 +1,41 @@
+"""Rows of fp8 values into bfloat16, in NumPy: the oracle of the compiled kernel, and the fallback.
+
+Flows in: uint8 rows. Flows out: the bits of bfloat16 values, uint16. Refuses shapes that do not fit (`ValueError`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+SCALE_BLOCK = 32
+
+
+def _fp8_values() -> np.ndarray:
+    """Returns the value of each e4m3 byte, float32 [256]; exponent 0 is subnormal, and only 0x7f and 0xff are NaN."""
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    values = np.where(exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8 + mantissa, exponent - 10))
+    values[byte & 0x7F == 0x7F] = np.nan
+    return np.where(byte & 0x80, -values, values).astype(np.float32)
+
+
+_FP8 = _fp8_values()
+
+
+def decode_fp8_rows(rows: np.ndarray, dim: int, scale: float | None, out: np.ndarray) -> None:
+    """Writes what `kernels.decode_fp8_rows` says."""
+    needed = dim if scale is not None else dim + dim // SCALE_BLOCK
+    if rows.ndim != 2 or dim < 1 or rows.shape[1] < needed or (scale is None and dim % SCALE_BLOCK):
+        raise ValueError(f"rows of shape {list(rows.shape)} hold no {dim} values and their scales, {needed} bytes")
+    if out.shape != (len(rows), dim) or out.dtype != np.uint16:
+        raise ValueError(f"out is {out.dtype} {list(out.shape)}, must be uint16 {[len(rows), dim]}")
+    if scale is None:
+        byte = rows[:, dim:needed].repeat(SCALE_BLOCK, axis=1)
+        exponent = np.where(byte == 255, 0, byte.astype(np.int32) - 127)
+        factor = np.where(byte == 255, np.nan, np.ldexp(1.0, exponent)).astype(np.float32)
+    else:
+        factor = np.float32(scale)
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = _FP8[rows[:, :dim]] * factor
+    bits = product.view(np.uint32).astype(np.uint64)
+    out[...] = np.where(np.isnan(product), 0x7FC0, bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)

@@ -1,0 +1,90 @@
+"""fp8 rows into bfloat16: the compiled kernel and the reference against exact arithmetic."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tierstore import kernels
+from tierstore.kernels import reference_codec
+
+IMPLEMENTATIONS: dict[str, Any] = {"reference": reference_codec}
+if kernels.native:
+    IMPLEMENTATIONS["compiled"] = importlib.import_module("tierstore.kernels._cpu")
+NAN = None
+
+
+def bf16_of(value: float) -> int | None:
+    """The bits of a float64 rounded to bfloat16, half to even; all products of this test are exact in float64."""
+    if math.isnan(value):
+        return NAN
+    sign = 0x8000 if math.copysign(1, value) < 0 else 0
+    if value == 0:
+        return sign
+    exponent = max(math.frexp(abs(value))[1] - 1, -126)
+    units = round(math.ldexp(abs(value), 7 - exponent))
+    return sign | min(units + (exponent + 126 << 7), 0x7F80)
+
+
+def fp8_of(byte: int) -> float:
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    magnitude = mantissa / 512 if exponent == 0 else math.ldexp(8 + mantissa, exponent - 10)
+    return math.copysign(math.nan if byte & 0x7F == 0x7F else magnitude, -1 if byte & 0x80 else 1)
+
+
+def check(got: np.ndarray, expected: list[int | None]) -> None:
+    for bits, wanted in zip(got.reshape(-1).tolist(), expected, strict=True):
+        assert (bits & 0x7FFF) > 0x7F80 if wanted is NAN else bits == wanted
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_every_value_with_every_scale_byte_is_the_product_rounded_once(name: str) -> None:
+    scales = np.arange(256, dtype=np.uint8)
+    rows = np.empty((256, 256 + 8 + 3), dtype=np.uint8)  # three bytes more than a row needs: they are skipped
+    rows[:, :256], rows[:, 256:], rows[:, -3:] = np.arange(256), scales[:, None], 77
+    out = np.full((256, 256), 0x1234, dtype=np.uint16)
+    IMPLEMENTATIONS[name].decode_fp8_rows(rows, 256, None, out)
+    factors = [math.nan if scale == 255 else math.ldexp(1, scale - 127) for scale in range(256)]
+    check(out, [bf16_of(fp8_of(byte) * factor) for factor in factors for byte in range(256)])
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dim", [1, 31, 32, 33, 160])
+def test_one_scale_serves_all_values_of_any_dim(name: str, dim: int) -> None:
+    rows = np.random.default_rng(dim).integers(0, 256, (5, dim), dtype=np.uint8)
+    out = np.full((5, dim), 0x1234, dtype=np.uint16)
+    scale = 0.0117645263671875  # 12 bits: products with fp8's 4 are exact in float32
+    IMPLEMENTATIONS[name].decode_fp8_rows(rows, dim, scale, out)
+    check(out, [bf16_of(fp8_of(byte) * scale) for byte in rows.reshape(-1).tolist()])
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("rows_shape", "dim", "scale", "out_shape"),
+    [
+        ((2, 33), 33, None, (2, 33)),  # no whole block
+        ((2, 64), 64, None, (2, 64)),  # no room for scales
+        ((2, 63), 64, 1.0, (2, 64)),  # a row that is too short
+        ((2, 66), 64, None, (2, 63)),
+        ((2, 66), 64, None, (3, 64)),
+        ((132,), 64, None, (2, 64)),
+        ((2, 66), 0, None, (2, 0)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(
+    name: str, rows_shape: tuple[int, ...], dim: int, scale: float | None, out_shape: tuple[int, ...]
+) -> None:
+    rows, out = np.zeros(rows_shape, dtype=np.uint8), np.full(out_shape, 0x1234, dtype=np.uint16)
+    with pytest.raises(ValueError):
+        IMPLEMENTATIONS[name].decode_fp8_rows(rows, dim, scale, out)
+    assert (out == 0x1234).all()
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_no_rows_are_no_work(name: str) -> None:
+    out = np.empty((0, 64), dtype=np.uint16)
+    IMPLEMENTATIONS[name].decode_fp8_rows(np.empty((0, 66), dtype=np.uint8), 64, None, out)
