@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import reference, reference_counts, reference_placed
+from . import reference, reference_codec, reference_counts, reference_placed
 from .reference import ORDER_MAX, PAGE_BAD_CHECKSUM, PAGE_GOOD, PAGE_OTHER_NUMBER, PAGE_OTHER_VERSION, TRAILER
 from .reference_counts import REPORT
 from .reference_placed import BUCKET_SLOTS, INDEX_BUCKET, INDEX_HEAD, RECORD_TRAILER
@@ -25,6 +25,8 @@ __all__ = [
     "CONTROL_BYTES",
     "INDEX_BUCKET",
     "INDEX_HEAD",
+    "MAILBOX_STARTS",
+    "MAILBOX_STATUSES",
     "NUM_RECORDS",
     "ORDER_MAX",
     "PAGE_BAD_CHECKSUM",
@@ -38,6 +40,7 @@ __all__ = [
     "Engine",
     "EntryCache",
     "KeyCounts",
+    "MailboxServer",
     "ReportReader",
     "ReportWriter",
     "active_lookups",
@@ -45,6 +48,7 @@ __all__ = [
     "collapse",
     "crc32c",
     "crc32c_backend",
+    "decode_fp8_rows",
     "drop_bad_places",
     "find_entries",
     "find_items",
@@ -55,6 +59,9 @@ __all__ = [
     "keys_of_row_ids",
     "keys_of_tokens",
     "keys_of_windows",
+    "mailbox_bytes",
+    "mailbox_entries_start",
+    "mailbox_pairs_start",
     "map_shared",
     "native",
     "probe_process_madvise",
@@ -84,9 +91,10 @@ except ImportError as error:
 
 native: bool = _serving is not reference
 _placed: Any = _serving if native else reference_placed
+_codec: Any = _serving if native else reference_codec
 
-# What answers a key, by the number that `Engine.locate` gives: Source of kernels/cpu/engine.h.
-SOURCES = ("none", "resident", "static", "recency", "record", "pages")
+# What answers a key, by the number that `Engine.locate` gives: Source of kernels/cpu/table.h; and, above it, a device's memory.
+SOURCES = ("none", "resident", "static", "recency", "record", "pages", "hbm")
 
 
 def probe_uring() -> int:
@@ -111,6 +119,33 @@ CONTROL_BYTES: int = _serving.CONTROL_BYTES if native else 4096
 # The lookup path of a store (kernels/cpu/engine.h), None where it was not compiled; `tierstore.tiers.native` is its user.
 Engine: Any = _serving.Engine if native else None
 EntryCache: Any = _serving.EntryCache if native else None
+
+# Mailboxes of an engine, by which GPU kernels ask for what they missed (kernels/cpu/mailbox.h draws the block), None where
+# nothing was compiled. One thread polls all mailboxes of a server; there is none before the first and after the last. Its
+# requests count as lookups of single pairs do, each as a batch.
+#   MailboxServer(engine): of a native `Engine`, which it keeps alive.
+#   add(index, block, pairs_max) -> id: clears the words of a block, uint8 [mailbox_bytes(pairs_max, entry_bytes) at least] at a
+#   multiple of 64 bytes, that nobody may use yet, and serves it from now on: whoever asks writes num_misses, keys, pairs, and
+#   last a number into `asked` other than before (not 0 at first); then waits until `answered` is that number, and looks at
+#   `status`, a place in MAILBOX_STATUSES. What is asked for may be nonsense. The block is kept alive. `ValueError`: the block is
+#   too small or not aligned, no such table, or its rows are not there; `RuntimeError`: engine or server is closed.
+#   move_to(engine, seconds) -> bool: serves what was asked for, then by another engine of the same tables; a request is served by
+#   one of the two. Waits for that; False where the time ran out.
+#   remove(id, seconds) -> bool: serves it no more; waits for a request under way. False where the time ran out: the block may
+#   still be written, and is kept; ask again.
+#   fault(id): of status "fault", a tuple for `NativeEngine.check`, else None. The first is kept until it is taken.
+#   served(id) -> int: requests answered. Both raise `ValueError` where there is no such mailbox.
+#   close(seconds) -> bool: removes all, for ever. It comes before the engine's own `close`; mailboxes of a closed engine get the
+#   status "closed". Waits at most 300 s when the object goes.
+#   before_fork(), after_fork(child): the child's server is closed, and touches no block.
+# MAILBOX_STARTS: the byte at which each word, and the keys, begin; pairs and entries: mailbox_pairs_start(pairs_max),
+# mailbox_entries_start(pairs_max).
+MailboxServer: Any = _serving.MailboxServer if native else None
+mailbox_bytes: Any = _serving.mailbox_bytes if native else None
+mailbox_pairs_start: Any = _serving.mailbox_pairs_start if native else None
+mailbox_entries_start: Any = _serving.mailbox_entries_start if native else None
+MAILBOX_STARTS: dict[str, int] = _serving.MAILBOX_STARTS if native else {}
+MAILBOX_STATUSES = ("there", "fault", "damaged", "closed")
 
 # The ring by which attached clients report (kernels/cpu/reports.h draws it), None where it was not compiled: NumPy has no
 # atomics. A block is uint8 [CLIENT_BLOCK_BYTES] at a multiple of 64 bytes, `ValueError` where it is not, that no process can
@@ -259,13 +294,24 @@ def spoil_bad_records(records: np.ndarray, entry_bytes: int, seed: int) -> int:
 
 
 def drop_bad_places(
-    buckets: np.ndarray, order_index: int, records: np.ndarray, num_placed: int, entry_bytes: int
+    buckets: np.ndarray, order_index: int, records: np.ndarray, num_placed: int, entry_bytes: int, loaded_start: int = 0
 ) -> int:
     """Takes out of an index the keys whose loaded record is another's, or whose place is none; returns how many.
 
-    records: uint8 [loaded, record_bytes], those of places 0, 1, ...; num_placed: records in the file.
+    records: uint8 [loaded, record_bytes], those of places loaded_start on; num_placed: records in the file. Places below
+    loaded_start are good, and not looked at.
     """
-    return _placed.drop_bad_places(buckets, order_index, records, num_placed, entry_bytes)
+    return _placed.drop_bad_places(buckets, order_index, records, num_placed, entry_bytes, loaded_start)
+
+
+def decode_fp8_rows(rows: np.ndarray, dim: int, scale: float | None, out: np.ndarray) -> None:
+    """Decodes e4m3 values, `dim` a row, into bfloat16: fp8 * scale in float32, rounded once, half to even; 0.5 ns a value.
+
+    rows: uint8 [N, R]; scale: of all values; None: 2^(byte - 127) of the e8m0 bytes that follow a row's values, one for 32
+    of them, and `dim` a multiple of 32; out: uint16 [N, dim], the values' bits, overwritten whole. `ValueError` for shapes
+    that do not fit.
+    """
+    _codec.decode_fp8_rows(rows, dim, scale, out)
 
 
 def simulate_cache(order_index: np.ndarray, keys: np.ndarray, batch_ends: np.ndarray, num_sets: int) -> np.ndarray:

@@ -111,13 +111,13 @@ def spoil_bad_records(records: np.ndarray, entry_bytes: int, seed: int) -> int:
 
 
 def drop_bad_places(
-    buckets: np.ndarray, order_index: int, records: np.ndarray, num_placed: int, entry_bytes: int
+    buckets: np.ndarray, order_index: int, records: np.ndarray, num_placed: int, entry_bytes: int, loaded_start: int = 0
 ) -> int:
     index, trailers = _view(buckets), _trailers(records, entry_bytes)
     keys, places = index["keys"], index["places"].astype(np.int64)
-    loaded = (keys >= 0) & (places < len(records))
-    bad = (keys >= 0) & (places >= max(num_placed, len(records)))
-    at = places[loaded]
+    loaded = (keys >= 0) & (places >= loaded_start) & (places < loaded_start + len(records))
+    bad = (keys >= 0) & ~loaded & (places >= num_placed)
+    at = places[loaded] - loaded_start
     bad[loaded] = (trailers["key"][at] != keys[loaded]) | (trailers["order_index"][at] != order_index)
     index["keys"][bad] = -1
     return int(bad.sum())

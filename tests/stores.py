@@ -12,9 +12,14 @@ import numpy as np
 import safetensors.numpy
 
 from tierstore.build import BuildReport, build_store
+from tierstore.decisions.budget import divide_dram
+from tierstore.embedded import Embedded, open_placement
 from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
 from tierstore.place import Chosen, place_entries
 from tierstore.spec import TableSpec
+from tierstore.store import Store
+from tierstore.tiers.nvme import choose_io
+from tierstore.units import parse_bytes
 
 PRIMES = [p for p in range(331, 2000) if all(p % d for d in range(2, 45))]
 
@@ -107,6 +112,16 @@ def place_some(store: Path, static_fraction: float = 0.5, part: float = 0.5) -> 
         chosen[name] = Chosen(np.array(order_index, dtype=np.uint8), np.array(keys, dtype=np.int64), static_fraction)
     place_entries(store, chosen)
     return chosen
+
+
+def open_behind_hbm(path: Path, hbm_entries: int, dram: str = "400KiB", io: str = "auto") -> Store:
+    """Opens a placed store as beside a GPU that holds the first hbm_entries placed entries of each table, but without one."""
+    choice = choose_io(io)
+    image, placed = open_placement(path, None, direct=choice.mode == "uring")
+    assert placed is not None
+    in_hbm = dict.fromkeys(placed.placement.tables, hbm_entries)
+    plan = divide_dram(image.tables, parse_bytes(dram, "dram"), placed.placement, in_hbm)
+    return Store(Embedded(image, plan, choice, placed, None))
 
 
 def random_keys(rng: np.random.Generator, num_tokens: int, orders: int = 3, distinct: int | None = None) -> np.ndarray:

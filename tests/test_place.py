@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import Model, place_some, random_keys
+from stores import Model, open_behind_hbm, place_some, random_keys
 
 import tierstore
-from tierstore import place
+from tierstore import kernels, place
 from tierstore.formats import catalog
 from tierstore.formats import placement as placement_format
 from tierstore.formats.catalog import read_catalog, set_epoch
@@ -78,6 +78,47 @@ def test_placed_entries_cost_one_read_or_none(own_store: Path, model: Model) -> 
         store[NAME].lookup(other)
         assert set(store[NAME].explain(other)[other >= 0]) == {"recency"}
         assert store["plain"].explain(np.array([[3], [-1]])).tolist() == [["resident"], ["none"]]
+
+
+@pytest.mark.parametrize("io", ["uring", "mmap", "pread", "portable"])
+@pytest.mark.parametrize(
+    ("hbm_entries", "start"), [(0, 0), (511, 0), (512, 512), (1000, 512), (1300, 1024), (9999, 1024)]
+)
+def test_a_static_set_behind_hbm_holds_the_records_from_its_start_on(
+    own_store: Path, model: Model, monkeypatch: pytest.MonkeyPatch, io: str, hbm_entries: int, start: int
+) -> None:
+    chosen = some_chosen(0, 1300)
+    place_at(0.5, own_store, {NAME: chosen})
+    keys, each = tokens_of(chosen), np.arange(1300)
+    monkeypatch.setattr(kernels, "native", kernels.native and io != "portable")
+    with open_behind_hbm(own_store, hbm_entries, "400KiB", "auto" if io == "portable" else io) as store:
+        loaded = store.stats()["placement"]["static_entries"][NAME]
+        assert 0 < loaded <= 1300 - start
+        static = (each >= start) & (each < start + loaded)
+        explained = store[NAME].explain(keys)[each, chosen.order_index]
+        np.testing.assert_array_equal(explained, np.where(static, "static", "record"))
+        out = np.full((1300, 24, 40), 0xA5, dtype=np.uint8)
+        np.testing.assert_array_equal(store[NAME].lookup(keys, out), model.expected(NAME, keys))
+        stats = store.stats()
+        assert stats["pages_read"] == 0
+        assert stats["entries_read"] == stats["hits"]["nvme"] == 1300 - loaded
+        assert sum(stats["tables"][NAME]["static_hits"].values()) == loaded
+
+
+def test_damage_below_the_start_of_a_static_set_is_found_when_it_is_read(own_store: Path, model: Model) -> None:
+    chosen = some_chosen(0, 900)
+    table = place_at(0.5, own_store, {NAME: chosen}).placement.tables[NAME]
+    with placement_file(own_store).open("r+b") as file:
+        for at in (511, 513):
+            file.seek(table.byte_start + at * table.record_bytes)
+            file.write(b"damaged")
+    keys = tokens_of(chosen)
+    with open_behind_hbm(own_store, 512) as store:
+        explained = store[NAME].explain(keys)[np.arange(900), chosen.order_index]
+        assert explained[[511, 512, 513]].tolist() == ["record", "static", "pages"]
+        np.testing.assert_array_equal(store[NAME].lookup(keys[512:514]), model.expected(NAME, keys[512:514]))
+        with pytest.raises(tierstore.CorruptPageError, match=r"placed entry 511 of table"):
+            store[NAME].lookup(keys[511:512])
 
 
 @pytest.mark.parametrize("io", ["uring", "mmap", "pread"])

@@ -351,3 +351,17 @@ def test_a_full_disk_ends_the_trace_and_not_the_lookups(
     store.close()
     with pytest.raises(StoreNotReadyError):
         store["layers.1"].lookup(keys)
+
+
+def test_single_pairs_are_recorded_under_their_orders(store: tierstore.Store, model: Model, tmp_path: Path) -> None:
+    tokens = random_keys(np.random.default_rng(8), 20)
+    pairs = np.array([5, 3, 59, 3, 1], dtype=np.int32)
+    keys, out = tokens.reshape(-1)[pairs], np.full((5, 320), 0xA5, dtype=np.uint8)
+    store.start_trace(tmp_path / "t", share=1)
+    pending = store._engine.submit_pairs(1, keys, pairs, out)
+    if pending is not None:
+        pending.wait(60)
+    store.stop_trace()
+    np.testing.assert_array_equal(out, model.expected("layers.14", tokens).reshape(60, 320)[pairs])
+    expected = [(0, 1, int(pair) % 3, int(key)) for key, pair in zip(keys, pairs, strict=True) if key >= 0]
+    assert accesses_of(tmp_path / "t") == expected

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from contract.store_contract import StoreContract
-from stores import Model, random_keys
+from stores import Model, open_behind_hbm, random_keys
 
 import tierstore
 from tierstore import kernels
@@ -110,6 +110,22 @@ class TestPlacedPortableStore(PlacedStore):
 
     def open_store(self, path: Path) -> tierstore.Store:
         return open_portable(path, "400KiB")
+
+
+class TestPlacedBehindHbmStore(PlacedStore):
+    """Where the static set begins behind the entries of HBM, which nobody holds here."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return open_behind_hbm(path, 600)
+
+
+class TestPlacedBehindHbmPortableStore(PlacedStore):
+    """The same without the compiled kernels."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "native", False)
+            return open_behind_hbm(path, 600)
 
 
 class TestPlacedResidentStore(PlacedStore):

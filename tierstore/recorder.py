@@ -57,6 +57,7 @@ class Recorder:
         """Starts the file and the thread. Raises what `KeyTraceWriter` raises."""
         self.path = path
         self._share = share
+        self._num_orders = [len(table.orders) for table in tables]
         self._writer = KeyTraceWriter(path, tables=tables, sample_rate=share)
         self._lock = threading.Lock()  # of the five below
         self._queue: list[_Lookup] = []
@@ -89,6 +90,13 @@ class Recorder:
             half_full = 2 * self._queued_keys >= QUEUE_KEYS_MAX or 2 * len(queue) >= QUEUE_LOOKUPS_MAX
         if half_full and not self._wake.is_set():
             self._wake.set()
+
+    def tokens_of(self, index: int, keys: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        """Returns single pairs, int64 [M] and int32 [M], as keys of whole tokens, int64 [M, O], that have no others."""
+        num_orders = self._num_orders[index]
+        tokens = np.full((len(keys), num_orders), -1, dtype=np.int64)
+        tokens[np.arange(len(keys)), pairs % num_orders] = keys
+        return tokens
 
     def stop(self) -> KeyTraceInfo:
         """Writes what is queued, ends the trace and the thread. Blocks on the disk.
@@ -187,9 +195,24 @@ class RecordingEngine(Engine):
             self.recorder.record([(index, keys) for index, keys, _ in requests])
         return pending
 
+    def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> Pending | None:
+        pending = self.engine.submit_pairs(index, keys, pairs, out)
+        self.recorder.record([(index, self.recorder.tokens_of(index, keys, pairs))])
+        return pending
+
     @property
     def version(self) -> int:  # type: ignore[override]
         return self.engine.version
+
+    @property
+    def device(self) -> Any:
+        return self.engine.device
+
+    def change_entries(self, file: Any) -> None:
+        self.engine.change_entries(file)
+
+    def open_lookup(self, index: int, tokens_max: int) -> Any:
+        return self.engine.open_lookup(index, tokens_max)
 
     def is_resident(self, index: int) -> bool:
         return self.engine.is_resident(index)

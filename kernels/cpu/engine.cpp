@@ -25,6 +25,17 @@ constexpr auto kRelaxed = std::memory_order_relaxed;
 
 std::chrono::duration<double> seconds(double count) { return std::chrono::duration<double>(count); }
 
+// Adds the keys of a list that are no sentinels, by order.
+void count_keys(const PairList& list, size_t num_orders, uint64_t* keys_of) {
+  if (list.pairs != nullptr) {
+    for (size_t i = 0; i < list.count; ++i) keys_of[list.order(i, num_orders)] += list.keys[i] >= 0;
+    return;
+  }
+  for (size_t pair = 0; pair < list.count;) {  // of whole tokens, without a division a pair
+    for (size_t order = 0; order < num_orders; ++order) keys_of[order] += list.keys[pair++] >= 0;
+  }
+}
+
 }  // namespace
 
 // Lanes, workers and who waits for them. Made anew in a forked child, where the parent's threads are not.
@@ -75,35 +86,32 @@ size_t Engine::num_lanes() const {
   return runtime_->lanes.size();
 }
 
-void Engine::gather(const EpochView& view, size_t index, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job) {
+void Engine::gather(const EpochView& view, size_t index, const PairList& list, uint8_t* out, Job& job) {
   const Table& table = tables_[index];
-  const size_t num_pairs = num_tokens * table.num_orders, first_miss = job.misses.size();
+  const size_t first_miss = job.misses.size();
   uint64_t keys_of[kOrdersMax] = {}, misses_of[kOrdersMax] = {}, static_hits[kOrdersMax] = {};
   job.outputs.resize(tables_.size());
   job.outputs[index] = out;
   if (table.resident != nullptr) {
-    const int64_t bad_page = gather_resident(table, keys, num_pairs, out);
+    const int64_t bad_page = gather_resident(table, list, out);
     if (bad_page >= 0) job.fault = {FaultKind::kBadPage, static_cast<uint32_t>(index), bad_page, kPageBadChecksum};
   } else {
     std::optional<ReportSink> reports;
     if (reports_ != nullptr) reports.emplace(*reports_, static_cast<uint16_t>(index));
     bool holds = view.alive;
     if (holds) {
-      gather_cached(table, view.epoch, static_cast<uint16_t>(index), keys, num_pairs, out, job.misses, static_hits,
+      gather_cached(table, view.epoch, static_cast<uint16_t>(index), list, out, job.misses, static_hits,
                     reports ? &*reports : nullptr);
       holds = gate_->holds(view);
     }
     if (!holds) {
       job.misses.resize(first_miss);
       std::fill_n(static_hits, table.num_orders, uint64_t{0});
-      gather_nothing(table, static_cast<uint16_t>(index), keys, num_pairs, out, job.misses);
+      gather_nothing(table, static_cast<uint16_t>(index), list, out, job.misses);
     }
-    table.cache->count_accesses(num_pairs);
+    table.cache->count_accesses(list.count);
   }
-  size_t pair = 0;
-  for (size_t token = 0; token < num_tokens; ++token) {
-    for (size_t order = 0; order < table.num_orders; ++order) keys_of[order] += keys[pair++] >= 0;
-  }
+  count_keys(list, table.num_orders, keys_of);
   for (size_t i = first_miss; i < job.misses.size(); ++i) ++misses_of[job.misses[i].order];
   uint64_t num_keys = 0;
   for (size_t order = 0; order < table.num_orders; ++order) {
@@ -112,7 +120,7 @@ void Engine::gather(const EpochView& view, size_t index, const int64_t* keys, si
     if (misses_of[order] > 0) table_counters[index].misses[order].fetch_add(misses_of[order], kRelaxed);
     num_keys += keys_of[order];
   }
-  if (num_keys < num_pairs) counters.sentinels.fetch_add(num_pairs - num_keys, kRelaxed);
+  if (num_keys < list.count) counters.sentinels.fetch_add(list.count - num_keys, kRelaxed);
 }
 
 void Engine::locate(const EpochView& view, size_t index, const int64_t* keys, size_t num_tokens, uint8_t* sources) {
@@ -126,7 +134,7 @@ void Engine::locate(const EpochView& view, size_t index, const int64_t* keys, si
       sources[i] = kFromNowhere;
     } else if (table.resident != nullptr) {
       sources[i] = kFromResident;
-    } else if (placed < table.statics.num_loaded) {
+    } else if (table.statics.loads(placed)) {
       sources[i] = kFromStatic;
     } else if (view.alive && table.cache->probe(table.cache->find_set(table.tagged(order), keys[i]), table.tagged(order), keys[i]).way >= 0) {
       sources[i] = kFromRecency;

@@ -91,8 +91,12 @@ class Engine {
   // How many lanes there are: fewer than asked for where memory or descriptors did not reach.
   size_t num_lanes() const;
 
-  // Copies what memory holds of a table's keys, [num_tokens, O], and appends the rest to job.misses.
-  void gather(const EpochView& view, size_t table, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job);
+  // Copies what memory holds of a table's pairs, entry i to out + i * entry_bytes, and appends the rest to job.misses.
+  void gather(const EpochView& view, size_t table, const PairList& list, uint8_t* out, Job& job);
+  // The same of keys of whole tokens, [num_tokens, O].
+  void gather(const EpochView& view, size_t table, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job) {
+    gather(view, table, {keys, num_tokens * tables_[table].num_orders}, out, job);
+  }
 
   // Reads rows (kRowUnit; id -1 for zeros) or pages (kPageUnit) by number into `out`, past the cache. Blocks on the disk.
   void read(size_t table, const int64_t* ids, size_t num_ids, uint8_t* out, uint8_t unit, Job& job);

@@ -33,13 +33,6 @@ ReadMode mode_of(const std::string& name) {
   throw std::invalid_argument("mode must be uring, mmap or pread");
 }
 
-// (kind, table, page, detail), or None where all is well.
-py::object fault_tuple(const Fault& fault) {
-  static const char* const kNames[] = {"none", "page", "disk", "timeout", "forked", "entry"};
-  if (fault.kind == FaultKind::kNone) return py::none();
-  return py::make_tuple(kNames[static_cast<int>(fault.kind)], fault.table, fault.page, fault.detail);
-}
-
 bool is_array(py::handle object, char kind, py::ssize_t itemsize, bool writeable) {
   if (!py::isinstance<py::array>(object)) return false;
   const auto array = py::reinterpret_borrow<py::array>(object);
@@ -131,7 +124,7 @@ class PyEngine {
       std::optional<py::gil_scoped_release> released;
       if (num_tokens * engine_->tables()[index].num_orders > kBriefPairs) released.emplace();
       const Engine::Use use(*engine_);
-      good = use && keys_are_good(engine_->tables()[index], key_data, num_tokens);
+      good = use && pairs_are_good(engine_->tables()[index], {key_data, num_tokens * engine_->tables()[index].num_orders});
       if (good) {
         engine_->gather(use.view(), index, key_data, num_tokens, out_data, job);
         engine_->count_batch(job);
@@ -148,34 +141,32 @@ class PyEngine {
     for (const auto& [index, keys, out] : requests) {
       if (!fits(index, keys, out)) return py::bool_(false);
     }
-    auto job = std::make_shared<Job>();
-    std::vector<std::tuple<size_t, const int64_t*, size_t, uint8_t*>> plain;
+    std::vector<Part> parts;
     for (const auto& [index, keys, out] : requests) {
       const auto key_array = py::reinterpret_borrow<py::array>(keys);
-      plain.emplace_back(index, static_cast<const int64_t*>(key_array.data()), static_cast<size_t>(key_array.shape(0)),
-                         static_cast<uint8_t*>(py::reinterpret_borrow<py::array>(out).mutable_data()));
+      parts.push_back({index, {static_cast<const int64_t*>(key_array.data()), static_cast<size_t>(key_array.size())},
+                       static_cast<uint8_t*>(py::reinterpret_borrow<py::array>(out).mutable_data())});
     }
-    bool good;
-    {
-      const py::gil_scoped_release released;
-      const Engine::Use use(*engine_);
-      good = static_cast<bool>(use);
-      for (const auto& [index, keys, num_tokens, out] : plain) {
-        good = good && keys_are_good(engine_->tables()[index], keys, num_tokens);
-      }
-      if (good) {
-        for (const auto& [index, keys, num_tokens, out] : plain) engine_->gather(use.view(), index, keys, num_tokens, out, *job);
-        engine_->count_batch(*job);
-        if (job->fault.kind != FaultKind::kNone) {
-          job->finish();
-        } else if (!job->misses.empty()) {
-          engine_->submit(job);
-        }
-      }
+    return start(parts);
+  }
+
+  // keys, int64 [M], and their pairs, int32 [M], of one table into out, uint8 [M, entry_bytes]. Returns as `submit` does.
+  py::object submit_pairs(size_t index, py::handle keys, py::handle pairs, py::handle out) {
+    if (index >= engine_->tables().size() || !is_array(keys, 'i', 8, false) || !is_array(pairs, 'i', 4, false) ||
+        !is_array(out, 'u', 1, true)) {
+      return py::bool_(false);
     }
-    if (!good) return py::bool_(false);
-    if (job->misses.empty() && job->fault.kind == FaultKind::kNone) return py::none();
-    return py::cast(Ticket(std::move(job)));
+    const Table& table = engine_->tables()[index];
+    const auto k = py::reinterpret_borrow<py::array>(keys), p = py::reinterpret_borrow<py::array>(pairs);
+    auto o = py::reinterpret_borrow<py::array>(out);
+    const auto count = static_cast<size_t>(k.size());
+    if (k.ndim() != 1 || p.ndim() != 1 || p.size() != k.size() || count > std::numeric_limits<uint32_t>::max() || o.ndim() != 2 ||
+        o.shape(0) != k.size() || o.shape(1) != static_cast<py::ssize_t>(table.entry_bytes()) ||
+        (table.cache == nullptr && table.resident == nullptr)) {
+      return py::bool_(false);
+    }
+    const PairList list{static_cast<const int64_t*>(k.data()), count, static_cast<const int32_t*>(p.data())};
+    return start({{index, list, static_cast<uint8_t*>(o.mutable_data())}});
   }
 
   // Row ids, int64 [R], -1 for a zero row, into uint8 [R, row_bytes], past the cache. Returns as `lookup` does.
@@ -296,10 +287,43 @@ class PyEngine {
     return ended;
   }
 
+  Engine& engine() { return *engine_; }
+
   void before_fork() { engine_->before_fork(); }
   void after_fork(bool in_child) { engine_->after_fork(in_child); }
 
  private:
+  // One table's part of a lookup.
+  struct Part {
+    size_t index;
+    PairList list;
+    uint8_t* out;
+  };
+
+  // Gathers, and submits what is missing. Returns as `submit` does.
+  py::object start(const std::vector<Part>& parts) {
+    auto job = std::make_shared<Job>();
+    bool good;
+    {
+      const py::gil_scoped_release released;
+      const Engine::Use use(*engine_);
+      good = static_cast<bool>(use);
+      for (const Part& part : parts) good = good && pairs_are_good(engine_->tables()[part.index], part.list);
+      if (good) {
+        for (const Part& part : parts) engine_->gather(use.view(), part.index, part.list, part.out, *job);
+        engine_->count_batch(*job);
+        if (job->fault.kind != FaultKind::kNone) {
+          job->finish();
+        } else if (!job->misses.empty()) {
+          engine_->submit(job);
+        }
+      }
+    }
+    if (!good) return py::bool_(false);
+    if (job->misses.empty() && job->fault.kind == FaultKind::kNone) return py::none();
+    return py::cast(Ticket(std::move(job)));
+  }
+
   // Attaches the engine to a daemon's epochs: (control block, number of the version, the client's own block, whether to report there).
   void join(const py::tuple& shared, EngineShape& shape) {
     auto control = shared[0].cast<py::array_t<uint8_t, py::array::c_style>>();
@@ -325,12 +349,13 @@ class PyEngine {
            o.shape(1) == static_cast<py::ssize_t>(table.num_heads()) && o.shape(2) == static_cast<py::ssize_t>(table.row_bytes);
   }
 
-  static bool keys_are_good(const Table& table, const int64_t* keys, size_t num_tokens) {
+  static bool pairs_are_good(const Table& table, const PairList& list) {
     const int64_t end = table.is_plain ? static_cast<int64_t>(table.num_rows) : std::numeric_limits<int64_t>::max();
     bool good = true;
-    for (size_t i = 0; i < num_tokens * table.num_orders; ++i) {
-      good &= keys[i] >= -1 && (keys[i] < end || !table.is_plain);
+    for (size_t i = 0; i < list.count; ++i) {
+      good &= list.keys[i] >= -1 && (list.keys[i] < end || !table.is_plain);
     }
+    for (size_t i = 0; list.pairs != nullptr && i < list.count; ++i) good &= list.pairs[i] >= 0;
     return good;
   }
 
@@ -368,6 +393,17 @@ class PyEngine {
 
 }  // namespace
 
+Engine& engine_of(py::handle object) {
+  if (!py::isinstance<PyEngine>(object)) throw py::type_error("engine must be an Engine");
+  return object.cast<PyEngine&>().engine();
+}
+
+py::object fault_tuple(const Fault& fault) {
+  static const char* const kNames[] = {"none", "page", "disk", "timeout", "forked", "entry"};
+  if (fault.kind == FaultKind::kNone) return py::none();
+  return py::make_tuple(kNames[static_cast<int>(fault.kind)], fault.table, fault.page, fault.detail);
+}
+
 void bind_engine(py::module_& module) {
   py::class_<Ticket>(module, "Ticket", py::module_local()).def("done", &Ticket::done).def("wait", &Ticket::wait, py::arg("seconds"));
   py::class_<PyEngine>(module, "Engine", py::module_local())
@@ -377,6 +413,7 @@ void bind_engine(py::module_& module) {
            py::arg("shared") = py::none())
       .def("lookup", &PyEngine::lookup)
       .def("submit", &PyEngine::submit)
+      .def("submit_pairs", &PyEngine::submit_pairs)
       .def("rows", &PyEngine::rows)
       .def("read_pages", &PyEngine::read_pages)
       .def("set_resident", &PyEngine::set_resident)

@@ -94,15 +94,16 @@ size_t spoil_bad_records(uint8_t* records, size_t num_records, const RecordShape
   return num_bad;
 }
 
-size_t drop_bad_places(const uint8_t* records, size_t num_loaded, size_t num_placed, const RecordShape& shape,
+size_t drop_bad_places(const uint8_t* records, size_t loaded_start, size_t num_loaded, size_t num_placed, const RecordShape& shape,
                        uint32_t order_index, IndexBucket* buckets, size_t num_buckets) {
   size_t num_bad = 0;
   for (size_t i = 0; i < num_buckets; ++i) {
     for (size_t slot = 0; slot < kBucketSlots; ++slot) {
       int64_t& key = buckets[i].keys[slot];
       const uint32_t place = buckets[i].places[slot];
-      if (key < 0 || (place >= num_loaded && place < num_placed)) continue;
-      if (place < num_loaded && record_is_of(records + place * shape.record_bytes, shape, order_index, key)) continue;
+      const size_t loaded = place - loaded_start;  // wraps round below the first, and so is no record either
+      if (key < 0 || (loaded >= num_loaded && place < num_placed)) continue;
+      if (loaded < num_loaded && record_is_of(records + loaded * shape.record_bytes, shape, order_index, key)) continue;
       key = -1;
       ++num_bad;
     }

@@ -102,17 +102,20 @@ struct IndexArea {
   }
 };
 
-// The placed entries of a table. Those with places below num_loaded lie in memory, as records one after the other; the others are read
-// from the placement file. Immutable within an epoch: epoch e finds them by areas[e % 2], in a store of its own process by
+// The placed entries of a table. Those with places loaded_start .. loaded_start + num_loaded - 1 lie in memory, as records one after the
+// other; the others are read from the placement file. Places below loaded_start are of entries that another tier holds. Immutable within an epoch: epoch e finds them by areas[e % 2], in a store of its own process by
 // either. There places in memory and in the file are the same; where a daemon moves entries, `in_file` has the places in the file.
 struct StaticSet {
   IndexArea areas[2];
   IndexArea in_file;
   const uint8_t* records = nullptr;  // null: there are none
+  uint32_t loaded_start = 0;
   uint32_t num_loaded = 0;
   PlacedFile placed;
 
-  const uint8_t* record(uint32_t place) const { return records + place * placed.shape.record_bytes; }
+  // Whether a place's record lies in memory; that of kNotPlaced does not: loaded_start + num_loaded is no more than it.
+  bool loads(uint32_t place) const { return place - loaded_start < num_loaded; }
+  const uint8_t* record(uint32_t place) const { return records + size_t{place - loaded_start} * placed.shape.record_bytes; }
   // Where a key that memory does not hold lies in the file; `found` is what the epoch's area said of it.
   uint32_t place_in_file(uint8_t order, int64_t key, uint32_t found) const {
     if (placed.file.buffered_fd < 0) return kNotPlaced;
@@ -122,8 +125,9 @@ struct StaticSet {
   }
 };
 
-// Takes keys out of an index whose places are loaded and hold another record, or lie outside the placement; returns how many.
-size_t drop_bad_places(const uint8_t* records, size_t num_loaded, size_t num_placed, const RecordShape& shape,
+// Takes keys out of an index whose places are loaded and hold another record, or lie outside the placement; returns how many. The
+// records are those of places loaded_start on.
+size_t drop_bad_places(const uint8_t* records, size_t loaded_start, size_t num_loaded, size_t num_placed, const RecordShape& shape,
                        uint32_t order_index, IndexBucket* buckets, size_t num_buckets);
 
 }  // namespace tierstore

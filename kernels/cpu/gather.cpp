@@ -56,7 +56,7 @@ int64_t copy_resident(const Table& table, size_t num_rows, uint8_t* out, RowId r
 // Four stages, each some pairs behind the one before, so that what it needs has come from memory meanwhile: ask for the key's
 // bucket of the static set's index; search it, and where the key is not loaded ask for its set of the cache; probe that, and ask for
 // the entry; copy. Without a static set the first stage falls away.
-void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, const int64_t* keys, size_t num_pairs, uint8_t* out,
+void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, const PairList& list, uint8_t* out,
                    std::vector<Miss>& misses, uint64_t* static_hits, ReportSink* reports) {
   struct Pair {
     const IndexBucket* bucket;
@@ -68,6 +68,8 @@ void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, con
     uint8_t order;
   };
   Pair ring[kRing];
+  const int64_t* const keys = list.keys;
+  const size_t num_pairs = list.count;
   const EntryCache& cache = *table.cache;
   const StaticSet& statics = table.statics;
   const size_t entry_bytes = table.entry_bytes();
@@ -81,6 +83,7 @@ void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, con
   for (size_t i = 0; i < num_pairs + entries_ahead; ++i) {
     if (i < num_pairs) {
       Pair& pair = ring[i & (kRing - 1)];
+      if (list.pairs != nullptr) order = list.order(i, table.num_orders);
       pair = {nullptr, nullptr, nullptr, {}, keys[i], kNotPlaced, order};
       order = order + 1u == table.num_orders ? 0 : static_cast<uint8_t>(order + 1);
       if (pair.key >= 0 && buckets_ahead > 0) {
@@ -92,7 +95,7 @@ void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, con
       Pair& pair = ring[(i - buckets_ahead) & (kRing - 1)];
       if (pair.key >= 0) {
         pair.placed = placed_keys[pair.order].find(pair.bucket, pair.key);
-        if (pair.placed < statics.num_loaded) {
+        if (statics.loads(pair.placed)) {
           pair.record = statics.record(pair.placed);
         } else {
           pair.set = cache.find_set(table.tagged(pair.order), pair.key);
@@ -131,23 +134,24 @@ void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, con
   if (streamed) end_streamed_copies();
 }
 
-void gather_nothing(const Table& table, uint16_t table_index, const int64_t* keys, size_t num_pairs, uint8_t* out,
-                    std::vector<Miss>& misses) {
-  for (size_t i = 0; i < num_pairs; ++i) {
-    const auto order = static_cast<uint8_t>(i % table.num_orders);
-    if (keys[i] < 0) {
+void gather_nothing(const Table& table, uint16_t table_index, const PairList& list, uint8_t* out, std::vector<Miss>& misses) {
+  for (size_t i = 0; i < list.count; ++i) {
+    const int64_t key = list.keys[i];
+    const uint8_t order = list.order(i, table.num_orders);
+    if (key < 0) {
       std::memset(out + i * table.entry_bytes(), 0, table.entry_bytes());
     } else {
-      misses.push_back({keys[i], static_cast<uint32_t>(i), table_index, order, table.statics.place_in_file(order, keys[i], kNotPlaced)});
+      misses.push_back({key, static_cast<uint32_t>(i), table_index, order, table.statics.place_in_file(order, key, kNotPlaced)});
     }
   }
 }
 
-int64_t gather_resident(const Table& table, const int64_t* keys, size_t num_pairs, uint8_t* out) {
+int64_t gather_resident(const Table& table, const PairList& list, uint8_t* out) {
   const size_t heads = table.rows_per_key, orders = table.num_orders;
   size_t pair = 0, head = 0, order = 0;
-  return copy_resident(table, num_pairs * heads, out, [&](size_t) {
-    const int64_t key = keys[pair];
+  return copy_resident(table, list.count * heads, out, [&](size_t) {
+    const int64_t key = list.keys[pair];
+    if (list.pairs != nullptr && head == 0) order = list.order(pair, orders);
     const int64_t id = key < 0 ? -1 : static_cast<int64_t>(table.row_id(order * heads + head, key));
     if (++head == heads) {
       head = 0;

@@ -19,6 +19,18 @@ constexpr uint8_t kRowUnit = 254;
 constexpr uint8_t kPageUnit = 255;
 constexpr size_t kOrdersMax = 16;
 
+// What is asked for of one table. keys: [count], -1 for zero rows. pairs: [count], not below 0: key i is of order pairs[i] % O; null where
+// the keys are of whole tokens, and so of orders 0, 1, ..., O - 1, 0, 1, ...
+struct PairList {
+  const int64_t* keys;
+  size_t count;
+  const int32_t* pairs = nullptr;
+
+  uint8_t order(size_t i, size_t num_orders) const {
+    return static_cast<uint8_t>((pairs == nullptr ? i : static_cast<uint32_t>(pairs[i])) % num_orders);
+  }
+};
+
 struct Miss {
   int64_t key;     // a key, a row id or a page number
   uint32_t place;  // which entry, row or page of the table's output it fills

@@ -11,10 +11,12 @@
 #include <vector>
 
 #include "arrays.h"
+#include "codec_module.h"
 #include "crc32c.h"
 #include "engine_module.h"
 #include "hash.h"
 #include "learning_module.h"
+#include "mailbox_module.h"
 #include "pages.h"
 #include "placed_module.h"
 #include "profile_module.h"
@@ -228,9 +230,11 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("check_pages", &check_pages, py::arg("pages").noconvert(), py::arg("page_numbers"), py::arg("version"),
              py::arg("seed"));
   tierstore::bind_engine(module);
+  tierstore::bind_mailbox(module);
   tierstore::bind_placed(module);
   define_hash(module);
   tierstore::bind_profile(module);
   tierstore::bind_learning(module);
   tierstore::bind_shared(module);
+  tierstore::bind_codec(module);
 }

@@ -83,14 +83,15 @@ size_t spoil(ByteArray records, py::ssize_t entry_bytes, uint32_t seed) {
   return spoil_bad_records(data, num_records, shape);
 }
 
-size_t drop(ByteArray buckets, uint32_t order_index, const ByteArray& records, size_t num_placed, py::ssize_t entry_bytes) {
+size_t drop(ByteArray buckets, uint32_t order_index, const ByteArray& records, size_t num_placed, py::ssize_t entry_bytes,
+            uint32_t loaded_start) {
   const RecordShape shape = record_shape(records, entry_bytes, 0);
   const size_t size = num_buckets(buckets);
   auto* index = reinterpret_cast<IndexBucket*>(buckets.mutable_data());
   const uint8_t* data = records.data();
   const auto num_loaded = static_cast<size_t>(records.shape(0));
   py::gil_scoped_release released;
-  return drop_bad_places(data, num_loaded, num_placed, shape, order_index, index, size);
+  return drop_bad_places(data, loaded_start, num_loaded, num_placed, shape, order_index, index, size);
 }
 
 }  // namespace
@@ -102,7 +103,7 @@ void bind_placed(py::module_& module) {
              py::arg("entry_bytes"), py::arg("seed"));
   module.def("spoil_bad_records", &spoil, py::arg("records").noconvert(), py::arg("entry_bytes"), py::arg("seed"));
   module.def("drop_bad_places", &drop, py::arg("buckets").noconvert(), py::arg("order_index"),
-             py::arg("records").noconvert(), py::arg("num_placed"), py::arg("entry_bytes"));
+             py::arg("records").noconvert(), py::arg("num_placed"), py::arg("entry_bytes"), py::arg("loaded_start"));
 }
 
 }  // namespace tierstore

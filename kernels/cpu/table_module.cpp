@@ -112,6 +112,7 @@ StaticSet make_statics(const py::dict& record, const Table& table, ReadMode mode
   const auto areas = record["areas"].cast<std::vector<py::tuple>>();
   const auto records = record["records"].cast<py::array_t<uint8_t, py::array::c_style>>();
   const auto num_placed = record["num_placed"].cast<uint64_t>();
+  statics.loaded_start = record["loaded_start"].cast<uint32_t>();
   require(areas.size() == 2, "an area for each parity of epochs");
   for (size_t parity = 0; parity < 2; ++parity) statics.areas[parity] = make_area(areas[parity], table, held);
   if (!record["in_file"].is_none()) statics.in_file = make_area(record["in_file"].cast<py::tuple>(), table, held);
@@ -119,8 +120,8 @@ StaticSet make_statics(const py::dict& record, const Table& table, ReadMode mode
   statics.placed.shape = {table.entry_bytes(), record_bytes, table.shape.seed};
   statics.records = records.data();
   require(records.ndim() == 2 && records.shape(1) == static_cast<py::ssize_t>(record_bytes) &&
-              records.shape(0) < static_cast<py::ssize_t>(kNotPlaced) && num_placed < kNotPlaced,
-          "records are [loaded, record_bytes]");
+              static_cast<uint64_t>(records.shape(0)) + statics.loaded_start < kNotPlaced && num_placed < kNotPlaced,
+          "records are [loaded, record_bytes], and their places 32 bits");
   statics.num_loaded = static_cast<uint32_t>(records.shape(0));
   held.push_back(records);
   if (record["file"].is_none()) return statics;

@@ -136,6 +136,48 @@ class StoreContract:
         ticket.wait(timeout_s=60)
         np.testing.assert_array_equal(out, expected)
 
+    @pytest.mark.parametrize("num_pairs", [0, 1, 2, 350])
+    def test_single_pairs_get_their_own_entries(self, store, model: Model, num_pairs: int) -> None:
+        rng = np.random.default_rng(num_pairs)
+        tokens = random_keys(rng, 200)
+        tokens[0] = 7  # equal keys of all orders
+        pairs = rng.integers(0, tokens.size, num_pairs).astype(np.int32)
+        pairs[:3] = [2, 0, 1][:num_pairs]
+        keys = tokens.reshape(-1)[pairs]
+        for index, name in enumerate(("layers.1", "layers.14")):
+            expected = model.expected(name, tokens).reshape(-1, 320)[pairs]
+            before = store.stats()
+            for _ in range(2):  # the second time from the caches
+                out = np.full((num_pairs, 320), 0xA5, dtype=np.uint8)
+                pending = store._engine.submit_pairs(index, keys, pairs, out)
+                if pending is not None:
+                    pending.wait(60)
+                    pending.wait(60)
+                np.testing.assert_array_equal(out, expected)
+            stats = store.stats()
+            assert stats["keys"] - before["keys"] == 2 * (keys >= 0).sum()
+            assert stats["sentinels"] - before["sentinels"] == 2 * (keys < 0).sum()
+            assert stats["batches"] - before["batches"] == 2
+            old, new = (part["tables"][name]["orders"] for part in (before, stats))
+            counted = [sum(new[order].values()) - sum(old[order].values()) for order in (2, 3, 4)]
+            assert counted == [2 * int((keys[pairs % 3 == i] >= 0).sum()) for i in range(3)]
+
+    def test_single_pairs_keep_their_own_keys_and_need_no_wait(self, store, model: Model) -> None:
+        tokens = random_keys(np.random.default_rng(10), 30)
+        keys, pairs = tokens.reshape(-1).copy(), np.arange(90, dtype=np.int32)
+        out = np.full((90, 320), 0xA5, dtype=np.uint8)
+        store._engine.submit_pairs(0, keys, pairs, out)
+        keys[:], pairs[:] = 0, 0
+        store.close()
+        np.testing.assert_array_equal(out, model.expected("layers.1", tokens).reshape(90, 320))
+
+    def test_a_closed_store_takes_no_single_pairs(self, store) -> None:
+        store.close()
+        out = np.full((1, 320), 0xA5, dtype=np.uint8)
+        with pytest.raises(tierstore.StoreNotReadyError, match="is closed"):
+            store._engine.submit_pairs(0, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int32), out)
+        assert (out == 0xA5).all()
+
     def test_many_threads_get_their_own_rows(self, store, model: Model) -> None:
         faults = []
 

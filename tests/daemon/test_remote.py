@@ -45,6 +45,14 @@ class RemoteStore(StoreContract):
             self._servers[path] = self._stack.enter_context(serving(path, dram=self.dram))
         return connect_remote(f"grpc://{self._servers[path].address}")
 
+    def test_single_pairs_get_their_own_entries(self, store) -> None:
+        pairs = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int32), np.zeros((1, 320), dtype=np.uint8)
+        with pytest.raises(tierstore.ConfigError, match="a GPU needs a store on its own host"):
+            store._engine.submit_pairs(0, *pairs)
+
+    test_single_pairs_keep_their_own_keys_and_need_no_wait = None  # they are refused
+    test_a_closed_store_takes_no_single_pairs = None
+
 
 class TestRemote(RemoteStore):
     """Small lookups as they come: one message each way."""

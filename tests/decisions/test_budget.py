@@ -8,6 +8,7 @@ from tierstore import BudgetError
 from tierstore.decisions.budget import ALIGNMENT_BYTES, DEPTH_MAX, LANES_MAX, cache_set_bytes, divide_dram
 from tierstore.formats.catalog import TableLayout
 from tierstore.formats.page import PageShape
+from tierstore.formats.placement import TableShape, lay_out_placement
 from tierstore.spec import TableSpec
 
 
@@ -78,3 +79,18 @@ def test_staging_of_a_large_budget_is_at_most_16_mib() -> None:
     staging = divide_dram(TABLES, 16 << 30).staging
     assert staging.num_lanes == LANES_MAX
     assert staging.num_bytes <= 16 << 20
+
+
+@pytest.mark.parametrize("in_hbm", [0, 1, 511, 512, 5000, 100_000, 200_000])
+def test_a_static_set_behind_hbm_begins_at_a_whole_unit_and_ends_with_the_placement(in_hbm: int) -> None:
+    placement = lay_out_placement(0, TABLES, {"a": TableShape((100_000,), 0.5), "d": TableShape((2000,), 0.5)}, {})
+    plan = divide_dram(TABLES, 64 << 20, placement, {"a": in_hbm})
+    share, table = plan.shares["a"], placement.tables["a"]
+    first = min(in_hbm, 100_000)
+    assert first - 512 < share.static_start <= first
+    assert (table.byte_start + share.static_start * table.record_bytes) % ALIGNMENT_BYTES == 0
+    whole = divide_dram(TABLES, 64 << 20, placement).shares["a"]
+    assert share.static_entries == min(whole.static_entries, 100_000 - share.static_start)
+    assert share.num_sets >= whole.num_sets
+    assert plan.shares["d"].static_start == 0
+    assert plan.dram_bytes <= 64 << 20

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 CPU = REPOSITORY / "kernels" / "cpu"
 PROGRAMS = REPOSITORY / "tests" / "kernels" / "cpp"
@@ -21,15 +21,17 @@ NOT_ALLOWED = 77
 FLAGS = os.environ.get("TIERSTORE_TEST_CXXFLAGS", "-O1").split()
 
 
-def build(folder: Path, name: str, sources: list[Path]) -> Path:
+def compile_cpp(folder: Path, *arguments: str) -> None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
-    target = folder / name
-    files = [str(path) for path in (*sources, PROGRAMS / f"{name}.cpp")]
-    command = [compiler, "-std=c++17", "-g", *FLAGS, f"-I{CPU}", *files, "-o", str(target), "-pthread"]
-    subprocess.run(command, check=True, timeout=600)
-    return target
+    command = [compiler, "-std=c++17", "-g", *FLAGS, f"-I{CPU}", *arguments, "-pthread"]
+    subprocess.run(command, check=True, timeout=600, cwd=folder)
+
+
+def build(folder: Path, name: str, files: list[Path]) -> Path:
+    compile_cpp(folder, *map(str, files), str(PROGRAMS / f"{name}.cpp"), "-o", name)
+    return folder / name
 
 
 def check(program: Path, *arguments: str) -> None:
@@ -41,14 +43,26 @@ def check(program: Path, *arguments: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def lookup_path_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sources = [path for path in sorted(CPU.glob("*.cpp")) if not path.name.endswith(BINDINGS)]
-    return build(tmp_path_factory.mktemp("cpp"), "lookup_path_test", sources)
+def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The lookup path, compiled."""
+    folder = tmp_path_factory.mktemp("cpp")
+    compile_cpp(folder, "-c", *(str(path) for path in CPU.glob("*.cpp") if not path.name.endswith(BINDINGS)))
+    return list(folder.glob("*.o"))
+
+
+@pytest.fixture(scope="module")
+def lookup_path_test(objects: list[Path]) -> Path:
+    return build(objects[0].parent, "lookup_path_test", objects)
 
 
 @pytest.fixture(scope="module")
 def reports_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("cpp"), "reports_test", [CPU / "reports.cpp", CPU / "key_counts.cpp"])
+
+
+@pytest.fixture(scope="module")
+def mailbox_test(objects: list[Path]) -> Path:
+    return build(objects[0].parent, "mailbox_test", objects)
 
 
 @pytest.mark.parametrize("what", ["cache", "engine", "epochs", "kill"])
@@ -59,3 +73,8 @@ def test_the_lookup_path_keeps_its_promises_in_cpp(lookup_path_test: Path, what:
 @pytest.mark.parametrize("what", ["ring", "counts", "kill"])
 def test_reports_keep_their_promises_in_cpp(reports_test: Path, what: str) -> None:
     check(reports_test, what)
+
+
+@pytest.mark.parametrize("what", ["devices", "wild"])
+def test_mailboxes_keep_their_promises_in_cpp(mailbox_test: Path, what: str, tmp_path: Path) -> None:
+    check(mailbox_test, what, str(tmp_path))

@@ -83,6 +83,18 @@ def test_a_record_under_another_key_order_or_place_is_left_out(kernel) -> None:
     np.testing.assert_array_equal(kernel.find_entries(buckets, keys), [0, -1, 2, -1, 4, -1])
 
 
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_places_below_the_first_loaded_record_are_kept_unseen(kernel) -> None:
+    keys = distinct_keys(9, 7)
+    buckets = buckets_of(3)
+    records = np.zeros((3, 24), dtype=np.uint8)  # of places 2, 3 and 4
+    kernel.seal_records(records, keys[[2, 0, 4]], np.zeros(3, dtype=np.uint32), 8, 7)
+    places = np.array([0, 1, 2, 3, 4, 5, 6], dtype=np.uint32)
+    assert kernel.index_entries(keys, places, buckets)
+    assert kernel.drop_bad_places(buckets, 0, records, 6, 8, 2) == 2  # 3 is key 0's, 6 is no place
+    np.testing.assert_array_equal(kernel.find_entries(buckets, keys), [0, 1, 2, -1, 4, 5, -1])
+
+
 @pytest.mark.skipif(not kernels.native, reason="there are no compiled kernels")
 @pytest.mark.parametrize("entry_bytes", [1, 7, 8, 9, 264, 2112])
 def test_compiled_records_are_the_references_byte_for_byte(entry_bytes: int) -> None:

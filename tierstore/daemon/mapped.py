@@ -124,6 +124,7 @@ def table_memories(
         placed = version.placed.placement.tables.get(name) if version.placed and share.file_buckets else None
         statics = {
             "areas": list(zip(parts.heads, parts.areas, strict=True)),
+            "loaded_start": 0,
             "in_file": (parts.file_head, parts.file_area) if placed else None,
             "records": parts.records,
             "num_placed": placed.num_entries if placed else 0,

@@ -100,6 +100,11 @@ class RemoteEngine(Engine):
                 self._num_under_way -= 1
                 self._state.notify_all()
 
+    def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> RemotePending | None:  # noqa: ARG002
+        raise ConfigError(
+            f"{self._connection.url}: a GPU needs a store on its own host; open it or attach to its daemon"
+        )
+
     def is_resident(self, index: int) -> bool:  # noqa: ARG002
         return False  # ids of whole tokens travel as keys, an eighth of the bytes
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import BudgetError
 from ..formats.catalog import TableLayout
-from ..formats.placement import UNIT_BYTES, PlacedTable, Placement, round_up
+from ..formats.placement import UNIT_BYTES, PlacedTable, Placement, group_start, round_up
 from ..units import format_bytes
 
 CACHE_WAYS = 8
@@ -29,8 +29,8 @@ STAGING_FRACTION = 16  # staging takes at most this part of the budget, unless o
 class TableShare:
     """What one table gets, and where in the block: all its rows (`resident`), or three parts one after the other.
 
-    They are `static_bytes` for the placement's first `static_entries` records, `index_bytes` for its indexes, and a cache of
-    `num_sets` sets of 8 entries.
+    They are `static_bytes` for `static_entries` records of the placement, from its record `static_start` on, `index_bytes` for
+    its indexes, and a cache of `num_sets` sets of 8 entries.
     """
 
     resident: bool
@@ -40,6 +40,7 @@ class TableShare:
     static_entries: int = 0
     static_bytes: int = 0
     index_bytes: int = 0
+    static_start: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,20 @@ def cache_set_bytes(table: TableLayout) -> int:
     return SET_OVERHEAD_BYTES + CACHE_WAYS * round_up(table.spec.entry_bytes, 8)
 
 
-def divide_dram(tables: Mapping[str, TableLayout], budget_bytes: int, placement: Placement | None = None) -> DramPlan:
+def divide_dram(
+    tables: Mapping[str, TableLayout],
+    budget_bytes: int,
+    placement: Placement | None = None,
+    hbm_entries: Mapping[str, int] | None = None,
+) -> DramPlan:
     """Divides `budget_bytes` among staging and tables; raises `BudgetError` where it is too small.
 
     Every table of a model is asked for equally many keys a token, so each gets an equal share; a table smaller than its
     share is kept resident, and what it leaves goes to the others. The shares of larger ones become static sets, as far as the
-    placement goes, and caches of entries.
+    placement goes, and caches of entries. hbm_entries: how many of a table's first placed entries HBM holds; its static set
+    begins behind them, at the start of their last, unfinished group of records (`group_start`).
     """
+    in_hbm = hbm_entries or {}
     placed = placement.tables if placement else {}
     least_lane = _least_staging(tables, placed)
     least_for_tables = len(tables) * max(_least_share(table, placed.get(name)) for name, table in tables.items())
@@ -117,7 +125,7 @@ def divide_dram(tables: Mapping[str, TableLayout], budget_bytes: int, placement:
         if whole_bytes <= share_bytes:
             shares[name] = TableShare(True, 0, 0, whole_bytes)
         else:
-            shares[name] = _divide_share(table, share_bytes, placed.get(name))
+            shares[name] = _divide_share(table, share_bytes, placed.get(name), in_hbm.get(name, 0))
         left -= shares[name].num_bytes
     byte_start = 0
     for name in tables:
@@ -132,21 +140,22 @@ def _least_share(table: TableLayout, placed: PlacedTable | None) -> int:
     return round_up(index_bytes + cache_set_bytes(table), ALIGNMENT_BYTES)
 
 
-def _divide_share(table: TableLayout, share_bytes: int, placed: PlacedTable | None) -> TableShare:
+def _divide_share(table: TableLayout, share_bytes: int, placed: PlacedTable | None, hbm_entries: int) -> TableShare:
     """Static set, indexes and cache of a table in `share_bytes`; the cache has one set at least."""
     set_bytes = cache_set_bytes(table)
-    static_entries = static_bytes = index_bytes = 0
+    static_start = static_entries = static_bytes = index_bytes = 0
     if placed:
         index_bytes = round_up(placed.index_bytes, LINE_BYTES)
         left = share_bytes - index_bytes
         most_bytes = (
             max(0, min(int(left * placed.static_fraction), left - set_bytes)) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         )
-        static_entries = min(placed.num_entries, most_bytes // placed.record_bytes)
+        static_start = group_start(min(hbm_entries, placed.num_entries))
+        static_entries = min(placed.num_entries - static_start, most_bytes // placed.record_bytes)
         static_bytes = round_up(static_entries * placed.record_bytes, ALIGNMENT_BYTES)
     num_sets = (share_bytes - static_bytes - index_bytes) // set_bytes
     num_bytes = round_up(static_bytes + index_bytes + num_sets * set_bytes, ALIGNMENT_BYTES)
-    return TableShare(False, num_sets, 0, num_bytes, static_entries, static_bytes, index_bytes)
+    return TableShare(False, num_sets, 0, num_bytes, static_entries, static_bytes, index_bytes, static_start)
 
 
 def _least_staging(tables: Mapping[str, TableLayout], placed: Mapping[str, PlacedTable]) -> StagingPlan:

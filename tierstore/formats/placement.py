@@ -25,6 +25,7 @@ UNIT_BYTES = 4096  # head, indexes and records begin at multiples of it; reads o
 HEAD_BYTES_MAX = 64 << 10
 BUCKET_KEYS = 3.5  # keys a bucket of 5 slots: 18 bytes of index an entry, and hardly a key displaced
 PLACES_MAX = 2**32 - 2
+GROUP_RECORDS = UNIT_BYTES // 8  # records begin at multiples of 8: so many of any size fill whole units
 _MAGIC = b"TIERPLAC"
 _PREAMBLE = struct.Struct("<8sII")  # magic, format version, bytes of the JSON that follows
 _CHECKSUM = struct.Struct("<I")
@@ -90,6 +91,11 @@ class Placement:
 def record_bytes(entry_bytes: int) -> int:
     """Returns the bytes of a record: the entry, up to a multiple of 8, and its trailer."""
     return round_up(entry_bytes, 8) + kernels.RECORD_TRAILER.itemsize
+
+
+def group_start(num_entries: int) -> int:
+    """Returns the last place, at most num_entries, whose record begins a unit whatever its size: reading may begin there."""
+    return num_entries // GROUP_RECORDS * GROUP_RECORDS
 
 
 def round_up(value: int, unit: int) -> int:

@@ -13,6 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..errors import StoreNotReadyError
+from ..formats.catalog import TableLayout
+
 READ_WAIT_S = 300.0  # the longest that anything waits for the disk or for staging
 
 Request = tuple[int, np.ndarray, np.ndarray]  # index, keys [N, O], out [N, O * H, row_bytes]
@@ -33,6 +36,7 @@ class Engine(ABC):
 
     io: str  # how pages are read, as `stats` shows it
     version: int = 0  # of the store that answers; attached, it grows between two lookups, and is -1 while it does
+    device: Any = None  # the torch.device of its hbm tier, None where there is none
     bad_pages: dict[tuple[int, int], str]  # of resident tables: (index, page number) that could not be loaded -> why
 
     # (index, keys, out), unchecked -> None where the lookup was done; False where nothing was done, since arguments or state
@@ -50,6 +54,14 @@ class Engine(ABC):
     @abstractmethod
     def submit(self, requests: Sequence[Request]) -> Pending | None:
         """Starts a lookup in several tables; None where memory held all. The caller keeps the buffers until it ends."""
+
+    @abstractmethod
+    def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> Pending | None:
+        """Starts a lookup of single pairs of one table: entry i of out, uint8 [M, entry_bytes], is that of keys[i], int64 [M].
+
+        pairs: int32 [M], not below 0: the place of a key in a batch [N, O], flat, so that pairs[i] % O is the index of its
+        order. All contiguous and checked. Otherwise as `submit`.
+        """
 
     @abstractmethod
     def is_resident(self, index: int) -> bool:
@@ -70,10 +82,22 @@ class Engine(ABC):
     def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
         """Writes what would answer keys, int64 [N, O], as uint8 [N, O]: places in `kernels.SOURCES`. Counts nothing."""
 
+    def open_lookup(self, index: int, tokens_max: int) -> Any:
+        """Returns a `DeviceLookup` of up to so many tokens of a table, which lives until the engine is closed.
+
+        It may be one of fewer tokens (`tokens_max`): a quarter of the page-locked memory is the most that one gets. Raises
+        `BudgetError` where its buffers do not fit, `StoreNotReadyError`: there is no device, or not any more.
+        """
+        raise StoreNotReadyError(f"table {index} of {tokens_max} tokens: this store has no hbm tier; open it with hbm=")
+
+    def change_entries(self, file: Any) -> None:
+        """Brings the first entries of another `PlacementFile` into the hbm tier. Raises as `open_lookup`, and `FormatError`."""
+        raise StoreNotReadyError(f"{file.path}: this store has no hbm tier; open it with hbm=")
+
     @abstractmethod
     def counters(self) -> dict[str, Any]:
         """Returns totals, and under "tables" three lists for each: keys by order found in DRAM, those of them in the static
-        set, and read from NVMe."""
+        set, and read from NVMe; where there is an hbm tier, under "hbm" a list for each: keys by order found there."""
 
     @abstractmethod
     def close(self, timeout_s: float) -> bool:
@@ -86,3 +110,10 @@ class Engine(ABC):
     @abstractmethod
     def after_fork(self, *, child: bool) -> None:
         """Gives them back, on either side; in the child, makes threads, rings and staging anew."""
+
+
+class HostEngine(Engine):
+    """An engine on which an hbm tier can stand: its work is a `kernels.Engine`'s, which serves mailboxes too."""
+
+    layouts: Sequence[TableLayout]  # of the tables, in the catalog's order
+    native: Any  # the `kernels.Engine` that answers now

@@ -18,7 +18,7 @@ from ..decisions.budget import DramPlan, StagingPlan
 from ..errors import CorruptPageError, StoreNotReadyError, TierStoreError
 from ..formats.page import PAGE_VERSION, fault_text
 from ..stats import latency_of
-from .engine import READ_WAIT_S, Engine, Request
+from .engine import READ_WAIT_S, HostEngine, Request
 from .memory import allocate
 from .nvme import IoChoice, TableFiles, load_rows
 from .placed import OnProgress, PlacementFile, load_all_static
@@ -92,7 +92,7 @@ def load_table(file: TableFiles, memory: np.ndarray) -> dict[int, str]:
     return load_rows(file, memory[: spec.table_bytes].reshape(spec.num_rows, spec.row_bytes), scratch)
 
 
-class NativeEngine(Engine):
+class NativeEngine(HostEngine):
     """See `Engine`."""
 
     def __init__(
@@ -105,9 +105,13 @@ class NativeEngine(Engine):
         placed: PlacementFile | None = None,
         shared: SharedEpochs | None = None,
     ) -> None:
-        """`what` names the store in errors. Tables whose rows are in memory serve after `set_resident`."""
+        """`what` names the store in errors. Tables whose rows are in memory serve after `set_resident`.
+
+        `layouts`, `memories`: of the tables; `memories` is empty once it is closed.
+        """
         self._what = what
-        self._layouts = [file.table for file in files]
+        self.layouts = [file.table for file in files]
+        self.memories = list(memories)
         self._placed = placed
         self._resident = [isinstance(memory.rows_or_cache, np.ndarray) for memory in memories]
         self.bad_pages = {}
@@ -143,7 +147,12 @@ class NativeEngine(Engine):
         self.check(self._engine.lookup(index, keys, out))
 
     def submit(self, requests: Sequence[Request]) -> NativePending | None:
-        ticket = self._engine.submit(list(requests))
+        return self._pending(self._engine.submit(list(requests)))
+
+    def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> NativePending | None:
+        return self._pending(self._engine.submit_pairs(index, keys, pairs, out))
+
+    def _pending(self, ticket: Any) -> NativePending | None:
         if ticket is None:
             return None
         if ticket is False:
@@ -168,7 +177,14 @@ class NativeEngine(Engine):
         }
 
     def close(self, timeout_s: float) -> bool:
-        return self._engine.close(timeout_s)
+        ended: bool = self._engine.close(timeout_s)
+        if ended:
+            self.memories.clear()  # a closed store that somebody still names must not keep its budget
+        return ended
+
+    @property
+    def native(self) -> Any:
+        return self._engine
 
     def before_fork(self) -> None:
         self._engine.before_fork()
@@ -193,8 +209,8 @@ class NativeEngine(Engine):
             return StoreNotReadyError(f"{self._what}: the lookup was under way in the parent when this process forked")
         if kind == "entry":
             assert self._placed is not None
-            return CorruptPageError(entry_fault_text(self._layouts[index].spec.name, self._placed.path, page, detail))
-        where = f"page {page} of table {self._layouts[index].spec.name}"
+            return CorruptPageError(entry_fault_text(self.layouts[index].spec.name, self._placed.path, page, detail))
+        where = f"page {page} of table {self.layouts[index].spec.name}"
         if (index, page) in self.bad_pages:
             return CorruptPageError(self.bad_pages[index, page])
         if kind == "page":

@@ -22,7 +22,7 @@ from .. import kernels
 from ..decisions.budget import LINE_BYTES, TableShare
 from ..errors import CorruptPageError, FormatError
 from ..formats.catalog import CatalogImage, TableLayout
-from ..formats.placement import UNIT_BYTES, PlacedIndex, PlacedTable, Placement, read_head, round_up
+from ..formats.placement import GROUP_RECORDS, UNIT_BYTES, PlacedIndex, PlacedTable, Placement, read_head, round_up
 from .nvme import open_direct
 
 logger = logging.getLogger("tierstore")
@@ -31,7 +31,6 @@ LOAD_THREADS = (
     6  # most wait for the disk while others check; measured, 2 read at 0.81 of its sequential rate, 6 at 0.98
 )
 LOAD_BYTES = 4 << 20
-_GROUP_RECORDS = UNIT_BYTES // 8  # records begin at multiples of 8: so many of any size fill whole units
 
 OnProgress = Callable[[int, int], None]
 
@@ -76,9 +75,10 @@ class PlacementFile:
 
 @dataclass(frozen=True)
 class StaticSet:
-    """A table's placed entries: indexes by order, uint8 [num_buckets, 64]; the first records, uint8 [loaded, record_bytes].
+    """A table's placed entries: indexes by order, uint8 [num_buckets, 64]; the records in memory, uint8 [loaded, record_bytes].
 
-    area: the indexes as one, back to back; seed: of the records' checksums.
+    area: the indexes as one, back to back; seed: of the records' checksums; loaded_start: the place of the first record in
+    memory. Those before it lie in another tier, or are read from the file as those behind are.
     """
 
     table: PlacedTable
@@ -87,11 +87,13 @@ class StaticSet:
     area: np.ndarray
     records: np.ndarray
     seed: int
+    loaded_start: int = 0
 
     def as_record(self) -> dict[str, Any]:
         """What the C++ side must know of it: in every epoch the same; places in memory and in the file are the same too."""
         area = index_head([len(index) for index in self.indexes]), self.area
-        return {"areas": [area, area], "in_file": None, "records": self.records} | self.file_record()
+        in_memory = {"records": self.records, "loaded_start": self.loaded_start}
+        return {"areas": [area, area], "in_file": None} | in_memory | self.file_record()
 
     def file_record(self) -> dict[str, Any]:
         """The part of it that is the file."""
@@ -105,6 +107,10 @@ class StaticSet:
             if of_order.any():
                 places[of_order] = kernels.find_entries(buckets, keys[of_order])
         return places
+
+    def loads(self, places: np.ndarray) -> np.ndarray:
+        """Returns bool [M]: whether the records of places, int64 [M], -1 for none, lie in memory."""
+        return (places >= self.loaded_start) & (places < self.loaded_start + len(self.records))
 
     def read(self, order_index: np.ndarray, keys: np.ndarray, places: np.ndarray, entries: np.ndarray) -> int:
         """Reads placed entries, one read each, into entries, uint8 [M, entry_bytes], and checks them; returns the bytes read.
@@ -161,10 +167,11 @@ def _load_static(
     start = round_up(share.static_bytes, LINE_BYTES)
     area = memory[start : start + table.index_bytes].reshape(-1, kernels.INDEX_BUCKET.itemsize)
     indexes = load_indexes(file, table, area)
-    num_damaged = load_records(file, table, memory[: share.static_bytes], share.static_entries, layout.seed, on_bytes)
+    first, part = share.static_start, memory[: share.static_bytes]
+    num_damaged = load_records(file, table, part, share.static_entries, layout.seed, on_bytes, first)
     records = memory[: share.static_entries * table.record_bytes].reshape(-1, table.record_bytes)
     num_left_out = sum(
-        kernels.drop_bad_places(buckets, order_index, records, table.num_entries, table.entry_bytes)
+        kernels.drop_bad_places(buckets, order_index, records, table.num_entries, table.entry_bytes, first)
         for order_index, buckets in enumerate(indexes)
     )
     if num_damaged or num_left_out:
@@ -172,7 +179,7 @@ def _load_static(
             "%s: %d placed entries of table %s are damaged and %d left out: their keys are read from pages; plan again",
             file.path, num_damaged, table.name, num_left_out,
         )  # fmt: skip
-    return StaticSet(table, file, indexes, area, records, layout.seed)
+    return StaticSet(table, file, indexes, area, records, layout.seed, first)
 
 
 def load_indexes(file: PlacementFile, table: PlacedTable, area: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -218,18 +225,22 @@ def load_records(
     num_entries: int,
     seed: int,
     on_bytes: Callable[[int], None],
+    first: int = 0,
 ) -> int:
-    """Reads the first num_entries records in order into memory, uint8 in whole units of 4,096 bytes, checked as they come.
+    """Reads num_entries records from `first` on into memory, uint8 in whole units of 4,096 bytes, checked as they come.
 
-    Returns how many are damaged: those have a key of -1 in their trailers. on_bytes is called as `_load_static` says. Blocks.
+    first: a multiple of GROUP_RECORDS. Returns how many are damaged: those have a key of -1 in their trailers. on_bytes is
+    called as `_load_static` says. Blocks.
     """
-    step = max(1, LOAD_BYTES // (table.record_bytes * _GROUP_RECORDS)) * _GROUP_RECORDS
+    assert first % GROUP_RECORDS == 0, "records are read in whole units"
+    step = max(1, LOAD_BYTES // (table.record_bytes * GROUP_RECORDS)) * GROUP_RECORDS
+    file_start = table.byte_start + first * table.record_bytes
 
     def load(start: int) -> tuple[int, int]:
         end = min(start + step, num_entries)
         byte_start, byte_end = start * table.record_bytes, round_up(end * table.record_bytes, UNIT_BYTES)
         part = memory[byte_start:byte_end]
-        at, done = table.byte_start + byte_start, 0
+        at, done = file_start + byte_start, 0
         if file.direct_fd >= 0:
             done = _read_into(file.direct_fd, part, at)
         if done < len(part):

@@ -6,7 +6,7 @@ Flows in and out: what the engine contract says. One lock guards each table's ca
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -70,11 +70,21 @@ class PortableEngine(Engine):
 
     def lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
         with self._using():
-            self._fetch_all(self._gather([(index, keys, out)]))
+            self._fetch_all(self._gather([self._of_tokens(index, keys, out)]))
 
     def submit(self, requests: Sequence[Request]) -> PortablePending | None:
+        return self._submit(lambda: [self._of_tokens(*request) for request in requests])
+
+    def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> PortablePending | None:
+        def make() -> list[_Fetch]:
+            table = self._tables[index]
+            return [_Fetch(table, keys, pairs.astype(np.int64) % len(table.layout.spec.orders), out)]
+
+        return self._submit(make)
+
+    def _submit(self, make: Callable[[], list[_Fetch]]) -> PortablePending | None:
         with self._using():
-            fetches = self._gather(requests)
+            fetches = self._gather(make())
             if not fetches:
                 return None
             with self._state:
@@ -127,8 +137,7 @@ class PortableEngine(Engine):
                 found[places] = np.where(stored < 0, kernels.SOURCES.index("pages"), kernels.SOURCES.index("record"))
                 cached = table.cache.holds(order_index, pairs[places])
                 found[places[cached]] = kernels.SOURCES.index("recency")
-                loaded = (stored >= 0) & (stored < table.num_loaded)
-                found[places[loaded]] = kernels.SOURCES.index("static")
+                found[places[table.loads(stored)]] = kernels.SOURCES.index("static")
             sources[...] = found.reshape(sources.shape)
 
     def counters(self) -> dict[str, Any]:
@@ -191,9 +200,13 @@ class PortableEngine(Engine):
         finally:
             self._release()
 
-    def _gather(self, requests: Sequence[Request]) -> list[_Fetch]:
-        """Copies all that the dram tier holds, and zero rows; returns what must be fetched."""
-        fetches = [_Fetch(self._tables[index], keys, out) for index, keys, out in requests]
+    def _of_tokens(self, index: int, keys: np.ndarray, out: np.ndarray) -> _Fetch:
+        num_orders = keys.shape[1]
+        order_index = np.tile(np.arange(num_orders), len(keys))
+        return _Fetch(self._tables[index], keys.reshape(-1), order_index, out)
+
+    def _gather(self, fetches: Sequence[_Fetch]) -> list[_Fetch]:
+        """Counts what was copied as the fetches were made; returns those that must be fetched."""
         missing = [fetch for fetch in fetches if len(fetch.keys)]
         with self._lock:
             self._totals["batches"] += 1
@@ -294,10 +307,9 @@ class _Table:
             self.resident = ResidentTable(spec.num_rows, spec.row_bytes, self.layout.rows_per_page)
             self.resident.bad_pages = load_rows(files, self.resident.rows, scratch)
 
-    @property
-    def num_loaded(self) -> int:
-        """Placed entries that lie in memory."""
-        return len(self.static.records) if self.static else 0
+    def loads(self, places: np.ndarray) -> np.ndarray:
+        """Returns which of the places, int64 [M], -1 for none, are of placed entries that lie in memory."""
+        return self.static.loads(places) if self.static else np.zeros(len(places), dtype=bool)
 
     def places(self, order_index: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Returns the places of pairs in the placement file, int64 [M]; -1 where they have none."""
@@ -311,25 +323,27 @@ class _Fetch:
     places[starts[i]:starts[i + 1]]: which entries of the output pair i fills.
     """
 
-    def __init__(self, table: _Table, keys: np.ndarray, out: np.ndarray) -> None:
+    def __init__(self, table: _Table, pairs: np.ndarray, order_of_pair: np.ndarray, out: np.ndarray) -> None:
+        """pairs: keys of all pairs asked for, int64, -1 for zero rows, and the index of each one's order."""
         spec = table.layout.spec
         self.table = table
         num_orders = len(spec.orders)
-        pairs = keys.reshape(-1)
         places = np.flatnonzero(pairs >= 0)
-        order_index = places % num_orders
+        order_index = order_of_pair[places]
         self.entries_out = out.reshape(len(pairs), spec.entry_bytes)
         if table.resident is not None:
-            table.resident.copy_rows(spec.row_ids(keys).reshape(-1), out.reshape(-1, spec.row_bytes))
+            row_ids = spec.row_ids_of_order(order_of_pair, pairs)
+            table.resident.copy_rows(row_ids.reshape(-1), out.reshape(-1, spec.row_bytes))
             found = np.ones(len(places), dtype=bool)
             stored, static = np.full(len(places), -1, dtype=np.int64), np.zeros(len(places), dtype=bool)
         else:
             assert table.cache is not None
             self.entries_out[pairs < 0] = 0
             stored = table.places(order_index, pairs[places])
-            static = (stored >= 0) & (stored < table.num_loaded)
+            static = table.loads(stored)
             if table.static is not None:
-                self.entries_out[places[static]] = table.static.records[stored[static], : spec.entry_bytes]
+                loaded = stored[static] - table.static.loaded_start
+                self.entries_out[places[static]] = table.static.records[loaded, : spec.entry_bytes]
             found = static.copy()
             found[~static] = table.cache.copy_hits(
                 order_index[~static], pairs[places[~static]], self.entries_out, places[~static]
