@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .errors import ConfigError
 from .spec import TableSpec
 from .tiers.engine import Engine
 
@@ -25,6 +26,10 @@ class Backing(ABC):
     @abstractmethod
     def details(self) -> dict[str, Any]:
         """Returns what `stats` shows beside counters: "io", "memory", "placement"."""
+
+    def change_hbm(self, placement: int | None) -> int:
+        """Brings another placement's first entries into the hbm tier; returns its epoch. See `Store.change_hbm`."""
+        raise ConfigError(f"{self.name}: there is no hbm tier to bring epoch {placement} to; open the store with hbm=")
 
     @abstractmethod
     def close(self) -> None:

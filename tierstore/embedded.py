@@ -12,7 +12,9 @@ from typing import Any
 
 from . import kernels
 from .backing import Backing
-from .decisions.budget import DramPlan, divide_dram
+from .decisions.budget import DramPlan
+from .decisions.division import divide_budgets
+from .decisions.hbm_budget import HbmPlan, pinned_bytes
 from .errors import BudgetError, ConfigError, FormatError
 from .formats.catalog import CatalogImage, read_catalog
 from .store import Store
@@ -27,6 +29,7 @@ from .units import format_bytes, parse_bytes
 logger = logging.getLogger("tierstore")
 
 PLACEMENT_ATTEMPTS_MAX = 5
+DEFAULT_DEVICE = "cuda:0"
 
 
 def open_store(
@@ -44,24 +47,29 @@ def open_store(
     entries. io: how pages are read: "uring" (io_uring, past the page cache), "mmap" (memory-mapped shards and the page
     cache), "pread" (a pool of threads), or "auto", the first of these that the kernel allows; what cannot be had falls
     back to the next, saying so. placement: the epoch whose entries the store starts with; None: the current one, if there is
-    any; "none": none. on_progress: called with (bytes done, bytes in all) while the placement's hottest entries load. hbm,
-    device: for a tier that this version does not have yet.
+    any; "none": none. on_progress: called with (bytes done, bytes in all) while the placement's hottest entries load, those of
+    HBM first. hbm: bytes of GPU memory for the very hottest, all included ("4GiB"); None: no such tier. device: "cuda:0" and the
+    like, by default the first GPU; "cpu" runs the same kernels in Triton's interpreter, for tests. A sixteenth of dram, at most
+    256 MiB, is page-locked then, for what the device asks of the host.
 
     Blocks while resident tables and placed entries load. Raises `StoreNotReadyError` (no finished store), `FormatError`
-    (foreign, damaged, newer), `BudgetError` (too small, or more than the machine has), `ConfigError` (an option). A damaged
-    page does not keep a store from opening: lookups of its rows raise.
+    (foreign, damaged, newer), `BudgetError` (too small, or more than the machine or the GPU has), `ConfigError` (an option; no
+    such device, no kernels for it). A damaged page does not keep a store from opening: lookups of its rows raise.
     """
     if io not in IO_MODES:
         raise ConfigError(f"io: {io!r} is not one of {', '.join(IO_MODES)}")
-    if hbm is not None or device is not None:
-        raise ConfigError(f"hbm={hbm!r}, device={device!r}: this version has no hbm tier; leave both out")
+    if hbm is None and device is not None:
+        raise ConfigError(
+            f"device={device!r} is for the hbm tier: pass hbm, the bytes of its memory to use, or leave device out"
+        )
     budget_bytes = parse_bytes(dram, "dram")
+    hbm_bytes = None if hbm is None else parse_bytes(hbm, "hbm")
     choice = choose_io(io)
     image, placed = open_placement(path, placement, direct=choice.mode == "uring")
     try:
-        plan = divide_dram(image.tables, budget_bytes, placed.placement if placed else None)
-        check_available(plan.dram_bytes)
-        return Store(Embedded(image, plan, choice, placed, on_progress))
+        plan, hbm_plan = divide_budgets(image.tables, budget_bytes, hbm_bytes, placed.placement if placed else None)
+        check_available(plan.dram_bytes + (beside_hbm(plan, hbm_plan) if hbm_plan else 0))
+        return Store(Embedded(image, plan, choice, placed, on_progress, hbm_plan, device or DEFAULT_DEVICE))
     except BaseException:
         if placed:
             placed.close()
@@ -97,6 +105,11 @@ def open_placement(
     )
 
 
+def beside_hbm(plan: DramPlan, hbm: HbmPlan) -> int:
+    """Returns the bytes of DRAM that an hbm tier takes: what is page-locked for mailboxes, and the host's copies of indexes."""
+    return pinned_bytes(plan.budget_bytes) + hbm.host_index_bytes
+
+
 def check_available(dram_bytes: int) -> None:
     """Raises `BudgetError` where the machine, or the cgroup, has not so much memory left."""
     available, limit = available_memory()
@@ -117,44 +130,81 @@ class Embedded(Backing):
         choice: IoChoice,
         placed: PlacementFile | None,
         on_progress: OnProgress | None,
+        hbm_plan: HbmPlan | None = None,
+        device: str = DEFAULT_DEVICE,
     ) -> None:
-        """Opens the shards and loads resident tables and placed entries; `open_store` is the way in."""
+        """Opens the shards and loads resident tables and placed entries; `open_store` is the way in.
+
+        hbm_plan: None where there is no hbm tier; device: what that is on.
+        """
         self.name = str(image.path)
         self.specs = [layout.spec for layout in image.tables.values()]
         self.attachments = image.attachments
         self._plan = plan
         self._placed = placed
+        self._hbm_plan = hbm_plan
+        self._identity = image.identity
+        self._hbm_epoch = placed.placement.epoch if placed else None
         self._files = open_tables(image, direct=choice.mode == "uring")
         try:
-            self.engine = self._make_engine(choice, on_progress)
+            self.engine = self._make_engine(choice, on_progress, device)
         except BaseException:
             self.close()
             raise
 
-    def _make_engine(self, choice: IoChoice, on_progress: OnProgress | None) -> Engine:
+    def _make_engine(self, choice: IoChoice, on_progress: OnProgress | None, device: str) -> Engine:
         what = f"the store {self.name}"
-        make = open_native if kernels.native else PortableEngine
-        engine: Engine = make(what, self._files, self._plan, choice, self._placed, on_progress)
+        if self._hbm_plan is not None:
+            from .tiers.hbm.opening import open_with_hbm  # loads torch and triton
+
+            engine: Engine = open_with_hbm(
+                what, self._files, self._plan, self._hbm_plan, choice, self._placed, device, on_progress
+            )
+        else:
+            make = open_native if kernels.native else PortableEngine
+            engine = make(what, self._files, self._plan, choice, self._placed, on_progress)
         if engine.bad_pages:
             first = next(iter(engine.bad_pages.values()))
             logger.error("%s: %d pages will not be served: %s", what, len(engine.bad_pages), first)
         return engine
 
+    def change_hbm(self, placement: int | None) -> int:
+        if self.engine.device is None:
+            return super().change_hbm(placement)
+        image, placed = open_placement(self.name, placement, direct=self.engine.io == "uring")
+        if placed is None:
+            raise ConfigError(f"{self.name}: there is no placement; run 'tierstore plan'")
+        try:
+            if image.identity != self._identity:
+                raise FormatError(f"{self.name} was built anew since it was opened; open it again")
+            self.engine.change_entries(placed)
+        finally:
+            placed.close()
+        self._hbm_epoch = placed.placement.epoch
+        return self._hbm_epoch
+
     def details(self) -> dict[str, Any]:
         shares = self._plan.shares
-        memory = {
+        memory: dict[str, Any] = {
             "budget_bytes": self._plan.budget_bytes,
             "dram_bytes": self._plan.dram_bytes,
             "staging_bytes": self._plan.staging.num_bytes,
             "resident_tables": [name for name, share in shares.items() if share.resident],
         }
-        placement = {
+        placement: dict[str, Any] = {
             "epoch": self._placed.placement.epoch if self._placed else None,
             "static_entries": {name: share.static_entries for name, share in shares.items()},
             "recency_sets": {name: share.num_sets for name, share in shares.items()},
             "static_bytes": sum(share.static_bytes for share in shares.values()),
             "index_bytes": sum(share.index_bytes for share in shares.values()),
         }
+        if self._hbm_plan is not None:
+            hbm = self._hbm_plan
+            memory |= {"hbm_budget_bytes": hbm.budget_bytes, "hbm_bytes": hbm.hbm_bytes}
+            memory |= {"pinned_bytes": pinned_bytes(self._plan.budget_bytes), "hbm_index_bytes": hbm.host_index_bytes}
+            memory["dram_bytes"] += beside_hbm(self._plan, hbm)
+            placement["hbm_epoch"] = self._hbm_epoch
+            placement["hbm_entries"] = {name: share.num_entries for name, share in hbm.shares.items()}
         return {"io": self.engine.io, "memory": memory, "placement": placement}
 
     def close(self) -> None:

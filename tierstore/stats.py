@@ -24,15 +24,17 @@ def stats_of(counters: Mapping[str, Any], specs: Sequence[TableSpec]) -> dict[st
     static_hits, by order: those of the dram tier's hits that its static set answered.
     """
     tables: dict[str, dict[str, Any]] = {}
-    for spec, (in_dram, in_static, from_nvme) in zip(specs, counters["tables"], strict=True):
+    nothing_in_hbm = [[0] * len(spec.orders) for spec in specs]
+    of_tables = zip(specs, counters["tables"], counters.get("hbm", nothing_in_hbm), strict=True)
+    for spec, (in_dram, in_static, from_nvme), in_hbm in of_tables:
         orders = {
-            order: {"hbm": 0, "dram": dram, "nvme": nvme}
-            for order, dram, nvme in zip(spec.orders, in_dram, from_nvme, strict=True)
+            order: {"hbm": hbm, "dram": dram, "nvme": nvme}
+            for order, hbm, dram, nvme in zip(spec.orders, in_hbm, in_dram, from_nvme, strict=True)
         }
         static = dict(zip(spec.orders, in_static, strict=True))
         tables[spec.name] = {"hits": _sums(orders.values()), "orders": orders, "static_hits": static}
     hits = _sums(table["hits"] for table in tables.values())
-    totals = {name: count for name, count in counters.items() if name not in ("tables", "latency")}
+    totals = {name: count for name, count in counters.items() if name not in ("tables", "hbm", "latency")}
     if "latency" in counters:
         totals["latency"] = dict(counters["latency"]) | {"bounds_ns": list(LATENCY_BOUNDS_NS), "share": LATENCY_SHARE}
     return {"keys": sum(hits.values()), "hits": hits, **totals, "tables": tables}

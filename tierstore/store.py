@@ -100,6 +100,29 @@ class Store:
         """Returns a record that the adapter put in the catalog at build time; raises `KeyError` where there is none."""
         return self._backing.attachments[name]
 
+    @property
+    def device(self) -> Any:
+        """The `torch.device` of the hbm tier, on which `open_lookup` looks up; None where there is none, or not any more."""
+        return self._engine.device
+
+    def open_lookup(self, name: str, tokens_max: int) -> Any:
+        """Returns buffers for lookups from the device, of up to tokens_max tokens at once: `tiers.hbm.lookup.DeviceLookup`.
+
+        The adapter's embeddings use it. It may be for fewer tokens, as its `tokens_max` says, where a quarter of the page-locked
+        memory holds no more. Its buffers live until the store is closed. Raises `BudgetError` where they do not fit in
+        the page-locked memory, `StoreNotReadyError` where there is no hbm tier, or not any more.
+        """
+        return self._engine.open_lookup(self[name].index, tokens_max)
+
+    def change_hbm(self, placement: int | None = None) -> int:
+        """Brings another placement's hottest entries into the hbm tier, under running lookups; returns its epoch.
+
+        placement: its number, None for the current one. What lookups give is the same before, meanwhile and after; captured
+        graphs stay good. DRAM keeps the placement that the store was opened with. Blocks on disk and device. Raises `ConfigError`
+        (no hbm tier, no such placement), `FormatError` (it is damaged, or the store was built anew).
+        """
+        return self._backing.change_hbm(placement)
+
     def submit(self, requests: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Ticket:
         """Starts a lookup in several tables at once: {name: (keys [N, O] int64, out [N, O * H, row_bytes] uint8)}.
 

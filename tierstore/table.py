@@ -64,8 +64,8 @@ class Table:
     def explain(self, keys: np.ndarray) -> np.ndarray:
         """Returns what would answer each key now: int64 [N, O] -> str [N, O]. Looks nothing up and counts nothing.
 
-        "static" and "recency": the dram tier; "resident": a table that it holds whole; "record": one NVMe read of the placement
-        file; "pages": NVMe reads of pages; "none": key -1. Raises like `lookup`.
+        "hbm": a GPU's memory; "static" and "recency": the dram tier; "resident": a table that it holds whole; "record": one NVMe
+        read of the placement file; "pages": NVMe reads of pages; "none": key -1. Raises like `lookup`.
         """
         return np.array(kernels.SOURCES)[self.locate(keys)]
 

@@ -19,8 +19,12 @@ logger = logging.getLogger("tierstore")
 _UNLIMITED_BYTES = 1 << 60  # version 1 writes "no limit" as a number near 2^63
 
 
-def allocate(num_bytes: int) -> np.ndarray:
-    """Returns zeroed memory, uint8 [num_bytes], page-aligned; on huge pages where the system lets a process ask for them."""
+def allocate(num_bytes: int, *, inherited: bool = True) -> np.ndarray:
+    """Returns zeroed memory, uint8 [num_bytes], page-aligned; on huge pages where the system lets a process ask for them.
+
+    inherited: whether a forked child has it too. What a device writes to must not be: after a fork, the first write would
+    give this process another page than the device has.
+    """
     if num_bytes == 0:
         return np.empty(0, dtype=np.uint8)
     block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -31,6 +35,8 @@ def allocate(num_bytes: int) -> np.ndarray:
             logger.warning(
                 "no huge pages (%s): small ones serve, a little slower; run 'tierstore doctor'", error.strerror
             )
+    if not inherited:
+        block.madvise(mmap.MADV_DONTFORK)
     return np.frombuffer(block, dtype=np.uint8)
 
 

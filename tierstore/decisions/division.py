@@ -1,0 +1,32 @@
+"""How a store divides both of its budgets when it opens: what HBM takes, and what is left for DRAM to do.
+
+Flows in: table layouts, bytes of DRAM and HBM, a placement. Flows out: a `DramPlan` and an `HbmPlan`. With an hbm tier,
+DRAM sets aside what the device reads and writes, and the host's copy of the device's indexes; its static set begins where
+HBM's entries end. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ..formats.catalog import TableLayout
+from ..formats.placement import Placement
+from .budget import DramPlan, divide_dram
+from .hbm_budget import HbmPlan, divide_hbm, pinned_bytes
+
+
+def divide_budgets(
+    tables: Mapping[str, TableLayout], dram_bytes: int, hbm_bytes: int | None, placement: Placement | None
+) -> tuple[DramPlan, HbmPlan | None]:
+    """Divides both budgets; hbm_bytes: None where there is no hbm tier. Raises `BudgetError` as the two divisions do."""
+    if hbm_bytes is None:
+        return divide_dram(tables, dram_bytes, placement), None
+    pinned = pinned_bytes(dram_bytes)
+    without = divide_dram(tables, dram_bytes - pinned, placement)  # what the static set could be at most
+    static = {name: share.static_entries for name, share in without.shares.items()}
+    placed = {name: part.num_entries for name, part in placement.tables.items()} if placement else {}
+    hbm = divide_hbm(tables, hbm_bytes, placed, static)
+    entries = {name: share.num_entries for name, share in hbm.shares.items()}
+    left = dram_bytes - pinned - hbm.host_index_bytes
+    return replace(divide_dram(tables, left, placement, entries), budget_bytes=dram_bytes), hbm

@@ -1,0 +1,139 @@
+"""How an HBM budget is divided: staging of host lookups, then slots of entries and two indexes for each table.
+
+Flows in: table layouts, a number of bytes, how many entries there are, and DRAM will hold. Flows out: an `HbmPlan` whose
+parts add up to no more than that number. Refuses a budget that cannot hold one entry a table, naming the least that would
+do. Pure.
+
+The indexes name what lies in HBM and what lies in DRAM's static set, so that one probe answers for both. There are two of
+them, one for either parity of epochs, and a few spare slots, so that entries can be exchanged under running kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from .. import kernels
+from ..errors import BudgetError
+from ..formats.catalog import TableLayout
+from ..formats.placement import BUCKET_KEYS, round_up
+from ..units import format_bytes
+
+ALIGNMENT_BYTES = 256  # of each part of the block, as devices want it
+CONTROL_BYTES = 1280  # of a table: epoch, heads of two indexes, counts
+SLOT_ALIGNMENT = 16  # the widest load of a device
+SPARE_PART = 32  # one slot in so many is spare
+STATIC_INDEX_PART = 4  # the index of DRAM's static set takes at most this part of a table's share
+LOOKUP_PAIRS_MAX = 4096  # of one part of a host lookup
+LOOKUP_PART = 16  # its staging takes at most this part of the budget
+PINNED_BYTES_MAX = 256 << 20
+PINNED_PART = 16  # of DRAM, at most, is set aside for what the device reads and writes
+_BUCKET_BYTES = kernels.INDEX_BUCKET.itemsize
+
+
+@dataclass(frozen=True)
+class HbmShare:
+    """What one table gets, and where in the block: control, two indexes of `num_buckets`, `num_slots` slots of `stride`
+    bytes.
+
+    It starts with the placement's first `num_entries`; DRAM's first `static_entries` are in its indexes too.
+    """
+
+    num_slots: int
+    num_entries: int
+    static_entries: int
+    stride: int
+    num_buckets: int
+    byte_start: int = 0
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of one index."""
+        return round_up(self.num_buckets * _BUCKET_BYTES, ALIGNMENT_BYTES)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all parts."""
+        return CONTROL_BYTES + 2 * self.index_bytes + round_up(self.num_slots * self.stride, ALIGNMENT_BYTES)
+
+
+@dataclass(frozen=True)
+class HbmPlan:
+    """The division of an HBM budget. `hbm_bytes` is what will be used, never more than what was asked."""
+
+    budget_bytes: int
+    lookup_pairs: int
+    staging_bytes: int
+    shares: Mapping[str, HbmShare]
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Bytes of the block: staging first, then the tables' parts."""
+        return self.staging_bytes + sum(share.num_bytes for share in self.shares.values())
+
+    @property
+    def host_index_bytes(self) -> int:
+        """Bytes of DRAM that the host's copies of the indexes take, of which there are two while an epoch changes."""
+        return 2 * sum(share.num_buckets * _BUCKET_BYTES for share in self.shares.values())
+
+
+def pinned_bytes(dram_bytes: int) -> int:
+    """Returns how much of a DRAM budget is set aside for mailboxes, page-locked."""
+    return min(PINNED_BYTES_MAX, dram_bytes // PINNED_PART) // 4096 * 4096
+
+
+def divide_hbm(
+    tables: Mapping[str, TableLayout], budget_bytes: int, entries: Mapping[str, int], static_entries: Mapping[str, int]
+) -> HbmPlan:
+    """Divides `budget_bytes` among the tables that have entries for it, equally; what one leaves goes to the others.
+
+    entries: how many a table would put there at most; tables without any have their control only. static_entries: the most
+    that DRAM's static set may hold of each. Raises `BudgetError` where not one entry of each of those tables fits.
+    """
+    wanted = {name: entries.get(name, 0) for name in tables}
+    pair_bytes = max(map(_stride, tables.values())) + 8 + 8  # an entry, its key, its place
+    lookup_pairs = max(1, min(LOOKUP_PAIRS_MAX, budget_bytes // LOOKUP_PART // pair_bytes))
+    staging_bytes = round_up(lookup_pairs * pair_bytes, ALIGNMENT_BYTES)
+    least = staging_bytes + sum(_share(tables[name], min(1, wanted[name]), 0).num_bytes for name in tables)
+    if budget_bytes < least:
+        raise BudgetError(
+            f"hbm: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes ({format_bytes(least)}) that "
+            f"staging, indexes and an entry a table take; ask for more, or leave hbm out"
+        )
+    left, shares = budget_bytes - staging_bytes, {}
+    by_size = sorted(tables, key=lambda name: wanted[name] * _stride(tables[name]))
+    for count, name in zip(range(len(by_size), 0, -1), by_size, strict=True):
+        shares[name] = _divide_share(tables[name], wanted[name], static_entries.get(name, 0), left // count)
+        left -= shares[name].num_bytes
+    byte_start = staging_bytes
+    for name in tables:
+        shares[name] = replace(shares[name], byte_start=byte_start)
+        byte_start += shares[name].num_bytes
+    return HbmPlan(budget_bytes, lookup_pairs, staging_bytes, {name: shares[name] for name in tables})
+
+
+def _stride(table: TableLayout) -> int:
+    return round_up(table.spec.entry_bytes, SLOT_ALIGNMENT)
+
+
+def _share(table: TableLayout, num_entries: int, static_entries: int) -> HbmShare:
+    num_slots = num_entries + -(-num_entries // SPARE_PART)
+    num_buckets = int((num_entries + static_entries) // BUCKET_KEYS) + len(table.spec.orders)  # each order rounds up
+    return HbmShare(num_slots, num_entries, static_entries, _stride(table), num_buckets)
+
+
+def _divide_share(table: TableLayout, num_placed: int, static_entries: int, share_bytes: int) -> HbmShare:
+    """The share with most entries that takes at most share_bytes; one entry always fits, but for DRAM's in the indexes."""
+    if num_placed == 0:
+        return _share(table, 0, 0)
+    static = min(static_entries, int(share_bytes // STATIC_INDEX_PART // (2 * _BUCKET_BYTES) * BUCKET_KEYS))
+    if _share(table, 1, static).num_bytes > share_bytes:
+        static = 0
+    fits, too_many = 1, num_placed + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if _share(table, middle, static).num_bytes <= share_bytes:
+            fits = middle
+        else:
+            too_many = middle
+    return _share(table, fits, static)

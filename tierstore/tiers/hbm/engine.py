@@ -1,0 +1,250 @@
+"""The lookup path of a store with an hbm tier: what slots hold comes from the device, all else from the engine below.
+
+Flows in: what the engine contract says. Flows out: the same rows. Lookups from the device itself do not come here but by
+`open_lookup`; what they miss is served by `mailboxes`, a thread of the engine below. A forked child has no device: it reads
+what slots hold from the placement file. Shapes: N tokens, O orders, H rows per key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ... import kernels
+from ...errors import StoreNotReadyError, TierStoreError
+from ..engine import READ_WAIT_S, Engine, HostEngine, Pending, Request
+from ..placed import PlacementFile
+from .change import change_entries
+from .lookup import DeviceLookup
+from .tier import HbmTier
+
+PINNED_PART = 4  # one lookup's buffers take at most this part of the page-locked memory
+VERSION_TRIES_MAX = 16
+VERSION_PAUSE_S = 0.001
+T = TypeVar("T")
+_HBM_SOURCE = kernels.SOURCES.index("hbm")
+
+
+class HbmEngine(Engine):
+    """See `Engine`. Owns the tier: closes it after the engine below."""
+
+    def __init__(self, what: str, engine: HostEngine, tier: HbmTier) -> None:
+        """`what` names the store in errors. engine: what answers for all that slots do not hold."""
+        self._what = what
+        self._engine, self._tier = engine, tier
+        self.bad_pages = engine.bad_pages
+        self.try_lookup = _nothing
+        self._counts_lock = threading.Lock()  # of the hits of lookups from the host, below
+        self._hits = [np.zeros(len(layout.spec.orders), dtype=np.int64) for layout in engine.layouts]
+        self._lookups_lock = threading.Lock()  # of the two below
+        self._lookups: list[DeviceLookup] = []
+        self._mailboxes: Any = None
+        # One change of entries at a time, and none while the tier goes; reentered where a store is collected meanwhile.
+        self._changes_lock = threading.RLock()
+        self._has_device = True
+        self.device = tier.device
+
+    @property
+    def io(self) -> str:  # type: ignore[override]
+        return self._engine.io
+
+    @property
+    def version(self) -> int:  # type: ignore[override]
+        return self._engine.version
+
+    def subscribe(self, renewed: Callable[[], Any]) -> None:
+        self._engine.subscribe(renewed)
+
+    def check(self, outcome: Any) -> None:
+        self._engine.check(outcome)
+
+    def lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
+        self._in_one_version(lambda: self._lookup(index, keys, out))
+
+    def _lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
+        rest, hits, entries = self._take_hits(index, keys)
+        self._engine.lookup(index, rest, out)
+        self._put(out, hits, entries)
+
+    def submit(self, requests: Sequence[Request]) -> Pending | None:
+        return self._in_one_version(lambda: self._submit(requests))
+
+    def _in_one_version(self, act: Callable[[], Pending | None]) -> Pending | None:
+        """Acts again where another version came meanwhile: what slots held would be the old one's, the rest the new one's.
+
+        What `act` began, if it returns a `Pending`, has ended before: it writes to the same buffers.
+        """
+        for _ in range(VERSION_TRIES_MAX):
+            version = self._engine.version
+            done = act()
+            if version == self._engine.version != -1:
+                return done
+            if done is not None:
+                with contextlib.suppress(TierStoreError):  # of rows that nobody gets
+                    done.wait(READ_WAIT_S)
+            time.sleep(VERSION_PAUSE_S)
+        raise StoreNotReadyError(
+            f"{self._what} was swapped {VERSION_TRIES_MAX} times during one lookup; look it up again"
+        )
+
+    def _submit(self, requests: Sequence[Request]) -> Pending | None:
+        taken = [self._take_hits(index, keys) for index, keys, _ in requests]
+        rests = [(index, rest, out) for (index, _, out), (rest, _, _) in zip(requests, taken, strict=True)]
+        pending = self._engine.submit(rests)  # has written what it does not read: what slots hold may be put over that
+        for (_, _, out), (_, hits, entries) in zip(requests, taken, strict=True):
+            self._put(out, hits, entries)
+        return pending
+
+    def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> Pending | None:
+        return self._engine.submit_pairs(index, keys, pairs, out)
+
+    def _take_hits(self, index: int, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Returns the keys for the engine below, and what slots hold: which, bool [N, O], and their entries; None:
+        nothing."""
+        if not self._has_device:
+            return keys, None, None
+        hits, entries = self._tier.take_hits(index, keys)
+        if not len(entries):
+            return keys, None, None
+        with self._counts_lock:
+            self._hits[index] += hits.sum(axis=0)
+        return np.where(hits, -1, keys), hits, entries
+
+    @staticmethod
+    def _put(out: np.ndarray, hits: np.ndarray | None, entries: np.ndarray | None) -> None:
+        if hits is not None and entries is not None:
+            out.reshape(hits.size, entries.shape[1])[hits.reshape(-1)] = entries
+
+    def is_resident(self, index: int) -> bool:
+        return self._engine.is_resident(index)
+
+    def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
+        self._engine.rows(index, row_ids, out)
+
+    def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:
+        self._engine.read_pages(index, page_numbers, out)
+
+    def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
+        self._engine.locate(index, keys, sources)
+        if self._has_device:
+            sources[self._tier.in_slots(index, keys)] = _HBM_SOURCE
+
+    def open_lookup(self, index: int, tokens_max: int) -> DeviceLookup:
+        with self._lookups_lock:
+            self._check_device()
+            if self._mailboxes is None:
+                self._mailboxes = kernels.MailboxServer(self._engine.native)
+            spec = self._tier.tables[index].spec
+            token_bytes = len(spec.orders) * (
+                kernels.mailbox_bytes(2, spec.entry_bytes) - kernels.mailbox_bytes(1, spec.entry_bytes)
+            )
+            tokens = max(1, min(tokens_max, len(self._tier.pinned.block) // PINNED_PART // token_bytes))
+            lookup = DeviceLookup(self._what, self._tier, self._engine, self._mailboxes, index, tokens)
+            self._lookups.append(lookup)
+            return lookup
+
+    def move(self, act: Callable[[], T]) -> T:
+        """Has the engine below move to another version, by `act`, and returns what that does. The tier is empty afterwards.
+
+        A lookup from the device is of one version: those that were launched before have taken from slots what they take,
+        and are answered by the old version; later ones find nothing in slots, and are answered by the one or the other.
+        Blocks on the device; `act` must leave the old engine open.
+        """
+        with self._changes_lock:
+            if self._has_device:
+                self._tier.clear()
+            done = act()
+            mailboxes = self._mailboxes if self._has_device else None
+            if mailboxes is not None and not mailboxes.move_to(self._engine.native, READ_WAIT_S):
+                raise TimeoutError(f"{self._what}: a lookup from the device did not end within {READ_WAIT_S} s")
+        return done
+
+    def change_entries(self, file: PlacementFile) -> None:
+        with self._changes_lock:
+            self._check_device()
+            for index, layout in enumerate(self._engine.layouts):
+                change_entries(self._tier, index, layout, file)
+
+    def _check_device(self) -> None:
+        if not self._has_device:
+            raise StoreNotReadyError(
+                f"{self._what} is closed, or this process was forked from the one that has the device"
+            )
+
+    def memory(self) -> dict[str, int]:
+        """Returns what of the device's memory was asked for, and what is used."""
+        return {"hbm_budget_bytes": self._tier.plan.budget_bytes, "hbm_bytes": self._tier.plan.hbm_bytes}
+
+    def counters(self) -> dict[str, Any]:
+        """As `Engine.counters`, and under "hbm" a list for each table: keys by order found in slots."""
+        counters = self._engine.counters()
+        if not self._has_device:
+            return counters | {"hbm": [hits.tolist() for hits in self._hits]}
+        in_hbm, tables = [], []
+        for index, (hits, counted, (in_dram, in_static, from_nvme)) in enumerate(
+            zip(self._hits, self._tier.counters(), counters["tables"], strict=True)
+        ):
+            # Of a table that DRAM holds whole, where the device reads it, a miss of the tier is a hit there.
+            by_device = counted["records"] + (counted["misses"] if self._tier.row_addresses[index] else 0)
+            in_hbm.append((hits + counted["slots"]).tolist())
+            tables.append([(in_dram + by_device).tolist(), (in_static + counted["records"]).tolist(), from_nvme])
+            # What slots held for the host was a key of -1 to the engine below.
+            counters["sentinels"] += int(counted["sentinels"][0] - hits.sum())
+        for lookup in self._lookups:
+            steps = lookup.steps_without_miss()
+            counters["batches"] += steps
+            counters["zero_miss_batches"] += steps
+        return counters | {"tables": tables, "hbm": in_hbm}
+
+    def close(self, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        with self._lookups_lock:
+            if self._has_device and not self._end_lookups(deadline):
+                return False
+            if not self._engine.close(max(0.0, deadline - time.monotonic())):
+                return False
+            with self._changes_lock:
+                if self._has_device:
+                    self._has_device, self.device = False, None
+                    self._lookups.clear()
+                    self._tier.close()
+        return True
+
+    def _end_lookups(self, deadline: float) -> bool:
+        """Ends lookups from the device: no more are launched, those that were are answered, then nobody answers any more."""
+        for lookup in self._lookups:
+            if not lookup.close(max(0.0, deadline - time.monotonic())):
+                return False
+        self._tier.end()
+        return self._mailboxes is None or bool(self._mailboxes.close(max(0.0, deadline - time.monotonic())))
+
+    def before_fork(self) -> None:
+        self._lookups_lock.acquire()
+        self._counts_lock.acquire()
+        if self._mailboxes is not None:
+            self._mailboxes.before_fork()
+        self._engine.before_fork()
+
+    def after_fork(self, *, child: bool) -> None:
+        self._engine.after_fork(child=child)
+        if self._mailboxes is not None:
+            self._mailboxes.after_fork(child)
+        self._counts_lock.release()
+        self._lookups_lock.release()
+        if child:  # a device's memory and its driver's state are the parent's, and so is who changes entries
+            self._has_device, self.device = False, None
+            self._changes_lock = threading.RLock()
+            for lookup in self._lookups:
+                lookup.disown()
+            self._lookups.clear()
+            self.try_lookup = self._engine.try_lookup
+
+
+def _nothing(_index: int, _keys: Any, _out: Any) -> bool:
+    """The way for the shortest lookups, where there is none: they take the other one."""
+    return False

@@ -1,0 +1,99 @@
+"""Opens an engine with an hbm tier above it: the device first, so that one that is not there costs nothing.
+
+Flows in: what `open_native` takes, a plan for HBM, a device's name. Flows out: an `HbmEngine`. Refuses devices and budgets
+that cannot be had, by name; says once where a tier can hold nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ... import kernels
+from ...decisions.budget import DramPlan
+from ...decisions.hbm_budget import HbmPlan, divide_hbm, pinned_bytes
+from ...errors import ConfigError
+from ...formats.placement import PLACES_MAX
+from ..engine import READ_WAIT_S, HostEngine
+from ..native import NativeEngine, open_native
+from ..nvme import IoChoice, TableFiles
+from ..placed import OnProgress, PlacementFile
+from .device import DramPart, open_device
+
+if TYPE_CHECKING:
+    from .engine import HbmEngine
+
+logger = logging.getLogger("tierstore")
+
+
+def open_with_hbm(
+    what: str,
+    files: Sequence[TableFiles],
+    plan: DramPlan,
+    hbm_plan: HbmPlan,
+    choice: IoChoice,
+    placed: PlacementFile | None,
+    device_name: str,
+    on_progress: OnProgress | None,
+) -> HbmEngine:
+    """Opens the device, loads what goes to DRAM, then what goes to HBM, and returns the engine over both. Blocks.
+
+    Raises `ConfigError` (no such device, no kernels for it, nothing compiled), `BudgetError` (the device has not so much
+    memory).
+    """
+    if not kernels.native:
+        raise ConfigError(
+            "hbm: it needs the compiled kernels; install gcc or clang, then tierstore again, or leave hbm out"
+        )
+    device = open_device(device_name)
+    from .engine import HbmEngine  # these load the kernels, for the device that is open now
+    from .tier import HbmTier
+
+    if placed is None:
+        logger.warning(
+            "%s: hbm stays empty: no placement says what belongs there; run 'tierstore plan', open again", what
+        )
+    engine = open_native(what, files, plan, choice, placed, on_progress)
+    try:
+        dram = [_dram_part(engine, index) for index in range(len(files))]
+        pinned = pinned_bytes(plan.budget_bytes)
+        tier = HbmTier(device, hbm_plan, engine.layouts, placed, dram, pinned, on_progress)
+    except BaseException:
+        engine.close(READ_WAIT_S)
+        raise
+    return HbmEngine(what, engine, tier)
+
+
+def put_above(what: str, engine: HostEngine, hbm_bytes: int, pinned: int, device_name: str) -> HbmEngine:
+    """Puts an empty tier of its own above an engine whose DRAM is not this process's; `change_entries` fills it.
+
+    hbm_bytes, pinned: bytes of the device, and of host memory for mailboxes. Slots are as many as fit, for whatever placement
+    comes. Raises as `open_with_hbm` does. The engine stays the caller's where that fails.
+    """
+    device = open_device(device_name)
+    from .engine import HbmEngine
+    from .tier import HbmTier
+
+    tables = {layout.spec.name: layout for layout in engine.layouts}
+    most = {name: PLACES_MAX for name, layout in tables.items() if not layout.spec.is_plain}
+    nothing = [DramPart(None, None) for _ in tables]
+    plan = divide_hbm(tables, hbm_bytes, most, {})
+    return HbmEngine(what, engine, HbmTier(device, plan, engine.layouts, None, nothing, pinned, None))
+
+
+def _dram_part(engine: NativeEngine, index: int) -> DramPart:
+    """What DRAM holds of a table that a device may read."""
+    memory, spec = engine.memories[index], engine.layouts[index].spec
+    if isinstance(memory.rows_or_cache, np.ndarray):
+        # Rows that could not be loaded are refused by the host.
+        whole = all(table != index for table, _ in engine.bad_pages)
+        return DramPart(memory.rows_or_cache[: spec.table_bytes] if whole else None, None)
+    if memory.statics is None:
+        return DramPart(None, None)
+    records = memory.statics["records"]
+    return DramPart(
+        None, records if len(records) else None, memory.statics["loaded_start"], memory.statics["areas"][0][1]
+    )

@@ -1,0 +1,68 @@
+"""Entries by what they are and where they lie: (order index, key) pairs with their places, as arrays.
+
+Flows in: indexes and trailers of records. Flows out: parts, unions and differences of such sets. Nothing here is on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ... import kernels
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """order_index, keys, places: int64 [M] each; no pair comes twice."""
+
+    order_index: np.ndarray
+    keys: np.ndarray
+    places: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, which: Any) -> Pairs:
+        return Pairs(self.order_index[which], self.keys[which], self.places[which])
+
+    @classmethod
+    def nothing(cls) -> Pairs:
+        """No pairs."""
+        return cls(*(np.empty(0, dtype=np.int64) for _ in range(3)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Pairs]) -> Pairs:
+        """All pairs of several, in order."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+
+    @classmethod
+    def of_index(cls, order: int, buckets: np.ndarray) -> Pairs:
+        """What an index names, uint8 [num_buckets, 64], all of one order."""
+        view = buckets.reshape(-1).view(kernels.INDEX_BUCKET)
+        used = view["keys"] >= 0
+        keys = view["keys"][used].astype(np.int64)
+        return cls(np.full(len(keys), order, dtype=np.int64), keys, view["places"][used].astype(np.int64))
+
+    @classmethod
+    def of_records(cls, records: np.ndarray, places: np.ndarray, num_orders: int) -> Pairs:
+        """What records, uint8 [M, record_bytes], hold, each at its place; those marked as damaged are left out."""
+        trailers = record_trailers(records)
+        good = (trailers["key"] >= 0) & (trailers["order_index"] < num_orders)
+        return cls(trailers["order_index"].astype(np.int64), trailers["key"].astype(np.int64), places)[good]
+
+    def among(self, other: Pairs) -> np.ndarray:
+        """Returns which of these pairs are among the other ones, bool [M], wherever those lie."""
+        found = np.zeros(len(self), dtype=bool)
+        for order in np.unique(self.order_index):
+            mine = np.flatnonzero(self.order_index == order)
+            found[mine] = np.isin(self.keys[mine], other.keys[other.order_index == order])
+        return found
+
+
+def record_trailers(records: np.ndarray) -> np.ndarray:
+    """Returns the trailers of records, uint8 [M, record_bytes]; damaged ones have a key of -1."""
+    trailer_bytes = kernels.RECORD_TRAILER.itemsize
+    return np.ascontiguousarray(records[:, -trailer_bytes:]).view(kernels.RECORD_TRAILER)[:, 0]
