@@ -263,7 +263,8 @@ def print_plan(record: Mapping[str, Any]) -> None:
     """Prints what goes where and what to expect."""
     from rich.table import Table
 
-    click.echo(f"DRAM {format_bytes(record['dram_bytes'])} ({record['why']})")
+    hbm = f", HBM {format_bytes(record['hbm_bytes'])}" if record["hbm_bytes"] else ""
+    click.echo(f"DRAM {format_bytes(record['dram_bytes'])} ({record['why']}){hbm}")
     for group in record["groups"]:
         title = f"{', '.join(group['tables'])}: expected of {record['held_out_tokens']:,} held-out tokens"
         table = Table("order", "hits", "95 %", "hbm", "dram static", "dram recency", "nvme", "first seen", title=title)
@@ -280,7 +281,8 @@ def print_plan(record: Mapping[str, Any]) -> None:
             table.add_row(order, f"{100 * group['hit_rate'][order]:.1f} %", interval, *shown)
         console().print(table)
         if group["resident"]:
-            click.echo("fits its share of DRAM whole: nothing to place")
+            beside = f": {group['hbm_entries']:,} entries of each table in HBM" if hbm else ": nothing to place"
+            click.echo(f"fits its share of DRAM whole{beside}")
             continue
         click.echo(
             f"entries of each table: {group['hbm_entries']:,} in HBM, {group['static_entries']:,} static in DRAM "

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from device import DEVICE
 from test_profile_cli import error_of
 from text_store import ORDERS, TABLE_BYTES, TABLES, TextStore, good, good_json, write_trace
 
@@ -110,11 +111,17 @@ def test_json_has_the_keys_that_programs_rely_on(text: TextStore, own: Path) -> 
 
 def test_hbm_and_packed_entries_are_counted_and_bring_what_they_say(text: TextStore, own: Path) -> None:
     plain = good_json("plan", own, text.profile, "--dram", DRAM, "--dry-run")["groups"][0]
-    more = good_json("plan", own, text.profile, "--dram", DRAM, "--hbm", "2MiB", "--nvme-entries", "8MiB")["groups"][0]
+    more = good_json("plan", own, text.profile, "--dram", DRAM, "--hbm", "4MiB", "--nvme-entries", "8MiB")["groups"][0]
     record_bytes = 2128  # 8 rows of 264 bytes, and the trailer of 16
-    index_bytes = 64 / 3.5
-    assert more["hbm_entries"] == int((2 << 20) / len(TABLES) / (record_bytes + index_bytes))
-    assert more["nvme_entries"] == pytest.approx((8 << 20) / len(TABLES) / record_bytes, abs=more["static_entries"])
+    with tierstore.open(own, dram=DRAM, hbm="4MiB", device=DEVICE) as store:
+        placement = store.stats()["placement"]
+    assert placement["hbm_entries"] == pytest.approx(dict.fromkeys(TABLES, more["hbm_entries"]), abs=2)
+    assert 0.8 * (2 << 20) / record_bytes < more["hbm_entries"] < (2 << 20) / record_bytes
+    static = sum(placement["static_entries"].values()) / len(TABLES)  # some of those that HBM holds may lie there too
+    assert more["static_entries"] == pytest.approx(static, abs=512)
+    assert more["nvme_entries"] == pytest.approx(
+        (8 << 20) / len(TABLES) / record_bytes, abs=more["static_entries"] + 512
+    )
     assert (plain["hbm_entries"], plain["nvme_entries"]) == (0, 0)
     assert plain["reads_per_token"] == plain["reads_per_token_unpacked"]
     assert more["reads_per_token"] < more["reads_per_token_unpacked"] < plain["reads_per_token"]
@@ -124,6 +131,18 @@ def test_hbm_and_packed_entries_are_counted_and_bring_what_they_say(text: TextSt
     entries = more["hbm_entries"] + more["static_entries"] + more["nvme_entries"]
     assert epoch["entries"] == pytest.approx(dict.fromkeys(TABLES, entries), rel=0.01)
     assert epoch["details"]["plan"]["groups"][0]["hbm_entries"] == more["hbm_entries"]
+
+
+def test_where_dram_holds_whole_tables_a_plan_places_what_goes_to_hbm(text: TextStore, own: Path) -> None:
+    said = good("plan", own, text.profile, "--dram", "1GiB", "--hbm", "1MiB").output
+    assert "HBM 1.00 MiB" in said
+    assert "fits its share of DRAM whole: " in said
+    with tierstore.open(own, dram="1GiB", hbm="1MiB", device=DEVICE) as store:
+        stats = store.stats()
+        assert stats["memory"]["resident_tables"] == TABLES
+        assert min(stats["placement"]["hbm_entries"].values()) > 100
+    assert "nothing to place" in good("plan", own, text.profile, "--dram", "1GiB").output
+    assert read_catalog(own).epoch is None
 
 
 def test_packed_entries_beyond_all_that_were_counted_cost_no_memory(text: TextStore, own: Path) -> None:

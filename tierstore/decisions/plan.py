@@ -16,7 +16,9 @@ import numpy as np
 from .. import kernels
 from ..formats.catalog import TableLayout
 from ..formats.placement import BUCKET_KEYS, TableShape, lay_out_placement, record_bytes
-from .budget import DramPlan, divide_dram
+from .budget import DramPlan
+from .division import divide_budgets
+from .hbm_budget import HbmPlan
 from .ranking import Ranking
 from .replay import Outcome, shares, simulate
 
@@ -33,6 +35,11 @@ class Budgets:
     hbm_bytes: int
     dram_bytes: int
     nvme_bytes: int
+
+    @property
+    def hbm_asked(self) -> int | None:
+        """Bytes of HBM, None where there is to be no such tier."""
+        return self.hbm_bytes or None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +66,7 @@ class GroupPlan:
     @property
     def num_entries(self) -> int:
         """Entries to place of each table."""
-        return 0 if self.resident else self.hbm_entries + self.static_entries + self.nvme_entries
+        return self.hbm_entries + self.static_entries + self.nvme_entries
 
 
 def plan_group(
@@ -76,10 +83,8 @@ def plan_group(
     """
     tables = ranking.group.tables
     name = _largest(tables, layouts)
-    if divide_dram(layouts, budgets.dram_bytes).shares[name].resident:
-        everything = np.ones(len(ranking.group.replay.counts), dtype=bool)
-        outcome = simulate(ranking.group.replay, everything, 0, batch_tokens)
-        return GroupPlan(tables, True, 0, 0, 0, 0, 1.0, outcome, np.zeros(len(outcome.accesses)), 0.0, 0.0)
+    if divide_budgets(layouts, budgets.dram_bytes, budgets.hbm_asked, None)[0].shares[name].resident:
+        return _plan_resident(ranking, layouts, budgets, batch_tokens)
 
     def tried(fraction: float) -> GroupPlan:
         return _plan_at(ranking, layouts, budgets, batch_tokens, fraction)
@@ -93,15 +98,39 @@ def _largest(tables: Iterable[str], layouts: Mapping[str, TableLayout]) -> str:
 
 
 def divide_as_opened(
-    layouts: Mapping[str, TableLayout], dram_bytes: int, tables: Iterable[str], num_entries: int, fraction: float
-) -> DramPlan:
-    """Returns the division of DRAM that a store opens with whose placement has so many entries of each of `tables`."""
+    layouts: Mapping[str, TableLayout],
+    dram_bytes: int,
+    tables: Iterable[str],
+    num_entries: int,
+    fraction: float,
+    hbm_bytes: int | None = None,
+) -> tuple[DramPlan, HbmPlan | None]:
+    """Returns the division that a store opens with whose placement has so many entries of each of `tables`.
+
+    hbm_bytes: None where there is no hbm tier.
+    """
     shapes = {}
     for name in tables:
         num_orders = len(layouts[name].spec.orders)
         spread = [num_entries // num_orders + (place < num_entries % num_orders) for place in range(num_orders)]
         shapes[name] = TableShape(tuple(spread), fraction)
-    return divide_dram(layouts, dram_bytes, lay_out_placement(0, layouts, shapes, {}))
+    return divide_budgets(layouts, dram_bytes, hbm_bytes, lay_out_placement(0, layouts, shapes, {}))
+
+
+def _plan_resident(
+    ranking: Ranking, layouts: Mapping[str, TableLayout], budgets: Budgets, batch_tokens: int
+) -> GroupPlan:
+    """Where DRAM holds whole tables there is nothing to place but what goes to HBM."""
+    tables, replay = ranking.group.tables, ranking.group.replay
+    outcome = simulate(replay, np.ones(len(replay.counts), dtype=bool), 0, batch_tokens)
+    hbm_entries, hbm_share = 0, np.zeros(len(outcome.accesses))
+    largest = _largest(tables, layouts)
+    most = min(ranking.num_valued, budgets.hbm_bytes // len(layouts) // layouts[largest].spec.entry_bytes)
+    _, hbm = divide_as_opened(layouts, budgets.dram_bytes, tables, most, 1.0, budgets.hbm_asked)
+    if hbm is not None:
+        hbm_entries = hbm.shares[largest].num_entries
+        hbm_share = shares(replay.per_order(ranking.static(hbm_entries)[replay.items]), outcome.accesses)
+    return GroupPlan(tables, True, hbm_entries, 0, 0, 0, 1.0, outcome, hbm_share, 0.0, 0.0)
 
 
 def _plan_at(
@@ -111,9 +140,16 @@ def _plan_at(
     largest = _largest(tables, layouts)
     spec = layouts[largest].spec
     record = record_bytes(spec.entry_bytes)
-    share_bytes = divide_dram(layouts, budgets.dram_bytes).shares[largest].num_bytes
     left = ranking.num_valued
-    hbm_entries = min(left, int(budgets.hbm_bytes / num_tables / (record + INDEX_ENTRY_BYTES)))
+    dram, hbm = divide_budgets(layouts, budgets.dram_bytes, budgets.hbm_asked, None)
+    share_bytes = float(dram.shares[largest].num_bytes)
+    hbm_entries = 0
+    if hbm is not None:  # as if all were placed that both could hold
+        most = min(left, int((budgets.hbm_bytes / num_tables + share_bytes) / spec.entry_bytes))
+        _, hbm = divide_as_opened(layouts, budgets.dram_bytes, tables, most, fraction, budgets.hbm_asked)
+        assert hbm is not None, "asked for"
+        hbm_entries = hbm.shares[largest].num_entries
+        share_bytes -= hbm.host_index_bytes / num_tables
     left -= hbm_entries
     beyond = int(budgets.nvme_bytes / num_tables / record)
     # Indexes are of all that is placed: of those in HBM and beyond, and of static ones; but never of more than there are.
@@ -124,17 +160,20 @@ def _plan_at(
     static_entries = min(left, max(0, int(fraction * room)))
     nvme_entries = min(left - static_entries, beyond)
     num_entries = hbm_entries + static_entries + nvme_entries
-    share = divide_as_opened(layouts, budgets.dram_bytes, tables, num_entries, fraction).shares[largest]
-    static_entries = min(static_entries, share.static_entries)
-    in_memory = ranking.static(hbm_entries + static_entries)
+    dram, hbm = divide_as_opened(layouts, budgets.dram_bytes, tables, num_entries, fraction, budgets.hbm_asked)
+    share = dram.shares[largest]
+    if hbm is not None:
+        hbm_entries = hbm.shares[largest].num_entries
+    in_memory = max(hbm_entries, share.static_start + share.static_entries)
+    static_entries = in_memory - hbm_entries
     replay = ranking.group.replay
-    outcome = simulate(replay, in_memory, share.num_sets, batch_tokens)
+    outcome = simulate(replay, ranking.static(in_memory), share.num_sets, batch_tokens)
     in_hbm = replay.per_order(ranking.static(hbm_entries)[replay.items])
     packed = ranking.static(num_entries)[outcome.missed_items]
     per_miss = np.where(packed, 1, spec.rows_per_key).sum(), len(packed) * spec.rows_per_key
     tokens = max(outcome.num_tokens * outcome.sample_rate, 1e-9)
     return GroupPlan(
-        tables, False, hbm_entries, static_entries, num_entries - hbm_entries - static_entries, share.num_sets, fraction,
+        tables, False, hbm_entries, static_entries, num_entries - in_memory, share.num_sets, fraction,
         outcome, shares(in_hbm, outcome.accesses),
         *(float(reads * len(tables) / tokens) for reads in per_miss),
     )  # fmt: skip
