@@ -19,6 +19,7 @@ import torch
 from tierstore.errors import ConfigError, FingerprintMismatchError, TierStoreError
 
 from .codecs import codec_dtype, decode_rows
+from .device_embedding import DeviceCall, DeviceEmbedding
 from .hash_spec import HashSpec
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class TieredEmbedding(torch.nn.Module):
         self.dtype = codec_dtype(table.spec.codec)
         self.num_embeddings, self.num_heads = table.spec.num_rows, table.spec.num_heads
         self.embedding_dim = table.spec.dim
+        self._on_device = (
+            None if getattr(store, "device", None) is None else DeviceEmbedding(store, table.spec, layer, spec)
+        )
         self._pending_lock = threading.Lock()
         self._pending: OrderedDict[_CallKey, tuple[Ticket, np.ndarray]] = OrderedDict()  # guarded by _pending_lock
 
@@ -78,7 +82,13 @@ class TieredEmbedding(torch.nn.Module):
         `history`: the tokens before, [B, up to the largest order - 1]; `dead`: bool [B, T], positions such as image
         spans. Blocks until the rows are there, at most `WAIT_S`, then raises `TimeoutError`. Raises `ValueError` for
         token ids outside the vocabulary, `CorruptPageError` where a row cannot be read as it was built.
+
+        Where the store has an hbm tier, rows come out on its device. Ids that lie there are looked up by kernels, which may be
+        captured in a CUDA graph: the host waits for nothing and raises at a later call, or in `synchronize`, what went
+        wrong, NaN standing for the values that did not come. Ids on the host start their reads before the first kernel.
         """
+        if self._on_device is not None and self._store.device is not None:  # a forked child has none
+            return self._on_device.forward(DeviceCall(token_ids, history, dead, self._on_device.device))
         call = _Call(token_ids, history, dead)
         rows = self._prefetched(call)
         if rows is None:
@@ -87,6 +97,11 @@ class TieredEmbedding(torch.nn.Module):
         # The tensor is made here, not in prefetch: one made under inference_mode could not serve a training forward.
         values = decode_rows(torch.from_numpy(rows).to(token_ids.device), self._table_spec.codec, self.embedding_dim)
         return values.unflatten(0, call.token_ids.shape)
+
+    def synchronize(self) -> None:
+        """Waits until the device has done all lookups, and raises what went wrong in them. Without an hbm tier: nothing."""
+        if self._on_device is not None and self._store.device is not None:
+            self._on_device.synchronize()
 
     def _prefetched(self, call: _Call) -> np.ndarray | None:
         """Returns the rows that a prefetch of the same call has read; None where there is none, or its request failed.
@@ -105,7 +120,10 @@ class TieredEmbedding(torch.nn.Module):
         return rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredEmbedding:
-        fresh = {"_pending_lock": threading.Lock(), "_pending": OrderedDict()}
+        fresh: dict[str, Any] = {"_pending_lock": threading.Lock(), "_pending": OrderedDict()}
+        # A store that was closed, or is a parent's, has no device any more.
+        on_device = None if getattr(self._store, "device", None) is None else self._on_device
+        fresh["_on_device"] = None if on_device is None else on_device.copy()
         return _copy_sharing(self, memo, ("_store", "_hash_spec"), fresh)
 
     def _request(self, call: _Call) -> tuple[np.ndarray, np.ndarray]:
@@ -135,6 +153,11 @@ def prefetch_layers(
         raise ValueError(
             f"prefetch of {', '.join(names)}: one request needs distinct tables of one store; prefetch them apart"
         )
+    on_device = [embedding._on_device for embedding in embeddings if embedding._on_device is not None]
+    if on_device and store.device is not None:
+        for each in on_device:
+            each.prefetch(DeviceCall(token_ids, history, dead, each.device))
+        return
     call = _Call(token_ids, history, dead)
     wanted = []
     for embedding in embeddings:

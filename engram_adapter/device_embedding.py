@@ -1,0 +1,275 @@
+"""A layer's lookups on the device of its store: token ids there in, values there out, without the host where nothing is
+missed.
+
+Flows in: tensors of token ids on the store's device, or ids that the host holds. Flows out: values in the table's float
+type, on the device. Everything is launched on streams: `prefetch` on one of its own, `forward` on the caller's, which waits
+for the other; both may be captured in a CUDA graph after one eager call of the same shape. What goes wrong on the device
+the host raises at the next call, or in `synchronize`; NaN stands in the place of values that did not come. Shapes: B
+sequences, T tokens, P tokens before, O orders, H rows per key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tierstore.errors import ConfigError, TierStoreError
+from tierstore.tiers.hbm.device import is_capturing
+
+from .codecs import codec_dtype
+from .hash_spec import HashSpec
+
+if TYPE_CHECKING:
+    from tierstore import Store, TableSpec
+
+TOKENS_MIN = 64  # the least that a lookup's buffers are made for
+
+
+class DeviceEmbedding:
+    """One table's lookups on the device. Any threads may call; their lookups take turns."""
+
+    def __init__(self, store: Store, table: TableSpec, layer: int | str, hash_spec: HashSpec) -> None:
+        self.device: torch.device = store.device
+        self._store, self._table, self._layer, self._hash_spec = store, table, layer, hash_spec
+        self._dtype = codec_dtype(table.codec)
+        self._device_hash = _device_hash(hash_spec, layer, self.device)
+        self._lookups: dict[int, Any] = {}  # by tokens; a captured graph may use any of them, so none is let go
+        self._tokens_max = 1 << 62  # of one lookup, as far as is known; more tokens go in several parts
+        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._begun: _Begun | None = None
+        self._lock = threading.RLock()  # of all below that changes, from a lookup's start to its end
+        self._widths: dict[int, int] = {}  # P + T of the last call of each lookup, by which a place is named
+
+    def copy(self) -> DeviceEmbedding:
+        """Another one of the same table, with buffers of its own."""
+        return DeviceEmbedding(self._store, self._table, self._layer, self._hash_spec)
+
+    def prefetch(self, call: DeviceCall) -> None:
+        """Begins the lookup that a `forward` of the same tensors takes; one that was begun before is dropped."""
+        with self._lock:
+            self._prefetch(call)
+
+    def _prefetch(self, call: DeviceCall) -> None:
+        self._drop()
+        self._check_all()
+        values = self._empty(call)
+        with self._on_side():
+            keys = self._keys(call)
+            lookup = self._begin(keys, values)
+        self._share(values, self._side)  # it may be dropped while the kernels still write it
+        self._begun = _Begun(call, values, keys, lookup, is_capturing(self.device))
+
+    def forward(self, call: DeviceCall) -> torch.Tensor:
+        """Returns the values, [B, T, O * H, dim]. On a GPU it launches and does not wait; of ids that the host holds it
+        waits for reads."""
+        with self._lock:
+            return self._forward(call)
+
+    def _forward(self, call: DeviceCall) -> torch.Tensor:
+        begun = self._begun
+        if begun is None or begun.call.identity != call.identity:
+            self._drop()
+            self._check_all()
+            values = self._empty(call)
+            keys = self._keys(call)
+            lookup = self._begin(keys, values)
+        else:
+            self._check_capture(begun)
+            self._begun = None
+            values, keys, lookup = begun.values, begun.keys, begun.lookup
+            self._join(values, keys)
+        for start in range(0, max(1, len(keys)), lookup.tokens_max):
+            if start > 0:
+                self._start(lookup, keys[start : start + lookup.tokens_max], values[start : start + lookup.tokens_max])
+            lookup.finish()
+        if self._side is None:
+            self._check(lookup)
+        return values.unflatten(0, call.shape)
+
+    def synchronize(self) -> None:
+        """Waits until the device has done all that it was given, and raises what went wrong."""
+        if self._side is not None:
+            torch.cuda.synchronize(self.device)
+        with self._lock:
+            for lookup in self._lookups.values():
+                self._check(lookup)
+
+    def _begin(self, keys: torch.Tensor | np.ndarray, values: torch.Tensor) -> Any:
+        """Starts the first part of a lookup; returns whose buffers it uses."""
+        lookup = self._lookup(len(keys))
+        self._start(lookup, keys[: lookup.tokens_max], values[: lookup.tokens_max])
+        return lookup
+
+    def _check_all(self) -> None:
+        """Raises what went wrong in any lookup that the device has done, of whatever size; not while a graph is captured."""
+        if self._side is not None and not is_capturing(self.device):
+            for lookup in self._lookups.values():
+                self._check(lookup)
+
+    @staticmethod
+    def _start(lookup: Any, keys: torch.Tensor | np.ndarray, values: torch.Tensor) -> None:
+        if isinstance(keys, np.ndarray):
+            lookup.start_known(keys, values)
+        else:
+            lookup.start(keys, values)
+
+    def _drop(self) -> None:
+        """Ends a lookup that was begun and not taken: its buffers are wanted, on either stream."""
+        begun = self._begun
+        if begun is None:
+            return
+        self._check_capture(begun)
+        self._begun = None
+        with self._on_side(), contextlib.suppress(TierStoreError, OSError):  # of rows that nobody wants any more
+            begun.lookup.finish()
+        self._join(begun.values, begun.keys)
+
+    def _join(self, values: torch.Tensor, keys: torch.Tensor | np.ndarray) -> None:
+        """Has the current stream wait for the one of its own, and keeps memory from being used again before both have done."""
+        if self._side is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._side)
+            self._share(values, current)
+            self._share(keys, current)
+
+    def _share(self, memory: torch.Tensor | np.ndarray, stream: Any) -> None:
+        """Tells the allocator that a stream uses memory of another's. A graph's memory is its own: nothing to tell."""
+        if stream is not None and isinstance(memory, torch.Tensor) and not is_capturing(self.device):
+            memory.record_stream(stream)
+
+    def _check_capture(self, begun: _Begun) -> None:
+        """Refuses to end in a captured graph what was begun outside: each replay would write to values that are long gone."""
+        if is_capturing(self.device) and not begun.captured:
+            raise ConfigError(
+                f"table {self._table.name}: a prefetch that was begun before the graph's capture cannot be ended in it; call "
+                f"forward with its tensors before the capture"
+            )
+
+    @contextlib.contextmanager
+    def _on_side(self) -> Iterator[None]:
+        """The stream of its own, behind what the current one was given."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def _lookup(self, num_tokens: int) -> Any:
+        wanted = min(self._tokens_max, max(TOKENS_MIN, 1 << (num_tokens - 1).bit_length() if num_tokens else 1))
+        if wanted not in self._lookups:
+            lookup = self._store.open_lookup(self._table.name, wanted)
+            if lookup.tokens_max < wanted:
+                self._tokens_max = lookup.tokens_max
+            self._lookups[lookup.tokens_max] = lookup
+            return lookup
+        return self._lookups[wanted]
+
+    def _empty(self, call: DeviceCall) -> torch.Tensor:
+        shape = (call.shape[0] * call.shape[1], self._table.num_heads, self._table.dim)
+        with torch.inference_mode(False):  # a prefetch in that mode may serve a training forward
+            return torch.empty(shape, dtype=self._dtype, device=self.device)
+
+    def _keys(self, call: DeviceCall) -> torch.Tensor | np.ndarray:
+        """Returns the keys, [B * T, O]: on the device, or, of ids that the host holds, here."""
+        num_orders = len(self._table.orders)
+        if call.on_host:
+            arrays = (None if tensor is None else tensor.numpy() for tensor in (call.history, call.dead))
+            return self._hash_spec.keys(call.token_ids.numpy(), self._layer, *arrays).reshape(-1, num_orders)
+        from tierstore.kernels.gpu.keys import keys_of_tokens
+
+        lookup = self._lookup(call.token_ids.numel())
+        keys = torch.empty((*call.shape, num_orders), dtype=torch.int64, device=self.device)
+        keys_of_tokens(call.token_ids, call.history, call.dead, self._device_hash, keys, lookup.outside)
+        self._widths[id(lookup)] = call.shape[1] + (0 if call.history is None else call.history.shape[1])
+        return keys.view(-1, num_orders)
+
+    def _check(self, lookup: Any) -> None:
+        """Raises what went wrong in a step that the device has done."""
+        lookup.check()
+        place = lookup.take_outside()
+        if place:
+            sequence, position = divmod(place - 1, self._widths[id(lookup)])
+            raise ValueError(
+                f"a token id of sequence {sequence}, place {position} of history and tokens, is outside the vocabulary of "
+                f"{self._hash_spec.vocab_size} (seen on the device, in this step or one before)"
+            )
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A prefetch under way; captured: whether it is in a graph and not on its way itself."""
+
+    call: DeviceCall
+    values: torch.Tensor
+    keys: torch.Tensor | np.ndarray
+    lookup: Any
+    captured: bool
+
+
+class DeviceCall:
+    """The arguments of one call: contiguous int64 and bool tensors, all on the device, or all on the host.
+
+    identity: what tells them from another call's. Values on the device are not looked at: tensors are the same if they are
+    the same memory and nobody has written there through torch in between. Writes to tensors that were made in inference mode
+    are not counted by torch: whoever prefetches with such a one must not write there before the forward.
+    """
+
+    def __init__(
+        self, token_ids: torch.Tensor, history: torch.Tensor | None, dead: torch.Tensor | None, device: torch.device
+    ) -> None:
+        """Raises `TypeError` and `ValueError` as `TieredEmbedding.forward` does."""
+        for tensor, what in ((token_ids, "token_ids"), (history, "history")):
+            if tensor is not None or what == "token_ids":
+                _check_integers(tensor, what)
+        if dead is not None and (not isinstance(dead, torch.Tensor) or dead.dtype != torch.bool):
+            found = dead.dtype if isinstance(dead, torch.Tensor) else type(dead).__name__
+            raise TypeError(f"dead is {found}, must be a tensor of torch.bool")
+        if token_ids.ndim != 2:
+            raise ValueError(f"token_ids of shape {list(token_ids.shape)}: they must be [sequences, tokens]")
+        if history is not None and history.shape == (len(token_ids), 0):
+            history = None  # the same call as one without
+        given = (token_ids, history, dead)
+        self._given = given  # while it is kept, no other tensor has this memory
+        self.identity = tuple(None if tensor is None else _identity(tensor) for tensor in given)
+        self.on_host = token_ids.device.type == "cpu" and device.type != "cpu"  # those of another GPU are copied
+        to = token_ids.device if self.on_host else device
+        self.token_ids = token_ids.detach().to(to, torch.int64).contiguous()
+        self.history = None if history is None else history.detach().to(to, torch.int64).contiguous()
+        self.dead = None if dead is None else dead.detach().to(to).contiguous()
+        self.shape = (token_ids.shape[0], token_ids.shape[1])
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    if tensor.device.type == "cpu":
+        return tuple(tensor.shape), tensor.detach().contiguous().numpy().tobytes()
+    version = None if tensor.is_inference() else tensor._version  # those made in inference mode have none
+    return tuple(tensor.shape), tensor.data_ptr(), tensor.stride(), tensor.dtype, version
+
+
+def _check_integers(ids: Any, what: str) -> None:
+    is_tensor = isinstance(ids, torch.Tensor)
+    if not is_tensor or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise TypeError(f"{what} are {ids.dtype if is_tensor else type(ids).__name__}, must be a tensor of integers")
+
+
+def _device_hash(spec: HashSpec, layer: int | str, device: torch.device) -> Any:
+    """The hash as the kernels take it."""
+    from tierstore.kernels.gpu.keys import DeviceHash
+
+    token_map = spec.kernel_token_map
+    assert spec.pad_id is not None, "a spec that has its token map knows its pad id"
+    return DeviceHash(
+        None if token_map is None else torch.from_numpy(token_map.copy()).to(device),
+        spec.vocab_size,
+        torch.tensor(spec.multipliers(layer), dtype=torch.int64, device=device),
+        spec.orders,
+        spec.pad_id,
+        -1 if spec.barrier_id is None else spec.barrier_id,
+    )
