@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from contract.store_contract import StoreContract
 from daemon.served import KIB, MIB, least_budget, request, serving, until
+from device import DEVICE
 from stores import Model, place_some, random_keys
 
 import tierstore
@@ -94,6 +95,17 @@ class TestAttachedPlaced(PlacedContract):
     """With room for a part of it."""
 
     dram_bytes = 900 * KIB
+
+
+class TestAttachedHbm(PlacedContract):
+    """Part of the placement in HBM, the rest as the daemon has it."""
+
+    dram_bytes = 900 * KIB
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        store = tierstore.connect(self.socket, io=self.io, staging="1MiB", hbm="256KiB", device=DEVICE)
+        assert store.name.startswith(str(path))
+        return store
 
 
 class TestAttachedPlacedPread(PlacedContract):

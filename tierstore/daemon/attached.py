@@ -15,16 +15,18 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import kernels
 from ..backing import Backing
-from ..errors import ConfigError, DaemonError, FingerprintMismatchError, StoreNotReadyError, TierStoreError
+from ..embedded import DEFAULT_DEVICE, open_placement
+from ..errors import ConfigError, DaemonError, FingerprintMismatchError, FormatError, StoreNotReadyError, TierStoreError
+from ..formats.catalog import TableLayout
 from ..stats import add_counters, counters_since
 from ..store import Store
-from ..tiers.engine import READ_WAIT_S, Engine, Pending, Request
+from ..tiers.engine import READ_WAIT_S, Engine, HostEngine, Pending, Request
 from ..tiers.native import NativeEngine
 from ..tiers.nvme import IO_MODES
 from ..units import parse_bytes
@@ -32,6 +34,9 @@ from .client_socket import dial, raise_error
 from .link import Link
 from .mapped import same_tables
 from .protocol import Channel, close_fds
+
+if TYPE_CHECKING:
+    from ..tiers.hbm.engine import HbmEngine
 
 logger = logging.getLogger("tierstore")
 
@@ -45,19 +50,40 @@ ENGINES_MAX = 8  # that a lookup meets closed one after the other, before it giv
 
 
 def attach(
-    socket: str | os.PathLike[str], *, io: str = "auto", staging: int | str = "16MiB", timeout_s: float = DIAL_S
+    socket: str | os.PathLike[str],
+    *,
+    io: str = "auto",
+    staging: int | str = "16MiB",
+    timeout_s: float = DIAL_S,
+    hbm: int | str | None = None,
+    device: str | None = None,
 ) -> Store:
     """Attaches this process to a daemon (`tierstore serve`) and returns its store; `tierstore.connect` of a path does it.
 
-    socket: its path. io: how this process reads what it misses, as in `tierstore.open`. staging: bytes that it may take for reads
-    on their way; the tiers are the daemon's. Blocks, at most about timeout_s. Raises `DaemonError` (no daemon, refused, another
-    protocol), `ConfigError` (an option), and what opening the store's shards raises.
+    socket: its path. io: how this process reads what it misses, as in `tierstore.open`. staging: bytes that it may take for
+    reads on their way; the tiers are the daemon's. hbm, device: bytes of GPU memory for a tier of this process above them,
+    as in `tierstore.open`; as much host memory as `staging` is page-locked then. Blocks, at most about timeout_s, and until
+    HBM is filled. Raises `DaemonError` (no daemon, refused, another protocol), `ConfigError` (an option), `BudgetError` (of
+    HBM), and what opening the store's shards raises.
     """
     if not kernels.native:
         raise ConfigError("attaching needs the compiled kernels: install gcc or clang, then tierstore again")
     if io not in IO_MODES:
         raise ConfigError(f"io: {io!r} is not one of {', '.join(IO_MODES)}")
-    return Store(AttachedBacking(os.fspath(socket), io, parse_bytes(staging, "staging"), timeout_s))
+    if hbm is None and device is not None:
+        raise ConfigError(
+            f"device={device!r} is for the hbm tier: pass hbm, the bytes of its memory to use, or leave device out"
+        )
+    hbm_bytes = None if hbm is None else parse_bytes(hbm, "hbm")
+    backing = AttachedBacking(os.fspath(socket), io, parse_bytes(staging, "staging"), timeout_s)
+    if hbm_bytes is not None:
+        try:
+            backing.add_hbm(hbm_bytes, device or DEFAULT_DEVICE)
+        except BaseException:
+            backing.engine.close(END_WAIT_S)
+            backing.close()
+            raise
+    return Store(backing)
 
 
 class AttachedBacking(Backing):
@@ -73,8 +99,51 @@ class AttachedBacking(Backing):
         self._channel, link = self._dial(timeout_s)
         self.name = f"{link.opened.image.path} (attached by {socket})"
         self.specs, self.attachments = link.specs, link.attachments
-        self.engine: AttachedEngine = AttachedEngine(link, self._relink)
+        self._attached = AttachedEngine(link, self._relink)
+        self.engine: Engine = self._attached
+        self._hbm: HbmEngine | None = None
+        self._hbm_lock = threading.Lock()  # a version that comes while the tier is added waits for that
         self._start()
+
+    def add_hbm(self, hbm_bytes: int, device: str) -> None:
+        """Puts an hbm tier of this process above what is attached. Blocks while it is filled. Comes before the first
+        lookup."""
+        from ..tiers.hbm.opening import put_above  # loads torch and triton
+
+        with self._hbm_lock:
+            self._hbm = put_above(self.name, self._attached, hbm_bytes, self._staging_bytes, device)
+            self.engine = self._hbm
+            self._fill_hbm()
+
+    def _move_to(self, link: Link) -> Link:
+        """Sends lookups through another link, from the device too; returns the old one. The hbm tier is empty then."""
+        with self._hbm_lock:
+            if self._hbm is None:
+                return self._attached.move_to(link)
+            return self._hbm.move(lambda: self._attached.move_to(link))
+
+    def _fill_hbm(self) -> None:
+        """Fills the hbm tier, if there is one, from the current placement of the store that it stands on."""
+        if self._hbm is None:
+            return
+        image = self._attached.link.opened.image
+        now, placed = open_placement(image.path, None, direct=False)
+        if placed is None:
+            logger.warning("%s: hbm stays empty: no placement says what belongs there; run 'tierstore plan'", self.name)
+            return
+        try:
+            if now.identity != image.identity:
+                raise FormatError(f"{image.path} was built anew since the daemon opened it: restart the daemon")
+            self._hbm.change_entries(placed)
+        finally:
+            placed.close()
+
+    def _refill_hbm(self) -> None:
+        """The same where nobody waits: what goes wrong leaves the tier empty, which costs speed."""
+        try:
+            self._fill_hbm()
+        except (TierStoreError, OSError, RuntimeError) as error:  # torch's own are RuntimeErrors
+            logger.warning("%s: hbm stays empty: %s", self.name, error)
 
     def _start(self) -> None:
         self._pid = os.getpid()
@@ -123,14 +192,15 @@ class AttachedBacking(Backing):
             pause_s = min(2 * pause_s, REDIAL_MAX_S)
             try:
                 self._channel, link = self._dial(DIAL_S)
-                old = self.engine.move_to(link)
+                old = self._move_to(link)
             except Exception as error:  # the same
                 if str(error) != said and not self._ended.is_set():
                     said = str(error)
                     logger.warning("%s: not attached yet: %s", self.name, error)
                 continue
             logger.info("%s: attached again", self.name)
-            self.engine.retire(old, READ_WAIT_S)
+            self._attached.retire(old, READ_WAIT_S)
+            self._refill_hbm()
 
     def _attend(self, channel: Channel) -> None:
         """Hears and tells until the channel ends, which raises."""
@@ -149,39 +219,43 @@ class AttachedBacking(Backing):
                 close_fds(fds)
                 raise_error(message)
                 continue
-            old = self.engine.move_to(self._link(message["move"], fds))
-            self.engine.retire(old, READ_WAIT_S)
+            old = self._move_to(self._link(message["move"], fds))
+            self._attached.retire(old, READ_WAIT_S)
             channel.send({"left": old.version}, timeout_s=SEND_S)
+            self._refill_hbm()
 
     def _tell(self, channel: Channel) -> None:
         """Tells what was counted since the connections before this one: what they were told is not told twice."""
-        counters = self.engine.counters()
+        counters = self._attached.counters()
         channel.send({"counters": counters_since(counters, self._told_before)}, timeout_s=SEND_S)
         self._told = counters
 
     def _relink(self) -> None:
-        """In a forked child: attaches it by itself; where that cannot be now, it goes on without, and looks for the daemon."""
+        """In a forked child: attaches it by itself; where that cannot be now, it goes on without, and looks for the
+        daemon."""
         if self._channel is not None:
             self._channel.close()  # the parent's; here it would only outlive it
         self._channel = self._told = self._told_before = None
         self._ended = threading.Event()
+        self._hbm, self._hbm_lock = None, threading.Lock()  # a forked child has no device
         try:
             self._channel, link = self._dial(DIAL_S)
         except (TierStoreError, OSError) as error:
             logger.warning("%s: a forked child is not attached: %s", self.name, error)
-            link = self.engine.link.alone()
-        old = self.engine.move_to(link)
-        self.engine.disown(old)
+            link = self._attached.link.alone()
+        old = self._attached.move_to(link)
+        self._attached.disown(old)
         if old.opened is not link.opened:
             old.opened.close()  # its engine was closed by the fork
         self._start()  # last: what it moves to must not be moved away from
 
     def details(self) -> dict[str, Any]:
         """See `Backing`; the memory is the daemon's, but for staging."""
-        link = self.engine.link
+        link = self._attached.link
+        hbm = {} if self._hbm is None else self._hbm.memory()
         return {
             "io": self.engine.io,
-            "memory": link.memory,
+            "memory": link.memory | hbm,
             "placement": {"epoch": link.opened.placed.placement.epoch if link.opened.placed else None},
             "attached": {"socket": self._socket, "now": self._channel is not None, "version": link.version},
         }
@@ -197,10 +271,10 @@ class AttachedBacking(Backing):
             channel.shutdown()
         if threading.current_thread() is not self._thread:  # which may be the one that collects the store
             self._thread.join(END_WAIT_S)
-        self.engine.link.opened.close()
+        self._attached.link.opened.close()
 
 
-class AttachedEngine(Engine):
+class AttachedEngine(HostEngine):
     """The engine of the version that this process is attached to now. A lookup has one from its start to its end."""
 
     def __init__(self, link: Link, relink: Callable[[], None]) -> None:
@@ -222,6 +296,14 @@ class AttachedEngine(Engine):
     def link(self) -> Link:
         """What lookups go through now."""
         return self._link
+
+    @property
+    def layouts(self) -> list[TableLayout]:  # type: ignore[override]
+        return list(self._link.opened.image.tables.values())
+
+    @property
+    def native(self) -> Any:
+        return self._link.engine.native
 
     def _take(self, link: Link) -> None:
         self._link = link
@@ -296,6 +378,10 @@ class AttachedEngine(Engine):
 
     def submit(self, requests: Sequence[Request]) -> Pending | None:
         pending: Pending | None = self._with_engine(lambda engine: engine.submit(requests))
+        return pending
+
+    def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> Pending | None:
+        pending: Pending | None = self._with_engine(lambda engine: engine.submit_pairs(index, keys, pairs, out))
         return pending
 
     def is_resident(self, index: int) -> bool:
