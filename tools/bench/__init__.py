@@ -24,9 +24,11 @@ BENCHMARKS = {
     "trace": "Real text: hit rates by budget, and a prefill of half hits, half misses.",
     "scale": "Cost of a row as the table grows.",
     "serve": "A daemon's clients, beside stores in process; its changes while they look up.",
+    "overlap": "A small transformer over a tenth of its tables, beside the same with all of them on its device.",
+    "gpu": "Kernels and hbm tier on a GPU: checked, then beside copies; without a GPU only checked.",
     "peers": "NumPy, torch, LMDB, RocksDB, Redis and Mooncake on the same keys.",
 }
-SIZE_HELP = "Bytes of the table.  [default: build and serve 2GiB, others 8GiB]"
+SIZE_HELP = "Bytes of the table.  [default: build, serve and overlap 2GiB, others 8GiB]"
 TRACE_HELP = "For trace: a .trace of tokens, .npy of int32 or int64, or .zst of int32.  [default: this machine's text]"
 
 
@@ -38,11 +40,16 @@ TRACE_HELP = "For trace: a .trace of tokens, .npy of int32 or int64, or .zst of 
 @click.option("--size", help=SIZE_HELP)
 @click.option("--pairs", type=click.IntRange(min=1), default=7, show_default=True, help="How often each pair is run.")
 @click.option("--threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Callers on every side.")
-@click.option("--tokens", type=click.IntRange(min=1), help="Tokens of a batch.  [default: the benchmark's own]")
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    help="Tokens of a batch.  [default: the benchmark's own]",
+)
 @click.option("--dram", "budgets", multiple=True, help="DRAM of the store; repeat it for trace.")
 @click.option("--rows", multiple=True, type=click.IntRange(min=400), help="For scale: rows of a table; repeat it.")
 @click.option("--trace", type=click.Path(path_type=Path, exists=True, dir_okay=False), help=TRACE_HELP)
 @click.option("--trace-tokens", type=click.IntRange(min=64), help="For trace: how many tokens.  [default: 262144]")
+@click.option("--device", help="For overlap: where the model runs.  [default: cuda where there is one, else cpu]")
 @click.option(
     "--clean", is_flag=True, help="Afterwards remove the tables that were made under --folder for the next run."
 )
@@ -60,6 +67,7 @@ def command(
     rows: tuple[int, ...],
     trace: Path | None,
     trace_tokens: int | None,
+    device: str | None,
     clean: bool,
     json_file: Path | None,
 ) -> None:
@@ -80,6 +88,7 @@ def command(
         rows=rows,
         trace=trace,
         trace_tokens=trace_tokens,
+        device=device,
     )
     results = {}
     try:
@@ -89,6 +98,8 @@ def command(
             results[name] = result.as_record()
             if json_file:  # after each, so that what was measured is not lost with what fails
                 json_file.write_text(json.dumps(results, indent=2) + "\n")
+            if result.failed is not None:
+                raise click.ClickException(f"bench {name}: {result.failed}")
     finally:
         if clean:
             stores.clean(folder)

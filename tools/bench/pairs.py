@@ -26,7 +26,7 @@ class Options:
 
     size_bytes: of the table. pairs: rounds that count. threads: callers on every side. tokens: in a batch. budgets: of
     DRAM; only `trace` takes more than one. rows: table sizes of `scale`. trace, trace_tokens: a file of token
-    ids, and how many of them.
+    ids, and how many of them. device: of the model of `overlap`, as torch names it.
     """
 
     size_bytes: int | None = None
@@ -37,6 +37,7 @@ class Options:
     rows: tuple[int, ...] = ()
     trace: Path | None = None
     trace_tokens: int | None = None
+    device: str | None = None
 
     @property
     def dram_bytes(self) -> int | None:
@@ -150,7 +151,10 @@ class Grid:
 
 @dataclass
 class Result:
-    """What a benchmark found: comparisons, figures, grids, facts about how they came about, and sides that were skipped."""
+    """What a benchmark found: comparisons, figures, grids, facts about how they came about, and sides that were skipped.
+
+    failed: what made its figures worth nothing, so that there are none; the command then ends with an error.
+    """
 
     title: str
     comparisons: list[Comparison] = field(default_factory=list)
@@ -158,6 +162,7 @@ class Result:
     grids: list[Grid] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    failed: str | None = None
 
     def table(self) -> RenderableType:
         """Returns what is printed."""

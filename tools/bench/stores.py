@@ -74,12 +74,12 @@ class MadeStore:
             )
 
 
-def v41_hash(rows_per_head: int, token_map: np.ndarray | None = None) -> HashSpec:
-    """Returns V4.1's hash for layer 1, with heads of about `rows_per_head` rows instead of 16 million."""
+def v41_hash(rows_per_head: int, token_map: np.ndarray | None = None, layers: tuple[int, ...] = (LAYER,)) -> HashSpec:
+    """Returns V4.1's hash for `layers`, with heads of about `rows_per_head` rows instead of 16 million."""
     vocab_size = V41_VOCAB if token_map is None else len(token_map)
     compressed = V41_COMPRESSED_VOCAB if token_map is None else len(np.unique(token_map))
     text = {
-        "engram_layer_ids": [LAYER],
+        "engram_layer_ids": list(layers),
         "engram_vocab_size": rows_per_head,
         "engram_max_ngram_size": ORDERS[-1],
         "engram_n_heads": HEADS,
@@ -117,7 +117,9 @@ def make_store(folder: Path, num_rows: int, token_map: np.ndarray | None = None,
     with Progress(f"making a table of {format_bytes(spec.table_bytes)}") as progress:
         origin = {"digest": digest, "seed": seed, "made_by": "tierstore bench", "files": []}
         attachments = {} if token_map is None else heads.attachments()
-        build_store(path, [_source(spec, block_file)], origin=origin, attachments=attachments, on_progress=progress)
+        build_store(
+            path, [block_source(spec, block_file)], origin=origin, attachments=attachments, on_progress=progress
+        )
     return find_store(path)
 
 
@@ -130,10 +132,10 @@ def find_store(path: Path) -> MadeStore:
 
 
 @contextlib.contextmanager
-def temporary_store(folder: Path, num_rows: int) -> Iterator[MadeStore]:
-    """Makes a store in a folder of its own under `folder`, and removes it in the end."""
+def temporary_store(folder: Path, num_rows: int, token_map: np.ndarray | None = None) -> Iterator[MadeStore]:
+    """Makes a store, as `make_store` does, in a folder of its own under `folder`, and removes it in the end."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="tierstore-bench-") as name:
-        yield make_store(Path(name), num_rows)
+        yield make_store(Path(name), num_rows, token_map)
 
 
 def clean(folder: Path) -> None:
@@ -166,7 +168,8 @@ def _make_block(file: Path, seed: int) -> None:
         file.with_suffix(".new").rename(file)
 
 
-def _source(spec: TableSpec, block_file: Path) -> TableSource:
+def block_source(spec: TableSpec, block_file: Path) -> TableSource:
+    """Returns a table whose row r is row r % BLOCK_ROWS of the block in `block_file`, uint8 [BLOCK_ROWS, R]."""
     tensors = []
     for index, start in enumerate(range(0, spec.num_rows, BLOCK_ROWS)):
         rows = min(BLOCK_ROWS, spec.num_rows - start)
