@@ -37,10 +37,11 @@ from . import stores
 from .real_text import RealText
 
 BLOCK_FILE = "finite-block.bin"
-SCALE_BYTES = (
-    114,
-    118,
-)  # e8m0, half open: values of fp8 times 2^-13 to 2^-10, so that rows are of the size of activations
+PACKED_PART = (
+    4  # entries packed on NVMe, one read each instead of one a row, take this part of the tables' bytes once more
+)
+# e8m0, half open: values of fp8 times 2^-13 to 2^-10, so that rows are of the size of activations.
+SCALE_BYTES = (114, 118)
 FP8_NAN = 0x7F
 
 
@@ -93,7 +94,10 @@ def make_tables(folder: Path, table_bytes: int, layers: tuple[int, ...], token_m
 def place(
     tables: Tables, text: RealText, dram_bytes: int, hbm_bytes: int | None, batch_tokens: int
 ) -> dict[str, float]:
-    """Profiles `text` and publishes the placement for both budgets; returns the hit rates that it promises. Blocks, a minute."""
+    """Profiles `text` and publishes the placement for both budgets, with packed entries on NVMe beyond them.
+
+    Returns the hit rates that it promises. Blocks, a minute.
+    """
     image = read_catalog(tables.path)
     with tempfile.TemporaryDirectory(dir=tables.path.parent, prefix="profile-") as name:
         work = Path(name)
@@ -104,7 +108,7 @@ def place(
         profiling.profile_traces(image, [work / "text.trace"], work / "text.profile", None)
         with Profile(work / "text.profile") as profile:
             rankings, plans = planning.plan_profile(
-                image, profile, Budgets(hbm_bytes or 0, dram_bytes, 0), batch_tokens
+                image, profile, Budgets(hbm_bytes or 0, dram_bytes, tables.num_bytes // PACKED_PART), batch_tokens
             )
             group, tokens = rankings[0].group, profile.counts["held_out_tokens"]
             record = planning.plan_record(plans[0], group.orders, tokens, group.replay.document_tokens)
