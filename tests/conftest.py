@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from repository import REPOSITORY
 from stores import Model, make_model, place_some
 from text_store import TextStore, make_text_store
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything loads triton, as transformers does
 
 
 @pytest.fixture(scope="session")

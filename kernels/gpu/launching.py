@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+import triton.language as tl
 
-# How the kernels were made: as `triton.jit` saw the environment when it was first asked. It cannot be changed afterwards.
-INTERPRETED: bool = triton.knobs.runtime.interpret
-if INTERPRETED:
-    triton.knobs.runtime.interpret = (
-        True  # the interpreter asks again while it runs, when the environment may say otherwise
-    )
+# How triton was loaded, by what the environment said then, and so how all kernels of this process are made: its own functions
+# are of the one kind or the other already, and kernels of both kinds cannot call each other.
+INTERPRETED: bool = not isinstance(tl.sum, triton.JITFunction)
+if INTERPRETED or triton.knobs.runtime.interpret:
+    triton.knobs.runtime.interpret = INTERPRETED  # asked again later, when the environment may say otherwise
 
 _interpreter_lock = threading.Lock()  # the interpreter keeps the launch under way in global variables
 
