@@ -49,6 +49,7 @@ class Result:
     copy_s: dict[str, list[float]]
     build_s: dict[str, list[float]]
     build_peak_bytes: int
+    failed: str | None = None  # as every benchmark's result says; here what fails is raised
 
     def ratio(self, state: str) -> float:
         """Returns the build's throughput over the copy's: the median over pairs."""
