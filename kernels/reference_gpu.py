@@ -97,6 +97,7 @@ def gather_entries(
     entries = np.concatenate([slots[:, :entry_bytes], records[:, :entry_bytes]])
     out[held] = decode_entries(entries[flat[held]], codec)
     out[keys.reshape(-1) == -1] = 0
+    out[keys.reshape(-1) < -1] = np.array(-1).astype(out.dtype)
     return held
 
 
@@ -132,7 +133,8 @@ def gather_rows(
     places: np.ndarray | None = None,
     num_places: int = 2**31,
 ) -> None:
-    """Fills out, [R, row_bytes] or [R, dim], with rows, uint8 [num_rows, row_bytes], of row ids, int64 [R]; zeros for no row.
+    """Fills out, [R, row_bytes] or [R, dim], with rows, uint8 [num_rows, row_bytes], of row ids, int64 [R]; zeros for -1, all
+    bits set for other ids of no row.
 
     Rows of pairs whose place is one of 0 .. num_places - 1 stay as they are.
     """
@@ -141,5 +143,6 @@ def gather_rows(
         there = (places.reshape(-1) >= 0) & (places.reshape(-1) < num_places)
         asked = np.repeat(~there, codec.rows_per_entry)
     held = asked & (row_ids >= 0) & (row_ids < len(rows))
-    out[asked] = 0
+    out[asked] = np.array(-1).astype(out.dtype)
+    out[asked & (row_ids == -1)] = 0
     out[held] = decode_rows(rows[row_ids[held]], codec)

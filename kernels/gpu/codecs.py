@@ -96,7 +96,7 @@ def move_entries(
     out: tl.tensor,
     at: tl.tensor,
     scale: tl.tensor,
-    BLANK: tl.constexpr,
+    blank: tl.tensor,
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     ROW_BYTES: tl.constexpr,
@@ -108,14 +108,14 @@ def move_entries(
     """Writes the entries at `addresses`, int64 [P], as the `at`-th ones, int64 [P], of `out`, decoded.
 
     Only those `written` are, and only those `held` are read; `held` must be within `written`. What is written and not held gets
-    BLANK in every word: 0, or -1, which is NaN of a bfloat16 and 0xff of a byte.
+    its `blank`, int32 [P], in every word: 0, or -1, which is NaN of a bfloat16 and 0xff of a byte.
     """
     if KIND == _COPIED:
-        _copy(addresses, held, written, out, at, BLANK, ROWS * ROW_BYTES, WORD, ALIGNMENT, CHUNK)
+        _copy(addresses, held, written, out, at, blank, ROWS * ROW_BYTES, WORD, ALIGNMENT, CHUNK)
     elif KIND == _SCALED:
-        _decode_scaled(addresses, held, written, out, at, BLANK, ROWS, ROW_BYTES, DIM, ALIGNMENT, CHUNK)
+        _decode_scaled(addresses, held, written, out, at, blank, ROWS, ROW_BYTES, DIM, ALIGNMENT, CHUNK)
     else:
-        _decode(addresses, held, written, out, at, scale, BLANK, ROWS, DIM, ALIGNMENT, CHUNK)
+        _decode(addresses, held, written, out, at, scale, blank, ROWS, DIM, ALIGNMENT, CHUNK)
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def _copy(
     written: tl.tensor,
     out: tl.tensor,
     at: tl.tensor,
-    BLANK: tl.constexpr,
+    blank: tl.tensor,
     ENTRY_BYTES: tl.constexpr,
     WORD: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -138,7 +138,8 @@ def _copy(
         word = start + tl.arange(0, CHUNK)[None, :]
         there = word < WORDS
         source = tl.multiple_of(sources + word, [1, ALIGNMENT])
-        words = tl.load(source, mask=held[:, None] & there, other=BLANK)
+        words = tl.load(source, mask=held[:, None] & there, other=0)
+        words = tl.where(held[:, None], words, blank[:, None].to(WORD))
         tl.store(targets + word, words, mask=written[:, None] & there)
 
 
@@ -149,7 +150,7 @@ def _decode_scaled(
     written: tl.tensor,
     out: tl.tensor,
     at: tl.tensor,
-    BLANK: tl.constexpr,
+    blank: tl.tensor,
     ROWS: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     DIM: tl.constexpr,
@@ -172,7 +173,7 @@ def _decode_scaled(
         source = tl.multiple_of(row + within * _GROUP + lane, [1, 1, ALIGNMENT])
         code = tl.load(source, mask=held[:, None, None] & there, other=0)
         values = _bfloat16_bits(code, bits.to(tl.uint32).to(tl.float32, bitcast=True))
-        values = tl.where(held[:, None, None], values, BLANK).to(tl.int16)
+        values = tl.where(held[:, None, None], values, blank[:, None, None]).to(tl.int16)
         tl.store(targets + group * _GROUP + lane, values, mask=written[:, None, None] & there)
 
 
@@ -184,7 +185,7 @@ def _decode(
     out: tl.tensor,
     at: tl.tensor,
     scale: tl.tensor,
-    BLANK: tl.constexpr,
+    blank: tl.tensor,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -198,7 +199,7 @@ def _decode(
         there = value < VALUES
         source = tl.multiple_of(sources + value, [1, ALIGNMENT])
         code = tl.load(source, mask=held[:, None] & there, other=0)
-        values = tl.where(held[:, None], _bfloat16_bits(code, scale), BLANK).to(tl.int16)
+        values = tl.where(held[:, None], _bfloat16_bits(code, scale), blank[:, None]).to(tl.int16)
         tl.store(targets + value, values, mask=written[:, None] & there)
 
 

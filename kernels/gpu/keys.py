@@ -56,7 +56,7 @@ def keys_of_tokens(
     out: torch.Tensor,
     outside: torch.Tensor,
 ) -> None:
-    """Writes the keys of the n-grams that end at each token, -1 for those that touch an id outside the vocabulary.
+    """Writes the keys of the n-grams that end at each token, -2 for those that touch an id outside the vocabulary.
 
     token_ids: int64 [B, T]; history: int64 [B, P], the tokens before, -1 where there is none, P below the largest order;
     dead: bool [B, T], positions that are no text, whose ids are not looked at; out: int64 [B, T, O], overwritten whole;
@@ -150,5 +150,5 @@ def _keys_of_tokens(
             mapped = tl.load(token_map + ids, mask=~stop & ~is_outside, other=0).to(tl.int64)
         mixed ^= tl.where(stop, pad_id, mapped) * tl.load(multipliers + back)
         if (ORDER_BITS >> back) & 1:
-            tl.store(out + tokens * ORDERS + column_out, tl.where(touched, -1, mixed), mask=written)
+            tl.store(out + tokens * ORDERS + column_out, tl.where(touched, -2, mixed), mask=written)
             column_out += 1

@@ -17,7 +17,7 @@ _ROWS_A_PROGRAM = 256  # native; not tuned yet: waits for a GPU
 
 
 def row_ids_of_keys(keys: torch.Tensor, moduli: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
-    """Writes `key % modulus + offset` for each head of the key's order; -1 for keys below 0.
+    """Writes `key % modulus + offset` for each head of the key's order; keys below 0 stay themselves.
 
     keys: int64 [N, O]; moduli, offsets: int64 [O * H], orders outermost, moduli positive; out: int64 [N, O * H], overwritten
     whole. All contiguous, on one device. Asynchronous. Reads 8 bytes a key, writes 8 a row, and divides 63 bits once a row.
@@ -65,4 +65,4 @@ def _row_ids_of_keys(
     key = tl.load(keys + rows // ROWS_A_KEY, mask=there, other=-1)
     modulus = tl.load(moduli + head, mask=there, other=1)
     offset = tl.load(offsets + head, mask=there, other=0)
-    tl.store(out + rows, tl.where(key < 0, -1, key % modulus + offset), mask=there)
+    tl.store(out + rows, tl.where(key < 0, key, key % modulus + offset), mask=there)

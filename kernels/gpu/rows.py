@@ -1,7 +1,8 @@
 """Row ids to values, for tables that lie whole in memory that the device reads: no keys, no index, every row by its number.
 
-Flows in: row ids, and rows in device memory or in host memory that the device reads. Flows out: the rows, decoded; zeros for the
-sentinel -1 and for ids that the table does not have, which are never read. Pairs that another tier answered can be left alone.
+Flows in: row ids, and rows in device memory or in host memory that the device reads. Flows out: the rows, decoded; zeros
+for the sentinel -1, NaN for ids that the table does not have, which are never read. Pairs that another tier answered can be
+left alone.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def _gather_rows_kernel(
     row_id = tl.load(row_ids + at, mask=asked, other=-1)
     held = asked & (row_id >= 0) & (row_id < num_rows)
     address = rows_address + row_id * ROW_BYTES
-    move_entries(address, held, asked, out, at, scale, 0, KIND, ROWS, ROW_BYTES, DIM, WORD, ALIGNMENT, CHUNK)
+    blank = tl.where(row_id == -1, 0, -1)
+    move_entries(address, held, asked, out, at, scale, blank, KIND, ROWS, ROW_BYTES, DIM, WORD, ALIGNMENT, CHUNK)
 
 
 def gather_rows(
@@ -64,11 +66,11 @@ def gather_rows(
 ) -> None:
     """Writes the rows of `row_ids`, int64 [R], into `out`, decoded: uint8 [R, row_bytes] of "bytes", else bfloat16 [R, dim].
 
-    rows: uint8 [num_rows, row_bytes] on the device, or the address of such in host memory. Ids of no row, -1 among them,
-    become zeros. only_missing: int32 [N, O] with N * O * rows_per_entry = R, the places of pairs; rows of pairs at a place
-    of 0 .. num_places - 1 stay as they are. Asynchronous. An id reads 8 bytes and a row, over the bus where it lies in host
-    memory, and writes the row, fp8 as twice the bytes; 4 bytes more for a place. Raises `ValueError` for tensors that do
-    not fit.
+    rows: uint8 [num_rows, row_bytes] on the device, or the address of such in host memory. Id -1 becomes zeros, others of no
+    row NaN (0xff of "bytes"). only_missing: int32 [N, O] with N * O * rows_per_entry = R, the places of pairs; rows of pairs
+    at a place of 0 .. num_places - 1 stay as they are. Asynchronous. An id reads 8 bytes and a row, over the bus where it
+    lies in host memory, and writes the row, fp8 as twice the bytes; 4 bytes more for a place. Raises `ValueError` for
+    tensors that do not fit.
     """
     device = row_ids.device
     launching.check("row_ids", row_ids, torch.int64, (None,), device)

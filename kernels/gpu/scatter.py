@@ -61,7 +61,7 @@ def _scatter_entries_kernel(
             out,
             pair,
             scale,
-            -1,
+            tl.full((PAIRS,), -1, tl.int32),
             KIND,
             ROWS,
             ROW_BYTES,

@@ -241,6 +241,14 @@ def test_tokens_outside_the_vocabulary_are_named(tiered: tuple[tierstore.Store, 
     got = embedding(token_ids)
     embedding.synchronize()
     assert torch.equal(got, expected(rows, "fp8_e4m3_e8m0x32", 1, token_ids))
+    lookup = store.open_lookup("layers.1", 2)  # what the step gave meanwhile, which a GPU has no time to take back
+    values = torch.zeros((2, 8, DIM), dtype=torch.bfloat16, device=DEVICE)
+    lookup.start(torch.tensor([[-2, -1], [-1, -2]], device=DEVICE), values)
+    lookup.finish()
+    embedding.synchronize()
+    lost = torch.tensor([[True] * 4 + [False] * 4, [False] * 4 + [True] * 4], device=DEVICE)
+    assert values[lost].isnan().all()
+    assert not values[~lost].any()
 
 
 def test_a_read_that_fails_is_raised_by_name_and_leaves_no_wrong_value(open_tiny: Open) -> None:

@@ -98,6 +98,9 @@ def decoded(entries: np.ndarray, codec: RowCodec) -> np.ndarray:
     return patterns(decode_rows(rows, name, codec.dim))
 
 
+LOST = {"uint8": 0xFF, "int16": 0x7FC0}  # by the type of an output's patterns: what stands where no value may be
+
+
 def patterns(values: torch.Tensor) -> np.ndarray:
     """Values of an output as integers; every NaN as 0x7fc0."""
     if values.dtype == torch.uint8:

@@ -130,7 +130,7 @@ def test_an_id_outside_the_vocabulary_is_told_and_costs_its_ngrams_their_key(
         # What does not touch the bad id is what it would be with a good one there, for it ends where it ended.
         replaced = np.where((ids < -1) | (ids >= VOCAB), 1, ids)
         batch.history, batch.token_ids = replaced[:, :3].copy(), replaced[:, 3:].copy()
-        np.testing.assert_array_equal(found, np.where(touched, -1, batch.expected()))
+        np.testing.assert_array_equal(found, np.where(touched, -2, batch.expected()))
 
 
 def test_minus_one_is_no_token_where_only_history_has_gaps(device: torch.device) -> None:
@@ -138,7 +138,7 @@ def test_minus_one_is_no_token_where_only_history_has_gaps(device: torch.device)
     batch.dead, batch.token_ids = None, np.array([[1, -1, 2, 3]])
     found, outside = batch.on(device)
     assert outside == 3
-    assert (found == -1).tolist() == [[[False, False], [True, True], [False, True], [False, False]]]
+    assert (found == -2).tolist() == [[[False, False], [True, True], [False, True], [False, False]]]
 
 
 def test_the_word_about_ids_outside_keeps_the_largest(device: torch.device) -> None:

@@ -39,9 +39,9 @@ def batch(seed: int, num_tokens: int, orders: int, heads: int) -> tuple[np.ndarr
 
 
 def test_the_largest_key_and_the_largest_row_id_are_exact(device: torch.device) -> None:
-    keys = np.array([[KEY_MAX], [KEY_MAX - 1], [0], [-1]])
+    keys = np.array([[KEY_MAX], [KEY_MAX - 1], [0], [-1], [-2], [-KEY_MAX]])
     moduli, offsets = np.array([KEY_MAX, 1, 2, 16_000_057]), np.array([0, KEY_MAX - 1, 5, 7])
-    plain = [[-1 if key < 0 else key % m + o for m, o in zip(moduli.tolist(), offsets.tolist(), strict=True)]
+    plain = [[key if key < 0 else key % m + o for m, o in zip(moduli.tolist(), offsets.tolist(), strict=True)]
              for key in keys[:, 0].tolist()]  # fmt: skip
     assert on_device(device, keys, moduli, offsets).tolist() == plain
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gpu_inputs import CODECS, decoded, native_block_of, patterns, poison_of, poisoned_out
+from gpu_inputs import CODECS, LOST, decoded, native_block_of, patterns, poison_of, poisoned_out
 from host_memory import address_of, host_bytes, wait_for_device
 
 from tierstore.kernels import reference_gpu
@@ -14,7 +14,6 @@ from tierstore.kernels.gpu.codecs import BYTES, RowCodec
 from tierstore.kernels.gpu.misses import StepState
 
 SMALL = CODECS["scaled-33x3"]
-LOST = {"uint8": 0xFF, "int16": 0x7FC0}  # `patterns` makes every NaN 0x7fc0
 
 
 def state_of(device: torch.device, posted: int, step: int = 5, failed: int = 4) -> StepState:

@@ -70,7 +70,7 @@ def _check_keys(
         ids, history, dead, token_map, VOCAB, multipliers, np.array(orders), 7, 9, expected
     )  # fmt: skip
     dead[-1, -1] = False  # the last token is none of the vocabulary: it has no keys, and its place is told
-    ids[-1, -1], expected[-1, -1] = VOCAB, -1
+    ids[-1, -1], expected[-1, -1] = VOCAB, -2
     tensors = [
         None if each is None else torch.from_numpy(each).to(device)
         for each in (ids, history, dead, token_map, multipliers)
