@@ -208,8 +208,8 @@ class RecordingEngine(Engine):
     def device(self) -> Any:
         return self.engine.device
 
-    def change_entries(self, file: Any) -> None:
-        self.engine.change_entries(file)
+    def change_entries(self, file: Any) -> list[np.ndarray]:
+        return self.engine.change_entries(file)
 
     def open_lookup(self, index: int, tokens_max: int) -> Any:
         return self.engine.open_lookup(index, tokens_max)

@@ -345,12 +345,12 @@ def test_staging_is_not_given_on_before_the_stream_that_reads_it_has_done(
 
     place_some(own_store)
     waited: list[bool] = []
-    held = threading.RLock()
-    monkeypatch.setattr(tier.threading, "RLock", lambda: held)
-    monkeypatch.setattr(tier, "wait_for_current", lambda _: waited.append(held._is_owned()))
-    with open_hbm(own_store):
-        assert waited
-        assert all(waited)
+    with open_hbm(own_store) as store:
+        above = store._engine._tier
+        monkeypatch.setattr(tier, "wait_for_current", lambda _: waited.append(above.lock._is_owned()))
+        table = next(table for table in above.tables if table.num_slots)
+        above.write(table, np.arange(3), np.zeros((3, table.entry_bytes), dtype=np.uint8))
+        assert waited == [True]
 
 
 def test_pinned_memory_that_is_used_up_is_refused_with_both_numbers() -> None:

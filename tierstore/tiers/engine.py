@@ -90,8 +90,11 @@ class Engine(ABC):
         """
         raise StoreNotReadyError(f"table {index} of {tokens_max} tokens: this store has no hbm tier; open it with hbm=")
 
-    def change_entries(self, file: Any) -> None:
-        """Brings the first entries of another `PlacementFile` into the hbm tier. Raises as `open_lookup`, and `FormatError`."""
+    def change_entries(self, file: Any) -> list[np.ndarray]:
+        """Brings the first entries of a `PlacementFile` into the hbm tier. Raises as `open_lookup`, and `FormatError`.
+
+        Returns of each table the numbers of damaged records, which were left out.
+        """
         raise StoreNotReadyError(f"{file.path}: this store has no hbm tier; open it with hbm=")
 
     @abstractmethod

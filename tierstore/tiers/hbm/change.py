@@ -1,63 +1,70 @@
-"""Another placement's entries in the slots of a table, exchanged under running kernels: epochs of the device.
+"""A placement's first entries in the slots of a table, brought in under running kernels: epochs of the device.
 
-Flows in: a table of the tier, a placement file. Flows out: the file's first entries in slots. What both placements have
-stays where it is; what is new goes into slots that no index names; then the next epoch's index names those and not what
-leaves; when the device has done all that it was given before, the slots of what left are free. Rounds of this are as many
-as it takes: spare slots are few. Lookups are right at any moment, from the device and from the host. Damaged entries are
-left out, as when the tier is loaded.
+Flows in: a table of the tier, empty or with another placement's entries, and a placement file. Flows out: the file's first
+entries in slots. What both placements have stays where it is; what is new goes into slots that no index names; then the next
+epoch's index names those and not what leaves; when the device has done all that it was given before, the slots of what left
+are free. Rounds of this are as many as it takes: spare slots are few. Lookups are right at any moment, from the device and
+from the host. Entries are checked by their records' checksums; damaged ones are left out.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 
 from ... import kernels
 from ...formats.catalog import TableLayout
-from ...formats.placement import PlacedTable, group_start
+from ...formats.placement import GROUP_RECORDS, PlacedTable, group_start
 from ..memory import allocate
 from ..placed import PlacementFile, load_indexes, load_records
 from .pairs import Pairs, record_trailers
-from .tier import DeviceTable, HbmTier, load_step
+from .table import DeviceTable
+from .tier import HbmTier
 
 logger = logging.getLogger("tierstore")
 
+LOAD_BYTES = 8 << 20  # of host memory through which records pass on their way
+OnBytes = Callable[[int], None]
 
-def change_entries(tier: HbmTier, index: int, layout: TableLayout, file: PlacementFile) -> int:
-    """Brings the first entries of `file` into a table's slots; returns how many are new there. Blocks on disk and device.
 
-    One thread at a time. Raises `FormatError` where an index of the file is damaged; the tier is then as it was.
+def change_entries(
+    tier: HbmTier, index: int, layout: TableLayout, file: PlacementFile, on_bytes: OnBytes
+) -> np.ndarray:
+    """Brings the first entries of `file` into a table's slots; returns the numbers of damaged records, int64, left out.
+
+    on_bytes: called with bytes as they are read. One thread at a time. Blocks on disk and device. Raises `FormatError` where
+    an index of the file is damaged; the tier is then as it was.
     """
     table = tier.tables[index]
     placed = file.placement.tables.get(table.spec.name)
-    wanted, numbers = _first_entries(file, placed, table.share.num_entries)
+    wanted = _first_entries(file, placed, table.share.num_entries)
     present = table.in_slots()
     staying, entering = present.among(wanted), ~wanted.among(present)
     records = table.in_records()
     records = records[~records.among(Pairs.joined([present, wanted]))]
     change = _Change(tier, table, present[staying], present[~staying], records)
-    num_damaged = 0
+    damaged = np.empty(0, dtype=np.int64)
     if placed is not None:
-        num_damaged = _bring_in(change, layout, file, placed, wanted[entering], numbers[entering])
+        damaged = _bring_in(change, layout, file, placed, wanted[entering], on_bytes)
     change.finish()
-    if num_damaged:
+    if len(damaged):
         logger.error(
-            "%s: %d entries of table %s are damaged and left out of HBM; plan again",
-            file.path,
-            num_damaged,
-            table.spec.name,
-        )
-    return int(entering.sum()) - num_damaged
+            "%s: %d placed entries of table %s are damaged and left out of HBM; plan again",
+            file.path, len(damaged), table.spec.name,
+        )  # fmt: skip
+    return damaged
 
 
 class _Change:
-    """A change under way: `here` are the entries that stay or have come, `leaving` those that the newest epoch still
-    names."""
+    """A change under way: `here` are the entries that stay or have come, in parts, `leaving` those that the newest epoch
+    still names."""
 
     def __init__(self, tier: HbmTier, table: DeviceTable, staying: Pairs, leaving: Pairs, records: Pairs) -> None:
         self._tier, self._table = tier, table
-        self._here, self._leaving, self._records = staying, leaving, records
+        self._here, self._num_here = [staying], len(staying)
+        self._leaving, self._records = leaving, records
         used = np.zeros(table.num_slots, dtype=bool)
         used[staying.places] = used[leaving.places] = True
         self._free = np.flatnonzero(~used)
@@ -72,7 +79,8 @@ class _Change:
             part = np.s_[start : start + count]
             slots, self._free = self._free[:count], self._free[count:]
             self._tier.write(self._table, slots, entries[part])
-            self._here = Pairs.joined([self._here, Pairs(order_index[part], keys[part], slots)])
+            self._here.append(Pairs(order_index[part], keys[part], slots))
+            self._num_here += count
             start += count
 
     def _turn(self, wanted: int) -> None:
@@ -81,53 +89,52 @@ class _Change:
         The indexes have room for as many entries as are wanted, not for one in every slot: the spare ones are over that.
         """
         assert len(self._leaving), "there are more slots than wanted entries"
-        wanted = max(wanted, len(self._here) + len(self._leaving) - self._table.share.num_entries)
+        wanted = max(wanted, self._num_here + len(self._leaving) - self._table.share.num_entries)
         gone, self._leaving = self._leaving[:wanted], self._leaving[wanted:]
-        self._table.publish(Pairs.joined([self._here, self._leaving, self._records]))
+        self._table.publish(Pairs.joined([*self._here, self._leaving, self._records]))
         self._tier.synchronize()  # no kernel reads the slots of what is gone any more
         self._free = np.concatenate([self._free, gone.places])
 
     def finish(self) -> None:
         """Publishes the epoch that the change was for: DRAM's records that left the slots, or never came, are named again."""
-        records = self._table.in_records()
-        self._table.publish(Pairs.joined([self._here, records[~records.among(self._here)]]))
+        records, here = self._table.in_records(), Pairs.joined(self._here)
+        self._table.publish(Pairs.joined([here, records[~records.among(here)]]))
         self._tier.synchronize()
 
 
 def _bring_in(
-    change: _Change, layout: TableLayout, file: PlacementFile, placed: PlacedTable, pairs: Pairs, numbers: np.ndarray
-) -> int:
-    """Reads the records of these numbers, some MiB of the file at once, and adds their entries; returns how many are
-    damaged."""
-    by_number = np.argsort(numbers)
-    pairs, numbers = pairs[by_number], numbers[by_number]
-    scratch = allocate(load_step(placed) * placed.record_bytes)  # page-aligned, as reads past the page cache want it
-    num_damaged = at = 0
-    while at < len(numbers):
-        start = group_start(int(numbers[at]))
-        end = min(start + len(scratch) // placed.record_bytes, placed.num_entries)
-        until = int(np.searchsorted(numbers, end))
-        load_records(file, placed, scratch, end - start, layout.seed, lambda _: None, first=start)
-        records = scratch[: (end - start) * placed.record_bytes].reshape(-1, placed.record_bytes)[
-            numbers[at:until] - start
-        ]
-        part = pairs[at:until]
+    change: _Change, layout: TableLayout, file: PlacementFile, placed: PlacedTable, pairs: Pairs, on_bytes: OnBytes
+) -> np.ndarray:
+    """Reads the records of pairs, whose places are numbers in the file, some MiB at once, and adds their entries.
+
+    Returns the numbers of those that are damaged.
+    """
+    pairs = pairs[np.argsort(pairs.places)]
+    step = max(GROUP_RECORDS, group_start(LOAD_BYTES // placed.record_bytes))
+    scratch = allocate(step * placed.record_bytes)  # page-aligned, as reads past the page cache want it
+    damaged = [np.empty(0, dtype=np.int64)]
+    at = 0
+    while at < len(pairs):
+        start = group_start(int(pairs.places[at]))
+        end = min(start + step, int(pairs.places[-1]) + 1)
+        until = int(np.searchsorted(pairs.places, end))
+        part, at = pairs[at:until], until
+        load_records(file, placed, scratch, end - start, layout.seed, on_bytes, first=start)
+        all_records = scratch[: (end - start) * placed.record_bytes].reshape(-1, placed.record_bytes)
+        records = all_records[part.places - start]
         trailers = record_trailers(records)
         good = (trailers["key"] == part.keys) & (trailers["order_index"] == part.order_index)
-        num_damaged += int((~good).sum())
+        damaged.append(part.places[~good])
         change.add(part.order_index[good], part.keys[good], records[good, : placed.entry_bytes])
-        at = until
-    return num_damaged
+    return np.concatenate(damaged)
 
 
-def _first_entries(file: PlacementFile, placed: PlacedTable | None, count: int) -> tuple[Pairs, np.ndarray]:
-    """Returns the first `count` entries of a placement, or all, with their numbers in the file."""
+def _first_entries(file: PlacementFile, placed: PlacedTable | None, count: int) -> Pairs:
+    """Returns the first `count` entries of a placement, or all, at their numbers in the file."""
     if placed is None:
-        return Pairs.nothing(), np.empty(0, dtype=np.int64)
-    area = np.empty(
-        (placed.index_bytes // kernels.INDEX_BUCKET.itemsize, kernels.INDEX_BUCKET.itemsize), dtype=np.uint8
-    )
+        return Pairs.nothing()
+    bucket_bytes = kernels.INDEX_BUCKET.itemsize
+    area = np.empty((placed.index_bytes // bucket_bytes, bucket_bytes), dtype=np.uint8)
     parts = [Pairs.of_index(order, buckets) for order, buckets in enumerate(load_indexes(file, placed, area))]
     pairs = Pairs.joined(parts)
-    pairs = pairs[pairs.places < min(count, placed.num_entries)]
-    return pairs, pairs.places
+    return pairs[pairs.places < min(count, placed.num_entries)]

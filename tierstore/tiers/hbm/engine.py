@@ -19,7 +19,7 @@ from ... import kernels
 from ...errors import StoreNotReadyError, TierStoreError
 from ..engine import READ_WAIT_S, Engine, HostEngine, Pending, Request
 from ..placed import PlacementFile
-from .change import change_entries
+from .change import OnBytes, change_entries
 from .lookup import DeviceLookup
 from .tier import HbmTier
 
@@ -164,11 +164,14 @@ class HbmEngine(Engine):
                 raise TimeoutError(f"{self._what}: a lookup from the device did not end within {READ_WAIT_S} s")
         return done
 
-    def change_entries(self, file: PlacementFile) -> None:
+    def change_entries(self, file: PlacementFile, on_bytes: OnBytes = lambda _: None) -> list[np.ndarray]:
+        """As `Engine.change_entries`. on_bytes: called with bytes as they are read."""
         with self._changes_lock:
             self._check_device()
-            for index, layout in enumerate(self._engine.layouts):
-                change_entries(self._tier, index, layout, file)
+            return [
+                change_entries(self._tier, index, layout, file, on_bytes)
+                for index, layout in enumerate(self._engine.layouts)
+            ]
 
     def _check_device(self) -> None:
         if not self._has_device:

@@ -17,7 +17,7 @@ from ...decisions.budget import DramPlan
 from ...decisions.hbm_budget import HbmPlan, divide_hbm, pinned_bytes
 from ...errors import ConfigError
 from ...formats.placement import PLACES_MAX
-from ..engine import READ_WAIT_S, HostEngine
+from ..engine import READ_WAIT_S, Engine, HostEngine
 from ..native import NativeEngine, open_native
 from ..nvme import IoChoice, TableFiles
 from ..placed import OnProgress, PlacementFile
@@ -57,14 +57,42 @@ def open_with_hbm(
             "%s: hbm stays empty: no placement says what belongs there; run 'tierstore plan', open again", what
         )
     engine = open_native(what, files, plan, choice, placed, on_progress)
+    above: Engine = engine  # what closes all that there is
     try:
         dram = [_dram_part(engine, index) for index in range(len(files))]
-        pinned = pinned_bytes(plan.budget_bytes)
-        tier = HbmTier(device, hbm_plan, engine.layouts, placed, dram, pinned, on_progress)
+        above = HbmEngine(
+            what, engine, HbmTier(device, hbm_plan, engine.layouts, dram, pinned_bytes(plan.budget_bytes))
+        )
+        if placed is not None:
+            _fill(above, dram, placed, hbm_plan, on_progress)
     except BaseException:
-        engine.close(READ_WAIT_S)
+        above.close(READ_WAIT_S)
         raise
-    return HbmEngine(what, engine, tier)
+    return above
+
+
+def _fill(
+    above: HbmEngine,
+    dram: Sequence[DramPart],
+    placed: PlacementFile,
+    hbm_plan: HbmPlan,
+    on_progress: OnProgress | None,
+) -> None:
+    """Brings the placement's first entries into HBM. Nobody looks up yet."""
+    tables = placed.placement.tables
+    total = sum(hbm_plan.shares[name].num_entries * table.record_bytes for name, table in tables.items())
+    done = 0
+
+    def on_bytes(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if on_progress:
+            on_progress(done, total)
+
+    for part, damaged in zip(dram, above.change_entries(placed, on_bytes), strict=True):
+        if part.area is not None and len(damaged):  # or the engine below would look for the very records
+            index = part.area.reshape(-1).view(kernels.INDEX_BUCKET)
+            index["keys"][np.isin(index["places"], damaged)] = -1
 
 
 def put_above(what: str, engine: HostEngine, hbm_bytes: int, pinned: int, device_name: str) -> HbmEngine:
@@ -81,7 +109,7 @@ def put_above(what: str, engine: HostEngine, hbm_bytes: int, pinned: int, device
     most = {name: PLACES_MAX for name, layout in tables.items() if not layout.spec.is_plain}
     nothing = [DramPart(None, None) for _ in tables]
     plan = divide_hbm(tables, hbm_bytes, most, {})
-    return HbmEngine(what, engine, HbmTier(device, plan, engine.layouts, None, nothing, pinned, None))
+    return HbmEngine(what, engine, HbmTier(device, plan, engine.layouts, nothing, pinned))
 
 
 def _dram_part(engine: NativeEngine, index: int) -> DramPart:
