@@ -39,6 +39,7 @@ __all__ = [
     "TRAILER",
     "Engine",
     "EntryCache",
+    "EpochHold",
     "KeyCounts",
     "MailboxServer",
     "ReportReader",
@@ -66,6 +67,7 @@ __all__ = [
     "native",
     "probe_process_madvise",
     "probe_uring",
+    "protect",
     "publish_epoch",
     "row_ids_of_keys",
     "seal_pages",
@@ -110,6 +112,8 @@ def probe_process_madvise() -> int:
 # Memory shared by processes, and the epochs in it (kernels/cpu/shared_module.cpp); None where nothing was compiled.
 map_shared: Any = _serving.map_shared if native else None
 collapse: Any = _serving.collapse if native else None
+protect: Any = _serving.protect if native else None
+EpochHold: Any = _serving.EpochHold if native else None
 publish_epoch: Any = _serving.publish_epoch if native else None
 forget_before: Any = _serving.forget_before if native else None
 forget_version: Any = _serving.forget_version if native else None

@@ -42,6 +42,11 @@ BEAT_S = 1.0  # between two looks at signals and at the service manager's watchd
     "--allow-user", "users", type=int, multiple=True, metavar="UID", help="Who may attach beside you and root."
 )
 @click.option(
+    "--gpu-clients",
+    is_flag=True,
+    help="Let clients' GPUs read the static set in place; trusts them, who could write it.",
+)
+@click.option(
     "--replan", default="600", show_default=True, metavar="SECONDS", help="Between replans from traffic, or 'off'."
 )
 @click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics here.")
@@ -62,6 +67,7 @@ def command(
     placement: str | None,
     clients: int,
     users: tuple[int, ...],
+    gpu_clients: bool,
     replan: str,
     metrics: str | None,
     listen: str | None,
@@ -106,6 +112,7 @@ def command(
                 clients_max=clients,
                 allowed_users=users,
                 replan_s=_seconds_of(replan),
+                gpu_clients=gpu_clients,
                 on_progress=signals.checked(on_progress),
             )
         try:

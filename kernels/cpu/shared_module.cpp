@@ -1,8 +1,11 @@
 #include "shared_module.h"
 
 #include <pybind11/numpy.h>
+#include <pybind11/stl.h>
 
 #include <cerrno>
+#include <memory>
+#include <optional>
 #include <utility>
 
 #include <sys/mman.h>
@@ -95,11 +98,44 @@ void forget_version(py::array_t<uint8_t, py::array::c_style> control, uint64_t v
   line_of(control, version)->forget_all();
 }
 
-// How many lookups are in an epoch of either parity, by a client's block. Whatever a client wrote there.
+// How many lookups are in an epoch of either parity, by a client's block, a device's holds included. Whatever a client wrote there.
 std::pair<uint64_t, uint64_t> active_lookups(py::array_t<uint8_t, py::array::c_style> block) {
   const ClientBlock* client = ClientBlock::of(checked(block, kClientBlockBytes));
-  return {client->active[0].value.load(), client->active[1].value.load()};
+  const auto count = [client](size_t parity) { return client->active[parity].value.load() + client->held[parity].value.load(); };
+  return {count(0), count(1)};
 }
+
+// Has the kernel refuse writes to a mapping from now on.
+void protect(py::array_t<uint8_t, py::array::c_style> array) {
+  require(reinterpret_cast<uintptr_t>(array.data()) % kPageBytes == 0 && array.nbytes() % static_cast<py::ssize_t>(kPageBytes) == 0,
+          "whole pages are protected");
+  if (mprotect(const_cast<uint8_t*>(array.data()), static_cast<size_t>(array.nbytes()), PROT_READ) != 0) raise_os_error(errno);
+  py::detail::array_proxy(array.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+}
+
+// What a client holds of a version's epochs for a device's kernels, counted in its block.
+class EpochHold {
+ public:
+  EpochHold(py::array_t<uint8_t, py::array::c_style> control, uint64_t version, py::array_t<uint8_t, py::array::c_style> block)
+      : control_(std::move(control)), block_(std::move(block)) {
+    require(version >= 1 && version < uint64_t{1} << (64 - kVersionShift), "versions are 1 to 65,535");
+    require(block_.writeable(), "a client's block can be written");
+    ClientBlock* client = ClientBlock::of(checked(block_, kClientBlockBytes));
+    const EpochLine* line = EpochLine::at(checked(control_, kControlBytes), version % 2);
+    gate_ = std::make_unique<EpochGate>(line, version, &client->held[0].value, &client->held[1].value);
+  }
+
+  std::optional<uint64_t> newest() const { return gate_->newest(); }
+  std::optional<uint64_t> take() {
+    const EpochView view = gate_->hold();
+    return view.alive ? std::optional<uint64_t>(view.epoch) : std::nullopt;
+  }
+  void leave(uint64_t epoch) { gate_->leave({epoch, true}); }
+
+ private:
+  py::array_t<uint8_t, py::array::c_style> control_, block_;
+  std::unique_ptr<EpochGate> gate_;
+};
 
 }  // namespace
 
@@ -110,6 +146,13 @@ void bind_shared(py::module_& module) {
   module.def("forget_before", &forget_before, py::arg("control"), py::arg("version"), py::arg("epoch"));
   module.def("forget_version", &forget_version, py::arg("control"), py::arg("version"));
   module.def("active_lookups", &active_lookups, py::arg("block"));
+  module.def("protect", &protect, py::arg("array"));
+  py::class_<EpochHold>(module, "EpochHold")
+      .def(py::init<py::array_t<uint8_t, py::array::c_style>, uint64_t, py::array_t<uint8_t, py::array::c_style>>(), py::arg("control"),
+           py::arg("version"), py::arg("block"))
+      .def("newest", &EpochHold::newest)
+      .def("take", &EpochHold::take)
+      .def("leave", &EpochHold::leave, py::arg("epoch"));
   module.attr("CONTROL_BYTES") = kControlBytes;
 }
 

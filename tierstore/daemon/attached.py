@@ -37,6 +37,7 @@ from .protocol import Channel, close_fds
 
 if TYPE_CHECKING:
     from ..tiers.hbm.engine import HbmEngine
+    from .held_static import HeldStatic
 
 logger = logging.getLogger("tierstore")
 
@@ -44,6 +45,7 @@ DIAL_S = 5.0
 REDIAL_S = 0.1  # between tries to find the daemon again: at first,
 REDIAL_MAX_S = 1.0  # and at most
 TELL_S = 1.0  # between two messages with counters
+FOLLOW_S = 0.02  # between two looks for another static set, where a device reads that
 SEND_S = 1.0
 END_WAIT_S = 10.0
 ENGINES_MAX = 8  # that a lookup meets closed one after the other, before it gives up: they change seldom
@@ -75,7 +77,9 @@ def attach(
             f"device={device!r} is for the hbm tier: pass hbm, the bytes of its memory to use, or leave device out"
         )
     hbm_bytes = None if hbm is None else parse_bytes(hbm, "hbm")
-    backing = AttachedBacking(os.fspath(socket), io, parse_bytes(staging, "staging"), timeout_s)
+    backing = AttachedBacking(
+        os.fspath(socket), io, parse_bytes(staging, "staging"), timeout_s, on_gpu=hbm_bytes is not None
+    )
     if hbm_bytes is not None:
         try:
             backing.add_hbm(hbm_bytes, device or DEFAULT_DEVICE)
@@ -89,29 +93,45 @@ def attach(
 class AttachedBacking(Backing):
     """Keeps a store attached, in a thread: hears of other versions, tells counters, finds a daemon that went and is back."""
 
-    def __init__(self, socket: str, io: str, staging_bytes: int, timeout_s: float) -> None:
-        """Attaches; raises what `attach` raises."""
+    def __init__(self, socket: str, io: str, staging_bytes: int, timeout_s: float, *, on_gpu: bool = False) -> None:
+        """Attaches; raises what `attach` raises. on_gpu: whether `add_hbm` comes next."""
         self._socket, self._io, self._staging_bytes = socket, io, staging_bytes
         self._ended = threading.Event()
         self._told: Any = None  # the counters that a daemon was told last,
         self._told_before: Any = None  # and by connections before the one that there is now
         self._channel: Channel | None
-        self._channel, link = self._dial(timeout_s)
+        self._channel, link = self._dial(timeout_s, on_gpu=on_gpu)
         self.name = f"{link.opened.image.path} (attached by {socket})"
         self.specs, self.attachments = link.specs, link.attachments
         self._attached = AttachedEngine(link, self._relink)
         self.engine: Engine = self._attached
         self._hbm: HbmEngine | None = None
-        self._hbm_lock = threading.Lock()  # a version that comes while the tier is added waits for that
+        self._static: HeldStatic | None = None  # where a device reads the daemon's
+        self._hbm_lock = threading.Lock()  # of both: a version that comes while the tier is added waits for that
         self._start()
 
     def add_hbm(self, hbm_bytes: int, device: str) -> None:
         """Puts an hbm tier of this process above what is attached. Blocks while it is filled. Comes before the first
         lookup."""
-        from ..tiers.hbm.opening import put_above  # loads torch and triton
+        from ..tiers.hbm.device import DramPart
+        from ..tiers.hbm.opening import put_above
+        from .held_static import HeldStatic
 
         with self._hbm_lock:
-            self._hbm = put_above(self.name, self._attached, hbm_bytes, self._staging_bytes, device)
+            link, dram = self._attached.link, [DramPart() for _ in self.specs]
+            if link.is_lent:
+                self._static = HeldStatic(link)
+                dram = self._static.parts
+            else:
+                logger.warning(
+                    "%s: the daemon's static set goes to %s by way of the host; 'tierstore serve --gpu-clients' lets it be read "
+                    "where it lies, by clients that are trusted as the daemon is",
+                    self.name, device,
+                )  # fmt: skip
+            try:
+                self._hbm = put_above(self.name, self._attached, dram, hbm_bytes, self._staging_bytes, device)
+            finally:
+                link.protect_static()
             self.engine = self._hbm
             self._fill_hbm()
 
@@ -120,16 +140,27 @@ class AttachedBacking(Backing):
         with self._hbm_lock:
             if self._hbm is None:
                 return self._attached.move_to(link)
-            return self._hbm.move(lambda: self._attached.move_to(link))
+
+            def move() -> Link:
+                if self._static is not None:
+                    self._static.leave()  # no kernel reads it now
+                return self._attached.move_to(link)
+
+            return self._hbm.move(move)
 
     def _fill_hbm(self) -> None:
-        """Fills the hbm tier, if there is one, from the current placement of the store that it stands on."""
+        """Fills the hbm tier, if there is one, from the current placement of the store that it stands on, and names there
+        what the daemon's static set holds."""
         if self._hbm is None:
             return
-        image = self._attached.link.opened.image
+        link = self._attached.link
+        if self._static is not None:
+            self._static.hold(link)
+        image = link.opened.image
         now, placed = open_placement(image.path, None, direct=False)
         if placed is None:
             logger.warning("%s: hbm stays empty: no placement says what belongs there; run 'tierstore plan'", self.name)
+            self._hbm.name_records()
             return
         try:
             if now.identity != image.identity:
@@ -145,13 +176,35 @@ class AttachedBacking(Backing):
         except (TierStoreError, OSError, RuntimeError) as error:  # torch's own are RuntimeErrors
             logger.warning("%s: hbm stays empty: %s", self.name, error)
 
+    def _follow_static(self) -> None:
+        """Has the device see the daemon's newest static set, where it reads that; later where the tier is just filled."""
+        if self._static is None or not self._hbm_lock.acquire(blocking=False):
+            return
+        try:
+            if self._hbm is not None and self._static.is_behind():
+                self._static.follow(self._hbm.name_records)
+        except StoreNotReadyError:  # it is being closed
+            pass
+        finally:
+            self._hbm_lock.release()
+
+    def _leave_static(self) -> None:
+        """Holds nothing of it any more, where no kernel reads it."""
+        if not self._hbm_lock.acquire(timeout=END_WAIT_S):
+            return
+        try:
+            if self._static is not None and (self._hbm is None or self._hbm.device is None):
+                self._static.leave()
+        finally:
+            self._hbm_lock.release()
+
     def _start(self) -> None:
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="tierstore-attached", daemon=True)
         self._thread.start()
 
-    def _dial(self, timeout_s: float) -> tuple[Channel, Link]:
-        channel, layout, fds = dial(self._socket, "client", timeout_s)
+    def _dial(self, timeout_s: float, *, on_gpu: bool = False) -> tuple[Channel, Link]:
+        channel, layout, fds = dial(self._socket, "client", timeout_s, on_gpu=on_gpu)
         try:
             return channel, self._link(layout, fds)
         except BaseException:
@@ -191,7 +244,9 @@ class AttachedBacking(Backing):
                 return
             pause_s = min(2 * pause_s, REDIAL_MAX_S)
             try:
-                self._channel, link = self._dial(DIAL_S)
+                self._follow_static()  # the daemon may go on without us
+                self._channel, link = self._dial(DIAL_S, on_gpu=self._static is not None)
+                link.protect_static()
                 old = self._move_to(link)
             except Exception as error:  # the same
                 if str(error) != said and not self._ended.is_set():
@@ -211,15 +266,18 @@ class AttachedBacking(Backing):
                 told_at = time.monotonic()
                 self._tell(channel)
                 continue
+            self._follow_static()
             try:
-                message, fds = channel.receive(left_s)
+                message, fds = channel.receive(left_s if self._static is None else min(left_s, FOLLOW_S))
             except TimeoutError:
                 continue
             if "move" not in message:
                 close_fds(fds)
                 raise_error(message)
                 continue
-            old = self._move_to(self._link(message["move"], fds))
+            link = self._link(message["move"], fds)
+            link.protect_static()
+            old = self._move_to(link)
             self._attached.retire(old, READ_WAIT_S)
             channel.send({"left": old.version}, timeout_s=SEND_S)
             self._refill_hbm()
@@ -237,7 +295,7 @@ class AttachedBacking(Backing):
             self._channel.close()  # the parent's; here it would only outlive it
         self._channel = self._told = self._told_before = None
         self._ended = threading.Event()
-        self._hbm, self._hbm_lock = None, threading.Lock()  # a forked child has no device
+        self._hbm, self._static, self._hbm_lock = None, None, threading.Lock()  # a forked child has no device
         try:
             self._channel, link = self._dial(DIAL_S)
         except (TierStoreError, OSError) as error:
@@ -262,6 +320,8 @@ class AttachedBacking(Backing):
 
     def close(self) -> None:
         self._ended.set()
+        if self._pid == os.getpid():
+            self._leave_static()
         channel = self._channel
         if channel is not None and self._pid != os.getpid():
             channel.close()  # a child that never looked up: to end the connection would end its parent's

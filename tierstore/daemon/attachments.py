@@ -2,12 +2,14 @@
 
 Flows in: who attaches, leaves a version, or is gone. Flows out: a block of its own for every client and version, readers of
 what they reported, and waits until an epoch is left. Such a wait has an end, and whoever outlasts one is not waited for
-again until it has left: a client that is stopped, or lies about where it is, delays one change and no more. Any thread may
-call.
+again until it has left: a client that is stopped, or lies about where it is, delays one change and no more. But for those
+whose GPU reads the static set, who cannot find out: while one of them has not left, nothing of that is written over, nor
+when its connection is gone and its process is not. Any thread may call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -16,6 +18,7 @@ from collections import deque
 from typing import Any
 
 import numpy as np
+import psutil
 
 from .. import kernels
 from ..errors import DaemonError
@@ -25,15 +28,23 @@ from .events import event
 logger = logging.getLogger("tierstore.daemon")
 
 LEAVE_WAIT_S = 2.0  # how long a change waits for clients to leave an epoch, or a version, by themselves
+GPU_LEAVE_WAIT_S = (
+    10.0  # the same of those whose GPU reads it, who make an index of each epoch; then the change is given up
+)
 LEAVE_POLL_S = 0.001
 LAST_READERS_MAX = 64  # of clients that are gone; of more, the reports of the first are lost
 
 
 class Attachment:
-    """What one client was given: a block of its own for each version that it looks up in, reports included."""
+    """What one client was given: a block of its own for each version that it looks up in, reports included.
 
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
+    on_gpu: its kernels read the static set.
+    """
+
+    def __init__(self, pid: int, *, on_gpu: bool = False) -> None:
+        self.pid, self.on_gpu = pid, on_gpu
+        self.is_attached = True
+        self._process = psutil.Process(pid) if on_gpu else None
         self.late: set[tuple[int, int]] = (
             set()
         )  # (version, parity) that it was waited for in vain, and has not left since
@@ -62,9 +73,14 @@ class Attachment:
         """The client is gone; returns the readers of what it reported."""
         return [reader for version in list(self.blocks) for reader in self.left(version)]
 
+    def lingers(self) -> bool:
+        """Whether the static set may still be read by its GPU, though nobody hears of it any more."""
+        is_in = any(count for block in self.blocks.values() for count in kernels.active_lookups(block))
+        return is_in and self._process is not None and _is_alive(self._process)
+
     def holds(self, version: int, epoch: int, is_last: bool) -> bool:
         """Whether it says that a lookup of its is in an epoch; is_last: or may still be. Not, where it is late already."""
-        where = version, epoch % 2
+        where, is_last = (version, epoch % 2), is_last and self.is_attached
         is_in = version in self.blocks and (is_last or kernels.active_lookups(self.blocks[version])[epoch % 2] > 0)
         if not is_in:
             self.late.discard(where)
@@ -78,17 +94,18 @@ class Attachments:
         self.own = Attachment(os.getpid())
         self.waiting_for: list[int] = []  # process ids that a change waits for
         self._of: dict[object, Attachment] = {}  # by who it was that attached
+        self._lingering: list[Attachment] = []  # of clients that are gone, and perhaps not their GPUs
         self._last_readers: deque[Any] = deque(
             maxlen=LAST_READERS_MAX
         )  # of clients that are gone, not read to their end
-        self.lock = threading.RLock()  # of the two above; held by who must see no client come meanwhile
+        self.lock = threading.RLock()  # of the three above; held by who must see no client come meanwhile
 
-    def attach(self, who: object, pid: int, version: int) -> tuple[int, np.ndarray]:
+    def attach(self, who: object, pid: int, version: int, *, on_gpu: bool = False) -> tuple[int, np.ndarray]:
         """Gives a new client its block for a version; returns its descriptor, which stays ours, and its memory.
 
         Raises `DaemonError` where there is no memory or descriptor for it.
         """
-        attachment = Attachment(pid)
+        attachment = Attachment(pid, on_gpu=on_gpu)
         with self.lock:
             given = self._given(attachment, version)
             self._of[who] = attachment
@@ -120,13 +137,23 @@ class Attachments:
         """A client is gone; what it held is let go."""
         with self.lock:
             attachment = self._of.pop(who, None)
-            if attachment:
+            if attachment is None:
+                return
+            attachment.is_attached = False
+            if attachment.lingers():
+                self._lingering.append(attachment)
+            else:
                 self._last_readers += attachment.close()
 
     def clients(self) -> list[Any]:
         """Returns who is attached, as given to `attach`."""
         with self.lock:
             return list(self._of)
+
+    def is_on_gpu(self, who: object) -> bool:
+        """Whether a client's kernels read the static set."""
+        with self.lock:
+            return who in self._of and self._of[who].on_gpu
 
     def versions_of(self, who: object) -> list[int]:
         """Returns the numbers of the versions that a client may look up in."""
@@ -145,28 +172,47 @@ class Attachments:
             self._last_readers.clear()
             return taken
 
-    def wait_left(self, version: int, epoch: int, *, is_last: bool) -> None:
+    def wait_left(self, version: int, epoch: int, *, is_last: bool) -> bool:
         """Waits, a while, until nobody is in an epoch of a version; is_last: nor will be again, clients having moved on.
 
-        Whoever still is after LEAVE_WAIT_S finds out at the end of its lookup, and reads from disk what it has copied.
+        Whoever still is after LEAVE_WAIT_S finds out at the end of its lookup, and reads from disk what it has copied. Returns
+        whether what only that epoch names may be written over: not, where a GPU still reads it after GPU_LEAVE_WAIT_S.
         """
-        deadline = time.monotonic() + LEAVE_WAIT_S
+        started = time.monotonic()
         while True:
             with self.lock:
-                everybody = (self.own, *self._of.values())
+                self._forget_ended()
+                everybody = (self.own, *self._of.values(), *self._lingering)
                 held = [each for each in everybody if each.holds(version, epoch, is_last and each is not self.own)]
                 self.waiting_for = [each.pid for each in held]
             if not held:
-                return
-            if time.monotonic() > deadline:
-                event(logger, logging.WARNING, "epoch_not_left", epoch=epoch, processes=self.waiting_for)
-                for each in held:
+                return True
+            waited_s, late = time.monotonic() - started, [each for each in held if not each.on_gpu]
+            if waited_s > LEAVE_WAIT_S and late:
+                event(logger, logging.WARNING, "epoch_not_left", epoch=epoch, processes=[each.pid for each in late])
+                for each in late:
                     each.late.add((version, epoch % 2))
+            if waited_s > GPU_LEAVE_WAIT_S and not late:
+                event(logger, logging.WARNING, "epoch_read_by_gpu", epoch=epoch, processes=self.waiting_for)
+                return False
             threading.Event().wait(LEAVE_POLL_S)
+
+    def _forget_ended(self) -> None:
+        """Lets go of what lingered and does so no more."""
+        for attachment in [each for each in self._lingering if not each.lingers()]:
+            self._lingering.remove(attachment)
+            self._last_readers += attachment.close()
 
     def close(self) -> None:
         """Lets go of all."""
         with self.lock:
-            for attachment in (self.own, *self._of.values()):
+            for attachment in (self.own, *self._of.values(), *self._lingering):
                 attachment.close()
             self._of.clear()
+            self._lingering.clear()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

@@ -41,10 +41,12 @@ def dial(
     timeout_s: float = DIAL_S,
     *,
     trusted_uids: Collection[int] = (),
+    on_gpu: bool = False,
 ) -> tuple[Channel, dict[str, Any], list[int]]:
     """Connects to a daemon and says hello; returns the channel, its answer and the descriptors that came with it. Blocks.
 
-    trusted_uids: whose daemon may answer, beside our own user's and root's. The channel and the descriptors are the caller's
+    trusted_uids: whose daemon may answer, beside our own user's and root's. on_gpu: whether this process's GPU would read
+    the static set; the answer says whether it is lent for that. The channel and the descriptors are the caller's
     to close. Raises `DaemonError` where there is no daemon, it may not be reached, does not answer in time or speaks another
     version; what the daemon refuses with, by its class; `ConfigError` where the path is too long for a socket's.
     """
@@ -54,7 +56,7 @@ def dial(
         _connect(text, deadline, timeout_s, trusted_uids), MESSAGE_BYTES_MAX, send_limit=CLIENT_MESSAGE_BYTES_MAX
     )
     try:
-        hello = {"hello": PROTOCOL_VERSION, "role": role, "pid": os.getpid(), "release": VERSION}
+        hello = {"hello": PROTOCOL_VERSION, "role": role, "pid": os.getpid(), "release": VERSION, "on_gpu": on_gpu}
         with contextlib.suppress(ChannelClosed):  # it may have refused already: what it said is still to be read
             channel.send(hello, timeout_s=timeout_s)
         answer, fds = _receive(channel, text, deadline, timeout_s)

@@ -3,8 +3,8 @@
 Flows in: a store; which entries should be static; another version of the store. Flows out: shared blocks that clients map,
 an engine that reads missed entries into the recency cache, and epochs. An epoch is published when its entries and its index
 lie in memory; what only the epoch before it used is written over when clients have left that, or a while later: who is in it
-still, reads from disk what it has copied. So two epochs are alive at most, and nobody holds up a change for long. Refuses a
-version whose tables are not the same.
+still, reads from disk what it has copied. So two epochs are alive at most, and nobody holds up a change for long; but while
+a GPU reads the epoch before, nothing is changed. Refuses a version whose tables are not the same.
 
 `changes` is held by whoever changes static sets or versions; everything else may come from any thread.
 """
@@ -26,14 +26,14 @@ from .. import kernels
 from ..decisions.replan import hottest_places
 from ..decisions.shared_budget import SharedPlan, divide_shared
 from ..embedded import check_available, open_placement
-from ..errors import ConfigError, CorruptPageError, FingerprintMismatchError
+from ..errors import ConfigError, CorruptPageError, DaemonError, FingerprintMismatchError
 from ..formats.placement import UNIT_BYTES, Placement, round_up
 from ..tiers.native import NativeEngine, SharedEpochs, load_table
 from ..tiers.nvme import choose_io
 from ..tiers.placed import OnProgress, index_head, load_indexes, load_records
 from ..tiers.shared import SharedBlock
 from ..tiers.slots import StaticSlots
-from .attachments import Attachments
+from .attachments import GPU_LEAVE_WAIT_S, Attachments
 from .events import event
 from .mapped import Blocks, OpenVersion, pairs_as_tokens, recency_part, same_tables, static_parts, table_memories
 from .version import Version
@@ -58,8 +58,13 @@ class Host:
         io: str = "auto",
         placement: int | str | None = None,
         on_progress: OnProgress | None = None,
+        *,
+        gpu_clients: bool = False,
     ) -> None:
-        """As `tierstore.open`, whose errors it raises too. on_progress: (bytes there, bytes in all)."""
+        """As `tierstore.open`, whose errors it raises too. on_progress: (bytes there, bytes in all).
+
+        gpu_clients: whether clients who ask for it get the static set writable, as drivers want it that lock it for a GPU.
+        """
         if not kernels.native:
             raise ConfigError("a daemon needs the compiled kernels: install gcc or clang, then tierstore again")
         self.changes = threading.RLock()
@@ -82,7 +87,8 @@ class Host:
             )
             self._control = SharedBlock("tierstore-control", kernels.CONTROL_BYTES)
             blocks.append(self._control)
-            self._static = SharedBlock("tierstore-static", max(self.plan.static_bytes, UNIT_BYTES), progress.add)
+            static_bytes = max(self.plan.static_bytes, UNIT_BYTES)
+            self._static = SharedBlock("tierstore-static", static_bytes, progress.add, lent=gpu_clients)
             blocks.append(self._static)
             self._recency = SharedBlock("tierstore-recency", max(self.plan.recency_bytes, UNIT_BYTES), progress.add)
             blocks.append(self._recency)
@@ -185,25 +191,32 @@ class Host:
 
     # Clients
 
-    def attach(self, who: object, pid: int) -> tuple[dict[str, Any], list[int]]:
+    def attach(self, who: object, pid: int, *, on_gpu: bool = False) -> tuple[dict[str, Any], list[int]]:
         """Returns what a new client needs to map the tiers: a message, and descriptors, which stay ours.
 
-        Raises `DaemonError` where there is no memory or descriptor for its block.
+        on_gpu: its kernels would read the static set, and may, where that is lent. Raises `DaemonError` where there is no
+        memory or descriptor for its block.
         """
+        on_gpu = (
+            on_gpu and self._static.lent_fd >= 0 and pid > 0
+        )  # 0: of another PID namespace; its end would not be heard of
         with self.attachments.lock:
             version = self.current
-            given = self.attachments.attach(who, pid, version.number)
-        return self._layout(version, *given)
+            given = self.attachments.attach(who, pid, version.number, on_gpu=on_gpu)
+        return self._layout(version, *given, on_gpu=on_gpu)
 
     def move(self, who: object) -> tuple[dict[str, Any], list[int]] | None:
         """Returns the same for a client that is to move to the version served now; None where it is gone, or has moved."""
         version = self.current
-        given = self.attachments.move(who, version.number)
-        return None if given is None else self._layout(version, *given)
+        given, on_gpu = self.attachments.move(who, version.number), self.attachments.is_on_gpu(who)
+        return None if given is None else self._layout(version, *given, on_gpu=on_gpu)
 
-    def _layout(self, version: Version, block_fd: int, block: np.ndarray) -> tuple[dict[str, Any], list[int]]:
+    def _layout(
+        self, version: Version, block_fd: int, block: np.ndarray, *, on_gpu: bool = False
+    ) -> tuple[dict[str, Any], list[int]]:
         image, resident = version.opened.image, version.resident
         layout = {
+            "lent": on_gpu,
             "store": version.path,
             "identity": image.identity,
             "version": version.number,
@@ -218,7 +231,7 @@ class Host:
             "budget_bytes": self.plan.budget_bytes,
             "dram_bytes": self.plan.dram_bytes,
         }
-        shared = [self._control.fd, self._static.fd, self._recency.fd]
+        shared = [self._control.fd, self._static.lent_fd if on_gpu else self._static.fd, self._recency.fd]
         return layout, [*shared, block_fd, *([resident.fd] if resident else [])]
 
     def left(self, who: object, version: int) -> None:
@@ -243,10 +256,11 @@ class Host:
         """Writes entries into free slots, lets others go, and publishes that as the next epoch; returns how many entered.
 
         enter: by table, no more than it has free slots; leave: slots, int64, by table. Blocks: reads, and waits a while for the
-        epoch before to be left. Entries that cannot be read are left out.
+        epoch before to be left. Entries that cannot be read are left out. Raises `DaemonError` where a GPU is still in the epoch
+        before.
         """
         with self.changes:
-            self._settle()
+            self._settle_first()
             live, num_entered = {}, 0
             try:
                 for name, slots in self.slots.items():
@@ -265,22 +279,37 @@ class Host:
             self._settle()
             return num_entered
 
-    def _settle(self) -> None:
-        """Lets only the newest epoch be read, and frees what it does not name, and a version that is not served any more."""
+    def _settle_first(self) -> None:
+        """Settles what was changed before; raises `DaemonError` where that cannot be."""
+        if not self._settle():
+            processes = ", ".join(map(str, self.attachments.waiting_for))
+            raise DaemonError(
+                f"the GPU of process {processes} still reads what epoch {self.epoch - 1} holds, {GPU_LEAVE_WAIT_S:.0f} s after "
+                f"epoch {self.epoch} came; static sets stay as they are: end that process, or let it go on, then ask again"
+            )
+
+    def _settle(self) -> bool:
+        """Lets only the newest epoch be read, and frees what it does not name, and a version that is not served any more.
+
+        Returns whether that was done: not, where a GPU still reads what only the epoch before names.
+        """
         if self._settled_epoch == self.epoch:
-            return
+            return True
         if self._retiring:
-            old, self._retiring = self._retiring, None
-            self.attachments.wait_left(old.number, old.epoch, is_last=True)
+            old = self._retiring
+            if not self.attachments.wait_left(old.number, old.epoch, is_last=True):
+                return False
+            self._retiring = None
             kernels.forget_version(self._control.array, old.number)
             self.attachments.own.left(old.number)
             old.close()
-        else:
-            self.attachments.wait_left(self.current.number, self.epoch - 1, is_last=False)
+        elif not self.attachments.wait_left(self.current.number, self.epoch - 1, is_last=False):
+            return False
         kernels.forget_before(self._control.array, self.current.number, self.epoch)
         for slots in self.slots.values():
             slots.free_dead()
         self._settled_epoch = self.epoch
+        return True
 
     def _write(self, version: Version, name: str, order_index: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Reads entries of a version and writes them into free slots; returns the slots, of those that could be read."""
@@ -336,11 +365,12 @@ class Host:
         Half of the static slots go to the new version's hottest entries while clients still look up in the old; then they move.
         counts_of: (table, order index, keys) -> how often each is asked for; move: tells every
         client of the new version, by `move`. Raises what opening a store raises, and
-        `FingerprintMismatchError` where the tables are not the same; the old version is then still served.
+        `FingerprintMismatchError` where the tables are not the same, `DaemonError` where a GPU is still in the epoch before; the
+        old version is then still served.
         """
         with self.changes:
             started, old = time.monotonic(), self.current
-            self._settle()  # first: a version that is not over may still have the tag that the new one gets
+            self._settle_first()  # a version that is not over may still have the tag that the new one gets
             # Static is what is asked for now; the placement of the store itself is for what stays free.
             opened = self._open(path, "none")
             try:
@@ -352,6 +382,7 @@ class Host:
             try:
                 hot = self._hottest_half(counts_of)
                 self.change({}, {name: np.flatnonzero(slots.live & ~hot[name]) for name, slots in self.slots.items()})
+                self._settle_first()
                 live, num_warmed = {}, 0
                 for name, slots in self.slots.items():
                     wanted = np.flatnonzero(hot[name])[: slots.num_free]
@@ -365,8 +396,9 @@ class Host:
             except BaseException:
                 self.attachments.own.left(version.number)
                 version.close()
-                for slots in self.slots.values():
-                    slots.free_dead()
+                if self._settled_epoch == self.epoch:
+                    for slots in self.slots.values():
+                        slots.free_dead()
                 raise
             event(logger, logging.INFO, "version_published", version=version.number, store=path, warmed=num_warmed)
             move()

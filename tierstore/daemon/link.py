@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..tiers.native import NativeEngine, SharedEpochs
 from ..tiers.nvme import choose_io
 from ..tiers.placed import PlacementFile
 from ..tiers.shared import map_block
-from .mapped import Blocks, OpenVersion, recency_part, table_memories
+from .mapped import Blocks, OpenVersion, StaticParts, recency_part, static_parts, table_memories
 
 logger = logging.getLogger("tierstore")
 
@@ -33,13 +34,18 @@ _NOTHING = np.empty(0, dtype=np.uint8)
 
 
 class Link:
-    """A version as this process has it mapped: the engine over it, and the connection by which it came."""
+    """A version as this process has it mapped: the engine over it, and the connection by which it came.
+
+    is_lent: whether the daemon has lent its static block to this process's GPU; it may be written here then, as drivers want it
+    that lock it, until `protect_static`. static_id: the same for links whose static block is the same memory.
+    """
 
     def __init__(self, layout: Mapping[str, Any], fds: Sequence[int], io: str, staging_bytes: int) -> None:
         """Maps and opens all; the descriptors stay the caller's. Raises what `connect` raises."""
         try:
             self.version = int(layout["version"])
             self._tag, sizes = int(layout["tag"]), [int(size) for size in layout["sizes"]]
+            self.is_lent = layout.get("lent") is True
             self._shares = {name: as_share(share) for name, share in layout["tables"].items()}
             self._bad_pages = {
                 name: {int(page): str(text) for page, text in bad.items()} for name, bad in layout["bad_pages"].items()
@@ -52,10 +58,13 @@ class Link:
             raise DaemonError(
                 f"the daemon sent {len(fds)} descriptors of {len(sizes)} blocks: is it of another release?"
             )
+        writable = {"client", "static"} if self.is_lent else {"client"}
         blocks = {
-            name: map_block(fd, size, f"the {name} block", writable=name == "client")
+            name: map_block(fd, size, f"the {name} block", writable=name in writable)
             for name, fd, size in zip(_BLOCKS, fds, sizes, strict=False)
         }
+        found = os.fstat(fds[_BLOCKS.index("static")])
+        self.static_id = found.st_dev, found.st_ino
         self._choice = choose_io(io)
         direct = self._choice.mode == "uring"
         image, placed = _open(path, epoch, direct=direct)
@@ -80,6 +89,20 @@ class Link:
         except BaseException:
             self.opened.close()
             raise
+
+    def static_parts(self, name: str) -> StaticParts | None:
+        """Returns where a table's static set lies; None of one that is in memory whole."""
+        share, layout = self._shares[name], self.opened.image.tables[name]
+        return None if share.resident else static_parts(self._blocks["static"], layout, share)
+
+    def epoch_hold(self) -> Any:
+        """Returns a new `kernels.EpochHold` of this version."""
+        return kernels.EpochHold(self._blocks["control"], self.version, self._blocks["client"])
+
+    def protect_static(self) -> None:
+        """Has the kernel refuse writes to the static block, as of all others of the daemon."""
+        if self._blocks["static"].flags.writeable:
+            kernels.protect(self._blocks["static"])
 
     def _make_engine(self, shared: SharedEpochs) -> NativeEngine:
         tables, blocks = self.opened.image.tables, self._blocks

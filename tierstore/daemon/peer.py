@@ -83,7 +83,7 @@ class Peer:
 
     pid, uid, gid: as the kernel noted them when it connected. pidfd: becomes readable when that process ends, None where the
     kernel gives none, and when the peer is gone. role: "client" or "admin", None until its hello. release: of tierstore, as
-    it says. since: of `time.monotonic`, when it connected.
+    it says. on_gpu: whether it says that its GPU would read the static set. since: of `time.monotonic`, when it connected.
     """
 
     def __init__(self, sock: socket.socket, on_change: Callable[[], None]) -> None:
@@ -93,6 +93,7 @@ class Peer:
         self.pidfd = _pidfd_of(sock, self.pid)
         self.role: str | None = None
         self.release = ""
+        self.on_gpu = False
         self.since = time.monotonic()
         self.blocked_since: float | None = None  # it does not read since then
         self.active_at = self.since  # when it last sent a message, or was sent an answer

@@ -302,6 +302,7 @@ class SocketServer:
 
     def _greet(self, peer: Peer, hello: dict[str, Any]) -> None:
         role, peer.release = self._door.check_hello(peer.uid, hello)
+        peer.on_gpu = hello.get("on_gpu") is True
         self._check_room(role)
         answer, fds = self._handler.attach(peer) if role == "client" else ({}, ())
         peer.role = role

@@ -72,18 +72,19 @@ class Daemon:
         clients_max: int = CLIENTS_MAX,
         allowed_users: Collection[int] = (),
         replan_s: float | None = REPLAN_S,
+        gpu_clients: bool = False,
         on_progress: OnProgress | None = None,
     ) -> None:
         """Takes the socket's path, opens the store and warms its tiers; blocks. Raises what those raise.
 
         dram_bytes: all memory that it may take, but for what a Python process takes by itself. replan_s: between automatic
-        replans, None for none.
+        replans, None for none. gpu_clients: see `Host`.
         """
         self._started_at = time.time()
         self._state = "warming"
         self._server = SocketServer(socket, self, clients_max=clients_max, allowed_users=allowed_users)
         try:
-            self._host = Host(path, dram_bytes, io, placement, on_progress)
+            self._host = Host(path, dram_bytes, io, placement, on_progress, gpu_clients=gpu_clients)
         except BaseException:
             self._server.close()
             raise
@@ -186,7 +187,7 @@ class Daemon:
     def attach(self, peer: Peer) -> tuple[dict[str, Any], Sequence[int]]:
         """A client is there: gives it the tiers."""
         event(logger, logging.INFO, "attached", pid=peer.pid, uid=peer.uid, release=peer.release)
-        return self._host.attach(peer, peer.pid)
+        return self._host.attach(peer, peer.pid, on_gpu=peer.on_gpu)
 
     def message(self, peer: Peer, message: dict[str, Any]) -> None:
         """A client tells its counters, or that it has left a version."""
@@ -240,10 +241,13 @@ class Daemon:
 
     def _swap(self, path: str) -> dict[str, Any]:
         done = self._host.swap(Path(path), self._learner.counts_of, self._move_all)
-        filled = self._learner.replan()["entered"]  # the slots that the old version had
+        filled = 0
         try:
+            filled += self._learner.replan()["entered"]  # the slots that the old version had
             filled += self._learner.adopt(self._placed(), only_free=True)["entered"]
-        except TierStoreError as error:  # a placement that is damaged: the version is served all the same
+        except (
+            TierStoreError
+        ) as error:  # a damaged placement, a GPU in the old version: the new one is served all the same
             event(logger, logging.WARNING, "placement_not_adopted", error=error)
         return {"ok": True, **done, "filled": filled}
 
@@ -331,6 +335,7 @@ class Daemon:
             "uid": peer.uid,
             "attached_s": now - peer.since,
             "version": max(self._host.attachments.versions_of(peer), default=0),
+            "on_gpu": self._host.attachments.is_on_gpu(peer),
             "keys": hits + misses,
             "dram_hits": hits,
             "nvme_hits": misses,

@@ -2,8 +2,9 @@
 
 Flows in: sizes, descriptors. Flows out: memory. A block is a memfd, mapped writable once by its maker and then sealed
 (F_SEAL_FUTURE_WRITE, GROW, SHRINK, SEAL): whoever holds a descriptor of it, even one reopened for writing, can neither
-write it, map it writable, nor change its length under its readers. A client's own block is the other way round: the client
-may write it, and only its length is sealed. Refuses descriptors that are not sealed so: reading one could end in a signal.
+write it, map it writable, nor change its length under its readers. A block that is lent, and a client's own, may be written
+by whom its maker gives a descriptor for that: only its length is sealed. Refuses descriptors that are not sealed so: reading
+one could end in a signal.
 """
 
 from __future__ import annotations
@@ -33,21 +34,27 @@ OnBytes = Callable[[int], None]
 
 
 class SharedBlock:
-    """A block of zeros, `array` uint8 [num_bytes], that this process alone may write. `fd` is read-only, to be handed out."""
+    """A block of zeros, `array` uint8 [num_bytes], that this process alone may write. `fd` is read-only, to be handed out.
 
-    def __init__(self, name: str, num_bytes: int, on_bytes: OnBytes | None = None) -> None:
+    lent_fd: of a block that is lent, for who is trusted to map it writable; else -1.
+    """
+
+    def __init__(self, name: str, num_bytes: int, on_bytes: OnBytes | None = None, *, lent: bool = False) -> None:
         """name: as /proc shows it; num_bytes: a multiple of 4,096. Blocks until all of it is there, on huge pages if it can be.
 
         on_bytes is called with bytes as they come. Raises `BudgetError` where there is not so much memory.
         """
+        self.fd = self.lent_fd = -1
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, num_bytes)
             self.array: np.ndarray = kernels.map_shared(fd, num_bytes, writable=True)
             _bring_in(fd, self.array, name, on_bytes)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_LENGTH | _FUTURE_WRITE)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_LENGTH | (0 if lent else _FUTURE_WRITE))
             os.fchmod(fd, 0o400)
             self.fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+            if lent:
+                self.lent_fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
         except OSError as error:
             raise BudgetError(
                 f"{format_bytes(num_bytes)} ({num_bytes} bytes) of shared memory for {name}: {error.strerror or error}; "
@@ -57,10 +64,11 @@ class SharedBlock:
             os.close(fd)
 
     def close(self) -> None:
-        """Closes the descriptor; the memory goes with the last view of `array` and the last mapping elsewhere."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Closes the descriptors; the memory goes with the last view of `array` and the last mapping elsewhere."""
+        for fd in (self.fd, self.lent_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.lent_fd = -1
         self.array = np.empty(0, dtype=np.uint8)
 
 

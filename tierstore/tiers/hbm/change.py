@@ -42,8 +42,7 @@ def change_entries(
     wanted = _first_entries(file, placed, table.share.num_entries)
     present = table.in_slots()
     staying, entering = present.among(wanted), ~wanted.among(present)
-    records = table.in_records()
-    records = records[~records.among(Pairs.joined([present, wanted]))]
+    records = table.records_beside(Pairs.joined([present, wanted]))
     change = _Change(tier, table, present[staying], present[~staying], records)
     damaged = np.empty(0, dtype=np.int64)
     if placed is not None:
@@ -97,8 +96,8 @@ class _Change:
 
     def finish(self) -> None:
         """Publishes the epoch that the change was for: DRAM's records that left the slots, or never came, are named again."""
-        records, here = self._table.in_records(), Pairs.joined(self._here)
-        self._table.publish(Pairs.joined([here, records[~records.among(here)]]))
+        here = Pairs.joined(self._here)
+        self._table.publish(Pairs.joined([here, self._table.records_beside(here)]))
         self._tier.synchronize()
 
 

@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from ...errors import BudgetError, ConfigError
 from ...units import format_bytes
 from ..memory import allocate
+from .pairs import Pairs
 
 logger = logging.getLogger("tierstore")
 
@@ -31,16 +33,15 @@ GPU_SPIN_S = 1e-6  # and over PCIe, where it takes a little longer
 
 @dataclass(frozen=True)
 class DramPart:
-    """What DRAM holds of a table: rows, uint8 [bytes], where it holds all; else records of the placement, uint8 [n,
-    record_bytes].
+    """What DRAM holds of a table: rows, uint8 [bytes], where it holds all; else records, uint8 [n, record_bytes].
 
-    record_start: the first record's number in the placement file. area: the host's index of all that is placed, uint8
-    [buckets, 64], places being numbers. None: there is no such thing.
+    named: returns which records the device may read now, at their numbers, the hottest first. area: the host's index of all
+    that is placed, uint8 [buckets, 64], places being numbers in the placement file. None: there is no such thing.
     """
 
-    rows: np.ndarray | None
-    records: np.ndarray | None
-    record_start: int = 0
+    rows: np.ndarray | None = None
+    records: np.ndarray | None = None
+    named: Callable[[], Pairs] = Pairs.nothing
     area: np.ndarray | None = None
 
 

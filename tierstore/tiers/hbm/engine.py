@@ -173,6 +173,12 @@ class HbmEngine(Engine):
                 for index, layout in enumerate(self._engine.layouts)
             ]
 
+    def name_records(self) -> None:
+        """Has the device see what DRAM's records are now; returns when no kernel reads what they were before. Blocks."""
+        with self._changes_lock:
+            self._check_device()
+            self._tier.name_records()
+
     def _check_device(self) -> None:
         if not self._has_device:
             raise StoreNotReadyError(

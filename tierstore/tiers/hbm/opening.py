@@ -22,6 +22,7 @@ from ..native import NativeEngine, open_native
 from ..nvme import IoChoice, TableFiles
 from ..placed import OnProgress, PlacementFile
 from .device import DramPart, open_device
+from .pairs import Pairs
 
 if TYPE_CHECKING:
     from .engine import HbmEngine
@@ -95,11 +96,14 @@ def _fill(
             index["keys"][np.isin(index["places"], damaged)] = -1
 
 
-def put_above(what: str, engine: HostEngine, hbm_bytes: int, pinned: int, device_name: str) -> HbmEngine:
+def put_above(
+    what: str, engine: HostEngine, dram: Sequence[DramPart], hbm_bytes: int, pinned: int, device_name: str
+) -> HbmEngine:
     """Puts an empty tier of its own above an engine whose DRAM is not this process's; `change_entries` fills it.
 
-    hbm_bytes, pinned: bytes of the device, and of host memory for mailboxes. Slots are as many as fit, for whatever placement
-    comes. Raises as `open_with_hbm` does. The engine stays the caller's where that fails.
+    dram: what of that the device may read, of each table. hbm_bytes, pinned: bytes of the device, and of host memory for
+    mailboxes. Slots are as many as fit, for whatever placement comes. Raises as `open_with_hbm` does. The engine stays the
+    caller's where that fails.
     """
     device = open_device(device_name)
     from .engine import HbmEngine
@@ -107,9 +111,11 @@ def put_above(what: str, engine: HostEngine, hbm_bytes: int, pinned: int, device
 
     tables = {layout.spec.name: layout for layout in engine.layouts}
     most = {name: PLACES_MAX for name, layout in tables.items() if not layout.spec.is_plain}
-    nothing = [DramPart(None, None) for _ in tables]
-    plan = divide_hbm(tables, hbm_bytes, most, {})
-    return HbmEngine(what, engine, HbmTier(device, plan, engine.layouts, nothing, pinned))
+    static_entries = {
+        name: len(part.records) for name, part in zip(tables, dram, strict=True) if part.records is not None
+    }
+    plan = divide_hbm(tables, hbm_bytes, most, static_entries)
+    return HbmEngine(what, engine, HbmTier(device, plan, engine.layouts, dram, pinned))
 
 
 def _dram_part(engine: NativeEngine, index: int) -> DramPart:
@@ -118,10 +124,10 @@ def _dram_part(engine: NativeEngine, index: int) -> DramPart:
     if isinstance(memory.rows_or_cache, np.ndarray):
         # Rows that could not be loaded are refused by the host.
         whole = all(table != index for table, _ in engine.bad_pages)
-        return DramPart(memory.rows_or_cache[: spec.table_bytes] if whole else None, None)
+        return DramPart(memory.rows_or_cache[: spec.table_bytes] if whole else None)
     if memory.statics is None:
-        return DramPart(None, None)
-    records = memory.statics["records"]
-    return DramPart(
-        None, records if len(records) else None, memory.statics["loaded_start"], memory.statics["areas"][0][1]
-    )
+        return DramPart()
+    records, area, num_orders = memory.statics["records"], memory.statics["areas"][0][1], len(spec.orders)
+    if not len(records):
+        return DramPart(area=area)
+    return DramPart(None, records, lambda: Pairs.of_records(records, np.arange(len(records)), num_orders), area)

@@ -6,6 +6,7 @@ and for the host. Shapes: N tokens, O orders, M pairs of (token, order).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -48,8 +49,8 @@ class DeviceTable:
         at += 2 * share.index_bytes
         slots = part[at : at + share.num_slots * share.stride].view(share.num_slots, share.stride)
         self.sources = EntrySources(slots, 0, 0, 0)
-        self.records: np.ndarray | None = None  # of DRAM, where the device reads them,
-        self.record_start = 0  # from this number of the placement on
+        self._records: np.ndarray | None = None  # of DRAM, where the device reads them,
+        self._named: Callable[[], Pairs] = Pairs.nothing  # and which of them it may
         self.epoch = 0
         self.counts_of_known = np.zeros(3 * num_orders + 1, dtype=np.int64)  # as `counts`, of keys that the host knew
         # The newest epoch's index: buckets, uint8 [n, 64], and of each order the first one and how many, int64 [O, 2].
@@ -63,10 +64,9 @@ class DeviceTable:
         """Bytes of an entry."""
         return self.spec.entry_bytes
 
-    def share_records(self, records: np.ndarray, record_start: int) -> None:
-        """Lets kernels read DRAM's records, uint8 [n, record_bytes], page-locked, the first being that number of the
-        placement."""
-        self.records, self.record_start = records, record_start
+    def share_records(self, records: np.ndarray, named: Callable[[], Pairs]) -> None:
+        """Lets kernels read DRAM's records, uint8 [n, record_bytes], page-locked; named: see `DramPart`. Once."""
+        self._records, self._named = records, named
         self.sources = EntrySources(self.sources.slots, records.ctypes.data, records.shape[1], len(records))
 
     def release(self) -> None:
@@ -75,7 +75,7 @@ class DeviceTable:
         self.counts = torch.zeros(len(self.counts), dtype=torch.int64)
         self.index = DeviceIndex(nothing, nothing, nothing)
         self.sources = EntrySources(nothing.view(torch.uint8).view(0, SLOT_ALIGNMENT), 0, 0, 0)
-        self.records = None
+        self._records, self._named = None, Pairs.nothing
 
     def publish(self, pairs: Pairs) -> None:
         """Makes the next epoch's index of pairs at their places, and lets kernels and the host see it. One thread at a time.
@@ -110,13 +110,11 @@ class DeviceTable:
         )
         return pairs[pairs.places < self.num_slots]
 
-    def in_records(self) -> Pairs:
-        """What of DRAM's records the indexes have room to name, at their places, whether slots hold it too or not."""
-        if self.records is None:
-            return Pairs.nothing()
-        both = max(0, self.share.num_entries - self.record_start)  # records that slots held at first
-        more = self.records[both : both + self.share.static_entries]
-        return Pairs.of_records(more, self.num_slots + both + np.arange(len(more)), len(self.spec.orders))
+    def records_beside(self, pairs: Pairs) -> Pairs:
+        """The hottest of DRAM's records that are not among pairs, as many as the indexes have room to name, at their places."""
+        records = self._named()
+        beside = records[~records.among(pairs)][: self.share.static_entries]
+        return Pairs(beside.order_index, beside.keys, self.num_slots + beside.places)
 
     def count_known(self, keys: np.ndarray, places: np.ndarray) -> None:
         """Counts a lookup of keys that the host knows, int64 [N, O], as kernels count others."""

@@ -97,7 +97,7 @@ class HbmTier:
         """Lets the device read DRAM's records where they lie, if there are any that its indexes have room to name."""
         records = dram.records if table.share.static_entries else None
         if records is not None and self._share(table.spec, "static set", records):
-            table.share_records(records, dram.record_start)
+            table.share_records(records, dram.named)
 
     def _share_rows(self, layout: TableLayout, dram: DramPart) -> int:
         """The same for all rows of a table; returns their address, 0 where the device cannot read them."""
@@ -172,10 +172,16 @@ class HbmTier:
         return counted
 
     def clear(self) -> None:
-        """Names nothing any more, and returns when no kernel reads what was named. DRAM is not read from then on."""
+        """Names nothing any more, and returns when no kernel reads what was named."""
         for table in self.tables:
-            table.records = None
             table.publish(Pairs.nothing())
+        self.synchronize()
+
+    def name_records(self) -> None:
+        """Names what DRAM's records are now, beside what slots hold; returns when no kernel reads what they were before."""
+        for table in self.tables:
+            here = table.in_slots()
+            table.publish(Pairs.joined([here, table.records_beside(here)]))
         self.synchronize()
 
     def synchronize(self) -> None:

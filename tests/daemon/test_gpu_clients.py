@@ -1,0 +1,340 @@
+"""A daemon's static set, read in place by clients' devices: under epochs, versions, and clients and daemons that fail."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from daemon.served import KIB, Traffic, other_model, request, serving, until
+from device import DEVICE
+from stores import Model, place_some, random_keys
+
+import tierstore
+from tierstore import kernels
+from tierstore.daemon import attachments
+from tierstore.daemon.serving import Daemon
+from tierstore.store import Store
+
+NAME = "layers.1"
+KEYS = random_keys(np.random.default_rng(0), 60, distinct=40)
+DRAM, HBM = 900 * KIB, "64KiB"  # HBM holds some of the placement, the daemon's static set more
+
+
+OPTIONS = {"hbm": HBM, "device": DEVICE, "staging": "1MiB"}
+CONNECT = f"tierstore.connect(sys.argv[1], **{OPTIONS})"
+
+
+def connect(socket: Path) -> Store:
+    return tierstore.connect(socket, **OPTIONS)
+
+
+class Looker:
+    """A thread that looks the same keys up from the device without a pause; every lookup must give one version's rows."""
+
+    def __init__(self, store: Store, keys: np.ndarray, *versions: np.ndarray) -> None:
+        self.lookup = store.open_lookup(NAME, len(keys))
+        self._keys = torch.from_numpy(keys).to(DEVICE)
+        self._versions = [rows.reshape(-1) for rows in versions]
+        self.seen, self.wrong = [0] * len(versions), 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def look_up(self) -> np.ndarray:
+        out = torch.full((len(self._keys), 24, 40), 0xA5, dtype=torch.uint8, device=DEVICE)
+        self.lookup.start(self._keys, out)
+        self.lookup.finish()
+        rows: np.ndarray = out.cpu().numpy()
+        return rows
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            rows = self.look_up().reshape(-1)
+            right = [bool(np.array_equal(rows, each)) for each in self._versions]
+            self.seen = [count + one for count, one in zip(self.seen, right, strict=True)]
+            self.wrong += not any(right)
+
+    def __enter__(self) -> Looker:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(timeout=60)
+        assert not self._thread.is_alive()
+        self.lookup.check()
+        assert self.wrong == 0
+
+
+def in_records(store: Store) -> int:
+    """Keys that the device found in the static set, so far."""
+    return int(store._engine._tier.counters()[list(store.tables).index(NAME)]["records"].sum())
+
+
+def exchange(daemon: Daemon, number: int, times: int = 1) -> None:
+    """Has half of what is asked for make way for the other half in the static set, by turns; two epochs each."""
+    pairs = sorted({(order, key) for row in KEYS.tolist() for order, key in enumerate(row) if key >= 0})
+    slots = daemon._host.slots[NAME]
+    for turn in range(number, number + times):
+        held = {(int(slots.order_index[at]), int(slots.keys[at])): at for at in np.flatnonzero(slots.live).tolist()}
+        enter = [pair for pair in pairs[turn % 2 :: 2] if pair not in held]
+        leave = [at for pair, at in held.items() if pair in pairs[1 - turn % 2 :: 2]] or list(held.values())[
+            : len(enter)
+        ]
+        daemon._host.change({}, {NAME: np.array(leave, dtype=np.int64)})
+        order_index, keys = zip(*enter, strict=True)
+        entering = np.array(order_index, dtype=np.uint8), np.array(keys, dtype=np.int64)
+        room = min(len(slots.keys) - slots.num_live, slots.capacity - slots.num_live, slots.num_free)
+        daemon._host.change({NAME: (entering[0][:room], entering[1][:room])}, {})
+
+
+def held(daemon: Daemon) -> list[tuple[int, int]]:
+    """How often clients hold epochs, even ones and odd ones, by client and version."""
+    everybody = daemon._host.attachments
+    blocks = [block for each in (*everybody._of.values(), *everybody._lingering) for block in each.blocks.values()]
+    return [kernels.active_lookups(block) for block in blocks]
+
+
+@contextlib.contextmanager
+def killing(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kills a process at the end, whatever came before."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
+def mappings(daemon: Daemon) -> list[str]:
+    """The permissions of this process's mappings of the daemon's static block; the first is the daemon's."""
+    inode = str(os.fstat(daemon._host._static.fd).st_ino)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    return sorted((line[1] for line in lines if line[4] == inode and "tierstore-static" in line[5]), reverse=True)
+
+
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
+    """A store of the same hash as `placed`, with other rows. Tests must not change it."""
+    other = other_model(tmp_path_factory.mktemp("other"))
+    store = tmp_path_factory.mktemp("newer") / "store"
+    other.build(store, shard_bytes=65536)
+    place_some(store)
+    return store, other
+
+
+def test_the_device_reads_the_static_set_where_it_lies(placed: Path, model: Model, tmp_path: Path) -> None:
+    rows = model.expected(NAME, KEYS)
+    with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
+        assert daemon.stat()["clients"]["list"][0]["on_gpu"]
+        looker = Looker(store, KEYS, rows)
+        np.testing.assert_array_equal(looker.look_up(), rows)
+        explained = store[NAME].explain(KEYS)
+        assert 0 < in_records(store) <= (explained == "static").sum()
+        np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows)
+
+
+def test_without_the_operators_word_it_goes_by_way_of_the_host(
+    placed: Path, model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = model.expected(NAME, KEYS)
+    with serving(placed, tmp_path / "s", DRAM) as daemon, connect(tmp_path / "s") as store:
+        assert "--gpu-clients" in caplog.text
+        assert not daemon.stat()["clients"]["list"][0]["on_gpu"]
+        np.testing.assert_array_equal(Looker(store, KEYS, rows).look_up(), rows)
+        assert in_records(store) == 0
+
+
+def test_only_who_asks_gets_it_writable_and_only_until_it_is_locked(
+    placed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tierstore.tiers.hbm.tier as tier
+
+    while_locked: list[list[str]] = []
+
+    def lock(_device: Any, memory: np.ndarray) -> str | None:
+        if memory.base is not None and memory.nbytes:
+            while_locked.append(mappings(daemon))
+        return None
+
+    monkeypatch.setattr(tier, "lock", lock)
+    with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon:
+        assert mappings(daemon) == ["rw-s"]
+        with tierstore.connect(tmp_path / "s"):
+            assert mappings(daemon) == ["rw-s", "r--s"]
+        gc.collect()
+        with connect(tmp_path / "s") as store:
+            assert ["rw-s", "rw-s"] in while_locked
+            assert mappings(daemon) == ["rw-s", "r--s"]
+            records = store._backing._static.parts[0].records
+            child = os.fork()
+            if not child:
+                faulthandler.disable()
+                ctypes.memset(records.ctypes.data, 1, 1)  # kills it
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            assert os.waitstatus_to_exitcode(status) == -signal.SIGSEGV
+
+
+def test_epochs_pass_under_lookups(placed: Path, model: Model, tmp_path: Path) -> None:
+    rows = model.expected(NAME, KEYS)
+    with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
+        with (
+            Looker(store, KEYS, rows) as looker,
+            Traffic(store, NAME, KEYS, rows, threads=1),
+        ):
+            for number in range(6):
+                before, epoch, found = looker.seen[0], daemon._host.epoch, in_records(store)
+                exchange(daemon, number)
+                assert daemon._host.epoch > epoch
+                until(lambda before=before: looker.seen[0] > before + 2)
+                until(lambda found=found: in_records(store) > found)
+        assert daemon._host._settled_epoch == daemon._host.epoch
+
+
+def test_what_a_device_reads_is_not_written_over(
+    placed: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = model.expected(NAME, KEYS)
+    monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", 0.2)
+    monkeypatch.setattr(attachments, "LEAVE_WAIT_S", 0.1)
+    with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
+        looker = Looker(store, KEYS, rows)
+        with store._backing._hbm_lock:  # it does not see that there is another epoch
+            with pytest.raises(
+                tierstore.DaemonError, match=rf"GPU of process {os.getpid()} still reads.*end that process"
+            ):
+                exchange(daemon, 0, times=10)
+            assert daemon.stat()["epochs"]["alive"] == 2
+            with pytest.raises(tierstore.DaemonError, match="still reads"):
+                request(tmp_path / "s", "swap", store=str(placed))
+            for _ in range(3):
+                np.testing.assert_array_equal(looker.look_up(), rows)
+        exchange(daemon, 0)  # it has seen it, and left
+        exchange(daemon, 1)
+        np.testing.assert_array_equal(looker.look_up(), rows)
+        assert in_records(store) > 0
+
+
+def test_a_connection_that_is_gone_does_not_end_what_the_device_reads(
+    placed: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = model.expected(NAME, KEYS)
+    monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", 0.2)
+    with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
+        looker = Looker(store, KEYS, rows)
+        with store._backing._hbm_lock:
+            daemon._host.attachments.clients()[0].drop("for the test")
+            until(lambda: daemon._host.attachments._lingering)
+            with pytest.raises(tierstore.DaemonError, match="still reads"):
+                exchange(daemon, 0, times=10)
+            np.testing.assert_array_equal(looker.look_up(), rows)
+        until(lambda: store.stats()["attached"]["now"])  # by itself, and on the GPU again
+        until(lambda: daemon.stat()["clients"]["list"][0]["on_gpu"])
+        before = in_records(store)
+        with Looker(store, KEYS, rows):
+            until(lambda: in_records(store) > before)
+            exchange(daemon, 0, times=3)
+        assert not daemon._host.attachments._lingering
+
+
+def test_a_client_that_was_killed_holds_nothing(placed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", 0.1)
+    with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon:
+        script = f"import signal, sys, tierstore\nstore = {CONNECT}\nprint(flush=True)\nsignal.pause()"
+        client = subprocess.Popen([sys.executable, "-c", script, tmp_path / "s"], stdout=subprocess.PIPE)
+        assert client.stdout is not None
+        with client, killing(client):
+            assert client.stdout.readline() == b"\n"
+            assert sum(map(sum, held(daemon))) == 1
+            client.send_signal(signal.SIGSTOP)
+            epochs = daemon._host.epoch
+            with pytest.raises(tierstore.DaemonError, match=f"process {client.pid} still reads"):
+                exchange(daemon, 0, times=10)
+            assert daemon._host.epoch == epochs + 1
+        until(lambda: not daemon._host.attachments.clients())
+        exchange(daemon, 0, times=3)
+        assert not held(daemon)
+
+
+def test_a_closed_client_holds_nothing(placed: Path, tmp_path: Path) -> None:
+    with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon:
+        store = connect(tmp_path / "s")
+        assert sum(map(sum, held(daemon))) == 1
+        store.close()
+        until(lambda: not daemon._host.attachments.clients())
+        assert not daemon._host.attachments._lingering
+        exchange(daemon, 0)
+        exchange(daemon, 1)
+
+
+def test_versions_pass_under_lookups(placed: Path, newer: tuple[Path, Model], model: Model, tmp_path: Path) -> None:
+    rows = [each.expected(NAME, KEYS[:20]) for each in (model, newer[1])]
+    with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
+        with Looker(store, KEYS[:20], *rows) as looker:
+            for version, path in ((2, newer[0]), (3, placed), (4, newer[0])):
+                before = looker.seen[(version - 1) % 2]
+                assert request(tmp_path / "s", "swap", store=str(path))["ok"]
+                until(lambda version=version: store.stats()["attached"]["version"] == version)
+                until(lambda before=before, now=(version - 1) % 2: looker.seen[now] > before + 2)
+                found = in_records(store)
+                exchange(daemon, version)
+                until(lambda found=found: in_records(store) > found)
+        assert mappings(daemon).count("rw-s") == 1
+
+
+def test_of_another_daemon_it_goes_by_way_of_the_host(
+    placed: Path, model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = model.expected(NAME, KEYS)
+    with contextlib.ExitStack() as stack:
+        with serving(placed, tmp_path / "s", DRAM, gpu_clients=True):
+            store = stack.enter_context(connect(tmp_path / "s"))
+            looker = Looker(store, KEYS, rows)
+            looker.look_up()
+        until(lambda: not store.stats()["attached"]["now"])
+        found = in_records(store)
+        np.testing.assert_array_equal(looker.look_up(), rows)  # what is mapped already goes on to serve
+        assert in_records(store) > found
+        with serving(placed, tmp_path / "s", DRAM, gpu_clients=True):
+            until(lambda: store.stats()["attached"]["now"])
+            until(lambda: re.search("the daemon is another than before", caplog.text))
+            found = in_records(store)
+            np.testing.assert_array_equal(looker.look_up(), rows)
+            assert in_records(store) == found
+            store.close()
+
+
+def test_a_store_without_a_placement_has_what_the_daemon_has_learned(built: Path, model: Model, tmp_path: Path) -> None:
+    rows = model.expected(NAME, KEYS)
+    with serving(built, tmp_path / "s", DRAM, gpu_clients=True) as daemon:
+        exchange(daemon, 0)
+        with connect(tmp_path / "s") as attached:
+            np.testing.assert_array_equal(Looker(attached, KEYS, rows).look_up(), rows)
+            assert in_records(attached) > 0
+
+
+def test_a_forked_child_leaves_what_its_parent_holds(placed: Path, model: Model, tmp_path: Path) -> None:
+    rows = model.expected(NAME, KEYS)
+    with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
+        before = held(daemon)
+        for close in (True, False):
+            child = os.fork()
+            if not child:
+                if close:
+                    store.close()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+        assert held(daemon) == before
+        np.testing.assert_array_equal(Looker(store, KEYS, rows).look_up(), rows)
