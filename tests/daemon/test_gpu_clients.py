@@ -12,20 +12,22 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from daemon.served import KIB, Traffic, other_model, request, serving, until
+from daemon.served import KIB, WAIT_S, Traffic, other_model, request, serving, until
 from device import DEVICE
 from stores import Model, place_some, random_keys
 
 import tierstore
 from tierstore import kernels
-from tierstore.daemon import attachments
+from tierstore.daemon import attached, attachments
+from tierstore.daemon.attached import AttachedBacking
 from tierstore.daemon.serving import Daemon
 from tierstore.store import Store
 
@@ -95,10 +97,18 @@ def exchange(daemon: Daemon, number: int, times: int = 1) -> None:
             : len(enter)
         ]
         daemon._host.change({}, {NAME: np.array(leave, dtype=np.int64)})
-        order_index, keys = zip(*enter, strict=True)
-        entering = np.array(order_index, dtype=np.uint8), np.array(keys, dtype=np.int64)
-        room = min(len(slots.keys) - slots.num_live, slots.capacity - slots.num_live, slots.num_free)
-        daemon._host.change({NAME: (entering[0][:room], entering[1][:room])}, {})
+        enter = enter[: min(slots.capacity - slots.num_live, slots.num_free)]
+        order_index = np.array([order for order, _ in enter], dtype=np.uint8)
+        daemon._host.change({NAME: (order_index, np.array([key for _, key in enter], dtype=np.int64))}, {})
+
+
+def raising(error: Exception) -> Callable[[], None]:
+    """A function that raises."""
+
+    def act() -> None:
+        raise error
+
+    return act
 
 
 def held(daemon: Daemon) -> list[tuple[int, int]]:
@@ -246,7 +256,6 @@ def test_a_connection_that_is_gone_does_not_end_what_the_device_reads(
         with Looker(store, KEYS, rows):
             until(lambda: in_records(store) > before)
             exchange(daemon, 0, times=3)
-        assert not daemon._host.attachments._lingering
 
 
 def test_a_client_that_was_killed_holds_nothing(placed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,13 +277,113 @@ def test_a_client_that_was_killed_holds_nothing(placed: Path, tmp_path: Path, mo
         assert not held(daemon)
 
 
+def test_who_holds_only_after_its_connection_is_gone_is_heeded_too(
+    placed: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = model.expected(NAME, KEYS)
+    monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", 0.2)
+    with (
+        serving(placed, tmp_path / "s", DRAM, gpu_clients=True, clients_max=1) as daemon,
+        contextlib.ExitStack() as stack,
+    ):
+        fill = AttachedBacking._fill_hbm
+
+        def without_a_connection(backing: AttachedBacking) -> None:
+            fill(backing)
+            daemon._host.attachments.clients()[0].drop("for the test")
+            until(lambda: not daemon._host.attachments.clients())
+            stack.enter_context(tierstore.connect(tmp_path / "s"))  # has its place, so that it does not come back
+
+        with monkeypatch.context() as patched:
+            patched.setattr(AttachedBacking, "_fill_hbm", without_a_connection)
+            store = stack.enter_context(connect(tmp_path / "s"))
+        looker = Looker(store, KEYS, rows)
+        with store._backing._hbm_lock, pytest.raises(tierstore.DaemonError, match="still reads"):
+            exchange(daemon, 0, times=10)
+        np.testing.assert_array_equal(looker.look_up(), rows)
+        assert in_records(store) > 0
+        monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", WAIT_S)
+        exchange(daemon, 0)  # it follows all the same
+        np.testing.assert_array_equal(looker.look_up(), rows)
+
+
+def test_a_device_that_cannot_follow_keeps_what_it_has_and_tries_again(
+    placed: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = model.expected(NAME, KEYS)
+    monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", 0.2)
+    monkeypatch.setattr(attached, "TELL_S", 0.05)
+    with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
+        looker = Looker(store, KEYS, rows)
+        with monkeypatch.context() as patched:
+            patched.setattr(store._engine, "name_records", raising(RuntimeError("a graph is being captured")))
+            with pytest.raises(tierstore.DaemonError, match="still reads"):
+                exchange(daemon, 0, times=10)
+            until(lambda: "is still read: a graph is being captured" in caplog.text)
+            np.testing.assert_array_equal(looker.look_up(), rows)
+            assert sum(map(sum, held(daemon))) == 2
+        monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", WAIT_S)
+        exchange(daemon, 0, times=3)
+        monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", 0.2)
+        np.testing.assert_array_equal(looker.look_up(), rows)
+        until(lambda: sum(map(sum, held(daemon))) == 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(store._engine, "name_records", raising(RuntimeError("again")))
+            with pytest.raises(tierstore.DaemonError, match="still reads"):
+                exchange(daemon, 0, times=10)
+            store.close()
+        until(lambda: not sum(map(sum, held(daemon))))
+        exchange(daemon, 0, times=3)
+
+
+def test_a_client_that_became_another_program_holds_nothing(placed: Path, tmp_path: Path) -> None:
+    with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon:
+        script = f"import os, sys, tierstore\nstore = {CONNECT}\nos.execv('/bin/sleep', ['sleep', '600'])"
+        client = subprocess.Popen([sys.executable, "-c", script, tmp_path / "s"])
+        with client, killing(client):
+            until(lambda: Path(f"/proc/{client.pid}/comm").read_text() == "sleep\n")
+            until(lambda: not daemon._host.attachments.clients())
+            exchange(daemon, 0, times=3)
+            assert not held(daemon)
+
+
+def test_what_reconnects_without_end_leaves_nothing_behind(placed: Path, tmp_path: Path) -> None:
+    with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon:
+        script = f"import sys, tierstore\nstore = {CONNECT}\nprint(flush=True)\nsys.stdin.read()"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        client = subprocess.Popen([sys.executable, "-c", script, tmp_path / "s"], **pipes)
+        assert client.stdout is not None
+        with client, killing(client):
+            assert client.stdout.readline() == b"\n"
+            for _ in range(6):
+                (before,) = daemon._host.attachments.clients()
+                before.drop("for the test")
+                until(lambda before=before: (now := daemon._host.attachments.clients()) and now != [before])
+                until(lambda: sum(map(sum, held(daemon))) == 1)
+            assert len(daemon._host.attachments._lingering) <= 2
+            exchange(daemon, 0, times=3)
+
+
+def test_a_daemon_ends_while_it_waits_for_a_device(placed: Path, tmp_path: Path) -> None:
+    with (
+        serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon,
+        connect(tmp_path / "s") as store,
+        ThreadPoolExecutor(1) as pool,
+        store._backing._hbm_lock,
+    ):
+        change = pool.submit(exchange, daemon, 0, 10)
+        until(lambda: daemon._host.attachments.waiting_for == [os.getpid()])
+        assert daemon.close()
+        with pytest.raises(tierstore.DaemonError):
+            change.result(timeout=5)
+
+
 def test_a_closed_client_holds_nothing(placed: Path, tmp_path: Path) -> None:
     with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon:
         store = connect(tmp_path / "s")
         assert sum(map(sum, held(daemon))) == 1
         store.close()
         until(lambda: not daemon._host.attachments.clients())
-        assert not daemon._host.attachments._lingering
         exchange(daemon, 0)
         exchange(daemon, 1)
 

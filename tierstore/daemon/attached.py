@@ -87,6 +87,7 @@ def attach(
             backing.engine.close(END_WAIT_S)
             backing.close()
             raise
+    backing.start()
     return Store(backing)
 
 
@@ -107,60 +108,60 @@ class AttachedBacking(Backing):
         self.engine: Engine = self._attached
         self._hbm: HbmEngine | None = None
         self._static: HeldStatic | None = None  # where a device reads the daemon's
-        self._hbm_lock = threading.Lock()  # of both: a version that comes while the tier is added waits for that
-        self._start()
+        self._hbm_lock = threading.RLock()  # of what is held of that; reentered where a store is collected meanwhile
+        self._follow_at = 0.0  # not before that
+        self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
 
     def add_hbm(self, hbm_bytes: int, device: str) -> None:
         """Puts an hbm tier of this process above what is attached. Blocks while it is filled. Comes before the first
-        lookup."""
+        lookup, and `start`."""
         from ..tiers.hbm.device import DramPart
         from ..tiers.hbm.opening import put_above
         from .held_static import HeldStatic
 
-        with self._hbm_lock:
-            link, dram = self._attached.link, [DramPart() for _ in self.specs]
-            if link.is_lent:
-                self._static = HeldStatic(link)
-                dram = self._static.parts
-            else:
-                logger.warning(
-                    "%s: the daemon's static set goes to %s by way of the host; 'tierstore serve --gpu-clients' lets it be read "
-                    "where it lies, by clients that are trusted as the daemon is",
-                    self.name, device,
-                )  # fmt: skip
-            try:
-                self._hbm = put_above(self.name, self._attached, dram, hbm_bytes, self._staging_bytes, device)
-            finally:
-                link.protect_static()
-            self.engine = self._hbm
-            self._fill_hbm()
+        link, dram = self._attached.link, [DramPart() for _ in self.specs]
+        if link.is_lent:
+            self._static = HeldStatic(link)
+            dram = self._static.parts
+        else:
+            logger.warning(
+                "%s: the daemon's static set goes to %s by way of the host; 'tierstore serve --gpu-clients' lets it be read "
+                "where it lies, by clients that are trusted as the daemon is",
+                self.name, device,
+            )  # fmt: skip
+        try:
+            self._hbm = put_above(self.name, self._attached, dram, hbm_bytes, self._staging_bytes, device)
+        finally:
+            link.protect_static()
+        if not self._hbm.reads_records:
+            self._static = None
+        self.engine = self._hbm
+        self._fill_hbm()
+        self._hold_static()
 
     def _move_to(self, link: Link) -> Link:
         """Sends lookups through another link, from the device too; returns the old one. The hbm tier is empty then."""
-        with self._hbm_lock:
-            if self._hbm is None:
-                return self._attached.move_to(link)
+        hbm = self._hbm
+        if hbm is None:
+            return self._attached.move_to(link)
 
-            def move() -> Link:
+        def move() -> Link:
+            with self._hbm_lock:
                 if self._static is not None:
                     self._static.leave()  # no kernel reads it now
-                return self._attached.move_to(link)
+            return self._attached.move_to(link)
 
-            return self._hbm.move(move)
+        return hbm.move(move)
 
     def _fill_hbm(self) -> None:
-        """Fills the hbm tier, if there is one, from the current placement of the store that it stands on, and names there
-        what the daemon's static set holds."""
+        """Fills the hbm tier, if there is one, from the current placement of the store that it stands on."""
         if self._hbm is None:
             return
-        link = self._attached.link
-        if self._static is not None:
-            self._static.hold(link)
-        image = link.opened.image
+        image = self._attached.link.opened.image
         now, placed = open_placement(image.path, None, direct=False)
         if placed is None:
             logger.warning("%s: hbm stays empty: no placement says what belongs there; run 'tierstore plan'", self.name)
-            self._hbm.name_records()
             return
         try:
             if now.identity != image.identity:
@@ -175,16 +176,30 @@ class AttachedBacking(Backing):
             self._fill_hbm()
         except (TierStoreError, OSError, RuntimeError) as error:  # torch's own are RuntimeErrors
             logger.warning("%s: hbm stays empty: %s", self.name, error)
+        self._hold_static()
+
+    def _hold_static(self) -> None:
+        """Has the device see the static set of the version that this is attached to, where it reads that. After the tier is
+        filled, which may take long: the daemon changes nothing that is held."""
+        with self._hbm_lock:
+            if self._static is None or self._ended.is_set():
+                return
+            if not self._static.hold(self._attached.link):
+                self._static = None
+        self._follow_static()
 
     def _follow_static(self) -> None:
-        """Has the device see the daemon's newest static set, where it reads that; later where the tier is just filled."""
-        if self._static is None or not self._hbm_lock.acquire(blocking=False):
+        """Has the device see the daemon's newest static set, where it reads that."""
+        if self._static is None or time.monotonic() < self._follow_at or not self._hbm_lock.acquire(blocking=False):
             return
         try:
-            if self._hbm is not None and self._static.is_behind():
+            if self._hbm is not None and not self._ended.is_set() and self._static.is_behind():
                 self._static.follow(self._hbm.name_records)
         except StoreNotReadyError:  # it is being closed
             pass
+        except RuntimeError as error:  # torch's: a graph is being captured, for one
+            self._follow_at = time.monotonic() + TELL_S
+            logger.warning("%s: the daemon's static set of before is still read: %s", self.name, error)
         finally:
             self._hbm_lock.release()
 
@@ -198,7 +213,8 @@ class AttachedBacking(Backing):
         finally:
             self._hbm_lock.release()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Begins to hear and to tell, in a thread of its own."""
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="tierstore-attached", daemon=True)
         self._thread.start()
@@ -228,6 +244,12 @@ class AttachedBacking(Backing):
 
     def _run(self) -> None:
         """The thread: attached, until it ends or loses the daemon; then in search of it."""
+        try:
+            self._attend_always()
+        finally:
+            self._leave_static()
+
+    def _attend_always(self) -> None:
         pause_s, said = REDIAL_S, ""
         while not self._ended.is_set():
             if self._channel is not None:
@@ -247,14 +269,16 @@ class AttachedBacking(Backing):
                 self._follow_static()  # the daemon may go on without us
                 self._channel, link = self._dial(DIAL_S, on_gpu=self._static is not None)
                 link.protect_static()
-                old = self._move_to(link)
+                self._attached.retire(self._move_to(link), READ_WAIT_S)
             except Exception as error:  # the same
+                if self._channel is not None:
+                    self._channel.close()
+                    self._channel = None
                 if str(error) != said and not self._ended.is_set():
                     said = str(error)
                     logger.warning("%s: not attached yet: %s", self.name, error)
                 continue
             logger.info("%s: attached again", self.name)
-            self._attached.retire(old, READ_WAIT_S)
             self._refill_hbm()
 
     def _attend(self, channel: Channel) -> None:
@@ -280,6 +304,7 @@ class AttachedBacking(Backing):
             old = self._move_to(link)
             self._attached.retire(old, READ_WAIT_S)
             channel.send({"left": old.version}, timeout_s=SEND_S)
+            del old, link  # what they map goes now, and not with the next ones
             self._refill_hbm()
 
     def _tell(self, channel: Channel) -> None:
@@ -295,7 +320,7 @@ class AttachedBacking(Backing):
             self._channel.close()  # the parent's; here it would only outlive it
         self._channel = self._told = self._told_before = None
         self._ended = threading.Event()
-        self._hbm, self._static, self._hbm_lock = None, None, threading.Lock()  # a forked child has no device
+        self._hbm, self._static, self._hbm_lock = None, None, threading.RLock()  # a forked child has no device
         try:
             self._channel, link = self._dial(DIAL_S)
         except (TierStoreError, OSError) as error:
@@ -305,7 +330,7 @@ class AttachedBacking(Backing):
         self._attached.disown(old)
         if old.opened is not link.opened:
             old.opened.close()  # its engine was closed by the fork
-        self._start()  # last: what it moves to must not be moved away from
+        self.start()  # last: what it moves to must not be moved away from
 
     def details(self) -> dict[str, Any]:
         """See `Backing`; the memory is the daemon's, but for staging."""
@@ -329,7 +354,7 @@ class AttachedBacking(Backing):
             with contextlib.suppress(TierStoreError, TimeoutError, OSError):
                 self._tell(channel)
             channel.shutdown()
-        if threading.current_thread() is not self._thread:  # which may be the one that collects the store
+        if self._thread is not None and threading.current_thread() is not self._thread:  # which may collect the store
             self._thread.join(END_WAIT_S)
         self._attached.link.opened.close()
 

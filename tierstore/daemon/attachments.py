@@ -4,21 +4,20 @@ Flows in: who attaches, leaves a version, or is gone. Flows out: a block of its 
 what they reported, and waits until an epoch is left. Such a wait has an end, and whoever outlasts one is not waited for
 again until it has left: a client that is stopped, or lies about where it is, delays one change and no more. But for those
 whose GPU reads the static set, who cannot find out: while one of them has not left, nothing of that is written over, nor
-when its connection is gone and its process is not. Any thread may call.
+when its connection is gone and its block still mapped. Any thread may call.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from .. import kernels
 from ..errors import DaemonError
@@ -28,10 +27,10 @@ from .events import event
 logger = logging.getLogger("tierstore.daemon")
 
 LEAVE_WAIT_S = 2.0  # how long a change waits for clients to leave an epoch, or a version, by themselves
-GPU_LEAVE_WAIT_S = (
-    10.0  # the same of those whose GPU reads it, who make an index of each epoch; then the change is given up
-)
+GPU_LEAVE_WAIT_S = 60.0  # the same of those whose GPU reads it, who make an index of each; then nothing is changed
 LEAVE_POLL_S = 0.001
+LOOK_S = 0.05  # between two looks, while one waits, whether who is gone still maps its block
+BLOCK_NAME = "tierstore-client"
 LAST_READERS_MAX = 64  # of clients that are gone; of more, the reports of the first are lost
 
 
@@ -44,7 +43,6 @@ class Attachment:
     def __init__(self, pid: int, *, on_gpu: bool = False) -> None:
         self.pid, self.on_gpu = pid, on_gpu
         self.is_attached = True
-        self._process = psutil.Process(pid) if on_gpu else None
         self.late: set[tuple[int, int]] = (
             set()
         )  # (version, parity) that it was waited for in vain, and has not left since
@@ -54,7 +52,7 @@ class Attachment:
 
     def give(self, version: int) -> tuple[int, np.ndarray]:
         """Makes the block for a version; returns its descriptor, which stays ours, and its memory. Raises `OSError`."""
-        fd, block = make_client_block(f"tierstore-client-{self.pid}", kernels.CLIENT_BLOCK_BYTES)
+        fd, block = make_client_block(f"{BLOCK_NAME}-{self.pid}", kernels.CLIENT_BLOCK_BYTES)
         kernels.init_client_block(block)
         self.readers[version] = kernels.ReportReader(block)
         self.blocks[version], self._fds[version] = block, fd
@@ -74,14 +72,24 @@ class Attachment:
         return [reader for version in list(self.blocks) for reader in self.left(version)]
 
     def lingers(self) -> bool:
-        """Whether the static set may still be read by its GPU, though nobody hears of it any more."""
-        is_in = any(count for block in self.blocks.values() for count in kernels.active_lookups(block))
-        return is_in and self._process is not None and _is_alive(self._process)
+        """Whether its process may count in its blocks still, though nobody hears of it any more: it maps one."""
+        try:
+            lines = Path(f"/proc/{self.pid}/maps").read_text(errors="replace").splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        except OSError:  # it is not ours to look at
+            return True
+        inodes = {str(os.fstat(fd).st_ino) for fd in self._fds.values()}
+        return any(BLOCK_NAME in line and line.split(maxsplit=5)[4] in inodes for line in lines)
+
+    def is_in(self, version: int, epoch: int) -> bool:
+        """Whether it says that a lookup of its, or its GPU, is in an epoch."""
+        return version in self.blocks and kernels.active_lookups(self.blocks[version])[epoch % 2] > 0
 
     def holds(self, version: int, epoch: int, is_last: bool) -> bool:
-        """Whether it says that a lookup of its is in an epoch; is_last: or may still be. Not, where it is late already."""
-        where, is_last = (version, epoch % 2), is_last and self.is_attached
-        is_in = version in self.blocks and (is_last or kernels.active_lookups(self.blocks[version])[epoch % 2] > 0)
+        """The same; is_last: or may still be. Not, where it is late already."""
+        where, may_enter = (version, epoch % 2), is_last and self.is_attached and version in self.blocks
+        is_in = may_enter or self.is_in(version, epoch)
         if not is_in:
             self.late.discard(where)
         return is_in and where not in self.late
@@ -92,13 +100,14 @@ class Attachments:
 
     def __init__(self) -> None:
         self.own = Attachment(os.getpid())
-        self.waiting_for: list[int] = []  # process ids that a change waits for
+        self.ending = threading.Event()  # ends all waits
+        self._awaited: tuple[int, int, bool] | None = None  # what `wait_left` waits for, or has in vain
         self._of: dict[object, Attachment] = {}  # by who it was that attached
-        self._lingering: list[Attachment] = []  # of clients that are gone, and perhaps not their GPUs
+        self._lingering: list[Attachment] = []  # of clients with a GPU whose connection is gone
         self._last_readers: deque[Any] = deque(
             maxlen=LAST_READERS_MAX
         )  # of clients that are gone, not read to their end
-        self.lock = threading.RLock()  # of the three above; held by who must see no client come meanwhile
+        self.lock = threading.RLock()  # of the four above; held by who must see no client come meanwhile
 
     def attach(self, who: object, pid: int, version: int, *, on_gpu: bool = False) -> tuple[int, np.ndarray]:
         """Gives a new client its block for a version; returns its descriptor, which stays ours, and its memory.
@@ -107,6 +116,7 @@ class Attachments:
         """
         attachment = Attachment(pid, on_gpu=on_gpu)
         with self.lock:
+            self._forget_ended()
             given = self._given(attachment, version)
             self._of[who] = attachment
             return given
@@ -140,10 +150,11 @@ class Attachments:
             if attachment is None:
                 return
             attachment.is_attached = False
-            if attachment.lingers():
+            if attachment.on_gpu:
                 self._lingering.append(attachment)
             else:
                 self._last_readers += attachment.close()
+            self._forget_ended()
 
     def clients(self) -> list[Any]:
         """Returns who is attached, as given to `attach`."""
@@ -176,18 +187,22 @@ class Attachments:
         """Waits, a while, until nobody is in an epoch of a version; is_last: nor will be again, clients having moved on.
 
         Whoever still is after LEAVE_WAIT_S finds out at the end of its lookup, and reads from disk what it has copied. Returns
-        whether what only that epoch names may be written over: not, where a GPU still reads it after GPU_LEAVE_WAIT_S.
+        whether what only that epoch names may be written over: not, where a GPU still reads it after GPU_LEAVE_WAIT_S, nor
+        when `ending` is set.
         """
-        started = time.monotonic()
+        started = looked = time.monotonic()
         while True:
             with self.lock:
-                self._forget_ended()
-                everybody = (self.own, *self._of.values(), *self._lingering)
-                held = [each for each in everybody if each.holds(version, epoch, is_last and each is not self.own)]
-                self.waiting_for = [each.pid for each in held]
-            if not held:
-                return True
-            waited_s, late = time.monotonic() - started, [each for each in held if not each.on_gpu]
+                if time.monotonic() > looked + LOOK_S:
+                    self._forget_ended()
+                    looked = time.monotonic()
+                self._awaited = version, epoch, is_last
+                held = self._awaited_of()
+                if not held:
+                    self._awaited = None
+                    return True
+            waited_s = time.monotonic() - started
+            late = [each for each in held if not (each.on_gpu and each.is_in(version, epoch))]
             if waited_s > LEAVE_WAIT_S and late:
                 event(logger, logging.WARNING, "epoch_not_left", epoch=epoch, processes=[each.pid for each in late])
                 for each in late:
@@ -195,7 +210,26 @@ class Attachments:
             if waited_s > GPU_LEAVE_WAIT_S and not late:
                 event(logger, logging.WARNING, "epoch_read_by_gpu", epoch=epoch, processes=self.waiting_for)
                 return False
-            threading.Event().wait(LEAVE_POLL_S)
+            if self.ending.wait(LEAVE_POLL_S):
+                return False
+
+    def is_read_by_gpu(self, version: int, epoch: int) -> bool:
+        """Whether a GPU is in an epoch of a version."""
+        with self.lock:
+            return any(each.on_gpu and each.is_in(version, epoch) for each in (*self._of.values(), *self._lingering))
+
+    @property
+    def waiting_for(self) -> list[int]:
+        """Process ids that a change waits for, or has waited for in vain and that have not left since."""
+        with self.lock:
+            return [each.pid for each in self._awaited_of()]
+
+    def _awaited_of(self) -> list[Attachment]:
+        if self._awaited is None:
+            return []
+        version, epoch, is_last = self._awaited
+        everybody = (self.own, *self._of.values(), *self._lingering)
+        return [each for each in everybody if each.holds(version, epoch, is_last and each is not self.own)]
 
     def _forget_ended(self) -> None:
         """Lets go of what lingered and does so no more."""
@@ -210,9 +244,3 @@ class Attachments:
                 attachment.close()
             self._of.clear()
             self._lingering.clear()
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False

@@ -1,7 +1,7 @@
 """The static set of a daemon as a GPU of this process reads it: in place, held at an epoch, and moved along to the next.
 
 Flows in: a link whose static block the daemon has lent. Flows out: what an hbm tier needs of it (`DramPart`), and the word that
-another epoch is there. The daemon writes over nothing that a held epoch names, until this process has ended, so that kernels,
+another epoch is there. The daemon writes over nothing that a held epoch names while its block is mapped here, so that kernels,
 which cannot look afterwards whether what they copied was still that, need not. Versions of one daemon share the block; of
 another daemon nothing is held, since captured graphs know the block by its address. One thread at a time.
 """
@@ -34,7 +34,9 @@ class HeldStatic:
 
         self._block_id = link.static_id
         self._link = link
-        self._held: tuple[Any, int] | None = None  # the version's `EpochHold`, and the epoch
+        self._hold: Any = None  # the version's `EpochHold`,
+        self._epochs: list[int] = []  # what is held by it, the newest last,
+        self._seen: int | None = None  # and which of these kernels see
         self.parts: list[DramPart] = []
         for name in link.opened.image.tables:
             parts = link.static_parts(name)
@@ -42,64 +44,68 @@ class HeldStatic:
                 DramPart() if parts is None else DramPart(None, parts.records, partial(self._named, name))
             )
 
-    def hold(self, link: Link) -> None:
-        """Holds the newest epoch of a link's version; nothing where its block is another, or the version is served no more.
+    def hold(self, link: Link) -> bool:
+        """Holds the newest epoch of a link's version, which `follow` lets kernels see; nothing where that is served no more.
 
-        Nothing is held before.
+        Returns whether the link's block is the one that is locked here: else nothing is ever held again.
         """
+        assert not self._epochs, "it has left what was held before"
         if link.static_id != self._block_id or not link.is_lent:
             logger.warning(
                 "%s: the daemon is another than before: its static set goes to the device by way of the host until the store "
                 "is connected anew",
                 link.opened.image.path,
             )
-            return
-        self._link = link
-        hold = link.epoch_hold()
-        epoch = hold.take()
-        self._held = None if epoch is None else (hold, epoch)
+            return False
+        self._link, self._hold = link, link.epoch_hold()
+        self._take()
+        return True
 
     def is_behind(self) -> bool:
-        """Whether there is an epoch that `follow` would move to."""
-        if self._held is None:
-            return False
-        hold, epoch = self._held
-        return hold.newest() not in (None, epoch)
+        """Whether `follow` has something to do."""
+        return bool(self._epochs) and (self._seen != self._epochs[-1] or self._is_newer())
 
     def follow(self, rename: Callable[[], None]) -> None:
-        """Holds the newest epoch too, calls `rename`, which returns when no kernel reads the one before, and leaves that."""
-        if self._held is None:
-            return
-        hold, before = self._held
-        epoch = hold.take()
-        if epoch is None:  # the version is over: another one comes
-            return
-        self._held = hold, epoch
+        """Holds the newest epoch too, calls `rename`, which returns when kernels see that and none before, and leaves those.
+
+        Where `rename` raises, all stay held.
+        """
+        if self._epochs and self._is_newer():
+            self._take()
         rename()
-        hold.leave(before)
+        self._seen = self._epochs[-1] if self._epochs else None  # a store that is collected meanwhile leaves all
+        while len(self._epochs) > 1:
+            self._hold.leave(self._epochs.pop(0))
 
     def leave(self) -> None:
         """Holds nothing any more. No kernel may read what was held."""
-        if self._held is not None:
-            hold, epoch = self._held
-            self._held = None
-            hold.leave(epoch)
+        while self._epochs:
+            self._hold.leave(self._epochs.pop())
+        self._hold = None  # it maps the block, as long as which is mapped the daemon heeds it
 
-    def _named(self, name: str) -> Pairs:
-        """What the held epoch names of a table, at their slots, which a placement fills hottest first."""
+    def _is_newer(self) -> bool:
+        return self._hold.newest() not in (None, self._epochs[-1])
+
+    def _take(self) -> None:
+        epoch = self._hold.take()
+        if epoch is not None:  # else the version is over, and another one comes
+            self._epochs.append(epoch)
+
+    def _named(self, name: str, count: int) -> Pairs:
+        """What the newest held epoch names of a table, at their slots, `count` at most.
+
+        A placement fills slots hottest first; what replans bring in lies where there was room.
+        """
         from ..tiers.hbm.pairs import Pairs
 
-        if self._held is None:
+        if not self._epochs:
             return Pairs.nothing()
-        parts, parity = self._link.static_parts(name), self._held[1] % 2
+        parts, parity = self._link.static_parts(name), self._epochs[-1] % 2
         assert parts is not None
         head = parts.heads[parity].view(kernels.INDEX_HEAD)[0]
-        pairs = Pairs.joined(
-            [
-                Pairs.of_index(order, parts.areas[parity][start : start + count])
-                for order, (start, count) in enumerate(zip(head["bucket_start"], head["num_buckets"], strict=True))
-                if count
-            ]
-            or [Pairs.nothing()]
-        )
-        return pairs[np.argsort(pairs.places)]
+        found = [Pairs.nothing()]
+        for order, (start, length) in enumerate(zip(head["bucket_start"], head["num_buckets"], strict=True)):
+            if length:
+                found.append(Pairs.of_index(order, parts.areas[parity][start : start + length]))
+        pairs = Pairs.joined(found)
+        return pairs[np.argsort(pairs.places)[:count]]

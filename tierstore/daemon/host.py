@@ -284,8 +284,9 @@ class Host:
         if not self._settle():
             processes = ", ".join(map(str, self.attachments.waiting_for))
             raise DaemonError(
-                f"the GPU of process {processes} still reads what epoch {self.epoch - 1} holds, {GPU_LEAVE_WAIT_S:.0f} s after "
-                f"epoch {self.epoch} came; static sets stay as they are: end that process, or let it go on, then ask again"
+                f"the GPU of process {processes} still reads what epoch {self.epoch - 1} holds, though epoch {self.epoch} was "
+                f"there for {GPU_LEAVE_WAIT_S:.0f} s and more; nothing more is changed: end that process, or let it go on, then "
+                f"ask again"
             )
 
     def _settle(self) -> bool:
@@ -299,8 +300,10 @@ class Host:
             old = self._retiring
             if not self.attachments.wait_left(old.number, old.epoch, is_last=True):
                 return False
-            self._retiring = None
             kernels.forget_version(self._control.array, old.number)
+            if self.attachments.is_read_by_gpu(old.number, old.epoch):  # of one that had neither left nor held anything
+                return False
+            self._retiring = None
             self.attachments.own.left(old.number)
             old.close()
         elif not self.attachments.wait_left(self.current.number, self.epoch - 1, is_last=False):
@@ -430,8 +433,13 @@ class Host:
             hot[name] &= slots.live
         return hot
 
+    def end_waits(self) -> None:
+        """Has nobody wait for clients any more: what would be changed is given up."""
+        self.attachments.ending.set()
+
     def close(self) -> None:
         """Ends the daemon's own lookups and closes files and descriptors. Clients keep what they mapped."""
+        self.end_waits()
         if not self.changes.acquire(timeout=CLOSE_WAIT_S):
             event(logger, logging.ERROR, "change_does_not_end", seconds=CLOSE_WAIT_S)
             return

@@ -151,6 +151,7 @@ class Daemon:
     def close(self) -> bool:
         """Says goodbye to clients, who go on by themselves, and ends. Blocks; returns whether all ended in time."""
         self._state = "draining"
+        self._host.end_waits()
         if self._metrics:
             self._metrics.close()
         if self._remote:

@@ -35,13 +35,14 @@ GPU_SPIN_S = 1e-6  # and over PCIe, where it takes a little longer
 class DramPart:
     """What DRAM holds of a table: rows, uint8 [bytes], where it holds all; else records, uint8 [n, record_bytes].
 
-    named: returns which records the device may read now, at their numbers, the hottest first. area: the host's index of all
-    that is placed, uint8 [buckets, 64], places being numbers in the placement file. None: there is no such thing.
+    named: returns which records the device may read now, so many at most, at their numbers, the hottest first. area: the
+    host's index of all that is placed, uint8 [buckets, 64], places being numbers in the placement file. None: there is no such
+    thing.
     """
 
     rows: np.ndarray | None = None
     records: np.ndarray | None = None
-    named: Callable[[], Pairs] = Pairs.nothing
+    named: Callable[[int], Pairs] = Pairs.nothing
     area: np.ndarray | None = None
 
 

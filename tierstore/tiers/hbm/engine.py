@@ -173,6 +173,11 @@ class HbmEngine(Engine):
                 for index, layout in enumerate(self._engine.layouts)
             ]
 
+    @property
+    def reads_records(self) -> bool:
+        """Whether the device reads DRAM's records of any table."""
+        return any(table.reads_records for table in self._tier.tables)
+
     def name_records(self) -> None:
         """Has the device see what DRAM's records are now; returns when no kernel reads what they were before. Blocks."""
         with self._changes_lock:

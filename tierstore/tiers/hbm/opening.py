@@ -130,4 +130,8 @@ def _dram_part(engine: NativeEngine, index: int) -> DramPart:
     records, area, num_orders = memory.statics["records"], memory.statics["areas"][0][1], len(spec.orders)
     if not len(records):
         return DramPart(area=area)
-    return DramPart(None, records, lambda: Pairs.of_records(records, np.arange(len(records)), num_orders), area)
+
+    def named(count: int) -> Pairs:
+        return Pairs.of_records(records[:count], np.arange(len(records[:count])), num_orders)
+
+    return DramPart(None, records, named, area)

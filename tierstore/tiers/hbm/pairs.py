@@ -29,8 +29,8 @@ class Pairs:
         return Pairs(self.order_index[which], self.keys[which], self.places[which])
 
     @classmethod
-    def nothing(cls) -> Pairs:
-        """No pairs."""
+    def nothing(cls, _: int = 0) -> Pairs:
+        """No pairs, however many were asked for."""
         return cls(*(np.empty(0, dtype=np.int64) for _ in range(3)))
 
     @classmethod

@@ -50,7 +50,7 @@ class DeviceTable:
         slots = part[at : at + share.num_slots * share.stride].view(share.num_slots, share.stride)
         self.sources = EntrySources(slots, 0, 0, 0)
         self._records: np.ndarray | None = None  # of DRAM, where the device reads them,
-        self._named: Callable[[], Pairs] = Pairs.nothing  # and which of them it may
+        self._named: Callable[[int], Pairs] = Pairs.nothing  # and which of them it may
         self.epoch = 0
         self.counts_of_known = np.zeros(3 * num_orders + 1, dtype=np.int64)  # as `counts`, of keys that the host knew
         # The newest epoch's index: buckets, uint8 [n, 64], and of each order the first one and how many, int64 [O, 2].
@@ -64,7 +64,7 @@ class DeviceTable:
         """Bytes of an entry."""
         return self.spec.entry_bytes
 
-    def share_records(self, records: np.ndarray, named: Callable[[], Pairs]) -> None:
+    def share_records(self, records: np.ndarray, named: Callable[[int], Pairs]) -> None:
         """Lets kernels read DRAM's records, uint8 [n, record_bytes], page-locked; named: see `DramPart`. Once."""
         self._records, self._named = records, named
         self.sources = EntrySources(self.sources.slots, records.ctypes.data, records.shape[1], len(records))
@@ -110,9 +110,14 @@ class DeviceTable:
         )
         return pairs[pairs.places < self.num_slots]
 
+    @property
+    def reads_records(self) -> bool:
+        """Whether kernels read DRAM's records."""
+        return self._records is not None
+
     def records_beside(self, pairs: Pairs) -> Pairs:
         """The hottest of DRAM's records that are not among pairs, as many as the indexes have room to name, at their places."""
-        records = self._named()
+        records = self._named(self.share.static_entries + len(pairs))
         beside = records[~records.among(pairs)][: self.share.static_entries]
         return Pairs(beside.order_index, beside.keys, self.num_slots + beside.places)
 
