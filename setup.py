@@ -1,19 +1,24 @@
 """The extension module only; everything else is in setup.cfg.
 
-The extension is optional: where no C++ compiler is found, the NumPy reference serves, with a warning.
+The extension is optional: where no C++ compiler is found, the NumPy reference serves, with a warning. Files are compiled side by
+side, one a core. An optimisation level in CXXFLAGS stands: what only tries the build out need not wait for -O3.
 """
 
+import os
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
+
+OPTIMIZED = [] if "-O" in os.environ.get("CXXFLAGS", "") else ["-O3"]
 
 extension = Pybind11Extension(
     "tierstore.kernels._cpu",
     sorted(glob("kernels/cpu/*.cpp")),
     depends=sorted(glob("kernels/cpu/*.h")),
     cxx_std=17,
-    extra_compile_args=["-O3", "-Wall", "-Wextra"],
+    extra_compile_args=[*OPTIMIZED, "-Wall", "-Wextra"],
     optional=True,
 )
-setup(ext_modules=[extension])
+with ParallelCompile(default=len(os.sched_getaffinity(0))):
+    setup(ext_modules=[extension])
