@@ -44,11 +44,13 @@ def prediction_intervals(
     num_tokens = min(num_tokens, STREAMS_MAX * int(document_tokens.sum()))
     estimate = _rates(hits.sum(axis=0), accesses.sum(axis=0))
     off = _left_out(hits - accesses * estimate, accesses)
-    differences = np.empty((RESAMPLES, num_quantities))
+    both = np.concatenate([off, accesses], axis=1)
+    of_own, of_other = np.empty((2, RESAMPLES, 2 * num_quantities))
     for place in range(RESAMPLES):
         own = np.bincount(generator.integers(num_documents, size=num_documents), minlength=num_documents)
-        other = _stream_weights(document_tokens, num_tokens, generator)
-        differences[place] = _rates(other @ off, other @ accesses) - _rates(own @ off, own @ accesses)
+        of_own[place] = own @ both
+        of_other[place] = _stream_weights(document_tokens, num_tokens, generator) @ both
+    differences = _rates(*np.split(of_other, 2, axis=1)) - _rates(*np.split(of_own, 2, axis=1))
     low, high = np.quantile(differences, [TAIL, 1 - TAIL], axis=0) * _widening(document_tokens)
     return np.clip(estimate + low, 0, 1), np.clip(estimate + high, 0, 1)
 
@@ -71,18 +73,19 @@ def _widening(document_tokens: np.ndarray) -> float:
 
 
 def _rates(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
-    return np.divide(parts, wholes, out=np.zeros(len(parts)), where=wholes > 0)
+    return np.divide(parts, wholes, out=np.zeros(parts.shape), where=wholes > 0)
 
 
 def _stream_weights(document_tokens: np.ndarray, num_tokens: int, generator: np.random.Generator) -> np.ndarray:
     """How often each document is in a stream of drawn documents, float [D]; the last one is in it in part."""
-    num_documents = len(document_tokens)
-    drawn = np.zeros(0, dtype=np.int64)
-    lengths = np.zeros(0, dtype=np.int64)
-    while lengths.sum() < num_tokens:
-        more = 1 + int((num_tokens - lengths.sum()) / document_tokens.mean())
-        drawn = np.append(drawn, generator.integers(num_documents, size=more))
-        lengths = document_tokens[drawn]
-    ends = np.cumsum(lengths)
-    parts = np.clip((num_tokens - (ends - lengths)) / np.maximum(lengths, 1), 0, 1)
-    return np.bincount(drawn, weights=parts, minlength=num_documents)
+    num_documents, mean_tokens = len(document_tokens), document_tokens.sum() / len(document_tokens)
+    drawn, ends = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    while ends[-1] < num_tokens:
+        more = 1 + int((num_tokens - ends[-1]) / mean_tokens)
+        drawn = np.concatenate([drawn, generator.integers(num_documents, size=more)])
+        ends = document_tokens[drawn].cumsum()
+    last = int(ends.searchsorted(num_tokens))  # the first document to end there or later
+    weights = np.bincount(drawn[:last], minlength=num_documents).astype(np.float64)
+    cut = document_tokens[drawn[last]]
+    weights[drawn[last]] += (num_tokens - (ends[last] - cut)) / cut
+    return weights
