@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import mmap
 import os
 import signal
@@ -10,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,9 +148,10 @@ def test_of_many_threads_every_report_is_taken_once_lost_or_dropped(num_threads:
 CLIENT = """
 import mmap, select, sys
 import numpy as np
-sys.path[:0] = [{tests!r}]
-from test_reports_kernel import told
 from tierstore import kernels
+from tierstore.kernels import REPORT
+FACTOR = {factor}
+{told}
 descriptor, start, batch = map(int, sys.argv[1:])
 block = np.frombuffer(mmap.mmap(descriptor, kernels.CLIENT_BLOCK_BYTES), dtype=np.uint8)
 writer, count = kernels.ReportWriter(block), 0
@@ -162,19 +163,22 @@ print(count)
 
 
 def start_client(descriptor: int, start: int, batch: int) -> subprocess.Popen[str]:
-    code = CLIENT.format(tests=str(Path(__file__).parent))
+    code = CLIENT.format(factor=FACTOR, told=inspect.getsource(told))  # importing this file would load all of pytest
     arguments = [sys.executable, "-c", code, *(str(number) for number in (descriptor, start, batch))]
     return subprocess.Popen(arguments, pass_fds=[descriptor], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def take_until(reader: kernels.ReportReader, wanted: int) -> np.ndarray:
-    """Takes so many reports or more, while they come; fails where none have for WAIT_S."""
+    """Takes so many reports or more, while they come; fails where they have not in WAIT_S. Until the first, writers start."""
     parts, out, num_taken = [], np.zeros(NUM_RECORDS, dtype=REPORT), 0
-    deadline = time.monotonic() + WAIT_S
+    deadline, pause = time.monotonic() + WAIT_S, threading.Event()
     while num_taken < wanted:
         assert time.monotonic() < deadline, f"{num_taken:,} of {wanted:,} reports came in {WAIT_S} s"
-        parts.append(out[: reader.take(out)].copy())
-        num_taken += len(parts[-1])
+        if count := reader.take(out):
+            parts.append(out[:count].copy())
+            num_taken += count
+        elif not parts:
+            pause.wait(0.001)
     return np.concatenate(parts)
 
 

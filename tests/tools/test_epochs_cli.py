@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,19 @@ from tierstore.formats.catalog import read_catalog
 DRAM = 16 << 20
 
 
-@pytest.fixture
-def planned(text: TextStore, own: Path) -> Path:
-    """A store with epochs 1 to 3, of ever more DRAM."""
+@pytest.fixture(scope="module")
+def with_epochs(text: TextStore, tmp_path_factory: pytest.TempPathFactory) -> TextStore:
+    """A store with epochs 1 to 3, of ever more DRAM. Tests must not change it; see `planned`."""
+    store = text.copy(tmp_path_factory.mktemp("epochs") / "planned.tier")
     for number in (1, 2, 3):
-        good("plan", own, text.profile, "--dram", number * DRAM)
-    return own
+        good("plan", store, text.profile, "--dram", number * DRAM)
+    return replace(text, store=store)
+
+
+@pytest.fixture
+def planned(with_epochs: TextStore, tmp_path: Path) -> Path:
+    """A store with those epochs, to be chosen and pruned; its files are links, to be replaced and not written to."""
+    return with_epochs.copy(tmp_path / "own.tier")
 
 
 def epoch_of(store: Path) -> int | None:
@@ -96,7 +104,9 @@ def test_a_pruned_epoch_serves_the_store_that_has_it_open_and_no_other(planned: 
 
 def test_a_damaged_epoch_is_listed_with_what_is_wrong_and_can_be_pruned(planned: Path) -> None:
     file = planned / "placements/00000001.placement"
-    file.write_bytes(file.read_bytes()[:-4096])
+    cut = file.read_bytes()[:-4096]
+    file.unlink()
+    file.write_bytes(cut)
     first = good_json("epochs", planned)[0]
     assert f"{file.stat().st_size} bytes on disk, the catalog says {first['num_bytes']}" in first["problem"]
     assert str(file.stat().st_size) in good("epochs", planned).stdout
