@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,11 @@ def check(program: Path, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The lookup path, compiled."""
+    """The lookup path, compiled, a file a core at a time."""
     folder = tmp_path_factory.mktemp("cpp")
-    compile_cpp(folder, "-c", *(str(path) for path in CPU.glob("*.cpp") if not path.name.endswith(BINDINGS)))
+    files = [str(path) for path in CPU.glob("*.cpp") if not path.name.endswith(BINDINGS)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(lambda file: compile_cpp(folder, "-c", file), files))
     return list(folder.glob("*.o"))
 
 

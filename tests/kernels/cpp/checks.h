@@ -62,3 +62,31 @@ bool run_and_kill(const Work& work, long steps) {
   waitpid(child, &status, 0);
   return !ended;
 }
+
+// Runs `work` in a child and stops it before its first instruction and after each for `look`: shared memory is then what it would
+// be, had the child been killed there. As sure as `run_and_kill` after 0, 1, 2 .. steps, without running all of them again for the
+// next. Returns how many instructions there were.
+template <typename Work, typename Look>
+long look_after_each_instruction(const Work& work, const Look& look) {
+  const pid_t child = fork();
+  if (child == 0) {
+    ptrace(PTRACE_TRACEME, 0, nullptr, nullptr);
+    raise(SIGSTOP);
+    work();
+    raise(SIGSTOP);
+    _exit(0);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  long steps = 0;
+  for (bool ended = false; !ended; ++steps) {
+    look();
+    if (ptrace(PTRACE_SINGLESTEP, child, nullptr, nullptr) != 0) std::exit(kNotAllowed);
+    waitpid(child, &status, 0);
+    ended = !WIFSTOPPED(status) || WSTOPSIG(status) != SIGTRAP;
+  }
+  look();
+  kill(child, SIGKILL);
+  waitpid(child, &status, 0);
+  return steps;
+}
