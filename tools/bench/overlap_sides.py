@@ -28,6 +28,7 @@ from .pairs import SUBJECT, Comparison, Figure, Options, Result, interleave
 SEQUENCES = 64
 CONTEXT_TOKENS = 128  # in the cache of each sequence that decodes
 STEPS = 5  # decode steps of a side in a round
+CASES_MAX = 8  # each has a part of the text for itself
 PROMPT_TOKENS, CHUNK_TOKENS = 2048, 512  # prefill goes in chunks, as in serving engines
 HISTORY = 3  # tokens before, one less than the largest order
 LEAST_RATIO = 0.97
@@ -63,6 +64,7 @@ class Sides:
         whole = stack.enter_context(open_store(tables.path, whole_bytes, device, hbm_bytes, without))
         page_cache.drop(tables.files)
         layers = tables.spec.layers
+        self._cases = 0
         self.sides: dict[str, Sequence[torch.nn.Module]] = {
             SUBJECT: [TieredEmbedding(self.store, layer, tables.spec) for layer in layers],
             RESIDENT: tables.resident(device),
@@ -76,6 +78,7 @@ class Sides:
     def decode(self, name: str, model: Model, text: np.ndarray) -> None:
         """Adds what one token a step of many sequences costs; the sequences stand far apart in the text."""
         sequences = self.options.tokens or SEQUENCES
+        text = self._fresh(text, sequences)
         cache = Cache(model.shape, sequences, CONTEXT_TOKENS, model.tokens.weight)
         feeds = [Feed.of_sequences(text, sequences, CONTEXT_TOKENS, HISTORY, self.device) for _ in range(2)]
         self._compare(f"{name}, decode, {sequences} sequences", model, cache, feeds, STEPS, sequences)
@@ -83,9 +86,18 @@ class Sides:
     def prefill(self, name: str, model: Model, text: np.ndarray) -> None:
         """Adds what a prompt costs."""
         tokens = min(PROMPT_TOKENS, len(text) // 2)
+        text = self._fresh(text, 1)
         cache = Cache(model.shape, 1, tokens, model.tokens.weight)
         feeds = [Feed.of_prompts(text, tokens, CHUNK_TOKENS, HISTORY, self.device) for _ in range(2)]
         self._compare(f"{name}, prefill of {tokens:,} tokens", model, cache, feeds, 1, tokens)
+
+    def _fresh(self, text: np.ndarray, sequences: int) -> np.ndarray:
+        """Returns the text turned, so that `sequences` of it begin where those of no case before did.
+
+        What those looked up lies in the store's cache.
+        """
+        self._cases += 1
+        return np.roll(text, -(self._cases % CASES_MAX) * (len(text) // sequences // CASES_MAX))
 
     def _compare(self, case: str, model: Model, cache: Cache, feeds: list[Feed], steps: int, tokens: int) -> None:
         """Compares the sides' logits, then their times; the sides take turns at every step, and a round is `steps` of

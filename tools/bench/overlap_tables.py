@@ -37,8 +37,8 @@ from . import stores
 from .real_text import RealText
 
 BLOCK_FILE = "finite-block.bin"
-PACKED_PART = (
-    4  # entries packed on NVMe, one read each instead of one a row, take this part of the tables' bytes once more
+PACKED_FACTOR = (
+    1  # entries packed on NVMe, one read each instead of one a row, take so often the tables' bytes once more
 )
 # e8m0, half open: values of fp8 times 2^-13 to 2^-10, so that rows are of the size of activations.
 SCALE_BYTES = (114, 118)
@@ -108,7 +108,7 @@ def place(
         profiling.profile_traces(image, [work / "text.trace"], work / "text.profile", None)
         with Profile(work / "text.profile") as profile:
             rankings, plans = planning.plan_profile(
-                image, profile, Budgets(hbm_bytes or 0, dram_bytes, tables.num_bytes // PACKED_PART), batch_tokens
+                image, profile, Budgets(hbm_bytes or 0, dram_bytes, tables.num_bytes * PACKED_FACTOR), batch_tokens
             )
             group, tokens = rankings[0].group, profile.counts["held_out_tokens"]
             record = planning.plan_record(plans[0], group.orders, tokens, group.replay.document_tokens)
