@@ -37,7 +37,7 @@ def test_crc32c_equals_the_published_vectors(name: str, data: bytes, checksum: i
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("num_bytes", [0, 1, 7, 8, 9, 63, 64, 1000])
+@pytest.mark.parametrize("num_bytes", [0, 1, 7, 8, 9, 63, 64, 1000, 1007, 1008, 1009, 2015, 2017, 2120, 4088, 10_000])
 def test_crc32c_continues_from_a_seed(name: str, num_bytes: int) -> None:
     crc32c = IMPLEMENTATIONS[name].crc32c
     data = np.random.default_rng(num_bytes).integers(0, 256, num_bytes, dtype=np.uint8).tobytes()
