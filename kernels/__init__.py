@@ -55,6 +55,7 @@ __all__ = [
     "find_items",
     "forget_before",
     "forget_version",
+    "held_epochs",
     "index_entries",
     "init_client_block",
     "keys_of_row_ids",
@@ -118,6 +119,7 @@ publish_epoch: Any = _serving.publish_epoch if native else None
 forget_before: Any = _serving.forget_before if native else None
 forget_version: Any = _serving.forget_version if native else None
 active_lookups: Any = _serving.active_lookups if native else None
+held_epochs: Any = _serving.held_epochs if native else None
 CONTROL_BYTES: int = _serving.CONTROL_BYTES if native else 4096
 
 # The lookup path of a store (kernels/cpu/engine.h), None where it was not compiled; `tierstore.tiers.native` is its user.

@@ -44,7 +44,7 @@ BEAT_S = 1.0  # between two looks at signals and at the service manager's watchd
 @click.option(
     "--gpu-clients",
     is_flag=True,
-    help="Let clients' GPUs read the static set in place; trusts them, who could write it.",
+    help="Let clients' GPUs read the static set in place; whoever may attach can then write it.",
 )
 @click.option(
     "--replan", default="600", show_default=True, metavar="SECONDS", help="Between replans from traffic, or 'off'."

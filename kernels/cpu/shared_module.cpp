@@ -98,11 +98,16 @@ void forget_version(py::array_t<uint8_t, py::array::c_style> control, uint64_t v
   line_of(control, version)->forget_all();
 }
 
-// How many lookups are in an epoch of either parity, by a client's block, a device's holds included. Whatever a client wrote there.
+// How many lookups are in an epoch of either parity, by a client's block. Whatever a client wrote there.
 std::pair<uint64_t, uint64_t> active_lookups(py::array_t<uint8_t, py::array::c_style> block) {
   const ClientBlock* client = ClientBlock::of(checked(block, kClientBlockBytes));
-  const auto count = [client](size_t parity) { return client->active[parity].value.load() + client->held[parity].value.load(); };
-  return {count(0), count(1)};
+  return {client->active[0].value.load(), client->active[1].value.load()};
+}
+
+// The same of what a client holds for a device.
+std::pair<uint64_t, uint64_t> held_epochs(py::array_t<uint8_t, py::array::c_style> block) {
+  const ClientBlock* client = ClientBlock::of(checked(block, kClientBlockBytes));
+  return {client->held[0].value.load(), client->held[1].value.load()};
 }
 
 // Has the kernel refuse writes to a mapping from now on.
@@ -146,6 +151,7 @@ void bind_shared(py::module_& module) {
   module.def("forget_before", &forget_before, py::arg("control"), py::arg("version"), py::arg("epoch"));
   module.def("forget_version", &forget_version, py::arg("control"), py::arg("version"));
   module.def("active_lookups", &active_lookups, py::arg("block"));
+  module.def("held_epochs", &held_epochs, py::arg("block"));
   module.def("protect", &protect, py::arg("array"));
   py::class_<EpochHold>(module, "EpochHold")
       .def(py::init<py::array_t<uint8_t, py::array::c_style>, uint64_t, py::array_t<uint8_t, py::array::c_style>>(), py::arg("control"),

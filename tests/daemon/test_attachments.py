@@ -64,6 +64,37 @@ def test_a_client_of_an_old_version_is_waited_for_once_until_it_moves(clients: A
     assert in_vain(clients, 1, 2, is_last=True) == []
 
 
+def test_a_gpu_that_came_while_its_client_was_late_is_waited_for_in_earnest(
+    clients: Attachments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, block = clients.attach("a", os.getpid(), version=1, on_gpu=True)
+    assert in_vain(clients, 1, 4, is_last=True) == [os.getpid()]  # it holds nothing: late, like any other
+    control = np.zeros(2 * kernels.CONTROL_BYTES, dtype=np.uint8)
+    control = control[-control.ctypes.data % 64 :][: kernels.CONTROL_BYTES]
+    kernels.publish_epoch(control, 1, 4)
+    hold = kernels.EpochHold(control, 1, block)
+    assert hold.take() == 4
+    monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", WAIT_S)
+    for is_last in (True, False):
+        assert not clients.wait_left(1, 4, is_last=is_last)
+        assert clients.waiting_for == [os.getpid()]
+    clients.detach("a")
+    assert not clients.wait_left(1, 4, is_last=False)  # this process maps its block, which is why it may hold still
+    hold.leave(4)
+    assert clients.wait_left(1, 4, is_last=False)
+    assert clients.waiting_for == []
+
+
+def test_clients_that_linger_have_a_limit(clients: Attachments, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attachments, "LINGERING_MAX", 2)
+    for who in "ab":
+        clients.attach(who, os.getpid(), version=1, on_gpu=True)
+        clients.detach(who)
+    with pytest.raises(tierstore.DaemonError, match="2 clients are gone whose GPUs may still read"):
+        clients.attach("c", os.getpid(), version=1, on_gpu=True)
+    clients.attach("c", os.getpid(), version=1)
+
+
 def test_who_is_gone_or_has_moved_is_given_nothing(clients: Attachments) -> None:
     clients.attach("a", 1, version=1)
     assert clients.move("a", 1) is None

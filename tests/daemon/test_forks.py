@@ -126,7 +126,9 @@ def test_a_child_forked_without_a_daemon_answers_and_attaches_when_it_is_back(
         assert is_right(store, expected)
         daemon.process.kill()
         daemon.process.wait(WAIT_S)
-        until(lambda: "not attached yet" in caplog.text)  # a fork in the middle of a thread's log leaves its stream locked
+        until(
+            lambda: "not attached yet" in caplog.text
+        )  # a fork in the middle of a thread's log leaves its stream locked
         alone, wait_alone = os.pipe()
         back, say_back = os.pipe()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections import Counter
@@ -74,7 +75,10 @@ def test_a_profile_made_in_four_parts_by_four_processes_and_merged_is_the_one_ma
         subprocess.Popen([sys.executable, "-c", CHILD, str(Path(__file__).parent), str(part), str(number)])
         for number, part in enumerate(parts)
     ]
-    assert [child.wait(120) for child in children] == [0] * NUM_PARTS
+    with contextlib.ExitStack() as stack:
+        for child in children:
+            stack.callback(child.kill)
+        assert [child.wait(120) for child in children] == [0] * NUM_PARTS
     opened = [Profile(part) for part in parts]
     assert [part.counts["documents"] for part in opened] == [3, 107, 0, 90]
     merged = merge_profiles(tmp_path / "merged", opened, documents_of, analyse, memory_bytes=128 * 1000)

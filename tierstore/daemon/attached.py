@@ -101,7 +101,7 @@ class AttachedBacking(Backing):
         self._told: Any = None  # the counters that a daemon was told last,
         self._told_before: Any = None  # and by connections before the one that there is now
         self._channel: Channel | None
-        self._channel, link = self._dial(timeout_s, on_gpu=on_gpu)
+        self._channel, link = self._dial(timeout_s, on_gpu=on_gpu, writable_static=on_gpu)
         self.name = f"{link.opened.image.path} (attached by {socket})"
         self.specs, self.attachments = link.specs, link.attachments
         self._attached = AttachedEngine(link, self._relink)
@@ -109,7 +109,7 @@ class AttachedBacking(Backing):
         self._hbm: HbmEngine | None = None
         self._static: HeldStatic | None = None  # where a device reads the daemon's
         self._hbm_lock = threading.RLock()  # of what is held of that; reentered where a store is collected meanwhile
-        self._follow_at = 0.0  # not before that
+        self._follow_at, self._follow_said = 0.0, ""  # not before that; what was said of why not
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
 
@@ -195,11 +195,14 @@ class AttachedBacking(Backing):
         try:
             if self._hbm is not None and not self._ended.is_set() and self._static.is_behind():
                 self._static.follow(self._hbm.name_records)
+                self._follow_said = ""
         except StoreNotReadyError:  # it is being closed
             pass
         except RuntimeError as error:  # torch's: a graph is being captured, for one
             self._follow_at = time.monotonic() + TELL_S
-            logger.warning("%s: the daemon's static set of before is still read: %s", self.name, error)
+            if str(error) != self._follow_said:
+                self._follow_said = str(error)
+                logger.warning("%s: the daemon's static set of before is still read: %s", self.name, error)
         finally:
             self._hbm_lock.release()
 
@@ -219,18 +222,18 @@ class AttachedBacking(Backing):
         self._thread = threading.Thread(target=self._run, name="tierstore-attached", daemon=True)
         self._thread.start()
 
-    def _dial(self, timeout_s: float, *, on_gpu: bool = False) -> tuple[Channel, Link]:
+    def _dial(self, timeout_s: float, *, on_gpu: bool = False, writable_static: bool = False) -> tuple[Channel, Link]:
         channel, layout, fds = dial(self._socket, "client", timeout_s, on_gpu=on_gpu)
         try:
-            return channel, self._link(layout, fds)
+            return channel, self._link(layout, fds, writable_static=writable_static)
         except BaseException:
             channel.close()
             raise
 
-    def _link(self, layout: dict[str, Any], fds: list[int]) -> Link:
+    def _link(self, layout: dict[str, Any], fds: list[int], *, writable_static: bool = False) -> Link:
         """Maps what the daemon gave, and lets its descriptors go; refuses other tables than this store has."""
         try:
-            link = Link(layout, fds, self._io, self._staging_bytes)
+            link = Link(layout, fds, self._io, self._staging_bytes, writable_static=writable_static)
         finally:
             close_fds(fds)
         difference = same_tables(self.specs, link.specs) if hasattr(self, "specs") else None
@@ -268,7 +271,6 @@ class AttachedBacking(Backing):
             try:
                 self._follow_static()  # the daemon may go on without us
                 self._channel, link = self._dial(DIAL_S, on_gpu=self._static is not None)
-                link.protect_static()
                 self._attached.retire(self._move_to(link), READ_WAIT_S)
             except Exception as error:  # the same
                 if self._channel is not None:
@@ -299,12 +301,10 @@ class AttachedBacking(Backing):
                 close_fds(fds)
                 raise_error(message)
                 continue
-            link = self._link(message["move"], fds)
-            link.protect_static()
-            old = self._move_to(link)
+            old = self._move_to(self._link(message["move"], fds))
             self._attached.retire(old, READ_WAIT_S)
             channel.send({"left": old.version}, timeout_s=SEND_S)
-            del old, link  # what they map goes now, and not with the next ones
+            del old  # what it maps goes now, and not with the next one
             self._refill_hbm()
 
     def _tell(self, channel: Channel) -> None:

@@ -31,6 +31,7 @@ GPU_LEAVE_WAIT_S = 60.0  # the same of those whose GPU reads it, who make an ind
 LEAVE_POLL_S = 0.001
 LOOK_S = 0.05  # between two looks, while one waits, whether who is gone still maps its block
 BLOCK_NAME = "tierstore-client"
+LINGERING_MAX = 64  # clients with a GPU whose connection is gone, and whose block is still mapped
 LAST_READERS_MAX = 64  # of clients that are gone; of more, the reports of the first are lost
 
 
@@ -43,9 +44,8 @@ class Attachment:
     def __init__(self, pid: int, *, on_gpu: bool = False) -> None:
         self.pid, self.on_gpu = pid, on_gpu
         self.is_attached = True
-        self.late: set[tuple[int, int]] = (
-            set()
-        )  # (version, parity) that it was waited for in vain, and has not left since
+        # (version, parity) that it was waited for in vain, and has not left since.
+        self.late: set[tuple[int, int]] = set()
         self.blocks: dict[int, np.ndarray] = {}  # by version, as all of these
         self.readers: dict[int, Any] = {}
         self._fds: dict[int, int] = {}
@@ -82,14 +82,17 @@ class Attachment:
         inodes = {str(os.fstat(fd).st_ino) for fd in self._fds.values()}
         return any(BLOCK_NAME in line and line.split(maxsplit=5)[4] in inodes for line in lines)
 
-    def is_in(self, version: int, epoch: int) -> bool:
-        """Whether it says that a lookup of its, or its GPU, is in an epoch."""
-        return version in self.blocks and kernels.active_lookups(self.blocks[version])[epoch % 2] > 0
+    def holds_for_gpu(self, version: int, epoch: int) -> bool:
+        """Whether its GPU is in an epoch."""
+        return self.on_gpu and version in self.blocks and kernels.held_epochs(self.blocks[version])[epoch % 2] > 0
 
     def holds(self, version: int, epoch: int, is_last: bool) -> bool:
-        """The same; is_last: or may still be. Not, where it is late already."""
-        where, may_enter = (version, epoch % 2), is_last and self.is_attached and version in self.blocks
-        is_in = may_enter or self.is_in(version, epoch)
+        """Whether it says that a lookup of its, or its GPU, is in an epoch; is_last: or may still be. Not, where it is late
+        already, unless it is its GPU that is."""
+        if self.holds_for_gpu(version, epoch):
+            return True
+        where, may_enter = (version, epoch % 2), is_last and self.is_attached
+        is_in = version in self.blocks and (may_enter or kernels.active_lookups(self.blocks[version])[epoch % 2] > 0)
         if not is_in:
             self.late.discard(where)
         return is_in and where not in self.late
@@ -101,12 +104,12 @@ class Attachments:
     def __init__(self) -> None:
         self.own = Attachment(os.getpid())
         self.ending = threading.Event()  # ends all waits
+        self.gpu_index_s = 0.0  # that a GPU may take to make an index of an epoch, beyond GPU_LEAVE_WAIT_S
         self._awaited: tuple[int, int, bool] | None = None  # what `wait_left` waits for, or has in vain
         self._of: dict[object, Attachment] = {}  # by who it was that attached
         self._lingering: list[Attachment] = []  # of clients with a GPU whose connection is gone
-        self._last_readers: deque[Any] = deque(
-            maxlen=LAST_READERS_MAX
-        )  # of clients that are gone, not read to their end
+        # Of clients that are gone, not read to their end.
+        self._last_readers: deque[Any] = deque(maxlen=LAST_READERS_MAX)
         self.lock = threading.RLock()  # of the four above; held by who must see no client come meanwhile
 
     def attach(self, who: object, pid: int, version: int, *, on_gpu: bool = False) -> tuple[int, np.ndarray]:
@@ -117,6 +120,11 @@ class Attachments:
         attachment = Attachment(pid, on_gpu=on_gpu)
         with self.lock:
             self._forget_ended()
+            if on_gpu and len(self._lingering) >= LINGERING_MAX:
+                raise DaemonError(
+                    f"{len(self._lingering)} clients are gone whose GPUs may still read the static set, the limit is "
+                    f"{LINGERING_MAX}: end their processes, or close what they had connected"
+                )
             given = self._given(attachment, version)
             self._of[who] = attachment
             return given
@@ -183,14 +191,16 @@ class Attachments:
             self._last_readers.clear()
             return taken
 
-    def wait_left(self, version: int, epoch: int, *, is_last: bool) -> bool:
+    def wait_left(self, version: int, epoch: int, *, is_last: bool, since: float | None = None) -> bool:
         """Waits, a while, until nobody is in an epoch of a version; is_last: nor will be again, clients having moved on.
 
         Whoever still is after LEAVE_WAIT_S finds out at the end of its lookup, and reads from disk what it has copied. Returns
-        whether what only that epoch names may be written over: not, where a GPU still reads it after GPU_LEAVE_WAIT_S, nor
-        when `ending` is set.
+        whether what only that epoch names may be written over: not, where a GPU still reads it GPU_LEAVE_WAIT_S and
+        `gpu_index_s` after `since`, of `time.monotonic`, when the epoch after it was published (None: now), nor when `ending` is
+        set.
         """
         started = looked = time.monotonic()
+        gpu_end = (started if since is None else since) + GPU_LEAVE_WAIT_S + self.gpu_index_s
         while True:
             with self.lock:
                 if time.monotonic() > looked + LOOK_S:
@@ -201,22 +211,16 @@ class Attachments:
                 if not held:
                     self._awaited = None
                     return True
-            waited_s = time.monotonic() - started
-            late = [each for each in held if not (each.on_gpu and each.is_in(version, epoch))]
-            if waited_s > LEAVE_WAIT_S and late:
+            late = [each for each in held if not each.holds_for_gpu(version, epoch)]
+            if time.monotonic() - started > LEAVE_WAIT_S and late:
                 event(logger, logging.WARNING, "epoch_not_left", epoch=epoch, processes=[each.pid for each in late])
                 for each in late:
                     each.late.add((version, epoch % 2))
-            if waited_s > GPU_LEAVE_WAIT_S and not late:
+            if time.monotonic() > gpu_end and not late:
                 event(logger, logging.WARNING, "epoch_read_by_gpu", epoch=epoch, processes=self.waiting_for)
                 return False
             if self.ending.wait(LEAVE_POLL_S):
                 return False
-
-    def is_read_by_gpu(self, version: int, epoch: int) -> bool:
-        """Whether a GPU is in an epoch of a version."""
-        with self.lock:
-            return any(each.on_gpu and each.is_in(version, epoch) for each in (*self._of.values(), *self._lingering))
 
     @property
     def waiting_for(self) -> list[int]:

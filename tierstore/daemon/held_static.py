@@ -81,7 +81,7 @@ class HeldStatic:
         """Holds nothing any more. No kernel may read what was held."""
         while self._epochs:
             self._hold.leave(self._epochs.pop())
-        self._hold = None  # it maps the block, as long as which is mapped the daemon heeds it
+        self._hold = None
 
     def _is_newer(self) -> bool:
         return self._hold.newest() not in (None, self._epochs[-1])
@@ -106,6 +106,6 @@ class HeldStatic:
         found = [Pairs.nothing()]
         for order, (start, length) in enumerate(zip(head["bucket_start"], head["num_buckets"], strict=True)):
             if length:
-                found.append(Pairs.of_index(order, parts.areas[parity][start : start + length]))
+                found.append(Pairs.of_index(order, parts.areas[parity][start : start + length], len(parts.records)))
         pairs = Pairs.joined(found)
         return pairs[np.argsort(pairs.places)[:count]]

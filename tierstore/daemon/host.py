@@ -33,7 +33,7 @@ from ..tiers.nvme import choose_io
 from ..tiers.placed import OnProgress, index_head, load_indexes, load_records
 from ..tiers.shared import SharedBlock
 from ..tiers.slots import StaticSlots
-from .attachments import GPU_LEAVE_WAIT_S, Attachments
+from .attachments import Attachments
 from .events import event
 from .mapped import Blocks, OpenVersion, pairs_as_tokens, recency_part, same_tables, static_parts, table_memories
 from .version import Version
@@ -42,6 +42,9 @@ logger = logging.getLogger("tierstore.daemon")
 
 TAGS = 16
 CLOSE_WAIT_S = 60.0  # for a change that is under way
+GPU_INDEX_S = (
+    4e-6  # for each slot, that a client may take to make its GPU's index of an epoch: five times what it takes
+)
 STATIC = kernels.SOURCES.index("static")
 READ_TOKENS_MAX = 512  # packed keys of a lookup by which entries are read: a few MiB of rows
 
@@ -72,7 +75,8 @@ class Host:
         self.attachments = Attachments()
         self._tags: dict[str, int] = {}  # identities of versions -> tags
         self.epoch = 0  # the newest,
-        self._settled_epoch = 0  # and the newest that is known to be the only one that is read
+        self.settled_epoch = 0  # and the newest that is known to be the only one that is read
+        self._published_at = 0.0
         self.num_changes = 0
         self._retiring: Version | None = None  # its clients are moving
         self.num_read_errors = 0
@@ -107,6 +111,7 @@ class Host:
                 self.slots[name] = StaticSlots(
                     parts.records, parts.heads, parts.areas, len(spec.orders), spec.entry_bytes, share.capacity
                 )
+            self.attachments.gpu_index_s = GPU_INDEX_S * sum(len(slots.keys) for slots in self.slots.values())
             self.current = self._make_version(opened, 1, progress.add)
             self.previous_path: str | None = None
             self._load_placement(opened, heading)
@@ -197,9 +202,8 @@ class Host:
         on_gpu: its kernels would read the static set, and may, where that is lent. Raises `DaemonError` where there is no
         memory or descriptor for its block.
         """
-        on_gpu = (
-            on_gpu and self._static.lent_fd >= 0 and pid > 0
-        )  # 0: of another PID namespace; its end would not be heard of
+        # 0: of another PID namespace; its end would not be heard of.
+        on_gpu = on_gpu and self._static.lent_fd >= 0 and pid > 0
         with self.attachments.lock:
             version = self.current
             given = self.attachments.attach(who, pid, version.number, on_gpu=on_gpu)
@@ -250,6 +254,7 @@ class Host:
         self.epoch += 1
         version.epoch = self.epoch
         kernels.publish_epoch(self._control.array, version.number, self.epoch)
+        self._published_at = time.monotonic()
         self.num_changes += 1
 
     def change(self, enter: Mapping[str, Pairs], leave: Mapping[str, np.ndarray]) -> int:
@@ -282,11 +287,13 @@ class Host:
     def _settle_first(self) -> None:
         """Settles what was changed before; raises `DaemonError` where that cannot be."""
         if not self._settle():
+            if self.attachments.ending.is_set():
+                raise DaemonError("the daemon ends; nothing is changed any more")
             processes = ", ".join(map(str, self.attachments.waiting_for))
             raise DaemonError(
                 f"the GPU of process {processes} still reads what epoch {self.epoch - 1} holds, though epoch {self.epoch} was "
-                f"there for {GPU_LEAVE_WAIT_S:.0f} s and more; nothing more is changed: end that process, or let it go on, then "
-                f"ask again"
+                f"there for {time.monotonic() - self._published_at:.0f} s; nothing more is changed: end that process, or let it "
+                f"go on, then ask again"
             )
 
     def _settle(self) -> bool:
@@ -294,24 +301,27 @@ class Host:
 
         Returns whether that was done: not, where a GPU still reads what only the epoch before names.
         """
-        if self._settled_epoch == self.epoch:
+        if self.settled_epoch == self.epoch:
             return True
+        wait_left = partial(self.attachments.wait_left, since=self._published_at)
         if self._retiring:
             old = self._retiring
-            if not self.attachments.wait_left(old.number, old.epoch, is_last=True):
+            if not wait_left(old.number, old.epoch, is_last=True):
                 return False
             kernels.forget_version(self._control.array, old.number)
-            if self.attachments.is_read_by_gpu(old.number, old.epoch):  # of one that had neither left nor held anything
+            if not wait_left(
+                old.number, old.epoch, is_last=False
+            ):  # a GPU may have come meanwhile, and none can any more
                 return False
             self._retiring = None
             self.attachments.own.left(old.number)
             old.close()
-        elif not self.attachments.wait_left(self.current.number, self.epoch - 1, is_last=False):
+        elif not wait_left(self.current.number, self.epoch - 1, is_last=False):
             return False
         kernels.forget_before(self._control.array, self.current.number, self.epoch)
         for slots in self.slots.values():
             slots.free_dead()
-        self._settled_epoch = self.epoch
+        self.settled_epoch = self.epoch
         return True
 
     def _write(self, version: Version, name: str, order_index: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -399,7 +409,7 @@ class Host:
             except BaseException:
                 self.attachments.own.left(version.number)
                 version.close()
-                if self._settled_epoch == self.epoch:
+                if self.settled_epoch == self.epoch:
                     for slots in self.slots.values():
                         slots.free_dead()
                 raise

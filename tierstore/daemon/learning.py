@@ -198,7 +198,8 @@ class Learner:
             event(logger, logging.ERROR, name, error=error)
 
     def replan(self) -> dict[str, Any]:
-        """Replans now; returns what was done. Blocks; raises `DaemonError` where the daemon ends meanwhile."""
+        """Replans now; returns what was done. Blocks; raises `DaemonError` where the daemon ends meanwhile, or a
+        GPU still reads the epoch before."""
         with self._host.changes:
             started = time.monotonic()
             done = {"at": time.time(), "entered": 0, "left": 0, "seconds": 0.0, "steps": 0}

@@ -36,12 +36,24 @@ _NOTHING = np.empty(0, dtype=np.uint8)
 class Link:
     """A version as this process has it mapped: the engine over it, and the connection by which it came.
 
-    is_lent: whether the daemon has lent its static block to this process's GPU; it may be written here then, as drivers want it
-    that lock it, until `protect_static`. static_id: the same for links whose static block is the same memory.
+    is_lent: whether the daemon has lent its static block to this process's GPU. static_id: the same for links whose static
+    block is the same memory.
     """
 
-    def __init__(self, layout: Mapping[str, Any], fds: Sequence[int], io: str, staging_bytes: int) -> None:
-        """Maps and opens all; the descriptors stay the caller's. Raises what `connect` raises."""
+    def __init__(
+        self,
+        layout: Mapping[str, Any],
+        fds: Sequence[int],
+        io: str,
+        staging_bytes: int,
+        *,
+        writable_static: bool = False,
+    ) -> None:
+        """Maps and opens all; the descriptors stay the caller's. Raises what `connect` raises.
+
+        writable_static: whether a block that is lent may be written here, as drivers want it that lock it, until
+        `protect_static`.
+        """
         try:
             self.version = int(layout["version"])
             self._tag, sizes = int(layout["tag"]), [int(size) for size in layout["sizes"]]
@@ -58,7 +70,7 @@ class Link:
             raise DaemonError(
                 f"the daemon sent {len(fds)} descriptors of {len(sizes)} blocks: is it of another release?"
             )
-        writable = {"client", "static"} if self.is_lent else {"client"}
+        writable = {"client", "static"} if self.is_lent and writable_static else {"client"}
         blocks = {
             name: map_block(fd, size, f"the {name} block", writable=name in writable)
             for name, fd, size in zip(_BLOCKS, fds, sizes, strict=False)

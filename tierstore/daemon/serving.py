@@ -248,8 +248,8 @@ class Daemon:
             filled += self._learner.adopt(self._placed(), only_free=True)["entered"]
         except (
             TierStoreError
-        ) as error:  # a damaged placement, a GPU in the old version: the new one is served all the same
-            event(logger, logging.WARNING, "placement_not_adopted", error=error)
+        ) as error:  # a damaged placement, a GPU in the version before: the new one is served all the same
+            event(logger, logging.WARNING, "not_refilled", error=error)
         return {"ok": True, **done, "filled": filled}
 
     def _move_all(self) -> None:
@@ -316,7 +316,7 @@ class Daemon:
             },
             "epochs": {
                 "current": host.epoch,
-                "alive": 2 if host.attachments.waiting_for else 1,
+                "alive": 1 if host.settled_epoch == host.epoch else 2,
                 "changes": host.num_changes,
                 "waiting_for": list(host.attachments.waiting_for),
                 "static_entries": {name: slots.num_live for name, slots in host.slots.items()},

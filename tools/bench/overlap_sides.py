@@ -28,7 +28,7 @@ from .pairs import SUBJECT, Comparison, Figure, Options, Result, interleave
 SEQUENCES = 64
 CONTEXT_TOKENS = 128  # in the cache of each sequence that decodes
 STEPS = 5  # decode steps of a side in a round
-CASES_MAX = 8  # each has a part of the text for itself
+CASES_MAX = 8  # each begins elsewhere in the text
 PROMPT_TOKENS, CHUNK_TOKENS = 2048, 512  # prefill goes in chunks, as in serving engines
 HISTORY = 3  # tokens before, one less than the largest order
 LEAST_RATIO = 0.97
@@ -92,10 +92,8 @@ class Sides:
         self._compare(f"{name}, prefill of {tokens:,} tokens", model, cache, feeds, 1, tokens)
 
     def _fresh(self, text: np.ndarray, sequences: int) -> np.ndarray:
-        """Returns the text turned, so that `sequences` of it begin where those of no case before did.
-
-        What those looked up lies in the store's cache.
-        """
+        """Returns the text turned, so that `sequences` of it begin where those of no case before did: what those looked up
+        lies in the store's cache. Long prompts still come by some tokens that steps of decode had."""
         self._cases += 1
         return np.roll(text, -(self._cases % CASES_MAX) * (len(text) // sequences // CASES_MAX))
 

@@ -185,6 +185,40 @@ void test_gate() {
   CHECK(even == 2 && odd == 2);
 }
 
+// Holds, while epochs pass as fast as nobody holds the one before: what is held has not been ended.
+void test_holds() {
+  EpochLine line;
+  std::atomic<uint64_t> even{0}, odd{0}, ended{0}, wrong{0}, held{0};
+  std::atomic<bool> stop{false};
+  line.publish(1, 1);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([&] {
+      EpochGate gate(&line, 1, &even, &odd);
+      while (!stop) {
+        const EpochView view = gate.hold();
+        if (!view.alive || ended.load() >= view.epoch) ++wrong;
+        ++held;
+        gate.leave(view);
+      }
+    });
+  }
+  uint64_t epoch = 1;
+  for (; epoch < 30'000; ++epoch) {
+    line.publish(1, epoch + 1);
+    const std::atomic<uint64_t>& readers = epoch % 2 == 0 ? even : odd;
+    while (readers.load() > 0) std::this_thread::yield();
+    ended.store(epoch);
+  }
+  stop = true;
+  for (std::thread& thread : threads) thread.join();
+  CHECK(wrong == 0 && even == 0 && odd == 0);
+  line.publish(2, epoch);  // another version in the same line
+  EpochGate gate(&line, 1, &even, &odd);
+  CHECK(!gate.hold().alive && !gate.newest() && even == 0 && odd == 0);
+  std::printf("holds: %llu in %llu epochs\n", static_cast<unsigned long long>(held.load()), static_cast<unsigned long long>(epoch));
+}
+
 // What a client that was stopped in the middle of a lookup finds when it goes on: each step of the daemon's, then the copy.
 void test_stopped_reader(const Files& files) {
   SharedTiers tiers;
@@ -335,6 +369,7 @@ int main(int argc, char** argv) {
   } else if (what == "epochs" && argc > 2) {
     const Files files(argv[2]);
     test_gate();
+    test_holds();
     test_stopped_reader(files);
     test_changing_epochs(files);
   } else if (what == "kill") {

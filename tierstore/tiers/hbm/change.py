@@ -9,6 +9,7 @@ from the host. Entries are checked by their records' checksums; damaged ones are
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 
@@ -42,7 +43,8 @@ def change_entries(
     wanted = _first_entries(file, placed, table.share.num_entries)
     present = table.in_slots()
     staying, entering = present.among(wanted), ~wanted.among(present)
-    records = table.records_beside(Pairs.joined([present, wanted]))
+    tier.synchronize()  # a change that failed may have published what nobody waited for
+    records = functools.cache(lambda: table.records_beside(Pairs.joined([present, wanted])))
     change = _Change(tier, table, present[staying], present[~staying], records)
     damaged = np.empty(0, dtype=np.int64)
     if placed is not None:
@@ -60,7 +62,10 @@ class _Change:
     """A change under way: `here` are the entries that stay or have come, in parts, `leaving` those that the newest epoch
     still names."""
 
-    def __init__(self, tier: HbmTier, table: DeviceTable, staying: Pairs, leaving: Pairs, records: Pairs) -> None:
+    def __init__(
+        self, tier: HbmTier, table: DeviceTable, staying: Pairs, leaving: Pairs, records: Callable[[], Pairs]
+    ) -> None:
+        """records: returns DRAM's records that are named meanwhile."""
         self._tier, self._table = tier, table
         self._here, self._num_here = [staying], len(staying)
         self._leaving, self._records = leaving, records
@@ -90,7 +95,7 @@ class _Change:
         assert len(self._leaving), "there are more slots than wanted entries"
         wanted = max(wanted, self._num_here + len(self._leaving) - self._table.share.num_entries)
         gone, self._leaving = self._leaving[:wanted], self._leaving[wanted:]
-        self._table.publish(Pairs.joined([*self._here, self._leaving, self._records]))
+        self._table.publish(Pairs.joined([*self._here, self._leaving, self._records()]))
         self._tier.synchronize()  # no kernel reads the slots of what is gone any more
         self._free = np.concatenate([self._free, gone.places])
 
@@ -130,10 +135,11 @@ def _bring_in(
 
 def _first_entries(file: PlacementFile, placed: PlacedTable | None, count: int) -> Pairs:
     """Returns the first `count` entries of a placement, or all, at their numbers in the file."""
-    if placed is None:
+    end = 0 if placed is None else min(count, placed.num_entries)
+    if placed is None or not end:
         return Pairs.nothing()
     bucket_bytes = kernels.INDEX_BUCKET.itemsize
     area = np.empty((placed.index_bytes // bucket_bytes, bucket_bytes), dtype=np.uint8)
-    parts = [Pairs.of_index(order, buckets) for order, buckets in enumerate(load_indexes(file, placed, area))]
-    pairs = Pairs.joined(parts)
-    return pairs[pairs.places < min(count, placed.num_entries)]
+    return Pairs.joined(
+        [Pairs.of_index(order, buckets, end) for order, buckets in enumerate(load_indexes(file, placed, area))]
+    )

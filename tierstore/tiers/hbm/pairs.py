@@ -39,10 +39,10 @@ class Pairs:
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
 
     @classmethod
-    def of_index(cls, order: int, buckets: np.ndarray) -> Pairs:
-        """What an index names, uint8 [num_buckets, 64], all of one order."""
+    def of_index(cls, order: int, buckets: np.ndarray, end: int) -> Pairs:
+        """What an index names at places below `end`, uint8 [num_buckets, 64], all of one order."""
         view = buckets.reshape(-1).view(kernels.INDEX_BUCKET)
-        used = view["keys"] >= 0
+        used = (view["keys"] >= 0) & (view["places"] < end)
         keys = view["keys"][used].astype(np.int64)
         return cls(np.full(len(keys), order, dtype=np.int64), keys, view["places"][used].astype(np.int64))
 

@@ -105,10 +105,12 @@ class DeviceTable:
     def in_slots(self) -> Pairs:
         """What the newest epoch names in slots."""
         area, heads = self._host_index
-        pairs = Pairs.joined(
-            [Pairs.of_index(order, area[start : start + count]) for order, (start, count) in enumerate(heads.tolist())]
+        return Pairs.joined(
+            [
+                Pairs.of_index(order, area[start : start + count], self.num_slots)
+                for order, (start, count) in enumerate(heads.tolist())
+            ]
         )
-        return pairs[pairs.places < self.num_slots]
 
     @property
     def reads_records(self) -> bool:
@@ -127,7 +129,7 @@ class DeviceTable:
         in_records = places >= self.num_slots
         missed = (places < 0) & (keys >= 0)
         by_order = [each.sum(axis=0) for each in (in_slots, in_records, missed)]
-        self.counts_of_known += np.concatenate([*by_order, [(keys < 0).sum()]])
+        self.counts_of_known += np.concatenate([*by_order, [(keys == -1).sum()]])
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Returns the places of keys, int64 [N, O], as int64 [N, O]; -1 where neither slots nor indexed records hold them."""

@@ -173,12 +173,14 @@ class HbmTier:
 
     def clear(self) -> None:
         """Names nothing any more, and returns when no kernel reads what was named."""
+        self.synchronize()  # one that failed may have published what nobody waited for
         for table in self.tables:
             table.publish(Pairs.nothing())
         self.synchronize()
 
     def name_records(self) -> None:
         """Names what DRAM's records are now, beside what slots hold; returns when no kernel reads what they were before."""
+        self.synchronize()  # as in `clear`
         for table in self.tables:
             here = table.in_slots()
             table.publish(Pairs.joined([here, table.records_beside(here)]))
