@@ -64,9 +64,9 @@ def attach(
 
     socket: its path. io: how this process reads what it misses, as in `tierstore.open`. staging: bytes that it may take for
     reads on their way; the tiers are the daemon's. hbm, device: bytes of GPU memory for a tier of this process above them,
-    as in `tierstore.open`; as much host memory as `staging` is page-locked then. Blocks, at most about timeout_s, and until
-    HBM is filled. Raises `DaemonError` (no daemon, refused, another protocol), `ConfigError` (an option), `BudgetError` (of
-    HBM), and what opening the store's shards raises.
+    as in `tierstore.open`; as much host memory as `staging` is page-locked then, and the daemon's static set in place where it
+    was started with --gpu-clients. Blocks, at most about timeout_s, and until HBM is filled. Raises `DaemonError` (no daemon,
+    refused, another protocol), `ConfigError` (an option), `BudgetError` (of HBM), and what opening the store's shards raises.
     """
     if not kernels.native:
         raise ConfigError("attaching needs the compiled kernels: install gcc or clang, then tierstore again")
