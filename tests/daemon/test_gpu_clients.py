@@ -148,6 +148,7 @@ def test_the_device_reads_the_static_set_where_it_lies(placed: Path, model: Mode
     rows = model.expected(NAME, KEYS)
     with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
         assert daemon.stat()["clients"]["list"][0]["on_gpu"]
+        assert daemon.stat()["epochs"]["alive"] == 1
         looker = Looker(store, KEYS, rows)
         np.testing.assert_array_equal(looker.look_up(), rows)
         explained = store[NAME].explain(KEYS)

@@ -193,6 +193,7 @@ class Host:
                 slots.adopt(num_loaded)
             live[name] = slots.keys >= 0
         self._publish(self.current, live)
+        self._settle()
 
     # Clients
 
