@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stores import Model, make_model
+from stores import Model, make_model, place_some
 
 from tierstore.daemon.client_socket import ask
 from tierstore.daemon.serving import Daemon
@@ -81,6 +81,14 @@ def other_model(folder: Path, fingerprint: str | None = None) -> Model:
         return made
     sources = tuple(replace(each, spec=replace(each.spec, fingerprint=fingerprint)) for each in made.sources)
     return replace(made, sources=sources)
+
+
+def make_newer(folder: Path) -> tuple[Path, Model]:
+    """A store of the same hash as `placed`, with other rows and a placement, and the model of it. Tests must not change it."""
+    other = other_model(folder / "other")
+    other.build(folder / "store", shard_bytes=65536)
+    place_some(folder / "store")
+    return folder / "store", other
 
 
 class Traffic:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from daemon.served import KIB, MIB, Traffic, other_model, request, serving, until
+from daemon.served import KIB, MIB, Traffic, make_newer, request, serving, until
 from device import DEVICE
-from stores import Model, place_some, random_keys
+from stores import Model, random_keys
 
 import tierstore
 
@@ -20,12 +20,7 @@ KEYS = random_keys(np.random.default_rng(0), 60, distinct=40)
 
 @pytest.fixture(scope="module")
 def newer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
-    """A store of the same hash as `placed`, with other rows. Tests must not change it."""
-    other = other_model(tmp_path_factory.mktemp("other"))
-    store = tmp_path_factory.mktemp("newer") / "store"
-    other.build(store, shard_bytes=65536)
-    place_some(store)
-    return store, other
+    return make_newer(tmp_path_factory.mktemp("newer"))
 
 
 def test_hot_keys_come_from_hbm_and_follow_the_daemons_version(

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from daemon.served import KIB, WAIT_S, Traffic, other_model, request, serving, until
+from daemon.served import KIB, WAIT_S, Traffic, make_newer, request, serving, until
 from device import DEVICE
-from stores import Model, place_some, random_keys
+from stores import Model, random_keys
 
 import tierstore
 from tierstore import kernels
@@ -136,12 +136,7 @@ def mappings(daemon: Daemon) -> list[str]:
 
 @pytest.fixture(scope="module")
 def newer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
-    """A store of the same hash as `placed`, with other rows. Tests must not change it."""
-    other = other_model(tmp_path_factory.mktemp("other"))
-    store = tmp_path_factory.mktemp("newer") / "store"
-    other.build(store, shard_bytes=65536)
-    place_some(store)
-    return store, other
+    return make_newer(tmp_path_factory.mktemp("newer"))
 
 
 def test_the_device_reads_the_static_set_where_it_lies(placed: Path, model: Model, tmp_path: Path) -> None:

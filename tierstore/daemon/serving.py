@@ -246,9 +246,8 @@ class Daemon:
         try:
             filled += self._learner.replan()["entered"]  # the slots that the old version had
             filled += self._learner.adopt(self._placed(), only_free=True)["entered"]
-        except (
-            TierStoreError
-        ) as error:  # a damaged placement, a GPU in the version before: the new one is served all the same
+        except TierStoreError as error:
+            # A damaged placement, or a GPU in the version before: the new one is served all the same.
             event(logger, logging.WARNING, "not_refilled", error=error)
         return {"ok": True, **done, "filled": filled}
 

@@ -37,9 +37,8 @@ from . import stores
 from .real_text import RealText
 
 BLOCK_FILE = "finite-block.bin"
-PACKED_FACTOR = (
-    1  # entries packed on NVMe, one read each instead of one a row, take so often the tables' bytes once more
-)
+# Entries packed on NVMe, one read each instead of one a row, take so often the tables' bytes once more.
+PACKED_FACTOR = 1
 # e8m0, half open: values of fp8 times 2^-13 to 2^-10, so that rows are of the size of activations.
 SCALE_BYTES = (114, 118)
 FP8_NAN = 0x7F

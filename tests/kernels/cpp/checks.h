@@ -39,9 +39,9 @@ struct Block {
 
 constexpr int kNotAllowed = 77;  // exit status
 
-// Runs `work` in a child, stops it after `steps` instructions and kills it there. Returns false where the child ended before.
+// Returns a child that is stopped before the first instruction of `work`, and will stop itself after the last.
 template <typename Work>
-bool run_and_kill(const Work& work, long steps) {
+pid_t start_stopped(const Work& work) {
   const pid_t child = fork();
   if (child == 0) {
     ptrace(PTRACE_TRACEME, 0, nullptr, nullptr);
@@ -52,6 +52,14 @@ bool run_and_kill(const Work& work, long steps) {
   }
   int status = 0;
   waitpid(child, &status, 0);
+  return child;
+}
+
+// Runs `work` in a child, stops it after `steps` instructions and kills it there. Returns false where the child ended before.
+template <typename Work>
+bool run_and_kill(const Work& work, long steps) {
+  const pid_t child = start_stopped(work);
+  int status = 0;
   bool ended = false;
   for (long step = 0; step < steps && !ended; ++step) {
     if (ptrace(PTRACE_SINGLESTEP, child, nullptr, nullptr) != 0) std::exit(kNotAllowed);
@@ -68,16 +76,8 @@ bool run_and_kill(const Work& work, long steps) {
 // next. Returns how many instructions there were.
 template <typename Work, typename Look>
 long look_after_each_instruction(const Work& work, const Look& look) {
-  const pid_t child = fork();
-  if (child == 0) {
-    ptrace(PTRACE_TRACEME, 0, nullptr, nullptr);
-    raise(SIGSTOP);
-    work();
-    raise(SIGSTOP);
-    _exit(0);
-  }
+  const pid_t child = start_stopped(work);
   int status = 0;
-  waitpid(child, &status, 0);
   long steps = 0;
   for (bool ended = false; !ended; ++steps) {
     look();
