@@ -207,8 +207,14 @@ def test_an_index_names_the_files_and_missing_ones_are_named(tmp_path: Path) -> 
     index.write_text(json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}))
     assert set(Checkpoint.open(tmp_path).tensors) == {"a", "b"}
     (tmp_path / "m-2.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"1 of 2 files.*m-2\.safetensors"):
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.tensor("a", ["U8"], 1).read_bytes() == bytes(3)
+    with pytest.raises(ConfigError, match=r"tensor b lies in m-2\.safetensors.*was not downloaded"):
+        checkpoint.tensor("b", ["U8"], 1)
+    (tmp_path / "m-1.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"none of the 2 files .*m-1\.safetensors"):
         Checkpoint.open(tmp_path)
+    safetensors.numpy.save_file({"a": np.zeros(3, np.uint8)}, tmp_path / "m-1.safetensors")
     for damaged in ("{}", "[]", "no", json.dumps({"weight_map": {"a": "../m-1.safetensors"}})):
         index.write_text(damaged)
         with pytest.raises(FormatError, match="index"):

@@ -1,12 +1,14 @@
 """A trained checkpoint on disk: which tensors its files hold, at which bytes, and who it is (its digest).
 
-Flows in: a Hugging Face-style folder (config.json, *.safetensors with or without an index), or one .safetensors or .pt file.
-Flows out: `StoredTensor`s (`tensor_files.py`), whose rows `PlaneReader` reads straight into the caller's buffer, so that
-memory does not grow with the checkpoint. Refuses checkpoints that lack files, or of which two files hold one tensor.
+Input: a Hugging Face-style folder (config.json, *.safetensors with or without an index), its folder in the cache, or one
+file of tensors. Output: `StoredTensor`s (`stored_tensor.py`), which a `TableSource` puts together to rows
+(`table_source.py`). Errors: `ConfigError` and `FormatError`, with the cause: what is missing, unfinished, of another kind,
+split by rank, or of another version than the index.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,122 +17,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import ConfigError, FormatError
-from ..spec import TableSpec
-from .tensor_files import StoredTensor, read_exactly, read_tensor_file
+from .checkpoint_files import (
+    INDEX_NAME,
+    CheckpointFiles,
+    assigned_to,
+    find_files,
+    in_words,
+    numbered_siblings,
+    rank_parts,
+    read_json,
+    split_by_rank,
+)
+from .stored_tensor import StoredTensor, TensorFile, check_identity, sampled
+from .table_source import Plane, PlaneReader, TableSource
+from .tensor_files import read_tensor_file
 
-DIGEST_BLOCK_BYTES = 4096
-DIGEST_BLOCKS_PER_TENSOR = 16
+__all__ = ["Checkpoint", "Plane", "PlaneReader", "TableSource"]
 
-
-@dataclass(frozen=True)
-class Plane:
-    """The bytes that one part of a row comes from: `width_bytes` of each row, in tensors stacked by rows."""
-
-    width_bytes: int
-    tensors: tuple[StoredTensor, ...]
-
-
-@dataclass(frozen=True)
-class TableSource:
-    """A table as it lies in a checkpoint: row r of the table is row r of every plane, side by side, in this order."""
-
-    spec: TableSpec
-    planes: tuple[Plane, ...]
-
-    def __post_init__(self) -> None:
-        width_bytes = sum(plane.width_bytes for plane in self.planes)
-        if width_bytes != self.spec.row_bytes:
-            raise ConfigError(
-                f"table {self.spec.name}: its planes give {width_bytes} bytes a row, its codec needs {self.spec.row_bytes}"
-            )
-        for plane in self.planes:
-            num_bytes = sum(tensor.num_bytes for tensor in plane.tensors)
-            names = ", ".join(tensor.name for tensor in plane.tensors[:3])
-            if num_bytes != plane.width_bytes * self.spec.num_rows:
-                raise ConfigError(
-                    f"table {self.spec.name}: tensors {names} hold {num_bytes / max(plane.width_bytes, 1):g} rows of "
-                    f"{plane.width_bytes} bytes, the table has {self.spec.num_rows} rows; "
-                    f"config.json does not belong to these tensors, or a file is missing"
-                )
-            for tensor in plane.tensors:
-                if tensor.num_bytes % max(plane.width_bytes, 1):
-                    raise ConfigError(
-                        f"tensor {tensor.name}: {tensor.num_bytes} bytes are no whole rows of {plane.width_bytes} bytes"
-                    )
-
-
-class PlaneReader:
-    """Reads row ranges of a table's planes. Holds one descriptor a file; any number of threads may read at once."""
-
-    def __init__(self, source: TableSource) -> None:
-        self._source = source
-        self._fds: dict[Path, int] = {}
-        try:
-            for plane in source.planes:
-                for tensor in plane.tensors:
-                    if tensor.path not in self._fds:
-                        self._fds[tensor.path] = os.open(tensor.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            self.close()
-            raise ConfigError(
-                f"cannot open checkpoint file {error.filename}: {error.strerror}; make it readable, or copy it again"
-            ) from error
-
-    def read(self, row_start: int, row_end: int) -> list[np.ndarray]:
-        """Returns for each plane the rows [row_start, row_end) as uint8 [rows, width_bytes]. Blocks on the disk.
-
-        Raises `FormatError` where the file has become shorter than its header says, `OSError` where the disk fails.
-        """
-        assert 0 <= row_start <= row_end <= self._source.spec.num_rows
-        planes = []
-        for plane in self._source.planes:
-            out = np.empty((row_end - row_start, plane.width_bytes), dtype=np.uint8)
-            tensor_row_start = 0
-            for tensor in plane.tensors:
-                tensor_row_end = tensor_row_start + tensor.num_bytes // plane.width_bytes
-                start, end = max(row_start, tensor_row_start), min(row_end, tensor_row_end)
-                if start < end:
-                    byte_start = tensor.byte_start + (start - tensor_row_start) * plane.width_bytes
-                    what = f"rows {start} to {end} of tensor {tensor.name} in {tensor.path}"
-                    read_exactly(self._fds[tensor.path], out[start - row_start : end - row_start], byte_start, what)
-                tensor_row_start = tensor_row_end
-            planes.append(out)
-        return planes
-
-    def close(self) -> None:
-        """Closes the descriptors; closing twice is harmless."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
-
-    def __enter__(self) -> PlaneReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+_STALE = "the index is of another version of these files: download it again, or write it anew"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's configuration and tensors. `files` are the files that hold tensors; nothing stays open.
+    """A checkpoint's configuration and tensors. Nothing stays open.
 
-    `unusable` says of tensors that a file holds, but not as plain rows, why not and what to do.
+    files: those that are there and hold tensors, in order of name, with `held`, what each holds. unusable: of every tensor
+    that is known by name but cannot be read, why not and what to do: its file was not downloaded, the index does not name
+    it, its bytes are not rows. inner_names: full names of tensors that lie in dicts within a PyTorch file, by shorter names.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
     files: tuple[Path, ...]
-    header_digests: tuple[str, ...]
+    held: tuple[TensorFile, ...]
     unusable: dict[str, str]
+    inner_names: dict[str, list[str]]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """Reads the configuration and every header of a folder, or of one .safetensors or .pt file.
+        """Reads the configuration and every header of a folder, or of one file of tensors.
 
-        Raises `ConfigError` where something is missing or cannot be read, `FormatError` where a header lies about its file.
+        If the folder has an index, it alone says which file holds which tensor, and a file that is missing or damaged is an
+        error only for who asks for its tensors. Without one, every visible *.safetensors file must be whole.
+
+        Raises `ConfigError` if something is missing or cannot be read, `FormatError` if a header lies about its file.
         """
         path = Path(path)
         try:
@@ -142,27 +74,38 @@ class Checkpoint:
 
     @classmethod
     def _open(cls, path: Path) -> Checkpoint:
-        if path.is_dir():
-            files = _tensor_files(path)
-            config = _read_json(path / "config.json") if (path / "config.json").exists() else {}
-        elif path.exists():
-            files, config = [path], {}
-        else:
-            raise ConfigError(f"there is no checkpoint at {path}; give a folder with *.safetensors, or one file")
-        tensors: dict[str, StoredTensor] = {}
-        unusable: dict[str, str] = {}
-        digests = []
-        for file in files:
-            found = read_tensor_file(file)
-            for tensor in found.tensors:
-                if tensor.name in tensors:
-                    raise FormatError(
-                        f"tensor {tensor.name} is in {tensors[tensor.name].path.name} and again in {file.name}; remove one file"
-                    )
-                tensors[tensor.name] = tensor
-            unusable |= found.unusable
-            digests.append(found.header_digest)
-        return cls(path, config, tensors, tuple(files), tuple(digests), unusable)
+        found = find_files(path)
+        config = found.path / "config.json"
+        holder = _Holder(found)
+        holder.read()
+        return cls(
+            path=found.path,
+            config=read_json(config) if found.path.is_dir() and config.exists() else {},
+            tensors=holder.tensors,
+            files=tuple(holder.held),
+            held=tuple(holder.held.values()),
+            unusable={name: reason for name, reason in holder.unusable.items() if name not in holder.tensors},
+            inner_names=holder.inner_names,
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's name, also of those that cannot be read."""
+        return [*self.tensors, *self.unusable]
+
+    def full_name(self, name: str) -> str:
+        """Returns the name of a tensor that `name` means: itself, or the one tensor in a dict of that name within a file.
+
+        Raises `ConfigError` if several dicts of the file have such a tensor.
+        """
+        if name in self.tensors or name in self.unusable:
+            return name
+        full = self.inner_names.get(name, [name])
+        if len(full) > 1:
+            raise ConfigError(
+                f"{self.path}: tensor {name} is there {len(full)} times: {in_words(full)}; give one of these"
+            )
+        return full[0]
 
     def tensor(self, name: str, dtypes: Sequence[str], ndim: int) -> StoredTensor:
         """Returns the tensor `name`, or raises `ConfigError` where it is missing, unusable, or of another dtype or rank."""
@@ -186,72 +129,142 @@ class Checkpoint:
         Samples are up to 16 evenly spaced blocks of 4 KiB a tensor, so that a further-trained checkpoint of the same shapes
         (whose dense weights all differ) has another digest without reading hundreds of gigabytes. Blocks on the disk.
         """
-        digest = hashlib.sha256()
-        digest.update(json.dumps(self.config, sort_keys=True).encode())
-        block = np.empty(DIGEST_BLOCK_BYTES, dtype=np.uint8)
-        for file, header_digest in zip(self.files, self.header_digests, strict=True):
-            digest.update(os.fsencode(file.name) + f"\0{file.stat().st_size}\0{header_digest}\0".encode())
-            fd = os.open(file, os.O_RDONLY)
-            try:
-                for tensor in sorted((t for t in self.tensors.values() if t.path == file), key=lambda t: t.byte_start):
-                    for byte_start, num_bytes in _sample_blocks(tensor.num_bytes):
-                        part = block[:num_bytes]
-                        read_exactly(fd, part, tensor.byte_start + byte_start, f"tensor {tensor.name} in {file}")
-                        digest.update(part.data)
-            finally:
-                os.close(fd)
-        return digest.hexdigest()
+        return str(self.as_record()["digest"])
 
     def as_record(self) -> dict[str, Any]:
-        """Returns what the catalog keeps of where rows came from: digest, and each file's name, bytes, header digest."""
-        files = [
-            {"name": file.name, "bytes": file.stat().st_size, "header_sha256": digest}
-            for file, digest in zip(self.files, self.header_digests, strict=True)
-        ]
-        return {"digest": self.digest(), "files": files}
+        """Returns what the catalog keeps of where rows came from: a digest, and of each file what tells it from others.
 
-
-def _sample_blocks(num_bytes: int) -> list[tuple[int, int]]:
-    """Returns (start, length) of the blocks of a tensor that go into its checkpoint's digest: first and last included."""
-    if num_bytes <= DIGEST_BLOCK_BYTES * DIGEST_BLOCKS_PER_TENSOR:
-        return [
-            (start, min(DIGEST_BLOCK_BYTES, num_bytes - start)) for start in range(0, num_bytes, DIGEST_BLOCK_BYTES)
-        ]
-    last = num_bytes - DIGEST_BLOCK_BYTES
-    return [(last * i // (DIGEST_BLOCKS_PER_TENSOR - 1), DIGEST_BLOCK_BYTES) for i in range(DIGEST_BLOCKS_PER_TENSOR)]
-
-
-def _tensor_files(folder: Path) -> list[Path]:
-    """Returns the folder's safetensors files: those that its index names, else all."""
-    index_path = folder / "model.safetensors.index.json"
-    if not index_path.exists():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ConfigError(
-                f"{folder} holds no *.safetensors file; give the folder of a checkpoint, or one .safetensors or .pt file"
+        Of a file: its name, bytes, time of last change, inode, and the digests of its header and of its samples. Blocks on the
+        disk. Raises `FormatError` if a file has changed since it was opened.
+        """
+        whole = hashlib.sha256()
+        whole.update(json.dumps(self.config, sort_keys=True).encode())
+        files = []
+        for file, held in zip(self.files, self.held, strict=True):
+            whole.update(os.fsencode(file.name) + f"\0{held.identity.num_bytes}\0{held.header_digest}\0".encode())
+            samples = hashlib.sha256()
+            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                for part in sampled(fd, held.tensors):
+                    whole.update(part)
+                    samples.update(part)
+                check_identity(file, os.fstat(fd), held.identity)
+            finally:
+                os.close(fd)
+            files.append(
+                {
+                    "name": file.name,
+                    "bytes": held.identity.num_bytes,
+                    "header_sha256": held.header_digest,
+                    "mtime_ns": held.identity.mtime_ns,
+                    "inode": held.identity.inode,
+                    "samples_sha256": samples.hexdigest(),
+                }
             )
-        return files
-    weight_map = _read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise FormatError(f"{index_path}: it has no weight_map of tensor names to file names; download it again")
-    names = sorted(set(weight_map.values()))
-    if any("/" in name or name.startswith(".") for name in names):
-        raise FormatError(f"{index_path}: it names files outside its folder; download it again")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ConfigError(
-            f"{folder}: {len(missing)} of {len(names)} files of the index are missing, first {missing[0]}; download them"
-        )
-    return [folder / name for name in names]
+        return {"digest": whole.hexdigest(), "files": files}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():  # opening a FIFO would wait for its writer
-        raise ConfigError(f"{path} is no regular file; put the checkpoint's own file there")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} cannot be read as JSON: {error}; download it again") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{path} holds a {type(value).__name__}, expected an object; download it again")
-    return value
+class _Holder:
+    """What the files of a checkpoint hold, put together by its index."""
+
+    def __init__(self, found: CheckpointFiles) -> None:
+        self._found = found
+        self._absent = dict(found.absent)
+        self.held: dict[Path, TensorFile] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        self.unusable: dict[str, str] = {}
+        self.inner_names: dict[str, list[str]] = {}
+
+    def read(self) -> None:
+        """Reads every header."""
+        for file in self._found.files:
+            try:
+                self.held[file] = read_tensor_file(file)
+            except (ConfigError, FormatError, OSError) as error:
+                if self._found.assigned is None:
+                    raise
+                self._absent[file.name] = str(error)
+        if not self.held:
+            raise ConfigError(next(iter(self._absent.values())))
+        for held in self.held.values():
+            for name, full in held.inner_names.items():
+                self.inner_names.setdefault(name, []).extend(full)
+        if self._found.assigned is None:
+            self._put_all_together()
+        else:
+            self._assign(self._found.assigned)
+        if self._found.path.is_file():
+            self._check_whole(self._found.path)
+
+    def _put_all_together(self) -> None:
+        """Without an index each tensor must lie in one file."""
+        for file, held in self.held.items():
+            self.unusable |= held.unusable
+            for tensor in held.tensors:
+                other = self.tensors.setdefault(tensor.name, tensor)
+                if other is not tensor:
+                    raise FormatError(_in_two_files(tensor, other.path, file))
+
+    def _assign(self, assigned: dict[str, str]) -> None:
+        """With an index only it says which file's tensor counts; what else is there is known by name, with the reason."""
+        assert self._found.index is not None
+        index = self._found.index.name
+        of_file = {file.name: {tensor.name: tensor for tensor in held.tensors} for file, held in self.held.items()}
+        reasons = {file.name: held.unusable for file, held in self.held.items()}
+        for name, file_name in assigned.items():
+            if file_name in self._absent:
+                self.unusable[name] = f"lies in {file_name}, which cannot be read: {self._absent[file_name]}"
+            elif name in of_file[file_name]:
+                self.tensors[name] = of_file[file_name][name]
+            else:
+                self.unusable[name] = reasons[file_name].get(name) or (
+                    f"is not in {file_name}, where {index} says that it lies; {_STALE}"
+                )
+        for file, held in self.held.items():
+            for name in (*of_file[file.name], *held.unusable):
+                if name not in assigned:
+                    self.unusable[name] = f"lies in {file.name}, but {index} does not list it; {_STALE}"
+        for file in self._found.beside:
+            with contextlib.suppress(ConfigError, FormatError, OSError):
+                for tensor in read_tensor_file(file).tensors:
+                    if tensor.name not in assigned:
+                        self.unusable.setdefault(
+                            tensor.name, f"lies in {file.name}, which {index} does not name; {_STALE}"
+                        )
+
+    def _check_whole(self, path: Path) -> None:
+        """Of one file of a numbered set only tensors that surely lie in it whole are used.
+
+        The index beside it says so, or else all other files, if none has a tensor of the name.
+        """
+        siblings = numbered_siblings(path)
+        if siblings is None:
+            return
+        assigned = assigned_to(path)
+        elsewhere: set[str] = set()
+        missing = [file.name for file in siblings if not file.is_file()]
+        if assigned is None:
+            for file in siblings:
+                with contextlib.suppress(ConfigError, FormatError, OSError):
+                    elsewhere |= {tensor.name for tensor in read_tensor_file(file).tensors}
+        for name in list(self.tensors):
+            if assigned is not None and name in assigned:
+                continue
+            if assigned is None and not missing and name not in elsewhere:
+                continue
+            why = "another one has it too" if name in elsewhere else "no index says that it lies here whole"
+            self.unusable[name] = (
+                f"lies in one of {len(siblings) + 1} files, and {why}; give the folder of the checkpoint, with its index"
+            )
+            del self.tensors[name]
+
+
+def _in_two_files(tensor: StoredTensor, first: Path, second: Path) -> str:
+    """Returns what to say of a tensor that two files hold, without an index that says which of them counts."""
+    parts = rank_parts(second)
+    if parts:
+        return split_by_rank(second, parts)
+    return (
+        f"tensor {tensor.name} is in {first.name} and again in {second.name}, and no index says which counts; give the "
+        f"one file, or the checkpoint's own {INDEX_NAME}; if each holds a part of its rows, put them together first"
+    )

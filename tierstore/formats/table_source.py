@@ -1,0 +1,143 @@
+"""A table as it lies in a checkpoint: which tensors give which bytes of a row, and a reader of row ranges.
+
+Input: `StoredTensor`s. Output: rows, straight into the caller's buffer, so that memory does not grow with the checkpoint.
+Errors: `ConfigError` for tensors that do not make the table, `FormatError` for files that change while they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import ConfigError, FormatError
+from ..spec import TableSpec
+from .stored_tensor import StoredTensor, check_identity, read_exactly, sampled
+
+
+@dataclass(frozen=True)
+class Plane:
+    """The bytes that one part of a row comes from: `width_bytes` of each row, in tensors stacked by rows."""
+
+    width_bytes: int
+    tensors: tuple[StoredTensor, ...]
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """A table as it lies in a checkpoint: row r of the table is row r of every plane, side by side, in this order."""
+
+    spec: TableSpec
+    planes: tuple[Plane, ...]
+
+    def __post_init__(self) -> None:
+        width_bytes = sum(plane.width_bytes for plane in self.planes)
+        if width_bytes != self.spec.row_bytes:
+            raise ConfigError(
+                f"table {self.spec.name}: its planes give {width_bytes} bytes a row, its codec needs {self.spec.row_bytes}"
+            )
+        for plane in self.planes:
+            num_bytes = sum(tensor.num_bytes for tensor in plane.tensors)
+            names = ", ".join(tensor.name for tensor in plane.tensors[:3])
+            if num_bytes != plane.width_bytes * self.spec.num_rows:
+                raise ConfigError(
+                    f"table {self.spec.name}: tensors {names} hold {num_bytes / max(plane.width_bytes, 1):g} rows of "
+                    f"{plane.width_bytes} bytes, the table has {self.spec.num_rows} rows; "
+                    f"config.json does not belong to these tensors, or a file is missing"
+                )
+            for tensor in plane.tensors:
+                if tensor.num_bytes % max(plane.width_bytes, 1):
+                    raise ConfigError(
+                        f"tensor {tensor.name}: {tensor.num_bytes} bytes are no whole rows of {plane.width_bytes} bytes"
+                    )
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The tensors of all planes."""
+        return tuple(tensor for plane in self.planes for tensor in plane.tensors)
+
+
+class PlaneReader:
+    """Reads row ranges of a table's planes. Holds one descriptor a file; any number of threads may read at once.
+
+    Raises `FormatError` if a file has changed since its header was read; `check_unchanged` looks again after the reads.
+    """
+
+    def __init__(self, source: TableSource) -> None:
+        self._source = source
+        self._fds: dict[Path, int] = {}
+        self._tensors: dict[Path, list[StoredTensor]] = {}
+        try:
+            for tensor in source.tensors:
+                if tensor.path not in self._fds:
+                    self._fds[tensor.path] = os.open(tensor.path, os.O_RDONLY | os.O_CLOEXEC)
+                self._tensors.setdefault(tensor.path, []).append(tensor)
+            self._check_identities()
+            self._samples = self._digest_samples()
+        except FormatError:
+            self.close()
+            raise
+        except OSError as error:
+            self.close()
+            raise ConfigError(
+                f"cannot open checkpoint file {error.filename}: {error.strerror}; make it readable, or copy it again"
+            ) from error
+
+    def read(self, row_start: int, row_end: int) -> list[np.ndarray]:
+        """Returns for each plane the rows [row_start, row_end) as uint8 [rows, width_bytes]. Blocks on the disk.
+
+        Raises `FormatError` where the file has become shorter than its header says, `OSError` where the disk fails.
+        """
+        assert 0 <= row_start <= row_end <= self._source.spec.num_rows
+        planes = []
+        for plane in self._source.planes:
+            out = np.empty((row_end - row_start, plane.width_bytes), dtype=np.uint8)
+            tensor_row_start = 0
+            for tensor in plane.tensors:
+                tensor_row_end = tensor_row_start + tensor.num_bytes // plane.width_bytes
+                start, end = max(row_start, tensor_row_start), min(row_end, tensor_row_end)
+                if start < end:
+                    byte_start = tensor.byte_start + (start - tensor_row_start) * plane.width_bytes
+                    what = f"rows {start} to {end} of tensor {tensor.name} in {tensor.path}"
+                    read_exactly(self._fds[tensor.path], out[start - row_start : end - row_start], byte_start, what)
+                tensor_row_start = tensor_row_end
+            planes.append(out)
+        return planes
+
+    def check_unchanged(self) -> None:
+        """Raises `FormatError` if a file was changed or replaced since its header was read. Reads samples of the tensors."""
+        self._check_identities()
+        if self._digest_samples() != self._samples:
+            names = ", ".join(path.name for path in self._fds)
+            raise FormatError(
+                f"the rows in {names} changed while they were read: they may be of two checkpoints; let whoever writes them "
+                f"finish, and run again"
+            )
+
+    def _check_identities(self) -> None:
+        for path, fd in self._fds.items():
+            identity = self._tensors[path][0].identity
+            if identity is not None:
+                check_identity(path, os.fstat(fd), identity)
+                check_identity(path, path.stat(), identity)  # another file may have taken its name
+
+    def _digest_samples(self) -> str:
+        digest = hashlib.sha256()
+        for path, tensors in self._tensors.items():
+            for part in sampled(self._fds[path], tensors):
+                digest.update(part)
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Closes the descriptors; closing twice is harmless."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> PlaneReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
