@@ -21,8 +21,10 @@ import pytest
 from stores import Model
 
 import tierstore
+from tierstore.daemon.serving import Daemon
 from tierstore.formats import catalog
 from tierstore.formats.catalog import read_catalog
+from tierstore.tools.cli import run
 
 
 def bitwise_crc32c(data: bytes) -> int:
@@ -170,9 +172,9 @@ SWEEP = """
 import os, random, sys
 from pathlib import Path
 from tierstore.errors import TierStoreError
+from tierstore.daemon.serving import Daemon
 from tierstore.formats import catalog
 
-catalog.OPEN_ATTEMPTS_MAX = 1  # nobody writes meanwhile
 store, seed, kind = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 file, whole, expected = store / "catalog.mdb", (store / "catalog.mdb").read_bytes(), catalog.read_catalog(store)
 table, shards = next(iter(expected.shards.items()))
@@ -274,10 +276,10 @@ def _open_often(path: Path, results: Any) -> None:
 def test_a_store_that_may_not_be_read_is_named_with_its_remedy(
     own_store: Path, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
-    def refuse(self: Path, *_: object) -> None:
+    def refuse(self: Path, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, refused, refuse)
+    monkeypatch.setattr(Path if refused == "is_file" else os, refused, refuse)
     with pytest.raises(
         tierstore.ConfigError, match=r"cannot read .*catalog\.mdb: Permission denied; make the store readable"
     ):
@@ -298,8 +300,82 @@ def test_many_threads_and_processes_read_one_catalog(built: Path) -> None:
         process.join(timeout=60)
 
 
-def test_a_store_on_a_read_only_mount_opens(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# Overwrites a catalog in place again and again, cuts it and lets it grow, while the product opens the store: it gives the
+# catalog's contents, or a named error. In a process of its own, which a signal would end.
+OVERWRITTEN = """
+import os, random, sys, threading
+from pathlib import Path
+from tierstore.errors import TierStoreError
+from tierstore.formats.catalog import read_catalog
+store, seconds = Path(sys.argv[1]), float(sys.argv[2])
+file = store / "catalog.mdb"
+whole, expected = file.read_bytes(), read_catalog(store)
+ended = threading.Event()
+
+def overwrite():
+    rng = random.Random(0)
+    with file.open("r+b", buffering=0) as stream:
+        while not ended.is_set():
+            kind = rng.randrange(4)
+            if kind == 0:
+                os.truncate(file, rng.randrange(len(whole)))
+            elif kind == 1:
+                os.pwrite(stream.fileno(), rng.randbytes(64), rng.randrange(len(whole)))
+            else:
+                os.pwrite(stream.fileno(), whole, 0)
+
+thread = threading.Thread(target=overwrite)
+thread.start()
+threading.Timer(seconds, ended.set).start()
+good = refused = 0
+while not ended.is_set():
+    try:
+        assert read_catalog(store) == expected, "read as something else"
+        good += 1
+    except TierStoreError:
+        refused += 1
+thread.join()
+print(good, refused)
+"""
+
+
+def test_a_catalog_that_is_overwritten_and_cut_while_it_is_read_is_right_or_a_named_error(large_catalog: Path) -> None:
+    command = [sys.executable, "-c", OVERWRITTEN, str(large_catalog), "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    good, refused = map(int, done.stdout.split())
+    assert good > 0
+    assert refused > 0
+
+
+def test_what_only_reads_a_store_never_opens_lmdb(
+    own_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a reader opened LMDB")
+
     (own_store / "catalog.mdb-lock").unlink()
-    monkeypatch.setattr("os.access", lambda *_: False)
-    assert read_catalog(own_store).ready
+    monkeypatch.setattr(lmdb, "open", refuse)
+    tierstore.open(own_store).close()
+    for arguments in (["inspect"], ["inspect", "--json"], ["verify"], ["epochs"]):
+        assert run([*arguments, str(own_store)]) == 0
+    assert run(["plan", str(own_store), str(tmp_path / "missing.profile"), "--dram", "1GiB", "--dry-run"]) == 1
+    assert run(["profile", str(own_store), str(tmp_path / "missing.trace"), "-o", str(tmp_path / "p")]) == 1
+    daemon = Daemon(own_store, tmp_path / "socket", 4 << 20, replan_s=None)
+    try:
+        daemon.start()
+        with tierstore.connect(tmp_path / "socket") as store:
+            assert list(store.tables)
+    finally:
+        daemon.close()
     assert not (own_store / "catalog.mdb-lock").exists()
+
+
+def test_a_damaged_catalog_is_refused_before_a_writer_maps_it(large_catalog: Path) -> None:
+    image = read_catalog(large_catalog)
+    table, shards = next(iter(image.shards.items()))
+    with (large_catalog / "catalog.mdb").open("r+b") as stream:
+        stream.seek(2 * 4096)
+        stream.write(bytes(8192))
+    with pytest.raises(tierstore.FormatError, match="damaged"):
+        catalog.record_shard(large_catalog, table, 0, shards[0])

@@ -1,8 +1,11 @@
 """The catalog: the LMDB environment `catalog.mdb` that says what a store holds.
 
-Flows in: table layouts and shard records as a build makes them, and last the ready mark. Flows out: a `CatalogImage`, read
-in one transaction, after which LMDB is closed again: nothing here is on the lookup path. Every record ends in a CRC32C
-bound to its key. Refuses foreign, truncated, damaged and newer files with `FormatError`, before LMDB maps them.
+Input: table layouts and shard records as a build makes them, and last the ready mark. Output: a `CatalogImage`, the records
+of one committed transaction. Errors: `FormatError` for foreign, truncated, damaged and newer files.
+
+Readers never map the file: `lmdb_pages` copies it with plain reads, so whoever cuts or overwrites it meanwhile causes an
+error and not a signal. Only writers open LMDB, under `build.lock`, after the same check. Nothing here is on the lookup path.
+Every record ends in a CRC32C bound to its key.
 """
 
 from __future__ import annotations
@@ -26,17 +29,16 @@ from ..errors import BudgetError, ConfigError, FormatError, StoreNotReadyError
 from ..lazy import lazy
 from ..spec import TableSpec
 from ..version import VERSION
-from .lmdb_pages import check_lmdb_file
+from .lmdb_pages import FILE_BYTES_MAX, read_lmdb_records
 from .page import PAGE_UNIT_BYTES, PAGE_UNITS_MAX, PageShape
 
 STORE_FORMAT_VERSION = 1
 CATALOG_FILE = "catalog.mdb"
 NEW_CATALOG_FILE = "catalog.mdb.new"
 LOCK_FILE = "build.lock"
-MAP_BYTES = 1 << 30  # the most that the catalog can grow to; LMDB takes disk only for what is used
-OPEN_ATTEMPTS_MAX = 5
+MAP_BYTES = FILE_BYTES_MAX  # the most that the catalog can grow to; LMDB takes disk only for what is used
 
-# LMDB allows one open environment a file and process, so each use opens, works and closes under this lock.
+# LMDB allows one open environment a file and process, so each write opens, works and closes under this lock.
 _environment_lock = threading.Lock()
 
 
@@ -205,10 +207,11 @@ def forget_placement(path: Path, epoch: int) -> None:
 
 
 def read_catalog(path: str | os.PathLike[str], *, must_be_ready: bool = True) -> CatalogImage:
-    """Reads the catalog of the store at `path`. Blocks on the disk, shortly.
+    """Reads the catalog of the store at `path`: one committed transaction, whole. Blocks on the disk, shortly.
 
-    Raises `StoreNotReadyError` where there is no store or its build has not finished (unless must_be_ready is False),
-    `FormatError` where it is foreign, truncated, damaged or of a newer format, `ConfigError` where it may not be read.
+    Safe beside a writer, and beside whoever cuts or overwrites the file. Raises `StoreNotReadyError` if there is no store or
+    its build has not finished (unless must_be_ready is False), `FormatError` if the catalog is foreign, truncated, damaged or
+    of a newer format, `ConfigError` if it cannot be read, `BudgetError` if it does not fit in memory.
     """
     path = Path(path)
     try:
@@ -343,15 +346,23 @@ def sync_folder(folder: Path) -> None:
 
 
 def _write(file: Path, records: dict[str, bytes], removed: Sequence[str] = ()) -> None:
-    """Commits records, each with its checksum, and takes others out, in one durable transaction."""
+    """Commits records, each with its checksum, and takes others out, in one durable transaction.
+
+    Checks an existing file first: LMDB would follow a wrong number in it.
+    """
     try:
-        with _environment(file, readonly=False) as environment, environment.begin(write=True) as transaction:
+        with _environment(file) as environment, environment.begin(write=True) as transaction:
             for key, value in records.items():
                 key_bytes = key.encode()
                 checksum = kernels.crc32c(value, kernels.crc32c(key_bytes))
                 transaction.put(key_bytes, value + struct.pack("<I", checksum))
             for key in removed:
                 transaction.delete(key.encode())
+    except lmdb.MemoryError as error:
+        raise BudgetError(
+            f"{file} cannot be mapped ({error}): LMDB reserves {MAP_BYTES} bytes of address space to write it; raise the "
+            f"process's limit (ulimit -v)"
+        ) from error
     except lmdb.Error as error:
         if "No space left" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
@@ -359,24 +370,17 @@ def _write(file: Path, records: dict[str, bytes], removed: Sequence[str] = ()) -
 
 
 def _read(path: Path) -> dict[str, bytes]:
-    """Copies all records out in one transaction and checks them, a few times over if a writer was in between."""
+    """Returns all records of the newest transaction, each checked and without its checksum."""
     file = path / CATALOG_FILE
-    for attempt in range(OPEN_ATTEMPTS_MAX):
-        last_attempt = attempt == OPEN_ATTEMPTS_MAX - 1
-        try:
-            check_lmdb_file(file)
-            with _environment(file, readonly=True) as environment, environment.begin() as transaction:
-                pairs = [(bytes(key), bytes(value)) for key, value in transaction.cursor()]
-            return {key.decode(): _unsealed(key, value, path) for key, value in pairs}
-        except FormatError:
-            if last_attempt:
-                raise
-        except lmdb.MemoryError as error:
-            raise BudgetError(f"{file} cannot be mapped ({error}); raise the process's limit (ulimit -v)") from error
-        except (lmdb.Error, UnicodeDecodeError) as error:
-            if last_attempt:
-                raise FormatError(f"{file} is damaged ({error}); restore it from a copy or rebuild") from error
-    raise AssertionError("unreachable")
+    try:
+        return {key.decode(): _unsealed(key, value, path) for key, value in read_lmdb_records(file)}
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{file} is damaged ({error}); restore it from a copy or rebuild") from error
+    except MemoryError as error:
+        file_bytes = file.stat().st_size
+        raise BudgetError(
+            f"{file}: {file_bytes} bytes do not fit in this process's memory; raise its limit (ulimit -v, the container's)"
+        ) from error
 
 
 def _unsealed(key: bytes, value: bytes, path: Path) -> bytes:
@@ -387,17 +391,12 @@ def _unsealed(key: bytes, value: bytes, path: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def _environment(file: Path, *, readonly: bool) -> Iterator[lmdb.Environment]:
-    """Opens the environment alone in this process. Without its lock file where that cannot be written."""
+def _environment(file: Path) -> Iterator[lmdb.Environment]:
+    """Opens the environment for writing, alone in this process; the caller keeps other processes out with `build.lock`."""
     with _environment_lock:
-        lock = not readonly or os.access(file.parent, os.W_OK)
-        arguments: dict[str, Any] = {"subdir": False, "max_dbs": 0, "map_size": MAP_BYTES, "readahead": False}
-        try:
-            environment = lmdb.open(os.fsencode(file), readonly=readonly, lock=lock, create=not readonly, **arguments)
-        except lmdb.Error:
-            if not readonly:
-                raise
-            environment = lmdb.open(os.fsencode(file), readonly=True, lock=False, create=False, **arguments)
+        if file.exists():
+            read_lmdb_records(file)
+        environment = lmdb.open(os.fsencode(file), subdir=False, max_dbs=0, map_size=MAP_BYTES, readahead=False)
         try:
             yield environment
         finally:
