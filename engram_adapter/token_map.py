@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers
 
 from tierstore import ConfigError, FormatError
+from tierstore.causes import naming_panics
 
 _LONE_SPACE = "\ue000"  # private use: stands in for a text that is one space, which stripping would empty
 _UNDECODABLE = "\ufffd"
@@ -41,6 +42,11 @@ def build_token_map(tokenizer: str | os.PathLike[str] | Tokenizer) -> np.ndarray
             normalizers.Replace(_LONE_SPACE, " "),
         ]
     )
+    with naming_panics("the tokenizer", "download the model's own tokenizer.json"):
+        return _token_map(tokenizer, normalise)
+
+
+def _token_map(tokenizer: Tokenizer, normalise: normalizers.Normalizer) -> np.ndarray:
     compressed: dict[str, int] = {}
     token_map = np.empty(tokenizer.get_vocab_size(with_added_tokens=True), dtype=np.int32)
     for token_id in range(len(token_map)):
@@ -83,7 +89,11 @@ def load_tokenizer(tokenizer: str | os.PathLike[str]) -> Tokenizer:
     if not file.is_file():
         raise ConfigError(f"there is no {file}; give the model's tokenizer.json, or download it into the checkpoint")
     try:
-        return Tokenizer.from_str(file.read_text(encoding="utf-8"))  # its from_file refuses paths that are no UTF-8
+        text = file.read_text(encoding="utf-8")  # the library's from_file refuses paths that are no UTF-8
+        with naming_panics(f"{file}, a tokenizer", "download it again"):
+            return Tokenizer.from_str(text)
+    except FormatError:
+        raise
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}; make it readable for this user") from error
     except Exception as error:  # the library raises bare Exception for anything that it cannot read

@@ -18,6 +18,7 @@ import numpy as np
 import zstandard
 from tokenizers import Tokenizer
 
+from tierstore.causes import naming_panics
 from tierstore.errors import ConfigError, FormatError
 from tierstore.formats.trace import check_token_ids
 
@@ -154,7 +155,8 @@ def _some_lines(file: io.TextIOWrapper) -> str:
 
 
 def _tokenized(parts: Sequence[_TextPart], tokenizer: Tokenizer, bos: int | None) -> Piece:
-    encodings = tokenizer.encode_batch_fast([part.text for part in parts], add_special_tokens=False)
+    with naming_panics("text for the tokenizer", "leave the input out that it cannot read, or update tokenizers"):
+        encodings = tokenizer.encode_batch_fast([part.text for part in parts], add_special_tokens=False)
     ids: list[np.ndarray] = []
     ends: list[int] = []
     total = 0

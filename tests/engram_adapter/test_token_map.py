@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from engram_adapter.token_map import build_token_map
+from engram_adapter import token_map
+from engram_adapter.token_map import build_token_map, load_tokenizer
 from tierstore.errors import ConfigError, FormatError
 
 TEXTS = [
@@ -158,3 +159,39 @@ def test_deepseek_v3_tokenizer_gives_99092_ids_of_129280(shared_data: Path) -> N
     assert len(token_map) == 129_280
     assert len(np.unique(token_map)) == token_map.max() + 1 == 99_092
     assert token_map[0] == 0
+
+
+class PanicException(BaseException):
+    """Stands in for pyo3's, which is a BaseException that no `except Exception` catches."""
+
+
+class PanickingTokenizer:
+    """Stands in for the library: whatever it is asked, it raises."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def from_str(self, _: str) -> Tokenizer:
+        raise self.error
+
+    def get_vocab_size(self, **_: object) -> int:
+        raise self.error
+
+
+def test_a_tokenizer_that_the_library_panics_on_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    panicking = PanickingTokenizer(PanicException("index out of range"))
+    monkeypatch.setattr(token_map, "Tokenizer", panicking)
+    with pytest.raises(FormatError, match=r"tokenizer\.json, a tokenizer.*gave up \(index out of range\); download"):
+        load_tokenizer(tmp_path)
+    monkeypatch.setattr(token_map, "Tokenizer", PanickingTokenizer)
+    with pytest.raises(FormatError, match=r"the tokenizer: .*gave up"):
+        build_token_map(panicking)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), GeneratorExit()], ids=repr)
+def test_an_interrupt_is_no_panic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(token_map, "Tokenizer", PanickingTokenizer(error))
+    with pytest.raises(type(error)):
+        load_tokenizer(tmp_path)

@@ -301,3 +301,30 @@ def test_a_recorded_trace_keeps_every_token_and_document(shared_data: Path, tmp_
         ids = np.frombuffer(zstandard.ZstdDecompressor().stream_reader(file).read(), dtype="<i4")
     np.testing.assert_array_equal(np.concatenate(documents), ids)
     assert report.trace_bytes < 2 * len(ids)
+
+
+class PanicException(BaseException):
+    """Stands in for pyo3's, which is a BaseException that no `except Exception` catches."""
+
+
+class PanickingTokenizer:
+    """Stands in for a tokenizer on which the library panics."""
+
+    def no_truncation(self) -> None: ...
+
+    def no_padding(self) -> None: ...
+
+    def get_vocab(self, **_: object) -> dict[str, int]:
+        return {"a": 0}
+
+    def encode_batch_fast(self, *_: object, **__: object) -> None:
+        raise PanicException("no entry found for key")
+
+
+def test_a_text_that_the_tokenizer_panics_on_is_an_error_and_leaves_no_file(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tierstore.tools.trace.load_tokenizer", lambda _: PanickingTokenizer())
+    assert run(["trace", str(texts), "-o", str(tmp_path / "t.trace"), "--tokenizer", "tokenizer.json"]) == 1
+    assert "gave up (no entry found for key)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
