@@ -176,8 +176,8 @@ def pieces_of_ids(source: TokenInput, vocab_size: int | None, lengths: np.ndarra
     `ValueError` for ids outside it, `ConfigError` where lengths do not add up to the file's tokens, or the file is cut.
     """
     if source.kind == "npy":
-        array = _mapped(source.path)
-        if array.ndim == 2:
+        array = _NpyFile(source.path)
+        if len(array.shape) == 2:
             if lengths is not None:
                 raise ConfigError(f"{source.path} is 2-D, one document a row; leave --doclens out")
             yield from _rows(source, array, vocab_size)
@@ -204,37 +204,75 @@ def pieces_of_ids(source: TokenInput, vocab_size: int | None, lengths: np.ndarra
     yield Piece(np.empty(0, dtype=np.int32), [0], 0)
 
 
-def _slices(array: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    for start in range(0, len(array), PIECE_TOKENS):
-        part = array[start : start + PIECE_TOKENS]
+def _slices(array: _NpyFile) -> Iterator[tuple[np.ndarray, int]]:
+    for start in range(0, array.shape[0], PIECE_TOKENS):
+        part = array.read(start, start + PIECE_TOKENS)
         yield part, part.nbytes
 
 
-def _rows(source: TokenInput, array: np.ndarray, vocab_size: int | None) -> Iterator[Piece]:
-    width = array.shape[1]
+def _rows(source: TokenInput, array: _NpyFile, vocab_size: int | None) -> Iterator[Piece]:
+    num_rows, width = array.shape
     step = max(1, PIECE_TOKENS // max(1, width))
-    for start in range(0, len(array), step):
-        rows = array[start : start + step]
+    for start in range(0, num_rows, step):
+        rows = array.read(start, start + step)
         check_token_ids(rows.reshape(-1), vocab_size, str(source.path), start * width)
         yield Piece(rows.reshape(-1), np.arange(1, len(rows) + 1) * width, rows.nbytes)
 
 
-def _mapped(path: Path) -> np.ndarray:
-    try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise FormatError(f"{path} is no NumPy array of numbers, or cut ({error}); copy it again") from error
-    if not isinstance(array, np.ndarray) or array.ndim not in (1, 2) or array.dtype.kind not in "iu":
-        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise ConfigError(f"{path} is {found}, expected integers, 1-D, or 2-D with a document a row")
-    return array
+class _NpyFile:
+    """A .npy file of integers, 1-D or 2-D, read in parts and never mapped: cutting it meanwhile is an error, not a signal."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the header; raises `ConfigError` for other arrays, `FormatError` if it is no array or its end is missing."""
+        self._path = path
+        try:
+            with path.open("rb") as file:
+                if file.read(2) == b"PK":
+                    raise ConfigError(f"{path} is NpzFile, expected integers; save its array alone, with numpy.save")
+                file.seek(0)
+                major, _ = np.lib.format.read_magic(file)
+                read_header = getattr(np.lib.format, f"read_array_header_{major}_0")
+                self.shape, self._is_fortran, self._dtype = read_header(file)
+                self._byte_start = file.tell()
+        except (AttributeError, ValueError, EOFError) as error:
+            raise FormatError(f"{path} is no NumPy array of numbers, or cut ({error}); copy it again") from error
+        if self._dtype.hasobject:
+            raise FormatError(f"{path} is no NumPy array of numbers, but of objects; save it as integers")
+        if len(self.shape) not in (1, 2) or self._dtype.kind not in "iu":
+            raise ConfigError(
+                f"{path} is {self._dtype} {list(self.shape)}, expected integers, 1-D, or 2-D with a document a row"
+            )
+        self._check_bytes(path.stat().st_size)
+
+    def read(self, row_start: int, row_end: int) -> np.ndarray:
+        """Returns rows (of a 1-D array: elements) from row_start on, as many as there are before row_end. Blocks."""
+        if self._is_fortran and len(self.shape) == 2:
+            return np.ascontiguousarray(self._read(0, self.shape[0]).reshape(self.shape[::-1]).T[row_start:row_end])
+        return self._read(row_start, min(row_end, self.shape[0])).reshape(-1, *self.shape[1:])
+
+    def _read(self, row_start: int, row_end: int) -> np.ndarray:
+        width = int(np.prod(self.shape[1:], dtype=np.int64))
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(self._byte_start + row_start * width * self._dtype.itemsize)
+            found = np.fromfile(file, self._dtype, (row_end - row_start) * width)
+        if len(found) < (row_end - row_start) * width:
+            self._check_bytes(self._byte_start + (row_start * width + len(found)) * self._dtype.itemsize)
+        return found
+
+    def _check_bytes(self, file_bytes: int) -> None:
+        needed_bytes = self._byte_start + int(np.prod(self.shape, dtype=object)) * self._dtype.itemsize
+        if file_bytes < needed_bytes:
+            raise FormatError(
+                f"{self._path} is no NumPy array of numbers, or cut: {file_bytes} bytes, its header says {needed_bytes}; "
+                f"copy it again"
+            )
 
 
 def read_lengths(path: Path) -> np.ndarray:
     """Returns the tokens of each document, int64 [documents], that a .npy file holds; raises `ConfigError` for others."""
-    lengths = _mapped(path)
-    if lengths.ndim != 1 or (lengths < 0).any():
-        raise ConfigError(f"{path} is {list(lengths.shape)}, or has numbers below 0; expected 1-D lengths of documents")
+    array = _NpyFile(path)
+    if len(array.shape) != 1 or ((lengths := array.read(0, array.shape[0])) < 0).any():
+        raise ConfigError(f"{path} is {list(array.shape)}, or has numbers below 0; expected 1-D lengths of documents")
     return lengths.astype(np.int64)
 
 

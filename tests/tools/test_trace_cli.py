@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -328,3 +329,37 @@ def test_a_text_that_the_tokenizer_panics_on_is_an_error_and_leaves_no_file(
     assert run(["trace", str(texts), "-o", str(tmp_path / "t.trace"), "--tokenizer", "tokenizer.json"]) == 1
     assert "gave up (no entry found for key)" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<i4", ">i8", "<u2"])
+def test_arrays_of_any_layout_are_read_in_parts_as_numpy_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Any, dtype: str
+) -> None:
+    monkeypatch.setattr(token_inputs, "PIECE_TOKENS", 7)
+    array = np.arange(60).reshape(12, 5).astype(dtype, order=order)
+    np.save(tmp_path / "rows.npy", array)
+    write_trace([tmp_path / "rows.npy"], tmp_path / "t.trace")
+    assert documents_of(tmp_path / "t.trace") == array.tolist()
+
+
+# A file that is mapped and then cut ends the process that reads it by SIGBUS: so in a process of its own.
+CUT = """
+import os, sys
+from tierstore.errors import FormatError
+from tierstore.tools import token_inputs
+from tierstore.tools.cli import run
+check = token_inputs.check_token_ids
+def cut_and_check(*arguments):
+    os.truncate(sys.argv[1], 4096)
+    check(*arguments)
+token_inputs.check_token_ids = cut_and_check
+sys.exit(run(["trace", sys.argv[1], "-o", sys.argv[1] + ".trace"]))
+"""
+
+
+def test_an_array_that_is_cut_while_it_is_read_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.ones(3 << 20, dtype=np.int32))
+    done = subprocess.run([sys.executable, "-c", CUT, tmp_path / "ids.npy"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "copy it again" in done.stderr) == (1, True), done
+    assert [file.name for file in tmp_path.iterdir()] == ["ids.npy"]
