@@ -17,6 +17,7 @@ FLOORS = {
     "tierstore.version": 0,
     "tierstore.errors": 0,
     "tierstore.lazy": 0,
+    "tierstore.interrupts": 0,
     "tierstore.units": 0.5,  # of the same floor, but above errors
     "tierstore.causes": 0.7,  # names errors, with sizes in words
     "tierstore.spec": 0.5,

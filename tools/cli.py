@@ -1,7 +1,8 @@
 """The command line `tierstore`: a group of commands, each in its own file, imported only when it is called.
 
 Flows in: arguments. Flows out: results on standard output, progress and errors on standard error, and an exit status: 0,
-1 (an error, or something found wrong), 2 (wrong usage), 130 (Ctrl-C). Nothing here loads torch. What all commands share
+1 (an error, or something found wrong), 2 (wrong usage), 130 (Ctrl-C). SIGTERM and SIGHUP end a command after it removed
+its unfinished files. Nothing here loads torch. What all commands share
 lies here too: progress for people and for logs, and the console that tables are printed to.
 """
 
@@ -19,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tierstore import interrupts
 from tierstore.errors import TierStoreError
+from tierstore.interrupts import INTERRUPTED_STATUS
 from tierstore.units import format_bytes
 from tierstore.version import VERSION
 
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
 TABLE_COLUMNS = 120  # width of tables where output is no terminal
 PLAIN_STEPS = 20  # a line of progress for every twentieth of the work,
 PLAIN_SECONDS = 1.0  # but none sooner after another: what is over in a moment needs no report
-INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells have it
 
 # Each command: the module whose `command` it is, and its line in the list.
 COMMANDS = {
@@ -61,6 +63,7 @@ class _Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        interrupts.begin_work()
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
@@ -186,10 +189,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """The entry point of the `tierstore` script: runs the command line and exits with its status."""
+    interrupts.begin_importing()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
-    sys.exit(run())
+    try:
+        status = run()
+        interrupts.end_work()
+    except KeyboardInterrupt:  # the second one, or one that came in the last moment
+        status = INTERRUPTED_STATUS
+    except interrupts.Ended as ended:
+        interrupts.die_of(ended.number)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
