@@ -127,7 +127,7 @@ def test_a_daemon_of_another_user_is_not_trusted_unless_named(open_path: Path) -
     child = ServingChild(open_path, NOBODY)
     try:
         with pytest.raises(
-            DaemonError, match=rf"process {child.pid}\) belongs to user {NOBODY}, and what users 0 serve"
+            DaemonError, match=rf"process {child.pid}\) belongs to user {NOBODY}, only daemons of users 0 are"
         ):
             dial(open_path)
         assert ask(open_path, {"do": "stat"}, trusted_uids=[NOBODY])["ok"], "root may administer every daemon"

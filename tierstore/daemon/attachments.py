@@ -9,8 +9,10 @@ when its connection is gone and its block still mapped. Any thread may call.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import select
 import threading
 import time
 from collections import deque
@@ -23,6 +25,7 @@ from .. import kernels
 from ..errors import DaemonError
 from ..tiers.shared import make_client_block
 from .events import event
+from .identity import own_proc, process_text
 
 logger = logging.getLogger("tierstore.daemon")
 
@@ -41,8 +44,11 @@ class Attachment:
     on_gpu: its kernels read the static set.
     """
 
-    def __init__(self, pid: int, *, on_gpu: bool = False) -> None:
+    def __init__(self, pid: int, *, on_gpu: bool = False, pidfd: int | None = None) -> None:
+        """pid: 0 for a process of another PID namespace. pidfd: of the process; copied. Raises `OSError`."""
         self.pid, self.on_gpu = pid, on_gpu
+        # Only who lingers is looked for after its connection is gone.
+        self._pidfd = fcntl.fcntl(pidfd, fcntl.F_DUPFD_CLOEXEC, 0) if pidfd is not None and on_gpu else None
         self.is_attached = True
         # (version, parity) that it was waited for in vain, and has not left since.
         self.late: set[tuple[int, int]] = set()
@@ -69,16 +75,37 @@ class Attachment:
 
     def close(self) -> list[Any]:
         """The client is gone; returns the readers of what it reported."""
+        pidfd, self._pidfd = self._pidfd, None
+        if pidfd is not None:
+            os.close(pidfd)
         return [reader for version in list(self.blocks) for reader in self.left(version)]
 
+    def _may_run(self) -> bool:
+        """Whether its process may still run; unknown counts as yes."""
+        if self._pidfd is not None:
+            poll = select.poll()
+            poll.register(self._pidfd, select.POLLIN)
+            return not poll.poll(0)
+        if self.pid <= 0:
+            return True
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:  # another user's
+            return True
+        return True
+
     def lingers(self) -> bool:
-        """Whether its process may count in its blocks still, though nobody hears of it any more: it maps one."""
+        """Whether its process may count in its blocks still, though its connection is gone: it runs, and may map one."""
+        if not self._may_run():
+            return False
+        if self.pid <= 0 or not own_proc():  # no file of /proc is certain to be about it
+            return True
         try:
             lines = Path(f"/proc/{self.pid}/maps").read_text(errors="replace").splitlines()
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-        except OSError:  # it is not ours to look at
-            return True
+        except OSError:  # not ours to look at, or hidden
+            return self._may_run()
         inodes = {str(os.fstat(fd).st_ino) for fd in self._fds.values()}
         return any(BLOCK_NAME in line and line.split(maxsplit=5)[4] in inodes for line in lines)
 
@@ -112,12 +139,13 @@ class Attachments:
         self._last_readers: deque[Any] = deque(maxlen=LAST_READERS_MAX)
         self.lock = threading.RLock()  # of the four above; held by who must see no client come meanwhile
 
-    def attach(self, who: object, pid: int, version: int, *, on_gpu: bool = False) -> tuple[int, np.ndarray]:
+    def attach(
+        self, who: object, pid: int, version: int, *, on_gpu: bool = False, pidfd: int | None = None
+    ) -> tuple[int, np.ndarray]:
         """Gives a new client its block for a version; returns its descriptor, which stays ours, and its memory.
 
-        Raises `DaemonError` where there is no memory or descriptor for it.
+        pidfd: of its process, if there is one; copied. Raises `DaemonError` where there is no memory or descriptor for it.
         """
-        attachment = Attachment(pid, on_gpu=on_gpu)
         with self.lock:
             self._forget_ended()
             if on_gpu and len(self._lingering) >= LINGERING_MAX:
@@ -125,7 +153,12 @@ class Attachments:
                     f"{len(self._lingering)} clients are gone whose GPUs may still read the static set, the limit is "
                     f"{LINGERING_MAX}: end their processes, or close what they had connected"
                 )
-            given = self._given(attachment, version)
+            attachment = _made(pid, on_gpu=on_gpu, pidfd=pidfd)
+            try:
+                given = self._given(attachment, version)
+            except BaseException:
+                attachment.close()
+                raise
             self._of[who] = attachment
             return given
 
@@ -141,9 +174,7 @@ class Attachments:
         try:
             return attachment.give(version)
         except OSError as error:
-            raise DaemonError(
-                f"no block for process {attachment.pid} ({error.strerror}): raise the daemon's limits of open files and memory"
-            ) from error
+            raise _no_room(attachment.pid, error) from error
 
     def left(self, who: object, version: int) -> None:
         """A client is done with a version."""
@@ -248,3 +279,16 @@ class Attachments:
                 attachment.close()
             self._of.clear()
             self._lingering.clear()
+
+
+def _made(pid: int, *, on_gpu: bool, pidfd: int | None) -> Attachment:
+    try:
+        return Attachment(pid, on_gpu=on_gpu, pidfd=pidfd)
+    except OSError as error:
+        raise _no_room(pid, error) from error
+
+
+def _no_room(pid: int, error: OSError) -> DaemonError:
+    return DaemonError(
+        f"no block for {process_text(pid)} ({error.strerror}): raise the daemon's limits of open files and memory"
+    )

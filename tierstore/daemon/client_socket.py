@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn
 from .. import errors
 from ..errors import DaemonError, TierStoreError
 from ..version import VERSION
+from .identity import known_ids, process_text, unknown_id, user_text
 from .protocol import (
     CLIENT_MESSAGE_BYTES_MAX,
     MESSAGE_BYTES_MAX,
@@ -132,17 +133,23 @@ def _connect(path: str, deadline: float, timeout_s: float, trusted_uids: Collect
         if outcome:
             _raise_unreachable(path, outcome, timeout_s)
         pid, uid, _ = peer_credentials(sock)
-        trusted = {os.geteuid(), 0} | set(trusted_uids)
-        if uid not in trusted:
-            users = " and ".join(str(user) for user in sorted(trusted))
-            raise DaemonError(
-                f"{path}: the daemon (process {pid}) belongs to user {uid}, and what users {users} serve is trusted here: "
-                f"add {uid} to the trusted users if its rows may be used"
-            )
+        _check_owner(path, pid, uid, trusted_uids)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _check_owner(path: str, pid: int, uid: int, trusted_uids: Collection[int]) -> None:
+    """Raises `DaemonError` if the daemon's user is not trusted. A daemon of this process is."""
+    trusted = known_ids("uid", {os.geteuid(), 0, *trusted_uids})
+    if uid in trusted or pid == os.getpid():
+        return
+    users = " and ".join(str(user) for user in sorted(trusted))
+    who = f"{path}: the daemon ({process_text(pid)}) belongs to {user_text(uid)}, only daemons of users {users} are trusted"
+    if uid == unknown_id("uid"):
+        raise DaemonError(f"{who}: run client and daemon as users whom both their user namespaces map")
+    raise DaemonError(f"{who}: add {uid} to the trusted users if its rows may be used")
 
 
 def _raise_unreachable(path: str, outcome: int, timeout_s: float) -> NoReturn:

@@ -6,13 +6,17 @@ sides and the remedy: users that are not let in, another version of the protocol
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection
 from typing import Any
 
-from ..errors import DaemonError
+from ..errors import ConfigError, DaemonError
 from ..version import VERSION
+from .identity import known_ids, process_text, unknown_id, user_text
 from .protocol import PROTOCOL_VERSION
+
+logger = logging.getLogger("tierstore")
 
 RELEASE_CHARS_MAX = 64
 
@@ -21,20 +25,35 @@ class Door:
     """Who may use the daemon at a path: its own user and root always, others as clients where they are named."""
 
     def __init__(self, path: str, allowed_users: Collection[int]) -> None:
-        """allowed_users: ids."""
+        """allowed_users: ids. Raises `ConfigError` if one of them does not name one user here."""
         self.path = path
-        self._administrators = {os.geteuid(), 0}
+        unknown = unknown_id("uid")
+        if unknown in allowed_users:
+            raise ConfigError(
+                f"--allow-user {unknown}: in this user namespace, {unknown} stands for every user whom it does not map "
+                f"(/proc/self/uid_map); map the user, and name the id that it has here"
+            )
+        if os.geteuid() == unknown:
+            logger.warning(
+                "%s: this daemon runs as user %d, which in this user namespace also stands for every user whom it does "
+                "not map: only root and users of --allow-user may connect; run the daemon as another user",
+                path, unknown,
+            )  # fmt: skip
+        self._administrators = known_ids("uid", {os.geteuid(), 0})
         self._users = self._administrators | set(allowed_users)
         self.open_to_others = self._users > self._administrators
 
     def check_user(self, pid: int, uid: int) -> None:
-        """Raises `DaemonError` where a process of that user may not connect."""
-        if uid not in self._users:
-            users = " and ".join(str(user) for user in sorted(self._users))
+        """Raises `DaemonError` if a process of that user may not connect. The daemon's own process always may."""
+        if uid in self._users or pid == os.getpid():
+            return
+        users = " and ".join(str(user) for user in sorted(self._users))
+        who, at = f"{user_text(uid)} ({process_text(pid)})", f"the daemon at {self.path}, users {users} may"
+        if uid == unknown_id("uid"):
             raise DaemonError(
-                f"user {uid} (process {pid}) may not use the daemon at {self.path}, users {users} may: "
-                f"restart it with --allow-user {uid}, or connect as one of them"
+                f"{who} may not use {at}: connect as one of them, from a user namespace whose users the daemon's maps"
             )
+        raise DaemonError(f"{who} may not use {at}: restart it with --allow-user {uid}, or connect as one of them")
 
     def check_hello(self, uid: int, hello: dict[str, Any]) -> tuple[str, str]:
         """Returns the role, "client" or "admin", and the release of tierstore that the first message of a user says."""

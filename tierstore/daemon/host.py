@@ -35,6 +35,7 @@ from ..tiers.shared import SharedBlock
 from ..tiers.slots import StaticSlots
 from .attachments import Attachments
 from .events import event
+from .identity import process_text
 from .mapped import Blocks, OpenVersion, pairs_as_tokens, recency_part, same_tables, static_parts, table_memories
 from .version import Version
 
@@ -197,17 +198,19 @@ class Host:
 
     # Clients
 
-    def attach(self, who: object, pid: int, *, on_gpu: bool = False) -> tuple[dict[str, Any], list[int]]:
+    def attach(
+        self, who: object, pid: int, *, on_gpu: bool = False, pidfd: int | None = None
+    ) -> tuple[dict[str, Any], list[int]]:
         """Returns what a new client needs to map the tiers: a message, and descriptors, which stay ours.
 
         on_gpu: its kernels would read the static set, and may, where that is lent. Raises `DaemonError` where there is no
         memory or descriptor for its block.
         """
-        # 0: of another PID namespace; its end would not be heard of.
-        on_gpu = on_gpu and self._static.lent_fd >= 0 and pid > 0
+        # Of a process of another PID namespace (0), only a pidfd tells the end.
+        on_gpu = on_gpu and self._static.lent_fd >= 0 and (pid > 0 or pidfd is not None)
         with self.attachments.lock:
             version = self.current
-            given = self.attachments.attach(who, pid, version.number, on_gpu=on_gpu)
+            given = self.attachments.attach(who, pid, version.number, on_gpu=on_gpu, pidfd=pidfd)
         return self._layout(version, *given, on_gpu=on_gpu)
 
     def move(self, who: object) -> tuple[dict[str, Any], list[int]] | None:
@@ -290,9 +293,9 @@ class Host:
         if not self._settle():
             if self.attachments.ending.is_set():
                 raise DaemonError("the daemon ends; nothing is changed any more")
-            processes = ", ".join(map(str, self.attachments.waiting_for))
+            processes = ", ".join(map(process_text, self.attachments.waiting_for))
             raise DaemonError(
-                f"the GPU of process {processes} still reads what epoch {self.epoch - 1} holds, though epoch {self.epoch} was "
+                f"the GPU of {processes} still reads what epoch {self.epoch - 1} holds, though epoch {self.epoch} was "
                 f"there for {time.monotonic() - self._published_at:.0f} s; nothing more is changed: end that process, or let it "
                 f"go on, then ask again"
             )

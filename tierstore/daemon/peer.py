@@ -7,6 +7,7 @@ queue, as fast as it reads; its messages. A peer that does not read, or asks too
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import DaemonError, TierStoreError
+from .identity import process_text, user_text
 from .protocol import (
     CLIENT_MESSAGE_BYTES_MAX,
     FDS_MAX,
@@ -81,9 +83,10 @@ class _Outgoing:
 class Peer:
     """A connected process. `send` and `drop` may come from any thread and never block; the rest is the server's loop's.
 
-    pid, uid, gid: as the kernel noted them when it connected. pidfd: becomes readable when that process ends, None where the
-    kernel gives none, and when the peer is gone. role: "client" or "admin", None until its hello. release: of tierstore, as
-    it says. on_gpu: whether it says that its GPU would read the static set. since: of `time.monotonic`, when it connected.
+    pid, uid, gid: as the kernel noted them when it connected; pid 0 is a process of another PID namespace. pidfd: becomes
+    readable when that process ends, None if the kernel gives none, and when the peer is gone. role: "client" or "admin",
+    None until its hello. release: of tierstore, as it says. on_gpu: whether it says that its GPU would read the static set.
+    since: of `time.monotonic`, when it connected.
     """
 
     def __init__(self, sock: socket.socket, on_change: Callable[[], None]) -> None:
@@ -110,7 +113,7 @@ class Peer:
         self._closed = False
 
     def __repr__(self) -> str:
-        return f"{self.role or 'connection'} of process {self.pid}, user {self.uid}"
+        return f"{self.role or 'connection'} of {process_text(self.pid)}, {user_text(self.uid)}"
 
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Queues a message with copies of descriptors. A peer that is gone gets nothing, one whose queue is full is dropped.
@@ -198,9 +201,12 @@ class Peer:
 
 
 def _pidfd_of(sock: socket.socket, pid: int) -> int | None:
-    with contextlib.suppress(OSError):  # an older kernel, or the process has ended
-        return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
     try:
+        return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:  # the process has ended, and another may have its number by now
+            return None
+    try:  # an older kernel
         return os.pidfd_open(pid) if pid > 0 else None
     except OSError:
         return None

@@ -188,7 +188,7 @@ class Daemon:
     def attach(self, peer: Peer) -> tuple[dict[str, Any], Sequence[int]]:
         """A client is there: gives it the tiers."""
         event(logger, logging.INFO, "attached", pid=peer.pid, uid=peer.uid, release=peer.release)
-        return self._host.attach(peer, peer.pid, on_gpu=peer.on_gpu)
+        return self._host.attach(peer, peer.pid, on_gpu=peer.on_gpu, pidfd=peer.pidfd)
 
     def message(self, peer: Peer, message: dict[str, Any]) -> None:
         """A client tells its counters, or that it has left a version."""

@@ -1,0 +1,234 @@
+"""An id that the kernel gives for "unknown" is nobody's: not the daemon's user, nor one who is let in, nor an ended process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from daemon_peers import NOBODY, WAIT_S, NotingHandler, ServingChild, as_root, become, in_child
+
+from tierstore import kernels
+from tierstore.daemon import identity
+from tierstore.daemon.attachments import Attachment
+from tierstore.daemon.client_socket import ask, dial
+from tierstore.daemon.identity import known_ids, process_text, unknown_id, user_text
+from tierstore.daemon.server import SocketServer
+from tierstore.errors import ConfigError
+
+NEW_USER_NAMESPACE, NEW_PID_NAMESPACE = 0x10000000, 0x20000000
+STRANGER = 4242
+TRIED = b"no namespace"
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, files: dict[str, list[int]]) -> None:
+    monkeypatch.setattr(identity, "_first_numbers", lambda path, _: files.get(path, []))
+
+
+def test_in_the_first_namespace_every_id_is_somebodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown(monkeypatch, {"/proc/self/uid_map": [2**32 - 1], "/proc/sys/kernel/overflowuid": [65534]})
+    assert unknown_id("uid") is None
+    assert known_ids("uid", [0, 65534]) == {0, 65534}
+    assert user_text(65534) == "user 65534"
+
+
+def test_in_a_namespace_that_maps_some_ids_the_overflow_id_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"/proc/self/uid_map": [1, 65536], "/proc/sys/kernel/overflowuid": [4321]}
+    shown(monkeypatch, files)
+    assert unknown_id("uid") == 4321
+    assert known_ids("uid", [0, 4321, 65534]) == {0, 65534}
+    assert "does not map" in user_text(4321)
+
+
+def test_without_proc_the_overflow_id_counts_as_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown(monkeypatch, {})
+    assert (unknown_id("uid"), unknown_id("gid")) == (65534, 65534)
+
+
+def test_the_kernel_is_asked_for_both_kinds_of_ids() -> None:
+    for kind in ("uid", "gid"):
+        num_mapped = sum(int(line.split()[2]) for line in Path(f"/proc/self/{kind}_map").read_text().splitlines())
+        overflow = int(Path(f"/proc/sys/kernel/overflow{kind}").read_text())
+        assert unknown_id(kind) == (None if num_mapped == 2**32 - 1 else overflow)
+
+
+def test_a_process_without_a_number_has_words() -> None:
+    assert process_text(7) == "process 7"
+    assert process_text(0) == "a process of another PID namespace"
+
+
+def test_an_unknown_id_cannot_be_let_in_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tierstore.daemon.greeting.unknown_id", lambda _: NOBODY)
+    with pytest.raises(ConfigError, match=f"--allow-user {NOBODY}: .* stands for every user whom it does not map"):
+        SocketServer(tmp_path / "socket", NotingHandler(), allowed_users=[7, NOBODY])
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """The path of a socket in a folder that all users may enter and write to."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder) / "socket"
+
+
+def unshared(kind: int) -> None:
+    """Goes to a new namespace; ends a forked child that cannot."""
+    if ctypes.CDLL(None, use_errno=True).unshare(kind):
+        raise OSError(TRIED.decode())
+
+
+@as_root
+def test_a_daemon_whom_the_namespace_does_not_map_is_not_taken_for_our_own(open_path: Path) -> None:
+    daemon = ServingChild(open_path, STRANGER)
+    try:
+        open_path.chmod(0o666)
+
+        def dialled() -> str:
+            unshared(NEW_USER_NAMESPACE)  # it maps nobody: this process's user looks like the daemon's
+            assert os.geteuid() == unknown_id("uid")
+            return str(dial(open_path))
+
+        said = in_child(dialled, STRANGER + 1)
+    finally:
+        daemon.kill()
+    if TRIED.decode() in said:
+        pytest.skip(said)
+    assert said.startswith("DaemonError: ")
+    assert "belongs to user 65534 (any user whom this user namespace does not map)" in said
+
+
+class NamespacedDaemon:
+    """A daemon in a namespace of its own; `said` is what it wrote, a line at a time."""
+
+    def __init__(self, path: Path, kind: int, *, user: int | None, forks: bool) -> None:
+        read, write = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            os.close(read)
+            try:
+                become(user)
+                unshared(kind)
+                if forks and (child := os.fork()):  # a PID namespace holds the children of who made it
+                    os.write(write, f"{child}\n".encode())
+                    os.waitpid(child, 0)
+                    os._exit(0)
+                self._serve(path, write)
+            except BaseException as error:
+                os.write(write, f"{type(error).__name__}: {error}\n".encode())
+            finally:
+                os._exit(1)
+        os.close(write)
+        self._lines = os.fdopen(read)
+        first = self.said()
+        if TRIED.decode() in first:
+            os.waitpid(self.pid, 0)
+            pytest.skip(first)
+        self.server = int(first) if forks else self.pid
+        assert (self.said() if forks else first) == "serving"
+
+    @staticmethod
+    def _serve(path: Path, write: int) -> None:
+        handler = NotingHandler()
+        server = SocketServer(path, handler)
+        server.start()
+        os.chmod(path, 0o666)
+        os.write(write, b"serving\n")
+        while True:
+            kind, peer, _ = handler.calls.get()
+            os.write(write, f"{kind} {peer.pid} {peer.pidfd is not None}\n".encode())
+
+    def said(self) -> str:
+        return self._lines.readline().rstrip("\n")
+
+    def kill(self) -> None:
+        os.kill(self.server, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self._lines.close()
+
+
+@as_root
+def test_a_stranger_is_not_taken_for_the_user_of_a_daemon_in_a_namespace(open_path: Path) -> None:
+    daemon = NamespacedDaemon(open_path, NEW_USER_NAMESPACE, user=STRANGER, forks=False)
+    try:
+        for user in (STRANGER + 1, None):
+            said = in_child(lambda: str(ask(open_path, {"do": "stat"}, 10, trusted_uids=[STRANGER])), user)
+            assert said.startswith("DaemonError: user 65534 (any user whom this user namespace does not map) "), said
+    finally:
+        daemon.kill()
+
+
+def held_open(path: Path) -> subprocess.Popen[bytes]:
+    """A process that attaches, forks a child that holds the socket too, and says so."""
+    code = (
+        "import os, sys, time; from tierstore.daemon.client_socket import dial; found = dial(sys.argv[1])\n"
+        "child = os.fork()\n"
+        "if child: print(child, flush=True)\n"
+        "time.sleep(600)"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
+
+
+@as_root
+@pytest.mark.skipif(
+    not hasattr(os, "pidfd_open") or tuple(map(int, os.uname().release.split(".")[:2])) < (6, 5),
+    reason="the kernel has no SO_PEERPIDFD",
+)
+def test_a_client_of_another_pid_namespace_lives_until_its_process_ends(open_path: Path) -> None:
+    daemon = NamespacedDaemon(open_path, NEW_PID_NAMESPACE, user=None, forks=True)
+    client = held_open(open_path)
+    try:
+        assert daemon.said() == "attach 0 True"
+        assert client.stdout is not None
+        fork = int(client.stdout.readline())
+        client.kill()
+        client.wait(WAIT_S)
+        client.stdout.close()
+        assert daemon.said().startswith("detach 0")  # though its fork holds the socket
+        os.kill(fork, signal.SIGKILL)
+    finally:
+        client.kill()
+        daemon.kill()
+
+
+@pytest.mark.skipif(not kernels.native, reason="a daemon needs the compiled kernels")
+def test_a_client_whose_number_is_unknown_lingers_until_its_process_ends() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        pidfd = os.pidfd_open(process.pid)
+        attachment = Attachment(0, on_gpu=True, pidfd=pidfd)
+        os.close(pidfd)  # it has its own
+        attachment.give(1)
+        assert attachment.lingers()
+        process.kill()
+        process.wait(WAIT_S)
+        assert not attachment.lingers()
+        attachment.close()
+
+
+@pytest.mark.skipif(not kernels.native, reason="a daemon needs the compiled kernels")
+def test_a_client_of_whom_nothing_is_known_counts_as_alive() -> None:
+    attachment = Attachment(0, on_gpu=True)
+    assert attachment.lingers()
+    attachment.close()
+
+
+@pytest.mark.skipif(not kernels.native, reason="a daemon needs the compiled kernels")
+def test_a_hidden_proc_is_not_taken_for_the_end_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(self: Path, *_: object, **__: object) -> str:
+        raise FileNotFoundError(self)
+
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        attachment = Attachment(process.pid, on_gpu=True)
+        attachment.give(1)
+        assert not attachment.lingers()  # it maps no block
+        monkeypatch.setattr(Path, "read_text", hidden)
+        assert attachment.lingers()
+        process.kill()
+        process.wait(WAIT_S)
+        assert not attachment.lingers()
+        attachment.close()
