@@ -109,9 +109,11 @@ class Table:
         spec = self._spec
         flat_ids, flat_out = row_ids.reshape(-1), out.reshape(-1, spec.row_bytes)
         whole = np.zeros(0, dtype=bool)
-        if not self._engine.is_resident(self.index) and (
-            spec.is_plain or (row_ids.ndim and row_ids.shape[-1] == spec.num_heads)
-        ):
+        of_tokens = spec.is_plain or (row_ids.ndim > 0 and row_ids.shape[-1] == spec.num_heads)
+        if of_tokens and self._engine.is_resident(self.index):
+            self._engine.rows(self.index, flat_ids.reshape(-1, spec.num_heads), flat_out)
+            return
+        if of_tokens:
             keys, whole = spec.keys_of_row_ids(flat_ids.reshape(-1, spec.num_heads))
             tokens_out = out.reshape(-1, *self._rows_shape)
             if whole.all():

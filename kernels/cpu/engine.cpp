@@ -149,12 +149,30 @@ void Engine::count_batch(const Job& job) {
   if (job.misses.empty()) counters.zero_miss_batches.fetch_add(1, kRelaxed);
 }
 
-void Engine::read(size_t index, const int64_t* ids, size_t num_ids, uint8_t* out, uint8_t unit, Job& job) {
+// Counts what is asked for by row id: keys of whole tokens, which memory holds, or single rows.
+void Engine::count_rows(size_t index, const int64_t* ids, size_t num_ids, bool of_tokens) {
   const Table& table = tables_[index];
-  if (unit == kRowUnit) counters.rows.fetch_add(num_ids, kRelaxed);
+  const size_t rows_per_key = of_tokens ? table.rows_per_key : 1;
+  uint64_t found_of[kOrdersMax] = {}, num_found = 0;
+  for (size_t i = 0; i < num_ids; i += rows_per_key) {  // a key's rows are all there, or none is
+    found_of[of_tokens ? i / rows_per_key % table.num_orders : 0] += ids[i] >= 0;
+    num_found += ids[i] >= 0;
+  }
+  if (!of_tokens) {
+    counters.rows.fetch_add(num_found, kRelaxed);
+    return;
+  }
+  for (size_t order = 0; order < table.num_orders; ++order) table_counters[index].hits[order].fetch_add(found_of[order], kRelaxed);
+  counters.sentinels.fetch_add(num_ids / rows_per_key - num_found, kRelaxed);
+}
+
+void Engine::read(size_t index, const int64_t* ids, size_t num_ids, uint8_t* out, uint8_t unit, bool of_tokens, Job& job) {
+  const Table& table = tables_[index];
+  if (unit == kRowUnit) count_rows(index, ids, num_ids, of_tokens && table.resident != nullptr);
   if (unit == kRowUnit && table.resident != nullptr) {
     const int64_t bad_page = gather_resident_rows(table, ids, num_ids, out);
     if (bad_page >= 0) job.fault = {FaultKind::kBadPage, static_cast<uint32_t>(index), bad_page, kPageBadChecksum};
+    count_batch(job);
     return;
   }
   job.outputs.resize(tables_.size());
@@ -165,6 +183,10 @@ void Engine::read(size_t index, const int64_t* ids, size_t num_ids, uint8_t* out
     } else {
       job.misses.push_back({ids[i], static_cast<uint32_t>(i), static_cast<uint16_t>(index), unit, kNotPlaced});
     }
+  }
+  if (unit == kRowUnit) {
+    counters.rows_missed.fetch_add(job.misses.size(), kRelaxed);
+    count_batch(job);
   }
   fetch(job);
 }
@@ -307,6 +329,7 @@ void Engine::work() {
       runtime.unfinished.remove(task.job);
       runtime.job_ended.notify_all();
     }
+    latency.end(task.job->started);
     task.job->finish();
   }
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -41,15 +42,31 @@ struct TableCounters {
   std::vector<std::atomic<uint64_t>> hits, static_hits, misses;
 };
 
+// rows: asked for one by one, by their ids; rows_missed: those of them that no memory held.
 struct Counters {
-  std::atomic<uint64_t> batches{0}, zero_miss_batches{0}, sentinels{0}, rows{0};
+  std::atomic<uint64_t> batches{0}, zero_miss_batches{0}, sentinels{0}, rows{0}, rows_missed{0};
 };
 
-// How long blocking lookups took: counts by powers of two of a microsecond, and the sum. One lookup in kShare of a thread is timed,
-// as two looks at the clock would be a noticeable part of the shortest.
+// How long lookups took, from the call until the rows were there, whether anybody waited or not: counts by powers of two of a
+// microsecond, and the sum. One lookup in kShare is timed: two looks at the clock would be a noticeable part of the shortest.
 struct Latency {
+  using Clock = std::chrono::steady_clock;
   static constexpr size_t kBounds = 21;  // 1 us to 1.05 s; what took longer comes last
-  static constexpr unsigned kShare = 8;
+  static constexpr unsigned kShareLog2 = 3;
+
+  // Returns when a lookup begins, or the clock's zero: it is not timed. Chance decides, because the layers of a model take turns,
+  // and every eighth lookup would always be the same layer's.
+  static Clock::time_point begin() {
+    // The generator of MMIX (Knuth, TAOCP 2, 3.3.4); its high bits are good enough for chance.
+    thread_local uint64_t state = reinterpret_cast<uintptr_t>(&state);
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    return state >> (64 - kShareLog2) == 0 ? Clock::now() : Clock::time_point{};
+  }
+
+  // Counts a lookup that ends now, if it is timed.
+  void end(Clock::time_point started) {
+    if (started != Clock::time_point{}) add(static_cast<uint64_t>((Clock::now() - started) / std::chrono::nanoseconds(1)));
+  }
 
   void add(uint64_t took_ns) {
     size_t bucket = 0;
@@ -99,7 +116,8 @@ class Engine {
   }
 
   // Reads rows (kRowUnit; id -1 for zeros) or pages (kPageUnit) by number into `out`, past the cache. Blocks on the disk.
-  void read(size_t table, const int64_t* ids, size_t num_ids, uint8_t* out, uint8_t unit, Job& job);
+  // of_tokens: the ids are those of whole tokens, [N, O * H], and are counted as their keys; others are counted as rows.
+  void read(size_t table, const int64_t* ids, size_t num_ids, uint8_t* out, uint8_t unit, bool of_tokens, Job& job);
 
   // Writes the Source of each of a table's keys, [num_tokens, O]. Counts nothing.
   void locate(const EpochView& view, size_t table, const int64_t* keys, size_t num_tokens, uint8_t* sources);
@@ -127,6 +145,8 @@ class Engine {
 
  private:
   struct Runtime;
+
+  void count_rows(size_t table, const int64_t* ids, size_t num_ids, bool of_tokens);
 
   Lane* acquire_lane(bool wait);
   Lane* take_lane();

@@ -117,9 +117,7 @@ class PyEngine {
     auto* out_data = static_cast<uint8_t*>(py::reinterpret_borrow<py::array>(out).mutable_data());
     Job job;
     bool good;
-    thread_local unsigned turn = 0;
-    const bool timed = ++turn % Latency::kShare == 0;
-    const auto started = timed ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
+    const auto started = Latency::begin();
     {
       std::optional<py::gil_scoped_release> released;
       if (num_tokens * engine_->tables()[index].num_orders > kBriefPairs) released.emplace();
@@ -132,7 +130,7 @@ class PyEngine {
         engine_->fetch(job);
       }
     }
-    if (timed && good) engine_->latency.add(static_cast<uint64_t>((std::chrono::steady_clock::now() - started) / std::chrono::nanoseconds(1)));
+    if (good) engine_->latency.end(started);
     return good ? fault_tuple(job.fault) : py::bool_(false);
   }
 
@@ -169,7 +167,8 @@ class PyEngine {
     return start({{index, list, static_cast<uint8_t*>(o.mutable_data())}});
   }
 
-  // Row ids, int64 [R], -1 for a zero row, into uint8 [R, row_bytes], past the cache. Returns as `lookup` does.
+  // Row ids, int64 [R], -1 for a zero row, into uint8 [R, row_bytes], past the cache. Returns as `lookup` does. Those of whole tokens
+  // of a resident table, [N, O * H], are counted as keys.
   py::object rows(size_t index, py::handle row_ids, py::handle out) {
     const Table& table = engine_->tables().at(index);
     return read_units(index, row_ids, out, table.row_bytes, table.num_rows, kRowUnit);
@@ -222,9 +221,11 @@ class PyEngine {
     all["zero_miss_batches"] = totals.zero_miss_batches.load();
     all["sentinels"] = totals.sentinels.load();
     all["rows"] = totals.rows.load();
+    all["rows_missed"] = totals.rows_missed.load();
     all["pages_read"] = engine_->read_counters.pages.load();
     all["entries_read"] = engine_->read_counters.entries.load();
     all["bytes_read"] = engine_->read_counters.bytes.load();
+    all["row_bytes_read"] = engine_->read_counters.row_bytes.load();
     py::list latency;
     for (const auto& count : engine_->latency.counts) latency.append(count.load());
     all["latency"] = py::make_tuple(latency, engine_->latency.sum_ns.load());
@@ -303,6 +304,7 @@ class PyEngine {
   // Gathers, and submits what is missing. Returns as `submit` does.
   py::object start(const std::vector<Part>& parts) {
     auto job = std::make_shared<Job>();
+    job->started = Latency::begin();
     bool good;
     {
       const py::gil_scoped_release released;
@@ -320,6 +322,7 @@ class PyEngine {
       }
     }
     if (!good) return py::bool_(false);
+    if (job->misses.empty()) engine_->latency.end(job->started);
     if (job->misses.empty() && job->fault.kind == FaultKind::kNone) return py::none();
     return py::cast(Ticket(std::move(job)));
   }
@@ -369,8 +372,10 @@ class PyEngine {
     }
     const auto* id_data = static_cast<const int64_t*>(id_array.data());
     auto* out_data = static_cast<uint8_t*>(py::reinterpret_borrow<py::array>(out).mutable_data());
+    const bool of_tokens = id_array.ndim() == 2 && id_array.shape(1) == static_cast<py::ssize_t>(engine_->tables()[index].num_heads());
     Job job;
     bool good;
+    const auto started = unit == kRowUnit ? Latency::begin() : Latency::Clock::time_point{};
     {
       const py::gil_scoped_release released;
       const Engine::Use use(*engine_);
@@ -378,8 +383,9 @@ class PyEngine {
       for (size_t i = 0; i < count; ++i) {
         good &= id_data[i] >= (unit == kRowUnit ? -1 : 0) && id_data[i] < static_cast<int64_t>(num_units);
       }
-      if (good) engine_->read(index, id_data, count, out_data, unit, job);
+      if (good) engine_->read(index, id_data, count, out_data, unit, of_tokens, job);
     }
+    if (good) engine_->latency.end(started);
     return good ? fault_tuple(job.fault) : py::bool_(false);
   }
 

@@ -57,6 +57,7 @@ struct Job {
   std::vector<Miss> misses;
   std::vector<uint8_t*> outputs;
   Fault fault;
+  std::chrono::steady_clock::time_point started{};  // of a job that is timed: when it was asked for
 
   // Brings equal units together, so that each is read once.
   void sort() {

@@ -206,6 +206,7 @@ Fault Lane::land_page(const Wave& wave, size_t group, PageDone done) {
   if (status != kPageGood) return {FaultKind::kBadPage, wave.wants[start].table, number, status};
   counters_.pages.fetch_add(1, std::memory_order_relaxed);
   counters_.bytes.fetch_add(table.page_bytes, std::memory_order_relaxed);
+  if (job_->misses.front().order >= kRowUnit) counters_.row_bytes.fetch_add(table.page_bytes, std::memory_order_relaxed);
   for (size_t i = start; i < end; ++i) {
     const RowWant& want = wave.wants[i];
     std::memcpy(want.to, page + want.which * table.row_bytes, want.num_bytes);

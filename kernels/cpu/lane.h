@@ -27,9 +27,10 @@ struct LaneShape {
   size_t staging_bytes() const { return depth * page_bytes + 2 * assembly_bytes; }
 };
 
-// Counters of what was read: pages, placed entries, bytes of both; any thread may add.
+// Counters of what was read: pages, placed entries, bytes of both, and those of the bytes that rows by id and whole pages took.
+// Any thread may add.
 struct ReadCounters {
-  std::atomic<uint64_t> pages{0}, entries{0}, bytes{0};
+  std::atomic<uint64_t> pages{0}, entries{0}, bytes{0}, row_bytes{0};
 };
 
 class Lane {

@@ -72,7 +72,10 @@ class Engine(ABC):
 
     @abstractmethod
     def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
-        """Fills out, uint8 [R, row_bytes], from row_ids, int64 [R], -1 for zero rows: from DRAM if resident, else pages."""
+        """Fills out, uint8 [R, row_bytes], from row_ids, int64 [R], -1 for zero rows: from DRAM if resident, else pages.
+
+        They count as rows. Of a resident table, row_ids may be those of whole tokens, [N, O * H]; they count as keys.
+        """
 
     @abstractmethod
     def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:

@@ -97,7 +97,7 @@ class PortableEngine(Engine):
 
     def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
         with self._using():
-            table = self._tables[index]
+            table, row_ids = self._tables[index], row_ids.reshape(-1)
             with self._lock:
                 self._totals["rows"] += len(row_ids)
             if table.resident is not None:
