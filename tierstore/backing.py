@@ -23,6 +23,11 @@ class Backing(ABC):
     attachments: Mapping[str, bytes]  # records that the adapter put in the catalog at build time
     engine: Engine
 
+    @property
+    def build(self) -> str:
+        """The digest of all that decides the rows, hexadecimal; empty if it is not known."""
+        return ""
+
     @abstractmethod
     def details(self) -> dict[str, Any]:
         """Returns what `stats` shows beside counters: "io", "memory", "placement"."""

@@ -138,6 +138,7 @@ class Embedded(Backing):
         hbm_plan: None where there is no hbm tier; device: what that is on.
         """
         self.name = str(image.path)
+        self._image = image
         self.specs = [layout.spec for layout in image.tables.values()]
         self.attachments = image.attachments
         self._plan = plan
@@ -151,6 +152,10 @@ class Embedded(Backing):
         except BaseException:
             self.close()
             raise
+
+    @property
+    def build(self) -> str:
+        return self._image.identity
 
     def _make_engine(self, choice: IoChoice, on_progress: OnProgress | None, device: str) -> Engine:
         what = f"the store {self.name}"

@@ -74,6 +74,11 @@ class Store:
         return self._backing.name
 
     @property
+    def build(self) -> str:
+        """The digest of all that decides the store's rows, hexadecimal; empty if it is not known."""
+        return self._backing.build
+
+    @property
     def version(self) -> int:
         """A number that grows whenever another version answers, as a daemon's swap or return may have it; -1 while it changes.
 

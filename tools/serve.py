@@ -58,6 +58,11 @@ BEAT_S = 1.0  # between two looks at signals and at the service manager's watchd
 @click.option(
     "--token-file", type=click.Path(path_type=Path), help="What remote clients must bear, at least 16 characters."
 )
+@click.option(
+    "--forget-swap",
+    is_flag=True,
+    help="Serve STORE, also if 'tierstore swap' put another store in its place before the daemon ended.",
+)
 @click.option("--log-format", type=click.Choice(["logfmt", "json"]), default="logfmt", show_default=True)
 def command(
     store: Path,
@@ -74,6 +79,7 @@ def command(
     tls_cert: Path | None,
     tls_key: Path | None,
     token_file: Path | None,
+    forget_swap: bool,
     log_format: str,
 ) -> None:
     """Serve STORE to every process of this host, from one copy of its tiers.
@@ -84,6 +90,9 @@ def command(
 
     SIGTERM ends it when lookups by gRPC have; clients go on alone. SIGHUP has it adopt the placement that 'tierstore plan' made
     meanwhile, and read certificates and token again.
+
+    After 'tierstore swap', a daemon that is started again with the same STORE serves what was swapped in, and says so.
+    --forget-swap, or another STORE, ends that.
     """
     from tierstore.daemon.events import configure_logging, event
     from tierstore.daemon.notify import Notifier
@@ -113,6 +122,7 @@ def command(
                 allowed_users=users,
                 replan_s=_seconds_of(replan),
                 gpu_clients=gpu_clients,
+                forget_swap=forget_swap,
                 on_progress=signals.checked(on_progress),
             )
         try:
@@ -120,9 +130,9 @@ def command(
             used = format_bytes(daemon.dram_bytes)
             event(
                 logger, logging.INFO, "ready",
-                socket=socket, store=store, dram=used, metrics=daemon.metrics_address, listen=daemon.remote_address,
+                socket=socket, store=daemon.store_path, dram=used, metrics=daemon.metrics_address, listen=daemon.remote_address,
             )  # fmt: skip
-            notifier.ready(f"serving {store}, {used} of DRAM")
+            notifier.ready(f"serving {daemon.store_path}, {used} of DRAM")
             _serve(daemon, signals, notifier, logger)
         finally:
             notifier.stopping("telling clients")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -15,11 +16,13 @@ SWAP_S = 3600.0
 @click.argument("socket", type=click.Path())
 @click.argument("store", type=click.Path(path_type=Path), required=False)
 @click.option("--rollback", is_flag=True, help="Serve the version before again.")
-def command(socket: str, store: Path | None, rollback: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; the keys are stable.")
+def command(socket: str, store: Path | None, rollback: bool, as_json: bool) -> None:
     """Have the daemon at SOCKET serve STORE in place of its own, for all clients, without stopping any.
 
     STORE must have the same tables, built with the same hash. What is asked for lately stays static; after that comes what a
-    placement of STORE itself says, as far as there is room. Restart the daemon with it, too, when you next do.
+    placement of STORE itself says, as far as there is room. The daemon remembers it: if it ends and is started again as
+    before, it serves STORE.
 
     \b
     Example: tierstore swap /run/tierstore/v41.sock v41-next.tier
@@ -30,6 +33,9 @@ def command(socket: str, store: Path | None, rollback: bool) -> None:
         raise ConfigError("give the store to swap in, or --rollback, and not both")
     asked = {"do": "rollback"} if store is None else {"do": "swap", "store": str(store.absolute())}
     done = ask(socket, asked, timeout_s=SWAP_S)
+    if as_json:
+        click.echo(json.dumps({key: value for key, value in done.items() if key != "ok"}, indent=2))
+        return
     click.echo(
         f"version {done['version']} is {done['store']}: {done['warmed']:,} entries were warm when clients moved, "
         f"{done['filled']:,} more are now; {done['seconds']:.1f} s"

@@ -31,7 +31,7 @@ from ..tiers.native import NativeEngine
 from ..tiers.nvme import IO_MODES
 from ..units import parse_bytes
 from .client_socket import dial, raise_error
-from .link import Link
+from .link import Link, warn_of_other_version
 from .mapped import same_tables
 from .protocol import Channel, close_fds
 
@@ -112,6 +112,10 @@ class AttachedBacking(Backing):
         self._follow_at, self._follow_said = 0.0, ""  # not before that; what was said of why not
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
+
+    @property
+    def build(self) -> str:
+        return self._attached.link.identity
 
     def add_hbm(self, hbm_bytes: int, device: str) -> None:
         """Puts an hbm tier of this process above what is attached. Blocks while it is filled. Comes before the first
@@ -270,18 +274,26 @@ class AttachedBacking(Backing):
             pause_s = min(2 * pause_s, REDIAL_MAX_S)
             try:
                 self._follow_static()  # the daemon may go on without us
-                self._channel, link = self._dial(DIAL_S, on_gpu=self._static is not None)
-                self._attached.retire(self._move_to(link), READ_WAIT_S)
+                self._attach_again()
             except Exception as error:  # the same
-                if self._channel is not None:
-                    self._channel.close()
-                    self._channel = None
                 if str(error) != said and not self._ended.is_set():
                     said = str(error)
                     logger.warning("%s: not attached yet: %s", self.name, error)
                 continue
             logger.info("%s: attached again", self.name)
             self._refill_hbm()
+
+    def _attach_again(self) -> None:
+        """Dials and moves. The channel is ours only after the move: who is attached looks up by what it has attached to."""
+        channel, link = self._dial(DIAL_S, on_gpu=self._static is not None)
+        try:
+            warn_of_other_version(self.name, self._attached.link, link)
+            old = self._move_to(link)
+        except BaseException:
+            channel.close()
+            raise
+        self._channel = channel
+        self._attached.retire(old, READ_WAIT_S)
 
     def _attend(self, channel: Channel) -> None:
         """Hears and tells until the channel ends, which raises."""
@@ -326,6 +338,7 @@ class AttachedBacking(Backing):
         except (TierStoreError, OSError) as error:
             logger.warning("%s: a forked child is not attached: %s", self.name, error)
             link = self._attached.link.alone()
+        warn_of_other_version(self.name, self._attached.link, link)
         old = self._attached.move_to(link)
         self._attached.disown(old)
         if old.opened is not link.opened:

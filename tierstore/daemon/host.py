@@ -376,17 +376,19 @@ class Host:
         path: str | os.PathLike[str],
         counts_of: Callable[[str, np.ndarray, np.ndarray], np.ndarray],
         move: Callable[[], None],
+        note: Callable[[str, str, str], None] = lambda *_: None,
     ) -> dict[str, Any]:
         """Serves another store in place of this one, for every client; returns what was done. Blocks until all have moved.
 
         Half of the static slots go to the new version's hottest entries while clients still look up in the old; then they move.
         counts_of: (table, order index, keys) -> how often each is asked for; move: tells every
-        client of the new version, by `move`. Raises what opening a store raises, and
+        client of the new version, by `move`; note: (path, identity, path before) of what is served from now on, kept before
+        any client sees it. Raises what `note` and opening a store raises, and
         `FingerprintMismatchError` where the tables are not the same, `DaemonError` where a GPU is still in the epoch before; the
         old version is then still served.
         """
         with self.changes:
-            started, old = time.monotonic(), self.current
+            started, old, previous, noted = time.monotonic(), self.current, self.previous_path, False
             self._settle_first()  # a version that is not over may still have the tag that the new one gets
             # Static is what is asked for now; the placement of the store itself is for what stays free.
             opened = self._open(path, "none")
@@ -407,10 +409,14 @@ class Host:
                     live[name] = np.zeros(len(slots.keys), dtype=bool)
                     live[name][written] = True
                     num_warmed += len(written)
+                note(version.path, opened.image.identity, old.path)
+                noted = True
                 with self.attachments.lock:  # who attaches from here on gets the new version
                     self._publish(version, live)
                     self.current, self.previous_path, self._retiring = version, old.path, old
             except BaseException:
+                if noted:
+                    _note_again(note, old, previous)
                 self.attachments.own.left(version.number)
                 version.close()
                 if self.settled_epoch == self.epoch:
@@ -464,6 +470,14 @@ class Host:
         self.attachments.close()
         for block in (self._control, self._static, self._recency):
             block.close()
+
+
+def _note_again(note: Callable[[str, str, str], None], version: Version, previous: str | None) -> None:
+    """Takes back what was noted of a version that was not published after all."""
+    try:
+        note(version.path, version.opened.image.identity, previous or version.path)
+    except DaemonError as error:
+        event(logger, logging.ERROR, "swap_not_taken_back", store=version.path, error=error)
 
 
 def batches(order_index: np.ndarray, num_orders: int) -> Iterator[np.ndarray]:

@@ -79,6 +79,7 @@ class Link:
         self.static_id = found.st_dev, found.st_ino
         self._choice = choose_io(io)
         direct = self._choice.mode == "uring"
+        self.path, self.identity = path, str(identity)
         image, placed = _open(path, epoch, direct=direct)
         self.opened = OpenVersion(image, placed, direct=direct)
         try:
@@ -165,3 +166,13 @@ def _open(path: str, epoch: int | None, *, direct: bool) -> tuple[CatalogImage, 
         except (ConfigError, FormatError) as error:
             logger.warning("%s: %s: what is not in memory is read from pages", path, error)
     return open_placement(path, "none", direct=direct)
+
+
+def warn_of_other_version(name: str, before: Link, now: Link) -> None:
+    """Logs a warning if a client that attached again looks up in another version of the store than before."""
+    if now.identity != before.identity:
+        logger.warning(
+            "%s: attached again, to another version of the store than before: rows come from %s (digest %.12s) now, "
+            "they came from %s (digest %.12s); if that is not meant, use 'tierstore swap'",
+            name, now.path, now.identity, before.path, before.identity,
+        )  # fmt: skip

@@ -81,6 +81,8 @@ class Description(Message):
     attachments: list[Attachment] = field(default_factory=list)
     tokens_max: int = 0
     message_bytes_max: int = 0
+    build: str = ""
+    instance: int = 0
 
     FIELDS: ClassVar = {
         1: ("name", TEXT),
@@ -90,6 +92,8 @@ class Description(Message):
         5: ("attachments", Attachment),
         6: ("tokens_max", UINT),
         7: ("message_bytes_max", UINT),
+        8: ("build", TEXT),
+        9: ("instance", UINT),
     }
     REPEATED = frozenset({4, 5})
 

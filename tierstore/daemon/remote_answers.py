@@ -100,6 +100,8 @@ class Answers:
             attachments=[messages.Attachment(name, value) for name, value in served.store.attachments.items()],
             tokens_max=self._limits.tokens_max,
             message_bytes_max=self._limits.message_bytes_max,
+            build=served.store.build,
+            instance=served.instance,
         )
         return encode(description)
 

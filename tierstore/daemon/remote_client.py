@@ -65,6 +65,10 @@ class Remote(Backing):
         self._remote_engine = RemoteEngine(connection, self.specs, description, timeout_s)
         self.engine = self._remote_engine
 
+    @property
+    def build(self) -> str:
+        return self._remote_engine.build
+
     def details(self) -> dict[str, Any]:
         memory = {"budget_bytes": 0, "dram_bytes": 0, "staging_bytes": 0, "resident_tables": []}
         counts = {spec.name: 0 for spec in self.specs}

@@ -11,6 +11,7 @@ that came over the network. Shapes: N tokens, O orders, H rows per key.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, DaemonError, FormatError, StoreNotReadyError
+from ..errors import ConfigError, DaemonError, FormatError, StoreNotReadyError, TierStoreError
 from ..spec import TableSpec
 from ..tiers.engine import READ_WAIT_S, Engine, Request
 from . import messages
@@ -31,6 +32,8 @@ from .messages import Description, TableKeys
 from .remote_channel import Connection
 from .remote_replies import DRAM, NVME, STATIC, Answer, decoded
 from .wire import encode
+
+logger = logging.getLogger("tierstore")
 
 UNARY_BYTES_MAX = 256 << 10  # of rows; beyond, they are streamed
 HEAD_BYTES = 4096  # of a message, at most, beside its keys or rows
@@ -52,7 +55,9 @@ class RemoteEngine(Engine):
         """description: of the server, which says its limits."""
         self.bad_pages = {}
         self.version = description.version  # one more whenever another version answered than before
-        self._answered: tuple[int, int] | None = None  # instance of the server, and its version, that answered last
+        self.build = description.build
+        # Instance of the server, and its version, that answered last.
+        self._answered = (description.instance, description.version) if description.instance else None
         self._connection, self._specs, self._timeout_s = connection, specs, timeout_s
         self._identity = bytes(description.identity)
         self._tokens_max = max(1, description.tokens_max)
@@ -214,14 +219,36 @@ class RemoteEngine(Engine):
             answers = [self._connection.tried(partial(ask, until), until) for ask in attempts]
             versions = {answer.version for answer in answers}
             if len(versions) <= 1:
-                with self._counts_lock:
-                    for version in versions - {self._answered}:
-                        self.version += self._answered is not None
-                        self._answered = version
+                for version in versions - {self._answered}:
+                    self._take_version(version, until)
                 return answers
         raise DaemonError(
             f"{self._connection.url}: its store changed {VERSION_TRIES_MAX} times during a lookup; ask for less"
         )
+
+    def _take_version(self, version: tuple[int, int], until: float) -> None:
+        """Takes note that another version answers than before, and says so if it is of another server, or a restarted one."""
+        with self._counts_lock:
+            before, self._answered = self._answered, version
+            self.version += before is not None
+        if before is None or before == version:  # the latter: another thread was here first
+            return
+        try:
+            request = encode(messages.DescribeRequest())
+            reply = self._connection.unary("Describe", request, until)
+            now = decoded(Description, reply, self._connection.url)
+        except (TierStoreError, TimeoutError) as error:
+            logger.warning(
+                "%s: another version of the store answers now; which, it does not say: %s", self._connection.url, error
+            )
+            return
+        known, self.build = self.build, now.build
+        if version[0] != before[0] and known and now.build and known != now.build:
+            logger.warning(
+                "%s: connected again, to another version of the store than before: rows come from %s (digest %.12s) now, "
+                "their digest was %.12s; if that is not meant, use 'tierstore swap' on the server's host",
+                self._connection.url, now.name, now.build, known,
+            )  # fmt: skip
 
     def _attempt_lookup(self, piece: Sequence[Request]) -> Callable[[float], Answer]:
         """Returns what asks for a piece of a lookup."""

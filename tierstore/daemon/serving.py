@@ -31,7 +31,9 @@ from .host import Host
 from .learning import REPLAN_S, Learner
 from .metrics import MetricsServer
 from .peer import Peer
+from .remembered import RememberedSwap
 from .server import CLIENTS_MAX, SocketServer
+from .swap_file import SwapFile
 
 if TYPE_CHECKING:
     from .remote_server import RemoteServer
@@ -73,21 +75,28 @@ class Daemon:
         allowed_users: Collection[int] = (),
         replan_s: float | None = REPLAN_S,
         gpu_clients: bool = False,
+        forget_swap: bool = False,
         on_progress: OnProgress | None = None,
     ) -> None:
         """Takes the socket's path, opens the store and warms its tiers; blocks. Raises what those raise.
 
         dram_bytes: all memory that it may take, but for what a Python process takes by itself. replan_s: between automatic
-        replans, None for none. gpu_clients: see `Host`.
+        replans, None for none. gpu_clients: see `Host`. forget_swap: serves `path` also if a daemon at this socket served
+        another store in its place before.
         """
         self._started_at = time.time()
         self._state = "warming"
         self._server = SocketServer(socket, self, clients_max=clients_max, allowed_users=allowed_users)
         try:
-            self._host = Host(path, dram_bytes, io, placement, on_progress, gpu_clients=gpu_clients)
+            self._swap_memory = RememberedSwap(SwapFile(self.path), path, forget=forget_swap)
+            if self._swap_memory.is_other and placement != "none":
+                placement = None  # an epoch's number is of the command line's store
+            self._host = Host(self._swap_memory.serves, dram_bytes, io, placement, on_progress, gpu_clients=gpu_clients)
         except BaseException:
             self._server.close()
             raise
+        self._host.previous_path = self._swap_memory.previous
+        self._swap_memory.begun(self._host.current.opened.image.identity)
         self._learner = Learner(self._host, replan_s)
         self._lock = threading.Lock()  # of the counters below
         self._counters: dict[Peer, Any] = {}  # what each client told last
@@ -102,6 +111,11 @@ class Daemon:
     def path(self) -> str:
         """The socket's path."""
         return os.fspath(self._server.path)
+
+    @property
+    def store_path(self) -> str:
+        """The path of the store that is served now."""
+        return self._host.current.path
 
     @property
     def state(self) -> str:
@@ -241,7 +255,7 @@ class Daemon:
         raise DaemonError(f"{asked!r} cannot be asked; there are stat, replan, reload, swap with a store, and rollback")
 
     def _swap(self, path: str) -> dict[str, Any]:
-        done = self._host.swap(Path(path), self._learner.counts_of, self._move_all)
+        done = self._host.swap(Path(path), self._learner.counts_of, self._move_all, self._swap_memory.note)
         filled = 0
         try:
             filled += self._learner.replan()["entered"]  # the slots that the old version had
