@@ -1,14 +1,13 @@
 """Where each family keeps its tables in a checkpoint: which tensors, of which dtypes, side by side in which order.
 
-Flows in: a `Checkpoint`. Flows out: a `Model`, its hash and the `TableSource`s that a build streams. Refuses checkpoints whose
-tensors or hash buffers disagree with their configuration: those would be built into wrong rows.
+Input: a `Checkpoint`. Output: a `Model`, its hash and the `TableSource`s that a build streams. Errors: `ConfigError` for
+checkpoints whose tensors, scales or hash buffers disagree with their configuration: their rows would be wrong.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,21 +18,26 @@ from tierstore.formats.tensor_files import StoredTensor
 
 from .hash_config import find_family, text_values
 from .hash_spec import HashSpec
+from .scales import SCALE_BLOCK, VALUE_CODECS, StoredRows, refuse_packed_name, rows_of_weight
 from .token_map import build_token_map
 
-SCALE_BLOCK = 32
 # Names of the tensors that hold tables, as patterns and in words; any prefix may stand before.
 _TABLE_NAMES = {
     "deepseek_v41": r"layers\.{layer}\.engram\.embed\.weight",
     "engram": r"layers\.{layer}\.(?:.*\.)?multi_head_embedding\.embedding\.weight",
-    "qwen4_exp": r"layers\.{layer}\.ple\.ple_embedding\.ngram_embedding\.(?:weight|shard_0\.weight)",
+    "qwen4_exp": r"layers\.{layer}\.ple\.ple_embedding\.ngram_embedding\.(?:weight|shards?[._]0\.weight)",
 }
 _TABLE_WORDS = {
     "deepseek_v41": "layers.{layer}.engram.embed.weight",
     "engram": "layers.{layer}.[...].multi_head_embedding.embedding.weight",
     "qwen4_exp": "layers.{layer}.ple.ple_embedding.ngram_embedding.weight or .shard_0.weight",
 }
-_CODEC_OF_DTYPE = {"F32": ("fp32", 4), "F16": ("fp16", 2), "BF16": ("bf16", 2), "F8_E4M3": ("fp8_e4m3", 1)}
+_SCALE_NAMES = (
+    "scale",
+    "weight_scale_inv",
+    "weight_scale",
+    "scale_inv",
+)  # of V4.1's tables; the first is the published one
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,15 @@ def read_model(checkpoint: Checkpoint, family: str | None = None) -> Model:
 
 
 def plain_source(checkpoint: Checkpoint, tensor_name: str) -> TableSource:
-    """Returns any 2-D tensor of a checkpoint as a plain table of its name: row id = key."""
-    tensor = checkpoint.tensors.get(tensor_name)
-    if tensor is None and tensor_name in checkpoint.unusable:
-        raise ConfigError(f"{checkpoint.path}: tensor {tensor_name!r} {checkpoint.unusable[tensor_name]}")
+    """Returns any 2-D tensor of a checkpoint as a plain table of its name: row id = key.
+
+    Scales that belong to the tensor (`scales.py`) become part of the rows or of the codec. Raises `ConfigError` for a
+    tensor that is not there, is not 2-D, or whose bytes are not its values one row after another.
+    """
+    name = checkpoint.full_name(tensor_name)
+    tensor = checkpoint.tensors.get(name)
+    if tensor is None and name in checkpoint.unusable:
+        raise ConfigError(f"{checkpoint.path}: tensor {tensor_name!r} {checkpoint.unusable[name]}")
     if tensor is None or len(tensor.shape) != 2:
         found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
         names = [name for name, other in checkpoint.tensors.items() if len(other.shape) == 2]
@@ -82,9 +91,19 @@ def plain_source(checkpoint: Checkpoint, tensor_name: str) -> TableSource:
         raise ConfigError(
             f"{checkpoint.path}: tensor {tensor_name!r} is empty, {num_rows} x {dim}; there is no row to store"
         )
-    codec = _CODEC_OF_DTYPE.get(tensor.dtype, ("raw", 0))[0]
-    row_bytes = tensor.num_bytes // num_rows
-    return TableSource(TableSpec.plain(tensor_name, num_rows, row_bytes, codec, dim), (Plane(row_bytes, (tensor,)),))
+    rows = rows_of_weight(checkpoint, tensor)
+    planes = _planes([tensor], [rows])
+    row_bytes = sum(plane.width_bytes for plane in planes)
+    return TableSource(TableSpec.plain(tensor_name, num_rows, row_bytes, rows.codec, dim), planes)
+
+
+def _planes(tensors: Sequence[StoredTensor], rows: Sequence[StoredRows]) -> tuple[Plane, ...]:
+    """Returns the planes of a table whose tensors are stacked by rows: values, and scales if rows carry their own."""
+    scales = [each.scales for each in rows if each.scales is not None]
+    planes = [Plane(tensors[0].num_bytes // tensors[0].shape[0], tuple(tensors))]
+    if scales:
+        planes.append(Plane(scales[0].num_bytes // scales[0].shape[0], tuple(scales)))
+    return tuple(planes)
 
 
 def _family_of(checkpoint: Checkpoint) -> str:
@@ -92,15 +111,18 @@ def _family_of(checkpoint: Checkpoint) -> str:
     held = [
         family
         for family, pattern in _TABLE_NAMES.items()
-        if any(re.search(rf"(?:^|\.){pattern.format(layer='[0-9]+')}$", name) for name in checkpoint.tensors)
+        if any(re.search(rf"(?:^|\.){pattern.format(layer='[0-9]+')}$", name) for name in checkpoint.names)
     ]
     return held[0] if len(held) == 1 else find_family(checkpoint.config)
 
 
 def _deepseek_v41(checkpoint: Checkpoint, spec: HashSpec, layer: int) -> TableSource:
     prefix = _prefix(checkpoint, "deepseek_v41", layer, "weight")
-    weight = checkpoint.tensor(f"{prefix}weight", ["F8_E4M3"], 2)
-    scale = checkpoint.tensor(f"{prefix}scale", ["F8_E8M0", "U8"], 2)
+    weight = _weight(checkpoint, f"{prefix}weight", ["F8_E4M3"])
+    names = [f"{prefix}{name}" for name in _SCALE_NAMES if f"{prefix}{name}" in checkpoint.names] or [f"{prefix}scale"]
+    if len(names) > 1:
+        raise ConfigError(f"{checkpoint.path}: {weight.name} has several scales ({', '.join(names)}), expected one")
+    scale = checkpoint.tensor(names[0], ["F8_E8M0", "U8"], 2)
     num_rows, dim = weight.shape
     if dim % SCALE_BLOCK or scale.shape != (num_rows, dim // SCALE_BLOCK):
         raise ConfigError(
@@ -114,9 +136,9 @@ def _deepseek_v41(checkpoint: Checkpoint, spec: HashSpec, layer: int) -> TableSo
 
 def _published(checkpoint: Checkpoint, spec: HashSpec, layer: int) -> TableSource:
     prefix = _prefix(checkpoint, "engram", layer, "embedding.weight")
-    weight = checkpoint.tensor(f"{prefix}embedding.weight", ["F32", "F16", "BF16"], 2)
+    weight = _weight(checkpoint, f"{prefix}embedding.weight", ["F32", "F16", "BF16"])
     _check_buffer(checkpoint, f"{prefix}offsets", spec.offsets(layer))
-    codec, value_bytes = _CODEC_OF_DTYPE[weight.dtype]
+    codec, value_bytes = VALUE_CODECS[weight.dtype]
     dim = weight.shape[1]
     _check_width(checkpoint, "n_embed_per_ngram", dim * spec.heads)
     return _source(spec, layer, (Plane(dim * value_bytes, (weight,)),), codec, dim)
@@ -136,10 +158,19 @@ def _qwen4_exp(checkpoint: Checkpoint, spec: HashSpec, layer: int) -> TableSourc
                 f"the parts of one table must agree: a file of another checkpoint is among them"
             )
     _check_width(checkpoint, "ple_embed_dim", dim * len(spec.moduli(layer)))
-    codec, value_bytes = _CODEC_OF_DTYPE[dtype]
-    if dtype == "F8_E4M3":
-        codec = f"fp8_e4m3*{_global_scale(checkpoint, f'{prefix}ngram_embedding.weight_scale').hex()}"
-    return _source(spec, layer, (Plane(dim * value_bytes, tensors),), codec, dim)
+    rows = [rows_of_weight(checkpoint, tensor) for tensor in tensors]
+    if rows[0].codec == "fp8_e4m3":
+        raise ConfigError(
+            f"{checkpoint.path}: {prefix}ngram_embedding.weight_scale is missing, and fp8 rows need it; "
+            f"download the checkpoint again"
+        )
+    for tensor, each in zip(tensors, rows, strict=True):
+        if each.codec != rows[0].codec:
+            raise ConfigError(
+                f"{checkpoint.path}: {tensor.name} is stored as {each.codec}, {tensors[0].name} as {rows[0].codec}: parts with "
+                f"scales of their own, and a table can carry one; dequantize it to BF16 first"
+            )
+    return _source(spec, layer, _planes(tensors, rows), rows[0].codec, dim)
 
 
 _READERS: dict[str, Callable[[Checkpoint, HashSpec, int], TableSource]] = {
@@ -181,21 +212,16 @@ def _check_width(checkpoint: Checkpoint, key: str, found: int) -> None:
         )
 
 
-def _global_scale(checkpoint: Checkpoint, name: str) -> float:
-    tensor = checkpoint.tensors.get(name)
-    if tensor is None or tensor.dtype != "F32" or tensor.num_bytes != 4:
-        found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-        raise ConfigError(f"{name} is {found}, fp8 rows need one F32; download the checkpoint again")
-    scale = float(np.frombuffer(tensor.read_bytes(), "<f4")[0])
-    if not math.isfinite(scale) or scale <= 0:
-        raise ConfigError(f"{name} is {scale}, expected a finite scale above 0; download the checkpoint again")
-    return scale
+def _weight(checkpoint: Checkpoint, name: str, dtypes: list[str]) -> StoredTensor:
+    """Returns a table's tensor; raises `ConfigError` if it is missing, packed, or of another dtype or rank."""
+    refuse_packed_name(checkpoint, name)
+    return checkpoint.tensor(name, dtypes, 2)
 
 
 def _prefix(checkpoint: Checkpoint, family: str, layer: int, ending: str | None) -> str:
     """Returns what stands before `ending` in the name of a layer's table; with None, before its last module."""
     pattern = _TABLE_NAMES[family].format(layer=layer)
-    names = [name for name in checkpoint.tensors if re.search(rf"(?:^|\.){pattern}$", name)]
+    names = [name for name in checkpoint.names if re.search(rf"(?:^|\.){pattern}$", name)]
     if len(names) != 1:
         found = f"are several such tensors: {', '.join(names)}" if names else "is no such tensor"
         raise ConfigError(
@@ -206,18 +232,23 @@ def _prefix(checkpoint: Checkpoint, family: str, layer: int, ending: str | None)
 
 
 def _parts(checkpoint: Checkpoint, prefix: str) -> tuple[StoredTensor, ...]:
-    """Returns a table's tensors in the order of their rows: one `weight`, or `shard_0.weight`, `shard_1.weight`, ..."""
-    dtypes = list(_CODEC_OF_DTYPE)
-    if f"{prefix}weight" in checkpoint.tensors:
-        return (checkpoint.tensor(f"{prefix}weight", dtypes, 2),)
-    count = sum(bool(re.fullmatch(re.escape(prefix) + r"shard_\d+\.weight", name)) for name in checkpoint.tensors)
+    """Returns a table's tensors in the order of their rows: one `weight`, or `shard_0.weight`, `shard_1.weight`, ...
+
+    Conversions to MLX write `shards.0.weight` for `shard_0.weight`.
+    """
+    dtypes = list(VALUE_CODECS)
+    if f"{prefix}weight" in checkpoint.names:
+        return (_weight(checkpoint, f"{prefix}weight", dtypes),)
+    matches = (re.fullmatch(rf"{re.escape(prefix)}(shards?[._])\d+\.weight", name) for name in checkpoint.names)
+    spelled = [match[1] for match in matches if match]
     expected = _text_value(checkpoint, "split_ngram_parts")
-    if expected not in (None, count):
+    if expected not in (None, len(spelled)) or len(set(spelled)) != 1:
         raise ConfigError(
-            f"{checkpoint.path}: {count} tensors {prefix}shard_*.weight, config.json says split_ngram_parts {expected}; "
-            f"a file is missing, or config.json does not belong to these tensors"
+            f"{checkpoint.path}: {len(spelled)} tensors {prefix}{'* and '.join(sorted(set(spelled)))}*.weight, config.json says "
+            f"split_ngram_parts {expected}; a file is missing, or config.json does not belong to these tensors"
         )
-    return tuple(checkpoint.tensor(f"{prefix}shard_{index}.weight", dtypes, 2) for index in range(count))
+    names = (f"{prefix}{spelled[0]}{index}.weight" for index in range(len(spelled)))
+    return tuple(_weight(checkpoint, name, dtypes) for name in names)
 
 
 def _check_buffer(checkpoint: Checkpoint, name: str, expected: tuple[int, ...]) -> None:

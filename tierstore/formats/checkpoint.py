@@ -8,8 +8,10 @@ split by rank, or of another version than the index.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, FormatError
+from ..lazy import lazy
 from .checkpoint_files import (
     INDEX_NAME,
     CheckpointFiles,
@@ -88,10 +91,31 @@ class Checkpoint:
             inner_names=holder.inner_names,
         )
 
-    @property
+    @lazy
     def names(self) -> list[str]:
-        """Every tensor's name, also of those that cannot be read."""
-        return [*self.tensors, *self.unusable]
+        """Every tensor's name in order, also of those that cannot be read."""
+        return sorted([*self.tensors, *self.unusable])
+
+    def names_under(self, prefix: str) -> list[str]:
+        """Returns the names that begin with `prefix`, also of tensors that cannot be read."""
+        start = bisect.bisect_left(self.names, prefix)
+        return list(
+            itertools.takewhile(lambda name: name.startswith(prefix), itertools.islice(self.names, start, None))
+        )
+
+    def why_not(self, name: str) -> str:
+        """Returns why tensor `name` cannot be read, in words that follow its name, with the remedy."""
+        if name in self.unusable:
+            return self.unusable[name]
+        missing = self._missing_files()
+        if missing:
+            return f"is missing, and so are {in_words(missing)}; download them"
+        return "is missing; a file of the checkpoint was not downloaded, or config.json is another's"
+
+    def _missing_files(self) -> list[str]:
+        """Returns the files that are not there of numbered sets (NAME-00001-of-00003) without an index."""
+        siblings = {other for file in self.files for other in numbered_siblings(file) or ()}
+        return sorted(other.name for other in siblings if not other.exists())
 
     def full_name(self, name: str) -> str:
         """Returns the name of a tensor that `name` means: itself, or the one tensor in a dict of that name within a file.
@@ -108,14 +132,10 @@ class Checkpoint:
         return full[0]
 
     def tensor(self, name: str, dtypes: Sequence[str], ndim: int) -> StoredTensor:
-        """Returns the tensor `name`, or raises `ConfigError` where it is missing, unusable, or of another dtype or rank."""
+        """Returns the tensor `name`, or raises `ConfigError` if it is missing, unusable, or of another dtype or rank."""
         tensor = self.tensors.get(name)
-        if tensor is None and name in self.unusable:
-            raise ConfigError(f"{self.path}: tensor {name} {self.unusable[name]}")
         if tensor is None:
-            raise ConfigError(
-                f"{self.path}: tensor {name} is missing; a file of the checkpoint was not downloaded, or config.json is another's"
-            )
+            raise ConfigError(f"{self.path}: tensor {name} {self.why_not(name)}")
         if tensor.dtype not in dtypes or len(tensor.shape) != ndim:
             raise ConfigError(
                 f"{self.path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
