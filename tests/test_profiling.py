@@ -246,13 +246,20 @@ def test_of_long_traces_a_smaller_share_is_held_out() -> None:
     assert shares == [1 / 4, 1 / 4, 1 / 4, 1 / 16, 1e-6]
 
 
-def test_progress_is_told_in_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_phase_tells_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "ADDED_AT_ONCE", 30)
-    documents, told = some_documents(3), list[int]()
-    make(tmp_path / "p", documents, on_progress=told.append)
-    assert len(told) > 5
-    assert told == sorted(told)
-    assert told[-1] <= sum(map(len, documents))
+    documents, told = some_documents(3), list[tuple[str, int, int | None]]()
+    footer = make(tmp_path / "p", documents, on_progress=lambda *args: told.append(args))
+    assert list(dict.fromkeys(phase for phase, _, _ in told)) == ["counting", "merging", "sorting", "writing"]
+    counted = [done for phase, done, _ in told if phase == "counting"]
+    assert len(counted) > 5
+    assert counted == sorted(counted)
+    assert (counted[0], counted[-1]) == (0, sum(map(len, documents)))
+    assert [done for phase, done, _ in told if phase == "merging"][-1] == len(counted_in(tmp_path / "p")[0])
+    told.clear()
+    assert merge(tmp_path / "m", [tmp_path / "p"] * 2, on_progress=lambda *args: told.append(args)) != footer
+    counting_items = [(done, total) for phase, done, total in told if phase == "counting"]
+    assert counting_items[-1][0] == counting_items[-1][1] == 2 * len(counted_in(tmp_path / "p")[0])
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -20,6 +20,7 @@ import numpy as np
 from . import kernels
 from .counting import ItemCounter
 from .decisions.choose import ItemClasses, chosen_parts, is_chosen, item_hash
+from .decisions.curves import OnPhase
 from .decisions.ranking import Ranking
 from .decisions.tally import Group, OrderSplit, Tally
 from .errors import ConfigError, FingerprintMismatchError, FormatError
@@ -31,10 +32,16 @@ COUNTED, HELD_OUT = 0, 1  # columns of the sums
 HELD_OUT_SHARE = 1 / 4  # less gives wider intervals, more a static set that is fitted to less
 HELD_OUT_TOKENS_MAX = 4_000_000  # of a long trace a smaller share is held out
 STRETCH_ACCESSES = 1 << 14  # of recorded keys, that count as one document
+STRETCH_TOKENS = 1 << 16  # a longer document is a stream rather than a text: it is cut
+DOCUMENTS_MIN = 8  # a trace of fewer documents is cut into STRETCHES: a part of one document cannot be held out
+STRETCHES = 64
+STRETCH_MIN = 64  # tokens or accesses; shorter stretches would be mostly n-grams that begin before them
 ADDED_AT_ONCE = 1 << 17  # items that are handed to the counter together
 MEMORY_BYTES = 256 << 20  # of the counter
 
 Analyse = Callable[[list[Group], dict[str, int]], dict[str, Any]]
+# Phases; the caller's analysis may have more.
+COUNTING, MERGING, READING, SORTING, WRITING = "counting", "merging", "reading", "sorting", "writing"
 
 
 @dataclass(frozen=True)
@@ -101,8 +108,26 @@ def key_profile_header(
     return ProfileHeader(KEYS, tables, 64, held_out, first.sample_rate)
 
 
-def key_documents(traces: Iterable[str | os.PathLike[str]]) -> Iterator[Document]:
-    """Yields the accesses of key traces in stretches of whole lookups, STRETCH_ACCESSES or a little more each."""
+def stretch_tokens(num_tokens: int, num_documents: int) -> int:
+    """Returns after how many tokens a document of traces of so many tokens and documents is cut.
+
+    Of enough documents only streams are cut, which depends on the document alone, so that parts counted anywhere merge to the
+    profile of all. A few documents, such as a corpus without document ends, are cut into some 64 stretches.
+    """
+    return STRETCH_TOKENS if num_documents >= DOCUMENTS_MIN else _stretch_of(num_tokens, STRETCH_TOKENS)
+
+
+def stretch_accesses(num_accesses: int) -> int:
+    """Returns how many accesses of recorded keys count as one document: of a short trace fewer, so that some are held out."""
+    return _stretch_of(num_accesses, STRETCH_ACCESSES)
+
+
+def _stretch_of(total: int, most: int) -> int:
+    return min(max(-(-total // STRETCHES), STRETCH_MIN), most)
+
+
+def key_documents(traces: Iterable[str | os.PathLike[str]], accesses_min: int = STRETCH_ACCESSES) -> Iterator[Document]:
+    """Yields the accesses of key traces in stretches of whole lookups, `accesses_min` or a little more each."""
     for trace in traces:
         waiting: list[KeyBlock] = []
         for block in read_key_blocks(trace):
@@ -111,7 +136,7 @@ def key_documents(traces: Iterable[str | os.PathLike[str]]) -> Iterator[Document
             ends = np.flatnonzero(np.diff(accesses.batch)) + 1
             start = 0
             for end in ends.tolist():
-                if end - start >= STRETCH_ACCESSES:
+                if end - start >= accesses_min:
                     yield _stretch(accesses, start, end)
                     start = end
             waiting = [KeyBlock(*(column[start:] for column in accesses))]
@@ -135,15 +160,16 @@ def make_profile(
     header: ProfileHeader,
     documents: Iterable[Document],
     analyse: Analyse,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnPhase | None = None,
     memory_bytes: int = MEMORY_BYTES,
 ) -> dict[str, Any]:
     """Counts documents, analyses, writes the profile; returns its footer. Blocks.
 
     A document is held out if the checksum of its columns falls below the header's share: by content, so that equal documents
-    share their fate, and parts of a trace counted anywhere agree. on_progress gets the tokens counted so far. memory_bytes: of
-    the counter. Raises what `ItemCounter` and `ColumnWriter` raise.
+    share their fate, and parts of a trace counted anywhere agree. on_progress gets the phase: counting (in tokens), merging
+    (in items), sorting, writing. memory_bytes: of the counter. Raises what `ItemCounter` and `ColumnWriter` raise.
     """
+    tell = on_progress or _tell_nobody
     counts = dict.fromkeys(COUNTS, 0)
     held_out = HeldOut()
     folder = Path(path).resolve().parent
@@ -151,6 +177,7 @@ def make_profile(
         keeper = _HeldOutColumns(writer)
         with ItemCounter(folder, 2, memory_bytes) as counter:
             waiting = [_Waiting(counter, COUNTED), _Waiting(counter, HELD_OUT)]
+            tell(COUNTING, 0, None)
             for document in documents:
                 kind = HELD_OUT if _is_held_out(document, header.held_out) else COUNTED
                 counts["tokens"] += document.num_tokens
@@ -160,13 +187,14 @@ def make_profile(
                     counts["held_out_documents"] += 1
                     held_out.add(document)
                     keeper.add(document)
-                if waiting[kind].add(document.items) and on_progress:
-                    on_progress(counts["tokens"])
+                if waiting[kind].add(document.items):
+                    tell(COUNTING, counts["tokens"], None)
             for rest in waiting:
                 rest.flush()
-            tally = _write_items(writer, header, counter)
+            tell(COUNTING, counts["tokens"], None)
+            tally = _write_items(writer, header, counter, tell)
         keeper.flush()
-        return _finish(writer, tally, held_out, counts, analyse)
+        return _finish(writer, tally, held_out, counts, analyse, tell)
 
 
 def merge_profiles(
@@ -174,13 +202,15 @@ def merge_profiles(
     parts: Sequence[Profile],
     documents_of: Callable[[Profile], Iterator[Document]],
     analyse: Analyse,
+    on_progress: OnPhase | None = None,
     memory_bytes: int = MEMORY_BYTES,
 ) -> dict[str, Any]:
     """Writes the profile of all documents of `parts`, in their order; returns its footer. Blocks.
 
-    documents_of gives the held-out documents of a part; memory_bytes: of the counter. Raises `ConfigError` where the parts
-    differ in tables or settings.
+    documents_of gives the held-out documents of a part; on_progress: as of `make_profile`, counting in items; memory_bytes:
+    of the counter. Raises `ConfigError` where the parts differ in tables or settings.
     """
+    tell = on_progress or _tell_nobody
     header = parts[0].header
     for part in parts[1:]:
         if part.header != header:
@@ -194,24 +224,33 @@ def merge_profiles(
     with ProfileWriter(path, header) as writer:
         keeper = _HeldOutColumns(writer)
         with ItemCounter(folder, 2, memory_bytes) as counter:
+            num_counted, num_items = 0, sum(part.num_items for part in parts)
             for part in parts:
+                tell(COUNTING, num_counted, num_items)
                 for document in documents_of(part):
                     held_out.add(document)
                     keeper.add(document)
                 for items, sums in part.items():
                     counter.add(items, sums)
-            tally = _write_items(writer, header, counter)
+                    num_counted += len(items)
+                    tell(COUNTING, num_counted, num_items)
+            tally = _write_items(writer, header, counter, tell)
         keeper.flush()
-        return _finish(writer, tally, held_out, counts, analyse)
+        return _finish(writer, tally, held_out, counts, analyse, tell)
 
 
-def groups_of(profile: Profile, documents: Iterable[Document]) -> list[Group]:
-    """Reads a finished profile; documents are its held-out ones. Blocks."""
+def groups_of(profile: Profile, documents: Iterable[Document], on_progress: OnPhase | None = None) -> list[Group]:
+    """Reads a finished profile; documents are its held-out ones; on_progress gets reading (in items), sorting. Blocks."""
+    tell = on_progress or _tell_nobody
     tally, held_out = Tally(profile.header), HeldOut()
+    num_read = 0
     for items, sums in profile.items():
         tally.add(items, sums)
+        num_read += len(items)
+        tell(READING, num_read, profile.num_items)
     for document in documents:
         held_out.add(document)
+    tell(SORTING, 0, None)
     return held_out.groups(tally)
 
 
@@ -283,20 +322,30 @@ def held_out_documents(profile: Profile) -> Iterator[Columns]:
         start += num_values
 
 
-def _write_items(writer: ProfileWriter, header: ProfileHeader, counter: ItemCounter) -> Tally:
+def _write_items(writer: ProfileWriter, header: ProfileHeader, counter: ItemCounter, tell: OnPhase) -> Tally:
     tally = Tally(header)
+    num_items = 0
+    tell(MERGING, 0, None)
     for items, sums in counter.merged():
         tally.add(items, sums)
         writer.write_items(items, sums)
+        num_items += len(items)
+        tell(MERGING, num_items, None)
     return tally
 
 
 def _finish(
-    writer: ProfileWriter, tally: Tally, held_out: HeldOut, counts: dict[str, int], analyse: Analyse
+    writer: ProfileWriter, tally: Tally, held_out: HeldOut, counts: dict[str, int], analyse: Analyse, tell: OnPhase
 ) -> dict[str, Any]:
+    tell(SORTING, 0, None)
     footer = {"kind": tally.kind, "counts": counts, "analysis": analyse(held_out.groups(tally), counts)}
+    tell(WRITING, 0, None)
     writer.finish(footer)
     return footer
+
+
+def _tell_nobody(_phase: str, _done: int, _total: int | None) -> None:
+    pass
 
 
 def _is_held_out(document: Document, share: float) -> bool:

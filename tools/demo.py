@@ -39,8 +39,9 @@ from .cli import Progress, console
 from .corpus import python_text_files, split_held_out, token_documents, train_tokenizer
 from .demo_checks import WINDOW_TOKENS, check_rows, windows
 from .demo_daemon import NUM_CLIENTS, check_clients, served
+from .phases import Phases
 from .plan import materialise, plan_profile, plan_record
-from .profile import profile_traces
+from .profile import UNITS, profile_traces
 from .report import check_report, profile_tables, write_report
 from .stat import fetch_record
 from .stat_tables import page_of
@@ -149,7 +150,7 @@ def profile_text(image: CatalogImage, documents: list[np.ndarray], folder: Path)
             writer.add_document(document)
         writer.finish()
     started = time.monotonic()
-    with Progress("counting", "tokens") as on_progress:
+    with Phases(UNITS) as on_progress:
         footer = profile_traces(image, [work / "text.trace"], work / "text.profile", None, on_progress)
     counts, (group,) = footer["counts"], footer["analysis"]["groups"]
     for table in profile_tables(group):

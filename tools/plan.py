@@ -6,9 +6,11 @@ Flows in: a store, a profile of it, budgets. Flows out: a table of the plan, and
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +20,33 @@ import numpy as np
 from engram_adapter.hash_spec import HashSpec
 from engram_adapter.ngrams import keys_of_windows
 from tierstore.build import locked_store
+from tierstore.decisions.curves import OnPhase
 from tierstore.decisions.intervals import prediction_intervals
 from tierstore.decisions.plan import FRACTIONS, Budgets, GroupPlan, plan_group
 from tierstore.decisions.ranking import Ranking
+from tierstore.decisions.recommend import default_choice
+from tierstore.decisions.tally import Group
 from tierstore.errors import BudgetError, ConfigError
 from tierstore.formats.catalog import CatalogImage, read_catalog, set_epoch
 from tierstore.formats.placement import HEAD_BYTES_MAX
 from tierstore.formats.profile import KEYS, Profile
 from tierstore.place import Chosen, PlacePlan, PlaceReport, place_entries
-from tierstore.profiling import ItemRanking, groups_of
+from tierstore.profiling import READING, ItemRanking, groups_of
 from tierstore.tiers.memory import available_memory
 from tierstore.units import format_bytes, parse_bytes
 
-from .cli import Progress, console
+from .cli import console
+from .phases import Phases
 from .profile import check_header, documents_of
+from .report_tables import exact_bytes
 
 SIMULATIONS_AT_ONCE = 2
 TRIED_ACCESSES = 3_000_000
 DETAILS_BYTES_MAX = HEAD_BYTES_MAX // 4  # of what the placement says of its plan; groups of many tables are left out
 MEMORY_PART = 0.5  # of what is free, that a recommended budget takes at most
+UNTESTED_FRACTION = 0.75  # static part of DRAM if nothing was held out to choose it by
+TRYING, CHOOSING, PLACING = "trying", "choosing", "placing"
+UNITS = {READING: "n-grams", TRYING: "simulations", PLACING: "rows"}
 
 
 def plan_profile(
@@ -45,21 +55,49 @@ def plan_profile(
     budgets: Budgets,
     batch_tokens: int = 1,
     fractions: Sequence[float] = FRACTIONS,
+    *,
+    untested: bool = False,
+    on_progress: OnPhase | None = None,
 ) -> tuple[list[Ranking], list[GroupPlan]]:
-    """Returns the plan of each group of tables, with its ranking. Blocks, seconds a million held-out accesses."""
+    """Returns the plan of each group of tables, with its ranking. Blocks, seconds a million held-out accesses.
+
+    untested: plan also if nothing is held out, by counts alone; its outcomes are of no accesses. Raises `ConfigError` for
+    profiles that cannot be planned with: of a sample of keys, with nothing counted, or, by default, with nothing held out.
+    """
     check_header(image, profile.header)
     if profile.header.sample_rate < 1:
         raise ConfigError(
             f"{profile.path} counts a sample of {profile.header.sample_rate:g} of the keys: it predicts, but a placement needs "
             f"the keys themselves; record all of them, with store.start_trace(path, share=1)"
         )
-    rankings = [Ranking(group) for group in groups_of(profile, documents_of(image, profile))]
-    rankings = [ranking for ranking in rankings if len(ranking.group.replay.items)]
-    if not rankings:
+    if profile.counts["documents"] == profile.counts["held_out_documents"] > 0:
+        raise _nothing_counted(profile)
+    groups = groups_of(profile, documents_of(image, profile), on_progress)
+    tested = [group for group in groups if len(group.replay.items)]
+    if not tested and (not untested or not profile.num_items):
         raise _nothing_held_out(profile)
+    rankings = [Ranking(group) for group in tested or map(_by_counts_alone, groups)]
+    done, num_runs = itertools.count(), (len(fractions) + 1) * len(rankings)
+
+    def tell() -> None:
+        if on_progress:
+            on_progress(TRYING, next(done), num_runs)
+
+    tell()
     with ThreadPoolExecutor(SIMULATIONS_AT_ONCE, thread_name_prefix="tierstore-simulate") as pool:
-        plans = [_plan(ranking, image, budgets, batch_tokens, fractions, pool) for ranking in rankings]
+        plans = [
+            _plan(ranking, image, budgets, batch_tokens, fractions, pool, tell)
+            if tested
+            else plan_group(ranking, image.tables, budgets, batch_tokens, [UNTESTED_FRACTION])
+            for ranking in rankings
+        ]
     return rankings, plans
+
+
+def _by_counts_alone(group: Group) -> Group:
+    """Takes what was counted for what will be asked, for want of anything held out."""
+    classes = group.classes
+    return replace(group, classes=replace(classes, held_out=classes.counts * classes.num_items))
 
 
 def _plan(
@@ -69,11 +107,21 @@ def _plan(
     batch_tokens: int,
     fractions: Sequence[float],
     pool: ThreadPoolExecutor,
+    tell: Callable[[], None],
 ) -> GroupPlan:
-    """Tries the fractions on a share of the items, and the best one on all of them."""
+    """Tries the fractions on a share of the items, and the best one on all of them; `tell` hears of each, on any thread."""
+
+    def map_telling(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
+        def telling(item: Any) -> Any:
+            result = function(item)
+            tell()
+            return result
+
+        return pool.map(telling, items)
+
     sampled = Ranking(ranking.group.sampled(TRIED_ACCESSES))
-    best = plan_group(sampled, image.tables, budgets, batch_tokens, fractions, pool.map)
-    return plan_group(ranking, image.tables, budgets, batch_tokens, [best.static_fraction])
+    best = plan_group(sampled, image.tables, budgets, batch_tokens, fractions, map_telling)
+    return plan_group(ranking, image.tables, budgets, batch_tokens, [best.static_fraction], map_telling)
 
 
 def choose(image: CatalogImage, profile: Profile, rankings: list[Ranking], plans: list[GroupPlan]) -> dict[str, Chosen]:
@@ -133,28 +181,37 @@ def plan_record(
     }
 
 
-def recommended_dram(profile: Profile) -> tuple[int, str]:
-    """Returns bytes of DRAM to plan with where none were asked for, and why: the profile's knee, as far as memory goes."""
+def recommended_dram(profile: Profile, memory_bytes: int | None = None) -> tuple[int, str]:
+    """Returns bytes of DRAM to plan with if none were asked for, and why: the profile's knee, as far as memory goes.
+
+    memory_bytes: of the machine that is planned for; None: what is free here.
+    """
     groups = profile.footer["analysis"]["groups"]
     if not groups:
         raise _nothing_held_out(profile)
-    knee = max((_knee(group["recommended"]) for group in groups), key=lambda choice: int(choice["dram_bytes"]))
-    dram_bytes, most = int(knee["dram_bytes"]), int(available_memory()[0] * MEMORY_PART)
+    knee = default_choice(groups)
+    whose = "free here" if memory_bytes is None else "there"
+    dram_bytes = int(knee["dram_bytes"])
+    most = int((available_memory()[0] if memory_bytes is None else memory_bytes) * MEMORY_PART)
     if dram_bytes > most:
-        return most, f"half of the memory that is free here; the curve's knee is at {format_bytes(dram_bytes)}"
+        return most, f"half of the memory that is {whose}; the curve's knee is at {format_bytes(dram_bytes)}"
     return dram_bytes, f"the profile's {knee['name']} budget: {knee['why']}"
-
-
-def _knee(recommended: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The budget named knee; where it falls together with the frugal one, that, which is the first."""
-    return next((choice for choice in recommended if choice["name"] == "knee"), recommended[0])
 
 
 def _nothing_held_out(profile: Profile) -> ConfigError:
     counts = profile.counts
     return ConfigError(
         f"{profile.path}: {counts['held_out_documents']} of its {counts['documents']} documents are held out, and plans are "
-        f"tested on those; profile more text, or with a larger --held-out"
+        f"tested on those; profile more text, or with a larger --held-out. The store's placement stays as it is; "
+        f"--untested with --dram places by counts alone"
+    )
+
+
+def _nothing_counted(profile: Profile) -> ConfigError:
+    documents = profile.counts["documents"]
+    return ConfigError(
+        f"{profile.path}: all of its {documents} documents are held out, so that nothing is counted and nothing can be "
+        f"placed; profile more text, or with a smaller --held-out. The store's placement stays as it is"
     )
 
 
@@ -169,7 +226,13 @@ def _nothing_held_out(profile: Profile) -> ConfigError:
 @click.option(
     "--batch-tokens", default=1, show_default=True, type=click.IntRange(min=1), help="Tokens looked up at once."
 )
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing. Any budget will do.")
+@click.option(
+    "--for-machine", metavar="SIZE", help="Hold --dram against a machine with so much memory, instead of this one."
+)
+@click.option(
+    "--untested", is_flag=True, help="Place by counts alone if the profile holds nothing back to test a plan on."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes are in bytes.")
 def command(
     store: Path,
@@ -179,6 +242,8 @@ def command(
     nvme_entries: str,
     batch_tokens: int,
     dry_run: bool,
+    for_machine: str | None,
+    untested: bool,
     as_json: bool,
 ) -> None:
     """Choose what of STORE goes where, by the PROFILE of its use, and make the placement that it opens warm with.
@@ -186,22 +251,19 @@ def command(
     \b
     Example: tierstore plan v41.tier chats.profile --dram 8GiB --nvme-entries 50GiB
     """
+    machine_bytes = None if for_machine is None else parse_bytes(for_machine, "--for-machine")
     image = read_catalog(store)
     with Profile(profile) as opened:
         check_header(image, opened.header)
         why = "asked for"
         if dram is None:
-            dram_bytes, why = recommended_dram(opened)
+            dram_bytes, why = recommended_dram(opened, machine_bytes)
         else:
             dram_bytes = parse_bytes(dram, "--dram")
-        available, limit = available_memory()
-        if dram_bytes > available:
-            raise BudgetError(
-                f"--dram: {dram_bytes} bytes ({format_bytes(dram_bytes)}), the {limit} has {available} bytes "
-                f"({format_bytes(available)}) left; ask for less"
-            )
+        beyond = _check_memory(dram_bytes, machine_bytes, dry_run)
         budgets = Budgets(parse_bytes(hbm, "--hbm"), dram_bytes, parse_bytes(nvme_entries, "--nvme-entries"))
-        rankings, plans = plan_profile(image, opened, budgets, batch_tokens)
+        with Phases(UNITS) as phases:
+            rankings, plans = plan_profile(image, opened, budgets, batch_tokens, untested=untested, on_progress=phases)
         tokens = opened.counts["held_out_tokens"]
         records = [
             plan_record(plan, ranking.group.orders, tokens, ranking.group.replay.document_tokens)
@@ -211,6 +273,8 @@ def command(
         record: dict[str, Any] = expected | {"why": why, "held_out_tokens": tokens, "groups": records}
         if not as_json:
             print_plan(record)
+            if dry_run and beyond:
+                click.echo(beyond)
         if not dry_run:
             report = materialise(image, opened, rankings, plans, record)
             record["epoch"] = report.placement.epoch if report else None
@@ -218,6 +282,27 @@ def command(
                 click.echo(_made(store, report))
         if as_json:
             click.echo(json.dumps(record, indent=2))
+
+
+def _check_memory(dram_bytes: int, machine_bytes: int | None, dry_run: bool) -> str:
+    """Refuses a budget beyond the machine that it is for; of a dry run says what this machine lacks, "" if nothing."""
+    if machine_bytes is not None:
+        if dram_bytes > machine_bytes:
+            raise BudgetError(
+                f"--dram: {dram_bytes} bytes ({format_bytes(dram_bytes)}), the machine of --for-machine has {machine_bytes} "
+                f"bytes ({format_bytes(machine_bytes)}); ask for less"
+            )
+        return ""
+    available, limit = available_memory()
+    if dram_bytes <= available:
+        return ""
+    if dry_run:
+        return f"more than this {limit} has left, {format_bytes(available)}: a plan for another one"
+    raise BudgetError(
+        f"--dram: {dram_bytes} bytes ({format_bytes(dram_bytes)}), the {limit} has {available} bytes "
+        f"({format_bytes(available)}) left; ask for less. To see a plan for another machine add --dry-run, to place for one "
+        f"--for-machine {exact_bytes(dram_bytes).replace(' ', '')}"
+    )
 
 
 def materialise(
@@ -228,7 +313,9 @@ def materialise(
     record: Mapping[str, Any],
 ) -> PlaceReport | None:
     """Makes the placement of plans and publishes it; None where they place nothing, and the store opens without. Blocks."""
-    chosen = choose(image, profile, rankings, plans)
+    with Phases(UNITS) as phases:
+        phases(CHOOSING, 0, None)
+        chosen = choose(image, profile, rankings, plans)
     if not chosen:
         with locked_store(image.path):
             set_epoch(image.path, None)
@@ -236,8 +323,14 @@ def materialise(
     details: dict[str, Any] = {"profile": profile.path.name, "plan": dict(record)}
     if len(json.dumps(details)) > DETAILS_BYTES_MAX:
         del details["plan"]["groups"]
-    with Progress("placing", "rows") as on_progress:
-        return place_entries(image.path, chosen, details=details, on_plan=print_preflight, on_progress=on_progress)
+    with Phases(UNITS) as phases:
+        return place_entries(
+            image.path,
+            chosen,
+            details=details,
+            on_plan=print_preflight,
+            on_progress=lambda done, total: phases(PLACING, done, total),
+        )
 
 
 def _made(store: Path, report: PlaceReport | None) -> str:
@@ -266,6 +359,12 @@ def print_plan(record: Mapping[str, Any]) -> None:
     hbm = f", HBM {format_bytes(record['hbm_bytes'])}" if record["hbm_bytes"] else ""
     click.echo(f"DRAM {format_bytes(record['dram_bytes'])} ({record['why']}){hbm}")
     for group in record["groups"]:
+        if not record["held_out_tokens"]:
+            click.echo(
+                f"{', '.join(group['tables'])}: not tested, because the profile holds nothing back; by counts alone"
+            )
+            _print_division(group, hbm)
+            continue
         title = f"{', '.join(group['tables'])}: expected of {record['held_out_tokens']:,} held-out tokens"
         table = Table("order", "hits", "95 %", "hbm", "dram static", "dram recency", "nvme", "first seen", title=title)
         for order in group["hit_rate"]:
@@ -280,18 +379,24 @@ def print_plan(record: Mapping[str, Any]) -> None:
             interval = f"{100 * group['low'][order]:.1f} to {100 * group['high'][order]:.1f} %"
             table.add_row(order, f"{100 * group['hit_rate'][order]:.1f} %", interval, *shown)
         console().print(table)
+        _print_division(group, hbm)
         if group["resident"]:
-            beside = f": {group['hbm_entries']:,} entries of each table in HBM" if hbm else ": nothing to place"
-            click.echo(f"fits its share of DRAM whole{beside}")
             continue
-        click.echo(
-            f"entries of each table: {group['hbm_entries']:,} in HBM, {group['static_entries']:,} static in DRAM "
-            f"({100 * group['static_fraction']:.0f} % of its share), {group['recency_sets'] * 8:,} left to recency, "
-            f"{group['nvme_entries']:,} packed on NVMe"
-        )
         without = group["steps_without_read"]
         click.echo(
             f"NVMe reads a token: {group['reads_per_token']:.2f}, without packed entries "
             f"{group['reads_per_token_unpacked']:.2f}"
             + ("" if without is None else f"; batches without any: {100 * without:.1f} %")
         )
+
+
+def _print_division(group: Mapping[str, Any], hbm: str) -> None:
+    if group["resident"]:
+        beside = f": {group['hbm_entries']:,} entries of each table in HBM" if hbm else ": nothing to place"
+        click.echo(f"fits its share of DRAM whole{beside}")
+        return
+    click.echo(
+        f"entries of each table: {group['hbm_entries']:,} in HBM, {group['static_entries']:,} static in DRAM "
+        f"({100 * group['static_fraction']:.0f} % of its share), {group['recency_sets'] * 8:,} left to recency, "
+        f"{group['nvme_entries']:,} packed on NVMe"
+    )

@@ -7,11 +7,13 @@ they meet. Refuses what those refuse.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,21 @@ import numpy as np
 from engram_adapter.hash_spec import HashSpec
 from engram_adapter.profiles import check_profile, profile_header, token_documents
 from tierstore.decisions.budget import cache_set_bytes
-from tierstore.decisions.curves import Curves, EntryCost, build_curves, ladder
-from tierstore.decisions.plan import INDEX_ENTRY_BYTES
+from tierstore.decisions.curves import (
+    DECODING,
+    LADDER_BYTES_MIN,
+    REPLAYING,
+    Curves,
+    EntryCost,
+    OnPhase,
+    build_curves,
+    ladder,
+)
+from tierstore.decisions.plan import INDEX_ENTRY_BYTES, usable_bytes, whole_budget
 from tierstore.decisions.ranking import Ranking
 from tierstore.decisions.replay import simulate
 from tierstore.decisions.tally import Group, OrderSplit
-from tierstore.errors import ConfigError, FingerprintMismatchError
+from tierstore.errors import BudgetError, ConfigError, FingerprintMismatchError
 from tierstore.formats.catalog import CatalogImage, TableLayout, read_catalog
 from tierstore.formats.key_trace import read_key_trace_info
 from tierstore.formats.placement import record_bytes
@@ -34,6 +45,9 @@ from tierstore.formats.profile import KEYS, Profile, ProfileHeader
 from tierstore.formats.trace import KEYS as KEY_TRACE
 from tierstore.formats.trace import read_token_documents, read_token_trace_info, sort_of_trace
 from tierstore.profiling import (
+    COUNTING,
+    DOCUMENTS_MIN,
+    MERGING,
     Document,
     held_out_documents,
     held_out_share,
@@ -41,57 +55,93 @@ from tierstore.profiling import (
     key_profile_header,
     make_profile,
     merge_profiles,
+    stretch_accesses,
+    stretch_tokens,
 )
 from tierstore.units import format_bytes
 
-from .cli import Progress, console
+from .cli import console
+from .phases import Phases
+from .report_about import about as about_profile
 
 CURVE_ACCESSES = 2_000_000  # curves of more held-out accesses are drawn from a share of the items
 STEP_TOKENS = 500_000  # of the held-out documents, over which steps are simulated, with all items
 SIMULATIONS_AT_ONCE = 2
+SMALL_LADDER_DOUBLINGS = 4  # of tables so small that budgets from 16 MiB on would say little
+UNITS = {COUNTING: "tokens", MERGING: "n-grams", REPLAYING: "simulations", DECODING: "simulations"}
+CHECKING, DRAWING = "checking", "drawing"
 
 
 def profile_traces(
-    image: CatalogImage, traces: list[Path], path: Path, held_out: float | None, progress: Progress | None = None
+    image: CatalogImage, traces: list[Path], path: Path, held_out: float | None, on_progress: OnPhase | None = None
 ) -> dict[str, Any]:
     """Counts traces, all of tokens or all of keys, into the profile at `path`; returns its footer. Blocks."""
+    counted = _open_traces(image, traces, held_out)
+
+    def tell(phase: str, done: int, total: int | None) -> None:
+        if on_progress:
+            on_progress(phase, done, counted.num_tokens if phase == COUNTING else total)
+
+    def analyse(groups: list[Group], counts: dict[str, int]) -> dict[str, Any]:
+        return analysis(image, groups, counts, tell)
+
+    return make_profile(path, counted.header, counted.documents, analyse, tell)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What is to be counted: how many tokens (or lookups) in all, and their documents."""
+
+    header: ProfileHeader
+    num_tokens: int
+    documents: Iterator[Document]
+
+
+def _open_traces(image: CatalogImage, traces: list[Path], held_out: float | None) -> _Counted:
     sorts = {sort_of_trace(trace) for trace in traces}
     if len(sorts) > 1:
         raise ConfigError(
             f"{', '.join(map(str, traces))} are traces of tokens and of keys; profile each sort by itself"
         )
-    header: ProfileHeader
-    documents: Iterator[Document]
     if sorts == {KEY_TRACE}:
         infos = [read_key_trace_info(trace) for trace in traces]
         total = sum(info.num_batches for info in infos)
-        header = key_profile_header(infos, image.tables, held_out_share(total) if held_out is None else held_out)
-        documents = key_documents(traces)
-    else:
-        spec = HashSpec.from_catalog(image)
-        token_infos = [read_token_trace_info(trace) for trace in traces]
-        for info in token_infos:  # before hours of counting
-            if info.token_id_max >= spec.vocab_size:
-                raise ValueError(
-                    f"{info.path}: token ids go up to {info.token_id_max}, the vocabulary of the store's model has "
-                    f"{spec.vocab_size}; profile with the store that the trace's tokenizer is of"
-                )
-        total = sum(info.num_tokens for info in token_infos)
-        header = profile_header(spec, held_out_share(total) if held_out is None else held_out)
-        documents = token_documents(spec, (ids for trace in traces for ids in read_token_documents(trace)))
-
-    def on_progress(done: int) -> None:
-        if progress:
-            progress(done, total)
-
-    def analyse(groups: list[Group], counts: dict[str, int]) -> dict[str, Any]:
-        on_progress(counts["tokens"])
-        return analysis(image, groups, counts)
-
-    return make_profile(path, header, documents, analyse, on_progress)
+        share = held_out_share(total) if held_out is None else held_out
+        accesses = stretch_accesses(sum(info.num_accesses for info in infos))
+        return _Counted(key_profile_header(infos, image.tables, share), total, key_documents(traces, accesses))
+    spec = HashSpec.from_catalog(image)
+    token_infos = [read_token_trace_info(trace) for trace in traces]
+    for info in token_infos:  # before hours of counting
+        if info.token_id_max >= spec.vocab_size:
+            raise ValueError(
+                f"{info.path}: token ids go up to {info.token_id_max}, the vocabulary of the store's model has "
+                f"{spec.vocab_size}; profile with the store that the trace's tokenizer is of"
+            )
+    total = sum(info.num_tokens for info in token_infos)
+    header = profile_header(spec, held_out_share(total) if held_out is None else held_out)
+    stretch = stretch_tokens(total, sum(info.num_documents for info in token_infos))
+    texts = (ids for trace in traces for ids in read_token_documents(trace, stretch))
+    return _Counted(header, total, token_documents(spec, texts))
 
 
-def merge(image: CatalogImage, parts: list[Path], path: Path) -> dict[str, Any]:
+def stretch_note(traces: Sequence[Path]) -> str:
+    """Returns what to say of traces whose documents are so few that they are cut; "" if they are not."""
+    if any(sort_of_trace(trace) == KEY_TRACE for trace in traces):
+        return ""
+    infos = [read_token_trace_info(trace) for trace in traces]
+    num_tokens, num_documents = (sum(getattr(info, name) for info in infos) for name in ("num_tokens", "num_documents"))
+    stretch = stretch_tokens(num_tokens, num_documents)
+    if num_documents >= DOCUMENTS_MIN or num_tokens <= stretch:
+        return ""
+    documents = "one document" if num_documents == 1 else f"{num_documents} documents"
+    return (
+        f"{num_tokens:,} tokens are {documents}, so they were cut into stretches of {stretch:,} tokens, some of them held "
+        f"out; a stretch resembles its neighbours more than another document would. If a token ends each document, write "
+        f"the trace again with --eos ID (or --doclens)"
+    )
+
+
+def merge(image: CatalogImage, parts: list[Path], path: Path, on_progress: OnPhase | None = None) -> dict[str, Any]:
     """Merges profiles into the one at `path`; returns its footer. Blocks."""
     profiles = [Profile(part) for part in parts]
     try:
@@ -101,7 +151,8 @@ def merge(image: CatalogImage, parts: list[Path], path: Path) -> dict[str, Any]:
             path,
             profiles,
             lambda profile: documents_of(image, profile),
-            lambda groups, counts: analysis(image, groups, counts),
+            lambda groups, counts: analysis(image, groups, counts, on_progress),
+            on_progress,
         )
     finally:
         for profile in profiles:
@@ -139,35 +190,49 @@ def documents_of(image: CatalogImage, profile: Profile) -> Iterator[Document]:
     return token_documents(spec, (columns["token_ids"] for columns in held_out_documents(profile)))
 
 
-def analysis(image: CatalogImage, groups: list[Group], counts: dict[str, int]) -> dict[str, Any]:
+def analysis(
+    image: CatalogImage, groups: list[Group], counts: dict[str, int], on_progress: OnPhase | None = None
+) -> dict[str, Any]:
     """Returns what the profile's footer keeps: for each group of tables its curves, as `Curves.as_record` says.
 
-    Budgets are of all tables of the store together, each of which gets an equal share.
+    Budgets are of all tables of the store together, divided as the store will divide them.
     """
     with ThreadPoolExecutor(SIMULATIONS_AT_ONCE, thread_name_prefix="tierstore-simulate") as pool:
-        return {"groups": [_group_record(image, group, counts, pool) for group in groups if len(group.replay.items)]}
+        return {
+            "groups": [
+                _group_record(image, group, counts, pool, on_progress) for group in groups if len(group.replay.items)
+            ]
+        }
 
 
 def _group_record(
-    image: CatalogImage, group: Group, counts: dict[str, int], pool: ThreadPoolExecutor
+    image: CatalogImage,
+    group: Group,
+    counts: dict[str, int],
+    pool: ThreadPoolExecutor,
+    on_progress: OnPhase | None,
 ) -> dict[str, Any]:
     layout = image.tables[group.tables[0]]
     ranking = Ranking(group.sampled(CURVE_ACCESSES))
     steps_ranking = Ranking(group.truncated(STEP_TOKENS))
     cost = entry_cost(layout, len(image.tables), len(group.tables))
-    whole_bytes = sum(table.spec.table_bytes for table in image.tables.values())
-    budgets = ladder(ranking, cost)
+    budgets, usable, whole_bytes = _budgets(image, group, ranking, cost)
     curves = build_curves(
         ranking,
         cost,
-        [budget for budget in budgets if budget < whole_bytes] or budgets[:1],  # from there on tables are kept whole
+        budgets,
         counts["held_out_tokens"],
         np.random.default_rng(0),
         steps_ranking=steps_ranking,
+        usable_bytes=usable,
+        whole_bytes=whole_bytes,
         map_over=pool.map,
+        on_progress=on_progress,
     )
     record: dict[str, Any] = {"tables": list(group.tables)} | curves.as_record()
     record["distinct"] = dict(zip(map(str, group.orders), group.distinct, strict=True))
+    if on_progress:
+        on_progress(CHECKING, 0, None)
     record["sampling"] = _sampling(group, ranking, curves)
     record["source"] = {
         "tables": ", ".join(group.tables),
@@ -179,10 +244,26 @@ def _group_record(
     return record
 
 
+def _budgets(image: CatalogImage, group: Group, ranking: Ranking, cost: EntryCost) -> tuple[list[int], list[int], int]:
+    """Returns the budgets to simulate, what each leaves to entries, and the one that holds the group's tables whole.
+
+    The division is the one that opening the store makes, so that curves and plans agree.
+    """
+    whole_bytes = whole_budget(image.tables, group.tables)
+    first_bytes = min(LADDER_BYTES_MIN, 1 << max(whole_bytes >> SMALL_LADDER_DOUBLINGS, 1).bit_length())
+    budgets, usable = [], []
+    for budget in ladder(ranking, cost, first_bytes=first_bytes):
+        if budget < whole_bytes:  # from there on the tables are kept whole
+            with contextlib.suppress(BudgetError):  # too little to open the store with
+                usable.append(usable_bytes(image.tables, group.tables, budget))
+                budgets.append(budget)
+    return budgets, usable, whole_bytes
+
+
 def _sampling(group: Group, sampled: Ranking, curves: Curves) -> dict[str, Any] | None:
     """How far the curves' share of the items is off all of them, in hit rate, at one budget; None where it is all of them."""
     share = sampled.group.replay.sample_rate / group.replay.sample_rate
-    if share == 1:
+    if share == 1 or curves.points[0].resident:
         return None
     budget = curves.recommended[0].dram_bytes
     point = next(point for point in curves.points if point.dram_bytes == budget)
@@ -254,33 +335,41 @@ def command(
         pages.check_report(report)
     image = read_catalog(store)
     started = time.monotonic()
-    if is_merge:
-        footer = merge(image, list(inputs), output)
-    else:
-        with Progress("counting", "tokens") as progress:
-            footer = profile_traces(image, list(inputs), output, held_out, progress)
-    seconds = time.monotonic() - started
-    record = footer["analysis"]
+    with Phases(UNITS | ({COUNTING: "n-grams"} if is_merge else {})) as phases:
+        if is_merge:
+            footer = merge(image, list(inputs), output, phases)
+        else:
+            footer = profile_traces(image, list(inputs), output, held_out, phases)
+        about = about_profile(store, inputs, output, footer, [] if is_merge else [stretch_note(inputs)])
+        if report:
+            phases(DRAWING, 0, None)
+            pages.write_report(footer["analysis"]["groups"], report, about)
     if as_json:
-        click.echo(json.dumps(footer, indent=2))
+        click.echo(json.dumps(footer | {"about": about}, indent=2))
     else:
-        for group in record["groups"]:
-            for table in pages.profile_tables(group):
-                console().print(table)
-        counts = footer["counts"]
-        click.echo(
-            f"{output}: {counts['tokens']:,} tokens of {counts['documents']:,} documents, {counts['held_out_tokens']:,} "
-            f"held out, in {seconds:.1f} s"
-        )
-        for group in record["groups"]:
-            click.echo(f"distinct n-grams: {group['source']['distinct n-grams']}")
-            click.echo(f"curves: {group['source']['curves']}")
-        if footer["kind"] == KEYS:
-            click.echo("of recorded keys: each token above is a lookup")
-        if not record["groups"]:
-            click.echo(
-                "no documents were held out: there is nothing to predict; give more text, or a larger --held-out"
-            )
+        _print(footer, about, output, time.monotonic() - started)
     if report:
-        pages.write_report(record["groups"], report)
         click.echo(f"report: {report}", err=as_json)
+
+
+def _print(footer: dict[str, Any], about: dict[str, Any], output: Path, seconds: float) -> None:
+    from . import report as pages
+
+    groups, counts = footer["analysis"]["groups"], footer["counts"]
+    for group in groups:
+        for table in pages.profile_tables(group):
+            console().print(table)
+    click.echo(
+        f"{output}: {counts['tokens']:,} tokens of {counts['documents']:,} documents, {counts['held_out_tokens']:,} "
+        f"held out, in {seconds:.1f} s"
+    )
+    for group in groups:
+        click.echo(f"distinct n-grams: {group['source']['distinct n-grams']}")
+        click.echo(f"curves: {group['source']['curves']}")
+    if footer["kind"] == KEYS:
+        click.echo("of recorded keys: each token above is a lookup")
+    for name in ("store", "inputs", "made", "next"):
+        if about[name]:
+            click.echo(f"{name}: {', '.join(about[name]) if name == 'inputs' else about[name]}")
+    for note in about["notes"]:
+        click.echo(f"note: {note}")

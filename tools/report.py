@@ -19,8 +19,9 @@ from tierstore.errors import ConfigError
 from tierstore.version import VERSION
 
 from . import report_tables as tables
+from .report_about import About
 from .report_figures import figures_of, require_matplotlib, svg_of
-from .report_tables import NumberTable, Record, percent, short_bytes
+from .report_tables import NumberTable, Record, cached_points, percent, short_bytes, whole_bytes
 from .report_words import GLOSSARY, STYLE, words_of_figures
 
 TABLES = {
@@ -38,14 +39,14 @@ LEAD = (
 )
 
 
-def write_report(records: Sequence[Record], path: Path) -> None:
+def write_report(records: Sequence[Record], path: Path, about: About | None = None) -> None:
     """Writes the page to `path`, whole or not at all. Blocks, a second or two a record.
 
-    Raises `ConfigError` without matplotlib, and without any record.
+    about: what `report_about.about` returns; None leaves it out. Raises `ConfigError` without matplotlib, and without any record.
     """
     if not records:
         raise ConfigError(f"{path}: a report of 0 curves says nothing; profile text of which documents are held out")
-    page = _page(records)
+    page = _page(records, about)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(page, encoding="utf-8")
@@ -76,7 +77,7 @@ def check_report(path: Path) -> None:
         raise ConfigError(f"{path}: a report is a file in a folder that there is; give another name")
 
 
-def _page(records: Sequence[Record]) -> str:
+def _page(records: Sequence[Record], about: About | None) -> str:
     parts = [_part(record) for record in records]
     if len(parts) > 1:
         parts = [_numbered(part, place) for place, part in enumerate(parts, 1)]
@@ -86,16 +87,26 @@ def _page(records: Sequence[Record]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
         '<link rel="icon" href="data:,"/>'
         f"<title>What memory buys: hit rates and budgets</title><style>{STYLE}</style></head><body><main>"
-        f"<h1>What memory buys</h1>{LEAD}"
+        f"<h1>What memory buys</h1>{LEAD}{_about(about) if about else ''}"
         + "\n".join(parts)
         + f'<section id="glossary"><h2>Words</h2><dl>{glossary}</dl></section>'
         f"<footer>Made by tierstore {html.escape(VERSION)}</footer></main></body></html>\n"
     )
 
 
+def _about(about: About) -> str:
+    """Of what, from what, when, and what to do next."""
+    lines = [("store", about["store"]), ("made from", ", ".join(about["inputs"])), ("profile", about["profile"])]
+    lines.append(("made", f"{about['made']}, by tierstore {about['tierstore']}"))
+    listed = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in lines)
+    command = f"<dt>next</dt><dd><code>{html.escape(about['next'])}</code></dd>" if about["next"] else ""
+    notes = "".join(f'<p class="note">{html.escape(note[0].upper() + note[1:])}.</p>' for note in about["notes"])
+    return f'<dl id="about">{listed}{command}</dl>{notes}'
+
+
 def _part(record: Record) -> str:
     """All about one group of tables."""
-    words = words_of_figures(record)
+    words = words_of_figures(record) if cached_points(record) else {}
     sections = [
         f'<section id="{figure.name}"><h2>{html.escape(figure.title)}</h2><p>{words[figure.name]}</p>'
         f"<figure>{svg_of(figure, record)}</figure>{_table(TABLES[figure.name](record))}</section>"
@@ -120,6 +131,9 @@ def _summary(record: Record) -> str:
         sampled = (
             f" Only {percent(replay['sample_rate'])} of all entries were followed, against as small a share of memory."
         )
+    whole = ""
+    if (num_bytes := whole_bytes(record)) is not None:
+        whole = f" From {short_bytes(num_bytes)} on, memory holds the tables whole and answers every access."
     cards = "".join(_card(record, place) for place in range(len(record["recommended"])))
     source = "".join(
         f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(f'{value:,}' if isinstance(value, int) else str(value))}</dd>"
@@ -131,7 +145,7 @@ def _summary(record: Record) -> str:
         f"{replay['documents']:,} documents held out of the counting, was then replayed access by access "
         f"({replay['accesses']:,} in all) through the very caches that the store runs, empty at first, "
         f"for every amount of memory below.{sampled} {first} of these accesses were to entries never seen before, which no "
-        "cache can answer.</p>"
+        f"cache can answer.{whole}</p>"
         f'<section id="recommended"><h2>Recommended budgets</h2><div class="cards">{cards}</div>'
         f"{_table(tables.recommended_table(record), folded=False)}"
         f"<p>The intervals say where the hit rate of another {record['interval']['tokens']:,} tokens of the same kind of text "

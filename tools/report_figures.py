@@ -15,13 +15,14 @@ from typing import Any
 
 from tierstore.errors import ConfigError
 
-from .report_tables import Record, short_bytes
+from .report_tables import Record, cached_points, short_bytes, whole_bytes
 
 # Colours that matplotlib writes and that are then replaced by the page's variables of these names.
 COLOURS = {name: f"#0a0b{place:02x}" for place, name in enumerate(("ink", "grid", "a", "b", "c", "d", "e"))}
 BAND_ALPHA = 0.18
 SIZE_INCHES = 8.0, 4.2
 TICKS_MAX = 8
+TICKS_APART = 1.6  # times as much memory: closer labels would touch
 RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -50,17 +51,20 @@ class Figure:
 
 def figures_of(record: Record) -> list[Figure]:
     """Returns the figures that a record has numbers for, in the order in which they are read."""
+    if not cached_points(record):
+        return []  # the tables are so small that only whole ones are worth a thought
     figures = [
         Figure(
             "policies",
             "Hit rate against DRAM, by policy",
-            "Four rising curves of hit rate over memory: mixed with its 95 % interval, static alone, recency alone and LRU.",
+            "Four rising curves of hit rate over memory: mixed with its 95 % interval, static alone, recency alone "
+            "and LRU; a star where memory holds the tables whole, at 100 %.",
             _draw_policies,
         ),
         Figure(
             "orders",
             "Hit rate against DRAM, by order, mixed policy",
-            "One rising curve with its 95 % interval for each order, below a dashed line, the most that any cache can reach.",
+            "One rising curve with its 95 % interval for each order, below a dashed line, the most that a cache can reach.",
             _draw_orders,
         ),
         Figure(
@@ -141,20 +145,14 @@ def _draw_policies(axes: Any, record: Record) -> None:
         ("recency", "recency alone", "c", "-.^"),
         ("lru", "LRU", "d", ":D"),
     ):
-        rates = [100 * point[policy]["all"] for point in record["points"]]
+        rates = [100 * point[policy]["all"] for point in cached_points(record)]
         axes.plot(budgets, rates, style, color=COLOURS[colour], label=label)
     for choice in record["recommended"]:
-        axes.axvline(choice["dram_bytes"], color=COLOURS["ink"], linewidth=0.8, linestyle=(0, (2, 3)))
-        axes.annotate(
-            choice["name"],
-            (choice["dram_bytes"], 0),
-            xycoords=("data", "axes fraction"),
-            xytext=(-5, 6),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="bottom",
-        )
+        if choice["name"] != "whole":  # which every figure marks
+            _mark(axes, choice["dram_bytes"], choice["name"])
+    if whole := whole_bytes(record):
+        axes.plot([whole], [100], "*", markersize=13, color=COLOURS["a"], clip_on=False, label="whole tables")
+    axes.set_ylim(0, 104)
     _finish(axes, record, "accesses that hit (%)", columns=4)
 
 
@@ -168,7 +166,7 @@ def _draw_orders(axes: Any, record: Record) -> None:
 
 
 def _draw_split(axes: Any, record: Record) -> None:
-    mixed = [point["mixed"] for point in record["points"]]
+    mixed = [point["mixed"] for point in cached_points(record)]
     static = [100 * each["static_share"]["all"] for each in mixed]
     recency = [100 * each["recency_share"]["all"] for each in mixed]
     first = 100 * record["first_touch"]["all"]
@@ -185,7 +183,7 @@ def _draw_reads(axes: Any, record: Record) -> None:
         ("reads_per_token", "rows read one by one", "c", "-.^"),
         ("packed_reads_per_token", "with packed entries", "a", "-o"),
     ):
-        reads = [point["mixed"][name] for point in record["points"]]
+        reads = [point["mixed"][name] for point in cached_points(record)]
         axes.plot(_budgets(record), reads, style, color=COLOURS[colour], label=label)
     axes.set_ylim(bottom=0)
     _finish(axes, record, "NVMe reads a token", columns=2)
@@ -210,21 +208,40 @@ def _draw_steps(axes: Any, record: Record) -> None:
 
 
 def _draw_mixed(axes: Any, record: Record, order: str, colour: str, label: str) -> None:
-    mixed = [point["mixed"] for point in record["points"]]
+    mixed = [point["mixed"] for point in cached_points(record)]
     low, rates, high = ([100 * each[name][order] for each in mixed] for name in ("low", "hit_rate", "high"))
     axes.fill_between(_budgets(record), low, high, color=COLOURS[colour], alpha=BAND_ALPHA, linewidth=0)
     axes.plot(_budgets(record), rates, "-o", color=COLOURS[colour], label=label)
 
 
+def _mark(axes: Any, dram_bytes: int, words: str) -> None:
+    """Draws an upright at a budget, with its name beside it."""
+    axes.axvline(dram_bytes, color=COLOURS["ink"], linewidth=0.8, linestyle=(0, (2, 3)))
+    axes.annotate(
+        words,
+        (dram_bytes, 0),
+        xycoords=("data", "axes fraction"),
+        xytext=(-5, 6),
+        textcoords="offset points",
+        rotation=90,
+        ha="right",
+        va="bottom",
+    )
+
+
 def _budgets(record: Record) -> list[int]:
-    return [point["dram_bytes"] for point in record["points"]]
+    """Budgets that hold entries, ascending."""
+    return [point["dram_bytes"] for point in cached_points(record)]
 
 
 def _finish(axes: Any, record: Record, what: str, columns: int) -> None:
-    budgets = _budgets(record)
+    budgets, whole = _budgets(record), whole_bytes(record)
     axes.set_xscale("log", base=2)
     stride = -(-len(budgets) // TICKS_MAX)
     shown = budgets[::-1][::stride][::-1]
+    if whole:
+        _mark(axes, whole, "tables fit whole")
+        shown = [budget for budget in shown if budget * TICKS_APART <= whole] + [whole]
     axes.set_xticks(shown, [short_bytes(budget) for budget in shown])
     axes.minorticks_off()
     axes.margins(x=0.02)

@@ -12,6 +12,7 @@ from typing import Any
 from tierstore.units import format_bytes
 
 Record = dict[str, Any]
+EXACT_DIGITS_MAX = 7
 
 
 @dataclass(frozen=True)
@@ -44,27 +45,37 @@ def recommended_table(record: Record) -> NumberTable:
     return NumberTable("Recommended budgets", columns, lines)
 
 
+def cached_points(record: Record) -> list[Record]:
+    """Returns the points whose budgets hold entries: all but the one, if any, that holds the tables whole."""
+    return [
+        point for point in record["points"] if not point.get("resident")
+    ]  # profiles of older versions do not say it
+
+
+def whole_bytes(record: Record) -> int | None:
+    """Returns the budget that holds the tables whole; None in a record that does not say it."""
+    return next((point["dram_bytes"] for point in record["points"] if point.get("resident")), None)
+
+
 def policy_table(record: Record) -> NumberTable:
     """Returns the hit rate of each policy by budget."""
     lines = []
     for point in record["points"]:
         alone = [percent(point[policy]["all"]) for policy in ("static", "recency", "lru")]
         mixed = point["mixed"]
-        lines.append(
-            [short_bytes(point["dram_bytes"]), percent(mixed["hit_rate"]["all"]), _between(mixed, "all"), *alone]
-        )
+        lines.append([_budget(point), percent(mixed["hit_rate"]["all"]), _between(mixed, "all"), *alone])
     columns = ["DRAM", "mixed", "95 % interval", "static alone", "recency alone", "LRU"]
     return NumberTable("Hit rate by policy, all orders", columns, lines)
 
 
 def order_table(record: Record) -> NumberTable:
-    """Returns the mixed policy's hit rate of each order by budget, and the most that is possible."""
+    """Returns the mixed policy's hit rate of each order by budget, and the share of entries that no cache has seen."""
     orders = [str(order) for order in record["orders"]]
     lines = []
     for point in record["points"]:
         mixed = point["mixed"]
         cells = [f"{percent(mixed['hit_rate'][order])} ({_between(mixed, order)})" for order in orders]
-        lines.append([short_bytes(point["dram_bytes"]), *cells])
+        lines.append([_budget(point), *cells])
     lines.append(["not seen before", *(percent(record["first_touch"][order]) for order in orders)])
     columns = ["DRAM", *(f"order {order} (95 % interval)" for order in orders)]
     return NumberTable("Hit rate by order, mixed", columns, lines)
@@ -75,6 +86,9 @@ def split_table(record: Record) -> NumberTable:
     lines = []
     for point in record["points"]:
         mixed = point["mixed"]
+        if point.get("resident"):
+            lines.append([_budget(point), *("whole tables",) * 2, percent(1 - mixed["hit_rate"]["all"]), *("-",) * 3])
+            continue
         lines.append(
             [
                 short_bytes(point["dram_bytes"]),
@@ -94,7 +108,7 @@ def reads_table(record: Record) -> NumberTable:
     """Returns NVMe reads a token by budget, without and with packed entries."""
     lines = [
         [
-            short_bytes(point["dram_bytes"]),
+            _budget(point),
             f"{point['mixed']['misses_per_token']:.2f}",
             f"{point['mixed']['reads_per_token']:.2f}",
             f"{point['mixed']['packed_reads_per_token']:.2f}",
@@ -128,9 +142,24 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def short_bytes(num_bytes: int) -> str:
-    """Returns bytes for people without decimals that say nothing: 1 << 30 -> "1 GiB"."""
+    """Returns bytes for people without decimals that say nothing: 1 << 30 -> "1 GiB"; exactly, if that takes two decimals."""
+    exact = exact_bytes(num_bytes)
+    if len(exact.split()[0]) <= EXACT_DIGITS_MAX:
+        return exact
     number, unit = format_bytes(num_bytes).split()
     return f"{float(number):g} {unit}"
+
+
+def exact_bytes(num_bytes: int) -> str:
+    """Returns bytes exactly, as the options of commands take them, in the largest unit with at most two decimals."""
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= factor and num_bytes * 4 % factor == 0:
+            return f"{num_bytes / factor:.2f}".rstrip("0").rstrip(".") + f" {unit}"
+    return f"{num_bytes} B"
+
+
+def _budget(point: Record) -> str:
+    return short_bytes(point["dram_bytes"]) + (" (whole)" if point.get("resident") else "")
 
 
 def _between(mixed: Record, order: str) -> str:

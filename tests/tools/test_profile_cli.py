@@ -16,7 +16,7 @@ from tierstore.tools.cli import run
 
 NUM_PARTS = 4
 AT_ONCE = 2
-BUDGETS = ["dram_bytes", "lru", "mixed", "recency", "static"]
+BUDGETS = ["dram_bytes", "lru", "mixed", "recency", "resident", "static"]
 MIXED = [
     "high", "hit_rate", "low", "misses_per_token", "packed_reads_per_token", "reads_per_token", "recency_entries",
     "recency_share", "static_entries", "static_fraction", "static_share",
@@ -36,7 +36,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_json_has_the_keys_that_programs_rely_on(text: TextStore, tmp_path: Path) -> None:
     footer = good_json("profile", text.store, text.trace, "-o", tmp_path / "p.profile")
-    assert sorted(footer) == ["analysis", "counts", "kind"]
+    assert sorted(footer) == ["about", "analysis", "counts", "kind"]
     assert footer["kind"] == "ngrams"
     num_tokens = sum(map(len, text.documents))
     held_out = footer["counts"].pop("held_out_tokens"), footer["counts"].pop("held_out_documents")
@@ -55,7 +55,7 @@ def test_json_has_the_keys_that_programs_rely_on(text: TextStore, tmp_path: Path
         for order in ORDERS:
             low, rate, high = (point["mixed"][name][order] for name in ("low", "hit_rate", "high"))
             assert 0 <= low <= rate <= high <= 1
-    assert {choice["name"] for choice in group["recommended"]} <= {"frugal", "knee", "generous"}
+    assert {choice["name"] for choice in group["recommended"]} <= {"frugal", "knee", "generous", "whole"}
 
 
 def test_people_get_tables_and_what_was_counted(text: TextStore, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ Shapes: U items, D documents, O orders; [O + 1]: the orders, and in the last pla
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,10 @@ STEPS_MIN = 64  # fewer steps say nothing of their share without a read
 LADDER_BYTES_MIN = 16 << 20
 LADDER_POINTS_MAX = 20
 
+REPLAYING, DECODING, INTERVALS = "replaying", "decoding", "intervals"  # phases, as callers are told of them
+
 MapLike = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+OnPhase = Callable[[str, int, "int | None"], None]  # phase, how much of it is done, of how much in all (None: unknown)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,11 @@ class EntryCost:
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """One budget. Rates: float [O + 1]. `outcome` is the mixed policy's, its static part `static_fraction` of the bytes."""
+    """One budget. Rates: float [O + 1]. `outcome` is the mixed policy's, its static part `static_fraction` of the bytes.
+
+    resident: the budget holds the tables whole, so that every access hits; what single caches of its bytes would do stands
+    beside it all the same.
+    """
 
     dram_bytes: int
     static: np.ndarray
@@ -59,6 +67,7 @@ class Point:
     outcome: Outcome
     reads_per_token: float
     packed_reads_per_token: float
+    resident: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,9 +104,10 @@ class Curves:
         first_touch: rates
         cost: {fields of `EntryCost`}
         interval: {level, tokens}
-        points, by ascending budget: [{dram_bytes, static: rates, recency: rates, lru: rates, mixed: {
+        points, by ascending budget: [{dram_bytes, resident, static: rates, recency: rates, lru: rates, mixed: {
             hit_rate, low, high, static_share, recency_share: rates each, static_fraction, static_entries,
             recency_entries, misses_per_token, reads_per_token, packed_reads_per_token}}]
+            resident: the budget holds the tables whole; at most one point, the last
         steps: [{fields of `Steps`}]
         recommended, the least first: [{name, dram_bytes, why}]
 
@@ -138,7 +148,7 @@ class Curves:
             "packed_reads_per_token": point.packed_reads_per_token,
         }
         policies = {name: self._rates(getattr(point, name)) for name in ("static", "recency", "lru")}
-        return {"dram_bytes": point.dram_bytes} | policies | {"mixed": mixed}
+        return {"dram_bytes": point.dram_bytes, "resident": point.resident} | policies | {"mixed": mixed}
 
     def _rates(self, rates: np.ndarray) -> dict[str, float]:
         names = [*map(str, self.replay.orders), "all"]
@@ -157,34 +167,50 @@ def build_curves(
     fractions: Sequence[float] = STATIC_FRACTIONS,
     sequences: Sequence[int] = SEQUENCES,
     steps_ranking: Ranking | None = None,
+    usable_bytes: Sequence[int] | None = None,
+    whole_bytes: int | None = None,
     map_over: MapLike = map,
+    on_progress: OnPhase | None = None,
 ) -> Curves:
     """Returns the curves of a replay over the budgets `ladder_bytes`, ascending. Blocks, seconds a million accesses.
 
     interval_tokens: the length of the streams that intervals are for. packed: bool [U], items that a placement would hold, by
     default those counted twice or more. batch_tokens: of the points; `sequences` are those of the steps, over each recommended
-    budget; steps_ranking: what steps are taken from, where it is another replay than that of the points. map_over: such as an
-    executor's map; what it calls may run on any thread.
+    budget; steps_ranking: what steps are taken from, if it is another replay than that of the points. usable_bytes: what
+    each budget leaves to entries, by default all of it. whole_bytes: a budget that holds the tables whole, the last point;
+    then `ladder_bytes`, which lie below it, may be none. map_over: such as an executor's map; what it calls, `on_progress`
+    too, may run on any thread.
     """
-    assert len(ladder_bytes), "a curve has a point"
+    assert len(ladder_bytes) or whole_bytes, "a curve has a point"
     replay = ranking.group.replay
+    budgets = [*ladder_bytes, whole_bytes] if whole_bytes else list(ladder_bytes)
+    usable = [*(usable_bytes or ladder_bytes), *budgets[len(ladder_bytes) :]]
+    tell = on_progress or _tell_nobody
     simulator = _Simulator(ranking, cost, packed, batch_tokens, sorted({0.0, 1.0, *fractions}))
-    capacities = np.array([n // cost.recency_set_bytes * RECENCY_WAYS for n in ladder_bytes])
+    simulator.begin(REPLAYING, len(budgets) * len(simulator.fractions), tell)
+    capacities = np.array([n // cost.recency_set_bytes * RECENCY_WAYS for n in usable])
     lru = shares(lru_hits(replay, capacities), replay.per_order(np.ones(len(replay.items), dtype=bool)))
-    points: list[Point] = list(map_over(simulator.point, zip(ladder_bytes, lru, strict=True)))
+    points: list[Point] = list(map_over(simulator.point, zip(budgets, usable, lru, strict=True)))
+    if whole_bytes:
+        points[-1] = simulator.whole(points[-1])
+    tell(INTERVALS, 0, None)
     low, high = _intervals(replay, points, interval_tokens, generator)
-    recommended = recommend([p.dram_bytes for p in points], [float(p.outcome.hit_rate[-1]) for p in points])
-    chosen = [p for p in points if p.dram_bytes in {choice.dram_bytes for choice in recommended}]
+    cached = [point for point in points if not point.resident]
+    recommended = recommend(
+        [p.dram_bytes for p in cached], [float(p.outcome.hit_rate[-1]) for p in cached], whole_bytes
+    )
+    chosen = [p for p in cached if p.dram_bytes in {choice.dram_bytes for choice in recommended}]
     stepper = _Simulator(steps_ranking, cost, None, batch_tokens, ()) if steps_ranking else simulator
     wide = [number for number in sequences if stepper.num_tokens >= number * STEPS_MIN]
+    stepper.begin(DECODING, len(wide) * len(chosen), tell)
     steps = [each for several in map_over(lambda n: list(stepper.steps(n, chosen)), wide) for each in several]
     return Curves(replay, cost, points, low, high, interval_tokens, recommended, steps)
 
 
-def ladder(ranking: Ranking, cost: EntryCost, per_doubling: int = 1) -> list[int]:
-    """Returns budgets from 16 MiB in geometric steps to the first that holds every counted item, 20 at most, ascending."""
+def ladder(ranking: Ranking, cost: EntryCost, per_doubling: int = 1, first_bytes: int = LADDER_BYTES_MIN) -> list[int]:
+    """Returns budgets in geometric steps to the first that holds every counted item, 20 at most, ascending."""
     whole_bytes = ranking.num_valued * cost.static_bytes
-    budgets = [max(LADDER_BYTES_MIN, cost.recency_set_bytes)]
+    budgets = [max(first_bytes, cost.recency_set_bytes)]
     while budgets[-1] < whole_bytes and len(budgets) < LADDER_POINTS_MAX:
         budgets.append(round(budgets[0] * 2 ** (len(budgets) / per_doubling)))
     return budgets
@@ -203,7 +229,8 @@ class _Simulator:
     ) -> None:
         self._ranking, self._replay, self._cost = ranking, ranking.group.replay, cost
         self._packed = self._replay.counts >= 2 if packed is None else packed
-        self._batch_tokens, self._fractions = batch_tokens, fractions
+        self._batch_tokens, self.fractions = batch_tokens, fractions
+        self._tell: Callable[[], None] = lambda: None
         # Computed here, once, and not by every thread.
         _ = self._replay.batched(batch_tokens), self._replay.document_accesses, self._replay.num_first_touches
         _ = self._replay.num_accesses, ranking.class_values
@@ -213,10 +240,19 @@ class _Simulator:
         """Tokens of the replay."""
         return self._replay.num_tokens
 
-    def point(self, rung: tuple[int, np.ndarray]) -> Point:
-        """Simulates one budget over all fractions and keeps the best; `rung`: the budget, and LRU's rates there."""
-        dram_bytes, lru = rung
-        runs = {fraction: self._run(dram_bytes, fraction) for fraction in self._fractions}
+    def begin(self, phase: str, num_runs: int, tell: OnPhase) -> None:
+        """Begins a phase of so many simulations, of each of which `tell` hears, from any thread."""
+        done = itertools.count(1)  # its next number is taken in one step, whatever the thread
+        self._tell = lambda: tell(phase, next(done), num_runs)
+        tell(phase, 0, num_runs)
+
+    def point(self, rung: tuple[int, int, np.ndarray]) -> Point:
+        """Simulates one budget over all fractions and keeps the best.
+
+        rung: the budget, what it leaves to entries, and LRU's rates there.
+        """
+        dram_bytes, usable_bytes, lru = rung
+        runs = {fraction: self._run(usable_bytes, fraction) for fraction in self.fractions}
         best = max(runs, key=lambda fraction: (runs[fraction][0].hit_rate[-1], fraction))
         outcome, static_entries, recency_sets = runs[best]
         return Point(
@@ -231,11 +267,27 @@ class _Simulator:
             *self._reads(outcome),
         )
 
+    def whole(self, point: Point) -> Point:
+        """Returns a point's budget with whole tables instead of entries: every access hits."""
+        everything = np.ones(len(self._replay.counts), dtype=bool)
+        outcome = simulate(self._replay, everything, 0, self._batch_tokens)
+        return replace(
+            point,
+            static_fraction=1.0,
+            static_entries=0,
+            recency_sets=0,
+            outcome=outcome,
+            reads_per_token=0.0,
+            packed_reads_per_token=0.0,
+            resident=True,
+        )
+
     def steps(self, sequences: int, points: Sequence[Point]) -> Iterator[Steps]:
         """Simulates `sequences` decoded side by side, over each point's budget."""
         replay = interleaved(self._replay, sequences)
         for point in points:
             outcome = simulate(replay, self._ranking.static(point.static_entries), point.recency_sets, sequences)
+            self._tell()
             yield Steps(
                 point.dram_bytes,
                 sequences,
@@ -245,12 +297,13 @@ class _Simulator:
                 *self._reads(outcome),
             )
 
-    def _run(self, dram_bytes: int, fraction: float) -> tuple[Outcome, int, int]:
+    def _run(self, usable_bytes: int, fraction: float) -> tuple[Outcome, int, int]:
         """The outcome, static entries and recency sets; what the static set cannot use is recency's, unless it is all static."""
-        static_entries = min(int(dram_bytes * fraction) // self._cost.static_bytes, self._ranking.num_valued)
-        left_bytes = dram_bytes - static_entries * self._cost.static_bytes
+        static_entries = min(int(usable_bytes * fraction) // self._cost.static_bytes, self._ranking.num_valued)
+        left_bytes = usable_bytes - static_entries * self._cost.static_bytes
         recency_sets = 0 if fraction == 1 else left_bytes // self._cost.recency_set_bytes
         outcome = simulate(self._replay, self._ranking.static(static_entries), recency_sets, self._batch_tokens)
+        self._tell()
         return outcome, static_entries, recency_sets
 
     def _reads(self, outcome: Outcome) -> tuple[float, float]:
@@ -260,6 +313,10 @@ class _Simulator:
         num_packed = int(np.count_nonzero(self._packed[outcome.missed_items]))
         with_packed = num_packed * self._cost.packed_reads + (num_missed - num_packed) * self._cost.reads
         return num_missed * self._cost.reads / kept_tokens, with_packed / kept_tokens
+
+
+def _tell_nobody(_phase: str, _done: int, _total: int | None) -> None:
+    pass
 
 
 def _intervals(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .. import kernels
+from ..errors import BudgetError
 from ..formats.catalog import TableLayout
 from ..formats.placement import BUCKET_KEYS, TableShape, lay_out_placement, record_bytes
 from .budget import DramPlan
@@ -23,6 +24,7 @@ from .ranking import Ranking
 from .replay import Outcome, shares, simulate
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 0.95)
+WHOLE_STEP_BITS = 8  # a budget that holds whole tables has so many binary digits, or one less
 INDEX_ENTRY_BYTES = kernels.INDEX_BUCKET.itemsize / BUCKET_KEYS
 
 MapLike = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
@@ -90,6 +92,40 @@ def plan_group(
         return _plan_at(ranking, layouts, budgets, batch_tokens, fraction)
 
     return max(map_over(tried, list(fractions)), key=lambda plan: float(plan.outcome.hit_rate[-1]))
+
+
+def whole_budget(layouts: Mapping[str, TableLayout], tables: Iterable[str]) -> int:
+    """Returns the least DRAM budget with which `tables` are kept whole, so that `plan_group` says `resident`.
+
+    Rounded up by less than a 128th, to a number of bytes that people can write: 50.25 MiB. layouts: all tables of the store.
+    """
+    name = _largest(tables, layouts)
+
+    def fits(num_bytes: int) -> bool:
+        try:
+            return divide_budgets(layouts, num_bytes, None, None)[0].shares[name].resident
+        except BudgetError:
+            return False
+
+    most = layouts[name].spec.table_bytes
+    while not fits(most):
+        most *= 2
+    step = max(1, 1 << most.bit_length() - 1 - WHOLE_STEP_BITS)
+    steps_start, steps_end = 0, -(-most // step)  # the first does not fit, the last does
+    if not fits(steps_end * step):
+        return most
+    while steps_end - steps_start > 1:
+        middle = (steps_start + steps_end) // 2
+        steps_start, steps_end = (steps_start, middle) if fits(middle * step) else (middle, steps_end)
+    return steps_end * step
+
+
+def usable_bytes(layouts: Mapping[str, TableLayout], tables: Iterable[str], dram_bytes: int) -> int:
+    """Returns what a budget leaves to entries, if every table got as much as the largest of `tables`, which is not whole.
+
+    Raises `BudgetError` if a store cannot open with it.
+    """
+    return divide_budgets(layouts, dram_bytes, None, None)[0].shares[_largest(tables, layouts)].num_bytes * len(layouts)
 
 
 def _largest(tables: Iterable[str], layouts: Mapping[str, TableLayout]) -> str:

@@ -1,36 +1,42 @@
 """Which budgets to choose from, given a curve of hit rates.
 
-Flows in: budgets in bytes, ascending, and the hit rate of each. Flows out: one to three `Recommendation`s, the least first.
+Flows in: budgets in bytes, ascending, and the hit rate of each. Flows out: one to four `Recommendation`s, the least first.
 Memory is bought in doublings, so that curves are judged over the logarithm of bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..units import format_bytes
 
 GAIN_MIN = 0.01  # the hit rate that a doubling of DRAM must bring to be worth it
+WHY_WHOLE = "100.0 % of accesses hit: the tables fit in memory whole, and nothing is read from disk"
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A budget, and why: `name` is "frugal", "knee" or "generous"."""
+    """A budget, and why: `name` is "frugal", "knee", "generous" or "whole"."""
 
     name: str
     dram_bytes: int
     why: str
 
 
-def recommend(budgets: Sequence[int], rates: Sequence[float]) -> list[Recommendation]:
+def recommend(budgets: Sequence[int], rates: Sequence[float], whole_bytes: int | None = None) -> list[Recommendation]:
     """Returns the budgets to choose from, the least first: half of the gain, where the curve bends, where it ends to pay.
 
-    budgets: ascending, one at least; rates: of as many. Budgets that fall together are named once, by the first of these names;
-    where the curve bends before half of its gain, none is frugal.
+    budgets: ascending; rates: of as many. Budgets that fall together are named once, by the first of these names; if the
+    curve bends before half of its gain, none is frugal. whole_bytes: a budget above all these that holds the tables whole,
+    None if it is not known. Without any budget, only that one is named.
     """
+    whole = [] if whole_bytes is None else [Recommendation("whole", int(whole_bytes), WHY_WHOLE)]
+    if not len(budgets):
+        return whole
     up = np.maximum.accumulate(np.asarray(rates, dtype=np.float64))
     doublings = np.log2(np.asarray(budgets[1:]) / np.asarray(budgets[:-1]))
     worth = np.flatnonzero(np.diff(up) >= GAIN_MIN * doublings)
@@ -39,7 +45,7 @@ def recommend(budgets: Sequence[int], rates: Sequence[float]) -> list[Recommenda
     bend = knee(budgets, rates)
     beyond = f"beyond {format_bytes(budgets[last])} memory buys little"
     if last == len(budgets) - 1:
-        beyond = "nothing larger was tried"
+        beyond = "nothing larger was tried" if whole_bytes is None else "the next size tried holds the tables whole"
     whys = {
         "frugal": (half, f"half of what memory can add beyond {format_bytes(budgets[0])}"),
         "knee": (bend, "the curve bends here: up to here each doubling of memory brings most"),
@@ -51,7 +57,19 @@ def recommend(budgets: Sequence[int], rates: Sequence[float]) -> list[Recommenda
     for name, (place, why) in whys.items():
         text = f"{100 * up[place]:.1f} % of accesses hit: {why}"
         chosen.setdefault(place, Recommendation(name, int(budgets[place]), text))
-    return [chosen[place] for place in sorted(chosen)]
+    return [chosen[place] for place in sorted(chosen)] + whole
+
+
+def default_choice(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Returns the budget to plan with if nobody asks for another: the largest knee of the groups of a profile, one at least.
+
+    groups: records of `Curves.as_record`. If a group's knee falls together with its frugal budget, that is meant.
+    """
+    named = (
+        next((choice for choice in group["recommended"] if choice["name"] == "knee"), group["recommended"][0])
+        for group in groups
+    )
+    return max(named, key=lambda choice: int(choice["dram_bytes"]))
 
 
 def knee(budgets: Sequence[int], rates: Sequence[float]) -> int:

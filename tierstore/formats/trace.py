@@ -202,21 +202,29 @@ def _check_tokens(info: TokenTraceInfo, token_ids: np.ndarray, ends: np.ndarray,
         )
 
 
-def read_token_documents(path: str | os.PathLike[str]) -> Iterator[np.ndarray]:
+def read_token_documents(path: str | os.PathLike[str], tokens_max: int | None = None) -> Iterator[np.ndarray]:
     """Yields the documents of a token trace in order, token ids int32 [T] each, T >= 1. Raises as `read_token_pieces` does.
 
-    Memory holds a block and the longest document.
+    tokens_max: a longer document is cut into stretches of so many tokens and a last one of the rest; None: none is cut.
+    Memory holds a block and the longest document, or stretch.
     """
     unfinished: list[np.ndarray] = []
+    num_unfinished = 0
     for token_ids, ends in read_token_pieces(path):
         start = 0
-        for end in ends.tolist():
+        while start < len(token_ids):
+            next_end = int(np.searchsorted(ends, start, side="right"))
+            end = int(ends[next_end]) if next_end < len(ends) else len(token_ids)
+            is_whole = next_end < len(ends)
+            if tokens_max is not None and end - start + num_unfinished > tokens_max:
+                end, is_whole = start + tokens_max - num_unfinished, True
             unfinished.append(token_ids[start:end])
-            yield np.concatenate(unfinished) if len(unfinished) > 1 else unfinished[0]
-            unfinished.clear()
+            num_unfinished += end - start
             start = end
-        if start < len(token_ids):
-            unfinished.append(token_ids[start:])
+            if is_whole or num_unfinished == tokens_max:
+                yield np.concatenate(unfinished) if len(unfinished) > 1 else unfinished[0]
+                unfinished.clear()
+                num_unfinished = 0
 
 
 def _token_info(reader: ColumnReader) -> TokenTraceInfo:

@@ -1,0 +1,156 @@
+"""Progress of a command that works in phases: what it does now, how far it is, and a sign of life every second or so.
+
+Input: `Phases(...)(phase, done, total)` from any thread, as the jobs behind the commands report it.
+Output: standard error. On a terminal a line a phase with a bar, redrawn ten times a second; elsewhere, as in a log, plain
+lines: one when a phase ends, and one whenever the command has been silent for a second (later: for a sixtieth of its time).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import click
+
+from tierstore.units import format_bytes
+
+SILENCE_S = 1.0
+SILENCE_PART = 1 / 60  # of the time so far: a job of an hour says something once a minute
+LOOK_S = 0.1
+RATE_MIN = 10  # a second: what goes more slowly is told by the time that is left
+
+OnPhase = Callable[[str, int, "int | None"], None]
+
+
+@dataclass
+class _Phase:
+    """The phase under way. `total` is None if nobody knows it."""
+
+    name: str
+    unit: str
+    started_s: float
+    done: int = 0
+    total: int | None = None
+
+
+class Phases:
+    """Shows phases one after the other; use it with `with`. Any thread may call it. A phase begins with its first call."""
+
+    def __init__(self, units: Mapping[str, str]) -> None:
+        """units: what each phase counts, such as "tokens" or "bytes"; "" if it counts nothing."""
+        self._units = units
+        self._lock = threading.Lock()  # guards all that follows
+        self._phase: _Phase | None = None
+        self._started_s = self._said_s = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+        self._ended = threading.Event()
+        self._watch: threading.Thread | None = None
+
+    def __call__(self, phase: str, done: int, total: int | None) -> None:
+        """Says that `done` of `total` are done in `phase`; another name than before ends the phase before."""
+        with self._lock:
+            if self._phase is None or self._phase.name != phase:
+                self._end_phase()
+                self._phase = _Phase(phase, self._units.get(phase, ""), time.monotonic())
+                self._begin_bar()
+            self._phase.done, self._phase.total = done, total
+            if self._bar is not None:
+                self._bar.update(self._task, completed=done, total=total, counted=_counted(self._phase))
+
+    def __enter__(self) -> Phases:
+        self._started_s = self._said_s = time.monotonic()
+        if sys.stderr.isatty():
+            self._bar = _bar()
+            self._bar.start()
+        else:
+            self._watch = threading.Thread(target=self._watch_silence, name="tierstore-progress", daemon=True)
+            self._watch.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._watch is not None:
+            self._watch.join()
+        with self._lock:
+            if kind is None:
+                self._end_phase()
+            if self._bar is not None:
+                self._bar.stop()
+
+    def _begin_bar(self) -> None:
+        if self._bar is not None:
+            assert self._phase is not None
+            self._task = self._bar.add_task(self._phase.name, total=None, counted="")
+
+    def _end_phase(self) -> None:
+        if self._phase is None:
+            return
+        if self._bar is not None:
+            phase = self._phase
+            whole = phase.total or max(phase.done, 1)
+            self._bar.update(self._task, completed=whole, total=whole, counted=_counted(phase))
+            self._bar.stop_task(self._task)
+        else:
+            self._say(time.monotonic())
+
+    def _watch_silence(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            with self._lock:
+                now = time.monotonic()
+                patience = max(SILENCE_S, SILENCE_PART * (now - self._started_s))
+                if self._phase is not None and now - self._said_s >= patience:
+                    self._say(now)
+
+    def _say(self, now: float) -> None:
+        assert self._phase is not None
+        self._said_s = now
+        click.echo(_line(self._phase, now - self._phase.started_s), err=True)
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = [
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[counted]}"),
+        TimeElapsedColumn(),
+    ]
+    return Progress(*columns, console=Console(file=sys.stderr))
+
+
+def _line(phase: _Phase, seconds: float) -> str:
+    """One plain line: "counting: 40 %, 400 of 1,000 tokens, 100 tokens/s, 4 s, 6 s left"."""
+    share = f"{100 * phase.done // phase.total:3d} %" if phase.total else ""
+    parts = [part for part in (share, _counted(phase)) if part]
+    if phase.unit and phase.done and seconds >= SILENCE_S:
+        rate = phase.done / seconds
+        if rate >= RATE_MIN:
+            parts.append(f"{_number(rate, phase.unit)}/s")
+        if phase.total and phase.done < phase.total:
+            parts.append(f"{(phase.total - phase.done) / rate:.0f} s left")
+    return f"{phase.name}: " + ", ".join([*parts, f"{seconds:.1f} s"])
+
+
+def _counted(phase: _Phase) -> str:
+    if not phase.unit:
+        return ""
+    if phase.total is None:
+        return _number(phase.done, phase.unit) if phase.done else ""
+    if phase.unit == "bytes":
+        return f"{format_bytes(phase.done)} of {format_bytes(phase.total)}"
+    return f"{phase.done:,} of {phase.total:,} {phase.unit}"
+
+
+def _number(count: float, unit: str) -> str:
+    return format_bytes(count) if unit == "bytes" else f"{count:,.0f} {unit}"

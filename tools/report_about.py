@@ -1,0 +1,61 @@
+"""What a report is about, and what to do next: store, inputs, date, the next command, and what to know of the numbers.
+
+Input: what `tierstore profile` was given, and the footer that it made. Output: a dict for JSON, the terminal and the page.
+"""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tierstore.decisions.recommend import default_choice
+from tierstore.version import VERSION
+
+from .report_tables import Record, exact_bytes
+
+About = dict[str, Any]
+
+
+def about(store: Path, inputs: Sequence[Path], profile: Path, footer: Mapping[str, Any], notes: Sequence[str]) -> About:
+    """Returns {store, inputs, profile, made, tierstore, next, notes}: text each, inputs and notes lists of it.
+
+    made: local date and time. next: the command that plans with the default budget, "" if the profile cannot be planned with.
+    notes: of the caller's own; those that follow from the footer come after them.
+    """
+    groups: Sequence[Record] = footer["analysis"]["groups"]
+    counts = footer["counts"]
+    command = ""
+    if groups and counts["held_out_documents"] < counts["documents"]:
+        size = exact_bytes(default_choice(groups)["dram_bytes"]).replace(" ", "")
+        command = shlex.join(["tierstore", "plan", str(store), str(profile), "--dram", size])
+    return {
+        "store": _shown(str(store)),
+        "inputs": [_shown(str(path)) for path in inputs],
+        "profile": _shown(str(profile)),
+        "made": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+        "tierstore": VERSION,
+        "next": _shown(command),
+        "notes": [_shown(note) for note in (*notes, *_notes_of(counts)) if note],
+    }
+
+
+def _notes_of(counts: Mapping[str, int]) -> list[str]:
+    documents, held_out = counts["documents"], counts["held_out_documents"]
+    if not held_out:
+        return ["no documents were held out: there is nothing to predict; give more text, or a larger --held-out"]
+    if held_out == documents:
+        return [
+            f"all {documents:,} documents were held out, so that nothing was counted: the predictions are of an empty static "
+            f"set, and there is nothing to place; give more text, or a smaller --held-out"
+        ]
+    if held_out == 1:
+        return ["intervals are 0 to 100 %, because one document was held out; give more text, or a larger --held-out"]
+    return []
+
+
+def _shown(text: str) -> str:
+    """Names come from outside: what a terminal or a page cannot show is replaced."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
