@@ -17,6 +17,7 @@ from .decisions.division import divide_budgets
 from .decisions.hbm_budget import HbmPlan, pinned_bytes
 from .errors import BudgetError, ConfigError, FormatError
 from .formats.catalog import CatalogImage, read_catalog
+from .stats import expected_of
 from .store import Store
 from .tiers.engine import Engine
 from .tiers.memory import available_memory
@@ -198,6 +199,7 @@ class Embedded(Backing):
         }
         placement: dict[str, Any] = {
             "epoch": self._placed.placement.epoch if self._placed else None,
+            "expected": expected_of(self._placed.placement.details) if self._placed else None,
             "static_entries": {name: share.static_entries for name, share in shares.items()},
             "recency_sets": {name: share.num_sets for name, share in shares.items()},
             "static_bytes": sum(share.static_bytes for share in shares.values()),

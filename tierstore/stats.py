@@ -5,6 +5,7 @@ Flows in: an engine's counters. Flows out: one dict of plain numbers; hits are i
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,13 +16,15 @@ LATENCY_BOUNDS_NS = tuple(
     1000 << power for power in range(21)
 )  # upper ends of the buckets; what took longer comes last
 COUNT_MAX = 1 << 56  # where sums of what clients tell end: a hundred of them still fit a message's 64 bits
-LATENCY_SHARE = 1 / 8  # of blocking lookups are timed
+LATENCY_SHARE = 1 / 8  # of lookups are timed, where an engine says nothing else
 
 
 def stats_of(counters: Mapping[str, Any], specs: Sequence[TableSpec]) -> dict[str, Any]:
     """Returns counters for people and programs. Keys are counted once each, duplicates included; sentinels apart.
 
-    static_hits, by order: those of the dram tier's hits that its static set answered.
+    static_hits, by order: those of the dram tier's hits that its static set answered. rows: those asked for one by one, by
+    their ids, which are no keys; rows_missed: those of them that no memory held; row_bytes_read: what reading them took of
+    bytes_read. latency: see `latency_of`.
     """
     tables: dict[str, dict[str, Any]] = {}
     nothing_in_hbm = [[0] * len(spec.orders) for spec in specs]
@@ -36,7 +39,8 @@ def stats_of(counters: Mapping[str, Any], specs: Sequence[TableSpec]) -> dict[st
     hits = _sums(table["hits"] for table in tables.values())
     totals = {name: count for name, count in counters.items() if name not in ("tables", "hbm", "latency")}
     if "latency" in counters:
-        totals["latency"] = dict(counters["latency"]) | {"bounds_ns": list(LATENCY_BOUNDS_NS), "share": LATENCY_SHARE}
+        shape = {"bounds_ns": list(LATENCY_BOUNDS_NS), "share": LATENCY_SHARE}
+        totals["latency"] = shape | dict(counters["latency"])
     return {"keys": sum(hits.values()), "hits": hits, **totals, "tables": tables}
 
 
@@ -70,8 +74,56 @@ def counters_since(now: Any, before: Any) -> Any:
 
 
 def latency_of(counts: Sequence[int], sum_ns: int) -> dict[str, Any]:
-    """Returns the latencies of blocking lookups as `stats` has them, from an engine's buckets and their sum."""
+    """Returns latencies as `stats` has them, from an engine's buckets and their sum.
+
+    A lookup's latency lasts from the call until its rows are there. Blocking and submitted lookups are timed alike, also if
+    nobody waits for them, and so are rows by id.
+    """
     return {"counts": list(counts), "sum_ns": sum_ns}
+
+
+class LatencyCounts:
+    """A histogram of latencies for an engine that has none in C++. Not for several threads at once."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(LATENCY_BOUNDS_NS) + 1)
+        self._sum_ns = 0
+
+    def add(self, took_ns: int) -> None:
+        """Counts a lookup that took so long."""
+        self._counts[bisect.bisect_left(LATENCY_BOUNDS_NS, took_ns)] += 1
+        self._sum_ns += took_ns
+
+    def record(self) -> dict[str, Any]:
+        """Returns what was counted, as `latency_of` does."""
+        return latency_of(self._counts, self._sum_ns)
+
+
+def expected_of(details: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]] | None:
+    """Returns the hit rates that a placement's plan expected: {table: {order or "all": {"expected", "low", "high"}}}.
+
+    details: as the placement has them. None where no plan made it. low and high: another stream of the same source has a rate
+    between them in 95 of 100 cases.
+    """
+    try:
+        return {
+            str(table): {
+                str(order): {
+                    name: float(group[key][order])
+                    for name, key in (("expected", "hit_rate"), ("low", "low"), ("high", "high"))
+                }
+                for order in group["hit_rate"]
+            }
+            for group in details["plan"]["groups"]
+            for table in group["tables"]
+        }
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ):  # details are free text: others may have made the placement
+        return None
 
 
 def _sums(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

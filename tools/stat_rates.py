@@ -73,6 +73,24 @@ def total_of(counts: dict[tuple[str, str], Counts]) -> Counts:
     return sum(counts.values(), Counts(0, 0, 0, 0))
 
 
+def expected_rate(record: Record) -> dict[str, float] | None:
+    """Returns the hit rate of all keys that the placement's plan expected: {"expected", "low", "high"}.
+
+    The rates of the tables and orders, weighted by the keys that were asked for: what the plan expects of this traffic. None
+    where no plan made the placement, or nothing was asked for of what it planned.
+    """
+    rates = record["plan"]["hit_rates"] if record.get("plan") else {}
+    sums, keys = dict.fromkeys(("expected", "low", "high"), 0.0), 0
+    for (table, order), counts in counts_of(record).items():
+        of_order = rates.get(table, {}).get(order)
+        if of_order is None:
+            continue
+        keys += counts.keys
+        for name in sums:
+            sums[name] += of_order[name] * counts.keys
+    return {name: total / keys for name, total in sums.items()} if keys else None
+
+
 def reads_of(record: Record) -> int:
     """Returns the reads of NVMe since the start: of a page, or of a placed entry."""
     pages: int = record["counters"]["pages_read"]

@@ -112,7 +112,7 @@ def _show_screen(socket: Path, interval: float, count: int | None) -> None:
 
 
 def _print_lines(socket: Path, interval: float, count: int | None) -> None:
-    from .stat_tables import plain_lines
+    from .stat_lines import plain_lines
 
     def wait() -> bool:
         time.sleep(interval)

@@ -50,9 +50,11 @@ def stat_record() -> dict[str, Any]:
             "zero_miss_batches": 12_000,
             "sentinels": 9_000,
             "rows": 0,
+            "rows_missed": 0,
             "pages_read": 9_000_000,
             "entries_read": 600_000,
             "bytes_read": 40_000_000_000,
+            "row_bytes_read": 0,
             "tables": tables,
         },
         "latency": {"bounds_ns": BOUNDS_NS, "counts": counts, "sum_ns": 330_000_000, "share": 0.125},
@@ -75,6 +77,18 @@ def stat_record() -> dict[str, Any]:
             "waiting_for": [5102],
             "static_entries": {"layers.1": 1_180_000, "layers.14": 1_150_000},
             "static_slots": {"layers.1": 1_250_000, "layers.14": 1_250_000},
+            "recency_entries": {"layers.1": 300_000, "layers.14": 270_000},
+            "recency_slots": {"layers.1": 600_000, "layers.14": 600_000},
+        },
+        "plan": {
+            "epoch": 3,
+            "hit_rates": {
+                name: {
+                    order: {"expected": rate, "low": rate - 0.02, "high": rate + 0.03}
+                    for order, rate in (("2", 0.95), ("3", 0.70), ("4", 0.52), ("all", 0.7233))
+                }
+                for name in tables
+            },
         },
         "learning": {
             "reports": 5_800_000,

@@ -66,11 +66,26 @@ def test_hit_rate_and_read_amplification_are_what_their_words_say() -> None:
 def test_before_the_first_lookup_the_ratios_are_unknown_and_not_zero() -> None:
     record = stat_record()
     record["counters"] |= {"keys": 0, "hits": {"hbm": 0, "dram": 0, "nvme": 0}, "bytes_read": 0, "tables": {}}
+    record["plan"] = None
     value = exported(record)
     for name in ("hit_rate", "read_amplification"):
         number = value(name)
         assert number is not None
         assert math.isnan(number)
+
+
+def test_rows_by_id_are_no_part_of_read_amplification() -> None:
+    record, before = stat_record(), exported(stat_record())("read_amplification")
+    for name in ("bytes_read", "row_bytes_read"):
+        record["counters"][name] += 7_000_000_000
+    assert exported(record)("read_amplification") == before
+    assert exported(record)("row_read_bytes_total") == 7e9
+
+
+def test_what_the_plan_expected_is_exported_with_its_bounds() -> None:
+    value = exported(stat_record())
+    bounds = {bound: value("plan_hit_rate", table="layers.1", order="3", bound=bound) for bound in ("low", "expected")}
+    assert bounds == pytest.approx({"low": 0.68, "expected": 0.70})
 
 
 def test_latency_is_a_cumulative_histogram_of_seconds_for_all_lookups() -> None:
@@ -105,7 +120,7 @@ def test_every_number_of_the_record_is_exported() -> None:
     left_out = {record["counters"]["keys"], *numbers_of(record["counters"]["hits"])}  # sums of those of the tables
     left_out |= {n for table in record["counters"]["tables"].values() for n in numbers_of(table["hits"])}
     left_out |= {n for table in record["store"]["tables"].values() for n in numbers_of(table)}
-    left_out.add(record["learning"]["last_replan"]["steps"])
+    left_out |= {record["learning"]["last_replan"]["steps"], record["plan"]["epoch"]}
     assert set(numbers_of({name: part for name, part in record.items() if name != "latency"})) - left_out <= values
 
 

@@ -13,11 +13,12 @@ import pytest
 from daemon.stat_record import BOUNDS_NS, STARTED_AT, client, stat_record
 from rich.console import Console
 
-from tierstore.daemon.record import missed_bytes
+from tierstore.daemon.record import missed_bytes, read_amplification
 from tierstore.errors import DaemonError
 from tierstore.tools.cli import run
-from tierstore.tools.stat_rates import Counts, Rates, quantile_ns, rates_between
-from tierstore.tools.stat_tables import concerns, page_of
+from tierstore.tools.stat_lines import concerns, summary
+from tierstore.tools.stat_rates import Counts, Rates, expected_rate, quantile_ns, rates_between
+from tierstore.tools.stat_tables import page_of
 from tierstore.tools.stat_words import duration, latency_text, share_text, short_count
 
 NOW = STARTED_AT + 86_500
@@ -120,6 +121,59 @@ def test_missed_bytes_are_those_of_whole_entries() -> None:
     assert missed_bytes(stat_record()) == 1_840_000 * 8 * 264
 
 
+def test_what_rows_by_id_read_is_no_amplification_of_what_keys_missed() -> None:
+    record, before = stat_record(), read_amplification(stat_record())
+    for name in ("bytes_read", "row_bytes_read"):
+        record["counters"][name] += 7_000_000_000
+    assert read_amplification(record) == before
+    assert "10.3 times what was missed" in text_of(record)
+
+
+def test_the_plans_hit_rate_is_weighted_by_what_was_asked_for() -> None:
+    record = stat_record()
+    for name, table in record["counters"]["tables"].items():
+        table["orders"] = {order: {"hbm": 0, "dram": 0, "nvme": 0} for order in table["orders"]}
+        table["orders"]["2"] = {"hbm": 0, "dram": 300 if name == "layers.1" else 0, "nvme": 0}
+    record["counters"]["tables"]["layers.14"]["orders"]["4"]["nvme"] = 100
+    expected = expected_rate(record)
+    assert expected is not None
+    assert expected["expected"] == pytest.approx((300 * 0.95 + 100 * 0.52) / 400)
+    assert expected["low"] == pytest.approx(expected["expected"] - 0.02)
+
+
+def test_stat_says_what_the_plan_expected_beside_what_is_measured() -> None:
+    text = text_of(stat_record())
+    assert "plan   expected 72.3 % (70.3 % to 75.3 %) of epoch 3, measured 69.3 %" in text.splitlines()
+    assert cells(text, "layers.1", "3")[4:6] == ["70.0", "%"]
+
+
+def test_without_a_plan_nothing_is_said_of_it() -> None:
+    record = stat_record()
+    record["plan"] = None
+    assert expected_rate(record) is None
+    text = text_of(record)
+    assert "expected" not in text
+    assert " plan " not in text
+
+
+def test_stat_says_how_far_the_recency_cache_has_filled_until_it_is_full() -> None:
+    record = stat_record()
+    assert "the recency cache is 47.5 % full" in text_of(record)
+    assert "570 k of 1.20 M entries" in text_of(record)
+    record["epochs"]["recency_entries"] = dict(record["epochs"]["recency_slots"])
+    assert "% full" not in text_of(record)
+
+
+def test_what_is_in_no_count_of_keys_is_said() -> None:
+    record = stat_record()
+    assert "not among the keys" not in text_of(record)
+    record["counters"] |= {"rows": 2_000_000, "rows_missed": 500_000}
+    record["clients"]["list"][0]["on_gpu"] = True
+    said = "\n".join(summary(record, None))
+    assert "not among the keys: 2.00 M rows by their ids, 75.0 % from DRAM" in said
+    assert "not among the keys: what the GPU of 1 clients found, which only their own stats() count" in said
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [
@@ -155,7 +209,8 @@ def test_latency_in_a_unit_that_people_read(ns: float, text: str) -> None:
 
 def test_the_page_says_who_answered_by_table_and_order() -> None:
     text = text_of(stat_record())
-    assert cells(text, "layers.1", "3") == ["1.00", "M", "68.0", "%", "42.0", "%", "26.0", "%", "32.0", "%"]
+    shares = ["68.0", "%", "70.0", "%", "42.0", "%", "26.0", "%", "32.0", "%"]  # hits, as planned, and by whom
+    assert cells(text, "layers.1", "3") == ["1.00", "M", *shares]
     assert cells(text, "all")[:4] == ["6.00", "M", "69.3", "%"]
     assert "keys/s" not in text
 
@@ -175,15 +230,40 @@ def test_a_resident_table_is_called_so_and_hbm_is_shown_where_it_answers() -> No
     record["counters"]["tables"]["layers.14"]["orders"]["2"]["hbm"] = 1_000_000
     text = text_of(record)
     assert "resident" in cells(text, "layers.1", "3")
-    assert cells(text, "layers.14", "2")[4:6] == ["50.0", "%"]
+    assert cells(text, "layers.14", "2")[6:8] == ["50.0", "%"]
     assert " hbm " in text
     assert " hbm " not in text_of(stat_record())
 
 
-def test_names_of_tables_are_whole_on_a_narrow_screen() -> None:
-    text = text_of(later_record(), rates_of(), width=70)
-    assert len(cells(text, "layers.14", "4")) > 4
-    assert max(map(len, text.splitlines())) <= 70
+@pytest.mark.parametrize("width", [40, 60, 70, 80, 100])
+@pytest.mark.parametrize("rates", [None, rates_of()], ids=["stat", "top"])
+@pytest.mark.parametrize("in_hbm", [0, 1_000_000])
+def test_a_narrow_screen_costs_columns_and_never_digits(width: int, rates: Rates | None, in_hbm: int) -> None:
+    record = later_record()
+    record["counters"]["tables"]["layers.14"]["orders"]["2"]["hbm"] = in_hbm
+    text = text_of(record, rates, width=width)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    found = cells(text, "layers.1", "4")
+    assert found[-2:] == ["49.7", "%"] if width >= 80 else len(found) >= 2
+    assert "68.0 %" in text_of(record, None, width) or width < 60
+
+
+def test_at_80_columns_nothing_is_left_out_but_the_bars() -> None:
+    text = text_of(stat_record(), None, width=80)
+    head = next(line.split() for line in text.splitlines() if line.startswith("table"))
+    assert head == ["table", "order", "keys", "hit", "rate", "plan", "static", "recency", "nvme"]
+    assert "2.33 M of 2.50 M entries" in text
+
+
+def test_a_table_of_a_long_name_is_named_in_full_and_keeps_its_digits() -> None:
+    record, name = stat_record(), "model.language_model.layers.14.engram.embedding.table_of_many_rows"
+    record["counters"]["tables"][name] = record["counters"]["tables"].pop("layers.14")
+    text = text_of(record, None, width=80)
+    assert "…" not in text
+    assert "48.0 %" in text
+    letters = "".join(line.split()[0] for line in text.splitlines() if line.strip())
+    assert name in letters or name in text
 
 
 def test_names_with_brackets_are_printed_as_they_are() -> None:
@@ -211,6 +291,7 @@ def test_many_clients_are_cut_to_those_that_ask_the_most() -> None:
         ("epochs", {"alive": 2, "waiting_for": [11, 12]}, "the old epoch waits for pid 11, 12"),
         ("feed", {"errors": 3}, "3 missed keys could not be read: run tierstore verify /srv/models/v41.tier"),
         ("feed", {"dropped_keys": 300_000}, "30.0 % of the missed keys were dropped"),
+        ("feed", {"dropped_keys": 300_000}, "run 'tierstore replan /run/tierstore/v41.sock', or give it more --dram"),
         ("learning", {"reports_lost": 5_800_000}, "50.0 % of the reports were lost"),
         ("learning", {"reports_refused": 9}, "9 reports made no sense"),
         ("clients", {"attached": 64}, "all 64 places for clients are taken"),
@@ -225,7 +306,13 @@ def test_what_needs_the_operators_eye_is_said_first(section: str, changes: dict[
     record[section] |= changes
     (concern,) = concerns(record)
     assert said in concern
-    assert f"! {concern}" in text_of(record, width=200).splitlines()[2]
+    assert f"! {concern}" in text_of(record, width=400).splitlines()[2]
+
+
+def test_many_dropped_keys_without_a_plan_call_for_one() -> None:
+    record = stat_record()
+    record["feed"]["dropped_keys"], record["plan"] = 300_000, None
+    assert any("run 'tierstore profile' and 'tierstore plan'" in concern for concern in concerns(record))
 
 
 def test_a_daemon_that_has_just_begun_is_shown_without_a_number_that_is_none() -> None:
@@ -246,7 +333,7 @@ def test_a_daemon_that_has_just_begun_is_shown_without_a_number_that_is_none() -
     assert "nan" not in text
     assert "None" not in text
     assert "p50 -, p99 -" in text
-    assert "next re-plan on request" in text
+    assert "re-plans 0, the next on request" in text
     assert "remote" not in text
     assert "clients: 0 of 64" in text
 

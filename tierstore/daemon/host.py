@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from .. import kernels
+from ..decisions.budget import CACHE_WAYS
 from ..decisions.replan import hottest_places
 from ..decisions.shared_budget import SharedPlan, divide_shared
 from ..embedded import check_available, open_placement
@@ -46,6 +47,8 @@ CLOSE_WAIT_S = 60.0  # for a change that is under way
 GPU_INDEX_S = (
     4e-6  # for each slot, that a client may take to make its GPU's index of an epoch: five times what it takes
 )
+CACHE_SET_BYTES = 128  # CacheSet of kernels/cpu/entry_cache.h: CACHE_WAYS keys, and more
+RECENCY_SAMPLE_SETS = 4096  # that are looked at to say how full a recency cache is
 STATIC = kernels.SOURCES.index("static")
 READ_TOKENS_MAX = 512  # packed keys of a lookup by which entries are read: a few MiB of rows
 
@@ -368,6 +371,20 @@ class Host:
         self.current.engine.locate(list(opened).index(name), tokens, sources)
         found: np.ndarray = sources.reshape(-1)[places] == STATIC
         return found
+
+    def recency_entries(self) -> dict[str, int]:
+        """Returns about how many entries the recency cache of each table holds: counted in a sample of its sets."""
+        counted = {}
+        for name, cache_share in self.plan.shares.items():
+            if cache_share.resident:
+                continue
+            memory = recency_part(self._recency.array, self.current.opened.image.tables[name], cache_share)
+            sets = memory[: cache_share.num_sets * CACHE_SET_BYTES].reshape(-1, CACHE_SET_BYTES)
+            sample = (
+                sets[:: max(1, cache_share.num_sets // RECENCY_SAMPLE_SETS), : 8 * CACHE_WAYS].copy().view(np.int64)
+            )
+            counted[name] = round(float((sample >= 0).mean()) * cache_share.num_sets * CACHE_WAYS)
+        return counted
 
     # Versions
 

@@ -21,7 +21,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from .events import event
-from .record import HEALTHY, STATES, Record, missed_bytes, ratio
+from .record import HEALTHY, STATES, Record, missed_bytes, ratio, read_amplification
 from .web import Answer, WebServer, parse_address, text_answer
 
 logger = logging.getLogger("tierstore")
@@ -34,10 +34,12 @@ _COUNTERS = (
     ("counters", "batches", "batches", "Lookups of clients."),
     ("counters", "zero_miss_batches", "zero_miss_batches", "Lookups that read nothing from NVMe."),
     ("counters", "sentinels", "sentinels", "Keys of -1, which have no rows; not among the keys."),
-    ("counters", "rows", "rows", "Rows asked for by row id."),
+    ("counters", "rows", "rows", "Rows asked for one by one, by their ids; not among the keys."),
+    ("counters", "rows_missed", "rows_missed", "Those of them that were not in memory."),
     ("counters", "pages_read", "pages_read", "Pages read from shards by clients; the daemon's own are not counted."),
     ("counters", "entries_read", "entries_read", "Placed entries read from the placement file, one read each."),
     ("counters", "bytes_read", "read_bytes", "Bytes read from NVMe by clients."),
+    ("counters", "row_bytes_read", "row_read_bytes", "Those of them that rows asked for by their ids took."),
     ("epochs", "changes", "epoch_changes", "Epochs published since the start, new store versions included."),
     ("clients", "refused", "clients_refused", "Clients that were turned away."),
     ("learning", "reports", "reports", "Reports of clients taken: which keys they asked for."),
@@ -112,6 +114,7 @@ def families_of(record: Record) -> Iterator[Metric]:
     yield from _keys(record)
     yield _latency(record["latency"])
     yield from _memory_and_epochs(record)
+    yield _expected(record.get("plan"))
     yield from _last_replan(record["learning"])
 
 
@@ -146,8 +149,8 @@ def _keys(record: Record) -> Iterator[Metric]:
     yield CounterMetricFamily("tierstore_missed_bytes", "Bytes of the entries that were not in memory.", value=missed)
     yield GaugeMetricFamily(
         "tierstore_read_amplification",
-        "Bytes read from NVMe for each byte of an entry that was not in memory, since the start.",
-        value=ratio(counters["bytes_read"], missed),
+        "Bytes read from NVMe for each byte of an entry that was not in memory, since the start; without rows by id.",
+        value=read_amplification(record),
     )
 
 
@@ -162,7 +165,7 @@ def _latency(latency: Mapping[str, Any]) -> Metric:
     for bound, count in zip([*(ns / 1e9 for ns in bounds_ns), math.inf], counts, strict=True):
         total += count / share
         buckets.append(("+Inf" if bound == math.inf else repr(bound), total))
-    text = "Times of blocking lookups in clients (submitted ones have none), scaled up from those that are timed."
+    text = "Times of lookups in clients, from the call until the rows are there, scaled up from those that are timed."
     return HistogramMetricFamily("tierstore_lookup_seconds", text, buckets, sum_value=latency["sum_ns"] / 1e9 / share)
 
 
@@ -175,8 +178,30 @@ def _memory_and_epochs(record: Record) -> Iterator[Metric]:
         "Clients that still hold the old static set.",
         value=len(epochs["waiting_for"]),
     )
-    for key, text in (("static_entries", "Entries in the static set."), ("static_slots", "Places for entries in it.")):
+    for key, text in (
+        ("static_entries", "Entries in the static set."),
+        ("static_slots", "Places for entries in it."),
+        ("recency_entries", "Entries in the recency cache, about: a sample is counted."),
+        ("recency_slots", "Places for entries in it."),
+    ):
         yield _labelled(GaugeMetricFamily, key, text, ("table",), (((name,), n) for name, n in epochs[key].items()))
+
+
+def _expected(plan: Mapping[str, Any] | None) -> Metric:
+    """Returns the hit rates that the placement's plan expected; no sample where no plan made it, or there is none."""
+    rates = {} if plan is None else plan["hit_rates"]
+    return _labelled(
+        GaugeMetricFamily,
+        "plan_hit_rate",
+        "Hit rate that the plan expected, and between which ones it lies in 95 of 100 cases.",
+        ("table", "order", "bound"),
+        (
+            ((table, order, bound), rate)
+            for table, of_table in rates.items()
+            for order, of_order in of_table.items()
+            for bound, rate in of_order.items()
+        ),
+    )
 
 
 def _last_replan(learning: Mapping[str, Any]) -> Iterator[Metric]:

@@ -5,8 +5,8 @@ message each way; the rows of larger ones are streamed. A lookup's rows are all 
 again where a change came between its requests. Refuses answers that are not what was asked for, and pages, which are not
 handed out.
 
-pages_read counts the rows that the server's disk answered, of which each is a page at most; bytes_read the bytes of rows
-that came over the network. Shapes: N tokens, O orders, H rows per key.
+Latency is what this client sees, network included. pages_read counts the rows that the server's disk answered, of which
+each is a page at most; bytes_read the bytes of rows that came over the network. Shapes: N tokens, O orders, H rows per key.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 
 from ..errors import ConfigError, DaemonError, FormatError, StoreNotReadyError, TierStoreError
 from ..spec import TableSpec
+from ..stats import LatencyCounts
 from ..tiers.engine import READ_WAIT_S, Engine, Request
 from . import messages
 from .messages import Description, TableKeys
@@ -41,7 +42,16 @@ ID_BYTES = 8  # of a key or a row id
 SUBMIT_THREADS = 16
 TICKETS_MAX = 256  # under way; beyond, submit waits for one to end
 VERSION_TRIES_MAX = 5
-COUNTS = ("batches", "zero_miss_batches", "sentinels", "rows", "pages_read", "entries_read", "bytes_read")
+COUNTS = (
+    "batches",
+    "zero_miss_batches",
+    "sentinels",
+    "rows",
+    "pages_read",
+    "entries_read",
+    "bytes_read",
+    "row_bytes_read",
+)
 
 
 class RemoteEngine(Engine):
@@ -67,8 +77,9 @@ class RemoteEngine(Engine):
         self._num_under_way = self._num_tickets = 0
         self._closed = False
         self._pool: ThreadPoolExecutor | None = None
-        self._counts_lock = threading.Lock()  # of the two below
+        self._counts_lock = threading.Lock()  # of the three below
         self._totals = dict.fromkeys(COUNTS, 0)
+        self._latency = LatencyCounts()
         self._hits = [[[0] * len(spec.orders) for _ in (DRAM, STATIC, NVME)] for spec in specs]
         self.try_lookup = lambda index, keys, out: False  # noqa: ARG005
 
@@ -76,10 +87,19 @@ class RemoteEngine(Engine):
         assert outcome is None, "lookups raise by themselves"
 
     def lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
-        with self._under_way():
+        with self._under_way(), self._timed():
             self._look_up([(index, keys, out)])
 
+    @contextmanager
+    def _timed(self, started_ns: int | None = None) -> Iterator[None]:
+        """Times what answers a lookup, from started_ns or from here; of one that fails there is no latency."""
+        started_ns = time.monotonic_ns() if started_ns is None else started_ns
+        yield
+        with self._counts_lock:
+            self._latency.add(time.monotonic_ns() - started_ns)
+
     def submit(self, requests: Sequence[Request]) -> RemotePending | None:
+        started_ns = time.monotonic_ns()
         kept = [(index, keys.copy(), out) for index, keys, out in requests if len(keys)]
         with self._state:
             while self._num_tickets >= TICKETS_MAX and not self._closed:
@@ -93,12 +113,13 @@ class RemoteEngine(Engine):
             self._num_tickets += 1
             self._num_under_way += 1
             self._pool = self._pool or ThreadPoolExecutor(SUBMIT_THREADS, thread_name_prefix="tierstore-remote-submit")
-            return RemotePending(self._pool.submit(self._finish, kept), self._connection.url)
+            return RemotePending(self._pool.submit(self._finish, kept, started_ns), self._connection.url)
 
-    def _finish(self, requests: Sequence[Request]) -> None:
+    def _finish(self, requests: Sequence[Request], started_ns: int) -> None:
         """A ticket's work, in a thread of the pool."""
         try:
-            self._look_up(requests)
+            with self._timed(started_ns):
+                self._look_up(requests)
         finally:
             with self._state:
                 self._num_tickets -= 1
@@ -117,14 +138,16 @@ class RemoteEngine(Engine):
         spec = self._specs[index]
         step = min(self._ids_max, self._tokens_max * spec.num_heads)
         starts = range(0, len(row_ids), step)
-        with self._under_way():
+        with self._under_way(), self._timed():
             attempts = [
                 self._attempt_rows(spec, row_ids[start : start + step], out[start : start + step]) for start in starts
             ]
             answers = self._answers(attempts)
         with self._counts_lock:
             self._totals["rows"] += len(row_ids)
-            self._totals["bytes_read"] += sum(answer.num_bytes for answer in answers)
+            self._totals["batches"] += 1
+            for name in ("bytes_read", "row_bytes_read"):
+                self._totals[name] += sum(answer.num_bytes for answer in answers)
 
     def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:  # noqa: ARG002
         raise ConfigError(
@@ -148,7 +171,8 @@ class RemoteEngine(Engine):
 
     def counters(self) -> dict[str, Any]:
         with self._counts_lock:
-            return {**self._totals, "tables": [tuple(map(list, hits)) for hits in self._hits]}
+            latency = self._latency.record() | {"share": 1.0}  # each is timed: a network is slower than a clock
+            return {**self._totals, "latency": latency, "tables": [tuple(map(list, hits)) for hits in self._hits]}
 
     def close(self, timeout_s: float) -> bool:
         with self._state:

@@ -19,9 +19,10 @@ import numpy as np
 import psutil
 
 from .. import kernels
+from ..decisions.budget import CACHE_WAYS
 from ..embedded import open_placement
 from ..errors import ConfigError, DaemonError, TierStoreError
-from ..stats import add_counters, stats_of
+from ..stats import add_counters, expected_of, stats_of
 from ..store import Store
 from ..tiers.placed import OnProgress, PlacementFile, load_indexes
 from ..version import VERSION
@@ -334,12 +335,23 @@ class Daemon:
                 "waiting_for": list(host.attachments.waiting_for),
                 "static_entries": {name: slots.num_live for name, slots in host.slots.items()},
                 "static_slots": {name: len(slots.keys) for name, slots in host.slots.items()},
+                "recency_entries": host.recency_entries(),
+                "recency_slots": {name: plan.shares[name].num_sets * CACHE_WAYS for name in host.slots},
             },
+            "plan": self._expected(),
             **self._learner.stat(),
             "clients": self._server.counts()
             | {"list": [self._client(peer, told.get(peer), now) for peer in self._host.attachments.clients()]},
             "remote": self._remote.record() if self._remote else None,
         }
+
+    def _expected(self) -> dict[str, Any] | None:
+        """Returns the epoch of the placement that the store was opened with, and the hit rates that its plan expected."""
+        placed = self._host.current.opened.placed
+        expected = None if placed is None else expected_of(placed.placement.details)
+        if placed is None or expected is None:
+            return None
+        return {"epoch": placed.placement.epoch, "hit_rates": expected}
 
     def _client(self, peer: Any, counters: Any, now: float) -> dict[str, Any]:
         hits = sum(sum(table[0]) for table in counters["tables"]) if counters else 0
