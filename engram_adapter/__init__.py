@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .checkpoints import open_checkpoint
 from .hash_spec import HashSpec
 from .token_map import build_token_map
 
@@ -23,6 +24,7 @@ __all__ = [
     "RowIdEmbedding",
     "TieredEmbedding",
     "build_token_map",
+    "open_checkpoint",
     "swap_embedding",
 ]
 

@@ -14,6 +14,7 @@ import safetensors.numpy
 from tierstore.build import BuildReport, build_store
 from tierstore.decisions.budget import divide_dram
 from tierstore.embedded import Embedded, open_placement
+from tierstore.formats.catalog import CatalogImage
 from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
 from tierstore.place import Chosen, place_entries
 from tierstore.spec import TableSpec
@@ -36,6 +37,17 @@ class Model:
     def build(self, store: Path, **options: object) -> BuildReport:
         arguments: dict = {"origin": self.checkpoint.as_record(), "attachments": {"note": b"kept"}} | options
         return build_store(store, self.sources, **arguments)
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's, as `tierstore.repair.RowSource` has it; so have the next two."""
+        return self.folder
+
+    def as_record(self) -> dict:
+        return self.checkpoint.as_record()
+
+    def sources_of(self, _: CatalogImage) -> tuple[TableSource, ...]:
+        return self.sources
 
     def expected(self, name: str, keys: np.ndarray) -> np.ndarray:
         """The rows of keys [N, O], computed key by key in Python integers."""

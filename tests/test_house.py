@@ -30,6 +30,8 @@ FLOORS = {
     "tierstore.place": 3.5,  # of the same floor: uses tiers and the build's lock
     "tierstore.counting": 3,
     "tierstore.verify": 3.5,
+    "tierstore.placed_choice": 3.6,  # what a repair reads of a damaged placement
+    "tierstore.repair": 3.7,  # of the same floor: uses build, place and verify
     "tierstore.recorder": 3.5,  # of the same floor, but above the tiers
     "tierstore.backing": 3.5,
     "tierstore.table": 3.8,

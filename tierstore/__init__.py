@@ -22,6 +22,7 @@ from .errors import (
     StoreNotReadyError,
     TierStoreError,
 )
+from .repair import verify
 from .spec import TableSpec
 from .store import Store, Ticket
 from .table import Table
@@ -43,4 +44,5 @@ __all__ = [
     "__version__",
     "connect",
     "open",
+    "verify",
 ]

@@ -43,7 +43,7 @@ from .formats.catalog import (
     sync_folder,
 )
 from .formats.checkpoint import PlaneReader, TableSource
-from .formats.page import PageShape, page_seed, seal_pages
+from .formats.page import PageShape, page_seed, repair_command, seal_pages
 from .units import format_bytes
 
 CHUNK_BYTES = 4 << 20  # pages that a worker holds at once; with their rows, about 8 MiB a job
@@ -118,7 +118,7 @@ class BuildReport:
 
 
 @dataclass
-class _Progress:
+class BuildProgress:
     """Bytes written so far, and whether to give up. Writers: the workers, under the lock."""
 
     bytes_done: int
@@ -171,7 +171,7 @@ def build_store(
             made.clear()  # from here on a build has begun, and what it leaves is there to be resumed
             if image is None:
                 create_catalog(path, tables, origin, attachments)
-            progress = _Progress(bytes_done)
+            progress = BuildProgress(bytes_done)
             built = _build_shards(path, sources, tables, done, jobs, progress, plan, on_progress)
             if image is None or not image.ready:
                 mark_ready(path)
@@ -305,8 +305,8 @@ def _finished_shards(path: Path, image: CatalogImage | None) -> dict[str, dict[i
                 done[name][index] = shard
             elif image is not None and image.ready:
                 raise FormatError(
-                    f"shard {index} of table {name}: {file} is missing or short in a finished store; restore it from a "
-                    f"copy, or remove the store and build again"
+                    f"shard {index} of table {name}: {file} is missing or short in a finished store; repair it: "
+                    f"{repair_command(path)}"
                 )
     for leftover in (path / "shards").glob("*/*.new"):
         leftover.unlink()
@@ -327,7 +327,7 @@ def _build_shards(
     tables: dict[str, TableLayout],
     done: dict[str, dict[int, ShardRecord]],
     jobs: int,
-    progress: _Progress,
+    progress: BuildProgress,
     plan: BuildPlan,
     on_progress: OnProgress | None,
 ) -> int:
@@ -353,7 +353,7 @@ def _build_shards(
     return len(todo)
 
 
-def _await(futures: list[Future[None]], progress: _Progress, total: int, on_progress: OnProgress | None) -> None:
+def _await(futures: list[Future[None]], progress: BuildProgress, total: int, on_progress: OnProgress | None) -> None:
     pending = set(futures)
     while pending:
         finished, pending = wait(pending, timeout=PROGRESS_SECONDS, return_when=FIRST_EXCEPTION)
@@ -363,26 +363,54 @@ def _await(futures: list[Future[None]], progress: _Progress, total: int, on_prog
             on_progress(progress.bytes_done, total)
 
 
-def _build_shard(path: Path, reader: PlaneReader, table: TableLayout, index: int, progress: _Progress) -> None:
-    """Writes one shard under a temporary name, syncs and renames it, and notes it in the catalog."""
-    file = path / table.shard_file(index)
+def _build_shard(path: Path, reader: PlaneReader, table: TableLayout, index: int, progress: BuildProgress) -> None:
+    """Writes one shard and notes it in the catalog."""
+    sha256 = write_shard(path / table.shard_file(index), reader, table, index, progress)
+    if sha256 is not None:
+        page_start, page_end = table.shard_pages(index)
+        shard = ShardRecord(table.shard_file(index), (page_end - page_start) * table.page_bytes, sha256)
+        record_shard(path, table.spec.name, index, shard)
+
+
+def write_shard(
+    file: Path,
+    reader: PlaneReader,
+    table: TableLayout,
+    index: int,
+    progress: BuildProgress,
+    *,
+    expected_sha256: str | None = None,
+) -> str | None:
+    """Writes one shard under a temporary name, syncs and renames it. Blocks until it is durable.
+
+    Returns its SHA-256 (hex), None if `progress.stop` was set meanwhile. Raises `ConfigError`, and leaves the file that
+    was there, if the rows give another digest than `expected_sha256`. Leaves no temporary file, whatever is raised.
+    """
     new_file = file.with_suffix(".new")
     fd = os.open(new_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
         sha256 = _write_pages(fd, reader, table, index, progress)
         if sha256 is None:
-            return
+            new_file.unlink()
+            return None
+        if expected_sha256 not in (None, sha256):
+            raise ConfigError(
+                f"shard {index} of table {table.spec.name}: the source's rows make SHA-256 {sha256[:16]}..., the catalog "
+                f"says {expected_sha256[:16]}...: the source is another checkpoint, or it has changed since the build; "
+                f"give the checkpoint that the store was built from"
+            )
         os.fsync(fd)
+        new_file.rename(file)
+    except BaseException:
+        new_file.unlink(missing_ok=True)
+        raise
     finally:
         os.close(fd)
-    new_file.rename(file)
     sync_folder(file.parent)
-    page_start, page_end = table.shard_pages(index)
-    shard = ShardRecord(table.shard_file(index), (page_end - page_start) * table.page_bytes, sha256)
-    record_shard(path, table.spec.name, index, shard)
+    return sha256
 
 
-def _write_pages(fd: int, reader: PlaneReader, table: TableLayout, index: int, progress: _Progress) -> str | None:
+def _write_pages(fd: int, reader: PlaneReader, table: TableLayout, index: int, progress: BuildProgress) -> str | None:
     """Streams a shard's rows into sealed pages; returns its SHA-256 (hex), None if another worker failed meanwhile."""
     sha256 = hashlib.sha256()
     pages_per_chunk = max(1, CHUNK_BYTES // table.page_bytes)

@@ -111,7 +111,7 @@ def place_entries(
         epoch = image.last_epoch + 1
         folder = path / PLACEMENT_FOLDER
         folder.mkdir(exist_ok=True)
-        _remove_leftovers(folder, image)
+        remove_leftovers(folder, image)
         shapes = {name: _shape_of(part, len(image.tables[name].spec.orders)) for name, part in chosen.items()}
         placement = lay_out_placement(epoch, image.tables, shapes, details or {})
         _check_head(placement)
@@ -127,13 +127,15 @@ def place_entries(
         file = folder / f"{epoch:08d}.placement"
         try:
             with tempfile.TemporaryDirectory(dir=folder, prefix="work-") as work:
-                placement, pages = _write(file.with_suffix(".new"), image, placement, chosen, Path(work), on_progress)
+                placement, pages = write_placement(
+                    file.with_suffix(".new"), image, placement, chosen, Path(work), on_progress
+                )
             file.with_suffix(".new").rename(file)
             sync_folder(folder)
             publish_placement(path, PlacementRecord(epoch, f"{PLACEMENT_FOLDER}/{file.name}", placement.num_bytes))
         except BaseException as error:
             kept = read_catalog(path)
-            _remove_leftovers(folder, kept)
+            remove_leftovers(folder, kept)
             if not isinstance(error, OSError):
                 raise
             if error.errno == errno.ENOSPC:
@@ -160,7 +162,7 @@ def prune_placements(store_path: str | os.PathLike[str], keep: int) -> list[Plac
             forget_placement(path, record.epoch)
             (path / record.file).unlink(missing_ok=True)
         if (path / PLACEMENT_FOLDER).is_dir():
-            _remove_leftovers(path / PLACEMENT_FOLDER, read_catalog(path))
+            remove_leftovers(path / PLACEMENT_FOLDER, read_catalog(path))
     return removed
 
 
@@ -215,7 +217,7 @@ def _placed_row(layout: TableLayout) -> np.dtype[np.void]:
     return np.dtype([("place", "<u4"), ("head", "<u4"), ("row", "u1", (layout.spec.row_bytes,))])
 
 
-def _remove_leftovers(folder: Path, image: CatalogImage) -> None:
+def remove_leftovers(folder: Path, image: CatalogImage) -> None:
     """Removes what killed runs left: nothing that the catalog does not name is anybody's."""
     named = {Path(record.file).name for record in image.placements.values()}
     for entry in folder.iterdir():
@@ -227,7 +229,7 @@ def _remove_leftovers(folder: Path, image: CatalogImage) -> None:
             entry.unlink()
 
 
-def _write(
+def write_placement(
     file: Path,
     image: CatalogImage,
     placement: Placement,

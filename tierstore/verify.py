@@ -1,19 +1,23 @@
 """verify: every page, placed entry, digest and catalog record of a store, and every row against its checkpoint.
 
-Flows in: a store's path, and the checkpoint's `TableSource`s where rows are to be compared. Flows out: a report with one
-line for each fault. It reads shards front to back with plain reads, apart from the lookup path that it vouches for.
+Input: a store's path, and the checkpoint's `TableSource`s if rows are to be compared. Output: a report with one line for
+each fault, and which shards and placements are damaged, for `repair.py`. It reads shards front to back with plain reads,
+apart from the lookup path that it vouches for. Errors: an unreadable catalog, or sources without the store's tables.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,15 +33,24 @@ from .tiers.placed import PlacementFile
 CHUNK_BYTES = 4 << 20
 FAULTS_PER_SHARD_MAX = 20
 ROWS_DRAWN_AT_ONCE = 1 << 20
+# What the system says of a file that is lost, or is another thing, or that its disk cannot read: a new file mends it.
+DAMAGE_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EIO, errno.EBADMSG}
 
 OnProgress = Callable[[int, int], None]
+Result = TypeVar("Result")
 
 
 @dataclass
 class VerifyReport:
-    """What was checked and what is wrong; the store is good where `faults` is empty.
+    """What was checked and what is wrong; the store is sound if `faults` is empty.
 
     Faults of the store as a whole come first, rows that differ last: those mostly follow from the others.
+
+    Attributes:
+        damaged_shards: of each shard whose file is not the one that was built, by (table, index): its faults.
+        damaged_placements: of each damaged placement, by epoch: its faults.
+        repaired: what `verify(repair=True)` mended, a line each. Its faults are no longer in `faults`.
+        remedy: the command that mends what can be mended; empty if there is nothing of the kind.
     """
 
     pages_checked: int = 0
@@ -45,6 +58,10 @@ class VerifyReport:
     shards_checked: int = 0
     entries_checked: int = 0
     faults: list[str] = field(default_factory=list)
+    damaged_shards: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+    damaged_placements: dict[int, list[str]] = field(default_factory=dict)
+    repaired: list[str] = field(default_factory=list)
+    remedy: str = ""
 
     def add(self, other: VerifyReport) -> None:
         """Adds another part's findings to this one."""
@@ -53,6 +70,13 @@ class VerifyReport:
         self.shards_checked += other.shards_checked
         self.entries_checked += other.entries_checked
         self.faults += other.faults
+        self.damaged_shards |= other.damaged_shards
+        self.damaged_placements |= other.damaged_placements
+        self.repaired += other.repaired
+
+    def sort_faults(self) -> None:
+        """Puts faults in a fixed order, rows that differ last."""
+        self.faults.sort(key=lambda fault: (fault.startswith("row "), fault))
 
 
 def verify_store(
@@ -83,8 +107,8 @@ def verify_store(
     by_name = {source.spec.name: source for source in sources or ()}
     if sources is not None and by_name.keys() != image.tables.keys():
         raise ConfigError(f"the store has tables {sorted(image.tables)}, the checkpoint gives {sorted(by_name)}")
-    with ExitStack() as stack, ThreadPoolExecutor(jobs or min(os.cpu_count() or 1, 4)) as pool:
-        tasks = []
+    with ExitStack() as stack:
+        parts: list[Callable[[threading.Event], VerifyReport]] = []
         for name, table in image.tables.items():
             source = by_name.get(name)
             if source is not None and source.spec != table.spec:
@@ -93,14 +117,46 @@ def verify_store(
             reader = stack.enter_context(PlaneReader(source)) if source is not None else None
             sampled = _sampled_pages(table, sample_rows, seed)
             for index in range(table.num_shards):
-                tasks.append(pool.submit(_verify_shard, image, table, index, reader, sampled))
-        tasks += [pool.submit(_verify_placement, image, epoch) for epoch in sorted(image.placements)]
-        for done, task in enumerate(as_completed(tasks), start=1):
-            report.add(task.result())
-            if on_progress:
-                on_progress(done, len(tasks))
-    report.faults = of_all + sorted(report.faults, key=lambda fault: (fault.startswith("row "), fault))
+                parts.append(partial(verify_shard, image, table, index, reader, sampled))
+        parts += [partial(verify_placement, image, epoch) for epoch in sorted(image.placements)]
+        for part in run_parts(parts, jobs, on_progress):
+            report.add(part)
+    report.sort_faults()
+    report.faults[:0] = of_all
     return report
+
+
+def run_parts(
+    parts: Sequence[Callable[[threading.Event], Result]], jobs: int | None = None, on_progress: OnProgress | None = None
+) -> list[Result]:
+    """Calls each of `parts`, `jobs` at once, and returns what they return, in order. Blocks.
+
+    Each part gets an event that says to give up: it is set when another part fails or when the caller is interrupted, and
+    a part looks at it once a chunk. on_progress: (parts done, parts in all), in the calling thread.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(jobs or min(os.cpu_count() or 1, 4), thread_name_prefix="tierstore-verify") as pool:
+        try:
+            futures = [pool.submit(part, stop) for part in parts]
+            for done, future in enumerate(as_completed(futures), start=1):
+                future.result()
+                if on_progress:
+                    on_progress(done, len(futures))
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)  # leaving the pool waits for the parts under way
+            raise
+    return [future.result() for future in futures]
+
+
+class Stopped(Exception):
+    """Another part failed, or the caller was interrupted. Nobody sees it: `run_parts` raises that first cause."""
+
+
+def check_not_stopped(stop: threading.Event) -> None:
+    """Raises `Stopped` if the part that calls it is to give up."""
+    if stop.is_set():
+        raise Stopped
 
 
 def _sampled_pages(table: TableLayout, sample_rows: int | None, seed: int) -> np.ndarray | None:
@@ -115,131 +171,193 @@ def _sampled_pages(table: TableLayout, sample_rows: int | None, seed: int) -> np
     return np.flatnonzero(sampled)
 
 
-def _verify_shard(
-    image: CatalogImage, table: TableLayout, index: int, reader: PlaneReader | None, sampled: np.ndarray | None
+def verify_shard(
+    image: CatalogImage,
+    table: TableLayout,
+    index: int,
+    reader: PlaneReader | None,
+    sampled: np.ndarray | None,
+    stop: threading.Event,
 ) -> VerifyReport:
     """Checks one shard whole, or only the sampled pages that lie in it."""
-    report = VerifyReport(shards_checked=1)
     shard = image.shards[table.spec.name][index]
     what = f"shard {index} of table {table.spec.name} ({shard.file})"
+    found = _ShardCheck(table, index, what, stop)
     try:
         fd = os.open(image.path / shard.file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait otherwise
     except OSError as error:
-        remedy = "make it readable" if isinstance(error, PermissionError) else "restore it from a copy or rebuild"
-        report.faults.append(f"{what}: {error.strerror}; {remedy}")
-        return report
-    try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            report.faults.append(f"{what}: it is no regular file; restore it from a copy or rebuild")
-        elif found.st_size != shard.num_bytes:
-            report.faults.append(f"{what}: {found.st_size} bytes on disk, the catalog says {shard.num_bytes}")
-        elif sampled is None:
-            sha256 = _verify_all_pages(fd, table, index, reader, report)
-            if sha256 != shard.sha256:
-                report.faults.append(f"{what}: SHA-256 {sha256[:16]}..., the catalog says {shard.sha256[:16]}...")
+        if error.errno in DAMAGE_ERRNOS:
+            found.add_damage(str(error.strerror))
         else:
-            _verify_sample(fd, table, index, reader, sampled, report)
+            remedy = "; make it readable" if isinstance(error, PermissionError) else ""
+            found.others.append(f"{what}: {error.strerror}{remedy}")
+        return found.report()
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            found.add_damage("it is not a regular file")
+        elif status.st_size != shard.num_bytes:
+            found.add_damage(f"{status.st_size} bytes on disk, the catalog says {shard.num_bytes}")
+        elif sampled is not None:
+            _verify_sample(fd, found, reader, sampled)
+        elif (sha256 := _verify_all_pages(fd, found, reader)) != shard.sha256:
+            found.add_damage(f"SHA-256 {sha256[:16]}..., the catalog says {shard.sha256[:16]}...")
+    except _UnreadableShardError as error:
+        found.add_damage(f"cannot be read: {error}")
     except (OSError, FormatError) as error:
-        report.faults.append(f"{what}: cannot be read or compared: {error}")
+        found.others.append(f"{what}: its rows cannot be compared: {error}")
     finally:
         os.close(fd)
-    if len(report.faults) > FAULTS_PER_SHARD_MAX:
-        more = len(report.faults) - FAULTS_PER_SHARD_MAX
-        report.faults[FAULTS_PER_SHARD_MAX:] = [f"{what}: and {more} more faults"]
-    return report
+    return found.report()
 
 
-def _verify_placement(image: CatalogImage, epoch: int) -> VerifyReport:
+class _UnreadableShardError(Exception):
+    """The disk does not give a shard's bytes, or the file has become shorter."""
+
+
+class _ShardCheck:
+    """What one shard's check has found so far. Faults beyond the first FAULTS_PER_SHARD_MAX of a kind are only counted."""
+
+    def __init__(self, table: TableLayout, index: int, what: str, stop: threading.Event) -> None:
+        self.table, self.index, self.what, self.stop = table, index, what, stop
+        self.pages_checked = self.rows_compared = 0
+        self.others: list[str] = []  # what is wrong, but not with the shard's file: no repair mends it
+        self._damage: list[str] = []
+        self._pages: list[str] = []
+        self._rows: list[str] = []
+        self._num_pages = self._num_rows = 0
+
+    def add_damage(self, fault: str) -> None:
+        """Notes what is wrong with the file as a whole."""
+        self._damage.append(f"{self.what}: {fault}")
+
+    def check_pages(self, pages: np.ndarray, page_numbers: np.ndarray) -> None:
+        """Checks pages, uint8 [P, page_bytes], that must be page_numbers, int64 [P]."""
+        self.pages_checked += len(pages)
+        bad = page_faults(pages, page_numbers, self.table.seed)
+        room = FAULTS_PER_SHARD_MAX - len(self._pages)
+        self._pages += [f"page {number} of table {self.table.spec.name}: {what}" for number, what in bad[:room]]
+        self._num_pages += len(bad)
+
+    def compare_rows(self, rows: np.ndarray, reader: PlaneReader, row_start: int) -> None:
+        """Compares rows, uint8 [R, row_bytes], plane by plane with the checkpoint's rows from row_start on."""
+        differ = np.zeros(len(rows), dtype=bool)
+        column = 0
+        for plane in reader.read(row_start, row_start + len(rows)):
+            differ |= (rows[:, column : column + plane.shape[1]] != plane).any(axis=1)
+            column += plane.shape[1]
+        self.rows_compared += len(rows)
+        row_ids = np.flatnonzero(differ) + row_start
+        room = FAULTS_PER_SHARD_MAX - len(self._rows)
+        name = self.table.spec.name
+        self._rows += [f"row {row_id} of table {name} differs from the checkpoint's" for row_id in row_ids[:room]]
+        self._num_rows += len(row_ids)
+
+    def report(self) -> VerifyReport:
+        """Returns what was found."""
+        report = VerifyReport(self.pages_checked, self.rows_compared, shards_checked=1)
+        damaged = self._damage + self._pages + self._more(self._num_pages, len(self._pages), "pages")
+        if damaged:
+            report.damaged_shards[self.table.spec.name, self.index] = damaged
+        report.faults = damaged + self.others + self._rows + self._more(self._num_rows, len(self._rows), "rows")
+        return report
+
+    def _more(self, count: int, told: int, of_what: str) -> list[str]:
+        return [f"{self.what}: and {count - told} more {of_what}"] if count > told else []
+
+    def read(self, fd: int, pages: np.ndarray, byte_start: int) -> None:
+        """Fills pages, uint8, from byte_start of the shard on; raises `_UnreadableShardError`."""
+        check_not_stopped(self.stop)
+        try:
+            read_exactly(fd, pages, byte_start, "the shard")
+        except (OSError, FormatError) as error:
+            raise _UnreadableShardError(str(error)) from error
+
+
+def verify_placement(image: CatalogImage, epoch: int, stop: threading.Event) -> VerifyReport:
     """Checks a placement's head, its indexes and every record by their checksums."""
     report = VerifyReport()
+    damaged: list[str] = []
     try:
         file = PlacementFile(image, epoch, direct=False)
     except FormatError as error:
-        report.faults.append(f"placement {epoch}: {error}")
-        return report
-    try:
-        for table in file.placement.tables.values():
-            _verify_placed(file, table, image.tables[table.name].seed, report)
-    except (OSError, FormatError) as error:
-        report.faults.append(f"placement {epoch}: {error}")
-    finally:
-        file.close()
+        cause = error.__cause__
+        is_damage = not isinstance(cause, OSError) or cause.errno in DAMAGE_ERRNOS
+        (damaged if is_damage else report.faults).append(f"placement {epoch}: {error}")
+    else:
+        try:
+            for table in file.placement.tables.values():
+                _verify_placed(file, table, image.tables[table.name].seed, report, damaged, stop)
+        except (OSError, FormatError) as error:
+            damaged.append(f"placement {epoch}: {error}")
+        finally:
+            file.close()
+    if damaged:
+        report.faults += damaged
+        report.damaged_placements[epoch] = damaged
     return report
 
 
-def _verify_placed(file: PlacementFile, table: PlacedTable, seed: int, report: VerifyReport) -> None:
+def _verify_placed(
+    file: PlacementFile,
+    table: PlacedTable,
+    seed: int,
+    report: VerifyReport,
+    damaged: list[str],
+    stop: threading.Event,
+) -> None:
     what = f"placement {file.placement.epoch}, table {table.name}"
     for order_index, index in enumerate(table.indexes):
         checksum = 0
         for start in range(0, index.num_bytes, CHUNK_BYTES):
+            check_not_stopped(stop)
             part = np.empty(min(CHUNK_BYTES, index.num_bytes - start), dtype=np.uint8)
             read_exactly(file.fd, part, index.byte_start + start, what)
             checksum = kernels.crc32c(part, checksum)
         if checksum != index.checksum:
-            report.faults.append(f"{what}: the index of its order {order_index} has a wrong checksum; plan again")
+            damaged.append(f"{what}: the index of its order {order_index} has a wrong checksum")
     step = max(1, CHUNK_BYTES // table.record_bytes)
     num_damaged = 0
     for start in range(0, table.num_entries, step):
+        check_not_stopped(stop)
         records = np.empty((min(step, table.num_entries - start), table.record_bytes), dtype=np.uint8)
         read_exactly(file.fd, records, table.byte_start + start * table.record_bytes, what)
         num_damaged += kernels.spoil_bad_records(records, table.entry_bytes, seed)
         report.entries_checked += len(records)
     if num_damaged:
-        report.faults.append(f"{what}: {num_damaged} of {table.num_entries} entries have wrong checksums; plan again")
+        damaged.append(f"{what}: {num_damaged} of {table.num_entries} entries have wrong checksums")
 
 
-def _verify_all_pages(fd: int, table: TableLayout, index: int, reader: PlaneReader | None, report: VerifyReport) -> str:
-    sha256 = hashlib.sha256()
+def _verify_all_pages(fd: int, found: _ShardCheck, reader: PlaneReader | None) -> str:
+    """Checks a shard's pages front to back; returns its SHA-256 (hex)."""
+    table, sha256 = found.table, hashlib.sha256()
     pages_per_chunk = max(1, CHUNK_BYTES // table.page_bytes)
     buffer = np.empty((pages_per_chunk, table.page_bytes), dtype=np.uint8)
-    shard_start, shard_end = table.shard_pages(index)
+    shard_start, shard_end = table.shard_pages(found.index)
     for page_start in range(shard_start, shard_end, pages_per_chunk):
         page_end = min(page_start + pages_per_chunk, shard_end)
         pages = buffer[: page_end - page_start]
-        byte_start = (page_start - shard_start) * table.page_bytes
-        read_exactly(fd, pages, byte_start, f"pages {page_start} to {page_end}")
+        found.read(fd, pages, (page_start - shard_start) * table.page_bytes)
         sha256.update(pages.data)
-        _check_pages(pages, np.arange(page_start, page_end), table, report)
+        found.check_pages(pages, np.arange(page_start, page_end))
         if reader is not None:
             row_start = page_start * table.rows_per_page
             row_end = min(page_end * table.rows_per_page, table.spec.num_rows)
             rows = table.shape.rows_of(pages).reshape(-1, table.spec.row_bytes)[: row_end - row_start]
-            _compare_rows(rows, reader, row_start, table, report)
+            found.compare_rows(rows, reader, row_start)
     return sha256.hexdigest()
 
 
-def _verify_sample(
-    fd: int, table: TableLayout, index: int, reader: PlaneReader | None, sampled: np.ndarray, report: VerifyReport
-) -> None:
-    shard_start, shard_end = table.shard_pages(index)
+def _verify_sample(fd: int, found: _ShardCheck, reader: PlaneReader | None, sampled: np.ndarray) -> None:
+    table = found.table
+    shard_start, shard_end = table.shard_pages(found.index)
     page = np.empty((1, table.page_bytes), dtype=np.uint8)
     for page_number in sampled:
         if not shard_start <= page_number < shard_end:
             continue
-        read_exactly(fd, page, int(page_number - shard_start) * table.page_bytes, f"page {page_number}")
-        _check_pages(page, np.array([page_number]), table, report)
+        found.read(fd, page, int(page_number - shard_start) * table.page_bytes)
+        found.check_pages(page, np.array([page_number]))
         if reader is not None:
             row_start = int(page_number) * table.rows_per_page
             row_end = min(row_start + table.rows_per_page, table.spec.num_rows)
-            _compare_rows(table.shape.rows_of(page)[0][: row_end - row_start], reader, row_start, table, report)
-
-
-def _check_pages(pages: np.ndarray, page_numbers: np.ndarray, table: TableLayout, report: VerifyReport) -> None:
-    report.pages_checked += len(pages)
-    for page_number, what in page_faults(pages, page_numbers, table.seed):
-        report.faults.append(f"page {page_number} of table {table.spec.name}: {what}")
-
-
-def _compare_rows(
-    rows: np.ndarray, reader: PlaneReader, row_start: int, table: TableLayout, report: VerifyReport
-) -> None:
-    """Compares rows, uint8 [R, row_bytes], plane by plane with the checkpoint's rows from row_start on."""
-    differ = np.zeros(len(rows), dtype=bool)
-    column = 0
-    for plane in reader.read(row_start, row_start + len(rows)):
-        differ |= (rows[:, column : column + plane.shape[1]] != plane).any(axis=1)
-        column += plane.shape[1]
-    report.rows_compared += len(rows)
-    for row in np.flatnonzero(differ):
-        report.faults.append(f"row {row_start + row} of table {table.spec.name} differs from the checkpoint's")
+            found.compare_rows(table.shape.rows_of(page)[0][: row_end - row_start], reader, row_start)

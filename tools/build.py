@@ -6,9 +6,12 @@ Flows in: the path of a checkpoint. Flows out: a store, the preflight before it 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -73,6 +76,7 @@ def build_checkpoint(
 @click.option("--jobs", type=int, metavar="N", help="Shards built at once. Default: one a processor, at most 4.")
 @click.option("--shard-bytes", default="1GiB", show_default=True, metavar="SIZE", help="Largest shard.")
 @click.option("--allow-network-fs", is_flag=True, help="Build on a network file system that only this host uses.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, when all is done; sizes are in bytes.")
 def command(
     checkpoint: Path,
     store: Path,
@@ -81,6 +85,7 @@ def command(
     jobs: int | None,
     shard_bytes: str,
     allow_network_fs: bool,
+    as_json: bool,
 ) -> None:
     """Build the store STORE from CHECKPOINT: a folder with config.json and *.safetensors, or one file of tensors.
 
@@ -89,6 +94,7 @@ def command(
     \b
     Example: tierstore build DeepSeek-V4.1-Flash v41.tier --jobs 4
     """
+    plans: list[BuildPlan] = []
     with Progress("building") as on_progress:
         report = build_checkpoint(
             checkpoint,
@@ -98,14 +104,35 @@ def command(
             jobs=jobs,
             shard_bytes=parse_bytes(shard_bytes, "--shard-bytes"),
             allow_network_fs=allow_network_fs,
-            on_plan=print_plan,
+            on_plan=plans.append if as_json else print_plan,
             on_progress=on_progress,
         )
+    if as_json:
+        click.echo(json.dumps(build_record(store, plans[0], report), indent=2))
+        return
     rate = format_bytes(report.bytes_written / max(report.seconds, 1e-9))
     click.echo(
         f"{store} is ready: {format_bytes(report.bytes_written)} written in {report.seconds:.1f} s ({rate}/s), "
         f"{report.shards_built} shards built, {report.shards_kept} kept"
     )
+
+
+def build_record(store: Path, plan: BuildPlan, report: BuildReport) -> dict[str, Any]:
+    """Returns a finished build for JSON: what the preflight said of each table, and what was done."""
+    tables = [
+        {
+            "name": layout.spec.name,
+            "num_rows": layout.spec.num_rows,
+            "row_bytes": layout.spec.row_bytes,
+            "page_bytes": layout.page_bytes,
+            "rows_per_page": layout.rows_per_page,
+            "num_pages": layout.num_pages,
+            "num_shards": layout.num_shards,
+        }
+        for layout in plan.tables
+    ]
+    sizes = {"table_bytes": plan.table_bytes, "store_bytes": plan.store_bytes}
+    return {"store": str(store), "tables": tables} | sizes | asdict(report)
 
 
 def print_plan(plan: BuildPlan) -> None:

@@ -24,6 +24,7 @@ from rich.table import Table
 
 import tierstore
 from engram_adapter import EngramLayer, HashSpec, TieredEmbedding
+from engram_adapter.checkpoints import sources_of_store
 from engram_adapter.embedding import prefetch_layers
 from tierstore.decisions.plan import Budgets
 from tierstore.errors import ConfigError
@@ -46,7 +47,6 @@ from .report import check_report, profile_tables, write_report
 from .stat import fetch_record
 from .stat_tables import page_of
 from .synth import write_checkpoint
-from .verify import sources_of_store
 
 TABLE_BYTES = 512 << 20
 DRAM_PART = 10  # of the tables

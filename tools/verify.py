@@ -1,49 +1,37 @@
-"""`tierstore verify`: a store against its own checksums, and against the checkpoint that it was built from.
+"""`tierstore verify`: a store against its own checksums and its checkpoint; with `--repair`, mended from that checkpoint.
 
-Flows in: a store's path, and perhaps a checkpoint's. Flows out: what was checked, every fault, and exit status 1 where
-there are any. Refuses, like `tierstore.verify`, what is no finished store.
+Input: a store's path, and perhaps a checkpoint's. Output: what was checked, every fault, what was repaired, the command that
+repairs the rest, and exit status 1 if anything is still wrong. Errors: as `tierstore.verify`.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
-from engram_adapter.families import plain_source, read_model
-from engram_adapter.hash_spec import RECORD_NAME
-from tierstore.errors import FormatError
-from tierstore.formats.catalog import CatalogImage, read_catalog
-from tierstore.formats.checkpoint import Checkpoint, TableSource
-from tierstore.verify import verify_store
+import tierstore
+from engram_adapter.checkpoints import open_checkpoint
+from tierstore.formats.catalog import read_catalog
+from tierstore.verify import VerifyReport
 
 from .cli import Progress
 
 FAULTS_PRINTED_MAX = 50
 
 
-def sources_of_store(image: CatalogImage, checkpoint: Checkpoint) -> tuple[TableSource, ...]:
-    """Returns the checkpoint's tables as the store was built from them: by its family, or its plain tables by name.
-
-    Raises `ConfigError` where the checkpoint lacks them, `FormatError` where the store's record of its hash is damaged.
-    """
-    if all(layout.spec.is_plain for layout in image.tables.values()):
-        return tuple(plain_source(checkpoint, name) for name in image.tables)
-    try:
-        family = json.loads(image.attachments[RECORD_NAME])["family"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(
-            f"{image.path}: the catalog does not say which family its tables are of ({error!r}); restore it or rebuild"
-        ) from error
-    return read_model(checkpoint, family).sources
-
-
 @click.command("verify")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option(
-    "--source", type=click.Path(path_type=Path), metavar="CHECKPOINT", help="Compare rows with this checkpoint's."
+    "--source",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="Compare rows with this checkpoint's; with --repair, rebuild damaged shards from it.",
 )
+@click.option("--repair", is_flag=True, help="Rebuild damaged or missing shards and placements, and check them again.")
 @click.option(
     "--sample", type=click.IntRange(min=1), metavar="N", help="Check the pages of N random rows of each table, not all."
 )
@@ -54,30 +42,64 @@ def sources_of_store(image: CatalogImage, checkpoint: Checkpoint) -> tuple[Table
     metavar="N",
     help="Shards checked at once. Default: one a processor, at most 4.",
 )
-def command(store: Path, source: Path | None, sample: int | None, seed: int, jobs: int | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    store: Path, source: Path | None, repair: bool, sample: int | None, seed: int, jobs: int | None, as_json: bool
+) -> None:
     """Check the store STORE: its catalog, every shard's digest, page and placed entry; with --source, every row.
 
+    With --repair, exactly the shards that are damaged or missing are rebuilt from --source, to the bytes that the catalog's
+    SHA-256 names, and damaged placements are remade from what is left of them. Lookups go on meanwhile; a store that is open
+    reads the new files when it is opened again. Killed or out of disk, run the same command again.
+
     With --sample, only the pages that the drawn rows lie in are read, and all their rows compared; shards' digests are not.
-    Exit status 1, and a list, where anything is wrong.
+    Exit status 1, and a list, if anything is wrong.
 
     \b
     Example: tierstore verify v41.tier --source DeepSeek-V4.1-Flash --sample 100000
+    Example: tierstore verify v41.tier --repair --source DeepSeek-V4.1-Flash
     """
-    sources, origin = None, None
-    if source is not None:
-        checkpoint = Checkpoint.open(source)
-        sources, origin = sources_of_store(read_catalog(store), checkpoint), checkpoint.as_record()
+    if repair and sample is not None:
+        raise click.UsageError("--repair checks everything; leave --sample out")
+    opened = None if source is None else open_checkpoint(source)
     with Progress("verifying", "shards") as on_progress:
-        report = verify_store(
-            store, sources=sources, origin=origin, sample_rows=sample, seed=seed, jobs=jobs, on_progress=on_progress
+        report = tierstore.verify(
+            store, opened, repair, sample_rows=sample, seed=seed, jobs=jobs, on_progress=on_progress
         )
-    compared = f", {report.rows_compared} rows compared with {source}" if source is not None else ""
+    if as_json:
+        click.echo(json.dumps(report_record(store, source, report), indent=2))
+    else:
+        print_report(store, source, report)
+    if report.faults:
+        click.get_current_context().exit(1)
+
+
+def report_record(store: Path, source: Path | None, report: VerifyReport) -> dict[str, Any]:
+    """Returns a report for JSON: counts, faults, which shards (by table, index, file) and placements are damaged."""
+    shards = read_catalog(store).shards
+    record = asdict(report) | {"store": str(store), "source": None if source is None else str(source)}
+    record["sound"] = not report.faults
+    record["damaged_shards"] = [
+        {"table": name, "shard": index, "file": shards[name][index].file, "faults": faults}
+        for (name, index), faults in sorted(report.damaged_shards.items())
+    ]
+    record["damaged_placements"] = [
+        {"epoch": epoch, "faults": faults} for epoch, faults in sorted(report.damaged_placements.items())
+    ]
+    return record
+
+
+def print_report(store: Path, source: Path | None, report: VerifyReport) -> None:
+    """Prints a report for people: what was checked and mended, then faults, then what to do."""
+    compared = f", {report.rows_compared} rows compared with {source}" if report.rows_compared else ""
     placed = f", {report.entries_checked} placed entries" if report.entries_checked else ""
     click.echo(f"{store}: {report.shards_checked} shards, {report.pages_checked} pages{placed} checked{compared}")
+    for part in report.repaired:
+        click.echo(f"repaired: {part}")
     for fault in report.faults[:FAULTS_PRINTED_MAX]:
         click.echo(f"fault: {fault}")
     if len(report.faults) > FAULTS_PRINTED_MAX:
         click.echo(f"and {len(report.faults) - FAULTS_PRINTED_MAX} more faults")
+    if report.remedy:
+        click.echo(f"repair it: {report.remedy}")
     click.echo("nothing is wrong" if not report.faults else f"{len(report.faults)} faults in {store}")
-    if report.faults:
-        click.get_current_context().exit(1)

@@ -6,6 +6,8 @@ import importlib
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +20,11 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import save_file
 
 from tierstore.errors import ConfigError
+from tierstore.formats.catalog import read_catalog
 from tierstore.tools import cli as cli_module
 from tierstore.tools.build import build_checkpoint
 from tierstore.tools.cli import COMMANDS, Progress, cli, run
+from tierstore.verify import VerifyReport
 from tierstore.version import VERSION
 
 FAMILIES = {
@@ -120,8 +124,7 @@ def test_only_the_first_50_faults_are_printed_and_the_rest_counted(
 ) -> None:
     verify = importlib.import_module("tierstore.tools.verify")
     faults = [f"page {index} is bad" for index in range(53)]
-    report = SimpleNamespace(shards_checked=1, pages_checked=60, rows_compared=0, entries_checked=0, faults=faults)
-    monkeypatch.setattr(verify, "verify_store", lambda *_, **__: report)
+    monkeypatch.setattr(verify.tierstore, "verify", lambda *_, **__: VerifyReport(pages_checked=60, faults=faults))
     result = invoke("verify", built[1])
     assert result.exit_code == 1
     assert result.stdout.count("fault: ") == 50
@@ -136,6 +139,61 @@ def test_build_says_what_it_will_write_and_keeps_what_is_there(built: tuple[Path
     assert "0 B needed" in result.stdout
     shards = sum(table["num_shards"] for table in record["tables"])
     assert f"0 shards built, {shards} kept" in result.stdout
+
+
+def test_build_and_verify_print_one_json_document_with_the_numbers_that_people_see(
+    built: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, store = built
+    record = json.loads(good("build", model, tmp_path / "store", "--shard-bytes", "64KiB", "--json").stdout)
+    inspected = json.loads(good("inspect", store, "--json").stdout)
+    for table, other in zip(record["tables"], inspected["tables"], strict=True):
+        assert table == {name: other[name] for name in table}
+    num_shards = sum(table["num_shards"] for table in record["tables"])
+    assert (record["store"], record["shards_built"], record["shards_kept"]) == (str(tmp_path / "store"), num_shards, 0)
+    assert record["store_bytes"] == record["bytes_written"] == sum(t["store_bytes"] for t in inspected["tables"])
+    checked = json.loads(good("verify", tmp_path / "store", "--source", model, "--json").stdout)
+    assert (checked["sound"], checked["faults"], checked["remedy"]) == (True, [], "")
+    assert checked["shards_checked"] == num_shards
+    assert checked["rows_compared"] == inspected["num_rows"]
+
+
+def test_the_command_that_verify_names_repairs_the_store_as_it_is_printed(
+    built: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, store = built
+    own = tmp_path / "a store's copy"
+    shutil.copytree(store, own)
+    first, second = sorted((own / "shards").glob("0-*/*.shard"))[:2]
+    healthy = first.read_bytes(), second.read_bytes()
+    first.write_bytes(healthy[0][:5000] + b"????" + healthy[0][5004:])
+    second.unlink()
+    result = invoke("verify", own, "--source", model)
+    assert result.exit_code == 1
+    (remedy,) = re.findall(r"^repair it: tierstore (.*)$", result.stdout, re.MULTILINE)
+    record = json.loads(invoke("verify", own, "--source", model, "--json").stdout)
+    assert record["remedy"] == f"tierstore {remedy}"
+    assert [(part["table"], part["shard"]) for part in record["damaged_shards"]] == [("layers.1", 0), ("layers.1", 1)]
+    assert own / record["damaged_shards"][1]["file"] == second
+    mended = good(*shlex.split(remedy))
+    assert mended.stdout.count("repaired: ") == 2
+    assert "nothing is wrong" in mended.stdout
+    assert (first.read_bytes(), second.read_bytes()) == healthy
+
+
+def test_a_repair_from_another_checkpoint_is_refused_with_exit_status_1(
+    built: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, store = built
+    own = tmp_path / "own"
+    shutil.copytree(store, own)
+    min((own / "shards").glob("*/*.shard")).unlink()
+    family = json.loads((model / "config.json").read_text())["model_type"]
+    options = next(options for name, options in FAMILIES.items() if name.startswith(family))
+    good("synth", tmp_path / "other", *options, "--rows-per-head", 200, "--layers", "1,3", "--seed", 9)
+    assert run(["verify", str(own), "--repair", "--source", str(tmp_path / "other")]) == 1
+    assert run(["verify", str(own), "--repair", "--sample", "3"]) == 2
+    assert run(["verify", str(own), "--repair"]) == 1
 
 
 def test_a_plain_tensor_is_built_verified_and_inspected_by_its_name(tmp_path: Path) -> None:
@@ -201,10 +259,9 @@ def test_family_and_tensor_together_are_refused(tmp_path: Path) -> None:
 def test_a_store_that_does_not_say_its_family_is_refused(
     built: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verify = importlib.import_module("tierstore.tools.verify")
-    image = verify.read_catalog(built[1])
+    image = read_catalog(built[1])
     image.attachments["hash_spec"] = b"[]"
-    monkeypatch.setattr(verify, "read_catalog", lambda _: image)
+    monkeypatch.setattr("tierstore.repair.read_catalog", lambda _: image)
     assert run(["verify", str(built[1]), "--source", str(built[0])]) == 1
     assert "does not say which family" in capsys.readouterr().err
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,9 +82,15 @@ def page_faults(pages: np.ndarray, page_numbers: np.ndarray, seed: int) -> list[
 
 def fault_text(where: str, status: int) -> str:
     """Returns the message of a page whose check gave `status`; `where` names page and table."""
-    return (
-        f"{where}: {_FAULTS[status]}; run 'tierstore verify', then restore its shard from a copy or rebuild the store"
-    )
+    return f"{where}: {_FAULTS[status]}; repair its shard: {repair_command()}"
+
+
+def repair_command(
+    store: str | os.PathLike[str] = "STORE", source: str | os.PathLike[str] | None = "CHECKPOINT"
+) -> str:
+    """Returns the command that rebuilds damaged shards from their checkpoint; source None: placements only need none."""
+    command = f"tierstore verify {shlex.quote(os.fspath(store))} --repair"
+    return command if source is None else f"{command} --source {shlex.quote(os.fspath(source))}"
 
 
 def check_pages(pages: np.ndarray, page_numbers: np.ndarray, seed: int, table_name: str) -> None:

@@ -144,10 +144,15 @@ def head_bytes(placement: Placement) -> bytes:
     return head + _CHECKSUM.pack(kernels.crc32c(head))
 
 
-def read_head(file: Path, fd: int, record: PlacementRecord, layouts: Mapping[str, TableLayout]) -> Placement:
-    """Reads and checks the head of an open placement file; raises `FormatError` where it is not the catalog's, or damaged."""
+def read_head(
+    file: Path, fd: int, record: PlacementRecord, layouts: Mapping[str, TableLayout], *, whole: bool = True
+) -> Placement:
+    """Reads and checks the head of an open placement file; raises `FormatError` where it is not the catalog's, or damaged.
+
+    whole: whether the file must also have its length; a repair reads the head of a file that was cut, too.
+    """
     found_bytes = os.fstat(fd).st_size
-    if found_bytes != record.num_bytes:
+    if whole and found_bytes != record.num_bytes:
         raise _refused(file, f"{found_bytes} bytes on disk, the catalog says {record.num_bytes}: it was cut short")
     head = os.pread(fd, HEAD_BYTES_MAX, 0)
     if len(head) < UNIT_BYTES:
