@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers
 
 from tierstore import ConfigError, FormatError
-from tierstore.causes import naming_panics
+from tierstore.causes import named, naming_panics
 
 _LONE_SPACE = "\ue000"  # private use: stands in for a text that is one space, which stripping would empty
 _UNDECODABLE = "\ufffd"
@@ -95,7 +95,7 @@ def load_tokenizer(tokenizer: str | os.PathLike[str]) -> Tokenizer:
     except FormatError:
         raise
     except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}; make it readable for this user") from error
+        raise named(error, f"cannot read {file}", file) from error
     except Exception as error:  # the library raises bare Exception for anything that it cannot read
         raise FormatError(
             f"{file} is no tokenizer that the tokenizers library can read: {error}; download it again"

@@ -298,9 +298,11 @@ def test_a_lost_shard_of_a_finished_store_is_named(model: Model, own_store: Path
 
 
 def test_network_file_systems_need_a_flag(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module, "file_system_of", lambda _: "nfs4")
-    with pytest.raises(tierstore.ConfigError, match=r"nfs4.*--allow-network-fs"):
-        model.build(tmp_path / "store")
+    for kind in ("nfs4", "fuse.glusterfs", "of-tomorrow"):
+        monkeypatch.setattr(build_module, "file_system_of", lambda _, kind=kind: kind)
+        with pytest.raises(tierstore.ConfigError, match=rf"{kind}.*--allow-network-fs"):
+            model.build(tmp_path / "store")
+    assert not (tmp_path / "store").exists()
     model.build(tmp_path / "store", allow_network_fs=True)
 
 
@@ -310,13 +312,18 @@ def test_options_out_of_range_are_refused(model: Model, tmp_path: Path, options:
         model.build(tmp_path / "store", **options)
 
 
-@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
-def test_a_target_that_cannot_be_written_is_named(model: Model, tmp_path: Path, monkeypatch, code: int) -> None:
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [(errno.EROFS, "for writing, or give a path elsewhere"), (errno.EACCES, "readable and writable")],
+)
+def test_a_target_that_cannot_be_written_is_named(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, remedy: str
+) -> None:
     def refuse(self: Path, *_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code), str(self))
 
     monkeypatch.setattr(build_module.Path, "mkdir", refuse)
-    with pytest.raises(tierstore.ConfigError, match="make the path readable and writable"):
+    with pytest.raises(tierstore.ConfigError, match=f"{os.strerror(code)}.*{remedy}.*finished shards are kept"):
         model.build(tmp_path / "store")
 
 

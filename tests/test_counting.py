@@ -223,7 +223,7 @@ def test_a_run_that_was_not_written_is_never_missing_silently(tmp_path: Path, mo
         counter._wait()
         counter.add(items[16:], 0)
         monkeypatch.setattr(os, "pwrite", fail)
-        with pytest.raises(BudgetError, match="free some disk"):
+        with pytest.raises(BudgetError, match="free some, or give a path on another disk"):
             counter.merged()
         monkeypatch.setattr(os, "pwrite", real)
         assert_counted(counter.merged(), expected_of(items, np.ones((20, 1), dtype=np.int64)))
@@ -231,10 +231,10 @@ def test_a_run_that_was_not_written_is_never_missing_silently(tmp_path: Path, mo
         monkeypatch.setattr(os, "pwrite", fail)
         counter.add(items[:16], 0)
         for _ in range(2):
-            with pytest.raises(BudgetError, match="free some disk"):
+            with pytest.raises(BudgetError, match="free some, or give a path on another disk"):
                 counter.merged()
         monkeypatch.setattr(os, "pwrite", real)
-        with pytest.raises(BudgetError, match="free some disk"):
+        with pytest.raises(BudgetError, match="free some, or give a path on another disk"):
             counter.merged()
 
 

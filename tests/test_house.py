@@ -19,7 +19,9 @@ FLOORS = {
     "tierstore.lazy": 0,
     "tierstore.interrupts": 0,
     "tierstore.units": 0.5,  # of the same floor, but above errors
+    "tierstore.extras": 0.5,
     "tierstore.causes": 0.7,  # names errors, with sizes in words
+    "tierstore.file_systems": 0.7,
     "tierstore.spec": 0.5,
     "tierstore.formats": 1,
     "tierstore.decisions": 2,

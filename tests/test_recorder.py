@@ -257,7 +257,7 @@ def test_one_trace_at_a_time_of_a_sound_share_and_place(store: tierstore.Store, 
             store.start_trace(tmp_path / "t", share=share)
     with pytest.raises(ConfigError, match="no regular file"):
         store.start_trace(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConfigError, match=f"there is no folder {tmp_path}/none; make it"):
         store.start_trace(tmp_path / "none" / "t")
     store.start_trace(tmp_path / "t")
     with pytest.raises(ConfigError, match=r"a trace is running, to .*t; stop it first"):

@@ -12,7 +12,6 @@ all four); the calling thread reports progress.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -27,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
-from .errors import BudgetError, ConfigError, FormatError, TierStoreError
+from .causes import named
+from .errors import BudgetError, ConfigError, FormatError
+from .file_systems import file_system_of, why_not_local
 from .formats.catalog import (
     CATALOG_FILE,
     LOCK_FILE,
@@ -50,19 +50,6 @@ CHUNK_BYTES = 4 << 20  # pages that a worker holds at once; with their rows, abo
 JOBS_MAX = 64
 SPARE_DISK_BYTES = 64 << 20  # left free beside the shards: the catalog and the file system's own records
 PROGRESS_SECONDS = 0.25
-NETWORK_FILE_SYSTEMS = {
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "smbfs",
-    "9p",
-    "ceph",
-    "lustre",
-    "glusterfs",
-    "fuse.sshfs",
-    "afs",
-}
 
 OnProgress = Callable[[int, int], None]
 
@@ -150,7 +137,7 @@ def build_store(
     (bytes done, bytes in all) now and then, both in the calling thread.
 
     Raises `BudgetError` where the disk has too little room (also midway: free some and run again), `ConfigError` where the
-    path is another's, not writable, or on a network file system that was not allowed. What is built stays for the next run.
+    path is another's, not writable, or not on a local file system (unless allowed). What is built stays for the next run.
     """
     path = Path(store_path)
     tables = lay_out_tables(sources, origin["digest"], shard_bytes)
@@ -158,6 +145,7 @@ def build_store(
     if not 1 <= jobs <= JOBS_MAX:
         raise ConfigError(f"jobs: {jobs} is not within 1 to {JOBS_MAX}")
     started = time.monotonic()
+    progress, plan = None, None
     try:
         _check_place(path, allow_network_fs)
         with locked_store(path) as made:
@@ -176,7 +164,9 @@ def build_store(
             if image is None or not image.ready:
                 mark_ready(path)
     except OSError as error:
-        raise _named(error, path) from error
+        needed_bytes = plan.store_bytes - progress.bytes_done if progress and plan else None
+        note = "run the same command then: finished shards are kept"
+        raise named(error, path, error.filename, writing=True, needed_bytes=needed_bytes, note=note) from error
     kept = plan.num_shards - built
     return BuildReport(plan.store_bytes - bytes_done, time.monotonic() - started, built, kept)
 
@@ -215,10 +205,10 @@ def _check_place(path: Path, allow_network_fs: bool) -> None:
         raise ConfigError(f"{existing} is a file; a store is a folder: give another path")
     if existing == path:
         _check_foreign(path)
-    kind = file_system_of(existing)
-    if kind in NETWORK_FILE_SYSTEMS and not allow_network_fs:
+    reason = "" if allow_network_fs else why_not_local(file_system_of(existing))
+    if reason:
         raise ConfigError(
-            f"{path} is on a network file system ({kind}): LMDB's locks and memory maps do not hold there; "
+            f"{path} is on {reason}: LMDB's locks and memory maps do not hold over a network; "
             f"build on a local disk, or pass --allow-network-fs if only one host ever uses it"
         )
 
@@ -260,16 +250,6 @@ def locked_store(path: Path) -> Iterator[list[Path]]:
         raise
     finally:
         os.close(fd)
-
-
-def file_system_of(path: Path) -> str:
-    """Returns the type of the file system that holds `path` ("ext4", "nfs4", ...), "unknown" where nothing says."""
-    resolved = path.resolve()
-    best = ("", "unknown")
-    for partition in psutil.disk_partitions(all=True):
-        if resolved.is_relative_to(partition.mountpoint) and len(partition.mountpoint) >= len(best[0]):
-            best = (partition.mountpoint, partition.fstype)
-    return best[1]
 
 
 def _resumable(
@@ -434,15 +414,3 @@ def _write_all(fd: int, pages: np.ndarray) -> None:
     view = pages.reshape(-1).data
     while view:
         view = view[os.write(fd, view) :]
-
-
-def _named(error: OSError, path: Path) -> TierStoreError:
-    """Turns what the operating system refused into an error that says what to do."""
-    where = error.filename or path
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return BudgetError(
-            f"{where}: {error.strerror}; free some disk and run the same command: finished shards are kept"
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ConfigError(f"{where}: {error.strerror}; make the path readable and writable, or give another")
-    return ConfigError(f"{where}: {error.strerror}; mend the disk and run the same command: finished shards are kept")

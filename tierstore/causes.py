@@ -32,6 +32,7 @@ OPEN_FILES_RAISED_TO = 1 << 16  # programs that walk all possible descriptors ar
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+_LESS = "ask for less (--dram), or raise the limit of the machine or the cgroup"
 _OWN_ERRNO = {code: os.strerror(code) for code in errno.errorcode}
 
 
@@ -57,7 +58,11 @@ class _Place:
     path: Path | None
     writing: bool
     needed_bytes: int | None
-    fault: Fault
+    fault: Fault | None
+
+    def at_fault(self, otherwise: str) -> tuple[str, type[TierStoreError]]:
+        """Returns what helps if the file itself is at fault, and the class."""
+        return (self.fault.remedy, self.fault.kind) if self.fault else (otherwise, ConfigError)
 
 
 def named(
@@ -105,10 +110,18 @@ def cause_of(
 ) -> Cause:
     """Returns the cause of an `OSError`. Arguments as of `named`."""
     found = Path(os.fsdecode(path)) if path is not None else _named_path(error)
-    place = _Place(found, writing, needed_bytes, fault or Fault(ConfigError, "check the path, then run it again"))
+    place = _Place(found, writing, needed_bytes, fault)
     words = error.strerror or str(error)
     facts, remedy, kind = _CAUSES.get(error.errno or 0, _unknown)(place)
     return Cause(f"{words}: {facts}" if facts else words, remedy, kind)
+
+
+def named_memory(error: OSError, what: str, needed_bytes: int) -> TierStoreError:
+    """Returns what `named` does for shared memory, a file without a disk: if that is full, memory is."""
+    is_limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+    if error.errno in FULL or (error.errno == errno.EFBIG and not is_limited):
+        error = OSError(errno.ENOMEM, error.strerror)
+    return named(error, what, needed_bytes=needed_bytes, fault=Fault(BudgetError, _LESS), kind=BudgetError)
 
 
 @contextlib.contextmanager
@@ -206,11 +219,16 @@ def _shown(path: Path | None) -> str:
 
 
 def _existing(path: Path | None) -> Path:
-    """Returns the nearest folder or file above `path` that is there."""
+    """Returns `path`, or the nearest folder or file above it that is there. Raises nothing."""
     found = Path() if path is None else path.absolute()
     while not os.path.lexists(found) and found != found.parent:
         found = found.parent
     return found
+
+
+def _folder(path: Path | None) -> Path:
+    found = _existing(path)
+    return found if os.path.isdir(found) else found.parent
 
 
 def _limit(value: int, as_text: Callable[[int], str] = str) -> str:
@@ -235,14 +253,14 @@ def _open_files(_: _Place) -> _Answer:
 
 def _open_files_of_machine(_: _Place) -> _Answer:
     with contextlib.suppress(OSError, ValueError):
-        num_open, _, most = map(int, Path("/proc/sys/fs/file-nr").read_text().split())
+        num_open, _unused, most = map(int, Path("/proc/sys/fs/file-nr").read_text().split())
         facts = f"the whole machine has {num_open} open, its limit is {most}"
         return facts, f"end programs that hold many, or as root: sysctl fs.file-max={2 * most}", ConfigError
     return "of the whole machine", "end programs that hold many, or raise fs.file-max as root", ConfigError
 
 
 def _full(place: _Place) -> _Answer:
-    folder = _existing(place.path)
+    folder = _folder(place.path)
     facts = [] if place.needed_bytes is None else [f"{_bytes(place.needed_bytes)} are needed"]
     with contextlib.suppress(OSError):
         facts.append(f"{_bytes(shutil.disk_usage(folder).free)} are free on the disk of {folder}")
@@ -267,21 +285,21 @@ def _file_too_large(place: _Place) -> _Answer:
 
 
 def _read_only(place: _Place) -> _Answer:
-    folder = _existing(place.path)
-    while not folder.is_mount():
+    folder = _folder(place.path)
+    while not os.path.ismount(folder):
         folder = folder.parent
     return f"{folder} is mounted so", f"mount {folder} for writing, or give a path elsewhere", ConfigError
 
 
 def _denied(place: _Place) -> _Answer:
     act = "readable and writable" if place.writing else "readable"
-    for folder in reversed(place.path.absolute().parents) if place.path else ():
-        if folder.exists() and not os.access(folder, os.X_OK):
-            return _owned(folder, "enter"), f"let this user enter {folder}, or give another path", ConfigError
     if place.path is None:
-        return "", "make it readable for this user, or give another path", ConfigError
+        return "", *place.at_fault(f"make it {act} for this user, or give another path")
+    for folder in reversed(place.path.absolute().parents):
+        if os.path.exists(folder) and not os.access(folder, os.X_OK):
+            return _owned(folder, "enter"), f"let this user enter {folder}, or give another path", ConfigError
     found = _existing(place.path)
-    if found != place.path.absolute() or found.is_dir():
+    if found != place.path.absolute() or os.path.isdir(found):
         if place.writing and not os.access(found, os.W_OK):
             return _owned(found, "write in"), f"make {found} writable for this user, or give another path", ConfigError
     elif not os.access(found, os.R_OK | (os.W_OK if place.writing else 0)):
@@ -301,11 +319,11 @@ def _owned(path: Path, act: str) -> str:
 def _missing(place: _Place) -> _Answer:
     if place.path is not None:
         folder = place.path.absolute().parent
-        if not folder.exists():
+        if not os.path.exists(folder):
             return f"there is no folder {folder}", f"make it (mkdir -p {folder}), or give another path", ConfigError
         if place.writing:
             return "", f"something removed it from {folder} meanwhile; run it again", ConfigError
-    return "", place.fault.remedy, place.fault.kind
+    return "", *place.at_fault("check the path")
 
 
 def _not_a_folder(place: _Place) -> _Answer:
@@ -315,8 +333,9 @@ def _not_a_folder(place: _Place) -> _Answer:
 
 def _disk_failed(place: _Place) -> _Answer:
     act = "written" if place.writing else "read"
-    facts = f"the disk of {_existing(place.path)} cannot be {act} there"
-    return facts, f"see the kernel's log (dmesg) and mend the disk; then {place.fault.remedy}", place.fault.kind
+    remedy, kind = place.at_fault("run it again")
+    facts = "" if place.path is None else f"the disk of {_folder(place.path)} cannot be {act}"
+    return facts, f"see the kernel's log (dmesg) and mend the disk; then {remedy}", kind
 
 
 def _no_memory(place: _Place) -> _Answer:
@@ -325,11 +344,11 @@ def _no_memory(place: _Place) -> _Answer:
     if limit != resource.RLIM_INFINITY:
         facts = ", ".join([*needed, f"this process may have {_bytes(limit)} of addresses in all"])
         return facts, "raise the process's limit (ulimit -v unlimited), or ask for less", BudgetError
-    return ", ".join(needed), "ask for less, or raise the limit of the machine or the cgroup", BudgetError
+    return ", ".join(needed), _LESS, BudgetError
 
 
 def _unknown(place: _Place) -> _Answer:
-    return "", place.fault.remedy, place.fault.kind
+    return "", *place.at_fault("check the path, then run it again")
 
 
 def _always(remedy: str, kind: type[TierStoreError] = ConfigError, facts: str = "") -> Callable[[_Place], _Answer]:
@@ -354,6 +373,6 @@ _CAUSES: dict[int, Callable[[_Place], _Answer]] = {
     errno.ELOOP: _always("links on the way lead in a circle: give another path"),
     errno.ENAMETOOLONG: _always("give a shorter path"),
     errno.ESTALE: _always("mount the network file system again, or copy the files to a local disk"),
-    errno.EADDRINUSE: _always("another program listens there (ss -ltnp shows which): stop it, or give another address"),
+    errno.EADDRINUSE: _always("another program listens there (ss -ltnp shows which): stop it, or give a free port"),
     errno.EADDRNOTAVAIL: _always("give an address of this host (ip addr shows them)"),
 }

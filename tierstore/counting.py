@@ -11,7 +11,6 @@ and writes.
 from __future__ import annotations
 
 import bisect
-import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +24,8 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from . import kernels
-from .errors import BudgetError, ConfigError, TierStoreError
+from .causes import named
+from .errors import BudgetError, TierStoreError
 from .formats.tensor_files import read_exactly
 
 ITEM_BYTES = 16
@@ -193,12 +193,8 @@ class ItemCounter:
             yield kernels.sum_items(items, sums)
 
     def _named(self, error: OSError) -> TierStoreError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return BudgetError(
-                f"{self._folder}: {error.strerror}, with {self._bytes_spilled} bytes of counts there; free some disk, "
-                f"name a folder on another, or count in more memory than {self._memory_bytes} bytes"
-            )
-        return ConfigError(f"{self._folder}: {error.strerror}; give a folder that can be written, and count again")
+        what = f"counts in {self._folder}, {self._bytes_spilled} bytes so far"
+        return named(error, what, self._folder, writing=True, note=f"{self._memory_bytes} bytes are counted in memory")
 
 
 @dataclass

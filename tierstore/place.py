@@ -11,7 +11,6 @@ one order, and two buckets.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ import numpy as np
 
 from . import kernels
 from .build import locked_store
+from .causes import named, naming
 from .errors import BudgetError, ConfigError
 from .formats.catalog import (
     CatalogImage,
@@ -105,7 +105,7 @@ def place_entries(
     path = Path(store_path)
     started = time.monotonic()
     read_catalog(path)  # before a lock is made where no store is
-    with locked_store(path):
+    with naming(path, writing=True), locked_store(path):
         image = read_catalog(path)
         _check_chosen(image, chosen)
         epoch = image.last_epoch + 1
@@ -138,12 +138,8 @@ def place_entries(
             remove_leftovers(folder, kept)
             if not isinstance(error, OSError):
                 raise
-            if error.errno == errno.ENOSPC:
-                raise BudgetError(
-                    f"{folder}: the disk is full: the placement needs {plan.bytes_needed} bytes, {plan.bytes_free} were free "
-                    f"when it began; the store keeps epoch {kept.epoch}: free some, then plan again"
-                ) from error
-            raise ConfigError(f"{folder}: {error}; the store keeps epoch {kept.epoch}") from error
+            note = f"then plan again; the store keeps epoch {kept.epoch}"
+            raise named(error, folder, writing=True, needed_bytes=plan.bytes_needed, note=note) from error
     return PlaceReport(placement, pages, time.monotonic() - started)
 
 
@@ -154,7 +150,7 @@ def prune_placements(store_path: str | os.PathLike[str], keep: int) -> list[Plac
     """
     path = Path(store_path)
     read_catalog(path)
-    with locked_store(path):
+    with naming(path, writing=True), locked_store(path):
         image = read_catalog(path)
         others = sorted(epoch for epoch in image.placements if epoch != image.epoch)
         removed = [image.placements[epoch] for epoch in others[: max(0, len(others) - keep)]]

@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import kernels
-from .errors import ConfigError, FormatError
+from .causes import Fault, named
+from .errors import ConfigError, FormatError, TierStoreError
 from .formats.catalog import CatalogImage, TableLayout, read_catalog
 from .formats.checkpoint import PlaneReader, TableSource
 from .formats.page import page_faults
@@ -189,8 +190,8 @@ def verify_shard(
         if error.errno in DAMAGE_ERRNOS:
             found.add_damage(str(error.strerror))
         else:
-            remedy = "; make it readable" if isinstance(error, PermissionError) else ""
-            found.others.append(f"{what}: {error.strerror}{remedy}")
+            fault = Fault(FormatError, "restore it from a copy or rebuild")
+            found.others.append(str(named(error, what, image.path / shard.file, fault=fault)))
         return found.report()
     try:
         status = os.fstat(fd)
@@ -204,7 +205,7 @@ def verify_shard(
             found.add_damage(f"SHA-256 {sha256[:16]}..., the catalog says {shard.sha256[:16]}...")
     except _UnreadableShardError as error:
         found.add_damage(f"cannot be read: {error}")
-    except (OSError, FormatError) as error:
+    except (OSError, TierStoreError) as error:
         found.others.append(f"{what}: its rows cannot be compared: {error}")
     finally:
         os.close(fd)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tierstore import interrupts
+from tierstore.causes import named
 from tierstore.errors import TierStoreError
 from tierstore.interrupts import INTERRUPTED_STATUS
 from tierstore.units import format_bytes
@@ -182,6 +183,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (TierStoreError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            error = named(error)
         click.echo(f"error: {error}", err=True)
         return 1
     return status if isinstance(status, int) else 0

@@ -18,19 +18,21 @@ import resource
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import click
-import psutil
 
 from tierstore import kernels
-from tierstore.build import NETWORK_FILE_SYSTEMS, SPARE_DISK_BYTES, file_system_of
-from tierstore.errors import ConfigError
-from tierstore.tiers.memory import CgroupLimit, available_memory, cgroup_limits
+from tierstore.build import SPARE_DISK_BYTES
+from tierstore.causes import cause_of, named
+from tierstore.extras import EXTRAS, install_command
+from tierstore.file_systems import file_system_of, why_not_local
+from tierstore.tiers.memory import CgroupLimit, available_memory, cgroup_limits, total_memory
 from tierstore.units import format_bytes
 
 from .cli import console
+from .doctor_path import Finding, check_store, existing_folder
 
 DIRECT_READ_BYTES = 4096
 OPEN_FILES_MIN = 1024
@@ -38,16 +40,6 @@ MEMLOCK_WANTED = 1 << 30
 DISK_WANTED = 1 << 30
 MEMORY_MIN = 64 << 20
 _MARKS = {"ok": "green", "warn": "yellow", "fail": "red"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line: what was looked at, "ok", "warn" or "fail", what was found, and what to do about it."""
-
-    what: str
-    state: str
-    fact: str
-    remedy: str = ""
 
 
 def check_extension(native: bool = kernels.native) -> Finding:
@@ -101,8 +93,8 @@ def check_direct_io(path: Path, open_file: Callable[[str, int], int] = os.open) 
                 remedy = "put the store on ext4, xfs or another local file system; here reads fill the page cache"
                 return Finding("O_DIRECT", "warn", f"refused on {path}: {error.strerror}", remedy)
     except OSError as error:
-        remedy = "make the path writable to find out, and to build a store there"
-        return Finding("O_DIRECT", "warn", f"not known: {path} cannot be written: {error.strerror}", remedy)
+        cause = cause_of(error, path, writing=True)
+        return Finding("O_DIRECT", "warn", f"not known, {path} cannot be written: {cause.facts}", cause.remedy)
     return Finding("O_DIRECT", "ok", f"read {count} aligned bytes on {path}")
 
 
@@ -117,9 +109,9 @@ def _read_direct(open_file: Callable[[str, int], int], name: str, page: mmap.mma
 def check_file_system(path: Path, kind: str | None = None) -> Finding:
     """Is `path` on a local disk?"""
     kind = kind or file_system_of(path)
-    if kind in NETWORK_FILE_SYSTEMS:
+    if reason := why_not_local(kind):
         remedy = "build on a local disk: LMDB's locks and memory maps do not hold over a network"
-        return Finding("file system", "warn", f"{path} is on {kind}, a network file system", remedy)
+        return Finding("file system", "warn", f"{path} is on {reason}", remedy)
     return Finding("file system", "ok", f"{path} is on {kind}")
 
 
@@ -168,7 +160,7 @@ def check_memory(
     """How much DRAM could a budget take, and which cgroup bounds it?"""
     limits = cgroup_limits() if limits is None else limits
     available_bytes, limited_by = available or available_memory(limits)
-    total_bytes = total_bytes or psutil.virtual_memory().total
+    total_bytes = total_bytes or total_memory()
     fact = f"{format_bytes(available_bytes)} available of {format_bytes(total_bytes)}, limited by the {limited_by}"
     if limits:
         fact += f"; cgroup limit {format_bytes(limits[0].limit_bytes)} ({limits[0].file})"
@@ -182,8 +174,10 @@ def check_open_files(limits: tuple[int, int] | None = None) -> Finding:
     soft, hard = limits or resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= OPEN_FILES_MIN:
         return Finding("open files", "ok", f"{soft} allowed, {hard} at most")
-    remedy = f"ulimit -n {min(hard, 65536)}"
-    return Finding("open files", "warn", f"{soft} allowed; a large store opens one a shard, up to hundreds", remedy)
+    if hard >= OPEN_FILES_MIN:
+        return Finding("open files", "ok", f"{soft} allowed, {hard} at most: raised when a store of many shards opens")
+    remedy = "raise the hard limit: LimitNOFILE= of a service, --ulimit nofile= of a container, ulimit -Hn as root"
+    return Finding("open files", "warn", f"{hard} at most; a large store opens one a shard, up to hundreds", remedy)
 
 
 def check_processor(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str = platform.machine()) -> Finding:
@@ -192,8 +186,11 @@ def check_processor(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str = platfo
     feature = {"x86_64": "sse4_2", "aarch64": "crc32"}.get(machine)
     if feature is None:
         return Finding("processor", "warn", f"{fact}; CRC32C by table", "checks run slower here; nothing to mend")
-    if feature in re.findall(r"\w+", _text(cpuinfo)):
+    flags = _text(cpuinfo)
+    if feature in re.findall(r"\w+", flags):
         return Finding("processor", "ok", f"{fact}, with {feature}")
+    if not flags:  # no /proc/cpuinfo: the compiled part asked the processor itself
+        return Finding("processor", "ok", f"{fact}; CRC32C by {kernels.crc32c_backend()}")
     remedy = "checks run slower; let the virtual machine pass the host's processor through"
     return Finding("processor", "warn", f"{fact}, without {feature}", remedy)
 
@@ -203,14 +200,23 @@ def check_gpu(
     installed: Callable[[str], object] = importlib.util.find_spec,
 ) -> Finding:
     """Is there a GPU, and what would drive it? Packages are looked for, not loaded."""
-    missing = [name for name in ("torch", "triton") if not installed(name)]
+    missing = [name for name in EXTRAS["gpu"].modules if not installed(name)]
     packages = f"without {' and '.join(missing)}" if missing else "torch and triton are installed"
     found = next((device for device in devices if device.exists()), None)
     if found is None:
         return Finding("GPU", "ok", f"none, {packages}; the DRAM and NVMe tiers need neither")
     if missing:
-        return Finding("GPU", "warn", f"{found}, {packages}", "in the clone: pip install '.[gpu]'")
+        return Finding("GPU", "warn", f"{found}, {packages}", install_command("gpu"))
     return Finding("GPU", "ok", f"{found}, {packages}")
+
+
+def check_extra(name: str, installed: Callable[[str], object] = importlib.util.find_spec) -> Finding:
+    """Is an optional part installed? A store works without any, so that none is a fault."""
+    missing = [module for module in EXTRAS[name].modules if not installed(module)]
+    if not missing:
+        return Finding(f"extra {name}", "ok", f"{' and '.join(EXTRAS[name].modules)}: installed")
+    fact = f"without {' and '.join(missing)}, for {EXTRAS[name].purpose}"
+    return Finding(f"extra {name}", "ok", fact, f"if you need it: {install_command(name)}")
 
 
 def _text(file: Path) -> str:
@@ -223,27 +229,34 @@ def _text(file: Path) -> str:
 
 def examine(path: Path) -> list[Finding]:
     """Returns all findings for this process and a store at `path`, which need not exist yet."""
-    existing = path.absolute()
-    try:
-        while not existing.is_dir():
-            existing = existing.parent
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}; make it readable for this user, or give another"
-        ) from error
-    return [
-        check_extension(),
-        *([check_io_uring(), check_process_madvise()] if kernels.native else []),  # it is they who can tell
-        check_direct_io(existing),
-        check_file_system(existing),
-        check_disk(existing),
-        check_huge_pages(),
-        check_memlock(),
-        check_memory(),
-        check_open_files(),
-        check_processor(),
-        check_gpu(),
+    existing, in_the_way = existing_folder(path)
+    checks: list[tuple[str, Callable[[], list[Finding]]]] = [
+        ("path", lambda: [in_the_way] if in_the_way else []),
+        ("store", lambda: check_store(path)),
+        ("compiled kernels", lambda: [check_extension()]),
+        # It is the compiled part that can tell.
+        ("io_uring", lambda: [check_io_uring(), check_process_madvise()] if kernels.native else []),
+        ("O_DIRECT", lambda: [check_direct_io(existing)]),
+        ("file system", lambda: [check_file_system(existing)]),
+        ("free disk", lambda: [check_disk(existing)]),
+        ("huge pages", lambda: [check_huge_pages()]),
+        ("memlock", lambda: [check_memlock()]),
+        ("memory", lambda: [check_memory()]),
+        ("open files", lambda: [check_open_files()]),
+        ("processor", lambda: [check_processor()]),
+        ("GPU", lambda: [check_gpu()]),
+        ("extras", lambda: [check_extra(name) for name in EXTRAS]),
     ]
+    return [finding for what, check in checks for finding in _of_check(what, check)]
+
+
+def _of_check(what: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """Returns what a check finds; if its source is missing, that: all others are still told."""
+    try:
+        return check()
+    except OSError as error:
+        cause = cause_of(error)
+        return [Finding(what, "warn", f"not known: {named(error)}", cause.remedy)]
 
 
 @click.command("doctor")

@@ -7,7 +7,6 @@ compare; the same options, seed and tokenizer give the same bytes. Refuses folde
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -24,6 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from engram_adapter import HashSpec, build_token_map
+from tierstore.causes import named
 from tierstore.errors import BudgetError, ConfigError
 from tierstore.formats.tensor_files import DTYPE_BYTES
 from tierstore.spec import ROW_BYTES_MAX, codec_row_bytes
@@ -155,7 +155,7 @@ def write_checkpoint(
     try:
         _check_empty(folder)
     except OSError as error:
-        raise ConfigError(f"{folder}: {error.strerror}; give a path that can be read and written") from error
+        raise named(error, folder, writing=True) from error
     tokenizer = _tokenizer(tokenizer)
     plan = _PLANS[family](shape, tokenizer, full)
     _check_room(folder, plan.total_bytes)
@@ -163,10 +163,7 @@ def write_checkpoint(
     try:
         _write_files(folder, plan, files, tokenizer, seed, on_progress)
     except OSError as error:
-        kind = BudgetError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ConfigError
-        raise kind(
-            f"{error.filename or folder}: {error.strerror}; give a path that has room and can be written"
-        ) from error
+        raise named(error, error.filename or folder, folder, writing=True, needed_bytes=plan.total_bytes) from error
     return plan
 
 

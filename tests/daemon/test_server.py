@@ -542,7 +542,7 @@ def test_out_of_descriptors_connections_wait_and_nothing_spins(
                 taken.append(fcntl.fcntl(late.fileno(), fcntl.F_DUPFD_CLOEXEC, 0))
         except OSError:  # none is left
             late.connect(os.fspath(path))
-            assert "a connection cannot be accepted (Too many open files)" in warnings.get(timeout=WAIT_S)
+            assert "a connection cannot be accepted: Too many open files" in warnings.get(timeout=WAIT_S)
         finally:
             for fd in taken:
                 os.close(fd)

@@ -281,7 +281,7 @@ def test_a_store_that_may_not_be_read_is_named_with_its_remedy(
 
     monkeypatch.setattr(Path if refused == "is_file" else os, refused, refuse)
     with pytest.raises(
-        tierstore.ConfigError, match=r"cannot read .*catalog\.mdb: Permission denied; make the store readable"
+        tierstore.ConfigError, match=r"cannot read .*catalog\.mdb: Permission denied; make it readable for this user"
     ):
         tierstore.open(own_store)
 

@@ -154,7 +154,7 @@ def test_writing_into_a_folder_or_a_pipe_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(ConfigError, match="no regular file"):
             ColumnWriter(path, "trace", {})
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConfigError, match=f"there is no folder {tmp_path}/none; make it"):
         ColumnWriter(tmp_path / "none" / "c", "trace", {})
 
 
@@ -232,7 +232,7 @@ def test_a_file_of_another_kind_or_version_or_a_foreign_one_is_refused_by_name(t
     path.write_bytes(b"PK\3\4" * 100)
     with pytest.raises(FormatError, match="is no trace: it starts with"):
         ColumnReader.open(path, "trace")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConfigError, match="No such file or directory"):
         ColumnReader.open(tmp_path / "none", "trace")
 
 
@@ -380,9 +380,11 @@ def test_a_disk_that_fills_at_any_write_is_named_and_leaves_the_old_file(
             raise OSError(code, os.strerror(code))
         return calls[name](*arguments)
 
-    expected = (
-        (OSError, os.strerror(code)) if code == errno.EIO else (BudgetError, r"after \d+ bytes of it, \d+ are free")
-    )
+    expected = {
+        errno.ENOSPC: (BudgetError, r"No space left on device: .* \(\d+ bytes\) are free on the disk of .*; free some"),
+        errno.EDQUOT: (BudgetError, r"Disk quota exceeded: .* are free .*; remove files of user"),
+        errno.EIO: (ConfigError, rf"the disk of {tmp_path} cannot be written; .* mend the disk; then run it again"),
+    }[code]
     with monkeypatch.context() as patched:
         for name in calls:
             patched.setattr(os, name, functools.partial(failing, name))

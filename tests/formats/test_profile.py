@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tierstore.errors import FormatError
+from tierstore.errors import FormatError, TierStoreError
 from tierstore.formats import profile as profile_format
 from tierstore.formats.columns import ColumnReader, ColumnWriter
 from tierstore.formats.profile import HELD_OUT, ITEMS, KEYS, KIND, NGRAMS, Profile, ProfileHeader, ProfileWriter
@@ -175,7 +175,7 @@ def test_foreign_newer_and_other_files_of_columns_are_named(tmp_path: Path) -> N
     ):
         with pytest.raises(FormatError, match=message):
             Profile(tmp_path / name)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(TierStoreError, match="No such file or directory"):
         Profile(tmp_path / "gone")
 
 

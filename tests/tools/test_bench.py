@@ -17,8 +17,8 @@ from click.testing import CliRunner
 
 import tierstore
 from tierstore import kernels
-from tierstore.build import file_system_of
 from tierstore.errors import ConfigError
+from tierstore.file_systems import file_system_of
 from tierstore.formats.trace import TokenTraceWriter
 from tierstore.tools.bench import (
     BENCHMARKS,

@@ -237,18 +237,16 @@ def test_the_whole_job_works_in_folders_and_files_whose_names_are_no_utf_8(tmp_p
             first.rename(first.with_name(os.fsdecode(b"first-\xfd.safetensors")))
 
 
-@pytest.mark.parametrize("name", ["doctor", "synth"])
 def test_a_path_that_may_not_be_looked_at_is_named_with_its_remedy(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(self: Path, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "is_dir" if name == "doctor" else "exists", refuse)
-    options = ["--family", "engram", "--rows-per-head", "50"] if name == "synth" else []
-    assert run([name, str(tmp_path / "locked"), *options]) == 1
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert run(["synth", str(tmp_path / "locked"), "--family", "engram", "--rows-per-head", "50"]) == 1
     error = capsys.readouterr().err
-    assert re.search(r"error: .*locked: Permission denied; (make it readable|give a path)", error), error
+    assert re.search(r"error: .*locked: Permission denied; make it readable", error), error
 
 
 def test_family_and_tensor_together_are_refused(tmp_path: Path) -> None:
@@ -308,7 +306,11 @@ def test_wrong_usage_has_status_2(arguments: list[str], capsys: pytest.CaptureFi
         (KeyboardInterrupt(), 130, "interrupted"),
         (ConfigError("the option is wrong"), 1, "error: the option is wrong"),
         (ValueError("the argument is wrong"), 1, "error: the argument is wrong"),
-        (PermissionError(13, "Permission denied", "/x"), 1, "error: [Errno 13] Permission denied: '/x'"),
+        (
+            PermissionError(13, "Permission denied", "/x"),
+            1,
+            "error: /x: Permission denied; make it readable for this user, or give another path",
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -7,13 +7,17 @@ import os
 import re
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tierstore.extras import EXTRAS, install_command
+from tierstore.formats.catalog import read_catalog
 from tierstore.tiers.memory import CgroupLimit
 from tierstore.tools import doctor
-from tierstore.tools.doctor import Finding
+from tierstore.tools.doctor_path import Finding, existing_folder
 
 GIB = 1 << 30
 
@@ -29,6 +33,90 @@ def test_a_path_that_is_not_there_yet_is_judged_by_its_parent(tmp_path: Path) ->
     findings = {finding.what: finding for finding in doctor.examine(tmp_path / "not" / "yet")}
     assert f"{tmp_path} is on " in findings["file system"].fact
     assert not list(tmp_path.iterdir())
+
+
+def what_is_found(path: Path) -> dict[str, Finding]:
+    return {finding.what: finding for finding in doctor.examine(path)}
+
+
+def test_a_path_that_is_not_there_is_told_and_so_is_one_that_is_a_file(tmp_path: Path) -> None:
+    found = what_is_found(tmp_path / "not" / "yet")["path"]
+    assert (found.state, f"{tmp_path}/not/yet does not exist" in found.fact) == ("warn", True)
+    (tmp_path / "file").touch()
+    assert what_is_found(tmp_path / "file")["path"].fact == f"{tmp_path}/file is a file"
+    assert "path" not in what_is_found(tmp_path)
+
+
+def test_a_path_that_this_user_may_not_look_at_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    _, found = existing_folder(tmp_path / "locked" / "store")
+    assert found is not None
+    assert found.fact.startswith(f"{tmp_path}/locked/store: Permission denied")
+
+
+def test_a_store_is_looked_into(built: Path, own_store: Path) -> None:
+    found = what_is_found(built)
+    assert re.fullmatch(r"\d+ tables, [\d,]+ rows, .* [KM]iB, no placement", found["store"].fact)
+    assert found["store's files"].state == "ok"
+    (shard, *_) = sorted(own_store.rglob("*.shard"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    found = what_is_found(own_store)
+    assert found["store"].state == "ok"
+    assert found["store's files"].state == "fail"
+    assert str(shard) in found["store's files"].fact
+    assert "copy it again or rebuild" in found["store's files"].remedy
+    (own_store / "catalog.mdb").write_bytes(b"no catalog")
+    assert what_is_found(own_store)["store"].state == "fail"
+
+
+def test_a_build_that_has_not_finished_is_told(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = replace(read_catalog(own_store), ready=False)
+    monkeypatch.setattr("tierstore.tools.doctor_path.read_catalog", lambda *_, **__: image)
+    found = what_is_found(own_store)
+    assert (found["store"].state, found["store"].remedy) == ("fail", "run the same tierstore build again")
+    assert "store's files" not in found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "check_direct_io", "check_file_system", "check_disk", "check_huge_pages", "check_memlock", "check_memory",
+        "check_open_files", "check_processor", "check_gpu", "check_store",
+    ],
+)  # fmt: skip
+def test_one_missing_source_hides_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    def refuse(*_: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/proc/gone")
+
+    whole = what_is_found(tmp_path)
+    monkeypatch.setattr(doctor, source, refuse)
+    found = what_is_found(tmp_path)
+    assert whole.keys() <= found.keys()
+    unknown = [finding for finding in found.values() if finding.fact.startswith("not known: /proc/gone: No such file")]
+    assert len(unknown) == 1
+    assert unknown[0].remedy
+
+
+def test_without_meminfo_and_cpuinfo_all_else_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path / "none"))
+    assert what_is_found(tmp_path).keys() == {
+        "compiled kernels", "io_uring", "process_madvise", "O_DIRECT", "file system", "free disk", "huge pages", "memlock",
+        "memory", "open files", "processor", "GPU", *(f"extra {name}" for name in EXTRAS),
+    }  # fmt: skip
+    finding = doctor.check_processor(tmp_path / "none", "x86_64")
+    assert (finding.state, "CRC32C by" in finding.fact) == ("ok", True)
+
+
+def test_extras_are_listed_with_the_command_that_installs_each() -> None:
+    for name in EXTRAS:
+        finding = doctor.check_extra(name, lambda _: None)
+        assert finding.state == "ok", "a store works without"
+        assert finding.remedy == f"if you need it: {install_command(name)}"
+        assert EXTRAS[name].purpose in finding.fact
+        assert doctor.check_extra(name, lambda module: module).remedy == ""
 
 
 def test_a_missing_extension_is_told_with_how_to_build_it() -> None:
@@ -125,7 +213,8 @@ def test_huge_pages_are_told_as_the_kernel_marks_them(tmp_path: Path, enabled: s
         (doctor.check_memlock, (8 << 20, 8 << 20), "warn"),
         (doctor.check_memlock, (GIB, GIB), "ok"),
         (doctor.check_memlock, (resource.RLIM_INFINITY, resource.RLIM_INFINITY), "ok"),
-        (doctor.check_open_files, (1023, 4096), "warn"),
+        (doctor.check_open_files, (1023, 1023), "warn"),
+        (doctor.check_open_files, (64, 4096), "ok"),
         (doctor.check_open_files, (1024, 4096), "ok"),
     ],
 )

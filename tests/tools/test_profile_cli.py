@@ -176,7 +176,8 @@ def test_a_disk_that_fills_is_named_and_the_old_profile_stays(
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", full)
         error = error_of(capsys, "profile", text.store, text.trace, "-o", path)
-    assert f"{path}: No space left on device after " in error
+    assert f"{path}, after " in error
+    assert "bytes of it: No space left on device: " in error
     assert "free some disk" in error
     assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"the old one", [path])
 

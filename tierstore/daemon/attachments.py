@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from .. import kernels
-from ..errors import DaemonError
+from ..causes import named
+from ..errors import DaemonError, TierStoreError
 from ..tiers.shared import make_client_block
 from .events import event
 from .identity import own_proc, process_text
@@ -288,7 +289,6 @@ def _made(pid: int, *, on_gpu: bool, pidfd: int | None) -> Attachment:
         raise _no_room(pid, error) from error
 
 
-def _no_room(pid: int, error: OSError) -> DaemonError:
-    return DaemonError(
-        f"no block for {process_text(pid)} ({error.strerror}): raise the daemon's limits of open files and memory"
-    )
+def _no_room(pid: int, error: OSError) -> TierStoreError:
+    """Returns what a client is told if the system gives the daemon no memory or descriptor for its block."""
+    return named(error, f"the daemon has no block for {process_text(pid)}", kind=DaemonError)

@@ -17,6 +17,7 @@ from collections.abc import Collection
 from typing import Any, Literal, NoReturn
 
 from .. import errors
+from ..causes import named, naming
 from ..errors import DaemonError, TierStoreError
 from ..version import VERSION
 from .identity import known_ids, process_text, unknown_id, user_text
@@ -124,7 +125,8 @@ def _receive(channel: Channel, path: str, deadline: float, timeout_s: float) -> 
 
 
 def _connect(path: str, deadline: float, timeout_s: float, trusted_uids: Collection[int]) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    with naming(path, kind=DaemonError):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         outcome = sock.connect_ex(path)
         while outcome == errno.EAGAIN and time.monotonic() < deadline:
@@ -164,4 +166,6 @@ def _raise_unreachable(path: str, outcome: int, timeout_s: float) -> NoReturn:
         errno.EPROTOTYPE: "it is another program's socket; give the path that tierstore serve was given",
         errno.EAGAIN: f"the daemon takes no connection within {timeout_s} s; it may be stopped or stuck: see its log",
     }
-    raise DaemonError(f"{path}: {remedies.get(outcome, os.strerror(outcome))}")
+    if outcome in remedies:
+        raise DaemonError(f"{path}: {remedies[outcome]}")
+    raise named(OSError(outcome, os.strerror(outcome)), path, kind=DaemonError)

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..causes import named
 from ..errors import DaemonError, TierStoreError
 from .identity import process_text, user_text
 from .protocol import (
@@ -50,7 +51,7 @@ def _copies(fds: Sequence[int]) -> list[int]:
             copies.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0))
     except OSError as error:
         close_fds(copies)
-        raise DaemonError(f"descriptor {fd} cannot be sent: {error.strerror}; raise the limit of open files") from error
+        raise named(error, f"descriptor {fd} cannot be sent", kind=DaemonError) from error
     return copies
 
 

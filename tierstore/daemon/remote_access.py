@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from ..causes import named
 from ..errors import ConfigError
 
 TOKEN_CHARS_MIN = 16
@@ -155,9 +156,7 @@ def _read_file(path: str | os.PathLike[str], bytes_max: int, what: str, *, priva
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise ConfigError(
-            f"the {what} file {path} cannot be read: {error.strerror}; check its path and rights"
-        ) from error
+        raise named(error, f"the {what} file {path} cannot be read", path) from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

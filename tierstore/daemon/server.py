@@ -20,6 +20,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
+from ..causes import allow_open_files, named
 from ..errors import DaemonError, TierStoreError
 from ..version import VERSION
 from .asks import Asks
@@ -32,6 +33,7 @@ from .socket_file import SocketFile, check_socket_path
 logger = logging.getLogger("tierstore")
 
 CLIENTS_MAX = 64
+FILES_OF_CLIENT = 8  # its connection, its blocks, and those on their way to it
 ADMINS_MAX = 8
 GREETINGS_MAX = 32  # connections that have not said hello; of more, the oldest goes
 HANDSHAKE_S = 2.0  # from a connection to its hello
@@ -96,6 +98,7 @@ class SocketServer:
     def start(self) -> None:
         """Begins to serve, in a thread."""
         assert self._end_reason is None, "it is closed"
+        allow_open_files(FILES_OF_CLIENT * self._clients_max)
         self._selector = selectors.DefaultSelector()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread.start()
@@ -185,9 +188,7 @@ class SocketServer:
 
     def _pause(self, error: OSError) -> None:
         """The system has no descriptor or memory for a connection: asking at once again would only spin."""
-        self._log.warn(
-            f"{self.path}: a connection cannot be accepted ({error.strerror}); raise the limit of open files"
-        )
+        self._log.warn(str(named(error, f"{self.path}: a connection cannot be accepted")))
         self._selector.unregister(self._listener)
         self._accept_again_at = time.monotonic() + ACCEPT_PAUSE_S
 

@@ -14,6 +14,7 @@ import os
 import socket
 import stat
 
+from ..causes import named
 from ..errors import ConfigError, DaemonError
 
 PATH_BYTES_MAX = 107  # of a socket's address on Linux
@@ -49,7 +50,7 @@ class SocketFile:
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise ConfigError(f"{self.path}: no socket can be made there ({error}); give another path") from error
+                raise named(error, f"{self.path}: no socket can be made there", self.path, writing=True) from error
             raise
 
     def _listen(self, mode: int) -> socket.socket:
@@ -99,7 +100,7 @@ def _take_lock(lock_path: str, path: str) -> int:
             folder = os.path.dirname(path) or "."
             raise ConfigError(f"{path}: there is no folder {folder}; make it: mkdir -p -m 700 {folder}") from error
         except OSError as error:
-            raise ConfigError(f"{lock_path}: {error.strerror}; give a path in a folder that can be written") from error
+            raise named(error, f"{path}: no socket can be made there", lock_path, writing=True) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its last holder may have removed the file between our opening and locking it: then it locks nothing.
@@ -119,7 +120,7 @@ def _take_lock(lock_path: str, path: str) -> int:
         except BaseException as error:
             os.close(fd)
             if isinstance(error, OSError):
-                raise ConfigError(f"{lock_path}: {error}; give a path in another folder") from error
+                raise named(error, f"{path}: no socket can be made there", lock_path, writing=True) from error
             raise
 
 

@@ -18,6 +18,7 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import NamedTuple
 
+from ..causes import Fault, named
 from ..errors import ConfigError
 from .events import event
 
@@ -30,6 +31,7 @@ RECEIVE_S_MAX = 5.0  # to send a request in
 SEND_S_MAX = 5.0  # to take an answer in
 CLOSE_S_MAX = 10.0
 ACCEPT_AGAIN_S = 0.5  # after the system refused a connection: it is short of descriptors or memory
+_ADDRESS = Fault(ConfigError, "give an address of this host and a free port, or port 0")
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: drop what is unsent when the connection is closed
 
 
@@ -162,10 +164,10 @@ def _listen(address: str, what: str) -> socket.socket:
         except BaseException:
             listener.close()
             raise
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(
-            f"{what} {address}: it cannot be listened at ({error}); give an address of this host and a free port, or port 0"
-        ) from error
+    except OSError as error:
+        raise named(error, f"{what} {address}: it cannot be listened at", fault=_ADDRESS) from error
+    except UnicodeError as error:
+        raise ConfigError(f"{what} {address}: it cannot be listened at ({error}); {_ADDRESS.remedy}") from error
     return listener
 
 

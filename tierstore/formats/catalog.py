@@ -11,7 +11,6 @@ Every record ends in a CRC32C bound to its key.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from typing import Any
 import lmdb
 
 from .. import kernels
+from ..causes import named, system_error
 from ..errors import BudgetError, ConfigError, FormatError, StoreNotReadyError
 from ..lazy import lazy
 from ..spec import TableSpec
@@ -219,9 +219,7 @@ def read_catalog(path: str | os.PathLike[str], *, must_be_ready: bool = True) ->
             raise StoreNotReadyError(f"there is no store at {path}; build one: tierstore build CHECKPOINT {path}")
         records = _read(path)
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {error.filename or path}: {error.strerror}; make the store readable for this user, or mend its disk"
-        ) from error
+        raise named(error, f"cannot read {error.filename or path}", error.filename or path) from error
     head = _from_json(records, "format", path)
     version = head.get("format_version")
     if version != STORE_FORMAT_VERSION:
@@ -364,8 +362,8 @@ def _write(file: Path, records: dict[str, bytes], removed: Sequence[str] = ()) -
             f"process's limit (ulimit -v)"
         ) from error
     except lmdb.Error as error:
-        if "No space left" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
+        if refused := system_error(error, file):
+            raise refused from error
         raise ConfigError(f"cannot write the catalog {file}: {error}; is the path writable?") from error
 
 

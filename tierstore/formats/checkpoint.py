@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..causes import Fault, named
 from ..errors import ConfigError, FormatError
 from ..lazy import lazy
 from .checkpoint_files import (
@@ -38,6 +39,7 @@ from .tensor_files import read_tensor_file
 
 __all__ = ["Checkpoint", "Plane", "PlaneReader", "TableSource"]
 
+_COPY = Fault(ConfigError, "copy it again")
 _STALE = "the index is of another version of these files: download it again, or write it anew"
 
 
@@ -71,9 +73,7 @@ class Checkpoint:
         try:
             return cls._open(path)
         except OSError as error:
-            raise ConfigError(
-                f"cannot read {error.filename or path}: {error.strerror}; make it readable for this user, or mend its disk"
-            ) from error
+            raise named(error, f"cannot read {error.filename or path}", error.filename or path, fault=_COPY) from error
 
     @classmethod
     def _open(cls, path: Path) -> Checkpoint:

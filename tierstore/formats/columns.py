@@ -8,9 +8,7 @@ what `column_layout` refuses, and columns that are not what the directory says, 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ import numpy as np
 import zstandard
 
 from .. import kernels
-from ..errors import BudgetError, ConfigError, FormatError
+from ..causes import naming
+from ..errors import ConfigError, FormatError
 from .catalog import sync_folder
 from .column_layout import (
     BLOCK_BYTES_MAX,
@@ -45,14 +44,14 @@ SAMPLE_VALUES = 1 << 14  # of a column, on which filters are compared
 class ColumnWriter:
     """Writes one file of columns; use it with `with`. One thread at a time. Unfinished, it leaves nothing behind.
 
-    Whatever writes raises `BudgetError` where the disk is full.
+    Whatever writes raises `BudgetError` if the disk is full, `ConfigError` if the system refuses otherwise.
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str, header: Mapping[str, Any]) -> None:
         """Starts the file at `path`, under a temporary name beside it until `finish`.
 
         kind: 1 to 16 letters a-z; what the file is, for readers to insist on. header: what JSON can say. Raises `ConfigError`
-        where `path` is there and no regular file, `OSError` where the folder cannot be written.
+        if `path` is there and not a regular file, or if the folder cannot be written.
         """
         assert is_kind(kind), kind
         self.path = Path(path)
@@ -60,11 +59,12 @@ class ColumnWriter:
         if self.path.exists() and not self.path.is_file():
             raise ConfigError(f"{self.path} is there and no regular file; give the name of a file to write")
         self._new_path = self.path.with_name(self.path.name + NEW_SUFFIX)
-        self._new_path.unlink(missing_ok=True)  # what a killed writer left
-        self._fd = os.open(self._new_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._num_bytes = 0
+        with self._named():
+            self._new_path.unlink(missing_ok=True)  # what a killed writer left
+            self._fd = os.open(self._new_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_content_size=True)
         self._blocks: list[tuple[str, list[list[Any]]]] = []
-        self._num_bytes = 0
         try:
             self._write(pack_head(self._kind, self._header, file_bytes=0))
         except BaseException:
@@ -106,14 +106,15 @@ class ColumnWriter:
         Raises `ConfigError` where another process has begun to write the same file meanwhile.
         """
         self._write(pack_directory(self._blocks, footer))
-        with self._full_disk_named():
+        with self._named():
             os.pwrite(self._fd, pack_head(self._kind, self._header, self._num_bytes), 0)
             os.fsync(self._fd)
         if not self._is_ours():
             raise ConfigError(f"{self._new_path} was taken by another writer; give each its own file")
-        os.rename(self._new_path, self.path)
-        self._close()
-        sync_folder(self.path.parent)
+        with self._named():
+            os.rename(self._new_path, self.path)
+            self._close()
+            sync_folder(self.path.parent)
 
     def abandon(self) -> None:
         """Removes what was written, unless it is finished; harmless then."""
@@ -131,22 +132,14 @@ class ColumnWriter:
         # Not through a buffered file: a forked child would flush its copy of the buffer into this file.
         view = memoryview(data)
         while view:
-            with self._full_disk_named():
+            with self._named():
                 count = os.write(self._fd, view)
             self._num_bytes += count
             view = view[count:]
 
-    @contextlib.contextmanager
-    def _full_disk_named(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise BudgetError(
-                f"{self.path}: {error.strerror} after {self._num_bytes} bytes of it, "
-                f"{shutil.disk_usage(self.path.parent).free} are free; free some disk, or write it on another"
-            ) from error
+    def _named(self) -> contextlib.AbstractContextManager[None]:
+        so_far = f", after {self._num_bytes} bytes of it" if self._num_bytes else ""
+        return naming(f"{self.path}{so_far}", self.path, writing=True)
 
     def _close(self) -> None:
         os.close(self._fd)
@@ -173,10 +166,11 @@ class ColumnReader:
     def open(cls, path: str | os.PathLike[str], kind: str) -> ColumnReader:
         """Opens a file of the given kind; use it with `with`. Blocks on the disk.
 
-        Raises `FormatError` where it is no whole file of that kind and of a version we know, `OSError` where it cannot be
+        Raises `FormatError` where it is no whole file of that kind and of a version we know, `ConfigError` if it cannot be
         opened.
         """
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
+        with naming(os.fspath(path), path):
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
         try:
             return cls(Path(path), fd, kind)
         except BaseException:

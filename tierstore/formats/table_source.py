@@ -13,9 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..causes import Fault, allow_open_files, named, naming
 from ..errors import ConfigError, FormatError
 from ..spec import TableSpec
 from .stored_tensor import StoredTensor, check_identity, read_exactly, sampled
+
+_COPY = Fault(ConfigError, "copy it again")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class PlaneReader:
         self._source = source
         self._fds: dict[Path, int] = {}
         self._tensors: dict[Path, list[StoredTensor]] = {}
+        allow_open_files(len({tensor.path for tensor in source.tensors}))
         try:
             for tensor in source.tensors:
                 if tensor.path not in self._fds:
@@ -82,14 +86,12 @@ class PlaneReader:
             raise
         except OSError as error:
             self.close()
-            raise ConfigError(
-                f"cannot open checkpoint file {error.filename}: {error.strerror}; make it readable, or copy it again"
-            ) from error
+            raise named(error, f"cannot open checkpoint file {error.filename}", error.filename, fault=_COPY) from error
 
     def read(self, row_start: int, row_end: int) -> list[np.ndarray]:
         """Returns for each plane the rows [row_start, row_end) as uint8 [rows, width_bytes]. Blocks on the disk.
 
-        Raises `FormatError` where the file has become shorter than its header says, `OSError` where the disk fails.
+        Raises `FormatError` if the file has become shorter than its header says, `ConfigError` if the disk fails.
         """
         assert 0 <= row_start <= row_end <= self._source.spec.num_rows
         planes = []
@@ -102,7 +104,8 @@ class PlaneReader:
                 if start < end:
                     byte_start = tensor.byte_start + (start - tensor_row_start) * plane.width_bytes
                     what = f"rows {start} to {end} of tensor {tensor.name} in {tensor.path}"
-                    read_exactly(self._fds[tensor.path], out[start - row_start : end - row_start], byte_start, what)
+                    with naming(what, tensor.path):
+                        read_exactly(self._fds[tensor.path], out[start - row_start : end - row_start], byte_start, what)
                 tensor_row_start = tensor_row_end
             planes.append(out)
         return planes

@@ -1,14 +1,18 @@
 """Memory: how much this process may still take, and the flat block that the dram tier lives in.
 
-Flows out: bytes available and where the limit comes from (the machine's, or the cgroup's where that is less); blocks of
-memory on huge pages where the system allows them. No decision is made here.
+Output: bytes available, and which limit leaves the least: the machine's, a cgroup's (memory.max, memory.high, version 1),
+or the process's own; blocks of memory on huge pages if the system allows them. No decision is made here. Each limit has
+more than one source, because sandboxes hide some: without /proc/meminfo the machine's memory is what sysconf says.
 """
 
 from __future__ import annotations
 
 import logging
 import mmap
+import os
+import resource
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -41,15 +45,53 @@ def allocate(num_bytes: int, *, inherited: bool = True) -> np.ndarray:
 
 
 def available_memory(limits: list[CgroupLimit] | None = None) -> tuple[int, str]:
-    """Returns (bytes available, what limits them): "machine" or "cgroup". Page cache that can be dropped counts.
+    """Returns (bytes available, what limits them). Page cache that can be dropped counts as available.
 
-    limits: of the cgroups above this process; by default those there are.
+    What limits them: "machine", "cgroup", or the process's own limit of addresses.
+
+    Args:
+        limits: Of the cgroups above this process; by default those there are.
     """
-    machine = psutil.virtual_memory().available
-    left = [max(0, limit.limit_bytes - limit.used_bytes) for limit in (cgroup_limits() if limits is None else limits)]
-    if left and min(left) < machine:
-        return min(left), "cgroup"
-    return machine, "machine"
+    found = [(_machine_available(), "machine")]
+    for limit in cgroup_limits() if limits is None else limits:
+        found.append((max(0, limit.limit_bytes - limit.used_bytes), "cgroup"))
+    if (left := _addresses_left()) is not None:
+        found.append((left, "limit of addresses (ulimit -v)"))
+    return min(found, key=lambda pair: pair[0])
+
+
+def total_memory() -> int:
+    """Returns the bytes of memory that the machine has."""
+    try:
+        return int(psutil.virtual_memory().total)
+    except OSError:  # no /proc/meminfo
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _machine_available() -> int:
+    try:
+        return int(psutil.virtual_memory().available)
+    except OSError as error:  # /proc may show processes only (mount option subset=pid, sandboxes)
+        total_bytes = total_memory()
+        _say_once(
+            f"how much memory is free is not known ({error}): counted is all that the machine has, {total_bytes} bytes"
+        )
+        return total_bytes
+
+
+@lru_cache
+def _say_once(text: str) -> None:
+    logger.warning("%s", text)
+
+
+def _addresses_left(limit: int | None = None, statm: Path = Path("/proc/self/statm")) -> int | None:
+    """Returns how many bytes this process may still map; None if it has no limit, or nothing says how many it has."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0] if limit is None else limit
+    mapped_pages = _text(statm).partition(" ")[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    used_bytes = int(mapped_pages) * mmap.PAGESIZE if mapped_pages.isdigit() else 0
+    return max(0, limit - used_bytes)
 
 
 @dataclass(frozen=True)
@@ -61,31 +103,41 @@ class CgroupLimit:
     file: Path
 
 
+# Of cgroup version 2. Beyond memory.high the kernel kills nothing, it slows the process down to a crawl.
+_LIMITS_V2 = ["memory.max", "memory.high"]
+_LIMITS_V1 = ["memory.limit_in_bytes"]
+
+
 def cgroup_limits(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> list[CgroupLimit]:
     """Returns the memory limits of this process's cgroup and of those above it, the least first.
 
-    Version 2 lines are "0::/path" with memory.max, version 1 lines "4:memory:/path" with memory.limit_in_bytes. Inside a
-    container the path may be the host's; then the walk up ends at the root, which is the container's own cgroup.
+    Version 2 lines are "0::/path" with memory.max and memory.high, version 1 lines "4:memory:/path" with
+    memory.limit_in_bytes. A host with both mounts version 2 at `unified`. Inside a container the path may be the host's;
+    then the walk up ends at the root, which is the container's own cgroup.
     """
     found = []
-    for line in _text(membership).splitlines():
+    for line in _text(membership).splitlines() or ["0::/"]:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            base, limit_name, usage_name = root, "memory.max", "memory.current"
+            bases, names, usage_name = [root, root / "unified"], _LIMITS_V2, "memory.current"
         elif "memory" in controllers.split(","):
-            base, limit_name, usage_name = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            bases, names, usage_name = [root / "memory"], _LIMITS_V1, "memory.usage_in_bytes"
         else:
             continue
-        inner = Path(path.lstrip("/"))
-        for group in (inner, *inner.parents):
-            limit = _text(base / group / limit_name)
-            if limit.isdigit() and int(limit) < _UNLIMITED_BYTES:
-                usage = _text(base / group / usage_name)
-                used_bytes = max(0, int(usage) - _page_cache_bytes(base / group)) if usage.isdigit() else 0
-                found.append(CgroupLimit(int(limit), used_bytes, base / group / limit_name))
+        inner = Path(*(part for part in Path(path).parts if part not in ("/", "..")))
+        for group in (base / folder for base in bases for folder in (inner, *inner.parents)):
+            for name in names:
+                limit = _text(group / name)
+                if limit.isdigit() and int(limit) < _UNLIMITED_BYTES:
+                    found.append(CgroupLimit(int(limit), _used_bytes(group, usage_name), group / name))
     return sorted(found, key=lambda limit: limit.limit_bytes)
+
+
+def _used_bytes(group: Path, usage_name: str) -> int:
+    usage = _text(group / usage_name)
+    return max(0, int(usage) - _page_cache_bytes(group)) if usage.isdigit() else 0
 
 
 def _page_cache_bytes(group: Path) -> int:

@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import kernels
+from ..causes import Fault, allow_open_files, named
 from ..errors import CorruptPageError, FormatError
+from ..file_systems import warn_unless_local
 from ..formats.catalog import CatalogImage, TableLayout
 from ..formats.page import check_pages
 
@@ -63,6 +65,7 @@ def choose_io(io: str) -> IoChoice:
 def open_tables(image: CatalogImage, *, direct: bool) -> list[TableFiles]:
     """Opens the shards of every table, in the catalog's order; says so once where `direct` is wanted and not to be had."""
     opened: list[TableFiles] = []
+    warn_unless_local(image.path)
     try:
         for layout in image.tables.values():
             opened.append(TableFiles(image, layout, direct=direct))
@@ -86,6 +89,7 @@ class TableFiles:
         self.table = table
         self._fds: list[int] = []
         self._direct_fds: list[int] = []
+        allow_open_files(2 * table.num_shards if direct else table.num_shards)
         try:
             for index in range(table.num_shards):
                 file, fd = _open_shard(image, table, index)
@@ -125,7 +129,7 @@ def _open_shard(image: CatalogImage, table: TableLayout, index: int) -> tuple[Pa
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe in its place would block for ever
     except OSError as error:
-        raise FormatError(f"{what}: {error.strerror}; copy it again or rebuild") from error
+        raise named(error, what, file, fault=Fault(FormatError, "copy it again or rebuild")) from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise FormatError(f"{what}: it is no regular file; copy it again or rebuild")
@@ -142,10 +146,12 @@ def _open_shard(image: CatalogImage, table: TableLayout, index: int) -> tuple[Pa
 
 
 def open_direct(file: Path) -> int:
-    """Returns a descriptor that reads past the page cache, -1 where the file system has none."""
+    """Returns a descriptor that reads past the page cache, -1 if the file system has none."""
     try:
         return os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise named(error, file, fault=Fault(FormatError, "copy it again or rebuild")) from error
         return -1
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from .. import kernels
+from ..causes import Fault, named
 from ..decisions.budget import LINE_BYTES, TableShare
 from ..errors import CorruptPageError, FormatError
 from ..formats.catalog import CatalogImage, TableLayout
@@ -46,9 +47,8 @@ class PlacementFile:
         try:
             self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block for ever
         except OSError as error:
-            raise FormatError(
-                f"{self.path} (placement {epoch}): {error.strerror}; plan again, or open the store with placement='none'"
-            ) from error
+            fault = Fault(FormatError, "plan again, or open the store with placement='none'")
+            raise named(error, f"{self.path} (placement {epoch})", self.path, fault=fault) from error
         try:
             if not stat.S_ISREG(os.fstat(self.fd).st_mode):
                 raise FormatError(f"{self.path} (placement {epoch}): it is no regular file; plan again")

@@ -18,7 +18,8 @@ from collections.abc import Callable
 import numpy as np
 
 from .. import kernels
-from ..errors import BudgetError, DaemonError
+from ..causes import Fault, named, named_memory
+from ..errors import DaemonError
 from ..units import format_bytes
 
 logger = logging.getLogger("tierstore")
@@ -56,10 +57,8 @@ class SharedBlock:
             if lent:
                 self.lent_fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
         except OSError as error:
-            raise BudgetError(
-                f"{format_bytes(num_bytes)} ({num_bytes} bytes) of shared memory for {name}: {error.strerror or error}; "
-                f"ask for less with --dram, or raise the limit of the machine or the cgroup"
-            ) from error
+            what = f"{format_bytes(num_bytes)} ({num_bytes} bytes) of shared memory for {name}"
+            raise named_memory(error, what, num_bytes) from error
         finally:
             os.close(fd)
 
@@ -121,13 +120,8 @@ def map_block(fd: int, num_bytes: int, what: str, *, writable: bool = False) -> 
         if seals & _SHRINK and found_bytes >= num_bytes > 0 and num_bytes % BLOCK_UNIT_BYTES == 0:
             return kernels.map_shared(fd, num_bytes, writable=writable)
     except OSError as error:
-        if error.errno == errno.ENOMEM:
-            raise BudgetError(
-                f"{what}: {num_bytes} bytes cannot be mapped ({error.strerror}); raise the process's limit (ulimit -v)"
-            ) from error
-        raise DaemonError(
-            f"{what}: {error.strerror}; it is no block of a daemon's: start 'tierstore serve' again"
-        ) from error
+        fault = Fault(DaemonError, "it is not a daemon's block: start 'tierstore serve' again")
+        raise named(error, what, needed_bytes=num_bytes, fault=fault) from error
     raise DaemonError(
         f"{what}: {found_bytes} bytes with seals {seals:#x}, expected {num_bytes} with a sealed length; "
         f"it is no block of a daemon's: start 'tierstore serve' again"

@@ -1,0 +1,84 @@
+"""What `tierstore doctor` says of its PATH: whether it is there, and, if it is a store, whether this user can open it.
+
+Input: a path. Output: findings. Reads the catalog and opens every file of a store for reading; changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tierstore.causes import cause_of
+from tierstore.errors import TierStoreError
+from tierstore.formats.catalog import CATALOG_FILE, CatalogImage, read_catalog
+from tierstore.tiers.nvme import TableFiles
+from tierstore.tiers.placed import PlacementFile
+from tierstore.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, "ok", "warn" or "fail", what was found, and what to do about it."""
+
+    what: str
+    state: str
+    fact: str
+    remedy: str = ""
+
+
+def existing_folder(path: Path) -> tuple[Path, Finding | None]:
+    """Returns the nearest folder at or above `path` that is there, and a finding if that is not `path` itself."""
+    existing = path.absolute()
+    while not os.path.isdir(existing) and existing != existing.parent:
+        existing = existing.parent
+    if existing == path.absolute():
+        return existing, None
+    try:
+        path.stat()
+    except FileNotFoundError:
+        fact = f"{path} does not exist; what is said below of the disk is of {existing}"
+        return existing, Finding("path", "warn", fact, "check the name, unless a store will be built there")
+    except OSError as error:
+        cause = cause_of(error, path)
+        return existing, Finding("path", "warn", f"{path}: {cause.facts}", cause.remedy)
+    return existing, Finding("path", "warn", f"{path} is a file", "give the folder of a store, or where one will be")
+
+
+def check_store(path: Path) -> list[Finding]:
+    """If `path` is a store: what does it hold, can this user read all of it, and does it open?"""
+    try:
+        if not os.path.lexists(path / CATALOG_FILE):
+            return []
+        image = read_catalog(path, must_be_ready=False)
+    except TierStoreError as error:
+        fact, remedy = _fact_and_remedy(error)
+        return [Finding("store", "fail", fact, remedy)]
+    num_rows = sum(layout.spec.num_rows for layout in image.tables.values())
+    store_bytes = sum(layout.store_bytes for layout in image.tables.values())
+    placed = f"placement {image.epoch}" if image.epoch is not None else "no placement"
+    fact = f"{len(image.tables)} tables, {num_rows:,} rows, {format_bytes(store_bytes)}, {placed}"
+    if not image.ready:
+        return [Finding("store", "fail", f"{fact}; its build has not finished", "run the same tierstore build again")]
+    return [Finding("store", "ok", fact), _check_opens(image)]
+
+
+def _check_opens(image: CatalogImage) -> Finding:
+    """Opens every shard and the placement, as a store does, and closes them; pages are `tierstore verify`'s."""
+    num_shards = 0
+    try:
+        for layout in image.tables.values():
+            TableFiles(image, layout, direct=False).close()
+            num_shards += layout.num_shards
+        if image.epoch is not None:
+            PlacementFile(image, image.epoch, direct=False).close()
+    except TierStoreError as error:
+        fact, remedy = _fact_and_remedy(error)
+        return Finding("store's files", "fail", fact, remedy)
+    return Finding("store's files", "ok", f"{num_shards} shards open for user {os.geteuid()}, of the right length")
+
+
+def _fact_and_remedy(error: TierStoreError) -> tuple[str, str]:
+    """Returns what an error says, and what it says last: what to do."""
+    fact, _, remedy = str(error).rpartition("; ")
+    return (fact, remedy) if fact else (remedy, "run tierstore verify, which says more")
