@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tierstore.extras import missing
+
 from .checkpoints import open_checkpoint
 from .hash_spec import HashSpec
 from .token_map import build_token_map
@@ -39,4 +41,9 @@ _NEEDS_TORCH = {
 def __getattr__(name: str) -> Any:
     if name not in _NEEDS_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_NEEDS_TORCH[name]}", __name__), name)
+    try:
+        return getattr(importlib.import_module(f".{_NEEDS_TORCH[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name == __name__ or str(error.name).startswith(f"{__name__}."):
+            raise
+        raise ImportError(str(missing(f"engram_adapter.{name}", "torch", error))) from error

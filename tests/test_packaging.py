@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from daemon.stat_record import stat_record
 from repository import REPOSITORY
 
 from tierstore.daemon.metrics import families_of
+from tierstore.tools.cli import cli
 
 UNIT = REPOSITORY / "packaging" / "tierstore@.service"
 DASHBOARD = REPOSITORY / "packaging" / "grafana-dashboard.json"
@@ -148,3 +150,30 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
     copy.write_text(text)
     done = subprocess.run([analyze, "verify", "--man=no", copy], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_files_are_printed_by_a_command_as_they_are_in_the_repository() -> None:
+    assert invoke("packaging", "grafana") == DASHBOARD.read_text()
+    assert invoke("packaging", "proto") == (REPOSITORY / "tierstore" / "daemon" / "lookup.proto").read_text()
+    unit_text = invoke("packaging", "systemd")
+    (start,) = re.findall(r"^ExecStart=(\S+) serve", unit_text, re.MULTILINE)
+    assert unit_text.replace(start, "/usr/local/bin/tierstore") == UNIT.read_text()
+    assert Path(start).is_absolute()
+    assert Path(start).name == "tierstore"
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_installed_files_are_those_of_the_repository() -> None:
+    config = configparser.ConfigParser()
+    config.read(REPOSITORY / "setup.cfg")
+    installed = {
+        file
+        for pattern in config["options.package_data"]["tierstore"].split()
+        for file in (REPOSITORY / "tierstore").glob(pattern)
+    }
+    assert {file.name for file in installed} == {file.name for file in (REPOSITORY / "packaging").iterdir()}

@@ -16,6 +16,7 @@ SOURCES = (
     "engram_adapter",
     "kernels",
     "tools",
+    "packaging",
     "setup.py",
     "setup.cfg",
     "pyproject.toml",
@@ -78,4 +79,6 @@ def test_a_wheel_outside_the_clone_does_the_whole_job(site: Path, tmp_path: Path
     run(sys.executable, command, "build", "model", "store", cwd=tmp_path, site=site)
     said = run(sys.executable, command, "verify", "store", "--source", "model", cwd=tmp_path, site=site)
     assert "nothing is wrong" in said
+    for name, part in (("systemd", "[Service]"), ("grafana", '"schemaVersion"'), ("proto", "service ")):
+        assert part in run(sys.executable, command, "packaging", name, cwd=tmp_path, site=site)
     assert run(sys.executable, "-c", JOB, site, cwd=tmp_path, site=site) == "rows 20 24 264\n"

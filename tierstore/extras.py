@@ -37,12 +37,18 @@ EXTRAS = {
 
 def install_command(extra: str) -> str:
     """Returns the command that installs an extra into this Python, for this installation of tierstore."""
-    folder = _clone()
-    if folder is None:
+    source = _source()
+    if not source:
         needed = " ".join(shlex.quote(requirement) for requirement in _requirements(extra))
         return f"{_pip()} install {needed}"
-    editable = "-e " if _direct_url().get("dir_info", {}).get("editable") else ""
-    return f"{_pip()} install {editable}{shlex.quote(f'{folder}[{extra}]')}"
+    *options, folder = source
+    return f"{_pip()} install {' '.join([*options, shlex.quote(f'{folder}[{extra}]')])}"
+
+
+def reinstall_command() -> str:
+    """Returns the command that builds and installs tierstore anew: after a compiler was installed, for example."""
+    source = " ".join(map(shlex.quote, _source() or ["tierstore"]))
+    return f"{_pip()} install --force-reinstall --no-deps {source}"
 
 
 def missing(what: str, extra: str, error: ImportError) -> ConfigError:
@@ -57,7 +63,7 @@ def _pip() -> str:
     return "pip" if is_ours else f"{shlex.quote(sys.executable)} -m pip"
 
 
-def _direct_url() -> dict[str, dict[str, object]]:
+def _direct_url() -> dict[str, object]:
     """Returns what pip noted of where the installation came from (PEP 610); {} if nothing did."""
     try:
         text = importlib.metadata.distribution("tierstore").read_text("direct_url.json")
@@ -66,12 +72,18 @@ def _direct_url() -> dict[str, dict[str, object]]:
         return {}
 
 
-def _clone() -> Path | None:
-    """Returns the folder with the source of this installation; None if there is none any more."""
-    url = urlsplit(str(_direct_url().get("url", "")))
+def _source() -> list[str]:
+    """Returns pip's arguments for the clone of this installation; [] if there is none any more."""
     here = Path(__file__).resolve().parents[1]
-    folder = Path(unquote(url.path)) if url.scheme == "file" else here
-    return folder if (folder / "setup.cfg").is_file() and (folder / "tierstore").is_dir() else None
+    if _is_clone(here):  # it runs out of the clone itself
+        return ["-e", str(here)]
+    url = urlsplit(str(_direct_url().get("url", "")))
+    folder = Path(unquote(url.path))
+    return [str(folder)] if url.scheme == "file" and _is_clone(folder) else []
+
+
+def _is_clone(folder: Path) -> bool:
+    return (folder / "setup.cfg").is_file() and (folder / "tierstore").is_dir()
 
 
 def _requirements(extra: str) -> list[str]:

@@ -3,7 +3,7 @@
 Flows in: Python's own library as text, a tokenizer trained on it on the spot, a checkpoint of random values in
 DeepSeek-V4.1's layout. Flows out: what a tenth of the tables in DRAM was predicted to bring for text that nobody has seen,
 beside what it brought, and whether every row was the checkpoint's, bit for bit, in process and through a daemon. It works
-in the folder `.demo`, of which it leaves only the report.
+in a new folder inside `.demo`, of which it leaves only the report.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import random
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,16 @@ from typing import Any
 
 import click
 import numpy as np
-import torch
 from rich.table import Table
 
 import tierstore
+from tierstore.extras import missing
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError(str(missing("the demo", "torch", error))) from error
+
 from engram_adapter import EngramLayer, HashSpec, TieredEmbedding
 from engram_adapter.checkpoints import sources_of_store
 from engram_adapter.embedding import prefetch_layers
@@ -56,11 +63,12 @@ SERVED_TOKENS = 20_000  # for each of the processes
 SHOWN_TABLES = ("Recommended budgets", "Hit rate by order, mixed")
 REPORT = "tierstore-demo-report.html"
 MARKER = "made-by-tierstore-demo"
+WORK_PREFIX = "tierstore-demo-"
 WORK_FOLDERS = ("checkpoint", "store", "profile")
 
 
 def demo(folder: Path) -> bool:
-    """Does the whole job in `folder`; returns whether every row was right."""
+    """Does the whole job in `folder`, the report beside it; returns whether every row was right."""
     started = time.monotonic()
     say = console().print
     say("[bold]1. Text and tokenizer[/]: Python's own library, and a tokenizer trained on it")
@@ -161,9 +169,10 @@ def profile_text(image: CatalogImage, documents: list[np.ndarray], folder: Path)
         f"in {time.monotonic() - started:.1f} s"
     )
     with contextlib.suppress(ConfigError):  # no matplotlib: the tables above say the same
-        check_report(folder / REPORT)
-        write_report([group], folder / REPORT)
-        say(f"   all curves: {folder / REPORT}")
+        report = folder.parent / REPORT
+        check_report(report)
+        write_report([group], report)
+        say(f"   all curves: {report}")
     return work / "text.profile"
 
 
@@ -226,36 +235,45 @@ def run_layers(
 
 
 @contextlib.contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
-    """Empties `folder` of what an earlier demo left and this one makes; the report and whatever else is there stay.
+def own_folder(folder: Path) -> Iterator[Path]:
+    """Yields a new folder inside `folder` to work in, and removes what the demo made there; all else stays.
 
-    Raises `ConfigError` where it is a file, or holds something and not the mark that a demo works there.
+    Its name is drawn, so that nobody's own `store` can be in its place. What a killed demo left is removed first. Raises
+    `ConfigError` if `folder` is a file, or holds something that no demo made.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give a new or an empty folder")
-    held = [entry.name for entry in folder.iterdir() if entry.name != REPORT] if folder.exists() else []
-    if held and MARKER not in held:
+    held = [entry for entry in folder.iterdir() if entry.name != REPORT] if folder.exists() else []
+    left_over = [entry for entry in held if (entry / MARKER).is_file() and entry.name.startswith(WORK_PREFIX)]
+    if len(left_over) < len(held):
+        other = next(entry.name for entry in held if entry not in left_over)
         raise ConfigError(
-            f"{folder} holds {len(held)} files that no demo made ({held[0]}, ...); give a new or an empty folder"
+            f"{folder} holds {len(held) - len(left_over)} files that no demo made ({other}, ...); "
+            f"give a new or an empty folder"
         )
-    is_new = not folder.exists()
+    is_new = not folder.exists() or bool(left_over)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()  # first made and last removed, so that a killed demo's folder is known
+    for earlier in left_over:
+        _remove_work(earlier)
+    work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=folder))
     try:
-        _remove_work(folder)
-        yield
+        (work / MARKER).touch()
+        yield work
     finally:
-        _remove_work(folder)
-        (folder / MARKER).unlink()
-        if is_new or held:
-            with contextlib.suppress(OSError):  # somebody put a file there meanwhile: it stays
+        _remove_work(work)
+        if is_new:
+            with contextlib.suppress(OSError):  # the report, or what somebody put there meanwhile: it stays
                 folder.rmdir()
 
 
-def _remove_work(folder: Path) -> None:
+def _remove_work(work: Path) -> None:
+    """Removes the parts of a demo's folder by their names, and the folder if nothing else is in it."""
     for name in WORK_FOLDERS:
-        if (folder / name).exists():
-            shutil.rmtree(folder / name)
+        if (work / name).exists():
+            shutil.rmtree(work / name)
+    (work / MARKER).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's file is in it
+        work.rmdir()
 
 
 @click.command("demo")
@@ -269,8 +287,8 @@ def _remove_work(folder: Path) -> None:
 def command(folder: Path) -> None:
     """Build, profile, plan, look up and serve half a gigabyte of tables with real text; exit status 1 if any row is wrong."""
     try:
-        with own_folder(folder):
-            good = demo(folder)
+        with own_folder(folder) as work:
+            good = demo(work)
     except (tierstore.TierStoreError, OSError) as error:
         raise click.ClickException(str(error)) from error
     console().print("[green]all rows are the checkpoint's[/]" if good else "[red]ROWS DIFFER[/]")

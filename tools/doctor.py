@@ -26,7 +26,7 @@ import click
 from tierstore import kernels
 from tierstore.build import SPARE_DISK_BYTES
 from tierstore.causes import cause_of, named
-from tierstore.extras import EXTRAS, install_command
+from tierstore.extras import EXTRAS, install_command, reinstall_command
 from tierstore.file_systems import file_system_of, why_not_local
 from tierstore.tiers.memory import CgroupLimit, available_memory, cgroup_limits, total_memory
 from tierstore.units import format_bytes
@@ -46,7 +46,7 @@ def check_extension(native: bool = kernels.native) -> Finding:
     """Is the compiled part there?"""
     if native:
         return Finding("compiled kernels", "ok", f"built; CRC32C by {kernels.crc32c_backend()}")
-    remedy = "install gcc or clang, then in the clone: pip install --force-reinstall ."
+    remedy = f"install gcc or clang (and Python's headers), then: {reinstall_command()}"
     return Finding("compiled kernels", "warn", "not built: NumPy serves, ten times slower or more", remedy)
 
 

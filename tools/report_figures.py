@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tierstore.errors import ConfigError
+from tierstore.extras import missing
 
 from .report_tables import Record, cached_points, short_bytes, whole_bytes
 
@@ -97,9 +97,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib as mpl  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
-            f"a report needs matplotlib ({error}): pip install 'tierstore[report]', or ask for --json"
-        ) from error
+        raise missing("a report", "report", error) from error
 
 
 def svg_of(figure: Figure, record: Record) -> str:

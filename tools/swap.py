@@ -10,6 +10,7 @@ import click
 from tierstore.errors import ConfigError
 
 SWAP_S = 3600.0
+RECORD = ("version", "store", "warmed", "filled", "seconds")  # what --json prints of a daemon's answer
 
 
 @click.command("swap")
@@ -34,7 +35,7 @@ def command(socket: str, store: Path | None, rollback: bool, as_json: bool) -> N
     asked = {"do": "rollback"} if store is None else {"do": "swap", "store": str(store.absolute())}
     done = ask(socket, asked, timeout_s=SWAP_S)
     if as_json:
-        click.echo(json.dumps({key: value for key, value in done.items() if key != "ok"}, indent=2))
+        click.echo(json.dumps({name: done[name] for name in RECORD}, indent=2))
         return
     click.echo(
         f"version {done['version']} is {done['store']}: {done['warmed']:,} entries were warm when clients moved, "

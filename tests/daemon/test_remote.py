@@ -579,7 +579,7 @@ def test_where_grpc_is_not_installed_the_error_says_what_to_install() -> None:
         "import tierstore\n"
         "from tierstore.daemon.remote_client import connect_remote\n"
         "try: connect_remote('grpc://127.0.0.1:1')\n"
-        "except tierstore.ConfigError as error: assert 'pip install tierstore[remote]' in str(error)\n"
+        "except tierstore.ConfigError as error: assert tierstore.extras.install_command('remote') in str(error)\n"
         "else: raise AssertionError\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -75,22 +75,47 @@ def test_a_new_folder_is_removed_and_an_empty_one_stays_empty(tmp_path: Path, wo
     (tmp_path / "empty").mkdir()
     assert run_demo(tmp_path / "new" / "folder")[0] == 0
     assert run_demo(tmp_path / "empty")[0] == 0
-    assert worked == [tmp_path / "new" / "folder", tmp_path / "empty"]
+    assert [work.parent for work in worked] == [tmp_path / "new" / "folder", tmp_path / "empty"]
     assert not (tmp_path / "new" / "folder").exists()
     assert not list((tmp_path / "empty").iterdir())
 
 
-def test_what_a_killed_demo_left_is_cleared_and_what_others_put_there_stays(tmp_path: Path, worked: list[Path]) -> None:
-    with own_folder(tmp_path / "demo"):
-        (tmp_path / "demo" / "store").mkdir()
-        left = sorted(entry.name for entry in (tmp_path / "demo").iterdir())
-    (tmp_path / "demo").mkdir()
-    for name in left:
-        (tmp_path / "demo" / name).mkdir() if name == "store" else (tmp_path / "demo" / name).touch()
-    (tmp_path / "demo" / "notes").write_text("kept")
-    assert run_demo(tmp_path / "demo")[0] == 0
+def left_by_a_killed_demo(folder: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch, own_folder(folder) as work:
+        patch.setattr(demo, "_remove_work", lambda _: None)
+        (work / "store").mkdir()
+        return work
+
+
+def test_what_a_killed_demo_left_is_cleared(tmp_path: Path, worked: list[Path]) -> None:
+    folder = tmp_path / "demo"
+    left = left_by_a_killed_demo(folder)
+    left.mkdir(parents=True, exist_ok=True)
+    (left / demo.MARKER).touch()
+    (left / "store").mkdir(exist_ok=True)
+    assert run_demo(folder)[0] == 0
     assert len(worked) == 1
-    assert [entry.name for entry in (tmp_path / "demo").iterdir()] == ["notes"]
+    assert worked[0] != left
+    assert not folder.exists()
+
+
+def test_a_store_that_someone_built_beside_a_killed_demos_folder_stays(tmp_path: Path, worked: list[Path]) -> None:
+    (tmp_path / "tierstore-demo-abc").mkdir()
+    (tmp_path / "tierstore-demo-abc" / demo.MARKER).touch()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "catalog.mdb").write_text("years of work")
+    status, output = run_demo(tmp_path)
+    assert (status, "holds 1 files that no demo made (store, ...)" in output) == (1, True)
+    assert (tmp_path / "store" / "catalog.mdb").read_text() == "years of work"
+    assert not worked
+
+
+def test_what_others_put_into_a_demos_folder_meanwhile_stays(tmp_path: Path) -> None:
+    with own_folder(tmp_path / "demo") as work:
+        (work / "store").mkdir()
+        (work / "notes").write_text("kept")
+        (tmp_path / "demo" / "more").write_text("kept")
+    assert [file.name for file in sorted((tmp_path / "demo").rglob("*")) if file.is_file()] == ["more", "notes"]
 
 
 def test_a_demo_that_fails_leaves_its_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +168,7 @@ def test_text_is_profiled_planned_and_placed_for_the_store(text: TextStore, own:
     (tmp_path / "work").mkdir()
     path = demo.profile_text(image, text.documents, tmp_path / "work")
     has_report = importlib.util.find_spec("matplotlib") is not None
-    assert (tmp_path / "work" / demo.REPORT).exists() == has_report
+    assert (tmp_path / demo.REPORT).exists() == has_report
     planned = demo.plan_text(image, path, 16 << 20)
     assert list(planned["hit_rate"]) == ["2", "3", "4", "all"]
     with tierstore.open(own, dram=16 << 20) as store:

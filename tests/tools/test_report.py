@@ -23,6 +23,7 @@ from tierstore.decisions.curves import EntryCost, build_curves
 from tierstore.decisions.ranking import Ranking
 from tierstore.decisions.replay import Replay
 from tierstore.decisions.tally import Group
+from tierstore.extras import install_command
 from tierstore.tools.report import check_report, profile_tables, write_report
 
 XHTML, SVG = "{http://www.w3.org/1999/xhtml}", "{http://www.w3.org/2000/svg}"
@@ -191,7 +192,7 @@ def test_without_matplotlib_the_error_says_what_to_install(
     record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=r"pip install 'tierstore\[report\]'"):
+    with pytest.raises(ConfigError, match=re.escape(install_command("report"))):
         write_report([record], tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
 

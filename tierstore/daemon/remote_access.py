@@ -15,6 +15,7 @@ from typing import Any
 
 from ..causes import named
 from ..errors import ConfigError
+from ..extras import missing
 
 TOKEN_CHARS_MIN = 16
 TOKEN_BYTES_MAX = 4096
@@ -33,7 +34,7 @@ def load_grpc() -> Any:
     try:
         import grpc
     except ImportError as error:
-        raise ConfigError(f"lookups by gRPC need grpcio ({error}); pip install tierstore[remote]") from error
+        raise missing("a lookup by gRPC", "remote", error) from error
     return grpc
 
 

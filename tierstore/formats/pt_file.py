@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError, FormatError
+from ..errors import FormatError
+from ..extras import missing
 from .stored_tensor import FileIdentity, StoredTensor, TensorFile, read_exactly
 
 DEPTH_MAX = 8  # of dicts in dicts
@@ -119,9 +120,7 @@ def _loaded(path: Path, fd: int) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise ConfigError(
-            f"{path} is a PyTorch file, and torch is not installed; pip install torch, or save it as .safetensors"
-        ) from error
+        raise missing(f"{path} is a PyTorch file, which", "torch", error) from error
     utf8_name = f"/proc/self/fd/{fd}"  # torch maps by name, and takes no other
     try:
         return torch.load(utf8_name, map_location="cpu", weights_only=True, mmap=True)

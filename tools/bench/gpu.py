@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from tierstore.errors import ConfigError
+from tierstore.extras import missing
 from tierstore.tiers.hbm.device import open_device
 from tierstore.version import VERSION
 
@@ -82,7 +82,7 @@ def _device_name() -> str:
     try:
         torch = importlib.import_module("torch")
     except ImportError as error:
-        raise ConfigError(f"bench gpu: torch is missing ({error}); pip install 'tierstore[gpu]'") from None
+        raise missing("bench gpu", "gpu", error) from None
     return "cuda:0" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 
 

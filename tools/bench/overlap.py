@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tierstore.errors import ConfigError
+from tierstore.extras import missing
 from tierstore.units import format_bytes
 
 from . import real_text
@@ -34,7 +34,7 @@ def run(folder: Path, options: Options) -> Result:
     try:
         import torch
     except ImportError as error:
-        raise ConfigError(f"bench overlap runs a model: {error}; pip install torch") from error
+        raise missing("bench overlap", "torch", error) from error
     from .overlap_model import Model, Shape
     from .overlap_sides import SEQUENCES, Sides, hbm_for
     from .overlap_tables import make_tables, place, unplace

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tierstore.extras import install_command
 from tierstore.units import format_bytes
 
 from . import page_cache, stores
@@ -110,7 +111,7 @@ def _in_process(held: WorkingSet, data: PeerRows, threads: int, result: Result) 
     try:
         found["torch"] = _torch_fetches(data, threads)
     except ImportError:
-        result.skipped["torch"] = "not installed; pip install torch"
+        result.skipped["torch"] = f"not installed; {install_command('torch')}"
     return found | {"np.memmap": {"np.memmap, default": memmap(False), "np.memmap, MADV_RANDOM": memmap(True)}}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tierstore.errors import ConfigError
+from tierstore.extras import install_command
 from tierstore.units import format_bytes
 
 from . import page_cache, stores
@@ -85,7 +86,7 @@ def _batch(held: WorkingSet, loop: BareLoop, tokens: int, options: Options, resu
         try:
             sides[TORCH] = torch_side(resident, out, held, options.threads)
         except ImportError:
-            result.skipped[TORCH] = "torch is not installed; pip install torch"
+            result.skipped[TORCH] = f"torch is not installed; {install_command('torch')}"
         _check_sides(held, resident, tokens, out)
         seconds = interleave(sides, options.pairs)
     targets = {BARE: 0.85, TORCH: 2.0, NUMPY: 2.5}

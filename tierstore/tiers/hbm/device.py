@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import BudgetError, ConfigError
+from ...extras import missing
 from ...units import format_bytes
 from ..memory import allocate
 from .pairs import Pairs
@@ -206,6 +207,4 @@ def _load(package: str, device_name: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ConfigError(
-            f"device: {device_name!r}: the hbm tier needs {package} ({error}); pip install 'tierstore[gpu]', or leave hbm out"
-        ) from None
+        raise missing(f"device: {device_name!r}: the hbm tier", "gpu", error) from None
