@@ -18,6 +18,7 @@ FLOORS = {
     "tierstore.errors": 0,
     "tierstore.lazy": 0,
     "tierstore.interrupts": 0,
+    "tierstore.workers": 0,
     "tierstore.units": 0.5,  # of the same floor, but above errors
     "tierstore.extras": 0.5,
     "tierstore.causes": 0.7,  # names errors, with sizes in words

@@ -4,13 +4,14 @@ Flows in: items with weights, until a buffer is full. It is then sorted, equal i
 temporary file, while the next buffer fills. Flows out: all runs merged, block by block. What an item means (an n-gram, a
 table's key) is the caller's matter. The file has no name in the folder, so that nothing is left of it however the process ends.
 
-Refuses memory that holds no item; names a disk that is full. One thread adds and merges, another of this module's own sorts
-and writes.
+Refuses memory that holds no item; names a disk that is full. One thread adds and merges; another of this module's own sorts
+and writes. An interrupt of the first does not wait for the second, which ends by itself and closes the file.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from . import kernels
 from .causes import named
 from .errors import BudgetError, TierStoreError
 from .formats.tensor_files import read_exactly
+from .workers import aside
 
 ITEM_BYTES = 16
 SORT_BYTES = 48  # that `kernels.sort_items` takes an item, and 8 a weight
@@ -117,19 +119,29 @@ class ItemCounter:
         if self._buffers:
             self._wait()
             if self._runs:
-                self._spill(self._buffers[0])
+                self._sorting = last = self._sorter.submit(self._spill, self._buffers[0])
+                try:
+                    self._wait()
+                finally:
+                    if last.done():  # if it failed, the buffer is whole still, and the next call writes it again
+                        self._sorting = None
             else:
-                self._whole = self._buffers[0].counted()
+                self._whole = aside(self._buffers[0].counted)
             self._buffers = []
         if self._whole is not None:
             return iter([self._whole] if len(self._whole[0]) else [])
         return self._merge()
 
     def close(self) -> None:
-        """Ends the sorting thread, and gives memory and disk back; a second call does nothing."""
+        """Gives memory and disk back; if a run is being written still, as soon as that has ended, without waiting for it."""
         self._buffers = []
         self._whole = None
-        self._sorter.shutdown(wait=True, cancel_futures=True)
+        with contextlib.suppress(RuntimeError):  # closed before
+            self._sorter.submit(self._close_file)
+        self._sorter.shutdown(wait=self._sorting is None or self._sorting.done())
+
+    def _close_file(self) -> None:
+        """In the sorting thread, which may have been writing to the file until now."""
         if self._file is not None:
             self._file.close()
 
@@ -189,8 +201,7 @@ class ItemCounter:
             items = np.concatenate([items for items, _ in parts])
             sums = np.concatenate([sums for _, sums in parts])
             del parts
-            kernels.sort_items(items, sums)
-            yield kernels.sum_items(items, sums)
+            yield aside(_sorted_and_summed, items, sums)
 
     def _named(self, error: OSError) -> TierStoreError:
         what = f"counts in {self._folder}, {self._bytes_spilled} bytes so far"
@@ -226,9 +237,7 @@ class _Buffer:
         return end - start
 
     def counted(self) -> Counted:
-        items, weights = self.items[: self.num_items], self.weights[: self.num_items]
-        kernels.sort_items(items, weights)
-        return kernels.sum_items(items, weights)
+        return _sorted_and_summed(self.items[: self.num_items], self.weights[: self.num_items])
 
 
 @dataclass
@@ -275,6 +284,11 @@ class _Head:
         taken = self.items[:count], self.sums[:count]
         self.items, self.sums = self.items[count:], self.sums[count:]
         return taken
+
+
+def _sorted_and_summed(items: np.ndarray, weights: np.ndarray) -> Counted:
+    kernels.sort_items(items, weights)
+    return kernels.sum_items(items, weights)
 
 
 def _item(items: np.ndarray, place: int) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from tierstore.place import Chosen, PlacePlan, PlaceReport, place_entries
 from tierstore.profiling import READING, ItemRanking, groups_of
 from tierstore.tiers.memory import available_memory
 from tierstore.units import format_bytes, parse_bytes
+from tierstore.workers import Workers
 
 from .cli import console
 from .phases import Phases
@@ -84,7 +84,7 @@ def plan_profile(
             on_progress(TRYING, next(done), num_runs)
 
     tell()
-    with ThreadPoolExecutor(SIMULATIONS_AT_ONCE, thread_name_prefix="tierstore-simulate") as pool:
+    with Workers(SIMULATIONS_AT_ONCE, "tierstore-simulate") as pool:
         plans = [
             _plan(ranking, image, budgets, batch_tokens, fractions, pool, tell)
             if tested
@@ -106,7 +106,7 @@ def _plan(
     budgets: Budgets,
     batch_tokens: int,
     fractions: Sequence[float],
-    pool: ThreadPoolExecutor,
+    pool: Workers,
     tell: Callable[[], None],
 ) -> GroupPlan:
     """Tries the fractions on a share of the items, and the best one on all of them; `tell` hears of each, on any thread."""

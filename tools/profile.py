@@ -12,7 +12,6 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,7 @@ from tierstore.profiling import (
     stretch_tokens,
 )
 from tierstore.units import format_bytes
+from tierstore.workers import Workers
 
 from .cli import console
 from .phases import Phases
@@ -197,7 +197,7 @@ def analysis(
 
     Budgets are of all tables of the store together, divided as the store will divide them.
     """
-    with ThreadPoolExecutor(SIMULATIONS_AT_ONCE, thread_name_prefix="tierstore-simulate") as pool:
+    with Workers(SIMULATIONS_AT_ONCE, "tierstore-simulate") as pool:
         return {
             "groups": [
                 _group_record(image, group, counts, pool, on_progress) for group in groups if len(group.replay.items)
@@ -209,7 +209,7 @@ def _group_record(
     image: CatalogImage,
     group: Group,
     counts: dict[str, int],
-    pool: ThreadPoolExecutor,
+    pool: Workers,
     on_progress: OnPhase | None,
 ) -> dict[str, Any]:
     layout = image.tables[group.tables[0]]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import kernels
+from ..workers import aside, check_stopped
 
 ROOMY_ITEMS_PER_SET = 2  # a cache with sets for so few of its 8 entries each evicts nothing: a larger one hits no more
 
@@ -208,6 +209,7 @@ def simulate(replay: Replay, static: np.ndarray, recency_sets: int, batch_tokens
     static: bool [U]. recency_sets: of the real cache; a replay of a share of the items meets as small a share of them.
     batch_tokens: tokens that are looked up at once; an item that misses is read once a batch.
     """
+    check_stopped()
     num_sets = max(1, round(recency_sets * replay.sample_rate)) if recency_sets else 0
     num_sets = min(num_sets, 1 + len(replay.counts) // ROOMY_ITEMS_PER_SET)
     batches = replay.batched(batch_tokens)
@@ -215,7 +217,7 @@ def simulate(replay: Replay, static: np.ndarray, recency_sets: int, batch_tokens
     hits = in_static
     if num_sets and len(replay.items):
         keys = np.where(in_static, -1, replay.items).astype(np.int64, copy=False)
-        hits = in_static | kernels.simulate_cache(replay.order_index, keys, batches.ends, num_sets)
+        hits = in_static | aside(kernels.simulate_cache, replay.order_index, keys, batches.ends, num_sets)
     missed = np.flatnonzero(batches.distinct & ~hits)
     static_hits, all_hits = replay.per_order(in_static), replay.per_order(hits)
     num_batches = -(-replay.num_tokens // batch_tokens)
@@ -249,7 +251,7 @@ def lru_hits(replay: Replay, capacity_entries: np.ndarray) -> np.ndarray:
     accessed = np.flatnonzero(replay.previous < 0)
     dense = np.zeros(len(replay.counts), dtype=np.int64)  # the kernel takes ids below A, and U may be more
     dense[replay.items[accessed]] = np.arange(len(accessed))
-    distances = kernels.stack_distances(dense[replay.items])
+    distances = aside(kernels.stack_distances, dense[replay.items])
     hits = np.empty((len(capacity_entries), len(replay.orders) + 1), dtype=np.int64)
     for place, capacity in enumerate(capacity_entries):
         hits[place] = replay.per_order((distances >= 0) & (distances < capacity * replay.sample_rate))

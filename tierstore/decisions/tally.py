@@ -14,6 +14,7 @@ import numpy as np
 from .. import kernels
 from ..errors import FormatError
 from ..formats.profile import KEYS, ProfileHeader
+from ..workers import aside
 from .choose import ItemClasses, Part, item_hash
 from .replay import Replay
 
@@ -188,7 +189,7 @@ class Tally:
         orders = header.tables[table_index][2]
         ordered = held.copy()
         places = np.arange(len(held), dtype=np.int64)[:, None]
-        kernels.sort_items(ordered, places)
+        aside(kernels.sort_items, ordered, places)
         ids, counts, hashes, item_order = [], [], [], []
         num_items = 0
         for order_index, order in enumerate(orders):
@@ -197,7 +198,7 @@ class Tally:
             if header.kind == KEYS:
                 wanted = ordered[:, 0] == np.uint64(table_index << 32 | order_index)
                 mine, at = ordered[wanted], at[wanted]
-            unique, uses = kernels.sum_items(mine, None, shift)
+            unique, uses = aside(kernels.sum_items, mine, None, shift)
             kept_items, kept_sums = self._kept_of(table_index, order_index)
             if not np.array_equal(unique, kept_items) or not np.array_equal(uses[:, 0], kept_sums[:, 1]):
                 raise FormatError(

@@ -1,0 +1,79 @@
+"""Long computations in other threads, so that Ctrl-C or an alarm in the main thread takes effect at once.
+
+Input: functions that only compute: they write to nothing but arrays of their own. Output: what they return. Errors: theirs.
+
+A native kernel does not look at signals, and Python runs signal handlers in the main thread alone. So the main thread waits
+and the kernel runs elsewhere. If the wait is interrupted, nobody waits for the kernel: it ends by itself, and what it made is
+dropped. Functions that call many kernels ask `check_stopped` before each.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_of_thread = threading.local()  # stop: the event of the pool whose thread this is
+
+
+class Stopped(Exception):
+    """Whoever wanted the result was interrupted. Nobody sees this: the result is dropped."""
+
+
+def check_stopped() -> None:
+    """Raises `Stopped` in a thread of a pool that was told to stop; elsewhere it does nothing."""
+    stop = getattr(_of_thread, "stop", None)
+    if stop is not None and stop.is_set():
+        raise Stopped
+
+
+def aside(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Returns function(*arguments), computed in a thread of its own if this is the main thread. Costs about 0.1 ms.
+
+    What the function writes to must not be used any more if this raises: it may still be writing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return function(*arguments)
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="tierstore-aside").start()
+    return future.result()
+
+
+class Workers:
+    """A pool of threads for computations; use it with `with`. Left by an exception, it does not wait for what runs."""
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        self._stop = threading.Event()
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Yields function(item) of each item, in order, computed `num_threads` at once."""
+        return self._pool.map(functools.partial(self._call, function), items)
+
+    def _call(self, function: Callable[[Item], Result], item: Item) -> Result:
+        _of_thread.stop = self._stop
+        check_stopped()
+        return function(item)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._stop.set()
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
