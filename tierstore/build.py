@@ -228,15 +228,18 @@ def locked_store(path: Path) -> Iterator[list[Path]]:
     """
     lock = path / LOCK_FILE
     made = [folder for folder in (*reversed(path.parents), path) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    if not lock.exists():
-        made.append(lock)
-    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    held, is_ours = None, False
     try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not lock.exists():
+            made.append(lock)
+        # A file object: if an interrupt keeps it from being named, it is closed, and with it goes the lock.
+        held = lock.open("ab", buffering=0)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(fd), lock.stat()):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(held.fileno()), lock.stat()):
                 raise FileNotFoundError  # a build that refused has just removed the lock, and this is not the new one
+            is_ours = True
         except (BlockingIOError, FileNotFoundError):
             made.clear()  # it is the other build's
             raise ConfigError(
@@ -246,10 +249,14 @@ def locked_store(path: Path) -> Iterator[list[Path]]:
     except BaseException:
         for place in reversed(made):
             with contextlib.suppress(OSError):  # somebody uses the folder meanwhile
-                place.unlink() if place == lock else place.rmdir()
+                if place != lock:
+                    place.rmdir()
+                elif is_ours:
+                    place.unlink()
         raise
     finally:
-        os.close(fd)
+        if held is not None:
+            held.close()
 
 
 def _resumable(

@@ -197,13 +197,19 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
+    signal_number = None
     try:
         status = run()
         interrupts.end_work()
     except KeyboardInterrupt:  # the second one, or one that came in the last moment
         status = INTERRUPTED_STATUS
     except interrupts.Ended as ended:
-        interrupts.die_of(ended.number)
+        signal_number = ended.number
+    # Here the exception is gone, and with it all that its frames held.
+    if signal_number is not None:
+        interrupts.die_of(signal_number)
+    if status == INTERRUPTED_STATUS:
+        interrupts.leave(status)
     sys.exit(status)
 
 

@@ -164,11 +164,15 @@ def create_catalog(
     records["tables"] = _as_json(list(tables))
     records |= {f"table/{name}": _as_json(layout.as_record()) for name, layout in tables.items()}
     records |= {f"attachment/{name}": value for name, value in attachments.items()}
-    for leftover in (NEW_CATALOG_FILE, f"{NEW_CATALOG_FILE}-lock"):
-        (path / leftover).unlink(missing_ok=True)
-    _write(path / NEW_CATALOG_FILE, records)
-    (path / NEW_CATALOG_FILE).rename(path / CATALOG_FILE)
-    (path / f"{NEW_CATALOG_FILE}-lock").unlink(missing_ok=True)
+    new_files = [path / NEW_CATALOG_FILE, path / f"{NEW_CATALOG_FILE}-lock"]
+    try:
+        for leftover in new_files:
+            leftover.unlink(missing_ok=True)
+        _write(path / NEW_CATALOG_FILE, records)
+        (path / NEW_CATALOG_FILE).rename(path / CATALOG_FILE)
+    finally:
+        for new_file in new_files:
+            new_file.unlink(missing_ok=True)
     sync_folder(path)
 
 

@@ -18,7 +18,7 @@ import zstandard
 
 from .. import kernels
 from ..causes import naming
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, TierStoreError
 from .catalog import sync_folder
 from .column_layout import (
     BLOCK_BYTES_MAX,
@@ -59,15 +59,22 @@ class ColumnWriter:
         if self.path.exists() and not self.path.is_file():
             raise ConfigError(f"{self.path} is there and no regular file; give the name of a file to write")
         self._new_path = self.path.with_name(self.path.name + NEW_SUFFIX)
-        self._num_bytes = 0
-        with self._named():
-            self._new_path.unlink(missing_ok=True)  # what a killed writer left
-            self._fd = os.open(self._new_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_content_size=True)
         self._blocks: list[tuple[str, list[list[Any]]]] = []
+        self._num_bytes = 0
+        self._pid = os.getpid()
+        self._fd = -1
         try:
+            with self._named():
+                self._new_path.unlink(missing_ok=True)  # what a killed writer left
+                self._fd = os.open(self._new_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             self._write(pack_head(self._kind, self._header, file_bytes=0))
+        except (OSError, TierStoreError):
+            self.abandon()
+            raise
         except BaseException:
+            if self._fd < 0:  # an interrupt came when the file was there and its descriptor not noted yet
+                self._new_path.unlink(missing_ok=True)
             self.abandon()
             raise
 
@@ -117,9 +124,9 @@ class ColumnWriter:
             sync_folder(self.path.parent)
 
     def abandon(self) -> None:
-        """Removes what was written, unless it is finished; harmless then."""
+        """Removes what was written, unless it is finished; harmless then. In a forked child it leaves the parent's file."""
         if self._fd >= 0:
-            if self._is_ours():
+            if os.getpid() == self._pid and self._is_ours():
                 self._new_path.unlink()
             self._close()
 
@@ -150,6 +157,11 @@ class ColumnWriter:
 
     def __exit__(self, *_: object) -> None:
         self.abandon()
+
+    def __del__(self) -> None:
+        # An interrupt between the constructor and the `with` that should hold it must not leave the file.
+        if getattr(self, "_fd", -1) >= 0:
+            self.abandon()
 
 
 class ColumnReader:
