@@ -6,7 +6,7 @@ Flows in: config.json as a dict, and how many compressed ids the token map has. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ LAYERS_MAX = 256
 TABLE_HEADS_MAX = 16_384  # of all layers and orders together: finding their primes takes seconds, not hours
 LAYER_SEED_STEP = 10007
 VOCABULARY_MAX = 2**31 - 1
+PADDING_MAX = 4096  # rows that embeddings have beyond the tokenizer's tokens, for kernels and ranks; seen up to 1,069
+CONFIG_DEPTH_MAX = 4  # of parts in parts
 
 
 @dataclass(frozen=True)
@@ -102,19 +104,51 @@ class _Values:
 
 
 def text_values(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a config.json says of its text model: each value of text_config, or where it has none the top level's.
+    """Returns what a config.json says of its text model: the part that has a family's key, over the values around it.
 
-    Where a family's key is at the top level only, text_config is another part's and all values are the top level's. A
-    seed is never taken from beside a text_config: there it may be anything's.
+    The part is text_config if it has such a key, else the top level, else the one part within parts that has: models of
+    speech or vision keep a text_config inside another one. A seed is never taken from around the part: there it may be
+    anything's. Raises `ConfigError` if several parts have a family's key.
     """
     if not isinstance(config, dict):
         raise TypeError(f"config is a {type(config).__name__}, expected config.json as a dict")
-    text = config.get("text_config")
-    keys = [key for _, key in FAMILIES.values()]
-    if not isinstance(text, dict) or (any(map(config.get, keys)) and not any(map(text.get, keys))):
+    found = _marked(config.get("text_config")) or _marked(config)
+    if found is None:
+        paths = list(_marked_paths(config, ()))
+        if len(paths) > 1:
+            names = ", ".join(".".join(path) for path in paths)
+            raise ConfigError(f"config.json: {names} all have a family's keys, expected one; pass one part alone")
+        if paths:
+            return _laid_over(config, paths[0])
+    if found is config or not isinstance(config.get("text_config"), dict):
         return config
-    beside = {key: value for key, value in config.items() if key != "seed"}
-    return beside | {key: value for key, value in text.items() if value is not None}
+    return _laid_over(config, ("text_config",))
+
+
+def _marked(part: Any) -> dict[str, Any] | None:
+    """Returns a part of a config.json if it has a key that marks a family."""
+    if not isinstance(part, dict):
+        return None
+    return part if any(part.get(key) for _, key in FAMILIES.values()) else None
+
+
+def _marked_paths(part: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yields the keys that lead to each part that has a family's key, outermost first, CONFIG_DEPTH_MAX deep."""
+    for key, inner in part.items():
+        if _marked(inner) is not None:
+            yield (*path, key)
+        elif isinstance(inner, dict) and len(path) + 1 < CONFIG_DEPTH_MAX:
+            yield from _marked_paths(inner, (*path, key))
+
+
+def _laid_over(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the values of the part that `path` leads to, each outer part's below those of the next inner one."""
+    values: dict[str, Any] = {}
+    part = config
+    for key in path:
+        values |= {key: value for key, value in part.items() if key != "seed" and value is not None}
+        part = part[key]
+    return values | {key: value for key, value in part.items() if value is not None}
 
 
 def _deepseek_v41(values: _Values, token_map: np.ndarray | None) -> HashParts:
@@ -170,8 +204,12 @@ def _engram(
     vocab_size = values.integer(
         "vocab_size", 1, VOCABULARY_MAX, default=compressed if token_map is None else len(token_map)
     )
-    if token_map is not None and len(token_map) != vocab_size:
-        raise values.not_of_tokenizer("vocab_size", f"{vocab_size}", f"{len(token_map)} tokens")
+    if token_map is not None:
+        if not len(token_map) <= vocab_size <= len(token_map) + PADDING_MAX:
+            raise values.not_of_tokenizer("vocab_size", f"{vocab_size}", f"{len(token_map)} tokens")
+        vocab_size = len(
+            token_map
+        )  # an embedding may be padded; no token has the ids behind, and the hash none of them
     pad_token = values.integer(pad_keys[0], 0, vocab_size - 1, *pad_keys[1:])
     seed = values.integer(seed_key, 0, 2**63 - 1, default=0)  # a plain "seed" of a V4.1 config is not the hash's
     _check_heads(values, len(layers) * len(bases) * heads)

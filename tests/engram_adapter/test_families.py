@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -421,3 +422,66 @@ def test_what_is_no_2d_tensor_is_refused_with_those_there_are(tmp_path: Path) ->
             plain_source(checkpoint, name)
     with pytest.raises(ConfigError, match="'none' is empty, 0 x 3"):
         plain_source(checkpoint, "none")
+
+
+def renamed(pattern: str, replacement: str) -> Spoil:
+    """Gives every tensor the name that a conversion gives it."""
+
+    def spoil(draft: Draft) -> None:
+        draft.tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in draft.tensors.items()}
+
+    return spoil
+
+
+def scales_of_parts(*scales: float) -> Spoil:
+    """Gives each part of the first layer's table a scale of its own, in turn, and takes the table's away."""
+
+    def spoil(draft: Draft) -> None:
+        for name in [name for name in draft.tensors if name.endswith("ngram_embedding.weight_scale")]:
+            prefix = name.removesuffix("weight_scale")
+            parts = [part for part in draft.tensors if part.startswith(f"{prefix}shard_")]
+            for index, part in enumerate(sorted(parts)):
+                draft.tensors[part.replace(".weight", ".weight_scale")] = torch.tensor([scales[index % len(scales)]])
+            del draft.tensors[name]
+
+    return spoil
+
+
+SPELLINGS: list[tuple[str, Spoil]] = [
+    ("qwen-bf16", renamed(r"model\.language_model\.(.*)\.shard_(\d+)\.", r"language_model.model.\1.shards.\2.")),
+    ("qwen-fp8", renamed(r"\.shard_(\d+)\.", r".shards.\1.")),
+    ("qwen-fp8", renamed("weight_scale$", "weight_scale_inv")),
+    ("qwen-fp8-unsharded", renamed("weight_scale$", "weight_scale_inv")),
+    ("qwen-fp8-unsharded", replaced("weight_scale", lambda t: t.bfloat16().reshape(1))),
+    ("qwen-fp8", scales_of_parts(0.375)),
+    ("v41", renamed(r"embed\.scale$", "embed.weight_scale_inv")),
+    ("v41", renamed(r"embed\.scale$", "embed.weight_scale")),
+]
+
+
+@pytest.mark.parametrize(("layout", "spell"), SPELLINGS)
+def test_other_spellings_of_a_family_give_the_same_rows_and_codec(layout: str, spell: Spoil, tmp_path: Path) -> None:
+    draft = LAYOUTS[layout][1]()
+    spell(draft)
+    for source in read_model(draft.write(tmp_path)).sources:
+        assert source.spec.codec == draft.codec
+        np.testing.assert_array_equal(rows_of(source), draft.rows[source.spec.name].numpy())
+
+
+def test_parts_with_scales_that_differ_are_refused_with_both(tmp_path: Path) -> None:
+    draft = LAYOUTS["qwen-fp8"][1]()
+    scales_of_parts(0.375, 0.5)(draft)
+    with pytest.raises(
+        ConfigError, match=r"shard_\d+\.weight is stored as fp8_e4m3\*0x1\.0.*0x1\.8.*scales of their own"
+    ):
+        read_model(draft.write(tmp_path))
+
+
+def test_a_packed_table_is_refused_by_what_packed_it(tmp_path: Path) -> None:
+    draft = qwen_draft(parts=None)
+    for name in [name for name in draft.tensors if name.endswith("ngram_embedding.weight")]:
+        draft.tensors[name] = as_bytes(draft.tensors[name]).view(torch.uint32)
+        draft.tensors[name.replace(".weight", ".scales")] = torch.ones(len(draft.tensors[name]), 1)
+        draft.tensors[name.replace(".weight", ".biases")] = torch.ones(len(draft.tensors[name]), 1)
+    with pytest.raises(ConfigError, match=r"ngram_embedding\.weight is packed by MLX"):
+        read_model(draft.write(tmp_path))

@@ -380,8 +380,19 @@ def test_a_token_map_of_another_count_or_length_is_refused_with_both_numbers() -
         ConfigError, match=r"compressed_vocab_size is 99092, tokenizer.json gives 99091 distinct ids; .*download"
     ):
         HashSpec.from_config(V41, other_count)
-    with pytest.raises(ConfigError, match=r"vocab_size is 129280, tokenizer.json gives 129279 tokens; .*download"):
-        HashSpec.from_config(V41, FOLDED_MAP[:-1])
+    with pytest.raises(ConfigError, match=r"vocab_size is 129279, tokenizer.json gives 129280 tokens; .*download"):
+        HashSpec.from_config(V41 | {"vocab_size": 129_279}, FOLDED_MAP)
+    with pytest.raises(ConfigError, match=r"vocab_size is 133377, tokenizer.json gives 129280 tokens; .*download"):
+        HashSpec.from_config(V41 | {"vocab_size": 129_280 + 4097}, FOLDED_MAP)
+
+
+def test_a_padded_vocabulary_hashes_as_without_its_padding_and_has_no_keys_for_ids_that_no_token_has() -> None:
+    plain = HashSpec.from_config(V41, FOLDED_MAP)
+    padded = HashSpec.from_config(V41 | {"vocab_size": 129_280 + 512}, FOLDED_MAP)
+    assert padded.fingerprint(1) == plain.fingerprint(1)
+    assert padded.attachments() == plain.attachments()
+    with pytest.raises(ValueError, match="129280"):
+        padded.keys(np.array([[1, 129_280]]), 1)
 
 
 @pytest.mark.parametrize(
@@ -463,6 +474,21 @@ def test_a_wrong_config_value_is_named(config: dict[str, Any], family: str, key:
 def test_family_keys_are_found_at_the_top_level_beside_another_text_config() -> None:
     beside = HashSpec.from_config(V41 | {"text_config": {"hidden_size": 5120}}, FOLDED_MAP)
     assert beside.fingerprint(14) == HashSpec.from_config({"text_config": V41}, FOLDED_MAP).fingerprint(14)
+
+
+@pytest.mark.parametrize(
+    "path", [("thinker_config", "text_config"), ("llm_config",), ("text_config", "language_config")]
+)
+def test_a_text_model_s_values_are_found_a_level_deeper(path: tuple[str, ...]) -> None:
+    config: dict[str, Any] = dict(QWEN)
+    for key in reversed(path):
+        config = {"model_type": "speech", "seed": 99, "vision_config": {"hidden_size": 7}, key: config}
+    assert HashSpec.from_config(config).fingerprint(1) == HashSpec.from_config(QWEN).fingerprint(1)
+
+
+def test_two_parts_with_a_family_s_keys_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"talker, thinker all have a family's keys"):
+        HashSpec.from_config({"talker": QWEN, "thinker": QWEN})
 
 
 def test_a_value_that_text_config_lacks_is_the_top_levels_but_never_the_seed() -> None:
