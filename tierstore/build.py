@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -37,12 +38,15 @@ from .formats.catalog import (
     ShardRecord,
     TableLayout,
     create_catalog,
+    forget_shards,
     mark_ready,
     read_catalog,
+    record_origin,
     record_shard,
     sync_folder,
 )
 from .formats.checkpoint import PlaneReader, TableSource
+from .formats.origin import changed_files, same_checkpoint
 from .formats.page import PageShape, page_seed, repair_command, seal_pages
 from .units import format_bytes
 
@@ -50,6 +54,9 @@ CHUNK_BYTES = 4 << 20  # pages that a worker holds at once; with their rows, abo
 JOBS_MAX = 64
 SPARE_DISK_BYTES = 64 << 20  # left free beside the shards: the catalog and the file system's own records
 PROGRESS_SECONDS = 0.25
+FILES_NAMED_MAX = 4  # in a message
+
+_log = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None]
 
@@ -148,9 +155,17 @@ def build_store(
     progress, plan = None, None
     try:
         _check_place(path, allow_network_fs)
-        with locked_store(path) as made:
-            image = _resumable(path, tables, origin, attachments)
+        with locked_store(path) as made, contextlib.ExitStack() as stack:
+            image = _begun(path)
+            if image is not None and same_checkpoint(image.origin, origin, sources):
+                origin = origin | {"digest": image.origin["digest"]}  # pages are sealed with it
+                tables = lay_out_tables(sources, origin["digest"], shard_bytes)
+            _check_resumable(path, image, tables, origin, attachments)
+            readers = {source.spec.name: stack.enter_context(PlaneReader(source)) for source in sources}
             done = _finished_shards(path, image)
+            if image is not None and changed_files(image.origin, sources):
+                done = _still_right(path, image, sources, readers, done, jobs, on_progress)
+                record_origin(path, origin)
             bytes_done = sum(shard.num_bytes for shards in done.values() for shard in shards.values())
             plan = BuildPlan(tuple(tables.values()), bytes_done, shutil.disk_usage(path).free)
             if on_plan:
@@ -160,7 +175,7 @@ def build_store(
             if image is None:
                 create_catalog(path, tables, origin, attachments)
             progress = BuildProgress(bytes_done)
-            built = _build_shards(path, sources, tables, done, jobs, progress, plan, on_progress)
+            built = _build_shards(path, readers, tables, done, jobs, progress, plan, on_progress)
             if image is None or not image.ready:
                 mark_ready(path)
     except OSError as error:
@@ -259,14 +274,24 @@ def locked_store(path: Path) -> Iterator[list[Path]]:
             held.close()
 
 
-def _resumable(
-    path: Path, tables: dict[str, TableLayout], origin: dict[str, Any], attachments: dict[str, bytes]
-) -> CatalogImage | None:
-    """Returns the catalog of the same build begun earlier, None where nothing was begun; refuses anything else."""
+def _begun(path: Path) -> CatalogImage | None:
+    """Returns the catalog of a build begun earlier, None if nothing was begun."""
     if not (path / CATALOG_FILE).exists():
         _check_foreign(path)  # again, under the lock
         return None
-    image = read_catalog(path, must_be_ready=False)
+    return read_catalog(path, must_be_ready=False)
+
+
+def _check_resumable(
+    path: Path,
+    image: CatalogImage | None,
+    tables: dict[str, TableLayout],
+    origin: dict[str, Any],
+    attachments: dict[str, bytes],
+) -> None:
+    """Refuses to go on with a build of something else."""
+    if image is None:
+        return
     state = "a finished store" if image.ready else "an unfinished build"
     if image.origin.get("digest") != origin["digest"]:
         raise ConfigError(
@@ -278,7 +303,6 @@ def _resumable(
             f"{path} holds {state} of the same checkpoint with other tables, shard size or hash; "
             f"repeat its options, give another path, or remove it"
         )
-    return image
 
 
 def _finished_shards(path: Path, image: CatalogImage | None) -> dict[str, dict[int, ShardRecord]]:
@@ -308,9 +332,59 @@ def _check_room(path: Path, plan: BuildPlan) -> None:
         )
 
 
+def _still_right(
+    path: Path,
+    image: CatalogImage,
+    sources: Sequence[TableSource],
+    readers: dict[str, PlaneReader],
+    done: dict[str, dict[int, ShardRecord]],
+    jobs: int,
+    on_progress: OnProgress | None,
+) -> dict[str, dict[int, ShardRecord]]:
+    """Returns those finished shards that the checkpoint's files, which are other ones now, still give.
+
+    Each is made again without being written, and its SHA-256 compared. A finished store with others is refused.
+    """
+    names = ", ".join(changed_files(image.origin, sources)[:FILES_NAMED_MAX])
+    shards = [(name, index) for name, of_table in done.items() for index in of_table]
+    if shards:
+        _log.warning("%s: %s may have changed since: comparing %d finished shards with it", path, names, len(shards))
+    progress = BuildProgress(0)
+    total = sum(shard.num_bytes for of_table in done.values() for shard in of_table.values())
+    with ThreadPoolExecutor(jobs, thread_name_prefix="tierstore-compare") as pool:
+        tasks = [
+            pool.submit(_write_pages, None, readers[name], image.tables[name], index, progress)
+            for name, index in shards
+        ]
+        try:
+            _await(tasks, progress, total, on_progress)
+        finally:
+            progress.stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+    wrong = [
+        (name, index)
+        for (name, index), task in zip(shards, tasks, strict=True)
+        if task.result() != done[name][index].sha256
+    ]
+    if wrong and image.ready:
+        raise ConfigError(
+            f"{path} is a finished store, and {names} changed since it was built: {len(wrong)} of {len(shards)} shards hold "
+            f"other rows than the checkpoint now; remove {path} and build again, or give another path"
+        )
+    if wrong:
+        _log.warning(
+            "%s: %d of %d finished shards hold other rows; they are built again", path, len(wrong), len(shards)
+        )
+        forget_shards(path, wrong)
+    return {
+        name: {index: shard for index, shard in of_table.items() if (name, index) not in wrong}
+        for name, of_table in done.items()
+    }
+
+
 def _build_shards(
     path: Path,
-    sources: Sequence[TableSource],
+    readers: dict[str, PlaneReader],
     tables: dict[str, TableLayout],
     done: dict[str, dict[int, ShardRecord]],
     jobs: int,
@@ -318,29 +392,37 @@ def _build_shards(
     plan: BuildPlan,
     on_progress: OnProgress | None,
 ) -> int:
-    """Builds what is not done, `jobs` shards at once; returns how many. The first failure stops the others."""
-    with contextlib.ExitStack() as stack:
-        todo = []
-        for source in sources:
-            table = tables[source.spec.name]
-            (path / table.folder).mkdir(parents=True, exist_ok=True)
-            reader = stack.enter_context(PlaneReader(source))
-            missing = set(range(table.num_shards)) - done.get(source.spec.name, {}).keys()
-            todo += [(reader, table, index) for index in sorted(missing)]
-        sync_folder(path)
-        if todo:
-            sync_folder(path / "shards")
-        with ThreadPoolExecutor(jobs, thread_name_prefix="tierstore-build") as pool:
-            futures = [pool.submit(_build_shard, path, reader, table, index, progress) for reader, table, index in todo]
-            try:
-                _await(futures, progress, plan.store_bytes, on_progress)
-            finally:
-                progress.stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
+    """Builds what is not done, `jobs` shards at once; returns how many. The first failure stops the others.
+
+    If a file of the checkpoint changed meanwhile, no shard of this run counts.
+    """
+    todo = []
+    for name, reader in readers.items():
+        table = tables[name]
+        (path / table.folder).mkdir(parents=True, exist_ok=True)
+        missing = set(range(table.num_shards)) - done.get(name, {}).keys()
+        todo += [(reader, table, index) for index in sorted(missing)]
+    sync_folder(path)
+    if todo:
+        sync_folder(path / "shards")
+    with ThreadPoolExecutor(jobs, thread_name_prefix="tierstore-build") as pool:
+        futures = [pool.submit(_build_shard, path, reader, table, index, progress) for reader, table, index in todo]
+        try:
+            _await(futures, progress, plan.store_bytes, on_progress)
+        finally:
+            progress.stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+    if todo:
+        try:
+            for reader in readers.values():
+                reader.check_unchanged()
+        except FormatError:
+            forget_shards(path, [(table.spec.name, index) for _, table, index in todo])
+            raise
     return len(todo)
 
 
-def _await(futures: list[Future[None]], progress: BuildProgress, total: int, on_progress: OnProgress | None) -> None:
+def _await(futures: Sequence[Future[Any]], progress: BuildProgress, total: int, on_progress: OnProgress | None) -> None:
     pending = set(futures)
     while pending:
         finished, pending = wait(pending, timeout=PROGRESS_SECONDS, return_when=FIRST_EXCEPTION)
@@ -397,8 +479,13 @@ def write_shard(
     return sha256
 
 
-def _write_pages(fd: int, reader: PlaneReader, table: TableLayout, index: int, progress: BuildProgress) -> str | None:
-    """Streams a shard's rows into sealed pages; returns its SHA-256 (hex), None if another worker failed meanwhile."""
+def _write_pages(
+    fd: int | None, reader: PlaneReader, table: TableLayout, index: int, progress: BuildProgress
+) -> str | None:
+    """Streams a shard's rows into sealed pages; returns its SHA-256 (hex), None if another worker failed meanwhile.
+
+    Without `fd` the pages are only digested.
+    """
     sha256 = hashlib.sha256()
     pages_per_chunk = max(1, CHUNK_BYTES // table.page_bytes)
     buffer = np.empty((pages_per_chunk, table.page_bytes), dtype=np.uint8)
@@ -412,7 +499,8 @@ def _write_pages(fd: int, reader: PlaneReader, table: TableLayout, index: int, p
         pages = buffer[: page_end - page_start]
         seal_pages(reader.read(row_start, row_end), table.shape, page_start, table.seed, pages)
         sha256.update(pages.data)
-        _write_all(fd, pages)
+        if fd is not None:
+            _write_all(fd, pages)
         progress.add(pages.nbytes)
     return sha256.hexdigest()
 

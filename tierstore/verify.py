@@ -26,8 +26,10 @@ from .causes import Fault, named
 from .errors import ConfigError, FormatError, TierStoreError
 from .formats.catalog import CatalogImage, TableLayout, read_catalog
 from .formats.checkpoint import PlaneReader, TableSource
+from .formats.origin import same_checkpoint
 from .formats.page import page_faults
 from .formats.placement import PlacedTable
+from .formats.table_source import find_hole
 from .formats.tensor_files import read_exactly
 from .tiers.placed import PlacementFile
 
@@ -100,7 +102,7 @@ def verify_store(
     image = read_catalog(path)
     report = VerifyReport()
     of_all: list[str] = []  # faults of the store as a whole: they explain the others, so they come first
-    if origin is not None and origin["digest"] != image.origin.get("digest"):
+    if origin is not None and not same_checkpoint(image.origin, origin, sources or ()):
         of_all.append(
             f"the store was built from another checkpoint: digest {str(image.origin.get('digest'))[:12]}, "
             f"this one has {origin['digest'][:12]}"
@@ -122,6 +124,9 @@ def verify_store(
         parts += [partial(verify_placement, image, epoch) for epoch in sorted(image.placements)]
         for part in run_parts(parts, jobs, on_progress):
             report.add(part)
+    hole = find_hole(sources) if report.faults and sources is not None else None
+    if hole is not None:
+        of_all.append(f"the checkpoint has a hole: {hole}")
     report.sort_faults()
     report.faults[:0] = of_all
     return report

@@ -17,7 +17,9 @@ import click
 
 from engram_adapter.families import plain_source, read_model
 from tierstore.build import BuildPlan, BuildReport, build_store
+from tierstore.errors import ConfigError
 from tierstore.formats.checkpoint import Checkpoint, TableSource
+from tierstore.formats.table_source import find_hole
 from tierstore.units import format_bytes, parse_bytes
 
 from .cli import Progress, console
@@ -34,14 +36,15 @@ def build_checkpoint(
     jobs: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     allow_network_fs: bool = False,
+    allow_holes: bool = False,
     on_plan: Callable[[BuildPlan], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> BuildReport:
     """Builds the store of a checkpoint, or resumes it. Blocks until the store is ready.
 
     family: which layout to read, None to find it from config.json. tensor: the name of one 2-D tensor to take as a plain
-    table (row id = key) instead. The others as for `tierstore.build.build_store`, whose errors come through; `ValueError`
-    where both family and tensor are given.
+    table (row id = key) instead. allow_holes: take parts of the files that were never written for zeros. The others as for
+    `tierstore.build.build_store`, whose errors come through; `ValueError` if both family and tensor are given.
     """
     if family is not None and tensor is not None:
         raise ValueError(f"--family {family} and --tensor {tensor}: a plain tensor has no family; give one of them")
@@ -53,6 +56,12 @@ def build_checkpoint(
     else:
         model = read_model(checkpoint, family)
         sources, attachments = model.sources, model.hash_spec.attachments()
+    hole = None if allow_holes else find_hole(sources)
+    if hole is not None:
+        raise ConfigError(
+            f"{hole}; finish or repeat it, or, if these rows are zeros in truth (a sparse copy, a file system that leaves zeros "
+            f"out), pass --allow-holes"
+        )
     return build_store(
         store_path,
         sources,
@@ -77,6 +86,7 @@ def build_checkpoint(
 @click.option("--shard-bytes", default="1GiB", show_default=True, metavar="SIZE", help="Largest shard.")
 @click.option("--allow-network-fs", is_flag=True, help="Build on a network file system that only this host uses.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, when all is done; sizes are in bytes.")
+@click.option("--allow-holes", is_flag=True, help="Take parts of the checkpoint that were never written for zeros.")
 def command(
     checkpoint: Path,
     store: Path,
@@ -86,6 +96,7 @@ def command(
     shard_bytes: str,
     allow_network_fs: bool,
     as_json: bool,
+    allow_holes: bool,
 ) -> None:
     """Build the store STORE from CHECKPOINT: a folder with config.json and *.safetensors, or one file of tensors.
 
@@ -104,6 +115,7 @@ def command(
             jobs=jobs,
             shard_bytes=parse_bytes(shard_bytes, "--shard-bytes"),
             allow_network_fs=allow_network_fs,
+            allow_holes=allow_holes,
             on_plan=plans.append if as_json else print_plan,
             on_progress=on_progress,
         )

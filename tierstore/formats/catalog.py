@@ -182,6 +182,16 @@ def record_shard(path: Path, table_name: str, shard_index: int, shard: ShardReco
     _write(path / CATALOG_FILE, {f"shard/{table_name}/{shard_index:08d}": _as_json(record)})
 
 
+def forget_shards(path: Path, shards: Sequence[tuple[str, int]]) -> None:
+    """Takes the records of shards, (table, index) each, out of the catalog: what they hold cannot be relied on."""
+    _write(path / CATALOG_FILE, {}, removed=tuple(f"shard/{name}/{index:08d}" for name, index in shards))
+
+
+def record_origin(path: Path, origin: dict[str, Any]) -> None:
+    """Notes which files hold the checkpoint now, after a build has compared every shard with them."""
+    _write(path / CATALOG_FILE, {"origin": _as_json(origin)})
+
+
 def mark_ready(path: Path) -> None:
     """Commits the ready mark, last of all: from now on the store opens."""
     _write(path / CATALOG_FILE, {"ready": _as_json({"ready": True})})

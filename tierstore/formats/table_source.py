@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 from ..causes import Fault, allow_open_files, named, naming
 from ..errors import ConfigError, FormatError
 from ..spec import TableSpec
-from .stored_tensor import StoredTensor, check_identity, read_exactly, sampled
+from .stored_tensor import StoredTensor, check_identity, first_hole, read_exactly, sampled
 
 _COPY = Fault(ConfigError, "copy it again")
 
@@ -61,6 +62,18 @@ class TableSource:
     def tensors(self) -> tuple[StoredTensor, ...]:
         """The tensors of all planes."""
         return tuple(tensor for plane in self.planes for tensor in plane.tensors)
+
+
+def find_hole(sources: Sequence[TableSource]) -> str | None:
+    """Returns, naming file and bytes, which part of a table was never written to its file and so reads as zeros."""
+    for tensor in (tensor for source in sources for tensor in source.tensors):
+        hole = first_hole(tensor)
+        if hole is not None:
+            return (
+                f"{tensor.path}: bytes {hole[0]} to {hole[1]}, of tensor {tensor.name}, were never written: its download has "
+                f"not finished"
+            )
+    return None
 
 
 class PlaneReader:
