@@ -9,17 +9,19 @@ Shapes: N tokens, O orders, H rows per key.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from .backing import Backing
 from .errors import ConfigError, StoreNotReadyError
+from .forks import DeferredSignals, LostEngine
 from .formats.key_trace import KeyTraceInfo, TracedTable
 from .recorder import Recorder, RecordingEngine
 from .stats import stats_of
@@ -248,24 +250,58 @@ class Store:
         return f"<tierstore.Store {self._backing.name}: {', '.join(self._tables)}; {state}>"
 
 
-_forking: list[Store] = []
+_forking: list[Store] = []  # whose engines' locks are held
+_not_ready: list[Store] = []  # whose engines could not be locked: the child loses them
+_fork_signals = DeferredSignals()
+_fork_thread: int | None = None  # which thread holds `_fork_lock`
 
 
 def _before_fork() -> None:
+    """Takes all stores' locks, or none of them: what is raised here does not keep Python from forking."""
+    global _fork_thread
+    _fork_signals.begin()
     _fork_lock.acquire()  # two threads that fork at once would wait for each other's stores for ever
-    _forking[:] = sorted((store for store in _open_stores if not store._closed), key=id)
-    for store in _forking:
-        store._engine.before_fork()
+    _fork_thread = threading.get_ident()
+    try:
+        _not_ready[:] = sorted((store for store in _open_stores if not store._closed), key=id)
+        for store in _not_ready:
+            store._engine.before_fork()
+            _forking.append(store)
+        _not_ready.clear()
+    except BaseException:
+        while _forking:
+            _forking.pop()._engine.after_fork(child=False)
+        raise
 
 
 def _after_fork(*, child: bool) -> None:
-    for store in _forking:
-        store._engine.after_fork(child=child)
-        if child:  # the thread and the file are the parent's
-            store._recorder_lock, store._in_flight_lock = threading.Lock(), threading.Lock()
-            store._forget_trace()
-    _forking.clear()
-    _fork_lock.release()
+    global _fork_lock, _fork_thread
+    with contextlib.ExitStack() as stack:  # whatever one of them raises, the others are called, the last first
+        stack.callback(_fork_signals.end, deliver=not child)
+        if _fork_thread == threading.get_ident():
+            stack.callback(_fork_lock.release)
+        elif child:  # `_before_fork` did not come as far as the lock, and a thread that is not here may hold it
+            _fork_lock = threading.Lock()
+            _not_ready[:] = _open_stores
+        _fork_thread = None
+        for store in _forking:
+            stack.callback(_forked, store, child=child)
+        for store in _not_ready if child else ():
+            stack.callback(_lose, store)
+        _forking.clear()
+        _not_ready.clear()
+
+
+def _lose(store: Store) -> None:
+    store._closed = True
+    store._use(cast(Engine, LostEngine(store._engine, store._what)))
+
+
+def _forked(store: Store, *, child: bool) -> None:
+    store._engine.after_fork(child=child)
+    if child:  # the thread and the file are the parent's
+        store._recorder_lock, store._in_flight_lock = threading.Lock(), threading.Lock()
+        store._forget_trace()
 
 
 @atexit.register
