@@ -96,8 +96,8 @@ def command(
     """
     from tierstore.daemon.events import configure_logging, event
     from tierstore.daemon.notify import Notifier
+    from tierstore.daemon.ports import check_ports
     from tierstore.daemon.serving import Daemon, Remote
-    from tierstore.daemon.web import parse_address
 
     configure_logging(log_format)
     logger = logging.getLogger("tierstore.daemon")
@@ -105,10 +105,11 @@ def command(
     remote = None if listen is None else Remote(listen, tls_cert, tls_key, token_file)
     if remote is None and any((tls_cert, tls_key, token_file)):
         raise ConfigError("--tls-cert, --tls-key and --token-file are of --listen HOST:PORT, which is missing")
-    if metrics is not None:
-        parse_address(metrics, "--metrics")
     if remote is not None:
         remote.check()
+    check_ports(
+        (what, address) for what, address in (("--metrics", metrics), ("--listen", listen)) if address is not None
+    )
     with _signals() as signals:
         notifier.status("warming")
         with Progress("warming") as on_progress:

@@ -16,6 +16,7 @@ import pytest
 from daemon.stat_record import BOUNDS_NS, stat_record
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from tierstore.daemon import web
@@ -290,13 +291,17 @@ def test_a_record_without_a_section_is_a_503(server: MetricsServer, daemon: Daem
     assert fetch(server, "/metrics")[0] == 503
 
 
-def test_clients_that_say_nothing_are_cut_off_and_the_others_answered(
+def test_clients_that_say_nothing_are_cut_off_and_the_others_answered_meanwhile(
     server: MetricsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(web, "RECEIVE_S_MAX", 0.2)
     silent = [connect(server) for _ in range(3 * web.REQUESTS_MAX)]
+    started = time.monotonic()
     assert fetch(server, "/healthz")[0] == 200
+    assert time.monotonic() - started < web.RECEIVE_S_MAX / 2  # none of them holds a thread
     for connection in silent:
+        connection.close()
+    monkeypatch.setattr(web, "RECEIVE_S_MAX", 0.2)
+    for connection in [connect(server) for _ in range(3 * web.REQUESTS_MAX)]:
         with connection:
             assert all_received(connection) == b""
 
@@ -354,13 +359,92 @@ def wait_until(holds: Callable[[], bool]) -> None:
         pause.wait(0.005)
 
 
-def test_the_number_of_threads_is_the_same_under_any_load(server: MetricsServer) -> None:
+def test_the_number_of_threads_and_of_connections_is_limited_under_any_load(server: MetricsServer) -> None:
     before = threading.active_count()
-    connections = [connect(server) for _ in range(web.REQUESTS_MAX + web.WAITING_MAX // 2)]
-    wait_until(lambda: len(server._server._connections) == web.REQUESTS_MAX)
+    connections = [connect(server) for _ in range(web.CONNECTIONS_MAX + 10)]
+    for connection in connections[:10]:  # of too many, the oldest go
+        assert all_received(connection) == b""
+    assert fetch(server, "/healthz")[0] == 200
+    assert len(server._server._connections) <= web.CONNECTIONS_MAX
     assert threading.active_count() == before
     for connection in connections:
         connection.close()
+
+
+def test_a_host_with_many_idle_connections_does_not_keep_another_out(
+    server: MetricsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hosts of loopback stand for those of a network."""
+    monkeypatch.setattr(web, "CONNECTIONS_MAX", 8)
+    host, port = server.address.rsplit(":", 1)
+    with socket.create_connection((host, int(port)), 30, source_address=("127.0.0.2", 0)) as slow:
+        slow.sendall(b"GET /healthz HTTP/1.1\r\n")
+        wait_until(lambda: len(server._server._connections) == 1)
+        flood = [connect(server) for _ in range(30)]
+        for connection in flood[:20]:
+            assert all_received(connection) == b""
+        slow.sendall(b"\r\n")
+        assert all_received(slow).startswith(b"HTTP/1.1 200 ")
+    for connection in flood:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("accept", "content_type"),
+    [
+        (None, "text/plain; version=0.0.4"),
+        ("*/*", "text/plain; version=0.0.4"),
+        ("text/html", "text/plain; version=0.0.4"),
+        ("text/plain;version=0.0.4;q=0.5,*/*;q=0.1", "text/plain; version=0.0.4"),
+        ("text/plain;version=1.0.0;q=0.3,text/plain;version=0.0.4;q=0.5", "text/plain; version=0.0.4"),
+        ("text/plain;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3", "text/plain; version=1.0.0"),
+        ("text/plain;version=1.0.0;q=0, text/plain;version=0.0.4", "text/plain; version=0.0.4"),
+        ("text/plain;version=new", "text/plain; version=0.0.4"),
+        ("text/plain;version=1.0.0;q=much", "text/plain; version=0.0.4"),
+        ("application/openmetrics-text;version=1.0.0;q=0.8,text/plain;q=0.5", "application/openmetrics-text"),
+        ("application/openmetrics-text;q=0.3;version=1.0.0,text/plain;version=0.0.4", "text/plain; version=0.0.4"),
+    ],
+)
+def test_the_format_is_the_one_that_is_wanted_most(
+    server: MetricsServer, accept: str | None, content_type: str
+) -> None:
+    connection = http.client.HTTPConnection(server.address, timeout=30)
+    connection.request("GET", "/metrics", headers={} if accept is None else {"accept": accept})
+    answer = connection.getresponse()
+    body = answer.read().decode()
+    assert answer.getheader("Content-Type", "").startswith(content_type)
+    assert body.endswith("# EOF\n") == (content_type == "application/openmetrics-text")
+    connection.close()
+
+
+def test_openmetrics_is_what_its_own_strict_parser_takes(server: MetricsServer) -> None:
+    accept = (  # as Prometheus 3 sends it
+        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,"
+        "application/openmetrics-text;version=0.0.1;q=0.4,"
+        "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.3,text/plain;version=0.0.4;q=0.2,*/*;q=0.1"
+    )
+    connection = http.client.HTTPConnection(server.address, timeout=30)
+    connection.request("GET", "/metrics", headers={"Accept": accept})
+    answer = connection.getresponse()
+    families = {family.name for family in openmetrics_families(answer.read().decode())}
+    assert answer.getheader("Content-Type", "").startswith("application/openmetrics-text; version=1.0.0")
+    assert {"tierstore_keys", "tierstore_lookup_seconds", "tierstore_epoch"} <= families
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"this is plain HTTP, and you speak TLS: use http://"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"lookups by gRPC have an address of their own (--listen)"),
+    ],
+)
+def test_a_client_that_speaks_something_else_is_told_what(server: MetricsServer, sent: bytes, words: bytes) -> None:
+    with connect(server) as connection:
+        connection.sendall(sent)
+        received = all_received(connection)
+        assert received.startswith(b"HTTP/1.1 400 ")
+        assert words in received
 
 
 def test_closing_ends_requests_under_way_at_once(daemon: Daemon) -> None:
@@ -431,13 +515,16 @@ def test_what_is_no_address_is_refused_with_one_that_is(address: str) -> None:
 
 
 def test_a_port_that_is_taken_is_named_with_the_remedy(server: MetricsServer) -> None:
-    with pytest.raises(ConfigError, match=rf"metrics address {server.address}: .*in use.*give a free port"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"metrics address {server.address}: .*the port is taken by another program; .*port 0 for a free one",
+    ):
         MetricsServer(server.address, stat_record)
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "x" * 300, "192.0.2.1"], ids=lambda host: host[:12])
 def test_a_host_that_is_not_this_one_is_named_with_the_remedy(host: str) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be listened at.* address of this host"):
+    with pytest.raises(ConfigError, match=r"cannot be listened at: .* address of this host"):
         MetricsServer(f"{host}:0", stat_record)
 
 

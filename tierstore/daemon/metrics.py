@@ -17,12 +17,13 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from .events import event
+from .ports import parse_address
 from .record import HEALTHY, STATES, Record, missed_bytes, ratio, read_amplification
-from .web import Answer, WebServer, parse_address, text_answer
+from .web import Answer, Asked, WebServer, text_answer
 
 logger = logging.getLogger("tierstore")
 
@@ -68,6 +69,13 @@ _GAUGES = (
     ("learning", "tracked_keys", "tracked_keys", "Keys whose accesses are counted."),
     ("feed", "queued_keys", "feed_queued_keys", "Missed keys that wait for the daemon to read them."),
 )
+# Formats of an Accept header, with their versions: those that the text format 0.0.4 answers, and those beyond it.
+_PLAIN = {("text/plain", None), ("text/plain", "0.0.4"), ("text/*", None), ("*/*", None)}
+_NEWER = {
+    ("text/plain", "1.0.0"),
+    ("application/openmetrics-text", None),
+    ("application/openmetrics-text", "1.0.0"),
+}
 _REMOTE_COUNTERS = (
     ("remote", "calls", "remote_calls", "Calls over gRPC."),
     ("remote", "errors", "remote_errors", "Calls over gRPC that failed."),
@@ -238,6 +246,37 @@ def _label(value: Any) -> str:
     return str(value).encode("utf-8", "backslashreplace").decode()  # paths may be no UTF-8
 
 
+def encoder_of(accept: str) -> tuple[Callable[[Any], bytes], str]:
+    """Returns what encodes metrics, and the Content-Type, for a header Accept: of what there is, what is wanted most.
+
+    Who asks for no format that there is gets the text format 0.0.4, which every scraper reads.
+    """
+    ranges = [(_weight_of(text), text) for text in accept.split(",")]
+    for _, text in sorted((each for each in ranges if each[0]), key=lambda each: each[0], reverse=True):
+        kind, *parameters = (part.strip().lower() for part in text.split(";"))
+        version = next((each.partition("=")[2] for each in parameters if each.startswith("version=")), None)
+        if (kind, version) in _PLAIN:
+            break
+        if (kind, version) in _NEWER:  # prometheus_client looks neither at weights nor at what else is acceptable
+            encode, content_type = choose_encoder(text)
+            return encode, content_type
+    encode, content_type = choose_encoder("")
+    return encode, content_type
+
+
+def _weight_of(media_range: str) -> float:
+    """Returns the weight ("q") of one format of an Accept header, 0 to 1; 0: not acceptable."""
+    for parameter in media_range.split(";")[1:]:
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "q":
+            try:
+                weight = float(value)
+            except ValueError:
+                return 0.0
+            return weight if 0.0 <= weight <= 1.0 else 0.0
+    return 1.0
+
+
 class MetricsServer:
     """Serves /metrics and /healthz over HTTP until it is closed; see `web.WebServer` for its limits.
 
@@ -277,12 +316,14 @@ class MetricsServer:
     ) -> None:
         self.close()
 
-    def _answer(self, path: str) -> Answer:
+    def _answer(self, asked: Asked) -> Answer:
+        path = asked.path
         if path not in ("/metrics", "/healthz"):
             return text_answer(HTTPStatus.NOT_FOUND, "there are /metrics and /healthz")
         try:
             if path == "/metrics":
-                return Answer(HTTPStatus.OK, generate_latest(self._registry), CONTENT_TYPE_LATEST)
+                encode, content_type = encoder_of(asked.accept)
+                return Answer(HTTPStatus.OK, encode(self._registry), content_type)
             state = self._stat()["daemon"]["state"]
         except Exception as error:  # whatever ails the record, the daemon must go on
             event(logger, logging.ERROR, "stat_failed", path=path, error=error)

@@ -113,7 +113,7 @@ class Answers:
         if num_bytes + HEAD_BYTES > self._limits.message_bytes_max:
             most = self._limits.message_bytes_max - HEAD_BYTES
             raise Refusal(f"the rows take {num_bytes} bytes, one message holds {most}; call LookupStream", retry=False)
-        with self._in_flight.holding(2 * num_bytes):
+        with self._in_flight.holding(2 * num_bytes, call.peer):
             parts = []
             for place, (table, keys) in enumerate(wanted):
                 buffer = np.empty(len(keys) * _token_bytes(table), dtype=np.uint8)
@@ -126,7 +126,7 @@ class Answers:
         wanted = self._wanted(served, request.tables)
         most = min(CHUNK_BYTES, self._limits.message_bytes_max - HEAD_BYTES)
         chunk_bytes = max([most, *(_token_bytes(table) for table, _ in wanted)])
-        with self._in_flight.holding(CHUNKS_HELD * chunk_bytes):
+        with self._in_flight.holding(CHUNKS_HELD * chunk_bytes, call.peer):
             buffer = np.empty(chunk_bytes, dtype=np.uint8)
             for place, (table, keys) in enumerate(wanted):
                 step = chunk_bytes // _token_bytes(table)
@@ -144,7 +144,7 @@ class Answers:
         self._check_tokens(-(-len(row_ids) // table.spec.num_heads))
         row_bytes = table.spec.row_bytes
         step = max(1, CHUNK_BYTES // row_bytes)
-        with self._in_flight.holding(CHUNKS_HELD * step * row_bytes):
+        with self._in_flight.holding(CHUNKS_HELD * step * row_bytes, call.peer):
             buffer = np.empty((min(step, len(row_ids)), row_bytes), dtype=np.uint8)
             for start in range(0, len(row_ids), step):
                 ids = row_ids[start : start + step]

@@ -6,8 +6,10 @@ that are past their deadline, or whose client takes nothing off the wire. Nothin
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +21,7 @@ CALL_WAIT_S_MAX = 300.0  # of any call
 STALL_WAIT_S = 10.0  # that a client may leave a message untaken, or its request unsent
 POLL_S = 0.25
 PEERS_MAX = 1024  # whose rates are remembered
+PEER_SHARE = 0.75  # of all calls, and of all bytes: what one peer may hold, so that others find room
 
 
 class Refusal(DaemonError):
@@ -30,46 +33,71 @@ class Refusal(DaemonError):
 
 
 class InFlight:
-    """Calls, and the bytes that they hold in memory. Any thread may call."""
+    """Calls, and the bytes that they hold in memory, in all and of each peer. Any thread may call."""
 
     def __init__(self, calls_max: int, bytes_max: int) -> None:
         self.calls_max, self.bytes_max = calls_max, bytes_max
-        self.num_calls = 0
-        self._num_bytes = 0
+        self._peer_calls_max = math.ceil(PEER_SHARE * calls_max)
+        self._peer_bytes_max = math.ceil(PEER_SHARE * bytes_max)
+        self._calls: Counter[str] = Counter()  # by peer
+        self._bytes: Counter[str] = Counter()
         self._lock = threading.Lock()  # of the two above
 
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """Counts a call while it lasts; raises `Refusal` where there are too many."""
+    @property
+    def num_calls(self) -> int:
+        """Calls under way."""
         with self._lock:
-            if self.num_calls >= self.calls_max:
+            return self._calls.total()
+
+    @contextmanager
+    def call(self, peer: str = "") -> Iterator[None]:
+        """Counts a call while it lasts; raises `Refusal` if there are too many, or too many of the peer."""
+        with self._lock:
+            num_calls, of_peer = self._calls.total(), self._calls[peer]
+            if num_calls >= self.calls_max:
                 raise Refusal(
-                    f"{self.num_calls} calls are under way, at most {self.calls_max} may be; try again", retry=True
+                    f"{num_calls} calls are under way, at most {self.calls_max} may be; try again", retry=True
                 )
-            self.num_calls += 1
+            if of_peer >= self._peer_calls_max:
+                raise Refusal(
+                    f"{of_peer} calls of {peer} are under way, at most {self._peer_calls_max} of one host may be; try again",
+                    retry=True,
+                )
+            self._calls[peer] += 1
         try:
             yield
         finally:
-            with self._lock:
-                self.num_calls -= 1
+            self._take_off(self._calls, peer, 1)
 
     @contextmanager
-    def holding(self, num_bytes: int) -> Iterator[None]:
-        """Counts bytes while they are held; raises `Refusal` where there are too many."""
+    def holding(self, num_bytes: int, peer: str = "") -> Iterator[None]:
+        """Counts bytes while they are held; raises `Refusal` if there are too many, or, beside others, of the peer."""
         with self._lock:
-            if self._num_bytes + num_bytes > self.bytes_max:
+            held, of_peer = self._bytes.total(), self._bytes[peer]
+            if held + num_bytes > self.bytes_max:
                 retry = num_bytes <= self.bytes_max
                 raise Refusal(
-                    f"{num_bytes} bytes, with the {self._num_bytes} that other calls hold, are more than the {self.bytes_max} of "
+                    f"{num_bytes} bytes, with the {held} that other calls hold, are more than the {self.bytes_max} of "
                     f"all calls; {'try again' if retry else 'ask for less at once'}",
                     retry=retry,
                 )
-            self._num_bytes += num_bytes
+            if of_peer and of_peer + num_bytes > self._peer_bytes_max:
+                raise Refusal(
+                    f"{num_bytes} bytes, with the {of_peer} that other calls of {peer} hold, are more than the "
+                    f"{self._peer_bytes_max} of one host; try again",
+                    retry=True,
+                )
+            self._bytes[peer] += num_bytes
         try:
             yield
         finally:
-            with self._lock:
-                self._num_bytes -= num_bytes
+            self._take_off(self._bytes, peer, num_bytes)
+
+    def _take_off(self, counts: Counter[str], peer: str, number: int) -> None:
+        with self._lock:
+            counts[peer] -= number
+            if not counts[peer]:
+                del counts[peer]
 
 
 class Rates:
@@ -103,8 +131,9 @@ class Rates:
 class Deadline:
     """When a call is given up: at its end, or when its client has not moved for STALL_WAIT_S. The call's thread writes it."""
 
-    def __init__(self, context: Any, expires_at: float) -> None:
-        self.context, self.expires_at = context, expires_at
+    def __init__(self, context: Any, expires_at: float, peer: str = "") -> None:
+        """peer: what the call's client is counted by."""
+        self.context, self.expires_at, self.peer = context, expires_at, peer
         self.stalls_at: float | None = None
 
     @contextmanager
@@ -137,11 +166,11 @@ class Deadlines:
         self._thread.start()
 
     @contextmanager
-    def of(self, context: Any) -> Iterator[Deadline]:
-        """Watches a call while it lasts. One that names no deadline gets CALL_WAIT_S."""
+    def of(self, context: Any, peer: str = "") -> Iterator[Deadline]:
+        """Watches a call of a peer while it lasts. One that names no deadline gets CALL_WAIT_S."""
         remaining = context.time_remaining()
         seconds = CALL_WAIT_S if remaining is None or remaining > 1e6 else min(remaining, CALL_WAIT_S_MAX)
-        call = Deadline(context, time.monotonic() + seconds)
+        call = Deadline(context, time.monotonic() + seconds, peer)
         with self._lock:
             self._calls.add(call)
         try:

@@ -22,8 +22,11 @@ from ..errors import ConfigError, CorruptPageError, TierStoreError
 from ..store import Store
 from . import messages
 from .messages import ERROR_TRAILER, RETRY_TRAILER, SERVICE, TOKEN_HEADER
+from .ports import check_ports
 from .remote_access import check_options, load_grpc, read_certificate, read_token
 from .remote_answers import AnswerLimits, Answers, StoreChangedError
+from .remote_connections import CONNECTIONS_MAX, Connections, peer_network
+from .remote_health import WATCHERS_MAX, Health
 from .remote_limits import Deadline, Deadlines, InFlight, Rates, Refusal
 from .wire import decode
 
@@ -35,10 +38,11 @@ IN_FLIGHT_MAX = 64
 IN_FLIGHT_BYTES_MAX = 512 << 20
 ERROR_CHARS_MAX = 2000  # of an error's text; gRPC sends it as a header of 8 KiB at most
 SPARE_THREADS = 4  # that turn calls away while all others are taken
-CONNECTIONS_MAX = 256
+SOCKETS_MAX = 2 * CONNECTIONS_MAX  # what grpc takes; beyond CONNECTIONS_MAX, who made no call has to go
 STREAMS_MAX = 128  # calls at a time by one connection
 HANDSHAKE_WAIT_S = 10
-PING_S_MIN = 10  # that a client must leave between pings
+IDLE_S = 300  # without a call, after which a connection ends; a client makes another when it calls
+PING_S_MIN = 5  # that a client must leave between pings: half of the 10 s that clients use at the most
 CANCEL_WAIT_S = 5.0  # that calls may take to end after they were cancelled
 
 
@@ -59,13 +63,14 @@ class RemoteServer:
         in_flight_bytes_max: int = IN_FLIGHT_BYTES_MAX,
         requests_per_second: float | None = None,
         workers: int = 4,
+        is_healthy: Callable[[], bool] = lambda: True,
     ) -> None:
         """Listens on address, "HOST:PORT" (port 0: a free one), and serves at once.
 
         store: or what returns the one to serve now; a call keeps the one that it began with. token_file:
         holds the token that calls must bear; tls_cert, tls_key: PEM files. On a loopback address all three may be left out.
         message_bytes_max, tokens_max: of one request. in_flight_max, in_flight_bytes_max: calls at a time, and bytes held for
-        them. requests_per_second: of one client's host. workers: lookups at a time.
+        them. requests_per_second: of one client's host. workers: lookups at a time. is_healthy: what the health service says.
 
         Raises `ConfigError`: grpcio is missing, the address is taken or none, a file is unfit, the limits contradict the tables.
         """
@@ -85,11 +90,14 @@ class RemoteServer:
         self._counts = {"calls": 0, "errors": 0, "bytes_sent": 0}
         self._counts_lock = threading.Lock()  # of the one above
         self._closed = False
+        self._health = Health(self._grpc, is_healthy)
         self._server = self._make_server(in_flight_max)
         self._certificate: Any = None  # as grpc takes it, until it has taken it
         port = self._listen(str(wanted))
         self.address = f"{str(wanted).rpartition(':')[0]}:{port}"
+        self._connections = Connections(port)
         self._deadlines = Deadlines()
+        self._health.begin(self._connections, self._deadlines)
         self._server.start()
 
     def _make_server(self, in_flight_max: int) -> Any:
@@ -97,18 +105,19 @@ class RemoteServer:
             "grpc.max_receive_message_length": self._message_bytes_max,
             "grpc.max_send_message_length": -1,
             "grpc.max_concurrent_streams": STREAMS_MAX,
-            "grpc.max_allowed_incoming_connections": CONNECTIONS_MAX,
+            "grpc.max_allowed_incoming_connections": SOCKETS_MAX,
+            "grpc.max_connection_idle_ms": IDLE_S * 1000,
             "grpc.server_handshake_timeout_ms": HANDSHAKE_WAIT_S * 1000,
-            "grpc.http2.min_ping_interval_without_data_ms": PING_S_MIN * 1000,
+            "grpc.http2.min_ping_interval_without_data_ms": int(PING_S_MIN * 1000),
             "grpc.http2.max_ping_strikes": 2,
+            "grpc.keepalive_permit_without_calls": 1,
             "grpc.keepalive_time_ms": 60_000,
             "grpc.keepalive_timeout_ms": 20_000,
             "grpc.so_reuseport": 0,
         }
-        self._threads = ThreadPoolExecutor(in_flight_max + SPARE_THREADS, thread_name_prefix="tierstore-remote")
-        server = self._grpc.server(
-            self._threads, options=list(options.items()), maximum_concurrent_rpcs=in_flight_max + SPARE_THREADS
-        )
+        num_threads = in_flight_max + SPARE_THREADS + WATCHERS_MAX
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tierstore-remote")
+        server = self._grpc.server(self._threads, options=list(options.items()), maximum_concurrent_rpcs=num_threads)
         # Requests of one message are taken as streams, which is the same on the wire: grpc would else read the message first.
         one, many = self._grpc.stream_unary_rpc_method_handler, self._grpc.stream_stream_rpc_method_handler
         answers = self._answers
@@ -120,7 +129,8 @@ class RemoteServer:
             "Locate": one(self._one(answers.locate, messages.LocateRequest)),
             "Stats": one(self._one(answers.stats, messages.StatsRequest)),
         }
-        server.add_generic_rpc_handlers((self._grpc.method_handlers_generic_handler(SERVICE, methods),))
+        lookups = self._grpc.method_handlers_generic_handler(SERVICE, methods)
+        server.add_generic_rpc_handlers((lookups, self._health.handler()))
         return server
 
     def _listen(self, address: str) -> int:
@@ -132,7 +142,8 @@ class RemoteServer:
             return int(self._server.add_secure_port(address, credentials))
         except RuntimeError as error:
             self._server.stop(None)
-            raise ConfigError(f"{address} cannot be listened on ({error}); is another server there?") from error
+            check_ports([("address", address)])  # which says why, if it is the address
+            raise ConfigError(f"{address} cannot be listened at: {error}; give another address") from error
 
     def _read_certificate(self) -> Any:
         assert self._tls is not None
@@ -161,11 +172,13 @@ class RemoteServer:
         if self._closed:
             return True
         self._closed = True
+        self._health.end()
         ended = self._server.stop(timeout_s)
         clean = ended.wait(timeout_s)
         ended.wait(CANCEL_WAIT_S)
         self._threads.shutdown(wait=False)
         self._deadlines.stop()
+        self._connections.stop()
         return clean
 
     def _one(self, answer: Callable[..., bytes], kind: type) -> Callable[..., Any]:
@@ -198,13 +211,15 @@ class RemoteServer:
         self._count("calls", 1)
         try:
             self._check_token(context)
-            self._rates.take(_host_of(context.peer()))
-            with self._in_flight.call(), self._deadlines.of(context) as call:
+            peer = peer_network(context.peer())
+            self._rates.take(peer)
+            self._connections.let_in(context.peer())
+            with self._in_flight.call(peer), self._deadlines.of(context, peer) as call:
                 with call.waiting_for_client():
                     data = next(requests, None)
                 if data is None:
                     raise ValueError("the call has no request; send one message")
-                with self._in_flight.holding(len(data)):
+                with self._in_flight.holding(len(data), peer):
                     yield call, data
         except self._grpc.RpcError:
             self._count("errors", 1)
@@ -261,8 +276,3 @@ class RemoteServer:
     def _count(self, name: str, number: int) -> None:
         with self._counts_lock:
             self._counts[name] += number
-
-
-def _host_of(peer: str) -> str:
-    """Returns the host of what grpc calls a peer, "ipv4:10.0.0.1:4711": its port is another with every connection."""
-    return peer.rpartition(":")[0]

@@ -32,6 +32,7 @@ from .host import Host
 from .learning import REPLAN_S, Learner
 from .metrics import MetricsServer
 from .peer import Peer
+from .record import HEALTHY
 from .remembered import RememberedSwap
 from .server import CLIENTS_MAX, SocketServer
 from .swap_file import SwapFile
@@ -147,6 +148,7 @@ class Daemon:
             self._remote = RemoteServer(
                 store, remote.address,
                 token_file=remote.token_file, tls_cert=remote.tls_cert, tls_key=remote.tls_key,
+                is_healthy=lambda: self._state in HEALTHY,
             )  # fmt: skip
         except BaseException:
             store.close()

@@ -1,38 +1,53 @@
 """A small HTTP server for what programs of the operator fetch: GET and HEAD of a few paths, and nothing else.
 
-Flows in: requests without a body. Flows out: what a handler answers. A fixed number of threads takes one connection each, one
-request a connection; whoever is slow, in asking or in reading, is cut off after a fixed time in all, so that clients can make
-it neither grow nor hang: the others wait in the system's queue, which has a limit too.
+Input: requests without a body, one a connection. Output: what a handler answers. One thread reads and writes all
+connections, so that idle ones cost no thread; REQUESTS_MAX others call the handler. A connection has a fixed time in all
+to ask and to take the answer. If there are too many, the oldest of the host that has the most is cut off.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import queue
+import selectors
 import socket
 import struct
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable
 from http import HTTPStatus
 from types import TracebackType
 from typing import NamedTuple
 
-from ..causes import Fault, named
-from ..errors import ConfigError
 from .events import event
+from .peer_log import PeerLog
+from .ports import listen, network_of, parse_address
+
+__all__ = ["Answer", "Asked", "WebServer", "parse_address", "text_answer"]
 
 logger = logging.getLogger("tierstore")
 
 REQUESTS_MAX = 4  # answered at the same time, a thread each
-WAITING_MAX = 16  # connections in the system's queue
+CONNECTIONS_MAX = 64  # of all hosts together
+WAITING_MAX = 64  # connections in the system's queue
+ACCEPTS_A_ROUND = 16  # a quarter of CONNECTIONS_MAX: what was accepted is read before more is
 HEAD_BYTES_MAX = 8192  # of a request
 RECEIVE_S_MAX = 5.0  # to send a request in
 SEND_S_MAX = 5.0  # to take an answer in
 CLOSE_S_MAX = 10.0
 ACCEPT_AGAIN_S = 0.5  # after the system refused a connection: it is short of descriptors or memory
-_ADDRESS = Fault(ConfigError, "give an address of this host and a free port, or port 0")
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: drop what is unsent when the connection is closed
+TLS_HELLO = b"\x16\x03"  # how a client that speaks TLS begins
+
+
+class Asked(NamedTuple):
+    """A request: its path without the query, and its header Accept, empty if there is none."""
+
+    path: str
+    accept: str
 
 
 class Answer(NamedTuple):
@@ -48,55 +63,60 @@ def text_answer(status: HTTPStatus, text: str) -> Answer:
     return Answer(status, f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
-def parse_address(address: str, what: str) -> tuple[str, int]:
-    """Returns (host, port) of "HOST:PORT"; IPv6 in brackets. `what` names the option. Raises `ConfigError`."""
-    host, colon, port = address.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        colon = ""
-    if not (host and colon and port.isascii() and port.isdecimal() and int(port) <= 65535):
-        raise ConfigError(
-            f"{what} {address!r}: that is no HOST:PORT with a port of 0 to 65535; write one such as 127.0.0.1:9464 or [::1]:9464"
-        )
-    return host, int(port)
+class _Connection:
+    """A connection; the loop's alone, but while a worker makes its answer. deadline: None while that lasts."""
+
+    def __init__(self, sock: socket.socket, network: str, deadline: float) -> None:
+        self.sock, self.network = sock, network
+        self.deadline: float | None = deadline
+        self.head = b""
+        self.unsent = memoryview(b"")
 
 
 class WebServer:
-    """Serves `handler` from an address until it is closed. `address` tells what was bound, also where port 0 was asked."""
+    """Serves `handler` from an address until it is closed. `address` tells what was bound, also if port 0 was asked for."""
 
-    def __init__(self, address: str, handler: Callable[[str], Answer], what: str) -> None:
-        """handler: of a path without its query; called in REQUESTS_MAX threads; raises nothing. what: names the option.
+    def __init__(self, address: str, handler: Callable[[Asked], Answer], what: str) -> None:
+        """handler: called in REQUESTS_MAX threads; raises nothing. what: names the option.
 
-        Raises `ConfigError` where the address is none, or cannot be bound.
+        Raises `ConfigError` for an address that is none, or that cannot be bound.
         """
         self._handler = handler
-        self._listener = _listen(address, what)
+        self._listener = listen(address, what, WAITING_MAX)
+        self._listener.setblocking(False)
         host, port = self._listener.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._closing = threading.Event()
-        self._lock = threading.Lock()  # of the connections under way
-        self._connections: set[socket.socket] = set()
+        self._log = PeerLog()
+        self._connections: set[_Connection] = set()  # the loop's, like the next two
+        self._selector = selectors.DefaultSelector()
+        self._accept_at = 0.0  # of `time.monotonic`, from when on connections are accepted
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._asked: queue.SimpleQueue[_Connection | None] = queue.SimpleQueue()  # whole requests; None ends a worker
+        self._answered: deque[_Connection] = deque()
         self._threads = [
-            threading.Thread(target=self._serve, name=f"tierstore-web-{index}", daemon=True)
+            threading.Thread(target=self._work, name=f"tierstore-web-{index}", daemon=True)
             for index in range(REQUESTS_MAX)
         ]
+        self._threads.append(threading.Thread(target=self._run, name="tierstore-web", daemon=True))
         for thread in self._threads:
             thread.start()
 
     def close(self) -> None:
         """Ends it: no more connections, those under way are cut. Blocks for CLOSE_S_MAX at most; twice is harmless."""
-        with self._lock:
-            self._closing.set()
-            for connection in self._connections:
-                _shut(connection)
-        _shut(self._listener)  # wakes the threads that wait for a connection
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        os.eventfd_write(self._wake_fd, 1)
+        for _ in range(REQUESTS_MAX):
+            self._asked.put(None)
         deadline = time.monotonic() + CLOSE_S_MAX
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        self._listener.close()
         if any(thread.is_alive() for thread in self._threads):
             event(logger, logging.WARNING, "web_close_late", address=self.address, waited_s=CLOSE_S_MAX)
+        else:
+            os.close(self._wake_fd)
 
     def __enter__(self) -> WebServer:
         return self
@@ -106,90 +126,164 @@ class WebServer:
     ) -> None:
         self.close()
 
-    def _serve(self) -> None:
-        """A thread: takes a connection, answers it, closes it."""
-        while not self._closing.is_set():
-            try:
-                connection, _ = self._listener.accept()
-            except OSError as error:
-                if not self._closing.is_set():
-                    event(logger, logging.WARNING, "web_accept_failed", address=self.address, error=error)
-                    self._closing.wait(ACCEPT_AGAIN_S)
-                continue
-            with connection:
-                self._converse(connection)
+    # The workers
 
-    def _converse(self, connection: socket.socket) -> None:
-        with self._lock:
-            if self._closing.is_set():
-                return
-            self._connections.add(connection)
-        try:
-            method, answer = self._answer(_receive_head(connection))
-            connection.settimeout(SEND_S_MAX)  # of `sendall` as a whole
-            connection.sendall(_as_bytes(answer, with_body=method != "HEAD"))
-            connection.shutdown(socket.SHUT_WR)
-        except OSError as error:  # who asked is slow, or has left: that is no fault of ours
-            logger.debug("a request to %s ended early: %s", self.address, error)
-            with contextlib.suppress(OSError):  # nor shall the system keep what was not read
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        finally:
-            with self._lock:
-                self._connections.discard(connection)
+    def _work(self) -> None:
+        """A thread: makes answers."""
+        while (connection := self._asked.get()) is not None:
+            connection.unsent = memoryview(self._answer(connection.head))
+            self._answered.append(connection)
+            os.eventfd_write(self._wake_fd, 1)
 
-    def _answer(self, head: bytes | None) -> tuple[str, Answer]:
-        """Returns the method and the answer to a request's head; None: it was too long."""
-        if head is None:
-            return "", text_answer(
-                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"a head has {HEAD_BYTES_MAX} bytes at most"
-            )
-        words = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
+    def _answer(self, head: bytes) -> bytes:
+        """Returns the answer to a request's head, or to what is none."""
+        if head.startswith(TLS_HELLO):
+            self._log.warn(f"a client speaks TLS to http://{self.address}, which is plain HTTP: have it use http://")
+            return _as_bytes(text_answer(HTTPStatus.BAD_REQUEST, "this is plain HTTP, and you speak TLS: use http://"))
+        if b"\r\n\r\n" not in head:
+            text = f"a head has {HEAD_BYTES_MAX} bytes at most"
+            return _as_bytes(text_answer(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text))
+        first, *lines = head.partition(b"\r\n\r\n")[0].decode("latin-1").split("\r\n")
+        words = first.split(" ")
+        if first == "PRI * HTTP/2.0":
+            text = "this is HTTP/1, and you speak HTTP/2: lookups by gRPC have an address of their own (--listen)"
+            return _as_bytes(text_answer(HTTPStatus.BAD_REQUEST, text))
         if len(words) != 3 or not words[1].startswith("/") or not words[2].startswith("HTTP/1."):
-            return "", text_answer(HTTPStatus.BAD_REQUEST, "that is no request of HTTP/1")
+            return _as_bytes(text_answer(HTTPStatus.BAD_REQUEST, "that is no request of HTTP/1"))
         method, target, _ = words
         if method not in ("GET", "HEAD"):
-            return method, text_answer(HTTPStatus.METHOD_NOT_ALLOWED, "GET and HEAD only")
-        return method, self._handler(target.partition("?")[0])
+            return _as_bytes(text_answer(HTTPStatus.METHOD_NOT_ALLOWED, "GET and HEAD only"))
+        answer = self._handler(Asked(target.partition("?")[0], _header(lines, "accept")))
+        return _as_bytes(answer, with_body=method != "HEAD")
 
+    # The loop
 
-def _listen(address: str, what: str) -> socket.socket:
-    host, port = parse_address(address, what)
-    try:
-        family, _, _, _, bound = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    def _run(self) -> None:
+        """The thread of all connections."""
+        self._selector.register(self._wake_fd, selectors.EVENT_READ, None)
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(bound)
-            listener.listen(WAITING_MAX)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        raise named(error, f"{what} {address}: it cannot be listened at", fault=_ADDRESS) from error
-    except UnicodeError as error:
-        raise ConfigError(f"{what} {address}: it cannot be listened at ({error}); {_ADDRESS.remedy}") from error
-    return listener
+            while not self._closing.is_set():
+                self._round(time.monotonic())
+        finally:
+            for connection in list(self._connections):
+                self._end(connection, reset=False)
+            self._listener.close()
+            self._selector.close()
 
+    def _round(self, now: float) -> None:
+        """Waits for something to happen and deals with it: connections that are there before new ones."""
+        self._watch_listener(now)
+        accepts = False
+        for key, _ in self._selector.select(self._seconds_left(now)):
+            if key.fd == self._listener.fileno():
+                accepts = True
+            elif key.data is None:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake_fd)
+            elif key.data.deadline is not None:
+                self._go_on(key.data)
+        while self._answered:
+            self._begin_to_send(self._answered.popleft())
+        now = time.monotonic()
+        for connection in [each for each in self._connections if each.deadline is not None and each.deadline <= now]:
+            self._end(connection, reset=True)
+        if accepts:
+            self._accept()
 
-def _receive_head(connection: socket.socket) -> bytes | None:
-    """Returns a request up to its empty line, which must come within RECEIVE_S_MAX; None where it is too long."""
-    deadline = time.monotonic() + RECEIVE_S_MAX
-    head = b""
-    while b"\r\n\r\n" not in head:
-        if len(head) >= HEAD_BYTES_MAX:
-            return None
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError(f"no whole request within {RECEIVE_S_MAX} s")
-        connection.settimeout(left_s)
-        part = connection.recv(HEAD_BYTES_MAX - len(head))
+    def _seconds_left(self, now: float) -> float | None:
+        ends = [each.deadline for each in self._connections if each.deadline is not None]
+        ends += [self._accept_at] if self._accept_at > now else []
+        return max(0.0, min(ends) - now) if ends else None
+
+    def _watch_listener(self, now: float) -> None:
+        watched, wanted = self._listener.fileno() in self._selector.get_map(), self._accept_at <= now
+        if wanted and not watched:
+            self._selector.register(self._listener, selectors.EVENT_READ, None)
+        elif watched and not wanted:
+            self._selector.unregister(self._listener)
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTS_A_ROUND):
+            try:
+                sock, address = self._listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                event(logger, logging.WARNING, "web_accept_failed", address=self.address, error=error)
+                self._accept_at = time.monotonic() + ACCEPT_AGAIN_S
+                return
+            sock.setblocking(False)
+            connection = _Connection(sock, network_of(address[0]), time.monotonic() + RECEIVE_S_MAX)
+            self._connections.add(connection)
+            self._selector.register(sock, selectors.EVENT_READ, connection)
+            if len(self._connections) > CONNECTIONS_MAX:
+                self._make_room()
+
+    def _make_room(self) -> None:
+        """Cuts off the oldest connection of the network that has the most; none whose answer is being made."""
+        idle = [each for each in self._connections if each.deadline is not None]
+        counts = Counter(each.network for each in idle)
+        most = max(counts.values())
+        oldest = min((each for each in idle if counts[each.network] == most), key=lambda each: each.deadline or 0.0)
+        self._log.warn(
+            f"http://{self.address}: more than {CONNECTIONS_MAX} connections; the oldest of the {most} from "
+            f"{oldest.network} is cut off"
+        )
+        self._end(oldest, reset=True)
+
+    def _go_on(self, connection: _Connection) -> None:
+        """Receives what came of a request, or sends what can be sent of an answer."""
+        try:
+            if connection.unsent:
+                self._send(connection)
+            else:
+                self._receive(connection)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:  # the client has left: that is not a fault of ours
+            logger.debug("a request to %s ended early: %s", self.address, error)
+            self._end(connection, reset=True)
+
+    def _receive(self, connection: _Connection) -> None:
+        part = connection.sock.recv(HEAD_BYTES_MAX - len(connection.head))
         if not part:
             raise ConnectionResetError("closed before the request was whole")
-        head += part
-    return head
+        connection.head += part
+        head = connection.head
+        if b"\r\n\r\n" in head or len(head) >= HEAD_BYTES_MAX or head.startswith(TLS_HELLO):
+            self._selector.unregister(connection.sock)
+            connection.deadline = None
+            self._asked.put(connection)
+
+    def _send(self, connection: _Connection) -> None:
+        connection.unsent = connection.unsent[connection.sock.send(connection.unsent) :]
+        if not connection.unsent:
+            connection.sock.shutdown(socket.SHUT_WR)
+            self._end(connection, reset=False)
+
+    def _begin_to_send(self, connection: _Connection) -> None:
+        connection.deadline = time.monotonic() + SEND_S_MAX
+        self._selector.register(connection.sock, selectors.EVENT_WRITE, connection)
+        self._go_on(connection)
+
+    def _end(self, connection: _Connection, *, reset: bool) -> None:
+        """Closes a connection. reset: nor shall the system keep what was not read."""
+        self._connections.discard(connection)
+        if connection.sock.fileno() in self._selector.get_map():
+            self._selector.unregister(connection.sock)
+        with contextlib.suppress(OSError):
+            if reset:
+                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        connection.sock.close()
 
 
-def _as_bytes(answer: Answer, *, with_body: bool) -> bytes:
+def _header(lines: list[str], name: str) -> str:
+    """Returns a header's value; of one that is given several times, all values as a list."""
+    values = [value.strip() for key, _, value in (line.partition(":") for line in lines) if key.lower() == name]
+    return ", ".join(values)
+
+
+def _as_bytes(answer: Answer, *, with_body: bool = True) -> bytes:
     lines = [
         f"HTTP/1.1 {answer.status.value} {answer.status.phrase}",
         f"Content-Type: {answer.content_type}",
@@ -200,8 +294,3 @@ def _as_bytes(answer: Answer, *, with_body: bool) -> bytes:
         lines.append("Allow: GET, HEAD")
     head = "".join(f"{line}\r\n" for line in lines) + "\r\n"
     return head.encode("latin-1") + (answer.body if with_body else b"")
-
-
-def _shut(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it is over already
-        connection.shutdown(socket.SHUT_RDWR)
