@@ -1,317 +1,248 @@
-"""Files that token ids can be had from: text through a tokenizer, NumPy arrays, raw integers, compressed or not.
+"""Which files token ids can be had from, told by what they hold and never by their name alone; folders are walked.
 
-Flows in: paths of files and folders. Flows out: pieces of token ids with the ends of their documents, in order, in bounded
-memory. Refuses, with `ConfigError` or `FormatError`, what is none of these, or cut; with `ValueError`, naming file and place, ids
-outside the vocabulary.
+Input: paths of files and folders, the type that the user gave for raw integers, the field of JSON lines.
+Output: `TokenInput`s in order, and what was found in folders and left out, with why.
+Errors: `ConfigError` and `FormatError` for what cannot be read as tokens, by its name and with the remedy: compressed,
+packed or indexed data is never taken for ids.
 """
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import zstandard
-from tokenizers import Tokenizer
 
-from tierstore.causes import naming_panics
 from tierstore.errors import ConfigError, FormatError
+from tierstore.formats.content import HEAD_BYTES, Content, recognise, unfinished_download
 from tierstore.formats.trace import check_token_ids
 
-RAW_DTYPES = {"int32": "<i4", "int64": "<i8", "uint16": "<u2", "uint32": "<u4"}
+from .byte_streams import CODECS, count_bytes, first_bytes
+from .json_lines import SUFFIXES as LINES_SUFFIXES
+from .json_lines import LineField, documents_of_lines, field_of_lines
+from .megatron_pairs import index_beside, read_index
+from .token_folders import LEFT_OUT_KINDS, REMEDIES, files_under, is_text, own_file
+from .token_ids import LLMC_HEADER_BYTES, RAW_DTYPES, Piece, check_llmc, npy_pieces, raw_pieces
+from .token_text import TextPart, parts_of_document, parts_of_file
+
 RAW_SUFFIXES = {".i32": "int32", ".i64": "int64", ".u16": "uint16", ".u32": "uint32"}
-PIECE_TOKENS = 1 << 20
-RAW_READ_BYTES = 1 << 22
-COMPRESSED_READ_BYTES = (
-    1 << 13
-)  # zstd makes at most 32 KiB of a byte: no piece grows past 256 MiB, whatever the file says
-TEXT_PIECE_CHARACTERS = 1 << 20  # text beyond it is cut at the end of a line
-TEXT_BATCH_CHARACTERS = 1 << 21
-LOOK_BYTES = 1 << 13  # of a file, to see whether it is text
-
-
-class Piece(NamedTuple):
-    """Token ids, [T] of any integer type; places in them, 0 to T, at which documents end; bytes of input that they took."""
-
-    token_ids: np.ndarray
-    document_ends: np.ndarray | list[int]
-    input_bytes: int
+COMPRESSED_SUFFIXES = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip", ".xz": "xz", ".bz2": "bzip2"}
+WEB_SUFFIXES = {".html", ".htm", ".xhtml"}  # of pages that are meant to be text
+LLMC_KINDS = {"llmc-tokens-u16", "llmc-tokens-u32"}
 
 
 @dataclass(frozen=True)
 class TokenInput:
-    """One file: kind "text", "npy" or "raw"; of raw ones NumPy's name of the integers, and whether zstd compressed them."""
+    """One file. kind: "text", "json-lines", "npy", "raw", "llmc" or "megatron"; codec: what compressed it, "" for nothing.
+
+    dtype: NumPy's name of the ids of the last three. field: of JSON lines. index: Megatron's .idx.
+    """
 
     path: Path
     kind: str
     num_bytes: int
+    codec: str = ""
     dtype: str = ""
-    compressed: bool = False
+    field: LineField | None = None
+    index: Path | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it needs a tokenizer."""
+        return self.kind == "text" or (self.field is not None and not self.field.is_ids)
 
 
-def find_inputs(paths: Sequence[Path], dtype: str | None) -> tuple[list[TokenInput], list[Path]]:
+class LeftOut(NamedTuple):
+    """A file of a folder that is not traced, and why."""
+
+    path: Path
+    why: str
+
+
+def find_inputs(
+    paths: Sequence[Path], dtype: str | None, field: str | None = None, besides: Sequence[Path] = ()
+) -> tuple[list[TokenInput], list[LeftOut]]:
     """Returns the files that paths name, folders walked in sorted order, and those of folders that are left out.
 
-    dtype: what files hold whose names do not say it; None: text. Of folders, what is hidden is not looked at, and what is
-    empty or no text is left out; named by itself, it is refused. Raises `ConfigError`; `OSError` where it cannot be read.
+    dtype: one of RAW_DTYPES, of files whose content and name do not say it; field: of JSON lines; besides: files that have
+    another part to play, such as the tokenizer. What is hidden in a folder is not looked at. What holds no tokens is left
+    out there, and refused if it is named by itself; data that somebody packed is refused in both. Raises `ConfigError`,
+    `FormatError`; `OSError` if a file cannot be read.
     """
     inputs: list[TokenInput] = []
-    left_out: list[Path] = []
+    left_out: list[LeftOut] = []
+    apart = {path.resolve() for path in besides}
     for path in paths:
         if not path.is_dir():
-            inputs.append(_input_of(path, dtype))
+            inputs.append(_input_of(path, dtype, field))
             continue
-        for file in _files_under(path):
-            if file.stat().st_size and (_kind_of(file, dtype)[0] != "text" or _is_text(file)):
-                inputs.append(_input_of(file, dtype))
-            else:
-                left_out.append(file)
+        for file in files_under(path):
+            if file.resolve() in apart:
+                continue
+            found = _input_in_folder(file, dtype, field)
+            if isinstance(found, TokenInput):
+                inputs.append(found)
+            elif found is not None:
+                left_out.append(found)
     return inputs, left_out
 
 
-def _files_under(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files = (Path(parent, name) for name in sorted(names) if not name.startswith("."))
-        yield from (file for file in files if file.is_file())
-
-
-def _kind_of(path: Path, dtype: str | None) -> tuple[str, str, bool]:
-    """Returns (kind, dtype of raw integers, compressed) by a file's name."""
-    compressed = path.suffix == ".zst"
-    suffix = path.with_suffix("").suffix if compressed else path.suffix
-    if suffix == ".npy":
-        if compressed:
-            raise ConfigError(f"{path} is a compressed .npy file; decompress it first")
-        return "npy", "", False
-    raw = RAW_SUFFIXES.get(suffix, dtype)
-    if raw is not None:
-        return "raw", raw, compressed
-    if compressed or suffix == ".bin":
-        raise ConfigError(f"{path} does not say which integers it holds; give --dtype, one of {', '.join(RAW_DTYPES)}")
-    return "text", "", False
+def _input_in_folder(file: Path, dtype: str | None, field: str | None) -> TokenInput | LeftOut | None:
+    """Returns the input, why the file is none, or None if it belongs to another one."""
+    if file.stat().st_size == 0 and unfinished_download(file) is None:
+        return LeftOut(file, "empty")
+    if file.suffix == ".idx" and index_beside(file.with_suffix(".bin")) == file and file.with_suffix(".bin").is_file():
+        return None
+    try:
+        found = _input_of(file, dtype, field)
+    except _NoTokensError as error:
+        return LeftOut(file, error.why)
+    return LeftOut(file, "text, while --dtype asks for ids") if dtype is not None and found.kind == "text" else found
 
 
-def _input_of(path: Path, dtype: str | None) -> TokenInput:
+class _NoTokensError(ConfigError):
+    """The file is well, and holds no tokens: in a folder it is left out."""
+
+    def __init__(self, path: Path, why: str, remedy: str) -> None:
+        super().__init__(f"{path} is {why}; {remedy}")
+        self.why = why
+
+
+def _input_of(path: Path, dtype: str | None, field: str | None) -> TokenInput:
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is no regular file; write what comes out of it to a file first")
-    num_bytes = path.stat().st_size
-    kind, raw, compressed = _kind_of(path, dtype)
-    if kind == "text" and not _is_text(path):
-        raise ConfigError(f"{path} is no text: it has zero bytes; where it holds token ids, give --dtype")
-    return TokenInput(path, kind, num_bytes, raw, compressed)
-
-
-def _is_text(path: Path) -> bool:
+    if why := unfinished_download(path):
+        raise ConfigError(f"{path}: {why}")
+    size = path.stat().st_size
+    if index := index_beside(path):
+        found = read_index(index, path).dtype
+        _check_dtype(path, dtype, found, f"its index {index.name}")
+        return TokenInput(path, "megatron", size, dtype=found, index=index)
     with path.open("rb") as file:
-        return b"\0" not in file.read(LOOK_BYTES)
+        head = file.read(HEAD_BYTES)
+    content, codec = recognise(head, size) if size else None, ""
+    if content is not None and content.kind in CODECS:
+        if _suffixes(path)[-1:] == [".npy"]:
+            raise ConfigError(f"{path} is a compressed .npy file; decompress it first")
+        codec = content.kind
+        head = first_bytes(path, codec, HEAD_BYTES)
+        content = _content_inside(path, codec, head)
+    elif content is None and size and path.suffix in COMPRESSED_SUFFIXES:
+        raise FormatError(f"{path} is no {COMPRESSED_SUFFIXES[path.suffix]} file, or damaged; copy it again")
+    known = _input_of_content(path, size, codec, head, content, dtype, field)
+    return known or _input_of_bytes(path, size, codec, head, dtype)
 
 
-def pieces_of_text(inputs: Sequence[TokenInput], tokenizer: Tokenizer, bos: int | None) -> Iterator[Piece]:
-    """Yields the tokens of text files, a document each, in batches; `bos`, if given, stands before each document.
+def _content_inside(path: Path, codec: str, head: bytes) -> Content | None:
+    """What a compressed file holds. A table of offsets is one if its last is the end: then all of the file is read."""
+    if len(head) < HEAD_BYTES:
+        return recognise(head, len(head)) if head else None
+    content = recognise(head, 1 << 62)
+    num_offsets = int.from_bytes(head[:4], "little")
+    if content is None and num_offsets < len(head) // 4 - 1:
+        end = int.from_bytes(head[4 + 4 * num_offsets :][:4], "little")
+        content = recognise(head, end) if end else None
+        if content is not None and count_bytes(path, codec) != end:
+            return None
+    return content
 
-    Text is read as UTF-8, bytes that are none as U+FFFD. A file of more than TEXT_PIECE_CHARACTERS is cut at ends of lines, where
-    its tokens may differ from those of the whole. Blocks; the tokenizer uses threads of its own.
+
+def _input_of_content(
+    path: Path, size: int, codec: str, head: bytes, content: Content | None, dtype: str | None, field: str | None
+) -> TokenInput | None:
+    """Returns the input that a file of known content is, None if its content says nothing; refuses all else by name."""
+    is_lines = LINES_SUFFIXES & set(path.suffixes) and size > 0
+    starts_as_json = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+    if is_lines or (starts_as_json and (content is None or content.kind in ("json", "json-lines"))):
+        found = field_of_lines(path, codec, field)
+        if isinstance(found, LineField):
+            return TokenInput(path, "json-lines", size, codec, field=found)
+        if found is not None:
+            raise _NoTokensError(path, f"JSON lines, but {found}", "name the right field with --field")
+        if content is None and is_lines:
+            raise ConfigError(f"{path} is called JSON lines, and its first line is not JSON; get it again or rename it")
+    if content is None or (content.kind == "html" and WEB_SUFFIXES & set(path.suffixes)):
+        return None
+    if content.kind == "npy" and not codec:
+        return TokenInput(path, "npy", size)
+    if content.kind in LLMC_KINDS and not codec:
+        found_dtype = check_llmc(path, head, size)
+        _check_dtype(path, dtype, found_dtype, "its header")
+        return TokenInput(path, "llmc", size, dtype=found_dtype)
+    name, remedy = content.name, REMEDIES.get(content.kind, content.remedy)
+    if codec:
+        name = f"{codec} data that holds {name}"
+        remedy = "decompress it first" + ("" if content.kind in CODECS or not remedy else f", then {remedy}")
+    if content.kind in LEFT_OUT_KINDS:
+        raise _NoTokensError(path, name, remedy)
+    raise ConfigError(f"{path} is {name}; {remedy}")
+
+
+def _input_of_bytes(path: Path, size: int, codec: str, head: bytes, dtype: str | None) -> TokenInput:
+    """Plain text or raw integers: if the bytes do not tell, the name or --dtype does."""
+    if _suffixes(path)[-1:] == [".npy"]:
+        raise FormatError(f"{path} is no NumPy array, or cut; copy it again")
+    if name := own_file(head):
+        raise _NoTokensError(path, f"{name} of tierstore", "give what it was made from")
+    suffix = (_suffixes(path) or [""])[-1]
+    raw, text = RAW_SUFFIXES.get(suffix, dtype), is_text(head)
+    if text and (suffix in RAW_SUFFIXES or (raw is not None and suffix == ".bin")):
+        raise ConfigError(f"{path} is text, not {raw} ids; name it .txt, and give --tokenizer tokenizer.json")
+    if raw is not None and not text:
+        return TokenInput(path, "raw", size, codec, np.dtype(RAW_DTYPES[raw]).str)
+    if suffix == ".bin" and not text:
+        raise ConfigError(f"{path} does not say which integers it holds; give --dtype, one of {', '.join(RAW_DTYPES)}")
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise _NoTokensError(path, "text in UTF-16", "convert it first: iconv -f UTF-16 -t UTF-8")
+    if b"\0" in head:
+        raise _NoTokensError(path, "no text: it has zero bytes", "if it holds token ids, give --dtype")
+    return TokenInput(path, "text", size, codec)
+
+
+def _suffixes(path: Path) -> list[str]:
+    """Suffixes of what a file holds, without that of its compression."""
+    return path.with_suffix("").suffixes if path.suffix in COMPRESSED_SUFFIXES else path.suffixes
+
+
+def _check_dtype(path: Path, dtype: str | None, found: str, by: str) -> None:
+    if dtype is not None and np.dtype(RAW_DTYPES[dtype]) != np.dtype(found):
+        raise ConfigError(f"{path} holds {np.dtype(found).name} by {by}, --dtype says {dtype}; leave --dtype out")
+
+
+def text_parts(source: TokenInput) -> Iterator[TextPart]:
+    """Yields the text of a `TokenInput` that needs a tokenizer."""
+    if source.field is None:
+        yield from parts_of_file(source.path, source.codec, source.num_bytes)
+        return
+    for text, input_bytes in documents_of_lines(source.path, source.codec, source.field):
+        assert isinstance(text, str), "the field was said to be text"
+        yield from parts_of_document(text, input_bytes)
+
+
+def id_pieces(source: TokenInput, vocab_size: int | None, lengths: np.ndarray | None) -> Iterator[Piece]:
+    """Yields the ids of a `TokenInput` that holds ids.
+
+    lengths: int64 [documents], tokens of each document, if the file does not say it itself. vocab_size: ids are below it.
     """
-    batch: list[_TextPart] = []
-    characters = 0
-    for part in (part for source in inputs for part in _text_parts(source)):
-        batch.append(part)
-        characters += len(part.text)
-        if characters >= TEXT_BATCH_CHARACTERS:
-            yield _tokenized(batch, tokenizer, bos)
-            batch, characters = [], 0
-    if batch:
-        yield _tokenized(batch, tokenizer, bos)
-
-
-class _TextPart(NamedTuple):
-    text: str
-    starts_document: bool
-    ends_document: bool
-    input_bytes: int
-
-
-def _text_parts(source: TokenInput) -> Iterator[_TextPart]:
-    with source.path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8", errors="replace", newline="") as file:
-        starts, read_bytes, text = True, 0, _some_lines(file)
-        while text:
-            following = _some_lines(file)
-            now = raw.tell() if following else source.num_bytes
-            yield _TextPart(text, starts, not following, now - read_bytes)
-            starts, read_bytes, text = False, now, following
-
-
-def _some_lines(file: io.TextIOWrapper) -> str:
-    text = file.read(TEXT_PIECE_CHARACTERS)
-    return text + file.readline(TEXT_PIECE_CHARACTERS) if len(text) == TEXT_PIECE_CHARACTERS else text
-
-
-def _tokenized(parts: Sequence[_TextPart], tokenizer: Tokenizer, bos: int | None) -> Piece:
-    with naming_panics("text for the tokenizer", "leave the input out that it cannot read, or update tokenizers"):
-        encodings = tokenizer.encode_batch_fast([part.text for part in parts], add_special_tokens=False)
-    ids: list[np.ndarray] = []
-    ends: list[int] = []
-    total = 0
-    for part, encoding in zip(parts, encodings, strict=True):
-        start = [bos] if bos is not None and part.starts_document else []
-        ids.append(np.array(start + encoding.ids, dtype=np.int64))
-        total += len(ids[-1])
-        if part.ends_document:
-            ends.append(total)
-    return Piece(np.concatenate(ids), ends, sum(part.input_bytes for part in parts))
-
-
-def pieces_of_ids(source: TokenInput, vocab_size: int | None, lengths: np.ndarray | None) -> Iterator[Piece]:
-    """Yields the ids of a file of integers. It is one document, or, where it is a 2-D array, one a row.
-
-    lengths: int64 [documents], tokens of each document of a file that is not 2-D. vocab_size: ids are below it. Raises
-    `ValueError` for ids outside it, `ConfigError` where lengths do not add up to the file's tokens, or the file is cut.
-    """
+    if lengths is not None and source.kind in ("json-lines", "megatron"):
+        raise ConfigError(f"{source.path} says itself where its documents end; leave --doclens out")
     if source.kind == "npy":
-        array = _NpyFile(source.path)
-        if len(array.shape) == 2:
-            if lengths is not None:
-                raise ConfigError(f"{source.path} is 2-D, one document a row; leave --doclens out")
-            yield from _rows(source, array, vocab_size)
-            return
-        arrays = _slices(array)
-    else:
-        arrays = _raw_arrays(source)
-    ends = None if lengths is None else np.cumsum(lengths, dtype=np.int64)
-    token_start = 0
-    for token_ids, input_bytes in arrays:
-        check_token_ids(token_ids, vocab_size, str(source.path), token_start)
-        token_end = token_start + len(token_ids)
-        here: np.ndarray | list[int] = []
-        if ends is not None:
-            first, last = np.searchsorted(ends, [token_start, token_end], side="right")
-            here = ends[first:last] - token_start
-        yield Piece(token_ids, here, input_bytes)
-        token_start = token_end
-    if ends is not None and (int(ends[-1]) if len(ends) else 0) != token_start:
-        raise ConfigError(
-            f"{source.path} has {token_start} tokens, its document lengths add up to {ends[-1] if len(ends) else 0}; "
-            f"give the lengths that belong to it"
-        )
-    yield Piece(np.empty(0, dtype=np.int32), [0], 0)
+        return npy_pieces(source.path, lengths, vocab_size)
+    if source.kind == "json-lines":
+        return _line_pieces(source, vocab_size)
+    skip_bytes = LLMC_HEADER_BYTES if source.kind == "llmc" else 0
+    if source.index is not None:
+        lengths = read_index(source.index, source.path).lengths
+    return raw_pieces(source.path, source.codec, source.dtype, lengths, vocab_size, skip_bytes)
 
 
-def _slices(array: _NpyFile) -> Iterator[tuple[np.ndarray, int]]:
-    for start in range(0, array.shape[0], PIECE_TOKENS):
-        part = array.read(start, start + PIECE_TOKENS)
-        yield part, part.nbytes
-
-
-def _rows(source: TokenInput, array: _NpyFile, vocab_size: int | None) -> Iterator[Piece]:
-    num_rows, width = array.shape
-    step = max(1, PIECE_TOKENS // max(1, width))
-    for start in range(0, num_rows, step):
-        rows = array.read(start, start + step)
-        check_token_ids(rows.reshape(-1), vocab_size, str(source.path), start * width)
-        yield Piece(rows.reshape(-1), np.arange(1, len(rows) + 1) * width, rows.nbytes)
-
-
-class _NpyFile:
-    """A .npy file of integers, 1-D or 2-D, read in parts and never mapped: cutting it meanwhile is an error, not a signal."""
-
-    def __init__(self, path: Path) -> None:
-        """Reads the header; raises `ConfigError` for other arrays, `FormatError` if it is no array or its end is missing."""
-        self._path = path
-        try:
-            with path.open("rb") as file:
-                if file.read(2) == b"PK":
-                    raise ConfigError(f"{path} is NpzFile, expected integers; save its array alone, with numpy.save")
-                file.seek(0)
-                major, _ = np.lib.format.read_magic(file)
-                read_header = getattr(np.lib.format, f"read_array_header_{major}_0")
-                self.shape, self._is_fortran, self._dtype = read_header(file)
-                self._byte_start = file.tell()
-        except (AttributeError, ValueError, EOFError) as error:
-            raise FormatError(f"{path} is no NumPy array of numbers, or cut ({error}); copy it again") from error
-        if self._dtype.hasobject:
-            raise FormatError(f"{path} is no NumPy array of numbers, but of objects; save it as integers")
-        if len(self.shape) not in (1, 2) or self._dtype.kind not in "iu":
-            raise ConfigError(
-                f"{path} is {self._dtype} {list(self.shape)}, expected integers, 1-D, or 2-D with a document a row"
-            )
-        self._check_bytes(path.stat().st_size)
-
-    def read(self, row_start: int, row_end: int) -> np.ndarray:
-        """Returns rows (of a 1-D array: elements) from row_start on, as many as there are before row_end. Blocks."""
-        if self._is_fortran and len(self.shape) == 2:
-            return np.ascontiguousarray(self._read(0, self.shape[0]).reshape(self.shape[::-1]).T[row_start:row_end])
-        return self._read(row_start, min(row_end, self.shape[0])).reshape(-1, *self.shape[1:])
-
-    def _read(self, row_start: int, row_end: int) -> np.ndarray:
-        width = int(np.prod(self.shape[1:], dtype=np.int64))
-        with self._path.open("rb", buffering=0) as file:
-            file.seek(self._byte_start + row_start * width * self._dtype.itemsize)
-            found = np.fromfile(file, self._dtype, (row_end - row_start) * width)
-        if len(found) < (row_end - row_start) * width:
-            self._check_bytes(self._byte_start + (row_start * width + len(found)) * self._dtype.itemsize)
-        return found
-
-    def _check_bytes(self, file_bytes: int) -> None:
-        needed_bytes = self._byte_start + int(np.prod(self.shape, dtype=object)) * self._dtype.itemsize
-        if file_bytes < needed_bytes:
-            raise FormatError(
-                f"{self._path} is no NumPy array of numbers, or cut: {file_bytes} bytes, its header says {needed_bytes}; "
-                f"copy it again"
-            )
-
-
-def read_lengths(path: Path) -> np.ndarray:
-    """Returns the tokens of each document, int64 [documents], that a .npy file holds; raises `ConfigError` for others."""
-    array = _NpyFile(path)
-    if len(array.shape) != 1 or ((lengths := array.read(0, array.shape[0])) < 0).any():
-        raise ConfigError(f"{path} is {list(array.shape)}, or has numbers below 0; expected 1-D lengths of documents")
-    return lengths.astype(np.int64)
-
-
-def _raw_arrays(source: TokenInput) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields (ids, bytes of the file that they took)."""
-    dtype = np.dtype(RAW_DTYPES[source.dtype])
-    rest = b""
-    for data, read_bytes in _decompressed(source.path) if source.compressed else _plain(source.path, RAW_READ_BYTES):
-        data = rest + data if rest else data
-        whole = len(data) // dtype.itemsize
-        rest = data[whole * dtype.itemsize :]
-        yield np.frombuffer(data, dtype=dtype, count=whole), read_bytes
-    if rest:
-        raise ConfigError(
-            f"{source.path} ends in {len(rest)} bytes that are no whole {source.dtype} of {dtype.itemsize} bytes; it was "
-            f"cut, or give the right --dtype"
-        )
-
-
-def _plain(path: Path, read_bytes: int) -> Iterator[tuple[bytes, int]]:
-    with path.open("rb") as file:
-        while data := file.read(read_bytes):
-            yield data, len(data)
-
-
-def _decompressed(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Yields the bytes of a zstd file of one or more frames. The library's own stream takes a cut frame for whole."""
-    decompressor = zstandard.ZstdDecompressor()
-    frame = None
-    for data, read_bytes in _plain(path, COMPRESSED_READ_BYTES):
-        while data:
-            if frame is None:
-                frame = decompressor.decompressobj()
-            try:
-                yield frame.decompress(data), read_bytes
-            except zstandard.ZstdError as error:
-                raise FormatError(f"{path} is no zstd file, or damaged ({error}); copy it again") from error
-            read_bytes = 0  # counted once, also where several frames lie in it
-            data = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise FormatError(f"{path} ends within a zstd frame: it was cut short; copy it again")
+def _line_pieces(source: TokenInput, vocab_size: int | None) -> Iterator[Piece]:
+    assert source.field is not None, "of JSON lines"
+    num_tokens = 0
+    for ids, input_bytes in documents_of_lines(source.path, source.codec, source.field):
+        assert isinstance(ids, np.ndarray), "the field was said to be ids"
+        check_token_ids(ids, vocab_size, str(source.path), num_tokens)
+        num_tokens += len(ids)
+        yield Piece(ids, [len(ids)], input_bytes)

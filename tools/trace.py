@@ -7,11 +7,14 @@ Refuses what those refuse, and options that do not go together.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -23,20 +26,41 @@ from tierstore.formats.trace import TokenTraceInfo, TokenTraceWriter
 from tierstore.units import format_bytes
 
 from .cli import Progress
-from .token_inputs import RAW_DTYPES, Piece, TokenInput, find_inputs, pieces_of_ids, pieces_of_text, read_lengths
+from .token_ids import RAW_DTYPES, Piece, read_lengths
+from .token_inputs import LeftOut, TokenInput, find_inputs, id_pieces, text_parts
+from .token_text import text_pieces
 
 SOURCES_NAMED_MAX = 3
+KINDS_NAMED_MAX = 5
 
 
 @dataclass(frozen=True)
 class TraceReport:
-    """What was written, from how many inputs, and what was found in folders and left out, empty or no text."""
+    """What was written, from how many inputs, what was found in folders and left out, and how often --eos was found."""
 
     info: TokenTraceInfo
     num_inputs: int
-    left_out: list[Path]
+    left_out: list[LeftOut]
     trace_bytes: int
     seconds: float
+    num_eos: int | None = None
+
+    def as_record(self) -> dict[str, Any]:
+        """Returns it for JSON."""
+        info = self.info
+        return {
+            "trace": str(info.path),
+            "tokens": info.num_tokens,
+            "documents": info.num_documents,
+            "vocab_size": info.vocab_size,
+            "token_id_max": info.token_id_max,
+            "source": info.source,
+            "inputs": self.num_inputs,
+            "left_out": [{"path": str(path), "why": why} for path, why in self.left_out],
+            "bytes": self.trace_bytes,
+            "seconds": self.seconds,
+            "eos_found": self.num_eos,
+        }
 
 
 def write_trace(
@@ -47,48 +71,79 @@ def write_trace(
     dtype: str | None = None,
     doclens: str | os.PathLike[str] | None = None,
     bos: int | None = None,
+    eos: int | None = None,
+    field: str | None = None,
     vocab_size: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TraceReport:
     """Writes the trace of `inputs`, files or folders, at `output`. Blocks until it is durable; memory stays bounded.
 
-    tokenizer: tokenizer.json for text. dtype: one of RAW_DTYPES, of files whose names do not say it. doclens: .npy with the
-    tokens of each document of the only input. bos: id before each document of text. vocab_size: ids are below it; by default
-    the tokenizer's, if there is one. on_progress(bytes done, bytes in all). Raises `ConfigError`, `FormatError`, `OSError`,
-    and `ValueError` for an id outside the vocabulary.
+    Args:
+        tokenizer: tokenizer.json for text.
+        dtype: one of RAW_DTYPES, of files that neither their content nor their name says it of.
+        doclens: .npy with the tokens of each document of the only input.
+        bos: id before each document of text.
+        eos: id that ends a document of ids, and belongs to it.
+        field: of JSON lines, by default the usual names of texts and of lists of ids.
+        vocab_size: ids are below it; by default the tokenizer's, if there is one.
+        on_progress: gets (bytes done, bytes in all).
+
+    Raises `ConfigError`, `FormatError`, `OSError`, and `ValueError` for an id outside the vocabulary.
     """
     started = time.perf_counter()
-    found, left_out = find_inputs([Path(path) for path in inputs], dtype)
-    _check_options(found, tokenizer is not None, doclens is not None, bos is not None)
+    besides = [Path(path) for path in (tokenizer, doclens) if path is not None]
+    found, left_out = find_inputs([Path(path) for path in inputs], dtype, field, besides)
+    _check_options(found, left_out, tokenizer is not None, doclens is not None, bos is not None, eos is not None)
     lengths = None if doclens is None else read_lengths(Path(doclens))
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     if loaded is not None:
         loaded.no_truncation()  # some tokenizers come with a length to cut at, and one to fill up to
         loaded.no_padding()
         vocab_size = vocab_size or 1 + max(loaded.get_vocab(with_added_tokens=True).values())
-    if bos is not None and vocab_size is not None and not 0 <= bos < vocab_size:
-        raise ConfigError(f"--bos {bos} is outside the vocabulary of {vocab_size} ids; give an id of the tokenizer's")
-    done_bytes, total_bytes = 0, sum(source.num_bytes for source in found)
+    for option, value in (("--bos", bos), ("--eos", eos)):
+        if value is not None and vocab_size is not None and not 0 <= value < vocab_size:
+            raise ConfigError(f"{option} {value} is outside the vocabulary of {vocab_size} ids; give one of its ids")
+    done_bytes, total_bytes, num_eos = 0, sum(source.num_bytes for source in found), 0
     with TokenTraceWriter(output, vocab_size=vocab_size, source=_source_text(found)) as writer:
-        for piece in _pieces(found, loaded, vocab_size, lengths, bos):
-            writer.add(piece.token_ids, piece.document_ends)
+        for piece, is_text in _pieces(found, loaded, vocab_size, lengths, bos):
+            ends = piece.document_ends
+            if eos is not None and not is_text:
+                eos_ends = np.flatnonzero(piece.token_ids == eos) + 1
+                num_eos += len(eos_ends)
+                ends = np.union1d(np.asarray(ends, dtype=np.int64), eos_ends)
+            writer.add(piece.token_ids, ends)
             done_bytes += piece.input_bytes
             if on_progress is not None:
                 on_progress(min(done_bytes, total_bytes), total_bytes)
         info = writer.finish()
-    return TraceReport(info, len(found), left_out, info.path.stat().st_size, time.perf_counter() - started)
+    if on_progress is not None:
+        on_progress(total_bytes, total_bytes)  # what follows the last token, such as a checksum, counts too
+    seconds = time.perf_counter() - started
+    return TraceReport(info, len(found), left_out, info.path.stat().st_size, seconds, None if eos is None else num_eos)
 
 
-def _check_options(found: Sequence[TokenInput], has_tokenizer: bool, has_doclens: bool, has_bos: bool) -> None:
-    texts = [source.path for source in found if source.kind == "text"]
+def _check_options(
+    found: Sequence[TokenInput],
+    left_out: Sequence[LeftOut],
+    has_tokenizer: bool,
+    has_doclens: bool,
+    has_bos: bool,
+    has_eos: bool,
+) -> None:
+    texts = [source.path for source in found if source.is_text]
     if not found:
-        raise ConfigError("the inputs are folders without text or token ids; give others")
+        first = f"; {left_out[0].path} is {left_out[0].why}" if left_out else ""
+        raise ConfigError(f"the inputs are folders without text or token ids{first}; give others")
     if texts and not has_tokenizer:
-        raise ConfigError(f"{texts[0]} is text; give --tokenizer tokenizer.json, or --dtype where it holds token ids")
+        raise ConfigError(f"{texts[0]} is text; give --tokenizer tokenizer.json")
     if has_doclens and (len(found) != 1 or texts):
         raise ConfigError(f"--doclens is for one input of token ids, there are {len(found)}; write a trace of each")
+    if has_doclens and has_eos:
+        raise ConfigError("--doclens and --eos both say where documents end; give one of them")
     if has_bos and not texts:
         raise ConfigError("--bos is for text, and the inputs are token ids, which hold their own; leave it out")
+    if has_eos and len(texts) == len(found):
+        raise ConfigError("--eos is for token ids, and the inputs are text, a document a file (or line); leave it out")
 
 
 def _source_text(found: Sequence[TokenInput]) -> str:
@@ -103,14 +158,30 @@ def _pieces(
     vocab_size: int | None,
     lengths: np.ndarray | None,
     bos: int | None,
-) -> Iterator[Piece]:
-    for is_text, group in itertools.groupby(found, key=lambda source: source.kind == "text"):
+) -> Iterator[tuple[Piece, bool]]:
+    """Yields (piece, whether it comes from text)."""
+    for is_text, group in itertools.groupby(found, key=lambda source: source.is_text):
         if is_text:
             assert tokenizer is not None
-            yield from pieces_of_text(list(group), tokenizer, bos)
+            parts = (part for source in group for part in _unchanged(source, text_parts(source)))
+            yield from ((piece, True) for piece in text_pieces(parts, tokenizer, bos))
         else:
             for source in group:
-                yield from pieces_of_ids(source, vocab_size, lengths)
+                pieces = _unchanged(source, id_pieces(source, vocab_size, lengths))
+                yield from ((piece, False) for piece in pieces)
+
+
+def _unchanged(source: TokenInput, parts: Iterator[Any]) -> Iterator[Any]:
+    """Yields what was read of a file; raises `ConfigError` at its end if somebody wrote to the file meanwhile."""
+    before = _identity(source.path)
+    yield from parts
+    if _identity(source.path) != before:
+        raise ConfigError(f"{source.path} was changed while it was read; trace it again once it is whole")
+
+
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @click.command("trace")
@@ -119,9 +190,15 @@ def _pieces(
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), metavar="FILE", help="tokenizer.json that text goes through."
 )
-@click.option("--dtype", type=click.Choice(list(RAW_DTYPES)), help="Integers of files whose names do not say it.")
+@click.option(
+    "--dtype", type=click.Choice(list(RAW_DTYPES)), help="Integers of raw files (.bin) that do not say it themselves."
+)
+@click.option("--field", metavar="NAME", help="Field of JSON lines.  [default: text; or input_ids, tokens]")
 @click.option(
     "--doclens", type=click.Path(path_type=Path), metavar="FILE.npy", help="Tokens of each document of the one input."
+)
+@click.option(
+    "--eos", type=click.IntRange(min=0), metavar="ID", help="Token that ends each document, in one long file of ids."
 )
 @click.option("--bos", type=click.IntRange(min=0), metavar="ID", help="Token to put before each document of text.")
 @click.option(
@@ -130,22 +207,34 @@ def _pieces(
     metavar="N",
     help="Refuse ids of N and more.  [default: the tokenizer's]",
 )
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes are in bytes.")
 def command(
     inputs: tuple[Path, ...],
     output: Path,
     tokenizer: Path | None,
     dtype: str | None,
+    field: str | None,
     doclens: Path | None,
+    eos: int | None,
     bos: int | None,
     vocab_size: int | None,
+    as_json: bool,
 ) -> None:
-    """Write the token trace of INPUT...: text, .npy (1-D, or a document a row), or raw integers; folders are walked.
+    """Write the token trace of INPUT...: text, JSON lines, .npy, or raw token ids; folders are walked.
 
-    Raw integers are .i32, .i64, .u16, .u32, or of --dtype, and may be compressed (.zst). A file is one document,
-    unless --doclens or a 2-D array says otherwise.
+    \b
+    Text: a file is a document.
+    JSON lines (.jsonl): a line is a document, its text or list of ids in --field.
+    .npy: 1-D, or a document a row.
+    Raw integers: .i32 .i64 .u16 .u32, or --dtype. Token files of llm.c and
+      modded-nanogpt, and .bin with .idx of Megatron, say their type.
+    Text, lines and raw integers may be compressed: zstd, gzip, xz, bzip2.
+
+    A file of ids is one document unless it says otherwise, or --eos or --doclens does.
 
     \b
     Example: tierstore trace corpus/ -o corpus.trace --tokenizer model/tokenizer.json --bos 0
+    Example: tierstore trace train.bin -o train.trace --dtype uint16 --eos 50256
     """
     with Progress("tracing") as on_progress:
         report = write_trace(
@@ -155,9 +244,14 @@ def command(
             dtype=dtype,
             doclens=doclens,
             bos=bos,
+            eos=eos,
+            field=field,
             vocab_size=vocab_size,
             on_progress=on_progress,
         )
+    if as_json:
+        click.echo(json.dumps(report.as_record(), indent=2))
+        return
     info = report.info
     each = report.trace_bytes / max(1, info.num_tokens)
     click.echo(
@@ -165,5 +259,10 @@ def command(
         f"{format_bytes(report.trace_bytes)} ({each:.2f} bytes a token), "
         f"{info.num_tokens / max(report.seconds, 1e-9):,.0f} tokens/s"
     )
+    if report.num_eos == 0:
+        click.echo(f"note: --eos {eos} is none of the tokens; documents end as they would without it")
     if report.left_out:
-        click.echo(f"left out, empty or no text: {len(report.left_out):,} files, the first {report.left_out[0]}")
+        kinds = Counter(why for _, why in report.left_out)
+        words = ", ".join(f"{count:,} {why}" for why, count in kinds.most_common(KINDS_NAMED_MAX))
+        more = ", .." if len(kinds) > KINDS_NAMED_MAX else ""
+        click.echo(f"left out: {len(report.left_out):,} files ({words}{more}), the first {report.left_out[0].path}")

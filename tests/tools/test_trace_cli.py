@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from tierstore.errors import ConfigError, FormatError
 from tierstore.formats.trace import read_token_documents, read_token_trace_info
-from tierstore.tools import token_inputs
+from tierstore.tools import byte_streams, token_ids, token_text
 from tierstore.tools.cli import cli, run
 from tierstore.tools.corpus import train_tokenizer
 from tierstore.tools.trace import write_trace
@@ -73,7 +73,10 @@ def test_every_file_of_a_folder_is_a_document_in_sorted_order(
         "caf\ufffd and tea",
         "Äpfel, crème brûlée, 漢字\r\n\r\nthe end",
     ]
-    assert sorted(file.name for file in report.left_out) == ["empty.txt", "picture.png"]
+    assert [(path.name, why) for path, why in report.left_out] == [
+        ("empty.txt", "empty"),
+        ("picture.png", "no text: it has zero bytes"),
+    ]
     vocab_size = Tokenizer.from_file(str(tokenizer_file)).get_vocab_size()
     assert read_token_trace_info(tmp_path / "t.trace").vocab_size == vocab_size
 
@@ -82,8 +85,8 @@ def test_a_text_is_the_same_document_whatever_pieces_it_is_read_in(
     texts: Path, tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_trace([texts / "a.txt", texts / "z"], tmp_path / "whole", tokenizer=tokenizer_file, bos=1)
-    monkeypatch.setattr(token_inputs, "TEXT_PIECE_CHARACTERS", 20)
-    monkeypatch.setattr(token_inputs, "TEXT_BATCH_CHARACTERS", 70)
+    monkeypatch.setattr(token_text, "PIECE_CHARACTERS", 20)
+    monkeypatch.setattr(token_text, "BATCH_CHARACTERS", 70)
     seen = []
     options = {"tokenizer": tokenizer_file, "bos": 1, "on_progress": lambda *done: seen.append(done)}
     write_trace([texts / "a.txt", texts / "z"], tmp_path / "pieces", **options)
@@ -100,8 +103,8 @@ def test_a_text_is_the_same_document_whatever_pieces_it_is_read_in(
 def test_raw_integers_come_back_with_the_ends_of_their_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, compressed: bool, by_name: bool
 ) -> None:
-    monkeypatch.setattr(token_inputs, "RAW_READ_BYTES", 100)  # no multiple of 8
-    monkeypatch.setattr(token_inputs, "COMPRESSED_READ_BYTES", 50)
+    monkeypatch.setattr(byte_streams, "READ_BYTES", 100)  # no multiple of 8
+    monkeypatch.setattr(byte_streams, "COMPRESSED_READ_BYTES", 50)
     ids = np.random.default_rng(0).integers(0, 60_000, 1000).astype(dtype)
     lengths = np.array([1, 0, 400, 99, 500, 0])
     np.save(tmp_path / "lengths.npy", lengths)
@@ -130,7 +133,7 @@ def test_raw_integers_come_back_with_the_ends_of_their_documents(
 def test_arrays_come_back_a_document_each_or_one_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, order: str
 ) -> None:
-    monkeypatch.setattr(token_inputs, "PIECE_TOKENS", 20)
+    monkeypatch.setattr(token_ids, "PIECE_TOKENS", 20)
     array = np.random.default_rng(1).integers(0, 999, (11, 7)).astype(dtype, order=order)
     np.save(tmp_path / "rows.npy", array)
     np.save(tmp_path / "flat.npy", array.reshape(-1))
@@ -158,8 +161,8 @@ def test_text_and_ids_mix_in_the_order_given(texts: Path, tokenizer_file: Path, 
 def test_an_id_outside_the_vocabulary_is_named_with_file_and_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, bad: int
 ) -> None:
-    monkeypatch.setattr(token_inputs, "PIECE_TOKENS", 16)
-    monkeypatch.setattr(token_inputs, "RAW_READ_BYTES", 64)
+    monkeypatch.setattr(token_ids, "PIECE_TOKENS", 16)
+    monkeypatch.setattr(byte_streams, "READ_BYTES", 64)
     ids = np.arange(60, dtype=np.int32)
     ids[37] = bad
     np.save(tmp_path / "ids.npy", ids)
@@ -212,7 +215,7 @@ def odd_files(tmp_path: Path) -> Path:
         ("floats.npy", ConfigError, r"is float64 \[3\], expected integers"),
         ("cube.npy", ConfigError, r"int32 \[2, 2, 2\]"),
         ("objects.npy", FormatError, "no NumPy array of numbers"),
-        ("many.npy", ConfigError, "is NpzFile"),
+        ("many.npy", ConfigError, "is a NumPy archive"),
         ("foreign.npy", FormatError, "no NumPy array"),
         ("void.npy", FormatError, "no NumPy array"),
         ("odd.i32", ConfigError, "ends in 2 bytes that are no whole int32 of 4"),
@@ -271,7 +274,7 @@ def test_the_command_says_what_it_wrote_and_what_it_left_out(texts: Path, tokeni
     )
     assert said
     assert int(said[1].replace(",", "")) == info.num_tokens
-    assert "left out, empty or no text: 2 files" in result.stdout
+    assert "left out: 2 files (1 empty, 1 no text: it has zero bytes), the first " in result.stdout
     assert "tracing: 100 %" in result.stderr
 
 
