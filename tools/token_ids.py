@@ -32,6 +32,14 @@ class Piece(NamedTuple):
     input_bytes: int
 
 
+class NoIdsError(ConfigError):
+    """The file is well, and holds no tokens: named by itself it is refused, in a folder it is left out."""
+
+    def __init__(self, path: Path, why: str, remedy: str) -> None:
+        super().__init__(f"{path} is {why}; {remedy}")
+        self.why = why
+
+
 def raw_pieces(
     path: Path, codec: str, dtype: str, lengths: np.ndarray | None, vocab_size: int | None, skip_bytes: int = 0
 ) -> Iterator[Piece]:
@@ -92,10 +100,10 @@ def npy_header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.d
         shape, fortran_order, dtype = read(file)
     except (ValueError, EOFError) as error:
         raise FormatError(f"{path} is no NumPy array of numbers, or cut ({error}); copy it again") from error
-    if dtype.hasobject:
-        raise FormatError(f"{path} is no NumPy array of numbers, but of Python objects; save the ids as integers")
     if len(shape) not in (1, 2) or dtype.kind not in "iu":
-        raise ConfigError(f"{path} is {dtype} {list(shape)}, expected integers, 1-D, or 2-D with a document a row")
+        raise NoIdsError(
+            path, f"{dtype} {list(shape)}, expected integers, 1-D, or 2-D with a document a row", "save ids so"
+        )
     num_bytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
     left = path.stat().st_size - file.tell()
     if left < num_bytes:

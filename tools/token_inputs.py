@@ -24,7 +24,7 @@ from .json_lines import SUFFIXES as LINES_SUFFIXES
 from .json_lines import LineField, documents_of_lines, field_of_lines
 from .megatron_pairs import index_beside, read_index
 from .token_folders import LEFT_OUT_KINDS, REMEDIES, files_under, is_text, own_file
-from .token_ids import LLMC_HEADER_BYTES, RAW_DTYPES, Piece, check_llmc, npy_pieces, raw_pieces
+from .token_ids import LLMC_HEADER_BYTES, RAW_DTYPES, NoIdsError, Piece, check_llmc, npy_header, npy_pieces, raw_pieces
 from .token_text import TextPart, parts_of_document, parts_of_file
 
 RAW_SUFFIXES = {".i32": "int32", ".i64": "int64", ".u16": "uint16", ".u32": "uint32"}
@@ -97,17 +97,9 @@ def _input_in_folder(file: Path, dtype: str | None, field: str | None) -> TokenI
         return None
     try:
         found = _input_of(file, dtype, field)
-    except _NoTokensError as error:
+    except NoIdsError as error:
         return LeftOut(file, error.why)
     return LeftOut(file, "text, while --dtype asks for ids") if dtype is not None and found.kind == "text" else found
-
-
-class _NoTokensError(ConfigError):
-    """The file is well, and holds no tokens: in a folder it is left out."""
-
-    def __init__(self, path: Path, why: str, remedy: str) -> None:
-        super().__init__(f"{path} is {why}; {remedy}")
-        self.why = why
 
 
 def _input_of(path: Path, dtype: str | None, field: str | None) -> TokenInput:
@@ -160,12 +152,14 @@ def _input_of_content(
         if isinstance(found, LineField):
             return TokenInput(path, "json-lines", size, codec, field=found)
         if found is not None:
-            raise _NoTokensError(path, f"JSON lines, but {found}", "name the right field with --field")
+            raise NoIdsError(path, f"JSON lines, but {found}", "name the right field with --field")
         if content is None and is_lines:
             raise ConfigError(f"{path} is called JSON lines, and its first line is not JSON; get it again or rename it")
     if content is None or (content.kind == "html" and WEB_SUFFIXES & set(path.suffixes)):
         return None
     if content.kind == "npy" and not codec:
+        with path.open("rb") as file:
+            npy_header(file, path)  # refused before hours of work, not after
         return TokenInput(path, "npy", size)
     if content.kind in LLMC_KINDS and not codec:
         found_dtype = check_llmc(path, head, size)
@@ -176,7 +170,7 @@ def _input_of_content(
         name = f"{codec} data that holds {name}"
         remedy = "decompress it first" + ("" if content.kind in CODECS or not remedy else f", then {remedy}")
     if content.kind in LEFT_OUT_KINDS:
-        raise _NoTokensError(path, name, remedy)
+        raise NoIdsError(path, name, remedy)
     raise ConfigError(f"{path} is {name}; {remedy}")
 
 
@@ -185,7 +179,7 @@ def _input_of_bytes(path: Path, size: int, codec: str, head: bytes, dtype: str |
     if _suffixes(path)[-1:] == [".npy"]:
         raise FormatError(f"{path} is no NumPy array, or cut; copy it again")
     if name := own_file(head):
-        raise _NoTokensError(path, f"{name} of tierstore", "give what it was made from")
+        raise NoIdsError(path, f"{name} of tierstore", "give what it was made from")
     suffix = (_suffixes(path) or [""])[-1]
     raw, text = RAW_SUFFIXES.get(suffix, dtype), is_text(head)
     if text and (suffix in RAW_SUFFIXES or (raw is not None and suffix == ".bin")):
@@ -195,9 +189,9 @@ def _input_of_bytes(path: Path, size: int, codec: str, head: bytes, dtype: str |
     if suffix == ".bin" and not text:
         raise ConfigError(f"{path} does not say which integers it holds; give --dtype, one of {', '.join(RAW_DTYPES)}")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _NoTokensError(path, "text in UTF-16", "convert it first: iconv -f UTF-16 -t UTF-8")
+        raise NoIdsError(path, "text in UTF-16", "convert it first: iconv -f UTF-16 -t UTF-8")
     if b"\0" in head:
-        raise _NoTokensError(path, "no text: it has zero bytes", "if it holds token ids, give --dtype")
+        raise NoIdsError(path, "no text: it has zero bytes", "if it holds token ids, give --dtype")
     return TokenInput(path, "text", size, codec)
 
 

@@ -455,6 +455,20 @@ def test_an_array_that_was_cut_is_named_before_it_is_read(tmp_path: Path) -> Non
         traced(tmp_path / "ids.npy")
 
 
+def test_arrays_of_other_things_are_left_out_of_folders_at_once(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    np.save(folder / "embeddings.npy", np.ones((3, 4)))
+    np.save(folder / "objects.npy", np.array([{}], dtype=object))
+    np.save(folder / "z.npy", IDS)
+    report = write_trace([folder], tmp_path / "t.trace")
+    assert [(path.name, why.split(",")[0]) for path, why in report.left_out] == [
+        ("embeddings.npy", "float64 [3"),
+        ("objects.npy", "object [1]"),
+    ]
+    assert documents_of(tmp_path / "t.trace") == [IDS.tolist()]
+
+
 # Documents
 
 
