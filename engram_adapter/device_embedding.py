@@ -23,7 +23,8 @@ from tierstore.errors import ConfigError, TierStoreError
 from tierstore.tiers.hbm.device import is_capturing
 
 from .codecs import codec_dtype
-from .hash_spec import HashSpec
+from .hash_spec import HashSpec, last_tokens
+from .token_shapes import check_token_shapes
 
 if TYPE_CHECKING:
     from tierstore import Store, TableSpec
@@ -44,7 +45,14 @@ class DeviceEmbedding:
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._begun: _Begun | None = None
         self._lock = threading.RLock()  # of all below that changes, from a lookup's start to its end
-        self._widths: dict[int, int] = {}  # P + T of the last call of each lookup, by which a place is named
+        self._widths: dict[
+            int, tuple[int, int]
+        ] = {}  # P and T of the last call of each lookup, by which a place is named
+
+    @property
+    def history_tokens(self) -> int:
+        """As of the hash."""
+        return self._hash_spec.history_tokens
 
     def copy(self) -> DeviceEmbedding:
         """Another one of the same table, with buffers of its own."""
@@ -187,7 +195,7 @@ class DeviceEmbedding:
         lookup = self._lookup(call.token_ids.numel())
         keys = torch.empty((*call.shape, num_orders), dtype=torch.int64, device=self.device)
         keys_of_tokens(call.token_ids, call.history, call.dead, self._device_hash, keys, lookup.outside)
-        self._widths[id(lookup)] = call.shape[1] + (0 if call.history is None else call.history.shape[1])
+        self._widths[id(lookup)] = 0 if call.history is None else call.history.shape[1], call.shape[1]
         return keys.view(-1, num_orders)
 
     def _check(self, lookup: Any) -> None:
@@ -195,10 +203,11 @@ class DeviceEmbedding:
         lookup.check()
         place = lookup.take_outside()
         if place:
-            sequence, position = divmod(place - 1, self._widths[id(lookup)])
+            past, num_tokens = self._widths[id(lookup)]
+            sequence, position = divmod(place - 1, past + num_tokens)
             raise ValueError(
-                f"a token id of sequence {sequence}, place {position} of history and tokens, is outside the vocabulary of "
-                f"{self._hash_spec.vocab_size} (seen on the device, in this step or one before)"
+                f"the token id of sequence {sequence}, position {position - past} (below 0: in the history) is outside the "
+                f"vocabulary of {self._hash_spec.vocab_size} (seen on the device, in this step or one before)"
             )
 
 
@@ -222,18 +231,22 @@ class DeviceCall:
     """
 
     def __init__(
-        self, token_ids: torch.Tensor, history: torch.Tensor | None, dead: torch.Tensor | None, device: torch.device
+        self,
+        token_ids: torch.Tensor,
+        history: torch.Tensor | None,
+        dead: torch.Tensor | None,
+        device: torch.device,
+        history_tokens: int,
     ) -> None:
-        """Raises `TypeError` and `ValueError` as `TieredEmbedding.forward` does."""
-        for tensor, what in ((token_ids, "token_ids"), (history, "history")):
-            if tensor is not None or what == "token_ids":
-                _check_integers(tensor, what)
+        """history_tokens: how many of the tokens before count. Raises `TypeError` and `ValueError` as
+        `TieredEmbedding.forward` does."""
+        check_token_shapes(token_ids, history, history_tokens)
         if dead is not None and (not isinstance(dead, torch.Tensor) or dead.dtype != torch.bool):
             found = dead.dtype if isinstance(dead, torch.Tensor) else type(dead).__name__
             raise TypeError(f"dead is {found}, must be a tensor of torch.bool")
-        if token_ids.ndim != 2:
-            raise ValueError(f"token_ids of shape {list(token_ids.shape)}: they must be [sequences, tokens]")
-        if history is not None and history.shape == (len(token_ids), 0):
+        if history is not None:
+            history = last_tokens(history, history_tokens)
+        if history is not None and history.shape[1] == 0:
             history = None  # the same call as one without
         given = (token_ids, history, dead)
         self._given = given  # while it is kept, no other tensor has this memory
@@ -251,12 +264,6 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
         return tuple(tensor.shape), tensor.detach().contiguous().numpy().tobytes()
     version = None if tensor.is_inference() else tensor._version  # those made in inference mode have none
     return tuple(tensor.shape), tensor.data_ptr(), tensor.stride(), tensor.dtype, version
-
-
-def _check_integers(ids: Any, what: str) -> None:
-    is_tensor = isinstance(ids, torch.Tensor)
-    if not is_tensor or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise TypeError(f"{what} are {ids.dtype if is_tensor else type(ids).__name__}, must be a tensor of integers")
 
 
 def _device_hash(spec: HashSpec, layer: int | str, device: torch.device) -> Any:

@@ -20,7 +20,8 @@ from tierstore.errors import ConfigError, FingerprintMismatchError, TierStoreErr
 
 from .codecs import codec_dtype, decode_rows
 from .device_embedding import DeviceCall, DeviceEmbedding
-from .hash_spec import HashSpec
+from .hash_spec import HashSpec, last_tokens
+from .token_shapes import check_integers, check_token_shapes
 
 if TYPE_CHECKING:
     from tierstore import Store, Table, Ticket
@@ -79,7 +80,9 @@ class TieredEmbedding(torch.nn.Module):
     ) -> torch.Tensor:
         """Returns the rows of `token_ids`, integers [B, T], as [B, T, O * H, dim] on the device of `token_ids`.
 
-        `history`: the tokens before, [B, up to the largest order - 1]; `dead`: bool [B, T], positions such as image
+        `history`: the tokens before, [B, any number], of which the last ones count: n-grams reach back. Decoding needs it:
+        `embedding(next_id, history=seen)`. A call without it is the start of a document, also one of a single token, which
+        is warned of once. `dead`: bool [B, T], positions such as image
         spans. Blocks until the rows are there, at most `WAIT_S`, then raises `TimeoutError`. Raises `ValueError` for
         token ids outside the vocabulary, `CorruptPageError` where a row cannot be read as it was built.
 
@@ -88,8 +91,10 @@ class TieredEmbedding(torch.nn.Module):
         wrong, NaN standing for the values that did not come. Ids on the host start their reads before the first kernel.
         """
         if self._on_device is not None and self._store.device is not None:  # a forked child has none
-            return self._on_device.forward(DeviceCall(token_ids, history, dead, self._on_device.device))
-        call = _Call(token_ids, history, dead)
+            return self._on_device.forward(
+                DeviceCall(token_ids, history, dead, self._on_device.device, self._hash_spec.history_tokens)
+            )
+        call = _Call(token_ids, history, dead, self._hash_spec.history_tokens)
         rows = self._prefetched(call)
         if rows is None:
             keys, rows = self._request(call)
@@ -156,9 +161,15 @@ def prefetch_layers(
     on_device = [embedding._on_device for embedding in embeddings if embedding._on_device is not None]
     if on_device and store.device is not None:
         for each in on_device:
-            each.prefetch(DeviceCall(token_ids, history, dead, each.device))
+            each.prefetch(DeviceCall(token_ids, history, dead, each.device, each.history_tokens))
         return
-    call = _Call(token_ids, history, dead)
+    spans = {embedding._hash_spec.history_tokens for embedding in embeddings}
+    if len(spans) > 1:
+        raise ValueError(
+            f"prefetch of {', '.join(names)}: their hashes look back at {' and '.join(map(str, sorted(spans)))} tokens, as "
+            f"those of two models; prefetch them apart"
+        )
+    call = _Call(token_ids, history, dead, spans.pop())
     wanted = []
     for embedding in embeddings:
         with embedding._pending_lock:
@@ -266,7 +277,7 @@ class HashedEmbedding(torch.nn.Module):
         self, token_ids: torch.Tensor, history: torch.Tensor | None = None, dead: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Returns the rows of `token_ids`, integers [B, T], as [B, T, O * H, dim]; as `TieredEmbedding.forward`."""
-        call = _Call(token_ids, history, dead)
+        call = _Call(token_ids, history, dead, self._hash_spec.history_tokens)
         ids = self._hash_spec.row_ids(call.token_ids, self._layer, history=call.history, dead=call.dead)
         row_ids = torch.from_numpy(ids).to(self.embedding.weight.device)
         rows: torch.Tensor = self.embedding(row_ids.clamp_min(0))
@@ -287,12 +298,18 @@ def check_fingerprint(table: Table, spec: HashSpec, layer: int | str) -> None:
 class _Call:
     """The arguments of one call as int64 and bool arrays on the CPU, and what tells them from another call's."""
 
-    def __init__(self, token_ids: torch.Tensor, history: torch.Tensor | None, dead: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        token_ids: torch.Tensor,
+        history: torch.Tensor | None,
+        dead: torch.Tensor | None,
+        history_tokens: int,
+    ) -> None:
+        """history_tokens: how many of the tokens before count."""
+        check_token_shapes(token_ids, history, history_tokens)
         self.token_ids = _as_int64(token_ids, "token_ids")
-        if self.token_ids.ndim != 2:
-            raise ValueError(f"token_ids of shape {list(self.token_ids.shape)}: they must be [sequences, tokens]")
-        self.history = None if history is None else _as_int64(history, "history")
-        if self.history is not None and self.history.shape == (len(self.token_ids), 0):
+        self.history = None if history is None else _as_int64(last_tokens(history, history_tokens), "history")
+        if self.history is not None and self.history.shape[1] == 0:
             self.history = None  # the same call as one without
         if dead is not None and (not isinstance(dead, torch.Tensor) or dead.dtype != torch.bool):
             got = dead.dtype if isinstance(dead, torch.Tensor) else type(dead).__name__
@@ -304,10 +321,7 @@ class _Call:
 
 def _as_int64(ids: Any, what: str) -> np.ndarray:
     """Returns an integer tensor of any device and layout as a contiguous int64 array on the CPU."""
-    is_tensor = isinstance(ids, torch.Tensor)
-    if not is_tensor or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        got = ids.dtype if is_tensor else type(ids).__name__
-        raise TypeError(f"{what} are {got}, must be a tensor of integers")
+    check_integers(ids, what)
     array: np.ndarray = ids.detach().to("cpu", torch.int64).contiguous().numpy()
     return array
 

@@ -177,6 +177,11 @@ class HashSpec:
         return tuple(self.layer_hashes)
 
     @property
+    def history_tokens(self) -> int:
+        """How many tokens before its first one a batch's keys depend on: one fewer than the longest n-gram has."""
+        return self.orders[-1] - 1
+
+    @property
     def kernel_token_map(self) -> np.ndarray | None:
         """The token map, None where ids hash as they are; raises `ConfigError` where the spec was made without its own."""
         return self._token_map() if self.needs_token_map else None
@@ -223,8 +228,10 @@ class HashSpec:
     ) -> np.ndarray:
         """Returns the keys of the n-grams that end at each token: int64 [B, T] -> int64 [B, T, O].
 
-        history: the tokens before, [B, <= max order - 1], -1 where there is none (before the sequence's start, or a dead
-        position); a sequence fed in any split with its history gives the keys of the whole. dead: bool [B, T], positions
+        history: the tokens before, [B, any number], oldest first, -1 where there is none (before the sequence's start, or a
+        dead position). Only the last `history_tokens` are looked at; fewer, or None, say that the document starts there, and
+        the rest counts as the pad id. So a sequence fed in any split with its history gives the keys of the whole, and one
+        token decoded without it gives those of a document of one token. dead: bool [B, T], positions
         that are no text, such as image spans; their ids are not looked at. On a dead position, before the start and, for
         families with a barrier, at or behind the barrier token, look-back ends: that predecessor and every older one count
         as the pad id; so does a dead position itself. Raises `TypeError` (no integers), `ValueError` (shapes, ids outside
@@ -268,12 +275,14 @@ class HashSpec:
         return np.array(self.orders, dtype=np.int64)
 
     def _checked_history(self, history: np.ndarray, num_sequences: int) -> np.ndarray:
+        """Returns the tokens before that the hash looks at, int64 [B, at most history_tokens]."""
         past = _integers(history, "history")
-        if len(past) != num_sequences or past.shape[1] >= self.orders[-1]:
+        if len(past) != num_sequences:
             raise ValueError(
-                f"history is {list(past.shape)}, expected [{num_sequences}, at most {self.orders[-1] - 1}]: the tokens before"
+                f"history is {list(past.shape)}, token_ids have {num_sequences} sequences: expected [{num_sequences}, the "
+                f"tokens before]"
             )
-        return past
+        return np.ascontiguousarray(last_tokens(past, self.history_tokens))
 
     def _token_map(self) -> np.ndarray:
         if self.token_map is None:
@@ -296,6 +305,11 @@ class HashSpec:
                 f"there is no table for layer {layer!r}; there are {', '.join(f'layers.{n}' for n in self.layers)}"
             )
         return int(number)
+
+
+def last_tokens(history: Any, count: int) -> Any:
+    """Returns the last `count` tokens of each sequence, or all if there are fewer; history: an array or tensor [B, P]."""
+    return history[:, max(0, history.shape[1] - count) :]
 
 
 def _integers(ids: np.ndarray, what: str) -> np.ndarray:

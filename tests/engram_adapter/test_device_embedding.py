@@ -168,6 +168,26 @@ def test_a_sequence_fed_in_parts_with_history_gives_the_values_of_the_whole(
     assert torch.equal(embedding(token_ids, history=token_ids[:, :0]), whole)
 
 
+def test_decoding_with_all_that_was_seen_as_history_gives_the_values_of_the_whole(
+    tiered: tuple[tierstore.Store, dict[str, np.ndarray]],
+) -> None:
+    embedding, token_ids = TieredEmbedding(tiered[0], 1, tiny_hash()), tokens(2, 9, seed=3)
+    whole = finished(embedding, token_ids)
+    steps = [embedding(token_ids[:, at : at + 1], history=token_ids[:, :at]) for at in range(9)]
+    embedding.prefetch(token_ids[:, 8:], history=token_ids[:, :8])
+    again = embedding(token_ids[:, 8:], history=token_ids[:, :8])
+    embedding.synchronize()
+    assert torch.equal(torch.cat(steps, dim=1), whole)
+    assert torch.equal(again, whole[:, 8:])
+
+
+def test_a_history_of_a_wrong_shape_is_refused_by_name(tiered: tuple[tierstore.Store, dict[str, np.ndarray]]) -> None:
+    embedding, token_ids = TieredEmbedding(tiered[0], 1, tiny_hash()), tokens(2, 3, seed=1)
+    for history in (token_ids[0], token_ids[:1], token_ids[None]):
+        with pytest.raises(ValueError, match=r"history of shape .* it must be \[2, the tokens before\]"):
+            embedding(token_ids, history=history)
+
+
 def test_dead_positions_and_history_reach_the_hash(tiered: tuple[tierstore.Store, dict[str, np.ndarray]]) -> None:
     store, rows = tiered
     token_ids, history = tokens(2, 12, seed=4), tokens(2, 2, seed=5)
@@ -236,7 +256,7 @@ def test_tokens_outside_the_vocabulary_are_named(tiered: tuple[tierstore.Store, 
     token_ids = tokens(2, 5, seed=1)
     bad = token_ids.clone()
     bad[1, 3] = VOCAB_SIZE
-    with pytest.raises(ValueError, match=rf"sequence 1, place 3 .* outside the vocabulary of {VOCAB_SIZE}"):
+    with pytest.raises(ValueError, match=rf"sequence 1, position 3 .* outside the vocabulary of {VOCAB_SIZE}"):
         finished(embedding, bad)
     got = embedding(token_ids)
     embedding.synchronize()
@@ -490,7 +510,7 @@ def test_epochs_change_under_lookups_from_the_device(tmp_path: Path) -> None:
 )
 def test_wrong_arguments_are_refused_by_name(token_ids: Any, dead: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"token_ids|dead"):
-        DeviceCall(token_ids, None, dead, torch.device("cpu"))
+        DeviceCall(token_ids, None, dead, torch.device("cpu"), 2)
 
 
 def test_after_the_store_is_closed_it_says_so(open_tiny: Open) -> None:

@@ -146,7 +146,7 @@ def test_what_went_wrong_in_a_lookup_of_another_size_is_raised_at_the_next_call(
     bad = tokens(1, batch=2, length=70)
     bad[1, 33] = VOCAB_SIZE
     embedding(bad)
-    with pytest.raises(ValueError, match=r"sequence 1, place 33 of"):
+    with pytest.raises(ValueError, match=r"sequence 1, position 33 "):
         embedding(tokens(2))
     embedding(tokens(2))
 
@@ -195,7 +195,7 @@ def test_a_dropped_prefetch_whose_reads_fail_is_nobodys_error(
     embedding: TieredEmbedding, store: tuple[tierstore.Store, dict[str, np.ndarray]]
 ) -> None:
     def on_host(seed: int) -> DeviceCall:
-        call = DeviceCall(tokens(seed), None, None, CPU)
+        call = DeviceCall(tokens(seed), None, None, CPU, 2)
         call.on_host = True  # as ids on the host are beside a GPU
         return call
 

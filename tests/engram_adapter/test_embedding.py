@@ -15,6 +15,7 @@ import torch
 from tiny_store import DIM, LAYERS, VOCAB_SIZE, WatchedStore, build_tiny, decoded, tiny_hash
 
 import tierstore
+from engram_adapter import token_shapes
 from engram_adapter.embedding import (
     PENDING_PREFETCHES_MAX,
     WAIT_S,
@@ -93,6 +94,46 @@ def test_a_sequence_fed_in_parts_with_history_gives_the_rows_of_the_whole(
     rest = embedding(token_ids[:, split:], history=token_ids[:, max(0, split - 2) : split])
     assert torch.equal(torch.cat([first, rest], dim=1), embedding(token_ids))
     assert torch.equal(embedding(token_ids, history=token_ids[:, :0]), embedding(token_ids))
+
+
+def test_decoding_with_all_that_was_seen_as_history_gives_the_rows_of_the_whole(
+    watched: tuple[WatchedStore, dict[str, np.ndarray]],
+) -> None:
+    store, rows = watched
+    token_ids = tokens(2, 9, seed=3)
+    resident = HashedEmbedding(tiny_hash(), 1, decoded(rows["layers.1"], "bf16"))
+    for embedding in (TieredEmbedding(store, 1, tiny_hash()), resident):
+        steps = [embedding(token_ids[:, :4])]
+        steps += [embedding(token_ids[:, at : at + 1], history=token_ids[:, :at]) for at in range(4, 9)]
+        assert torch.equal(torch.cat(steps, dim=1), embedding(token_ids))
+
+
+def test_a_prefetch_is_taken_whatever_older_tokens_its_forward_brings(
+    watched: tuple[WatchedStore, dict[str, np.ndarray]],
+) -> None:
+    store, _ = watched
+    embedding, token_ids = TieredEmbedding(store, 1, tiny_hash()), tokens(1, 9, seed=4)
+    embedding.prefetch(token_ids[:, 8:], token_ids[:, 6:8])
+    embedding(token_ids[:, 8:], token_ids[:, :8])
+    assert len(store.submits) == 1
+
+
+def test_one_token_without_history_is_the_start_of_a_document_and_warned_of_once(
+    watched: tuple[WatchedStore, dict[str, np.ndarray]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(token_shapes, "_warned", False)
+    embedding, token_ids = TieredEmbedding(watched[0], 1, tiny_hash()), tokens(1, 3, seed=5)
+    with caplog.at_level("WARNING", logger="tierstore"):
+        start = embedding(token_ids[:, :1], history=token_ids[:, :0])  # says so: nothing to warn of
+        embedding(token_ids)
+        assert not caplog.records
+        assert torch.equal(embedding(token_ids[:, :1]), start)
+        embedding.prefetch(token_ids[:, 1:2])
+        embedding(token_ids[:, 2:])
+    (record,) = caplog.records
+    assert "history=seen" in record.getMessage()
 
 
 def test_dead_positions_reach_the_hash(watched: tuple[WatchedStore, dict[str, np.ndarray]]) -> None:
@@ -343,6 +384,11 @@ def test_rows_prefetched_under_inference_mode_serve_a_training_forward(
         ((torch.full((1, 2), -1),), ValueError, "-1"),
         ((torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 2)), TypeError, "history"),
         ((torch.zeros(1, 3, dtype=torch.int64), torch.zeros(5, 0, dtype=torch.int64)), ValueError, r"\[5, 0\]"),
+        (
+            (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)),
+            ValueError,
+            r"history of shape \[3\]",
+        ),
         ((torch.zeros(1, 3, dtype=torch.int64), np.zeros((1, 2), dtype=np.int64)), TypeError, "history are ndarray"),
         ((torch.zeros(1, 3, dtype=torch.int64), None, torch.zeros(1, 3)), TypeError, "bool"),
         ((torch.zeros(1, 3, dtype=torch.int64), None, [[True, False, True]]), TypeError, "dead is list"),

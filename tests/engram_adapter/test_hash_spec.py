@@ -222,6 +222,32 @@ def test_shorter_histories_are_padded_with_no_token_on_the_left(case: Case) -> N
         np.testing.assert_array_equal(case.spec.keys(tokens[:, length:], layer, padded), expected)
 
 
+def test_a_history_of_any_length_gives_the_keys_of_the_whole(case: Case) -> None:
+    tokens, reach = case.sequences(3, 2, 9), case.spec.orders[-1] - 1
+    assert case.spec.history_tokens == reach
+    for layer in case.spec.layers:
+        whole = case.spec.keys(tokens, layer)
+        for cut in range(10):
+            np.testing.assert_array_equal(
+                case.spec.keys(tokens[:, cut:], layer, history=tokens[:, :cut]), whole[:, cut:]
+            )
+
+
+def test_tokens_that_are_too_old_to_count_are_not_looked_at(case: Case) -> None:
+    layer, reach = case.spec.layers[0], case.spec.orders[-1] - 1
+    recent, old = [[4] * reach], [[-7, case.spec.vocab_size, 2**60]]
+    expected = case.spec.keys([[5]], layer, history=recent)
+    np.testing.assert_array_equal(case.spec.keys([[5]], layer, history=np.concatenate([old, recent], axis=1)), expected)
+
+
+def test_a_history_that_is_too_short_is_the_start_of_a_document(case: Case) -> None:
+    layer, reach = case.spec.layers[0], case.spec.orders[-1] - 1
+    for known in range(reach):
+        padded = [[-1] * (reach - known) + [4] * known]
+        expected = case.spec.keys([[5, 6]], layer, history=padded)
+        np.testing.assert_array_equal(case.spec.keys([[5, 6]], layer, history=np.full((1, known), 4)), expected)
+
+
 def test_what_is_older_than_a_missing_token_of_the_history_counts_as_pad(case: Case) -> None:
     layer, reach = case.spec.layers[0], case.spec.orders[-1] - 1
     for hole in range(reach):
@@ -336,7 +362,7 @@ def test_ids_outside_the_vocabulary_raise_value_error_with_number_and_place(case
 
 
 def test_arguments_of_other_types_or_shapes_are_refused(case: Case) -> None:
-    layer, reach, keys = case.spec.layers[0], case.spec.orders[-1] - 1, case.spec.keys
+    layer, keys = case.spec.layers[0], case.spec.keys
     for tokens in (np.zeros((1, 2)), np.zeros((1, 2), dtype=bool), np.zeros((1, 2), dtype=np.uint64), [["a"]]):
         with pytest.raises(TypeError, match="expected integers"):
             keys(tokens, layer)
@@ -347,9 +373,10 @@ def test_arguments_of_other_types_or_shapes_are_refused(case: Case) -> None:
     for shaped in ([1, 2], 3, [[[1]]]):
         with pytest.raises(ValueError, match="expected \\[sequences, tokens\\]"):
             keys(shaped, layer)
-    with pytest.raises(ValueError, match=f"at most {reach}"):
-        keys([[1]], layer, history=[[1] * (reach + 1)])
-    with pytest.raises(ValueError, match="history is \\[2, 1\\]"):
+    for history in ([1], [[[1]]]):
+        with pytest.raises(ValueError, match=r"history are .* expected \[sequences, tokens\]"):
+            keys([[1]], layer, history=history)
+    with pytest.raises(ValueError, match=r"history is \[2, 1\], token_ids have 1 sequences"):
         keys([[1]], layer, history=[[1], [1]])
     with pytest.raises(ValueError, match="dead is \\[1, 2\\]"):
         keys([[1]], layer, dead=[[True, False]])
