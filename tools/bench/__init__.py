@@ -38,7 +38,13 @@ TRACE_HELP = "For trace: a .trace of tokens, .npy of int32 or int64, or .zst of 
     "--folder", type=click.Path(path_type=Path), default=Path(), help="Where to work.  [default: this folder]"
 )
 @click.option("--size", help=SIZE_HELP)
-@click.option("--pairs", type=click.IntRange(min=1), default=7, show_default=True, help="How often each pair is run.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="PATH",
+    help="Compare with another build, in turn: a checkout with its extension built, or a virtual environment.",
+)
+@click.option("--pairs", type=click.IntRange(min=1), help="How often each pair is run.  [default: 7; --against: 15]")
 @click.option("--threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Callers on every side.")
 @click.option(
     "--tokens",
@@ -60,7 +66,8 @@ def command(
     names: tuple[str, ...],
     folder: Path,
     size: str | None,
-    pairs: int,
+    against: Path | None,
+    pairs: int | None,
     threads: int,
     tokens: int | None,
     budgets: tuple[str, ...],
@@ -75,13 +82,20 @@ def command(
 
     \b
     tierstore bench warm cold decode --folder /mnt/nvme --json figures.json
+    tierstore bench warm cold decode serve --against ../other-checkout
     """
+    from . import against as other_build
     from . import stores
-    from .pairs import Options
+    from .pairs import PAIRS, Options
+
+    if against is not None and (left := set(names) - set(other_build.NAMES)):
+        raise click.UsageError(
+            f"--against runs {', '.join(other_build.NAMES)}; {', '.join(sorted(left))} cannot be run of another build"
+        )
 
     options = Options(
         size_bytes=None if size is None else parse_bytes(size, "--size"),
-        pairs=pairs,
+        pairs=pairs or (PAIRS if against is None else other_build.PAIRS),
         threads=threads,
         tokens=tokens,
         budgets=tuple(parse_bytes(budget, "--dram") for budget in budgets),
@@ -93,7 +107,10 @@ def command(
     results = {}
     try:
         for name in names:
-            result = importlib.import_module(f".{name}", __name__).run(folder, options)
+            if against is not None:
+                result = other_build.run(name, folder, options, against)
+            else:
+                result = importlib.import_module(f".{name}", __name__).run(folder, options)
             console().print(result.table())
             results[name] = result.as_record()
             if json_file:  # after each, so that what was measured is not lost with what fails

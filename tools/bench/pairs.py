@@ -17,6 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 SUBJECT = "tierstore"
+PAIRS = 7
 WARM_UP_ROUNDS = 1  # rounds that are run first and not counted
 
 
@@ -30,7 +31,7 @@ class Options:
     """
 
     size_bytes: int | None = None
-    pairs: int = 7
+    pairs: int = PAIRS
     threads: int = 1
     tokens: int | None = None
     budgets: tuple[int, ...] = ()

@@ -1,0 +1,116 @@
+"""`bench --against`: two builds in turn on the same keys; another tree's failure, or other rows, are named and no figure."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from repository import REPOSITORY
+
+from tierstore.errors import ConfigError
+from tierstore.tools.bench import against, against_side
+from tierstore.tools.bench.pairs import Options
+from tierstore.tools.cli import cli
+
+
+@pytest.fixture(autouse=True)
+def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(against, "EFFORT", 0.02)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("against")
+
+
+def bench(folder: Path, *arguments: object) -> Any:
+    return CliRunner().invoke(cli, ["bench", *map(str, arguments), "--folder", str(folder), "--size", "16MiB"])
+
+
+@pytest.mark.parametrize("name", against.NAMES)
+def test_this_build_is_measured_beside_another_in_pairs_of_processes(folder: Path, name: str) -> None:
+    file = folder / f"{name}.json"
+    result = bench(folder, name, "--against", REPOSITORY, "--pairs", 1, "--json", file)
+    assert result.exit_code == 0, result.output
+    record = json.loads(file.read_text())[name]
+    assert {part["case"] for part in record["comparisons"]} == against_side.CASES[name].keys()
+    for comparison in record["comparisons"]:
+        assert {side: len(seconds) for side, seconds in comparison["seconds"].items()} == {
+            against.THIS: 1,
+            against.OTHER: 1,
+        }
+        assert comparison["targets"] == {against.OTHER: 0.97}
+        assert f"{comparison['ratios'][against.OTHER]['median']:.3f}" in result.stdout
+    assert record["facts"]["keys that missed in measured runs"] == {against.THIS: 0, against.OTHER: 0}
+    assert record["facts"]["the other is"]["package"] == str(REPOSITORY / "tierstore")
+    assert not list(folder.glob("tierstore-bench-*"))
+
+
+def test_fifteen_pairs_are_run_if_nothing_else_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def note(_: str, __: Path, options: Options, ___: Path) -> None:
+        asked.append(options.pairs)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(against, "run", note)
+    assert "enough" in str(bench(tmp_path, "warm", "--against", REPOSITORY).exception)
+    assert asked == [15]
+
+
+def test_a_benchmark_of_one_build_only_is_refused(tmp_path: Path) -> None:
+    result = bench(tmp_path, "warm", "peers", "--against", REPOSITORY)
+    assert result.exit_code == 2
+    assert "--against runs warm, cold, decode, serve; peers cannot" in result.output
+
+
+def test_a_folder_that_is_no_build_is_refused_with_what_to_give(tmp_path: Path, folder: Path) -> None:
+    error = bench(folder, "warm", "--against", tmp_path).exception
+    assert "neither tierstore/__init__.py nor bin/python" in str(error)
+    assert "build_ext --inplace" in str(error)
+
+
+def test_a_build_that_cannot_run_is_named_with_its_last_words(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "tierstore").mkdir()
+    (tmp_path / "tierstore" / "__init__.py").write_text("raise ImportError('its extension is not built')\n")
+    error = str(bench(folder, "warm", "--against", tmp_path, "--pairs", 1).exception)
+    assert error.startswith(f"{tmp_path}: bench warm failed in this build:")
+    assert "its extension is not built" in error
+
+
+def test_builds_that_give_other_rows_are_no_figure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(self: against.Build, _: object) -> dict[str, Any]:
+        return {
+            "checksum": 1 if self.folder == REPOSITORY else 2,
+            "seconds": {},
+            "skipped": {},
+            "missed": 0,
+            "build": {},
+        }
+
+    (folder / "other" / "tierstore").mkdir(parents=True)
+    (folder / "other" / "tierstore" / "__init__.py").touch()
+    monkeypatch.setattr(against.Build, "measure", measure)
+    with pytest.raises(ConfigError, match="other rows for the same keys"):
+        against.run("warm", folder, Options(size_bytes=16 << 20, pairs=1), folder / "other")
+
+
+def test_an_environment_is_run_by_its_own_python(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    build = against.Build.at(tmp_path, tmp_path)
+    assert (build.python, build.folder) == (str(tmp_path / "bin" / "python"), None)
+
+
+@pytest.mark.parametrize("count", [6, 7, 15, 16, 51])
+def test_the_interval_of_a_median_is_that_of_the_sign_test(count: int) -> None:
+    """It misses the median if all values between its ends lie on one side: a binomial tail, at most 2.5 % each."""
+    low, high = against.median_interval([float(value) for value in range(count)])
+    assert low == count - 1 - high
+    outside = sum(math.comb(count, k) for k in range(int(low) + 1)) / 2**count
+    one_closer = outside + math.comb(count, int(low) + 1) / 2**count
+    assert 2 * outside <= 0.05 < 2 * one_closer
