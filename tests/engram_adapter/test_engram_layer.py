@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rounding import Rounded, check_within, rms_norm, sigmoid, signed_root, stack
 from tiny_store import DIM, VOCAB_SIZE, build_tiny, decoded, tiny_hash
 
 import tierstore
 from engram_adapter.embedding import HashedEmbedding, TieredEmbedding
-from engram_adapter.engram_layer import EngramLayer, scale_block
+from engram_adapter.engram_layer import GATE_FLOOR, EngramLayer, scale_block
 from tierstore.errors import ConfigError
 
 CODEC = "fp8_e4m3_e8m0x32"
@@ -51,34 +52,40 @@ def inputs(batch: int, length: int, seed: int, dtype: torch.dtype = torch.float3
     return hidden_states, torch.randint(0, VOCAB_SIZE, (batch, length), generator=generator)
 
 
-def expected_output(layer: EngramLayer, rows: torch.Tensor, hidden_states: torch.Tensor) -> np.ndarray:
-    """The layer's formula in float64, one token and branch at a time."""
-    weight = {name: value.detach().double().numpy() for name, value in layer.named_parameters()}
-    embedded, hidden = rows.double().flatten(-2).numpy(), hidden_states.double().numpy()
-    batch, length, branches, size = hidden.shape
-
-    def norm(vector: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        return vector / math.sqrt(np.mean(vector**2) + layer.eps) * scale
-
-    gated = np.empty_like(hidden)
-    for b, t, c in np.ndindex(batch, length, branches):
-        projected = weight["wkv.weight"] @ embedded[b, t] + weight.get("wkv.bias", 0.0)
-        key = norm(projected[c * size : (c + 1) * size], weight["k_weight"][c])
-        d = key @ norm(hidden[b, t, c], weight["q_weight"][c]) / math.sqrt(size)
-        gate = 1 / (1 + math.exp(-math.copysign(math.sqrt(max(abs(d), 1e-6)), d)))
-        gated[b, t, c] = gate * projected[branches * size :]
+def expected_output(layer: EngramLayer, rows: torch.Tensor, hidden_states: torch.Tensor) -> Rounded:
+    """The layer's formula in float64, one token at a time, and how far float32 may be from it."""
+    weight = {name: Rounded(value.detach().double().numpy()) for name, value in layer.named_parameters()}
+    embedded, hidden = Rounded(rows.double().flatten(-2).numpy()), Rounded(hidden_states.double().numpy())
+    batch, length, branches, size = hidden.value.shape
+    gated = [[_gated(layer, weight, embedded[b, t], hidden[b, t]) for t in range(length)] for b in range(batch)]
     if layer.kernel_size is None:
-        return gated
-    output = gated.copy()
-    for b, t, c in np.ndindex(batch, length, branches):
-        mixed = np.zeros(size)
-        for k in range(layer.kernel_size):
-            source = t - (layer.kernel_size - 1 - k) * layer.dilation
-            if source >= 0:
-                normed = norm(gated[b, source, c], weight["conv_norm_weight"][c])
-                mixed += weight["conv_weight"][c * size : (c + 1) * size, 0, k] * normed
-        output[b, t, c] += mixed / (1 + np.exp(-mixed))
-    return output
+        return stack([stack(of_sequence) for of_sequence in gated])
+    output = []
+    for of_sequence in gated:
+        normed = [rms_norm(part, weight["conv_norm_weight"], layer.eps) for part in of_sequence]
+        tokens = []
+        for t, part in enumerate(of_sequence):
+            sources = [t - (layer.kernel_size - 1 - k) * layer.dilation for k in range(layer.kernel_size)]
+            nothing = Rounded(np.zeros((branches, size)))
+            seen = stack([normed[source] if source >= 0 else nothing for source in sources])
+            kernel = weight["conv_weight"].value[:, 0].T.reshape(layer.kernel_size, branches, size)
+            mixed = seen.dot(Rounded(kernel), axis=0)
+            tokens.append(part + mixed.lipschitz(lambda values: values * sigmoid(values), slope=1.1))
+        output.append(stack(tokens))
+    return stack(output)
+
+
+def _gated(layer: EngramLayer, weight: dict[str, Rounded], embedded: Rounded, hidden: Rounded) -> Rounded:
+    """The gated value of one token, [branches, size]."""
+    branches, size = hidden.value.shape
+    projected = weight["wkv.weight"].dot(embedded)
+    if "wkv.bias" in weight:
+        projected = projected + weight["wkv.bias"]
+    keys = stack([projected[c * size : (c + 1) * size] for c in range(branches)])
+    queries = rms_norm(hidden, weight["q_weight"], layer.eps)
+    agreement = rms_norm(keys, weight["k_weight"], layer.eps).dot(queries).scaled(1 / math.sqrt(size))
+    gate = agreement.monotone(lambda values: signed_root(values, GATE_FLOOR)).monotone(sigmoid)
+    return gate[:, None] * projected[branches * size :]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -86,8 +93,7 @@ def test_output_is_the_formula(embeddings: tuple[TieredEmbedding, HashedEmbeddin
     layer = made_layer(embeddings[0], **form)
     hidden_states, token_ids = inputs(2, 13, seed=1)
     got = layer(hidden_states, token_ids).detach().double().numpy()
-    # float32 sums of 512 products against float64: about 1e-6 of the largest term.
-    np.testing.assert_allclose(got, expected_output(layer, embeddings[1](token_ids), hidden_states), atol=2e-5, rtol=0)
+    check_within(got, expected_output(layer, embeddings[1](token_ids), hidden_states))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -123,7 +129,9 @@ def test_a_sequence_decoded_in_parts_gives_the_output_of_the_whole(
         outputs.append(output)
         start += tokens
     # Not exact: matrix products and convolutions of another length may add in another order.
-    torch.testing.assert_close(torch.cat(outputs, dim=1), whole, atol=2e-5, rtol=1e-5)
+    expected = expected_output(layer, embeddings[1](token_ids), hidden_states)
+    for found in (whole, torch.cat(outputs, dim=1)):
+        check_within(found.detach().double().numpy(), expected)
 
 
 def test_the_convolution_reaches_back_into_the_part_before(
