@@ -115,7 +115,7 @@ def _values(path: Path, file: IO[bytes], count: int, dtype: np.dtype[Any]) -> It
     for start in range(0, count, PIECE_TOKENS):
         values = np.frombuffer(file.read(min(PIECE_TOKENS, count - start) * dtype.itemsize), dtype=dtype)
         if len(values) < min(PIECE_TOKENS, count - start):
-            raise FormatError(f"{path} was cut while it was read; trace it again")
+            raise FormatError(f"{path} was cut while it was read; copy it again")
         yield values, values.nbytes
 
 

@@ -339,7 +339,7 @@ def test_a_text_that_the_tokenizer_panics_on_is_an_error_and_leaves_no_file(
 def test_arrays_of_any_layout_are_read_in_parts_as_numpy_reads_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Any, dtype: str
 ) -> None:
-    monkeypatch.setattr(token_inputs, "PIECE_TOKENS", 7)
+    monkeypatch.setattr(token_ids, "PIECE_TOKENS", 7)
     array = np.arange(60).reshape(12, 5).astype(dtype, order=order)
     np.save(tmp_path / "rows.npy", array)
     write_trace([tmp_path / "rows.npy"], tmp_path / "t.trace")
@@ -350,13 +350,13 @@ def test_arrays_of_any_layout_are_read_in_parts_as_numpy_reads_them(
 CUT = """
 import os, sys
 from tierstore.errors import FormatError
-from tierstore.tools import token_inputs
+from tierstore.tools import token_ids
 from tierstore.tools.cli import run
-check = token_inputs.check_token_ids
+check = token_ids.check_token_ids
 def cut_and_check(*arguments):
     os.truncate(sys.argv[1], 4096)
     check(*arguments)
-token_inputs.check_token_ids = cut_and_check
+token_ids.check_token_ids = cut_and_check
 sys.exit(run(["trace", sys.argv[1], "-o", sys.argv[1] + ".trace"]))
 """
 
