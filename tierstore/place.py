@@ -46,6 +46,7 @@ from .formats.placement import (
 )
 from .tiers.nvme import TableFiles, read_pages
 from .units import format_bytes
+from .workers import aside
 
 BUCKET_BYTES = 96 << 20  # of the destination, filled at once in memory
 SPARE_DISK_BYTES = 64 << 20  # left free beside what is written
@@ -265,10 +266,10 @@ def _write_indexes(fd: int, table: PlacedTable, part: Chosen) -> PlacedTable:
     for order_index, index in enumerate(table.indexes):
         places = np.flatnonzero(part.order_index == order_index)
         buckets = np.empty((index.num_buckets, kernels.INDEX_BUCKET.itemsize), dtype=np.uint8)
-        room = kernels.index_entries(part.keys[places], places.astype(np.uint32), buckets)
+        room = aside(kernels.index_entries, part.keys[places], places.astype(np.uint32), buckets)
         assert room, "lay_out_placement gives a bucket for 3.5 keys"
         _pwrite(fd, buckets, index.byte_start)
-        indexes.append(replace(index, checksum=kernels.crc32c(buckets)))
+        indexes.append(replace(index, checksum=aside(kernels.crc32c, buckets)))
     return replace(table, indexes=tuple(indexes))
 
 
@@ -356,7 +357,7 @@ class _Destination:
                 self._gather(self._file, bucket, records)
             keys = self._part.keys[start : start + len(records)]
             order_index = self._part.order_index[start : start + len(records)].astype(np.uint32)
-            kernels.seal_records(records, keys, order_index, self._table.entry_bytes, self._layout.seed)
+            aside(kernels.seal_records, records, keys, order_index, self._table.entry_bytes, self._layout.seed)
             _pwrite(self._fd, records, self._table.byte_start + start * self._table.record_bytes)
         if self._file is not None:
             self._file.close()

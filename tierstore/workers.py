@@ -48,7 +48,10 @@ def aside(function: Callable[..., Result], *arguments: Any) -> Result:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="tierstore-aside").start()
+    try:
+        threading.Thread(target=run, name="tierstore-aside").start()
+    except RuntimeError:  # the system gives no thread: slower to interrupt, and right
+        return function(*arguments)
     return future.result()
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tierstore.errors import ConfigError
+from tierstore.interrupts import Ended
 from tierstore.units import format_bytes, parse_bytes
 
 from .cli import Progress
@@ -193,8 +194,10 @@ class _Signals:
         """Returns on_progress, interrupted by a signal that ends the daemon."""
 
         def called(done: int, total: int) -> None:
-            if any(number != signal.SIGHUP for number in self._got):
+            if signal.SIGINT in self._got:
                 raise KeyboardInterrupt
+            if signal.SIGTERM in self._got:
+                raise Ended(signal.SIGTERM)
             on_progress(done, total)
 
         return called

@@ -118,7 +118,7 @@ class Host:
             self.attachments.gpu_index_s = GPU_INDEX_S * sum(len(slots.keys) for slots in self.slots.values())
             self.current = self._make_version(opened, 1, progress.add)
             self.previous_path: str | None = None
-            self._load_placement(opened, heading)
+            self._load_placement(opened, heading, progress.add)
         except BaseException:
             opened.close()
             self.attachments.close()
@@ -137,21 +137,25 @@ class Host:
         try:
             if self.plan.resident_bytes:
                 resident = SharedBlock(f"tierstore-resident-{number}", self.plan.resident_bytes, on_bytes)
-            return self._make_engine(opened, number, resident)
+            return self._make_engine(opened, number, resident, on_bytes)
         except BaseException:
             self.attachments.own.left(number)
             if resident:
                 resident.close()
             raise
 
-    def _make_engine(self, opened: OpenVersion, number: int, resident: SharedBlock | None) -> Version:
+    def _make_engine(
+        self, opened: OpenVersion, number: int, resident: SharedBlock | None, on_bytes: Callable[[int], None] | None
+    ) -> Version:
         identity = opened.image.identity
         self._tag(identity)
         bad_pages = {}
         for files in opened.files:
             share, name = self.plan.shares[files.table.spec.name], files.table.spec.name
             if resident and share.resident:
-                bad_pages[name] = load_table(files, resident.array[share.resident_start :])
+                # Progress counted these bytes when they were allocated; whoever listens may want to end it all the same.
+                poll = None if on_bytes is None else partial(on_bytes, 0)
+                bad_pages[name] = load_table(files, resident.array[share.resident_start :], poll)
         _, block = self.attachments.own.give(number)
         blocks = self._blocks(resident)
         memories = table_memories(opened, self.plan.shares, blocks, self._tags[identity], self.caches)
@@ -179,7 +183,9 @@ class Host:
         rows = resident.array if resident else empty
         return Blocks(self._control.array, self._static.array, self._recency.array, rows)
 
-    def _load_placement(self, opened: OpenVersion, placement: Placement | None) -> None:
+    def _load_placement(
+        self, opened: OpenVersion, placement: Placement | None, on_bytes: Callable[[int], None]
+    ) -> None:
         """Fills the slots with the placement's hottest entries, and publishes the first epoch."""
         live = {}
         for name, slots in self.slots.items():
@@ -193,7 +199,7 @@ class Host:
                 num_loaded = min(placed.num_entries, slots.capacity)
                 end = share.records_start + round_up(num_loaded * placed.record_bytes, UNIT_BYTES)
                 memory = self._static.array[share.records_start : end]
-                load_records(opened.placed, placed, memory, num_loaded, layout.seed, lambda _: None)
+                load_records(opened.placed, placed, memory, num_loaded, layout.seed, lambda _: on_bytes(0))
                 slots.adopt(num_loaded)
             live[name] = slots.keys >= 0
         self._publish(self.current, live)

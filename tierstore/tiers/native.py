@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..decisions.budget import DramPlan, StagingPlan
 from ..errors import CorruptPageError, StoreNotReadyError, TierStoreError
 from ..formats.page import PAGE_VERSION, fault_text
 from ..stats import latency_of
+from ..workers import aside
 from .engine import READ_WAIT_S, HostEngine, Request
 from .memory import allocate
 from .nvme import IoChoice, TableFiles, load_rows
@@ -76,7 +78,10 @@ def open_native(
             memories.append(TableMemory(part))
             continue
         rest = part[share.static_bytes + share.index_bytes :]
-        cache = kernels.EntryCache(rest, num_sets=share.num_sets, entry_bytes=layout.spec.entry_bytes, is_new=True)
+        new_cache = partial(
+            kernels.EntryCache, num_sets=share.num_sets, entry_bytes=layout.spec.entry_bytes, is_new=True
+        )
+        cache = aside(new_cache, rest)
         memories.append(TableMemory(cache, None if static is None else static.as_record()))
     engine = NativeEngine(what, files, memories, choice, plan.staging, placed)
     for index, (file, share, part) in enumerate(zip(files, shares, parts, strict=True)):
@@ -85,11 +90,14 @@ def open_native(
     return engine
 
 
-def load_table(file: TableFiles, memory: np.ndarray) -> dict[int, str]:
-    """Loads all rows of a table into memory, uint8 [table_bytes at least]; returns its bad pages, as `load_rows` does."""
+def load_table(file: TableFiles, memory: np.ndarray, poll: Callable[[], None] | None = None) -> dict[int, str]:
+    """Loads all rows of a table into memory, uint8 [table_bytes at least]; returns its bad pages, as `load_rows` does.
+
+    poll: as of `load_rows`.
+    """
     spec = file.table.spec
     scratch = np.empty(max(LOAD_BYTES, file.table.page_bytes), dtype=np.uint8)
-    return load_rows(file, memory[: spec.table_bytes].reshape(spec.num_rows, spec.row_bytes), scratch)
+    return load_rows(file, memory[: spec.table_bytes].reshape(spec.num_rows, spec.row_bytes), scratch, poll)
 
 
 class NativeEngine(HostEngine):

@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,8 +202,12 @@ def _read_run(fd: int, byte_start: int, pages: np.ndarray, what: str) -> None:
         done += count
 
 
-def load_rows(files: TableFiles, rows: np.ndarray, scratch: np.ndarray) -> dict[int, str]:
+def load_rows(
+    files: TableFiles, rows: np.ndarray, scratch: np.ndarray, poll: Callable[[], None] | None = None
+) -> dict[int, str]:
     """Reads a whole table, front to back, into rows, uint8 [num_rows, row_bytes]; scratch: uint8, at least one page.
+
+    poll: called between two reads of `scratch`; what it raises ends the loading.
 
     Returns the pages that are bad, with what is wrong with each: they cost their own rows only. Blocks. Leaves nothing of
     it in the page cache.
@@ -212,6 +216,8 @@ def load_rows(files: TableFiles, rows: np.ndarray, scratch: np.ndarray) -> dict[
     bad_pages: dict[int, str] = {}
     pages_per_chunk = len(scratch) // table.page_bytes
     for page_start in range(0, table.num_pages, pages_per_chunk):
+        if poll:
+            poll()
         page_end = min(page_start + pages_per_chunk, table.num_pages)
         try:
             _load_pages(files, rows, page_start, page_end, scratch)
