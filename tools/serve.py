@@ -40,7 +40,12 @@ BEAT_S = 1.0  # between two looks at signals and at the service manager's watchd
 @click.option("--placement", help="Epoch to begin with, or 'none'.  [default: the store's current one]")
 @click.option("--clients", type=click.IntRange(1, 1024), default=64, show_default=True, help="Attached at once.")
 @click.option(
-    "--allow-user", "users", type=int, multiple=True, metavar="UID", help="Who may attach beside you and root."
+    "--allow-user",
+    "users",
+    type=int,
+    multiple=True,
+    metavar="UID",
+    help="Who may attach beside you and root; they need read access to the store's files, too.",
 )
 @click.option(
     "--gpu-clients",

@@ -10,15 +10,19 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from daemon_peers import as_root, in_child
 from remote_servers import serving
 from stores import Model, random_keys
 
+from tierstore.daemon.metrics import MetricsServer
 from tierstore.daemon.remote_access import (
     Address,
+    check_options,
     check_server_access,
     parse_address,
     parse_url,
     read_certificate,
+    read_pair,
     read_token,
 )
 from tierstore.daemon.remote_client import connect_remote
@@ -146,7 +150,7 @@ def test_a_client_sends_nothing_to_other_machines_in_plain_text(token_file: Path
 def test_a_token_file_must_be_private_regular_and_long_enough(tmp_path: Path) -> None:
     file = write_private(tmp_path / "token", f"  {TOKEN}\n")
     assert read_token(file) == TOKEN
-    for mode in (0o640, 0o604, 0o622, 0o777):
+    for mode in (0o660, 0o604, 0o622, 0o777):
         file.chmod(mode)
         with pytest.raises(ConfigError, match=rf"may be read by others \(mode {mode:o}.*chmod 600 {file}"):
             read_token(file)
@@ -221,7 +225,7 @@ def test_lookups_by_tls(built: Path, model: Model, certificates: Path, token_fil
             np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
         with pytest.raises(DaemonError, match=r"certificate is refused: .*give the ca_file that signed it"):
             connect_remote(url, token_file=token_file, timeout_s=5)
-        with pytest.raises(DaemonError, match=r"cannot be reached|did not answer"):
+        with pytest.raises(DaemonError, match="it speaks TLS; write grpcs://"):
             connect_remote(url.replace("grpcs", "grpc"), token_file=token_file, timeout_s=5)
 
 
@@ -235,6 +239,103 @@ def test_an_expired_certificate_is_named(built: Path, certificates: Path) -> Non
 def test_a_server_without_tls_is_named(built: Path, certificates: Path) -> None:
     with serving(built) as server, pytest.raises(DaemonError, match="does not speak TLS"):
         connect_remote(f"grpcs://{server.address}", ca_file=certificates / "ca.pem", timeout_s=5)
+
+
+def test_a_server_that_speaks_http_is_named() -> None:
+    with (
+        MetricsServer("127.0.0.1:0", dict) as server,
+        pytest.raises(DaemonError, match="it speaks HTTP/1, and no gRPC; give the address of --listen, not"),
+    ):
+        connect_remote(f"grpc://{server.address}", timeout_s=5)
+
+
+def test_a_certificate_with_another_key_does_not_start(built: Path, certificates: Path) -> None:
+    names = {"tls_cert": certificates / "good.pem", "tls_key": certificates / "renewed.key"}
+    with pytest.raises(ConfigError, match=r"good\.pem and .*renewed\.key: the private key is not the certificate's"):
+        check_options("127.0.0.1:0", None, names["tls_cert"], names["tls_key"])  # before anything is warmed
+    with pytest.raises(ConfigError, match="the private key is not the certificate's"), serving(built, **names):
+        pass
+
+
+def test_a_damaged_or_locked_pair_is_named(certificates: Path, tmp_path: Path) -> None:
+    good, key = certificates / "good.pem", certificates / "good.key"
+    damaged = write_private(tmp_path / "damaged", "-----BEGIN PRIVATE KEY-----\nAA==\n-----END PRIVATE KEY-----\n")
+    with pytest.raises(ConfigError, match="no certificate and private key of PEM"):
+        read_pair(good, damaged)
+    locked = tmp_path / "locked"
+    command = ["openssl", "pkey", "-in", key, "-aes256", "-passout", "pass:secret", "-out", locked]
+    subprocess.run(command, check=True, capture_output=True)
+    locked.chmod(0o600)
+    with pytest.raises(ConfigError, match="the private key has a password"):  # and nobody is asked for it
+        read_pair(good, locked)
+    assert read_pair(good, key) == (good.read_bytes(), key.read_bytes())
+
+
+def test_a_pair_that_is_being_renewed_is_read_again(
+    certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = tmp_path / "used.pem"
+    shutil.copy(certificates / "good.pem", used)
+    monkeypatch.setattr(
+        "tierstore.daemon.remote_access.time.sleep", lambda _: shutil.copy(certificates / "renewed.pem", used)
+    )
+    assert read_pair(used, certificates / "renewed.key")[0] == (certificates / "renewed.pem").read_bytes()
+
+
+def test_a_reload_with_another_key_keeps_the_old_pair(built: Path, certificates: Path, tmp_path: Path) -> None:
+    used = {ending: tmp_path / f"used.{ending}" for ending in ("pem", "key")}
+    for ending, path in used.items():
+        shutil.copy(certificates / f"good.{ending}", path)
+    with serving(built, tls_cert=used["pem"], tls_key=used["key"]) as server:
+        shutil.copy(certificates / "renewed.pem", used["pem"])
+        with pytest.raises(ConfigError, match="the private key is not the certificate's"):
+            server.reload()
+        for _ in range(2):
+            with connect_remote(f"grpcs://{server.address}", ca_file=certificates / "ca.pem", timeout_s=5) as store:
+                assert store["layers.1"].lookup(np.ones((1, 3), dtype=np.int64)).shape == (1, 24, 40)
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "is_taken"),
+    [
+        ("root", "own", 0o440, True),  # Kubernetes, with fsGroup
+        ("root", "root", 0o440, True),  # systemd, by an access list
+        ("root", "own", 0o444, False),
+        ("root", "own", 0o460, False),
+        ("root", "other", 0o440, False),
+        ("other", "own", 0o440, False),
+        ("own", "own", 0o440, False),
+        ("own", "own", 0o400, True),
+    ],
+)
+def test_a_secret_of_roots_for_the_readers_group_is_as_private_as_ones_own(
+    tmp_path: Path, owner: str, group: str, mode: int, is_taken: bool
+) -> None:
+    ids = {"root": 0, "own": 54321, "other": 54322}
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    os.chown(file, ids[owner], ids[group])
+    file.chmod(mode)
+    fd = os.open(file, os.O_RDONLY)  # whatever lets a process open it
+    path = f"/proc/self/fd/{fd}"
+
+    def read() -> str:
+        os.setresgid(54321, 54321, 54321)
+        os.setgroups([54321])
+        os.setresuid(54321, 54321, 54321)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "open", lambda *_: os.dup(fd))
+            return read_token(path)
+
+    said = in_child(read)
+    os.close(fd)
+    if is_taken:
+        assert said == TOKEN
+    else:
+        assert "may be read by others" in said
+        assert ("chmod 600" in said) == (owner == "own")
+        assert ("fsGroup" in said) == (owner != "own")
 
 
 def test_certificates_and_tokens_are_read_anew(built: Path, model: Model, certificates: Path, tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ blocks, and a store that is not the one that the daemon opened.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from .. import kernels
 from ..decisions.budget import LINE_BYTES, STAGING_FRACTION, plan_staging
 from ..decisions.shared_budget import as_share
 from ..embedded import open_placement
-from ..errors import ConfigError, DaemonError, FormatError
+from ..errors import ConfigError, DaemonError, FormatError, TierStoreError
 from ..formats.catalog import CatalogImage
 from ..tiers.native import NativeEngine, SharedEpochs
 from ..tiers.nvme import choose_io
@@ -80,8 +81,9 @@ class Link:
         self._choice = choose_io(io)
         direct = self._choice.mode == "uring"
         self.path, self.identity = path, str(identity)
-        image, placed = _open(path, epoch, direct=direct)
-        self.opened = OpenVersion(image, placed, direct=direct)
+        with _reading(path):
+            image, placed = _open(path, epoch, direct=direct)
+            self.opened = OpenVersion(image, placed, direct=direct)
         try:
             if image.identity != identity:
                 raise DaemonError(
@@ -156,6 +158,36 @@ class Link:
         if ended:
             self.opened.close()
         return ended
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Says what an attached process of another user needs, if it may not read the store's files."""
+    try:
+        yield
+    except (TierStoreError, OSError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, PermissionError):
+            cause = cause.__cause__
+        if cause is None and _can_be_reached(path):
+            raise
+        at = getattr(cause, "filename", None) or path
+        raise ConfigError(
+            f"{path}: the daemon lets user {os.geteuid()} attach, but that user may not read {os.fsdecode(at)}: an attached "
+            f"process reads by itself what is not in the daemon's memory; give it read access to the store's files and "
+            f"folders: setfacl -R -m u:{os.geteuid()}:rX {path}, or look up by gRPC (tierstore serve --listen)"
+        ) from error
+
+
+def _can_be_reached(path: str) -> bool:
+    """Whether this user may enter the folders above a path."""
+    try:
+        os.stat(path)
+    except PermissionError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _open(path: str, epoch: int | None, *, direct: bool) -> tuple[CatalogImage, PlacementFile | None]:

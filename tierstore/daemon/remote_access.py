@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import ssl
 import stat
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
 from ..causes import named
 from ..errors import ConfigError
 from ..extras import missing
+from .identity import known_ids
 
 TOKEN_CHARS_MIN = 16
 TOKEN_BYTES_MAX = 4096
 CERTIFICATE_BYTES_MAX = 1 << 20
+PAIR_TRIES = 3  # to read a certificate and a key that belong together,
+PAIR_AGAIN_S = 0.1  # so long after each other
 FORK_VARIABLE = "GRPC_ENABLE_FORK_SUPPORT"
 
 
@@ -118,8 +123,7 @@ def check_options(
     if token_file is not None:
         read_token(token_file)
     if tls_cert is not None and tls_key is not None:
-        read_certificate(tls_cert, "certificate")
-        read_certificate(tls_key, "private key")
+        read_pair(tls_cert, tls_key)
     return wanted
 
 
@@ -153,6 +157,80 @@ def read_certificate(path: str | os.PathLike[str], what: str) -> bytes:
     return data
 
 
+def _check_private(path: str | os.PathLike[str], what: str, status: os.stat_result) -> None:
+    """Raises `ConfigError` if others than this process's user may read a secret.
+
+    A file of root's that one group may read is as private if that group is this process's own, or root's: so Kubernetes
+    gives secrets to a pod (mode 440, the group of fsGroup), and systemd its credentials (mode 440 by an access list).
+    """
+    mode, owner, group = stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
+    if not mode & 0o077:
+        return
+    own_groups = {os.getegid(), *os.getgroups()}
+    if not mode & 0o037 and owner in known_ids("uid", {0}) and group in known_ids("gid", {0, *own_groups}):
+        return
+    text = f"the {what} file {path} may be read by others (mode {mode:o}, owner {owner}, group {group}"
+    if owner == os.geteuid():
+        raise ConfigError(f"{text}, expected mode 600 or less); run: chmod 600 {path}")
+    raise ConfigError(
+        f"{text}; this process runs as user {os.geteuid()}, groups {sorted(own_groups)}); give a file that only this user may "
+        f"read, or one of root's, mode 440, of a group of this user's: in Kubernetes, set fsGroup and defaultMode: 0440"
+    )
+
+
+def check_pair(certificate: bytes, key: bytes, names: str) -> None:
+    """Raises `ConfigError` if a private key is not the certificate's, or one of the two is damaged. names: of the files.
+
+    Checks the bytes themselves, in memory, so that what is checked is what is used.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")  # how strong they are is grpc's to judge
+    fd = os.memfd_create("tierstore-pair", os.MFD_CLOEXEC)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(certificate + b"\n" + key)
+        context.load_cert_chain(f"/proc/self/fd/{fd}", password=_no_password)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise ConfigError(
+                f"{names}: the private key is not the certificate's; give the two that were made together"
+            ) from error
+        raise ConfigError(
+            f"{names}: no certificate and private key of PEM ({error.reason or error}); renew them"
+        ) from error
+    except _EncryptedKey as error:
+        raise ConfigError(
+            f"{names}: the private key has a password; give one without: openssl pkey -in KEY -out PLAIN"
+        ) from error
+    finally:
+        os.close(fd)
+
+
+class _EncryptedKey(Exception):
+    """A private key asks for a password."""
+
+
+def _no_password() -> str:
+    raise _EncryptedKey
+
+
+def read_pair(tls_cert: str | os.PathLike[str], tls_key: str | os.PathLike[str]) -> tuple[bytes, bytes]:
+    """Returns a certificate and its private key, PEM, that belong together. Raises `ConfigError`.
+
+    A pair that does not is read again PAIR_TRIES times: who renews both writes one after the other.
+    """
+    for left in reversed(range(PAIR_TRIES)):
+        certificate, key = read_certificate(tls_cert, "certificate"), read_certificate(tls_key, "private key")
+        try:
+            check_pair(certificate, key, f"{tls_cert} and {tls_key}")
+            break
+        except ConfigError:
+            if not left:
+                raise
+            time.sleep(PAIR_AGAIN_S)
+    return certificate, key
+
+
 def _read_file(path: str | os.PathLike[str], bytes_max: int, what: str, *, private: bool) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -162,11 +240,8 @@ def _read_file(path: str | os.PathLike[str], bytes_max: int, what: str, *, priva
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"the {what} file {path} is no regular file; give one")
-        if private and status.st_mode & 0o077:
-            raise ConfigError(
-                f"the {what} file {path} may be read by others (mode {stat.S_IMODE(status.st_mode):o}, expected 600 or less); "
-                f"run: chmod 600 {path}"
-            )
+        if private:
+            _check_private(path, what, status)
         if status.st_size > bytes_max:
             raise ConfigError(f"the {what} file {path} has {status.st_size} bytes, at most {bytes_max} are expected")
         return os.read(descriptor, bytes_max)

@@ -10,6 +10,7 @@ channel of its own when it first calls; the parent's is kept there and never tou
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import ssl
@@ -36,6 +37,8 @@ FORK_WAIT_S = 1.0
 RETRY_S_MIN, RETRY_S_MAX = 0.02, 1.0  # between tries of a call
 PROBE_WAIT_S = 2.0  # that finding out why a server cannot be reached may take
 REPLY_BYTES_MAX = 128 << 20
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # with an empty SETTINGS
+HTTP2_SETTINGS = b"\x04"  # the type of the first frame of a server
 PING_S = 30  # between pings while calls are under way, by which a host that vanished is noticed
 
 _RAISED = {
@@ -245,12 +248,12 @@ class Connection:
         return DaemonError(f"{self.url}: {code.name.lower()}: {text}")
 
     def _why(self, otherwise: str) -> str:
-        """Returns, in words, why a server cannot be reached, by trying; `otherwise` where it can."""
+        """Returns, in words, why a server cannot be reached, by trying; `otherwise` if it can."""
         host, port = self._address.host, self._address.port
         try:
+            if not self._address.tls:
+                return _why_not_plain(host, port) or otherwise
             with socket.create_connection((host, port), timeout=PROBE_WAIT_S) as plain:
-                if not self._address.tls:
-                    return otherwise
                 context = ssl.create_default_context(cafile=None if self._ca_file is None else os.fspath(self._ca_file))
                 with context.wrap_socket(plain, server_hostname=host):
                     return otherwise
@@ -260,6 +263,25 @@ class Connection:
             return f"it does not speak TLS ({error.reason}); write grpc://, or start it with --tls-cert and --tls-key"
         except OSError as error:
             return f"{error.strerror or error}; check the address, and that tierstore serve runs there with --listen"
+
+
+def _why_not_plain(host: str, port: int) -> str | None:
+    """Says what a server speaks that is not gRPC in plain text; None if it is that, or says nothing. Raises `OSError`."""
+    with socket.create_connection((host, port), timeout=PROBE_WAIT_S) as peer:
+        peer.sendall(HTTP2_PREFACE)
+        with contextlib.suppress(OSError):  # it may just close
+            answer = peer.recv(16)
+            if answer[3:4] == HTTP2_SETTINGS:
+                return None
+            if answer.startswith(b"HTTP/1."):
+                return "it speaks HTTP/1, and no gRPC; give the address of --listen, not that of --metrics"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # only whether it speaks TLS is asked
+    with contextlib.suppress(OSError):
+        peer = socket.create_connection((host, port), timeout=PROBE_WAIT_S)
+        with peer, context.wrap_socket(peer):
+            return "it speaks TLS; write grpcs://"
+    return None
 
 
 def _left(until: float) -> float:

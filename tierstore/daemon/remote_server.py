@@ -23,7 +23,7 @@ from ..store import Store
 from . import messages
 from .messages import ERROR_TRAILER, RETRY_TRAILER, SERVICE, TOKEN_HEADER
 from .ports import check_ports
-from .remote_access import check_options, load_grpc, read_certificate, read_token
+from .remote_access import check_options, load_grpc, read_pair, read_token
 from .remote_answers import AnswerLimits, Answers, StoreChangedError
 from .remote_connections import CONNECTIONS_MAX, Connections, peer_network
 from .remote_health import WATCHERS_MAX, Health
@@ -147,7 +147,7 @@ class RemoteServer:
 
     def _read_certificate(self) -> Any:
         assert self._tls is not None
-        certificate, key = read_certificate(self._tls[0], "certificate"), read_certificate(self._tls[1], "private key")
+        certificate, key = read_pair(*self._tls)
         return self._grpc.ssl_server_certificate_configuration([(key, certificate)])
 
     def _take_certificate(self) -> Any:
@@ -156,7 +156,10 @@ class RemoteServer:
         return certificate
 
     def reload(self) -> None:
-        """Reads token and certificate anew, for calls and connections from now on; raises `ConfigError` and keeps the old."""
+        """Reads token and certificate anew, for calls and connections from now on; raises `ConfigError` and keeps the old.
+
+        A certificate and a key that do not belong together count as an error.
+        """
         token = None if self._token_file is None else read_token(self._token_file)
         if self._tls is not None:
             self._certificate = self._read_certificate()
