@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -92,7 +94,7 @@ def test_a_timeout_of_ours_and_a_closed_pipe_pass_unchanged() -> None:
         assert caught.value is error
 
 
-def test_a_users_rights_are_told_with_owner_and_mode(tmp_path: Path) -> None:
+def test_a_users_rights_are_told_with_owner_and_mode(request: pytest.FixtureRequest) -> None:
     """In a process of user 65534, because root may do all."""
     code = (
         "import os, sys; from tierstore.causes import named\n"
@@ -101,19 +103,20 @@ def test_a_users_rights_are_told_with_owner_and_mode(tmp_path: Path) -> None:
         "    try: os.open(path, flags)\n"
         "    except OSError as error: print(named(error, 'it', path, writing=bool(flags)))\n"
     )
-    closed = tmp_path / "closed"
+    open_to_all = Path(tempfile.mkdtemp())  # the folders above `tmp_path` are closed to others
+    request.addfinalizer(lambda: shutil.rmtree(open_to_all))
+    open_to_all.chmod(0o755)
+    closed = open_to_all / "closed"
     closed.mkdir(mode=0o700)
-    (tmp_path / "secret").touch(mode=0o000)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    (open_to_all / "secret").touch(mode=0o000)
     closed.chmod(0o600 if os.geteuid() else 0o700)
-    arguments = [tmp_path / "secret", tmp_path / "new.trace", closed / "inside"]
+    arguments = [open_to_all / "secret", open_to_all / "new.trace", closed / "inside"]
     if os.geteuid():
         arguments[1] = Path("/new.trace")
     said = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, timeout=60
     ).stdout.splitlines()
-    assert f"may not read {tmp_path}/secret (owner {os.geteuid()}, mode 0); make it readable" in said[0]
+    assert f"may not read {open_to_all}/secret (owner {os.geteuid()}, mode 0); make it readable" in said[0]
     assert f"may not write in {arguments[1].parent} (owner 0, mode" in said[1]
     assert f"may not enter {closed} (owner" in said[2]
 

@@ -80,7 +80,7 @@ def test_a_missing_extra_is_an_error_with_its_command() -> None:
         ("torch", "from engram_adapter import swap_embedding", "torch"),
         (
             "torch",
-            "import pathlib; from tierstore.formats.tensor_files import _read_pt as r; r(pathlib.Path('x.pt'))",
+            "import pathlib; from tierstore.formats.pt_file import _loaded as r; r(pathlib.Path('x.pt'), 0)",
             "torch",
         ),
         ("torch", "from tierstore.tiers.hbm.device import _load; _load('torch', 'cuda:0')", "gpu"),

@@ -50,7 +50,7 @@ COMMANDS = {
     "swap": ("tierstore.tools.swap", "Have a daemon serve another version of its store."),
     "synth": ("tierstore.tools.synth", "Write a checkpoint of random values in a real model's layout."),
     "doctor": ("tierstore.tools.doctor", "Say what this machine can do, and how to mend what it cannot."),
-    "packaging": ("tierstore.tools.packaging", "Print the systemd unit, the Grafana dashboard, the gRPC interface."),
+    "packaging": ("tierstore.tools.packaging", "Print the systemd unit, the dashboard, the gRPC interface."),
     "bench": ("tierstore.tools.bench", "Measure, beside the hardware's own limit."),
 }
 
