@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -61,13 +62,19 @@ class ColumnWriter:
             raise ConfigError(f"{self.path} is there and no regular file; give the name of a file to write")
         self._new_path = self.path.with_name(self.path.name + NEW_SUFFIX)
         self._new_path.unlink(missing_ok=True)  # what a killed writer left
-        self._fd = os.open(self._new_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_content_size=True)
         self._blocks: list[tuple[str, list[list[Any]]]] = []
         self._num_bytes = 0
+        self._pid = os.getpid()
+        self._file: io.FileIO | None = None
         try:
+            self._file = io.FileIO(self._new_path, "x")  # an object: dropped on its way here, it closes itself
             self._write(pack_head(self._kind, self._header, file_bytes=0))
+        except FileExistsError:  # another writer's
+            raise
         except BaseException:
+            if self._file is None:
+                self._new_path.unlink(missing_ok=True)
             self.abandon()
             raise
 
@@ -107,24 +114,36 @@ class ColumnWriter:
         """
         self._write(pack_directory(self._blocks, footer))
         with self._full_disk_named():
-            os.pwrite(self._fd, pack_head(self._kind, self._header, self._num_bytes), 0)
-            os.fsync(self._fd)
+            os.pwrite(self._open_file().fileno(), pack_head(self._kind, self._header, self._num_bytes), 0)
+            os.fsync(self._open_file().fileno())
         if not self._is_ours():
             raise ConfigError(f"{self._new_path} was taken by another writer; give each its own file")
         os.rename(self._new_path, self.path)
-        self._close()
+        self._open_file().close()
         sync_folder(self.path.parent)
 
     def abandon(self) -> None:
         """Removes what was written, unless it is finished; harmless then."""
-        if self._fd >= 0:
+        if self._file is not None and not self._file.closed:
             if self._is_ours():
-                self._new_path.unlink()
-            self._close()
+                self._new_path.unlink(missing_ok=True)
+            self._file.close()
+
+    def __del__(self) -> None:
+        # Its maker was interrupted before it could keep it. In a forked child, the file is the parent's.
+        if getattr(self, "_file", None) is None:
+            return
+        if self._pid == os.getpid():
+            self.abandon()
+        self._open_file().close()
+
+    def _open_file(self) -> io.FileIO:
+        assert self._file is not None
+        return self._file
 
     def _is_ours(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(self._fd), os.stat(self._new_path))
+            return os.path.samestat(os.fstat(self._open_file().fileno()), os.stat(self._new_path))
         return False
 
     def _write(self, data: bytes) -> None:
@@ -132,7 +151,7 @@ class ColumnWriter:
         view = memoryview(data)
         while view:
             with self._full_disk_named():
-                count = os.write(self._fd, view)
+                count = os.write(self._open_file().fileno(), view)
             self._num_bytes += count
             view = view[count:]
 
@@ -147,10 +166,6 @@ class ColumnWriter:
                 f"{self.path}: {error.strerror} after {self._num_bytes} bytes of it, "
                 f"{shutil.disk_usage(self.path.parent).free} are free; free some disk, or write it on another"
             ) from error
-
-    def _close(self) -> None:
-        os.close(self._fd)
-        self._fd = -1
 
     def __enter__(self) -> ColumnWriter:
         return self
