@@ -44,6 +44,7 @@ __all__ = [
     "MailboxServer",
     "ReportReader",
     "ReportWriter",
+    "Ticket",
     "active_lookups",
     "check_pages",
     "collapse",
@@ -51,6 +52,7 @@ __all__ = [
     "crc32c_backend",
     "decode_fp8_rows",
     "drop_bad_places",
+    "drop_released",
     "find_entries",
     "find_items",
     "forget_before",
@@ -123,8 +125,15 @@ held_epochs: Any = _serving.held_epochs if native else None
 CONTROL_BYTES: int = _serving.CONTROL_BYTES if native else 4096
 
 # The lookup path of a store (kernels/cpu/engine.h), None where it was not compiled; `tierstore.tiers.native` is its user.
+#   Ticket(): holds the job of one `Engine.submit` or `submit_pairs`, which take it as their first argument. The job holds the
+#   output arrays before its first read begins, and lets go of them when nothing is written any more, in whatever thread that is.
+#   wait(seconds): False if the time ran out, else the outcome; handles signals. cancel(): nothing is written to the outputs
+#   once it has returned. A ticket that is dropped cancels, unless detach() came before.
+#   drop_released(): drops the arrays that jobs have let go; everything that takes a ticket does it too.
 Engine: Any = _serving.Engine if native else None
 EntryCache: Any = _serving.EntryCache if native else None
+Ticket: Any = _serving.Ticket if native else None
+drop_released: Any = _serving.drop_released if native else None
 
 # Mailboxes of an engine, by which GPU kernels ask for what they missed (kernels/cpu/mailbox.h draws the block), None where
 # nothing was compiled. One thread polls all mailboxes of a server; there is none before the first and after the last. Its

@@ -27,6 +27,7 @@ QUEUE_LOOKUPS_MAX = 1 << 14  # of which each takes a few hundred bytes more
 GROUP_KEYS_MAX = 1 << 16  # sampled in one go: a few MiB
 POLL_S = 0.05  # how long keys wait for the thread at most, unless half a queue comes earlier
 STOP_WAIT_S = 300.0
+ABANDON_WAIT_S = 5.0  # for what is being written; a disk that takes longer has the file go with its writer
 
 # Multipliers and shifts of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 _GOLDEN, _MIX_1, _MIX_2 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -54,21 +55,37 @@ class Recorder:
     """Writes the key trace of one store in a thread of its own. `record` may come from any thread and never blocks on it."""
 
     def __init__(self, path: str | os.PathLike[str], tables: Sequence[TracedTable], share: float) -> None:
-        """Starts the file and the thread. Raises what `KeyTraceWriter` raises."""
+        """Prepares: there is neither file nor thread before `start`."""
         self.path = path
         self._share = share
+        self._traced = tables
         self._num_orders = [len(table.orders) for table in tables]
-        self._writer = KeyTraceWriter(path, tables=tables, sample_rate=share)
+        self._writer: KeyTraceWriter | None = None
         self._lock = threading.Lock()  # of the five below
         self._queue: list[_Lookup] = []
         self._queued_keys = 0
         self._num_batches = 0
         self._num_dropped = 0
         self._stopped = False
+        self._abandoned = False
         self._wake = threading.Event()
         self._error: Exception | None = None  # set by the thread only
         self._thread = threading.Thread(target=self._run, name="tierstore-recorder", daemon=True)
+
+    def start(self) -> None:
+        """Starts the file and the thread. Raises what `KeyTraceWriter` raises, `RuntimeError` (no thread); then `abandon`."""
+        self._writer = KeyTraceWriter(self.path, tables=self._traced, sample_rate=self._share)
         self._thread.start()
+
+    def abandon(self) -> None:
+        """Ends the thread, if there is one, and removes what was written. After an error of `start` or `stop`."""
+        with self._lock:
+            self._stopped = self._abandoned = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(ABANDON_WAIT_S)
+        if self._writer is not None and not self._thread.is_alive():
+            self._writer.abandon()
 
     def record(self, requests: Sequence[tuple[int, np.ndarray]]) -> None:
         """Records one lookup: (table's index, keys int64 [N, O]) of each table. Copies the keys; does not block on the disk."""
@@ -111,6 +128,7 @@ class Recorder:
             raise TimeoutError(
                 f"{self.path}: the trace was not written within {STOP_WAIT_S} s; the disk does not answer"
             )
+        assert self._writer is not None
         with self._writer:
             if self._error is not None:
                 raise self._error
@@ -128,7 +146,10 @@ class Recorder:
             if not lookups or self._error is not None:
                 continue
             try:
+                assert self._writer is not None
                 for group in _groups(lookups):
+                    if self._abandoned:
+                        break
                     self._writer.add(_sampled(group, self._share))
             except Exception as error:  # lookups must go on; `stop` raises it
                 self._error = error
@@ -191,14 +212,24 @@ class RecordingEngine(Engine):
 
     def submit(self, requests: Sequence[Request]) -> Pending | None:
         pending = self.engine.submit(requests)
-        if requests:
-            self.recorder.record([(index, keys) for index, keys, _ in requests])
-        return pending
+        try:
+            if requests:
+                self.recorder.record([(index, keys) for index, keys, _ in requests])
+            return pending
+        except BaseException:
+            if pending is not None:
+                pending.cancel()
+            raise
 
     def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> Pending | None:
         pending = self.engine.submit_pairs(index, keys, pairs, out)
-        self.recorder.record([(index, self.recorder.tokens_of(index, keys, pairs))])
-        return pending
+        try:
+            self.recorder.record([(index, self.recorder.tokens_of(index, keys, pairs))])
+            return pending
+        except BaseException:
+            if pending is not None:
+                pending.cancel()
+            raise
 
     @property
     def version(self) -> int:  # type: ignore[override]

@@ -13,7 +13,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -30,9 +30,8 @@ from .tiers.engine import Engine, Pending
 from .units import format_bytes
 
 CLOSE_WAIT_S = 300.0
-IN_FLIGHT_SWEEP = 64  # so many buffers of ended tickets are kept at most before they are let go
 
-_open_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+_open_stores: weakref.WeakSet[_Opened] = weakref.WeakSet()
 _fork_lock = threading.Lock()  # of the set above; held through a fork
 
 
@@ -45,30 +44,120 @@ class Ticket:
     def wait(self, timeout_s: float | None = None) -> None:
         """Blocks until every row is in its buffer; raises what the lookup raises.
 
-        Raises `TimeoutError` after timeout_s seconds; the lookup goes on, and `wait` may be called again. May be called
-        from any thread, and more than once.
+        Raises `TimeoutError` after timeout_s seconds; the lookup goes on, and `wait` may be called again, as after Ctrl-C. May
+        be called from any thread, and more than once.
         """
         if self._pending is not None:
             self._pending.wait(timeout_s)
 
 
+class _Opened:
+    """What a `Store` and its tables share, and keep open together: whoever of them is dropped last closes it."""
+
+    def __init__(self, backing: Backing) -> None:
+        self._closed = True  # until everything is there
+        self._backing = backing
+        self._what = f"the store {backing.name}"
+        self._recorder: Recorder | None = None
+        self._recorder_lock = threading.Lock()  # of the one above
+        self._tables: weakref.WeakSet[Table] = weakref.WeakSet()
+        self._engine = backing.engine
+        self._closed = False
+        with _fork_lock:
+            _open_stores.add(self)
+        self._engine.subscribe(self._renew)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreNotReadyError(f"{self._what} is closed, as it is when nobody holds it; open it again")
+
+    def _renew(self) -> None:
+        """The engine has another way in for the shortest lookups: tables take it."""
+        self._use(self._engine)
+
+    def _use(self, engine: Engine) -> None:
+        self._engine = engine
+        for table in list(self._tables):
+            table._use(engine)
+
+    def _start_trace(self, recorder: Recorder) -> None:
+        with self._recorder_lock:
+            self._check_open()
+            if self._recorder is not None:
+                raise ConfigError(f"{self._backing.name}: a trace is running, to {self._recorder.path}; stop it first")
+            try:
+                recorder.start()
+                self._recorder = recorder
+                self._use(RecordingEngine(self._engine, recorder))
+            except BaseException:
+                self._forget_trace()
+                recorder.abandon()
+                raise
+
+    def _stop_trace(self) -> KeyTraceInfo | None:
+        with self._recorder_lock:
+            recorder = self._forget_trace()
+        if recorder is None:
+            return None
+        try:
+            return recorder.stop()
+        except BaseException:
+            recorder.abandon()
+            raise
+
+    def _forget_trace(self) -> Recorder | None:
+        """Sends lookups past the recorder, and returns it."""
+        recorder = self._recorder
+        if isinstance(self._engine, RecordingEngine):
+            self._use(self._engine.engine)
+        self._recorder = None
+        return recorder
+
+    def close(self) -> None:
+        """See `Store.close`."""
+        self._closed = True
+        try:
+            self._stop_trace()
+        finally:
+            self._close_engine()
+
+    def _close_engine(self) -> None:
+        if not self._engine.close(CLOSE_WAIT_S):
+            raise TimeoutError(f"lookups did not end within {CLOSE_WAIT_S} s; the disk has stopped answering")
+        self._backing.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_engine"):
+            self.close()
+
+
 class Store:
-    """An open store. `tables` maps names to `Table`s, and `store[name]` is the same. Close it, or use `with`."""
+    """An open store. `tables` maps names to `Table`s, and `store[name]` is the same. Close it, or use `with`.
+
+    It closes itself when neither it nor one of its tables is held any more. It is of one process: a forked child has it too; a
+    worker that is spawned opens its own.
+    """
 
     def __init__(self, backing: Backing) -> None:
         """`tierstore.open` and `tierstore.connect` are the ways in."""
-        self._backing = backing
-        self._what = f"the store {backing.name}"
-        self._closed = False
-        self._recorder: Recorder | None = None
-        self._recorder_lock = threading.Lock()  # of the one above
-        self._in_flight_lock = threading.Lock()  # of the one below
-        self._in_flight: list[tuple[Pending, Sequence[np.ndarray]]] = []  # buffers live until their reads have ended
-        self._engine = backing.engine
-        self._tables = {spec.name: Table(self._engine, index, spec) for index, spec in enumerate(backing.specs)}
-        self._engine.subscribe(self._renew)
-        with _fork_lock:
-            _open_stores.add(self)
+        self._opened = _Opened(backing)
+        self._tables = {
+            spec.name: Table(backing.engine, index, spec, self._opened) for index, spec in enumerate(backing.specs)
+        }
+        self._opened._tables.update(self._tables.values())
+        self._opened._renew()  # whatever engine came meanwhile
+
+    @property
+    def _engine(self) -> Engine:
+        return self._opened._engine
+
+    @property
+    def _backing(self) -> Backing:
+        return self._opened._backing
+
+    @property
+    def _closed(self) -> bool:
+        return self._opened._closed
 
     @property
     def name(self) -> str:
@@ -103,6 +192,15 @@ class Store:
             raise KeyError(f"{self._backing.name} has no table {name!r}; it has {', '.join(self._tables)}")
         return self._tables[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tables
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tables)
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
     def attachment(self, name: str) -> bytes:
         """Returns a record that the adapter put in the catalog at build time; raises `KeyError` where there is none."""
         return self._backing.attachments[name]
@@ -134,12 +232,12 @@ class Store:
         """Starts a lookup in several tables at once: {name: (keys [N, O] int64, out [N, O * H, row_bytes] uint8)}.
 
         What memory holds is copied before this returns, and the reads of the rest are in flight; a thread of the store
-        finishes them, whether anybody waits or not. keys are copied; out must live, untouched, until `Ticket.wait` returns.
-        Where an out is not contiguous, this waits for its rows. Wrong arguments raise here, as in `Table.lookup`; failed
-        reads raise in `wait`. Beyond 256 tickets under way it waits for one to end.
+        finishes them, whether anybody waits or not. keys are copied. The lookup holds out until its rows are there; leave out
+        alone until `Ticket.wait` returns. Where an out is not contiguous, this waits for its rows. Wrong arguments raise here, as
+        in `Table.lookup`; failed reads raise in `wait`. If this raises, by a signal handler too, nothing is written to out
+        afterwards (by `connect` over gRPC, an answer on its way still is). Beyond 256 tickets under way it waits for one to end.
         """
-        if self._closed:
-            raise StoreNotReadyError(f"{self._what} is closed, as it is when nobody holds it; open it again")
+        self._opened._check_open()
         checked = []
         strided = []
         for name, (keys, out) in requests.items():
@@ -154,17 +252,21 @@ class Store:
                 checked.append((table.index, keys, flat))
                 strided.append((flat, out))
         pending = self._engine.submit(checked)
-        if strided and pending is not None:
-            pending.wait(None)
-        for flat, out in strided:
-            out[...] = flat
-        if pending is not None:
-            kept = pending, [out for _, _, out in checked]
-            with self._in_flight_lock:
-                if len(self._in_flight) >= IN_FLIGHT_SWEEP:
-                    self._in_flight = [each for each in self._in_flight if not each[0].done()]
-                self._in_flight.append(kept)
-        return Ticket(pending)
+        if pending is None:
+            for flat, out in strided:
+                out[...] = flat
+            return Ticket(None)
+        try:
+            if strided:
+                pending.wait(None)
+            for flat, out in strided:
+                out[...] = flat
+            ticket = Ticket(pending)
+            pending.detach()
+            return ticket
+        except BaseException:  # nobody has the ticket
+            pending.cancel()
+            raise
 
     def stats(self) -> dict[str, Any]:
         """Returns counters since opening: keys, hits by tier in keys, batches, pages and bytes read, by table and order."""
@@ -182,38 +284,14 @@ class Store:
         if not 0 < share <= 1:
             raise ValueError(f"share is {share}, expected above 0 and at most 1")
         tables = [TracedTable(t.spec.name, t.spec.fingerprint, tuple(t.spec.orders)) for t in self._tables.values()]
-        with self._recorder_lock:
-            if self._closed:
-                raise StoreNotReadyError(f"{self._what} is closed, as it is when nobody holds it; open it again")
-            if self._recorder is not None:
-                raise ConfigError(f"{self._backing.name}: a trace is running, to {self._recorder.path}; stop it first")
-            self._recorder = Recorder(path, tables, share)
-            self._use(RecordingEngine(self._engine, self._recorder))
+        self._opened._start_trace(Recorder(path, tables, share))
 
     def stop_trace(self) -> KeyTraceInfo | None:
         """Ends the trace that is running and returns what it is about; None where there is none. Blocks on the disk.
 
-        Raises `OSError` where the trace could not be written; there is none then.
+        Raises `OSError` where the trace could not be written; there is none then, nor if this is interrupted.
         """
-        with self._recorder_lock:
-            recorder = self._forget_trace()
-        return None if recorder is None else recorder.stop()
-
-    def _forget_trace(self) -> Recorder | None:
-        """Sends lookups past the recorder, and returns it."""
-        recorder, self._recorder = self._recorder, None
-        if isinstance(self._engine, RecordingEngine):
-            self._use(self._engine.engine)
-        return recorder
-
-    def _renew(self) -> None:
-        """The engine has another way in for the shortest lookups: tables take it."""
-        self._use(self._engine)
-
-    def _use(self, engine: Engine) -> None:
-        self._engine = engine
-        for table in self._tables.values():
-            table._use(engine)
+        return self._opened._stop_trace()
 
     def close(self) -> None:
         """Waits for lookups in flight, then gives back memory, threads and files. Closing twice is harmless.
@@ -222,17 +300,7 @@ class Store:
         `TimeoutError` where a lookup does not end within CLOSE_WAIT_S; the store then stays half closed: no new lookups,
         files open.
         """
-        self._closed = True
-        try:
-            self.stop_trace()
-        finally:
-            self._close_engine()
-
-    def _close_engine(self) -> None:
-        if not self._engine.close(CLOSE_WAIT_S):
-            raise TimeoutError(f"lookups did not end within {CLOSE_WAIT_S} s; the disk has stopped answering")
-        self._in_flight.clear()
-        self._backing.close()
+        self._opened.close()
 
     def __enter__(self) -> Store:
         return self
@@ -240,18 +308,19 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        # The C++ side writes to buffers that this object keeps alive: it must have ended before they go.
-        if hasattr(self, "_tables"):
-            self.close()
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise TypeError(
+            f"an open store, of {self.name}, cannot be pickled, as starting a process by spawn or forkserver does; open the "
+            f"store in each worker, or start workers by fork, which share its memory"
+        )
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{format_bytes(self._backing.details()['memory']['dram_bytes'])} of DRAM"
         return f"<tierstore.Store {self._backing.name}: {', '.join(self._tables)}; {state}>"
 
 
-_forking: list[Store] = []  # whose engines' locks are held
-_not_ready: list[Store] = []  # whose engines could not be locked: the child loses them
+_forking: list[_Opened] = []  # whose engines' locks are held
+_not_ready: list[_Opened] = []  # whose engines could not be locked: the child loses them
 _fork_signals = DeferredSignals()
 _fork_thread: int | None = None  # which thread holds `_fork_lock`
 
@@ -292,23 +361,29 @@ def _after_fork(*, child: bool) -> None:
         _not_ready.clear()
 
 
-def _lose(store: Store) -> None:
+def _lose(store: _Opened) -> None:
     store._closed = True
     store._use(cast(Engine, LostEngine(store._engine, store._what)))
 
 
-def _forked(store: Store, *, child: bool) -> None:
+def _forked(store: _Opened, *, child: bool) -> None:
     store._engine.after_fork(child=child)
     if child:  # the thread and the file are the parent's
-        store._recorder_lock, store._in_flight_lock = threading.Lock(), threading.Lock()
+        store._recorder_lock = threading.Lock()
         store._forget_trace()
 
 
 @atexit.register
 def _close_all() -> None:
-    """Ends the threads that write to buffers before the interpreter frees those."""
+    """Ends the threads that write to buffers before the interpreter frees those. One that does not end keeps no other open."""
+    failed: BaseException | None = None
     for store in list(_open_stores):
-        store.close()
+        try:
+            store.close()
+        except BaseException as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 os.register_at_fork(

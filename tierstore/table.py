@@ -7,6 +7,7 @@ the table has, by name. Shapes: N tokens, O orders, H rows per key.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +21,12 @@ VERSION_PAUSE_S = 0.001
 
 
 class Table:
-    """One table of an open store. Lookups may come from any number of threads at once."""
+    """One table of an open store, which it keeps open. Lookups may come from any number of threads at once."""
 
-    def __init__(self, engine: Engine, index: int, spec: TableSpec) -> None:
+    def __init__(self, engine: Engine, index: int, spec: TableSpec, opened: object = None) -> None:
+        """opened: what closes the store when it is dropped."""
         self.index = index
+        self._opened = opened
         self._spec = spec
         self._rows_shape = (spec.num_heads, spec.row_bytes)
         self._use(engine)
@@ -32,6 +35,18 @@ class Table:
         """Sends lookups through `engine` from now on."""
         self._engine = engine
         self._try_lookup = engine.try_lookup
+
+    def __repr__(self) -> str:
+        spec = self._spec
+        return (
+            f"<tierstore.Table {spec.name}: {spec.num_rows} rows of {spec.row_bytes} bytes, orders {list(spec.orders)}>"
+        )
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise TypeError(
+            f"table {self._spec.name} of an open store cannot be pickled, as starting a process by spawn or forkserver does; "
+            f"open the store in each worker, or start workers by fork, which share its memory"
+        )
 
     @property
     def spec(self) -> TableSpec:
@@ -42,8 +57,9 @@ class Table:
         """Returns the rows of keys: int64 [N, O] -> uint8 [N, O * H, row_bytes]; key -1 gives zero rows.
 
         keys may be strided; out, if given, is filled and returned (any strides). Blocks on the disk for what no tier
-        holds. Raises `TypeError` (not int64), `ValueError` (shape, keys below -1), `CorruptPageError`,
-        `StoreNotReadyError` (closed); after an error, out is undefined.
+        holds; a signal handler that raises ends it, and nothing is written to out afterwards. Raises `TypeError` (not int64),
+        `ValueError` (shape, keys below -1), `CorruptPageError`, `StoreNotReadyError` (closed); after an error, out is undefined.
+        Keys may lie where out does.
         """
         rows = out
         if rows is None and isinstance(keys, np.ndarray) and keys.ndim == 2:
@@ -83,13 +99,12 @@ class Table:
         caches by their keys, which the ids give back; other ids are read one by one. Blocks and raises like `lookup`.
         """
         spec = self._spec
-        row_ids = _checked_ids(row_ids, "row_ids")
+        row_ids = np.array(_checked_ids(row_ids, "row_ids"), order="C")  # ours: what is checked is what is read
         if row_ids.size and not -1 <= row_ids.min() <= row_ids.max() < spec.num_rows:
             bad = row_ids[(row_ids < -1) | (row_ids >= spec.num_rows)][0]
             raise ValueError(f"table {spec.name}: row id {bad} is outside -1 to {spec.num_rows - 1}")
         out = _checked_out(out, (*row_ids.shape, spec.row_bytes))
         flat = out if out.flags.c_contiguous else np.empty(out.shape, dtype=np.uint8)
-        row_ids = np.ascontiguousarray(row_ids)
         for _ in range(VERSION_TRIES_MAX):
             version = self._engine.version
             self._gather_rows(row_ids, flat)
@@ -132,9 +147,12 @@ class Table:
         flat_out[single] = part
 
     def checked(self, keys: np.ndarray, out: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Checks a request; returns its keys, contiguous, and the buffer for its rows."""
+        """Checks a request; returns a copy of its keys, contiguous, and the buffer for its rows.
+
+        The copy is what is checked and looked up, whatever another thread, or the output, does to the caller's keys.
+        """
         spec = self.spec
-        keys = _checked_ids(keys, "keys")
+        keys = np.array(_checked_ids(keys, "keys"), order="C")
         if keys.ndim != 2 or keys.shape[1] != len(spec.orders):
             raise ValueError(
                 f"table {spec.name}: keys are {list(keys.shape)}, expected [N, {len(spec.orders)}]: one for each order"
@@ -146,7 +164,7 @@ class Table:
         if spec.is_plain and keys.size and keys.max() >= spec.num_rows:
             raise ValueError(f"table {spec.name}: key {keys.max()} is outside its {spec.num_rows} rows")
         out = _checked_out(out, (len(keys), spec.num_heads, spec.row_bytes))
-        return np.ascontiguousarray(keys), out
+        return keys, out
 
 
 def _checked_ids(ids: np.ndarray, what: str) -> np.ndarray:

@@ -4,9 +4,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
-#include <deque>
 #include <exception>
-#include <list>
 #include <mutex>
 #include <new>
 #include <optional>
@@ -15,50 +13,44 @@
 #include <utility>
 
 #include "gather.h"
+#include "line.h"
 
 namespace tierstore {
 namespace {
 
-constexpr int kSliceMs = 200;  // how often a wait for the disk looks whether it should end
-constexpr std::chrono::milliseconds kLookAgain{2};  // how often a closer looks whether all uses have ended
+using Clock = std::chrono::steady_clock;
+
+constexpr std::chrono::milliseconds kLookAgain{2};   // how often a closer looks whether all uses have ended
+constexpr std::chrono::milliseconds kMakeAgain{1000};  // before a lane is tried for again that could not be made
+constexpr size_t kSortHere = 1 << 18;  // misses; more would take a caller too long, and a worker sorts them
 constexpr auto kRelaxed = std::memory_order_relaxed;
 
-std::chrono::duration<double> seconds(double count) { return std::chrono::duration<double>(count); }
-
-// Adds the keys of a list that are no sentinels, by order.
-void count_keys(const PairList& list, size_t num_orders, uint64_t* keys_of) {
-  if (list.pairs != nullptr) {
-    for (size_t i = 0; i < list.count; ++i) keys_of[list.order(i, num_orders)] += list.keys[i] >= 0;
-    return;
-  }
-  for (size_t pair = 0; pair < list.count;) {  // of whole tokens, without a division a pair
-    for (size_t order = 0; order < num_orders; ++order) keys_of[order] += list.keys[pair++] >= 0;
-  }
-}
+Clock::duration seconds(double count) { return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(count)); }
 
 }  // namespace
 
-// Lanes, workers and who waits for them. Made anew in a forked child, where the parent's threads are not.
+// Lanes, workers and who waits for them. Made anew in a forked child, where the parent's threads are not. It has room for all lanes and
+// workers from the start, so that none is lost for want of memory.
 struct Engine::Runtime {
-  explicit Runtime(size_t num_lanes) : lanes_max(num_lanes) {}
+  explicit Runtime(size_t num_lanes) : lanes_max(num_lanes) {
+    lanes.reserve(num_lanes);
+    free.reserve(num_lanes);
+    workers.reserve(num_lanes);
+  }
 
-  bool lane_there() const { return !free.empty() || lanes.size() < lanes_max; }
+  bool lane_there() const { return !free.empty() || (lanes.size() < lanes_max && Clock::now() >= make_again); }
 
-  struct Handed {
-    Lane* lane;
-    std::shared_ptr<Job> job;  // null: a lane that was given up on, to be drained
-  };
-
-  std::mutex mutex;
+  std::mutex mutex;  // guards all below
   std::condition_variable lane_freed, work_came, job_ended, use_ended;
   std::unique_ptr<PreadPool> pool;
   std::vector<std::unique_ptr<Lane>> lanes;
   std::vector<Lane*> free;
-  std::deque<Handed> handed;                // begun
-  std::deque<std::shared_ptr<Job>> pending;  // waiting for a lane
-  std::list<std::shared_ptr<Job>> unfinished;  // all that were submitted and are not done
+  Line<Lane> handed;   // with a job that was begun; or disowned, to be drained
+  Line<Job> pending;   // waiting for a lane
+  Ring<Job> under_way;  // all that a worker carries or will
   std::vector<std::thread> workers;
-  size_t lanes_max;
+  const size_t lanes_max;
+  Clock::time_point make_again{};
   bool stopping = false;  // somebody closes the engine,
   bool ended = false;     // and has: nothing of this is used any more
 };
@@ -86,170 +78,254 @@ size_t Engine::num_lanes() const {
   return runtime_->lanes.size();
 }
 
-void Engine::gather(const EpochView& view, size_t index, const PairList& list, uint8_t* out, Job& job) {
+size_t Engine::num_free_lanes() const {
+  const std::lock_guard<std::mutex> lock(runtime_->mutex);
+  return runtime_->free.size();
+}
+
+bool Engine::gather(const EpochView& view, size_t index, const PairList& list, uint8_t* out, Gathered& gathered) {
   const Table& table = tables_[index];
-  const size_t first_miss = job.misses.size();
-  uint64_t keys_of[kOrdersMax] = {}, misses_of[kOrdersMax] = {}, static_hits[kOrdersMax] = {};
-  job.outputs.resize(tables_.size());
-  job.outputs[index] = out;
+  const size_t first_miss = gathered.misses.size();
+  Found found;
   if (table.resident != nullptr) {
-    const int64_t bad_page = gather_resident(table, list, out);
-    if (bad_page >= 0) job.fault = {FaultKind::kBadPage, static_cast<uint32_t>(index), bad_page, kPageBadChecksum};
+    int64_t bad_page = -1;
+    found = gather_resident(table, list, out, bad_page);
+    if (bad_page >= 0) gathered.fault = {FaultKind::kBadPage, static_cast<uint32_t>(index), bad_page, kPageBadChecksum};
   } else {
     std::optional<ReportSink> reports;
     if (reports_ != nullptr) reports.emplace(*reports_, static_cast<uint16_t>(index));
     bool holds = view.alive;
     if (holds) {
-      gather_cached(table, view.epoch, static_cast<uint16_t>(index), list, out, job.misses, static_hits,
-                    reports ? &*reports : nullptr);
+      found = gather_cached(table, view.epoch, static_cast<uint16_t>(index), list, out, gathered.misses, reports ? &*reports : nullptr);
       holds = gate_->holds(view);
     }
     if (!holds) {
-      job.misses.resize(first_miss);
-      std::fill_n(static_hits, table.num_orders, uint64_t{0});
-      gather_nothing(table, static_cast<uint16_t>(index), list, out, job.misses);
+      gathered.misses.resize(first_miss);
+      found = gather_nothing(table, static_cast<uint16_t>(index), list, out, gathered.misses);
     }
     table.cache->count_accesses(list.count);
   }
-  count_keys(list, table.num_orders, keys_of);
-  for (size_t i = first_miss; i < job.misses.size(); ++i) ++misses_of[job.misses[i].order];
-  uint64_t num_keys = 0;
+  if (!found.good) return false;
+  uint64_t misses_of[kOrdersMax] = {}, sentinels = 0;
+  for (size_t i = first_miss; i < gathered.misses.size(); ++i) ++misses_of[gathered.misses[i].order];
+  TableCounters& counts = table_counters[index];
   for (size_t order = 0; order < table.num_orders; ++order) {
-    table_counters[index].hits[order].fetch_add(keys_of[order] - misses_of[order], kRelaxed);
-    if (static_hits[order] > 0) table_counters[index].static_hits[order].fetch_add(static_hits[order], kRelaxed);
-    if (misses_of[order] > 0) table_counters[index].misses[order].fetch_add(misses_of[order], kRelaxed);
-    num_keys += keys_of[order];
+    counts.hits[order].fetch_add(found.pairs[order] - found.sentinels[order] - misses_of[order], kRelaxed);
+    if (found.static_hits[order] > 0) counts.static_hits[order].fetch_add(found.static_hits[order], kRelaxed);
+    if (misses_of[order] > 0) counts.misses[order].fetch_add(misses_of[order], kRelaxed);
+    sentinels += found.sentinels[order];
   }
-  if (num_keys < list.count) counters.sentinels.fetch_add(list.count - num_keys, kRelaxed);
+  if (sentinels > 0) counters.sentinels.fetch_add(sentinels, kRelaxed);
+  return true;
+}
+
+bool Engine::gather_units(size_t index, const PairList& ids, uint8_t* out, uint8_t unit, bool of_tokens, Gathered& gathered) {
+  const Table& table = tables_[index];
+  const size_t first_miss = gathered.misses.size();
+  if (unit == kRowUnit && table.resident != nullptr) {
+    int64_t bad_page = -1;
+    if (!gather_resident_rows(table, ids, out, bad_page).good) return false;
+    if (bad_page >= 0) gathered.fault = {FaultKind::kBadPage, static_cast<uint32_t>(index), bad_page, kPageBadChecksum};
+  } else {
+    const uint64_t num_units = unit == kRowUnit ? table.num_rows : table.num_pages;
+    for (size_t i = 0; i < ids.count; ++i) {
+      const int64_t id = ids.key(i);
+      const size_t place = ids.first + i;
+      if (id == -1 && unit == kRowUnit) {
+        std::memset(out + place * table.row_bytes, 0, table.row_bytes);
+      } else if (static_cast<uint64_t>(id) < num_units) {
+        gathered.misses.push_back({id, static_cast<uint32_t>(place), static_cast<uint16_t>(index), unit, kNotPlaced});
+      } else {
+        return false;
+      }
+    }
+  }
+  if (unit == kRowUnit) {
+    count_rows(index, ids, of_tokens && table.resident != nullptr);
+    counters.rows_missed.fetch_add(gathered.misses.size() - first_miss, kRelaxed);
+  }
+  return true;
 }
 
 void Engine::locate(const EpochView& view, size_t index, const int64_t* keys, size_t num_tokens, uint8_t* sources) {
   const Table& table = tables_[index];
-  for (size_t i = 0; i < num_tokens * table.num_orders; ++i) {
+  const PairList list{keys, num_tokens * table.num_orders};
+  for (size_t i = 0; i < list.count; ++i) {
+    const int64_t key = list.key(i);
     const auto order = static_cast<uint8_t>(i % table.num_orders);
-    const bool has_statics = keys[i] >= 0 && view.alive && table.statics.records != nullptr;
+    const bool has_statics = key >= 0 && view.alive && table.statics.records != nullptr;
     const EntryIndex placed_keys = has_statics ? table.statics.areas[view.epoch & 1].order(order) : EntryIndex{};
-    const uint32_t placed = placed_keys.find(placed_keys.find_bucket(keys[i]), keys[i]);
-    if (keys[i] < 0) {
+    const uint32_t placed = placed_keys.find(placed_keys.find_bucket(key), key);
+    if (key < 0) {
       sources[i] = kFromNowhere;
     } else if (table.resident != nullptr) {
       sources[i] = kFromResident;
     } else if (table.statics.loads(placed)) {
       sources[i] = kFromStatic;
-    } else if (view.alive && table.cache->probe(table.cache->find_set(table.tagged(order), keys[i]), table.tagged(order), keys[i]).way >= 0) {
+    } else if (view.alive && table.cache->probe(table.cache->find_set(table.tagged(order), key), table.tagged(order), key).way >= 0) {
       sources[i] = kFromRecency;
     } else {
-      sources[i] = table.statics.place_in_file(order, keys[i], placed) == kNotPlaced ? kFromPages : kFromRecord;
+      sources[i] = table.statics.place_in_file(order, key, placed) == kNotPlaced ? kFromPages : kFromRecord;
     }
   }
 }
 
-void Engine::count_batch(const Job& job) {
+void Engine::count_batch(const Gathered& gathered) {
   counters.batches.fetch_add(1, kRelaxed);
-  if (job.misses.empty()) counters.zero_miss_batches.fetch_add(1, kRelaxed);
+  if (gathered.misses.empty()) counters.zero_miss_batches.fetch_add(1, kRelaxed);
 }
 
 // Counts what is asked for by row id: keys of whole tokens, which memory holds, or single rows.
-void Engine::count_rows(size_t index, const int64_t* ids, size_t num_ids, bool of_tokens) {
+void Engine::count_rows(size_t index, const PairList& ids, bool of_tokens) {
   const Table& table = tables_[index];
   const size_t rows_per_key = of_tokens ? table.rows_per_key : 1;
-  uint64_t found_of[kOrdersMax] = {}, num_found = 0;
-  for (size_t i = 0; i < num_ids; i += rows_per_key) {  // a key's rows are all there, or none is
-    found_of[of_tokens ? i / rows_per_key % table.num_orders : 0] += ids[i] >= 0;
-    num_found += ids[i] >= 0;
+  uint64_t found_of[kOrdersMax] = {}, num_found = 0, num_keys = 0;
+  for (size_t i = 0; i < ids.count; ++i) {
+    const size_t place = ids.first + i;
+    if (place % rows_per_key != 0) continue;  // a key's rows are all there, or none is
+    const bool found = ids.key(i) >= 0;
+    ++num_keys;
+    num_found += found;
+    found_of[of_tokens ? place / rows_per_key % table.num_orders : 0] += found;
   }
   if (!of_tokens) {
     counters.rows.fetch_add(num_found, kRelaxed);
     return;
   }
   for (size_t order = 0; order < table.num_orders; ++order) table_counters[index].hits[order].fetch_add(found_of[order], kRelaxed);
-  counters.sentinels.fetch_add(num_ids / rows_per_key - num_found, kRelaxed);
+  counters.sentinels.fetch_add(num_keys - num_found, kRelaxed);
 }
 
-void Engine::read(size_t index, const int64_t* ids, size_t num_ids, uint8_t* out, uint8_t unit, bool of_tokens, Job& job) {
-  const Table& table = tables_[index];
-  if (unit == kRowUnit) count_rows(index, ids, num_ids, of_tokens && table.resident != nullptr);
-  if (unit == kRowUnit && table.resident != nullptr) {
-    const int64_t bad_page = gather_resident_rows(table, ids, num_ids, out);
-    if (bad_page >= 0) job.fault = {FaultKind::kBadPage, static_cast<uint32_t>(index), bad_page, kPageBadChecksum};
-    count_batch(job);
-    return;
+std::shared_ptr<Job> Engine::make_job(Gathered gathered, const std::vector<std::pair<size_t, uint8_t*>>& outputs) const {
+  std::vector<uint8_t*> by_table(tables_.size(), nullptr);
+  for (const auto& [table, out] : outputs) by_table[table] = out;
+  return std::make_shared<Job>(std::move(gathered), std::move(by_table));
+}
+
+void Engine::fetch(const std::shared_ptr<Job>& job) {
+  Carrier carrier(*this, job);
+  while (carrier.run() == Carrier::State::kUnderWay) continue;
+}
+
+Engine::Carrier::~Carrier() {
+  if (lane_ != nullptr) engine_.give_up(lane_, {FaultKind::kCancelled, 0, 0, 0});
+}
+
+Engine::Carrier::State Engine::Carrier::run() {
+  if (job_->misses.empty() || job_->fault.kind != FaultKind::kNone) return State::kDone;
+  if (hands_on_ && engine_.hand_on(job_, lane_)) {
+    lane_ = nullptr;
+    return State::kHandedOn;
   }
-  job.outputs.resize(tables_.size());
-  job.outputs[index] = out;
-  for (size_t i = 0; i < num_ids; ++i) {
-    if (ids[i] < 0) {
-      std::memset(out + i * table.row_bytes, 0, table.row_bytes);
-    } else {
-      job.misses.push_back({ids[i], static_cast<uint32_t>(i), static_cast<uint16_t>(index), unit, kNotPlaced});
+  if (!begun_) {
+    begun_ = true;
+    started_ = Clock::now();
+    if (job_->misses.size() > kSortHere) return State::kUnderWay;  // so that a worker may sort them
+  }
+  const Fault too_long{FaultKind::kTimeout, 0, 0, static_cast<int>(engine_.shape_.wait_s)};
+  if (lane_ == nullptr) {
+    lane_ = engine_.acquire_lane(kSliceMs, job_->fault);
+    if (lane_ == nullptr) {
+      if (job_->fault.kind != FaultKind::kNone) return State::kDone;
+      if (Clock::now() - started_ < seconds(engine_.shape_.wait_s)) return State::kUnderWay;
+      job_->fault = too_long;
+      return State::kDone;
     }
+    job_->sort();
+    lane_->begin(*job_);
   }
-  if (unit == kRowUnit) {
-    counters.rows_missed.fetch_add(job.misses.size(), kRelaxed);
-    count_batch(job);
+  if (lane_->run(kSliceMs)) {
+    engine_.release_lane(std::exchange(lane_, nullptr));
+    return State::kDone;
   }
-  fetch(job);
+  if (lane_->stalled() >= seconds(engine_.shape_.wait_s)) {
+    engine_.give_up(std::exchange(lane_, nullptr), too_long);
+    return State::kDone;
+  }
+  return State::kUnderWay;
 }
 
-void Engine::fetch(Job& job) {
-  if (job.misses.empty() || job.fault.kind != FaultKind::kNone) return;
-  job.sort();
-  Lane* lane = acquire_lane(true);
-  if (lane == nullptr) {  // none came free in time, or none can be made
-    job.fault = {FaultKind::kTimeout, 0, 0, static_cast<int>(shape_.wait_s)};
-    return;
-  }
-  drive(*lane, job);
-}
-
-void Engine::submit(const std::shared_ptr<Job>& job) {
-  job->sort();
+// Has a worker carry a job, begun with a lane or not. Returns false, with nothing done, if there is no worker.
+bool Engine::hand_on(const std::shared_ptr<Job>& job, Lane* lane) {
   Runtime& runtime = *runtime_;
-  {
-    std::unique_lock<std::mutex> lock(runtime.mutex);
-    const auto room = [&] { return runtime.unfinished.size() < shape_.jobs_max; };
-    if (!runtime.job_ended.wait_for(lock, seconds(shape_.wait_s), room)) {
-      job->fault = {FaultKind::kTimeout, 0, 0, static_cast<int>(shape_.wait_s)};
-      lock.unlock();
-      job->finish();
-      return;
-    }
-    runtime.unfinished.push_back(job);
-    if (runtime.workers.size() < shape_.num_lanes) runtime.workers.emplace_back([this] { work(); });
-  }
-  Lane* lane = acquire_lane(false);
-  if (lane != nullptr) lane->begin(*job);
   const std::lock_guard<std::mutex> lock(runtime.mutex);
+  if (!has_worker()) return false;
+  job->self = job;
+  runtime.under_way.add(*job);
   if (lane != nullptr) {
-    runtime.handed.push_back({lane, job});
-  } else if (runtime.lanes_max > 0) {
-    runtime.pending.push_back(job);
-  } else {  // no lane can be made: nobody will ever come for the job
-    job->fault = {FaultKind::kTimeout, 0, 0, 0};
-    runtime.unfinished.remove(job);
-    job->finish();
+    runtime.handed.push(*lane);
+  } else {
+    runtime.pending.push(*job);
   }
   runtime.work_came.notify_one();
+  return true;
 }
 
-Lane* Engine::acquire_lane(bool wait) {
+Engine::Submitted Engine::submit(const std::shared_ptr<Job>& job) {
+  Runtime& runtime = *runtime_;
+  {
+    const std::lock_guard<std::mutex> lock(runtime.mutex);
+    if (runtime.under_way.size() >= shape_.jobs_max) return Submitted::kNoRoom;
+    if (!has_worker()) return Submitted::kNoWorker;
+    job->self = job;
+    runtime.under_way.add(*job);
+  }
+  Fault why;  // if there are no lanes at all, the worker says so
+  Lane* lane = job->misses.size() <= kSortHere ? acquire_lane(0, why) : nullptr;
+  if (lane != nullptr) {
+    job->sort();
+    lane->begin(*job);
+  }
+  const std::lock_guard<std::mutex> lock(runtime.mutex);
+  if (lane != nullptr) {
+    runtime.handed.push(*lane);
+  } else {
+    runtime.pending.push(*job);
+  }
+  runtime.work_came.notify_one();
+  return Submitted::kUnderWay;
+}
+
+void Engine::wait_for_room() {
   Runtime& runtime = *runtime_;
   std::unique_lock<std::mutex> lock(runtime.mutex);
-  const auto there = [&] { return runtime.lane_there(); };
-  if (!there() && (!wait || !runtime.lane_freed.wait_for(lock, seconds(shape_.wait_s), there))) return nullptr;
-  return take_lane();
+  runtime.job_ended.wait_for(lock, std::chrono::milliseconds(kSliceMs), [&] { return runtime.under_way.size() < shape_.jobs_max; });
 }
 
-// Takes a lane that is there; null where it would have to be made and cannot be. The runtime's lock is held.
+// Takes a lane, within wait_ms. Null if none came free; and with a fault if there are none and none can be made.
+Lane* Engine::acquire_lane(int wait_ms, Fault& why) {
+  Runtime& runtime = *runtime_;
+  const auto until = Clock::now() + std::chrono::milliseconds(wait_ms);
+  std::unique_lock<std::mutex> lock(runtime.mutex);
+  for (;;) {
+    Lane* lane = take_lane();
+    if (lane != nullptr) return lane;
+    if (runtime.lanes.empty()) {
+      why = {FaultKind::kNoMemory, 0, 0, 0};
+      return nullptr;
+    }
+    if (Clock::now() >= until) return nullptr;
+    Lane* left = runtime.workers.empty() ? runtime.handed.pop() : nullptr;
+    if (left != nullptr) {  // nobody else will ever drain it
+      lock.unlock();
+      drain(left);
+      lock.lock();
+    } else {
+      runtime.lane_freed.wait_until(lock, until, [&] { return runtime.lane_there(); });
+    }
+  }
+}
+
+// Takes a lane that is free, or can be made now; else null. The runtime's lock is held.
 Lane* Engine::take_lane() {
   Runtime& runtime = *runtime_;
-  if (runtime.free.empty() && !make_lane()) return nullptr;
+  if (!runtime.lane_there() || (runtime.free.empty() && !make_lane())) return nullptr;
   Lane* lane = runtime.free.back();
   runtime.free.pop_back();
   return lane;
 }
 
-// Adds a free lane. Where there is no memory or descriptor for it, the store makes do with the lanes there are.
+// Adds a free lane. If there is no memory or descriptor for it, the store makes do with the lanes there are, and tries again later.
 bool Engine::make_lane() {
   Runtime& runtime = *runtime_;
   try {
@@ -257,16 +333,16 @@ bool Engine::make_lane() {
     if (shape_.mode == ReadMode::kUring) {
       queue = make_uring_queue(shape_.lane.depth);
     } else if (shape_.mode == ReadMode::kMmap) {
-      queue = make_mmap_queue(shape_.use_process_madvise);
+      queue = make_mmap_queue(shape_.lane.depth, shape_.use_process_madvise);
     } else {
       if (!runtime.pool) runtime.pool = PreadPool::make(shape_.pread_threads);
-      queue = runtime.pool->make_queue();
+      queue = runtime.pool->make_queue(shape_.lane.depth);
     }
     runtime.lanes.push_back(std::make_unique<Lane>(tables_, shape_.lane, std::move(queue), faults, read_counters));
     runtime.free.push_back(runtime.lanes.back().get());
     return true;
   } catch (const std::exception&) {
-    runtime.lanes_max = runtime.lanes.size();
+    runtime.make_again = Clock::now() + kMakeAgain;
     return false;
   }
 }
@@ -279,59 +355,106 @@ void Engine::release_lane(Lane* lane) {
   if (!runtime.pending.empty()) runtime.work_came.notify_one();
 }
 
-// Carries a job, begun or not, to its end, and gives the lane back. Reads that do not end keep their lane.
-void Engine::drive(Lane& lane, Job& job) {
-  if (!lane.has_job()) lane.begin(job);
-  bool ended = false;
-  while (!(ended = lane.run(kSliceMs)) && lane.stalled() < seconds(shape_.wait_s)) continue;
-  if (ended) {
-    release_lane(&lane);
+// Ends a job whose reads do not end, or that nobody wants; its lane is busy until they do.
+void Engine::give_up(Lane* lane, const Fault& fault) {
+  lane->disown(fault);
+  Runtime& runtime = *runtime_;
+  const std::lock_guard<std::mutex> lock(runtime.mutex);
+  runtime.handed.push(*lane);
+  if (has_worker()) {
+    runtime.work_came.notify_one();
+  } else {
+    runtime.lane_freed.notify_one();
+  }
+}
+
+// Goes on for a slice with a lane that was given up on.
+void Engine::drain(Lane* lane) {
+  if (lane->run(kSliceMs)) {
+    release_lane(lane);
     return;
   }
-  lane.disown({FaultKind::kTimeout, 0, 0, static_cast<int>(shape_.wait_s)});
   const std::lock_guard<std::mutex> lock(runtime_->mutex);
-  runtime_->handed.push_back({&lane, nullptr});
-  if (runtime_->workers.size() < shape_.num_lanes) runtime_->workers.emplace_back([this] { work(); });
-  runtime_->work_came.notify_one();
+  runtime_->handed.push(*lane);
+}
+
+// Says whether there is a worker, after making one if not all are there. The runtime's lock is held.
+bool Engine::has_worker() {
+  Runtime& runtime = *runtime_;
+  try {
+    if (runtime.workers.size() < shape_.num_lanes) runtime.workers.emplace_back([this] { work(); });
+  } catch (const std::exception&) {  // the system gives no thread, or no memory for its stack
+  }
+  return !runtime.workers.empty();
 }
 
 void Engine::work() {
   Runtime& runtime = *runtime_;
   for (;;) {
-    Runtime::Handed task{nullptr, nullptr};
+    Lane* lane = nullptr;
+    Job* job = nullptr;
     {
       std::unique_lock<std::mutex> lock(runtime.mutex);
       runtime.work_came.wait(lock, [&] {
         return runtime.stopping || !runtime.handed.empty() || (!runtime.pending.empty() && runtime.lane_there());
       });
-      if (!runtime.handed.empty()) {
-        task = runtime.handed.front();
-        runtime.handed.pop_front();
+      lane = runtime.handed.pop();
+      if (lane != nullptr) {
+        job = lane->is_disowned() ? nullptr : lane->job();
       } else if (runtime.stopping) {
         return;
       } else {
         // Job and lane are taken at once: a worker that waited for a lane could be the one that a begun lane waits for.
-        task.lane = take_lane();
-        if (task.lane == nullptr) continue;
-        task.job = runtime.pending.front();
-        runtime.pending.pop_front();
+        lane = take_lane();
+        if (lane == nullptr && !runtime.lanes.empty()) continue;
+        job = runtime.pending.pop();
       }
     }
-    if (task.job == nullptr) {
+    if (job != nullptr) {
+      carry(lane, *job);
+    } else {
       bool drained = false;
-      while (!(drained = task.lane->run(kSliceMs)) && !closed_.load()) continue;
-      if (drained) release_lane(task.lane);
-      continue;
+      while (!(drained = lane->run(kSliceMs)) && !closed_.load()) continue;
+      if (drained) release_lane(lane);
     }
-    drive(*task.lane, *task.job);
-    {
-      const std::lock_guard<std::mutex> lock(runtime.mutex);
-      runtime.unfinished.remove(task.job);
-      runtime.job_ended.notify_all();
-    }
-    latency.end(task.job->started);
-    task.job->finish();
   }
+}
+
+// Carries a job, begun or not, to its end, and gives the lane back. Reads that do not end keep their lane. Without a lane, none could
+// be made.
+void Engine::carry(Lane* lane, Job& job) {
+  job.note_begun();
+  if (lane == nullptr) {
+    job.fault = {FaultKind::kNoMemory, 0, 0, 0};
+  } else if (lane->job() == nullptr && job.cancelled()) {
+    job.fault = {FaultKind::kCancelled, 0, 0, 0};
+    release_lane(lane);
+  } else {
+    if (lane->job() == nullptr) {
+      job.sort();
+      lane->begin(job);
+    }
+    bool ended = false;
+    while (!(ended = lane->run(kSliceMs)) && lane->stalled() < seconds(shape_.wait_s)) continue;
+    if (ended) {
+      release_lane(lane);
+    } else {
+      give_up(lane, {FaultKind::kTimeout, 0, 0, static_cast<int>(shape_.wait_s)});
+    }
+  }
+  finish(job);
+}
+
+// Ends a job that is under way. With the lock held, so that who forks finds it either under way or done.
+void Engine::finish(Job& job) {
+  latency.end(job.started);
+  job.let_go();
+  std::shared_ptr<Job> self;
+  const std::lock_guard<std::mutex> lock(runtime_->mutex);
+  runtime_->under_way.remove(job);
+  self = std::move(job.self);
+  job.finish();
+  runtime_->job_ended.notify_all();
 }
 
 bool Engine::close(double limit_s) {
@@ -339,14 +462,14 @@ bool Engine::close(double limit_s) {
   Runtime& runtime = *runtime_;
   {
     std::unique_lock<std::mutex> lock(runtime.mutex);
-    const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::steady_clock::duration>(
-                                                                 seconds(limit_s));
-    if (!runtime.job_ended.wait_until(lock, deadline, [&] { return runtime.unfinished.empty(); })) return false;
-    // A use ends without the mutex, for which it might wait with the interpreter's lock, while who forks has it the other way.
+    const auto deadline = Clock::now() + seconds(limit_s);
+    // Uses first: they alone bring jobs. A use ends without the mutex, for which it might wait with the interpreter's lock, while who
+    // forks has it the other way.
     while (!gate_->is_empty()) {
-      if (std::chrono::steady_clock::now() >= deadline) return false;
+      if (Clock::now() >= deadline) return false;
       runtime.use_ended.wait_for(lock, kLookAgain);
     }
+    if (!runtime.job_ended.wait_until(lock, deadline, [&] { return runtime.under_way.size() == 0; })) return false;
     if (runtime.stopping) return runtime.use_ended.wait_until(lock, deadline, [&] { return runtime.ended; });
     runtime.stopping = true;
   }
@@ -363,6 +486,7 @@ bool Engine::close(double limit_s) {
 }
 
 void Engine::before_fork() {
+  next_runtime_ = std::make_unique<Runtime>(shape_.num_lanes);
   runtime_->mutex.lock();
   for (Table& table : tables_) {
     if (table.cache) table.cache->writer().lock();
@@ -374,20 +498,18 @@ void Engine::after_fork(bool in_child) {
     if (table.cache) table.cache->writer().unlock();
   }
   runtime_->mutex.unlock();
-  if (!in_child) return;
+  if (!in_child) {
+    next_runtime_.reset();
+    return;
+  }
   // The parent's threads, their locks and their reads are not here. The old runtime is left as it lies.
   Runtime* old = runtime_.release();
+  runtime_ = std::move(next_runtime_);
   for (const std::unique_ptr<Lane>& lane : old->lanes) lane->abandon_after_fork();
-  runtime_ = std::make_unique<Runtime>(shape_.num_lanes);
   if (gate_->is_shared()) closed_ = true;
   reports_.reset();
   gate_->forget();
-  for (const std::shared_ptr<Job>& job : old->unfinished) {
-    job->fault = {FaultKind::kForked, 0, 0, 0};
-    new (&job->mutex) std::mutex;
-    new (&job->changed) std::condition_variable;
-    job->done = true;
-  }
+  for (Job* job = old->under_way.first(); job != nullptr; job = job->after) job->end_after_fork();
 }
 
 }  // namespace tierstore

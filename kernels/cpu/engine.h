@@ -1,8 +1,16 @@
 // The lookup path of an open store: hits copied by the caller's thread, misses carried by lanes.
 //
-// A lookup that misses takes a lane and drives it itself: no hand-over, no wake-up. A submit takes a lane, starts its first
-// reads and hands it to a worker thread, which finishes the job whether anybody waits or not. Lanes, and so staging, reads in
-// flight and threads, are bounded; who finds none free waits in line. Any number of threads may call at once.
+// A lookup that misses takes a lane and drives it itself: no hand-over, no wake-up. If it takes longer than a slice, a worker thread
+// goes on with it, so that the caller can look after signals without a lane in its hand. A submit takes a lane, starts its first
+// reads and hands it to a worker, which finishes the job whether anybody waits or not. If the system gives no thread, callers carry
+// their jobs themselves. Lanes, and so staging, reads in flight and threads, are bounded; if none is free, the caller queues. Any
+// number of threads may call at once.
+//
+//   job:  gathered -> [waits for room] -> under way: [in line for a lane] -> with a lane -> done
+//                                                     cancelled at any time: nothing more is written, and it ends by itself
+//
+// What a job needs on its way it has before it starts: its buffers are held by it, and lists are threaded through jobs and lanes.
+// So nothing between the first read and the last can fail for want of memory, but for what the job's fault then says.
 #pragma once
 
 #include <atomic>
@@ -10,6 +18,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "epochs.h"
@@ -20,6 +29,8 @@
 #include "table.h"
 
 namespace tierstore {
+
+constexpr int kSliceMs = 50;  // how long anything here waits or works before it looks whether it should end
 
 struct EngineShape {
   ReadMode mode;
@@ -82,7 +93,7 @@ struct Latency {
 class Engine {
  public:
   Engine(std::vector<Table> tables, const EngineShape& shape);
-  // Closes; where reads do not end, what they write to is leaked.
+  // Closes. Reads must end by then, as a `close` that returned true says: else their threads go on with what is gone.
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -105,35 +116,69 @@ class Engine {
     const bool open_;
   };
 
-  // How many lanes there are: fewer than asked for where memory or descriptors did not reach.
+  // A job on its caller's thread, slice by slice. Whatever ends this, its lane is given back, and the job, if it is not done and no
+  // worker has it, is written to no more.
+  class Carrier {
+   public:
+    Carrier(Engine& engine, const std::shared_ptr<Job>& job) : engine_(engine), job_(job) {}
+    ~Carrier();
+    Carrier(const Carrier&) = delete;
+    Carrier& operator=(const Carrier&) = delete;
+
+    enum class State { kDone, kHandedOn, kUnderWay };
+    // Goes on for about a slice. kDone: the job has its rows, or its fault. kHandedOn: a worker has it, and it will be `done` one day.
+    // Blocks on the disk.
+    State run();
+    // From the next `run` on, a worker may take the job: it holds what it writes to.
+    void let_hand_on() { hands_on_ = true; }
+
+   private:
+    Engine& engine_;
+    const std::shared_ptr<Job> job_;
+    bool hands_on_ = false;
+    bool begun_ = false;
+    Lane* lane_ = nullptr;
+    std::chrono::steady_clock::time_point started_{};
+  };
+
+  // How many lanes there are: fewer than asked for if memory or descriptors do not reach. How many of them are free.
   size_t num_lanes() const;
+  size_t num_free_lanes() const;
 
-  // Copies what memory holds of a table's pairs, entry i to out + i * entry_bytes, and appends the rest to job.misses.
-  void gather(const EpochView& view, size_t table, const PairList& list, uint8_t* out, Job& job);
-  // The same of keys of whole tokens, [num_tokens, O].
-  void gather(const EpochView& view, size_t table, const int64_t* keys, size_t num_tokens, uint8_t* out, Job& job) {
-    gather(view, table, {keys, num_tokens * tables_[table].num_orders}, out, job);
-  }
+  // Copies what memory holds of a table's pairs, entry i to out + (list.first + i) * entry_bytes, and appends the rest to the misses.
+  // Returns false, with `out` undefined and nothing counted, if a key or a pair is none of the table's.
+  bool gather(const EpochView& view, size_t table, const PairList& list, uint8_t* out, Gathered& gathered);
 
-  // Reads rows (kRowUnit; id -1 for zeros) or pages (kPageUnit) by number into `out`, past the cache. Blocks on the disk.
-  // of_tokens: the ids are those of whole tokens, [N, O * H], and are counted as their keys; others are counted as rows.
-  void read(size_t table, const int64_t* ids, size_t num_ids, uint8_t* out, uint8_t unit, bool of_tokens, Job& job);
+  // Appends rows (kRowUnit; id -1 for zeros) or pages (kPageUnit) to what is to be read past the cache; rows of a resident table, and
+  // zeros, are copied. of_tokens: the ids are those of whole tokens, [N, O * H], and of a resident table are counted as keys. Returns
+  // as `gather` does; list.first counts rows or pages.
+  bool gather_units(size_t table, const PairList& ids, uint8_t* out, uint8_t unit, bool of_tokens, Gathered& gathered);
 
   // Writes the Source of each of a table's keys, [num_tokens, O]. Counts nothing.
   void locate(const EpochView& view, size_t table, const int64_t* keys, size_t num_tokens, uint8_t* sources);
 
-  void count_batch(const Job& job);
+  void count_batch(const Gathered& gathered);
 
-  // Fetches a job's misses on the caller's thread. Blocks on the disk.
-  void fetch(Job& job);
-  // The same by a worker: the first reads are in flight when it returns, unless every lane is busy.
-  void submit(const std::shared_ptr<Job>& job);
+  // Returns a job that fetches what was gathered into outputs: (table, its buffer), ...
+  std::shared_ptr<Job> make_job(Gathered gathered, const std::vector<std::pair<size_t, uint8_t*>>& outputs) const;
 
-  // Waits at most `seconds` for uses and jobs to end, then stops the workers. Returns whether all ended. Any threads may call it.
+  // Fetches a job's misses on the caller's thread, to the end. Blocks on the disk.
+  void fetch(const std::shared_ptr<Job>& job);
+  // Has a worker fetch them: the first reads are in flight when it returns, unless every lane is busy. kNoRoom: jobs_max jobs are under
+  // way; kNoWorker: the system gives no thread. Nothing was done then.
+  enum class Submitted { kUnderWay, kNoRoom, kNoWorker };
+  Submitted submit(const std::shared_ptr<Job>& job);
+  // Waits for a slice at most for another job to have room. Comes without a `Use`.
+  void wait_for_room();
+  // The longest that a job takes that is not stalled.
+  double wait_s() const { return shape_.wait_s; }
+
+  // Waits at most `seconds` for uses and jobs to end, then stops the workers. Returns whether all ended; call again if not. Any
+  // threads may call it.
   bool close(double seconds);
 
   // Around a fork, in this order; locks are held between the two. Attached to a daemon, the child's engine is closed: the block
-  // that it would count and report in is the parent's.
+  // that it would count and report in is the parent's. `before_fork` throws, with nothing held, if there is no memory.
   void before_fork();
   void after_fork(bool in_child);
 
@@ -146,18 +191,24 @@ class Engine {
  private:
   struct Runtime;
 
-  void count_rows(size_t table, const int64_t* ids, size_t num_ids, bool of_tokens);
+  void count_rows(size_t table, const PairList& ids, bool of_tokens);
 
-  Lane* acquire_lane(bool wait);
+  Lane* acquire_lane(int wait_ms, Fault& why);
   Lane* take_lane();
   bool make_lane();
   void release_lane(Lane* lane);
-  void drive(Lane& lane, Job& job);
+  bool has_worker();
+  bool hand_on(const std::shared_ptr<Job>& job, Lane* lane);
+  void give_up(Lane* lane, const Fault& fault);
+  void drain(Lane* lane);
+  void finish(Job& job);
   void work();
+  void carry(Lane* lane, Job& job);
 
   std::vector<Table> tables_;
   const EngineShape shape_;
   std::unique_ptr<Runtime> runtime_;
+  std::unique_ptr<Runtime> next_runtime_;  // of a forked child, while one is made
   std::unique_ptr<EpochGate> gate_;
   std::unique_ptr<ReportWriter> reports_;  // null: lookups are not reported
   std::atomic<bool> closed_{false};

@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <limits>
@@ -11,8 +12,9 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
-
+#include "buffers_module.h"
 #include "engine.h"
 #include "table_module.h"
 
@@ -21,10 +23,20 @@ namespace py = pybind11;
 namespace tierstore {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 // Copies of so few entries are over sooner than the interpreter lock is given back and taken again: with 64 threads that
 // look up one token each, doing so made every lookup five times dearer. Whatever reads from disk releases it.
 constexpr size_t kBriefPairs = 16;
-constexpr int kWaitSliceMs = 200;  // how often a wait lets Python handle signals
+
+// A batch is gathered in pieces, so that Python can handle signals between two of them: so much output each, or so many pairs.
+constexpr size_t kPieceBytes = 8 << 20;
+constexpr size_t kPiecePairs = 1 << 16, kPiecePairsMax = 1 << 20;
+constexpr std::chrono::milliseconds kSlice{kSliceMs};
+
+void check_signals() {
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
 
 ReadMode mode_of(const std::string& name) {
   if (name == "uring") return ReadMode::kUring;
@@ -39,34 +51,62 @@ bool is_array(py::handle object, char kind, py::ssize_t itemsize, bool writeable
   const py::dtype dtype = array.dtype();
   const char order = dtype.byteorder();
   return dtype.kind() == kind && dtype.itemsize() == itemsize && (order == '=' || order == '|') &&
-         (array.flags() & py::array::c_style) != 0 && (!writeable || array.writeable());
+         py::detail::check_flags(object.ptr(), py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_) &&
+         (!writeable || array.writeable());
 }
 
-// A job submitted from Python. Whoever made it keeps the output buffers alive until it is done.
+bool overlap(const void* a, size_t a_bytes, const void* b, size_t b_bytes) {
+  const auto a_start = reinterpret_cast<uintptr_t>(a), b_start = reinterpret_cast<uintptr_t>(b);
+  return a_start < b_start + b_bytes && b_start < a_start + a_bytes;
+}
+
+// A job submitted from Python, made before the job is, so that there is somebody to cancel it whatever happens. Dropped, it cancels a
+// job that is not done, unless that was detached: nobody else will see to it that its output is left alone meanwhile.
 class Ticket {
  public:
-  explicit Ticket(std::shared_ptr<Job> job) : job_(std::move(job)) {}
+  Ticket() = default;
+  ~Ticket() { if (!detached_) cancel(); }
+  Ticket(const Ticket&) = delete;
+  Ticket& operator=(const Ticket&) = delete;
 
-  bool done() { return job_->is_done(); }
+  void take(std::shared_ptr<Job> job) { job_ = std::move(job); }
 
-  // Returns False where the time ran out, else the fault or None.
+  bool done() {
+    drop_released();
+    return job_ == nullptr || job_->is_done();
+  }
+
+  // Nothing is written to the job's output after this.
+  void cancel() {
+    if (job_ != nullptr) job_->cancel();
+    drop_released();
+  }
+
+  // Lets the job go on when the ticket is dropped.
+  void detach() { detached_ = true; }
+
+  // Returns False if the time ran out, else the fault or None.
   py::object wait(double seconds) {
-    const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::min(seconds, 1e9));
+    const std::shared_ptr<Job> job = job_;
+    if (job == nullptr) return py::none();
+    const auto deadline = Clock::now() + std::chrono::duration<double>(std::min(seconds, 1e9));
     for (;;) {
-      const std::chrono::duration<double> left = deadline - std::chrono::steady_clock::now();
-      bool done;
-      {
+      const std::chrono::duration<double> left = deadline - Clock::now();
+      bool done = job->is_done();
+      if (!done) {
         py::gil_scoped_release released;
-        done = job_->wait(std::max(0.0, std::min(left.count(), kWaitSliceMs / 1000.0)));
+        done = job->wait(std::max(0.0, std::min(left.count(), kSliceMs / 1000.0)));
       }
-      if (done) return fault_tuple(job_->fault);
+      drop_released();
+      if (done) return fault_tuple(job->fault);
       if (left.count() <= 0) return py::bool_(false);
-      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      check_signals();
     }
   }
 
  private:
   std::shared_ptr<Job> job_;
+  bool detached_ = false;
 };
 
 class PyEngine {
@@ -103,53 +143,39 @@ class PyEngine {
   }
 
   ~PyEngine() {
-    py::gil_scoped_release released;
-    close(0);
-    engine_.reset();
+    bool ended;
+    {
+      const py::gil_scoped_release released;
+      ended = close(engine_->wait_s());
+    }
+    if (ended) return;
+    // Its threads go on, and use all this.
+    engine_.release();
+    for (std::vector<py::array>* arrays : {&memory_, &held_, &gate_memory_}) {
+      for (py::array& array : *arrays) array.release();
+    }
   }
 
-  // None: done. False: the arguments, or the state, need Python's look. A tuple: a fault.
+  // None: done. False: the arguments, or the state, need Python's look; `out` is undefined then. A tuple: a fault.
   py::object lookup(size_t index, py::handle keys, py::handle out) {
     if (!fits(index, keys, out)) return py::bool_(false);
-    const auto key_array = py::reinterpret_borrow<py::array>(keys);
-    const auto num_tokens = static_cast<size_t>(key_array.shape(0));
-    const auto* key_data = static_cast<const int64_t*>(key_array.data());
-    auto* out_data = static_cast<uint8_t*>(py::reinterpret_borrow<py::array>(out).mutable_data());
-    Job job;
-    bool good;
-    const auto started = Latency::begin();
-    {
-      std::optional<py::gil_scoped_release> released;
-      if (num_tokens * engine_->tables()[index].num_orders > kBriefPairs) released.emplace();
-      const Engine::Use use(*engine_);
-      good = use && pairs_are_good(engine_->tables()[index], {key_data, num_tokens * engine_->tables()[index].num_orders});
-      if (good) {
-        engine_->gather(use.view(), index, key_data, num_tokens, out_data, job);
-        engine_->count_batch(job);
-        if (!job.misses.empty() && !released) released.emplace();
-        engine_->fetch(job);
-      }
-    }
-    if (good) engine_->latency.end(started);
-    return good ? fault_tuple(job.fault) : py::bool_(false);
+    return timed([&] { return read(part_of(index, keys, py::none(), out)); });
   }
 
-  // [(table, keys, out), ...], checked. Returns a Ticket, None where nothing was missing, or False as `lookup` does.
-  py::object submit(const std::vector<std::tuple<size_t, py::object, py::object>>& requests) {
+  // [(table, keys, out), ...], checked. The ticket's job has hold of every out before a read begins. Returns True if it is under way,
+  // None if nothing was missing, or False as `lookup` does. After an exception nothing is written.
+  py::object submit(Ticket& ticket, const std::vector<std::tuple<size_t, py::object, py::object>>& requests) {
     for (const auto& [index, keys, out] : requests) {
       if (!fits(index, keys, out)) return py::bool_(false);
     }
     std::vector<Part> parts;
-    for (const auto& [index, keys, out] : requests) {
-      const auto key_array = py::reinterpret_borrow<py::array>(keys);
-      parts.push_back({index, {static_cast<const int64_t*>(key_array.data()), static_cast<size_t>(key_array.size())},
-                       static_cast<uint8_t*>(py::reinterpret_borrow<py::array>(out).mutable_data())});
-    }
-    return start(parts);
+    parts.reserve(requests.size());
+    for (const auto& [index, keys, out] : requests) parts.push_back(part_of(index, keys, py::none(), out));
+    return start(ticket, parts);
   }
 
   // keys, int64 [M], and their pairs, int32 [M], of one table into out, uint8 [M, entry_bytes]. Returns as `submit` does.
-  py::object submit_pairs(size_t index, py::handle keys, py::handle pairs, py::handle out) {
+  py::object submit_pairs(Ticket& ticket, size_t index, py::handle keys, py::handle pairs, py::handle out) {
     if (index >= engine_->tables().size() || !is_array(keys, 'i', 8, false) || !is_array(pairs, 'i', 4, false) ||
         !is_array(out, 'u', 1, true)) {
       return py::bool_(false);
@@ -157,27 +183,27 @@ class PyEngine {
     const Table& table = engine_->tables()[index];
     const auto k = py::reinterpret_borrow<py::array>(keys), p = py::reinterpret_borrow<py::array>(pairs);
     auto o = py::reinterpret_borrow<py::array>(out);
-    const auto count = static_cast<size_t>(k.size());
-    if (k.ndim() != 1 || p.ndim() != 1 || p.size() != k.size() || count > std::numeric_limits<uint32_t>::max() || o.ndim() != 2 ||
+    if (k.ndim() != 1 || p.ndim() != 1 || p.size() != k.size() || k.size() > std::numeric_limits<uint32_t>::max() || o.ndim() != 2 ||
         o.shape(0) != k.size() || o.shape(1) != static_cast<py::ssize_t>(table.entry_bytes()) ||
         (table.cache == nullptr && table.resident == nullptr)) {
       return py::bool_(false);
     }
-    const PairList list{static_cast<const int64_t*>(k.data()), count, static_cast<const int32_t*>(p.data())};
-    return start({{index, list, static_cast<uint8_t*>(o.mutable_data())}});
+    std::vector<Part> parts;
+    parts.push_back(part_of(index, keys, pairs, out));
+    return start(ticket, parts);
   }
 
   // Row ids, int64 [R], -1 for a zero row, into uint8 [R, row_bytes], past the cache. Returns as `lookup` does. Those of whole tokens
   // of a resident table, [N, O * H], are counted as keys.
   py::object rows(size_t index, py::handle row_ids, py::handle out) {
     const Table& table = engine_->tables().at(index);
-    return read_units(index, row_ids, out, table.row_bytes, table.num_rows, kRowUnit);
+    return read_units(index, row_ids, out, table.row_bytes, kRowUnit);
   }
 
   // Pages, int64 [P], all different, into uint8 [P, page_bytes]. Returns as `lookup` does.
   py::object read_pages(size_t index, py::handle page_numbers, py::handle out) {
     const Table& table = engine_->tables().at(index);
-    return read_units(index, page_numbers, out, table.page_bytes, table.num_pages, kPageUnit);
+    return read_units(index, page_numbers, out, table.page_bytes, kPageUnit);
   }
 
   // Says that a resident table's memory holds its rows now, but for those of some pages. Comes before its first lookup.
@@ -271,6 +297,9 @@ class PyEngine {
 
   uint64_t injected_reads() const { return engine_->faults.seen(); }
 
+  // (how many page readers there are, how many of them are free)
+  std::pair<size_t, size_t> page_readers() const { return {engine_->num_lanes(), engine_->num_free_lanes()}; }
+
   // Waits; returns whether all lookups ended in time. Files may be closed, and buffers let go, only then.
   bool close(double seconds) {
     const bool ended = engine_->close(seconds);
@@ -294,37 +323,227 @@ class PyEngine {
   void after_fork(bool in_child) { engine_->after_fork(in_child); }
 
  private:
-  // One table's part of a lookup.
+  // One table's part of a lookup. `own_keys`: a copy of keys that lie where output goes.
   struct Part {
     size_t index;
     PairList list;
     uint8_t* out;
-  };
+    py::object out_object;
+    size_t out_bytes;
+    uint8_t unit = 0;  // of `gather_units`, else 0
+    bool of_tokens = false;
+    std::vector<int64_t> own_keys;
+    std::vector<int32_t> own_pairs;
 
-  // Gathers, and submits what is missing. Returns as `submit` does.
-  py::object start(const std::vector<Part>& parts) {
-    auto job = std::make_shared<Job>();
-    job->started = Latency::begin();
-    bool good;
-    {
-      const py::gil_scoped_release released;
-      const Engine::Use use(*engine_);
-      good = static_cast<bool>(use);
-      for (const Part& part : parts) good = good && pairs_are_good(engine_->tables()[part.index], part.list);
-      if (good) {
-        for (const Part& part : parts) engine_->gather(use.view(), part.index, part.list, part.out, *job);
-        engine_->count_batch(*job);
-        if (job->fault.kind != FaultKind::kNone) {
-          job->finish();
-        } else if (!job->misses.empty()) {
-          engine_->submit(job);
-        }
+    void keep_keys_from(const uint8_t* out, size_t out_bytes) {
+      if (own_keys.empty() && overlap(list.keys, list.count * sizeof(int64_t), out, out_bytes)) {
+        own_keys.assign(list.keys, list.keys + list.count);
+        list.keys = own_keys.data();
+      }
+      if (own_pairs.empty() && list.pairs != nullptr && overlap(list.pairs, list.count * sizeof(int32_t), out, out_bytes)) {
+        own_pairs.assign(list.pairs, list.pairs + list.count);
+        list.pairs = own_pairs.data();
       }
     }
+  };
+
+  // Of arrays that fit.
+  static Part part_of(size_t index, py::handle keys, py::handle pairs, py::handle out) {
+    const auto key_array = py::reinterpret_borrow<py::array>(keys);
+    auto out_array = py::reinterpret_borrow<py::array>(out);
+    Part part{index, {static_cast<const int64_t*>(key_array.data()), static_cast<size_t>(key_array.size())},
+              static_cast<uint8_t*>(out_array.mutable_data()), out_array, static_cast<size_t>(out_array.nbytes()), 0, false, {}, {}};
+    if (!pairs.is_none()) part.list.pairs = static_cast<const int32_t*>(py::reinterpret_borrow<py::array>(pairs).data());
+    part.keep_keys_from(part.out, part.out_bytes);
+    return part;
+  }
+
+  // Copies what memory holds of a part. False: the engine is closed, or a key is none of the table's. The interpreter's lock is as
+  // `released` says; between two pieces nothing of the engine is in use, and Python may handle signals.
+  bool gather(const Part& part, Gathered& gathered, std::optional<py::gil_scoped_release>& released) {
+    const Table& table = engine_->tables()[part.index];
+    const size_t entry_bytes = part.unit == 0 ? table.entry_bytes() : table.row_bytes;
+    const size_t whole = part.unit == 0 && part.list.pairs == nullptr ? table.num_orders : 1;
+    const size_t piece = std::clamp(kPieceBytes / entry_bytes, kPiecePairs, kPiecePairsMax) / whole * whole;
+    std::optional<Clock::time_point> looked;  // never if one piece is all
+    for (size_t start = 0;;) {
+      PairList list = part.list;
+      list.first = start;
+      list.count = std::min(piece, list.count - start);
+      list.keys += start;
+      if (list.pairs != nullptr) list.pairs += start;
+      {
+        const Engine::Use use(*engine_);
+        if (!use) return false;
+        if (!(part.unit == 0 ? engine_->gather(use.view(), part.index, list, part.out, gathered)
+                             : engine_->gather_units(part.index, list, part.out, part.unit, part.of_tokens, gathered))) {
+          return false;
+        }
+      }
+      start += list.count;
+      if (start >= part.list.count) return true;
+      const auto now = Clock::now();
+      if (!looked) looked = now;
+      if (now - *looked < kSlice) continue;
+      looked = now;
+      released.reset();
+      check_signals();
+      released.emplace();
+    }
+  }
+
+  template <typename Act>
+  py::object timed(const Act& act) {
+    const auto started = Latency::begin();
+    py::object outcome = act();
+    if (!py::isinstance<py::bool_>(outcome)) engine_->latency.end(started);
+    return outcome;
+  }
+
+  // Looks a part up on this thread, to the end. Returns as `lookup` does.
+  py::object read(const Part& part) {
+    Gathered gathered;
+    bool good;
+    {
+      std::optional<py::gil_scoped_release> released;
+      if (part.list.count > kBriefPairs || part.unit != 0) released.emplace();
+      good = gather(part, gathered, released);
+      if (good && part.unit != kPageUnit) engine_->count_batch(gathered);
+    }
     if (!good) return py::bool_(false);
-    if (job->misses.empty()) engine_->latency.end(job->started);
-    if (job->misses.empty() && job->fault.kind == FaultKind::kNone) return py::none();
-    return py::cast(Ticket(std::move(job)));
+    if (gathered.misses.empty() || gathered.fault.kind != FaultKind::kNone) return fault_tuple(gathered.fault);
+    const std::shared_ptr<Job> job = engine_->make_job(std::move(gathered), {{part.index, part.out}});
+    const Carried carried = carry(job, {part.out_object});
+    if (carried == Carried::kClosed) return py::bool_(false);
+    return fault_tuple(carried == Carried::kDone ? job->fault : wait_for(*job));
+  }
+
+  enum class Carried { kDone, kHandedOn, kClosed };
+
+  // Carries a job on this thread, or has a worker do so once it takes longer than a slice; so nothing of the engine is in use while
+  // Python handles signals, unless there is no worker to be had. objects: what it writes to; none if it holds that already. If this
+  // throws, no worker has the job, and nothing is written.
+  Carried carry(const std::shared_ptr<Job>& job, const std::vector<py::object>& objects) {
+    using State = Engine::Carrier::State;
+    const py::gil_scoped_release released;
+    const Engine::Use use(*engine_);
+    if (!use) return Carried::kClosed;
+    Engine::Carrier carrier(*engine_, job);
+    bool held = objects.empty();
+    if (held) carrier.let_hand_on();
+    for (;;) {
+      const State state = carrier.run();
+      if (state != State::kUnderWay) return state == State::kDone ? Carried::kDone : Carried::kHandedOn;
+      const py::gil_scoped_acquire acquired;
+      if (held) {
+        check_signals();
+      } else {
+        job->hold(hold_objects(objects));
+        held = true;
+        carrier.let_hand_on();
+      }
+    }
+  }
+
+  // Waits for a job that a worker has; returns its fault. Python handles signals meanwhile; what they raise ends the job.
+  Fault wait_for(Job& job) {
+    const auto started = Clock::now();
+    try {
+      for (;;) {
+        bool done;
+        {
+          const py::gil_scoped_release released;
+          done = job.wait(kSliceMs / 1000.0);
+        }
+        if (done) break;
+        check_signals();
+        if (!job.begun() && Clock::now() - started > std::chrono::duration<double>(engine_->wait_s())) {  // every lane is stuck
+          job.cancel();
+          return {FaultKind::kTimeout, 0, 0, static_cast<int>(engine_->wait_s())};
+        }
+      }
+    } catch (...) {
+      job.cancel();
+      throw;
+    }
+    drop_released();
+    return job.fault;
+  }
+
+  // Gathers, and submits what is missing. Returns as `submit` does.
+  py::object start(Ticket& ticket, std::vector<Part>& parts) {
+    std::vector<py::object> objects;
+    std::vector<std::pair<size_t, uint8_t*>> outputs;
+    for (Part& part : parts) {
+      objects.push_back(part.out_object);
+      outputs.emplace_back(part.index, part.out);
+      for (const Part& other : parts) part.keep_keys_from(other.out, other.out_bytes);
+    }
+    const auto started = Latency::begin();
+    Gathered gathered;
+    bool good = true;
+    {
+      std::optional<py::gil_scoped_release> released;
+      released.emplace();
+      for (size_t i = 0; good && i < parts.size(); ++i) good = gather(parts[i], gathered, released);
+    }
+    drop_released();
+    if (!good || (parts.empty() && !Engine::Use(*engine_))) return py::bool_(false);
+    engine_->count_batch(gathered);
+    if (gathered.misses.empty()) engine_->latency.end(started);
+    if (gathered.misses.empty() && gathered.fault.kind == FaultKind::kNone) return py::none();
+    const std::shared_ptr<Job> job = engine_->make_job(std::move(gathered), outputs);
+    if (!job->misses.empty()) job->started = started;
+    job->hold(hold_objects(std::move(objects)));
+    ticket.take(job);
+    try {
+      if (!start_job(job)) {
+        end(*job, {FaultKind::kCancelled, 0, 0, 0});
+        return py::bool_(false);
+      }
+    } catch (...) {
+      end(*job, {FaultKind::kCancelled, 0, 0, 0});
+      throw;
+    }
+    return py::bool_(true);
+  }
+
+  // Has a worker take a job, or ends it. False: the engine is closed. If this throws, no worker has it.
+  bool start_job(const std::shared_ptr<Job>& job) {
+    const auto started = Clock::now();
+    while (job->fault.kind == FaultKind::kNone) {
+      Engine::Submitted submitted;
+      {
+        const py::gil_scoped_release released;
+        {
+          const Engine::Use use(*engine_);
+          if (!use) return false;
+          submitted = engine_->submit(job);
+        }
+        if (submitted == Engine::Submitted::kNoRoom) engine_->wait_for_room();
+      }
+      if (submitted == Engine::Submitted::kUnderWay) return true;
+      if (submitted == Engine::Submitted::kNoWorker) {
+        const Carried carried = carry(job, {});
+        if (carried == Carried::kHandedOn) return true;
+        if (carried == Carried::kClosed) return false;
+        break;
+      }
+      check_signals();
+      if (Clock::now() - started > std::chrono::duration<double>(engine_->wait_s())) {
+        job->fault = {FaultKind::kTimeout, 0, 0, static_cast<int>(engine_->wait_s())};
+      }
+    }
+    engine_->latency.end(job->started);
+    end(*job, job->fault);
+    return true;
+  }
+
+  // Ends a job that no worker has.
+  static void end(Job& job, const Fault& fault) {
+    job.fault = fault;
+    job.finish();
+    drop_released();
   }
 
   // Attaches the engine to a daemon's epochs: (control block, number of the version, the client's own block, whether to report there).
@@ -352,41 +571,19 @@ class PyEngine {
            o.shape(1) == static_cast<py::ssize_t>(table.num_heads()) && o.shape(2) == static_cast<py::ssize_t>(table.row_bytes);
   }
 
-  static bool pairs_are_good(const Table& table, const PairList& list) {
-    const int64_t end = table.is_plain ? static_cast<int64_t>(table.num_rows) : std::numeric_limits<int64_t>::max();
-    bool good = true;
-    for (size_t i = 0; i < list.count; ++i) {
-      good &= list.keys[i] >= -1 && (list.keys[i] < end || !table.is_plain);
-    }
-    for (size_t i = 0; list.pairs != nullptr && i < list.count; ++i) good &= list.pairs[i] >= 0;
-    return good;
-  }
-
-  py::object read_units(size_t index, py::handle ids, py::handle out, size_t unit_bytes, uint64_t num_units, uint8_t unit) {
+  py::object read_units(size_t index, py::handle ids, py::handle out, size_t unit_bytes, uint8_t unit) {
     if (!is_array(ids, 'i', 8, false) || !is_array(out, 'u', 1, true)) return py::bool_(false);
-    const auto id_array = py::reinterpret_borrow<py::array>(ids);
-    const auto out_array = py::reinterpret_borrow<py::array>(out);
-    const auto count = static_cast<size_t>(id_array.size());
-    if (static_cast<size_t>(out_array.nbytes()) != count * unit_bytes || count > std::numeric_limits<uint32_t>::max()) {
+    const auto count = static_cast<size_t>(py::reinterpret_borrow<py::array>(ids).size());
+    if (static_cast<size_t>(py::reinterpret_borrow<py::array>(out).nbytes()) != count * unit_bytes ||
+        count > std::numeric_limits<uint32_t>::max()) {
       return py::bool_(false);
     }
-    const auto* id_data = static_cast<const int64_t*>(id_array.data());
-    auto* out_data = static_cast<uint8_t*>(py::reinterpret_borrow<py::array>(out).mutable_data());
-    const bool of_tokens = id_array.ndim() == 2 && id_array.shape(1) == static_cast<py::ssize_t>(engine_->tables()[index].num_heads());
-    Job job;
-    bool good;
-    const auto started = unit == kRowUnit ? Latency::begin() : Latency::Clock::time_point{};
-    {
-      const py::gil_scoped_release released;
-      const Engine::Use use(*engine_);
-      good = static_cast<bool>(use);
-      for (size_t i = 0; i < count; ++i) {
-        good &= id_data[i] >= (unit == kRowUnit ? -1 : 0) && id_data[i] < static_cast<int64_t>(num_units);
-      }
-      if (good) engine_->read(index, id_data, count, out_data, unit, of_tokens, job);
-    }
-    if (good) engine_->latency.end(started);
-    return good ? fault_tuple(job.fault) : py::bool_(false);
+    Part part = part_of(index, ids, py::none(), out);
+    part.unit = unit;
+    const auto id_array = py::reinterpret_borrow<py::array>(ids);
+    part.of_tokens = id_array.ndim() == 2 && id_array.shape(1) == static_cast<py::ssize_t>(engine_->tables()[index].num_heads());
+    if (unit != kRowUnit) return read(part);
+    return timed([&] { return read(part); });
   }
 
   std::unique_ptr<Engine> engine_;
@@ -405,13 +602,18 @@ Engine& engine_of(py::handle object) {
 }
 
 py::object fault_tuple(const Fault& fault) {
-  static const char* const kNames[] = {"none", "page", "disk", "timeout", "forked", "entry"};
+  static const char* const kNames[] = {"none", "page", "disk", "timeout", "forked", "entry", "memory", "cancelled"};
   if (fault.kind == FaultKind::kNone) return py::none();
   return py::make_tuple(kNames[static_cast<int>(fault.kind)], fault.table, fault.page, fault.detail);
 }
 
 void bind_engine(py::module_& module) {
-  py::class_<Ticket>(module, "Ticket", py::module_local()).def("done", &Ticket::done).def("wait", &Ticket::wait, py::arg("seconds"));
+  py::class_<Ticket>(module, "Ticket", py::module_local())
+      .def(py::init<>())
+      .def("done", &Ticket::done)
+      .def("cancel", &Ticket::cancel)
+      .def("detach", &Ticket::detach)
+      .def("wait", &Ticket::wait, py::arg("seconds"));
   py::class_<PyEngine>(module, "Engine", py::module_local())
       .def(py::init<const std::vector<py::dict>&, const std::string&, bool, size_t, size_t, size_t, size_t, size_t, double, const py::object&>(),
            py::arg("tables"), py::kw_only(), py::arg("mode"), py::arg("use_process_madvise"), py::arg("num_lanes"),
@@ -428,6 +630,7 @@ void bind_engine(py::module_& module) {
       .def("counters", &PyEngine::counters)
       .def("inject", &PyEngine::inject, py::arg("what"), py::arg("first") = 0, py::arg("count") = 1)
       .def("injected_reads", &PyEngine::injected_reads)
+      .def("page_readers", &PyEngine::page_readers)
       .def("close", &PyEngine::close, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def("before_fork", &PyEngine::before_fork)
       .def("after_fork", &PyEngine::after_fork);

@@ -1,8 +1,9 @@
 // Pages through the page cache: by memory maps with read-ahead on request, or by a pool of threads.
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <condition_variable>
-#include <deque>
+#include <exception>
 #include <mutex>
 #include <thread>
 
@@ -12,6 +13,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "line.h"
 #include "page_queue.h"
 
 #ifndef __NR_pidfd_open
@@ -36,7 +38,10 @@ ssize_t advise(int pidfd, const iovec* ranges, size_t count) {
 // was cut meanwhile as an error where a load from the map would be a signal.
 class MmapQueue : public PageQueue {
  public:
-  explicit MmapQueue(bool use_process_madvise) : pidfd_(use_process_madvise ? open_self() : -1) {}
+  MmapQueue(size_t depth, bool use_process_madvise) : reads_(depth) {
+    ranges_.reserve(std::min(depth, kRangesMax));
+    if (use_process_madvise) pidfd_ = open_self();
+  }
 
   ~MmapQueue() override {
     if (pidfd_ >= 0) close(pidfd_);
@@ -47,9 +52,8 @@ class MmapQueue : public PageQueue {
     pidfd_ = -1;
   }
 
-  void start(const std::vector<PageRead>& reads) override {
-    queue_.insert(queue_.end(), reads.begin(), reads.end());
-    std::vector<iovec> ranges;
+  void start(const std::vector<PageRead>& reads) noexcept override {
+    for (const PageRead& read : reads) reads_[(first_ + count_++) % reads_.size()] = read;
     for (size_t i = 0; i < reads.size();) {
       size_t end = i + 1;
       uint64_t byte_end = reads[i].byte_start + reads[i].num_bytes;
@@ -58,46 +62,63 @@ class MmapQueue : public PageQueue {
       }
       const ShardFile& shard = *reads[i].shard;
       if (pidfd_ >= 0 && shard.map != nullptr) {
-        ranges.push_back({const_cast<uint8_t*>(shard.map) + reads[i].byte_start, byte_end - reads[i].byte_start});
-        if (ranges.size() == kRangesMax) flush(ranges);
+        ranges_.push_back({const_cast<uint8_t*>(shard.map) + reads[i].byte_start, byte_end - reads[i].byte_start});
+        if (ranges_.size() == ranges_.capacity()) flush();
       } else {
         posix_fadvise(shard.buffered_fd, static_cast<off_t>(reads[i].byte_start),
                       static_cast<off_t>(byte_end - reads[i].byte_start), POSIX_FADV_WILLNEED);
       }
       i = end;
     }
-    flush(ranges);
+    flush();
   }
 
-  void reap(std::vector<PageDone>& done, int) override {
-    if (queue_.empty()) return;
-    const PageRead read = queue_.front();
-    queue_.pop_front();
+  void reap(std::vector<PageDone>& done, int) noexcept override {
+    if (count_ == 0) return;
+    const PageRead read = reads_[first_];
+    first_ = (first_ + 1) % reads_.size();
+    --count_;
     done.push_back({read.slot, read_whole(read.shard->buffered_fd, read.to, read.num_bytes, read.byte_start)});
   }
 
  private:
-  // Advice is no promise: where it fails, the reads that follow are slower and right all the same.
-  void flush(std::vector<iovec>& ranges) {
-    if (!ranges.empty()) advise(pidfd_, ranges.data(), ranges.size());
-    ranges.clear();
+  // Advice is no promise: if it fails, the reads that follow are slower and right all the same.
+  void flush() {
+    if (!ranges_.empty()) advise(pidfd_, ranges_.data(), ranges_.size());
+    ranges_.clear();
   }
 
-  int pidfd_;
-  std::deque<PageRead> queue_;
+  int pidfd_ = -1;
+  std::vector<PageRead> reads_;  // a ring of those not yet made
+  size_t first_ = 0, count_ = 0;
+  std::vector<iovec> ranges_;  // scratch
 };
 
+// What the queue and the pool's threads share of one queue. Guarded by `mutex`.
 struct DoneList {
+  explicit DoneList(size_t depth) { done.reserve(depth); }
+
   std::mutex mutex;
   std::condition_variable changed;
   std::vector<PageDone> done;
   size_t in_flight = 0;
 };
 
+// A read that waits for a thread; its slot's, so that there is always one for a read that a queue takes on.
+struct PoolTask {
+  PageRead read;
+  std::shared_ptr<DoneList> list;
+  PoolTask* next_in_line = nullptr;
+};
+
 class ThreadedPreadPool : public PreadPool {
  public:
   explicit ThreadedPreadPool(size_t num_threads) {
-    for (size_t i = 0; i < num_threads; ++i) threads_.emplace_back([this] { work(); });
+    threads_.reserve(num_threads);
+    try {
+      while (threads_.size() < num_threads) threads_.emplace_back([this] { work(); });
+    } catch (const std::exception&) {  // no more threads, or no memory for one's stack: those there are do it
+    }
   }
 
   ~ThreadedPreadPool() override {
@@ -109,61 +130,73 @@ class ThreadedPreadPool : public PreadPool {
     for (std::thread& thread : threads_) thread.join();
   }
 
-  std::unique_ptr<PageQueue> make_queue() override;
+  std::unique_ptr<PageQueue> make_queue(size_t depth) override;
 
-  void add(const std::vector<PageRead>& reads, const std::shared_ptr<DoneList>& list) {
+  bool has_threads() const { return !threads_.empty(); }
+
+  // tasks: of a queue, by slot.
+  void add(const std::vector<PageRead>& reads, std::vector<PoolTask>& tasks) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      for (const PageRead& read : reads) queue_.push_back({read, list});
+      for (const PageRead& read : reads) line_.push(tasks[read.slot]);
     }
     changed_.notify_all();
   }
 
  private:
-  struct Task {
-    PageRead read;
-    std::shared_ptr<DoneList> list;
-  };
-
   void work() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      changed_.wait(lock, [this] { return stop_ || !queue_.empty(); });
+      changed_.wait(lock, [this] { return stop_ || !line_.empty(); });
       if (stop_) return;
-      const Task task = queue_.front();
-      queue_.pop_front();
+      // Copied: once it is done, the queue may use its slot again, or be gone.
+      PoolTask* task = line_.pop();
+      const PageRead read = task->read;
+      const std::shared_ptr<DoneList> list = task->list;
       lock.unlock();
-      const PageRead& read = task.read;
       const int error = read_whole(read.shard->buffered_fd, read.to, read.num_bytes, read.byte_start);
       {
-        const std::lock_guard<std::mutex> guard(task.list->mutex);
-        task.list->done.push_back({read.slot, error});
+        const std::lock_guard<std::mutex> guard(list->mutex);
+        list->done.push_back({read.slot, error});
       }
-      task.list->changed.notify_one();
+      list->changed.notify_one();
       lock.lock();
     }
   }
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<Task> queue_;
+  Line<PoolTask> line_;  // guarded by mutex_, as is
   bool stop_ = false;
   std::vector<std::thread> threads_;
 };
 
 class PreadQueue : public PageQueue {
  public:
-  explicit PreadQueue(ThreadedPreadPool& pool) : pool_(pool), list_(std::make_shared<DoneList>()) {}
+  PreadQueue(ThreadedPreadPool& pool, size_t depth) : pool_(pool), list_(std::make_shared<DoneList>(depth)), tasks_(depth) {
+    for (PoolTask& task : tasks_) task.list = list_;
+  }
 
-  void start(const std::vector<PageRead>& reads) override {
+  void start(const std::vector<PageRead>& reads) noexcept override {
     {
       const std::lock_guard<std::mutex> lock(list_->mutex);
       list_->in_flight += reads.size();
     }
-    pool_.add(reads, list_);
+    for (const PageRead& read : reads) tasks_[read.slot].read = read;
+    if (pool_.has_threads()) {
+      pool_.add(reads, tasks_);
+    } else {
+      for (const PageRead& read : reads) own_line_.push(tasks_[read.slot]);
+    }
   }
 
-  void reap(std::vector<PageDone>& done, int timeout_ms) override {
+  void reap(std::vector<PageDone>& done, int timeout_ms) noexcept override {
+    if (PoolTask* task = own_line_.pop()) {
+      const PageRead& read = task->read;
+      const int error = read_whole(read.shard->buffered_fd, read.to, read.num_bytes, read.byte_start);
+      const std::lock_guard<std::mutex> lock(list_->mutex);
+      list_->done.push_back({read.slot, error});
+    }
     std::unique_lock<std::mutex> lock(list_->mutex);
     if (list_->in_flight == 0) return;
     list_->changed.wait_for(lock, std::chrono::milliseconds(timeout_ms), [this] { return !list_->done.empty(); });
@@ -175,9 +208,11 @@ class PreadQueue : public PageQueue {
  private:
   ThreadedPreadPool& pool_;
   std::shared_ptr<DoneList> list_;
+  std::vector<PoolTask> tasks_;  // by slot
+  Line<PoolTask> own_line_;      // of a pool without threads
 };
 
-std::unique_ptr<PageQueue> ThreadedPreadPool::make_queue() { return std::make_unique<PreadQueue>(*this); }
+std::unique_ptr<PageQueue> ThreadedPreadPool::make_queue(size_t depth) { return std::make_unique<PreadQueue>(*this, depth); }
 
 }  // namespace
 
@@ -207,8 +242,8 @@ int probe_process_madvise() {
   return code == EBADF ? 0 : code;  // before 6.x, WILLNEED of memory without a file is EBADF: the call itself is allowed
 }
 
-std::unique_ptr<PageQueue> make_mmap_queue(bool use_process_madvise) {
-  return std::make_unique<MmapQueue>(use_process_madvise);
+std::unique_ptr<PageQueue> make_mmap_queue(size_t depth, bool use_process_madvise) {
+  return std::make_unique<MmapQueue>(depth, use_process_madvise);
 }
 
 std::unique_ptr<PreadPool> PreadPool::make(size_t num_threads) { return std::make_unique<ThreadedPreadPool>(num_threads); }

@@ -27,7 +27,44 @@ void copy_row(const uint8_t* from, uint8_t* to, size_t row_bytes) {
   }
 }
 
-// Copies `num_rows` resident rows, the i-th being `row_id(i)`, -1 for zeros.
+// Keys of a list, each loaded once; one that is none of the table's is noted and taken for a sentinel.
+class CheckedKeys {
+ public:
+  CheckedKeys(const Table& table, const PairList& list, Found& found)
+      : list_(list), found_(found), end_(table.is_plain ? table.num_rows : uint64_t{1} << 63) {}
+
+  int64_t key(size_t i) { return checked(list_.key(i), end_); }
+
+  // As a row id of the table.
+  int64_t row_id(size_t i, uint64_t num_rows) { return checked(list_.key(i), num_rows); }
+
+  // The order of pair i of a list of single pairs; counts it.
+  uint8_t order(size_t i, size_t num_orders) {
+    const int32_t pair = list_.pair(i);
+    found_.good &= pair >= 0;
+    const auto order = static_cast<uint8_t>(static_cast<uint32_t>(pair) % num_orders);
+    ++found_.pairs[order];
+    return order;
+  }
+
+ private:
+  int64_t checked(int64_t key, uint64_t end) {
+    if (static_cast<uint64_t>(key) < end || key == -1) return key;
+    found_.good = false;
+    return -1;
+  }
+
+  const PairList& list_;
+  Found& found_;
+  const uint64_t end_;
+};
+
+// Of a list of whole tokens, each order has as many pairs.
+void count_pairs(const Table& table, const PairList& list, Found& found) {
+  for (size_t order = 0; list.pairs == nullptr && order < table.num_orders; ++order) found.pairs[order] = list.count / table.num_orders;
+}
+
+// Copies `num_rows` resident rows, the i-th being `row_id(i)`, -1 for zeros. Returns the first bad page that one lies on, or -1.
 template <typename RowId>
 int64_t copy_resident(const Table& table, size_t num_rows, uint8_t* out, RowId row_id) {
   const uint8_t* ring[kRing];
@@ -56,8 +93,8 @@ int64_t copy_resident(const Table& table, size_t num_rows, uint8_t* out, RowId r
 // Four stages, each some pairs behind the one before, so that what it needs has come from memory meanwhile: ask for the key's
 // bucket of the static set's index; search it, and where the key is not loaded ask for its set of the cache; probe that, and ask for
 // the entry; copy. Without a static set the first stage falls away.
-void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, const PairList& list, uint8_t* out,
-                   std::vector<Miss>& misses, uint64_t* static_hits, ReportSink* reports) {
+Found gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, const PairList& list, uint8_t* out,
+                    std::vector<Miss>& misses, ReportSink* reports) {
   struct Pair {
     const IndexBucket* bucket;
     const CacheSet* set;
@@ -68,8 +105,11 @@ void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, con
     uint8_t order;
   };
   Pair ring[kRing];
-  const int64_t* const keys = list.keys;
+  Found found;
+  count_pairs(table, list, found);
+  CheckedKeys keys(table, list, found);
   const size_t num_pairs = list.count;
+  out += list.first * table.entry_bytes();
   const EntryCache& cache = *table.cache;
   const StaticSet& statics = table.statics;
   const size_t entry_bytes = table.entry_bytes();
@@ -83,8 +123,8 @@ void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, con
   for (size_t i = 0; i < num_pairs + entries_ahead; ++i) {
     if (i < num_pairs) {
       Pair& pair = ring[i & (kRing - 1)];
-      if (list.pairs != nullptr) order = list.order(i, table.num_orders);
-      pair = {nullptr, nullptr, nullptr, {}, keys[i], kNotPlaced, order};
+      if (list.pairs != nullptr) order = keys.order(i, table.num_orders);
+      pair = {nullptr, nullptr, nullptr, {}, keys.key(i), kNotPlaced, order};
       order = order + 1u == table.num_orders ? 0 : static_cast<uint8_t>(order + 1);
       if (pair.key >= 0 && buckets_ahead > 0) {
         pair.bucket = placed_keys[pair.order].find_bucket(pair.key);
@@ -118,13 +158,14 @@ void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, con
     uint8_t* to = out + place * entry_bytes;
     if (pair.key < 0) {
       std::memset(to, 0, entry_bytes);
+      ++found.sentinels[pair.order];
     } else if (pair.record != nullptr) {
       racing_copy(to, pair.record, entry_bytes, next, streamed);
-      ++static_hits[pair.order];
+      ++found.static_hits[pair.order];
       if (reports != nullptr) reports->some(pair.order, pair.key, kFromStatic);
     } else if (pair.probe.way < 0 || !cache.copy(pair.probe, table.tagged(pair.order), pair.key, to, next, streamed)) {
       const uint32_t in_file = statics.place_in_file(pair.order, pair.key, pair.placed);
-      misses.push_back({pair.key, static_cast<uint32_t>(place), table_index, pair.order, in_file});
+      misses.push_back({pair.key, static_cast<uint32_t>(list.first + place), table_index, pair.order, in_file});
       if (reports != nullptr) reports->all(pair.order, pair.key, kFromPages);
     } else if (reports != nullptr) {
       const bool counted_out = pair.probe.set->counts[pair.probe.way].load(std::memory_order_relaxed) >= kCountMax;
@@ -132,26 +173,42 @@ void gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, con
     }
   }
   if (streamed) end_streamed_copies();
+  return found;
 }
 
-void gather_nothing(const Table& table, uint16_t table_index, const PairList& list, uint8_t* out, std::vector<Miss>& misses) {
+Found gather_nothing(const Table& table, uint16_t table_index, const PairList& list, uint8_t* out, std::vector<Miss>& misses) {
+  Found found;
+  count_pairs(table, list, found);
+  CheckedKeys keys(table, list, found);
+  uint8_t order = 0;
   for (size_t i = 0; i < list.count; ++i) {
-    const int64_t key = list.keys[i];
-    const uint8_t order = list.order(i, table.num_orders);
+    if (list.pairs != nullptr) order = keys.order(i, table.num_orders);
+    const int64_t key = keys.key(i);
+    const size_t place = list.first + i;
     if (key < 0) {
-      std::memset(out + i * table.entry_bytes(), 0, table.entry_bytes());
+      std::memset(out + place * table.entry_bytes(), 0, table.entry_bytes());
+      ++found.sentinels[order];
     } else {
-      misses.push_back({key, static_cast<uint32_t>(i), table_index, order, table.statics.place_in_file(order, key, kNotPlaced)});
+      misses.push_back({key, static_cast<uint32_t>(place), table_index, order, table.statics.place_in_file(order, key, kNotPlaced)});
     }
+    order = order + 1u == table.num_orders ? 0 : static_cast<uint8_t>(order + 1);
   }
+  return found;
 }
 
-int64_t gather_resident(const Table& table, const PairList& list, uint8_t* out) {
+Found gather_resident(const Table& table, const PairList& list, uint8_t* out, int64_t& bad_page) {
   const size_t heads = table.rows_per_key, orders = table.num_orders;
+  Found found;
+  count_pairs(table, list, found);
+  CheckedKeys keys(table, list, found);
   size_t pair = 0, head = 0, order = 0;
-  return copy_resident(table, list.count * heads, out, [&](size_t) {
-    const int64_t key = list.keys[pair];
-    if (list.pairs != nullptr && head == 0) order = list.order(pair, orders);
+  int64_t key = -1;
+  bad_page = copy_resident(table, list.count * heads, out + list.first * table.entry_bytes(), [&](size_t) {
+    if (head == 0) {
+      if (list.pairs != nullptr) order = keys.order(pair, orders);
+      key = keys.key(pair);
+      found.sentinels[order] += key < 0;
+    }
     const int64_t id = key < 0 ? -1 : static_cast<int64_t>(table.row_id(order * heads + head, key));
     if (++head == heads) {
       head = 0;
@@ -160,10 +217,14 @@ int64_t gather_resident(const Table& table, const PairList& list, uint8_t* out) 
     }
     return id;
   });
+  return found;
 }
 
-int64_t gather_resident_rows(const Table& table, const int64_t* row_ids, size_t num_rows, uint8_t* out) {
-  return copy_resident(table, num_rows, out, [row_ids](size_t i) { return row_ids[i]; });
+Found gather_resident_rows(const Table& table, const PairList& ids, uint8_t* out, int64_t& bad_page) {
+  Found found;
+  CheckedKeys keys(table, ids, found);
+  bad_page = copy_resident(table, ids.count, out + ids.first * table.row_bytes, [&](size_t i) { return keys.row_id(i, table.num_rows); });
+  return found;
 }
 
 }  // namespace tierstore

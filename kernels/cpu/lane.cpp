@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <exception>
 #include <new>
 #include <tuple>
 
@@ -13,6 +12,11 @@ namespace tierstore {
 namespace {
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
+
+constexpr size_t kLandedAtOnce = 4;  // between two looks at the clock, and at whether the job is cancelled
+
+// So that a key that is asked for a million times is not copied to all its places at once: others wait for the job's lock meanwhile.
+constexpr size_t kWaveMisses = 1 << 16;
 
 constexpr uint64_t kPlacedRead = uint64_t{1} << 63;  // in place of a page number: a place in the placement file
 
@@ -25,6 +29,9 @@ size_t unit_bytes(const Table& table, uint8_t order) {
 Lane::Lane(const std::vector<Table>& tables, const LaneShape& shape, std::unique_ptr<PageQueue> queue, FaultPlan& faults,
            ReadCounters& counters)
     : tables_(tables), shape_(shape), queue_(std::move(queue)), faults_(faults), counters_(counters), flights_(shape.depth) {
+  free_slots_.reserve(shape.depth);
+  reads_.reserve(shape.depth);
+  done_.reserve(shape.depth);
   void* memory = mmap(nullptr, round_up(shape.staging_bytes(), 4096), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
                       -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -59,7 +66,7 @@ void Lane::disown(const Fault& fault) {
   job_ = &disowned_;
 }
 
-void Lane::begin(Job& job) {
+void Lane::begin(Job& job) noexcept {
   job_ = &job;
   next_miss_ = 0;
   last_arrival_ = std::chrono::steady_clock::now();
@@ -67,34 +74,54 @@ void Lane::begin(Job& job) {
   start_reads();
 }
 
-bool Lane::run(int timeout_ms) {
+bool Lane::run(int slice_ms) noexcept {
+  const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(slice_ms);
   while (job_ != nullptr) {
     if (in_flight_ == 0 && !active(waves_[0]) && !active(waves_[1]) && next_miss_ == job_->misses.size()) {
       job_ = nullptr;
       break;
     }
-    done_.clear();
-    try {
-      queue_->reap(done_, timeout_ms);
-    } catch (const std::exception&) {
-      fail({FaultKind::kDisk, 0, 0, EIO});
+    const auto now = std::chrono::steady_clock::now();
+    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(until - now);
+    if (left.count() <= 0) return false;
+    if (done_next_ == done_.size()) {
+      done_.clear();
+      done_next_ = 0;
+      queue_->reap(done_, static_cast<int>(left.count()));
+      if (done_.empty()) continue;
+      last_arrival_ = now;  // a slice early at most
     }
-    if (done_.empty()) return false;
-    last_arrival_ = std::chrono::steady_clock::now();
-    for (const PageDone& done : done_) land(done);
+    while (done_next_ < done_.size()) {
+      land_some();
+      if (done_next_ < done_.size() && std::chrono::steady_clock::now() >= until) return false;
+    }
     fill_waves();
     start_reads();
   }
   return true;
 }
 
+// Lands a few of the pages that have arrived.
+void Lane::land_some() {
+  const std::lock_guard<std::mutex> lock(job_->writing);
+  if (job_->cancelled() && job_->fault.kind == FaultKind::kNone) fail({FaultKind::kCancelled, 0, 0, 0});
+  for (size_t i = 0; i < kLandedAtOnce && done_next_ < done_.size(); ++i) land(done_[done_next_++]);
+}
+
 void Lane::fill_waves() {
   for (Wave& wave : waves_) {
-    if (!active(wave) && next_miss_ < job_->misses.size()) plan_wave(wave);
+    if (active(wave) || next_miss_ >= job_->misses.size()) continue;
+    try {
+      plan_wave(wave);
+    } catch (const std::bad_alloc&) {
+      wave.groups_left = 0;
+      fail({FaultKind::kNoMemory, 0, 0, 0});
+    }
   }
 }
 
-// Takes the next units of the job, as many as the assembly buffer holds and at least one, and says which rows they want.
+// Takes the next units of the job, as many as the assembly buffer holds and at least one, and says which rows they want. A unit with
+// more places than a wave has is read again in the next one.
 void Lane::plan_wave(Wave& wave) {
   const std::vector<Miss>& misses = job_->misses;
   wave.wants.clear();
@@ -102,45 +129,55 @@ void Lane::plan_wave(Wave& wave) {
   wave.miss_start = next_miss_;
   uint8_t* to = wave.assembly;
   size_t pages_of_pages = 0;
-  while (next_miss_ < misses.size()) {
+  const size_t end = std::min(misses.size(), next_miss_ + kWaveMisses);
+  while (next_miss_ < end) {
     const Miss& miss = misses[next_miss_];
-    const Table& table = tables_[miss.table];
-    const size_t num_bytes = unit_bytes(table, miss.order);
+    const size_t num_bytes = unit_bytes(tables_[miss.table], miss.order);
     if (next_miss_ > wave.miss_start &&
         (to + num_bytes > wave.assembly + shape_.assembly_bytes || pages_of_pages >= shape_.depth)) {
       break;
     }
-    if (miss.order == kPageUnit) {
-      ++pages_of_pages;
-      wave.wants.push_back({static_cast<uint64_t>(miss.key), miss.table, 0, static_cast<uint32_t>(table.page_bytes),
-                            job_->outputs[miss.table] + miss.place * table.page_bytes});
-    } else if (miss.placed != kNotPlaced) {
-      wave.wants.push_back({kPlacedRead | miss.placed, miss.table, static_cast<uint32_t>(next_miss_),
-                            static_cast<uint32_t>(num_bytes), to});
-      to += num_bytes;
-    } else {
-      const bool is_row = miss.order == kRowUnit;
-      for (size_t row = 0; row < (is_row ? 1 : table.rows_per_key); ++row) {
-        const uint64_t row_id = is_row ? static_cast<uint64_t>(miss.key)
-                                       : table.row_id(miss.order * table.rows_per_key + row, miss.key);
-        wave.wants.push_back({row_id / table.rows_per_page, miss.table,
-                              static_cast<uint32_t>(row_id % table.rows_per_page), static_cast<uint32_t>(table.row_bytes),
-                              to + row * table.row_bytes});
-      }
-      to += num_bytes;
-    }
-    for (++next_miss_; next_miss_ < misses.size() && misses[next_miss_].same_unit(miss);) ++next_miss_;
+    pages_of_pages += miss.order == kPageUnit;
+    want_unit(wave, miss, to);
+    to += num_bytes;
+    for (++next_miss_; next_miss_ < end && misses[next_miss_].same_unit(miss);) ++next_miss_;
   }
   wave.miss_end = next_miss_;
+  group_wants(wave);
+}
+
+// Notes what the unit of the job's next miss wants read, and that it is put together at `to`.
+void Lane::want_unit(Wave& wave, const Miss& miss, uint8_t* to) {
+  const Table& table = tables_[miss.table];
+  if (miss.order == kPageUnit) {
+    wave.wants.push_back({static_cast<uint64_t>(miss.key), miss.table, 0, static_cast<uint32_t>(table.page_bytes),
+                          job_->outputs[miss.table] + miss.place * table.page_bytes});
+    return;
+  }
+  if (miss.placed != kNotPlaced) {
+    wave.wants.push_back({kPlacedRead | miss.placed, miss.table, static_cast<uint32_t>(next_miss_),
+                          static_cast<uint32_t>(table.entry_bytes()), to});
+    return;
+  }
+  const bool is_row = miss.order == kRowUnit;
+  for (size_t row = 0; row < (is_row ? 1 : table.rows_per_key); ++row) {
+    const uint64_t row_id = is_row ? static_cast<uint64_t>(miss.key) : table.row_id(miss.order * table.rows_per_key + row, miss.key);
+    wave.wants.push_back({row_id / table.rows_per_page, miss.table, static_cast<uint32_t>(row_id % table.rows_per_page),
+                          static_cast<uint32_t>(table.row_bytes), to + row * table.row_bytes});
+  }
+}
+
+// Brings together what lies on the same page; from here on the wave is active.
+void Lane::group_wants(Wave& wave) {
   std::sort(wave.wants.begin(), wave.wants.end(),
             [](const RowWant& a, const RowWant& b) { return std::tie(a.table, a.page) < std::tie(b.table, b.page); });
   for (size_t i = 0; i < wave.wants.size(); ++i) {
     const bool same_page = i > 0 && wave.wants[i].page == wave.wants[i - 1].page && wave.wants[i].table == wave.wants[i - 1].table;
     if (!same_page) wave.group_starts.push_back(i);
   }
-  wave.groups_started = 0;
-  wave.groups_left = wave.group_starts.size();
   wave.group_starts.push_back(wave.wants.size());
+  wave.groups_started = 0;
+  wave.groups_left = wave.group_starts.size() - 1;
 }
 
 PageRead Lane::read_of(const Wave& wave, size_t group, uint32_t slot) {
@@ -173,11 +210,7 @@ void Lane::start_reads() {
     }
   }
   in_flight_ += reads_.size();
-  try {
-    if (!reads_.empty()) queue_->start(reads_);
-  } catch (const std::exception&) {
-    fail({FaultKind::kDisk, 0, 0, EIO});
-  }
+  if (!reads_.empty()) queue_->start(reads_);
 }
 
 // Checks what arrived, puts its rows where they are wanted, and frees its slot.

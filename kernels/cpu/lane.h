@@ -1,9 +1,12 @@
 // A lane: one page queue with its staging, which carries one job at a time from misses to rows in place.
 //
 // A job goes in waves of as many units as the assembly buffer holds. The pages of a wave are sorted and each is read once, and
-// a key that has a record in the placement file is one read of that instead of its pages; as they arrive, they are checked, and their rows put together in the assembly buffer; a finished wave is copied to its
-// places and offered to the caches. Two waves overlap, so that the queue stays full from one to the next. A lane belongs to
-// one thread at a time.
+// a key that has a record in the placement file is one read of that instead of its pages; as they arrive, they are checked, and
+// their rows put together in the assembly buffer; a finished wave is copied to its places and offered to the caches. Two waves
+// overlap, so that the queue stays full from one to the next. A lane belongs to one thread at a time.
+//
+// Reads write to staging alone. The job's outputs are written to under its `writing` lock, by the thread that runs the lane, and
+// never again once the job is cancelled or failed. No call fails: what goes wrong is the job's fault.
 #pragma once
 
 #include <chrono>
@@ -43,11 +46,11 @@ class Lane {
   Lane& operator=(const Lane&) = delete;
 
   // Takes a sorted job on and starts its first reads, without blocking on the disk.
-  void begin(Job& job);
+  void begin(Job& job) noexcept;
 
-  // Goes on until the job is done or failed and nothing of it is in flight (true), or a wait of `timeout_ms` brought nothing
-  // (false). A failed job's `fault` says what was wrong.
-  bool run(int timeout_ms);
+  // Goes on until the job is done or failed and nothing of it is in flight (true), or for about `slice_ms` (false). A failed job's
+  // `fault` says what was wrong.
+  bool run(int slice_ms) noexcept;
 
   // How long no page has arrived, while a job runs.
   std::chrono::steady_clock::duration stalled() const { return std::chrono::steady_clock::now() - last_arrival_; }
@@ -55,7 +58,8 @@ class Lane {
   // Lets go of a job whose reads do not end; the lane is busy until they do.
   void disown(const Fault& fault);
 
-  bool has_job() const { return job_ != nullptr; }
+  Job* job() const { return job_; }
+  bool is_disowned() const { return job_ == &disowned_; }
 
   // In a forked child: forgets the staging, which the child does not have, and what is in flight, which is the parent's.
   void abandon_after_fork();
@@ -81,8 +85,11 @@ class Lane {
     size_t group;
   };
 
+  void land_some();
   void fill_waves();
   void plan_wave(Wave& wave);
+  void want_unit(Wave& wave, const Miss& miss, uint8_t* to);
+  void group_wants(Wave& wave);
   PageRead read_of(const Wave& wave, size_t group, uint32_t slot);
   void start_reads();
   void land(const PageDone& done);
@@ -102,12 +109,16 @@ class Lane {
   std::vector<Flight> flights_;       // by slot
   std::vector<uint32_t> free_slots_;
   std::vector<PageRead> reads_;       // scratch
-  std::vector<PageDone> done_;        // scratch
+  std::vector<PageDone> done_;        // arrived; those from done_next_ on have not landed
+  size_t done_next_ = 0;
   Job* job_ = nullptr;
   Job disowned_;
   size_t next_miss_ = 0;
   size_t in_flight_ = 0;
   std::chrono::steady_clock::time_point last_arrival_{};
+
+ public:
+  Lane* next_in_line = nullptr;  // of the engine: lanes that wait for a worker
 };
 
 }  // namespace tierstore

@@ -1,7 +1,6 @@
 #include "mailbox.h"
 
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -88,13 +87,17 @@ struct MailboxServer::Mailbox {
     try {
       const Engine::Use use(engine);
       if (!use) return {MailboxStatus::kClosed, {}};
-      Job job;
-      engine.gather(use.view(), index, {keys.data(), num_misses, pairs.data()}, block + shape.entries_start(), job);
-      engine.count_batch(job);
+      uint8_t* entries = block + shape.entries_start();
+      Gathered gathered;
+      if (!engine.gather(use.view(), index, {keys.data(), num_misses, pairs.data()}, entries, gathered)) {
+        return {MailboxStatus::kDamaged, {}};
+      }
+      engine.count_batch(gathered);
+      const std::shared_ptr<Job> job = engine.make_job(std::move(gathered), {{index, entries}});
       engine.fetch(job);
-      return {job.fault.kind == FaultKind::kNone ? MailboxStatus::kThere : MailboxStatus::kFaulty, job.fault};
+      return {job->fault.kind == FaultKind::kNone ? MailboxStatus::kThere : MailboxStatus::kFaulty, job->fault};
     } catch (const std::exception&) {  // of this thread, an exception would end the process
-      return {MailboxStatus::kFaulty, {FaultKind::kDisk, static_cast<uint32_t>(index), 0, ENOMEM}};
+      return {MailboxStatus::kFaulty, {FaultKind::kNoMemory, static_cast<uint32_t>(index), 0, 0}};
     }
   }
 

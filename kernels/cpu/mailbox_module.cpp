@@ -6,6 +6,8 @@
 #include <memory>
 #include <optional>
 #include <stdexcept>
+#include <string>
+#include <system_error>
 #include <utility>
 
 #include "arrays.h"
@@ -53,13 +55,17 @@ class PyMailboxServer {
     require(block.ndim() == 1 && static_cast<size_t>(block.nbytes()) >= shape.num_bytes() &&
                 reinterpret_cast<uintptr_t>(data) % kMailboxAlignment == 0,
             kBlockWanted);
-    uint64_t id;
+    // Before it is served, so that nothing is written to a block that nobody holds.
+    auto held = [&] {
+      std::map<uint64_t, py::array> blocks;
+      blocks.emplace(0, std::move(block));
+      return blocks.extract(blocks.begin());
+    }();
     {
       const py::gil_scoped_release released;
-      id = server_->add(index, data, pairs_max);
+      held.key() = add_mailbox(index, data, pairs_max);
     }
-    blocks_.emplace(id, std::move(block));
-    return id;
+    return blocks_.insert(std::move(held)).position->first;
   }
 
   bool remove(uint64_t id, double seconds) {
@@ -113,6 +119,15 @@ class PyMailboxServer {
   void after_fork(bool child) { server_->after_fork(child); }
 
  private:
+  uint64_t add_mailbox(size_t index, uint8_t* data, size_t pairs_max) {
+    try {
+      return server_->add(index, data, pairs_max);
+    } catch (const std::system_error& error) {
+      throw std::runtime_error(std::string("no thread can be had to answer lookups from the device (") + error.what() +
+                               "); raise 'ulimit -u' or the cgroup's pids.max");
+    }
+  }
+
   py::object engine_;
   std::unique_ptr<MailboxServer> server_;
   std::map<uint64_t, py::array> blocks_;  // by mailbox: kept until they are touched no more

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "buffers_module.h"
 #include "codec_module.h"
 #include "crc32c.h"
 #include "engine_module.h"
@@ -229,6 +230,7 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("page_start"), py::arg("version"), py::arg("seed"));
   module.def("check_pages", &check_pages, py::arg("pages").noconvert(), py::arg("page_numbers"), py::arg("version"),
              py::arg("seed"));
+  tierstore::bind_buffers(module);
   tierstore::bind_engine(module);
   tierstore::bind_mailbox(module);
   tierstore::bind_placed(module);

@@ -4,9 +4,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
 
+#include "line.h"
 #include "page_queue.h"
 
 #if defined(__linux__) && __has_include(<linux/io_uring.h>)
@@ -34,9 +37,13 @@ int setup(unsigned entries, io_uring_params* params) {
 
 constexpr unsigned kFeatures = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP | IORING_FEAT_EXT_ARG;
 
+constexpr unsigned kAgainMax = 64;  // how often the kernel may say of one read "not now"
+constexpr std::chrono::milliseconds kPause{1};  // before the kernel is asked again, if it is short of something
+
 class UringQueue : public PageQueue {
  public:
   explicit UringQueue(size_t depth) : slots_(depth) {
+    refused_.reserve(depth);
     io_uring_params params{};
     params.flags = IORING_SETUP_CLAMP;
     fd_ = setup(static_cast<unsigned>(depth), &params);
@@ -62,26 +69,34 @@ class UringQueue : public PageQueue {
   // The rings are shared with the parent: only this process's mappings and descriptor go.
   void abandon_after_fork() override { close_all(); }
 
-  void start(const std::vector<PageRead>& reads) override {
+  void start(const std::vector<PageRead>& reads) noexcept override {
     for (const PageRead& read : reads) {
-      slots_.at(read.slot) = {read, 0, read.shard->direct_fd >= 0};
-      push(read.slot);
+      slots_[read.slot] = {read, 0, 0, read.shard->direct_fd >= 0};
+      to_push_.push(slots_[read.slot]);
     }
+    push_all();
     enter(0, 0);
   }
 
-  void reap(std::vector<PageDone>& done, int timeout_ms) override {
-    if (collect(done) > 0 || in_flight_ + unsubmitted_ == 0) return;
-    // Half of what is in flight is worth waiting for: fewer wake-ups than one by one, and the queue never runs dry.
-    enter(std::max(1u, (in_flight_ + unsubmitted_) / 2), timeout_ms);
-    collect(done);
+  void reap(std::vector<PageDone>& done, int timeout_ms) noexcept override {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(timeout_ms);
+    for (;;) {
+      push_all();
+      if (collect(done) > 0 || in_flight_ + unsubmitted_ == 0) return;
+      const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(until - std::chrono::steady_clock::now());
+      if (left.count() <= 0) return;
+      // Half of what is in flight is worth waiting for: fewer wake-ups than one by one, and the queue never runs dry.
+      if (!enter(std::max(1u, (in_flight_ + unsubmitted_) / 2), static_cast<int>(left.count()))) std::this_thread::sleep_for(kPause);
+    }
   }
 
  private:
   struct Slot {
     PageRead read;
     uint32_t bytes_done;
+    uint32_t num_again;  // how often the kernel could not take it
     bool direct;
+    Slot* next_in_line = nullptr;
   };
 
   uint8_t* map(size_t num_bytes, off_t offset) {
@@ -105,9 +120,17 @@ class UringQueue : public PageQueue {
 
   unsigned* at(uint32_t offset) { return static_cast<unsigned*>(static_cast<void*>(ring_ + offset)); }
 
-  void push(uint32_t slot) {
-    if (*sq_tail_ - __atomic_load_n(sq_head_, __ATOMIC_ACQUIRE) == sq_entries_) enter(0, 0);
-    const Slot& wanted = slots_[slot];
+  bool has_room() const { return *sq_tail_ - __atomic_load_n(sq_head_, __ATOMIC_ACQUIRE) < sq_entries_; }
+
+  // Puts reads into the submission queue, as many as it has room for: what the kernel has not taken from it yet stays as it is.
+  void push_all() {
+    if (broken_ != 0) {
+      while (const Slot* wanted = to_push_.pop()) refused_.push_back({wanted->read.slot, broken_});
+    }
+    while (!to_push_.empty() && has_room()) push(*to_push_.pop());
+  }
+
+  void push(const Slot& wanted) {
     const ShardFile& shard = *wanted.read.shard;
     const unsigned tail = *sq_tail_;
     io_uring_sqe& sqe = sqes_[tail & sq_mask_];
@@ -117,14 +140,16 @@ class UringQueue : public PageQueue {
     sqe.addr = reinterpret_cast<uint64_t>(wanted.read.to + wanted.bytes_done);
     sqe.len = wanted.read.num_bytes - wanted.bytes_done;
     sqe.off = wanted.read.byte_start + wanted.bytes_done;
-    sqe.user_data = slot;
+    sqe.user_data = wanted.read.slot;
     sq_array_[tail & sq_mask_] = tail & sq_mask_;
     __atomic_store_n(sq_tail_, tail + 1, __ATOMIC_RELEASE);
     ++unsubmitted_;
   }
 
-  // Submits what is queued and waits, at most timeout_ms, for `min_complete` to finish (no wait where that is 0).
-  void enter(unsigned min_complete, int timeout_ms) {
+  // Submits what is queued and waits, at most timeout_ms, for `min_complete` to finish (no wait if that is 0). Returns false if
+  // nothing was waited for: the kernel is short of something for now, or the ring is broken.
+  bool enter(unsigned min_complete, int timeout_ms) {
+    if (broken_ != 0) return false;
     __kernel_timespec limit{timeout_ms / 1000, timeout_ms % 1000 * 1'000'000ll};
     io_uring_getevents_arg argument{0, _NSIG / 8, 0, reinterpret_cast<uint64_t>(&limit)};
     const unsigned flags = min_complete > 0 ? IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG : 0u;
@@ -133,15 +158,29 @@ class UringQueue : public PageQueue {
     if (submitted >= 0) {
       unsubmitted_ -= static_cast<unsigned>(submitted);
       in_flight_ += static_cast<unsigned>(submitted);
-    } else if (errno != EINTR && errno != ETIME && errno != EAGAIN && errno != EBUSY) {
-      // Those four end a wait, or say that the kernel is short of something for now: the next call tries again.
-      throw std::runtime_error(std::string("io_uring_enter: ") + std::strerror(errno));
+      return true;
     }
+    if (errno == EINTR || errno == ETIME) return true;
+    if (errno != EAGAIN && errno != EBUSY) give_up(errno);
+    return false;
   }
 
-  // Takes what has completed; reads that came short or were interrupted are started again.
+  // The ring cannot be entered any more, as when other code of this process has closed its descriptor. What the kernel has not taken
+  // is refused, from now on at once; what it has taken still comes by the ring's memory, which stays mapped.
+  void give_up(int error) {
+    broken_ = error;
+    for (unsigned head = __atomic_load_n(sq_head_, __ATOMIC_ACQUIRE); head != *sq_tail_; ++head) {
+      refused_.push_back({static_cast<uint32_t>(sqes_[head & sq_mask_].user_data), error});
+    }
+    unsubmitted_ = 0;
+    push_all();
+  }
+
+  // Takes what has completed or was refused; reads that came short or were interrupted are started again.
   size_t collect(std::vector<PageDone>& done) {
-    size_t count = 0;
+    size_t count = refused_.size();
+    done.insert(done.end(), refused_.begin(), refused_.end());
+    refused_.clear();
     unsigned head = *cq_head_;
     const unsigned tail = __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE);
     for (; head != tail; ++head) {
@@ -154,14 +193,16 @@ class UringQueue : public PageQueue {
       const bool came_short = result > 0 && wanted.bytes_done < wanted.read.num_bytes;
       const bool refused_direct = result == -EINVAL && wanted.direct;
       if (came_short || refused_direct) wanted.direct = false;  // the rest may not be aligned as O_DIRECT wants it
-      if (came_short || refused_direct || result == -EINTR || result == -EAGAIN) {
-        push(slot);
+      const bool not_now = (result == -EINTR || result == -EAGAIN) && wanted.num_again++ < kAgainMax;
+      if (came_short || refused_direct || not_now) {
+        to_push_.push(wanted);
       } else {
         done.push_back({slot, result < 0 ? -result : result == 0 ? kCutShort : 0});
         ++count;
       }
     }
     __atomic_store_n(cq_head_, head, __ATOMIC_RELEASE);
+    push_all();
     return count;
   }
 
@@ -173,7 +214,10 @@ class UringQueue : public PageQueue {
   unsigned sq_mask_ = 0, sq_entries_ = 0, cq_mask_ = 0;
   io_uring_cqe* cqes_ = nullptr;
   unsigned unsubmitted_ = 0, in_flight_ = 0;
+  int broken_ = 0;                  // the errno of an `enter` after which there is no other
   std::vector<Slot> slots_;
+  Line<Slot> to_push_;              // reads that the submission queue has not got yet
+  std::vector<PageDone> refused_;   // by a broken ring
 };
 
 }  // namespace

@@ -166,7 +166,10 @@ class StoreContract:
         tokens = random_keys(np.random.default_rng(10), 30)
         keys, pairs = tokens.reshape(-1).copy(), np.arange(90, dtype=np.int32)
         out = np.full((90, 320), 0xA5, dtype=np.uint8)
-        store._engine.submit_pairs(0, keys, pairs, out)
+        pending = store._engine.submit_pairs(0, keys, pairs, out)
+        if pending is not None:
+            pending.detach()
+        del pending
         keys[:], pairs[:] = 0, 0
         store.close()
         np.testing.assert_array_equal(out, model.expected("layers.1", tokens).reshape(90, 320))

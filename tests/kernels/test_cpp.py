@@ -68,6 +68,11 @@ def mailbox_test(objects: list[Path]) -> Path:
     return build(objects[0].parent, "mailbox_test", objects)
 
 
+@pytest.fixture(scope="module")
+def scarcity_test(objects: list[Path]) -> Path:
+    return build(objects[0].parent, "scarcity_test", objects)
+
+
 @pytest.mark.parametrize("what", ["cache", "engine", "epochs", "kill"])
 def test_the_lookup_path_keeps_its_promises_in_cpp(lookup_path_test: Path, what: str, tmp_path: Path) -> None:
     check(lookup_path_test, what, *([str(tmp_path)] if what in ("engine", "epochs") else []))
@@ -81,3 +86,13 @@ def test_reports_keep_their_promises_in_cpp(reports_test: Path, what: str) -> No
 @pytest.mark.parametrize("what", ["devices", "wild"])
 def test_mailboxes_keep_their_promises_in_cpp(mailbox_test: Path, what: str, tmp_path: Path) -> None:
     check(mailbox_test, what, str(tmp_path))
+
+
+@pytest.mark.parametrize("what", ["memory", "threads", "cancel", "ring"])
+def test_nothing_is_lost_when_memory_threads_or_the_ring_give_out_in_cpp(
+    scarcity_test: Path, what: str, tmp_path: Path
+) -> None:
+    if what in ("threads", "ring") and "-fsanitize=thread" in FLAGS:
+        pytest.skip("ThreadSanitizer has its own pthread_create and syscall, which the test would have to replace")
+    trials = "10000" if os.environ.get("TIERSTORE_SOAK") else "300"
+    check(scarcity_test, what, str(tmp_path), *([trials] if what == "cancel" else []))

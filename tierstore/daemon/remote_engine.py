@@ -337,6 +337,12 @@ class RemotePending:
     def __init__(self, future: Future[None], url: str) -> None:
         self._future, self._url, self._process = future, url, os.getpid()
 
+    def cancel(self) -> None:
+        """See `Pending`. An answer that is on its way is still written to the buffers, which the lookup holds."""
+
+    def detach(self) -> None:
+        """See `Pending`: it ends by itself."""
+
     def done(self) -> bool:
         """Whether it has ended."""
         return self._future.done() or self._process != os.getpid()

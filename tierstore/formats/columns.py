@@ -8,6 +8,7 @@ what `column_layout` refuses, and columns that are not what the directory says, 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -63,17 +64,17 @@ class ColumnWriter:
         self._blocks: list[tuple[str, list[list[Any]]]] = []
         self._num_bytes = 0
         self._pid = os.getpid()
-        self._fd = -1
+        self._file: io.FileIO | None = None
         try:
             with self._named():
                 self._new_path.unlink(missing_ok=True)  # what a killed writer left
-                self._fd = os.open(self._new_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                self._file = io.FileIO(self._new_path, "x")  # an object: dropped on its way here, it closes itself
             self._write(pack_head(self._kind, self._header, file_bytes=0))
-        except (OSError, TierStoreError):
+        except (OSError, TierStoreError):  # the file is another writer's, or `abandon` removes it
             self.abandon()
             raise
         except BaseException:
-            if self._fd < 0:  # an interrupt came when the file was there and its descriptor not noted yet
+            if self._file is None:  # an interrupt came when the file was there and not noted yet
                 self._new_path.unlink(missing_ok=True)
             self.abandon()
             raise
@@ -114,25 +115,34 @@ class ColumnWriter:
         """
         self._write(pack_directory(self._blocks, footer))
         with self._named():
-            os.pwrite(self._fd, pack_head(self._kind, self._header, self._num_bytes), 0)
-            os.fsync(self._fd)
+            os.pwrite(self._open_file().fileno(), pack_head(self._kind, self._header, self._num_bytes), 0)
+            os.fsync(self._open_file().fileno())
         if not self._is_ours():
             raise ConfigError(f"{self._new_path} was taken by another writer; give each its own file")
         with self._named():
             os.rename(self._new_path, self.path)
-            self._close()
+            self._open_file().close()
             sync_folder(self.path.parent)
 
     def abandon(self) -> None:
         """Removes what was written, unless it is finished; harmless then. In a forked child it leaves the parent's file."""
-        if self._fd >= 0:
+        if self._file is not None and not self._file.closed:
             if os.getpid() == self._pid and self._is_ours():
-                self._new_path.unlink()
-            self._close()
+                self._new_path.unlink(missing_ok=True)
+            self._file.close()
+
+    def __del__(self) -> None:
+        # Its maker was interrupted before it could keep it.
+        if getattr(self, "_file", None) is not None:
+            self.abandon()
+
+    def _open_file(self) -> io.FileIO:
+        assert self._file is not None
+        return self._file
 
     def _is_ours(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(self._fd), os.stat(self._new_path))
+            return os.path.samestat(os.fstat(self._open_file().fileno()), os.stat(self._new_path))
         return False
 
     def _write(self, data: bytes) -> None:
@@ -140,7 +150,7 @@ class ColumnWriter:
         view = memoryview(data)
         while view:
             with self._named():
-                count = os.write(self._fd, view)
+                count = os.write(self._open_file().fileno(), view)
             self._num_bytes += count
             view = view[count:]
 
@@ -148,20 +158,11 @@ class ColumnWriter:
         so_far = f", after {self._num_bytes} bytes of it" if self._num_bytes else ""
         return naming(f"{self.path}{so_far}", self.path, writing=True)
 
-    def _close(self) -> None:
-        os.close(self._fd)
-        self._fd = -1
-
     def __enter__(self) -> ColumnWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.abandon()
-
-    def __del__(self) -> None:
-        # An interrupt between the constructor and the `with` that should hold it must not leave the file.
-        if getattr(self, "_fd", -1) >= 0:
-            self.abandon()
 
 
 class ColumnReader:

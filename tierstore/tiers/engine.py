@@ -7,6 +7,7 @@ Shapes: N tokens, O orders, H rows per key, R rows, P pages. `index` is the tabl
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -17,18 +18,34 @@ from ..errors import StoreNotReadyError
 from ..formats.catalog import TableLayout
 
 READ_WAIT_S = 300.0  # the longest that anything waits for the disk or for staging
+SLICE_S = 0.1  # the longest that a native wait keeps Python from handling signals
 
 Request = tuple[int, np.ndarray, np.ndarray]  # index, keys [N, O], out [N, O * H, row_bytes]
 
 
 class Pending(Protocol):
-    """A lookup in flight."""
+    """A lookup in flight. Its owner calls `detach`, or keeps it until it has ended; dropped before, it may be cancelled."""
 
     def done(self) -> bool:
         """Whether it has ended."""
 
     def wait(self, timeout_s: float | None) -> None:
         """Blocks until it has ended; raises what it raised, or `TimeoutError` after timeout_s."""
+
+    def cancel(self) -> None:
+        """Gives the lookup up: nothing is written to its buffers afterwards, if the engine is of this host."""
+
+    def detach(self) -> None:
+        """Lets the lookup end by itself when this is dropped."""
+
+
+def in_slices(act: Callable[[float], bool], seconds: float) -> bool:
+    """Calls act(at most SLICE_S) until it returns True, or seconds are over: Python handles signals in between."""
+    deadline = time.monotonic() + seconds
+    while not act(max(0.0, min(SLICE_S, deadline - time.monotonic()))):
+        if time.monotonic() >= deadline:
+            return False
+    return True
 
 
 class Engine(ABC):
@@ -53,7 +70,10 @@ class Engine(ABC):
 
     @abstractmethod
     def submit(self, requests: Sequence[Request]) -> Pending | None:
-        """Starts a lookup in several tables; None where memory held all. The caller keeps the buffers until it ends."""
+        """Starts a lookup in several tables; None where memory held all. It holds the buffers until it ends.
+
+        After an exception nothing is written to them, if the engine is of this host.
+        """
 
     @abstractmethod
     def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> Pending | None:

@@ -5,6 +5,7 @@ Flows in: what the engine contract says. Flows out: the same rows, at the speed 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from ..errors import CorruptPageError, StoreNotReadyError, TierStoreError
 from ..formats.page import PAGE_VERSION, fault_text
 from ..stats import latency_of
 from ..workers import aside
-from .engine import READ_WAIT_S, HostEngine, Request
+from .engine import READ_WAIT_S, HostEngine, Request, in_slices
 from .memory import allocate
 from .nvme import IoChoice, TableFiles, load_rows
 from .placed import OnProgress, PlacementFile, load_all_static
@@ -155,17 +156,23 @@ class NativeEngine(HostEngine):
         self.check(self._engine.lookup(index, keys, out))
 
     def submit(self, requests: Sequence[Request]) -> NativePending | None:
-        return self._pending(self._engine.submit(list(requests)))
+        return self._start(self._engine.submit, list(requests))
 
     def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> NativePending | None:
-        return self._pending(self._engine.submit_pairs(index, keys, pairs, out))
+        return self._start(self._engine.submit_pairs, index, keys, pairs, out)
 
-    def _pending(self, ticket: Any) -> NativePending | None:
-        if ticket is None:
+    def _start(self, submit: Callable[..., Any], *arguments: Any) -> NativePending | None:
+        """Makes what will hold the lookup, then starts it: an exception in between finds it, and gives it up."""
+        pending = NativePending(self)
+        try:
+            outcome = submit(pending.ticket, *arguments)
+            if outcome is True:
+                return pending
+            self.check(outcome)
             return None
-        if ticket is False:
-            self.check(False)
-        return NativePending(self, ticket)
+        except BaseException:
+            pending.cancel()
+            raise
 
     def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
         self.check(self._engine.rows(index, row_ids, out))
@@ -185,7 +192,7 @@ class NativeEngine(HostEngine):
         }
 
     def close(self, timeout_s: float) -> bool:
-        ended: bool = self._engine.close(timeout_s)
+        ended = in_slices(self._engine.close, timeout_s)
         if ended:
             self.memories.clear()  # a closed store that somebody still names must not keep its budget
         return ended
@@ -208,7 +215,19 @@ class NativeEngine(HostEngine):
             raise StoreNotReadyError(f"{self._what} is closed, as it is when nobody holds it; open it again")
         raise self._fault(*outcome)
 
-    def _fault(self, kind: str, index: int, page: int, detail: int) -> TierStoreError | TimeoutError:
+    def _fault(self, kind: str, index: int, page: int, detail: int) -> TierStoreError | TimeoutError | MemoryError:
+        if kind == "memory":
+            return MemoryError(
+                f"{self._what}: no memory for the lookup's own bookkeeping, or for a page reader; nothing of it is lost: "
+                f"look up fewer keys at once, or free memory"
+            )
+        if kind == "cancelled":
+            return StoreNotReadyError(f"{self._what}: the lookup was given up; its buffer holds no rows")
+        if kind in ("disk", "entry") and detail == errno.EBADF:
+            return StoreNotReadyError(
+                f"{self._what}: a descriptor of its files or of its I/O ring is closed, and this store did not close it: look "
+                f"for os.close or os.closerange in this process; then open the store again"
+            )
         if kind == "timeout":
             return TimeoutError(
                 f"{self._what}: no page came, or no staging came free, within {detail} s; the disk has stopped answering"
@@ -233,18 +252,27 @@ class NativeEngine(HostEngine):
 
 
 class NativePending:
-    """A lookup that a thread of the C++ side finishes."""
+    """A lookup that a thread of the C++ side finishes. See `Pending`; dropped while it is under way, it is cancelled."""
 
-    def __init__(self, engine: NativeEngine, ticket: Any) -> None:
-        self._engine, self._ticket = engine, ticket
+    def __init__(self, engine: NativeEngine) -> None:
+        """ticket: for the C++ side to put the lookup in."""
+        self._engine, self.ticket = engine, kernels.Ticket()
 
     def done(self) -> bool:
         """Whether it has ended."""
-        return bool(self._ticket.done())
+        return bool(self.ticket.done())
+
+    def cancel(self) -> None:
+        """See `Pending`."""
+        self.ticket.cancel()
+
+    def detach(self) -> None:
+        """See `Pending`."""
+        self.ticket.detach()
 
     def wait(self, timeout_s: float | None) -> None:
         """Blocks until it has ended; raises what it raised, or `TimeoutError`."""
-        outcome = self._ticket.wait(READ_WAIT_S * 2 if timeout_s is None else max(0.0, timeout_s))
+        outcome = self.ticket.wait(READ_WAIT_S * 2 if timeout_s is None else max(0.0, timeout_s))
         if outcome is False:
             raise TimeoutError(f"the rows were not there within {timeout_s} s; the lookup goes on, wait again")
         self._engine.check(outcome)

@@ -274,10 +274,16 @@ class PortableEngine(Engine):
 
 
 class PortablePending:
-    """A lookup that a thread of the pool finishes."""
+    """A lookup that a thread of the pool finishes; it holds the buffers."""
 
     def __init__(self, reads: Future[None]) -> None:
         self._reads = reads
+
+    def cancel(self) -> None:
+        """See `Pending`: reads that are on their way still write to the buffers."""
+
+    def detach(self) -> None:
+        """See `Pending`: it ends by itself."""
 
     def done(self) -> bool:
         """Whether it has ended."""

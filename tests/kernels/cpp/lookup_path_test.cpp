@@ -86,16 +86,20 @@ void test_engine(const std::string& folder, ReadMode mode, const char* name, siz
         std::vector<int64_t> keys(1 + next_random(state) % 40);
         for (int64_t& key : keys) key = static_cast<int64_t>(next_random(state) % 500) * Files::kKeyStep;
         std::vector<uint8_t> out(keys.size() * 2 * Files::kRowBytes, 0xA5);
-        auto job = std::make_shared<Job>();
-        const Engine::Use use(engine);
-        if (!use) std::abort();
-        engine.gather(use.view(), 0, keys.data(), keys.size(), out.data(), *job);
-        engine.count_batch(*job);
-        if (seed % 2 == 0 && !job->misses.empty()) {
-          engine.submit(job);
-          if (!job->wait(60.0)) ++wrong;
-        } else {
-          engine.fetch(*job);
+        Gathered gathered;
+        std::shared_ptr<Job> job;
+        {
+          const Engine::Use use(engine);
+          if (!use) std::abort();
+          if (!engine.gather(use.view(), 0, {keys.data(), keys.size()}, out.data(), gathered)) ++wrong;
+          engine.count_batch(gathered);
+          job = engine.make_job(std::move(gathered), {{0, out.data()}});
+          if (seed % 2 == 0 && !job->misses.empty()) {
+            while (engine.submit(job) == Engine::Submitted::kNoRoom) engine.wait_for_room();
+            if (!job->wait(60.0)) ++wrong;
+          } else {
+            engine.fetch(job);
+          }
         }
         if (job->fault.kind != FaultKind::kNone || !rows_are_right(keys.data(), keys.size(), out.data())) ++wrong;
         checked += keys.size();
@@ -227,11 +231,12 @@ void test_stopped_reader(const Files& files) {
   std::vector<uint8_t> out(2 * Files::kRowBytes);
   const auto look_up = [&](const Engine::Use& use, bool from_memory) {
     std::fill(out.begin(), out.end(), 0xA5);
-    Job job;
-    engine->gather(use.view(), 0, &key, 1, out.data(), job);
-    CHECK(job.misses.empty() == from_memory);
+    Gathered gathered;
+    CHECK(engine->gather(use.view(), 0, {&key, 1}, out.data(), gathered));
+    CHECK(gathered.misses.empty() == from_memory);
+    const std::shared_ptr<Job> job = engine->make_job(std::move(gathered), {{0, out.data()}});
     engine->fetch(job);
-    CHECK(job.fault.kind == FaultKind::kNone && rows_are_right(&key, 1, out.data()));
+    CHECK(job->fault.kind == FaultKind::kNone && rows_are_right(&key, 1, out.data()));
   };
   tiers.write(3, key);
   tiers.index(1, {key}, {3});
@@ -278,11 +283,12 @@ void test_changing_epochs(const Files& files) {
         std::vector<int64_t> keys(1 + next_random(state) % 200);
         for (int64_t& key : keys) key = static_cast<int64_t>(next_random(state) % 40) * Files::kKeyStep;
         std::vector<uint8_t> out(keys.size() * 2 * Files::kRowBytes, 0xA5);
-        Job job;
+        Gathered gathered;
         const Engine::Use use(*engine);
-        engine->gather(use.view(), 0, keys.data(), keys.size(), out.data(), job);
+        if (!engine->gather(use.view(), 0, {keys.data(), keys.size()}, out.data(), gathered)) ++wrong;
+        const std::shared_ptr<Job> job = engine->make_job(std::move(gathered), {{0, out.data()}});
         engine->fetch(job);
-        if (job.fault.kind != FaultKind::kNone || !rows_are_right(keys.data(), keys.size(), out.data())) ++wrong;
+        if (job->fault.kind != FaultKind::kNone || !rows_are_right(keys.data(), keys.size(), out.data())) ++wrong;
         checked += keys.size();
       }
     });

@@ -97,11 +97,12 @@ void test_devices(const std::string& folder) {
     for (int round = 0; round < 200; ++round) {
       const std::vector<int64_t> keys = some_keys(state);
       std::vector<uint8_t> out(keys.size() * kShape.entry_bytes);
-      Job job;
+      Gathered gathered;
       const Engine::Use use(store.engine);
-      store.engine.gather(use.view(), 0, keys.data(), keys.size(), out.data(), job);
+      if (!store.engine.gather(use.view(), 0, {keys.data(), keys.size()}, out.data(), gathered)) ++wrong;
+      const std::shared_ptr<Job> job = store.engine.make_job(std::move(gathered), {{0, out.data()}});
       store.engine.fetch(job);
-      if (job.fault.kind != FaultKind::kNone || !rows_are_right(keys.data(), keys.size(), out.data())) ++wrong;
+      if (job->fault.kind != FaultKind::kNone || !rows_are_right(keys.data(), keys.size(), out.data())) ++wrong;
     }
   });
   for (std::thread& thread : threads) thread.join();
