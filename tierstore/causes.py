@@ -176,6 +176,18 @@ def system_error(error: BaseException, path: _Path | None = None) -> OSError | N
     return OSError(code, os.strerror(code), os.fspath(path)) if path is not None else OSError(code, os.strerror(code))
 
 
+def short_of_something(what: str) -> TierStoreError:
+    """Returns the error for page readers that could not be made, where the native side says no more than that."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and _num_open_files(soft) + OPEN_FILES_SPARE > soft:
+        return named(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), what)
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return BudgetError(
+        f"{what}: no page reader can be made; this process may lock {_limit(soft, _bytes)} of memory, its hard limit is "
+        f"{_limit(hard, _bytes)}: raise it (ulimit -l unlimited, LimitMEMLOCK=infinity of a service), or free memory"
+    )
+
+
 def allow_open_files(num_files: int) -> None:
     """Makes room for `num_files` more open files: raises the soft limit if they do not fit, as far as the hard one allows.
 

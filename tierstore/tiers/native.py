@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import kernels
+from ..causes import allow_open_files, short_of_something
 from ..decisions.budget import DramPlan, StagingPlan
 from ..errors import CorruptPageError, StoreNotReadyError, TierStoreError
 from ..formats.page import PAGE_VERSION, fault_text
@@ -125,18 +126,22 @@ class NativeEngine(HostEngine):
         self._resident = [isinstance(memory.rows_or_cache, np.ndarray) for memory in memories]
         self.bad_pages = {}
         self.io = choice.mode
-        self._engine = kernels.Engine(
-            [_record(file, memory) for file, memory in zip(files, memories, strict=True)],
-            mode=choice.mode,
-            use_process_madvise=choice.use_process_madvise,
-            num_lanes=staging.num_lanes,
-            depth=staging.depth,
-            assembly_bytes=staging.assembly_bytes,
-            pread_threads=PREAD_THREADS,
-            jobs_max=JOBS_MAX,
-            wait_s=READ_WAIT_S,
-            shared=None if shared is None else (shared.control, shared.version, shared.block, shared.reports),
-        )
+        allow_open_files(staging.num_lanes)
+        try:
+            self._engine = kernels.Engine(
+                [_record(file, memory) for file, memory in zip(files, memories, strict=True)],
+                mode=choice.mode,
+                use_process_madvise=choice.use_process_madvise,
+                num_lanes=staging.num_lanes,
+                depth=staging.depth,
+                assembly_bytes=staging.assembly_bytes,
+                pread_threads=PREAD_THREADS,
+                jobs_max=JOBS_MAX,
+                wait_s=READ_WAIT_S,
+                shared=None if shared is None else (shared.control, shared.version, shared.block, shared.reports),
+            )
+        except RuntimeError as error:
+            raise short_of_something(f"{what}: reading pages") from error
         self.try_lookup = self._engine.lookup
         for wanted, found, asked in self._engine.shortfalls():
             logger.warning(
