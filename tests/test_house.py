@@ -20,6 +20,7 @@ FLOORS = {
     "tierstore.interrupts": 0,
     "tierstore.workers": 0,
     "tierstore.forks": 0.5,
+    "tierstore.printable": 0,
     "tierstore.units": 0.5,  # of the same floor, but above errors
     "tierstore.extras": 0.5,
     "tierstore.causes": 0.7,  # names errors, with sizes in words

@@ -14,9 +14,9 @@ import io
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
@@ -24,6 +24,7 @@ from tierstore import interrupts
 from tierstore.causes import named
 from tierstore.errors import TierStoreError
 from tierstore.interrupts import INTERRUPTED_STATUS
+from tierstore.printable import PrintableStream
 from tierstore.units import format_bytes
 from tierstore.version import VERSION
 
@@ -50,7 +51,7 @@ COMMANDS = {
     "swap": ("tierstore.tools.swap", "Have a daemon serve another version of its store."),
     "synth": ("tierstore.tools.synth", "Write a checkpoint of random values in a real model's layout."),
     "doctor": ("tierstore.tools.doctor", "Say what this machine can do, and how to mend what it cannot."),
-    "packaging": ("tierstore.tools.packaging", "Print the systemd unit, the dashboard, the gRPC interface."),
+    "packaging": ("tierstore.tools.packaging", "Print the systemd unit, the Grafana dashboard or the proto."),
     "bench": ("tierstore.tools.bench", "Measure, beside the hardware's own limit."),
 }
 
@@ -125,7 +126,6 @@ class Progress:
             self._bar.stop()
 
     def _show_bar(self, done: int, total: int) -> None:
-        from rich.console import Console
         from rich.progress import (
             BarColumn,
             DownloadColumn,
@@ -143,7 +143,7 @@ class Progress:
                 else [MofNCompleteColumn(), TextColumn(self._unit)]
             )
             columns = [TextColumn(self._what), BarColumn(), *counted, TimeRemainingColumn()]
-            self._bar = RichProgress(*columns, console=Console(file=sys.stderr))
+            self._bar = RichProgress(*columns, console=console(err=True))
             self._bar.start()
             self._task = self._bar.add_task(self._what, total=total, completed=done)
         self._bar.update(self._task, completed=done, total=total)
@@ -161,15 +161,32 @@ class Progress:
         return ", ".join(parts)
 
 
-def console() -> Console:
-    """Returns the console for tables, on standard output; where that is no terminal, 120 columns without colour."""
-    from rich.console import Console
+def console(*, err: bool = False) -> Console:
+    """Returns the console for tables, on standard output or error; if that is not a terminal, COLUMNS or 120 columns wide."""
+    from .terminal import SafeConsole
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else TABLE_COLUMNS)
+    stream = sys.stderr if err else sys.stdout
+    return SafeConsole(stream, width=None if stream.isatty() or "COLUMNS" in os.environ else TABLE_COLUMNS)
+
+
+@contextlib.contextmanager
+def printable_streams() -> Iterator[None]:
+    """Escapes the control characters in whatever is printed meanwhile: names in files must not steer the terminal."""
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, PrintableStream(stream)) for stream in (out, err))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line on `arguments` (by default the process's) and returns the exit status. Blocks."""
+    with printable_streams():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         status = cli.main(args=arguments, prog_name="tierstore", standalone_mode=False)
     except click.ClickException as error:

@@ -280,11 +280,13 @@ def command(path: Path, as_json: bool) -> None:
 
 
 def _print_findings(findings: list[Finding]) -> None:
-    from rich.table import Table
+    """Prints a line for each, and its remedy below, unbroken: a command can be copied as it stands."""
     from rich.text import Text
 
-    table = Table("", "what", "found", "remedy", box=None)
+    width = max(len(finding.what) for finding in findings)
     for finding in findings:
-        mark = Text(finding.state, style=_MARKS[finding.state])
-        table.add_row(mark, finding.what, Text(finding.fact), Text(finding.remedy))
-    console().print(table)
+        mark = Text(f"{finding.state:4}", style=_MARKS[finding.state])
+        line = Text.assemble(mark, f"  {finding.what:{width}}  {finding.fact}")
+        console().print(line, soft_wrap=True)
+        if finding.remedy:
+            console().print(Text(f"      -> {finding.remedy}"), soft_wrap=True)
