@@ -29,7 +29,9 @@ NEVER = (
 )
 
 DRIVER = """
-import contextlib, difflib, html, io, json, os, resource, secrets, sys, sysconfig, encodings.ascii, encodings.idna, numpy.random, numpy.ma
+import contextlib, io, json, os, resource, sys, sysconfig
+# What is imported late otherwise:
+import difflib, encodings.ascii, encodings.idna, html, numpy.ma, numpy.random, secrets
 import lmdb, rich.console, rich.table, rich.progress, tierstore, engram_adapter.profiles
 import tierstore.tools.terminal
 from concurrent.futures import ThreadPoolExecutor
