@@ -36,10 +36,11 @@ sanitize: install
 	TIERSTORE_TEST_CXXFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 		$(BIN)/python -m pytest tests/kernels/test_cpp.py -k "not kill"
 
-# What make test does for seconds, for most of an hour: daemons and clients killed, moved, lied to and loaded. Prints its figures.
+# What make test does for seconds, for an hour or more: daemons and clients killed, moved, lied to and loaded; commands
+# interrupted. Prints its figures.
 soak: install
 	TIERSTORE_SOAK=1 $(BIN)/python -m pytest -rP tests/faults/test_daemon_soak.py tests/faults/test_socket_hostile.py \
-		tests/daemon/test_remote_hostile.py
+		tests/daemon/test_remote_hostile.py tests/faults/test_interrupts.py
 
 demo: install
 	$(BIN)/python -m tierstore.tools.demo
