@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -91,45 +92,93 @@ def command(socket: Path, interval: float, count: int | None) -> None:
     Example: tierstore top /run/tierstore/v41.sock
              tierstore top /run/tierstore/v41.sock --interval 60 >> top.log
     """
-    with contextlib.suppress(KeyboardInterrupt):
+    with CtrlC() as ctrl_c, contextlib.suppress(KeyboardInterrupt):
         if sys.stdout.isatty():
-            _show_screen(socket, interval, count)
+            _show_screen(socket, interval, count, ctrl_c)
         else:
-            _print_lines(socket, interval, count)
+            _print_lines(socket, interval, count, ctrl_c)
 
 
-def _show_screen(socket: Path, interval: float, count: int | None) -> None:
+class CtrlC:
+    """Ctrl-C, which ends the command between two refreshes, or while a record is fetched, and never while one is drawn.
+
+    Python raises KeyboardInterrupt between any two lines of any library. Raised in the middle of rich's output, it left a
+    screen that was never closed. So the handler only notes it, and wakes who waits; a second Ctrl-C raises at once, in case
+    the terminal takes nothing.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._raises = False
+
+    def __enter__(self) -> CtrlC:
+        self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._handler_before = signal.signal(signal.SIGINT, self._handle)
+        self._fd_before = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._fd_before)
+        signal.signal(signal.SIGINT, self._handler_before)
+        os.close(self._read_fd)
+        os.close(self._write_fd)
+
+    def _handle(self, *_: object) -> None:
+        self._count += 1
+        if self._raises or self._count > 1:
+            self._raises = False
+            raise KeyboardInterrupt
+
+    def during(self, act: Callable[[], Record]) -> Record:
+        """Returns what `act` returns. Ctrl-C raises KeyboardInterrupt meanwhile."""
+        self._raises = True
+        try:
+            if self._count:
+                raise KeyboardInterrupt
+            return act()
+        finally:
+            self._raises = False
+
+    def comes_within(self, seconds: float, fd: int | None = None) -> bool:
+        """Waits; returns True at once at Ctrl-C. fd: returns, if it can be read, whether Ctrl-C came."""
+        fds = [self._read_fd] if fd is None else [self._read_fd, fd]
+        return self._read_fd in select.select(fds, [], [], max(0.0, seconds))[0]
+
+
+def _show_screen(socket: Path, interval: float, count: int | None, ctrl_c: CtrlC) -> None:
     from rich.live import Live
 
     from .stat_tables import page_of
 
-    with keyboard() as q_comes_within:
-        pages = refreshes(lambda: fetch_record(socket), lambda: not q_comes_within(interval), count)
+    with keyboard(ctrl_c) as end_comes_within:
+        pages = refreshes(
+            lambda: ctrl_c.during(lambda: fetch_record(socket)), lambda: not end_comes_within(interval), count
+        )
         first = next(pages)  # before there is a screen, with which an error would come and go
         with Live(console=console(), screen=True, auto_refresh=False) as live:
             for refresh in itertools.chain([first], pages):
                 live.update(page_of(refresh.record, refresh.rates, time.time(), refresh.problem), refresh=True)
 
 
-def _print_lines(socket: Path, interval: float, count: int | None) -> None:
+def _print_lines(socket: Path, interval: float, count: int | None, ctrl_c: CtrlC) -> None:
     from .stat_lines import plain_lines
 
-    def wait() -> bool:
-        time.sleep(interval)
-        return True
-
-    for refresh in refreshes(lambda: fetch_record(socket), wait, count):
+    pages = refreshes(
+        lambda: ctrl_c.during(lambda: fetch_record(socket)), lambda: not ctrl_c.comes_within(interval), count
+    )
+    for refresh in pages:
         click.echo("\n".join(plain_lines(refresh.record, refresh.rates, time.time(), refresh.problem)))
 
 
 @contextlib.contextmanager
-def keyboard() -> Iterator[Callable[[float], bool]]:
-    """Reads keys as they are pressed; gives a function that waits for so many seconds, and returns True at once at a q.
+def keyboard(ctrl_c: CtrlC) -> Iterator[Callable[[float], bool]]:
+    """Reads keys as they are pressed; gives a function that waits for so many seconds, and returns True at once at a q, or
+    at Ctrl-C.
 
-    Where standard input is no terminal, it only waits. The terminal is as it was afterwards.
+    If standard input is not a terminal, only the latter comes. In the end the terminal is as it was.
     """
     if not sys.stdin.isatty():
-        yield _nothing_comes_within
+        yield ctrl_c.comes_within
         return
     import termios
     import tty
@@ -138,20 +187,17 @@ def keyboard() -> Iterator[Callable[[float], bool]]:
     before = termios.tcgetattr(fd)
     try:
         tty.setcbreak(fd)
-        yield lambda seconds: _q_comes_within(fd, seconds)
+        yield lambda seconds: _end_comes_within(fd, seconds, ctrl_c)
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
-def _nothing_comes_within(seconds: float) -> bool:
-    time.sleep(seconds)
-    return False
-
-
-def _q_comes_within(fd: int, seconds: float) -> bool:
+def _end_comes_within(fd: int, seconds: float, ctrl_c: CtrlC) -> bool:
     deadline = time.monotonic() + seconds
     while (left_s := deadline - time.monotonic()) > 0:
-        if select.select([fd], [], [], left_s)[0]:
+        if ctrl_c.comes_within(left_s, fd):
+            return True
+        if select.select([fd], [], [], 0)[0]:
             pressed = os.read(fd, 64)
             if not pressed or b"q" in pressed.lower():  # nothing: the terminal has gone
                 return True

@@ -12,7 +12,6 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,14 +113,37 @@ def test_without_a_terminal_it_prints_count_refreshes_and_ends_well(
     assert sum(line.endswith("  ! x.sock: away") for line in lines) == 1
 
 
-def test_ctrl_c_is_a_good_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(_: float) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("when", ["fetching", "waiting", "before"])
+def test_ctrl_c_is_a_good_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str) -> None:
+    """Whenever it comes; and then nothing more is fetched, or waited for."""
+    fetched: list[float] = []
+
+    def fetch(_: object) -> dict[str, Any]:
+        fetched.append(time.monotonic())
+        if when == "before" or len(fetched) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return record_after(0)
+
+    monkeypatch.setattr(top, "fetch_record", fetch)
+    if when == "waiting":  # it comes before the wait begins, which must not miss it
+        monkeypatch.setattr(top.click, "echo", lambda _: signal.raise_signal(signal.SIGINT))
+    handler = signal.getsignal(signal.SIGINT)
+    interval = "600" if when == "waiting" else "0.1"
+    assert run(["top", "x.sock", "--interval", interval]) == 0
+    assert len(fetched) == {"fetching": 2, "waiting": 1, "before": 1}[when]
+    assert "interrupted" not in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_second_ctrl_c_ends_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hanging(_: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it went on")
 
     monkeypatch.setattr(top, "fetch_record", lambda _: record_after(0))
-    monkeypatch.setattr(top, "time", SimpleNamespace(sleep=interrupted, time=time.time, monotonic=time.monotonic))
-    assert run(["top", "x.sock"]) == 0
-    assert "interrupted" not in capsys.readouterr().err
+    monkeypatch.setattr(top.click, "echo", hanging)
+    assert run(["top", "x.sock", "--interval", "600"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -145,13 +167,30 @@ main()
 """
 
 
+# Ctrl-C as it comes now and then on a busy machine: between two lines of rich, so many of its outputs after the start.
+INTERRUPTED = """
+import signal
+from rich.console import Console
+enter, entered = Console._enter_buffer, []
+def entering(self):
+    enter(self)
+    entered.append(self)
+    if len(entered) == COUNT:
+        signal.raise_signal(signal.SIGINT)
+Console._enter_buffer = entering
+"""
+
+
 @pytest.fixture
-def screen() -> Iterator[tuple[subprocess.Popen[bytes], int, list[Any]]]:
-    """`tierstore top` on a terminal of its own: the process, our end of the terminal, and how the terminal was set before."""
+def screen(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[bytes], int, list[Any]]]:
+    """`tierstore top` on a terminal of its own: the process, our end of the terminal, and how the terminal was set before.
+
+    A parameter is code that it runs first.
+    """
     ours, theirs = pty.openpty()
     before = termios.tcgetattr(theirs)
     process = subprocess.Popen(
-        [sys.executable, "-c", CODE, "top", "x.sock", "--interval", "600"],
+        [sys.executable, "-c", getattr(request, "param", "") + CODE, "top", "x.sock", "--interval", "600"],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -190,5 +229,17 @@ def test_on_a_terminal_it_ends_at_q_and_at_ctrl_c_with_status_0_and_the_terminal
         os.write(ours, b"x" + end.encode())
     left = seen(ours, "\x1b[?1049l")
     assert process.wait(60) == 0
+    assert "Traceback" not in left
+    assert termios.tcgetattr(ours)[:4] == before[:4]
+
+
+@pytest.mark.parametrize("screen", [INTERRUPTED.replace("COUNT", str(count)) for count in range(1, 5)], indirect=True)
+def test_ctrl_c_in_the_middle_of_drawing_leaves_the_terminal_as_it_was(
+    screen: tuple[subprocess.Popen[bytes], int, list[Any]],
+) -> None:
+    process, ours, before = screen
+    left = seen(ours, "\x1b[?1049l")
+    assert process.wait(60) == 0
+    assert "\x1b[?1049h" in left
     assert "Traceback" not in left
     assert termios.tcgetattr(ours)[:4] == before[:4]
