@@ -24,7 +24,7 @@ from tierstore import interrupts
 from tierstore.causes import named
 from tierstore.errors import TierStoreError
 from tierstore.interrupts import INTERRUPTED_STATUS
-from tierstore.printable import PrintableStream
+from tierstore.printable import PrintableStream, printable
 from tierstore.units import format_bytes
 from tierstore.version import VERSION
 
@@ -203,7 +203,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (TierStoreError, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             error = named(error)
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {printable(str(error), lines=True)}", err=True)
         return 1
     return status if isinstance(status, int) else 0
 

@@ -13,7 +13,7 @@ import click
 
 from tierstore.daemon.client_socket import ask
 from tierstore.daemon.record import SECTIONS, Record
-from tierstore.errors import DaemonError
+from tierstore.errors import ConfigError, DaemonError
 
 from .cli import console
 
@@ -37,18 +37,35 @@ def fetch_record(socket: Path) -> Record:
 
 
 @click.command("stat")
-@click.argument("socket", type=click.Path(path_type=Path))
+@click.argument("address", metavar="SOCKET|URL")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; the keys are stable, sizes are in bytes.")
-def command(socket: Path, as_json: bool) -> None:
+@click.option("--token-file", type=click.Path(path_type=Path), help="Of a URL: the file with the server's token.")
+@click.option("--ca-file", type=click.Path(path_type=Path), help="Of grpcs://: PEM of who signed the certificate.")
+def command(address: str, as_json: bool, token_file: Path | None, ca_file: Path | None) -> None:
     """Say how the daemon at SOCKET fares: hit rates, latency, memory, epochs, clients.
+
+    Of a server of lookups by gRPC, at a URL: what it serves, hit rates, and calls.
 
     \b
     Example: tierstore stat /run/tierstore/v41.sock
+             tierstore stat grpcs://10.0.0.7:7443 --token-file token
     """
-    record = fetch_record(socket)
+    if "://" in address:
+        _print_remote(address, token_file, ca_file, as_json=as_json)
+        return
+    if token_file is not None or ca_file is not None:
+        raise ConfigError(f"{address}: --token-file and --ca-file are for a URL, grpc://HOST:PORT; leave them out")
+    record = fetch_record(Path(address))
     if as_json:
         click.echo(json.dumps(record, indent=2))
         return
     from .stat_tables import page_of
 
     console().print(page_of(record, None, time.time()))
+
+
+def _print_remote(url: str, token_file: Path | None, ca_file: Path | None, *, as_json: bool) -> None:
+    from .stat_remote import fetch_remote_record, remote_lines
+
+    record = fetch_remote_record(url, token_file, ca_file)
+    click.echo(json.dumps(record, indent=2) if as_json else "\n".join(remote_lines(record)))

@@ -6,16 +6,21 @@ import io
 import itertools
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from daemon.remote_servers import serving
 from daemon.stat_record import BOUNDS_NS, STARTED_AT, client, stat_record
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from tierstore.daemon.record import missed_bytes, read_amplification
+from tierstore.daemon.remote_client import connect_remote
 from tierstore.errors import DaemonError
-from tierstore.tools.cli import run
+from tierstore.tools.cli import console, run
 from tierstore.tools.stat_lines import concerns, summary
 from tierstore.tools.stat_rates import Counts, Rates, expected_rate, quantile_ns, rates_between
 from tierstore.tools.stat_tables import page_of
@@ -392,3 +397,73 @@ def test_a_record_of_another_release_is_refused_by_name(
     serve(monkeypatch, record)
     assert run(["stat", "x.sock"]) == 1
     assert "has no epochs, feed; it is of another release" in capsys.readouterr().err
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J"
+
+
+def test_no_name_reaches_a_terminal_as_a_command_to_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = stat_record()
+    for section in (record["counters"]["tables"], record["store"]["tables"]):
+        section[f"x{HOSTILE}"] = section.pop("layers.1")
+    record["store"]["path"] = f"/srv/{HOSTILE}"
+    for command in (["stat", "x.sock"], ["top", "x.sock", "--count", "1"]):
+        serve(monkeypatch, {"ok": True, **record})
+        assert run(command) == 0
+        shown = capsys.readouterr().out
+        assert not {"\x1b", "\x07"} & set(shown)
+        assert r"\x1b]0;owned" in shown
+
+
+def test_a_table_of_any_command_shows_names_and_does_not_act_on_them(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("name")
+    table.add_row("x\x1b[31my")
+    table.add_row(Text("x\x1b[31my"))
+    console().print(table)
+    console().print("x\x1b[31my")
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert shown.count(r"x\x1b[31my") == 3
+
+
+def test_an_error_reaches_no_terminal_as_a_command_to_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve(monkeypatch, DaemonError(f"{HOSTILE}: no\nsecond line"))
+    assert run(["stat", "x.sock"]) == 1
+    assert capsys.readouterr().err == "error: " + r"\x1b]0;owned\x07\x1b[2J: no" + "\nsecond line\n"
+
+
+def test_options_of_a_url_are_refused_beside_a_socket(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["stat", "x.sock", "--token-file", "t"]) == 1
+    assert "--token-file and --ca-file are for a URL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["top", "replan", "swap"])
+def test_commands_that_need_the_socket_say_so_of_a_url(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "grpc://127.0.0.1:7443", *(["--rollback"] if command == "swap" else [])]) == 1
+    assert "give the path of the daemon's socket, on the daemon's own host" in capsys.readouterr().err
+
+
+def test_stat_of_a_url_says_what_it_serves_and_how_it_fares(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef")
+    token.chmod(0o600)
+    with serving(built, token_file=token) as server:
+        url = f"grpc://{server.address}"
+        with connect_remote(url, token_file=token) as store:
+            store["layers.1"].lookup(np.arange(30, dtype=np.int64).reshape(10, 3))
+        assert run(["stat", url, "--token-file", str(token)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"{url}: {built}, version ")
+        assert "layers.1, order 2: 10 keys, hit rate " in "\n".join(lines)
+        assert run(["stat", url, "--token-file", str(token), "--json"]) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert (record["keys"], record["server"]["store"]) == (30, str(built))
+        assert record["remote"]["calls"] >= 3
+        assert run(["stat", url]) == 1
+        assert "wants a token" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import socket
 import stat
 
@@ -18,6 +19,7 @@ from ..causes import named
 from ..errors import ConfigError, DaemonError
 
 PATH_BYTES_MAX = 107  # of a socket's address on Linux
+_URL = re.compile("grpcs?:/")  # also what is left of one that was taken for a path
 BACKLOG = 64  # connections that wait to be accepted
 
 
@@ -25,6 +27,11 @@ def check_socket_path(path: str | os.PathLike[str]) -> str:
     """Returns the path of a socket as text. Raises `ConfigError` where no socket can be there."""
     text = os.fspath(path)
     num_bytes = len(os.fsencode(text))
+    if _URL.match(text):
+        raise ConfigError(
+            f"{text}: that is the address of lookups by gRPC; give the path of the daemon's socket, on the daemon's own host "
+            f"('tierstore stat' and tierstore.connect take the address, too)"
+        )
     if not text or "\0" in text:
         raise ConfigError(f"{text!r} is no path of a socket; give the path of a file, such as /run/tierstore/socket")
     if num_bytes > PATH_BYTES_MAX:
