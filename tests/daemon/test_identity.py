@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from daemon.served import ServeProcess
 from daemon_peers import NOBODY, WAIT_S, NotingHandler, ServingChild, as_root, become, in_child
 
 from tierstore import kernels
@@ -232,3 +233,38 @@ def test_a_hidden_proc_is_not_taken_for_the_end_of_a_process(monkeypatch: pytest
         process.wait(WAIT_S)
         assert not attachment.lingers()
         attachment.close()
+
+
+def test_a_forked_process_is_another_also_if_its_number_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in a PID namespace of its own
+    parent = identity.this_process()
+    assert in_child(lambda: str(identity.this_process() != parent)) == "True"
+    assert identity.this_process() == parent
+
+
+@as_root
+@pytest.mark.skipif(not kernels.native, reason="a daemon needs the compiled kernels")
+def test_a_child_of_process_1_in_a_namespace_of_its_own_attaches_by_itself(built: Path, tmp_path: Path) -> None:
+    """Both have the number 1, so that a fork cannot be told by it."""
+    code = (
+        "import ctypes, os, sys, numpy, tierstore\n"
+        "def fork():\n"
+        "    if ctypes.CDLL(None).unshare(0x20000000): print('no namespace'); os._exit(0)\n"
+        "    child = os.fork()\n"
+        "    if child: os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "def told():\n"
+        "    store['layers.1'].lookup(numpy.ones((1, 3), dtype=numpy.int64))\n"
+        "    return [os.getpid(), store.stats()['keys']]\n"
+        "fork()\n"
+        "store = tierstore.connect(sys.argv[1])\n"
+        "print(told(), flush=True)\n"
+        "fork()\n"
+        "print(told(), flush=True)\n"
+        "os._exit(0)\n"
+    )
+    with ServeProcess(built, tmp_path / "socket", "--dram", "900KiB"):
+        command = [sys.executable, "-c", code, str(tmp_path / "socket")]
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60).stdout
+    if "no namespace" in said:
+        pytest.skip(said)
+    assert said.splitlines() == ["[1, 3]", "[1, 3]"]  # what the parent counted is the parent's

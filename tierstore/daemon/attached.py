@@ -31,6 +31,7 @@ from ..tiers.native import NativeEngine
 from ..tiers.nvme import IO_MODES
 from ..units import parse_bytes
 from .client_socket import dial, raise_error
+from .identity import this_process
 from .link import Link, warn_of_other_version
 from .mapped import same_tables
 from .protocol import Channel, close_fds
@@ -111,7 +112,7 @@ class AttachedBacking(Backing):
         self._hbm_lock = threading.RLock()  # of what is held of that; reentered where a store is collected meanwhile
         self._follow_at, self._follow_said = 0.0, ""  # not before that; what was said of why not
         self._thread: threading.Thread | None = None
-        self._pid = os.getpid()
+        self._process = this_process()
 
     @property
     def build(self) -> str:
@@ -222,7 +223,7 @@ class AttachedBacking(Backing):
 
     def start(self) -> None:
         """Begins to hear and to tell, in a thread of its own."""
-        self._pid = os.getpid()
+        self._process = this_process()
         self._thread = threading.Thread(target=self._run, name="tierstore-attached", daemon=True)
         self._thread.start()
 
@@ -358,10 +359,10 @@ class AttachedBacking(Backing):
 
     def close(self) -> None:
         self._ended.set()
-        if self._pid == os.getpid():
+        if self._process == this_process():
             self._leave_static()
         channel = self._channel
-        if channel is not None and self._pid != os.getpid():
+        if channel is not None and self._process != this_process():
             channel.close()  # a child that never looked up: to end the connection would end its parent's
         elif channel is not None:
             with contextlib.suppress(TierStoreError, TimeoutError, OSError):
@@ -379,7 +380,7 @@ class AttachedEngine(HostEngine):
         """relink: moves a child that was forked off to a link of its own; it is called there, before its first lookup."""
         self._link = link
         self._relink = relink
-        self._pid = os.getpid()
+        self._process = this_process()
         self._closed = False
         self._renewed: list[weakref.WeakMethod[Callable[[], Any]]] = []
         self._past: Any = None  # counters of engines that are gone
@@ -446,16 +447,16 @@ class AttachedEngine(HostEngine):
             self._leaving.remove(old)
 
     def _now(self) -> NativeEngine:
-        if self._pid != os.getpid():
+        if self._process != this_process():
             self._relink_child()
         return self._link.engine
 
     def _relink_child(self) -> None:
         """In a forked child: attaches it, since the block in which lookups are counted is its parent's."""
         with self._child_lock:
-            if self._pid != os.getpid() and not self._closed:
+            if self._process != this_process() and not self._closed:
                 self._relink()
-                self._pid = os.getpid()
+                self._process = this_process()
 
     def _with_engine(self, act: Callable[[NativeEngine], Any]) -> Any:
         """Calls act with the engine; again with the next one where it was closed, because another took its place."""
@@ -464,7 +465,7 @@ class AttachedEngine(HostEngine):
             try:
                 return act(engine)
             except StoreNotReadyError:
-                if self._closed or (engine is self._link.engine and self._pid == os.getpid()):
+                if self._closed or (engine is self._link.engine and self._process == this_process()):
                     raise
         raise DaemonError(f"the daemon changed its version {ENGINES_MAX} times during one lookup; look it up again")
 
@@ -499,7 +500,7 @@ class AttachedEngine(HostEngine):
             total: dict[str, Any] = self._past
             for link in (*self._leaving, self._link):
                 total = add_counters(total, link.engine.counters())
-        return total if self._pid == os.getpid() else counters_since(total, total)
+        return total if self._process == this_process() else counters_since(total, total)
 
     def close(self, timeout_s: float) -> bool:
         with self._lock:  # so that no other link comes after this one

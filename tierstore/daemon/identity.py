@@ -17,6 +17,7 @@ NUM_IDS = (1 << 32) - 1  # that a user namespace can map; -1 is not an id
 OVERFLOW_ID = 65534  # the kernel's default, for machines that do not show it
 
 Kind = Literal["uid", "gid"]
+_num_forks = 0  # between the first process and this one, as far as Python made them
 
 
 def _first_numbers(path: str, column: int) -> list[int]:
@@ -60,3 +61,19 @@ def own_proc() -> bool:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:
         return False
+
+
+def this_process() -> tuple[int, int]:
+    """Returns what is another in every process that was forked off: its id, and how many forks lie behind it.
+
+    The id alone is not: a process of id 1 that forks into a new PID namespace has a child of id 1.
+    """
+    return os.getpid(), _num_forks
+
+
+def _forked() -> None:
+    global _num_forks
+    _num_forks += 1
+
+
+os.register_at_fork(after_in_child=_forked)

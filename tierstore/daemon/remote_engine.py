@@ -12,7 +12,6 @@ each is a page at most; bytes_read the bytes of rows that came over the network.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from ..spec import TableSpec
 from ..stats import LatencyCounts
 from ..tiers.engine import READ_WAIT_S, Engine, Request
 from . import messages
+from .identity import this_process
 from .messages import Description, TableKeys
 from .remote_channel import Connection
 from .remote_replies import DRAM, NVME, STATIC, Answer, decoded
@@ -335,7 +335,7 @@ class RemotePending:
     """A lookup that a thread of the pool makes."""
 
     def __init__(self, future: Future[None], url: str) -> None:
-        self._future, self._url, self._process = future, url, os.getpid()
+        self._future, self._url, self._process = future, url, this_process()
 
     def cancel(self) -> None:
         """See `Pending`. An answer that is on its way is still written to the buffers, which the lookup holds."""
@@ -345,11 +345,11 @@ class RemotePending:
 
     def done(self) -> bool:
         """Whether it has ended."""
-        return self._future.done() or self._process != os.getpid()
+        return self._future.done() or self._process != this_process()
 
     def wait(self, timeout_s: float | None) -> None:
         """Blocks until it has ended; raises what it raised, or `TimeoutError`."""
-        if self._process != os.getpid() and not self._future.done():
+        if self._process != this_process() and not self._future.done():
             raise StoreNotReadyError(f"{self._url}: the lookup was under way in the parent when this process forked")
         try:
             self._future.result(2 * READ_WAIT_S if timeout_s is None else max(0.0, timeout_s))
