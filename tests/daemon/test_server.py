@@ -9,6 +9,7 @@ import queue
 import resource
 import signal
 import socket
+import tempfile
 import threading
 from array import array
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ from typing import Any, Literal
 import pytest
 from daemon_peers import (
     HELLO,
+    NOBODY,
     WAIT_S,
     NotingHandler,
+    as_root,
     bare_socket,
     connect,
     in_child,
@@ -258,6 +261,26 @@ def test_of_too_many_that_said_no_hello_the_oldest_goes(path: Path, monkeypatch:
     assert silent[3].receive(WAIT_S)[0]["hello"] == PROTOCOL_VERSION
     for channel in silent[3:]:
         channel.close()
+
+
+@as_root
+def test_one_users_silent_connections_do_not_push_out_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "GREETINGS_MAX", 4)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        path, handler = Path(folder) / "socket", NotingHandler()
+        with SocketServer(path, handler, allowed_users=[NOBODY]) as opened:
+            opened.start()
+            with bare_socket(path) as ours:  # the oldest of all
+
+                def flood() -> str:
+                    peers = [bare_socket(path) for _ in range(8)]
+                    return str(b"have not said hello" in peers[0].recv(4096))
+
+                assert in_child(flood, NOBODY) == "True"
+                ours.sendall(packet(json.dumps(HELLO).encode()))
+                assert b"early" not in ours.recv(4096)
+                handler.next("attach")
 
 
 def test_clients_are_limited_and_a_place_is_free_again(

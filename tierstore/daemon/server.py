@@ -15,6 +15,7 @@ import selectors
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import TracebackType
@@ -35,7 +36,7 @@ logger = logging.getLogger("tierstore")
 CLIENTS_MAX = 64
 FILES_OF_CLIENT = 8  # its connection, its blocks, and those on their way to it
 ADMINS_MAX = 8
-GREETINGS_MAX = 32  # connections that have not said hello; of more, the oldest goes
+GREETINGS_MAX = 32  # connections that have not said hello; of more, the oldest of the user with the most goes
 HANDSHAKE_S = 2.0  # from a connection to its hello
 PEER_SEND_S = 5.0  # how long a peer may read nothing while something waits for it
 ADMIN_IDLE_S = 60.0  # between an administrator's requests
@@ -204,7 +205,10 @@ class SocketServer:
                 reason = (
                     f"{len(strangers)} connections have not said hello, the limit is {GREETINGS_MAX}: say it sooner"
                 )
-                self._drop(strangers[0], DaemonError(reason))
+                counts = Counter(other.uid for other in strangers)
+                most = max(counts.values())
+                oldest = next(other for other in strangers if counts[other.uid] == most)
+                self._drop(oldest, DaemonError(reason))
         except Exception as error:
             self._drop(peer, error)
 

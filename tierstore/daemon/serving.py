@@ -181,9 +181,11 @@ class Daemon:
 
     def reload(self) -> None:
         """Reads again what may have changed on disk: certificates, and the store's placement, whose hottest become static."""
-        if self._remote:
-            self._remote.reload()
-        self._learner.adopt(self._placed())
+        try:
+            if self._remote:
+                self._remote.reload()
+        finally:  # a bad certificate does not keep a good placement out
+            self._learner.adopt(self._placed())
 
     def _placed(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Returns what the placement that the served store has now says of each table: order index and key, hottest first."""
