@@ -81,6 +81,8 @@ def plain_source(checkpoint: Checkpoint, tensor_name: str) -> TableSource:
     if tensor is None and name in checkpoint.unusable:
         raise ConfigError(f"{checkpoint.path}: tensor {tensor_name!r} {checkpoint.unusable[name]}")
     if tensor is None or len(tensor.shape) != 2:
+        if tensor is None and checkpoint.absent_files:
+            raise ConfigError(f"{checkpoint.path}: tensor {tensor_name!r} is missing; {checkpoint.why_missing()}")
         found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
         names = [name for name, other in checkpoint.tensors.items() if len(other.shape) == 2]
         raise ConfigError(
@@ -225,8 +227,7 @@ def _prefix(checkpoint: Checkpoint, family: str, layer: int, ending: str | None)
     if len(names) != 1:
         found = f"are several such tensors: {', '.join(names)}" if names else "is no such tensor"
         raise ConfigError(
-            f"{checkpoint.path}: there {found} ({_TABLE_WORDS[family].format(layer=layer)}); "
-            f"config.json does not belong to these tensors, or a file is missing"
+            f"{checkpoint.path}: there {found} ({_TABLE_WORDS[family].format(layer=layer)}); {checkpoint.why_missing()}"
         )
     return names[0].removesuffix(ending) if ending else names[0].rpartition("ngram_embedding.")[0]
 
@@ -245,7 +246,7 @@ def _parts(checkpoint: Checkpoint, prefix: str) -> tuple[StoredTensor, ...]:
     if expected not in (None, len(spelled)) or len(set(spelled)) != 1:
         raise ConfigError(
             f"{checkpoint.path}: {len(spelled)} tensors {prefix}{'* and '.join(sorted(set(spelled)))}*.weight, config.json says "
-            f"split_ngram_parts {expected}; a file is missing, or config.json does not belong to these tensors"
+            f"split_ngram_parts {expected}; {checkpoint.why_missing()}"
         )
     names = (f"{prefix}{spelled[0]}{index}.weight" for index in range(len(spelled)))
     return tuple(_weight(checkpoint, name, dtypes) for name in names)

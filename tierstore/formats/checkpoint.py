@@ -32,6 +32,7 @@ from .checkpoint_files import (
     rank_parts,
     read_json,
     split_by_rank,
+    why_absent,
 )
 from .stored_tensor import StoredTensor, TensorFile, check_identity, sampled
 from .table_source import Plane, PlaneReader, TableSource
@@ -105,17 +106,17 @@ class Checkpoint:
 
     def why_not(self, name: str) -> str:
         """Returns why tensor `name` cannot be read, in words that follow its name, with the remedy."""
-        if name in self.unusable:
-            return self.unusable[name]
-        missing = self._missing_files()
-        if missing:
-            return f"is missing, and so are {in_words(missing)}; download them"
-        return "is missing; a file of the checkpoint was not downloaded, or config.json is another's"
+        return self.unusable.get(name) or f"is missing; {self.why_missing()}"
 
-    def _missing_files(self) -> list[str]:
-        """Returns the files that are not there of numbered sets (NAME-00001-of-00003) without an index."""
+    def why_missing(self) -> str:
+        """Returns why a tensor that no file has may be missing: the files that are not there, as far as names tell."""
+        return in_words(self.absent_files) or "config.json does not belong to these tensors, or a file is missing"
+
+    @property
+    def absent_files(self) -> list[str]:
+        """The files of numbered sets (NAME-00001-of-00003) that are not there, each with the reason; not of an index."""
         siblings = {other for file in self.files for other in numbered_siblings(file) or ()}
-        return sorted(other.name for other in siblings if not other.exists())
+        return [f"{file.name}: {why_absent(file)}" for file in sorted(siblings) if not file.exists()]
 
     def full_name(self, name: str) -> str:
         """Returns the name of a tensor that `name` means: itself, or the one tensor in a dict of that name within a file.
@@ -205,7 +206,8 @@ class _Holder:
                     raise
                 self._absent[file.name] = str(error)
         if not self.held:
-            raise ConfigError(next(iter(self._absent.values())))
+            reasons = [f"{name}: {reason}" for name, reason in self._absent.items()]
+            raise ConfigError(f"{self._found.path}: no file of its index can be read; {in_words(reasons)}")
         for held in self.held.values():
             for name, full in held.inner_names.items():
                 self.inner_names.setdefault(name, []).extend(full)
@@ -240,17 +242,23 @@ class _Holder:
                 self.unusable[name] = reasons[file_name].get(name) or (
                     f"is not in {file_name}, where {index} says that it lies; {_STALE}"
                 )
-        for file, held in self.held.items():
-            for name in (*of_file[file.name], *held.unusable):
-                if name not in assigned:
-                    self.unusable[name] = f"lies in {file.name}, but {index} does not list it; {_STALE}"
+        for name, files in self._unlisted(assigned).items():
+            self.unusable[name] = f"lies in {in_words(files)}, but {index} does not list it; {_STALE}"
+
+    def _unlisted(self, assigned: dict[str, str]) -> dict[str, list[str]]:
+        """Returns the files of each tensor that the index does not list, those that the index does not name among them."""
+        of_file = {
+            file.name: [*(tensor.name for tensor in held.tensors), *held.unusable] for file, held in self.held.items()
+        }
         for file in self._found.beside:
             with contextlib.suppress(ConfigError, FormatError, OSError):
-                for tensor in read_tensor_file(file).tensors:
-                    if tensor.name not in assigned:
-                        self.unusable.setdefault(
-                            tensor.name, f"lies in {file.name}, which {index} does not name; {_STALE}"
-                        )
+                of_file[file.name] = [tensor.name for tensor in read_tensor_file(file).tensors]
+        found: dict[str, list[str]] = {}
+        for file_name, names in of_file.items():
+            for name in names:
+                if name not in assigned:
+                    found.setdefault(name, []).append(file_name)
+        return found
 
     def _check_whole(self, path: Path) -> None:
         """Of one file of a numbered set only tensors that surely lie in it whole are used.

@@ -72,7 +72,7 @@ def find_files(path: Path) -> CheckpointFiles:
         return CheckpointFiles(folder, tuple(files))
     assigned = _weight_map(index)
     names = sorted(set(assigned.values()))
-    absent = {name: _why_absent(folder / name) for name in names if not (folder / name).exists()}
+    absent = {name: why_absent(folder / name) for name in names if not (folder / name).exists()}
     if len(absent) == len(names):
         raise ConfigError(
             f"{folder}: none of the {len(names)} files of {index.name} is there, first {names[0]}: {absent[names[0]]}"
@@ -199,7 +199,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     return assigned
 
 
-def _why_absent(file: Path) -> str:
+def why_absent(file: Path) -> str:
+    """Returns why a file that should be there is not, with the remedy."""
     if file.is_symlink():
         return f"it is a link to {file.readlink()}, which is not there; download it again"
     unfinished = unfinished_download(file)
