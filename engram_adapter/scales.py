@@ -76,6 +76,11 @@ def rows_of_weight(checkpoint: Checkpoint, weight: StoredTensor) -> StoredRows:
             )
         return StoredRows("raw")
     if not beside:
+        if checkpoint.absent_files:
+            raise ConfigError(
+                f"{checkpoint.path}: tensor {weight.name} is F8_E4M3, and its scale may lie in a file that is not here: "
+                f"{checkpoint.why_missing()}"
+            )
         return StoredRows("fp8_e4m3")
     if len(beside) > 1:
         raise ConfigError(

@@ -189,9 +189,10 @@ def scale_of_the_model_s_type(folder: Folder) -> bool:
 
 
 def padded_vocabulary(folder: Folder) -> bool:
-    if folder.is_hashed:
+    applies = folder.is_hashed and not folder.done
+    if applies:
         folder.text["vocab_size"] += int(folder.rng.integers(1, 512))
-    return folder.is_hashed
+    return applies
 
 
 def deeper_configuration(folder: Folder) -> bool:

@@ -25,7 +25,6 @@ from ..lazy import lazy
 from .checkpoint_files import (
     INDEX_NAME,
     CheckpointFiles,
-    assigned_to,
     find_files,
     in_words,
     numbered_siblings,
@@ -261,30 +260,25 @@ class _Holder:
         return found
 
     def _check_whole(self, path: Path) -> None:
-        """Of one file of a numbered set only tensors that surely lie in it whole are used.
-
-        The index beside it says so, or else all other files, if none has a tensor of the name.
-        """
+        """Of one file of a numbered set without an index only tensors are used that no other file of the set has."""
         siblings = numbered_siblings(path)
-        if siblings is None:
+        if siblings is None or self._found.assigned is not None:
             return
-        assigned = assigned_to(path)
-        elsewhere: set[str] = set()
-        missing = [file.name for file in siblings if not file.is_file()]
-        if assigned is None:
-            for file in siblings:
-                with contextlib.suppress(ConfigError, FormatError, OSError):
-                    elsewhere |= {tensor.name for tensor in read_tensor_file(file).tensors}
-        for name in list(self.tensors):
-            if assigned is not None and name in assigned:
-                continue
-            if assigned is None and not missing and name not in elsewhere:
-                continue
-            why = "another one has it too" if name in elsewhere else "no index says that it lies here whole"
-            self.unusable[name] = (
-                f"lies in one of {len(siblings) + 1} files, and {why}; give the folder of the checkpoint, with its index"
-            )
-            del self.tensors[name]
+        of_others: dict[str, str] = {}
+        for file in siblings:
+            with contextlib.suppress(ConfigError, FormatError, OSError):
+                of_others |= {tensor.name: file.name for tensor in read_tensor_file(file).tensors}
+        count = len(siblings) + 1
+        for name, file_name in of_others.items():
+            self.unusable[name] = f"lies in {file_name}, one of {count} files; give their folder, with its index"
+            self.tensors.pop(name, None)
+        if not all(file.is_file() for file in siblings):
+            for name in list(self.tensors):
+                self.unusable[name] = (
+                    f"lies in one of {count} files, and no index says that it lies here whole; give their folder, with its "
+                    f"index, or all {count} files"
+                )
+                del self.tensors[name]
 
 
 def _in_two_files(tensor: StoredTensor, first: Path, second: Path) -> str:

@@ -61,7 +61,7 @@ def find_files(path: Path) -> CheckpointFiles:
                 raise ConfigError(f"there is no checkpoint at {path}: {unfinished}")
             raise ConfigError(f"there is no checkpoint at {path}; give a folder with *.safetensors, or one file")
         refuse_parts([path])
-        return CheckpointFiles(path, (path,))
+        return _one_file(path)
     folder = _snapshot_of(path)
     index = _index_of(folder)
     if index is None:
@@ -82,11 +82,15 @@ def find_files(path: Path) -> CheckpointFiles:
     return CheckpointFiles(folder, present, index, assigned, absent, tuple(beside))
 
 
-def assigned_to(file: Path) -> set[str] | None:
-    """Returns the tensors that the index beside a file says lie in it; None without an index that names the file."""
-    index = _index_of(file.parent)
-    assigned = _weight_map(index) if index else {}
-    return {name for name, other in assigned.items() if other == file.name} or None
+def _one_file(path: Path) -> CheckpointFiles:
+    """Returns one file of tensors; if the index of its folder names it, only what the index gives to it is there."""
+    index = _index_of(path.parent)
+    assigned = _weight_map(index) if index is not None else {}
+    if path.name not in assigned.values():
+        return CheckpointFiles(path, (path,))
+    others = sorted(set(assigned.values()) - {path.name})
+    absent = dict.fromkeys(others, f"only {path.name} was given; give the folder")
+    return CheckpointFiles(path, (path,), index, assigned, absent)
 
 
 def read_json(path: Path) -> dict[str, Any]:
