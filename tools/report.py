@@ -58,16 +58,21 @@ def write_report(records: Sequence[Record], path: Path, about: About | None = No
 def profile_tables(record: Record) -> list[Table]:
     """Returns the record's numbers for the terminal: recommended budgets, policies, orders, who answers, reads, steps."""
     numbers = [tables.recommended_table(record), *(TABLES[name](record) for name in TABLES)]
-    shown = []
-    for each in numbers:
-        table = Table(title=each.title)
-        for place, column in enumerate(each.columns):
-            text = column in ("budget", "why")
-            table.add_column(column, justify="left" if text or place == 0 else "right", overflow="fold")
-        for line in each.lines:
-            table.add_row(*line)
-        shown.append(table)
-    return [table for table in shown if table.row_count]
+    return [_terminal_table(each) for each in numbers if each.lines]
+
+
+def _terminal_table(numbers: NumberTable) -> Table:
+    """Sentences stand below the table, so that 80 columns are enough for its numbers."""
+    table = Table(title=numbers.title, caption_justify="left")
+    columns = [place for place, column in enumerate(numbers.columns) if column != "why"]
+    for place in columns:
+        table.add_column(numbers.columns[place], justify="right" if place else "left", overflow="fold")
+    for line in numbers.lines:
+        table.add_row(*(line[place] for place in columns))
+    if "why" in numbers.columns:
+        why = numbers.columns.index("why")
+        table.caption = "\n".join(f"{line[0]}: {line[why]}" for line in numbers.lines)
+    return table
 
 
 def check_report(path: Path) -> None:
@@ -156,7 +161,13 @@ def _summary(record: Record) -> str:
 
 def _card(record: Record, place: int) -> str:
     choice = record["recommended"][place]
-    (mixed,) = (point["mixed"] for point in record["points"] if point["dram_bytes"] == choice["dram_bytes"])
+    (point,) = (point for point in record["points"] if point["dram_bytes"] == choice["dram_bytes"])
+    if point.get("resident"):
+        return (
+            f'<div class="card"><h3>{html.escape(choice["name"])}</h3><p class="number">{short_bytes(choice["dram_bytes"])}</p>'
+            "<p>holds the tables whole: answers <strong>every</strong> access from memory and never reads the disk</p></div>"
+        )
+    mixed = point["mixed"]
     return (
         f'<div class="card"><h3>{html.escape(choice["name"])}</h3><p class="number">{short_bytes(choice["dram_bytes"])}</p>'
         f"<p>answers <strong>{percent(mixed['hit_rate']['all'])}</strong> of accesses from memory and reads the disk "

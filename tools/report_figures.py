@@ -151,7 +151,7 @@ def _draw_policies(axes: Any, record: Record) -> None:
     if whole := whole_bytes(record):
         axes.plot([whole], [100], "*", markersize=13, color=COLOURS["a"], clip_on=False, label="whole tables")
     axes.set_ylim(0, 104)
-    _finish(axes, record, "accesses that hit (%)", columns=4)
+    _finish(axes, record, "accesses that hit (%)", columns=5)
 
 
 def _draw_orders(axes: Any, record: Record) -> None:
@@ -245,4 +245,4 @@ def _finish(axes: Any, record: Record, what: str, columns: int) -> None:
     axes.margins(x=0.02)
     axes.set_xlabel("DRAM, logarithmic")
     axes.set_ylabel(what)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1.2)

@@ -49,6 +49,7 @@ th.text { padding-left: 0.8rem; }
 td.text { text-align: left; white-space: normal; min-width: 14rem; padding-left: 0.8rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.3rem 1.4rem; } dt { font-weight: 600; } dd { margin: 0; }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.5rem; } }
+code { font-size: 0.95em; overflow-wrap: anywhere; } .note { color: var(--soft); }
 footer { margin-top: 3rem; color: var(--soft); font-size: 0.85rem; }
 """
 

@@ -235,7 +235,9 @@ def test_tables_that_fit_whole_need_no_placement(text: TextStore, own: Path) -> 
     ("options", "words"),
     [
         (["--dram", "10KiB"], ["10240 bytes", "is below the", "ask for more"]),
-        (["--dram", "900TiB"], [str(900 << 40), "bytes", "left; ask for less"]),
+        (["--dram", "900TiB"], [str(900 << 40), "bytes", "left; ask for less", "--dry-run", "--for-machine 900TiB"]),
+        (["--dram", "8GiB", "--for-machine", "4GiB"], [str(8 << 30), f"--for-machine has {4 << 30}", "ask for less"]),
+        (["--dram", "8MiB", "--for-machine", "big"], ["--for-machine: 'big' is not a size"]),
         (["--dram", "256KiB", "--nvme-entries", "60MiB"], ["262144 bytes", "placement's index", "place less"]),
         (["--dram", "much"], ["--dram: 'much' is not a size"]),
         (["--dram", "8MiB", "--hbm", "-1"], ["--hbm: '-1' is not a size"]),
@@ -296,6 +298,61 @@ def test_profiles_without_held_out_documents_are_refused(
     error = error_of(capsys, "plan", own, tmp_path / "p.profile", *options)
     assert "0 of its 65 documents are held out" in error
     assert "larger --held-out" in error
+
+
+def test_any_budget_may_be_looked_at_and_another_machine_planned_for(
+    text: TextStore, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "available_memory", lambda: (1 << 20, "cgroup"))
+    shown = good("plan", own, text.profile, "--dram", "900TiB", "--dry-run").stdout
+    assert "fits its share of DRAM whole" in shown
+    assert "more than this cgroup has left, 1.00 MiB: a plan for another one" in shown
+    record = good_json("plan", own, text.profile, "--dry-run", "--for-machine", "24MiB")
+    assert record["dram_bytes"] == 12 << 20
+    assert "half of the memory that is there" in record["why"]
+    assert good_json("plan", own, text.profile, "--dram", DRAM, "--for-machine", "128GiB")["epoch"] == 1
+    assert (
+        "another one"
+        not in good("plan", own, text.profile, "--dram", DRAM, "--for-machine", "1GiB", "--dry-run").stdout
+    )
+
+
+@pytest.mark.parametrize("share", ["0.000001", "0.999999"], ids=["nothing held out", "nothing counted"])
+def test_a_profile_that_tests_nothing_leaves_a_good_placement_as_it_is(
+    text: TextStore, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], share: str
+) -> None:
+    """With all documents held out nothing was counted, and the plan to place nothing replaced the placement."""
+    good("plan", own, text.profile, "--dram", DRAM)
+    good("profile", own, text.trace, "--held-out", share, "-o", tmp_path / "p.profile")
+    words = "nothing is counted" if share.startswith("0.9") else "0 of its 61 documents are held out"
+    for options in ([], ["--dry-run"], ["--untested"] if share.startswith("0.9") else []):
+        error = error_of(capsys, "plan", own, tmp_path / "p.profile", "--dram", DRAM, *options)
+        assert words in error
+        assert "The store's placement stays as it is" in error
+    with tierstore.open(own, dram=DRAM) as store:
+        assert store.stats()["placement"]["epoch"] == 1
+
+
+def test_told_to_a_plan_places_by_counts_alone_and_says_so(text: TextStore, own: Path, tmp_path: Path) -> None:
+    good("profile", own, text.trace, "--held-out", "0.000001", "-o", tmp_path / "p.profile")
+    shown = good("plan", own, tmp_path / "p.profile", "--dram", DRAM, "--untested").stdout
+    assert "not tested, because the profile holds nothing back" in shown
+    assert "100.0 %" not in shown
+    tested = good_json("plan", own, text.profile, "--dram", DRAM, "--untested", "--dry-run")
+    assert tested == good_json("plan", own, text.profile, "--dram", DRAM, "--dry-run"), (
+        "where there is a test, it counts"
+    )
+    with tierstore.open(own, dram=DRAM) as store:
+        assert store.stats()["placement"]["epoch"] == 1
+        spec = HashSpec.from_store(store)
+        ids = np.concatenate(text.documents)[None].astype(np.int64)
+        keys = spec.keys(ids, spec.layers[0])[0]
+        pairs = keys[:, 0]
+        hottest = np.unique(pairs, return_counts=True)
+        hottest_keys = np.zeros((50, keys.shape[1]), dtype=np.int64) - 1
+        hottest_keys[:, 0] = hottest[0][np.argsort(-hottest[1])[:50]]
+        tiers = store[TABLES[0]].explain(hottest_keys)
+        assert (np.asarray(tiers)[:, 0] == "static").mean() > 0.9, "what is most frequent is static"
 
 
 def test_a_disk_that_fills_while_placing_keeps_the_old_epoch(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
+import html
 import os
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from text_store import ORDERS, TABLES, TextStore, good, good_json, invoke, write_trace
 
+import tierstore
 from tierstore.tools.cli import run
+from tierstore.tools.report_tables import exact_bytes
 
 NUM_PARTS = 4
 AT_ONCE = 2
@@ -198,3 +204,116 @@ def test_a_report_that_could_not_be_written_is_refused_before_the_counting(
 def test_a_share_that_is_none_is_wrong_usage(text: TextStore, tmp_path: Path, share: str) -> None:
     arguments = "profile", text.store, text.trace, "-o", tmp_path / "p.profile", "--held-out", share
     assert invoke(*arguments).exit_code == 2
+
+
+def one_document(text: TextStore, path: Path, num_documents: int = 1) -> Path:
+    """A trace of all text as so few documents, as token files without document ends give it."""
+    ids = np.concatenate(text.documents)
+    return write_trace(path, np.array_split(ids, num_documents))
+
+
+@pytest.mark.parametrize("num_documents", [1, 3])
+def test_few_long_documents_are_cut_into_stretches_some_of_them_held_out(
+    text: TextStore, tmp_path: Path, num_documents: int
+) -> None:
+    """One document was held out whole or not at all, and the advice, a larger --held-out, did not help."""
+    trace = one_document(text, tmp_path / "t.trace", num_documents)
+    footer = good_json("profile", text.store, trace, "-o", tmp_path / "p.profile")
+    num_tokens = sum(map(len, text.documents))
+    assert footer["counts"]["tokens"] == num_tokens
+    assert 60 <= footer["counts"]["documents"] <= 70
+    assert 0.1 < footer["counts"]["held_out_tokens"] / num_tokens < 0.45
+    (note,) = footer["about"]["notes"]
+    for words in (f"{num_tokens:,} tokens are", "cut into stretches of", "--eos ID"):
+        assert words in note
+    good("plan", text.store, tmp_path / "p.profile", "--dram", "8MiB", "--dry-run")
+
+
+def test_what_says_its_documents_is_cut_nowhere(text: TextStore, tmp_path: Path) -> None:
+    footer = good_json("profile", text.store, text.trace, "-o", tmp_path / "p.profile")
+    assert footer["counts"]["documents"] == len(text.documents)
+    assert footer["about"]["notes"] == []
+
+
+def test_a_short_record_of_keys_is_cut_too(text: TextStore, tmp_path: Path) -> None:
+    """20,000 accesses were one stretch and a bit, so that more often than not nothing was held out."""
+    keys = np.random.default_rng(0).zipf(1.3, (2000, 3)).astype(np.int64)
+    with tierstore.open(text.store, dram="8MiB", placement="none") as store:
+        store.start_trace(tmp_path / "keys.trace", share=1.0)
+        for start in range(0, len(keys), 20):
+            store[TABLES[0]].lookup(keys[start : start + 20])
+        store.stop_trace()
+    counts = good_json("profile", text.store, tmp_path / "keys.trace", "-o", tmp_path / "p.profile")["counts"]
+    assert counts["documents"] > 30
+    assert 0 < counts["held_out_documents"] < counts["documents"] / 2
+
+
+def test_every_phase_is_told_in_order_with_its_end(text: TextStore, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    arguments = "profile", text.store, text.trace, "-o", tmp_path / "p.profile", "--report", tmp_path / "r.html"
+    lines = good(*arguments).stderr.splitlines()
+    phases = list(dict.fromkeys(line.partition(":")[0] for line in lines))
+    assert phases == [
+        "counting", "merging", "sorting", "replaying", "intervals", "decoding", "checking", "writing", "drawing",
+    ]  # fmt: skip
+    num_tokens = sum(map(len, text.documents))
+    for words in (f"counting: 100 %, {num_tokens:,} of {num_tokens:,} tokens", "replaying: 100 %", "decoding: 100 %"):
+        assert any(line.startswith(words) for line in lines)
+    merged = good("profile", text.store, "--merge", tmp_path / "p.profile", "-o", tmp_path / "m.profile").stderr
+    assert merged.startswith("counting: 100 %, ")
+    planned = good("plan", text.store, tmp_path / "p.profile", "--dram", "8MiB", "--dry-run").stderr
+    assert [line.partition(":")[0] for line in planned.splitlines() if "100 %" in line] == ["reading", "trying"]
+
+
+def test_the_curve_ends_with_the_budget_at_which_plan_says_that_tables_fit(text: TextStore, tmp_path: Path) -> None:
+    shown = good("profile", text.store, text.trace, "-o", tmp_path / "p.profile").stdout
+    (group,) = good_json("profile", text.store, text.trace, "-o", tmp_path / "p.profile")["analysis"]["groups"]
+    *cached, whole = group["points"]
+    assert [point["resident"] for point in cached] == [False] * len(cached)
+    assert whole["resident"] is True
+    assert whole["mixed"]["hit_rate"] == dict.fromkeys(ORDERS, 1.0)
+    assert (whole["mixed"]["low"]["all"], whole["mixed"]["reads_per_token"]) == (1.0, 0.0)
+    assert (group["recommended"][-1]["name"], group["recommended"][-1]["dram_bytes"]) == ("whole", whole["dram_bytes"])
+    assert f"{exact_bytes(whole['dram_bytes'])} (whole)" in shown
+    for budget, resident in ((whole["dram_bytes"], True), (whole["dram_bytes"] * 127 // 128, False)):
+        plan = good_json("plan", text.store, tmp_path / "p.profile", "--dram", budget, "--dry-run")
+        assert plan["groups"][0]["resident"] is resident
+    for point in cached[1:]:  # the plan tries other divisions, the curve a share of the steps
+        plan = good_json("plan", text.store, tmp_path / "p.profile", "--dram", point["dram_bytes"], "--dry-run")
+        assert plan["groups"][0]["hit_rate"]["all"] == pytest.approx(point["mixed"]["hit_rate"]["all"], abs=0.01)
+
+
+def test_store_inputs_date_and_next_command_are_said_everywhere(text: TextStore, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    output, page = tmp_path / "it's mine.profile", tmp_path / "r.html"
+    arguments = "profile", text.store, text.trace, "-o", output, "--report", page
+    shown = good(*arguments).stdout
+    footer = good_json(*arguments)
+    about = footer["about"]
+    (group,) = footer["analysis"]["groups"]
+    names = [choice["name"] for choice in group["recommended"]]
+    knee = group["recommended"][names.index("knee") if "knee" in names else 0]["dram_bytes"]
+    assert (about["store"], about["inputs"]) == (str(text.store), [str(text.trace)])
+    assert abs(datetime.datetime.fromisoformat(about["made"]).timestamp() - time.time()) < 300
+    command = shlex.split(about["next"])
+    assert command == ["tierstore", "plan", str(text.store), str(output), "--dram", f"{knee >> 20}MiB"]
+    assert good_json(*command[1:], "--dry-run")["dram_bytes"] == knee
+    written = html.unescape(page.read_text())
+    for words in (about["store"], about["inputs"][0], about["next"]):
+        assert f": {words}" in shown
+        assert words in written
+    assert about["made"] in written
+
+
+def test_a_profile_of_which_all_is_held_out_says_so(text: TextStore, tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t.trace", text.documents[:20])
+    shown = good("profile", text.store, trace, "-o", tmp_path / "p.profile", "--held-out", "0.999999").stdout
+    assert "note: all 20 documents were held out, so that nothing was counted" in shown
+    assert "next: " not in shown
+
+
+def test_names_that_a_terminal_would_act_on_are_shown_as_text(text: TextStore, tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t\x1b[31m.trace", text.documents[:20])
+    shown = good("profile", text.store, trace, "-o", tmp_path / "p.profile").stdout
+    assert "\x1b" not in shown
+    assert "t\N{REPLACEMENT CHARACTER}[31m.trace" in shown

@@ -1,0 +1,96 @@
+"""A command that works in phases is never silent for long: each phase ends with a line, and silence is broken."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tierstore.tools import phases as module
+from tierstore.tools.phases import Phases
+
+WAIT_S = 30.0
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it was not said"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The plain lines, as they are printed."""
+    lines: list[str] = []
+    monkeypatch.setattr(module.click, "echo", lambda line, err: lines.append(line) if err else None)
+    return lines
+
+
+def test_each_phase_ends_with_a_line_of_what_was_done(said: list[str]) -> None:
+    with Phases({"counting": "tokens", "copying": "bytes"}) as phases:
+        for done in (0, 400, 1000):
+            phases("counting", done, 1000)
+        phases("sorting", 0, None)
+        phases("copying", 3 << 20, 6 << 20)
+        phases("merging", 0, None)
+    assert [re.sub(r"\d+\.\d s$", "_", line) for line in said] == [
+        "counting: 100 %, 1,000 of 1,000 tokens, _",
+        "sorting: _",
+        "copying:  50 %, 3.00 MiB of 6.00 MiB, _",
+        "merging: _",
+    ]
+
+
+def test_silence_is_broken_while_a_phase_says_nothing(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SILENCE_S", 0.05)
+    monkeypatch.setattr(module, "LOOK_S", 0.01)
+    with Phases({"replaying": "simulations"}) as phases:
+        phases("replaying", 2, 8)
+        wait_for(lambda: len(said) >= 3)
+    assert all(line.startswith("replaying:  25 %, 2 of 8 simulations, ") for line in said)
+    assert any(line.endswith(" s") and " s left, " in line for line in said)
+
+
+def test_of_a_long_job_silence_may_be_longer(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SILENCE_S", 0.0)
+    monkeypatch.setattr(module, "SILENCE_PART", 1e9)
+    monkeypatch.setattr(module, "LOOK_S", 0.001)
+    looked = threading.Event()
+    real = time.monotonic
+
+    def clock() -> float:
+        if threading.current_thread().name == "tierstore-progress" and said == []:
+            looked.set()
+        return real()
+
+    monkeypatch.setattr(module.time, "monotonic", clock)
+    with Phases({}) as phases:
+        phases("sorting", 0, None)
+        assert looked.wait(WAIT_S)
+        assert said == []
+
+
+def test_an_error_ends_it_without_a_word_of_success(said: list[str]) -> None:
+    def fail() -> None:
+        with Phases({"counting": "tokens"}) as phases:
+            phases("counting", 1, 2)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert said == []
+    assert "tierstore-progress" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_threads_may_tell_at_once(said: list[str]) -> None:
+    with Phases({"replaying": "simulations"}) as phases:
+        threads = [threading.Thread(target=phases, args=("replaying", done, 64)) for done in range(65)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(said) == 1
