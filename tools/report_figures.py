@@ -57,8 +57,8 @@ def figures_of(record: Record) -> list[Figure]:
         Figure(
             "policies",
             "Hit rate against DRAM, by policy",
-            "Four rising curves of hit rate over memory: mixed with its 95 % interval, static alone, recency alone "
-            "and LRU; a star where memory holds the tables whole, at 100 %.",
+            "Four rising curves of hit rate over memory: mixed with its 95 % interval, static alone, recency alone and LRU"
+            + ("; a star where memory holds the tables whole, at 100 %." if whole_bytes(record) else "."),
             _draw_policies,
         ),
         Figure(

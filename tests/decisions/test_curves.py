@@ -136,6 +136,51 @@ def test_a_share_of_the_items_leaves_unknown_what_it_says_nothing_of() -> None:
         assert point.static_entries * 100 + point.recency_sets * 1000 <= point.dram_bytes
 
 
+def test_whole_tables_are_the_last_point_and_answer_everything() -> None:
+    replay = skewed_replay(0)
+    *cached, whole = curves_of(replay, whole_bytes=500_000).points
+    assert [point.dram_bytes for point in cached] == BUDGETS
+    assert (whole.dram_bytes, whole.resident) == (500_000, True)
+    assert whole.outcome.hit_rate.tolist() == [1.0, 1.0, 1.0]
+    assert (whole.reads_per_token, whole.packed_reads_per_token) == (0.0, 0.0)
+    assert whole.lru[-1] == lru_hits(replay, np.array([500 * 8]))[0][-1] / len(replay.items)
+    record = curves_of(replay, whole_bytes=500_000).as_record()
+    assert record["points"][-1]["mixed"]["low"] == {"2": 1.0, "3": 1.0, "all": 1.0}
+    assert 500_000 not in {steps["dram_bytes"] for steps in record["steps"]}
+    assert [choice["name"] for choice in record["recommended"]][-1] == "whole"
+
+
+def test_tables_so_small_that_only_whole_ones_are_worth_a_thought_have_one_point() -> None:
+    ranking = WholeRanking(skewed_replay(0))
+    curves = build_curves(ranking, COST, [], 2000, np.random.default_rng(0), whole_bytes=4096)  # type: ignore[arg-type]
+    assert [(point.dram_bytes, point.resident) for point in curves.points] == [(4096, True)]
+    assert [choice.name for choice in curves.recommended] == ["whole"]
+    assert curves.steps == []
+
+
+def test_a_budget_counts_by_what_it_leaves_to_entries() -> None:
+    whole = curves_of(skewed_replay(0)).points
+    half = curves_of(skewed_replay(0), usable_bytes=[size // 2 for size in BUDGETS]).points
+    for point in half:
+        assert 0 <= point.dram_bytes // 2 - point.static_entries * 100 - point.recency_sets * 1000 < 1000 + 100
+    assert [point.dram_bytes for point in half] == BUDGETS
+    assert half[0].outcome.hit_rate[-1] < whole[0].outcome.hit_rate[-1]
+
+
+def test_every_simulation_is_told() -> None:
+    told: list[tuple[str, int, int | None]] = []
+    with ThreadPoolExecutor(2) as threads:
+        curves_of(
+            skewed_replay(0), map_over=threads.map, on_progress=lambda *args: told.append(args), whole_bytes=500_000
+        )
+    assert list(dict.fromkeys(phase for phase, _, _ in told)) == ["replaying", "intervals", "decoding"]
+    for phase in ("replaying", "decoding"):
+        counts = [done for name, done, _ in told if name == phase]
+        totals = {total for name, _, total in told if name == phase}
+        assert sorted(counts) == list(range(max(counts) + 1))
+        assert totals == {max(counts)}
+
+
 def test_a_ladder_doubles_until_all_that_was_counted_fits() -> None:
     replay = skewed_replay(0)
     cost = EntryCost(1 << 20, 8 << 20, 8, 1)

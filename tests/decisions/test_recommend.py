@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tierstore.decisions.recommend import knee, recommend
+from tierstore.decisions.recommend import default_choice, knee, recommend
 
 BUDGETS = [1 << (24 + place) for place in range(8)]
 
@@ -41,3 +41,22 @@ def test_where_the_curve_still_rises_at_its_end_nothing_is_said_of_beyond() -> N
     chosen = recommend(BUDGETS, [0.1 * place for place in range(8)])
     assert chosen[-1].dram_bytes == BUDGETS[-1]
     assert "nothing larger was tried" in chosen[-1].why
+
+
+def test_whole_tables_come_last_whatever_the_curve_says() -> None:
+    rates = [0.1, 0.3, 0.5, 0.7, 0.72, 0.74, 0.76, 0.98]
+    *others, whole = recommend(BUDGETS, rates, 3 << 30)
+    assert [choice.name for choice in others] == [choice.name for choice in recommend(BUDGETS, rates)]
+    assert (whole.name, whole.dram_bytes) == ("whole", 3 << 30)
+    assert "the next size tried holds the tables whole" in others[-1].why
+    assert [choice.name for choice in recommend([], [], 1 << 20)] == ["whole"]
+
+
+def test_without_being_asked_one_plans_with_the_largest_knee_of_all_tables() -> None:
+    def group(*recommended: tuple[str, int]) -> dict[str, list[dict[str, object]]]:
+        return {"recommended": [{"name": name, "dram_bytes": size} for name, size in recommended]}
+
+    knee_of_two = default_choice([group(("frugal", 1), ("knee", 2), ("whole", 9)), group(("knee", 3), ("whole", 9))])
+    assert knee_of_two["dram_bytes"] == 3
+    assert default_choice([group(("frugal", 1), ("generous", 4), ("whole", 9))])["dram_bytes"] == 1
+    assert default_choice([group(("whole", 9))])["dram_bytes"] == 9

@@ -73,6 +73,34 @@ def test_documents_come_back_whatever_blocks_they_span(tmp_path: Path, lengths: 
         assert ((ends >= 1) & (ends <= len(token_ids))).all()
 
 
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(0, 40), max_size=6), tokens_max=st.integers(1, 20))
+def test_long_documents_are_cut_after_so_many_tokens_and_short_ones_are_not(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], tokens_max: int
+) -> None:
+    path = tmp_path_factory.mktemp("trace") / "t"
+    numbers = itertools.count()
+    documents = [list(itertools.islice(numbers, length)) for length in lengths]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "BLOCK_VALUES", 8)
+        write_tokens(path, documents)
+    expected = [ids[start : start + tokens_max] for ids in documents for start in range(0, len(ids), tokens_max)]
+    assert [ids.tolist() for ids in read_token_documents(path, tokens_max)] == expected
+
+
+def test_one_endless_document_is_cut_in_the_memory_of_a_stretch(tmp_path: Path) -> None:
+    with TokenTraceWriter(tmp_path / "t", vocab_size=None, source="") as writer:
+        for _ in range(24):
+            writer.add(np.zeros(1 << 20, dtype=np.int32))
+        writer.finish()
+    tracemalloc.start()
+    try:
+        assert sum(map(len, read_token_documents(tmp_path / "t", 1 << 16))) == 24 << 20
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20, "of 96 MiB"
+    finally:
+        tracemalloc.stop()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     documents=st.lists(st.lists(st.integers(0, 99), max_size=30), max_size=8),

@@ -25,6 +25,7 @@ from tierstore.decisions.replay import Replay
 from tierstore.decisions.tally import Group
 from tierstore.extras import install_command
 from tierstore.tools.report import check_report, profile_tables, write_report
+from tierstore.tools.report_about import about
 
 XHTML, SVG = "{http://www.w3.org/1999/xhtml}", "{http://www.w3.org/2000/svg}"
 FIGURES = ["policies", "orders", "split", "reads", "steps"]
@@ -32,7 +33,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 GIB = 1 << 30
 
 
-def record_of(sample_rate: float = 1.0, source: dict[str, str] | None = None) -> dict[str, Any]:
+def record_of(
+    sample_rate: float = 1.0, source: dict[str, str] | None = None, whole_bytes: int | None = None
+) -> dict[str, Any]:
     """Curves of a small skewed replay, whose budgets are scaled up to gibibytes."""
     rng = np.random.default_rng(0)
     num_tokens, num_items = 3000, 900
@@ -49,7 +52,9 @@ def record_of(sample_rate: float = 1.0, source: dict[str, str] | None = None) ->
     )
     cost = EntryCost(GIB // 10, GIB, 8, 1)
     budgets = [GIB << place for place in range(7)]
-    curves = build_curves(Ranking(group_of(replay)), cost, budgets, 2000, np.random.default_rng(1))
+    curves = build_curves(
+        Ranking(group_of(replay)), cost, budgets, 2000, np.random.default_rng(1), whole_bytes=whole_bytes
+    )
     return curves.as_record() | ({"source": source} if source else {})
 
 
@@ -163,6 +168,75 @@ def test_tables_that_are_asked_differently_share_a_page_and_no_ids(record: dict[
     assert all(svg.get("aria-labelledby") in ids for svg in page.iter(f"{SVG}svg"))
     assert [text_of(heading) for heading in page.iter(f"{XHTML}h2")][:2] == ["layers.1", "Recommended budgets"]
     assert "plain" in text_of(page)
+
+
+def test_the_budget_that_holds_the_tables_whole_is_on_the_page(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    write_report([record_of(whole_bytes=100 * GIB + GIB // 4)], tmp_path / "r.html")
+    text = text_of(ElementTree.fromstring((tmp_path / "r.html").read_text()))
+    assert "From 100.25 GiB on, memory holds the tables whole and answers every access" in text
+    assert text.count("tables fit whole") == 4, "every curve marks it"
+    assert "100.25 GiB (whole)" in text
+    assert "holds the tables whole: answers every access from memory" in text
+    for words in ("which no cache can answer", "No cache passes them"):
+        assert words in text
+    assert "unlimited" not in text
+
+
+def test_a_page_of_tables_that_only_fit_whole_has_no_curves(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    whole = record_of(whole_bytes=100 * GIB)
+    only = whole | {"points": whole["points"][-1:], "recommended": whole["recommended"][-1:], "steps": []}
+    write_report([only], tmp_path / "r.html")
+    page = ElementTree.fromstring((tmp_path / "r.html").read_text())
+    assert not list(page.iter(f"{SVG}svg"))
+    assert "100 GiB" in text_of(page)
+    assert len(profile_tables(only)) == 5
+
+
+def test_a_record_of_an_older_version_is_shown_as_far_as_it_goes(record: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    points = [{name: part for name, part in point.items() if name != "resident"} for point in record["points"]]
+    write_report([record | {"points": points}], tmp_path / "r.html")
+    text = text_of(ElementTree.fromstring((tmp_path / "r.html").read_text()))
+    assert "holds the tables whole" not in text
+    assert "64 GiB" in text
+
+
+def test_what_the_page_is_about_stands_first(record: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    counts = {"documents": 10, "held_out_documents": 1}
+    footer = {"analysis": {"groups": [record]}, "counts": counts}
+    told = about(
+        Path("a <b>.tier"), [Path("x.trace"), Path("y\x07.trace")], Path("p.profile"), footer, ["of the caller's"]
+    )
+    write_report([record], tmp_path / "r.html", told)
+    page = ElementTree.fromstring((tmp_path / "r.html").read_text())
+    listed = next(page.iter(f"{XHTML}dl"))
+    shown = text_of(listed)
+    for words in (
+        "a <b>.tier",
+        "x.trace, y\N{REPLACEMENT CHARACTER}.trace",
+        told["made"],
+        "tierstore plan 'a <b>.tier' p.profile",
+    ):
+        assert words in shown
+    assert "Of the caller's." in text_of(page)
+    assert "Intervals are 0 to 100 %, because one document was held out" in text_of(page)
+
+
+def test_in_80_columns_no_number_is_broken() -> None:
+    console = Console(width=80, file=io.StringIO())
+    wide = record_of(whole_bytes=1234 * GIB)
+    for table in profile_tables(wide):
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    words = set(" ".join(lines).replace("(", " ").replace(")", " ").split())
+    for point in wide["points"]:
+        assert f"{100 * point['lru']['all']:.1f}" in words
+        assert f"{point['mixed']['recency_entries']:,}" in words or point["resident"]
 
 
 def test_a_report_of_nothing_or_to_nowhere_is_refused(tmp_path: Path) -> None:
