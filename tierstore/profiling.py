@@ -32,7 +32,8 @@ COUNTED, HELD_OUT = 0, 1  # columns of the sums
 HELD_OUT_SHARE = 1 / 4  # less gives wider intervals, more a static set that is fitted to less
 HELD_OUT_TOKENS_MAX = 4_000_000  # of a long trace a smaller share is held out
 STRETCH_ACCESSES = 1 << 14  # of recorded keys, that count as one document
-STRETCH_TOKENS = 1 << 16  # a longer document is a stream rather than a text: it is cut
+DOCUMENT_TOKENS_MAX = 1 << 20  # a longer document is a stream rather than a text: it is cut
+STRETCH_TOKENS = 1 << 16  # of streams
 DOCUMENTS_MIN = 8  # a trace of fewer documents is cut into STRETCHES: a part of one document cannot be held out
 STRETCHES = 64
 STRETCH_MIN = 64  # tokens or accesses; shorter stretches would be mostly n-grams that begin before them
@@ -108,13 +109,16 @@ def key_profile_header(
     return ProfileHeader(KEYS, tables, 64, held_out, first.sample_rate)
 
 
-def stretch_tokens(num_tokens: int, num_documents: int) -> int:
-    """Returns after how many tokens a document of traces of so many tokens and documents is cut.
+def document_limits(num_tokens: int, num_documents: int) -> tuple[int, int]:
+    """Returns (tokens above which a document is cut, into stretches of so many), for traces of so many in all.
 
     Of enough documents only streams are cut, which depends on the document alone, so that parts counted anywhere merge to the
     profile of all. A few documents, such as a corpus without document ends, are cut into some 64 stretches.
     """
-    return STRETCH_TOKENS if num_documents >= DOCUMENTS_MIN else _stretch_of(num_tokens, STRETCH_TOKENS)
+    if num_documents >= DOCUMENTS_MIN:
+        return DOCUMENT_TOKENS_MAX, STRETCH_TOKENS
+    stretch = _stretch_of(num_tokens, STRETCH_TOKENS)
+    return stretch, stretch
 
 
 def stretch_accesses(num_accesses: int) -> int:
@@ -244,6 +248,7 @@ def groups_of(profile: Profile, documents: Iterable[Document], on_progress: OnPh
     tell = on_progress or _tell_nobody
     tally, held_out = Tally(profile.header), HeldOut()
     num_read = 0
+    tell(READING, 0, profile.num_items)
     for items, sums in profile.items():
         tally.add(items, sums)
         num_read += len(items)

@@ -48,6 +48,7 @@ from tierstore.profiling import (
     DOCUMENTS_MIN,
     MERGING,
     Document,
+    document_limits,
     held_out_documents,
     held_out_share,
     key_documents,
@@ -55,7 +56,6 @@ from tierstore.profiling import (
     make_profile,
     merge_profiles,
     stretch_accesses,
-    stretch_tokens,
 )
 from tierstore.units import format_bytes
 from tierstore.workers import Workers
@@ -119,8 +119,8 @@ def _open_traces(image: CatalogImage, traces: list[Path], held_out: float | None
             )
     total = sum(info.num_tokens for info in token_infos)
     header = profile_header(spec, held_out_share(total) if held_out is None else held_out)
-    stretch = stretch_tokens(total, sum(info.num_documents for info in token_infos))
-    texts = (ids for trace in traces for ids in read_token_documents(trace, stretch))
+    limits = document_limits(total, sum(info.num_documents for info in token_infos))
+    texts = (ids for trace in traces for ids in read_token_documents(trace, *limits))
     return _Counted(header, total, token_documents(spec, texts))
 
 
@@ -130,7 +130,7 @@ def stretch_note(traces: Sequence[Path]) -> str:
         return ""
     infos = [read_token_trace_info(trace) for trace in traces]
     num_tokens, num_documents = (sum(getattr(info, name) for info in infos) for name in ("num_tokens", "num_documents"))
-    stretch = stretch_tokens(num_tokens, num_documents)
+    stretch = document_limits(num_tokens, num_documents)[1]
     if num_documents >= DOCUMENTS_MIN or num_tokens <= stretch:
         return ""
     documents = "one document" if num_documents == 1 else f"{num_documents} documents"

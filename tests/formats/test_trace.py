@@ -74,18 +74,24 @@ def test_documents_come_back_whatever_blocks_they_span(tmp_path: Path, lengths: 
 
 
 @settings(max_examples=100, deadline=None)
-@given(lengths=st.lists(st.integers(0, 40), max_size=6), tokens_max=st.integers(1, 20))
-def test_long_documents_are_cut_after_so_many_tokens_and_short_ones_are_not(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], tokens_max: int
+@given(lengths=st.lists(st.integers(0, 40), max_size=6), tokens_max=st.integers(1, 20), stretch=st.integers(1, 20))
+def test_long_documents_are_cut_into_stretches_and_short_ones_are_not(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], tokens_max: int, stretch: int
 ) -> None:
+    stretch = min(stretch, tokens_max)
     path = tmp_path_factory.mktemp("trace") / "t"
     numbers = itertools.count()
     documents = [list(itertools.islice(numbers, length)) for length in lengths]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "BLOCK_VALUES", 8)
         write_tokens(path, documents)
-    expected = [ids[start : start + tokens_max] for ids in documents for start in range(0, len(ids), tokens_max)]
-    assert [ids.tolist() for ids in read_token_documents(path, tokens_max)] == expected
+    steps = [stretch if len(ids) > tokens_max else max(len(ids), 1) for ids in documents]
+    expected = [
+        ids[start : start + step]
+        for ids, step in zip(documents, steps, strict=True)
+        for start in range(0, len(ids), step)
+    ]
+    assert [ids.tolist() for ids in read_token_documents(path, tokens_max, stretch)] == expected
 
 
 def test_one_endless_document_is_cut_in_the_memory_of_a_stretch(tmp_path: Path) -> None:

@@ -202,29 +202,35 @@ def _check_tokens(info: TokenTraceInfo, token_ids: np.ndarray, ends: np.ndarray,
         )
 
 
-def read_token_documents(path: str | os.PathLike[str], tokens_max: int | None = None) -> Iterator[np.ndarray]:
+def read_token_documents(
+    path: str | os.PathLike[str], tokens_max: int | None = None, stretch_tokens: int | None = None
+) -> Iterator[np.ndarray]:
     """Yields the documents of a token trace in order, token ids int32 [T] each, T >= 1. Raises as `read_token_pieces` does.
 
-    tokens_max: a longer document is cut into stretches of so many tokens and a last one of the rest; None: none is cut.
-    Memory holds a block and the longest document, or stretch.
+    tokens_max: a longer document is cut into stretches of `stretch_tokens` (by default as many) and a last one of the rest;
+    None: none is cut. Memory holds a block and the longest document, or tokens_max of it.
     """
+    stretch = stretch_tokens or tokens_max or 0
     unfinished: list[np.ndarray] = []
-    num_unfinished = 0
+    num_unfinished, is_cut = 0, False
     for token_ids, ends in read_token_pieces(path):
         start = 0
-        while start < len(token_ids):
-            next_end = int(np.searchsorted(ends, start, side="right"))
-            end = int(ends[next_end]) if next_end < len(ends) else len(token_ids)
-            is_whole = next_end < len(ends)
-            if tokens_max is not None and end - start + num_unfinished > tokens_max:
-                end, is_whole = start + tokens_max - num_unfinished, True
+        for end, is_end in [*((end, True) for end in ends.tolist()), (len(token_ids), False)]:
             unfinished.append(token_ids[start:end])
             num_unfinished += end - start
             start = end
-            if is_whole or num_unfinished == tokens_max:
-                yield np.concatenate(unfinished) if len(unfinished) > 1 else unfinished[0]
-                unfinished.clear()
-                num_unfinished = 0
+            is_cut = is_cut or (tokens_max is not None and num_unfinished > tokens_max)
+            if is_cut or is_end:
+                ids = np.concatenate(unfinished) if len(unfinished) > 1 else unfinished[0]
+                taken = 0
+                while is_cut and num_unfinished - taken >= stretch:
+                    yield ids[taken : taken + stretch]
+                    taken += stretch
+                if is_end and taken < num_unfinished:
+                    yield ids[taken:]
+                unfinished = [] if is_end else [ids[taken:]]
+                num_unfinished = 0 if is_end else num_unfinished - taken
+                is_cut = is_cut and not is_end
 
 
 def _token_info(reader: ColumnReader) -> TokenTraceInfo:
