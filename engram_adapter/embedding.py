@@ -11,7 +11,7 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -131,6 +131,12 @@ class TieredEmbedding(torch.nn.Module):
         fresh["_on_device"] = None if on_device is None else on_device.copy()
         return _copy_sharing(self, memo, ("_store", "_hash_spec"), fresh)
 
+    def __copy__(self) -> TieredEmbedding:
+        return _shallow_copy(self)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise _not_pickled(self)
+
     def _request(self, call: _Call) -> tuple[np.ndarray, np.ndarray]:
         """Returns the keys, int64 [B * T, O], and the buffer for their rows, uint8 [B * T, O * H, row_bytes]."""
         spec = self._table_spec
@@ -195,14 +201,16 @@ class RowIdEmbedding(torch.nn.Module):
     `head_offsets=True` for the published MultiHeadEmbedding, which takes ids within each head and adds the offsets
     itself. `weight` is empty, [0, dim]: it follows `.to(device)`, keeps the table's float type under `.to(dtype)`,
     because that is the type of the output, and is not in the state_dict. Raises `ConfigError` where the store has no
-    such table.
+    such table. stands_for_weight: whether a saved model has the rows as this module's weight, as `swap_embedding` wants it.
     """
 
     weight: torch.Tensor
 
     def __init__(self, store: Store, layer: int | str, head_offsets: bool = False) -> None:
         super().__init__()
+        self._store = store  # which lives as long as this does, also if nobody else names it
         self._table = _table(store, layer if isinstance(layer, str) else f"layers.{layer}")
+        self.stands_for_weight = False
         spec = self._table.spec
         self._head_offsets = head_offsets
         self.num_embeddings, self.embedding_dim, self.num_heads = spec.num_rows, spec.dim, spec.num_heads
@@ -221,6 +229,14 @@ class RowIdEmbedding(torch.nn.Module):
         rows = torch.empty((*ids.shape, self._table.spec.row_bytes), dtype=torch.uint8, device="cpu")
         self._table.rows(ids, out=rows.numpy())
         return decode_rows(rows.to(row_ids.device), self._table.spec.codec, self.embedding_dim)
+
+    def copy_rows_to(self, values: torch.Tensor, piece_bytes: int) -> None:
+        """Fills values, [num_embeddings, embedding_dim] on the CPU, with all rows, read by so many bytes at once. Blocks."""
+        spec = self._table.spec
+        step = max(1, piece_bytes // spec.row_bytes)
+        for start in range(0, spec.num_rows, step):
+            rows = self._table.rows(np.arange(start, min(start + step, spec.num_rows), dtype=np.int64))
+            values[start : start + step] = decode_rows(torch.from_numpy(rows), spec.codec, self.embedding_dim)
 
     def _ids_in_table(self, ids: np.ndarray) -> np.ndarray:
         """Adds each head's offset. An id past its head's end is refused: it would become the next head's row."""
@@ -241,7 +257,13 @@ class RowIdEmbedding(torch.nn.Module):
         return np.where(ids == -1, -1, ids + np.array(spec.offsets, dtype=np.int64))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowIdEmbedding:
-        return _copy_sharing(self, memo, ("_table",), {})
+        return _copy_sharing(self, memo, ("_store", "_table"), {})
+
+    def __copy__(self) -> RowIdEmbedding:
+        return _shallow_copy(self)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise _not_pickled(self)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RowIdEmbedding:
         super()._apply(fn, recurse)
@@ -338,6 +360,21 @@ def _copy_sharing(module: _Module, memo: dict[int, Any], shared: Sequence[str], 
         {name: fresh[name] if name in fresh else copy.deepcopy(value, memo) for name, value in module.__dict__.items()}
     )
     return copied
+
+
+def _shallow_copy(module: _Module) -> _Module:
+    """Returns a module of the same attributes."""
+    copied = module.__class__.__new__(module.__class__)
+    copied.__dict__.update(module.__dict__)
+    return copied
+
+
+def _not_pickled(module: torch.nn.Module) -> TypeError:
+    name = type(module).__name__
+    return TypeError(
+        f"{name} looks rows up in a store that is open in this process, and cannot be pickled: save the model's state_dict(), "
+        f"which has no rows, and make {name} anew from a store opened where the model is loaded"
+    )
 
 
 def _table(store: Store, name: str) -> Table:

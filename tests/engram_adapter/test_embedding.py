@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
+import io
+import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -502,3 +505,41 @@ def test_an_id_past_its_heads_end_is_refused_instead_of_read_from_the_next_head(
             swapped(ids)
     with pytest.raises(ValueError, match="8 heads"):
         swapped(torch.zeros(2, 7, dtype=torch.int64))
+
+
+def test_an_embedding_keeps_its_store_open_that_nobody_else_names(tmp_path: Path) -> None:
+    path, rows = build_tiny(tmp_path, tiny_hash(), "bf16", seed=3)
+
+    def loaded(kind: str) -> torch.nn.Module:
+        store = tierstore.open(path, dram=CACHED)
+        return RowIdEmbedding(store, 1) if kind == "row ids" else TieredEmbedding(store, 1, tiny_hash())
+
+    by_row_id, tiered = loaded("row ids"), loaded("tokens")
+    twin = copy.deepcopy(by_row_id)
+    del by_row_id
+    gc.collect()
+    token_ids = tokens(1, 5, seed=1)
+    expected = gathered(rows["layers.1"], "bf16", 1, token_ids)
+    assert torch.equal(tiered(token_ids), expected)
+    assert torch.equal(twin(torch.from_numpy(tiny_hash().row_ids(token_ids.numpy(), 1))), expected)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_an_embedding_is_not_pickled_and_says_what_to_do(
+    watched: tuple[WatchedStore, dict[str, np.ndarray]], protocol: int
+) -> None:
+    store, _ = watched
+    for embedding in (TieredEmbedding(store, 1, tiny_hash()), RowIdEmbedding(store, 1)):
+        for saved in (embedding, torch.nn.Sequential(embedding)):
+            with pytest.raises(TypeError, match=r"cannot be pickled: save the model's state_dict\(\)"):
+                pickle.dumps(saved, protocol)
+            with pytest.raises(TypeError, match="cannot be pickled"):
+                torch.save(saved, io.BytesIO())
+
+
+def test_a_shallow_copy_looks_up_the_same_rows(watched: tuple[WatchedStore, dict[str, np.ndarray]]) -> None:
+    store, _ = watched
+    token_ids = tokens(1, 4, seed=2)
+    tiered, by_row_id = TieredEmbedding(store, 1, tiny_hash()), RowIdEmbedding(store, 1)
+    assert torch.equal(copy.copy(tiered)(token_ids), tiered(token_ids))
+    assert torch.equal(copy.copy(by_row_id)(token_ids), by_row_id(token_ids))
