@@ -17,6 +17,7 @@ from tierstore.errors import ConfigError, FingerprintMismatchError
 from .codecs import codec_dtype
 from .embedding import RowIdEmbedding, check_fingerprint
 from .hash_spec import HashSpec
+from .saved_tables import save_with_tables
 
 if TYPE_CHECKING:
     from tierstore.store import Store
@@ -31,6 +32,9 @@ def swap_embedding(model: torch.nn.Module, store: Store) -> list[str]:
     Either every table is swapped or, on an error, none. Raises `ConfigError` where the model holds no such table, or
     the store's has another number of rows, dim or dtype; `FingerprintMismatchError` where it was built with another
     hash.
+
+    `save_pretrained` of a swapped model reads the tables from the store and writes them too, piece by piece, so that
+    `from_pretrained` of that folder has the trained rows. `state_dict()` has none of them.
     """
     found = _resident_tables(model)
     if not found:
@@ -43,6 +47,8 @@ def swap_embedding(model: torch.nn.Module, store: Store) -> list[str]:
     for name, _, module in found:
         device = module.ngram_embedding.weight.device
         module.ngram_embedding = swapped[name].to(device)
+        swapped[name].stands_for_weight = True
+    save_with_tables(type(model))
     return [f"{name}.ngram_embedding" for name in swapped]
 
 
