@@ -117,6 +117,7 @@ struct MailboxServer::Mailbox {
   std::vector<int32_t> pairs;
   int64_t asked = 0, answered = 0;  // the block's own words might be written by anybody
   uint64_t num_served = 0;
+  bool timed = false;
   Fault fault;  // the first that nobody took
 };
 
@@ -197,6 +198,11 @@ std::optional<Fault> MailboxServer::take_fault(uint64_t id) {
   return fault;
 }
 
+void MailboxServer::time(uint64_t id) {
+  const std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->find(id).timed = true;
+}
+
 uint64_t MailboxServer::served(uint64_t id) {
   const std::lock_guard<std::mutex> lock(state_->mutex);
   return state_->find(id).num_served;
@@ -254,11 +260,13 @@ void MailboxServer::poll(const std::shared_ptr<State>& shared) {
     state.serving = state.next_asking();
     if (state.serving != nullptr) {
       Engine& engine = *(state.served_by = state.engine);
+      const auto started = state.serving->timed ? Latency::begin() : Latency::Clock::time_point{};
       lock.unlock();
       const Outcome outcome = state.serving->serve(engine);
       lock.lock();
       if (outcome.status == MailboxStatus::kClosed && state.engine != &engine) continue;  // another has taken its place
       Mailbox& served = *state.serving;
+      if (outcome.status == MailboxStatus::kThere) engine.latency.end(started);
       ++served.num_served;
       if (served.fault.kind == FaultKind::kNone) served.fault = outcome.fault;
       served.answer(outcome.status);  // last: who sees it finds fault and count

@@ -78,6 +78,9 @@ class MailboxServer {
 
   // The first fault of a mailbox since one was taken. Throws std::invalid_argument where there is no such mailbox.
   std::optional<Fault> take_fault(uint64_t id);
+  // Has the engine's latencies count what each request of a mailbox took to answer, from now on, one in eight of them. Throws as
+  // `take_fault` does.
+  void time(uint64_t id);
   // Requests that were answered, whatever the answer. Throws as `take_fault` does.
   uint64_t served(uint64_t id);
 

@@ -115,6 +115,11 @@ class PyMailboxServer {
     return server_->served(id);
   }
 
+  void time(uint64_t id) {
+    const py::gil_scoped_release released;
+    server_->time(id);
+  }
+
   void before_fork() { server_->before_fork(); }
   void after_fork(bool child) { server_->after_fork(child); }
 
@@ -157,6 +162,7 @@ void bind_mailbox(py::module_& module) {
       .def("remove", &PyMailboxServer::remove, py::arg("id"), py::arg("seconds"))
       .def("fault", &PyMailboxServer::fault, py::arg("id"))
       .def("served", &PyMailboxServer::served, py::arg("id"))
+      .def("time", &PyMailboxServer::time, py::arg("id"))
       .def("close", &PyMailboxServer::close, py::arg("seconds"))
       .def("before_fork", &PyMailboxServer::before_fork)
       .def("after_fork", &PyMailboxServer::after_fork, py::arg("child"));

@@ -26,6 +26,7 @@ from engram_adapter.device_embedding import DeviceCall, _identity
 from engram_adapter.embedding import RowIdEmbedding, TieredEmbedding, prefetch_layers
 from tierstore.decisions import hbm_budget
 from tierstore.place import Chosen, place_entries
+from tierstore.tiers.hbm import times
 
 CODECS = ["fp8_e4m3_e8m0x32", "fp32"]  # decoded, and moved as it is
 # Tables of 2,400 rows and more; half of the n-grams of these texts are placed.
@@ -152,6 +153,38 @@ def test_what_is_all_in_hbm_asks_the_host_for_nothing(open_tiny: Open) -> None:
         lookup = next(iter(embedding._on_device._lookups.values()))
         assert lookup._mailboxes.served(lookup._mailbox) == 0
         assert store.stats()["zero_miss_batches"] == 1
+
+
+def test_lookups_from_the_device_are_timed_prefetched_or_not_wherever_their_rows_lie(
+    tiered: tuple[tierstore.Store, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = tiered
+    monkeypatch.setattr(times, "LATENCY_SHARE", 1.0)
+    embedding = TieredEmbedding(store, 1, tiny_hash())
+    for seed in range(3):
+        finished(embedding, tokens(1, 4, seed))
+    embedding.prefetch(tokens(1, 5, 1))
+    finished(embedding, tokens(1, 5, 1))
+    latency = store.stats()["latency"]
+    assert sum(latency["counts"]) == 4
+    assert latency["sum_ns"] > 0
+    monkeypatch.setattr(times, "LATENCY_SHARE", 0.0)
+    finished(embedding, tokens(1, 4, 5))
+    assert sum(store.stats()["latency"]["counts"]) == 4
+
+
+def test_what_runs_between_a_prefetch_and_its_forward_is_no_part_of_the_latency(
+    tiered: tuple[tierstore.Store, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = tiered
+    now = iter([1_000, 3_000, 900_000_000, 900_000_500])
+    monkeypatch.setattr(times, "LATENCY_SHARE", 1.0)
+    monkeypatch.setattr(times.time, "perf_counter_ns", lambda: next(now, 0))
+    embedding, token_ids = TieredEmbedding(store, 1, tiny_hash()), tokens(1, 4, 1)
+    embedding.prefetch(token_ids)
+    embedding(token_ids)
+    took = store.stats()["latency"]["sum_ns"]
+    assert took in (2_000, 2_500)  # the second half is none where nothing can come late
 
 
 @pytest.mark.parametrize("split", [1, 2, 5, 11])

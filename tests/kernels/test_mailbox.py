@@ -501,3 +501,25 @@ def test_a_forked_child_has_a_closed_server_and_a_store_that_works(
         device.check(tokens, np.arange(600), model)
     device.asks(tokens, np.arange(600, dtype=np.int32), model)
     assert server.served(device.id) == 2 + in_flight
+
+
+def test_only_mailboxes_that_are_to_be_timed_are_and_only_requests_that_were_answered(store: tierstore.Store) -> None:
+    def timed() -> int:
+        return sum(store.stats()["latency"]["counts"])
+
+    device, tokens, pairs = Device(server_of(store)), keys_of(3, 4), np.arange(3, dtype=np.int32)
+
+    def ask_often(count: int | None = None) -> None:
+        for _ in range(200):  # one in eight is timed, by chance: none of 200 would be once in 10^11 runs
+            device.ask(tokens.reshape(-1)[pairs], pairs, count)
+            device.answer()
+
+    ask_often()
+    assert timed() == 0
+    server_of(store).time(device.id)
+    ask_often(-1)  # which cannot be answered
+    assert timed() == 0
+    ask_often()
+    assert 0 < timed() < 200
+    with pytest.raises(ValueError, match="no such mailbox"):
+        server_of(store).time(device.id + 1)

@@ -17,11 +17,13 @@ import numpy as np
 
 from ... import kernels
 from ...errors import StoreNotReadyError, TierStoreError
+from ...stats import add_counters
 from ..engine import READ_WAIT_S, Engine, HostEngine, Pending, Request
 from ..placed import PlacementFile
 from .change import OnBytes, change_entries
 from .lookup import DeviceLookup
 from .tier import HbmTier
+from .times import DeviceTimes
 
 PINNED_PART = 4  # one lookup's buffers take at most this part of the page-locked memory
 VERSION_TRIES_MAX = 16
@@ -48,6 +50,7 @@ class HbmEngine(Engine):
         self._changes_lock = threading.RLock()
         self._has_device = True
         self.device = tier.device
+        self._times = DeviceTimes(tier.device)
 
     @property
     def io(self) -> str:  # type: ignore[override]
@@ -144,7 +147,7 @@ class HbmEngine(Engine):
                 kernels.mailbox_bytes(2, spec.entry_bytes) - kernels.mailbox_bytes(1, spec.entry_bytes)
             )
             tokens = max(1, min(tokens_max, len(self._tier.pinned.block) // PINNED_PART // token_bytes))
-            lookup = DeviceLookup(self._what, self._tier, self._engine, self._mailboxes, index, tokens)
+            lookup = DeviceLookup(self._what, self._tier, self._engine, self._mailboxes, index, tokens, self._times)
             self._lookups.append(lookup)
             return lookup
 
@@ -195,8 +198,12 @@ class HbmEngine(Engine):
         return {"hbm_budget_bytes": self._tier.plan.budget_bytes, "hbm_bytes": self._tier.plan.hbm_bytes}
 
     def counters(self) -> dict[str, Any]:
-        """As `Engine.counters`, and under "hbm" a list for each table: keys by order found in slots."""
+        """As `Engine.counters`, and under "hbm" a list for each table: keys by order found in slots.
+
+        Latency is also that of lookups from the device: see `times`.
+        """
         counters = self._engine.counters()
+        counters["latency"] = add_counters(counters["latency"], self._times.record())
         if not self._has_device:
             return counters | {"hbm": [hits.tolist() for hits in self._hits]}
         in_hbm, tables = [], []
@@ -253,6 +260,7 @@ class HbmEngine(Engine):
         if child:  # a device's memory and its driver's state are the parent's, and so is who changes entries
             self._has_device, self.device = False, None
             self._changes_lock = threading.RLock()
+            self._times.after_fork_in_child()
             for lookup in self._lookups:
                 lookup.disown()
             self._lookups.clear()

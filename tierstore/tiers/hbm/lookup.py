@@ -31,6 +31,7 @@ from ...spec import TableSpec, codec_scale
 from ..engine import Pending
 from .device import is_capturing, spins_in
 from .tier import HbmTier
+from .times import DeviceTimes, LookupTimes
 
 STATUS_CLOSED = 3  # kClosed of kernels/cpu/mailbox.h
 WAIT_S = 60.0  # how long the device waits for the host, about
@@ -47,9 +48,17 @@ class DeviceLookup:
 
     @torch.inference_mode(False)  # or nobody could write to its tensors outside that mode
     def __init__(
-        self, what: str, tier: HbmTier, engine: Any, mailboxes: kernels.MailboxServer, index: int, tokens_max: int
+        self,
+        what: str,
+        tier: HbmTier,
+        engine: Any,
+        mailboxes: kernels.MailboxServer,
+        index: int,
+        tokens_max: int,
+        times: DeviceTimes,
     ) -> None:
-        """engine: the one below the tier, which answers the mailbox. Raises `BudgetError`: no page-locked memory is left.
+        """engine: the one below the tier, which answers the mailbox. times: of the store's lookups from the device. Raises
+        `BudgetError`: no page-locked memory is left.
 
         Not while a graph is captured: it would set the step's number back at each replay, and old answers were new ones.
         """
@@ -64,6 +73,8 @@ class DeviceLookup:
         self.tokens_max = tokens_max
         pairs_max = tokens_max * self._num_orders
         self._codec = row_codec(spec)
+        self._times = times
+        self._timed: LookupTimes | None = None  # of what is started, if it is timed
         self.outside = torch.zeros(1, dtype=torch.int64, device=tier.device)
         if tier.row_addresses[index]:
             self._row_ids = torch.empty((tokens_max, spec.num_heads), dtype=torch.int64, device=tier.device)
@@ -104,7 +115,19 @@ class DeviceLookup:
             self._end_reads()
             if self._scattered is not None and not self._notes_capture():
                 torch.cuda.current_stream(self._tier.device).wait_event(self._scattered)
-            self._start(keys, out)
+            self._timed = None if self._captured else self._times.begin()
+            with self._half():
+                self._start(keys, out)
+            if self._started is None:  # nothing comes late
+                self._end_timed()
+
+    def _half(self) -> contextlib.AbstractContextManager[None]:
+        """Around a half of a lookup that may be timed."""
+        return contextlib.nullcontext() if self._timed is None else self._timed.half()
+
+    def _end_timed(self) -> None:
+        timed, self._timed = self._timed, None
+        self._times.end(timed)
 
     def _start(self, keys: torch.Tensor, out: torch.Tensor) -> None:
         num_tokens = self._checked(len(keys))
@@ -142,6 +165,7 @@ class DeviceLookup:
             elif self._scattered is not None:
                 self._scattered.synchronize()
             self._end_answer()
+            self._timed = None  # the engine below times its reads
             self._start_known(keys, out)
 
     def _start_known(self, keys: np.ndarray, out: torch.Tensor) -> None:
@@ -179,7 +203,9 @@ class DeviceLookup:
     def _notes_capture(self) -> bool:
         """Returns whether a graph is captured on the current stream; it is known from then on that one may be replayed."""
         capturing = is_capturing(self._tier.device)
-        self._captured |= capturing
+        if capturing and not self._captured:
+            self._captured, self._timed = True, None
+            self._mailboxes.time(self._mailbox)  # replays are launched without us
         return capturing
 
     def _end_reads(self) -> None:
@@ -224,7 +250,11 @@ class DeviceLookup:
         with self._lock:
             self._check_open()
             if self._started is not None:
-                self._finish()
+                if self._timed is not None and self._notes_capture():
+                    self._timed = None
+                with self._half():
+                    self._finish()
+                self._end_timed()
 
     def _finish(self) -> None:
         assert self._started is not None
