@@ -92,10 +92,11 @@ class EngramLayer(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns what to add to `hidden_states`, and the convolution's state for the tokens that follow.
 
-        `hidden_states`: floats [B, T, C, D]; `token_ids`: integers [B, T]; `history`: the tokens before, for the
-        n-grams that reach back; `dead`: bool [B, T]. `conv_state`: what the step before returned, [B, C * D,
-        conv_state_tokens]; None at the start of the sequences, and always None without a convolution. Blocks on the
-        embedding. Raises `ValueError` where shapes disagree, and what the embedding raises.
+        `hidden_states`: floats [B, T, C, D]; `token_ids`: integers [B, T]; `history`: the tokens before, any number,
+        for the n-grams that reach back: decoding needs it, beside `conv_state`; `dead`: bool [B, T]. `conv_state`:
+        what the step before returned, [B, C * D, conv_state_tokens]; None at the start of the sequences, and always
+        None without a convolution. Blocks on the embedding. Raises `ValueError` where shapes disagree, and what the
+        embedding raises.
         """
         batch, tokens = token_ids.shape
         if hidden_states.shape != (batch, tokens, self.hc_mult, self.hidden_size):

@@ -103,9 +103,9 @@ def _not_among_the_keys(record: Record) -> str:
     if counters["rows"]:
         in_dram = ratio(counters["rows"] - counters["rows_missed"], counters["rows"])
         parts.append(f"{short_count(counters['rows'])} rows by their ids, {share_text(in_dram)} from DRAM")
-    on_gpu = sum(bool(client.get("on_gpu")) for client in record["clients"]["list"])
-    if on_gpu:
-        parts.append(f"what the GPU of {on_gpu} clients found, which only their own stats() count")
+    with_hbm = sum(bool(client.get("has_hbm")) for client in record["clients"]["list"])
+    if with_hbm:
+        parts.append(f"what the GPUs of {with_hbm} clients found: see their own stats()")
     return "".join(f"\n       not among the keys: {part}" for part in parts)
 
 

@@ -173,10 +173,10 @@ def test_what_is_in_no_count_of_keys_is_said() -> None:
     record = stat_record()
     assert "not among the keys" not in text_of(record)
     record["counters"] |= {"rows": 2_000_000, "rows_missed": 500_000}
-    record["clients"]["list"][0]["on_gpu"] = True
+    record["clients"]["list"][0]["has_hbm"] = True
     said = "\n".join(summary(record, None))
     assert "not among the keys: 2.00 M rows by their ids, 75.0 % from DRAM" in said
-    assert "not among the keys: what the GPU of 1 clients found, which only their own stats() count" in said
+    assert "not among the keys: what the GPUs of 1 clients found: see their own stats()" in said
 
 
 @pytest.mark.parametrize(

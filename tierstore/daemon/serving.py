@@ -366,6 +366,7 @@ class Daemon:
             "attached_s": now - peer.since,
             "version": max(self._host.attachments.versions_of(peer), default=0),
             "on_gpu": self._host.attachments.is_on_gpu(peer),
+            "has_hbm": peer.on_gpu,
             "keys": hits + misses,
             "dram_hits": hits,
             "nvme_hits": misses,
