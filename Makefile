@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 SOURCES := $(wildcard kernels/cpu/*) setup.py setup.cfg pyproject.toml requirements.txt
 
-.PHONY: install test lint types suite sanitize soak demo bench clean
+.PHONY: install test lint types suite cases sanitize soak demo bench clean
 
 install: $(STAMP)
 
@@ -29,6 +29,10 @@ types: install
 
 suite: install
 	$(BIN)/python -m pytest
+
+# Small scripts that each state a right behaviour, from a folder beside the repository; without it, the suite.
+cases: install
+	$(BIN)/python tests/cases.py
 
 # The C++ tests under the sanitizers. The writer that is killed step by step stays out: its children never end by themselves.
 sanitize: install

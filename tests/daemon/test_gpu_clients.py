@@ -371,7 +371,7 @@ def test_a_daemon_ends_while_it_waits_for_a_device(placed: Path, tmp_path: Path)
         until(lambda: daemon._host.attachments.waiting_for == [os.getpid()])
         assert daemon.close()
         with pytest.raises(tierstore.DaemonError):
-            change.result(timeout=5)
+            change.result(timeout=60)
 
 
 def test_a_closed_client_holds_nothing(placed: Path, tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_lookups_by_tls(built: Path, model: Model, certificates: Path, token_fil
         with connect_remote(url, token_file=token_file, ca_file=certificates / "ca.pem") as store:
             np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
         with pytest.raises(DaemonError, match=r"certificate is refused: .*give the ca_file that signed it"):
-            connect_remote(url, token_file=token_file, timeout_s=5)
+            connect_remote(url, token_file=token_file, timeout_s=60)
         with pytest.raises(DaemonError, match="it speaks TLS; write grpcs://"):
             connect_remote(url.replace("grpcs", "grpc"), token_file=token_file, timeout_s=5)
 
@@ -233,12 +233,12 @@ def test_an_expired_certificate_is_named(built: Path, certificates: Path) -> Non
     access = {"tls_cert": certificates / "expired.pem", "tls_key": certificates / "expired.key"}
     words = "certificate is refused: certificate has expired; renew it"
     with serving(built, **access) as server, pytest.raises(DaemonError, match=words):
-        connect_remote(f"grpcs://{server.address}", ca_file=certificates / "ca.pem", timeout_s=5)
+        connect_remote(f"grpcs://{server.address}", ca_file=certificates / "ca.pem", timeout_s=60)
 
 
 def test_a_server_without_tls_is_named(built: Path, certificates: Path) -> None:
     with serving(built) as server, pytest.raises(DaemonError, match="does not speak TLS"):
-        connect_remote(f"grpcs://{server.address}", ca_file=certificates / "ca.pem", timeout_s=5)
+        connect_remote(f"grpcs://{server.address}", ca_file=certificates / "ca.pem", timeout_s=60)
 
 
 def test_a_server_that_speaks_http_is_named() -> None:
