@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,18 +164,25 @@ def test_who_interrupts_an_opening_does_not_wait_for_all_of_it(tmp_path: Path, m
     monkeypatch.setattr(placed, "LOAD_THREADS", 1)
     monkeypatch.setattr(placed, "LOAD_BYTES", 1)
     descriptors = len(os.listdir("/proc/self/fd"))
-    loads = 0
+    loads, given_up = 0, threading.Event()
 
     def checked(*arguments: Any) -> int:
         nonlocal loads
         loads += 1
+        assert loads == 1 or given_up.wait(60)  # so that no machine is too busy for the interrupt to come first
         return spoil(*arguments)
 
     def interrupt(*_: int) -> None:
         raise KeyboardInterrupt
 
-    spoil = kernels.spoil_bad_records
+    def shutdown(pool: ThreadPoolExecutor, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        real_shutdown(pool, wait=False, cancel_futures=cancel_futures)
+        given_up.set()
+        real_shutdown(pool, wait=wait)
+
+    spoil, real_shutdown = kernels.spoil_bad_records, ThreadPoolExecutor.shutdown
     monkeypatch.setattr(kernels, "spoil_bad_records", checked)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
     with pytest.raises(KeyboardInterrupt):
         tierstore.open(tmp_path / "store", dram="32MiB", on_progress=interrupt)
     assert 0 < loads < 30, "of 59"
