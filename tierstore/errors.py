@@ -20,7 +20,7 @@ class FormatError(TierStoreError):
 
 
 class CorruptPageError(TierStoreError):
-    """A page (or a placed entry) cannot be read whole with a matching checksum: restore its shard or rebuild."""
+    """A page (or a placed entry) cannot be read whole with a matching checksum: `tierstore verify --repair`."""
 
 
 class FingerprintMismatchError(TierStoreError):

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .build import BuildProgress, locked_store, write_shard
+from .causes import named
 from .errors import BudgetError, ConfigError, CorruptPageError, FormatError, TierStoreError
 from .formats.catalog import CatalogImage, TableLayout, read_catalog, sync_folder
 from .formats.checkpoint import PlaneReader, TableSource
@@ -40,6 +41,9 @@ from .verify import (
     verify_shard,
     verify_store,
 )
+
+# What the system says of something else where a file of the store, or its folder, is to be.
+IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
 
 
 class RowSource(Protocol):
@@ -147,7 +151,8 @@ def _repair_shards(
         if found != image.tables[name].spec:
             raise ConfigError(
                 f"table {name}: {source.path} gives {found}, the store has {image.tables[name].spec}: it is another "
-                f"checkpoint; give the one that the store was built from"
+                f"checkpoint, or an older tierstore read it otherwise; give the one that the store was built from, or build "
+                f"the store again"
             )
     jobs = jobs or min(os.cpu_count() or 1, 4)
     _check_room(image, damaged, jobs)
@@ -259,11 +264,9 @@ def _instead(image: CatalogImage, epoch: int, placement: Placement | None) -> st
 
 def _named(error: OSError, path: Path) -> TierStoreError:
     """Turns what the operating system refused into an error that says what to do."""
-    where = error.filename2 or error.filename or path
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return BudgetError(f"{where}: {error.strerror}; free some disk and run the same command again")
-    if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+    if error.errno in IN_THE_WAY:
+        where = error.filename2 or error.filename or path
         return ConfigError(f"{where}: {error.strerror}; it is in the place of a file of the store: move it away")
-    return ConfigError(
-        f"{where}: {error.strerror}; make the store writable for this user, and run the same command again"
+    return named(
+        error, path, error.filename, writing=True, note="run the same command again: what is repaired stays repaired"
     )

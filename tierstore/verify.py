@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import kernels
-from .causes import Fault, named
+from .causes import named
 from .errors import ConfigError, FormatError, TierStoreError
 from .formats.catalog import CatalogImage, TableLayout, read_catalog
 from .formats.checkpoint import PlaneReader, TableSource
@@ -195,8 +195,7 @@ def verify_shard(
         if error.errno in DAMAGE_ERRNOS:
             found.add_damage(str(error.strerror))
         else:
-            fault = Fault(FormatError, "restore it from a copy or rebuild")
-            found.others.append(str(named(error, what, image.path / shard.file, fault=fault)))
+            found.others.append(str(named(error, what, image.path / shard.file)))
         return found.report()
     try:
         status = os.fstat(fd)

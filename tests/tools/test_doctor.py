@@ -67,7 +67,7 @@ def test_a_store_is_looked_into(built: Path, own_store: Path) -> None:
     assert found["store"].state == "ok"
     assert found["store's files"].state == "fail"
     assert str(shard) in found["store's files"].fact
-    assert "copy it again or rebuild" in found["store's files"].remedy
+    assert f"tierstore verify {own_store} --repair --source CHECKPOINT" in found["store's files"].remedy
     (own_store / "catalog.mdb").write_bytes(b"no catalog")
     assert what_is_found(own_store)["store"].state == "fail"
 

@@ -19,7 +19,7 @@ from .. import kernels
 from ..causes import allow_open_files, short_of_something
 from ..decisions.budget import DramPlan, StagingPlan
 from ..errors import CorruptPageError, StoreNotReadyError, TierStoreError
-from ..formats.page import PAGE_VERSION, fault_text
+from ..formats.page import PAGE_VERSION, fault_text, repair_command
 from ..stats import latency_of
 from ..workers import aside
 from .engine import READ_WAIT_S, HostEngine, Request, in_slices
@@ -249,7 +249,7 @@ class NativeEngine(HostEngine):
             return CorruptPageError(fault_text(where, detail))
         if detail < 0:
             return CorruptPageError(
-                f"{where}: its shard ends before it; it was cut while open: restore it from a copy or rebuild"
+                f"{where}: its shard ends before it; it was cut while open; repair it: {repair_command()}"
             )
         return CorruptPageError(
             f"{where} cannot be read: {os.strerror(detail)}; check the disk, then run 'tierstore verify'"

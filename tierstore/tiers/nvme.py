@@ -22,7 +22,7 @@ from ..causes import Fault, allow_open_files, named
 from ..errors import CorruptPageError, FormatError
 from ..file_systems import warn_unless_local
 from ..formats.catalog import CatalogImage, TableLayout
-from ..formats.page import check_pages
+from ..formats.page import check_pages, repair_command
 
 logger = logging.getLogger("tierstore")
 
@@ -125,20 +125,20 @@ class TableFiles:
 def _open_shard(image: CatalogImage, table: TableLayout, index: int) -> tuple[Path, int]:
     shard = image.shards[table.spec.name][index]
     file = Path(image.path) / shard.file
-    what = f"shard {index} of table {table.spec.name} ({file})"
+    what, remedy = f"shard {index} of table {table.spec.name} ({file})", f"repair it: {repair_command(image.path)}"
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe in its place would block for ever
     except OSError as error:
-        raise named(error, what, file, fault=Fault(FormatError, "copy it again or rebuild")) from error
+        raise named(error, what, file, fault=Fault(FormatError, remedy)) from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise FormatError(f"{what}: it is no regular file; copy it again or rebuild")
+        raise FormatError(f"{what}: it is no regular file; {remedy}")
     found_bytes = os.fstat(fd).st_size
     if found_bytes != shard.num_bytes:
         os.close(fd)
         raise FormatError(
             f"{what}: {found_bytes} bytes on disk, the catalog says {shard.num_bytes}; "
-            f"the copy was cut short or is another file: copy it again or rebuild"
+            f"it was cut short or is another file; {remedy}"
         )
     # Rows lie scattered: without this, every read of one page would bring in a window of its neighbours.
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -151,7 +151,7 @@ def open_direct(file: Path) -> int:
         return os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise named(error, file, fault=Fault(FormatError, "copy it again or rebuild")) from error
+            raise named(error, file, fault=Fault(FormatError, f"repair it: {repair_command()}")) from error
         return -1
 
 
@@ -197,7 +197,8 @@ def _read_run(fd: int, byte_start: int, pages: np.ndarray, what: str) -> None:
         count = os.preadv(fd, [view[done:]], byte_start + done)
         if count == 0:
             raise CorruptPageError(
-                f"{what}: its shard ends at byte {byte_start + done}; it was cut while open: restore it from a copy or rebuild"
+                f"{what}: its shard ends at byte {byte_start + done}; it was cut while open; "
+                f"repair it: {repair_command()}"
             )
         done += count
 
