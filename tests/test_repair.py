@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from daemon.served import KIB, serving
 from stores import Model, make_model, place_some, random_keys
 
 import tierstore
@@ -274,6 +275,26 @@ def test_an_open_store_answers_right_rows_or_named_errors_while_it_is_repaired(o
     assert min(answers.values()) > 0
     with tierstore.open(own_store, dram="600KiB") as store:
         np.testing.assert_array_equal(store[NAME].rows(row_ids), model.rows[NAME])
+
+
+def test_a_daemon_and_its_clients_go_on_while_their_store_is_repaired(
+    own_store: Path, model: Model, tmp_path: Path
+) -> None:
+    """They read the old file, damage and all, until the store is served anew; none of them sees half a shard."""
+    layout = read_catalog(own_store).tables[NAME]
+    flip(shard_file(own_store), 5000)
+    row_ids = np.arange(layout.spec.num_rows)
+    bad = row_ids // layout.rows_per_page == layout.shard_pages(1)[0] + 1
+    for repaired in (False, True):
+        with serving(own_store, tmp_path / "s", 900 * KIB), tierstore.connect(tmp_path / "s") as store:
+            for _ in range(2):
+                np.testing.assert_array_equal(store[NAME].rows(row_ids[~bad]), model.rows[NAME][~bad])
+                if repaired:
+                    np.testing.assert_array_equal(store[NAME].rows(row_ids[bad]), model.rows[NAME][bad])
+                else:
+                    with pytest.raises(tierstore.CorruptPageError, match="--repair"):
+                        store[NAME].rows(row_ids[bad])
+                assert tierstore.verify(own_store, model, repair=True).faults == []
 
 
 def heads_of(store: Path) -> dict:
