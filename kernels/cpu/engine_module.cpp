@@ -147,6 +147,7 @@ class PyEngine {
     {
       const py::gil_scoped_release released;
       ended = close(engine_->wait_s());
+      if (ended) engine_.reset();  // before the memory that it looks at
     }
     if (ended) return;
     // Its threads go on, and use all this.
