@@ -142,9 +142,7 @@ class Trials:
     def submit(self) -> None:
         which, buffer = self.buffer()
         tickets: list[tierstore.store.Ticket] = []
-        whole = self.attempt(
-            lambda: tickets.append(self.store.submit({NAME: (self.pool[which], self.inside(buffer))}))
-        )
+        whole = self.attempt(lambda: tickets.append(self.store.submit({NAME: (self.pool[which], self.inside(buffer))})))
         if not tickets:
             self.judge(False, which, buffer)
         elif whole and self.rng.random() < 0.3:

@@ -108,7 +108,9 @@ def all_is_well(store: tierstore.Store, model: Model) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("how", ["lookup", "strided lookup", "rows", "whole rows", "submit", "strided submit", "explain"])
+@pytest.mark.parametrize(
+    "how", ["lookup", "strided lookup", "rows", "whole rows", "submit", "strided submit", "explain"]
+)
 def test_a_lookup_without_memory_raises_and_costs_nothing_later(open_store: Any, model: Model, how: str) -> None:
     rng = np.random.default_rng(1)
     with open_store() as store:
