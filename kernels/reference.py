@@ -152,6 +152,15 @@ def _shifted(values: np.ndarray, back: int, num_tokens: int, fill: int) -> np.nd
     return np.concatenate([head, values[:, max(first, 0) : max(first, 0) + num_tokens - missing]], axis=1)
 
 
+def find_outside(ids: np.ndarray, end: int) -> int:
+    flat = ids.reshape(-1)
+    outside = flat < -1
+    if end <= _KEY_MAX:
+        outside |= flat >= end
+    places = np.flatnonzero(outside)
+    return int(places[0]) if len(places) else -1
+
+
 def row_ids_of_keys(
     keys: np.ndarray, order_index: np.ndarray | None, moduli: np.ndarray, offsets: np.ndarray, out: np.ndarray
 ) -> None:

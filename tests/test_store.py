@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -236,6 +238,98 @@ def _lookup_in_child(store, model: Model, results) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_ticket_that_has_ended_keeps_no_buffer(built: Path) -> None:
+    rng = np.random.default_rng(0)
+    with tierstore.open(built, dram="300KiB") as store:
+        buffers = []
+        for _ in range(20):
+            out = np.empty((60, 24, 40), dtype=np.uint8)
+            buffers.append(weakref.ref(out))
+            store.submit({"layers.1": (rng.integers(0, 2**60, (60, 3)), out)}).wait(timeout_s=60)
+            del out
+        assert [buffer() for buffer in buffers] == [None] * 20
+
+
+def test_a_ticket_that_nobody_waits_for_keeps_no_buffer_either(built: Path) -> None:
+    with tierstore.open(built, dram="300KiB") as store:
+        out = np.empty((60, 24, 40), dtype=np.uint8)
+        buffer = weakref.ref(out)
+        store.submit({"layers.1": (np.random.default_rng(1).integers(0, 2**60, (60, 3)), out)})
+        del out
+        deadline = time.monotonic() + 60
+        while buffer() is not None:  # the main thread drops it between two of its instructions
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
+@pytest.mark.parametrize("dram", ["500KiB", "64MiB"])
+@pytest.mark.parametrize("how", ["lookup", "rows", "submit"])
+def test_keys_that_another_thread_changes_give_rows_of_the_one_or_the_other(
+    built: Path, model: Model, dram: str, how: str
+) -> None:
+    one, other = random_keys(np.random.default_rng(2), 50), random_keys(np.random.default_rng(3), 50)
+    one[one < 0], other[other < 0] = 5, 6
+    if how == "rows":
+        values = [model.row_ids("layers.1", keys).reshape(-1) for keys in (one, other)]
+    else:
+        values = [one, other]
+    shared, ended = values[0].copy(), threading.Event()
+    rows = [model.expected("layers.1", keys) for keys in (one, other)]
+
+    def change() -> None:
+        bad = values[0].copy()
+        bad.reshape(-1)[::7] = np.iinfo(np.int64).min
+        while not ended.is_set():
+            for written in (values[1], bad, values[0]):
+                shared[...] = written
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    refused = 0
+    try:
+        with tierstore.open(built, dram=dram) as store:
+            for _ in range(300):
+                out = np.full((50, 24, 40), 0xA5, dtype=np.uint8)
+                try:
+                    if how == "lookup":
+                        store["layers.1"].lookup(shared, out)
+                    elif how == "rows":
+                        store["layers.1"].rows(shared, out.reshape(-1, 40))
+                    else:
+                        store.submit({"layers.1": (shared, out)}).wait(timeout_s=60)
+                except ValueError:
+                    refused += 1
+                    continue
+                units = (1200, 40) if how == "rows" else (150, 320)  # what one id asks for
+                found, *wanted = (each.reshape(units) for each in (out, *rows))
+                assert ((found == wanted[0]).all(axis=1) | (found == wanted[1]).all(axis=1)).all()
+    finally:
+        ended.set()
+        thread.join()
+    assert refused < 300
+
+
+def test_closed_descriptors_are_an_error_at_once_that_says_so(built: Path) -> None:
+    code = (
+        "import os, sys, time, numpy as np, tierstore\n"
+        "store = tierstore.open(sys.argv[1], dram='500KiB', io=sys.argv[2])\n"
+        "os.closerange(3, 1000)\n"
+        "started = time.monotonic()\n"
+        "for early in (False, True):\n"
+        "    keys, out = np.arange(300).reshape(-1, 3), np.empty((100, 24, 40), dtype=np.uint8)\n"
+        "    try:\n"
+        "        store.submit({'layers.1': (keys, out)}).wait(60) if early else store['layers.1'].lookup(keys, out)\n"
+        "    except tierstore.StoreNotReadyError as error:\n"
+        "        assert 'os.closerange' in str(error), error\n"
+        "    else:\n"
+        "        raise AssertionError('rows of files that are closed')\n"
+        "assert time.monotonic() - started < 20\n"
+        "os._exit(0)\n"
+    )
+    for io in ("auto", "mmap", "pread"):
+        subprocess.run([sys.executable, "-c", code, str(built), io], check=True, timeout=120)
+
+
 def test_a_store_works_on_both_sides_of_a_fork(built: Path, model: Model) -> None:
     context = multiprocessing.get_context("fork")
     with tierstore.open(built, dram="600KiB") as store:

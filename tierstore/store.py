@@ -96,22 +96,27 @@ class _Opened:
 
     def _stop_trace(self) -> KeyTraceInfo | None:
         with self._recorder_lock:
-            recorder = self._forget_trace()
-        if recorder is None:
-            return None
-        try:
-            return recorder.stop()
-        except BaseException:
-            recorder.abandon()
-            raise
+            recorder = self._recorder
+            if recorder is None:
+                return None
+            try:
+                self._pass_by()
+                info = recorder.stop()
+                self._recorder = None
+                return info
+            except BaseException:
+                self._forget_trace()
+                recorder.abandon()
+                raise
 
-    def _forget_trace(self) -> Recorder | None:
-        """Sends lookups past the recorder, and returns it."""
-        recorder = self._recorder
+    def _pass_by(self) -> None:
+        """Sends lookups past the recorder."""
         if isinstance(self._engine, RecordingEngine):
             self._use(self._engine.engine)
+
+    def _forget_trace(self) -> None:
+        self._pass_by()
         self._recorder = None
-        return recorder
 
     def close(self) -> None:
         """See `Store.close`."""

@@ -16,6 +16,7 @@ from .errors import StoreNotReadyError
 from .spec import TableSpec
 from .tiers.engine import Engine
 
+KEYS_END = 1 << 63
 VERSION_TRIES_MAX = 16
 VERSION_PAUSE_S = 0.001
 
@@ -99,9 +100,10 @@ class Table:
         caches by their keys, which the ids give back; other ids are read one by one. Blocks and raises like `lookup`.
         """
         spec = self._spec
-        row_ids = np.array(_checked_ids(row_ids, "row_ids"), order="C")  # ours: what is checked is what is read
-        if row_ids.size and not -1 <= row_ids.min() <= row_ids.max() < spec.num_rows:
-            bad = row_ids[(row_ids < -1) | (row_ids >= spec.num_rows)][0]
+        row_ids = _checked_ids(row_ids, "row_ids").copy()  # ours: what is checked is what is read
+        outside = kernels.find_outside(row_ids, spec.num_rows)
+        if outside >= 0:
+            bad = row_ids.reshape(-1)[outside]
             raise ValueError(f"table {spec.name}: row id {bad} is outside -1 to {spec.num_rows - 1}")
         out = _checked_out(out, (*row_ids.shape, spec.row_bytes))
         flat = out if out.flags.c_contiguous else np.empty(out.shape, dtype=np.uint8)
@@ -152,17 +154,19 @@ class Table:
         The copy is what is checked and looked up, whatever another thread, or the output, does to the caller's keys.
         """
         spec = self.spec
-        keys = np.array(_checked_ids(keys, "keys"), order="C")
+        keys = _checked_ids(keys, "keys").copy()
         if keys.ndim != 2 or keys.shape[1] != len(spec.orders):
             raise ValueError(
                 f"table {spec.name}: keys are {list(keys.shape)}, expected [N, {len(spec.orders)}]: one for each order"
             )
-        if keys.size and keys.min() < -1:
-            raise ValueError(
-                f"table {spec.name}: key {keys.min()} is below -1; keys are 0 to 2^63 - 1, or -1 for zero rows"
-            )
-        if spec.is_plain and keys.size and keys.max() >= spec.num_rows:
-            raise ValueError(f"table {spec.name}: key {keys.max()} is outside its {spec.num_rows} rows")
+        outside = kernels.find_outside(keys, spec.num_rows if spec.is_plain else KEYS_END)
+        if outside >= 0:
+            bad = keys.reshape(-1)[outside]
+            if bad < -1:
+                raise ValueError(
+                    f"table {spec.name}: key {bad} is below -1; keys are 0 to 2^63 - 1, or -1 for zero rows"
+                )
+            raise ValueError(f"table {spec.name}: key {bad} is outside its {spec.num_rows} rows")
         out = _checked_out(out, (len(keys), spec.num_heads, spec.row_bytes))
         return keys, out
 

@@ -60,25 +60,25 @@ bool overlap(const void* a, size_t a_bytes, const void* b, size_t b_bytes) {
   return a_start < b_start + b_bytes && b_start < a_start + a_bytes;
 }
 
-// A job submitted from Python, made before the job is, so that there is somebody to cancel it whatever happens. Dropped, it cancels a
-// job that is not done, unless that was detached: nobody else will see to it that its output is left alone meanwhile.
+// A job submitted from Python. Dropped, it cancels a job that is not done, unless that was detached: nobody else would see to it that
+// the job's output is left alone meanwhile.
 class Ticket {
  public:
-  Ticket() = default;
-  ~Ticket() { if (!detached_) cancel(); }
+  explicit Ticket(std::shared_ptr<Job> job) : job_(std::move(job)) {}
+  ~Ticket() {
+    if (!detached_) cancel();
+  }
   Ticket(const Ticket&) = delete;
   Ticket& operator=(const Ticket&) = delete;
 
-  void take(std::shared_ptr<Job> job) { job_ = std::move(job); }
-
   bool done() {
     drop_released();
-    return job_ == nullptr || job_->is_done();
+    return job_->is_done();
   }
 
   // Nothing is written to the job's output after this.
   void cancel() {
-    if (job_ != nullptr) job_->cancel();
+    job_->cancel();
     drop_released();
   }
 
@@ -88,7 +88,6 @@ class Ticket {
   // Returns False if the time ran out, else the fault or None.
   py::object wait(double seconds) {
     const std::shared_ptr<Job> job = job_;
-    if (job == nullptr) return py::none();
     const auto deadline = Clock::now() + std::chrono::duration<double>(std::min(seconds, 1e9));
     for (;;) {
       const std::chrono::duration<double> left = deadline - Clock::now();
@@ -147,6 +146,7 @@ class PyEngine {
     {
       const py::gil_scoped_release released;
       ended = close(engine_->wait_s());
+      if (ended) engine_.reset();  // before the memory that it looks at
     }
     if (ended) return;
     // Its threads go on, and use all this.
@@ -162,20 +162,20 @@ class PyEngine {
     return timed([&] { return read(part_of(index, keys, py::none(), out)); });
   }
 
-  // [(table, keys, out), ...], checked. The ticket's job has hold of every out before a read begins. Returns True if it is under way,
-  // None if nothing was missing, or False as `lookup` does. After an exception nothing is written.
-  py::object submit(Ticket& ticket, const std::vector<std::tuple<size_t, py::object, py::object>>& requests) {
+  // [(table, keys, out), ...], checked. Returns a Ticket, whose job had hold of every out before a read began; None if nothing was
+  // missing, or False as `lookup` does. After an exception nothing is written.
+  py::object submit(const std::vector<std::tuple<size_t, py::object, py::object>>& requests) {
     for (const auto& [index, keys, out] : requests) {
       if (!fits(index, keys, out)) return py::bool_(false);
     }
     std::vector<Part> parts;
     parts.reserve(requests.size());
     for (const auto& [index, keys, out] : requests) parts.push_back(part_of(index, keys, py::none(), out));
-    return start(ticket, parts);
+    return start(parts);
   }
 
   // keys, int64 [M], and their pairs, int32 [M], of one table into out, uint8 [M, entry_bytes]. Returns as `submit` does.
-  py::object submit_pairs(Ticket& ticket, size_t index, py::handle keys, py::handle pairs, py::handle out) {
+  py::object submit_pairs(size_t index, py::handle keys, py::handle pairs, py::handle out) {
     if (index >= engine_->tables().size() || !is_array(keys, 'i', 8, false) || !is_array(pairs, 'i', 4, false) ||
         !is_array(out, 'u', 1, true)) {
       return py::bool_(false);
@@ -190,7 +190,7 @@ class PyEngine {
     }
     std::vector<Part> parts;
     parts.push_back(part_of(index, keys, pairs, out));
-    return start(ticket, parts);
+    return start(parts);
   }
 
   // Row ids, int64 [R], -1 for a zero row, into uint8 [R, row_bytes], past the cache. Returns as `lookup` does. Those of whole tokens
@@ -471,7 +471,7 @@ class PyEngine {
   }
 
   // Gathers, and submits what is missing. Returns as `submit` does.
-  py::object start(Ticket& ticket, std::vector<Part>& parts) {
+  py::object start(std::vector<Part>& parts) {
     std::vector<py::object> objects;
     std::vector<std::pair<size_t, uint8_t*>> outputs;
     for (Part& part : parts) {
@@ -495,17 +495,15 @@ class PyEngine {
     const std::shared_ptr<Job> job = engine_->make_job(std::move(gathered), outputs);
     if (!job->misses.empty()) job->started = started;
     job->hold(hold_objects(std::move(objects)));
-    ticket.take(job);
+    py::object ticket = py::cast(std::make_unique<Ticket>(job));  // before it starts: whoever drops this cancels it
     try {
-      if (!start_job(job)) {
-        end(*job, {FaultKind::kCancelled, 0, 0, 0});
-        return py::bool_(false);
-      }
+      if (start_job(job)) return ticket;
     } catch (...) {
       end(*job, {FaultKind::kCancelled, 0, 0, 0});
       throw;
     }
-    return py::bool_(true);
+    end(*job, {FaultKind::kCancelled, 0, 0, 0});
+    return py::bool_(false);
   }
 
   // Has a worker take a job, or ends it. False: the engine is closed. If this throws, no worker has it.
@@ -609,7 +607,6 @@ py::object fault_tuple(const Fault& fault) {
 
 void bind_engine(py::module_& module) {
   py::class_<Ticket>(module, "Ticket", py::module_local())
-      .def(py::init<>())
       .def("done", &Ticket::done)
       .def("cancel", &Ticket::cancel)
       .def("detach", &Ticket::detach)

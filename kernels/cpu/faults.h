@@ -25,6 +25,7 @@ class FaultPlan {
     what_ = what;
   }
 
+  bool is_on() const { return what_.load(std::memory_order_relaxed) != FaultInjection::kNone; }
   uint64_t seen() const { return seen_; }
 
   // Applied to every page that arrives, before it is checked.

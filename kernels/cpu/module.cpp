@@ -210,7 +210,28 @@ void keys_of_row_ids(const Input<int64_t>& row_ids, const Input<int64_t>& moduli
   tierstore::keys_of_row_ids(ids, num_tokens, map, fixing, out, are_whole);
 }
 
+// The place of the first id that is neither -1 nor below end; -1 if there is none.
+py::ssize_t find_outside(const Input<int64_t>& ids, uint64_t end) {
+  constexpr size_t kPart = 1024;    // looked at without a branch
+  constexpr size_t kBrief = 1 << 14;  // over sooner than the interpreter lock is given back and taken again
+  const int64_t* data = ids.data();
+  const auto count = static_cast<size_t>(ids.size());
+  std::optional<py::gil_scoped_release> released;
+  if (count > kBrief) released.emplace();
+  const auto is_outside = [&](size_t i) { return static_cast<uint64_t>(data[i]) + 1 > end; };
+  for (size_t start = 0; start < count; start += kPart) {
+    const size_t part_end = std::min(count, start + kPart);
+    bool any = false;
+    for (size_t i = start; i < part_end; ++i) any |= is_outside(i);
+    for (size_t i = start; any && i < part_end; ++i) {
+      if (is_outside(i)) return static_cast<py::ssize_t>(i);
+    }
+  }
+  return -1;
+}
+
 void define_hash(py::module_& module) {
+  module.def("find_outside", &find_outside, py::arg("ids"), py::arg("end"));
   module.def("keys_of_tokens", &keys_of_tokens, py::arg("token_ids"), py::arg("history"), py::arg("dead"),
              py::arg("token_map"), py::arg("vocab_size"), py::arg("multipliers"), py::arg("orders"), py::arg("pad_id"),
              py::arg("barrier_id"), py::arg("out"));

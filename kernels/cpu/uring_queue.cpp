@@ -72,21 +72,19 @@ class UringQueue : public PageQueue {
   void start(const std::vector<PageRead>& reads) noexcept override {
     for (const PageRead& read : reads) {
       slots_[read.slot] = {read, 0, 0, read.shard->direct_fd >= 0};
-      to_push_.push(slots_[read.slot]);
+      push_or_keep(slots_[read.slot]);
     }
-    push_all();
     enter(0, 0);
   }
 
   void reap(std::vector<PageDone>& done, int timeout_ms) noexcept override {
+    if (collect(done) > 0 || in_flight_ + unsubmitted_ == 0) return;
     const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(timeout_ms);
-    for (;;) {
-      push_all();
-      if (collect(done) > 0 || in_flight_ + unsubmitted_ == 0) return;
-      const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(until - std::chrono::steady_clock::now());
-      if (left.count() <= 0) return;
+    for (int left_ms = timeout_ms; left_ms > 0;) {
       // Half of what is in flight is worth waiting for: fewer wake-ups than one by one, and the queue never runs dry.
-      if (!enter(std::max(1u, (in_flight_ + unsubmitted_) / 2), static_cast<int>(left.count()))) std::this_thread::sleep_for(kPause);
+      if (!enter(std::max(1u, (in_flight_ + unsubmitted_) / 2), left_ms)) std::this_thread::sleep_for(kPause);
+      if (collect(done) > 0) return;
+      left_ms = static_cast<int>((until - std::chrono::steady_clock::now()) / std::chrono::milliseconds(1));
     }
   }
 
@@ -121,6 +119,15 @@ class UringQueue : public PageQueue {
   unsigned* at(uint32_t offset) { return static_cast<unsigned*>(static_cast<void*>(ring_ + offset)); }
 
   bool has_room() const { return *sq_tail_ - __atomic_load_n(sq_head_, __ATOMIC_ACQUIRE) < sq_entries_; }
+
+  void push_or_keep(Slot& wanted) {
+    if (broken_ == 0 && to_push_.empty() && has_room()) {
+      push(wanted);
+    } else {
+      to_push_.push(wanted);
+      push_all();
+    }
+  }
 
   // Puts reads into the submission queue, as many as it has room for: what the kernel has not taken from it yet stays as it is.
   void push_all() {
@@ -195,14 +202,14 @@ class UringQueue : public PageQueue {
       if (came_short || refused_direct) wanted.direct = false;  // the rest may not be aligned as O_DIRECT wants it
       const bool not_now = (result == -EINTR || result == -EAGAIN) && wanted.num_again++ < kAgainMax;
       if (came_short || refused_direct || not_now) {
-        to_push_.push(wanted);
+        push_or_keep(wanted);
       } else {
         done.push_back({slot, result < 0 ? -result : result == 0 ? kCutShort : 0});
         ++count;
       }
     }
     __atomic_store_n(cq_head_, head, __ATOMIC_RELEASE);
-    push_all();
+    if (!to_push_.empty()) push_all();
     return count;
   }
 

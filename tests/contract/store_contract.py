@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,42 @@ class StoreContract:
         np.testing.assert_array_equal(out, model.expected("layers.1", keys))
         backwards = store["layers.1"].lookup(keys[::-1])
         np.testing.assert_array_equal(backwards, model.expected("layers.1", keys)[::-1])
+
+    @pytest.mark.parametrize("how", ["lookup", "rows", "submit"])
+    def test_keys_may_lie_where_the_rows_go(self, store, model: Model, how: str) -> None:
+        keys = random_keys(np.random.default_rng(11), 90)
+        for _ in range(2):  # the second time from the caches
+            buffer = np.zeros(90 * 24 * 40, dtype=np.uint8)
+            out, ids = buffer.reshape(90, 24, 40), keys if how != "rows" else model.row_ids("layers.1", keys)
+            inside = buffer[8 : 8 + ids.nbytes].view(np.int64).reshape(ids.shape)
+            inside[:] = ids
+            if how == "lookup":
+                store["layers.1"].lookup(inside, out)
+            elif how == "rows":
+                store["layers.1"].rows(inside, out)
+            else:
+                store.submit({"layers.1": (inside, out)}).wait(timeout_s=60)
+            np.testing.assert_array_equal(out, model.expected("layers.1", keys))
+
+    def test_one_tables_keys_may_lie_where_anothers_rows_go(self, store, model: Model) -> None:
+        keys = random_keys(np.random.default_rng(12), 40)
+        buffer, other = np.zeros(40 * 24 * 40, dtype=np.uint8), np.zeros((40, 24, 40), dtype=np.uint8)
+        inside = buffer[: keys.nbytes].view(np.int64).reshape(keys.shape)
+        inside[:] = keys
+        out = buffer.reshape(40, 24, 40)
+        store.submit({"layers.14": (keys, out), "layers.1": (inside, other)}).wait(timeout_s=60)
+        np.testing.assert_array_equal(out, model.expected("layers.14", keys))
+        np.testing.assert_array_equal(other, model.expected("layers.1", keys))
+
+    def test_keys_that_are_not_aligned_give_the_same_rows(self, store, model: Model) -> None:
+        keys = random_keys(np.random.default_rng(13), 30)
+        odd = np.zeros(keys.nbytes + 1, dtype=np.uint8)[1:].view(np.int64).reshape(keys.shape)
+        odd[:] = keys
+        assert not odd.flags.aligned
+        np.testing.assert_array_equal(store["layers.1"].lookup(odd), model.expected("layers.1", keys))
+        out = np.zeros((30, 24, 40), dtype=np.uint8)
+        store.submit({"layers.1": (odd, out)}).wait(timeout_s=60)
+        np.testing.assert_array_equal(out, model.expected("layers.1", keys))
 
     def test_a_strided_buffer_is_not_written_beside_its_rows(self, store) -> None:
         whole = np.full((6, 24, 50), 0xA5, dtype=np.uint8)
@@ -255,6 +292,25 @@ class StoreContract:
         assert [sum(orders[o].values()) for o in (2, 3, 4)] == [3 * int((keys[:, i] >= 0).sum()) for i in range(3)]
         assert stats["zero_miss_batches"] <= 3
         assert (stats["pages_read"] == 0) == (stats["hits"]["nvme"] == 0)
+
+    def test_a_store_is_a_collection_of_its_tables(self, store) -> None:
+        assert "layers.1" in store
+        assert "layers.2" not in store
+        assert 0 not in store
+        assert list(store) == list(store.tables)
+        assert len(store) == len(store.tables)
+        assert "layers.1" in repr(store)
+        assert "layers.1" in repr(store["layers.1"])
+
+    def test_a_table_keeps_its_store_open(self, built: Path, model: Model) -> None:
+        keys = random_keys(np.random.default_rng(14), 10)
+        table = self.open_store(built)["layers.1"]
+        np.testing.assert_array_equal(table.lookup(keys), model.expected("layers.1", keys))
+
+    def test_what_to_do_instead_of_pickling_an_open_store_is_said(self, store) -> None:
+        for what in (store, store["layers.1"]):
+            with pytest.raises(TypeError, match="open the store in each worker"):
+                pickle.dumps(what)
 
     def test_tables_and_attachments_are_what_was_built(self, store, model: Model) -> None:
         assert list(store.tables) == [source.spec.name for source in model.sources]

@@ -29,6 +29,21 @@ def int64(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int64)
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("end", [0, 1, 1000, KEY_MAX, 1 << 63])
+@pytest.mark.parametrize("size", [0, 1, 1024, 20_000])
+def test_the_first_id_outside_is_found_wherever_it_is(name: str, end: int, size: int) -> None:
+    ids = np.random.default_rng(size).integers(-1, max(0, min(end, KEY_MAX)), size)
+    find_outside = IMPLEMENTATIONS[name].find_outside
+    assert find_outside(ids, end) == -1
+    bad = [-2, -KEY_MAX - 1, *([end, KEY_MAX] if end <= KEY_MAX else [])]
+    for place in {0, size // 2, size - 1} & set(range(size)):
+        for value in bad:
+            damaged = ids.copy()
+            damaged[place:] = value
+            assert find_outside(damaged, end) == place
+
+
 class Batch:
     """Random arguments of `keys_of_tokens`, and what must come of them, token by token in Python integers."""
 

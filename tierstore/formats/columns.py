@@ -168,12 +168,12 @@ class ColumnWriter:
 class ColumnReader:
     """A finished file of columns: header, footer, and blocks on demand. Any number of threads may read."""
 
-    def __init__(self, path: Path, fd: int, kind: str) -> None:
-        """Reads and checks all but the blocks; `open` is the way in. Takes over fd."""
+    def __init__(self, path: Path, file: io.FileIO, kind: str) -> None:
+        """Reads and checks all but the blocks; `open` is the way in. Takes over the file."""
         self.path = path
-        self._fd = fd
-        self.header, self.num_bytes, data_start = read_head(path, fd, kind)
-        self.footer, self._blocks = read_directory(path, fd, self.num_bytes, data_start)
+        self._file = file
+        self.header, self.num_bytes, data_start = read_head(path, file.fileno(), kind)
+        self.footer, self._blocks = read_directory(path, file.fileno(), self.num_bytes, data_start)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], kind: str) -> ColumnReader:
@@ -183,11 +183,11 @@ class ColumnReader:
         opened.
         """
         with naming(os.fspath(path), path):
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
+            file = io.FileIO(path, opener=_open_without_waiting)
         try:
-            return cls(Path(path), fd, kind)
+            return cls(Path(path), file, kind)
         except BaseException:
-            os.close(fd)
+            file.close()
             raise
 
     def sections(self) -> list[str]:
@@ -232,7 +232,7 @@ class ColumnReader:
 
     def _read_column(self, record: Column, decompressor: zstandard.ZstdDecompressor, where: str) -> np.ndarray:
         data = np.empty(record.num_bytes, dtype=np.uint8)
-        read_exactly(self._fd, data, record.byte_start, where)
+        read_exactly(self._file.fileno(), data, record.byte_start, where)
         if (checksum := kernels.crc32c(data)) != record.checksum:
             raise FormatError(
                 f"{where}: checksum {checksum:08x}, the directory says {record.checksum:08x}; copy the file again"
@@ -252,15 +252,22 @@ class ColumnReader:
 
     def close(self) -> None:
         """Closes the file. Closing twice is harmless."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
+
+    def __del__(self) -> None:
+        # Its maker was interrupted before it could keep it.
+        if hasattr(self, "_file"):
+            self.close()
 
     def __enter__(self) -> ColumnReader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
 
 
 def _filtered(values: np.ndarray, filter_: str) -> memoryview:

@@ -161,22 +161,20 @@ class NativeEngine(HostEngine):
         self.check(self._engine.lookup(index, keys, out))
 
     def submit(self, requests: Sequence[Request]) -> NativePending | None:
-        return self._start(self._engine.submit, list(requests))
+        return self._pending(self._engine.submit(list(requests)))
 
     def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> NativePending | None:
-        return self._start(self._engine.submit_pairs, index, keys, pairs, out)
+        return self._pending(self._engine.submit_pairs(index, keys, pairs, out))
 
-    def _start(self, submit: Callable[..., Any], *arguments: Any) -> NativePending | None:
-        """Makes what will hold the lookup, then starts it: an exception in between finds it, and gives it up."""
-        pending = NativePending(self)
-        try:
-            outcome = submit(pending.ticket, *arguments)
-            if outcome is True:
-                return pending
-            self.check(outcome)
+    def _pending(self, ticket: Any) -> NativePending | None:
+        if ticket is None:
             return None
+        if ticket is False:
+            self.check(False)
+        try:
+            return NativePending(self, ticket)
         except BaseException:
-            pending.cancel()
+            ticket.cancel()
             raise
 
     def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
@@ -259,25 +257,24 @@ class NativeEngine(HostEngine):
 class NativePending:
     """A lookup that a thread of the C++ side finishes. See `Pending`; dropped while it is under way, it is cancelled."""
 
-    def __init__(self, engine: NativeEngine) -> None:
-        """ticket: for the C++ side to put the lookup in."""
-        self._engine, self.ticket = engine, kernels.Ticket()
+    def __init__(self, engine: NativeEngine, ticket: Any) -> None:
+        self._engine, self._ticket = engine, ticket
 
     def done(self) -> bool:
         """Whether it has ended."""
-        return bool(self.ticket.done())
+        return bool(self._ticket.done())
 
     def cancel(self) -> None:
         """See `Pending`."""
-        self.ticket.cancel()
+        self._ticket.cancel()
 
     def detach(self) -> None:
         """See `Pending`."""
-        self.ticket.detach()
+        self._ticket.detach()
 
     def wait(self, timeout_s: float | None) -> None:
         """Blocks until it has ended; raises what it raised, or `TimeoutError`."""
-        outcome = self.ticket.wait(READ_WAIT_S * 2 if timeout_s is None else max(0.0, timeout_s))
+        outcome = self._ticket.wait(READ_WAIT_S * 2 if timeout_s is None else max(0.0, timeout_s))
         if outcome is False:
             raise TimeoutError(f"the rows were not there within {timeout_s} s; the lookup goes on, wait again")
         self._engine.check(outcome)

@@ -67,11 +67,11 @@ class PlacementFile:
         return self.fd, self.direct_fd, self.placement.num_bytes
 
     def close(self) -> None:
-        """Closes the descriptors; closing twice is harmless."""
-        for fd in (self.fd, self.direct_fd):
+        """Closes the descriptors; closing twice is harmless, also after an interrupted one: each is forgotten first."""
+        fds, self.fd, self.direct_fd = (self.fd, self.direct_fd), -1, -1
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        self.fd = self.direct_fd = -1
 
 
 @dataclass(frozen=True)
