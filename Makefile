@@ -37,11 +37,11 @@ cases: install
 # The C++ tests under the sanitizers. The writer that is killed step by step stays out: its children never end by themselves.
 sanitize: install
 	TIERSTORE_TEST_CXXFLAGS="-O1 -fsanitize=thread -Wno-tsan" $(BIN)/python -m pytest tests/kernels/test_cpp.py -k "not kill"
-	TIERSTORE_TEST_CXXFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	TIERSTORE_SOAK=1 TIERSTORE_TEST_CXXFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 		$(BIN)/python -m pytest tests/kernels/test_cpp.py -k "not kill"
 
 # What make test does for seconds, for an hour or more: daemons and clients killed, moved, lied to and loaded; commands
-# interrupted. Prints its figures.
+# and lookups interrupted and without memory. Prints its figures.
 soak: install
 	TIERSTORE_SOAK=1 $(BIN)/python -m pytest -rP tests/faults/test_daemon_soak.py tests/faults/test_socket_hostile.py \
 		tests/daemon/test_remote_hostile.py tests/faults/test_interrupts.py tests/faults/test_lookup_interrupts.py \

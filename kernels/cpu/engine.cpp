@@ -212,7 +212,8 @@ Engine::Carrier::~Carrier() {
 }
 
 Engine::Carrier::State Engine::Carrier::run() {
-  if (job_->misses.empty() || job_->fault.kind != FaultKind::kNone) return State::kDone;
+  // A fault that came later is no end: its lane may have reads in flight.
+  if (!begun_ && (job_->misses.empty() || job_->fault.kind != FaultKind::kNone)) return State::kDone;
   if (hands_on_ && engine_.hand_on(job_, lane_)) {
     lane_ = nullptr;
     return State::kHandedOn;

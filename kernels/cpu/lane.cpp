@@ -292,7 +292,7 @@ void Lane::finish_wave(Wave& wave) {
 
 // The first fault ends the job: nothing more is started, what is in flight is let land, and no rows are handed out.
 void Lane::fail(const Fault& fault) {
-  job_->fault = fault;
+  if (job_->fault.kind == FaultKind::kNone) job_->fault = fault;
   next_miss_ = job_->misses.size();
   for (Wave& wave : waves_) {
     if (!active(wave)) continue;

@@ -3,12 +3,15 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <memory>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "arrays.h"
 #include "epochs.h"
@@ -118,7 +121,8 @@ void protect(py::array_t<uint8_t, py::array::c_style> array) {
   py::detail::array_proxy(array.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
 }
 
-// What a client holds of a version's epochs for a device's kernels, counted in its block.
+// What a client holds of a version's epochs for a device's kernels, counted in its block. What is still held when this goes is left
+// then, as what its owner took and was interrupted before it could note; in a forked child, the counts are the parent's.
 class EpochHold {
  public:
   EpochHold(py::array_t<uint8_t, py::array::c_style> control, uint64_t version, py::array_t<uint8_t, py::array::c_style> block)
@@ -131,13 +135,30 @@ class EpochHold {
   }
 
   std::optional<uint64_t> newest() const { return gate_->newest(); }
-  std::optional<uint64_t> take() {
-    const EpochView view = gate_->hold();
-    return view.alive ? std::optional<uint64_t>(view.epoch) : std::nullopt;
+  ~EpochHold() {
+    if (pid_ != getpid()) return;
+    for (const uint64_t epoch : taken_) gate_->leave({epoch, true});
   }
-  void leave(uint64_t epoch) { gate_->leave({epoch, true}); }
+  EpochHold(const EpochHold&) = delete;
+  EpochHold& operator=(const EpochHold&) = delete;
+
+  std::optional<uint64_t> take() {
+    taken_.reserve(taken_.size() + 1);  // before it is counted
+    const EpochView view = gate_->hold();
+    if (!view.alive) return std::nullopt;
+    taken_.push_back(view.epoch);
+    return view.epoch;
+  }
+  void leave(uint64_t epoch) {
+    const auto held = std::find(taken_.begin(), taken_.end(), epoch);
+    require(held != taken_.end(), "the epoch is not held");
+    taken_.erase(held);
+    gate_->leave({epoch, true});
+  }
 
  private:
+  const pid_t pid_ = getpid();
+  std::vector<uint64_t> taken_;
   py::array_t<uint8_t, py::array::c_style> control_, block_;
   std::unique_ptr<EpochGate> gate_;
 };

@@ -85,6 +85,29 @@ def test_a_gpu_that_came_while_its_client_was_late_is_waited_for_in_earnest(
     assert clients.waiting_for == []
 
 
+def test_what_a_gpus_client_held_and_could_not_note_is_left_with_its_hold(clients: Attachments) -> None:
+    _, block = clients.attach("a", os.getpid(), version=1, on_gpu=True)
+    control = np.zeros(2 * kernels.CONTROL_BYTES, dtype=np.uint8)
+    control = control[-control.ctypes.data % 64 :][: kernels.CONTROL_BYTES]
+    kernels.publish_epoch(control, 1, 4)
+    hold = kernels.EpochHold(control, 1, block)
+    assert hold.take() == 4
+    kernels.publish_epoch(control, 1, 5)
+    assert hold.take() == 5
+    assert kernels.held_epochs(block) == (1, 1)
+    with pytest.raises(ValueError, match="not held"):
+        hold.leave(6)
+    hold.leave(5)
+    child = os.fork()
+    if child == 0:
+        del hold
+        os._exit(0)  # the counts are the parent's
+    os.waitpid(child, 0)
+    assert kernels.held_epochs(block) == (1, 0)
+    del hold
+    assert kernels.held_epochs(block) == (0, 0)
+
+
 def test_clients_that_linger_have_a_limit(clients: Attachments, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attachments, "LINGERING_MAX", 2)
     for who in "ab":

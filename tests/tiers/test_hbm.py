@@ -596,6 +596,9 @@ class SlowPending:
         self._out[:] = self._value
         self.ended = True
 
+    def cancel(self) -> None:
+        self.ended = True
+
 
 def test_a_submit_that_meets_two_versions_ends_the_olds_reads_before_the_new_ones_begin(
     placed: Path, monkeypatch: pytest.MonkeyPatch

@@ -426,11 +426,13 @@ class AttachedEngine(HostEngine):
         if closed:
             link.close(0)
             raise StoreNotReadyError("the store was closed; open it again")
-        for reference in self._renewed:
-            renewed = reference()
-            if renewed:
-                renewed()
-        self._number = self.version = max(self._number + 1, link.version)  # never one that was, of whatever daemon
+        try:
+            for reference in self._renewed:
+                renewed = reference()
+                if renewed:
+                    renewed()
+        finally:  # a table that still has the old way in goes on by the new one as soon as the old engine is closed
+            self._number = self.version = max(self._number + 1, link.version)  # never one that was, of whatever daemon
         return old
 
     def retire(self, old: Link, timeout_s: float) -> bool:

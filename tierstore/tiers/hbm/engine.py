@@ -7,7 +7,6 @@ what slots hold from the placement file. Shapes: N tokens, O orders, H rows per 
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 from ... import kernels
 from ...errors import StoreNotReadyError, TierStoreError
 from ...stats import add_counters
-from ..engine import READ_WAIT_S, Engine, HostEngine, Pending, Request
+from ..engine import READ_WAIT_S, Engine, HostEngine, Pending, Request, in_slices
 from ..placed import PlacementFile
 from .change import OnBytes, change_entries
 from .lookup import DeviceLookup
@@ -80,7 +79,7 @@ class HbmEngine(Engine):
     def _in_one_version(self, act: Callable[[], Pending | None]) -> Pending | None:
         """Acts again where another version came meanwhile: what slots held would be the old one's, the rest the new one's.
 
-        What `act` began, if it returns a `Pending`, has ended before: it writes to the same buffers.
+        What `act` began, if it returns a `Pending`, is given up before: it writes to the same buffers.
         """
         for _ in range(VERSION_TRIES_MAX):
             version = self._engine.version
@@ -88,8 +87,7 @@ class HbmEngine(Engine):
             if version == self._engine.version != -1:
                 return done
             if done is not None:
-                with contextlib.suppress(TierStoreError):  # of rows that nobody gets
-                    done.wait(READ_WAIT_S)
+                done.cancel()  # of rows that nobody gets
             time.sleep(VERSION_PAUSE_S)
         raise StoreNotReadyError(
             f"{self._what} was swapped {VERSION_TRIES_MAX} times during one lookup; look it up again"
@@ -99,9 +97,14 @@ class HbmEngine(Engine):
         taken = [self._take_hits(index, keys) for index, keys, _ in requests]
         rests = [(index, rest, out) for (index, _, out), (rest, _, _) in zip(requests, taken, strict=True)]
         pending = self._engine.submit(rests)  # has written what it does not read: what slots hold may be put over that
-        for (_, _, out), (_, hits, entries) in zip(requests, taken, strict=True):
-            self._put(out, hits, entries)
-        return pending
+        try:
+            for (_, _, out), (_, hits, entries) in zip(requests, taken, strict=True):
+                self._put(out, hits, entries)
+            return pending
+        except BaseException:
+            if pending is not None:
+                pending.cancel()
+            raise
 
     def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> Pending | None:
         return self._engine.submit_pairs(index, keys, pairs, out)
@@ -242,7 +245,7 @@ class HbmEngine(Engine):
             if not lookup.close(max(0.0, deadline - time.monotonic())):
                 return False
         self._tier.end()
-        return self._mailboxes is None or bool(self._mailboxes.close(max(0.0, deadline - time.monotonic())))
+        return self._mailboxes is None or in_slices(self._mailboxes.close, max(0.0, deadline - time.monotonic()))
 
     def before_fork(self) -> None:
         self._lookups_lock.acquire()

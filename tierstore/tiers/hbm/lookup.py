@@ -278,8 +278,10 @@ class DeviceLookup:
         """
         if not self._lock.acquire(timeout=timeout_s):
             return False
-        self._forget()
-        self._lock.release()
+        try:
+            self._forget()
+        finally:
+            self._lock.release()
         return True
 
     def disown(self) -> None:
