@@ -17,7 +17,7 @@ from rich.text import Text
 
 from tierstore.printable import PrintableStream, printable
 
-WORDS_COLUMNS_MIN, WORDS_COLUMNS_WANTED = 12, 24  # so narrow may a column of words become, if a word of it is longer
+WORDS_COLUMNS_WANTED, WORDS_COLUMNS_MIN = 24, 12  # so narrow may a column of words become, and so narrow at worst
 
 
 class SafeConsole(Console):
@@ -42,24 +42,36 @@ def fitted(table: Table, console: Console, width: int) -> RenderableType:
     """Returns a table that fits into `width` columns without cutting a number; the same one if it does already."""
     if console.measure(table, options=console.options.update(max_width=1 << 16)).maximum <= width:
         return table
-    natural = [_width_of(column, console) for column in table.columns]
-    fixed = [
-        _width_of(column, console, wrapped_header=True)
-        if column.justify == "right"
-        else min(of_column, max(WORDS_COLUMNS_MIN, min(WORDS_COLUMNS_WANTED, _longest_word(column, console))))
-        for column, of_column in zip(table.columns, natural, strict=True)
-    ]
-    if sum(fixed) + _width_beside(table) > width:
-        table.box, table.padding, table.pad_edge, table.collapse_padding = None, (0, 1, 0, 0), False, True
-    if sum(fixed) + _width_beside(table) > width:
-        return _blocks(table)
-    for column, number_width in zip(table.columns, fixed, strict=True):
+    for words_width, has_frame in (
+        (WORDS_COLUMNS_WANTED, True),
+        (WORDS_COLUMNS_WANTED, False),
+        (WORDS_COLUMNS_MIN, False),
+    ):
+        if not has_frame:
+            table.box, table.padding, table.pad_edge, table.collapse_padding = None, (0, 1, 0, 0), False, True
+        widths = [_needed_width(column, console, words_width) for column in table.columns]
+        if sum(widths) + _width_beside(table) <= width:
+            _narrow(table, widths)
+            return table
+    return _blocks(table)
+
+
+def _needed_width(column: Column, console: Console, words_width: int) -> int:
+    """Returns how wide a column must be: numbers whole, words wrapped at `words_width` if they are longer."""
+    cells = [console.measure(cell).maximum for cell in (*column.cells, column.footer)]
+    if column.justify == "right":
+        return max(console.measure(column.header).minimum, *cells)  # a header may take several lines, a word in each
+    return min(words_width, max(console.measure(column.header).maximum, *cells))
+
+
+def _narrow(table: Table, widths: list[int]) -> None:
+    """Fixes the widths of numbers; lets columns of words shrink, down to theirs, in the middle of a word if need be."""
+    for column, width in zip(table.columns, widths, strict=True):
         if column.justify == "right":
-            column.width = number_width
+            column.width = width
         else:
             column.overflow = "fold"
-            column.min_width = min(number_width, WORDS_COLUMNS_MIN)
-    return table
+            column.min_width = width
 
 
 def _safe(cell: RenderableType) -> RenderableType:
@@ -69,17 +81,6 @@ def _safe(cell: RenderableType) -> RenderableType:
     if isinstance(cell, Text) and printable(cell.plain, lines=True) != cell.plain:
         return Text(printable(cell.plain), style=cell.style)
     return cell
-
-
-def _width_of(column: Column, console: Console, *, wrapped_header: bool = False) -> int:
-    """Returns how wide the cells of a column are; a header may take several lines, a word in each."""
-    header = console.measure(column.header)
-    cells = [console.measure(cell).maximum for cell in (*column.cells, column.footer)]
-    return max(header.minimum if wrapped_header else header.maximum, *cells)
-
-
-def _longest_word(column: Column, console: Console) -> int:
-    return max((console.measure(cell).minimum for cell in (column.header, *column.cells)), default=0)
 
 
 def _width_beside(table: Table) -> int:
