@@ -8,7 +8,6 @@ what a checkpoint lacks with random rows. transformers itself is not imported.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import inspect
 import logging
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tierstore.causes import named
 from tierstore.errors import ConfigError
 from tierstore.units import format_bytes
 
@@ -93,7 +93,7 @@ def _check_way(model: Any, arguments: dict[str, Any], tables: dict[str, RowIdEmb
 def _written(folder: str | os.PathLike[str], key: str, table: RowIdEmbedding) -> Iterator[torch.Tensor]:
     """Yields a table's rows, [num_rows, dim], in a file of `folder` that has no name and goes with them. Blocks on the disk.
 
-    So a table that is larger than memory can be saved. Raises `ConfigError` where the disk has no room, and what lookups raise.
+    So a table that is larger than memory can be saved. Raises `BudgetError` if the disk has no room, and what lookups raise.
     """
     num_bytes = table.num_embeddings * table.embedding_dim * table.weight.element_size()
     logger.warning("%s: %s of rows are read from the store and saved with the model", key, format_bytes(num_bytes))
@@ -102,12 +102,8 @@ def _written(folder: str | os.PathLike[str], key: str, table: RowIdEmbedding) ->
         try:
             os.posix_fallocate(file.fileno(), 0, num_bytes)  # a map of a file that cannot grow would end the process
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise ConfigError(
-                f"{os.fspath(folder)}: {os.strerror(error.errno or 0)}: {key} takes {format_bytes(num_bytes)} ({num_bytes} "
-                f"bytes) here while the model is saved, and as much again in its file; save to a larger disk"
-            ) from error
+            note = f"{key} lies here while the model is saved, and takes as much again in its file"
+            raise named(error, os.fspath(folder), folder, writing=True, needed_bytes=num_bytes, note=note) from error
         memory: np.ndarray = np.memmap(file, dtype=np.uint8, mode="r+", shape=(num_bytes,))
         values = torch.from_numpy(memory).view(table.weight.dtype).view(table.num_embeddings, table.embedding_dim)
         table.copy_rows_to(values, PIECE_BYTES)

@@ -156,7 +156,9 @@ def test_a_swap_that_cannot_be_remembered_is_refused_before_any_client_sees_it(
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("tierstore.daemon.swap_file.sync_folder", full)
-        with pytest.raises(DaemonError, match=r"socket\.swap cannot be written \(No space left on device\)"):
+        with pytest.raises(
+            DaemonError, match=r"socket\.swap cannot be written.*: No space left on device: .*; then swap again"
+        ):
             request(socket, "swap", store=str(newer[0]))
         monkeypatch.undo()
         assert daemon.store_path == str(placed)

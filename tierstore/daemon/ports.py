@@ -12,6 +12,7 @@ import ipaddress
 import socket
 from collections.abc import Iterable
 
+from ..causes import cause_of
 from ..errors import ConfigError
 
 IPV6_NETWORK_BITS = 64  # of an address: what one customer of a provider has
@@ -64,6 +65,8 @@ def cannot_listen(address: str, what: str, error: Exception) -> ConfigError:
             "give a port of 1024 or more, or the capability CAP_NET_BIND_SERVICE",
         ),
     }.get(number or 0, (str(error), "give an address of this host and a free port"))
+    if isinstance(error, OSError) and number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        cause, remedy = cause_of(error).facts, cause_of(error).remedy
     return ConfigError(f"{what} {address}: it cannot be listened at: {cause}; {remedy}")
 
 

@@ -15,6 +15,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..causes import named
 from ..errors import ConfigError, DaemonError, FormatError
 from ..formats.catalog import sync_folder
 from .identity import known_ids
@@ -52,7 +53,7 @@ class SwapFile:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise ConfigError(f"{self.path} cannot be read: {error.strerror}; {self._remedy}") from error
+            raise named(error, f"{self.path} cannot be read", self.path, note=self._remedy) from error
         try:
             found = os.fstat(fd)
             owners = known_ids("uid", {os.geteuid(), 0})
@@ -100,10 +101,8 @@ class SwapFile:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(new)
-            raise DaemonError(
-                f"{self.path} cannot be written ({error.strerror}), so a restart would not know of the swap; "
-                f"make room and let this user write there, then swap again"
-            ) from error
+            what = f"{self.path} cannot be written, so a restart would not know of the swap"
+            raise named(error, what, self.path, writing=True, kind=DaemonError, note="then swap again") from error
 
     def forget(self) -> bool:
         """Removes the file, durably; returns whether there was one. Raises `DaemonError`."""
@@ -113,5 +112,5 @@ class SwapFile:
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise DaemonError(f"{self.path} cannot be removed: {error.strerror}; remove it by hand") from error
+            raise named(error, f"{self.path} cannot be removed", self.path, writing=True, kind=DaemonError) from error
         return True
