@@ -59,7 +59,10 @@ def begin_work() -> None:
 
 
 def end_work() -> None:
-    """Makes Ctrl-C end the process at once again: all is done, and an interrupt would only show as a traceback."""
+    """Makes signals end the process at once again: all is done, and what they raise would only show as a traceback."""
+    for number in _ENDING:
+        if signal.getsignal(number) is _end:
+            signal.signal(number, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 

@@ -28,6 +28,7 @@ from tierstore.errors import BudgetError, ConfigError
 from tierstore.formats.tensor_files import DTYPE_BYTES
 from tierstore.spec import ROW_BYTES_MAX, codec_row_bytes
 from tierstore.units import format_bytes, parse_bytes
+from tierstore.workers import aside
 
 from .cli import Progress
 from .corpus import PAD_ID, python_text_files, train_tokenizer
@@ -156,7 +157,7 @@ def write_checkpoint(
         _check_empty(folder)
     except OSError as error:
         raise named(error, folder, writing=True) from error
-    tokenizer = _tokenizer(tokenizer)
+    tokenizer = aside(_tokenizer, tokenizer)  # training takes seconds
     plan = _PLANS[family](shape, tokenizer, full)
     _check_room(folder, plan.total_bytes)
     files = _split(plan.tensors, file_bytes or min(FILE_BYTES_MAX, -(-plan.total_bytes // FILES_WANTED)))

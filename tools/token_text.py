@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tierstore.causes import naming_panics
+from tierstore.workers import aside
 
 from .byte_streams import ChunkFile
 from .token_ids import Piece
@@ -79,7 +81,8 @@ def _some_lines(file: io.TextIOBase) -> str:
 
 def _tokenized(parts: Sequence[TextPart], tokenizer: Tokenizer, bos: int | None) -> Piece:
     with naming_panics("text for the tokenizer", "leave the input out that it cannot read, or update tokenizers"):
-        encodings = tokenizer.encode_batch_fast([part.text for part in parts], add_special_tokens=False)
+        texts = [part.text for part in parts]
+        encodings = aside(partial(tokenizer.encode_batch_fast, add_special_tokens=False), texts)  # takes a second
     ids: list[np.ndarray] = []
     ends: list[int] = []
     total = 0
