@@ -9,6 +9,7 @@ import select
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +64,23 @@ def test_a_forked_child_is_a_client_of_its_own(store: tierstore.Store, socket: P
     assert json.loads(in_child(act)) == [True, 3 * num_keys, True, True]  # it counts its own, not its parent's
     assert store.stats()["keys"] == before
     until(lambda: clients(socket) == [os.getpid()])
+    assert is_right(store, expected)
+
+
+def test_a_client_that_cannot_be_made_ready_for_a_fork_holds_no_lock(
+    store: tierstore.Store, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    engine: Any = store._engine
+    with monkeypatch.context() as failing:
+        failing.setattr(engine._link.engine, "before_fork", fail)
+        with pytest.raises(MemoryError):
+            engine.before_fork()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(engine._lock.acquire, blocking=False).result(WAIT_S)
+        pool.submit(engine._lock.release).result(WAIT_S)
     assert is_right(store, expected)
 
 

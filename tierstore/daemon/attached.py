@@ -513,8 +513,10 @@ class AttachedEngine(HostEngine):
         return all(ended)
 
     def before_fork(self) -> None:
-        self._lock.acquire()
-        self._link.engine.before_fork()
+        with contextlib.ExitStack() as stack:  # all of it, or nothing
+            stack.enter_context(self._lock)
+            self._link.engine.before_fork()
+            stack.pop_all()  # `after_fork` gives it back
 
     def after_fork(self, *, child: bool) -> None:
         self._link.engine.after_fork(child=child)

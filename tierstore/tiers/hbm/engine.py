@@ -248,11 +248,14 @@ class HbmEngine(Engine):
         return self._mailboxes is None or in_slices(self._mailboxes.close, max(0.0, deadline - time.monotonic()))
 
     def before_fork(self) -> None:
-        self._lookups_lock.acquire()
-        self._counts_lock.acquire()
-        if self._mailboxes is not None:
-            self._mailboxes.before_fork()
-        self._engine.before_fork()
+        with contextlib.ExitStack() as stack:  # all of it, or nothing
+            stack.enter_context(self._lookups_lock)
+            stack.enter_context(self._counts_lock)
+            if self._mailboxes is not None:
+                self._mailboxes.before_fork()
+                stack.callback(self._mailboxes.after_fork, False)
+            self._engine.before_fork()
+            stack.pop_all()  # `after_fork` gives it back
 
     def after_fork(self, *, child: bool) -> None:
         self._engine.after_fork(child=child)
