@@ -57,7 +57,9 @@ BEAT_S = 1.0  # between two looks at signals and at the service manager's watchd
 )
 @click.option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics here.")
 @click.option(
-    "--listen", metavar="HOST:PORT", help="Serve remote lookups by gRPC here; beyond loopback with all below."
+    "--listen",
+    metavar="HOST:PORT",
+    help="Serve remote lookups by gRPC here, and the standard health service; beyond loopback with all below.",
 )
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain of --listen, PEM.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key, PEM.")

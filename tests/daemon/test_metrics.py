@@ -286,6 +286,25 @@ def test_a_broken_record_is_a_503_and_a_line_of_the_log_and_no_more(
     assert fetch(server, path)[0] == 200
 
 
+def test_a_fault_of_the_servers_own_costs_one_answer_and_no_more(
+    server: MetricsServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(server._server, "_handler", fails)
+    for _ in range(2 * web.REQUESTS_MAX):  # none of them ends a thread
+        assert fetch(server, "/metrics")[0] == 500
+    assert "web_answer_failed" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr(web, "ACCEPT_AGAIN_S", 0.01)
+    monkeypatch.setattr(server._server, "_accept", fails)
+    with connect(server):
+        wait_until(lambda: "web_failed" in caplog.text)
+    monkeypatch.undo()
+    assert fetch(server, "/healthz")[0] == 200
+
+
 def test_a_record_without_a_section_is_a_503(server: MetricsServer, daemon: Daemon) -> None:
     del daemon.record["feed"]
     assert fetch(server, "/metrics")[0] == 503

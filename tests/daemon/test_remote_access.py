@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+from daemon.served import ServeProcess
 from daemon_peers import as_root, in_child
 from remote_servers import serving
 from stores import Model, random_keys
@@ -293,6 +296,23 @@ def test_a_reload_with_another_key_keeps_the_old_pair(built: Path, certificates:
         for _ in range(2):
             with connect_remote(f"grpcs://{server.address}", ca_file=certificates / "ca.pem", timeout_s=5) as store:
                 assert store["layers.1"].lookup(np.ones((1, 3), dtype=np.int64)).shape == (1, 24, 40)
+
+
+def test_a_daemon_that_is_told_to_reload_another_key_logs_it_and_serves_on(
+    built: Path, certificates: Path, tmp_path: Path
+) -> None:
+    used = {ending: tmp_path / f"used.{ending}" for ending in ("pem", "key")}
+    for ending, path in used.items():
+        shutil.copy(certificates / f"good.{ending}", path)
+    tls = ("--tls-cert", str(used["pem"]), "--tls-key", str(used["key"]))
+    with ServeProcess(built, tmp_path / "socket", "--dram", "900KiB", "--listen", "127.0.0.1:0", *tls) as daemon:
+        found = re.search(r"listen=(\S+)", daemon.line("event=ready"))
+        assert found
+        shutil.copy(certificates / "renewed.key", used["key"])
+        daemon.process.send_signal(signal.SIGHUP)
+        assert "the private key is not the certificate's" in daemon.line("event=reload_failed")
+        with connect_remote(f"grpcs://{found[1]}", ca_file=certificates / "ca.pem", timeout_s=20) as store:
+            assert store["layers.1"].lookup(np.ones((1, 3), dtype=np.int64)).shape == (1, 24, 40)
 
 
 @as_root

@@ -149,6 +149,18 @@ def test_a_watcher_of_health_may_stay(built: Path, token: Path, monkeypatch: pyt
         assert told.is_active()
 
 
+def test_a_client_whose_idle_connection_ended_goes_on(
+    built: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_server, "IDLE_S", 1)
+    monkeypatch.setattr(remote_connections, "LOOK_S", 0.05)
+    keys = random_keys(np.random.default_rng(3), 5)
+    with serving(built) as server, connect_remote(f"grpc://{server.address}") as store:
+        until(lambda: server._connections._let_in)
+        until(lambda: not server._connections._seen)  # grpc ended it
+        np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
+
+
 def test_watching_connections_leaves_no_descriptor_and_no_thread(built: Path) -> None:
     with serving(built) as server, connect_remote(f"grpc://{server.address}") as store:
         store["layers.1"].lookup(np.ones((1, 3), dtype=np.int64))

@@ -17,6 +17,7 @@ from daemon.served import KIB, ServeProcess, make_newer, request, serving, until
 from stores import Model, random_keys
 
 import tierstore
+from tierstore.daemon import swap_file
 from tierstore.daemon.remembered import RememberedSwap
 from tierstore.daemon.remote_client import connect_remote
 from tierstore.daemon.swap_file import HEAD, Swap, SwapFile
@@ -161,6 +162,7 @@ def test_a_swap_that_cannot_be_remembered_is_refused_before_any_client_sees_it(
         ):
             request(socket, "swap", store=str(newer[0]))
         monkeypatch.undo()
+        assert sorted(path.name for path in socket.parent.iterdir()) == ["socket", "socket.lock"]
         assert daemon.store_path == str(placed)
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), model.expected(NAME, KEYS))
         assert request(socket, "swap", store=str(newer[0]))["version"] == 2
@@ -197,6 +199,24 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     assert file.forget()
     assert not file.forget()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("fails", ["fsync", "rename", "open", "sync_folder"])
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    file = SwapFile(str(tmp_path / "s"))
+    file.write(SWAP)
+
+    def failing(*_: object, **__: object) -> None:
+        monkeypatch.undo()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(swap_file if fails == "sync_folder" else os, fails, failing)
+    with pytest.raises(DaemonError, match="No space left"):
+        file.write(Swap("/stores/a", "aa", "/stores/c", "cc", "/stores/b"))
+    assert file.read() == SWAP
+    assert os.listdir(tmp_path) == ["s.swap"]
 
 
 def test_the_file_is_as_format_md_says(tmp_path: Path) -> None:

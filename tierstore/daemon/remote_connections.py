@@ -89,7 +89,7 @@ class Connections:
         while not self._stop.wait(LOOK_S):
             try:
                 self._look(time.monotonic())
-            except OSError as error:  # no descriptor is left to look by, or there is no /proc
+            except Exception as error:  # no descriptor or memory is left to look by, or there is no /proc
                 self._log.warn(f"port {self._port}: its connections cannot be looked at: {error}")
 
     def _look(self, now: float) -> None:

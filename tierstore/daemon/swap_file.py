@@ -22,6 +22,7 @@ from .identity import known_ids
 
 HEAD = b"tierstore swap 1\n"
 FILE_BYTES_MAX = 64 << 10
+READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # waits for nothing that another put there
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class SwapFile:
     def read(self) -> Swap | None:
         """Returns the swap, None if there is none. Raises `FormatError`, `ConfigError`."""
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(self.path, READ_FLAGS)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -87,22 +88,38 @@ class SwapFile:
     def write(self, swap: Swap) -> None:
         """Replaces the file; durable when it returns. Raises `DaemonError`, and then leaves it as it was."""
         body = HEAD + json.dumps(dataclasses.asdict(swap)).encode() + b"\n"
-        data, new = body + hashlib.sha256(body).hexdigest().encode() + b"\n", f"{self.path}.new"
+        data = body + hashlib.sha256(body).hexdigest().encode() + b"\n"
+        new, is_replaced, before = f"{self.path}.new", False, None
         try:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(new)
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            with open(fd, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(fd)
+                before = self._bytes_now()
+            _write_new(new, data)
             os.rename(new, self.path)
+            is_replaced = True
             sync_folder(self._folder)
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.unlink(new)
+                _remove(new)
+            if is_replaced:
+                self._take_back(new, before)
             what = f"{self.path} cannot be written, so a restart would not know of the swap"
             raise named(error, what, self.path, writing=True, kind=DaemonError, note="then swap again") from error
+
+    def _bytes_now(self) -> bytes:
+        fd = os.open(self.path, READ_FLAGS)
+        try:
+            return os.read(fd, FILE_BYTES_MAX)
+        finally:
+            os.close(fd)
+
+    def _take_back(self, new: str, before: bytes | None) -> None:
+        """Puts back what was in the file, nothing if it was not there, as far as that can be."""
+        with contextlib.suppress(OSError):
+            if before is None:
+                _remove(self.path)
+            else:
+                _write_new(new, before)
+                os.rename(new, self.path)
 
     def forget(self) -> bool:
         """Removes the file, durably; returns whether there was one. Raises `DaemonError`."""
@@ -114,3 +131,18 @@ class SwapFile:
         except OSError as error:
             raise named(error, f"{self.path} cannot be removed", self.path, writing=True, kind=DaemonError) from error
         return True
+
+
+def _write_new(path: str, data: bytes) -> None:
+    """Makes a file with this content, durably but for its name."""
+    _remove(path)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(fd)
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)

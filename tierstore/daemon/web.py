@@ -131,7 +131,14 @@ class WebServer:
     def _work(self) -> None:
         """A thread: makes answers."""
         while (connection := self._asked.get()) is not None:
-            connection.unsent = memoryview(self._answer(connection.head))
+            try:
+                answer = self._answer(connection.head)
+            except Exception as error:  # whatever it is, the others are to be answered
+                event(logger, logging.ERROR, "web_answer_failed", address=self.address, error=error)
+                answer = _as_bytes(
+                    text_answer(HTTPStatus.INTERNAL_SERVER_ERROR, "it failed; the daemon's log tells why")
+                )
+            connection.unsent = memoryview(answer)
             self._answered.append(connection)
             os.eventfd_write(self._wake_fd, 1)
 
@@ -163,7 +170,11 @@ class WebServer:
         self._selector.register(self._wake_fd, selectors.EVENT_READ, None)
         try:
             while not self._closing.is_set():
-                self._round(time.monotonic())
+                try:
+                    self._round(time.monotonic())
+                except Exception as error:  # short of memory, for one; all connections depend on this thread
+                    event(logger, logging.ERROR, "web_failed", address=self.address, error=error)
+                    self._closing.wait(ACCEPT_AGAIN_S)
         finally:
             for connection in list(self._connections):
                 self._end(connection, reset=False)
