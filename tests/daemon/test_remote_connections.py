@@ -104,7 +104,7 @@ def test_idle_connections_without_the_token_end_and_a_client_with_it_stays(
     built: Path, model: Model, token: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_connections, "LOOK_S", 0.05)
-    monkeypatch.setattr(remote_connections, "STRANGER_S", 1.0)
+    monkeypatch.setattr(remote_connections, "STRANGER_S", 3.0)
     keys = random_keys(np.random.default_rng(1), 5)
     with serving(built, token_file=token) as server, grpc.insecure_channel(server.address) as rejected:
         store = connect_remote(f"grpc://{server.address}", token_file=token)
@@ -132,7 +132,7 @@ def test_a_host_keeps_its_newest_connections_only(built: Path, monkeypatch: pyte
     monkeypatch.setattr(remote_connections, "STRANGERS_MAX", 4)
     monkeypatch.setattr(remote_connections, "LOOK_S", 0.05)
     with serving(built) as server, opened(server.address, 4) as old:
-        time.sleep(0.2)  # so that these are older
+        until(lambda: len(server._connections._seen) == 4)  # so that these are older
         with opened(server.address, 4) as new, opened(server.address, 1, "127.0.0.3") as other:
             assert all(has_ended(peer) for peer in old)
             assert not any(has_ended(peer, 0.2) for peer in (*new, *other))
@@ -140,7 +140,7 @@ def test_a_host_keeps_its_newest_connections_only(built: Path, monkeypatch: pyte
 
 def test_a_watcher_of_health_may_stay(built: Path, token: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_connections, "LOOK_S", 0.05)
-    monkeypatch.setattr(remote_connections, "STRANGER_S", 0.2)
+    monkeypatch.setattr(remote_connections, "STRANGER_S", 3.0)
     with serving(built, token_file=token) as server, grpc.insecure_channel(server.address) as channel:
         told = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=WAIT_S)
         assert next(told) == b"\x08\x01"
