@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from daemon.served import ServeProcess
 from daemon_peers import NOBODY, WAIT_S, NotingHandler, ServingChild, as_root, become, in_child
+from repository import REPOSITORY
 
 from tierstore import kernels
 from tierstore.daemon import identity
@@ -25,7 +26,7 @@ from tierstore.errors import ConfigError
 
 NEW_USER_NAMESPACE, NEW_PID_NAMESPACE = 0x10000000, 0x20000000
 STRANGER = 4242
-TRIED = b"no namespace"
+TRIED = "no namespace"
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, files: dict[str, list[int]]) -> None:
@@ -79,9 +80,52 @@ def open_path() -> Iterator[Path]:
 
 
 def unshared(kind: int) -> None:
-    """Goes to a new namespace; ends a forked child that cannot."""
+    """Goes to a new namespace, which takes a process of one thread."""
     if ctypes.CDLL(None, use_errno=True).unshare(kind):
-        raise OSError(TRIED.decode())
+        raise OSError(TRIED)
+
+
+def started(act: str, *arguments: object) -> subprocess.Popen[str]:
+    """Runs a function of this file in a process of its own, of one thread: a fork of this one may have threads of gRPC's."""
+    code = "import sys; from daemon import test_identity; getattr(test_identity, sys.argv[1])(*sys.argv[2:])"
+    folders = os.pathsep.join((str(REPOSITORY / "tests"), str(REPOSITORY)))
+    return subprocess.Popen(
+        [sys.executable, "-c", code, act, *map(str, arguments)],
+        stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": folders, "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def dial_unmapped(path: str) -> None:
+    """Dials from a user namespace that maps nobody: this process's user looks like the daemon's."""
+    become(STRANGER + 1)
+    try:
+        unshared(NEW_USER_NAMESPACE)
+        assert os.geteuid() == unknown_id("uid")
+        print(dial(path))
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+
+
+def serve_unshared(path: str, kind: str, user: str) -> None:
+    """Serves from a new namespace; says on a line each who attaches and is detached. user: an id, or nothing."""
+    handler = NotingHandler()
+    become(int(user) if user else None)
+    try:
+        unshared(int(kind))
+    except OSError as error:
+        print(error, flush=True)
+        return
+    if int(kind) == NEW_PID_NAMESPACE and (child := os.fork()):  # it holds the children of who made it
+        print(child, flush=True)
+        os.waitpid(child, 0)
+        return
+    server = SocketServer(path, handler)
+    server.start()
+    os.chmod(path, 0o666)
+    print("serving", flush=True)
+    while True:
+        called, peer, _ = handler.calls.get()
+        print(called, peer.pid, peer.pidfd is not None, flush=True)
 
 
 @as_root
@@ -89,16 +133,10 @@ def test_a_daemon_whom_the_namespace_does_not_map_is_not_taken_for_our_own(open_
     daemon = ServingChild(open_path, STRANGER)
     try:
         open_path.chmod(0o666)
-
-        def dialled() -> str:
-            unshared(NEW_USER_NAMESPACE)  # it maps nobody: this process's user looks like the daemon's
-            assert os.geteuid() == unknown_id("uid")
-            return str(dial(open_path))
-
-        said = in_child(dialled, STRANGER + 1)
+        said, _ = started("dial_unmapped", open_path).communicate(timeout=WAIT_S)
     finally:
         daemon.kill()
-    if TRIED.decode() in said:
+    if TRIED in said:
         pytest.skip(said)
     assert said.startswith("DaemonError: ")
     assert "belongs to user 65534 (any user whom this user namespace does not map)" in said
@@ -107,55 +145,29 @@ def test_a_daemon_whom_the_namespace_does_not_map_is_not_taken_for_our_own(open_
 class NamespacedDaemon:
     """A daemon in a namespace of its own; `said` is what it wrote, a line at a time."""
 
-    def __init__(self, path: Path, kind: int, *, user: int | None, forks: bool) -> None:
-        read, write = os.pipe()
-        self.pid = os.fork()
-        if not self.pid:
-            os.close(read)
-            try:
-                become(user)
-                unshared(kind)
-                if forks and (child := os.fork()):  # a PID namespace holds the children of who made it
-                    os.write(write, f"{child}\n".encode())
-                    os.waitpid(child, 0)
-                    os._exit(0)
-                self._serve(path, write)
-            except BaseException as error:
-                os.write(write, f"{type(error).__name__}: {error}\n".encode())
-            finally:
-                os._exit(1)
-        os.close(write)
-        self._lines = os.fdopen(read)
-        first = self.said()
-        if TRIED.decode() in first:
-            os.waitpid(self.pid, 0)
-            pytest.skip(first)
-        self.server = int(first) if forks else self.pid
-        assert (self.said() if forks else first) == "serving"
-
-    @staticmethod
-    def _serve(path: Path, write: int) -> None:
-        handler = NotingHandler()
-        server = SocketServer(path, handler)
-        server.start()
-        os.chmod(path, 0o666)
-        os.write(write, b"serving\n")
-        while True:
-            kind, peer, _ = handler.calls.get()
-            os.write(write, f"{kind} {peer.pid} {peer.pidfd is not None}\n".encode())
+    def __init__(self, path: Path, kind: int, *, user: int | None) -> None:
+        self._process = started("serve_unshared", path, kind, "" if user is None else user)
+        said = self.said()
+        if TRIED in said:
+            self._process.wait(WAIT_S)
+            pytest.skip(said)
+        self._server = int(said) if said.isdecimal() else self._process.pid
+        assert "serving" in (said, self.said() if said.isdecimal() else "")
 
     def said(self) -> str:
-        return self._lines.readline().rstrip("\n")
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().rstrip("\n")
 
     def kill(self) -> None:
-        os.kill(self.server, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        self._lines.close()
+        os.kill(self._server, signal.SIGKILL)
+        self._process.wait(WAIT_S)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
 
 @as_root
 def test_a_stranger_is_not_taken_for_the_user_of_a_daemon_in_a_namespace(open_path: Path) -> None:
-    daemon = NamespacedDaemon(open_path, NEW_USER_NAMESPACE, user=STRANGER, forks=False)
+    daemon = NamespacedDaemon(open_path, NEW_USER_NAMESPACE, user=STRANGER)
     try:
         for user in (STRANGER + 1, None):
             said = in_child(lambda: str(ask(open_path, {"do": "stat"}, 10, trusted_uids=[STRANGER])), user)
@@ -181,7 +193,7 @@ def held_open(path: Path) -> subprocess.Popen[bytes]:
     reason="the kernel has no SO_PEERPIDFD",
 )
 def test_a_client_of_another_pid_namespace_lives_until_its_process_ends(open_path: Path) -> None:
-    daemon = NamespacedDaemon(open_path, NEW_PID_NAMESPACE, user=None, forks=True)
+    daemon = NamespacedDaemon(open_path, NEW_PID_NAMESPACE, user=None)
     client = held_open(open_path)
     try:
         assert daemon.said() == "attach 0 True"
