@@ -20,6 +20,7 @@ from tierstore.formats.checkpoint import Checkpoint
 from tierstore.formats.tensor_files import StoredTensor
 
 from .codecs import e8m0_to_float32
+from .scales import SCALE_NAMES
 
 GATE_FLOOR = 1e-6  # under the root of the gate, so that its slope stays finite at 0
 _FLOAT_DTYPES = {
@@ -194,17 +195,18 @@ def _prefix(checkpoint: Checkpoint, suffix: str) -> str:
 
 
 def _decoded_matrix(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """Reads `name`.weight, times its `name`.scale where there is one, as bfloat16 [outputs, inputs], rounded once."""
+    """Reads `name`.weight, times its `name`.scale if there is one, as bfloat16 [outputs, inputs], rounded once."""
     stored = checkpoint.tensor(f"{name}.weight", tuple(_FLOAT_DTYPES), 2)
     weight = _as_tensor(stored)
-    if f"{name}.scale" not in checkpoint.tensors:
+    scales = [f"{name}.{scale}" for scale in SCALE_NAMES if f"{name}.{scale}" in checkpoint.names]
+    if not scales:
         if stored.dtype == "F8_E4M3":
             raise ConfigError(f"{checkpoint.path}: {name}.weight is F8_E4M3 without {name}.scale; a file is missing")
         return weight.to(torch.bfloat16)
-    stored_scale = checkpoint.tensor(f"{name}.scale", ("F8_E8M0", "U8", "F32", "BF16"), 2)
+    stored_scale = checkpoint.tensor(scales[0], ("F8_E8M0", "U8", "F32", "BF16"), 2)
     scale = _as_tensor(stored_scale).float()
     for axis in (0, 1):
-        block = scale_block(stored.shape[axis], stored_scale.shape[axis], f"axis {axis} of {name}.scale")
+        block = scale_block(stored.shape[axis], stored_scale.shape[axis], f"axis {axis} of {scales[0]}")
         scale = scale.repeat_interleave(block, dim=axis).narrow(axis, 0, stored.shape[axis])
     return weight.float().mul_(scale).to(torch.bfloat16)
 

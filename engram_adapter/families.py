@@ -18,7 +18,7 @@ from tierstore.formats.tensor_files import StoredTensor
 
 from .hash_config import find_family, text_values
 from .hash_spec import HashSpec
-from .scales import SCALE_BLOCK, VALUE_CODECS, StoredRows, refuse_packed_name, rows_of_weight
+from .scales import SCALE_BLOCK, SCALE_NAMES, VALUE_CODECS, StoredRows, refuse_packed_name, rows_of_weight
 from .token_map import build_token_map
 
 # Names of the tensors that hold tables, as patterns and in words; any prefix may stand before.
@@ -32,12 +32,6 @@ _TABLE_WORDS = {
     "engram": "layers.{layer}.[...].multi_head_embedding.embedding.weight",
     "qwen4_exp": "layers.{layer}.ple.ple_embedding.ngram_embedding.weight or .shard_0.weight",
 }
-_SCALE_NAMES = (
-    "scale",
-    "weight_scale_inv",
-    "weight_scale",
-    "scale_inv",
-)  # of V4.1's tables; the first is the published one
 
 
 @dataclass(frozen=True)
@@ -121,7 +115,7 @@ def _family_of(checkpoint: Checkpoint) -> str:
 def _deepseek_v41(checkpoint: Checkpoint, spec: HashSpec, layer: int) -> TableSource:
     prefix = _prefix(checkpoint, "deepseek_v41", layer, "weight")
     weight = _weight(checkpoint, f"{prefix}weight", ["F8_E4M3"])
-    names = [f"{prefix}{name}" for name in _SCALE_NAMES if f"{prefix}{name}" in checkpoint.names] or [f"{prefix}scale"]
+    names = [f"{prefix}{name}" for name in SCALE_NAMES if f"{prefix}{name}" in checkpoint.names] or [f"{prefix}scale"]
     if len(names) > 1:
         raise ConfigError(f"{checkpoint.path}: {weight.name} has several scales ({', '.join(names)}), expected one")
     scale = checkpoint.tensor(names[0], ["F8_E8M0", "U8"], 2)

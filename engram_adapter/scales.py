@@ -20,6 +20,12 @@ from tierstore import ConfigError
 from tierstore.formats.checkpoint import Checkpoint
 from tierstore.formats.stored_tensor import StoredTensor
 
+SCALE_NAMES = (
+    "scale",
+    "weight_scale_inv",
+    "weight_scale",
+    "scale_inv",
+)  # of DeepSeek's weights; the first is the published one
 SCALE_BLOCK = 32  # columns that share one e8m0 scale in a row
 VALUE_CODECS = {"F32": ("fp32", 4), "F16": ("fp16", 2), "BF16": ("bf16", 2), "F8_E4M3": ("fp8_e4m3", 1)}
 _WIDE = ("F64", "F32", "F16", "BF16", "I64", "U64", "BOOL")  # values as they are, whatever lies beside

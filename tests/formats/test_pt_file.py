@@ -44,6 +44,15 @@ def test_an_archive_that_a_zip_tool_stored_again_is_read_where_its_records_lie_n
         assert Checkpoint.open(path).tensors["table"].read_bytes() == BYTES.numpy().tobytes()
 
 
+def test_an_archive_that_a_zip_tool_made_anew_with_its_folder_first_is_still_one_of_torch(tmp_path: Path) -> None:
+    torch.save({"table": BYTES}, tmp_path / "t.pt")
+    with zipfile.ZipFile(tmp_path / "t.pt") as old, zipfile.ZipFile(tmp_path / "zipped.pt", "w") as new:
+        new.writestr("t/", b"")
+        for record in sorted(old.infolist(), key=lambda record: record.filename):
+            new.writestr(record.filename, old.read(record))
+    assert Checkpoint.open(tmp_path / "zipped.pt").tensors["table"].read_bytes() == BYTES.numpy().tobytes()
+
+
 def test_an_archive_of_another_byte_order_is_refused_as_such(tmp_path: Path) -> None:
     torch.save({"table": torch.arange(6.0).reshape(2, 3)}, tmp_path / "t.pt")
     other = rewritten(tmp_path / "t.pt", lambda name, data: b"big" if name.endswith("/byteorder") else data)
@@ -111,7 +120,11 @@ def test_what_is_no_archive_of_torch_is_named_by_what_it_is(tmp_path: Path) -> N
     torch.save({"a": BYTES}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
         archive.writestr("model/config.json", "{}")
-    for name, message in {"bare": "bare Python pickle", "old": "format before 1.6", "zip": "a zip archive"}.items():
+    for name, message in {
+        "bare": "bare Python pickle",
+        "old": "format before 1.6",
+        "zip": "a zip archive without",
+    }.items():
         with pytest.raises((FormatError, ConfigError), match=rf"{name}\.pt is .*{message}"):
             Checkpoint.open(tmp_path / f"{name}.pt")
 

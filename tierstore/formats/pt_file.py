@@ -84,6 +84,8 @@ def _stored_records(path: Path, fd: int) -> list[_Record]:
     try:
         with os.fdopen(os.dup(fd), "rb") as file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
+            if not any(info.filename.endswith("data.pkl") for info in infos):
+                raise FormatError(f"{path} is a zip archive without data.pkl, so not one of PyTorch; unpack it first")
             for info in infos:
                 if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
                     how = "encrypted" if info.flag_bits & _ENCRYPTED else "compressed"

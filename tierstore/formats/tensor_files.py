@@ -31,6 +31,12 @@ DIMENSIONS_MAX = 64  # as in torch and NumPy
 ELEMENTS_MAX = 2**63 - 1
 PT_SUFFIXES = (".pt", ".pth", ".bin")
 
+_ARRAYS = ("npy", "npz", "hdf5")
+_NO_TENSORS = (
+    "json", "json-lines", "parquet", "arrow-file", "arrow-stream", "sqlite", "pdf", "megatron-index", "mosaic-index",
+    "mosaic-shard", "litdata-index", "litdata-chunk", "llmc-tokens-u16", "llmc-tokens-u32",
+)  # fmt: skip
+
 # Bytes of one element for each safetensors dtype that can be a table's (sub-byte types cannot).
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
@@ -58,7 +64,7 @@ def read_tensor_file(path: Path) -> TensorFile:
         identity = FileIdentity.of(os.fstat(file.fileno()))
         content = recognise(file.read(HEAD_BYTES), identity.num_bytes)
         kind = content.kind if content else None
-        if kind == "torch-zip" or (content is None and path.suffix in PT_SUFFIXES):
+        if kind == "torch-zip" or (kind in (None, "zip") and path.suffix in PT_SUFFIXES):
             return read_pt(path, file.fileno(), identity)
         if content is not None and kind != "safetensors":
             raise _of_another_kind(path, content)
@@ -68,7 +74,12 @@ def read_tensor_file(path: Path) -> TensorFile:
 
 def _of_another_kind(path: Path, content: Content) -> ConfigError | FormatError:
     error = FormatError if content.kind in ("empty", "torch-legacy", "pickle") else ConfigError
-    return error(f"{path} is {content.name}; {content.remedy}")
+    remedy = content.remedy
+    if content.kind in _ARRAYS:
+        remedy = "save its array as .safetensors"
+    elif content.kind in _NO_TENSORS:
+        remedy = "give the checkpoint's folder, or one of its *.safetensors or .pt files"
+    return error(f"{path} is {content.name}; {remedy}")
 
 
 def _read_safetensors(path: Path, file: BinaryIO, identity: FileIdentity) -> TensorFile:

@@ -7,6 +7,7 @@ what slots hold from the placement file. Shapes: N tokens, O orders, H rows per 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ... import kernels
-from ...errors import StoreNotReadyError, TierStoreError
+from ...errors import StoreNotReadyError
 from ...stats import add_counters
 from ..engine import READ_WAIT_S, Engine, HostEngine, Pending, Request, in_slices
 from ..placed import PlacementFile
