@@ -162,6 +162,8 @@ def build_store(
                 tables = lay_out_tables(sources, origin["digest"], shard_bytes)
             _check_resumable(path, image, tables, origin, attachments)
             readers = {source.spec.name: stack.enter_context(PlaneReader(source)) for source in sources}
+            for reader in readers.values():
+                reader.check_unchanged()
             done = _finished_shards(path, image)
             if image is not None and changed_files(image.origin, sources):
                 done = _still_right(path, image, sources, readers, done, jobs, on_progress)

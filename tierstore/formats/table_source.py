@@ -79,7 +79,7 @@ def find_hole(sources: Sequence[TableSource]) -> str | None:
 class PlaneReader:
     """Reads row ranges of a table's planes. Holds one descriptor a file; any number of threads may read at once.
 
-    Raises `FormatError` if a file has changed since its header was read; `check_unchanged` looks again after the reads.
+    `check_unchanged` says, before and after the reads, whether the files are still those whose headers were read.
     """
 
     def __init__(self, source: TableSource) -> None:
@@ -87,16 +87,12 @@ class PlaneReader:
         self._fds: dict[Path, int] = {}
         self._tensors: dict[Path, list[StoredTensor]] = {}
         allow_open_files(len({tensor.path for tensor in source.tensors}))
+        self._samples: str | None = None
         try:
             for tensor in source.tensors:
                 if tensor.path not in self._fds:
                     self._fds[tensor.path] = os.open(tensor.path, os.O_RDONLY | os.O_CLOEXEC)
                 self._tensors.setdefault(tensor.path, []).append(tensor)
-            self._check_identities()
-            self._samples = self._digest_samples()
-        except FormatError:
-            self.close()
-            raise
         except OSError as error:
             self.close()
             raise named(error, f"cannot open checkpoint file {error.filename}", error.filename, fault=_COPY) from error
@@ -124,21 +120,28 @@ class PlaneReader:
         return planes
 
     def check_unchanged(self) -> None:
-        """Raises `FormatError` if a file was changed or replaced since its header was read. Reads samples of the tensors."""
-        self._check_identities()
-        if self._digest_samples() != self._samples:
+        """Raises `FormatError` if a file was changed, replaced or removed since its header was read.
+
+        Reads samples of the tensors too, and compares them with those of the call before.
+        """
+        for path, fd in self._fds.items():
+            identity = self._tensors[path][0].identity
+            if identity is not None:
+                check_identity(path, os.fstat(fd), identity)
+                try:
+                    check_identity(path, path.stat(), identity)  # another file may have taken its name
+                except FileNotFoundError:
+                    raise FormatError(
+                        f"{path} was removed or renamed while it was read; put it back and run again"
+                    ) from None
+        samples = self._digest_samples()
+        if self._samples not in (None, samples):
             names = ", ".join(path.name for path in self._fds)
             raise FormatError(
                 f"the rows in {names} changed while they were read: they may be of two checkpoints; let whoever writes them "
                 f"finish, and run again"
             )
-
-    def _check_identities(self) -> None:
-        for path, fd in self._fds.items():
-            identity = self._tensors[path][0].identity
-            if identity is not None:
-                check_identity(path, os.fstat(fd), identity)
-                check_identity(path, path.stat(), identity)  # another file may have taken its name
+        self._samples = samples
 
     def _digest_samples(self) -> str:
         digest = hashlib.sha256()
