@@ -69,6 +69,7 @@ STEP_TOKENS = 500_000  # of the held-out documents, over which steps are simulat
 SIMULATIONS_AT_ONCE = 2
 SMALL_LADDER_DOUBLINGS = 4  # of tables so small that budgets from 16 MiB on would say little
 UNITS = {COUNTING: "tokens", MERGING: "n-grams", REPLAYING: "simulations", DECODING: "simulations"}
+NEAR_WHOLE = 1.25
 CHECKING, DRAWING = "checking", "drawing"
 
 
@@ -253,7 +254,9 @@ def _budgets(image: CatalogImage, group: Group, ranking: Ranking, cost: EntryCos
     first_bytes = min(LADDER_BYTES_MIN, 1 << max(whole_bytes >> SMALL_LADDER_DOUBLINGS, 1).bit_length())
     budgets, usable = [], []
     for budget in ladder(ranking, cost, first_bytes=first_bytes):
-        if budget < whole_bytes:  # from there on the tables are kept whole
+        if (
+            budget * NEAR_WHOLE < whole_bytes
+        ):  # whoever has nearly as much takes a little more, and nothing is read at all
             with contextlib.suppress(BudgetError):  # too little to open the store with
                 usable.append(usable_bytes(image.tables, group.tables, budget))
                 budgets.append(budget)

@@ -18,8 +18,9 @@ from tierstore.extras import missing
 from .report_tables import Record, cached_points, short_bytes, whole_bytes
 
 # Colours that matplotlib writes and that are then replaced by the page's variables of these names.
-COLOURS = {name: f"#0a0b{place:02x}" for place, name in enumerate(("ink", "grid", "a", "b", "c", "d", "e"))}
+COLOURS = {name: f"#0a0b{place:02x}" for place, name in enumerate(("ink", "grid", "a", "b", "c", "d", "e", "paper"))}
 BAND_ALPHA = 0.18
+LABEL_ALPHA = 0.8  # of the paper behind a label that lies over areas and curves
 SIZE_INCHES = 8.0, 4.2
 TICKS_MAX = 8
 TICKS_APART = 1.6  # times as much memory: closer labels would touch
@@ -224,6 +225,7 @@ def _mark(axes: Any, dram_bytes: int, words: str) -> None:
         rotation=90,
         ha="right",
         va="bottom",
+        bbox={"facecolor": COLOURS["paper"], "alpha": LABEL_ALPHA, "edgecolor": "none", "pad": 1.5},
     )
 
 

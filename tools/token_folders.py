@@ -11,25 +11,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tierstore.errors import ConfigError
-from tierstore.formats.content import content_of
+from tierstore.formats.content import Content, content_of
 
 TEXT_BYTES_MIN = 32  # fewer bytes that could be letters may as well be ids
 _CONTROL = bytes(code for code in range(32) if code not in b"\t\n\v\f\r\x1b")
 
-# What to do with a file from which token ids are wanted, if it is not what `content` says to whoever wants tensors.
+# What to do with a file from which token ids are wanted, if it is not what `content` says to whoever wants tensors. {path}
+# stands for its path, {lines} for the name of a file of JSON lines, both as Python writes them.
 REMEDIES = {
     "safetensors": "take its ids out into a .npy file",
-    "torch-zip": "save its ids as .npy: numpy.save('ids.npy', torch.load(FILE).numpy())",
-    "torch-legacy": "save its ids as .npy: numpy.save('ids.npy', torch.load(FILE).numpy())",
+    "torch-zip": "save its ids as .npy: numpy.save('ids.npy', torch.load({path}).numpy())",
+    "torch-legacy": "save its ids as .npy: numpy.save('ids.npy', torch.load({path}).numpy())",
     "pickle": "save its ids as .npy",
     "npz": "save its array as .npy",
     "gguf": "give text, or token ids as .npy",
     "ggml": "give text, or token ids as .npy",
     "llmc-model": "give its token files",
     "hdf5": "save its ids as .npy",
-    "arrow-file": "write it as JSON lines: datasets.Dataset.from_file(FILE).to_json('FILE.jsonl')",
-    "arrow-stream": "write it as JSON lines: datasets.Dataset.from_file(FILE).to_json('FILE.jsonl')",
-    "parquet": "write it as JSON lines: datasets.Dataset.from_parquet(FILE).to_json('FILE.jsonl')",
+    "arrow-file": "write it as JSON lines: datasets.Dataset.from_file({path}).to_json({lines})",
+    "arrow-stream": "write it as JSON lines: datasets.Dataset.from_file({path}).to_json({lines})",
+    "parquet": "write it as JSON lines: datasets.Dataset.from_parquet({path}).to_json({lines})",
     "llmc-tokens-u16": "give it as it is",
     "llmc-tokens-u32": "give it as it is",
     "npy": "give it as it is",
@@ -90,6 +91,12 @@ def _snapshot(folder: Path) -> str:
         return f"give {folder / 'snapshots' / main.read_text().strip()}"
     snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
     return f"give {snapshots[0]}" if snapshots else "it holds no snapshot: download it first"
+
+
+def remedy_of(content: Content, path: Path) -> str:
+    """Returns what to do with a file of known content that is not read."""
+    remedy = REMEDIES.get(content.kind, content.remedy)
+    return remedy.replace("{path}", repr(str(path))).replace("{lines}", repr(f"{path.stem}.jsonl"))
 
 
 def own_file(head: bytes) -> str:

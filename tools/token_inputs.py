@@ -23,7 +23,7 @@ from .byte_streams import CODECS, count_bytes, first_bytes
 from .json_lines import SUFFIXES as LINES_SUFFIXES
 from .json_lines import LineField, documents_of_lines, field_of_lines
 from .megatron_pairs import index_beside, read_index
-from .token_folders import LEFT_OUT_KINDS, REMEDIES, files_under, is_text, own_file
+from .token_folders import LEFT_OUT_KINDS, files_under, is_text, own_file, remedy_of
 from .token_ids import LLMC_HEADER_BYTES, RAW_DTYPES, NoIdsError, Piece, check_llmc, npy_header, npy_pieces, raw_pieces
 from .token_text import TextPart, parts_of_document, parts_of_file
 
@@ -165,7 +165,7 @@ def _input_of_content(
         found_dtype = check_llmc(path, head, size)
         _check_dtype(path, dtype, found_dtype, "its header")
         return TokenInput(path, "llmc", size, dtype=found_dtype)
-    name, remedy = content.name, REMEDIES.get(content.kind, content.remedy)
+    name, remedy = content.name, remedy_of(content, path)
     if codec:
         name = f"{codec} data that holds {name}"
         remedy = "decompress it first" + ("" if content.kind in CODECS or not remedy else f", then {remedy}")

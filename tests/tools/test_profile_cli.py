@@ -75,7 +75,8 @@ def test_people_get_tables_and_what_was_counted(text: TextStore, tmp_path: Path)
     ):
         assert words in shown
     assert f"{sum(map(len, text.documents)):,} tokens of {len(text.documents)} documents" in shown
-    assert "64 MiB" in shown
+    assert "32 MiB" in shown
+    assert "64 MiB" not in shown, "with a tenth more the tables fit whole"
     assert "128 MiB" not in shown, "so much memory holds the tables whole"
 
 

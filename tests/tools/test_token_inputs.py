@@ -184,6 +184,15 @@ def test_a_random_stream_of_ids_is_nothing_but_ids(tmp_path: Path) -> None:
         assert traced(file, dtype=dtype) == [ids.tolist()]
 
 
+def test_a_remedy_can_be_run_as_it_is_printed(tmp_path: Path) -> None:
+    file = tmp_path / "it's mine.parquet"
+    file.write_bytes(PACKED["Parquet"])
+    with pytest.raises(ConfigError) as refused:
+        write_trace([file], tmp_path / "t.trace")
+    printed = str(refused.value).partition("write it as JSON lines: ")[2]
+    assert printed == f"""datasets.Dataset.from_parquet({str(file)!r}).to_json("it's mine.jsonl")"""
+
+
 # Text that is called ids, and the reverse
 
 
