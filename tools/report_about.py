@@ -6,12 +6,14 @@ Input: what `tierstore profile` was given, and the footer that it made. Output: 
 from __future__ import annotations
 
 import datetime
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tierstore.decisions.recommend import default_choice
+from tierstore.printable import printable
 from tierstore.version import VERSION
 
 from .report_tables import Record, exact_bytes
@@ -57,5 +59,5 @@ def _notes_of(counts: Mapping[str, int]) -> list[str]:
 
 
 def _shown(text: str) -> str:
-    """Names come from outside: what a terminal or a page cannot show is replaced."""
-    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+    """A name from outside, for terminal and page: control characters escaped, bytes that are no UTF-8 replaced."""
+    return printable(os.fsencode(text).decode(errors="replace"))

@@ -185,7 +185,7 @@ def test_a_disk_that_fills_is_named_and_the_old_profile_stays(
         error = error_of(capsys, "profile", text.store, text.trace, "-o", path)
     assert f"{path}, after " in error
     assert "bytes of it: No space left on device: " in error
-    assert "free some disk" in error
+    assert "free some" in error
     assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"the old one", [path])
 
 
@@ -194,7 +194,7 @@ def test_a_report_that_could_not_be_written_is_refused_before_the_counting(
 ) -> None:
     arguments = "profile", text.store, text.trace, "-o", tmp_path / "p.profile", "--report"
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "needs matplotlib" in error_of(capsys, *arguments, tmp_path / "r.html")
+    assert "needs the extra 'report'" in error_of(capsys, *arguments, tmp_path / "r.html")
     monkeypatch.undo()
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     assert "a folder that there is" in error_of(capsys, *arguments, tmp_path / "none" / "r.html")
@@ -317,4 +317,4 @@ def test_names_that_a_terminal_would_act_on_are_shown_as_text(text: TextStore, t
     trace = write_trace(tmp_path / "t\x1b[31m.trace", text.documents[:20])
     shown = good("profile", text.store, trace, "-o", tmp_path / "p.profile").stdout
     assert "\x1b" not in shown
-    assert "t\N{REPLACEMENT CHARACTER}[31m.trace" in shown
+    assert "t\\x1b[31m.trace" in shown

@@ -208,7 +208,11 @@ def test_what_the_page_is_about_stands_first(record: dict[str, Any], tmp_path: P
     counts = {"documents": 10, "held_out_documents": 1}
     footer = {"analysis": {"groups": [record]}, "counts": counts}
     told = about(
-        Path("a <b>.tier"), [Path("x.trace"), Path("y\x07.trace")], Path("p.profile"), footer, ["of the caller's"]
+        Path("a <b>.tier"),
+        [Path("x.trace"), Path("y\x07.trace"), Path("\udcff")],
+        Path("p.profile"),
+        footer,
+        ["of the caller's"],
     )
     write_report([record], tmp_path / "r.html", told)
     page = ElementTree.fromstring((tmp_path / "r.html").read_text())
@@ -216,7 +220,7 @@ def test_what_the_page_is_about_stands_first(record: dict[str, Any], tmp_path: P
     shown = text_of(listed)
     for words in (
         "a <b>.tier",
-        "x.trace, y\N{REPLACEMENT CHARACTER}.trace",
+        "x.trace, y\\x07.trace, \N{REPLACEMENT CHARACTER}",
         told["made"],
         "tierstore plan 'a <b>.tier' p.profile",
     ):
