@@ -324,8 +324,9 @@ def command(
 ) -> None:
     """Count the n-grams of TRACE... as the model of STORE looks them up, and say what each gigabyte would buy.
 
-    Documents are kept back, by content, and predictions are made for them. Parts of a corpus may be counted anywhere, with
-    the same --held-out, and merged.
+    Documents are kept back, by content, and predictions are made for them. Fewer than 8 documents, such as one long file
+    of ids, are cut into stretches first; `tierstore trace --eos ID` cuts them where they end. Parts of a corpus may be
+    counted anywhere, with the same --held-out, and merged.
 
     \b
     Example: tierstore profile v41.tier chats.trace -o chats.profile --report chats.html

@@ -197,9 +197,9 @@ def test_without_dram_the_knee_is_recommended_and_the_reason_said(
     assert knee["why"] in record["why"]
     shown = " ".join(good("plan", own, text.profile, "--dry-run").stdout.split())
     assert f"({record['why']})" in shown
-    monkeypatch.setattr(planning, "available_memory", lambda: (DRAM, "machine"))
+    monkeypatch.setattr(planning, "available_memory", lambda: (knee["dram_bytes"], "machine"))
     record = good_json("plan", own, text.profile, "--dry-run")
-    assert record["dram_bytes"] == DRAM // 2
+    assert record["dram_bytes"] == knee["dram_bytes"] // 2
     assert "half of the memory" in record["why"]
     assert "MiB" in record["why"]
 
@@ -307,8 +307,8 @@ def test_any_budget_may_be_looked_at_and_another_machine_planned_for(
     shown = good("plan", own, text.profile, "--dram", "900TiB", "--dry-run").stdout
     assert "fits its share of DRAM whole" in shown
     assert "more than this cgroup has left, 1.00 MiB: a plan for another one" in shown
-    record = good_json("plan", own, text.profile, "--dry-run", "--for-machine", "24MiB")
-    assert record["dram_bytes"] == 12 << 20
+    record = good_json("plan", own, text.profile, "--dry-run", "--for-machine", "6MiB")
+    assert record["dram_bytes"] == 3 << 20
     assert "half of the memory that is there" in record["why"]
     assert good_json("plan", own, text.profile, "--dram", DRAM, "--for-machine", "128GiB")["epoch"] == 1
     assert (
