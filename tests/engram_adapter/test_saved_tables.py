@@ -17,7 +17,7 @@ from test_swap_qwen4 import built, made_model, prompts, transformers
 import tierstore
 from engram_adapter import saved_tables
 from engram_adapter.swap import swap_embedding
-from tierstore.errors import ConfigError, CorruptPageError
+from tierstore.errors import BudgetError, ConfigError, CorruptPageError
 
 
 def loaded(folder: Path) -> Any:
@@ -106,7 +106,9 @@ def test_a_disk_without_room_is_named_with_what_it_takes_and_nothing_is_saved(
     with tierstore.open(built(model, tmp_path), dram="64MiB") as store:
         swap_embedding(model, store)
         monkeypatch.setattr(saved_tables.os, "posix_fallocate", full)
-        with pytest.raises(ConfigError, match=r"No space left .* bytes\) here while the model is saved"):
+        with pytest.raises(
+            BudgetError, match=r"No space left .* bytes\) are needed, .* lies here while the model is saved"
+        ):
             model.save_pretrained(tmp_path / "tuned")
     assert list((tmp_path / "tuned").iterdir()) == []
 

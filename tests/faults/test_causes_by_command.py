@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,17 +117,27 @@ def driver() -> Iterator[Driver]:
 
 
 @pytest.fixture(scope="module")
-def inputs(text: TextStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def everybodys() -> Iterator[Path]:
+    """A folder that all users may enter, which pytest's own are not."""
+    with tempfile.TemporaryDirectory(prefix="tierstore-test-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def linked(source: Path, destination: Path) -> Path:
+    """Another name of a file, or of all files of a folder; copies if it is another disk."""
+    try:
+        return Path(shutil.copytree(source, destination, copy_function=os.link))
+    except (NotADirectoryError, shutil.Error):
+        return Path(shutil.copytree(source, destination) if source.is_dir() else shutil.copy(source, destination))
+
+
+@pytest.fixture(scope="module")
+def inputs(text: TextStore, everybodys: Path) -> dict[str, Path]:
     """What commands read. All users may."""
-    folder = tmp_path_factory.mktemp("inputs")
-    np.save(folder / "ids.npy", np.arange(500, dtype=np.int32) % 50)
-    made = {"model": text.store.parent / "model", "store": text.store, "ids": folder / "ids.npy"}
-    made |= {"trace": text.trace, "profile": text.profile}
-    for path in made.values():
-        for parent in (path, *path.parents):
-            if parent.stat().st_uid == os.geteuid() and parent.is_relative_to(tmp_path_factory.getbasetemp().parent):
-                parent.chmod(parent.stat().st_mode | 0o555)
-    return made
+    np.save(everybodys / "ids.npy", np.arange(500, dtype=np.int32) % 50)
+    made = {"model": text.store.parent / "model", "store": text.store, "trace": text.trace, "profile": text.profile}
+    return {"ids": everybodys / "ids.npy"} | {name: linked(path, everybodys / path.name) for name, path in made.items()}
 
 
 # Commands that write, by the name of what they make; {out} is a folder.
@@ -186,33 +198,30 @@ def test_a_missing_folder_is_named(driver: Driver, inputs: dict[str, Path], tmp_
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_folder_that_this_user_may_not_write_is_named(
-    driver: Driver, inputs: dict[str, Path], tmp_path: Path, name: str
+    driver: Driver, inputs: dict[str, Path], everybodys: Path, name: str
 ) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can become another user; as a user, the folder below would be one's own")
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
-    status, said = driver.run("user", NOBODY, *filled(WRITERS[name], **inputs, out=tmp_path))
+    status, said = driver.run("user", NOBODY, *filled(WRITERS[name], **inputs, out=everybodys))
     assert status != 0
-    assert f"Permission denied: user {NOBODY} may not write in {tmp_path} (owner 0, mode 755)" in said, said
+    assert f"Permission denied: user {NOBODY} may not write in {everybodys} (owner 0, mode 755)" in said, said
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_store_that_this_user_may_not_read_is_named(
-    driver: Driver, inputs: dict[str, Path], own: Path, name: str
+    driver: Driver, inputs: dict[str, Path], everybodys: Path, name: str
 ) -> None:
     if os.geteuid() != 0:
-        pytest.skip("root alone can become another user")
-    for parent in (own, *own.parents[:3]):
-        parent.chmod(0o755)
-    for shard in own.rglob("*.shard"):
+        pytest.skip("only root can become another user")
+    closed = Path(shutil.copytree(inputs["store"], everybodys / f"closed {name}"))
+    for shard in closed.rglob("*.shard"):
         shard.chmod(0o600)
-    status, said = driver.run("user", NOBODY, *filled(READERS[name], **{**inputs, "store": own}))
+    status, said = driver.run("user", NOBODY, *filled(READERS[name], **{**inputs, "store": closed}))
     if name == "inspect":  # it reads the catalog only
         assert status == 0, said
         return
     assert status != 0
-    assert f"Permission denied: user {NOBODY} may not read {own}" in said, said
+    assert f"Permission denied: user {NOBODY} may not read {closed}" in said, said
     assert "make it readable for this user" in said
 
 
