@@ -257,7 +257,7 @@ class ColumnReader:
     def __del__(self) -> None:
         # Its maker was interrupted before it could keep it.
         if hasattr(self, "_file"):
-            self.close()
+            self._file.close()
 
     def __enter__(self) -> ColumnReader:
         return self
