@@ -149,7 +149,10 @@ def limited(limit: int, value: int, code: str, *arguments: object) -> subprocess
 
 @pytest.mark.parametrize(
     ("limit", "said"),
-    [(resource.RLIMIT_FSIZE, "File too large; ask for less with --dram, or"), (resource.RLIMIT_AS, "Cannot allocate")],
+    [
+        (resource.RLIMIT_FSIZE, "raise the limit: ulimit -f unlimited"),
+        (resource.RLIMIT_AS, "raise the limit (ulimit -v"),
+    ],
     ids=["a file's length", "address space"],
 )
 def test_a_limit_of_the_process_below_the_budget_is_a_named_refusal(
@@ -175,7 +178,7 @@ def test_a_client_that_may_map_or_open_too_little_is_told_and_the_others_are_ser
     daemon: Daemon, socket: Path
 ) -> None:
     for limit, value, said in (
-        (resource.RLIMIT_AS, MIB, r"BudgetError the control block: \d+ bytes cannot be mapped .*ulimit -v"),
+        (resource.RLIMIT_AS, MIB, r"BudgetError the control block: Cannot allocate memory: .*ulimit -v"),
         (resource.RLIMIT_NOFILE, 6, "DaemonError .*than this process may have open"),
     ):
         done = limited(limit, value, LOOK_UP, socket)

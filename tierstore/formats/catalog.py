@@ -391,7 +391,7 @@ def _read(path: Path) -> dict[str, bytes]:
     except MemoryError as error:
         file_bytes = file.stat().st_size
         raise BudgetError(
-            f"{file}: {file_bytes} bytes do not fit in this process's memory; raise its limit (ulimit -v, the container's)"
+            f"{file}: {file_bytes} bytes do not fit in this process's memory; raise the limit (ulimit -v, the container's)"
         ) from error
 
 
