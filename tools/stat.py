@@ -13,11 +13,13 @@ import click
 
 from tierstore.daemon.client_socket import ask
 from tierstore.daemon.record import SECTIONS, Record
+from tierstore.daemon.socket_file import starting_state
 from tierstore.errors import ConfigError, DaemonError
 
 from .cli import console
 
 FETCH_S_MAX = 10.0
+STARTING_S_MAX = 1.0  # a daemon that is warming its tiers answers nobody: it notes beside the socket how far it is
 
 
 def fetch_record(socket: Path) -> Record:
@@ -25,7 +27,8 @@ def fetch_record(socket: Path) -> Record:
 
     Raises `DaemonError` where no daemon answers, it refuses, or its answer is of another release.
     """
-    record: Record = ask(str(socket), {"do": "stat"}, timeout_s=FETCH_S_MAX)
+    timeout_s = STARTING_S_MAX if starting_state(socket) else FETCH_S_MAX
+    record: Record = ask(str(socket), {"do": "stat"}, timeout_s=timeout_s)
     record.pop("ok", None)
     missing = [name for name in SECTIONS if name not in record]
     if missing:

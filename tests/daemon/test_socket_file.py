@@ -29,7 +29,10 @@ from tierstore.daemon import client_socket
 from tierstore.daemon.client_socket import ask, dial
 from tierstore.daemon.protocol import ChannelClosed
 from tierstore.daemon.server import SocketServer
+from tierstore.daemon.serving import Daemon
+from tierstore.daemon.socket_file import starting_state
 from tierstore.errors import ConfigError, DaemonError
+from tierstore.tools.cli import run
 
 
 @pytest.fixture
@@ -253,7 +256,7 @@ def test_a_path_that_cannot_be_a_sockets_is_refused(tmp_path: Path, handler: Not
 def test_another_programs_socket_is_left_alone(path: Path, handler: NotingHandler) -> None:
     for kind, says in (
         (socket.SOCK_STREAM, "it is another program's socket"),
-        (socket.SOCK_SEQPACKET, "does not answer within 0.05 s; it may be starting"),
+        (socket.SOCK_SEQPACKET, "does not answer within 0.05 s; it may be stopped"),
     ):
         with socket.socket(socket.AF_UNIX, kind) as other:
             other.bind(os.fspath(path))
@@ -292,7 +295,7 @@ def test_a_daemon_that_takes_no_connection_is_given_up_in_time(
 ) -> None:
     monkeypatch.setattr(client_socket, "RETRY_S", 0.001)
     with SocketServer(path, handler):  # which has not started
-        with pytest.raises(DaemonError, match=r"does not answer within 0.05 s; it may be starting"):
+        with pytest.raises(DaemonError, match=r"does not answer within 0.05 s; it may be stopped"):
             dial(path, timeout_s=0.05)
         waiting = []
         for _ in range(1000):  # as many as may wait
@@ -303,3 +306,33 @@ def test_a_daemon_that_takes_no_connection_is_given_up_in_time(
             dial(path, timeout_s=0.05)
         for sock in waiting:
             sock.close()
+
+
+def test_who_asks_a_daemon_that_is_starting_is_told_how_far_it_is(path: Path, handler: NotingHandler) -> None:
+    with SocketServer(path, handler, clients_max=3) as server:
+        server.note_starting("warming, 7 %")
+        assert starting_state(path) == "warming, 7 %"
+        with pytest.raises(DaemonError, match=r"within 0.05 s; it is starting \(warming, 7 %\): ask again"):
+            ask(path, {"do": "stat"}, timeout_s=0.05)
+        with pytest.raises(DaemonError, match=f"process {os.getpid()}\\) serves there already"):
+            SocketServer(path, handler, clients_max=3)
+        server.note_starting("")
+        assert starting_state(path) == ""
+        server.start()
+        assert ask(path, {"do": "stat"}, timeout_s=WAIT_S)
+    assert starting_state(path) == ""
+
+
+def test_stat_says_how_far_warming_is(
+    placed: Path, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tierstore.tools.stat.STARTING_S_MAX", 0.05)
+    said = []
+
+    def look(_done: int, _total: int) -> None:
+        assert run(["stat", str(path)]) == 1
+        said.append(capsys.readouterr().err)
+
+    Daemon(placed, path, 900 << 10, on_progress=look).close()
+    assert said
+    assert all("it is starting (warming, " in each for each in said)

@@ -157,7 +157,8 @@ def test_what_cannot_be_had_is_made_do_without_and_said(
     built: Path, model: Model, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Too few descriptors for every lane's ring: fewer lanes serve, and a warning says how many."""
-    monkeypatch.setattr("tierstore.tiers.nvme.allow_open_files", lambda _: None)  # the limit stays as it is set here
+    for module in ("nvme", "native"):  # the limit stays as it is set here
+        monkeypatch.setattr(f"tierstore.tiers.{module}.allow_open_files", lambda _: None)
     if kernels.probe_uring() != 0:
         pytest.skip("io_uring is not to be had here")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

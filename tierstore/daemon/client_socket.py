@@ -30,7 +30,7 @@ from .protocol import (
     close_fds,
     peer_credentials,
 )
-from .socket_file import check_socket_path
+from .socket_file import check_socket_path, starting_state
 
 DIAL_S = 5.0
 ASK_S = 10.0
@@ -111,9 +111,9 @@ def _receive(channel: Channel, path: str, deadline: float, timeout_s: float) -> 
     try:
         message, fds = channel.receive(deadline - time.monotonic())
     except TimeoutError as error:
-        raise DaemonError(
-            f"{path}: the daemon does not answer within {timeout_s} s; it may be starting, stopped or stuck: see its log"
-        ) from error
+        starting = starting_state(path)
+        what = f"it is starting ({starting}): ask again" if starting else "it may be stopped or stuck: see its log"
+        raise DaemonError(f"{path}: the daemon does not answer within {timeout_s} s; {what}") from error
     except ChannelClosed as error:
         raise ChannelClosed(f"{path}: {error} without an answer; the daemon may have ended: see its log") from error
     try:

@@ -104,6 +104,10 @@ class SocketServer:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread.start()
 
+    def note_starting(self, state: str) -> None:
+        """Notes beside the socket how far the start is, for those who ask before `start`."""
+        self._file.note(state)
+
     def counts(self) -> dict[str, int]:
         """Returns clients "attached", "max" of them, and "refused": connections that got no answer to their hello."""
         attached = sum(peer.role == "client" for peer in list(self._peers.values()))

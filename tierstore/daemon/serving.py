@@ -93,7 +93,9 @@ class Daemon:
             self._swap_memory = RememberedSwap(SwapFile(self.path), path, forget=forget_swap)
             if self._swap_memory.is_other and placement != "none":
                 placement = None  # an epoch's number is of the command line's store
-            self._host = Host(self._swap_memory.serves, dram_bytes, io, placement, on_progress, gpu_clients=gpu_clients)
+            self._server.note_starting("warming")
+            progress = self._noting(on_progress)
+            self._host = Host(self._swap_memory.serves, dram_bytes, io, placement, progress, gpu_clients=gpu_clients)
         except BaseException:
             self._server.close()
             raise
@@ -108,6 +110,16 @@ class Daemon:
         self._remote: RemoteServer | None = None
         self._remote_store: Store | None = None
         self._io = io
+
+    def _noting(self, on_progress: OnProgress | None) -> OnProgress:
+        """Returns on_progress, which also notes beside the socket how far warming is: nobody is answered until it ends."""
+
+        def note(done: int, total: int) -> None:
+            self._server.note_starting(f"warming, {100 * done // max(total, 1)} %")
+            if on_progress is not None:
+                on_progress(done, total)
+
+        return note
 
     @property
     def path(self) -> str:
@@ -133,6 +145,7 @@ class Daemon:
         """Begins to serve: at the socket, and at the addresses that are given. Raises `ConfigError` for bad ones."""
         self._learner.start()
         self._state = "serving"
+        self._server.note_starting("")
         self._server.start()
         if metrics is not None:
             self._metrics = MetricsServer(metrics, self.stat)

@@ -21,6 +21,8 @@ from ..errors import ConfigError, DaemonError
 PATH_BYTES_MAX = 107  # of a socket's address on Linux
 _URL = re.compile("grpcs?:/")  # also what is left of one that was taken for a path
 BACKLOG = 64  # connections that wait to be accepted
+PID_CHARS, LOCK_STATE_CHARS = 20, 40
+LOCK_BYTES_MAX = PID_CHARS + 1 + LOCK_STATE_CHARS + 1
 
 
 def check_socket_path(path: str | os.PathLike[str]) -> str:
@@ -82,6 +84,11 @@ class SocketFile:
             raise
         return listener
 
+    def note(self, state: str) -> None:
+        """Tells who looks at PATH.lock how far a daemon is that does not answer yet; an empty state says that it does."""
+        if self._lock_fd >= 0:
+            os.pwrite(self._lock_fd, _lock_text(state), 0)
+
     def close(self) -> None:
         """Stops to listen, removes the file if it is ours, and leaves the lock. Closing twice is harmless."""
         if self.listener is not None:
@@ -96,6 +103,28 @@ class SocketFile:
                 os.unlink(self._lock_path)  # while it is held: see `_take_lock`
             os.close(self._lock_fd)
             self._lock_fd = -1
+
+
+def starting_state(path: str | os.PathLike[str]) -> str:
+    """Returns what the daemon of a socket noted of its start ("warming, 43 %"), empty if it serves or noted nothing.
+
+    A daemon that was killed leaves its note, so this counts only if somebody listens and does not answer. Only the
+    daemon's user and root can know: the file is theirs.
+    """
+    try:
+        fd = os.open(f"{os.fspath(path)}.lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        lines = os.pread(fd, LOCK_BYTES_MAX, 0).decode("ascii", "replace").splitlines()
+    finally:
+        os.close(fd)
+    return lines[1].strip() if len(lines) > 1 else ""
+
+
+def _lock_text(state: str) -> bytes:
+    """Returns what PATH.lock holds, always as long: a reader beside the writer sees no rest of a longer text."""
+    return f"{os.getpid():<{PID_CHARS}}\n{state:<{LOCK_STATE_CHARS}}\n".encode("ascii", "replace")
 
 
 def _take_lock(lock_path: str, path: str) -> int:
@@ -113,13 +142,13 @@ def _take_lock(lock_path: str, path: str) -> int:
             # Its last holder may have removed the file between our opening and locking it: then it locks nothing.
             if os.path.samestat(os.fstat(fd), os.stat(lock_path, follow_symlinks=False)):
                 os.ftruncate(fd, 0)
-                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                os.pwrite(fd, _lock_text(""), 0)
                 return fd
             os.close(fd)
         except FileNotFoundError:
             os.close(fd)
         except BlockingIOError as error:
-            holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            holder = os.pread(fd, PID_CHARS, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(fd)
             raise DaemonError(
                 f"{path}: a daemon (process {holder}) serves there already; stop it, or give another --socket"
