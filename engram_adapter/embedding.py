@@ -222,7 +222,8 @@ class RowIdEmbedding(torch.nn.Module):
         With `head_offsets`, the last axis of `row_ids` is the heads, and each id counts within its head. Blocks on the
         reads. Raises `ValueError` for ids outside the table or their head, `CorruptPageError` where a row is damaged.
         """
-        ids = _as_int64(row_ids, "row ids")
+        check_integers(row_ids, "row ids")
+        ids = _as_int64(row_ids)
         if self._head_offsets:
             ids = self._ids_in_table(ids)
         # On the CPU whatever torch's default device is: the store writes into it.
@@ -329,8 +330,8 @@ class _Call:
     ) -> None:
         """history_tokens: how many of the tokens before count."""
         check_token_shapes(token_ids, history, history_tokens)
-        self.token_ids = _as_int64(token_ids, "token_ids")
-        self.history = None if history is None else _as_int64(last_tokens(history, history_tokens), "history")
+        self.token_ids = _as_int64(token_ids)
+        self.history = None if history is None else _as_int64(last_tokens(history, history_tokens))
         if self.history is not None and self.history.shape[1] == 0:
             self.history = None  # the same call as one without
         if dead is not None and (not isinstance(dead, torch.Tensor) or dead.dtype != torch.bool):
@@ -341,9 +342,8 @@ class _Call:
         self.key: _CallKey = tuple(None if array is None else (array.shape, array.tobytes()) for array in arrays)
 
 
-def _as_int64(ids: Any, what: str) -> np.ndarray:
+def _as_int64(ids: torch.Tensor) -> np.ndarray:
     """Returns an integer tensor of any device and layout as a contiguous int64 array on the CPU."""
-    check_integers(ids, what)
     array: np.ndarray = ids.detach().to("cpu", torch.int64).contiguous().numpy()
     return array
 
