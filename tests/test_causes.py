@@ -35,7 +35,7 @@ def refused(code: int, path: Path | None = None) -> OSError:
         (errno.EIO, ConfigError, ["Input/output error", "dmesg"]),
         (errno.ENODEV, ConfigError, ["cannot map files", "local disk"]),
         (errno.ENOMEM, BudgetError, ["Cannot allocate memory", "7 bytes) are needed", "ask for less"]),
-        (errno.EADDRINUSE, ConfigError, ["already in use", "give a free port"]),
+        (errno.EADDRINUSE, ConfigError, ["already in use", "port 0 for a free one"]),
         (errno.EADDRNOTAVAIL, ConfigError, ["address of this host"]),
         (errno.EISDIR, ConfigError, ["Is a directory", "name of a file"]),
         (errno.ENAMETOOLONG, ConfigError, ["shorter path"]),

@@ -385,6 +385,9 @@ _CAUSES: dict[int, Callable[[_Place], _Answer]] = {
     errno.ELOOP: _always("links on the way lead in a circle: give another path"),
     errno.ENAMETOOLONG: _always("give a shorter path"),
     errno.ESTALE: _always("mount the network file system again, or copy the files to a local disk"),
-    errno.EADDRINUSE: _always("another program listens there (ss -ltnp shows which): stop it, or give a free port"),
+    errno.EADDRINUSE: _always(
+        "stop it (ss -ltnp shows which it is), or give another port, or port 0 for a free one",
+        facts="the port is taken by another program",
+    ),
     errno.EADDRNOTAVAIL: _always("give an address of this host (ip addr shows them)"),
 }

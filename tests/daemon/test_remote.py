@@ -510,7 +510,9 @@ def test_closing_the_server_ends_its_threads_and_frees_its_port(built: Path) -> 
     with tierstore.open(built, dram="600KiB") as opened:
         before = {thread.name for thread in threading.enumerate()}
         server = RemoteServer(opened, "127.0.0.1:0")
-        with pytest.raises(tierstore.ConfigError, match="cannot be listened at: the port is taken"):
+        with pytest.raises(
+            tierstore.ConfigError, match="cannot be listened at: Address already in use: the port is taken"
+        ):
             RemoteServer(opened, server.address)
         assert server.close(5)
         assert server.close(5)

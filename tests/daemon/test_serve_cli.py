@@ -232,7 +232,10 @@ def test_a_taken_port_is_named_before_the_tiers_are_warmed(
         address = f"127.0.0.1:{other.getsockname()[1]}"
         assert run(["serve", str(built), "--socket", str(socket), *DRAM, option, address]) == 1
     error = capsys.readouterr().err
-    assert f"error: {option} {address}: it cannot be listened at: the port is taken by another program; " in error
+    assert (
+        f"error: {option} {address}: it cannot be listened at: Address already in use: the port is taken by another program; "
+        in error
+    )
     assert "ss -ltnp" in error
     assert "warming" not in error
     assert not socket.exists()
@@ -242,7 +245,10 @@ def test_one_port_for_two_things_is_named(built: Path, socket: Path, capsys: pyt
     with sockets.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
     assert run(["serve", str(built), "--socket", str(socket), *DRAM, "--metrics", address, "--listen", address]) == 1
-    assert f"error: --listen {address}: it cannot be listened at: the port is taken" in capsys.readouterr().err
+    assert (
+        f"error: --listen {address}: it cannot be listened at: Address already in use: the port is taken"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_store_that_is_none_is_refused(tmp_path: Path, socket: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,12 +7,11 @@ Input: "HOST:PORT". Output: a listening socket, or none and no error, if only lo
 from __future__ import annotations
 
 import contextlib
-import errno
 import ipaddress
 import socket
 from collections.abc import Iterable
 
-from ..causes import cause_of
+from ..causes import Fault, named
 from ..errors import ConfigError
 
 IPV6_NETWORK_BITS = 64  # of an address: what one customer of a provider has
@@ -52,22 +51,11 @@ def listen(address: str, what: str, backlog: int) -> socket.socket:
 
 def cannot_listen(address: str, what: str, error: Exception) -> ConfigError:
     """Returns the error for an address that cannot be listened at, with the remedy of its cause."""
-    port = address.rpartition(":")[2]
-    number = error.errno if isinstance(error, OSError) and not isinstance(error, socket.gaierror) else None
-    cause, remedy = {
-        errno.EADDRINUSE: (
-            "the port is taken by another program",
-            f"find it with: ss -ltnp 'sport = :{port}'; stop it, or give another port, or port 0 for a free one",
-        ),
-        errno.EADDRNOTAVAIL: ("the address is not of this host", "give an address of this host, such as 127.0.0.1"),
-        errno.EACCES: (
-            f"this user may not listen at port {port}",
-            "give a port of 1024 or more, or the capability CAP_NET_BIND_SERVICE",
-        ),
-    }.get(number or 0, (str(error), "give an address of this host and a free port"))
-    if isinstance(error, OSError) and number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-        cause, remedy = cause_of(error).facts, cause_of(error).remedy
-    return ConfigError(f"{what} {address}: it cannot be listened at: {cause}; {remedy}")
+    refused = f"{what} {address}: it cannot be listened at"
+    if isinstance(error, OSError) and error.errno and not isinstance(error, socket.gaierror):
+        remedy = "give a port of 1024 or more, or the capability CAP_NET_BIND_SERVICE"
+        return ConfigError(str(named(error, refused, fault=Fault(ConfigError, remedy))))
+    return ConfigError(f"{refused}: {error}; give an address of this host and a free port")
 
 
 def check_ports(wanted: Iterable[tuple[str, str]]) -> None:
