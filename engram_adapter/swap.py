@@ -20,7 +20,7 @@ from .hash_spec import HashSpec
 from .saved_tables import save_with_tables
 
 if TYPE_CHECKING:
-    from tierstore.store import Store
+    from tierstore.store.store import Store
 
 _HASH_MODULE = re.compile(r"(?:^|\.)layers\.(\d+)\.ple\.ple_embedding$")
 

@@ -13,12 +13,12 @@ import safetensors.numpy
 
 from tierstore.build import BuildReport, build_store
 from tierstore.decisions.budget import divide_dram
-from tierstore.embedded import Embedded, open_placement
 from tierstore.formats.catalog import CatalogImage
 from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
 from tierstore.place import Chosen, place_entries
 from tierstore.spec import TableSpec
-from tierstore.store import Store
+from tierstore.store.embedded import Embedded, open_placement
+from tierstore.store.store import Store
 from tierstore.tiers.nvme import choose_io
 from tierstore.units import parse_bytes
 

@@ -37,11 +37,11 @@ FLOORS = {
     "tierstore.verify": 3.5,
     "tierstore.placed_choice": 3.6,  # what a repair reads of a damaged placement
     "tierstore.repair": 3.7,  # of the same floor: uses build, place and verify
-    "tierstore.recorder": 3.5,  # of the same floor, but above the tiers
-    "tierstore.backing": 3.5,
-    "tierstore.table": 3.8,
-    "tierstore.store": 4,
-    "tierstore.embedded": 4.5,
+    "tierstore.store.recorder": 3.5,  # of the same floor, but above the tiers
+    "tierstore.store.backing": 3.5,
+    "tierstore.store.table": 3.8,
+    "tierstore.store.store": 4,
+    "tierstore.store.embedded": 4.5,
     "tierstore.daemon": 5,
     "tierstore": 6,
     "engram_adapter": 7,
@@ -97,7 +97,7 @@ MODULES = {module_of(path) for path in SOURCES}
 
 def test_there_are_modules_to_look_at() -> None:
     assert {
-        "tierstore.store",
+        "tierstore.store.store",
         "tierstore.kernels.reference",
         "engram_adapter.hash_spec",
         "tierstore.tools.cli",

@@ -15,10 +15,11 @@ import pytest
 from stores import Model, random_keys
 
 import tierstore
-from tierstore import kernels, recorder
+from tierstore import kernels
 from tierstore.errors import ConfigError, CorruptPageError, FormatError, StoreNotReadyError
 from tierstore.formats.key_trace import KeyBlock, KeyTraceWriter, read_key_blocks, read_key_trace_info
-from tierstore.recorder import RecordingEngine, is_sampled
+from tierstore.store.recorder import RecordingEngine, is_sampled
+from tierstore.store.store import recorder
 
 MASK = 2**64 - 1
 ENGINES = {"cached": "600KiB", "resident": "64MiB", "portable": "600KiB"}

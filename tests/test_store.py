@@ -152,7 +152,7 @@ def test_the_least_budget_that_the_error_names_is_enough_and_exact(built: Path) 
 
 
 def test_a_budget_above_the_machine_is_refused_with_both_numbers(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tierstore.embedded.available_memory", lambda: (123_456, "cgroup"))
+    monkeypatch.setattr("tierstore.store.embedded.available_memory", lambda: (123_456, "cgroup"))
     with pytest.raises(tierstore.BudgetError, match=r"cgroup has 120\.56 KiB"):
         tierstore.open(built, dram="64MiB")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from . import interrupts as _interrupts  # noqa: F401  # isort: skip  # before all else: Ctrl-C while the command imports
 
 from .daemon.connecting import connect
-from .embedded import open_store as open
 from .errors import (
     BudgetError,
     ConfigError,
@@ -24,8 +23,9 @@ from .errors import (
 )
 from .repair import verify
 from .spec import TableSpec
-from .store import Store, Ticket
-from .table import Table
+from .store.embedded import open_store as open
+from .store.store import Store, Ticket
+from .store.table import Table
 from .version import VERSION as __version__
 
 __all__ = [

@@ -22,7 +22,7 @@ from tierstore.daemon.serving import Daemon
 from tierstore.decisions.shared_budget import divide_shared
 from tierstore.errors import BudgetError
 from tierstore.formats.catalog import read_catalog
-from tierstore.store import Store
+from tierstore.store.store import Store
 
 WAIT_S = 30.0  # for what must happen; nothing that works takes nearly as long
 PAUSE_S = 0.002

@@ -29,7 +29,7 @@ from tierstore import kernels
 from tierstore.daemon import attached, attachments
 from tierstore.daemon.attached import AttachedBacking
 from tierstore.daemon.serving import Daemon
-from tierstore.store import Store
+from tierstore.store.store import Store
 
 NAME = "layers.1"
 KEYS = random_keys(np.random.default_rng(0), 60, distinct=40)

@@ -20,7 +20,7 @@ from tierstore import kernels
 from tierstore.daemon import attachments, learning
 from tierstore.daemon.serving import Daemon
 from tierstore.decisions.replan import Entries, caught, fresh_choice
-from tierstore.embedded import open_placement
+from tierstore.store.embedded import open_placement
 
 NAME = "layers.1"
 CACHED = 900 * KIB

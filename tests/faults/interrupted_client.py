@@ -141,7 +141,7 @@ class Trials:
 
     def submit(self) -> None:
         which, buffer = self.buffer()
-        tickets: list[tierstore.store.Ticket] = []
+        tickets: list[tierstore.store.store.Ticket] = []
         whole = self.attempt(lambda: tickets.append(self.store.submit({NAME: (self.pool[which], self.inside(buffer))})))
         if not tickets:
             self.judge(False, which, buffer)
@@ -151,7 +151,7 @@ class Trials:
             tickets[0].wait(WAIT_S)
             self.judge(True, which, buffer)
 
-    def drop(self, tickets: list[tierstore.store.Ticket], which: np.ndarray, buffer: np.ndarray) -> None:
+    def drop(self, tickets: list[tierstore.store.store.Ticket], which: np.ndarray, buffer: np.ndarray) -> None:
         """A ticket that nobody waits for: its rows come all the same."""
         tickets.clear()
         deadline = time.monotonic() + WAIT_S

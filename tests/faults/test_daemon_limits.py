@@ -117,7 +117,7 @@ def test_shards_that_are_cut_off_while_serving_cost_only_what_is_not_in_dram(
 def test_a_cgroup_that_has_less_than_the_budget_is_said_before_anything_is_taken(
     built: Path, socket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tierstore.embedded.available_memory", lambda: (123_456, "cgroup"))
+    monkeypatch.setattr("tierstore.store.embedded.available_memory", lambda: (123_456, "cgroup"))
     with pytest.raises(tierstore.BudgetError, match=r"123456|123,456") as raised:
         Daemon(built, socket, CACHED)
     assert "cgroup" in str(raised.value)

@@ -103,7 +103,7 @@ def test_a_limit_of_addresses_counts_less_what_is_mapped(tmp_path: Path) -> None
 
 def test_the_budget_of_a_process_with_few_addresses_is_refused_by_that_name() -> None:
     code = (
-        "import resource; from tierstore.embedded import check_available\n"
+        "import resource; from tierstore.store.embedded import check_available\n"
         "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
         "try: check_available(4 << 30)\n"
         "except Exception as error: print(type(error).__name__, error)\n"

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import kernels
-from ..backing import Backing
-from ..embedded import DEFAULT_DEVICE, open_placement
 from ..errors import ConfigError, DaemonError, FingerprintMismatchError, FormatError, StoreNotReadyError, TierStoreError
 from ..formats.catalog import TableLayout
 from ..stats import add_counters, counters_since
-from ..store import Store
+from ..store.backing import Backing
+from ..store.embedded import DEFAULT_DEVICE, open_placement
+from ..store.store import Store
 from ..tiers.engine import READ_WAIT_S, Engine, HostEngine, Pending, Request
 from ..tiers.native import NativeEngine
 from ..tiers.nvme import IO_MODES

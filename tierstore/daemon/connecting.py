@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ..errors import ConfigError
-from ..store import Store
+from ..store.store import Store
 from .attached import DIAL_S, attach
 
 CALL_S = 30.0

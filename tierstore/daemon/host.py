@@ -26,9 +26,9 @@ from .. import kernels
 from ..decisions.budget import CACHE_WAYS
 from ..decisions.replan import hottest_places
 from ..decisions.shared_budget import SharedPlan, divide_shared
-from ..embedded import check_available, open_placement
 from ..errors import ConfigError, CorruptPageError, DaemonError, FingerprintMismatchError
 from ..formats.placement import UNIT_BYTES, Placement, round_up
+from ..store.embedded import check_available, open_placement
 from ..tiers.native import NativeEngine, SharedEpochs, load_table
 from ..tiers.nvme import choose_io
 from ..tiers.placed import OnProgress, index_head, load_indexes, load_records

@@ -19,9 +19,9 @@ import numpy as np
 from .. import kernels
 from ..decisions.budget import LINE_BYTES, STAGING_FRACTION, plan_staging
 from ..decisions.shared_budget import as_share
-from ..embedded import open_placement
 from ..errors import ConfigError, DaemonError, FormatError, TierStoreError
 from ..formats.catalog import CatalogImage
+from ..store.embedded import open_placement
 from ..tiers.native import NativeEngine, SharedEpochs
 from ..tiers.nvme import choose_io
 from ..tiers.placed import PlacementFile

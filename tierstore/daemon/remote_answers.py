@@ -22,8 +22,8 @@ import numpy as np
 from .. import kernels
 from ..errors import ConfigError, FingerprintMismatchError, StoreNotReadyError, TierStoreError
 from ..spec import TableSpec
-from ..store import Store
-from ..table import Table
+from ..store.store import Store
+from ..store.table import Table
 from . import messages
 from .messages import LookupReply, Part, TableKeys
 from .remote_limits import Deadline, InFlight, Refusal

@@ -9,9 +9,9 @@ import os
 import time
 from typing import Any
 
-from ..backing import Backing
 from ..errors import ConfigError, FormatError
-from ..store import Store
+from ..store.backing import Backing
+from ..store.store import Store
 from . import messages
 from .remote_channel import Connection
 from .remote_engine import RemoteEngine

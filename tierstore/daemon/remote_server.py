@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import ConfigError, CorruptPageError, TierStoreError
-from ..store import Store
+from ..store.store import Store
 from . import messages
 from .messages import ERROR_TRAILER, RETRY_TRAILER, SERVICE, TOKEN_HEADER
 from .ports import check_ports

@@ -20,10 +20,10 @@ import psutil
 
 from .. import kernels
 from ..decisions.budget import CACHE_WAYS
-from ..embedded import open_placement
 from ..errors import ConfigError, DaemonError, TierStoreError
 from ..stats import add_counters, expected_of, stats_of
-from ..store import Store
+from ..store.embedded import open_placement
+from ..store.store import Store
 from ..tiers.placed import OnProgress, PlacementFile, load_indexes
 from ..version import VERSION
 from .attached import attach

@@ -18,7 +18,7 @@ import torch
 import tierstore
 from engram_adapter import TieredEmbedding
 from tierstore.errors import ConfigError
-from tierstore.store import Store
+from tierstore.store.store import Store
 
 from . import page_cache
 from .overlap_model import Cache, Feed, Model, Piece, look_up

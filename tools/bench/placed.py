@@ -22,7 +22,6 @@ import tierstore
 from engram_adapter import HashSpec
 from tierstore import kernels
 from tierstore.decisions.plan import INDEX_ENTRY_BYTES, Budgets
-from tierstore.embedded import Embedded
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import CatalogImage, read_catalog, set_epoch
 from tierstore.formats.placement import record_bytes
@@ -30,6 +29,7 @@ from tierstore.formats.profile import Profile
 from tierstore.formats.trace import TokenTraceWriter
 from tierstore.place import prune_placements
 from tierstore.profiling import ItemRanking
+from tierstore.store.embedded import Embedded
 
 from .. import plan as planning
 from .. import profile as profiling

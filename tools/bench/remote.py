@@ -25,7 +25,7 @@ import numpy as np
 from tierstore.daemon.remote_answers import CHUNK_BYTES
 from tierstore.daemon.remote_client import connect_remote
 from tierstore.errors import DaemonError
-from tierstore.table import Table
+from tierstore.store.table import Table
 
 from . import stores
 from .stores import MadeStore

@@ -19,15 +19,15 @@ from typing import Any, cast
 
 import numpy as np
 
+from ..errors import ConfigError, StoreNotReadyError
+from ..forks import DeferredSignals, LostEngine
+from ..formats.key_trace import KeyTraceInfo, TracedTable
+from ..stats import stats_of
+from ..tiers.engine import Engine, Pending
+from ..units import format_bytes
 from .backing import Backing
-from .errors import ConfigError, StoreNotReadyError
-from .forks import DeferredSignals, LostEngine
-from .formats.key_trace import KeyTraceInfo, TracedTable
 from .recorder import Recorder, RecordingEngine
-from .stats import stats_of
 from .table import Table
-from .tiers.engine import Engine, Pending
-from .units import format_bytes
 
 CLOSE_WAIT_S = 300.0
 

@@ -10,9 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import ConfigError
-from .spec import TableSpec
-from .tiers.engine import Engine
+from ..errors import ConfigError
+from ..spec import TableSpec
+from ..tiers.engine import Engine
 
 
 class Backing(ABC):

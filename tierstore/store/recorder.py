@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from .formats.key_trace import KeyBlock, KeyTraceInfo, KeyTraceWriter, TracedTable
-from .tiers.engine import Engine, Pending, Request
+from ..formats.key_trace import KeyBlock, KeyTraceInfo, KeyTraceWriter, TracedTable
+from ..tiers.engine import Engine, Pending, Request
 
 logger = logging.getLogger("tierstore")
 

@@ -10,22 +10,22 @@ import logging
 import os
 from typing import Any
 
-from . import kernels
+from .. import kernels
+from ..decisions.budget import DramPlan
+from ..decisions.division import divide_budgets
+from ..decisions.hbm_budget import HbmPlan, pinned_bytes
+from ..errors import BudgetError, ConfigError, FormatError
+from ..formats.catalog import CatalogImage, read_catalog
+from ..stats import expected_of
+from ..tiers.engine import Engine
+from ..tiers.memory import available_memory
+from ..tiers.native import open_native
+from ..tiers.nvme import IO_MODES, IoChoice, choose_io, open_tables
+from ..tiers.placed import OnProgress, PlacementFile
+from ..tiers.portable import PortableEngine
+from ..units import format_bytes, parse_bytes
 from .backing import Backing
-from .decisions.budget import DramPlan
-from .decisions.division import divide_budgets
-from .decisions.hbm_budget import HbmPlan, pinned_bytes
-from .errors import BudgetError, ConfigError, FormatError
-from .formats.catalog import CatalogImage, read_catalog
-from .stats import expected_of
 from .store import Store
-from .tiers.engine import Engine
-from .tiers.memory import available_memory
-from .tiers.native import open_native
-from .tiers.nvme import IO_MODES, IoChoice, choose_io, open_tables
-from .tiers.placed import OnProgress, PlacementFile
-from .tiers.portable import PortableEngine
-from .units import format_bytes, parse_bytes
 
 logger = logging.getLogger("tierstore")
 
@@ -161,7 +161,7 @@ class Embedded(Backing):
     def _make_engine(self, choice: IoChoice, on_progress: OnProgress | None, device: str) -> Engine:
         what = f"the store {self.name}"
         if self._hbm_plan is not None:
-            from .tiers.hbm.opening import open_with_hbm  # loads torch and triton
+            from ..tiers.hbm.opening import open_with_hbm  # loads torch and triton
 
             engine: Engine = open_with_hbm(
                 what, self._files, self._plan, self._hbm_plan, choice, self._placed, device, on_progress

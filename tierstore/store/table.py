@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from . import kernels
-from .errors import StoreNotReadyError
-from .spec import TableSpec
-from .tiers.engine import Engine
+from .. import kernels
+from ..errors import StoreNotReadyError
+from ..spec import TableSpec
+from ..tiers.engine import Engine
 
 KEYS_END = 1 << 63
 VERSION_TRIES_MAX = 16
