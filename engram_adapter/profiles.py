@@ -1,6 +1,6 @@
 """The model's side of profiles: documents of token ids -> items that are counted; counted n-grams -> a layer's keys.
 
-Flows in: a store's hash, documents of token ids. Flows out: what `tierstore.profiling` counts. Layers of a model share their
+Flows in: a store's hash, documents of token ids. Flows out: what `tierstore.offline.profile` counts. Layers of a model share their
 n-grams, so they are counted once for all of them. Refuses models whose longest n-gram has no room in an item.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from tierstore.errors import ConfigError, FingerprintMismatchError
 from tierstore.formats.profile import NGRAMS, ProfileHeader
-from tierstore.profiling import Document
+from tierstore.offline.profile import Document
 
 from .hash_spec import HashSpec
 from .ngrams import ngram_windows, window_bits

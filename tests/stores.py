@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from tierstore.build import BuildReport, build_store
 from tierstore.decisions.budget import divide_dram
 from tierstore.formats.catalog import CatalogImage
 from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
-from tierstore.place import Chosen, place_entries
+from tierstore.offline.build import BuildReport, build_store
+from tierstore.offline.place import Chosen, place_entries
 from tierstore.spec import TableSpec
 from tierstore.store.embedded import Embedded, open_placement
 from tierstore.store.store import Store
@@ -40,7 +40,7 @@ class Model:
 
     @property
     def path(self) -> Path:
-        """The checkpoint's, as `tierstore.repair.RowSource` has it; so have the next two."""
+        """The checkpoint's, as `tierstore.offline.repair.RowSource` has it; so have the next two."""
         return self.folder
 
     def as_record(self) -> dict:

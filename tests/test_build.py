@@ -14,9 +14,9 @@ import pytest
 from stores import Model, make_model
 
 import tierstore
-from tierstore import build as build_module
-from tierstore.build import build_store
 from tierstore.formats.catalog import read_catalog
+from tierstore.offline import build as build_module
+from tierstore.offline.build import build_store
 
 
 def digests(store: Path) -> dict[str, str]:
@@ -332,7 +332,7 @@ def test_a_build_of_a_large_table_stays_within_its_memory(tmp_path: Path) -> Non
     script = """
 import json, resource, sys
 import numpy as np
-from tierstore.build import build_store
+from tierstore.offline.build import build_store
 from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
 from tierstore.spec import TableSpec
 folder, rows = sys.argv[1], 192 * 4096

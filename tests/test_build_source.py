@@ -34,7 +34,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "m"
 
 
-def build(model: Path, store: Path, **options: object) -> tierstore.build.BuildReport:
+def build(model: Path, store: Path, **options: object) -> tierstore.offline.build.BuildReport:
     return build_checkpoint(model, store, tensor="w", shard_bytes=SHARD_BYTES, jobs=1, **options)  # type: ignore[arg-type]
 
 
@@ -73,7 +73,7 @@ def test_a_copied_or_touched_checkpoint_is_compared_once_and_then_known(
     shutil.copytree(model, tmp_path / "copy")
     os.utime(tmp_path / "copy" / "model.safetensors", (1, 1))
     assert build(tmp_path / "copy", tmp_path / "store").shards_kept == 6
-    monkeypatch.setattr("tierstore.build._write_pages", no_shard_is_made)
+    monkeypatch.setattr("tierstore.offline.build._write_pages", no_shard_is_made)
     assert build(tmp_path / "copy", tmp_path / "store").shards_kept == 6
     with pytest.raises(AssertionError, match="compared"):
         build(model, tmp_path / "store")  # the files are others again
@@ -86,7 +86,7 @@ def test_an_unfinished_build_makes_those_shards_again_whose_rows_have_changed(
     shutil.copy(file, tmp_path / "good")
     damage(file, 1000)
     with monkeypatch.context() as stopped:
-        stopped.setattr("tierstore.build.mark_ready", lambda _path: (_ for _ in ()).throw(KeyboardInterrupt))
+        stopped.setattr("tierstore.offline.build.mark_ready", lambda _path: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build(model, tmp_path / "store")
     shutil.copy(tmp_path / "good", file)
@@ -149,7 +149,7 @@ def test_a_store_of_an_older_tierstore_opens_and_is_compared_once(
     np.testing.assert_array_equal(rows_of(tmp_path / "store"), write_rows(tmp_path / "again", 0))
     assert build(model, tmp_path / "store").shards_kept == 6
     assert read_catalog(tmp_path / "store").origin == origin
-    monkeypatch.setattr("tierstore.build._write_pages", no_shard_is_made)
+    monkeypatch.setattr("tierstore.offline.build._write_pages", no_shard_is_made)
     assert build(model, tmp_path / "store").shards_kept == 6
 
 

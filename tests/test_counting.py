@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tierstore import counting
-from tierstore.counting import Counted, ItemCounter
 from tierstore.errors import BudgetError, ConfigError
+from tierstore.offline import count as counting
+from tierstore.offline.count import Counted, ItemCounter
 
 ITEM_COSTS = {1: 2 * 24 + 48 + 8, 2: 2 * 32 + 48 + 16, 3: 2 * 40 + 48 + 24}  # bytes of memory an item, by weights
 
@@ -250,7 +250,7 @@ def test_short_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monke
 COUNT_AND = """
 import os, resource, signal, sys
 import numpy as np
-from tierstore.counting import ItemCounter
+from tierstore.offline.count import ItemCounter
 rng = np.random.default_rng(0)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with ItemCounter(sys.argv[1], 2, 32 << 20) as counter:

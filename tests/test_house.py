@@ -30,13 +30,13 @@ FLOORS = {
     "tierstore.decisions": 2,
     "tierstore.stats": 2.5,  # pure arithmetic too, that tiers count with
     "tierstore.tiers": 3,
-    "tierstore.build": 3,
-    "tierstore.profiling": 3.5,
-    "tierstore.place": 3.5,  # of the same floor: uses tiers and the build's lock
-    "tierstore.counting": 3,
+    "tierstore.offline.build": 3,
+    "tierstore.offline.profile": 3.5,
+    "tierstore.offline.place": 3.5,  # of the same floor: uses tiers and the build's lock
+    "tierstore.offline.count": 3,
     "tierstore.verify": 3.5,
-    "tierstore.placed_choice": 3.6,  # what a repair reads of a damaged placement
-    "tierstore.repair": 3.7,  # of the same floor: uses build, place and verify
+    "tierstore.offline.placed_choice": 3.6,  # what a repair reads of a damaged placement
+    "tierstore.offline.repair": 3.7,  # of the same floor: uses build, place and verify
     "tierstore.store.recorder": 3.5,  # of the same floor, but above the tiers
     "tierstore.store.backing": 3.5,
     "tierstore.store.table": 3.8,

@@ -16,12 +16,13 @@ import pytest
 from stores import Model, open_behind_hbm, place_some, random_keys
 
 import tierstore
-from tierstore import kernels, place
+from tierstore import kernels
 from tierstore.formats import catalog
 from tierstore.formats import placement as placement_format
 from tierstore.formats.catalog import read_catalog, set_epoch
-from tierstore.place import Chosen, place_entries, prune_placements
-from tierstore.verify import verify_store
+from tierstore.offline import place
+from tierstore.offline.place import Chosen, place_entries, prune_placements
+from tierstore.offline.verify import verify_store
 
 NAME = "layers.1"
 

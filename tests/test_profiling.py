@@ -18,13 +18,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tierstore import counting, kernels, profiling
+from tierstore import kernels
 from tierstore.decisions.replay import simulate
 from tierstore.decisions.tally import Group
 from tierstore.errors import BudgetError, ConfigError, FormatError
 from tierstore.formats import profile as profile_format
 from tierstore.formats.profile import KEYS, NGRAMS, Columns, Profile, ProfileHeader
-from tierstore.profiling import (
+from tierstore.offline import count as counting
+from tierstore.offline import profile as profiling
+from tierstore.offline.profile import (
     Document,
     groups_of,
     held_out_documents,
@@ -417,7 +419,7 @@ import os, resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_profiling import HEADER, analyse, document_of, some_documents
-from tierstore.profiling import make_profile
+from tierstore.offline.profile import make_profile
 def documents():
     for number, ids in enumerate(some_documents(10)):
         if number == 40:
@@ -441,7 +443,7 @@ MEASURE = """
 import resource, sys
 import numpy as np
 from tierstore.formats.profile import NGRAMS, ProfileHeader
-from tierstore.profiling import Document, make_profile
+from tierstore.offline.profile import Document, make_profile
 header = ProfileHeader(NGRAMS, (("t", "a", (2, 3, 4)),), 16, 0.01, 1.0)
 rng = np.random.default_rng(0)
 def documents():

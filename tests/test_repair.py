@@ -18,8 +18,8 @@ from daemon.served import KIB, serving
 from stores import Model, make_model, place_some, random_keys
 
 import tierstore
-from tierstore.build import locked_store
 from tierstore.formats.catalog import read_catalog
+from tierstore.offline.build import locked_store
 
 NAME = "layers.1"
 

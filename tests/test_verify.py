@@ -15,7 +15,7 @@ from stores import Model, make_model
 
 import tierstore
 from tierstore.formats.catalog import read_catalog
-from tierstore.verify import verify_store
+from tierstore.offline.verify import verify_store
 
 
 def verify(store: Path, model: Model | None = None, **options):
@@ -85,7 +85,7 @@ def test_a_pipe_or_folder_in_place_of_a_shard_is_named_and_not_waited_for(own_st
     file = own_store / read_catalog(own_store).tables["layers.1"].shard_file(1)
     file.unlink()
     os.mkfifo(file) if kind == "pipe" else file.mkdir()
-    code = "import sys; from tierstore.verify import verify_store; print(*verify_store(sys.argv[1]).faults)"
+    code = "import sys; from tierstore.offline.verify import verify_store; print(*verify_store(sys.argv[1]).faults)"
     done = subprocess.run([sys.executable, "-c", code, str(own_store)], capture_output=True, text=True, timeout=60)
     assert re.search(r"shard 1 of table layers\.1 .*not a regular file", done.stdout), done.stderr
 

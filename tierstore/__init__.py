@@ -21,7 +21,7 @@ from .errors import (
     StoreNotReadyError,
     TierStoreError,
 )
-from .repair import verify
+from .offline.repair import verify
 from .spec import TableSpec
 from .store.embedded import open_store as open
 from .store.store import Store, Ticket

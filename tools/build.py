@@ -1,7 +1,7 @@
 """`tierstore build`: a checkpoint's tables into a store.
 
 Flows in: the path of a checkpoint. Flows out: a store, the preflight before it and progress on the way. The work is
-`tierstore.build`'s and the layouts are `engram_adapter.families`'; here they meet. Refuses what those refuse.
+`tierstore.offline.build`'s and the layouts are `engram_adapter.families`'; here they meet. Refuses what those refuse.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import click
 
 from engram_adapter.families import plain_source, read_model
-from tierstore.build import BuildPlan, BuildReport, build_store
 from tierstore.errors import ConfigError
 from tierstore.formats.checkpoint import Checkpoint, TableSource
 from tierstore.formats.table_source import find_hole
+from tierstore.offline.build import BuildPlan, BuildReport, build_store
 from tierstore.units import format_bytes, parse_bytes
 
 from .cli import Progress, console
@@ -44,7 +44,7 @@ def build_checkpoint(
 
     family: which layout to read, None to find it from config.json. tensor: the name of one 2-D tensor to take as a plain
     table (row id = key) instead. allow_holes: take parts of the files that were never written for zeros. The others as for
-    `tierstore.build.build_store`, whose errors come through; `ValueError` if both family and tensor are given.
+    `tierstore.offline.build.build_store`, whose errors come through; `ValueError` if both family and tensor are given.
     """
     if family is not None and tensor is not None:
         raise ValueError(f"--family {family} and --tensor {tensor}: a plain tensor has no family; give one of them")

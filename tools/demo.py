@@ -39,8 +39,8 @@ from tierstore.formats.catalog import CatalogImage, read_catalog
 from tierstore.formats.checkpoint import Checkpoint
 from tierstore.formats.profile import Profile
 from tierstore.formats.trace import TokenTraceWriter
+from tierstore.offline.verify import verify_store
 from tierstore.units import format_bytes
-from tierstore.verify import verify_store
 
 from .build import build_checkpoint
 from .cli import Progress, console

@@ -24,10 +24,10 @@ from pathlib import Path
 import click
 
 from tierstore import kernels
-from tierstore.build import SPARE_DISK_BYTES
 from tierstore.causes import cause_of, named
 from tierstore.extras import EXTRAS, install_command, reinstall_command
 from tierstore.file_systems import file_system_of, why_not_local
+from tierstore.offline.build import SPARE_DISK_BYTES
 from tierstore.tiers.memory import CgroupLimit, available_memory, cgroup_limits, total_memory
 from tierstore.units import format_bytes
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
-from tierstore.build import locked_store
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import CatalogImage, read_catalog, set_epoch
-from tierstore.place import prune_placements
+from tierstore.offline.build import locked_store
+from tierstore.offline.place import prune_placements
 from tierstore.tiers.placed import PlacementFile
 from tierstore.units import format_bytes
 

@@ -1,7 +1,7 @@
 """`tierstore plan`: a profile and budgets -> what goes where, what to expect, and the placement that a store opens warm with.
 
 Flows in: a store, a profile of it, budgets. Flows out: a table of the plan, and a new epoch in the store. What is chosen is
-`tierstore.decisions`', making it `tierstore.place`'s. Refuses what those refuse, before anything is written.
+`tierstore.decisions`', making it `tierstore.offline.place`'s. Refuses what those refuse, before anything is written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy as np
 
 from engram_adapter.hash_spec import HashSpec
 from engram_adapter.ngrams import keys_of_windows
-from tierstore.build import locked_store
 from tierstore.decisions.curves import OnPhase
 from tierstore.decisions.intervals import prediction_intervals
 from tierstore.decisions.plan import FRACTIONS, Budgets, GroupPlan, plan_group
@@ -29,8 +28,9 @@ from tierstore.errors import BudgetError, ConfigError
 from tierstore.formats.catalog import CatalogImage, read_catalog, set_epoch
 from tierstore.formats.placement import HEAD_BYTES_MAX
 from tierstore.formats.profile import KEYS, Profile
-from tierstore.place import Chosen, PlacePlan, PlaceReport, place_entries
-from tierstore.profiling import READING, ItemRanking, groups_of
+from tierstore.offline.build import locked_store
+from tierstore.offline.place import Chosen, PlacePlan, PlaceReport, place_entries
+from tierstore.offline.profile import READING, ItemRanking, groups_of
 from tierstore.tiers.memory import available_memory
 from tierstore.units import format_bytes, parse_bytes
 from tierstore.workers import Workers

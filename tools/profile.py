@@ -1,7 +1,7 @@
 """`tierstore profile`: token or key traces -> counts, and what each gigabyte of memory would buy.
 
 Flows in: a store (its hash and sizes) and traces, or profiles to merge. Flows out: a profile, a table for people, JSON, a page.
-The counting is `tierstore.profiling`'s, the model's side `engram_adapter.profiles`', the curves `tierstore.decisions`'; here
+The counting is `tierstore.offline.profile`'s, the model's side `engram_adapter.profiles`', the curves `tierstore.decisions`'; here
 they meet. Refuses what those refuse.
 """
 
@@ -43,7 +43,7 @@ from tierstore.formats.placement import record_bytes
 from tierstore.formats.profile import KEYS, Profile, ProfileHeader
 from tierstore.formats.trace import KEYS as KEY_TRACE
 from tierstore.formats.trace import read_token_documents, read_token_trace_info, sort_of_trace
-from tierstore.profiling import (
+from tierstore.offline.profile import (
     COUNTING,
     DOCUMENTS_MIN,
     MERGING,

@@ -16,7 +16,7 @@ import click
 import tierstore
 from engram_adapter.checkpoints import open_checkpoint
 from tierstore.formats.catalog import read_catalog
-from tierstore.verify import VerifyReport
+from tierstore.offline.verify import VerifyReport
 
 from .cli import Progress
 

@@ -11,7 +11,7 @@ from daemon.served import KIB, MIB, request, serving, until
 from stores import random_keys
 
 import tierstore
-from tierstore.place import Chosen, place_entries
+from tierstore.offline.place import Chosen, place_entries
 
 LOOKUPS = 200  # one in eight is timed, by chance: none of 200 would be once in 10^11 runs
 

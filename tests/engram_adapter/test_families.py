@@ -19,9 +19,9 @@ from tokenizers import Tokenizer, models
 import tierstore
 from engram_adapter.families import Model, plain_source, read_model
 from engram_adapter.hash_spec import HashSpec
-from tierstore.build import build_store
 from tierstore.errors import ConfigError, FormatError
 from tierstore.formats.checkpoint import Checkpoint, PlaneReader, TableSource
+from tierstore.offline.build import build_store
 
 WORDS = [
     "<pad>",

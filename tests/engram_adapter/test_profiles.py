@@ -24,7 +24,7 @@ from tierstore.decisions.replay import simulate
 from tierstore.decisions.tally import Group
 from tierstore.errors import ConfigError, FingerprintMismatchError
 from tierstore.formats.profile import KEYS, Profile
-from tierstore.profiling import Document, groups_of, held_out_documents, make_profile, merge_profiles
+from tierstore.offline.profile import Document, groups_of, held_out_documents, make_profile, merge_profiles
 
 HELD_OUT = 0.25
 NUM_PARTS = 4

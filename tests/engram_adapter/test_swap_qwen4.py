@@ -14,9 +14,9 @@ import tierstore
 from engram_adapter.embedding import RowIdEmbedding
 from engram_adapter.families import read_model
 from engram_adapter.swap import swap_embedding
-from tierstore.build import build_store
 from tierstore.errors import ConfigError, FingerprintMismatchError
 from tierstore.formats.checkpoint import Checkpoint
+from tierstore.offline.build import build_store
 
 transformers = pytest.importorskip("transformers", reason="the swap is tested on transformers' own model")
 if not hasattr(transformers, "Qwen4ExpForCausalLM"):

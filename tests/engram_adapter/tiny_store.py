@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 
 from engram_adapter.codecs import decode_rows
 from engram_adapter.hash_spec import HashSpec
-from tierstore.build import build_store
 from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
+from tierstore.offline.build import build_store
 from tierstore.spec import TableSpec
 
 LAYERS = (1, 4)

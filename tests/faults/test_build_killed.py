@@ -13,7 +13,7 @@ from pathlib import Path
 from stores import make_model
 
 import tierstore
-from tierstore.verify import verify_store
+from tierstore.offline.verify import verify_store
 
 CHILD = """
 import sys

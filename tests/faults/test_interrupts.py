@@ -21,8 +21,8 @@ import pytest
 from text_store import TextStore, good, write_trace
 
 import tierstore
+from tierstore.offline.verify import verify_store
 from tierstore.tools.cli import run
-from tierstore.verify import verify_store
 
 SOAK = os.environ.get("TIERSTORE_SOAK") == "1"
 ALARMS = 100 if SOAK else 3

@@ -18,12 +18,13 @@ from stores import Model, make_model
 from text_store import good, good_json
 
 import tierstore
-from tierstore import kernels, place
-from tierstore.build import build_store
+from tierstore import kernels
 from tierstore.formats.catalog import read_catalog
 from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
 from tierstore.formats.placement import head_bytes, read_head
-from tierstore.place import Chosen, place_entries
+from tierstore.offline import place
+from tierstore.offline.build import build_store
+from tierstore.offline.place import Chosen, place_entries
 from tierstore.spec import TableSpec
 from tierstore.tiers import placed
 

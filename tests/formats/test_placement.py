@@ -16,7 +16,7 @@ from tierstore import open as open_store
 from tierstore.errors import FormatError
 from tierstore.formats.catalog import CatalogImage, read_catalog
 from tierstore.formats.placement import HEAD_BYTES_MAX, UNIT_BYTES
-from tierstore.place import Chosen, place_entries
+from tierstore.offline.place import Chosen, place_entries
 
 WORD = 2**64
 TABLE = "layers.1"

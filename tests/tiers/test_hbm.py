@@ -26,7 +26,7 @@ from device import DEVICE
 from stores import Model, place_some, random_keys
 
 import tierstore
-from tierstore.place import Chosen, place_entries
+from tierstore.offline.place import Chosen, place_entries
 from tierstore.tiers.hbm.device import PinnedMemory, open_device
 
 

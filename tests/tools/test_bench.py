@@ -20,6 +20,7 @@ from tierstore import kernels
 from tierstore.errors import ConfigError
 from tierstore.file_systems import file_system_of
 from tierstore.formats.trace import TokenTraceWriter
+from tierstore.offline.verify import verify_store
 from tierstore.tools.bench import (
     BENCHMARKS,
     bare,
@@ -41,7 +42,6 @@ from tierstore.tools.bench.peer_stores import MissingPeerError, PeerRows, opened
 from tierstore.tools.bench.stores import MadeStore, fresh_keys, make_store, rows_buffer
 from tierstore.tools.bench.working_set import WorkingSet
 from tierstore.tools.cli import cli
-from tierstore.verify import verify_store
 
 ROWS = 60_000  # 15 MiB
 needs_compiler = pytest.mark.skipif(

@@ -19,11 +19,11 @@ from engram_adapter import TieredEmbedding
 from tierstore import kernels
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import read_catalog
+from tierstore.offline.verify import verify_store
 from tierstore.tools.bench import overlap, overlap_sides, overlap_tables, stores
 from tierstore.tools.bench.overlap_model import Cache, Feed, Model, Shape
 from tierstore.tools.bench.overlap_tables import Tables
 from tierstore.tools.bench.pairs import SUBJECT, Result
-from tierstore.verify import verify_store
 
 WORDS = 500
 LAYERS = (1, 3)

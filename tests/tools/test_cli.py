@@ -21,10 +21,10 @@ from safetensors.numpy import save_file
 
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import read_catalog
+from tierstore.offline.verify import VerifyReport
 from tierstore.tools import cli as cli_module
 from tierstore.tools.build import build_checkpoint
 from tierstore.tools.cli import COMMANDS, Progress, cli, run
-from tierstore.verify import VerifyReport
 from tierstore.version import VERSION
 
 FAMILIES = {
@@ -259,7 +259,7 @@ def test_a_store_that_does_not_say_its_family_is_refused(
 ) -> None:
     image = read_catalog(built[1])
     image.attachments["hash_spec"] = b"[]"
-    monkeypatch.setattr("tierstore.repair.read_catalog", lambda _: image)
+    monkeypatch.setattr("tierstore.offline.repair.read_catalog", lambda _: image)
     assert run(["verify", str(built[1]), "--source", str(built[0])]) == 1
     assert "does not say which family" in capsys.readouterr().err
 

@@ -18,12 +18,13 @@ from text_store import ORDERS, TABLE_BYTES, TABLES, TextStore, good, good_json, 
 
 import tierstore
 from engram_adapter import HashSpec
-from tierstore import kernels, place
+from tierstore import kernels
 from tierstore.decisions.plan import Budgets
 from tierstore.formats.catalog import read_catalog
 from tierstore.formats.profile import Profile
-from tierstore.place import place_entries
-from tierstore.profiling import held_out_documents
+from tierstore.offline import place
+from tierstore.offline.place import place_entries
+from tierstore.offline.profile import held_out_documents
 from tierstore.tools import plan as planning
 
 DRAM = 16 << 20

@@ -17,7 +17,7 @@ import torch
 import tierstore
 from tierstore.kernels import reference_gpu
 from tierstore.kernels.gpu import keys as token_keys
-from tierstore.place import Chosen, place_entries
+from tierstore.offline.place import Chosen, place_entries
 
 from . import page_cache
 from .gpu_cases import VALUES, Scale

@@ -21,12 +21,12 @@ import torch
 from engram_adapter import HashSpec
 from engram_adapter.codecs import decode_rows
 from engram_adapter.embedding import HashedEmbedding
-from tierstore.build import build_store
 from tierstore.decisions.plan import Budgets
 from tierstore.formats.catalog import read_catalog, set_epoch
 from tierstore.formats.profile import Profile
 from tierstore.formats.trace import TokenTraceWriter
-from tierstore.place import prune_placements
+from tierstore.offline.build import build_store
+from tierstore.offline.place import prune_placements
 from tierstore.spec import TableSpec
 from tierstore.units import format_bytes
 

@@ -27,8 +27,8 @@ from tierstore.formats.catalog import CatalogImage, read_catalog, set_epoch
 from tierstore.formats.placement import record_bytes
 from tierstore.formats.profile import Profile
 from tierstore.formats.trace import TokenTraceWriter
-from tierstore.place import prune_placements
-from tierstore.profiling import ItemRanking
+from tierstore.offline.place import prune_placements
+from tierstore.offline.profile import ItemRanking
 from tierstore.store.embedded import Embedded
 
 from .. import plan as planning

@@ -22,7 +22,7 @@ import numpy as np
 import tierstore
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import set_epoch
-from tierstore.place import Chosen, place_entries, prune_placements
+from tierstore.offline.place import Chosen, place_entries, prune_placements
 from tierstore.units import format_bytes
 
 from . import remote, serve_changes, stores

@@ -19,7 +19,7 @@ from tierstore.decisions.replan import Entries, fresh_choice
 from tierstore.decisions.shared_budget import DEFAULT_STATIC_FRACTION
 from tierstore.errors import DaemonError
 from tierstore.formats.catalog import set_epoch
-from tierstore.place import Chosen, place_entries, prune_placements
+from tierstore.offline.place import Chosen, place_entries, prune_placements
 
 from . import page_cache, stores
 from .clients import Clients

@@ -1,7 +1,7 @@
 """Tables to measure on: synthetic stores in V4.1's shape, of any size, made once and used again.
 
 Flows in: a number of rows. Flows out: a built store, the pages that keys need, and what its rows must be. No checkpoint is
-written: the table is given to `tierstore.build` as a source whose plane is one block of random rows, named over and over
+written: the table is given to `tierstore.offline.build` as a source whose plane is one block of random rows, named over and over
 (row r is row r % BLOCK_ROWS of the block), so that a build costs what sealing and writing pages cost. Pages differ all the
 same, by their numbers and checksums. Refuses what a build refuses.
 
@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from engram_adapter import HashSpec
-from tierstore.build import build_store
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import TableLayout, read_catalog
 from tierstore.formats.checkpoint import Plane, StoredTensor, TableSource
+from tierstore.offline.build import build_store
 from tierstore.spec import KEY_MAX, TableSpec
 from tierstore.units import format_bytes
 

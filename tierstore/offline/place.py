@@ -22,11 +22,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from . import kernels
-from .build import locked_store
-from .causes import named, naming
-from .errors import BudgetError, ConfigError
-from .formats.catalog import (
+from .. import kernels
+from ..causes import named, naming
+from ..errors import BudgetError, ConfigError
+from ..formats.catalog import (
     CatalogImage,
     PlacementRecord,
     TableLayout,
@@ -35,7 +34,7 @@ from .formats.catalog import (
     read_catalog,
     sync_folder,
 )
-from .formats.placement import (
+from ..formats.placement import (
     PLACEMENT_FOLDER,
     PLACES_MAX,
     PlacedTable,
@@ -44,9 +43,10 @@ from .formats.placement import (
     head_bytes,
     lay_out_placement,
 )
-from .tiers.nvme import TableFiles, read_pages
-from .units import format_bytes
-from .workers import aside
+from ..tiers.nvme import TableFiles, read_pages
+from ..units import format_bytes
+from ..workers import aside
+from .build import locked_store
 
 BUCKET_BYTES = 96 << 20  # of the destination, filled at once in memory
 SPARE_DISK_BYTES = 64 << 20  # left free beside what is written

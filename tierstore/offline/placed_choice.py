@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from . import kernels
-from .errors import FormatError
-from .formats.catalog import CatalogImage
-from .formats.placement import PlacedIndex, PlacedTable, Placement, read_head
+from .. import kernels
+from ..errors import FormatError
+from ..formats.catalog import CatalogImage
+from ..formats.placement import PlacedIndex, PlacedTable, Placement, read_head
 from .place import Chosen
 
 RECORDS_BYTES = 4 << 20  # of records read at once

@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from . import kernels
-from .counting import ItemCounter
-from .decisions.choose import ItemClasses, chosen_parts, is_chosen, item_hash
-from .decisions.curves import OnPhase
-from .decisions.ranking import Ranking
-from .decisions.tally import Group, OrderSplit, Tally
-from .errors import ConfigError, FingerprintMismatchError, FormatError
-from .formats.catalog import TableLayout
-from .formats.key_trace import KeyBlock, KeyTraceInfo, read_key_blocks
-from .formats.profile import BLOCK_VALUES, COUNTS, KEYS, Columns, Profile, ProfileHeader, ProfileWriter
+from .. import kernels
+from ..decisions.choose import ItemClasses, chosen_parts, is_chosen, item_hash
+from ..decisions.curves import OnPhase
+from ..decisions.ranking import Ranking
+from ..decisions.tally import Group, OrderSplit, Tally
+from ..errors import ConfigError, FingerprintMismatchError, FormatError
+from ..formats.catalog import TableLayout
+from ..formats.key_trace import KeyBlock, KeyTraceInfo, read_key_blocks
+from ..formats.profile import BLOCK_VALUES, COUNTS, KEYS, Columns, Profile, ProfileHeader, ProfileWriter
+from .count import ItemCounter
 
 COUNTED, HELD_OUT = 0, 1  # columns of the sums
 HELD_OUT_SHARE = 1 / 4  # less gives wider intervals, more a static set that is fitted to less

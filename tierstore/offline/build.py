@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from .causes import named
-from .errors import BudgetError, ConfigError, FormatError
-from .file_systems import file_system_of, why_not_local
-from .formats.catalog import (
+from ..causes import named
+from ..errors import BudgetError, ConfigError, FormatError
+from ..file_systems import file_system_of, why_not_local
+from ..formats.catalog import (
     CATALOG_FILE,
     LOCK_FILE,
     CatalogImage,
@@ -45,10 +45,10 @@ from .formats.catalog import (
     record_shard,
     sync_folder,
 )
-from .formats.checkpoint import PlaneReader, TableSource
-from .formats.origin import changed_files, same_checkpoint
-from .formats.page import PageShape, page_seed, repair_command, seal_pages
-from .units import format_bytes
+from ..formats.checkpoint import PlaneReader, TableSource
+from ..formats.origin import changed_files, same_checkpoint
+from ..formats.page import PageShape, page_seed, repair_command, seal_pages
+from ..units import format_bytes
 
 CHUNK_BYTES = 4 << 20  # pages that a worker holds at once; with their rows, about 8 MiB a job
 JOBS_MAX = 64
