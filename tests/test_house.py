@@ -17,9 +17,9 @@ FLOORS = {
     "tierstore.version": 0,
     "tierstore.errors": 0,
     "tierstore.lazy": 0,
-    "tierstore.interrupts": 0,
-    "tierstore.workers": 0,
-    "tierstore.forks": 0.5,
+    "tierstore.process.interrupts": 0,
+    "tierstore.process.workers": 0,
+    "tierstore.process.forks": 0.5,
     "tierstore.printable": 0,
     "tierstore.units": 0.5,  # of the same floor, but above errors
     "tierstore.extras": 0.5,

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
-from tierstore import interrupts
 from tierstore.causes import named
 from tierstore.errors import TierStoreError
-from tierstore.interrupts import INTERRUPTED_STATUS
 from tierstore.printable import PrintableStream, printable
+from tierstore.process import interrupts
+from tierstore.process.interrupts import INTERRUPTED_STATUS
 from tierstore.units import format_bytes
 from tierstore.version import VERSION
 

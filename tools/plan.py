@@ -31,9 +31,9 @@ from tierstore.formats.profile import KEYS, Profile
 from tierstore.offline.build import locked_store
 from tierstore.offline.place import Chosen, PlacePlan, PlaceReport, place_entries
 from tierstore.offline.profile import READING, ItemRanking, groups_of
+from tierstore.process.workers import Workers
 from tierstore.tiers.memory import available_memory
 from tierstore.units import format_bytes, parse_bytes
-from tierstore.workers import Workers
 
 from .cli import console
 from .phases import Phases

@@ -57,8 +57,8 @@ from tierstore.offline.profile import (
     merge_profiles,
     stretch_accesses,
 )
+from tierstore.process.workers import Workers
 from tierstore.units import format_bytes
-from tierstore.workers import Workers
 
 from .cli import console
 from .phases import Phases

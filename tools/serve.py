@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tierstore.errors import ConfigError
-from tierstore.interrupts import Ended
+from tierstore.process.interrupts import Ended
 from tierstore.units import format_bytes, parse_bytes
 
 from .cli import Progress

@@ -26,9 +26,9 @@ from engram_adapter import HashSpec, build_token_map
 from tierstore.causes import named
 from tierstore.errors import BudgetError, ConfigError
 from tierstore.formats.tensor_files import DTYPE_BYTES
+from tierstore.process.workers import aside
 from tierstore.spec import ROW_BYTES_MAX, codec_row_bytes
 from tierstore.units import format_bytes, parse_bytes
-from tierstore.workers import aside
 
 from .cli import Progress
 from .corpus import PAD_ID, python_text_files, train_tokenizer

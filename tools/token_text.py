@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tierstore.causes import naming_panics
-from tierstore.workers import aside
+from tierstore.process.workers import aside
 
 from .byte_streams import ChunkFile
 from .token_ids import Piece

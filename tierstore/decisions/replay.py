@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import kernels
-from ..workers import aside, check_stopped
+from ..process.workers import aside, check_stopped
 
 ROOMY_ITEMS_PER_SET = 2  # a cache with sets for so few of its 8 entries each evicts nothing: a larger one hits no more
 

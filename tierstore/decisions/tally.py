@@ -14,7 +14,7 @@ import numpy as np
 from .. import kernels
 from ..errors import FormatError
 from ..formats.profile import KEYS, ProfileHeader
-from ..workers import aside
+from ..process.workers import aside
 from .choose import ItemClasses, Part, item_hash
 from .replay import Replay
 

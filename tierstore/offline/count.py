@@ -28,7 +28,7 @@ from .. import kernels
 from ..causes import named
 from ..errors import BudgetError, TierStoreError
 from ..formats.tensor_files import read_exactly
-from ..workers import aside
+from ..process.workers import aside
 
 ITEM_BYTES = 16
 SORT_BYTES = 48  # that `kernels.sort_items` takes an item, and 8 a weight

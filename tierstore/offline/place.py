@@ -43,9 +43,9 @@ from ..formats.placement import (
     head_bytes,
     lay_out_placement,
 )
+from ..process.workers import aside
 from ..tiers.nvme import TableFiles, read_pages
 from ..units import format_bytes
-from ..workers import aside
 from .build import locked_store
 
 BUCKET_BYTES = 96 << 20  # of the destination, filled at once in memory

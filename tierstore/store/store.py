@@ -20,8 +20,8 @@ from typing import Any, cast
 import numpy as np
 
 from ..errors import ConfigError, StoreNotReadyError
-from ..forks import DeferredSignals, LostEngine
 from ..formats.key_trace import KeyTraceInfo, TracedTable
+from ..process.forks import DeferredSignals, LostEngine
 from ..stats import stats_of
 from ..tiers.engine import Engine, Pending
 from ..units import format_bytes

@@ -20,8 +20,8 @@ from ..causes import allow_open_files, short_of_something
 from ..decisions.budget import DramPlan, StagingPlan
 from ..errors import CorruptPageError, StoreNotReadyError, TierStoreError
 from ..formats.page import PAGE_VERSION, fault_text, repair_command
+from ..process.workers import aside
 from ..stats import latency_of
-from ..workers import aside
 from .engine import READ_WAIT_S, HostEngine, Request, in_slices
 from .memory import allocate
 from .nvme import IoChoice, TableFiles, load_rows

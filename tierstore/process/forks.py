@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from .errors import StoreNotReadyError
+from ..errors import StoreNotReadyError
 
 SENT_AFTER_S = 0.005  # when the hooks have ended
 

@@ -1,0 +1,1 @@
+"""What happens to the process around the store: interrupts, forks and worker threads."""
