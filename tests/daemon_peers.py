@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import pytest
 
-from tierstore.daemon.client_socket import dial
 from tierstore.daemon.peer import Peer
-from tierstore.daemon.protocol import PROTOCOL_VERSION, Channel, ChannelClosed
 from tierstore.daemon.server import SocketServer
 from tierstore.errors import BudgetError, DaemonError
+from tierstore.ipc.client_socket import dial
+from tierstore.ipc.protocol import PROTOCOL_VERSION, Channel, ChannelClosed
 
 WAIT_S = 30.0  # for what must happen; nothing that works takes nearly as long
 NOBODY = 65534

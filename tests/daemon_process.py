@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from stores import Model, make_model, place_some, random_keys
 
-from tierstore.daemon.client_socket import ask
+from tierstore.ipc.client_socket import ask
 
 WAIT_S = 60.0  # for what must happen; nothing that works takes nearly as long
 POLL_S = 0.01

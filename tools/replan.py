@@ -15,7 +15,7 @@ def command(socket: str) -> None:
     \b
     Example: tierstore replan /run/tierstore/v41.sock
     """
-    from tierstore.daemon.client_socket import ask
+    from tierstore.ipc.client_socket import ask
 
     done = ask(socket, {"do": "replan"}, timeout_s=REPLAN_S)
     click.echo(

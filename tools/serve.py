@@ -102,10 +102,10 @@ def command(
     After 'tierstore swap', a daemon that is started again with the same STORE serves what was swapped in, and says so.
     --forget-swap, or another STORE, ends that.
     """
-    from tierstore.daemon.events import configure_logging, event
     from tierstore.daemon.notify import Notifier
-    from tierstore.daemon.ports import check_ports
     from tierstore.daemon.serving import Daemon, Remote
+    from tierstore.ipc.events import configure_logging, event
+    from tierstore.ipc.ports import check_ports
 
     configure_logging(log_format)
     logger = logging.getLogger("tierstore.daemon")
@@ -151,7 +151,7 @@ def command(
 
 def _serve(daemon: Daemon, signals: _Signals, notifier: Notifier, logger: logging.Logger) -> None:
     """Waits for signals until one ends it."""
-    from tierstore.daemon.events import event
+    from tierstore.ipc.events import event
 
     while True:
         got = signals.wait(BEAT_S)
@@ -168,7 +168,7 @@ def _serve(daemon: Daemon, signals: _Signals, notifier: Notifier, logger: loggin
 
 def _reload(daemon: Daemon, notifier: Notifier, logger: logging.Logger) -> None:
     """Reads again what may have changed on disk; whatever fails, what is served is served on."""
-    from tierstore.daemon.events import event
+    from tierstore.ipc.events import event
 
     notifier.reloading("reading files again")
     try:

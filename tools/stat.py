@@ -11,10 +11,10 @@ from pathlib import Path
 
 import click
 
-from tierstore.daemon.client_socket import ask
 from tierstore.daemon.record import SECTIONS, Record
-from tierstore.daemon.socket_file import starting_state
 from tierstore.errors import ConfigError, DaemonError
+from tierstore.ipc.client_socket import ask
+from tierstore.ipc.socket_file import starting_state
 
 from .cli import console
 

@@ -28,7 +28,7 @@ def command(socket: str, store: Path | None, rollback: bool, as_json: bool) -> N
     \b
     Example: tierstore swap /run/tierstore/v41.sock v41-next.tier
     """
-    from tierstore.daemon.client_socket import ask
+    from tierstore.ipc.client_socket import ask
 
     if (store is None) != rollback:
         raise ConfigError("give the store to swap in, or --rollback, and not both")

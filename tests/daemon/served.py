@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from stores import Model, make_model, place_some
 
-from tierstore.daemon.client_socket import ask
 from tierstore.daemon.serving import Daemon
 from tierstore.decisions.shared_budget import divide_shared
 from tierstore.errors import BudgetError
 from tierstore.formats.catalog import read_catalog
+from tierstore.ipc.client_socket import ask
 from tierstore.store.store import Store
 
 WAIT_S = 30.0  # for what must happen; nothing that works takes nearly as long

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tierstore.daemon import events
-from tierstore.daemon.events import RateLimit, configure_logging, event
 from tierstore.errors import ConfigError
+from tierstore.ipc import events
+from tierstore.ipc.events import RateLimit, configure_logging, event
 
 logger = logging.getLogger("tierstore")
 

@@ -17,12 +17,12 @@ from daemon_peers import NOBODY, WAIT_S, NotingHandler, ServingChild, as_root, b
 from repository import REPOSITORY
 
 from tierstore import kernels
-from tierstore.daemon import identity
 from tierstore.daemon.attachments import Attachment
-from tierstore.daemon.client_socket import ask, dial
-from tierstore.daemon.identity import known_ids, process_text, unknown_id, user_text
 from tierstore.daemon.server import SocketServer
 from tierstore.errors import ConfigError
+from tierstore.ipc import identity
+from tierstore.ipc.client_socket import ask, dial
+from tierstore.ipc.identity import known_ids, process_text, unknown_id, user_text
 
 NEW_USER_NAMESPACE, NEW_PID_NAMESPACE = 0x10000000, 0x20000000
 STRANGER = 4242
@@ -179,7 +179,7 @@ def test_a_stranger_is_not_taken_for_the_user_of_a_daemon_in_a_namespace(open_pa
 def held_open(path: Path) -> subprocess.Popen[bytes]:
     """A process that attaches, forks a child that holds the socket too, and says so."""
     code = (
-        "import os, sys, time; from tierstore.daemon.client_socket import dial; found = dial(sys.argv[1])\n"
+        "import os, sys, time; from tierstore.ipc.client_socket import dial; found = dial(sys.argv[1])\n"
         "child = os.fork()\n"
         "if child: print(child, flush=True)\n"
         "time.sleep(600)"

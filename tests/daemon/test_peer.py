@@ -11,9 +11,9 @@ from daemon_peers import WAIT_S, open_descriptors
 
 from tierstore.daemon.asks import Asks
 from tierstore.daemon.peer import Peer, error_message
-from tierstore.daemon.peer_log import PeerLog
-from tierstore.daemon.protocol import Channel, ChannelClosed
 from tierstore.errors import BudgetError, DaemonError
+from tierstore.ipc.peer_log import PeerLog
+from tierstore.ipc.protocol import Channel, ChannelClosed
 
 LARGE = {"text": "x" * 900_000}  # more than the kernel takes for one socket
 

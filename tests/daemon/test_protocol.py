@@ -16,16 +16,8 @@ from daemon_peers import WAIT_S, open_descriptors, packet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierstore.daemon.protocol import (
-    FDS_MAX,
-    MESSAGE_BYTES_MAX,
-    PART_BYTES_MAX,
-    Channel,
-    ChannelClosed,
-    decode,
-    encode,
-)
 from tierstore.errors import DaemonError
+from tierstore.ipc.protocol import FDS_MAX, MESSAGE_BYTES_MAX, PART_BYTES_MAX, Channel, ChannelClosed, decode, encode
 
 Pair = tuple[Channel, socket.socket]
 

@@ -33,11 +33,12 @@ from daemon_peers import (
     packet,
 )
 
-from tierstore.daemon import asks, client_socket, peer, peer_log, server
-from tierstore.daemon.client_socket import ask, dial
-from tierstore.daemon.protocol import PROTOCOL_VERSION, Channel, ChannelClosed
+from tierstore.daemon import asks, peer, server
 from tierstore.daemon.server import SocketServer
 from tierstore.errors import BudgetError, DaemonError
+from tierstore.ipc import client_socket, peer_log
+from tierstore.ipc.client_socket import ask, dial
+from tierstore.ipc.protocol import PROTOCOL_VERSION, Channel, ChannelClosed
 from tierstore.version import VERSION
 
 

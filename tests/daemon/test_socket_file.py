@@ -25,13 +25,13 @@ from daemon_peers import (
     open_descriptors,
 )
 
-from tierstore.daemon import client_socket
-from tierstore.daemon.client_socket import ask, dial
-from tierstore.daemon.protocol import ChannelClosed
 from tierstore.daemon.server import SocketServer
 from tierstore.daemon.serving import Daemon
-from tierstore.daemon.socket_file import starting_state
 from tierstore.errors import ConfigError, DaemonError
+from tierstore.ipc import client_socket
+from tierstore.ipc.client_socket import ask, dial
+from tierstore.ipc.protocol import ChannelClosed
+from tierstore.ipc.socket_file import starting_state
 from tierstore.tools.cli import run
 
 

@@ -23,10 +23,10 @@ import pytest
 from daemon_peers import HELLO, NOBODY, WAIT_S, as_root, in_child, open_descriptors, packet
 
 from tierstore.daemon import server
-from tierstore.daemon.client_socket import ask, dial
 from tierstore.daemon.peer import Peer
 from tierstore.daemon.server import SocketServer
 from tierstore.errors import DaemonError
+from tierstore.ipc.client_socket import ask, dial
 
 ACTS = 100_000 if os.environ.get("TIERSTORE_SOAK") == "1" else 2_500
 THREADS = 4

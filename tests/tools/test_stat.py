@@ -344,7 +344,7 @@ def test_a_daemon_that_has_just_begun_is_shown_without_a_number_that_is_none() -
 
 
 class Asked:
-    """Stands for `tierstore.daemon.client_socket.ask`."""
+    """Stands for `tierstore.ipc.client_socket.ask`."""
 
     def __init__(self, answer: dict[str, Any] | Exception) -> None:
         self.answer = answer

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import DaemonError, TierStoreError
+from ..ipc.peer_log import PeerLog
 from .peer import Peer, error_message
-from .peer_log import PeerLog
 
 ASKS_MAX = 8
 

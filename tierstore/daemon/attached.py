@@ -22,6 +22,10 @@ import numpy as np
 from .. import kernels
 from ..errors import ConfigError, DaemonError, FingerprintMismatchError, FormatError, StoreNotReadyError, TierStoreError
 from ..formats.catalog import TableLayout
+from ..ipc.client_socket import dial, raise_error
+from ..ipc.identity import this_process
+from ..ipc.mapped import same_tables
+from ..ipc.protocol import Channel, close_fds
 from ..stats import add_counters, counters_since
 from ..store.backing import Backing
 from ..store.embedded import DEFAULT_DEVICE, open_placement
@@ -30,11 +34,7 @@ from ..tiers.engine import READ_WAIT_S, Engine, HostEngine, Pending, Request
 from ..tiers.native import NativeEngine
 from ..tiers.nvme import IO_MODES
 from ..units import parse_bytes
-from .client_socket import dial, raise_error
-from .identity import this_process
 from .link import Link, warn_of_other_version
-from .mapped import same_tables
-from .protocol import Channel, close_fds
 
 if TYPE_CHECKING:
     from ..tiers.hbm.engine import HbmEngine

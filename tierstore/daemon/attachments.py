@@ -24,9 +24,9 @@ import numpy as np
 from .. import kernels
 from ..causes import named
 from ..errors import DaemonError, TierStoreError
+from ..ipc.events import event
+from ..ipc.identity import own_proc, process_text
 from ..tiers.shared import make_client_block
-from .events import event
-from .identity import own_proc, process_text
 
 logger = logging.getLogger("tierstore.daemon")
 

@@ -12,9 +12,9 @@ from collections.abc import Collection
 from typing import Any
 
 from ..errors import ConfigError, DaemonError
+from ..ipc.identity import known_ids, process_text, unknown_id, user_text
+from ..ipc.protocol import PROTOCOL_VERSION
 from ..version import VERSION
-from .identity import known_ids, process_text, unknown_id, user_text
-from .protocol import PROTOCOL_VERSION
 
 logger = logging.getLogger("tierstore")
 

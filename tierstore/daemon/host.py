@@ -28,6 +28,9 @@ from ..decisions.replan import hottest_places
 from ..decisions.shared_budget import SharedPlan, divide_shared
 from ..errors import ConfigError, CorruptPageError, DaemonError, FingerprintMismatchError
 from ..formats.placement import UNIT_BYTES, Placement, round_up
+from ..ipc.events import event
+from ..ipc.identity import process_text
+from ..ipc.mapped import Blocks, OpenVersion, pairs_as_tokens, recency_part, same_tables, static_parts, table_memories
 from ..store.embedded import check_available, open_placement
 from ..tiers.native import NativeEngine, SharedEpochs, load_table
 from ..tiers.nvme import choose_io
@@ -35,9 +38,6 @@ from ..tiers.placed import OnProgress, index_head, load_indexes, load_records
 from ..tiers.shared import SharedBlock
 from ..tiers.slots import StaticSlots
 from .attachments import Attachments
-from .events import event
-from .identity import process_text
-from .mapped import Blocks, OpenVersion, pairs_as_tokens, recency_part, same_tables, static_parts, table_memories
 from .version import Version
 
 logger = logging.getLogger("tierstore.daemon")

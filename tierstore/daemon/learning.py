@@ -20,9 +20,9 @@ import numpy as np
 from .. import kernels
 from ..decisions.replan import LEAST_COUNT, Entries, Replan, choose_static, hotter, hottest_places, steps
 from ..errors import DaemonError, TierStoreError
+from ..ipc.events import event
 from ..spec import KEY_MAX
 from ..stats import COUNT_MAX
-from .events import event
 from .host import Host, batches
 from .missed import MissedKeys
 

@@ -21,12 +21,12 @@ from ..decisions.budget import LINE_BYTES, STAGING_FRACTION, plan_staging
 from ..decisions.shared_budget import as_share
 from ..errors import ConfigError, DaemonError, FormatError, TierStoreError
 from ..formats.catalog import CatalogImage
+from ..ipc.mapped import Blocks, OpenVersion, StaticParts, recency_part, static_parts, table_memories
 from ..store.embedded import open_placement
 from ..tiers.native import NativeEngine, SharedEpochs
 from ..tiers.nvme import choose_io
 from ..tiers.placed import PlacementFile
 from ..tiers.shared import map_block
-from .mapped import Blocks, OpenVersion, StaticParts, recency_part, static_parts, table_memories
 
 logger = logging.getLogger("tierstore")
 

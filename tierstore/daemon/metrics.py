@@ -20,8 +20,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from .events import event
-from .ports import parse_address
+from ..ipc.events import event
+from ..ipc.ports import parse_address
 from .record import HEALTHY, STATES, Record, missed_bytes, ratio, read_amplification
 from .web import Answer, Asked, WebServer, text_answer
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from ..causes import named
 from ..errors import DaemonError, TierStoreError
-from .identity import process_text, user_text
-from .protocol import (
+from ..ipc.identity import process_text, user_text
+from ..ipc.protocol import (
     CLIENT_MESSAGE_BYTES_MAX,
     FDS_MAX,
     MESSAGE_BYTES_MAX,

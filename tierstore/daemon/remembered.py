@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import TierStoreError
 from ..formats.catalog import read_catalog
-from .events import event
+from ..ipc.events import event
 from .swap_file import Swap, SwapFile
 
 logger = logging.getLogger("tierstore.daemon")

@@ -18,7 +18,7 @@ from typing import Any
 from ..causes import named
 from ..errors import ConfigError
 from ..extras import missing
-from .identity import known_ids
+from ..ipc.identity import known_ids
 
 TOKEN_CHARS_MIN = 16
 TOKEN_BYTES_MAX = 4096

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from .peer_log import PeerLog
-from .ports import network_of
+from ..ipc.peer_log import PeerLog
+from ..ipc.ports import network_of
 
 CONNECTIONS_MAX = 256  # of all hosts; above that, strangers go first
 STRANGERS_MAX = 32  # connections of one network that made no call that was let in

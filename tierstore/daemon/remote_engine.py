@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DaemonError, FormatError, StoreNotReadyError, TierStoreError
+from ..ipc.identity import this_process
 from ..spec import TableSpec
 from ..stats import LatencyCounts
 from ..tiers.engine import READ_WAIT_S, Engine, Request
 from . import messages
-from .identity import this_process
 from .messages import Description, TableKeys
 from .remote_channel import Connection
 from .remote_replies import DRAM, NVME, STATIC, Answer, decoded

@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import ConfigError, CorruptPageError, TierStoreError
+from ..ipc.ports import check_ports
 from ..store.store import Store
 from . import messages
 from .messages import ERROR_TRAILER, RETRY_TRAILER, SERVICE, TOKEN_HEADER
-from .ports import check_ports
 from .remote_access import check_options, load_grpc, read_pair, read_token
 from .remote_answers import AnswerLimits, Answers, StoreChangedError
 from .remote_connections import CONNECTIONS_MAX, Connections, peer_network

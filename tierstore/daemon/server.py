@@ -23,13 +23,13 @@ from typing import Any, Protocol
 
 from ..causes import allow_open_files, named
 from ..errors import DaemonError, TierStoreError
+from ..ipc.peer_log import PeerLog
+from ..ipc.protocol import PROTOCOL_VERSION, ChannelClosed
+from ..ipc.socket_file import SocketFile, check_socket_path
 from ..version import VERSION
 from .asks import Asks
 from .greeting import Door
 from .peer import Peer, error_message
-from .peer_log import PeerLog
-from .protocol import PROTOCOL_VERSION, ChannelClosed
-from .socket_file import SocketFile, check_socket_path
 
 logger = logging.getLogger("tierstore")
 

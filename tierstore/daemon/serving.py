@@ -21,13 +21,13 @@ import psutil
 from .. import kernels
 from ..decisions.budget import CACHE_WAYS
 from ..errors import ConfigError, DaemonError, TierStoreError
+from ..ipc.events import event
 from ..stats import add_counters, expected_of, stats_of
 from ..store.embedded import open_placement
 from ..store.store import Store
 from ..tiers.placed import OnProgress, PlacementFile, load_indexes
 from ..version import VERSION
 from .attached import attach
-from .events import event
 from .host import Host
 from .learning import REPLAN_S, Learner
 from .metrics import MetricsServer

@@ -18,7 +18,7 @@ from pathlib import Path
 from ..causes import named
 from ..errors import ConfigError, DaemonError, FormatError
 from ..formats.catalog import sync_folder
-from .identity import known_ids
+from ..ipc.identity import known_ids
 
 HEAD = b"tierstore swap 1\n"
 FILE_BYTES_MAX = 64 << 10

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..ipc.events import event
+from ..ipc.mapped import OpenVersion
 from ..tiers.native import READ_WAIT_S, NativeEngine
 from ..tiers.shared import SharedBlock
-from .events import event
-from .mapped import OpenVersion
 
 logger = logging.getLogger("tierstore.daemon")
 

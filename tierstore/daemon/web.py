@@ -22,9 +22,9 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import NamedTuple
 
-from .events import event
-from .peer_log import PeerLog
-from .ports import listen, network_of, parse_address
+from ..ipc.events import event
+from ..ipc.peer_log import PeerLog
+from ..ipc.ports import listen, network_of, parse_address
 
 __all__ = ["Answer", "Asked", "WebServer", "parse_address", "text_answer"]
 

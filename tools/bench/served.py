@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tierstore.daemon.client_socket import ask
 from tierstore.errors import DaemonError
+from tierstore.ipc.client_socket import ask
 
 START_WAIT_S, STOP_WAIT_S = 600.0, 60.0
 ASK_S = 600.0
