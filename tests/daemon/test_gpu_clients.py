@@ -26,8 +26,9 @@ from stores import Model, random_keys
 
 import tierstore
 from tierstore import kernels
-from tierstore.daemon import attached, attachments
-from tierstore.daemon.attached import AttachedBacking
+from tierstore.attached import attached
+from tierstore.attached.attached import AttachedBacking
+from tierstore.daemon import attachments
 from tierstore.daemon.serving import Daemon
 from tierstore.store.store import Store
 

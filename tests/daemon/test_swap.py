@@ -19,8 +19,8 @@ from daemon_peers import WAIT_S
 from stores import Model, make_model, place_some, random_keys
 
 import tierstore
+from tierstore.attached.attached import AttachedEngine
 from tierstore.daemon import attachments, host, remote_answers, remote_engine
-from tierstore.daemon.attached import AttachedEngine
 from tierstore.daemon.host import TAGS
 from tierstore.daemon.remote_answers import Answers
 from tierstore.daemon.serving import Daemon, Remote

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
+from ..attached.attached import DIAL_S, attach
 from ..errors import ConfigError
 from ..store.store import Store
-from .attached import DIAL_S, attach
 
 CALL_S = 30.0
 

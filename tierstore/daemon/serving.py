@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 
 from .. import kernels
+from ..attached.attached import attach
 from ..decisions.budget import CACHE_WAYS
 from ..errors import ConfigError, DaemonError, TierStoreError
 from ..ipc.events import event
@@ -27,7 +28,6 @@ from ..store.embedded import open_placement
 from ..store.store import Store
 from ..tiers.placed import OnProgress, PlacementFile, load_indexes
 from ..version import VERSION
-from .attached import attach
 from .host import Host
 from .learning import REPLAN_S, Learner
 from .metrics import MetricsServer

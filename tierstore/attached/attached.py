@@ -38,7 +38,7 @@ from .link import Link, warn_of_other_version
 
 if TYPE_CHECKING:
     from ..tiers.hbm.engine import HbmEngine
-    from .held_static import HeldStatic
+    from .static_pin import HeldStatic
 
 logger = logging.getLogger("tierstore")
 
@@ -123,7 +123,7 @@ class AttachedBacking(Backing):
         lookup, and `start`."""
         from ..tiers.hbm.device import DramPart
         from ..tiers.hbm.opening import put_above
-        from .held_static import HeldStatic
+        from .static_pin import HeldStatic
 
         link, dram = self._attached.link, [DramPart() for _ in self.specs]
         if link.is_lent:

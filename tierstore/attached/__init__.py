@@ -1,0 +1,1 @@
+"""The local client of a daemon: the same `Store`, over the tiers that the daemon shares."""
