@@ -85,7 +85,7 @@ def test_a_missing_extra_is_an_error_with_its_command() -> None:
         ),
         ("torch", "from tierstore.tiers.hbm.device import _load; _load('torch', 'cuda:0')", "gpu"),
         ("matplotlib", "from tierstore.tools.report_figures import require_matplotlib as r; r()", "report"),
-        ("grpc", "from tierstore.daemon.remote_access import load_grpc; load_grpc()", "remote"),
+        ("grpc", "from tierstore.remote.access import load_grpc; load_grpc()", "remote"),
         ("torch", "import tierstore.tools.demo", "torch"),
     ],
 )

@@ -22,10 +22,10 @@ FETCH_S_MAX = 10.0
 
 def fetch_remote_record(url: str, token_file: Path | None, ca_file: Path | None) -> dict[str, Any]:
     """Asks a server what it serves, and for its counts. Blocks for FETCH_S_MAX at most. Raises what `connect_remote` raises."""
-    from tierstore.daemon import messages
-    from tierstore.daemon.remote_channel import Connection
-    from tierstore.daemon.remote_replies import decoded
-    from tierstore.daemon.wire import encode
+    from tierstore.remote import messages
+    from tierstore.remote.channel import Connection
+    from tierstore.remote.replies import decoded
+    from tierstore.remote.wire import encode
 
     connection = Connection(url, token_file=token_file, ca_file=ca_file)
     try:

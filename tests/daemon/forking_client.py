@@ -11,8 +11,8 @@ import threading
 
 import numpy as np
 
-from tierstore.daemon.remote_client import connect_remote
 from tierstore.errors import DaemonError
+from tierstore.remote.client import connect_remote
 
 WAIT_S = 30.0
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import tierstore
-from tierstore.daemon.remote_server import RemoteServer
+from tierstore.remote.server import RemoteServer
 
 SERVER = """
 import sys, tierstore
-from tierstore.daemon.remote_server import RemoteServer
+from tierstore.remote.server import RemoteServer
 
 with tierstore.open(sys.argv[1], dram="600KiB") as store:
     server = RemoteServer(store, sys.argv[2])

@@ -19,12 +19,15 @@ from remote_servers import serving, serving_process
 from stores import Model, make_model, random_keys
 
 import tierstore
-from tierstore.daemon import messages, remote_answers, remote_engine, remote_limits
-from tierstore.daemon.messages import SERVICE
-from tierstore.daemon.remote_client import connect_remote
-from tierstore.daemon.remote_limits import Deadlines, InFlight, Rates, Refusal
-from tierstore.daemon.remote_server import RemoteServer
-from tierstore.daemon.wire import decode, encode
+from tierstore.remote import answers as remote_answers
+from tierstore.remote import engine as remote_engine
+from tierstore.remote import limits as remote_limits
+from tierstore.remote import messages
+from tierstore.remote.client import connect_remote
+from tierstore.remote.limits import Deadlines, InFlight, Rates, Refusal
+from tierstore.remote.messages import SERVICE
+from tierstore.remote.server import RemoteServer
+from tierstore.remote.wire import decode, encode
 
 FORKING = Path(__file__).with_name("forking_client.py")
 
@@ -569,7 +572,7 @@ def test_a_message_that_cannot_hold_a_token_is_refused(built: Path) -> None:
 
 def test_importing_the_store_or_the_client_does_not_load_grpc() -> None:
     code = (
-        "import sys, tierstore, tierstore.daemon.remote_client, tierstore.daemon.remote_server; "
+        "import sys, tierstore, tierstore.remote.client, tierstore.remote.server; "
         "assert not any(name.split('.')[0] == 'grpc' for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -579,7 +582,7 @@ def test_where_grpc_is_not_installed_the_error_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['grpc'] = None\n"
         "import tierstore\n"
-        "from tierstore.daemon.remote_client import connect_remote\n"
+        "from tierstore.remote.client import connect_remote\n"
         "try: connect_remote('grpc://127.0.0.1:1')\n"
         "except tierstore.ConfigError as error: assert tierstore.extras.install_command('remote') in str(error)\n"
         "else: raise AssertionError\n"

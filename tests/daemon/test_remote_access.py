@@ -18,7 +18,8 @@ from remote_servers import serving
 from stores import Model, random_keys
 
 from tierstore.daemon.metrics import MetricsServer
-from tierstore.daemon.remote_access import (
+from tierstore.errors import ConfigError, DaemonError
+from tierstore.remote.access import (
     Address,
     check_options,
     check_server_access,
@@ -28,8 +29,7 @@ from tierstore.daemon.remote_access import (
     read_pair,
     read_token,
 )
-from tierstore.daemon.remote_client import connect_remote
-from tierstore.errors import ConfigError, DaemonError
+from tierstore.remote.client import connect_remote
 
 TOKEN = "0123456789abcdef-token"
 
@@ -279,9 +279,7 @@ def test_a_pair_that_is_being_renewed_is_read_again(
 ) -> None:
     used = tmp_path / "used.pem"
     shutil.copy(certificates / "good.pem", used)
-    monkeypatch.setattr(
-        "tierstore.daemon.remote_access.time.sleep", lambda _: shutil.copy(certificates / "renewed.pem", used)
-    )
+    monkeypatch.setattr("tierstore.remote.access.time.sleep", lambda _: shutil.copy(certificates / "renewed.pem", used))
     assert read_pair(used, certificates / "renewed.key")[0] == (certificates / "renewed.pem").read_bytes()
 
 

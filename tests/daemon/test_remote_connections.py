@@ -18,11 +18,12 @@ from daemon.served import until
 from remote_servers import serving, serving_process
 from stores import Model, random_keys
 
-from tierstore.daemon import remote_connections, remote_server
-from tierstore.daemon.remote_client import connect_remote
-from tierstore.daemon.remote_connections import CONNECTIONS_MAX, STRANGER_S, STRANGERS_MAX, end_of, peer_network, to_end
-from tierstore.daemon.remote_limits import InFlight, Refusal
-from tierstore.daemon.remote_server import RemoteServer
+from tierstore.remote import connections as remote_connections
+from tierstore.remote import server as remote_server
+from tierstore.remote.client import connect_remote
+from tierstore.remote.connections import CONNECTIONS_MAX, STRANGER_S, STRANGERS_MAX, end_of, peer_network, to_end
+from tierstore.remote.limits import InFlight, Refusal
+from tierstore.remote.server import RemoteServer
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 WAIT_S = 30.0

@@ -13,9 +13,9 @@ from daemon.served import MIB, until
 from daemon.served import serving as daemon_serving
 from remote_servers import serving
 
-from tierstore.daemon import remote_health
-from tierstore.daemon.messages import SERVICE
 from tierstore.daemon.serving import Remote
+from tierstore.remote import health as remote_health
+from tierstore.remote.messages import SERVICE
 
 SERVES, SERVES_NOT, KNOWS_NOT = b"\x08\x01", b"\x08\x02", b"\x08\x03"  # HealthCheckResponse, as protobuf writes it
 HEALTH = "/grpc.health.v1.Health"

@@ -21,10 +21,10 @@ import pytest
 from remote_servers import serving_process
 from stores import Model, random_keys
 
-from tierstore.daemon import messages
-from tierstore.daemon.messages import SERVICE
-from tierstore.daemon.remote_client import connect_remote
-from tierstore.daemon.wire import encode
+from tierstore.remote import messages
+from tierstore.remote.client import connect_remote
+from tierstore.remote.messages import SERVICE
+from tierstore.remote.wire import encode
 
 BODIES = 100_000 if os.environ.get("TIERSTORE_SOAK") == "1" else 1_000
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

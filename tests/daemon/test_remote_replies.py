@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tierstore.daemon.messages import LookupReply, Part
-from tierstore.daemon.remote_replies import Answer, decoded
-from tierstore.daemon.wire import encode
 from tierstore.errors import FormatError
+from tierstore.remote.messages import LookupReply, Part
+from tierstore.remote.replies import Answer, decoded
+from tierstore.remote.wire import encode
 
 NONE = [0, 0]
 

@@ -20,10 +20,12 @@ from stores import Model, make_model, place_some, random_keys
 
 import tierstore
 from tierstore.attached.attached import AttachedEngine
-from tierstore.daemon import attachments, host, remote_answers, remote_engine
+from tierstore.daemon import attachments, host
 from tierstore.daemon.host import TAGS
-from tierstore.daemon.remote_answers import Answers
 from tierstore.daemon.serving import Daemon, Remote
+from tierstore.remote import answers as remote_answers
+from tierstore.remote import engine as remote_engine
+from tierstore.remote.answers import Answers
 from tierstore.tiers.slots import StaticSlots
 
 NAME = "layers.1"

@@ -19,10 +19,10 @@ from stores import Model, random_keys
 import tierstore
 from tierstore.daemon import swap_file
 from tierstore.daemon.remembered import RememberedSwap
-from tierstore.daemon.remote_client import connect_remote
 from tierstore.daemon.swap_file import HEAD, Swap, SwapFile
 from tierstore.errors import ConfigError, DaemonError, FormatError
 from tierstore.formats.catalog import read_catalog
+from tierstore.remote.client import connect_remote
 from tierstore.tiers.slots import StaticSlots
 
 NAME = "layers.1"

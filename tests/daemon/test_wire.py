@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from repository import REPOSITORY
 
-from tierstore.daemon import messages
-from tierstore.daemon.messages import Description, LookupReply, LookupRequest, Part, TableKeys, TableMessage
-from tierstore.daemon.wire import BYTES, TEXT, UINT, UINTS, Message, decode, encode, varint
+from tierstore.remote import messages
+from tierstore.remote.messages import Description, LookupReply, LookupRequest, Part, TableKeys, TableMessage
+from tierstore.remote.wire import BYTES, TEXT, UINT, UINTS, Message, decode, encode, varint
 from tierstore.spec import TableSpec
 
 PROTO = REPOSITORY / "tierstore" / "daemon" / "lookup.proto"

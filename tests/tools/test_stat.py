@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tierstore.daemon.record import missed_bytes, read_amplification
-from tierstore.daemon.remote_client import connect_remote
 from tierstore.errors import DaemonError
+from tierstore.remote.client import connect_remote
 from tierstore.tools.cli import console, run
 from tierstore.tools.stat_lines import concerns, summary
 from tierstore.tools.stat_rates import Counts, Rates, expected_rate, quantile_ns, rates_between

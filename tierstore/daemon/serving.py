@@ -38,7 +38,7 @@ from .server import CLIENTS_MAX, SocketServer
 from .swap_file import SwapFile
 
 if TYPE_CHECKING:
-    from .remote_server import RemoteServer
+    from ..remote.server import RemoteServer
 
 logger = logging.getLogger("tierstore.daemon")
 
@@ -57,7 +57,7 @@ class Remote:
 
     def check(self) -> None:
         """Raises `ConfigError` where it cannot be served like that, which is better known before minutes of warming."""
-        from .remote_access import check_options
+        from ..remote.access import check_options
 
         check_options(self.address, self.token_file, self.tls_cert, self.tls_key)
 
@@ -154,7 +154,7 @@ class Daemon:
 
     def _serve_remote(self, remote: Remote) -> None:
         """Serves by gRPC from a store that is attached like any other client's, and so counted like it."""
-        from .remote_server import RemoteServer
+        from ..remote.server import RemoteServer
 
         store = attach(self.path, io=self._io, staging=REMOTE_STAGING_BYTES)
         try:

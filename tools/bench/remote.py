@@ -22,9 +22,9 @@ from typing import Any
 import click
 import numpy as np
 
-from tierstore.daemon.remote_answers import CHUNK_BYTES
-from tierstore.daemon.remote_client import connect_remote
 from tierstore.errors import DaemonError
+from tierstore.remote.answers import CHUNK_BYTES
+from tierstore.remote.client import connect_remote
 from tierstore.store.table import Table
 
 from . import stores
@@ -39,7 +39,7 @@ Side = Callable[[int], object]  # looks so many tokens up
 _SERVER = """
 import os, sys, grpc, tierstore
 from concurrent.futures import ThreadPoolExecutor
-from tierstore.daemon.remote_server import RemoteServer
+from tierstore.remote.server import RemoteServer
 
 data = os.urandom(1 << 20)
 

@@ -25,8 +25,8 @@ from ..spec import TableSpec
 from ..store.store import Store
 from ..store.table import Table
 from . import messages
+from .limits import Deadline, InFlight, Refusal
 from .messages import LookupReply, Part, TableKeys
-from .remote_limits import Deadline, InFlight, Refusal
 from .wire import Buffer, encode
 
 CHUNK_BYTES = 1 << 20  # of rows in one message of a stream

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .connections import Connections, peer_network
+from .limits import Deadlines, InFlight, Rates, Refusal
 from .messages import SERVICE
-from .remote_connections import Connections, peer_network
-from .remote_limits import Deadlines, InFlight, Rates, Refusal
 from .wire import TEXT, UINT, Message, decode, encode
 
 HEALTH_SERVICE = "grpc.health.v1.Health"

@@ -30,8 +30,8 @@ from ..errors import (
     StoreNotReadyError,
     TierStoreError,
 )
+from .access import FORK_VARIABLE, Address, load_grpc, parse_url, read_certificate, read_token, survives_forks
 from .messages import ERROR_TRAILER, RETRY_TRAILER, SERVICE, TOKEN_HEADER
-from .remote_access import FORK_VARIABLE, Address, load_grpc, parse_url, read_certificate, read_token, survives_forks
 
 FORK_WAIT_S = 1.0
 RETRY_S_MIN, RETRY_S_MAX = 0.02, 1.0  # between tries of a call

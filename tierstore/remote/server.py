@@ -22,12 +22,12 @@ from ..errors import ConfigError, CorruptPageError, TierStoreError
 from ..ipc.ports import check_ports
 from ..store.store import Store
 from . import messages
+from .access import check_options, load_grpc, read_pair, read_token
+from .answers import AnswerLimits, Answers, StoreChangedError
+from .connections import CONNECTIONS_MAX, Connections, peer_network
+from .health import WATCHERS_MAX, Health
+from .limits import Deadline, Deadlines, InFlight, Rates, Refusal
 from .messages import ERROR_TRAILER, RETRY_TRAILER, SERVICE, TOKEN_HEADER
-from .remote_access import check_options, load_grpc, read_pair, read_token
-from .remote_answers import AnswerLimits, Answers, StoreChangedError
-from .remote_connections import CONNECTIONS_MAX, Connections, peer_network
-from .remote_health import WATCHERS_MAX, Health
-from .remote_limits import Deadline, Deadlines, InFlight, Rates, Refusal
 from .wire import decode
 
 logger = logging.getLogger("tierstore")

@@ -29,9 +29,9 @@ from ..spec import TableSpec
 from ..stats import LatencyCounts
 from ..tiers.engine import READ_WAIT_S, Engine, Request
 from . import messages
+from .channel import Connection
 from .messages import Description, TableKeys
-from .remote_channel import Connection
-from .remote_replies import DRAM, NVME, STATIC, Answer, decoded
+from .replies import DRAM, NVME, STATIC, Answer, decoded
 from .wire import encode
 
 logger = logging.getLogger("tierstore")

@@ -13,9 +13,9 @@ from ..errors import ConfigError, FormatError
 from ..store.backing import Backing
 from ..store.store import Store
 from . import messages
-from .remote_channel import Connection
-from .remote_engine import RemoteEngine
-from .remote_replies import decoded
+from .channel import Connection
+from .engine import RemoteEngine
+from .replies import decoded
 from .wire import encode
 
 
