@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from .process import interrupts as _interrupts  # noqa: F401  # isort: skip  # before all else: Ctrl-C while the command imports
 
-from .daemon.connecting import connect
+from .connecting import connect
 from .errors import (
     BudgetError,
     ConfigError,

@@ -23,8 +23,8 @@ from tierstore.units import format_bytes, parse_bytes
 from .cli import Progress
 
 if TYPE_CHECKING:
-    from tierstore.daemon.notify import Notifier
-    from tierstore.daemon.serving import Daemon
+    from tierstore.daemon.daemon import Daemon
+    from tierstore.daemon.systemd import Notifier
 
 ENDS_WITHIN_S = 30.0
 BEAT_S = 1.0  # between two looks at signals and at the service manager's watchdog
@@ -102,8 +102,8 @@ def command(
     After 'tierstore swap', a daemon that is started again with the same STORE serves what was swapped in, and says so.
     --forget-swap, or another STORE, ends that.
     """
-    from tierstore.daemon.notify import Notifier
-    from tierstore.daemon.serving import Daemon, Remote
+    from tierstore.daemon.daemon import Daemon, Remote
+    from tierstore.daemon.systemd import Notifier
     from tierstore.ipc.events import configure_logging, event
     from tierstore.ipc.ports import check_ports
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from stores import Model, make_model, place_some
 
-from tierstore.daemon.serving import Daemon
+from tierstore.daemon.daemon import Daemon
 from tierstore.decisions.shared_budget import divide_shared
 from tierstore.errors import BudgetError
 from tierstore.formats.catalog import read_catalog

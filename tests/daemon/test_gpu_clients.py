@@ -29,7 +29,7 @@ from tierstore import kernels
 from tierstore.attached import attached
 from tierstore.attached.attached import AttachedBacking
 from tierstore.daemon import attachments
-from tierstore.daemon.serving import Daemon
+from tierstore.daemon.daemon import Daemon
 from tierstore.store.store import Store
 
 NAME = "layers.1"

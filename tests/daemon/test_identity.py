@@ -66,7 +66,7 @@ def test_a_process_without_a_number_has_words() -> None:
 
 
 def test_an_unknown_id_cannot_be_let_in_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tierstore.daemon.greeting.unknown_id", lambda _: NOBODY)
+    monkeypatch.setattr("tierstore.daemon.handshake.unknown_id", lambda _: NOBODY)
     with pytest.raises(ConfigError, match=f"--allow-user {NOBODY}: .* stands for every user whom it does not map"):
         SocketServer(tmp_path / "socket", NotingHandler(), allowed_users=[7, NOBODY])
 

@@ -18,7 +18,7 @@ from stores import Model, place_some
 import tierstore
 from tierstore import kernels
 from tierstore.daemon import attachments, learning
-from tierstore.daemon.serving import Daemon
+from tierstore.daemon.daemon import Daemon
 from tierstore.decisions.replan import Entries, caught, fresh_choice
 from tierstore.store.embedded import open_placement
 

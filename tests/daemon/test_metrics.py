@@ -19,7 +19,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
-from tierstore.daemon import web
+from tierstore.daemon import http as web
 from tierstore.daemon.metrics import MetricsServer, StatCollector
 from tierstore.errors import ConfigError
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tierstore.daemon import notify
-from tierstore.daemon.notify import Notifier
+from tierstore.daemon import systemd as notify
+from tierstore.daemon.systemd import Notifier
 
 
 @pytest.fixture(params=["path", "abstract"])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from daemon_peers import WAIT_S, open_descriptors
 
-from tierstore.daemon.asks import Asks
+from tierstore.daemon.admin import Asks
 from tierstore.daemon.peer import Peer, error_message
 from tierstore.errors import BudgetError, DaemonError
 from tierstore.ipc.peer_log import PeerLog

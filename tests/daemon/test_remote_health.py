@@ -13,7 +13,7 @@ from daemon.served import MIB, until
 from daemon.served import serving as daemon_serving
 from remote_servers import serving
 
-from tierstore.daemon.serving import Remote
+from tierstore.daemon.daemon import Remote
 from tierstore.remote import health as remote_health
 from tierstore.remote.messages import SERVICE
 

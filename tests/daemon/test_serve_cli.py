@@ -278,5 +278,5 @@ def test_a_budget_is_filled_as_it_warms(placed: Path, socket: Path) -> None:
 
 
 def test_serving_from_python_without_the_command_line_loads_no_command(tmp_path: Path) -> None:
-    code = "import sys, tierstore.daemon.serving; assert not {'tierstore.tools', 'click'} & set(sys.modules)"
+    code = "import sys, tierstore.daemon.daemon; assert not {'tierstore.tools', 'click'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)

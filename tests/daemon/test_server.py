@@ -33,7 +33,8 @@ from daemon_peers import (
     packet,
 )
 
-from tierstore.daemon import asks, peer, server
+from tierstore.daemon import admin as asks
+from tierstore.daemon import peer, server
 from tierstore.daemon.server import SocketServer
 from tierstore.errors import BudgetError, DaemonError
 from tierstore.ipc import client_socket, peer_log

@@ -25,8 +25,8 @@ from daemon_peers import (
     open_descriptors,
 )
 
+from tierstore.daemon.daemon import Daemon
 from tierstore.daemon.server import SocketServer
-from tierstore.daemon.serving import Daemon
 from tierstore.errors import ConfigError, DaemonError
 from tierstore.ipc import client_socket
 from tierstore.ipc.client_socket import ask, dial

@@ -20,9 +20,10 @@ from stores import Model, make_model, place_some, random_keys
 
 import tierstore
 from tierstore.attached.attached import AttachedEngine
-from tierstore.daemon import attachments, host
-from tierstore.daemon.host import TAGS
-from tierstore.daemon.serving import Daemon, Remote
+from tierstore.daemon import attachments
+from tierstore.daemon import shared_tiers as host
+from tierstore.daemon.daemon import Daemon, Remote
+from tierstore.daemon.shared_tiers import TAGS
 from tierstore.remote import answers as remote_answers
 from tierstore.remote import engine as remote_engine
 from tierstore.remote.answers import Answers

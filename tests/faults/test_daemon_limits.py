@@ -17,7 +17,7 @@ from daemon.served import KIB, MIB, WAIT_S, request, serving, until
 from stores import Model, random_keys
 
 import tierstore
-from tierstore.daemon.serving import Daemon
+from tierstore.daemon.daemon import Daemon
 from tierstore.tiers.nvme import choose_io
 
 NAME = "layers.1"
@@ -139,7 +139,7 @@ except tierstore.TierStoreError as error:
 
 def limited(limit: int, value: int, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs code in a process with a limit of resource.setrlimit, set after its modules are loaded."""
-    head = "import resource, sys\nimport numpy, tierstore.daemon.serving, tierstore.tools.serve\n"
+    head = "import resource, sys\nimport numpy, tierstore.daemon.daemon, tierstore.tools.serve\n"
     limits = f"resource.setrlimit({limit}, ({value}, resource.getrlimit({limit})[1]))\n"
     return subprocess.run(
         [sys.executable, "-c", head + limits + code, *map(str, arguments)],

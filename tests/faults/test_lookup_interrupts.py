@@ -19,7 +19,7 @@ import pytest
 from stores import Model, random_keys
 
 import tierstore
-from tierstore.daemon.serving import Daemon
+from tierstore.daemon.daemon import Daemon
 
 CLIENT = Path(__file__).with_name("interrupted_client.py")
 TRIALS = 10_000 if os.environ.get("TIERSTORE_SOAK") else 400

@@ -25,7 +25,7 @@ from repository import REPOSITORY
 from stores import Model, random_keys
 
 import tierstore
-from tierstore.daemon.serving import Daemon
+from tierstore.daemon.daemon import Daemon
 
 WAIT_S = 30.0
 NAME = "layers.1"

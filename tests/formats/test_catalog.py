@@ -21,7 +21,7 @@ import pytest
 from stores import Model
 
 import tierstore
-from tierstore.daemon.serving import Daemon
+from tierstore.daemon.daemon import Daemon
 from tierstore.formats import catalog
 from tierstore.formats.catalog import read_catalog
 from tierstore.tools.cli import run
@@ -184,7 +184,7 @@ SWEEP = """
 import os, random, sys
 from pathlib import Path
 from tierstore.errors import TierStoreError
-from tierstore.daemon.serving import Daemon
+from tierstore.daemon.daemon import Daemon
 from tierstore.formats import catalog
 
 store, seed, kind = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]

@@ -23,8 +23,8 @@ from ..errors import DaemonError, TierStoreError
 from ..ipc.events import event
 from ..spec import KEY_MAX
 from ..stats import COUNT_MAX
-from .host import Host, batches
 from .missed import MissedKeys
+from .shared_tiers import Host, batches
 
 logger = logging.getLogger("tierstore.daemon")
 

@@ -22,8 +22,8 @@ from prometheus_client.registry import Collector
 
 from ..ipc.events import event
 from ..ipc.ports import parse_address
+from .http import Answer, Asked, WebServer, text_answer
 from .record import HEALTHY, STATES, Record, missed_bytes, ratio, read_amplification
-from .web import Answer, Asked, WebServer, text_answer
 
 logger = logging.getLogger("tierstore")
 

@@ -27,8 +27,8 @@ from ..ipc.peer_log import PeerLog
 from ..ipc.protocol import PROTOCOL_VERSION, ChannelClosed
 from ..ipc.socket_file import SocketFile, check_socket_path
 from ..version import VERSION
-from .asks import Asks
-from .greeting import Door
+from .admin import Asks
+from .handshake import Door
 from .peer import Peer, error_message
 
 logger = logging.getLogger("tierstore")

@@ -28,13 +28,13 @@ from ..store.embedded import open_placement
 from ..store.store import Store
 from ..tiers.placed import OnProgress, PlacementFile, load_indexes
 from ..version import VERSION
-from .host import Host
 from .learning import REPLAN_S, Learner
 from .metrics import MetricsServer
 from .peer import Peer
 from .record import HEALTHY
 from .remembered import RememberedSwap
 from .server import CLIENTS_MAX, SocketServer
+from .shared_tiers import Host
 from .swap_file import SwapFile
 
 if TYPE_CHECKING:

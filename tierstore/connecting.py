@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from ..attached.attached import DIAL_S, attach
-from ..errors import ConfigError
-from ..store.store import Store
+from .attached.attached import DIAL_S, attach
+from .errors import ConfigError
+from .store.store import Store
 
 CALL_S = 30.0
 
@@ -40,7 +40,7 @@ def connect(
         raise ConfigError(
             f"{text}: hbm and device are for a daemon of this host, by the path of its socket; leave them out"
         )
-    from ..remote.client import connect_remote
+    from .remote.client import connect_remote
 
     return connect_remote(
         text, token_file=token_file, ca_file=ca_file, timeout_s=CALL_S if timeout_s is None else timeout_s
