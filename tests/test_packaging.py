@@ -154,7 +154,7 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
 
 def test_the_files_are_printed_by_a_command_as_they_are_in_the_repository() -> None:
     assert invoke("packaging", "grafana") == DASHBOARD.read_text()
-    assert invoke("packaging", "proto") == (REPOSITORY / "tierstore" / "daemon" / "lookup.proto").read_text()
+    assert invoke("packaging", "proto") == (REPOSITORY / "tierstore" / "remote" / "lookup.proto").read_text()
     unit_text = invoke("packaging", "systemd")
     (start,) = re.findall(r"^ExecStart=(\S+) serve", unit_text, re.MULTILINE)
     assert unit_text.replace(start, "/usr/local/bin/tierstore") == UNIT.read_text()

@@ -14,7 +14,7 @@ import click
 FILES = {
     "systemd": "packaging/tierstore@.service",
     "grafana": "packaging/grafana-dashboard.json",
-    "proto": "daemon/lookup.proto",
+    "proto": "remote/lookup.proto",
 }
 EXAMPLE_COMMAND = "/usr/local/bin/tierstore"  # of the unit as it lies in the repository
 

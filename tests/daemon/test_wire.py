@@ -21,7 +21,7 @@ from tierstore.remote.messages import Description, LookupReply, LookupRequest, P
 from tierstore.remote.wire import BYTES, TEXT, UINT, UINTS, Message, decode, encode, varint
 from tierstore.spec import TableSpec
 
-PROTO = REPOSITORY / "tierstore" / "daemon" / "lookup.proto"
+PROTO = REPOSITORY / "tierstore" / "remote" / "lookup.proto"
 NAMES = {"TableMessage": "Table"}  # ours, where it is not the one of lookup.proto
 KINDS = [
     kind
