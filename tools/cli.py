@@ -44,7 +44,7 @@ COMMANDS = {
     "profile": ("tierstore.tools.profile", "Count traces, and say what each gigabyte of memory would buy."),
     "plan": ("tierstore.tools.plan", "Choose what goes where, and make the store open warm with it."),
     "epochs": ("tierstore.tools.epochs", "List, choose or prune the placements of a store."),
-    "stat": ("tierstore.tools.stat", "Say how a daemon fares: hit rates, latency, memory, clients."),
+    "stat": ("tierstore.tools.stat.command", "Say how a daemon fares: hit rates, latency, memory, clients."),
     "top": ("tierstore.tools.top", "Watch a daemon, with rates."),
     "serve": ("tierstore.tools.serve", "Serve a store to all processes of a host from one copy."),
     "replan": ("tierstore.tools.replan", "Have a daemon replan from the traffic that it saw."),

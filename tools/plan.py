@@ -38,7 +38,7 @@ from tierstore.units import format_bytes, parse_bytes
 from .cli import console
 from .phases import Phases
 from .profile import check_header, documents_of
-from .report_tables import exact_bytes
+from .report.tables import exact_bytes
 
 SIMULATIONS_AT_ONCE = 2
 TRIED_ACCESSES = 3_000_000

@@ -62,7 +62,7 @@ from tierstore.units import format_bytes
 
 from .cli import console
 from .phases import Phases
-from .report_about import about as about_profile
+from .report.about import about as about_profile
 
 CURVE_ACCESSES = 2_000_000  # curves of more held-out accesses are drawn from a share of the items
 STEP_TOKENS = 500_000  # of the held-out documents, over which steps are simulated, with all items
@@ -331,7 +331,7 @@ def command(
     \b
     Example: tierstore profile v41.tier chats.trace -o chats.profile --report chats.html
     """
-    from . import report as pages
+    from .report import page as pages
 
     if is_merge and held_out is not None:
         raise ConfigError(f"--held-out {held_out}: profiles to merge hold out what they hold out; leave it out")
@@ -357,7 +357,7 @@ def command(
 
 
 def _print(footer: dict[str, Any], about: dict[str, Any], output: Path, seconds: float) -> None:
-    from . import report as pages
+    from .report import page as pages
 
     groups, counts = footer["analysis"]["groups"], footer["counts"]
     for group in groups:

@@ -24,8 +24,8 @@ from tierstore.daemon.record import Record
 from tierstore.errors import DaemonError
 
 from .cli import console
-from .stat import fetch_record
-from .stat_rates import Rates, rates_between
+from .stat.command import fetch_record
+from .stat.rates import Rates, rates_between
 
 INTERVAL_S_MIN = 0.1  # a record is made by the daemon, which has other things to do
 INTERVAL_S_MAX = 86_400.0
@@ -148,7 +148,7 @@ class CtrlC:
 def _show_screen(socket: Path, interval: float, count: int | None, ctrl_c: CtrlC) -> None:
     from rich.live import Live
 
-    from .stat_tables import page_of
+    from .stat.tables import page_of
 
     with keyboard(ctrl_c) as end_comes_within:
         pages = refreshes(
@@ -161,7 +161,7 @@ def _show_screen(socket: Path, interval: float, count: int | None, ctrl_c: CtrlC
 
 
 def _print_lines(socket: Path, interval: float, count: int | None, ctrl_c: CtrlC) -> None:
-    from .stat_lines import plain_lines
+    from .stat.lines import plain_lines
 
     pages = refreshes(
         lambda: ctrl_c.during(lambda: fetch_record(socket)), lambda: not ctrl_c.comes_within(interval), count

@@ -26,9 +26,9 @@ from tierstore.formats.trace import TokenTraceInfo, TokenTraceWriter
 from tierstore.units import format_bytes
 
 from .cli import Progress
-from .token_ids import RAW_DTYPES, Piece, read_lengths
-from .token_inputs import LeftOut, TokenInput, find_inputs, id_pieces, text_parts
-from .token_text import text_pieces
+from .inputs.ids import RAW_DTYPES, Piece, read_lengths
+from .inputs.sources import LeftOut, TokenInput, find_inputs, id_pieces, text_parts
+from .inputs.text import text_pieces
 
 SOURCES_NAMED_MAX = 3
 KINDS_NAMED_MAX = 5

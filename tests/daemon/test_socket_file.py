@@ -326,7 +326,7 @@ def test_who_asks_a_daemon_that_is_starting_is_told_how_far_it_is(path: Path, ha
 def test_stat_says_how_far_warming_is(
     placed: Path, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tierstore.tools.stat.STARTING_S_MAX", 0.05)
+    monkeypatch.setattr("tierstore.tools.stat.command.STARTING_S_MAX", 0.05)
     said = []
 
     def look(_done: int, _total: int) -> None:

@@ -9,7 +9,7 @@ from tierstore.decisions.budget import divide_dram
 from tierstore.decisions.plan import usable_bytes, whole_budget
 from tierstore.errors import BudgetError
 from tierstore.formats.catalog import TableLayout
-from tierstore.tools.report_tables import exact_bytes
+from tierstore.tools.report.tables import exact_bytes
 from tierstore.units import parse_bytes
 
 STORES = [

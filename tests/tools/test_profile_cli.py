@@ -18,7 +18,7 @@ from text_store import ORDERS, TABLES, TextStore, good, good_json, invoke, write
 
 import tierstore
 from tierstore.tools.cli import run
-from tierstore.tools.report_tables import exact_bytes
+from tierstore.tools.report.tables import exact_bytes
 
 NUM_PARTS = 4
 AT_ONCE = 2

@@ -21,10 +21,10 @@ from tierstore.daemon.record import missed_bytes, read_amplification
 from tierstore.errors import DaemonError
 from tierstore.remote.client import connect_remote
 from tierstore.tools.cli import console, run
-from tierstore.tools.stat_lines import concerns, summary
-from tierstore.tools.stat_rates import Counts, Rates, expected_rate, quantile_ns, rates_between
-from tierstore.tools.stat_tables import page_of
-from tierstore.tools.stat_words import duration, latency_text, share_text, short_count
+from tierstore.tools.stat.lines import concerns, summary
+from tierstore.tools.stat.rates import Counts, Rates, expected_rate, quantile_ns, rates_between
+from tierstore.tools.stat.tables import page_of
+from tierstore.tools.stat.words import duration, latency_text, share_text, short_count
 
 NOW = STARTED_AT + 86_500
 
@@ -359,7 +359,7 @@ class Asked:
 
 def serve(monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any] | Exception) -> Asked:
     asked = Asked(answer)
-    monkeypatch.setattr("tierstore.tools.stat.ask", asked.ask)
+    monkeypatch.setattr("tierstore.tools.stat.command.ask", asked.ask)
     return asked
 
 

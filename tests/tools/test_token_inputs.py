@@ -22,9 +22,10 @@ from tokenizers import Tokenizer
 
 from tierstore.errors import ConfigError, FormatError, TierStoreError
 from tierstore.formats.trace import read_token_documents
-from tierstore.tools import byte_streams, json_lines, token_ids
 from tierstore.tools.cli import cli
 from tierstore.tools.corpus import train_tokenizer
+from tierstore.tools.inputs import byte_streams, json_lines
+from tierstore.tools.inputs import ids as token_ids
 from tierstore.tools.trace import TraceReport, write_trace
 
 IDS = np.random.default_rng(0).integers(0, 60_000, 5000).astype("<u2")

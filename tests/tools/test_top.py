@@ -21,8 +21,8 @@ from repository import REPOSITORY
 from tierstore.errors import DaemonError
 from tierstore.tools import top
 from tierstore.tools.cli import run
-from tierstore.tools.stat_lines import plain_lines
-from tierstore.tools.stat_rates import rates_between
+from tierstore.tools.stat.lines import plain_lines
+from tierstore.tools.stat.rates import rates_between
 from tierstore.tools.top import refreshes
 
 

@@ -17,9 +17,11 @@ from tokenizers import Tokenizer
 
 from tierstore.errors import ConfigError, FormatError
 from tierstore.formats.trace import read_token_documents, read_token_trace_info
-from tierstore.tools import byte_streams, token_ids, token_text
 from tierstore.tools.cli import cli, run
 from tierstore.tools.corpus import train_tokenizer
+from tierstore.tools.inputs import byte_streams
+from tierstore.tools.inputs import ids as token_ids
+from tierstore.tools.inputs import text as token_text
 from tierstore.tools.trace import write_trace
 
 SUFFIXES = {"int32": ".i32", "int64": ".i64", "uint16": ".u16", "uint32": ".u32"}

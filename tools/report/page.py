@@ -18,11 +18,11 @@ from rich.table import Table
 from tierstore.errors import ConfigError
 from tierstore.version import VERSION
 
-from . import report_tables as tables
-from .report_about import About
-from .report_figures import figures_of, require_matplotlib, svg_of
-from .report_tables import NumberTable, Record, cached_points, percent, short_bytes, whole_bytes
-from .report_words import GLOSSARY, STYLE, words_of_figures
+from . import tables
+from .about import About
+from .figures import figures_of, require_matplotlib, svg_of
+from .tables import NumberTable, Record, cached_points, percent, short_bytes, whole_bytes
+from .words import GLOSSARY, STYLE, words_of_figures
 
 TABLES = {
     "policies": tables.policy_table,

@@ -16,7 +16,7 @@ from tierstore.decisions.recommend import default_choice
 from tierstore.printable import printable
 from tierstore.version import VERSION
 
-from .report_tables import Record, exact_bytes
+from .tables import Record, exact_bytes
 
 About = dict[str, Any]
 

@@ -12,9 +12,9 @@ import time
 from tierstore.daemon.record import Record, ratio, read_amplification
 from tierstore.units import format_bytes
 
-from .report_tables import percent
-from .stat_rates import Rates, counts_of, expected_rate, quantile_ns, reads_of, total_of
-from .stat_words import UNKNOWN, bytes_a_second, duration, latency_text, number_text, share_text, short_count
+from ..report.tables import percent
+from .rates import Rates, counts_of, expected_rate, quantile_ns, reads_of, total_of
+from .words import UNKNOWN, bytes_a_second, duration, latency_text, number_text, share_text, short_count
 
 LOST_SHARE_MAX = 0.01  # of reports, missed keys, remote calls: what is below is counted, but needs no eye
 FULL_SHARE = 0.99  # of a recency cache, from which on it is not called warming

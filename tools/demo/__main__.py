@@ -42,18 +42,18 @@ from tierstore.formats.trace import TokenTraceWriter
 from tierstore.offline.verify import verify_store
 from tierstore.units import format_bytes
 
-from .build import build_checkpoint
-from .cli import Progress, console
-from .corpus import python_text_files, split_held_out, token_documents, train_tokenizer
-from .demo_checks import WINDOW_TOKENS, check_rows, windows
-from .demo_daemon import NUM_CLIENTS, check_clients, served
-from .phases import Phases
-from .plan import materialise, plan_profile, plan_record
-from .profile import UNITS, profile_traces
-from .report import check_report, profile_tables, write_report
-from .stat import fetch_record
-from .stat_tables import page_of
-from .synth import write_checkpoint
+from ..build import build_checkpoint
+from ..cli import Progress, console
+from ..corpus import python_text_files, split_held_out, token_documents, train_tokenizer
+from ..phases import Phases
+from ..plan import materialise, plan_profile, plan_record
+from ..profile import UNITS, profile_traces
+from ..report.page import check_report, profile_tables, write_report
+from ..stat.command import fetch_record
+from ..stat.tables import page_of
+from ..synth import write_checkpoint
+from .checks import WINDOW_TOKENS, check_rows, windows
+from .daemon import NUM_CLIENTS, check_clients, served
 
 TABLE_BYTES = 512 << 20
 DRAM_PART = 10  # of the tables

@@ -15,7 +15,7 @@ from tierstore.daemon.record import ratio
 from tierstore.printable import printable
 from tierstore.units import format_bytes
 
-from .stat_words import share_text, short_count
+from .words import share_text, short_count
 
 FETCH_S_MAX = 10.0
 

@@ -26,8 +26,8 @@ from engram_adapter import HashSpec
 from tierstore.errors import DaemonError
 from tierstore.formats.checkpoint import Checkpoint
 
-from .demo_checks import check_rows
-from .stat import fetch_record
+from ..stat.command import fetch_record
+from .checks import check_rows
 
 NUM_CLIENTS = 2
 READY_S = 120.0

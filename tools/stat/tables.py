@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from tierstore.daemon.record import Record, ratio
 from tierstore.units import format_bytes
 
-from .stat_lines import concerns, heading, learning_lines, summary
-from .stat_rates import Counts, Rates, counts_of, expected_rate, total_of
-from .stat_words import UNKNOWN, duration, share_text, short_count
+from .lines import concerns, heading, learning_lines, summary
+from .rates import Counts, Rates, counts_of, expected_rate, total_of
+from .words import UNKNOWN, duration, share_text, short_count
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult

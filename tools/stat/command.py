@@ -16,7 +16,7 @@ from tierstore.errors import ConfigError, DaemonError
 from tierstore.ipc.client_socket import ask
 from tierstore.ipc.socket_file import starting_state
 
-from .cli import console
+from ..cli import console
 
 FETCH_S_MAX = 10.0
 STARTING_S_MAX = 1.0  # a daemon that is warming its tiers answers nobody: it notes beside the socket how far it is
@@ -62,13 +62,13 @@ def command(address: str, as_json: bool, token_file: Path | None, ca_file: Path 
     if as_json:
         click.echo(json.dumps(record, indent=2))
         return
-    from .stat_tables import page_of
+    from .tables import page_of
 
     console().print(page_of(record, None, time.time()))
 
 
 def _print_remote(url: str, token_file: Path | None, ca_file: Path | None, *, as_json: bool) -> None:
-    from .stat_remote import fetch_remote_record, remote_lines
+    from .remote import fetch_remote_record, remote_lines
 
     record = fetch_remote_record(url, token_file, ca_file)
     click.echo(json.dumps(record, indent=2) if as_json else "\n".join(remote_lines(record)))

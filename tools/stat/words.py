@@ -9,7 +9,7 @@ import math
 
 from tierstore.units import format_bytes
 
-from .report_tables import percent
+from ..report.tables import percent
 
 UNKNOWN = "-"
 

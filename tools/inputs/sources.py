@@ -20,12 +20,12 @@ from tierstore.formats.content import HEAD_BYTES, Content, recognise, unfinished
 from tierstore.formats.trace import check_token_ids
 
 from .byte_streams import CODECS, count_bytes, first_bytes
+from .folders import LEFT_OUT_KINDS, files_under, is_text, own_file, remedy_of
+from .ids import LLMC_HEADER_BYTES, RAW_DTYPES, NoIdsError, Piece, check_llmc, npy_header, npy_pieces, raw_pieces
 from .json_lines import SUFFIXES as LINES_SUFFIXES
 from .json_lines import LineField, documents_of_lines, field_of_lines
 from .megatron_pairs import index_beside, read_index
-from .token_folders import LEFT_OUT_KINDS, files_under, is_text, own_file, remedy_of
-from .token_ids import LLMC_HEADER_BYTES, RAW_DTYPES, NoIdsError, Piece, check_llmc, npy_header, npy_pieces, raw_pieces
-from .token_text import TextPart, parts_of_document, parts_of_file
+from .text import TextPart, parts_of_document, parts_of_file
 
 RAW_SUFFIXES = {".i32": "int32", ".i64": "int64", ".u16": "uint16", ".u32": "uint32"}
 COMPRESSED_SUFFIXES = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip", ".xz": "xz", ".bz2": "bzip2"}

@@ -5,7 +5,7 @@ Flows in: the record of `Curves.as_record`. Flows out: HTML text without markup 
 
 from __future__ import annotations
 
-from .report_tables import Record, cached_points, percent, short_bytes, whole_bytes
+from .tables import Record, cached_points, percent, short_bytes, whole_bytes
 
 GLOSSARY = (
     ("token", "A piece of text as a language model sees it: a word, or part of one."),

@@ -18,7 +18,7 @@ from tierstore.causes import naming_panics
 from tierstore.process.workers import aside
 
 from .byte_streams import ChunkFile
-from .token_ids import Piece
+from .ids import Piece
 
 PIECE_CHARACTERS = 1 << 20  # text beyond it is cut at the end of a line
 BATCH_CHARACTERS = 1 << 21

@@ -15,7 +15,7 @@ from typing import Any
 
 from tierstore.extras import missing
 
-from .report_tables import Record, cached_points, short_bytes, whole_bytes
+from .tables import Record, cached_points, short_bytes, whole_bytes
 
 # Colours that matplotlib writes and that are then replaced by the page's variables of these names.
 COLOURS = {name: f"#0a0b{place:02x}" for place, name in enumerate(("ink", "grid", "a", "b", "c", "d", "e", "paper"))}

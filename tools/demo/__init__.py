@@ -1,0 +1,1 @@
+"""The demo: a synthetic checkpoint through every flow, each row checked."""

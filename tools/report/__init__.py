@@ -1,0 +1,1 @@
+"""The page that `tierstore profile --report` writes."""

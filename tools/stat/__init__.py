@@ -1,0 +1,1 @@
+"""What `tierstore stat` and `top` show of a running daemon."""
