@@ -48,7 +48,7 @@ soak: install
 		tests/faults/test_memory_errors.py tests/faults/test_checkpoint_folders.py
 
 demo: install
-	$(BIN)/python -m tierstore.tools.demo.__main__
+	$(BIN)/python -m tierstore.tools.demo
 
 bench: install
 	$(BIN)/tierstore bench build

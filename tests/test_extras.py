@@ -86,7 +86,7 @@ def test_a_missing_extra_is_an_error_with_its_command() -> None:
         ("torch", "from tierstore.tiers.hbm.device import _load; _load('torch', 'cuda:0')", "gpu"),
         ("matplotlib", "from tierstore.tools.report.figures import require_matplotlib as r; r()", "report"),
         ("grpc", "from tierstore.remote.access import load_grpc; load_grpc()", "remote"),
-        ("torch", "import tierstore.tools.demo.__main__", "torch"),
+        ("torch", "import tierstore.tools.demo.run", "torch"),
     ],
 )
 def test_what_needs_an_extra_says_the_command_and_no_traceback_of_an_import(

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from daemon.stat_record import stat_record
+from daemon import stat_record
 from repository import REPOSITORY
 
 from tierstore.daemon.metrics import families_of
-from tierstore.tools.cli import cli
+from tierstore.tools import cli
 
 UNIT = REPOSITORY / "packaging" / "tierstore@.service"
 DASHBOARD = REPOSITORY / "packaging" / "grafana-dashboard.json"

@@ -18,8 +18,8 @@ import tierstore
 from tierstore import kernels
 from tierstore.errors import ConfigError, CorruptPageError, FormatError, StoreNotReadyError
 from tierstore.formats.key_trace import KeyBlock, KeyTraceWriter, read_key_blocks, read_key_trace_info
+from tierstore.store import recorder
 from tierstore.store.recorder import RecordingEngine, is_sampled
-from tierstore.store.store import recorder
 
 MASK = 2**64 - 1
 ENGINES = {"cached": "600KiB", "resident": "64MiB", "portable": "600KiB"}

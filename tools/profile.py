@@ -62,7 +62,7 @@ from tierstore.units import format_bytes
 
 from .cli import console
 from .phases import Phases
-from .report.about import about as about_profile
+from .report import about as about_profile
 
 CURVE_ACCESSES = 2_000_000  # curves of more held-out accesses are drawn from a share of the items
 STEP_TOKENS = 500_000  # of the held-out documents, over which steps are simulated, with all items

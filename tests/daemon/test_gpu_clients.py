@@ -25,8 +25,7 @@ from device import DEVICE
 from stores import Model, random_keys
 
 import tierstore
-from tierstore import kernels
-from tierstore.attached import attached
+from tierstore import attached, kernels
 from tierstore.attached.attached import AttachedBacking
 from tierstore.daemon import attachments
 from tierstore.daemon.daemon import Daemon

@@ -22,8 +22,9 @@ import torch
 from click.testing import CliRunner
 
 from tierstore.tiers.hbm.device import open_device
-from tierstore.tools.bench import gpu, pairs
-from tierstore.tools.cli import cli
+from tierstore.tools import cli
+from tierstore.tools.bench import pairs
+from tierstore.tools.bench.gpu import command as gpu
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
@@ -71,7 +72,7 @@ def device() -> torch.device:
 @pytest.fixture
 def scale() -> Any:
     """Every case, small."""
-    from tierstore.tools.bench.gpu_cases import Scale
+    from tierstore.tools.bench.gpu.cases import Scale
 
     return Scale(
         tokens=20, entries=200, records=70, inputs=2, copy_bytes=1 << 16, layers=2, decode_tokens=(1, 3), misses=(1, 4),
@@ -108,7 +109,7 @@ def test_without_a_gpu_the_checks_run_and_the_figures_are_left_open(tmp_path: Pa
 
 
 def test_every_run_draws_other_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tierstore.tools.bench import gpu_checks
+    from tierstore.tools.bench.gpu import checks as gpu_checks
 
     monkeypatch.setattr(gpu_checks, "CHECKS", {"find_entries": gpu_checks.check_find})
     seeds = [run_command(tmp_path)[1]["facts"]["seed"] for _ in range(2)]
@@ -154,7 +155,7 @@ BREAKS = {
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_every_check_can_fail(device: torch.device, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tierstore.tools.bench import gpu_checks
+    from tierstore.tools.bench.gpu import checks as gpu_checks
 
     module_name, function, argument, spoil = BREAKS[name]
     module = importlib.import_module(f"tierstore.kernels.gpu.{module_name}")
@@ -167,14 +168,14 @@ def test_every_check_can_fail(device: torch.device, name: str, monkeypatch: pyte
 
 
 def test_there_is_a_way_to_fail_for_every_check() -> None:
-    from tierstore.tools.bench import gpu_checks
+    from tierstore.tools.bench.gpu import checks as gpu_checks
 
     assert {name.partition(",")[0] for name in BREAKS} == set(gpu_checks.CHECKS)
 
 
 def test_a_wrong_kernel_is_named_and_leaves_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tierstore.kernels.gpu import scatter
-    from tierstore.tools.bench import gpu_checks
+    from tierstore.tools.bench.gpu import checks as gpu_checks
 
     monkeypatch.setattr(scatter, "scatter_entries", spoiled(scatter.scatter_entries, "out", last_byte))
     monkeypatch.setattr(gpu_checks, "SIZES_INTERPRETED", (2,))
@@ -187,7 +188,7 @@ def test_a_wrong_kernel_is_named_and_leaves_no_figures(tmp_path: Path, monkeypat
 
 
 def test_a_kernel_that_raises_has_failed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tierstore.tools.bench import gpu_checks
+    from tierstore.tools.bench.gpu import checks as gpu_checks
 
     def no_such_launch(*_: Any) -> None:
         raise RuntimeError("out of resources")
@@ -217,7 +218,7 @@ def test_all_cases_run_and_say_what_bound_they_have(device: torch.device, scale:
 def test_the_bytes_of_hbm_are_held_against_what_stats_says(
     device: torch.device, scale: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tierstore.tools.bench.gpu_store_cases import StoreCases
+    from tierstore.tools.bench.gpu.store_cases import StoreCases
 
     taken = iter([1000, 1000 + (300 << 10)])
     monkeypatch.setattr(HostClock, "allocated_bytes", lambda _: next(taken))
@@ -234,7 +235,7 @@ def test_a_wrong_row_in_a_case_is_noticed_before_it_is_timed(
     device: torch.device, scale: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tierstore.kernels.gpu import lookup
-    from tierstore.tools.bench.gpu_tables import CheckError
+    from tierstore.tools.bench.gpu.tables import CheckError
 
     monkeypatch.setattr(lookup, "lookup_entries", spoiled(lookup.lookup_entries, "out", last_byte))
     with pytest.raises(CheckError, match="lookup_entries"):
@@ -244,7 +245,8 @@ def test_a_wrong_row_in_a_case_is_noticed_before_it_is_timed(
 def test_a_late_run_says_which_cases_it_left_out(
     device: torch.device, scale: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tierstore.tools.bench import gpu_cases, gpu_clock
+    from tierstore.tools.bench.gpu import cases as gpu_cases
+    from tierstore.tools.bench.gpu import clock as gpu_clock
 
     def say(_: float, text: str) -> None:
         if text == "measured raw bytes from HBM":
@@ -263,7 +265,8 @@ def test_a_late_run_says_which_cases_it_left_out(
 def test_what_was_measured_stands_when_a_later_case_fails(
     device: torch.device, scale: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tierstore.tools.bench import gpu_cases, gpu_clock
+    from tierstore.tools.bench.gpu import cases as gpu_cases
+    from tierstore.tools.bench.gpu import clock as gpu_clock
 
     def fails(*_: Any) -> list[pairs.Figure]:
         raise RuntimeError("no such graph")
@@ -333,7 +336,7 @@ class FakeCuda:
 
 
 def test_the_clock_of_a_gpu_times_replays_and_not_what_comes_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tierstore.tools.bench.gpu_clock import REPLAYS, DeviceClock
+    from tierstore.tools.bench.gpu.clock import REPLAYS, DeviceClock
 
     cuda, clock = FakeCuda(monkeypatch), DeviceClock(torch.device("cpu"))
     timed = clock.in_graph([cuda.launch("a", 2.0), cuda.launch("b", 4.0)], cuda.launch("before", 100.0))

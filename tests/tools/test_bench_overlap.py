@@ -20,9 +20,12 @@ from tierstore import kernels
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import read_catalog
 from tierstore.offline.verify import verify_store
-from tierstore.tools.bench import overlap, overlap_sides, overlap_tables, stores
-from tierstore.tools.bench.overlap_model import Cache, Feed, Model, Shape
-from tierstore.tools.bench.overlap_tables import Tables
+from tierstore.tools.bench import stores
+from tierstore.tools.bench.overlap import command as overlap
+from tierstore.tools.bench.overlap import sides as overlap_sides
+from tierstore.tools.bench.overlap import tables as overlap_tables
+from tierstore.tools.bench.overlap.model import Cache, Feed, Model, Shape
+from tierstore.tools.bench.overlap.tables import Tables
 from tierstore.tools.bench.pairs import SUBJECT, Result
 
 WORDS = 500

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tierstore.errors import ConfigError
-from tierstore.tools.bench import remote, stores
+from tierstore.tools.bench import stores
+from tierstore.tools.bench.serve import remote
 
 
 def test_a_served_store_is_checked_and_measured_beside_bare_grpc(

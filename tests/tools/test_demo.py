@@ -18,10 +18,10 @@ from engram_adapter import HashSpec
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import read_catalog
 from tierstore.formats.checkpoint import Checkpoint
-from tierstore.tools.demo.__main__ import __main__ as demo
-from tierstore.tools.demo.__main__ import checks as demo_checks
-from tierstore.tools.demo.__main__ import own_folder
+from tierstore.tools.demo import __main__ as demo
+from tierstore.tools.demo import checks as demo_checks
 from tierstore.tools.demo.checks import first_tokens, plain_row_ids, windows
+from tierstore.tools.demo.run import own_folder
 
 
 @pytest.fixture

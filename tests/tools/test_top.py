@@ -159,7 +159,7 @@ def test_intervals_and_counts_that_make_no_sense_are_wrong_usage(
 CODE = """
 import sys
 sys.path.insert(0, "tests")
-from daemon.stat_record import stat_record
+from daemon import stat_record
 from tierstore.tools import stat
 stat.ask = lambda socket, request, timeout_s: stat_record()
 from tierstore.tools.cli import main

@@ -28,6 +28,7 @@ BENCHMARKS = {
     "gpu": "Kernels and hbm tier on a GPU: checked, then beside copies; without a GPU only checked.",
     "peers": "NumPy, torch, LMDB, RocksDB, Redis and Mooncake on the same keys.",
 }
+FOLDERS = {"serve", "overlap", "gpu", "peers"}  # benchmarks with more than one file: theirs is `command.py` in a folder
 SIZE_HELP = "Bytes of the table.  [default: build, serve and overlap 2GiB, others 8GiB]"
 TRACE_HELP = "For trace: a .trace of tokens, .npy of int32 or int64, or .zst of int32.  [default: this machine's text]"
 
@@ -84,8 +85,8 @@ def command(
     tierstore bench warm cold decode --folder /mnt/nvme --json figures.json
     tierstore bench warm cold decode serve --against ../other-checkout
     """
-    from . import against as other_build
     from . import stores
+    from .against import command as other_build
     from .pairs import PAIRS, Options
 
     if against is not None and (left := set(names) - set(other_build.NAMES)):
@@ -110,7 +111,8 @@ def command(
             if against is not None:
                 result = other_build.run(name, folder, options, against)
             else:
-                result = importlib.import_module(f".{name}", __name__).run(folder, options)
+                module = f".{name}.command" if name in FOLDERS else f".{name}"
+                result = importlib.import_module(module, __name__).run(folder, options)
             console().print(result.table())
             results[name] = result.as_record()
             if json_file:  # after each, so that what was measured is not lost with what fails

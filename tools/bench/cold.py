@@ -18,9 +18,10 @@ import numpy as np
 import tierstore
 from tierstore.units import format_bytes
 
-from . import fio, page_cache, page_cached, stores
-from .bare import BareLoop
-from .mapped import MappedRows
+from . import page_cache, stores
+from .bare import fio, page_cached
+from .bare.loops import BareLoop
+from .bare.mapped import MappedRows
 from .pairs import SUBJECT, Comparison, Options, Result, interleave
 from .stores import MadeStore
 

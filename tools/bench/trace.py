@@ -17,7 +17,7 @@ import tierstore
 from tierstore.units import format_bytes
 
 from . import page_cache, real_text, stores
-from .bare import BareLoop
+from .bare.loops import BareLoop
 from .pairs import SUBJECT, Comparison, Grid, Options, Result, interleave
 from .placed import run_placed
 from .stores import MadeStore

@@ -19,7 +19,7 @@ from tierstore.extras import install_command
 from tierstore.units import format_bytes
 
 from . import page_cache, stores
-from .bare import BareLoop
+from .bare.loops import BareLoop
 from .callers import Callers
 from .memory import growth_bytes
 from .pairs import SUBJECT, Comparison, Figure, Options, Result, interleave

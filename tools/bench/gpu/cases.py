@@ -22,10 +22,10 @@ from tierstore.kernels.gpu.codecs import BYTES, FP8_SCALED, RowCodec
 from tierstore.tiers.hbm.device import PinnedMemory
 from tierstore.units import format_bytes
 
-from .gpu_clock import Clock, Launch
-from .gpu_tables import NUM_ORDERS, CheckError, RandomTable, StepMemory, check_same, patterns, poisoned, wait_for
-from .pairs import Figure, interleave
-from .stores import DIM, ENTRY_BYTES, HEADS, ROW_BYTES
+from ..pairs import Figure, interleave
+from ..stores import DIM, ENTRY_BYTES, HEADS, ROW_BYTES
+from .clock import Clock, Launch
+from .tables import NUM_ORDERS, CheckError, RandomTable, StepMemory, check_same, patterns, poisoned, wait_for
 
 OUTPUTS = 4  # that rotate: together more than a GPU's cache holds
 CHECKED = 64  # entries whose values are compared with the reference, before a case is timed

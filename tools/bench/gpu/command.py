@@ -26,7 +26,7 @@ from tierstore.extras import missing
 from tierstore.tiers.hbm.device import open_device
 from tierstore.version import VERSION
 
-from .pairs import Figure, Options, Result
+from ..pairs import Figure, Options, Result
 
 LIMIT_S = 390.0  # no case begins later
 INTERPRETED = "cpu (interpreted)"
@@ -88,7 +88,7 @@ def _device_name() -> str:
 
 def _check_all(result: GpuResult, device: Any, seed: int, started: float) -> None:
     """Runs every check at every size, and notes the first that failed; the others run all the same."""
-    from . import gpu_checks  # loads the kernels, for the device that is open now
+    from . import checks as gpu_checks  # loads the kernels, for the device that is open now
 
     for name in gpu_checks.CHECKS:
         for num_tokens in gpu_checks.SIZES if device.type == "cuda" else gpu_checks.SIZES_INTERPRETED:
@@ -102,9 +102,9 @@ def _check_all(result: GpuResult, device: Any, seed: int, started: float) -> Non
 
 def _measure(result: GpuResult, device: Any, seed: int, folder: Path, options: Options, started: float) -> None:
     """Runs the cases one after the other, as long as there is time."""
-    from .gpu_cases import Scale
-    from .gpu_clock import DeviceClock
-    from .gpu_tables import CheckError
+    from .cases import Scale
+    from .clock import DeviceClock
+    from .tables import CheckError
 
     result.measured = True
     groups = cases_of(device, DeviceClock(device), Scale(), seed, folder, options.pairs, result.facts)
@@ -140,8 +140,8 @@ def cases_of(
     """
     import numpy as np
 
-    from .gpu_cases import KernelCases
-    from .gpu_store_cases import StoreCases
+    from .cases import KernelCases
+    from .store_cases import StoreCases
 
     random = np.random.default_rng(seed)
     return {

@@ -20,10 +20,10 @@ from engram_adapter import TieredEmbedding
 from tierstore.errors import ConfigError
 from tierstore.store.store import Store
 
-from . import page_cache
-from .overlap_model import Cache, Feed, Model, Piece, look_up
-from .overlap_tables import Tables
-from .pairs import SUBJECT, Comparison, Figure, Options, Result, interleave
+from .. import page_cache
+from ..pairs import SUBJECT, Comparison, Figure, Options, Result, interleave
+from .model import Cache, Feed, Model, Piece, look_up
+from .tables import Tables
 
 SEQUENCES = 64
 CONTEXT_TOKENS = 128  # in the cache of each sequence that decodes

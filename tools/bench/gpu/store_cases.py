@@ -19,12 +19,9 @@ from tierstore.kernels import reference_gpu
 from tierstore.kernels.gpu import keys as token_keys
 from tierstore.offline.place import Chosen, place_entries
 
-from . import page_cache
-from .gpu_cases import VALUES, Scale
-from .gpu_clock import Clock, Launch
-from .gpu_tables import NUM_ORDERS, CheckError, check_same, patterns, wait_for
-from .pairs import Figure
-from .stores import (
+from .. import page_cache
+from ..pairs import Figure
+from ..stores import (
     BLOCK_ROWS,
     DIM,
     LAYER,
@@ -38,6 +35,9 @@ from .stores import (
     temporary_store,
     v41_hash,
 )
+from .cases import VALUES, Scale
+from .clock import Clock, Launch
+from .tables import NUM_ORDERS, CheckError, check_same, patterns, wait_for
 
 DECODE_BOUND_US = 10.0  # a layer's keys, lookup, post, wait and scatter
 ALLOCATED_UNIT = 512  # torch gives out memory in multiples of it

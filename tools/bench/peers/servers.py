@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .peer_stores import SPARE_BYTES, Fetch, KeyValuePeer, MissingPeerError, Peer, PeerRows, imported
-from .stores import ROW_BYTES, ROWS_PER_TOKEN
+from ..stores import ROW_BYTES, ROWS_PER_TOKEN
+from .stores import SPARE_BYTES, Fetch, KeyValuePeer, MissingPeerError, Peer, PeerRows, imported
 
 START_TIMEOUT_S, STOP_TIMEOUT_S = 30, 10
 MOONCAKE = "mooncake-transfer-engine-non-cuda"

@@ -4,7 +4,7 @@ Flows in: the URL of a running server, or nothing: then a store of V4.1's rows i
 its own, all of it in DRAM, so that what is measured is the way and not the disk. Flows out: medians; where the server is ours,
 also those of bare gRPC, which sends equally many bytes in turn with it, and rows are checked before anything is timed.
 
-    python -m tierstore.tools.bench.remote --folder /mnt/nvme
+    python -m tierstore.tools.bench.serve.remote --folder /mnt/nvme
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tierstore.remote.answers import CHUNK_BYTES
 from tierstore.remote.client import connect_remote
 from tierstore.store.table import Table
 
-from . import stores
-from .stores import MadeStore
+from .. import stores
+from ..stores import MadeStore
 
 SIZE_BYTES = 1 << 30
 TOKENS = 2048

@@ -25,11 +25,13 @@ from tierstore.formats.catalog import set_epoch
 from tierstore.offline.place import Chosen, place_entries, prune_placements
 from tierstore.units import format_bytes
 
-from . import remote, serve_changes, stores
+from .. import stores
+from ..pairs import Comparison, Figure, Options, Result, interleave
+from ..stores import MadeStore
+from . import changes as serve_changes
+from . import remote
 from .clients import Clients
-from .pairs import Comparison, Figure, Options, Result, interleave
-from .served import Served, proportional_bytes
-from .stores import MadeStore
+from .launcher import Served, proportional_bytes
 
 SIZE_BYTES = 2 << 30
 SET_PART = 16  # the working set is this part of the table

@@ -18,12 +18,12 @@ import numpy as np
 from tierstore.extras import install_command
 from tierstore.units import format_bytes
 
-from . import page_cache, stores
-from .mapped import MappedRows
-from .pairs import SUBJECT, Comparison, Options, Result, interleave
-from .peer_servers import Mooncake, Redis
-from .peer_stores import Fetch, Lmdb, MissingPeerError, Peer, PeerRows, RocksDb, TunedRocksDb, opened
-from .working_set import WorkingSet
+from .. import page_cache, stores
+from ..bare.mapped import MappedRows
+from ..pairs import SUBJECT, Comparison, Options, Result, interleave
+from ..working_set import WorkingSet
+from .servers import Mooncake, Redis
+from .stores import Fetch, Lmdb, MissingPeerError, Peer, PeerRows, RocksDb, TunedRocksDb, opened
 
 SIZE_BYTES = 1 << 30
 SET_PART = 8  # the working set is this part of the table

@@ -27,7 +27,7 @@ import numpy as np
 import tierstore
 from tierstore.errors import DaemonError
 
-from . import stores
+from .. import stores
 
 START_WAIT_S, ANSWER_WAIT_S, STOP_WAIT_S = 300.0, 120.0, 30.0
 LEAD_S = 0.3  # from saying when a stretch begins to its beginning,

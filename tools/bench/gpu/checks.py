@@ -18,7 +18,7 @@ from tierstore.kernels.gpu import row_ids as key_rows
 from tierstore.kernels.gpu.codecs import BYTES, FP8, FP8_SCALED, RowCodec
 from tierstore.spec import KEY_MAX
 
-from .gpu_tables import (
+from .tables import (
     KEYS_A_FULL_BUCKET,
     NUM_ORDERS,
     CheckError,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .stores import MadeStore
+from ..stores import MadeStore
 
 
 class MappedRows:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .stores import HEADS, ORDERS, ROW_BYTES, ROWS_PER_TOKEN
+from ..stores import HEADS, ORDERS, ROW_BYTES, ROWS_PER_TOKEN
 
 LOAD_CHUNK = 10_000
 ENTRY_BASE = 1 << 62  # ids of entries, in a store that also holds rows

@@ -30,11 +30,11 @@ from tierstore.offline.place import prune_placements
 from tierstore.spec import TableSpec
 from tierstore.units import format_bytes
 
-from .. import plan as planning
-from .. import profile as profiling
-from ..cli import Progress
-from . import stores
-from .real_text import RealText
+from ... import plan as planning
+from ... import profile as profiling
+from ...cli import Progress
+from .. import stores
+from ..real_text import RealText
 
 BLOCK_FILE = "finite-block.bin"
 # Entries packed on NVMe, one read each instead of one a row, take so often the tables' bytes once more.

@@ -21,10 +21,10 @@ import numpy as np
 
 import tierstore
 
-from . import page_cache, stores
-from .bare import BareLoop
-from .pairs import Figure, Result
-from .stores import MadeStore
+from .. import page_cache, stores
+from ..pairs import Figure, Result
+from ..stores import MadeStore
+from .loops import BareLoop
 
 CASE = "page-cached pages through buffered uring: CPU of one"
 ROWS = 256_000

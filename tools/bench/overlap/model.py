@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from engram_adapter import EngramLayer, HashSpec
 from engram_adapter.embedding import TieredEmbedding, prefetch_layers
 
-from . import stores
+from .. import stores
 
 WEIGHT_SCALE = 0.02  # GPT-2's
 

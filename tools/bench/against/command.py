@@ -26,10 +26,10 @@ from engram_adapter import HashSpec
 from tierstore.errors import ConfigError
 from tierstore.units import format_bytes
 
-from . import page_cache, stores
-from .against_side import CASES
-from .pairs import Comparison, Grid, Options, Result, interleave
-from .stores import MadeStore
+from .. import page_cache, stores
+from ..pairs import Comparison, Grid, Options, Result, interleave
+from ..stores import MadeStore
+from .side import CASES
 
 NAMES = tuple(CASES)
 PAIRS = 15
@@ -76,7 +76,7 @@ class Build:
 
     def measure(self, ask: dict[str, Any]) -> dict[str, Any]:
         """Runs one process of this build and returns what it found. Blocks. Raises `ConfigError` with its last words."""
-        source = Path(__file__).with_name("against_side.py").read_text()
+        source = Path(__file__).with_name("side.py").read_text()
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         if self.folder is not None:
             environment["PYTHONPATH"] = str(self.folder)

@@ -21,7 +21,7 @@ from tierstore.kernels.gpu.probe import DeviceIndex
 from tierstore.spec import KEY_MAX
 from tierstore.tiers.hbm.device import PinnedMemory
 
-from .stores import ORDERS
+from ..stores import ORDERS
 
 NUM_ORDERS = len(ORDERS)
 DANGLING = 3  # keys whose place no source has

@@ -16,8 +16,8 @@ import numpy as np
 from tierstore.extras import missing
 from tierstore.units import format_bytes
 
-from . import real_text
-from .pairs import Options, Result
+from .. import real_text
+from ..pairs import Options, Result
 
 SIZE_BYTES = 2 << 30  # of both tables: 3.9 GiB as bfloat16, which a machine of 16 GiB holds beside the rest
 DRAM_PART = 10  # the store's budget is this part of the tables
@@ -35,9 +35,9 @@ def run(folder: Path, options: Options) -> Result:
         import torch
     except ImportError as error:
         raise missing("bench overlap", "torch", error) from error
-    from .overlap_model import Model, Shape
-    from .overlap_sides import SEQUENCES, Sides, hbm_for
-    from .overlap_tables import make_tables, place, unplace
+    from .model import Model, Shape
+    from .sides import SEQUENCES, Sides, hbm_for
+    from .tables import make_tables, place, unplace
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # Processors without bfloat16 units, as this project's own, take ten times as long with it.

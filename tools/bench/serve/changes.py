@@ -21,14 +21,14 @@ from tierstore.errors import DaemonError
 from tierstore.formats.catalog import set_epoch
 from tierstore.offline.place import Chosen, place_entries, prune_placements
 
-from . import page_cache, stores
+from .. import page_cache, stores
+from ..pairs import Figure, Result
+from ..stores import MadeStore
 from .clients import Clients
-from .pairs import Figure, Result
-from .served import Served
-from .stores import MadeStore
+from .launcher import Served
 
 if TYPE_CHECKING:
-    from .serve import Setting
+    from .command import Setting
 
 GIB = 1 << 30
 STARTS_MAX = 3

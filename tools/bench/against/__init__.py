@@ -1,0 +1,1 @@
+"""Benchmark: this build against another checkout, in turn."""

@@ -1,0 +1,1 @@
+"""What the hardware allows: bare loops over the same bytes, without a store."""

@@ -1,0 +1,1 @@
+"""Benchmark: do lookups hide behind a model's own work?"""

@@ -1,0 +1,1 @@
+"""Benchmark: other stores on the same keys, side by side."""
