@@ -44,7 +44,7 @@ sanitize: install
 # and lookups interrupted and without memory. Prints its figures.
 soak: install
 	TIERSTORE_SOAK=1 $(BIN)/python -m pytest -rP tests/faults/test_daemon_soak.py tests/faults/test_socket_hostile.py \
-		tests/daemon/test_remote_hostile.py tests/faults/test_interrupts.py tests/faults/test_lookup_interrupts.py \
+		tests/remote/test_hostile.py tests/faults/test_interrupts.py tests/faults/test_lookup_interrupts.py \
 		tests/faults/test_memory_errors.py tests/faults/test_checkpoint_folders.py
 
 demo: install

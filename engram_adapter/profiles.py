@@ -1,7 +1,7 @@
 """The model's side of profiles: documents of token ids -> items that are counted; counted n-grams -> a layer's keys.
 
-Flows in: a store's hash, documents of token ids. Flows out: what `tierstore.offline.profile` counts. Layers of a model share their
-n-grams, so they are counted once for all of them. Refuses models whose longest n-gram has no room in an item.
+Flows in: a store's hash, documents of token ids. Flows out: what `tierstore.offline.profile` counts. Layers of a model share
+their n-grams, so they are counted once for all of them. Refuses models whose longest n-gram has no room in an item.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from repository import REPOSITORY
+from support.repository import REPOSITORY
 
 FOLDER = REPOSITORY.parent / "shared" / "cases"
 SKIPPED_STATUS = 77

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from repository import REPOSITORY
-from stores import Model, make_model, place_some
-from text_store import TextStore, make_text_store
+from support.repository import REPOSITORY
+from support.stores import Model, make_model, place_some
+from support.text_store import TextStore, make_text_store
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything loads triton, as transformers does

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import cases
 import pytest
-from repository import REPOSITORY
+from support.repository import REPOSITORY
 
 SCRIPTS = {
     "good": "import os, tierstore; assert not os.listdir()",

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from repository import REPOSITORY
+from support.repository import REPOSITORY
 
 from tierstore import ConfigError, extras
 from tierstore.extras import EXTRAS, install_command, missing, reinstall_command

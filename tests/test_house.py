@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from repository import REPOSITORY
+from support.repository import REPOSITORY
 
 # Modules by floor. Everything under a folder's name is on that folder's floor.
 FLOORS = {

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from daemon import stat_record
-from repository import REPOSITORY
+from support.repository import REPOSITORY
+from support.stat_record import stat_record
 
 from tierstore.daemon.metrics import families_of
-from tierstore.tools import cli
+from tierstore.tools.cli import cli
 
 UNIT = REPOSITORY / "packaging" / "tierstore@.service"
 DASHBOARD = REPOSITORY / "packaging" / "grafana-dashboard.json"

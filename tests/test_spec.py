@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from stores import PRIMES, random_keys
+from support.stores import PRIMES, random_keys
 
 from tierstore import FormatError
 from tierstore.spec import TableSpec, codec_row_bytes, codec_scale

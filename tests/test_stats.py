@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stores import Model, random_keys
+from support.stores import Model, random_keys
 
 import tierstore
 from tierstore.stats import LATENCY_SHARE

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from repository import REPOSITORY
+from support.repository import REPOSITORY
 
 SOURCES = (
     "tierstore",

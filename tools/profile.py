@@ -1,8 +1,8 @@
 """`tierstore profile`: token or key traces -> counts, and what each gigabyte of memory would buy.
 
 Flows in: a store (its hash and sizes) and traces, or profiles to merge. Flows out: a profile, a table for people, JSON, a page.
-The counting is `tierstore.offline.profile`'s, the model's side `engram_adapter.profiles`', the curves `tierstore.decisions`'; here
-they meet. Refuses what those refuse.
+The counting is `tierstore.offline.profile`'s, the model's side `engram_adapter.profiles`', the curves `tierstore.decisions`';
+here they meet. Refuses what those refuse.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from tierstore.units import format_bytes
 
 from .cli import console
 from .phases import Phases
-from .report import about as about_profile
+from .report.about import about as about_profile
 
 CURVE_ACCESSES = 2_000_000  # curves of more held-out accesses are drawn from a share of the items
 STEP_TOKENS = 500_000  # of the held-out documents, over which steps are simulated, with all items

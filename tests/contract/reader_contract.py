@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import Model, random_keys
+from support.stores import Model, random_keys
 
 import tierstore
 from tierstore.errors import CorruptPageError

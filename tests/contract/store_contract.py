@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stores import Model, random_keys
+from support.stores import Model, random_keys
 
 import tierstore
 

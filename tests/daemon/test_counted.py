@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from daemon import remote_servers
-from daemon.served import KIB, MIB, request, serving, until
-from stores import random_keys
+from support import remote_servers
+from support.served import KIB, MIB, request, serving, until
+from support.stores import random_keys
 
 import tierstore
 from tierstore.offline.place import Chosen, place_entries

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from daemon.served import KIB, Traffic, killed, request, serving, until
-from stores import Model, place_some
+from support.served import KIB, Traffic, killed, request, serving, until
+from support.stores import Model, place_some
 
 import tierstore
 from tierstore import kernels

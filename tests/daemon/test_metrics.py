@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from daemon.stat_record import BOUNDS_NS, stat_record
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
+from support.stat_record import BOUNDS_NS, stat_record
 
 from tierstore.daemon import http as web
 from tierstore.daemon.metrics import MetricsServer, StatCollector

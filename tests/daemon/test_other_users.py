@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from daemon.served import ServeProcess
-from daemon_peers import NOBODY, as_root, in_child
-from stores import Model, random_keys
+from support.daemon_peers import NOBODY, as_root, in_child
+from support.served import ServeProcess
+from support.stores import Model, random_keys
 
 import tierstore
 

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from daemon_peers import WAIT_S, open_descriptors
+from support.daemon_peers import WAIT_S, open_descriptors
 
 from tierstore.daemon.admin import Asks
 from tierstore.daemon.peer import Peer, error_message

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from daemon.served import MIB, WAIT_S, ServeProcess, request, until
-from stores import Model, place_some, random_keys
+from support.served import MIB, WAIT_S, ServeProcess, request, until
+from support.stores import Model, place_some, random_keys
 
 import tierstore
 from tierstore.tools.cli import cli, run

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
-from daemon_peers import (
+from support.daemon_peers import (
     HELLO,
     NOBODY,
     WAIT_S,

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from daemon.served import KIB, MIB, ServeProcess, Traffic, killed, other_model, request, serving, until
-from daemon_peers import WAIT_S
-from stores import Model, make_model, place_some, random_keys
+from support.daemon_peers import WAIT_S
+from support.served import KIB, MIB, ServeProcess, Traffic, killed, other_model, request, serving, until
+from support.stores import Model, make_model, place_some, random_keys
 
 import tierstore
 from tierstore.attached.attached import AttachedEngine

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from daemon.remote_servers import serving as serving_remote
-from daemon.served import KIB, ServeProcess, make_newer, request, serving, until
-from stores import Model, random_keys
+from support.remote_servers import serving as serving_remote
+from support.served import KIB, ServeProcess, make_newer, request, serving, until
+from support.stores import Model, random_keys
 
 import tierstore
 from tierstore.daemon import swap_file

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_budget import layout
 
+from tests.decisions.test_budget import layout
 from tierstore.decisions.budget import divide_dram
 from tierstore.decisions.plan import usable_bytes, whole_budget
 from tierstore.errors import BudgetError

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from daemon.served import KIB, request, serving, until
-from tiny_store import DIM, VOCAB_SIZE, build_tiny, decoded, tiny_hash
+from support.served import KIB, request, serving, until
+from support.tiny_store import DIM, VOCAB_SIZE, build_tiny, decoded, tiny_hash
 
 import tierstore
 from engram_adapter.embedding import TieredEmbedding

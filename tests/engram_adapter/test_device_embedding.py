@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device import DEVICE
-from tiny_store import DIM, LAYERS, VOCAB_SIZE, build_tiny, decoded, tiny_hash
+from support.device import DEVICE
+from support.tiny_store import DIM, LAYERS, VOCAB_SIZE, build_tiny, decoded, tiny_hash
 
 import tierstore
 from engram_adapter.device_embedding import DeviceCall, _identity

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_store import DIM, VOCAB_SIZE, build_tiny, decoded, tiny_hash
+from support.tiny_store import DIM, VOCAB_SIZE, build_tiny, decoded, tiny_hash
 
 import tierstore
 from engram_adapter import device_embedding

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_store import DIM, LAYERS, VOCAB_SIZE, WatchedStore, build_tiny, decoded, tiny_hash
+from support.tiny_store import DIM, LAYERS, VOCAB_SIZE, WatchedStore, build_tiny, decoded, tiny_hash
 
 import tierstore
 from engram_adapter import token_shapes

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rounding import Rounded, check_within, rms_norm, sigmoid, signed_root, stack
-from tiny_store import DIM, VOCAB_SIZE, build_tiny, decoded, tiny_hash
+from support.rounding import Rounded, check_within, rms_norm, sigmoid, signed_root, stack
+from support.tiny_store import DIM, VOCAB_SIZE, build_tiny, decoded, tiny_hash
 
 import tierstore
 from engram_adapter.embedding import HashedEmbedding, TieredEmbedding

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plain_hash_oracle as oracle
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import plain_hash_oracle as oracle
 from tokenizers import Tokenizer, models
 
 import tierstore

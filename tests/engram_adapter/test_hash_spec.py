@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import plain_hash_oracle as oracle
 import pytest
 import torch
+from support import plain_hash_oracle as oracle
 
 from engram_adapter.hash_spec import HashSpec
 from engram_adapter.token_map import build_token_map

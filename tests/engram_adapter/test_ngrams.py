@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from test_hash_spec import FOLDED_MAP, MAKERS, PUBLISHED, QWEN, V41, Case
 
 from engram_adapter import HashSpec, build_token_map
 from engram_adapter.ngrams import keys_of_windows, ngram_windows, window_bits
+from tests.engram_adapter.test_hash_spec import FOLDED_MAP, MAKERS, PUBLISHED, QWEN, V41, Case
 from tierstore.errors import ConfigError
 
 WORD = 2**64

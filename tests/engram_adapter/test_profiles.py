@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from test_real_trace import V41
-from tiny_store import VOCAB_SIZE, tiny_hash
+from support.repository import TESTS
+from support.tiny_store import VOCAB_SIZE, tiny_hash
 
 from engram_adapter import HashSpec, build_token_map, profiles
 from engram_adapter.profiles import check_profile, profile_header, token_documents
+from tests.engram_adapter.test_real_trace import V41
 from tierstore import kernels
 from tierstore.decisions.replay import simulate
 from tierstore.decisions.tally import Group
@@ -61,7 +62,7 @@ def documents_of(profile: Profile) -> Iterator[Document]:
 CHILD = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/engram_adapter"]
 from test_profiles import make, part_of, some_texts
 make(Path(sys.argv[2]), part_of(some_texts(), int(sys.argv[3])))
 """
@@ -72,7 +73,7 @@ def test_a_profile_made_in_four_parts_by_four_processes_and_merged_is_the_one_ma
     whole = make(tmp_path / "whole", some_texts(), memory_bytes=1 << 20)
     parts = [tmp_path / f"part-{number}" for number in range(NUM_PARTS)]
     children = [
-        subprocess.Popen([sys.executable, "-c", CHILD, str(Path(__file__).parent), str(part), str(number)])
+        subprocess.Popen([sys.executable, "-c", CHILD, str(TESTS), str(part), str(number)])
         for number, part in enumerate(parts)
     ]
     with contextlib.ExitStack() as stack:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from plain_hash_oracle import engram_numbers, keys_of, row_ids_of
+from support.plain_hash_oracle import engram_numbers, keys_of, row_ids_of
 
 from engram_adapter import HashSpec, build_token_map
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_swap_qwen4 import built, made_model, prompts, transformers
 
 import tierstore
 from engram_adapter import saved_tables
 from engram_adapter.swap import swap_embedding
+from tests.engram_adapter.test_swap_qwen4 import built, made_model, prompts, transformers
 from tierstore.errors import BudgetError, ConfigError, CorruptPageError
 
 

@@ -10,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stores import make_model
+from support.repository import TESTS
+from support.stores import make_model
 
 import tierstore
 from tierstore.offline.verify import verify_store
@@ -19,7 +20,7 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from stores import make_model
+from support.stores import make_model
 model = make_model(Path(sys.argv[1]), seed=3)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -45,7 +46,7 @@ def test_a_build_killed_twenty_times_ends_bit_identical(tmp_path: Path) -> None:
             CHILD,
             str(tmp_path / "checkpoint"),
             str(store),
-            str(Path(__file__).parents[1]),
+            str(TESTS),
         ]
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert child.stdin is not None

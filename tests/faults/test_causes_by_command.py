@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from text_store import TextStore
+from support.text_store import TextStore
 
 NOBODY = 65534
 # What no message of a command may say, whatever the cause.

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from daemon.served import KIB, MIB, ServeProcess, Traffic, other_model, request, serving, until
-from daemon_peers import noted_warnings
-from stores import Model, place_some, random_keys
+from support.daemon_peers import noted_warnings
+from support.served import KIB, MIB, ServeProcess, Traffic, other_model, request, serving, until
+from support.stores import Model, place_some, random_keys
 
 import tierstore
 from tierstore.attached.attached import AttachedEngine

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from daemon.served import KIB, MIB, WAIT_S, request, serving, until
-from stores import Model, random_keys
+from support.served import KIB, MIB, WAIT_S, request, serving, until
+from support.stores import Model, random_keys
 
 import tierstore
 from tierstore.daemon.daemon import Daemon

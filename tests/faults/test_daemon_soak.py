@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from daemon_process import (
+from support.daemon_process import (
     CheckingClient,
     DaemonProcess,
     Use,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from text_store import TextStore, good, write_trace
+from support.text_store import TextStore, good, write_trace
 
 import tierstore
 from tierstore.offline.verify import verify_store

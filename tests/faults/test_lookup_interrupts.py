@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stores import Model, random_keys
+from support.repository import SUPPORT
+from support.stores import Model, random_keys
 
 import tierstore
 from tierstore.daemon.daemon import Daemon
 
-CLIENT = Path(__file__).with_name("interrupted_client.py")
+CLIENT = SUPPORT / "interrupted_client.py"
 TRIALS = 10_000 if os.environ.get("TIERSTORE_SOAK") else 400
 PROMPT_S = 0.2  # within which an interrupt takes effect
 FOR_EVER = 1 << 40

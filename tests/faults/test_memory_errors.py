@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from repository import REPOSITORY
-from stores import Model, random_keys
+from support.repository import REPOSITORY
+from support.stores import Model, random_keys
 
 import tierstore
 from tierstore.daemon.daemon import Daemon

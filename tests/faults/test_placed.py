@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from stores import Model, make_model
-from text_store import good, good_json
+from support.stores import Model, make_model
+from support.text_store import good, good_json
 
 import tierstore
 from tierstore import kernels

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from stores import Model, make_model
+from support.repository import TESTS
+from support.stores import Model, make_model
 
 import tierstore
 from tierstore.formats.catalog import read_catalog
@@ -22,7 +23,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[4])
-from stores import make_model
+from support.stores import make_model
 import tierstore
 model, left = make_model(Path(sys.argv[1])), [int(sys.argv[3])]
 def counted(real):
@@ -70,9 +71,7 @@ def test_a_repair_killed_at_every_durable_operation_leaves_old_files_or_whole_on
         store = tmp_path / str(step)
         shutil.copytree(damaged_store, store)
         command = [sys.executable, "-c", CHILD, str(tmp_path / "again"), str(store), str(step)]
-        done = subprocess.run(
-            [*command, str(Path(__file__).parents[1])], capture_output=True, text=True, timeout=WAIT_S
-        )
+        done = subprocess.run([*command, str(TESTS)], capture_output=True, text=True, timeout=WAIT_S)
         now = digests(store)
         if done.returncode == 0:
             assert done.stdout == "3\n"
@@ -104,7 +103,7 @@ def test_ctrl_c_ends_a_verification_or_repair_at_once_and_leaves_no_temporary_fi
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from stores import make_model
+from support.stores import make_model
 import tierstore
 model, real = make_model(Path(sys.argv[1])), os.preadv
 def slow(*arguments):
@@ -120,7 +119,7 @@ except KeyboardInterrupt:
     if not repair:
         model.build(tmp_path / "whole", shard_bytes=4096)
     store = tmp_path / ("store" if repair else "whole")
-    tests = str(Path(__file__).parents[1])
+    tests = str(TESTS)
     arguments = [str(tmp_path / "checkpoint"), str(store), tests, str(repair)]
     with subprocess.Popen([sys.executable, "-c", child, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

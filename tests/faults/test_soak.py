@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from stores import Model, random_keys
+from support.stores import Model, random_keys
 
 import tierstore
 

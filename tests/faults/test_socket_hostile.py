@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from daemon_peers import HELLO, NOBODY, WAIT_S, as_root, in_child, open_descriptors, packet
+from support.daemon_peers import HELLO, NOBODY, WAIT_S, as_root, in_child, open_descriptors, packet
 
 from tierstore.daemon import server
 from tierstore.daemon.peer import Peer

@@ -18,7 +18,7 @@ from typing import Any
 import lmdb
 import numpy as np
 import pytest
-from stores import Model
+from support.stores import Model
 
 import tierstore
 from tierstore.daemon.daemon import Daemon

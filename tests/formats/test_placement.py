@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stores import Model, place_some
+from support.stores import Model, place_some
 
 from tierstore import open as open_store
 from tierstore.errors import FormatError

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from host_memory import POISON_INT64, address_of, host_bytes, host_words, wait_for_device
+from support.host_memory import POISON_INT64, address_of, host_bytes, host_words, wait_for_device
 
 from tierstore.kernels import reference_mailbox
-from tierstore.kernels.gpu import await_answer
+from tierstore.kernels.gpu.await_answer import await_answer
 from tierstore.kernels.gpu.misses import StepState, post_misses
 
 ASKED, NUM_MISSES, ANSWERED, STATUS, TIMED_OUT, FAILED = 0, 1, 8, 9, 16, 18  # in words

@@ -6,9 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.repository import SUPPORT
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str]]:
     """Names and PTX of all launches, from a process of its own: in this one the kernels may be the interpreter's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # nothing compiled before counts
-    program = Path(__file__).with_name("compile_requests.py")
+    program = SUPPORT / "compile_requests.py"
     done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return [(name, code) for name, code in json.loads(done.stdout)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gpu_inputs import CODECS, LOST, Sources, decoded, native_block_of, patterns, poison_of, poisoned_out
+from support.gpu_inputs import CODECS, LOST, Sources, decoded, native_block_of, patterns, poison_of, poisoned_out
 
 from tierstore.kernels import reference_gpu
 from tierstore.kernels.gpu import codecs, gather, launching

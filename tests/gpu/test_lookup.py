@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from gpu_inputs import (
+from support.gpu_inputs import (
     CODECS,
     KEY_MAX,
     LOST,
@@ -20,7 +20,7 @@ from gpu_inputs import (
     poison_of,
     poisoned_out,
 )
-from host_memory import POISON_INT32, POISON_INT64, address_of, host_bytes, wait_for_device
+from support.host_memory import POISON_INT32, POISON_INT64, address_of, host_bytes, wait_for_device
 
 from tierstore.kernels import reference_gpu
 from tierstore.kernels.gpu import launching, lookup

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from gpu_inputs import KEY_MAX, native_block_of
-from host_memory import POISON_INT32, POISON_INT64, address_of, host_bytes, host_words, wait_for_device
+from support.gpu_inputs import KEY_MAX, native_block_of
+from support.host_memory import POISON_INT32, POISON_INT64, address_of, host_bytes, host_words, wait_for_device
 
 from tierstore.kernels import reference_mailbox
 from tierstore.kernels.gpu import launching

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gpu_inputs import KEY_MAX, HostIndex, index_of, native_block_of
+from support.gpu_inputs import KEY_MAX, HostIndex, index_of, native_block_of
 
 from tierstore.kernels import reference_gpu
 from tierstore.kernels.gpu import launching, probe

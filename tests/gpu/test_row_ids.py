@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gpu_inputs import KEY_MAX, native_block_of
-from host_memory import POISON_INT64
+from support.gpu_inputs import KEY_MAX, native_block_of
+from support.host_memory import POISON_INT64
 
 from tierstore.kernels import reference
 from tierstore.kernels.gpu import launching

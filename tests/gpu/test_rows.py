@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from gpu_inputs import CODECS, LOST, aligned, decoded, native_block_of, patterns
-from host_memory import address_of, host_bytes
+from support.gpu_inputs import CODECS, LOST, aligned, decoded, native_block_of, patterns
+from support.host_memory import address_of, host_bytes
 
 from tierstore.kernels import reference_gpu
 from tierstore.kernels.gpu import launching, rows

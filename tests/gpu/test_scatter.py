@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gpu_inputs import CODECS, LOST, decoded, native_block_of, patterns, poison_of, poisoned_out
-from host_memory import address_of, host_bytes, wait_for_device
+from support.gpu_inputs import CODECS, LOST, decoded, native_block_of, patterns, poison_of, poisoned_out
+from support.host_memory import address_of, host_bytes, wait_for_device
 
 from tierstore.kernels import reference_gpu
 from tierstore.kernels.gpu import launching, scatter

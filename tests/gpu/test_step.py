@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gpu_inputs import CODECS, Sources, decoded, index_of, patterns, poisoned_out
-from host_memory import address_of, host_bytes, wait_for_device
+from support.gpu_inputs import CODECS, Sources, decoded, index_of, patterns, poisoned_out
+from support.host_memory import address_of, host_bytes, wait_for_device
 
-from tierstore.kernels.gpu import await_answer, mailbox
+from tierstore.kernels.gpu import mailbox
+from tierstore.kernels.gpu.await_answer import await_answer
 from tierstore.kernels.gpu.lookup import lookup_entries
 from tierstore.kernels.gpu.misses import MissList, StepState, post_misses
 from tierstore.kernels.gpu.scatter import scatter_entries

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from repository import REPOSITORY
+from support.repository import REPOSITORY
 
 CPU = REPOSITORY / "kernels" / "cpu"
 PROGRAMS = REPOSITORY / "tests" / "kernels" / "cpp"

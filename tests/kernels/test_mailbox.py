@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stores import Model, open_behind_hbm, random_keys
+from support.stores import Model, open_behind_hbm, random_keys
 
 import tierstore
 from tierstore import kernels

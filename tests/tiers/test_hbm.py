@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 import torch
 from contract.store_contract import StoreContract
-from device import DEVICE
-from stores import Model, place_some, random_keys
+from support.device import DEVICE
+from support.stores import Model, place_some, random_keys
 
 import tierstore
 from tierstore.offline.place import Chosen, place_entries

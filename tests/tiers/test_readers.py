@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from contract.reader_contract import ReaderContract
-from stores import Model, random_keys
+from support.stores import Model, random_keys
 
 import tierstore
 from tierstore import kernels

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from daemon_peers import NOBODY, as_root, in_child, open_descriptors
+from support.daemon_peers import NOBODY, as_root, in_child, open_descriptors
 
 from tierstore import kernels
 from tierstore.errors import BudgetError, DaemonError

@@ -21,7 +21,6 @@ from tierstore.errors import ConfigError
 from tierstore.file_systems import file_system_of
 from tierstore.formats.trace import TokenTraceWriter
 from tierstore.offline.verify import verify_store
-from tierstore.tools import cli
 from tierstore.tools.bench import BENCHMARKS, cold, decode, page_cache, placed, real_text, stores, trace, warm
 from tierstore.tools.bench.bare import fio, page_cached
 from tierstore.tools.bench.bare import loops as bare
@@ -31,6 +30,7 @@ from tierstore.tools.bench.peers import command as peers
 from tierstore.tools.bench.peers.stores import MissingPeerError, PeerRows, opened
 from tierstore.tools.bench.stores import MadeStore, fresh_keys, make_store, rows_buffer
 from tierstore.tools.bench.working_set import WorkingSet
+from tierstore.tools.cli import cli
 
 ROWS = 60_000  # 15 MiB
 needs_compiler = pytest.mark.skipif(

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from repository import REPOSITORY
+from support.repository import REPOSITORY
 
 from tierstore.errors import ConfigError
-from tierstore.tools import cli
 from tierstore.tools.bench.against import command as against
 from tierstore.tools.bench.against import side as against_side
 from tierstore.tools.bench.pairs import Options
+from tierstore.tools.cli import cli
 
 
 @pytest.fixture(autouse=True)

@@ -22,9 +22,9 @@ import torch
 from click.testing import CliRunner
 
 from tierstore.tiers.hbm.device import open_device
-from tierstore.tools import cli
 from tierstore.tools.bench import pairs
 from tierstore.tools.bench.gpu import command as gpu
+from tierstore.tools.cli import cli
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rounding import gamma
-from test_bench import bench, case, check_rounds, zipf_text
+from support.rounding import gamma
 
 import tierstore
 from engram_adapter import TieredEmbedding
+from tests.tools.test_bench import bench, case, check_rounds, zipf_text
 from tierstore import kernels
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import read_catalog

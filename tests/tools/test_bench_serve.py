@@ -15,7 +15,6 @@ import tierstore
 from tierstore import kernels
 from tierstore.errors import BudgetError, ConfigError, DaemonError
 from tierstore.formats.catalog import read_catalog
-from tierstore.tools import cli
 from tierstore.tools.bench import stores
 from tierstore.tools.bench.pairs import Options, Result
 from tierstore.tools.bench.serve import changes as serve_changes
@@ -25,6 +24,7 @@ from tierstore.tools.bench.serve import remote
 from tierstore.tools.bench.serve.clients import Clients
 from tierstore.tools.bench.serve.launcher import Served, proportional_bytes
 from tierstore.tools.bench.stores import MadeStore, find_store, fresh_keys, make_store
+from tierstore.tools.cli import cli
 
 ROWS = 60_000  # 15 MiB
 pytestmark = pytest.mark.skipif(not kernels.native, reason="a daemon needs the compiled kernels")

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
-from text_store import TextStore
+from support.text_store import TextStore
 
 import tierstore
 from engram_adapter import HashSpec
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import read_catalog
 from tierstore.formats.checkpoint import Checkpoint
-from tierstore.tools.demo import __main__ as demo
 from tierstore.tools.demo import checks as demo_checks
+from tierstore.tools.demo import run as demo
 from tierstore.tools.demo.checks import first_tokens, plain_row_ids, windows
 from tierstore.tools.demo.run import own_folder
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_profile_cli import error_of
-from text_store import TABLES, TextStore, good, good_json, invoke
+from support.text_store import TABLES, TextStore, good, good_json, invoke
 
 import tierstore
 from engram_adapter import HashSpec
+from tests.tools.test_profile_cli import error_of
 from tierstore.formats.catalog import read_catalog
 
 DRAM = 16 << 20

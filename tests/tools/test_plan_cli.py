@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device import DEVICE
-from test_profile_cli import error_of
-from text_store import ORDERS, TABLE_BYTES, TABLES, TextStore, good, good_json, write_trace
+from support.device import DEVICE
+from support.text_store import ORDERS, TABLE_BYTES, TABLES, TextStore, good, good_json, write_trace
 
 import tierstore
 from engram_adapter import HashSpec
+from tests.tools.test_profile_cli import error_of
 from tierstore import kernels
 from tierstore.decisions.plan import Budgets
 from tierstore.formats.catalog import read_catalog

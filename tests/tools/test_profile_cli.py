@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from text_store import ORDERS, TABLES, TextStore, good, good_json, invoke, write_trace
+from support.text_store import ORDERS, TABLES, TextStore, good, good_json, invoke, write_trace
 
 import tierstore
 from tierstore.tools.cli import run

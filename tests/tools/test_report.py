@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from text_store import TextStore, good
+from support.text_store import TextStore, good
 
 from tierstore import ConfigError
 from tierstore.decisions.choose import ItemClasses, item_hash

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from daemon.remote_servers import serving
-from daemon.stat_record import BOUNDS_NS, STARTED_AT, client, stat_record
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from support.remote_servers import serving
+from support.stat_record import BOUNDS_NS, STARTED_AT, client, stat_record
 
 from tierstore.daemon.record import missed_bytes, read_amplification
 from tierstore.errors import DaemonError

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from tierstore.errors import ConfigError, FormatError, TierStoreError
 from tierstore.formats.trace import read_token_documents
-from tierstore.tools import cli
+from tierstore.tools.cli import cli
 from tierstore.tools.corpus import train_tokenizer
 from tierstore.tools.inputs import byte_streams, json_lines
 from tierstore.tools.inputs import ids as token_ids

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from daemon.stat_record import STARTED_AT, stat_record
-from repository import REPOSITORY
+from support.repository import REPOSITORY
+from support.stat_record import STARTED_AT, stat_record
 
 from tierstore.errors import DaemonError
 from tierstore.tools import top
@@ -159,8 +159,8 @@ def test_intervals_and_counts_that_make_no_sense_are_wrong_usage(
 CODE = """
 import sys
 sys.path.insert(0, "tests")
-from daemon import stat_record
-from tierstore.tools import stat
+from support.stat_record import stat_record
+from tierstore.tools.stat import command as stat
 stat.ask = lambda socket, request, timeout_s: stat_record()
 from tierstore.tools.cli import main
 main()

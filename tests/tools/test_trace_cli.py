@@ -352,7 +352,7 @@ def test_arrays_of_any_layout_are_read_in_parts_as_numpy_reads_them(
 CUT = """
 import os, sys
 from tierstore.errors import FormatError
-from tierstore.tools import token_ids
+from tierstore.tools.inputs import ids as token_ids
 from tierstore.tools.cli import run
 check = token_ids.check_token_ids
 def cut_and_check(*arguments):

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tierstore import printable
 from tierstore.decisions.recommend import default_choice
+from tierstore.printable import printable
 from tierstore.version import VERSION
 
 from .tables import Record, exact_bytes

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tierstore import printable
 from tierstore.daemon.record import ratio
+from tierstore.printable import printable
 from tierstore.units import format_bytes
 
 from .words import share_text, short_count

@@ -15,8 +15,9 @@ import grpc
 import numpy as np
 import pytest
 from contract.store_contract import StoreContract
-from remote_servers import serving, serving_process
-from stores import Model, make_model, random_keys
+from support.remote_servers import serving, serving_process
+from support.repository import SUPPORT
+from support.stores import Model, make_model, random_keys
 
 import tierstore
 from tierstore.remote import answers as remote_answers
@@ -29,7 +30,7 @@ from tierstore.remote.messages import SERVICE
 from tierstore.remote.server import RemoteServer
 from tierstore.remote.wire import decode, encode
 
-FORKING = Path(__file__).with_name("forking_client.py")
+FORKING = SUPPORT / "forking_client.py"
 
 
 class RemoteStore(StoreContract):

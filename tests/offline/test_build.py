@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import Model, make_model
+from support.stores import Model, make_model
 
 import tierstore
 from tierstore.formats.catalog import read_catalog

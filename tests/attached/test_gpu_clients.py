@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from daemon.served import KIB, WAIT_S, Traffic, make_newer, request, serving, until
-from device import DEVICE
-from stores import Model, random_keys
+from support.device import DEVICE
+from support.served import KIB, WAIT_S, Traffic, make_newer, request, serving, until
+from support.stores import Model, random_keys
 
 import tierstore
 from tierstore import attached, kernels

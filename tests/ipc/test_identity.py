@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from daemon.served import ServeProcess
-from daemon_peers import NOBODY, WAIT_S, NotingHandler, ServingChild, as_root, become, in_child
-from repository import REPOSITORY
+from support.daemon_peers import NOBODY, WAIT_S, NotingHandler, ServingChild, as_root, become, in_child
+from support.repository import REPOSITORY
+from support.served import ServeProcess
 
 from tierstore import kernels
 from tierstore.daemon.attachments import Attachment
@@ -87,7 +87,7 @@ def unshared(kind: int) -> None:
 
 def started(act: str, *arguments: object) -> subprocess.Popen[str]:
     """Runs a function of this file in a process of its own, of one thread: a fork of this one may have threads of gRPC's."""
-    code = "import sys; from daemon import test_identity; getattr(test_identity, sys.argv[1])(*sys.argv[2:])"
+    code = "import sys; from ipc import test_identity; getattr(test_identity, sys.argv[1])(*sys.argv[2:])"
     folders = os.pathsep.join((str(REPOSITORY / "tests"), str(REPOSITORY)))
     return subprocess.Popen(
         [sys.executable, "-c", code, act, *map(str, arguments)],

@@ -12,10 +12,10 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from daemon.served import ServeProcess
-from daemon_peers import as_root, in_child
-from remote_servers import serving
-from stores import Model, random_keys
+from support.daemon_peers import as_root, in_child
+from support.remote_servers import serving
+from support.served import ServeProcess
+from support.stores import Model, random_keys
 
 from tierstore.daemon.metrics import MetricsServer
 from tierstore.errors import ConfigError, DaemonError

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from contract.store_contract import StoreContract
-from stores import Model, open_behind_hbm, random_keys
+from support.stores import Model, open_behind_hbm, random_keys
 
 import tierstore
 from tierstore import kernels

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from daemon.served import KIB, MIB, Traffic, make_newer, request, serving, until
-from device import DEVICE
-from stores import Model, random_keys
+from support.device import DEVICE
+from support.served import KIB, MIB, Traffic, make_newer, request, serving, until
+from support.stores import Model, random_keys
 
 import tierstore
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.repository import TESTS
 
 from tierstore import kernels
 from tierstore.decisions.replay import simulate
@@ -418,7 +419,7 @@ CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_profiling import HEADER, analyse, document_of, some_documents
+from offline.test_profile import HEADER, analyse, document_of, some_documents
 from tierstore.offline.profile import make_profile
 def documents():
     for number, ids in enumerate(some_documents(10)):
@@ -430,7 +431,7 @@ make_profile(sys.argv[2], HEADER, documents(), analyse, memory_bytes=128 * 50)
 
 
 def test_what_is_killed_midway_leaves_no_profile_and_the_next_run_clears_up(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(tmp_path / "p")]
+    arguments = [sys.executable, "-c", CHILD, str(TESTS), str(tmp_path / "p")]
     done = subprocess.run(arguments, timeout=120, check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert {entry.name for entry in tmp_path.iterdir()} <= {"p.new"}

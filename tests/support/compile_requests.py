@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from compile_natively import instead_of_launching
 
-from tierstore.kernels.gpu import await_answer
+from tierstore.kernels.gpu.await_answer import await_answer
 from tierstore.kernels.gpu.keys import DeviceHash, keys_of_tokens
 from tierstore.kernels.gpu.misses import MissList, StepState, collect_misses, post_misses
 from tierstore.kernels.gpu.row_ids import row_ids_of_keys

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from repository import REPOSITORY
+from support.repository import REPOSITORY
 
 from tierstore.remote import messages
 from tierstore.remote.messages import Description, LookupReply, LookupRequest, Part, TableKeys, TableMessage

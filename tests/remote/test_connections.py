@@ -14,9 +14,9 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from daemon.served import until
-from remote_servers import serving, serving_process
-from stores import Model, random_keys
+from support.remote_servers import serving, serving_process
+from support.served import until
+from support.stores import Model, random_keys
 
 from tierstore.remote import connections as remote_connections
 from tierstore.remote import server as remote_server

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from contract.store_contract import StoreContract
-from daemon.served import KIB, MIB, least_budget, request, serving, until
-from device import DEVICE
-from stores import Model, place_some, random_keys
+from support.device import DEVICE
+from support.served import KIB, MIB, least_budget, request, serving, until
+from support.stores import Model, place_some, random_keys
 
 import tierstore
 from tierstore.formats.key_trace import read_key_blocks

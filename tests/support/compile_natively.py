@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-from gpu_inputs import CODECS, Sources, index_of, poisoned_out
+from support.gpu_inputs import CODECS, Sources, index_of, poisoned_out
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 

@@ -12,9 +12,9 @@ from array import array
 from collections.abc import Iterator
 
 import pytest
-from daemon_peers import WAIT_S, open_descriptors, packet
 from hypothesis import given
 from hypothesis import strategies as st
+from support.daemon_peers import WAIT_S, open_descriptors, packet
 
 from tierstore.errors import DaemonError
 from tierstore.ipc.protocol import FDS_MAX, MESSAGE_BYTES_MAX, PART_BYTES_MAX, Channel, ChannelClosed, decode, encode

@@ -18,8 +18,8 @@ import grpc
 import numpy as np
 import psutil
 import pytest
-from remote_servers import serving_process
-from stores import Model, random_keys
+from support.remote_servers import serving_process
+from support.stores import Model, random_keys
 
 from tierstore.remote import messages
 from tierstore.remote.client import connect_remote

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import Model, open_behind_hbm, place_some, random_keys
+from support.repository import TESTS
+from support.stores import Model, open_behind_hbm, place_some, random_keys
 
 import tierstore
 from tierstore import kernels
@@ -251,7 +252,7 @@ def test_a_missing_file_and_a_missing_epoch_are_named(own_store: Path) -> None:
 
 
 def test_a_placement_of_another_store_is_refused(own_store: Path, tmp_path: Path) -> None:
-    from stores import make_model
+    from support.stores import make_model
 
     other = make_model(tmp_path / "other", seed=5)
     other.build(tmp_path / "other_store")
@@ -370,8 +371,8 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_place import NAME, place_at, some_chosen
-from tierstore import place
+from offline.test_place import NAME, place_at, some_chosen
+from tierstore.offline import place
 from tierstore.formats import catalog
 place.BUCKET_BYTES = 7000
 print("ready", flush=True)
@@ -386,7 +387,7 @@ def test_making_a_placement_killed_ten_times_keeps_an_epoch_that_serves(own_stor
     kills = 0
     for _ in range(60):
         child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(own_store), str(Path(__file__).parent)],
+            [sys.executable, "-c", CHILD, str(own_store), str(TESTS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from daemon_peers import (
+from support.daemon_peers import (
     NOBODY,
     WAIT_S,
     NotingHandler,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-from daemon.served import MIB, until
-from daemon.served import serving as daemon_serving
-from remote_servers import serving
+from support.remote_servers import serving
+from support.served import MIB, until
+from support.served import serving as daemon_serving
 
 from tierstore.daemon.daemon import Remote
 from tierstore.remote import health as remote_health

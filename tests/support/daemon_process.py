@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stores import Model, make_model, place_some, random_keys
+from support.stores import Model, make_model, place_some, random_keys
 
 from tierstore.ipc.client_socket import ask
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stores import Model, make_model, place_some
+from support.stores import Model, make_model, place_some
 
 from tierstore.daemon.daemon import Daemon
 from tierstore.decisions.shared_budget import divide_shared

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from daemon.served import KIB, serving
-from stores import Model, make_model, place_some, random_keys
+from support.served import KIB, serving
+from support.stores import Model, make_model, place_some, random_keys
 
 import tierstore
 from tierstore.formats.catalog import read_catalog

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from daemon.served import ServeProcess, Traffic, request, until
-from daemon_peers import WAIT_S, in_child
-from stores import Model, random_keys
+from support.daemon_peers import WAIT_S, in_child
+from support.served import ServeProcess, Traffic, request, until
+from support.stores import Model, random_keys
 
 import tierstore
 
