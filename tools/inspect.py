@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from tierstore.formats.catalog import CatalogImage, TableLayout, read_catalog
+from tierstore.formats.catalog import CatalogImage, read_catalog
+from tierstore.layout import TableLayout
 from tierstore.units import format_bytes
 
 from .cli import console

@@ -37,12 +37,12 @@ from tierstore.decisions.ranking import Ranking
 from tierstore.decisions.replay import simulate
 from tierstore.decisions.tally import Group, OrderSplit
 from tierstore.errors import BudgetError, ConfigError, FingerprintMismatchError
-from tierstore.formats.catalog import CatalogImage, TableLayout, read_catalog
+from tierstore.formats.catalog import CatalogImage, read_catalog
 from tierstore.formats.key_trace import read_key_trace_info
-from tierstore.formats.placement import record_bytes
 from tierstore.formats.profile import KEYS, Profile, ProfileHeader
 from tierstore.formats.trace import KEYS as KEY_TRACE
 from tierstore.formats.trace import read_token_documents, read_token_trace_info, sort_of_trace
+from tierstore.layout import TableLayout, record_bytes
 from tierstore.offline.profile import (
     COUNTING,
     DOCUMENTS_MIN,

@@ -6,9 +6,8 @@ import pytest
 
 from tierstore import BudgetError
 from tierstore.decisions.budget import ALIGNMENT_BYTES, DEPTH_MAX, LANES_MAX, cache_set_bytes, divide_dram
-from tierstore.formats.catalog import TableLayout
-from tierstore.formats.page import PageShape
 from tierstore.formats.placement import TableShape, lay_out_placement
+from tierstore.layout import PageShape, TableLayout
 from tierstore.spec import TableSpec
 
 

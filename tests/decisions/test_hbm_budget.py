@@ -6,7 +6,7 @@ import pytest
 
 from tierstore.decisions.hbm_budget import divide_hbm, pinned_bytes
 from tierstore.errors import BudgetError
-from tierstore.formats.catalog import TableLayout
+from tierstore.layout import TableLayout
 from tierstore.spec import TableSpec
 
 

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from tierstore import BudgetError
 from tierstore.decisions.budget import cache_set_bytes
 from tierstore.decisions.shared_budget import SharedPlan, as_share, divide_shared
-from tierstore.formats.catalog import TableLayout
-from tierstore.formats.page import PageShape
-from tierstore.formats.placement import BUCKET_KEYS, Placement, TableShape, lay_out_placement
+from tierstore.formats.placement import Placement, TableShape, lay_out_placement
+from tierstore.layout import BUCKET_KEYS, PageShape, TableLayout
 from tierstore.spec import TableSpec
 
 LINE_BYTES = 64

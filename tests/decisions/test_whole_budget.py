@@ -8,7 +8,7 @@ from tests.decisions.test_budget import layout
 from tierstore.decisions.budget import divide_dram
 from tierstore.decisions.plan import usable_bytes, whole_budget
 from tierstore.errors import BudgetError
-from tierstore.formats.catalog import TableLayout
+from tierstore.layout import TableLayout
 from tierstore.tools.report.tables import exact_bytes
 from tierstore.units import parse_bytes
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tierstore import CorruptPageError
-from tierstore.formats.page import PageShape, check_pages, page_seed, seal_pages
+from tierstore.formats.page import check_pages, page_seed, seal_pages
+from tierstore.layout import PageShape
 from tierstore.spec import ROW_BYTES_MAX, TableSpec
 
 

@@ -15,7 +15,8 @@ from support.stores import Model, place_some
 from tierstore import open as open_store
 from tierstore.errors import FormatError
 from tierstore.formats.catalog import CatalogImage, read_catalog
-from tierstore.formats.placement import HEAD_BYTES_MAX, UNIT_BYTES
+from tierstore.formats.placement import HEAD_BYTES_MAX
+from tierstore.layout import UNIT_BYTES
 from tierstore.offline.place import Chosen, place_entries
 
 WORD = 2**64

@@ -7,8 +7,8 @@ import functools
 import numpy as np
 import pytest
 
-from tierstore.formats.placement import BUCKET_KEYS, record_bytes
 from tierstore.kernels import INDEX_BUCKET, INDEX_HEAD, reference, reference_placed
+from tierstore.layout import BUCKET_KEYS, record_bytes
 from tierstore.tiers.slots import StaticSlots
 
 ENTRY_BYTES, NUM_ORDERS, SEED = 20, 3, 77

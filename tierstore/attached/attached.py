@@ -21,11 +21,11 @@ import numpy as np
 
 from .. import kernels
 from ..errors import ConfigError, DaemonError, FingerprintMismatchError, FormatError, StoreNotReadyError, TierStoreError
-from ..formats.catalog import TableLayout
 from ..ipc.client_socket import dial, raise_error
 from ..ipc.identity import this_process
 from ..ipc.mapped import same_tables
 from ..ipc.protocol import Channel, close_fds
+from ..layout import TableLayout
 from ..stats import add_counters, counters_since
 from ..store.backing import Backing
 from ..store.embedded import DEFAULT_DEVICE, open_placement

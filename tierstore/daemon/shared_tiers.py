@@ -27,10 +27,11 @@ from ..decisions.budget import CACHE_WAYS
 from ..decisions.replan import hottest_places
 from ..decisions.shared_budget import SharedPlan, divide_shared
 from ..errors import ConfigError, CorruptPageError, DaemonError, FingerprintMismatchError
-from ..formats.placement import UNIT_BYTES, Placement, round_up
+from ..formats.placement import Placement
 from ..ipc.events import event
 from ..ipc.identity import process_text
 from ..ipc.mapped import Blocks, OpenVersion, pairs_as_tokens, recency_part, same_tables, static_parts, table_memories
+from ..layout import UNIT_BYTES, round_up
 from ..store.embedded import check_available, open_placement
 from ..tiers.native import NativeEngine, SharedEpochs, load_table
 from ..tiers.nvme import choose_io

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..causes import named
+from ..durable import sync_folder
 from ..errors import ConfigError, DaemonError, FormatError
-from ..formats.catalog import sync_folder
 from ..ipc.identity import known_ids
 
 HEAD = b"tierstore swap 1\n"

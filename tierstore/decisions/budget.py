@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import BudgetError
-from ..formats.catalog import TableLayout
-from ..formats.placement import UNIT_BYTES, PlacedTable, Placement, group_start, round_up
+from ..formats.placement import PlacedTable, Placement, group_start
+from ..layout import UNIT_BYTES, TableLayout, round_up
 from ..units import format_bytes
 
 CACHE_WAYS = 8

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..formats.catalog import TableLayout
 from ..formats.placement import Placement
+from ..layout import TableLayout
 from .budget import DramPlan, divide_dram
 from .hbm_budget import HbmPlan, divide_hbm, pinned_bytes
 

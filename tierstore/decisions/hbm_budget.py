@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 
 from .. import kernels
 from ..errors import BudgetError
-from ..formats.catalog import TableLayout
-from ..formats.placement import BUCKET_KEYS, round_up
+from ..layout import BUCKET_KEYS, TableLayout, round_up
 from ..units import format_bytes
 
 ALIGNMENT_BYTES = 256  # of each part of the block, as devices want it

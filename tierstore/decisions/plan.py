@@ -15,8 +15,8 @@ import numpy as np
 
 from .. import kernels
 from ..errors import BudgetError
-from ..formats.catalog import TableLayout
-from ..formats.placement import BUCKET_KEYS, TableShape, lay_out_placement, record_bytes
+from ..formats.placement import TableShape, lay_out_placement
+from ..layout import BUCKET_KEYS, TableLayout, record_bytes
 from .budget import DramPlan
 from .division import divide_budgets
 from .hbm_budget import HbmPlan

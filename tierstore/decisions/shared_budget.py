@@ -16,8 +16,8 @@ from typing import Any
 
 from .. import kernels
 from ..errors import BudgetError
-from ..formats.catalog import TableLayout
-from ..formats.placement import BUCKET_KEYS, UNIT_BYTES, PlacedTable, Placement, record_bytes, round_up
+from ..formats.placement import PlacedTable, Placement
+from ..layout import BUCKET_KEYS, UNIT_BYTES, TableLayout, record_bytes, round_up
 from ..units import format_bytes
 from .budget import LINE_BYTES, StagingPlan, cache_set_bytes, plan_staging
 

@@ -18,19 +18,19 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import lmdb
 
 from .. import kernels
 from ..causes import named, system_error
+from ..durable import sync_folder
 from ..errors import BudgetError, ConfigError, FormatError, StoreNotReadyError
+from ..layout import PlacementRecord, ShardRecord, TableLayout, checked_path
 from ..lazy import lazy
-from ..spec import TableSpec
 from ..version import VERSION
 from .lmdb_pages import FILE_BYTES_MAX, read_lmdb_records
-from .page import PAGE_UNIT_BYTES, PAGE_UNITS_MAX, PageShape
 
 STORE_FORMAT_VERSION = 1
 CATALOG_FILE = "catalog.mdb"
@@ -48,84 +48,6 @@ def _renew_lock() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_lock)
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """A finished shard: its file (relative to the store), length and SHA-256 (hex)."""
-
-    file: str
-    num_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class PlacementRecord:
-    """A published placement: its number, its file (relative to the store) and length."""
-
-    epoch: int
-    file: str
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class TableLayout:
-    """A table and how it lies on disk; page p is page p % pages_per_shard of shard p // pages_per_shard."""
-
-    spec: TableSpec
-    page_bytes: int
-    rows_per_page: int
-    num_pages: int
-    pages_per_shard: int
-    seed: int
-    folder: str
-
-    @property
-    def shape(self) -> PageShape:
-        """The pages' geometry."""
-        return PageShape(self.page_bytes, self.rows_per_page, self.spec.row_bytes)
-
-    @property
-    def num_shards(self) -> int:
-        """How many shards the table has when it is finished."""
-        return -(-self.num_pages // self.pages_per_shard)
-
-    @property
-    def store_bytes(self) -> int:
-        """Bytes of all shards."""
-        return self.num_pages * self.page_bytes
-
-    def shard_file(self, shard_index: int) -> str:
-        """Returns the shard's path, relative to the store."""
-        return f"{self.folder}/{shard_index:05d}.shard"
-
-    def shard_pages(self, shard_index: int) -> tuple[int, int]:
-        """Returns the half-open range of pages that a shard holds."""
-        page_start = shard_index * self.pages_per_shard
-        return page_start, min(page_start + self.pages_per_shard, self.num_pages)
-
-    def as_record(self) -> dict[str, Any]:
-        """Returns the layout as a JSON-able dict."""
-        record = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return record | {"spec": self.spec.as_record()}
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> TableLayout:
-        """Reads what `as_record` wrote; raises `FormatError` where numbers are missing or contradict each other."""
-        spec = TableSpec.from_record(record.get("spec", {}))
-        numbers: dict[str, Any] = {
-            n: record.get(n) for n in ("page_bytes", "rows_per_page", "num_pages", "pages_per_shard", "seed")
-        }
-        if not all(type(value) is int and value >= 0 for value in numbers.values()):
-            raise FormatError(f"table {spec.name}: the catalog's layout {numbers} is damaged; restore it or rebuild")
-        layout = cls(spec, **numbers, folder=_checked_path(record.get("folder"), f"table {spec.name}"))
-        fits = layout.rows_per_page == (layout.page_bytes - 16) // spec.row_bytes >= 1
-        in_units = layout.page_bytes % PAGE_UNIT_BYTES == 0 and layout.page_bytes <= PAGE_UNIT_BYTES * PAGE_UNITS_MAX
-        if not fits or not in_units or layout.num_pages != layout.shape.num_pages(spec.num_rows):
-            raise FormatError(f"table {spec.name}: the catalog's layout {numbers} contradicts its rows; rebuild")
-        if layout.pages_per_shard < 1:
-            raise FormatError(f"table {spec.name}: the catalog says {layout.pages_per_shard} pages a shard; rebuild")
-        return layout
 
 
 @dataclass(frozen=True)
@@ -293,31 +215,19 @@ def _placement_record(number: str, record: dict[str, Any], path: Path) -> Placem
     num_bytes = record.get("num_bytes")
     if not number.isdecimal() or type(num_bytes) is not int or num_bytes < 0:
         raise FormatError(f"{path}: the catalog's record of placement {number!r} is damaged; restore the catalog")
-    return PlacementRecord(int(number), _checked_path(record.get("file"), f"placement {number}"), num_bytes)
+    return PlacementRecord(int(number), checked_path(record.get("file"), f"placement {number}"), num_bytes)
 
 
 def _shard_record(record: dict[str, Any], layout: TableLayout, shard_index: int) -> ShardRecord:
     page_start, page_end = layout.shard_pages(shard_index)
     expected_bytes = (page_end - page_start) * layout.page_bytes
-    file = _checked_path(record.get("file"), f"table {layout.spec.name}")
+    file = checked_path(record.get("file"), f"table {layout.spec.name}")
     if record.get("num_bytes") != expected_bytes or not isinstance(record.get("sha256"), str):
         raise FormatError(
             f"shard {shard_index} of table {layout.spec.name}: the catalog says {record.get('num_bytes')} bytes, its "
             f"pages take {expected_bytes}; restore the catalog or rebuild"
         )
     return ShardRecord(file, expected_bytes, record["sha256"])
-
-
-def _checked_path(value: Any, what: str) -> str:
-    """Returns a path inside the store, or raises: a catalog must not lead a reader out of its folder."""
-    if (
-        not isinstance(value, str)
-        or not value
-        or PurePosixPath(value).is_absolute()
-        or ".." in PurePosixPath(value).parts
-    ):
-        raise FormatError(f"{what}: the catalog names the file {value!r}, outside the store; rebuild")
-    return value
 
 
 def _holds_catalog(path: Path) -> bool:
@@ -346,15 +256,6 @@ def _from_json(records: dict[str, bytes], key: str, path: Path, kind: type = dic
     if not isinstance(value, kind):
         raise FormatError(f"{path}: catalog record {key!r} is no {kind.__name__}; restore the catalog or rebuild")
     return value
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames and new files in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _write(file: Path, records: dict[str, bytes], removed: Sequence[str] = ()) -> None:

@@ -19,8 +19,8 @@ import zstandard
 
 from .. import kernels
 from ..causes import naming
+from ..durable import sync_folder
 from ..errors import ConfigError, FormatError, TierStoreError
-from .catalog import sync_folder
 from .column_layout import (
     BLOCK_BYTES_MAX,
     COLUMNS_MAX,

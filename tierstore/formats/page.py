@@ -11,56 +11,21 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from .. import kernels
 from ..errors import CorruptPageError
+from ..layout import PageShape
 from ..spec import TableSpec
 
 PAGE_VERSION = 1
-PAGE_UNIT_BYTES = 4096
-PAGE_UNITS_MAX = 64
-WASTE_MAX = 0.1
-TRAILER_BYTES = kernels.TRAILER.itemsize
 
 _FAULTS = {
     kernels.PAGE_BAD_CHECKSUM: "its checksum is wrong: it was damaged, or belongs to another table or checkpoint",
     kernels.PAGE_OTHER_VERSION: "its page format is of another version",
     kernels.PAGE_OTHER_NUMBER: "it bears another page's number: it was moved",
 }
-
-
-@dataclass(frozen=True)
-class PageShape:
-    """How a table's rows lie in pages: row r is row r % rows_per_page of page r // rows_per_page."""
-
-    page_bytes: int
-    rows_per_page: int
-    row_bytes: int
-
-    @classmethod
-    def of_rows(cls, row_bytes: int) -> PageShape:
-        """Returns the smallest page of whole 4 KiB units that wastes at most a tenth, else the least wasteful one."""
-        candidates = []
-        for units in range(1, PAGE_UNITS_MAX + 1):
-            page_bytes = units * PAGE_UNIT_BYTES
-            rows_per_page = (page_bytes - TRAILER_BYTES) // row_bytes
-            waste = 1 - rows_per_page * row_bytes / page_bytes
-            if waste <= WASTE_MAX:
-                return cls(page_bytes, rows_per_page, row_bytes)
-            candidates.append((waste, page_bytes, rows_per_page))
-        _, page_bytes, rows_per_page = min(candidates)
-        return cls(page_bytes, rows_per_page, row_bytes)
-
-    def num_pages(self, num_rows: int) -> int:
-        """Returns how many pages hold `num_rows` rows."""
-        return -(-num_rows // self.rows_per_page)
-
-    def rows_of(self, pages: np.ndarray) -> np.ndarray:
-        """Returns the rows of pages, uint8 [P, page_bytes], as uint8 [P, rows_per_page, row_bytes]; no copy."""
-        return pages[:, : self.rows_per_page * self.row_bytes].reshape(-1, self.rows_per_page, self.row_bytes)
 
 
 def page_seed(spec: TableSpec, origin_digest: str) -> int:

@@ -17,13 +17,11 @@ from typing import Any
 
 from .. import kernels
 from ..errors import FormatError
-from .catalog import PlacementRecord, TableLayout
+from ..layout import BUCKET_KEYS, UNIT_BYTES, PlacementRecord, TableLayout, record_bytes, round_up
 
 PLACEMENT_FORMAT_VERSION = 1
 PLACEMENT_FOLDER = "placements"
-UNIT_BYTES = 4096  # head, indexes and records begin at multiples of it; reads of records are of whole ones
 HEAD_BYTES_MAX = 64 << 10
-BUCKET_KEYS = 3.5  # keys a bucket of 5 slots: 18 bytes of index an entry, and hardly a key displaced
 PLACES_MAX = 2**32 - 2
 GROUP_RECORDS = UNIT_BYTES // 8  # records begin at multiples of 8: so many of any size fill whole units
 _MAGIC = b"TIERPLAC"
@@ -88,19 +86,9 @@ class Placement:
     details: dict[str, Any]
 
 
-def record_bytes(entry_bytes: int) -> int:
-    """Returns the bytes of a record: the entry, up to a multiple of 8, and its trailer."""
-    return round_up(entry_bytes, 8) + kernels.RECORD_TRAILER.itemsize
-
-
 def group_start(num_entries: int) -> int:
     """Returns the last place, at most num_entries, whose record begins a unit whatever its size: reading may begin there."""
     return num_entries // GROUP_RECORDS * GROUP_RECORDS
-
-
-def round_up(value: int, unit: int) -> int:
-    """Returns the least multiple of `unit` that is not below `value`."""
-    return -(-value // unit) * unit
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from .. import kernels
 from ..decisions.budget import cache_set_bytes
 from ..decisions.shared_budget import HEAD_BYTES, SharedShare
 from ..errors import DaemonError
-from ..formats.catalog import CatalogImage, TableLayout
-from ..formats.placement import record_bytes
+from ..formats.catalog import CatalogImage
+from ..layout import TableLayout, record_bytes
 from ..spec import TableSpec
 from ..tiers.native import TableMemory
 from ..tiers.nvme import TableFiles, open_tables

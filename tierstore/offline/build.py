@@ -29,25 +29,24 @@ from typing import Any
 import numpy as np
 
 from ..causes import named
+from ..durable import sync_folder
 from ..errors import BudgetError, ConfigError, FormatError
 from ..file_systems import file_system_of, why_not_local
 from ..formats.catalog import (
     CATALOG_FILE,
     LOCK_FILE,
     CatalogImage,
-    ShardRecord,
-    TableLayout,
     create_catalog,
     forget_shards,
     mark_ready,
     read_catalog,
     record_origin,
     record_shard,
-    sync_folder,
 )
 from ..formats.checkpoint import PlaneReader, TableSource
 from ..formats.origin import changed_files, same_checkpoint
-from ..formats.page import PageShape, page_seed, repair_command, seal_pages
+from ..formats.page import page_seed, repair_command, seal_pages
+from ..layout import PageShape, ShardRecord, TableLayout
 from ..units import format_bytes
 
 CHUNK_BYTES = 4 << 20  # pages that a worker holds at once; with their rows, about 8 MiB a job

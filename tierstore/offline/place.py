@@ -24,16 +24,9 @@ import numpy as np
 
 from .. import kernels
 from ..causes import named, naming
+from ..durable import sync_folder
 from ..errors import BudgetError, ConfigError
-from ..formats.catalog import (
-    CatalogImage,
-    PlacementRecord,
-    TableLayout,
-    forget_placement,
-    publish_placement,
-    read_catalog,
-    sync_folder,
-)
+from ..formats.catalog import CatalogImage, forget_placement, publish_placement, read_catalog
 from ..formats.placement import (
     PLACEMENT_FOLDER,
     PLACES_MAX,
@@ -43,6 +36,7 @@ from ..formats.placement import (
     head_bytes,
     lay_out_placement,
 )
+from ..layout import PlacementRecord, TableLayout
 from ..process.workers import aside
 from ..tiers.nvme import TableFiles, read_pages
 from ..units import format_bytes

@@ -23,9 +23,9 @@ from ..decisions.curves import OnPhase
 from ..decisions.ranking import Ranking
 from ..decisions.tally import Group, OrderSplit, Tally
 from ..errors import ConfigError, FingerprintMismatchError, FormatError
-from ..formats.catalog import TableLayout
 from ..formats.key_trace import KeyBlock, KeyTraceInfo, read_key_blocks
 from ..formats.profile import BLOCK_VALUES, COUNTS, KEYS, Columns, Profile, ProfileHeader, ProfileWriter
+from ..layout import TableLayout
 from .count import ItemCounter
 
 COUNTED, HELD_OUT = 0, 1  # columns of the sums

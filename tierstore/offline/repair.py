@@ -23,11 +23,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..causes import named
+from ..durable import sync_folder
 from ..errors import BudgetError, ConfigError, CorruptPageError, FormatError, TierStoreError
-from ..formats.catalog import CatalogImage, TableLayout, read_catalog, sync_folder
+from ..formats.catalog import CatalogImage, read_catalog
 from ..formats.checkpoint import PlaneReader, TableSource
 from ..formats.page import repair_command
 from ..formats.placement import PLACEMENT_FOLDER, Placement, TableShape, lay_out_placement
+from ..layout import TableLayout
 from ..units import format_bytes
 from .build import BuildProgress, locked_store, write_shard
 from .place import Chosen, remove_leftovers, write_placement

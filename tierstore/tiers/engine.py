@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import StoreNotReadyError
-from ..formats.catalog import TableLayout
+from ..layout import TableLayout
 
 READ_WAIT_S = 300.0  # the longest that anything waits for the disk or for staging
 SLICE_S = 0.1  # the longest that a native wait keeps Python from handling signals

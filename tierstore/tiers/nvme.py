@@ -21,8 +21,9 @@ from .. import kernels
 from ..causes import Fault, allow_open_files, named
 from ..errors import CorruptPageError, FormatError
 from ..file_systems import warn_unless_local
-from ..formats.catalog import CatalogImage, TableLayout
+from ..formats.catalog import CatalogImage
 from ..formats.page import check_pages, repair_command
+from ..layout import TableLayout
 
 logger = logging.getLogger("tierstore")
 

@@ -22,8 +22,9 @@ from .. import kernels
 from ..causes import Fault, named
 from ..decisions.budget import LINE_BYTES, TableShare
 from ..errors import CorruptPageError, FormatError
-from ..formats.catalog import CatalogImage, TableLayout
-from ..formats.placement import GROUP_RECORDS, UNIT_BYTES, PlacedIndex, PlacedTable, Placement, read_head, round_up
+from ..formats.catalog import CatalogImage
+from ..formats.placement import GROUP_RECORDS, PlacedIndex, PlacedTable, Placement, read_head
+from ..layout import UNIT_BYTES, TableLayout, round_up
 from .nvme import open_direct
 
 logger = logging.getLogger("tierstore")

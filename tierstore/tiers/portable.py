@@ -16,7 +16,7 @@ import numpy as np
 from .. import kernels
 from ..decisions.budget import DramPlan
 from ..errors import StoreNotReadyError
-from ..formats.catalog import TableLayout
+from ..layout import TableLayout
 from .dram import EntryCache, ResidentTable
 from .engine import READ_WAIT_S, Engine, Request
 from .nvme import IoChoice, TableFiles, load_rows, read_pages

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .. import kernels
-from ..formats.placement import BUCKET_KEYS
+from ..layout import BUCKET_KEYS
 from .placed import index_head
 
 PIECE_SLOTS = 1 << 16  # looked at at once, so that looking at all takes little memory

@@ -24,9 +24,9 @@ from tierstore import kernels
 from tierstore.decisions.plan import INDEX_ENTRY_BYTES, Budgets
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import CatalogImage, read_catalog, set_epoch
-from tierstore.formats.placement import record_bytes
 from tierstore.formats.profile import Profile
 from tierstore.formats.trace import TokenTraceWriter
+from tierstore.layout import record_bytes
 from tierstore.offline.place import prune_placements
 from tierstore.offline.profile import ItemRanking
 from tierstore.store.embedded import Embedded

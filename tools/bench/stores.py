@@ -23,8 +23,9 @@ import numpy as np
 
 from engram_adapter import HashSpec
 from tierstore.errors import ConfigError
-from tierstore.formats.catalog import TableLayout, read_catalog
+from tierstore.formats.catalog import read_catalog
 from tierstore.formats.checkpoint import Plane, StoredTensor, TableSource
+from tierstore.layout import TableLayout
 from tierstore.offline.build import build_store
 from tierstore.spec import KEY_MAX, TableSpec
 from tierstore.units import format_bytes

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import numpy as np
 
 from ... import kernels
-from ...formats.catalog import TableLayout
 from ...formats.placement import GROUP_RECORDS, PlacedTable, group_start
+from ...layout import TableLayout
 from ..memory import allocate
 from ..placed import PlacementFile, load_indexes, load_records
 from .pairs import Pairs, record_trailers

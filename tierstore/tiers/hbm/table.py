@@ -15,9 +15,9 @@ import torch
 
 from ... import kernels
 from ...decisions.hbm_budget import CONTROL_BYTES, SLOT_ALIGNMENT, HbmShare
-from ...formats.placement import BUCKET_KEYS
 from ...kernels.gpu.gather import EntrySources
 from ...kernels.gpu.probe import DeviceIndex
+from ...layout import BUCKET_KEYS
 from ...spec import TableSpec
 from .pairs import Pairs
 

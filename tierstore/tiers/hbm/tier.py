@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from ...decisions.hbm_budget import HbmPlan
-from ...formats.catalog import TableLayout
 from ...kernels.gpu.codecs import RowCodec
 from ...kernels.gpu.gather import gather_entries
+from ...layout import TableLayout
 from ...spec import TableSpec
 from .device import DramPart, PinnedMemory, lock, make_block, unlock, wait_for_current
 from .pairs import Pairs

@@ -28,7 +28,7 @@ from .clients import Clients
 from .launcher import Served
 
 if TYPE_CHECKING:
-    from .command import Setting
+    from .setting import Setting
 
 GIB = 1 << 30
 STARTS_MAX = 3

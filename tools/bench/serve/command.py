@@ -14,7 +14,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from . import changes as serve_changes
 from . import remote
 from .clients import Clients
 from .launcher import Served, proportional_bytes
+from .setting import Setting
 
 SIZE_BYTES = 2 << 30
 SET_PART = 16  # the working set is this part of the table
@@ -43,36 +43,11 @@ BATCHES_A_ROUND = 8
 SETTLE_ROUNDS_MAX, SETTLE_PAUSE_S = 20, 0.2  # the daemon reads what attached lookups missed within that
 HELD_SHARE_MIN = 0.95
 CLIENTS, MANY_CLIENTS, OWN_STORES = 8, 64, 2
-CLIENTS_MAX = 80  # of the daemon
 STRETCH_S, MANY_STRETCH_S = 1.0, 3.0
 REMOTE_US_MAX, REMOTE_MB_PER_S_MIN = 1000.0, 600.0  # what lookups by gRPC are to keep to
 SECOND_FOLDER, SECOND_SEED = "second", 1  # of the version that is swapped in
 MIB = 1 << 20
 ATTACHED, OWN = "attached", "in process"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured on. second: another version; keys: int64 [N, O], the working set; work: a folder for sockets."""
-
-    made: MadeStore
-    second: MadeStore
-    keys: np.ndarray
-    dram_bytes: int
-    work: Path
-    options: Options
-
-    def serve(self, name: str, *options: str) -> Served:
-        """Starts a daemon of the store, without replans but those that are asked for."""
-        return Served(
-            self.made.path, self.work / f"{name}.sock", self.dram_bytes,
-            "--replan", "off", "--clients", str(CLIENTS_MAX), *options,
-        )  # fmt: skip
-
-    def save(self, keys: np.ndarray) -> Path:
-        """Writes keys where client processes find them."""
-        np.save(self.work / "keys.npy", keys)
-        return self.work / "keys.npy"
 
 
 def run(folder: Path, options: Options) -> Result:
