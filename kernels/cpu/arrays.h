@@ -15,13 +15,12 @@ inline void require(bool holds, const char* what) {
 }
 
 // An array that a kernel reads: the caller's own where it is contiguous, aligned and of type T, else a copy that is; a
-// type that T does not hold is a TypeError. py::array_t as an argument does the same, but first makes an empty array and
-// then goes through the call that copies either way: with it, the keys of one token took 1.9 us instead of 0.4.
+// type that T does not hold is a TypeError. py::array_t as an argument does the same, but first makes an empty array
+// and then goes through the call that copies either way: with it, the keys of one token took 1.9 us instead of 0.4.
 template <typename T>
 class Input : public pybind11::array {
  public:
-  using Copy =
-      pybind11::array_t<T, pybind11::array::c_style | pybind11::detail::npy_api::NPY_ARRAY_ALIGNED_>;
+  using Copy = pybind11::array_t<T, pybind11::array::c_style | pybind11::detail::npy_api::NPY_ARRAY_ALIGNED_>;
   using pybind11::array::array;
   // None: pybind11's own default allocates an array.
   Input() : pybind11::array(pybind11::handle(), stolen_t{}) {}

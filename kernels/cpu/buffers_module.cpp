@@ -1,6 +1,6 @@
-// A job ends in a thread without the interpreter lock, which may be held by whoever waits for that thread. So it only puts what it kept
-// alive on a list, and has the interpreter drop that soon: by the next call that comes in here, or between two instructions of the
-// main thread.
+// A job ends in a thread without the interpreter lock, which may be held by whoever waits for that thread. So it only
+// puts what it kept alive on a list, and has the interpreter drop that soon: by the next call that comes in here, or
+// between two instructions of the main thread.
 #include "buffers_module.h"
 
 #include <atomic>

@@ -47,7 +47,8 @@ inline void decode(const uint8_t* values, size_t count, float scale, uint16_t* o
 
 }  // namespace
 
-void decode_fp8_rows(const uint8_t* rows, size_t num_rows, size_t row_bytes, size_t dim, const float* scale, uint16_t* out) {
+void decode_fp8_rows(const uint8_t* rows, size_t num_rows, size_t row_bytes, size_t dim, const float* scale,
+                     uint16_t* out) {
   for (size_t row = 0; row < num_rows; ++row, rows += row_bytes, out += dim) {
     for (size_t start = 0; start < dim; start += kScaleBlock) {
       const float factor = scale != nullptr ? *scale : e8m0_value(rows[dim + start / kScaleBlock]);

@@ -41,10 +41,10 @@ uint32_t update_table(uint32_t state, const uint8_t* data, size_t num_bytes) {
 }
 
 #if defined(__x86_64__)
-// The instruction takes three cycles, and one can begin in each: so three parts of the data go side by side, and are joined, since
-// states are linear over GF(2): the state of A and B is that of A and as many zeros as B is long, plus that of B alone. After Gopal et al.,
-// "Fast CRC Computation for iSCSI Polynomial Using CRC32 Instruction", 2011; their joining multiplication is tables here. Four rounds
-// are nearly a page of 4 KiB, two a record of V4.1's.
+// The instruction takes three cycles, and one can begin in each: so three parts of the data go side by side, and are
+// joined, since states are linear over GF(2): the state of A and B is that of A and as many zeros as B is long, plus
+// that of B alone. After Gopal et al., "Fast CRC Computation for iSCSI Polynomial Using CRC32 Instruction", 2011; their
+// joining multiplication is tables here. Four rounds are nearly a page of 4 KiB, two a record of V4.1's.
 constexpr size_t kPartBytes = 336;
 
 // What kPartBytes zeros make of a state, by each of its bytes.

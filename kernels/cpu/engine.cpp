@@ -20,17 +20,19 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::chrono::milliseconds kLookAgain{2};   // how often a closer looks whether all uses have ended
+constexpr std::chrono::milliseconds kLookAgain{2};     // how often a closer looks whether all uses have ended
 constexpr std::chrono::milliseconds kMakeAgain{1000};  // before a lane is tried for again that could not be made
 constexpr size_t kSortHere = 1 << 18;  // misses; more would take a caller too long, and a worker sorts them
 constexpr auto kRelaxed = std::memory_order_relaxed;
 
-Clock::duration seconds(double count) { return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(count)); }
+Clock::duration seconds(double count) {
+  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(count));
+}
 
 }  // namespace
 
-// Lanes, workers and who waits for them. Made anew in a forked child, where the parent's threads are not. It has room for all lanes and
-// workers from the start, so that none is lost for want of memory.
+// Lanes, workers and who waits for them. Made anew in a forked child, where the parent's threads are not. It has room
+// for all lanes and workers from the start, so that none is lost for want of memory.
 struct Engine::Runtime {
   explicit Runtime(size_t num_lanes) : lanes_max(num_lanes) {
     lanes.reserve(num_lanes);
@@ -45,8 +47,8 @@ struct Engine::Runtime {
   std::unique_ptr<PreadPool> pool;
   std::vector<std::unique_ptr<Lane>> lanes;
   std::vector<Lane*> free;
-  Line<Lane> handed;   // with a job that was begun; or disowned, to be drained
-  Line<Job> pending;   // waiting for a lane
+  Line<Lane> handed;    // with a job that was begun; or disowned, to be drained
+  Line<Job> pending;    // waiting for a lane
   Ring<Job> under_way;  // all that a worker carries or will
   std::vector<std::thread> workers;
   const size_t lanes_max;
@@ -61,11 +63,13 @@ Engine::Engine(std::vector<Table> tables, const EngineShape& shape)
       runtime_(std::make_unique<Runtime>(shape.num_lanes)),
       gate_(shape.epochs == nullptr
                 ? std::make_unique<EpochGate>()
-                : std::make_unique<EpochGate>(shape.epochs, shape.version, &ClientBlock::of(shape.client_block)->active[0].value,
+                : std::make_unique<EpochGate>(shape.epochs, shape.version,
+                                              &ClientBlock::of(shape.client_block)->active[0].value,
                                               &ClientBlock::of(shape.client_block)->active[1].value)) {
   if (shape.reports) reports_ = std::make_unique<ReportWriter>(shape.client_block);
   for (const Table& table : tables_) table_counters.emplace_back(table.num_orders);
-  while (runtime_->lanes.size() < shape.num_lanes && make_lane()) continue;  // now, so that it is known whether they all are there
+  while (runtime_->lanes.size() < shape.num_lanes && make_lane())
+    continue;  // now, so that it is known whether they all are there
   if (runtime_->lanes.empty()) throw std::runtime_error("no lane: out of memory, descriptors or locked memory");
 }
 
@@ -96,7 +100,8 @@ bool Engine::gather(const EpochView& view, size_t index, const PairList& list, u
     if (reports_ != nullptr) reports.emplace(*reports_, static_cast<uint16_t>(index));
     bool holds = view.alive;
     if (holds) {
-      found = gather_cached(table, view.epoch, static_cast<uint16_t>(index), list, out, gathered.misses, reports ? &*reports : nullptr);
+      found = gather_cached(table, view.epoch, static_cast<uint16_t>(index), list, out, gathered.misses,
+                            reports ? &*reports : nullptr);
       holds = gate_->holds(view);
     }
     if (!holds) {
@@ -119,7 +124,8 @@ bool Engine::gather(const EpochView& view, size_t index, const PairList& list, u
   return true;
 }
 
-bool Engine::gather_units(size_t index, const PairList& ids, uint8_t* out, uint8_t unit, bool of_tokens, Gathered& gathered) {
+bool Engine::gather_units(size_t index, const PairList& ids, uint8_t* out, uint8_t unit, bool of_tokens,
+                          Gathered& gathered) {
   const Table& table = tables_[index];
   const size_t first_miss = gathered.misses.size();
   if (unit == kRowUnit && table.resident != nullptr) {
@@ -162,7 +168,8 @@ void Engine::locate(const EpochView& view, size_t index, const int64_t* keys, si
       sources[i] = kFromResident;
     } else if (table.statics.loads(placed)) {
       sources[i] = kFromStatic;
-    } else if (view.alive && table.cache->probe(table.cache->find_set(table.tagged(order), key), table.tagged(order), key).way >= 0) {
+    } else if (view.alive &&
+               table.cache->probe(table.cache->find_set(table.tagged(order), key), table.tagged(order), key).way >= 0) {
       sources[i] = kFromRecency;
     } else {
       sources[i] = table.statics.place_in_file(order, key, placed) == kNotPlaced ? kFromPages : kFromRecord;
@@ -192,11 +199,13 @@ void Engine::count_rows(size_t index, const PairList& ids, bool of_tokens) {
     counters.rows.fetch_add(num_found, kRelaxed);
     return;
   }
-  for (size_t order = 0; order < table.num_orders; ++order) table_counters[index].hits[order].fetch_add(found_of[order], kRelaxed);
+  for (size_t order = 0; order < table.num_orders; ++order)
+    table_counters[index].hits[order].fetch_add(found_of[order], kRelaxed);
   counters.sentinels.fetch_add(num_keys - num_found, kRelaxed);
 }
 
-std::shared_ptr<Job> Engine::make_job(Gathered gathered, const std::vector<std::pair<size_t, uint8_t*>>& outputs) const {
+std::shared_ptr<Job> Engine::make_job(Gathered gathered,
+                                      const std::vector<std::pair<size_t, uint8_t*>>& outputs) const {
   std::vector<uint8_t*> by_table(tables_.size(), nullptr);
   for (const auto& [table, out] : outputs) by_table[table] = out;
   return std::make_shared<Job>(std::move(gathered), std::move(by_table));
@@ -290,7 +299,8 @@ Engine::Submitted Engine::submit(const std::shared_ptr<Job>& job) {
 void Engine::wait_for_room() {
   Runtime& runtime = *runtime_;
   std::unique_lock<std::mutex> lock(runtime.mutex);
-  runtime.job_ended.wait_for(lock, std::chrono::milliseconds(kSliceMs), [&] { return runtime.under_way.size() < shape_.jobs_max; });
+  runtime.job_ended.wait_for(lock, std::chrono::milliseconds(kSliceMs),
+                             [&] { return runtime.under_way.size() < shape_.jobs_max; });
 }
 
 // Takes a lane, within wait_ms. Null if none came free; and with a fault if there are none and none can be made.
@@ -326,7 +336,8 @@ Lane* Engine::take_lane() {
   return lane;
 }
 
-// Adds a free lane. If there is no memory or descriptor for it, the store makes do with the lanes there are, and tries again later.
+// Adds a free lane. If there is no memory or descriptor for it, the store makes do with the lanes there are, and tries
+// again later.
 bool Engine::make_lane() {
   Runtime& runtime = *runtime_;
   try {
@@ -421,8 +432,8 @@ void Engine::work() {
   }
 }
 
-// Carries a job, begun or not, to its end, and gives the lane back. Reads that do not end keep their lane. Without a lane, none could
-// be made.
+// Carries a job, begun or not, to its end, and gives the lane back. Reads that do not end keep their lane. Without a
+// lane, none could be made.
 void Engine::carry(Lane* lane, Job& job) {
   job.note_begun();
   if (lane == nullptr) {
@@ -464,8 +475,8 @@ bool Engine::close(double limit_s) {
   {
     std::unique_lock<std::mutex> lock(runtime.mutex);
     const auto deadline = Clock::now() + seconds(limit_s);
-    // Uses first: they alone bring jobs. A use ends without the mutex, for which it might wait with the interpreter's lock, while who
-    // forks has it the other way.
+    // Uses first: they alone bring jobs. A use ends without the mutex, for which it might wait with the interpreter's
+    // lock, while who forks has it the other way.
     while (!gate_->is_empty()) {
       if (Clock::now() >= deadline) return false;
       runtime.use_ended.wait_for(lock, kLookAgain);

@@ -1,16 +1,18 @@
 // The lookup path of an open store: hits copied by the caller's thread, misses carried by lanes.
 //
-// A lookup that misses takes a lane and drives it itself: no hand-over, no wake-up. If it takes longer than a slice, a worker thread
-// goes on with it, so that the caller can look after signals without a lane in its hand. A submit takes a lane, starts its first
-// reads and hands it to a worker, which finishes the job whether anybody waits or not. If the system gives no thread, callers carry
-// their jobs themselves. Lanes, and so staging, reads in flight and threads, are bounded; if none is free, the caller queues. Any
-// number of threads may call at once.
+// A lookup that misses takes a lane and drives it itself: no hand-over, no wake-up. If it takes longer than a slice, a
+// worker thread goes on with it, so that the caller can look after signals without a lane in its hand. A submit takes a
+// lane, starts its first reads and hands it to a worker, which finishes the job whether anybody waits or not. If the
+// system gives no thread, callers carry their jobs themselves. Lanes, and so staging, reads in flight and threads, are
+// bounded; if none is free, the caller queues. Any number of threads may call at once.
 //
 //   job:  gathered -> [waits for room] -> under way: [in line for a lane] -> with a lane -> done
-//                                                     cancelled at any time: nothing more is written, and it ends by itself
+//                                                     cancelled at any time: nothing more is written, and it ends by
+//                                                     itself
 //
-// What a job needs on its way it has before it starts: its buffers are held by it, and lists are threaded through jobs and lanes.
-// So nothing between the first read and the last can fail for want of memory, but for what the job's fault then says.
+// What a job needs on its way it has before it starts: its buffers are held by it, and lists are threaded through jobs
+// and lanes. So nothing between the first read and the last can fail for want of memory, but for what the job's fault
+// then says.
 #pragma once
 
 #include <atomic>
@@ -58,15 +60,16 @@ struct Counters {
   std::atomic<uint64_t> batches{0}, zero_miss_batches{0}, sentinels{0}, rows{0}, rows_missed{0};
 };
 
-// How long lookups took, from the call until the rows were there, whether anybody waited or not: counts by powers of two of a
-// microsecond, and the sum. One lookup in kShare is timed: two looks at the clock would be a noticeable part of the shortest.
+// How long lookups took, from the call until the rows were there, whether anybody waited or not: counts by powers of
+// two of a microsecond, and the sum. One lookup in kShare is timed: two looks at the clock would be a noticeable part
+// of the shortest.
 struct Latency {
   using Clock = std::chrono::steady_clock;
   static constexpr size_t kBounds = 21;  // 1 us to 1.05 s; what took longer comes last
   static constexpr unsigned kShareLog2 = 3;
 
-  // Returns when a lookup begins, or the clock's zero: it is not timed. Chance decides, because the layers of a model take turns,
-  // and every eighth lookup would always be the same layer's.
+  // Returns when a lookup begins, or the clock's zero: it is not timed. Chance decides, because the layers of a model
+  // take turns, and every eighth lookup would always be the same layer's.
   static Clock::time_point begin() {
     // The generator of MMIX (Knuth, TAOCP 2, 3.3.4); its high bits are good enough for chance.
     thread_local uint64_t state = reinterpret_cast<uintptr_t>(&state);
@@ -76,7 +79,8 @@ struct Latency {
 
   // Counts a lookup that ends now, if it is timed.
   void end(Clock::time_point started) {
-    if (started != Clock::time_point{}) add(static_cast<uint64_t>((Clock::now() - started) / std::chrono::nanoseconds(1)));
+    if (started != Clock::time_point{})
+      add(static_cast<uint64_t>((Clock::now() - started) / std::chrono::nanoseconds(1)));
   }
 
   void add(uint64_t took_ns) {
@@ -116,8 +120,8 @@ class Engine {
     const bool open_;
   };
 
-  // A job on its caller's thread, slice by slice. Whatever ends this, its lane is given back, and the job, if it is not done and no
-  // worker has it, is written to no more.
+  // A job on its caller's thread, slice by slice. Whatever ends this, its lane is given back, and the job, if it is not
+  // done and no worker has it, is written to no more.
   class Carrier {
    public:
     Carrier(Engine& engine, const std::shared_ptr<Job>& job) : engine_(engine), job_(job) {}
@@ -126,8 +130,8 @@ class Engine {
     Carrier& operator=(const Carrier&) = delete;
 
     enum class State { kDone, kHandedOn, kUnderWay };
-    // Goes on for about a slice. kDone: the job has its rows, or its fault. kHandedOn: a worker has it, and it will be `done` one day.
-    // Blocks on the disk.
+    // Goes on for about a slice. kDone: the job has its rows, or its fault. kHandedOn: a worker has it, and it will be
+    // `done` one day. Blocks on the disk.
     State run();
     // From the next `run` on, a worker may take the job: it holds what it writes to.
     void let_hand_on() { hands_on_ = true; }
@@ -145,13 +149,13 @@ class Engine {
   size_t num_lanes() const;
   size_t num_free_lanes() const;
 
-  // Copies what memory holds of a table's pairs, entry i to out + (list.first + i) * entry_bytes, and appends the rest to the misses.
-  // Returns false, with `out` undefined and nothing counted, if a key or a pair is none of the table's.
+  // Copies what memory holds of a table's pairs, entry i to out + (list.first + i) * entry_bytes, and appends the rest
+  // to the misses. Returns false, with `out` undefined and nothing counted, if a key or a pair is none of the table's.
   bool gather(const EpochView& view, size_t table, const PairList& list, uint8_t* out, Gathered& gathered);
 
-  // Appends rows (kRowUnit; id -1 for zeros) or pages (kPageUnit) to what is to be read past the cache; rows of a resident table, and
-  // zeros, are copied. of_tokens: the ids are those of whole tokens, [N, O * H], and of a resident table are counted as keys. Returns
-  // as `gather` does; list.first counts rows or pages.
+  // Appends rows (kRowUnit; id -1 for zeros) or pages (kPageUnit) to what is to be read past the cache; rows of a
+  // resident table, and zeros, are copied. of_tokens: the ids are those of whole tokens, [N, O * H], and of a resident
+  // table are counted as keys. Returns as `gather` does; list.first counts rows or pages.
   bool gather_units(size_t table, const PairList& ids, uint8_t* out, uint8_t unit, bool of_tokens, Gathered& gathered);
 
   // Writes the Source of each of a table's keys, [num_tokens, O]. Counts nothing.
@@ -164,8 +168,8 @@ class Engine {
 
   // Fetches a job's misses on the caller's thread, to the end. Blocks on the disk.
   void fetch(const std::shared_ptr<Job>& job);
-  // Has a worker fetch them: the first reads are in flight when it returns, unless every lane is busy. kNoRoom: jobs_max jobs are under
-  // way; kNoWorker: the system gives no thread. Nothing was done then.
+  // Has a worker fetch them: the first reads are in flight when it returns, unless every lane is busy. kNoRoom:
+  // jobs_max jobs are under way; kNoWorker: the system gives no thread. Nothing was done then.
   enum class Submitted { kUnderWay, kNoRoom, kNoWorker };
   Submitted submit(const std::shared_ptr<Job>& job);
   // Waits for a slice at most for another job to have room. Comes without a `Use`.
@@ -173,12 +177,13 @@ class Engine {
   // The longest that a job takes that is not stalled.
   double wait_s() const { return shape_.wait_s; }
 
-  // Waits at most `seconds` for uses and jobs to end, then stops the workers. Returns whether all ended; call again if not. Any
-  // threads may call it.
+  // Waits at most `seconds` for uses and jobs to end, then stops the workers. Returns whether all ended; call again if
+  // not. Any threads may call it.
   bool close(double seconds);
 
-  // Around a fork, in this order; locks are held between the two. Attached to a daemon, the child's engine is closed: the block
-  // that it would count and report in is the parent's. `before_fork` throws, with nothing held, if there is no memory.
+  // Around a fork, in this order; locks are held between the two. Attached to a daemon, the child's engine is closed:
+  // the block that it would count and report in is the parent's. `before_fork` throws, with nothing held, if there is
+  // no memory.
   void before_fork();
   void after_fork(bool in_child);
 

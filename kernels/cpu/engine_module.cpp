@@ -1,4 +1,5 @@
-// The Python face of the lookup path: checks arguments, holds what must outlive a job, and releases the interpreter lock.
+// The Python face of the lookup path: checks arguments, holds what must outlive a job, and releases the interpreter
+// lock.
 #include "engine_module.h"
 
 #include <pybind11/numpy.h>
@@ -25,11 +26,12 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Copies of so few entries are over sooner than the interpreter lock is given back and taken again: with 64 threads that
-// look up one token each, doing so made every lookup five times dearer. Whatever reads from disk releases it.
+// Copies of so few entries are over sooner than the interpreter lock is given back and taken again: with 64 threads
+// that look up one token each, doing so made every lookup five times dearer. Whatever reads from disk releases it.
 constexpr size_t kBriefPairs = 16;
 
-// A batch is gathered in pieces, so that Python can handle signals between two of them: so much output each, or so many pairs.
+// A batch is gathered in pieces, so that Python can handle signals between two of them: so much output each, or so many
+// pairs.
 constexpr size_t kPieceBytes = 8 << 20;
 constexpr size_t kPiecePairs = 1 << 16, kPiecePairsMax = 1 << 20;
 constexpr std::chrono::milliseconds kSlice{kSliceMs};
@@ -60,8 +62,8 @@ bool overlap(const void* a, size_t a_bytes, const void* b, size_t b_bytes) {
   return a_start < b_start + b_bytes && b_start < a_start + a_bytes;
 }
 
-// A job submitted from Python. Dropped, it cancels a job that is not done, unless that was detached: nobody else would see to it that
-// the job's output is left alone meanwhile.
+// A job submitted from Python. Dropped, it cancels a job that is not done, unless that was detached: nobody else would
+// see to it that the job's output is left alone meanwhile.
 class Ticket {
  public:
   explicit Ticket(std::shared_ptr<Job> job) : job_(std::move(job)) {}
@@ -111,11 +113,14 @@ class Ticket {
 class PyEngine {
  public:
   PyEngine(const std::vector<py::dict>& records, const std::string& mode, bool use_process_madvise, size_t num_lanes,
-           size_t depth, size_t assembly_bytes, size_t pread_threads, size_t jobs_max, double wait_s, const py::object& shared) {
+           size_t depth, size_t assembly_bytes, size_t pread_threads, size_t jobs_max, double wait_s,
+           const py::object& shared) {
     num_lanes_ = num_lanes;
     mode_ = mode_of(mode);
-    require(num_lanes >= 1 && depth >= 1 && depth <= 4096 && pread_threads >= 1 && jobs_max >= 1, "limits are at least 1");
-    EngineShape shape{mode_of(mode), use_process_madvise, num_lanes, pread_threads, jobs_max, wait_s, {depth, 0, assembly_bytes}};
+    require(num_lanes >= 1 && depth >= 1 && depth <= 4096 && pread_threads >= 1 && jobs_max >= 1,
+            "limits are at least 1");
+    EngineShape shape{mode_of(mode), use_process_madvise,       num_lanes, pread_threads, jobs_max,
+                      wait_s,        {depth, 0, assembly_bytes}};
     std::vector<Table> tables;
     for (const py::dict& record : records) {
       tables.push_back(make_table(record, shape.mode));
@@ -129,7 +134,8 @@ class PyEngine {
         memory_.push_back(held.memory);
       } else {
         memory_.push_back(record["memory"].cast<py::array_t<uint8_t, py::array::c_style>>());
-        require(static_cast<uint64_t>(memory_.back().nbytes()) >= table.num_rows * table.row_bytes, "memory holds the resident rows");
+        require(static_cast<uint64_t>(memory_.back().nbytes()) >= table.num_rows * table.row_bytes,
+                "memory holds the resident rows");
       }
       if (!record["statics"].is_none()) {
         require(table.cache != nullptr, "a resident table needs no static set");
@@ -162,8 +168,8 @@ class PyEngine {
     return timed([&] { return read(part_of(index, keys, py::none(), out)); });
   }
 
-  // [(table, keys, out), ...], checked. Returns a Ticket, whose job had hold of every out before a read began; None if nothing was
-  // missing, or False as `lookup` does. After an exception nothing is written.
+  // [(table, keys, out), ...], checked. Returns a Ticket, whose job had hold of every out before a read began; None if
+  // nothing was missing, or False as `lookup` does. After an exception nothing is written.
   py::object submit(const std::vector<std::tuple<size_t, py::object, py::object>>& requests) {
     for (const auto& [index, keys, out] : requests) {
       if (!fits(index, keys, out)) return py::bool_(false);
@@ -174,7 +180,8 @@ class PyEngine {
     return start(parts);
   }
 
-  // keys, int64 [M], and their pairs, int32 [M], of one table into out, uint8 [M, entry_bytes]. Returns as `submit` does.
+  // keys, int64 [M], and their pairs, int32 [M], of one table into out, uint8 [M, entry_bytes]. Returns as `submit`
+  // does.
   py::object submit_pairs(size_t index, py::handle keys, py::handle pairs, py::handle out) {
     if (index >= engine_->tables().size() || !is_array(keys, 'i', 8, false) || !is_array(pairs, 'i', 4, false) ||
         !is_array(out, 'u', 1, true)) {
@@ -183,8 +190,8 @@ class PyEngine {
     const Table& table = engine_->tables()[index];
     const auto k = py::reinterpret_borrow<py::array>(keys), p = py::reinterpret_borrow<py::array>(pairs);
     auto o = py::reinterpret_borrow<py::array>(out);
-    if (k.ndim() != 1 || p.ndim() != 1 || p.size() != k.size() || k.size() > std::numeric_limits<uint32_t>::max() || o.ndim() != 2 ||
-        o.shape(0) != k.size() || o.shape(1) != static_cast<py::ssize_t>(table.entry_bytes()) ||
+    if (k.ndim() != 1 || p.ndim() != 1 || p.size() != k.size() || k.size() > std::numeric_limits<uint32_t>::max() ||
+        o.ndim() != 2 || o.shape(0) != k.size() || o.shape(1) != static_cast<py::ssize_t>(table.entry_bytes()) ||
         (table.cache == nullptr && table.resident == nullptr)) {
       return py::bool_(false);
     }
@@ -193,8 +200,8 @@ class PyEngine {
     return start(parts);
   }
 
-  // Row ids, int64 [R], -1 for a zero row, into uint8 [R, row_bytes], past the cache. Returns as `lookup` does. Those of whole tokens
-  // of a resident table, [N, O * H], are counted as keys.
+  // Row ids, int64 [R], -1 for a zero row, into uint8 [R, row_bytes], past the cache. Returns as `lookup` does. Those
+  // of whole tokens of a resident table, [N, O * H], are counted as keys.
   py::object rows(size_t index, py::handle row_ids, py::handle out) {
     const Table& table = engine_->tables().at(index);
     return read_units(index, row_ids, out, table.row_bytes, kRowUnit);
@@ -217,7 +224,8 @@ class PyEngine {
 
   // What would answer keys, int64 [N, O], as uint8 [N, O] in `sources`. Returns None, or False as `lookup` does.
   py::object locate(size_t index, py::handle keys, py::handle sources) {
-    if (index >= engine_->tables().size() || !is_array(keys, 'i', 8, false) || !is_array(sources, 'u', 1, true)) return py::bool_(false);
+    if (index >= engine_->tables().size() || !is_array(keys, 'i', 8, false) || !is_array(sources, 'u', 1, true))
+      return py::bool_(false);
     const Table& table = engine_->tables()[index];
     const auto key_array = py::reinterpret_borrow<py::array>(keys);
     auto source_array = py::reinterpret_borrow<py::array>(sources);
@@ -340,7 +348,8 @@ class PyEngine {
         own_keys.assign(list.keys, list.keys + list.count);
         list.keys = own_keys.data();
       }
-      if (own_pairs.empty() && list.pairs != nullptr && overlap(list.pairs, list.count * sizeof(int32_t), out, out_bytes)) {
+      if (own_pairs.empty() && list.pairs != nullptr &&
+          overlap(list.pairs, list.count * sizeof(int32_t), out, out_bytes)) {
         own_pairs.assign(list.pairs, list.pairs + list.count);
         list.pairs = own_pairs.data();
       }
@@ -351,15 +360,23 @@ class PyEngine {
   static Part part_of(size_t index, py::handle keys, py::handle pairs, py::handle out) {
     const auto key_array = py::reinterpret_borrow<py::array>(keys);
     auto out_array = py::reinterpret_borrow<py::array>(out);
-    Part part{index, {static_cast<const int64_t*>(key_array.data()), static_cast<size_t>(key_array.size())},
-              static_cast<uint8_t*>(out_array.mutable_data()), out_array, static_cast<size_t>(out_array.nbytes()), 0, false, {}, {}};
-    if (!pairs.is_none()) part.list.pairs = static_cast<const int32_t*>(py::reinterpret_borrow<py::array>(pairs).data());
+    Part part{index,
+              {static_cast<const int64_t*>(key_array.data()), static_cast<size_t>(key_array.size())},
+              static_cast<uint8_t*>(out_array.mutable_data()),
+              out_array,
+              static_cast<size_t>(out_array.nbytes()),
+              0,
+              false,
+              {},
+              {}};
+    if (!pairs.is_none())
+      part.list.pairs = static_cast<const int32_t*>(py::reinterpret_borrow<py::array>(pairs).data());
     part.keep_keys_from(part.out, part.out_bytes);
     return part;
   }
 
-  // Copies what memory holds of a part. False: the engine is closed, or a key is none of the table's. The interpreter's lock is as
-  // `released` says; between two pieces nothing of the engine is in use, and Python may handle signals.
+  // Copies what memory holds of a part. False: the engine is closed, or a key is none of the table's. The interpreter's
+  // lock is as `released` says; between two pieces nothing of the engine is in use, and Python may handle signals.
   bool gather(const Part& part, Gathered& gathered, std::optional<py::gil_scoped_release>& released) {
     const Table& table = engine_->tables()[part.index];
     const size_t entry_bytes = part.unit == 0 ? table.entry_bytes() : table.row_bytes;
@@ -375,8 +392,9 @@ class PyEngine {
       {
         const Engine::Use use(*engine_);
         if (!use) return false;
-        if (!(part.unit == 0 ? engine_->gather(use.view(), part.index, list, part.out, gathered)
-                             : engine_->gather_units(part.index, list, part.out, part.unit, part.of_tokens, gathered))) {
+        if (!(part.unit == 0
+                  ? engine_->gather(use.view(), part.index, list, part.out, gathered)
+                  : engine_->gather_units(part.index, list, part.out, part.unit, part.of_tokens, gathered))) {
           return false;
         }
       }
@@ -420,9 +438,9 @@ class PyEngine {
 
   enum class Carried { kDone, kHandedOn, kClosed };
 
-  // Carries a job on this thread, or has a worker do so once it takes longer than a slice; so nothing of the engine is in use while
-  // Python handles signals, unless there is no worker to be had. objects: what it writes to; none if it holds that already. If this
-  // throws, no worker has the job, and nothing is written.
+  // Carries a job on this thread, or has a worker do so once it takes longer than a slice; so nothing of the engine is
+  // in use while Python handles signals, unless there is no worker to be had. objects: what it writes to; none if it
+  // holds that already. If this throws, no worker has the job, and nothing is written.
   Carried carry(const std::shared_ptr<Job>& job, const std::vector<py::object>& objects) {
     using State = Engine::Carrier::State;
     const py::gil_scoped_release released;
@@ -445,7 +463,8 @@ class PyEngine {
     }
   }
 
-  // Waits for a job that a worker has; returns its fault. Python handles signals meanwhile; what they raise ends the job.
+  // Waits for a job that a worker has; returns its fault. Python handles signals meanwhile; what they raise ends the
+  // job.
   Fault wait_for(Job& job) {
     const auto started = Clock::now();
     try {
@@ -457,7 +476,8 @@ class PyEngine {
         }
         if (done) break;
         check_signals();
-        if (!job.begun() && Clock::now() - started > std::chrono::duration<double>(engine_->wait_s())) {  // every lane is stuck
+        if (!job.begun() &&
+            Clock::now() - started > std::chrono::duration<double>(engine_->wait_s())) {  // every lane is stuck
           job.cancel();
           return {FaultKind::kTimeout, 0, 0, static_cast<int>(engine_->wait_s())};
         }
@@ -544,14 +564,17 @@ class PyEngine {
     drop_released();
   }
 
-  // Attaches the engine to a daemon's epochs: (control block, number of the version, the client's own block, whether to report there).
+  // Attaches the engine to a daemon's epochs: (control block, number of the version, the client's own block, whether to
+  // report there).
   void join(const py::tuple& shared, EngineShape& shape) {
     auto control = shared[0].cast<py::array_t<uint8_t, py::array::c_style>>();
     auto block = shared[2].cast<py::array_t<uint8_t, py::array::c_style>>();
     shape.version = shared[1].cast<uint64_t>();
-    require(control.nbytes() >= static_cast<py::ssize_t>(kControlBytes) && shape.version >= 1, "a control block has two lines");
+    require(control.nbytes() >= static_cast<py::ssize_t>(kControlBytes) && shape.version >= 1,
+            "a control block has two lines");
     shape.reports = shared[3].cast<bool>();
-    require(block.nbytes() >= static_cast<py::ssize_t>(kClientBlockBytes) && block.writeable(), "a client's block can be written");
+    require(block.nbytes() >= static_cast<py::ssize_t>(kClientBlockBytes) && block.writeable(),
+            "a client's block can be written");
     shape.epochs = EpochLine::at(const_cast<uint8_t*>(control.data()), shape.version % 2);
     shape.client_block = block.mutable_data();
     gate_memory_ = {std::move(control), std::move(block)};
@@ -559,14 +582,16 @@ class PyEngine {
 
   // Says whether keys are int64 [N, O] and out uint8 [N, O * H, row_bytes], contiguous.
   bool fits(size_t index, py::handle keys, py::handle out) const {
-    if (index >= engine_->tables().size() || !is_array(keys, 'i', 8, false) || !is_array(out, 'u', 1, true)) return false;
+    if (index >= engine_->tables().size() || !is_array(keys, 'i', 8, false) || !is_array(out, 'u', 1, true))
+      return false;
     const Table& table = engine_->tables()[index];
     if (table.cache == nullptr && table.resident == nullptr) return false;
     const auto k = py::reinterpret_borrow<py::array>(keys);
     const auto o = py::reinterpret_borrow<py::array>(out);
     return k.ndim() == 2 && o.ndim() == 3 && k.shape(1) == static_cast<py::ssize_t>(table.num_orders) &&
            k.size() <= std::numeric_limits<uint32_t>::max() && o.shape(0) == k.shape(0) &&
-           o.shape(1) == static_cast<py::ssize_t>(table.num_heads()) && o.shape(2) == static_cast<py::ssize_t>(table.row_bytes);
+           o.shape(1) == static_cast<py::ssize_t>(table.num_heads()) &&
+           o.shape(2) == static_cast<py::ssize_t>(table.row_bytes);
   }
 
   py::object read_units(size_t index, py::handle ids, py::handle out, size_t unit_bytes, uint8_t unit) {
@@ -579,7 +604,8 @@ class PyEngine {
     Part part = part_of(index, ids, py::none(), out);
     part.unit = unit;
     const auto id_array = py::reinterpret_borrow<py::array>(ids);
-    part.of_tokens = id_array.ndim() == 2 && id_array.shape(1) == static_cast<py::ssize_t>(engine_->tables()[index].num_heads());
+    part.of_tokens =
+        id_array.ndim() == 2 && id_array.shape(1) == static_cast<py::ssize_t>(engine_->tables()[index].num_heads());
     if (unit != kRowUnit) return read(part);
     return timed([&] { return read(part); });
   }
@@ -587,8 +613,8 @@ class PyEngine {
   std::unique_ptr<Engine> engine_;
   size_t num_lanes_ = 0;
   ReadMode mode_ = ReadMode::kPread;
-  std::vector<py::array> memory_;  // of each table, in their order
-  std::vector<py::array> held_;    // what static sets lie in
+  std::vector<py::array> memory_;       // of each table, in their order
+  std::vector<py::array> held_;         // what static sets lie in
   std::vector<py::array> gate_memory_;  // what epochs are seen and counted in, also by lookups that come after `close`
 };
 
@@ -612,10 +638,11 @@ void bind_engine(py::module_& module) {
       .def("detach", &Ticket::detach)
       .def("wait", &Ticket::wait, py::arg("seconds"));
   py::class_<PyEngine>(module, "Engine", py::module_local())
-      .def(py::init<const std::vector<py::dict>&, const std::string&, bool, size_t, size_t, size_t, size_t, size_t, double, const py::object&>(),
+      .def(py::init<const std::vector<py::dict>&, const std::string&, bool, size_t, size_t, size_t, size_t, size_t,
+                    double, const py::object&>(),
            py::arg("tables"), py::kw_only(), py::arg("mode"), py::arg("use_process_madvise"), py::arg("num_lanes"),
-           py::arg("depth"), py::arg("assembly_bytes"), py::arg("pread_threads"), py::arg("jobs_max"), py::arg("wait_s"),
-           py::arg("shared") = py::none())
+           py::arg("depth"), py::arg("assembly_bytes"), py::arg("pread_threads"), py::arg("jobs_max"),
+           py::arg("wait_s"), py::arg("shared") = py::none())
       .def("lookup", &PyEngine::lookup)
       .def("submit", &PyEngine::submit)
       .def("submit_pairs", &PyEngine::submit_pairs)

@@ -64,7 +64,8 @@ Probe EntryCache::probe(const CacheSet* set, uint8_t order, int64_t key) const {
   // Without branches: which way holds a key is a coin toss that no processor guesses.
   unsigned same = 0;
   for (unsigned way = 0; way < kWays; ++way) {
-    same |= static_cast<unsigned>((set->keys[way].load(kRelaxed) == key) & (set->orders[way].load(kRelaxed) == order)) << way;
+    same |= static_cast<unsigned>((set->keys[way].load(kRelaxed) == key) & (set->orders[way].load(kRelaxed) == order))
+            << way;
   }
   if (same == 0) return {};
   const int way = __builtin_ctz(same);
@@ -137,8 +138,8 @@ void EntryCache::offer(uint8_t order, int64_t key, const uint8_t* entry) {
   set.version.store(version + 1, std::memory_order_release);
 }
 
-// Returns the way that a new entry takes, after moving the oldest of a full window out of it: into the set's other part, in
-// place of its least used entry where that was not used more, else out of the cache.
+// Returns the way that a new entry takes, after moving the oldest of a full window out of it: into the set's other
+// part, in place of its least used entry where that was not used more, else out of the cache.
 size_t EntryCache::choose_way(CacheSet& set, CacheHistory& history) {
   const auto waited = [&set](size_t way) { return static_cast<uint8_t>(set.clock - set.arrivals[way]); };
   int oldest = -1, least_used = -1, empty = -1;

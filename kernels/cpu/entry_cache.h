@@ -7,11 +7,11 @@
 // Readers take no lock: they copy, then compare the set's version (a sequence lock: Boehm, "Can seqlocks get along with
 // programming language memory models?", 2012). Odd or changed is a miss, never a spin. One writer at a time.
 //
-// Admission: two ways of a set are its window, where every new entry starts. The oldest of the window then takes the place of
-// the least used other entry only if it was used as often, so that first-seen keys and one long prefill wash out nothing
-// that is counted (Einziger, Friedman, Manes: "TinyLFU", 2017). What a key was used before it last left is remembered by the
-// set's history of 32 fingerprints (ghost entries, as in Johnson, Shasha: "2Q", 1994). Uses saturate at 15 and are halved as the
-// cache ages.
+// Admission: two ways of a set are its window, where every new entry starts. The oldest of the window then takes the
+// place of the least used other entry only if it was used as often, so that first-seen keys and one long prefill wash
+// out nothing that is counted (Einziger, Friedman, Manes: "TinyLFU", 2017). What a key was used before it last left is
+// remembered by the set's history of 32 fingerprints (ghost entries, as in Johnson, Shasha: "2Q", 1994). Uses saturate
+// at 15 and are halved as the cache ages.
 #pragma once
 
 #include <atomic>
@@ -59,8 +59,8 @@ struct Probe {
 
 class EntryCache {
  public:
-  // `block` has `block_bytes(num_sets, entry_bytes)` bytes, at a multiple of 64, and outlives the cache. Where it is not writable,
-  // being another process's, readers count no uses and nothing may be offered.
+  // `block` has `block_bytes(num_sets, entry_bytes)` bytes, at a multiple of 64, and outlives the cache. Where it is
+  // not writable, being another process's, readers count no uses and nothing may be offered.
   EntryCache(uint8_t* block, size_t num_sets, size_t entry_bytes, bool writable = true);
 
   static size_t entry_stride(size_t entry_bytes) { return (entry_bytes + 7) / 8 * 8; }
@@ -75,8 +75,8 @@ class EntryCache {
   size_t num_sets() const { return num_sets_; }
   size_t entry_bytes() const { return entry_bytes_; }
 
-  // A reader's three steps, apart so that many pairs overlap their waits for memory: where is the set, which way holds the
-  // pair, copy its entry. `copy` returns whether the entry was whole and still the pair's; else `to` is undefined.
+  // A reader's three steps, apart so that many pairs overlap their waits for memory: where is the set, which way holds
+  // the pair, copy its entry. `copy` returns whether the entry was whole and still the pair's; else `to` is undefined.
   const CacheSet* find_set(uint8_t order, int64_t key) const;
   Probe probe(const CacheSet* set, uint8_t order, int64_t key) const;
   // `next` and `streamed` as for `racing_copy`.

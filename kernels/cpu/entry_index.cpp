@@ -31,7 +31,8 @@ uint32_t EntryIndex::find(const IndexBucket* bucket, int64_t key) const {
   return kNotPlaced;
 }
 
-bool index_entries(const int64_t* keys, const uint32_t* places, size_t num_keys, IndexBucket* buckets, size_t num_buckets) {
+bool index_entries(const int64_t* keys, const uint32_t* places, size_t num_keys, IndexBucket* buckets,
+                   size_t num_buckets) {
   constexpr size_t kAhead = 16;
   if (num_keys > num_buckets * kBucketSlots) return false;
   for (size_t i = 0; i < num_buckets; ++i) {
@@ -94,8 +95,8 @@ size_t spoil_bad_records(uint8_t* records, size_t num_records, const RecordShape
   return num_bad;
 }
 
-size_t drop_bad_places(const uint8_t* records, size_t loaded_start, size_t num_loaded, size_t num_placed, const RecordShape& shape,
-                       uint32_t order_index, IndexBucket* buckets, size_t num_buckets) {
+size_t drop_bad_places(const uint8_t* records, size_t loaded_start, size_t num_loaded, size_t num_placed,
+                       const RecordShape& shape, uint32_t order_index, IndexBucket* buckets, size_t num_buckets) {
   size_t num_bad = 0;
   for (size_t i = 0; i < num_buckets; ++i) {
     for (size_t slot = 0; slot < kBucketSlots; ++slot) {

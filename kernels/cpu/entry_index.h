@@ -1,13 +1,14 @@
 // Placed entries: the index that finds one by its key, and the record that it lies in.
 //
-// An index serves one order of one table. It is an array of buckets of one cache line, and has no pointers, so that a file, another
-// process or a GPU can hold it as it is:
+// An index serves one order of one table. It is an array of buckets of one cache line, and has no pointers, so that a
+// file, another process or a GPU can hold it as it is:
 //
 //   int64 keys[5] (-1: empty) | uint32 places[5] | uint32 displaced
 //
-// A key's bucket is the high half of mix(key) * num_buckets (Lemire, "Fast random integer generation", 2019). A key that
-// finds it full goes to the next one with room, and sets its bit, mix(key) % 32, in `displaced` of every bucket that it passed: a
-// search goes on only where that bit is set, so that a key that is not there costs one line, nearly always.
+// A key's bucket is the high half of mix(key) * num_buckets (Lemire, "Fast random integer generation", 2019). A key
+// that finds it full goes to the next one with room, and sets its bit, mix(key) % 32, in `displaced` of every bucket
+// that it passed: a search goes on only where that bit is set, so that a key that is not there costs one line, nearly
+// always.
 //
 // A record is an entry, zeros up to a multiple of 8, its key (i64), its order's index (u32), and the CRC32C (u32) of
 // all before it, seeded with the table's page seed. FORMAT.md draws both.
@@ -41,8 +42,10 @@ struct EntryIndex {
   uint32_t find(const IndexBucket* bucket, int64_t key) const;
 };
 
-// Fills num_buckets buckets with keys, all different and not below 0, each with its place. Returns false where they do not fit.
-bool index_entries(const int64_t* keys, const uint32_t* places, size_t num_keys, IndexBucket* buckets, size_t num_buckets);
+// Fills num_buckets buckets with keys, all different and not below 0, each with its place. Returns false where they do
+// not fit.
+bool index_entries(const int64_t* keys, const uint32_t* places, size_t num_keys, IndexBucket* buckets,
+                   size_t num_buckets);
 
 struct RecordShape {
   size_t entry_bytes;
@@ -93,8 +96,8 @@ struct IndexArea {
   const IndexBucket* buckets = nullptr;
   size_t num_buckets = 0;
 
-  // The index of one order; empty where the head points outside the area. Another process may be writing the head: each number
-  // is loaded once, so that what is checked is what is used.
+  // The index of one order; empty where the head points outside the area. Another process may be writing the head: each
+  // number is loaded once, so that what is checked is what is used.
   EntryIndex order(size_t order) const {
     const size_t start = __atomic_load_n(&head->bucket_start[order], __ATOMIC_RELAXED);
     const size_t count = __atomic_load_n(&head->num_buckets[order], __ATOMIC_RELAXED);
@@ -102,9 +105,11 @@ struct IndexArea {
   }
 };
 
-// The placed entries of a table. Those with places loaded_start .. loaded_start + num_loaded - 1 lie in memory, as records one after the
-// other; the others are read from the placement file. Places below loaded_start are of entries that another tier holds. Immutable within an epoch: epoch e finds them by areas[e % 2], in a store of its own process by
-// either. There places in memory and in the file are the same; where a daemon moves entries, `in_file` has the places in the file.
+// The placed entries of a table. Those with places loaded_start .. loaded_start + num_loaded - 1 lie in memory, as
+// records one after the other; the others are read from the placement file. Places below loaded_start are of entries
+// that another tier holds. Immutable within an epoch: epoch e finds them by areas[e % 2], in a store of its own process
+// by either. There places in memory and in the file are the same; where a daemon moves entries, `in_file` has the
+// places in the file.
 struct StaticSet {
   IndexArea areas[2];
   IndexArea in_file;
@@ -115,7 +120,9 @@ struct StaticSet {
 
   // Whether a place's record lies in memory; that of kNotPlaced does not: loaded_start + num_loaded is no more than it.
   bool loads(uint32_t place) const { return place - loaded_start < num_loaded; }
-  const uint8_t* record(uint32_t place) const { return records + size_t{place - loaded_start} * placed.shape.record_bytes; }
+  const uint8_t* record(uint32_t place) const {
+    return records + size_t{place - loaded_start} * placed.shape.record_bytes;
+  }
   // Where a key that memory does not hold lies in the file; `found` is what the epoch's area said of it.
   uint32_t place_in_file(uint8_t order, int64_t key, uint32_t found) const {
     if (placed.file.buffered_fd < 0) return kNotPlaced;
@@ -125,9 +132,9 @@ struct StaticSet {
   }
 };
 
-// Takes keys out of an index whose places are loaded and hold another record, or lie outside the placement; returns how many. The
-// records are those of places loaded_start on.
-size_t drop_bad_places(const uint8_t* records, size_t loaded_start, size_t num_loaded, size_t num_placed, const RecordShape& shape,
-                       uint32_t order_index, IndexBucket* buckets, size_t num_buckets);
+// Takes keys out of an index whose places are loaded and hold another record, or lie outside the placement; returns how
+// many. The records are those of places loaded_start on.
+size_t drop_bad_places(const uint8_t* records, size_t loaded_start, size_t num_loaded, size_t num_placed,
+                       const RecordShape& shape, uint32_t order_index, IndexBucket* buckets, size_t num_buckets);
 
 }  // namespace tierstore

@@ -1,12 +1,14 @@
 // Epochs: which static set a lookup sees, and how it learns that what it copied was no longer that.
 //
-// A daemon publishes epochs of versions in a control block that clients map read-only. A lookup takes the epoch that it finds, copies, and
-// then looks whether that may still be read; if not, nothing that it copied from memory counts, and it reads from disk (a sequence
-// lock over all that an epoch names). So no reader can be handed what was written over, and none can hold the writer up for
-// long: it waits a while until nobody is counted in the old epoch, for politeness, and then says that it is over. A device's kernels
-// cannot look again when they have copied: whoever launches them holds an epoch for them, which the writer does not end (`hold`).
+// A daemon publishes epochs of versions in a control block that clients map read-only. A lookup takes the epoch that it
+// finds, copies, and then looks whether that may still be read; if not, nothing that it copied from memory counts, and
+// it reads from disk (a sequence lock over all that an epoch names). So no reader can be handed what was written over,
+// and none can hold the writer up for long: it waits a while until nobody is counted in the old epoch, for politeness,
+// and then says that it is over. A device's kernels cannot look again when they have copied: whoever launches them
+// holds an epoch for them, which the writer does not end (`hold`).
 //
-//   line of a version (its number % 2), 64 bytes:  u64 version << 48 | epoch (0: none) | u64 oldest epoch that may be read
+//   line of a version (its number % 2), 64 bytes:  u64 version << 48 | epoch (0: none) | u64 oldest epoch that may be
+//   read
 //
 // In a store of its own process there is one epoch, 0 of version 0, for ever.
 #pragma once
@@ -64,8 +66,8 @@ class EpochGate {
   }
   void leave(const EpochView& view) { active_[view.epoch & 1]->fetch_sub(1); }
 
-  // As `enter`, and what it returns is the newest epoch after it was counted as well as before: a writer who asks from then on who is in
-  // it finds this one. Where the version is not served any more it is not alive, and not counted.
+  // As `enter`, and what it returns is the newest epoch after it was counted as well as before: a writer who asks from
+  // then on who is in it finds this one. Where the version is not served any more it is not alive, and not counted.
   EpochView hold() {
     for (;;) {
       const EpochView view = enter();

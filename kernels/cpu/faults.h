@@ -1,4 +1,5 @@
-// Faults on purpose, for tests: the n-th page read fails, comes short, is corrupt or slow. Off, it costs one load a page.
+// Faults on purpose, for tests: the n-th page read fails, comes short, is corrupt or slow. Off, it costs one load a
+// page.
 #pragma once
 
 #include <atomic>

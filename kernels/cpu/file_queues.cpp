@@ -1,4 +1,10 @@
 // Pages through the page cache: by memory maps with read-ahead on request, or by a pool of threads.
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
@@ -6,12 +12,6 @@
 #include <exception>
 #include <mutex>
 #include <thread>
-
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <sys/uio.h>
-#include <unistd.h>
 
 #include "line.h"
 #include "page_queue.h"
@@ -34,8 +34,8 @@ ssize_t advise(int pidfd, const iovec* ranges, size_t count) {
   return syscall(__NR_process_madvise, pidfd, ranges, count, MADV_WILLNEED, 0);
 }
 
-// Maps tell the kernel in one call which pages will be wanted; the bytes are then copied by pread, which reports a file that
-// was cut meanwhile as an error where a load from the map would be a signal.
+// Maps tell the kernel in one call which pages will be wanted; the bytes are then copied by pread, which reports a file
+// that was cut meanwhile as an error where a load from the map would be a signal.
 class MmapQueue : public PageQueue {
  public:
   MmapQueue(size_t depth, bool use_process_madvise) : reads_(depth) {
@@ -173,7 +173,8 @@ class ThreadedPreadPool : public PreadPool {
 
 class PreadQueue : public PageQueue {
  public:
-  PreadQueue(ThreadedPreadPool& pool, size_t depth) : pool_(pool), list_(std::make_shared<DoneList>(depth)), tasks_(depth) {
+  PreadQueue(ThreadedPreadPool& pool, size_t depth)
+      : pool_(pool), list_(std::make_shared<DoneList>(depth)), tasks_(depth) {
     for (PoolTask& task : tasks_) task.list = list_;
   }
 
@@ -212,7 +213,9 @@ class PreadQueue : public PageQueue {
   Line<PoolTask> own_line_;      // of a pool without threads
 };
 
-std::unique_ptr<PageQueue> ThreadedPreadPool::make_queue(size_t depth) { return std::make_unique<PreadQueue>(*this, depth); }
+std::unique_ptr<PageQueue> ThreadedPreadPool::make_queue(size_t depth) {
+  return std::make_unique<PreadQueue>(*this, depth);
+}
 
 }  // namespace
 
@@ -239,13 +242,16 @@ int probe_process_madvise() {
   const int code = page == MAP_FAILED ? errno : advise(pidfd, &range, 1) < 0 ? errno : 0;
   if (page != MAP_FAILED) munmap(page, 4096);
   close(pidfd);
-  return code == EBADF ? 0 : code;  // before 6.x, WILLNEED of memory without a file is EBADF: the call itself is allowed
+  return code == EBADF ? 0
+                       : code;  // before 6.x, WILLNEED of memory without a file is EBADF: the call itself is allowed
 }
 
 std::unique_ptr<PageQueue> make_mmap_queue(size_t depth, bool use_process_madvise) {
   return std::make_unique<MmapQueue>(depth, use_process_madvise);
 }
 
-std::unique_ptr<PreadPool> PreadPool::make(size_t num_threads) { return std::make_unique<ThreadedPreadPool>(num_threads); }
+std::unique_ptr<PreadPool> PreadPool::make(size_t num_threads) {
+  return std::make_unique<ThreadedPreadPool>(num_threads);
+}
 
 }  // namespace tierstore

@@ -8,10 +8,11 @@
 namespace tierstore {
 namespace {
 
-constexpr size_t kBucketsAhead = 18;  // pairs whose bucket of the static set's index is on its way while an earlier one is searched
-constexpr size_t kSetsAhead = 18;     // pairs whose set is on its way while an earlier one is probed
-constexpr size_t kEntriesAhead = 4;   // pairs whose entry is on its way while an earlier one is copied
-constexpr size_t kRowsAhead = 16;     // resident rows on their way while an earlier one is copied
+constexpr size_t kBucketsAhead =
+    18;  // pairs whose bucket of the static set's index is on its way while an earlier one is searched
+constexpr size_t kSetsAhead = 18;    // pairs whose set is on its way while an earlier one is probed
+constexpr size_t kEntriesAhead = 4;  // pairs whose entry is on its way while an earlier one is copied
+constexpr size_t kRowsAhead = 16;    // resident rows on their way while an earlier one is copied
 constexpr size_t kRing = 64;
 static_assert((kRing & (kRing - 1)) == 0 && kRing > kBucketsAhead + kSetsAhead + kEntriesAhead,
               "slots of the pipeline must not meet");
@@ -61,10 +62,12 @@ class CheckedKeys {
 
 // Of a list of whole tokens, each order has as many pairs.
 void count_pairs(const Table& table, const PairList& list, Found& found) {
-  for (size_t order = 0; list.pairs == nullptr && order < table.num_orders; ++order) found.pairs[order] = list.count / table.num_orders;
+  for (size_t order = 0; list.pairs == nullptr && order < table.num_orders; ++order)
+    found.pairs[order] = list.count / table.num_orders;
 }
 
-// Copies `num_rows` resident rows, the i-th being `row_id(i)`, -1 for zeros. Returns the first bad page that one lies on, or -1.
+// Copies `num_rows` resident rows, the i-th being `row_id(i)`, -1 for zeros. Returns the first bad page that one lies
+// on, or -1.
 template <typename RowId>
 int64_t copy_resident(const Table& table, size_t num_rows, uint8_t* out, RowId row_id) {
   const uint8_t* ring[kRing];
@@ -90,9 +93,9 @@ int64_t copy_resident(const Table& table, size_t num_rows, uint8_t* out, RowId r
 
 }  // namespace
 
-// Four stages, each some pairs behind the one before, so that what it needs has come from memory meanwhile: ask for the key's
-// bucket of the static set's index; search it, and where the key is not loaded ask for its set of the cache; probe that, and ask for
-// the entry; copy. Without a static set the first stage falls away.
+// Four stages, each some pairs behind the one before, so that what it needs has come from memory meanwhile: ask for the
+// key's bucket of the static set's index; search it, and where the key is not loaded ask for its set of the cache;
+// probe that, and ask for the entry; copy. Without a static set the first stage falls away.
 Found gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, const PairList& list, uint8_t* out,
                     std::vector<Miss>& misses, ReportSink* reports) {
   struct Pair {
@@ -118,7 +121,8 @@ Found gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, co
   for (size_t i = 0; buckets_ahead > 0 && i < table.num_orders; ++i) placed_keys[i] = statics.areas[epoch & 1].order(i);
   const size_t sets_ahead = buckets_ahead + std::min(kSetsAhead, num_pairs);
   const size_t entries_ahead = sets_ahead + std::min(kEntriesAhead, num_pairs);
-  const bool streamed = num_pairs * entry_bytes > kStreamedBytes && (reinterpret_cast<uintptr_t>(out) | entry_bytes) % kStreamAlignment == 0;
+  const bool streamed = num_pairs * entry_bytes > kStreamedBytes &&
+                        (reinterpret_cast<uintptr_t>(out) | entry_bytes) % kStreamAlignment == 0;
   uint8_t order = 0;
   for (size_t i = 0; i < num_pairs + entries_ahead; ++i) {
     if (i < num_pairs) {
@@ -169,14 +173,16 @@ Found gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, co
       if (reports != nullptr) reports->all(pair.order, pair.key, kFromPages);
     } else if (reports != nullptr) {
       const bool counted_out = pair.probe.set->counts[pair.probe.way].load(std::memory_order_relaxed) >= kCountMax;
-      counted_out ? reports->some(pair.order, pair.key, kFromRecency) : reports->all(pair.order, pair.key, kFromRecency);
+      counted_out ? reports->some(pair.order, pair.key, kFromRecency)
+                  : reports->all(pair.order, pair.key, kFromRecency);
     }
   }
   if (streamed) end_streamed_copies();
   return found;
 }
 
-Found gather_nothing(const Table& table, uint16_t table_index, const PairList& list, uint8_t* out, std::vector<Miss>& misses) {
+Found gather_nothing(const Table& table, uint16_t table_index, const PairList& list, uint8_t* out,
+                     std::vector<Miss>& misses) {
   Found found;
   count_pairs(table, list, found);
   CheckedKeys keys(table, list, found);
@@ -189,7 +195,8 @@ Found gather_nothing(const Table& table, uint16_t table_index, const PairList& l
       std::memset(out + place * table.entry_bytes(), 0, table.entry_bytes());
       ++found.sentinels[order];
     } else {
-      misses.push_back({key, static_cast<uint32_t>(place), table_index, order, table.statics.place_in_file(order, key, kNotPlaced)});
+      misses.push_back(
+          {key, static_cast<uint32_t>(place), table_index, order, table.statics.place_in_file(order, key, kNotPlaced)});
     }
     order = order + 1u == table.num_orders ? 0 : static_cast<uint8_t>(order + 1);
   }
@@ -223,7 +230,8 @@ Found gather_resident(const Table& table, const PairList& list, uint8_t* out, in
 Found gather_resident_rows(const Table& table, const PairList& ids, uint8_t* out, int64_t& bad_page) {
   Found found;
   CheckedKeys keys(table, ids, found);
-  bad_page = copy_resident(table, ids.count, out + ids.first * table.row_bytes, [&](size_t i) { return keys.row_id(i, table.num_rows); });
+  bad_page = copy_resident(table, ids.count, out + ids.first * table.row_bytes,
+                           [&](size_t i) { return keys.row_id(i, table.num_rows); });
   return found;
 }
 

@@ -14,8 +14,8 @@ constexpr uint64_t kKeyMax = INT64_MAX;
 
 // Hashes a batch with a window of the last kMaxOrder mapped ids, the token itself first. What ends look-back (a dead
 // position, a history that has no token, the barrier) fills the window with the pad id: all of it counts as pad for
-// every later token, so nothing else has to be remembered. The order is a constant so that the window stays in registers:
-// three times the speed of a loop up to a variable.
+// every later token, so nothing else has to be remembered. The order is a constant so that the window stays in
+// registers: three times the speed of a loop up to a variable.
 template <size_t kMaxOrder>
 int64_t mix(const TokenBatch& batch, const NgramHash& hash, int64_t* out) {
   std::array<uint64_t, kMaxOrder> multipliers, window, pads;
@@ -27,9 +27,7 @@ int64_t mix(const TokenBatch& batch, const NgramHash& hash, int64_t* out) {
   const int64_t* ids = batch.token_ids;
   const bool* dead = batch.dead;
 
-  const auto outside = [&](int64_t id) {
-    return static_cast<uint64_t>(id) >= static_cast<uint64_t>(hash.vocab_size);
-  };
+  const auto outside = [&](int64_t id) { return static_cast<uint64_t>(id) >= static_cast<uint64_t>(hash.vocab_size); };
   const auto push = [&](int64_t id) {
     for (size_t back = kMaxOrder - 1; back > 0; --back) window[back] = window[back - 1];
     window[0] = static_cast<uint64_t>(hash.token_map ? hash.token_map[id] : id);
@@ -73,12 +71,12 @@ constexpr std::array<Mix, sizeof...(kBelow)> mixes(std::index_sequence<kBelow...
 }
 
 // One head: its rows, and remainders by multiplication: 1.2 ns each against 2.0 of division on Zen 4, more where
-// division is slower. With 2^(shift - 1) < modulus <= 2^shift and factor = ceil(2^(63 + shift) / modulus), which fits 64
-// bits, factor * modulus exceeds 2^(63 + shift) by less than 2^shift; so key * factor / 2^(63 + shift) exceeds
-// key / modulus by less than 1 / modulus for every key below 2^63, and both have the same whole part (Granlund and
-// Montgomery, Division by Invariant Integers using Multiplication, 1994, theorem 4.2). Doubling the key makes the shift by
-// 64 first, which costs nothing. Example: modulus 3 has shift 2, factor ceil(2^65 / 3); key 5 gives 10 * factor / 2^64 = 6,
-// shifted by 2 that is 1, and 5 - 1 * 3 = 2.
+// division is slower. With 2^(shift - 1) < modulus <= 2^shift and factor = ceil(2^(63 + shift) / modulus), which fits
+// 64 bits, factor * modulus exceeds 2^(63 + shift) by less than 2^shift; so key * factor / 2^(63 + shift) exceeds key /
+// modulus by less than 1 / modulus for every key below 2^63, and both have the same whole part (Granlund and
+// Montgomery, Division by Invariant Integers using Multiplication, 1994, theorem 4.2). Doubling the key makes the shift
+// by 64 first, which costs nothing. Example: modulus 3 has shift 2, factor ceil(2^65 / 3); key 5 gives 10 * factor /
+// 2^64 = 6, shifted by 2 that is 1, and 5 - 1 * 3 = 2.
 class Head {
  public:
   Head(int64_t modulus, int64_t offset)
@@ -109,10 +107,10 @@ std::vector<Head> heads_of(const AddressMap& map) {
   return heads;
 }
 
-// The key of one order's row ids, by the Chinese remainder theorem: `key` is right for the heads so far, `product` is of
-// their moduli, and key + digit * product is right for the next head too. Example: residues 2 of 3 and 1 of 5: key 2, digit
-// (1 - 2) * inverse of 3 modulo 5 = -1 * 2 = 3 modulo 5, and so key 2 + 3 * 3 = 11. Returns -1 where all ids are -1, and -2
-// where no key gives them.
+// The key of one order's row ids, by the Chinese remainder theorem: `key` is right for the heads so far, `product` is
+// of their moduli, and key + digit * product is right for the next head too. Example: residues 2 of 3 and 1 of 5: key
+// 2, digit (1 - 2) * inverse of 3 modulo 5 = -1 * 2 = 3 modulo 5, and so key 2 + 3 * 3 = 11. Returns -1 where all ids
+// are -1, and -2 where no key gives them.
 int64_t key_of_rows(const int64_t* row_ids, const Head* heads, size_t rows_per_key, const int64_t* inverses,
                     size_t num_fixing) {
   constexpr int64_t kNone = -1, kNoKey = -2;
@@ -168,9 +166,9 @@ void keys_of_row_ids(const int64_t* row_ids, size_t num_tokens, const AddressMap
     whole[token] = true;
     for (size_t order = 0; order < map.num_orders && whole[token]; ++order) {
       const size_t first = order * map.rows_per_key;
-      keys[order] = key_of_rows(row_ids + first, heads.data() + first, map.rows_per_key,
-                                fixing.inverses + order * fixing.heads_max,
-                                static_cast<size_t>(fixing.num_heads[order]));
+      keys[order] =
+          key_of_rows(row_ids + first, heads.data() + first, map.rows_per_key,
+                      fixing.inverses + order * fixing.heads_max, static_cast<size_t>(fixing.num_heads[order]));
       whole[token] = keys[order] >= -1;
     }
     if (!whole[token]) std::fill_n(keys, map.num_orders, -1);

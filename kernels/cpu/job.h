@@ -21,10 +21,10 @@ constexpr uint8_t kRowUnit = 254;
 constexpr uint8_t kPageUnit = 255;
 constexpr size_t kOrdersMax = 16;
 
-// What is asked for of one table. keys: [count], -1 for zero rows. pairs: [count], not below 0: key i is of order pairs[i] % O;
-// null if the keys are of whole tokens, and so of orders 0, 1, ..., O - 1, 0, 1, ... first: which entry of the table's output
-// key 0 fills. The caller's memory may change at any time: `key` and `pair` load a value once, and whoever checks it uses what
-// was loaded.
+// What is asked for of one table. keys: [count], -1 for zero rows. pairs: [count], not below 0: key i is of order
+// pairs[i] % O; null if the keys are of whole tokens, and so of orders 0, 1, ..., O - 1, 0, 1, ... first: which entry
+// of the table's output key 0 fills. The caller's memory may change at any time: `key` and `pair` load a value once,
+// and whoever checks it uses what was loaded.
 struct PairList {
   const int64_t* keys;
   size_t count;
@@ -42,9 +42,7 @@ struct Miss {
   uint8_t order;
   uint32_t placed;  // where its record lies in the placement file, kNotPlaced where it has none
 
-  bool same_unit(const Miss& other) const {
-    return key == other.key && table == other.table && order == other.order;
-  }
+  bool same_unit(const Miss& other) const { return key == other.key && table == other.table && order == other.order; }
 };
 
 enum class FaultKind { kNone, kBadPage, kDisk, kTimeout, kForked, kBadEntry, kNoMemory, kCancelled };
@@ -71,7 +69,8 @@ class Held {
   ~Held() = default;
 };
 
-// Made and filled by the thread that asks, read by the thread that fetches, waited for by any. `outputs[t]` is table t's buffer.
+// Made and filled by the thread that asks, read by the thread that fetches, waited for by any. `outputs[t]` is table
+// t's buffer.
 struct Job {
   Job() = default;
   Job(Gathered gathered, std::vector<uint8_t*> outputs)
@@ -82,7 +81,7 @@ struct Job {
 
   std::vector<Miss> misses;
   std::vector<uint8_t*> outputs;
-  Fault fault;  // of the thread that fetches until the job is done
+  Fault fault;                                      // of the thread that fetches until the job is done
   std::chrono::steady_clock::time_point started{};  // of a job that is timed: when it was asked for
 
   // Takes over what keeps the outputs alive. Comes before the first read.
@@ -105,8 +104,8 @@ struct Job {
     }
   }
 
-  // Nothing is written to the outputs once this has returned; reads that are under way go to staging alone. The job still ends by
-  // itself. Waits at most for what is being copied.
+  // Nothing is written to the outputs once this has returned; reads that are under way go to staging alone. The job
+  // still ends by itself. Waits at most for what is being copied.
   void cancel() {
     if (is_done()) return;
     {
@@ -139,8 +138,8 @@ struct Job {
 
   bool is_done() const { return done_.load(std::memory_order_acquire); }
 
-  // Returns whether the job was done within `seconds`. A job that is done takes no lock: in a forked child, another thread of the
-  // parent may have held it.
+  // Returns whether the job was done within `seconds`. A job that is done takes no lock: in a forked child, another
+  // thread of the parent may have held it.
   bool wait(double seconds) {
     if (is_done()) return true;
     std::unique_lock<std::mutex> lock(mutex);
@@ -160,8 +159,8 @@ struct Job {
   std::mutex mutex;    // of `changed`
   std::condition_variable changed;
 
-  // Of the engine that carries it, guarded by its runtime's mutex: who waits for a lane; all that are under way, which own
-  // themselves.
+  // Of the engine that carries it, guarded by its runtime's mutex: who waits for a lane; all that are under way, which
+  // own themselves.
   Job* next_in_line = nullptr;
   Job *before = nullptr, *after = nullptr;
   std::shared_ptr<Job> self;

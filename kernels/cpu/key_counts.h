@@ -1,10 +1,12 @@
-// Counts of keys by (table, order, key), in a fixed piece of memory: which ones a host asks for often, as far as it was told.
+// Counts of keys by (table, order, key), in a fixed piece of memory: which ones a host asks for often, as far as it was
+// told.
 //
-// Memory is sets of one cache line, four slots each; a key belongs to one set, by its hash. A new key takes an empty slot. Where
-// there is none its weight goes off the set's smallest count, and what is left of it when that count is gone takes the slot
-// (after Misra and Gries, "Finding repeated elements", 1982, who take it off all counts; off the smallest, so that keys that
-// come once wear down nothing that is counted often). So a count never says more than there was, and a set never more than
-// four keys. Counts saturate, and are halved by `age`, so that what was hot once makes way.
+// Memory is sets of one cache line, four slots each; a key belongs to one set, by its hash. A new key takes an empty
+// slot. Where there is none its weight goes off the set's smallest count, and what is left of it when that count is
+// gone takes the slot (after Misra and Gries, "Finding repeated elements", 1982, who take it off all counts; off the
+// smallest, so that keys that come once wear down nothing that is counted often). So a count never says more than there
+// was, and a set never more than four keys. Counts saturate, and are halved by `age`, so that what was hot once makes
+// way.
 #pragma once
 
 #include <cstddef>
@@ -61,8 +63,8 @@ class KeyCounts {
   // Halves all counts; a count of 1 is gone.
   void age();
 
-  // How many keys of a table in some of the sets were counted at least `minimum`, 1 or more, times; and these, in no order,
-  // as many as fit.
+  // How many keys of a table in some of the sets were counted at least `minimum`, 1 or more, times; and these, in no
+  // order, as many as fit.
   size_t num_above(uint16_t table, uint32_t minimum, SetRange sets) const;
   size_t copy_above(uint16_t table, uint32_t minimum, SetRange sets, const CountedKeys& out) const;
 

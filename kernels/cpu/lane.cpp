@@ -1,12 +1,12 @@
 #include "lane.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <new>
 #include <tuple>
-
-#include <sys/mman.h>
 
 namespace tierstore {
 namespace {
@@ -15,7 +15,8 @@ size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * 
 
 constexpr size_t kLandedAtOnce = 32;  // between two looks at the clock, and at whether the job is cancelled
 
-// So that a key that is asked for a million times is not copied to all its places at once: others wait for the job's lock meanwhile.
+// So that a key that is asked for a million times is not copied to all its places at once: others wait for the job's
+// lock meanwhile.
 constexpr size_t kWaveMisses = 1 << 16;
 
 constexpr uint64_t kPlacedRead = uint64_t{1} << 63;  // in place of a page number: a place in the placement file
@@ -26,14 +27,19 @@ size_t unit_bytes(const Table& table, uint8_t order) {
 
 }  // namespace
 
-Lane::Lane(const std::vector<Table>& tables, const LaneShape& shape, std::unique_ptr<PageQueue> queue, FaultPlan& faults,
-           ReadCounters& counters)
-    : tables_(tables), shape_(shape), queue_(std::move(queue)), faults_(faults), counters_(counters), flights_(shape.depth) {
+Lane::Lane(const std::vector<Table>& tables, const LaneShape& shape, std::unique_ptr<PageQueue> queue,
+           FaultPlan& faults, ReadCounters& counters)
+    : tables_(tables),
+      shape_(shape),
+      queue_(std::move(queue)),
+      faults_(faults),
+      counters_(counters),
+      flights_(shape.depth) {
   free_slots_.reserve(shape.depth);
   reads_.reserve(shape.depth);
   done_.reserve(shape.depth);
-  void* memory = mmap(nullptr, round_up(shape.staging_bytes(), 4096), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                      -1, 0);
+  void* memory =
+      mmap(nullptr, round_up(shape.staging_bytes(), 4096), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   // The kernel writes into it at any time: a fork must neither copy it nor make the parent write to a copy.
   madvise(memory, round_up(shape.staging_bytes(), 4096), MADV_DONTFORK);
@@ -121,8 +127,8 @@ void Lane::fill_waves() {
   }
 }
 
-// Takes the next units of the job, as many as the assembly buffer holds and at least one, and says which rows they want. A unit with
-// more places than a wave has is read again in the next one.
+// Takes the next units of the job, as many as the assembly buffer holds and at least one, and says which rows they
+// want. A unit with more places than a wave has is read again in the next one.
 void Lane::plan_wave(Wave& wave) {
   const std::vector<Miss>& misses = job_->misses;
   wave.wants.clear();
@@ -162,7 +168,8 @@ void Lane::want_unit(Wave& wave, const Miss& miss, uint8_t* to) {
   }
   const bool is_row = miss.order == kRowUnit;
   for (size_t row = 0; row < (is_row ? 1 : table.rows_per_key); ++row) {
-    const uint64_t row_id = is_row ? static_cast<uint64_t>(miss.key) : table.row_id(miss.order * table.rows_per_key + row, miss.key);
+    const uint64_t row_id =
+        is_row ? static_cast<uint64_t>(miss.key) : table.row_id(miss.order * table.rows_per_key + row, miss.key);
     wave.wants.push_back({row_id / table.rows_per_page, miss.table, static_cast<uint32_t>(row_id % table.rows_per_page),
                           static_cast<uint32_t>(table.row_bytes), to + row * table.row_bytes});
   }
@@ -173,7 +180,8 @@ void Lane::group_wants(Wave& wave) {
   std::sort(wave.wants.begin(), wave.wants.end(),
             [](const RowWant& a, const RowWant& b) { return std::tie(a.table, a.page) < std::tie(b.table, b.page); });
   for (size_t i = 0; i < wave.wants.size(); ++i) {
-    const bool same_page = i > 0 && wave.wants[i].page == wave.wants[i - 1].page && wave.wants[i].table == wave.wants[i - 1].table;
+    const bool same_page =
+        i > 0 && wave.wants[i].page == wave.wants[i - 1].page && wave.wants[i].table == wave.wants[i - 1].table;
     if (!same_page) wave.group_starts.push_back(i);
   }
   wave.group_starts.push_back(wave.wants.size());
@@ -240,7 +248,8 @@ Fault Lane::land_page(const Wave& wave, size_t group, PageDone done) {
   if (status != kPageGood) return {FaultKind::kBadPage, wave.wants[start].table, number, status};
   counters_.pages.fetch_add(1, std::memory_order_relaxed);
   counters_.bytes.fetch_add(table.page_bytes, std::memory_order_relaxed);
-  if (job_->misses.front().order >= kRowUnit) counters_.row_bytes.fetch_add(table.page_bytes, std::memory_order_relaxed);
+  if (job_->misses.front().order >= kRowUnit)
+    counters_.row_bytes.fetch_add(table.page_bytes, std::memory_order_relaxed);
   for (size_t i = start; i < end; ++i) {
     const RowWant& want = wave.wants[i];
     std::memcpy(want.to, page + want.which * table.row_bytes, want.num_bytes);
@@ -279,7 +288,8 @@ void Lane::finish_wave(Wave& wave) {
     const size_t num_bytes = unit_bytes(table, unit.order);
     size_t end = i;
     for (; end < wave.miss_end && misses[end].same_unit(unit); ++end) {
-      if (unit.order != kPageUnit) std::memcpy(job_->outputs[unit.table] + misses[end].place * num_bytes, from, num_bytes);
+      if (unit.order != kPageUnit)
+        std::memcpy(job_->outputs[unit.table] + misses[end].place * num_bytes, from, num_bytes);
     }
     if (unit.order < kOrdersMax && table.cache != nullptr && table.cache->writable()) {
       const std::lock_guard<std::mutex> lock(table.cache->writer());

@@ -1,12 +1,13 @@
 // A lane: one page queue with its staging, which carries one job at a time from misses to rows in place.
 //
-// A job goes in waves of as many units as the assembly buffer holds. The pages of a wave are sorted and each is read once, and
-// a key that has a record in the placement file is one read of that instead of its pages; as they arrive, they are checked, and
-// their rows put together in the assembly buffer; a finished wave is copied to its places and offered to the caches. Two waves
-// overlap, so that the queue stays full from one to the next. A lane belongs to one thread at a time.
+// A job goes in waves of as many units as the assembly buffer holds. The pages of a wave are sorted and each is read
+// once, and a key that has a record in the placement file is one read of that instead of its pages; as they arrive,
+// they are checked, and their rows put together in the assembly buffer; a finished wave is copied to its places and
+// offered to the caches. Two waves overlap, so that the queue stays full from one to the next. A lane belongs to one
+// thread at a time.
 //
-// Reads write to staging alone. The job's outputs are written to under its `writing` lock, by the thread that runs the lane, and
-// never again once the job is cancelled or failed. No call fails: what goes wrong is the job's fault.
+// Reads write to staging alone. The job's outputs are written to under its `writing` lock, by the thread that runs the
+// lane, and never again once the job is cancelled or failed. No call fails: what goes wrong is the job's fault.
 #pragma once
 
 #include <chrono>
@@ -30,8 +31,8 @@ struct LaneShape {
   size_t staging_bytes() const { return depth * page_bytes + 2 * assembly_bytes; }
 };
 
-// Counters of what was read: pages, placed entries, bytes of both, and those of the bytes that rows by id and whole pages took.
-// Any thread may add.
+// Counters of what was read: pages, placed entries, bytes of both, and those of the bytes that rows by id and whole
+// pages took. Any thread may add.
 struct ReadCounters {
   std::atomic<uint64_t> pages{0}, entries{0}, bytes{0}, row_bytes{0};
 };
@@ -48,8 +49,8 @@ class Lane {
   // Takes a sorted job on and starts its first reads, without blocking on the disk.
   void begin(Job& job) noexcept;
 
-  // Goes on until the job is done or failed and nothing of it is in flight (true), or for about `slice_ms` (false). A failed job's
-  // `fault` says what was wrong.
+  // Goes on until the job is done or failed and nothing of it is in flight (true), or for about `slice_ms` (false). A
+  // failed job's `fault` says what was wrong.
   bool run(int slice_ms) noexcept;
 
   // How long no page has arrived, while a job runs.
@@ -61,7 +62,8 @@ class Lane {
   Job* job() const { return job_; }
   bool is_disowned() const { return job_ == &disowned_; }
 
-  // In a forked child: forgets the staging, which the child does not have, and what is in flight, which is the parent's.
+  // In a forked child: forgets the staging, which the child does not have, and what is in flight, which is the
+  // parent's.
   void abandon_after_fork();
 
  private:
@@ -106,10 +108,10 @@ class Lane {
   ReadCounters& counters_;
   uint8_t* staging_;
   Wave waves_[2];
-  std::vector<Flight> flights_;       // by slot
+  std::vector<Flight> flights_;  // by slot
   std::vector<uint32_t> free_slots_;
-  std::vector<PageRead> reads_;       // scratch
-  std::vector<PageDone> done_;        // arrived; those from done_next_ on have not landed
+  std::vector<PageRead> reads_;  // scratch
+  std::vector<PageDone> done_;   // arrived; those from done_next_ on have not landed
   size_t done_next_ = 0;
   Job* job_ = nullptr;
   Job disowned_;

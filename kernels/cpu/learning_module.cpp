@@ -1,5 +1,5 @@
-// The Python face of reports and counts: argument checks, then the work with the interpreter lock released. kernels/__init__.py
-// says what each promises.
+// The Python face of reports and counts: argument checks, then the work with the interpreter lock released.
+// kernels/__init__.py says what each promises.
 #include "learning_module.h"
 
 #include <algorithm>
@@ -14,8 +14,10 @@ namespace py = pybind11;
 namespace tierstore {
 namespace {
 
-constexpr const char* kMemoryWanted = "memory must be contiguous uint8, at a multiple of 64 bytes, whole lines of 64, one at least";
-constexpr const char* kBlockWanted = "a client's block must be contiguous uint8 [CLIENT_BLOCK_BYTES], at a multiple of 64 bytes";
+constexpr const char* kMemoryWanted =
+    "memory must be contiguous uint8, at a multiple of 64 bytes, whole lines of 64, one at least";
+constexpr const char* kBlockWanted =
+    "a client's block must be contiguous uint8 [CLIENT_BLOCK_BYTES], at a multiple of 64 bytes";
 
 bool is_at_line(const void* data) { return reinterpret_cast<uintptr_t>(data) % 64 == 0; }
 
@@ -47,7 +49,8 @@ class PyReportWriter {
 class PyReportReader {
  public:
   explicit PyReportReader(py::array block) : block_(std::move(block)), reader_(block_of(block_)) {}
-  // Keeps the interpreter lock, by which calls come one at a time: a whole ring is over in less than a hand-over of the lock takes.
+  // Keeps the interpreter lock, by which calls come one at a time: a whole ring is over in less than a hand-over of the
+  // lock takes.
   size_t take(py::array& out) {
     require(out.ndim() == 1, "out must be [reports]");
     Report* reports = output_of<Report>(out, "out must be contiguous, of type REPORT");
@@ -63,7 +66,8 @@ class PyReportReader {
 
 class PyKeyCounts {
  public:
-  explicit PyKeyCounts(py::array memory) : memory_(std::move(memory)), counts_(data_of(memory_), num_sets_of(memory_)) {}
+  explicit PyKeyCounts(py::array memory)
+      : memory_(std::move(memory)), counts_(data_of(memory_), num_sets_of(memory_)) {}
 
   size_t add(const Input<Report>& reports) {
     require(reports.ndim() == 1, "reports must be [reports]");
@@ -81,8 +85,8 @@ class PyKeyCounts {
     return counts_of(table, &order_index, true, keys);
   }
 
-  // The room is made between counting and copying, so that no lock is held while the interpreter's is waited for. What has become
-  // of the counts meanwhile shows in how much of the room is used.
+  // The room is made between counting and copying, so that no lock is held while the interpreter's is waited for. What
+  // has become of the counts meanwhile shows in how much of the room is used.
   py::tuple above(uint16_t table, uint32_t minimum, size_t first_set, size_t end_set) const {
     require(minimum >= 1, "minimum must be at least 1");
     const SetRange sets{first_set, end_set};
@@ -94,15 +98,16 @@ class PyKeyCounts {
     py::array_t<uint8_t> order_index(size);
     py::array_t<int64_t> keys(size);
     py::array_t<uint32_t> counts(size);
-    const CountedKeys out{order_index.mutable_data(), keys.mutable_data(), counts.mutable_data(), static_cast<size_t>(size)};
+    const CountedKeys out{order_index.mutable_data(), keys.mutable_data(), counts.mutable_data(),
+                          static_cast<size_t>(size)};
     py::ssize_t num_found = 0;
     {
       py::gil_scoped_release released;
       num_found = static_cast<py::ssize_t>(counts_.copy_above(table, minimum, sets, out));
     }
     if (num_found < size) {
-      for (py::array* each : {static_cast<py::array*>(&order_index), static_cast<py::array*>(&keys),
-                              static_cast<py::array*>(&counts)}) {
+      for (py::array* each :
+           {static_cast<py::array*>(&order_index), static_cast<py::array*>(&keys), static_cast<py::array*>(&counts)}) {
         each->resize({num_found});
       }
     }
@@ -125,9 +130,12 @@ class PyKeyCounts {
     require(memory.ndim() == 1 && memory.size() > 0 && memory.size() % 64 == 0 && is_at_line(data), kMemoryWanted);
     return data;
   }
-  static size_t num_sets_of(const py::array& memory) { return static_cast<size_t>(memory.size()) / sizeof(KeyCountSet); }
+  static size_t num_sets_of(const py::array& memory) {
+    return static_cast<size_t>(memory.size()) / sizeof(KeyCountSet);
+  }
 
-  py::array_t<uint32_t> counts_of(uint16_t table, const uint8_t* orders, bool one_order, const Input<int64_t>& keys) const {
+  py::array_t<uint32_t> counts_of(uint16_t table, const uint8_t* orders, bool one_order,
+                                  const Input<int64_t>& keys) const {
     require(keys.ndim() == 1, "keys must be [keys]");
     py::array_t<uint32_t> found(keys.size());
     const int64_t* data = keys.data();

@@ -1,5 +1,7 @@
 #include "mailbox.h"
 
+#include <sys/prctl.h>
+
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
@@ -11,8 +13,6 @@
 #include <utility>
 #include <vector>
 
-#include <sys/prctl.h>
-
 #include "engine.h"
 
 namespace tierstore {
@@ -20,12 +20,14 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Layers ask one after the other within a step: the next request is met by a thread that is awake. Between steps it sleeps longer
-// and longer, and where no GPU works longer still: measured, looking every 200 us takes 6 % of a core, every 1,000 us 2 %.
+// Layers ask one after the other within a step: the next request is met by a thread that is awake. Between steps it
+// sleeps longer and longer, and where no GPU works longer still: measured, looking every 200 us takes 6 % of a core,
+// every 1,000 us 2 %.
 constexpr std::chrono::microseconds kBusy{200};
 constexpr std::chrono::microseconds kPauseMin{20}, kPauseMax{200}, kPauseIdle{1000};
 constexpr std::chrono::milliseconds kIdle{100};
-constexpr unsigned long kTimerSlackNs = 1000;  // by default, sleeps take 50 us longer than asked: a third of such a pause
+constexpr unsigned long kTimerSlackNs =
+    1000;  // by default, sleeps take 50 us longer than asked: a third of such a pause
 constexpr const char* kThreadName = "tierstore-mail";  // at most 15 letters
 constexpr int kPausesAPoll = 16;  // instructions between two looks, about a microsecond, in which others get the lock
 
@@ -39,7 +41,9 @@ void pause_briefly() {
 
 std::chrono::duration<double> limit(double seconds) { return std::chrono::duration<double>(std::min(seconds, 1e9)); }
 
-int64_t load_word(const uint8_t* from) { return __atomic_load_n(reinterpret_cast<const int64_t*>(from), __ATOMIC_RELAXED); }
+int64_t load_word(const uint8_t* from) {
+  return __atomic_load_n(reinterpret_cast<const int64_t*>(from), __ATOMIC_RELAXED);
+}
 
 struct Outcome {
   MailboxStatus status;
@@ -48,11 +52,18 @@ struct Outcome {
 
 }  // namespace
 
-// A block with what its requests are checked by. The thread alone serves it; fault and count are under the server's lock.
+// A block with what its requests are checked by. The thread alone serves it; fault and count are under the server's
+// lock.
 struct MailboxServer::Mailbox {
   Mailbox(uint64_t id, const Table& table, size_t index, uint8_t* block, size_t pairs_max)
-      : id(id), index(index), is_plain(table.is_plain), num_rows(table.num_rows), shape{pairs_max, table.entry_bytes()}, block(block),
-        keys(pairs_max), pairs(pairs_max) {
+      : id(id),
+        index(index),
+        is_plain(table.is_plain),
+        num_rows(table.num_rows),
+        shape{pairs_max, table.entry_bytes()},
+        block(block),
+        keys(pairs_max),
+        pairs(pairs_max) {
     std::memset(block, 0, kMailboxKeys);
   }
 
@@ -102,7 +113,8 @@ struct MailboxServer::Mailbox {
   }
 
   void answer(MailboxStatus status) {
-    __atomic_store_n(reinterpret_cast<int64_t*>(block + kMailboxStatus), static_cast<int64_t>(status), __ATOMIC_RELAXED);
+    __atomic_store_n(reinterpret_cast<int64_t*>(block + kMailboxStatus), static_cast<int64_t>(status),
+                     __ATOMIC_RELAXED);
     answered = asked;
     __atomic_store_n(reinterpret_cast<int64_t*>(block + kMailboxAnswered), answered, __ATOMIC_RELEASE);
   }
@@ -186,7 +198,8 @@ bool MailboxServer::remove(uint64_t id, double seconds) {
   auto& all = state.mailboxes;
   all.erase(std::remove_if(all.begin(), all.end(), [id](const auto& mailbox) { return mailbox->id == id; }), all.end());
   state.changed.notify_all();
-  return state.changed.wait_for(lock, limit(seconds), [&] { return state.serving == nullptr || state.serving->id != id; });
+  return state.changed.wait_for(lock, limit(seconds),
+                                [&] { return state.serving == nullptr || state.serving->id != id; });
 }
 
 std::optional<Fault> MailboxServer::take_fault(uint64_t id) {
@@ -212,7 +225,8 @@ bool MailboxServer::move_to(Engine& engine, double seconds) {
   State& state = *state_;
   const auto until = Clock::now() + std::chrono::duration_cast<Clock::duration>(limit(seconds));
   std::unique_lock<std::mutex> lock(state.mutex);
-  std::vector<std::pair<std::shared_ptr<Mailbox>, uint64_t>> asking;  // and how many requests each has had when this one is answered
+  std::vector<std::pair<std::shared_ptr<Mailbox>, uint64_t>>
+      asking;  // and how many requests each has had when this one is answered
   for (const std::shared_ptr<Mailbox>& mailbox : state.mailboxes) {
     if (mailbox->is_waiting()) asking.emplace_back(mailbox, mailbox->num_served + 1);
   }
@@ -224,7 +238,8 @@ bool MailboxServer::move_to(Engine& engine, double seconds) {
   };
   if (!state.changed.wait_until(lock, until, answered)) return false;
   state.engine = &engine;
-  return state.changed.wait_until(lock, until, [&] { return state.serving == nullptr || state.served_by == state.engine; });
+  return state.changed.wait_until(lock, until,
+                                  [&] { return state.serving == nullptr || state.served_by == state.engine; });
 }
 
 bool MailboxServer::close(double seconds) {

@@ -1,4 +1,5 @@
-// Mailboxes: a kernel on a GPU writes what it missed into a block of page-locked host memory, and a thread here brings the entries.
+// Mailboxes: a kernel on a GPU writes what it missed into a block of page-locked host memory, and a thread here brings
+// the entries.
 //
 //   from                 bytes                    what                                                     written by
 //   0                    8                        asked: the number of the step, any but the one before    device, last
@@ -12,9 +13,9 @@
 //   behind               4 * pairs_max            pairs, i32: key i is of order pairs[i] % O               device
 //   next multiple of 64  entry_bytes * pairs_max  entries, entry i being that of key i                     thread
 //
-// Nothing that the device wrote is believed: it is copied, each word loaded once, and the copy checked, so that a GPU gone wrong
-// gets a status and never harms the host. One thread polls all mailboxes of an engine and serves one request after the other: a
-// lane reads as deep as the disk gives, whoever asks.
+// Nothing that the device wrote is believed: it is copied, each word loaded once, and the copy checked, so that a GPU
+// gone wrong gets a status and never harms the host. One thread polls all mailboxes of an engine and serves one request
+// after the other: a lane reads as deep as the disk gives, whoever asks.
 #pragma once
 
 #include <cstddef>
@@ -37,7 +38,8 @@ constexpr size_t kMailboxPairsMax = INT32_MAX;  // places of pairs are int32
 static_assert(kMailboxAsked / 64 == kMailboxNumMisses / 64 && kMailboxNumMisses / 64 != kMailboxAnswered / 64 &&
                   kMailboxAnswered / 64 == kMailboxStatus / 64 && kMailboxStatus / 64 != kMailboxTimedOut / 64,
               "a cache line has one writer");
-static_assert(kMailboxKeys % kMailboxAlignment == 0 && kMailboxKeys >= kMailboxFailed + 8, "words and keys do not meet");
+static_assert(kMailboxKeys % kMailboxAlignment == 0 && kMailboxKeys >= kMailboxFailed + 8,
+              "words and keys do not meet");
 
 enum class MailboxStatus : int64_t {
   kThere,    // the entries are
@@ -52,7 +54,8 @@ struct MailboxShape {
 
   size_t pairs_start() const { return kMailboxKeys + pairs_max * sizeof(int64_t); }
   size_t entries_start() const {
-    return (pairs_start() + pairs_max * sizeof(int32_t) + kMailboxAlignment - 1) / kMailboxAlignment * kMailboxAlignment;
+    return (pairs_start() + pairs_max * sizeof(int32_t) + kMailboxAlignment - 1) / kMailboxAlignment *
+           kMailboxAlignment;
   }
   size_t num_bytes() const { return entries_start() + pairs_max * entry_bytes; }
 };
@@ -61,37 +64,41 @@ class MailboxServer {
  public:
   static constexpr double kEndWaitS = 300.0;
 
-  // The engine that serves, and the blocks of mailboxes, must outlive the server's thread: see `close`. The engine may be closed before.
+  // The engine that serves, and the blocks of mailboxes, must outlive the server's thread: see `close`. The engine may
+  // be closed before.
   explicit MailboxServer(Engine& engine);
   // Closes; where the thread does not end within kEndWaitS, it goes on with what it was given.
   ~MailboxServer();
   MailboxServer(const MailboxServer&) = delete;
   MailboxServer& operator=(const MailboxServer&) = delete;
 
-  // Clears the words of a block, which nobody may use yet, and serves it from now on. Starts the thread where there is none. Throws
-  // std::runtime_error where the server or the engine is closed, std::system_error where no thread can be had.
+  // Clears the words of a block, which nobody may use yet, and serves it from now on. Starts the thread where there is
+  // none. Throws std::runtime_error where the server or the engine is closed, std::system_error where no thread can be
+  // had.
   uint64_t add(size_t table, uint8_t* block, size_t pairs_max);
 
-  // Ends the service of a mailbox. Returns whether its block is touched no more; false where `seconds` ran out, and it is still
-  // written to: call again. The last one takes the thread with it.
+  // Ends the service of a mailbox. Returns whether its block is touched no more; false where `seconds` ran out, and it
+  // is still written to: call again. The last one takes the thread with it.
   bool remove(uint64_t id, double seconds);
 
   // The first fault of a mailbox since one was taken. Throws std::invalid_argument where there is no such mailbox.
   std::optional<Fault> take_fault(uint64_t id);
-  // Has the engine's latencies count what each request of a mailbox took to answer, from now on, one in eight of them. Throws as
-  // `take_fault` does.
+  // Has the engine's latencies count what each request of a mailbox took to answer, from now on, one in eight of them.
+  // Throws as `take_fault` does.
   void time(uint64_t id);
   // Requests that were answered, whatever the answer. Throws as `take_fault` does.
   uint64_t served(uint64_t id);
 
-  // Serves what has been asked for already, then by another engine of the same tables; a request is served by one of the two. Returns
-  // whether all that is done and the old one is used no more; false where `seconds` ran out: call again.
+  // Serves what has been asked for already, then by another engine of the same tables; a request is served by one of
+  // the two. Returns whether all that is done and the old one is used no more; false where `seconds` ran out: call
+  // again.
   bool move_to(Engine& engine, double seconds);
 
   // Removes all mailboxes, for ever. Returns as `remove` does: after true, no thread uses engine or blocks.
   bool close(double seconds);
 
-  // Around a fork; the lock is held between the two. The child's server is closed: the parent's thread is not there, and no GPU is.
+  // Around a fork; the lock is held between the two. The child's server is closed: the parent's thread is not there,
+  // and no GPU is.
   void before_fork();
   void after_fork(bool in_child);
 

@@ -1,5 +1,6 @@
-// The Python face of mailboxes: argument checks, and what must outlive the thread that serves. kernels/__init__.py says what each
-// promises. Whatever takes the server's lock gives the interpreter's back first: who forks holds the one and may wait for the other.
+// The Python face of mailboxes: argument checks, and what must outlive the thread that serves. kernels/__init__.py says
+// what each promises. Whatever takes the server's lock gives the interpreter's back first: who forks holds the one and
+// may wait for the other.
 #include "mailbox_module.h"
 
 #include <map>
@@ -20,7 +21,8 @@ namespace py = pybind11;
 namespace tierstore {
 namespace {
 
-constexpr const char* kBlockWanted = "a mailbox's block must be contiguous uint8 [mailbox_bytes], writable, at a multiple of 64 bytes";
+constexpr const char* kBlockWanted =
+    "a mailbox's block must be contiguous uint8 [mailbox_bytes], writable, at a multiple of 64 bytes";
 constexpr size_t kEntryBytesMax = size_t{1} << 30;
 
 MailboxShape shape_of(size_t pairs_max, size_t entry_bytes) {
@@ -151,10 +153,16 @@ void bind_mailbox(py::module_& module) {
   starts["failed"] = kMailboxFailed;
   starts["keys"] = kMailboxKeys;
   module.attr("MAILBOX_STARTS") = starts;
-  module.def("mailbox_bytes", [](size_t pairs_max, size_t entry_bytes) { return shape_of(pairs_max, entry_bytes).num_bytes(); },
-             py::arg("pairs_max"), py::arg("entry_bytes"));
-  module.def("mailbox_pairs_start", [](size_t pairs_max) { return shape_of(pairs_max, 1).pairs_start(); }, py::arg("pairs_max"));
-  module.def("mailbox_entries_start", [](size_t pairs_max) { return shape_of(pairs_max, 1).entries_start(); }, py::arg("pairs_max"));
+  module.def(
+      "mailbox_bytes",
+      [](size_t pairs_max, size_t entry_bytes) { return shape_of(pairs_max, entry_bytes).num_bytes(); },
+      py::arg("pairs_max"), py::arg("entry_bytes"));
+  module.def(
+      "mailbox_pairs_start", [](size_t pairs_max) { return shape_of(pairs_max, 1).pairs_start(); },
+      py::arg("pairs_max"));
+  module.def(
+      "mailbox_entries_start", [](size_t pairs_max) { return shape_of(pairs_max, 1).entries_start(); },
+      py::arg("pairs_max"));
   py::class_<PyMailboxServer>(module, "MailboxServer", py::module_local())
       .def(py::init<py::object>(), py::arg("engine"))
       .def("add", &PyMailboxServer::add, py::arg("index"), py::arg("block"), py::arg("pairs_max"))

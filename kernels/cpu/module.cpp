@@ -108,13 +108,8 @@ tierstore::NgramHash ngram_hash(const std::optional<Input<int32_t>>& token_map, 
   require(lengths[num_orders - 1] <= static_cast<int64_t>(tierstore::kOrderMax) &&
               has_shape(multipliers, {lengths[num_orders - 1]}),
           "orders must be 1 to 16, with a multiplier a position");
-  return {token_map ? token_map->data() : nullptr,
-          vocab_size,
-          factors,
-          lengths,
-          static_cast<size_t>(num_orders),
-          pad_id,
-          barrier_id};
+  return {token_map ? token_map->data() : nullptr, vocab_size, factors,   lengths,
+          static_cast<size_t>(num_orders),         pad_id,     barrier_id};
 }
 
 int64_t keys_of_tokens(const Input<int64_t>& token_ids, const std::optional<Input<int64_t>>& history,
@@ -212,7 +207,7 @@ void keys_of_row_ids(const Input<int64_t>& row_ids, const Input<int64_t>& moduli
 
 // The place of the first id that is neither -1 nor below end; -1 if there is none.
 py::ssize_t find_outside(const Input<int64_t>& ids, uint64_t end) {
-  constexpr size_t kPart = 1024;    // looked at without a branch
+  constexpr size_t kPart = 1024;      // looked at without a branch
   constexpr size_t kBrief = 1 << 14;  // over sooner than the interpreter lock is given back and taken again
   const int64_t* data = ids.data();
   const auto count = static_cast<size_t>(ids.size());

@@ -1,7 +1,8 @@
 // How pages get from shards into memory: one contract, three implementations.
 //
 // A queue belongs to one thread at a time. It hands pages back unchecked, in whatever order they come; short reads and
-// interruptions are its own business. No call blocks longer than its time limit, or than one read of a page that it makes itself.
+// interruptions are its own business. No call blocks longer than its time limit, or than one read of a page that it
+// makes itself.
 #pragma once
 
 #include <cstddef>
@@ -35,8 +36,9 @@ struct PageDone {
   int error;  // 0, an errno, or kCutShort
 };
 
-// Made for a depth: at most so many reads are under way, each in a slot of its own. What that needs is taken when the queue is made,
-// so that neither call below can fail: a read that cannot be begun, or whose queue is broken, comes back with its errno.
+// Made for a depth: at most so many reads are under way, each in a slot of its own. What that needs is taken when the
+// queue is made, so that neither call below can fail: a read that cannot be begun, or whose queue is broken, comes back
+// with its errno.
 class PageQueue {
  public:
   virtual ~PageQueue() = default;
@@ -44,8 +46,8 @@ class PageQueue {
   // Takes on reads, sorted. Does not wait for their pages.
   virtual void start(const std::vector<PageRead>& reads) noexcept = 0;
 
-  // Appends finished reads to `done`, which has room for all: those there are, or, if there are none, waits for one. Appends nothing
-  // after `timeout_ms`.
+  // Appends finished reads to `done`, which has room for all: those there are, or, if there are none, waits for one.
+  // Appends nothing after `timeout_ms`.
   virtual void reap(std::vector<PageDone>& done, int timeout_ms) noexcept = 0;
 
   // Called in a forked child instead of the destructor: gives back what is the child's own, touches nothing shared.
@@ -62,8 +64,8 @@ int probe_process_madvise();
 std::unique_ptr<PageQueue> make_uring_queue(size_t depth);
 std::unique_ptr<PageQueue> make_mmap_queue(size_t depth, bool use_process_madvise);
 
-// Threads that pread for any number of queues, joined when destroyed. With fewer threads than asked for, because the system gives no
-// more, reads are slower; with none at all, whoever reaps reads.
+// Threads that pread for any number of queues, joined when destroyed. With fewer threads than asked for, because the
+// system gives no more, reads are slower; with none at all, whoever reaps reads.
 class PreadPool {
  public:
   static std::unique_ptr<PreadPool> make(size_t num_threads);

@@ -1,7 +1,7 @@
 // Pages: planes interleaved into rows, rows into sealed pages; and the check of pages that were read back.
 //
-// A page is `rows_per_page` rows, zero padding, and 16 trailing bytes: page number (u64), format version (u32), CRC32C of
-// everything before it (u32), little-endian. FORMAT.md draws it.
+// A page is `rows_per_page` rows, zero padding, and 16 trailing bytes: page number (u64), format version (u32), CRC32C
+// of everything before it (u32), little-endian. FORMAT.md draws it.
 #pragma once
 
 #include <cstddef>

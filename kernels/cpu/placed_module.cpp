@@ -62,7 +62,8 @@ Int64Array find_places(const ByteArray& buckets, const Int64Array& keys) {
   return found;
 }
 
-void seal(ByteArray records, const Int64Array& keys, const UInt32Array& order_index, py::ssize_t entry_bytes, uint32_t seed) {
+void seal(ByteArray records, const Int64Array& keys, const UInt32Array& order_index, py::ssize_t entry_bytes,
+          uint32_t seed) {
   const RecordShape shape = record_shape(records, entry_bytes, seed);
   require(keys.ndim() == 1 && order_index.ndim() == 1 && keys.shape(0) == records.shape(0) &&
               order_index.shape(0) == records.shape(0),
@@ -83,8 +84,8 @@ size_t spoil(ByteArray records, py::ssize_t entry_bytes, uint32_t seed) {
   return spoil_bad_records(data, num_records, shape);
 }
 
-size_t drop(ByteArray buckets, uint32_t order_index, const ByteArray& records, size_t num_placed, py::ssize_t entry_bytes,
-            uint32_t loaded_start) {
+size_t drop(ByteArray buckets, uint32_t order_index, const ByteArray& records, size_t num_placed,
+            py::ssize_t entry_bytes, uint32_t loaded_start) {
   const RecordShape shape = record_shape(records, entry_bytes, 0);
   const size_t size = num_buckets(buckets);
   auto* index = reinterpret_cast<IndexBucket*>(buckets.mutable_data());

@@ -75,10 +75,14 @@ int64_t windows_of_tokens_checked(const Input<int64_t>& token_ids, const std::op
           "vocab_size must be positive, token_map [vocab_size]");
   require_packing(order_max, bits);
   require(pad_id >= 0 && pad_id >> bits == 0, "pad_id must fit bits");
-  require(token_ids.ndim() == 1 && has_shape(out, {token_ids.size(), 2}), "token_ids must be [tokens], out [tokens, 2]");
-  const Windows shape{token_map ? token_map->data() : nullptr, vocab_size,
-                      pad_id, barrier_id,
-                      static_cast<unsigned>(order_max), static_cast<unsigned>(bits)};
+  require(token_ids.ndim() == 1 && has_shape(out, {token_ids.size(), 2}),
+          "token_ids must be [tokens], out [tokens, 2]");
+  const Windows shape{token_map ? token_map->data() : nullptr,
+                      vocab_size,
+                      pad_id,
+                      barrier_id,
+                      static_cast<unsigned>(order_max),
+                      static_cast<unsigned>(bits)};
   const int64_t* ids = token_ids.data();
   const auto num_tokens = static_cast<size_t>(token_ids.size());
   Item* windows = items_to(out, "out must be contiguous uint64");
@@ -104,7 +108,8 @@ void keys_of_windows_checked(const Input<uint64_t>& windows, int64_t order, int6
 
 void sort_items_checked(py::array& items, std::optional<py::array> weights) {
   require(is_items(items), "items must be [items, 2]");
-  require(!weights || (weights->ndim() == 2 && weights->shape(0) == items.shape(0)), "weights must be [items, weights]");
+  require(!weights || (weights->ndim() == 2 && weights->shape(0) == items.shape(0)),
+          "weights must be [items, weights]");
   Item* in_place = items_to(items, "items must be contiguous uint64");
   int64_t* with_them = weights ? output_of<int64_t>(*weights, "weights must be contiguous int64") : nullptr;
   const auto num_items = static_cast<size_t>(items.shape(0));
@@ -116,7 +121,8 @@ void sort_items_checked(py::array& items, std::optional<py::array> weights) {
 std::pair<py::array, py::array> sum_items_checked(const Input<uint64_t>& items,
                                                   const std::optional<Input<int64_t>>& weights, int64_t shift) {
   require(is_items(items) && shift >= 0 && shift < 128, "items must be [items, 2], shift 0 to 127");
-  require(!weights || (weights->ndim() == 2 && weights->shape(0) == items.shape(0)), "weights must be [items, weights]");
+  require(!weights || (weights->ndim() == 2 && weights->shape(0) == items.shape(0)),
+          "weights must be [items, weights]");
   const Item* given = items_of(items);
   const int64_t* factors = weights ? weights->data() : nullptr;
   const auto num_items = static_cast<size_t>(items.shape(0));

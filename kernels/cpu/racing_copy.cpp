@@ -11,10 +11,13 @@ namespace {
 
 using CopyLine = void (*)(uint8_t* to, const uint8_t* from);
 
-inline __attribute__((always_inline)) void plain_line(uint8_t* to, const uint8_t* from) { std::memcpy(to, from, kLineBytes); }
+inline __attribute__((always_inline)) void plain_line(uint8_t* to, const uint8_t* from) {
+  std::memcpy(to, from, kLineBytes);
+}
 
 template <CopyLine copy_line>
-inline __attribute__((always_inline)) void copy_lines(uint8_t* to, const uint8_t* from, size_t num_bytes, const uint8_t* next) {
+inline __attribute__((always_inline)) void copy_lines(uint8_t* to, const uint8_t* from, size_t num_bytes,
+                                                      const uint8_t* next) {
   size_t done = 0;
   for (; done + kLineBytes <= num_bytes; done += kLineBytes) {
     if (next != nullptr) __builtin_prefetch(next + done);
@@ -40,7 +43,8 @@ void stream_sse2(uint8_t* to, const uint8_t* from, size_t num_bytes, const uint8
 }
 
 // A store of a whole line leaves at once, where four of a quarter each wait to be put together.
-__attribute__((target("avx512f"))) void stream_avx512(uint8_t* to, const uint8_t* from, size_t num_bytes, const uint8_t* next) {
+__attribute__((target("avx512f"))) void stream_avx512(uint8_t* to, const uint8_t* from, size_t num_bytes,
+                                                      const uint8_t* next) {
   size_t done = 0;
   for (; done + kLineBytes <= num_bytes; done += kLineBytes) {
     if (next != nullptr) __builtin_prefetch(next + done);

@@ -1,7 +1,8 @@
 // What one lookup has to report to the daemon, gathered so that the ring is reserved once for many.
 //
-// Reported are all misses, since the daemon reads them for the recency cache; all hits there whose uses it still counts, since a reader
-// of a read-only mapping cannot count them itself; and of the others, which only learning wants, one in 16 by chance, with that weight.
+// Reported are all misses, since the daemon reads them for the recency cache; all hits there whose uses it still
+// counts, since a reader of a read-only mapping cannot count them itself; and of the others, which only learning wants,
+// one in 16 by chance, with that weight.
 #pragma once
 
 #include <cstddef>

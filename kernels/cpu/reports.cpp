@@ -23,9 +23,9 @@ void init_client_block(uint8_t* block) {
 }
 
 void ReportWriter::add(const Report* reports, size_t num_reports) {
-  // Room is reserved by compare-exchange and not by adding: a sum that has gone past the room cannot be taken back once another
-  // writer has added to it. `read` only grows, so a value from before the exchange leaves too little room and never too much; and
-  // it is loaded first, so that it is not ahead of `start`.
+  // Room is reserved by compare-exchange and not by adding: a sum that has gone past the room cannot be taken back once
+  // another writer has added to it. `read` only grows, so a value from before the exchange leaves too little room and
+  // never too much; and it is loaded first, so that it is not ahead of `start`.
   uint64_t start = 0;
   size_t num_added = 0;
   for (int tries = 0; tries < kReserveTries; ++tries) {
@@ -66,7 +66,8 @@ size_t ReportReader::take(Report* out, size_t max) {
     const uint64_t rest = record.rest.load(std::memory_order_acquire);
     const int64_t key = record.key.load(kRelaxed);
     if (rest >> 32 == seal_of(position_ + passed, key)) {
-      out[num_taken++] = {key, static_cast<uint16_t>(rest), static_cast<uint8_t>(rest >> 16), static_cast<uint8_t>(rest >> 24)};
+      out[num_taken++] = {key, static_cast<uint16_t>(rest), static_cast<uint8_t>(rest >> 16),
+                          static_cast<uint8_t>(rest >> 24)};
     } else if (passed < overdue_) {
       ++lost_;
     } else {

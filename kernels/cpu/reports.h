@@ -1,8 +1,9 @@
 // Reports: what an attached client tells the daemon of its lookups, through a ring in a block of memory that both map.
 //
-// Flows in: reports, from any number of the client's threads. Flows out: the same, some missing, to one reader in the daemon.
-// The client may write anything into its block, so the reader trusts nothing of it: garbage costs the client its own reports
-// and the daemon bounded work. Nobody ever waits: a report that finds the ring full is dropped and counted.
+// Flows in: reports, from any number of the client's threads. Flows out: the same, some missing, to one reader in the
+// daemon. The client may write anything into its block, so the reader trusts nothing of it: garbage costs the client
+// its own reports and the daemon bounded work. Nobody ever waits: a report that finds the ring full is dropped and
+// counted.
 //
 //   byte 0    active[0]   u64, on a line of its own: epochs.h
 //        64   active[1]   u64
@@ -14,8 +15,9 @@
 //        448  held[1]     u64
 //        4096 8192 records: i64 key | u16 table | u8 order | u8 source and weight | u32 seal
 //
-// A record's second word is stored at once and last. Its seal is the lap of the ring, from 1 on, mixed with the key: so a record that is
-// half written, of another lap, or one word of one writer and one of another who came a whole lap late, does not pass for one.
+// A record's second word is stored at once and last. Its seal is the lap of the ring, from 1 on, mixed with the key: so
+// a record that is half written, of another lap, or one word of one writer and one of another who came a whole lap
+// late, does not pass for one.
 #pragma once
 
 #include <atomic>
@@ -72,8 +74,8 @@ class ReportWriter {
   // `block` has been through `init_client_block`.
   explicit ReportWriter(uint8_t* block) : block_(ClientBlock::of(block)) {}
 
-  // Writes reports, as many as there is room for, in one reservation; the others are dropped. Never waits, not for a reader that
-  // is dead either.
+  // Writes reports, as many as there is room for, in one reservation; the others are dropped. Never waits, not for a
+  // reader that is dead either.
   void add(const Report* reports, size_t num_reports);
 
  private:
@@ -86,8 +88,8 @@ class ReportReader {
   // `block` has been through `init_client_block`, and no other reader has read of it.
   explicit ReportReader(uint8_t* block) : block_(ClientBlock::of(block)) {}
 
-  // Copies the next reports, at most `max`, and returns how many. A record that is reserved and not yet written ends the call; if it
-  // still is not at the next call, its writer is taken for dead, and it is passed by.
+  // Copies the next reports, at most `max`, and returns how many. A record that is reserved and not yet written ends
+  // the call; if it still is not at the next call, its writer is taken for dead, and it is passed by.
   size_t take(Report* out, size_t max);
 
   // Positions passed by: never written, written too late, or not what a writer leaves.

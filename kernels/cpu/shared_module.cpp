@@ -2,6 +2,8 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -9,9 +11,6 @@
 #include <optional>
 #include <utility>
 #include <vector>
-
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "arrays.h"
 #include "epochs.h"
@@ -40,8 +39,8 @@ struct Mapping {
   size_t num_bytes;
 };
 
-// Maps a descriptor, shared, at a multiple of a huge page, so that huge pages of the file are huge pages of the mapping. The
-// array that comes back unmaps it when the last view of it is gone.
+// Maps a descriptor, shared, at a multiple of a huge page, so that huge pages of the file are huge pages of the
+// mapping. The array that comes back unmaps it when the last view of it is gone.
 py::array_t<uint8_t> map_shared(int fd, size_t num_bytes, bool writable) {
   require(num_bytes > 0 && num_bytes % kPageBytes == 0, "whole pages are mapped");
   // Reserves more than is wanted, to choose the place in it, and gives back what lies on either side.
@@ -49,7 +48,8 @@ py::array_t<uint8_t> map_shared(int fd, size_t num_bytes, bool writable) {
   if (reserved == MAP_FAILED) raise_os_error(errno);
   const auto start = reinterpret_cast<uintptr_t>(reserved);
   const uintptr_t at = (start + kHugeBytes - 1) / kHugeBytes * kHugeBytes;
-  void* memory = mmap(reinterpret_cast<void*>(at), num_bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0);
+  void* memory = mmap(reinterpret_cast<void*>(at), num_bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ,
+                      MAP_SHARED | MAP_FIXED, fd, 0);
   const int error = errno;
   if (at > start) munmap(reserved, at - start);
   const uintptr_t end = start + num_bytes + kHugeBytes;
@@ -115,17 +115,21 @@ std::pair<uint64_t, uint64_t> held_epochs(py::array_t<uint8_t, py::array::c_styl
 
 // Has the kernel refuse writes to a mapping from now on.
 void protect(py::array_t<uint8_t, py::array::c_style> array) {
-  require(reinterpret_cast<uintptr_t>(array.data()) % kPageBytes == 0 && array.nbytes() % static_cast<py::ssize_t>(kPageBytes) == 0,
+  require(reinterpret_cast<uintptr_t>(array.data()) % kPageBytes == 0 &&
+              array.nbytes() % static_cast<py::ssize_t>(kPageBytes) == 0,
           "whole pages are protected");
-  if (mprotect(const_cast<uint8_t*>(array.data()), static_cast<size_t>(array.nbytes()), PROT_READ) != 0) raise_os_error(errno);
+  if (mprotect(const_cast<uint8_t*>(array.data()), static_cast<size_t>(array.nbytes()), PROT_READ) != 0)
+    raise_os_error(errno);
   py::detail::array_proxy(array.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
 }
 
-// What a client holds of a version's epochs for a device's kernels, counted in its block. What is still held when this goes is left
-// then, as what its owner took and was interrupted before it could note; in a forked child, the counts are the parent's.
+// What a client holds of a version's epochs for a device's kernels, counted in its block. What is still held when this
+// goes is left then, as what its owner took and was interrupted before it could note; in a forked child, the counts are
+// the parent's.
 class EpochHold {
  public:
-  EpochHold(py::array_t<uint8_t, py::array::c_style> control, uint64_t version, py::array_t<uint8_t, py::array::c_style> block)
+  EpochHold(py::array_t<uint8_t, py::array::c_style> control, uint64_t version,
+            py::array_t<uint8_t, py::array::c_style> block)
       : control_(std::move(control)), block_(std::move(block)) {
     require(version >= 1 && version < uint64_t{1} << (64 - kVersionShift), "versions are 1 to 65,535");
     require(block_.writeable(), "a client's block can be written");
@@ -175,8 +179,8 @@ void bind_shared(py::module_& module) {
   module.def("held_epochs", &held_epochs, py::arg("block"));
   module.def("protect", &protect, py::arg("array"));
   py::class_<EpochHold>(module, "EpochHold")
-      .def(py::init<py::array_t<uint8_t, py::array::c_style>, uint64_t, py::array_t<uint8_t, py::array::c_style>>(), py::arg("control"),
-           py::arg("version"), py::arg("block"))
+      .def(py::init<py::array_t<uint8_t, py::array::c_style>, uint64_t, py::array_t<uint8_t, py::array::c_style>>(),
+           py::arg("control"), py::arg("version"), py::arg("block"))
       .def("newest", &EpochHold::newest)
       .def("take", &EpochHold::take)
       .def("leave", &EpochHold::leave, py::arg("epoch"));

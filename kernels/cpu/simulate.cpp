@@ -1,11 +1,11 @@
 #include "simulate.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <array>
 #include <new>
 #include <vector>
-
-#include <sys/mman.h>
 
 #include "entry_cache.h"
 #include "racing_copy.h"
@@ -49,7 +49,8 @@ class Simulation {
   // As a lookup does: all accesses of a batch are probed, then counted, then what it missed is offered, as read: every
   // entry once, in the order of (order, key).
   void run(const Accesses& accesses, bool* hits) {
-    const auto num_accesses = static_cast<size_t>(accesses.num_batches == 0 ? 0 : accesses.batch_ends[accesses.num_batches - 1]);
+    const auto num_accesses =
+        static_cast<size_t>(accesses.num_batches == 0 ? 0 : accesses.batch_ends[accesses.num_batches - 1]);
     size_t i = 0;
     for (size_t batch = 0; batch < accesses.num_batches; ++batch) {
       const size_t start = i;
@@ -105,8 +106,6 @@ class Simulation {
 
 }  // namespace
 
-void simulate_cache(const Accesses& accesses, size_t num_sets, bool* hits) {
-  Simulation(num_sets).run(accesses, hits);
-}
+void simulate_cache(const Accesses& accesses, size_t num_sets, bool* hits) { Simulation(num_sets).run(accesses, hits); }
 
 }  // namespace tierstore

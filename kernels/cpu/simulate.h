@@ -8,8 +8,8 @@ namespace tierstore {
 
 constexpr size_t kSimulatedOrdersMax = 16;
 
-// Accesses to one table, in batches as they were looked up. Access i is to key keys[i] of order order_index[i]; batch b ends
-// before access batch_ends[b].
+// Accesses to one table, in batches as they were looked up. Access i is to key keys[i] of order order_index[i]; batch b
+// ends before access batch_ends[b].
 struct Accesses {
   const uint8_t* order_index;  // below kSimulatedOrdersMax
   const int64_t* keys;         // -1: not looked up

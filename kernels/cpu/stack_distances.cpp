@@ -9,9 +9,10 @@ namespace {
 constexpr size_t kWordBits = 64;
 constexpr size_t kAhead = 16;  // accesses whose last one is on its way while an earlier one is counted
 
-// A set of places in 0 .. num_places - 1 that counts those up to a place: a bit a place, and a Fenwick tree over words of 64
-// ("A new data structure for cumulative frequency tables", 1994). A tree over places would be 32 times larger and out of
-// the caches, which is where the time goes.
+// A set of places in 0 .. num_places - 1 that counts those up to a place: a bit a place, and a Fenwick tree over words
+// of 64
+// ("A new data structure for cumulative frequency tables", 1994). A tree over places would be 32 times larger and out
+// of the caches, which is where the time goes.
 class PlaceCounts {
  public:
   explicit PlaceCounts(size_t num_places) : words_(num_places / kWordBits + 1), tree_(words_.size() + 1) {}
@@ -41,8 +42,8 @@ class PlaceCounts {
 
 }  // namespace
 
-// Bennett and Kruskal, "LRU Stack Processing", 1975: the places of every item's last access are counted; those behind the
-// item's own are the distinct items since.
+// Bennett and Kruskal, "LRU Stack Processing", 1975: the places of every item's last access are counted; those behind
+// the item's own are the distinct items since.
 void stack_distances(const int64_t* items, size_t num_accesses, int64_t* out) {
   if (num_accesses == 0) return;
   std::vector<int64_t> last(static_cast<size_t>(*std::max_element(items, items + num_accesses)) + 1, -1);

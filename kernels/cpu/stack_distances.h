@@ -6,8 +6,8 @@
 
 namespace tierstore {
 
-// Writes for each access how many distinct other items were accessed since the last access to the same one, -1 for an item's
-// first access. Items are 0 to num_accesses - 1. Memory: 8 bytes an item, and a quarter of a byte an access.
+// Writes for each access how many distinct other items were accessed since the last access to the same one, -1 for an
+// item's first access. Items are 0 to num_accesses - 1. Memory: 8 bytes an item, and a quarter of a byte an access.
 void stack_distances(const int64_t* items, size_t num_accesses, int64_t* out);
 
 }  // namespace tierstore

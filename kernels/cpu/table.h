@@ -19,7 +19,7 @@ enum Source : uint8_t { kFromNowhere, kFromResident, kFromStatic, kFromRecency, 
 struct Table {
   size_t num_orders, rows_per_key, row_bytes;
   uint64_t num_rows;
-  bool is_plain;  // keys are row ids, and so must lie below num_rows
+  bool is_plain;                         // keys are row ids, and so must lie below num_rows
   std::vector<int64_t> moduli, offsets;  // one of each for every (order, head), orders outermost
   size_t page_bytes, rows_per_page;
   uint64_t num_pages, pages_per_shard;

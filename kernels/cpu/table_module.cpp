@@ -1,11 +1,10 @@
 #include "table_module.h"
 
 #include <pybind11/stl.h>
+#include <sys/mman.h>
 
 #include <stdexcept>
 #include <tuple>
-
-#include <sys/mman.h>
 
 namespace py = pybind11;
 
@@ -27,7 +26,8 @@ IndexArea make_area(const py::tuple& pair, const Table& table, std::vector<py::a
           static_cast<size_t>(buckets.shape(0))};
 }
 
-HeldCache make_cache(py::array_t<uint8_t, py::array::c_style> memory, size_t num_sets, size_t entry_bytes, bool is_new) {
+HeldCache make_cache(py::array_t<uint8_t, py::array::c_style> memory, size_t num_sets, size_t entry_bytes,
+                     bool is_new) {
   require(num_sets >= 1 && static_cast<size_t>(memory.nbytes()) >= EntryCache::block_bytes(num_sets, entry_bytes) &&
               reinterpret_cast<uintptr_t>(memory.data()) % alignof(CacheSet) == 0,
           "memory holds the sets, at a multiple of 64");
@@ -75,7 +75,8 @@ Table make_table(const py::dict& record, ReadMode mode) {
   table.rows_per_page = record["rows_per_page"].cast<size_t>();
   table.num_pages = record["num_pages"].cast<uint64_t>();
   table.pages_per_shard = record["pages_per_shard"].cast<uint64_t>();
-  table.shape = {table.page_bytes, table.rows_per_page, record["version"].cast<uint32_t>(), record["seed"].cast<uint32_t>()};
+  table.shape = {table.page_bytes, table.rows_per_page, record["version"].cast<uint32_t>(),
+                 record["seed"].cast<uint32_t>()};
   require(table.num_orders >= 1 && table.num_orders <= kOrdersMax, "a table has 1 to 16 orders");
   require(table.rows_per_key >= 1 && table.row_bytes >= 1, "a key has rows, and a row has bytes");
   require(table.moduli.size() == table.num_heads() && table.offsets.size() == table.num_heads(), "one modulus a head");
@@ -84,14 +85,16 @@ Table make_table(const py::dict& record, ReadMode mode) {
   require(table.pages_per_shard >= 1, "a shard has pages");
   require(table.num_rows <= table.num_pages * table.rows_per_page, "the pages hold the rows");
   for (size_t head = 0; head < table.num_heads(); ++head) {
-    require(table.moduli[head] >= 1 && table.offsets[head] >= 0 &&
-                static_cast<uint64_t>(table.moduli[head]) + static_cast<uint64_t>(table.offsets[head]) <= table.num_rows,
-            "a head's rows lie within the table");
+    require(
+        table.moduli[head] >= 1 && table.offsets[head] >= 0 &&
+            static_cast<uint64_t>(table.moduli[head]) + static_cast<uint64_t>(table.offsets[head]) <= table.num_rows,
+        "a head's rows lie within the table");
   }
   table.tag = record["tag"].cast<uint8_t>();
   require(table.tag < 16, "a tag is below 16");
   const auto shards = record["shards"].cast<std::vector<std::tuple<int, int, size_t>>>();
-  require(shards.size() == (table.num_pages + table.pages_per_shard - 1) / table.pages_per_shard, "all shards are there");
+  require(shards.size() == (table.num_pages + table.pages_per_shard - 1) / table.pages_per_shard,
+          "all shards are there");
   for (const auto& [buffered_fd, direct_fd, num_bytes] : shards) {
     ShardFile shard{buffered_fd, direct_fd, nullptr, num_bytes};
     if (mode == ReadMode::kMmap) {
@@ -128,8 +131,9 @@ StaticSet make_statics(const py::dict& record, const Table& table, ReadMode mode
   const auto [buffered_fd, direct_fd, num_bytes] = record["file"].cast<std::tuple<int, int, size_t>>();
   statics.placed.file = {buffered_fd, direct_fd, nullptr, num_bytes};
   statics.placed.byte_start = record["byte_start"].cast<uint64_t>();
-  require(statics.placed.byte_start <= num_bytes && num_placed <= (num_bytes - statics.placed.byte_start) / record_bytes,
-          "the file holds the placed records");
+  require(
+      statics.placed.byte_start <= num_bytes && num_placed <= (num_bytes - statics.placed.byte_start) / record_bytes,
+      "the file holds the placed records");
   if (mode == ReadMode::kMmap) {
     void* map = mmap(nullptr, num_bytes, PROT_READ, MAP_SHARED, buffered_fd, 0);
     if (map != MAP_FAILED) {
@@ -147,7 +151,8 @@ void unmap(ShardFile& file) {
 
 void bind_entry_cache(py::module_& module) {
   py::class_<HeldCache>(module, "EntryCache", py::module_local())
-      .def(py::init(&make_cache), py::arg("memory"), py::kw_only(), py::arg("num_sets"), py::arg("entry_bytes"), py::arg("is_new"))
+      .def(py::init(&make_cache), py::arg("memory"), py::kw_only(), py::arg("num_sets"), py::arg("entry_bytes"),
+           py::arg("is_new"))
       .def("count_accesses", [](HeldCache& held, uint64_t count) { held.cache->count_accesses(count); })
       .def("touch", &touch, py::arg("orders"), py::arg("keys"))
       .def("drop_tag", &drop_tag, py::arg("tag"));

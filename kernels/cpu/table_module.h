@@ -23,7 +23,8 @@ struct HeldCache {
 Table make_table(const pybind11::dict& record, ReadMode mode);
 
 // What a placement or a daemon gives a table; `held` keeps its memory alive.
-StaticSet make_statics(const pybind11::dict& record, const Table& table, ReadMode mode, std::vector<pybind11::array>& held);
+StaticSet make_statics(const pybind11::dict& record, const Table& table, ReadMode mode,
+                       std::vector<pybind11::array>& held);
 
 void unmap(ShardFile& file);
 

@@ -18,10 +18,11 @@
 #endif
 
 #if defined(IORING_FEAT_EXT_ARG)
-#include <csignal>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include <csignal>
 
 #ifndef __NR_io_uring_setup
 #define __NR_io_uring_setup 425
@@ -37,7 +38,7 @@ int setup(unsigned entries, io_uring_params* params) {
 
 constexpr unsigned kFeatures = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP | IORING_FEAT_EXT_ARG;
 
-constexpr unsigned kAgainMax = 64;  // how often the kernel may say of one read "not now"
+constexpr unsigned kAgainMax = 64;              // how often the kernel may say of one read "not now"
 constexpr std::chrono::milliseconds kPause{1};  // before the kernel is asked again, if it is short of something
 
 class UringQueue : public PageQueue {
@@ -129,7 +130,8 @@ class UringQueue : public PageQueue {
     }
   }
 
-  // Puts reads into the submission queue, as many as it has room for: what the kernel has not taken from it yet stays as it is.
+  // Puts reads into the submission queue, as many as it has room for: what the kernel has not taken from it yet stays
+  // as it is.
   void push_all() {
     if (broken_ != 0) {
       while (const Slot* wanted = to_push_.pop()) refused_.push_back({wanted->read.slot, broken_});
@@ -153,8 +155,8 @@ class UringQueue : public PageQueue {
     ++unsubmitted_;
   }
 
-  // Submits what is queued and waits, at most timeout_ms, for `min_complete` to finish (no wait if that is 0). Returns false if
-  // nothing was waited for: the kernel is short of something for now, or the ring is broken.
+  // Submits what is queued and waits, at most timeout_ms, for `min_complete` to finish (no wait if that is 0). Returns
+  // false if nothing was waited for: the kernel is short of something for now, or the ring is broken.
   bool enter(unsigned min_complete, int timeout_ms) {
     if (broken_ != 0) return false;
     __kernel_timespec limit{timeout_ms / 1000, timeout_ms % 1000 * 1'000'000ll};
@@ -172,8 +174,9 @@ class UringQueue : public PageQueue {
     return false;
   }
 
-  // The ring cannot be entered any more, as when other code of this process has closed its descriptor. What the kernel has not taken
-  // is refused, from now on at once; what it has taken still comes by the ring's memory, which stays mapped.
+  // The ring cannot be entered any more, as when other code of this process has closed its descriptor. What the kernel
+  // has not taken is refused, from now on at once; what it has taken still comes by the ring's memory, which stays
+  // mapped.
   void give_up(int error) {
     broken_ = error;
     for (unsigned head = __atomic_load_n(sq_head_, __ATOMIC_ACQUIRE); head != *sq_tail_; ++head) {
@@ -221,10 +224,10 @@ class UringQueue : public PageQueue {
   unsigned sq_mask_ = 0, sq_entries_ = 0, cq_mask_ = 0;
   io_uring_cqe* cqes_ = nullptr;
   unsigned unsubmitted_ = 0, in_flight_ = 0;
-  int broken_ = 0;                  // the errno of an `enter` after which there is no other
+  int broken_ = 0;  // the errno of an `enter` after which there is no other
   std::vector<Slot> slots_;
-  Line<Slot> to_push_;              // reads that the submission queue has not got yet
-  std::vector<PageDone> refused_;   // by a broken ring
+  Line<Slot> to_push_;             // reads that the submission queue has not got yet
+  std::vector<PageDone> refused_;  // by a broken ring
 };
 
 }  // namespace

@@ -1,10 +1,6 @@
-// What the C++ tests share: checks that are counted, memory to map, and work that is killed after any of its instructions.
+// What the C++ tests share: checks that are counted, memory to map, and work that is killed after any of its
+// instructions.
 #pragma once
-
-#include <cstddef>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 
 #include <signal.h>
 #include <sys/mman.h>
@@ -12,14 +8,19 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+
 inline int failures = 0;
 
-#define CHECK(holds)                                                      \
-  do {                                                                    \
-    if (!(holds)) {                                                       \
+#define CHECK(holds)                                                        \
+  do {                                                                      \
+    if (!(holds)) {                                                         \
       std::printf("%s:%d: %s does not hold\n", __FILE__, __LINE__, #holds); \
-      ++failures;                                                         \
-    }                                                                     \
+      ++failures;                                                           \
+    }                                                                       \
   } while (0)
 
 inline uint64_t next_random(uint64_t& state) {
@@ -55,7 +56,8 @@ pid_t start_stopped(const Work& work) {
   return child;
 }
 
-// Runs `work` in a child, stops it after `steps` instructions and kills it there. Returns false where the child ended before.
+// Runs `work` in a child, stops it after `steps` instructions and kills it there. Returns false where the child ended
+// before.
 template <typename Work>
 bool run_and_kill(const Work& work, long steps) {
   const pid_t child = start_stopped(work);
@@ -71,9 +73,9 @@ bool run_and_kill(const Work& work, long steps) {
   return !ended;
 }
 
-// Runs `work` in a child and stops it before its first instruction and after each for `look`: shared memory is then what it would
-// be, had the child been killed there. As sure as `run_and_kill` after 0, 1, 2 .. steps, without running all of them again for the
-// next. Returns how many instructions there were.
+// Runs `work` in a child and stops it before its first instruction and after each for `look`: shared memory is then
+// what it would be, had the child been killed there. As sure as `run_and_kill` after 0, 1, 2 .. steps, without running
+// all of them again for the next. Returns how many instructions there were.
 template <typename Work, typename Look>
 long look_after_each_instruction(const Work& work, const Look& look) {
   const pid_t child = start_stopped(work);

@@ -1,10 +1,14 @@
-// The lookup path under threads, and a cache whose writer is killed: built plainly by the suite, and by `make sanitize` with
-// ThreadSanitizer, then with AddressSanitizer and UndefinedBehaviorSanitizer. Prints what failed; exit status 1 if anything did.
+// The lookup path under threads, and a cache whose writer is killed: built plainly by the suite, and by `make sanitize`
+// with ThreadSanitizer, then with AddressSanitizer and UndefinedBehaviorSanitizer. Prints what failed; exit status 1 if
+// anything did.
 //
 //   lookup_path_test cache          readers copy while writers replace: every copied entry is whole and its pair's
 //   lookup_path_test engine FOLDER  lookups, tickets and closing over shards in FOLDER, by every way of reading
 //   lookup_path_test epochs FOLDER  a daemon writes over slots while clients are in the epochs that named them
-//   lookup_path_test kill           what a writer in another process would leave, killed after any instruction of an update
+//   lookup_path_test kill           what a writer in another process would leave, killed after any instruction of an
+//   update
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -12,8 +16,6 @@
 #include <string>
 #include <thread>
 #include <vector>
-
-#include <sys/mman.h>
 
 #include "checks.h"
 #include "engine.h"
@@ -110,13 +112,15 @@ void test_engine(const std::string& folder, ReadMode mode, const char* name, siz
   CHECK(wrong == 0);
   CHECK(engine.close(60.0));
   CHECK(!Engine::Use(engine));
-  std::printf("engine, %s, %zu lanes: %llu keys checked\n", name, num_lanes, static_cast<unsigned long long>(checked.load()));
+  std::printf("engine, %s, %zu lanes: %llu keys checked\n", name, num_lanes,
+              static_cast<unsigned long long>(checked.load()));
   CHECK(engine.read_counters.entries > 0);
   CHECK(engine.table_counters[0].static_hits[0] > 0);
   files.close();
 }
 
-// A daemon's memory as its clients map it, and the store of `Files` over it: slots for entries that the daemon moves about.
+// A daemon's memory as its clients map it, and the store of `Files` over it: slots for entries that the daemon moves
+// about.
 struct SharedTiers {
   static constexpr size_t kSlots = 24, kAreaBuckets = 12;
   Block control{kControlBytes}, client{kClientBlockBytes}, cache{EntryCache::block_bytes(1, 2 * Files::kRowBytes)};
@@ -220,10 +224,12 @@ void test_holds() {
   line.publish(2, epoch);  // another version in the same line
   EpochGate gate(&line, 1, &even, &odd);
   CHECK(!gate.hold().alive && !gate.newest() && even == 0 && odd == 0);
-  std::printf("holds: %llu in %llu epochs\n", static_cast<unsigned long long>(held.load()), static_cast<unsigned long long>(epoch));
+  std::printf("holds: %llu in %llu epochs\n", static_cast<unsigned long long>(held.load()),
+              static_cast<unsigned long long>(epoch));
 }
 
-// What a client that was stopped in the middle of a lookup finds when it goes on: each step of the daemon's, then the copy.
+// What a client that was stopped in the middle of a lookup finds when it goes on: each step of the daemon's, then the
+// copy.
 void test_stopped_reader(const Files& files) {
   SharedTiers tiers;
   const std::unique_ptr<Engine> engine = tiers.make_engine(files, 1);

@@ -1,8 +1,11 @@
-// Mailboxes under threads that play GPUs: built plainly by the suite, and by `make sanitize` with ThreadSanitizer, then with
-// AddressSanitizer and UndefinedBehaviorSanitizer. Prints what failed; exit status 1 if anything did.
+// Mailboxes under threads that play GPUs: built plainly by the suite, and by `make sanitize` with ThreadSanitizer, then
+// with AddressSanitizer and UndefinedBehaviorSanitizer. Prints what failed; exit status 1 if anything did.
 //
 //   mailbox_test devices FOLDER  devices ask, come and go, while others look up: every entry is whole and its pair's
-//   mailbox_test wild FOLDER     devices write whatever they like, whenever they like, while one that does not is served
+//   mailbox_test wild FOLDER     devices write whatever they like, whenever they like, while one that does not is
+//   served
+#include "mailbox.h"
+
 #include <chrono>
 #include <cstdio>
 #include <string>
@@ -11,7 +14,6 @@
 
 #include "checks.h"
 #include "engine.h"
-#include "mailbox.h"
 #include "store_files.h"
 
 using namespace tierstore;
@@ -32,7 +34,9 @@ struct Device {
     write(kMailboxKeys + 8 * i, key);
     __atomic_store_n(reinterpret_cast<int32_t*>(block.data + kShape.pairs_start()) + i, pair, __ATOMIC_RELAXED);
   }
-  int64_t answered() const { return __atomic_load_n(reinterpret_cast<const int64_t*>(block.data + kMailboxAnswered), __ATOMIC_ACQUIRE); }
+  int64_t answered() const {
+    return __atomic_load_n(reinterpret_cast<const int64_t*>(block.data + kMailboxAnswered), __ATOMIC_ACQUIRE);
+  }
 
   // Asks for keys, and waits for the answer.
   MailboxStatus ask(const std::vector<int64_t>& keys) {
@@ -40,7 +44,8 @@ struct Device {
     write(kMailboxNumMisses, static_cast<int64_t>(keys.size()));
     write(kMailboxAsked, ++step, __ATOMIC_RELEASE);
     while (answered() != step) std::this_thread::yield();
-    return static_cast<MailboxStatus>(__atomic_load_n(reinterpret_cast<const int64_t*>(block.data + kMailboxStatus), __ATOMIC_RELAXED));
+    return static_cast<MailboxStatus>(
+        __atomic_load_n(reinterpret_cast<const int64_t*>(block.data + kMailboxStatus), __ATOMIC_RELAXED));
   }
   bool is_right(const std::vector<int64_t>& keys) const {
     return rows_are_right(keys.data(), keys.size(), block.data + kShape.entries_start());

@@ -1,9 +1,11 @@
-// Reports and counts under threads, and a writer of reports that is killed: built and run as lookup_path_test.cpp is. Prints what
-// failed; exit status 1 if anything did.
+// Reports and counts under threads, and a writer of reports that is killed: built and run as lookup_path_test.cpp is.
+// Prints what failed; exit status 1 if anything did.
 //
 //   reports_test ring    many write while one takes: every report taken was written, none twice, and the sums are right
 //   reports_test counts  many count while others look and halve: no key is counted more often than it was reported
 //   reports_test kill    a writer in another process is killed after every instruction of an `add`
+#include "reports.h"
+
 #include <algorithm>
 #include <atomic>
 #include <string>
@@ -13,7 +15,6 @@
 #include "checks.h"
 #include "key_counts.h"
 #include "mix.h"
-#include "reports.h"
 
 using namespace tierstore;
 
@@ -40,8 +41,8 @@ struct Ring {
   std::atomic<int64_t> writing{kThreads};
 };
 
-// Thread t writes keys t, t + kThreads, ... until enough were taken, and no more than two rings of them between two calls of the
-// reader: so both are at work at once, however they run.
+// Thread t writes keys t, t + kThreads, ... until enough were taken, and no more than two rings of them between two
+// calls of the reader: so both are at work at once, however they run.
 void write_until_enough(Ring& ring, int64_t key, size_t batch) {
   ReportWriter writer(ring.block.data);
   std::vector<Report> reports(batch);

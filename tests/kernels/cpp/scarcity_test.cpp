@@ -1,5 +1,6 @@
 // The lookup path when the system gives less than is asked for: built plainly by the suite, and by `make sanitize` with
-// ThreadSanitizer, then with AddressSanitizer and UndefinedBehaviorSanitizer. Prints what failed; exit status 1 if anything did.
+// ThreadSanitizer, then with AddressSanitizer and UndefinedBehaviorSanitizer. Prints what failed; exit status 1 if
+// anything did.
 //
 //   scarcity_test memory FOLDER         allocation 1, 2, 3 ... fails, alone or with all that follow
 //   scarcity_test threads FOLDER        thread 1, 2, 3 ... cannot be made
@@ -7,6 +8,12 @@
 //   scarcity_test ring FOLDER           the kernel answers "not now"; then other code closes the ring's descriptor
 //
 // After each, lookups are right, every lane comes back, every buffer is let go, and the engine closes.
+#include <dirent.h>
+#include <dlfcn.h>
+#include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cerrno>
 #include <chrono>
@@ -19,12 +26,6 @@
 #include <system_error>
 #include <thread>
 #include <vector>
-
-#include <dirent.h>
-#include <dlfcn.h>
-#include <pthread.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include "checks.h"
 #include "engine.h"
@@ -74,7 +75,8 @@ __attribute__((noinline)) void operator delete(void* gone) noexcept { std::free(
 __attribute__((noinline)) void operator delete(void* gone, size_t) noexcept { std::free(gone); }
 
 #if !defined(__SANITIZE_THREAD__)  // which has its own of these two
-extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*), void* argument) {
+extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*),
+                              void* argument) {
   static const auto real = reinterpret_cast<decltype(&pthread_create)>(dlsym(RTLD_NEXT, "pthread_create"));
   return threads.applies() ? EAGAIN : real(thread, attributes, start, argument);
 }
@@ -104,7 +106,8 @@ constexpr size_t kLanes = 2, kKeys = 60;
 const std::vector<int64_t>& some_keys() {
   static const std::vector<int64_t> keys = [] {
     std::vector<int64_t> made;
-    for (size_t i = 0; i < kKeys; ++i) made.push_back(static_cast<int64_t>(i * 7 % 300) * Files::kKeyStep + static_cast<int64_t>(i % 3));
+    for (size_t i = 0; i < kKeys; ++i)
+      made.push_back(static_cast<int64_t>(i * 7 % 300) * Files::kKeyStep + static_cast<int64_t>(i % 3));
     return made;
   }();
   return keys;
@@ -138,7 +141,8 @@ struct Store {
       tables.push_back(files.table(cache, 1));
       memory.at = at;
     }
-    engine = std::make_unique<Engine>(std::move(tables), EngineShape{mode, true, kLanes, 3, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}});
+    engine = std::make_unique<Engine>(std::move(tables),
+                                      EngineShape{mode, true, kLanes, 3, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}});
   }
 
   std::shared_ptr<Job> gathered(uint8_t* out) {
@@ -165,7 +169,8 @@ struct Store {
     } catch (const std::bad_alloc&) {
     }
     memory.at = -1;  // what follows is the test's own
-    if (ended == FaultKind::kNone && !rows_are_right(some_keys().data(), kKeys, out.data())) ended = FaultKind::kBadPage;
+    if (ended == FaultKind::kNone && !rows_are_right(some_keys().data(), kKeys, out.data()))
+      ended = FaultKind::kBadPage;
     return ended;
   }
 
@@ -304,7 +309,8 @@ void test_cancel(const Files& files, long trials) {
     store.engine->faults.set(FaultInjection::kNone, 0, 0);
     store.check_all_is_well();
   }
-  std::printf("cancel: %ld trials a way of reading checked, %llu had ended before\n", trials, static_cast<unsigned long long>(ended_before));
+  std::printf("cancel: %ld trials a way of reading checked, %llu had ended before\n", trials,
+              static_cast<unsigned long long>(ended_before));
 }
 
 void close_rings() {

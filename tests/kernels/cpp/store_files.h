@@ -1,15 +1,15 @@
 // A small store for the C++ tests: shards and a placement in a folder, whose every word tells where it belongs.
 #pragma once
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
-
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "checks.h"
 #include "engine.h"
@@ -34,7 +34,8 @@ inline bool entry_is_whole(const uint8_t* entry, size_t num_bytes, uint8_t order
 struct Files {
   static constexpr size_t kRowBytes = 264, kRowsPerPage = 15, kPageBytes = 4096, kPages = 300, kPagesPerShard = 200;
   static constexpr uint32_t kVersion = 1, kSeed = 77;
-  static constexpr size_t kPlaced = 150, kLoadedStart = 20, kLoaded = 75, kBuckets = 40;  // keys 0, kKeyStep, ... have records
+  static constexpr size_t kPlaced = 150, kLoadedStart = 20, kLoaded = 75,
+                          kBuckets = 40;  // keys 0, kKeyStep, ... have records
   static constexpr int64_t kKeyStep = 1'000'003;
   std::vector<ShardFile> shards;
   ShardFile placed;

@@ -1,16 +1,18 @@
 // The yardstick: a program that does only the work that a lookup cannot do without, as fast as this machine lets it.
 //
 //   bare uring DEPTH direct|buffered FILE...     reads ranges of files with io_uring, nothing checked
-//   bare willneed WINDOW FILE...                 process_madvise(WILLNEED) WINDOW batches ahead, then a pread of each range
-//   bare entries ENTRY_BYTES NUM_ENTRIES THREADS probes an 8-way table for keys and copies their entries
+//   bare willneed WINDOW FILE...                 process_madvise(WILLNEED) WINDOW batches ahead, then a pread of each
+//   range bare entries ENTRY_BYTES NUM_ENTRIES THREADS probes an 8-way table for keys and copies their entries
 //
 // It is driven over standard input, a line a command, so that its runs can be interleaved with another program's. Each
 // command is answered by one line: "ok ..." or "error ...".
 //   fill PATH     entries only: puts (order, key) pairs, two int64 each, into the table
 //   load PATH     the list to work off: (file, byte offset, length) as three int64 each, or (order, key) as two
-//   go GROUP      works off the list once, GROUP items at a time (0: all at once); answers the nanoseconds of each group
-//   dump PATH     writes what the last run put out, item after item, for a test to look at
+//   go GROUP      works off the list once, GROUP items at a time (0: all at once); answers the nanoseconds of each
+//   group dump PATH     writes what the last run put out, item after item, for a test to look at
 #define _GNU_SOURCE
+#include "bare.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -23,32 +25,30 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "bare.h"
-
 static struct list list;
-static uint8_t *out;
+static uint8_t* out;
 static size_t out_bytes, out_capacity;
 
-void fail(const char *what) {
+void fail(const char* what) {
   printf("error %s: %s\n", what, strerror(errno));
   fflush(stdout);
   exit(1);
 }
 
-void *map_memory(size_t num_bytes) {
-  void *memory = mmap(NULL, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+void* map_memory(size_t num_bytes) {
+  void* memory = mmap(NULL, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) fail("mmap");
   madvise(memory, num_bytes, MADV_HUGEPAGE);
   return memory;
 }
 
-int64_t *read_numbers(const char *path, size_t width, size_t *num_items) {
+int64_t* read_numbers(const char* path, size_t width, size_t* num_items) {
   int fd = open(path, O_RDONLY);
   struct stat status;
   if (fd < 0 || fstat(fd, &status)) fail(path);
-  int64_t *numbers = malloc(status.st_size + 8);
+  int64_t* numbers = malloc(status.st_size + 8);
   for (off_t done = 0; done < status.st_size;) {
-    ssize_t count = read(fd, (uint8_t *)numbers + done, status.st_size - done);
+    ssize_t count = read(fd, (uint8_t*)numbers + done, status.st_size - done);
     if (count <= 0) fail(path);
     done += count;
   }
@@ -57,7 +57,7 @@ int64_t *read_numbers(const char *path, size_t width, size_t *num_items) {
   return numbers;
 }
 
-static void load(const char *path, const struct mode *mode) {
+static void load(const char* path, const struct mode* mode) {
   free(list.items);
   list.items = read_numbers(path, mode->width, &list.num_items);
   out_bytes = 0;
@@ -77,11 +77,11 @@ static uint64_t now_ns(void) {
   return now.tv_sec * 1000000000ull + now.tv_nsec;
 }
 
-static void go(size_t group, const struct mode *mode) {
+static void go(size_t group, const struct mode* mode) {
   if (!group) group = list.num_items ? list.num_items : 1;
   size_t num_groups = (list.num_items + group - 1) / group;
-  uint64_t *elapsed_ns = malloc((num_groups + 1) * sizeof *elapsed_ns);
-  uint8_t *place = out;
+  uint64_t* elapsed_ns = malloc((num_groups + 1) * sizeof *elapsed_ns);
+  uint8_t* place = out;
   for (size_t g = 0; g < num_groups; ++g) {
     size_t start = g * group, end = start + group < list.num_items ? start + group : list.num_items;
     uint64_t started_ns = now_ns();
@@ -94,15 +94,15 @@ static void go(size_t group, const struct mode *mode) {
   free(elapsed_ns);
 }
 
-static void dump(const char *path) {
-  FILE *file = fopen(path, "wb");
+static void dump(const char* path) {
+  FILE* file = fopen(path, "wb");
   if (!file || fwrite(out, 1, out_bytes, file) != out_bytes || fclose(file)) fail(path);
   printf("ok %zu\n", out_bytes);
 }
 
-int main(int num_arguments, char **arguments) {
-  static const struct mode *const modes[] = {&uring_mode, &willneed_mode, &entries_mode};
-  const struct mode *mode = NULL;
+int main(int num_arguments, char** arguments) {
+  static const struct mode* const modes[] = {&uring_mode, &willneed_mode, &entries_mode};
+  const struct mode* mode = NULL;
   for (size_t i = 0; num_arguments > 2 && i < sizeof modes / sizeof *modes; ++i)
     if (!strcmp(arguments[1], modes[i]->name)) mode = modes[i];
   if (!mode) {
