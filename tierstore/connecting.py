@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from .attached.attached import DIAL_S, attach
+from .attached.backing import DIAL_S, attach
 from .errors import ConfigError
 from .store.store import Store
 

@@ -21,7 +21,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr std::chrono::milliseconds kLookAgain{2};     // how often a closer looks whether all uses have ended
-constexpr std::chrono::milliseconds kMakeAgain{1000};  // before a lane is tried for again that could not be made
+constexpr std::chrono::milliseconds kMakeAgain{1000};  // before a page reader is tried for again that could not be made
 constexpr size_t kSortHere = 1 << 18;  // misses; more would take a caller too long, and a worker sorts them
 constexpr auto kRelaxed = std::memory_order_relaxed;
 
@@ -31,25 +31,25 @@ Clock::duration seconds(double count) {
 
 }  // namespace
 
-// Lanes, workers and who waits for them. Made anew in a forked child, where the parent's threads are not. It has room
-// for all lanes and workers from the start, so that none is lost for want of memory.
+// Page readers, workers and who waits for them. Made anew in a forked child, where the parent's threads are not. It has
+// room for all page readers and workers from the start, so that none is lost for want of memory.
 struct Engine::Runtime {
-  explicit Runtime(size_t num_lanes) : lanes_max(num_lanes) {
-    lanes.reserve(num_lanes);
-    free.reserve(num_lanes);
-    workers.reserve(num_lanes);
+  explicit Runtime(size_t num_readers) : lanes_max(num_readers) {
+    readers.reserve(num_readers);
+    free.reserve(num_readers);
+    workers.reserve(num_readers);
   }
 
-  bool lane_there() const { return !free.empty() || (lanes.size() < lanes_max && Clock::now() >= make_again); }
+  bool reader_there() const { return !free.empty() || (readers.size() < lanes_max && Clock::now() >= make_again); }
 
   std::mutex mutex;  // guards all below
-  std::condition_variable lane_freed, work_came, job_ended, use_ended;
+  std::condition_variable reader_freed, work_came, job_ended, use_ended;
   std::unique_ptr<PreadPool> pool;
-  std::vector<std::unique_ptr<Lane>> lanes;
-  std::vector<Lane*> free;
-  Line<Lane> handed;    // with a job that was begun; or disowned, to be drained
-  Line<Job> pending;    // waiting for a lane
-  Ring<Job> under_way;  // all that a worker carries or will
+  std::vector<std::unique_ptr<PageReader>> readers;
+  std::vector<PageReader*> free;
+  Line<PageReader> handed;  // with a job that was begun; or abandoned, to be drained
+  Line<Job> pending;        // waiting for a page reader
+  Ring<Job> under_way;      // all that a worker carries or will
   std::vector<std::thread> workers;
   const size_t lanes_max;
   Clock::time_point make_again{};
@@ -60,7 +60,7 @@ struct Engine::Runtime {
 Engine::Engine(std::vector<Table> tables, const EngineShape& shape)
     : tables_(std::move(tables)),
       shape_(shape),
-      runtime_(std::make_unique<Runtime>(shape.num_lanes)),
+      runtime_(std::make_unique<Runtime>(shape.num_readers)),
       gate_(shape.epochs == nullptr
                 ? std::make_unique<EpochGate>()
                 : std::make_unique<EpochGate>(shape.epochs, shape.version,
@@ -68,21 +68,21 @@ Engine::Engine(std::vector<Table> tables, const EngineShape& shape)
                                               &ClientBlock::of(shape.client_block)->active[1].value)) {
   if (shape.reports) reports_ = std::make_unique<ReportWriter>(shape.client_block);
   for (const Table& table : tables_) table_counters.emplace_back(table.num_orders);
-  while (runtime_->lanes.size() < shape.num_lanes && make_lane())
+  while (runtime_->readers.size() < shape.num_readers && make_reader())
     continue;  // now, so that it is known whether they all are there
-  if (runtime_->lanes.empty()) throw std::runtime_error("no lane: out of memory, descriptors or locked memory");
+  if (runtime_->readers.empty()) throw std::runtime_error("no reader: out of memory, descriptors or locked memory");
 }
 
 Engine::~Engine() {
   if (!close(shape_.wait_s)) runtime_.release();
 }
 
-size_t Engine::num_lanes() const {
+size_t Engine::num_readers() const {
   const std::lock_guard<std::mutex> lock(runtime_->mutex);
-  return runtime_->lanes.size();
+  return runtime_->readers.size();
 }
 
-size_t Engine::num_free_lanes() const {
+size_t Engine::num_free_readers() const {
   const std::lock_guard<std::mutex> lock(runtime_->mutex);
   return runtime_->free.size();
 }
@@ -217,14 +217,14 @@ void Engine::fetch(const std::shared_ptr<Job>& job) {
 }
 
 Engine::Carrier::~Carrier() {
-  if (lane_ != nullptr) engine_.give_up(lane_, {FaultKind::kCancelled, 0, 0, 0});
+  if (reader_ != nullptr) engine_.give_up(reader_, {FaultKind::kCancelled, 0, 0, 0});
 }
 
 Engine::Carrier::State Engine::Carrier::run() {
-  // A fault that came later is no end: its lane may have reads in flight.
+  // A fault that came later is no end: its page reader may have reads in flight.
   if (!begun_ && (job_->misses.empty() || job_->fault.kind != FaultKind::kNone)) return State::kDone;
-  if (hands_on_ && engine_.hand_on(job_, lane_)) {
-    lane_ = nullptr;
+  if (hands_on_ && engine_.hand_on(job_, reader_)) {
+    reader_ = nullptr;
     return State::kHandedOn;
   }
   if (!begun_) {
@@ -233,37 +233,37 @@ Engine::Carrier::State Engine::Carrier::run() {
     if (job_->misses.size() > kSortHere) return State::kUnderWay;  // so that a worker may sort them
   }
   const Fault too_long{FaultKind::kTimeout, 0, 0, static_cast<int>(engine_.shape_.wait_s)};
-  if (lane_ == nullptr) {
-    lane_ = engine_.acquire_lane(kSliceMs, job_->fault);
-    if (lane_ == nullptr) {
+  if (reader_ == nullptr) {
+    reader_ = engine_.acquire_reader(kSliceMs, job_->fault);
+    if (reader_ == nullptr) {
       if (job_->fault.kind != FaultKind::kNone) return State::kDone;
       if (Clock::now() - started_ < seconds(engine_.shape_.wait_s)) return State::kUnderWay;
       job_->fault = too_long;
       return State::kDone;
     }
     job_->sort();
-    lane_->begin(*job_);
+    reader_->begin(*job_);
   }
-  if (lane_->run(kSliceMs)) {
-    engine_.release_lane(std::exchange(lane_, nullptr));
+  if (reader_->run(kSliceMs)) {
+    engine_.release_reader(std::exchange(reader_, nullptr));
     return State::kDone;
   }
-  if (lane_->stalled() >= seconds(engine_.shape_.wait_s)) {
-    engine_.give_up(std::exchange(lane_, nullptr), too_long);
+  if (reader_->stalled() >= seconds(engine_.shape_.wait_s)) {
+    engine_.give_up(std::exchange(reader_, nullptr), too_long);
     return State::kDone;
   }
   return State::kUnderWay;
 }
 
-// Has a worker carry a job, begun with a lane or not. Returns false, with nothing done, if there is no worker.
-bool Engine::hand_on(const std::shared_ptr<Job>& job, Lane* lane) {
+// Has a worker carry a job, begun with a page reader or not. Returns false, with nothing done, if there is no worker.
+bool Engine::hand_on(const std::shared_ptr<Job>& job, PageReader* reader) {
   Runtime& runtime = *runtime_;
   const std::lock_guard<std::mutex> lock(runtime.mutex);
   if (!has_worker()) return false;
   job->self = job;
   runtime.under_way.add(*job);
-  if (lane != nullptr) {
-    runtime.handed.push(*lane);
+  if (reader != nullptr) {
+    runtime.handed.push(*reader);
   } else {
     runtime.pending.push(*job);
   }
@@ -280,15 +280,15 @@ Engine::Submitted Engine::submit(const std::shared_ptr<Job>& job) {
     job->self = job;
     runtime.under_way.add(*job);
   }
-  Fault why;  // if there are no lanes at all, the worker says so
-  Lane* lane = job->misses.size() <= kSortHere ? acquire_lane(0, why) : nullptr;
-  if (lane != nullptr) {
+  Fault why;  // if there are no page readers at all, the worker says so
+  PageReader* reader = job->misses.size() <= kSortHere ? acquire_reader(0, why) : nullptr;
+  if (reader != nullptr) {
     job->sort();
-    lane->begin(*job);
+    reader->begin(*job);
   }
   const std::lock_guard<std::mutex> lock(runtime.mutex);
-  if (lane != nullptr) {
-    runtime.handed.push(*lane);
+  if (reader != nullptr) {
+    runtime.handed.push(*reader);
   } else {
     runtime.pending.push(*job);
   }
@@ -303,55 +303,56 @@ void Engine::wait_for_room() {
                              [&] { return runtime.under_way.size() < shape_.jobs_max; });
 }
 
-// Takes a lane, within wait_ms. Null if none came free; and with a fault if there are none and none can be made.
-Lane* Engine::acquire_lane(int wait_ms, Fault& why) {
+// Takes a page reader, within wait_ms. Null if none came free; and with a fault if there are none and none can be made.
+PageReader* Engine::acquire_reader(int wait_ms, Fault& why) {
   Runtime& runtime = *runtime_;
   const auto until = Clock::now() + std::chrono::milliseconds(wait_ms);
   std::unique_lock<std::mutex> lock(runtime.mutex);
   for (;;) {
-    Lane* lane = take_lane();
-    if (lane != nullptr) return lane;
-    if (runtime.lanes.empty()) {
+    PageReader* reader = take_reader();
+    if (reader != nullptr) return reader;
+    if (runtime.readers.empty()) {
       why = {FaultKind::kNoMemory, 0, 0, 0};
       return nullptr;
     }
     if (Clock::now() >= until) return nullptr;
-    Lane* left = runtime.workers.empty() ? runtime.handed.pop() : nullptr;
+    PageReader* left = runtime.workers.empty() ? runtime.handed.pop() : nullptr;
     if (left != nullptr) {  // nobody else will ever drain it
       lock.unlock();
       drain(left);
       lock.lock();
     } else {
-      runtime.lane_freed.wait_until(lock, until, [&] { return runtime.lane_there(); });
+      runtime.reader_freed.wait_until(lock, until, [&] { return runtime.reader_there(); });
     }
   }
 }
 
-// Takes a lane that is free, or can be made now; else null. The runtime's lock is held.
-Lane* Engine::take_lane() {
+// Takes a page reader that is free, or can be made now; else null. The runtime's lock is held.
+PageReader* Engine::take_reader() {
   Runtime& runtime = *runtime_;
-  if (!runtime.lane_there() || (runtime.free.empty() && !make_lane())) return nullptr;
-  Lane* lane = runtime.free.back();
+  if (!runtime.reader_there() || (runtime.free.empty() && !make_reader())) return nullptr;
+  PageReader* reader = runtime.free.back();
   runtime.free.pop_back();
-  return lane;
+  return reader;
 }
 
-// Adds a free lane. If there is no memory or descriptor for it, the store makes do with the lanes there are, and tries
-// again later.
-bool Engine::make_lane() {
+// Adds a free page reader. If there is no memory or descriptor for it, the store makes do with the page readers there
+// are, and tries again later.
+bool Engine::make_reader() {
   Runtime& runtime = *runtime_;
   try {
     std::unique_ptr<PageQueue> queue;
     if (shape_.mode == ReadMode::kUring) {
-      queue = make_uring_queue(shape_.lane.depth);
+      queue = make_uring_queue(shape_.reader.depth);
     } else if (shape_.mode == ReadMode::kMmap) {
-      queue = make_mmap_queue(shape_.lane.depth, shape_.use_process_madvise);
+      queue = make_mmap_queue(shape_.reader.depth, shape_.use_process_madvise);
     } else {
       if (!runtime.pool) runtime.pool = PreadPool::make(shape_.pread_threads);
-      queue = runtime.pool->make_queue(shape_.lane.depth);
+      queue = runtime.pool->make_queue(shape_.reader.depth);
     }
-    runtime.lanes.push_back(std::make_unique<Lane>(tables_, shape_.lane, std::move(queue), faults, read_counters));
-    runtime.free.push_back(runtime.lanes.back().get());
+    runtime.readers.push_back(
+        std::make_unique<PageReader>(tables_, shape_.reader, std::move(queue), faults, read_counters));
+    runtime.free.push_back(runtime.readers.back().get());
     return true;
   } catch (const std::exception&) {
     runtime.make_again = Clock::now() + kMakeAgain;
@@ -359,42 +360,42 @@ bool Engine::make_lane() {
   }
 }
 
-void Engine::release_lane(Lane* lane) {
+void Engine::release_reader(PageReader* reader) {
   Runtime& runtime = *runtime_;
   const std::lock_guard<std::mutex> lock(runtime.mutex);
-  runtime.free.push_back(lane);
-  runtime.lane_freed.notify_one();
+  runtime.free.push_back(reader);
+  runtime.reader_freed.notify_one();
   if (!runtime.pending.empty()) runtime.work_came.notify_one();
 }
 
-// Ends a job whose reads do not end, or that nobody wants; its lane is busy until they do.
-void Engine::give_up(Lane* lane, const Fault& fault) {
-  lane->disown(fault);
+// Ends a job whose reads do not end, or that nobody wants; its page reader is busy until they do.
+void Engine::give_up(PageReader* reader, const Fault& fault) {
+  reader->abandon(fault);
   Runtime& runtime = *runtime_;
   const std::lock_guard<std::mutex> lock(runtime.mutex);
-  runtime.handed.push(*lane);
+  runtime.handed.push(*reader);
   if (has_worker()) {
     runtime.work_came.notify_one();
   } else {
-    runtime.lane_freed.notify_one();
+    runtime.reader_freed.notify_one();
   }
 }
 
-// Goes on for a slice with a lane that was given up on.
-void Engine::drain(Lane* lane) {
-  if (lane->run(kSliceMs)) {
-    release_lane(lane);
+// Goes on for a slice with a page reader that was given up on.
+void Engine::drain(PageReader* reader) {
+  if (reader->run(kSliceMs)) {
+    release_reader(reader);
     return;
   }
   const std::lock_guard<std::mutex> lock(runtime_->mutex);
-  runtime_->handed.push(*lane);
+  runtime_->handed.push(*reader);
 }
 
 // Says whether there is a worker, after making one if not all are there. The runtime's lock is held.
 bool Engine::has_worker() {
   Runtime& runtime = *runtime_;
   try {
-    if (runtime.workers.size() < shape_.num_lanes) runtime.workers.emplace_back([this] { work(); });
+    if (runtime.workers.size() < shape_.num_readers) runtime.workers.emplace_back([this] { work(); });
   } catch (const std::exception&) {  // the system gives no thread, or no memory for its stack
   }
   return !runtime.workers.empty();
@@ -403,55 +404,56 @@ bool Engine::has_worker() {
 void Engine::work() {
   Runtime& runtime = *runtime_;
   for (;;) {
-    Lane* lane = nullptr;
+    PageReader* reader = nullptr;
     Job* job = nullptr;
     {
       std::unique_lock<std::mutex> lock(runtime.mutex);
       runtime.work_came.wait(lock, [&] {
-        return runtime.stopping || !runtime.handed.empty() || (!runtime.pending.empty() && runtime.lane_there());
+        return runtime.stopping || !runtime.handed.empty() || (!runtime.pending.empty() && runtime.reader_there());
       });
-      lane = runtime.handed.pop();
-      if (lane != nullptr) {
-        job = lane->is_disowned() ? nullptr : lane->job();
+      reader = runtime.handed.pop();
+      if (reader != nullptr) {
+        job = reader->is_abandoned() ? nullptr : reader->job();
       } else if (runtime.stopping) {
         return;
       } else {
-        // Job and lane are taken at once: a worker that waited for a lane could be the one that a begun lane waits for.
-        lane = take_lane();
-        if (lane == nullptr && !runtime.lanes.empty()) continue;
+        // Job and page reader are taken at once: a worker that waited for a page reader could be the one that a begun
+        // page reader waits for.
+        reader = take_reader();
+        if (reader == nullptr && !runtime.readers.empty()) continue;
         job = runtime.pending.pop();
       }
     }
     if (job != nullptr) {
-      carry(lane, *job);
+      carry(reader, *job);
     } else {
       bool drained = false;
-      while (!(drained = lane->run(kSliceMs)) && !closed_.load()) continue;
-      if (drained) release_lane(lane);
+      while (!(drained = reader->run(kSliceMs)) && !closed_.load()) continue;
+      if (drained) release_reader(reader);
     }
   }
 }
 
-// Carries a job, begun or not, to its end, and gives the lane back. Reads that do not end keep their lane. Without a
-// lane, none could be made.
-void Engine::carry(Lane* lane, Job& job) {
+// Carries a job, begun or not, to its end, and gives the page reader back. Reads that do not end keep their page
+// reader. Without a page reader, none could be made.
+void Engine::carry(PageReader* reader, Job& job) {
   job.note_begun();
-  if (lane == nullptr) {
+  if (reader == nullptr) {
     job.fault = {FaultKind::kNoMemory, 0, 0, 0};
-  } else if (lane->job() == nullptr && job.cancelled()) {
+  } else if (reader->job() == nullptr && job.cancelled()) {
     job.fault = {FaultKind::kCancelled, 0, 0, 0};
-    release_lane(lane);
+    release_reader(reader);
   } else {
-    if (lane->job() == nullptr) {
+    if (reader->job() == nullptr) {
       job.sort();
-      lane->begin(job);
+      reader->begin(job);
     }
     bool ended = false;
-    while (!(ended = lane->run(kSliceMs)) && lane->stalled() < seconds(shape_.wait_s)) continue;
+    while (!(ended = reader->run(kSliceMs)) && reader->stalled() < seconds(shape_.wait_s)) continue;
     if (ended) {
-      release_lane(lane);
+      release_reader(reader);
     } else {
-      give_up(lane, {FaultKind::kTimeout, 0, 0, static_cast<int>(shape_.wait_s)});
+      give_up(reader, {FaultKind::kTimeout, 0, 0, static_cast<int>(shape_.wait_s)});
     }
   }
   finish(job);
@@ -489,7 +491,7 @@ bool Engine::close(double limit_s) {
   for (std::thread& worker : runtime.workers) worker.join();
   runtime.workers.clear();
   runtime.free.clear();
-  runtime.lanes.clear();
+  runtime.readers.clear();
   runtime.pool.reset();
   const std::lock_guard<std::mutex> lock(runtime.mutex);
   runtime.ended = true;
@@ -498,7 +500,7 @@ bool Engine::close(double limit_s) {
 }
 
 void Engine::before_fork() {
-  next_runtime_ = std::make_unique<Runtime>(shape_.num_lanes);
+  next_runtime_ = std::make_unique<Runtime>(shape_.num_readers);
   runtime_->mutex.lock();
   for (Table& table : tables_) {
     if (table.cache) table.cache->writer().lock();
@@ -517,7 +519,7 @@ void Engine::after_fork(bool in_child) {
   // The parent's threads, their locks and their reads are not here. The old runtime is left as it lies.
   Runtime* old = runtime_.release();
   runtime_ = std::move(next_runtime_);
-  for (const std::unique_ptr<Lane>& lane : old->lanes) lane->abandon_after_fork();
+  for (const std::unique_ptr<PageReader>& reader : old->readers) reader->abandon_after_fork();
   if (gate_->is_shared()) closed_ = true;
   reports_.reset();
   gate_->forget();

@@ -1,18 +1,18 @@
-// The lookup path of an open store: hits copied by the caller's thread, misses carried by lanes.
+// The lookup path of an open store: hits copied by the caller's thread, misses carried by page readers.
 //
-// A lookup that misses takes a lane and drives it itself: no hand-over, no wake-up. If it takes longer than a slice, a
-// worker thread goes on with it, so that the caller can look after signals without a lane in its hand. A submit takes a
-// lane, starts its first reads and hands it to a worker, which finishes the job whether anybody waits or not. If the
-// system gives no thread, callers carry their jobs themselves. Lanes, and so staging, reads in flight and threads, are
-// bounded; if none is free, the caller queues. Any number of threads may call at once.
+// A lookup that misses takes a page reader and drives it itself: no hand-over, no wake-up. If it takes longer than a
+// slice, a worker thread goes on with it, so that the caller can look after signals without a page reader in its hand.
+// A submit takes a page reader, starts its first reads and hands it to a worker, which finishes the job whether anybody
+// waits or not. If the system gives no thread, callers carry their jobs themselves. Page readers, and so staging, reads
+// in flight and threads, are bounded; if none is free, the caller queues. Any number of threads may call at once.
 //
-//   job:  gathered -> [waits for room] -> under way: [in line for a lane] -> with a lane -> done
+//   job:  gathered -> [waits for room] -> under way: [in line for a page reader] -> with a page reader -> done
 //                                                     cancelled at any time: nothing more is written, and it ends by
 //                                                     itself
 //
 // What a job needs on its way it has before it starts: its buffers are held by it, and lists are threaded through jobs
-// and lanes. So nothing between the first read and the last can fail for want of memory, but for what the job's fault
-// then says.
+// and page readers. So nothing between the first read and the last can fail for want of memory, but for what the job's
+// fault then says.
 #pragma once
 
 #include <atomic>
@@ -26,7 +26,7 @@
 #include "epochs.h"
 #include "faults.h"
 #include "job.h"
-#include "lane.h"
+#include "page_reader.h"
 #include "reports.h"
 #include "table.h"
 
@@ -37,11 +37,11 @@ constexpr int kSliceMs = 50;  // how long anything here waits or works before it
 struct EngineShape {
   ReadMode mode;
   bool use_process_madvise;
-  size_t num_lanes;
+  size_t num_readers;
   size_t pread_threads;
   size_t jobs_max;  // submitted and not done; beyond it, submit waits
-  double wait_s;    // the longest that anything here waits for the disk or for a lane
-  LaneShape lane;
+  double wait_s;    // the longest that anything here waits for the disk or for a page reader
+  PageReaderShape reader;
   // Of a daemon's shared memory; null in a store of its own process.
   const EpochLine* epochs = nullptr;
   uint64_t version = 0;
@@ -120,8 +120,8 @@ class Engine {
     const bool open_;
   };
 
-  // A job on its caller's thread, slice by slice. Whatever ends this, its lane is given back, and the job, if it is not
-  // done and no worker has it, is written to no more.
+  // A job on its caller's thread, slice by slice. Whatever ends this, its page reader is given back, and the job, if it
+  // is not done and no worker has it, is written to no more.
   class Carrier {
    public:
     Carrier(Engine& engine, const std::shared_ptr<Job>& job) : engine_(engine), job_(job) {}
@@ -141,13 +141,14 @@ class Engine {
     const std::shared_ptr<Job> job_;
     bool hands_on_ = false;
     bool begun_ = false;
-    Lane* lane_ = nullptr;
+    PageReader* reader_ = nullptr;
     std::chrono::steady_clock::time_point started_{};
   };
 
-  // How many lanes there are: fewer than asked for if memory or descriptors do not reach. How many of them are free.
-  size_t num_lanes() const;
-  size_t num_free_lanes() const;
+  // How many page readers there are: fewer than asked for if memory or descriptors do not reach. How many of them are
+  // free.
+  size_t num_readers() const;
+  size_t num_free_readers() const;
 
   // Copies what memory holds of a table's pairs, entry i to out + (list.first + i) * entry_bytes, and appends the rest
   // to the misses. Returns false, with `out` undefined and nothing counted, if a key or a pair is none of the table's.
@@ -168,7 +169,7 @@ class Engine {
 
   // Fetches a job's misses on the caller's thread, to the end. Blocks on the disk.
   void fetch(const std::shared_ptr<Job>& job);
-  // Has a worker fetch them: the first reads are in flight when it returns, unless every lane is busy. kNoRoom:
+  // Has a worker fetch them: the first reads are in flight when it returns, unless every page reader is busy. kNoRoom:
   // jobs_max jobs are under way; kNoWorker: the system gives no thread. Nothing was done then.
   enum class Submitted { kUnderWay, kNoRoom, kNoWorker };
   Submitted submit(const std::shared_ptr<Job>& job);
@@ -198,17 +199,17 @@ class Engine {
 
   void count_rows(size_t table, const PairList& ids, bool of_tokens);
 
-  Lane* acquire_lane(int wait_ms, Fault& why);
-  Lane* take_lane();
-  bool make_lane();
-  void release_lane(Lane* lane);
+  PageReader* acquire_reader(int wait_ms, Fault& why);
+  PageReader* take_reader();
+  bool make_reader();
+  void release_reader(PageReader* reader);
   bool has_worker();
-  bool hand_on(const std::shared_ptr<Job>& job, Lane* lane);
-  void give_up(Lane* lane, const Fault& fault);
-  void drain(Lane* lane);
+  bool hand_on(const std::shared_ptr<Job>& job, PageReader* reader);
+  void give_up(PageReader* reader, const Fault& fault);
+  void drain(PageReader* reader);
   void finish(Job& job);
   void work();
-  void carry(Lane* lane, Job& job);
+  void carry(PageReader* reader, Job& job);
 
   std::vector<Table> tables_;
   const EngineShape shape_;

@@ -112,20 +112,20 @@ class Ticket {
 
 class PyEngine {
  public:
-  PyEngine(const std::vector<py::dict>& records, const std::string& mode, bool use_process_madvise, size_t num_lanes,
+  PyEngine(const std::vector<py::dict>& records, const std::string& mode, bool use_process_madvise, size_t num_readers,
            size_t depth, size_t assembly_bytes, size_t pread_threads, size_t jobs_max, double wait_s,
            const py::object& shared) {
-    num_lanes_ = num_lanes;
+    num_readers_ = num_readers;
     mode_ = mode_of(mode);
-    require(num_lanes >= 1 && depth >= 1 && depth <= 4096 && pread_threads >= 1 && jobs_max >= 1,
+    require(num_readers >= 1 && depth >= 1 && depth <= 4096 && pread_threads >= 1 && jobs_max >= 1,
             "limits are at least 1");
-    EngineShape shape{mode_of(mode), use_process_madvise,       num_lanes, pread_threads, jobs_max,
+    EngineShape shape{mode_of(mode), use_process_madvise,       num_readers, pread_threads, jobs_max,
                       wait_s,        {depth, 0, assembly_bytes}};
     std::vector<Table> tables;
     for (const py::dict& record : records) {
       tables.push_back(make_table(record, shape.mode));
       Table& table = tables.back();
-      shape.lane.page_bytes = std::max(shape.lane.page_bytes, (table.page_bytes + 4095) / 4096 * 4096);
+      shape.reader.page_bytes = std::max(shape.reader.page_bytes, (table.page_bytes + 4095) / 4096 * 4096);
       require(table.entry_bytes() <= assembly_bytes, "the assembly buffer holds an entry");
       if (py::isinstance<HeldCache>(record["memory"])) {
         const auto& held = record["memory"].cast<const HeldCache&>();
@@ -140,7 +140,7 @@ class PyEngine {
       if (!record["statics"].is_none()) {
         require(table.cache != nullptr, "a resident table needs no static set");
         table.statics = make_statics(record["statics"].cast<py::dict>(), table, shape.mode, held_);
-        shape.lane.page_bytes = std::max(shape.lane.page_bytes, table.statics.placed.read_bytes_max());
+        shape.reader.page_bytes = std::max(shape.reader.page_bytes, table.statics.placed.read_bytes_max());
       }
     }
     if (!shared.is_none()) join(shared.cast<py::tuple>(), shape);
@@ -278,7 +278,7 @@ class PyEngine {
   // What could not be had, and is made do without: [(what, how many there are, how many were wanted), ...]
   std::vector<std::tuple<std::string, size_t, size_t>> shortfalls() const {
     std::vector<std::tuple<std::string, size_t, size_t>> found;
-    if (engine_->num_lanes() < num_lanes_) found.emplace_back("lanes", engine_->num_lanes(), num_lanes_);
+    if (engine_->num_readers() < num_readers_) found.emplace_back("readers", engine_->num_readers(), num_readers_);
     size_t files = 0, mapped = 0;
     const auto count = [&](const ShardFile& file) {
       files += file.buffered_fd >= 0;
@@ -306,7 +306,7 @@ class PyEngine {
   uint64_t injected_reads() const { return engine_->faults.seen(); }
 
   // (how many page readers there are, how many of them are free)
-  std::pair<size_t, size_t> page_readers() const { return {engine_->num_lanes(), engine_->num_free_lanes()}; }
+  std::pair<size_t, size_t> page_readers() const { return {engine_->num_readers(), engine_->num_free_readers()}; }
 
   // Waits; returns whether all lookups ended in time. Files may be closed, and buffers let go, only then.
   bool close(double seconds) {
@@ -477,7 +477,7 @@ class PyEngine {
         if (done) break;
         check_signals();
         if (!job.begun() &&
-            Clock::now() - started > std::chrono::duration<double>(engine_->wait_s())) {  // every lane is stuck
+            Clock::now() - started > std::chrono::duration<double>(engine_->wait_s())) {  // every page reader is stuck
           job.cancel();
           return {FaultKind::kTimeout, 0, 0, static_cast<int>(engine_->wait_s())};
         }
@@ -611,7 +611,7 @@ class PyEngine {
   }
 
   std::unique_ptr<Engine> engine_;
-  size_t num_lanes_ = 0;
+  size_t num_readers_ = 0;
   ReadMode mode_ = ReadMode::kPread;
   std::vector<py::array> memory_;       // of each table, in their order
   std::vector<py::array> held_;         // what static sets lie in
@@ -640,7 +640,7 @@ void bind_engine(py::module_& module) {
   py::class_<PyEngine>(module, "Engine", py::module_local())
       .def(py::init<const std::vector<py::dict>&, const std::string&, bool, size_t, size_t, size_t, size_t, size_t,
                     double, const py::object&>(),
-           py::arg("tables"), py::kw_only(), py::arg("mode"), py::arg("use_process_madvise"), py::arg("num_lanes"),
+           py::arg("tables"), py::kw_only(), py::arg("mode"), py::arg("use_process_madvise"), py::arg("num_readers"),
            py::arg("depth"), py::arg("assembly_bytes"), py::arg("pread_threads"), py::arg("jobs_max"),
            py::arg("wait_s"), py::arg("shared") = py::none())
       .def("lookup", &PyEngine::lookup)

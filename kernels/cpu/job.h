@@ -132,7 +132,7 @@ struct Job {
     changed.notify_all();
   }
 
-  // Whether a worker has it in its hands, so that it does not wait for a lane.
+  // Whether a worker has it in its hands, so that it does not wait for a page reader.
   bool begun() const { return begun_.load(std::memory_order_relaxed); }
   void note_begun() { begun_.store(true, std::memory_order_relaxed); }
 
@@ -159,8 +159,8 @@ struct Job {
   std::mutex mutex;    // of `changed`
   std::condition_variable changed;
 
-  // Of the engine that carries it, guarded by its runtime's mutex: who waits for a lane; all that are under way, which
-  // own themselves.
+  // Of the engine that carries it, guarded by its runtime's mutex: who waits for a page reader; all that are under way,
+  // which own themselves.
   Job* next_in_line = nullptr;
   Job *before = nullptr, *after = nullptr;
   std::shared_ptr<Job> self;

@@ -15,7 +15,7 @@
 //
 // Nothing that the device wrote is believed: it is copied, each word loaded once, and the copy checked, so that a GPU
 // gone wrong gets a status and never harms the host. One thread polls all mailboxes of an engine and serves one request
-// after the other: a lane reads as deep as the disk gives, whoever asks.
+// after the other: a page reader reads as deep as the disk gives, whoever asks.
 #pragma once
 
 #include <cstddef>

@@ -26,7 +26,7 @@ from support.stores import Model, random_keys
 
 import tierstore
 from tierstore import attached, kernels
-from tierstore.attached.attached import AttachedBacking
+from tierstore.attached.backing import AttachedBacking
 from tierstore.daemon import attachments
 from tierstore.daemon.daemon import Daemon
 from tierstore.store.store import Store

@@ -19,7 +19,7 @@ from support.served import KIB, MIB, ServeProcess, Traffic, killed, other_model,
 from support.stores import Model, make_model, place_some, random_keys
 
 import tierstore
-from tierstore.attached.attached import AttachedEngine
+from tierstore.attached.engine import AttachedEngine
 from tierstore.daemon import attachments
 from tierstore.daemon import shared_tiers as host
 from tierstore.daemon.daemon import Daemon, Remote

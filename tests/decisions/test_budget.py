@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tierstore import BudgetError
-from tierstore.decisions.budget import ALIGNMENT_BYTES, DEPTH_MAX, LANES_MAX, cache_set_bytes, divide_dram
+from tierstore.decisions.budget import ALIGNMENT_BYTES, DEPTH_MAX, READERS_MAX, cache_set_bytes, divide_dram
 from tierstore.formats.placement import TableShape, lay_out_placement
 from tierstore.layout import PageShape, TableLayout
 from tierstore.spec import TableSpec
@@ -69,14 +69,14 @@ def test_a_lane_holds_the_pages_and_the_entry_of_at_least_one_key(row_bytes: int
     staging = divide_dram({"w": table}, budget_bytes).staging
     assert staging.page_bytes == table.page_bytes
     assert 1 <= staging.depth <= DEPTH_MAX
-    assert 1 <= staging.num_lanes <= LANES_MAX
+    assert 1 <= staging.num_readers <= READERS_MAX
     assert staging.assembly_bytes >= table.spec.entry_bytes
     assert staging.num_bytes <= budget_bytes
 
 
 def test_staging_of_a_large_budget_is_at_most_16_mib() -> None:
     staging = divide_dram(TABLES, 16 << 30).staging
-    assert staging.num_lanes == LANES_MAX
+    assert staging.num_readers == READERS_MAX
     assert staging.num_bytes <= 16 << 20
 
 

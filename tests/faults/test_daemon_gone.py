@@ -18,7 +18,7 @@ from support.served import KIB, MIB, ServeProcess, Traffic, other_model, request
 from support.stores import Model, place_some, random_keys
 
 import tierstore
-from tierstore.attached.attached import AttachedEngine
+from tierstore.attached.engine import AttachedEngine
 
 BACK_S = 30.0  # clients look for a daemon once a second; on a busy machine it takes longer until they are attached
 NAME = "layers.1"

@@ -87,7 +87,7 @@ def test_a_record_that_an_index_gives_to_many_keys_is_handed_to_its_own_only(tmp
     with_indexes(tmp_path / "store", all_to_the_first)
     keys = tokens_of(chosen)
     with tierstore.open(tmp_path / "store", dram="4MiB", io=io) as store:
-        assert store.stats()["memory"]["staging_bytes"] > 200_000  # enough to read many entries in one wave
+        assert store.stats()["memory"]["staging_bytes"] > 200_000  # enough to read many entries in one read batch
         with pytest.raises(tierstore.CorruptPageError, match=r"placed entry 0 of table layers\.9.*key is wrong"):
             store["layers.9"].lookup(keys)
         np.testing.assert_array_equal(store["layers.9"].lookup(keys[:1]), model.expected("layers.9", keys[:1]))

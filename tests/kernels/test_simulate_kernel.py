@@ -157,7 +157,9 @@ def test_a_cache_that_memory_cannot_hold_is_refused(num_sets: int) -> None:
 
 
 @pytest.mark.skipif(not kernels.native, reason="the portable engine keeps what was used last")
-@pytest.mark.parametrize("batch_max", [1, 4, 12])  # batches that one wave reads: the order of its offers is then known
+@pytest.mark.parametrize(
+    "batch_max", [1, 4, 12]
+)  # batches that one read batch reads: the order of its offers is then known
 def test_a_store_hits_exactly_what_is_predicted(built: Path, batch_max: int) -> None:
     rng = np.random.default_rng(batch_max)
     weights = 1 / np.arange(1, 3001)

@@ -37,7 +37,7 @@ class TestCachedStore(StoreContract):
 
 
 class TestSmallestStore(StoreContract):
-    """The least budget there is: one set of entries a table, one key a wave."""
+    """The least budget there is: one set of entries a table, one key a read batch."""
 
     def open_store(self, path: Path) -> tierstore.Store:
         return tierstore.open(path, dram=least_budget(path))

@@ -156,15 +156,15 @@ def test_a_container_that_forbids_io_uring_and_process_madvise_still_serves(buil
 def test_what_cannot_be_had_is_made_do_without_and_said(
     built: Path, model: Model, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Too few descriptors for every lane's ring: fewer lanes serve, and a warning says how many."""
+    """Too few descriptors for every page reader's ring: fewer page readers serve, and a warning says how many."""
     for module in ("nvme", "native"):  # the limit stays as it is set here
         monkeypatch.setattr(f"tierstore.tiers.{module}.allow_open_files", lambda _: None)
     if kernels.probe_uring() != 0:
         pytest.skip("io_uring is not to be had here")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with tierstore.open(built, dram="32MiB", placement="none", io="uring") as store:
-        assert store._backing._plan.staging.num_lanes > 1
-        asked = store._backing._plan.staging.num_lanes
+        assert store._backing._plan.staging.num_readers > 1
+        asked = store._backing._plan.staging.num_readers
     wanted = 2 + sum(2 * layout.num_shards for layout in read_catalog(built).tables.values())  # shards, and two rings
     used = {int(fd) for fd in os.listdir("/proc/self/fd")}
     free = [fd for fd in range(max(used) + wanted + 2) if fd not in used]
@@ -174,6 +174,6 @@ def test_what_cannot_be_had_is_made_do_without_and_said(
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     with store:
-        assert f"of {asked} lanes could be had" in caplog.text
+        assert f"of {asked} readers could be had" in caplog.text
         keys = random_keys(np.random.default_rng(0), 20)
         np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 
 from .. import kernels
-from ..attached.attached import attach
+from ..attached.backing import attach
 from ..decisions.budget import CACHE_WAYS
 from ..errors import ConfigError, DaemonError, TierStoreError
 from ..ipc.events import event

@@ -18,9 +18,9 @@ CACHE_WAYS = 8
 SET_OVERHEAD_BYTES = 128 + 128  # keys, orders, version, uses of 8 entries; the set's history
 ALIGNMENT_BYTES = UNIT_BYTES  # of each table's part of the block: records are read straight into it
 LINE_BYTES = 64  # of what lies within: a cache line
-LANES_MAX = 4
-LANE_BYTES_WANTED = 512 << 10  # below it, fewer lanes serve better than smaller ones
-DEPTH_MAX = 256  # pages in flight a lane; beyond it, measured, a disk gives no more
+READERS_MAX = 4
+READER_BYTES_WANTED = 512 << 10  # below it, fewer page readers serve better than smaller ones
+DEPTH_MAX = 256  # pages in flight a page reader; beyond it, measured, a disk gives no more
 STAGING_BYTES_MAX = 16 << 20
 STAGING_FRACTION = 16  # staging takes at most this part of the budget, unless one key needs more
 
@@ -45,22 +45,22 @@ class TableShare:
 
 @dataclass(frozen=True)
 class StagingPlan:
-    """Staging of pages on their way: each lane has `depth` pages and twice `assembly_bytes` of entries put together."""
+    """Staging of pages on their way: each page reader has `depth` pages and twice `assembly_bytes` of entries put together."""
 
-    num_lanes: int
+    num_readers: int
     depth: int
     page_bytes: int
     assembly_bytes: int
 
     @property
-    def lane_bytes(self) -> int:
-        """Bytes of one lane."""
+    def reader_bytes(self) -> int:
+        """Bytes of one page reader."""
         return self.depth * self.page_bytes + 2 * self.assembly_bytes
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all lanes."""
-        return self.num_lanes * self.lane_bytes
+        """Bytes of all page readers."""
+        return self.num_readers * self.reader_bytes
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ def divide_dram(
     """
     in_hbm = hbm_entries or {}
     placed = placement.tables if placement else {}
-    least_lane = _least_staging(tables, placed)
+    least_reader = _least_staging(tables, placed)
     least_for_tables = len(tables) * max(_least_share(table, placed.get(name)) for name, table in tables.items())
-    least = least_lane.lane_bytes + least_for_tables
+    least = least_reader.reader_bytes + least_for_tables
     if budget_bytes < least:
         what, remedy = (
             ("staging, the placement's index", ", place less, or open with placement='none'")
@@ -115,7 +115,7 @@ def divide_dram(
             f"dram: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes ({format_bytes(least)}) "
             f"that {what} and one set of entries a table take; ask for more{remedy}"
         )
-    staging = _plan_staging(least_lane, budget_bytes, budget_bytes - least_for_tables)
+    staging = _plan_staging(least_reader, budget_bytes, budget_bytes - least_for_tables)
     left = budget_bytes - staging.num_bytes
     shares: dict[str, TableShare] = {}
     by_size = sorted(tables.values(), key=lambda table: table.spec.table_bytes)
@@ -159,9 +159,9 @@ def _divide_share(table: TableLayout, share_bytes: int, placed: PlacedTable | No
 
 
 def _least_staging(tables: Mapping[str, TableLayout], placed: Mapping[str, PlacedTable]) -> StagingPlan:
-    """One lane that holds one key of any table: a page for each of its rows, or the read of its record, and the entry."""
+    """One page reader that holds one key of any table: a page for each of its rows, or the read of its record, and the entry."""
     return StagingPlan(
-        num_lanes=1,
+        num_readers=1,
         depth=max(table.spec.rows_per_key for table in tables.values()),
         page_bytes=max(
             [table.page_bytes for table in tables.values()] + [part.read_bytes_max for part in placed.values()]
@@ -178,11 +178,11 @@ def plan_staging(
 
 
 def _plan_staging(least: StagingPlan, budget_bytes: int, most_bytes: int) -> StagingPlan:
-    """Divides a sixteenth of the budget, at most 16 MiB, into lanes: a third for pages, the rest for entries."""
+    """Divides a sixteenth of the budget, at most 16 MiB, into page readers: a third for pages, the rest for entries."""
     wanted_bytes = min(STAGING_BYTES_MAX, budget_bytes // STAGING_FRACTION, most_bytes)
-    num_lanes = max(1, min(LANES_MAX, wanted_bytes // max(least.lane_bytes, LANE_BYTES_WANTED)))
-    lane_bytes = max(wanted_bytes // num_lanes, least.lane_bytes)
-    most_pages = (lane_bytes - 2 * least.assembly_bytes) // least.page_bytes
-    depth = max(least.depth, min(DEPTH_MAX, lane_bytes // 3 // least.page_bytes, most_pages))
-    assembly_bytes = (lane_bytes - depth * least.page_bytes) // 2 // LINE_BYTES * LINE_BYTES
-    return StagingPlan(num_lanes, depth, least.page_bytes, assembly_bytes)
+    num_readers = max(1, min(READERS_MAX, wanted_bytes // max(least.reader_bytes, READER_BYTES_WANTED)))
+    reader_bytes = max(wanted_bytes // num_readers, least.reader_bytes)
+    most_pages = (reader_bytes - 2 * least.assembly_bytes) // least.page_bytes
+    depth = max(least.depth, min(DEPTH_MAX, reader_bytes // 3 // least.page_bytes, most_pages))
+    assembly_bytes = (reader_bytes - depth * least.page_bytes) // 2 // LINE_BYTES * LINE_BYTES
+    return StagingPlan(num_readers, depth, least.page_bytes, assembly_bytes)

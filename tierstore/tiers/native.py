@@ -126,13 +126,13 @@ class NativeEngine(HostEngine):
         self._resident = [isinstance(memory.rows_or_cache, np.ndarray) for memory in memories]
         self.bad_pages = {}
         self.io = choice.mode
-        allow_open_files(staging.num_lanes)
+        allow_open_files(staging.num_readers)
         try:
             self._engine = kernels.Engine(
                 [_record(file, memory) for file, memory in zip(files, memories, strict=True)],
                 mode=choice.mode,
                 use_process_madvise=choice.use_process_madvise,
-                num_lanes=staging.num_lanes,
+                num_readers=staging.num_readers,
                 depth=staging.depth,
                 assembly_bytes=staging.assembly_bytes,
                 pread_threads=PREAD_THREADS,

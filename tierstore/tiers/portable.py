@@ -45,7 +45,7 @@ class PortableEngine(Engine):
         self._in_use = 0
         self._closed = False
         self._pool: ThreadPoolExecutor | None = None
-        self._staging = StagingPool(plan.staging.num_lanes, plan.staging.lane_bytes)
+        self._staging = StagingPool(plan.staging.num_readers, plan.staging.reader_bytes)
         self._lock = threading.Lock()
         self._totals = dict.fromkeys(
             ("batches", "zero_miss_batches", "sentinels", "rows", "pages_read", "entries_read", "bytes_read"), 0
@@ -110,13 +110,13 @@ class PortableEngine(Engine):
             page_numbers, firsts = np.unique(row_ids[which] // rows_per_page, return_index=True)
             bounds = np.append(firsts, len(which))
             with self._staging.buffer() as staging:
-                pages_per_wave = len(staging) // table.layout.page_bytes
-                for start in range(0, len(page_numbers), pages_per_wave):
-                    wave_pages = page_numbers[start : start + pages_per_wave]
-                    rows = self._read_rows(table, wave_pages, staging)
-                    wave = which[bounds[start] : bounds[start + len(wave_pages)]]
-                    page_index = np.searchsorted(wave_pages, row_ids[wave] // rows_per_page)
-                    out[wave] = rows[page_index * rows_per_page + row_ids[wave] % rows_per_page]
+                pages_per_batch = len(staging) // table.layout.page_bytes
+                for start in range(0, len(page_numbers), pages_per_batch):
+                    batch_pages = page_numbers[start : start + pages_per_batch]
+                    rows = self._read_rows(table, batch_pages, staging)
+                    batch = which[bounds[start] : bounds[start + len(batch_pages)]]
+                    page_index = np.searchsorted(batch_pages, row_ids[batch] // rows_per_page)
+                    out[batch] = rows[page_index * rows_per_page + row_ids[batch] % rows_per_page]
 
     def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:
         with self._using():
@@ -223,7 +223,7 @@ class PortableEngine(Engine):
             self._fetch(fetch.table, fetch)
 
     def _fetch(self, table: _Table, fetch: _Fetch) -> None:
-        """Reads the missing entries in waves that fit a staging buffer, and offers them to the cache."""
+        """Reads the missing entries in read batches that fit a staging buffer, and offers them to the cache."""
         layout, spec = table.layout, table.layout.spec
         assert table.cache is not None
         with self._staging.buffer() as staging:
@@ -248,7 +248,7 @@ class PortableEngine(Engine):
     def _read_placed(
         self, table: _Table, order_index: np.ndarray, keys: np.ndarray, stored: np.ndarray, entries: np.ndarray
     ) -> None:
-        """Reads those of a wave's entries that lie in the placement file."""
+        """Reads those of a read batch's entries that lie in the placement file."""
         which = np.flatnonzero(stored >= 0)
         if len(which):
             assert table.static is not None

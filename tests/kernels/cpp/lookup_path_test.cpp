@@ -73,12 +73,12 @@ void test_cache() {
   std::printf("cache: %llu hits checked\n", static_cast<unsigned long long>(hits.load()));
 }
 
-void test_engine(const std::string& folder, ReadMode mode, const char* name, size_t num_lanes) {
+void test_engine(const std::string& folder, ReadMode mode, const char* name, size_t num_readers) {
   const Files files(folder);
   Block block(EntryCache::block_bytes(20, 2 * Files::kRowBytes));
   std::vector<Table> tables;
   tables.push_back(files.table(block, 20));
-  Engine engine(std::move(tables), {mode, true, num_lanes, 4, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}});
+  Engine engine(std::move(tables), {mode, true, num_readers, 4, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}});
   std::atomic<uint64_t> wrong{0}, checked{0};
   std::vector<std::thread> threads;
   for (uint64_t seed = 1; seed <= 6; ++seed) {
@@ -112,7 +112,7 @@ void test_engine(const std::string& folder, ReadMode mode, const char* name, siz
   CHECK(wrong == 0);
   CHECK(engine.close(60.0));
   CHECK(!Engine::Use(engine));
-  std::printf("engine, %s, %zu lanes: %llu keys checked\n", name, num_lanes,
+  std::printf("engine, %s, %zu readers: %llu keys checked\n", name, num_readers,
               static_cast<unsigned long long>(checked.load()));
   CHECK(engine.read_counters.entries > 0);
   CHECK(engine.table_counters[0].static_hits[0] > 0);
@@ -373,10 +373,10 @@ int main(int argc, char** argv) {
   if (what == "cache") {
     test_cache();
   } else if (what == "engine" && argc > 2) {
-    for (const size_t num_lanes : {1, 3}) {
-      if (probe_uring() == 0) test_engine(argv[2], ReadMode::kUring, "uring", num_lanes);
-      test_engine(argv[2], ReadMode::kMmap, "mmap", num_lanes);
-      test_engine(argv[2], ReadMode::kPread, "pread", num_lanes);
+    for (const size_t num_readers : {1, 3}) {
+      if (probe_uring() == 0) test_engine(argv[2], ReadMode::kUring, "uring", num_readers);
+      test_engine(argv[2], ReadMode::kMmap, "mmap", num_readers);
+      test_engine(argv[2], ReadMode::kPread, "pread", num_readers);
     }
   } else if (what == "epochs" && argc > 2) {
     const Files files(argv[2]);

@@ -7,7 +7,7 @@
 //   scarcity_test cancel FOLDER TRIALS  jobs are cancelled at any time, and their buffers freed at once
 //   scarcity_test ring FOLDER           the kernel answers "not now"; then other code closes the ring's descriptor
 //
-// After each, lookups are right, every lane comes back, every buffer is let go, and the engine closes.
+// After each, lookups are right, every page reader comes back, every buffer is let go, and the engine closes.
 #include <dirent.h>
 #include <dlfcn.h>
 #include <pthread.h>
@@ -101,7 +101,7 @@ extern "C" __attribute__((no_sanitize("address"))) long syscall(long number, ...
 namespace {
 
 constexpr size_t kEntryBytes = 2 * Files::kRowBytes;
-constexpr size_t kLanes = 2, kKeys = 60;
+constexpr size_t kReaders = 2, kKeys = 60;
 
 const std::vector<int64_t>& some_keys() {
   static const std::vector<int64_t> keys = [] {
@@ -142,7 +142,7 @@ struct Store {
       memory.at = at;
     }
     engine = std::make_unique<Engine>(std::move(tables),
-                                      EngineShape{mode, true, kLanes, 3, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}});
+                                      EngineShape{mode, true, kReaders, 3, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}});
   }
 
   std::shared_ptr<Job> gathered(uint8_t* out) {
@@ -174,18 +174,18 @@ struct Store {
     return ended;
   }
 
-  bool lanes_come_back() const {
-    for (int i = 0; i < 3000 && engine->num_free_lanes() < engine->num_lanes(); ++i) {
+  bool readers_come_back() const {
+    for (int i = 0; i < 3000 && engine->num_free_readers() < engine->num_readers(); ++i) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
-    return engine->num_free_lanes() == engine->num_lanes();
+    return engine->num_free_readers() == engine->num_readers();
   }
 
   // What must be so again, whatever was refused before.
   void check_all_is_well() {
     CHECK(look_up(false) == FaultKind::kNone);
     CHECK(look_up(true) == FaultKind::kNone);
-    CHECK(lanes_come_back());
+    CHECK(readers_come_back());
     CHECK(Buffer::there == 0);
     CHECK(engine->close(30.0));
   }
@@ -240,7 +240,7 @@ void test_threads(const Files& files) {
         threads.arm(number, onwards);
         Store store(files, mode);
         for (const bool submits : {true, false, true}) CHECK(store.look_up(submits) == FaultKind::kNone);
-        {  // a lookup that somebody gave up: the next one drains its lane, if nobody else can
+        {  // a lookup that somebody gave up: the next one drains its page reader, if nobody else can
           auto* buffer = new Buffer(kKeys * kEntryBytes);
           const std::shared_ptr<Job> job = store.gathered(buffer->data());
           job->hold(buffer);
@@ -250,7 +250,7 @@ void test_threads(const Files& files) {
           job->cancel();
         }
         store.engine->faults.set(FaultInjection::kNone, 0, 0);
-        for (size_t i = 0; i < kLanes; ++i) CHECK(store.look_up(false) == FaultKind::kNone);
+        for (size_t i = 0; i < kReaders; ++i) CHECK(store.look_up(false) == FaultKind::kNone);
         hit = threads.disarm();
         store.check_all_is_well();
         ++checked;
@@ -338,7 +338,7 @@ void test_ring(const Files& files) {
     const auto started = std::chrono::steady_clock::now();
     for (int i = 0; i < 6; ++i) CHECK(store.look_up(i % 2 == 0) == FaultKind::kDisk);
     CHECK(std::chrono::steady_clock::now() - started < std::chrono::seconds(20));
-    CHECK(store.lanes_come_back() && store.engine->close(30.0));
+    CHECK(store.readers_come_back() && store.engine->close(30.0));
   }
   std::printf("ring: checked\n");
 }

@@ -1,13 +1,13 @@
-// A lane: one page queue with its staging, which carries one job at a time from misses to rows in place.
+// A page reader: one page queue with its staging, which carries one job at a time from misses to rows in place.
 //
-// A job goes in waves of as many units as the assembly buffer holds. The pages of a wave are sorted and each is read
-// once, and a key that has a record in the placement file is one read of that instead of its pages; as they arrive,
-// they are checked, and their rows put together in the assembly buffer; a finished wave is copied to its places and
-// offered to the caches. Two waves overlap, so that the queue stays full from one to the next. A lane belongs to one
-// thread at a time.
+// A job goes in read batches of as many units as the assembly buffer holds. The pages of a read batch are sorted and
+// each is read once, and a key that has a record in the placement file is one read of that instead of its pages; as
+// they arrive, they are checked, and their rows put together in the assembly buffer; a finished read batch is copied to
+// its places and offered to the caches. Two read batches overlap, so that the queue stays full from one to the next. A
+// page reader belongs to one thread at a time.
 //
 // Reads write to staging alone. The job's outputs are written to under its `writing` lock, by the thread that runs the
-// lane, and never again once the job is cancelled or failed. No call fails: what goes wrong is the job's fault.
+// page reader, and never again once the job is cancelled or failed. No call fails: what goes wrong is the job's fault.
 #pragma once
 
 #include <chrono>
@@ -23,10 +23,10 @@
 
 namespace tierstore {
 
-struct LaneShape {
+struct PageReaderShape {
   size_t depth;           // pages in flight at most
   size_t page_bytes;      // of the largest page, or of the largest read of a placed entry
-  size_t assembly_bytes;  // of each of the two waves
+  size_t assembly_bytes;  // of each of the two read batches
 
   size_t staging_bytes() const { return depth * page_bytes + 2 * assembly_bytes; }
 };
@@ -37,14 +37,14 @@ struct ReadCounters {
   std::atomic<uint64_t> pages{0}, entries{0}, bytes{0}, row_bytes{0};
 };
 
-class Lane {
+class PageReader {
  public:
-  Lane(const std::vector<Table>& tables, const LaneShape& shape, std::unique_ptr<PageQueue> queue, FaultPlan& faults,
-       ReadCounters& counters);
+  PageReader(const std::vector<Table>& tables, const PageReaderShape& shape, std::unique_ptr<PageQueue> queue,
+             FaultPlan& faults, ReadCounters& counters);
   // Where reads are still in flight, leaks the staging that they write to.
-  ~Lane();
-  Lane(const Lane&) = delete;
-  Lane& operator=(const Lane&) = delete;
+  ~PageReader();
+  PageReader(const PageReader&) = delete;
+  PageReader& operator=(const PageReader&) = delete;
 
   // Takes a sorted job on and starts its first reads, without blocking on the disk.
   void begin(Job& job) noexcept;
@@ -56,11 +56,11 @@ class Lane {
   // How long no page has arrived, while a job runs.
   std::chrono::steady_clock::duration stalled() const { return std::chrono::steady_clock::now() - last_arrival_; }
 
-  // Lets go of a job whose reads do not end; the lane is busy until they do.
-  void disown(const Fault& fault);
+  // Lets go of a job whose reads do not end; the page reader is busy until they do.
+  void abandon(const Fault& fault);
 
   Job* job() const { return job_; }
-  bool is_disowned() const { return job_ == &disowned_; }
+  bool is_abandoned() const { return job_ == &abandoned_; }
 
   // In a forked child: forgets the staging, which the child does not have, and what is in flight, which is the
   // parent's.
@@ -75,7 +75,7 @@ class Lane {
     uint32_t num_bytes;
     uint8_t* to;
   };
-  struct Wave {
+  struct ReadBatch {
     size_t miss_start = 0, miss_end = 0;  // of the job's misses
     std::vector<RowWant> wants;           // sorted by table and page
     std::vector<size_t> group_starts;     // in `wants`, one a page, and the end
@@ -83,44 +83,44 @@ class Lane {
     uint8_t* assembly = nullptr;
   };
   struct Flight {
-    Wave* wave;
+    ReadBatch* batch;
     size_t group;
   };
 
-  void land_some();
-  void fill_waves();
-  void plan_wave(Wave& wave);
-  void want_unit(Wave& wave, const Miss& miss, uint8_t* to);
-  void group_wants(Wave& wave);
-  PageRead read_of(const Wave& wave, size_t group, uint32_t slot);
+  void complete_some();
+  void fill_batches();
+  void plan_batch(ReadBatch& batch);
+  void want_unit(ReadBatch& batch, const Miss& miss, uint8_t* to);
+  void group_wants(ReadBatch& batch);
+  PageRead read_of(const ReadBatch& batch, size_t group, uint32_t slot);
   void start_reads();
-  void land(const PageDone& done);
-  Fault land_page(const Wave& wave, size_t group, PageDone done);
-  Fault land_placed(const Wave& wave, size_t group, PageDone done);
-  void finish_wave(Wave& wave);
+  void complete(const PageDone& done);
+  Fault complete_page(const ReadBatch& batch, size_t group, PageDone done);
+  Fault complete_placed(const ReadBatch& batch, size_t group, PageDone done);
+  void finish_batch(ReadBatch& batch);
   void fail(const Fault& fault);
-  bool active(const Wave& wave) const { return wave.groups_left > 0; }
+  bool active(const ReadBatch& batch) const { return batch.groups_left > 0; }
 
   const std::vector<Table>& tables_;
-  const LaneShape shape_;
+  const PageReaderShape shape_;
   std::unique_ptr<PageQueue> queue_;
   FaultPlan& faults_;
   ReadCounters& counters_;
   uint8_t* staging_;
-  Wave waves_[2];
+  ReadBatch batches_[2];
   std::vector<Flight> flights_;  // by slot
   std::vector<uint32_t> free_slots_;
   std::vector<PageRead> reads_;  // scratch
   std::vector<PageDone> done_;   // arrived; those from done_next_ on have not landed
   size_t done_next_ = 0;
   Job* job_ = nullptr;
-  Job disowned_;
+  Job abandoned_;
   size_t next_miss_ = 0;
   size_t in_flight_ = 0;
   std::chrono::steady_clock::time_point last_arrival_{};
 
  public:
-  Lane* next_in_line = nullptr;  // of the engine: lanes that wait for a worker
+  PageReader* next_in_line = nullptr;  // of the engine: page readers that wait for a worker
 };
 
 }  // namespace tierstore

@@ -13,27 +13,22 @@ import logging
 import os
 import threading
 import time
-import weakref
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .. import kernels
-from ..errors import ConfigError, DaemonError, FingerprintMismatchError, FormatError, StoreNotReadyError, TierStoreError
+from ..errors import ConfigError, FingerprintMismatchError, FormatError, StoreNotReadyError, TierStoreError
 from ..ipc.client_socket import dial, raise_error
 from ..ipc.identity import this_process
 from ..ipc.mapped import same_tables
 from ..ipc.protocol import Channel, close_fds
-from ..layout import TableLayout
-from ..stats import add_counters, counters_since
+from ..stats import counters_since
 from ..store.backing import Backing
 from ..store.embedded import DEFAULT_DEVICE, open_placement
 from ..store.store import Store
-from ..tiers.engine import READ_WAIT_S, Engine, HostEngine, Pending, Request
-from ..tiers.native import NativeEngine
+from ..tiers.engine import READ_WAIT_S, Engine
 from ..tiers.nvme import IO_MODES
 from ..units import parse_bytes
+from .engine import AttachedEngine
 from .link import Link, warn_of_other_version
 
 if TYPE_CHECKING:
@@ -49,7 +44,6 @@ TELL_S = 1.0  # between two messages with counters
 FOLLOW_S = 0.02  # between two looks for another static set, where a device reads that
 SEND_S = 1.0
 END_WAIT_S = 10.0
-ENGINES_MAX = 8  # that a lookup meets closed one after the other, before it gives up: they change seldom
 
 
 def attach(
@@ -371,156 +365,3 @@ class AttachedBacking(Backing):
         if self._thread is not None and threading.current_thread() is not self._thread:  # which may collect the store
             self._thread.join(END_WAIT_S)
         self._attached.link.opened.close()
-
-
-class AttachedEngine(HostEngine):
-    """The engine of the version that this process is attached to now. A lookup has one from its start to its end."""
-
-    def __init__(self, link: Link, relink: Callable[[], None]) -> None:
-        """relink: moves a child that was forked off to a link of its own; it is called there, before its first lookup."""
-        self._link = link
-        self._relink = relink
-        self._process = this_process()
-        self._closed = False
-        self._renewed: list[weakref.WeakMethod[Callable[[], Any]]] = []
-        self._past: Any = None  # counters of engines that are gone
-        self._leaving: list[Link] = []  # moved away from, and not closed yet
-        self._lock = threading.RLock()  # of the link, and what follows; reentered where a store is collected meanwhile
-        self._child_lock = threading.Lock()
-        self.bad_pages = {}
-        self._number = self.version = link.version
-        self._take(link)
-
-    @property
-    def link(self) -> Link:
-        """What lookups go through now."""
-        return self._link
-
-    @property
-    def layouts(self) -> list[TableLayout]:  # type: ignore[override]
-        return list(self._link.opened.image.tables.values())
-
-    @property
-    def native(self) -> Any:
-        return self._link.engine.native
-
-    def _take(self, link: Link) -> None:
-        self._link = link
-        self.io, self.try_lookup = link.engine.io, link.engine.try_lookup
-
-    def subscribe(self, renewed: Callable[[], Any]) -> None:
-        # A thread holds this engine, and must not hold the store by it.
-        self._renewed.append(weakref.WeakMethod(renewed))
-
-    def move_to(self, link: Link) -> Link:
-        """Sends lookups that begin from now on through another link; returns the old one, whose lookups may be under way.
-
-        Raises `StoreNotReadyError`, and closes the link, where the store was closed meanwhile.
-        """
-        with self._lock:
-            old, closed = self._link, self._closed
-            if not closed:
-                self.version = -1  # until all who look up by `try_lookup` have the new one
-                self._take(link)
-                self._leaving.append(old)
-        if closed:
-            link.close(0)
-            raise StoreNotReadyError("the store was closed; open it again")
-        try:
-            for reference in self._renewed:
-                renewed = reference()
-                if renewed:
-                    renewed()
-        finally:  # a table that still has the old way in goes on by the new one as soon as the old engine is closed
-            self._number = self.version = max(self._number + 1, link.version)  # never one that was, of whatever daemon
-        return old
-
-    def retire(self, old: Link, timeout_s: float) -> bool:
-        """Closes a link that was moved away from, and keeps its counts."""
-        ended = old.close(timeout_s)
-        with self._lock:
-            self._leaving.remove(old)
-            self._past = add_counters(self._past, old.engine.counters())
-        return ended
-
-    def disown(self, old: Link) -> None:
-        """Lets go of a link that was moved away from and was a parent's, with its counts."""
-        with self._lock:
-            self._leaving.remove(old)
-
-    def _now(self) -> NativeEngine:
-        if self._process != this_process():
-            self._relink_child()
-        return self._link.engine
-
-    def _relink_child(self) -> None:
-        """In a forked child: attaches it, since the block in which lookups are counted is its parent's."""
-        with self._child_lock:
-            if self._process != this_process() and not self._closed:
-                self._relink()
-                self._process = this_process()
-
-    def _with_engine(self, act: Callable[[NativeEngine], Any]) -> Any:
-        """Calls act with the engine; again with the next one where it was closed, because another took its place."""
-        for _ in range(ENGINES_MAX):
-            engine = self._now()
-            try:
-                return act(engine)
-            except StoreNotReadyError:
-                if self._closed or (engine is self._link.engine and self._process == this_process()):
-                    raise
-        raise DaemonError(f"the daemon changed its version {ENGINES_MAX} times during one lookup; look it up again")
-
-    def check(self, outcome: Any) -> None:
-        self._link.engine.check(outcome)
-
-    def lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
-        self._with_engine(lambda engine: engine.lookup(index, keys, out))
-
-    def submit(self, requests: Sequence[Request]) -> Pending | None:
-        pending: Pending | None = self._with_engine(lambda engine: engine.submit(requests))
-        return pending
-
-    def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> Pending | None:
-        pending: Pending | None = self._with_engine(lambda engine: engine.submit_pairs(index, keys, pairs, out))
-        return pending
-
-    def is_resident(self, index: int) -> bool:
-        return self._link.engine.is_resident(index)
-
-    def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
-        self._with_engine(lambda engine: engine.rows(index, row_ids, out))
-
-    def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:
-        self._with_engine(lambda engine: engine.read_pages(index, page_numbers, out))
-
-    def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
-        self._with_engine(lambda engine: engine.locate(index, keys, sources))
-
-    def counters(self) -> dict[str, Any]:
-        with self._lock:
-            total: dict[str, Any] = self._past
-            for link in (*self._leaving, self._link):
-                total = add_counters(total, link.engine.counters())
-        return total if self._process == this_process() else counters_since(total, total)
-
-    def close(self, timeout_s: float) -> bool:
-        with self._lock:  # so that no other link comes after this one
-            self._closed = True
-            links = [*self._leaving, self._link]
-        deadline = time.monotonic() + timeout_s
-        ended = [link.engine.close(max(0.0, deadline - time.monotonic())) for link in links]
-        return all(ended)
-
-    def before_fork(self) -> None:
-        with contextlib.ExitStack() as stack:  # all of it, or nothing
-            stack.enter_context(self._lock)
-            self._link.engine.before_fork()
-            stack.pop_all()  # `after_fork` gives it back
-
-    def after_fork(self, *, child: bool) -> None:
-        self._link.engine.after_fork(child=child)
-        self._lock.release()
-        if child:  # what the parent counted is the parent's, and who held this lock is not here
-            self._past, self._leaving = None, []
-            self._child_lock = threading.Lock()
