@@ -25,7 +25,8 @@ from support.served import KIB, WAIT_S, Traffic, make_newer, request, serving, u
 from support.stores import Model, random_keys
 
 import tierstore
-from tierstore import attached, kernels
+from tierstore import kernels
+from tierstore.attached import backing
 from tierstore.attached.backing import AttachedBacking
 from tierstore.daemon import attachments
 from tierstore.daemon.daemon import Daemon
@@ -308,7 +309,7 @@ def test_a_device_that_cannot_follow_keeps_what_it_has_and_tries_again(
 ) -> None:
     rows = model.expected(NAME, KEYS)
     monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", 0.2)
-    monkeypatch.setattr(attached, "TELL_S", 0.05)
+    monkeypatch.setattr(backing, "TELL_S", 0.05)
     with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
         looker = Looker(store, KEYS, rows)
         with monkeypatch.context() as patched:

@@ -125,7 +125,7 @@ HOSTILE = """
 import os, random, sys, threading, time
 import numpy as np
 import tierstore
-from tierstore.daemon import link as links
+from tierstore.attached import link as links
 blocks = []
 mapped = links.map_block
 def spying(fd, num_bytes, what, *, writable=False):
