@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.repository import SUPPORT
+from support.repository import SUPPORT, TESTS
 
 
 def test_every_launch_compiles_for_a_gpu_without_one(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)  # nothing compiled before counts
+    environment |= {"PYTHONPATH": str(TESTS), "TRITON_CACHE_DIR": str(tmp_path)}  # nothing compiled before counts
     program = SUPPORT / "compile_natively.py"
     done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

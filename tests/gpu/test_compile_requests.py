@@ -8,14 +8,17 @@ import subprocess
 import sys
 
 import pytest
-from support.repository import SUPPORT
+from support.repository import SUPPORT, TESTS
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str]]:
     """Names and PTX of all launches, from a process of its own: in this one the kernels may be the interpreter's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # nothing compiled before counts
+    environment |= {
+        "PYTHONPATH": str(TESTS),
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+    }  # nothing compiled before counts
     program = SUPPORT / "compile_requests.py"
     done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

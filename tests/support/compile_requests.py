@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 import torch
-from compile_natively import instead_of_launching
+from support.compile_natively import instead_of_launching
 
 from tierstore.kernels.gpu.await_answer import await_answer
 from tierstore.kernels.gpu.keys import DeviceHash, keys_of_tokens

@@ -21,7 +21,18 @@ from tierstore.errors import ConfigError
 from tierstore.file_systems import file_system_of
 from tierstore.formats.trace import TokenTraceWriter
 from tierstore.offline.verify import verify_store
-from tierstore.tools.bench import BENCHMARKS, cold, decode, page_cache, placed, real_text, stores, trace, warm
+from tierstore.tools.bench import (
+    BENCHMARKS,
+    cold,
+    decode,
+    module_of,
+    page_cache,
+    placed,
+    real_text,
+    stores,
+    trace,
+    warm,
+)
 from tierstore.tools.bench.bare import fio, page_cached
 from tierstore.tools.bench.bare import loops as bare
 from tierstore.tools.bench.bare.loops import BareLoop
@@ -386,7 +397,7 @@ def test_clean_removes_the_made_tables(tmp_path: Path) -> None:
 
 def test_every_benchmark_is_a_module_that_takes_the_same_options() -> None:
     for name in BENCHMARKS:
-        module = importlib.import_module(f"tierstore.tools.bench.{name}")
+        module = importlib.import_module(module_of(name))
         assert list(inspect.signature(module.run).parameters) == ["folder", "options"]
     assert Options().dram_bytes is None
     assert Options(budgets=(5, 6)).dram_bytes == 5

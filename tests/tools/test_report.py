@@ -24,7 +24,7 @@ from tierstore.decisions.ranking import Ranking
 from tierstore.decisions.replay import Replay
 from tierstore.decisions.tally import Group
 from tierstore.extras import install_command
-from tierstore.tools.report import about
+from tierstore.tools.report.about import about
 from tierstore.tools.report.page import check_report, profile_tables, write_report
 
 XHTML, SVG = "{http://www.w3.org/1999/xhtml}", "{http://www.w3.org/2000/svg}"

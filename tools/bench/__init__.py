@@ -29,6 +29,13 @@ BENCHMARKS = {
     "peers": "NumPy, torch, LMDB, RocksDB, Redis and Mooncake on the same keys.",
 }
 FOLDERS = {"serve", "overlap", "gpu", "peers"}  # benchmarks with more than one file: theirs is `command.py` in a folder
+
+
+def module_of(name: str) -> str:
+    """Returns the module of a benchmark, whose `run(folder, options)` measures."""
+    return f"{__name__}.{name}.command" if name in FOLDERS else f"{__name__}.{name}"
+
+
 SIZE_HELP = "Bytes of the table.  [default: build, serve and overlap 2GiB, others 8GiB]"
 TRACE_HELP = "For trace: a .trace of tokens, .npy of int32 or int64, or .zst of int32.  [default: this machine's text]"
 
@@ -111,8 +118,7 @@ def command(
             if against is not None:
                 result = other_build.run(name, folder, options, against)
             else:
-                module = f".{name}.command" if name in FOLDERS else f".{name}"
-                result = importlib.import_module(module, __name__).run(folder, options)
+                result = importlib.import_module(module_of(name)).run(folder, options)
             console().print(result.table())
             results[name] = result.as_record()
             if json_file:  # after each, so that what was measured is not lost with what fails
