@@ -1,7 +1,8 @@
 """The extension module only; everything else is in setup.cfg.
 
-The extension is optional: where no C++ compiler is found, the NumPy reference serves, with a warning. Files are compiled side by
-side, one a core. -O0 in CXXFLAGS stands, for what only tries the build out; any other level there gives way to -O3.
+The extension is optional: where no C++ compiler is found, the NumPy reference serves, with a warning. Files are
+compiled side by side, one a core. -O0 in CXXFLAGS stands, for what only tries the build out;
+any other level there gives way to -O3.
 """
 
 import os

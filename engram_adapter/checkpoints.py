@@ -23,7 +23,8 @@ from .hash_spec import RECORD_NAME
 
 @dataclass(frozen=True)
 class CheckpointRows:
-    """An open checkpoint; keeps the `tierstore.offline.repair.RowSource` contract. Nothing is read before it is asked for."""
+    """An open checkpoint; keeps the `tierstore.offline.repair.RowSource` contract.
+    Nothing is read before it is asked for."""
 
     checkpoint: Checkpoint
 

@@ -2,10 +2,10 @@
 missed.
 
 Flows in: tensors of token ids on the store's device, or ids that the host holds. Flows out: values in the table's float
-type, on the device. Everything is launched on streams: `prefetch` on one of its own, `forward` on the caller's, which waits
-for the other; both may be captured in a CUDA graph after one eager call of the same shape. What goes wrong on the device
-the host raises at the next call, or in `synchronize`; NaN stands in the place of values that did not come. Shapes: B
-sequences, T tokens, P tokens before, O orders, H rows per key.
+type, on the device. Everything is launched on streams: `prefetch` on one of its own, `forward` on the caller's, which
+waits for the other; both may be captured in a CUDA graph after one eager call of the same shape. What goes wrong on the
+device the host raises at the next call, or in `synchronize`; NaN stands in the place of values that did not come.
+Shapes: B sequences, T tokens, P tokens before, O orders, H rows per key.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ class DeviceEmbedding:
         return lookup
 
     def _check_all(self) -> None:
-        """Raises what went wrong in any lookup that the device has done, of whatever size; not while a graph is captured."""
+        """Raises what went wrong in any lookup that the device has done, of whatever size;
+        not while a graph is captured."""
         if self._side is not None and not is_capturing(self.device):
             for lookup in self._lookups.values():
                 self._check(lookup)
@@ -139,7 +140,8 @@ class DeviceEmbedding:
         self._join(begun.values, begun.keys)
 
     def _join(self, values: torch.Tensor, keys: torch.Tensor | np.ndarray) -> None:
-        """Has the current stream wait for the one of its own, and keeps memory from being used again before both have done."""
+        """Has the current stream wait for the one of its own,
+        and keeps memory from being used again before both have done."""
         if self._side is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._side)
@@ -152,11 +154,12 @@ class DeviceEmbedding:
             memory.record_stream(stream)
 
     def _check_capture(self, begun: _Begun) -> None:
-        """Refuses to end in a captured graph what was begun outside: each replay would write to values that are long gone."""
+        """Refuses to end in a captured graph what was begun outside:
+        each replay would write to values that are long gone."""
         if is_capturing(self.device) and not begun.captured:
             raise ConfigError(
-                f"table {self._table.name}: a prefetch that was begun before the graph's capture cannot be ended in it; call "
-                f"forward with its tensors before the capture"
+                f"table {self._table.name}: a prefetch that was begun before the graph's capture cannot be ended in "
+                f"it; call forward with its tensors before the capture"
             )
 
     @contextlib.contextmanager
@@ -206,8 +209,8 @@ class DeviceEmbedding:
             past, num_tokens = self._widths[id(lookup)]
             sequence, position = divmod(place - 1, past + num_tokens)
             raise ValueError(
-                f"the token id of sequence {sequence}, position {position - past} (below 0: in the history) is outside the "
-                f"vocabulary of {self._hash_spec.vocab_size} (seen on the device, in this step or one before)"
+                f"the token id of sequence {sequence}, position {position - past} (below 0: in the history) is outside "
+                f"the vocabulary of {self._hash_spec.vocab_size} (seen on the device, in this step or one before)"
             )
 
 
@@ -225,9 +228,9 @@ class _Begun:
 class DeviceCall:
     """The arguments of one call: contiguous int64 and bool tensors, all on the device, or all on the host.
 
-    identity: what tells them from another call's. Values on the device are not looked at: tensors are the same if they are
-    the same memory and nobody has written there through torch in between. Writes to tensors that were made in inference mode
-    are not counted by torch: whoever prefetches with such a one must not write there before the forward.
+    identity: what tells them from another call's. Values on the device are not looked at: tensors are the same if they
+    are the same memory and nobody has written there through torch in between. Writes to tensors that were made in
+    inference mode are not counted by torch: whoever prefetches with such a one must not write there before the forward.
     """
 
     def __init__(

@@ -80,15 +80,16 @@ class TieredEmbedding(torch.nn.Module):
     ) -> torch.Tensor:
         """Returns the rows of `token_ids`, integers [B, T], as [B, T, O * H, dim] on the device of `token_ids`.
 
-        `history`: the tokens before, [B, any number], of which the last ones count: n-grams reach back. Decoding needs it:
-        `embedding(next_id, history=seen)`. A call without it is the start of a document, also one of a single token, which
-        is warned of once. `dead`: bool [B, T], positions such as image
+        `history`: the tokens before, [B, any number], of which the last ones count: n-grams reach back. Decoding needs
+        it: `embedding(next_id, history=seen)`. A call without it is the start of a document, also one of a single
+        token, which is warned of once. `dead`: bool [B, T], positions such as image
         spans. Blocks until the rows are there, at most `WAIT_S`, then raises `TimeoutError`. Raises `ValueError` for
         token ids outside the vocabulary, `CorruptPageError` where a row cannot be read as it was built.
 
-        Where the store has an hbm tier, rows come out on its device. Ids that lie there are looked up by kernels, which may be
-        captured in a CUDA graph: the host waits for nothing and raises at a later call, or in `synchronize`, what went
-        wrong, NaN standing for the values that did not come. Ids on the host start their reads before the first kernel.
+        Where the store has an hbm tier, rows come out on its device. Ids that lie there are looked up by kernels, which
+        may be captured in a CUDA graph: the host waits for nothing and raises at a later call, or in `synchronize`,
+        what went wrong, NaN standing for the values that did not come.
+        Ids on the host start their reads before the first kernel.
         """
         if self._on_device is not None and self._store.device is not None:  # a forked child has none
             return self._on_device.forward(
@@ -104,15 +105,16 @@ class TieredEmbedding(torch.nn.Module):
         return values.unflatten(0, call.token_ids.shape)
 
     def synchronize(self) -> None:
-        """Waits until the device has done all lookups, and raises what went wrong in them. Without an hbm tier: nothing."""
+        """Waits until the device has done all lookups, and raises what went wrong in them.
+        Without an hbm tier: nothing."""
         if self._on_device is not None and self._store.device is not None:
             self._on_device.synchronize()
 
     def _prefetched(self, call: _Call) -> np.ndarray | None:
         """Returns the rows that a prefetch of the same call has read; None where there is none, or its request failed.
 
-        A request of several layers fails as one: what is wrong may be another layer's page, so this layer asks anew, and
-        raises then if the page is its own. `TimeoutError` comes through: waiting twice would break the limit.
+        A request of several layers fails as one: what is wrong may be another layer's page, so this layer asks anew,
+        and raises then if the page is its own. `TimeoutError` comes through: waiting twice would break the limit.
         """
         with self._pending_lock:
             ticket, rows = self._pending.pop(call.key, (None, None))
@@ -172,8 +174,8 @@ def prefetch_layers(
     spans = {embedding._hash_spec.history_tokens for embedding in embeddings}
     if len(spans) > 1:
         raise ValueError(
-            f"prefetch of {', '.join(names)}: their hashes look back at {' and '.join(map(str, sorted(spans)))} tokens, as "
-            f"those of two models; prefetch them apart"
+            f"prefetch of {', '.join(names)}: their hashes look back at {' and '.join(map(str, sorted(spans)))} "
+            f"tokens, as those of two models; prefetch them apart"
         )
     call = _Call(token_ids, history, dead, spans.pop())
     wanted = []
@@ -201,7 +203,8 @@ class RowIdEmbedding(torch.nn.Module):
     `head_offsets=True` for the published MultiHeadEmbedding, which takes ids within each head and adds the offsets
     itself. `weight` is empty, [0, dim]: it follows `.to(device)`, keeps the table's float type under `.to(dtype)`,
     because that is the type of the output, and is not in the state_dict. Raises `ConfigError` where the store has no
-    such table. stands_for_weight: whether a saved model has the rows as this module's weight, as `swap_embedding` wants it.
+    such table. stands_for_weight: whether a saved model has the rows as this module's weight,
+    as `swap_embedding` wants it.
     """
 
     weight: torch.Tensor
@@ -232,7 +235,8 @@ class RowIdEmbedding(torch.nn.Module):
         return decode_rows(rows.to(row_ids.device), self._table.spec.codec, self.embedding_dim)
 
     def copy_rows_to(self, values: torch.Tensor, piece_bytes: int) -> None:
-        """Fills values, [num_embeddings, embedding_dim] on the CPU, with all rows, read by so many bytes at once. Blocks."""
+        """Fills values, [num_embeddings, embedding_dim] on the CPU, with all rows,
+        read by so many bytes at once. Blocks."""
         spec = self._table.spec
         step = max(1, piece_bytes // spec.row_bytes)
         for start in range(0, spec.num_rows, step):
@@ -349,7 +353,8 @@ def _as_int64(ids: torch.Tensor) -> np.ndarray:
 
 
 def _copy_sharing(module: _Module, memo: dict[int, Any], shared: Sequence[str], fresh: dict[str, Any]) -> _Module:
-    """Returns a deep copy of a module that shares the attributes `shared` with it and gets those of `fresh` as they are.
+    """Returns a deep copy of a module that shares the attributes `shared` with it and
+    gets those of `fresh` as they are.
 
     A store is files and threads: there is nothing to copy, and a model's copy is meant to look up the same rows.
     """
@@ -372,8 +377,8 @@ def _shallow_copy(module: _Module) -> _Module:
 def _not_pickled(module: torch.nn.Module) -> TypeError:
     name = type(module).__name__
     return TypeError(
-        f"{name} looks rows up in a store that is open in this process, and cannot be pickled: save the model's state_dict(), "
-        f"which has no rows, and make {name} anew from a store opened where the model is loaded"
+        f"{name} looks rows up in a store that is open in this process, and cannot be pickled: save the model's "
+        f"state_dict(), which has no rows, and make {name} anew from a store opened where the model is loaded"
     )
 
 

@@ -1,7 +1,7 @@
 """Where each family keeps its tables in a checkpoint: which tensors, of which dtypes, side by side in which order.
 
-Input: a `Checkpoint`. Output: a `Model`, its hash and the `TableSource`s that a build streams. Errors: `ConfigError` for
-checkpoints whose tensors, scales or hash buffers disagree with their configuration: their rows would be wrong.
+Input: a `Checkpoint`. Output: a `Model`, its hash and the `TableSource`s that a build streams. Errors: `ConfigError`
+for checkpoints whose tensors, scales or hash buffers disagree with their configuration: their rows would be wrong.
 """
 
 from __future__ import annotations
@@ -44,15 +44,16 @@ class Model:
 
 
 def read_model(checkpoint: Checkpoint, family: str | None = None) -> Model:
-    """Finds the tables of a checkpoint; the family comes from its tensors' names and its config.json unless it is named.
+    """Finds the tables of a checkpoint; the family comes from its tensors' names and its
+    config.json unless it is named.
 
     Reads tokenizer.json where the family's hash has a token map. Raises `ConfigError` where something is missing or
     contradicts itself, with both numbers.
     """
     if not checkpoint.config:
         raise ConfigError(
-            f"{checkpoint.path} has no config.json, which says how rows are hashed; give the checkpoint's whole folder, "
-            f"or take one tensor as a plain table with --tensor"
+            f"{checkpoint.path} has no config.json, which says how rows are hashed; give the checkpoint's whole "
+            f"folder, or take one tensor as a plain table with --tensor"
         )
     family = family or _family_of(checkpoint)
     if family not in _READERS:
@@ -80,7 +81,8 @@ def plain_source(checkpoint: Checkpoint, tensor_name: str) -> TableSource:
         found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
         names = [name for name, other in checkpoint.tensors.items() if len(other.shape) == 2]
         raise ConfigError(
-            f"{checkpoint.path}: tensor {tensor_name!r} is {found}; 2-D tensors are: {', '.join(sorted(names)[:10]) or 'none'}"
+            f"{checkpoint.path}: tensor {tensor_name!r} is {found}; 2-D tensors are: "
+            f"{', '.join(sorted(names)[:10]) or 'none'}"
         )
     num_rows, dim = tensor.shape
     if not num_rows or not dim:
@@ -163,8 +165,8 @@ def _qwen4_exp(checkpoint: Checkpoint, spec: HashSpec, layer: int) -> TableSourc
     for tensor, each in zip(tensors, rows, strict=True):
         if each.codec != rows[0].codec:
             raise ConfigError(
-                f"{checkpoint.path}: {tensor.name} is stored as {each.codec}, {tensors[0].name} as {rows[0].codec}: parts with "
-                f"scales of their own, and a table can carry one; dequantize it to BF16 first"
+                f"{checkpoint.path}: {tensor.name} is stored as {each.codec}, {tensors[0].name} as {rows[0].codec}: "
+                f"parts with scales of their own, and a table can carry one; dequantize it to BF16 first"
             )
     return _source(spec, layer, _planes(tensors, rows), rows[0].codec, dim)
 
@@ -239,15 +241,16 @@ def _parts(checkpoint: Checkpoint, prefix: str) -> tuple[StoredTensor, ...]:
     expected = _text_value(checkpoint, "split_ngram_parts")
     if expected not in (None, len(spelled)) or len(set(spelled)) != 1:
         raise ConfigError(
-            f"{checkpoint.path}: {len(spelled)} tensors {prefix}{'* and '.join(sorted(set(spelled)))}*.weight, config.json says "
-            f"split_ngram_parts {expected}; {checkpoint.why_missing()}"
+            f"{checkpoint.path}: {len(spelled)} tensors {prefix}{'* and '.join(sorted(set(spelled)))}*.weight, "
+            f"config.json says split_ngram_parts {expected}; {checkpoint.why_missing()}"
         )
     names = (f"{prefix}{spelled[0]}{index}.weight" for index in range(len(spelled)))
     return tuple(_weight(checkpoint, name, dtypes) for name in names)
 
 
 def _check_buffer(checkpoint: Checkpoint, name: str, expected: tuple[int, ...]) -> None:
-    """Compares a hash buffer that the checkpoint carries with ours: where they differ, its rows are not where we look."""
+    """Compares a hash buffer that the checkpoint carries with ours: where they differ,
+    its rows are not where we look."""
     if name not in checkpoint.tensors:
         return
     tensor = checkpoint.tensors[name]
@@ -259,6 +262,7 @@ def _check_buffer(checkpoint: Checkpoint, name: str, expected: tuple[int, ...]) 
             (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
         )
         raise ConfigError(
-            f"{name} has {len(found)} values, {found[differ : differ + 1]} at {differ}; config.json gives {len(expected)}, "
-            f"{expected[differ : differ + 1]}: the model was trained with another hash than its config.json says"
+            f"{name} has {len(found)} values, {found[differ : differ + 1]} at {differ}; config.json gives "
+            f"{len(expected)}, {expected[differ : differ + 1]}: "
+            "the model was trained with another hash than its config.json says"
         )

@@ -29,7 +29,8 @@ CONFIG_DEPTH_MAX = 4  # of parts in parts
 
 @dataclass(frozen=True)
 class HashParts:
-    """A family's hash as its configuration gives it; dicts are by layer. pad_id is None where it needs the token map."""
+    """A family's hash as its configuration gives it; dicts are by layer.
+    pad_id is None where it needs the token map."""
 
     family: str
     orders: tuple[int, ...]

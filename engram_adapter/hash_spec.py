@@ -1,8 +1,9 @@
 """The hash of a model's n-grams: token ids -> keys -> row ids, the same numbers as the model's own code gives.
 
-Flows in: a checkpoint's configuration and token map, or what a build kept of them in the catalog. Flows out: keys and row
-ids of batches of tokens. All families share one form: mapped ids times odd multipliers, XORed over the n-gram; where
-look-back ends, and what stands before, is the family's pad rule. Refuses configurations that contradict themselves.
+Flows in: a checkpoint's configuration and token map, or what a build kept of them in the catalog. Flows out: keys and
+row ids of batches of tokens. All families share one form: mapped ids times odd multipliers, XORed over the n-gram;
+where look-back ends, and what stands before, is the family's pad rule.
+Refuses configurations that contradict themselves.
 
 Shapes: B sequences, T tokens, O orders, H heads.
 """
@@ -80,11 +81,12 @@ class HashSpec:
     def from_config(
         cls, config: dict[str, Any], token_map: np.ndarray | None = None, family: str | None = None
     ) -> HashSpec:
-        """Makes the hash from a checkpoint's config.json, the token map from `build_token_map` where the family has one.
+        """Makes the hash from a checkpoint's config.json, the token map from
+        `build_token_map` where the family has one.
 
-        Without its token map a spec still gives moduli, multipliers and row counts; keys then raise. Raises `ConfigError`,
-        naming the key, where the configuration is of no known family, lacks a value or contradicts the token map;
-        `TypeError` and `ValueError` for a token map that is none.
+        Without its token map a spec still gives moduli, multipliers and row counts; keys then raise. Raises
+        `ConfigError`, naming the key, where the configuration is of no known family, lacks a value or contradicts the
+        token map; `TypeError` and `ValueError` for a token map that is none.
         """
         token_map = None if token_map is None else checked_token_map(token_map)
         parts = hash_config.read(config, token_map, family)
@@ -146,7 +148,8 @@ class HashSpec:
             if hashes.get(name) != built.get(name):
                 raise FormatError(
                     f"fingerprint, rows and rows per key of table {name}: the store's hash record gives "
-                    f"{hashes.get(name, 'none')}, the table has {built.get(name, 'none')}; restore the catalog or rebuild"
+                    f"{hashes.get(name, 'none')}, the table has {built.get(name, 'none')}; "
+                    "restore the catalog or rebuild"
                 )
         return spec
 
@@ -183,7 +186,8 @@ class HashSpec:
 
     @property
     def kernel_token_map(self) -> np.ndarray | None:
-        """The token map, None where ids hash as they are; raises `ConfigError` where the spec was made without its own."""
+        """The token map, None where ids hash as they are; raises `ConfigError` where the
+        spec was made without its own."""
         return self._token_map() if self.needs_token_map else None
 
     def table_name(self, layer: int | str) -> str:
@@ -228,14 +232,14 @@ class HashSpec:
     ) -> np.ndarray:
         """Returns the keys of the n-grams that end at each token: int64 [B, T] -> int64 [B, T, O].
 
-        history: the tokens before, [B, any number], oldest first, -1 where there is none (before the sequence's start, or a
-        dead position). Only the last `history_tokens` are looked at; fewer, or None, say that the document starts there, and
-        the rest counts as the pad id. So a sequence fed in any split with its history gives the keys of the whole, and one
-        token decoded without it gives those of a document of one token. dead: bool [B, T], positions
-        that are no text, such as image spans; their ids are not looked at. On a dead position, before the start and, for
-        families with a barrier, at or behind the barrier token, look-back ends: that predecessor and every older one count
-        as the pad id; so does a dead position itself. Raises `TypeError` (no integers), `ValueError` (shapes, ids outside
-        the vocabulary), `ConfigError` (a spec without its token map).
+        history: the tokens before, [B, any number], oldest first, -1 where there is none (before the sequence's start,
+        or a dead position). Only the last `history_tokens` are looked at; fewer, or None, say that the document starts
+        there, and the rest counts as the pad id. So a sequence fed in any split with its history gives the keys of the
+        whole, and one token decoded without it gives those of a document of one token. dead: bool [B, T], positions
+        that are no text, such as image spans; their ids are not looked at. On a dead position, before the start and,
+        for families with a barrier, at or behind the barrier token, look-back ends: that predecessor and every older
+        one count as the pad id; so does a dead position itself. Raises `TypeError` (no integers), `ValueError` (shapes,
+        ids outside the vocabulary), `ConfigError` (a spec without its token map).
         """
         multipliers = self._layer(layer).multiplier_array
         if self.pad_id is None:
@@ -254,8 +258,8 @@ class HashSpec:
             joined = ids if past is None else np.concatenate([past, ids], axis=1)
             row, column = divmod(outside, joined.shape[1])
             raise ValueError(
-                f"token id {joined[row, column]} of sequence {row}, position {column - joined.shape[1] + ids.shape[1]} is "
-                f"outside the vocabulary of {self.vocab_size}"
+                f"token id {joined[row, column]} of sequence {row}, position {column - joined.shape[1] + ids.shape[1]} "
+                f"is outside the vocabulary of {self.vocab_size}"
             )
         return keys
 
@@ -279,8 +283,8 @@ class HashSpec:
         past = _integers(history, "history")
         if len(past) != num_sequences:
             raise ValueError(
-                f"history is {list(past.shape)}, token_ids have {num_sequences} sequences: expected [{num_sequences}, the "
-                f"tokens before]"
+                f"history is {list(past.shape)}, token_ids have {num_sequences} sequences: expected [{num_sequences}, "
+                f"the tokens before]"
             )
         return np.ascontiguousarray(last_tokens(past, self.history_tokens))
 
@@ -308,7 +312,8 @@ class HashSpec:
 
 
 def last_tokens(history: Any, count: int) -> Any:
-    """Returns the last `count` tokens of each sequence, or all if there are fewer; history: an array or tensor [B, P]."""
+    """Returns the last `count` tokens of each sequence, or all if there are fewer; history:
+    an array or tensor [B, P]."""
     num_tokens = history.shape[1]
     return history if num_tokens <= count else history[:, num_tokens - count :]  # a view of a tensor takes microseconds
 

@@ -1,8 +1,8 @@
 """N-grams as 128-bit items, which the store counts without knowing tokens: token ids -> windows -> a layer's keys.
 
-Flows in: the tokens of one document. Flows out: for each token the *window* of the last `orders[-1]` mapped ids, packed so that
-its prefix is the n-gram of every lower order; and from such n-grams, counted or not, the keys of any layer. Refuses hashes
-whose longest n-gram has no room in 128 bits.
+Flows in: the tokens of one document. Flows out: for each token the *window* of the last `orders[-1]` mapped ids, packed
+so that its prefix is the n-gram of every lower order; and from such n-grams, counted or not, the keys of any layer.
+Refuses hashes whose longest n-gram has no room in 128 bits.
 
 Windows hold mapped ids, so what hashes alike counts as one, and the same profile serves all layers.
 """
@@ -32,8 +32,8 @@ def window_bits(spec: HashSpec) -> int:
     bits = max(1, id_max.bit_length())
     if bits * spec.orders[-1] > ITEM_BITS:
         raise ConfigError(
-            f"n-grams of {spec.orders[-1]} ids of {bits} bits take {bits * spec.orders[-1]} bits, an item has {ITEM_BITS}; "
-            f"this model cannot be profiled by its tokens: record keys instead"
+            f"n-grams of {spec.orders[-1]} ids of {bits} bits take {bits * spec.orders[-1]} bits, an item has "
+            f"{ITEM_BITS}; this model cannot be profiled by its tokens: record keys instead"
         )
     return bits
 
@@ -41,9 +41,10 @@ def window_bits(spec: HashSpec) -> int:
 def ngram_windows(spec: HashSpec, token_ids: np.ndarray) -> np.ndarray:
     """Returns the window that ends at each token of one document: integers [T] -> uint64 [T, 2], the high word first.
 
-    The newest id is in the most significant place of `orders[-1]` places of `window_bits` bits; look-back ends where it does
-    for `HashSpec.keys`. The n-gram of order n is the window shifted right by `window_bits * (orders[-1] - n)`. Raises
-    `TypeError` (no integers), `ValueError` (not [T], ids outside the vocabulary), `ConfigError` as `window_bits` does.
+    The newest id is in the most significant place of `orders[-1]` places of `window_bits` bits; look-back ends where it
+    does for `HashSpec.keys`. The n-gram of order n is the window shifted right by `window_bits * (orders[-1] - n)`.
+    Raises `TypeError` (no integers), `ValueError` (not [T], ids outside the vocabulary),
+    `ConfigError` as `window_bits` does.
     """
     bits = window_bits(spec)
     ids = np.asarray(token_ids)
@@ -60,7 +61,8 @@ def ngram_windows(spec: HashSpec, token_ids: np.ndarray) -> np.ndarray:
     )  # fmt: skip
     if outside >= 0:
         raise ValueError(
-            f"token id {ids[outside]} of the document, position {outside} is outside the vocabulary of {spec.vocab_size}"
+            f"token id {ids[outside]} of the document, position {outside} is outside the "
+            f"vocabulary of {spec.vocab_size}"
         )
     return windows
 
@@ -68,8 +70,8 @@ def ngram_windows(spec: HashSpec, token_ids: np.ndarray) -> np.ndarray:
 def keys_of_windows(spec: HashSpec, windows: np.ndarray, order: int, layer: int | str) -> np.ndarray:
     """Returns the keys that a layer gives n-grams of `order` ids: uint64 [M, 2], shifted to that order -> int64 [M].
 
-    Raises `ValueError` where the model has no such order or windows have more bits, `KeyError` for a layer without a table,
-    `ConfigError` as `window_bits` does.
+    Raises `ValueError` where the model has no such order or windows have more bits, `KeyError` for a layer without a
+    table, `ConfigError` as `window_bits` does.
     """
     if order not in spec.orders:
         raise ValueError(f"order {order}: the model's n-grams have orders {', '.join(map(str, spec.orders))}")

@@ -66,7 +66,8 @@ def multiplier_bound(vocabulary: int) -> int:
 
 
 def generator_multipliers(vocabulary: int, seed: int, count: int) -> tuple[int, ...]:
-    """Returns odd multipliers as Engram draws them: numpy's default generator (PCG64) over [0, bound), doubled plus one."""
+    """Returns odd multipliers as Engram draws them: numpy's default generator (PCG64) over
+    [0, bound), doubled plus one."""
     halves = np.random.default_rng(seed).integers(0, multiplier_bound(vocabulary), size=count, dtype=np.int64)
     return tuple(2 * int(half) + 1 for half in halves)
 

@@ -1,7 +1,8 @@
 """The model's side of profiles: documents of token ids -> items that are counted; counted n-grams -> a layer's keys.
 
-Flows in: a store's hash, documents of token ids. Flows out: what `tierstore.offline.profile` counts. Layers of a model share
-their n-grams, so they are counted once for all of them. Refuses models whose longest n-gram has no room in an item.
+Flows in: a store's hash, documents of token ids. Flows out: what `tierstore.offline.profile` counts. Layers of a model
+share their n-grams, so they are counted once for all of them.
+Refuses models whose longest n-gram has no room in an item.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def profile_header(spec: HashSpec, held_out: float) -> ProfileHeader:
 def token_documents(spec: HashSpec, documents: Iterable[np.ndarray]) -> Iterator[Document]:
     """Yields documents of token ids, integers [T] each, as what is counted of them.
 
-    One of more than DOCUMENT_TOKENS_MAX tokens, such as a whole trace without document ends, is cut into several, so that
-    memory stays bounded and a share of it can be held out. Raises `ValueError` for ids outside the vocabulary, naming document,
-    position and id.
+    One of more than DOCUMENT_TOKENS_MAX tokens, such as a whole trace without document ends, is cut into several, so
+    that memory stays bounded and a share of it can be held out. Raises `ValueError` for ids outside the vocabulary,
+    naming document, position and id.
     """
     for number, whole in enumerate(documents):
         for start in range(0, max(len(whole), 1), DOCUMENT_TOKENS_MAX):
@@ -54,6 +55,6 @@ def check_profile(spec: HashSpec, header: ProfileHeader) -> None:
     if header != own:
         theirs, mine = {name: digest for name, digest, _ in header.tables}, {n: d for n, d, _ in own.tables}
         raise FingerprintMismatchError(
-            f"the profile is of another hash: tables {theirs}, {header.bits} bits an id; the store has {mine}, {own.bits} "
-            f"bits: profile again with this store"
+            f"the profile is of another hash: tables {theirs}, {header.bits} bits an id; the store has {mine}, "
+            f"{own.bits} bits: profile again with this store"
         )

@@ -1,8 +1,9 @@
-"""A swapped model that is saved: its tables are written too, from the store, so that whoever loads it has the trained rows.
+"""A swapped model that is saved: its tables are written too, from the store,
+so that whoever loads it has the trained rows.
 
-Flows in: a class of transformers models, one of which was swapped. Flows out: the same class, whose `save_pretrained` adds the
-tables of swapped modules to what it writes. Refuses, by name, ways of saving that would leave them out: transformers fills
-what a checkpoint lacks with random rows. transformers itself is not imported.
+Flows in: a class of transformers models, one of which was swapped. Flows out: the same class, whose `save_pretrained`
+adds the tables of swapped modules to what it writes. Refuses, by name, ways of saving that would leave them out:
+transformers fills what a checkpoint lacks with random rows. transformers itself is not imported.
 """
 
 from __future__ import annotations
@@ -84,16 +85,19 @@ def _check_way(model: Any, arguments: dict[str, Any], tables: dict[str, RowIdEmb
     way = f"a model with {type(quantizer).__name__}" if quantizer is not None else way
     if way is not None:
         raise ConfigError(
-            f"save_pretrained of {way} would leave out {', '.join(tables)}, whose rows are in the store: whoever loads the "
-            f"folder would get random rows; save without it, or save model.state_dict() and swap again after loading"
+            f"save_pretrained of {way} would leave out {', '.join(tables)}, whose rows are in the store: whoever loads "
+            "the folder would get random rows; save without it, "
+            "or save model.state_dict() and swap again after loading"
         )
 
 
 @contextlib.contextmanager
 def _written(folder: str | os.PathLike[str], key: str, table: RowIdEmbedding) -> Iterator[torch.Tensor]:
-    """Yields a table's rows, [num_rows, dim], in a file of `folder` that has no name and goes with them. Blocks on the disk.
+    """Yields a table's rows, [num_rows, dim], in a file of `folder` that has no name and goes with them.
+    Blocks on the disk.
 
-    So a table that is larger than memory can be saved. Raises `BudgetError` if the disk has no room, and what lookups raise.
+    So a table that is larger than memory can be saved. Raises `BudgetError` if the disk has no room,
+    and what lookups raise.
     """
     num_bytes = table.num_embeddings * table.embedding_dim * table.weight.element_size()
     logger.warning("%s: %s of rows are read from the store and saved with the model", key, format_bytes(num_bytes))

@@ -1,11 +1,12 @@
 """Scales that belong to a stored tensor, and what makes a tensor something else than rows of values.
 
-Input: a checkpoint and the name of one of its tensors. Output: how its rows are stored: the codec, and beside the tensor the
-plane of scales, if each row carries its own. Errors: `ConfigError`, naming the scale, for scales that no codec of a
-store can carry; for packed and flat quantized weights, whose bytes are not rows; and for scales that are not there.
+Input: a checkpoint and the name of one of its tensors. Output: how its rows are stored: the codec, and beside the
+tensor the plane of scales, if each row carries its own. Errors: `ConfigError`, naming the scale, for scales that no
+codec of a store can carry; for packed and flat quantized weights, whose bytes are not rows;
+and for scales that are not there.
 
-A scale belongs to a weight by its name: `X.weight` has `X.weight_scale`, `X.weight_scale_inv`, `X.scale` and others beside it.
-Every one of these multiplies the stored value, `weight_scale_inv` too.
+A scale belongs to a weight by its name: `X.weight` has `X.weight_scale`, `X.weight_scale_inv`, `X.scale` and others
+beside it. Every one of these multiplies the stored value, `weight_scale_inv` too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ _SCALE_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _WEIGHT_LEAVES = ("weight", "qweight", "weight_packed", "W_q")
 _PART = re.compile(r"^(?P<table>.*\.)?shards?[._]\d+\.(?P<leaf>\w+)$")  # of a table that is stored in parts
 
-# Tensors beside a quantized weight, by the ending of their names, and who writes them. The first that fits names the scheme.
+# Tensors beside a quantized weight, by the ending of their names, and who writes them.
+# The first that fits names the scheme.
 _SCHEMES = (
     (r"absmax|quant_map|nested_absmax|quant_state\.bitsandbytes__\w+", "packed by bitsandbytes (NF4 or FP4)"),
     (r"SCB|weight_format", "int8 of bitsandbytes"),
@@ -61,7 +63,8 @@ class StoredRows:
 def rows_of_weight(checkpoint: Checkpoint, weight: StoredTensor) -> StoredRows:
     """Returns the codec and the scales of a 2-D weight whose rows are a table.
 
-    Raises `ConfigError` if its values need something that no codec carries, or if it does not hold one row after another.
+    Raises `ConfigError` if its values need something that no codec carries,
+    or if it does not hold one row after another.
     """
     beside = _beside(checkpoint, weight.name)
     if weight.dtype in _WIDE:
@@ -70,49 +73,52 @@ def rows_of_weight(checkpoint: Checkpoint, weight: StoredTensor) -> StoredRows:
     if beside and not weight.dtype.startswith("F8_"):
         raise ConfigError(
             f"{checkpoint.path}: tensor {weight.name} is {weight.dtype} {list(weight.shape)} with a scale beside it "
-            f"({_in_words(beside)}), so it is quantized or packed and its values are not in its rows; use the checkpoint "
-            f"before quantization, or dequantize it first"
+            f"({_in_words(beside)}), so it is quantized or packed and its values are not in its rows; use the "
+            f"checkpoint before quantization, or dequantize it first"
         )
     if weight.dtype != "F8_E4M3":
         if beside:
             raise ConfigError(
-                f"{checkpoint.path}: tensor {weight.name} is {weight.dtype} {list(weight.shape)} and has scales beside it "
-                f"({_in_words(beside)}), which no codec of a store holds for {weight.dtype}: its rows would lose them; "
-                f"dequantize it to BF16 first"
+                f"{checkpoint.path}: tensor {weight.name} is {weight.dtype} {list(weight.shape)} and has scales beside "
+                f"it ({_in_words(beside)}), which no codec of a store holds for {weight.dtype}: its rows would lose "
+                f"them; dequantize it to BF16 first"
             )
         return StoredRows("raw")
     if not beside:
         if checkpoint.absent_files:
             raise ConfigError(
-                f"{checkpoint.path}: tensor {weight.name} is F8_E4M3, and its scale may lie in a file that is not here: "
-                f"{checkpoint.why_missing()}"
+                f"{checkpoint.path}: tensor {weight.name} is F8_E4M3, and its scale may lie in a file that is not "
+                f"here: {checkpoint.why_missing()}"
             )
         return StoredRows("fp8_e4m3")
     if len(beside) > 1:
         raise ConfigError(
-            f"{checkpoint.path}: tensor {weight.name} has {len(beside)} scales beside it ({_in_words(beside)}), a row can "
-            f"carry one; dequantize it to BF16 first"
+            f"{checkpoint.path}: tensor {weight.name} has {len(beside)} scales beside it ({_in_words(beside)}), a row "
+            f"can carry one; dequantize it to BF16 first"
         )
     return scaled_rows(checkpoint, weight, beside[0])
 
 
 def refuse_packed(checkpoint: Checkpoint, weight: StoredTensor, beside: list[str]) -> None:
-    """Raises `ConfigError` if what lies beside a tensor, or its name or type, says that its bytes are not rows of values."""
+    """Raises `ConfigError` if what lies beside a tensor, or its name or type,
+    says that its bytes are not rows of values."""
     leaf = weight.name.rpartition(".")[2]
     marks = {leaf, *(name.rpartition(".")[2] for name in beside), *(name[len(weight.name) + 1 :] for name in beside)}
     for pattern, scheme in _SCHEMES[:-1]:
         if any(re.fullmatch(pattern, mark) for mark in marks):
             named = f", with {_in_words(beside)} beside it" if beside else ""
             raise ConfigError(
-                f"{checkpoint.path}: tensor {weight.name} is {scheme}{named}: {weight.dtype} {list(weight.shape)} does not "
-                f"hold one row of values after another; use the checkpoint before quantization, or dequantize it first"
+                f"{checkpoint.path}: tensor {weight.name} is {scheme}{named}: {weight.dtype} {list(weight.shape)} does "
+                "not hold one row of values after another; use the checkpoint before quantization, "
+                "or dequantize it first"
             )
     method = checkpoint.config.get("quantization_config") or {}
     method = method.get("quant_method") if isinstance(method, dict) else None
     if method and leaf in _WEIGHT_LEAVES and weight.dtype in _PACKED_DTYPES:
         raise ConfigError(
-            f"{checkpoint.path}: tensor {weight.name} is {weight.dtype} {list(weight.shape)}, and config.json says that {method} "
-            f"quantized the model: it is packed; use the checkpoint before quantization, or dequantize it first"
+            f"{checkpoint.path}: tensor {weight.name} is {weight.dtype} {list(weight.shape)}, and config.json says "
+            f"that {method} quantized the model: it is packed; use the checkpoint before quantization, "
+            "or dequantize it first"
         )
 
 
@@ -124,7 +130,8 @@ def refuse_packed_name(checkpoint: Checkpoint, name: str) -> None:
 
 
 def scaled_rows(checkpoint: Checkpoint, weight: StoredTensor, name: str) -> StoredRows:
-    """Returns how the rows of an fp8 weight are stored with the scale `name`: one for all, or e8m0 bytes in each row."""
+    """Returns how the rows of an fp8 weight are stored with the scale `name`: one for all,
+    or e8m0 bytes in each row."""
     scale = checkpoint.tensors.get(name)
     if scale is None:
         raise ConfigError(f"{checkpoint.path}: tensor {name}, the scale of {weight.name}, {checkpoint.why_not(name)}")
@@ -135,8 +142,8 @@ def scaled_rows(checkpoint: Checkpoint, weight: StoredTensor, name: str) -> Stor
         return StoredRows("fp8_e4m3_e8m0x32", scale)
     raise ConfigError(
         f"{checkpoint.path}: {name} is {scale.dtype} {list(scale.shape)}, {_shape_in_words(scale, weight)}; rows of "
-        f"{weight.name}, {weight.dtype} {list(weight.shape)}, can carry one {', '.join(_SCALE_DTYPES)} for the whole table, or "
-        f"one e8m0 byte for {SCALE_BLOCK} columns; dequantize the table to BF16 first"
+        f"{weight.name}, {weight.dtype} {list(weight.shape)}, can carry one {', '.join(_SCALE_DTYPES)} for the whole "
+        f"table, or one e8m0 byte for {SCALE_BLOCK} columns; dequantize the table to BF16 first"
     )
 
 
@@ -148,7 +155,8 @@ def one_scale(scale: StoredTensor) -> float:
     value = float(np.frombuffer(data, "<f4" if scale.dtype == "BF16" else _SCALE_DTYPES[scale.dtype])[0])
     if not math.isfinite(value) or value <= 0:
         raise ConfigError(
-            f"{scale.name} is {value}, expected a finite scale above 0; download the checkpoint again, or dequantize the table"
+            f"{scale.name} is {value}, expected a finite scale above 0; download the checkpoint again, "
+            "or dequantize the table"
         )
     return value
 

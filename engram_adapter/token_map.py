@@ -1,7 +1,8 @@
 """The token map: which tokens of a tokenizer count as one and the same when n-grams are hashed.
 
-Flows in: a tokenizer.json. Flows out: an int32 array, token id -> compressed id. "Apple", " apple" and "APPLE" share an id.
-Every multiplier of the hash depends on how many ids come out, so a map that is off by one makes every row a wrong one.
+Flows in: a tokenizer.json. Flows out: an int32 array, token id -> compressed id. "Apple", " apple" and "APPLE" share an
+id. Every multiplier of the hash depends on how many ids come out,
+so a map that is off by one makes every row a wrong one.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _UNDECODABLE = "\ufffd"
 def build_token_map(tokenizer: str | os.PathLike[str] | Tokenizer) -> np.ndarray:
     """Returns the token map of a tokenizer: int32 [vocabulary], compressed ids in order of first appearance.
 
-    tokenizer: a tokenizer.json, the folder that holds it, or a `tokenizers.Tokenizer`. Each token is decoded alone, special
-    tokens kept, and normalised (NFKC, NFD, accents stripped, lowercase, white space folded and stripped); tokens whose
-    bytes are no whole characters stand for themselves. The rules are those of the published Engram code
+    tokenizer: a tokenizer.json, the folder that holds it, or a `tokenizers.Tokenizer`. Each token is decoded alone,
+    special tokens kept, and normalised (NFKC, NFD, accents stripped, lowercase, white space folded and stripped);
+    tokens whose bytes are no whole characters stand for themselves. The rules are those of the published Engram code
     (arXiv 2601.07372). Takes a second or two for 130,000 tokens. Raises `ConfigError` where there is no file,
     `FormatError` where it is no tokenizer or its ids have gaps.
     """
@@ -53,8 +54,8 @@ def _token_map(tokenizer: Tokenizer, normalise: normalizers.Normalizer) -> np.nd
         token = tokenizer.id_to_token(token_id)
         if token is None:
             raise FormatError(
-                f"the tokenizer has {len(token_map)} tokens, but no token {token_id}: ids must run from 0 without gaps; "
-                f"download the model's own tokenizer.json"
+                f"the tokenizer has {len(token_map)} tokens, but no token {token_id}: ids must run from 0 without "
+                f"gaps; download the model's own tokenizer.json"
             )
         text = tokenizer.decode([token_id], skip_special_tokens=False)
         key = token if _UNDECODABLE in text else normalise.normalize_str(text) or text
@@ -65,8 +66,8 @@ def _token_map(tokenizer: Tokenizer, normalise: normalizers.Normalizer) -> np.nd
 def checked_token_map(token_map: np.ndarray) -> np.ndarray:
     """Returns a read-only int32 copy of a token map, an integer array [vocabulary].
 
-    Raises `TypeError` (no integers), `ValueError` (its ids are not 0, 1, ... without gaps: the multipliers are drawn for as
-    many ids as there are, so a larger id's product would leave 63 bits).
+    Raises `TypeError` (no integers), `ValueError` (its ids are not 0, 1, ... without gaps: the multipliers are drawn
+    for as many ids as there are, so a larger id's product would leave 63 bits).
     """
     given = np.asarray(token_map)
     if given.dtype.kind not in "iu":

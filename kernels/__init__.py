@@ -1,7 +1,7 @@
 """What must be fast, behind one face: compiled (kernels/cpu, C++) where it was built, else the NumPy reference.
 
-Imports nothing of tierstore's. `native` says which one serves. All functions release the interpreter lock when native, may
-be called from any thread, and check the bounds of what they are given (`ValueError`).
+Imports nothing of tierstore's. `native` says which one serves. All functions release the interpreter lock when native,
+may be called from any thread, and check the bounds of what they are given (`ValueError`).
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ native: bool = _serving is not reference
 _placed: Any = _serving if native else reference_placed
 _codec: Any = _serving if native else reference_codec
 
-# What answers a key, by the number that `Engine.locate` gives: Source of kernels/cpu/table.h; and, above it, a device's memory.
+# What answers a key, by the number that `Engine.locate` gives: Source of kernels/cpu/table.h; and, above it,
+# a device's memory.
 SOURCES = ("none", "resident", "static", "recency", "record", "pages", "hbm")
 
 
@@ -124,33 +125,34 @@ active_lookups: Any = _serving.active_lookups if native else None
 held_epochs: Any = _serving.held_epochs if native else None
 CONTROL_BYTES: int = _serving.CONTROL_BYTES if native else 4096
 
-# The lookup path of a store (kernels/cpu/engine.h), None where it was not compiled; `tierstore.tiers.native` is its user.
-#   `Engine.submit` and `submit_pairs` return a Ticket if something was missing. Its job held the output arrays before its first
-#   read began, and lets go of them when nothing is written any more, in whatever thread that is. wait(seconds): False if the time
-#   ran out, else the outcome; handles signals. cancel(): nothing is written to the outputs once it has returned. A ticket that is
-#   dropped cancels, unless detach() came before.
+# The lookup path of a store (kernels/cpu/engine.h), None where it was not compiled; `tierstore.tiers.native` is its
+#   user. `Engine.submit` and `submit_pairs` return a Ticket if something was missing. Its job held the output arrays
+#   before its first read began, and lets go of them when nothing is written any more, in whatever thread that is.
+#   wait(seconds): False if the time ran out, else the outcome; handles signals. cancel(): nothing is written to the
+#   outputs once it has returned. A ticket that is dropped cancels, unless detach() came before.
 #   drop_released(): drops the arrays that jobs have let go; all calls of a ticket do it too.
 Engine: Any = _serving.Engine if native else None
 EntryCache: Any = _serving.EntryCache if native else None
 drop_released: Any = _serving.drop_released if native else None
 
-# Mailboxes of an engine, by which GPU kernels ask for what they missed (kernels/cpu/mailbox.h draws the block), None where
-# nothing was compiled. One thread polls all mailboxes of a server; there is none before the first and after the last. Its
-# requests count as lookups of single pairs do, each as a batch.
+# Mailboxes of an engine, by which GPU kernels ask for what they missed (kernels/cpu/mailbox.h draws the block), None
+# where nothing was compiled. One thread polls all mailboxes of a server; there is none before the first and after the
+# last. Its requests count as lookups of single pairs do, each as a batch.
 #   MailboxServer(engine): of a native `Engine`, which it keeps alive.
-#   add(index, block, pairs_max) -> id: clears the words of a block, uint8 [mailbox_bytes(pairs_max, entry_bytes) at least] at a
-#   multiple of 64 bytes, that nobody may use yet, and serves it from now on: whoever asks writes num_misses, keys, pairs, and
-#   last a number into `asked` other than before (not 0 at first); then waits until `answered` is that number, and looks at
-#   `status`, a place in MAILBOX_STATUSES. What is asked for may be nonsense. The block is kept alive. `ValueError`: the block is
-#   too small or not aligned, no such table, or its rows are not there; `RuntimeError`: engine or server is closed.
-#   move_to(engine, seconds) -> bool: serves what was asked for, then by another engine of the same tables; a request is served by
-#   one of the two. Waits for that; False where the time ran out.
-#   remove(id, seconds) -> bool: serves it no more; waits for a request under way. False where the time ran out: the block may
-#   still be written, and is kept; ask again.
+#   add(index, block, pairs_max) -> id: clears the words of a block, uint8 [mailbox_bytes(pairs_max, entry_bytes) at
+#   least] at a multiple of 64 bytes, that nobody may use yet, and serves it from now on: whoever asks writes
+#   num_misses, keys, pairs, and last a number into `asked` other than before (not 0 at first); then waits until
+#   `answered` is that number, and looks at `status`, a place in MAILBOX_STATUSES. What is asked for may be nonsense.
+#   The block is kept alive. `ValueError`: the block is too small or not aligned, no such table, or its rows are not
+#   there; `RuntimeError`: engine or server is closed.
+#   move_to(engine, seconds) -> bool: serves what was asked for, then by another engine of the same tables; a request is
+#   served by one of the two. Waits for that; False where the time ran out.
+#   remove(id, seconds) -> bool: serves it no more; waits for a request under way. False where the time ran out: the
+#   block may still be written, and is kept; ask again.
 #   fault(id): of status "fault", a tuple for `NativeEngine.check`, else None. The first is kept until it is taken.
 #   served(id) -> int: requests answered. Both raise `ValueError` where there is no such mailbox.
-#   close(seconds) -> bool: removes all, for ever. It comes before the engine's own `close`; mailboxes of a closed engine get the
-#   status "closed". Waits at most 300 s when the object goes.
+#   close(seconds) -> bool: removes all, for ever. It comes before the engine's own `close`; mailboxes of a closed
+#   engine get the status "closed". Waits at most 300 s when the object goes.
 #   before_fork(), after_fork(child): the child's server is closed, and touches no block.
 # MAILBOX_STARTS: the byte at which each word, and the keys, begin; pairs and entries: mailbox_pairs_start(pairs_max),
 # mailbox_entries_start(pairs_max).
@@ -161,30 +163,31 @@ mailbox_entries_start: Any = _serving.mailbox_entries_start if native else None
 MAILBOX_STARTS: dict[str, int] = _serving.MAILBOX_STARTS if native else {}
 MAILBOX_STATUSES = ("there", "fault", "damaged", "closed")
 
-# The ring by which attached clients report (kernels/cpu/reports.h draws it), None where it was not compiled: NumPy has no
-# atomics. A block is uint8 [CLIENT_BLOCK_BYTES] at a multiple of 64 bytes, `ValueError` where it is not, that no process can
-# truncate; any contents do, and cost the daemon bounded work.
+# The ring by which attached clients report (kernels/cpu/reports.h draws it), None where it was not compiled: NumPy has
+# no atomics. A block is uint8 [CLIENT_BLOCK_BYTES] at a multiple of 64 bytes, `ValueError` where it is not, that no
+# process can truncate; any contents do, and cost the daemon bounded work.
 #   ReportWriter(block).add(reports): writes REPORT [n], or drops what there is no room for; any threads; never waits.
-#   ReportReader(block).take(out) -> int: copies the next reports into out, REPORT [n]; one reader a block, never waits. A report
-#   that is reserved and not yet written gets the time between two calls. `lost`: positions that held none, as far as the
-#   reader saw; `dropped`: reports that found no room, as far as the client says.
+#   ReportReader(block).take(out) -> int: copies the next reports into out, REPORT [n]; one reader a block, never waits.
+#   A report that is reserved and not yet written gets the time between two calls. `lost`: positions that held none, as
+#   far as the reader saw; `dropped`: reports that found no room, as far as the client says.
 CLIENT_BLOCK_BYTES = 4096 + 16 * 8192
 NUM_RECORDS = 8192
 ReportWriter: Any = _serving.ReportWriter if native else None
 ReportReader: Any = _serving.ReportReader if native else None
 
-# Counts of reported keys in memory, uint8 [64 * sets] at a multiple of 64 bytes, that is emptied (kernels/cpu/key_counts.h: four
-# keys a set, none counted more often than it was reported). Any threads.
+# Counts of reported keys in memory, uint8 [64 * sets] at a multiple of 64 bytes, that is emptied
+# (kernels/cpu/key_counts.h: four keys a set, none counted more often than it was reported). Any threads.
 #   add(reports) -> int: counts REPORT [n] by their weights, 2 ** (source_and_weight >> 3); returns how many had a key.
 #   counts(table, order_index, keys) -> uint32 [n]; order_index: one for all, or uint8 [n]; keys: int64 [n].
-#   above(table, minimum, first_set=0, end_set=all) -> order_index uint8 [m], keys int64 [m], counts uint32 [m], in no order: all
-#   in these sets that were counted at least `minimum` times. A few sets at a time take little memory.
+#   above(table, minimum, first_set=0, end_set=all) -> order_index uint8 [m], keys int64 [m], counts uint32 [m], in no
+#   order: all in these sets that were counted at least `minimum` times. A few sets at a time take little memory.
 #   age(): halves all counts. num_used, num_sets: keys that have a count; four times as many as sets could have one.
 KeyCounts: Any = _serving.KeyCounts if native else reference_counts.KeyCounts
 
 
 def init_client_block(block: np.ndarray) -> None:
-    """Makes a block, uint8 [CLIENT_BLOCK_BYTES] at a multiple of 64 bytes, one without reports. Nobody may use it meanwhile."""
+    """Makes a block, uint8 [CLIENT_BLOCK_BYTES] at a multiple of 64 bytes, one without reports.
+    Nobody may use it meanwhile."""
     _serving.init_client_block(block)
 
 
@@ -214,8 +217,8 @@ def seal_pages(
 def check_pages(pages: np.ndarray, page_numbers: np.ndarray, version: int, seed: int) -> np.ndarray:
     """Checks that pages, uint8 [n, page_bytes] contiguous, are whole and bear page_numbers, int64 [n].
 
-    Returns uint8 [n]: PAGE_GOOD, PAGE_BAD_CHECKSUM, PAGE_OTHER_VERSION or PAGE_OTHER_NUMBER. A wrong checksum is reported
-    before the other two, whose numbers cannot be trusted then.
+    Returns uint8 [n]: PAGE_GOOD, PAGE_BAD_CHECKSUM, PAGE_OTHER_VERSION or PAGE_OTHER_NUMBER. A wrong checksum is
+    reported before the other two, whose numbers cannot be trusted then.
     """
     return _serving.check_pages(pages, page_numbers, version, seed)
 
@@ -234,14 +237,15 @@ def keys_of_tokens(
 ) -> int:
     """Writes the mixed hashes of the n-grams that end at each token; one pass, about 4 ns a token of V4.1.
 
-    token_ids: int64 [B, T]; history: int64 [B, P], the tokens before, -1 where there is none, P below the largest order;
-    dead: bool [B, T], positions that are no text; token_map: int32 [vocab_size], None where ids hash as they are;
-    multipliers: int64 [largest order], the token itself first; orders: int64 [O], n-gram lengths, ascending, 1 to ORDER_MAX;
-    pad_id: the (mapped) id that stands where look-back has ended; barrier_id: the token id that ends look-back behind it,
-    -1 for none; out: int64 [B, T, O], overwritten whole.
+    token_ids: int64 [B, T]; history: int64 [B, P], the tokens before, -1 where there is none, P below the largest
+    order; dead: bool [B, T], positions that are no text; token_map: int32 [vocab_size], None where ids hash as they
+    are; multipliers: int64 [largest order], the token itself first; orders: int64 [O], n-gram lengths, ascending, 1 to
+    ORDER_MAX; pad_id: the (mapped) id that stands where look-back has ended; barrier_id: the token id that ends
+    look-back behind it, -1 for none; out: int64 [B, T, O], overwritten whole.
 
-    Returns -1, or, with `out` not whole, the place in [B, P + T], flat, of the first id outside the vocabulary. Ids of dead
-    positions are not looked at. `ValueError` for shapes that do not fit. See `HashSpec.keys` for where look-back ends.
+    Returns -1, or, with `out` not whole, the place in [B, P + T], flat, of the first id outside the vocabulary. Ids of
+    dead positions are not looked at. `ValueError` for shapes that do not fit.
+    See `HashSpec.keys` for where look-back ends.
     """
     return _serving.keys_of_tokens(
         token_ids, history, dead, token_map, vocab_size, multipliers, orders, pad_id, barrier_id, out
@@ -261,9 +265,10 @@ def row_ids_of_keys(
 ) -> None:
     """Writes the rows of each key, `key % modulus + offset` for each head of its order; about 1 ns a row.
 
-    keys: int64 [M]; a key below 0 gives row ids of -1; order_index: int64 [M], or None where keys are of whole tokens, and so
-    of orders 0, 1, ..., O - 1, 0, 1, ...; moduli, offsets: int64 [O * H], orders outermost; out: int64 [M, H], overwritten
-    whole. `ValueError` for shapes that do not fit, order indices that there are not, moduli below 1, row ids past 2^63 - 1.
+    keys: int64 [M]; a key below 0 gives row ids of -1; order_index: int64 [M], or None where keys are of whole tokens,
+    and so of orders 0, 1, ..., O - 1, 0, 1, ...; moduli, offsets: int64 [O * H], orders outermost; out: int64 [M, H],
+    overwritten whole. `ValueError` for shapes that do not fit, order indices that there are not, moduli below 1,
+    row ids past 2^63 - 1.
     """
     _serving.row_ids_of_keys(keys, order_index, moduli, offsets, out)
 
@@ -279,11 +284,12 @@ def keys_of_row_ids(
 ) -> None:
     """Writes the keys that give the row ids of each token, and whether there are such keys; about 3 ns a row.
 
-    row_ids: int64 [N, O * H]; moduli, offsets: int64 [O * H]; num_fixing: int64 [O], how many first heads of each order fix
-    the key (Chinese remainder theorem); inverses: int64 [O, F], of the product of the moduli before, modulo this one, the
-    first of each order not looked at; keys: int64 [N, O] and whole: bool [N], overwritten whole. A token is whole if every
-    head of every order agrees with its keys, 0 to 2^63 - 1, or -1 for an order whose ids are all -1; otherwise its keys are
-    -1. `ValueError` for shapes that do not fit, and moduli with which the arithmetic would leave 63 bits.
+    row_ids: int64 [N, O * H]; moduli, offsets: int64 [O * H]; num_fixing: int64 [O], how many first heads of each order
+    fix the key (Chinese remainder theorem); inverses: int64 [O, F], of the product of the moduli before, modulo this
+    one, the first of each order not looked at; keys: int64 [N, O] and whole: bool [N], overwritten whole. A token is
+    whole if every head of every order agrees with its keys, 0 to 2^63 - 1, or -1 for an order whose ids are all -1;
+    otherwise its keys are -1. `ValueError` for shapes that do not fit,
+    and moduli with which the arithmetic would leave 63 bits.
     """
     _serving.keys_of_row_ids(row_ids, moduli, offsets, num_fixing, inverses, keys, whole)
 
@@ -291,8 +297,8 @@ def keys_of_row_ids(
 def index_entries(keys: np.ndarray, places: np.ndarray, buckets: np.ndarray) -> bool:
     """Writes the index of placed entries of one order: keys, int64 [n], all different, places, uint32 [n].
 
-    buckets: uint8 [num_buckets, 64], overwritten whole (FORMAT.md draws a bucket); there must be room for every key, with
-    speed in mind at least a bucket for 3.5 of them. Returns False, with `buckets` undefined, where there is not.
+    buckets: uint8 [num_buckets, 64], overwritten whole (FORMAT.md draws a bucket); there must be room for every key,
+    with speed in mind at least a bucket for 3.5 of them. Returns False, with `buckets` undefined, where there is not.
     """
     return _placed.index_entries(keys, places, buckets)
 
@@ -320,40 +326,43 @@ def drop_bad_places(
 ) -> int:
     """Takes out of an index the keys whose loaded record is another's, or whose place is none; returns how many.
 
-    records: uint8 [loaded, record_bytes], those of places loaded_start on; num_placed: records in the file. Places below
-    loaded_start are good, and not looked at.
+    records: uint8 [loaded, record_bytes], those of places loaded_start on; num_placed: records in the file. Places
+    below loaded_start are good, and not looked at.
     """
     return _placed.drop_bad_places(buckets, order_index, records, num_placed, entry_bytes, loaded_start)
 
 
 def decode_fp8_rows(rows: np.ndarray, dim: int, scale: float | None, out: np.ndarray) -> None:
-    """Decodes e4m3 values, `dim` a row, into bfloat16: fp8 * scale in float32, rounded once, half to even; 0.5 ns a value.
+    """Decodes e4m3 values, `dim` a row, into bfloat16: fp8 * scale in float32, rounded once, half to even;
+    0.5 ns a value.
 
-    rows: uint8 [N, R]; scale: of all values; None: 2^(byte - 127) of the e8m0 bytes that follow a row's values, one for 32
-    of them, and `dim` a multiple of 32; out: uint16 [N, dim], the values' bits, overwritten whole. `ValueError` for shapes
-    that do not fit.
+    rows: uint8 [N, R]; scale: of all values; None: 2^(byte - 127) of the e8m0 bytes that follow a row's values, one for
+    32 of them, and `dim` a multiple of 32; out: uint16 [N, dim], the values' bits, overwritten whole. `ValueError` for
+    shapes that do not fit.
     """
     _codec.decode_fp8_rows(rows, dim, scale, out)
 
 
 def simulate_cache(order_index: np.ndarray, keys: np.ndarray, batch_ends: np.ndarray, num_sets: int) -> np.ndarray:
-    """Returns which lookups the recency cache of one table would have answered, had it had `num_sets` sets, empty at first.
+    """Returns which lookups the recency cache of one table would have answered, had it had `num_sets` sets,
+    empty at first.
 
-    order_index: uint8 [A], below 16; keys: int64 [A], -1 where nothing is looked up, which is no hit; batch_ends: int64 [B],
-    ascending, the last being A: the batches, as they were looked up one after the other. Returns bool [A]. It is what
-    a store's cache does (kernels/cpu/entry_cache.h): all of a batch are probed, then its distinct misses are put in, in the
-    order of (order, key). Compiled it runs that very code, without entries: 256 bytes a set, about 60 ns an access.
-    `ValueError` for shapes and numbers that do not fit, `MemoryError` where a cache does not.
+    order_index: uint8 [A], below 16; keys: int64 [A], -1 where nothing is looked up, which is no hit; batch_ends: int64
+    [B], ascending, the last being A: the batches, as they were looked up one after the other. Returns bool [A]. It is
+    what a store's cache does (kernels/cpu/entry_cache.h): all of a batch are probed, then its distinct misses are put
+    in, in the order of (order, key). Compiled it runs that very code, without entries: 256 bytes a set, about 60 ns an
+    access. `ValueError` for shapes and numbers that do not fit, `MemoryError` where a cache does not.
     """
     return _serving.simulate_cache(order_index, keys, batch_ends, num_sets)
 
 
 def stack_distances(items: np.ndarray) -> np.ndarray:
-    """Returns how many distinct other items came since the last access to the same one, -1 for the first (Mattson 1970).
+    """Returns how many distinct other items came since the last access to the same one,
+    -1 for the first (Mattson 1970).
 
-    items: int64 [A], dense: below A. Returns int64 [A]. A cache of c entries that keeps what was used last hits an access if
-    and only if its distance is 0 to c - 1. O(A log A) (Bennett and Kruskal 1975), about 50 ns an access at ten million.
-    `ValueError` for items that are not dense.
+    items: int64 [A], dense: below A. Returns int64 [A]. A cache of c entries that keeps what was used last hits an
+    access if and only if its distance is 0 to c - 1. O(A log A) (Bennett and Kruskal 1975), about 50 ns an access at
+    ten million. `ValueError` for items that are not dense.
     """
     return _serving.stack_distances(items)
 
@@ -368,14 +377,15 @@ def windows_of_tokens(
     bits: int,
     out: np.ndarray,
 ) -> int:
-    """Writes the n-gram of `order_max` ids that ends at each token of one document, as a 128-bit item; about 4 ns a token.
+    """Writes the n-gram of `order_max` ids that ends at each token of one document, as a 128-bit item;
+    about 4 ns a token.
 
     token_ids: int64 [T]; token_map, vocab_size, pad_id, barrier_id: as for `keys_of_tokens`, look-back ending likewise;
-    out: uint64 [T, 2], overwritten whole: the high word, then the low word of sum(id[i] << bits * (order_max - 1 - i)), the
-    newest id being id[0]. The n-gram of a lower order n is this, shifted right by bits * (order_max - n).
+    out: uint64 [T, 2], overwritten whole: the high word, then the low word of sum(id[i] << bits * (order_max - 1 - i)),
+    the newest id being id[0]. The n-gram of a lower order n is this, shifted right by bits * (order_max - n).
 
-    Returns -1, or, with `out` not whole, the place of the first id outside the vocabulary. `ValueError` for shapes that do
-    not fit, order_max * bits above 128, and ids or a pad id that do not fit `bits`.
+    Returns -1, or, with `out` not whole, the place of the first id outside the vocabulary. `ValueError` for shapes that
+    do not fit, order_max * bits above 128, and ids or a pad id that do not fit `bits`.
     """
     return _serving.windows_of_tokens(token_ids, token_map, vocab_size, pad_id, barrier_id, order_max, bits, out)
 
@@ -404,8 +414,9 @@ def sort_items(items: np.ndarray, weights: np.ndarray | None = None) -> None:
 def sum_items(items: np.ndarray, weights: np.ndarray | None, shift: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Returns the distinct values of items >> shift, uint64 [M, 2], and the sums of their weights, int64 [M, W].
 
-    items: uint64 [N, 2], sorted; weights: int64 [N, W], or None where each item counts once, in one column; shift: 0 to 127
-    bits, so that windows give n-grams of a lower order. Sums wrap around. `ValueError` for items that are not sorted.
+    items: uint64 [N, 2], sorted; weights: int64 [N, W], or None where each item counts once, in one column; shift: 0 to
+    127 bits, so that windows give n-grams of a lower order. Sums wrap around.
+    `ValueError` for items that are not sorted.
     """
     return _serving.sum_items(items, weights, shift)
 

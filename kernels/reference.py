@@ -1,6 +1,7 @@
 """Every kernel in NumPy: the oracle that the compiled ones are tested against, and the fallback where there are none.
 
-Same functions, arguments and results as `kernels.__init__` documents. Slow by design of being plain: about 90 MB/s checked.
+Same functions, arguments and results as `kernels.__init__` documents. Slow by design of being plain:
+about 90 MB/s checked.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def check_pages(pages: np.ndarray, page_numbers: np.ndarray, version: int, seed:
         raise TypeError(f"page_numbers are {page_numbers.dtype}, must be int64")
     if pages.ndim != 2 or pages.shape[1] <= TRAILER.itemsize or page_numbers.shape != pages.shape[:1]:
         raise ValueError(
-            f"pages of shape {pages.shape} and page_numbers of shape {page_numbers.shape}: pages must be [n, page_bytes] "
-            f"with room for a trailer, and page_numbers [n]"
+            f"pages of shape {pages.shape} and page_numbers of shape {page_numbers.shape}: pages must be [n, "
+            f"page_bytes] with room for a trailer, and page_numbers [n]"
         )
     trailer = np.ascontiguousarray(pages[:, -TRAILER.itemsize :]).view(TRAILER)[:, 0]
     status = np.full(len(pages), PAGE_GOOD, dtype=np.uint8)

@@ -1,7 +1,8 @@
-"""The recency cache's policy and reuse distances in plain Python: the oracle of kernels/cpu/simulate.cpp and stack_distances.cpp.
+"""The recency cache's policy and reuse distances in plain Python:
+the oracle of kernels/cpu/simulate.cpp and stack_distances.cpp.
 
-Written from the policy's description, not from its code, and with Python's integers. Flows in: accesses. Flows out: which
-of them hit. About ten microseconds an access.
+Written from the policy's description, not from its code, and with Python's integers. Flows in: accesses. Flows out:
+which of them hit. About ten microseconds an access.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class _Set:
         self.ways[way] = _Resident(name, uses, self.clock)
 
     def _evict(self, oldest: _Resident) -> int:
-        """Lets the oldest of the window take the place of the least used other entry, if used as often; else it goes."""
+        """Lets the oldest of the window take the place of the least used other entry, if used as often;
+        else it goes."""
         others = [there for there in self.ways if there and not there.in_window]
         least = min(others, key=lambda there: (there.uses, -self._waited(there)))
         if oldest.uses >= least.uses:

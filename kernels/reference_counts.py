@@ -1,4 +1,5 @@
-"""Counts of keys in plain Python: the oracle of kernels/cpu/key_counts.h, and what a report looks like. As `kernels` documents.
+"""Counts of keys in plain Python: the oracle of kernels/cpu/key_counts.h, and what a report looks like.
+As `kernels` documents.
 
 Written from the description, not from the code, over the same memory: after the same reports both hold the same bytes.
 About ten microseconds a report.

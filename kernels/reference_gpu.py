@@ -1,7 +1,7 @@
 """What kernels/gpu does, in NumPy: the oracle of its lookups, and what a bfloat16 of a row is, bit by bit.
 
-Same data as the launchers take, as NumPy arrays; bfloat16 values are their uint16 patterns, all NaNs 0x7fc0 or, for entries that
-did not come, 0xffff. Slow by design of being plain.
+Same data as the launchers take, as NumPy arrays; bfloat16 values are their uint16 patterns, all NaNs 0x7fc0 or, for
+entries that did not come, 0xffff. Slow by design of being plain.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Codec(Protocol):
 
 
 def _fp8_values() -> np.ndarray:
-    """The values of the 256 e4m3 bytes, float64: sign, four bits of exponent with bias 7, three of mantissa, no infinities."""
+    """The values of the 256 e4m3 bytes, float64: sign, four bits of exponent with bias 7, three of mantissa,
+    no infinities."""
     codes = np.arange(128)
     exponents, mantissas = codes >> 3, codes & 7
     values = np.where(
@@ -90,7 +91,8 @@ def decode_entries(entries: np.ndarray, codec: Codec) -> np.ndarray:
 def gather_entries(
     places: np.ndarray, keys: np.ndarray, slots: np.ndarray, records: np.ndarray, codec: Codec, out: np.ndarray
 ) -> np.ndarray:
-    """Fills out's pairs whose place, int32 [N, O], is in slots, uint8 [n, stride], or records behind them; returns which are."""
+    """Fills out's pairs whose place, int32 [N, O], is in slots, uint8 [n, stride], or records behind them;
+    returns which are."""
     flat = places.reshape(-1)
     held = (keys.reshape(-1) >= 0) & (flat >= 0) & (flat < len(slots) + len(records))
     entry_bytes = codec.rows_per_entry * codec.row_bytes
@@ -120,7 +122,8 @@ def lookup_entries(
 
 
 def scatter_entries(pairs: np.ndarray, entries: np.ndarray, failed: bool, codec: Codec, out: np.ndarray) -> None:
-    """Writes entries, uint8 [n, entry_bytes], to out's pairs, int32 [n], where there are such; all bits set where failed."""
+    """Writes entries, uint8 [n, entry_bytes], to out's pairs, int32 [n], where there are such;
+    all bits set where failed."""
     fits = (pairs >= 0) & (pairs < len(out))
     out[pairs[fits]] = np.array(-1).astype(out.dtype) if failed else decode_entries(entries[fits], codec)
 
@@ -133,8 +136,8 @@ def gather_rows(
     places: np.ndarray | None = None,
     num_places: int = 2**31,
 ) -> None:
-    """Fills out, [R, row_bytes] or [R, dim], with rows, uint8 [num_rows, row_bytes], of row ids, int64 [R]; zeros for -1, all
-    bits set for other ids of no row.
+    """Fills out, [R, row_bytes] or [R, dim], with rows, uint8 [num_rows, row_bytes], of row ids, int64 [R]; zeros for
+    -1, all bits set for other ids of no row.
 
     Rows of pairs whose place is one of 0 .. num_places - 1 stay as they are.
     """

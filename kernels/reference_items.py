@@ -1,7 +1,9 @@
-"""Items, 128-bit numbers as rows of a uint64 array [N, 2], in NumPy: the oracle of kernels/cpu/items.cpp and its stand-in.
+"""Items, 128-bit numbers as rows of a uint64 array [N, 2], in NumPy:
+the oracle of kernels/cpu/items.cpp and its stand-in.
 
-NumPy has no such numbers, but compares strings of 16 bytes: a big-endian item is one whose order is the item's. Its strings
-end before their trailing zeros, which makes no difference: a shorter string compares as if filled up with zeros.
+NumPy has no such numbers, but compares strings of 16 bytes: a big-endian item is one whose order is the item's. Its
+strings end before their trailing zeros, which makes no difference:
+a shorter string compares as if filled up with zeros.
 """
 
 from __future__ import annotations

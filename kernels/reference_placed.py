@@ -1,4 +1,5 @@
-"""Placed entries in NumPy: the oracle of kernels/cpu/entry_index.h, and the fallback. As `kernels.__init__` documents."""
+"""Placed entries in NumPy: the oracle of kernels/cpu/entry_index.h, and the fallback.
+As `kernels.__init__` documents."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""`make cases`: every script of `../shared/cases`, beside the repository, with the installed product; or the project's own tests.
+"""`make cases`: every script of `../shared/cases`, beside the repository, with the installed product;
+or the project's own tests.
 
-Input: scripts that each state a right behaviour and exit with 0 if they see it, 77 if they cannot be run here. Each runs in an
-empty folder of its own. Output: a table, what the scripts that failed said last, and exit status 1 if any failed. Where
-there is no such folder, `pytest` runs instead: every case is also a test in this repository.
+Input: scripts that each state a right behaviour and exit with 0 if they see it, 77 if they cannot be run here. Each
+runs in an empty folder of its own. Output: a table, what the scripts that failed said last, and exit status 1 if any
+failed. Where there is no such folder, `pytest` runs instead: every case is also a test in this repository.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ FOLDER = REPOSITORY.parent / "shared" / "cases"
 SKIPPED_STATUS = 77
 TIMEOUT_S = 300.0
 WORDS_LINES = 6  # printed of what a script said last
-# Cases that may fail today, by the script's name, and why. One that passes all the same is named, so that it leaves the list.
+# Cases that may fail today, by the script's name, and why. One that passes all the same is named,
+# so that it leaves the list.
 EXCEPTIONS = {
     "compiled_whole": "models compiled as a whole belong to the engines' plug-ins, which are not here yet",
     "newcomer_swap_without_tables": "loading a model without its tables belongs to the engines' plug-ins, too",
@@ -32,7 +34,8 @@ EXCEPTIONS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a script ended: "right", "skipped", "WRONG", or "excepted" if it is one of the exceptions; words: what it said last."""
+    """How a script ended: "right", "skipped", "WRONG", or "excepted" if it is one of the exceptions; words:
+    what it said last."""
 
     name: str
     how: str

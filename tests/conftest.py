@@ -1,4 +1,5 @@
-"""Fixtures shared by all tests. What lies in the folder `shared/data` beside the repository is used only where it is."""
+"""Fixtures shared by all tests. What lies in the folder `shared/data` beside the
+repository is used only where it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What operators install beside the package: the unit is one that systemd takes, the dashboard asks for what is exported."""
+"""What operators install beside the package: the unit is one that systemd takes,
+the dashboard asks for what is exported."""
 
 from __future__ import annotations
 

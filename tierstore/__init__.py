@@ -8,7 +8,8 @@ Hot rows live in DRAM, the long tail in checked pages on NVMe. Importing this lo
 
 from __future__ import annotations
 
-from .process import interrupts as _interrupts  # noqa: F401  # isort: skip  # before all else: Ctrl-C while the command imports
+# Before all else: Ctrl-C while the command imports.
+from .process import interrupts as _interrupts  # noqa: F401  # isort: skip
 
 from .connecting import connect
 from .errors import (

@@ -1,8 +1,8 @@
 """Why the operating system refused something, and what helps: the one place that tells causes apart.
 
 Input: an `OSError` (or a library's error that carries the system's words), what failed, and where.
-Output: an error of tierstore's own classes. Its message says what, where, the numbers and the remedy of that very cause,
-and never the name of a temporary file. Also raises the soft limit of open files for those who open many.
+Output: an error of tierstore's own classes. Its message says what, where, the numbers and the remedy of that very
+cause, and never the name of a temporary file. Also raises the soft limit of open files for those who open many.
 Errors: only those that it returns or that `naming` raises.
 """
 
@@ -38,7 +38,8 @@ _OWN_ERRNO = {code: os.strerror(code) for code in errno.errorcode}
 
 @dataclass(frozen=True)
 class Fault:
-    """What the caller knows: the class and the remedy if the file itself is at fault (missing, unreadable, of no use)."""
+    """What the caller knows: the class and the remedy if the file itself is at fault (missing, unreadable,
+    of no use)."""
 
     kind: type[TierStoreError]
     remedy: str
@@ -164,7 +165,8 @@ def naming_panics(what: object, remedy: str) -> Iterator[None]:
 
 
 def system_error(error: BaseException, path: _Path | None = None) -> OSError | None:
-    """Returns the `OSError` that a library's error tells of in words ("No space left on device"); None if it tells of none."""
+    """Returns the `OSError` that a library's error tells of in words ("No space left on device");
+    None if it tells of none."""
     if isinstance(error, OSError):
         return error
     text = str(error)
@@ -183,13 +185,14 @@ def short_of_something(what: str) -> TierStoreError:
         return named(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), what)
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return BudgetError(
-        f"{what}: no page reader can be made; this process may lock {_limit(soft, _bytes)} of memory, its hard limit is "
-        f"{_limit(hard, _bytes)}: raise it (ulimit -l unlimited, LimitMEMLOCK=infinity of a service), or free memory"
+        f"{what}: no page reader can be made; this process may lock {_limit(soft, _bytes)} of memory, its hard limit "
+        f"is {_limit(hard, _bytes)}: raise it (ulimit -l unlimited, LimitMEMLOCK=infinity of a service), or free memory"
     )
 
 
 def allow_open_files(num_files: int) -> None:
-    """Makes room for `num_files` more open files: raises the soft limit if they do not fit, as far as the hard one allows.
+    """Makes room for `num_files` more open files: raises the soft limit if they do not fit,
+    as far as the hard one allows.
 
     Whatever does not fit then fails when it is opened; `named` says so with both numbers.
     """
@@ -220,7 +223,8 @@ def _named_path(error: OSError) -> Path | None:
 
 
 def _shown(path: Path | None) -> str:
-    """Returns the path as people know it: without the suffix of unfinished files; the folder of a file without a name."""
+    """Returns the path as people know it: without the suffix of unfinished files;
+    the folder of a file without a name."""
     if path is None:
         return ""
     if path.name.endswith(NEW_SUFFIX):

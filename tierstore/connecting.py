@@ -24,11 +24,13 @@ def connect(
 ) -> Store:
     """Returns the store of a daemon (`tierstore serve`); also `tierstore.connect`.
 
-    address: the path of its socket: this process then looks up in the daemon's memory by itself, see `attach` for io, staging,
-    hbm and device. Or "grpc://HOST:PORT", "grpcs://HOST:PORT" by TLS: every lookup is a call, see `connect_remote` for
-    token_file and ca_file. timeout_s: for a path, how long to try (5 s); else, how long any lookup may take (30 s).
+    address: the path of its socket: this process then looks up in the daemon's memory by itself, see `attach` for io,
+    staging, hbm and device. Or "grpc://HOST:PORT", "grpcs://HOST:PORT" by TLS: every lookup is a call, see
+    `connect_remote` for token_file and ca_file. timeout_s: for a path, how long to try (5 s); else,
+    how long any lookup may take (30 s).
 
-    Blocks. Raises what those raise: `DaemonError` where the daemon cannot be reached or refuses, `ConfigError` for options.
+    Blocks. Raises what those raise: `DaemonError` where the daemon cannot be reached or refuses,
+    `ConfigError` for options.
     """
     text = os.fspath(address)
     if "://" not in text:

@@ -1,7 +1,7 @@
 """The errors of tierstore: few classes, chosen by what the caller can do about them.
 
-Every message says what is wrong, where, both numbers, and what to do next. Wrong arguments (a dtype, a shape, a token id
-outside the vocabulary, a key below -1) raise the built-in `TypeError` or `ValueError` instead.
+Every message says what is wrong, where, both numbers, and what to do next. Wrong arguments (a dtype, a shape, a token
+id outside the vocabulary, a key below -1) raise the built-in `TypeError` or `ValueError` instead.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ logger = logging.getLogger("tierstore")
 UNKNOWN = "unknown"
 MOUNTS = Path("/proc/self/mountinfo")
 _LOCAL_KINDS = """
-    ext2 ext3 ext4 xfs btrfs zfs bcachefs f2fs jfs reiserfs nilfs2 ubifs tmpfs ramfs rootfs devtmpfs overlay aufs virtiofs
-    ntfs ntfs3 fuseblk exfat vfat hfsplus udf ecryptfs squashfs erofs iso9660 fuse.fuse-overlayfs fuse.ntfs-3g
+    ext2 ext3 ext4 xfs btrfs zfs bcachefs f2fs jfs reiserfs nilfs2 ubifs tmpfs ramfs rootfs devtmpfs overlay aufs
+    virtiofs ntfs ntfs3 fuseblk exfat vfat hfsplus udf ecryptfs squashfs erofs iso9660 fuse.fuse-overlayfs fuse.ntfs-3g
 """
 _REMOTE_KINDS = """
     nfs nfs4 cifs smb3 smbfs 9p ceph lustre glusterfs afs beegfs gpfs orangefs pvfs2 gfs2 ocfs2 coda ncpfs vboxsf vmhgfs

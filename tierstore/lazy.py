@@ -1,4 +1,5 @@
-"""Properties that are computed when first asked for, and kept; without a lock, which a fork could leave held for ever."""
+"""Properties that are computed when first asked for, and kept; without a lock,
+which a fork could leave held for ever."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ T = TypeVar("T")
 
 
 class lazy(Generic[T]):
-    """Like `functools.cached_property`, which until Python 3.12 has a lock for all instances. Threads may compute it twice."""
+    """Like `functools.cached_property`, which until Python 3.12 has a lock for all instances.
+    Threads may compute it twice."""
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
         self._compute = compute

@@ -1,8 +1,8 @@
 """What a table is: its codec, its address map, and the frozen `TableSpec` that carries both.
 
-Flows in: numbers from a checkpoint's configuration or from the catalog. Flows out: keys to row ids (the address map), row
-ids of whole tokens back to keys (Chinese remainder theorem), and the sizes that pages, tiers and callers compute with.
-Refuses numbers that contradict each other. Shapes: N tokens, O orders, H rows per key (heads of an order).
+Flows in: numbers from a checkpoint's configuration or from the catalog. Flows out: keys to row ids (the address map),
+row ids of whole tokens back to keys (Chinese remainder theorem), and the sizes that pages, tiers and callers compute
+with. Refuses numbers that contradict each other. Shapes: N tokens, O orders, H rows per key (heads of an order).
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def codec_row_bytes(codec: str, dim: int) -> int | None:
 
 
 def codec_scale(codec: str) -> float:
-    """Returns the global scale that a codec name carries ("fp8_e4m3*0x1.8p-7" -> 0.01171875), 1.0 where there is none."""
+    """Returns the global scale that a codec name carries ("fp8_e4m3*0x1.8p-7" -> 0.01171875),
+    1.0 where there is none."""
     _, _, scale = codec.partition("*")
     try:
         return float.fromhex(scale) if scale else 1.0
@@ -67,9 +68,10 @@ def codec_scale(codec: str) -> float:
 class TableSpec:
     """One table: all rows of one Engram layer, or a plain embedding.
 
-    `moduli` and `offsets` hold one int for each (order, head), orders outermost: `row_id = key % modulus + offset`. A plain
-    embedding has orders (1,), one row per key, modulus `num_rows`, offset 0, so that row id = key. `fingerprint` is the
-    SHA-256 (hex) of the hash that makes the keys; `dim` counts values in a row. Instances are validated when made.
+    `moduli` and `offsets` hold one int for each (order, head), orders outermost: `row_id = key % modulus + offset`. A
+    plain embedding has orders (1,), one row per key, modulus `num_rows`, offset 0, so that row id = key. `fingerprint`
+    is the SHA-256 (hex) of the hash that makes the keys; `dim` counts values in a row.
+    Instances are validated when made.
     """
 
     name: str
@@ -152,9 +154,10 @@ class TableSpec:
     def keys_of_row_ids(self, row_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Turns row ids, int64 [N, O * H], back into keys, int64 [N, O], and says which tokens are whole, bool [N].
 
-        The residues of the first heads whose moduli multiply to more than 2^63 give the key (Chinese remainder theorem); a
-        token is whole only if every head of every order then agrees with its keys, and has keys of -1 if not. Tables whose
-        moduli multiply to less, or share factors, have no whole tokens: their rows are read one by one.
+        The residues of the first heads whose moduli multiply to more than 2^63 give the key (Chinese remainder
+        theorem); a token is whole only if every head of every order then agrees with its keys, and has keys of -1 if
+        not. Tables whose moduli multiply to less, or share factors, have no whole tokens:
+        their rows are read one by one.
         """
         assert row_ids.dtype == np.int64
         assert row_ids.shape[1:] == (self.num_heads,)
@@ -172,8 +175,8 @@ class TableSpec:
 
     @lazy
     def _fixing(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """How many first heads of each order fix a key, int64 [O], and their inverses, int64 [O, F], as the kernel takes
-        them; None where the heads of some order do not fix its keys."""
+        """How many first heads of each order fix a key, int64 [O], and their inverses, int64 [O, F], as the kernel
+        takes them; None where the heads of some order do not fix its keys."""
         if self.is_plain:
             return np.ones(1, dtype=np.int64), np.zeros((1, 1), dtype=np.int64)
         inverses: list[list[int]] = []

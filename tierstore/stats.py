@@ -22,9 +22,9 @@ LATENCY_SHARE = 1 / 8  # of lookups are timed, where an engine says nothing else
 def stats_of(counters: Mapping[str, Any], specs: Sequence[TableSpec]) -> dict[str, Any]:
     """Returns counters for people and programs. Keys are counted once each, duplicates included; sentinels apart.
 
-    static_hits, by order: those of the dram tier's hits that its static set answered. rows: those asked for one by one, by
-    their ids, which are no keys; rows_missed: those of them that no memory held; row_bytes_read: what reading them took of
-    bytes_read. latency: see `latency_of`.
+    static_hits, by order: those of the dram tier's hits that its static set answered. rows: those asked for one by one,
+    by their ids, which are no keys; rows_missed: those of them that no memory held; row_bytes_read: what reading them
+    took of bytes_read. latency: see `latency_of`.
     """
     tables: dict[str, dict[str, Any]] = {}
     nothing_in_hbm = [[0] * len(spec.orders) for spec in specs]
@@ -76,8 +76,8 @@ def counters_since(now: Any, before: Any) -> Any:
 def latency_of(counts: Sequence[int], sum_ns: int) -> dict[str, Any]:
     """Returns latencies as `stats` has them, from an engine's buckets and their sum.
 
-    A lookup's latency lasts from the call until its rows are there. Blocking and submitted lookups are timed alike, also if
-    nobody waits for them, and so are rows by id.
+    A lookup's latency lasts from the call until its rows are there. Blocking and submitted lookups are timed alike,
+    also if nobody waits for them, and so are rows by id.
     """
     return {"counts": list(counts), "sum_ns": sum_ns}
 
@@ -102,8 +102,8 @@ class LatencyCounts:
 def expected_of(details: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]] | None:
     """Returns the hit rates that a placement's plan expected: {table: {order or "all": {"expected", "low", "high"}}}.
 
-    details: as the placement has them. None where no plan made it. low and high: another stream of the same source has a rate
-    between them in 95 of 100 cases.
+    details: as the placement has them. None where no plan made it. low and high: another stream of the same source has
+    a rate between them in 95 of 100 cases.
     """
     try:
         return {

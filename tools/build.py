@@ -42,9 +42,10 @@ def build_checkpoint(
 ) -> BuildReport:
     """Builds the store of a checkpoint, or resumes it. Blocks until the store is ready.
 
-    family: which layout to read, None to find it from config.json. tensor: the name of one 2-D tensor to take as a plain
-    table (row id = key) instead. allow_holes: take parts of the files that were never written for zeros. The others as for
-    `tierstore.offline.build.build_store`, whose errors come through; `ValueError` if both family and tensor are given.
+    family: which layout to read, None to find it from config.json. tensor: the name of one 2-D tensor to take as a
+    plain table (row id = key) instead. allow_holes: take parts of the files that were never written for zeros. The
+    others as for `tierstore.offline.build.build_store`, whose errors come through;
+    `ValueError` if both family and tensor are given.
     """
     if family is not None and tensor is not None:
         raise ValueError(f"--family {family} and --tensor {tensor}: a plain tensor has no family; give one of them")
@@ -59,8 +60,8 @@ def build_checkpoint(
     hole = None if allow_holes else find_hole(sources)
     if hole is not None:
         raise ConfigError(
-            f"{hole}; finish or repeat it, or, if these rows are zeros in truth (a sparse copy, a file system that leaves zeros "
-            f"out), pass --allow-holes"
+            f"{hole}; finish or repeat it, or, if these rows are zeros in truth (a sparse copy, a file system that "
+            f"leaves zeros out), pass --allow-holes"
         )
     return build_store(
         store_path,

@@ -1,8 +1,8 @@
 """The command line `tierstore`: a group of commands, each in its own file, imported only when it is called.
 
-Flows in: arguments. Flows out: results on standard output, progress and errors on standard error, and an exit status: 0,
-1 (an error, or something found wrong), 2 (wrong usage), 130 (Ctrl-C). SIGTERM and SIGHUP end a command after it removed
-its unfinished files. Nothing here loads torch. What all commands share
+Flows in: arguments. Flows out: results on standard output, progress and errors on standard error, and an exit status:
+0, 1 (an error, or something found wrong), 2 (wrong usage), 130 (Ctrl-C). SIGTERM and SIGHUP end a command after it
+removed its unfinished files. Nothing here loads torch. What all commands share
 lies here too: progress for people and for logs, and the console that tables are printed to.
 """
 
@@ -90,7 +90,8 @@ def cli() -> None:
 class Progress:
     """Shows work done: a bar with rate and time left on a terminal, else a line for every twentieth, on standard error.
 
-    Call it with (done, total) in `unit` ("bytes", or the plural of what is counted). One thread calls it, inside `with`.
+    Call it with (done, total) in `unit` ("bytes", or the plural of what is counted). One thread calls it,
+    inside `with`.
     """
 
     def __init__(self, what: str, unit: str = "bytes") -> None:
@@ -162,7 +163,8 @@ class Progress:
 
 
 def console(*, err: bool = False) -> Console:
-    """Returns the console for tables, on standard output or error; if that is not a terminal, COLUMNS or 120 columns wide."""
+    """Returns the console for tables, on standard output or error; if that is not a terminal,
+    COLUMNS or 120 columns wide."""
     from .terminal import SafeConsole
 
     stream = sys.stderr if err else sys.stdout
@@ -196,7 +198,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         click.echo("interrupted", err=True)
         return INTERRUPTED_STATUS
     except BrokenPipeError:
-        # Who read the output has left, as `head` does: nothing is wrong, but Python would complain when it flushes at exit.
+        # Who read the output has left, as `head` does: nothing is wrong,
+        # but Python would complain when it flushes at exit.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -1,7 +1,8 @@
 """Real text that is on any machine, and a tokenizer trained on it: for trials and demonstrations without a download.
 
-Flows in: Python's own library and, where installed, documentation. Flows out: a byte-level BPE tokenizer and documents of
-token ids. The same files give the same tokenizer and the same ids. Refuses a vocabulary too small to hold every byte.
+Flows in: Python's own library and, where installed, documentation. Flows out: a byte-level BPE tokenizer and documents
+of token ids. The same files give the same tokenizer and the same ids.
+Refuses a vocabulary too small to hold every byte.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-package
 def python_text_files(documentation: Sequence[Path] = DOCUMENTATION) -> list[Path]:
     """Returns text files of this machine, sorted: the .py files of Python's standard library, then documentation.
 
-    Without tests, installed packages, empty files and files over 1 MiB; at most 500 files of documentation (there may be
-    none). Blocks on the disk.
+    Without tests, installed packages, empty files and files over 1 MiB; at most 500 files of documentation (there may
+    be none). Blocks on the disk.
     """
     library = Path(sysconfig.get_path("stdlib"))
     files = [file for file in _files_under(library) if file.suffix == ".py"]
@@ -63,9 +64,9 @@ def read_text(file: Path) -> str:
 def train_tokenizer(files: Sequence[Path], vocab_size: int, text_bytes: int = TRAINING_TEXT_BYTES) -> Tokenizer:
     """Trains a byte-level BPE tokenizer with tokens <bos> 0, <eos> 1, <pad> 2. Takes a second or two.
 
-    files: read in a fixed shuffled order up to `text_bytes` characters, so that every part of the corpus is represented.
-    vocab_size: tokens wanted; less text than that needs gives fewer. Raises `ValueError` below 259 (every byte, and the
-    special tokens).
+    files: read in a fixed shuffled order up to `text_bytes` characters, so that every part of the corpus is
+    represented. vocab_size: tokens wanted; less text than that needs gives fewer. Raises `ValueError` below 259 (every
+    byte, and the special tokens).
     """
     if vocab_size < VOCAB_SIZE_MIN:
         raise ValueError(f"vocab_size {vocab_size} is below {VOCAB_SIZE_MIN}: 256 bytes and 3 special tokens")

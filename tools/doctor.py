@@ -1,8 +1,8 @@
 """`tierstore doctor`: what this machine allows, each with a number and, where something is amiss, its remedy.
 
-Flows in: the path where a store is or will be, and what the kernel says of this process. Flows out: a table or JSON, and
-exit status 1 where a store could not work at all. Nothing is changed but a temporary file under the path; torch is not
-loaded.
+Flows in: the path where a store is or will be, and what the kernel says of this process. Flows out: a table or JSON,
+and exit status 1 where a store could not work at all. Nothing is changed but a temporary file under the path; torch is
+not loaded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """`tierstore epochs`: the placements of a store; which one it opens with; pruning.
 
-Flows in: a store. Flows out: a table, or JSON; with --use or --prune, a changed catalog. Open stores keep what they have.
+Flows in: a store. Flows out: a table, or JSON; with --use or --prune, a changed catalog.
+Open stores keep what they have.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ def _print_tables(record: dict[str, Any]) -> None:
         )
     console().print(tables)
     click.echo(
-        f"{record['num_rows']:,} rows, {format_bytes(record['table_bytes'])}; in pages {format_bytes(record['store_bytes'])}"
+        f"{record['num_rows']:,} rows, {format_bytes(record['table_bytes'])}; in pages "
+        f"{format_bytes(record['store_bytes'])}"
     )
     for table in record["tables"]:
         click.echo(f"fingerprint of {table['name']}: {table['fingerprint']}")

@@ -1,8 +1,9 @@
 """Progress of a command that works in phases: what it does now, how far it is, and a sign of life every second or so.
 
 Input: `Phases(...)(phase, done, total)` from any thread, as the jobs behind the commands report it.
-Output: standard error. On a terminal a line a phase with a bar, redrawn ten times a second; elsewhere, as in a log, plain
-lines: one when a phase ends, and one whenever the command has been silent for a second (later: for a sixtieth of its time).
+Output: standard error. On a terminal a line a phase with a bar, redrawn ten times a second; elsewhere, as in a log,
+plain lines: one when a phase ends, and one whenever the command has been silent for a second (later:
+for a sixtieth of its time).
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class _Phase:
 
 
 class Phases:
-    """Shows phases one after the other; use it with `with`. Any thread may call it. A phase begins with its first call."""
+    """Shows phases one after the other; use it with `with`. Any thread may call it.
+    A phase begins with its first call."""
 
     def __init__(self, units: Mapping[str, str]) -> None:
         """units: what each phase counts, such as "tokens" or "bytes"; "" if it counts nothing."""

@@ -1,7 +1,9 @@
-"""`tierstore plan`: a profile and budgets -> what goes where, what to expect, and the placement that a store opens warm with.
+"""`tierstore plan`: a profile and budgets -> what goes where, what to expect,
+and the placement that a store opens warm with.
 
-Flows in: a store, a profile of it, budgets. Flows out: a table of the plan, and a new epoch in the store. What is chosen is
-`tierstore.decisions`', making it `tierstore.offline.place`'s. Refuses what those refuse, before anything is written.
+Flows in: a store, a profile of it, budgets. Flows out: a table of the plan, and a new epoch in the store. What is
+chosen is `tierstore.decisions`', making it `tierstore.offline.place`'s. Refuses what those refuse,
+before anything is written.
 """
 
 from __future__ import annotations
@@ -61,14 +63,15 @@ def plan_profile(
 ) -> tuple[list[Ranking], list[GroupPlan]]:
     """Returns the plan of each group of tables, with its ranking. Blocks, seconds a million held-out accesses.
 
-    untested: plan also if nothing is held out, by counts alone; its outcomes are of no accesses. Raises `ConfigError` for
-    profiles that cannot be planned with: of a sample of keys, with nothing counted, or, by default, with nothing held out.
+    untested: plan also if nothing is held out, by counts alone; its outcomes are of no accesses. Raises `ConfigError`
+    for profiles that cannot be planned with: of a sample of keys, with nothing counted, or, by default,
+    with nothing held out.
     """
     check_header(image, profile.header)
     if profile.header.sample_rate < 1:
         raise ConfigError(
-            f"{profile.path} counts a sample of {profile.header.sample_rate:g} of the keys: it predicts, but a placement needs "
-            f"the keys themselves; record all of them, with store.start_trace(path, share=1)"
+            f"{profile.path} counts a sample of {profile.header.sample_rate:g} of the keys: it predicts, but a "
+            f"placement needs the keys themselves; record all of them, with store.start_trace(path, share=1)"
         )
     if profile.counts["documents"] == profile.counts["held_out_documents"] > 0:
         raise _nothing_counted(profile)
@@ -109,7 +112,8 @@ def _plan(
     pool: Workers,
     tell: Callable[[], None],
 ) -> GroupPlan:
-    """Tries the fractions on a share of the items, and the best one on all of them; `tell` hears of each, on any thread."""
+    """Tries the fractions on a share of the items, and the best one on all of them; `tell` hears of each,
+    on any thread."""
 
     def map_telling(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
         def telling(item: Any) -> Any:
@@ -139,7 +143,8 @@ def choose(image: CatalogImage, profile: Profile, rankings: list[Ranking], plans
 
 
 def keys_of(spec: HashSpec, items: np.ndarray, order_index: np.ndarray, table: str) -> np.ndarray:
-    """Returns the keys, int64 [n], that a table gives n-grams, uint64 [n, 2], each of the order at its index, uint8 [n]."""
+    """Returns the keys, int64 [n], that a table gives n-grams, uint64 [n, 2], each of the order at its index,
+    uint8 [n]."""
     keys = np.empty(len(items), dtype=np.int64)
     for index, order in enumerate(spec.orders):
         of_order = order_index == index
@@ -201,9 +206,9 @@ def recommended_dram(profile: Profile, memory_bytes: int | None = None) -> tuple
 def _nothing_held_out(profile: Profile) -> ConfigError:
     counts = profile.counts
     return ConfigError(
-        f"{profile.path}: {counts['held_out_documents']} of its {counts['documents']} documents are held out, and plans are "
-        f"tested on those; profile more text, or with a larger --held-out. The store's placement stays as it is; "
-        f"--untested with --dram places by counts alone"
+        f"{profile.path}: {counts['held_out_documents']} of its {counts['documents']} documents are held out, and "
+        "plans are tested on those; profile more text, or with a larger --held-out. The store's placement stays as it "
+        f"is; --untested with --dram places by counts alone"
     )
 
 
@@ -289,8 +294,8 @@ def _check_memory(dram_bytes: int, machine_bytes: int | None, dry_run: bool) -> 
     if machine_bytes is not None:
         if dram_bytes > machine_bytes:
             raise BudgetError(
-                f"--dram: {dram_bytes} bytes ({format_bytes(dram_bytes)}), the machine of --for-machine has {machine_bytes} "
-                f"bytes ({format_bytes(machine_bytes)}); ask for less"
+                f"--dram: {dram_bytes} bytes ({format_bytes(dram_bytes)}), the machine of --for-machine has "
+                f"{machine_bytes} bytes ({format_bytes(machine_bytes)}); ask for less"
             )
         return ""
     available, limit = available_memory()
@@ -300,8 +305,8 @@ def _check_memory(dram_bytes: int, machine_bytes: int | None, dry_run: bool) -> 
         return f"more than this {limit} has left, {format_bytes(available)}: a plan for another one"
     raise BudgetError(
         f"--dram: {dram_bytes} bytes ({format_bytes(dram_bytes)}), the {limit} has {available} bytes "
-        f"({format_bytes(available)}) left; ask for less. To see a plan for another machine add --dry-run, to place for one "
-        f"--for-machine {exact_bytes(dram_bytes).replace(' ', '')}"
+        f"({format_bytes(available)}) left; ask for less. To see a plan for another machine add --dry-run, to place "
+        f"for one --for-machine {exact_bytes(dram_bytes).replace(' ', '')}"
     )
 
 
@@ -312,7 +317,8 @@ def materialise(
     plans: list[GroupPlan],
     record: Mapping[str, Any],
 ) -> PlaceReport | None:
-    """Makes the placement of plans and publishes it; None where they place nothing, and the store opens without. Blocks."""
+    """Makes the placement of plans and publishes it; None where they place nothing,
+    and the store opens without. Blocks."""
     with Phases(UNITS) as phases:
         phases(CHOOSING, 0, None)
         chosen = choose(image, profile, rankings, plans)

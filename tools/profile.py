@@ -1,8 +1,8 @@
 """`tierstore profile`: token or key traces -> counts, and what each gigabyte of memory would buy.
 
-Flows in: a store (its hash and sizes) and traces, or profiles to merge. Flows out: a profile, a table for people, JSON, a page.
-The counting is `tierstore.offline.profile`'s, the model's side `engram_adapter.profiles`', the curves `tierstore.decisions`';
-here they meet. Refuses what those refuse.
+Flows in: a store (its hash and sizes) and traces, or profiles to merge. Flows out: a profile, a table for people, JSON,
+a page. The counting is `tierstore.offline.profile`'s, the model's side `engram_adapter.profiles`', the curves
+`tierstore.decisions`'; here they meet. Refuses what those refuse.
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ def stretch_note(traces: Sequence[Path]) -> str:
         return ""
     documents = "one document" if num_documents == 1 else f"{num_documents} documents"
     return (
-        f"{num_tokens:,} tokens are {documents}, so they were cut into stretches of {stretch:,} tokens, some of them held "
-        f"out; a stretch resembles its neighbours more than another document would. If a token ends each document, write "
-        f"the trace again with --eos ID (or --doclens)"
+        f"{num_tokens:,} tokens are {documents}, so they were cut into stretches of {stretch:,} tokens, some of them "
+        "held out; a stretch resembles its neighbours more than another document would. If a token ends each "
+        f"document, write the trace again with --eos ID (or --doclens)"
     )
 
 
@@ -264,7 +264,8 @@ def _budgets(image: CatalogImage, group: Group, ranking: Ranking, cost: EntryCos
 
 
 def _sampling(group: Group, sampled: Ranking, curves: Curves) -> dict[str, Any] | None:
-    """How far the curves' share of the items is off all of them, in hit rate, at one budget; None where it is all of them."""
+    """How far the curves' share of the items is off all of them, in hit rate, at one budget;
+    None where it is all of them."""
     share = sampled.group.replay.sample_rate / group.replay.sample_rate
     if share == 1 or curves.points[0].resident:
         return None
@@ -324,9 +325,9 @@ def command(
 ) -> None:
     """Count the n-grams of TRACE... as the model of STORE looks them up, and say what each gigabyte would buy.
 
-    Documents are kept back, by content, and predictions are made for them. Fewer than 8 documents, such as one long file
-    of ids, are cut into stretches first; `tierstore trace --eos ID` cuts them where they end. Parts of a corpus may be
-    counted anywhere, with the same --held-out, and merged.
+    Documents are kept back, by content, and predictions are made for them. Fewer than 8 documents, such as one long
+    file of ids, are cut into stretches first; `tierstore trace --eos ID` cuts them where they end. Parts of a corpus
+    may be counted anywhere, with the same --held-out, and merged.
 
     \b
     Example: tierstore profile v41.tier chats.trace -o chats.profile --report chats.html

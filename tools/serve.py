@@ -1,7 +1,8 @@
 """`tierstore serve`: the daemon, in the foreground, until it is told to end.
 
-Flows in: a store and options; signals. Flows out: a served socket, metrics and remote lookups where asked for, one line of
-log an event, and what a service manager wants to hear. SIGTERM and SIGINT end it, with status 0; SIGHUP reads files again.
+Flows in: a store and options; signals. Flows out: a served socket, metrics and remote lookups where asked for, one line
+of log an event, and what a service manager wants to hear. SIGTERM and SIGINT end it, with status 0;
+SIGHUP reads files again.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ def command(
     tierstore serve model.tier --socket /run/tierstore/model.sock --dram 64GiB
     python -c 'import tierstore; print(tierstore.connect("/run/tierstore/model.sock"))'
 
-    SIGTERM ends it when lookups by gRPC have; clients go on alone. SIGHUP has it adopt the placement that 'tierstore plan' made
-    meanwhile, and read certificates and token again.
+    SIGTERM ends it when lookups by gRPC have; clients go on alone. SIGHUP has it adopt the placement that 'tierstore
+    plan' made meanwhile, and read certificates and token again.
 
     After 'tierstore swap', a daemon that is started again with the same STORE serves what was swapped in, and says so.
     --forget-swap, or another STORE, ends that.
@@ -139,7 +140,8 @@ def command(
             used = format_bytes(daemon.dram_bytes)
             event(
                 logger, logging.INFO, "ready",
-                socket=socket, store=daemon.store_path, dram=used, metrics=daemon.metrics_address, listen=daemon.remote_address,
+                socket=socket, store=daemon.store_path, dram=used, metrics=daemon.metrics_address,
+                listen=daemon.remote_address,
             )  # fmt: skip
             notifier.ready(f"serving {daemon.store_path}, {used} of DRAM")
             _serve(daemon, signals, notifier, logger)
@@ -157,7 +159,8 @@ def _serve(daemon: Daemon, signals: _Signals, notifier: Notifier, logger: loggin
         got = signals.wait(BEAT_S)
         notifier.watchdog()
         if got == signal.SIGHUP:
-            # By a thread: it may wait for a change that is under way, and signals and the watchdog must not wait for it.
+            # By a thread: it may wait for a change that is under way,
+            # and signals and the watchdog must not wait for it.
             threading.Thread(
                 target=_reload, args=(daemon, notifier, logger), name="tierstore-reload", daemon=True
             ).start()

@@ -21,9 +21,9 @@ RECORD = ("version", "store", "warmed", "filled", "seconds")  # what --json prin
 def command(socket: str, store: Path | None, rollback: bool, as_json: bool) -> None:
     """Have the daemon at SOCKET serve STORE in place of its own, for all clients, without stopping any.
 
-    STORE must have the same tables, built with the same hash. What is asked for lately stays static; after that comes what a
-    placement of STORE itself says, as far as there is room. The daemon remembers it: if it ends and is started again as
-    before, it serves STORE.
+    STORE must have the same tables, built with the same hash. What is asked for lately stays static; after that comes
+    what a placement of STORE itself says, as far as there is room. The daemon remembers it: if it ends and is started
+    again as before, it serves STORE.
 
     \b
     Example: tierstore swap /run/tierstore/v41.sock v41-next.tier

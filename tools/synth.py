@@ -1,8 +1,9 @@
 """`tierstore synth`: a checkpoint in a real model's layout, at any scale, filled with random values.
 
 Flows in: a family, a size, a seed. Flows out: a folder with config.json, tokenizer.json and safetensors files of the
-published names and dtypes, written block by block, so that memory does not grow with it. Values are finite, so that they
-compare; the same options, seed and tokenizer give the same bytes. Refuses folders that hold something, and full disks.
+published names and dtypes, written block by block, so that memory does not grow with it. Values are finite, so that
+they compare; the same options, seed and tokenizer give the same bytes. Refuses folders that hold something,
+and full disks.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to write: `values` as they are, or random finite ones whose exponents (e8m0 bytes) start at `exponent`."""
+    """A tensor to write: `values` as they are, or random finite ones whose exponents
+    (e8m0 bytes) start at `exponent`."""
 
     name: str
     dtype: str
@@ -139,11 +141,11 @@ def write_checkpoint(
 
     Give one of table_bytes (of all tables; they come out a little larger, because moduli are primes), rows_per_head, or
     full (all sizes as published). layers: 0-based. dim: values a row. dtype: of the tables ("bf16", "fp8", ...). parts:
-    tensors that a qwen4_exp table is split into. tokenizer: a tokenizer.json, its folder or the object; by default one is
-    trained on this machine's text. file_bytes: the largest file, a single larger tensor apart.
+    tensors that a qwen4_exp table is split into. tokenizer: a tokenizer.json, its folder or the object; by default one
+    is trained on this machine's text. file_bytes: the largest file, a single larger tensor apart.
 
-    Raises `ConfigError` (`path` holds something or cannot be written), `BudgetError` (disk), `ValueError` (sizes). Where
-    it fails, the files written so far are removed.
+    Raises `ConfigError` (`path` holds something or cannot be written), `BudgetError` (disk), `ValueError` (sizes).
+    Where it fails, the files written so far are removed.
     """
     if family not in PUBLISHED:
         raise ValueError(f"family {family!r} is not known; there are {', '.join(PUBLISHED)}")
@@ -188,7 +190,8 @@ def _shape(family: str, full: bool, table_bytes: int | None, rows_per_head: int 
         )
     if _row_bytes(family, shape) > ROW_BYTES_MAX:
         raise ValueError(
-            f"dim {shape.dim}: rows of {_row_bytes(family, shape)} bytes, a page holds up to {ROW_BYTES_MAX}; give a smaller dim"
+            f"dim {shape.dim}: rows of {_row_bytes(family, shape)} bytes, a page holds up to {ROW_BYTES_MAX}; "
+            "give a smaller dim"
         )
     if table_bytes is not None:
         heads = shape.num_heads * len(shape.layers)
@@ -367,7 +370,8 @@ def _check_room(folder: Path, total_bytes: int) -> None:
     if needed_bytes > free_bytes:
         raise BudgetError(
             f"{folder}: the checkpoint needs {format_bytes(needed_bytes)} ({needed_bytes} bytes), the disk has "
-            f"{format_bytes(free_bytes)} free ({free_bytes} bytes); ask for a smaller one, or give a path on another disk"
+            f"{format_bytes(free_bytes)} free ({free_bytes} bytes); ask for a smaller one, "
+            "or give a path on another disk"
         )
 
 
@@ -416,7 +420,8 @@ def _write_files(
 def _write_safetensors(path: Path, tensors: Sequence[Planned], seed: int) -> Iterator[int]:
     """Writes one file: u64 header length, JSON header padded to 8 bytes, data. Yields the bytes of each block written.
 
-    Wide elements come first, so that each tensor starts at a multiple of its element's bytes: readers map them in place.
+    Wide elements come first, so that each tensor starts at a multiple of its element's bytes:
+    readers map them in place.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     ordered = sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])

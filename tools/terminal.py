@@ -1,8 +1,8 @@
 """The console that tables are printed to: nothing that a name holds reaches the terminal, and no digit is cut off.
 
-Input: what rich can print. Output: the same, on a stream. Control characters are escaped in every piece of text. A table
-that is wider than the terminal keeps its numbers whole: words wrap first; if that is not enough, each row becomes a block
-of "column: value" lines.
+Input: what rich can print. Output: the same, on a stream. Control characters are escaped in every piece of text. A
+table that is wider than the terminal keeps its numbers whole: words wrap first; if that is not enough, each row becomes
+a block of "column: value" lines.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`tierstore top`: how a daemon fares, again and again, with what went on in between.
 
-Flows in: a daemon's socket; on a terminal, keys. Flows out: a screen that keeps up, or, where output is no terminal, plain
-lines. Ends at q, at Ctrl-C, or after --count refreshes, with status 0. A daemon that goes away is waited for, and said to be
-away; one that is not there at the start is an error.
+Flows in: a daemon's socket; on a terminal, keys. Flows out: a screen that keeps up, or, where output is no terminal,
+plain lines. Ends at q, at Ctrl-C, or after --count refreshes, with status 0. A daemon that goes away is waited for, and
+said to be away; one that is not there at the start is an error.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def command(socket: Path, interval: float, count: int | None) -> None:
 class CtrlC:
     """Ctrl-C, which ends the command between two refreshes, or while a record is fetched, and never while one is drawn.
 
-    Python raises KeyboardInterrupt between any two lines of any library. Raised in the middle of rich's output, it left a
-    screen that was never closed. So the handler only notes it, and wakes who waits; a second Ctrl-C raises at once, in case
-    the terminal takes nothing.
+    Python raises KeyboardInterrupt between any two lines of any library. Raised in the middle of rich's output, it left
+    a screen that was never closed. So the handler only notes it, and wakes who waits; a second Ctrl-C raises at once,
+    in case the terminal takes nothing.
     """
 
     def __init__(self) -> None:
@@ -172,8 +172,8 @@ def _print_lines(socket: Path, interval: float, count: int | None, ctrl_c: CtrlC
 
 @contextlib.contextmanager
 def keyboard(ctrl_c: CtrlC) -> Iterator[Callable[[float], bool]]:
-    """Reads keys as they are pressed; gives a function that waits for so many seconds, and returns True at once at a q, or
-    at Ctrl-C.
+    """Reads keys as they are pressed; gives a function that waits for so many seconds, and returns True at once at a q,
+    or at Ctrl-C.
 
     If standard input is not a terminal, only the latter comes. In the end the terminal is as it was.
     """

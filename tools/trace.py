@@ -1,7 +1,7 @@
 """`tierstore trace`: token ids, or text through a tokenizer, into a trace that profiles are made of.
 
-Flows in: files and folders that `token_inputs` reads. Flows out: one trace of tokens, documents in the order of the inputs.
-Refuses what those refuse, and options that do not go together.
+Flows in: files and folders that `token_inputs` reads. Flows out: one trace of tokens, documents in the order of the
+inputs. Refuses what those refuse, and options that do not go together.
 """
 
 from __future__ import annotations

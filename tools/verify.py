@@ -1,7 +1,8 @@
-"""`tierstore verify`: a store against its own checksums and its checkpoint; with `--repair`, mended from that checkpoint.
+"""`tierstore verify`: a store against its own checksums and its checkpoint; with `--repair`,
+mended from that checkpoint.
 
-Input: a store's path, and perhaps a checkpoint's. Output: what was checked, every fault, what was repaired, the command that
-repairs the rest, and exit status 1 if anything is still wrong. Errors: as `tierstore.verify`.
+Input: a store's path, and perhaps a checkpoint's. Output: what was checked, every fault, what was repaired, the command
+that repairs the rest, and exit status 1 if anything is still wrong. Errors: as `tierstore.verify`.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ def command(
 ) -> None:
     """Check the store STORE: its catalog, every shard's digest, page and placed entry; with --source, every row.
 
-    With --repair, exactly the shards that are damaged or missing are rebuilt from --source, to the bytes that the catalog's
-    SHA-256 names, and damaged placements are remade from what is left of them. Lookups go on meanwhile; a store that is open
-    reads the new files when it is opened again. Killed or out of disk, run the same command again.
+    With --repair, exactly the shards that are damaged or missing are rebuilt from --source, to the bytes that the
+    catalog's SHA-256 names, and damaged placements are remade from what is left of them. Lookups go on meanwhile; a
+    store that is open reads the new files when it is opened again. Killed or out of disk, run the same command again.
 
-    With --sample, only the pages that the drawn rows lie in are read, and all their rows compared; shards' digests are not.
-    Exit status 1, and a list, if anything is wrong.
+    With --sample, only the pages that the drawn rows lie in are read, and all their rows compared; shards' digests are
+    not. Exit status 1, and a list, if anything is wrong.
 
     \b
     Example: tierstore verify v41.tier --source DeepSeek-V4.1-Flash --sample 100000

@@ -1,7 +1,8 @@
 """The wait of a device for the host's answer: bounded, and ending in a step that is ready or one that has failed.
 
-Flows in: the step that `post_misses` began, and the host's words in the mailbox. Flows out: the step's number in `ready` or in
-`failed`, or in both where the host answered that some entries could not be had. Entries are scattered by the launch after.
+Flows in: the step that `post_misses` began, and the host's words in the mailbox. Flows out: the step's number in
+`ready` or in `failed`, or in both where the host answered that some entries could not be had.
+Entries are scattered by the launch after.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from .misses import StepState, check_mailbox
 
 
 def await_answer(state: StepState, mailbox_address: int, spins_max: int) -> None:
-    """Waits, on the device, until the host has answered the step at hand; a step that is ready or has failed waits no more.
+    """Waits, on the device, until the host has answered the step at hand;
+    a step that is ready or has failed waits no more.
 
-    mailbox_address: of the block that mailbox.py describes, at a multiple of 64; spins_max: how often `answered` is looked
-    at before the step is given up, 1 or more; each look goes over the bus, about a microsecond. Given up, the step's number is
-    stored as `timed_out` in the mailbox and as `state.failed`; a status other than 0 is a failed step too. `failed` in the
-    mailbox tells the host of either. Asynchronous: the
+    mailbox_address: of the block that mailbox.py describes, at a multiple of 64; spins_max: how often `answered` is
+    looked at before the step is given up, 1 or more; each look goes over the bus, about a microsecond. Given up, the
+    step's number is stored as `timed_out` in the mailbox and as `state.failed`; a status other than 0 is a failed step
+    too. `failed` in the mailbox tells the host of either. Asynchronous: the
     caller does not wait, what was launched behind this does. One program of one warp; a ready step costs three loads.
     """
     check_mailbox(mailbox_address)
@@ -47,7 +49,8 @@ def _await_answer(
             seen = tl.load(answered, volatile=True)
             spins += 1
         if seen == number:
-            # A device word is exchanged, for acquire: an atomic operation on a word of the host's might undo a write of it.
+            # A device word is exchanged, for acquire: an atomic operation on a word of
+            # the host's might undo a write of it.
             tl.atomic_xchg(ready, number, sem="acq_rel", scope="sys")
             if tl.load((mailbox + STATUS).to(tl.pointer_type(tl.int64)), volatile=True) != 0:
                 tl.store(failed, number)

@@ -1,8 +1,9 @@
-"""Entries as stored into what a model computes with, on the device: moved as bytes, or fp8 with its scales into bfloat16.
+"""Entries as stored into what a model computes with, on the device: moved as bytes,
+or fp8 with its scales into bfloat16.
 
-Flows in: addresses of entries, in device memory or in host memory that the device reads. Flows out: bytes, bit by bit, or
-bfloat16 values, each computed in float32 and rounded once, half to even, as engram_adapter/codecs.py does it. Other codecs are
-byte moves into a view of the caller's. Refuses row sizes that are not their codec's.
+Flows in: addresses of entries, in device memory or in host memory that the device reads. Flows out: bytes, bit by bit,
+or bfloat16 values, each computed in float32 and rounded once, half to even, as engram_adapter/codecs.py does it. Other
+codecs are byte moves into a view of the caller's. Refuses row sizes that are not their codec's.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ _GROUP = tl.constexpr(_SCALE_BLOCK)
 
 @dataclass(frozen=True)
 class RowCodec:
-    """How rows become values. Outputs are uint8 [n, entry_bytes] of "bytes", bfloat16 [n, rows_per_entry, dim] of the others.
+    """How rows become values. Outputs are uint8 [n, entry_bytes] of "bytes",
+    bfloat16 [n, rows_per_entry, dim] of the others.
 
-    kind: "bytes", "fp8_e4m3_e8m0x32" (dim fp8 bytes, then dim / 32 exponents; row_bytes is their sum), or "fp8_e4m3" (dim
-    bytes, times `scale` as a float32). dim: values of a row, not used of "bytes". Raises `ValueError` for sizes that do not fit.
+    kind: "bytes", "fp8_e4m3_e8m0x32" (dim fp8 bytes, then dim / 32 exponents; row_bytes is their sum), or "fp8_e4m3"
+    (dim bytes, times `scale` as a float32). dim: values of a row, not used of "bytes".
+    Raises `ValueError` for sizes that do not fit.
     """
 
     kind: str
@@ -53,8 +56,8 @@ class RowCodec:
             raise ValueError(f"codec {self.kind!r} is none of {', '.join(wanted)}")
         if self.rows_per_entry < 1 or self.row_bytes < 1 or self.row_bytes != wanted[self.kind]:
             raise ValueError(
-                f"codec {self.kind}: {self.rows_per_entry} rows of {self.row_bytes} bytes and {self.dim} values, which take "
-                f"{'a multiple of 32 values' if wanted[self.kind] < 0 else f'{wanted[self.kind]} bytes'}"
+                f"codec {self.kind}: {self.rows_per_entry} rows of {self.row_bytes} bytes and {self.dim} values, which "
+                f"take {'a multiple of 32 values' if wanted[self.kind] < 0 else f'{wanted[self.kind]} bytes'}"
             )
 
     @property
@@ -62,7 +65,8 @@ class RowCodec:
         return self.rows_per_entry * self.row_bytes
 
     def check(self, out: torch.Tensor, num_entries: int | None, device: torch.device) -> torch.Tensor:
-        """Returns `out` as kernels take it. Raises `ValueError` unless it has room for `num_entries` (None: any number)."""
+        """Returns `out` as kernels take it. Raises `ValueError` unless it has room for `num_entries` (None:
+        any number)."""
         if self.kind == BYTES:
             launching.check("out", out, torch.uint8, (num_entries, self.entry_bytes), device)
             return out
@@ -107,8 +111,8 @@ def move_entries(
 ) -> None:
     """Writes the entries at `addresses`, int64 [P], as the `at`-th ones, int64 [P], of `out`, decoded.
 
-    Only those `written` are, and only those `held` are read; `held` must be within `written`. What is written and not held gets
-    its `blank`, int32 [P], in every word: 0, or -1, which is NaN of a bfloat16 and 0xff of a byte.
+    Only those `written` are, and only those `held` are read; `held` must be within `written`. What is written and not
+    held gets its `blank`, int32 [P], in every word: 0, or -1, which is NaN of a bfloat16 and 0xff of a byte.
     """
     if KIND == _COPIED:
         _copy(addresses, held, written, out, at, blank, ROWS * ROW_BYTES, WORD, ALIGNMENT, CHUNK)
@@ -168,7 +172,8 @@ def _decode_scaled(
         row = rows + group // ROW_GROUPS * ROW_BYTES
         within = group % ROW_GROUPS
         exponent = tl.load(row + DIM + within, mask=held[:, None, None] & there, other=0).to(tl.uint32)
-        # The exponent of a float32 has the same bias; only 2^-127, which is subnormal, and NaN are not `exponent << 23`.
+        # The exponent of a float32 has the same bias; only 2^-127, which is subnormal,
+        # and NaN are not `exponent << 23`.
         bits = tl.where(exponent == 0, 0x00400000, tl.where(exponent == 255, 0x7FC00000, exponent << 23))
         source = tl.multiple_of(row + within * _GROUP + lane, [1, 1, ALIGNMENT])
         code = tl.load(source, mask=held[:, None, None] & there, other=0)
@@ -205,10 +210,11 @@ def _decode(
 
 @triton.jit
 def _bfloat16_bits(code: tl.tensor, factor: tl.tensor) -> tl.tensor:
-    """Returns the bfloat16 patterns of e4m3 bytes times a float32, by arithmetic that a GPU and the interpreter agree in.
+    """Returns the bfloat16 patterns of e4m3 bytes times a float32,
+    by arithmetic that a GPU and the interpreter agree in.
 
-    Sign, exponent and mantissa of an e4m3 byte, put into a float16, are its value times 2^-8 exactly, subnormal ones too:
-    0x7e = 1.75 * 2^8 becomes 0x3f00 = 1.75. The 2^8 is not put into the factor, which may be as large as 2^127.
+    Sign, exponent and mantissa of an e4m3 byte, put into a float16, are its value times 2^-8 exactly, subnormal ones
+    too: 0x7e = 1.75 * 2^8 becomes 0x3f00 = 1.75. The 2^8 is not put into the factor, which may be as large as 2^127.
     """
     bits = code.to(tl.uint32)
     half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)

@@ -1,8 +1,9 @@
-"""Places to values: entries are copied or decoded from where they lie, in device memory or over the bus from the host's.
+"""Places to values: entries are copied or decoded from where they lie,
+in device memory or over the bus from the host's.
 
-Flows in: places and keys, and the sources that hold entries. Flows out: the caller's buffer, where pairs of the sentinel -1
-become zeros, of keys that are none NaN, and missed ones are left as they are, for who brings them later. No place that the
-sources do not have is ever read.
+Flows in: places and keys, and the sources that hold entries. Flows out: the caller's buffer, where pairs of the
+sentinel -1 become zeros, of keys that are none NaN, and missed ones are left as they are, for who brings them later. No
+place that the sources do not have is ever read.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ PAIRS_INTERPRETED = 256
 
 @dataclass(frozen=True)
 class EntrySources:
-    """Where entries lie: places 0 .. num_slots - 1 in device memory, those behind them in host memory that the device reads.
+    """Where entries lie: places 0 .. num_slots - 1 in device memory,
+    those behind them in host memory that the device reads.
 
-    slots: uint8 [num_slots, stride], stride a multiple of 16, at least an entry's bytes; num_slots may be 0. Place p >= num_slots
-    is record p - num_slots, at records_address + (p - num_slots) * record_bytes, record_bytes a multiple of 8;
-    records_address 0 with num_records 0: none. The memory at the address is the caller's to keep, and to page-lock.
+    slots: uint8 [num_slots, stride], stride a multiple of 16, at least an entry's bytes; num_slots may be 0. Place p >=
+    num_slots is record p - num_slots, at records_address + (p - num_slots) * record_bytes, record_bytes a multiple of
+    8; records_address 0 with num_records 0: none. The memory at the address is the caller's to keep, and to page-lock.
     """
 
     slots: torch.Tensor
@@ -53,8 +55,8 @@ class EntrySources:
             not self.records_address or self.record_bytes % 8 or self.record_bytes < codec.entry_bytes
         ):
             raise ValueError(
-                f"{self.num_records} records of {self.record_bytes} bytes at address {self.records_address:#x}: must be a "
-                f"multiple of 8, and hold entries of {codec.entry_bytes}, somewhere"
+                f"{self.num_records} records of {self.record_bytes} bytes at address {self.records_address:#x}: must "
+                f"be a multiple of 8, and hold entries of {codec.entry_bytes}, somewhere"
             )
 
     def arguments(self) -> dict[str, int]:
@@ -128,9 +130,10 @@ def gather_entries(
 ) -> None:
     """Writes the entries at `places`, int32 [N, O], into `out`, decoded, pair n * O + o being the (n * O + o)-th.
 
-    keys: int64 [N, O]; pairs of key -1 become zeros, of keys below NaN (0xff of "bytes"); pairs without a place that the
-    sources have stay as they are. out: see `RowCodec`. Asynchronous. A pair reads 12 bytes and an entry, over the bus where
-    it lies in a record, and writes the entry, fp8 as twice the bytes. Raises `ValueError` for tensors that do not fit.
+    keys: int64 [N, O]; pairs of key -1 become zeros, of keys below NaN (0xff of "bytes"); pairs without a place that
+    the sources have stay as they are. out: see `RowCodec`. Asynchronous. A pair reads 12 bytes and an entry, over the
+    bus where it lies in a record, and writes the entry, fp8 as twice the bytes.
+    Raises `ValueError` for tensors that do not fit.
     """
     launching.check("keys", keys, torch.int64, (None, None), keys.device)
     launching.check("places", places, torch.int32, tuple(keys.shape), keys.device)

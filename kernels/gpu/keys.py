@@ -1,8 +1,9 @@
 """Token ids to keys on the device: the same numbers as `kernels.keys_of_tokens` gives on the host.
 
-Flows in: token ids, the tokens before them, which positions are no text, and a layer's hash. Flows out: the mixed hash of the
-n-gram of each order that ends at each token. Nothing is read at an id outside the vocabulary: n-grams that touch one have the
-key -1, whose rows are zero, and the place of such an id is told in a device word, which the host looks at when it likes.
+Flows in: token ids, the tokens before them, which positions are no text, and a layer's hash. Flows out: the mixed hash
+of the n-gram of each order that ends at each token. Nothing is read at an id outside the vocabulary: n-grams that touch
+one have the key -1, whose rows are zero, and the place of such an id is told in a device word,
+which the host looks at when it likes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class DeviceHash:
     """A layer's hash with its arrays on the device; the words are those of `kernels.keys_of_tokens`.
 
     token_map: int32 [vocab_size], None where ids hash as they are; multipliers: int64 [largest order], the token itself
-    first; orders: n-gram lengths, ascending, 1 to ORDER_MAX; barrier_id: -1 for none. Raises `ValueError` where they do not fit.
+    first; orders: n-gram lengths, ascending, 1 to ORDER_MAX; barrier_id: -1 for none.
+    Raises `ValueError` where they do not fit.
     """
 
     token_map: torch.Tensor | None
@@ -58,11 +60,12 @@ def keys_of_tokens(
 ) -> None:
     """Writes the keys of the n-grams that end at each token, -2 for those that touch an id outside the vocabulary.
 
-    token_ids: int64 [B, T]; history: int64 [B, P], the tokens before, -1 where there is none, P below the largest order;
-    dead: bool [B, T], positions that are no text, whose ids are not looked at; out: int64 [B, T, O], overwritten whole;
-    outside: int64 [1], raised to the largest 1 + place in [B, P + T], flat, of an id outside the vocabulary, left as it is
-    where there is none, and never reset here. All contiguous, on the device of `spec`. Asynchronous. Reads, for each token of
-    the largest order n, n ids (8 bytes each, neighbours share them) and n words of the map; writes 8 bytes an order.
+    token_ids: int64 [B, T]; history: int64 [B, P], the tokens before, -1 where there is none, P below the largest
+    order; dead: bool [B, T], positions that are no text, whose ids are not looked at; out: int64 [B, T, O], overwritten
+    whole; outside: int64 [1], raised to the largest 1 + place in [B, P + T], flat, of an id outside the vocabulary,
+    left as it is where there is none, and never reset here. All contiguous, on the device of `spec`. Asynchronous.
+    Reads, for each token of the largest order n, n ids (8 bytes each,
+    neighbours share them) and n words of the map; writes 8 bytes an order.
     """
     device, past = spec.multipliers.device, 0 if history is None else history.shape[-1]
     check("token_ids", token_ids, torch.int64, (None, None), device)

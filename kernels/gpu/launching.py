@@ -1,4 +1,5 @@
-"""How every kernel of this folder is launched: on the device that its tensors lie on, asynchronously, without allocating.
+"""How every kernel of this folder is launched: on the device that its tensors lie on, asynchronously,
+without allocating.
 
 Refuses tensors that the kernels cannot reach: those of the interpreter want CPU tensors, native ones CUDA tensors.
 """
@@ -15,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-# How triton was loaded, by what the environment said then, and so how all kernels of this process are made: its own functions
-# are of the one kind or the other already, and kernels of both kinds cannot call each other.
+# How triton was loaded, by what the environment said then, and so how all kernels of this process are made: its own
+# functions are of the one kind or the other already, and kernels of both kinds cannot call each other.
 INTERPRETED: bool = not isinstance(tl.sum, triton.JITFunction)
 if INTERPRETED or triton.knobs.runtime.interpret:
     triton.knobs.runtime.interpret = INTERPRETED  # asked again later, when the environment may say otherwise

@@ -1,8 +1,8 @@
 """Keys to values in one launch: probe, gather and the list of what is missed, as decoding a token a step wants it.
 
-Flows in: keys, a `DeviceIndex` and `EntrySources`. Flows out: the entries that the sources hold, decoded, in the caller's
-buffer; the other pairs in a `MissList`, for the host; and counts. What is missed stays as it was, until `scatter_entries`
-brings it.
+Flows in: keys, a `DeviceIndex` and `EntrySources`. Flows out: the entries that the sources hold, decoded, in the
+caller's buffer; the other pairs in a `MissList`, for the host; and counts. What is missed stays as it was, until
+`scatter_entries` brings it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .gather import EntrySources, addresses_of
 from .misses import MissList, append_misses
 from .probe import DeviceIndex, probe
 
-# Pairs a program and warps, natively: one token of three orders is three programs, each with an entry in flight, and 2,048
-# tokens are waves of small ones. Not tuned yet: waits for a GPU.
+# Pairs a program and warps, natively: one token of three orders is three programs, each with an entry in flight, and
+# 2,048 tokens are waves of small ones. Not tuned yet: waits for a GPU.
 PAIRS_NATIVE = 1
 WARPS_NATIVE = 4
 PAIRS_INTERPRETED = 256
@@ -88,7 +88,8 @@ def _lookup_entries_kernel(
     move_entries(
         address, held, held | nobodys, out, pair, scale, blank, KIND, ROWS, ROW_BYTES, DIM, WORD, ALIGNMENT, CHUNK
     )
-    # Which counter a pair adds to: hits in slots by order, hits in records by order, misses by order, sentinels; -1: none.
+    # Which counter a pair adds to: hits in slots by order, hits in records by order, misses by order, sentinels;
+    # -1: none.
     kind = tl.where(missed, 2, tl.where(place < num_slots, 0, 1))
     counter = tl.where(sentinel, NUM_ORDERS * 3, tl.where(held | missed, kind * NUM_ORDERS + order, -1))
     counters = tl.arange(0, COUNTERS)
@@ -106,15 +107,17 @@ def lookup_entries(
     counts: torch.Tensor,
     places: torch.Tensor | None = None,
 ) -> None:
-    """Writes the entries of `keys`, int64 [N, O], into `out`, decoded, and lists in `misses` the pairs that no source holds.
+    """Writes the entries of `keys`, int64 [N, O], into `out`, decoded,
+    and lists in `misses` the pairs that no source holds.
 
-    out: [N * O, ...] as `RowCodec` says; pairs of key -1 become zeros, of keys below NaN, missed ones stay as they are. A
-    pair is n * O + o; misses are in no order, and those past `misses.pairs_max` are counted only, which makes the step fail
-    (see `post_misses`); misses None: they are not listed. places: int32 [N, O], overwritten with the places of pairs, -1 of those
-    that no source holds. counts: int64 [3 * O + 1], added to: hits in slots by order, hits in records by order, misses by
-    order, pairs of key -1. Asynchronous, one launch. A pair reads 8 bytes of key, 16 of heads, a bucket of 64 and an entry,
-    over the bus where it lies in a record, and writes the entry, fp8 as twice the bytes; a miss writes 12 bytes over the
-    bus. One atomic a program for the counts, one for its misses if any. Raises `ValueError` for tensors that do not fit.
+    out: [N * O, ...] as `RowCodec` says; pairs of key -1 become zeros, of keys below NaN, missed ones stay as they are.
+    A pair is n * O + o; misses are in no order, and those past `misses.pairs_max` are counted only, which makes the
+    step fail (see `post_misses`); misses None: they are not listed. places: int32 [N, O], overwritten with the places
+    of pairs, -1 of those that no source holds. counts: int64 [3 * O + 1], added to: hits in slots by order, hits in
+    records by order, misses by order, pairs of key -1. Asynchronous, one launch. A pair reads 8 bytes of key, 16 of
+    heads, a bucket of 64 and an entry, over the bus where it lies in a record, and writes the entry, fp8 as twice the
+    bytes; a miss writes 12 bytes over the bus. One atomic a program for the counts, one for its misses if any. Raises
+    `ValueError` for tensors that do not fit.
     """
     launching.check("keys", keys, torch.int64, (None, None), keys.device)
     num_orders, num_pairs = keys.shape[1], keys.numel()

@@ -1,4 +1,5 @@
-"""The block of page-locked host memory by which a device asks the host for entries; kernels/cpu/mailbox.h has the same numbers.
+"""The block of page-locked host memory by which a device asks the host for entries;
+kernels/cpu/mailbox.h has the same numbers.
 
 Byte offsets of int64 words. The device writes `asked` last, the host `answered` last; each is the number of a step.
 """

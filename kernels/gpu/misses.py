@@ -1,8 +1,8 @@
 """Keys that no source of the device holds: they are listed in host memory, and the host is asked for their entries.
 
-Flows in: keys and their places, as `find_entries` gave them. Flows out: a list of misses at addresses of host memory that the
-device can write, then one request a step in the mailbox (mailbox.py), or none where nothing was missed: then the step is
-ready as it is, and nobody waits for the host. Misses past the list's end are counted and never stored.
+Flows in: keys and their places, as `find_entries` gave them. Flows out: a list of misses at addresses of host memory
+that the device can write, then one request a step in the mailbox (mailbox.py), or none where nothing was missed: then
+the step is ready as it is, and nobody waits for the host. Misses past the list's end are counted and never stored.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ class MissList:
         check("the number of misses", self.count, torch.int64, (1,), self.count.device)
         if self.pairs_max < 0 or self.keys_address % 8 or self.pairs_address % 4:
             raise ValueError(
-                f"a list of {self.pairs_max} misses with keys at {self.keys_address:#x}, pairs at {self.pairs_address:#x}: "
-                f"the addresses must be multiples of 8 and 4, and the number not below 0"
+                f"a list of {self.pairs_max} misses with keys at {self.keys_address:#x}, pairs at "
+                f"{self.pairs_address:#x}: the addresses must be multiples of 8 and 4, and the number not below 0"
             )
 
 
 @dataclass(frozen=True)
 class StepState:
-    """What a device knows of its steps; every tensor lies on the device, is zero at first, and written by kernels alone.
+    """What a device knows of its steps; every tensor lies on the device, is zero at first,
+    and written by kernels alone.
 
     count: int64 [1], misses of the step at hand (the MissList's own tensor); step: int64 [1], its number, from 1 on;
-    ready: int64 [1], the last step that waits for nothing any more; posted: int64 [1], misses of the step that were asked
-    for; failed: int64 [1], the last step whose late entries did not come; batch_counts: int64 [2], steps, and those without
-    misses.
+    ready: int64 [1], the last step that waits for nothing any more; posted: int64 [1], misses of the step that were
+    asked for; failed: int64 [1], the last step whose late entries did not come; batch_counts: int64 [2], steps, and
+    those without misses.
     """
 
     count: torch.Tensor
@@ -68,9 +69,10 @@ class StepState:
 def collect_misses(keys: torch.Tensor, places: torch.Tensor, misses: MissList, num_places: int) -> None:
     """Appends the pairs whose key is 0 or more and whose place is none of 0 .. num_places - 1 to the list, in no order.
 
-    keys: int64 [N, O]; places: int32 [N, O]; num_places: entries that the device's sources hold, as `gather_entries` sees
-    them, so that a place that it does not read is a miss here. `misses.count` grows by all misses, also by those that find no
-    room. Asynchronous. Reads 12 bytes a pair, writes 12 a miss over the bus; one atomic a program of 256 pairs.
+    keys: int64 [N, O]; places: int32 [N, O]; num_places: entries that the device's sources hold, as `gather_entries`
+    sees them, so that a place that it does not read is a miss here. `misses.count` grows by all misses, also by those
+    that find no room. Asynchronous. Reads 12 bytes a pair, writes 12 a miss over the bus;
+    one atomic a program of 256 pairs.
     """
     device = misses.count.device
     check("keys", keys, torch.int64, (None, None), device)
@@ -91,13 +93,14 @@ def collect_misses(keys: torch.Tensor, places: torch.Tensor, misses: MissList, n
 
 
 def post_misses(state: StepState, mailbox_address: int, pairs_max: int, outside: torch.Tensor | None = None) -> None:
-    """Begins the next step and asks the host for its misses; where there are none, the step is ready and the host not asked.
+    """Begins the next step and asks the host for its misses; where there are none,
+    the step is ready and the host not asked.
 
-    mailbox_address: of the block that mailbox.py describes, at a multiple of 64; pairs_max: of the list in it; outside: int64
-    [1], as `keys_of_tokens` leaves it, which is told to the host where it is not 0, and 0 afterwards. `state.count`
-    is 0 afterwards, for the next step's misses. More misses than pairs_max are asked for as they are: the host answers that
-    with a status other than 0, and the step fails, for some of its rows are nowhere. Asynchronous; one program, which
-    writes two words over the bus, or none.
+    mailbox_address: of the block that mailbox.py describes, at a multiple of 64; pairs_max: of the list in it; outside:
+    int64 [1], as `keys_of_tokens` leaves it, which is told to the host where it is not 0, and 0 afterwards.
+    `state.count` is 0 afterwards, for the next step's misses. More misses than pairs_max are asked for as they are: the
+    host answers that with a status other than 0, and the step fails, for some of its rows are nowhere. Asynchronous;
+    one program, which writes two words over the bus, or none.
     """
     check_mailbox(mailbox_address)
     if outside is not None:
@@ -133,7 +136,8 @@ def append_misses(
     pairs: tl.tensor,
     missed: tl.tensor,
 ) -> None:
-    """Appends those of a block's pairs that are `missed`: keys int64, pairs of any integer type, missed bool, one dimension.
+    """Appends those of a block's pairs that are `missed`: keys int64, pairs of any integer type, missed bool,
+    one dimension.
 
     A block's misses get consecutive numbers from one atomic addition, in the order of its lanes.
     """
@@ -193,6 +197,7 @@ def _post_misses(
         tl.store(ready, number)
         tl.store(batch_counts + 1, tl.load(batch_counts + 1) + 1)
     else:
-        # Keys and pairs were written by launches before this one; release makes them visible to the host before `asked` is.
+        # Keys and pairs were written by launches before this one;
+        # release makes them visible to the host before `asked` is.
         tl.store((mailbox + NUM_MISSES).to(tl.pointer_type(tl.int64)), num_misses)
         tl.atomic_xchg((mailbox + ASKED).to(tl.pointer_type(tl.int64)), number, sem="release", scope="sys")

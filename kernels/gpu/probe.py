@@ -1,8 +1,9 @@
 """Keys to places: the index of the entries that lie in a tier's memory, probed on the device.
 
-Flows in: keys and a `DeviceIndex` of buckets as kernels/cpu/entry_index.h lays them out. Flows out: the place of each key's
-entry, -1 where the index does not have it. Which of two index areas is read is told by a word on the device, so that a captured
-graph sees a new epoch. Refuses tensors of other shapes, dtypes or devices; what the buckets hold is the writer's to get right.
+Flows in: keys and a `DeviceIndex` of buckets as kernels/cpu/entry_index.h lays them out. Flows out: the place of each
+key's entry, -1 where the index does not have it. Which of two index areas is read is told by a word on the device, so
+that a captured graph sees a new epoch. Refuses tensors of other shapes, dtypes or devices;
+what the buckets hold is the writer's to get right.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ _SLOTS = tl.constexpr(5)
 class DeviceIndex:
     """Two areas of buckets, one of them current, each with a run of buckets an order.
 
-    epoch: int64 [1], its parity says which area is current. heads: int64 [2, O, 2], by parity and order: first bucket, and
-    number of buckets (below 2^32; 0: no entries of that order). buckets: uint8 [num_buckets of both areas, 64], at a
-    multiple of 64.
+    epoch: int64 [1], its parity says which area is current. heads: int64 [2, O, 2], by parity and order: first bucket,
+    and number of buckets (below 2^32; 0: no entries of that order). buckets: uint8 [num_buckets of both areas, 64], at
+    a multiple of 64.
     """
 
     epoch: torch.Tensor
@@ -125,8 +126,8 @@ def _find_entries_kernel(
 def find_entries(index: DeviceIndex, keys: torch.Tensor, places: torch.Tensor) -> None:
     """Fills `places`, int32 [N, O], with the places of the entries of `keys`, int64 [N, O]; -1 where there is none.
 
-    Asynchronous. A pair reads 8 bytes of key, 16 of heads and, but for displaced entries, one bucket of 64; it writes 4.
-    Raises `ValueError` for tensors that do not fit.
+    Asynchronous. A pair reads 8 bytes of key, 16 of heads and, but for displaced entries, one bucket of 64; it writes
+    4. Raises `ValueError` for tensors that do not fit.
     """
     launching.check("keys", keys, torch.int64, (None, None), keys.device)
     launching.check("places", places, torch.int32, tuple(keys.shape), keys.device)

@@ -1,7 +1,8 @@
 """Keys to row ids on the device: the same numbers as `kernels.row_ids_of_keys` gives on the host.
 
-Flows in: keys of whole tokens and a table's address map. Flows out: the row of each head of each order. Refuses tensors of other
-shapes, dtypes or devices; that moduli are positive and row ids below 2^63 is for who makes the address map to see to.
+Flows in: keys of whole tokens and a table's address map. Flows out: the row of each head of each order. Refuses tensors
+of other shapes, dtypes or devices; that moduli are positive and row ids below 2^63 is
+for who makes the address map to see to.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ _ROWS_A_PROGRAM = 256  # native; not tuned yet: waits for a GPU
 def row_ids_of_keys(keys: torch.Tensor, moduli: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
     """Writes `key % modulus + offset` for each head of the key's order; keys below 0 stay themselves.
 
-    keys: int64 [N, O]; moduli, offsets: int64 [O * H], orders outermost, moduli positive; out: int64 [N, O * H], overwritten
-    whole. All contiguous, on one device. Asynchronous. Reads 8 bytes a key, writes 8 a row, and divides 63 bits once a row.
+    keys: int64 [N, O]; moduli, offsets: int64 [O * H], orders outermost, moduli positive; out: int64 [N, O * H],
+    overwritten whole. All contiguous, on one device. Asynchronous. Reads 8 bytes a key, writes 8 a row,
+    and divides 63 bits once a row.
     """
     device = keys.device
     check("keys", keys, torch.int64, (None, None), device)

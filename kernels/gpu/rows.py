@@ -1,8 +1,9 @@
-"""Row ids to values, for tables that lie whole in memory that the device reads: no keys, no index, every row by its number.
+"""Row ids to values, for tables that lie whole in memory that the device reads: no keys, no index,
+every row by its number.
 
-Flows in: row ids, and rows in device memory or in host memory that the device reads. Flows out: the rows, decoded; zeros
-for the sentinel -1, NaN for ids that the table does not have, which are never read. Pairs that another tier answered can be
-left alone.
+Flows in: row ids, and rows in device memory or in host memory that the device reads. Flows out: the rows, decoded;
+zeros for the sentinel -1, NaN for ids that the table does not have, which are never read. Pairs that another tier
+answered can be left alone.
 """
 
 from __future__ import annotations
@@ -64,13 +65,14 @@ def gather_rows(
     only_missing: torch.Tensor | None = None,
     num_places: int = 2**31,
 ) -> None:
-    """Writes the rows of `row_ids`, int64 [R], into `out`, decoded: uint8 [R, row_bytes] of "bytes", else bfloat16 [R, dim].
+    """Writes the rows of `row_ids`, int64 [R], into `out`, decoded: uint8 [R, row_bytes] of "bytes",
+    else bfloat16 [R, dim].
 
-    rows: uint8 [num_rows, row_bytes] on the device, or the address of such in host memory. Id -1 becomes zeros, others of no
-    row NaN (0xff of "bytes"). only_missing: int32 [N, O] with N * O * rows_per_entry = R, the places of pairs; rows of pairs
-    at a place of 0 .. num_places - 1 stay as they are. Asynchronous. An id reads 8 bytes and a row, over the bus where it
-    lies in host memory, and writes the row, fp8 as twice the bytes; 4 bytes more for a place. Raises `ValueError` for
-    tensors that do not fit.
+    rows: uint8 [num_rows, row_bytes] on the device, or the address of such in host memory. Id -1 becomes zeros, others
+    of no row NaN (0xff of "bytes"). only_missing: int32 [N, O] with N * O * rows_per_entry = R, the places of pairs;
+    rows of pairs at a place of 0 .. num_places - 1 stay as they are. Asynchronous. An id reads 8 bytes and a row, over
+    the bus where it lies in host memory, and writes the row, fp8 as twice the bytes; 4 bytes more for a place. Raises
+    `ValueError` for tensors that do not fit.
     """
     device = row_ids.device
     launching.check("row_ids", row_ids, torch.int64, (None,), device)
@@ -84,7 +86,8 @@ def gather_rows(
         launching.check("only_missing", only_missing, torch.int32, (None, None), device)
         if only_missing.numel() * codec.rows_per_entry != num_ids:
             raise ValueError(
-                f"{num_ids} row ids and {only_missing.numel()} places of pairs, which have {codec.rows_per_entry} rows each"
+                f"{num_ids} row ids and {only_missing.numel()} places of pairs, "
+                f"which have {codec.rows_per_entry} rows each"
             )
     row = dataclasses.replace(codec, rows_per_entry=1)
     width = codec.row_bytes if codec.kind == BYTES else codec.dim

@@ -1,8 +1,9 @@
 """The late entries: what the host answered is read from the mailbox over the bus, decoded, and put where it was missed.
 
-Flows in: the list of missed pairs and their entries, both in host memory, and the words that say how many were asked for. Flows
-out: the rows of the caller's buffer that no tier of the device held. Where the answer did not come, those rows become NaN (bytes
-0xff), so that no wrong row is ever taken for a right one; the host raises. No pair outside the buffer is written.
+Flows in: the list of missed pairs and their entries, both in host memory, and the words that say how many were asked
+for. Flows out: the rows of the caller's buffer that no tier of the device held. Where the answer did not come, those
+rows become NaN (bytes 0xff), so that no wrong row is ever taken for a right one; the host raises.
+No pair outside the buffer is written.
 """
 
 from __future__ import annotations
@@ -78,18 +79,19 @@ def scatter_entries(
 ) -> None:
     """Writes the entries of the step's misses into `out`, decoded; after `await_answer`, on the same stream.
 
-    pairs_address: of int32 [pairs_max] in host memory, entries_address: of uint8 [pairs_max, entry_bytes] there; of both the
-    first `state.posted` are used. out: [num_pairs, ...] as `RowCodec` says; entry i is its pairs[i]-th. In a step that failed
-    those rows become NaN, of codec "bytes" 0xff, without reading entries. Asynchronous; the grid does not depend on how many
-    there are. A late pair reads 4 bytes and an entry over the bus and writes the entry, fp8 as twice the bytes; a program
-    without one reads three words. Raises `ValueError` for tensors or addresses that do not fit.
+    pairs_address: of int32 [pairs_max] in host memory, entries_address: of uint8 [pairs_max, entry_bytes] there; of
+    both the first `state.posted` are used. out: [num_pairs, ...] as `RowCodec` says; entry i is its pairs[i]-th. In a
+    step that failed those rows become NaN, of codec "bytes" 0xff, without reading entries. Asynchronous; the grid does
+    not depend on how many there are. A late pair reads 4 bytes and an entry over the bus and writes the entry, fp8 as
+    twice the bytes; a program without one reads three words.
+    Raises `ValueError` for tensors or addresses that do not fit.
     """
     device = state.count.device
     target = codec.check(out, None, device)
     if pairs_max < 0 or pairs_address <= 0 or entries_address <= 0 or pairs_address % 4:
         raise ValueError(
-            f"{pairs_max} pairs at address {pairs_address:#x}, entries at {entries_address:#x}: there must be such memory, "
-            f"and the pairs' address be a multiple of 4"
+            f"{pairs_max} pairs at address {pairs_address:#x}, entries at {entries_address:#x}: there must be such "
+            f"memory, and the pairs' address be a multiple of 4"
         )
     if not pairs_max or not len(out):
         return

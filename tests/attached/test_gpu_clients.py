@@ -1,4 +1,5 @@
-"""A daemon's static set, read in place by clients' devices: under epochs, versions, and clients and daemons that fail."""
+"""A daemon's static set, read in place by clients' devices: under epochs, versions,
+and clients and daemons that fail."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def connect(socket: Path) -> Store:
 
 
 class Looker:
-    """A thread that looks the same keys up from the device without a pause; every lookup must give one version's rows."""
+    """A thread that looks the same keys up from the device without a pause;
+    every lookup must give one version's rows."""
 
     def __init__(self, store: Store, keys: np.ndarray, *versions: np.ndarray) -> None:
         self.lookup = store.open_lookup(NAME, len(keys))

@@ -1,4 +1,5 @@
-"""Microbenchmarks of one lookup, for `pytest --benchmark-only tests/bench`. In the suite each runs a few times: it must work.
+"""Microbenchmarks of one lookup, for `pytest --benchmark-only tests/bench`. In the suite each runs a few times:
+it must work.
 
 Figures to keep come from `tierstore bench`, where sides take turns.
 """

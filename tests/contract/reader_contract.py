@@ -1,4 +1,5 @@
-"""What every way of reading pages promises: inherited by a test class for each, with and without the compiled kernels."""
+"""What every way of reading pages promises: inherited by a test class for each,
+with and without the compiled kernels."""
 
 from __future__ import annotations
 

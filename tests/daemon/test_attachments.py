@@ -1,4 +1,5 @@
-"""Attachments: waits for clients to leave an epoch end, and whoever outlasted one is not waited for again until it left."""
+"""Attachments: waits for clients to leave an epoch end, and whoever outlasted one is not
+waited for again until it left."""
 
 from __future__ import annotations
 

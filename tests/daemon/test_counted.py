@@ -1,4 +1,5 @@
-"""The stat record of a daemon at work: what its clients looked up is timed and counted in it, beside what was planned."""
+"""The stat record of a daemon at work: what its clients looked up is timed and counted in it,
+beside what was planned."""
 
 from __future__ import annotations
 

@@ -100,7 +100,8 @@ def test_latency_is_a_cumulative_histogram_of_seconds_for_all_lookups() -> None:
 
 
 def test_every_number_of_the_record_is_exported() -> None:
-    """Each number of the record, made distinct, is found among the values; sums, bounds and the list of clients apart."""
+    """Each number of the record, made distinct, is found among the values; sums,
+    bounds and the list of clients apart."""
     record = stat_record()
     del record["latency"], record["daemon"]["pid"]
     record["clients"]["list"] = []

@@ -1,4 +1,5 @@
-"""`tierstore serve` as an operator has it: a process with a log, signals, a service manager, and commands to talk to it."""
+"""`tierstore serve` as an operator has it: a process with a log, signals, a service manager,
+and commands to talk to it."""
 
 from __future__ import annotations
 
@@ -233,8 +234,8 @@ def test_a_taken_port_is_named_before_the_tiers_are_warmed(
         assert run(["serve", str(built), "--socket", str(socket), *DRAM, option, address]) == 1
     error = capsys.readouterr().err
     assert (
-        f"error: {option} {address}: it cannot be listened at: Address already in use: the port is taken by another program; "
-        in error
+        f"error: {option} {address}: it cannot be listened at: Address already in use: "
+        "the port is taken by another program; " in error
     )
     assert "ss -ltnp" in error
     assert "warming" not in error

@@ -1,4 +1,5 @@
-"""The socket's server serves peers side by side, and says by name why it drops one; none of them costs another anything."""
+"""The socket's server serves peers side by side, and says by name why it drops one;
+none of them costs another anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""One version after the other under running lookups: each is of one version whole, and a bad version changes nothing."""
+"""One version after the other under running lookups: each is of one version whole,
+and a bad version changes nothing."""
 
 from __future__ import annotations
 
@@ -196,7 +197,8 @@ def test_a_version_that_cannot_take_its_place_is_refused_and_the_old_is_served(
 ) -> None:  # fmt: skip
     with serving(placed, socket, dram_bytes) as daemon, tierstore.connect(socket) as store:
         bad = make(tmp_path, other)
-        fds = []  # not counted before the first refusal: who attaches is sent copies, which are closed when they are sent
+        # Not counted before the first refusal: who attaches is sent copies, which are closed when they are sent.
+        fds = []
         with Traffic(store, NAME, KEYS, *rows) as traffic:
             for _ in range(4):
                 with pytest.raises(error, match=named):

@@ -1,4 +1,5 @@
-"""A swap outlives its daemon: started again as before, it serves what was swapped in; who gets another version is told."""
+"""A swap outlives its daemon: started again as before, it serves what was swapped in;
+who gets another version is told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The service manager is told what the daemon does, by the datagrams that systemd's protocol has; no manager ever stops it."""
+"""The service manager is told what the daemon does, by the datagrams that systemd's protocol has;
+no manager ever stops it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Classes of items are what dictionaries count, and the most valuable are chosen, exactly as many as there is room for."""
+"""Classes of items are what dictionaries count, and the most valuable are chosen,
+exactly as many as there is room for."""
 
 from __future__ import annotations
 

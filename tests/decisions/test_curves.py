@@ -49,7 +49,8 @@ class WholeRanking:
 
 
 def curves_of(replay: Replay, **options: object) -> Curves:
-    return build_curves(WholeRanking(replay), COST, BUDGETS, 2000, np.random.default_rng(0), **options)  # type: ignore[arg-type]
+    generator = np.random.default_rng(0)
+    return build_curves(WholeRanking(replay), COST, BUDGETS, 2000, generator, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

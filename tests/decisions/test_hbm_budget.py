@@ -1,4 +1,5 @@
-"""How an HBM budget is divided: never more than was asked, nearly all of it used, refused with the least that would do."""
+"""How an HBM budget is divided: never more than was asked, nearly all of it used,
+refused with the least that would do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A replan moves what is clearly hotter and nothing else, never past capacity, in steps that fit, and once is enough."""
+"""A replan moves what is clearly hotter and nothing else, never past capacity, in steps that fit,
+and once is enough."""
 
 from __future__ import annotations
 

@@ -120,7 +120,8 @@ def test_fewer_tokens_than_sequences_make_no_step() -> None:
 
 
 def test_a_share_of_the_items_meets_as_small_a_share_of_the_cache() -> None:
-    """With a tenth of the items hit rates are near those of all; rates a token are scaled, shares of batches unknown."""
+    """With a tenth of the items hit rates are near those of all; rates a token are scaled,
+    shares of batches unknown."""
     rng = np.random.default_rng(3)
     num_tokens, num_items = 60_000, 20_000
     items = np.minimum((rng.pareto(0.9, num_tokens) * 20).astype(np.int64), num_items - 1)

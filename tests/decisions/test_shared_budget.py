@@ -1,4 +1,5 @@
-"""A daemon's budget is never exceeded and its parts never overlap, whatever tables, placements and budgets there are."""
+"""A daemon's budget is never exceeded and its parts never overlap, whatever tables,
+placements and budgets there are."""
 
 from __future__ import annotations
 

@@ -55,7 +55,8 @@ def tallied(header: ProfileHeader, counted: list[int], held_out: list[int], seed
 def assert_group(
     group: Group, header: ProfileHeader, counted: list[Access], held: list[Access], tokens: list[int]
 ) -> None:
-    """Holds a group against accesses counted one by one; which access gets which id is free, but equal ones get equal ids."""
+    """Holds a group against accesses counted one by one; which access gets which id is free,
+    but equal ones get equal ids."""
     sums, held_sums = Counter(counted), Counter(held)
     expected: dict[tuple[int, int], list[int]] = {}
     for access in sums:

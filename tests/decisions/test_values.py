@@ -57,7 +57,8 @@ def test_more_counts_are_never_worth_less() -> None:
 
 
 def test_unseen_mass_makes_items_counted_once_worth_less_than_their_share() -> None:
-    """Half of the training text and half of the held-out are from the same Zipf law: what was seen once is mostly luck."""
+    """Half of the training text and half of the held-out are from the same Zipf law:
+    what was seen once is mostly luck."""
     rng = np.random.default_rng(2)
     drawn = rng.zipf(1.3, (2, 50_000)) % 100_000
     counts, held_out = (np.bincount(each, minlength=100_000) for each in drawn)

@@ -1,7 +1,7 @@
 """TieredEmbedding on a store with an hbm tier: kernels, mailbox and host together, on a GPU or interpreted.
 
-The oracle is NumPy's fancy indexing of the rows that went into the store. Which tiers answer is the fixture's: HBM, DRAM's static
-set or whole tables where the device reads them, and misses by way of the mailbox.
+The oracle is NumPy's fancy indexing of the rows that went into the store. Which tiers answer is the fixture's: HBM,
+DRAM's static set or whole tables where the device reads them, and misses by way of the mailbox.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""In which order streams wait for each other, and what a captured graph may not hold, told by streams that only note it.
+"""In which order streams wait for each other, and what a captured graph may not hold,
+told by streams that only note it.
 
-Kernels run at once here, in whatever order they are launched: a missing wait gives no wrong value without a GPU. So streams and
-events are stood in for by ones that note who waits for whom, and lookups by ones that note where they were launched.
+Kernels run at once here, in whatever order they are launched: a missing wait gives no wrong value without a GPU. So
+streams and events are stood in for by ones that note who waits for whom,
+and lookups by ones that note where they were launched.
 """
 
 from __future__ import annotations

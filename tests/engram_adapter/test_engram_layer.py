@@ -1,4 +1,5 @@
-"""The Engram layer: its formula against plain float64 loops, a store against a resident table, parts against the whole."""
+"""The Engram layer: its formula against plain float64 loops, a store against a resident table,
+parts against the whole."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Tiere
 
 
 def made_layer(embedding: torch.nn.Module, seed: int = 0, **form: Any) -> EngramLayer:
-    """A layer whose every parameter is random: with the initial ones and zeros, norms and convolution would not show."""
+    """A layer whose every parameter is random: with the initial ones and zeros,
+    norms and convolution would not show."""
     layer = EngramLayer(embedding, FEATURES, HIDDEN, BRANCHES, **form)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -109,8 +109,9 @@ def published_draft(dtype: str = "F32") -> Draft:
 def qwen_draft(dtype: str = "BF16", parts: int | None = 12) -> Draft:
     """Twelve shards, so that their order by number is not their order by name; None for one unsharded tensor."""
     text = {
-        "ple_layer_ids": [2, 4], "ple_embed_dim": 32, "ngram_size": 3, "heads_per_ngram": 2, "ngram_vocab_size_base": 30,
-        "make_ngram_vocab_size_divisible_by": 24, "seed": 7, "vocab_size": 19, "eos_token_id": [5, 6],
+        "ple_layer_ids": [2, 4], "ple_embed_dim": 32, "ngram_size": 3, "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 30, "make_ngram_vocab_size_divisible_by": 24, "seed": 7, "vocab_size": 19,
+        "eos_token_id": [5, 6],
     }  # fmt: skip
     draft = Draft(
         {"text_config": text, "vocab_size": 3}, {}, codec={"BF16": "bf16", "F16": "fp16", "F32": "fp32"}.get(dtype, "")

@@ -295,8 +295,9 @@ def test_row_ids_equal_those_of_transformers(seed: int, ngram_size: int) -> None
         "transformers.models.qwen4_exp.modeling_qwen4_exp", reason="transformers 5.19 has it"
     )
     values = {
-        "vocab_size": 23, "ple_layer_ids": [3, 1], "ngram_size": ngram_size, "heads_per_ngram": 3, "eos_token_id": [4, 9],
-        "ngram_vocab_size_base": 211, "make_ngram_vocab_size_divisible_by": 64, "seed": 77 + seed, "hidden_size": 32,
+        "vocab_size": 23, "ple_layer_ids": [3, 1], "ngram_size": ngram_size, "heads_per_ngram": 3, "eos_token_id": [4,
+        9], "ngram_vocab_size_base": 211, "make_ngram_vocab_size_divisible_by": 64, "seed": 77 + seed,
+        "hidden_size": 32,
     }  # fmt: skip
     config = SimpleNamespace(**values)
     config.ple_layer_ids = sorted(config.ple_layer_ids)

@@ -114,17 +114,21 @@ PACKED = {
     "bitsandbytes 4-bit": (
         {"embed.weight": BYTES.reshape(-1, 1), "embed.weight.absmax": torch.ones(40),
          "embed.weight.quant_state.bitsandbytes__nf4": STATE}, "embed.weight", "bitsandbytes"),
-    "bitsandbytes int8": ({"embed.weight": BYTES.view(torch.int8), "embed.SCB": torch.ones(ROWS)}, "embed.weight", "int8 of"),
+    "bitsandbytes int8": (
+        {"embed.weight": BYTES.view(torch.int8), "embed.SCB": torch.ones(ROWS)}, "embed.weight", "int8 of"),
     "GPTQ": ({"embed.qweight": BYTES.view(torch.int32), "embed.qzeros": BYTES.view(torch.int32),
               "embed.scales": torch.ones(1, ROWS).half()}, "embed.qweight", "GPTQ or AWQ"),
     "AWQ without its zeros": ({"embed.qweight": BYTES.view(torch.int32)}, "embed.qweight", "GPTQ or AWQ"),
     "NVFP4": ({"embed.weight": BYTES, "embed.weight_scale": torch.ones(ROWS, 8).to(torch.float8_e4m3fn),
                "embed.weight_scale_2": torch.ones(1)}, "embed.weight", "NVFP4"),
     "compressed-tensors": ({"embed.weight_packed": BYTES.view(torch.int32), "embed.weight_scale": torch.ones(ROWS, 1),
-                            "embed.weight_shape": torch.tensor([ROWS, 512])}, "embed.weight_packed", "compressed-tensors"),
+                            "embed.weight_shape": torch.tensor([ROWS, 512])},
+                           "embed.weight_packed", "compressed-tensors"),
     "MLX": ({"embed.weight": BYTES.view(torch.uint32), "embed.scales": torch.ones(ROWS, 2).bfloat16(),
              "embed.biases": torch.ones(ROWS, 2).bfloat16()}, "embed.weight", "MLX"),
-    "int8": ({"embed.weight": BYTES.view(torch.int8), "embed.weight_scale": torch.ones(ROWS, 1)}, "embed.weight", "with a scale"),
+    "int8": (
+        {"embed.weight": BYTES.view(torch.int8), "embed.weight_scale": torch.ones(ROWS, 1)},
+        "embed.weight", "with a scale"),
     "int8 with zero points": ({"embed.weight": BYTES.view(torch.int8), "embed.weight_scale": torch.ones(ROWS, 1),
                                "embed.weight_zero_point": torch.ones(ROWS, 1)}, "embed.weight", "zero points"),
 }  # fmt: skip

@@ -1,7 +1,8 @@
-"""Folders of a real layout, damaged, renamed, half downloaded and mixed: each is built right or refused by its true cause.
+"""Folders of a real layout, damaged, renamed, half downloaded and mixed:
+each is built right or refused by its true cause.
 
-A seed draws a checkpoint in a family's layout, harmless oddities and at most one fault, which knows what must be said of it. Rows
-are held against the tensors as torch had them, and files are written by the safetensors library.
+A seed draws a checkpoint in a family's layout, harmless oddities and at most one fault, which knows what must be said
+of it. Rows are held against the tensors as torch had them, and files are written by the safetensors library.
 TIERSTORE_SOAK=1 draws 200 folders instead of 32.
 """
 
@@ -471,7 +472,8 @@ def no_tokenizer(folder: Folder) -> str | None:
 
 
 ODD_TENSORS = [
-    conversion_names, another_prefix, other_scale_name, scale_of_the_model_s_type, padded_vocabulary, deeper_configuration,
+    conversion_names, another_prefix, other_scale_name, scale_of_the_model_s_type, padded_vocabulary,
+    deeper_configuration,
 ]  # fmt: skip
 ODD_FILES = [
     sidecars, other_files_beside, an_older_copy_beside, a_tensor_that_the_index_gives_to_another_file,
@@ -482,9 +484,9 @@ BAD_TENSORS = [
     packed_by_another_tool, another_seed, other_moduli, another_tokenizer,
 ]  # fmt: skip
 BAD_FILES = [
-    cut_short, of_another_kind, a_header_that_lies, still_downloading, never_written, not_downloaded, renamed_to_its_part,
-    a_stale_index, an_index_of_other_files, a_damaged_index, one_rank_s_files, the_same_tensors_twice, no_configuration,
-    no_tokenizer,
+    cut_short, of_another_kind, a_header_that_lies, still_downloading, never_written, not_downloaded,
+    renamed_to_its_part, a_stale_index, an_index_of_other_files, a_damaged_index, one_rank_s_files,
+    the_same_tensors_twice, no_configuration, no_tokenizer,
 ]  # fmt: skip
 Act = Callable[[Folder], Any]
 
@@ -504,7 +506,8 @@ def do(folder: Folder, acts: list[Act]) -> str | None:
 
 
 def make(folder: Folder) -> str | None:
-    """Writes the folder with oddities and perhaps a fault; returns what must be said of it, None if it must be built."""
+    """Writes the folder with oddities and perhaps a fault; returns what must be said of it,
+    None if it must be built."""
     rng = folder.rng
     kind = ["none", "tensors", "files", "files"][int(rng.integers(4))]
     if folder.layout in PLAIN:

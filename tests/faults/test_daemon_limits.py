@@ -1,4 +1,5 @@
-"""A daemon whose disk fails, and limits that are too small: a named error for what needs it, and everything else goes on."""
+"""A daemon whose disk fails, and limits that are too small: a named error for what needs it,
+and everything else goes on."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ STORM_S = 60.0 if SOAK else 3.0
 ATTACHED_AGAIN_S = 2.0
 CLIENTS = 4
 KILLED_S = (0.0, 0.2)  # a client has looked up for so long, at random, when it is killed
-# A process's heap grows while it is used in new ways, by pieces that the allocator takes; a leak of one lookup's, one client's
-# or one move's memory would be past this in each of the runs here.
+# A process's heap grows while it is used in new ways, by pieces that the allocator takes; a leak of one lookup's, one
+# client's or one move's memory would be past this in each of the runs here.
 SLACK_BYTES = 8 << 20
 
 
@@ -203,8 +203,8 @@ def test_clients_that_write_garbage_and_lie_or_are_stopped_hold_up_nobody(versio
 
 
 def test_nothing_grows_under_mixed_load(versions: Versions, folder: Path) -> None:
-    """Descriptors and threads come back to what they were; memory's medians of the run's last two thirds differ by less than
-    SLACK_BYTES: the first third is for what is made at its first use."""
+    """Descriptors and threads come back to what they were; memory's medians of the run's last two thirds differ by less
+    than SLACK_BYTES: the first third is for what is made at its first use."""
     with (
         DaemonProcess(versions.stores[0], folder / "d.sock") as daemon,
         checking_clients(versions, daemon, 1, "--shift", "--threads", "2") as (lasting,),
@@ -233,7 +233,8 @@ def test_nothing_grows_under_mixed_load(versions: Versions, folder: Path) -> Non
             ]
             medians = [statistics.median(use.own_bytes for use in part) for part in thirds]
             print(
-                f"{name}: {medians[0] / 1e6:.1f}, {medians[1] / 1e6:.1f}, {medians[2] / 1e6:.1f} MB; {samples[-1][which]}"
+                f"{name}: {medians[0] / 1e6:.1f}, {medians[1] / 1e6:.1f}, {medians[2] / 1e6:.1f} MB; "
+                f"{samples[-1][which]}"
             )
             assert medians[2] - medians[1] < SLACK_BYTES, name
             assert max(use.descriptors for use in thirds[2]) <= max(use.descriptors for use in thirds[1]) + 8, name

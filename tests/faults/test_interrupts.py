@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM, SIGHUP and alarms at any moment: a command ends soon and quietly, leaves nothing unfinished, and runs again.
+"""Ctrl-C, SIGTERM, SIGHUP and alarms at any moment: a command ends soon and quietly, leaves nothing unfinished,
+and runs again.
 
 The default run tries a few moments of each; TIERSTORE_SOAK=1 (`make soak`) many, and prints how long an interrupt took.
 """
@@ -33,8 +34,8 @@ TAKES_MAX_S = 5.0  # and what fails a test: the machine may be busy
 ENDS_WITHIN_S = 120.0
 UNFINISHED = (".new", ".tmp", "work-")
 
-# What a user starts, by its name, as the installed script does it. It says when Python itself is up: a signal before that is
-# the interpreter's.
+# What a user starts, by its name, as the installed script does it. It says when Python itself is up: a signal before
+# that is the interpreter's.
 SCRIPT = """
 import sys
 sys.stdout.write("up\\n")
@@ -131,7 +132,8 @@ def fresh(place: Place) -> None:
 
 
 def seconds_after(delay_s: float, act: Callable[[], object]) -> float | None:
-    """Has an alarm ring after delay_s while `act` runs; returns how long it took to get out, None if `act` had ended."""
+    """Has an alarm ring after delay_s while `act` runs; returns how long it took to get out,
+    None if `act` had ended."""
 
     def ring(*_: object) -> None:
         raise Alarm

@@ -1,4 +1,5 @@
-"""Signal handlers that raise, in every lookup: nothing hangs, nothing is lost, and a buffer is its owner's again at once.
+"""Signal handlers that raise, in every lookup: nothing hangs, nothing is lost,
+and a buffer is its owner's again at once.
 
 TIERSTORE_SOAK=1 has 10,000 trials of each.
 """

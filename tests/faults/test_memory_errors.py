@@ -1,9 +1,10 @@
-"""MemoryError at every line of ours that a lookup, a trace or a close goes through: nothing is lost, and the next call works.
+"""MemoryError at every line of ours that a lookup, a trace or a close goes through: nothing is lost,
+and the next call works.
 
-A trace function raises at line 1, 2, 3 ... of our own Python until a call ends before the next one; of a trace, which goes
-through hundreds of lines, at every line with TIERSTORE_SOAK=1, else at every seventh. Lines that only leave a `with` are passed
-over: there, no code of ours runs that could be out of memory. What the C++ side does without memory is
-tests/kernels/cpp/scarcity_test.cpp's.
+A trace function raises at line 1, 2, 3 ... of our own Python until a call ends before the next one; of a trace, which
+goes through hundreds of lines, at every line with TIERSTORE_SOAK=1, else at every seventh. Lines that only leave a
+`with` are passed over: there, no code of ours runs that could be out of memory. What the C++ side does without memory
+is tests/kernels/cpp/scarcity_test.cpp's.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class Failing:
 
 
 def sweep(act: Callable[[], object], check: Callable[[bool], None], step: int = 1) -> int:
-    """Fails line after line of act until it ends before the next; returns how many there were. check: whether it ended well."""
+    """Fails line after line of act until it ends before the next; returns how many there were. check:
+    whether it ended well."""
     number = 0
     while True:
         failing, ended = Failing(number), False

@@ -1,4 +1,5 @@
-"""Placements damaged under good checksums, made on disks that fail, opened by those who are interrupted: rows or a name."""
+"""Placements damaged under good checksums, made on disks that fail, opened by those who are interrupted:
+rows or a name."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def build_plain_tables(folder: Path, tensors: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("io", ["uring", "mmap", "pread"])
 def test_a_record_that_an_index_gives_to_many_keys_is_handed_to_its_own_only(tmp_path: Path, io: str) -> None:
-    """Read for its own key, it was not looked at again for the others in the batch: they got what lay in memory before."""
+    """Read for its own key, it was not looked at again for the others in the batch:
+    they got what lay in memory before."""
     model = make_model(tmp_path / "model", layers=tuple(range(1, 10)))
     model.build(tmp_path / "store")
     chosen = chosen_keys(8, static_fraction=0.0)
@@ -96,7 +98,8 @@ def test_a_record_that_an_index_gives_to_many_keys_is_handed_to_its_own_only(tmp
 def test_buckets_beyond_all_descriptors_are_filled_through_one_file(
     own_store: Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each had a file, open to the end: 100 GiB of packed entries ran out of descriptors, and their preflight was short."""
+    """Each had a file, open to the end: 100 GiB of packed entries ran out of descriptors,
+    and their preflight was short."""
     chosen = chosen_keys(600, static_fraction=0.0)
     monkeypatch.setattr(place, "BUCKET_BYTES", 1000)  # two records of 336 bytes
     most_files, most_bytes = 0, 0

@@ -1,4 +1,5 @@
-"""Reads that fail, come short, are corrupt or slow, at operation 1, 2, 3 ...: right rows or a named error, never a hang."""
+"""Reads that fail, come short, are corrupt or slow, at operation 1, 2, 3 ...: right rows or a named error,
+never a hang."""
 
 from __future__ import annotations
 

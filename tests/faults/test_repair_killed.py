@@ -94,7 +94,8 @@ def test_a_repair_killed_at_every_durable_operation_leaves_old_files_or_whole_on
 def test_ctrl_c_ends_a_verification_or_repair_at_once_and_leaves_no_temporary_file(
     tmp_path: Path, repair: bool
 ) -> None:
-    """Each read of a chunk takes a tenth of a second, as on a slow disk: what is under way ends, and nothing else begins."""
+    """Each read of a chunk takes a tenth of a second, as on a slow disk: what is under way ends,
+    and nothing else begins."""
     model = make_model(tmp_path / "checkpoint")
     model.build(tmp_path / "store", shard_bytes=4096)
     for shard in (tmp_path / "store").rglob("*.shard"):

@@ -1,4 +1,5 @@
-"""Peers that break the protocol in every way cost the daemon nothing: others are served meanwhile, and nothing is left of them.
+"""Peers that break the protocol in every way cost the daemon nothing: others are served meanwhile,
+and nothing is left of them.
 
 TIERSTORE_SOAK=1 raises the number of hostile acts from 2,500 to 100,000.
 """
@@ -204,7 +205,8 @@ class ServedClient:
 
 
 def wait_for_descriptors(path: Path, expected: int) -> None:
-    """Waits until the server, in the same process, has closed what its peers left. Each request is a round of its loop."""
+    """Waits until the server, in the same process, has closed what its peers left.
+    Each request is a round of its loop."""
     deadline = time.monotonic() + WAIT_S
     while open_descriptors() != expected and time.monotonic() < deadline:
         ask(path, {"do": "stat"}, WAIT_S)

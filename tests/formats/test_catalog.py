@@ -177,9 +177,9 @@ def test_a_missing_record_is_refused(own_store: Path, key: str) -> None:
         tierstore.open(own_store)
 
 
-# Damages a catalog, case by case, each time in a file that was whole before: a read must give the whole catalog's contents
-# or a named error; where it gives them, now and then a write and another read must too. The case at hand goes to
-# standard output first, so that it is known if a signal ends the process.
+# Damages a catalog, case by case, each time in a file that was whole before: a read must give the whole catalog's
+# contents or a named error; where it gives them, now and then a write and another read must too. The case at hand goes
+# to standard output first, so that it is known if a signal ends the process.
 SWEEP = """
 import os, random, sys
 from pathlib import Path
@@ -312,8 +312,8 @@ def test_many_threads_and_processes_read_one_catalog(built: Path) -> None:
         process.join(timeout=60)
 
 
-# Overwrites a catalog in place again and again, cuts it and lets it grow, while the product opens the store: it gives the
-# catalog's contents, or a named error. In a process of its own, which a signal would end.
+# Overwrites a catalog in place again and again, cuts it and lets it grow, while the product opens the store: it gives
+# the catalog's contents, or a named error. In a process of its own, which a signal would end.
 OVERWRITTEN = """
 import os, random, sys, threading
 from pathlib import Path

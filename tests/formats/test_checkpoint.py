@@ -1,4 +1,5 @@
-"""Checkpoints: headers are believed only where the safetensors library believes them, and bytes come from where it says."""
+"""Checkpoints: headers are believed only where the safetensors library believes them,
+and bytes come from where it says."""
 
 from __future__ import annotations
 

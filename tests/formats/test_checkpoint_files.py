@@ -1,4 +1,5 @@
-"""Which files are a checkpoint: what the index says, what is visible without one, and what only looks like a whole one."""
+"""Which files are a checkpoint: what the index says, what is visible without one,
+and what only looks like a whole one."""
 
 from __future__ import annotations
 

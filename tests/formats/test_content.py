@@ -1,4 +1,5 @@
-"""A file is what its bytes say: written by the real libraries where there are some, and random numbers are nothing at all."""
+"""A file is what its bytes say: written by the real libraries where there are some,
+and random numbers are nothing at all."""
 
 from __future__ import annotations
 

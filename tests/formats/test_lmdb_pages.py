@@ -1,4 +1,5 @@
-"""The reader of LMDB files: it gives what LMDB gives, as of one commit, and no file that others change ends the process."""
+"""The reader of LMDB files: it gives what LMDB gives, as of one commit,
+and no file that others change ends the process."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def records_by_lmdb(file: Path) -> list[tuple[bytes, bytes]]:
 
 
 def write_random(file: Path, seed: int) -> None:
-    """Some transactions of puts, overwrites and deletes: deep and flat trees, values in pages of their own, free lists."""
+    """Some transactions of puts, overwrites and deletes: deep and flat trees, values in pages of their own,
+    free lists."""
     rng = np.random.default_rng(seed)
     key_bytes_max = int(rng.choice([1, 8, 40, 511]))
     value_bytes_max = int(rng.choice([0, 30, 2000, 3000, 9000]))

@@ -1,4 +1,5 @@
-"""A profile gives back what was written, block by block; damage and contradictions are named errors, never wrong counts."""
+"""A profile gives back what was written, block by block; damage and contradictions are named errors,
+never wrong counts."""
 
 from __future__ import annotations
 

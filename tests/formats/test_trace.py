@@ -1,4 +1,5 @@
-"""A trace gives back documents and accesses as they were added, in any pieces; what contradicts itself is refused by name."""
+"""A trace gives back documents and accesses as they were added, in any pieces;
+what contradicts itself is refused by name."""
 
 from __future__ import annotations
 

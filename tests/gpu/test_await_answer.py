@@ -1,4 +1,5 @@
-"""The device's wait for the host ends with the answer, with the refusal or at its bound; the next step begins afresh."""
+"""The device's wait for the host ends with the answer, with the refusal or at its bound;
+the next step begins afresh."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ SMALL = CODECS["scaled-33x3"]
 
 
 def pairs_of(seed: int, num_tokens: int, num_places: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and places [num_tokens, 3]: hits with duplicates, misses, sentinels, no keys, and places that no source has."""
+    """Keys and places [num_tokens, 3]: hits with duplicates, misses, sentinels, no keys,
+    and places that no source has."""
     random = np.random.default_rng(seed)
     keys = random.integers(0, 2**63, size=(num_tokens, 3))
     keys[random.random(keys.shape) < 0.1] = 0

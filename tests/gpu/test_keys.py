@@ -1,4 +1,5 @@
-"""Keys made on the device are those of the host, and ids outside the vocabulary cost their n-grams the key, nothing else."""
+"""Keys made on the device are those of the host, and ids outside the vocabulary cost their n-grams the key,
+nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The list of misses and the request to the host: every miss once, nothing past the list, and no request without a miss."""
+"""The list of misses and the request to the host: every miss once, nothing past the list,
+and no request without a miss."""
 
 from __future__ import annotations
 

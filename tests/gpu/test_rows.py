@@ -1,4 +1,5 @@
-"""Rows come by their number, from either memory; -1 gives zeros, other ids that name none no values, and are never read."""
+"""Rows come by their number, from either memory; -1 gives zeros, other ids that name none no values,
+and are never read."""
 
 from __future__ import annotations
 

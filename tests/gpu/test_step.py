@@ -1,4 +1,5 @@
-"""A step from keys to rows: what the device holds at once, what it misses from the host, and nothing false where that fails."""
+"""A step from keys to rows: what the device holds at once, what it misses from the host,
+and nothing false where that fails."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ ENTRIES_START = -(-(PAIRS_START + 4 * PAIRS_MAX) // 64) * 64
 
 
 class Device:
-    """A table of 60 keys: the even ones below 40 on the device, all of them with the host, who answers from `entries`."""
+    """A table of 60 keys: the even ones below 40 on the device, all of them with the host,
+    who answers from `entries`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,4 +1,5 @@
-"""An id that the kernel gives for "unknown" is nobody's: not the daemon's user, nor one who is let in, nor an ended process."""
+"""An id that the kernel gives for "unknown" is nobody's: not the daemon's user, nor one who is let in,
+nor an ended process."""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ def unshared(kind: int) -> None:
 
 
 def started(act: str, *arguments: object) -> subprocess.Popen[str]:
-    """Runs a function of this file in a process of its own, of one thread: a fork of this one may have threads of gRPC's."""
+    """Runs a function of this file in a process of its own, of one thread:
+    a fork of this one may have threads of gRPC's."""
     code = "import sys; from ipc import test_identity; getattr(test_identity, sys.argv[1])(*sys.argv[2:])"
     folders = os.pathsep.join((str(REPOSITORY / "tests"), str(REPOSITORY)))
     return subprocess.Popen(

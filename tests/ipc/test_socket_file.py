@@ -1,4 +1,5 @@
-"""One daemon at a time listens at a path, for its own user, root, and who is named; whatever else is there stays as it was."""
+"""One daemon at a time listens at a path, for its own user, root, and who is named;
+whatever else is there stays as it was."""
 
 from __future__ import annotations
 

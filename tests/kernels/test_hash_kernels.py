@@ -1,4 +1,5 @@
-"""Keys and row ids of the compiled kernels and of the NumPy reference, against plain Python integers, and each other."""
+"""Keys and row ids of the compiled kernels and of the NumPy reference, against plain Python integers,
+and each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Counts of keys: the compiled ones against plain Python's, byte for byte, and what both promise: never more than there was."""
+"""Counts of keys: the compiled ones against plain Python's, byte for byte, and what both promise:
+never more than there was."""
 
 from __future__ import annotations
 
@@ -124,7 +125,8 @@ NAMES = st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(-1, 6))
 def test_no_count_is_above_the_truth_and_a_set_keeps_what_outweighs_all_else(
     implementation: Any, accesses: list[tuple[Name, int]], num_sets: int
 ) -> None:
-    """Of one key's weight the set loses at most what other keys brought: each of their units takes one off at most once."""
+    """Of one key's weight the set loses at most what other keys brought:
+    each of their units takes one off at most once."""
     reports = reports_of([name for name, _ in accesses], [exponent for _, exponent in accesses])
     memory = lines(num_sets)
     counts = implementation(memory)

@@ -1,4 +1,5 @@
-"""Mailboxes: a GPU, played by NumPy, gets the entries that it asked for or a status, whatever it writes and whatever fails."""
+"""Mailboxes: a GPU, played by NumPy, gets the entries that it asked for or a status,
+whatever it writes and whatever fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The ring of reports: what is taken was written, none twice, and what is missing is counted; whatever clients do to it."""
+"""The ring of reports: what is taken was written, none twice, and what is missing is counted;
+whatever clients do to it."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,8 +145,8 @@ def test_of_many_threads_every_report_is_taken_once_lost_or_dropped(num_threads:
     assert len(reports) + reader.lost + reader.dropped == sum(written)
 
 
-# A client in a process of its own reports start, start + 1, .. until its input ends, then says how many. Arguments: the block's
-# descriptor, the start, how many at once.
+# A client in a process of its own reports start, start + 1, .. until its input ends, then says how many. Arguments: the
+# block's descriptor, the start, how many at once.
 CLIENT = """
 import mmap, select, sys
 import numpy as np
@@ -169,7 +171,8 @@ def start_client(descriptor: int, start: int, batch: int) -> subprocess.Popen[st
 
 
 def take_until(reader: kernels.ReportReader, wanted: int) -> np.ndarray:
-    """Takes so many reports or more, while they come; fails where they have not in WAIT_S. Until the first, writers start."""
+    """Takes so many reports or more, while they come; fails where they have not in WAIT_S. Until the first,
+    writers start."""
     parts, out, num_taken = [], np.zeros(NUM_RECORDS, dtype=REPORT), 0
     deadline, pause = time.monotonic() + WAIT_S, threading.Event()
     while num_taken < wanted:
@@ -293,7 +296,7 @@ TAMPERING = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(TAMPERING)
-def test_whatever_stands_in_a_block_reading_it_ends_and_the_ring_recovers(tampering: list[tuple]) -> None:  # type: ignore[type-arg]
+def test_whatever_stands_in_a_block_reading_it_ends_and_the_ring_recovers(tampering: list[tuple[Any, ...]]) -> None:
     block = fresh_block()
     writer, reader = kernels.ReportWriter(block), kernels.ReportReader(block)
     for what, where, value in tampering:

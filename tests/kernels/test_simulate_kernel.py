@@ -1,4 +1,5 @@
-"""Predicted hits of the recency cache: the compiled code that serves, against the policy in plain Python, access for access."""
+"""Predicted hits of the recency cache: the compiled code that serves, against the policy in plain Python,
+access for access."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ Accesses = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def zipf_accesses(seed: int, num_accesses: int, num_keys: int, batch_max: int) -> Accesses:
-    """Zipf-like accesses of 3 orders that share keys, with keys 0, the largest, and -1, in batches of 0 to batch_max."""
+    """Zipf-like accesses of 3 orders that share keys, with keys 0, the largest, and -1,
+    in batches of 0 to batch_max."""
     rng = np.random.default_rng(seed)
     weights = 1 / np.arange(1, num_keys + 1)
     pool = rng.integers(0, KEY_MAX, num_keys)

@@ -328,7 +328,8 @@ def test_a_target_that_cannot_be_written_is_named(
 
 
 def test_a_build_of_a_large_table_stays_within_its_memory(tmp_path: Path) -> None:
-    """192 MiB of rows through a build in a process of its own: it may grow by the chunks of its jobs, not by the table."""
+    """192 MiB of rows through a build in a process of its own: it may grow by the chunks of its jobs,
+    not by the table."""
     script = """
 import json, resource, sys
 import numpy as np

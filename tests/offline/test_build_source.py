@@ -1,4 +1,5 @@
-"""What a store was built from: files that change, are replaced, copied or completed before, during and after a build."""
+"""What a store was built from: files that change, are replaced, copied or completed before,
+during and after a build."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def model(tmp_path: Path) -> Path:
 
 
 def build(model: Path, store: Path, **options: object) -> tierstore.offline.build.BuildReport:
-    return build_checkpoint(model, store, tensor="w", shard_bytes=SHARD_BYTES, jobs=1, **options)  # type: ignore[arg-type]
+    fixed = {"tensor": "w", "shard_bytes": SHARD_BYTES, "jobs": 1}
+    return build_checkpoint(model, store, **fixed, **options)  # type: ignore[arg-type]
 
 
 def rows_of(store: Path) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Placements: right rows whatever is placed, damage noticed and named, the old epoch kept until the new one is whole."""
+"""Placements: right rows whatever is placed, damage noticed and named,
+the old epoch kept until the new one is whole."""
 
 from __future__ import annotations
 

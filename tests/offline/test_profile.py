@@ -1,4 +1,5 @@
-"""Profiles count what collections.Counter counts, in bounded memory, and merge to what one process would have made of all."""
+"""Profiles count what collections.Counter counts, in bounded memory,
+and merge to what one process would have made of all."""
 
 from __future__ import annotations
 
@@ -208,7 +209,8 @@ def test_documents_longer_than_a_block_go_over_blocks(tmp_path: Path, length: in
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("documents", [[[]], [[], []], [[], [1]], [[1], []], [list(range(13)), [], [5]]], ids=str)
 def test_an_empty_document_is_one_wherever_it_stands(tmp_path: Path, documents: list[list[int]]) -> None:
-    """It was counted and analysed but not written, so that a merged profile had fewer documents than one made at once."""
+    """It was counted and analysed but not written, so that a merged profile had fewer
+    documents than one made at once."""
     header = replace(HEADER, held_out=1.0)
     assert_counts(tmp_path / "p", make(tmp_path / "p", documents, header), documents, share=1.0)
     merge(tmp_path / "merged", [tmp_path / "p"])

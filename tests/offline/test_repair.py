@@ -126,7 +126,8 @@ def test_the_rows_of_another_checkpoint_are_refused_and_nothing_changes(own_stor
 
 
 def test_a_checkpoint_whose_config_alone_changed_still_repairs(own_store: Path, tmp_path: Path) -> None:
-    """The catalog's SHA-256 of the shard decides, and not the digest of the whole checkpoint: these rows are the same."""
+    """The catalog's SHA-256 of the shard decides, and not the digest of the whole checkpoint:
+    these rows are the same."""
     before = everything(own_store)
     flip(shard_file(own_store), 5000)
     again = make_model(tmp_path / "again")

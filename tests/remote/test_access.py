@@ -47,7 +47,8 @@ def write_private(path: Path, text: str) -> Path:
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an authority (ca), and what it signed for 127.0.0.1: good, renewed, and expired, each .pem and .key."""
+    """A folder with an authority (ca), and what it signed for 127.0.0.1: good, renewed, and expired,
+    each .pem and .key."""
     if shutil.which("openssl") is None:
         pytest.skip("the openssl command is not installed")
     folder = tmp_path_factory.mktemp("certificates")

@@ -1,4 +1,5 @@
-"""The standard health service says whether a server serves, without a token, and nobody can take it away from the others."""
+"""The standard health service says whether a server serves, without a token,
+and nobody can take it away from the others."""
 
 from __future__ import annotations
 

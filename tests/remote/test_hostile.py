@@ -1,4 +1,5 @@
-"""Hostile peers of a server of lookups by gRPC: its well-behaved clients get their rows all the while, and it grows by nothing.
+"""Hostile peers of a server of lookups by gRPC: its well-behaved clients get their rows all the while,
+and it grows by nothing.
 
 TIERSTORE_SOAK=1 sends 100,000 bodies to every method instead of 1,000.
 """
@@ -86,7 +87,8 @@ class Watched:
         assert num_bytes <= before[2] + GROWTH_BYTES_MAX
 
     def _settled(self, before: tuple[int, int, int] | None) -> tuple[int, int, int]:
-        """Descriptors, threads and bytes of the server: once some lookups are done, or descriptors are back where they were."""
+        """Descriptors, threads and bytes of the server: once some lookups are done,
+        or descriptors are back where they were."""
         deadline = time.monotonic() + SETTLE_S
         while time.monotonic() < deadline:
             done = self.num_lookups >= 50 if before is None else self.process.num_fds() <= before[0]

@@ -1,4 +1,5 @@
-"""A store reached by gRPC keeps the contract of stores, and what only it promises: restarts, forks, limits, new versions."""
+"""A store reached by gRPC keeps the contract of stores, and what only it promises: restarts, forks, limits,
+new versions."""
 
 from __future__ import annotations
 

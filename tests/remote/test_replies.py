@@ -1,4 +1,5 @@
-"""A client takes exactly the rows that it asked for: what a faulty or foreign server answers otherwise is refused by name."""
+"""A client takes exactly the rows that it asked for: what a faulty or foreign server
+answers otherwise is refused by name."""
 
 from __future__ import annotations
 

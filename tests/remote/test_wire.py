@@ -1,4 +1,5 @@
-"""Our messages are protobuf's: what its own library writes we read, and the other way round; what is damaged is refused."""
+"""Our messages are protobuf's: what its own library writes we read, and the other way round;
+what is damaged is refused."""
 
 from __future__ import annotations
 

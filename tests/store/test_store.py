@@ -370,7 +370,8 @@ for store in stores:
 
 
 def test_threads_that_fork_at_once_do_not_wait_for_each_other_for_ever(built: Path) -> None:
-    """One held some of the stores' locks and waited for the interpreter; the other had that, and waited for those locks."""
+    """One held some of the stores' locks and waited for the interpreter; the other had that,
+    and waited for those locks."""
     command = [sys.executable, "-W", "ignore", "-c", FORKING_THREADS, str(built)]
     subprocess.run(command, check=True, timeout=120)
 
@@ -378,7 +379,8 @@ def test_threads_that_fork_at_once_do_not_wait_for_each_other_for_ever(built: Pa
 CLOSING_FORKS = """
 import os, sys, threading, time
 may_close = threading.Event()
-os.register_at_fork(before=lambda: (may_close.set(), time.sleep(0.05)))  # after the stores' own, with what these hold held
+# After the stores' own, with what these hold held:
+os.register_at_fork(before=lambda: (may_close.set(), time.sleep(0.05)))
 import numpy as np
 import tierstore
 keys, stop = np.arange(6, dtype=np.int64).reshape(2, 3), threading.Event()

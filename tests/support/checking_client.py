@@ -1,8 +1,8 @@
 """A client of a daemon that checks every row: a program for tests, run as `checking_client.py SOCKET TRUTH.npz SEED`.
 
-Every lookup must be of one version entirely. It looks up until its input ends, then prints a report. Options: `--shift`:
-what it asks for most drifts; `--threads N`; `--pause S`: between two lookups; `--brief`: it detaches and attaches again
-after every 50 lookups.
+Every lookup must be of one version entirely. It looks up until its input ends, then prints a report. Options:
+`--shift`: what it asks for most drifts; `--threads N`; `--pause S`: between two lookups; `--brief`: it detaches and
+attaches again after every 50 lookups.
 """
 
 from __future__ import annotations

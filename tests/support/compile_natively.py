@@ -1,7 +1,8 @@
-"""Run as a program without TRITON_INTERPRET: compiles what the launchers launch for an H100, on a machine without any GPU.
+"""Run as a program without TRITON_INTERPRET: compiles what the launchers launch for an H100,
+on a machine without any GPU.
 
-Every launch is kept from the device: its kernel is compiled down to machine code with the very arguments of the launch, and its
-name and the widest loads and stores that it has are printed.
+Every launch is kept from the device: its kernel is compiled down to machine code with the very arguments of the launch,
+and its name and the widest loads and stores that it has are printed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Run as a program without TRITON_INTERPRET: compiles what makes keys and asks the host, for a GPU that need not be here.
+"""Run as a program without TRITON_INTERPRET: compiles what makes keys and asks the host,
+for a GPU that need not be here.
 
 Prints a JSON object: the PTX of every kernel, in the order of launches.
 """

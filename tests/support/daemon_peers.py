@@ -1,4 +1,5 @@
-"""What tests of the daemon's socket share: a handler that notes its calls, peers of all kinds, processes of other users."""
+"""What tests of the daemon's socket share: a handler that notes its calls, peers of all kinds,
+processes of other users."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A daemon in a process of its own, and clients in processes of theirs that check every row: what tests of faults share.
+"""A daemon in a process of its own, and clients in processes of theirs that check every row:
+what tests of faults share.
 
-Two versions of one model differ in the values of all rows, so that a row says which version it came from. A client is told
-what to look up by files (`Truth`) and ends, with a report, when its input ends.
+Two versions of one model differ in the values of all rows, so that a row says which version it came from. A client is
+told what to look up by files (`Truth`) and ends, with a report, when its input ends.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def wait_for(condition: Callable[[], Any], what: str, wait_s: float = WAIT_S) ->
 
 
 class DaemonProcess:
-    """`tierstore serve` of a store, from when it is ready until it is killed; also a context manager. `log` is what it said."""
+    """`tierstore serve` of a store, from when it is ready until it is killed; also a context manager.
+    `log` is what it said."""
 
     def __init__(self, store: Path, socket: Path, *options: str, replan: str = "off", dram: str = DRAM) -> None:
         arguments = ["serve", str(store), "--socket", str(socket), "--dram", dram, "--replan", replan, *options]

@@ -53,7 +53,8 @@ def aligned(array: np.ndarray, device: torch.device, alignment: int = 64) -> tor
 def index_of(
     placed: Sequence[Mapping[int, int]], sizes: Sequence[int], device: torch.device, parity: int = 0
 ) -> HostIndex:
-    """An index whose area of `parity` has each order's keys; the other area has the same keys at place 7, and others."""
+    """An index whose area of `parity` has each order's keys; the other area has the same keys at place 7,
+    and others."""
     num_orders = len(placed)
     heads = np.zeros((2, num_orders, 2), dtype=np.int64)
     runs, start = [], 0
@@ -121,7 +122,8 @@ def poison_of(num_entries: int, codec: RowCodec) -> np.ndarray:
 
 
 class Sources:
-    """Random entries at places 0 .. num_slots + num_records - 1, some in slots, the others in records of host memory."""
+    """Random entries at places 0 .. num_slots + num_records - 1, some in slots,
+    the others in records of host memory."""
 
     def __init__(
         self, seed: int, num_slots: int, num_records: int, codec: RowCodec, device: torch.device, tilt: int = 0

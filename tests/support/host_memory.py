@@ -1,4 +1,5 @@
-"""Host memory for tests of the GPU's kernels: page-locked where there is a GPU, poisoned, and steps that begin at zero."""
+"""Host memory for tests of the GPU's kernels: page-locked where there is a GPU, poisoned,
+and steps that begin at zero."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""A process whose lookups are interrupted at any time by a signal handler that raises; run by test_lookup_interrupts.py.
+"""A process whose lookups are interrupted at any time by a signal handler that raises; run by
+test_lookup_interrupts.py.
 
-Arguments: "open" and a store's path or "connect" and a socket, an .npz with truth, how many trials, a seed. Exit status 0 and a
-line of counts if every promise held: rows are right or the call raised; a buffer of a call that raised is the caller's again at
-once; no page reader is lost; the store goes on.
+Arguments: "open" and a store's path or "connect" and a socket, an .npz with truth, how many trials, a seed. Exit status
+0 and a line of counts if every promise held: rows are right or the call raised; a buffer of a call that raised is the
+caller's again at once; no page reader is lost; the store goes on.
 """
 
 from __future__ import annotations

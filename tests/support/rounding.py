@@ -1,10 +1,10 @@
 """Numbers that know how far float32 may be from them: the tolerance of a test follows from the terms it sums.
 
 A `Rounded` is a float64 value and a bound on the error of the same expression in float32, whatever the order in which a
-processor, or another shape of batch, sums. A sum of n products is off by at most about LAMBDA * sqrt(n) * u times the sum of
-the products' magnitudes (Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis", 2019, theorem 2.4; the
-bound that never fails has n for LAMBDA * sqrt(n)). What comes in exactly has an error of 0. First-order: products of two
-errors are left out.
+processor, or another shape of batch, sums. A sum of n products is off by at most about LAMBDA * sqrt(n) * u times the
+sum of the products' magnitudes (Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis", 2019,
+theorem 2.4; the bound that never fails has n for LAMBDA * sqrt(n)). What comes in exactly has an error of 0.
+First-order: products of two errors are left out.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Rounded:
         return Rounded(product.sum(axis), error)
 
     def monotone(self, function: Callable[[np.ndarray], np.ndarray]) -> Rounded:
-        """A function that only rises, or only falls: off by what its argument's ends make of it, and its own rounding."""
+        """A function that only rises, or only falls: off by what its argument's ends make of it,
+        and its own rounding."""
         value = function(self.value)
         ends = np.abs(function(self.value - self.error) - value), np.abs(function(self.value + self.error) - value)
         return Rounded(value, np.maximum(*ends) + FUNCTION_UNITS * UNIT * np.abs(value))
@@ -82,7 +83,8 @@ def rms_norm(vector: Rounded, weight: Rounded, eps: float) -> Rounded:
 def check_within(found: np.ndarray, expected: Rounded, tightness: float = 1e-4) -> None:
     """Fails unless each of `found` is as near as float32 must be.
 
-    tightness: the bounds' median, as a part of the largest value, is below it: wide bounds would let everything through.
+    tightness: the bounds' median, as a part of the largest value, is below it:
+    wide bounds would let everything through.
     """
     assert found.shape == expected.value.shape
     assert np.median(expected.error) < tightness * np.abs(expected.value).max()

@@ -84,7 +84,8 @@ def other_model(folder: Path, fingerprint: str | None = None) -> Model:
 
 
 def make_newer(folder: Path) -> tuple[Path, Model]:
-    """A store of the same hash as `placed`, with other rows and a placement, and the model of it. Tests must not change it."""
+    """A store of the same hash as `placed`, with other rows and a placement, and the model of it.
+    Tests must not change it."""
     other = other_model(folder / "other")
     other.build(folder / "store", shard_bytes=65536)
     place_some(folder / "store")
@@ -147,7 +148,8 @@ class Traffic:
 
 
 class ServeProcess:
-    """`tierstore serve`, started; `lines` are those of its log so far. Leave it by `with`, which kills what still runs."""
+    """`tierstore serve`, started; `lines` are those of its log so far. Leave it by `with`,
+    which kills what still runs."""
 
     def __init__(self, store: Path, socket: Path, *options: str, ready: bool = True, **environment: str) -> None:
         """ready: waits until it says so, which it must."""

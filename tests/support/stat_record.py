@@ -1,4 +1,5 @@
-"""A stat record as a daemon gives it: two tables of DeepSeek-V4.1's shape, a day of serving, three clients, one re-plan."""
+"""A stat record as a daemon gives it: two tables of DeepSeek-V4.1's shape, a day of serving, three clients,
+one re-plan."""
 
 from __future__ import annotations
 

@@ -112,7 +112,8 @@ def make_model(
 
 
 def place_some(store: Path, static_fraction: float = 0.5, part: float = 0.5) -> dict[str, Chosen]:
-    """Places a part of the keys that tests draw with seeds 0 to 6, in tables of three orders; returns what was placed."""
+    """Places a part of the keys that tests draw with seeds 0 to 6, in tables of three orders;
+    returns what was placed."""
     rng = np.random.default_rng(99)
     drawn = np.concatenate([random_keys(np.random.default_rng(seed), 700)[:120] for seed in range(7)])
     chosen = {}
@@ -127,7 +128,8 @@ def place_some(store: Path, static_fraction: float = 0.5, part: float = 0.5) -> 
 
 
 def open_behind_hbm(path: Path, hbm_entries: int, dram: str = "400KiB", io: str = "auto") -> Store:
-    """Opens a placed store as beside a GPU that holds the first hbm_entries placed entries of each table, but without one."""
+    """Opens a placed store as beside a GPU that holds the first hbm_entries placed entries of each table,
+    but without one."""
     choice = choose_io(io)
     image, placed = open_placement(path, None, direct=choice.mode == "uring")
     assert placed is not None

@@ -1,4 +1,5 @@
-"""Small stores for the adapter's tests: random tables under a V4.1-like hash, and a store that says what it was asked."""
+"""Small stores for the adapter's tests: random tables under a V4.1-like hash,
+and a store that says what it was asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The hbm tier through the contract of all stores, its budget to the byte, and what it refuses; on a GPU, or interpreted."""
+"""The hbm tier through the contract of all stores, its budget to the byte, and what it refuses; on a GPU,
+or interpreted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Times of lookups from the device, of a GPU that is played by events: they are taken when it is done, and never waited for."""
+"""Times of lookups from the device, of a GPU that is played by events: they are taken when it is done,
+and never waited for."""
 
 from __future__ import annotations
 

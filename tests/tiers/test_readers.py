@@ -112,7 +112,8 @@ def test_a_pipe_in_place_of_a_shard_is_named_and_does_not_block(own_store: Path)
         tierstore.open(own_store, dram="600KiB")
 
 
-# A filter as container runtimes install it: the named system calls fail with EPERM. Numbers are those of x86-64 and arm64.
+# A filter as container runtimes install it: the named system calls fail with EPERM.
+# Numbers are those of x86-64 and arm64.
 SECCOMP = """
 import ctypes, struct, sys
 calls = [425, 426, 427, 440]  # io_uring_setup, _enter, _register, process_madvise

@@ -1,4 +1,5 @@
-"""Shared blocks: whoever holds a descriptor, whatever they try with it, changes no byte and no length under its readers."""
+"""Shared blocks: whoever holds a descriptor, whatever they try with it,
+changes no byte and no length under its readers."""
 
 from __future__ import annotations
 
@@ -92,7 +93,8 @@ ATTACKS: dict[str, Callable[[int], Any]] = {
 
 
 def attack(fd: int) -> str:
-    """Tries everything with a descriptor and with one reopened for writing; returns what was done, and which could be had."""
+    """Tries everything with a descriptor and with one reopened for writing; returns what was done,
+    and which could be had."""
     libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # as a process that began as this user: /proc/self is its own
     fds, done = [fd], []
     with contextlib.suppress(OSError):

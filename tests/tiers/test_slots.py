@@ -1,4 +1,5 @@
-"""Static slots against plain dictionaries: whatever is written, indexed and freed, an epoch names what it should, and no more."""
+"""Static slots against plain dictionaries: whatever is written, indexed and freed, an epoch names what it should,
+and no more."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def write(slots: StaticSlots, pairs: list[Pair]) -> list[int]:
 
 
 def found_in(slots: StaticSlots, epoch: int, pairs: list[Pair]) -> dict[Pair, int]:
-    """Which of the pairs the index of an epoch's parity names, and where, searched bucket by bucket by the reference."""
+    """Which of the pairs the index of an epoch's parity names, and where,
+    searched bucket by bucket by the reference."""
     head = slots.heads[epoch % 2].view(INDEX_HEAD)[0]
     found = {}
     for order in range(NUM_ORDERS):

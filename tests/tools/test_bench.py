@@ -1,4 +1,5 @@
-"""Every benchmark at toy size: its record says what it measured. Times are never asserted; what they were taken of is."""
+"""Every benchmark at toy size: its record says what it measured. Times are never asserted;
+what they were taken of is."""
 
 from __future__ import annotations
 

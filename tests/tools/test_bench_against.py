@@ -1,4 +1,5 @@
-"""`bench --against`: two builds in turn on the same keys; another tree's failure, or other rows, are named and no figure."""
+"""`bench --against`: two builds in turn on the same keys; another tree's failure, or other rows,
+are named and no figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`bench gpu` where there is no GPU: every check can fail, and every case that a GPU will run has run before, in the interpreter.
+"""`bench gpu` where there is no GPU: every check can fail, and every case that a GPU will run has run before,
+in the interpreter.
 
 Times are never looked at: the clock here stands in for a GPU's. On a machine with a GPU the command itself is the test.
 """
@@ -285,7 +286,8 @@ def test_what_was_measured_stands_when_a_later_case_fails(
 
 
 class FakeCuda:
-    """As much of torch.cuda as the clock uses: graphs replay what ran while they were captured, events are of its own time."""
+    """As much of torch.cuda as the clock uses: graphs replay what ran while they were captured,
+    events are of its own time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_ms, self.log, self.captured = 0.0, list[str](), list[Callable[[], None]]()

@@ -113,7 +113,8 @@ def test_prefill_in_chunks_and_steps_of_decode_give_the_logits_of_the_whole(tabl
     with torch.inference_mode():
         whole = model.run(resident, Feed.of_prompts(text, 60, 60, 3, "cpu").next(), Cache(SHAPE, 1, 60, like))
         parts = model.run(resident, Feed.of_prompts(text, 60, 16, 3, "cpu").next(), Cache(SHAPE, 1, 60, like))
-    # Norms of the Engram layers are in float32 all the same. A logit's terms are those of a normalised stream, of length
+    # Norms of the Engram layers are in float32 all the same. A logit's terms are those of a normalised stream, of
+    # length
     # sqrt(hidden), and of a token's weights: their magnitudes sum to no more than the product of both lengths.
     tolerance = gamma(SHAPE.hidden) * math.sqrt(SHAPE.hidden) * like.norm(dim=-1)
     assert ((whole - parts).abs() <= tolerance).all(), ((whole - parts).abs() / tolerance).max()

@@ -1,4 +1,5 @@
-"""`tierstore bench serve` at toy size: its record says what was measured. Times are never asserted, what they are of is."""
+"""`tierstore bench serve` at toy size: its record says what was measured. Times are never asserted,
+what they are of is."""
 
 from __future__ import annotations
 

@@ -103,7 +103,8 @@ def test_one_missing_source_hides_nothing_else(tmp_path: Path, monkeypatch: pyte
 def test_without_meminfo_and_cpuinfo_all_else_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path / "none"))
     assert what_is_found(tmp_path).keys() == {
-        "compiled kernels", "io_uring", "process_madvise", "O_DIRECT", "file system", "free disk", "huge pages", "memlock",
+        "compiled kernels", "io_uring", "process_madvise", "O_DIRECT", "file "
+                                                                       "system", "free disk", "huge pages", "memlock",
         "memory", "open files", "processor", "GPU", *(f"extra {name}" for name in EXTRAS),
     }  # fmt: skip
     finding = doctor.check_processor(tmp_path / "none", "x86_64")
@@ -195,7 +196,8 @@ def test_a_disk_without_room_fails_and_a_tight_one_warns(tmp_path: Path, free: i
 
 @pytest.mark.parametrize(
     ("enabled", "state"),
-    [("always [madvise] never", "ok"), ("[always] madvise never", "ok"), ("always madvise [never]", "warn"), (None, "warn")],
+    [("always [madvise] never", "ok"), ("[always] madvise "
+                                        "never", "ok"), ("always madvise [never]", "warn"), (None, "warn")],
 )  # fmt: skip
 def test_huge_pages_are_told_as_the_kernel_marks_them(tmp_path: Path, enabled: str | None, state: str) -> None:
     if enabled:

@@ -55,7 +55,8 @@ class CountedOnly(Profile):
 def measured_rates(
     store: tierstore.Store, spec: HashSpec, documents: list[np.ndarray], batch_tokens: int
 ) -> dict[str, Any]:
-    """Hit rates by table and order of documents, looked up in batches of so many tokens, one document after the other."""
+    """Hit rates by table and order of documents, looked up in batches of so many tokens,
+    one document after the other."""
     for layer in spec.layers:
         keys = np.concatenate([spec.keys(ids[None].astype(np.int64), layer)[0] for ids in documents])
         for start in range(0, len(keys), batch_tokens):

@@ -51,8 +51,8 @@ def test_json_has_the_keys_that_programs_rely_on(text: TextStore, tmp_path: Path
     assert 0 < held_out[1] < len(text.documents) / 2
     (group,) = footer["analysis"]["groups"]
     assert sorted(group) == [
-        "cost", "distinct", "first_touch", "interval", "orders", "points", "recommended", "replay", "sampling", "source", "steps",
-        "tables",
+        "cost", "distinct", "first_touch", "interval", "orders", "points", "recommended", "replay", "sampling",
+        "source", "steps", "tables",
     ]  # fmt: skip
     assert (group["tables"], group["orders"], sorted(group["distinct"])) == (TABLES, [2, 3, 4], ORDERS[:3])
     for point in group["points"]:

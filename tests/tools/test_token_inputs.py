@@ -126,8 +126,10 @@ PACKED = {
     "evaluations": llmc(IDS, magic=20240522),
     "trace or profile of tierstore": b"TIERCOLS" + IDS.tobytes(),
 }
-FETCHED_OR_PACKED = {  # in a folder these are the data, or stand for it: a trace without them would be of another corpus
-    "Git LFS pointer", "Parquet", "Arrow IPC file", "Arrow IPC stream", "lz4", "Megatron index", "litdata chunk", "Mosaic shard",
+# In a folder these are the data, or stand for it: a trace without them would be of another corpus.
+FETCHED_OR_PACKED = {
+    "Git LFS pointer", "Parquet", "Arrow IPC file", "Arrow IPC "
+                                                    "stream", "lz4", "Megatron index", "litdata chunk", "Mosaic shard",
     "evaluations",
 }  # fmt: skip
 
@@ -176,7 +178,8 @@ def test_in_a_folder_packed_data_is_refused_and_what_holds_none_is_left_out(
 
 
 def test_a_random_stream_of_ids_is_nothing_but_ids(tmp_path: Path) -> None:
-    """Recognition must not take real streams for files of a format: 200 streams whose first ids are small, as tokens are."""
+    """Recognition must not take real streams for files of a format: 200 streams whose first ids are small,
+    as tokens are."""
     rng = np.random.default_rng(1)
     file = tmp_path / "train.bin"
     for dtype, high in (("uint16", 50_257), ("int32", 200), ("uint16", 1000), ("int32", 129_280)) * 50:

@@ -1,4 +1,5 @@
-"""`tierstore top` shows what went on between two records, waits for a daemon that goes away, and leaves the terminal tidy."""
+"""`tierstore top` shows what went on between two records, waits for a daemon that goes away,
+and leaves the terminal tidy."""
 
 from __future__ import annotations
 
@@ -183,7 +184,8 @@ Console._enter_buffer = entering
 
 @pytest.fixture
 def screen(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[bytes], int, list[Any]]]:
-    """`tierstore top` on a terminal of its own: the process, our end of the terminal, and how the terminal was set before.
+    """`tierstore top` on a terminal of its own: the process, our end of the terminal,
+    and how the terminal was set before.
 
     A parameter is code that it runs first.
     """

@@ -1,4 +1,5 @@
-"""`tierstore trace` keeps every token and every document's end of whatever it is given, or says what is wrong with it."""
+"""`tierstore trace` keeps every token and every document's end of whatever it is given,
+or says what is wrong with it."""
 
 from __future__ import annotations
 

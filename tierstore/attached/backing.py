@@ -1,9 +1,9 @@
 """A client of the daemon: the same `Store`, over tiers that all processes of the host share.
 
-Flows in: the path of a daemon's socket. Flows out: rows, copied from shared memory that is mapped read-only, or read from
-the shards by this process itself; the daemon is asked nothing on the way. It is told, lossily, what was looked up. When it
-goes, lookups go on with what is mapped; when it is back, or serves another version, or this process has forked, a new
-engine takes the place of the old one between two lookups. Refuses another hash than before.
+Flows in: the path of a daemon's socket. Flows out: rows, copied from shared memory that is mapped read-only, or read
+from the shards by this process itself; the daemon is asked nothing on the way. It is told, lossily, what was looked up.
+When it goes, lookups go on with what is mapped; when it is back, or serves another version, or this process has forked,
+a new engine takes the place of the old one between two lookups. Refuses another hash than before.
 """
 
 from __future__ import annotations
@@ -55,13 +55,15 @@ def attach(
     hbm: int | str | None = None,
     device: str | None = None,
 ) -> Store:
-    """Attaches this process to a daemon (`tierstore serve`) and returns its store; `tierstore.connect` of a path does it.
+    """Attaches this process to a daemon (`tierstore serve`) and returns its store;
+    `tierstore.connect` of a path does it.
 
-    socket: its path. io: how this process reads what it misses, as in `tierstore.open`. staging: bytes that it may take for
-    reads on their way; the tiers are the daemon's. hbm, device: bytes of GPU memory for a tier of this process above them,
-    as in `tierstore.open`; as much host memory as `staging` is page-locked then, and the daemon's static set in place where it
-    was started with --gpu-clients. Blocks, at most about timeout_s, and until HBM is filled. Raises `DaemonError` (no daemon,
-    refused, another protocol), `ConfigError` (an option), `BudgetError` (of HBM), and what opening the store's shards raises.
+    socket: its path. io: how this process reads what it misses, as in `tierstore.open`. staging: bytes that it may take
+    for reads on their way; the tiers are the daemon's. hbm, device: bytes of GPU memory for a tier of this process
+    above them, as in `tierstore.open`; as much host memory as `staging` is page-locked then, and the daemon's static
+    set in place where it was started with --gpu-clients. Blocks, at most about timeout_s, and until HBM is filled.
+    Raises `DaemonError` (no daemon, refused, another protocol), `ConfigError` (an option), `BudgetError` (of HBM), and
+    what opening the store's shards raises.
     """
     if not kernels.native:
         raise ConfigError("attaching needs the compiled kernels: install gcc or clang, then tierstore again")
@@ -87,7 +89,8 @@ def attach(
 
 
 class AttachedBacking(Backing):
-    """Keeps a store attached, in a thread: hears of other versions, tells counters, finds a daemon that went and is back."""
+    """Keeps a store attached, in a thread: hears of other versions, tells counters,
+    finds a daemon that went and is back."""
 
     def __init__(self, socket: str, io: str, staging_bytes: int, timeout_s: float, *, on_gpu: bool = False) -> None:
         """Attaches; raises what `attach` raises. on_gpu: whether `add_hbm` comes next."""
@@ -125,8 +128,8 @@ class AttachedBacking(Backing):
             dram = self._static.parts
         else:
             logger.warning(
-                "%s: the daemon's static set goes to %s by way of the host; 'tierstore serve --gpu-clients' lets it be read "
-                "where it lies, by clients that are trusted as the daemon is",
+                "%s: the daemon's static set goes to %s by way of the host; 'tierstore serve --gpu-clients' lets it be "
+                "read where it lies, by clients that are trusted as the daemon is",
                 self.name, device,
             )  # fmt: skip
         try:
@@ -178,8 +181,8 @@ class AttachedBacking(Backing):
         self._hold_static()
 
     def _hold_static(self) -> None:
-        """Has the device see the static set of the version that this is attached to, where it reads that. After the tier is
-        filled, which may take long: the daemon changes nothing that is held."""
+        """Has the device see the static set of the version that this is attached to, where it reads that. After the
+        tier is filled, which may take long: the daemon changes nothing that is held."""
         with self._hbm_lock:
             if self._static is None or self._ended.is_set():
                 return
@@ -239,8 +242,8 @@ class AttachedBacking(Backing):
         if difference:
             link.close(0)
             raise FingerprintMismatchError(
-                f"{self._socket}: the daemon serves other tables than before: {difference}; what is mapped already goes on "
-                f"to serve: connect again to have the new ones"
+                f"{self._socket}: the daemon serves other tables than before: {difference}; what is mapped already "
+                f"goes on to serve: connect again to have the new ones"
             )
         return link
 
@@ -279,7 +282,8 @@ class AttachedBacking(Backing):
             self._refill_hbm()
 
     def _attach_again(self) -> None:
-        """Dials and moves. The channel is ours only after the move: who is attached looks up by what it has attached to."""
+        """Dials and moves. The channel is ours only after the move:
+        who is attached looks up by what it has attached to."""
         channel, link = self._dial(DIAL_S, on_gpu=self._static is not None)
         try:
             warn_of_other_version(self.name, self._attached.link, link)

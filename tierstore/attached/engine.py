@@ -1,7 +1,7 @@
 """The engine of an attached store: that of the newest link, and another one when a new link comes.
 
-Input: what the engine contract says. Output: the same rows. Lookups never wait for the daemon: each asks the engine that is
-there, and asks again if another took its place meanwhile.
+Input: what the engine contract says. Output: the same rows. Lookups never wait for the daemon: each asks the engine
+that is there, and asks again if another took its place meanwhile.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class AttachedEngine(HostEngine):
     """The engine of the version that this process is attached to now. A lookup has one from its start to its end."""
 
     def __init__(self, link: Link, relink: Callable[[], None]) -> None:
-        """relink: moves a child that was forked off to a link of its own; it is called there, before its first lookup."""
+        """relink: moves a child that was forked off to a link of its own; it is called there,
+        before its first lookup."""
         self._link = link
         self._relink = relink
         self._process = this_process()
@@ -69,7 +70,8 @@ class AttachedEngine(HostEngine):
         self._renewed.append(weakref.WeakMethod(renewed))
 
     def move_to(self, link: Link) -> Link:
-        """Sends lookups that begin from now on through another link; returns the old one, whose lookups may be under way.
+        """Sends lookups that begin from now on through another link; returns the old one,
+        whose lookups may be under way.
 
         Raises `StoreNotReadyError`, and closes the link, where the store was closed meanwhile.
         """

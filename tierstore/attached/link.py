@@ -1,8 +1,8 @@
 """A link: one version of a daemon's store, as a client has it mapped and open.
 
-Flows in: the daemon's message with its descriptors, and the store's own files. Flows out: an engine that copies from the
-daemon's memory, which it may only read, and reads from the shards what is not there. Refuses messages that contradict their
-blocks, and a store that is not the one that the daemon opened.
+Flows in: the daemon's message with its descriptors, and the store's own files. Flows out: an engine that copies from
+the daemon's memory, which it may only read, and reads from the shards what is not there. Refuses messages that
+contradict their blocks, and a store that is not the one that the daemon opened.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _NOTHING = np.empty(0, dtype=np.uint8)
 class Link:
     """A version as this process has it mapped: the engine over it, and the connection by which it came.
 
-    is_lent: whether the daemon has lent its static block to this process's GPU. static_id: the same for links whose static
-    block is the same memory.
+    is_lent: whether the daemon has lent its static block to this process's GPU. static_id: the same for links whose
+    static block is the same memory.
     """
 
     def __init__(
@@ -88,7 +88,8 @@ class Link:
             if image.identity != identity:
                 raise DaemonError(
                     f"{path} is not the store that the daemon opened (digest {image.identity[:12]}, and there "
-                    f"{str(identity)[:12]}): it was built anew, or is another here; restart the daemon, or mount the same"
+                    f"{str(identity)[:12]}): it was built anew, or is another here; restart the daemon, "
+                    "or mount the same"
                 )
             if list(self._shares) != list(image.tables):
                 raise DaemonError(f"{path}: its tables are not those that the daemon serves; restart the daemon")
@@ -141,8 +142,8 @@ class Link:
     def alone(self) -> Link:
         """Returns a link without a daemon, over the same files and memory: for a forked child, while it finds none.
 
-        Its lookups are counted in a block that nobody looks at. They are right all the same, since each sees afterwards whether
-        its epoch still holds: whoever changes it just does not wait.
+        Its lookups are counted in a block that nobody looks at. They are right all the same, since each sees afterwards
+        whether its epoch still holds: whoever changes it just does not wait.
         """
         link = copy.copy(self)
         memory = np.zeros(kernels.CLIENT_BLOCK_BYTES + LINE_BYTES, dtype=np.uint8)
@@ -173,9 +174,10 @@ def _reading(path: str) -> Iterator[None]:
             raise
         at = getattr(cause, "filename", None) or path
         raise ConfigError(
-            f"{path}: the daemon lets user {os.geteuid()} attach, but that user may not read {os.fsdecode(at)}: an attached "
-            f"process reads by itself what is not in the daemon's memory; give it read access to the store's files and "
-            f"folders: setfacl -R -m u:{os.geteuid()}:rX {path}, or look up by gRPC (tierstore serve --listen)"
+            f"{path}: the daemon lets user {os.geteuid()} attach, but that user may not read {os.fsdecode(at)}: an "
+            "attached process reads by itself what is not in the daemon's memory; give it read access to the store's "
+            f"files and folders: setfacl -R -m u:{os.geteuid()}:rX {path}, "
+            "or look up by gRPC (tierstore serve --listen)"
         ) from error
 
 

@@ -1,9 +1,11 @@
-"""The static set of a daemon as a GPU of this process reads it: in place, held at an epoch, and moved along to the next.
+"""The static set of a daemon as a GPU of this process reads it: in place, held at an epoch,
+and moved along to the next.
 
-Flows in: a link whose static block the daemon has lent. Flows out: what an hbm tier needs of it (`DramPart`), and the word that
-another epoch is there. The daemon writes over nothing that a held epoch names while its block is mapped here, so that kernels,
-which cannot look afterwards whether what they copied was still that, need not. Versions of one daemon share the block; of
-another daemon nothing is held, since captured graphs know the block by its address. One thread at a time.
+Flows in: a link whose static block the daemon has lent. Flows out: what an hbm tier needs of it (`DramPart`), and the
+word that another epoch is there. The daemon writes over nothing that a held epoch names while its block is mapped here,
+so that kernels, which cannot look afterwards whether what they copied was still that, need not. Versions of one daemon
+share the block; of another daemon nothing is held, since captured graphs know the block by its address.
+One thread at a time.
 """
 
 from __future__ import annotations
@@ -45,15 +47,16 @@ class HeldStatic:
             )
 
     def hold(self, link: Link) -> bool:
-        """Holds the newest epoch of a link's version, which `follow` lets kernels see; nothing where that is served no more.
+        """Holds the newest epoch of a link's version, which `follow` lets kernels see;
+        nothing where that is served no more.
 
         Returns whether the link's block is the one that is locked here: else nothing is ever held again.
         """
         assert not self._epochs, "it has left what was held before"
         if link.static_id != self._block_id or not link.is_lent:
             logger.warning(
-                "%s: the daemon is another than before: its static set goes to the device by way of the host until the store "
-                "is connected anew",
+                "%s: the daemon is another than before: its static set goes to the device by way of the host until the "
+                "store is connected anew",
                 link.opened.image.path,
             )
             return False
@@ -66,7 +69,8 @@ class HeldStatic:
         return bool(self._epochs) and (self._seen != self._epochs[-1] or self._is_newer())
 
     def follow(self, rename: Callable[[], None]) -> None:
-        """Holds the newest epoch too, calls `rename`, which returns when kernels see that and none before, and leaves those.
+        """Holds the newest epoch too, calls `rename`, which returns when kernels see that and none before,
+        and leaves those.
 
         Where `rename` raises, all stay held.
         """

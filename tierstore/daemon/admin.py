@@ -1,7 +1,8 @@
-"""Requests of administrators under way, each in a thread of its own, since they may take long and others are served meanwhile.
+"""Requests of administrators under way, each in a thread of its own,
+since they may take long and others are served meanwhile.
 
-Flows in: a peer and its request. Flows out: the answer, or the error by its name, to that peer. Refuses a second request
-before the answer to the first, and more than ASKS_MAX at once, those of peers that went away included.
+Flows in: a peer and its request. Flows out: the answer, or the error by its name, to that peer. Refuses a second
+request before the answer to the first, and more than ASKS_MAX at once, those of peers that went away included.
 """
 
 from __future__ import annotations

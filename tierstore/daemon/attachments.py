@@ -1,10 +1,10 @@
 """Attachments: what the daemon's clients were given, and whether they have left an epoch.
 
-Flows in: who attaches, leaves a version, or is gone. Flows out: a block of its own for every client and version, readers of
-what they reported, and waits until an epoch is left. Such a wait has an end, and whoever outlasts one is not waited for
-again until it has left: a client that is stopped, or lies about where it is, delays one change and no more. But for those
-whose GPU reads the static set, who cannot find out: while one of them has not left, nothing of that is written over, nor
-when its connection is gone and its block still mapped. Any thread may call.
+Flows in: who attaches, leaves a version, or is gone. Flows out: a block of its own for every client and version,
+readers of what they reported, and waits until an epoch is left. Such a wait has an end, and whoever outlasts one is not
+waited for again until it has left: a client that is stopped, or lies about where it is, delays one change and no more.
+But for those whose GPU reads the static set, who cannot find out: while one of them has not left, nothing of that is
+written over, nor when its connection is gone and its block still mapped. Any thread may call.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class Attachment:
         return True
 
     def lingers(self) -> bool:
-        """Whether its process may count in its blocks still, though its connection is gone: it runs, and may map one."""
+        """Whether its process may count in its blocks still, though its connection is gone: it runs,
+        and may map one."""
         if not self._may_run():
             return False
         if self.pid <= 0 or not own_proc():  # no file of /proc is certain to be about it
@@ -115,8 +116,8 @@ class Attachment:
         return self.on_gpu and version in self.blocks and kernels.held_epochs(self.blocks[version])[epoch % 2] > 0
 
     def holds(self, version: int, epoch: int, is_last: bool) -> bool:
-        """Whether it says that a lookup of its, or its GPU, is in an epoch; is_last: or may still be. Not, where it is late
-        already, unless it is its GPU that is."""
+        """Whether it says that a lookup of its, or its GPU, is in an epoch; is_last: or may still be. Not, where it is
+        late already, unless it is its GPU that is."""
         if self.holds_for_gpu(version, epoch):
             return True
         where, may_enter = (version, epoch % 2), is_last and self.is_attached
@@ -145,7 +146,8 @@ class Attachments:
     ) -> tuple[int, np.ndarray]:
         """Gives a new client its block for a version; returns its descriptor, which stays ours, and its memory.
 
-        pidfd: of its process, if there is one; copied. Raises `DaemonError` where there is no memory or descriptor for it.
+        pidfd: of its process, if there is one; copied. Raises `DaemonError` where there
+        is no memory or descriptor for it.
         """
         with self.lock:
             self._forget_ended()
@@ -224,12 +226,13 @@ class Attachments:
             return taken
 
     def wait_left(self, version: int, epoch: int, *, is_last: bool, since: float | None = None) -> bool:
-        """Waits, a while, until nobody is in an epoch of a version; is_last: nor will be again, clients having moved on.
+        """Waits, a while, until nobody is in an epoch of a version; is_last: nor will be again,
+        clients having moved on.
 
-        Whoever still is after LEAVE_WAIT_S finds out at the end of its lookup, and reads from disk what it has copied. Returns
-        whether what only that epoch names may be written over: not, where a GPU still reads it GPU_LEAVE_WAIT_S and
-        `gpu_index_s` after `since`, of `time.monotonic`, when the epoch after it was published (None: now), nor when `ending` is
-        set.
+        Whoever still is after LEAVE_WAIT_S finds out at the end of its lookup, and reads from disk what it has copied.
+        Returns whether what only that epoch names may be written over: not, where a GPU still reads it GPU_LEAVE_WAIT_S
+        and `gpu_index_s` after `since`, of `time.monotonic`, when the epoch after it was published (None: now), nor
+        when `ending` is set.
         """
         started = looked = time.monotonic()
         gpu_end = (started if since is None else since) + GPU_LEAVE_WAIT_S + self.gpu_index_s

@@ -1,7 +1,7 @@
 """The daemon as a whole: tiers, learning, the socket, and what else it was asked to serve by.
 
-Flows in: options; what clients and administrators say. Flows out: attached clients, answers, the stat record that metrics,
-`stat` and `top` show. One `Daemon` is one store served at one socket, until `close`.
+Flows in: options; what clients and administrators say. Flows out: attached clients, answers, the stat record that
+metrics, `stat` and `top` show. One `Daemon` is one store served at one socket, until `close`.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ class Daemon:
     ) -> None:
         """Takes the socket's path, opens the store and warms its tiers; blocks. Raises what those raise.
 
-        dram_bytes: all memory that it may take, but for what a Python process takes by itself. replan_s: between automatic
-        replans, None for none. gpu_clients: see `Host`. forget_swap: serves `path` also if a daemon at this socket served
-        another store in its place before.
+        dram_bytes: all memory that it may take, but for what a Python process takes by itself. replan_s: between
+        automatic replans, None for none. gpu_clients: see `Host`. forget_swap: serves `path` also if a daemon at this
+        socket served another store in its place before.
         """
         self._started_at = time.time()
         self._state = "warming"
@@ -112,7 +112,8 @@ class Daemon:
         self._io = io
 
     def _noting(self, on_progress: OnProgress | None) -> OnProgress:
-        """Returns on_progress, which also notes beside the socket how far warming is: nobody is answered until it ends."""
+        """Returns on_progress, which also notes beside the socket how far warming is:
+        nobody is answered until it ends."""
 
         def note(done: int, total: int) -> None:
             self._server.note_starting(f"warming, {100 * done // max(total, 1)} %")
@@ -193,7 +194,8 @@ class Daemon:
         return ended
 
     def reload(self) -> None:
-        """Reads again what may have changed on disk: certificates, and the store's placement, whose hottest become static."""
+        """Reads again what may have changed on disk: certificates, and the store's placement,
+        whose hottest become static."""
         try:
             if self._remote:
                 self._remote.reload()
@@ -201,7 +203,8 @@ class Daemon:
             self._learner.adopt(self._placed())
 
     def _placed(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Returns what the placement that the served store has now says of each table: order index and key, hottest first."""
+        """Returns what the placement that the served store has now says of each table: order index and key,
+        hottest first."""
         version = self._host.current
         image, placed = open_placement(version.path, None, direct=False)
         if placed is None:
@@ -363,7 +366,8 @@ class Daemon:
         }
 
     def _expected(self) -> dict[str, Any] | None:
-        """Returns the epoch of the placement that the store was opened with, and the hit rates that its plan expected."""
+        """Returns the epoch of the placement that the store was opened with,
+        and the hit rates that its plan expected."""
         placed = self._host.current.opened.placed
         expected = None if placed is None else expected_of(placed.placement.details)
         if placed is None or expected is None:

@@ -1,7 +1,7 @@
 """The greeting: what a daemon asks of a connection's first message, and of who sends it.
 
-Flows in: who connected, as the kernel says, and its hello. Flows out: its role. Refuses by `DaemonError`, which names both
-sides and the remedy: users that are not let in, another version of the protocol, what is no hello.
+Flows in: who connected, as the kernel says, and its hello. Flows out: its role. Refuses by `DaemonError`, which names
+both sides and the remedy: users that are not let in, another version of the protocol, what is no hello.
 """
 
 from __future__ import annotations
@@ -65,13 +65,15 @@ class Door:
             )
         if version != PROTOCOL_VERSION:
             raise DaemonError(
-                f"you speak version {version} of the protocol (tierstore {release!r}), the daemon at {self.path} version "
-                f"{PROTOCOL_VERSION} (tierstore {VERSION!r}): install one release for both, and restart the older"
+                f"you speak version {version} of the protocol (tierstore {release!r}), the daemon at {self.path} "
+                f"version {PROTOCOL_VERSION} (tierstore {VERSION!r}): install one release for both, "
+                "and restart the older"
             )
         if role not in ("client", "admin"):
             raise DaemonError(f"there is no role {str(role)[:RELEASE_CHARS_MAX]!r}; say client or admin")
         if role == "admin" and uid not in self._administrators:
             raise DaemonError(
-                f"user {uid} may attach to the daemon at {self.path} and not administer it: ask as its own user, or root"
+                f"user {uid} may attach to the daemon at {self.path} and not administer it: ask as its own user, "
+                "or root"
             )
         return role, release

@@ -1,8 +1,8 @@
 """A small HTTP server for what programs of the operator fetch: GET and HEAD of a few paths, and nothing else.
 
 Input: requests without a body, one a connection. Output: what a handler answers. One thread reads and writes all
-connections, so that idle ones cost no thread; REQUESTS_MAX others call the handler. A connection has a fixed time in all
-to ask and to take the answer. If there are too many, the oldest of the host that has the most is cut off.
+connections, so that idle ones cost no thread; REQUESTS_MAX others call the handler. A connection has a fixed time in
+all to ask and to take the answer. If there are too many, the oldest of the host that has the most is cut off.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class _Connection:
 
 
 class WebServer:
-    """Serves `handler` from an address until it is closed. `address` tells what was bound, also if port 0 was asked for."""
+    """Serves `handler` from an address until it is closed. `address` tells what was bound,
+    also if port 0 was asked for."""
 
     def __init__(self, address: str, handler: Callable[[Asked], Answer], what: str) -> None:
         """handler: called in REQUESTS_MAX threads; raises nothing. what: names the option.

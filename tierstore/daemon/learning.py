@@ -1,9 +1,9 @@
 """Learning: the tiers follow what clients ask for.
 
-Flows in: reports of all clients, lossy and not to be trusted. Flows out: missed entries, read by the daemon itself, offered
-to the recency cache; counted keys; and, now and then or when asked, a replan: static entries that others were asked for
-clearly more often than give way to those, in steps, each an epoch. Counts are halved at every replan, so that what was hot
-once makes way. Refuses reports of tables, orders and keys that there are not.
+Flows in: reports of all clients, lossy and not to be trusted. Flows out: missed entries, read by the daemon itself,
+offered to the recency cache; counted keys; and, now and then or when asked, a replan: static entries that others were
+asked for clearly more often than give way to those, in steps, each an epoch. Counts are halved at every replan, so that
+what was hot once makes way. Refuses reports of tables, orders and keys that there are not.
 """
 
 from __future__ import annotations
@@ -189,7 +189,8 @@ class Learner:
             self._guarded("replan_failed", self.replan)
 
     def _guarded(self, name: str, act: Callable[..., Any], *arguments: Any) -> None:
-        """Calls act; what it raises is an event and not the end of its thread, without which nothing would be learned."""
+        """Calls act; what it raises is an event and not the end of its thread,
+        without which nothing would be learned."""
         try:
             act(*arguments)
         except TierStoreError as error:  # a version that was closed meanwhile, a disk that is gone
@@ -216,7 +217,8 @@ class Learner:
             return done
 
     def adopt(self, wanted: Mapping[str, tuple[np.ndarray, np.ndarray]], *, only_free: bool = False) -> dict[str, Any]:
-        """Makes (order index, key) pairs static, hottest first, as many as there is room for; returns what was done. Blocks.
+        """Makes (order index, key) pairs static, hottest first, as many as there is room for;
+        returns what was done. Blocks.
 
         Others make way for them, unless only_free: then they get what is free.
         """
@@ -245,7 +247,8 @@ class Learner:
         )  # fmt: skip
 
     def _replan_table(self, index: int, name: str, done: dict[str, Any]) -> None:
-        """Exchanges the coldest entries for the hottest candidates, and again the next ones, until a round has too few."""
+        """Exchanges the coldest entries for the hottest candidates, and again the next ones,
+        until a round has too few."""
         slots = self._host.slots[name]
         for _ in range(1 + slots.capacity // ROUND_ENTRIES):
             counted = slots.counted(partial(self._counts.counts, index))
@@ -268,7 +271,8 @@ class Learner:
         return best
 
     def _apply(self, name: str, replan: Replan, live: np.ndarray, capacity: int, done: dict[str, Any]) -> None:
-        """Carries a replan of a capacity out, step by step; live: the slots, int64 [n], that it calls its current entries."""
+        """Carries a replan of a capacity out, step by step; live: the slots, int64 [n],
+        that it calls its current entries."""
         slots = self._host.slots[name]
         spare = len(slots.keys) - slots.capacity
         for step in steps(replan, capacity, spare):

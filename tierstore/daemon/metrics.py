@@ -1,8 +1,8 @@
 """The stat record of a daemon for Prometheus, and the server that hands it out.
 
-Flows in: a callable that gives the record. Flows out: metric families, made anew at each scrape, so that nothing is counted
-twice; over HTTP, /metrics and /healthz. A record that cannot be had, or lacks what it should hold, is answered with 503 and
-logged; it never ends the daemon. Sizes are bytes, times seconds, hits are in keys.
+Flows in: a callable that gives the record. Flows out: metric families, made anew at each scrape, so that nothing is
+counted twice; over HTTP, /metrics and /healthz. A record that cannot be had, or lacks what it should hold, is answered
+with 503 and logged; it never ends the daemon. Sizes are bytes, times seconds, hits are in keys.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class StatCollector(Collector):
         self._stat = stat
 
     def collect(self) -> list[Metric]:
-        """Returns all families. Raises what `stat` raises, and `LookupError`, `TypeError` or `ValueError` for no such record."""
+        """Returns all families. Raises what `stat` raises, and `LookupError`,
+        `TypeError` or `ValueError` for no such record."""
         return list(families_of(self._stat()))
 
     def describe(self) -> list[Metric]:
@@ -280,14 +281,15 @@ def _weight_of(media_range: str) -> float:
 class MetricsServer:
     """Serves /metrics and /healthz over HTTP until it is closed; see `web.WebServer` for its limits.
 
-    /healthz: 200 while the daemon serves, also while it changes epoch or version; else 503. `address` tells what was bound.
+    /healthz: 200 while the daemon serves, also while it changes epoch or version; else 503.
+    `address` tells what was bound.
     """
 
     def __init__(self, address: str, stat: Callable[[], Record]) -> None:
         """address: "HOST:PORT". stat: returns the stat record, and may be called in several threads at once.
 
-        Raises `ConfigError` where the address is none, or cannot be bound. What other hosts can reach is logged: the record
-        names paths, and neither TLS nor a token guards it.
+        Raises `ConfigError` where the address is none, or cannot be bound. What other hosts can reach is logged: the
+        record names paths, and neither TLS nor a token guards it.
         """
         self._stat = stat
         self._registry = CollectorRegistry(auto_describe=False)

@@ -1,9 +1,9 @@
 """Missed keys: what clients had to read from NVMe, until the daemon reads it too, for the recency cache.
 
-Flows in: reports of misses, those of keys that were asked for before apart from those of new ones. Flows out: the next to
-read: what was asked for before comes first, for it is likely to be asked for again; of either the newest, for the cache is
-of recent use. There is room for so many; beyond, the oldest of the new ones go, then the oldest of the others. Any thread
-may call.
+Flows in: reports of misses, those of keys that were asked for before apart from those of new ones. Flows out: the next
+to read: what was asked for before comes first, for it is likely to be asked for again; of either the newest, for the
+cache is of recent use. There is room for so many; beyond, the oldest of the new ones go, then the oldest of the others.
+Any thread may call.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class MissedKeys:
             self._changed.notify()
 
     def take(self, keys_max: int, timeout_s: float) -> list[np.ndarray]:
-        """Returns the next reports, arrays of keys_max keys or a few more; none where none came in time, or it ended. Blocks."""
+        """Returns the next reports, arrays of keys_max keys or a few more; none where none came in time,
+        or it ended. Blocks."""
         with self._changed:
             self._changed.wait_for(lambda: self._num_keys or self._ended, timeout_s)
             taken: list[np.ndarray] = []

@@ -84,14 +84,15 @@ class _Outgoing:
 class Peer:
     """A connected process. `send` and `drop` may come from any thread and never block; the rest is the server's loop's.
 
-    pid, uid, gid: as the kernel noted them when it connected; pid 0 is a process of another PID namespace. pidfd: becomes
-    readable when that process ends, None if the kernel gives none, and when the peer is gone. role: "client" or "admin",
-    None until its hello. release: of tierstore, as it says. on_gpu: whether it says that its GPU would read the static set.
-    since: of `time.monotonic`, when it connected.
+    pid, uid, gid: as the kernel noted them when it connected; pid 0 is a process of another PID namespace. pidfd:
+    becomes readable when that process ends, None if the kernel gives none, and when the peer is gone. role: "client" or
+    "admin", None until its hello. release: of tierstore, as it says. on_gpu: whether it says that its GPU would read
+    the static set. since: of `time.monotonic`, when it connected.
     """
 
     def __init__(self, sock: socket.socket, on_change: Callable[[], None]) -> None:
-        """sock: becomes the peer's own. on_change: called, from any thread, when there is something for the loop to do."""
+        """sock: becomes the peer's own. on_change: called, from any thread,
+        when there is something for the loop to do."""
         self.sock = sock
         self.pid, self.uid, self.gid = peer_credentials(sock)
         self.pidfd = _pidfd_of(sock, self.pid)
@@ -117,7 +118,8 @@ class Peer:
         return f"{self.role or 'connection'} of {process_text(self.pid)}, {user_text(self.uid)}"
 
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        """Queues a message with copies of descriptors. A peer that is gone gets nothing, one whose queue is full is dropped.
+        """Queues a message with copies of descriptors. A peer that is gone gets nothing,
+        one whose queue is full is dropped.
 
         Raises `DaemonError` where the message is too large or descriptors cannot be copied.
         """

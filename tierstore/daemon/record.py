@@ -21,14 +21,15 @@ def ratio(part: float, whole: float) -> float:
 
 
 def read_amplification(record: Record) -> float:
-    """Returns the bytes read from NVMe for each byte of an entry that was not in memory. Rows by id, which have no entry,
-    and what reading them took, are left out."""
+    """Returns the bytes read from NVMe for each byte of an entry that was not in memory. Rows by id, which have no
+    entry, and what reading them took, are left out."""
     counters = record["counters"]
     return ratio(counters["bytes_read"] - counters["row_bytes_read"], missed_bytes(record))
 
 
 def missed_bytes(record: Record) -> int:
-    """Returns the bytes of all entries that were not in memory: what a store that reads nothing in vain would have read.
+    """Returns the bytes of all entries that were not in memory:
+    what a store that reads nothing in vain would have read.
 
     Tables of an earlier version, whose shape the record does not say, are left out.
     """

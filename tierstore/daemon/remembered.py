@@ -1,7 +1,7 @@
 """The remembered swap: what a daemon that starts serves, and what it notes of each swap while it runs.
 
-Input: the command line's store, and the swap file. Output: the store to serve, and a log line if it is another one. A swap
-is forgotten if the command line names any store but the one that was swapped away, or if it is told to forget.
+Input: the command line's store, and the swap file. Output: the store to serve, and a log line if it is another one. A
+swap is forgotten if the command line names any store but the one that was swapped away, or if it is told to forget.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class RememberedSwap:
         return self.previous is not None
 
     def _is_other_store(self, swap: Swap) -> bool:
-        """Whether the command line's store is not the one that was swapped away. One that is gone counts by its path."""
+        """Whether the command line's store is not the one that was swapped away.
+        One that is gone counts by its path."""
         if self._store != swap.store:
             return True
         identity = _identity_of(self._store)

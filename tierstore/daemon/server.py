@@ -1,9 +1,10 @@
 """The server of the daemon's socket: who may connect, what they may send, and that none of them can hold up the others.
 
 Flows in: connections, and their messages. Flows out: calls of a `Handler`, which alone knows what they mean. One thread
-runs all connections, so that attached clients cost nothing while they are idle; a request of an administrator, which may
-take long, gets a thread of its own. Refuses other users unless they are named, other versions of the protocol, and more
-connections than its limits; drops, by a named reason, whoever breaks the protocol, sends too fast or does not read.
+runs all connections, so that attached clients cost nothing while they are idle; a request of an administrator, which
+may take long, gets a thread of its own. Refuses other users unless they are named, other versions of the protocol, and
+more connections than its limits; drops, by a named reason, whoever breaks the protocol,
+sends too fast or does not read.
 """
 
 from __future__ import annotations
@@ -47,13 +48,16 @@ ACCEPT_PAUSE_S = 1.0  # after the system had no descriptor left for a connection
 
 
 class Handler(Protocol):
-    """What the daemon does with its peers. All but `ask` come from the server's thread, one at a time, and must be quick.
+    """What the daemon does with its peers. All but `ask` come from the server's thread, one at a time,
+    and must be quick.
 
-    An exception from any of them costs that peer its connection and no other; a `TierStoreError`'s message is passed on to it.
+    An exception from any of them costs that peer its connection and no other;
+    a `TierStoreError`'s message is passed on to it.
     """
 
     def attach(self, peer: Peer, /) -> tuple[dict[str, Any], Sequence[int]]:
-        """A client said hello: returns the answer, and descriptors to copy to it. What is sent meanwhile follows the answer."""
+        """A client said hello: returns the answer, and descriptors to copy to it.
+        What is sent meanwhile follows the answer."""
 
     def message(self, peer: Peer, message: dict[str, Any], /) -> None:
         """An attached client sent a message, of which only the form is checked."""
@@ -76,7 +80,8 @@ class SocketServer:
         clients_max: int = CLIENTS_MAX,
         allowed_users: Collection[int] = (),
     ) -> None:
-        """Takes the path; who connects waits for `start`. allowed_users: ids that may attach beside our own user and root.
+        """Takes the path; who connects waits for `start`. allowed_users:
+        ids that may attach beside our own user and root.
 
         Raises `DaemonError` where another daemon serves there, `ConfigError` where the path cannot be a socket's.
         """
@@ -323,7 +328,8 @@ class SocketServer:
             return
         if role == "client":
             raise DaemonError(
-                f"{limit} clients are attached, the limit is {limit} (--clients): end some, or restart the daemon with more"
+                f"{limit} clients are attached, the limit is {limit} (--clients): end some, "
+                "or restart the daemon with more"
             )
         raise DaemonError(f"{limit} administrators are connected, the limit is {limit}: end some of their commands")
 

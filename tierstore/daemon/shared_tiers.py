@@ -1,10 +1,11 @@
 """The host's tiers: what a daemon keeps in shared memory, and the only one who writes there.
 
-Flows in: a store; which entries should be static; another version of the store. Flows out: shared blocks that clients map,
-an engine that reads missed entries into the recency cache, and epochs. An epoch is published when its entries and its index
-lie in memory; what only the epoch before it used is written over when clients have left that, or a while later: who is in it
-still, reads from disk what it has copied. So two epochs are alive at most, and nobody holds up a change for long; but while
-a GPU reads the epoch before, nothing is changed. Refuses a version whose tables are not the same.
+Flows in: a store; which entries should be static; another version of the store. Flows out: shared blocks that clients
+map, an engine that reads missed entries into the recency cache, and epochs. An epoch is published when its entries and
+its index lie in memory; what only the epoch before it used is written over when clients have left that, or a while
+later: who is in it still, reads from disk what it has copied. So two epochs are alive at most, and nobody holds up a
+change for long; but while a GPU reads the epoch before, nothing is changed.
+Refuses a version whose tables are not the same.
 
 `changes` is held by whoever changes static sets or versions; everything else may come from any thread.
 """
@@ -57,7 +58,8 @@ Pairs = tuple[np.ndarray, np.ndarray]  # order index uint8 [n], keys int64 [n]
 
 
 class Host:
-    """The tiers of one host. Blocks while they are made and warmed; `close` ends them, clients keep what they mapped."""
+    """The tiers of one host. Blocks while they are made and warmed; `close` ends them,
+    clients keep what they mapped."""
 
     def __init__(
         self,
@@ -71,7 +73,8 @@ class Host:
     ) -> None:
         """As `tierstore.open`, whose errors it raises too. on_progress: (bytes there, bytes in all).
 
-        gpu_clients: whether clients who ask for it get the static set writable, as drivers want it that lock it for a GPU.
+        gpu_clients: whether clients who ask for it get the static set writable,
+        as drivers want it that lock it for a GPU.
         """
         if not kernels.native:
             raise ConfigError("a daemon needs the compiled kernels: install gcc or clang, then tierstore again")
@@ -154,7 +157,8 @@ class Host:
         for files in opened.files:
             share, name = self.plan.shares[files.table.spec.name], files.table.spec.name
             if resident and share.resident:
-                # Progress counted these bytes when they were allocated; whoever listens may want to end it all the same.
+                # Progress counted these bytes when they were allocated;
+                # whoever listens may want to end it all the same.
                 poll = None if on_bytes is None else partial(on_bytes, 0)
                 bad_pages[name] = load_table(files, resident.array[share.resident_start :], poll)
         _, block = self.attachments.own.give(number)
@@ -213,8 +217,8 @@ class Host:
     ) -> tuple[dict[str, Any], list[int]]:
         """Returns what a new client needs to map the tiers: a message, and descriptors, which stay ours.
 
-        on_gpu: its kernels would read the static set, and may, where that is lent. Raises `DaemonError` where there is no
-        memory or descriptor for its block.
+        on_gpu: its kernels would read the static set, and may, where that is lent. Raises `DaemonError` where there is
+        no memory or descriptor for its block.
         """
         # Of a process of another PID namespace (0), only a pidfd tells the end.
         on_gpu = on_gpu and self._static.lent_fd >= 0 and (pid > 0 or pidfd is not None)
@@ -224,7 +228,8 @@ class Host:
         return self._layout(version, *given, on_gpu=on_gpu)
 
     def move(self, who: object) -> tuple[dict[str, Any], list[int]] | None:
-        """Returns the same for a client that is to move to the version served now; None where it is gone, or has moved."""
+        """Returns the same for a client that is to move to the version served now; None where it is gone,
+        or has moved."""
         version = self.current
         given, on_gpu = self.attachments.move(who, version.number), self.attachments.is_on_gpu(who)
         return None if given is None else self._layout(version, *given, on_gpu=on_gpu)
@@ -260,7 +265,8 @@ class Host:
     # Epochs
 
     def _publish(self, version: Version, live: Mapping[str, np.ndarray]) -> None:
-        """Publishes the next epoch, whose static sets are the slots of `live`, bool [S] by table; only one may be alive."""
+        """Publishes the next epoch, whose static sets are the slots of `live`, bool [S] by table;
+        only one may be alive."""
         for name, slots in self.slots.items():
             slots.index(self.epoch + 1, live[name])
         for name, slots in self.slots.items():  # nothing fails from here on
@@ -272,11 +278,12 @@ class Host:
         self.num_changes += 1
 
     def change(self, enter: Mapping[str, Pairs], leave: Mapping[str, np.ndarray]) -> int:
-        """Writes entries into free slots, lets others go, and publishes that as the next epoch; returns how many entered.
+        """Writes entries into free slots, lets others go, and publishes that as the next epoch;
+        returns how many entered.
 
-        enter: by table, no more than it has free slots; leave: slots, int64, by table. Blocks: reads, and waits a while for the
-        epoch before to be left. Entries that cannot be read are left out. Raises `DaemonError` where a GPU is still in the epoch
-        before.
+        enter: by table, no more than it has free slots; leave: slots, int64, by table. Blocks: reads, and waits a while
+        for the epoch before to be left. Entries that cannot be read are left out. Raises `DaemonError` where a GPU is
+        still in the epoch before.
         """
         with self.changes:
             self._settle_first()
@@ -306,12 +313,13 @@ class Host:
             processes = ", ".join(map(process_text, self.attachments.waiting_for))
             raise DaemonError(
                 f"the GPU of {processes} still reads what epoch {self.epoch - 1} holds, though epoch {self.epoch} was "
-                f"there for {time.monotonic() - self._published_at:.0f} s; nothing more is changed: end that process, or let it "
-                f"go on, then ask again"
+                f"there for {time.monotonic() - self._published_at:.0f} s; nothing more is changed: end that process, "
+                f"or let it go on, then ask again"
             )
 
     def _settle(self) -> bool:
-        """Lets only the newest epoch be read, and frees what it does not name, and a version that is not served any more.
+        """Lets only the newest epoch be read, and frees what it does not name,
+        and a version that is not served any more.
 
         Returns whether that was done: not, where a GPU still reads what only the epoch before names.
         """
@@ -339,7 +347,8 @@ class Host:
         return True
 
     def _write(self, version: Version, name: str, order_index: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Reads entries of a version and writes them into free slots; returns the slots, of those that could be read."""
+        """Reads entries of a version and writes them into free slots; returns the slots,
+        of those that could be read."""
         layout = version.opened.image.tables[name]
         written = [np.empty(0, dtype=np.int64)]
         for at in batches(order_index, len(layout.spec.orders)):
@@ -402,14 +411,15 @@ class Host:
         move: Callable[[], None],
         note: Callable[[str, str, str], None] = lambda *_: None,
     ) -> dict[str, Any]:
-        """Serves another store in place of this one, for every client; returns what was done. Blocks until all have moved.
+        """Serves another store in place of this one, for every client; returns what was done.
+        Blocks until all have moved.
 
-        Half of the static slots go to the new version's hottest entries while clients still look up in the old; then they move.
-        counts_of: (table, order index, keys) -> how often each is asked for; move: tells every
-        client of the new version, by `move`; note: (path, identity, path before) of what is served from now on, kept before
-        any client sees it. Raises what `note` and opening a store raises, and
-        `FingerprintMismatchError` where the tables are not the same, `DaemonError` where a GPU is still in the epoch before; the
-        old version is then still served.
+        Half of the static slots go to the new version's hottest entries while clients still look up in the old; then
+        they move. counts_of: (table, order index, keys) -> how often each is asked for; move: tells every
+        client of the new version, by `move`; note: (path, identity, path before) of what is served from now on, kept
+        before any client sees it. Raises what `note` and opening a store raises, and
+        `FingerprintMismatchError` where the tables are not the same, `DaemonError` where a GPU is still in the epoch
+        before; the old version is then still served.
         """
         with self.changes:
             started, old, previous, noted = time.monotonic(), self.current, self.previous_path, False

@@ -1,7 +1,7 @@
 """The swap file: which store a daemon serves in place of the one that its command line names. See FORMAT.md.
 
-Input: the path of a daemon's socket, whose lock is held; swaps. Output: the swap that a daemon at that socket made last,
-also after a crash. Errors: `FormatError` for a damaged file, `ConfigError` for one that others may have written.
+Input: the path of a daemon's socket, whose lock is held; swaps. Output: the swap that a daemon at that socket made
+last, also after a crash. Errors: `FormatError` for a damaged file, `ConfigError` for one that others may have written.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class SwapFile:
             owners = known_ids("uid", {os.geteuid(), 0})
             if not stat.S_ISREG(found.st_mode) or found.st_uid not in owners or found.st_mode & 0o022:
                 raise ConfigError(
-                    f"{self.path} (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}) may have been written by "
-                    f"another user: put the socket in a folder that only this user can write to; {self._remedy}"
+                    f"{self.path} (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}) may have been written "
+                    f"by another user: put the socket in a folder that only this user can write to; {self._remedy}"
                 )
             data = os.read(fd, FILE_BYTES_MAX + 1)
         finally:

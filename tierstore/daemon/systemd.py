@@ -1,7 +1,7 @@
 """What the daemon tells the service manager that started it: ready, reloading, stopping, alive (systemd's sd_notify).
 
-Flows in: the environment's NOTIFY_SOCKET and WATCHDOG_USEC. Flows out: datagrams of `NAME=value` lines. Where the variable is
-not set, nothing is sent. A manager that does not take a datagram is logged once and never stops the daemon.
+Flows in: the environment's NOTIFY_SOCKET and WATCHDOG_USEC. Flows out: datagrams of `NAME=value` lines. Where the
+variable is not set, nothing is sent. A manager that does not take a datagram is logged once and never stops the daemon.
 Protocol: https://www.freedesktop.org/software/systemd/man/sd_notify.html
 """
 
@@ -19,7 +19,8 @@ SEND_S_MAX = 1.0  # a manager that hangs holds up the daemon no longer
 
 
 class Notifier:
-    """Tells one service manager how the daemon fares. Any thread; each call blocks for SEND_S_MAX at most and raises nothing."""
+    """Tells one service manager how the daemon fares. Any thread;
+    each call blocks for SEND_S_MAX at most and raises nothing."""
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         """environment: by default the process's, read now."""
@@ -46,7 +47,8 @@ class Notifier:
         self._send("STOPPING=1", f"STATUS={_line(status)}")
 
     def watchdog(self) -> None:
-        """The daemon is alive. The loop that must not hang calls it every `watchdog_s` seconds, where that is not None."""
+        """The daemon is alive. The loop that must not hang calls it every `watchdog_s` seconds,
+        where that is not None."""
         if self.watchdog_s is not None:
             self._send("WATCHDOG=1")
 

@@ -32,7 +32,8 @@ class Version:
         return str(self.opened.image.path)
 
     def close(self) -> None:
-        """Waits for the daemon's own lookups, then closes engine and files. Files of reads that do not end stay open."""
+        """Waits for the daemon's own lookups, then closes engine and files.
+        Files of reads that do not end stay open."""
         if self.resident:
             self.resident.close()
         if self.engine.close(READ_WAIT_S):

@@ -1,7 +1,7 @@
 """How a DRAM budget is divided: staging first, then tables that fit whole, then static sets and caches of entries.
 
-Flows in: table layouts, a number of bytes, perhaps a placement. Flows out: a `DramPlan` whose parts add up to no more than
-that number. Refuses a budget that cannot hold one set of entries a table, naming the least that would do.
+Flows in: table layouts, a number of bytes, perhaps a placement. Flows out: a `DramPlan` whose parts add up to no more
+than that number. Refuses a budget that cannot hold one set of entries a table, naming the least that would do.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ STAGING_FRACTION = 16  # staging takes at most this part of the budget, unless o
 class TableShare:
     """What one table gets, and where in the block: all its rows (`resident`), or three parts one after the other.
 
-    They are `static_bytes` for `static_entries` records of the placement, from its record `static_start` on, `index_bytes` for
-    its indexes, and a cache of `num_sets` sets of 8 entries.
+    They are `static_bytes` for `static_entries` records of the placement, from its record `static_start` on,
+    `index_bytes` for its indexes, and a cache of `num_sets` sets of 8 entries.
     """
 
     resident: bool
@@ -45,7 +45,8 @@ class TableShare:
 
 @dataclass(frozen=True)
 class StagingPlan:
-    """Staging of pages on their way: each page reader has `depth` pages and twice `assembly_bytes` of entries put together."""
+    """Staging of pages on their way: each page reader has `depth` pages and twice
+    `assembly_bytes` of entries put together."""
 
     num_readers: int
     depth: int
@@ -96,9 +97,9 @@ def divide_dram(
     """Divides `budget_bytes` among staging and tables; raises `BudgetError` where it is too small.
 
     Every table of a model is asked for equally many keys a token, so each gets an equal share; a table smaller than its
-    share is kept resident, and what it leaves goes to the others. The shares of larger ones become static sets, as far as the
-    placement goes, and caches of entries. hbm_entries: how many of a table's first placed entries HBM holds; its static set
-    begins behind them, at the start of their last, unfinished group of records (`group_start`).
+    share is kept resident, and what it leaves goes to the others. The shares of larger ones become static sets, as far
+    as the placement goes, and caches of entries. hbm_entries: how many of a table's first placed entries HBM holds; its
+    static set begins behind them, at the start of their last, unfinished group of records (`group_start`).
     """
     in_hbm = hbm_entries or {}
     placed = placement.tables if placement else {}
@@ -112,8 +113,8 @@ def divide_dram(
             else ("staging", "")
         )
         raise BudgetError(
-            f"dram: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes ({format_bytes(least)}) "
-            f"that {what} and one set of entries a table take; ask for more{remedy}"
+            f"dram: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes "
+            f"({format_bytes(least)}) that {what} and one set of entries a table take; ask for more{remedy}"
         )
     staging = _plan_staging(least_reader, budget_bytes, budget_bytes - least_for_tables)
     left = budget_bytes - staging.num_bytes
@@ -159,7 +160,8 @@ def _divide_share(table: TableLayout, share_bytes: int, placed: PlacedTable | No
 
 
 def _least_staging(tables: Mapping[str, TableLayout], placed: Mapping[str, PlacedTable]) -> StagingPlan:
-    """One page reader that holds one key of any table: a page for each of its rows, or the read of its record, and the entry."""
+    """One page reader that holds one key of any table: a page for each of its rows, or the read of its record,
+    and the entry."""
     return StagingPlan(
         num_readers=1,
         depth=max(table.spec.rows_per_key for table in tables.values()),
@@ -173,7 +175,8 @@ def _least_staging(tables: Mapping[str, TableLayout], placed: Mapping[str, Place
 def plan_staging(
     tables: Mapping[str, TableLayout], placed: Mapping[str, PlacedTable], budget_bytes: int, most_bytes: int
 ) -> StagingPlan:
-    """Returns staging for a budget, of at most most_bytes where less than a sixteenth is left; one key of any table fits."""
+    """Returns staging for a budget, of at most most_bytes where less than a sixteenth is left;
+    one key of any table fits."""
     return _plan_staging(_least_staging(tables, placed), budget_bytes, most_bytes)
 
 

@@ -1,8 +1,8 @@
 """Which entries are static: those from which the most accesses are expected, as many as there is room for.
 
 Flows in: how many items of each class (order, how often counted) there are, and the value of each class. Flows out: the
-part of each class that is chosen. Within a class nothing tells one item from another, so the last class chosen is taken in
-part, by a hash of the item. Pure.
+part of each class that is chosen. Within a class nothing tells one item from another, so the last class chosen is taken
+in part, by a hash of the item. Pure.
 
 Shapes: C classes, U items, M items.
 """
@@ -22,7 +22,8 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: multiplicative hash
 
 @dataclass(frozen=True, eq=False)
 class ItemClasses:
-    """Items by (order, count), ascending: order_index, counts, num_items and held_out accesses to them, each int64 [C]."""
+    """Items by (order, count), ascending: order_index, counts, num_items and held_out accesses to them,
+    each int64 [C]."""
 
     order_index: np.ndarray
     counts: np.ndarray
@@ -31,7 +32,8 @@ class ItemClasses:
 
     @classmethod
     def of_parts(cls, parts: Iterable[Part]) -> ItemClasses:
-        """Gathers (order index, counts, held-out accesses, number of items), int64 [M] each, part by part; leaves count 0 out."""
+        """Gathers (order index, counts, held-out accesses, number of items), int64 [M] each, part by part;
+        leaves count 0 out."""
         low: dict[int, np.ndarray] = {}  # by order: items and accesses of each count below LOW_COUNTS
         high: dict[int, list[np.ndarray]] = {}  # (count, 1, accesses) of every item above
         for order_index, counts, held_out, num_items in parts:
@@ -74,7 +76,8 @@ class ItemClasses:
 
 
 def chosen_parts(values: np.ndarray, num_items: np.ndarray, num_entries: int) -> np.ndarray:
-    """Returns the part of each class, float [C], that the num_entries most valuable items make up: 1, 0, or one between.
+    """Returns the part of each class, float [C], that the num_entries most valuable items make up: 1, 0,
+    or one between.
 
     values: float [C]; num_items: int64 [C]. Classes without value are not chosen, so it may be fewer.
     """

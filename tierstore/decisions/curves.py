@@ -1,9 +1,9 @@
 """Curves: what each budget of DRAM buys, by policy and by order, and which budgets to choose.
 
 Flows in: a `Ranking`, what an entry costs, a ladder of budgets. Flows out: `Curves`, which
-`as_record` turns into what JSON and the report show. Every point is simulated by itself; the caller may give a `map` that
-runs several at once. The mixed policy's static fraction is the best of a grid, chosen on the very accesses that it is
-then rated by: with six to choose from that flatters by less than intervals are wide.
+`as_record` turns into what JSON and the report show. Every point is simulated by itself; the caller may give a `map`
+that runs several at once. The mixed policy's static fraction is the best of a grid, chosen on the very accesses that it
+is then rated by: with six to choose from that flatters by less than intervals are wide.
 
 Shapes: U items, D documents, O orders; [O + 1]: the orders, and in the last place all of them.
 """
@@ -39,8 +39,9 @@ OnPhase = Callable[[str, int, "int | None"], None]  # phase, how much of it is d
 class EntryCost:
     """What an item costs in all tables together, which hold it side by side.
 
-    static_bytes: an entry of the static set, its part of the index included. recency_set_bytes: a set of 8 of the recency
-    cache, index and history included. reads, packed_reads: NVMe reads of a miss, from the tables' shards and from a placement.
+    static_bytes: an entry of the static set, its part of the index included. recency_set_bytes: a set of 8 of the
+    recency cache, index and history included. reads, packed_reads: NVMe reads of a miss,
+    from the tables' shards and from a placement.
     """
 
     static_bytes: int
@@ -51,10 +52,11 @@ class EntryCost:
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """One budget. Rates: float [O + 1]. `outcome` is the mixed policy's, its static part `static_fraction` of the bytes.
+    """One budget. Rates: float [O + 1]. `outcome` is the mixed policy's,
+    its static part `static_fraction` of the bytes.
 
-    resident: the budget holds the tables whole, so that every access hits; what single caches of its bytes would do stands
-    beside it all the same.
+    resident: the budget holds the tables whole, so that every access hits; what single caches of its bytes would do
+    stands beside it all the same.
     """
 
     dram_bytes: int
@@ -72,7 +74,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Steps:
-    """`sequences` decoded side by side over a budget: the share of steps without a read (None: unknown), and the like."""
+    """`sequences` decoded side by side over a budget: the share of steps without a read (None: unknown),
+    and the like."""
 
     dram_bytes: int
     sequences: int
@@ -85,7 +88,8 @@ class Steps:
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """All of it, points by ascending budget; low and high: float [P, O + 1], the 95 % interval of the mixed hit rate."""
+    """All of it, points by ascending budget; low and high: float [P, O + 1],
+    the 95 % interval of the mixed hit rate."""
 
     replay: Replay
     cost: EntryCost
@@ -97,7 +101,8 @@ class Curves:
     steps: list[Steps]
 
     def as_record(self) -> dict[str, Any]:
-        """Returns the curves for JSON. *rates* below is {"2": .., "3": .., "all": ..}: a share for each order, and for all.
+        """Returns the curves for JSON. *rates* below is {"2": .., "3": .., "all": ..}: a share for each order,
+        and for all.
 
         orders: [int]
         replay: {tokens, documents, accesses, items, sample_rate}
@@ -174,12 +179,12 @@ def build_curves(
 ) -> Curves:
     """Returns the curves of a replay over the budgets `ladder_bytes`, ascending. Blocks, seconds a million accesses.
 
-    interval_tokens: the length of the streams that intervals are for. packed: bool [U], items that a placement would hold, by
-    default those counted twice or more. batch_tokens: of the points; `sequences` are those of the steps, over each recommended
-    budget; steps_ranking: what steps are taken from, if it is another replay than that of the points. usable_bytes: what
-    each budget leaves to entries, by default all of it. whole_bytes: a budget that holds the tables whole, the last point;
-    then `ladder_bytes`, which lie below it, may be none. map_over: such as an executor's map; what it calls, `on_progress`
-    too, may run on any thread.
+    interval_tokens: the length of the streams that intervals are for. packed: bool [U], items that a placement would
+    hold, by default those counted twice or more. batch_tokens: of the points; `sequences` are those of the steps, over
+    each recommended budget; steps_ranking: what steps are taken from, if it is another replay than that of the points.
+    usable_bytes: what each budget leaves to entries, by default all of it. whole_bytes: a budget that holds the tables
+    whole, the last point; then `ladder_bytes`, which lie below it, may be none. map_over: such as an executor's map;
+    what it calls, `on_progress` too, may run on any thread.
     """
     assert len(ladder_bytes) or whole_bytes, "a curve has a point"
     replay = ranking.group.replay
@@ -298,7 +303,8 @@ class _Simulator:
             )
 
     def _run(self, usable_bytes: int, fraction: float) -> tuple[Outcome, int, int]:
-        """The outcome, static entries and recency sets; what the static set cannot use is recency's, unless it is all static."""
+        """The outcome, static entries and recency sets; what the static set cannot use is recency's,
+        unless it is all static."""
         static_entries = min(int(usable_bytes * fraction) // self._cost.static_bytes, self._ranking.num_valued)
         left_bytes = usable_bytes - static_entries * self._cost.static_bytes
         recency_sets = 0 if fraction == 1 else left_bytes // self._cost.recency_set_bytes

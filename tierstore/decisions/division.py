@@ -1,8 +1,8 @@
 """How a store divides both of its budgets when it opens: what HBM takes, and what is left for DRAM to do.
 
 Flows in: table layouts, bytes of DRAM and HBM, a placement. Flows out: a `DramPlan` and an `HbmPlan`. With an hbm tier,
-DRAM sets aside what the device reads and writes, and the host's copy of the device's indexes; its static set begins where
-HBM's entries end. Pure.
+DRAM sets aside what the device reads and writes, and the host's copy of the device's indexes; its static set begins
+where HBM's entries end. Pure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .hbm_budget import HbmPlan, divide_hbm, pinned_bytes
 def divide_budgets(
     tables: Mapping[str, TableLayout], dram_bytes: int, hbm_bytes: int | None, placement: Placement | None
 ) -> tuple[DramPlan, HbmPlan | None]:
-    """Divides both budgets; hbm_bytes: None where there is no hbm tier. Raises `BudgetError` as the two divisions do."""
+    """Divides both budgets; hbm_bytes: None where there is no hbm tier.
+    Raises `BudgetError` as the two divisions do."""
     if hbm_bytes is None:
         return divide_dram(tables, dram_bytes, placement), None
     pinned = pinned_bytes(dram_bytes)

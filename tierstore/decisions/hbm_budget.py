@@ -1,11 +1,11 @@
 """How an HBM budget is divided: staging of host lookups, then slots of entries and two indexes for each table.
 
-Flows in: table layouts, a number of bytes, how many entries there are, and DRAM will hold. Flows out: an `HbmPlan` whose
-parts add up to no more than that number. Refuses a budget that cannot hold one entry a table, naming the least that would
-do. Pure.
+Flows in: table layouts, a number of bytes, how many entries there are, and DRAM will hold. Flows out: an `HbmPlan`
+whose parts add up to no more than that number. Refuses a budget that cannot hold one entry a table, naming the least
+that would do. Pure.
 
-The indexes name what lies in HBM and what lies in DRAM's static set, so that one probe answers for both. There are two of
-them, one for either parity of epochs, and a few spare slots, so that entries can be exchanged under running kernels.
+The indexes name what lies in HBM and what lies in DRAM's static set, so that one probe answers for both. There are two
+of them, one for either parity of epochs, and a few spare slots, so that entries can be exchanged under running kernels.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def divide_hbm(
 ) -> HbmPlan:
     """Divides `budget_bytes` among the tables that have entries for it, equally; what one leaves goes to the others.
 
-    entries: how many a table would put there at most; tables without any have their control only. static_entries: the most
-    that DRAM's static set may hold of each. Raises `BudgetError` where not one entry of each of those tables fits.
+    entries: how many a table would put there at most; tables without any have their control only. static_entries: the
+    most that DRAM's static set may hold of each. Raises `BudgetError` where not one entry of each of those tables fits.
     """
     wanted = {name: entries.get(name, 0) for name in tables}
     pair_bytes = max(map(_stride, tables.values())) + 8 + 8  # an entry, its key, its place
@@ -96,8 +96,8 @@ def divide_hbm(
     least = staging_bytes + sum(_share(tables[name], min(1, wanted[name]), 0).num_bytes for name in tables)
     if budget_bytes < least:
         raise BudgetError(
-            f"hbm: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes ({format_bytes(least)}) that "
-            f"staging, indexes and an entry a table take; ask for more, or leave hbm out"
+            f"hbm: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes "
+            f"({format_bytes(least)}) that staging, indexes and an entry a table take; ask for more, or leave hbm out"
         )
     left, shares = budget_bytes - staging_bytes, {}
     by_size = sorted(tables, key=lambda name: wanted[name] * _stride(tables[name]))
@@ -122,7 +122,8 @@ def _share(table: TableLayout, num_entries: int, static_entries: int) -> HbmShar
 
 
 def _divide_share(table: TableLayout, num_placed: int, static_entries: int, share_bytes: int) -> HbmShare:
-    """The share with most entries that takes at most share_bytes; one entry always fits, but for DRAM's in the indexes."""
+    """The share with most entries that takes at most share_bytes; one entry always fits,
+    but for DRAM's in the indexes."""
     if num_placed == 0:
         return _share(table, 0, 0)
     static = min(static_entries, int(share_bytes // STATIC_INDEX_PART // (2 * _BUCKET_BYTES) * BUCKET_KEYS))

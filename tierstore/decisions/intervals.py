@@ -1,8 +1,9 @@
 """How far the hit rate of another stream may lie from the one that was predicted: text differs from text.
 
-Flows in: hits and accesses by document, and a generator. Flows out: 95 % intervals. What is drawn are whole documents: within
-one, accesses depend on each other, and a few long ones outweigh many short ones, so that intervals from single accesses
-would be far too narrow (cluster bootstrap: Davison, Hinkley, "Bootstrap Methods and their Application", 1997, ch. 3.8).
+Flows in: hits and accesses by document, and a generator. Flows out: 95 % intervals. What is drawn are whole documents:
+within one, accesses depend on each other, and a few long ones outweigh many short ones, so that intervals from single
+accesses would be far too narrow (cluster bootstrap: Davison, Hinkley, "Bootstrap Methods and their Application",
+1997, ch. 3.8).
 
 Shapes: D documents, K quantities that share the documents, such as hit rates of the orders at several budgets.
 """
@@ -13,7 +14,8 @@ import numpy as np
 
 RESAMPLES = 1000
 TAIL = 0.025  # on either side of a 95 % interval
-# Few documents tell little of how much they differ. Student's t asks for 1.2 here; on heavy-tailed lengths, measured, 2 holds.
+# Few documents tell little of how much they differ. Student's t asks for 1.2 here; on heavy-tailed lengths, measured,
+# 2 holds.
 WIDENING = 2.0
 LEVERAGE_MAX = 0.9
 STREAMS_MAX = (
@@ -28,14 +30,15 @@ def prediction_intervals(
     num_tokens: int,
     generator: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns between which hit rates another stream of about `num_tokens` tokens of the same source lies, in 95 of 100 cases.
+    """Returns between which hit rates another stream of about `num_tokens` tokens of the same source lies,
+    in 95 of 100 cases.
 
     hits, accesses: [D, K]; document_tokens: [D]. Returns two float arrays [K], low and high, within 0 and 1. Two
-    things are uncertain: the estimate, known from D documents only (redrawn, D of them), and what the other stream happens
-    to be (documents drawn until they have its tokens, the last one cut). The interval is the estimate and the quantiles of
-    their difference, widened where a few documents have most of the accesses; of fewer than 100 documents of hugely different
-    lengths it still holds less often than it says. Of fewer than two documents, which say nothing of how they differ, it is 0
-    to 1. Blocks, a tenth of a second
+    things are uncertain: the estimate, known from D documents only (redrawn, D of them), and what the other stream
+    happens to be (documents drawn until they have its tokens, the last one cut). The interval is the estimate and the
+    quantiles of their difference, widened where a few documents have most of the accesses; of fewer than 100 documents
+    of hugely different lengths it still holds less often than it says. Of fewer than two documents, which say nothing
+    of how they differ, it is 0 to 1. Blocks, a tenth of a second
     for hundreds of documents.
     """
     num_documents, num_quantities = hits.shape
@@ -58,15 +61,16 @@ def prediction_intervals(
 def _left_out(off: np.ndarray, accesses: np.ndarray) -> np.ndarray:
     """Hits that each document has beyond the estimate, had it been left out of it: a long one has drawn it to itself.
 
-    Two documents of 9 and 1 accesses with rates 0 and 1 make 0.1: the first lies 0.1 off, but 1 off the rate of the other.
-    That is HC3 of MacKinnon and White (1985), for means.
+    Two documents of 9 and 1 accesses with rates 0 and 1 make 0.1: the first lies 0.1 off, but 1 off the rate of the
+    other. That is HC3 of MacKinnon and White (1985), for means.
     """
     leverage = np.minimum(accesses / np.maximum(accesses.sum(axis=0), 1), LEVERAGE_MAX)
     return np.asarray(off / (1 - leverage))
 
 
 def _widening(document_tokens: np.ndarray) -> float:
-    """The factor for how few documents these are in effect: as many equally long ones as would vary as much (Kish 1965)."""
+    """The factor for how few documents these are in effect: as many equally long ones as
+    would vary as much (Kish 1965)."""
     weights = document_tokens / document_tokens.sum()
     effective = 1 / np.square(weights).sum()
     return float(1 + WIDENING / max(effective - 1, 1))

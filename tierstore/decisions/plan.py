@@ -1,8 +1,8 @@
 """Which entries go where within given budgets, and what to expect of that.
 
-Flows in: a `Ranking`, the store's tables, bytes of HBM, DRAM and packed entries on NVMe. Flows out: a `GroupPlan`: how many of
-the first entries each tier takes, how much of DRAM is left to recency, and the simulated outcome on held-out documents. The
-division is the one that opening the store will make (`divide_dram`), not a model of it. Pure.
+Flows in: a `Ranking`, the store's tables, bytes of HBM, DRAM and packed entries on NVMe. Flows out: a `GroupPlan`: how
+many of the first entries each tier takes, how much of DRAM is left to recency, and the simulated outcome on held-out
+documents. The division is the one that opening the store will make (`divide_dram`), not a model of it. Pure.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Budgets:
 class GroupPlan:
     """What a group's tables get, each: entries by tier, hottest first, and sets of the recency cache.
 
-    outcome: of the held-out documents, with HBM and static set together as its static part. hbm_share: float [O + 1], of
-    accesses that HBM alone answers. reads_per_token, reads_unpacked: NVMe reads of all the group's tables, with packed
-    entries and without.
+    outcome: of the held-out documents, with HBM and static set together as its static part. hbm_share: float [O + 1],
+    of accesses that HBM alone answers. reads_per_token, reads_unpacked: NVMe reads of all the group's tables, with
+    packed entries and without.
     """
 
     tables: tuple[str, ...]
@@ -97,7 +97,8 @@ def plan_group(
 def whole_budget(layouts: Mapping[str, TableLayout], tables: Iterable[str]) -> int:
     """Returns the least DRAM budget with which `tables` are kept whole, so that `plan_group` says `resident`.
 
-    Rounded up by less than a 128th, to a number of bytes that people can write: 50.25 MiB. layouts: all tables of the store.
+    Rounded up by less than a 128th, to a number of bytes that people can write: 50.25 MiB. layouts:
+    all tables of the store.
     """
     name = _largest(tables, layouts)
 
@@ -121,7 +122,8 @@ def whole_budget(layouts: Mapping[str, TableLayout], tables: Iterable[str]) -> i
 
 
 def usable_bytes(layouts: Mapping[str, TableLayout], tables: Iterable[str], dram_bytes: int) -> int:
-    """Returns what a budget leaves to entries, if every table got as much as the largest of `tables`, which is not whole.
+    """Returns what a budget leaves to entries, if every table got as much as the largest of `tables`,
+    which is not whole.
 
     Raises `BudgetError` if a store cannot open with it.
     """
@@ -188,7 +190,8 @@ def _plan_at(
         share_bytes -= hbm.host_index_bytes / num_tables
     left -= hbm_entries
     beyond = int(budgets.nvme_bytes / num_tables / record)
-    # Indexes are of all that is placed: of those in HBM and beyond, and of static ones; but never of more than there are.
+    # Indexes are of all that is placed: of those in HBM and beyond, and of static ones;
+    # but never of more than there are.
     room = max(
         (share_bytes - INDEX_ENTRY_BYTES * (hbm_entries + beyond)) / (record + fraction * INDEX_ENTRY_BYTES),
         (share_bytes - INDEX_ENTRY_BYTES * (hbm_entries + left)) / record,

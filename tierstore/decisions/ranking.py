@@ -1,7 +1,7 @@
 """Which items come first: the order in which entries are placed, by what each is worth.
 
-Flows in: a `Group`. Flows out: its `Ranking`: the value of any item by order and count, and which items of the replay would be
-static if so many entries were. Pure.
+Flows in: a `Group`. Flows out: its `Ranking`: the value of any item by order and count, and which items of the replay
+would be static if so many entries were. Pure.
 
 Shapes: C classes, U items of the replay, M items.
 """
@@ -36,7 +36,8 @@ class Ranking:
         return np.stack(sums).astype(np.int64).reshape(2, num_orders, NUM_CLASSES)
 
     def values(self, order_index: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Returns how many accesses of held-out length items may expect, float [M], by order and count, int64 [M] each."""
+        """Returns how many accesses of held-out length items may expect, float [M], by order and count,
+        int64 [M] each."""
         return expected_accesses(order_index, counts, self.histograms)
 
     @functools.cached_property

@@ -1,7 +1,7 @@
 """Which budgets to choose from, given a curve of hit rates.
 
-Flows in: budgets in bytes, ascending, and the hit rate of each. Flows out: one to four `Recommendation`s, the least first.
-Memory is bought in doublings, so that curves are judged over the logarithm of bytes.
+Flows in: budgets in bytes, ascending, and the hit rate of each. Flows out: one to four `Recommendation`s, the least
+first. Memory is bought in doublings, so that curves are judged over the logarithm of bytes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ class Recommendation:
 
 
 def recommend(budgets: Sequence[int], rates: Sequence[float], whole_bytes: int | None = None) -> list[Recommendation]:
-    """Returns the budgets to choose from, the least first: half of the gain, where the curve bends, where it ends to pay.
+    """Returns the budgets to choose from, the least first: half of the gain, where the curve bends,
+    where it ends to pay.
 
-    budgets: ascending; rates: of as many. Budgets that fall together are named once, by the first of these names; if the
-    curve bends before half of its gain, none is frugal. whole_bytes: a budget above all these that holds the tables whole,
-    None if it is not known. Without any budget, only that one is named.
+    budgets: ascending; rates: of as many. Budgets that fall together are named once, by the first of these names; if
+    the curve bends before half of its gain, none is frugal. whole_bytes: a budget above all these that holds the tables
+    whole, None if it is not known. Without any budget, only that one is named.
     """
     whole = [] if whole_bytes is None else [Recommendation("whole", int(whole_bytes), WHY_WHOLE)]
     if not len(budgets):
@@ -61,7 +62,8 @@ def recommend(budgets: Sequence[int], rates: Sequence[float], whole_bytes: int |
 
 
 def default_choice(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Returns the budget to plan with if nobody asks for another: the largest knee of the groups of a profile, one at least.
+    """Returns the budget to plan with if nobody asks for another: the largest knee of the groups of a profile,
+    one at least.
 
     groups: records of `Curves.as_record`. If a group's knee falls together with its frugal budget, that is meant.
     """
@@ -75,7 +77,8 @@ def default_choice(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def knee(budgets: Sequence[int], rates: Sequence[float]) -> int:
     """Returns the place of the point farthest above the chord, over the logarithm of bytes; of a flat curve the first.
 
-    That is the knee of a curve that rises after Satopaa et al., "Finding a 'kneedle' in a haystack", ICDCS workshops 2011.
+    That is the knee of a curve that rises after Satopaa et al., "Finding a 'kneedle' in a haystack",
+    ICDCS workshops 2011.
     """
     up = np.maximum.accumulate(np.asarray(rates, dtype=np.float64))
     if up[-1] == up[0]:

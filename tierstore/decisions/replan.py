@@ -1,9 +1,9 @@
 """A replan: which entries of a table's static set leave and which enter, by what was counted lately.
 
-Flows in: what is static now and what else was counted, each with its counts. Flows out: a `Replan`, and the `Step`s by which
-it is made with at most `spare` entries in memory beyond the set's capacity. An entry gives way only to one that was counted
-clearly more often (hysteresis), so that noise in the counts moves little. Pure; among equal entries it is always the same
-that win. Refuses more static entries than there is capacity for.
+Flows in: what is static now and what else was counted, each with its counts. Flows out: a `Replan`, and the `Step`s by
+which it is made with at most `spare` entries in memory beyond the set's capacity. An entry gives way only to one that
+was counted clearly more often (hysteresis), so that noise in the counts moves little. Pure; among equal entries it is
+always the same that win. Refuses more static entries than there is capacity for.
 
 Shapes: n static entries, m candidates.
 """
@@ -63,7 +63,8 @@ class Entries:
 
 @dataclass(frozen=True, eq=False)
 class Replan:
-    """What enters, hottest first, and which of the n static entries leave: bool [n], and their places, coldest first."""
+    """What enters, hottest first, and which of the n static entries leave: bool [n], and their places,
+    coldest first."""
 
     enter: Entries
     leave: np.ndarray
@@ -100,11 +101,11 @@ def choose_static(
 ) -> Replan:
     """Returns what to change about a static set of at most `capacity` entries.
 
-    candidates: anything that was counted; those that are static already are passed over. Free capacity takes the hottest
-    with at least `least_count`; after that the hottest candidate meets the coldest entry, the next the next, and so on while
-    the candidate's count is above hysteresis * the entry's + 1. So a replan of its own result changes nothing. Raises
-    `ValueError` for more static entries than capacity, a hysteresis below 1, which would change without end, and a least_count
-    below 1. About a second for a million of each, two for ten million candidates.
+    candidates: anything that was counted; those that are static already are passed over. Free capacity takes the
+    hottest with at least `least_count`; after that the hottest candidate meets the coldest entry, the next the next,
+    and so on while the candidate's count is above hysteresis * the entry's + 1. So a replan of its own result changes
+    nothing. Raises `ValueError` for more static entries than capacity, a hysteresis below 1, which would change without
+    end, and a least_count below 1. About a second for a million of each, two for ten million candidates.
     """
     if len(current) > capacity:
         raise ValueError(
@@ -125,18 +126,19 @@ def choose_static(
 
 
 def steps(replan: Replan, capacity: int, spare: int) -> Iterator[Step]:
-    """Yields the steps of a replan: hottest enter first, and as many of the coldest leave as capacity wants, not one more.
+    """Yields the steps of a replan: hottest enter first, and as many of the coldest leave as capacity wants,
+    not one more.
 
-    Each writes at most `spare` entries, which then lie beside at most `capacity` live ones, and ends with at most `capacity`
-    live. The slots of what leaves are free for the next step once no reader is left in the epoch before. `ValueError` for a
-    spare below 1, and for a replan that does not end within the capacity.
+    Each writes at most `spare` entries, which then lie beside at most `capacity` live ones, and ends with at most
+    `capacity` live. The slots of what leaves are free for the next step once no reader is left in the epoch before.
+    `ValueError` for a spare below 1, and for a replan that does not end within the capacity.
     """
     num_before = len(replan.leave)
     num_after = num_before + len(replan.enter) - len(replan.coldest)
     if spare < 1 or max(num_before, num_after) > capacity:
         raise ValueError(
-            f"{spare:,} spare slots must be at least 1, and {num_before:,} live entries before and {num_after:,} after a "
-            f"replan within the capacity of {capacity:,}"
+            f"{spare:,} spare slots must be at least 1, and {num_before:,} live entries before and {num_after:,} after "
+            f"a replan within the capacity of {capacity:,}"
         )
     num_left = 0
     for start in range(0, len(replan.enter), spare):
@@ -154,7 +156,8 @@ def hotter(best: Entries, more: Entries, most: int) -> Entries:
 
 
 def hottest_places(counts: np.ndarray, most: int) -> np.ndarray:
-    """Returns the places of the `most` highest of counts, uint32 [n], in ascending order, int64; of equal ones the first."""
+    """Returns the places of the `most` highest of counts, uint32 [n], in ascending order, int64;
+    of equal ones the first."""
     if most >= len(counts):
         return np.arange(len(counts))
     if most == 0:

@@ -1,9 +1,10 @@
 """A replay: the accesses of held-out documents in order, and what a static set and a recency cache would make of them.
 
-Flows in: a `Replay` (which items are accessed when, how often training documents counted each), a static set, a number of
-recency sets. Flows out: an `Outcome`, by order and in all. Nothing here guesses: the recency cache's own code runs on the
-accesses; a replay of a share of the items runs against as small a share of the cache (miniature simulation: Waldspurger et
-al., "Cache Modeling and Optimization using Miniature Simulations", USENIX ATC 2017). Refuses arrays that do not fit.
+Flows in: a `Replay` (which items are accessed when, how often training documents counted each), a static set, a number
+of recency sets. Flows out: an `Outcome`, by order and in all. Nothing here guesses: the recency cache's own code runs
+on the accesses; a replay of a share of the items runs against as small a share of the cache (miniature simulation:
+Waldspurger et al., "Cache Modeling and Optimization using Miniature Simulations", USENIX ATC 2017).
+Refuses arrays that do not fit.
 
 Shapes: A accesses, U items, D documents, O orders; [O + 1]: the orders, and in the last place all of them.
 """
@@ -26,9 +27,9 @@ class Replay:
     """Accesses of held-out documents, in order. Immutable; any thread may use it.
 
     order_index: uint8 [A]. items: int32 or int64 [A], below U, dense over all orders: what the cache takes for keys.
-    counts: int64 [U], how often counted documents had the item, 0 for never. item_order: uint8 [U]. tokens: int64 [A], each
-    access's token, nondecreasing. document_ends: int64 [D], in tokens. sample_rate: the share of items that were kept, 1 for
-    all.
+    counts: int64 [U], how often counted documents had the item, 0 for never. item_order: uint8 [U]. tokens: int64 [A],
+    each access's token, nondecreasing. document_ends: int64 [D], in tokens. sample_rate: the share of items that were
+    kept, 1 for all.
     """
 
     orders: tuple[int, ...]
@@ -44,8 +45,9 @@ class Replay:
         num_accesses, num_items = len(self.items), len(self.counts)
         if not len(self.order_index) == len(self.tokens) == num_accesses or len(self.item_order) != num_items:
             raise ValueError(
-                f"a replay of {num_accesses} items has {len(self.order_index)} orders and {len(self.tokens)} tokens for "
-                f"them, {num_items} counts and {len(self.item_order)} orders of items; each pair must be equally long"
+                f"a replay of {num_accesses} items has {len(self.order_index)} orders and {len(self.tokens)} tokens "
+                f"for them, {num_items} counts and {len(self.item_order)} orders of items; "
+                "each pair must be equally long"
             )
         if num_accesses and not 0 <= self.items.min() <= self.items.max() < num_items:
             raise ValueError(f"items from {self.items.min()} to {self.items.max()} must be within 0 to {num_items - 1}")
@@ -134,7 +136,8 @@ class Replay:
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """A replay cut into batches. ends: int64 [B], in accesses. distinct: bool [A], the first access to its item in its batch.
+    """A replay cut into batches. ends: int64 [B], in accesses. distinct: bool [A],
+    the first access to its item in its batch.
 
     num_distinct: those of each order, and in all: int64 [O + 1].
     """
@@ -146,11 +149,12 @@ class Batches:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What became of a replay's accesses. Numbers of accesses are of the kept items; rates a token are scaled up to all.
+    """What became of a replay's accesses. Numbers of accesses are of the kept items;
+    rates a token are scaled up to all.
 
-    accesses, static_hits, recency_hits, first_touches, distinct, distinct_misses: int64 [O + 1]; the last two count an item
-    once a batch. missed_items: int64 [M], the item of each distinct miss. document_hits, document_accesses: int64 [D, O].
-    batches_without_miss: None where only a share of the items was kept, of which it says nothing.
+    accesses, static_hits, recency_hits, first_touches, distinct, distinct_misses: int64 [O + 1]; the last two count an
+    item once a batch. missed_items: int64 [M], the item of each distinct miss. document_hits, document_accesses: int64
+    [D, O]. batches_without_miss: None where only a share of the items was kept, of which it says nothing.
     """
 
     accesses: np.ndarray
@@ -243,7 +247,8 @@ def simulate(replay: Replay, static: np.ndarray, recency_sets: int, batch_tokens
 
 
 def lru_hits(replay: Replay, capacity_entries: np.ndarray) -> np.ndarray:
-    """Returns the hits of caches that keep what was used last, by size: int64 [C, O + 1]. Blocks; one pass for all sizes.
+    """Returns the hits of caches that keep what was used last, by size: int64 [C, O + 1]. Blocks;
+    one pass for all sizes.
 
     capacity_entries: [C], of the real caches; a share of the items meets as small a share of each. The caches are empty
     at first and shared by the orders (Mattson et al., "Evaluation techniques for storage hierarchies", 1970).
@@ -262,8 +267,8 @@ def interleaved(replay: Replay, num_sequences: int) -> Replay:
     """Returns the same accesses as `num_sequences` sequences decoded side by side make them, one token of each a step.
 
     The stream is cut into as many runs of documents, equally long, so that every step is full; a document on a cut is
-    decoded by two. Of three sequences of 10 tokens step 0 has the tokens 0, 3 and 6, and token 9 is left out. Simulated with
-    `batch_tokens=num_sequences` every batch is one step. The result counts as one document.
+    decoded by two. Of three sequences of 10 tokens step 0 has the tokens 0, 3 and 6, and token 9 is left out. Simulated
+    with `batch_tokens=num_sequences` every batch is one step. The result counts as one document.
     """
     num_steps = replay.num_tokens // num_sequences
     kept = replay.tokens < num_steps * num_sequences

@@ -1,11 +1,12 @@
 """How a daemon divides its DRAM budget: staging, the counts that it learns from, then static slots and recency caches.
 
-Flows in: table layouts, a number of bytes, perhaps a placement. Flows out: a `SharedPlan`: what every table gets, and where
-in each shared block it lies; all parts together are no more than that number, also while epochs or versions change. Pure.
+Flows in: table layouts, a number of bytes, perhaps a placement. Flows out: a `SharedPlan`: what every table gets, and
+where in each shared block it lies; all parts together are no more than that number,
+also while epochs or versions change. Pure.
 
-Against a store in a process of its own (`budget`): the static set has spare slots, into which the entries of the next epoch
-are written while the one before is still read; indexes lie there twice, one for either parity of epochs; and a table is
-kept whole only where two versions of it fit.
+Against a store in a process of its own (`budget`): the static set has spare slots, into which the entries of the next
+epoch are written while the one before is still read; indexes lie there twice, one for either parity of epochs; and a
+table is kept whole only where two versions of it fit.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ BUCKET_BYTES = kernels.INDEX_BUCKET.itemsize
 class SharedShare:
     """What one table gets. Starts are in bytes of their block: `resident`, `static` or `recency`.
 
-    A resident table has its rows at resident_start. Another has `num_slots` records at records_start, of which `capacity` are
-    ever read in one epoch; two areas of `area_buckets` buckets at area_starts, their heads at head_starts; the index of the
-    placement file, `file_buckets` buckets at file_start, its head at file_head_start; and num_sets sets at recency_start.
+    A resident table has its rows at resident_start. Another has `num_slots` records at records_start, of which
+    `capacity` are ever read in one epoch; two areas of `area_buckets` buckets at area_starts, their heads at
+    head_starts; the index of the placement file, `file_buckets` buckets at file_start, its head at file_head_start; and
+    num_sets sets at recency_start.
     """
 
     resident: bool
@@ -100,8 +102,9 @@ def divide_shared(
     least = staging.num_bytes + counts_bytes + len(tables) * least_share
     if budget_bytes < least:
         raise BudgetError(
-            f"dram: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes ({format_bytes(least)}) that "
-            f"staging, counts, indexes and one set of entries a table take; ask for more with --dram"
+            f"dram: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes "
+            f"({format_bytes(least)}) that staging, counts, indexes and one set of entries a table take; "
+            "ask for more with --dram"
         )
     left = budget_bytes - staging.num_bytes - counts_bytes
     shares: dict[str, SharedShare] = {}
@@ -145,7 +148,8 @@ def _least_share(table: TableLayout, placed: PlacedTable | None) -> int:
 def _divide_share(
     table: TableLayout, share_bytes: int, placed: PlacedTable | None, starts: Mapping[str, int]
 ) -> tuple[SharedShare, int, int]:
-    """Divides a table's share; returns it, and its bytes of the static and of the recency block. All parts are whole units."""
+    """Divides a table's share; returns it, and its bytes of the static and of the recency block.
+    All parts are whole units."""
     num_orders, record = len(table.spec.orders), record_bytes(table.spec.entry_bytes)
     fraction = placed.static_fraction if placed else DEFAULT_STATIC_FRACTION
     file_bytes = placed.index_bytes if placed else 0

@@ -1,8 +1,8 @@
 """From counted items to what decisions need: classes of items by (order, count), and the held-out documents as replays.
 
-Flows in: a profile's items, sorted, block by block, and the items that held-out documents accessed, in their order. Flows
-out: a `Group` for each set of tables whose accesses are the same: all tables of a profile of n-grams, each table of a profile
-of keys. Pure.
+Flows in: a profile's items, sorted, block by block, and the items that held-out documents accessed, in their order.
+Flows out: a `Group` for each set of tables whose accesses are the same: all tables of a profile of n-grams, each table
+of a profile of keys. Pure.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PART_OVERHEAD = 16  # what the arrays of a part take beside their counts, in cou
 class Group:
     """Tables whose accesses are the same, what was counted of them, and what was held out.
 
-    counted_rate: the share of items that were counted at all, 1 but for recorded keys; a replay may hold fewer. item_classes:
-    int64 [U], the class of each item of the replay, -1 where it was not counted; item_hashes: uint64 [U].
+    counted_rate: the share of items that were counted at all, 1 but for recorded keys; a replay may hold fewer.
+    item_classes: int64 [U], the class of each item of the replay, -1 where it was not counted; item_hashes: uint64 [U].
     """
 
     tables: tuple[str, ...]
@@ -42,7 +42,8 @@ class Group:
     item_hashes: np.ndarray
 
     def truncated(self, tokens_max: int) -> Group:
-        """Returns the group with its replay cut after the last document that ends within tokens_max tokens, one at least."""
+        """Returns the group with its replay cut after the last document that ends within tokens_max tokens,
+        one at least."""
         replay = self.replay
         num_documents = max(1, int(np.searchsorted(replay.document_ends, tokens_max, side="right")))
         if num_documents >= len(replay.document_ends):
@@ -55,8 +56,8 @@ class Group:
     def sampled(self, accesses_max: int) -> Group:
         """Returns the group with a replay of at most about `accesses_max` accesses: all those of a share of its items.
 
-        The share is of items, by hash, since a share of the accesses would say nothing of a cache (SHARDS: Waldspurger et al.,
-        "Efficient MRC Construction with SHARDS", FAST 2015).
+        The share is of items, by hash, since a share of the accesses would say nothing of a cache (SHARDS: Waldspurger
+        et al., "Efficient MRC Construction with SHARDS", FAST 2015).
         """
         replay = self.replay
         share = accesses_max / max(len(replay.items), 1)
@@ -83,7 +84,8 @@ class Group:
 
 
 class OrderSums:
-    """Sums of a stream of sorted items after a shift; the last one is held back, since it may go on in the next block."""
+    """Sums of a stream of sorted items after a shift; the last one is held back,
+    since it may go on in the next block."""
 
     def __init__(self, shift: int) -> None:
         self._shift = shift
@@ -105,7 +107,8 @@ class OrderSums:
 
 
 class OrderSplit:
-    """Splits a stream of a profile's items into the items of each (table, order): n-grams by shifting, keys by their mark."""
+    """Splits a stream of a profile's items into the items of each (table, order): n-grams by shifting,
+    keys by their mark."""
 
     def __init__(self, header: ProfileHeader) -> None:
         self._header = header
@@ -163,8 +166,8 @@ class Tally:
     def groups(self, held_items: np.ndarray, document_ends: np.ndarray, tokens: np.ndarray | None) -> list[Group]:
         """Returns the groups. held_items: uint64 [T, 2], the items that held-out documents accessed, in order.
 
-        document_ends: int64 [D], in tokens; tokens: int64 [T], the token (of keys: the lookup) of each, None where each is
-        its own. Raises `FormatError` where they are not those that were counted.
+        document_ends: int64 [D], in tokens; tokens: int64 [T], the token (of keys: the lookup) of each, None where each
+        is its own. Raises `FormatError` where they are not those that were counted.
         """
         self._take(self._split.end())
         if tokens is None:
@@ -178,8 +181,8 @@ class Tally:
         ]
         if (num_known := sum(len(group.replay.items) for group in groups)) != len(held_items):
             raise FormatError(
-                f"the profile's held-out documents access {len(held_items)} keys, {num_known} of them of its tables and "
-                f"orders; profile again"
+                f"the profile's held-out documents access {len(held_items)} keys, {num_known} of them of its tables "
+                f"and orders; profile again"
             )
         return groups
 

@@ -1,9 +1,10 @@
-"""What an item is worth: how often a stream that was not counted will access it, by its order and by how often it was counted.
+"""What an item is worth: how often a stream that was not counted will access it,
+by its order and by how often it was counted.
 
-Flows in: for each class of items (order, and count or range of counts) how many there are and how often held-out documents
-accessed them. Flows out: expected accesses of single items. That is the held-out estimate of Jelinek and Mercer (1985): an
-item counted once is worth far less than its share of the text, and one of two tokens more than one of four. Refuses
-histograms that do not fit the classes.
+Flows in: for each class of items (order, and count or range of counts) how many there are and how often held-out
+documents accessed them. Flows out: expected accesses of single items. That is the held-out estimate of Jelinek and
+Mercer (1985): an item counted once is worth far less than its share of the text, and one of two tokens more than one of
+four. Refuses histograms that do not fit the classes.
 
 Shapes: U items, O orders, C classes of counts.
 """

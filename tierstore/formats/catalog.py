@@ -1,11 +1,11 @@
 """The catalog: the LMDB environment `catalog.mdb` that says what a store holds.
 
-Input: table layouts and shard records as a build makes them, and last the ready mark. Output: a `CatalogImage`, the records
-of one committed transaction. Errors: `FormatError` for foreign, truncated, damaged and newer files.
+Input: table layouts and shard records as a build makes them, and last the ready mark. Output: a `CatalogImage`, the
+records of one committed transaction. Errors: `FormatError` for foreign, truncated, damaged and newer files.
 
-Readers never map the file: `lmdb_pages` copies it with plain reads, so whoever cuts or overwrites it meanwhile causes an
-error and not a signal. Only writers open LMDB, under `build.lock`, after the same check. Nothing here is on the lookup path.
-Every record ends in a CRC32C bound to its key.
+Readers never map the file: `lmdb_pages` copies it with plain reads, so whoever cuts or overwrites it meanwhile causes
+an error and not a signal. Only writers open LMDB, under `build.lock`, after the same check. Nothing here is on the
+lookup path. Every record ends in a CRC32C bound to its key.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ os.register_at_fork(after_in_child=_renew_lock)
 class CatalogImage:
     """All that a catalog says, copied out. `shards[table]` maps shard index to its record, finished ones only.
 
-    placements: the published ones by epoch; epoch: the current one, None where there is none; last_epoch: the largest number
-    ever given, 0 at first, so that none is given twice.
+    placements: the published ones by epoch; epoch: the current one, None where there is none; last_epoch: the largest
+    number ever given, 0 at first, so that none is given twice.
     """
 
     path: Path
@@ -145,9 +145,10 @@ def forget_placement(path: Path, epoch: int) -> None:
 def read_catalog(path: str | os.PathLike[str], *, must_be_ready: bool = True) -> CatalogImage:
     """Reads the catalog of the store at `path`: one committed transaction, whole. Blocks on the disk, shortly.
 
-    Safe beside a writer, and beside whoever cuts or overwrites the file. Raises `StoreNotReadyError` if there is no store or
-    its build has not finished (unless must_be_ready is False), `FormatError` if the catalog is foreign, truncated, damaged or
-    of a newer format, `ConfigError` if it cannot be read, `BudgetError` if it does not fit in memory.
+    Safe beside a writer, and beside whoever cuts or overwrites the file. Raises `StoreNotReadyError` if there is no
+    store or its build has not finished (unless must_be_ready is False), `FormatError` if the catalog is foreign,
+    truncated, damaged or of a newer format, `ConfigError` if it cannot be read,
+    `BudgetError` if it does not fit in memory.
     """
     path = Path(path)
     try:
@@ -273,8 +274,8 @@ def _write(file: Path, records: dict[str, bytes], removed: Sequence[str] = ()) -
                 transaction.delete(key.encode())
     except lmdb.MemoryError as error:
         raise BudgetError(
-            f"{file} cannot be mapped ({error}): LMDB reserves {MAP_BYTES} bytes of address space to write it; raise the "
-            f"process's limit (ulimit -v)"
+            f"{file} cannot be mapped ({error}): LMDB reserves {MAP_BYTES} bytes of address space to write it; raise "
+            f"the process's limit (ulimit -v)"
         ) from error
     except lmdb.Error as error:
         if refused := system_error(error, file):
@@ -292,7 +293,8 @@ def _read(path: Path) -> dict[str, bytes]:
     except MemoryError as error:
         file_bytes = file.stat().st_size
         raise BudgetError(
-            f"{file}: {file_bytes} bytes do not fit in this process's memory; raise the limit (ulimit -v, the container's)"
+            f"{file}: {file_bytes} bytes do not fit in this process's memory; raise the limit (ulimit -v, "
+            "the container's)"
         ) from error
 
 
@@ -305,7 +307,8 @@ def _unsealed(key: bytes, value: bytes, path: Path) -> bytes:
 
 @contextlib.contextmanager
 def _environment(file: Path) -> Iterator[lmdb.Environment]:
-    """Opens the environment for writing, alone in this process; the caller keeps other processes out with `build.lock`."""
+    """Opens the environment for writing, alone in this process;
+    the caller keeps other processes out with `build.lock`."""
     with _environment_lock:
         if file.exists():
             read_lmdb_records(file)

@@ -1,9 +1,9 @@
 """A trained checkpoint on disk: which tensors its files hold, at which bytes, and who it is (its digest).
 
-Input: a Hugging Face-style folder (config.json, *.safetensors with or without an index), its folder in the cache, or one
-file of tensors. Output: `StoredTensor`s (`stored_tensor.py`), which a `TableSource` puts together to rows
-(`table_source.py`). Errors: `ConfigError` and `FormatError`, with the cause: what is missing, unfinished, of another kind,
-split by rank, or of another version than the index.
+Input: a Hugging Face-style folder (config.json, *.safetensors with or without an index), its folder in the cache, or
+one file of tensors. Output: `StoredTensor`s (`stored_tensor.py`), which a `TableSource` puts together to rows
+(`table_source.py`). Errors: `ConfigError` and `FormatError`, with the cause: what is missing, unfinished, of another
+kind, split by rank, or of another version than the index.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ _STALE = "the index is of another version of these files: download it again, or 
 class Checkpoint:
     """A checkpoint's configuration and tensors. Nothing stays open.
 
-    files: those that are there and hold tensors, in order of name, with `held`, what each holds. unusable: of every tensor
-    that is known by name but cannot be read, why not and what to do: its file was not downloaded, the index does not name
-    it, its bytes are not rows. inner_names: full names of tensors that lie in dicts within a PyTorch file, by shorter names.
+    files: those that are there and hold tensors, in order of name, with `held`, what each holds. unusable: of every
+    tensor that is known by name but cannot be read, why not and what to do: its file was not downloaded, the index does
+    not name it, its bytes are not rows. inner_names: full names of tensors that lie in dicts within a PyTorch file,
+    by shorter names.
     """
 
     path: Path
@@ -64,8 +65,8 @@ class Checkpoint:
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
         """Reads the configuration and every header of a folder, or of one file of tensors.
 
-        If the folder has an index, it alone says which file holds which tensor, and a file that is missing or damaged is an
-        error only for who asks for its tensors. Without one, every visible *.safetensors file must be whole.
+        If the folder has an index, it alone says which file holds which tensor, and a file that is missing or damaged
+        is an error only for who asks for its tensors. Without one, every visible *.safetensors file must be whole.
 
         Raises `ConfigError` if something is missing or cannot be read, `FormatError` if a header lies about its file.
         """
@@ -113,12 +114,14 @@ class Checkpoint:
 
     @property
     def absent_files(self) -> list[str]:
-        """The files of numbered sets (NAME-00001-of-00003) that are not there, each with the reason; not of an index."""
+        """The files of numbered sets (NAME-00001-of-00003) that are not there, each with the reason;
+        not of an index."""
         siblings = {other for file in self.files for other in numbered_siblings(file) or ()}
         return [f"{file.name}: {why_absent(file)}" for file in sorted(siblings) if not file.exists()]
 
     def full_name(self, name: str) -> str:
-        """Returns the name of a tensor that `name` means: itself, or the one tensor in a dict of that name within a file.
+        """Returns the name of a tensor that `name` means: itself,
+        or the one tensor in a dict of that name within a file.
 
         Raises `ConfigError` if several dicts of the file have such a tensor.
         """
@@ -132,7 +135,8 @@ class Checkpoint:
         return full[0]
 
     def tensor(self, name: str, dtypes: Sequence[str], ndim: int) -> StoredTensor:
-        """Returns the tensor `name`, or raises `ConfigError` if it is missing, unusable, or of another dtype or rank."""
+        """Returns the tensor `name`, or raises `ConfigError` if it is missing, unusable,
+        or of another dtype or rank."""
         tensor = self.tensors.get(name)
         if tensor is None:
             raise ConfigError(f"{self.path}: tensor {name} {self.why_not(name)}")
@@ -146,16 +150,17 @@ class Checkpoint:
     def digest(self) -> str:
         """Returns who this checkpoint is: a SHA-256 (hex) over its configuration, headers and samples of every tensor.
 
-        Samples are up to 16 evenly spaced blocks of 4 KiB a tensor, so that a further-trained checkpoint of the same shapes
-        (whose dense weights all differ) has another digest without reading hundreds of gigabytes. Blocks on the disk.
+        Samples are up to 16 evenly spaced blocks of 4 KiB a tensor, so that a further-trained checkpoint of the same
+        shapes (whose dense weights all differ) has another digest without reading hundreds of gigabytes.
+        Blocks on the disk.
         """
         return str(self.as_record()["digest"])
 
     def as_record(self) -> dict[str, Any]:
         """Returns what the catalog keeps of where rows came from: a digest, and of each file what tells it from others.
 
-        Of a file: its name, bytes, time of last change, inode, and the digests of its header and of its samples. Blocks on the
-        disk. Raises `FormatError` if a file has changed since it was opened.
+        Of a file: its name, bytes, time of last change, inode, and the digests of its header and of its samples. Blocks
+        on the disk. Raises `FormatError` if a file has changed since it was opened.
         """
         whole = hashlib.sha256()
         whole.update(json.dumps(self.config, sort_keys=True).encode())
@@ -227,7 +232,8 @@ class _Holder:
                     raise FormatError(_in_two_files(tensor, other.path, file))
 
     def _assign(self, assigned: dict[str, str]) -> None:
-        """With an index only it says which file's tensor counts; what else is there is known by name, with the reason."""
+        """With an index only it says which file's tensor counts; what else is there is known by name,
+        with the reason."""
         assert self._found.index is not None
         index = self._found.index.name
         of_file = {file.name: {tensor.name: tensor for tensor in held.tensors} for file, held in self.held.items()}
@@ -245,7 +251,8 @@ class _Holder:
             self.unusable[name] = f"lies in {in_words(files)}, but {index} does not list it; {_STALE}"
 
     def _unlisted(self, assigned: dict[str, str]) -> dict[str, list[str]]:
-        """Returns the files of each tensor that the index does not list, those that the index does not name among them."""
+        """Returns the files of each tensor that the index does not list,
+        those that the index does not name among them."""
         of_file = {
             file.name: [*(tensor.name for tensor in held.tensors), *held.unusable] for file, held in self.held.items()
         }
@@ -275,8 +282,8 @@ class _Holder:
         if not all(file.is_file() for file in siblings):
             for name in list(self.tensors):
                 self.unusable[name] = (
-                    f"lies in one of {count} files, and no index says that it lies here whole; give their folder, with its "
-                    f"index, or all {count} files"
+                    f"lies in one of {count} files, and no index says that it lies here whole; give their folder, with "
+                    f"its index, or all {count} files"
                 )
                 del self.tensors[name]
 

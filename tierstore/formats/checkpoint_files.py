@@ -40,8 +40,8 @@ _DISTRIBUTED = re.compile(r"^__\d+_\d+\.distcp$")
 class CheckpointFiles:
     """The files to read, in order of name.
 
-    assigned: file name by tensor name, as the index says; None without an index. absent: files of the index that are not
-    there, and why. beside: visible files of tensors that the index does not name.
+    assigned: file name by tensor name, as the index says; None without an index. absent: files of the index that are
+    not there, and why. beside: visible files of tensors that the index does not name.
     """
 
     path: Path
@@ -127,8 +127,8 @@ def refuse_parts(files: list[Path]) -> None:
     for file in files:
         if _DISTRIBUTED.match(file.name):
             raise ConfigError(
-                f"{file} is one rank's file of a torch.distributed checkpoint (DCP); make one file of its folder first: "
-                f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {file.parent} model.pt"
+                f"{file} is one rank's file of a torch.distributed checkpoint (DCP); make one file of its folder "
+                f"first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {file.parent} model.pt"
             )
         for place in (file, file.parent):
             parts = rank_parts(place)
@@ -139,8 +139,9 @@ def refuse_parts(files: list[Path]) -> None:
 def split_by_rank(file: Path, parts: list[str]) -> str:
     """Returns the message for a file that holds one rank's part of every table."""
     return (
-        f"{file} is one part of a checkpoint that was split by rank ({in_words(parts)}): each holds some rows of a table, or "
-        f"some columns; give the checkpoint as it was published, or put the parts together with the tool that split it"
+        f"{file} is one part of a checkpoint that was split by rank ({in_words(parts)}): each holds some rows of a "
+        "table, or some columns; give the checkpoint as it was published, "
+        "or put the parts together with the tool that split it"
     )
 
 
@@ -177,7 +178,8 @@ def _snapshot_of(folder: Path) -> Path:
 
 
 def _index_of(folder: Path) -> Path | None:
-    """Returns the index of the folder's checkpoint: the usual one, else the only one; None if none says which counts."""
+    """Returns the index of the folder's checkpoint: the usual one, else the only one;
+    None if none says which counts."""
     if (folder / INDEX_NAME).exists():
         return folder / INDEX_NAME
     others = _visible(folder, ".safetensors.index.json")

@@ -1,8 +1,8 @@
 """The frame around columns: the head of the file, the directory of its blocks with the footer, and the tail.
 
-Flows in: header, blocks' records and footer, or an open file. Flows out: bytes to write, or the same, every number checked
-before it is used. Refuses, with `FormatError`, files that are foreign, newer, truncated, damaged or of another kind, and
-records that no column can have.
+Flows in: header, blocks' records and footer, or an open file. Flows out: bytes to write, or the same, every number
+checked before it is used. Refuses, with `FormatError`, files that are foreign, newer, truncated, damaged or of another
+kind, and records that no column can have.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def read_head(path: Path, fd: int, kind: str) -> tuple[dict[str, Any], int, int]
     _, version, header_bytes, expected_bytes, found_kind = _HEAD.unpack(head)
     if version != COLUMNS_VERSION:
         raise FormatError(
-            f"{path}: its format is version {version}, this tierstore reads {COLUMNS_VERSION}; write it again, or upgrade"
+            f"{path}: its format is version {version}, this tierstore reads {COLUMNS_VERSION}; write it again, "
+            "or upgrade"
         )
     if file_bytes != expected_bytes:
         raise FormatError(f"{path}: {file_bytes} bytes on disk, its head says {expected_bytes}; copy it again")

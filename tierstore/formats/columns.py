@@ -1,8 +1,9 @@
 """Columns: the one container of traces and profiles, integers column by column, compressed with zstd.
 
-Flows in: blocks of named columns, each block under a section, between a header and a footer. Flows out: the same, one block
-at a time, so that memory is bounded by a block. A file bears its name only once it is finished. Refuses, with `FormatError`,
-what `column_layout` refuses, and columns that are not what the directory says, before anything is allocated for them.
+Flows in: blocks of named columns, each block under a section, between a header and a footer. Flows out: the same, one
+block at a time, so that memory is bounded by a block. A file bears its name only once it is finished. Refuses, with
+`FormatError`, what `column_layout` refuses, and columns that are not what the directory says,
+before anything is allocated for them.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class ColumnWriter:
     def __init__(self, path: str | os.PathLike[str], kind: str, header: Mapping[str, Any]) -> None:
         """Starts the file at `path`, under a temporary name beside it until `finish`.
 
-        kind: 1 to 16 letters a-z; what the file is, for readers to insist on. header: what JSON can say. Raises `ConfigError`
-        if `path` is there and not a regular file, or if the folder cannot be written.
+        kind: 1 to 16 letters a-z; what the file is, for readers to insist on. header: what JSON can say. Raises
+        `ConfigError` if `path` is there and not a regular file, or if the folder cannot be written.
         """
         assert is_kind(kind), kind
         self.path = Path(path)
@@ -82,8 +83,9 @@ class ColumnWriter:
     def write_block(self, section: str, columns: Mapping[str, np.ndarray]) -> None:
         """Appends a block to `section`: 1-D integer columns, of any lengths. Blocks on the disk.
 
-        Each column is filtered in the way that a sample of it compresses best, compressed alone, and checksummed. Raises
-        `TypeError` for columns that are no 1-D integers, `ValueError` for more than COLUMNS_MAX or BLOCK_BYTES_MAX.
+        Each column is filtered in the way that a sample of it compresses best, compressed alone, and checksummed.
+        Raises `TypeError` for columns that are no 1-D integers,
+        `ValueError` for more than COLUMNS_MAX or BLOCK_BYTES_MAX.
         """
         num_bytes = sum(values.nbytes for values in columns.values())
         if not 1 <= len(columns) <= COLUMNS_MAX or num_bytes > BLOCK_BYTES_MAX:
@@ -125,7 +127,8 @@ class ColumnWriter:
             sync_folder(self.path.parent)
 
     def abandon(self) -> None:
-        """Removes what was written, unless it is finished; harmless then. In a forked child it leaves the parent's file."""
+        """Removes what was written, unless it is finished; harmless then.
+        In a forked child it leaves the parent's file."""
         if self._file is not None and not self._file.closed:
             if os.getpid() == self._pid and self._is_ours():
                 self._new_path.unlink(missing_ok=True)
@@ -179,8 +182,8 @@ class ColumnReader:
     def open(cls, path: str | os.PathLike[str], kind: str) -> ColumnReader:
         """Opens a file of the given kind; use it with `with`. Blocks on the disk.
 
-        Raises `FormatError` where it is no whole file of that kind and of a version we know, `ConfigError` if it cannot be
-        opened.
+        Raises `FormatError` where it is no whole file of that kind and of a version we know, `ConfigError` if it cannot
+        be opened.
         """
         with naming(os.fspath(path), path):
             file = io.FileIO(path, opener=_open_without_waiting)

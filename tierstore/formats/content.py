@@ -1,8 +1,8 @@
 """What a file is, told by its first bytes and never by its name.
 
-Input: a file's first `HEAD_BYTES` bytes and its length. Output: a `Content` with a name for messages and a remedy, or None for
-a file of no known kind: plain text, raw integers. Errors: none; `OSError` comes through from the two functions that
-look at the disk (`content_of` makes one read, `unfinished_download` only stats).
+Input: a file's first `HEAD_BYTES` bytes and its length. Output: a `Content` with a name for messages and a remedy, or
+None for a file of no known kind: plain text, raw integers. Errors: none; `OSError` comes through from the two functions
+that look at the disk (`content_of` makes one read, `unfinished_download` only stats).
 
 A reader decides which kinds it reads. The remedy is written for whoever expected tensors, text or token ids there.
 """
@@ -29,7 +29,8 @@ MAX_CONFIG_BYTES = 1 << 20  # of a Mosaic shard's JSON
 
 @dataclass(frozen=True)
 class Content:
-    """A kind of file. kind: a stable identifier; name: for messages, with its article; remedy: what to do, an imperative."""
+    """A kind of file. kind: a stable identifier; name: for messages, with its article; remedy: what to do,
+    an imperative."""
 
     kind: str
     name: str
@@ -270,20 +271,21 @@ _TESTS: tuple[Callable[[bytes, int], str | None], ...] = (
     _by_prefix, _by_place, _safetensors, _zip, _pickle, _arrow_stream, _llmc, _offset_table, _markup, _json,
 )  # fmt: skip
 
-# Files that downloaders keep beside an unfinished file of full length, and endings of files that hold the part that came.
+# Files that downloaders keep beside an unfinished file of full length,
+# and endings of files that hold the part that came.
 CONTROL_SUFFIXES = {".aria2": "aria2", ".st": "axel", ".lftp-pget-status": "lftp"}
 PARTIAL_SUFFIXES = {
     ".aria2": "aria2", ".crdownload": "Chrome", ".part": "Firefox or curl", ".partial": "rclone", ".download": "Safari",
-    ".incomplete": "huggingface_hub", ".!qB": "qBittorrent", ".!ut": "uTorrent", ".filepart": "WinSCP", ".opdownload": "Opera",
-    ".aria2__temp": "aria2", ".lftp-pget-status": "lftp",
+    ".incomplete": "huggingface_hub", ".!qB": "qBittorrent", ".!ut": "uTorrent", ".filepart": "WinSCP",
+    ".opdownload": "Opera", ".aria2__temp": "aria2", ".lftp-pget-status": "lftp",
 }  # fmt: skip
 
 
 def unfinished_download(path: str | os.PathLike[str]) -> str | None:
     """Returns why the file at `path` is a download that has not finished, with the remedy; None if nothing says so.
 
-    It has not finished if a downloader's control file stands beside it (aria2 allocates the full length at once), if its
-    own name is that of a part, or if it is missing or empty and the part stands beside it.
+    It has not finished if a downloader's control file stands beside it (aria2 allocates the full length at once), if
+    its own name is that of a part, or if it is missing or empty and the part stands beside it.
     """
     path = Path(path)
     for suffix, tool in CONTROL_SUFFIXES.items():

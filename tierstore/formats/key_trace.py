@@ -1,7 +1,8 @@
 """Key traces: accesses that a running store saw, all those of a sample of its keys.
 
-Flows in: accesses in the order of their lookups. Flows out: the same, streamed; what a trace is about is known without reading
-its data. Refuses, with `FormatError`, files of columns that are no key trace or whose numbers contradict each other.
+Flows in: accesses in the order of their lookups. Flows out: the same, streamed; what a trace is about is known without
+reading its data. Refuses, with `FormatError`, files of columns that are no key trace or
+whose numbers contradict each other.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class TracedTable:
 class KeyTraceInfo:
     """What a key trace is about.
 
-    sample_rate: share of all keys of which every access was kept. num_batches: lookups while it was recorded. num_dropped:
-    keys of those lookups that the recorder had no time for, counted before sampling.
+    sample_rate: share of all keys of which every access was kept. num_batches: lookups while it was recorded.
+    num_dropped: keys of those lookups that the recorder had no time for, counted before sampling.
     """
 
     path: Path
@@ -47,7 +48,8 @@ class KeyTraceInfo:
 
 
 class KeyBlock(NamedTuple):
-    """Accesses in order, [A] each: place of the table in the trace's tables, of the order in its orders, key, lookup."""
+    """Accesses in order, [A] each: place of the table in the trace's tables, of the order in its orders,
+    key, lookup."""
 
     table: np.ndarray
     order_index: np.ndarray
@@ -59,7 +61,8 @@ class KeyTraceWriter:
     """Writes a key trace; use it with `with`, and `finish` it. One thread at a time."""
 
     def __init__(self, path: str | os.PathLike[str], *, tables: Sequence[TracedTable], sample_rate: float) -> None:
-        """tables: those that accesses may name, by place. sample_rate: share of keys whose accesses are kept, 0 to 1."""
+        """tables: those that accesses may name, by place. sample_rate: share of keys whose accesses are kept,
+        0 to 1."""
         assert 0 < sample_rate <= 1, sample_rate
         self.num_accesses = 0
         listed = [[table.name, table.fingerprint, list(table.orders)] for table in tables]
@@ -91,7 +94,8 @@ class KeyTraceWriter:
         self._filled = 0
 
     def finish(self, *, num_batches: int, num_dropped: int) -> KeyTraceInfo:
-        """Ends the trace, which bears its name from then on; the counts are those of `KeyTraceInfo`. Blocks on the disk."""
+        """Ends the trace, which bears its name from then on; the counts are those of `KeyTraceInfo`.
+        Blocks on the disk."""
         self._write_block()
         self._writer.finish({"accesses": self.num_accesses, "batches": num_batches, "dropped": num_dropped})
         return read_key_trace_info(self._writer.path)

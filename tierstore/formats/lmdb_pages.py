@@ -1,24 +1,27 @@
 """Reads an LMDB file without mapping it. LMDB believes what it reads in its map: a wrong number there, or a file that
 somebody cuts meanwhile, ends the process by a signal.
 
-Input: the path of a catalog. Output: the records of its newest committed transaction, in key order. Errors: `FormatError`
-if the file is cut short, damaged, no LMDB file or too large; what opening and reading it raise.
+Input: the path of a catalog. Output: the records of its newest committed transaction, in key order. Errors:
+`FormatError` if the file is cut short, damaged, no LMDB file or too large; what opening and reading it raise.
 
-The whole file is copied with plain reads, and the meta pages are read once more after it. LMDB never writes to a page of the
-newest transaction or of the one before it. So if the meta pages did not change meanwhile, the copy holds the newest
-transaction whole; if they did, a writer committed, and the file is copied again. The two trees (free list, records) of the
-newer meta page are then walked in that copy. The older one's pages may hold what a killed transaction left.
+The whole file is copied with plain reads, and the meta pages are read once more after it. LMDB never writes to a page
+of the newest transaction or of the one before it. So if the meta pages did not change meanwhile, the copy holds the
+newest transaction whole; if they did, a writer committed, and the file is copied again. The two trees (free list,
+records) of the newer meta page are then walked in that copy.
+The older one's pages may hold what a killed transaction left.
 
 What LMDB (data version 1, 64-bit, little-endian) keeps in the file:
 
-    page    u64 page number, u16 unused, u16 kind, u16 lower, u16 upper (overflow pages: u32 pages of the run instead of both)
-    meta    pages 0 and 1, after the 16 bytes above: u32 magic, u32 version, u64 address, u64 map size, two tree records (the
-            first one's u32 is the page size), u64 last page, u64 transaction, odd on page 1, even on page 0
+    page    u64 page number, u16 unused, u16 kind, u16 lower, u16 upper (overflow pages:
+      u32 pages of the run instead of both)
+    meta    pages 0 and 1, after the 16 bytes above: u32 magic, u32 version, u64 address, u64 map size, two tree records
+            (the first one's u32 is the page size), u64 last page, u64 transaction, odd on page 1, even on page 0
     tree    u32, u16 flags, u16 depth, 4 x u64 counts, u64 root page (2^64 - 1: empty)
-    branch, leaf   from byte 16 to lower: u16 places of the nodes in key order; nodes fill the page from upper to its end
+    branch, leaf   from byte 16 to lower: u16 places of the nodes in key order;
+    nodes fill the page from upper to its end
     node    u16 low, u16 high, u16 flags, u16 key bytes, key, then padding to an even length
-            branch: low, high and flags are the child page. leaf: low and high are the value's bytes; it follows the key,
-            or with flag 1 its u64 overflow page does
+            branch: low, high and flags are the child page. leaf: low and high are the value's bytes; it follows the
+            key, or with flag 1 its u64 overflow page does
     free list      key: u64 transaction; value: u64 count, then that many u64 pages, descending
 """
 
@@ -73,7 +76,8 @@ class _Node(NamedTuple):
 
 
 def read_lmdb_records(file: Path) -> list[tuple[bytes, bytes]]:
-    """Returns (key, value) of every record of the newest committed transaction, keys ascending. Blocks on the disk, shortly.
+    """Returns (key, value) of every record of the newest committed transaction, keys ascending.
+    Blocks on the disk, shortly.
 
     A file that passes is safe for LMDB to map and to extend, as long as nobody but LMDB writes to it.
 
@@ -113,7 +117,8 @@ def _snapshot(file: Path, fd: int) -> bytes:
 
 
 def _read_whole(file: Path, fd: int) -> bytes:
-    """Reads from the start until the file ends. The meta pages come first, and LMDB writes them after what they name."""
+    """Reads from the start until the file ends. The meta pages come first,
+    and LMDB writes them after what they name."""
     pieces: list[bytes] = []
     num_bytes = 0
     while piece := os.pread(fd, PIECE_BYTES, num_bytes):
@@ -156,7 +161,8 @@ class _Walk:
             if (magic, version) != (MAGIC, DATA_VERSION) or not fits or page_bytes != (self._page_bytes or page_bytes):
                 raise FormatError(
                     f"{self._file} is no LMDB file: meta page {index} has magic {magic:#x} (LMDB's is {MAGIC:#x}), "
-                    f"format {version}, pages of {page_bytes} bytes; give the path of a store, or restore it from a copy"
+                    f"format {version}, pages of {page_bytes} bytes; give the path of a store, "
+                    "or restore it from a copy"
                 )
             self._page_bytes = page_bytes
             metas.append(meta)
@@ -172,7 +178,8 @@ class _Walk:
         return _Tree(flags & ~NO_SUBDIR_FLAG, depth, root), _Tree(*records)
 
     def entries(self, tree: _Tree, what: str, flags: int) -> Iterator[tuple[bytes, bytes]]:
-        """Yields keys and values of a tree in key order; before it yields one, it has checked all pages that led there."""
+        """Yields keys and values of a tree in key order; before it yields one,
+        it has checked all pages that led there."""
         if tree.flags != flags or tree.depth > DEPTH_MAX or (tree.root == NO_PAGE) != (tree.depth == 0):
             self.refuse(f"{what}: flags {tree.flags:#x}, depth {tree.depth}, root page {tree.root}")
         pending = [(tree.root, 1)] if tree.depth else []

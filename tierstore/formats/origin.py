@@ -1,11 +1,11 @@
 """Whether a checkpoint is the one that a store was built from. Pure.
 
-Input: the catalog's record of the checkpoint (`origin`), today's record, and the tables' sources. Output: yes or no, and the
-files that have changed since. Errors: none.
+Input: the catalog's record of the checkpoint (`origin`), today's record, and the tables' sources. Output: yes or no,
+and the files that have changed since. Errors: none.
 
 Two questions, because files are copied and touched without being changed, and changed between the samples that a digest
-covers. `same_checkpoint` asks what the files say about themselves; if it says yes, `changed_files` names those whose rows must
-be read again before anybody relies on them.
+covers. `same_checkpoint` asks what the files say about themselves; if it says yes, `changed_files` names those whose
+rows must be read again before anybody relies on them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _CONTENT = ("bytes", "header_sha256", "samples_sha256")
 def same_checkpoint(recorded: dict[str, Any], found: dict[str, Any], sources: Sequence[TableSource]) -> bool:
     """Returns whether two records are of one checkpoint, as far as headers and samples tell.
 
-    The digests are equal, or those of every file that the tables lie in: of a checkpoint the other files may not have been
-    downloaded then, or be gone now. Older records have one digest of all files together, and no time or inode.
+    The digests are equal, or those of every file that the tables lie in: of a checkpoint the other files may not have
+    been downloaded then, or be gone now. Older records have one digest of all files together, and no time or inode.
     """
     if recorded.get("digest") == found["digest"]:
         return True
@@ -36,7 +36,8 @@ def same_checkpoint(recorded: dict[str, Any], found: dict[str, Any], sources: Se
 
 
 def changed_files(recorded: dict[str, Any], sources: Sequence[TableSource]) -> list[str]:
-    """Returns the names of the tables' files whose length, time or inode is not the recorded one, or was not recorded."""
+    """Returns the names of the tables' files whose length, time or inode is not the recorded one,
+    or was not recorded."""
     then = _by_name(recorded)
     changed = set()
     for source in sources:

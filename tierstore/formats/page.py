@@ -1,7 +1,8 @@
 """A page: as many whole rows as fit, zero padding, and a trailer that says which page it is and that it is whole.
 
-Flows in: rows as planes, or pages read back. Flows out: sealed pages, or rows. Refuses, with `CorruptPageError`, a page that
-was damaged, that lies in another page's place, or that comes from another table or another version of the checkpoint.
+Flows in: rows as planes, or pages read back. Flows out: sealed pages, or rows. Refuses, with `CorruptPageError`, a page
+that was damaged, that lies in another page's place, or that comes from another table or
+another version of the checkpoint.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ def page_seed(spec: TableSpec, origin_digest: str) -> int:
 
 
 def seal_pages(planes: Sequence[np.ndarray], shape: PageShape, page_start: int, seed: int, out: np.ndarray) -> None:
-    """Turns planes, uint8 [rows, width_bytes] each, into pages numbered from `page_start` on, in `out` [P, page_bytes]."""
+    """Turns planes, uint8 [rows, width_bytes] each, into pages numbered from `page_start` on,
+    in `out` [P, page_bytes]."""
     kernels.seal_pages(planes, out, shape.rows_per_page, page_start, PAGE_VERSION, seed)
 
 
 def page_faults(pages: np.ndarray, page_numbers: np.ndarray, seed: int) -> list[tuple[int, str]]:
-    """Returns (page number, what is wrong) of those of `pages`, uint8 [P, page_bytes], that are not page_numbers [P]."""
+    """Returns (page number, what is wrong) of those of `pages`, uint8 [P, page_bytes],
+    that are not page_numbers [P]."""
     status = kernels.check_pages(pages, page_numbers, PAGE_VERSION, seed)
     return [(int(page_numbers[i]), _FAULTS[int(status[i])]) for i in np.flatnonzero(status)]
 
@@ -53,7 +56,8 @@ def fault_text(where: str, status: int) -> str:
 def repair_command(
     store: str | os.PathLike[str] = "STORE", source: str | os.PathLike[str] | None = "CHECKPOINT"
 ) -> str:
-    """Returns the command that rebuilds damaged shards from their checkpoint; source None: placements only need none."""
+    """Returns the command that rebuilds damaged shards from their checkpoint; source None:
+    placements only need none."""
     command = f"tierstore verify {shlex.quote(os.fspath(store))} --repair"
     return command if source is None else f"{command} --source {shlex.quote(os.fspath(source))}"
 

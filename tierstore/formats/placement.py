@@ -1,8 +1,10 @@
-"""A placement: one immutable file with the chosen entries of every table, hottest first, and the indexes that find them.
+"""A placement: one immutable file with the chosen entries of every table, hottest first,
+and the indexes that find them.
 
-Flows in: numbers and indexes as `tierstore.offline.place` makes them. Flows out: a `Placement`, read from the file's head and
-checked against the store's tables; where each table's index and records lie. A record is an entry with its key, its order and a
-CRC32C bound to both and to the table. Refuses foreign, truncated, damaged and newer files with `FormatError`.
+Flows in: numbers and indexes as `tierstore.offline.place` makes them. Flows out: a `Placement`, read from the file's
+head and checked against the store's tables; where each table's index and records lie. A record is an entry with its
+key, its order and a CRC32C bound to both and to the table. Refuses foreign, truncated,
+damaged and newer files with `FormatError`.
 """
 
 from __future__ import annotations
@@ -45,10 +47,11 @@ class PlacedIndex:
 
 @dataclass(frozen=True)
 class PlacedTable:
-    """The part of one table: `num_entries` records of `record_bytes` from byte_start on, hottest first; an index an order.
+    """The part of one table: `num_entries` records of `record_bytes` from byte_start on, hottest first;
+    an index an order.
 
-    static_fraction: the part of the table's share of DRAM, indexes taken off, that its static set takes. hbm_entries: how many
-    of the first entries were meant for HBM.
+    static_fraction: the part of the table's share of DRAM, indexes taken off, that its static set takes. hbm_entries:
+    how many of the first entries were meant for HBM.
     """
 
     name: str
@@ -87,13 +90,15 @@ class Placement:
 
 
 def group_start(num_entries: int) -> int:
-    """Returns the last place, at most num_entries, whose record begins a unit whatever its size: reading may begin there."""
+    """Returns the last place, at most num_entries, whose record begins a unit whatever its size:
+    reading may begin there."""
     return num_entries // GROUP_RECORDS * GROUP_RECORDS
 
 
 @dataclass(frozen=True)
 class TableShape:
-    """What is to be placed of a table: how many entries of each order, and the fields of `PlacedTable` of the same names."""
+    """What is to be placed of a table: how many entries of each order,
+    and the fields of `PlacedTable` of the same names."""
 
     entries_of_order: tuple[int, ...]
     static_fraction: float
@@ -135,7 +140,8 @@ def head_bytes(placement: Placement) -> bytes:
 def read_head(
     file: Path, fd: int, record: PlacementRecord, layouts: Mapping[str, TableLayout], *, whole: bool = True
 ) -> Placement:
-    """Reads and checks the head of an open placement file; raises `FormatError` where it is not the catalog's, or damaged.
+    """Reads and checks the head of an open placement file; raises `FormatError` where it is not the catalog's,
+    or damaged.
 
     whole: whether the file must also have its length; a repair reads the head of a file that was cut, too.
     """

@@ -1,9 +1,9 @@
 """A profile: how often each item was accessed, and a part of the accesses themselves, kept back to test predictions on.
 
-Flows in: counted items, sorted, and held-out documents. Flows out: the same, block by block, and what was computed from them
-(`analysis`). An *item* is a row of uint64 [N, 2], high word first. In a profile of n-grams it is the n-gram of
-the largest order, packed so that its high bits are the n-grams of lower orders; in a profile of keys, (table index << 32 | order
-index, key). Refuses, with `FormatError`, what `columns` refuses, and numbers that contradict each other.
+Flows in: counted items, sorted, and held-out documents. Flows out: the same, block by block, and what was computed from
+them (`analysis`). An *item* is a row of uint64 [N, 2], high word first. In a profile of n-grams it is the n-gram of
+the largest order, packed so that its high bits are the n-grams of lower orders; in a profile of keys, (table index <<
+32 | order index, key). Refuses, with `FormatError`, what `columns` refuses, and numbers that contradict each other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ Columns = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class ProfileHeader:
-    """What was profiled. tables: (name, fingerprint, orders) of each; `held_out`: the share of documents kept back, by content.
+    """What was profiled. tables: (name, fingerprint, orders) of each; `held_out`: the share of documents kept back,
+    by content.
 
     bits: of one id in an n-gram's item. sample_rate: the share of keys that a recorded trace kept (1 for n-grams).
     accesses: of tokens, or of keys in a profile of keys; documents: whole texts, or recorded stretches.
@@ -101,14 +102,16 @@ class ProfileWriter:
         self._num_buffered = 0
 
     def write_items(self, items: np.ndarray, sums: np.ndarray) -> None:
-        """Takes items, uint64 [M, 2], sorted over all calls and all different, and sums, int64 [M, 2]: counted, held out."""
+        """Takes items, uint64 [M, 2], sorted over all calls and all different, and sums, int64 [M, 2]: counted,
+        held out."""
         self._items.append((items, sums))
         self._num_buffered += len(items)
         if self._num_buffered >= BLOCK_ITEMS:
             self._write_items(all_of_them=False)
 
     def write_held_out(self, columns: Columns) -> None:
-        """Takes a stretch of held-out documents, of at most BLOCK_VALUES accesses, with the ends of those that end in it."""
+        """Takes a stretch of held-out documents, of at most BLOCK_VALUES accesses,
+        with the ends of those that end in it."""
         self._file.write_block(HELD_OUT, columns)
 
     def finish(self, footer: dict[str, Any]) -> None:
@@ -146,7 +149,8 @@ class Profile:
     """A finished profile; use it with `with`. Reads stream, block by block."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Opens a profile; raises `FormatError` where it is none, damaged or newer, `OSError` where it cannot be read."""
+        """Opens a profile; raises `FormatError` where it is none, damaged or newer,
+        `OSError` where it cannot be read."""
         self._file = ColumnReader.open(path, KIND)
         try:
             self.header = ProfileHeader.from_record(self._file.header, str(path))
@@ -166,7 +170,8 @@ class Profile:
         return self._file.num_values(ITEMS, "high")
 
     def items(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (items, uint64 [M, 2], sums, int64 [M, 2]: counted, held out), sorted; raises `FormatError` if damaged."""
+        """Yields (items, uint64 [M, 2], sums, int64 [M, 2]: counted, held out), sorted;
+        raises `FormatError` if damaged."""
         last = -1, -1
         for block in self._file.blocks(ITEMS):
             high, low, counted, held_out = (block[name] for name in _ITEM_COLUMNS)
@@ -181,7 +186,8 @@ class Profile:
             yield np.stack([high, low], axis=1), np.stack([counted, held_out], axis=1)
 
     def _can_hold(self, high: np.ndarray, low: np.ndarray) -> bool:
-        """Whether items, sorted, are n-grams of no more bits than there are, or keys of the profile's tables and orders."""
+        """Whether items, sorted, are n-grams of no more bits than there are,
+        or keys of the profile's tables and orders."""
         header = self.header
         if header.kind == NGRAMS:
             return (int(high[-1]) << 64 | int(low[-1])) >> header.bits * header.orders[-1] == 0

@@ -1,13 +1,14 @@
-"""PyTorch files: at which bytes of a file that `torch.save` wrote its tensors lie. Needs torch, which is imported when called.
+"""PyTorch files: at which bytes of a file that `torch.save` wrote its tensors lie. Needs torch,
+which is imported when called.
 
-Input: a zip archive, open. Output: a `TensorFile`; nested dicts give names joined by dots. Errors: `FormatError` for archives
-whose bytes are not the values (compressed, of another byte order) and for what torch cannot load without running code;
-`ConfigError` if torch is not installed.
+Input: a zip archive, open. Output: a `TensorFile`; nested dicts give names joined by dots. Errors: `FormatError` for
+archives whose bytes are not the values (compressed, of another byte order) and for what torch cannot load without
+running code; `ConfigError` if torch is not installed.
 
 torch maps the file (`mmap=True`, `weights_only=True`: nothing is executed) and says where each tensor lies in memory;
-/proc/self/maps says which byte of the file that is. torch looks neither at the compression of a record nor at its length
-when it maps. So each tensor must lie within one record that the archive's own directory says is stored as it is, and a
-sample of its bytes, read back from the file, must be what torch has.
+/proc/self/maps says which byte of the file that is. torch looks neither at the compression of a record nor at its
+length when it maps. So each tensor must lie within one record that the archive's own directory says is stored as it is,
+and a sample of its bytes, read back from the file, must be what torch has.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ SAMPLE_BYTES = 4096
 _LOCAL_HEADER_BYTES = 30
 _ENCRYPTED = 1  # a bit of a zip record's flags
 _DTYPES = {
-    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int8": "I8", "uint8": "U8", "int16": "I16",
-    "int32": "I32", "int64": "I64", "bool": "BOOL", "uint16": "U16", "uint32": "U32", "uint64": "U64",
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int8": "I8", "uint8": "U8",
+    "int16": "I16", "int32": "I32", "int64": "I64", "bool": "BOOL", "uint16": "U16", "uint32": "U32", "uint64": "U64",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0", "float8_e4m3fnuz": "F8_E4M3FNUZ",
     "float8_e5m2fnuz": "F8_E5M2FNUZ", "float4_e2m1fn_x2": "F4",
 }  # fmt: skip
@@ -90,14 +91,14 @@ def _stored_records(path: Path, fd: int) -> list[_Record]:
                 if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
                     how = "encrypted" if info.flag_bits & _ENCRYPTED else "compressed"
                     raise FormatError(
-                        f"{path}: its record {info.filename} is {how}, so its bytes are not the tensors' values; load it "
-                        f"with torch and save it again with torch.save, which does not compress, or as .safetensors"
+                        f"{path}: its record {info.filename} is {how}, so its bytes are not the tensors' values; load "
+                        f"it with torch and save it again with torch.save, which does not compress, or as .safetensors"
                     )
             for info in infos:
                 if info.filename.endswith("/byteorder") and archive.read(info) != b"little":
                     raise FormatError(
-                        f"{path}: its tensors are {archive.read(info)[:20]!r}-endian, a store is little-endian; load it "
-                        f"with torch on a little-endian machine and save it again"
+                        f"{path}: its tensors are {archive.read(info)[:20]!r}-endian, a store is little-endian; load "
+                        f"it with torch on a little-endian machine and save it again"
                     )
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
         raise FormatError(
@@ -108,8 +109,8 @@ def _stored_records(path: Path, fd: int) -> list[_Record]:
         local = os.pread(fd, _LOCAL_HEADER_BYTES, info.header_offset)
         if len(local) < _LOCAL_HEADER_BYTES or local[:4] != b"PK\x03\x04":
             raise FormatError(
-                f"{path}: record {info.filename} is not at byte {info.header_offset}, where the archive's directory says; "
-                f"download it again"
+                f"{path}: record {info.filename} is not at byte {info.header_offset}, where the archive's directory "
+                f"says; download it again"
             )
         names_bytes = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
         start = info.header_offset + _LOCAL_HEADER_BYTES + names_bytes
@@ -130,8 +131,9 @@ def _loaded(path: Path, fd: int) -> Any:
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
         if foreign:
             raise FormatError(
-                f"{path}: beside tensors it holds objects of {foreign[1]}, which torch makes only by running code (it is loaded "
-                f"with weights_only); load it where you trust it, and save its tensors alone: torch.save(tensors, ...)"
+                f"{path}: beside tensors it holds objects of {foreign[1]}, which torch makes only by running code (it "
+                "is loaded with weights_only); load it where you trust it, and save its tensors alone: "
+                "torch.save(tensors, ...)"
             ) from error
         raise FormatError(
             f"{path}: torch cannot load it with weights_only and mmap ({error}); save it again with a current torch"
@@ -177,8 +179,8 @@ def _located(
     record = records[index] if index >= 0 else _Record(0, 0, "none")
     if not record.start <= byte_start <= byte_start + num_bytes <= record.end:
         raise FormatError(
-            f"{path}: tensor {name} is at bytes {byte_start} to {byte_start + num_bytes}, record {record.name} of the archive at "
-            f"{record.start} to {record.end}; the archive was changed: load it with torch and save it again"
+            f"{path}: tensor {name} is at bytes {byte_start} to {byte_start + num_bytes}, record {record.name} of the "
+            f"archive at {record.start} to {record.end}; the archive was changed: load it with torch and save it again"
         )
     import torch
 
@@ -188,8 +190,8 @@ def _located(
         read_exactly(fd, out, byte_start + start, f"tensor {name} in {path}")
         if not np.array_equal(out, held[start : start + len(out)].numpy()):
             raise FormatError(
-                f"{path}: torch has other bytes for tensor {name} than the file at byte {byte_start + start}; it was changed "
-                f"meanwhile, or save it again with a current torch"
+                f"{path}: torch has other bytes for tensor {name} than the file at byte {byte_start + start}; it was "
+                f"changed meanwhile, or save it again with a current torch"
             )
     dtype, shape = _DTYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
     if dtype == "F4" and shape:

@@ -1,6 +1,7 @@
 """A tensor's bytes in a file: where they lie, in which file as it was when its header was read, and how to read them.
 
-Input: what a header says. Output: bytes. Errors: `FormatError` if the file has become shorter; `OSError` if it cannot be read.
+Input: what a header says. Output: bytes. Errors: `FormatError` if the file has become shorter;
+`OSError` if it cannot be read.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class FileIdentity(NamedTuple):
 class TensorFile:
     """What a file holds.
 
-    header_digest: the SHA-256 (hex) of its header. unusable: why each tensor that cannot be read cannot. inner_names: of
-    tensors that lie in a dict within the file's dict, the full names (outer keys first) by each shorter name.
+    header_digest: the SHA-256 (hex) of its header. unusable: why each tensor that cannot be read cannot. inner_names:
+    of tensors that lie in a dict within the file's dict, the full names (outer keys first) by each shorter name.
     """
 
     tensors: list[StoredTensor]
@@ -88,9 +89,11 @@ def read_exactly(fd: int, out: np.ndarray, byte_start: int, what: str) -> None:
 
 
 def first_hole(tensor: StoredTensor) -> tuple[int, int] | None:
-    """Returns the first range of the tensor's bytes that was never written (byte offsets in the file), None without one.
+    """Returns the first range of the tensor's bytes that was never written (byte offsets in the file),
+    None without one.
 
-    Downloaders that allocate a file's full length at once leave such holes where they have not come yet. They read as zeros.
+    Downloaders that allocate a file's full length at once leave such holes where they have not come yet.
+    They read as zeros.
     """
     fd = os.open(tensor.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -131,13 +134,14 @@ def check_identity(file: Path, found: os.stat_result, identity: FileIdentity) ->
             if before != after
         ]
         raise FormatError(
-            f"{file} was changed while it was read ({'; '.join(changes)}): its rows may be of two checkpoints; let whoever "
-            f"writes it finish, and run again"
+            f"{file} was changed while it was read ({'; '.join(changes)}): its rows may be of two checkpoints; let "
+            f"whoever writes it finish, and run again"
         )
 
 
 def _sample_blocks(num_bytes: int) -> list[tuple[int, int]]:
-    """Returns (start, length) of the blocks of a tensor that go into its checkpoint's digest: first and last included."""
+    """Returns (start, length) of the blocks of a tensor that go into its checkpoint's digest:
+    first and last included."""
     if num_bytes <= DIGEST_BLOCK_BYTES * DIGEST_BLOCKS_PER_TENSOR:
         return [
             (start, min(DIGEST_BLOCK_BYTES, num_bytes - start)) for start in range(0, num_bytes, DIGEST_BLOCK_BYTES)

@@ -1,7 +1,8 @@
 """A table as it lies in a checkpoint: which tensors give which bytes of a row, and a reader of row ranges.
 
-Input: `StoredTensor`s. Output: rows, straight into the caller's buffer, so that memory does not grow with the checkpoint.
-Errors: `ConfigError` for tensors that do not make the table, `FormatError` for files that change while they are read.
+Input: `StoredTensor`s. Output: rows, straight into the caller's buffer, so that memory does not grow with the
+checkpoint. Errors: `ConfigError` for tensors that do not make the table,
+`FormatError` for files that change while they are read.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class TableSource:
         width_bytes = sum(plane.width_bytes for plane in self.planes)
         if width_bytes != self.spec.row_bytes:
             raise ConfigError(
-                f"table {self.spec.name}: its planes give {width_bytes} bytes a row, its codec needs {self.spec.row_bytes}"
+                f"table {self.spec.name}: its planes give {width_bytes} bytes a row, "
+                f"its codec needs {self.spec.row_bytes}"
             )
         for plane in self.planes:
             num_bytes = sum(tensor.num_bytes for tensor in plane.tensors)
@@ -70,8 +72,8 @@ def find_hole(sources: Sequence[TableSource]) -> str | None:
         hole = first_hole(tensor)
         if hole is not None:
             return (
-                f"{tensor.path}: bytes {hole[0]} to {hole[1]}, of tensor {tensor.name}, were never written: its download has "
-                f"not finished"
+                f"{tensor.path}: bytes {hole[0]} to {hole[1]}, of tensor {tensor.name}, were never written: its "
+                f"download has not finished"
             )
     return None
 
@@ -138,8 +140,8 @@ class PlaneReader:
         if self._samples not in (None, samples):
             names = ", ".join(path.name for path in self._fds)
             raise FormatError(
-                f"the rows in {names} changed while they were read: they may be of two checkpoints; let whoever writes them "
-                f"finish, and run again"
+                f"the rows in {names} changed while they were read: they may be of two checkpoints; let whoever writes "
+                f"them finish, and run again"
             )
         self._samples = samples
 

@@ -4,9 +4,9 @@ Input: a file's path. Output: `StoredTensor`s, whose bytes are then read from th
 headers that lie (every number is checked against the file before it is used), `ConfigError` for files of another kind,
 told by their bytes, and for downloads that have not finished; each says what the file is and what to do.
 
-The safetensors header is parsed here rather than by its library because we need byte offsets, and dtypes (fp8, e8m0) that
-NumPy does not have. What the library refuses is refused here, and some that it lets pass: keys that it would not look at,
-twice the same key, more than 64 dimensions. Tests hold our verdicts against the library's.
+The safetensors header is parsed here rather than by its library because we need byte offsets, and dtypes (fp8, e8m0)
+that NumPy does not have. What the library refuses is refused here, and some that it lets pass: keys that it would not
+look at, twice the same key, more than 64 dimensions. Tests hold our verdicts against the library's.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _DTYPE_BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 def read_tensor_file(path: Path) -> TensorFile:
     """Finds the tensors of a safetensors or PyTorch file. Blocks on the disk.
 
-    Raises `FormatError` if the file lies about itself, `ConfigError` if it is not a regular file, is of another kind, has
-    not been downloaded whole, or is a PyTorch file and torch is not installed; `OSError` if it cannot be read.
+    Raises `FormatError` if the file lies about itself, `ConfigError` if it is not a regular file, is of another kind,
+    has not been downloaded whole, or is a PyTorch file and torch is not installed; `OSError` if it cannot be read.
     """
     if not path.is_file():  # opening a FIFO would wait for its writer
         unfinished = unfinished_download(path)
@@ -85,8 +85,8 @@ def _of_another_kind(path: Path, content: Content) -> ConfigError | FormatError:
 def _read_safetensors(path: Path, file: BinaryIO, identity: FileIdentity) -> TensorFile:
     """Reads and checks the header of a safetensors file.
 
-    Layout (https://github.com/huggingface/safetensors): u64 header length, JSON header, data. Tensors must fill the data
-    without gaps or overlaps, and the data must end with the file.
+    Layout (https://github.com/huggingface/safetensors): u64 header length, JSON header, data. Tensors must fill the
+    data without gaps or overlaps, and the data must end with the file.
     """
     file_bytes = identity.num_bytes
     prefix = file.read(8)

@@ -1,9 +1,9 @@
 """Token traces: the ids of recorded text, with the ends of its documents; and what all traces have in common.
 
-Flows in: token ids in pieces of any length. Flows out: the same, streamed; what a trace is about is known without reading its
-data. Refuses token ids outside the vocabulary (`ValueError`), and, with `FormatError`, files of columns that are no trace or
-whose numbers contradict each other. A document has at least one token: an empty one leaves no mark. Key traces are in
-`key_trace`.
+Flows in: token ids in pieces of any length. Flows out: the same, streamed; what a trace is about is known without
+reading its data. Refuses token ids outside the vocabulary (`ValueError`), and, with `FormatError`, files of columns
+that are no trace or whose numbers contradict each other. A document has at least one token: an empty one leaves no
+mark. Key traces are in `key_trace`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ TOKEN_COLUMNS = {"token_ids": "int32", "document_ends": "int64"}
 
 @dataclass(frozen=True)
 class TokenTraceInfo:
-    """What a token trace is about. vocab_size: None where it was not said; token_id_max: -1 where there are no tokens."""
+    """What a token trace is about. vocab_size: None where it was not said; token_id_max:
+    -1 where there are no tokens."""
 
     path: Path
     vocab_size: int | None
@@ -48,8 +49,8 @@ def check_token_ids(token_ids: np.ndarray, vocab_size: int | None, where: str, t
     if len(token_ids) and not (token_ids.min() >= 0 and token_ids.max() < limit):
         place = int(np.flatnonzero((token_ids < 0) | (token_ids >= limit))[0])
         raise ValueError(
-            f"{where}: token {token_start + place} has id {token_ids[place]}, the vocabulary has {limit} ids from 0 on; "
-            f"give the text's own tokenizer or vocabulary size, or the right dtype"
+            f"{where}: token {token_start + place} has id {token_ids[place]}, the vocabulary has {limit} ids from 0 "
+            f"on; give the text's own tokenizer or vocabulary size, or the right dtype"
         )
 
 
@@ -77,8 +78,8 @@ class TokenTraceWriter:
     def add(self, token_ids: np.ndarray, document_ends: np.ndarray | Sequence[int] = ()) -> None:
         """Appends tokens to the document under way, ending documents at the given places. Blocks on the disk.
 
-        token_ids: integers [T]. document_ends: places in them, ascending, 0 to T; 0 ends the document before, T with the last
-        token. Raises `ValueError` for ids outside the vocabulary and places outside the tokens.
+        token_ids: integers [T]. document_ends: places in them, ascending, 0 to T; 0 ends the document before, T with
+        the last token. Raises `ValueError` for ids outside the vocabulary and places outside the tokens.
         """
         check_token_ids(token_ids, self._vocab_size, str(self._writer.path), self.num_tokens)
         ends = np.asarray(document_ends, dtype=np.int64)
@@ -171,7 +172,8 @@ def read_token_trace_info(path: str | os.PathLike[str]) -> TokenTraceInfo:
 def read_token_pieces(path: str | os.PathLike[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (token ids, int32 [T]; the places in them, int64, 1 to T, at which documents end), a block at a time.
 
-    Memory is bounded by a block, however long the documents are. Raises `FormatError` where the file is no whole token trace.
+    Memory is bounded by a block, however long the documents are.
+    Raises `FormatError` where the file is no whole token trace.
     """
     with open_trace(path, TOKENS) as reader:
         info = _token_info(reader)
@@ -191,8 +193,8 @@ def read_token_pieces(path: str | os.PathLike[str]) -> Iterator[tuple[np.ndarray
 def _check_tokens(info: TokenTraceInfo, token_ids: np.ndarray, ends: np.ndarray, token_start: int) -> None:
     if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() <= info.token_id_max:
         raise FormatError(
-            f"{info.path}: ids {token_ids.min()} to {token_ids.max()} from token {token_start} on, its footer says 0 to "
-            f"{info.token_id_max}; write the trace again"
+            f"{info.path}: ids {token_ids.min()} to {token_ids.max()} from token {token_start} on, its footer says 0 "
+            f"to {info.token_id_max}; write the trace again"
         )
     bounded = not len(ends) or (ends[0] > token_start and ends[-1] <= token_start + len(token_ids))
     if not bounded or (ends[1:] <= ends[:-1]).any():  # compared, for differences may wrap round
@@ -205,10 +207,11 @@ def _check_tokens(info: TokenTraceInfo, token_ids: np.ndarray, ends: np.ndarray,
 def read_token_documents(
     path: str | os.PathLike[str], tokens_max: int | None = None, stretch_tokens: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Yields the documents of a token trace in order, token ids int32 [T] each, T >= 1. Raises as `read_token_pieces` does.
+    """Yields the documents of a token trace in order, token ids int32 [T] each, T >= 1.
+    Raises as `read_token_pieces` does.
 
-    tokens_max: a longer document is cut into stretches of `stretch_tokens` (by default as many) and a last one of the rest;
-    None: none is cut. Memory holds a block and the longest document, or tokens_max of it.
+    tokens_max: a longer document is cut into stretches of `stretch_tokens` (by default as many) and a last one of the
+    rest; None: none is cut. Memory holds a block and the longest document, or tokens_max of it.
     """
     stretch = stretch_tokens or tokens_max or 0
     unfinished: list[np.ndarray] = []
@@ -251,7 +254,7 @@ def _token_info(reader: ColumnReader) -> TokenTraceInfo:
         or not (type(id_max) is int and (-1 if not tokens else 0) <= id_max < limit)
     ):
         raise FormatError(
-            f"{reader.path}: source {source!r:.100}, vocabulary {vocab_size!r:.100}, largest id {id_max!r:.100}; no trace "
-            f"says that: write it again"
+            f"{reader.path}: source {source!r:.100}, vocabulary {vocab_size!r:.100}, largest id {id_max!r:.100}; no "
+            f"trace says that: write it again"
         )
     return TokenTraceInfo(reader.path, vocab_size, source, tokens, documents, id_max)

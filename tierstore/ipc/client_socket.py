@@ -1,7 +1,7 @@
 """The client's end of the daemon's socket: connecting to it, and asking it as an administrator.
 
-Flows in: the path of a socket. Flows out: a channel that has said hello, or one answer. Refuses a daemon of a user that is
-not trusted, since its descriptors become this process's rows, and one that speaks another version. Every error is a
+Flows in: the path of a socket. Flows out: a channel that has said hello, or one answer. Refuses a daemon of a user that
+is not trusted, since its descriptors become this process's rows, and one that speaks another version. Every error is a
 `DaemonError` that says what to do, but for the daemon's own, which come through by their names.
 """
 
@@ -45,12 +45,14 @@ def dial(
     trusted_uids: Collection[int] = (),
     on_gpu: bool = False,
 ) -> tuple[Channel, dict[str, Any], list[int]]:
-    """Connects to a daemon and says hello; returns the channel, its answer and the descriptors that came with it. Blocks.
+    """Connects to a daemon and says hello; returns the channel,
+    its answer and the descriptors that came with it. Blocks.
 
-    trusted_uids: whose daemon may answer, beside our own user's and root's. on_gpu: whether this process's GPU would read
-    the static set; the answer says whether it is lent for that. The channel and the descriptors are the caller's
-    to close. Raises `DaemonError` where there is no daemon, it may not be reached, does not answer in time or speaks another
-    version; what the daemon refuses with, by its class; `ConfigError` where the path is too long for a socket's.
+    trusted_uids: whose daemon may answer, beside our own user's and root's. on_gpu: whether this process's GPU would
+    read the static set; the answer says whether it is lent for that. The channel and the descriptors are the caller's
+    to close. Raises `DaemonError` where there is no daemon, it may not be reached, does not answer in time or speaks
+    another version; what the daemon refuses with, by its class;
+    `ConfigError` where the path is too long for a socket's.
     """
     deadline = time.monotonic() + timeout_s
     text = check_socket_path(path)
@@ -81,7 +83,8 @@ def ask(
     *,
     trusted_uids: Collection[int] = (),
 ) -> dict[str, Any]:
-    """Returns a daemon's answer to one request of an administrator, such as {"do": "stat"}. Blocks, for timeout_s in all.
+    """Returns a daemon's answer to one request of an administrator, such as {"do": "stat"}. Blocks,
+    for timeout_s in all.
 
     Raises what `dial` raises, and what the request raised in the daemon, by its class.
     """
@@ -148,7 +151,8 @@ def _check_owner(path: str, pid: int, uid: int, trusted_uids: Collection[int]) -
     if uid in trusted or pid == os.getpid():
         return
     users = " and ".join(str(user) for user in sorted(trusted))
-    who = f"{path}: the daemon ({process_text(pid)}) belongs to {user_text(uid)}, only daemons of users {users} are trusted"
+    owner = f"the daemon ({process_text(pid)}) belongs to {user_text(uid)}"
+    who = f"{path}: {owner}, only daemons of users {users} are trusted"
     if uid == unknown_id("uid"):
         raise DaemonError(f"{who}: run client and daemon as users whom both their user namespaces map")
     raise DaemonError(f"{who}: add {uid} to the trusted users if its rows may be used")
@@ -162,7 +166,8 @@ def _raise_unreachable(path: str, outcome: int, timeout_s: float) -> NoReturn:
         errno.ENOTDIR: "a folder of this path is a file; give the path that tierstore serve was given",
         errno.EACCES: f"permission denied to user {os.geteuid()}: restart the daemon with --allow-user {os.geteuid()}, "
         f"in a folder that this user may enter",
-        errno.ECONNREFUSED: f"nothing listens there, its daemon was killed; start it: tierstore serve STORE --socket {path}",
+        errno.ECONNREFUSED: "nothing listens there, its daemon was killed; start it: "
+        f"tierstore serve STORE --socket {path}",
         errno.EPROTOTYPE: "it is another program's socket; give the path that tierstore serve was given",
         errno.EAGAIN: f"the daemon takes no connection within {timeout_s} s; it may be stopped or stuck: see its log",
     }

@@ -1,8 +1,8 @@
 """Events of the daemon as lines that programs can read: logfmt, or JSON.
 
-Flows in: log records, those of `event` and ordinary ones. Flows out: one line each, whatever their values hold: what would
-break a line, or a terminal, is escaped, and long values are cut. Events of one name that come faster than a limit are left
-out and counted, so that a failing disk fills no log; the next line of that name says how many were.
+Flows in: log records, those of `event` and ordinary ones. Flows out: one line each, whatever their values hold: what
+would break a line, or a terminal, is escaped, and long values are cut. Events of one name that come faster than a limit
+are left out and counted, so that a failing disk fills no log; the next line of that name says how many were.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def event(
 ) -> None:
     """Logs that something of the name `name` happened, with values. Any thread; blocks on the log's stream only.
 
-    level: of `logging`. error: shown with its class and, at level ERROR or above, its traceback. Names of fields are words
-    of ASCII letters, digits and underscores, and none that every line has.
+    level: of `logging`. error: shown with its class and, at level ERROR or above, its traceback. Names of fields are
+    words of ASCII letters, digits and underscores, and none that every line has.
     """
     assert all(map(_NAME.fullmatch, (name, *fields))), (name, fields)
     assert not fields.keys() & _RESERVED, fields
@@ -59,8 +59,8 @@ def configure_logging(
 ) -> logging.Handler:
     """Sends everything that tierstore logs to a stream (by default standard error), a line each; returns the handler.
 
-    format: "logfmt" or "json". Of one name, at most burst_max events in burst_s seconds are written. A second call takes the
-    first one's place. Raises `ConfigError` for another format.
+    format: "logfmt" or "json". Of one name, at most burst_max events in burst_s seconds are written. A second call
+    takes the first one's place. Raises `ConfigError` for another format.
     """
     if format not in FORMATS:
         raise ConfigError(f"log format {format!r}: there are {' and '.join(FORMATS)}; give one of them")
@@ -106,7 +106,8 @@ class EventFormatter(logging.Formatter):
 
 
 class RateLimit(logging.Filter):
-    """Lets at most burst_max records of one name pass in burst_s seconds of `clock`, and has the next one say how many did not.
+    """Lets at most burst_max records of one name pass in burst_s seconds of `clock`,
+    and has the next one say how many did not.
 
     Any thread. The name of an ordinary record is its message before its arguments are put in.
     """
@@ -118,7 +119,8 @@ class RateLimit(logging.Filter):
         self._bursts: collections.OrderedDict[str, list[float]] = collections.OrderedDict()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Returns whether a record passes; one that does gets `left_out`, how many of its name did not since the last."""
+        """Returns whether a record passes; one that does gets `left_out`,
+        how many of its name did not since the last."""
         name = str(getattr(record, "event", record.msg))
         now = self._clock()
         with self._lock:

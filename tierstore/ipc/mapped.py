@@ -1,8 +1,9 @@
-"""A version of a store over shared blocks: the same in the daemon, which writes them, and in its clients, which only read.
+"""A version of a store over shared blocks: the same in the daemon, which writes them, and in its clients,
+which only read.
 
-Flows in: an open store, how its tables lie in the blocks (`SharedShare`), the blocks as memory. Flows out: what an engine
-is made of. A layout comes from a daemon's message in a client, so every part is checked against the length of its block
-before it is used.
+Flows in: an open store, how its tables lie in the blocks (`SharedShare`), the blocks as memory. Flows out: what an
+engine is made of. A layout comes from a daemon's message in a client, so every part is checked against the length of
+its block before it is used.
 """
 
 from __future__ import annotations
@@ -60,15 +61,16 @@ def part_of(block: np.ndarray, start: int, num_bytes: int, what: str) -> np.ndar
     """Returns a part of a block, uint8 [num_bytes]; raises `DaemonError` where the block ends before it."""
     if start + num_bytes > len(block):
         raise DaemonError(
-            f"{what}: bytes {start} to {start + num_bytes} of a block of {len(block)}; the daemon's message contradicts "
-            f"its blocks: is it of another release?"
+            f"{what}: bytes {start} to {start + num_bytes} of a block of {len(block)}; the daemon's message "
+            f"contradicts its blocks: is it of another release?"
         )
     return block[start : start + num_bytes]
 
 
 @dataclass(frozen=True)
 class StaticParts:
-    """The static set's parts of a table: records [S, record_bytes], heads [128] and areas [n, 64], the file's index likewise."""
+    """The static set's parts of a table: records [S, record_bytes], heads [128] and areas [n, 64],
+    the file's index likewise."""
 
     records: np.ndarray
     heads: tuple[np.ndarray, np.ndarray]
@@ -138,8 +140,8 @@ def table_memories(
 def pairs_as_tokens(order_index: np.ndarray, keys: np.ndarray, num_orders: int) -> tuple[np.ndarray, np.ndarray]:
     """Packs (order index [n], key [n]) pairs into keys of a lookup, int64 [N, O], -1 where nothing is wanted.
 
-    Returns them and each pair's place in the flattened result, int64 [n]: orders stand side by side, so that N is no more than
-    the pairs of the commonest order.
+    Returns them and each pair's place in the flattened result, int64 [n]: orders stand side by side, so that N is no
+    more than the pairs of the commonest order.
     """
     counts = np.bincount(order_index, minlength=num_orders)
     tokens = np.full((int(counts.max(initial=0)), num_orders), -1, dtype=np.int64)

@@ -1,6 +1,7 @@
 """Lines about peers in the log, so many a minute: who attacks the socket must not fill the disk.
 
-Flows in: what a peer did, from any thread. Flows out: lines of the log; how many were left out is said in the next minute.
+Flows in: what a peer did, from any thread. Flows out: lines of the log;
+how many were left out is said in the next minute.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ def parse_address(address: str, what: str) -> tuple[str, int]:
         colon = ""
     if not (host and colon and port.isascii() and port.isdecimal() and int(port) <= 65535):
         raise ConfigError(
-            f"{what} {address!r}: that is no HOST:PORT with a port of 0 to 65535; write one such as 127.0.0.1:9464 or [::1]:9464"
+            f"{what} {address!r}: that is no HOST:PORT with a port of 0 to 65535; "
+            "write one such as 127.0.0.1:9464 or [::1]:9464"
         )
     return host, int(port)
 

@@ -1,12 +1,14 @@
 """The protocol: messages with descriptors over a connected AF_UNIX SOCK_SEQPACKET socket.
 
-Flows in: a socket, messages as dicts. Flows out: the same on the other side. A message is one JSON object, cut into packets
-of at most 32 KiB, of which all but the last are full; its descriptors go with the first. A packet is
+Flows in: a socket, messages as dicts. Flows out: the same on the other side. A message is one JSON object, cut into
+packets of at most 32 KiB, of which all but the last are full; its descriptors go with the first. A packet is
 
-    magic 4s | flags u8 (1: more packets follow) | 3 zero bytes | bytes of the whole message u32 | its part of the message
+    magic 4s | flags u8 (1: more packets follow) | 3 zero bytes | bytes of the whole
+    message u32 | its part of the message
 
 Refuses, by `DaemonError` and nothing else, whatever is not that: foreign packets, messages over the limit, descriptors
-where none belong, JSON that another reader would see otherwise (a key twice, NaN, half a character). Every wait is bounded.
+where none belong, JSON that another reader would see otherwise (a key twice, NaN, half a character).
+Every wait is bounded.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def close_fds(fds: Iterable[int]) -> None:
 
 
 def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
-    """Returns (pid, uid, gid) of who connected, or of who listens, as the kernel noted them; a pid of 0 is out of our sight."""
+    """Returns (pid, uid, gid) of who connected, or of who listens, as the kernel noted them;
+    a pid of 0 is out of our sight."""
     pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return pid, uid & 0xFFFFFFFF, gid & 0xFFFFFFFF
 
@@ -59,8 +62,8 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
 def encode(message: dict[str, Any], limit: int) -> list[bytes]:
     """Returns the packets of a message.
 
-    Raises `DaemonError` where it has more than `limit` bytes, or a path in it is no text; `TypeError` and `ValueError` where
-    it is not JSON, which is the caller's mistake.
+    Raises `DaemonError` where it has more than `limit` bytes, or a path in it is no text; `TypeError` and `ValueError`
+    where it is not JSON, which is the caller's mistake.
     """
     assert isinstance(message, dict)
     text = json.dumps(message, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -140,8 +143,9 @@ def _check_depth(message: dict[str, Any]) -> None:
 def receive_packet(sock: socket.socket, fds_max: int) -> tuple[bytes, list[int]]:
     """Returns a packet and its descriptors, which close when the process executes another; never blocks.
 
-    fds_max: so many descriptors are taken; of 0, none ever enters this process. Raises `BlockingIOError` where no packet
-    waits, `ChannelClosed` at the end (an empty packet is one), `DaemonError` where the packet or its descriptors are too many.
+    fds_max: so many descriptors are taken; of 0, none ever enters this process. Raises `BlockingIOError` where no
+    packet waits, `ChannelClosed` at the end (an empty packet is one),
+    `DaemonError` where the packet or its descriptors are too many.
     """
     space = socket.CMSG_SPACE(4 * fds_max) if fds_max else 0
     try:
@@ -171,7 +175,8 @@ def _receive(sock: socket.socket, space: int) -> tuple[bytes, list[tuple[int, in
     try:
         return sock.recvmsg(PACKET_BYTES_MAX, space, flags)
     except ConnectionResetError:
-        # The other side went without reading all. The kernel says so once, before what was sent last, such as a refusal.
+        # The other side went without reading all. The kernel says so once, before what was sent last,
+        # such as a refusal.
         return sock.recvmsg(PACKET_BYTES_MAX, space, flags)
 
 
@@ -232,7 +237,8 @@ class MessageReader:
         more = len(self._data) + part_bytes < num_bytes
         if len(packet) - _HEADER.size != part_bytes or bool(flags & _MORE) != more:
             raise DaemonError(
-                f"a packet has {len(packet) - _HEADER.size:,} bytes of a message of {num_bytes:,}, expected {part_bytes:,}"
+                f"a packet has {len(packet) - _HEADER.size:,} bytes of a message of {num_bytes:,}, "
+                f"expected {part_bytes:,}"
             )
         self._num_bytes = num_bytes
         self._data += packet[_HEADER.size :]
@@ -245,7 +251,8 @@ class MessageReader:
 
 
 class Channel:
-    """A connected socket as messages. Any threads may send, one at a time may receive. `close` comes after all of them."""
+    """A connected socket as messages. Any threads may send, one at a time may receive.
+    `close` comes after all of them."""
 
     def __init__(
         self, sock: socket.socket, limit: int = MESSAGE_BYTES_MAX, *, send_limit: int = MESSAGE_BYTES_MAX
@@ -263,8 +270,8 @@ class Channel:
     def send(self, message: dict[str, Any], fds: Sequence[int] = (), timeout_s: float = SEND_S) -> None:
         """Sends a message with copies of descriptors; blocks until the kernel has it.
 
-        Raises `TimeoutError` where the other side does not read in time, after which the channel is shut down: half a message
-        may be under way. `ChannelClosed` where it is gone, `DaemonError` where the message is too large.
+        Raises `TimeoutError` where the other side does not read in time, after which the channel is shut down: half a
+        message may be under way. `ChannelClosed` where it is gone, `DaemonError` where the message is too large.
         """
         if len(fds) > FDS_MAX:
             raise ValueError(f"{len(fds)} descriptors cannot go with a message, the limit is {FDS_MAX}")
@@ -291,8 +298,8 @@ class Channel:
     def receive(self, timeout_s: float) -> tuple[dict[str, Any], list[int]]:
         """Returns the next message and its descriptors, which are the caller's to close; blocks.
 
-        Raises `TimeoutError`, after which the next call goes on with the same message; `ChannelClosed`; `DaemonError` where
-        what came is none of this protocol, after which nothing sound can come: close it.
+        Raises `TimeoutError`, after which the next call goes on with the same message; `ChannelClosed`; `DaemonError`
+        where what came is none of this protocol, after which nothing sound can come: close it.
         """
         deadline = time.monotonic() + timeout_s
         while True:

@@ -1,8 +1,8 @@
 """The socket file: where a daemon listens, which is one daemon's at a time.
 
-Flows in: a path. Flows out: a listening socket at it. A file lock beside it, PATH.lock, decides between two that start at
-once; it goes with the process that holds it, however that ends. A socket that nobody listens on is replaced. Refuses a path
-that is taken by a daemon, by another program, or by a file of another kind; one that is too long for an address.
+Flows in: a path. Flows out: a listening socket at it. A file lock beside it, PATH.lock, decides between two that start
+at once; it goes with the process that holds it, however that ends. A socket that nobody listens on is replaced. Refuses
+a path that is taken by a daemon, by another program, or by a file of another kind; one that is too long for an address.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def check_socket_path(path: str | os.PathLike[str]) -> str:
     num_bytes = len(os.fsencode(text))
     if _URL.match(text):
         raise ConfigError(
-            f"{text}: that is the address of lookups by gRPC; give the path of the daemon's socket, on the daemon's own host "
-            f"('tierstore stat' and tierstore.connect take the address, too)"
+            f"{text}: that is the address of lookups by gRPC; give the path of the daemon's socket, on the daemon's "
+            f"own host ('tierstore stat' and tierstore.connect take the address, too)"
         )
     if not text or "\0" in text:
         raise ConfigError(f"{text!r} is no path of a socket; give the path of a file, such as /run/tierstore/socket")
@@ -47,7 +47,8 @@ class SocketFile:
     """A socket that listens at a path, the only one while this lives. `close` removes the file if it is still ours."""
 
     def __init__(self, path: str | os.PathLike[str], mode: int) -> None:
-        """mode: of the file, 0o600 or 0o666. Raises `DaemonError` where a daemon serves there already, else `ConfigError`."""
+        """mode: of the file, 0o600 or 0o666. Raises `DaemonError` where a daemon serves there already,
+        else `ConfigError`."""
         self.path = check_socket_path(path)
         self.listener: socket.socket | None = None
         self._identity: tuple[int, int] | None = None
@@ -85,7 +86,8 @@ class SocketFile:
         return listener
 
     def note(self, state: str) -> None:
-        """Tells who looks at PATH.lock how far a daemon is that does not answer yet; an empty state says that it does."""
+        """Tells who looks at PATH.lock how far a daemon is that does not answer yet;
+        an empty state says that it does."""
         if self._lock_fd >= 0:
             os.pwrite(self._lock_fd, _lock_text(state), 0)
 

@@ -1,12 +1,12 @@
 """build: checkpoint -> row stream -> pages -> shards + catalog.
 
-Flows in: `TableSource`s, whose rows are read range by range. Flows out: a store that opens only after the ready mark, the
-last thing written. A shard is written to a temporary name, synced, renamed, and then noted in the catalog; a build killed
-anywhere goes on with the first shard that is not noted. Refuses, before it writes, what cannot fit or is another's, and
-leaves no folder or lock behind where it does.
+Flows in: `TableSource`s, whose rows are read range by range. Flows out: a store that opens only after the ready mark,
+the last thing written. A shard is written to a temporary name, synced, renamed, and then noted in the catalog; a build
+killed anywhere goes on with the first shard that is not noted. Refuses, before it writes, what cannot fit or is
+another's, and leaves no folder or lock behind where it does.
 
-Threads: each of `jobs` workers builds whole shards (read, interleave, digest, write; the interpreter lock is released in
-all four); the calling thread reports progress.
+Threads: each of `jobs` workers builds whole shards (read, interleave, digest, write; the interpreter lock is released
+in all four); the calling thread reports progress.
 """
 
 from __future__ import annotations
@@ -138,12 +138,13 @@ def build_store(
     """Builds a store, or resumes it where the same build stopped. Blocks until the store is ready.
 
     origin: who the checkpoint is (`Checkpoint.as_record()`; its "digest" goes into every page's checksum). attachments:
-    the adapter's own records, kept in the catalog (hash, token map). shard_bytes: the largest shard. jobs: shards built at
-    once, by default one for each processor, at most 4. on_plan gets the preflight before anything is written, on_progress
-    (bytes done, bytes in all) now and then, both in the calling thread.
+    the adapter's own records, kept in the catalog (hash, token map). shard_bytes: the largest shard. jobs: shards built
+    at once, by default one for each processor, at most 4. on_plan gets the preflight before anything is written,
+    on_progress (bytes done, bytes in all) now and then, both in the calling thread.
 
-    Raises `BudgetError` where the disk has too little room (also midway: free some and run again), `ConfigError` where the
-    path is another's, not writable, or not on a local file system (unless allowed). What is built stays for the next run.
+    Raises `BudgetError` where the disk has too little room (also midway: free some and run again), `ConfigError` where
+    the path is another's, not writable, or not on a local file system (unless allowed).
+    What is built stays for the next run.
     """
     path = Path(store_path)
     tables = lay_out_tables(sources, origin["digest"], shard_bytes)
@@ -369,8 +370,8 @@ def _still_right(
     ]
     if wrong and image.ready:
         raise ConfigError(
-            f"{path} is a finished store, and {names} changed since it was built: {len(wrong)} of {len(shards)} shards hold "
-            f"other rows than the checkpoint now; remove {path} and build again, or give another path"
+            f"{path} is a finished store, and {names} changed since it was built: {len(wrong)} of {len(shards)} shards "
+            f"hold other rows than the checkpoint now; remove {path} and build again, or give another path"
         )
     if wrong:
         _log.warning(
@@ -465,9 +466,9 @@ def write_shard(
             return None
         if expected_sha256 not in (None, sha256):
             raise ConfigError(
-                f"shard {index} of table {table.spec.name}: the source's rows make SHA-256 {sha256[:16]}..., the catalog "
-                f"says {expected_sha256[:16]}...: the source is another checkpoint, or it has changed since the build; "
-                f"give the checkpoint that the store was built from"
+                f"shard {index} of table {table.spec.name}: the source's rows make SHA-256 {sha256[:16]}..., the "
+                f"catalog says {expected_sha256[:16]}...: the source is another checkpoint, or it has changed since "
+                f"the build; give the checkpoint that the store was built from"
             )
         os.fsync(fd)
         new_file.rename(file)

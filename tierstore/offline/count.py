@@ -1,11 +1,12 @@
 """Counting in bounded memory: 128-bit items come in any order and number, distinct items and their sums go out sorted.
 
-Flows in: items with weights, until a buffer is full. It is then sorted, equal items are summed, and the sorted run goes to a
-temporary file, while the next buffer fills. Flows out: all runs merged, block by block. What an item means (an n-gram, a
-table's key) is the caller's matter. The file has no name in the folder, so that nothing is left of it however the process ends.
+Flows in: items with weights, until a buffer is full. It is then sorted, equal items are summed, and the sorted run goes
+to a temporary file, while the next buffer fills. Flows out: all runs merged, block by block. What an item means (an
+n-gram, a table's key) is the caller's matter. The file has no name in the folder,
+so that nothing is left of it however the process ends.
 
-Refuses memory that holds no item; names a disk that is full. One thread adds and merges; another of this module's own sorts
-and writes. An interrupt of the first does not wait for the second, which ends by itself and closes the file.
+Refuses memory that holds no item; names a disk that is full. One thread adds and merges; another of this module's own
+sorts and writes. An interrupt of the first does not wait for the second, which ends by itself and closes the file.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ class _Run(NamedTuple):
 class ItemCounter:
     """Sums weights of 128-bit items. A context manager; `close` gives memory and disk back.
 
-    folder: where the temporary file is made. num_weights: W, columns that are summed side by side. memory_bytes: the most
-    that buffers and sorting take together, and then blocks of runs and merging; runs of which it holds fewer than there are, at
-    about 40 KiB each, take that much all the same. On disk a distinct item of a run takes 16 bytes, and 4 a weight (8 where
-    sums do not fit). Sixteen million windows of text, two columns: 3 s on two cores, 200 MiB on disk; more memory than the
-    default was slower, not faster.
+    folder: where the temporary file is made. num_weights: W, columns that are summed side by side. memory_bytes: the
+    most that buffers and sorting take together, and then blocks of runs and merging; runs of which it holds fewer than
+    there are, at about 40 KiB each, take that much all the same. On disk a distinct item of a run takes 16 bytes, and 4
+    a weight (8 where sums do not fit). Sixteen million windows of text, two columns: 3 s on two cores, 200 MiB on disk;
+    more memory than the default was slower, not faster.
 
     Raises `BudgetError` where memory_bytes holds no item. One thread at a time may use it.
     """
@@ -85,10 +86,12 @@ class ItemCounter:
         return self._bytes_spilled
 
     def add(self, items: np.ndarray, weights: np.ndarray | int) -> None:
-        """Adds items, uint64 [N, 2], the high word first, with weights, int64 [N, W], or 1 each in the column of that number.
+        """Adds items, uint64 [N, 2], the high word first, with weights, int64 [N, W],
+        or 1 each in the column of that number.
 
         Blocks while both buffers are full. Raises `TypeError` and `ValueError` for arguments that do not fit, or after
-        `merged`; `BudgetError` where the disk is full, `ConfigError` where it fails, also for items that were added before.
+        `merged`; `BudgetError` where the disk is full, `ConfigError` where it fails,
+        also for items that were added before.
         """
         if not self._buffers:
             raise ValueError("items were merged or the counter was closed; make another ItemCounter")
@@ -114,7 +117,8 @@ class ItemCounter:
     def merged(self) -> Iterator[Counted]:
         """Returns all distinct items, sorted over all blocks, with their sums: (uint64 [M, 2], int64 [M, W]) at a time.
 
-        Ends adding; may be called again. Blocks while the last buffer is sorted, the iterator while it reads. Raises as `add`.
+        Ends adding; may be called again. Blocks while the last buffer is sorted, the iterator while it reads.
+        Raises as `add`.
         """
         if self._buffers:
             self._wait()
@@ -133,7 +137,8 @@ class ItemCounter:
         return self._merge()
 
     def close(self) -> None:
-        """Gives memory and disk back; if a run is being written still, as soon as that has ended, without waiting for it."""
+        """Gives memory and disk back; if a run is being written still, as soon as that has ended,
+        without waiting for it."""
         self._buffers = []
         self._whole = None
         with contextlib.suppress(RuntimeError):  # closed before
@@ -165,7 +170,8 @@ class ItemCounter:
             ) from None
 
     def _spill(self, buffer: _Buffer) -> None:
-        """Sorts and sums a buffer, writes what comes of it as a run, and leaves it empty. In the sorting thread, or alone."""
+        """Sorts and sums a buffer, writes what comes of it as a run, and leaves it empty. In the sorting thread,
+        or alone."""
         if not buffer.num_items:
             return
         items, sums = buffer.counted()
@@ -210,7 +216,8 @@ class ItemCounter:
 
 @dataclass
 class _Buffer:
-    """Items to be counted, the first `num_items` of its room. Written by the thread that adds, then by the one that sorts."""
+    """Items to be counted, the first `num_items` of its room. Written by the thread that adds,
+    then by the one that sorts."""
 
     items: np.ndarray
     weights: np.ndarray

@@ -1,12 +1,12 @@
 """place: chosen entries -> one placement file -> a new epoch in the catalog.
 
-Flows in: for each table the (order index, key) pairs that were chosen, hottest first. Flows out: an immutable file with their
-entries back to back and the indexes that find them, published last. Every page that is needed is read once, in page order,
-and its rows go through buckets of the destination, so that memory stays bounded whatever the size. Killed anywhere, it leaves
-the old epoch. Refuses, before it writes, what the disk cannot hold.
+Flows in: for each table the (order index, key) pairs that were chosen, hottest first. Flows out: an immutable file with
+their entries back to back and the indexes that find them, published last. Every page that is needed is read once, in
+page order, and its rows go through buckets of the destination, so that memory stays bounded whatever the size. Killed
+anywhere, it leaves the old epoch. Refuses, before it writes, what the disk cannot hold.
 
-Memory: 13 bytes a chosen entry of one table, 32 bytes an entry of one order (its rows of one head, sorted), the index of
-one order, and two buckets.
+Memory: 13 bytes a chosen entry of one table, 32 bytes an entry of one order (its rows of one head, sorted), the index
+of one order, and two buckets.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ def place_entries(
 ) -> PlaceReport:
     """Makes a placement of a store and publishes it as its new current epoch. Blocks until it is durable.
 
-    details: as in `Placement`. on_plan gets the preflight before anything is written, on_progress (rows done, rows in all) now
-    and then. Raises `BudgetError` where the disk has too little room (also midway), `ConfigError` for tables that there are
-    not, `CorruptPageError` for damaged pages, `FormatError` for details that are too long, `ValueError` for what cannot be
-    placed. The old epoch stays until it is published over, and in the store after that.
+    details: as in `Placement`. on_plan gets the preflight before anything is written, on_progress (rows done, rows in
+    all) now and then. Raises `BudgetError` where the disk has too little room (also midway), `ConfigError` for tables
+    that there are not, `CorruptPageError` for damaged pages, `FormatError` for details that are too long, `ValueError`
+    for what cannot be placed. The old epoch stays until it is published over, and in the store after that.
     """
     path = Path(store_path)
     started = time.monotonic()
@@ -115,8 +115,8 @@ def place_entries(
             on_plan(plan)
         if plan.bytes_needed > plan.bytes_free:
             raise BudgetError(
-                f"{folder}: the placement needs {format_bytes(plan.bytes_needed)} of disk ({plan.bytes_needed} bytes, buckets "
-                f"included), {format_bytes(plan.bytes_free)} ({plan.bytes_free} bytes) are free; "
+                f"{folder}: the placement needs {format_bytes(plan.bytes_needed)} of disk ({plan.bytes_needed} bytes, "
+                f"buckets included), {format_bytes(plan.bytes_free)} ({plan.bytes_free} bytes) are free; "
                 f"place fewer entries, or free some"
             )
         file = folder / f"{epoch:08d}.placement"
@@ -170,8 +170,8 @@ def _check_chosen(image: CatalogImage, chosen: Mapping[str, Chosen]) -> None:
             raise ValueError(f"table {name}: key {part.keys.max()} is outside its {spec.num_rows} rows")
         if not 0 <= part.static_fraction <= 1 or not 0 <= part.hbm_entries <= len(part.keys):
             raise ValueError(
-                f"table {name}: static_fraction {part.static_fraction} must be within 0 and 1, hbm_entries {part.hbm_entries} "
-                f"within 0 and its {len(part.keys)} entries"
+                f"table {name}: static_fraction {part.static_fraction} must be within 0 and 1, hbm_entries "
+                f"{part.hbm_entries} within 0 and its {len(part.keys)} entries"
             )
 
 
@@ -268,7 +268,8 @@ def _write_indexes(fd: int, table: PlacedTable, part: Chosen) -> PlacedTable:
 
 
 def _needed_rows(files: TableFiles, part: Chosen) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
-    """Yields (places [R], heads [R], rows [R, row_bytes], pages read) in page order, head by head: a head is a range of rows."""
+    """Yields (places [R], heads [R], rows [R, row_bytes], pages read) in page order, head by head:
+    a head is a range of rows."""
     layout, spec = files.table, files.table.spec
     pages = np.empty((max(1, READ_BYTES // layout.page_bytes), layout.page_bytes), dtype=np.uint8)
     heads = sorted(range(spec.num_heads), key=lambda head: spec.offsets[head])
@@ -293,7 +294,8 @@ def _needed_rows(files: TableFiles, part: Chosen) -> Iterator[tuple[np.ndarray, 
 
 
 def _stretches(pages: np.ndarray, pages_max: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Cuts pages, int64 [R] ascending, into (start, end, pages to read): those needed, or all between where many are."""
+    """Cuts pages, int64 [R] ascending, into (start, end, pages to read): those needed,
+    or all between where many are."""
     needed, firsts = np.unique(pages, return_index=True)
     bounds = np.append(firsts, len(pages))
     i = 0

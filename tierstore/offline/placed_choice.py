@@ -1,8 +1,9 @@
 """The choice that a damaged placement file still holds: which (order, key) pairs it placed, in which order.
 
-Input: a store's catalog and the number of a placement. Output: its head, and the entries chosen of each table, ready to be
-placed again. Every key is in the file twice: in the index of its order with its place, and in the record at that place. An
-index that matches its checksum is believed first; records fill in for indexes that do not. Errors: `ChoiceLostError`.
+Input: a store's catalog and the number of a placement. Output: its head, and the entries chosen of each table, ready to
+be placed again. Every key is in the file twice: in the index of its order with its place, and in the record at that
+place. An index that matches its checksum is believed first; records fill in for indexes that do not.
+Errors: `ChoiceLostError`.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def _choice_of(fd: int, table: PlacedTable, seed: int) -> Chosen:
     num_lost = int((keys < 0).sum())
     if num_lost:
         raise ChoiceLostError(
-            f"the index of order {damaged[0] if damaged else 0} of table {table.name} is damaged, and so are {num_lost} of "
-            f"its {table.num_entries} records"
+            f"the index of order {damaged[0] if damaged else 0} of table {table.name} is damaged, and so are "
+            f"{num_lost} of its {table.num_entries} records"
         )
     return Chosen(order_index, keys, table.static_fraction, table.hbm_entries)
 

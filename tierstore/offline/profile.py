@@ -1,9 +1,9 @@
 """profile: documents -> counted items + held-out documents -> one file; and profiles merged into one.
 
-Flows in: documents, each as the items that it accesses, and the columns that a profile keeps of it where it is held out.
-Flows out: a profile, whose analysis is computed by the caller from the `Group`s of what was counted. Memory is bounded: items
-are counted by `ItemCounter`, and the held-out part is as small as its share says. Profiles made anywhere of parts of the same
-documents merge to the profile of all. Refuses profiles that do not fit each other.
+Flows in: documents, each as the items that it accesses, and the columns that a profile keeps of it where it is held
+out. Flows out: a profile, whose analysis is computed by the caller from the `Group`s of what was counted. Memory is
+bounded: items are counted by `ItemCounter`, and the held-out part is as small as its share says. Profiles made anywhere
+of parts of the same documents merge to the profile of all. Refuses profiles that do not fit each other.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ COUNTING, MERGING, READING, SORTING, WRITING = "counting", "merging", "reading",
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its items, uint64 [T, 2], in order; its columns, as the profile keeps them; its tokens (or lookups).
+    """One document: its items, uint64 [T, 2], in order; its columns, as the profile keeps them;
+    its tokens (or lookups).
 
-    Columns must say all of it, since a profile that is merged is read from them: of keys there are as many lookups as the last
-    `batch` says, which counts from 0 in each document.
+    Columns must say all of it, since a profile that is merged is read from them: of keys there are as many lookups as
+    the last `batch` says, which counts from 0 in each document.
     """
 
     items: np.ndarray
@@ -91,7 +92,8 @@ class HeldOut:
 def key_profile_header(
     infos: Sequence[KeyTraceInfo], layouts: Mapping[str, TableLayout], held_out: float
 ) -> ProfileHeader:
-    """Returns the header of a profile of key traces; raises `FingerprintMismatchError` where they are of other tables."""
+    """Returns the header of a profile of key traces; raises `FingerprintMismatchError`
+    where they are of other tables."""
     first = infos[0]
     for info in infos:
         if (info.tables, info.sample_rate) != (first.tables, first.sample_rate):
@@ -112,8 +114,8 @@ def key_profile_header(
 def document_limits(num_tokens: int, num_documents: int) -> tuple[int, int]:
     """Returns (tokens above which a document is cut, into stretches of so many), for traces of so many in all.
 
-    Of enough documents only streams are cut, which depends on the document alone, so that parts counted anywhere merge to the
-    profile of all. A few documents, such as a corpus without document ends, are cut into some 64 stretches.
+    Of enough documents only streams are cut, which depends on the document alone, so that parts counted anywhere merge
+    to the profile of all. A few documents, such as a corpus without document ends, are cut into some 64 stretches.
     """
     if num_documents >= DOCUMENTS_MIN:
         return DOCUMENT_TOKENS_MAX, STRETCH_TOKENS
@@ -122,7 +124,8 @@ def document_limits(num_tokens: int, num_documents: int) -> tuple[int, int]:
 
 
 def stretch_accesses(num_accesses: int) -> int:
-    """Returns how many accesses of recorded keys count as one document: of a short trace fewer, so that some are held out."""
+    """Returns how many accesses of recorded keys count as one document: of a short trace fewer,
+    so that some are held out."""
     return _stretch_of(num_accesses, STRETCH_ACCESSES)
 
 
@@ -155,7 +158,8 @@ def _stretch(accesses: KeyBlock, start: int, end: int) -> Document:
 
 
 def held_out_share(num_tokens: int) -> float:
-    """Returns the share of documents to hold out of a trace: a quarter, or about four million tokens where that is less."""
+    """Returns the share of documents to hold out of a trace: a quarter,
+    or about four million tokens where that is less."""
     return min(HELD_OUT_SHARE, HELD_OUT_TOKENS_MAX / max(num_tokens, 1))
 
 
@@ -169,9 +173,10 @@ def make_profile(
 ) -> dict[str, Any]:
     """Counts documents, analyses, writes the profile; returns its footer. Blocks.
 
-    A document is held out if the checksum of its columns falls below the header's share: by content, so that equal documents
-    share their fate, and parts of a trace counted anywhere agree. on_progress gets the phase: counting (in tokens), merging
-    (in items), sorting, writing. memory_bytes: of the counter. Raises what `ItemCounter` and `ColumnWriter` raise.
+    A document is held out if the checksum of its columns falls below the header's share: by content, so that equal
+    documents share their fate, and parts of a trace counted anywhere agree. on_progress gets the phase: counting (in
+    tokens), merging (in items), sorting, writing. memory_bytes: of the counter.
+    Raises what `ItemCounter` and `ColumnWriter` raise.
     """
     tell = on_progress or _tell_nobody
     counts = dict.fromkeys(COUNTS, 0)
@@ -211,16 +216,16 @@ def merge_profiles(
 ) -> dict[str, Any]:
     """Writes the profile of all documents of `parts`, in their order; returns its footer. Blocks.
 
-    documents_of gives the held-out documents of a part; on_progress: as of `make_profile`, counting in items; memory_bytes:
-    of the counter. Raises `ConfigError` where the parts differ in tables or settings.
+    documents_of gives the held-out documents of a part; on_progress: as of `make_profile`, counting in items;
+    memory_bytes: of the counter. Raises `ConfigError` where the parts differ in tables or settings.
     """
     tell = on_progress or _tell_nobody
     header = parts[0].header
     for part in parts[1:]:
         if part.header != header:
             raise ConfigError(
-                f"{part.path} is of other tables or settings than {parts[0].path}: {part.header} and {header}; count all "
-                f"parts with the same store and the same --held-out"
+                f"{part.path} is of other tables or settings than {parts[0].path}: {part.header} and {header}; count "
+                f"all parts with the same store and the same --held-out"
             )
     counts = {name: sum(part.counts[name] for part in parts) for name in COUNTS}
     held_out = HeldOut()
@@ -244,7 +249,8 @@ def merge_profiles(
 
 
 def groups_of(profile: Profile, documents: Iterable[Document], on_progress: OnPhase | None = None) -> list[Group]:
-    """Reads a finished profile; documents are its held-out ones; on_progress gets reading (in items), sorting. Blocks."""
+    """Reads a finished profile; documents are its held-out ones; on_progress gets reading (in items),
+    sorting. Blocks."""
     tell = on_progress or _tell_nobody
     tally, held_out = Tally(profile.header), HeldOut()
     num_read = 0

@@ -1,9 +1,10 @@
 """repair: damaged shards from their checkpoint, damaged placements from their own records, bit for bit as they were.
 
-Input: a finished store, its checkpoint, and what `verify.py` finds damaged. Output: a report of what was mended and what is
-still wrong. A file is written anew beside the damaged one, compared with what the catalog or the old file's own checksums
-say of it, synced and renamed over it, under the store's lock: killed anywhere, a repair leaves each file as it was or
-mended. Open stores keep the old files until they are opened again. Errors: another checkpoint, no room, no catalog.
+Input: a finished store, its checkpoint, and what `verify.py` finds damaged. Output: a report of what was mended and
+what is still wrong. A file is written anew beside the damaged one, compared with what the catalog or the old file's own
+checksums say of it, synced and renamed over it, under the store's lock: killed anywhere, a repair leaves each file as
+it was or mended. Open stores keep the old files until they are opened again. Errors: another checkpoint, no room,
+no catalog.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ def verify(
     Args:
         store_path: a finished store.
         source: the store's checkpoint. Without `repair`, every row is compared with it.
-        repair: rebuild exactly the shards that are damaged or missing from `source`, remake damaged placements from what
-            is left of them, and check both again. Rows are compared only in shards that were rebuilt: the catalog's
-            SHA-256 answers for the others. Without `source`, only placements are repaired.
+        repair: rebuild exactly the shards that are damaged or missing from `source`, remake damaged placements from
+            what is left of them, and check both again. Rows are compared only in shards that were rebuilt: the
+            catalog's SHA-256 answers for the others. Without `source`, only placements are repaired.
         sample_rows: check the pages of that many random rows of each table, drawn with `seed`, instead of all.
         jobs: shards at once; by default one for each processor, at most 4.
         on_progress: called with (parts done, parts in all), in the calling thread.
@@ -82,9 +83,9 @@ def verify(
         What was checked, what is wrong now, what was repaired, and the command that mends the rest.
 
     Raises:
-        StoreNotReadyError, FormatError: there is no finished store, or its catalog is damaged. No repair mends a catalog.
-        ConfigError: `source` is another checkpoint, a build or plan of the store is running, or a file cannot be written.
-        BudgetError: the disk has too little room.
+        StoreNotReadyError, FormatError: there is no finished store, or its catalog is damaged. No repair mends a
+        catalog. ConfigError: `source` is another checkpoint, a build or plan of the store is running, or a file cannot
+        be written. BudgetError: the disk has too little room.
         ValueError: `repair` together with `sample_rows`.
     """
     path = Path(store_path)
@@ -145,8 +146,8 @@ def _repair_shards(
         if found != image.tables[name].spec:
             raise ConfigError(
                 f"table {name}: {source.path} gives {found}, the store has {image.tables[name].spec}: it is another "
-                f"checkpoint, or an older tierstore read it otherwise; give the one that the store was built from, or build "
-                f"the store again"
+                "checkpoint, or an older tierstore read it otherwise; give the one that the store was built from, or "
+                f"build the store again"
             )
     jobs = jobs or min(os.cpu_count() or 1, 4)
     _check_room(image, damaged, jobs)
@@ -186,8 +187,8 @@ def _check_room(image: CatalogImage, damaged: Sequence[tuple[str, int]], jobs: i
     needed, free = min(sum(largest) + sum(missing), sum(shard.num_bytes for shard in shards)), _free_bytes(image.path)
     if needed > free:
         raise BudgetError(
-            f"{image.path}: the repair of {len(shards)} shards needs {format_bytes(needed)} ({needed} bytes), the disk has "
-            f"{format_bytes(free)} free ({free} bytes); free some, or repair with fewer --jobs"
+            f"{image.path}: the repair of {len(shards)} shards needs {format_bytes(needed)} ({needed} bytes), the disk "
+            f"has {format_bytes(free)} free ({free} bytes); free some, or repair with fewer --jobs"
         )
 
 

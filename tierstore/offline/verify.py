@@ -1,8 +1,9 @@
 """verify: every page, placed entry, digest and catalog record of a store, and every row against its checkpoint.
 
-Input: a store's path, and the checkpoint's `TableSource`s if rows are to be compared. Output: a report with one line for
-each fault, and which shards and placements are damaged, for `repair.py`. It reads shards front to back with plain reads,
-apart from the lookup path that it vouches for. Errors: an unreadable catalog, or sources without the store's tables.
+Input: a store's path, and the checkpoint's `TableSource`s if rows are to be compared. Output: a report with one line
+for each fault, and which shards and placements are damaged, for `repair.py`. It reads shards front to back with plain
+reads, apart from the lookup path that it vouches for. Errors: an unreadable catalog,
+or sources without the store's tables.
 """
 
 from __future__ import annotations
@@ -95,10 +96,11 @@ def verify_store(
 ) -> VerifyReport:
     """Checks a finished store: catalog, shard lengths and SHA-256, every page, every placement; rows against `sources`.
 
-    sample_rows: check the pages of that many random rows of each table (drawn with `seed`), with all rows in them, instead
-    of everything (placements are checked whole); a table of no more rows is checked whole. origin:
+    sample_rows: check the pages of that many random rows of each table (drawn with `seed`), with all rows in them,
+    instead of everything (placements are checked whole); a table of no more rows is checked whole. origin:
     the checkpoint's record; another digest than the store's is a fault. Blocks; memory stays below 16 MiB a job. Raises
-    `StoreNotReadyError` or `FormatError` where the catalog cannot be read at all, `ConfigError` where sources lack a table.
+    `StoreNotReadyError` or `FormatError` where the catalog cannot be read at all,
+    `ConfigError` where sources lack a table.
     """
     image = read_catalog(path)
     report = VerifyReport()
@@ -138,8 +140,8 @@ def run_parts(
 ) -> list[Result]:
     """Calls each of `parts`, `jobs` at once, and returns what they return, in order. Blocks.
 
-    Each part gets an event that says to give up: it is set when another part fails or when the caller is interrupted, and
-    a part looks at it once a chunk. on_progress: (parts done, parts in all), in the calling thread.
+    Each part gets an event that says to give up: it is set when another part fails or when the caller is interrupted,
+    and a part looks at it once a chunk. on_progress: (parts done, parts in all), in the calling thread.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(jobs or min(os.cpu_count() or 1, 4), thread_name_prefix="tierstore-verify") as pool:
@@ -222,7 +224,8 @@ class _UnreadableShardError(Exception):
 
 
 class _ShardCheck:
-    """What one shard's check has found so far. Faults beyond the first FAULTS_PER_SHARD_MAX of a kind are only counted."""
+    """What one shard's check has found so far. Faults beyond the first
+    FAULTS_PER_SHARD_MAX of a kind are only counted."""
 
     def __init__(self, table: TableLayout, index: int, what: str, stop: threading.Event) -> None:
         self.table, self.index, self.what, self.stop = table, index, what, stop

@@ -2,9 +2,9 @@
 
 Input: `os.register_at_fork`'s calls, by way of `store.py`. Output: none. Errors: none.
 
-Python forks even if a hook before it raises: it prints the exception and goes on. So an interrupt in the middle of taking
-locks would be lost, and the locks with it. Signals that come between the hooks are therefore noted, and sent again to the
-parent a moment after the fork.
+Python forks even if a hook before it raises: it prints the exception and goes on. So an interrupt in the middle of
+taking locks would be lost, and the locks with it. Signals that come between the hooks are therefore noted, and sent
+again to the parent a moment after the fork.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ SENT_AFTER_S = 0.005  # when the hooks have ended
 
 
 class DeferredSignals:
-    """Keeps Python's signal handlers from running between `begin` and `end`. They run in the main thread, so only it defers."""
+    """Keeps Python's signal handlers from running between `begin` and `end`. They run in the main thread,
+    so only it defers."""
 
     def __init__(self) -> None:
         self._handlers: dict[int, Callable[[int, Any], Any]] = {}
@@ -90,5 +91,6 @@ class LostEngine:
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise StoreNotReadyError(
-            f"{self._what} could not be made ready when this process was forked (its parent's log says why); open it again"
+            f"{self._what} could not be made ready when this process was forked (its parent's log says why); "
+            "open it again"
         )

@@ -1,11 +1,11 @@
 """How the command `tierstore` ends by Ctrl-C, SIGTERM and SIGHUP: without a traceback, and without unfinished files.
 
-Input: signals. Output: while the command imports, Ctrl-C ends the process at once with status 130, as there is nothing to
-clean up yet. While it works, Ctrl-C raises `KeyboardInterrupt`, and SIGTERM and SIGHUP (the terminal was closed) raise
-`Ended`, so that files under temporary names are removed; then the process dies by its signal.
+Input: signals. Output: while the command imports, Ctrl-C ends the process at once with status 130, as there is nothing
+to clean up yet. While it works, Ctrl-C raises `KeyboardInterrupt`, and SIGTERM and SIGHUP (the terminal was closed)
+raise `Ended`, so that files under temporary names are removed; then the process dies by its signal.
 
-Signals that the process was started to ignore (`nohup`, `&` in a script) stay ignored. Only the command calls this: a program
-that imports tierstore keeps its own handlers.
+Signals that the process was started to ignore (`nohup`, `&` in a script) stay ignored. Only the command calls this: a
+program that imports tierstore keeps its own handlers.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def die_of(number: int) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process with a status, at once: threads that still compute what nobody wants any more are not waited for."""
+    """Ends the process with a status, at once: threads that still compute what nobody
+    wants any more are not waited for."""
     _flush()
     os._exit(status)
 

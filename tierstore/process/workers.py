@@ -1,10 +1,11 @@
 """Long computations in other threads, so that Ctrl-C or an alarm in the main thread takes effect at once.
 
-Input: functions that only compute: they write to nothing but arrays of their own. Output: what they return. Errors: theirs.
+Input: functions that only compute: they write to nothing but arrays of their own. Output: what they return.
+Errors: theirs.
 
-A native kernel does not look at signals, and Python runs signal handlers in the main thread alone. So the main thread waits
-and the kernel runs elsewhere. If the wait is interrupted, nobody waits for the kernel: it ends by itself, and what it made is
-dropped. Functions that call many kernels ask `check_stopped` before each.
+A native kernel does not look at signals, and Python runs signal handlers in the main thread alone. So the main thread
+waits and the kernel runs elsewhere. If the wait is interrupted, nobody waits for the kernel: it ends by itself, and
+what it made is dropped. Functions that call many kernels ask `check_stopped` before each.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ FORK_VARIABLE = "GRPC_ENABLE_FORK_SUPPORT"
 def load_grpc() -> Any:
     """Returns the grpc module; raises `ConfigError` where it is not installed.
 
-    Asks it to survive forks, which it reads from the environment when it is first loaded. Where it was loaded before, without
-    that, a forked child cannot use it at all; `survives_forks` says so.
+    Asks it to survive forks, which it reads from the environment when it is first loaded. Where it was loaded before,
+    without that, a forked child cannot use it at all; `survives_forks` says so.
     """
     if "grpc" not in sys.modules:
         os.environ.setdefault(FORK_VARIABLE, "1")
@@ -84,7 +84,8 @@ def parse_address(text: str, what: str) -> Address:
 
 
 def parse_url(url: str) -> Address:
-    """Returns the address of "grpc://host:port" or "grpcs://host:port" (TLS); raises `ConfigError` for anything else."""
+    """Returns the address of "grpc://host:port" or "grpcs://host:port" (TLS);
+    raises `ConfigError` for anything else."""
     scheme, mark, rest = url.partition("://")
     if not mark or scheme not in ("grpc", "grpcs"):
         raise ConfigError(f"{url!r}: expected grpc://HOST:PORT, or grpcs://HOST:PORT for TLS")
@@ -103,8 +104,8 @@ def check_server_access(address: Address, *, has_token: bool, has_tls: bool) -> 
         missing.append("no token")
     if missing and not address.is_loopback:
         raise ConfigError(
-            f"{address}: beyond this machine, lookups need TLS (--tls-cert and --tls-key) and a token (--token-file); there is "
-            f"{' and '.join(missing)}; give what is missing, or serve on 127.0.0.1"
+            f"{address}: beyond this machine, lookups need TLS (--tls-cert and --tls-key) and a token (--token-file); "
+            f"there is {' and '.join(missing)}; give what is missing, or serve on 127.0.0.1"
         )
 
 
@@ -173,13 +174,15 @@ def _check_private(path: str | os.PathLike[str], what: str, status: os.stat_resu
     if owner == os.geteuid():
         raise ConfigError(f"{text}, expected mode 600 or less); run: chmod 600 {path}")
     raise ConfigError(
-        f"{text}; this process runs as user {os.geteuid()}, groups {sorted(own_groups)}); give a file that only this user may "
-        f"read, or one of root's, mode 440, of a group of this user's: in Kubernetes, set fsGroup and defaultMode: 0440"
+        f"{text}; this process runs as user {os.geteuid()}, groups {sorted(own_groups)}); give a file that only this "
+        "user may read, or one of root's, mode 440, of a group of this user's: in Kubernetes, "
+        "set fsGroup and defaultMode: 0440"
     )
 
 
 def check_pair(certificate: bytes, key: bytes, names: str) -> None:
-    """Raises `ConfigError` if a private key is not the certificate's, or one of the two is damaged. names: of the files.
+    """Raises `ConfigError` if a private key is not the certificate's, or one of the two is damaged. names:
+    of the files.
 
     Checks the bytes themselves, in memory, so that what is checked is what is used.
     """

@@ -1,7 +1,7 @@
 """The answers to calls of lookup.proto, from a store: descriptions, rows, where keys are, counts.
 
-Flows in: decoded requests, and the call's deadline. Flows out: encoded replies; streams in parts of CHUNK_BYTES, looked up
-into one buffer of the call, so that a call holds CHUNKS_HELD of them at most, however many rows it asks for. Refuses
+Flows in: decoded requests, and the call's deadline. Flows out: encoded replies; streams in parts of CHUNK_BYTES, looked
+up into one buffer of the call, so that a call holds CHUNKS_HELD of them at most, however many rows it asks for. Refuses
 requests of other tables, beyond the limits, and arrays whose bytes are not those of their shape. Knows nothing of gRPC.
 
 Shapes: N tokens, O orders, H rows per key.
@@ -75,7 +75,8 @@ class Answers:
         in_flight: InFlight,
         record: Callable[[], dict[str, Any]],
     ) -> None:
-        """store: returns the one to answer from now. record: the server's own counts. Raises `ConfigError` for unfit limits."""
+        """store: returns the one to answer from now. record: the server's own counts.
+        Raises `ConfigError` for unfit limits."""
         self._store = store
         self._limits, self._in_flight, self._record = limits, in_flight, record
         self._workers = threading.BoundedSemaphore(limits.workers)
@@ -83,8 +84,8 @@ class Answers:
         for spec in _specs(store()):
             if spec.num_heads * spec.row_bytes + HEAD_BYTES > limits.message_bytes_max:
                 raise ConfigError(
-                    f"message_bytes_max: a token's rows of table {spec.name} take {spec.num_heads * spec.row_bytes} bytes, a "
-                    f"message holds {limits.message_bytes_max - HEAD_BYTES}; allow more"
+                    f"message_bytes_max: a token's rows of table {spec.name} take {spec.num_heads * spec.row_bytes} "
+                    f"bytes, a message holds {limits.message_bytes_max - HEAD_BYTES}; allow more"
                 )
         if limits.tokens_max < 1:
             raise ConfigError(f"tokens_max is {limits.tokens_max}, expected at least 1")
@@ -173,7 +174,8 @@ class Answers:
         if identity is not None and bytes(identity) != served.identity:
             raise FingerprintMismatchError(
                 f"the client means tables of identity {bytes(identity).hex()[:16] or 'none'}, {store.name} has "
-                f"{served.identity.hex()[:16]}: other tables are served now; connect again, and check which store is served"
+                f"{served.identity.hex()[:16]}: other tables are served now; connect again, "
+                "and check which store is served"
             )
         version = store.version
         if version < 0:
@@ -253,9 +255,11 @@ def _view(array: np.ndarray) -> memoryview:
 
 
 def _array(data: Buffer, num_tokens: int, width: int, what: str) -> np.ndarray:
-    """Returns packed little-endian int64 as an array [num_tokens, width] of our own; raises `ValueError` for other sizes."""
+    """Returns packed little-endian int64 as an array [num_tokens, width] of our own;
+    raises `ValueError` for other sizes."""
     if len(data) != num_tokens * width * ID_BYTES:
         raise ValueError(
-            f"{what}: {len(data)} bytes, but [{num_tokens}, {width}] int64 take {num_tokens * width * ID_BYTES}; send all of them"
+            f"{what}: {len(data)} bytes, but [{num_tokens}, {width}] int64 take {num_tokens * width * ID_BYTES}; "
+            "send all of them"
         )
     return np.frombuffer(data, dtype="<i8").astype(np.int64).reshape(num_tokens, width)

@@ -1,11 +1,11 @@
 """A client's connection to a server of lookups by gRPC: calls out, answers or named errors in.
 
 Flows in: encoded requests with a time by which they are wanted. Flows out: encoded answers. A call that meets a server
-which is away, or busy, is made again until then, so that a restart is a pause. Refuses to send a token where anybody could
-read it.
+which is away, or busy, is made again until then, so that a restart is a pause. Refuses to send a token where anybody
+could read it.
 
-Forks: grpc's state is not the child's to use. A fork waits FORK_WAIT_S at most for calls under way, and the child makes a
-channel of its own when it first calls; the parent's is kept there and never touched.
+Forks: grpc's state is not the child's to use. A fork waits FORK_WAIT_S at most for calls under way, and the child makes
+a channel of its own when it first calls; the parent's is kept there and never touched.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ T = TypeVar("T")
 
 
 class TryAgainError(DaemonError):
-    """A call that the same server may answer if it is made again: it is busy, or another store took its store's place."""
+    """A call that the same server may answer if it is made again: it is busy,
+    or another store took its store's place."""
 
 
 class Gate:
@@ -135,8 +136,9 @@ class Connection:
     def unary(self, method: str, request: bytes, until: float, *, patient: bool = True) -> bytes:
         """Returns the answer of a method of one answer, asked once; raises what the server raised.
 
-        until: monotonic seconds. patient: waits so long for a server that is away. Raises `TryAgainError` where it is away or
-        busy, other `DaemonError`s where it does not answer in time, and then takes PROBE_WAIT_S more to find out why.
+        until: monotonic seconds. patient: waits so long for a server that is away. Raises `TryAgainError` where it is
+        away or busy, other `DaemonError`s where it does not answer in time,
+        and then takes PROBE_WAIT_S more to find out why.
         """
         with self._gate.inside():
             try:
@@ -208,8 +210,8 @@ class Connection:
     def _make_channel(self) -> Any:
         if self._forked and not survives_forks():
             raise DaemonError(
-                f"{self.url}: this process was forked, and its grpc was loaded without {FORK_VARIABLE}=1; set that in the "
-                "environment before anything imports grpc, or start processes by spawn"
+                f"{self.url}: this process was forked, and its grpc was loaded without {FORK_VARIABLE}=1; set that in "
+                "the environment before anything imports grpc, or start processes by spawn"
             )
         from grpc import experimental
 
@@ -266,7 +268,8 @@ class Connection:
 
 
 def _why_not_plain(host: str, port: int) -> str | None:
-    """Says what a server speaks that is not gRPC in plain text; None if it is that, or says nothing. Raises `OSError`."""
+    """Says what a server speaks that is not gRPC in plain text; None if it is that, or says nothing.
+    Raises `OSError`."""
     with socket.create_connection((host, port), timeout=PROBE_WAIT_S) as peer:
         peer.sendall(HTTP2_PREFACE)
         with contextlib.suppress(OSError):  # it may just close

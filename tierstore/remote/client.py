@@ -28,11 +28,12 @@ def connect_remote(
 ) -> Store:
     """Returns the store that a server serves at "grpc://HOST:PORT", or "grpcs://HOST:PORT" by TLS.
 
-    token_file: holds the server's token; must not be readable by others. ca_file: PEM of who signed its certificate; the
-    system's authorities else. timeout_s: that any lookup may take, waiting for a server that restarts included.
+    token_file: holds the server's token; must not be readable by others. ca_file: PEM of who signed its certificate;
+    the system's authorities else. timeout_s: that any lookup may take, waiting for a server that restarts included.
 
-    Blocks on the network, at most timeout_s. Raises `DaemonError` (nobody there, no token or a wrong one, a certificate that is
-    refused), `ConfigError` (the URL, the files, grpcio is not installed), `FormatError` (what answers is no tierstore).
+    Blocks on the network, at most timeout_s. Raises `DaemonError` (nobody there, no token or a wrong one, a certificate
+    that is refused), `ConfigError` (the URL, the files, grpcio is not installed),
+    `FormatError` (what answers is no tierstore).
     """
     if not timeout_s > 0:
         raise ConfigError(f"timeout_s is {timeout_s}, expected above 0 seconds")

@@ -1,8 +1,9 @@
-"""The connections of a server of lookups by gRPC: who has not made a call that was let in does not stay, nor crowds out others.
+"""The connections of a server of lookups by gRPC: who has not made a call that was let in does not stay,
+nor crowds out others.
 
 Input: which peers made a call that was let in; the sockets of this process that are connections of the server's port.
-Output: connections that are ended. grpc itself limits only how many there are of all hosts together, and says nothing of
-them; so they are found among this process's descriptors, and shut down, which grpc takes for their client's end.
+Output: connections that are ended. grpc itself limits only how many there are of all hosts together, and says nothing
+of them; so they are found among this process's descriptors, and shut down, which grpc takes for their client's end.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class _Connection(NamedTuple):
 
 
 def end_of(peer: str) -> End:
-    """Returns the address and port of what grpc calls a peer, such as "ipv4:10.0.0.1:4711" and "ipv6:%5B::1%5D:4711"."""
+    """Returns the address and port of what grpc calls a peer, such as "ipv4:10.0.0.1:4711" and
+    "ipv6:%5B::1%5D:4711"."""
     host, _, port = unquote(peer.partition(":")[2]).rpartition(":")
     return host.strip("[]"), int(port) if port.isdecimal() else 0
 
@@ -135,7 +137,8 @@ class Connections:
         return found
 
     def _add(self, found: dict[End, tuple[socket.socket, int]], fd: int) -> None:
-        """Adds a socket, if it is a connection of the port. What is looked at is a copy: `fd` may be another thing by now."""
+        """Adds a socket, if it is a connection of the port. What is looked at is a copy:
+        `fd` may be another thing by now."""
         sock = socket.socket(fileno=os.dup(fd))
         is_ours = False
         try:

@@ -1,12 +1,14 @@
-"""The engine of a store on another host: cuts lookups into requests, asks, and puts the answers in the caller's buffers.
+"""The engine of a store on another host: cuts lookups into requests, asks,
+and puts the answers in the caller's buffers.
 
-Flows in: what the engine contract says. Flows out: rows, and counts of this client's own requests. Small lookups are one
-message each way; the rows of larger ones are streamed. A lookup's rows are all of one version of the store: it is asked
-again where a change came between its requests. Refuses answers that are not what was asked for, and pages, which are not
-handed out.
+Flows in: what the engine contract says. Flows out: rows, and counts of this client's own requests. Small lookups are
+one message each way; the rows of larger ones are streamed. A lookup's rows are all of one version of the store: it is
+asked again where a change came between its requests. Refuses answers that are not what was asked for, and pages, which
+are not handed out.
 
 Latency is what this client sees, network included. pages_read counts the rows that the server's disk answered, of which
-each is a page at most; bytes_read the bytes of rows that came over the network. Shapes: N tokens, O orders, H rows per key.
+each is a page at most; bytes_read the bytes of rows that came over the network. Shapes: N tokens, O orders,
+H rows per key.
 """
 
 from __future__ import annotations
@@ -126,7 +128,13 @@ class RemoteEngine(Engine):
                 self._num_under_way -= 1
                 self._state.notify_all()
 
-    def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> RemotePending | None:  # noqa: ARG002
+    def submit_pairs(
+        self,
+        index: int,  # noqa: ARG002
+        keys: np.ndarray,  # noqa: ARG002
+        pairs: np.ndarray,  # noqa: ARG002
+        out: np.ndarray,  # noqa: ARG002
+    ) -> RemotePending | None:
         raise ConfigError(
             f"{self._connection.url}: a GPU needs a store on its own host; open it or attach to its daemon"
         )
@@ -164,8 +172,8 @@ class RemoteEngine(Engine):
                 found = decoded(messages.LocateReply, data, self._connection.url).sources
                 if len(found) != keys[start:end].size:
                     raise FormatError(
-                        f"{self._connection.url} answered {len(found)} places of {keys[start:end].size} keys; client and "
-                        "server differ: update both"
+                        f"{self._connection.url} answered {len(found)} places of {keys[start:end].size} keys; client "
+                        "and server differ: update both"
                     )
                 sources[start:end] = np.frombuffer(found, dtype=np.uint8).reshape(-1, keys.shape[1])
 
@@ -251,7 +259,8 @@ class RemoteEngine(Engine):
         )
 
     def _take_version(self, version: tuple[int, int], until: float) -> None:
-        """Takes note that another version answers than before, and says so if it is of another server, or a restarted one."""
+        """Takes note that another version answers than before, and says so if it is of another server,
+        or a restarted one."""
         with self._counts_lock:
             before, self._answered = self._answered, version
             self.version += before is not None
@@ -269,8 +278,8 @@ class RemoteEngine(Engine):
         known, self.build = self.build, now.build
         if version[0] != before[0] and known and now.build and known != now.build:
             logger.warning(
-                "%s: connected again, to another version of the store than before: rows come from %s (digest %.12s) now, "
-                "their digest was %.12s; if that is not meant, use 'tierstore swap' on the server's host",
+                "%s: connected again, to another version of the store than before: rows come from %s (digest %.12s) "
+                "now, their digest was %.12s; if that is not meant, use 'tierstore swap' on the server's host",
                 self._connection.url, now.name, now.build, known,
             )  # fmt: skip
 

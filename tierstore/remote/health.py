@@ -1,7 +1,8 @@
 """The standard health service of gRPC, grpc.health.v1.Health, for load balancers, Kubernetes' probes and the like.
 
 Input: Check and Watch calls, which need no token, since probes cannot bear one. Output: whether the server serves, and
-nothing else. Errors: NOT_FOUND for Check of a service that there is not; RESOURCE_EXHAUSTED beyond WATCHERS_MAX watchers.
+nothing else. Errors: NOT_FOUND for Check of a service that there is not;
+RESOURCE_EXHAUSTED beyond WATCHERS_MAX watchers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a server of lookups by gRPC lets its clients take: calls and bytes in flight, requests a second, and time.
 
-Flows in: the beginnings and ends of calls. Flows out: permission, or a `Refusal` with both numbers. A thread cancels calls
-that are past their deadline, or whose client takes nothing off the wire. Nothing here knows rows or tables.
+Flows in: the beginnings and ends of calls. Flows out: permission, or a `Refusal` with both numbers. A thread cancels
+calls that are past their deadline, or whose client takes nothing off the wire. Nothing here knows rows or tables.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class InFlight:
                 )
             if of_peer >= self._peer_calls_max:
                 raise Refusal(
-                    f"{of_peer} calls of {peer} are under way, at most {self._peer_calls_max} of one host may be; try again",
+                    f"{of_peer} calls of {peer} are under way, at most {self._peer_calls_max} of one host may be; "
+                    "try again",
                     retry=True,
                 )
             self._calls[peer] += 1
@@ -129,7 +130,8 @@ class Rates:
 
 
 class Deadline:
-    """When a call is given up: at its end, or when its client has not moved for STALL_WAIT_S. The call's thread writes it."""
+    """When a call is given up: at its end, or when its client has not moved for STALL_WAIT_S.
+    The call's thread writes it."""
 
     def __init__(self, context: Any, expires_at: float, peer: str = "") -> None:
         """peer: what the call's client is counted by."""

@@ -206,6 +206,7 @@ def table_message(spec: TableSpec) -> TableMessage:
 
 
 def identity_of(specs: Sequence[TableSpec]) -> bytes:
-    """Returns the SHA-256 of what tables are, order included: by which client and server know that they mean the same ones."""
+    """Returns the SHA-256 of what tables are, order included:
+    by which client and server know that they mean the same ones."""
     records = json.dumps([spec.as_record() for spec in specs], sort_keys=True)
     return hashlib.sha256(records.encode()).digest()

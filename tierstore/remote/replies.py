@@ -1,7 +1,7 @@
 """A server's replies to one request of a client: rows go to the caller's buffers as they come, counts are summed.
 
-Flows in: messages of lookup.proto. Flows out: rows in their buffers. Refuses messages that are none, and rows that were not
-asked for, come twice, or are missing: a reply of another release of the server must not pass for rows.
+Flows in: messages of lookup.proto. Flows out: rows in their buffers. Refuses messages that are none, and rows that were
+not asked for, come twice, or are missing: a reply of another release of the server must not pass for rows.
 """
 
 from __future__ import annotations

@@ -68,11 +68,13 @@ class RemoteServer:
         """Listens on address, "HOST:PORT" (port 0: a free one), and serves at once.
 
         store: or what returns the one to serve now; a call keeps the one that it began with. token_file:
-        holds the token that calls must bear; tls_cert, tls_key: PEM files. On a loopback address all three may be left out.
-        message_bytes_max, tokens_max: of one request. in_flight_max, in_flight_bytes_max: calls at a time, and bytes held for
-        them. requests_per_second: of one client's host. workers: lookups at a time. is_healthy: what the health service says.
+        holds the token that calls must bear; tls_cert, tls_key: PEM files. On a loopback address all three may be left
+        out. message_bytes_max, tokens_max: of one request. in_flight_max, in_flight_bytes_max: calls at a time, and
+        bytes held for them. requests_per_second: of one client's host. workers: lookups at a time. is_healthy:
+        what the health service says.
 
-        Raises `ConfigError`: grpcio is missing, the address is taken or none, a file is unfit, the limits contradict the tables.
+        Raises `ConfigError`: grpcio is missing, the address is taken or none, a file is unfit,
+        the limits contradict the tables.
         """
         self._grpc = load_grpc()
         wanted = check_options(address, token_file, tls_cert, tls_key)
@@ -118,7 +120,8 @@ class RemoteServer:
         num_threads = in_flight_max + SPARE_THREADS + WATCHERS_MAX
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tierstore-remote")
         server = self._grpc.server(self._threads, options=list(options.items()), maximum_concurrent_rpcs=num_threads)
-        # Requests of one message are taken as streams, which is the same on the wire: grpc would else read the message first.
+        # Requests of one message are taken as streams, which is the same on the wire:
+        # grpc would else read the message first.
         one, many = self._grpc.stream_unary_rpc_method_handler, self._grpc.stream_stream_rpc_method_handler
         answers = self._answers
         methods = {
@@ -156,7 +159,8 @@ class RemoteServer:
         return certificate
 
     def reload(self) -> None:
-        """Reads token and certificate anew, for calls and connections from now on; raises `ConfigError` and keeps the old.
+        """Reads token and certificate anew, for calls and connections from now on;
+        raises `ConfigError` and keeps the old.
 
         A certificate and a key that do not belong together count as an error.
         """
@@ -171,7 +175,8 @@ class RemoteServer:
             return {"address": self.address, **self._counts, "in_flight": self._in_flight.num_calls}
 
     def close(self, timeout_s: float = 30.0) -> bool:
-        """Turns new calls away, waits for those under way, then cancels them. Returns whether all ended by themselves."""
+        """Turns new calls away, waits for those under way, then cancels them.
+        Returns whether all ended by themselves."""
         if self._closed:
             return True
         self._closed = True

@@ -1,14 +1,14 @@
 """The protobuf wire format, as far as the messages of lookup.proto need it: varints, and fields of known length.
 
-Flows in: dataclasses whose `FIELDS` name their numbers and kinds; bytes. Flows out: bytes; dataclasses, whose bytes fields
-are views of what was decoded. Refuses, with `ValueError`, what is cut short, nested without end, or of a wire type that the
-field does not have. Unknown fields are passed by, as protobuf does. Written here because protobuf's own library copies rows
-four times on their way, and asks for one version of itself throughout a process (BENCHMARKS.md).
+Flows in: dataclasses whose `FIELDS` name their numbers and kinds; bytes. Flows out: bytes; dataclasses, whose bytes
+fields are views of what was decoded. Refuses, with `ValueError`, what is cut short, nested without end, or of a wire
+type that the field does not have. Unknown fields are passed by, as protobuf does. Written here because protobuf's own
+library copies rows four times on their way, and asks for one version of itself throughout a process (BENCHMARKS.md).
 
 A message is a row of fields, each a varint `number << 3 | wire type` and a value. Wire type 0: a varint. Wire type 2: a
-length in bytes, a varint, and so many bytes: bytes, UTF-8 text, a message, or packed varints. Wire types 1 and 5: 8 and 4
-bytes, which only unknown fields have. A varint has 7 bits in each byte, lowest first; the top bit says that more follow:
-300 is AC 02.
+length in bytes, a varint, and so many bytes: bytes, UTF-8 text, a message, or packed varints. Wire types 1 and 5: 8 and
+4 bytes, which only unknown fields have. A varint has 7 bits in each byte, lowest first; the top bit says that more
+follow: 300 is AC 02.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ M = TypeVar("M", bound="Message")
 
 
 class Message:
-    """A dataclass with `FIELDS`: number -> (attribute, kind). A kind is one of the four above, or a `Message` class, whose
-    attribute is a list where its number is in `REPEATED`, else one or None."""
+    """A dataclass with `FIELDS`: number -> (attribute, kind). A kind is one of the four above, or a `Message` class,
+    whose attribute is a list where its number is in `REPEATED`, else one or None."""
 
     FIELDS: ClassVar[Mapping[int, tuple[str, Any]]]
     REPEATED: ClassVar[frozenset[int]] = frozenset()
@@ -92,7 +92,8 @@ def varint(value: int) -> bytes:
 
 
 def decode(kind: type[M], data: Buffer) -> M:
-    """Returns the message of a kind that bytes are; raises `ValueError` where they are none. Of a field given twice, the last."""
+    """Returns the message of a kind that bytes are; raises `ValueError` where they are none.
+    Of a field given twice, the last."""
     message, view, at, num_fields = kind(), memoryview(data), 0, 0
     while at < len(view):
         num_fields += 1

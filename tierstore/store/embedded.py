@@ -1,7 +1,8 @@
 """Embedded: a store opened in this process, with all of its tiers.
 
-Flows in: a path, budgets and options. Flows out: a `Store` over a `Backing` that holds the open shards, the placement, and the
-engine that they were given to. Refuses stores that are not finished, foreign or damaged, and budgets that cannot be kept.
+Flows in: a path, budgets and options. Flows out: a `Store` over a `Backing` that holds the open shards, the placement,
+and the engine that they were given to. Refuses stores that are not finished, foreign or damaged,
+and budgets that cannot be kept.
 """
 
 from __future__ import annotations
@@ -44,18 +45,20 @@ def open_store(
 ) -> Store:
     """Opens a built store in this process; also `tierstore.open`.
 
-    dram: bytes of memory that it may take, all included ("2GiB"); tables that fit are loaded whole, others get a cache of
-    entries. io: how pages are read: "uring" (io_uring, past the page cache), "mmap" (memory-mapped shards and the page
-    cache), "pread" (a pool of threads), or "auto", the first of these that the kernel allows; what cannot be had falls
-    back to the next, saying so. placement: the epoch whose entries the store starts with; None: the current one, if there is
-    any; "none": none. on_progress: called with (bytes done, bytes in all) while the placement's hottest entries load, those of
-    HBM first. hbm: bytes of GPU memory for the very hottest, all included ("4GiB"); None: no such tier. device: "cuda:0" and the
-    like, by default the first GPU; "cpu" runs the same kernels in Triton's interpreter, for tests. A sixteenth of dram, at most
-    256 MiB, is page-locked then, for what the device asks of the host.
+    dram: bytes of memory that it may take, all included ("2GiB"); tables that fit are loaded whole, others get a cache
+    of entries. io: how pages are read: "uring" (io_uring, past the page cache), "mmap" (memory-mapped shards and the
+    page cache), "pread" (a pool of threads), or "auto", the first of these that the kernel allows; what cannot be had
+    falls back to the next, saying so. placement: the epoch whose entries the store starts with; None: the current one,
+    if there is any; "none": none. on_progress: called with (bytes done, bytes in all) while the placement's hottest
+    entries load, those of HBM first. hbm: bytes of GPU memory for the very hottest, all included ("4GiB"); None: no
+    such tier. device: "cuda:0" and the like, by default the first GPU; "cpu" runs the same kernels in Triton's
+    interpreter, for tests. A sixteenth of dram, at most 256 MiB, is page-locked then,
+    for what the device asks of the host.
 
     Blocks while resident tables and placed entries load. Raises `StoreNotReadyError` (no finished store), `FormatError`
-    (foreign, damaged, newer), `BudgetError` (too small, or more than the machine or the GPU has), `ConfigError` (an option; no
-    such device, no kernels for it). A damaged page does not keep a store from opening: lookups of its rows raise.
+    (foreign, damaged, newer), `BudgetError` (too small, or more than the machine or the GPU has), `ConfigError` (an
+    option; no such device, no kernels for it). A damaged page does not keep a store from opening:
+    lookups of its rows raise.
     """
     if io not in IO_MODES:
         raise ConfigError(f"io: {io!r} is not one of {', '.join(IO_MODES)}")
@@ -107,7 +110,8 @@ def open_placement(
 
 
 def beside_hbm(plan: DramPlan, hbm: HbmPlan) -> int:
-    """Returns the bytes of DRAM that an hbm tier takes: what is page-locked for mailboxes, and the host's copies of indexes."""
+    """Returns the bytes of DRAM that an hbm tier takes: what is page-locked for mailboxes,
+    and the host's copies of indexes."""
     return pinned_bytes(plan.budget_bytes) + hbm.host_index_bytes
 
 

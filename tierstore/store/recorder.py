@@ -1,10 +1,10 @@
 """The recorder: what a running store is asked for, as a sampled trace of keys.
 
-Flows in: the lookups that an engine has taken, by one call beside it. Flows out: a key trace, written by a thread. Sampling is by
-key: all accesses of a sampled key are kept and none of the others, so that reuse distances can be scaled up (SHARDS:
-Waldspurger et al., FAST 2015). Lossy under pressure: lookups that find the queue full are counted and not recorded. Rows of
-resident tables that are asked for by row id have no keys and are not seen. While no trace runs, no engine is wrapped: lookups
-then cost what they did.
+Flows in: the lookups that an engine has taken, by one call beside it. Flows out: a key trace, written by a thread.
+Sampling is by key: all accesses of a sampled key are kept and none of the others, so that reuse distances can be scaled
+up (SHARDS: Waldspurger et al., FAST 2015). Lossy under pressure: lookups that find the queue full are counted and not
+recorded. Rows of resident tables that are asked for by row id have no keys and are not seen. While no trace runs, no
+engine is wrapped: lookups then cost what they did.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _GOLDEN, _MIX_1, _MIX_2 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D
 def is_sampled(table: np.ndarray, order_index: np.ndarray, keys: np.ndarray, share: float) -> np.ndarray:
     """Returns bool [A]: whether each key, int64 [A], of a table, uint16 [A], and order, uint8 [A], is in the sample.
 
-    Depends on nothing else, so that two traces of the same share sample the same keys. About `share` of all keys are in it.
+    Depends on nothing else, so that two traces of the same share sample the same keys.
+    About `share` of all keys are in it.
     """
     if share >= 1:
         return np.ones(len(keys), dtype=bool)
@@ -52,7 +53,8 @@ _Lookup = tuple[int, int, np.ndarray]  # number of the lookup, table's index, ke
 
 
 class Recorder:
-    """Writes the key trace of one store in a thread of its own. `record` may come from any thread and never blocks on it."""
+    """Writes the key trace of one store in a thread of its own.
+    `record` may come from any thread and never blocks on it."""
 
     def __init__(self, path: str | os.PathLike[str], tables: Sequence[TracedTable], share: float) -> None:
         """Prepares: there is neither file nor thread before `start`."""
@@ -73,7 +75,8 @@ class Recorder:
         self._thread = threading.Thread(target=self._run, name="tierstore-recorder", daemon=True)
 
     def start(self) -> None:
-        """Starts the file and the thread. Raises what `KeyTraceWriter` raises, `RuntimeError` (no thread); then `abandon`."""
+        """Starts the file and the thread. Raises what `KeyTraceWriter` raises, `RuntimeError` (no thread);
+        then `abandon`."""
         self._writer = KeyTraceWriter(self.path, tables=self._traced, sample_rate=self._share)
         self._thread.start()
 
@@ -88,7 +91,8 @@ class Recorder:
             self._writer.abandon()
 
     def record(self, requests: Sequence[tuple[int, np.ndarray]]) -> None:
-        """Records one lookup: (table's index, keys int64 [N, O]) of each table. Copies the keys; does not block on the disk."""
+        """Records one lookup: (table's index, keys int64 [N, O]) of each table. Copies the keys;
+        does not block on the disk."""
         num_keys = 0
         for _, keys in requests:
             num_keys += keys.size
@@ -118,7 +122,8 @@ class Recorder:
     def stop(self) -> KeyTraceInfo:
         """Writes what is queued, ends the trace and the thread. Blocks on the disk.
 
-        Raises what the disk raised while it was written, in which case there is no trace; `TimeoutError` after STOP_WAIT_S.
+        Raises what the disk raised while it was written, in which case there is no trace;
+        `TimeoutError` after STOP_WAIT_S.
         """
         with self._lock:
             self._stopped = True

@@ -1,7 +1,8 @@
 """The store: one door to all tiers, wherever they are: in this process, in a daemon's shared memory, across a network.
 
-Flows in: keys (or row ids) of batches of tokens. Flows out: rows. A lookup returns the checkpoint's bytes or raises. What the
-store stands on is a `Backing`; the work is its engine's (`tiers/engine.py`); what callers give, `table` checks.
+Flows in: keys (or row ids) of batches of tokens. Flows out: rows. A lookup returns the checkpoint's bytes or raises.
+What the store stands on is a `Backing`; the work is its engine's (`tiers/engine.py`); what callers give,
+`table` checks.
 
 Shapes: N tokens, O orders, H rows per key.
 """
@@ -44,8 +45,8 @@ class Ticket:
     def wait(self, timeout_s: float | None = None) -> None:
         """Blocks until every row is in its buffer; raises what the lookup raises.
 
-        Raises `TimeoutError` after timeout_s seconds; the lookup goes on, and `wait` may be called again, as after Ctrl-C. May
-        be called from any thread, and more than once.
+        Raises `TimeoutError` after timeout_s seconds; the lookup goes on, and `wait` may be called again, as after
+        Ctrl-C. May be called from any thread, and more than once.
         """
         if self._pending is not None:
             self._pending.wait(timeout_s)
@@ -139,8 +140,8 @@ class _Opened:
 class Store:
     """An open store. `tables` maps names to `Table`s, and `store[name]` is the same. Close it, or use `with`.
 
-    It closes itself when neither it nor one of its tables is held any more. It is of one process: a forked child has it too; a
-    worker that is spawned opens its own.
+    It closes itself when neither it nor one of its tables is held any more. It is of one process: a forked child has it
+    too; a worker that is spawned opens its own.
     """
 
     def __init__(self, backing: Backing) -> None:
@@ -176,9 +177,11 @@ class Store:
 
     @property
     def version(self) -> int:
-        """A number that grows whenever another version answers, as a daemon's swap or return may have it; -1 while it changes.
+        """A number that grows whenever another version answers, as a daemon's swap or return may have it;
+        -1 while it changes.
 
-        What was looked up between two equal numbers, neither of them -1, is of one version. `stats` has the daemon's number.
+        What was looked up between two equal numbers, neither of them -1, is of one version.
+        `stats` has the daemon's number.
         """
         return self._engine.version
 
@@ -212,24 +215,27 @@ class Store:
 
     @property
     def device(self) -> Any:
-        """The `torch.device` of the hbm tier, on which `open_lookup` looks up; None where there is none, or not any more."""
+        """The `torch.device` of the hbm tier, on which `open_lookup` looks up; None where there is none,
+        or not any more."""
         return self._engine.device
 
     def open_lookup(self, name: str, tokens_max: int) -> Any:
-        """Returns buffers for lookups from the device, of up to tokens_max tokens at once: `tiers.hbm.lookup.DeviceLookup`.
+        """Returns buffers for lookups from the device, of up to tokens_max tokens at once:
+        `tiers.hbm.lookup.DeviceLookup`.
 
-        The adapter's embeddings use it. It may be for fewer tokens, as its `tokens_max` says, where a quarter of the page-locked
-        memory holds no more. Its buffers live until the store is closed. Raises `BudgetError` where they do not fit in
-        the page-locked memory, `StoreNotReadyError` where there is no hbm tier, or not any more.
+        The adapter's embeddings use it. It may be for fewer tokens, as its `tokens_max` says, where a quarter of the
+        page-locked memory holds no more. Its buffers live until the store is closed. Raises `BudgetError` where they do
+        not fit in the page-locked memory, `StoreNotReadyError` where there is no hbm tier, or not any more.
         """
         return self._engine.open_lookup(self[name].index, tokens_max)
 
     def change_hbm(self, placement: int | None = None) -> int:
         """Brings another placement's hottest entries into the hbm tier, under running lookups; returns its epoch.
 
-        placement: its number, None for the current one. What lookups give is the same before, meanwhile and after; captured
-        graphs stay good. DRAM keeps the placement that the store was opened with. Blocks on disk and device. Raises `ConfigError`
-        (no hbm tier, no such placement), `FormatError` (it is damaged, or the store was built anew).
+        placement: its number, None for the current one. What lookups give is the same before, meanwhile and after;
+        captured graphs stay good. DRAM keeps the placement that the store was opened with. Blocks on disk and device.
+        Raises `ConfigError` (no hbm tier, no such placement), `FormatError` (it is damaged,
+        or the store was built anew).
         """
         return self._backing.change_hbm(placement)
 
@@ -237,10 +243,11 @@ class Store:
         """Starts a lookup in several tables at once: {name: (keys [N, O] int64, out [N, O * H, row_bytes] uint8)}.
 
         What memory holds is copied before this returns, and the reads of the rest are in flight; a thread of the store
-        finishes them, whether anybody waits or not. keys are copied. The lookup holds out until its rows are there; leave out
-        alone until `Ticket.wait` returns. Where an out is not contiguous, this waits for its rows. Wrong arguments raise here, as
-        in `Table.lookup`; failed reads raise in `wait`. If this raises, by a signal handler too, nothing is written to out
-        afterwards (by `connect` over gRPC, an answer on its way still is). Beyond 256 tickets under way it waits for one to end.
+        finishes them, whether anybody waits or not. keys are copied. The lookup holds out until its rows are there;
+        leave out alone until `Ticket.wait` returns. Where an out is not contiguous, this waits for its rows. Wrong
+        arguments raise here, as in `Table.lookup`; failed reads raise in `wait`. If this raises, by a signal handler
+        too, nothing is written to out afterwards (by `connect` over gRPC, an answer on its way still is). Beyond 256
+        tickets under way it waits for one to end.
         """
         self._opened._check_open()
         checked = []
@@ -274,17 +281,19 @@ class Store:
             raise
 
     def stats(self) -> dict[str, Any]:
-        """Returns counters since opening: keys, hits by tier in keys, batches, pages and bytes read, by table and order."""
+        """Returns counters since opening: keys, hits by tier in keys, batches, pages and bytes read,
+        by table and order."""
         specs = [table.spec for table in self._tables.values()]
         return stats_of(self._engine.counters(), specs) | self._backing.details()
 
     def start_trace(self, path: str | os.PathLike[str], share: float = 1 / 16) -> None:
         """Starts to record a trace of keys at `path`, until `stop_trace` or `close`; the file bears its name only then.
 
-        share: of all keys, above 0, at most 1 (a sample can be profiled; to plan a placement from it, record all: 1); every
-        access of those keys is recorded: lookups, submits, and rows by id where
-        they are read by key. A thread writes it; what that has no time for is counted and not recorded. Raises `ConfigError`
-        (a trace is running, the path is no file's), `ValueError` (share), `StoreNotReadyError` (closed), `OSError`.
+        share: of all keys, above 0, at most 1 (a sample can be profiled; to plan a placement from it, record all: 1);
+        every access of those keys is recorded: lookups, submits, and rows by id where
+        they are read by key. A thread writes it; what that has no time for is counted and not recorded. Raises
+        `ConfigError` (a trace is running, the path is no file's), `ValueError` (share),
+        `StoreNotReadyError` (closed), `OSError`.
         """
         if not 0 < share <= 1:
             raise ValueError(f"share is {share}, expected above 0 and at most 1")
@@ -302,8 +311,8 @@ class Store:
         """Waits for lookups in flight, then gives back memory, threads and files. Closing twice is harmless.
 
         A trace that is running is ended; where it cannot be written, that is raised after all else is done. Raises
-        `TimeoutError` where a lookup does not end within CLOSE_WAIT_S; the store then stays half closed: no new lookups,
-        files open.
+        `TimeoutError` where a lookup does not end within CLOSE_WAIT_S; the store then stays half closed: no new
+        lookups, files open.
         """
         self._opened.close()
 
@@ -315,8 +324,8 @@ class Store:
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         raise TypeError(
-            f"an open store, of {self.name}, cannot be pickled, as starting a process by spawn or forkserver does; open the "
-            f"store in each worker, or start workers by fork, which share its memory"
+            f"an open store, of {self.name}, cannot be pickled, as starting a process by spawn or forkserver does; "
+            f"open the store in each worker, or start workers by fork, which share its memory"
         )
 
     def __repr__(self) -> str:
@@ -380,7 +389,8 @@ def _forked(store: _Opened, *, child: bool) -> None:
 
 @atexit.register
 def _close_all() -> None:
-    """Ends the threads that write to buffers before the interpreter frees those. One that does not end keeps no other open."""
+    """Ends the threads that write to buffers before the interpreter frees those.
+    One that does not end keeps no other open."""
     failed: BaseException | None = None
     for store in list(_open_stores):
         try:

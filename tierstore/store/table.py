@@ -1,7 +1,7 @@
 """One table of an open store: checks what callers give, and hands it to the engine that answers.
 
-Flows in: keys or row ids, a buffer for the rows perhaps. Flows out: rows. Refuses arrays of other types, shapes and ranges than
-the table has, by name. Shapes: N tokens, O orders, H rows per key.
+Flows in: keys or row ids, a buffer for the rows perhaps. Flows out: rows. Refuses arrays of other types, shapes and
+ranges than the table has, by name. Shapes: N tokens, O orders, H rows per key.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Table:
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         raise TypeError(
-            f"table {self._spec.name} of an open store cannot be pickled, as starting a process by spawn or forkserver does; "
-            f"open the store in each worker, or start workers by fork, which share its memory"
+            f"table {self._spec.name} of an open store cannot be pickled, as starting a process by spawn or forkserver "
+            f"does; open the store in each worker, or start workers by fork, which share its memory"
         )
 
     @property
@@ -58,9 +58,9 @@ class Table:
         """Returns the rows of keys: int64 [N, O] -> uint8 [N, O * H, row_bytes]; key -1 gives zero rows.
 
         keys may be strided; out, if given, is filled and returned (any strides). Blocks on the disk for what no tier
-        holds; a signal handler that raises ends it, and nothing is written to out afterwards. Raises `TypeError` (not int64),
-        `ValueError` (shape, keys below -1), `CorruptPageError`, `StoreNotReadyError` (closed); after an error, out is undefined.
-        Keys may lie where out does.
+        holds; a signal handler that raises ends it, and nothing is written to out afterwards. Raises `TypeError` (not
+        int64), `ValueError` (shape, keys below -1), `CorruptPageError`, `StoreNotReadyError` (closed); after an error,
+        out is undefined. Keys may lie where out does.
         """
         rows = out
         if rows is None and isinstance(keys, np.ndarray) and keys.ndim == 2:
@@ -81,8 +81,8 @@ class Table:
     def explain(self, keys: np.ndarray) -> np.ndarray:
         """Returns what would answer each key now: int64 [N, O] -> str [N, O]. Looks nothing up and counts nothing.
 
-        "hbm": a GPU's memory; "static" and "recency": the dram tier; "resident": a table that it holds whole; "record": one NVMe
-        read of the placement file; "pages": NVMe reads of pages; "none": key -1. Raises like `lookup`.
+        "hbm": a GPU's memory; "static" and "recency": the dram tier; "resident": a table that it holds whole; "record":
+        one NVMe read of the placement file; "pages": NVMe reads of pages; "none": key -1. Raises like `lookup`.
         """
         return np.array(kernels.SOURCES)[self.locate(keys)]
 

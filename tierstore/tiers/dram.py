@@ -1,7 +1,8 @@
 """The dram tier: a table's rows kept whole, or a set-associative cache of its entries.
 
-Flows in: (order index, key) pairs to copy out, entries offered after a read. Flows out: entries in the caller's buffer and
-which pairs were there. An entry is found by its whole key and order, never by a hash alone, so a hit is always exact.
+Flows in: (order index, key) pairs to copy out, entries offered after a read. Flows out: entries in the caller's buffer
+and which pairs were there. An entry is found by its whole key and order, never by a hash alone,
+so a hit is always exact.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class ResidentTable:
 class EntryCache:
     """A recency cache of entries: sets of 8, the least recently used of a set gives way. One lock guards all.
 
-    Memory is `num_sets * 8 * (entry_bytes + 13)` bytes: entries, and for each its key, order index and time of last use.
+    Memory is `num_sets * 8 * (entry_bytes + 13)` bytes: entries, and for each its key,
+    order index and time of last use.
     """
 
     def __init__(self, num_sets: int, entry_bytes: int) -> None:

@@ -1,8 +1,8 @@
 """The lookup path of an open store, as a contract: what memory holds is copied, the rest is read from checked pages.
 
-Flows in: keys or row ids, already checked, and the caller's buffer. Flows out: rows in that buffer, or a named error. Two
-implementations: `native` (C++, the one that serves) and `portable` (NumPy, where there is no compiler; also its oracle).
-Shapes: N tokens, O orders, H rows per key, R rows, P pages. `index` is the table's place in the catalog.
+Flows in: keys or row ids, already checked, and the caller's buffer. Flows out: rows in that buffer, or a named error.
+Two implementations: `native` (C++, the one that serves) and `portable` (NumPy, where there is no compiler; also its
+oracle). Shapes: N tokens, O orders, H rows per key, R rows, P pages. `index` is the table's place in the catalog.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Request = tuple[int, np.ndarray, np.ndarray]  # index, keys [N, O], out [N, O * 
 
 
 class Pending(Protocol):
-    """A lookup in flight. Its owner calls `detach`, or keeps it until it has ended; dropped before, it may be cancelled."""
+    """A lookup in flight. Its owner calls `detach`, or keeps it until it has ended; dropped before,
+    it may be cancelled."""
 
     def done(self) -> bool:
         """Whether it has ended."""
@@ -56,8 +57,9 @@ class Engine(ABC):
     device: Any = None  # the torch.device of its hbm tier, None where there is none
     bad_pages: dict[tuple[int, int], str]  # of resident tables: (index, page number) that could not be loaded -> why
 
-    # (index, keys, out), unchecked -> None where the lookup was done; False where nothing was done, since arguments or state
-    # need a closer look; else a fault for `check`. An attribute, so that the shortest lookups pass through one call less.
+    # (index, keys, out), unchecked -> None where the lookup was done; False where nothing was done, since arguments or
+    # state need a closer look; else a fault for `check`. An attribute,
+    # so that the shortest lookups pass through one call less.
     try_lookup: Callable[[int, Any, Any], Any]
 
     @abstractmethod
@@ -77,10 +79,11 @@ class Engine(ABC):
 
     @abstractmethod
     def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> Pending | None:
-        """Starts a lookup of single pairs of one table: entry i of out, uint8 [M, entry_bytes], is that of keys[i], int64 [M].
+        """Starts a lookup of single pairs of one table: entry i of out, uint8 [M, entry_bytes],
+        is that of keys[i], int64 [M].
 
-        pairs: int32 [M], not below 0: the place of a key in a batch [N, O], flat, so that pairs[i] % O is the index of its
-        order. All contiguous and checked. Otherwise as `submit`.
+        pairs: int32 [M], not below 0: the place of a key in a batch [N, O], flat, so that pairs[i] % O is the index of
+        its order. All contiguous and checked. Otherwise as `submit`.
         """
 
     @abstractmethod
@@ -88,11 +91,13 @@ class Engine(ABC):
         """Whether memory holds a whole table, by row id."""
 
     def subscribe(self, renewed: Callable[[], Any]) -> None:  # noqa: B027
-        """Calls `renewed`, a method, while its object lives, whenever `try_lookup` has become another. Few engines do."""
+        """Calls `renewed`, a method, while its object lives, whenever `try_lookup` has become another.
+        Few engines do."""
 
     @abstractmethod
     def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
-        """Fills out, uint8 [R, row_bytes], from row_ids, int64 [R], -1 for zero rows: from DRAM if resident, else pages.
+        """Fills out, uint8 [R, row_bytes], from row_ids, int64 [R], -1 for zero rows: from DRAM if resident,
+        else pages.
 
         They count as rows. Of a resident table, row_ids may be those of whole tokens, [N, O * H]; they count as keys.
         """
@@ -108,8 +113,8 @@ class Engine(ABC):
     def open_lookup(self, index: int, tokens_max: int) -> Any:
         """Returns a `DeviceLookup` of up to so many tokens of a table, which lives until the engine is closed.
 
-        It may be one of fewer tokens (`tokens_max`): a quarter of the page-locked memory is the most that one gets. Raises
-        `BudgetError` where its buffers do not fit, `StoreNotReadyError`: there is no device, or not any more.
+        It may be one of fewer tokens (`tokens_max`): a quarter of the page-locked memory is the most that one gets.
+        Raises `BudgetError` where its buffers do not fit, `StoreNotReadyError`: there is no device, or not any more.
         """
         raise StoreNotReadyError(f"table {index} of {tokens_max} tokens: this store has no hbm tier; open it with hbm=")
 
@@ -122,8 +127,9 @@ class Engine(ABC):
 
     @abstractmethod
     def counters(self) -> dict[str, Any]:
-        """Returns totals, and under "tables" three lists for each: keys by order found in DRAM, those of them in the static
-        set, and read from NVMe; where there is an hbm tier, under "hbm" a list for each: keys by order found there."""
+        """Returns totals, and under "tables" three lists for each: keys by order found in DRAM, those of them in the
+        static set, and read from NVMe; where there is an hbm tier, under "hbm" a list for each:
+        keys by order found there."""
 
     @abstractmethod
     def close(self, timeout_s: float) -> bool:

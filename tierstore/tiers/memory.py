@@ -1,8 +1,8 @@
 """Memory: how much this process may still take, and the flat block that the dram tier lives in.
 
-Output: bytes available, and which limit leaves the least: the machine's, a cgroup's (memory.max, memory.high, version 1),
-or the process's own; blocks of memory on huge pages if the system allows them. No decision is made here. Each limit has
-more than one source, because sandboxes hide some: without /proc/meminfo the machine's memory is what sysconf says.
+Output: bytes available, and which limit leaves the least: the machine's, a cgroup's (memory.max, memory.high, version
+1), or the process's own; blocks of memory on huge pages if the system allows them. No decision is made here. Each limit
+has more than one source, because sandboxes hide some: without /proc/meminfo the machine's memory is what sysconf says.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ _UNLIMITED_BYTES = 1 << 60  # version 1 writes "no limit" as a number near 2^63
 
 
 def allocate(num_bytes: int, *, inherited: bool = True) -> np.ndarray:
-    """Returns zeroed memory, uint8 [num_bytes], page-aligned; on huge pages where the system lets a process ask for them.
+    """Returns zeroed memory, uint8 [num_bytes], page-aligned;
+    on huge pages where the system lets a process ask for them.
 
-    inherited: whether a forked child has it too. What a device writes to must not be: after a fork, the first write would
-    give this process another page than the device has.
+    inherited: whether a forked child has it too. What a device writes to must not be: after a fork, the first write
+    would give this process another page than the device has.
     """
     if num_bytes == 0:
         return np.empty(0, dtype=np.uint8)
@@ -114,8 +115,8 @@ def cgroup_limits(
     """Returns the memory limits of this process's cgroup and of those above it, the least first.
 
     Version 2 lines are "0::/path" with memory.max and memory.high, version 1 lines "4:memory:/path" with
-    memory.limit_in_bytes. A host with both mounts version 2 at `unified`. Inside a container the path may be the host's;
-    then the walk up ends at the root, which is the container's own cgroup.
+    memory.limit_in_bytes. A host with both mounts version 2 at `unified`. Inside a container the path may be the
+    host's; then the walk up ends at the root, which is the container's own cgroup.
     """
     found = []
     for line in _text(membership).splitlines() or ["0::/"]:

@@ -211,7 +211,8 @@ class NativeEngine(HostEngine):
         self._engine.after_fork(child)
 
     def check(self, outcome: Any) -> None:
-        """Raises what an outcome of the C++ side means: None is good, False closed (arguments were checked), else a fault."""
+        """Raises what an outcome of the C++ side means: None is good, False closed (arguments were checked),
+        else a fault."""
         if outcome is None:
             return
         if outcome is False:
@@ -221,19 +222,20 @@ class NativeEngine(HostEngine):
     def _fault(self, kind: str, index: int, page: int, detail: int) -> TierStoreError | TimeoutError | MemoryError:
         if kind == "memory":
             return MemoryError(
-                f"{self._what}: no memory for the lookup's own bookkeeping, or for a page reader; nothing of it is lost: "
-                f"look up fewer keys at once, or free memory"
+                f"{self._what}: no memory for the lookup's own bookkeeping, or for a page reader; nothing of it is "
+                f"lost: look up fewer keys at once, or free memory"
             )
         if kind == "cancelled":
             return StoreNotReadyError(f"{self._what}: the lookup was given up; its buffer holds no rows")
         if kind in ("disk", "entry") and detail == errno.EBADF:
             return StoreNotReadyError(
-                f"{self._what}: a descriptor of its files or of its I/O ring is closed, and this store did not close it: look "
-                f"for os.close or os.closerange in this process; then open the store again"
+                f"{self._what}: a descriptor of its files or of its I/O ring is closed, and this store did not close "
+                f"it: look for os.close or os.closerange in this process; then open the store again"
             )
         if kind == "timeout":
             return TimeoutError(
-                f"{self._what}: no page came, or no staging came free, within {detail} s; the disk has stopped answering"
+                f"{self._what}: no page came, or no staging came free, within {detail} s; "
+                "the disk has stopped answering"
             )
         if kind == "forked":
             return StoreNotReadyError(f"{self._what}: the lookup was under way in the parent when this process forked")
@@ -255,7 +257,8 @@ class NativeEngine(HostEngine):
 
 
 class NativePending:
-    """A lookup that a thread of the C++ side finishes. See `Pending`; dropped while it is under way, it is cancelled."""
+    """A lookup that a thread of the C++ side finishes. See `Pending`; dropped while it is under way,
+    it is cancelled."""
 
     def __init__(self, engine: NativeEngine, ticket: Any) -> None:
         self._engine, self._ticket = engine, ticket

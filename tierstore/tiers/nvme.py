@@ -1,8 +1,8 @@
 """The nvme tier: the shards of a store, open, and the choice of how their pages are read.
 
-Flows in: a catalog and what the user asked for (`io`). Flows out: descriptors and a mode that this kernel and file system
-allow. The reads themselves are the engines' (`native`, `portable`); this module also reads pages front to back, for
-tables that are loaded whole. Refuses shards that are not what the catalog says.
+Flows in: a catalog and what the user asked for (`io`). Flows out: descriptors and a mode that this kernel and file
+system allow. The reads themselves are the engines' (`native`, `portable`); this module also reads pages front to back,
+for tables that are loaded whole. Refuses shards that are not what the catalog says.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class IoChoice:
 
 
 def choose_io(io: str) -> IoChoice:
-    """Returns the best mode that this process may use for `io`, and logs, once a call, what it fell back from and why."""
+    """Returns the best mode that this process may use for `io`, and logs, once a call,
+    what it fell back from and why."""
     if not kernels.native:
         if io in ("uring", "mmap"):
             logger.warning("io=%r needs the compiled kernels: pages are read with pread", io)
@@ -64,7 +65,8 @@ def choose_io(io: str) -> IoChoice:
 
 
 def open_tables(image: CatalogImage, *, direct: bool) -> list[TableFiles]:
-    """Opens the shards of every table, in the catalog's order; says so once where `direct` is wanted and not to be had."""
+    """Opens the shards of every table, in the catalog's order;
+    says so once where `direct` is wanted and not to be had."""
     opened: list[TableFiles] = []
     warn_unless_local(image.path)
     try:
@@ -159,8 +161,8 @@ def open_direct(file: Path) -> int:
 def read_pages(files: TableFiles, page_numbers: np.ndarray, out: np.ndarray) -> None:
     """Reads pages, int64 [P] ascending without repeats, into out, uint8 [P, page_bytes] contiguous, and checks each.
 
-    Portable and without threads: asks the kernel for every run of neighbouring pages first, so that the disk sees the whole
-    batch at once, then copies run by run. Blocks. Raises `CorruptPageError` naming the first bad page.
+    Portable and without threads: asks the kernel for every run of neighbouring pages first, so that the disk sees the
+    whole batch at once, then copies run by run. Blocks. Raises `CorruptPageError` naming the first bad page.
     """
     table = files.table
     assert out.shape == (len(page_numbers), table.page_bytes)
@@ -179,7 +181,8 @@ def read_pages(files: TableFiles, page_numbers: np.ndarray, out: np.ndarray) -> 
 
 
 def _runs(files: TableFiles, page_numbers: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-    """Yields (descriptor, byte start, first, end) of every run of neighbouring pages; first and end count page_numbers."""
+    """Yields (descriptor, byte start, first, end) of every run of neighbouring pages;
+    first and end count page_numbers."""
     table = files.table
     shard = page_numbers // table.pages_per_shard
     breaks = np.flatnonzero((np.diff(page_numbers) != 1) | (np.diff(shard) != 0)) + 1
@@ -211,8 +214,8 @@ def load_rows(
 
     poll: called between two reads of `scratch`; what it raises ends the loading.
 
-    Returns the pages that are bad, with what is wrong with each: they cost their own rows only. Blocks. Leaves nothing of
-    it in the page cache.
+    Returns the pages that are bad, with what is wrong with each: they cost their own rows only. Blocks. Leaves nothing
+    of it in the page cache.
     """
     table = files.table
     bad_pages: dict[int, str] = {}

@@ -1,8 +1,9 @@
 """Placed entries: an open placement file, and the static set that is loaded from its top.
 
-Flows in: a placement file and the memory that a plan gives. Flows out: a table's `StaticSet`: indexes of all placed entries, the
-hottest records in memory, the rest in the file, one read each. Loading is sequential, past the page cache where it can be, and
-checks every record: one that is damaged is left out, so that its key is read from pages. Refuses damaged indexes.
+Flows in: a placement file and the memory that a plan gives. Flows out: a table's `StaticSet`: indexes of all placed
+entries, the hottest records in memory, the rest in the file, one read each. Loading is sequential, past the page cache
+where it can be, and checks every record: one that is damaged is left out, so that its key is read from pages.
+Refuses damaged indexes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ OnProgress = Callable[[int, int], None]
 
 
 class PlacementFile:
-    """An open placement. Any number of threads may read; `close` must come after the last read. Pruning does not harm it."""
+    """An open placement. Any number of threads may read; `close` must come after the last read.
+    Pruning does not harm it."""
 
     def __init__(self, image: CatalogImage, epoch: int, *, direct: bool) -> None:
         """Opens the file of a published epoch and checks its head; raises `FormatError`. direct: for O_DIRECT too."""
@@ -77,10 +79,11 @@ class PlacementFile:
 
 @dataclass(frozen=True)
 class StaticSet:
-    """A table's placed entries: indexes by order, uint8 [num_buckets, 64]; the records in memory, uint8 [loaded, record_bytes].
+    """A table's placed entries: indexes by order, uint8 [num_buckets, 64]; the records in memory,
+    uint8 [loaded, record_bytes].
 
-    area: the indexes as one, back to back; seed: of the records' checksums; loaded_start: the place of the first record in
-    memory. Those before it lie in another tier, or are read from the file as those behind are.
+    area: the indexes as one, back to back; seed: of the records' checksums; loaded_start: the place of the first record
+    in memory. Those before it lie in another tier, or are read from the file as those behind are.
     """
 
     table: PlacedTable
@@ -92,7 +95,8 @@ class StaticSet:
     loaded_start: int = 0
 
     def as_record(self) -> dict[str, Any]:
-        """What the C++ side must know of it: in every epoch the same; places in memory and in the file are the same too."""
+        """What the C++ side must know of it: in every epoch the same;
+        places in memory and in the file are the same too."""
         area = index_head([len(index) for index in self.indexes]), self.area
         in_memory = {"records": self.records, "loaded_start": self.loaded_start}
         return {"areas": [area, area], "in_file": None} | in_memory | self.file_record()
@@ -115,7 +119,8 @@ class StaticSet:
         return (places >= self.loaded_start) & (places < self.loaded_start + len(self.records))
 
     def read(self, order_index: np.ndarray, keys: np.ndarray, places: np.ndarray, entries: np.ndarray) -> int:
-        """Reads placed entries, one read each, into entries, uint8 [M, entry_bytes], and checks them; returns the bytes read.
+        """Reads placed entries, one read each, into entries, uint8 [M, entry_bytes], and checks them;
+        returns the bytes read.
 
         Portable, one after the other; blocks. Raises `CorruptPageError` naming the first that is damaged or another's.
         """
@@ -138,7 +143,8 @@ def load_all_static(
     parts: Sequence[np.ndarray],
     on_progress: OnProgress | None,
 ) -> list[StaticSet | None]:
-    """Loads every table's static set into its part of the block. on_progress: (bytes done, bytes in all), in this thread."""
+    """Loads every table's static set into its part of the block. on_progress: (bytes done, bytes in all),
+    in this thread."""
     if file is None:
         return [None] * len(layouts)
     total, done = sum(share.static_bytes for share in shares), 0
@@ -160,8 +166,8 @@ def _load_static(
 ) -> StaticSet | None:
     """Loads a table's indexes and the records that fit its share; None where the placement has nothing of the table.
 
-    memory: uint8, page-aligned: `static_bytes`, then `index_bytes`. on_bytes is called with bytes as they are read, in this
-    thread. Blocks. Raises `FormatError` where an index is damaged.
+    memory: uint8, page-aligned: `static_bytes`, then `index_bytes`. on_bytes is called with bytes as they are read, in
+    this thread. Blocks. Raises `FormatError` where an index is damaged.
     """
     table = file.placement.tables.get(layout.spec.name)
     if table is None or share.resident:
@@ -188,7 +194,8 @@ def _load_static(
 
 
 def load_indexes(file: PlacementFile, table: PlacedTable, area: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Reads a table's indexes into area, uint8 [buckets, 64], back to back; returns each. Raises `FormatError`: one is bad."""
+    """Reads a table's indexes into area, uint8 [buckets, 64], back to back; returns each. Raises `FormatError`:
+    one is bad."""
     indexes, at = [], 0
     for index in table.indexes:
         buckets = area[at : at + index.num_buckets]
@@ -207,7 +214,8 @@ def index_head(num_buckets: Sequence[int]) -> np.ndarray:
 
 
 def fault_text(table_name: str, path: Path, place: int, detail: int) -> str:
-    """Returns the message of a placed entry that cannot be served; detail: 0 for a wrong checksum or key, else an errno."""
+    """Returns the message of a placed entry that cannot be served; detail: 0 for a wrong checksum or key,
+    else an errno."""
     what = "its checksum or its key is wrong" if detail == 0 else "the file ends before it"
     if detail > 0:
         what = os.strerror(detail)
@@ -239,8 +247,8 @@ def load_records(
 ) -> int:
     """Reads num_entries records from `first` on into memory, uint8 in whole units of 4,096 bytes, checked as they come.
 
-    first: a multiple of GROUP_RECORDS. Returns how many are damaged: those have a key of -1 in their trailers. on_bytes is
-    called as `_load_static` says. Blocks.
+    first: a multiple of GROUP_RECORDS. Returns how many are damaged: those have a key of -1 in their trailers. on_bytes
+    is called as `_load_static` says. Blocks.
     """
     assert first % GROUP_RECORDS == 0, "records are read in whole units"
     step = max(1, LOAD_BYTES // (table.record_bytes * GROUP_RECORDS)) * GROUP_RECORDS

@@ -2,9 +2,9 @@
 
 Flows in: sizes, descriptors. Flows out: memory. A block is a memfd, mapped writable once by its maker and then sealed
 (F_SEAL_FUTURE_WRITE, GROW, SHRINK, SEAL): whoever holds a descriptor of it, even one reopened for writing, can neither
-write it, map it writable, nor change its length under its readers. A block that is lent, and a client's own, may be written
-by whom its maker gives a descriptor for that: only its length is sealed. Refuses descriptors that are not sealed so: reading
-one could end in a signal.
+write it, map it writable, nor change its length under its readers. A block that is lent, and a client's own, may be
+written by whom its maker gives a descriptor for that: only its length is sealed. Refuses descriptors that are not
+sealed so: reading one could end in a signal.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ OnBytes = Callable[[int], None]
 
 
 class SharedBlock:
-    """A block of zeros, `array` uint8 [num_bytes], that this process alone may write. `fd` is read-only, to be handed out.
+    """A block of zeros, `array` uint8 [num_bytes], that this process alone may write. `fd` is read-only,
+    to be handed out.
 
     lent_fd: of a block that is lent, for who is trusted to map it writable; else -1.
     """
 
     def __init__(self, name: str, num_bytes: int, on_bytes: OnBytes | None = None, *, lent: bool = False) -> None:
-        """name: as /proc shows it; num_bytes: a multiple of 4,096. Blocks until all of it is there, on huge pages if it can be.
+        """name: as /proc shows it; num_bytes: a multiple of 4,096. Blocks until all of it is there,
+        on huge pages if it can be.
 
         on_bytes is called with bytes as they come. Raises `BudgetError` where there is not so much memory.
         """
@@ -74,8 +76,8 @@ class SharedBlock:
 def _bring_in(fd: int, array: np.ndarray, name: str, on_bytes: OnBytes | None) -> None:
     """Has the kernel give all pages now: later, one that it could not give would be a signal.
 
-    A huge page that is touched once and collapsed costs less than 512 small ones; collapsing also works where huge pages of
-    shared memory are not given by themselves.
+    A huge page that is touched once and collapsed costs less than 512 small ones; collapsing also works where huge
+    pages of shared memory are not given by themselves.
     """
     huge_end = len(array) // HUGE_BYTES * HUGE_BYTES
     refused = 0
@@ -97,7 +99,8 @@ def _bring_in(fd: int, array: np.ndarray, name: str, on_bytes: OnBytes | None) -
 
 
 def make_client_block(name: str, num_bytes: int) -> tuple[int, np.ndarray]:
-    """Returns a new block that a client may write: (descriptor, its memory here). Its length cannot be changed by anybody."""
+    """Returns a new block that a client may write: (descriptor, its memory here).
+    Its length cannot be changed by anybody."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, num_bytes)

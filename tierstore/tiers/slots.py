@@ -1,8 +1,8 @@
 """Static slots: a table's static set in shared memory, whose entries can be changed under its readers.
 
 Flows in: entries to place, epochs to publish. Flows out: records in slots, and an index of them for either parity of
-epochs. A slot that an epoch names is never written while that epoch is read; who publishes epochs says when one has been
-left. Not for several threads at once. Shapes: S slots, n entries.
+epochs. A slot that an epoch names is never written while that epoch is read; who publishes epochs says when one has
+been left. Not for several threads at once. Shapes: S slots, n entries.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class StaticSlots:
         return int((self.keys < 0).sum())
 
     def adopt(self, num_loaded: int) -> None:
-        """Takes the first num_loaded records as they lie there, loaded from a placement; damaged ones count as free slots."""
+        """Takes the first num_loaded records as they lie there, loaded from a placement;
+        damaged ones count as free slots."""
         for start in range(0, num_loaded, PIECE_SLOTS):
             part = np.s_[start : min(start + PIECE_SLOTS, num_loaded)]
             trailers = self.records[part, -kernels.RECORD_TRAILER.itemsize :].copy().view(kernels.RECORD_TRAILER)[:, 0]
@@ -65,7 +66,8 @@ class StaticSlots:
         return counted
 
     def write(self, order_index: np.ndarray, keys: np.ndarray, entries: np.ndarray, seed: int) -> np.ndarray:
-        """Writes entries, uint8 [n, entry_bytes], into free slots and returns those, int64 [n]; n is at most `num_free`.
+        """Writes entries, uint8 [n, entry_bytes], into free slots and returns those, int64 [n];
+        n is at most `num_free`.
 
         seed: of the records' checksums.
         """
@@ -81,7 +83,8 @@ class StaticSlots:
         return slots
 
     def index(self, epoch: int, live: np.ndarray) -> None:
-        """Makes epoch's index name the slots of `live`, bool [S]; at most `capacity` of them. Nobody may be in epoch - 2.
+        """Makes epoch's index name the slots of `live`, bool [S]; at most `capacity` of them.
+        Nobody may be in epoch - 2.
 
         What is published then, of all tables, is `live` from then on; until that it may be given up.
         """

@@ -1,7 +1,7 @@
 """`tierstore bench`: tierstore beside other ways of doing the same work, in the same run, on the same data.
 
-One file a benchmark; each has `run(folder, options) -> Result`, where every figure is a median and every ratio the median
-of pairs that ran one after the other, because shared machines drift. Figures worth keeping are in BENCHMARKS.md.
+One file a benchmark; each has `run(folder, options) -> Result`, where every figure is a median and every ratio the
+median of pairs that ran one after the other, because shared machines drift. Figures worth keeping are in BENCHMARKS.md.
 """
 
 from __future__ import annotations

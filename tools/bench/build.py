@@ -1,7 +1,8 @@
 """`tierstore bench build`: how near a build comes to merely copying the checkpoint.
 
-Flows in: a size. Flows out: seconds of pairs (copy, build) over the same files in the same cache state, and their ratio. Both
-sides end with everything synced to disk. Peak memory is that of the build, which runs in a process of its own.
+Flows in: a size. Flows out: seconds of pairs (copy, build) over the same files in the same cache state, and their
+ratio. Both sides end with everything synced to disk. Peak memory is that of the build,
+which runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Result:
 
 
 def run(folder: Path, options: Options) -> Result:
-    """Measures pairs in each cache state, in a temporary folder under `folder`, over 2 GiB unless another size is given.
+    """Measures pairs in each cache state, in a temporary folder under `folder`,
+    over 2 GiB unless another size is given.
 
     Needs twice the size and a little: the checkpoint, and one copy or store of it at a time. Raises `BudgetError` where
     the disk has less, `ConfigError` where a copy or a build fails.
@@ -106,8 +108,8 @@ def _check_room(folder: Path, size_bytes: int) -> None:
     if needed_bytes > free_bytes:
         raise BudgetError(
             f"{folder}: a checkpoint of {format_bytes(size_bytes)} and its copy need {format_bytes(needed_bytes)} "
-            f"({needed_bytes} bytes), the disk has {format_bytes(free_bytes)} free ({free_bytes} bytes); give a smaller "
-            f"--size, or a --folder on another disk"
+            f"({needed_bytes} bytes), the disk has {format_bytes(free_bytes)} free ({free_bytes} bytes); give a "
+            f"smaller --size, or a --folder on another disk"
         )
 
 
@@ -143,7 +145,8 @@ def _copy(files: list[Path], target: Path) -> float:
 
 
 def _build(checkpoint: Path, store: Path) -> tuple[float, int, int]:
-    """Builds in a new process; returns seconds (without the interpreter's start), its peak memory, the store's bytes."""
+    """Builds in a new process; returns seconds (without the interpreter's start), its peak memory,
+    the store's bytes."""
     seconds, peak = _run([sys.executable, "-c", _BUILD, str(checkpoint), str(store)], "building").split()
     store_bytes = sum(file.stat().st_size for file in store.rglob("*.shard"))
     shutil.rmtree(store)
@@ -151,7 +154,8 @@ def _build(checkpoint: Path, store: Path) -> tuple[float, int, int]:
 
 
 def _run(command: list[str], what: str) -> str:
-    """Runs a command and returns what it printed; raises `ConfigError` with the last line of its errors where it fails."""
+    """Runs a command and returns what it printed; raises `ConfigError` with the last
+    line of its errors where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, errors="backslashreplace", timeout=BUILD_TIMEOUT_S)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"it said nothing, status {done.returncode}"])[-1]

@@ -1,9 +1,9 @@
 """`tierstore bench cold`: lookups that no cache can help, beside the bare reads of as many pages.
 
-Flows in: a table larger than any budget here, keys never asked for before. Flows out: rates of lookups by each way of reading,
-beside the yardstick, fio and np.memmap. Cold means: O_DIRECT for uring; for ways through the page cache the shards are
-dropped from it before every run, and what stayed is measured and printed. Every side draws pages of its own, equally many,
-because a disk, or its host, may remember what it has just read.
+Flows in: a table larger than any budget here, keys never asked for before. Flows out: rates of lookups by each way of
+reading, beside the yardstick, fio and np.memmap. Cold means: O_DIRECT for uring; for ways through the page cache the
+shards are dropped from it before every run, and what stayed is measured and printed. Every side draws pages of its own,
+equally many, because a disk, or its host, may remember what it has just read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ BARE, FIO, MEMMAP = "bare loop", "fio", "np.memmap, MADV_RANDOM"
 
 
 def run(folder: Path, options: Options) -> Result:
-    """Measures cold lookups of a batch and of one token. Needs the table's size (8 GiB by default) on the disk of `folder`."""
+    """Measures cold lookups of a batch and of one token. Needs the table's size (8 GiB
+    by default) on the disk of `folder`."""
     size_bytes = options.size_bytes or SIZE_BYTES
     tokens = options.tokens or TOKENS
     made = stores.make_store(folder, size_bytes // stores.ROW_BYTES)
@@ -126,7 +127,8 @@ def _batch(made: MadeStore, lookups: ColdLookups, tokens: int, pairs: int, resul
 
 
 def one_token(made: MadeStore, lookups: ColdLookups, pairs: int) -> Comparison:
-    """Compares p50 of cold one-token lookups with the yardstick, which reads the pages of one token at a time, and np.memmap."""
+    """Compares p50 of cold one-token lookups with the yardstick, which reads the pages of one token at a time,
+    and np.memmap."""
     row_ids = np.empty((ONE_TOKEN_LOOKUPS, stores.ROWS_PER_TOKEN), dtype=np.int64)
 
     def bare(loop: BareLoop) -> float:

@@ -1,8 +1,8 @@
 """`tierstore bench decode`: one token at a time, as a model that writes asks for them.
 
 Flows in: a table, a working set of it that fits the budget, keys never asked for. Flows out: p50 and p99 of one-token
-lookups, warm and cold; what is left to do in a `wait` that comes after the reads had time to end; and what 64 threads get
-done together, beside 2.
+lookups, warm and cold; what is left to do in a `wait` that comes after the reads had time to end; and what 64 threads
+get done together, beside 2.
 """
 
 from __future__ import annotations

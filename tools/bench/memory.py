@@ -1,7 +1,7 @@
 """What a process takes beyond the budget it gave: a store opened and filled in a process of its own, at its peak.
 
-Flows in: a made store and a budget. Flows out: bytes of resident memory over the budget, over what the process had before.
-The mark is the kernel's VmHWM: getrusage's would begin with what the parent had when it forked.
+Flows in: a made store and a budget. Flows out: bytes of resident memory over the budget, over what the process had
+before. The mark is the kernel's VmHWM: getrusage's would begin with what the parent had when it forked.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ print(peak - before)
 
 
 def growth_bytes(made: MadeStore, dram_bytes: int) -> int:
-    """Returns the bytes by which a new process grew beyond `dram_bytes` while lookups filled its caches twice over. Blocks."""
+    """Returns the bytes by which a new process grew beyond `dram_bytes` while lookups
+    filled its caches twice over. Blocks."""
     tokens = 2 * dram_bytes // (made.spec.entry_bytes * len(made.spec.orders)) + 1
     command = [sys.executable, "-c", _FILL, str(made.path), str(dram_bytes), str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)

@@ -1,8 +1,9 @@
 """Pairs: sides that do the same work in turn, and what their figures come to.
 
-Flows in: a callable a side, each of which prepares its run by itself and returns the seconds of the run alone. Flows out:
-`Comparison`s and `Figure`s, gathered in a `Result` that prints and records them. Shared machines drift, so no figure of one
-side is ever set against a figure of another minute: a ratio is the median of rounds, in each of which every side ran once.
+Flows in: a callable a side, each of which prepares its run by itself and returns the seconds of the run alone. Flows
+out: `Comparison`s and `Figure`s, gathered in a `Result` that prints and records them. Shared machines drift, so no
+figure of one side is ever set against a figure of another minute: a ratio is the median of rounds,
+in each of which every side ran once.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def _target(comparison: Comparison, side: str) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """One quantity, measured once a round; `bound`, where there is one, is the most it may be (or least, if at_least)."""
+    """One quantity, measured once a round; `bound`, where there is one, is the most it may be (or least,
+    if at_least)."""
 
     case: str
     unit: str
@@ -152,7 +154,8 @@ class Grid:
 
 @dataclass
 class Result:
-    """What a benchmark found: comparisons, figures, grids, facts about how they came about, and sides that were skipped.
+    """What a benchmark found: comparisons, figures, grids, facts about how they came about,
+    and sides that were skipped.
 
     failed: what made its figures worth nothing, so that there are none; the command then ends with an error.
     """

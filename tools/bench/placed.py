@@ -1,9 +1,9 @@
 """The placed part of `tierstore bench trace`: what a profile of one text predicts, and what another text then shows.
 
-Flows in: text to profile and text to run, V4.1's hash, a table of the asked size. Flows out: predicted and measured hit rates by
-order for each DRAM budget, beside an LRU warmed on the profiled text and a static set alone, in the same bytes; NVMe reads with
-packed entries and without; how fast a store opens warm. Batches are of consecutive tokens; a key that repeats within
-its batch counts as a miss each time, on every side.
+Flows in: text to profile and text to run, V4.1's hash, a table of the asked size. Flows out: predicted and measured hit
+rates by order for each DRAM budget, beside an LRU warmed on the profiled text and a static set alone, in the same
+bytes; NVMe reads with packed entries and without; how fast a store opens warm. Batches are of consecutive tokens; a key
+that repeats within its batch counts as a miss each time, on every side.
 """
 
 from __future__ import annotations
@@ -200,7 +200,8 @@ def _lru_rates(warm: np.ndarray, keys: np.ndarray, capacities: list[int]) -> lis
     salted = both ^ (np.arange(both.shape[1]) * np.int64(0x1E3779B97F4A7C15))  # orders apart
     _, items = np.unique(salted, return_inverse=True)
     items = items.reshape(-1)
-    # Within its batch a key does not profit from itself, as in the store: it shares the fate of the first access to it there.
+    # Within its batch a key does not profit from itself, as in the store:
+    # it shares the fate of the first access to it there.
     batch = np.arange(len(both)).repeat(both.shape[1]) // BATCH_TOKENS
     _, first, place = np.unique(batch * (items.max() + 1) + items, return_index=True, return_inverse=True)
     distances = kernels.stack_distances(items)[first][place.reshape(-1)]
@@ -302,7 +303,8 @@ def _add_reads(
 def _add_cold_start(
     result: Result, spec: HashSpec, training: list[np.ndarray], keys: np.ndarray, dram_bytes: int
 ) -> None:
-    """With nothing placed: hits after as many tokens as fill the cache, beside hits after a long stream; same text after both."""
+    """With nothing placed: hits after as many tokens as fill the cache, beside hits after a long stream;
+    same text after both."""
     warm = _keys_of(spec, _last_documents(training, LRU_WARM_TOKENS))
     num_sets = dram_bytes // (256 + 8 * stores.ENTRY_BYTES)
     fill = max(1, num_sets * 8 // keys.shape[1])

@@ -1,8 +1,8 @@
 """Token ids of real text, with their token map, from wherever this machine has some.
 
-Flows in: a trace file, or nothing. Flows out: documents of token ids and the map that their n-grams are hashed with. In turn:
-the file that was given, the recorded trace in the folder shared/data beside the repository, this machine's own text through a
-tokenizer trained on it. Refuses, with `ConfigError`, files that hold no token ids.
+Flows in: a trace file, or nothing. Flows out: documents of token ids and the map that their n-grams are hashed with. In
+turn: the file that was given, the recorded trace in the folder shared/data beside the repository, this machine's own
+text through a tokenizer trained on it. Refuses, with `ConfigError`, files that hold no token ids.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class RealText:
     source: str
 
     def keys(self, spec: HashSpec, layer: int, num_tokens: int) -> np.ndarray:
-        """Returns the keys, int64 [num_tokens, O], of the first tokens; the documents come round again where they end."""
+        """Returns the keys, int64 [num_tokens, O], of the first tokens;
+        the documents come round again where they end."""
         parts, left = [], num_tokens
         for document in self._endless():
             part = document[:left]
@@ -81,7 +82,8 @@ def load(trace: Path | None, num_tokens: int) -> RealText:
 
 
 def load_split() -> tuple[RealText, RealText]:
-    """Returns text to profile and text to run: the recorded traces where they are, else this machine's, a tenth held out."""
+    """Returns text to profile and text to run: the recorded traces where they are, else this machine's,
+    a tenth held out."""
     if (SHARED_DATA / TEST_FILE).is_file():
         token_map = build_token_map(SHARED_DATA / TOKENIZER_FILE)
         parts = []
@@ -98,7 +100,8 @@ def load_split() -> tuple[RealText, RealText]:
 
 
 def _recorded(trace: Path, num_tokens: int) -> RealText:
-    """Returns the first documents of a token trace; ids hash as they are, since a trace does not say their token map."""
+    """Returns the first documents of a token trace; ids hash as they are,
+    since a trace does not say their token map."""
     info = read_token_trace_info(trace)
     vocab_size = info.vocab_size or info.token_id_max + 1
     if not info.num_tokens or vocab_size > VOCAB_MAX:

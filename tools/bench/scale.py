@@ -1,8 +1,8 @@
 """`tierstore bench scale`: what a row costs as the table grows.
 
-Flows in: numbers of rows. Flows out: the cost of a row, warm (a working set of the same bytes in every table) and cold, and
-how much more it is in the largest table than in the smallest. All tables are open at once and take turns. They are made as
-`stores` says: through tierstore's own build, from one block of rows named over and over, without a checkpoint.
+Flows in: numbers of rows. Flows out: the cost of a row, warm (a working set of the same bytes in every table) and cold,
+and how much more it is in the largest table than in the smallest. All tables are open at once and take turns. They are
+made as `stores` says: through tierstore's own build, from one block of rows named over and over, without a checkpoint.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def _cold_side(cold: ColdLookups, tokens: int) -> Callable[[], float]:
 
 
 def _compared(state: str, tokens: int, sides: dict[str, Callable[[], float]], pairs: int, result: Result) -> Comparison:
-    """Compares the smallest table with the others, and notes how much a row of the largest costs over one of the smallest."""
+    """Compares the smallest table with the others, and notes how much a row of the
+    largest costs over one of the smallest."""
     seconds = interleave(sides, pairs)
     smallest, *_, largest = sides
     growth = [100 * (b / a - 1) for a, b in zip(seconds[smallest], seconds[largest], strict=True)]

@@ -1,9 +1,9 @@
 """Tables to measure on: synthetic stores in V4.1's shape, of any size, made once and used again.
 
-Flows in: a number of rows. Flows out: a built store, the pages that keys need, and what its rows must be. No checkpoint is
-written: the table is given to `tierstore.offline.build` as a source whose plane is one block of random rows, named over and over
-(row r is row r % BLOCK_ROWS of the block), so that a build costs what sealing and writing pages cost. Pages differ all the
-same, by their numbers and checksums. Refuses what a build refuses.
+Flows in: a number of rows. Flows out: a built store, the pages that keys need, and what its rows must be. No checkpoint
+is written: the table is given to `tierstore.offline.build` as a source whose plane is one block of random rows, named
+over and over (row r is row r % BLOCK_ROWS of the block), so that a build costs what sealing and writing pages cost.
+Pages differ all the same, by their numbers and checksums. Refuses what a build refuses.
 
 Shapes: N tokens, O = 3 orders, H = 8 heads, R = 264 bytes a row.
 """
@@ -57,7 +57,8 @@ class MadeStore:
         return self.layout.spec
 
     def ranges(self, keys: np.ndarray) -> np.ndarray:
-        """Returns the pages that keys [N, O] need, each once, ascending, as int64 [P, 3] of (file, byte offset, bytes)."""
+        """Returns the pages that keys [N, O] need, each once, ascending, as int64 [P, 3] of (file,
+        byte offset, bytes)."""
         row_ids = self.spec.row_ids(keys).reshape(-1)
         pages = np.unique(row_ids[row_ids >= 0] // self.layout.rows_per_page)
         shard, page = np.divmod(pages, self.layout.pages_per_shard)
@@ -65,7 +66,8 @@ class MadeStore:
         return np.stack([shard, page * self.layout.page_bytes, page_bytes], axis=1)
 
     def check(self, keys: np.ndarray, rows: np.ndarray) -> None:
-        """Raises `ConfigError` where rows [N, O * H, R] are not those of keys [N, O]: a fast wrong answer is no figure."""
+        """Raises `ConfigError` where rows [N, O * H, R] are not those of keys [N, O]:
+        a fast wrong answer is no figure."""
         row_ids = self.spec.row_ids(keys)
         expected = self.block[row_ids % BLOCK_ROWS]
         expected[row_ids < 0] = 0
@@ -100,8 +102,8 @@ def rows_per_head(table_bytes: int) -> int:
 def make_store(folder: Path, num_rows: int, token_map: np.ndarray | None = None, seed: int = 0) -> MadeStore:
     """Makes, or finds, the store of a table of about `num_rows` rows under `folder`. Blocks: some 300 MiB a second.
 
-    token_map: of the text that is to be profiled; the store then carries its hash. seed: of the block's rows, one in a folder:
-    another version of the same table lies in another folder. What an interrupted run began is resumed.
+    token_map: of the text that is to be profiled; the store then carries its hash. seed: of the block's rows, one in a
+    folder: another version of the same table lies in another folder. What an interrupted run began is resumed.
     Raises what `build_store` raises (`BudgetError` where the disk has no room).
     """
     heads = v41_hash(max(16, num_rows // ROWS_PER_TOKEN), token_map)

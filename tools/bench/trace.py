@@ -1,8 +1,8 @@
 """`tierstore bench trace`: real text through V4.1's hash into a scaled table.
 
-Flows in: token ids (a trace file, else what `real_text` finds). Flows out: for each DRAM budget the hit rates by order as
-the text goes on, and rows a second; and a prefill of 8,192 tokens, half of whose keys are cached and half not, beside the bare
-copies of its hits and the bare reads of its misses, added.
+Flows in: token ids (a trace file, else what `real_text` finds). Flows out: for each DRAM budget the hit rates by order
+as the text goes on, and rows a second; and a prefill of 8,192 tokens, half of whose keys are cached and half not,
+beside the bare copies of its hits and the bare reads of its misses, added.
 """
 
 from __future__ import annotations

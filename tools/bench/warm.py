@@ -1,8 +1,9 @@
 """`tierstore bench warm`: lookups of which every key hits DRAM, beside the bare probe and copy, torch and NumPy.
 
-Flows in: a table larger than the budget and a working set that fits it. Flows out: rates of batches of tokens drawn from the
-set, p50 of one token, and what the process takes beyond its budget. torch and NumPy gather the same rows from a table that
-lies whole in memory; every side has equally many threads, and their outputs are compared before anything is timed.
+Flows in: a table larger than the budget and a working set that fits it. Flows out: rates of batches of tokens drawn
+from the set, p50 of one token, and what the process takes beyond its budget. torch and NumPy gather the same rows from
+a table that lies whole in memory; every side has equally many threads,
+and their outputs are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ BARE, TORCH, NUMPY = "bare loop", "torch index_select(out=)", "NumPy fancy index
 
 
 def run(folder: Path, options: Options) -> Result:
-    """Measures warm lookups. Needs the table's size on disk (8 GiB by default) and about as much memory, page cache included."""
+    """Measures warm lookups. Needs the table's size on disk (8 GiB by default) and about as much memory,
+    page cache included."""
     size_bytes = options.size_bytes or SIZE_BYTES
     tokens = options.tokens or TOKENS
     made = stores.make_store(folder, size_bytes // stores.ROW_BYTES)

@@ -1,7 +1,9 @@
-"""A working set: tokens whose entries a store's caches hold whole, the same entries in the yardstick, the same rows in a table.
+"""A working set: tokens whose entries a store's caches hold whole, the same entries in the yardstick,
+the same rows in a table.
 
-Flows in: a made store and how many bytes of entries are wanted. Flows out: an open store that answers all of those keys from
-DRAM, and views of the same data for the sides that it is compared with. Refuses a budget that cannot hold them all.
+Flows in: a made store and how many bytes of entries are wanted. Flows out: an open store that answers all of those keys
+from DRAM, and views of the same data for the sides that it is compared with.
+Refuses a budget that cannot hold them all.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class WorkingSet:
     """An open store and the tokens that it holds whole: `keys`, int64 [N, O]. Use it in a `with`."""
 
     def __init__(self, made: MadeStore, set_bytes: int, dram_bytes: int | None = None, *, io: str = "auto") -> None:
-        """Opens the store and looks tokens up until `set_bytes` of entries are held. Blocks: reads every row once or twice."""
+        """Opens the store and looks tokens up until `set_bytes` of entries are held. Blocks:
+        reads every row once or twice."""
         self.made = made
         wanted = max(1, set_bytes // (stores.ROWS_PER_TOKEN * stores.ROW_BYTES))
         self.dram_bytes = dram_bytes or max(int(set_bytes * DRAM_FACTOR), 1 << 20)
@@ -48,8 +51,9 @@ class WorkingSet:
     def _settled(self, keys: np.ndarray, wanted: int) -> np.ndarray:
         """Looks keys up until the caches hold `wanted` of the tokens whole; returns those tokens' keys.
 
-        A set that is asked for nine keys loses one for each that it takes in. So tokens are tried one by one, each round in
-        the other direction (the last one in is the first to be asked for), and those that miss are given up for good.
+        A set that is asked for nine keys loses one for each that it takes in. So tokens are tried one by one, each
+        round in the other direction (the last one in is the first to be asked for),
+        and those that miss are given up for good.
         """
         self._misses_of(keys, FILL_TOKENS)
         kept = keys
@@ -61,8 +65,8 @@ class WorkingSet:
             if not self._misses_of(kept, FILL_TOKENS):
                 return kept[:wanted]
         raise ConfigError(
-            f"a budget of {self.dram_bytes} bytes holds {len(kept)} of {len(keys)} tokens whole, {wanted} are wanted and "
-            f"none may miss; give --dram more"
+            f"a budget of {self.dram_bytes} bytes holds {len(kept)} of {len(keys)} tokens whole, {wanted} are wanted "
+            f"and none may miss; give --dram more"
         )
 
     def _misses_of(self, keys: np.ndarray, chunk: int) -> int:

@@ -22,7 +22,8 @@ WINDOW_TOKENS = 1024
 def check_rows(
     store: tierstore.Store, spec: HashSpec, checkpoint: Checkpoint, documents: list[np.ndarray], num_tokens: int
 ) -> tuple[int, int]:
-    """Looks the same text up again; returns rows compared with the checkpoint, bytes and decoded values, and how many differ."""
+    """Looks the same text up again; returns rows compared with the checkpoint, bytes and decoded values,
+    and how many differ."""
     compared = different = 0
     for layer in spec.layers:
         oracle = CheckpointRows(checkpoint, layer)
@@ -47,8 +48,8 @@ def check_rows(
 class CheckpointRows:
     """The oracle: a layer's rows straight from the checkpoint's mapped tensors.
 
-    What it shares with the store is where each tensor begins (`Checkpoint` reads that from the header). Which rows a token
-    has comes from `plain_row_ids`, which shares the hash's published numbers with it, and none of its code.
+    What it shares with the store is where each tensor begins (`Checkpoint` reads that from the header). Which rows a
+    token has comes from `plain_row_ids`, which shares the hash's published numbers with it, and none of its code.
     """
 
     def __init__(self, checkpoint: Checkpoint, layer: int) -> None:
@@ -86,7 +87,8 @@ def plain_row_ids(document: np.ndarray, spec: HashSpec, layer: int) -> np.ndarra
 def windows(
     documents: list[np.ndarray], tokens_max: int, look_back: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields (token ids [1, T], the tokens before [1, P]) through the documents, as prefill in parts would feed them."""
+    """Yields (token ids [1, T], the tokens before [1, P]) through the documents,
+    as prefill in parts would feed them."""
     left = tokens_max
     for document in documents:
         for start in range(0, len(document), WINDOW_TOKENS):

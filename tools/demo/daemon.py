@@ -1,7 +1,7 @@
 """The demo's last step: the store served by a daemon to two processes, each of which checks every row that it looks up.
 
-Flows in: a store, its checkpoint, documents. Flows out: what each process compared and found wrong, and how the daemon says
-that it fared. Run as a module, it is one of those processes.
+Flows in: a store, its checkpoint, documents. Flows out: what each process compared and found wrong, and how the daemon
+says that it fared. Run as a module, it is one of those processes.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def _wait_ready(socket: Path, daemon: subprocess.Popen[bytes], log: Path) -> Non
 def check_clients(
     socket: Path, checkpoint: Path, documents: list[np.ndarray], num_tokens: int, work: Path
 ) -> list[Checked]:
-    """Has NUM_CLIENTS processes look documents up at once, each its part, and check every row against the checkpoint. Blocks."""
+    """Has NUM_CLIENTS processes look documents up at once, each its part,
+    and check every row against the checkpoint. Blocks."""
     clients = []
     for number in range(NUM_CLIENTS):
         file = work / f"client-{number}.npz"

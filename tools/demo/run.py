@@ -1,9 +1,10 @@
-"""`make demo`: the whole job on real text: checkpoint -> store -> profile -> plan -> Engram layers -> daemon, all rows checked.
+"""`make demo`: the whole job on real text: checkpoint -> store -> profile -> plan -> Engram layers -> daemon,
+all rows checked.
 
 Flows in: Python's own library as text, a tokenizer trained on it on the spot, a checkpoint of random values in
-DeepSeek-V4.1's layout. Flows out: what a tenth of the tables in DRAM was predicted to bring for text that nobody has seen,
-beside what it brought, and whether every row was the checkpoint's, bit for bit, in process and through a daemon. It works
-in a new folder inside `.demo`, of which it leaves only the report.
+DeepSeek-V4.1's layout. Flows out: what a tenth of the tables in DRAM was predicted to bring for text that nobody has
+seen, beside what it brought, and whether every row was the checkpoint's, bit for bit, in process and through a daemon.
+It works in a new folder inside `.demo`, of which it leaves only the report.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def demo(folder: Path) -> bool:
 
     say(f"[bold]6. Open warm[/], and run Engram layers over {HELD_OUT_TOKENS:,} tokens that were never shown")
     say(
-        f"   {WINDOW_TOKENS:,} at once, as in prefill: what repeats within them is read once, and counts as missed each time"
+        f"   {WINDOW_TOKENS:,} at once, as in prefill: what repeats within them is read once, "
+        "and counts as missed each time"
     )
     with (
         Progress("loading the hottest entries") as on_progress,
@@ -133,7 +135,8 @@ def demo(folder: Path) -> bool:
 
 
 def serve_text(folder: Path, dram_bytes: int, documents: list[np.ndarray]) -> bool:
-    """Serves the store to processes that check every row, and prints how the daemon fared; returns whether all were right."""
+    """Serves the store to processes that check every row, and prints how the daemon fared;
+    returns whether all were right."""
     say = console().print
     say(f"[bold]8. Serve[/] the store by a daemon, to {NUM_CLIENTS} processes that share its memory")
     with served(folder / "store", dram_bytes) as socket:
@@ -165,8 +168,8 @@ def profile_text(image: CatalogImage, documents: list[np.ndarray], folder: Path)
         if table.title in SHOWN_TABLES:
             say(table)
     say(
-        f"   {counts['tokens']:,} tokens counted and {counts['held_out_tokens']:,} of them replayed through simulated caches "
-        f"in {time.monotonic() - started:.1f} s"
+        f"   {counts['tokens']:,} tokens counted and {counts['held_out_tokens']:,} of them replayed through simulated "
+        f"caches in {time.monotonic() - started:.1f} s"
     )
     with contextlib.suppress(ConfigError):  # no matplotlib: the tables above say the same
         report = folder.parent / REPORT
@@ -186,7 +189,8 @@ def plan_text(image: CatalogImage, path: Path, dram_bytes: int) -> dict[str, Any
         details = {"dram_bytes": dram_bytes, "groups": [record]}
         placed = materialise(image, profile, rankings, plans, details)
     console().print(
-        f"   of each table {plan.static_entries:,} entries are static, and {plan.recency_sets * 8:,} are left to recency"
+        f"   of each table {plan.static_entries:,} entries are static, "
+        f"and {plan.recency_sets * 8:,} are left to recency"
     )
     if placed:
         size = format_bytes(placed.placement.num_bytes)
@@ -238,8 +242,8 @@ def run_layers(
 def own_folder(folder: Path) -> Iterator[Path]:
     """Yields a new folder inside `folder` to work in, and removes what the demo made there; all else stays.
 
-    Its name is drawn, so that nobody's own `store` can be in its place. What a killed demo left is removed first. Raises
-    `ConfigError` if `folder` is a file, or holds something that no demo made.
+    Its name is drawn, so that nobody's own `store` can be in its place. What a killed demo left is removed first.
+    Raises `ConfigError` if `folder` is a file, or holds something that no demo made.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give a new or an empty folder")
@@ -285,7 +289,8 @@ def _remove_work(work: Path) -> None:
     help="Where to work, in about 1.2 GiB: a new or an empty folder, left as it was but for a report.",
 )
 def command(folder: Path) -> None:
-    """Build, profile, plan, look up and serve half a gigabyte of tables with real text; exit status 1 if any row is wrong."""
+    """Build, profile, plan, look up and serve half a gigabyte of tables with real text;
+    exit status 1 if any row is wrong."""
     try:
         with own_folder(folder) as work:
             good = demo(work)

@@ -80,14 +80,15 @@ def _check_zstd(path: Path, data: bytes) -> None:
         return  # damaged, or a header that goes on in the next bytes: the decoder says
     if frame.dict_id:
         raise ConfigError(
-            f"{path} was compressed with a dictionary, number {frame.dict_id}; decompress it with that: zstd -d -D DICTIONARY"
+            f"{path} was compressed with a dictionary, number {frame.dict_id}; decompress it with that: "
+            "zstd -d -D DICTIONARY"
         )
     free = max(available_memory()[0], WINDOW_BYTES_FREE)
     most = min(free, WINDOW_BYTES_MAX)
     if frame.window_size > most:
         raise ConfigError(
-            f"{path} was compressed with a window of {format_bytes(frame.window_size)}, and {format_bytes(most)} can be "
-            f"taken for it here; compress it again without --long, or decompress it on a machine with more memory"
+            f"{path} was compressed with a window of {format_bytes(frame.window_size)}, and {format_bytes(most)} can "
+            f"be taken for it here; compress it again without --long, or decompress it on a machine with more memory"
         )
 
 

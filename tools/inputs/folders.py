@@ -1,7 +1,7 @@
 """Folders of text and token ids: how they are walked, which data sets are named at their root, and what is left out.
 
-Input: a folder. Output: its files in sorted order. Errors: `ConfigError` for folders that are a data set of another tool's,
-which only that tool reads; `OSError` if a folder cannot be read.
+Input: a folder. Output: its files in sorted order. Errors: `ConfigError` for folders that are a data set of another
+tool's, which only that tool reads; `OSError` if a folder cannot be read.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from tierstore.formats.content import Content, content_of
 TEXT_BYTES_MIN = 32  # fewer bytes that could be letters may as well be ids
 _CONTROL = bytes(code for code in range(32) if code not in b"\t\n\v\f\r\x1b")
 
-# What to do with a file from which token ids are wanted, if it is not what `content` says to whoever wants tensors. {path}
-# stands for its path, {lines} for the name of a file of JSON lines, both as Python writes them.
+# What to do with a file from which token ids are wanted, if it is not what `content` says to whoever wants tensors.
+# {path} stands for its path, {lines} for the name of a file of JSON lines, both as Python writes them.
 REMEDIES = {
     "safetensors": "take its ids out into a .npy file",
     "torch-zip": "save its ids as .npy: numpy.save('ids.npy', torch.load({path}).numpy())",
@@ -39,11 +39,11 @@ REMEDIES = {
     "tar": "unpack it first",
     "zip": "unpack it first",
 }
-# Kinds that lie beside text and ids and hold none: in a folder they are left out. All others that `content` knows are data
-# that somebody packed or has not fetched, and a trace without it would be another corpus.
+# Kinds that lie beside text and ids and hold none: in a folder they are left out. All others that `content` knows are
+# data that somebody packed or has not fetched, and a trace without it would be another corpus.
 LEFT_OUT_KINDS = {
-    "empty", "safetensors", "gguf", "ggml", "torch-zip", "torch-legacy", "pickle", "npz", "zip", "tar", "7z", "rar", "hdf5",
-    "sqlite", "json", "apple-double", "ds-store", "pdf", "llmc-model", "html",
+    "empty", "safetensors", "gguf", "ggml", "torch-zip", "torch-legacy", "pickle", "npz", "zip", "tar", "7z", "rar",
+    "hdf5", "sqlite", "json", "apple-double", "ds-store", "pdf", "llmc-model", "html",
 }  # fmt: skip
 _OWN_MAGIC = {b"TIERCOLS": "a trace or profile", b"TIERPLAC": "a placement"}
 _DATASET_FILES = ("dataset_info.json", "state.json")
@@ -66,7 +66,8 @@ def _refuse_data_set(folder: Path, folders: list[str], names: list[str]) -> None
     """Refuses folders whose files only another tool can make sense of, before any of them is taken for text."""
     if {"blobs", "snapshots"} <= set(folders):
         raise ConfigError(
-            f"{folder} is a repository in the cache of huggingface_hub, which holds each file twice; {_snapshot(folder)}"
+            f"{folder} is a repository in the cache of huggingface_hub, which holds each file twice; "
+            f"{_snapshot(folder)}"
         )
     if "dataset_dict.json" in names:
         raise ConfigError(

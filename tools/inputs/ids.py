@@ -1,8 +1,8 @@
 """Files of token ids as pieces: raw integers, NumPy arrays, token files of llm.c and modded-nanogpt, Megatron's pairs.
 
 Input: a `TokenInput` of ids. Output: `Piece`s in order, in bounded memory. Files are read, never mapped.
-Errors: `ValueError` naming file and place for ids outside the vocabulary, `ConfigError` for lengths that do not add up and
-files that were cut, `FormatError` for files that contradict their own header.
+Errors: `ValueError` naming file and place for ids outside the vocabulary, `ConfigError` for lengths that do not add up
+and files that were cut, `FormatError` for files that contradict their own header.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ LLMC_DTYPES = {20240520: "<u2", 20240801: "<u4"}  # of token files, by their fir
 
 
 class Piece(NamedTuple):
-    """Token ids, [T] of any integer type; places in them, 0 to T, at which documents end; bytes of input that they took."""
+    """Token ids, [T] of any integer type; places in them, 0 to T, at which documents end;
+    bytes of input that they took."""
 
     token_ids: np.ndarray
     document_ends: np.ndarray | list[int]
@@ -74,14 +75,15 @@ def check_llmc(path: Path, head: bytes, size: int) -> str:
     expected = LLMC_HEADER_BYTES + num_tokens * np.dtype(dtype).itemsize
     if size != expected:
         raise FormatError(
-            f"{path}: its header (llm.c's, version {version}) says {num_tokens} tokens, which is {expected} bytes; it has "
-            f"{size}: it was cut, copy it again"
+            f"{path}: its header (llm.c's, version {version}) says {num_tokens} tokens, which is {expected} bytes; it "
+            f"has {size}: it was cut, copy it again"
         )
     return dtype
 
 
 def read_lengths(path: Path) -> np.ndarray:
-    """Returns the tokens of each document, int64 [documents], that a .npy file holds; raises `ConfigError` for others."""
+    """Returns the tokens of each document, int64 [documents], that a .npy file holds;
+    raises `ConfigError` for others."""
     with path.open("rb") as file:
         shape, _, dtype = npy_header(file, path)
         if len(shape) == 1:
@@ -155,8 +157,8 @@ def _raw_arrays(path: Path, codec: str, dtype_name: str, skip_bytes: int) -> Ite
         yield np.frombuffer(data, dtype=dtype, count=whole), read_bytes
     if rest:
         raise ConfigError(
-            f"{path} ends in {len(rest)} bytes that are no whole {dtype.name} of {dtype.itemsize} bytes; it was cut, or give "
-            f"the right --dtype"
+            f"{path} ends in {len(rest)} bytes that are no whole {dtype.name} of {dtype.itemsize} bytes; it was cut, "
+            f"or give the right --dtype"
         )
 
 

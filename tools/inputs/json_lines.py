@@ -1,7 +1,7 @@
 """JSON lines as documents: a text or a list of token ids on every line, by itself or in a field of an object.
 
-Input: a file's lines, decompressed, and the field's name, if the user gave one. Output: documents, str or int64 [tokens].
-Errors: `ConfigError` naming file, line and field.
+Input: a file's lines, decompressed, and the field's name, if the user gave one. Output: documents, str or int64
+[tokens]. Errors: `ConfigError` naming file, line and field.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ class LineField:
 
 
 def field_of_lines(path: Path, codec: str, wanted: str | None) -> LineField | str | None:
-    """Looks at a file that begins like JSON; returns the field, or why its lines have none, or None if it is not JSON lines.
+    """Looks at a file that begins like JSON; returns the field, or why its lines have none,
+    or None if it is not JSON lines.
 
-    wanted: the field's name; None: by default "text", or one of the usual names of lists of ids. A file of one line is JSON
-    lines if its name says so or a field is wanted.
+    wanted: the field's name; None: by default "text", or one of the usual names of lists of ids. A file of one line is
+    JSON lines if its name says so or a field is wanted.
     """
     with ChunkFile(path, codec) as raw, io.BufferedReader(raw, 1 << 16) as file:
         lines = (line for line in iter(lambda: file.readline(PROBE_BYTES), b"") if line.strip())

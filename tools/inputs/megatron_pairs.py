@@ -1,11 +1,12 @@
 """The .idx file beside a .bin file of Megatron-Core's IndexedDataset: the ids' type, and where documents end.
 
-Input: the path of the .idx. Output: a `MegatronIndex`, checked against itself and the .bin's length. Read with `read`, never
-mapped, since others may cut the file meanwhile.
+Input: the path of the .idx. Output: a `MegatronIndex`, checked against itself and the .bin's length. Read with `read`,
+never mapped, since others may cut the file meanwhile.
 Errors: `FormatError` for an index that is cut or contradicts itself or its .bin, `ConfigError` for what is not ids.
 
-Layout, little-endian: "MMIDIDX\\0\\0", version u64 = 1, type code u8, sequences u64, document ends u64; then the length of
-each sequence i32, its byte offset i64, and for each document the number of its first sequence, with the end as one more, i64.
+Layout, little-endian: "MMIDIDX\\0\\0", version u64 = 1, type code u8, sequences u64, document ends u64; then the length
+of each sequence i32, its byte offset i64, and for each document the number of its first sequence,
+with the end as one more, i64.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _SEQUENCES_MAX = 1 << 33
 
 @dataclass(frozen=True)
 class MegatronIndex:
-    """dtype: NumPy's name of the ids' type. lengths: int64 [documents], tokens of each document, in the .bin's order."""
+    """dtype: NumPy's name of the ids' type. lengths: int64 [documents], tokens of each document,
+    in the .bin's order."""
 
     dtype: str
     lengths: np.ndarray
@@ -48,8 +50,8 @@ def read_index(index: Path, binary: Path) -> MegatronIndex:
         head = file.read(_HEAD.size)
         if head.startswith(OLD_MAGIC):
             raise ConfigError(
-                f"{index} is an index of Megatron's old format (TNTIDX); write the data set again with its preprocess_data.py "
-                f"as an indexed data set of today, or take the ids out into a .npy file"
+                f"{index} is an index of Megatron's old format (TNTIDX); write the data set again with its "
+                f"preprocess_data.py as an indexed data set of today, or take the ids out into a .npy file"
             )
         if len(head) < _HEAD.size:
             raise FormatError(f"{index}: {len(head)} bytes, its head has {_HEAD.size}: it was cut; copy it again")
@@ -68,12 +70,14 @@ def read_index(index: Path, binary: Path) -> MegatronIndex:
     item_bytes = np.dtype(dtype).itemsize
     if (lengths < 0).any() or not np.array_equal(offsets, starts[:-1] * item_bytes):
         raise FormatError(
-            f"{index}: its sequences do not lie one behind the other in {binary.name}; take the ids out into a .npy file"
+            f"{index}: its sequences do not lie one behind the other in {binary.name}; "
+            "take the ids out into a .npy file"
         )
     num_bytes = binary.stat().st_size
     if num_bytes != starts[-1] * item_bytes:
         raise FormatError(
-            f"{binary} has {num_bytes} bytes, its index {index.name} says {int(starts[-1]) * item_bytes}; copy both again"
+            f"{binary} has {num_bytes} bytes, its index {index.name} says {int(starts[-1]) * item_bytes}; "
+            "copy both again"
         )
     good = len(first_sequences) >= 1 and (np.diff(first_sequences) >= 0).all()
     if not good or first_sequences[0] != 0 or first_sequences[-1] != num_sequences:

@@ -35,7 +35,8 @@ LLMC_KINDS = {"llmc-tokens-u16", "llmc-tokens-u32"}
 
 @dataclass(frozen=True)
 class TokenInput:
-    """One file. kind: "text", "json-lines", "npy", "raw", "llmc" or "megatron"; codec: what compressed it, "" for nothing.
+    """One file. kind: "text", "json-lines", "npy", "raw", "llmc" or "megatron"; codec: what compressed it,
+    "" for nothing.
 
     dtype: NumPy's name of the ids of the last three. field: of JSON lines. index: Megatron's .idx.
     """
@@ -66,10 +67,10 @@ def find_inputs(
 ) -> tuple[list[TokenInput], list[LeftOut]]:
     """Returns the files that paths name, folders walked in sorted order, and those of folders that are left out.
 
-    dtype: one of RAW_DTYPES, of files whose content and name do not say it; field: of JSON lines; besides: files that have
-    another part to play, such as the tokenizer. What is hidden in a folder is not looked at. What holds no tokens is left
-    out there, and refused if it is named by itself; data that somebody packed is refused in both. Raises `ConfigError`,
-    `FormatError`; `OSError` if a file cannot be read.
+    dtype: one of RAW_DTYPES, of files whose content and name do not say it; field: of JSON lines; besides: files that
+    have another part to play, such as the tokenizer. What is hidden in a folder is not looked at. What holds no tokens
+    is left out there, and refused if it is named by itself; data that somebody packed is refused in both. Raises
+    `ConfigError`, `FormatError`; `OSError` if a file cannot be read.
     """
     inputs: list[TokenInput] = []
     left_out: list[LeftOut] = []
@@ -218,7 +219,8 @@ def text_parts(source: TokenInput) -> Iterator[TextPart]:
 def id_pieces(source: TokenInput, vocab_size: int | None, lengths: np.ndarray | None) -> Iterator[Piece]:
     """Yields the ids of a `TokenInput` that holds ids.
 
-    lengths: int64 [documents], tokens of each document, if the file does not say it itself. vocab_size: ids are below it.
+    lengths: int64 [documents], tokens of each document, if the file does not say it itself. vocab_size:
+    ids are below it.
     """
     if lengths is not None and source.kind in ("json-lines", "megatron"):
         raise ConfigError(f"{source.path} says itself where its documents end; leave --doclens out")

@@ -1,6 +1,7 @@
 """What a report is about, and what to do next: store, inputs, date, the next command, and what to know of the numbers.
 
-Input: what `tierstore profile` was given, and the footer that it made. Output: a dict for JSON, the terminal and the page.
+Input: what `tierstore profile` was given, and the footer that it made. Output: a dict for JSON,
+the terminal and the page.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ About = dict[str, Any]
 def about(store: Path, inputs: Sequence[Path], profile: Path, footer: Mapping[str, Any], notes: Sequence[str]) -> About:
     """Returns {store, inputs, profile, made, tierstore, next, notes}: text each, inputs and notes lists of it.
 
-    made: local date and time. next: the command that plans with the default budget, "" if the profile cannot be planned with.
-    notes: of the caller's own; those that follow from the footer come after them.
+    made: local date and time. next: the command that plans with the default budget, "" if the profile cannot be planned
+    with. notes: of the caller's own; those that follow from the footer come after them.
     """
     groups: Sequence[Record] = footer["analysis"]["groups"]
     counts = footer["counts"]
@@ -50,8 +51,8 @@ def _notes_of(counts: Mapping[str, int]) -> list[str]:
         return ["no documents were held out: there is nothing to predict; give more text, or a larger --held-out"]
     if held_out == documents:
         return [
-            f"all {documents:,} documents were held out, so that nothing was counted: the predictions are of an empty static "
-            f"set, and there is nothing to place; give more text, or a smaller --held-out"
+            f"all {documents:,} documents were held out, so that nothing was counted: the predictions are of an empty "
+            f"static set, and there is nothing to place; give more text, or a smaller --held-out"
         ]
     if held_out == 1:
         return ["intervals are 0 to 100 %, because one document was held out; give more text, or a larger --held-out"]

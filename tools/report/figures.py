@@ -1,7 +1,8 @@
 """The figures of a report: curves as SVG that goes into a page as it is.
 
-Flows in: the record of `Curves.as_record`. Flows out: one SVG a figure, text as text, colours as the page's CSS variables, so
-that it is legible on dark and light. Needs matplotlib (`ConfigError` without it), which is loaded when a figure is drawn.
+Flows in: the record of `Curves.as_record`. Flows out: one SVG a figure, text as text, colours as the page's CSS
+variables, so that it is legible on dark and light. Needs matplotlib (`ConfigError` without it),
+which is loaded when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -58,20 +59,23 @@ def figures_of(record: Record) -> list[Figure]:
         Figure(
             "policies",
             "Hit rate against DRAM, by policy",
-            "Four rising curves of hit rate over memory: mixed with its 95 % interval, static alone, recency alone and LRU"
+            "Four rising curves of hit rate over memory: mixed with its 95 % interval, static alone, "
+            "recency alone and LRU"
             + ("; a star where memory holds the tables whole, at 100 %." if whole_bytes(record) else "."),
             _draw_policies,
         ),
         Figure(
             "orders",
             "Hit rate against DRAM, by order, mixed policy",
-            "One rising curve with its 95 % interval for each order, below a dashed line, the most that a cache can reach.",
+            "One rising curve with its 95 % interval for each order, below a dashed line, "
+            "the most that a cache can reach.",
             _draw_orders,
         ),
         Figure(
             "split",
             "Who answers an access, mixed policy",
-            "Stacked shares of accesses over memory: static set, recency cache, missed though seen before, never seen before.",
+            "Stacked shares of accesses over memory: static set, recency cache, missed though seen before, "
+            "never seen before.",
             _draw_split,
         ),
         Figure(
@@ -86,7 +90,8 @@ def figures_of(record: Record) -> list[Figure]:
             Figure(
                 "steps",
                 "Steps without any NVMe read, by sequences decoded side by side",
-                "Bars for each number of sequences, one for each recommended budget; the share falls as sequences are added.",
+                "Bars for each number of sequences, one for each recommended budget; "
+                "the share falls as sequences are added.",
                 _draw_steps,
             )
         )

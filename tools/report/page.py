@@ -1,8 +1,8 @@
 """A report on a profile: one HTML page that needs nothing else, for readers who have never seen this project.
 
-Flows in: records of `tierstore.decisions.curves.Curves.as_record`, perhaps with their `source`: one for each group of tables
-whose accesses are the same. Flows out: a file, or tables for the terminal. The page has no scripts and loads nothing. Needs
-matplotlib for the figures (`ConfigError` without it).
+Flows in: records of `tierstore.decisions.curves.Curves.as_record`, perhaps with their `source`: one for each group of
+tables whose accesses are the same. Flows out: a file, or tables for the terminal. The page has no scripts and loads
+nothing. Needs matplotlib for the figures (`ConfigError` without it).
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ LEAD = (
 def write_report(records: Sequence[Record], path: Path, about: About | None = None) -> None:
     """Writes the page to `path`, whole or not at all. Blocks, a second or two a record.
 
-    about: what `report_about.about` returns; None leaves it out. Raises `ConfigError` without matplotlib, and without any record.
+    about: what `report_about.about` returns; None leaves it out. Raises `ConfigError` without matplotlib,
+    and without any record.
     """
     if not records:
         raise ConfigError(f"{path}: a report of 0 curves says nothing; profile text of which documents are held out")
@@ -56,7 +57,8 @@ def write_report(records: Sequence[Record], path: Path, about: About | None = No
 
 
 def profile_tables(record: Record) -> list[Table]:
-    """Returns the record's numbers for the terminal: recommended budgets, policies, orders, who answers, reads, steps."""
+    """Returns the record's numbers for the terminal: recommended budgets, policies, orders, who answers,
+    reads, steps."""
     numbers = [tables.recommended_table(record), *(TABLES[name](record) for name in TABLES)]
     return [_terminal_table(each) for each in numbers if each.lines]
 
@@ -141,7 +143,8 @@ def _summary(record: Record) -> str:
         whole = f" From {short_bytes(num_bytes)} on, memory holds the tables whole and answers every access."
     cards = "".join(_card(record, place) for place in range(len(record["recommended"])))
     source = "".join(
-        f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(f'{value:,}' if isinstance(value, int) else str(value))}</dd>"
+        f"<dt>{html.escape(str(name))}</dt>"
+        f"<dd>{html.escape(f'{value:,}' if isinstance(value, int) else str(value))}</dd>"
         for name, value in record.get("source", {}).items()
     )
     return (
@@ -149,12 +152,12 @@ def _summary(record: Record) -> str:
         f"Another part, {replay['tokens']:,} tokens of "
         f"{replay['documents']:,} documents held out of the counting, was then replayed access by access "
         f"({replay['accesses']:,} in all) through the very caches that the store runs, empty at first, "
-        f"for every amount of memory below.{sampled} {first} of these accesses were to entries never seen before, which no "
-        f"cache can answer.{whole}</p>"
+        f"for every amount of memory below.{sampled} {first} of these accesses were to entries never seen before, "
+        f"which no cache can answer.{whole}</p>"
         f'<section id="recommended"><h2>Recommended budgets</h2><div class="cards">{cards}</div>'
         f"{_table(tables.recommended_table(record), folded=False)}"
-        f"<p>The intervals say where the hit rate of another {record['interval']['tokens']:,} tokens of the same kind of text "
-        f"will lie in 95 of 100 cases. Text of another kind may lie outside.</p></section>"
+        f"<p>The intervals say where the hit rate of another {record['interval']['tokens']:,} tokens of the same kind "
+        f"of text will lie in 95 of 100 cases. Text of another kind may lie outside.</p></section>"
         + (f'<section id="source"><h2>What was measured</h2><dl>{source}</dl></section>' if source else "")
     )
 
@@ -164,14 +167,18 @@ def _card(record: Record, place: int) -> str:
     (point,) = (point for point in record["points"] if point["dram_bytes"] == choice["dram_bytes"])
     if point.get("resident"):
         return (
-            f'<div class="card"><h3>{html.escape(choice["name"])}</h3><p class="number">{short_bytes(choice["dram_bytes"])}</p>'
-            "<p>holds the tables whole: answers <strong>every</strong> access from memory and never reads the disk</p></div>"
+            f'<div class="card"><h3>{html.escape(choice["name"])}</h3><p '
+            f'class="number">{short_bytes(choice["dram_bytes"])}</p>'
+            "<p>holds the tables whole: answers <strong>every</strong> access from memory "
+            "and never reads the disk</p></div>"
         )
     mixed = point["mixed"]
     return (
-        f'<div class="card"><h3>{html.escape(choice["name"])}</h3><p class="number">{short_bytes(choice["dram_bytes"])}</p>'
+        f'<div class="card"><h3>{html.escape(choice["name"])}</h3><p '
+        f'class="number">{short_bytes(choice["dram_bytes"])}</p>'
         f"<p>answers <strong>{percent(mixed['hit_rate']['all'])}</strong> of accesses from memory and reads the disk "
-        f"{mixed['reads_per_token']:.1f} times a token, {mixed['packed_reads_per_token']:.1f} with packed entries</p></div>"
+        f"{mixed['reads_per_token']:.1f} times a token, "
+        f"{mixed['packed_reads_per_token']:.1f} with packed entries</p></div>"
     )
 
 

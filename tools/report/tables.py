@@ -1,7 +1,7 @@
 """The numbers of a profile's curves as tables, once for the terminal and the report alike.
 
-Flows in: the record of `tierstore.decisions.curves.Curves.as_record`. Flows out: `NumberTable`s of text, in the order in
-which they are read. Nothing is computed here but percentages.
+Flows in: the record of `tierstore.decisions.curves.Curves.as_record`. Flows out: `NumberTable`s of text, in the order
+in which they are read. Nothing is computed here but percentages.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def short_bytes(num_bytes: int) -> str:
-    """Returns bytes for people without decimals that say nothing: 1 << 30 -> "1 GiB"; exactly, if that takes two decimals."""
+    """Returns bytes for people without decimals that say nothing: 1 << 30 -> "1 GiB"; exactly,
+    if that takes two decimals."""
     exact = exact_bytes(num_bytes)
     if len(exact.split()[0]) <= EXACT_DIGITS_MAX:
         return exact

@@ -1,7 +1,7 @@
 """The stat record of a daemon in lines of text: who serves what, what needs the operator's eye, how lookups fare.
 
-Flows in: a record, and the rates since an earlier one if there is one. Flows out: lines, most of at most 80 columns. Nothing
-is fetched here.
+Flows in: a record, and the rates since an earlier one if there is one. Flows out: lines, most of at most 80 columns.
+Nothing is fetched here.
 """
 
 from __future__ import annotations
@@ -67,13 +67,14 @@ def _dropped(share: float, record: Record) -> str:
     if record.get("plan") is None:
         fewer = "no plan made its placement: run 'tierstore profile' and 'tierstore plan', then send the daemon SIGHUP"
     return (
-        f"{percent(share)} of the missed keys were dropped: misses come faster than the daemon reads them for its recency "
-        f"cache, which costs hits and no rows; {fewer}, or give it more --dram"
+        f"{percent(share)} of the missed keys were dropped: misses come faster than the daemon reads them for its "
+        f"recency cache, which costs hits and no rows; {fewer}, or give it more --dram"
     )
 
 
 def summary(record: Record, rates: Rates | None) -> list[str]:
-    """Returns hit rate, lookups, latency and NVMe: now, if there are rates, and since the start; then what was planned."""
+    """Returns hit rate, lookups, latency and NVMe: now, if there are rates, and since the start;
+    then what was planned."""
     counters = record["counters"]
     total = total_of(counts_of(record))
     amplification = number_text(read_amplification(record), "{:.1f}")
@@ -138,7 +139,8 @@ def learning_lines(record: Record, now_s: float) -> list[str]:
         f"refused {learning['reports_refused']:,}; {short_count(learning['tracked_keys'])} keys counted",
         f"          missed keys read {short_count(feed['read_keys'])}, waiting {feed['queued_keys']:,}, "
         f"dropped {feed['dropped_keys']:,}, failed {feed['errors']:,}",
-        f"          re-plans {learning['replans']:,}, the next {'on request' if next_s is None else f'in {duration(next_s)}'}",
+        f"          re-plans {learning['replans']:,}, the next "
+        f"{'on request' if next_s is None else f'in {duration(next_s)}'}",
     ]
     if last is not None:
         lines.append(

@@ -1,7 +1,8 @@
 """What two stat records of a daemon say of the time between them: rates, hit rates, quantiles of latency. Pure.
 
-Flows in: records as `tierstore stat --json` prints them, and the seconds between two. Flows out: numbers. Where there is
-nothing to divide, the result is NaN; where the later record is of another daemon, or of one that started anew, there is none.
+Flows in: records as `tierstore stat --json` prints them, and the seconds between two. Flows out: numbers. Where there
+is nothing to divide, the result is NaN; where the later record is of another daemon, or of one that started anew,
+there is none.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def total_of(counts: dict[tuple[str, str], Counts]) -> Counts:
 def expected_rate(record: Record) -> dict[str, float] | None:
     """Returns the hit rate of all keys that the placement's plan expected: {"expected", "low", "high"}.
 
-    The rates of the tables and orders, weighted by the keys that were asked for: what the plan expects of this traffic. None
-    where no plan made the placement, or nothing was asked for of what it planned.
+    The rates of the tables and orders, weighted by the keys that were asked for: what the plan expects of this traffic.
+    None where no plan made the placement, or nothing was asked for of what it planned.
     """
     rates = record["plan"]["hit_rates"] if record.get("plan") else {}
     sums, keys = dict.fromkeys(("expected", "low", "high"), 0.0), 0
@@ -98,7 +99,8 @@ def reads_of(record: Record) -> int:
 
 
 def rates_between(earlier: Record, later: Record, seconds: float) -> Rates | None:
-    """Returns what went on in the `seconds` between two records of one daemon; None where they are of two, or of one moment."""
+    """Returns what went on in the `seconds` between two records of one daemon; None where they are of two,
+    or of one moment."""
     same = all(earlier["daemon"][name] == later["daemon"][name] for name in ("pid", "started_at"))
     if not same or seconds <= 0 or earlier["latency"]["bounds_ns"] != later["latency"]["bounds_ns"]:
         return None

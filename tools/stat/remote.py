@@ -21,7 +21,8 @@ FETCH_S_MAX = 10.0
 
 
 def fetch_remote_record(url: str, token_file: Path | None, ca_file: Path | None) -> dict[str, Any]:
-    """Asks a server what it serves, and for its counts. Blocks for FETCH_S_MAX at most. Raises what `connect_remote` raises."""
+    """Asks a server what it serves, and for its counts. Blocks for FETCH_S_MAX at most.
+    Raises what `connect_remote` raises."""
     from tierstore.remote import messages
     from tierstore.remote.channel import Connection
     from tierstore.remote.replies import decoded
@@ -43,7 +44,8 @@ def remote_lines(record: dict[str, Any]) -> list[str]:
     """Returns the record for people."""
     server, hits, remote = record["server"], record["hits"], record["remote"]
     lines = [
-        f"{server['url']}: {server['store']}, version {server['version']}, digest {server['build'][:12] or 'not known'}",
+        f"{server['url']}: {server['store']}, version {server['version']}, digest "
+        f"{server['build'][:12] or 'not known'}",
         f"remote   {remote['calls']:,} calls, {remote['in_flight']:,} under way, {remote['errors']:,} failed, "
         f"{format_bytes(remote['bytes_sent'])} sent",
         f"lookups  {short_count(record['batches'])}, {short_count(record['keys'])} keys, hit rate "

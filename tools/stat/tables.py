@@ -1,7 +1,7 @@
 """The stat record of a daemon for people: what `tierstore stat` prints and `tierstore top` keeps up to date.
 
-Flows in: a record, and the rates since an earlier one if there is one. Flows out: things that rich prints. Nothing is fetched
-here. What needs the operator's eye comes first.
+Flows in: a record, and the rates since an earlier one if there is one. Flows out: things that rich prints. Nothing is
+fetched here. What needs the operator's eye comes first.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ _PARTS = (
 
 
 def page_of(record: Record, rates: Rates | None, now_s: float, problem: str | None = None) -> Group:
-    """Returns all there is to see. now_s: Unix time, for how long ago things were. problem: why the record is an old one."""
+    """Returns all there is to see. now_s: Unix time, for how long ago things were. problem:
+    why the record is an old one."""
     from rich.console import Group
     from rich.text import Text
 
@@ -168,8 +169,8 @@ class FittingTable:
         left_out: Collection[str] = (),
         drop_first: Sequence[str] = (),
     ) -> None:
-        """rows: cells by column; last: a row of sums below a gap. left_out: columns that have nothing to say; drop_first: those
-        that go where there is no room, in turn."""
+        """rows: cells by column; last: a row of sums below a gap. left_out: columns that have nothing to say;
+        drop_first: those that go where there is no room, in turn."""
         self._title, self._columns, self._rows, self._last = title, columns, rows, last
         self._left_out, self._drop_first = set(left_out), drop_first
 

@@ -1,10 +1,10 @@
 """A placement's first entries in the slots of a table, brought in under running kernels: epochs of the device.
 
-Flows in: a table of the tier, empty or with another placement's entries, and a placement file. Flows out: the file's first
-entries in slots. What both placements have stays where it is; what is new goes into slots that no index names; then the next
-epoch's index names those and not what leaves; when the device has done all that it was given before, the slots of what left
-are free. Rounds of this are as many as it takes: spare slots are few. Lookups are right at any moment, from the device and
-from the host. Entries are checked by their records' checksums; damaged ones are left out.
+Flows in: a table of the tier, empty or with another placement's entries, and a placement file. Flows out: the file's
+first entries in slots. What both placements have stays where it is; what is new goes into slots that no index names;
+then the next epoch's index names those and not what leaves; when the device has done all that it was given before, the
+slots of what left are free. Rounds of this are as many as it takes: spare slots are few. Lookups are right at any
+moment, from the device and from the host. Entries are checked by their records' checksums; damaged ones are left out.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def change_entries(
 ) -> np.ndarray:
     """Brings the first entries of `file` into a table's slots; returns the numbers of damaged records, int64, left out.
 
-    on_bytes: called with bytes as they are read. One thread at a time. Blocks on disk and device. Raises `FormatError` where
-    an index of the file is damaged; the tier is then as it was.
+    on_bytes: called with bytes as they are read. One thread at a time. Blocks on disk and device. Raises `FormatError`
+    where an index of the file is damaged; the tier is then as it was.
     """
     table = tier.tables[index]
     placed = file.placement.tables.get(table.spec.name)
@@ -59,8 +59,8 @@ def change_entries(
 
 
 class _Change:
-    """A change under way: `here` are the entries that stay or have come, in parts, `leaving` those that the newest epoch
-    still names."""
+    """A change under way: `here` are the entries that stay or have come, in parts, `leaving` those that the newest
+    epoch still names."""
 
     def __init__(
         self, tier: HbmTier, table: DeviceTable, staying: Pairs, leaving: Pairs, records: Callable[[], Pairs]
@@ -90,7 +90,8 @@ class _Change:
     def _turn(self, wanted: int) -> None:
         """Publishes an epoch that names all that came, and no more of what leaves than has to stay; frees its slots.
 
-        The indexes have room for as many entries as are wanted, not for one in every slot: the spare ones are over that.
+        The indexes have room for as many entries as are wanted, not for one in every slot:
+        the spare ones are over that.
         """
         assert len(self._leaving), "there are more slots than wanted entries"
         wanted = max(wanted, self._num_here + len(self._leaving) - self._table.share.num_entries)
@@ -100,7 +101,8 @@ class _Change:
         self._free = np.concatenate([self._free, gone.places])
 
     def finish(self) -> None:
-        """Publishes the epoch that the change was for: DRAM's records that left the slots, or never came, are named again."""
+        """Publishes the epoch that the change was for: DRAM's records that left the slots, or never came,
+        are named again."""
         here = Pairs.joined(self._here)
         self._table.publish(Pairs.joined([here, self._table.records_beside(here)]))
         self._tier.synchronize()

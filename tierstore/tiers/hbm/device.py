@@ -1,8 +1,9 @@
 """The device that an hbm tier lives on: a GPU, or the CPU with Triton's interpreter in its place; and page-locked host
 memory.
 
-Flows in: a name such as "cuda:0". Flows out: a `torch.device` that the kernels run on, how much memory it has, host memory
-that it reads and writes. Refuses, by name, devices that are not there and kernels that were made for the other kind.
+Flows in: a name such as "cuda:0". Flows out: a `torch.device` that the kernels run on, how much memory it has, host
+memory that it reads and writes. Refuses, by name, devices that are not there and kernels
+that were made for the other kind.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ GPU_SPIN_S = 1e-6  # and over PCIe, where it takes a little longer
 class DramPart:
     """What DRAM holds of a table: rows, uint8 [bytes], where it holds all; else records, uint8 [n, record_bytes].
 
-    named: returns which records the device may read now, so many at most, at their numbers, the hottest first. area: the
-    host's index of all that is placed, uint8 [buckets, 64], places being numbers in the placement file. None: there is no such
-    thing.
+    named: returns which records the device may read now, so many at most, at their numbers, the hottest first. area:
+    the host's index of all that is placed, uint8 [buckets, 64], places being numbers in the placement file. None: there
+    is no such thing.
     """
 
     rows: np.ndarray | None = None
@@ -48,7 +49,8 @@ class DramPart:
 
 
 def open_device(name: str) -> Any:
-    """Returns the `torch.device` that `name` says, and loads the kernels for it; raises `ConfigError` where it cannot be had.
+    """Returns the `torch.device` that `name` says, and loads the kernels for it;
+    raises `ConfigError` where it cannot be had.
 
     "cpu" runs the kernels in Triton's interpreter, for tests: a process has either those or native ones.
     """
@@ -63,8 +65,8 @@ def open_device(name: str) -> Any:
         raise ConfigError(f"device: {name!r}: the hbm tier runs on CUDA devices, and for tests on 'cpu'; leave hbm out")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            f"device: {name!r}: torch {torch.__version__} finds no GPU here; install a driver and a torch with CUDA, pass "
-            f"device='cpu' to run the kernels in the interpreter, or leave hbm out"
+            f"device: {name!r}: torch {torch.__version__} finds no GPU here; install a driver and a torch with CUDA, "
+            f"pass device='cpu' to run the kernels in the interpreter, or leave hbm out"
         )
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise ConfigError(f"device: {name!r}: there are {torch.cuda.device_count()} GPUs, counted from 0")
@@ -82,8 +84,8 @@ def open_device(name: str) -> Any:
 
 
 def make_block(device: Any, num_bytes: int) -> Any:
-    """Returns zeroed memory of the device as one tensor, uint8 [num_bytes]; raises `BudgetError` where it has not so much
-    left.
+    """Returns zeroed memory of the device as one tensor, uint8 [num_bytes]; raises `BudgetError` where it has not so
+    much left.
 
     What torch has cached counts as taken.
     """
@@ -97,20 +99,21 @@ def make_block(device: Any, num_bytes: int) -> Any:
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         raise BudgetError(
-            f"hbm: {num_bytes} bytes ({format_bytes(num_bytes)}) cannot be had on {device}{left} ({error}); ask for less, or end "
-            f"what else uses the device"
+            f"hbm: {num_bytes} bytes ({format_bytes(num_bytes)}) cannot be had on {device}{left} ({error}); ask for "
+            f"less, or end what else uses the device"
         ) from None
 
 
 class PinnedMemory:
     """Host memory that the device reads and writes by its address: `block`, uint8, page-locked where there is a driver.
 
-    `take` gives parts of it out, for as long as this lives. Not for several threads at once. A forked child does not have it:
-    it must not look there.
+    `take` gives parts of it out, for as long as this lives. Not for several threads at once. A forked child does not
+    have it: it must not look there.
     """
 
     def __init__(self, device: Any, num_bytes: int) -> None:
-        """Raises `ConfigError` where the driver does not lock it: without it the device can ask the host for nothing."""
+        """Raises `ConfigError` where the driver does not lock it:
+        without it the device can ask the host for nothing."""
         self.block = allocate(num_bytes, inherited=False)
         self._taken_bytes = 0
         self._device = device
@@ -124,11 +127,12 @@ class PinnedMemory:
         return max(0, len(self.block) - self._taken_bytes)
 
     def take(self, num_bytes: int, what: str) -> np.ndarray:
-        """Returns zeroed memory, uint8 [num_bytes] at a multiple of 4,096; raises `BudgetError`, naming `what` it was for."""
+        """Returns zeroed memory, uint8 [num_bytes] at a multiple of 4,096; raises `BudgetError`,
+        naming `what` it was for."""
         if num_bytes > self.left_bytes:
             raise BudgetError(
-                f"{what}: {num_bytes} bytes of page-locked memory are wanted, {self.left_bytes} of {len(self.block)} are left, "
-                f"a sixteenth of the dram budget; ask for more dram, or for fewer tokens at once"
+                f"{what}: {num_bytes} bytes of page-locked memory are wanted, {self.left_bytes} of {len(self.block)} "
+                f"are left, a sixteenth of the dram budget; ask for more dram, or for fewer tokens at once"
             )
         part = self.block[self._taken_bytes : self._taken_bytes + num_bytes]
         self._taken_bytes = min(len(self.block), -(-(self._taken_bytes + num_bytes) // 4096) * 4096)
@@ -141,7 +145,8 @@ class PinnedMemory:
 
 
 def lock(device: Any, memory: np.ndarray) -> str | None:
-    """Page-locks host memory in place, for the device to read and write; returns why it could not be, None where it was."""
+    """Page-locks host memory in place, for the device to read and write; returns why it could not be,
+    None where it was."""
     if device.type != "cuda" or len(memory) == 0:
         return None
     import torch
@@ -161,7 +166,8 @@ def lock(device: Any, memory: np.ndarray) -> str | None:
 
 
 def _forget_last_error(device: Any) -> None:
-    """Takes the error of a call that failed from where the runtime keeps it: the next launch, of whoever, would raise it."""
+    """Takes the error of a call that failed from where the runtime keeps it: the next launch, of whoever,
+    would raise it."""
     import torch
 
     with contextlib.suppress(RuntimeError):  # that one; torch binds no other way to take it

@@ -1,8 +1,8 @@
 """The lookup path of a store with an hbm tier: what slots hold comes from the device, all else from the engine below.
 
-Flows in: what the engine contract says. Flows out: the same rows. Lookups from the device itself do not come here but by
-`open_lookup`; what they miss is served by `mailboxes`, a thread of the engine below. A forked child has no device: it reads
-what slots hold from the placement file. Shapes: N tokens, O orders, H rows per key.
+Flows in: what the engine contract says. Flows out: the same rows. Lookups from the device itself do not come here but
+by `open_lookup`; what they miss is served by `mailboxes`, a thread of the engine below. A forked child has no device:
+it reads what slots hold from the placement file. Shapes: N tokens, O orders, H rows per key.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class HbmEngine(Engine):
         return self._in_one_version(lambda: self._submit(requests))
 
     def _in_one_version(self, act: Callable[[], Pending | None]) -> Pending | None:
-        """Acts again where another version came meanwhile: what slots held would be the old one's, the rest the new one's.
+        """Acts again where another version came meanwhile: what slots held would be the old one's,
+        the rest the new one's.
 
         What `act` began, if it returns a `Pending`, is given up before: it writes to the same buffers.
         """
@@ -156,11 +157,12 @@ class HbmEngine(Engine):
             return lookup
 
     def move(self, act: Callable[[], T]) -> T:
-        """Has the engine below move to another version, by `act`, and returns what that does. The tier is empty afterwards.
+        """Has the engine below move to another version, by `act`, and returns what that does.
+        The tier is empty afterwards.
 
-        A lookup from the device is of one version: those that were launched before have taken from slots what they take,
-        and are answered by the old version; later ones find nothing in slots, and are answered by the one or the other.
-        Blocks on the device; `act` must leave the old engine open.
+        A lookup from the device is of one version: those that were launched before have taken from slots what they
+        take, and are answered by the old version; later ones find nothing in slots, and are answered by the one or the
+        other. Blocks on the device; `act` must leave the old engine open.
         """
         with self._changes_lock:
             if self._has_device:
@@ -186,7 +188,8 @@ class HbmEngine(Engine):
         return any(table.reads_records for table in self._tier.tables)
 
     def name_records(self) -> None:
-        """Has the device see what DRAM's records are now; returns when no kernel reads what they were before. Blocks."""
+        """Has the device see what DRAM's records are now; returns when no kernel reads
+        what they were before. Blocks."""
         with self._changes_lock:
             self._check_device()
             self._tier.name_records()
@@ -241,7 +244,8 @@ class HbmEngine(Engine):
         return True
 
     def _end_lookups(self, deadline: float) -> bool:
-        """Ends lookups from the device: no more are launched, those that were are answered, then nobody answers any more."""
+        """Ends lookups from the device: no more are launched, those that were are answered,
+        then nobody answers any more."""
         for lookup in self._lookups:
             if not lookup.close(max(0.0, deadline - time.monotonic())):
                 return False

@@ -1,10 +1,11 @@
-"""Lookups from the device: keys on the device in, values on the device out, the host left out unless a tier below is needed.
+"""Lookups from the device: keys on the device in, values on the device out,
+the host left out unless a tier below is needed.
 
-Flows in: keys that a kernel has written to `keys`, or keys that the host knows. Flows out: values in the caller's tensor. Two
-halves, so that reads go on while earlier layers run: `start` copies what slots and page-locked DRAM hold and posts the rest
-in a mailbox, which a native thread serves; `finish` waits on the device for the answer, at most WAIT_S, and puts the late
-entries in their places. Both only launch kernels, so that they may be captured in a CUDA graph. Errors are the host's to
-raise: `check`. Shapes: N tokens, O orders, H rows per key.
+Flows in: keys that a kernel has written to `keys`, or keys that the host knows. Flows out: values in the caller's
+tensor. Two halves, so that reads go on while earlier layers run: `start` copies what slots and page-locked DRAM hold
+and posts the rest in a mailbox, which a native thread serves; `finish` waits on the device for the answer, at most
+WAIT_S, and puts the late entries in their places. Both only launch kernels, so that they may be captured in a CUDA
+graph. Errors are the host's to raise: `check`. Shapes: N tokens, O orders, H rows per key.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ ANSWER_PAUSE_S = 1e-4  # between two looks whether the host has answered
 
 
 class DeviceLookup:
-    """Fixed buffers for lookups of up to `tokens_max` tokens of one table, one at a time, whichever threads they come from.
+    """Fixed buffers for lookups of up to `tokens_max` tokens of one table, one at a time,
+    whichever threads they come from.
 
-    outside: int64 [1] on the device, where the caller's kernel notes 1 + the place of a token id that has no keys; `start`
-    takes it away, and `take_outside` sees it when the step is done. A captured graph uses these buffers: keep this while it
-    lives.
+    outside: int64 [1] on the device, where the caller's kernel notes 1 + the place of a token id that has no keys;
+    `start` takes it away, and `take_outside` sees it when the step is done. A captured graph uses these buffers: keep
+    this while it lives.
     """
 
     @torch.inference_mode(False)  # or nobody could write to its tensors outside that mode
@@ -57,14 +59,16 @@ class DeviceLookup:
         tokens_max: int,
         times: DeviceTimes,
     ) -> None:
-        """engine: the one below the tier, which answers the mailbox. times: of the store's lookups from the device. Raises
-        `BudgetError`: no page-locked memory is left.
+        """engine: the one below the tier, which answers the mailbox. times: of the store's lookups from the device.
+        Raises `BudgetError`: no page-locked memory is left.
 
-        Not while a graph is captured: it would set the step's number back at each replay, and old answers were new ones.
+        Not while a graph is captured: it would set the step's number back at each replay,
+        and old answers were new ones.
         """
         if is_capturing(tier.device):
             raise ConfigError(
-                f"{what}: a lookup's buffers cannot be made while a graph is captured; call with as many tokens once before"
+                f"{what}: a lookup's buffers cannot be made while a graph is captured; "
+                "call with as many tokens once before"
             )
         self._what, self._tier, self._engine, self._mailboxes, self._index = what, tier, engine, mailboxes, index
         self._table = tier.tables[index]
@@ -104,11 +108,11 @@ class DeviceLookup:
         self._scattered = torch.cuda.Event() if tier.device.type == "cuda" else None
 
     def start(self, keys: torch.Tensor, out: torch.Tensor) -> None:
-        """Launches the first half for keys on the device, int64 [n, O], n at most tokens_max; out: their values, [n, O * H,
-        dim].
+        """Launches the first half for keys on the device, int64 [n, O], n at most tokens_max; out: their values,
+        [n, O * H, dim].
 
-        Both contiguous; out of the table's float type. On the current stream. What a start before it began is finished first.
-        Raises `StoreNotReadyError` where the store was closed.
+        Both contiguous; out of the table's float type. On the current stream. What a start before it began is finished
+        first. Raises `StoreNotReadyError` where the store was closed.
         """
         with self._lock:
             self._end_started()
@@ -136,8 +140,8 @@ class DeviceLookup:
         by_row_id = self._tier.row_addresses[self._index] != 0
         with self._tier.lock:  # no version changes between what slots hold and what the host is asked for
             lookup_entries(
-                keys, table.index, table.sources, self._codec, values, None if by_row_id else self._misses, table.counts,
-                self._places[:num_tokens],
+                keys, table.index, table.sources, self._codec, values, None if by_row_id else self._misses,
+                table.counts, self._places[:num_tokens],
             )  # fmt: skip
             if by_row_id:
                 self._gather_rows(keys, values)
@@ -146,19 +150,19 @@ class DeviceLookup:
             self._started, self._started_in_capture = (values, None, False), is_capturing(self._tier.device)
 
     def start_known(self, keys: np.ndarray, out: torch.Tensor) -> None:
-        """The same for keys that the host knows, int64 [n, O], n at most tokens_max: reads start before the first kernel
-        does.
+        """The same for keys that the host knows, int64 [n, O], n at most tokens_max: reads start before the first
+        kernel does.
 
-        Waits until the device has done with the buffers. `finish` then blocks until the reads have ended, and raises what
-        they raise.
+        Waits until the device has done with the buffers. `finish` then blocks until the reads have ended, and raises
+        what they raise.
         """
         with self._lock:
             self._end_started()
             self._end_reads()
             if self._notes_capture():
                 raise ConfigError(
-                    f"{self._what}: ids of table {self._table.spec.name} that the host holds cannot be looked up in a captured "
-                    f"graph, which would read the same rows at each replay; have them on {self._tier.device}"
+                    f"{self._what}: ids of table {self._table.spec.name} that the host holds cannot be looked up in a "
+                    f"captured graph, which would read the same rows at each replay; have them on {self._tier.device}"
                 )
             if self._captured:  # a replay may be under way, of which no event tells
                 self._tier.synchronize()
@@ -192,16 +196,18 @@ class DeviceLookup:
         self._started, self._started_in_capture = (values, pending, True), False
 
     def _end_started(self) -> None:
-        """Finishes what was started before. Not in a captured graph, which would write to the values of then at each replay."""
+        """Finishes what was started before. Not in a captured graph,
+        which would write to the values of then at each replay."""
         if self._started is not None and self._notes_capture() and not self._started_in_capture:
             raise ConfigError(
-                f"{self._what}: a lookup of table {self._table.spec.name} was started before the graph's capture and not "
-                f"finished; finish it first"
+                f"{self._what}: a lookup of table {self._table.spec.name} was started before the graph's capture and "
+                f"not finished; finish it first"
             )
         self.finish()
 
     def _notes_capture(self) -> bool:
-        """Returns whether a graph is captured on the current stream; it is known from then on that one may be replayed."""
+        """Returns whether a graph is captured on the current stream;
+        it is known from then on that one may be replayed."""
         capturing = is_capturing(self._tier.device)
         if capturing and not self._captured:
             self._captured, self._timed = True, None
@@ -215,25 +221,27 @@ class DeviceLookup:
                 self._reading.wait(WAIT_S)
             if not self._reading.done():
                 raise TimeoutError(
-                    f"{self._what}: reads of a lookup before this one, of table {self._table.spec.name}, have not ended within "
-                    f"{WAIT_S:.0f} s more; the disk has stopped answering"
+                    f"{self._what}: reads of a lookup before this one, of table {self._table.spec.name}, have not "
+                    f"ended within {WAIT_S:.0f} s more; the disk has stopped answering"
                 )
         self._reading = None
 
     def _end_answer(self) -> None:
-        """The same for a request of the device that it gave up: the host writes to the buffers until it has answered."""
+        """The same for a request of the device that it gave up:
+        the host writes to the buffers until it has answered."""
         asked, answered = (kernels.MAILBOX_STARTS[name] // 8 for name in ("asked", "answered"))
         deadline = time.monotonic() + WAIT_S
         while self._words[asked] != self._words[answered]:
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"{self._what}: step {self._words[asked]} of table {self._table.spec.name}, which the device gave up, has "
-                    f"not been answered within {WAIT_S:.0f} s more; the disk has stopped answering"
+                    f"{self._what}: step {self._words[asked]} of table {self._table.spec.name}, which the device gave "
+                    f"up, has not been answered within {WAIT_S:.0f} s more; the disk has stopped answering"
                 )
             time.sleep(ANSWER_PAUSE_S)
 
     def _gather_rows(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Of a table that DRAM holds whole, where the device reads it: what neither slots nor records hold, by row id."""
+        """Of a table that DRAM holds whole, where the device reads it: what neither slots nor records hold,
+        by row id."""
         row_ids = self._row_ids[: len(keys)]
         row_ids_of_keys(keys, self._moduli, self._offsets, row_ids)
         address = self._tier.row_addresses[self._index]
@@ -241,11 +249,11 @@ class DeviceLookup:
         gather_rows(row_ids.view(-1), address, self._table.spec.num_rows, self._codec, rows, self._places[: len(keys)])
 
     def finish(self) -> None:
-        """Launches the second half of what was started, if anything: the device waits for the host's answer, then has the
-        values.
+        """Launches the second half of what was started, if anything: the device waits for the host's answer, then has
+        the values.
 
-        On the current stream, which must come after that of `start`. Of known keys it blocks, and raises as `Store.submit`
-        does. Raises `StoreNotReadyError` where the store was closed.
+        On the current stream, which must come after that of `start`. Of known keys it blocks, and raises as
+        `Store.submit` does. Raises `StoreNotReadyError` where the store was closed.
         """
         with self._lock:
             self._check_open()
@@ -297,16 +305,16 @@ class DeviceLookup:
         """Raises `StoreNotReadyError` where the memory that kernels would use is there no more."""
         if self._closed:
             raise StoreNotReadyError(
-                f"{self._what} is closed, as it is when nobody holds it, or this process was forked from the one that has the "
-                f"device; open it again"
+                f"{self._what} is closed, as it is when nobody holds it, or this process was forked from the one that "
+                f"has the device; open it again"
             )
 
     def check(self) -> None:
-        """Raises what went wrong in a step that the device has done: it left NaN in place of late values. Does not wait for
-        any.
+        """Raises what went wrong in a step that the device has done: it left NaN in place of late values. Does not wait
+        for any.
 
-        `TimeoutError`: the host did not answer. What the host's reads raised: as for `Store.submit`. Token ids outside the
-        vocabulary are the caller's to name: `take_outside`. `StoreNotReadyError`: the store was closed.
+        `TimeoutError`: the host did not answer. What the host's reads raised: as for `Store.submit`. Token ids outside
+        the vocabulary are the caller's to name: `take_outside`. `StoreNotReadyError`: the store was closed.
         """
         with self._lock:
             self._check_open()
@@ -318,14 +326,15 @@ class DeviceLookup:
             self._engine.check(fault)
         if timed_out:
             raise TimeoutError(
-                f"{self._what}: the device waited {WAIT_S:.0f} s, in step {timed_out}, for entries of table {spec.name}; the "
-                f"disk or the host has stopped answering"
+                f"{self._what}: the device waited {WAIT_S:.0f} s, in step {timed_out}, for entries of table "
+                f"{spec.name}; the disk or the host has stopped answering"
             )
         if self._words[kernels.MAILBOX_STARTS["status"] // 8] == STATUS_CLOSED:
             self._engine.check(False)
         raise TierStoreError(
-            f"{self._what}: the host did not understand what the device asked for in step {failed} of table {spec.name}: its "
-            f"memory was written by somebody else; look for a kernel that writes out of bounds, and open the store again"
+            f"{self._what}: the host did not understand what the device asked for in step {failed} of table "
+            f"{spec.name}: its memory was written by somebody else; look for a kernel that writes out of bounds, "
+            "and open the store again"
         )
 
     def take_outside(self) -> int:

@@ -1,7 +1,7 @@
 """Opens an engine with an hbm tier above it: the device first, so that one that is not there costs nothing.
 
-Flows in: what `open_native` takes, a plan for HBM, a device's name. Flows out: an `HbmEngine`. Refuses devices and budgets
-that cannot be had, by name; says once where a tier can hold nothing.
+Flows in: what `open_native` takes, a plan for HBM, a device's name. Flows out: an `HbmEngine`. Refuses devices and
+budgets that cannot be had, by name; says once where a tier can hold nothing.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def open_with_hbm(
 ) -> HbmEngine:
     """Opens the device, loads what goes to DRAM, then what goes to HBM, and returns the engine over both. Blocks.
 
-    Raises `ConfigError` (no such device, no kernels for it, nothing compiled), `BudgetError` (the device has not so much
-    memory).
+    Raises `ConfigError` (no such device, no kernels for it, nothing compiled), `BudgetError` (the device has not so
+    much memory).
     """
     if not kernels.native:
         raise ConfigError(
@@ -101,9 +101,9 @@ def put_above(
 ) -> HbmEngine:
     """Puts an empty tier of its own above an engine whose DRAM is not this process's; `change_entries` fills it.
 
-    dram: what of that the device may read, of each table. hbm_bytes, pinned: bytes of the device, and of host memory for
-    mailboxes. Slots are as many as fit, for whatever placement comes. Raises as `open_with_hbm` does. The engine stays the
-    caller's where that fails.
+    dram: what of that the device may read, of each table. hbm_bytes, pinned: bytes of the device, and of host memory
+    for mailboxes. Slots are as many as fit, for whatever placement comes. Raises as `open_with_hbm` does. The engine
+    stays the caller's where that fails.
     """
     device = open_device(device_name)
     from .engine import HbmEngine

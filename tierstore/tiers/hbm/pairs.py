@@ -1,6 +1,7 @@
 """Entries by what they are and where they lie: (order index, key) pairs with their places, as arrays.
 
-Flows in: indexes and trailers of records. Flows out: parts, unions and differences of such sets. Nothing here is on a device.
+Flows in: indexes and trailers of records. Flows out: parts, unions and differences of such sets.
+Nothing here is on a device.
 """
 
 from __future__ import annotations

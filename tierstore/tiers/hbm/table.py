@@ -1,7 +1,8 @@
-"""One table's part of the device's block: its indexes and slots as the kernels take them, and the host's copy of the index.
+"""One table's part of the device's block: its indexes and slots as the kernels take them,
+and the host's copy of the index.
 
-Flows in: pairs with the places of their entries. Flows out: the next epoch's index, for kernels that are launched from then on
-and for the host. Shapes: N tokens, O orders, M pairs of (token, order).
+Flows in: pairs with the places of their entries. Flows out: the next epoch's index, for kernels that are launched from
+then on and for the host. Shapes: N tokens, O orders, M pairs of (token, order).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class DeviceTable:
     """One table's part of the block: what kernels read (`index`, `sources`), what they count (`counts`), and the host's
     copy of the index.
 
-    counts: int64 [3 * O + 1], as `lookup_entries` has them. Entries with places below `num_slots` lie in slots, others in
-    DRAM's records.
+    counts: int64 [3 * O + 1], as `lookup_entries` has them. Entries with places below `num_slots` lie in slots, others
+    in DRAM's records.
     """
 
     def __init__(self, spec: TableSpec, share: HbmShare, part: torch.Tensor, lock: AbstractContextManager[Any]) -> None:
@@ -78,12 +79,13 @@ class DeviceTable:
         self._records, self._named = None, Pairs.nothing
 
     def publish(self, pairs: Pairs) -> None:
-        """Makes the next epoch's index of pairs at their places, and lets kernels and the host see it. One thread at a time.
+        """Makes the next epoch's index of pairs at their places, and lets kernels and the host see it.
+        One thread at a time.
 
-        Ordered behind what the current stream has been given. Kernels that run meanwhile see the one epoch or the other, and
-        none may be left that saw the one before; those that are launched when this has returned see the next one. Blocks until
-        then: whoever waits for the device afterwards waits for every kernel that saw the epoch before, also if other threads
-        replay graphs meanwhile.
+        Ordered behind what the current stream has been given. Kernels that run meanwhile see the one epoch or the
+        other, and none may be left that saw the one before; those that are launched when this has returned see the next
+        one. Blocks until then: whoever waits for the device afterwards waits for every kernel that saw the epoch
+        before, also if other threads replay graphs meanwhile.
         """
         heads = np.zeros((len(self.spec.orders), 2), dtype=np.int64)
         parts = [pairs[pairs.order_index == order] for order in range(len(heads))]
@@ -118,7 +120,8 @@ class DeviceTable:
         return self._records is not None
 
     def records_beside(self, pairs: Pairs) -> Pairs:
-        """The hottest of DRAM's records that are not among pairs, as many as the indexes have room to name, at their places."""
+        """The hottest of DRAM's records that are not among pairs, as many as the indexes have room to name,
+        at their places."""
         records = self._named(self.share.static_entries + len(pairs))
         beside = records[~records.among(pairs)][: self.share.static_entries]
         return Pairs(beside.order_index, beside.keys, self.num_slots + beside.places)
@@ -132,7 +135,8 @@ class DeviceTable:
         self.counts_of_known += np.concatenate([*by_order, [(keys == -1).sum()]])
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Returns the places of keys, int64 [N, O], as int64 [N, O]; -1 where neither slots nor indexed records hold them."""
+        """Returns the places of keys, int64 [N, O], as int64 [N, O];
+        -1 where neither slots nor indexed records hold them."""
         places = np.full(keys.shape, -1, dtype=np.int64)
         area, heads = self._host_index
         for order, (start, count) in enumerate(heads.tolist()):

@@ -1,8 +1,8 @@
 """Entries and indexes in a device's memory: one block of it, in which every part has its place.
 
-Flows in: a plan, what DRAM holds, entries with the slots that they go to. Flows out: for each table an index and the places of
-entries as the kernels take them (`DeviceTable`), and copies of entries for lookups from the host. `change` decides which
-entries lie where. Shapes: N tokens, O orders, M pairs of (token, order).
+Flows in: a plan, what DRAM holds, entries with the slots that they go to. Flows out: for each table an index and the
+places of entries as the kernels take them (`DeviceTable`), and copies of entries for lookups from the host. `change`
+decides which entries lie where. Shapes: N tokens, O orders, M pairs of (token, order).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class HbmTier:
     """The tier as a whole. Any threads may call; `close` comes when nobody does any more.
 
     tables: by their place in the catalog. row_addresses: where the device reads all rows of a table in DRAM, 0 where it
-    cannot. pinned: what mailboxes lie in. lock: of each table's host side, held from a look at its index until the launch
-    that rests on it.
+    cannot. pinned: what mailboxes lie in. lock: of each table's host side, held from a look at its index until the
+    launch that rests on it.
     """
 
     @torch.inference_mode(False)  # or nobody could write to its tensors outside that mode
@@ -43,7 +43,8 @@ class HbmTier:
         dram: Sequence[DramPart],
         pinned_bytes: int,
     ) -> None:
-        """Makes an empty tier, which `change_entries` fills. dram: what DRAM holds of each table, for the device to read.
+        """Makes an empty tier, which `change_entries` fills. dram: what DRAM holds of each table,
+        for the device to read.
 
         Raises `ConfigError` and `BudgetError` as `device` does.
         """
@@ -80,7 +81,8 @@ class HbmTier:
         )
 
     def write(self, table: DeviceTable, slots: np.ndarray, entries: np.ndarray) -> None:
-        """Writes entries, uint8 [M, entry_bytes], into slots, int64 [M], that no index names. Blocks until they are taken."""
+        """Writes entries, uint8 [M, entry_bytes], into slots, int64 [M], that no index names.
+        Blocks until they are taken."""
         stride = table.share.stride
         packed = np.zeros((min(len(slots), self.plan.lookup_pairs), stride), dtype=np.uint8)
         for start in range(0, len(slots), self.plan.lookup_pairs):
@@ -106,7 +108,8 @@ class HbmTier:
         return int(dram.rows.ctypes.data)
 
     def _share(self, spec: TableSpec, what: str, memory: np.ndarray) -> bool:
-        """Page-locks memory of DRAM; where the driver does not, says so: the host then stages what the device needs of it."""
+        """Page-locks memory of DRAM; where the driver does not, says so:
+        the host then stages what the device needs of it."""
         why = lock(self.device, memory.reshape(-1))
         if why is None:
             self._locked.append(memory.reshape(-1))
@@ -120,8 +123,8 @@ class HbmTier:
         return why is None
 
     def take_hits(self, index: int, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns which of keys, int64 [N, O], slots hold, bool [N, O], and their entries, uint8 [hits, entry_bytes], in
-        order.
+        """Returns which of keys, int64 [N, O], slots hold, bool [N, O], and their entries, uint8 [hits, entry_bytes],
+        in order.
 
         For lookups from the host: blocks until they have come from the device. A closed tier has none.
         """
@@ -179,7 +182,8 @@ class HbmTier:
         self.synchronize()
 
     def name_records(self) -> None:
-        """Names what DRAM's records are now, beside what slots hold; returns when no kernel reads what they were before."""
+        """Names what DRAM's records are now, beside what slots hold;
+        returns when no kernel reads what they were before."""
         self.synchronize()  # as in `clear`
         for table in self.tables:
             here = table.in_slots()
@@ -192,7 +196,8 @@ class HbmTier:
             torch.cuda.synchronize(self.device)
 
     def end(self) -> None:
-        """Blocks until the device has done all that it was given, or is lost, which is said and keeps nobody from closing."""
+        """Blocks until the device has done all that it was given, or is lost,
+        which is said and keeps nobody from closing."""
         try:
             self.synchronize()
         except RuntimeError as error:

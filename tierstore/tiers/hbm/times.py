@@ -1,8 +1,9 @@
 """How long lookups from the device take, measured without waiting for it.
 
-Flows in: the two halves of a lookup, as they are launched. Flows out: a histogram of what both took on the device, waits for
-the host's answer included. What ran between the two halves is not counted, so that a prefetch is not timed by how late its
-rows were wanted. A lookup in a captured graph is launched without us: what its replays miss, the mailbox's server times.
+Flows in: the two halves of a lookup, as they are launched. Flows out: a histogram of what both took on the device,
+waits for the host's answer included. What ran between the two halves is not counted, so that a prefetch is not timed by
+how late its rows were wanted. A lookup in a captured graph is launched without us: what its replays miss,
+the mailbox's server times.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class DeviceTimes:
         return LookupTimes(self._device) if _chance.random() < LATENCY_SHARE else None
 
     def end(self, times: LookupTimes | None) -> None:
-        """Counts a lookup whose halves have been launched, when the device has done them. Not while a graph is captured."""
+        """Counts a lookup whose halves have been launched, when the device has done them.
+        Not while a graph is captured."""
         if times is not None:
             with self._lock:
                 self._waiting.append(times)
@@ -61,7 +63,8 @@ class DeviceTimes:
 
 
 class LookupTimes:
-    """When the halves of one lookup began and ended, on the device; on a CPU, whose kernels end before they return, here."""
+    """When the halves of one lookup began and ended, on the device; on a CPU,
+    whose kernels end before they return, here."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._on_gpu = device, device.type == "cuda"

@@ -1,9 +1,9 @@
 """`tierstore bench NAME... --against OTHER`: this build beside another one, in turn, on the same store and keys.
 
 Input: the other build: a checkout whose extension is built, a folder of installed packages, or a virtual environment.
-Output: for each case the median ratio of rates over pairs, with the interval of a sign test. A pair is two processes, one of
-each build, that run `against_side.py`; which one is first changes from pair to pair. Errors: `ConfigError`: the other build is
-not one, cannot read the store, or gives other rows.
+Output: for each case the median ratio of rates over pairs, with the interval of a sign test. A pair is two processes,
+one of each build, that run `against_side.py`; which one is first changes from pair to pair. Errors: `ConfigError`: the
+other build is not one, cannot read the store, or gives other rows.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ THIS, OTHER = "this build", "the other"
 
 @dataclass(frozen=True)
 class Build:
-    """A build of tierstore: the interpreter that runs it, and the folder that it is imported from, if that must be said."""
+    """A build of tierstore: the interpreter that runs it, and the folder that it is imported from,
+    if that must be said."""
 
     python: str
     folder: Path | None
@@ -75,7 +76,8 @@ class Build:
         return cls(sys.executable, path.absolute(), cwd)
 
     def measure(self, ask: dict[str, Any]) -> dict[str, Any]:
-        """Runs one process of this build and returns what it found. Blocks. Raises `ConfigError` with its last words."""
+        """Runs one process of this build and returns what it found. Blocks.
+        Raises `ConfigError` with its last words."""
         source = Path(__file__).with_name("side.py").read_text()
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         if self.folder is not None:

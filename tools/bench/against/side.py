@@ -1,8 +1,9 @@
 """One process of `tierstore bench NAME --against OTHER`: a build measures itself, through the public API alone.
 
-Input: a JSON object as the only argument: a store, keys, token ids, and the benchmark's name. Output: one line of JSON: which
-build this is, a checksum of rows, the keys that missed where none should, and the seconds of each case. The text of this file
-runs under either build (`python -c`), so it imports nothing of `tools` and calls only what commit 8498e4b has, too.
+Input: a JSON object as the only argument: a store, keys, token ids, and the benchmark's name. Output: one line of JSON:
+which build this is, a checksum of rows, the keys that missed where none should, and the seconds of each case. The text
+of this file runs under either build (`python -c`), so it imports nothing of `tools` and
+calls only what commit 8498e4b has, too.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ IN_MEMORY = ("resident", "recency", "static")
 class Side:
     """An open store and what is looked up in it. held: the places of tokens that DRAM holds; None if nothing is to hit.
 
-    token_ids: int64 [N]; keys, int64 [N, O], are of the n-grams that end at each. fresh_start: the first key that is asked for
-    next, if nothing is to hit.
+    token_ids: int64 [N]; keys, int64 [N, O], are of the n-grams that end at each. fresh_start: the first key that is
+    asked for next, if nothing is to hit.
     """
 
     store: Any
@@ -169,7 +170,8 @@ def _connected(socket: str, daemon: subprocess.Popen[bytes]) -> Any:
 
 
 def _held(side: Side) -> np.ndarray:
-    """Looks all keys up until DRAM holds what it will hold of them; returns the places of tokens that it holds whole."""
+    """Looks all keys up until DRAM holds what it will hold of them;
+    returns the places of tokens that it holds whole."""
     held = np.zeros(0, dtype=np.int64)
     for _ in range(SETTLE_ROUNDS_MAX):
         before = side.misses()

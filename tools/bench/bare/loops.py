@@ -1,8 +1,9 @@
 """Drives the yardstick, a C program that does only the work that a lookup cannot do without (bare.c).
 
-Flows in: lists of ranges or of keys. Flows out: the seconds that the program measured itself, a list at a time, so that its
-runs can be interleaved with ours. It is compiled on first use, into a cache folder, by the machine's own compiler, for this
-machine alone. Refuses, with `ConfigError`, a machine without a C compiler, and whatever the program answers with an error.
+Flows in: lists of ranges or of keys. Flows out: the seconds that the program measured itself, a list at a time, so that
+its runs can be interleaved with ours. It is compiled on first use, into a cache folder, by the machine's own compiler,
+for this machine alone. Refuses, with `ConfigError`, a machine without a C compiler,
+and whatever the program answers with an error.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ SOURCES = sorted(Path(__file__).parent.glob("bare*.[ch]"))
 
 
 def compiled(cache: Path | None = None) -> Path:
-    """Returns the program, compiled now where the cache has none of these sources, flags and machine. Blocks a second or two.
+    """Returns the program, compiled now where the cache has none of these sources, flags and machine.
+    Blocks a second or two.
 
-    cache: by default `tierstore` in $XDG_CACHE_HOME or ~/.cache. Raises `ConfigError` where there is no compiler, or it fails.
+    cache: by default `tierstore` in $XDG_CACHE_HOME or ~/.cache. Raises `ConfigError` where there is no compiler,
+    or it fails.
     """
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
@@ -68,7 +71,8 @@ class BareLoop:
     """The program at work in one mode. One thread drives it; use it in a `with`."""
 
     def __init__(self, *arguments: str | int) -> None:
-        """Starts it: ("uring", depth, "direct", files...), ("willneed", window, files...), ("entries", bytes, n, threads)."""
+        """Starts it: ("uring", depth, "direct", files...), ("willneed", window, files...), ("entries", bytes,
+        n, threads)."""
         self._folder = tempfile.TemporaryDirectory(prefix="tierstore-bare-")
         command = [str(compiled()), *map(str, arguments)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -96,7 +100,8 @@ class BareLoop:
         return loop
 
     def load(self, items: np.ndarray) -> None:
-        """Gives it the list to work off: int64 [N, 3] of (file, byte offset, bytes), or [N, 2] of (order index, key)."""
+        """Gives it the list to work off: int64 [N, 3] of (file, byte offset, bytes),
+        or [N, 2] of (order index, key)."""
         self._send_list("load", items, items.shape[1])
 
     def run(self, group: int = 0) -> list[float]:

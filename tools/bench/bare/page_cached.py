@@ -1,9 +1,10 @@
 """CPU of a page that is in the page cache already, through uring: what is left of a read when the disk takes no part.
 
-Flows in: a folder for a small table. Flows out: microseconds of CPU for a page, of a lookup with everything that belongs to it
-and of the bare loop's reads. Pages go through the page cache where a file system has no O_DIRECT, which is simulated here:
-opening with O_DIRECT fails as it would there. (tmpfs is no substitute: it hands each io_uring read to a kernel thread, which
-alone costs 3 us a page.) Where the store reads past the page cache all the same, the case is skipped and named.
+Flows in: a folder for a small table. Flows out: microseconds of CPU for a page, of a lookup with everything that
+belongs to it and of the bare loop's reads. Pages go through the page cache where a file system has no O_DIRECT, which
+is simulated here: opening with O_DIRECT fails as it would there. (tmpfs is no substitute: it hands each io_uring read
+to a kernel thread, which alone costs 3 us a page.) Where the store reads past the page cache all the same,
+the case is skipped and named.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Lookups of random entries in gigabytes of device memory and of page-locked memory, beside copies of the same bytes.
 
-Flows in: a device, a clock, sizes. Flows out: figures, each with its bound where it has one; a wrong entry raises `CheckError`
-before anything is timed. A lookup and the copy that it is set beside run in turn, in the same rounds, over inputs that rotate. An
-entry's bytes count as they are read and as they are written; keys and index, which a lookup reads besides, do not count.
+Flows in: a device, a clock, sizes. Flows out: figures, each with its bound where it has one; a wrong entry raises
+`CheckError` before anything is timed. A lookup and the copy that it is set beside run in turn, in the same rounds, over
+inputs that rotate. An entry's bytes count as they are read and as they are written; keys and index, which a lookup
+reads besides, do not count.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ RAW_BOUND, VALUES_BOUND, HOST_BOUND = 0.7, 0.6, 0.8  # of a copy's rate, at leas
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the cases are. tokens: of a batch; entries, records: in device and in host memory; inputs: batches that rotate;
-    copy_bytes: of the large copy.
+    """How large the cases are. tokens: of a batch; entries, records: in device and in host memory; inputs: batches that
+    rotate; copy_bytes: of the large copy.
 
-    layers: lookups in a replayed graph of decoding; decode_tokens: tokens of one; misses: of a step, the numbers that are tried.
-    table_bytes, dram, hbm, placed: of the small store, and how many of its entries are placed.
+    layers: lookups in a replayed graph of decoding; decode_tokens: tokens of one; misses: of a step, the numbers that
+    are tried. table_bytes, dram, hbm, placed: of the small store, and how many of its entries are placed.
     """
 
     tokens: int = 8192

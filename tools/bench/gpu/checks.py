@@ -1,7 +1,8 @@
-"""Every kernel of kernels/gpu against its NumPy reference, on fresh random inputs, bit by bit; outputs are poisoned before.
+"""Every kernel of kernels/gpu against its NumPy reference, on fresh random inputs, bit by bit;
+outputs are poisoned before.
 
-Flows in: a device, a generator, how many tokens. Flows out: nothing, or a `CheckError` that says what was wrong, and where. One
-function a kernel, in CHECKS. Nothing is timed: these come before anything is.
+Flows in: a device, a generator, how many tokens. Flows out: nothing, or a `CheckError` that says what was wrong, and
+where. One function a kernel, in CHECKS. Nothing is timed: these come before anything is.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How work on a GPU is timed: launches in a replayed graph, or one after the other, between two events of the device.
 
-Flows in: launches, of which each does the same work on other inputs, so that no run finds its inputs in a cache. Flows out:
-callables that time one run, seconds a launch; `pairs.interleave` sets several side by side. Warmed up, compiled and captured
-before the first. Tests give another clock, by which the same cases run where there is no GPU.
+Flows in: launches, of which each does the same work on other inputs, so that no run finds its inputs in a cache. Flows
+out: callables that time one run, seconds a launch; `pairs.interleave` sets several side by side. Warmed up, compiled
+and captured before the first. Tests give another clock, by which the same cases run where there is no GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Clock(Protocol):
         """Of all launches in one replayed graph, divided by their number; `before` runs before each replay, untimed."""
 
     def in_turn(self, launches: Sequence[Launch]) -> Timed:
-        """Of all launches, given to the device one after the other, divided by their number: for launches of a millisecond."""
+        """Of all launches, given to the device one after the other, divided by their number:
+        for launches of a millisecond."""
 
     def on_host(self, work: Launch, before: Launch | None = None) -> Timed:
         """Of `work` on the host's own clock, until the device has done what it was given."""

@@ -1,9 +1,10 @@
 """`tierstore bench gpu`: the kernels and the hbm tier on a GPU, checked first, then set beside what the machine can do.
 
-Flows in: a machine with a GPU, and a folder for a store of half a gigabyte. Flows out: a check of every kernel against its
-reference on inputs that are new in every run, then ceilings (copies within the device and over the bus), lookups beside them,
-and whether each kept its bound. A failed check leaves no figures. Without a GPU the checks run small, in Triton's interpreter,
-and the figures stay open: the interpreter's times say nothing. Ends within LIMIT_S and its longest case, compiling included.
+Flows in: a machine with a GPU, and a folder for a store of half a gigabyte. Flows out: a check of every kernel against
+its reference on inputs that are new in every run, then ceilings (copies within the device and over the bus), lookups
+beside them, and whether each kept its bound. A failed check leaves no figures. Without a GPU the checks run small, in
+Triton's interpreter, and the figures stay open: the interpreter's times say nothing. Ends within LIMIT_S and its
+longest case, compiling included.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 @dataclass
 class GpuResult(Result):
-    """device: the GPU's name. checks: name, tokens, and what was wrong, if anything. measured: whether there are figures."""
+    """device: the GPU's name. checks: name, tokens, and what was wrong, if anything. measured:
+    whether there are figures."""
 
     device: str = INTERPRETED
     checks: list[dict[str, Any]] = field(default_factory=list)
@@ -180,9 +182,10 @@ def _driver() -> str | None:
 
 def _commit() -> str | None:
     """The commit of the checkout that this runs from, "-dirty" where it was changed since; None where it is none."""
+    here = Path(__file__).resolve().parent
     try:
         described = subprocess.run(
-            ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             capture_output=True, text=True, timeout=30, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):

@@ -1,7 +1,8 @@
-"""Lookups through a small real store with an hbm tier: decoding in a replayed graph, misses by mailbox, a prompt of known keys.
+"""Lookups through a small real store with an hbm tier: decoding in a replayed graph, misses by mailbox,
+a prompt of known keys.
 
-Flows in: a device, a clock, sizes, a folder. Flows out: figures, each with its bound where it has one. Values are compared with
-what was built before anything is timed, and after misses: a wrong one raises `CheckError`.
+Flows in: a device, a clock, sizes, a folder. Flows out: figures, each with its bound where it has one. Values are
+compared with what was built before anything is timed, and after misses: a wrong one raises `CheckError`.
 """
 
 from __future__ import annotations

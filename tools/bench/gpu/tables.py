@@ -1,7 +1,8 @@
 """What `tierstore bench gpu` looks up in: tables of random entries, in device memory and in page-locked host memory.
 
-Flows in: a device, a generator, how many entries. Flows out: an index over random keys and entries of random bytes, as the
-kernels take them, and batches of keys. Entries are made where they lie: gigabytes of them cost neither disk nor time.
+Flows in: a device, a generator, how many entries. Flows out: an index over random keys and entries of random bytes, as
+the kernels take them, and batches of keys. Entries are made where they lie:
+gigabytes of them cost neither disk nor time.
 
 Shapes: N tokens, O = 3 orders, an entry of E bytes.
 """
@@ -56,9 +57,11 @@ class Locked:
 
 
 class RandomTable(Locked):
-    """Entries at places 0 .. num_slots - 1 on the device, then num_records in page-locked memory, and an index over all of them.
+    """Entries at places 0 .. num_slots - 1 on the device, then num_records in page-locked memory,
+    and an index over all of them.
 
-    keys, places: by order, int64 each. The index's current area is of a random parity; the other has the same keys at place 0.
+    keys, places: by order, int64 each. The index's current area is of a random parity;
+    the other has the same keys at place 0.
     """
 
     def __init__(
@@ -133,7 +136,8 @@ class RandomTable(Locked):
 class StepMemory(Locked):
     """What one lookup's step keeps: its words on the device, and a block in page-locked memory, poisoned.
 
-    words: int64 [24] of the block, 0 at first; keys, pairs: where misses are listed, with room for twice as many as are allowed.
+    words: int64 [24] of the block, 0 at first; keys, pairs: where misses are listed,
+    with room for twice as many as are allowed.
     """
 
     def __init__(self, device: torch.device, pairs_max: int) -> None:
@@ -151,7 +155,8 @@ class StepMemory(Locked):
         self.misses = MissList(self.state.count, self.keys.ctypes.data, self.pairs.ctypes.data, pairs_max)
 
     def listed(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns pairs and keys of the misses, by pair. Raises `CheckError` where something was written behind them."""
+        """Returns pairs and keys of the misses, by pair. Raises `CheckError` where
+        something was written behind them."""
         wait_for(self.device)
         stored = min(int(self.state.count), self.pairs_max)
         behind = self.keys[stored:].view(np.uint8), self.pairs[stored:].view(np.uint8)
@@ -176,7 +181,8 @@ def fill_random(memory: np.ndarray, device: torch.device, generator: torch.Gener
 
 
 def aligned(tensor: torch.Tensor, device: torch.device, alignment: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies bytes, uint8 [n, width], to an address of the device that is a multiple; returns what keeps it, and them."""
+    """Copies bytes, uint8 [n, width], to an address of the device that is a multiple; returns what keeps it,
+    and them."""
     room = torch.empty(tensor.numel() + alignment, dtype=torch.uint8, device=device)
     start = -room.data_ptr() % alignment
     there = room[start : start + tensor.numel()].view(tensor.shape)
@@ -208,7 +214,8 @@ def check_same(what: str, found: Any, expected: Any) -> None:
     if len(wrong):
         at = tuple(wrong[0].tolist())
         raise CheckError(
-            f"{what}: {len(wrong)} of {found.size} are wrong, the first at {list(at)}: {found[at]}, right is {expected[at]}"
+            f"{what}: {len(wrong)} of {found.size} are wrong, the first at {list(at)}: {found[at]}, "
+            f"right is {expected[at]}"
         )
 
 

@@ -22,15 +22,16 @@ from ..pairs import Options, Result
 SIZE_BYTES = 2 << 30  # of both tables: 3.9 GiB as bfloat16, which a machine of 16 GiB holds beside the rest
 DRAM_PART = 10  # the store's budget is this part of the tables
 ENGRAM_LAYERS = (1, 4)  # of 12 blocks; V4.1 has them at 1 and 14 of 43
-# Blocks, hidden size, attention heads: GPT-2's two smallest, and one whose blocks have a quarter of the small one's weights:
-# a lookup costs each the same, and finds less and less to hide behind.
+# Blocks, hidden size, attention heads: GPT-2's two smallest, and one whose blocks have a quarter of the small one's
+# weights: a lookup costs each the same, and finds less and less to hide behind.
 SHAPES = {"medium model": (24, 1024, 16), "small model": (12, 768, 12), "tiny model": (6, 512, 8)}
 PREFILLED = "small model"
 WARM_TOKENS = 1 << 14  # looked up before anything is timed: they fill the recency cache
 
 
 def run(folder: Path, options: Options) -> Result:
-    """Measures decode and prefill. Needs the tables' size on disk (2 GiB) and four times as much memory. Blocks, minutes."""
+    """Measures decode and prefill. Needs the tables' size on disk (2 GiB) and four times as much memory.
+    Blocks, minutes."""
     try:
         import torch
     except ImportError as error:

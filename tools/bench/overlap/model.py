@@ -28,7 +28,8 @@ WEIGHT_SCALE = 0.02  # GPT-2's
 
 @dataclass(frozen=True)
 class Piece:
-    """What one forward takes: token ids [B, T], the tokens before [B, P], their place in the cache, places that count."""
+    """What one forward takes: token ids [B, T], the tokens before [B, P], their place in the cache,
+    places that count."""
 
     token_ids: torch.Tensor
     history: torch.Tensor | None
@@ -90,10 +91,12 @@ class Shape:
 
 
 class Cache:
-    """Keys and values of every block, [B, heads, places, D / heads], of which a call writes as many places as it has tokens."""
+    """Keys and values of every block, [B, heads, places, D / heads],
+    of which a call writes as many places as it has tokens."""
 
     def __init__(self, shape: Shape, sequences: int, places: int, like: torch.Tensor) -> None:
-        """Makes it on the device and in the dtype of `like`. Places that no call has written count as tokens of zeros."""
+        """Makes it on the device and in the dtype of `like`.
+        Places that no call has written count as tokens of zeros."""
         size = (shape.blocks, sequences, shape.heads, places, shape.hidden // shape.heads)
         self.keys, self.values = like.new_zeros(size), like.new_zeros(size)
 
@@ -119,7 +122,8 @@ class Block(torch.nn.Module):
     def forward(
         self, stream: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, seen: int
     ) -> torch.Tensor:
-        """Returns the stream [B, T, D] after this block; writes places `start` on of the cache, looks at the first `seen`."""
+        """Returns the stream [B, T, D] after this block; writes places `start` on of the cache,
+        looks at the first `seen`."""
         tokens = stream.shape[1]
         parts = self.qkv(self.attention_norm(stream)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, keys[:, :, start : start + tokens], values[:, :, start : start + tokens] = parts
@@ -154,7 +158,8 @@ class Model(torch.nn.Module):
                     weight.normal_(std=WEIGHT_SCALE)
 
     def run(self, embeddings: Sequence[torch.nn.Module], pieces: Sequence[Piece], cache: Cache) -> torch.Tensor:
-        """Returns the last token's logits, [B, V], of pieces that follow each other; lookups run ahead by one (`Queue`)."""
+        """Returns the last token's logits, [B, V], of pieces that follow each other;
+        lookups run ahead by one (`Queue`)."""
         queue = Queue(embeddings, pieces)
         for engram, embedding in zip(self.engrams.values(), embeddings, strict=True):
             engram.embedding = Queued(embedding, queue)
@@ -170,10 +175,11 @@ class Model(torch.nn.Module):
 
 
 class Queue:
-    """The lookups of some pieces in the order in which a model wants them, each started when the one before it was taken.
+    """The lookups of some pieces in the order in which a model wants them,
+    each started when the one before it was taken.
 
-    So the disk works for the layer that comes next, and for that alone. As one request of both layers the first one's rows
-    came after twice the time, and two requests at once wait for places in the disk's queue, on the model's thread.
+    So the disk works for the layer that comes next, and for that alone. As one request of both layers the first one's
+    rows came after twice the time, and two requests at once wait for places in the disk's queue, on the model's thread.
     """
 
     def __init__(self, embeddings: Sequence[torch.nn.Module], pieces: Sequence[Piece]) -> None:
@@ -203,8 +209,8 @@ class Queued(torch.nn.Module):
 
 
 def look_up(embeddings: Sequence[torch.nn.Module], pieces: Sequence[Piece]) -> torch.Tensor:
-    """Does the lookups of `Model.run` and nothing else, in the fastest way: both layers' as one request, the next piece's
-    meanwhile. Returns the last token's last row of each sequence, [B, dim]."""
+    """Does the lookups of `Model.run` and nothing else, in the fastest way: both layers' as one request, the next
+    piece's meanwhile. Returns the last token's last row of each sequence, [B, dim]."""
     tiered = [embedding for embedding in embeddings if isinstance(embedding, TieredEmbedding)]
     prefetch_layers(tiered, pieces[0].token_ids, pieces[0].history)
     for number, piece in enumerate(pieces):

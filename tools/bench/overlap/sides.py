@@ -32,13 +32,15 @@ CASES_MAX = 8  # each begins elsewhere in the text
 PROMPT_TOKENS, CHUNK_TOKENS = 2048, 512  # prefill goes in chunks, as in serving engines
 HISTORY = 3  # tokens before, one less than the largest order
 LEAST_RATIO = 0.97
-# A budget that keeps whole tables: staging takes 16 MiB at most, and what a GPU asks of the host a sixteenth, 256 MiB at most.
+# A budget that keeps whole tables: staging takes 16 MiB at most, and what a GPU asks of the host a sixteenth,
+# 256 MiB at most.
 WHOLE_FACTOR, WHOLE_SPARE_BYTES = 1.15, 64 << 20
 RESIDENT, HELD, ALONE = "tables on the device, bf16", "a store, all of it in DRAM", "lookup alone"
 
 
 def hbm_for(device: str, dram_bytes: int) -> int | None:
-    """Returns the bytes of the device's memory that tiered sides take: as much as the store has of DRAM; None on the CPU."""
+    """Returns the bytes of the device's memory that tiered sides take: as much as the store has of DRAM;
+    None on the CPU."""
     return None if device == "cpu" else dram_bytes
 
 
@@ -92,8 +94,8 @@ class Sides:
         self._compare(f"{name}, prefill of {tokens:,} tokens", model, cache, feeds, 1, tokens)
 
     def _fresh(self, text: np.ndarray, sequences: int) -> np.ndarray:
-        """Returns the text turned, so that `sequences` of it begin where those of no case before did: what those looked up
-        lies in the store's cache. Long prompts still come by some tokens that steps of decode had."""
+        """Returns the text turned, so that `sequences` of it begin where those of no case before did: what those looked
+        up lies in the store's cache. Long prompts still come by some tokens that steps of decode had."""
         self._cases += 1
         return np.roll(text, -(self._cases % CASES_MAX) * (len(text) // sequences // CASES_MAX))
 
@@ -134,7 +136,8 @@ class Sides:
         add("part of the lookup that is hidden", "%", hidden)
 
     def _check(self, case: str, model: Model, cache: Cache, pieces: list[Piece]) -> None:
-        """Raises `ConfigError` where a side's logits are not the others' bit for bit: a fast wrong answer is no figure."""
+        """Raises `ConfigError` where a side's logits are not the others' bit for bit:
+        a fast wrong answer is no figure."""
         logits = {}
         for name, embeddings in self.sides.items():
             cache.clear()
@@ -142,13 +145,14 @@ class Sides:
         for name, given in logits.items():
             if not torch.equal(given, logits[RESIDENT]) or not given.isfinite().all():
                 raise ConfigError(
-                    f"{case}: {name} gives {int((given != logits[RESIDENT]).sum())} of {given.numel()} logits other than "
-                    f"{RESIDENT}; run tierstore verify {self.tables.path}"
+                    f"{case}: {name} gives {int((given != logits[RESIDENT]).sum())} of {given.numel()} logits other "
+                    f"than {RESIDENT}; run tierstore verify {self.tables.path}"
                 )
 
 
 def seconds_of(work: Callable[[list[Piece]], torch.Tensor], pieces: list[Piece]) -> float:
-    """Returns the seconds of work on pieces, until the largest value's place in each row of its outcome is known to the host."""
+    """Returns the seconds of work on pieces, until the largest value's place in each row
+    of its outcome is known to the host."""
     started = time.perf_counter()
     work(pieces).argmax(dim=-1).cpu()
     return time.perf_counter() - started

@@ -46,7 +46,8 @@ FP8_NAN = 0x7F
 
 @dataclass(frozen=True)
 class Tables:
-    """A store of one table a layer, the hash that it was built with, and the block that its rows repeat, uint8 [N, R]."""
+    """A store of one table a layer, the hash that it was built with, and the block that its rows repeat,
+    uint8 [N, R]."""
 
     path: Path
     spec: HashSpec
@@ -64,7 +65,8 @@ class Tables:
         return sum(self.spec.num_rows(layer) for layer in self.spec.layers) * stores.ROW_BYTES
 
     def resident(self, device: str) -> list[HashedEmbedding]:
-        """Returns each layer's whole table as a model holds it, decoded to bfloat16, on `device`. Twice the tables' bytes."""
+        """Returns each layer's whole table as a model holds it, decoded to bfloat16, on `device`.
+        Twice the tables' bytes."""
         decoded = decode_rows(torch.from_numpy(np.array(self.block)), stores.CODEC, stores.DIM).to(device)
         embeddings = []
         for layer in self.spec.layers:
@@ -76,7 +78,8 @@ class Tables:
 
 
 def make_tables(folder: Path, table_bytes: int, layers: tuple[int, ...], token_map: np.ndarray) -> Tables:
-    """Makes, or finds, the store of tables of about `table_bytes` together under `folder`. Blocks: some 300 MiB a second."""
+    """Makes, or finds, the store of tables of about `table_bytes` together under `folder`. Blocks:
+    some 300 MiB a second."""
     heads = stores.v41_hash(stores.rows_per_head(table_bytes // len(layers)), token_map, layers)
     specs = [_table_spec(heads, layer) for layer in layers]
     digest = hashlib.sha256(json.dumps([spec.fingerprint for spec in specs]).encode()).hexdigest()

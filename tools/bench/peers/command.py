@@ -1,9 +1,9 @@
 """`tierstore bench peers`: other ways to get the same rows, for the same tokens, in the same run.
 
-Flows in: a working set that tierstore's caches hold whole. Flows out: the cost of a row by NumPy, torch, np.memmap on the
-shards (all their pages mapped: the best that a map can do), LMDB, RocksDB, Redis and Mooncake. Every side is asked
-with arrays and fills an array; its rows are checked before it is timed. Each peer runs in turn with tierstore alone, and is
-gone before the next one starts, so that no server's threads disturb another's figures.
+Flows in: a working set that tierstore's caches hold whole. Flows out: the cost of a row by NumPy, torch, np.memmap on
+the shards (all their pages mapped: the best that a map can do), LMDB, RocksDB, Redis and Mooncake. Every side is asked
+with arrays and fills an array; its rows are checked before it is timed. Each peer runs in turn with tierstore alone,
+and is gone before the next one starts, so that no server's threads disturb another's figures.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ TARGETS["Mooncake EngramStore, loopback"] = 200.0
 
 
 def run(folder: Path, options: Options) -> Result:
-    """Measures every peer that is installed. Needs the table's size (1 GiB by default) on disk, and a third of it beside."""
+    """Measures every peer that is installed. Needs the table's size (1 GiB by default) on disk,
+    and a third of it beside."""
     size_bytes = options.size_bytes or SIZE_BYTES
     made = stores.make_store(folder, size_bytes // stores.ROW_BYTES)
     page_cache.bring_in(made.files)

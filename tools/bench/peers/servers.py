@@ -1,6 +1,7 @@
 """Peers that are servers: started here on the loopback or a Unix socket of their own, ended by their own process id.
 
-Flows in and out: as in `peer_stores`. Every wait for a server has an end; one that does not start is a `MissingPeerError`.
+Flows in and out: as in `peer_stores`. Every wait for a server has an end;
+one that does not start is a `MissingPeerError`.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class Redis(KeyValuePeer):
 
 
 class Mooncake(Peer):
-    """Mooncake's EngramStore over loopback TCP, with a master of our own: a table of float32 a head, row ids in, rows out.
+    """Mooncake's EngramStore over loopback TCP, with a master of our own: a table of float32 a head, row ids in,
+    rows out.
 
     A row of 264 bytes goes in as 66 floats; only bytes are moved.
     """
@@ -82,7 +84,8 @@ class Mooncake(Peer):
         master, rpc, http, metrics = Path(package.__file__).parent / "mooncake_master", *_free_ports(3)
         command = [
             str(master), f"--rpc_port={rpc}", "--rpc_address=127.0.0.1", f"--metrics_port={metrics}",
-            "--enable_http_metadata_server=true", "--http_metadata_server_host=127.0.0.1", f"--http_metadata_server_port={http}",
+            "--enable_http_metadata_server=true", "--http_metadata_server_host=127.0.0.1",
+            f"--http_metadata_server_port={http}",
         ]  # fmt: skip
         quiet = subprocess.DEVNULL
         self._master = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, cwd=folder)

@@ -1,8 +1,9 @@
-"""Changes of a daemon while its clients look up: replans, swaps, its death and return, and how well replans follow the traffic.
+"""Changes of a daemon while its clients look up: replans, swaps, its death and return,
+and how well replans follow the traffic.
 
-Flows in: the setting of `serve`. Flows out: figures: how long each change takes, what the slowest lookup of a client took
-meanwhile beside its usual p99, and hit rates before and after the traffic shifts to other keys, beside those of a plan made for
-the new traffic.
+Flows in: the setting of `serve`. Flows out: figures: how long each change takes, what the slowest lookup of a client
+took meanwhile beside its usual p99, and hit rates before and after the traffic shifts to other keys, beside those of a
+plan made for the new traffic.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ REPLANS = "after one replan", "after two replans"
 def measure_readiness(setting: Setting, result: Result) -> None:
     """Starts daemons with a cold page cache: how long until they serve, and at what rate their tiers come to be.
 
-    Memory that a virtual machine has not touched before comes several times more slowly than what it has: see the extremes.
+    Memory that a virtual machine has not touched before comes several times more slowly than what it has:
+    see the extremes.
     """
     ready_s, rates = [], []
     for _ in range(min(STARTS_MAX, setting.options.pairs)):
@@ -140,7 +142,8 @@ def _measure_return(served: Served, clients: Clients, result: Result) -> None:
 
 
 def measure_shift(setting: Setting, result: Result) -> None:
-    """Shifts the traffic to other keys, and replans: hit rates, beside those of a placement made for the new traffic."""
+    """Shifts the traffic to other keys, and replans: hit rates,
+    beside those of a placement made for the new traffic."""
     made, spec = setting.made, setting.made.spec
     dram_bytes = max(spec.table_bytes // SHIFT_DRAM_PART, SHIFT_DRAM_BYTES_MIN)
     set_bytes = min(SHIFT_ENTRIES_FACTOR * dram_bytes, spec.table_bytes // SHIFT_TABLE_PART)

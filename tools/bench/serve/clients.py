@@ -1,8 +1,9 @@
 """Client processes: each has the store its own way, attached to a daemon or opened by itself, and looks up in it.
 
-Flows in: how to have the store, keys, stretches of the monotonic clock that all processes share. Flows out: from each, the
-lookups that ended in a stretch, and how long they took. Before anything is timed, each process compares the rows of all keys
-with what was built. Refuses a process that was not ready when a stretch began: it would have measured another one.
+Flows in: how to have the store, keys, stretches of the monotonic clock that all processes share. Flows out: from each,
+the lookups that ended in a stretch, and how long they took. Before anything is timed, each process compares the rows of
+all keys with what was built. Refuses a process that was not ready when a stretch began:
+it would have measured another one.
 
 The other half of this module is what these processes run: lines of JSON come in and go out.
 """
@@ -42,7 +43,8 @@ class Clients:
     """Processes that look up the same keys. Use it in a `with`."""
 
     def __init__(self, store: Path, keys_file: Path, count: int, **access: Any) -> None:
-        """Starts `count` processes and blocks until each has checked every row. access: "socket", or "dram" in bytes."""
+        """Starts `count` processes and blocks until each has checked every row. access: "socket",
+        or "dram" in bytes."""
         how = json.dumps({"store": str(store), "keys": str(keys_file), **access})
         command = [sys.executable, "-m", __name__, how]
         self._processes = [
@@ -66,7 +68,8 @@ class Clients:
         answers = [self._answer(process, seconds + ANSWER_WAIT_S) for process in self._processes]
         if any(answer["late"] for answer in answers):
             raise DaemonError(
-                f"a client process was not ready when a stretch of {seconds} s began; the machine is too busy to measure on"
+                f"a client process was not ready when a stretch of {seconds} s began; "
+                "the machine is too busy to measure on"
             )
         return answers
 
@@ -154,7 +157,8 @@ def _timed(
 ) -> dict[str, Any]:
     """Looks batches up from `start` to `end` of the monotonic clock, None: until a line comes in, which is read.
 
-    Returns {"lookups": that ended in time, "late": whether it began too late, "p50_s", "p99_s", "max_s": of their seconds}.
+    Returns {"lookups": that ended in time, "late": whether it began too late, "p50_s", "p99_s", "max_s":
+    of their seconds}.
     """
     drawn = keys[generator.integers(0, len(keys), (ONE_TOKEN_KEYS if tokens == 1 else BATCHES, tokens))]
     parts, out = itertools.cycle(list(drawn)), stores.rows_buffer(tokens)

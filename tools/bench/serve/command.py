@@ -1,9 +1,9 @@
 """`tierstore bench serve`: lookups through a daemon's shared memory, beside the same lookups in a store of one's own.
 
-Flows in: a table, of which a working set fits the budget: half of it static by a placement, half in the recency cache. Flows
-out: rates of attached lookups beside those in process, of one process and of many; how even many clients fare; what memory all
-take together; lookups by gRPC; and what `serve_changes` measures, of changes while clients look up. The daemon is a process of
-its own, and so is each of many clients.
+Flows in: a table, of which a working set fits the budget: half of it static by a placement, half in the recency cache.
+Flows out: rates of attached lookups beside those in process, of one process and of many; how even many clients fare;
+what memory all take together; lookups by gRPC; and what `serve_changes` measures, of changes while clients look up. The
+daemon is a process of its own, and so is each of many clients.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ ATTACHED, OWN = "attached", "in process"
 
 
 def run(folder: Path, options: Options) -> Result:
-    """Measures a daemon and its clients. Needs twice the table's size on disk (2 GiB by default); both stay for the next run."""
+    """Measures a daemon and its clients. Needs twice the table's size on disk (2 GiB by default);
+    both stay for the next run."""
     size_bytes = options.size_bytes or SIZE_BYTES
     made = stores.make_store(folder, size_bytes // stores.ROW_BYTES)
     second_folder = folder / stores.FOLDER / SECOND_FOLDER
@@ -137,7 +138,8 @@ def _compare(
 
 
 def _settled(setting: Setting, tables: Mapping[str, tierstore.Table]) -> np.ndarray:
-    """Looks all keys up, checking their rows, until no table reads from disk any more; returns the keys that all hold."""
+    """Looks all keys up, checking their rows, until no table reads from disk any more;
+    returns the keys that all hold."""
     in_memory = [tierstore.kernels.SOURCES.index(source) for source in ("static", "recency")]
     for _ in range(SETTLE_ROUNDS_MAX):
         for start in range(0, len(setting.keys), 512):
@@ -160,7 +162,8 @@ def _misses(*all_stores: tierstore.Store) -> int:
 
 
 def _measure_together(setting: Setting, served: Served, held: np.ndarray, result: Result) -> None:
-    """Attached processes together, beside as many stores in process as there are cores; and what memory the former take."""
+    """Attached processes together, beside as many stores in process as there are cores;
+    and what memory the former take."""
     file, tokens = setting.save(held), setting.options.tokens or TOKENS
     misses = 0
     with (

@@ -1,8 +1,8 @@
 """A daemon to measure: `tierstore serve` as a process of its own, started, asked, killed and started again.
 
-Flows in: a store, a socket's path, a budget, more options of the command. Flows out: when it was ready, its answers, and what
-memory it and its clients take, as the kernel counts that. Its log goes to a file beside the socket. Refuses a daemon that does
-not begin to serve in time, or ends by itself: the error shows its last words.
+Flows in: a store, a socket's path, a budget, more options of the command. Flows out: when it was ready, its answers,
+and what memory it and its clients take, as the kernel counts that. Its log goes to a file beside the socket. Refuses a
+daemon that does not begin to serve in time, or ends by itself: the error shows its last words.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Served:
         self.start()
 
     def start(self) -> None:
-        """Starts it, also again after `kill`. `ready_s`, since the start of the process, `warmed_s` of those for the tiers."""
+        """Starts it, also again after `kill`. `ready_s`, since the start of the process,
+        `warmed_s` of those for the tiers."""
         started = time.perf_counter()
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stderr=log)
@@ -87,7 +88,8 @@ class Served:
 
 
 def proportional_bytes(pids: Iterable[int]) -> dict[str, int]:
-    """Returns what processes take together, a page that many map counted once: "Pss", and of it "Pss_Shmem", shared memory.
+    """Returns what processes take together, a page that many map counted once: "Pss", and of it "Pss_Shmem",
+    shared memory.
 
     Source: smaps_rollup of proc(5).
     """

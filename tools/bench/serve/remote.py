@@ -1,8 +1,9 @@
 """Lookups by gRPC over the loopback: latency of one token, and bytes of rows a second of streamed batches.
 
-Flows in: the URL of a running server, or nothing: then a store of V4.1's rows is made under a folder and served by a process of
-its own, all of it in DRAM, so that what is measured is the way and not the disk. Flows out: medians; where the server is ours,
-also those of bare gRPC, which sends equally many bytes in turn with it, and rows are checked before anything is timed.
+Flows in: the URL of a running server, or nothing: then a store of V4.1's rows is made under a folder and served by a
+process of its own, all of it in DRAM, so that what is measured is the way and not the disk. Flows out: medians; where
+the server is ours, also those of bare gRPC, which sends equally many bytes in turn with it,
+and rows are checked before anything is timed.
 
     python -m tierstore.tools.bench.serve.remote --folder /mnt/nvme
 """
@@ -65,10 +66,11 @@ bare.stop(None)
 def measure(
     url: str, *, tokens: int = TOKENS, keys: np.ndarray | None = None, bare: str | None = None, **access: Any
 ) -> dict[str, float]:
-    """Returns one token's p50 in us, and MB (10^6 bytes) of rows a second of batches, of the first table: medians. Blocks.
+    """Returns one token's p50 in us, and MB (10^6 bytes) of rows a second of batches, of the first table:
+    medians. Blocks.
 
-    keys: int64 [N, O], to draw from; None: from all there are. bare: the address of a server of bare gRPC, whose figures are
-    then returned too. access: as `connect_remote` takes it.
+    keys: int64 [N, O], to draw from; None: from all there are. bare: the address of a server of bare gRPC, whose
+    figures are then returned too. access: as `connect_remote` takes it.
     """
     with connect_remote(url, **access) as store, contextlib.ExitStack() as stack:
         table = next(iter(store.tables.values()))
@@ -97,7 +99,8 @@ def _seconds(look_up: Side, tokens: int, times: int) -> list[float]:
 
 
 def _side(table: Table, tokens_max: int, drawn_from: np.ndarray | None) -> Side:
-    """Lookups of keys that are drawn once, from all there are where none are given, and lie in another order each time."""
+    """Lookups of keys that are drawn once, from all there are where none are given,
+    and lie in another order each time."""
     spec, generator = table.spec, np.random.default_rng(0)
     key_end = spec.num_rows if spec.is_plain else 2**63 - 1
     if drawn_from is None:
