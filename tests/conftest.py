@@ -1,5 +1,7 @@
-"""Fixtures shared by all tests. What lies in the folder `shared/data` beside the
-repository is used only where it is."""
+"""Fixtures shared by all tests. The optional folder `shared/data` lies beside the repository.
+
+Loads no torch, and what is heavy only in the fixture that needs it: a run of a file that needs neither starts at once.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,18 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
+from support.device import INTERPRET, has_gpu
 from support.repository import REPOSITORY
-from support.stores import Model, make_model, place_some
-from support.text_store import TextStore, make_text_store
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything loads triton, as transformers does
+if TYPE_CHECKING:
+    from support.stores import Model
+    from support.text_store import TextStore
+
+if not has_gpu():
+    os.environ[INTERPRET] = "1"  # before anything loads triton, as transformers does
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +33,8 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    from support.stores import make_model
+
     return make_model(tmp_path_factory.mktemp("checkpoint"))
 
 
@@ -42,6 +49,8 @@ def built(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def placed(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished store of `model` with a placement of some of the keys that tests draw. Tests must not change it."""
+    from support.stores import place_some
+
     store = tmp_path_factory.mktemp("placed") / "store"
     model.build(store, shard_bytes=65536)
     place_some(store)
@@ -58,6 +67,8 @@ def own_store(model: Model, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> TextStore:
     """A store with a trace and a profile of real text. Tests must not change it; see `own`."""
+    from support.text_store import make_text_store
+
     return make_text_store(tmp_path_factory.mktemp("text"))
 
 
