@@ -23,10 +23,10 @@ from ..ipc.mapped import same_tables
 from ..ipc.protocol import Channel, close_fds
 from ..stats import counters_since
 from ..store.backing import Backing
-from ..store.embedded import DEFAULT_DEVICE, open_placement
+from ..store.embedded import open_placement
+from ..store.options import check_options
 from ..store.store import Store
 from ..tiers.engine import READ_WAIT_S, Engine
-from ..tiers.nvme import IO_MODES
 from ..units import parse_bytes
 from .engine import AttachedEngine
 from .link import Link, warn_of_other_version
@@ -67,19 +67,13 @@ def attach(
     """
     if not kernels.native:
         raise ConfigError("attaching needs the compiled kernels: install gcc or clang, then tierstore again")
-    if io not in IO_MODES:
-        raise ConfigError(f"io: {io!r} is not one of {', '.join(IO_MODES)}")
-    if hbm is None and device is not None:
-        raise ConfigError(
-            f"device={device!r} is for the hbm tier: pass hbm, the bytes of its memory to use, or leave device out"
-        )
-    hbm_bytes = None if hbm is None else parse_bytes(hbm, "hbm")
+    options = check_options(io, hbm, device)
     backing = AttachedBacking(
-        os.fspath(socket), io, parse_bytes(staging, "staging"), timeout_s, on_gpu=hbm_bytes is not None
+        os.fspath(socket), io, parse_bytes(staging, "staging"), timeout_s, on_gpu=options is not None
     )
-    if hbm_bytes is not None:
+    if options is not None:
         try:
-            backing.add_hbm(hbm_bytes, device or DEFAULT_DEVICE)
+            backing.add_hbm(options.num_bytes, options.device)
         except BaseException:
             backing.engine.close(END_WAIT_S)
             backing.close()

@@ -21,17 +21,17 @@ from ..stats import expected_of
 from ..tiers.engine import Engine
 from ..tiers.memory import available_memory
 from ..tiers.native import open_native
-from ..tiers.nvme import IO_MODES, IoChoice, choose_io, open_tables
+from ..tiers.nvme import IoChoice, choose_io, open_tables
 from ..tiers.placed import OnProgress, PlacementFile
 from ..tiers.portable import PortableEngine
 from ..units import format_bytes, parse_bytes
 from .backing import Backing
+from .options import DEFAULT_DEVICE, check_options
 from .store import Store
 
 logger = logging.getLogger("tierstore")
 
 PLACEMENT_ATTEMPTS_MAX = 5
-DEFAULT_DEVICE = "cuda:0"
 
 
 def open_store(
@@ -60,20 +60,16 @@ def open_store(
     option; no such device, no kernels for it). A damaged page does not keep a store from opening:
     lookups of its rows raise.
     """
-    if io not in IO_MODES:
-        raise ConfigError(f"io: {io!r} is not one of {', '.join(IO_MODES)}")
-    if hbm is None and device is not None:
-        raise ConfigError(
-            f"device={device!r} is for the hbm tier: pass hbm, the bytes of its memory to use, or leave device out"
-        )
+    hbm_options = check_options(io, hbm, device)
     budget_bytes = parse_bytes(dram, "dram")
-    hbm_bytes = None if hbm is None else parse_bytes(hbm, "hbm")
+    hbm_bytes = hbm_options.num_bytes if hbm_options else None
     choice = choose_io(io)
     image, placed = open_placement(path, placement, direct=choice.mode == "uring")
     try:
         plan, hbm_plan = divide_budgets(image.tables, budget_bytes, hbm_bytes, placed.placement if placed else None)
         check_available(plan.dram_bytes + (beside_hbm(plan, hbm_plan) if hbm_plan else 0))
-        return Store(Embedded(image, plan, choice, placed, on_progress, hbm_plan, device or DEFAULT_DEVICE))
+        on_device = hbm_options.device if hbm_options else DEFAULT_DEVICE
+        return Store(Embedded(image, plan, choice, placed, on_progress, hbm_plan, on_device))
     except BaseException:
         if placed:
             placed.close()
