@@ -531,7 +531,7 @@ def test_a_system_short_of_descriptors_is_logged_and_tried_again(
     "address", ["", "9464", "localhost", ":9464", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:70000", "::1:9464"]
 )
 def test_what_is_no_address_is_refused_with_one_that_is(address: str) -> None:
-    with pytest.raises(ConfigError, match=r"metrics address .* no HOST:PORT .* such as 127\.0\.0\.1:9464"):
+    with pytest.raises(ConfigError, match=r"metrics address .*: not an address; .* such as 127\.0\.0\.1:9464"):
         MetricsServer(address, stat_record)
 
 

@@ -24,9 +24,7 @@ from typing import NamedTuple
 
 from ..ipc.events import event
 from ..ipc.peer_log import PeerLog
-from ..ipc.ports import listen, network_of, parse_address
-
-__all__ = ["Answer", "Asked", "WebServer", "parse_address", "text_answer"]
+from ..ipc.ports import listen, network_of
 
 logger = logging.getLogger("tierstore")
 

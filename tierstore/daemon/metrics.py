@@ -7,7 +7,6 @@ with 503 and logged; it never ends the daemon. Sizes are bytes, times seconds, h
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -296,8 +295,7 @@ class MetricsServer:
         self._registry.register(StatCollector(stat))
         self._server = WebServer(address, self._answer, "metrics address")
         self.address = self._server.address
-        host, _ = parse_address(self.address, "metrics address")
-        if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        if not parse_address(self.address, "metrics address").is_loopback:
             event(
                 logger,
                 logging.WARNING,

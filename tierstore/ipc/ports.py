@@ -10,33 +10,67 @@ import contextlib
 import ipaddress
 import socket
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ..causes import Fault, named
 from ..errors import ConfigError
 
+PORT_MAX = 65535
+FOREIGN_CHARS = frozenset("/@?#[] ")  # of URLs: a host name has none of them
 IPV6_NETWORK_BITS = 64  # of an address: what one customer of a provider has
 
 
-def parse_address(address: str, what: str) -> tuple[str, int]:
-    """Returns (host, port) of "HOST:PORT"; IPv6 in brackets. `what` names the option. Raises `ConfigError`."""
-    host, colon, port = address.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        colon = ""
-    if not (host and colon and port.isascii() and port.isdecimal() and int(port) <= 65535):
+@dataclass(frozen=True)
+class Address:
+    """A host and a port; `tls` of a client's URL."""
+
+    host: str
+    port: int
+    tls: bool = False
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether no byte leaves this machine."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.partition("%")[0]).is_loopback
+        except ValueError:
+            return False
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_address(text: str, what: str) -> Address:
+    """Parses "HOST:PORT" or "[IPV6]:PORT".
+
+    Args:
+        text: the address. Port 0 asks the system for a free one.
+        what: names the option in the error.
+
+    Raises:
+        ConfigError: it is not an address.
+    """
+    host, colon, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    sound = colon and host and bracketed == (":" in host) and not set(host) & FOREIGN_CHARS
+    if not sound or not port.isascii() or not port.isdecimal() or int(port) > PORT_MAX:
         raise ConfigError(
-            f"{what} {address!r}: that is no HOST:PORT with a port of 0 to 65535; "
-            "write one such as 127.0.0.1:9464 or [::1]:9464"
+            f"{what} {text!r}: not an address; write HOST:PORT with a port of 0 to {PORT_MAX}, such as 127.0.0.1:9464 "
+            f"or [::1]:9464"
         )
-    return host, int(port)
+    return Address(host, int(port))
 
 
 def listen(address: str, what: str, backlog: int) -> socket.socket:
     """Returns a socket that listens at "HOST:PORT". `what` names the option. Raises `ConfigError`."""
-    host, port = parse_address(address, what)
+    parsed = parse_address(address, what)
     try:
-        family, _, _, _, bound = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, _, _, _, bound = socket.getaddrinfo(
+            parsed.host, parsed.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

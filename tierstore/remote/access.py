@@ -6,19 +6,18 @@ that are short or that others may read, and anything beyond this machine without
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import ssl
 import stat
 import sys
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from ..causes import named
 from ..errors import ConfigError
 from ..extras import missing
 from ..ipc.identity import known_ids
+from ..ipc.ports import Address, parse_address
 
 TOKEN_CHARS_MIN = 16
 TOKEN_BYTES_MAX = 4096
@@ -50,46 +49,13 @@ def survives_forks() -> bool:
     return bool(cygrpc.is_fork_support_enabled())
 
 
-@dataclass(frozen=True)
-class Address:
-    """A host and a port; `tls` of a client's URL."""
-
-    host: str
-    port: int
-    tls: bool = False
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether no byte leaves this machine."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def parse_address(text: str, what: str) -> Address:
-    """Returns the address that "HOST:PORT" or "[IPV6]:PORT" says; `what` names the option in the `ConfigError`."""
-    host, colon, port = text.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    host = host[1:-1] if bracketed else host
-    sound = colon and host and bracketed == (":" in host) and not set(host) & set("/@?#[] ")
-    if not sound or not port.isascii() or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"{what}: {text!r} is no address; write HOST:PORT, such as 127.0.0.1:7443 or [::1]:7443")
-    return Address(host, int(port))
-
-
 def parse_url(url: str) -> Address:
     """Returns the address of "grpc://host:port" or "grpcs://host:port" (TLS);
     raises `ConfigError` for anything else."""
     scheme, mark, rest = url.partition("://")
     if not mark or scheme not in ("grpc", "grpcs"):
         raise ConfigError(f"{url!r}: expected grpc://HOST:PORT, or grpcs://HOST:PORT for TLS")
-    address = parse_address(rest, url)
+    address = parse_address(rest, f"{url}:")
     if address.port == 0:
         raise ConfigError(f"{url!r}: port 0 is no server's; give the port that tierstore serve printed")
     return Address(address.host, address.port, tls=scheme == "grpcs")
@@ -117,7 +83,7 @@ def check_options(
 ) -> Address:
     """Returns the address to listen on; raises `ConfigError` where grpcio is missing or these do not go together."""
     load_grpc()
-    wanted = parse_address(address, "address")
+    wanted = parse_address(address, "--listen")
     if (tls_cert is None) != (tls_key is None):
         raise ConfigError(f"{address}: TLS needs both --tls-cert and --tls-key; give both or none")
     check_server_access(wanted, has_token=token_file is not None, has_tls=tls_cert is not None)
