@@ -27,7 +27,7 @@ __all__ = [
     "INDEX_HEAD",
     "MAILBOX_STARTS",
     "MAILBOX_STATUSES",
-    "NUM_RECORDS",
+    "NUM_RING_REPORTS",
     "ORDER_MAX",
     "PAGE_BAD_CHECKSUM",
     "PAGE_GOOD",
@@ -39,27 +39,26 @@ __all__ = [
     "TRAILER",
     "Engine",
     "EntryCache",
-    "EpochHold",
+    "EpochPin",
     "KeyCounts",
     "MailboxServer",
     "ReportReader",
     "ReportWriter",
     "active_lookups",
+    "active_pins",
     "check_pages",
     "collapse",
     "crc32c",
     "crc32c_backend",
     "decode_fp8_rows",
-    "drop_bad_places",
+    "drop_bad_entries",
     "drop_released",
     "find_entries",
     "find_items",
-    "find_outside",
-    "forget_before",
-    "forget_version",
-    "held_epochs",
+    "find_out_of_range",
     "index_entries",
     "init_client_block",
+    "invalidate_bad_records",
     "keys_of_row_ids",
     "keys_of_tokens",
     "keys_of_windows",
@@ -72,12 +71,13 @@ __all__ = [
     "probe_uring",
     "protect",
     "publish_epoch",
+    "reclaim_epochs_before",
+    "reclaim_version",
     "row_ids_of_keys",
     "seal_pages",
     "seal_records",
     "simulate_cache",
     "sort_items",
-    "spoil_bad_records",
     "stack_distances",
     "sum_items",
     "windows_of_tokens",
@@ -117,12 +117,12 @@ def probe_process_madvise() -> int:
 map_shared: Any = _serving.map_shared if native else None
 collapse: Any = _serving.collapse if native else None
 protect: Any = _serving.protect if native else None
-EpochHold: Any = _serving.EpochHold if native else None
+EpochPin: Any = _serving.EpochPin if native else None
 publish_epoch: Any = _serving.publish_epoch if native else None
-forget_before: Any = _serving.forget_before if native else None
-forget_version: Any = _serving.forget_version if native else None
+reclaim_epochs_before: Any = _serving.reclaim_epochs_before if native else None
+reclaim_version: Any = _serving.reclaim_version if native else None
 active_lookups: Any = _serving.active_lookups if native else None
-held_epochs: Any = _serving.held_epochs if native else None
+active_pins: Any = _serving.active_pins if native else None
 CONTROL_BYTES: int = _serving.CONTROL_BYTES if native else 4096
 
 # The lookup path of a store (kernels/cpu/engine.h), None where it was not compiled; `tierstore.tiers.native` is its
@@ -139,16 +139,18 @@ drop_released: Any = _serving.drop_released if native else None
 # where nothing was compiled. One thread polls all mailboxes of a server; there is none before the first and after the
 # last. Its requests count as lookups of single pairs do, each as a batch.
 #   MailboxServer(engine): of a native `Engine`, which it keeps alive.
-#   add(index, block, pairs_max) -> id: clears the words of a block, uint8 [mailbox_bytes(pairs_max, entry_bytes) at
-#   least] at a multiple of 64 bytes, that nobody may use yet, and serves it from now on: whoever asks writes
-#   num_misses, keys, pairs, and last a number into `asked` other than before (not 0 at first); then waits until
-#   `answered` is that number, and looks at `status`, a place in MAILBOX_STATUSES. What is asked for may be nonsense.
-#   The block is kept alive. `ValueError`: the block is too small or not aligned, no such table, or its rows are not
-#   there; `RuntimeError`: engine or server is closed.
-#   move_to(engine, seconds) -> bool: serves what was asked for, then by another engine of the same tables; a request is
-#   served by one of the two. Waits for that; False where the time ran out.
-#   remove(id, seconds) -> bool: serves it no more; waits for a request under way. False where the time ran out: the
-#   block may still be written, and is kept; ask again.
+# add(index, block, pairs_max) -> id: clears the words of a block, uint8 [mailbox_bytes(pairs_max, entry_bytes) at
+# least] at a multiple of 64 bytes, that nobody may use yet, and serves it from now on: whoever asks writes num_misses,
+# keys, pairs, and last a number into `requested` other than before (not 0 at first); then waits until `answered` is
+# that number, and looks at `status`, a place in MAILBOX_STATUSES. What is asked for may be nonsense. The block is kept
+# alive. `ValueError`: the block is
+#   too small or not aligned, no such table, or its rows are not there; `RuntimeError`: engine or server is closed.
+# move_to(engine, seconds) -> bool: serves what was asked for, then by another engine of the same tables; a request is
+# served by
+#   one of the two. Waits for that; False where the time ran out.
+# remove(id, seconds) -> bool: serves it no more; waits for a request under way. False where the time ran out: the block
+# may
+#   still be written, and is kept; ask again.
 #   fault(id): of status "fault", a tuple for `NativeEngine.check`, else None. The first is kept until it is taken.
 #   served(id) -> int: requests answered. Both raise `ValueError` where there is no such mailbox.
 #   close(seconds) -> bool: removes all, for ever. It comes before the engine's own `close`; mailboxes of a closed
@@ -171,7 +173,7 @@ MAILBOX_STATUSES = ("there", "fault", "damaged", "closed")
 #   A report that is reserved and not yet written gets the time between two calls. `lost`: positions that held none, as
 #   far as the reader saw; `dropped`: reports that found no room, as far as the client says.
 CLIENT_BLOCK_BYTES = 4096 + 16 * 8192
-NUM_RECORDS = 8192
+NUM_RING_REPORTS = 8192
 ReportWriter: Any = _serving.ReportWriter if native else None
 ReportReader: Any = _serving.ReportReader if native else None
 
@@ -252,12 +254,12 @@ def keys_of_tokens(
     )
 
 
-def find_outside(ids: np.ndarray, end: int) -> int:
+def find_out_of_range(ids: np.ndarray, end: int) -> int:
     """Returns the place, flat, of the first of ids, int64, that is neither -1 nor 0 to end - 1; -1 if there is none.
 
     end: at most 2^63. One pass, about 0.3 ns an id.
     """
-    return _serving.find_outside(ids, end)
+    return _serving.find_out_of_range(ids, end)
 
 
 def row_ids_of_keys(
@@ -277,21 +279,22 @@ def keys_of_row_ids(
     row_ids: np.ndarray,
     moduli: np.ndarray,
     offsets: np.ndarray,
-    num_fixing: np.ndarray,
+    num_residues: np.ndarray,
     inverses: np.ndarray,
     keys: np.ndarray,
-    whole: np.ndarray,
+    is_consistent: np.ndarray,
 ) -> None:
     """Writes the keys that give the row ids of each token, and whether there are such keys; about 3 ns a row.
 
-    row_ids: int64 [N, O * H]; moduli, offsets: int64 [O * H]; num_fixing: int64 [O], how many first heads of each order
-    fix the key (Chinese remainder theorem); inverses: int64 [O, F], of the product of the moduli before, modulo this
-    one, the first of each order not looked at; keys: int64 [N, O] and whole: bool [N], overwritten whole. A token is
-    whole if every head of every order agrees with its keys, 0 to 2^63 - 1, or -1 for an order whose ids are all -1;
-    otherwise its keys are -1. `ValueError` for shapes that do not fit,
-    and moduli with which the arithmetic would leave 63 bits.
+    row_ids: int64 [N, O * H]; moduli, offsets: int64 [O * H]; num_residues: int64 [O], how many first heads of each
+    order fix the key (Chinese remainder theorem); inverses: int64 [O, F], of the product of the moduli before, modulo
+    this one, the first of each order not looked at; keys: int64 [N, O] and is_consistent: bool [N], overwritten whole.
+    A token is consistent if every head of every order agrees with its keys, 0 to 2^63 - 1, or -1 for an order whose ids
+    are all
+    -1; otherwise its keys are
+    -1. `ValueError` for shapes that do not fit, and moduli with which the arithmetic would leave 63 bits.
     """
-    _serving.keys_of_row_ids(row_ids, moduli, offsets, num_fixing, inverses, keys, whole)
+    _serving.keys_of_row_ids(row_ids, moduli, offsets, num_residues, inverses, keys, is_consistent)
 
 
 def index_entries(keys: np.ndarray, places: np.ndarray, buckets: np.ndarray) -> bool:
@@ -316,12 +319,12 @@ def seal_records(records: np.ndarray, keys: np.ndarray, order_index: np.ndarray,
     _placed.seal_records(records, keys, order_index, entry_bytes, seed)
 
 
-def spoil_bad_records(records: np.ndarray, entry_bytes: int, seed: int) -> int:
+def invalidate_bad_records(records: np.ndarray, entry_bytes: int, seed: int) -> int:
     """Checks records, uint8 [n, record_bytes], and gives those that are not whole the key -1; returns how many."""
-    return _placed.spoil_bad_records(records, entry_bytes, seed)
+    return _placed.invalidate_bad_records(records, entry_bytes, seed)
 
 
-def drop_bad_places(
+def drop_bad_entries(
     buckets: np.ndarray, order_index: int, records: np.ndarray, num_placed: int, entry_bytes: int, loaded_start: int = 0
 ) -> int:
     """Takes out of an index the keys whose loaded record is another's, or whose place is none; returns how many.
@@ -329,7 +332,7 @@ def drop_bad_places(
     records: uint8 [loaded, record_bytes], those of places loaded_start on; num_placed: records in the file. Places
     below loaded_start are good, and not looked at.
     """
-    return _placed.drop_bad_places(buckets, order_index, records, num_placed, entry_bytes, loaded_start)
+    return _placed.drop_bad_entries(buckets, order_index, records, num_placed, entry_bytes, loaded_start)
 
 
 def decode_fp8_rows(rows: np.ndarray, dim: int, scale: float | None, out: np.ndarray) -> None:

@@ -153,7 +153,7 @@ def _shifted(values: np.ndarray, back: int, num_tokens: int, fill: int) -> np.nd
     return np.concatenate([head, values[:, max(first, 0) : max(first, 0) + num_tokens - missing]], axis=1)
 
 
-def find_outside(ids: np.ndarray, end: int) -> int:
+def find_out_of_range(ids: np.ndarray, end: int) -> int:
     flat = ids.reshape(-1)
     outside = flat < -1
     if end <= _KEY_MAX:
@@ -194,30 +194,30 @@ def keys_of_row_ids(
     row_ids: np.ndarray,
     moduli: np.ndarray,
     offsets: np.ndarray,
-    num_fixing: np.ndarray,
+    num_residues: np.ndarray,
     inverses: np.ndarray,
     keys: np.ndarray,
-    whole: np.ndarray,
+    is_consistent: np.ndarray,
 ) -> None:
-    num_orders = len(num_fixing)
+    num_orders = len(num_residues)
     rows_per_key = _address_map(moduli, offsets, num_orders)[0].shape[1]
-    if num_fixing.ndim != 1 or inverses.ndim != 2 or len(inverses) != num_orders:
-        raise ValueError("num_fixing must be [orders], inverses [orders, heads]")
-    if (num_fixing < 1).any() or (num_fixing > min(rows_per_key, inverses.shape[1])).any():
-        raise ValueError("num_fixing must be 1 to the heads that there are")
+    if num_residues.ndim != 1 or inverses.ndim != 2 or len(inverses) != num_orders:
+        raise ValueError("num_residues must be [orders], inverses [orders, heads]")
+    if (num_residues < 1).any() or (num_residues > min(rows_per_key, inverses.shape[1])).any():
+        raise ValueError("num_residues must be 1 to the heads that there are")
     if row_ids.ndim != 2 or row_ids.shape[1] != len(moduli):
         raise ValueError("row_ids must be [tokens, heads]")
-    if keys.shape != (len(row_ids), num_orders) or whole.shape != (len(row_ids),):
-        raise ValueError("keys must be [tokens, orders], whole [tokens]")
+    if keys.shape != (len(row_ids), num_orders) or is_consistent.shape != (len(row_ids),):
+        raise ValueError("keys must be [tokens, orders], is_consistent [tokens]")
     for order in range(num_orders):
-        heads = slice(order * rows_per_key, order * rows_per_key + int(num_fixing[order]))
+        heads = slice(order * rows_per_key, order * rows_per_key + int(num_residues[order]))
         residues = row_ids[:, heads] - offsets[heads]
         keys[:, order] = _key_of_residues(residues, moduli[heads].tolist(), inverses[order].tolist())
         keys[(row_ids[:, order * rows_per_key : (order + 1) * rows_per_key] == -1).all(axis=1), order] = -1
     given = np.empty((keys.size, rows_per_key), dtype=np.int64)
     row_ids_of_keys(keys.reshape(-1), None, moduli, offsets, given)
-    whole[:] = (given.reshape(row_ids.shape) == row_ids).all(axis=1)
-    keys[~whole] = -1
+    is_consistent[:] = (given.reshape(row_ids.shape) == row_ids).all(axis=1)
+    keys[~is_consistent] = -1
 
 
 def _key_of_residues(residues: np.ndarray, moduli: list[int], inverses: list[int]) -> np.ndarray:

@@ -104,14 +104,14 @@ def seal_records(records: np.ndarray, keys: np.ndarray, order_index: np.ndarray,
     trailers["checksum"] = _checksums(records, seed)
 
 
-def spoil_bad_records(records: np.ndarray, entry_bytes: int, seed: int) -> int:
+def invalidate_bad_records(records: np.ndarray, entry_bytes: int, seed: int) -> int:
     trailers = _trailers(records, entry_bytes)
     bad = trailers["checksum"] != _checksums(records, seed)
     trailers["key"][bad] = -1
     return int(bad.sum())
 
 
-def drop_bad_places(
+def drop_bad_entries(
     buckets: np.ndarray, order_index: int, records: np.ndarray, num_placed: int, entry_bytes: int, loaded_start: int = 0
 ) -> int:
     index, trailers = _view(buckets), _trailers(records, entry_bytes)

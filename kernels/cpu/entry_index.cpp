@@ -83,7 +83,7 @@ bool record_is_of(const uint8_t* record, const RecordShape& shape, uint32_t orde
   return std::memcmp(trailer, &key, 8) == 0 && std::memcmp(trailer + 8, &order_index, 4) == 0;
 }
 
-size_t spoil_bad_records(uint8_t* records, size_t num_records, const RecordShape& shape) {
+size_t invalidate_bad_records(uint8_t* records, size_t num_records, const RecordShape& shape) {
   constexpr int64_t kNobody = -1;
   size_t num_bad = 0;
   for (size_t i = 0; i < num_records; ++i) {
@@ -95,8 +95,8 @@ size_t spoil_bad_records(uint8_t* records, size_t num_records, const RecordShape
   return num_bad;
 }
 
-size_t drop_bad_places(const uint8_t* records, size_t loaded_start, size_t num_loaded, size_t num_placed,
-                       const RecordShape& shape, uint32_t order_index, IndexBucket* buckets, size_t num_buckets) {
+size_t drop_bad_entries(const uint8_t* records, size_t loaded_start, size_t num_loaded, size_t num_placed,
+                        const RecordShape& shape, uint32_t order_index, IndexBucket* buckets, size_t num_buckets) {
   size_t num_bad = 0;
   for (size_t i = 0; i < num_buckets; ++i) {
     for (size_t slot = 0; slot < kBucketSlots; ++slot) {

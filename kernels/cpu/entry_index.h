@@ -62,7 +62,7 @@ bool record_is_whole(const uint8_t* record, const RecordShape& shape);
 bool record_is_of(const uint8_t* record, const RecordShape& shape, uint32_t order_index, int64_t key);
 
 // Checks records and marks those that are not whole, by a key of -1, as nobody's; returns how many.
-size_t spoil_bad_records(uint8_t* records, size_t num_records, const RecordShape& shape);
+size_t invalidate_bad_records(uint8_t* records, size_t num_records, const RecordShape& shape);
 
 // Where records lie in a placement file.
 struct PlacedFile {
@@ -134,7 +134,7 @@ struct StaticSet {
 
 // Takes keys out of an index whose places are loaded and hold another record, or lie outside the placement; returns how
 // many. The records are those of places loaded_start on.
-size_t drop_bad_places(const uint8_t* records, size_t loaded_start, size_t num_loaded, size_t num_placed,
-                       const RecordShape& shape, uint32_t order_index, IndexBucket* buckets, size_t num_buckets);
+size_t drop_bad_entries(const uint8_t* records, size_t loaded_start, size_t num_loaded, size_t num_placed,
+                        const RecordShape& shape, uint32_t order_index, IndexBucket* buckets, size_t num_buckets);
 
 }  // namespace tierstore

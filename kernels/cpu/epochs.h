@@ -5,7 +5,7 @@
 // it reads from disk (a sequence lock over all that an epoch names). So no reader can be handed what was written over,
 // and none can hold the writer up for long: it waits a while until nobody is counted in the old epoch, for politeness,
 // and then says that it is over. A device's kernels cannot look again when they have copied: whoever launches them
-// holds an epoch for them, which the writer does not end (`hold`).
+// pins an epoch for them, and the writer waits for that (`pin`).
 //
 //   line of a version (its number % 2), 64 bytes:  u64 version << 48 | epoch (0: none) | u64 oldest epoch that may be
 //   read
@@ -32,12 +32,12 @@ struct alignas(kLineStride) EpochLine {
 
   void publish(uint64_t version, uint64_t epoch) { current.store(version << kVersionShift | epoch); }
   // What only epochs before `epoch` name may be written over once this has returned.
-  void forget_before(uint64_t epoch) {
+  void reclaim_before(uint64_t epoch) {
     oldest.store(epoch);
     std::atomic_thread_fence(std::memory_order_seq_cst);
   }
   // The same for all that any epoch of the version names.
-  void forget_all() {
+  void reclaim_all() {
     current.store(0);
     std::atomic_thread_fence(std::memory_order_seq_cst);
   }
@@ -68,7 +68,7 @@ class EpochGate {
 
   // As `enter`, and what it returns is the newest epoch after it was counted as well as before: a writer who asks from
   // then on who is in it finds this one. Where the version is not served any more it is not alive, and not counted.
-  EpochView hold() {
+  EpochView pin() {
     for (;;) {
       const EpochView view = enter();
       if (view.alive && newest() == view.epoch) return view;

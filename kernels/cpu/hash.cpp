@@ -112,15 +112,15 @@ std::vector<Head> heads_of(const AddressMap& map) {
 // 2, digit (1 - 2) * inverse of 3 modulo 5 = -1 * 2 = 3 modulo 5, and so key 2 + 3 * 3 = 11. Returns -1 where all ids
 // are -1, and -2 where no key gives them.
 int64_t key_of_rows(const int64_t* row_ids, const Head* heads, size_t rows_per_key, const int64_t* inverses,
-                    size_t num_fixing) {
+                    size_t num_residues) {
   constexpr int64_t kNone = -1, kNoKey = -2;
   if (std::all_of(row_ids, row_ids + rows_per_key, [](int64_t id) { return id == -1; })) return kNone;
-  for (size_t i = 0; i < num_fixing; ++i) {
+  for (size_t i = 0; i < num_residues; ++i) {
     if (!heads[i].holds(row_ids[i])) return kNoKey;
   }
   uint64_t key = heads[0].residue_of_row(row_ids[0]);
   uint64_t product = heads[0].modulus();
-  for (size_t i = 1; i < num_fixing; ++i) {
+  for (size_t i = 1; i < num_residues; ++i) {
     const Head& head = heads[i];
     const uint64_t behind = head.residue_of_row(row_ids[i]) + head.modulus() - head.residue(key);
     const uint64_t digit = head.residue(behind * static_cast<uint64_t>(inverses[i]));  // below 2^32 * 2^31
@@ -159,19 +159,19 @@ void row_ids_of_keys(const int64_t* keys, size_t num_keys, const int64_t* order_
   }
 }
 
-void keys_of_row_ids(const int64_t* row_ids, size_t num_tokens, const AddressMap& map, const KeyFixing& fixing,
-                     int64_t* keys, bool* whole) {
+void keys_of_row_ids(const int64_t* row_ids, size_t num_tokens, const AddressMap& map, const KeyResidues& residues,
+                     int64_t* keys, bool* is_consistent) {
   const std::vector<Head> heads = heads_of(map);
   for (size_t token = 0; token < num_tokens; ++token, keys += map.num_orders, row_ids += heads.size()) {
-    whole[token] = true;
-    for (size_t order = 0; order < map.num_orders && whole[token]; ++order) {
+    is_consistent[token] = true;
+    for (size_t order = 0; order < map.num_orders && is_consistent[token]; ++order) {
       const size_t first = order * map.rows_per_key;
-      keys[order] =
-          key_of_rows(row_ids + first, heads.data() + first, map.rows_per_key,
-                      fixing.inverses + order * fixing.heads_max, static_cast<size_t>(fixing.num_heads[order]));
-      whole[token] = keys[order] >= -1;
+      keys[order] = key_of_rows(row_ids + first, heads.data() + first, map.rows_per_key,
+                                residues.inverses + order * residues.residues_max,
+                                static_cast<size_t>(residues.num_residues[order]));
+      is_consistent[token] = keys[order] >= -1;
     }
-    if (!whole[token]) std::fill_n(keys, map.num_orders, -1);
+    if (!is_consistent[token]) std::fill_n(keys, map.num_orders, -1);
   }
 }
 

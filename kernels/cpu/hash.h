@@ -38,10 +38,10 @@ struct AddressMap {
   size_t rows_per_key;
 };
 
-struct KeyFixing {
-  const int64_t* num_heads;  // [O], 1 to F: the first heads of the order, whose residues give the key
-  const int64_t* inverses;   // [O, F], of the product of the moduli before, modulo this one; [:, 0] is not looked at
-  size_t heads_max;          // F
+struct KeyResidues {
+  const int64_t* num_residues;  // [O], 1 to F: the first heads of the order, whose residues give the key
+  const int64_t* inverses;      // [O, F], of the product of the moduli before, modulo this one; [:, 0] is not looked at
+  size_t residues_max;          // F
 };
 
 // Writes keys [B, T, O]; returns the place in [B, P + T] of the first id outside the vocabulary, or -1. `out` is not
@@ -52,8 +52,8 @@ int64_t keys_of_tokens(const TokenBatch& batch, const NgramHash& hash, int64_t* 
 void row_ids_of_keys(const int64_t* keys, size_t num_keys, const int64_t* order_index, const AddressMap& map,
                      int64_t* out);
 
-// Writes keys [N, O] and whether each token is whole, [N], of row ids [N, O * H].
-void keys_of_row_ids(const int64_t* row_ids, size_t num_tokens, const AddressMap& map, const KeyFixing& fixing,
-                     int64_t* keys, bool* whole);
+// Writes keys [N, O] and whether each token is consistent, [N], of row ids [N, O * H].
+void keys_of_row_ids(const int64_t* row_ids, size_t num_tokens, const AddressMap& map, const KeyResidues& residues,
+                     int64_t* keys, bool* is_consistent);
 
 }  // namespace tierstore

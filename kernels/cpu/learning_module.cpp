@@ -157,7 +157,7 @@ class PyKeyCounts {
 void bind_learning(py::module_& module) {
   PYBIND11_NUMPY_DTYPE(Report, key, table, order, source_and_weight);
   module.attr("CLIENT_BLOCK_BYTES") = kClientBlockBytes;
-  module.attr("NUM_RECORDS") = kNumRecords;
+  module.attr("NUM_RING_REPORTS") = kNumRingReports;
   module.def("init_client_block", [](py::array block) { init_client_block(block_of(block)); }, py::arg("block"));
   py::class_<PyReportWriter>(module, "ReportWriter", py::module_local())
       .def(py::init<py::array>(), py::arg("block"))

@@ -67,13 +67,13 @@ struct MailboxServer::Mailbox {
     std::memset(block, 0, kMailboxKeys);
   }
 
-  bool is_asked() {
-    asked = __atomic_load_n(reinterpret_cast<const int64_t*>(block + kMailboxAsked), __ATOMIC_ACQUIRE);
-    return asked != answered;
+  bool has_request() {
+    requested = __atomic_load_n(reinterpret_cast<const int64_t*>(block + kMailboxRequested), __ATOMIC_ACQUIRE);
+    return requested != answered;
   }
 
   // The same for another thread: what is being served stays what it is.
-  bool is_waiting() const { return load_word(block + kMailboxAsked) != answered; }
+  bool is_waiting() const { return load_word(block + kMailboxRequested) != answered; }
 
   // Copies the request out of the block; false where it cannot be.
   bool take_request(size_t& num_misses) {
@@ -115,7 +115,7 @@ struct MailboxServer::Mailbox {
   void answer(MailboxStatus status) {
     __atomic_store_n(reinterpret_cast<int64_t*>(block + kMailboxStatus), static_cast<int64_t>(status),
                      __ATOMIC_RELAXED);
-    answered = asked;
+    answered = requested;
     __atomic_store_n(reinterpret_cast<int64_t*>(block + kMailboxAnswered), answered, __ATOMIC_RELEASE);
   }
 
@@ -127,7 +127,7 @@ struct MailboxServer::Mailbox {
   uint8_t* const block;
   std::vector<int64_t> keys;
   std::vector<int32_t> pairs;
-  int64_t asked = 0, answered = 0;  // the block's own words might be written by anybody
+  int64_t requested = 0, answered = 0;  // the block's own words might be written by anybody
   uint64_t num_served = 0;
   bool timed = false;
   Fault fault;  // the first that nobody took
@@ -147,7 +147,7 @@ struct MailboxServer::State {
   std::shared_ptr<Mailbox> next_asking() {
     for (size_t i = 0; i < mailboxes.size(); ++i) {
       const size_t at = (next + i) % mailboxes.size();
-      if (!mailboxes[at]->is_asked()) continue;
+      if (!mailboxes[at]->has_request()) continue;
       next = at + 1;
       return mailboxes[at];
     }

@@ -2,12 +2,12 @@
 // the entries.
 //
 //   from                 bytes                    what                                                     written by
-//   0                    8                        asked: the number of the step, any but the one before    device, last
+//   0                    8                        requested: the number of the step, unlike the one before device, last
 //   8                    8                        num_misses                                               device
-//   64                   8                        answered: what was asked                                 thread, last
+//   64                   8                        answered: what was requested                             thread, last
 //   72                   8                        status: a MailboxStatus                                  thread
 //   128                  8                        timed_out: the step that was given up, for the owner     device
-//   136                  8                        outside: 1 + the place of a token id that is none        device
+//   136                  8                        invalid_token_position: 1 + that of an invalid token id  device
 //   144                  8                        failed: a step whose entries did not come                device
 //   192                  8 * pairs_max            keys, i64                                                device
 //   behind               4 * pairs_max            pairs, i32: key i is of order pairs[i] % O               device
@@ -29,13 +29,13 @@ namespace tierstore {
 
 class Engine;
 
-constexpr size_t kMailboxAsked = 0, kMailboxNumMisses = 8;
+constexpr size_t kMailboxRequested = 0, kMailboxNumMisses = 8;
 constexpr size_t kMailboxAnswered = 64, kMailboxStatus = 72;
-constexpr size_t kMailboxTimedOut = 128, kMailboxOutside = 136, kMailboxFailed = 144;
+constexpr size_t kMailboxTimedOut = 128, kMailboxInvalidTokenPosition = 136, kMailboxFailed = 144;
 constexpr size_t kMailboxKeys = 192;
 constexpr size_t kMailboxAlignment = 64;
 constexpr size_t kMailboxPairsMax = INT32_MAX;  // places of pairs are int32
-static_assert(kMailboxAsked / 64 == kMailboxNumMisses / 64 && kMailboxNumMisses / 64 != kMailboxAnswered / 64 &&
+static_assert(kMailboxRequested / 64 == kMailboxNumMisses / 64 && kMailboxNumMisses / 64 != kMailboxAnswered / 64 &&
                   kMailboxAnswered / 64 == kMailboxStatus / 64 && kMailboxStatus / 64 != kMailboxTimedOut / 64,
               "a cache line has one writer");
 static_assert(kMailboxKeys % kMailboxAlignment == 0 && kMailboxKeys >= kMailboxFailed + 8,

@@ -144,12 +144,12 @@ class PyMailboxServer {
 
 void bind_mailbox(py::module_& module) {
   py::dict starts;
-  starts["asked"] = kMailboxAsked;
+  starts["requested"] = kMailboxRequested;
   starts["num_misses"] = kMailboxNumMisses;
   starts["answered"] = kMailboxAnswered;
   starts["status"] = kMailboxStatus;
   starts["timed_out"] = kMailboxTimedOut;
-  starts["outside"] = kMailboxOutside;
+  starts["invalid_token_position"] = kMailboxInvalidTokenPosition;
   starts["failed"] = kMailboxFailed;
   starts["keys"] = kMailboxKeys;
   module.attr("MAILBOX_STARTS") = starts;

@@ -168,17 +168,17 @@ void row_ids_of_keys(const Input<int64_t>& keys, const std::optional<Input<int64
   tierstore::row_ids_of_keys(numbers, num_keys, indices, map, row_ids);
 }
 
-tierstore::KeyFixing key_fixing(const Input<int64_t>& num_fixing, const Input<int64_t>& inverses,
-                                const tierstore::AddressMap& map) {
-  require(num_fixing.ndim() == 1 && inverses.ndim() == 2 && inverses.shape(0) == num_fixing.size(),
-          "num_fixing must be [orders], inverses [orders, heads]");
-  const tierstore::KeyFixing fixing{num_fixing.data(), inverses.data(), static_cast<size_t>(inverses.shape(1))};
+tierstore::KeyResidues key_residues(const Input<int64_t>& num_residues, const Input<int64_t>& inverses,
+                                    const tierstore::AddressMap& map) {
+  require(num_residues.ndim() == 1 && inverses.ndim() == 2 && inverses.shape(0) == num_residues.size(),
+          "num_residues must be [orders], inverses [orders, heads]");
+  const tierstore::KeyResidues residues{num_residues.data(), inverses.data(), static_cast<size_t>(inverses.shape(1))};
   for (size_t order = 0; order < map.num_orders; ++order) {
     const int64_t* moduli = map.moduli + order * map.rows_per_key;
-    const int64_t* of_order = fixing.inverses + order * fixing.heads_max;
-    const int64_t num_heads = fixing.num_heads[order];
-    require(num_heads >= 1 && num_heads <= static_cast<int64_t>(std::min(fixing.heads_max, map.rows_per_key)),
-            "num_fixing must be 1 to the heads that there are");
+    const int64_t* of_order = residues.inverses + order * residues.residues_max;
+    const int64_t num_heads = residues.num_residues[order];
+    require(num_heads >= 1 && num_heads <= static_cast<int64_t>(std::min(residues.residues_max, map.rows_per_key)),
+            "num_residues must be 1 to the heads that there are");
     int64_t product = 1;  // of the moduli before
     for (int64_t head = 1; head < num_heads; ++head) {
       require(moduli[head] < (int64_t{1} << 31) && of_order[head] >= 0 && of_order[head] < moduli[head] &&
@@ -186,54 +186,54 @@ tierstore::KeyFixing key_fixing(const Input<int64_t>& num_fixing, const Input<in
               "moduli that fix a key must be below 2^31, inverses below them, all products but the last below 2^63");
     }
   }
-  return fixing;
+  return residues;
 }
 
 void keys_of_row_ids(const Input<int64_t>& row_ids, const Input<int64_t>& moduli, const Input<int64_t>& offsets,
-                     const Input<int64_t>& num_fixing, const Input<int64_t>& inverses, py::array& keys,
-                     py::array& whole) {
-  const tierstore::AddressMap map = address_map(moduli, offsets, num_fixing.size());
-  const tierstore::KeyFixing fixing = key_fixing(num_fixing, inverses, map);
+                     const Input<int64_t>& num_residues, const Input<int64_t>& inverses, py::array& keys,
+                     py::array& is_consistent) {
+  const tierstore::AddressMap map = address_map(moduli, offsets, num_residues.size());
+  const tierstore::KeyResidues residues = key_residues(num_residues, inverses, map);
   require(row_ids.ndim() == 2 && row_ids.shape(1) == moduli.size(), "row_ids must be [tokens, heads]");
-  require(has_shape(keys, {row_ids.shape(0), num_fixing.size()}) && has_shape(whole, {row_ids.shape(0)}),
-          "keys must be [tokens, orders], whole [tokens]");
+  require(has_shape(keys, {row_ids.shape(0), num_residues.size()}) && has_shape(is_consistent, {row_ids.shape(0)}),
+          "keys must be [tokens, orders], is_consistent [tokens]");
   const int64_t* ids = row_ids.data();
   const auto num_tokens = static_cast<size_t>(row_ids.shape(0));
   int64_t* out = output_of<int64_t>(keys, "keys must be contiguous int64");
-  bool* are_whole = output_of<bool>(whole, "whole must be contiguous bool");
+  bool* consistent = output_of<bool>(is_consistent, "is_consistent must be contiguous bool");
   py::gil_scoped_release released;
-  tierstore::keys_of_row_ids(ids, num_tokens, map, fixing, out, are_whole);
+  tierstore::keys_of_row_ids(ids, num_tokens, map, residues, out, consistent);
 }
 
 // The place of the first id that is neither -1 nor below end; -1 if there is none.
-py::ssize_t find_outside(const Input<int64_t>& ids, uint64_t end) {
+py::ssize_t find_out_of_range(const Input<int64_t>& ids, uint64_t end) {
   constexpr size_t kPart = 1024;      // looked at without a branch
   constexpr size_t kBrief = 1 << 14;  // over sooner than the interpreter lock is given back and taken again
   const int64_t* data = ids.data();
   const auto count = static_cast<size_t>(ids.size());
   std::optional<py::gil_scoped_release> released;
   if (count > kBrief) released.emplace();
-  const auto is_outside = [&](size_t i) { return static_cast<uint64_t>(data[i]) + 1 > end; };
+  const auto is_out_of_range = [&](size_t i) { return static_cast<uint64_t>(data[i]) + 1 > end; };
   for (size_t start = 0; start < count; start += kPart) {
     const size_t part_end = std::min(count, start + kPart);
     bool any = false;
-    for (size_t i = start; i < part_end; ++i) any |= is_outside(i);
+    for (size_t i = start; i < part_end; ++i) any |= is_out_of_range(i);
     for (size_t i = start; any && i < part_end; ++i) {
-      if (is_outside(i)) return static_cast<py::ssize_t>(i);
+      if (is_out_of_range(i)) return static_cast<py::ssize_t>(i);
     }
   }
   return -1;
 }
 
 void define_hash(py::module_& module) {
-  module.def("find_outside", &find_outside, py::arg("ids"), py::arg("end"));
+  module.def("find_out_of_range", &find_out_of_range, py::arg("ids"), py::arg("end"));
   module.def("keys_of_tokens", &keys_of_tokens, py::arg("token_ids"), py::arg("history"), py::arg("dead"),
              py::arg("token_map"), py::arg("vocab_size"), py::arg("multipliers"), py::arg("orders"), py::arg("pad_id"),
              py::arg("barrier_id"), py::arg("out"));
   module.def("row_ids_of_keys", &row_ids_of_keys, py::arg("keys"), py::arg("order_index"), py::arg("moduli"),
              py::arg("offsets"), py::arg("out"));
   module.def("keys_of_row_ids", &keys_of_row_ids, py::arg("row_ids"), py::arg("moduli"), py::arg("offsets"),
-             py::arg("num_fixing"), py::arg("inverses"), py::arg("keys"), py::arg("whole"));
+             py::arg("num_residues"), py::arg("inverses"), py::arg("keys"), py::arg("is_consistent"));
 }
 
 }  // namespace

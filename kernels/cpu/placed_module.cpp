@@ -81,7 +81,7 @@ size_t spoil(ByteArray records, py::ssize_t entry_bytes, uint32_t seed) {
   uint8_t* data = records.mutable_data();
   const auto num_records = static_cast<size_t>(records.shape(0));
   py::gil_scoped_release released;
-  return spoil_bad_records(data, num_records, shape);
+  return invalidate_bad_records(data, num_records, shape);
 }
 
 size_t drop(ByteArray buckets, uint32_t order_index, const ByteArray& records, size_t num_placed,
@@ -92,7 +92,7 @@ size_t drop(ByteArray buckets, uint32_t order_index, const ByteArray& records, s
   const uint8_t* data = records.data();
   const auto num_loaded = static_cast<size_t>(records.shape(0));
   py::gil_scoped_release released;
-  return drop_bad_places(data, loaded_start, num_loaded, num_placed, shape, order_index, index, size);
+  return drop_bad_entries(data, loaded_start, num_loaded, num_placed, shape, order_index, index, size);
 }
 
 }  // namespace
@@ -102,8 +102,8 @@ void bind_placed(py::module_& module) {
   module.def("find_entries", &find_places, py::arg("buckets").noconvert(), py::arg("keys"));
   module.def("seal_records", &seal, py::arg("records").noconvert(), py::arg("keys"), py::arg("order_index"),
              py::arg("entry_bytes"), py::arg("seed"));
-  module.def("spoil_bad_records", &spoil, py::arg("records").noconvert(), py::arg("entry_bytes"), py::arg("seed"));
-  module.def("drop_bad_places", &drop, py::arg("buckets").noconvert(), py::arg("order_index"),
+  module.def("invalidate_bad_records", &spoil, py::arg("records").noconvert(), py::arg("entry_bytes"), py::arg("seed"));
+  module.def("drop_bad_entries", &drop, py::arg("buckets").noconvert(), py::arg("order_index"),
              py::arg("records").noconvert(), py::arg("num_placed"), py::arg("entry_bytes"), py::arg("loaded_start"));
 }
 

@@ -12,7 +12,7 @@ constexpr auto kRelaxed = std::memory_order_relaxed;
 constexpr int kReserveTries = 16;  // each fails only because another writer's did not
 
 uint32_t seal_of(uint64_t position, int64_t key) {
-  return static_cast<uint32_t>(position / kNumRecords + 1) ^ static_cast<uint32_t>(mix(static_cast<uint64_t>(key)));
+  return static_cast<uint32_t>(position / kNumRingReports + 1) ^ static_cast<uint32_t>(mix(static_cast<uint64_t>(key)));
 }
 
 }  // namespace
@@ -32,7 +32,7 @@ void ReportWriter::add(const Report* reports, size_t num_reports) {
     const uint64_t read = block_->read.value.load(std::memory_order_acquire);
     start = block_->written.value.load(kRelaxed);
     const uint64_t unread = start - read;
-    const size_t room = unread < kNumRecords ? kNumRecords - static_cast<size_t>(unread) : 0;
+    const size_t room = unread < kNumRingReports ? kNumRingReports - static_cast<size_t>(unread) : 0;
     const size_t wanted = std::min(num_reports, room);
     if (wanted == 0) break;
     if (block_->written.value.compare_exchange_strong(start, start + wanted, kRelaxed)) {
@@ -42,7 +42,7 @@ void ReportWriter::add(const Report* reports, size_t num_reports) {
   }
   for (size_t i = 0; i < num_added; ++i) {
     const Report& report = reports[i];
-    auto& record = block_->records[(start + i) % kNumRecords];
+    auto& record = block_->records[(start + i) % kNumRingReports];
     record.key.store(report.key, kRelaxed);
     record.rest.store(report.table | uint64_t{report.order} << 16 | uint64_t{report.source_and_weight} << 24 |
                           uint64_t{seal_of(start + i, report.key)} << 32,
@@ -54,15 +54,15 @@ void ReportWriter::add(const Report* reports, size_t num_reports) {
 size_t ReportReader::take(Report* out, size_t max) {
   const uint64_t written = block_->written.value.load(std::memory_order_acquire);
   uint64_t waiting = written - position_;
-  if (waiting > kNumRecords) {  // no writer goes so far: the block says nonsense, and the reader goes on from there
-    lost_ += kNumRecords;
+  if (waiting > kNumRingReports) {  // no writer goes so far: the block says nonsense, and the reader goes on from there
+    lost_ += kNumRingReports;
     position_ = written;
     waiting = overdue_ = 0;
   }
   size_t num_taken = 0;
   uint64_t passed = 0;
   for (; passed < waiting && num_taken < max; ++passed) {
-    const auto& record = block_->records[(position_ + passed) % kNumRecords];
+    const auto& record = block_->records[(position_ + passed) % kNumRingReports];
     const uint64_t rest = record.rest.load(std::memory_order_acquire);
     const int64_t key = record.key.load(kRelaxed);
     if (rest >> 32 == seal_of(position_ + passed, key)) {

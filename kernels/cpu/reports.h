@@ -11,8 +11,8 @@
 //        192  read        u64  positions that may be used again, by the daemon
 //        256  dropped     u64  reports that found no room, by the client
 //        320  magic       u64  told by `init_client_block`
-//        384  held[0]     u64, on a line of its own: as active, of a device's kernels
-//        448  held[1]     u64
+//        384  pinned[0]   u64, on a line of its own: as active, of a device's kernels
+//        448  pinned[1]   u64
 //        4096 8192 records: i64 key | u16 table | u8 order | u8 source and weight | u32 seal
 //
 // A record's second word is stored at once and last. Its seal is the lap of the ring, from 1 on, mixed with the key: so
@@ -26,7 +26,7 @@
 
 namespace tierstore {
 
-constexpr size_t kNumRecords = 8192;
+constexpr size_t kNumRingReports = 8192;
 constexpr size_t kClientHeaderBytes = 4096;
 constexpr uint64_t kClientBlockMagic = 0x0001746C635F7374ull;  // "st_clt", version 1
 
@@ -49,18 +49,18 @@ struct alignas(64) ClientBlock {
   CountLine active[2];
   CountLine written, read, dropped;
   alignas(64) std::atomic<uint64_t> magic;
-  CountLine held[2];
+  CountLine pinned[2];
   uint8_t unused[kClientHeaderBytes - 512];
   struct {
     std::atomic<int64_t> key;
     std::atomic<uint64_t> rest;  // table, order, source and weight, seal, from the lowest bits on
-  } records[kNumRecords];
+  } records[kNumRingReports];
 
   static ClientBlock* of(uint8_t* block) { return reinterpret_cast<ClientBlock*>(block); }
 };
 constexpr size_t kClientBlockBytes = sizeof(ClientBlock);
-static_assert(kClientBlockBytes == kClientHeaderBytes + 16 * kNumRecords && offsetof(ClientBlock, dropped) == 256 &&
-                  offsetof(ClientBlock, magic) == 320 && offsetof(ClientBlock, held) == 384 &&
+static_assert(kClientBlockBytes == kClientHeaderBytes + 16 * kNumRingReports && offsetof(ClientBlock, dropped) == 256 &&
+                  offsetof(ClientBlock, magic) == 320 && offsetof(ClientBlock, pinned) == 384 &&
                   offsetof(ClientBlock, records) == kClientHeaderBytes,
               "as drawn above");
 static_assert(std::atomic<uint64_t>::is_always_lock_free, "a lock would lie in one process only");

@@ -93,12 +93,12 @@ void publish_epoch(py::array_t<uint8_t, py::array::c_style> control, uint64_t ve
   line_of(control, version)->publish(version, epoch);
 }
 
-void forget_before(py::array_t<uint8_t, py::array::c_style> control, uint64_t version, uint64_t epoch) {
-  line_of(control, version)->forget_before(epoch);
+void reclaim_epochs_before(py::array_t<uint8_t, py::array::c_style> control, uint64_t version, uint64_t epoch) {
+  line_of(control, version)->reclaim_before(epoch);
 }
 
-void forget_version(py::array_t<uint8_t, py::array::c_style> control, uint64_t version) {
-  line_of(control, version)->forget_all();
+void reclaim_version(py::array_t<uint8_t, py::array::c_style> control, uint64_t version) {
+  line_of(control, version)->reclaim_all();
 }
 
 // How many lookups are in an epoch of either parity, by a client's block. Whatever a client wrote there.
@@ -108,9 +108,9 @@ std::pair<uint64_t, uint64_t> active_lookups(py::array_t<uint8_t, py::array::c_s
 }
 
 // The same of what a client holds for a device.
-std::pair<uint64_t, uint64_t> held_epochs(py::array_t<uint8_t, py::array::c_style> block) {
+std::pair<uint64_t, uint64_t> active_pins(py::array_t<uint8_t, py::array::c_style> block) {
   const ClientBlock* client = ClientBlock::of(checked(block, kClientBlockBytes));
-  return {client->held[0].value.load(), client->held[1].value.load()};
+  return {client->pinned[0].value.load(), client->pinned[1].value.load()};
 }
 
 // Has the kernel refuse writes to a mapping from now on.
@@ -126,43 +126,43 @@ void protect(py::array_t<uint8_t, py::array::c_style> array) {
 // What a client holds of a version's epochs for a device's kernels, counted in its block. What is still held when this
 // goes is left then, as what its owner took and was interrupted before it could note; in a forked child, the counts are
 // the parent's.
-class EpochHold {
+class EpochPin {
  public:
-  EpochHold(py::array_t<uint8_t, py::array::c_style> control, uint64_t version,
-            py::array_t<uint8_t, py::array::c_style> block)
+  EpochPin(py::array_t<uint8_t, py::array::c_style> control, uint64_t version,
+           py::array_t<uint8_t, py::array::c_style> block)
       : control_(std::move(control)), block_(std::move(block)) {
     require(version >= 1 && version < uint64_t{1} << (64 - kVersionShift), "versions are 1 to 65,535");
     require(block_.writeable(), "a client's block can be written");
     ClientBlock* client = ClientBlock::of(checked(block_, kClientBlockBytes));
     const EpochLine* line = EpochLine::at(checked(control_, kControlBytes), version % 2);
-    gate_ = std::make_unique<EpochGate>(line, version, &client->held[0].value, &client->held[1].value);
+    gate_ = std::make_unique<EpochGate>(line, version, &client->pinned[0].value, &client->pinned[1].value);
   }
 
   std::optional<uint64_t> newest() const { return gate_->newest(); }
-  ~EpochHold() {
+  ~EpochPin() {
     if (pid_ != getpid()) return;
-    for (const uint64_t epoch : taken_) gate_->leave({epoch, true});
+    for (const uint64_t epoch : pinned_) gate_->leave({epoch, true});
   }
-  EpochHold(const EpochHold&) = delete;
-  EpochHold& operator=(const EpochHold&) = delete;
+  EpochPin(const EpochPin&) = delete;
+  EpochPin& operator=(const EpochPin&) = delete;
 
-  std::optional<uint64_t> take() {
-    taken_.reserve(taken_.size() + 1);  // before it is counted
-    const EpochView view = gate_->hold();
+  std::optional<uint64_t> pin() {
+    pinned_.reserve(pinned_.size() + 1);  // before it is counted
+    const EpochView view = gate_->pin();
     if (!view.alive) return std::nullopt;
-    taken_.push_back(view.epoch);
+    pinned_.push_back(view.epoch);
     return view.epoch;
   }
-  void leave(uint64_t epoch) {
-    const auto held = std::find(taken_.begin(), taken_.end(), epoch);
-    require(held != taken_.end(), "the epoch is not held");
-    taken_.erase(held);
+  void unpin(uint64_t epoch) {
+    const auto pinned = std::find(pinned_.begin(), pinned_.end(), epoch);
+    require(pinned != pinned_.end(), "the epoch is not pinned");
+    pinned_.erase(pinned);
     gate_->leave({epoch, true});
   }
 
  private:
   const pid_t pid_ = getpid();
-  std::vector<uint64_t> taken_;
+  std::vector<uint64_t> pinned_;
   py::array_t<uint8_t, py::array::c_style> control_, block_;
   std::unique_ptr<EpochGate> gate_;
 };
@@ -173,17 +173,17 @@ void bind_shared(py::module_& module) {
   module.def("map_shared", &map_shared, py::arg("fd"), py::arg("num_bytes"), py::kw_only(), py::arg("writable"));
   module.def("collapse", &collapse, py::arg("array"), py::arg("byte_start"), py::arg("num_bytes"));
   module.def("publish_epoch", &publish_epoch, py::arg("control"), py::arg("version"), py::arg("epoch"));
-  module.def("forget_before", &forget_before, py::arg("control"), py::arg("version"), py::arg("epoch"));
-  module.def("forget_version", &forget_version, py::arg("control"), py::arg("version"));
+  module.def("reclaim_epochs_before", &reclaim_epochs_before, py::arg("control"), py::arg("version"), py::arg("epoch"));
+  module.def("reclaim_version", &reclaim_version, py::arg("control"), py::arg("version"));
   module.def("active_lookups", &active_lookups, py::arg("block"));
-  module.def("held_epochs", &held_epochs, py::arg("block"));
+  module.def("active_pins", &active_pins, py::arg("block"));
   module.def("protect", &protect, py::arg("array"));
-  py::class_<EpochHold>(module, "EpochHold")
+  py::class_<EpochPin>(module, "EpochPin")
       .def(py::init<py::array_t<uint8_t, py::array::c_style>, uint64_t, py::array_t<uint8_t, py::array::c_style>>(),
            py::arg("control"), py::arg("version"), py::arg("block"))
-      .def("newest", &EpochHold::newest)
-      .def("take", &EpochHold::take)
-      .def("leave", &EpochHold::leave, py::arg("epoch"));
+      .def("newest", &EpochPin::newest)
+      .def("pin", &EpochPin::pin)
+      .def("unpin", &EpochPin::unpin, py::arg("epoch"));
   module.attr("CONTROL_BYTES") = kControlBytes;
 }
 

@@ -113,10 +113,10 @@ def _gather_entries_kernel(
     CHUNK: tl.constexpr,
 ) -> None:
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
-    asked = pair < num_pairs
-    key = tl.load(keys + pair, mask=asked, other=0)
-    place = tl.load(places + pair, mask=asked, other=-1).to(tl.int64)
-    nobodys = asked & (key < 0)
+    active = pair < num_pairs
+    key = tl.load(keys + pair, mask=active, other=0)
+    place = tl.load(places + pair, mask=active, other=-1).to(tl.int64)
+    nobodys = active & (key < 0)
     held = (key >= 0) & (place >= 0) & (place < num_places)
     address = addresses_of(place, slots, stride, num_slots, records, record_bytes)
     blank = tl.where(key < -1, -1, 0)  # a key below -1 is none: nothing that might be taken for its rows

@@ -56,16 +56,16 @@ def keys_of_tokens(
     dead: torch.Tensor | None,
     spec: DeviceHash,
     out: torch.Tensor,
-    outside: torch.Tensor,
+    invalid_token_position: torch.Tensor,
 ) -> None:
     """Writes the keys of the n-grams that end at each token, -2 for those that touch an id outside the vocabulary.
 
     token_ids: int64 [B, T]; history: int64 [B, P], the tokens before, -1 where there is none, P below the largest
     order; dead: bool [B, T], positions that are no text, whose ids are not looked at; out: int64 [B, T, O], overwritten
-    whole; outside: int64 [1], raised to the largest 1 + place in [B, P + T], flat, of an id outside the vocabulary,
-    left as it is where there is none, and never reset here. All contiguous, on the device of `spec`. Asynchronous.
-    Reads, for each token of the largest order n, n ids (8 bytes each,
-    neighbours share them) and n words of the map; writes 8 bytes an order.
+    whole; invalid_token_position: int64 [1], raised to the largest 1 + position in [B, P + T], flat, of an id outside
+    the vocabulary; if all are valid, it stays as it is. It is never reset here. All contiguous, on the device of
+    `spec`. Asynchronous. Reads, for each token of the largest order n, n ids (8 bytes each, neighbours share them) and
+    n words of the map; writes 8 bytes an order.
     """
     device, past = spec.multipliers.device, 0 if history is None else history.shape[-1]
     check("token_ids", token_ids, torch.int64, (None, None), device)
@@ -77,7 +77,7 @@ def keys_of_tokens(
     if dead is not None:
         check("dead", dead, torch.bool, (num_sequences, num_tokens), device)
     check("out", out, torch.int64, (num_sequences, num_tokens, len(spec.orders)), device)
-    check("outside", outside, torch.int64, (1,), device)
+    check("invalid_token_position", invalid_token_position, torch.int64, (1,), device)
     num_places = num_sequences * (past + num_tokens)
     if num_places == 0:
         return
@@ -88,7 +88,8 @@ def keys_of_tokens(
             token_ids if history is None else history,  # not read where past is 0
             token_ids if dead is None else dead.view(torch.uint8),
             token_ids if spec.token_map is None else spec.token_map,
-            spec.multipliers, out, outside, num_places, num_tokens, past, spec.vocab_size, spec.pad_id, spec.barrier_id,
+            spec.multipliers, out, invalid_token_position, num_places, num_tokens, past,
+            spec.vocab_size, spec.pad_id, spec.barrier_id,
             WITH_DEAD=dead is not None, WITH_MAP=spec.token_map is not None,
             ORDER_BITS=sum(1 << (order - 1) for order in spec.orders), ORDERS=len(spec.orders),
             ORDER_LAST=spec.orders[-1], BLOCK=block,
@@ -106,7 +107,7 @@ def _keys_of_tokens(
     token_map: tl.tensor,
     multipliers: tl.tensor,
     out: tl.tensor,
-    outside: tl.tensor,
+    invalid_token_position: tl.tensor,
     num_places: tl.int64,
     num_tokens: tl.int64,
     past: tl.int64,
@@ -140,17 +141,17 @@ def _keys_of_tokens(
         ended = ~(in_tokens | (in_history & (ids != -1)))
         if WITH_DEAD:
             ended |= tl.load(dead + tokens - back, mask=in_tokens, other=0) != 0
-        is_outside = ~ended & ((ids < 0) | (ids >= vocab_size))
-        touched |= is_outside & ~stop
+        is_invalid = ~ended & ((ids < 0) | (ids >= vocab_size))
+        touched |= is_invalid & ~stop
         if back == 0:
-            worst = tl.max(tl.where(is_outside, places + 1, 0), 0)
-            tl.atomic_max(outside, worst, mask=worst > 0, sem="relaxed")
+            worst = tl.max(tl.where(is_invalid, places + 1, 0), 0)
+            tl.atomic_max(invalid_token_position, worst, mask=worst > 0, sem="relaxed")
             stop |= ended
         else:
             stop |= ended | (ids == barrier_id)
         mapped = ids
         if WITH_MAP:
-            mapped = tl.load(token_map + ids, mask=~stop & ~is_outside, other=0).to(tl.int64)
+            mapped = tl.load(token_map + ids, mask=~stop & ~is_invalid, other=0).to(tl.int64)
         mixed ^= tl.where(stop, pad_id, mapped) * tl.load(multipliers + back)
         if (ORDER_BITS >> back) & 1:
             tl.store(out + tokens * ORDERS + column_out, tl.where(touched, -2, mixed), mask=written)

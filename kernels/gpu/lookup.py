@@ -72,17 +72,17 @@ def _lookup_entries_kernel(
     CHUNK: tl.constexpr,
 ) -> None:
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
-    asked = pair < num_pairs
+    active = pair < num_pairs
     order = pair % NUM_ORDERS
-    key = tl.load(keys + pair, mask=asked, other=0)
-    place = probe(key, order, asked, epoch, heads, words, NUM_ORDERS).to(tl.int64)
-    sentinel, nobodys = asked & (key == -1), asked & (key < 0)
+    key = tl.load(keys + pair, mask=active, other=0)
+    place = probe(key, order, active, epoch, heads, words, NUM_ORDERS).to(tl.int64)
+    sentinel, nobodys = active & (key == -1), active & (key < 0)
     held = (place >= 0) & (place < num_places)
-    missed = asked & (key >= 0) & (held == 0)
+    missed = active & (key >= 0) & (held == 0)
     if LISTED:
         append_misses(num_missed, keys_address, pairs_address, pairs_max, key, pair, missed)
     if PLACED:
-        tl.store(places + pair, tl.where(held, place, -1).to(tl.int32), mask=asked)
+        tl.store(places + pair, tl.where(held, place, -1).to(tl.int32), mask=active)
     address = addresses_of(place, slots, stride, num_slots, records, record_bytes)
     blank = tl.where(key < -1, -1, 0)  # a key below -1 is none: nothing that might be taken for its rows
     move_entries(

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from . import launching
 from .launching import check
-from .mailbox import ASKED, NUM_MISSES, OUTSIDE
+from .mailbox import INVALID_TOKEN_POSITION, NUM_MISSES, REQUESTED
 
 _PAIRS_A_PROGRAM = 256  # native; not tuned yet: waits for a GPU
 
@@ -92,19 +92,21 @@ def collect_misses(keys: torch.Tensor, places: torch.Tensor, misses: MissList, n
         )  # fmt: skip
 
 
-def post_misses(state: StepState, mailbox_address: int, pairs_max: int, outside: torch.Tensor | None = None) -> None:
-    """Begins the next step and asks the host for its misses; where there are none,
-    the step is ready and the host not asked.
+def post_misses(
+    state: StepState, mailbox_address: int, pairs_max: int, invalid_token_position: torch.Tensor | None = None
+) -> None:
+    """Begins the next step and asks the host for its misses; where there are none, the step is ready and the host not
+    asked.
 
-    mailbox_address: of the block that mailbox.py describes, at a multiple of 64; pairs_max: of the list in it; outside:
-    int64 [1], as `keys_of_tokens` leaves it, which is told to the host where it is not 0, and 0 afterwards.
-    `state.count` is 0 afterwards, for the next step's misses. More misses than pairs_max are asked for as they are: the
-    host answers that with a status other than 0, and the step fails, for some of its rows are nowhere. Asynchronous;
-    one program, which writes two words over the bus, or none.
+    mailbox_address: of the block that mailbox.py describes, at a multiple of 64; pairs_max: of the list in it;
+    invalid_token_position: int64 [1], as `keys_of_tokens` leaves it; if it is not 0, the host gets it, and it is 0
+    afterwards. `state.count` is 0 afterwards, for the next step's misses. More misses than pairs_max are requested as
+    they are: the host answers with a status other than 0, and the step fails, for some of its rows are nowhere.
+    Asynchronous; one program, which writes two words over the bus, or none.
     """
     check_mailbox(mailbox_address)
-    if outside is not None:
-        launching.check("outside", outside, torch.int64, (1,), state.count.device)
+    if invalid_token_position is not None:
+        launching.check("invalid_token_position", invalid_token_position, torch.int64, (1,), state.count.device)
     with launching.on_device(state.count.device):
         _post_misses[(1,)](
             state.count,
@@ -112,10 +114,10 @@ def post_misses(state: StepState, mailbox_address: int, pairs_max: int, outside:
             state.ready,
             state.posted,
             state.batch_counts,
-            state.count if outside is None else outside,
+            state.count if invalid_token_position is None else invalid_token_position,
             mailbox_address,
             pairs_max,
-            HAS_OUTSIDE=outside is not None,
+            HAS_INVALID_TOKEN=invalid_token_position is not None,
             num_warps=1,
         )
 
@@ -177,16 +179,16 @@ def _post_misses(
     ready: tl.tensor,
     posted: tl.tensor,
     batch_counts: tl.tensor,
-    outside: tl.tensor,
+    invalid_token_position: tl.tensor,
     mailbox: tl.int64,
     pairs_max: tl.int64,
-    HAS_OUTSIDE: tl.constexpr,
+    HAS_INVALID_TOKEN: tl.constexpr,
 ) -> None:
-    if HAS_OUTSIDE:
-        place = tl.load(outside)
+    if HAS_INVALID_TOKEN:
+        place = tl.load(invalid_token_position)
         if place != 0:
-            tl.store((mailbox + OUTSIDE).to(tl.pointer_type(tl.int64)), place)
-            tl.store(outside, place * 0)
+            tl.store((mailbox + INVALID_TOKEN_POSITION).to(tl.pointer_type(tl.int64)), place)
+            tl.store(invalid_token_position, place * 0)
     number = tl.load(step) + 1
     num_misses = tl.load(count)
     tl.store(step, number)
@@ -197,7 +199,7 @@ def _post_misses(
         tl.store(ready, number)
         tl.store(batch_counts + 1, tl.load(batch_counts + 1) + 1)
     else:
-        # Keys and pairs were written by launches before this one;
-        # release makes them visible to the host before `asked` is.
+        # Keys and pairs were written by launches before this one; release makes them visible to the host before
+        # `requested` is.
         tl.store((mailbox + NUM_MISSES).to(tl.pointer_type(tl.int64)), num_misses)
-        tl.atomic_xchg((mailbox + ASKED).to(tl.pointer_type(tl.int64)), number, sem="release", scope="sys")
+        tl.atomic_xchg((mailbox + REQUESTED).to(tl.pointer_type(tl.int64)), number, sem="release", scope="sys")

@@ -65,19 +65,19 @@ def _mix(keys: tl.tensor) -> tl.tensor:
 def probe(
     keys: tl.tensor,
     order: tl.tensor,
-    asked: tl.tensor,
+    active: tl.tensor,
     epoch: tl.tensor,
     heads: tl.tensor,
     words: tl.tensor,
     NUM_ORDERS: tl.constexpr,
 ) -> tl.tensor:
-    """Returns the places, int32 [P], of `keys`, int64 [P], of `order`, int64 [P]; -1 where not `asked` or not there.
+    """Returns the places, int32 [P], of `keys`, int64 [P], of `order`, int64 [P]; -1 where not `active` or not there.
 
     A bucket is read whole, as one row of 64 bytes: what a slot's place is does not wait for a second load.
     """
     head = heads + ((tl.load(epoch) & 1) * NUM_ORDERS + order) * 2
-    bucket_start = tl.load(head, mask=asked, other=0)
-    num_buckets = tl.load(head + 1, mask=asked, other=0)
+    bucket_start = tl.load(head, mask=active, other=0)
+    num_buckets = tl.load(head + 1, mask=active, other=0)
     mixed = _mix(keys)
     # The high 64 bits of mixed * num_buckets, from two halves: num_buckets is below 2^32, so neither sum overflows.
     low = (mixed & 0xFFFFFFFF) * num_buckets.to(tl.uint64)
@@ -86,7 +86,7 @@ def probe(
     displaced_bit = (mixed & 31).to(tl.int64) + 32  # of the last word, whose low half is the fifth place
     column = tl.arange(0, _BUCKET_WORDS)[None, :]
     places = tl.full(keys.shape, -1, tl.int32)
-    left = tl.where(asked & (keys >= 0), num_buckets, 0)  # buckets that a search may still look at
+    left = tl.where(active & (keys >= 0), num_buckets, 0)  # buckets that a search may still look at
     while tl.max(left, 0) > 0:
         looking = left > 0
         address = words + (bucket_start + at)[:, None] * _BUCKET_WORDS + column
@@ -117,10 +117,10 @@ def _find_entries_kernel(
     PAIRS: tl.constexpr,
 ) -> None:
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
-    asked = pair < num_pairs
-    key = tl.load(keys + pair, mask=asked, other=-1)
-    place = probe(key, pair % NUM_ORDERS, asked, epoch, heads, words, NUM_ORDERS)
-    tl.store(places + pair, place, mask=asked)
+    active = pair < num_pairs
+    key = tl.load(keys + pair, mask=active, other=-1)
+    place = probe(key, pair % NUM_ORDERS, active, epoch, heads, words, NUM_ORDERS)
+    tl.store(places + pair, place, mask=active)
 
 
 def find_entries(index: DeviceIndex, keys: torch.Tensor, places: torch.Tensor) -> None:

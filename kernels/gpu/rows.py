@@ -45,15 +45,15 @@ def _gather_rows_kernel(
     CHUNK: tl.constexpr,
 ) -> None:
     at = tl.program_id(0).to(tl.int64) * ROWS_A_PROGRAM + tl.arange(0, ROWS_A_PROGRAM)
-    asked = at < num_ids
+    active = at < num_ids
     if ONLY_MISSING:
-        place = tl.load(places + at // ROWS_PER_ENTRY, mask=asked, other=0)
-        asked = asked & ((place < 0) | (place >= num_places))
-    row_id = tl.load(row_ids + at, mask=asked, other=-1)
-    held = asked & (row_id >= 0) & (row_id < num_rows)
+        place = tl.load(places + at // ROWS_PER_ENTRY, mask=active, other=0)
+        active = active & ((place < 0) | (place >= num_places))
+    row_id = tl.load(row_ids + at, mask=active, other=-1)
+    held = active & (row_id >= 0) & (row_id < num_rows)
     address = rows_address + row_id * ROW_BYTES
     blank = tl.where(row_id == -1, 0, -1)
-    move_entries(address, held, asked, out, at, scale, blank, KIND, ROWS, ROW_BYTES, DIM, WORD, ALIGNMENT, CHUNK)
+    move_entries(address, held, active, out, at, scale, blank, KIND, ROWS, ROW_BYTES, DIM, WORD, ALIGNMENT, CHUNK)
 
 
 def gather_rows(

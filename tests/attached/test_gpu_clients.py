@@ -118,7 +118,7 @@ def held(daemon: Daemon) -> list[tuple[int, int]]:
     """How often clients hold epochs, even ones and odd ones, by client and version."""
     everybody = daemon._host.attachments
     blocks = [block for each in (*everybody._of.values(), *everybody._lingering) for block in each.blocks.values()]
-    return [kernels.held_epochs(block) for block in blocks]
+    return [kernels.active_pins(block) for block in blocks]
 
 
 @contextlib.contextmanager

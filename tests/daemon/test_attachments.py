@@ -73,15 +73,15 @@ def test_a_gpu_that_came_while_its_client_was_late_is_waited_for_in_earnest(
     control = np.zeros(2 * kernels.CONTROL_BYTES, dtype=np.uint8)
     control = control[-control.ctypes.data % 64 :][: kernels.CONTROL_BYTES]
     kernels.publish_epoch(control, 1, 4)
-    hold = kernels.EpochHold(control, 1, block)
-    assert hold.take() == 4
+    pin = kernels.EpochPin(control, 1, block)
+    assert pin.pin() == 4
     monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", WAIT_S)
     for is_last in (True, False):
         assert not clients.wait_left(1, 4, is_last=is_last)
         assert clients.waiting_for == [os.getpid()]
     clients.detach("a")
     assert not clients.wait_left(1, 4, is_last=False)  # this process maps its block, which is why it may hold still
-    hold.leave(4)
+    pin.unpin(4)
     assert clients.wait_left(1, 4, is_last=False)
     assert clients.waiting_for == []
 
@@ -91,22 +91,22 @@ def test_what_a_gpus_client_held_and_could_not_note_is_left_with_its_hold(client
     control = np.zeros(2 * kernels.CONTROL_BYTES, dtype=np.uint8)
     control = control[-control.ctypes.data % 64 :][: kernels.CONTROL_BYTES]
     kernels.publish_epoch(control, 1, 4)
-    hold = kernels.EpochHold(control, 1, block)
-    assert hold.take() == 4
+    pin = kernels.EpochPin(control, 1, block)
+    assert pin.pin() == 4
     kernels.publish_epoch(control, 1, 5)
-    assert hold.take() == 5
-    assert kernels.held_epochs(block) == (1, 1)
-    with pytest.raises(ValueError, match="not held"):
-        hold.leave(6)
-    hold.leave(5)
+    assert pin.pin() == 5
+    assert kernels.active_pins(block) == (1, 1)
+    with pytest.raises(ValueError, match="not pinned"):
+        pin.unpin(6)
+    pin.unpin(5)
     child = os.fork()
     if child == 0:
-        del hold
+        del pin
         os._exit(0)  # the counts are the parent's
     os.waitpid(child, 0)
-    assert kernels.held_epochs(block) == (1, 0)
-    del hold
-    assert kernels.held_epochs(block) == (0, 0)
+    assert kernels.active_pins(block) == (1, 0)
+    del pin
+    assert kernels.active_pins(block) == (0, 0)
 
 
 def test_clients_that_linger_have_a_limit(clients: Attachments, monkeypatch: pytest.MonkeyPatch) -> None:

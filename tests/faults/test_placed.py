@@ -184,8 +184,8 @@ def test_who_interrupts_an_opening_does_not_wait_for_all_of_it(tmp_path: Path, m
         given_up.set()
         real_shutdown(pool, wait=wait)
 
-    spoil, real_shutdown = kernels.spoil_bad_records, ThreadPoolExecutor.shutdown
-    monkeypatch.setattr(kernels, "spoil_bad_records", checked)
+    spoil, real_shutdown = kernels.invalidate_bad_records, ThreadPoolExecutor.shutdown
+    monkeypatch.setattr(kernels, "invalidate_bad_records", checked)
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
     with pytest.raises(KeyboardInterrupt):
         tierstore.open(tmp_path / "store", dram="32MiB", on_progress=interrupt)

@@ -16,7 +16,7 @@ from tierstore.kernels import reference_mailbox
 from tierstore.kernels.gpu.await_answer import await_answer
 from tierstore.kernels.gpu.misses import StepState, post_misses
 
-ASKED, NUM_MISSES, ANSWERED, STATUS, TIMED_OUT, FAILED = 0, 1, 8, 9, 16, 18  # in words
+REQUESTED, NUM_MISSES, ANSWERED, STATUS, TIMED_OUT, FAILED = 0, 1, 8, 9, 16, 18  # in words
 ENDLESS = 2**40  # looks: where a test waits this long, it is red
 SECONDS_MAX = 60.0
 
@@ -34,7 +34,7 @@ class Host:
     def _serve(self) -> None:
         deadline = time.monotonic() + SECONDS_MAX
         while not self._stop.is_set() and time.monotonic() < deadline:
-            asked = int(self.mailbox[ASKED])
+            asked = int(self.mailbox[REQUESTED])
             if asked == self.mailbox[ANSWERED]:
                 time.sleep(0)
                 continue
@@ -100,7 +100,7 @@ def test_a_wait_ends_at_its_bound_and_both_sides_know(state: StepState, mailbox:
     step_with(state, mailbox, 3, spins_max)
     assert words_of(state) == (1, 0, 1)
     assert mailbox[[TIMED_OUT, FAILED]].tolist() == [1, 1]
-    assert mailbox[[ASKED, NUM_MISSES, ANSWERED, STATUS]].tolist() == [1, 3, 0, 0]
+    assert mailbox[[REQUESTED, NUM_MISSES, ANSWERED, STATUS]].tolist() == [1, 3, 0, 0]
 
 
 def test_a_step_that_has_failed_is_not_waited_for_again(state: StepState, mailbox: np.ndarray) -> None:

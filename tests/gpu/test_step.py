@@ -44,14 +44,14 @@ class Device:
     def answer(self, status: int) -> None:
         """The host's part, once the device has asked."""
         wait_for_device(self.device)
-        if self.words[mailbox.ASKED.value // 8] == self.words[mailbox.ANSWERED.value // 8]:
+        if self.words[mailbox.REQUESTED.value // 8] == self.words[mailbox.ANSWERED.value // 8]:
             return
         num_misses = int(self.words[mailbox.NUM_MISSES.value // 8])
         keys = self.block[KEYS_START:PAIRS_START].view(np.int64)[:num_misses]
         entries = self.block[ENTRIES_START:].reshape(PAIRS_MAX, CODEC.entry_bytes)
         entries[:num_misses] = self.entries[keys]
         self.words[mailbox.STATUS.value // 8] = status
-        self.words[mailbox.ANSWERED.value // 8] = self.words[mailbox.ASKED.value // 8]
+        self.words[mailbox.ANSWERED.value // 8] = self.words[mailbox.REQUESTED.value // 8]
 
     def step(self, keys: np.ndarray, status: int = 0, *, answered: bool = True) -> np.ndarray:
         out = poisoned_out(keys.size, CODEC, self.device)
@@ -84,7 +84,7 @@ def test_steps_give_every_row(device: torch.device) -> None:
             keys = random.integers(0, 20, size=(NUM_TOKENS, ORDERS)) * 2  # nothing is missed: the host is not asked
         np.testing.assert_array_equal(table.step(keys), table.expected(keys))
         assert int(table.state.step) == int(table.state.ready) == number
-        assert (table.words[mailbox.ASKED.value // 8] == number) == (number % 3 != 0)
+        assert (table.words[mailbox.REQUESTED.value // 8] == number) == (number % 3 != 0)
     assert table.state.batch_counts.tolist() == [8, 2]
     assert int(table.counts.sum()) == 8 * NUM_TOKENS * ORDERS
 

@@ -35,14 +35,14 @@ def int64(*values: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [0, 1, 1024, 20_000])
 def test_the_first_id_outside_is_found_wherever_it_is(name: str, end: int, size: int) -> None:
     ids = np.random.default_rng(size).integers(-1, max(0, min(end, KEY_MAX)), size)
-    find_outside = IMPLEMENTATIONS[name].find_outside
-    assert find_outside(ids, end) == -1
+    find_out_of_range = IMPLEMENTATIONS[name].find_out_of_range
+    assert find_out_of_range(ids, end) == -1
     bad = [-2, -KEY_MAX - 1, *([end, KEY_MAX] if end <= KEY_MAX else [])]
     for place in {0, size // 2, size - 1} & set(range(size)):
         for value in bad:
             damaged = ids.copy()
             damaged[place:] = value
-            assert find_outside(damaged, end) == place
+            assert find_out_of_range(damaged, end) == place
 
 
 class Batch:
@@ -231,20 +231,20 @@ class Rows:
             if product <= KEY_MAX:
                 inverses.append(pow(product, -1, modulus))
             product *= modulus
-        self.num_fixing = np.full(num_orders, len(inverses))
+        self.num_residues = np.full(num_orders, len(inverses))
         self.inverses = np.tile(int64(*inverses), (num_orders, 1))
 
     def of(self, keys: np.ndarray) -> np.ndarray:
-        out = np.empty((keys.size, len(self.moduli) // len(self.num_fixing)), dtype=np.int64)
+        out = np.empty((keys.size, len(self.moduli) // len(self.num_residues)), dtype=np.int64)
         reference.row_ids_of_keys(keys.reshape(-1), None, self.moduli, self.offsets, out)
         return out.reshape(len(keys), len(self.moduli))
 
     def keys(self, name: str, row_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        keys, whole = poisoned(len(row_ids), len(self.num_fixing)), np.ones(len(row_ids), dtype=bool)
+        keys, is_consistent = poisoned(len(row_ids), len(self.num_residues)), np.ones(len(row_ids), dtype=bool)
         IMPLEMENTATIONS[name].keys_of_row_ids(
-            row_ids, self.moduli, self.offsets, self.num_fixing, self.inverses, keys, whole
+            row_ids, self.moduli, self.offsets, self.num_residues, self.inverses, keys, is_consistent
         )
-        return keys, whole
+        return keys, is_consistent
 
 
 SMALL_PRIMES = [2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59]
@@ -257,29 +257,29 @@ ROWS = {"large": Rows(PRIMES, 3), "small": Rows(SMALL_PRIMES, 2), "largest": Row
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 1000])
 def test_row_ids_of_whole_tokens_give_the_keys_back(name: str, rows: str, num_tokens: int) -> None:
     rng = np.random.default_rng(num_tokens)
-    num_orders = len(ROWS[rows].num_fixing)
+    num_orders = len(ROWS[rows].num_residues)
     keys = rng.integers(0, KEY_MAX, (num_tokens, num_orders), endpoint=True)
     edges = int64(0, 1, KEY_MAX, KEY_MAX - 1, 2**62, -1)
     places = rng.random(keys.shape) < 0.3
     keys[places] = rng.choice(edges, int(places.sum()))
-    found, whole = ROWS[rows].keys(name, ROWS[rows].of(keys))
+    found, is_consistent = ROWS[rows].keys(name, ROWS[rows].of(keys))
     np.testing.assert_array_equal(found, keys)
-    assert whole.all()
+    assert is_consistent.all()
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rows", ROWS)
 def test_row_ids_that_no_key_gives_are_of_no_token_and_leave_no_key(name: str, rows: str) -> None:
     rng = np.random.default_rng(4)
-    keys = rng.integers(0, KEY_MAX, (400, len(ROWS[rows].num_fixing)))
+    keys = rng.integers(0, KEY_MAX, (400, len(ROWS[rows].num_residues)))
     ids = ROWS[rows].of(keys)
     for wrong in (-1, -2, -(2**63), KEY_MAX, 0, int(ROWS[rows].moduli.sum())):
         for head in range(ids.shape[1]):
             damaged = ids.copy()
             damaged[::3, head] = wrong
             changed = (damaged != ids).any(axis=1)
-            found, whole = ROWS[rows].keys(name, damaged)
-            np.testing.assert_array_equal(whole, ~changed)
+            found, is_consistent = ROWS[rows].keys(name, damaged)
+            np.testing.assert_array_equal(is_consistent, ~changed)
             np.testing.assert_array_equal(found, np.where(changed[:, None], -1, keys))
 
 
@@ -288,15 +288,15 @@ def test_residues_of_a_number_past_the_largest_key_are_of_no_token(name: str) ->
     for number in (2**63, 2**63 + 1, 2**64, 2**64 + 5, PRIMES[0] * PRIMES[1] * PRIMES[2] - 1):
         ids = int64(*[number % modulus for modulus in PRIMES])[None]
         rows = Rows(PRIMES, 1)
-        found, whole = rows.keys(name, ids + rows.offsets)
-        assert (found.tolist(), whole.tolist()) == ([[-1]], [False]), number
+        found, is_consistent = rows.keys(name, ids + rows.offsets)
+        assert (found.tolist(), is_consistent.tolist()) == ([[-1]], [False]), number
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("rows", ROWS)
 def test_compiled_keys_of_random_row_ids_equal_the_references(rows: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    ids = ROWS[rows].of(rng.integers(-1, 3, (500, len(ROWS[rows].num_fixing))))
+    ids = ROWS[rows].of(rng.integers(-1, 3, (500, len(ROWS[rows].num_residues))))
     places = rng.random(ids.shape) < 0.02
     ids[places] = rng.integers(-2, int(ROWS[rows].moduli.sum()) + 2, int(places.sum()))
     expected = ROWS[rows].keys("reference", ids)
@@ -393,20 +393,20 @@ def test_heads_that_cannot_fix_a_key_are_refused(name: str) -> None:
     rows = ROWS["large"]
     good: dict[str, Any] = {
         "row_ids": rows.of(np.zeros((2, 3), dtype=np.int64)), "moduli": rows.moduli, "offsets": rows.offsets,
-        "num_fixing": rows.num_fixing, "inverses": rows.inverses, "keys": poisoned(2, 3),
-        "whole": np.zeros(2, dtype=bool),
+        "num_residues": rows.num_residues, "inverses": rows.inverses, "keys": poisoned(2, 3),
+        "is_consistent": np.zeros(2, dtype=bool),
     }  # fmt: skip
     IMPLEMENTATIONS[name].keys_of_row_ids(**good)
     wide = rows.moduli.copy()
     wide[2] = 2**31
     for change in (
         {"row_ids": good["row_ids"][:, :-1]}, {"row_ids": good["row_ids"][0]}, {"moduli": wide},
-        {"num_fixing": int64(3, 3)}, {"num_fixing": int64(3, 0, 3)}, {"num_fixing": int64(3, 3, 4)},
-        {"num_fixing": int64(8, 8, 8), "inverses": np.zeros((3, 8), dtype=np.int64)},  # seven multiply past 2^63
-        {"num_fixing": int64(9, 9, 9), "inverses": np.zeros((3, 9), dtype=np.int64)},
+        {"num_residues": int64(3, 3)}, {"num_residues": int64(3, 0, 3)}, {"num_residues": int64(3, 3, 4)},
+        {"num_residues": int64(8, 8, 8), "inverses": np.zeros((3, 8), dtype=np.int64)},  # seven multiply past 2^63
+        {"num_residues": int64(9, 9, 9), "inverses": np.zeros((3, 9), dtype=np.int64)},
         {"inverses": rows.inverses[:2]}, {"inverses": rows.inverses[0]}, {"inverses": -rows.inverses},
         {"inverses": np.where(np.arange(3) == 1, rows.moduli[1], rows.inverses)},
-        {"keys": poisoned(3, 3)}, {"keys": poisoned(2, 2)}, {"whole": np.zeros(3, dtype=bool)},
+        {"keys": poisoned(3, 3)}, {"keys": poisoned(2, 2)}, {"is_consistent": np.zeros(3, dtype=bool)},
     ):  # fmt: skip
         with pytest.raises(ValueError):
             IMPLEMENTATIONS[name].keys_of_row_ids(**good | change)

@@ -85,7 +85,7 @@ class Device:
         self["num_misses"] = len(keys) if count is None else count
         self.keys[: len(keys)], self.pairs[: len(pairs)] = keys, pairs
         self.step += 1
-        self["asked"] = self.step
+        self["requested"] = self.step
 
     def answer(self) -> str:
         """Waits for it, and returns the status."""
@@ -154,7 +154,13 @@ def test_a_device_gets_exact_entries_from_wherever_they_lie(
 @pytest.mark.parametrize("count", [0, 1, 599, 600])
 def test_a_request_of_nothing_and_a_full_one_are_answered(store: tierstore.Store, model: Model, count: int) -> None:
     device, tokens = Device(server_of(store)), keys_of(2)
-    assert (device["asked"], device["answered"], device["status"], device["timed_out"], device["outside"]) == (0,) * 5
+    assert (
+        device["requested"],
+        device["answered"],
+        device["status"],
+        device["timed_out"],
+        device["invalid_token_position"],
+    ) == (0,) * 5
     device.asks(tokens, np.arange(600, dtype=np.int32)[::-1][:count], model)
 
 
@@ -243,7 +249,7 @@ def test_random_bytes_get_an_answer_and_harm_nobody(store: tierstore.Store, mode
             device.pairs[:] = rng.integers(-1, 9, 8)
         if round_number % 3 == 1:
             device.keys[:] &= 2**63 - 1
-        device["asked"] = device.step
+        device["requested"] = device.step
         seen.add(device.answer())
     assert seen == {"there", "damaged"}
     other.asks(tokens, np.arange(90, dtype=np.int32), model)
@@ -260,7 +266,7 @@ def test_a_device_that_writes_while_it_is_served_harms_nobody(store: tierstore.S
             wild["num_misses"] = int(rng.integers(-1, 601))
             wild.keys[:] = rng.integers(-1, 2**62, 600)
             wild.pairs[:] = rng.integers(-1 if rng.random() < 0.5 else 0, 600, 600)
-            wild["asked"] = int(rng.integers(0, 2**62))
+            wild["requested"] = int(rng.integers(0, 2**62))
 
     thread = threading.Thread(target=write)
     thread.start()
@@ -491,7 +497,7 @@ def test_a_forked_child_has_a_closed_server_and_a_store_that_works(
         assert server.remove(device.id, 0)
         np.testing.assert_array_equal(store["layers.1"].lookup(tokens), model.expected("layers.1", tokens))
         before = device.block.copy()
-        device["asked"] = 77
+        device["requested"] = 77
         store.close()
         before[:8] = device.block[:8]
         assert (device.block == before).all()

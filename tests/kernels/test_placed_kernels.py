@@ -62,8 +62,8 @@ def test_a_key_taken_out_does_not_hide_those_that_it_displaced(kernel) -> None:
     records = np.zeros((40, 24), dtype=np.uint8)
     kernel.seal_records(records, keys, np.zeros(40, dtype=np.uint32), 8, 7)
     records[::3, 0] ^= 1
-    assert kernel.spoil_bad_records(records, 8, 7) == 14
-    assert kernel.drop_bad_places(buckets, 0, records, 40, 8) == 14
+    assert kernel.invalidate_bad_records(records, 8, 7) == 14
+    assert kernel.drop_bad_entries(buckets, 0, records, 40, 8) == 14
     found = kernel.find_entries(buckets, keys)
     np.testing.assert_array_equal(found, np.where(np.arange(40) % 3 == 0, -1, np.arange(40)))
 
@@ -76,9 +76,9 @@ def test_a_record_under_another_key_order_or_place_is_left_out(kernel) -> None:
     kernel.seal_records(records, keys[[0, 2, 2, 3]], np.array([1, 1, 1, 0], dtype=np.uint32), 8, 7)
     places = np.array([0, 1, 2, 3, 4, 9], dtype=np.uint32)
     assert kernel.index_entries(keys, places, buckets)
-    assert kernel.spoil_bad_records(records, 8, 7) == 0
+    assert kernel.invalidate_bad_records(records, 8, 7) == 0
     assert (
-        kernel.drop_bad_places(buckets, 1, records, 6, 8) == 3
+        kernel.drop_bad_entries(buckets, 1, records, 6, 8) == 3
     )  # key 1 has key 2's record, 3 is of order 0, 9 is no place
     np.testing.assert_array_equal(kernel.find_entries(buckets, keys), [0, -1, 2, -1, 4, -1])
 
@@ -91,7 +91,7 @@ def test_places_below_the_first_loaded_record_are_kept_unseen(kernel) -> None:
     kernel.seal_records(records, keys[[2, 0, 4]], np.zeros(3, dtype=np.uint32), 8, 7)
     places = np.array([0, 1, 2, 3, 4, 5, 6], dtype=np.uint32)
     assert kernel.index_entries(keys, places, buckets)
-    assert kernel.drop_bad_places(buckets, 0, records, 6, 8, 2) == 2  # 3 is key 0's, 6 is no place
+    assert kernel.drop_bad_entries(buckets, 0, records, 6, 8, 2) == 2  # 3 is key 0's, 6 is no place
     np.testing.assert_array_equal(kernel.find_entries(buckets, keys), [0, 1, 2, -1, 4, 5, -1])
 
 
@@ -107,8 +107,8 @@ def test_compiled_records_are_the_references_byte_for_byte(entry_bytes: int) -> 
     reference_placed.seal_records(other, keys, order_index, entry_bytes, 99)
     np.testing.assert_array_equal(one, other)
     assert (
-        kernels.spoil_bad_records(one, entry_bytes, 98)
-        == reference_placed.spoil_bad_records(other, entry_bytes, 98)
+        kernels.invalidate_bad_records(one, entry_bytes, 98)
+        == reference_placed.invalidate_bad_records(other, entry_bytes, 98)
         == 9
     )
     np.testing.assert_array_equal(one, other)
@@ -121,7 +121,7 @@ def test_every_flipped_bit_of_a_record_is_noticed(kernel) -> None:
     for bit in range(24 * 8):
         damaged = whole.copy()
         damaged[0, bit // 8] ^= 1 << bit % 8
-        assert kernel.spoil_bad_records(damaged, 8, 3) == 1
+        assert kernel.invalidate_bad_records(damaged, 8, 3) == 1
 
 
 @pytest.mark.parametrize("kernel", IMPLEMENTATIONS, ids=lambda module: module.__name__.rpartition(".")[2])
@@ -133,6 +133,6 @@ def test_shapes_that_do_not_fit_are_refused(kernel) -> None:
     with pytest.raises(ValueError, match="keys"):
         kernel.index_entries(np.full(1, -1), np.zeros(1, dtype=np.uint32), buckets_of(1))
     with pytest.raises(ValueError, match="a record is"):
-        kernel.spoil_bad_records(np.zeros((1, 23), dtype=np.uint8), 8, 0)
+        kernel.invalidate_bad_records(np.zeros((1, 23), dtype=np.uint8), 8, 0)
     with pytest.raises(TypeError):
         kernel.find_entries(np.zeros((2, 64), dtype=np.int8), np.zeros(1, dtype=np.int64))

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierstore import kernels
-from tierstore.kernels import CLIENT_BLOCK_BYTES, NUM_RECORDS, REPORT
+from tierstore.kernels import CLIENT_BLOCK_BYTES, NUM_RING_REPORTS, REPORT
 
 pytestmark = pytest.mark.skipif(not kernels.native, reason="NumPy has no atomics")
 
@@ -46,10 +46,10 @@ def told(names: np.ndarray) -> np.ndarray:
     return reports
 
 
-def drain(reader: kernels.ReportReader, size: int = NUM_RECORDS) -> np.ndarray:
+def drain(reader: kernels.ReportReader, size: int = NUM_RING_REPORTS) -> np.ndarray:
     """All that is there; what was reserved and not written is passed by."""
     parts, out = [], np.zeros(size, dtype=REPORT)
-    for _ in range(2 + NUM_RECORDS // size):
+    for _ in range(2 + NUM_RING_REPORTS // size):
         parts.append(out[: reader.take(out)].copy())
     return np.concatenate(parts)
 
@@ -61,7 +61,7 @@ def words(block: np.ndarray) -> np.ndarray:
 def test_a_block_is_laid_out_as_drawn() -> None:
     block = fresh_block()
     assert len(block) == CLIENT_BLOCK_BYTES == kernels._serving.CLIENT_BLOCK_BYTES
-    assert kernels._serving.NUM_RECORDS == NUM_RECORDS
+    assert kernels._serving.NUM_RING_REPORTS == NUM_RING_REPORTS
     assert np.flatnonzero(words(block)).tolist() == [HEADER["magic"]]
     writer, reader = kernels.ReportWriter(block), kernels.ReportReader(block)
     writer.add(told(np.arange(5)))
@@ -74,13 +74,13 @@ def test_a_block_is_laid_out_as_drawn() -> None:
     assert words(block)[[HEADER["written"], HEADER["read"]]].tolist() == [5, 3]
 
 
-@pytest.mark.parametrize("size", [1, 7, NUM_RECORDS - 1, NUM_RECORDS])
-@pytest.mark.parametrize("room", [1, 100, NUM_RECORDS])
+@pytest.mark.parametrize("size", [1, 7, NUM_RING_REPORTS - 1, NUM_RING_REPORTS])
+@pytest.mark.parametrize("room", [1, 100, NUM_RING_REPORTS])
 def test_reports_come_out_as_they_went_in_over_many_laps(size: int, room: int) -> None:
     block = fresh_block()
     writer, reader = kernels.ReportWriter(block), kernels.ReportReader(block)
     out, taken = np.zeros(room, dtype=REPORT), [np.zeros(0, dtype=REPORT)]
-    written = told(np.arange(min(40 * size, 5 * NUM_RECORDS)))
+    written = told(np.arange(min(40 * size, 5 * NUM_RING_REPORTS)))
     for start in range(0, len(written), size):
         writer.add(written[start : start + size])
         while count := reader.take(out):
@@ -92,13 +92,13 @@ def test_reports_come_out_as_they_went_in_over_many_laps(size: int, room: int) -
 def test_a_full_ring_drops_what_is_new_and_a_dead_reader_costs_no_more() -> None:
     block = fresh_block()
     writer, reader = kernels.ReportWriter(block), kernels.ReportReader(block)
-    written = told(np.arange(NUM_RECORDS + 10))
+    written = told(np.arange(NUM_RING_REPORTS + 10))
     writer.add(written[:20])
     writer.add(written[20:])  # 10 too many
     for _ in range(3):
         writer.add(written[:7])
     assert reader.dropped == 10 + 3 * 7
-    np.testing.assert_array_equal(drain(reader), written[:NUM_RECORDS])
+    np.testing.assert_array_equal(drain(reader), written[:NUM_RING_REPORTS])
     assert reader.lost == 0
     writer.add(written[:7])
     np.testing.assert_array_equal(drain(reader), written[:7])
@@ -171,9 +171,9 @@ def start_client(descriptor: int, start: int, batch: int) -> subprocess.Popen[st
 
 
 def take_until(reader: kernels.ReportReader, wanted: int) -> np.ndarray:
-    """Takes so many reports or more, while they come; fails where they have not in WAIT_S. Until the first,
-    writers start."""
-    parts, out, num_taken = [], np.zeros(NUM_RECORDS, dtype=REPORT), 0
+    """Takes so many reports or more, while they come; fails where they have not in WAIT_S. Until the first, writers
+    start."""
+    parts, out, num_taken = [], np.zeros(NUM_RING_REPORTS, dtype=REPORT), 0
     deadline, pause = time.monotonic() + WAIT_S, threading.Event()
     while num_taken < wanted:
         assert time.monotonic() < deadline, f"{num_taken:,} of {wanted:,} reports came in {WAIT_S} s"
@@ -223,7 +223,7 @@ def test_a_writer_killed_again_and_again_leaves_a_ring_that_works(shared: tuple[
         reports = np.concatenate([reports, drain(reader)])
         np.testing.assert_array_equal(reports, told(reports["key"]))
         names.append(reports["key"])
-        lost, own = reader.lost, told(-1 - np.arange(NUM_RECORDS))
+        lost, own = reader.lost, told(-1 - np.arange(NUM_RING_REPORTS))
         writer.add(own)
         np.testing.assert_array_equal(drain(reader), own)
         assert reader.lost == lost
@@ -239,7 +239,7 @@ def reserve(block: np.ndarray, count: int) -> None:
 def test_a_report_not_yet_written_gets_the_time_of_a_call_and_is_then_lost() -> None:
     block = fresh_block()
     writer, reader = kernels.ReportWriter(block), kernels.ReportReader(block)
-    out = np.zeros(NUM_RECORDS, dtype=REPORT)
+    out = np.zeros(NUM_RING_REPORTS, dtype=REPORT)
     writer.add(told(np.arange(4)))
     reserve(block, 3)
     writer.add(told(np.arange(10, 14)))
@@ -261,9 +261,9 @@ def test_a_writer_that_comes_a_lap_late_spoils_only_the_report_it_overwrites() -
     reserve(block, 1)
     assert len(drain(reader)) == 0
     assert reader.lost == 1
-    reports = told(np.arange(NUM_RECORDS))
+    reports = told(np.arange(NUM_RING_REPORTS))
     writer.add(reports)
-    words(block)[512] = 10**6  # the key of position 0, which has been NUM_RECORDS's since
+    words(block)[512] = 10**6  # the key of position 0, which has been NUM_RING_REPORTS's since
     np.testing.assert_array_equal(drain(reader), reports[:-1])
     assert reader.lost == 2
 
@@ -271,7 +271,7 @@ def test_a_writer_that_comes_a_lap_late_spoils_only_the_report_it_overwrites() -
 def test_a_report_half_written_over_an_old_one_is_not_taken() -> None:
     block = fresh_block()
     writer, reader = kernels.ReportWriter(block), kernels.ReportReader(block)
-    writer.add(told(np.arange(NUM_RECORDS)))
+    writer.add(told(np.arange(NUM_RING_REPORTS)))
     drain(reader)
     reserve(block, 2)  # one with nothing written, one with its key
     words(block)[512 + 2] = 77
@@ -283,12 +283,12 @@ U64 = st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 1, 2**31, 2**32, 
 TAMPERING = st.lists(
     st.one_of(
         st.tuples(st.just("word"), st.sampled_from(sorted(HEADER.values())), U64),
-        st.tuples(st.just("record"), st.integers(0, 2 * NUM_RECORDS - 1), U64),
+        st.tuples(st.just("record"), st.integers(0, 2 * NUM_RING_REPORTS - 1), U64),
         st.tuples(st.just("noise"), st.integers(0, 2**32 - 1), st.just(0)),
-        st.tuples(st.just("copies"), st.integers(0, NUM_RECORDS - 1), st.just(0)),
+        st.tuples(st.just("copies"), st.integers(0, NUM_RING_REPORTS - 1), st.just(0)),
         st.tuples(st.just("move"), st.sampled_from(["written", "read"]), U64),
-        st.tuples(st.just("add"), st.integers(0, 2 * NUM_RECORDS), st.just(0)),
-        st.tuples(st.just("take"), st.integers(0, 2 * NUM_RECORDS), st.just(0)),
+        st.tuples(st.just("add"), st.integers(0, 2 * NUM_RING_REPORTS), st.just(0)),
+        st.tuples(st.just("take"), st.integers(0, 2 * NUM_RING_REPORTS), st.just(0)),
     ),
     max_size=25,
 )
@@ -315,11 +315,11 @@ def test_whatever_stands_in_a_block_reading_it_ends_and_the_ring_recovers(tamper
         else:
             lost = reader.lost
             out = np.zeros(where, dtype=REPORT)
-            assert 0 <= reader.take(out) <= min(where, NUM_RECORDS)
-            assert 0 <= reader.lost - lost <= NUM_RECORDS
+            assert 0 <= reader.take(out) <= min(where, NUM_RING_REPORTS)
+            assert 0 <= reader.lost - lost <= NUM_RING_REPORTS
     drain(reader)
     drain(reader)  # where `written` jumped, the first went on from there
-    reports = told(np.arange(NUM_RECORDS))
+    reports = told(np.arange(NUM_RING_REPORTS))
     writer.add(reports)
     np.testing.assert_array_equal(drain(reader), reports)
 
@@ -329,9 +329,9 @@ def test_random_records_do_not_pass_for_reports() -> None:
     reader, rng = kernels.ReportReader(block), np.random.default_rng(0)
     for _ in range(10):
         block[4096:] = rng.integers(0, 256, CLIENT_BLOCK_BYTES - 4096, dtype=np.uint8)
-        reserve(block, NUM_RECORDS)
+        reserve(block, NUM_RING_REPORTS)
         assert len(drain(reader)) == 0
-    assert reader.lost == 10 * NUM_RECORDS
+    assert reader.lost == 10 * NUM_RING_REPORTS
 
 
 def test_blocks_and_arrays_that_do_not_fit_are_refused() -> None:

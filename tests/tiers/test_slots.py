@@ -137,7 +137,7 @@ def test_adopted_records_are_held_by_their_trailers_and_damaged_ones_are_free() 
     write(source, pairs)
     slots.records[:] = source.records
     slots.records[1, 3] ^= 1
-    assert reference_placed.spoil_bad_records(slots.records[:4], ENTRY_BYTES, SEED) == 1  # as loading does
+    assert reference_placed.invalidate_bad_records(slots.records[:4], ENTRY_BYTES, SEED) == 1  # as loading does
     slots.adopt(4)
     assert slots.keys.tolist() == [7, -1, 2**63 - 1, 0, -1, -1]
     assert slots.order_index[[0, 2, 3]].tolist() == [0, 2, 0]

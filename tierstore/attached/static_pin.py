@@ -36,7 +36,7 @@ class HeldStatic:
 
         self._block_id = link.static_id
         self._link = link
-        self._hold: Any = None  # the version's `EpochHold`,
+        self._hold: Any = None  # the version's `EpochPin`,
         self._epochs: list[int] = []  # what is held by it, the newest last,
         self._seen: int | None = None  # and which of these kernels see
         self.parts: list[DramPart] = []
@@ -79,19 +79,19 @@ class HeldStatic:
         rename()
         self._seen = self._epochs[-1] if self._epochs else None  # a store that is collected meanwhile leaves all
         while len(self._epochs) > 1:
-            self._hold.leave(self._epochs.pop(0))
+            self._hold.unpin(self._epochs.pop(0))
 
     def leave(self) -> None:
         """Holds nothing any more. No kernel may read what was held."""
         while self._epochs:
-            self._hold.leave(self._epochs.pop())
+            self._hold.unpin(self._epochs.pop())
         self._hold = None
 
     def _is_newer(self) -> bool:
         return self._hold.newest() not in (None, self._epochs[-1])
 
     def _take(self) -> None:
-        epoch = self._hold.take()
+        epoch = self._hold.pin()
         if epoch is not None:  # else the version is over, and another one comes
             self._epochs.append(epoch)
 

@@ -113,7 +113,7 @@ class Attachment:
 
     def holds_for_gpu(self, version: int, epoch: int) -> bool:
         """Whether its GPU is in an epoch."""
-        return self.on_gpu and version in self.blocks and kernels.held_epochs(self.blocks[version])[epoch % 2] > 0
+        return self.on_gpu and version in self.blocks and kernels.active_pins(self.blocks[version])[epoch % 2] > 0
 
     def holds(self, version: int, epoch: int, is_last: bool) -> bool:
         """Whether it says that a lookup of its, or its GPU, is in an epoch; is_last: or may still be. Not, where it is

@@ -116,7 +116,7 @@ class Learner:
             for reader in self._host.attachments.readers():
                 self._guarded("reports_failed", self._take, reader, reports)
             for reader in self._host.attachments.take_last_readers():
-                for _ in range(kernels.NUM_RECORDS // TAKE_REPORTS_MAX):
+                for _ in range(kernels.NUM_RING_REPORTS // TAKE_REPORTS_MAX):
                     self._guarded("reports_failed", self._take, reader, reports)
                 self._lost_of_gone += _lost_of(reader)
 

@@ -330,7 +330,7 @@ class Host:
             old = self._retiring
             if not wait_left(old.number, old.epoch, is_last=True):
                 return False
-            kernels.forget_version(self._control.array, old.number)
+            kernels.reclaim_version(self._control.array, old.number)
             if not wait_left(
                 old.number, old.epoch, is_last=False
             ):  # a GPU may have come meanwhile, and none can any more
@@ -340,7 +340,7 @@ class Host:
             old.close()
         elif not wait_left(self.current.number, self.epoch - 1, is_last=False):
             return False
-        kernels.forget_before(self._control.array, self.current.number, self.epoch)
+        kernels.reclaim_epochs_before(self._control.array, self.current.number, self.epoch)
         for slots in self.slots.values():
             slots.free_dead()
         self.settled_epoch = self.epoch

@@ -84,7 +84,7 @@ def _from_records(
         end = min(start + step, table.num_entries)
         records = _read(fd, (end - start) * table.record_bytes, table.byte_start + start * table.record_bytes)
         records = records.reshape(-1, table.record_bytes)
-        kernels.spoil_bad_records(records, table.entry_bytes, seed)
+        kernels.invalidate_bad_records(records, table.entry_bytes, seed)
         trailer_bytes = kernels.RECORD_TRAILER.itemsize
         trailers = np.ascontiguousarray(records[:, -trailer_bytes:]).view(kernels.RECORD_TRAILER)[:, 0]
         fits = (trailers["key"] >= 0) & np.isin(trailers["order_index"], orders) & (keys[start:end] < 0)

@@ -331,7 +331,7 @@ def _verify_placed(
         check_not_stopped(stop)
         records = np.empty((min(step, table.num_entries - start), table.record_bytes), dtype=np.uint8)
         read_exactly(file.fd, records, table.byte_start + start * table.record_bytes, what)
-        num_damaged += kernels.spoil_bad_records(records, table.entry_bytes, seed)
+        num_damaged += kernels.invalidate_bad_records(records, table.entry_bytes, seed)
         report.entries_checked += len(records)
     if num_damaged:
         damaged.append(f"{what}: {num_damaged} of {table.num_entries} entries have wrong checksums")

@@ -101,7 +101,7 @@ class Table:
         """
         spec = self._spec
         row_ids = _checked_ids(row_ids, "row_ids").copy()  # ours: what is checked is what is read
-        outside = kernels.find_outside(row_ids, spec.num_rows)
+        outside = kernels.find_out_of_range(row_ids, spec.num_rows)
         if outside >= 0:
             bad = row_ids.reshape(-1)[outside]
             raise ValueError(f"table {spec.name}: row id {bad} is outside -1 to {spec.num_rows - 1}")
@@ -159,7 +159,7 @@ class Table:
             raise ValueError(
                 f"table {spec.name}: keys are {list(keys.shape)}, expected [N, {len(spec.orders)}]: one for each order"
             )
-        outside = kernels.find_outside(keys, spec.num_rows if spec.is_plain else KEYS_END)
+        outside = kernels.find_out_of_range(keys, spec.num_rows if spec.is_plain else KEYS_END)
         if outside >= 0:
             bad = keys.reshape(-1)[outside]
             if bad < -1:

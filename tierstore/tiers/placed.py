@@ -128,7 +128,7 @@ class StaticSet:
         for i, place in enumerate(places.tolist()):
             data = os.pread(self.file.fd, size, self.table.byte_start + place * size)
             record = np.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=np.uint8).reshape(1, size)
-            damaged = kernels.spoil_bad_records(record, self.table.entry_bytes, self.seed)
+            damaged = kernels.invalidate_bad_records(record, self.table.entry_bytes, self.seed)
             trailer = record[0, -kernels.RECORD_TRAILER.itemsize :].view(kernels.RECORD_TRAILER)[0]
             if damaged or trailer["key"] != keys[i] or trailer["order_index"] != order_index[i]:
                 raise CorruptPageError(fault_text(self.table.name, self.file.path, place, 0))
@@ -179,7 +179,7 @@ def _load_static(
     num_damaged = load_records(file, table, part, share.static_entries, layout.seed, on_bytes, first)
     records = memory[: share.static_entries * table.record_bytes].reshape(-1, table.record_bytes)
     num_left_out = sum(
-        kernels.drop_bad_places(
+        kernels.drop_bad_entries(
             buckets[at : at + CHECKED_BUCKETS], order_index, records, table.num_entries, table.entry_bytes, first
         )
         for order_index, buckets in enumerate(indexes)
@@ -266,7 +266,7 @@ def load_records(
             os.posix_fadvise(file.fd, at, len(part), os.POSIX_FADV_DONTNEED)
         part[done:] = 0  # what could not be read is no record
         records = memory[byte_start : end * table.record_bytes].reshape(-1, table.record_bytes)
-        return kernels.spoil_bad_records(records, table.entry_bytes, seed), len(part)
+        return kernels.invalidate_bad_records(records, table.entry_bytes, seed), len(part)
 
     num_damaged = 0
     with ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="tierstore-load") as pool:

@@ -178,14 +178,14 @@ void test_gate() {
   const EpochView next = gate.enter();
   CHECK(next.alive && next.epoch == 6 && even == 1);
   CHECK(gate.holds(view) && gate.holds(next));  // two are alive
-  line.forget_before(6);
+  line.reclaim_before(6);
   CHECK(!gate.holds(view) && gate.holds(next));
   line.publish(3, 7);
-  line.forget_before(7);
+  line.reclaim_before(7);
   CHECK(!gate.holds(next));
   const EpochView last = gate.enter();
   CHECK(gate.holds(last) && !gate.is_empty());
-  line.forget_all();
+  line.reclaim_all();
   CHECK(!gate.holds(last) && !gate.enter().alive);
   line.publish(5, 8);  // another version in the same line
   CHECK(!gate.holds(last) && !gate.enter().alive);
@@ -193,10 +193,10 @@ void test_gate() {
   CHECK(even == 2 && odd == 2);
 }
 
-// Holds, while epochs pass as fast as nobody holds the one before: what is held has not been ended.
-void test_holds() {
+// Pins, while epochs pass as fast as nobody pins the one before: what is pinned has not been reclaimed.
+void test_pins() {
   EpochLine line;
-  std::atomic<uint64_t> even{0}, odd{0}, ended{0}, wrong{0}, held{0};
+  std::atomic<uint64_t> even{0}, odd{0}, ended{0}, wrong{0}, pinned{0};
   std::atomic<bool> stop{false};
   line.publish(1, 1);
   std::vector<std::thread> threads;
@@ -204,9 +204,9 @@ void test_holds() {
     threads.emplace_back([&] {
       EpochGate gate(&line, 1, &even, &odd);
       while (!stop) {
-        const EpochView view = gate.hold();
+        const EpochView view = gate.pin();
         if (!view.alive || ended.load() >= view.epoch) ++wrong;
-        ++held;
+        ++pinned;
         gate.leave(view);
       }
     });
@@ -223,8 +223,8 @@ void test_holds() {
   CHECK(wrong == 0 && even == 0 && odd == 0);
   line.publish(2, epoch);  // another version in the same line
   EpochGate gate(&line, 1, &even, &odd);
-  CHECK(!gate.hold().alive && !gate.newest() && even == 0 && odd == 0);
-  std::printf("holds: %llu in %llu epochs\n", static_cast<unsigned long long>(held.load()),
+  CHECK(!gate.pin().alive && !gate.newest() && even == 0 && odd == 0);
+  std::printf("pins: %llu in %llu epochs\n", static_cast<unsigned long long>(pinned.load()),
               static_cast<unsigned long long>(epoch));
 }
 
@@ -255,13 +255,13 @@ void test_stopped_reader(const Files& files) {
   look_up(use, true);  // its epoch is still read
   CHECK(tiers.readers(1) == 1 && tiers.readers(2) == 0);
   const uint64_t static_hits = engine->table_counters[0].static_hits[0];
-  tiers.line(1).forget_before(2);
+  tiers.line(1).reclaim_before(2);
   tiers.write(3, other);  // what it copies now is another key's
   look_up(use, false);
   CHECK(engine->table_counters[0].static_hits[0] == static_hits);  // discarded, and counted as read
   tiers.index(3, {key}, {3});  // the area that it searches says what is not so for it
   look_up(use, false);
-  tiers.line(1).forget_all();
+  tiers.line(1).reclaim_all();
   look_up(use, false);
   const Engine::Use late(*engine);
   CHECK(!late.view().alive);
@@ -315,7 +315,7 @@ void test_changing_epochs(const Files& files) {
     tiers.index(epoch, keys, slots);
     tiers.line(1).publish(1, epoch);
     while (kWaits && tiers.readers(epoch - 1) > 0) std::this_thread::yield();
-    tiers.line(1).forget_before(epoch);
+    tiers.line(1).reclaim_before(epoch);
     if (epoch % 16 == 0) std::this_thread::yield();
   }
   stop = true;
@@ -381,7 +381,7 @@ int main(int argc, char** argv) {
   } else if (what == "epochs" && argc > 2) {
     const Files files(argv[2]);
     test_gate();
-    test_holds();
+    test_pins();
     test_stopped_reader(files);
     test_changing_epochs(files);
   } else if (what == "kill") {

@@ -42,7 +42,7 @@ struct Device {
   MailboxStatus ask(const std::vector<int64_t>& keys) {
     for (size_t i = 0; i < keys.size(); ++i) write_pair(i, keys[i], static_cast<int32_t>(i));
     write(kMailboxNumMisses, static_cast<int64_t>(keys.size()));
-    write(kMailboxAsked, ++step, __ATOMIC_RELEASE);
+    write(kMailboxRequested, ++step, __ATOMIC_RELEASE);
     while (answered() != step) std::this_thread::yield();
     return static_cast<MailboxStatus>(
         __atomic_load_n(reinterpret_cast<const int64_t*>(block.data + kMailboxStatus), __ATOMIC_RELAXED));
@@ -141,7 +141,7 @@ void test_wild(const std::string& folder) {
           device.write_pair(i, static_cast<int64_t>(next_random(state) << 33) >> (next_random(state) % 40),
                             static_cast<int32_t>(next_random(state) % 70) - (next_random(state) % 50 == 0));
         }
-        device.write(kMailboxAsked, static_cast<int64_t>(next_random(state)), __ATOMIC_RELEASE);
+        device.write(kMailboxRequested, static_cast<int64_t>(next_random(state)), __ATOMIC_RELEASE);
       }
     });
   }

@@ -48,7 +48,7 @@ void write_until_enough(Ring& ring, int64_t key, size_t batch) {
   std::vector<Report> reports(batch);
   uint64_t calls = 0;
   for (size_t since_call = 0; !ring.enough; ring.num_written += batch) {
-    while (since_call >= 2 * kNumRecords && calls == ring.num_calls && !ring.enough) std::this_thread::yield();
+    while (since_call >= 2 * kNumRingReports && calls == ring.num_calls && !ring.enough) std::this_thread::yield();
     since_call = calls == ring.num_calls ? since_call + batch : batch;
     calls = ring.num_calls;
     for (Report& report : reports) {
@@ -70,7 +70,7 @@ void test_ring(size_t batch) {
   }
   ReportReader reader(ring.block.data);
   std::vector<bool> seen;
-  std::vector<Report> out(kNumRecords);
+  std::vector<Report> out(kNumRingReports);
   uint64_t num_taken = 0, wrong = 0;
   for (int calls_left = 3; calls_left > 0;) {
     if (ring.writing == 0) --calls_left;
@@ -143,8 +143,8 @@ void test_counts() {
 
 void test_kill() {
   Block block(kClientBlockBytes, MAP_SHARED);
-  std::vector<Report> out(kNumRecords), old, reports;
-  for (int64_t key = 0; key < static_cast<int64_t>(kNumRecords); ++key) old.push_back(told(key));
+  std::vector<Report> out(kNumRingReports), old, reports;
+  for (int64_t key = 0; key < static_cast<int64_t>(kNumRingReports); ++key) old.push_back(told(key));
   for (int64_t key = 0; key < 4; ++key) reports.push_back(told(1'000'000 + key));
   uint64_t num_checked = 0, num_lost = 0;
   long steps = 0;

@@ -227,9 +227,9 @@ class DeviceLookup:
         self._reading = None
 
     def _end_answer(self) -> None:
-        """The same for a request of the device that it gave up:
-        the host writes to the buffers until it has answered."""
-        asked, answered = (kernels.MAILBOX_STARTS[name] // 8 for name in ("asked", "answered"))
+        """The same for a request of the device that it gave up: the host writes to the buffers until it has
+        answered."""
+        asked, answered = (kernels.MAILBOX_STARTS[name] // 8 for name in ("requested", "answered"))
         deadline = time.monotonic() + WAIT_S
         while self._words[asked] != self._words[answered]:
             if time.monotonic() > deadline:
@@ -342,7 +342,7 @@ class DeviceLookup:
         was."""
         with self._lock:
             self._check_open()
-            return self._take("outside")
+            return self._take("invalid_token_position")
 
     def _take(self, name: str) -> int:
         """Returns a word that the device writes where something is wrong, and clears it."""
