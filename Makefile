@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+CPP_SOURCES := $(wildcard $(addsuffix /*.[ch]*,kernels/cpu tests/kernels/cpp tools/bench/bare))
 SOURCES := $(wildcard kernels/cpu/*) setup.py setup.cfg pyproject.toml requirements.txt
 
 .PHONY: install test lint types suite cases sanitize soak demo bench clean
@@ -20,9 +21,13 @@ $(STAMP): $(SOURCES)
 
 test: lint types suite
 
+# The hooks of .pre-commit-config.yaml run the same commands.
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
+	$(BIN)/codespell
+	$(BIN)/python tests/support/tidy.py
 
 types: install
 	$(BIN)/mypy
