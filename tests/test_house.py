@@ -180,5 +180,5 @@ def test_architecture_has_the_same_floors() -> None:
 
 
 def test_every_named_place_of_the_house_is_there() -> None:
-    names = "README.md ARCHITECTURE.md FORMAT.md BENCHMARKS.md CHANGELOG.md LICENSE Makefile .ci/run"
+    names = "README.md ARCHITECTURE.md FORMAT.md BENCHMARKS.md CHANGELOG.md CONTRIBUTING.md LICENSE Makefile .ci/run"
     assert not [name for name in names.split() if not (REPOSITORY / name).is_file()]
