@@ -34,7 +34,12 @@ FLOORS = (
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "triton", "transformers", "matplotlib"}
-ON_THE_GPU = ("tierstore.kernels.gpu", "tierstore.tiers.hbm")  # load torch and triton, and are loaded by who uses a GPU
+ON_THE_GPU = (  # load torch and triton, and are loaded only if a GPU is used
+    "tierstore.kernels.gpu",
+    "tierstore.tiers.hbm",
+    "tierstore.attached.hbm",
+    "tierstore.attached.static_pin",
+)
 LARGEST_FRACTION = 0.2  # of the package's lines, in one folder
 SOURCES = sorted(
     path

@@ -27,8 +27,8 @@ from support.stores import Model, random_keys
 
 import tierstore
 from tierstore import kernels
-from tierstore.attached import backing
-from tierstore.attached.backing import AttachedBacking
+from tierstore.attached import hbm as attached_hbm
+from tierstore.attached.hbm import AttachedHbm
 from tierstore.daemon import attachments
 from tierstore.daemon.daemon import Daemon
 from tierstore.store.store import Store
@@ -186,7 +186,7 @@ def test_only_who_asks_gets_it_writable_and_only_until_it_is_locked(
         with connect(tmp_path / "s") as store:
             assert ["rw-s", "rw-s"] in while_locked
             assert mappings(daemon) == ["rw-s", "r--s"]
-            records = store._backing._static.parts[0].records
+            records = store._backing._hbm._static.parts[0].records
             child = os.fork()
             if not child:
                 faulthandler.disable()
@@ -220,7 +220,7 @@ def test_what_a_device_reads_is_not_written_over(
     monkeypatch.setattr(attachments, "LEAVE_WAIT_S", 0.1)
     with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
         looker = Looker(store, KEYS, rows)
-        with store._backing._hbm_lock:  # it does not see that there is another epoch
+        with store._backing._hbm._lock:  # it does not see that there is another epoch
             with pytest.raises(
                 tierstore.DaemonError, match=rf"GPU of process {os.getpid()} still reads.*end that process"
             ):
@@ -243,7 +243,7 @@ def test_a_connection_that_is_gone_does_not_end_what_the_device_reads(
     monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", 0.2)
     with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
         looker = Looker(store, KEYS, rows)
-        with store._backing._hbm_lock:
+        with store._backing._hbm._lock:
             daemon._host.attachments.clients()[0].drop("for the test")
             until(lambda: daemon._host.attachments._lingering)
             with pytest.raises(tierstore.DaemonError, match="still reads"):
@@ -285,19 +285,19 @@ def test_who_holds_only_after_its_connection_is_gone_is_heeded_too(
         serving(placed, tmp_path / "s", DRAM, gpu_clients=True, clients_max=1) as daemon,
         contextlib.ExitStack() as stack,
     ):
-        fill = AttachedBacking._fill_hbm
+        fill = AttachedHbm.fill
 
-        def without_a_connection(backing: AttachedBacking) -> None:
-            fill(backing)
+        def without_a_connection(hbm: AttachedHbm) -> None:
+            fill(hbm)
             daemon._host.attachments.clients()[0].drop("for the test")
             until(lambda: not daemon._host.attachments.clients())
             stack.enter_context(tierstore.connect(tmp_path / "s"))  # has its place, so that it does not come back
 
         with monkeypatch.context() as patched:
-            patched.setattr(AttachedBacking, "_fill_hbm", without_a_connection)
+            patched.setattr(AttachedHbm, "fill", without_a_connection)
             store = stack.enter_context(connect(tmp_path / "s"))
         looker = Looker(store, KEYS, rows)
-        with store._backing._hbm_lock, pytest.raises(tierstore.DaemonError, match="still reads"):
+        with store._backing._hbm._lock, pytest.raises(tierstore.DaemonError, match="still reads"):
             exchange(daemon, 0, times=10)
         np.testing.assert_array_equal(looker.look_up(), rows)
         assert in_records(store) > 0
@@ -311,14 +311,14 @@ def test_a_device_that_cannot_follow_keeps_what_it_has_and_tries_again(
 ) -> None:
     rows = model.expected(NAME, KEYS)
     monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", 0.2)
-    monkeypatch.setattr(backing, "TELL_S", 0.05)
+    monkeypatch.setattr(attached_hbm, "FOLLOW_RETRY_S", 0.05)
     with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
         looker = Looker(store, KEYS, rows)
         with monkeypatch.context() as patched:
             patched.setattr(store._engine, "name_records", raising(RuntimeError("a graph is being captured")))
             with pytest.raises(tierstore.DaemonError, match="still reads"):
                 exchange(daemon, 0, times=10)
-            until(lambda: "is still read: a graph is being captured" in caplog.text)
+            until(lambda: "older epoch of the daemon's static set: a graph is being captured" in caplog.text)
             np.testing.assert_array_equal(looker.look_up(), rows)
             assert sum(map(sum, held(daemon))) == 2
         monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", WAIT_S)
@@ -368,7 +368,7 @@ def test_a_daemon_ends_while_it_waits_for_a_device(placed: Path, tmp_path: Path)
         serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon,
         connect(tmp_path / "s") as store,
         ThreadPoolExecutor(1) as pool,
-        store._backing._hbm_lock,
+        store._backing._hbm._lock,
     ):
         change = pool.submit(exchange, daemon, 0, 10)
         until(lambda: daemon._host.attachments.waiting_for == [os.getpid()])

@@ -297,7 +297,7 @@ def test_counters_that_are_too_large_are_told_as_far_as_messages_go(
         return [most(part) for part in counters] if isinstance(counters, list) else 2**63 - 1
 
     for _ in range(3):
-        backing._channel.send({"counters": most(store.stats() and backing.engine.counters())})
+        backing._session.channel.send({"counters": most(store.stats() and backing.engine.counters())})
         until(lambda: request(socket, "stat")["counters"]["keys"] > 2**50)
         (peer,) = daemon._host.attachments.clients()
         peer.drop("so that it is counted among those that are gone")

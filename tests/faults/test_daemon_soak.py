@@ -149,7 +149,7 @@ threading.Thread(target=scribble, daemon=True).start()
 def lie():
     while True:
         for message in ({"left": 1}, {"left": 2**62}, {"left": -1}):
-            try: backing._channel.send(message, timeout_s=1)
+            try: backing._session.channel.send(message, timeout_s=1)
             except Exception: pass
         time.sleep(0.02)
 threading.Thread(target=lie, daemon=True).start()

@@ -37,8 +37,8 @@ _NOTHING = np.empty(0, dtype=np.uint8)
 class Link:
     """A version as this process has it mapped: the engine over it, and the connection by which it came.
 
-    is_lent: whether the daemon has lent its static block to this process's GPU. static_id: the same for links whose
-    static block is the same memory.
+    is_exported: whether the daemon exports its static block, writable, to this process's GPU. static_id: equal for links
+    whose static block is the same memory.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Link:
         try:
             self.version = int(layout["version"])
             self._tag, sizes = int(layout["tag"]), [int(size) for size in layout["sizes"]]
-            self.is_lent = layout.get("lent") is True
+            self.is_exported = layout.get("lent") is True
             self._shares = {name: as_share(share) for name, share in layout["tables"].items()}
             self._bad_pages = {
                 name: {int(page): str(text) for page, text in bad.items()} for name, bad in layout["bad_pages"].items()
@@ -71,7 +71,7 @@ class Link:
             raise DaemonError(
                 f"the daemon sent {len(fds)} descriptors of {len(sizes)} blocks: is it of another release?"
             )
-        writable = {"client", "static"} if self.is_lent and writable_static else {"client"}
+        writable = {"client", "static"} if self.is_exported and writable_static else {"client"}
         blocks = {
             name: map_block(fd, size, f"the {name} block", writable=name in writable)
             for name, fd, size in zip(_BLOCKS, fds, sizes, strict=False)
@@ -111,9 +111,9 @@ class Link:
         share, layout = self._shares[name], self.opened.image.tables[name]
         return None if share.resident else static_parts(self._blocks["static"], layout, share)
 
-    def epoch_hold(self) -> Any:
-        """Returns a new `kernels.EpochPin` of this version."""
-        return kernels.EpochPin(self._blocks["control"], self.version, self._blocks["client"])
+    def epoch_pin(self) -> Any:
+        """Returns a new pin, `kernels.EpochHold`, on epochs of this version."""
+        return kernels.EpochHold(self._blocks["control"], self.version, self._blocks["client"])
 
     def protect_static(self) -> None:
         """Has the kernel refuse writes to the static block, as of all others of the daemon."""

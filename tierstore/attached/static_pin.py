@@ -1,11 +1,11 @@
-"""The static set of a daemon as a GPU of this process reads it: in place, held at an epoch,
-and moved along to the next.
+"""The daemon's static set as a GPU of this process reads it: in place, pinned at an epoch, and moved along to the next.
 
-Flows in: a link whose static block the daemon has lent. Flows out: what an hbm tier needs of it (`DramPart`), and the
-word that another epoch is there. The daemon writes over nothing that a held epoch names while its block is mapped here,
-so that kernels, which cannot look afterwards whether what they copied was still that, need not. Versions of one daemon
-share the block; of another daemon nothing is held, since captured graphs know the block by its address.
-One thread at a time.
+Input: a link whose static block the daemon exports to this process. Output: what an hbm tier needs of it (`DramPart`), and
+whether a newer epoch is there. The daemon overwrites nothing that a pinned epoch names while its block is mapped here.
+Kernels need that: unlike lookups of the host, they cannot check after a copy that the epoch was still the same.
+Errors: none; a static set that cannot be pinned is logged.
+
+Versions of one daemon share the block. Another daemon's is never pinned, since captured graphs know the block by its address.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .. import kernels
+from ..tiers.hbm.device import DramPart
+from ..tiers.hbm.pairs import Pairs
 from .link import Link
-
-if TYPE_CHECKING:
-    from ..tiers.hbm.device import DramPart
-    from ..tiers.hbm.pairs import Pairs
 
 logger = logging.getLogger("tierstore")
 
 
-class HeldStatic:
-    """Holds nothing until `hold`. parts: of each table; records lie where they always will."""
+class PinnedStaticSet:
+    """The pins of one store on the static set that its device reads; none until `pin`. One thread at a time may call.
+
+    Attributes:
+        parts: Of each table; their records keep their addresses in all epochs and versions.
+    """
 
     def __init__(self, link: Link) -> None:
-        """link: its block stays mapped for as long as this, or who has its parts, lives."""
-        from ..tiers.hbm.device import DramPart
-
+        """link: its static block stays mapped for as long as this lives, or anybody who has the parts."""
         self._block_id = link.static_id
         self._link = link
-        self._hold: Any = None  # the version's `EpochPin`,
-        self._epochs: list[int] = []  # what is held by it, the newest last,
-        self._seen: int | None = None  # and which of these kernels see
+        self._pin: Any = None  # the version's `kernels.EpochHold`
+        self._epochs: list[int] = []  # pinned by it, the newest last
+        self._seen: int | None = None  # the one of these that kernels see
         self.parts: list[DramPart] = []
         for name in link.opened.image.tables:
             parts = link.static_parts(name)
@@ -46,62 +46,63 @@ class HeldStatic:
                 DramPart() if parts is None else DramPart(None, parts.records, partial(self._named, name))
             )
 
-    def hold(self, link: Link) -> bool:
-        """Holds the newest epoch of a link's version, which `follow` lets kernels see;
-        nothing where that is served no more.
+    def pin(self, link: Link) -> bool:
+        """Pins the newest epoch of a link's version, which `follow` lets kernels see. Pins nothing if the version is over.
 
-        Returns whether the link's block is the one that is locked here: else nothing is ever held again.
+        Returns:
+            False if the link's block is another than the one that the device reads: then nothing is pinned, now or later.
         """
-        assert not self._epochs, "it has left what was held before"
-        if link.static_id != self._block_id or not link.is_lent:
+        assert not self._epochs, "a version's pins are released before the next version's are taken"
+        if link.static_id != self._block_id or not link.is_exported:
             logger.warning(
                 "%s: the daemon is another than before: its static set goes to the device by way of the host until the "
                 "store is connected anew",
                 link.opened.image.path,
             )
             return False
-        self._link, self._hold = link, link.epoch_hold()
-        self._take()
+        self._link, self._pin = link, link.epoch_pin()
+        self._pin_newest()
         return True
 
     def is_behind(self) -> bool:
         """Whether `follow` has something to do."""
-        return bool(self._epochs) and (self._seen != self._epochs[-1] or self._is_newer())
+        return bool(self._epochs) and (self._seen != self._epochs[-1] or self._has_newer())
 
     def follow(self, rename: Callable[[], None]) -> None:
-        """Holds the newest epoch too, calls `rename`, which returns when kernels see that and none before,
-        and leaves those.
+        """Moves kernels to the newest epoch: pins it, calls `rename`, and releases the older ones.
 
-        Where `rename` raises, all stay held.
+        Args:
+            rename: Names the newest epoch's records to the device; returns when kernels see those and no older ones. If it
+                raises, all stay pinned.
         """
-        if self._epochs and self._is_newer():
-            self._take()
+        if self._epochs and self._has_newer():
+            self._pin_newest()
         rename()
-        self._seen = self._epochs[-1] if self._epochs else None  # a store that is collected meanwhile leaves all
+        # Only now may the older epochs be released: until `rename` returned, kernels were reading them.
+        self._seen = self._epochs[-1] if self._epochs else None  # none if `rename` closed the store, by collecting it
         while len(self._epochs) > 1:
-            self._hold.unpin(self._epochs.pop(0))
+            self._pin.leave(self._epochs.pop(0))
 
-    def leave(self) -> None:
-        """Holds nothing any more. No kernel may read what was held."""
+    def unpin(self) -> None:
+        """Pins nothing any more. No kernel may read what was pinned."""
         while self._epochs:
-            self._hold.unpin(self._epochs.pop())
-        self._hold = None
+            self._pin.leave(self._epochs.pop())
+        self._pin = None
 
-    def _is_newer(self) -> bool:
-        return self._hold.newest() not in (None, self._epochs[-1])
+    def _has_newer(self) -> bool:
+        return self._pin.newest() not in (None, self._epochs[-1])
 
-    def _take(self) -> None:
-        epoch = self._hold.pin()
-        if epoch is not None:  # else the version is over, and another one comes
+    def _pin_newest(self) -> None:
+        epoch = self._pin.take()
+        if epoch is not None:  # else the version is over, and the next one is on its way
             self._epochs.append(epoch)
 
     def _named(self, name: str, count: int) -> Pairs:
-        """What the newest held epoch names of a table, at their slots, `count` at most.
+        """Returns what the newest pinned epoch names of a table, each entry at its slot; `count` at most.
 
-        A placement fills slots hottest first; what replans bring in lies where there was room.
+        A placement fills slots hottest first, so that lower slots are the hotter ones; re-plans put entries wherever there
+        is room.
         """
-        from ..tiers.hbm.pairs import Pairs
-
         if not self._epochs:
             return Pairs.nothing()
         parts, parity = self._link.static_parts(name), self._epochs[-1] % 2
