@@ -151,7 +151,7 @@ def test_what_is_all_in_hbm_asks_the_host_for_nothing(open_tiny: Open) -> None:
         got = embedding(ids[at : at + 1].view(1, 1), history=ids[at - 2 : at].view(1, 2))
         assert torch.equal(got, expected(rows, "bf16", 1, tokens(4, 24, 0))[at // 24, at % 24].view_as(got))
         lookup = next(iter(embedding._on_device._lookups.values()))
-        assert lookup._mailboxes.served(lookup._mailbox) == 0
+        assert lookup.num_asked() == 0
         assert store.stats()["zero_miss_batches"] == 1
 
 
@@ -333,8 +333,8 @@ def test_a_host_that_does_not_answer_ends_the_wait_with_an_error(open_tiny: Open
         lookup = store.open_lookup("layers.1", 7)
         keys = torch.from_numpy(tiny_hash().keys(token_ids.cpu().numpy(), 1).reshape(-1, 2)).to(DEVICE)
         values = torch.zeros((7, 8, DIM), dtype=torch.bfloat16, device=DEVICE)
-        assert lookup._mailboxes.remove(lookup._mailbox, 10)  # nobody answers
-        lookup._mailboxes, lookup._spins_max = SimpleNamespace(fault=lambda _: None), 20
+        assert lookup._mailbox._server.remove(lookup._mailbox._id, 10)  # nobody answers
+        lookup._mailbox._server, lookup._launches.spins_max = SimpleNamespace(fault=lambda _: None), 20
         lookup.start(keys, values)
         lookup.finish()
         TieredEmbedding(store, 1, tiny_hash()).synchronize()
@@ -362,17 +362,17 @@ def test_buffers_are_not_used_again_before_reads_that_were_given_up_have_ended(
         native.inject("slow", 0, 1 << 40)
         if given_up == "of the host":
             lookup.start_known(late, values)
-            before = lookup._started[1]
+            before = lookup._started.pending
             with monkeypatch.context() as patch:
                 patch.setattr("tierstore.tiers.hbm.lookup.WAIT_S", 0.0)
                 with pytest.raises(TimeoutError, match="within"):
                     lookup.finish()
         else:
-            before, spins_max = None, lookup._spins_max
-            lookup._spins_max = 1
+            before, spins_max = None, lookup._launches.spins_max
+            lookup._launches.spins_max = 1
             lookup.start(torch.from_numpy(late).to(DEVICE), values)
             lookup.finish()
-            lookup._spins_max = spins_max
+            lookup._launches.spins_max = spins_max
         if then == "start":
             lookup.start(torch.from_numpy(keys).to(DEVICE), values)
         else:

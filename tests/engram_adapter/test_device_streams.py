@@ -88,9 +88,9 @@ def embedding(
     store: tuple[tierstore.Store, dict[str, np.ndarray]], streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> TieredEmbedding:
     """On two streams, whose lookups note where they start and finish."""
-    from tierstore.tiers.hbm import lookup
+    from tierstore.tiers.hbm import lookup, stream_order
 
-    for module in (device_embedding, lookup):
+    for module in (device_embedding, lookup, stream_order):
         monkeypatch.setattr(module, "is_capturing", lambda _device: streams.capturing)
     for name in ("start", "start_known", "finish"):
         act = getattr(lookup.DeviceLookup, name)
@@ -136,7 +136,7 @@ def test_memory_of_a_prefetch_is_shared_with_the_stream_that_takes_it(
 def test_a_lookup_on_another_stream_waits_for_the_one_before(embedding: TieredEmbedding, streams: Streams) -> None:
     embedding(tokens(1))
     (lookup,) = embedding._on_device._lookups.values()
-    lookup._scattered = Event()
+    lookup._order._done = Event()
     embedding(tokens(2))
     streams.log.clear()
     with streams.use(Stream(streams, "other")):
@@ -204,7 +204,7 @@ def test_a_dropped_prefetch_whose_reads_fail_is_nobodys_error(
     native = store[0]._engine._engine.native
     native.inject("failing", 0, 1 << 40)
     embedding._on_device.prefetch(on_host(1))
-    reading = embedding._on_device._begun.lookup._reading
+    reading = embedding._on_device._begun.lookup._reads._newest
     with pytest.raises(tierstore.CorruptPageError):
         reading.wait(60)
     native.inject("none")

@@ -93,3 +93,33 @@ class LookupTimes:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+class LookupTimer:
+    """Times one lookup after the other of the same buffers. Its owner's lock guards it."""
+
+    def __init__(self, times: DeviceTimes) -> None:
+        self._times = times
+        self._timed: LookupTimes | None = None  # of the lookup at hand
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the lookup at hand is timed."""
+        return self._timed is not None
+
+    def begin(self, *, is_timed: bool) -> None:
+        """Begins with another lookup; is_timed: whether it may be timed, by chance."""
+        self._timed = self._times.begin() if is_timed else None
+
+    def half(self) -> contextlib.AbstractContextManager[None]:
+        """Around what launches a half of the lookup."""
+        return contextlib.nullcontext() if self._timed is None else self._timed.half()
+
+    def end(self) -> None:
+        """Counts the lookup, all of which was launched."""
+        timed, self._timed = self._timed, None
+        self._times.end(timed)
+
+    def forget(self) -> None:
+        """Does not time the lookup at hand."""
+        self._timed = None

@@ -1,0 +1,124 @@
+"""The kernels of one table's lookups, and the buffers on the device that they use.
+
+Input: keys, on the device or known to the host. Output: values in the caller's tensor, and a request to the host for what no
+tier of the device holds. All methods only launch, on the current stream, so that they can be captured in a CUDA graph;
+`gather` copies from the host, and cannot. Errors: `ValueError` for tensors that do not fit.
+
+Shapes: N tokens, O orders, H rows per key.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ...kernels.gpu.await_answer import await_answer
+from ...kernels.gpu.codecs import RowCodec
+from ...kernels.gpu.gather import gather_entries
+from ...kernels.gpu.lookup import lookup_entries
+from ...kernels.gpu.misses import MissList, StepState, post_misses
+from ...kernels.gpu.row_ids import row_ids_of_keys
+from ...kernels.gpu.rows import gather_rows
+from ...kernels.gpu.scatter import scatter_entries
+from ...spec import TableSpec, codec_scale
+from .device import spins_in
+from .mailbox import WAIT_S, Mailbox
+
+if TYPE_CHECKING:
+    from .tier import HbmTier
+
+
+class LookupLaunches:
+    """The launches of one lookup. Its buffers' addresses never change: captured graphs know them. One thread at a time.
+
+    Attributes:
+        asks_host: Whether the host answers what the device's tiers miss; False if the device reads all rows in DRAM itself.
+        spins_max: How many looks at the mailbox the device waits for an answer.
+        invalid_token_position: int64 [1] on the device: 1 + the position of a token id without keys, which the caller's
+            kernel writes; `look_up` moves it to the mailbox.
+    """
+
+    @torch.inference_mode(False)  # its tensors are written outside that mode too
+    def __init__(self, tier: HbmTier, index: int, tokens_max: int, mailbox: Mailbox) -> None:
+        table, device = tier.tables[index], tier.device
+        spec = table.spec
+        self._table, self._device, self._mailbox = table, device, mailbox
+        self._codec = row_codec(spec)
+        self._row_address = tier.row_addresses[index]
+        self.asks_host = self._row_address == 0
+        if not self.asks_host:
+            self._row_ids = torch.empty((tokens_max, spec.num_heads), dtype=torch.int64, device=device)
+            self._moduli, self._offsets = (
+                torch.tensor(numbers, dtype=torch.int64, device=device) for numbers in (spec.moduli, spec.offsets)
+            )
+        self.invalid_token_position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._places = torch.full((tokens_max, len(spec.orders)), -1, dtype=torch.int32, device=device)
+        words = torch.zeros(7, dtype=torch.int64, device=device)
+        self._state = StepState(words[0:1], words[1:2], words[2:3], words[3:4], words[4:5], words[5:7])
+        self._misses = MissList(self._state.count, mailbox.keys_address, mailbox.pairs_address, mailbox.pairs_max)
+        self.spins_max = spins_in(device, WAIT_S)
+
+    def flat(self, num_tokens: int, out: torch.Tensor) -> torch.Tensor:
+        """Returns out, [N, O * H, dim], by pairs, as the kernels take it; raises `ValueError` for too many tokens."""
+        tokens_max = len(self._places)
+        if num_tokens > tokens_max:
+            raise ValueError(f"{num_tokens} tokens for a lookup of at most {tokens_max}; look up fewer at once")
+        num_pairs = num_tokens * len(self._table.spec.orders)
+        if self._codec.kind == "bytes":
+            return out.view(torch.uint8).view(num_pairs, self._table.entry_bytes)
+        return out.view(num_pairs, self._codec.rows_per_entry, self._codec.dim)
+
+    def look_up(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copies what the device reads, and asks the host for the rest. keys: int64 [N, O]; values: as of `flat`."""
+        table, misses = self._table, self._misses if self.asks_host else None
+        lookup_entries(
+            keys, table.index, table.sources, self._codec, values, misses, table.counts, self._places[: len(keys)]
+        )
+        self._gather_rows(keys, values)
+        post_misses(self._state, self._mailbox.address, self._misses.pairs_max, self.invalid_token_position)
+
+    def gather(self, keys: np.ndarray, places: np.ndarray, num_missed: int, values: torch.Tensor) -> None:
+        """Copies what lies at places, int64 [N, O], for keys that the host knows, int64 [N, O].
+
+        num_missed: pairs that the host reads into the mailbox meanwhile; `scatter` takes so many from there.
+        """
+        keys_there = torch.from_numpy(keys).to(self._device)
+        places_there = self._places[: len(keys)]
+        places_there.copy_(torch.from_numpy(places.astype(np.int32)))
+        gather_entries(places_there, keys_there, self._table.sources, self._codec, values)
+        self._gather_rows(keys_there, values)
+        self._state.step.add_(1)
+        self._state.posted.fill_(num_missed)
+
+    def _gather_rows(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copies, by row id, what neither slots nor records hold, if the device reads all rows of the table in DRAM."""
+        if self.asks_host:
+            return
+        row_ids, spec = self._row_ids[: len(keys)], self._table.spec
+        row_ids_of_keys(keys, self._moduli, self._offsets, row_ids)
+        rows = values.view(row_ids.numel(), values.shape[-1] // (1 if values.ndim == 3 else self._codec.rows_per_entry))
+        gather_rows(row_ids.view(-1), self._row_address, spec.num_rows, self._codec, rows, self._places[: len(keys)])
+
+    def await_answer(self) -> None:
+        """Has the device wait for the host's answer to the step at hand."""
+        await_answer(self._state, self._mailbox.address, self.spins_max)
+
+    def scatter(self, values: torch.Tensor) -> None:
+        """Moves the step's entries from the mailbox to where they were missed; NaN if they did not come."""
+        scatter_entries(
+            self._state, self._mailbox.pairs_address, self._mailbox.entries_address, self._codec, self._misses.pairs_max,
+            values,
+        )  # fmt: skip
+
+    def steps_without_miss(self) -> int:
+        """Returns how many steps asked the host for nothing. Blocks on the device."""
+        return int(self._state.batch_counts[1])
+
+
+def row_codec(spec: TableSpec) -> RowCodec:
+    """Returns how the kernels make values of a table's rows: fp8 is decoded, other rows are copied as they lie."""
+    base = spec.codec.partition("*")[0]
+    kind = base if base.startswith("fp8") else "bytes"
+    return RowCodec(kind, spec.rows_per_key, spec.row_bytes, spec.dim, codec_scale(spec.codec))
