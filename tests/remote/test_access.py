@@ -24,11 +24,9 @@ from tierstore.remote.access import (
     check_options,
     check_server_access,
     parse_url,
-    read_certificate,
-    read_pair,
-    read_token,
 )
 from tierstore.remote.client import connect_remote
+from tierstore.remote.credentials import read_certificate, read_pair, read_token
 
 TOKEN = "0123456789abcdef-token"
 
@@ -243,7 +241,9 @@ def test_a_pair_that_is_being_renewed_is_read_again(
 ) -> None:
     used = tmp_path / "used.pem"
     shutil.copy(certificates / "good.pem", used)
-    monkeypatch.setattr("tierstore.remote.access.time.sleep", lambda _: shutil.copy(certificates / "renewed.pem", used))
+    monkeypatch.setattr(
+        "tierstore.remote.credentials.time.sleep", lambda _: shutil.copy(certificates / "renewed.pem", used)
+    )
     assert read_pair(used, certificates / "renewed.key")[0] == (certificates / "renewed.pem").read_bytes()
 
 

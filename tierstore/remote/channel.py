@@ -30,8 +30,8 @@ from ..errors import (
     StoreNotReadyError,
     TierStoreError,
 )
-from ..ipc.ports import Address
-from .access import FORK_VARIABLE, load_grpc, parse_url, read_certificate, read_token, survives_forks
+from .access import FORK_VARIABLE, Address, load_grpc, parse_url, survives_forks
+from .credentials import read_certificate, read_token
 from .messages import ERROR_TRAILER, RETRY_TRAILER, SERVICE, TOKEN_HEADER
 
 FORK_WAIT_S = 1.0

@@ -1,16 +1,14 @@
 """Lookups by gRPC (lookup.proto), for clients that cannot map this host's memory: other hosts, other languages.
 
-Flows in: calls. Flows out: what `remote_answers` makes of their requests. Refuses calls without the token, beyond the
-limits, and late ones; nothing of a message is read before its call is let in.
+Input: calls. Output: what `answers` makes of their requests. Errors: calls without the token, beyond the limits, or past
+their time end with a status (`failures`). Nothing of a message is read before its call is let in.
 
-Threads: grpc's own, one for each call under way; at most `workers` of them look up at a time, the others wait for the
-network.
+Serves any `Store`: opened here, attached to a daemon, or itself reached by gRPC. Threads: grpc's own, one for each call
+under way; at most `workers` of them look up at a time, the others wait for the network.
 """
 
 from __future__ import annotations
 
-import hmac
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -18,25 +16,24 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import ConfigError, CorruptPageError, TierStoreError
+from ..errors import ConfigError
 from ..ipc.ports import check_ports
 from ..store.store import Store
 from . import messages
-from .access import check_options, load_grpc, read_pair, read_token
-from .answers import AnswerLimits, Answers, StoreChangedError
+from .access import check_options, load_grpc
+from .answers import AnswerLimits, Answers
 from .connections import CONNECTIONS_MAX, Connections, peer_network
+from .credentials import ServerCredentials
+from .failures import abort
 from .health import WATCHERS_MAX, Health
-from .limits import Deadline, Deadlines, InFlight, Rates, Refusal
-from .messages import ERROR_TRAILER, RETRY_TRAILER, SERVICE, TOKEN_HEADER
+from .limits import Deadline, Deadlines, InFlight, Rates
+from .messages import SERVICE
 from .wire import decode
-
-logger = logging.getLogger("tierstore")
 
 MESSAGE_BYTES_MAX = 64 << 20
 TOKENS_MAX = 32768
 IN_FLIGHT_MAX = 64
 IN_FLIGHT_BYTES_MAX = 512 << 20
-ERROR_CHARS_MAX = 2000  # of an error's text; gRPC sends it as a header of 8 KiB at most
 SPARE_THREADS = 4  # that turn calls away while all others are taken
 SOCKETS_MAX = 2 * CONNECTIONS_MAX  # what grpc takes; beyond CONNECTIONS_MAX, who made no call has to go
 STREAMS_MAX = 128  # calls at a time by one connection
@@ -78,8 +75,7 @@ class RemoteServer:
         """
         self._grpc = load_grpc()
         wanted = check_options(address, token_file, tls_cert, tls_key)
-        self._token_file, self._tls = token_file, None if tls_cert is None or tls_key is None else (tls_cert, tls_key)
-        self._token = None if token_file is None else read_token(token_file)
+        self._credentials = ServerCredentials(self._grpc, token_file, tls_cert, tls_key)
         self._message_bytes_max = message_bytes_max
         self._in_flight = InFlight(in_flight_max, in_flight_bytes_max)
         self._rates = Rates(requests_per_second)
@@ -90,11 +86,10 @@ class RemoteServer:
             self.record,
         )
         self._counts = {"calls": 0, "errors": 0, "bytes_sent": 0}
-        self._counts_lock = threading.Lock()  # of the one above
+        self._counts_lock = threading.Lock()  # guards `_counts`
         self._closed = False
         self._health = Health(self._grpc, is_healthy)
         self._server = self._make_server(in_flight_max)
-        self._certificate: Any = None  # as grpc takes it, until it has taken it
         port = self._listen(str(wanted))
         self.address = f"{str(wanted).rpartition(':')[0]}:{port}"
         self._connections = Connections(port)
@@ -138,36 +133,18 @@ class RemoteServer:
 
     def _listen(self, address: str) -> int:
         try:
-            if self._tls is None:
+            credentials = self._credentials.for_server()
+            if credentials is None:
                 return int(self._server.add_insecure_port(address))
-            initial = self._read_certificate()
-            credentials = self._grpc.dynamic_ssl_server_credentials(initial, self._take_certificate, False)
             return int(self._server.add_secure_port(address, credentials))
         except RuntimeError as error:
             self._server.stop(None)
             check_ports([("address", address)])  # which says why, if it is the address
             raise ConfigError(f"{address} cannot be listened at: {error}; give another address") from error
 
-    def _read_certificate(self) -> Any:
-        assert self._tls is not None
-        certificate, key = read_pair(*self._tls)
-        return self._grpc.ssl_server_certificate_configuration([(key, certificate)])
-
-    def _take_certificate(self) -> Any:
-        """grpc asks at every handshake whether there is another certificate."""
-        certificate, self._certificate = self._certificate, None
-        return certificate
-
     def reload(self) -> None:
-        """Reads token and certificate anew, for calls and connections from now on;
-        raises `ConfigError` and keeps the old.
-
-        A certificate and a key that do not belong together count as an error.
-        """
-        token = None if self._token_file is None else read_token(self._token_file)
-        if self._tls is not None:
-            self._certificate = self._read_certificate()
-        self._token = token
+        """Reads token and certificate again, for calls and connections from now on; raises `ConfigError`, and keeps the old."""
+        self._credentials.reload()
 
     def record(self) -> dict[str, Any]:
         """Returns address, calls, errors, bytes_sent (of rows) since the start, and calls in_flight."""
@@ -218,7 +195,7 @@ class RemoteServer:
         """Lets a call in, reads its request, and says how it ended, in the counts and to the client."""
         self._count("calls", 1)
         try:
-            self._check_token(context)
+            self._credentials.check_token(context.invocation_metadata(), self.address)
             peer = peer_network(context.peer())
             self._rates.take(peer)
             self._connections.let_in(context.peer())
@@ -234,52 +211,7 @@ class RemoteServer:
             raise
         except Exception as error:
             self._count("errors", 1)
-            self._abort(context, error)
-
-    def _abort(self, context: Any, error: Exception) -> None:
-        """Ends a call with an error's class and words."""
-        if not context.is_active():
-            return
-        code, name = self._code_of(error)
-        if name is None:
-            logger.exception("a lookup by gRPC failed")
-            name = "DaemonError"
-        trailers = [(ERROR_TRAILER, name)]
-        if (isinstance(error, Refusal) and error.retry) or isinstance(error, StoreChangedError):
-            trailers.append((RETRY_TRAILER, "1"))
-        context.set_trailing_metadata(trailers)
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        context.abort(code, text[:ERROR_CHARS_MAX])
-
-    def _code_of(self, error: Exception) -> tuple[Any, str | None]:
-        """Returns the status of an error, and its class's name where a client may raise the same."""
-        code = self._grpc.StatusCode
-        named = {
-            Refusal: (code.RESOURCE_EXHAUSTED, "DaemonError"),
-            PermissionError: (code.UNAUTHENTICATED, "DaemonError"),
-            StoreChangedError: (code.ABORTED, "DaemonError"),
-            CorruptPageError: (code.DATA_LOSS, None),
-            TimeoutError: (code.DEADLINE_EXCEEDED, "TimeoutError"),
-            TierStoreError: (code.FAILED_PRECONDITION, None),
-            ValueError: (code.INVALID_ARGUMENT, "ValueError"),
-            TypeError: (code.INVALID_ARGUMENT, "TypeError"),
-            KeyError: (code.INVALID_ARGUMENT, "KeyError"),
-        }
-        for kind, (status, name) in named.items():
-            if isinstance(error, kind):
-                return status, name or type(error).__name__
-        return code.INTERNAL, None
-
-    def _check_token(self, context: Any) -> None:
-        if self._token is None:
-            return
-        given = next((str(value) for name, value in context.invocation_metadata() if name == TOKEN_HEADER), None)
-        if given is None:
-            raise PermissionError(f"{self.address} wants a token, and the call bears none; give token_file")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
-            raise PermissionError(
-                f"the call bears another token than {self.address} wants; give the token_file that it has"
-            )
+            abort(self._grpc, context, error)
 
     def _count(self, name: str, number: int) -> None:
         with self._counts_lock:
