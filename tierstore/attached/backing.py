@@ -1,12 +1,12 @@
 """A client of a daemon: the same `Store`, over tiers that all processes of the host share.
 
 Input: the path of a daemon's socket. Output: rows, copied from shared memory that is mapped read-only, or read from the
-shards by this process itself. A lookup asks the daemon nothing; what was looked up is reported afterwards, and a report may
-be lost. While the daemon is gone, lookups go on with what is mapped. Errors: `DaemonError` if there is no daemon or it
-refuses, `FingerprintMismatchError` if it serves other tables than before.
+shards by this process itself. A lookup asks the daemon nothing; what was looked up is reported afterwards, and a report
+may be lost. While the daemon is gone, lookups go on with what is mapped. Errors: `DaemonError` if there is no daemon or
+it refuses, `FingerprintMismatchError` if it serves other tables than before.
 
-`dialer`: from a socket to a link · `link`: one version, mapped · `engine`: lookups through the newest link · `session`: the
-thread that stays attached · `reports`: counters for the daemon · `hbm`, `static_pin`: a GPU's tier above it all.
+`dialer`: from a socket to a link · `link`: one version, mapped · `engine`: lookups through the newest link · `session`:
+the thread that stays attached · `reports`: counters for the daemon · `hbm`, `static_pin`: a GPU's tier above it all.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def attach(
         io: How this process reads what the daemon's memory does not hold, as in `tierstore.open`.
         staging: Bytes that reads under way may take. With `hbm`, as many bytes of host memory are page-locked besides.
         timeout_s: How long to try to connect, in seconds. Filling HBM takes its time on top.
-        hbm: Bytes of GPU memory for a tier of this process above the daemon's, as in `tierstore.open`. If the daemon was
-            started with --gpu-clients, the GPU reads its static set in place.
+        hbm: Bytes of GPU memory for a tier of this process above the daemon's, as in `tierstore.open`. If the daemon
+            was started with --gpu-clients, the GPU reads its static set in place.
         device: The GPU, as in `tierstore.open`.
 
     Returns:
@@ -70,7 +70,7 @@ def attach(
 
 
 class AttachedBacking(Backing):
-    """The backing of an attached store: its engine, its hbm tier if it has one, and the session that keeps it attached."""
+    """The backing of an attached store: its engine, its hbm tier if it has one, and its session with the daemon."""
 
     def __init__(self, dialer: Dialer, timeout_s: float, hbm: HbmOptions | None) -> None:
         """Attaches, and fills the hbm tier if there is one; raises what `attach` raises."""
@@ -106,7 +106,7 @@ class AttachedBacking(Backing):
         self._hbm.pin_static()
 
     def _attach_child(self) -> None:
-        """In a forked child: attaches it by itself. If the daemon is away, it goes on without, and looks for the daemon."""
+        """In a forked child: attaches it by itself. Without a daemon, it goes on with what is mapped, and looks for one."""
         self._session.abandon_in_child()
         self._hbm = None  # a forked child has no device
         channel = None

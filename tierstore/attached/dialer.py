@@ -1,8 +1,8 @@
 """The way to a daemon: dialed, its answer becomes a link, and every link of a store has the same tables.
 
-Input: the path of a socket; messages with descriptors. Output: a channel to the daemon, and a `Link` of the version that it
-serves. Errors: `DaemonError` (no daemon, or refused), `FingerprintMismatchError` (other tables than before), and what
-opening the store's shards raises.
+Input: the path of a socket; messages with descriptors. Output: a channel to the daemon, and a `Link` of the version
+that it serves. Errors: `DaemonError` (no daemon, or refused), `FingerprintMismatchError` (other tables than before),
+and what opening the store's shards raises.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Dialer:
         if difference:
             link.close(0)
             raise FingerprintMismatchError(
-                f"{self.socket}: the daemon serves other tables than before: {difference}; what is mapped already goes on "
-                f"to serve: connect again to have the new ones"
+                f"{self.socket}: the daemon serves other tables than before: {difference}; what is mapped already "
+                f"goes on to serve: connect again to have the new ones"
             )
         self._specs = link.specs
         return link

@@ -44,8 +44,8 @@ class AttachedHbm:
         """
         self._name, self._attached = name, attached
         self._ended = threading.Event()
-        # Guards `_static` and what it pins. Reentrant: a store may be garbage-collected, and so closed, by a thread that
-        # holds it.
+        # Guards `_static` and what it pins. Reentrant: a store may be garbage-collected, and so closed, by a thread
+        # that holds it.
         self._lock = threading.RLock()
         self._static: PinnedStaticSet | None = None  # if a device reads the daemon's
         link, dram = attached.link, [DramPart() for _ in attached.layouts]
@@ -54,8 +54,8 @@ class AttachedHbm:
             dram = self._static.parts
         else:
             logger.warning(
-                "%s: the daemon's static set goes to %s by way of the host; 'tierstore serve --gpu-clients' lets it be read "
-                "where it lies, by clients that are trusted as the daemon is",
+                "%s: the daemon's static set goes to %s by way of the host; 'tierstore serve --gpu-clients' lets it be "
+                "read where it lies, by clients that are trusted as the daemon is",
                 name, options.device,
             )  # fmt: skip
         try:
@@ -88,7 +88,7 @@ class AttachedHbm:
         return self.engine.move(move)
 
     def fill(self) -> None:
-        """Fills the tier from the current placement of the attached store. Blocks on disk and device; raises what they do."""
+        """Fills the tier from the current placement of the attached store. Blocks on disk and device."""
         image = self._attached.link.opened.image
         now, placed = open_placement(image.path, None, direct=False)
         if placed is None:
@@ -104,7 +104,7 @@ class AttachedHbm:
             placed.close()
 
     def refill(self) -> None:
-        """Fills the tier after a move, then pins the static set. What goes wrong leaves the tier empty, and is logged."""
+        """Fills the tier after a move, then pins the static set. A failure leaves the tier empty, and is logged."""
         try:
             self.fill()
         except Exception as error:  # whatever it is: an empty tier costs speed, not answers
@@ -114,8 +114,8 @@ class AttachedHbm:
     def pin_static(self) -> None:
         """Has the device read the static set of the version that this process is attached to, if it reads any.
 
-        Comes after the tier is filled, never before: filling may take minutes, and the daemon cannot reclaim the slots of
-        a pinned epoch, so that its own changes would wait for us.
+        Comes after the tier is filled, never before: filling may take minutes, and the daemon cannot reclaim the slots
+        of a pinned epoch, so that its own changes would wait for us.
         """
         with self._lock:
             if self._static is None or self._ended.is_set():
@@ -125,7 +125,7 @@ class AttachedHbm:
         self.follow_static()
 
     def follow_static(self) -> None:
-        """Has the device read the daemon's newest epoch of the static set, if it reads any. Returns at once if it is there."""
+        """Has the device read the newest epoch of the daemon's static set, if it reads any. Blocks on the device."""
         if self._static is None or time.monotonic() < self._follow_at or not self._lock.acquire(blocking=False):
             return
         try:

@@ -37,8 +37,8 @@ _NOTHING = np.empty(0, dtype=np.uint8)
 class Link:
     """A version as this process has it mapped: the engine over it, and the connection by which it came.
 
-    is_exported: whether the daemon exports its static block, writable, to this process's GPU. static_id: equal for links
-    whose static block is the same memory.
+    is_exported: whether the daemon exports its static block, writable, to this process's GPU. static_id: equal for
+    links whose static block is the same memory.
     """
 
     def __init__(

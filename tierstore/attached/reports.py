@@ -25,7 +25,7 @@ class CounterReports:
         self._reported_before: Any = None  # the same of the connections before this one
 
     def send(self, channel: Channel) -> None:
-        """Reports what was counted since this connection began. Blocks, SEND_S at most; raises what the channel raises."""
+        """Reports what was counted since this connection began. Blocks, SEND_S at most; raises as `Channel.send`."""
         counters = self._counters()
         channel.send({"counters": counters_since(counters, self._reported_before)}, timeout_s=SEND_S)
         self._reported = counters  # only now: what was not sent is part of the next report

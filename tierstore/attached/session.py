@@ -1,8 +1,8 @@
-"""The session with a daemon: a thread that receives other versions, reports counters, and dials again when the daemon went.
+"""The session with a daemon: a thread that receives other versions, reports counters, and finds the daemon again.
 
-Input: the daemon's messages. Output: links that the store's engine is moved to, and reports. Lookups never wait for this:
-while there is no daemon, they go on with what is mapped. Errors: all are logged, none ends the thread, because it is the
-only one that can attach the store again.
+Input: the daemon's messages. Output: links that the store's engine is moved to, and reports. Lookups never wait for
+this: while there is no daemon, they go on with what is mapped. Errors: all are logged, none ends the thread, because it
+is the only one that can attach the store again.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Session:
         self._thread.start()
 
     def abandon_in_child(self) -> None:
-        """In a forked child: closes the parent's connection, which would only outlive it here. The thread is not here."""
+        """In a forked child, which does not have the thread: closes its copy of the parent's connection."""
         if self.channel is not None:
             self.channel.close()
 

@@ -1,11 +1,12 @@
 """The daemon's static set as a GPU of this process reads it: in place, pinned at an epoch, and moved along to the next.
 
-Input: a link whose static block the daemon exports to this process. Output: what an hbm tier needs of it (`DramPart`), and
-whether a newer epoch is there. The daemon overwrites nothing that a pinned epoch names while its block is mapped here.
-Kernels need that: unlike lookups of the host, they cannot check after a copy that the epoch was still the same.
+Input: a link whose static block the daemon exports to this process. Output: what an hbm tier needs of it (`DramPart`),
+and whether a newer epoch is there. The daemon overwrites nothing that a pinned epoch names while its block is mapped
+here. Kernels need that: unlike lookups of the host, they cannot check after a copy that the epoch was still the same.
 Errors: none; a static set that cannot be pinned is logged.
 
-Versions of one daemon share the block. Another daemon's is never pinned, since captured graphs know the block by its address.
+Versions of one daemon share the block. Another daemon's is never pinned, since captured graphs know the block by its
+address.
 """
 
 from __future__ import annotations
@@ -47,10 +48,12 @@ class PinnedStaticSet:
             )
 
     def pin(self, link: Link) -> bool:
-        """Pins the newest epoch of a link's version, which `follow` lets kernels see. Pins nothing if the version is over.
+        """Pins the newest epoch of a link's version, which `follow` lets kernels see. Pins nothing if the version is
+        over.
 
         Returns:
-            False if the link's block is another than the one that the device reads: then nothing is pinned, now or later.
+            False if the link's block is another than the one that the device reads: then nothing is pinned, now or
+            later.
         """
         assert not self._epochs, "a version's pins are released before the next version's are taken"
         if link.static_id != self._block_id or not link.is_exported:
@@ -72,8 +75,8 @@ class PinnedStaticSet:
         """Moves kernels to the newest epoch: pins it, calls `rename`, and releases the older ones.
 
         Args:
-            rename: Names the newest epoch's records to the device; returns when kernels see those and no older ones. If it
-                raises, all stay pinned.
+            rename: Names the newest epoch's records to the device; returns when kernels see those and no older ones. If
+                it raises, all stay pinned.
         """
         if self._epochs and self._has_newer():
             self._pin_newest()
@@ -100,8 +103,8 @@ class PinnedStaticSet:
     def _named(self, name: str, count: int) -> Pairs:
         """Returns what the newest pinned epoch names of a table, each entry at its slot; `count` at most.
 
-        A placement fills slots hottest first, so that lower slots are the hotter ones; re-plans put entries wherever there
-        is room.
+        A placement fills slots hottest first, so that lower slots are the hotter ones; re-plans put entries wherever
+        there is room.
         """
         if not self._epochs:
             return Pairs.nothing()

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
 from ..extras import missing
+from ..ipc.ports import Address, parse_address
 from .credentials import read_pair, read_token
 
 FORK_VARIABLE = "GRPC_ENABLE_FORK_SUPPORT"

@@ -1,8 +1,8 @@
 """Secrets of lookups by gRPC: the token that calls bear, certificates and private keys, read from files.
 
 Input: paths. Output: their content, checked, and for a server its credentials as grpc takes them, read again on demand.
-Errors: `ConfigError` for a file that is missing, unfit, or readable by others; `PermissionError` for a call that bears no
-token or a wrong one.
+Errors: `ConfigError` for a file that is missing, unfit, or readable by others; `PermissionError` for a call that bears
+no token or a wrong one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ServerCredentials:
         self._renewed: Any = None  # a certificate as grpc takes it, until grpc has fetched it
 
     def reload(self) -> None:
-        """Reads the files again, for calls and connections from now on; raises `ConfigError`, and keeps the old, if one is bad.
+        """Reads the files again, for new calls and connections. Raises `ConfigError` if one is bad, and keeps the old.
 
         A certificate and a key that do not belong together are bad.
         """
@@ -126,13 +126,15 @@ def _check_private(path: str | os.PathLike[str], what: str, status: os.stat_resu
     if owner == os.geteuid():
         raise ConfigError(f"{text}, expected mode 600 or less); run: chmod 600 {path}")
     raise ConfigError(
-        f"{text}; this process runs as user {os.geteuid()}, groups {sorted(own_groups)}); give a file that only this user may "
-        f"read, or one of root's, mode 440, of a group of this user's: in Kubernetes, set fsGroup and defaultMode: 0440"
+        f"{text}; this process runs as user {os.geteuid()}, groups {sorted(own_groups)}); give a file that only this "
+        "user may read, or one of root's, mode 440, of a group of this user's: in Kubernetes, set fsGroup and "
+        "defaultMode: 0440"
     )
 
 
 def check_pair(certificate: bytes, key: bytes, names: str) -> None:
-    """Raises `ConfigError` if a private key is not the certificate's, or one of the two is damaged. names: of the files.
+    """Raises `ConfigError` if a private key is not the certificate's, or one of the two is damaged. names: of the
+    files.
 
     Checks the bytes themselves, in memory, so that what is checked is what is used.
     """

@@ -1,4 +1,4 @@
-"""How a call of lookups by gRPC that failed ends: a status, a text, and trailers by which clients know the error's class.
+"""How a failed call of lookups by gRPC ends: a status, a text, and trailers that name the error's class.
 
 Input: the exception that a call raised. Output: the end of the call. lookup.proto says what the trailers mean.
 """
@@ -19,7 +19,7 @@ ERROR_CHARS_MAX = 2000  # of an error's text; gRPC sends it as a header of 8 KiB
 
 
 def abort(grpc: Any, context: Any, error: Exception) -> None:
-    """Ends a call with an error's class and words, unless its client has gone. Raises, as grpc ends calls by an exception."""
+    """Ends a call with an error's class and words, unless its client has gone. Raises: grpc ends calls so."""
     if not context.is_active():
         return
     code, name = _status(grpc, error)

@@ -1,7 +1,7 @@
 """Lookups by gRPC (lookup.proto), for clients that cannot map this host's memory: other hosts, other languages.
 
-Input: calls. Output: what `answers` makes of their requests. Errors: calls without the token, beyond the limits, or past
-their time end with a status (`failures`). Nothing of a message is read before its call is let in.
+Input: calls. Output: what `answers` makes of their requests. Errors: calls without the token, beyond the limits, or
+past their time end with a status (`failures`). Nothing of a message is read before its call is let in.
 
 Serves any `Store`: opened here, attached to a daemon, or itself reached by gRPC. Threads: grpc's own, one for each call
 under way; at most `workers` of them look up at a time, the others wait for the network.
@@ -143,7 +143,7 @@ class RemoteServer:
             raise ConfigError(f"{address} cannot be listened at: {error}; give another address") from error
 
     def reload(self) -> None:
-        """Reads token and certificate again, for calls and connections from now on; raises `ConfigError`, and keeps the old."""
+        """Reads token and certificate again, for new calls and connections; `ConfigError` keeps the old ones."""
         self._credentials.reload()
 
     def record(self) -> dict[str, Any]:

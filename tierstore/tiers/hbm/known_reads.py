@@ -1,7 +1,7 @@
 """Reads of the host for keys that it knows, straight into the buffers of a lookup's mailbox.
 
-Input: missed pairs. Output: their entries, where kernels take them from. Errors: `TimeoutError` if the reads of a lookup
-before do not end.
+Input: missed pairs. Output: their entries, where kernels take them from. Errors: `TimeoutError` if the reads of a
+lookup before do not end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class KnownReads:
         self._newest: Pending | None = None  # writes to the mailbox's buffers until it has ended
 
     def begin(self, keys: np.ndarray, missed: np.ndarray) -> Pending | None:
-        """Starts reading the entries of keys, int64 [N * O], at `missed`, int64 [M]; None if memory held all of them."""
+        """Starts reading the entries of keys[missed], int64 [N * O] and [M]; None if memory held all of them."""
         pairs = self._mailbox.pairs[: len(missed)]
         pairs[:] = missed
         entries = self._mailbox.entries_of(len(missed))

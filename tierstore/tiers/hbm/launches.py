@@ -1,8 +1,8 @@
 """The kernels of one table's lookups, and the buffers on the device that they use.
 
-Input: keys, on the device or known to the host. Output: values in the caller's tensor, and a request to the host for what no
-tier of the device holds. All methods only launch, on the current stream, so that they can be captured in a CUDA graph;
-`gather` copies from the host, and cannot. Errors: `ValueError` for tensors that do not fit.
+Input: keys, on the device or known to the host. Output: values in the caller's tensor, and a request to the host for
+what no tier of the device holds. All methods only launch, on the current stream, so that they can be captured in a CUDA
+graph; `gather` copies from the host, and cannot. Errors: `ValueError` for tensors that do not fit.
 
 Shapes: N tokens, O orders, H rows per key.
 """
@@ -34,7 +34,8 @@ class LookupLaunches:
     """The launches of one lookup. Its buffers' addresses never change: captured graphs know them. One thread at a time.
 
     Attributes:
-        asks_host: Whether the host answers what the device's tiers miss; False if the device reads all rows in DRAM itself.
+        asks_host: Whether the host answers what the device's tiers miss; False if the device reads all rows in DRAM
+            itself.
         spins_max: How many looks at the mailbox the device waits for an answer.
         invalid_token_position: int64 [1] on the device: 1 + the position of a token id without keys, which the caller's
             kernel writes; `look_up` moves it to the mailbox.
@@ -108,8 +109,8 @@ class LookupLaunches:
     def scatter(self, values: torch.Tensor) -> None:
         """Moves the step's entries from the mailbox to where they were missed; NaN if they did not come."""
         scatter_entries(
-            self._state, self._mailbox.pairs_address, self._mailbox.entries_address, self._codec, self._misses.pairs_max,
-            values,
+            self._state, self._mailbox.pairs_address, self._mailbox.entries_address, self._codec,
+            self._misses.pairs_max, values,
         )  # fmt: skip
 
     def steps_without_miss(self) -> int:

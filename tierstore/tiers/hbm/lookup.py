@@ -4,13 +4,13 @@ the host left out unless a tier below is needed.
 Input: keys that a kernel has written on the device, or keys that the host knows. Output: values in the caller's tensor.
 Errors: what went wrong in a step is the host's to raise, in `check`.
 
-A lookup has two halves, so that reads go on while earlier layers run. `start` copies what slots and page-locked DRAM hold and
-posts the rest in a mailbox, which a native thread serves. `finish` has the device wait for the answer, at most WAIT_S, and
-puts those entries in their places. Both only launch kernels, so that they can be captured in a CUDA graph.
+A lookup has two halves, so that reads go on while earlier layers run. `start` copies what slots and page-locked DRAM
+hold and posts the rest in a mailbox, which a native thread serves. `finish` has the device wait for the answer, at most
+WAIT_S, and puts those entries in their places. Both only launch kernels, so that they can be captured in a CUDA graph.
 
-`launches`: the kernels and their buffers · `stream_order`: whose turn it is · `mailbox`: requests to the host, and their
-faults · `known_reads`: reads that the host starts · `times`: how long it took.
-Shapes: N tokens, O orders, H rows per key.
+`launches`: the kernels and their buffers · `stream_order`: whose turn it is · `mailbox`: requests to the host, and
+their faults · `known_reads`: reads that the host starts · `times`: how long it took. Shapes: N tokens, O orders, H rows
+per key.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .times import DeviceTimes, LookupTimer
 
 
 class _Started(NamedTuple):
-    """The lookup that was started and not finished. pending: its reads, if the host knew the keys; None if nothing is read."""
+    """The lookup that was started and not finished. pending: the host's reads for known keys, if there are any."""
 
     values: torch.Tensor
     pending: Pending | None
@@ -50,8 +50,8 @@ class DeviceLookup:
 
     Attributes:
         tokens_max: The most tokens of one lookup.
-        outside: int64 [1] on the device, in which the caller's kernel notes 1 + the position of a token id without keys;
-            `start` takes it away, and `take_outside` returns it when the device has done the step.
+        outside: int64 [1] on the device, in which the caller's kernel notes 1 + the position of a token id without
+            keys; `start` takes it away, and `take_outside` returns it when the device has done the step.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class DeviceLookup:
 
         Raises:
             BudgetError: There is not enough page-locked memory left.
-            ConfigError: A graph is being captured: each of its replays would set the step's number back to 0, and an old
-                answer of the host would pass for a new one.
+            ConfigError: A graph is being captured: each of its replays would set the step's number back to 0, and an
+                old answer of the host would pass for a new one.
         """
         if is_capturing(tier.device):
             raise ConfigError(
@@ -124,8 +124,8 @@ class DeviceLookup:
     def start_known(self, keys: np.ndarray, out: torch.Tensor) -> None:
         """The same for keys that the host knows, int64 [N, O]: reads start before the first kernel does.
 
-        Blocks until the device has done with the buffers. `finish` then blocks until the reads have ended, and raises what
-        they raise. `ConfigError` while a graph is captured.
+        Blocks until the device has done with the buffers. `finish` then blocks until the reads have ended.
+        Raises `ConfigError` while a graph is captured.
         """
         with self._lock:
             self._end_started()
@@ -151,10 +151,10 @@ class DeviceLookup:
         self._started = _Started(values, pending, is_known=True, in_capture=False)
 
     def finish(self) -> None:
-        """Launches the second half of what was started, if anything was: the device waits for the host, then has the values.
+        """Launches the second half of what was started, if anything was: the device waits for the host's answer.
 
-        On the current stream, which must come after that of `start`. Of known keys it blocks, and raises as `Store.submit`
-        does. Raises `StoreNotReadyError` if the store was closed.
+        On the current stream, which must come after that of `start`. Of known keys it blocks, and raises as
+        `Store.submit` does. Raises `StoreNotReadyError` if the store was closed.
         """
         with self._lock:
             self._check_open()
@@ -173,7 +173,7 @@ class DeviceLookup:
             self._timer.end()
 
     def _end_started(self) -> None:
-        """Finishes what was started before. Not in a captured graph, which would write to the old values at each replay."""
+        """Finishes what was started before. Not in a captured graph, whose replays would write to the old values."""
         if self._started is not None and self._order.notes_capture() and not self._started.in_capture:
             raise ConfigError(
                 f"{self._what}: a lookup of table {self._table.spec.name} was started before the graph's capture and "
@@ -187,9 +187,9 @@ class DeviceLookup:
         self._mailbox.time_replays()
 
     def close(self, timeout_s: float) -> bool:
-        """Refuses launches from now on, and forgets what was started; returns False if a launch is still under way then.
+        """Refuses launches from now on, and forgets what was started. Blocks while one is under way, timeout_s at most.
 
-        Blocks for one that is, timeout_s at most. The device may still be in what was launched.
+        Returns False if one still is. The device may still be in what was launched.
         """
         if not self._lock.acquire(timeout=timeout_s):
             return False
@@ -209,20 +209,17 @@ class DeviceLookup:
         self._mailbox.release()
 
     def check(self) -> None:
-        """Raises what went wrong in a step that the device has done, whose late values are NaN. Does not wait for a step.
+        """Raises what went wrong in a step that the device has done, whose missing values are NaN. Waits for none.
 
-        Token ids outside the vocabulary are the caller's to name, from `take_outside`. Raises `TimeoutError` if the host did
-        not answer, `StoreNotReadyError` if the store was closed, and what the host's reads raised, as `Store.submit` does.
+        Token ids outside the vocabulary are the caller's to name. Raises `TimeoutError` if the host did not answer,
+        `StoreNotReadyError` if the store was closed, and what the host's reads raised, as `Store.submit` does.
         """
         with self._lock:
             self._check_open()
             self._mailbox.check(self._engine)
 
     def take_outside(self) -> int:
-        """Returns 1 + the position of a token id outside the vocabulary, of a step that the device has done; 0: there was none.
-
-        A position is returned once.
-        """
+        """Returns 1 + the position of an id outside the vocabulary, of a step that is done, once; 0: there was none."""
         with self._lock:
             self._check_open()
             return self._mailbox.take("outside")

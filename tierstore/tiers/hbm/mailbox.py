@@ -1,8 +1,9 @@
 """The host's side of one lookup's mailbox: page-locked memory by which the device asks for what no tier of its holds.
 
-Input: the device's requests, which a native thread serves (`kernels.MailboxServer`), and what went wrong on either side.
-Output: where kernels find the parts of the block; errors by name. Errors: `BudgetError` if page-locked memory has run out,
-`TimeoutError` if host or disk have stopped answering, and what a read raised. kernels/cpu/mailbox.h draws the block.
+Input: the device's requests, which a native thread serves (`kernels.MailboxServer`), and what went wrong on either
+side. Output: where kernels find the parts of the block; errors by name. Errors: `BudgetError` if page-locked memory has
+run out, `TimeoutError` if host or disk have stopped answering, and what a read raised. kernels/cpu/mailbox.h draws the
+block.
 """
 
 from __future__ import annotations
@@ -84,16 +85,16 @@ class Mailbox:
         while self._words[requested] != self._words[answered]:
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"{self._what}: step {self._words[requested]} of table {self._table}, which the device gave up, has "
-                    f"not been answered within {WAIT_S:.0f} s more; the disk has stopped answering"
+                    f"{self._what}: step {self._words[requested]} of table {self._table}, which the device gave up, "
+                    f"has not been answered within {WAIT_S:.0f} s more; the disk has stopped answering"
                 )
             time.sleep(ANSWER_PAUSE_S)
 
     def check(self, engine: Any) -> None:
         """Raises what went wrong in a step that the device has done, once; returns if nothing did.
 
-        engine: the one whose reads answer, which knows their faults. Raises `TimeoutError` if the host did not answer, and
-        what its reads raised.
+        engine: the one whose reads answer, which knows their faults. Raises `TimeoutError` if the host did not answer,
+        and what its reads raised.
         """
         failed, timed_out = self.take("failed"), self.take("timed_out")
         if not failed:
@@ -103,14 +104,15 @@ class Mailbox:
             engine.check(fault)
         if timed_out:
             raise TimeoutError(
-                f"{self._what}: the device waited {WAIT_S:.0f} s, in step {timed_out}, for entries of table {self._table}; "
-                f"the disk or the host has stopped answering"
+                f"{self._what}: the device waited {WAIT_S:.0f} s, in step {timed_out}, for entries of table "
+                f"{self._table}; the disk or the host has stopped answering"
             )
         if self._words[_word("status")] == _CLOSED:
             engine.check(False)
         raise TierStoreError(
-            f"{self._what}: the host did not understand what the device asked for in step {failed} of table {self._table}: "
-            f"its memory was written by somebody else; look for a kernel that writes out of bounds, and open the store again"
+            f"{self._what}: the host did not understand what the device asked for in step {failed} of table "
+            f"{self._table}: its memory was written by somebody else; look for a kernel that writes out of bounds, and "
+            f"open the store again"
         )
 
     def time_replays(self) -> None:

@@ -1,4 +1,4 @@
-"""The order of lookups that use the same buffers, whichever streams they run on, and whether a captured graph replays one.
+"""The order of lookups that use the same buffers, on whatever streams, and whether a captured graph replays one.
 
 Input: launches as they begin and end. Output: waits, of a stream or of the host, for the lookup before. Errors: of the
 device, as torch raises them.
