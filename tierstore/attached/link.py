@@ -112,8 +112,8 @@ class Link:
         return None if share.resident else static_parts(self._blocks["static"], layout, share)
 
     def epoch_pin(self) -> Any:
-        """Returns a new pin, `kernels.EpochHold`, on epochs of this version."""
-        return kernels.EpochHold(self._blocks["control"], self.version, self._blocks["client"])
+        """Returns a new pin, `kernels.EpochPin`, on epochs of this version."""
+        return kernels.EpochPin(self._blocks["control"], self.version, self._blocks["client"])
 
     def protect_static(self) -> None:
         """Has the kernel refuse writes to the static block, as of all others of the daemon."""
