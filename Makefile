@@ -7,7 +7,12 @@ STAMP := $(VENV)/installed
 CPP_SOURCES := $(wildcard $(addsuffix /*.[ch]*,kernels/cpu tests/kernels/cpp tools/bench/bare))
 SOURCES := $(wildcard kernels/cpu/*) setup.py setup.cfg pyproject.toml requirements.txt
 
-.PHONY: install test lint types suite cases sanitize soak demo bench clean
+# Tests in one process a core; a file's tests share one, for what its fixtures make. `make check WORKERS=0`: in this process.
+PYTEST := $(BIN)/python -m pytest
+WORKERS ?= auto
+PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile
+
+.PHONY: install check test test-all lint types fast suite programs cases sanitize soak demo bench clean
 
 install: $(STAMP)
 
@@ -19,7 +24,15 @@ $(STAMP): $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	touch $(STAMP)
 
+# While you work: lint, types and the fast tests (what the marks mean: tests/support/marks.py).
+check: lint types fast
+
+# Before a push, and what CI runs: all but sweeps and soaks.
 test: lint types suite
+
+# Before a release: everything, sweeps too.
+test-all: lint types programs
+	$(PYTEST) $(PARALLEL)
 
 # The hooks of .pre-commit-config.yaml run the same commands.
 lint: install
@@ -32,8 +45,15 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-suite: install
-	$(BIN)/python -m pytest
+fast: install
+	$(PYTEST) $(PARALLEL) -m "not gpu and not daemon and not process and not slow"
+
+suite: install programs
+	$(PYTEST) $(PARALLEL) -m "not slow"
+
+# The C++ test programs, below build/; what has not changed is not compiled again.
+programs: install
+	$(BIN)/python tests/support/cpp_programs.py
 
 # Small scripts that each state a right behaviour, from a folder beside the repository; without it, the suite.
 cases: install
@@ -41,14 +61,14 @@ cases: install
 
 # The C++ tests under the sanitizers. The writer that is killed step by step stays out: its children never end by themselves.
 sanitize: install
-	TIERSTORE_TEST_CXXFLAGS="-O1 -fsanitize=thread -Wno-tsan" $(BIN)/python -m pytest tests/kernels/test_cpp.py -k "not kill"
+	TIERSTORE_TEST_CXXFLAGS="-O1 -fsanitize=thread -Wno-tsan" $(PYTEST) tests/kernels/test_cpp.py -k "not kill"
 	TIERSTORE_SOAK=1 TIERSTORE_TEST_CXXFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
-		$(BIN)/python -m pytest tests/kernels/test_cpp.py -k "not kill"
+		$(PYTEST) tests/kernels/test_cpp.py -k "not kill"
 
 # What make test does for seconds, for an hour or more: daemons and clients killed, moved, lied to and loaded; commands
 # and lookups interrupted and without memory. Prints its figures.
 soak: install
-	TIERSTORE_SOAK=1 $(BIN)/python -m pytest -rP tests/faults/test_daemon_soak.py tests/faults/test_socket_hostile.py \
+	TIERSTORE_SOAK=1 $(PYTEST) -rP tests/faults/test_daemon_soak.py tests/faults/test_socket_hostile.py \
 		tests/remote/test_hostile.py tests/faults/test_interrupts.py tests/faults/test_lookup_interrupts.py \
 		tests/faults/test_memory_errors.py tests/faults/test_checkpoint_folders.py
 

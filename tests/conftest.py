@@ -5,15 +5,18 @@ Loads no torch, and what is heavy only in the fixture that needs it: a run of a 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from support.device import INTERPRET, has_gpu
-from support.repository import REPOSITORY
+from support.marks import MARKERS, excluded_by, marks_of
+from support.repository import REPOSITORY, TESTS
 
 if TYPE_CHECKING:
     from support.stores import Model
@@ -21,6 +24,37 @@ if TYPE_CHECKING:
 
 if not has_gpu():
     os.environ[INTERPRET] = "1"  # before anything loads triton, as transformers does
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Does not even load a file of which `-m` takes nothing: many load torch, transformers or triton, for seconds."""
+    if collection_path.is_relative_to(TESTS):
+        return True if marks_of(collection_path.relative_to(TESTS)) & excluded_by(config.option.markexpr) else None
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in marks_of(item.path.relative_to(TESTS)):
+            item.add_marker(name)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: so a collection of garbage, of which tests make many, takes milliseconds."""
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Without a test of hypothesis, its plugin would load it here, for a second, to report nothing."""
+    plugins = session.config.pluginmanager
+    if "hypothesis" not in sys.modules and plugins.has_plugin("hypothesispytest"):
+        plugins.unregister(name="hypothesispytest")
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,6 @@ from tierstore.ipc.protocol import PROTOCOL_VERSION, Channel, ChannelClosed
 WAIT_S = 30.0  # for what must happen; nothing that works takes nearly as long
 NOBODY = 65534
 HELLO = {"hello": PROTOCOL_VERSION, "role": "client", "pid": 1, "release": "0"}
-gc.freeze()  # what is imported by now stays: so a collection, of which tests here make many, takes milliseconds
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root")
 
 

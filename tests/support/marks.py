@@ -1,0 +1,60 @@
+"""What the markers of tests mean, and which files have them; `tests/conftest.py` registers and sets them.
+
+- `gpu`: runs kernels of `kernels/gpu`: on the GPU if the machine has one, else in Triton's interpreter on the CPU, slowly.
+- `daemon`: talks with a daemon or a gRPC server, in this process or in one of its own.
+- `process`: starts other programs, or kills, starves or interrupts processes.
+- `slow`: a sweep, a statistic or a soak that finds what the other tests find too, or very rarely more.
+
+`make check` runs what has none of them, `make test` all but `slow`, `make test-all` everything. A folder or a file of the
+table below has its marks as a whole; a class or a single test says them itself, with `pytest.mark`.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+MARKERS = {
+    "gpu": "runs kernels of kernels/gpu, on a GPU or in Triton's interpreter",
+    "daemon": "talks with a daemon or a gRPC server",
+    "process": "starts other programs, or kills, starves or interrupts processes",
+    "slow": "a sweep, a statistic or a soak, for make test-all",
+}
+# By the path below tests/, without its ending; a folder's marks are those of all its files.
+MARKS: dict[str, tuple[str, ...]] = {
+    "attached": ("daemon",),
+    "attached/test_attached_hbm": ("gpu",),
+    "attached/test_gpu_clients": ("gpu", "process"),
+    "daemon": ("daemon",),
+    "engram_adapter/test_attached_embedding": ("daemon",),
+    "engram_adapter/test_device_embedding": ("gpu",),
+    "engram_adapter/test_device_streams": ("gpu",),
+    "faults": ("process",),
+    "gpu": ("gpu",),
+    "gpu/test_compile": ("process",),
+    "gpu/test_compile_requests": ("process",),
+    "kernels/test_cpp": ("process",),
+    "remote": ("daemon",),
+    "test_cases": ("process",),
+    "test_wheel": ("process",),
+    "tiers/test_hbm": ("gpu",),
+    "tiers/test_hbm_times": ("gpu",),
+    "tools/test_bench_gpu": ("gpu",),
+    "tools/test_bench_overlap": ("gpu",),
+    "tools/test_bench_remote": ("daemon",),
+    "tools/test_bench_serve": ("daemon",),
+    "tools/test_demo": ("process",),
+}
+
+
+def marks_of(path: PurePath) -> frozenset[str]:
+    """The marks of a test file or a folder, by its path below tests/."""
+    plain = path.with_suffix("")
+    return frozenset(mark for each in (plain, *plain.parents) for mark in MARKS.get(each.as_posix(), ()))
+
+
+def excluded_by(expression: str) -> frozenset[str]:
+    """The marks that no selected test has, of an expression of `-m` like "not gpu and not slow"; else none."""
+    parts = [part.split() for part in expression.split(" and ")]
+    if not all(len(part) == 2 and part[0] == "not" for part in parts):
+        return frozenset()
+    return frozenset(name for _, name in parts)
