@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,10 +93,9 @@ def placed(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def own_store(model: Model, tmp_path: Path) -> Path:
-    """A finished store that a test may damage."""
-    model.build(tmp_path / "own", shard_bytes=65536)
-    return tmp_path / "own"
+def own_store(built: Path, tmp_path: Path) -> Path:
+    """A finished store that a test may damage: a copy of `built`, since building one anew waits for the disk."""
+    return Path(shutil.copytree(built, tmp_path / "own"))
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,12 @@ def rate_of_a_stream(lengths: np.ndarray, hits: np.ndarray, num_tokens: int) -> 
     return float((parts * hits).sum() / (parts * lengths).sum())
 
 
-@pytest.mark.parametrize("spread", [0.5, 1.0, 1.5])
-@pytest.mark.parametrize("number", [100, 240])
+OTHERS = [(100, 0.5), (100, 1.0), (240, 0.5), (240, 1.0), (240, 1.5)]
+
+
+@pytest.mark.parametrize(
+    ("number", "spread"), [(100, 1.5), *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS)]
+)
 def test_the_interval_holds_nine_streams_of_ten_and_more(number: int, spread: float) -> None:
     rng = np.random.default_rng(number)
     held, widths = [], []

@@ -234,7 +234,11 @@ def large_catalog(built: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("kind", "seed"), [("bits", 0), ("bytes", 1), ("bytes", 2)])
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("kind", "seed"),
+    [("bytes", 1), *(pytest.param(*rest, marks=pytest.mark.slow) for rest in [("bits", 0), ("bytes", 2)])],
+)
 def test_damage_anywhere_in_the_catalog_is_named_or_harmless_and_never_a_signal(
     large_catalog: Path, tmp_path_factory: pytest.TempPathFactory, kind: str, seed: int
 ) -> None:
@@ -261,6 +265,7 @@ def test_a_catalog_that_a_killed_writer_left_is_read_as_of_its_last_commit(large
     assert read_catalog(large_catalog) == expected
 
 
+@pytest.mark.process
 def test_a_catalog_reads_well_while_another_process_writes_it(large_catalog: Path) -> None:
     expected = read_catalog(large_catalog)
     code = f"""
@@ -298,6 +303,7 @@ def test_a_store_that_may_not_be_read_is_named_with_its_remedy(
         tierstore.open(own_store)
 
 
+@pytest.mark.process
 def test_many_threads_and_processes_read_one_catalog(built: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

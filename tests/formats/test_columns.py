@@ -177,13 +177,15 @@ def small_file(folder: Path) -> Path:
     return write(folder / "c", columns, columns, header={"trace": "tokens", "vocab_size": 300})
 
 
-def test_any_flipped_bit_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_any_flipped_bit_is_an_error_or_changes_nothing(tmp_path: Path, bits: int) -> None:
+    """bits: how many of each byte's are flipped, in turn; one of them is another one in each byte."""
     path = small_file(tmp_path)
     healthy, said = path.read_bytes(), read(path)
     for place in range(len(healthy)):
-        for bit in range(8):
+        for bit in range(place, place + bits):
             damaged = bytearray(healthy)
-            damaged[place] ^= 1 << bit
+            damaged[place] ^= 1 << bit % 8
             path.write_bytes(damaged)
             with contextlib.suppress(FormatError):
                 assert read(path) == said
