@@ -1,7 +1,7 @@
-"""The C++ tests of what is shared: races, every way of reading, a writer killed after each instruction of what it does.
+"""The C++ tests of what is shared: races, every way of reading, a writer killed after each of its instructions.
 
-`make` compiles the programs, plainly; what is missing is compiled here. `make sanitize` compiles and runs the same under
-ThreadSanitizer, then under AddressSanitizer and UndefinedBehaviorSanitizer, which takes some minutes.
+`make` compiles the programs, plainly; what is missing is compiled here. `make sanitize` compiles and runs the same
+under ThreadSanitizer, then under AddressSanitizer and UndefinedBehaviorSanitizer, which takes some minutes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The C++ test programs, compiled once: `make programs` runs this file, tests compile what is still missing.
 
-Input: the sources of `kernels/cpu` and `tests/kernels/cpp`, the environment's CXX (may be several words, "ccache g++") and
-TIERSTORE_TEST_CXXFLAGS. Output: programs below `build/cpp`. The name of an object or a program holds a hash of all that it is
-made of (compiler, flags, sources, headers), so what is there is right, and what has changed is compiled again.
+Input: the sources of `kernels/cpu` and `tests/kernels/cpp`, the environment's CXX (may be several words, "ccache g++")
+and TIERSTORE_TEST_CXXFLAGS. Output: programs below `build/cpp`. The name of an object or a program holds a hash of all
+that it is made of (compiler, flags, sources, headers): what is there is right, and what has changed is compiled again.
 Errors: CalledProcessError, with the compiler's words; NoCompilerError.
 """
 
@@ -69,7 +69,7 @@ def program(name: str) -> Path:
 
 
 def made(name: str, command: list[str]) -> Path:
-    """A file of BUILD, made by a command if it is not there; it appears whole, so that two processes may make it at once."""
+    """A file of BUILD, made by a command if it is not there; it appears whole, so that two processes may make it."""
     path = BUILD / name
     if not path.exists():
         BUILD.mkdir(parents=True, exist_ok=True)

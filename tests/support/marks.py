@@ -1,12 +1,12 @@
 """What the markers of tests mean, and which files have them; `tests/conftest.py` registers and sets them.
 
-- `gpu`: runs kernels of `kernels/gpu`: on the GPU if the machine has one, else in Triton's interpreter on the CPU, slowly.
+- `gpu`: runs kernels of `kernels/gpu`: on the GPU if the machine has one, else in Triton's interpreter, slowly.
 - `daemon`: talks with a daemon or a gRPC server, in this process or in one of its own.
 - `process`: starts other programs, or kills, starves or interrupts processes.
 - `slow`: a sweep, a statistic or a soak that finds what the other tests find too, or very rarely more.
 
-`make check` runs what has none of them, `make test` all but `slow`, `make test-all` everything. A folder or a file of the
-table below has its marks as a whole; a class or a single test says them itself, with `pytest.mark`.
+`make check` runs what has none of them, `make test` all but `slow`, `make test-all` everything. A folder or a file of
+the table below has its marks as a whole; a class or a single test says them itself, with `pytest.mark`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What tests of the daemon share: daemons in this process and in one of their own, and waiting for what others do."""
+"""Daemons for tests, in this process (`serving`) or their own (`ServeProcess`), and lookups without a pause."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from support.stores import Model, make_model, place_some
+from support.waiting import WAIT_S, eventually
 
 from tierstore.daemon.daemon import Daemon
 from tierstore.decisions.shared_budget import divide_shared
@@ -24,19 +25,9 @@ from tierstore.formats.catalog import read_catalog
 from tierstore.ipc.client_socket import ask
 from tierstore.store.store import Store
 
-WAIT_S = 30.0  # for what must happen; nothing that works takes nearly as long
-PAUSE_S = 0.002
 POISON = 0xA5
+until = eventually
 KIB, MIB = 1 << 10, 1 << 20
-
-
-def until(holds: Callable[[], Any], within_s: float = WAIT_S) -> Any:
-    """Waits for what another thread or process does, and returns what it found."""
-    deadline, pause = time.monotonic() + within_s, threading.Event()
-    while not (found := holds()):
-        assert time.monotonic() < deadline, f"it did not happen within {within_s} s"
-        pause.wait(PAUSE_S)
-    return found
 
 
 @contextlib.contextmanager
@@ -131,7 +122,7 @@ class Traffic:
     def go_on(self, lookups: int = 20) -> None:
         """Waits until so many more lookups are done, or one has failed."""
         end = self.done + lookups
-        until(lambda: self.done >= end or self.faults)
+        eventually(lambda: self.done >= end or self.faults)
         assert not self.faults
 
     def __enter__(self) -> Traffic:
@@ -147,17 +138,39 @@ class Traffic:
         assert not self.faults, self.faults
 
 
+@dataclass(frozen=True)
+class Use:
+    """What a process uses: open descriptors, threads, bytes of memory that are its own, and that are anybody's."""
+
+    descriptors: int
+    threads: int
+    own_bytes: int
+    resident_bytes: int
+
+
+def use_of(pid: int) -> Use:
+    """What a process uses now."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    kilobytes = {name: int(status[name].split()[0]) for name in ("RssAnon", "VmRSS")}
+    return Use(
+        len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"]), kilobytes["RssAnon"] << 10, kilobytes["VmRSS"] << 10
+    )
+
+
 class ServeProcess:
-    """`tierstore serve`, started; `lines` are those of its log so far. Leave it by `with`,
-    which kills what still runs."""
+    """`tierstore serve`, started; `lines` are those of its log so far.
+
+    Leave it by `with`, which kills what still runs and fails if it logged a traceback.
+    """
 
     def __init__(self, store: Path, socket: Path, *options: str, ready: bool = True, **environment: str) -> None:
         """ready: waits until it says so, which it must."""
         self.socket = socket
-        command = [sys.executable, "-m", "tierstore.tools.cli", "serve", str(store), "--socket", str(socket), *options]
+        command = [sys.executable, "-X", "faulthandler", "-m", "tierstore.tools.cli", "serve", str(store)]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | environment
-        )
+            [*command, "--socket", str(socket), *options],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
+        )  # fmt: skip
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -178,7 +191,7 @@ class ServeProcess:
             assert here or not ended, f"ended with status {self.process.returncode}: {self.text}"
             return here
 
-        return str(until(found))
+        return str(eventually(found, f"a line with {part!r}"))
 
     @property
     def text(self) -> str:
@@ -188,6 +201,16 @@ class ServeProcess:
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    def ask(self, do: str, **more: Any) -> dict[str, Any]:
+        """Its answer to an administrator."""
+        return request(self.socket, do, **more)
+
+    def wait_attached(self, count: int) -> float:
+        """Waits until so many clients are attached; returns the seconds that it took."""
+        started = time.monotonic()
+        eventually(lambda: self.ask("stat")["clients"]["attached"] == count, f"{count} clients attached")
+        return time.monotonic() - started
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Ends it by a signal; returns its status."""
@@ -206,3 +229,4 @@ class ServeProcess:
         self._reader.join(WAIT_S)
         assert self.process.stderr is not None
         self.process.stderr.close()
+        assert not any("Traceback" in line or "Fatal" in line for line in self.lines), self.text
