@@ -1,6 +1,7 @@
 """Run as a program without TRITON_INTERPRET: compiles what the launchers launch for an H100,
 on a machine without any GPU.
 
+The argument says for how many codecs entries are gathered, those of a kind of their own first.
 Every launch is kept from the device: its kernel is compiled down to machine code with the very arguments of the launch,
 and its name and the widest loads and stores that it has are printed.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +27,7 @@ from tierstore.kernels.gpu.codecs import BYTES
 from tierstore.kernels.gpu.misses import MissList, StepState
 
 CPU = torch.device("cpu")
+ONE_OF_A_KIND = ("bytes-264x8", "scaled-264x8", "fp8-24x4")
 
 
 def instead_of_launching(compiled: list[Any]) -> None:
@@ -55,7 +58,7 @@ def find_entries() -> None:
 
 
 def gather_entries() -> None:
-    for codec in CODECS.values():
+    for codec in [CODECS[name] for name in (*ONE_OF_A_KIND, *CODECS)][: int(sys.argv[1])]:
         keys, places = torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3, dtype=torch.int32)
         gather.gather_entries(places, keys, Sources(1, 2, 2, codec, CPU).sources, codec, poisoned_out(12, codec, CPU))
 
@@ -63,7 +66,7 @@ def gather_entries() -> None:
 def lookup_entries() -> None:
     index = index_of([{1: 2}] * 3, (1, 1, 1), CPU).index
     count, counts = torch.zeros(1, dtype=torch.int64), torch.zeros(10, dtype=torch.int64)
-    for name in ("bytes-264x8", "scaled-264x8", "fp8-24x4"):
+    for name in ONE_OF_A_KIND:
         codec, keys = CODECS[name], torch.zeros(4, 3, dtype=torch.int64)
         sources, out = Sources(1, 2, 2, codec, CPU).sources, poisoned_out(12, codec, CPU)
         for pairs in (lookup.PAIRS_NATIVE, 8):
@@ -74,7 +77,7 @@ def lookup_entries() -> None:
 def scatter_entries() -> None:
     words = [torch.zeros(1, dtype=torch.int64) for _ in range(5)]
     state = StepState(*words, torch.zeros(2, dtype=torch.int64))
-    for name in ("bytes-264x8", "scaled-264x8", "fp8-24x4"):
+    for name in ONE_OF_A_KIND:
         scatter.scatter_entries(state, 64, 64, CODECS[name], 12, poisoned_out(12, CODECS[name], CPU))
 
 

@@ -11,7 +11,11 @@ the table below has its marks as a whole; a class or a single test says them its
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import PurePath
+from typing import Any
+
+import pytest
 
 MARKERS = {
     "gpu": "runs kernels of kernels/gpu, on a GPU or in Triton's interpreter",
@@ -50,6 +54,12 @@ def marks_of(path: PurePath) -> frozenset[str]:
     """The marks of a test file or a folder, by its path below tests/."""
     plain = path.with_suffix("")
     return frozenset(mark for each in (plain, *plain.parents) for mark in MARKS.get(each.as_posix(), ()))
+
+
+def slow_but(kept: Iterable[object], values: Iterable[Any]) -> list[Any]:
+    """Values of a parameter, of which `make test` tries only some: all others are slow."""
+    chosen = list(kept)
+    return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def excluded_by(expression: str) -> frozenset[str]:
