@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from support.device import DEVICE
+from support.marks import slow_but
 from support.tiny_store import DIM, LAYERS, VOCAB_SIZE, build_tiny, decoded, tiny_hash
 
 import tierstore
@@ -96,7 +97,7 @@ def open_tiny(tmp_path_factory: pytest.TempPathFactory) -> Open:
     return opened
 
 
-@pytest.fixture(params=BUDGETS.values(), ids=BUDGETS)
+@pytest.fixture(params=slow_but([BUDGETS["hbm, static, recency and nvme"]], BUDGETS.values()), ids=BUDGETS)
 def tiered(open_tiny: Open, request: pytest.FixtureRequest) -> Iterator[tuple[tierstore.Store, dict[str, np.ndarray]]]:
     with open_tiny("fp8_e4m3_e8m0x32", **request.param) as opened:
         yield opened

@@ -114,9 +114,7 @@ def test_keys_equal_the_references_over_random_shapes(device: torch.device, seed
     np.testing.assert_array_equal(batch.on(device)[0], batch.expected())
 
 
-@pytest.mark.parametrize(
-    "bad", slow_but([VOCAB, 2**44], [VOCAB, -2, -(2**63), KEY_MAX, 2**44])
-)  # a map read there faults
+@pytest.mark.parametrize("bad", slow_but([VOCAB, 2**44], OUTSIDE))
 @pytest.mark.parametrize("with_map", [False, True])
 def test_an_id_outside_the_vocabulary_is_told_and_costs_its_ngrams_their_key(
     device: torch.device, bad: int, with_map: bool
