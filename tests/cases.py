@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.repository import REPOSITORY
+from support.repository import REPOSITORY, SUPPORT
 
 FOLDER = REPOSITORY.parent / "shared" / "cases"
+OLD_NAMES = SUPPORT / "old_names"  # on a script's PYTHONPATH: some import modules that have moved
 SKIPPED_STATUS = 77
 TIMEOUT_S = 300.0
 WORDS_LINES = 6  # printed of what a script said last
@@ -50,6 +51,8 @@ def run_case(script: Path, exceptions: Mapping[str, str] = EXCEPTIONS, timeout_s
         process = subprocess.Popen(
             [sys.executable, str(script)],
             cwd=folder,
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(filter(None, (str(OLD_NAMES), os.environ.get("PYTHONPATH"))))},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -12,6 +12,11 @@ from support.repository import REPOSITORY
 SCRIPTS = {
     "good": "import os, tierstore; assert not os.listdir()",
     "skipped": "raise SystemExit(77)",
+    "moved": "import tierstore.store, tierstore.build, tierstore.daemon.serving\n"
+    "tierstore.store.CLOSE_WAIT_S = 7\n"
+    "assert tierstore.store.store.CLOSE_WAIT_S == 7\n"
+    "assert tierstore.build is tierstore.offline.build\n"
+    "assert tierstore.build.__spec__.name == 'tierstore.offline.build' and tierstore.daemon.serving.Daemon",
     "bad": "assert False, 'these rows are wrong'",
     "late": "import time; time.sleep(600)",
     "compiled_whole": "raise SystemExit(1)",
@@ -38,6 +43,11 @@ def test_a_wrong_case_makes_the_command_fail_and_shows_what_it_said(
     assert cases.main(["good", "skipped", "compiled_whole"]) == 0
     assert cases.main(["nothing"]) == 2
     assert not list(folder.glob("*.pyc"))
+
+
+def test_a_case_may_import_a_module_by_the_name_that_it_had(folder: Path) -> None:
+    outcome = cases.run_case(folder / "turn" / "moved.py")
+    assert outcome.how == "right", outcome.words
 
 
 def test_a_case_that_does_not_end_is_wrong(folder: Path) -> None:
