@@ -1,11 +1,11 @@
 """The hash of a model's n-grams: token ids -> keys -> row ids, the same numbers as the model's own code gives.
 
-Flows in: a checkpoint's configuration and token map, or what a build kept of them in the catalog. Flows out: keys and
-row ids of batches of tokens. All families share one form: mapped ids times odd multipliers, XORed over the n-gram;
-where look-back ends, and what stands before, is the family's pad rule.
-Refuses configurations that contradict themselves.
+Input: a checkpoint's configuration and token map, or what a build kept of them in the catalog. Output: keys and row ids
+of batches of tokens. All families share one form: mapped ids times odd multipliers, XORed over the n-gram. The family's
+pad rule says what ends look-back, and which id stands before.
+Errors: `ConfigError` for configurations that contradict themselves, `FormatError` for a damaged record in the catalog.
 
-Shapes: B sequences, T tokens, O orders, H heads.
+Shapes: B sequences, T tokens, O orders, H heads, P tokens before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from tierstore import ConfigError, FormatError, Store, TableSpec, kernels
 from tierstore.formats.catalog import CatalogImage
 from tierstore.lazy import lazy
 
-from . import hash_config
+from .family import Family, family_named, family_of_config
+from .hash_config import HashParts, LayerHash
 from .token_map import checked_token_map
 
 RECORD_NAME = "hash_spec"
@@ -31,40 +32,20 @@ TOKEN_MAP_NAME = "token_map"
 _INT64 = np.dtype(np.int64)
 
 
-@dataclass(frozen=True)
-class LayerHash:
-    """What is a layer's own: one multiplier a position of the n-gram, a modulus and an offset a head, rows in all."""
-
-    multipliers: tuple[int, ...]
-    moduli: tuple[int, ...]
-    num_rows: int
-
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """Where each head's rows begin: running sums of the moduli."""
-        sums = [0]
-        for modulus in self.moduli[:-1]:
-            sums.append(sums[-1] + modulus)
-        return tuple(sums)
-
-    @lazy
-    def multiplier_array(self) -> np.ndarray:
-        """The multipliers as the kernels take them, int64."""
-        return np.array(self.multipliers, dtype=np.int64)
-
-    @lazy
-    def address_map(self) -> tuple[np.ndarray, np.ndarray]:
-        """Moduli and offsets as the kernels take them, int64 [O * H] each."""
-        return np.array(self.moduli, dtype=np.int64), np.array(self.offsets, dtype=np.int64)
-
-
 @dataclass(frozen=True, eq=False)
 class HashSpec:
     """The hash of one model. Immutable; any thread may use it. Make it with `from_config` or `from_store`.
 
-    orders: n-gram lengths, ascending. heads: rows per key. vocab_size: token ids are below it. token_map: int32
-    [vocab_size], None where ids hash as they are. pad_id: the (mapped) id that stands where look-back has ended, and
-    barrier_id: the token id that ends look-back behind it, None where only the sequence's start does.
+    Attributes:
+        family: The name of the model family.
+        orders: N-gram lengths, ascending.
+        heads: Rows per key.
+        vocab_size: Token ids are below it.
+        pad_id: The (mapped) id that counts beyond the end of look-back; None in a spec that lacks its token map.
+        barrier_id: The token id that ends look-back behind it; None if only the sequence's start does.
+        layer_hashes: By layer, 0-based.
+        token_map: int32 [vocab_size]; None if ids hash as they are.
+        needs_token_map: Whether they do not.
     """
 
     family: str
@@ -81,95 +62,39 @@ class HashSpec:
     def from_config(
         cls, config: dict[str, Any], token_map: np.ndarray | None = None, family: str | None = None
     ) -> HashSpec:
-        """Makes the hash from a checkpoint's config.json, the token map from
-        `build_token_map` where the family has one.
+        """Makes the hash from a checkpoint's config.json.
 
-        Without its token map a spec still gives moduli, multipliers and row counts; keys then raise. Raises
-        `ConfigError`, naming the key, where the configuration is of no known family, lacks a value or contradicts the
-        token map; `TypeError` and `ValueError` for a token map that is none.
+        Without its token map a spec still gives moduli, multipliers and row counts; keys then raise.
+
+        Args:
+            config: The whole config.json.
+            token_map: From `build_token_map`, int32 [tokens], if the family has one.
+            family: The family's name; by default it is found from the keys.
+
+        Raises:
+            ConfigError: The configuration is of no known family, lacks a value or contradicts the token map.
+            TypeError, ValueError: The token map is not one.
         """
         token_map = None if token_map is None else checked_token_map(token_map)
-        parts = hash_config.read(config, token_map, family)
-        layers = {
-            layer: LayerHash(parts.multipliers[layer], parts.moduli[layer], parts.num_rows[layer])
-            for layer in parts.moduli
-        }
-        mapped = token_map if parts.needs_token_map else None
-        return cls(
-            parts.family, parts.orders, parts.heads, parts.vocab_size, parts.pad_id, parts.barrier_id, layers, mapped,
-            parts.needs_token_map,
-        )  # fmt: skip
+        found = family_named(family) if family else family_of_config(config)
+        return spec_of_parts(found, found.hash_of(config, token_map), token_map)
 
     @classmethod
     def from_store(cls, store: Store) -> HashSpec:
         """Makes the hash that a store was built with, from its catalog.
 
-        Raises `ConfigError` where the store holds plain tables only, `FormatError` where the record is damaged.
+        Raises `ConfigError` if the store has plain tables only, `FormatError` if the record is damaged.
         """
-        return cls._from_records(store.attachment, [table.spec for table in store.tables.values()])
+        return _from_catalog(store.attachment, [table.spec for table in store.tables.values()])
 
     @classmethod
     def from_catalog(cls, image: CatalogImage) -> HashSpec:
         """Makes the hash of a store that is not open, as `from_store` does."""
-        return cls._from_records(image.attachments.__getitem__, [layout.spec for layout in image.tables.values()])
-
-    @classmethod
-    def _from_records(cls, attachment: Callable[[str], bytes], tables: Iterable[TableSpec]) -> HashSpec:
-        try:
-            record_bytes = attachment(RECORD_NAME)
-        except KeyError:
-            raise ConfigError(
-                "the store holds plain tables: it was built without a hash; look its rows up by row id"
-            ) from None
-        try:
-            record = json.loads(record_bytes)
-            layers = {
-                int(layer): LayerHash(tuple(parts["multipliers"]), tuple(parts["moduli"]), int(parts["num_rows"]))
-                for layer, parts in record["layers"].items()
-            }
-            token_map = None
-            if record["needs_token_map"]:
-                token_map = checked_token_map(np.frombuffer(attachment(TOKEN_MAP_NAME), dtype="<i4"))
-            spec = cls(
-                record["family"], tuple(record["orders"]), record["heads"], record["vocab_size"], record["pad_id"],
-                record["barrier_id"], layers, token_map, record["needs_token_map"],
-            )  # fmt: skip
-            if type(spec.needs_token_map) is not bool:
-                raise TypeError(f"needs_token_map is {spec.needs_token_map!r}")
-            if token_map is not None and len(token_map) != spec.vocab_size:
-                raise ValueError(f"a token map of {len(token_map)} tokens for a vocabulary of {spec.vocab_size}")
-            hashes = {spec.table_name(n): (spec.fingerprint(n), spec.num_rows(n), spec.heads) for n in spec.layers}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(
-                f"the store's hash record is damaged ({error!r}); restore the catalog or rebuild"
-            ) from error
-        built = {t.name: (t.fingerprint, t.num_rows, t.rows_per_key) for t in tables if not t.is_plain}
-        for name in sorted(hashes.keys() | built.keys()):
-            if hashes.get(name) != built.get(name):
-                raise FormatError(
-                    f"fingerprint, rows and rows per key of table {name}: the store's hash record gives "
-                    f"{hashes.get(name, 'none')}, the table has {built.get(name, 'none')}; "
-                    "restore the catalog or rebuild"
-                )
-        return spec
+        return _from_catalog(image.attachments.__getitem__, [layout.spec for layout in image.tables.values()])
 
     def attachments(self) -> dict[str, bytes]:
         """Returns what a build keeps in the catalog, for `from_store`."""
-        layers = {
-            str(layer): {"multipliers": parts.multipliers, "moduli": parts.moduli, "num_rows": parts.num_rows}
-            for layer, parts in self.layer_hashes.items()
-        }
-        record = {
-            "family": self.family,
-            "orders": self.orders,
-            "heads": self.heads,
-            "vocab_size": self.vocab_size,
-            "pad_id": self.pad_id,
-            "barrier_id": self.barrier_id,
-            "needs_token_map": self.needs_token_map,
-            "layers": layers,
-        }
-        attachments = {RECORD_NAME: json.dumps(record).encode()}  # unsorted: the order of layers is kept
+        attachments = {RECORD_NAME: json.dumps(_record_of(self)).encode()}  # unsorted: the order of layers is kept
         if self.needs_token_map:
             attachments[TOKEN_MAP_NAME] = self._token_map().astype("<i4").tobytes()
         return attachments
@@ -186,8 +111,7 @@ class HashSpec:
 
     @property
     def kernel_token_map(self) -> np.ndarray | None:
-        """The token map, None where ids hash as they are; raises `ConfigError` where the
-        spec was made without its own."""
+        """The token map, None if ids hash as they are; raises `ConfigError` if the spec was made without its own."""
         return self._token_map() if self.needs_token_map else None
 
     def table_name(self, layer: int | str) -> str:
@@ -230,22 +154,29 @@ class HashSpec:
     def keys(
         self, token_ids: np.ndarray, layer: int | str, history: np.ndarray | None = None, dead: np.ndarray | None = None
     ) -> np.ndarray:
-        """Returns the keys of the n-grams that end at each token: int64 [B, T] -> int64 [B, T, O].
+        """Returns the keys of the n-grams that end at each token, int64 [B, T, O]. Any threads may call; only computes.
 
-        history: the tokens before, [B, any number], oldest first, -1 where there is none (before the sequence's start,
-        or a dead position). Only the last `history_tokens` are looked at; fewer, or None, say that the document starts
-        there, and the rest counts as the pad id. So a sequence fed in any split with its history gives the keys of the
-        whole, and one token decoded without it gives those of a document of one token. dead: bool [B, T], positions
-        that are no text, such as image spans; their ids are not looked at. On a dead position, before the start and,
-        for families with a barrier, at or behind the barrier token, look-back ends: that predecessor and every older
-        one count as the pad id; so does a dead position itself. Raises `TypeError` (no integers), `ValueError` (shapes,
-        ids outside the vocabulary), `ConfigError` (a spec without its token map).
+        Look-back ends at a dead position, before the sequence's start and, in families with a barrier, at the barrier
+        token: that predecessor and every older one count as the pad id. So does a dead position itself. A sequence fed
+        in any split with its history gives the keys of the whole.
+
+        Args:
+            token_ids: Integers [B, T].
+            layer: Its 0-based number, or its table's name.
+            history: The tokens before, integers [B, P], oldest first, -1 for none (before the sequence's start, or a
+                dead position). Only the last `history_tokens` count; after fewer, or None, the document starts.
+            dead: bool [B, T], positions that are not text, such as image spans; their ids are not read.
+
+        Raises:
+            TypeError: Not integers.
+            ValueError: Shapes that disagree, or ids outside the vocabulary.
+            ConfigError: The spec lacks its token map.
         """
         multipliers = self._layer(layer).multiplier_array
         if self.pad_id is None:
             raise self._no_token_map()
         ids = _integers(token_ids, "token_ids")
-        past = None if history is None else self._checked_history(history, len(ids))
+        past = None if history is None else _checked_history(history, len(ids), self.history_tokens)
         no_text = None if dead is None else _checked_dead(dead, ids.shape)
         token_map = self.kernel_token_map
         barrier_id = -1 if self.barrier_id is None else self.barrier_id
@@ -255,12 +186,7 @@ class HashSpec:
             ids, past, no_text, token_map, self.vocab_size, multipliers, orders, self.pad_id, barrier_id, keys
         )
         if outside >= 0:
-            joined = ids if past is None else np.concatenate([past, ids], axis=1)
-            row, column = divmod(outside, joined.shape[1])
-            raise ValueError(
-                f"token id {joined[row, column]} of sequence {row}, position {column - joined.shape[1] + ids.shape[1]} "
-                f"is outside the vocabulary of {self.vocab_size}"
-            )
+            raise _outside_vocabulary(ids, past, outside, self.vocab_size)
         return keys
 
     def row_ids(
@@ -277,16 +203,6 @@ class HashSpec:
     @lazy
     def _order_array(self) -> np.ndarray:
         return np.array(self.orders, dtype=np.int64)
-
-    def _checked_history(self, history: np.ndarray, num_sequences: int) -> np.ndarray:
-        """Returns the tokens before that the hash looks at, int64 [B, at most history_tokens]."""
-        past = _integers(history, "history")
-        if len(past) != num_sequences:
-            raise ValueError(
-                f"history is {list(past.shape)}, token_ids have {num_sequences} sequences: expected [{num_sequences}, "
-                f"the tokens before]"
-            )
-        return np.ascontiguousarray(last_tokens(past, self.history_tokens))
 
     def _token_map(self) -> np.ndarray:
         if self.token_map is None:
@@ -311,9 +227,77 @@ class HashSpec:
         return int(number)
 
 
+def spec_of_parts(family: Family, parts: HashParts, token_map: np.ndarray | None) -> HashSpec:
+    """Returns the hash that a family read from a configuration."""
+    mapped = token_map if family.needs_token_map else None
+    return HashSpec(
+        family.name, parts.orders, parts.heads, parts.vocab_size, parts.pad_id, parts.barrier_id, parts.layers, mapped,
+        family.needs_token_map,
+    )  # fmt: skip
+
+
+def _from_catalog(attachment: Callable[[str], bytes], tables: Iterable[TableSpec]) -> HashSpec:
+    """Returns the hash of a catalog's record; attachment: the record's bytes by name, raises `KeyError`."""
+    try:
+        record_bytes = attachment(RECORD_NAME)
+    except KeyError:
+        raise ConfigError(
+            "the store holds plain tables: it was built without a hash; look its rows up by row id"
+        ) from None
+    try:
+        spec = _spec_of_record(json.loads(record_bytes), attachment)
+        hashes = {spec.table_name(n): (spec.fingerprint(n), spec.num_rows(n), spec.heads) for n in spec.layers}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"the store's hash record is damaged ({error!r}); restore the catalog or rebuild") from error
+    built = {t.name: (t.fingerprint, t.num_rows, t.rows_per_key) for t in tables if not t.is_plain}
+    for name in sorted(hashes.keys() | built.keys()):
+        if hashes.get(name) != built.get(name):
+            raise FormatError(
+                f"fingerprint, rows and rows per key of table {name}: the store's hash record gives "
+                f"{hashes.get(name, 'none')}, the table has {built.get(name, 'none')}; restore the catalog or rebuild"
+            )
+    return spec
+
+
+def _record_of(spec: HashSpec) -> dict[str, Any]:
+    layers = {
+        str(layer): {"multipliers": parts.multipliers, "moduli": parts.moduli, "num_rows": parts.num_rows}
+        for layer, parts in spec.layer_hashes.items()
+    }
+    return {
+        "family": spec.family,
+        "orders": spec.orders,
+        "heads": spec.heads,
+        "vocab_size": spec.vocab_size,
+        "pad_id": spec.pad_id,
+        "barrier_id": spec.barrier_id,
+        "needs_token_map": spec.needs_token_map,
+        "layers": layers,
+    }
+
+
+def _spec_of_record(record: dict[str, Any], attachment: Callable[[str], bytes]) -> HashSpec:
+    """Returns the hash of a decoded record; raises `KeyError`, `TypeError` or `ValueError` if it is damaged."""
+    layers = {
+        int(layer): LayerHash(tuple(parts["multipliers"]), tuple(parts["moduli"]), int(parts["num_rows"]))
+        for layer, parts in record["layers"].items()
+    }
+    token_map = None
+    if record["needs_token_map"]:
+        token_map = checked_token_map(np.frombuffer(attachment(TOKEN_MAP_NAME), dtype="<i4"))
+    spec = HashSpec(
+        record["family"], tuple(record["orders"]), record["heads"], record["vocab_size"], record["pad_id"],
+        record["barrier_id"], layers, token_map, record["needs_token_map"],
+    )  # fmt: skip
+    if type(spec.needs_token_map) is not bool:
+        raise TypeError(f"needs_token_map is {spec.needs_token_map!r}")
+    if token_map is not None and len(token_map) != spec.vocab_size:
+        raise ValueError(f"a token map of {len(token_map)} tokens for a vocabulary of {spec.vocab_size}")
+    return spec
+
+
 def last_tokens(history: Any, count: int) -> Any:
-    """Returns the last `count` tokens of each sequence, or all if there are fewer; history:
-    an array or tensor [B, P]."""
+    """Returns the last `count` tokens of each sequence, or all if there are fewer. history: array or tensor [B, P]."""
     num_tokens = history.shape[1]
     return history if num_tokens <= count else history[:, num_tokens - count :]  # a view of a tensor takes microseconds
 
@@ -327,6 +311,27 @@ def _integers(ids: np.ndarray, what: str) -> np.ndarray:
     if array.ndim != 2:
         raise ValueError(f"{what} are {list(array.shape)}, expected [sequences, tokens]")
     return array
+
+
+def _checked_history(history: np.ndarray, num_sequences: int, history_tokens: int) -> np.ndarray:
+    """Returns the tokens before that the hash looks at, int64 [B, at most history_tokens]."""
+    past = _integers(history, "history")
+    if len(past) != num_sequences:
+        raise ValueError(
+            f"history is {list(past.shape)}, token_ids have {num_sequences} sequences: expected [{num_sequences}, the "
+            f"tokens before]"
+        )
+    return np.ascontiguousarray(last_tokens(past, history_tokens))
+
+
+def _outside_vocabulary(ids: np.ndarray, past: np.ndarray | None, index: int, vocab_size: int) -> ValueError:
+    """Returns the error for a wrong token id; index: of it, in the sequences with their history before them."""
+    joined = ids if past is None else np.concatenate([past, ids], axis=1)
+    row, column = divmod(index, joined.shape[1])
+    return ValueError(
+        f"token id {joined[row, column]} of sequence {row}, position {column - joined.shape[1] + ids.shape[1]} is "
+        f"outside the vocabulary of {vocab_size}"
+    )
 
 
 def _checked_dead(dead: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -17,11 +17,12 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from engram_adapter.families import read_model
+from engram_adapter.synthetic import FLOATS, PlannedTensor, SyntheticPlan
 from tierstore.errors import BudgetError, ConfigError
 from tierstore.formats.checkpoint import Checkpoint
 from tierstore.tools import synth
 from tierstore.tools.corpus import train_tokenizer
-from tierstore.tools.synth import Planned, write_checkpoint
+from tierstore.tools.synth import tensor_blocks, write_checkpoint
 
 DiskUsage = collections.namedtuple("DiskUsage", "total used free")
 SMALL: dict[str, dict[str, Any]] = {
@@ -39,7 +40,7 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer([Path(__file__)], 300)
 
 
-def write(folder: Path, name: str, tokenizer: Tokenizer, **options: Any) -> synth.Plan:
+def write(folder: Path, name: str, tokenizer: Tokenizer, **options: Any) -> SyntheticPlan:
     return write_checkpoint(folder, name.partition("-")[0], tokenizer=tokenizer, **(SMALL[name] | options))
 
 
@@ -185,9 +186,9 @@ def test_the_same_seed_gives_the_same_bytes_however_files_are_split(
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "BF16", "F16", "F32"])
 def test_values_over_many_blocks_are_finite_and_never_repeat_a_block(dtype: str) -> None:
-    exponent = synth._FLOATS[dtype][2] if dtype in synth._FLOATS else 0
+    exponent = FLOATS[dtype][2] if dtype in FLOATS else 0
     torch_dtype = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    blocks = [bytes(block) for block in Planned("t", dtype, (3 << 20, 3), exponent).blocks(seed=1)]
+    blocks = [bytes(block) for block in tensor_blocks(PlannedTensor("t", dtype, (3 << 20, 3), exponent), seed=1)]
     assert len(set(blocks)) == len(blocks) >= 3
     for block in blocks:
         assert torch.frombuffer(bytearray(block), dtype=torch_dtype[dtype]).float().isfinite().all()
@@ -232,19 +233,19 @@ def test_a_full_disk_is_refused_with_both_numbers_before_anything_is_written(
 def test_a_failure_at_any_block_is_named_and_leaves_an_empty_folder(
     tmp_path: Path, code: int, error: type[Exception], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_blocks = Planned.blocks
+    real_blocks = synth.tensor_blocks
     failed = 0
     for fail_at in range(100):
         calls = 0
 
-        def blocks(self: Planned, seed: int, fail_at: int = fail_at) -> Any:
+        def blocks(tensor: PlannedTensor, seed: int, fail_at: int = fail_at) -> Any:
             nonlocal calls
             calls += 1
             if calls > fail_at:
                 raise OSError(code, os.strerror(code))
-            yield from real_blocks(self, seed)
+            yield from real_blocks(tensor, seed)
 
-        monkeypatch.setattr(Planned, "blocks", blocks)
+        monkeypatch.setattr(synth, "tensor_blocks", blocks)
         try:
             write(tmp_path / "model", "deepseek_v41", tokenizer)
         except error:
