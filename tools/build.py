@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from engram_adapter.families import plain_source, read_model
+from engram_adapter.families import FAMILIES, plain_source, read_model
 from tierstore.errors import ConfigError
 from tierstore.formats.checkpoint import Checkpoint, TableSource
 from tierstore.formats.table_source import find_hole
@@ -80,7 +80,9 @@ def build_checkpoint(
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option(
-    "--family", metavar="NAME", help="Layout to read: deepseek_v41, engram, qwen4_exp. Default: found from config.json."
+    "--family",
+    metavar="NAME",
+    help=f"Layout to read: {', '.join(sorted(FAMILIES))}. Default: found from config.json.",
 )
 @click.option("--tensor", metavar="NAME", help="Take this one 2-D tensor as a plain table: row id = key.")
 @click.option("--jobs", type=int, metavar="N", help="Shards built at once. Default: one a processor, at most 4.")
