@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from tierstore.errors import ConfigError, TierStoreError
-from tierstore.tiers.hbm.device import is_capturing
 
 from .codecs import codec_dtype
 from .hash_spec import HashSpec, last_tokens
@@ -39,6 +38,7 @@ class DeviceEmbedding:
         self.device: torch.device = store.device
         self._store, self._table, self._layer, self._hash_spec = store, table, layer, hash_spec
         self._dtype = codec_dtype(table.codec)
+        self._is_capturing = store.capture_probe()
         self._device_hash = _device_hash(hash_spec, layer, self.device)
         self._lookups: dict[int, Any] = {}  # by tokens; a captured graph may use any of them, so none is let go
         self._tokens_max = 1 << 62  # of one lookup, as far as is known; more tokens go in several parts
@@ -71,7 +71,7 @@ class DeviceEmbedding:
             keys = self._keys(call)
             lookup = self._begin(keys, values)
         self._share(values, self._side)  # it may be dropped while the kernels still write it
-        self._begun = _Begun(call, values, keys, lookup, is_capturing(self.device))
+        self._begun = _Begun(call, values, keys, lookup, self._is_capturing())
 
     def forward(self, call: DeviceCall) -> torch.Tensor:
         """Returns the values, [B, T, O * H, dim]. On a GPU it launches and does not wait; of ids that the host holds it
@@ -117,7 +117,7 @@ class DeviceEmbedding:
     def _check_all(self) -> None:
         """Raises what went wrong in any lookup that the device has done, of whatever size;
         not while a graph is captured."""
-        if self._side is not None and not is_capturing(self.device):
+        if self._side is not None and not self._is_capturing():
             for lookup in self._lookups.values():
                 self._check(lookup)
 
@@ -150,13 +150,13 @@ class DeviceEmbedding:
 
     def _share(self, memory: torch.Tensor | np.ndarray, stream: Any) -> None:
         """Tells the allocator that a stream uses memory of another's. A graph's memory is its own: nothing to tell."""
-        if stream is not None and isinstance(memory, torch.Tensor) and not is_capturing(self.device):
+        if stream is not None and isinstance(memory, torch.Tensor) and not self._is_capturing():
             memory.record_stream(stream)
 
     def _check_capture(self, begun: _Begun) -> None:
         """Refuses to end in a captured graph what was begun outside:
         each replay would write to values that are long gone."""
-        if is_capturing(self.device) and not begun.captured:
+        if self._is_capturing() and not begun.captured:
             raise ConfigError(
                 f"table {self._table.name}: a prefetch that was begun before the graph's capture cannot be ended in "
                 f"it; call forward with its tensors before the capture"

@@ -19,7 +19,6 @@ import torch
 from support.tiny_store import DIM, VOCAB_SIZE, build_tiny, decoded, tiny_hash
 
 import tierstore
-from engram_adapter import device_embedding
 from engram_adapter.device_embedding import DeviceCall
 from engram_adapter.embedding import TieredEmbedding
 from tierstore.decisions import hbm_budget
@@ -88,9 +87,9 @@ def embedding(
     store: tuple[tierstore.Store, dict[str, np.ndarray]], streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> TieredEmbedding:
     """On two streams, whose lookups note where they start and finish."""
-    from tierstore.tiers.hbm import lookup, stream_order
+    from tierstore.tiers.hbm import device, lookup, stream_order
 
-    for module in (device_embedding, lookup, stream_order):
+    for module in (device, lookup, stream_order):
         monkeypatch.setattr(module, "is_capturing", lambda _device: streams.capturing)
     for name in ("start", "start_known", "finish"):
         act = getattr(lookup.DeviceLookup, name)

@@ -14,7 +14,8 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -218,6 +219,12 @@ class Store:
         """The `torch.device` of the hbm tier, on which `open_lookup` looks up; None where there is none,
         or not any more."""
         return self._engine.device
+
+    def capture_probe(self) -> Callable[[], bool]:
+        """Returns a function that says whether a CUDA graph is being captured on the current stream of `device`."""
+        from ..tiers.hbm.device import is_capturing
+
+        return partial(is_capturing, self.device)
 
     def open_lookup(self, name: str, tokens_max: int) -> Any:
         """Returns buffers for lookups from the device, of up to tokens_max tokens at once:
