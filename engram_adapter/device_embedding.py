@@ -22,8 +22,8 @@ import torch
 from tierstore.errors import ConfigError, TierStoreError
 
 from .codecs import codec_dtype
-from .hash_spec import HashSpec, last_tokens
-from .token_shapes import check_token_shapes
+from .hash_spec import HashSpec
+from .token_shapes import checked_arguments
 
 if TYPE_CHECKING:
     from tierstore import Store, TableSpec
@@ -243,22 +243,14 @@ class DeviceCall:
     ) -> None:
         """history_tokens: how many of the tokens before count. Raises `TypeError` and `ValueError` as
         `TieredEmbedding.forward` does."""
-        check_token_shapes(token_ids, history, history_tokens)
-        if dead is not None and (not isinstance(dead, torch.Tensor) or dead.dtype != torch.bool):
-            found = dead.dtype if isinstance(dead, torch.Tensor) else type(dead).__name__
-            raise TypeError(f"dead is {found}, must be a tensor of torch.bool")
-        if history is not None:
-            history = last_tokens(history, history_tokens)
-        if history is not None and history.shape[1] == 0:
-            history = None  # the same call as one without
-        given = (token_ids, history, dead)
+        given = checked_arguments(token_ids, history, dead, history_tokens)
         self._given = given  # while it is kept, no other tensor has this memory
         self.identity = tuple(None if tensor is None else _identity(tensor) for tensor in given)
         self.on_host = token_ids.device.type == "cpu" and device.type != "cpu"  # those of another GPU are copied
         to = token_ids.device if self.on_host else device
         self.token_ids = token_ids.detach().to(to, torch.int64).contiguous()
-        self.history = None if history is None else history.detach().to(to, torch.int64).contiguous()
-        self.dead = None if dead is None else dead.detach().to(to).contiguous()
+        self.history = None if given.history is None else given.history.detach().to(to, torch.int64).contiguous()
+        self.dead = None if given.dead is None else given.dead.detach().to(to).contiguous()
         self.shape = (token_ids.shape[0], token_ids.shape[1])
 
 

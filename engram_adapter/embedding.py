@@ -20,8 +20,8 @@ from tierstore.errors import ConfigError, FingerprintMismatchError, TierStoreErr
 
 from .codecs import codec_dtype, decode_rows
 from .device_embedding import DeviceCall, DeviceEmbedding
-from .hash_spec import HashSpec, last_tokens
-from .token_shapes import check_integers, check_token_shapes
+from .hash_spec import HashSpec
+from .token_shapes import check_integers, checked_arguments
 
 if TYPE_CHECKING:
     from tierstore import Store, Table, Ticket
@@ -332,16 +332,11 @@ class _Call:
         dead: torch.Tensor | None,
         history_tokens: int,
     ) -> None:
-        """history_tokens: how many of the tokens before count."""
-        check_token_shapes(token_ids, history, history_tokens)
-        self.token_ids = _as_int64(token_ids)
-        self.history = None if history is None else _as_int64(last_tokens(history, history_tokens))
-        if self.history is not None and self.history.shape[1] == 0:
-            self.history = None  # the same call as one without
-        if dead is not None and (not isinstance(dead, torch.Tensor) or dead.dtype != torch.bool):
-            got = dead.dtype if isinstance(dead, torch.Tensor) else type(dead).__name__
-            raise TypeError(f"dead is {got}, must be a tensor of torch.bool")
-        self.dead = None if dead is None else dead.detach().cpu().contiguous().numpy()
+        """history_tokens: how many of the tokens before count. Raises as `checked_arguments` does."""
+        given = checked_arguments(token_ids, history, dead, history_tokens)
+        self.token_ids = _as_int64(given.token_ids)
+        self.history = None if given.history is None else _as_int64(given.history)
+        self.dead = None if given.dead is None else given.dead.detach().cpu().contiguous().numpy()
         arrays = (self.token_ids, self.history, self.dead)
         self.key: _CallKey = tuple(None if array is None else (array.shape, array.tobytes()) for array in arrays)
 

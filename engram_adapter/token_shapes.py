@@ -1,26 +1,45 @@
-"""What every embedding asks of the token ids and the history that it is given;
-and the one warning about a history that is not.
+"""The arguments of a lookup by token ids, checked once for all embeddings; and the one warning about a missing history.
 
-Flows in: tensors as the caller gave them. Flows out: nothing, or an error that names what is wrong and what to pass.
+Input: tensors as the caller gave them. Output: the same tensors, the history cut to what the hash looks at.
+Errors: `TypeError` and `ValueError` that name what is wrong and what to pass.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from .hash_spec import last_tokens
+
 logger = logging.getLogger("tierstore")
 
-_warned = False  # once a process: a decoding loop would say it at every token
+_warned = False  # once a process: a decoding loop would repeat it at every token
 
 
-def check_token_shapes(token_ids: Any, history: Any, history_tokens: int) -> None:
-    """Raises `TypeError` or `ValueError` unless token_ids are integers [B, T],
-    and history None or integers [B, any number].
+class TokenArguments(NamedTuple):
+    """What a lookup takes: integers [B, T]; integers [B, 1 to history_tokens] or None; bool [B, T] or None."""
+
+    token_ids: torch.Tensor
+    history: torch.Tensor | None
+    dead: torch.Tensor | None
+
+
+def checked_arguments(token_ids: Any, history: Any, dead: Any, history_tokens: int) -> TokenArguments:
+    """Returns the arguments of one call, so that equal calls have equal ones: an empty history is None.
 
     Warns, once a process, of one token without a history: it is looked up as the start of a document.
+
+    Args:
+        token_ids: Integers [B, T].
+        history: The tokens before, integers [B, any number], or None.
+        dead: Positions that are not text, bool [B, T], or None. `HashSpec.keys` compares its shape.
+        history_tokens: How many of the tokens before count.
+
+    Raises:
+        TypeError: Not tensors, or of another dtype.
+        ValueError: Shapes that disagree.
     """
     check_integers(token_ids, "token_ids")
     if token_ids.ndim != 2:
@@ -32,8 +51,15 @@ def check_token_shapes(token_ids: Any, history: Any, history_tokens: int) -> Non
                 f"history of shape {list(history.shape)}: it must be [{len(token_ids)}, the tokens before], as "
                 f"token_ids of shape {list(token_ids.shape)} have {len(token_ids)} sequences"
             )
+        history = last_tokens(history, history_tokens)
+        if history.shape[1] == 0:
+            history = None  # the same call as one without
     elif token_ids.shape[1] == 1 and history_tokens > 0:
         _warn_of_missing_history(history_tokens)
+    if dead is not None and (not isinstance(dead, torch.Tensor) or dead.dtype != torch.bool):
+        found = dead.dtype if isinstance(dead, torch.Tensor) else type(dead).__name__
+        raise TypeError(f"dead is {found}, must be a tensor of torch.bool")
+    return TokenArguments(token_ids, history, dead)
 
 
 def check_integers(ids: Any, what: str) -> None:
