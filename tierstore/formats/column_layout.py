@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, NoReturn, TypeGuard
 import numpy as np
 
 from .. import kernels
+from ..durable import read_exactly
 from ..errors import FormatError
-from .tensor_files import read_exactly
 
 COLUMNS_VERSION = 1
 HEADER_BYTES_MAX = 1 << 24

@@ -19,8 +19,8 @@ import numpy as np
 import zstandard
 
 from .. import kernels
-from ..causes import naming
-from ..durable import sync_folder
+from ..causes import NEW_SUFFIX, naming
+from ..durable import read_exactly, sync_folder, write_all
 from ..errors import ConfigError, FormatError, TierStoreError
 from .column_layout import (
     BLOCK_BYTES_MAX,
@@ -36,9 +36,7 @@ from .column_layout import (
     read_directory,
     read_head,
 )
-from .tensor_files import read_exactly
 
-NEW_SUFFIX = ".new"
 COMPRESSION_LEVEL = 3
 SAMPLE_VALUES = 1 << 14  # of a column, on which filters are compared
 
@@ -117,7 +115,7 @@ class ColumnWriter:
         """
         self._write(pack_directory(self._blocks, footer))
         with self._named():
-            os.pwrite(self._open_file().fileno(), pack_head(self._kind, self._header, self._num_bytes), 0)
+            write_all(self._open_file().fileno(), pack_head(self._kind, self._header, self._num_bytes), 0)
             os.fsync(self._open_file().fileno())
         if not self._is_ours():
             raise ConfigError(f"{self._new_path} was taken by another writer; give each its own file")
@@ -150,12 +148,9 @@ class ColumnWriter:
 
     def _write(self, data: bytes) -> None:
         # Not through a buffered file: a forked child would flush its copy of the buffer into this file.
-        view = memoryview(data)
-        while view:
-            with self._named():
-                count = os.write(self._open_file().fileno(), view)
-            self._num_bytes += count
-            view = view[count:]
+        with self._named():
+            write_all(self._open_file().fileno(), data)
+        self._num_bytes += len(data)
 
     def _named(self) -> contextlib.AbstractContextManager[None]:
         so_far = f", after {self._num_bytes} bytes of it" if self._num_bytes else ""

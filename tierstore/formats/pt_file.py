@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..durable import read_exactly
 from ..errors import FormatError
 from ..extras import missing
-from .stored_tensor import FileIdentity, StoredTensor, TensorFile, read_exactly
+from .stored_tensor import FileIdentity, StoredTensor, TensorFile
 
 DEPTH_MAX = 8  # of dicts in dicts
 SAMPLE_BYTES = 4096

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..durable import read_exactly
 from ..errors import FormatError
 
 DIGEST_BLOCK_BYTES = 4096
@@ -73,19 +74,6 @@ class StoredTensor:
         finally:
             os.close(fd)
         return out.tobytes()
-
-
-def read_exactly(fd: int, out: np.ndarray, byte_start: int, what: str) -> None:
-    """Fills `out` (contiguous uint8) from `byte_start` of `fd` on; raises `FormatError` where the file ends before."""
-    view = out.reshape(-1).data
-    done = 0
-    while done < len(view):
-        count = os.preadv(fd, [view[done:]], byte_start + done)
-        if count == 0:
-            raise FormatError(
-                f"{what}: the file ends {len(view) - done} bytes early, at byte {byte_start + done}; copy it again"
-            )
-        done += count
 
 
 def first_hole(tensor: StoredTensor) -> tuple[int, int] | None:

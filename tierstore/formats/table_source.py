@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from ..causes import Fault, allow_open_files, named, naming
+from ..durable import read_exactly
 from ..errors import ConfigError, FormatError
 from ..spec import TableSpec
-from .stored_tensor import StoredTensor, check_identity, first_hole, read_exactly, sampled
+from .stored_tensor import StoredTensor, check_identity, first_hole, sampled
 
 _COPY = Fault(ConfigError, "copy it again")
 

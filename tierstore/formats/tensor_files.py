@@ -22,9 +22,9 @@ from typing import Any, BinaryIO, NoReturn
 from ..errors import ConfigError, FormatError
 from .content import HEAD_BYTES, Content, recognise, unfinished_download
 from .pt_file import read_pt
-from .stored_tensor import FileIdentity, StoredTensor, TensorFile, read_exactly
+from .stored_tensor import FileIdentity, StoredTensor, TensorFile
 
-__all__ = ["DTYPE_BYTES", "StoredTensor", "read_exactly", "read_tensor_file"]
+__all__ = ["DTYPE_BYTES", "StoredTensor", "read_tensor_file"]
 
 HEADER_BYTES_MAX = 100_000_000  # the limit of the safetensors format itself
 DIMENSIONS_MAX = 64  # as in torch and NumPy

@@ -27,8 +27,8 @@ import numpy as np
 
 from .. import kernels
 from ..causes import named
+from ..durable import read_exactly
 from ..errors import BudgetError, TierStoreError
-from ..formats.tensor_files import read_exactly
 from ..process.workers import aside
 
 ITEM_BYTES = 16

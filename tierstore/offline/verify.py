@@ -24,6 +24,7 @@ import numpy as np
 
 from .. import kernels
 from ..causes import named
+from ..durable import read_exactly
 from ..errors import ConfigError, FormatError, TierStoreError
 from ..formats.catalog import CatalogImage, read_catalog
 from ..formats.checkpoint import PlaneReader, TableSource
@@ -31,7 +32,6 @@ from ..formats.origin import same_checkpoint
 from ..formats.page import page_faults
 from ..formats.placement import PlacedTable
 from ..formats.table_source import find_hole
-from ..formats.tensor_files import read_exactly
 from ..layout import TableLayout
 from ..tiers.placed import PlacementFile
 
