@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from support.stores import Model, make_model
 from support.text_store import good, good_json
 
 import tierstore
-from tierstore import kernels
+from tierstore import durable, kernels
 from tierstore.formats.catalog import read_catalog
 from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
 from tierstore.formats.placement import head_bytes, read_head
@@ -120,9 +121,9 @@ def test_buckets_beyond_all_descriptors_are_filled_through_one_file(
         np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
 
 
-@pytest.mark.parametrize("failing", ["publish_placement", "sync_folder"])
+@pytest.mark.parametrize(("module", "failing"), [(place, "publish_placement"), (durable, "sync_folder")])
 def test_a_disk_that_is_full_when_all_is_written_gets_its_space_back(
-    own_store: Path, model: Model, monkeypatch: pytest.MonkeyPatch, failing: str
+    own_store: Path, model: Model, monkeypatch: pytest.MonkeyPatch, module: ModuleType, failing: str
 ) -> None:
     """The file stayed, nobody's, and kept the disk full; the error was a bare OSError."""
     place_entries(own_store, {"layers.1": chosen_keys(50)})
@@ -131,7 +132,7 @@ def test_a_disk_that_is_full_when_all_is_written_gets_its_space_back(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(place, failing, full)
+        patched.setattr(module, failing, full)
         with pytest.raises(
             tierstore.BudgetError, match=r"No space left on device: .* are needed, .* are free.*keeps epoch 1"
         ):

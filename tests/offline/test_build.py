@@ -14,6 +14,7 @@ import pytest
 from support.stores import Model, make_model
 
 import tierstore
+from tierstore import durable
 from tierstore.formats.catalog import read_catalog
 from tierstore.offline import build as build_module
 from tierstore.offline.build import build_store
@@ -78,7 +79,7 @@ def test_building_again_does_nothing(model: Model, own_store: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in own_store.rglob("*.shard")} == before
 
 
-FAILING = ["write", "fsync", "rename", "record_shard", "create_catalog", "mark_ready", "sync_folder"]
+FAILING = ["write", "fsync", "rename", "record_shard", "create_catalog", "mark_ready", "sync_folder", "sync_shard"]
 
 
 class FailingCall:
@@ -109,6 +110,7 @@ def test_a_build_that_fails_anywhere_resumes_to_the_same_bytes(
                 "write": (build_module.os, "write"),
                 "fsync": (build_module.os, "fsync"),
                 "rename": (Path, "rename"),
+                "sync_shard": (durable, "sync_folder"),
             }.get(operation, (build_module, operation))
             failing = FailingCall(getattr(owner, name), countdown)
             patch.setattr(owner, name, lambda *a, failing=failing, **k: failing(*a, **k))

@@ -343,7 +343,7 @@ def test_a_disk_that_fills_at_any_write_keeps_the_old_epoch(
     own_store: Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place_at(0.5, own_store, {NAME: some_chosen(1)})
-    real, writes = place._pwrite, 0
+    real, writes = place.write_all, 0
 
     for failing in range(100):
         writes = 0
@@ -355,7 +355,7 @@ def test_a_disk_that_fills_at_any_write_keeps_the_old_epoch(
                 raise OSError(errno.ENOSPC, "No space left on device")
             real(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(place, "_pwrite", pwrite)
+        monkeypatch.setattr(place, "write_all", pwrite)
         try:
             place_at(0.5, own_store, {NAME: some_chosen(2)})
             break

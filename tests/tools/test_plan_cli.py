@@ -367,7 +367,7 @@ def test_a_disk_that_fills_while_placing_keeps_the_old_epoch(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(place, "_pwrite", full)
+        patched.setattr(place, "write_all", full)
         error = error_of(capsys, "plan", own, text.profile, "--dram", 2 * DRAM)
     assert "No space left on device: " in error
     assert "the store keeps epoch 1" in error

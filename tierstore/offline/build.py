@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from ..causes import named
-from ..durable import sync_folder
+from ..causes import NEW_SUFFIX, named
+from ..durable import replacing, sync_folder, write_all
 from ..errors import BudgetError, ConfigError, FormatError
 from ..file_systems import file_system_of, why_not_local
 from ..formats.catalog import (
@@ -457,28 +457,21 @@ def write_shard(
     Returns its SHA-256 (hex), None if `progress.stop` was set meanwhile. Raises `ConfigError`, and leaves the file that
     was there, if the rows give another digest than `expected_sha256`. Leaves no temporary file, whatever is raised.
     """
-    new_file = file.with_suffix(".new")
-    fd = os.open(new_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
+    with contextlib.suppress(_Stopped), replacing(file, file.with_suffix(NEW_SUFFIX), mode=0o644) as fd:
         sha256 = _write_pages(fd, reader, table, index, progress)
         if sha256 is None:
-            new_file.unlink()
-            return None
+            raise _Stopped
         if expected_sha256 not in (None, sha256):
             raise ConfigError(
                 f"shard {index} of table {table.spec.name}: the source's rows make SHA-256 {sha256[:16]}..., the "
                 f"catalog says {expected_sha256[:16]}...: the source is another checkpoint, or it has changed since "
                 f"the build; give the checkpoint that the store was built from"
             )
-        os.fsync(fd)
-        new_file.rename(file)
-    except BaseException:
-        new_file.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(fd)
-    sync_folder(file.parent)
     return sha256
+
+
+class _Stopped(Exception):
+    """Another worker failed: the new file is not wanted."""
 
 
 def _write_pages(
@@ -502,12 +495,6 @@ def _write_pages(
         seal_pages(reader.read(row_start, row_end), table.shape, page_start, table.seed, pages)
         sha256.update(pages.data)
         if fd is not None:
-            _write_all(fd, pages)
+            write_all(fd, pages)
         progress.add(pages.nbytes)
     return sha256.hexdigest()
-
-
-def _write_all(fd: int, pages: np.ndarray) -> None:
-    view = pages.reshape(-1).data
-    while view:
-        view = view[os.write(fd, view) :]

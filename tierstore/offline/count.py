@@ -27,7 +27,7 @@ import numpy as np
 
 from .. import kernels
 from ..causes import named
-from ..durable import read_exactly
+from ..durable import read_exactly, write_all
 from ..errors import BudgetError, TierStoreError
 from ..process.workers import aside
 
@@ -182,8 +182,8 @@ class ItemCounter:
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
-            _write(self._file.fileno(), items, run.items_start)
-            _write(self._file.fileno(), sums, run.sums_start)
+            write_all(self._file.fileno(), items, run.items_start)
+            write_all(self._file.fileno(), sums, run.sums_start)
         except OSError as error:
             raise self._named(error) from error
         self._bytes_spilled = sums_start + sums.nbytes
@@ -300,11 +300,3 @@ def _sorted_and_summed(items: np.ndarray, weights: np.ndarray) -> Counted:
 
 def _item(items: np.ndarray, place: int) -> tuple[int, int]:
     return int(items[place, 0]), int(items[place, 1])
-
-
-def _write(fd: int, array: np.ndarray, byte_start: int) -> None:
-    left = array.reshape(-1).view(np.uint8).data
-    while len(left):
-        written = os.pwrite(fd, left, byte_start)
-        byte_start += written
-        left = left[written:]

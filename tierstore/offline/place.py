@@ -23,8 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .. import kernels
-from ..causes import named, naming
-from ..durable import sync_folder
+from ..causes import NEW_SUFFIX, named, naming
+from ..durable import replacing, write_all
 from ..errors import BudgetError, ConfigError
 from ..formats.catalog import CatalogImage, forget_placement, publish_placement, read_catalog
 from ..formats.placement import (
@@ -121,12 +121,11 @@ def place_entries(
             )
         file = folder / f"{epoch:08d}.placement"
         try:
-            with tempfile.TemporaryDirectory(dir=folder, prefix="work-") as work:
-                placement, pages = write_placement(
-                    file.with_suffix(".new"), image, placement, chosen, Path(work), on_progress
-                )
-            file.with_suffix(".new").rename(file)
-            sync_folder(folder)
+            with (
+                replacing(file, file.with_suffix(NEW_SUFFIX)) as fd,
+                tempfile.TemporaryDirectory(dir=folder, prefix="work-") as work,
+            ):
+                placement, pages = write_placement(fd, image, placement, chosen, Path(work), on_progress)
             publish_placement(path, PlacementRecord(epoch, f"{PLACEMENT_FOLDER}/{file.name}", placement.num_bytes))
         except BaseException as error:
             kept = read_catalog(path)
@@ -221,37 +220,35 @@ def remove_leftovers(folder: Path, image: CatalogImage) -> None:
 
 
 def write_placement(
-    file: Path,
+    fd: int,
     image: CatalogImage,
     placement: Placement,
     chosen: Mapping[str, Chosen],
     work: Path,
     on_progress: OnProgress | None,
 ) -> tuple[Placement, int]:
-    """Writes and syncs the file; returns the placement with its indexes' checksums, and how many pages were read."""
+    """Fills the empty file `fd`; returns the placement with its indexes' checksums, and how many pages were read."""
     total = sum(len(part.keys) * image.tables[name].spec.rows_per_key for name, part in chosen.items())
     done = pages_read = 0
-    with file.open("xb") as stream:
-        stream.truncate(placement.num_bytes)
-        tables = {}
-        for name, part in chosen.items():
-            layout, table = image.tables[name], placement.tables[name]
-            tables[name] = _write_indexes(stream.fileno(), table, part)
-            destination = _Destination(stream.fileno(), layout, table, part, work)
-            files = TableFiles(image, layout, direct=False)
-            try:
-                for places, heads, rows, num_pages in _needed_rows(files, part):
-                    destination.add(places, heads, rows)
-                    pages_read += num_pages
-                    done += len(rows)
-                    if on_progress:
-                        on_progress(done, total)
-            finally:
-                files.close()
-            destination.finish()
-        placement = replace(placement, tables=tables)
-        os.pwrite(stream.fileno(), head_bytes(placement), 0)
-        os.fsync(stream.fileno())
+    os.ftruncate(fd, placement.num_bytes)
+    tables = {}
+    for name, part in chosen.items():
+        layout, table = image.tables[name], placement.tables[name]
+        tables[name] = _write_indexes(fd, table, part)
+        destination = _Destination(fd, layout, table, part, work)
+        files = TableFiles(image, layout, direct=False)
+        try:
+            for places, heads, rows, num_pages in _needed_rows(files, part):
+                destination.add(places, heads, rows)
+                pages_read += num_pages
+                done += len(rows)
+                if on_progress:
+                    on_progress(done, total)
+        finally:
+            files.close()
+        destination.finish()
+    placement = replace(placement, tables=tables)
+    write_all(fd, head_bytes(placement), 0)
     return placement, pages_read
 
 
@@ -262,7 +259,7 @@ def _write_indexes(fd: int, table: PlacedTable, part: Chosen) -> PlacedTable:
         buckets = np.empty((index.num_buckets, kernels.INDEX_BUCKET.itemsize), dtype=np.uint8)
         room = aside(kernels.index_entries, part.keys[places], places.astype(np.uint32), buckets)
         assert room, "lay_out_placement gives a bucket for 3.5 keys"
-        _pwrite(fd, buckets, index.byte_start)
+        write_all(fd, buckets, index.byte_start)
         indexes.append(replace(index, checksum=aside(kernels.crc32c, buckets)))
     return replace(table, indexes=tuple(indexes))
 
@@ -338,7 +335,7 @@ class _Destination:
             buckets.tolist(), starts.tolist(), [*starts.tolist()[1:], len(rows)], strict=True
         ):
             at = self._region_start(number) + int(self._rows_added[number]) * self._placed_row.itemsize
-            _pwrite(self._file.fileno(), placed[start:end].view(np.uint8), at)
+            write_all(self._file.fileno(), placed[start:end].view(np.uint8), at)
             self._rows_added[number] += end - start
 
     def _region_start(self, bucket: int) -> int:
@@ -354,7 +351,7 @@ class _Destination:
             keys = self._part.keys[start : start + len(records)]
             order_index = self._part.order_index[start : start + len(records)].astype(np.uint32)
             aside(kernels.seal_records, records, keys, order_index, self._table.entry_bytes, self._layout.seed)
-            _pwrite(self._fd, records, self._table.byte_start + start * self._table.record_bytes)
+            write_all(self._fd, records, self._table.byte_start + start * self._table.record_bytes)
         if self._file is not None:
             self._file.close()
             Path(self._file.name).unlink()
@@ -370,10 +367,3 @@ class _Destination:
         spec = self._layout.spec
         shape, strides = (len(records), spec.rows_per_key, spec.row_bytes), (records.shape[1], spec.row_bytes, 1)
         return np.lib.stride_tricks.as_strided(records, shape, strides)
-
-
-def _pwrite(fd: int, array: np.ndarray, byte_start: int) -> None:
-    view = array.reshape(-1).data
-    done = 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done : done + (64 << 20)], byte_start + done)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import kernels
+from ..durable import read_up_to
 from ..errors import FormatError
 from ..formats.catalog import CatalogImage
 from ..formats.placement import PlacedIndex, PlacedTable, Placement, read_head
@@ -95,13 +96,5 @@ def _from_records(
 def _read(fd: int, num_bytes: int, byte_start: int) -> np.ndarray:
     """Returns num_bytes of the file, uint8; zeros for those behind its end, or that the disk cannot read."""
     data = np.zeros(num_bytes, dtype=np.uint8)
-    done = 0
-    while done < num_bytes:
-        try:
-            count = os.preadv(fd, [data[done:].data], byte_start + done)
-        except OSError:
-            break
-        if count == 0:
-            break
-        done += count
+    read_up_to(fd, data, byte_start, on_error=lambda *_: None)
     return data

@@ -23,8 +23,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..causes import named
-from ..durable import sync_folder
+from ..causes import NEW_SUFFIX, named
+from ..durable import replacing, sync_folder
 from ..errors import BudgetError, ConfigError, CorruptPageError, FormatError, TierStoreError
 from ..formats.catalog import CatalogImage, read_catalog
 from ..formats.checkpoint import PlaneReader, TableSource
@@ -227,19 +227,13 @@ def _remake(image: CatalogImage, placement: Placement, chosen: dict[str, Chosen]
         for name, part in chosen.items()
     }
     layout = lay_out_placement(placement.epoch, image.tables, shapes, placement.details)
-    new_file = file.with_suffix(".new")
-    try:
+    with replacing(file, file.with_suffix(NEW_SUFFIX)) as fd:
         with tempfile.TemporaryDirectory(dir=file.parent, prefix="work-") as work:
-            remade, _ = write_placement(new_file, image, layout, chosen, Path(work), None)
+            remade, _ = write_placement(fd, image, layout, chosen, Path(work), None)
         if remade != placement:  # checksums of indexes included
             raise ChoiceLostError(
                 "what its records and indexes still say does not make the indexes that its head names"
             )
-        new_file.rename(file)
-    except BaseException:
-        new_file.unlink(missing_ok=True)
-        raise
-    sync_folder(file.parent)
 
 
 def _instead(image: CatalogImage, epoch: int, placement: Placement | None) -> str:
