@@ -19,6 +19,7 @@ import numpy as np
 
 from .. import kernels
 from ..causes import Fault, allow_open_files, named
+from ..durable import read_up_to
 from ..errors import CorruptPageError, FormatError
 from ..file_systems import warn_unless_local
 from ..formats.catalog import CatalogImage
@@ -195,16 +196,11 @@ def _runs(files: TableFiles, page_numbers: np.ndarray) -> Iterator[tuple[int, in
 
 
 def _read_run(fd: int, byte_start: int, pages: np.ndarray, what: str) -> None:
-    view = pages.reshape(-1).data
-    done = 0
-    while done < len(view):
-        count = os.preadv(fd, [view[done:]], byte_start + done)
-        if count == 0:
-            raise CorruptPageError(
-                f"{what}: its shard ends at byte {byte_start + done}; it was cut while open; "
-                f"repair it: {repair_command()}"
-            )
-        done += count
+    done = read_up_to(fd, pages, byte_start)
+    if done < pages.nbytes:
+        raise CorruptPageError(
+            f"{what}: its shard ends at byte {byte_start + done}; it was cut while open; repair it: {repair_command()}"
+        )
 
 
 def load_rows(

@@ -22,6 +22,7 @@ import numpy as np
 from .. import kernels
 from ..causes import Fault, named
 from ..decisions.budget import LINE_BYTES, TableShare
+from ..durable import read_up_to
 from ..errors import CorruptPageError, FormatError
 from ..formats.catalog import CatalogImage
 from ..formats.placement import GROUP_RECORDS, PlacedIndex, PlacedTable, Placement, read_head
@@ -230,7 +231,7 @@ def _load_index(file: PlacementFile, index: PlacedIndex, buckets: np.ndarray) ->
     checksum = done = 0
     for start in range(0, len(raw), LOAD_BYTES):
         part = raw[start : start + LOAD_BYTES]
-        done += _read_into(file.fd, part, index.byte_start + start)
+        done += read_up_to(file.fd, part, index.byte_start + start, _log_unread)
         checksum = kernels.crc32c(part, checksum)
     if done < index.num_bytes or checksum != index.checksum:
         raise FormatError(f"{file.path}: an index is damaged; plan again, or open the store with placement='none'")
@@ -260,9 +261,9 @@ def load_records(
         part = memory[byte_start:byte_end]
         at, done = file_start + byte_start, 0
         if file.direct_fd >= 0:
-            done = _read_into(file.direct_fd, part, at)
+            done = read_up_to(file.direct_fd, part, at, _log_unread)
         if done < len(part):
-            done += _read_into(file.fd, part[done:], at + done)
+            done += read_up_to(file.fd, part[done:], at + done, _log_unread)
             os.posix_fadvise(file.fd, at, len(part), os.POSIX_FADV_DONTNEED)
         part[done:] = 0  # what could not be read is no record
         records = memory[byte_start : end * table.record_bytes].reshape(-1, table.record_bytes)
@@ -281,16 +282,5 @@ def load_records(
     return num_damaged
 
 
-def _read_into(fd: int, out: np.ndarray, byte_start: int) -> int:
-    """Reads len(out) bytes; returns how many came before the file's end or an error of the disk."""
-    done = 0
-    while done < len(out):
-        try:
-            count = os.preadv(fd, [out[done:].data], byte_start + done)
-        except OSError as error:
-            logger.error("placement file: reading at byte %d: %s", byte_start + done, error)
-            break
-        if count == 0:
-            break
-        done += count
-    return done
+def _log_unread(error: OSError, byte_start: int) -> None:
+    logger.error("placement file: reading at byte %d: %s", byte_start, error)
