@@ -18,7 +18,7 @@ from support.served import KIB, ServeProcess, make_newer, request, serving, unti
 from support.stores import Model, random_keys
 
 import tierstore
-from tierstore.daemon import swap_file
+from tierstore import durable
 from tierstore.daemon.remembered import RememberedSwap
 from tierstore.daemon.swap_file import HEAD, Swap, SwapFile
 from tierstore.errors import ConfigError, DaemonError, FormatError
@@ -157,7 +157,7 @@ def test_a_swap_that_cannot_be_remembered_is_refused_before_any_client_sees_it(
         def full(_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("tierstore.daemon.swap_file.sync_folder", full)
+        monkeypatch.setattr("tierstore.durable.sync_folder", full)
         with pytest.raises(
             DaemonError, match=r"socket\.swap cannot be written.*: No space left on device: .*; then swap again"
         ):
@@ -213,7 +213,7 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_was(
         monkeypatch.undo()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(swap_file if fails == "sync_folder" else os, fails, failing)
+    monkeypatch.setattr(durable if fails == "sync_folder" else os, fails, failing)
     with pytest.raises(DaemonError, match="No space left"):
         file.write(Swap("/stores/a", "aa", "/stores/c", "cc", "/stores/b"))
     assert file.read() == SWAP

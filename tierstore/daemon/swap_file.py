@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..causes import named
-from ..durable import sync_folder
+from ..durable import replace_file, sync_folder
 from ..errors import ConfigError, DaemonError, FormatError
 from ..ipc.identity import known_ids
 
@@ -89,37 +89,36 @@ class SwapFile:
         """Replaces the file; durable when it returns. Raises `DaemonError`, and then leaves it as it was."""
         body = HEAD + json.dumps(dataclasses.asdict(swap)).encode() + b"\n"
         data = body + hashlib.sha256(body).hexdigest().encode() + b"\n"
-        new, is_replaced, before = f"{self.path}.new", False, None
         try:
-            with contextlib.suppress(FileNotFoundError):
-                before = self._bytes_now()
-            _write_new(new, data)
-            os.rename(new, self.path)
-            is_replaced = True
-            sync_folder(self._folder)
+            before = self._bytes_now()
+            try:
+                replace_file(Path(self.path), data, mode=0o600)
+            except OSError:
+                self._take_back(before)
+                raise
         except OSError as error:
-            with contextlib.suppress(OSError):
-                _remove(new)
-            if is_replaced:
-                self._take_back(new, before)
             what = f"{self.path} cannot be written, so a restart would not know of the swap"
             raise named(error, what, self.path, writing=True, kind=DaemonError, note="then swap again") from error
 
-    def _bytes_now(self) -> bytes:
-        fd = os.open(self.path, READ_FLAGS)
+    def _bytes_now(self) -> bytes | None:
+        try:
+            fd = os.open(self.path, READ_FLAGS)
+        except FileNotFoundError:
+            return None
         try:
             return os.read(fd, FILE_BYTES_MAX)
         finally:
             os.close(fd)
 
-    def _take_back(self, new: str, before: bytes | None) -> None:
+    def _take_back(self, before: bytes | None) -> None:
         """Puts back what was in the file, nothing if it was not there, as far as that can be."""
         with contextlib.suppress(OSError):
+            if self._bytes_now() == before:
+                return
             if before is None:
-                _remove(self.path)
+                os.unlink(self.path)
             else:
-                _write_new(new, before)
-                os.rename(new, self.path)
+                replace_file(Path(self.path), before, mode=0o600)
 
     def forget(self) -> bool:
         """Removes the file, durably; returns whether there was one. Raises `DaemonError`."""
@@ -131,18 +130,3 @@ class SwapFile:
         except OSError as error:
             raise named(error, f"{self.path} cannot be removed", self.path, writing=True, kind=DaemonError) from error
         return True
-
-
-def _write_new(path: str, data: bytes) -> None:
-    """Makes a file with this content, durably but for its name."""
-    _remove(path)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(fd)
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
