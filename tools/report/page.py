@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from tierstore.durable import replace_file
 from tierstore.errors import ConfigError
 from tierstore.version import VERSION
 
@@ -48,12 +49,7 @@ def write_report(records: Sequence[Record], path: Path, about: About | None = No
     if not records:
         raise ConfigError(f"{path}: a report of 0 curves says nothing; profile text of which documents are held out")
     page = _page(records, about)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, page.encode(), path.with_name(f"{path.name}.{os.getpid()}.tmp"))
 
 
 def profile_tables(record: Record) -> list[Table]:
