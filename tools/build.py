@@ -20,6 +20,7 @@ from tierstore.errors import ConfigError
 from tierstore.formats.checkpoint import Checkpoint, TableSource
 from tierstore.formats.table_source import find_hole
 from tierstore.offline.build import BuildPlan, BuildReport, build_store
+from tierstore.process.progress import OnProgress
 from tierstore.units import format_bytes, parse_bytes
 
 from .cli import Progress, console
@@ -38,7 +39,7 @@ def build_checkpoint(
     allow_network_fs: bool = False,
     allow_holes: bool = False,
     on_plan: Callable[[BuildPlan], None] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> BuildReport:
     """Builds the store of a checkpoint, or resumes it. Blocks until the store is ready.
 

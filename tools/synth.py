@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from engram_adapter.synthetic import DTYPES, FLOATS, PlannedTensor, SyntheticPla
 from tierstore.causes import named
 from tierstore.errors import BudgetError, ConfigError
 from tierstore.formats.tensor_files import DTYPE_BYTES
+from tierstore.process.progress import OnProgress
 from tierstore.process.workers import aside
 from tierstore.spec import ROW_BYTES_MAX
 from tierstore.units import format_bytes, parse_bytes
@@ -59,7 +60,7 @@ def write_checkpoint(
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
     file_bytes: int | None = None,
     seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> SyntheticPlan:
     """Writes a checkpoint of `family` into the folder `path`. Blocks; memory stays below 300 MiB.
 
@@ -228,7 +229,7 @@ def _write_files(
     files: dict[str, list[PlannedTensor]],
     tokenizer: Tokenizer,
     seed: int,
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: OnProgress | None,
 ) -> None:
     """Writes tensors, tokenizer, configuration and index; where it fails or is interrupted, removes what it wrote."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from engram_adapter.token_map import load_tokenizer
 from tierstore.errors import ConfigError
 from tierstore.formats.trace import TokenTraceInfo, TokenTraceWriter
+from tierstore.process.progress import OnProgress
 from tierstore.units import format_bytes
 
 from .cli import Progress
@@ -74,7 +75,7 @@ def write_trace(
     eos: int | None = None,
     field: str | None = None,
     vocab_size: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> TraceReport:
     """Writes the trace of `inputs`, files or folders, at `output`. Blocks until it is durable; memory stays bounded.
 

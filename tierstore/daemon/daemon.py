@@ -23,10 +23,11 @@ from ..attached.backing import attach
 from ..decisions.budget import CACHE_WAYS
 from ..errors import ConfigError, DaemonError, TierStoreError
 from ..ipc.events import event
+from ..process.progress import OnProgress
 from ..stats import add_counters, expected_of, stats_of
 from ..store.embedded import open_placement
 from ..store.store import Store
-from ..tiers.placed import OnProgress, PlacementFile, load_indexes
+from ..tiers.placed import PlacementFile, load_indexes
 from ..version import VERSION
 from .learning import REPLAN_S, Learner
 from .metrics import MetricsServer

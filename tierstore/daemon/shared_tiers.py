@@ -33,10 +33,11 @@ from ..ipc.events import event
 from ..ipc.identity import process_text
 from ..ipc.mapped import Blocks, OpenVersion, pairs_as_tokens, recency_part, same_tables, static_parts, table_memories
 from ..layout import UNIT_BYTES, round_up
+from ..process.progress import OnProgress
 from ..store.embedded import check_available, open_placement
 from ..tiers.native import NativeEngine, SharedEpochs, load_table
 from ..tiers.nvme import choose_io
-from ..tiers.placed import OnProgress, index_head, load_indexes, load_records
+from ..tiers.placed import index_head, load_indexes, load_records
 from ..tiers.shared import SharedBlock
 from ..tiers.slots import StaticSlots
 from .attachments import Attachments

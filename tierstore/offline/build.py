@@ -47,6 +47,7 @@ from ..formats.checkpoint import PlaneReader, TableSource
 from ..formats.origin import changed_files, same_checkpoint
 from ..formats.page import page_seed, repair_command, seal_pages
 from ..layout import PageShape, ShardRecord, TableLayout
+from ..process.progress import OnProgress
 from ..units import format_bytes
 
 CHUNK_BYTES = 4 << 20  # pages that a worker holds at once; with their rows, about 8 MiB a job
@@ -56,8 +57,6 @@ PROGRESS_SECONDS = 0.25
 FILES_NAMED_MAX = 4  # in a message
 
 _log = logging.getLogger(__name__)
-
-OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from ..formats.placement import (
     lay_out_placement,
 )
 from ..layout import PlacementRecord, TableLayout
+from ..process.progress import OnProgress
 from ..process.workers import aside
 from ..tiers.nvme import TableFiles, read_pages
 from ..units import format_bytes
@@ -47,8 +48,6 @@ SPARE_DISK_BYTES = 64 << 20  # left free beside what is written
 READ_BYTES = 8 << 20  # of pages at once
 ROWS_AT_ONCE = 1 << 15  # that are taken out of them together, however many keys share a row
 DENSE = 0.25  # where more of a stretch of pages is needed, the whole stretch is read
-
-OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,12 @@ from ..formats.checkpoint import PlaneReader, TableSource
 from ..formats.page import repair_command
 from ..formats.placement import PLACEMENT_FOLDER, Placement, TableShape, lay_out_placement
 from ..layout import TableLayout
+from ..process.progress import OnProgress
 from ..units import format_bytes
 from .build import BuildProgress, locked_store, write_shard
 from .place import Chosen, remove_leftovers, write_placement
 from .placed_choice import ChoiceLostError, read_choice
-from .verify import OnProgress, VerifyReport, check_not_stopped, run_parts, verify_placement, verify_shard, verify_store
+from .verify import VerifyReport, check_not_stopped, run_parts, verify_placement, verify_shard, verify_store
 
 # What the system says of something else where a file of the store, or its folder, is to be.
 IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST}

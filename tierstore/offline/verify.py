@@ -33,6 +33,7 @@ from ..formats.page import page_faults
 from ..formats.placement import PlacedTable
 from ..formats.table_source import find_hole
 from ..layout import TableLayout
+from ..process.progress import OnProgress
 from ..tiers.placed import PlacementFile
 
 CHUNK_BYTES = 4 << 20
@@ -41,7 +42,6 @@ ROWS_DRAWN_AT_ONCE = 1 << 20
 # What the system says of a file that is lost, or is another thing, or that its disk cannot read: a new file mends it.
 DAMAGE_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EIO, errno.EBADMSG}
 
-OnProgress = Callable[[int, int], None]
 Result = TypeVar("Result")
 
 

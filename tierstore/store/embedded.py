@@ -17,12 +17,13 @@ from ..decisions.division import divide_budgets
 from ..decisions.hbm_budget import HbmPlan, pinned_bytes
 from ..errors import BudgetError, ConfigError, FormatError
 from ..formats.catalog import CatalogImage, read_catalog
+from ..process.progress import OnProgress
 from ..stats import expected_of
 from ..tiers.engine import Engine
 from ..tiers.memory import available_memory
 from ..tiers.native import open_native
 from ..tiers.nvme import IoChoice, choose_io, open_tables
-from ..tiers.placed import OnProgress, PlacementFile
+from ..tiers.placed import PlacementFile
 from ..tiers.portable import PortableEngine
 from ..units import format_bytes, parse_bytes
 from .backing import Backing

@@ -20,12 +20,13 @@ from ..causes import allow_open_files, short_of_something
 from ..decisions.budget import DramPlan, StagingPlan
 from ..errors import CorruptPageError, StoreNotReadyError, TierStoreError
 from ..formats.page import PAGE_VERSION, fault_text, repair_command
+from ..process.progress import OnProgress
 from ..process.workers import aside
 from ..stats import latency_of
 from .engine import READ_WAIT_S, HostEngine, Request, in_slices
 from .memory import allocate
 from .nvme import IoChoice, TableFiles, load_rows
-from .placed import OnProgress, PlacementFile, load_all_static
+from .placed import PlacementFile, load_all_static
 from .placed import fault_text as entry_fault_text
 
 logger = logging.getLogger("tierstore")

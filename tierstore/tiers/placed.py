@@ -27,6 +27,7 @@ from ..errors import CorruptPageError, FormatError
 from ..formats.catalog import CatalogImage
 from ..formats.placement import GROUP_RECORDS, PlacedIndex, PlacedTable, Placement, read_head
 from ..layout import UNIT_BYTES, TableLayout, round_up
+from ..process.progress import OnProgress
 from .nvme import open_direct
 
 logger = logging.getLogger("tierstore")
@@ -36,8 +37,6 @@ LOAD_THREADS = (
 )
 LOAD_BYTES = 4 << 20
 CHECKED_BUCKETS = 1 << 16  # of an index at once: some ms, so that a signal does not wait
-
-OnProgress = Callable[[int, int], None]
 
 
 class PlacementFile:

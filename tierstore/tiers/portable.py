@@ -17,10 +17,11 @@ from .. import kernels
 from ..decisions.budget import DramPlan
 from ..errors import StoreNotReadyError
 from ..layout import TableLayout
+from ..process.progress import OnProgress
 from .dram import EntryCache, ResidentTable
 from .engine import READ_WAIT_S, Engine, Request
 from .nvme import IoChoice, TableFiles, load_rows, read_pages
-from .placed import OnProgress, PlacementFile, StaticSet, load_all_static
+from .placed import PlacementFile, StaticSet, load_all_static
 
 SUBMIT_THREADS = 2
 

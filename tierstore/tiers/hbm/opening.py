@@ -17,10 +17,11 @@ from ...decisions.budget import DramPlan
 from ...decisions.hbm_budget import HbmPlan, divide_hbm, pinned_bytes
 from ...errors import ConfigError
 from ...formats.placement import PLACES_MAX
+from ...process.progress import OnProgress
 from ..engine import READ_WAIT_S, Engine, HostEngine
 from ..native import NativeEngine, open_native
 from ..nvme import IoChoice, TableFiles
-from ..placed import OnProgress, PlacementFile
+from ..placed import PlacementFile
 from .device import DramPart, open_device
 from .pairs import Pairs
 
