@@ -76,7 +76,7 @@ def place_half(path: Path, first: int = 0) -> None:
 def more_page_locked_memory() -> Iterator[None]:
     """Of so small a budget as these tests have, so that launches, which are slow to interpret, are few."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hbm_budget, "PINNED_PART", 2)
+        patch.setattr(hbm_budget, "PINNED_DRAM_FRACTION", 1 / 2)
         yield
 
 

@@ -76,7 +76,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[tierstore.Store, dict[str, np.ndarray]]]:
-    monkeypatch.setattr(hbm_budget, "PINNED_PART", 2)  # of so small a budget
+    monkeypatch.setattr(hbm_budget, "PINNED_DRAM_FRACTION", 1 / 2)  # of so small a budget
     path, rows = build_tiny(tmp_path, tiny_hash(), "bf16", seed=3)
     with tierstore.open(path, dram="480KiB", hbm="1MiB", device="cpu") as opened:
         yield opened, rows

@@ -98,7 +98,7 @@ class Link:
             self._blocks = blocks
             self._what = f"the store {path} (of a daemon)"
             staged = self.opened.placed.placement.tables if self.opened.placed else {}
-            self._staging = plan_staging(image.tables, staged, STAGING_FRACTION * staging_bytes, staging_bytes)
+            self._staging = plan_staging(image.tables, staged, int(staging_bytes / STAGING_FRACTION), staging_bytes)
             self.engine = self._make_engine(
                 SharedEpochs(blocks["control"], self.version, blocks["client"], reports=True)
             )

@@ -13,6 +13,7 @@ from ..errors import BudgetError
 from ..formats.placement import PlacedTable, Placement, group_start
 from ..layout import UNIT_BYTES, TableLayout, round_up
 from ..units import format_bytes
+from .fair_division import divide_fairly
 
 CACHE_WAYS = 8
 SET_OVERHEAD_BYTES = 128 + 128  # keys, orders, version, uses of 8 entries; the set's history
@@ -22,7 +23,7 @@ READERS_MAX = 4
 READER_BYTES_WANTED = 512 << 10  # below it, fewer page readers serve better than smaller ones
 DEPTH_MAX = 256  # pages in flight a page reader; beyond it, measured, a disk gives no more
 STAGING_BYTES_MAX = 16 << 20
-STAGING_FRACTION = 16  # staging takes at most this part of the budget, unless one key needs more
+STAGING_FRACTION = 1 / 16  # of the budget, at most, unless one key needs more
 
 
 @dataclass(frozen=True)
@@ -117,22 +118,22 @@ def divide_dram(
             f"({format_bytes(least)}) that {what} and one set of entries a table take; ask for more{remedy}"
         )
     staging = _plan_staging(least_reader, budget_bytes, budget_bytes - least_for_tables)
-    left = budget_bytes - staging.num_bytes
-    shares: dict[str, TableShare] = {}
-    by_size = sorted(tables.values(), key=lambda table: table.spec.table_bytes)
-    for count, table in zip(range(len(by_size), 0, -1), by_size, strict=True):
-        name, share_bytes = table.spec.name, left // count // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-        whole_bytes = round_up(table.spec.table_bytes, ALIGNMENT_BYTES)
+
+    def take(name: str, most_bytes: int) -> tuple[TableShare, int]:
+        share_bytes = most_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        whole_bytes = round_up(tables[name].spec.table_bytes, ALIGNMENT_BYTES)
         if whole_bytes <= share_bytes:
-            shares[name] = TableShare(True, 0, 0, whole_bytes)
-        else:
-            shares[name] = _divide_share(table, share_bytes, placed.get(name), in_hbm.get(name, 0))
-        left -= shares[name].num_bytes
+            return TableShare(True, 0, 0, whole_bytes), whole_bytes
+        share = _divide_share(tables[name], share_bytes, placed.get(name), in_hbm.get(name, 0))
+        return share, share.num_bytes
+
+    sizes = {name: table.spec.table_bytes for name, table in tables.items()}
+    shares = divide_fairly(budget_bytes - staging.num_bytes, sizes, take)
     byte_start = 0
     for name in tables:
         shares[name] = replace(shares[name], byte_start=byte_start)
         byte_start += shares[name].num_bytes
-    return DramPlan(budget_bytes, staging, {name: shares[name] for name in tables})
+    return DramPlan(budget_bytes, staging, shares)
 
 
 def _least_share(table: TableLayout, placed: PlacedTable | None) -> int:
@@ -182,7 +183,7 @@ def plan_staging(
 
 def _plan_staging(least: StagingPlan, budget_bytes: int, most_bytes: int) -> StagingPlan:
     """Divides a sixteenth of the budget, at most 16 MiB, into page readers: a third for pages, the rest for entries."""
-    wanted_bytes = min(STAGING_BYTES_MAX, budget_bytes // STAGING_FRACTION, most_bytes)
+    wanted_bytes = min(STAGING_BYTES_MAX, int(budget_bytes * STAGING_FRACTION), most_bytes)
     num_readers = max(1, min(READERS_MAX, wanted_bytes // max(least.reader_bytes, READER_BYTES_WANTED)))
     reader_bytes = max(wanted_bytes // num_readers, least.reader_bytes)
     most_pages = (reader_bytes - 2 * least.assembly_bytes) // least.page_bytes

@@ -10,6 +10,7 @@ of them, one for either parity of epochs, and a few spare slots, so that entries
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -17,16 +18,17 @@ from .. import kernels
 from ..errors import BudgetError
 from ..layout import BUCKET_KEYS, TableLayout, round_up
 from ..units import format_bytes
+from .fair_division import divide_fairly
 
 ALIGNMENT_BYTES = 256  # of each part of the block, as devices want it
 CONTROL_BYTES = 1280  # of a table: epoch, heads of two indexes, counts
 SLOT_ALIGNMENT = 16  # the widest load of a device
-SPARE_PART = 32  # one slot in so many is spare
-STATIC_INDEX_PART = 4  # the index of DRAM's static set takes at most this part of a table's share
+SPARE_HBM_FRACTION = 1 / 32  # of slots with entries: as many more are spare
+STATIC_INDEX_FRACTION = 1 / 4  # of a table's share, at most, is for the index of DRAM's static set
 LOOKUP_PAIRS_MAX = 4096  # of one part of a host lookup
-LOOKUP_PART = 16  # its staging takes at most this part of the budget
+LOOKUP_FRACTION = 1 / 16  # of the budget, at most, is for the staging of host lookups
 PINNED_BYTES_MAX = 256 << 20
-PINNED_PART = 16  # of DRAM, at most, is set aside for what the device reads and writes
+PINNED_DRAM_FRACTION = 1 / 16  # of DRAM, at most, is set aside for what the device reads and writes
 _BUCKET_BYTES = kernels.INDEX_BUCKET.itemsize
 
 
@@ -78,7 +80,7 @@ class HbmPlan:
 
 def pinned_bytes(dram_bytes: int) -> int:
     """Returns how much of a DRAM budget is set aside for mailboxes, page-locked."""
-    return min(PINNED_BYTES_MAX, dram_bytes // PINNED_PART) // 4096 * 4096
+    return min(PINNED_BYTES_MAX, int(dram_bytes * PINNED_DRAM_FRACTION)) // 4096 * 4096
 
 
 def divide_hbm(
@@ -91,7 +93,7 @@ def divide_hbm(
     """
     wanted = {name: entries.get(name, 0) for name in tables}
     pair_bytes = max(map(_stride, tables.values())) + 8 + 8  # an entry, its key, its place
-    lookup_pairs = max(1, min(LOOKUP_PAIRS_MAX, budget_bytes // LOOKUP_PART // pair_bytes))
+    lookup_pairs = max(1, min(LOOKUP_PAIRS_MAX, int(budget_bytes * LOOKUP_FRACTION) // pair_bytes))
     staging_bytes = round_up(lookup_pairs * pair_bytes, ALIGNMENT_BYTES)
     least = staging_bytes + sum(_share(tables[name], min(1, wanted[name]), 0).num_bytes for name in tables)
     if budget_bytes < least:
@@ -99,16 +101,18 @@ def divide_hbm(
             f"hbm: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes "
             f"({format_bytes(least)}) that staging, indexes and an entry a table take; ask for more, or leave hbm out"
         )
-    left, shares = budget_bytes - staging_bytes, {}
-    by_size = sorted(tables, key=lambda name: wanted[name] * _stride(tables[name]))
-    for count, name in zip(range(len(by_size), 0, -1), by_size, strict=True):
-        shares[name] = _divide_share(tables[name], wanted[name], static_entries.get(name, 0), left // count)
-        left -= shares[name].num_bytes
+
+    def take(name: str, share_bytes: int) -> tuple[HbmShare, int]:
+        share = _divide_share(tables[name], wanted[name], static_entries.get(name, 0), share_bytes)
+        return share, share.num_bytes
+
+    sizes = {name: wanted[name] * _stride(table) for name, table in tables.items()}
+    shares = divide_fairly(budget_bytes - staging_bytes, sizes, take)
     byte_start = staging_bytes
     for name in tables:
         shares[name] = replace(shares[name], byte_start=byte_start)
         byte_start += shares[name].num_bytes
-    return HbmPlan(budget_bytes, lookup_pairs, staging_bytes, {name: shares[name] for name in tables})
+    return HbmPlan(budget_bytes, lookup_pairs, staging_bytes, shares)
 
 
 def _stride(table: TableLayout) -> int:
@@ -116,7 +120,7 @@ def _stride(table: TableLayout) -> int:
 
 
 def _share(table: TableLayout, num_entries: int, static_entries: int) -> HbmShare:
-    num_slots = num_entries + -(-num_entries // SPARE_PART)
+    num_slots = num_entries + math.ceil(num_entries * SPARE_HBM_FRACTION)
     num_buckets = int((num_entries + static_entries) // BUCKET_KEYS) + len(table.spec.orders)  # each order rounds up
     return HbmShare(num_slots, num_entries, static_entries, _stride(table), num_buckets)
 
@@ -126,7 +130,7 @@ def _divide_share(table: TableLayout, num_placed: int, static_entries: int, shar
     but for DRAM's in the indexes."""
     if num_placed == 0:
         return _share(table, 0, 0)
-    static = min(static_entries, int(share_bytes // STATIC_INDEX_PART // (2 * _BUCKET_BYTES) * BUCKET_KEYS))
+    static = min(static_entries, int(share_bytes * STATIC_INDEX_FRACTION // (2 * _BUCKET_BYTES) * BUCKET_KEYS))
     if _share(table, 1, static).num_bytes > share_bytes:
         static = 0
     fits, too_many = 1, num_placed + 1

@@ -21,12 +21,13 @@ from ..formats.placement import PlacedTable, Placement
 from ..layout import BUCKET_KEYS, UNIT_BYTES, TableLayout, record_bytes, round_up
 from ..units import format_bytes
 from .budget import LINE_BYTES, StagingPlan, cache_set_bytes, plan_staging
+from .fair_division import divide_fairly
 
 DEFAULT_STATIC_FRACTION = 0.5  # of a table's share, where no placement says better
-SPARE_PART = 8  # one slot in so many is spare
+SPARE_DRAM_FRACTION = 1 / 8  # of all slots, for entries that a change brings
 SLOT_WORK_BYTES = 32  # of the daemon's own memory for each slot: what it holds, and what indexing and replans take
-COUNTS_PART = 64  # one byte in so many is for counting keys,
-COUNTS_BYTES_MAX = 256 << 20  # but no more than these
+COUNTS_FRACTION = 1 / 64  # of the budget, for counting keys
+COUNTS_BYTES_MAX = 256 << 20
 COUNTS_BYTES_MIN = 64 << 10
 HEAD_BYTES = kernels.INDEX_HEAD.itemsize
 BUCKET_BYTES = kernels.INDEX_BUCKET.itemsize
@@ -96,7 +97,9 @@ def divide_shared(
     Tables get equal shares, as in `divide_dram`; one of which two copies fit its share is kept whole.
     """
     placed = placement.tables if placement else {}
-    counts_bytes = min(COUNTS_BYTES_MAX, max(COUNTS_BYTES_MIN, budget_bytes // COUNTS_PART)) // LINE_BYTES * LINE_BYTES
+    counts_bytes = (
+        min(COUNTS_BYTES_MAX, max(COUNTS_BYTES_MIN, int(budget_bytes * COUNTS_FRACTION))) // LINE_BYTES * LINE_BYTES
+    )
     least_share = max(_least_share(table, placed.get(name)) for name, table in tables.items())
     staging = plan_staging(tables, placed, budget_bytes, budget_bytes - counts_bytes - len(tables) * least_share)
     least = staging.num_bytes + counts_bytes + len(tables) * least_share
@@ -106,29 +109,29 @@ def divide_shared(
             f"({format_bytes(least)}) that staging, counts, indexes and one set of entries a table take; "
             "ask for more with --dram"
         )
-    left = budget_bytes - staging.num_bytes - counts_bytes
-    shares: dict[str, SharedShare] = {}
     ends = {"resident": 0, "static": 0, "recency": 0}
     index_bytes = work_bytes = 0
-    by_size = sorted(tables.values(), key=lambda table: table.spec.table_bytes)
-    for count, table in zip(range(len(by_size), 0, -1), by_size, strict=True):
-        name, share_bytes = table.spec.name, left // count // UNIT_BYTES * UNIT_BYTES
+
+    def take(name: str, most_bytes: int) -> tuple[SharedShare, int]:
+        nonlocal index_bytes, work_bytes
+        table, share_bytes = tables[name], most_bytes // UNIT_BYTES * UNIT_BYTES
         whole_bytes = round_up(table.spec.table_bytes, UNIT_BYTES)
         if 2 * whole_bytes <= share_bytes:
-            shares[name] = SharedShare(True, resident_start=ends["resident"])
+            share = SharedShare(True, resident_start=ends["resident"])
             ends["resident"] += whole_bytes
-            left -= 2 * whole_bytes
-            continue
+            return share, 2 * whole_bytes
         share, static_bytes, recency_bytes = _divide_share(table, share_bytes, placed.get(name), ends)
         index_bytes += static_bytes - round_up(share.num_slots * record_bytes(table.spec.entry_bytes), UNIT_BYTES)
+        work_bytes += _work_bytes(share.num_slots)
         ends["static"] += static_bytes
         ends["recency"] += recency_bytes
-        work_bytes += _work_bytes(share.num_slots)
-        left -= static_bytes + recency_bytes + _work_bytes(share.num_slots)
-        shares[name] = share
+        return share, static_bytes + recency_bytes + _work_bytes(share.num_slots)
+
+    sizes = {name: table.spec.table_bytes for name, table in tables.items()}
+    shares = divide_fairly(budget_bytes - staging.num_bytes - counts_bytes, sizes, take)
     return SharedPlan(
         budget_bytes, staging, counts_bytes, ends["resident"], ends["static"], ends["recency"], index_bytes, work_bytes,
-        {name: shares[name] for name in tables},
+        shares,
     )  # fmt: skip
 
 
@@ -174,7 +177,7 @@ def _divide_share(
     share = SharedShare(
         False,
         num_slots=num_slots,
-        capacity=num_slots - max(1, num_slots // SPARE_PART),
+        capacity=num_slots - max(1, int(num_slots * SPARE_DRAM_FRACTION)),
         records_start=records_start,
         head_starts=head_starts,
         area_starts=area_starts,
