@@ -1,8 +1,9 @@
 """The model's side of tierstore: token map, hashing, prefetch, drop-in modules.
 
-Flows in: token ids (or the row ids that a model already holds). Flows out: rows in the table's float type, by way of
-`tierstore` lookups. What needs torch is imported when it is first used, so that hashing,
-building and serving do without.
+Input: token ids, or the row ids that a model already has. Output: rows in the table's float type, from `tierstore`
+lookups. Errors: `ImportError` for what needs torch, if there is none.
+
+What needs torch is imported when it is first used, so that hashing, building and serving do without.
 """
 
 from __future__ import annotations

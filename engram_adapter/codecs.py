@@ -1,8 +1,8 @@
 """Rows as stored (opaque bytes) into values that a model computes with.
 
-Flows in: uint8 tensors of whole rows, as lookups return them, and the codec name of their table. Flows out: tensors of
-the table's float type, on the same device. Refuses the codec "raw", whose rows tierstore stores without knowing how to
-read them, and bytes that are not whole rows.
+Input: uint8 tensors of whole rows, as lookups return them, and the codec name of their table. Output: tensors of the
+table's float type, on the same device. Errors: `ConfigError` for the codec "raw", whose rows tierstore stores without
+knowing how to read them; `ValueError` for bytes that are not whole rows.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""A layer's lookups on the device of its store: token ids there in, values there out, without the host where nothing is
-missed.
+"""A layer's lookups on the device of its store: token ids in, values out, without the host if nothing is missed.
 
-Flows in: tensors of token ids on the store's device, or ids that the host holds. Flows out: values in the table's float
-type, on the device. Everything is launched on streams: `prefetch` on one of its own, `forward` on the caller's, which
-waits for the other; both may be captured in a CUDA graph after one eager call of the same shape. What goes wrong on the
-device the host raises at the next call, or in `synchronize`; NaN stands in the place of values that did not come.
+Input: tensors of token ids on the store's device, or ids on the host. Output: values in the table's float type, on the
+device. Errors: what goes wrong on the device raises at the next call, or in `synchronize`; until then NaN stands for
+values that did not come.
+
+Everything is launched on streams: `prefetch` on one of its own, `forward` on the caller's, which waits for the other.
+Both may be captured in a CUDA graph after one eager call of the same shape.
 Shapes: B sequences, T tokens, P tokens before, O orders, H rows per key.
 """
 

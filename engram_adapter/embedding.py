@@ -1,8 +1,10 @@
 """Embedding modules over a store, and their resident counterpart: the same call, the same rows, bit for bit.
 
-Flows in: token ids (`TieredEmbedding`, `HashedEmbedding`) or the row ids that a model already holds
-(`RowIdEmbedding`). Flows out: rows in the table's float type, without gradient, on the device of the ids. Refuses a
-store whose table was built with another hash. Shapes: B sequences, T tokens, O orders, H rows per key.
+Input: token ids (`TieredEmbedding`, `HashedEmbedding`), or the row ids that a model already has (`RowIdEmbedding`).
+Output: rows in the table's float type, without gradient, on the device of the ids.
+Errors: `FingerprintMismatchError` for a store whose table was built with another hash, and what lookups raise.
+
+Shapes: B sequences, T tokens, O orders, H rows per key.
 """
 
 from __future__ import annotations

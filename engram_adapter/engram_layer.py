@@ -1,9 +1,10 @@
 """The Engram layer: rows of the tokens' n-grams, gated by the hidden states, as a term to add to every residual branch.
 
-Flows in: hidden states [B, T, C, D], token ids [B, T], and any embedding module that turns token ids into rows. Flows
-out: a tensor [B, T, C, D]. One layer covers DeepSeek-V4.1 (no convolution) and the published form (a short causal
-convolution on the gated value). Refuses checkpoint tensors whose shapes contradict each other. Shapes: B sequences, T
-tokens, C hyper-connection branches, D hidden size, E values a token gets from its rows.
+Input: hidden states [B, T, C, D], token ids [B, T], and any embedding module that turns token ids into rows. Output: a
+tensor [B, T, C, D]. Errors: `ConfigError` for checkpoint tensors whose shapes contradict each other.
+
+One layer covers DeepSeek-V4.1 (without convolution) and the published form (a short causal convolution on the gated
+value). Shapes: B sequences, T tokens, C hyper-connection branches, D hidden size, E values a token gets from its rows.
 """
 
 from __future__ import annotations

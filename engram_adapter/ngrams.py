@@ -1,10 +1,10 @@
 """N-grams as 128-bit items, which the store counts without knowing tokens: token ids -> windows -> a layer's keys.
 
-Flows in: the tokens of one document. Flows out: for each token the *window* of the last `orders[-1]` mapped ids, packed
-so that its prefix is the n-gram of every lower order; and from such n-grams, counted or not, the keys of any layer.
-Refuses hashes whose longest n-gram has no room in 128 bits.
+Input: the tokens of one document. Output: for each token the *window* of the last `orders[-1]` mapped ids, packed so
+that its prefix is the n-gram of every lower order; and from such n-grams, counted or not, the keys of any layer.
+Errors: `ConfigError` for hashes whose longest n-gram needs more than 128 bits.
 
-Windows hold mapped ids, so what hashes alike counts as one, and the same profile serves all layers.
+Windows consist of mapped ids, so what hashes alike counts as one, and the same profile serves all layers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Primes and pseudo-random multipliers: the number theory that the published hashes are made of.
 
-Flows in: bases and seeds from a checkpoint's configuration. Flows out: plain Python integers. Pure.
+Input: bases and seeds from a checkpoint's configuration. Output: plain Python integers. Errors: none. Pure.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""A swapped model that is saved: its tables are written too, from the store,
-so that whoever loads it has the trained rows.
+"""A swapped model that is saved: its tables are written too, from the store, so that it loads with the trained rows.
 
-Flows in: a class of transformers models, one of which was swapped. Flows out: the same class, whose `save_pretrained`
-adds the tables of swapped modules to what it writes. Refuses, by name, ways of saving that would leave them out:
-transformers fills what a checkpoint lacks with random rows. transformers itself is not imported.
+Input: a class of transformers models, one of which was swapped. Output: the same class, whose `save_pretrained` adds
+the tables of swapped modules to what it writes. Errors: `ConfigError` for ways of saving that would leave them out,
+because transformers fills what a checkpoint lacks with random rows. transformers itself is not imported.
 """
 
 from __future__ import annotations

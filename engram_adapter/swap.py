@@ -1,8 +1,9 @@
-"""Puts a store under a transformers model of the qwen4_exp family, in place of its resident n-gram tables.
+"""Puts a store under a transformers model of the qwen4_exp family, instead of its resident n-gram tables.
 
-Flows in: a loaded model and an open store that was built from the same checkpoint. Flows out: the same model, each
-n-gram `nn.Embedding` replaced by a `RowIdEmbedding`, the resident tables freed. Refuses, before it changes anything,
-tables of another shape, dtype or hash. transformers itself is not imported: the model brings its own classes.
+Input: a loaded model and an open store that was built from the same checkpoint. Output: the same model, each n-gram
+`nn.Embedding` replaced by a `RowIdEmbedding`, the resident tables freed.
+Errors: `ConfigError` and `FingerprintMismatchError`, before anything is changed, for tables of another shape, dtype or
+hash. transformers itself is not imported: the model brings its own classes.
 """
 
 from __future__ import annotations

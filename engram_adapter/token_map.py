@@ -1,8 +1,9 @@
 """The token map: which tokens of a tokenizer count as one and the same when n-grams are hashed.
 
-Flows in: a tokenizer.json. Flows out: an int32 array, token id -> compressed id. "Apple", " apple" and "APPLE" share an
-id. Every multiplier of the hash depends on how many ids come out,
-so a map that is off by one makes every row a wrong one.
+Input: a tokenizer.json. Output: an int32 array, token id -> compressed id. "Apple", " apple" and "APPLE" share an id.
+Errors: `ConfigError` for a file that is missing, `FormatError` for one that is not a tokenizer.
+
+Every multiplier of the hash depends on how many ids come out, so a map that is off by one makes every row a wrong one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """What a table is: its codec, its address map, and the frozen `TableSpec` that carries both.
 
-Flows in: numbers from a checkpoint's configuration or from the catalog. Flows out: keys to row ids (the address map),
-row ids of whole tokens back to keys (Chinese remainder theorem), and the sizes that pages, tiers and callers compute
-with. Refuses numbers that contradict each other. Shapes: N tokens, O orders, H rows per key (heads of an order).
+Input: numbers from a checkpoint's configuration or from the catalog. Output: keys to row ids (the address map), row ids
+of consistent tokens back to keys (Chinese remainder theorem), and the sizes that pages, tiers and callers compute with.
+Errors: `FormatError` for numbers that contradict each other.
+
+Shapes: N tokens, O orders, H rows per key (heads of an order).
 """
 
 from __future__ import annotations

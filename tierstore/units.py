@@ -1,7 +1,7 @@
 """Bytes in and out of words: "2GiB" -> 2147483648 -> "2.00 GiB".
 
-Flows in: what a user typed as a budget or a size. Flows out: an int of bytes, or a text for people. Refuses negative,
-fractional-byte and unknown units with `ConfigError`.
+Input: what a user typed as a budget or a size. Output: an int of bytes, or a text for people. Errors: `ConfigError` for
+negative sizes, fractions of a byte and unknown units.
 """
 
 from __future__ import annotations

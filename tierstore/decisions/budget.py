@@ -1,7 +1,7 @@
 """How a DRAM budget is divided: staging first, then tables that fit whole, then static sets and caches of entries.
 
-Flows in: table layouts, a number of bytes, perhaps a placement. Flows out: a `DramPlan` whose parts add up to no more
-than that number. Refuses a budget that cannot hold one set of entries a table, naming the least that would do.
+Input: table layouts, a number of bytes, perhaps a placement. Output: a `DramPlan` whose parts add up to no more than
+the budget. Errors: `BudgetError` for a budget below one set of entries a table, naming the least that would do. Pure.
 """
 
 from __future__ import annotations

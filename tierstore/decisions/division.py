@@ -1,8 +1,10 @@
 """How a store divides both of its budgets when it opens: what HBM takes, and what is left for DRAM to do.
 
-Flows in: table layouts, bytes of DRAM and HBM, a placement. Flows out: a `DramPlan` and an `HbmPlan`. With an hbm tier,
-DRAM sets aside what the device reads and writes, and the host's copy of the device's indexes; its static set begins
-where HBM's entries end. Pure.
+Input: table layouts, bytes of DRAM and HBM, a placement. Output: a `DramPlan` and an `HbmPlan`. Errors: `BudgetError`.
+Pure.
+
+With an hbm tier, DRAM sets aside what the device reads and writes, and the host's copy of the device's indexes. Its
+static set begins after HBM's entries.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How an HBM budget is divided: staging of host lookups, then slots of entries and two indexes for each table.
 
-Flows in: table layouts, a number of bytes, how many entries there are, and DRAM will hold. Flows out: an `HbmPlan`
-whose parts add up to no more than that number. Refuses a budget that cannot hold one entry a table, naming the least
-that would do. Pure.
+Input: table layouts, a number of bytes, how many entries are placed, and how many of them DRAM will have. Output: an
+`HbmPlan` whose parts add up to no more than the budget. Errors: `BudgetError` for a budget below one entry a table,
+naming the least that would do. Pure.
 
 The indexes name what lies in HBM and what lies in DRAM's static set, so that one probe answers for both. There are two
 of them, one for either parity of epochs, and a few spare slots, so that entries can be exchanged under running kernels.

@@ -1,9 +1,9 @@
-"""A replan: which entries of a table's static set leave and which enter, by what was counted lately.
+"""A replan: which entries of a table's static set leave and which enter, by recent counts.
 
-Flows in: what is static now and what else was counted, each with its counts. Flows out: a `Replan`, and the `Step`s by
-which it is made with at most `spare` entries in memory beyond the set's capacity. An entry gives way only to one that
-was counted clearly more often (hysteresis), so that noise in the counts moves little. Pure; among equal entries it is
-always the same that win. Refuses more static entries than there is capacity for.
+Input: what is static now and what else was counted, each with its counts. Output: a `Replan`, and the `Step`s that make
+it with at most `spare` entries in memory beyond the set's capacity. An entry is replaced only by one that was counted
+clearly more often (hysteresis), so that noise in the counts moves little.
+Errors: `ValueError` for more static entries than the capacity. Pure, and deterministic among equal counts.
 
 Shapes: n static entries, m candidates.
 """

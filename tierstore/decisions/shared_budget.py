@@ -1,12 +1,12 @@
 """How a daemon divides its DRAM budget: staging, the counts that it learns from, then static slots and recency caches.
 
-Flows in: table layouts, a number of bytes, perhaps a placement. Flows out: a `SharedPlan`: what every table gets, and
-where in each shared block it lies; all parts together are no more than that number,
-also while epochs or versions change. Pure.
+Input: table layouts, a number of bytes, perhaps a placement. Output: a `SharedPlan`: what every table gets, and where
+in each shared block it lies. All parts together are no more than the budget, also while epochs or versions change.
+Errors: `BudgetError`, naming the least budget that would do. Pure.
 
-Against a store in a process of its own (`budget`): the static set has spare slots, into which the entries of the next
-epoch are written while the one before is still read; indexes lie there twice, one for either parity of epochs; and a
-table is kept whole only where two versions of it fit.
+Against a store in a process of its own (`budget`): the static set has spare slots, into which the daemon writes the
+entries of the next epoch while clients still read the one before. Indexes lie there twice, one for either parity of
+epochs. A table is kept whole only if two versions of it fit.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The frame around columns: the head of the file, the directory of its blocks with the footer, and the tail.
 
-Flows in: header, blocks' records and footer, or an open file. Flows out: bytes to write, or the same, every number
-checked before it is used. Refuses, with `FormatError`, files that are foreign, newer, truncated, damaged or of another
-kind, and records that no column can have.
+Input: header, blocks' records and footer, or an open file. Output: bytes to write, or the same, every number checked
+before it is used. Errors: `FormatError` for files that are foreign, newer, truncated, damaged or of another kind, and
+for records that a column cannot have.
 """
 
 from __future__ import annotations

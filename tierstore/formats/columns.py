@@ -1,9 +1,9 @@
 """Columns: the one container of traces and profiles, integers column by column, compressed with zstd.
 
-Flows in: blocks of named columns, each block under a section, between a header and a footer. Flows out: the same, one
-block at a time, so that memory is bounded by a block. A file bears its name only once it is finished. Refuses, with
-`FormatError`, what `column_layout` refuses, and columns that are not what the directory says,
-before anything is allocated for them.
+Input: blocks of named columns, each block under a section, between a header and a footer. Output: the same, one block
+at a time, so that memory is bounded by a block. A file has its name only once it is finished.
+Errors: `FormatError` for what `column_layout` refuses, and for columns that are not what the directory says, before any
+memory is allocated for them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Key traces: accesses that a running store saw, all those of a sample of its keys.
 
-Flows in: accesses in the order of their lookups. Flows out: the same, streamed; what a trace is about is known without
-reading its data. Refuses, with `FormatError`, files of columns that are no key trace or
-whose numbers contradict each other.
+Input: accesses in the order of their lookups. Output: the same, streamed; what a trace is about is known without
+reading its data. Errors: `FormatError` for files of columns that are not a key trace or whose numbers contradict each
+other.
 """
 
 from __future__ import annotations

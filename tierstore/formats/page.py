@@ -1,8 +1,7 @@
 """A page: as many whole rows as fit, zero padding, and a trailer that says which page it is and that it is whole.
 
-Flows in: rows as planes, or pages read back. Flows out: sealed pages, or rows. Refuses, with `CorruptPageError`, a page
-that was damaged, that lies in another page's place, or that comes from another table or
-another version of the checkpoint.
+Input: rows as planes, or pages read back. Output: sealed pages, or rows. Errors: `CorruptPageError` for a page that is
+damaged, that lies where another belongs, or that comes from another table or another version of the checkpoint.
 """
 
 from __future__ import annotations

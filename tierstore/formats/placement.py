@@ -1,10 +1,9 @@
-"""A placement: one immutable file with the chosen entries of every table, hottest first,
-and the indexes that find them.
+"""A placement: one immutable file with the chosen entries of every table, hottest first, and indexes that find them.
 
-Flows in: numbers and indexes as `tierstore.offline.place` makes them. Flows out: a `Placement`, read from the file's
-head and checked against the store's tables; where each table's index and records lie. A record is an entry with its
-key, its order and a CRC32C bound to both and to the table. Refuses foreign, truncated,
-damaged and newer files with `FormatError`.
+Input: numbers and indexes as `tierstore.offline.place` makes them. Output: a `Placement`, read from the file's head and
+checked against the store's tables; where each table's index and records lie. A record is an entry with its key, its
+order and a CRC32C bound to both and to the table. Records are numbered from 0, the hottest first.
+Errors: `FormatError` for foreign, truncated, damaged and newer files.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """A profile: how often each item was accessed, and a part of the accesses themselves, kept back to test predictions on.
 
-Flows in: counted items, sorted, and held-out documents. Flows out: the same, block by block, and what was computed from
-them (`analysis`). An *item* is a row of uint64 [N, 2], high word first. In a profile of n-grams it is the n-gram of
-the largest order, packed so that its high bits are the n-grams of lower orders; in a profile of keys, (table index <<
-32 | order index, key). Refuses, with `FormatError`, what `columns` refuses, and numbers that contradict each other.
+Input: counted items, sorted, and held-out documents. Output: the same, block by block, and what was computed from them
+(`analysis`). Errors: `FormatError` for what `columns` refuses, and for numbers that contradict each other.
+
+An *item* is a row of uint64 [N, 2], high word first. In a profile of n-grams it is the n-gram of the largest order,
+packed so that its high bits are the n-grams of lower orders. In a profile of keys it is (table index << 32 | order
+index, key).
 """
 
 from __future__ import annotations

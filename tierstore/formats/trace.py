@@ -1,9 +1,10 @@
 """Token traces: the ids of recorded text, with the ends of its documents; and what all traces have in common.
 
-Flows in: token ids in pieces of any length. Flows out: the same, streamed; what a trace is about is known without
-reading its data. Refuses token ids outside the vocabulary (`ValueError`), and, with `FormatError`, files of columns
-that are no trace or whose numbers contradict each other. A document has at least one token: an empty one leaves no
-mark. Key traces are in `key_trace`.
+Input: token ids in pieces of any length. Output: the same, streamed; what a trace is about is known without reading its
+data. Errors: `ValueError` for token ids outside the vocabulary; `FormatError` for files of columns that are not a trace
+or whose numbers contradict each other.
+
+A document has at least one token: an empty one leaves no mark. Key traces are in `key_trace`.
 """
 
 from __future__ import annotations
