@@ -15,7 +15,7 @@ from tierstore.decisions.replan import (
     choose_static,
     fresh_choice,
     hotter,
-    hottest_places,
+    hottest_indexes,
     joined,
     steps,
 )
@@ -255,5 +255,5 @@ def test_the_hottest_found_piece_by_piece_are_those_of_the_whole(
 
 @given(st.lists(COUNTS, max_size=30), st.integers(0, 40))
 def test_the_places_of_the_highest_counts(counts: list[int], most: int) -> None:
-    places = hottest_places(np.array(counts, dtype=np.uint32), most).tolist()
+    places = hottest_indexes(np.array(counts, dtype=np.uint32), most).tolist()
     assert places == sorted(sorted(range(len(counts)), key=lambda place: (-counts[place], place))[:most])

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import kernels
-from ..decisions.replan import LEAST_COUNT, Entries, Replan, choose_static, hotter, hottest_places, steps
+from ..decisions.replan import LEAST_COUNT, Entries, Replan, choose_static, hotter, hottest_indexes, steps
 from ..errors import DaemonError, TierStoreError
 from ..ipc.events import event
 from ..spec import KEY_MAX
@@ -252,7 +252,7 @@ class Learner:
         slots = self._host.slots[name]
         for _ in range(1 + slots.capacity // ROUND_ENTRIES):
             counted = slots.counted(partial(self._counts.counts, index))
-            coldest = hottest_places(np.where(counted, ~counted, 0), min(ROUND_ENTRIES, slots.num_live))
+            coldest = hottest_indexes(np.where(counted, ~counted, 0), min(ROUND_ENTRIES, slots.num_live))
             current = Entries(slots.order_index[coldest], slots.keys[coldest], counted[coldest] - np.uint32(1))
             capacity = slots.capacity - slots.num_live + len(coldest)  # of these, beside the others
             replan = choose_static(current, self._candidates(index, name), capacity)

@@ -25,7 +25,7 @@ import numpy as np
 
 from .. import kernels
 from ..decisions.budget import CACHE_WAYS
-from ..decisions.replan import hottest_places
+from ..decisions.replan import hottest_indexes
 from ..decisions.shared_budget import SharedPlan, divide_shared
 from ..errors import ConfigError, CorruptPageError, DaemonError, FingerprintMismatchError
 from ..formats.placement import Placement
@@ -484,7 +484,7 @@ class Host:
         for name, slots in self.slots.items():
             counted = slots.counted(partial(counts_of, name))
             hot[name] = np.zeros(len(slots.keys), dtype=bool)
-            hot[name][hottest_places(counted, len(slots.keys) // 2)] = True
+            hot[name][hottest_indexes(counted, len(slots.keys) // 2)] = True
             hot[name] &= slots.live
         return hot
 

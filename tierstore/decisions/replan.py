@@ -15,15 +15,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-HYSTERESIS = (
-    1.25  # a candidate must have been counted that much more often, and once more, than the entry that makes way
-)
-LEAST_COUNT = 2  # what was counted once is most likely not asked for again
+HYSTERESIS = 1.25  # a candidate must have been counted that much more often, and once more, than what it replaces
+LEAST_COUNT = 2  # what was counted once is most likely not requested again
 
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """Entries of one table and what they were counted: uint8 [n], int64 [n], uint32 [n]. (order index, key) differ."""
+    """Entries of one table and how often each was counted; no two have the same order and key.
+
+    Attributes:
+        order_index: uint8 [n].
+        keys: int64 [n].
+        counts: uint32 [n].
+    """
 
     order_index: np.ndarray
     keys: np.ndarray
@@ -41,7 +45,7 @@ class Entries:
         return Entries(self.order_index[which], self.keys[which], self.counts[which])
 
     def coldest_first(self) -> np.ndarray:
-        """Returns their places, int64 [n], by count; of equal ones the larger (order, key) first."""
+        """Returns their indexes, int64 [n], by ascending count; of equal ones the larger (order, key) first."""
         return np.lexsort((self.keys, self.order_index, -self.counts.astype(np.int64)))[::-1]
 
     def hottest(self, most: int) -> Entries:
@@ -63,8 +67,13 @@ class Entries:
 
 @dataclass(frozen=True, eq=False)
 class Replan:
-    """What enters, hottest first, and which of the n static entries leave: bool [n], and their places,
-    coldest first."""
+    """What changes about a static set.
+
+    Attributes:
+        enter: Entries that enter, hottest first.
+        leave: Which of the n static entries leave, bool [n].
+        coldest: The indexes of those that leave, int64, coldest first.
+    """
 
     enter: Entries
     leave: np.ndarray
@@ -77,7 +86,7 @@ class Replan:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Entries to write into free slots, then places among the n static entries, int64, to leave with the same epoch."""
+    """Entries to write into free slots, and indexes, int64, of the static entries that leave with the same epoch."""
 
     enter: Entries
     leave: np.ndarray
@@ -101,11 +110,20 @@ def choose_static(
 ) -> Replan:
     """Returns what to change about a static set of at most `capacity` entries.
 
-    candidates: anything that was counted; those that are static already are passed over. Free capacity takes the
-    hottest with at least `least_count`; after that the hottest candidate meets the coldest entry, the next the next,
-    and so on while the candidate's count is above hysteresis * the entry's + 1. So a replan of its own result changes
-    nothing. Raises `ValueError` for more static entries than capacity, a hysteresis below 1, which would change without
-    end, and a least_count below 1. About a second for a million of each, two for ten million candidates.
+    Free capacity takes the hottest candidates. After that the hottest candidate left replaces the coldest entry, the
+    next the next, and so on while the candidate's count is above hysteresis * the entry's + 1. So a replan of its own
+    result changes nothing. About a second for a million of each, two for ten million candidates.
+
+    Args:
+        current: What is static now.
+        candidates: Anything that was counted; those that are static already are skipped.
+        capacity: The most entries that may be static.
+        hysteresis: 1 or more.
+        least_count: Candidates counted less often do not enter; 1 or more.
+
+    Raises:
+        ValueError: More static entries than capacity; a hysteresis below 1, which would change without end; a
+            least_count below 1.
     """
     if len(current) > capacity:
         raise ValueError(
@@ -126,12 +144,12 @@ def choose_static(
 
 
 def steps(replan: Replan, capacity: int, spare: int) -> Iterator[Step]:
-    """Yields the steps of a replan: hottest enter first, and as many of the coldest leave as capacity wants,
-    not one more.
+    """Yields the steps of a replan: the hottest enter first, and only as many of the coldest leave as the capacity
+    needs.
 
-    Each writes at most `spare` entries, which then lie beside at most `capacity` live ones, and ends with at most
-    `capacity` live. The slots of what leaves are free for the next step once no reader is left in the epoch before.
-    `ValueError` for a spare below 1, and for a replan that does not end within the capacity.
+    Each step writes at most `spare` entries, beside at most `capacity` live ones, and ends with at most `capacity`
+    live. The slots of what leaves are free for the next step once no reader is left in the epoch before.
+    Raises `ValueError` for a spare below 1, and for a replan that does not end within the capacity.
     """
     num_before = len(replan.leave)
     num_after = num_before + len(replan.enter) - len(replan.coldest)
@@ -155,9 +173,8 @@ def hotter(best: Entries, more: Entries, most: int) -> Entries:
     return joined(best, more).hottest(most) if len(more) else best
 
 
-def hottest_places(counts: np.ndarray, most: int) -> np.ndarray:
-    """Returns the places of the `most` highest of counts, uint32 [n], in ascending order, int64;
-    of equal ones the first."""
+def hottest_indexes(counts: np.ndarray, most: int) -> np.ndarray:
+    """Returns the indexes of the `most` highest of counts, uint32 [n], ascending, int64; of equal ones the first."""
     if most >= len(counts):
         return np.arange(len(counts))
     if most == 0:

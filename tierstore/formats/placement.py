@@ -23,7 +23,7 @@ from ..layout import BUCKET_KEYS, UNIT_BYTES, PlacementRecord, TableLayout, reco
 PLACEMENT_FORMAT_VERSION = 1
 PLACEMENT_FOLDER = "placements"
 HEAD_BYTES_MAX = 64 << 10
-PLACES_MAX = 2**32 - 2
+RECORDS_MAX = 2**32 - 2
 GROUP_RECORDS = UNIT_BYTES // 8  # records begin at multiples of 8: so many of any size fill whole units
 _MAGIC = b"TIERPLAC"
 _PREAMBLE = struct.Struct("<8sII")  # magic, format version, bytes of the JSON that follows
@@ -46,11 +46,12 @@ class PlacedIndex:
 
 @dataclass(frozen=True)
 class PlacedTable:
-    """The part of one table: `num_entries` records of `record_bytes` from byte_start on, hottest first;
-    an index an order.
+    """The part of one table: `num_entries` records of `record_bytes` from byte_start on, the hottest first.
 
-    static_fraction: the part of the table's share of DRAM, indexes taken off, that its static set takes. hbm_entries:
-    how many of the first entries were meant for HBM.
+    Attributes:
+        static_fraction: How much of the table's share of DRAM, without the indexes, its static set takes.
+        hbm_entries: How many of the first entries were meant for HBM.
+        indexes: One an order.
     """
 
     name: str
@@ -80,7 +81,7 @@ class PlacedTable:
 
 @dataclass(frozen=True)
 class Placement:
-    """What a placement file's head says. details: what the plan expected and where it came from, for people."""
+    """What is in a placement file's head. details: what the plan expected and where it came from, for people."""
 
     epoch: int
     num_bytes: int
@@ -89,15 +90,13 @@ class Placement:
 
 
 def group_start(num_entries: int) -> int:
-    """Returns the last place, at most num_entries, whose record begins a unit whatever its size:
-    reading may begin there."""
+    """Returns the last record number, at most num_entries, at which a unit begins: reading may begin there."""
     return num_entries // GROUP_RECORDS * GROUP_RECORDS
 
 
 @dataclass(frozen=True)
 class TableShape:
-    """What is to be placed of a table: how many entries of each order,
-    and the fields of `PlacedTable` of the same names."""
+    """What is to be placed of a table: how many entries of each order, and fields as of `PlacedTable`."""
 
     entries_of_order: tuple[int, ...]
     static_fraction: float
@@ -139,10 +138,17 @@ def head_bytes(placement: Placement) -> bytes:
 def read_head(
     file: Path, fd: int, record: PlacementRecord, layouts: Mapping[str, TableLayout], *, whole: bool = True
 ) -> Placement:
-    """Reads and checks the head of an open placement file; raises `FormatError` where it is not the catalog's,
-    or damaged.
+    """Reads and checks the head of an open placement file. Blocks on the disk.
 
-    whole: whether the file must also have its length; a repair reads the head of a file that was cut, too.
+    Args:
+        file: The file's name, for errors.
+        fd: A descriptor open for reading.
+        record: What the catalog says of the placement.
+        layouts: The store's tables.
+        whole: Whether the file must have its full length; a repair also reads the head of a file that was cut.
+
+    Raises:
+        FormatError: The head is damaged, or is not the catalog's.
     """
     found_bytes = os.fstat(fd).st_size
     if whole and found_bytes != record.num_bytes:
@@ -152,7 +158,7 @@ def read_head(
         raise _refused(file, f"{len(head)} bytes, a head takes {UNIT_BYTES} at least")
     magic, version, body_bytes = _PREAMBLE.unpack_from(head)
     if magic != _MAGIC:
-        raise _refused(file, "it is no placement")
+        raise _refused(file, "it is not a placement")
     if version != PLACEMENT_FORMAT_VERSION:
         raise _refused(file, f"placement format {version}, this tierstore reads {PLACEMENT_FORMAT_VERSION}")
     size = round_up(_PREAMBLE.size + body_bytes + _CHECKSUM.size, UNIT_BYTES)
@@ -177,13 +183,13 @@ def _placement(body: dict[str, Any]) -> Placement:
 def _check_against(
     file: Path, placement: Placement, record: PlacementRecord, layouts: Mapping[str, TableLayout]
 ) -> None:
-    """Every number that a reader computes with, before it does."""
+    """Checks every number that a reader computes with, before it does."""
     if placement.epoch != record.epoch or placement.num_bytes != record.num_bytes:
         raise _refused(file, f"it is epoch {placement.epoch}, the catalog says {record.epoch}: it was moved")
     for name, table in placement.tables.items():
         spec = layouts[name].spec if name in layouts else None
         if spec is None or table.name != name or table.entry_bytes != spec.entry_bytes:
-            raise _refused(file, f"its table {name} is none of this store's")
+            raise _refused(file, f"its table {name} is not one of this store's")
         numbers = [table.record_bytes, table.byte_start, table.num_entries, table.hbm_entries]
         numbers += [
             number for index in table.indexes for number in (index.byte_start, index.num_buckets, index.checksum)
@@ -196,7 +202,7 @@ def _check_against(
             or any(start % UNIT_BYTES or start + size > placement.num_bytes for start, size in regions)
             or table.record_bytes != record_bytes(table.entry_bytes)
             or len(table.indexes) != len(spec.orders)
-            or not table.hbm_entries <= table.num_entries <= PLACES_MAX
+            or not table.hbm_entries <= table.num_entries <= RECORDS_MAX
             or type(table.static_fraction) not in (int, float)
             or not 0 <= table.static_fraction <= 1
         ):

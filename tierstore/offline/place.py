@@ -29,7 +29,7 @@ from ..errors import BudgetError, ConfigError
 from ..formats.catalog import CatalogImage, forget_placement, publish_placement, read_catalog
 from ..formats.placement import (
     PLACEMENT_FOLDER,
-    PLACES_MAX,
+    RECORDS_MAX,
     PlacedTable,
     Placement,
     TableShape,
@@ -160,8 +160,8 @@ def _check_chosen(image: CatalogImage, chosen: Mapping[str, Chosen]) -> None:
         if name not in image.tables:
             raise ConfigError(f"{image.path} has no table {name}; it has {', '.join(image.tables)}")
         spec = image.tables[name].spec
-        if len(part.keys) > PLACES_MAX:
-            raise ConfigError(f"table {name}: {len(part.keys)} entries to place, at most {PLACES_MAX}; place fewer")
+        if len(part.keys) > RECORDS_MAX:
+            raise ConfigError(f"table {name}: {len(part.keys)} entries to place, at most {RECORDS_MAX}; place fewer")
         if len(part.keys) and (part.keys.min() < 0 or part.order_index.max() >= len(spec.orders)):
             raise ValueError(f"table {name}: keys below 0, or orders that it has not, cannot be placed")
         if spec.is_plain and len(part.keys) and part.keys.max() >= spec.num_rows:

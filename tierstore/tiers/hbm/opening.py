@@ -16,7 +16,7 @@ from ... import kernels
 from ...decisions.budget import DramPlan
 from ...decisions.hbm_budget import HbmPlan, divide_hbm, pinned_bytes
 from ...errors import ConfigError
-from ...formats.placement import PLACES_MAX
+from ...formats.placement import RECORDS_MAX
 from ...process.progress import OnProgress
 from ..engine import READ_WAIT_S, Engine, HostEngine
 from ..native import NativeEngine, open_native
@@ -111,7 +111,7 @@ def put_above(
     from .tier import HbmTier
 
     tables = {layout.spec.name: layout for layout in engine.layouts}
-    most = {name: PLACES_MAX for name, layout in tables.items() if not layout.spec.is_plain}
+    most = {name: RECORDS_MAX for name, layout in tables.items() if not layout.spec.is_plain}
     static_entries = {
         name: len(part.records) for name, part in zip(tables, dram, strict=True) if part.records is not None
     }
