@@ -198,14 +198,14 @@ class DeviceEmbedding:
 
         lookup = self._lookup(call.token_ids.numel())
         keys = torch.empty((*call.shape, num_orders), dtype=torch.int64, device=self.device)
-        keys_of_tokens(call.token_ids, call.history, call.dead, self._device_hash, keys, lookup.outside)
+        keys_of_tokens(call.token_ids, call.history, call.dead, self._device_hash, keys, lookup.invalid_token_position)
         self._widths[id(lookup)] = 0 if call.history is None else call.history.shape[1], call.shape[1]
         return keys.view(-1, num_orders)
 
     def _check(self, lookup: Any) -> None:
         """Raises what went wrong in a step that the device has done."""
         lookup.check()
-        place = lookup.take_outside()
+        place = lookup.take_invalid_token_position()
         if place:
             past, num_tokens = self._widths[id(lookup)]
             sequence, position = divmod(place - 1, past + num_tokens)

@@ -152,7 +152,7 @@ def test_what_is_all_in_hbm_asks_the_host_for_nothing(open_tiny: Open) -> None:
         got = embedding(ids[at : at + 1].view(1, 1), history=ids[at - 2 : at].view(1, 2))
         assert torch.equal(got, expected(rows, "bf16", 1, tokens(4, 24, 0))[at // 24, at % 24].view_as(got))
         lookup = next(iter(embedding._on_device._lookups.values()))
-        assert lookup.num_asked() == 0
+        assert lookup.num_requests() == 0
         assert store.stats()["zero_miss_batches"] == 1
 
 
@@ -380,7 +380,7 @@ def test_buffers_are_not_used_again_before_reads_that_were_given_up_have_ended(
             lookup.start_known(keys, values)
         if before is not None:
             before.wait(60)
-        while lookup.num_asked() < (given_up == "of the device") + (then == "start"):
+        while lookup.num_requests() < (given_up == "of the device") + (then == "start"):
             time.sleep(0.001)
         lookup.finish()
         if DEVICE != "cpu":

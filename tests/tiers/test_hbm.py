@@ -400,8 +400,8 @@ def test_a_lookup_that_outlives_its_store_says_so_and_waits_for_nobody(placed: P
     for act in (
         lookup.finish,
         lookup.check,
-        lookup.take_outside,
-        lookup.num_asked,
+        lookup.take_invalid_token_position,
+        lookup.num_requests,
         lambda: lookup.start(keys, out),
         lambda: lookup.start_known(keys.cpu().numpy(), out),
     ):

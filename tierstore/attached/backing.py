@@ -106,8 +106,7 @@ class AttachedBacking(Backing):
         self._hbm.pin_static()
 
     def _attach_child(self) -> None:
-        """In a forked child: attaches it by itself. Without a daemon, it goes on with what is mapped, and looks for
-        one."""
+        """In a forked child: attaches it by itself. Without a daemon, it goes on with what is mapped."""
         self._session.abandon_in_child()
         self._hbm = None  # a forked child has no device
         channel = None

@@ -43,15 +43,14 @@ class _Started(NamedTuple):
 
 
 class DeviceLookup:
-    """Fixed buffers for lookups of up to `tokens_max` tokens of one table, one at a time,
-    whichever threads they come from.
+    """Fixed buffers for lookups of one table, one at a time, from any threads.
 
     A captured graph uses these buffers: keep this while the graph lives.
 
     Attributes:
         tokens_max: The most tokens of one lookup.
-        outside: int64 [1] on the device, in which the caller's kernel notes 1 + the position of a token id without
-            keys; `start` takes it away, and `take_outside` returns it when the device has done the step.
+        invalid_token_position: int64 [1] on the device. The caller's kernel notes there 1 + the position of a token id
+            without keys, `start` takes it away, and `take_invalid_token_position` returns it when the step is done.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class DeviceLookup:
         self._timer = LookupTimer(times)
         self._mailbox = Mailbox(what, tier, mailboxes, index, tokens_max)
         self._launches = LookupLaunches(tier, index, tokens_max, self._mailbox)
-        self.outside = self._launches.invalid_token_position
+        self.invalid_token_position = self._launches.invalid_token_position
         self._reads = KnownReads(what, self._table.spec.name, engine, index, self._mailbox)
         self._order = StreamOrder(tier, self._begin_graph)
         self._lock = threading.RLock()  # guards all above and below; reentrant, because `start` calls `finish`
@@ -218,17 +217,17 @@ class DeviceLookup:
             self._check_open()
             self._mailbox.check(self._engine)
 
-    def take_outside(self) -> int:
+    def take_invalid_token_position(self) -> int:
         """Returns 1 + the position of an id outside the vocabulary, of a step that is done, once; 0: there was none."""
         with self._lock:
             self._check_open()
-            return self._mailbox.take("outside")
+            return self._mailbox.take("invalid_token_position")
 
     def steps_without_miss(self) -> int:
         """Returns how many steps asked the host for nothing; it counts the others. Blocks on the device."""
         return self._launches.steps_without_miss()
 
-    def num_asked(self) -> int:
+    def num_requests(self) -> int:
         """Returns how often the device has asked the host for what a step missed."""
         self._check_open()
         return self._mailbox.num_requests()

@@ -80,7 +80,7 @@ class Mailbox:
 
         Raises `TimeoutError` after WAIT_S.
         """
-        requested, answered = _word("asked"), _word("answered")
+        requested, answered = _word("requested"), _word("answered")
         deadline = time.monotonic() + WAIT_S
         while self._words[requested] != self._words[answered]:
             if time.monotonic() > deadline:

@@ -118,7 +118,7 @@ class StoreCases:
             case = f"decoding, {num_tokens} tokens, all in HBM, replayed graph of {len(launches)} layers"
             figures.append(Figure(case, "us a layer", values, DECODE_BOUND_US))
         self._check_steps(lookup)
-        return [*figures, Figure("requests to the host meanwhile", "requests", [lookup.num_asked()], 0)]
+        return [*figures, Figure("requests to the host meanwhile", "requests", [lookup.num_requests()], 0)]
 
     def _layer(self, lookup: Any, device_hash: token_keys.DeviceHash, num_tokens: int) -> Launch:
         """A layer's lookup of the text's n-grams that end at random places, after it was compared once."""
@@ -129,7 +129,7 @@ class StoreCases:
         out = self._values(num_tokens)
 
         def launch() -> None:
-            token_keys.keys_of_tokens(ids, history, None, device_hash, keys, lookup.outside)
+            token_keys.keys_of_tokens(ids, history, None, device_hash, keys, lookup.invalid_token_position)
             lookup.start(keys.view(-1, NUM_ORDERS), out)
             lookup.finish()
 
@@ -171,13 +171,13 @@ class StoreCases:
             lookup.start(keys, out)
             lookup.finish()
 
-        asked = lookup.num_asked()
+        asked = lookup.num_requests()
         timed = self.clock.in_graph([launch], next_keys)
         values = [timed() * 1e6 for _ in range(self.rounds)]
         self._check_steps(lookup)
         self._check_values(f"a step with {count} misses", out, given)
-        if lookup.num_asked() - asked < number:
-            raise CheckError(f"{number} steps with {count} misses asked the host {lookup.num_asked() - asked} times")
+        if lookup.num_requests() - asked < number:
+            raise CheckError(f"{number} steps with {count} misses asked the host {lookup.num_requests() - asked} times")
         return values
 
     def _batch(self, num_tokens: int, num_missed: int) -> np.ndarray:
@@ -248,4 +248,4 @@ class StoreCases:
         """Raises what went wrong in a step; none must have met an id outside the vocabulary."""
         wait_for(self.device)
         lookup.check()
-        check_same("the place of an id outside the vocabulary", [lookup.take_outside()], [0])
+        check_same("the place of an id outside the vocabulary", [lookup.take_invalid_token_position()], [0])
