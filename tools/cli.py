@@ -1,9 +1,9 @@
 """The command line `tierstore`: a group of commands, each in its own file, imported only when it is called.
 
-Flows in: arguments. Flows out: results on standard output, progress and errors on standard error, and an exit status:
-0, 1 (an error, or something found wrong), 2 (wrong usage), 130 (Ctrl-C). SIGTERM and SIGHUP end a command after it
-removed its unfinished files. Nothing here loads torch. What all commands share
-lies here too: progress for people and for logs, and the console that tables are printed to.
+Input: arguments. Output: results on standard output, progress and errors on standard error, and an exit status: 0, 1
+(an error, or something found wrong), 2 (wrong usage), 130 (Ctrl-C). SIGTERM and SIGHUP end a command after it removed
+its unfinished files. Nothing here loads torch. What all commands share lies here too: progress for people and for logs,
+and the console that tables are printed to.
 """
 
 from __future__ import annotations

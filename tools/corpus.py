@@ -1,8 +1,8 @@
 """Real text that is on any machine, and a tokenizer trained on it: for trials and demonstrations without a download.
 
-Flows in: Python's own library and, where installed, documentation. Flows out: a byte-level BPE tokenizer and documents
-of token ids. The same files give the same tokenizer and the same ids.
-Refuses a vocabulary too small to hold every byte.
+Input: Python's own library and, where installed, documentation. Output: a byte-level BPE tokenizer and documents of
+token ids. The same files give the same tokenizer and the same ids. Errors: `ValueError` for a vocabulary too small to
+hold every byte.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _is_documentation(file: Path) -> bool:
 
 
 def read_text(file: Path) -> str:
-    """Returns a file's text as UTF-8, bytes that are none replaced by U+FFFD."""
+    """Returns a file's text as UTF-8, invalid bytes replaced by U+FFFD."""
     return file.read_text(encoding="utf-8", errors="replace")
 
 

@@ -1,8 +1,8 @@
 """`tierstore doctor`: what this machine allows, each with a number and, where something is amiss, its remedy.
 
-Flows in: the path where a store is or will be, and what the kernel says of this process. Flows out: a table or JSON,
-and exit status 1 where a store could not work at all. Nothing is changed but a temporary file under the path; torch is
-not loaded.
+Input: the path where a store is or will be, and what the kernel says of this process. Output: a table or JSON, and exit
+status 1 where a store could not work at all. Nothing is changed but a temporary file under the path; torch is not
+loaded.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def examine(path: Path) -> list[Finding]:
         ("path", lambda: [in_the_way] if in_the_way else []),
         ("store", lambda: check_store(path)),
         ("compiled kernels", lambda: [check_extension()]),
-        # It is the compiled part that can tell.
+        # Only the compiled part knows.
         ("io_uring", lambda: [check_io_uring(), check_process_madvise()] if kernels.native else []),
         ("O_DIRECT", lambda: [check_direct_io(existing)]),
         ("file system", lambda: [check_file_system(existing)]),
@@ -251,7 +251,7 @@ def examine(path: Path) -> list[Finding]:
 
 
 def _of_check(what: str, check: Callable[[], list[Finding]]) -> list[Finding]:
-    """Returns what a check finds; if its source is missing, that: all others are still told."""
+    """Returns what a check finds; if its source is missing, that; all others still report."""
     try:
         return check()
     except OSError as error:

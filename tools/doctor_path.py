@@ -37,7 +37,7 @@ def existing_folder(path: Path) -> tuple[Path, Finding | None]:
     try:
         path.stat()
     except FileNotFoundError:
-        fact = f"{path} does not exist; what is said below of the disk is of {existing}"
+        fact = f"{path} does not exist; the lines on the disk below are of {existing}"
         return existing, Finding("path", "warn", fact, "check the name, unless a store will be built there")
     except OSError as error:
         cause = cause_of(error, path)

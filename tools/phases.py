@@ -21,9 +21,9 @@ import click
 from tierstore.units import format_bytes
 
 SILENCE_S = 1.0
-SILENCE_PART = 1 / 60  # of the time so far: a job of an hour says something once a minute
+SILENCE_FRACTION = 1 / 60  # of the time so far: a job of an hour says something once a minute
 LOOK_S = 0.1
-RATE_MIN = 10  # a second: what goes more slowly is told by the time that is left
+RATE_MIN = 10  # a second: slower work shows the time that is left instead
 
 OnPhase = Callable[[str, int, "int | None"], None]
 
@@ -48,7 +48,7 @@ class Phases:
         self._units = units
         self._lock = threading.Lock()  # guards all that follows
         self._phase: _Phase | None = None
-        self._started_s = self._said_s = time.monotonic()
+        self._started_s = self._shown_s = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
         self._ended = threading.Event()
@@ -66,7 +66,7 @@ class Phases:
                 self._bar.update(self._task, completed=done, total=total, counted=_counted(self._phase))
 
     def __enter__(self) -> Phases:
-        self._started_s = self._said_s = time.monotonic()
+        self._started_s = self._shown_s = time.monotonic()
         if sys.stderr.isatty():
             self._bar = _bar()
             self._bar.start()
@@ -107,13 +107,13 @@ class Phases:
         while not self._ended.wait(LOOK_S):
             with self._lock:
                 now = time.monotonic()
-                patience = max(SILENCE_S, SILENCE_PART * (now - self._started_s))
-                if self._phase is not None and now - self._said_s >= patience:
+                patience = max(SILENCE_S, SILENCE_FRACTION * (now - self._started_s))
+                if self._phase is not None and now - self._shown_s >= patience:
                     self._say(now)
 
     def _say(self, now: float) -> None:
         assert self._phase is not None
-        self._said_s = now
+        self._shown_s = now
         click.echo(_line(self._phase, now - self._phase.started_s), err=True)
 
 

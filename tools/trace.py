@@ -1,7 +1,7 @@
 """`tierstore trace`: token ids, or text through a tokenizer, into a trace that profiles are made of.
 
-Flows in: files and folders that `token_inputs` reads. Flows out: one trace of tokens, documents in the order of the
-inputs. Refuses what those refuse, and options that do not go together.
+Input: files and folders that `token_inputs` reads. Output: one trace of tokens, documents in the order of the inputs.
+Errors: those of the inputs, and a usage error for options that do not go together.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TraceReport:
     seconds: float
     num_eos: int | None = None
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns it for JSON."""
         info = self.info
         return {
@@ -251,7 +251,7 @@ def command(
             on_progress=on_progress,
         )
     if as_json:
-        click.echo(json.dumps(report.as_record(), indent=2))
+        click.echo(json.dumps(report.to_dict(), indent=2))
         return
     info = report.info
     each = report.trace_bytes / max(1, info.num_tokens)

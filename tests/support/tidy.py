@@ -62,9 +62,9 @@ PHRASES = (  # a regular expression, letters that each match has (the fast test)
     (r"EpochHold|epoch_hold|hold_static|\b_can_hold\b", "old", "pin"),
     (r"\bk(?:Row|Page|Pair|Token)Unit\b", "Unit", "request kind"),
     (r"\basks\.py|\bimport asks\b|\.asks\b", "asks", "admin requests"),
-    (r"\b(?:is|num|are)_late\b", "_late", "timed out"),
+    (r"\bis_late\b", "_late", "timed out"),
     (r"\b_?[A-Z][A-Z_]*_(?:PART|SHARE)\b", "_", "_FRACTION, and below one"),
-    (r"\b(?:is|are) none\b", " none", "is missing, there is not a"),
+    (r"\b(?:is|are) none\b(?! of)", " none", "is missing, there is not a"),
 )
 _USE = {word: use for words, use in RETIRED.items() for word in words}
 _FIRST = {word: words[0] for words in RETIRED for word in words}
@@ -158,9 +158,10 @@ def _words_in(path: str, text: str) -> Iterator[tuple[int, str]]:
     """Where retired words begin in a text, and which they are."""
     if not any(word.lower() in _USE for word in set(WORD.findall(text))):
         return  # the fast way for most files
+    calls = {match.start(1) for match in re.finditer(r"\.(tell)\(\)", text)}  # of a file
     for match in WORD.finditer(text):
         word = match[0].lower()
-        if word in _USE and not _is_usual(path, word):
+        if word in _USE and not _is_usual(path, word) and match.start() not in calls:
             yield match.start(), word
 
 

@@ -402,7 +402,7 @@ def test_every_benchmark_is_a_module_that_takes_the_same_options() -> None:
         assert list(inspect.signature(module.run).parameters) == ["folder", "options"]
     assert Options().dram_bytes is None
     assert Options(budgets=(5, 6)).dram_bytes == 5
-    assert Result("t").as_record()["comparisons"] == []
+    assert Result("t").to_dict()["comparisons"] == []
 
 
 def zipf_text(seed: int, num_documents: int, vocabulary: int) -> real_text.RealText:
@@ -432,7 +432,7 @@ def test_placed_predicts_the_very_stream_exactly(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(placed, "BATCH_TOKENS", 64)
     result = Result("placed")
     placed.run_placed(tmp_path, Options(pairs=1, budgets=(4 << 20, 8 << 20)), 64 << 20, result)
-    assert json.loads(json.dumps(result.as_record()))["figures"]
+    assert json.loads(json.dumps(result.to_dict()))["figures"]
     figures = {figure.case: figure for figure in result.figures}
     for budget in ("4 MiB", "8 MiB"):
         assert figures[f"{budget}: measured off predicted for the very stream"].median == 0

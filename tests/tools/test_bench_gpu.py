@@ -117,13 +117,13 @@ def test_every_run_draws_other_inputs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert seeds[0] != seeds[1]
 
 
-def spoiled(original: Callable[..., None], which: str, spoil: Callable[[Any], None]) -> Callable[..., None]:
-    """A launcher that does its work and then spoils one of its arguments, by its name."""
+def damaged(original: Callable[..., None], which: str, damage: Callable[[Any], None]) -> Callable[..., None]:
+    """A launcher that does its work and then damages one of its arguments, by its name."""
     signature = inspect.signature(original)
 
     def launch(*args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
-        spoil(signature.bind(*args, **kwargs).arguments[which])
+        damage(signature.bind(*args, **kwargs).arguments[which])
 
     return launch
 
@@ -158,11 +158,11 @@ BREAKS = {
 def test_every_check_can_fail(device: torch.device, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from tierstore.tools.bench.gpu import checks as gpu_checks
 
-    module_name, function, argument, spoil = BREAKS[name]
+    module_name, function, argument, damage = BREAKS[name]
     module = importlib.import_module(f"tierstore.kernels.gpu.{module_name}")
     kernel = name.partition(",")[0]
     assert gpu_checks.failure_of(kernel, device, SEED, 2) is None
-    monkeypatch.setattr(module, function, spoiled(getattr(module, function), argument, spoil))
+    monkeypatch.setattr(module, function, damaged(getattr(module, function), argument, damage))
     wrong = gpu_checks.failure_of(kernel, device, SEED, 2)
     assert wrong is not None
     assert " wrong, the first at " in wrong or "were given" in wrong or "behind" in wrong
@@ -178,7 +178,7 @@ def test_a_wrong_kernel_is_named_and_leaves_no_figures(tmp_path: Path, monkeypat
     from tierstore.kernels.gpu import scatter
     from tierstore.tools.bench.gpu import checks as gpu_checks
 
-    monkeypatch.setattr(scatter, "scatter_entries", spoiled(scatter.scatter_entries, "out", last_byte))
+    monkeypatch.setattr(scatter, "scatter_entries", damaged(scatter.scatter_entries, "out", last_byte))
     monkeypatch.setattr(gpu_checks, "SIZES_INTERPRETED", (2,))
     result, record = run_command(tmp_path)
     assert result.exit_code == 1
@@ -238,7 +238,7 @@ def test_a_wrong_row_in_a_case_is_noticed_before_it_is_timed(
     from tierstore.kernels.gpu import lookup
     from tierstore.tools.bench.gpu.tables import CheckError
 
-    monkeypatch.setattr(lookup, "lookup_entries", spoiled(lookup.lookup_entries, "out", last_byte))
+    monkeypatch.setattr(lookup, "lookup_entries", damaged(lookup.lookup_entries, "out", last_byte))
     with pytest.raises(CheckError, match="lookup_entries"):
         measured(device, scale, tmp_path)
 
@@ -282,7 +282,7 @@ def test_what_was_measured_stands_when_a_later_case_fails(
     assert any("all in" in case and "of HBM" in case for case in cases)
     assert any("decoding" in case for case in cases)
     assert not any("pinned DRAM" in case for case in cases)
-    assert len(result.as_record()["figures"]) == len(cases)
+    assert len(result.to_dict()["figures"]) == len(cases)
 
 
 class FakeCuda:

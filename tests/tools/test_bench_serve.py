@@ -175,7 +175,7 @@ def test_memory_that_two_map_is_counted_once(made: MadeStore, keys_file: Path, t
 def test_a_working_set_that_does_not_fit_is_refused(
     made: MadeStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve, "SETTLE_PAUSE_S", 0.001)
+    monkeypatch.setattr(serve, "FILL_PAUSE_S", 0.001)
     with pytest.raises((BudgetError, ConfigError), match=r"give more|ask for more"):
         serve.run(folder, Options(size_bytes=ROWS * stores.ROW_BYTES, pairs=1, budgets=(1 << 20,)))
     assert read_catalog(made.path).placements == {}

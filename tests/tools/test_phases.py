@@ -57,7 +57,7 @@ def test_silence_is_broken_while_a_phase_says_nothing(said: list[str], monkeypat
 
 def test_of_a_long_job_silence_may_be_longer(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SILENCE_S", 0.0)
-    monkeypatch.setattr(module, "SILENCE_PART", 1e9)
+    monkeypatch.setattr(module, "SILENCE_FRACTION", 1e9)
     monkeypatch.setattr(module, "LOOK_S", 0.001)
     looked = threading.Event()
     real = time.monotonic

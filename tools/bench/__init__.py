@@ -1,7 +1,7 @@
 """`tierstore bench`: tierstore beside other ways of doing the same work, in the same run, on the same data.
 
 One file a benchmark; each has `run(folder, options) -> Result`, where every figure is a median and every ratio the
-median of pairs that ran one after the other, because shared machines drift. Figures worth keeping are in BENCHMARKS.md.
+median of pairs that ran one after the other, because shared machines drift. Figures to keep are in BENCHMARKS.md.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def command(
             else:
                 result = importlib.import_module(module_of(name)).run(folder, options)
             console().print(result.table())
-            results[name] = result.as_record()
+            results[name] = result.to_dict()
             if json_file:  # after each, so that what was measured is not lost with what fails
                 json_file.write_text(json.dumps(results, indent=2) + "\n")
             if result.failed is not None:

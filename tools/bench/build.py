@@ -1,8 +1,7 @@
 """`tierstore bench build`: how near a build comes to merely copying the checkpoint.
 
-Flows in: a size. Flows out: seconds of pairs (copy, build) over the same files in the same cache state, and their
-ratio. Both sides end with everything synced to disk. Peak memory is that of the build,
-which runs in a process of its own.
+Input: a size. Output: seconds of pairs (copy, build) over the same files in the same cache state, and their ratio. Both
+sides end with everything synced to disk. Peak memory is that of the build, which runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class Result:
             table.add_row(state, *rates, f"{self.ratio(state):.2f}", f"{min(ratios):.2f}", f"{max(ratios):.2f}")
         return table
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns the figures for JSON."""
         return asdict(self) | {"ratio": {state: self.ratio(state) for state in CACHE_STATES}}
 
@@ -158,6 +157,6 @@ def _run(command: list[str], what: str) -> str:
     line of its errors where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, errors="backslashreplace", timeout=BUILD_TIMEOUT_S)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or [f"it said nothing, status {done.returncode}"])[-1]
-        raise ConfigError(f"{what} failed: {said}; mend that and measure again")
+        words = (done.stderr.strip().splitlines() or [f"it printed nothing, status {done.returncode}"])[-1]
+        raise ConfigError(f"{what} failed: {words}; mend that and measure again")
     return done.stdout

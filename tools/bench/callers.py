@@ -1,7 +1,7 @@
 """Threads that call a lookup, so that every side of a comparison has equally many.
 
-Flows in: a function of a half-open range of tokens. Flows out: the seconds from the first call to the last return. With
-one thread the caller's own does the work; with more, each takes an equal part.
+Input: a function of a half-open range of tokens. Output: the seconds from the first call to the last return. With one
+thread the caller's own does the work; with more, each takes an equal part.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`tierstore bench cold`: lookups that no cache can help, beside the bare reads of as many pages.
 
-Flows in: a table larger than any budget here, keys never asked for before. Flows out: rates of lookups by each way of
+Input: a table larger than any budget here, keys never asked for before. Output: rates of lookups by each way of
 reading, beside the yardstick, fio and np.memmap. Cold means: O_DIRECT for uring; for ways through the page cache the
 shards are dropped from it before every run, and what stayed is measured and printed. Every side draws pages of its own,
 equally many, because a disk, or its host, may remember what it has just read.

@@ -1,6 +1,6 @@
 """`tierstore bench decode`: one token at a time, as a model that writes asks for them.
 
-Flows in: a table, a working set of it that fits the budget, keys never asked for. Flows out: p50 and p99 of one-token
+Input: a table, a working set of it that fits the budget, keys never asked for. Output: p50 and p99 of one-token
 lookups, warm and cold; what is left to do in a `wait` that comes after the reads had time to end; and what 64 threads
 get done together, beside 2.
 """
@@ -23,8 +23,8 @@ from .warm import each_lookup
 from .working_set import WorkingSet
 
 SIZE_BYTES = 8 << 30
-SET_PART = 64  # the working set is this part of the table
-DRAM_PART = 16
+SET_FRACTION = 1 / 64  # of the table is the working set
+DRAM_FRACTION = 1 / 16
 WARM_LOOKUPS, COLD_LOOKUPS = 4000, 256  # in a round
 WAIT_TOKENS = 256  # in a lookup that is submitted
 WAIT_FACTOR = 2.0  # how many times a lookup's own duration the caller does something else
@@ -37,7 +37,7 @@ def run(folder: Path, options: Options) -> Result:
     """Measures one-token lookups and submitted ones. Needs the table's size on disk (8 GiB by default)."""
     size_bytes = options.size_bytes or SIZE_BYTES
     made = stores.make_store(folder, size_bytes // stores.ROW_BYTES)
-    cold_dram_bytes = options.dram_bytes or made.spec.table_bytes // DRAM_PART
+    cold_dram_bytes = options.dram_bytes or int(made.spec.table_bytes * DRAM_FRACTION)
     result = Result(f"decode, table of {format_bytes(made.spec.table_bytes)}")
     with ColdLookups(made, "auto", cold_dram_bytes) as lookups:
         result.comparisons.append(one_token(made, lookups, options.pairs))
@@ -46,7 +46,7 @@ def run(folder: Path, options: Options) -> Result:
         result.facts["served by"] = lookups.store.stats()["io"]
         result.facts["share of the shards in the page cache before cold runs, at most"] = lookups.resident
     page_cache.bring_in(made.files)
-    with WorkingSet(made, size_bytes // SET_PART, options.dram_bytes) as held:
+    with WorkingSet(made, int(size_bytes * SET_FRACTION), options.dram_bytes) as held:
         out = stores.rows_buffer(1)
         rounds = [each_lookup(held, held.keys[held.draw(WARM_LOOKUPS)], out) for _ in range(options.pairs)]
         _latencies(result, "warm", rounds)

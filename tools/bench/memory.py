@@ -1,7 +1,7 @@
 """What a process takes beyond the budget it gave: a store opened and filled in a process of its own, at its peak.
 
-Flows in: a made store and a budget. Flows out: bytes of resident memory over the budget, over what the process had
-before. The mark is the kernel's VmHWM: getrusage's would begin with what the parent had when it forked.
+Input: a made store and a budget. Output: bytes of resident memory over the budget, over what the process had before.
+The mark is the kernel's VmHWM: getrusage's would begin with what the parent had when it forked.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The state of the page cache before a run: pages of files brought in, dropped, and counted.
 
-Flows in: files. Flows out: the share of their pages that memory holds, as mincore counts them. A benchmark that says
-"cold" prints that share. Refuses nothing; what the kernel refuses raises `OSError`.
+Input: files. Output: the share of their pages that memory holds, as mincore counts them. A benchmark that says "cold"
+prints that share. Errors: `OSError` from the kernel.
 """
 
 from __future__ import annotations

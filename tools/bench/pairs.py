@@ -1,9 +1,9 @@
 """Pairs: sides that do the same work in turn, and what their figures come to.
 
-Flows in: a callable a side, each of which prepares its run by itself and returns the seconds of the run alone. Flows
-out: `Comparison`s and `Figure`s, gathered in a `Result` that prints and records them. Shared machines drift, so no
-figure of one side is ever set against a figure of another minute: a ratio is the median of rounds,
-in each of which every side ran once.
+Input: a callable a side, each of which prepares its run by itself and returns the seconds of the run alone. Output:
+`Comparison`s and `Figure`s, gathered in a `Result` that prints and records them. Shared machines drift, so no figure of
+one side is ever set against a figure of another minute: a ratio is the median of rounds, in each of which every side
+ran once.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Comparison:
             lines.append([self.case if side == self.subject else "", side, cost, *shown, _target(self, side)])
         return lines
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns the figures for JSON: every round's seconds, and what they come to."""
         others = [side for side in self.seconds if side != self.subject]
         ratios = {
@@ -118,7 +118,7 @@ class Figure:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the median keeps the bound; None where there is none."""
+        """Whether the median keeps the bound; None without a bound."""
         if self.bound is None:
             return None
         return bool(self.median >= self.bound if self.at_least else self.median <= self.bound)
@@ -130,7 +130,7 @@ class Figure:
         bound = "" if self.bound is None else f"{sign} {self.bound:g} {'reached' if self.reached else 'MISSED'}"
         return [self.case, self.unit, *numbers, bound]
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns the figure for JSON."""
         summary = {"median": self.median, "lowest": min(self.values), "highest": max(self.values)}
         return asdict(self) | summary | {"reached": self.reached}
@@ -157,7 +157,7 @@ class Result:
     """What a benchmark found: comparisons, figures, grids, facts about how they came about,
     and sides that were skipped.
 
-    failed: what made its figures worth nothing, so that there are none; the command then ends with an error.
+    failed: why the figures mean nothing, and were left out; the command then ends with an error.
     """
 
     title: str
@@ -190,12 +190,12 @@ class Result:
         parts += [f"skipped: {name}: {why}" for name, why in self.skipped.items()]
         return Group(*parts)
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns all of it for JSON."""
         return {
             "title": self.title,
-            "comparisons": [comparison.as_record() for comparison in self.comparisons],
-            "figures": [figure.as_record() for figure in self.figures],
+            "comparisons": [comparison.to_dict() for comparison in self.comparisons],
+            "figures": [figure.to_dict() for figure in self.figures],
             "grids": [asdict(grid) for grid in self.grids],
             "facts": self.facts,
             "skipped": self.skipped,

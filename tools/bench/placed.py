@@ -1,9 +1,9 @@
 """The placed part of `tierstore bench trace`: what a profile of one text predicts, and what another text then shows.
 
-Flows in: text to profile and text to run, V4.1's hash, a table of the asked size. Flows out: predicted and measured hit
-rates by order for each DRAM budget, beside an LRU warmed on the profiled text and a static set alone, in the same
-bytes; NVMe reads with packed entries and without; how fast a store opens warm. Batches are of consecutive tokens; a key
-that repeats within its batch counts as a miss each time, on every side.
+Input: text to profile and text to run, V4.1's hash, a table of the asked size. Output: predicted and measured hit rates
+by order for each DRAM budget, beside an LRU warmed on the profiled text and a static set alone, in the same bytes; NVMe
+reads with packed entries and without; how fast a store opens warm. Batches are of consecutive tokens; a key that
+repeats within its batch counts as a miss each time, on every side.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Token ids of real text, with their token map, from wherever this machine has some.
 
-Flows in: a trace file, or nothing. Flows out: documents of token ids and the map that their n-grams are hashed with. In
-turn: the file that was given, the recorded trace in the folder shared/data beside the repository, this machine's own
-text through a tokenizer trained on it. Refuses, with `ConfigError`, files that hold no token ids.
+Input: a trace file, or nothing. Output: documents of token ids and the map that their n-grams are hashed with. In turn:
+the file that was given, the recorded trace in the folder shared/data beside the repository, this machine's own text
+through a tokenizer trained on it. Errors: `ConfigError` for a file without token ids.
 """
 
 from __future__ import annotations

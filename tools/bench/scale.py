@@ -1,8 +1,8 @@
 """`tierstore bench scale`: what a row costs as the table grows.
 
-Flows in: numbers of rows. Flows out: the cost of a row, warm (a working set of the same bytes in every table) and cold,
-and how much more it is in the largest table than in the smallest. All tables are open at once and take turns. They are
-made as `stores` says: through tierstore's own build, from one block of rows named over and over, without a checkpoint.
+Input: numbers of rows. Output: the cost of a row, warm (a working set of the same bytes in every table) and cold, and
+how much more it is in the largest table than in the smallest. All tables are open at once and take turns. They are made
+as `stores` says: through tierstore's own build, from one block of rows named over and over, without a checkpoint.
 """
 
 from __future__ import annotations

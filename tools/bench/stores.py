@@ -1,9 +1,9 @@
 """Tables to measure on: synthetic stores in V4.1's shape, of any size, made once and used again.
 
-Flows in: a number of rows. Flows out: a built store, the pages that keys need, and what its rows must be. No checkpoint
-is written: the table is given to `tierstore.offline.build` as a source whose plane is one block of random rows, named
-over and over (row r is row r % BLOCK_ROWS of the block), so that a build costs what sealing and writing pages cost.
-Pages differ all the same, by their numbers and checksums. Refuses what a build refuses.
+Input: a number of rows. Output: a built store, the pages that keys need, and what its rows must be. No checkpoint is
+written: the table is given to `tierstore.offline.build` as a source whose plane is one block of random rows, named over
+and over (row r is row r % BLOCK_ROWS of the block), so that a build costs what sealing and writing pages cost. Pages
+differ all the same, by their numbers and checksums. Errors: those of a build.
 
 Shapes: N tokens, O = 3 orders, H = 8 heads, R = 264 bytes a row.
 """

@@ -1,8 +1,8 @@
 """`tierstore bench trace`: real text through V4.1's hash into a scaled table.
 
-Flows in: token ids (a trace file, else what `real_text` finds). Flows out: for each DRAM budget the hit rates by order
-as the text goes on, and rows a second; and a prefill of 8,192 tokens, half of whose keys are cached and half not,
-beside the bare copies of its hits and the bare reads of its misses, added.
+Input: token ids (a trace file, else what `real_text` finds). Output: for each DRAM budget the hit rates by order as the
+text goes on, and rows a second; and a prefill of 8,192 tokens, half of whose keys are cached and half not, beside the
+bare copies of its hits and the bare reads of its misses, added.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TRACE_TOKENS = 1 << 18
 SEGMENTS = 8
 BATCH_TOKENS = 1024
 PREFILL_TOKENS = 8192
-PREFILL_DRAM_PART = 8
+PREFILL_DRAM_FRACTION = 1 / 8
 BARE_ENTRIES = 100_000  # that the yardstick's hits are drawn from: 200 MiB
 BARE = "bare loops, copies + reads"
 
@@ -116,7 +116,7 @@ def _prefill(made: MadeStore, keys: np.ndarray, options: Options, result: Result
     tokens = min(PREFILL_TOKENS, len(keys))
     out = stores.rows_buffer(tokens)
     filled = stores.key_pairs(stores.fresh_keys(generator, BARE_ENTRIES // len(stores.ORDERS)))
-    dram_bytes = options.dram_bytes or made.spec.table_bytes // PREFILL_DRAM_PART
+    dram_bytes = options.dram_bytes or int(made.spec.table_bytes * PREFILL_DRAM_FRACTION)
     hits = []
     with (
         tierstore.open(made.path, dram=dram_bytes) as store,
@@ -127,7 +127,7 @@ def _prefill(made: MadeStore, keys: np.ndarray, options: Options, result: Result
 
         def tierstore_seconds() -> float:
             piece = _Piece(keys, generator)
-            for _ in range(2):  # the second time tells an admission policy that the keys are asked for again
+            for _ in range(2):  # the second time shows an admission policy that the keys come again
                 table.lookup(piece.cached(), out)
             page_cache.drop(made.files)
             before = store.stats()["hits"]["nvme"]

@@ -1,9 +1,8 @@
 """`tierstore bench warm`: lookups of which every key hits DRAM, beside the bare probe and copy, torch and NumPy.
 
-Flows in: a table larger than the budget and a working set that fits it. Flows out: rates of batches of tokens drawn
-from the set, p50 of one token, and what the process takes beyond its budget. torch and NumPy gather the same rows from
-a table that lies whole in memory; every side has equally many threads,
-and their outputs are compared before anything is timed.
+Input: a table larger than the budget and a working set that fits it. Output: rates of batches of tokens drawn from the
+set, p50 of one token, and what the process takes beyond its budget. torch and NumPy gather the same rows from a table
+that lies whole in memory; every side has equally many threads, and their outputs are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from .pairs import SUBJECT, Comparison, Figure, Options, Result, interleave
 from .working_set import WorkingSet
 
 SIZE_BYTES = 8 << 30
-SET_PART = 4  # the working set is this part of the table
+SET_FRACTION = 1 / 4  # of the table is the working set
 TOKENS = 2048
 ONE_TOKEN_LOOKUPS = 2000
 MIB = 1 << 20
@@ -40,7 +39,7 @@ def run(folder: Path, options: Options) -> Result:
     size_bytes = options.size_bytes or SIZE_BYTES
     tokens = options.tokens or TOKENS
     made = stores.make_store(folder, size_bytes // stores.ROW_BYTES)
-    set_bytes = size_bytes // SET_PART
+    set_bytes = int(size_bytes * SET_FRACTION)
     result = Result("")
     page_cache.bring_in(made.files)
     with WorkingSet(made, set_bytes, options.dram_bytes) as held:

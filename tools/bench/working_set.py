@@ -1,9 +1,9 @@
-"""A working set: tokens whose entries a store's caches hold whole, the same entries in the yardstick,
-the same rows in a table.
+"""A working set: tokens whose entries a store's caches hold whole, the same entries in the yardstick, the same rows in
+a table.
 
-Flows in: a made store and how many bytes of entries are wanted. Flows out: an open store that answers all of those keys
-from DRAM, and views of the same data for the sides that it is compared with.
-Refuses a budget that cannot hold them all.
+Input: a made store and how many bytes of entries are wanted. Output: an open store that answers all of those keys from
+DRAM, and views of the same data for the sides that it is compared with. Errors: `ConfigError` for a budget that cannot
+hold them all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .stores import MadeStore
 SPARE_TOKENS = 1.2  # tokens tried for each that is wanted: those whose sets are full are given up
 DRAM_FACTOR = 2.75  # budget for each byte of the working set, where none is given
 FILL_TOKENS = 1024  # in a lookup
-SETTLE_ROUNDS_MAX = 8
+FILL_ROUNDS_MAX = 8
 
 
 class WorkingSet:
@@ -42,13 +42,13 @@ class WorkingSet:
             self._out = stores.rows_buffer(FILL_TOKENS)
             generator = np.random.default_rng()
             keys = stores.fresh_keys(generator, int(wanted * SPARE_TOKENS) + 16)
-            self.keys = self._settled(keys, wanted)
+            self.keys = self._filled(keys, wanted)
             self.generator = generator
         except BaseException:
             self.store.close()
             raise
 
-    def _settled(self, keys: np.ndarray, wanted: int) -> np.ndarray:
+    def _filled(self, keys: np.ndarray, wanted: int) -> np.ndarray:
         """Looks keys up until the caches hold `wanted` of the tokens whole; returns those tokens' keys.
 
         A set that is asked for nine keys loses one for each that it takes in. So tokens are tried one by one, each
@@ -57,7 +57,7 @@ class WorkingSet:
         """
         self._misses_of(keys, FILL_TOKENS)
         kept = keys
-        for _ in range(SETTLE_ROUNDS_MAX):
+        for _ in range(FILL_ROUNDS_MAX):
             kept = kept[::-1]
             kept = kept[[not self._misses_of(kept[i : i + 1], 1) for i in range(len(kept))]]
             if len(kept) < wanted:

@@ -1,6 +1,6 @@
 """What the demo checks every row against: the checkpoint's own bytes, found by the published formula.
 
-Flows in: documents of token ids, a store, its checkpoint. Flows out: how many rows were compared, and how many differ.
+Input: documents of token ids, a store, its checkpoint. Output: how many rows were compared, and how many differ.
 """
 
 from __future__ import annotations

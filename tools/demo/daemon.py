@@ -1,7 +1,7 @@
 """The demo's last step: the store served by a daemon to two processes, each of which checks every row that it looks up.
 
-Flows in: a store, its checkpoint, documents. Flows out: what each process compared and found wrong, and how the daemon
-says that it fared. Run as a module, it is one of those processes.
+Input: a store, its checkpoint, documents. Output: what each process compared and found wrong, and how the daemon says
+that it fared. Run as a module, it is one of those processes.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def _decoder(path: Path, codec: str, data: bytes) -> Any:
 
 
 def _check_zstd(path: Path, data: bytes) -> None:
-    """Refuses a whole frame that cannot be decoded here, before the decoder calls it damaged."""
+    """Raises for a whole frame that cannot be decoded here, before the decoder calls it damaged."""
     try:
         frame = zstandard.get_frame_parameters(data)
     except zstandard.ZstdError:

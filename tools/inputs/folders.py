@@ -63,7 +63,7 @@ def files_under(folder: Path) -> Iterator[Path]:
 
 
 def _refuse_data_set(folder: Path, folders: list[str], names: list[str]) -> None:
-    """Refuses folders whose files only another tool can make sense of, before any of them is taken for text."""
+    """Raises `ConfigError` for folders that only another tool can read, before any file is taken for text."""
     if {"blobs", "snapshots"} <= set(folders):
         raise ConfigError(
             f"{folder} is a repository in the cache of huggingface_hub, which holds each file twice; "
@@ -101,7 +101,7 @@ def remedy_of(content: Content, path: Path) -> str:
 
 
 def own_file(head: bytes) -> str:
-    """Returns what a file of our own is, by its first bytes; "" if it is none."""
+    """Returns what a file of our own is, by its first bytes; "" if it is not ours."""
     return _OWN_MAGIC.get(head[:8], "")
 
 

@@ -90,5 +90,5 @@ def _array(file: IO[bytes], index: Path, dtype: str, count: int) -> np.ndarray:
     left = index.stat().st_size - file.tell()
     data = file.read(num_bytes) if num_bytes <= left else b""
     if len(data) != num_bytes:
-        raise FormatError(f"{index}: {left} bytes where {num_bytes} are said to follow: it was cut; copy it again")
+        raise FormatError(f"{index}: {left} bytes follow, its header promises {num_bytes}: it was cut; copy it again")
     return np.frombuffer(data, dtype=dtype)

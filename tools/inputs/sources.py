@@ -1,4 +1,4 @@
-"""Which files token ids can be had from, told by what they hold and never by their name alone; folders are walked.
+"""Which files token ids can be had from: their content decides, never their name alone; folders are walked.
 
 Input: paths of files and folders, the type that the user gave for raw integers, the field of JSON lines.
 Output: `TokenInput`s in order, and what was found in folders and left out, with why.
@@ -91,7 +91,7 @@ def find_inputs(
 
 
 def _input_in_folder(file: Path, dtype: str | None, field: str | None) -> TokenInput | LeftOut | None:
-    """Returns the input, why the file is none, or None if it belongs to another one."""
+    """Returns the input, why the file is not one, or None if it belongs to another one."""
     if file.stat().st_size == 0 and unfinished_download(file) is None:
         return LeftOut(file, "empty")
     if file.suffix == ".idx" and index_beside(file.with_suffix(".bin")) == file and file.with_suffix(".bin").is_file():
@@ -176,7 +176,7 @@ def _input_of_content(
 
 
 def _input_of_bytes(path: Path, size: int, codec: str, head: bytes, dtype: str | None) -> TokenInput:
-    """Plain text or raw integers: if the bytes do not tell, the name or --dtype does."""
+    """Plain text or raw integers: if the bytes do not decide, the name or --dtype does."""
     if _suffixes(path)[-1:] == [".npy"]:
         raise FormatError(f"{path} is no NumPy array, or cut; copy it again")
     if name := own_file(head):
@@ -212,7 +212,7 @@ def text_parts(source: TokenInput) -> Iterator[TextPart]:
         yield from parts_of_file(source.path, source.codec, source.num_bytes)
         return
     for text, input_bytes in documents_of_lines(source.path, source.codec, source.field):
-        assert isinstance(text, str), "the field was said to be text"
+        assert isinstance(text, str), "the field holds text"
         yield from parts_of_document(text, input_bytes)
 
 
@@ -238,7 +238,7 @@ def _line_pieces(source: TokenInput, vocab_size: int | None) -> Iterator[Piece]:
     assert source.field is not None, "of JSON lines"
     num_tokens = 0
     for ids, input_bytes in documents_of_lines(source.path, source.codec, source.field):
-        assert isinstance(ids, np.ndarray), "the field was said to be ids"
+        assert isinstance(ids, np.ndarray), "the field holds ids"
         check_token_ids(ids, vocab_size, str(source.path), num_tokens)
         num_tokens += len(ids)
         yield Piece(ids, [len(ids)], input_bytes)

@@ -48,7 +48,7 @@ def text_pieces(parts: Iterable[TextPart], tokenizer: Tokenizer, bos: int | None
 
 
 def parts_of_file(path: Path, codec: str, num_bytes: int) -> Iterator[TextPart]:
-    """Yields a file as one document: UTF-8, bytes that are none as U+FFFD, a mark of the byte order left out.
+    """Yields a file as one document: UTF-8, invalid bytes as U+FFFD, a mark of the byte order left out.
 
     One of more than PIECE_CHARACTERS is cut at ends of lines, where its tokens may differ from those of the whole.
     """

@@ -34,7 +34,7 @@ from .side import CASES
 NAMES = tuple(CASES)
 PAIRS = 15
 SIZE_BYTES = 1 << 30
-SET_PART = 32  # the working set is this part of the table,
+SET_FRACTION = 1 / 32  # of the table is the working set,
 DRAM_FACTOR = 3  # and the budget so many times the set;
 DRAM_FACTORS = {"serve": 8}  # of a daemon, more: it keeps a part for what it counts and changes
 DRAM_BYTES_MIN, TOKENS_MIN = 8 << 20, 256
@@ -50,7 +50,7 @@ THIS, OTHER = "this build", "the other"
 @dataclass(frozen=True)
 class Build:
     """A build of tierstore: the interpreter that runs it, and the folder that it is imported from,
-    if that must be said."""
+    if it needs one."""
 
     python: str
     folder: Path | None
@@ -132,7 +132,7 @@ def run(name: str, folder: Path, options: Options, other: Path) -> Result:
 def _inputs(folder: Path, size_bytes: int) -> tuple[MadeStore, np.ndarray, np.ndarray]:
     """Returns a store with a hash, tokens drawn at random as one text, and the keys [N, O] of its n-grams."""
     made = stores.make_store(folder, size_bytes // stores.ROW_BYTES, np.arange(stores.V41_VOCAB, dtype=np.int32))
-    num_tokens = max(TOKENS_MIN, size_bytes // SET_PART // (stores.ROWS_PER_TOKEN * stores.ROW_BYTES))
+    num_tokens = max(TOKENS_MIN, int(size_bytes * SET_FRACTION) // (stores.ROWS_PER_TOKEN * stores.ROW_BYTES))
     token_ids = np.random.default_rng(0).integers(0, stores.V41_VOCAB, num_tokens, dtype=np.int64)
     with tierstore.open(made.path, dram=DRAM_BYTES_MIN, placement="none") as store:
         keys = HashSpec.from_store(store).keys(token_ids[None], stores.LAYER)

@@ -24,7 +24,7 @@ import numpy as np
 
 import tierstore
 
-SETTLE_ROUNDS_MAX, SETTLE_PAUSE_S = 20, 0.2  # an attached store's misses are in the daemon's cache within that
+FILL_ROUNDS_MAX, FILL_PAUSE_S = 20, 0.2  # an attached store's misses are in the daemon's cache within that
 FILL_TOKENS = 512  # looked up at once while the caches fill
 HELD_SHARE_MIN = 0.8
 START_WAIT_S, WAIT_S = 120.0, 60.0
@@ -173,11 +173,11 @@ def _held(side: Side) -> np.ndarray:
     """Looks all keys up until DRAM holds what it will hold of them;
     returns the places of tokens that it holds whole."""
     held = np.zeros(0, dtype=np.int64)
-    for _ in range(SETTLE_ROUNDS_MAX):
+    for _ in range(FILL_ROUNDS_MAX):
         before = side.misses()
         for start in range(0, len(side.keys), FILL_TOKENS):
             side.table.lookup(side.keys[start : start + FILL_TOKENS])
-        time.sleep(SETTLE_PAUSE_S)  # a daemon reads what was missed by itself
+        time.sleep(FILL_PAUSE_S)  # a daemon reads what was missed by itself
         found = np.isin(side.table.explain(side.keys), IN_MEMORY).all(axis=1)
         held = np.flatnonzero(found)
         if side.misses() == before or (len(held) >= HELD_SHARE_MIN * len(side.keys)):

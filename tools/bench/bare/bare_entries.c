@@ -131,7 +131,7 @@ static void entries_start(int num_arguments, char** arguments) {
   }
 }
 
-// Puts pairs in; an entry's bytes are its key plus the number of the word, so that a copy can be told from another's.
+// Puts pairs in; an entry's bytes are its key plus the number of the word, so that no two look alike.
 static size_t entries_fill(const char* path) {
   size_t count;
   int64_t* items = read_numbers(path, 2, &count);

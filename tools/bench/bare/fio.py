@@ -1,7 +1,7 @@
 """fio on the same shards: what the disk gives a program that does nothing but read it at random.
 
-Flows in: files, never written (--readonly). Flows out: the seconds that a number of 4 KiB reads took, by fio's own
-clock. Refuses, with `ConfigError`, a machine without fio, and a run that fails.
+Input: files, never written (--readonly). Output: the seconds that a number of 4 KiB reads took, by fio's own clock.
+Errors: `ConfigError` without fio, or if it fails.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Drives the yardstick, a C program that does only the work that a lookup cannot do without (bare.c).
 
-Flows in: lists of ranges or of keys. Flows out: the seconds that the program measured itself, a list at a time, so that
-its runs can be interleaved with ours. It is compiled on first use, into a cache folder, by the machine's own compiler,
-for this machine alone. Refuses, with `ConfigError`, a machine without a C compiler,
-and whatever the program answers with an error.
+Input: lists of ranges or of keys. Output: the seconds that the program measured itself, a list at a time, so that its
+runs can be interleaved with ours. It is compiled on first use, into a cache folder, by the machine's own compiler, for
+this machine alone. Errors: `ConfigError` without a C compiler, and for each error that the program answers.
 """
 
 from __future__ import annotations

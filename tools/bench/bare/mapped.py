@@ -1,8 +1,7 @@
 """Rows through np.memmap: what a user writes first, with the kernel's default read-ahead or with MADV_RANDOM.
 
-Flows in: a made store's shards. Flows out: rows of row ids, gathered by NumPy's fancy indexing, page faults and all,
-with no check. A map is made for each run and given up after it,
-because mapped pages cannot be dropped from the page cache.
+Input: a made store's shards. Output: rows of row ids, gathered by NumPy's fancy indexing, page faults and all, with no
+check. A map is made for each run and given up after it, because mapped pages cannot be dropped from the page cache.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """CPU of a page that is in the page cache already, through uring: what is left of a read when the disk takes no part.
 
-Flows in: a folder for a small table. Flows out: microseconds of CPU for a page, of a lookup with everything that
-belongs to it and of the bare loop's reads. Pages go through the page cache where a file system has no O_DIRECT, which
-is simulated here: opening with O_DIRECT fails as it would there. (tmpfs is no substitute: it hands each io_uring read
-to a kernel thread, which alone costs 3 us a page.) Where the store reads past the page cache all the same,
-the case is skipped and named.
+Input: a folder for a small table. Output: microseconds of CPU for a page, of a lookup with everything that belongs to
+it and of the bare loop's reads. Pages go through the page cache where a file system has no O_DIRECT, which is simulated
+here: opening with O_DIRECT fails as it would there. (tmpfs is no substitute: it hands each io_uring read to a kernel
+thread, which alone costs 3 us a page.) Where the store reads past the page cache all the same, the case is skipped and
+named.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CPU_US_MAX = 2.0
 
 
 def measure(folder: Path, pairs: int, result: Result) -> None:
-    """Adds the figures to `result`, or why there are none."""
+    """Adds the figures to `result`, or why it has no figures."""
     generator = np.random.default_rng()
     with contextlib.ExitStack() as stack:
         made = stack.enter_context(stores.temporary_store(folder, ROWS))

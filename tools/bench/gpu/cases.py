@@ -1,6 +1,6 @@
 """Lookups of random entries in gigabytes of device memory and of page-locked memory, beside copies of the same bytes.
 
-Flows in: a device, a clock, sizes. Flows out: figures, each with its bound where it has one; a wrong entry raises
+Input: a device, a clock, sizes. Output: figures, each with its bound where it has one; a wrong entry raises
 `CheckError` before anything is timed. A lookup and the copy that it is set beside run in turn, in the same rounds, over
 inputs that rotate. An entry's bytes count as they are read and as they are written; keys and index, which a lookup
 reads besides, do not count.

@@ -1,8 +1,8 @@
-"""Every kernel of kernels/gpu against its NumPy reference, on fresh random inputs, bit by bit;
-outputs are poisoned before.
+"""Every kernel of kernels/gpu against its NumPy reference, on fresh random inputs, bit by bit; outputs are poisoned
+before.
 
-Flows in: a device, a generator, how many tokens. Flows out: nothing, or a `CheckError` that says what was wrong, and
-where. One function a kernel, in CHECKS. Nothing is timed: these come before anything is.
+Input: a device, a generator, how many tokens. Output: nothing, or a `CheckError` that says what was wrong, and where.
+One function a kernel, in CHECKS. Nothing is timed: these come before anything is.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _check_keys(
     reference.keys_of_tokens(
         ids, history, dead, token_map, VOCAB, multipliers, np.array(orders), 7, 9, expected
     )  # fmt: skip
-    dead[-1, -1] = False  # the last token is none of the vocabulary: it has no keys, and its place is told
+    dead[-1, -1] = False  # the last token is not in the vocabulary: it has no keys, and its position is reported
     ids[-1, -1], expected[-1, -1] = VOCAB, -2
     tensors = [
         None if each is None else torch.from_numpy(each).to(device)

@@ -1,8 +1,8 @@
 """How work on a GPU is timed: launches in a replayed graph, or one after the other, between two events of the device.
 
-Flows in: launches, of which each does the same work on other inputs, so that no run finds its inputs in a cache. Flows
-out: callables that time one run, seconds a launch; `pairs.interleave` sets several side by side. Warmed up, compiled
-and captured before the first. Tests give another clock, by which the same cases run where there is no GPU.
+Input: launches, of which each does the same work on other inputs, so that no run finds its inputs in a cache. Output:
+callables that time one run, seconds a launch; `pairs.interleave` sets several side by side. Warmed up, compiled and
+captured before the first. Tests give another clock, by which the same cases run where there is no GPU.
 """
 
 from __future__ import annotations

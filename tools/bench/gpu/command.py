@@ -1,10 +1,10 @@
 """`tierstore bench gpu`: the kernels and the hbm tier on a GPU, checked first, then set beside what the machine can do.
 
-Flows in: a machine with a GPU, and a folder for a store of half a gigabyte. Flows out: a check of every kernel against
-its reference on inputs that are new in every run, then ceilings (copies within the device and over the bus), lookups
-beside them, and whether each kept its bound. A failed check leaves no figures. Without a GPU the checks run small, in
-Triton's interpreter, and the figures stay open: the interpreter's times say nothing. Ends within LIMIT_S and its
-longest case, compiling included.
+Input: a machine with a GPU, and a folder for a store of half a gigabyte. Output: a check of every kernel against its
+reference on inputs that are new in every run, then ceilings (copies within the device and over the bus), lookups beside
+them, and whether each kept its bound. A failed check leaves no figures. Without a GPU the checks run small, in Triton's
+interpreter, and the figures stay open: the interpreter's times say nothing. Ends within LIMIT_S and its longest case,
+compiling included.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class GpuResult(Result):
     checks: list[dict[str, Any]] = field(default_factory=list)
     measured: bool = False
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns all of it for JSON; figures are null where nothing was measured."""
-        record = super().as_record()
+        record = super().to_dict()
         if not self.measured:
             record["figures"] = None
         return record | {"device": self.device, "checks": self.checks, "failed": self.failed}
@@ -181,7 +181,7 @@ def _driver() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this runs from, "-dirty" where it was changed since; None where it is none."""
+    """The commit of the checkout that this runs from, "-dirty" if it was changed since; None if it is not one."""
     here = Path(__file__).resolve().parent
     try:
         described = subprocess.run(

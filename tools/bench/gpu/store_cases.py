@@ -1,8 +1,8 @@
-"""Lookups through a small real store with an hbm tier: decoding in a replayed graph, misses by mailbox,
-a prompt of known keys.
+"""Lookups through a small real store with an hbm tier: decoding in a replayed graph, misses by mailbox, a prompt of
+known keys.
 
-Flows in: a device, a clock, sizes, a folder. Flows out: figures, each with its bound where it has one. Values are
-compared with what was built before anything is timed, and after misses: a wrong one raises `CheckError`.
+Input: a device, a clock, sizes, a folder. Output: figures, each with its bound where it has one. Values are compared
+with what was built before anything is timed, and after misses: a wrong one raises `CheckError`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class StoreCases:
     def _bytes(self, allocated_bytes: int) -> list[Figure]:
         """What opening the store took of the device, beside what the store says and what it was allowed."""
         memory = self.store.stats()["memory"]
-        said = -(-memory["hbm_bytes"] // ALLOCATED_UNIT) * ALLOCATED_UNIT
+        counted_bytes = -(-memory["hbm_bytes"] // ALLOCATED_UNIT) * ALLOCATED_UNIT
         return [
             Figure(
                 "bytes of HBM that opening took, beside the budget",
@@ -104,7 +104,7 @@ class StoreCases:
                 [allocated_bytes],
                 memory["hbm_budget_bytes"],
             ),
-            Figure("the same, beyond or short of what stats says", "bytes", [abs(allocated_bytes - said)], 0),
+            Figure("the same, beyond or short of what stats says", "bytes", [abs(allocated_bytes - counted_bytes)], 0),
         ]
 
     def _decode(self) -> list[Figure]:

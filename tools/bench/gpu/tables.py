@@ -1,8 +1,7 @@
 """What `tierstore bench gpu` looks up in: tables of random entries, in device memory and in page-locked host memory.
 
-Flows in: a device, a generator, how many entries. Flows out: an index over random keys and entries of random bytes, as
-the kernels take them, and batches of keys. Entries are made where they lie:
-gigabytes of them cost neither disk nor time.
+Input: a device, a generator, how many entries. Output: an index over random keys and entries of random bytes, as the
+kernels take them, and batches of keys. Entries are made where they lie: gigabytes of them cost neither disk nor time.
 
 Shapes: N tokens, O = 3 orders, an entry of E bytes.
 """

@@ -1,9 +1,9 @@
 """`tierstore bench overlap`: what a model loses when a tenth of its tables is cached and the rest lies on NVMe.
 
-Flows in: two tables in V4.1's shape, real text, small transformers with two Engram layers. Flows out: tokens a second
-of decode and prefill, beside the same model whose tables lie whole on its device; and the share of a lookup's time
-that is hidden behind the model's own work. Logits of all sides are compared bit for bit before anything is timed.
-Refuses, with `ConfigError`, machines without torch.
+Input: two tables in V4.1's shape, real text, small transformers with two Engram layers. Output: tokens a second of
+decode and prefill, beside the same model whose tables lie whole on its device; and the share of a lookup's time that is
+hidden behind the model's own work. Logits of all sides are compared bit for bit before anything is timed. Errors:
+`ConfigError` without torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .. import real_text
 from ..pairs import Options, Result
 
 SIZE_BYTES = 2 << 30  # of both tables: 3.9 GiB as bfloat16, which a machine of 16 GiB holds beside the rest
-DRAM_PART = 10  # the store's budget is this part of the tables
+DRAM_FRACTION = 1 / 10  # of the tables is the store's budget
 ENGRAM_LAYERS = (1, 4)  # of 12 blocks; V4.1 has them at 1 and 14 of 43
 # Blocks, hidden size, attention heads: GPT-2's two smallest, and one whose blocks have a quarter of the small one's
 # weights: a lookup costs each the same, and finds less and less to hide behind.
@@ -45,7 +45,7 @@ def run(folder: Path, options: Options) -> Result:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     training, held_out = real_text.load_split()
     tables = make_tables(folder, options.size_bytes or SIZE_BYTES, ENGRAM_LAYERS, training.token_map)
-    dram_bytes = options.dram_bytes or tables.num_bytes // DRAM_PART
+    dram_bytes = options.dram_bytes or int(tables.num_bytes * DRAM_FRACTION)
     title = (
         f"overlap, tables of {format_bytes(tables.num_bytes)}, {format_bytes(dram_bytes)} of DRAM, model on {device}"
     )

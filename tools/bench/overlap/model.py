@@ -1,11 +1,11 @@
 """The model of `tierstore bench overlap`: a small transformer, two of whose layers take n-gram rows, and what it is
 fed.
 
-Flows in: token ids, the tokens before them, a key-value cache. Flows out: logits of each sequence's last token.
-Pre-norm blocks of causal attention and a GELU feed-forward, the output tied to the input embedding, as GPT-2; the
-Engram layers add their term to the stream before attention, as V4.1. Without positional encoding, which costs next to
-nothing. One set of weights serves every side of the comparison: the embeddings are handed in. Shapes: B sequences, T
-tokens, D hidden size, V vocabulary.
+Input: token ids, the tokens before them, a key-value cache. Output: logits of each sequence's last token. Pre-norm
+blocks of causal attention and a GELU feed-forward, the output tied to the input embedding, as GPT-2; the Engram layers
+add their term to the stream before attention, as V4.1. Without positional encoding, which costs next to nothing. One
+set of weights serves every side of the comparison: the embeddings are handed in. Shapes: B sequences, T tokens, D
+hidden size, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The sides of `tierstore bench overlap`, open, and the comparison of one model on all of them.
 
-Flows in: tables, budgets, a model, text. Flows out: comparisons and figures. Every side has the same weights, rows
-and text; what differs is where its rows are. Refuses, with `ConfigError`, sides whose logits differ by a bit, before
-anything is timed.
+Input: tables, budgets, a model, text. Output: comparisons and figures. Every side has the same weights, rows and text;
+what differs is where its rows are. Errors: `ConfigError` if the logits of two sides differ by a bit; that is checked
+before anything is timed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """What `tierstore bench overlap` looks up: two tables of one store in V4.1's shape, and the same rows held by a model
 itself.
 
-Flows in: a folder, bytes of both tables, text. Flows out: the store with a placement planned from one part of the
-text, the tokens of the other part, and every row decoded, as a model without a store would hold them. Rows repeat one
-block (stores.py) whose values are finite, since a model computes with them. Refuses what building and planning
-refuse.
+Input: a folder, bytes of both tables, text. Output: the store with a placement planned from one part of the text, the
+tokens of the other part, and every row decoded, as a model without a store would hold them. Rows repeat one block
+(stores.py) whose values are finite, since a model computes with them. Errors: those of building and planning.
 """
 
 from __future__ import annotations

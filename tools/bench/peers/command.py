@@ -1,9 +1,9 @@
 """`tierstore bench peers`: other ways to get the same rows, for the same tokens, in the same run.
 
-Flows in: a working set that tierstore's caches hold whole. Flows out: the cost of a row by NumPy, torch, np.memmap on
-the shards (all their pages mapped: the best that a map can do), LMDB, RocksDB, Redis and Mooncake. Every side is asked
-with arrays and fills an array; its rows are checked before it is timed. Each peer runs in turn with tierstore alone,
-and is gone before the next one starts, so that no server's threads disturb another's figures.
+Input: a working set that tierstore's caches hold whole. Output: the cost of a row by NumPy, torch, np.memmap on the
+shards (all their pages mapped: the best that a map can do), LMDB, RocksDB, Redis and Mooncake. Every side is asked with
+arrays and fills an array; its rows are checked before it is timed. Each peer runs in turn with tierstore alone, and is
+gone before the next one starts, so that no server's threads disturb another's figures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .servers import Mooncake, Redis
 from .stores import Fetch, Lmdb, MissingPeerError, Peer, PeerRows, RocksDb, TunedRocksDb, opened
 
 SIZE_BYTES = 1 << 30
-SET_PART = 8  # the working set is this part of the table
+SET_FRACTION = 1 / 8  # of the table is the working set
 TOKENS = 128  # 3,072 rows
 PEERS: tuple[type[Peer], ...] = (Lmdb, RocksDb, TunedRocksDb, Redis, Mooncake)
 TARGETS = {"LMDB, a value a row": 25.0, "Redis, a value a row": 40.0, "RocksDB, a value a row": 80.0}
@@ -40,7 +40,7 @@ def run(folder: Path, options: Options) -> Result:
     made = stores.make_store(folder, size_bytes // stores.ROW_BYTES)
     page_cache.bring_in(made.files)
     result = Result("")
-    with WorkingSet(made, size_bytes // SET_PART, options.dram_bytes) as held:
+    with WorkingSet(made, int(size_bytes * SET_FRACTION), options.dram_bytes) as held:
         data = PeerRows(held.resident_rows(), len(held.keys))
         result.title = f"peers, {format_bytes(data.rows.nbytes)} of rows, {len(held.keys):,} tokens"
         tokens = options.tokens or TOKENS

@@ -1,7 +1,6 @@
 """Peers that are servers: started here on the loopback or a Unix socket of their own, ended by their own process id.
 
-Flows in and out: as in `peer_stores`. Every wait for a server has an end;
-one that does not start is a `MissingPeerError`.
+Input and output: as in `stores`. Every wait for a server has an end; one that does not start is a `MissingPeerError`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Stores that a user could pick instead, each filled with the same rows and asked for them in its own fastest way.
 
-Flows in: the rows of a working set. Flows out: for each peer, functions that fetch rows of tokens into a buffer: with a
-value a row, and, for key-value stores, with a value a key (an entry of 8 rows) too. Those in this process are here,
-servers in `peer_servers`. A peer that is not installed, or will not start, is refused with `MissingPeerError`,
-which says why.
+Input: the rows of a working set. Output: for each peer, functions that fetch rows of tokens into a buffer: with a value
+a row, and, for key-value stores, with a value a key (an entry of 8 rows) too. Those in this process are here, servers
+in `peer_servers`. A peer that is not installed, or will not start, is refused with `MissingPeerError`, which says why.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Changes of a daemon while its clients look up: replans, swaps, its death and return,
-and how well replans follow the traffic.
+"""Changes of a daemon while its clients look up: replans, swaps, its death and return, and how well replans follow the
+traffic.
 
-Flows in: the setting of `serve`. Flows out: figures: how long each change takes, what the slowest lookup of a client
-took meanwhile beside its usual p99, and hit rates before and after the traffic shifts to other keys, beside those of a
-plan made for the new traffic.
+Input: the setting of `serve`. Output: figures: how long each change takes, what the slowest lookup of a client took
+meanwhile beside its usual p99, and hit rates before and after the traffic shifts to other keys, beside those of a plan
+made for the new traffic.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ STARTS_MAX = 3
 WATCHERS = 2
 QUIET_S = 2.0
 ATTACH_WAIT_S, ATTACH_POLL_S = 60.0, 0.002
-SHIFT_DRAM_PART, SHIFT_DRAM_BYTES_MIN = 64, 8 << 20  # of the table
+SHIFT_DRAM_FRACTION, SHIFT_DRAM_BYTES_MIN = 1 / 64, 8 << 20  # of the table
 SHIFT_ENTRIES_FACTOR = 8  # bytes of all entries that are asked for, for each byte of the budget
-SHIFT_TABLE_PART = 2  # but no more than this part of the table
+SHIFT_TABLE_FRACTION = 1 / 2  # of the table, at most
 SHIFT_TOKENS = 40_000  # between two replans
 ZIPF_EXPONENT = 1.0
 BATCH_TOKENS = 512
-SETTLING_REPLANS = 2
+FIRST_REPLANS = 2
 REPLANS = "after one replan", "after two replans"
 
 
@@ -145,8 +145,8 @@ def measure_shift(setting: Setting, result: Result) -> None:
     """Shifts the traffic to other keys, and replans: hit rates,
     beside those of a placement made for the new traffic."""
     made, spec = setting.made, setting.made.spec
-    dram_bytes = max(spec.table_bytes // SHIFT_DRAM_PART, SHIFT_DRAM_BYTES_MIN)
-    set_bytes = min(SHIFT_ENTRIES_FACTOR * dram_bytes, spec.table_bytes // SHIFT_TABLE_PART)
+    dram_bytes = max(int(spec.table_bytes * SHIFT_DRAM_FRACTION), SHIFT_DRAM_BYTES_MIN)
+    set_bytes = min(SHIFT_ENTRIES_FACTOR * dram_bytes, int(spec.table_bytes * SHIFT_TABLE_FRACTION))
     num_tokens = set_bytes // (stores.ROWS_PER_TOKEN * stores.ROW_BYTES)
     page_cache.bring_in(made.files)
     traffic = _Traffic(num_tokens)
@@ -172,7 +172,7 @@ def measure_shift(setting: Setting, result: Result) -> None:
 
 def _rates_by_replans(served: Served, traffic: _Traffic) -> dict[str, float]:
     with tierstore.connect(served.socket, io="mmap") as store:
-        for _ in range(SETTLING_REPLANS):
+        for _ in range(FIRST_REPLANS):
             traffic.hit_rate(store)
             served.ask("replan")
         rates = {"before the traffic shifts": traffic.hit_rate(store)}

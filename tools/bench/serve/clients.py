@@ -1,9 +1,9 @@
 """Client processes: each has the store its own way, attached to a daemon or opened by itself, and looks up in it.
 
-Flows in: how to have the store, keys, stretches of the monotonic clock that all processes share. Flows out: from each,
-the lookups that ended in a stretch, and how long they took. Before anything is timed, each process compares the rows of
-all keys with what was built. Refuses a process that was not ready when a stretch began:
-it would have measured another one.
+Input: how to have the store, keys, stretches of the monotonic clock that all processes share. Output: from each, the
+lookups that ended in a stretch, and how long they took. Before anything is timed, each process compares the rows of all
+keys with what was built. Errors: `DaemonError` if a process was not ready when a stretch began: it would have measured
+another one.
 
 The other half of this module is what these processes run: lines of JSON come in and go out.
 """
@@ -95,7 +95,7 @@ class Clients:
         ready, _, _ = select.select([process.stdout], [], [], wait_s)
         line = process.stdout.readline() if ready else ""
         if not line:
-            state = "ended; its words are above" if ready else f"said nothing for {wait_s:.0f} s"
+            state = "ended; its words are above" if ready else f"has not answered for {wait_s:.0f} s"
             raise DaemonError(f"client process {process.pid} {state}")
         answer: dict[str, Any] = json.loads(line)
         return answer

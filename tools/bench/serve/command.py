@@ -1,8 +1,8 @@
 """`tierstore bench serve`: lookups through a daemon's shared memory, beside the same lookups in a store of one's own.
 
-Flows in: a table, of which a working set fits the budget: half of it static by a placement, half in the recency cache.
-Flows out: rates of attached lookups beside those in process, of one process and of many; how even many clients fare;
-what memory all take together; lookups by gRPC; and what `serve_changes` measures, of changes while clients look up. The
+Input: a table, of which a working set fits the budget: half of it static by a placement, half in the recency cache.
+Output: rates of attached lookups beside those in process, of one process and of many; how even many clients fare; what
+memory all take together; lookups by gRPC; and what `serve_changes` measures, of changes while clients look up. The
 daemon is a process of its own, and so is each of many clients.
 """
 
@@ -34,13 +34,13 @@ from .launcher import Served, proportional_bytes
 from .setting import Setting
 
 SIZE_BYTES = 2 << 30
-SET_PART = 16  # the working set is this part of the table
+SET_FRACTION = 1 / 16  # of the table is the working set
 DRAM_FACTOR = 2.75  # budget for each byte of the working set,
 STATIC_FRACTION = 0.4  # of which so much is for the static half
 DRAM_BYTES_MIN = 8 << 20
 TOKENS, ONE_TOKEN_LOOKUPS = 2048, 2000
 BATCHES_A_ROUND = 8
-SETTLE_ROUNDS_MAX, SETTLE_PAUSE_S = 20, 0.2  # the daemon reads what attached lookups missed within that
+FILL_ROUNDS_MAX, FILL_PAUSE_S = 20, 0.2  # the daemon reads what attached lookups missed within that
 HELD_SHARE_MIN = 0.95
 CLIENTS, MANY_CLIENTS, OWN_STORES = 8, 64, 2
 STRETCH_S, MANY_STRETCH_S = 1.0, 3.0
@@ -57,7 +57,7 @@ def run(folder: Path, options: Options) -> Result:
     made = stores.make_store(folder, size_bytes // stores.ROW_BYTES)
     second_folder = folder / stores.FOLDER / SECOND_FOLDER
     second = stores.make_store(second_folder, size_bytes // stores.ROW_BYTES, seed=SECOND_SEED)
-    set_bytes = size_bytes // SET_PART
+    set_bytes = int(size_bytes * SET_FRACTION)
     dram_bytes = options.dram_bytes or max(int(set_bytes * DRAM_FACTOR), DRAM_BYTES_MIN)
     keys = stores.fresh_keys(np.random.default_rng(), set_bytes // (stores.ROWS_PER_TOKEN * stores.ROW_BYTES))
     result = Result(f"serve, {format_bytes(set_bytes)} of a table of {format_bytes(made.spec.table_bytes)}, all hits")
@@ -98,7 +98,7 @@ def _measure_one_process(setting: Setting, served: Served, result: Result) -> np
         tierstore.open(setting.made.path, dram=setting.dram_bytes) as own,
     ):
         tables = {ATTACHED: attached[stores.TABLE], OWN: own[stores.TABLE]}
-        held = _settled(setting, tables)
+        held = _filled(setting, tables)
         generator, out = np.random.default_rng(), stores.rows_buffer(tokens)
 
         def one_token(table: tierstore.Table) -> float:
@@ -137,11 +137,11 @@ def _compare(
     result.comparisons.append(Comparison(case, "row", tokens * stores.ROWS_PER_TOKEN, seconds, {OWN: 0.9}, ATTACHED))
 
 
-def _settled(setting: Setting, tables: Mapping[str, tierstore.Table]) -> np.ndarray:
+def _filled(setting: Setting, tables: Mapping[str, tierstore.Table]) -> np.ndarray:
     """Looks all keys up, checking their rows, until no table reads from disk any more;
     returns the keys that all hold."""
     in_memory = [tierstore.kernels.SOURCES.index(source) for source in ("static", "recency")]
-    for _ in range(SETTLE_ROUNDS_MAX):
+    for _ in range(FILL_ROUNDS_MAX):
         for start in range(0, len(setting.keys), 512):
             part = setting.keys[start : start + 512]
             for table in tables.values():
@@ -151,7 +151,7 @@ def _settled(setting: Setting, tables: Mapping[str, tierstore.Table]) -> np.ndar
             held &= np.isin(table.locate(setting.keys), in_memory).all(axis=1)
         if held.all():
             break
-        time.sleep(SETTLE_PAUSE_S)
+        time.sleep(FILL_PAUSE_S)
     if held.mean() < HELD_SHARE_MIN:
         raise ConfigError(f"--dram {setting.dram_bytes}: {held.mean():.0%} of the working set is held; give more")
     return setting.keys[held]

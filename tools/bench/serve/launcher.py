@@ -1,8 +1,8 @@
 """A daemon to measure: `tierstore serve` as a process of its own, started, asked, killed and started again.
 
-Flows in: a store, a socket's path, a budget, more options of the command. Flows out: when it was ready, its answers,
-and what memory it and its clients take, as the kernel counts that. Its log goes to a file beside the socket. Refuses a
-daemon that does not begin to serve in time, or ends by itself: the error shows its last words.
+Input: a store, a socket's path, a budget, more options of the command. Output: when it was ready, its answers, and what
+memory it and its clients take, as the kernel counts that. Its log goes to a file beside the socket. Errors:
+`DaemonError`, with the end of its log, if it does not serve in time or ends by itself.
 """
 
 from __future__ import annotations

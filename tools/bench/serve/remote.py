@@ -1,9 +1,9 @@
 """Lookups by gRPC over the loopback: latency of one token, and bytes of rows a second of streamed batches.
 
-Flows in: the URL of a running server, or nothing: then a store of V4.1's rows is made under a folder and served by a
-process of its own, all of it in DRAM, so that what is measured is the way and not the disk. Flows out: medians; where
-the server is ours, also those of bare gRPC, which sends equally many bytes in turn with it,
-and rows are checked before anything is timed.
+Input: the URL of a running server, or nothing: then a store of V4.1's rows is made under a folder and served by a
+process of its own, all of it in DRAM, so that what is measured is the way and not the disk. Output: medians; where the
+server is ours, also those of bare gRPC, which sends equally many bytes in turn with it, and rows are checked before
+anything is timed.
 
     python -m tierstore.tools.bench.serve.remote --folder /mnt/nvme
 """
