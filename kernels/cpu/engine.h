@@ -103,6 +103,7 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
 
   std::vector<Table>& tables() { return tables_; }
+  bool is_closed() const { return closed_.load(); }
 
   // Every use of the engine lives as long as one of these, which is false once the engine is closed. It sees one epoch.
   class Use {
@@ -150,14 +151,14 @@ class Engine {
   size_t num_readers() const;
   size_t num_free_readers() const;
 
-  // Copies what memory holds of a table's pairs, entry i to out + (list.first + i) * entry_bytes, and appends the rest
-  // to the misses. Returns false, with `out` undefined and nothing counted, if a key or a pair is none of the table's.
-  bool gather(const EpochView& view, size_t table, const PairList& list, uint8_t* out, Gathered& gathered);
+  // Copies what memory holds of a table's pairs, pair i to entry list.first + i of out, and appends the rest to the
+  // misses. Returns false, with `out` undefined and nothing counted, if a key or a pair is not one of the table's.
+  bool gather(const EpochView& view, size_t table, const PairList& list, const Output& out, Gathered& gathered);
 
-  // Appends rows (kRowUnit; id -1 for zeros) or pages (kPageUnit) to what is to be read past the cache; rows of a
-  // resident table, and zeros, are copied. of_tokens: the ids are those of whole tokens, [N, O * H], and of a resident
-  // table are counted as keys. Returns as `gather` does; list.first counts rows or pages.
-  bool gather_units(size_t table, const PairList& ids, uint8_t* out, uint8_t unit, bool of_tokens, Gathered& gathered);
+  // Appends rows by their ids, -1 for zeros, to what must be read past the cache; rows of a resident table, and zeros,
+  // are copied. of_tokens: the ids are those of whole tokens, [N, O * H], and of a resident table are counted as keys.
+  // Returns as `gather` does; ids.first counts rows.
+  bool gather_rows(size_t table, const PairList& ids, uint8_t* out, bool of_tokens, Gathered& gathered);
 
   // Writes the Source of each of a table's keys, [num_tokens, O]. Counts nothing.
   void locate(const EpochView& view, size_t table, const int64_t* keys, size_t num_tokens, uint8_t* sources);

@@ -9,11 +9,11 @@ namespace tierstore {
 
 class Engine;
 
-// The engine that a Python object holds, as long as that lives; a TypeError where it is none.
+// The engine of a Python `Engine`, as long as that lives; raises TypeError if it is something else.
 Engine& engine_of(pybind11::handle object);
 
-// (kind, table, page, detail), or None where all is well.
-pybind11::object fault_tuple(const Fault& fault);
+// The exception by which a Python `Engine` names a fault.
+pybind11::object exception_of(pybind11::handle engine, const Fault& fault);
 
 void bind_engine(pybind11::module_& module);
 

@@ -8,8 +8,8 @@
 namespace tierstore {
 namespace {
 
-constexpr size_t kBucketsAhead =
-    18;  // pairs whose bucket of the static set's index is on its way while an earlier one is searched
+// Pairs whose bucket of the static set's index is on its way while an earlier one is searched.
+constexpr size_t kBucketsAhead = 18;
 constexpr size_t kSetsAhead = 18;    // pairs whose set is on its way while an earlier one is probed
 constexpr size_t kEntriesAhead = 4;  // pairs whose entry is on its way while an earlier one is copied
 constexpr size_t kRowsAhead = 16;    // resident rows on their way while an earlier one is copied
@@ -28,7 +28,7 @@ void copy_row(const uint8_t* from, uint8_t* to, size_t row_bytes) {
   }
 }
 
-// Keys of a list, each loaded once; one that is none of the table's is noted and taken for a sentinel.
+// Keys of a list, each loaded once; one that is not the table's is noted and taken for a sentinel.
 class CheckedKeys {
  public:
   CheckedKeys(const Table& table, const PairList& list, Found& found)
@@ -96,8 +96,8 @@ int64_t copy_resident(const Table& table, size_t num_rows, uint8_t* out, RowId r
 // Four stages, each some pairs behind the one before, so that what it needs has come from memory meanwhile: ask for the
 // key's bucket of the static set's index; search it, and where the key is not loaded ask for its set of the cache;
 // probe that, and ask for the entry; copy. Without a static set the first stage falls away.
-Found gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, const PairList& list, uint8_t* out,
-                    std::vector<Miss>& misses, ReportSink* reports) {
+Found gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, const PairList& list,
+                    const Output& output, std::vector<Miss>& misses, ReportSink* reports) {
   struct Pair {
     const IndexBucket* bucket;
     const CacheSet* set;
@@ -112,7 +112,11 @@ Found gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, co
   count_pairs(table, list, found);
   CheckedKeys keys(table, list, found);
   const size_t num_pairs = list.count;
-  out += list.first * table.entry_bytes();
+  uint8_t* const out = output.rows + list.first * table.entry_bytes();
+  uint8_t* const sources = output.sources == nullptr ? nullptr : output.sources + list.first;
+  const auto note_source = [sources](size_t i, Source source) {
+    if (sources != nullptr) sources[i] = source;
+  };
   const EntryCache& cache = *table.cache;
   const StaticSet& statics = table.statics;
   const size_t entry_bytes = table.entry_bytes();
@@ -157,21 +161,26 @@ Found gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, co
       if (next != nullptr) fetch(next, entry_bytes);
       continue;
     }
-    const size_t place = i - entries_ahead;
-    const Pair& pair = ring[place & (kRing - 1)];
-    uint8_t* to = out + place * entry_bytes;
+    const size_t copied = i - entries_ahead;
+    const Pair& pair = ring[copied & (kRing - 1)];
+    uint8_t* to = out + copied * entry_bytes;
     if (pair.key < 0) {
       std::memset(to, 0, entry_bytes);
       ++found.sentinels[pair.order];
+      note_source(copied, kFromNowhere);
     } else if (pair.record != nullptr) {
       racing_copy(to, pair.record, entry_bytes, next, streamed);
       ++found.static_hits[pair.order];
+      note_source(copied, kFromStatic);
       if (reports != nullptr) reports->some(pair.order, pair.key, kFromStatic);
     } else if (pair.probe.way < 0 || !cache.copy(pair.probe, table.tagged(pair.order), pair.key, to, next, streamed)) {
       const uint32_t in_file = statics.place_in_file(pair.order, pair.key, pair.placed);
-      misses.push_back({pair.key, static_cast<uint32_t>(list.first + place), table_index, pair.order, in_file});
+      misses.push_back({pair.key, static_cast<uint32_t>(list.first + copied), table_index, pair.order, in_file});
+      note_source(copied, in_file == kNotPlaced ? kFromPages : kFromRecord);
       if (reports != nullptr) reports->all(pair.order, pair.key, kFromPages);
-    } else if (reports != nullptr) {
+    } else {
+      note_source(copied, kFromRecency);
+      if (reports == nullptr) continue;
       const bool counted_out = pair.probe.set->counts[pair.probe.way].load(std::memory_order_relaxed) >= kCountMax;
       counted_out ? reports->some(pair.order, pair.key, kFromRecency)
                   : reports->all(pair.order, pair.key, kFromRecency);
@@ -181,7 +190,7 @@ Found gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, co
   return found;
 }
 
-Found gather_nothing(const Table& table, uint16_t table_index, const PairList& list, uint8_t* out,
+Found gather_nothing(const Table& table, uint16_t table_index, const PairList& list, const Output& out,
                      std::vector<Miss>& misses) {
   Found found;
   count_pairs(table, list, found);
@@ -190,31 +199,35 @@ Found gather_nothing(const Table& table, uint16_t table_index, const PairList& l
   for (size_t i = 0; i < list.count; ++i) {
     if (list.pairs != nullptr) order = keys.order(i, table.num_orders);
     const int64_t key = keys.key(i);
-    const size_t place = list.first + i;
+    const size_t index = list.first + i;
+    Source source = kFromNowhere;
     if (key < 0) {
-      std::memset(out + place * table.entry_bytes(), 0, table.entry_bytes());
+      std::memset(out.rows + index * table.entry_bytes(), 0, table.entry_bytes());
       ++found.sentinels[order];
     } else {
-      misses.push_back(
-          {key, static_cast<uint32_t>(place), table_index, order, table.statics.place_in_file(order, key, kNotPlaced)});
+      const uint32_t in_file = table.statics.place_in_file(order, key, kNotPlaced);
+      misses.push_back({key, static_cast<uint32_t>(index), table_index, order, in_file});
+      source = in_file == kNotPlaced ? kFromPages : kFromRecord;
     }
+    if (out.sources != nullptr) out.sources[index] = source;
     order = order + 1u == table.num_orders ? 0 : static_cast<uint8_t>(order + 1);
   }
   return found;
 }
 
-Found gather_resident(const Table& table, const PairList& list, uint8_t* out, int64_t& bad_page) {
+Found gather_resident(const Table& table, const PairList& list, const Output& out, int64_t& bad_page) {
   const size_t heads = table.rows_per_key, orders = table.num_orders;
   Found found;
   count_pairs(table, list, found);
   CheckedKeys keys(table, list, found);
   size_t pair = 0, head = 0, order = 0;
   int64_t key = -1;
-  bad_page = copy_resident(table, list.count * heads, out + list.first * table.entry_bytes(), [&](size_t) {
+  bad_page = copy_resident(table, list.count * heads, out.rows + list.first * table.entry_bytes(), [&](size_t) {
     if (head == 0) {
       if (list.pairs != nullptr) order = keys.order(pair, orders);
       key = keys.key(pair);
       found.sentinels[order] += key < 0;
+      if (out.sources != nullptr) out.sources[list.first + pair] = key < 0 ? kFromNowhere : kFromResident;
     }
     const int64_t id = key < 0 ? -1 : static_cast<int64_t>(table.row_id(order * heads + head, key));
     if (++head == heads) {

@@ -1,7 +1,8 @@
 // Copies what memory holds of a request, straight into the caller's buffer.
 //
-// out: the table's output; entry `list.first + i` is that of pair i. Costs one probe and one copy a pair; the waits for
-// memory of up to 16 pairs overlap (software prefetch). Each key is loaded once, and checked as it is loaded.
+// out: the table's output; entry `list.first + i` is that of pair i, and so is its source. Costs one probe and one copy
+// a pair; the waits for memory of up to 16 pairs overlap (software prefetch). Each key is loaded once, and checked as
+// it is loaded.
 #pragma once
 
 #include <cstddef>
@@ -21,17 +22,17 @@ struct Found {
   bool good = true;  // whether all keys and pairs are the table's; entries of others are zeros
 };
 
-// From the epoch's static set and the cache. Appends the pairs that neither holds to `misses`. reports: where to say
-// what was asked for; null: nowhere.
-Found gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, const PairList& list, uint8_t* out,
+// From the epoch's static set and the cache. Appends the pairs that neither holds to `misses`. reports: where to
+// report what was asked for; null: nowhere.
+Found gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, const PairList& list, const Output& out,
                     std::vector<Miss>& misses, ReportSink* reports);
 
 // The same if nothing in memory may be read: all keys are misses.
-Found gather_nothing(const Table& table, uint16_t table_index, const PairList& list, uint8_t* out,
+Found gather_nothing(const Table& table, uint16_t table_index, const PairList& list, const Output& out,
                      std::vector<Miss>& misses);
 
 // From a resident table. bad_page: the first bad page that a row lies on, -1 if all are good.
-Found gather_resident(const Table& table, const PairList& list, uint8_t* out, int64_t& bad_page);
+Found gather_resident(const Table& table, const PairList& list, const Output& out, int64_t& bad_page);
 
 // From a resident table, by row id, -1 for a zero row; list.keys are the ids. Counts nothing.
 Found gather_resident_rows(const Table& table, const PairList& ids, uint8_t* out, int64_t& bad_page);

@@ -16,10 +16,9 @@
 
 namespace tierstore {
 
-// What is read at once: the rows of a key of some order, or, by these two in place of an order, one row or one page.
-constexpr uint8_t kRowUnit = 254;
-constexpr uint8_t kPageUnit = 255;
 constexpr size_t kOrdersMax = 16;
+// In place of an order: the request is for one row, by its id, and not for the rows of a key.
+constexpr uint8_t kRowRequest = 254;
 
 // What is asked for of one table. keys: [count], -1 for zero rows. pairs: [count], not below 0: key i is of order
 // pairs[i] % O; null if the keys are of whole tokens, and so of orders 0, 1, ..., O - 1, 0, 1, ... first: which entry
@@ -35,22 +34,46 @@ struct PairList {
   int32_t pair(size_t i) const { return __atomic_load_n(pairs + i, __ATOMIC_RELAXED); }
 };
 
-struct Miss {
-  int64_t key;     // a key, a row id or a page number
-  uint32_t place;  // which entry, row or page of the table's output it fills
-  uint16_t table;
-  uint8_t order;
-  uint32_t placed;  // where its record lies in the placement file, kNotPlaced where it has none
-
-  bool same_unit(const Miss& other) const { return key == other.key && table == other.table && order == other.order; }
+// Where the rows of a request go: entry (or row) i to rows + i * its bytes. sources: what answered pair i, a Source;
+// null: not wanted. Only the caller's thread writes sources, and only until its `Engine::gather` returns.
+struct Output {
+  Output(uint8_t* rows, uint8_t* sources = nullptr) : rows(rows), sources(sources) {}
+  uint8_t* rows;
+  uint8_t* sources;
 };
 
-enum class FaultKind { kNone, kBadPage, kDisk, kTimeout, kForked, kBadEntry, kNoMemory, kCancelled };
+struct Miss {
+  int64_t key;     // a key, or a row id
+  uint32_t index;  // which entry or row of the table's output it fills
+  uint16_t table;
+  uint8_t order;           // or kRowRequest
+  uint32_t record_number;  // in the placement file; kNotPlaced if it has no record there
+
+  bool same_request(const Miss& other) const {
+    return key == other.key && table == other.table && order == other.order;
+  }
+};
+
+// The last three never come from a page reader: the engine was closed; a key, a row id or a pair is not one of the
+// table's; the caller's own time limit was over.
+enum class FaultKind {
+  kNone,
+  kBadPage,
+  kDisk,
+  kTimeout,
+  kForked,
+  kBadEntry,
+  kNoMemory,
+  kCancelled,
+  kClosed,
+  kOutside,
+  kOverdue
+};
 
 struct Fault {
   FaultKind kind = FaultKind::kNone;
   uint32_t table = 0;
-  int64_t page = 0;  // of kBadEntry, the entry's place
+  int64_t page = 0;  // of kBadEntry, the number of its record
   int detail = 0;    // a PageStatus, an errno, kCutShort, or seconds
 };
 
@@ -87,7 +110,7 @@ struct Job {
   // Takes over what keeps the outputs alive. Comes before the first read.
   void hold(Held* held) { held_ = held; }
 
-  // Brings equal units together, so that each is read once. Gives up, in any order, once the job is cancelled.
+  // Brings equal requests together, so that each is read once. Gives up, in any order, once the job is cancelled.
   void sort() {
     constexpr uint32_t kLook = 1 << 14;  // comparisons between two looks, well below a millisecond
     uint32_t left = kLook;

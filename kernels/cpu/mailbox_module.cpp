@@ -109,7 +109,7 @@ class PyMailboxServer {
       const py::gil_scoped_release released;
       fault = server_->take_fault(id);
     }
-    return fault_tuple(fault.value_or(Fault{}));
+    return fault ? exception_of(engine_, *fault) : py::none();
   }
 
   uint64_t served(uint64_t id) {

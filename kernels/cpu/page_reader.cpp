@@ -13,16 +13,16 @@ namespace {
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
-constexpr size_t kLandedAtOnce = 32;  // between two looks at the clock, and at whether the job is cancelled
+constexpr size_t kCompletedAtOnce = 32;  // between two looks at the clock, and at whether the job is cancelled
 
-// So that a key that is asked for a million times is not copied to all its places at once: others wait for the job's
+// So that a key that is asked for a million times is not copied to all its entries at once: others wait for the job's
 // lock meanwhile.
 constexpr size_t kBatchMisses = 1 << 16;
 
-constexpr uint64_t kPlacedRead = uint64_t{1} << 63;  // in place of a page number: a place in the placement file
+constexpr uint64_t kPlacedRead = uint64_t{1} << 63;  // in place of a page number: a record number of the placement file
 
-size_t unit_bytes(const Table& table, uint8_t order) {
-  return order == kPageUnit ? 0 : order == kRowUnit ? table.row_bytes : table.entry_bytes();
+size_t request_bytes(const Table& table, uint8_t order) {
+  return order == kRowRequest ? table.row_bytes : table.entry_bytes();
 }
 
 }  // namespace
@@ -107,11 +107,11 @@ bool PageReader::run(int slice_ms) noexcept {
   return true;
 }
 
-// Lands a few of the pages that have arrived.
+// Completes a few of the reads that have arrived.
 void PageReader::complete_some() {
   const std::lock_guard<std::mutex> lock(job_->writing);
   if (job_->cancelled() && job_->fault.kind == FaultKind::kNone) fail({FaultKind::kCancelled, 0, 0, 0});
-  const size_t at_once = faults_.is_on() ? 1 : kLandedAtOnce;  // a slow read takes as long as many others
+  const size_t at_once = faults_.is_on() ? 1 : kCompletedAtOnce;  // a slow read takes as long as many others
   for (size_t i = 0; i < at_once && done_next_ < done_.size(); ++i) complete(done_[done_next_++]);
 }
 
@@ -127,46 +127,36 @@ void PageReader::fill_batches() {
   }
 }
 
-// Takes the next units of the job, as many as the assembly buffer holds and at least one, and says which rows they
-// want. A unit with more places than a read batch has is read again in the next one.
+// Takes the next distinct requests of the job, as many as the assembly buffer holds and at least one, and lists the
+// rows that they want. A request that repeats more often than a read batch has room for is read again in the next one.
 void PageReader::plan_batch(ReadBatch& batch) {
   const std::vector<Miss>& misses = job_->misses;
   batch.wants.clear();
   batch.group_starts.clear();
   batch.miss_start = next_miss_;
   uint8_t* to = batch.assembly;
-  size_t pages_of_pages = 0;
   const size_t end = std::min(misses.size(), next_miss_ + kBatchMisses);
   while (next_miss_ < end) {
     const Miss& miss = misses[next_miss_];
-    const size_t num_bytes = unit_bytes(tables_[miss.table], miss.order);
-    if (next_miss_ > batch.miss_start &&
-        (to + num_bytes > batch.assembly + shape_.assembly_bytes || pages_of_pages >= shape_.depth)) {
-      break;
-    }
-    pages_of_pages += miss.order == kPageUnit;
-    want_unit(batch, miss, to);
+    const size_t num_bytes = request_bytes(tables_[miss.table], miss.order);
+    if (next_miss_ > batch.miss_start && to + num_bytes > batch.assembly + shape_.assembly_bytes) break;
+    want_rows(batch, miss, to);
     to += num_bytes;
-    for (++next_miss_; next_miss_ < end && misses[next_miss_].same_unit(miss);) ++next_miss_;
+    for (++next_miss_; next_miss_ < end && misses[next_miss_].same_request(miss);) ++next_miss_;
   }
   batch.miss_end = next_miss_;
   group_wants(batch);
 }
 
-// Notes what the unit of the job's next miss wants read, and that it is put together at `to`.
-void PageReader::want_unit(ReadBatch& batch, const Miss& miss, uint8_t* to) {
+// Lists what the job's next miss wants read, to be put together at `to`.
+void PageReader::want_rows(ReadBatch& batch, const Miss& miss, uint8_t* to) {
   const Table& table = tables_[miss.table];
-  if (miss.order == kPageUnit) {
-    batch.wants.push_back({static_cast<uint64_t>(miss.key), miss.table, 0, static_cast<uint32_t>(table.page_bytes),
-                           job_->outputs[miss.table] + miss.place * table.page_bytes});
-    return;
-  }
-  if (miss.placed != kNotPlaced) {
-    batch.wants.push_back({kPlacedRead | miss.placed, miss.table, static_cast<uint32_t>(next_miss_),
+  if (miss.record_number != kNotPlaced) {
+    batch.wants.push_back({kPlacedRead | miss.record_number, miss.table, static_cast<uint32_t>(next_miss_),
                            static_cast<uint32_t>(table.entry_bytes()), to});
     return;
   }
-  const bool is_row = miss.order == kRowUnit;
+  const bool is_row = miss.order == kRowRequest;
   for (size_t row = 0; row < (is_row ? 1 : table.rows_per_key); ++row) {
     const uint64_t row_id =
         is_row ? static_cast<uint64_t>(miss.key) : table.row_id(miss.order * table.rows_per_key + row, miss.key);
@@ -195,8 +185,8 @@ PageRead PageReader::read_of(const ReadBatch& batch, size_t group, uint32_t slot
   const Table& table = tables_[want.table];
   if ((want.page & kPlacedRead) != 0) {
     const PlacedFile& placed = table.statics.placed;
-    const auto place = static_cast<uint32_t>(want.page);
-    return {&placed.file, placed.read_start(place), static_cast<uint32_t>(placed.read_bytes(place)), slot,
+    const auto number = static_cast<uint32_t>(want.page);
+    return {&placed.file, placed.read_start(number), static_cast<uint32_t>(placed.read_bytes(number)), slot,
             staging_ + slot * shape_.page_bytes};
   }
   return {&table.shards[want.page / table.pages_per_shard], want.page % table.pages_per_shard * table.page_bytes,
@@ -251,7 +241,7 @@ Fault PageReader::complete_page(const ReadBatch& batch, size_t group, PageDone d
   if (status != kPageGood) return {FaultKind::kBadPage, batch.wants[start].table, number, status};
   counters_.pages.fetch_add(1, std::memory_order_relaxed);
   counters_.bytes.fetch_add(table.page_bytes, std::memory_order_relaxed);
-  if (job_->misses.front().order >= kRowUnit)
+  if (job_->misses.front().order == kRowRequest)
     counters_.row_bytes.fetch_add(table.page_bytes, std::memory_order_relaxed);
   for (size_t i = start; i < end; ++i) {
     const RowWant& want = batch.wants[i];
@@ -260,50 +250,49 @@ Fault PageReader::complete_page(const ReadBatch& batch, size_t group, PageDone d
   return {};
 }
 
-// An index may lead several keys to one record: whoever is not the one it names is told so, not handed its rows.
+// An index may lead several keys to one record: a key that the record does not name gets a fault, not its rows.
 Fault PageReader::complete_placed(const ReadBatch& batch, size_t group, PageDone done) {
   const size_t start = batch.group_starts[group], end = batch.group_starts[group + 1];
   const uint32_t table = batch.wants[start].table;
   const PlacedFile& placed = tables_[table].statics.placed;
-  const auto place = static_cast<uint32_t>(batch.wants[start].page);
-  uint8_t* record = staging_ + done.slot * shape_.page_bytes + (placed.record_start(place) - placed.read_start(place));
+  const auto number = static_cast<uint32_t>(batch.wants[start].page);
+  uint8_t* record =
+      staging_ + done.slot * shape_.page_bytes + (placed.record_start(number) - placed.read_start(number));
   faults_.apply(done, record, placed.shape.record_bytes);
-  if (done.error != 0) return {FaultKind::kBadEntry, table, place, done.error};
-  if (!record_is_whole(record, placed.shape)) return {FaultKind::kBadEntry, table, place, 0};
+  if (done.error != 0) return {FaultKind::kBadEntry, table, number, done.error};
+  if (!record_is_whole(record, placed.shape)) return {FaultKind::kBadEntry, table, number, 0};
   counters_.entries.fetch_add(1, std::memory_order_relaxed);
-  counters_.bytes.fetch_add(placed.read_bytes(place), std::memory_order_relaxed);
+  counters_.bytes.fetch_add(placed.read_bytes(number), std::memory_order_relaxed);
   for (size_t i = start; i < end; ++i) {
     const RowWant& want = batch.wants[i];
     const Miss& miss = job_->misses[want.which];
-    if (!record_is_of(record, placed.shape, miss.order, miss.key)) return {FaultKind::kBadEntry, table, place, 0};
+    if (!record_is_of(record, placed.shape, miss.order, miss.key)) return {FaultKind::kBadEntry, table, number, 0};
     std::memcpy(want.to, record, want.num_bytes);
   }
   return {};
 }
 
-// Copies a read batch's units to every place that asked for them, and offers entries to their tables' caches.
+// Copies a read batch's rows to every miss that asked for them, and offers entries to their tables' caches.
 void PageReader::finish_batch(ReadBatch& batch) {
   const std::vector<Miss>& misses = job_->misses;
   const uint8_t* from = batch.assembly;
   for (size_t i = batch.miss_start; i < batch.miss_end;) {
-    const Miss& unit = misses[i];
-    const Table& table = tables_[unit.table];
-    const size_t num_bytes = unit_bytes(table, unit.order);
+    const Miss& request = misses[i];
+    const Table& table = tables_[request.table];
+    const size_t num_bytes = request_bytes(table, request.order);
     size_t end = i;
-    for (; end < batch.miss_end && misses[end].same_unit(unit); ++end) {
-      if (unit.order != kPageUnit)
-        std::memcpy(job_->outputs[unit.table] + misses[end].place * num_bytes, from, num_bytes);
-    }
-    if (unit.order < kOrdersMax && table.cache != nullptr && table.cache->writable()) {
+    for (; end < batch.miss_end && misses[end].same_request(request); ++end)
+      std::memcpy(job_->outputs[request.table] + misses[end].index * num_bytes, from, num_bytes);
+    if (request.order != kRowRequest && table.cache != nullptr && table.cache->writable()) {
       const std::lock_guard<std::mutex> lock(table.cache->writer());
-      table.cache->offer(table.tagged(unit.order), unit.key, from);
+      table.cache->offer(table.tagged(request.order), request.key, from);
     }
     from += num_bytes;
     i = end;
   }
 }
 
-// The first fault ends the job: nothing more is started, what is in flight is let land, and no rows are handed out.
+// The first fault ends the job: nothing more is started, what is in flight completes, and no rows are handed out.
 void PageReader::fail(const Fault& fault) {
   if (job_->fault.kind == FaultKind::kNone) job_->fault = fault;
   next_miss_ = job_->misses.size();

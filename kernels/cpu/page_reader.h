@@ -1,9 +1,9 @@
 // A page reader: one page queue with its staging, which carries one job at a time from misses to rows in place.
 //
-// A job goes in read batches of as many units as the assembly buffer holds. The pages of a read batch are sorted and
+// A job goes in read batches of as many requests as the assembly buffer holds. The pages of a read batch are sorted and
 // each is read once, and a key that has a record in the placement file is one read of that instead of its pages; as
 // they arrive, they are checked, and their rows put together in the assembly buffer; a finished read batch is copied to
-// its places and offered to the caches. Two read batches overlap, so that the queue stays full from one to the next. A
+// the outputs and offered to the caches. Two read batches overlap, so that the queue stays full from one to the next. A
 // page reader belongs to one thread at a time.
 //
 // Reads write to staging alone. The job's outputs are written to under its `writing` lock, by the thread that runs the
@@ -31,8 +31,8 @@ struct PageReaderShape {
   size_t staging_bytes() const { return depth * page_bytes + 2 * assembly_bytes; }
 };
 
-// Counters of what was read: pages, placed entries, bytes of both, and those of the bytes that rows by id and whole
-// pages took. Any thread may add.
+// Counters of what was read: pages, placed entries, bytes of both, and those of the bytes that rows by id
+// took. Any thread may add.
 struct ReadCounters {
   std::atomic<uint64_t> pages{0}, entries{0}, bytes{0}, row_bytes{0};
 };
@@ -67,7 +67,7 @@ class PageReader {
   void abandon_after_fork();
 
  private:
-  // One row of a page; or a placed entry: `page` is its place under kPlacedRead, `which` its miss.
+  // One row of a page; or a placed entry: `page` is its record number under kPlacedRead, `which` its miss.
   struct RowWant {
     uint64_t page;
     uint32_t table;
@@ -90,7 +90,7 @@ class PageReader {
   void complete_some();
   void fill_batches();
   void plan_batch(ReadBatch& batch);
-  void want_unit(ReadBatch& batch, const Miss& miss, uint8_t* to);
+  void want_rows(ReadBatch& batch, const Miss& miss, uint8_t* to);
   void group_wants(ReadBatch& batch);
   PageRead read_of(const ReadBatch& batch, size_t group, uint32_t slot);
   void start_reads();
@@ -111,7 +111,7 @@ class PageReader {
   std::vector<Flight> flights_;  // by slot
   std::vector<uint32_t> free_slots_;
   std::vector<PageRead> reads_;  // scratch
-  std::vector<PageDone> done_;   // arrived; those from done_next_ on have not landed
+  std::vector<PageDone> done_;   // arrived; those from done_next_ on are not completed
   size_t done_next_ = 0;
   Job* job_ = nullptr;
   Job abandoned_;

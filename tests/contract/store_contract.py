@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.stores import Model, random_keys
 
 import tierstore
+from tierstore import kernels
 
 
 class StoreContract:
@@ -43,6 +44,33 @@ class StoreContract:
     def test_lookup_equals_the_oracle_for_any_keys(self, store, model: Model, keys: list[list[int]]) -> None:
         keys_array = np.array(keys, dtype=np.int64).reshape(-1, 3)
         np.testing.assert_array_equal(store["layers.1"].lookup(keys_array), model.expected("layers.1", keys_array))
+
+    def test_a_lookup_reports_what_answered_each_key(self, store, model: Model) -> None:
+        for seed in range(3):  # later ones find some of their keys in the caches
+            keys = random_keys(np.random.default_rng(seed // 2), 150)
+            before, expected = store.stats(), store["layers.1"].locate(keys)
+            sources = np.full(keys.shape, 0xA5, dtype=np.uint8)
+            out = store["layers.1"].lookup(keys, sources=sources)
+            np.testing.assert_array_equal(out, model.expected("layers.1", keys))
+            names, after = np.array(kernels.SOURCES)[sources], store.stats()
+            assert ((names == "none") == (keys < 0)).all()
+            read = int(np.isin(names, ("record", "pages")).sum())
+            assert after["hits"]["nvme"] - before["hits"]["nvme"] == read
+            assert after["hits"]["hbm"] - before["hits"]["hbm"] == int((names == "hbm").sum())
+            if seed == 0:  # a daemon may bring later ones into its cache between the two calls
+                np.testing.assert_array_equal(sources, expected)
+
+    def test_sources_that_do_not_fit_are_refused_by_name(self, store) -> None:
+        keys = np.zeros((4, 3), dtype=np.int64)
+        for sources in (np.zeros((4, 2), np.uint8), np.zeros((3, 4), np.uint8).T, np.zeros((8, 3), np.uint8)[::2]):
+            with pytest.raises(ValueError, match="sources is"):
+                store["layers.1"].lookup(keys, sources=sources)
+        with pytest.raises(TypeError, match="sources is int64"):
+            store["layers.1"].lookup(keys, sources=keys)
+
+    def test_a_lookup_with_time_to_spare_gives_the_same_rows(self, store, model: Model) -> None:
+        keys = random_keys(np.random.default_rng(21), 60)
+        np.testing.assert_array_equal(store["layers.1"].lookup(keys, timeout_s=60.0), model.expected("layers.1", keys))
 
     def test_equal_keys_of_different_orders_have_their_own_rows(self, store, model: Model) -> None:
         keys = np.array([[0, 0, 0], [7, 7, 7], [0, 7, 0], [2**63 - 1] * 3], dtype=np.int64)

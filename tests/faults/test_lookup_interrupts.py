@@ -170,6 +170,21 @@ def test_a_handler_may_look_up_in_the_store_that_it_interrupts(
     np.testing.assert_array_equal(found[0], model.expected(NAME, others))
 
 
+@pytest.mark.parametrize("timeout_s", [0.0, 0.25])
+def test_a_lookup_ends_when_its_time_is_over_and_leaves_its_buffer_alone(
+    slow: tierstore.Store, model: Model, timeout_s: float
+) -> None:
+    keys = random_keys(np.random.default_rng(7), 300)
+    out, started = np.empty((300, 24, 40), dtype=np.uint8), time.monotonic()
+    with pytest.raises(TimeoutError, match=f"not there within {timeout_s} s"):
+        slow[NAME].lookup(keys, out, timeout_s=timeout_s)
+    assert time.monotonic() - started < timeout_s + PROMPT_S
+    out[:] = 0x3C
+    slow._engine.native.inject("none")
+    np.testing.assert_array_equal(slow[NAME].lookup(keys, timeout_s=60.0), model.expected(NAME, keys))
+    assert (out == 0x3C).all()
+
+
 @pytest.mark.parametrize("how", ["lookup", "rows", "submit"])
 def test_a_buffer_is_its_owners_again_when_the_call_was_interrupted(
     slow: tierstore.Store, model: Model, handling: Any, how: str

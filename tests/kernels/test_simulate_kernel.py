@@ -158,7 +158,6 @@ def test_a_cache_that_memory_cannot_hold_is_refused(num_sets: int) -> None:
         kernels.simulate_cache(*one_by_one([1]), num_sets)
 
 
-@pytest.mark.skipif(not kernels.native, reason="the portable engine keeps what was used last")
 @pytest.mark.parametrize(
     "batch_max", [1, 4, 12]
 )  # batches that one read batch reads: the order of its offers is then known

@@ -18,7 +18,6 @@ from support.repository import TESTS
 from support.stores import Model, open_behind_hbm, place_some, random_keys
 
 import tierstore
-from tierstore import kernels
 from tierstore.formats import catalog
 from tierstore.formats import placement as placement_format
 from tierstore.formats.catalog import read_catalog, set_epoch
@@ -83,18 +82,17 @@ def test_placed_entries_cost_one_read_or_none(own_store: Path, model: Model) -> 
         assert store["plain"].explain(np.array([[3], [-1]])).tolist() == [["resident"], ["none"]]
 
 
-@pytest.mark.parametrize("io", ["uring", "mmap", "pread", "portable"])
+@pytest.mark.parametrize("io", ["uring", "mmap", "pread"])
 @pytest.mark.parametrize(
     ("hbm_entries", "start"), [(0, 0), (511, 0), (512, 512), (1000, 512), (1300, 1024), (9999, 1024)]
 )
 def test_a_static_set_behind_hbm_holds_the_records_from_its_start_on(
-    own_store: Path, model: Model, monkeypatch: pytest.MonkeyPatch, io: str, hbm_entries: int, start: int
+    own_store: Path, model: Model, io: str, hbm_entries: int, start: int
 ) -> None:
     chosen = some_chosen(0, 1300)
     place_at(0.5, own_store, {NAME: chosen})
     keys, each = tokens_of(chosen), np.arange(1300)
-    monkeypatch.setattr(kernels, "native", kernels.native and io != "portable")
-    with open_behind_hbm(own_store, hbm_entries, "400KiB", "auto" if io == "portable" else io) as store:
+    with open_behind_hbm(own_store, hbm_entries, "400KiB", io) as store:
         loaded = store.stats()["placement"]["static_entries"][NAME]
         assert 0 < loaded <= 1300 - start
         static = (each >= start) & (each < start + loaded)
@@ -187,11 +185,7 @@ def test_a_damaged_record_costs_its_own_entry_speed_and_no_more(
         np.testing.assert_array_equal(store[NAME].lookup(keys), model.expected(NAME, keys))
 
 
-@pytest.mark.parametrize("portable", [False, True])
-def test_a_damaged_record_beyond_dram_is_an_error_that_names_it(
-    own_store: Path, model: Model, monkeypatch: pytest.MonkeyPatch, portable: bool
-) -> None:
-    monkeypatch.setattr("tierstore.kernels.native", not portable)
+def test_a_damaged_record_beyond_dram_is_an_error_that_names_it(own_store: Path, model: Model) -> None:
     chosen = some_chosen(7)
     placed = place_at(0.0, own_store, {NAME: chosen}).placement.tables[NAME]
     damage(placement_file(own_store), placed.byte_start + 3 * placed.record_bytes + 11)

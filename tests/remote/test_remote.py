@@ -137,11 +137,6 @@ def test_explain_says_what_the_server_would_do(built: Path) -> None:
         assert (store["layers.1"].explain(keys)[keys >= 0] == "recency").mean() > 0.5
 
 
-def test_pages_are_refused_by_name(built: Path) -> None:
-    with connected(built) as (store, _), pytest.raises(tierstore.ConfigError, match="pages are not handed out"):
-        store._engine.read_pages(0, np.array([0]), np.empty((1, 4096), dtype=np.uint8))
-
-
 def test_a_damaged_page_is_the_same_error_as_on_the_server(own_store: Path) -> None:
     for shard in own_store.rglob("*.shard"):
         shard.write_bytes(bytes(shard.stat().st_size))

@@ -15,24 +15,19 @@ import pytest
 from support.stores import Model, random_keys
 
 import tierstore
-from tierstore import kernels
 from tierstore.errors import ConfigError, CorruptPageError, FormatError, StoreNotReadyError
 from tierstore.formats.key_trace import KeyBlock, KeyTraceWriter, read_key_blocks, read_key_trace_info
 from tierstore.store import recorder
 from tierstore.store.recorder import RecordingEngine, is_sampled
 
 MASK = 2**64 - 1
-ENGINES = {"cached": "600KiB", "resident": "64MiB", "portable": "600KiB"}
+DRAM = {"cached": "600KiB", "resident": "64MiB"}
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=DRAM)
 def store(request: pytest.FixtureRequest, built: Path) -> Iterator[tierstore.Store]:
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "portable":
-            patch.setattr(kernels, "native", False)
-        opened = tierstore.open(built, dram=ENGINES[request.param])
-    with opened:
-        yield opened
+    with tierstore.open(built, dram=DRAM[request.param]) as store:
+        yield store
 
 
 def accesses_of(path: Path) -> list[tuple[int, int, int, int]]:

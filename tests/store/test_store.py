@@ -18,7 +18,6 @@ from contract.store_contract import StoreContract
 from support.stores import Model, open_behind_hbm, random_keys
 
 import tierstore
-from tierstore import kernels
 from tierstore.tiers import native
 
 
@@ -57,27 +56,6 @@ class TestPreadStore(StoreContract):
         return tierstore.open(path, dram="300KiB", io="pread")
 
 
-def open_portable(path: Path, dram: str) -> tierstore.Store:
-    """Opens a store as where the compiled kernels are missing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "native", False)
-        return tierstore.open(path, dram=dram)
-
-
-class TestPortableStore(StoreContract):
-    """Without the compiled kernels, from a cache of entries."""
-
-    def open_store(self, path: Path) -> tierstore.Store:
-        return open_portable(path, "600KiB")
-
-
-class TestPortableResidentStore(StoreContract):
-    """Without the compiled kernels, every row in DRAM."""
-
-    def open_store(self, path: Path) -> tierstore.Store:
-        return open_portable(path, "64MiB")
-
-
 class PlacedStore(StoreContract):
     """With a placement, part of it in DRAM and part in its file."""
 
@@ -107,27 +85,11 @@ class TestPlacedPreadStore(PlacedStore):
         return tierstore.open(path, dram="1MiB", io="pread")
 
 
-class TestPlacedPortableStore(PlacedStore):
-    """Without the compiled kernels."""
-
-    def open_store(self, path: Path) -> tierstore.Store:
-        return open_portable(path, "400KiB")
-
-
 class TestPlacedBehindHbmStore(PlacedStore):
     """Where the static set begins behind the entries of HBM, which nobody holds here."""
 
     def open_store(self, path: Path) -> tierstore.Store:
         return open_behind_hbm(path, 600)
-
-
-class TestPlacedBehindHbmPortableStore(PlacedStore):
-    """The same without the compiled kernels."""
-
-    def open_store(self, path: Path) -> tierstore.Store:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "native", False)
-            return open_behind_hbm(path, 600)
 
 
 class TestPlacedResidentStore(PlacedStore):
@@ -167,15 +129,6 @@ def test_a_budget_that_is_no_size_is_refused(built: Path, dram: object) -> None:
 def test_options_that_do_not_exist_are_refused(built: Path, option: dict) -> None:
     with pytest.raises(tierstore.ConfigError, match=next(iter(option))):
         tierstore.open(built, **option)
-
-
-def test_without_the_compiled_kernels_io_falls_back_and_says_so(
-    built: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernels, "native", False)
-    with tierstore.open(built, io="uring") as store:
-        assert store.stats()["io"] == "pread"
-    assert "uring" in caplog.text
 
 
 def test_hits_are_served_without_reading(built: Path, model: Model) -> None:
@@ -418,9 +371,8 @@ def test_a_fork_while_a_store_closes_under_lookups_does_not_wait_for_ever(built:
     subprocess.run(command, check=True, timeout=120)
 
 
-@pytest.mark.parametrize("portable", [False, True])
 def test_a_closed_store_that_is_still_named_keeps_no_memory_and_its_counts(
-    built: Path, monkeypatch: pytest.MonkeyPatch, portable: bool
+    built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its block was let go only with the store itself."""
     blocks: list[weakref.ref] = []
@@ -432,17 +384,13 @@ def test_a_closed_store_that_is_still_named_keeps_no_memory_and_its_counts(
         return block
 
     monkeypatch.setattr(native, "allocate", allocate)
-    monkeypatch.setattr(kernels, "native", not portable)
     store = tierstore.open(built, dram="600KiB")
     store["layers.1"].lookup(random_keys(np.random.default_rng(0), 20))
     counted = store.stats()["hits"]
     store.close()
     assert store.stats()["hits"] == counted
     gc.collect()
-    if portable:
-        assert all(table.cache is None and table.resident is None for table in store._engine._tables)
-    else:
-        assert [block() for block in blocks] == [None]
+    assert [block() for block in blocks] == [None]
 
 
 def test_closing_gives_back_every_descriptor(built: Path) -> None:

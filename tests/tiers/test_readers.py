@@ -64,15 +64,6 @@ class TestPread(ReaderContract):
         return tierstore.open(path, dram=dram, io="pread")
 
 
-class TestPortable(ReaderContract):
-    """Without the compiled kernels."""
-
-    def open_store(self, path: Path, dram: str = "600KiB") -> tierstore.Store:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "native", False)
-            return tierstore.open(path, dram=dram)
-
-
 @pytest.mark.parametrize(
     ("io", "uring_errno", "madvise_errno", "expected", "said"),
     [

@@ -12,21 +12,21 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ..errors import DaemonError, StoreNotReadyError
+from ..errors import StoreNotReadyError
 from ..ipc.identity import this_process
 from ..layout import TableLayout
 from ..stats import add_counters, counters_since
-from ..tiers.engine import HostEngine, Pending, Request
+from ..tiers.engine import HostEngine, Pending, Request, VersionChangedError, in_one_version
 from ..tiers.native import NativeEngine
 from .link import Link
 
 logger = logging.getLogger("tierstore")
 
-ENGINES_MAX = 8  # that a lookup meets closed one after the other, before it gives up: they change seldom
+_T = TypeVar("_T")
 
 
 class AttachedEngine(HostEngine):
@@ -118,39 +118,43 @@ class AttachedEngine(HostEngine):
                 self._relink()
                 self._process = this_process()
 
-    def _with_engine(self, act: Callable[[NativeEngine], Any]) -> Any:
-        """Calls act with the engine; again with the next one where it was closed, because another took its place."""
-        for _ in range(ENGINES_MAX):
+    def _with_engine(self, act: Callable[[NativeEngine], _T]) -> _T:
+        """Calls act with the newest engine; again with the next one if it was closed because another took its place."""
+
+        def answer() -> _T:
             engine = self._now()
             try:
                 return act(engine)
-            except StoreNotReadyError:
+            except StoreNotReadyError as error:
                 if self._closed or (engine is self._link.engine and self._process == this_process()):
                     raise
-        raise DaemonError(f"the daemon changed its version {ENGINES_MAX} times during one lookup; look it up again")
+                raise VersionChangedError(str(error)) from error
 
-    def check(self, outcome: Any) -> None:
-        self._link.engine.check(outcome)
+        # One native engine answers all of a call, so what it answers is of one version, also if that is replaced
+        # meanwhile.
+        return in_one_version(self._link.engine, answer, f"the store {self._link.path} (of a daemon)")
 
-    def lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
-        self._with_engine(lambda engine: engine.lookup(index, keys, out))
+    def lookup(
+        self,
+        index: int,
+        keys: np.ndarray,
+        out: np.ndarray,
+        sources: np.ndarray | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._with_engine(lambda engine: engine.lookup(index, keys, out, sources, timeout_s))
 
     def submit(self, requests: Sequence[Request]) -> Pending | None:
-        pending: Pending | None = self._with_engine(lambda engine: engine.submit(requests))
-        return pending
+        return self._with_engine(lambda engine: engine.submit(requests))
 
     def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> Pending | None:
-        pending: Pending | None = self._with_engine(lambda engine: engine.submit_pairs(index, keys, pairs, out))
-        return pending
+        return self._with_engine(lambda engine: engine.submit_pairs(index, keys, pairs, out))
 
     def is_resident(self, index: int) -> bool:
         return self._link.engine.is_resident(index)
 
     def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
         self._with_engine(lambda engine: engine.rows(index, row_ids, out))
-
-    def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:
-        self._with_engine(lambda engine: engine.read_pages(index, page_numbers, out))
 
     def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
         self._with_engine(lambda engine: engine.locate(index, keys, sources))

@@ -208,8 +208,8 @@ class Answers:
         spec = table.spec
         out = buffer[: len(keys) * _token_bytes(table)].reshape(len(keys), spec.num_heads, spec.row_bytes)
         with self._looking_up(call, served):
-            sources = table.locate(keys)
-            table.lookup(keys, out)
+            sources = np.empty(keys.shape, dtype=np.uint8)
+            table.lookup(keys, out, sources=sources)
         return Part(place, start, _view(out), *_hits(sources))
 
     @contextmanager

@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, DaemonError, FormatError, StoreNotReadyError, TierStoreError
+from ..errors import ConfigError, FormatError, StoreNotReadyError, TierStoreError
 from ..ipc.identity import this_process
 from ..spec import TableSpec
 from ..stats import LatencyCounts
-from ..tiers.engine import READ_WAIT_S, Engine, Request
+from ..tiers.engine import READ_WAIT_S, Engine, Request, VersionChangedError, in_one_version
 from . import messages
 from .channel import Connection
 from .messages import Description, TableKeys
@@ -43,7 +43,6 @@ HEAD_BYTES = 4096  # of a message, at most, beside its keys or rows
 ID_BYTES = 8  # of a key or a row id
 SUBMIT_THREADS = 16
 TICKETS_MAX = 256  # under way; beyond, submit waits for one to end
-VERSION_TRIES_MAX = 5
 COUNTS = (
     "batches",
     "zero_miss_batches",
@@ -85,12 +84,23 @@ class RemoteEngine(Engine):
         self._hits = [[[0] * len(spec.orders) for _ in (DRAM, STATIC, NVME)] for spec in specs]
         self.try_lookup = lambda index, keys, out: False  # noqa: ARG005
 
-    def check(self, outcome: Any) -> None:
-        assert outcome is None, "lookups raise by themselves"
-
-    def lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
+    def lookup(
+        self,
+        index: int,
+        keys: np.ndarray,
+        out: np.ndarray,
+        sources: np.ndarray | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        until = self._until(timeout_s)
+        if sources is not None:  # a reply has counts by tier and order, which is enough for the counts of a client
+            self._locate(index, keys, sources, until)  # before the lookup brings the keys into the server's cache
         with self._under_way(), self._timed():
-            self._look_up([(index, keys, out)])
+            self._look_up([(index, keys, out)], until)
+
+    def _until(self, timeout_s: float | None = None) -> float:
+        """Returns when a call that begins now must have its answers."""
+        return time.monotonic() + (self._timeout_s if timeout_s is None else min(self._timeout_s, timeout_s))
 
     @contextmanager
     def _timed(self, started_ns: int | None = None) -> Iterator[None]:
@@ -121,7 +131,7 @@ class RemoteEngine(Engine):
         """A ticket's work, in a thread of the pool."""
         try:
             with self._timed(started_ns):
-                self._look_up(requests)
+                self._look_up(requests, self._until())
         finally:
             with self._state:
                 self._num_tickets -= 1
@@ -150,20 +160,17 @@ class RemoteEngine(Engine):
             attempts = [
                 self._attempt_rows(spec, row_ids[start : start + step], out[start : start + step]) for start in starts
             ]
-            answers = self._answers(attempts)
+            answers = self._answers(attempts, self._until())
         with self._counts_lock:
             self._totals["rows"] += len(row_ids)
             self._totals["batches"] += 1
             for name in ("bytes_read", "row_bytes_read"):
                 self._totals[name] += sum(answer.num_bytes for answer in answers)
 
-    def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:  # noqa: ARG002
-        raise ConfigError(
-            f"{self._connection.url}: pages are not handed out over a network; read them on the server's host"
-        )
-
     def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
-        until = time.monotonic() + self._timeout_s
+        self._locate(index, keys, sources, self._until())
+
+    def _locate(self, index: int, keys: np.ndarray, sources: np.ndarray, until: float) -> None:
         with self._under_way():
             for start, end in self._token_ranges(index, len(keys)):
                 of_table = self._table_keys(index, keys[start:end])
@@ -224,9 +231,9 @@ class RemoteEngine(Engine):
         if self._closed:
             raise StoreNotReadyError(f"the store {self._connection.url} is closed; connect again")
 
-    def _look_up(self, requests: Sequence[Request]) -> None:
+    def _look_up(self, requests: Sequence[Request], until: float) -> None:
         """Fills the buffers of a lookup, and counts it."""
-        answers = self._answers([self._attempt_lookup(piece) for piece in self._pieces(requests)])
+        answers = self._answers([self._attempt_lookup(piece) for piece in self._pieces(requests)], until)
         num_keys = sum(keys.size for _, keys, _ in requests)
         num_nvme = 0
         with self._counts_lock:
@@ -244,19 +251,19 @@ class RemoteEngine(Engine):
             totals["batches"] += 1
             totals["zero_miss_batches"] += not num_nvme
 
-    def _answers(self, attempts: Sequence[Callable[[float], Answer]]) -> list[Answer]:
-        """Makes the requests of one lookup, again where the store was changed between them."""
-        until = time.monotonic() + self._timeout_s
-        for _ in range(VERSION_TRIES_MAX):
+    def _answers(self, attempts: Sequence[Callable[[float], Answer]], until: float) -> list[Answer]:
+        """Makes the requests of one lookup, again if the store was changed between them."""
+
+        def ask_all() -> list[Answer]:
             answers = [self._connection.tried(partial(ask, until), until) for ask in attempts]
-            versions = {answer.version for answer in answers}
-            if len(versions) <= 1:
-                for version in versions - {self._answered}:
-                    self._take_version(version, until)
-                return answers
-        raise DaemonError(
-            f"{self._connection.url}: its store changed {VERSION_TRIES_MAX} times during a lookup; ask for less"
-        )
+            if len({answer.version for answer in answers}) > 1:
+                raise VersionChangedError(f"{self._connection.url}: its store was changed between two requests")
+            return answers
+
+        answers = in_one_version(self, ask_all, self._connection.url)
+        for version in {answer.version for answer in answers} - {self._answered}:
+            self._take_version(version, until)
+        return answers
 
     def _take_version(self, version: tuple[int, int], until: float) -> None:
         """Takes note that another version answers than before, and says so if it is of another server,

@@ -11,7 +11,6 @@ import logging
 import os
 from typing import Any
 
-from .. import kernels
 from ..decisions.budget import DramPlan
 from ..decisions.division import divide_budgets
 from ..decisions.hbm_budget import HbmPlan, pinned_bytes
@@ -19,12 +18,11 @@ from ..errors import BudgetError, ConfigError, FormatError
 from ..formats.catalog import CatalogImage, read_catalog
 from ..process.progress import OnProgress
 from ..stats import expected_of
-from ..tiers.engine import Engine
+from ..tiers.engine import DeviceEngine, Engine
 from ..tiers.memory import available_memory
 from ..tiers.native import open_native
 from ..tiers.nvme import IoChoice, choose_io, open_tables
 from ..tiers.placed import PlacementFile
-from ..tiers.portable import PortableEngine
 from ..units import format_bytes, parse_bytes
 from .backing import Backing
 from .options import DEFAULT_DEVICE, check_options
@@ -168,15 +166,14 @@ class Embedded(Backing):
                 what, self._files, self._plan, self._hbm_plan, choice, self._placed, device, on_progress
             )
         else:
-            make = open_native if kernels.native else PortableEngine
-            engine = make(what, self._files, self._plan, choice, self._placed, on_progress)
+            engine = open_native(what, self._files, self._plan, choice, self._placed, on_progress)
         if engine.bad_pages:
             first = next(iter(engine.bad_pages.values()))
             logger.error("%s: %d pages will not be served: %s", what, len(engine.bad_pages), first)
         return engine
 
     def change_hbm(self, placement: int | None) -> int:
-        if self.engine.device is None:
+        if self.engine.device is None or not isinstance(self.engine, DeviceEngine):
             return super().change_hbm(placement)
         image, placed = open_placement(self.name, placement, direct=self.engine.io == "uring")
         if placed is None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..formats.key_trace import KeyBlock, KeyTraceInfo, KeyTraceWriter, TracedTable
-from ..tiers.engine import Engine, Pending, Request
+from ..tiers.engine import Engine, EngineWrapper, Pending, Request
 
 logger = logging.getLogger("tierstore")
 
@@ -193,26 +193,34 @@ def _sampled(lookups: Sequence[_Lookup], share: float) -> KeyBlock:
     return KeyBlock(table[kept], order_index[kept], keys[kept], batch[kept])
 
 
-class RecordingEngine(Engine):
+class RecordingEngine(EngineWrapper):
     """An engine with a recorder beside it: every lookup by keys that it takes is recorded. See `Engine`."""
 
     def __init__(self, engine: Engine, recorder: Recorder) -> None:
         """engine: does the work, and is there unchanged when the recording ends."""
+        super().__init__(engine)
         self.engine, self.recorder = engine, recorder
-        self.io, self.bad_pages = engine.io, engine.bad_pages
         self.try_lookup = self._try_lookup
 
-    def _try_lookup(self, index: int, keys: Any, out: Any) -> Any:
-        outcome = self.engine.try_lookup(index, keys, out)
-        if outcome is None:
+    @property
+    def device(self) -> Any:
+        return self.engine.device
+
+    def _try_lookup(self, index: int, keys: Any, out: Any) -> bool:
+        done = self.engine.try_lookup(index, keys, out)
+        if done:
             self.recorder.record([(index, keys)])
-        return outcome
+        return done
 
-    def check(self, outcome: Any) -> None:
-        self.engine.check(outcome)
-
-    def lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
-        self.engine.lookup(index, keys, out)
+    def lookup(
+        self,
+        index: int,
+        keys: np.ndarray,
+        out: np.ndarray,
+        sources: np.ndarray | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        self.engine.lookup(index, keys, out, sources, timeout_s)
         self.recorder.record([(index, keys)])
 
     def submit(self, requests: Sequence[Request]) -> Pending | None:
@@ -221,7 +229,7 @@ class RecordingEngine(Engine):
             if requests:
                 self.recorder.record([(index, keys) for index, keys, _ in requests])
             return pending
-        except BaseException:
+        except BaseException:  # nobody has the lookup
             if pending is not None:
                 pending.cancel()
             raise
@@ -231,45 +239,7 @@ class RecordingEngine(Engine):
         try:
             self.recorder.record([(index, self.recorder.tokens_of(index, keys, pairs))])
             return pending
-        except BaseException:
+        except BaseException:  # nobody has the lookup
             if pending is not None:
                 pending.cancel()
             raise
-
-    @property
-    def version(self) -> int:  # type: ignore[override]
-        return self.engine.version
-
-    @property
-    def device(self) -> Any:
-        return self.engine.device
-
-    def change_entries(self, file: Any) -> list[np.ndarray]:
-        return self.engine.change_entries(file)
-
-    def open_lookup(self, index: int, tokens_max: int) -> Any:
-        return self.engine.open_lookup(index, tokens_max)
-
-    def is_resident(self, index: int) -> bool:
-        return self.engine.is_resident(index)
-
-    def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
-        self.engine.rows(index, row_ids, out)
-
-    def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:
-        self.engine.read_pages(index, page_numbers, out)
-
-    def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
-        self.engine.locate(index, keys, sources)
-
-    def counters(self) -> dict[str, Any]:
-        return self.engine.counters()
-
-    def close(self, timeout_s: float) -> bool:
-        return self.engine.close(timeout_s)
-
-    def before_fork(self) -> None:
-        self.engine.before_fork()
-
-    def after_fork(self, *, child: bool) -> None:
-        self.engine.after_fork(child=child)

@@ -25,7 +25,7 @@ from ..errors import ConfigError, StoreNotReadyError
 from ..formats.key_trace import KeyTraceInfo, TracedTable
 from ..process.forks import DeferredSignals, LostEngine
 from ..stats import stats_of
-from ..tiers.engine import Engine, Pending
+from ..tiers.engine import DeviceEngine, Engine, Pending
 from ..units import format_bytes
 from .backing import Backing
 from .recorder import Recorder, RecordingEngine
@@ -234,7 +234,12 @@ class Store:
         page-locked memory holds no more. Its buffers live until the store is closed. Raises `BudgetError` where they do
         not fit in the page-locked memory, `StoreNotReadyError` where there is no hbm tier, or not any more.
         """
-        return self._engine.open_lookup(self[name].index, tokens_max)
+        engine = self._backing.engine  # whatever is recorded: lookups from the device are not
+        if not isinstance(engine, DeviceEngine):
+            raise StoreNotReadyError(
+                f"table {name} of {tokens_max} tokens: this store has no hbm tier; open it with hbm="
+            )
+        return engine.open_lookup(self[name].index, tokens_max)
 
     def change_hbm(self, placement: int | None = None) -> int:
         """Brings another placement's hottest entries into the hbm tier, under running lookups; returns its epoch.

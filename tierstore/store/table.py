@@ -6,19 +6,15 @@ ranges than the table has, by name. Shapes: N tokens, O orders, H rows per key.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 
 from .. import kernels
-from ..errors import StoreNotReadyError
 from ..spec import TableSpec
-from ..tiers.engine import Engine
+from ..tiers.engine import Engine, in_one_version
 
 KEYS_END = 1 << 63
-VERSION_TRIES_MAX = 16
-VERSION_PAUSE_S = 0.001
 
 
 class Table:
@@ -54,26 +50,48 @@ class Table:
         """What the table is: rows, codec, address map, fingerprint. Frozen."""
         return self._spec
 
-    def lookup(self, keys: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Returns the rows of keys: int64 [N, O] -> uint8 [N, O * H, row_bytes]; key -1 gives zero rows.
+    def lookup(
+        self,
+        keys: np.ndarray,
+        out: np.ndarray | None = None,
+        *,
+        sources: np.ndarray | None = None,
+        timeout_s: float | None = None,
+    ) -> np.ndarray:
+        """Looks up the rows of keys, on the caller's thread. Blocks on the disk for what no tier holds.
 
-        keys may be strided; out, if given, is filled and returned (any strides). Blocks on the disk for what no tier
-        holds; a signal handler that raises ends it, and nothing is written to out afterwards. Raises `TypeError` (not
-        int64), `ValueError` (shape, keys below -1), `CorruptPageError`, `StoreNotReadyError` (closed); after an error,
-        out is undefined. Keys may lie where out does.
+        A signal handler that raises ends it.
+
+        Args:
+            keys: int64 [N, O], any strides; key -1 gives zero rows. They may lie where out does.
+            out: uint8 [N, O * H, row_bytes], any strides, filled and returned; None: a new array.
+            sources: uint8 [N, O], contiguous; filled with what answered each key, an index into `kernels.SOURCES`.
+            timeout_s: the longest that it waits; None: as long as the disk answers.
+
+        Returns:
+            The rows, uint8 [N, O * H, row_bytes].
+
+        Raises:
+            TypeError: keys are not int64, out is not uint8.
+            ValueError: a wrong shape, keys below -1.
+            CorruptPageError: a row cannot be read as it was built.
+            StoreNotReadyError: the store is closed.
+            TimeoutError: timeout_s is over. After any error out is undefined, and nothing is written to it any more (by
+                `connect` over gRPC, an answer on its way still is).
         """
-        rows = out
-        if rows is None and isinstance(keys, np.ndarray) and keys.ndim == 2:
-            rows = np.empty((keys.shape[0], *self._rows_shape), dtype=np.uint8)
-        outcome = self._try_lookup(self.index, keys, rows)
-        if outcome is None and rows is not None:  # nearly always; what follows would be felt in the shortest lookup
-            return rows
-        if outcome is not False:
-            self._engine.check(outcome)
-        # Something is out of the ordinary: arguments to refuse or to copy, a closed store.
+        if sources is None and timeout_s is None:
+            rows = out
+            if rows is None and isinstance(keys, np.ndarray) and keys.ndim == 2:
+                rows = np.empty((keys.shape[0], *self._rows_shape), dtype=np.uint8)
+            # Nearly always all; what follows would be felt in the shortest lookup.
+            if self._try_lookup(self.index, keys, rows) and rows is not None:
+                return rows
+        # Something is out of the ordinary: arguments to refuse or to copy, a closed store, a limit.
         keys, out = self.checked(keys, out)
+        if sources is not None:
+            _check_sources(sources, keys.shape)
         flat = out if out.flags.c_contiguous else np.empty(out.shape, dtype=np.uint8)
-        self._engine.lookup(self.index, keys, flat)
+        self._engine.lookup(self.index, keys, flat, sources, timeout_s)
         if flat is not out:
             out[...] = flat
         return out
@@ -107,16 +125,8 @@ class Table:
             raise ValueError(f"table {spec.name}: row id {bad} is outside -1 to {spec.num_rows - 1}")
         out = _checked_out(out, (*row_ids.shape, spec.row_bytes))
         flat = out if out.flags.c_contiguous else np.empty(out.shape, dtype=np.uint8)
-        for _ in range(VERSION_TRIES_MAX):
-            version = self._engine.version
-            self._gather_rows(row_ids, flat)
-            if version == self._engine.version != -1:
-                break
-            time.sleep(VERSION_PAUSE_S)  # swapped meanwhile: some rows may be of the old version, some of the new
-        else:
-            raise StoreNotReadyError(
-                f"table {spec.name}: the store was swapped {VERSION_TRIES_MAX} times during one call; ask again"
-            )
+        # Whole tokens and single rows are two lookups: swapped between them, the store would answer from two versions.
+        in_one_version(self._engine, lambda: self._gather_rows(row_ids, flat), f"table {spec.name}")
         if flat is not out:
             out[...] = flat
         return out
@@ -189,3 +199,14 @@ def _checked_out(out: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
     if not out.flags.writeable:
         raise ValueError("out is read-only; give a buffer that can be written")
     return out
+
+
+def _check_sources(sources: np.ndarray, shape: tuple[int, ...]) -> None:
+    if not isinstance(sources, np.ndarray) or sources.dtype != np.uint8:
+        raise TypeError(
+            f"sources is {getattr(sources, 'dtype', type(sources).__name__)}, expected a NumPy array of uint8"
+        )
+    if sources.shape != shape or not (sources.flags.c_contiguous and sources.flags.writeable):
+        raise ValueError(
+            f"sources is {list(sources.shape)}, expected {list(shape)}, one for each key, contiguous and writable"
+        )

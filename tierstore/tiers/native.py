@@ -1,13 +1,12 @@
-"""The lookup path in C++ (kernels/cpu/engine.h): this module hands it tables and memory, and names its faults.
+"""The lookup path in C++ (kernels/cpu/engine.h): this module hands it tables and memory.
 
-Flows in: what the engine contract says. Flows out: the same rows, at the speed of memory and disk.
+Input: what the engine contract says. Output: the same rows, at the speed of memory and disk. Errors: those of the
+contract, which `faults` names and the C++ side raises.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,16 +17,15 @@ import numpy as np
 from .. import kernels
 from ..causes import allow_open_files, short_of_something
 from ..decisions.budget import DramPlan, StagingPlan
-from ..errors import CorruptPageError, StoreNotReadyError, TierStoreError
-from ..formats.page import PAGE_VERSION, fault_text, repair_command
+from ..formats.page import PAGE_VERSION
 from ..process.progress import OnProgress
 from ..process.workers import aside
 from ..stats import latency_of
 from .engine import READ_WAIT_S, HostEngine, Request, in_slices
+from .faults import FaultNames
 from .memory import allocate
 from .nvme import IoChoice, TableFiles, load_rows
 from .placed import PlacementFile, load_all_static
-from .placed import fault_text as entry_fault_text
 
 logger = logging.getLogger("tierstore")
 
@@ -123,7 +121,6 @@ class NativeEngine(HostEngine):
         self._what = what
         self.layouts = [file.table for file in files]
         self.memories = list(memories)
-        self._placed = placed
         self._resident = [isinstance(memory.rows_or_cache, np.ndarray) for memory in memories]
         self.bad_pages = {}
         self.io = choice.mode
@@ -140,52 +137,50 @@ class NativeEngine(HostEngine):
                 jobs_max=JOBS_MAX,
                 wait_s=READ_WAIT_S,
                 shared=None if shared is None else (shared.control, shared.version, shared.block, shared.reports),
+                # Not a method of ours: the C++ side would hold us, and nothing collects a circle through it.
+                make_fault=FaultNames(
+                    what, [file.table.spec.name for file in files], placed.path if placed else None, self.bad_pages
+                ),
             )
         except RuntimeError as error:
             raise short_of_something(f"{what}: reading pages") from error
-        self.try_lookup = self._engine.lookup
-        for wanted, found, asked in self._engine.shortfalls():
+        self.try_lookup = self._engine.try_lookup
+        for resource, num_found, num_wanted in self._engine.shortfalls():
             logger.warning(
                 "%s: %d of %d %s could be had: lookups are slower; raise 'ulimit -n' and 'ulimit -l', or free memory",
-                what, found, asked, wanted,
+                what, num_found, num_wanted, resource,
             )  # fmt: skip
 
     def set_resident(self, index: int, bad_pages: Mapping[int, str]) -> None:
-        """Says that a table's memory holds its rows, but for those of bad pages, and why those are bad."""
-        self.bad_pages |= {(index, page): text for page, text in bad_pages.items()}
+        """Declares that a table's memory holds its rows, but for those of bad pages, and why those are bad."""
+        self.bad_pages.update({(index, page): text for page, text in bad_pages.items()})
         self._engine.set_resident(index, list(bad_pages))
 
     def is_resident(self, index: int) -> bool:
         return self._resident[index]
 
-    def lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
-        self.check(self._engine.lookup(index, keys, out))
+    def lookup(
+        self,
+        index: int,
+        keys: np.ndarray,
+        out: np.ndarray,
+        sources: np.ndarray | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        if not self._engine.lookup(index, keys, out, sources, timeout_s):
+            raise TimeoutError(f"{self._what}: the rows were not there within {timeout_s} s; the lookup was given up")
 
     def submit(self, requests: Sequence[Request]) -> NativePending | None:
-        return self._pending(self._engine.submit(list(requests)))
+        return _pending(self._engine.submit(list(requests)))
 
     def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> NativePending | None:
-        return self._pending(self._engine.submit_pairs(index, keys, pairs, out))
-
-    def _pending(self, ticket: Any) -> NativePending | None:
-        if ticket is None:
-            return None
-        if ticket is False:
-            self.check(False)
-        try:
-            return NativePending(self, ticket)
-        except BaseException:
-            ticket.cancel()
-            raise
+        return _pending(self._engine.submit_pairs(index, keys, pairs, out))
 
     def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
-        self.check(self._engine.rows(index, row_ids, out))
-
-    def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:
-        self.check(self._engine.read_pages(index, page_numbers, out))
+        self._engine.rows(index, row_ids, out)
 
     def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
-        self.check(self._engine.locate(index, keys, sources))
+        self._engine.locate(index, keys, sources)
 
     def counters(self) -> dict[str, Any]:
         counters = self._engine.counters()
@@ -211,61 +206,16 @@ class NativeEngine(HostEngine):
     def after_fork(self, *, child: bool) -> None:
         self._engine.after_fork(child)
 
-    def check(self, outcome: Any) -> None:
-        """Raises what an outcome of the C++ side means: None is good, False closed (arguments were checked),
-        else a fault."""
-        if outcome is None:
-            return
-        if outcome is False:
-            raise StoreNotReadyError(f"{self._what} is closed, as it is when nobody holds it; open it again")
-        raise self._fault(*outcome)
-
-    def _fault(self, kind: str, index: int, page: int, detail: int) -> TierStoreError | TimeoutError | MemoryError:
-        if kind == "memory":
-            return MemoryError(
-                f"{self._what}: no memory for the lookup's own bookkeeping, or for a page reader; nothing of it is "
-                f"lost: look up fewer keys at once, or free memory"
-            )
-        if kind == "cancelled":
-            return StoreNotReadyError(f"{self._what}: the lookup was given up; its buffer holds no rows")
-        if kind in ("disk", "entry") and detail == errno.EBADF:
-            return StoreNotReadyError(
-                f"{self._what}: a descriptor of its files or of its I/O ring is closed, and this store did not close "
-                f"it: look for os.close or os.closerange in this process; then open the store again"
-            )
-        if kind == "timeout":
-            return TimeoutError(
-                f"{self._what}: no page came, or no staging came free, within {detail} s; "
-                "the disk has stopped answering"
-            )
-        if kind == "forked":
-            return StoreNotReadyError(f"{self._what}: the lookup was under way in the parent when this process forked")
-        if kind == "entry":
-            assert self._placed is not None
-            return CorruptPageError(entry_fault_text(self.layouts[index].spec.name, self._placed.path, page, detail))
-        where = f"page {page} of table {self.layouts[index].spec.name}"
-        if (index, page) in self.bad_pages:
-            return CorruptPageError(self.bad_pages[index, page])
-        if kind == "page":
-            return CorruptPageError(fault_text(where, detail))
-        if detail < 0:
-            return CorruptPageError(
-                f"{where}: its shard ends before it; it was cut while open; repair it: {repair_command()}"
-            )
-        return CorruptPageError(
-            f"{where} cannot be read: {os.strerror(detail)}; check the disk, then run 'tierstore verify'"
-        )
-
 
 class NativePending:
-    """A lookup that a thread of the C++ side finishes. See `Pending`; dropped while it is under way,
-    it is cancelled."""
+    """A lookup that a thread of the C++ side finishes. See `Pending`; dropped while it is under way, it is
+    cancelled."""
 
-    def __init__(self, engine: NativeEngine, ticket: Any) -> None:
-        self._engine, self._ticket = engine, ticket
+    def __init__(self, ticket: Any) -> None:
+        self._ticket = ticket
 
     def done(self) -> bool:
-        """Whether it has ended."""
+        """See `Pending`."""
         return bool(self._ticket.done())
 
     def cancel(self) -> None:
@@ -277,11 +227,19 @@ class NativePending:
         self._ticket.detach()
 
     def wait(self, timeout_s: float | None) -> None:
-        """Blocks until it has ended; raises what it raised, or `TimeoutError`."""
-        outcome = self._ticket.wait(READ_WAIT_S * 2 if timeout_s is None else max(0.0, timeout_s))
-        if outcome is False:
+        """See `Pending`."""
+        if not self._ticket.wait(READ_WAIT_S * 2 if timeout_s is None else max(0.0, timeout_s)):
             raise TimeoutError(f"the rows were not there within {timeout_s} s; the lookup goes on, wait again")
-        self._engine.check(outcome)
+
+
+def _pending(ticket: Any) -> NativePending | None:
+    if ticket is None:
+        return None
+    try:
+        return NativePending(ticket)
+    except BaseException:  # nobody has the ticket
+        ticket.cancel()
+        raise
 
 
 def _record(file: TableFiles, memory: TableMemory) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 from ... import kernels
 from ...errors import StoreNotReadyError
 from ...stats import add_counters
-from ..engine import READ_WAIT_S, Engine, HostEngine, Pending, Request, in_slices
+from ..engine import READ_WAIT_S, EngineWrapper, HostEngine, Pending, Request, in_one_version, in_slices
 from ..placed import PlacementFile
 from .change import OnBytes, change_entries
 from .lookup import DeviceLookup
@@ -26,20 +26,18 @@ from .tier import HbmTier
 from .times import DeviceTimes
 
 PINNED_PART = 4  # one lookup's buffers take at most this part of the page-locked memory
-VERSION_TRIES_MAX = 16
-VERSION_PAUSE_S = 0.001
 T = TypeVar("T")
 _HBM_SOURCE = kernels.SOURCES.index("hbm")
 
 
-class HbmEngine(Engine):
+class HbmEngine(EngineWrapper):
     """See `Engine`. Owns the tier: closes it after the engine below."""
 
     def __init__(self, what: str, engine: HostEngine, tier: HbmTier) -> None:
         """`what` names the store in errors. engine: what answers for all that slots do not hold."""
+        super().__init__(engine)
         self._what = what
-        self._engine, self._tier = engine, tier
-        self.bad_pages = engine.bad_pages
+        self._host, self._tier = engine, tier  # the first is `_engine`, with what only an engine of this host has
         self.try_lookup = _nothing
         self._counts_lock = threading.Lock()  # of the hits of lookups from the host, below
         self._hits = [np.zeros(len(layout.spec.orders), dtype=np.int64) for layout in engine.layouts]
@@ -52,48 +50,28 @@ class HbmEngine(Engine):
         self.device = tier.device
         self._times = DeviceTimes(tier.device)
 
-    @property
-    def io(self) -> str:  # type: ignore[override]
-        return self._engine.io
+    def lookup(
+        self,
+        index: int,
+        keys: np.ndarray,
+        out: np.ndarray,
+        sources: np.ndarray | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        # Of two versions, what slots held would be the old one's rows, and the rest the new one's.
+        in_one_version(self._engine, lambda: self._lookup(index, keys, out, sources, timeout_s), self._what)
 
-    @property
-    def version(self) -> int:  # type: ignore[override]
-        return self._engine.version
-
-    def subscribe(self, renewed: Callable[[], Any]) -> None:
-        self._engine.subscribe(renewed)
-
-    def check(self, outcome: Any) -> None:
-        self._engine.check(outcome)
-
-    def lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
-        self._in_one_version(lambda: self._lookup(index, keys, out))
-
-    def _lookup(self, index: int, keys: np.ndarray, out: np.ndarray) -> None:
+    def _lookup(
+        self, index: int, keys: np.ndarray, out: np.ndarray, sources: np.ndarray | None, timeout_s: float | None
+    ) -> None:
         rest, hits, entries = self._take_hits(index, keys)
-        self._engine.lookup(index, rest, out)
+        self._engine.lookup(index, rest, out, sources, timeout_s)
         self._put(out, hits, entries)
+        if sources is not None and hits is not None:
+            sources[hits] = _HBM_SOURCE
 
     def submit(self, requests: Sequence[Request]) -> Pending | None:
-        return self._in_one_version(lambda: self._submit(requests))
-
-    def _in_one_version(self, act: Callable[[], Pending | None]) -> Pending | None:
-        """Acts again where another version came meanwhile: what slots held would be the old one's,
-        the rest the new one's.
-
-        What `act` began, if it returns a `Pending`, is given up before: it writes to the same buffers.
-        """
-        for _ in range(VERSION_TRIES_MAX):
-            version = self._engine.version
-            done = act()
-            if version == self._engine.version != -1:
-                return done
-            if done is not None:
-                done.cancel()  # of rows that nobody gets
-            time.sleep(VERSION_PAUSE_S)
-        raise StoreNotReadyError(
-            f"{self._what} was swapped {VERSION_TRIES_MAX} times during one lookup; look it up again"
-        )
+        return in_one_version(self._engine, lambda: self._submit(requests), self._what)
 
     def _submit(self, requests: Sequence[Request]) -> Pending | None:
         taken = [self._take_hits(index, keys) for index, keys, _ in requests]
@@ -107,9 +85,6 @@ class HbmEngine(Engine):
             if pending is not None:
                 pending.cancel()
             raise
-
-    def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> Pending | None:
-        return self._engine.submit_pairs(index, keys, pairs, out)
 
     def _take_hits(self, index: int, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
         """Returns the keys for the engine below, and what slots hold: which, bool [N, O], and their entries; None:
@@ -128,15 +103,6 @@ class HbmEngine(Engine):
         if hits is not None and entries is not None:
             out.reshape(hits.size, entries.shape[1])[hits.reshape(-1)] = entries
 
-    def is_resident(self, index: int) -> bool:
-        return self._engine.is_resident(index)
-
-    def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
-        self._engine.rows(index, row_ids, out)
-
-    def read_pages(self, index: int, page_numbers: np.ndarray, out: np.ndarray) -> None:
-        self._engine.read_pages(index, page_numbers, out)
-
     def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
         self._engine.locate(index, keys, sources)
         if self._has_device:
@@ -146,19 +112,19 @@ class HbmEngine(Engine):
         with self._lookups_lock:
             self._check_device()
             if self._mailboxes is None:
-                self._mailboxes = kernels.MailboxServer(self._engine.native)
+                self._mailboxes = kernels.MailboxServer(self._host.native)
             spec = self._tier.tables[index].spec
             token_bytes = len(spec.orders) * (
                 kernels.mailbox_bytes(2, spec.entry_bytes) - kernels.mailbox_bytes(1, spec.entry_bytes)
             )
             tokens = max(1, min(tokens_max, len(self._tier.pinned.block) // PINNED_PART // token_bytes))
-            lookup = DeviceLookup(self._what, self._tier, self._engine, self._mailboxes, index, tokens, self._times)
+            lookup = DeviceLookup(self._what, self._tier, self._host, self._mailboxes, index, tokens, self._times)
             self._lookups.append(lookup)
             return lookup
 
     def move(self, act: Callable[[], T]) -> T:
-        """Has the engine below move to another version, by `act`, and returns what that does.
-        The tier is empty afterwards.
+        """Has the engine below move to another version, by `act`, and returns what that does. The tier is empty
+        afterwards.
 
         A lookup from the device is of one version: those that were launched before have taken from slots what they
         take, and are answered by the old version; later ones find nothing in slots, and are answered by the one or the
@@ -169,17 +135,17 @@ class HbmEngine(Engine):
                 self._tier.clear()
             done = act()
             mailboxes = self._mailboxes if self._has_device else None
-            if mailboxes is not None and not mailboxes.move_to(self._engine.native, READ_WAIT_S):
+            if mailboxes is not None and not mailboxes.move_to(self._host.native, READ_WAIT_S):
                 raise TimeoutError(f"{self._what}: a lookup from the device did not end within {READ_WAIT_S} s")
         return done
 
     def change_entries(self, file: PlacementFile, on_bytes: OnBytes = lambda _: None) -> list[np.ndarray]:
-        """As `Engine.change_entries`. on_bytes: called with bytes as they are read."""
+        """As `DeviceEngine.change_entries`. on_bytes: called with bytes as they are read."""
         with self._changes_lock:
             self._check_device()
             return [
                 change_entries(self._tier, index, layout, file, on_bytes)
-                for index, layout in enumerate(self._engine.layouts)
+                for index, layout in enumerate(self._host.layouts)
             ]
 
     @property
@@ -188,8 +154,8 @@ class HbmEngine(Engine):
         return any(table.reads_records for table in self._tier.tables)
 
     def name_records(self) -> None:
-        """Has the device see what DRAM's records are now; returns when no kernel reads
-        what they were before. Blocks."""
+        """Has the device see what DRAM's records are now; returns when no kernel reads what they were before.
+        Blocks."""
         with self._changes_lock:
             self._check_device()
             self._tier.name_records()
@@ -244,8 +210,8 @@ class HbmEngine(Engine):
         return True
 
     def _end_lookups(self, deadline: float) -> bool:
-        """Ends lookups from the device: no more are launched, those that were are answered,
-        then nobody answers any more."""
+        """Ends lookups from the device: no more are launched, those that were are answered, then nobody answers any
+        more."""
         for lookup in self._lookups:
             if not lookup.close(max(0.0, deadline - time.monotonic())):
                 return False

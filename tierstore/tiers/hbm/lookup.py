@@ -215,7 +215,7 @@ class DeviceLookup:
         """
         with self._lock:
             self._check_open()
-            self._mailbox.check(self._engine)
+            self._mailbox.check()
 
     def take_invalid_token_position(self) -> int:
         """Returns 1 + the position of an id outside the vocabulary, of a step that is done, once; 0: there was none."""

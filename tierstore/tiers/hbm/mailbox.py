@@ -9,12 +9,13 @@ block.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ... import kernels
 from ...errors import TierStoreError
+from ..faults import closed_error
 
 if TYPE_CHECKING:
     from .tier import HbmTier
@@ -90,25 +91,24 @@ class Mailbox:
                 )
             time.sleep(ANSWER_PAUSE_S)
 
-    def check(self, engine: Any) -> None:
+    def check(self) -> None:
         """Raises what went wrong in a step that the device has done, once; returns if nothing did.
 
-        engine: the one whose reads answer, which knows their faults. Raises `TimeoutError` if the host did not answer,
-        and what its reads raised.
+        Raises `TimeoutError` if the host did not answer, and what its reads raised.
         """
         failed, timed_out = self.take("failed"), self.take("timed_out")
         if not failed:
             return
         fault = self._server.fault(self._id)
         if fault is not None:
-            engine.check(fault)
+            raise fault
         if timed_out:
             raise TimeoutError(
                 f"{self._what}: the device waited {WAIT_S:.0f} s, in step {timed_out}, for entries of table "
                 f"{self._table}; the disk or the host has stopped answering"
             )
         if self._words[_word("status")] == _CLOSED:
-            engine.check(False)
+            raise closed_error(self._what)
         raise TierStoreError(
             f"{self._what}: the host did not understand what the device asked for in step {failed} of table "
             f"{self._table}: its memory was written by somebody else; look for a kernel that writes out of bounds, and "
