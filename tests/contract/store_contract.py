@@ -20,6 +20,9 @@ from tierstore import kernels
 class StoreContract:
     """Subclasses say how to open a store in `open_store`."""
 
+    # Whether one probe answers a key and reports its source: not of a store that asks another host in several requests.
+    sources_are_exact = True
+
     def open_store(self, path: Path) -> tierstore.Store:
         raise NotImplementedError
 
@@ -54,6 +57,8 @@ class StoreContract:
             np.testing.assert_array_equal(out, model.expected("layers.1", keys))
             names, after = np.array(kernels.SOURCES)[sources], store.stats()
             assert ((names == "none") == (keys < 0)).all()
+            if not self.sources_are_exact:
+                continue
             read = int(np.isin(names, ("record", "pages")).sum())
             assert after["hits"]["nvme"] - before["hits"]["nvme"] == read
             assert after["hits"]["hbm"] - before["hits"]["hbm"] == int((names == "hbm").sum())

@@ -38,6 +38,7 @@ class RemoteStore(StoreContract):
     """A server in this process for each test, around an embedded store."""
 
     dram = "600KiB"
+    sources_are_exact = False  # asked for before the lookup, in requests of their own
 
     @pytest.fixture(autouse=True)
     def servers(self) -> Iterator[None]:
