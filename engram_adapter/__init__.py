@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from tierstore.extras import missing
 
-from .checkpoints import open_checkpoint
 from .hash_spec import HashSpec
 from .token_map import build_token_map
 
 if TYPE_CHECKING:
+    from .checkpoints import build_checkpoint, open_checkpoint
     from .embedding import RowIdEmbedding, TieredEmbedding
     from .engram_layer import EngramLayer
+    from .profiles import open_profile, replan, token_profile
     from .swap import swap_embedding
 
 __all__ = [
@@ -27,9 +28,13 @@ __all__ = [
     "HashSpec",
     "RowIdEmbedding",
     "TieredEmbedding",
+    "build_checkpoint",
     "build_token_map",
     "open_checkpoint",
+    "open_profile",
+    "replan",
     "swap_embedding",
+    "token_profile",
 ]
 
 _NEEDS_TORCH = {
@@ -38,9 +43,19 @@ _NEEDS_TORCH = {
     "TieredEmbedding": "embedding",
     "swap_embedding": "swap",
 }
+# The jobs behind the commands, which lookups do without.
+_JOBS = {
+    "build_checkpoint": "checkpoints",
+    "open_checkpoint": "checkpoints",
+    "open_profile": "profiles",
+    "replan": "profiles",
+    "token_profile": "profiles",
+}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _JOBS:
+        return getattr(importlib.import_module(f".{_JOBS[name]}", __name__), name)
     if name not in _NEEDS_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

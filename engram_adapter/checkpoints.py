@@ -1,24 +1,28 @@
-"""A checkpoint as the source of a store's rows: what `tierstore.verify` compares with, and repairs from.
+"""A checkpoint as the source of a store's rows: what a store is built from, compared with and repaired from.
 
-Input: the path of a checkpoint. Output: a `CheckpointRows`, which finds the tables of any store that was built from it.
-Errors: a checkpoint that lacks those tables, or a store that does not say how it was built.
+Input: the path of a checkpoint. Output: its store, or a `CheckpointRows`, which finds the tables of any store that was
+built from it. Errors: a checkpoint that lacks those tables, or a store that does not say how it was built.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tierstore import FormatError
+from tierstore.errors import ConfigError, FormatError
 from tierstore.formats.catalog import CatalogImage
 from tierstore.formats.checkpoint import Checkpoint, TableSource
+from tierstore.formats.table_source import find_hole
+from tierstore.offline.build import BuildPlan, BuildReport, build_store
 
 from .families import plain_source, read_model
 from .hash_spec import RECORD_NAME
+
+SHARD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,70 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> CheckpointRows:
         FormatError: a header lies about its file.
     """
     return CheckpointRows(Checkpoint.open(folder))
+
+
+def build_checkpoint(
+    folder: str | os.PathLike[str],
+    store_path: str | os.PathLike[str],
+    *,
+    family: str | None = None,
+    tensor: str | None = None,
+    jobs: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    allow_network_fs: bool = False,
+    allow_holes: bool = False,
+    on_plan: Callable[[BuildPlan], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> BuildReport:
+    """Builds the store of a checkpoint, or resumes it; also `engram_adapter.build_checkpoint`.
+
+    Blocks until the store is ready.
+
+    Args:
+        folder: the checkpoint: a folder with config.json and *.safetensors, or one file of tensors.
+        store_path: the store's folder; a build that was killed goes on there.
+        family: which layout to read; by default found from config.json.
+        tensor: take this one 2-D tensor as a plain table (row id = key) instead.
+        jobs: shards built at once; by default one for each processor, at most 4.
+        shard_bytes: the largest shard.
+        allow_network_fs: build on a network file system that only this host uses.
+        allow_holes: take parts of the checkpoint that were never written for zeros.
+        on_plan: called with what will be written, before anything is.
+        on_progress: called with (bytes done, bytes in all), in the calling thread.
+
+    Raises:
+        ConfigError: the checkpoint cannot be read or has holes, or the path is another's or cannot be written.
+        FormatError: a header lies about its file.
+        BudgetError: the disk has too little room.
+        ValueError: both `family` and `tensor` are given.
+    """
+    if family is not None and tensor is not None:
+        raise ValueError(f"--family {family} and --tensor {tensor}: a plain tensor has no family; give one of them")
+    checkpoint = Checkpoint.open(folder)
+    sources: tuple[TableSource, ...]
+    attachments: dict[str, bytes] = {}
+    if tensor is not None:
+        sources = (plain_source(checkpoint, tensor),)
+    else:
+        model = read_model(checkpoint, family)
+        sources, attachments = model.sources, model.hash_spec.attachments()
+    hole = None if allow_holes else find_hole(sources)
+    if hole is not None:
+        raise ConfigError(
+            f"{hole}; finish or repeat it, or, if these rows are zeros in truth (a sparse copy, a file system that "
+            f"leaves zeros out), pass --allow-holes"
+        )
+    return build_store(
+        store_path,
+        sources,
+        origin=checkpoint.as_record(),
+        attachments=attachments,
+        shard_bytes=shard_bytes,
+        jobs=jobs,
+        allow_network_fs=allow_network_fs,
+        on_plan=on_plan,
+        on_progress=on_progress,
+    )
 
 
 def sources_of_store(image: CatalogImage, checkpoint: Checkpoint) -> tuple[TableSource, ...]:

@@ -11,6 +11,9 @@ from __future__ import annotations
 # Before all else: Ctrl-C while the command imports.
 from .process import interrupts as _interrupts  # noqa: F401  # isort: skip
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .connecting import connect
 from .errors import (
     BudgetError,
@@ -22,12 +25,18 @@ from .errors import (
     StoreNotReadyError,
     TierStoreError,
 )
-from .offline.repair import verify
 from .spec import TableSpec
 from .store.embedded import open_store as open
 from .store.store import Store, Ticket
 from .store.table import Table
 from .version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from .offline.build import build_store
+    from .offline.place import place
+    from .offline.plan import Plan, plan
+    from .offline.profile import Profile, merge_profiles, open_profile, profile
+    from .offline.repair import verify
 
 __all__ = [
     "BudgetError",
@@ -36,6 +45,8 @@ __all__ = [
     "DaemonError",
     "FingerprintMismatchError",
     "FormatError",
+    "Plan",
+    "Profile",
     "Store",
     "StoreNotReadyError",
     "Table",
@@ -43,7 +54,34 @@ __all__ = [
     "Ticket",
     "TierStoreError",
     "__version__",
+    "build_store",
     "connect",
+    "merge_profiles",
     "open",
+    "open_profile",
+    "place",
+    "plan",
+    "profile",
     "verify",
 ]
+
+# The jobs behind the commands are imported when they are first used: lookups do without.
+_JOBS = {
+    "Plan": "plan",
+    "Profile": "profile",
+    "build_store": "build",
+    "merge_profiles": "profile",
+    "open_profile": "profile",
+    "place": "place",
+    "plan": "plan",
+    "profile": "profile",
+    "verify": "repair",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _JOBS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    job = getattr(importlib.import_module(f".offline.{_JOBS[name]}", __name__), name)
+    globals()[name] = job
+    return job

@@ -1,80 +1,24 @@
 """`tierstore build`: a checkpoint's tables into a store.
 
-Flows in: the path of a checkpoint. Flows out: a store, the preflight before it and progress on the way. The work is
-`tierstore.offline.build`'s and the layouts are `engram_adapter.families`'; here they meet. Refuses what those refuse.
+Input: the path of a checkpoint. Output: a store, the preflight before it and progress on the way. The work is
+`engram_adapter.build_checkpoint`'s. Errors: its own.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from engram_adapter.families import FAMILIES, plain_source, read_model
-from tierstore.errors import ConfigError
-from tierstore.formats.checkpoint import Checkpoint, TableSource
-from tierstore.formats.table_source import find_hole
-from tierstore.offline.build import BuildPlan, BuildReport, build_store
-from tierstore.process.progress import OnProgress
+from engram_adapter.checkpoints import build_checkpoint
+from engram_adapter.families import FAMILIES
+from tierstore.offline.build import BuildPlan, BuildReport
 from tierstore.units import format_bytes, parse_bytes
 
 from .cli import Progress, console
-
-SHARD_BYTES = 1 << 30
-
-
-def build_checkpoint(
-    checkpoint_path: str | os.PathLike[str],
-    store_path: str | os.PathLike[str],
-    *,
-    family: str | None = None,
-    tensor: str | None = None,
-    jobs: int | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    allow_network_fs: bool = False,
-    allow_holes: bool = False,
-    on_plan: Callable[[BuildPlan], None] | None = None,
-    on_progress: OnProgress | None = None,
-) -> BuildReport:
-    """Builds the store of a checkpoint, or resumes it. Blocks until the store is ready.
-
-    family: which layout to read, None to find it from config.json. tensor: the name of one 2-D tensor to take as a
-    plain table (row id = key) instead. allow_holes: take parts of the files that were never written for zeros. The
-    others as for `tierstore.offline.build.build_store`, whose errors come through;
-    `ValueError` if both family and tensor are given.
-    """
-    if family is not None and tensor is not None:
-        raise ValueError(f"--family {family} and --tensor {tensor}: a plain tensor has no family; give one of them")
-    checkpoint = Checkpoint.open(checkpoint_path)
-    sources: tuple[TableSource, ...]
-    attachments: dict[str, bytes] = {}
-    if tensor is not None:
-        sources = (plain_source(checkpoint, tensor),)
-    else:
-        model = read_model(checkpoint, family)
-        sources, attachments = model.sources, model.hash_spec.attachments()
-    hole = None if allow_holes else find_hole(sources)
-    if hole is not None:
-        raise ConfigError(
-            f"{hole}; finish or repeat it, or, if these rows are zeros in truth (a sparse copy, a file system that "
-            f"leaves zeros out), pass --allow-holes"
-        )
-    return build_store(
-        store_path,
-        sources,
-        origin=checkpoint.as_record(),
-        attachments=attachments,
-        shard_bytes=shard_bytes,
-        jobs=jobs,
-        allow_network_fs=allow_network_fs,
-        on_plan=on_plan,
-        on_progress=on_progress,
-    )
 
 
 @click.command("build")

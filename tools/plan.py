@@ -1,223 +1,30 @@
 """`tierstore plan`: a profile and budgets -> what goes where, what to expect,
 and the placement that a store opens warm with.
 
-Flows in: a store, a profile of it, budgets. Flows out: a table of the plan, and a new epoch in the store. What is
-chosen is `tierstore.decisions`', making it `tierstore.offline.place`'s. Refuses what those refuse,
-before anything is written.
+Input: a store, a profile of it, budgets. Output: a table of the plan, and a new epoch in the store. The work is done by
+`tierstore.plan` and `tierstore.place`. Errors: theirs, before anything is written.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
-from engram_adapter.hash_spec import HashSpec
-from engram_adapter.ngrams import keys_of_windows
-from tierstore.decisions.curves import OnPhase
-from tierstore.decisions.intervals import prediction_intervals
-from tierstore.decisions.plan import FRACTIONS, Budgets, GroupPlan, plan_group
-from tierstore.decisions.ranking import Ranking
-from tierstore.decisions.recommend import default_choice
-from tierstore.decisions.tally import Group
-from tierstore.errors import BudgetError, ConfigError
-from tierstore.formats.catalog import CatalogImage, read_catalog, set_epoch
-from tierstore.formats.placement import HEAD_BYTES_MAX
-from tierstore.formats.profile import KEYS, Profile
-from tierstore.offline.build import locked_store
-from tierstore.offline.place import Chosen, PlacePlan, PlaceReport, place_entries
-from tierstore.offline.profile import READING, ItemRanking, groups_of
-from tierstore.process.workers import Workers
+import engram_adapter
+import tierstore
+from tierstore.errors import BudgetError
+from tierstore.offline.place import PlacePreflight, PlaceReport, place_plan
+from tierstore.process.progress import PHASE_UNITS
 from tierstore.tiers.memory import available_memory
 from tierstore.units import format_bytes, parse_bytes
 
 from .cli import console
 from .phases import Phases
-from .profile import check_header, documents_of
 from .report.tables import exact_bytes
-
-SIMULATIONS_AT_ONCE = 2
-TRIED_ACCESSES = 3_000_000
-DETAILS_BYTES_MAX = HEAD_BYTES_MAX // 4  # of what the placement says of its plan; groups of many tables are left out
-MEMORY_PART = 0.5  # of what is free, that a recommended budget takes at most
-UNTESTED_FRACTION = 0.75  # static part of DRAM if nothing was held out to choose it by
-TRYING, CHOOSING, PLACING = "trying", "choosing", "placing"
-UNITS = {READING: "n-grams", TRYING: "simulations", PLACING: "rows"}
-
-
-def plan_profile(
-    image: CatalogImage,
-    profile: Profile,
-    budgets: Budgets,
-    batch_tokens: int = 1,
-    fractions: Sequence[float] = FRACTIONS,
-    *,
-    untested: bool = False,
-    on_progress: OnPhase | None = None,
-) -> tuple[list[Ranking], list[GroupPlan]]:
-    """Returns the plan of each group of tables, with its ranking. Blocks, seconds a million held-out accesses.
-
-    untested: plan also if nothing is held out, by counts alone; its outcomes are of no accesses. Raises `ConfigError`
-    for profiles that cannot be planned with: of a sample of keys, with nothing counted, or, by default,
-    with nothing held out.
-    """
-    check_header(image, profile.header)
-    if profile.header.sample_rate < 1:
-        raise ConfigError(
-            f"{profile.path} counts a sample of {profile.header.sample_rate:g} of the keys: it predicts, but a "
-            f"placement needs the keys themselves; record all of them, with store.start_trace(path, share=1)"
-        )
-    if profile.counts["documents"] == profile.counts["held_out_documents"] > 0:
-        raise _nothing_counted(profile)
-    groups = groups_of(profile, documents_of(image, profile), on_progress)
-    tested = [group for group in groups if len(group.replay.items)]
-    if not tested and (not untested or not profile.num_items):
-        raise _nothing_held_out(profile)
-    rankings = [Ranking(group) for group in tested or map(_by_counts_alone, groups)]
-    done, num_runs = itertools.count(), (len(fractions) + 1) * len(rankings)
-
-    def tell() -> None:
-        if on_progress:
-            on_progress(TRYING, next(done), num_runs)
-
-    tell()
-    with Workers(SIMULATIONS_AT_ONCE, "tierstore-simulate") as pool:
-        plans = [
-            _plan(ranking, image, budgets, batch_tokens, fractions, pool, tell)
-            if tested
-            else plan_group(ranking, image.tables, budgets, batch_tokens, [UNTESTED_FRACTION])
-            for ranking in rankings
-        ]
-    return rankings, plans
-
-
-def _by_counts_alone(group: Group) -> Group:
-    """Takes what was counted for what will be asked, for want of anything held out."""
-    classes = group.classes
-    return replace(group, classes=replace(classes, held_out=classes.counts * classes.num_items))
-
-
-def _plan(
-    ranking: Ranking,
-    image: CatalogImage,
-    budgets: Budgets,
-    batch_tokens: int,
-    fractions: Sequence[float],
-    pool: Workers,
-    tell: Callable[[], None],
-) -> GroupPlan:
-    """Tries the fractions on a share of the items, and the best one on all of them; `tell` hears of each,
-    on any thread."""
-
-    def map_telling(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
-        def telling(item: Any) -> Any:
-            result = function(item)
-            tell()
-            return result
-
-        return pool.map(telling, items)
-
-    sampled = Ranking(ranking.group.sampled(TRIED_ACCESSES))
-    best = plan_group(sampled, image.tables, budgets, batch_tokens, fractions, map_telling)
-    return plan_group(ranking, image.tables, budgets, batch_tokens, [best.static_fraction], map_telling)
-
-
-def choose(image: CatalogImage, profile: Profile, rankings: list[Ranking], plans: list[GroupPlan]) -> dict[str, Chosen]:
-    """Reads the profile for the entries that the plans place; returns them by table, hottest first. Blocks."""
-    chosen: dict[str, Chosen] = {}
-    spec = None if profile.header.kind == KEYS else HashSpec.from_catalog(image)
-    for ranking, plan in zip(rankings, plans, strict=True):
-        if plan.num_entries == 0:
-            continue
-        order_index, items = ItemRanking(profile, ranking).first(plan.num_entries)
-        for name in plan.tables:
-            keys = items[:, 1].view(np.int64) if spec is None else keys_of(spec, items, order_index, name)
-            chosen[name] = Chosen(order_index, keys, plan.static_fraction, min(plan.hbm_entries, len(keys)))
-    return chosen
-
-
-def keys_of(spec: HashSpec, items: np.ndarray, order_index: np.ndarray, table: str) -> np.ndarray:
-    """Returns the keys, int64 [n], that a table gives n-grams, uint64 [n, 2], each of the order at its index,
-    uint8 [n]."""
-    keys = np.empty(len(items), dtype=np.int64)
-    for index, order in enumerate(spec.orders):
-        of_order = order_index == index
-        keys[of_order] = keys_of_windows(spec, items[of_order], order, table)
-    return keys
-
-
-def plan_record(
-    plan: GroupPlan, orders: tuple[int, ...], interval_tokens: int, document_tokens: np.ndarray
-) -> dict[str, Any]:
-    """Returns a plan for JSON. A *rates* is {"2": .., "3": .., "all": ..}; entries are of each table."""
-    outcome = plan.outcome
-    hits, accesses = (
-        np.column_stack([part, part.sum(axis=1)]) for part in (outcome.document_hits, outcome.document_accesses)
-    )
-    low, high = prediction_intervals(hits, accesses, document_tokens, interval_tokens, np.random.default_rng(0))
-
-    def rates(values: np.ndarray) -> dict[str, float]:
-        return {str(name): round(float(rate), 6) for name, rate in zip([*orders, "all"], values, strict=True)}
-
-    return {
-        "tables": list(plan.tables),
-        "resident": plan.resident,
-        "hbm_entries": plan.hbm_entries,
-        "static_entries": plan.static_entries,
-        "nvme_entries": plan.nvme_entries,
-        "recency_sets": plan.recency_sets,
-        "static_fraction": plan.static_fraction,
-        "hit_rate": rates(outcome.hit_rate),
-        "low": rates(low),
-        "high": rates(high),
-        "hbm_share": rates(plan.hbm_share),
-        "static_share": rates(outcome.static_share - plan.hbm_share),
-        "recency_share": rates(outcome.recency_share),
-        "first_touch_share": rates(outcome.first_touch_share),
-        "steps_without_read": outcome.share_without_miss,
-        "reads_per_token": plan.reads_per_token,
-        "reads_per_token_unpacked": plan.reads_unpacked,
-    }
-
-
-def recommended_dram(profile: Profile, memory_bytes: int | None = None) -> tuple[int, str]:
-    """Returns bytes of DRAM to plan with if none were asked for, and why: the profile's knee, as far as memory goes.
-
-    memory_bytes: of the machine that is planned for; None: what is free here.
-    """
-    groups = profile.footer["analysis"]["groups"]
-    if not groups:
-        raise _nothing_held_out(profile)
-    knee = default_choice(groups)
-    whose = "free here" if memory_bytes is None else "there"
-    dram_bytes = int(knee["dram_bytes"])
-    most = int((available_memory()[0] if memory_bytes is None else memory_bytes) * MEMORY_PART)
-    if dram_bytes > most:
-        return most, f"half of the memory that is {whose}; the curve's knee is at {format_bytes(dram_bytes)}"
-    return dram_bytes, f"the profile's {knee['name']} budget: {knee['why']}"
-
-
-def _nothing_held_out(profile: Profile) -> ConfigError:
-    counts = profile.counts
-    return ConfigError(
-        f"{profile.path}: {counts['held_out_documents']} of its {counts['documents']} documents are held out, and "
-        "plans are tested on those; profile more text, or with a larger --held-out. The store's placement stays as it "
-        f"is; --untested with --dram places by counts alone"
-    )
-
-
-def _nothing_counted(profile: Profile) -> ConfigError:
-    documents = profile.counts["documents"]
-    return ConfigError(
-        f"{profile.path}: all of its {documents} documents are held out, so that nothing is counted and nothing can be "
-        f"placed; profile more text, or with a smaller --held-out. The store's placement stays as it is"
-    )
 
 
 @click.command("plan")
@@ -257,36 +64,33 @@ def command(
     Example: tierstore plan v41.tier chats.profile --dram 8GiB --nvme-entries 50GiB
     """
     machine_bytes = None if for_machine is None else parse_bytes(for_machine, "--for-machine")
-    image = read_catalog(store)
-    with Profile(profile) as opened:
-        check_header(image, opened.header)
-        why = "asked for"
-        if dram is None:
-            dram_bytes, why = recommended_dram(opened, machine_bytes)
-        else:
-            dram_bytes = parse_bytes(dram, "--dram")
-        beyond = _check_memory(dram_bytes, machine_bytes, dry_run)
-        budgets = Budgets(parse_bytes(hbm, "--hbm"), dram_bytes, parse_bytes(nvme_entries, "--nvme-entries"))
-        with Phases(UNITS) as phases:
-            rankings, plans = plan_profile(image, opened, budgets, batch_tokens, untested=untested, on_progress=phases)
-        tokens = opened.counts["held_out_tokens"]
-        records = [
-            plan_record(plan, ranking.group.orders, tokens, ranking.group.replay.document_tokens)
-            for ranking, plan in zip(rankings, plans, strict=True)
-        ]
-        expected = {"dram_bytes": dram_bytes, "hbm_bytes": budgets.hbm_bytes, "nvme_bytes": budgets.nvme_bytes}
-        record: dict[str, Any] = expected | {"why": why, "held_out_tokens": tokens, "groups": records}
+    opened = engram_adapter.open_profile(store, profile)
+    dram_bytes = None if dram is None else parse_bytes(dram, "--dram")
+    beyond = "" if dram_bytes is None else _check_memory(dram_bytes, machine_bytes, dry_run)
+    budgets = dram_bytes, parse_bytes(hbm, "--hbm"), parse_bytes(nvme_entries, "--nvme-entries")
+    with Phases(PHASE_UNITS) as phases:
+        plan = tierstore.plan(
+            store,
+            opened,
+            *budgets,
+            batch_tokens=batch_tokens,
+            memory_bytes=machine_bytes,
+            untested=untested,
+            on_progress=phases,
+        )
+    record = plan.to_dict()
+    if not as_json:
+        print_plan(record)
+        if dry_run and beyond:
+            click.echo(beyond)
+    if not dry_run:
+        with Phases(PHASE_UNITS) as phases:
+            report = place_plan(store, plan, on_preflight=print_preflight, on_progress=phases)
+        record["epoch"] = report.placement.epoch if report else None
         if not as_json:
-            print_plan(record)
-            if dry_run and beyond:
-                click.echo(beyond)
-        if not dry_run:
-            report = materialise(image, opened, rankings, plans, record)
-            record["epoch"] = report.placement.epoch if report else None
-            if not as_json:
-                click.echo(_made(store, report))
-        if as_json:
-            click.echo(json.dumps(record, indent=2))
+            click.echo(_made(store, report))
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
 
 
 def _check_memory(dram_bytes: int, machine_bytes: int | None, dry_run: bool) -> str:
@@ -310,35 +114,6 @@ def _check_memory(dram_bytes: int, machine_bytes: int | None, dry_run: bool) -> 
     )
 
 
-def materialise(
-    image: CatalogImage,
-    profile: Profile,
-    rankings: list[Ranking],
-    plans: list[GroupPlan],
-    record: Mapping[str, Any],
-) -> PlaceReport | None:
-    """Makes the placement of plans and publishes it; None where they place nothing,
-    and the store opens without. Blocks."""
-    with Phases(UNITS) as phases:
-        phases(CHOOSING, 0, None)
-        chosen = choose(image, profile, rankings, plans)
-    if not chosen:
-        with locked_store(image.path):
-            set_epoch(image.path, None)
-        return None
-    details: dict[str, Any] = {"profile": profile.path.name, "plan": dict(record)}
-    if len(json.dumps(details)) > DETAILS_BYTES_MAX:
-        del details["plan"]["groups"]
-    with Phases(UNITS) as phases:
-        return place_entries(
-            image.path,
-            chosen,
-            details=details,
-            on_plan=print_preflight,
-            on_progress=lambda done, total: phases(PLACING, done, total),
-        )
-
-
 def _made(store: Path, report: PlaceReport | None) -> str:
     if report is None:
         return f"{store} opens without a placement from now on: the plan leaves DRAM to whole tables and recency"
@@ -349,11 +124,11 @@ def _made(store: Path, report: PlaceReport | None) -> str:
     )
 
 
-def print_preflight(plan: PlacePlan) -> None:
+def print_preflight(preflight: PlacePreflight) -> None:
     """Prints what the placement takes on disk."""
     click.echo(
-        f"disk: {format_bytes(plan.bytes_needed)} needed, {format_bytes(plan.placement.num_bytes)} of it to stay; "
-        f"{format_bytes(plan.bytes_free)} free",
+        f"disk: {format_bytes(preflight.bytes_needed)} needed, {format_bytes(preflight.placement.num_bytes)} of it to "
+        f"stay; {format_bytes(preflight.bytes_free)} free",
         err=True,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tierstore.decisions.recommend import default_choice, knee, recommend
+from tierstore.decisions.recommend import Recommendation, default_choice, knee, recommend
 
 BUDGETS = [1 << (24 + place) for place in range(8)]
 
@@ -53,10 +53,10 @@ def test_whole_tables_come_last_whatever_the_curve_says() -> None:
 
 
 def test_without_being_asked_one_plans_with_the_largest_knee_of_all_tables() -> None:
-    def group(*recommended: tuple[str, int]) -> dict[str, list[dict[str, object]]]:
-        return {"recommended": [{"name": name, "dram_bytes": size} for name, size in recommended]}
+    def group(*recommended: tuple[str, int]) -> list[Recommendation]:
+        return [Recommendation(name, size, "") for name, size in recommended]
 
     knee_of_two = default_choice([group(("frugal", 1), ("knee", 2), ("whole", 9)), group(("knee", 3), ("whole", 9))])
-    assert knee_of_two["dram_bytes"] == 3
-    assert default_choice([group(("frugal", 1), ("generous", 4), ("whole", 9))])["dram_bytes"] == 1
-    assert default_choice([group(("whole", 9))])["dram_bytes"] == 9
+    assert knee_of_two.dram_bytes == 3
+    assert default_choice([group(("frugal", 1), ("generous", 4), ("whole", 9))]).dram_bytes == 1
+    assert default_choice([group(("whole", 9))]).dram_bytes == 9

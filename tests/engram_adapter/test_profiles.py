@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
+from support.profiles import Documents, make_profile, merge_profiles
 from support.repository import TESTS
 from support.tiny_store import VOCAB_SIZE, tiny_hash
 
@@ -21,11 +22,12 @@ from engram_adapter import HashSpec, build_token_map, profiles
 from engram_adapter.profiles import check_profile, profile_header, token_documents
 from tests.engram_adapter.test_real_trace import V41
 from tierstore import kernels
+from tierstore.decisions.item_statistics import TableGroup
 from tierstore.decisions.replay import simulate
-from tierstore.decisions.tally import Group
 from tierstore.errors import ConfigError, FingerprintMismatchError
-from tierstore.formats.profile import KEYS, Profile
-from tierstore.offline.profile import Document, groups_of, held_out_documents, make_profile, merge_profiles
+from tierstore.formats.profile import KEYS, ProfileReader
+from tierstore.offline.count_documents import read_groups
+from tierstore.offline.documents import Document, held_out_documents
 
 HELD_OUT = 0.25
 NUM_PARTS = 4
@@ -43,7 +45,7 @@ def part_of(texts: list[np.ndarray], part: int) -> list[np.ndarray]:
     return texts[bounds[part] : bounds[part + 1]]
 
 
-def analyse(groups: list[Group], counts: dict[str, int]) -> dict[str, Any]:
+def analyse(groups: list[TableGroup], counts: dict[str, int]) -> dict[str, Any]:
     (group,) = groups
     outcome = simulate(group.replay, group.replay.counts > 1, recency_sets=3, batch_tokens=4)
     return {"hits": outcome.document_hits.tolist(), "distinct": group.distinct, "tokens": counts["tokens"]}
@@ -55,7 +57,7 @@ def make(path: Path, texts: list[np.ndarray], memory_bytes: int = 128 * 1000) ->
     return make_profile(path, profile_header(spec, HELD_OUT), documents, analyse, memory_bytes=memory_bytes)
 
 
-def documents_of(profile: Profile) -> Iterator[Document]:
+def documents_of(profile: ProfileReader) -> Iterator[Document]:
     return token_documents(tiny_hash(), (columns["token_ids"] for columns in held_out_documents(profile)))
 
 
@@ -80,7 +82,7 @@ def test_a_profile_made_in_four_parts_by_four_processes_and_merged_is_the_one_ma
         for child in children:
             stack.callback(child.kill)
         assert [child.wait(120) for child in children] == [0] * NUM_PARTS
-    opened = [Profile(part) for part in parts]
+    opened = [ProfileReader(part) for part in parts]
     assert [part.counts["documents"] for part in opened] == [3, 107, 0, 90]
     merged = merge_profiles(tmp_path / "merged", opened, documents_of, analyse, memory_bytes=128 * 1000)
     for part in opened:
@@ -93,8 +95,8 @@ def test_a_profile_made_in_four_parts_by_four_processes_and_merged_is_the_one_ma
 def test_classes_and_replay_are_those_of_every_layers_keys(tmp_path: Path) -> None:
     spec, texts = tiny_hash(), some_texts(1)
     make(tmp_path / "p", texts)
-    with Profile(tmp_path / "p") as profile:
-        (group,) = groups_of(profile, documents_of(profile))
+    with ProfileReader(tmp_path / "p") as profile:
+        (group,) = read_groups(profile, Documents(documents_of))
     held = [kernels.crc32c(ids.tobytes()) < HELD_OUT * 2**32 for ids in texts]
     for layer in spec.layers:
         keys = [spec.keys(ids[None].astype(np.int64), layer)[0] for ids in texts]
@@ -137,7 +139,7 @@ def test_a_profile_of_real_text_is_what_a_counter_of_its_keys_says(shared_data: 
     assert footer["counts"]["tokens"] == 200_000
     keys = np.concatenate([spec.keys(text[None].astype(np.int64), 14)[0] for text in texts])
     assert list(distinct[0]) == [len(np.unique(keys[:, column])) for column in range(3)]
-    with Profile(tmp_path / "p") as profile:
+    with ProfileReader(tmp_path / "p") as profile:
         assert sum(int(sums.sum()) for _, sums in profile.items()) == 200_000
         check_profile(spec, profile.header)
 
@@ -170,7 +172,7 @@ def test_ids_outside_the_vocabulary_are_named_and_leave_no_profile(tmp_path: Pat
 
 def test_a_profile_of_another_hash_is_refused_with_the_remedy(tmp_path: Path) -> None:
     make(tmp_path / "p", some_texts(count=3))
-    with Profile(tmp_path / "p") as profile:
+    with ProfileReader(tmp_path / "p") as profile:
         header = profile.header
     check_profile(tiny_hash(), header)
     fewer = replace(header, tables=header.tables[:1])

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 import tierstore
-from tierstore.tools.build import build_checkpoint
+from engram_adapter import build_checkpoint
 from tierstore.tools.synth import write_checkpoint
 
 FOLDERS = 200 if os.environ.get("TIERSTORE_SOAK") == "1" else 32

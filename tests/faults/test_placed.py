@@ -113,7 +113,7 @@ def test_buckets_beyond_all_descriptors_are_filled_through_one_file(
         most_bytes = max(most_bytes, sum(path.stat().st_size for path in files))
 
     before = len(os.listdir("/proc/self/fd"))
-    place_entries(own_store, {"layers.1": chosen}, on_plan=plans.append, on_progress=look)
+    place_entries(own_store, {"layers.1": chosen}, on_preflight=plans.append, on_progress=look)
     assert most_files < before + 20
     assert most_bytes <= plans[0].bytes_needed - place.SPARE_DISK_BYTES
     with tierstore.open(own_store, dram="400KiB") as store:

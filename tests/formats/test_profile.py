@@ -14,7 +14,7 @@ import pytest
 from tierstore.errors import FormatError, TierStoreError
 from tierstore.formats import profile as profile_format
 from tierstore.formats.columns import ColumnReader, ColumnWriter
-from tierstore.formats.profile import HELD_OUT, ITEMS, KEYS, KIND, NGRAMS, Profile, ProfileHeader, ProfileWriter
+from tierstore.formats.profile import HELD_OUT, ITEMS, KEYS, KIND, NGRAMS, ProfileHeader, ProfileReader, ProfileWriter
 
 NGRAM_HEADER = ProfileHeader(NGRAMS, (("layers.1", "ab", (2, 3)), ("layers.4", "cd", (2, 3))), 17, 0.25, 1.0)
 KEY_HEADER = ProfileHeader(KEYS, (("layers.1", "ab", (2, 3)), ("plain", "cd", (1,))), 0, 0.5, 0.125)
@@ -85,14 +85,14 @@ def items_block(high: list[int], low: list[int], counted: list[int], held_out: l
 
 def read_all(path: Path) -> int:
     """Reads every block of a profile; returns how many there were."""
-    with Profile(path) as profile:
+    with ProfileReader(path) as profile:
         return len(list(profile.items())) + len(list(profile.held_out()))
 
 
 @pytest.mark.parametrize("header", [NGRAM_HEADER, KEY_HEADER], ids=[NGRAMS, KEYS])
 def test_all_that_was_written_comes_back(tmp_path: Path, header: ProfileHeader) -> None:
     items, sums = some_items(0, 100, header)
-    with Profile(write(tmp_path / "p", header)) as profile:
+    with ProfileReader(write(tmp_path / "p", header)) as profile:
         assert profile.header == header
         assert profile.counts == COUNTS
         assert profile.footer == FOOTER
@@ -110,7 +110,7 @@ def test_all_that_was_written_comes_back(tmp_path: Path, header: ProfileHeader) 
 def test_a_profile_of_nothing_is_one(tmp_path: Path) -> None:
     with ProfileWriter(tmp_path / "p", NGRAM_HEADER) as writer:
         writer.finish({"counts": dict.fromkeys(COUNTS, 0)})
-    with Profile(tmp_path / "p") as profile:
+    with ProfileReader(tmp_path / "p") as profile:
         assert (list(profile.items()), list(profile.held_out()), profile.num_items) == ([], [], 0)
 
 
@@ -129,7 +129,7 @@ def test_items_are_cut_into_the_same_blocks_however_they_come(
                 start += size
             writer.finish({"counts": dict.fromkeys(COUNTS, 0)})
     assert (tmp_path / "p").read_bytes() == (tmp_path / "whole").read_bytes()
-    with Profile(tmp_path / "p") as profile:
+    with ProfileReader(tmp_path / "p") as profile:
         blocks = list(profile.items())
     assert [len(found) for found, _ in blocks] == [7] * 14 + [2]
     np.testing.assert_array_equal(np.concatenate([found for found, _ in blocks]), items)
@@ -175,9 +175,9 @@ def test_foreign_newer_and_other_files_of_columns_are_named(tmp_path: Path) -> N
         ("trace", "is a trace, expected a profile"),
     ):
         with pytest.raises(FormatError, match=message):
-            Profile(tmp_path / name)
+            ProfileReader(tmp_path / name)
     with pytest.raises(TierStoreError, match="No such file or directory"):
-        Profile(tmp_path / "gone")
+        ProfileReader(tmp_path / "gone")
 
 
 TABLES = asdict(NGRAM_HEADER)["tables"]
@@ -210,7 +210,7 @@ BAD_HEADERS = [
 @pytest.mark.parametrize("change", BAD_HEADERS, ids=str)
 def test_a_header_that_contradicts_itself_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(FormatError, match=r"/p: .*profile again"):
-        Profile(craft(tmp_path / "p", header=asdict(NGRAM_HEADER) | change))
+        ProfileReader(craft(tmp_path / "p", header=asdict(NGRAM_HEADER) | change))
 
 
 def test_a_number_beyond_all_floats_in_the_header_is_named() -> None:
@@ -224,7 +224,7 @@ def test_a_header_that_lacks_a_field_is_named(tmp_path: Path, name: str) -> None
     header = asdict(NGRAM_HEADER)
     del header[name]
     with pytest.raises(FormatError, match=rf"header is damaged .*{name}"):
-        Profile(craft(tmp_path / "p", header=header))
+        ProfileReader(craft(tmp_path / "p", header=header))
 
 
 BAD_COUNTS = [
@@ -241,7 +241,7 @@ BAD_COUNTS = [
 @pytest.mark.parametrize("counts", BAD_COUNTS, ids=str)
 def test_counts_that_are_missing_or_contradict_each_other_are_named(tmp_path: Path, counts: object) -> None:
     with pytest.raises(FormatError, match=r"/p: the profile's counts .* damaged"):
-        Profile(craft(tmp_path / "p", footer={"counts": counts}))
+        ProfileReader(craft(tmp_path / "p", footer={"counts": counts}))
 
 
 BAD_ITEMS = {
@@ -264,7 +264,10 @@ BAD_ITEMS = {
 
 @pytest.mark.parametrize("blocks", BAD_ITEMS.values(), ids=BAD_ITEMS.keys())
 def test_items_that_no_profile_can_have_are_named(tmp_path: Path, blocks: list[dict[str, Any]]) -> None:
-    with Profile(craft(tmp_path / "p", items=blocks)) as profile, pytest.raises(FormatError, match=r"/p: .*again"):
+    with (
+        ProfileReader(craft(tmp_path / "p", items=blocks)) as profile,
+        pytest.raises(FormatError, match=r"/p: .*again"),
+    ):
         list(profile.items())
 
 
@@ -272,7 +275,7 @@ def test_items_that_no_profile_can_have_are_named(tmp_path: Path, blocks: list[d
 def test_keys_of_no_table_or_order_are_named(tmp_path: Path, mark: int, key: int) -> None:
     blocks = [items_block([mark], [key], [1], [0])]
     path = craft(tmp_path / "p", header=asdict(KEY_HEADER), items=blocks, held_out=[])
-    with Profile(path) as profile, pytest.raises(FormatError, match="items that its tables cannot have"):
+    with ProfileReader(path) as profile, pytest.raises(FormatError, match="items that its tables cannot have"):
         list(profile.items())
 
 
@@ -294,7 +297,10 @@ BAD_DOCUMENTS = {
 
 @pytest.mark.parametrize("blocks", BAD_DOCUMENTS.values(), ids=BAD_DOCUMENTS.keys())
 def test_held_out_documents_that_do_not_add_up_are_named(tmp_path: Path, blocks: list[dict[str, Any]]) -> None:
-    with Profile(craft(tmp_path / "p", held_out=blocks)) as profile, pytest.raises(FormatError, match="held-out doc"):
+    with (
+        ProfileReader(craft(tmp_path / "p", held_out=blocks)) as profile,
+        pytest.raises(FormatError, match="held-out doc"),
+    ):
         list(profile.held_out())
 
 
@@ -302,7 +308,7 @@ def test_columns_of_held_out_keys_that_differ_in_length_are_named(tmp_path: Path
     blocks = held_out_blocks(KEY_HEADER)
     blocks[0]["batch"] = blocks[0]["batch"][:1]
     path = craft(tmp_path / "p", header=asdict(KEY_HEADER), held_out=blocks)
-    with Profile(path) as profile, pytest.raises(FormatError, match="held-out documents"):
+    with ProfileReader(path) as profile, pytest.raises(FormatError, match="held-out documents"):
         list(profile.held_out())
 
 
@@ -323,7 +329,7 @@ def test_columns_that_a_section_does_not_have_are_named(tmp_path: Path, section:
         columns["more"] = columns[name]
     sections = {ITEMS: [], HELD_OUT: held_out_blocks(NGRAM_HEADER)} | {section: [columns]}
     with pytest.raises(FormatError, match=f"a block of {section} has columns"):
-        Profile(craft(tmp_path / "p", items=sections[ITEMS], held_out=sections[HELD_OUT]))
+        ProfileReader(craft(tmp_path / "p", items=sections[ITEMS], held_out=sections[HELD_OUT]))
 
 
 def test_the_shift_of_an_order_leaves_as_many_ids() -> None:
@@ -339,5 +345,5 @@ def test_the_file_closes_where_opening_fails(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(ColumnReader, "close", lambda reader: (closed.append(reader), real(reader)))
     for broken in ({"footer": {}}, {"header": {"kind": NGRAMS}}):
         with pytest.raises(FormatError):
-            Profile(craft(tmp_path / "p", **broken))
+            ProfileReader(craft(tmp_path / "p", **broken))
     assert len(closed) == 2

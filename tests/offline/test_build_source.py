@@ -14,8 +14,8 @@ import safetensors.numpy
 from click.testing import CliRunner
 
 import tierstore
+from engram_adapter import build_checkpoint
 from tierstore.formats.catalog import read_catalog, record_origin
-from tierstore.tools.build import build_checkpoint
 from tierstore.tools.verify import command as verify_command
 
 ROWS, DIM = 20_000, 64

@@ -157,7 +157,7 @@ def test_many_buckets_make_the_same_file_as_one(own_store: Path, model: Model, m
     monkeypatch.setattr(place, "BUCKET_BYTES", 7000)
     monkeypatch.setattr(place, "READ_BYTES", 3 * 4096)
     monkeypatch.setattr(place, "ROWS_AT_ONCE", 5)
-    monkeypatch.setattr(place, "DENSE", 0.9)
+    monkeypatch.setattr(place, "DENSE_FRACTION", 0.9)
     place_at(0.5, own_store, chosen)
     one, other = (placement_file(own_store, epoch).read_bytes() for epoch in (1, 2))
     head = placement_format.HEAD_BYTES_MAX

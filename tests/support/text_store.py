@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from click.testing import CliRunner, Result
 
+from engram_adapter import build_checkpoint
 from tierstore.formats.catalog import CATALOG_FILE
 from tierstore.formats.trace import TokenTraceWriter
-from tierstore.tools.build import build_checkpoint
 from tierstore.tools.cli import cli
 from tierstore.tools.corpus import python_text_files, token_documents, train_tokenizer
 from tierstore.tools.synth import write_checkpoint

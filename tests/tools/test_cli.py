@@ -19,11 +19,11 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import save_file
 
+from engram_adapter import build_checkpoint
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import read_catalog
 from tierstore.offline.verify import VerifyReport
 from tierstore.tools import cli as cli_module
-from tierstore.tools.build import build_checkpoint
 from tierstore.tools.cli import COMMANDS, Progress, cli, run
 from tierstore.version import VERSION
 

@@ -16,16 +16,16 @@ from support.device import DEVICE
 from support.text_store import ORDERS, TABLE_BYTES, TABLES, TextStore, good, good_json, write_trace
 
 import tierstore
-from engram_adapter import HashSpec
+from engram_adapter import HashSpec, open_profile
 from tests.tools.test_profile_cli import error_of
 from tierstore import kernels
-from tierstore.decisions.plan import Budgets
 from tierstore.formats.catalog import read_catalog
-from tierstore.formats.profile import Profile
+from tierstore.formats.profile import ProfileReader
 from tierstore.offline import place
-from tierstore.offline.place import place_entries
-from tierstore.offline.profile import held_out_documents
-from tierstore.tools import plan as planning
+from tierstore.offline import plan as planning
+from tierstore.offline.documents import held_out_documents
+from tierstore.offline.place import choose_entries, place_entries
+from tierstore.tools import plan as command
 
 DRAM = 16 << 20
 GROUP = [
@@ -36,7 +36,7 @@ GROUP = [
 RATES = ["first_touch_share", "hbm_share", "high", "hit_rate", "low", "recency_share", "static_share"]
 
 
-class CountedOnly(Profile):
+class CountedOnly(ProfileReader):
     """A profile that knows nothing of what its held-out documents held, as a prediction must not."""
 
     def __init__(self, path: Path) -> None:
@@ -73,13 +73,11 @@ def measured_rates(
 def test_what_is_predicted_for_held_out_documents_is_what_the_store_then_measures(
     text: TextStore, own: Path, dram: int, nvme: int, batch_tokens: int
 ) -> None:
-    image = read_catalog(own)
-    with Profile(text.profile) as profile, CountedOnly(text.profile) as counted:
-        rankings, plans = planning.plan_profile(image, profile, Budgets(0, dram, nvme), batch_tokens)
-        place_entries(own, planning.choose(image, counted, rankings, plans))
-        documents = [columns["token_ids"] for columns in held_out_documents(profile)]
-    (ranking,), (plan,) = rankings, plans
-    record = planning.plan_record(plan, ranking.group.orders, 1000, ranking.group.replay.document_tokens)
+    planned = tierstore.plan(own, open_profile(own, text.profile), dram, 0, nvme, batch_tokens=batch_tokens)
+    with CountedOnly(text.profile) as counted:
+        place_entries(own, choose_entries(read_catalog(own), planned, counted))
+        documents = [columns["token_ids"] for columns in held_out_documents(counted)]
+    (plan,) = planned.groups
     assert plan.static_entries > 0
     with tierstore.open(own, dram=dram, io="mmap") as store:  # through the page cache: fast, and counted alike
         placed = store.stats()["placement"]
@@ -88,9 +86,7 @@ def test_what_is_predicted_for_held_out_documents_is_what_the_store_then_measure
         measured = measured_rates(store, HashSpec.from_store(store), documents, batch_tokens)
         stats = store.stats()
     for name in TABLES:
-        assert measured[name] == pytest.approx(record["hit_rate"], abs=0.005), (
-            "within half a point, by order and in all"
-        )
+        assert measured[name] == pytest.approx(plan.hit_rate, abs=0.005), "within half a point, by order and in all"
     assert (stats["entries_read"] > 0) == (plan.nvme_entries > 0)
 
 
@@ -190,7 +186,7 @@ def test_a_dry_run_writes_nothing(text: TextStore, own: Path) -> None:
 def test_without_dram_the_knee_is_recommended_and_the_reason_said(
     text: TextStore, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Profile(text.profile) as profile:
+    with ProfileReader(text.profile) as profile:
         recommended = profile.footer["analysis"]["groups"][0]["recommended"]
     names = [choice["name"] for choice in recommended]
     knee = recommended[names.index("knee") if "knee" in names else 0]
@@ -204,20 +200,6 @@ def test_without_dram_the_knee_is_recommended_and_the_reason_said(
     assert record["dram_bytes"] == knee["dram_bytes"] // 2
     assert "half of the memory" in record["why"]
     assert "MiB" in record["why"]
-
-
-def test_the_knee_is_the_one_so_named_or_the_first() -> None:
-    def profile_of(*recommended: list[tuple[str, int]]) -> Any:
-        groups = [
-            {"recommended": [{"name": name, "dram_bytes": size, "why": name} for name, size in group]}
-            for group in recommended
-        ]
-        return SimpleNamespace(footer={"analysis": {"groups": groups}})
-
-    assert planning.recommended_dram(profile_of([("frugal", 1), ("knee", 2), ("generous", 4)]))[0] == 2
-    assert planning.recommended_dram(profile_of([("frugal", 1), ("generous", 4)]))[0] == 1
-    size, why = planning.recommended_dram(profile_of([("frugal", 1)], [("frugal", 1), ("knee", 3)]))
-    assert (size, "knee" in why) == (3, True)
 
 
 def test_tables_that_fit_whole_need_no_placement(text: TextStore, own: Path) -> None:
@@ -305,7 +287,8 @@ def test_profiles_without_held_out_documents_are_refused(
 def test_any_budget_may_be_looked_at_and_another_machine_planned_for(
     text: TextStore, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "available_memory", lambda: (1 << 20, "cgroup"))
+    for module in (planning, command):
+        monkeypatch.setattr(module, "available_memory", lambda: (1 << 20, "cgroup"))
     shown = good("plan", own, text.profile, "--dram", "900TiB", "--dry-run").stdout
     assert "fits its share of DRAM whole" in shown
     assert "more than this cgroup has left, 1.00 MiB: a plan for another one" in shown

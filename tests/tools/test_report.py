@@ -19,10 +19,11 @@ from support.text_store import TextStore, good
 
 from tierstore import ConfigError
 from tierstore.decisions.choose import ItemClasses, item_hash
-from tierstore.decisions.curves import EntryCost, build_curves
+from tierstore.decisions.curves import build_curves
+from tierstore.decisions.hit_rates import EntryCost
+from tierstore.decisions.item_statistics import TableGroup
 from tierstore.decisions.ranking import Ranking
 from tierstore.decisions.replay import Replay
-from tierstore.decisions.tally import Group
 from tierstore.extras import install_command
 from tierstore.tools.report.about import about
 from tierstore.tools.report.page import check_report, profile_tables, write_report
@@ -55,10 +56,10 @@ def record_of(
     curves = build_curves(
         Ranking(group_of(replay)), cost, budgets, 2000, np.random.default_rng(1), whole_bytes=whole_bytes
     )
-    return curves.as_record() | ({"source": source} if source else {})
+    return curves.described(["t"], {}, None, source or {}).to_dict()
 
 
-def group_of(replay: Replay) -> Group:
+def group_of(replay: Replay) -> TableGroup:
     """The replay's own items as all that was counted."""
     uses = np.bincount(replay.items, minlength=len(replay.counts))
     columns = np.stack([replay.counts, uses, np.ones_like(uses)])
@@ -67,7 +68,7 @@ def group_of(replay: Replay) -> Group:
     hashes = item_hash(np.arange(2 * len(uses), dtype=np.uint64).reshape(-1, 2))
     places = classes.class_of(replay.item_order, replay.counts)
     distinct = (len(uses) // 3,) * 3
-    return Group(("t",), replay.orders, classes, replay.sample_rate, distinct, replay, places, hashes)
+    return TableGroup(("t",), replay.orders, classes, replay.sample_rate, distinct, replay, places, hashes)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """Curves: what each budget of DRAM buys, by policy and by order, and which budgets to choose.
 
-Flows in: a `Ranking`, what an entry costs, a ladder of budgets. Flows out: `Curves`, which
-`as_record` turns into what JSON and the report show. Every point is simulated by itself; the caller may give a `map`
-that runs several at once. The mixed policy's static fraction is the best of a grid, chosen on the very accesses that it
-is then rated by: with six to choose from that flatters by less than intervals are wide.
+Input: a `Ranking`, what an entry costs, a ladder of budgets. Output: `Curves`, which `described` turns into what a
+profile keeps. Every point is simulated by itself; the caller may give a `map` that runs several at once. The mixed
+policy's static fraction is the best of a grid, chosen on the very accesses that it is then rated by: with six to choose
+from, that flatters by less than the intervals are wide. Errors: none of its own.
 
 Shapes: U items, D documents, O orders; [O + 1]: the orders, and in the last place all of them.
 """
@@ -11,12 +11,24 @@ Shapes: U items, D documents, O orders; [O + 1]: the orders, and in the last pla
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from ..process.progress import DECODING, INTERVALS, REPLAYING, OnPhase, no_report
+from .hit_rates import (
+    CurvePoint,
+    EntryCost,
+    GroupCurves,
+    Interval,
+    MixedPolicy,
+    ReplaySize,
+    Sampling,
+    Steps,
+    rates_by_order,
+)
 from .intervals import prediction_intervals
 from .ranking import Ranking
 from .recommend import Recommendation, recommend
@@ -28,26 +40,9 @@ SEQUENCES = (1, 4, 16, 64, 256)
 STEPS_MIN = 64  # fewer steps say nothing of their share without a read
 LADDER_BYTES_MIN = 16 << 20
 LADDER_POINTS_MAX = 20
-
-REPLAYING, DECODING, INTERVALS = "replaying", "decoding", "intervals"  # phases, as callers are told of them
+INTERVAL_LEVEL = 0.95  # of `prediction_intervals`
 
 MapLike = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
-OnPhase = Callable[[str, int, "int | None"], None]  # phase, how much of it is done, of how much in all (None: unknown)
-
-
-@dataclass(frozen=True)
-class EntryCost:
-    """What an item costs in all tables together, which hold it side by side.
-
-    static_bytes: an entry of the static set, its part of the index included. recency_set_bytes: a set of 8 of the
-    recency cache, index and history included. reads, packed_reads: NVMe reads of a miss,
-    from the tables' shards and from a placement.
-    """
-
-    static_bytes: int
-    recency_set_bytes: int
-    reads: int
-    packed_reads: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,20 +67,6 @@ class Point:
     resident: bool = False
 
 
-@dataclass(frozen=True)
-class Steps:
-    """`sequences` decoded side by side over a budget: the share of steps without a read (None: unknown),
-    and the like."""
-
-    dram_bytes: int
-    sequences: int
-    without_read: float | None
-    entries_shared: float
-    hit_rate: float
-    reads_per_token: float
-    packed_reads_per_token: float
-
-
 @dataclass(frozen=True, eq=False)
 class Curves:
     """All of it, points by ascending budget; low and high: float [P, O + 1],
@@ -100,64 +81,54 @@ class Curves:
     recommended: list[Recommendation]
     steps: list[Steps]
 
-    def as_record(self) -> dict[str, Any]:
-        """Returns the curves for JSON. *rates* below is {"2": .., "3": .., "all": ..}: a share for each order,
-        and for all.
-
-        orders: [int]
-        replay: {tokens, documents, accesses, items, sample_rate}
-        first_touch: rates
-        cost: {fields of `EntryCost`}
-        interval: {level, tokens}
-        points, by ascending budget: [{dram_bytes, resident, static: rates, recency: rates, lru: rates, mixed: {
-            hit_rate, low, high, static_share, recency_share: rates each, static_fraction, static_entries,
-            recency_entries, misses_per_token, reads_per_token, packed_reads_per_token}}]
-            resident: the budget holds the tables whole; at most one point, the last
-        steps: [{fields of `Steps`}]
-        recommended, the least first: [{name, dram_bytes, why}]
-
-        Who writes it out may add source: {text: value}, which reports show as it is.
-        """
+    def described(
+        self, tables: Sequence[str], distinct: Mapping[str, int], sampling: Sampling | None, source: Mapping[str, str]
+    ) -> GroupCurves:
+        """Returns the curves as a profile keeps them, of `tables`, with what the caller knows about them."""
         replay = self.replay
-        return {
-            "orders": list(replay.orders),
-            "replay": {
-                "tokens": replay.num_tokens,
-                "documents": len(replay.document_ends),
-                "accesses": len(replay.items),
-                "items": len(replay.counts),
-                "sample_rate": replay.sample_rate,
-            },
-            "first_touch": self._rates(self.points[0].outcome.first_touch_share),
-            "cost": asdict(self.cost),
-            "interval": {"level": 0.95, "tokens": self.interval_tokens},
-            "points": [self._point(place) for place in range(len(self.points))],
-            "steps": [asdict(steps) for steps in self.steps],
-            "recommended": [asdict(choice) for choice in self.recommended],
-        }
+        size = ReplaySize(
+            replay.num_tokens,
+            len(replay.document_ends),
+            len(replay.items),
+            len(replay.counts),
+            replay.sample_rate,
+        )
+        return GroupCurves(
+            tables=tuple(tables),
+            orders=replay.orders,
+            replay=size,
+            first_touch=self._rates(self.points[0].outcome.first_touch_share),
+            cost=self.cost,
+            interval=Interval(INTERVAL_LEVEL, self.interval_tokens),
+            points=tuple(self._point(index) for index in range(len(self.points))),
+            steps=tuple(self.steps),
+            recommended=tuple(self.recommended),
+            distinct=distinct,
+            sampling=sampling,
+            source=source,
+        )
 
-    def _point(self, place: int) -> dict[str, Any]:
-        point = self.points[place]
+    def _point(self, index: int) -> CurvePoint:
+        point = self.points[index]
         outcome = point.outcome
-        mixed = {
-            "hit_rate": self._rates(outcome.hit_rate),
-            "low": self._rates(self.low[place]),
-            "high": self._rates(self.high[place]),
-            "static_share": self._rates(outcome.static_share),
-            "recency_share": self._rates(outcome.recency_share),
-            "static_fraction": point.static_fraction,
-            "static_entries": point.static_entries,
-            "recency_entries": point.recency_sets * RECENCY_WAYS,
-            "misses_per_token": float(outcome.misses_per_token[-1]),
-            "reads_per_token": point.reads_per_token,
-            "packed_reads_per_token": point.packed_reads_per_token,
-        }
-        policies = {name: self._rates(getattr(point, name)) for name in ("static", "recency", "lru")}
-        return {"dram_bytes": point.dram_bytes, "resident": point.resident} | policies | {"mixed": mixed}
+        mixed = MixedPolicy(
+            hit_rate=self._rates(outcome.hit_rate),
+            low=self._rates(self.low[index]),
+            high=self._rates(self.high[index]),
+            static_share=self._rates(outcome.static_share),
+            recency_share=self._rates(outcome.recency_share),
+            static_fraction=point.static_fraction,
+            static_entries=point.static_entries,
+            recency_entries=point.recency_sets * RECENCY_WAYS,
+            misses_per_token=float(outcome.misses_per_token[-1]),
+            reads_per_token=point.reads_per_token,
+            packed_reads_per_token=point.packed_reads_per_token,
+        )
+        static, recency, lru = (self._rates(rates) for rates in (point.static, point.recency, point.lru))
+        return CurvePoint(point.dram_bytes, point.resident, static, recency, lru, mixed)
 
     def _rates(self, rates: np.ndarray) -> dict[str, float]:
-        names = [*map(str, self.replay.orders), "all"]
-        return {name: float(rate) for name, rate in zip(names, rates, strict=True)}
+        return rates_by_order(self.replay.orders, rates)
 
 
 def build_curves(
@@ -190,15 +161,15 @@ def build_curves(
     replay = ranking.group.replay
     budgets = [*ladder_bytes, whole_bytes] if whole_bytes else list(ladder_bytes)
     usable = [*(usable_bytes or ladder_bytes), *budgets[len(ladder_bytes) :]]
-    tell = on_progress or _tell_nobody
+    report = on_progress or no_report
     simulator = _Simulator(ranking, cost, packed, batch_tokens, sorted({0.0, 1.0, *fractions}))
-    simulator.begin(REPLAYING, len(budgets) * len(simulator.fractions), tell)
+    simulator.begin(REPLAYING, len(budgets) * len(simulator.fractions), report)
     capacities = np.array([n // cost.recency_set_bytes * RECENCY_WAYS for n in usable])
     lru = shares(lru_hits(replay, capacities), replay.per_order(np.ones(len(replay.items), dtype=bool)))
     points: list[Point] = list(map_over(simulator.point, zip(budgets, usable, lru, strict=True)))
     if whole_bytes:
         points[-1] = simulator.whole(points[-1])
-    tell(INTERVALS, 0, None)
+    report(INTERVALS, 0, None)
     low, high = _intervals(replay, points, interval_tokens, generator)
     cached = [point for point in points if not point.resident]
     recommended = recommend(
@@ -207,7 +178,7 @@ def build_curves(
     chosen = [p for p in cached if p.dram_bytes in {choice.dram_bytes for choice in recommended}]
     stepper = _Simulator(steps_ranking, cost, None, batch_tokens, ()) if steps_ranking else simulator
     wide = [number for number in sequences if stepper.num_tokens >= number * STEPS_MIN]
-    stepper.begin(DECODING, len(wide) * len(chosen), tell)
+    stepper.begin(DECODING, len(wide) * len(chosen), report)
     steps = [each for several in map_over(lambda n: list(stepper.steps(n, chosen)), wide) for each in several]
     return Curves(replay, cost, points, low, high, interval_tokens, recommended, steps)
 
@@ -235,7 +206,7 @@ class _Simulator:
         self._ranking, self._replay, self._cost = ranking, ranking.group.replay, cost
         self._packed = self._replay.counts >= 2 if packed is None else packed
         self._batch_tokens, self.fractions = batch_tokens, fractions
-        self._tell: Callable[[], None] = lambda: None
+        self._report_run: Callable[[], None] = lambda: None
         # Computed here, once, and not by every thread.
         _ = self._replay.batched(batch_tokens), self._replay.document_accesses, self._replay.num_first_touches
         _ = self._replay.num_accesses, ranking.class_values
@@ -245,11 +216,11 @@ class _Simulator:
         """Tokens of the replay."""
         return self._replay.num_tokens
 
-    def begin(self, phase: str, num_runs: int, tell: OnPhase) -> None:
-        """Begins a phase of so many simulations, of each of which `tell` hears, from any thread."""
+    def begin(self, phase: str, num_runs: int, report: OnPhase) -> None:
+        """Begins a phase of so many simulations, each of which is reported, from any thread."""
         done = itertools.count(1)  # its next number is taken in one step, whatever the thread
-        self._tell = lambda: tell(phase, next(done), num_runs)
-        tell(phase, 0, num_runs)
+        self._report_run = lambda: report(phase, next(done), num_runs)
+        report(phase, 0, num_runs)
 
     def point(self, rung: tuple[int, int, np.ndarray]) -> Point:
         """Simulates one budget over all fractions and keeps the best.
@@ -292,7 +263,7 @@ class _Simulator:
         replay = interleaved(self._replay, sequences)
         for point in points:
             outcome = simulate(replay, self._ranking.static(point.static_entries), point.recency_sets, sequences)
-            self._tell()
+            self._report_run()
             yield Steps(
                 point.dram_bytes,
                 sequences,
@@ -309,7 +280,7 @@ class _Simulator:
         left_bytes = usable_bytes - static_entries * self._cost.static_bytes
         recency_sets = 0 if fraction == 1 else left_bytes // self._cost.recency_set_bytes
         outcome = simulate(self._replay, self._ranking.static(static_entries), recency_sets, self._batch_tokens)
-        self._tell()
+        self._report_run()
         return outcome, static_entries, recency_sets
 
     def _reads(self, outcome: Outcome) -> tuple[float, float]:
@@ -319,10 +290,6 @@ class _Simulator:
         num_packed = int(np.count_nonzero(self._packed[outcome.missed_items]))
         with_packed = num_packed * self._cost.packed_reads + (num_missed - num_packed) * self._cost.reads
         return num_missed * self._cost.reads / kept_tokens, with_packed / kept_tokens
-
-
-def _tell_nobody(_phase: str, _done: int, _total: int | None) -> None:
-    pass
 
 
 def _intervals(

@@ -1,7 +1,7 @@
-"""Which items come first: the order in which entries are placed, by what each is worth.
+"""Which items come first: the order in which entries are placed, by the accesses expected of each.
 
-Flows in: a `Group`. Flows out: its `Ranking`: the value of any item by order and count, and which items of the replay
-would be static if so many entries were. Pure.
+Input: a `TableGroup`. Output: its `Ranking`: the accesses expected of any item by order and count, and which items of
+the replay would be static if so many entries were. Errors: none. Pure.
 
 Shapes: C classes, U items of the replay, M items.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .choose import chosen_parts, is_chosen
-from .tally import Group
+from .item_statistics import TableGroup
 from .values import NUM_CLASSES, class_of_counts, expected_accesses
 
 
@@ -22,7 +22,7 @@ from .values import NUM_CLASSES, class_of_counts, expected_accesses
 class Ranking:
     """The ranking of a group's items. Immutable; any thread may use it."""
 
-    group: Group
+    group: TableGroup
 
     @functools.cached_property
     def histograms(self) -> np.ndarray:
@@ -47,7 +47,7 @@ class Ranking:
 
     @property
     def num_valued(self) -> int:
-        """Entries worth placing: counted items from which accesses are expected; those not sampled reckoned in."""
+        """Entries to place at most: counted items of which accesses are expected; those not sampled reckoned in."""
         return round(int(self.group.classes.num_items[self.class_values > 0].sum()) / self.group.counted_rate)
 
     def static(self, num_entries: int) -> np.ndarray:

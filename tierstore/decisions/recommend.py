@@ -1,20 +1,19 @@
 """Which budgets to choose from, given a curve of hit rates.
 
-Flows in: budgets in bytes, ascending, and the hit rate of each. Flows out: one to four `Recommendation`s, the least
-first. Memory is bought in doublings, so that curves are judged over the logarithm of bytes.
+Input: budgets in bytes, ascending, and the hit rate of each. Output: one to four `Recommendation`s, the least first.
+Errors: none. Memory is bought in doublings, so that curves are judged over the logarithm of bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..units import format_bytes
 
-GAIN_MIN = 0.01  # the hit rate that a doubling of DRAM must bring to be worth it
+GAIN_MIN = 0.01  # the hit rate that a doubling of DRAM must bring to pay
 WHY_WHOLE = "100.0 % of accesses hit: the tables fit in memory whole, and nothing is read from disk"
 
 
@@ -32,17 +31,17 @@ def recommend(budgets: Sequence[int], rates: Sequence[float], whole_bytes: int |
     where it ends to pay.
 
     budgets: ascending; rates: of as many. Budgets that fall together are named once, by the first of these names; if
-    the curve bends before half of its gain, none is frugal. whole_bytes: a budget above all these that holds the tables
-    whole, None if it is not known. Without any budget, only that one is named.
+    the curve bends before half of its gain, none is frugal. whole_bytes: a budget above all these that stores the
+    tables whole, None if it is not known. Without any budget, only that one is named.
     """
     whole = [] if whole_bytes is None else [Recommendation("whole", int(whole_bytes), WHY_WHOLE)]
     if not len(budgets):
         return whole
     up = np.maximum.accumulate(np.asarray(rates, dtype=np.float64))
     doublings = np.log2(np.asarray(budgets[1:]) / np.asarray(budgets[:-1]))
-    worth = np.flatnonzero(np.diff(up) >= GAIN_MIN * doublings)
+    paying = np.flatnonzero(np.diff(up) >= GAIN_MIN * doublings)
     half = int(np.argmax(up >= (up[0] + up[-1]) / 2))
-    last = int(worth[-1]) + 1 if len(worth) else 0
+    last = int(paying[-1]) + 1 if len(paying) else 0
     bend = knee(budgets, rates)
     beyond = f"beyond {format_bytes(budgets[last])} memory buys little"
     if last == len(budgets) - 1:
@@ -55,27 +54,23 @@ def recommend(budgets: Sequence[int], rates: Sequence[float], whole_bytes: int |
     if half > bend:
         del whys["frugal"]  # it would ask for more than the knee
     chosen: dict[int, Recommendation] = {}
-    for name, (place, why) in whys.items():
-        text = f"{100 * up[place]:.1f} % of accesses hit: {why}"
-        chosen.setdefault(place, Recommendation(name, int(budgets[place]), text))
-    return [chosen[place] for place in sorted(chosen)] + whole
+    for name, (index, why) in whys.items():
+        text = f"{100 * up[index]:.1f} % of accesses hit: {why}"
+        chosen.setdefault(index, Recommendation(name, int(budgets[index]), text))
+    return [chosen[index] for index in sorted(chosen)] + whole
 
 
-def default_choice(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Returns the budget to plan with if nobody asks for another: the largest knee of the groups of a profile,
-    one at least.
+def default_choice(groups: Sequence[Sequence[Recommendation]]) -> Recommendation:
+    """Returns the budget to plan with if nobody asks for another: the largest knee of a profile's groups, one at least.
 
-    groups: records of `Curves.as_record`. If a group's knee falls together with its frugal budget, that is meant.
+    groups: what `recommend` gave for each. If a group's knee falls together with its frugal budget, that is meant.
     """
-    named = (
-        next((choice for choice in group["recommended"] if choice["name"] == "knee"), group["recommended"][0])
-        for group in groups
-    )
-    return max(named, key=lambda choice: int(choice["dram_bytes"]))
+    knees = (next((choice for choice in group if choice.name == "knee"), group[0]) for group in groups)
+    return max(knees, key=lambda choice: choice.dram_bytes)
 
 
 def knee(budgets: Sequence[int], rates: Sequence[float]) -> int:
-    """Returns the place of the point farthest above the chord, over the logarithm of bytes; of a flat curve the first.
+    """Returns the index of the point farthest above the chord, over the logarithm of bytes; of a flat curve the first.
 
     That is the knee of a curve that rises after Satopaa et al., "Finding a 'kneedle' in a haystack",
     ICDCS workshops 2011.

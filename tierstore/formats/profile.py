@@ -98,8 +98,9 @@ class ProfileWriter:
     """Writes a profile; use it with `with`. Unfinished, it leaves nothing behind."""
 
     def __init__(self, path: str | os.PathLike[str], header: ProfileHeader) -> None:
-        self._header = header
+        self.header = header
         self._file = ColumnWriter(path, KIND, asdict(header))
+        self.path = self._file.path
         self._items: list[tuple[np.ndarray, np.ndarray]] = []
         self._num_buffered = 0
 
@@ -147,7 +148,7 @@ class ProfileWriter:
         self._file.abandon()
 
 
-class Profile:
+class ProfileReader:
     """A finished profile; use it with `with`. Reads stream, block by block."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -226,7 +227,7 @@ class Profile:
         """Closes the file."""
         self._file.close()
 
-    def __enter__(self) -> Profile:
+    def __enter__(self) -> ProfileReader:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -127,7 +127,7 @@ def build_store(
     sources: Sequence[TableSource],
     *,
     origin: dict[str, Any],
-    attachments: dict[str, bytes],
+    attachments: dict[str, bytes] | None = None,
     shard_bytes: int = 1 << 30,
     jobs: int | None = None,
     allow_network_fs: bool = False,
@@ -146,6 +146,7 @@ def build_store(
     What is built stays for the next run.
     """
     path = Path(store_path)
+    attachments = attachments or {}
     tables = lay_out_tables(sources, origin["digest"], shard_bytes)
     jobs = min(os.cpu_count() or 1, 4) if jobs is None else jobs
     if not 1 <= jobs <= JOBS_MAX:

@@ -1,9 +1,10 @@
-"""place: chosen entries -> one placement file -> a new epoch in the catalog.
+"""place: a plan -> its entries -> one placement file -> a new epoch in the catalog.
 
-Flows in: for each table the (order index, key) pairs that were chosen, hottest first. Flows out: an immutable file with
-their entries back to back and the indexes that find them, published last. Every page that is needed is read once, in
-page order, and its rows go through buckets of the destination, so that memory stays bounded whatever the size. Killed
-anywhere, it leaves the old epoch. Refuses, before it writes, what the disk cannot hold.
+Input: a `Plan`, or for each table the (order index, key) pairs that were chosen, hottest first. Output: an immutable
+file with their entries back to back and the indexes that find them, published last. Every page that is needed is read
+once, in page order, and its rows go through buckets of the destination, so that memory stays bounded whatever the size.
+Killed anywhere, it leaves the old epoch. Errors: before it writes, what the disk has no room for, and plans of other
+tables.
 
 Memory: 13 bytes a chosen entry of one table, 32 bytes an entry of one order (its rows of one head, sorted), the index
 of one order, and two buckets.
@@ -11,6 +12,7 @@ of one order, and two buckets.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -26,8 +28,9 @@ from .. import kernels
 from ..causes import NEW_SUFFIX, named, naming
 from ..durable import replacing, write_all
 from ..errors import BudgetError, ConfigError
-from ..formats.catalog import CatalogImage, forget_placement, publish_placement, read_catalog
+from ..formats.catalog import CatalogImage, forget_placement, publish_placement, read_catalog, set_epoch
 from ..formats.placement import (
+    HEAD_BYTES_MAX,
     PLACEMENT_FOLDER,
     RECORDS_MAX,
     PlacedTable,
@@ -36,18 +39,22 @@ from ..formats.placement import (
     head_bytes,
     lay_out_placement,
 )
+from ..formats.profile import ProfileReader
 from ..layout import PlacementRecord, TableLayout
-from ..process.progress import OnProgress
+from ..process.progress import CHOOSING, PLACING, OnPhase, OnProgress, no_report
 from ..process.workers import aside
 from ..tiers.nvme import TableFiles, read_pages
 from ..units import format_bytes
 from .build import locked_store
+from .plan import Plan
+from .ranked_items import ItemRanking
 
 BUCKET_BYTES = 96 << 20  # of the destination, filled at once in memory
 SPARE_DISK_BYTES = 64 << 20  # left free beside what is written
 READ_BYTES = 8 << 20  # of pages at once
 ROWS_AT_ONCE = 1 << 15  # that are taken out of them together, however many keys share a row
-DENSE = 0.25  # where more of a stretch of pages is needed, the whole stretch is read
+DENSE_FRACTION = 0.25  # if more of a stretch of pages is needed, the whole stretch is read
+DETAILS_BYTES_MAX = HEAD_BYTES_MAX // 4  # of what a placement says of its plan
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class PlacePlan:
+class PlacePreflight:
     """What will be written, and what the disk has: the preflight."""
 
     placement: Placement
@@ -81,20 +88,103 @@ class PlaceReport:
     seconds: float
 
 
+def place(
+    store_path: str | os.PathLike[str],
+    plan: Plan,
+    *,
+    on_preflight: Callable[[PlacePreflight], None] | None = None,
+    on_progress: OnPhase | None = None,
+) -> int | None:
+    """Makes the placement that a plan recommends, which the store opens with from now on; also `tierstore.place`.
+
+    Blocks until it is durable. Killed or interrupted anywhere, it leaves the placement from before.
+
+    Args:
+        store_path: the store that was planned for.
+        plan: what to place; its profile's file is read.
+        on_preflight: called with what will be written, before anything is.
+        on_progress: called with (phase, done, of how many or None): choosing, then placing (in rows).
+
+    Returns:
+        The number of the new epoch; None if the plan places nothing, and the store opens without a placement from now
+        on.
+
+    Raises:
+        StoreNotReadyError, FormatError: there is no finished store, or a file is damaged.
+        FingerprintMismatchError: the plan is for other tables.
+        ConfigError: the profile's file is gone or another one by now; another build or plan of the
+            store is running; or a file cannot be written.
+        BudgetError: the disk has too little room.
+        CorruptPageError: a page that is needed is damaged.
+    """
+    report = place_plan(store_path, plan, on_preflight=on_preflight, on_progress=on_progress)
+    return None if report is None else report.placement.epoch
+
+
+def place_plan(
+    store_path: str | os.PathLike[str],
+    plan: Plan,
+    *,
+    on_preflight: Callable[[PlacePreflight], None] | None = None,
+    on_progress: OnPhase | None = None,
+) -> PlaceReport | None:
+    """As `place`, but returns all that is known of what was made; None if nothing was."""
+    report = on_progress or no_report
+    path = Path(store_path)
+    image = read_catalog(path)
+    report(CHOOSING, 0, None)
+    with plan.profile.open() as reader:
+        chosen = choose_entries(image, plan, reader)
+    if not chosen:
+        with locked_store(path):
+            set_epoch(path, None)
+        return None
+    return place_entries(
+        path,
+        chosen,
+        details=_details(plan),
+        on_preflight=on_preflight,
+        on_progress=lambda done, total: report(PLACING, done, total),
+    )
+
+
+def choose_entries(image: CatalogImage, plan: Plan, reader: ProfileReader) -> dict[str, Chosen]:
+    """Reads a plan's profile for the entries to place; returns them by table, hottest first. Blocks."""
+    mapping = plan.profile.mapping
+    mapping.check(image.tables, plan.profile.header)
+    chosen: dict[str, Chosen] = {}
+    for ranking, group in zip(plan.rankings, plan.groups, strict=True):
+        if group.num_entries == 0:
+            continue
+        order_index, items = ItemRanking(reader, ranking).first(group.num_entries)
+        for name in group.tables:
+            keys = mapping.keys_of(items, order_index, name)
+            chosen[name] = Chosen(order_index, keys, group.static_fraction, min(group.hbm_entries, len(keys)))
+    return chosen
+
+
+def _details(plan: Plan) -> dict[str, Any]:
+    """Returns what a placement says of its plan; groups of so many tables that they take too much room are left out."""
+    details: dict[str, Any] = {"profile": plan.profile.path.name, "plan": plan.to_dict()}
+    if len(json.dumps(details)) > DETAILS_BYTES_MAX:
+        del details["plan"]["groups"]
+    return details
+
+
 def place_entries(
     store_path: str | os.PathLike[str],
     chosen: Mapping[str, Chosen],
     *,
     details: dict[str, Any] | None = None,
-    on_plan: Callable[[PlacePlan], None] | None = None,
+    on_preflight: Callable[[PlacePreflight], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> PlaceReport:
     """Makes a placement of a store and publishes it as its new current epoch. Blocks until it is durable.
 
-    details: as in `Placement`. on_plan gets the preflight before anything is written, on_progress (rows done, rows in
-    all) now and then. Raises `BudgetError` where the disk has too little room (also midway), `ConfigError` for tables
-    that there are not, `CorruptPageError` for damaged pages, `FormatError` for details that are too long, `ValueError`
-    for what cannot be placed. The old epoch stays until it is published over, and in the store after that.
+    details: as in `Placement`. on_preflight gets the preflight before anything is written, on_progress (rows done, rows
+    in all) now and then. Raises `BudgetError` if the disk has too little room (also midway), `ConfigError` for tables
+    that the store lacks, `CorruptPageError` for damaged pages, `FormatError` for details that are too long,
+    `ValueError` for what cannot be placed. The old epoch stays until it is published over, and in the store after that.
     """
     path = Path(store_path)
     started = time.monotonic()
@@ -109,13 +199,14 @@ def place_entries(
         shapes = {name: _shape_of(part, len(image.tables[name].spec.orders)) for name, part in chosen.items()}
         placement = lay_out_placement(epoch, image.tables, shapes, details or {})
         _check_head(placement)
-        plan = PlacePlan(placement, _bytes_needed(placement, image.tables), shutil.disk_usage(folder).free)
-        if on_plan:
-            on_plan(plan)
-        if plan.bytes_needed > plan.bytes_free:
+        preflight = PlacePreflight(placement, _bytes_needed(placement, image.tables), shutil.disk_usage(folder).free)
+        if on_preflight:
+            on_preflight(preflight)
+        if preflight.bytes_needed > preflight.bytes_free:
             raise BudgetError(
-                f"{folder}: the placement needs {format_bytes(plan.bytes_needed)} of disk ({plan.bytes_needed} bytes, "
-                f"buckets included), {format_bytes(plan.bytes_free)} ({plan.bytes_free} bytes) are free; "
+                f"{folder}: the placement needs {format_bytes(preflight.bytes_needed)} of disk "
+                f"({preflight.bytes_needed} bytes, buckets included), "
+                f"{format_bytes(preflight.bytes_free)} ({preflight.bytes_free} bytes) are free; "
                 f"place fewer entries, or free some"
             )
         file = folder / f"{epoch:08d}.placement"
@@ -132,7 +223,7 @@ def place_entries(
             if not isinstance(error, OSError):
                 raise
             note = f"then plan again; the store keeps epoch {kept.epoch}"
-            raise named(error, folder, writing=True, needed_bytes=plan.bytes_needed, note=note) from error
+            raise named(error, folder, writing=True, needed_bytes=preflight.bytes_needed, note=note) from error
     return PlaceReport(placement, pages, time.monotonic() - started)
 
 
@@ -297,7 +388,7 @@ def _stretches(pages: np.ndarray, pages_max: int) -> Iterator[tuple[int, int, np
     i = 0
     while i < len(needed):
         dense_end = int(np.searchsorted(needed, needed[i] + pages_max))
-        is_dense = dense_end - i > DENSE * pages_max
+        is_dense = dense_end - i > DENSE_FRACTION * pages_max
         j = dense_end if is_dense else min(i + pages_max, len(needed))
         read = np.arange(needed[i], needed[j - 1] + 1) if is_dense else needed[i:j]
         yield int(bounds[i]), int(bounds[j]), read

@@ -1,427 +1,264 @@
-"""profile: documents -> counted items + held-out documents -> one file; and profiles merged into one.
+"""profile: traces -> counts of what was accessed, held-out documents, and what each gigabyte of memory would buy.
 
-Flows in: documents, each as the items that it accesses, and the columns that a profile keeps of it where it is held
-out. Flows out: a profile, whose analysis is computed by the caller from the `Group`s of what was counted. Memory is
-bounded: items are counted by `ItemCounter`, and the held-out part is as small as its share says. Profiles made anywhere
-of parts of the same documents merge to the profile of all. Refuses profiles that do not fit each other.
+Input: a store's geometry and traces of keys, or profiles to merge; `engram_adapter.token_profile` takes traces of
+tokens. Output: a file, and a `Profile` that says what it holds. Errors: traces of another kind or of other tables,
+damaged files, a full disk. Blocks; an interrupt leaves no file, and an older one as it was.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from ..decisions.hit_rates import GroupCurves
+from ..decisions.item_statistics import TableGroup
+from ..decisions.recommend import Recommendation, default_choice
+from ..errors import ConfigError, FormatError
+from ..formats.catalog import CatalogImage, read_catalog
+from ..formats.key_trace import read_key_trace_info
+from ..formats.profile import ProfileHeader, ProfileReader, ProfileWriter
+from ..process.progress import COUNTING, WRITING, OnPhase, no_report
+from .analysis import analyse
+from .count_documents import MEMORY_BYTES, CountedText, ProfileCounts, count_documents, count_profiles, read_groups
+from .documents import (
+    Document,
+    ItemMapping,
+    KeyItems,
+    held_out_fraction,
+    key_documents,
+    key_profile_header,
+    stretch_accesses,
+)
 
-from .. import kernels
-from ..decisions.choose import ItemClasses, chosen_parts, is_chosen, item_hash
-from ..decisions.curves import OnPhase
-from ..decisions.ranking import Ranking
-from ..decisions.tally import Group, OrderSplit, Tally
-from ..errors import ConfigError, FingerprintMismatchError, FormatError
-from ..formats.key_trace import KeyBlock, KeyTraceInfo, read_key_blocks
-from ..formats.profile import BLOCK_VALUES, COUNTS, KEYS, Columns, Profile, ProfileHeader, ProfileWriter
-from ..layout import TableLayout
-from .count import ItemCounter
-
-COUNTED, HELD_OUT = 0, 1  # columns of the sums
-HELD_OUT_SHARE = 1 / 4  # less gives wider intervals, more a static set that is fitted to less
-HELD_OUT_TOKENS_MAX = 4_000_000  # of a long trace a smaller share is held out
-STRETCH_ACCESSES = 1 << 14  # of recorded keys, that count as one document
-DOCUMENT_TOKENS_MAX = 1 << 20  # a longer document is a stream rather than a text: it is cut
-STRETCH_TOKENS = 1 << 16  # of streams
-DOCUMENTS_MIN = 8  # a trace of fewer documents is cut into STRETCHES: a part of one document cannot be held out
-STRETCHES = 64
-STRETCH_MIN = 64  # tokens or accesses; shorter stretches would be mostly n-grams that begin before them
-ADDED_AT_ONCE = 1 << 17  # items that are handed to the counter together
-MEMORY_BYTES = 256 << 20  # of the counter
-
-Analyse = Callable[[list[Group], dict[str, int]], dict[str, Any]]
-# Phases; the caller's analysis may have more.
-COUNTING, MERGING, READING, SORTING, WRITING = "counting", "merging", "reading", "sorting", "writing"
+StrPath = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class Document:
-    """One document: its items, uint64 [T, 2], in order; its columns, as the profile keeps them;
-    its tokens (or lookups).
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What was counted of a store's use, and what it predicts. Immutable; any thread may use it.
 
-    Columns must say all of it, since a profile that is merged is read from them: of keys there are as many lookups as
-    the last `batch` says, which counts from 0 in each document.
+    Attributes:
+        path: the file. Without an `output` it is a temporary one, which goes with the last reference to this.
+        header: the tables by name, fingerprint and orders; the kind ("ngrams" or "keys"); the fraction held out.
+        counts: tokens (of keys: lookups) and documents, in all and held out.
+        mapping: what the items mean to the store.
+
+    Held-out documents stay in memory once they were counted or read, some 60 bytes a token, so that several plans read
+    them once.
     """
 
-    items: np.ndarray
-    columns: Columns
-    num_tokens: int
+    path: Path
+    header: ProfileHeader
+    counts: ProfileCounts
+    mapping: ItemMapping = field(repr=False)
+    _analysis: dict[str, Any] = field(repr=False)
+    _groups: list[TableGroup] = field(repr=False)  # empty until they are read
 
-    @classmethod
-    def of_keys(cls, columns: Columns) -> Document:
-        """Makes a document of recorded accesses: table, order_index, keys, and batch, the lookup's number from 0 on."""
-        high = columns["table"].astype(np.uint64) << np.uint64(32) | columns["order_index"].astype(np.uint64)
-        items = np.stack([high, columns["keys"].astype(np.uint64)], axis=1)
-        return cls(items, columns, int(columns["batch"].max(initial=-1)) + 1)
+    @property
+    def curves(self) -> tuple[GroupCurves, ...]:
+        """Hit rates over budgets of DRAM, for each table group of which anything was held out. Raises `FormatError`."""
+        try:
+            return tuple(GroupCurves.from_dict(record) for record in self._analysis["groups"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{self.path}: the profile's curves are damaged ({error!r}); profile again") from error
 
+    @property
+    def recommended(self) -> Recommendation | None:
+        """The budget of DRAM to plan with if nobody asks for another; None if nothing was held out."""
+        curves = self.curves
+        return default_choice([group.recommended for group in curves]) if curves else None
 
-@dataclass
-class HeldOut:
-    """The held-out documents of a profile in the making: their items, ends, and tokens where items do not say them."""
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what the file's footer says, for JSON: kind, counts and analysis."""
+        return {"kind": self.header.kind, "counts": asdict(self.counts), "analysis": self._analysis}
 
-    items: list[np.ndarray] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-    tokens: list[np.ndarray] = field(default_factory=list)
+    def open(self) -> ProfileReader:
+        """Opens the file, to read items; raises `ConfigError` if it is gone, or another one by now."""
+        reader = ProfileReader(self.path)
+        if (reader.header, reader.counts) != (self.header, asdict(self.counts)):
+            reader.close()
+            raise ConfigError(f"{self.path} is another profile than the one that was opened; open it again")
+        return reader
 
-    def add(self, document: Document) -> None:
-        """Takes the next held-out document."""
-        start = self.ends[-1] if self.ends else 0
-        self.items.append(document.items)
-        self.ends.append(start + document.num_tokens)
-        if "batch" in document.columns:
-            self.tokens.append(start + document.columns["batch"])
-
-    def groups(self, tally: Tally) -> list[Group]:
-        """Returns what decisions need."""
-        items = np.concatenate([np.empty((0, 2), dtype=np.uint64), *self.items])
-        tokens = np.concatenate(self.tokens).astype(np.int64) if self.tokens else None
-        return tally.groups(items, np.array(self.ends, dtype=np.int64), tokens)
-
-
-def key_profile_header(
-    infos: Sequence[KeyTraceInfo], layouts: Mapping[str, TableLayout], held_out: float
-) -> ProfileHeader:
-    """Returns the header of a profile of key traces; raises `FingerprintMismatchError`
-    where they are of other tables."""
-    first = infos[0]
-    for info in infos:
-        if (info.tables, info.sample_rate) != (first.tables, first.sample_rate):
-            raise ConfigError(
-                f"{info.path} and {first.path} are of other tables or sample rates; profile each by itself"
-            )
-        for table in info.tables:
-            spec = layouts[table.name].spec if table.name in layouts else None
-            if spec is None or (spec.fingerprint, spec.orders) != (table.fingerprint, table.orders):
-                raise FingerprintMismatchError(
-                    f"{info.path}: recorded of table {table.name} with fingerprint {table.fingerprint}, the store has "
-                    f"{spec.fingerprint if spec else 'no such table'}; profile it with the store that recorded it"
-                )
-    tables = tuple((table.name, table.fingerprint, table.orders) for table in first.tables)
-    return ProfileHeader(KEYS, tables, 64, held_out, first.sample_rate)
+    def groups(self, on_progress: OnPhase | None = None) -> list[TableGroup]:
+        """Returns what decisions need, read from the file at the first call. Blocks then."""
+        if not self._groups:
+            with self.open() as reader:
+                self._groups[:] = read_groups(reader, self.mapping, on_progress)
+        return self._groups
 
 
-def document_limits(num_tokens: int, num_documents: int) -> tuple[int, int]:
-    """Returns (tokens above which a document is cut, into stretches of so many), for traces of so many in all.
-
-    Of enough documents only streams are cut, which depends on the document alone, so that parts counted anywhere merge
-    to the profile of all. A few documents, such as a corpus without document ends, are cut into some 64 stretches.
-    """
-    if num_documents >= DOCUMENTS_MIN:
-        return DOCUMENT_TOKENS_MAX, STRETCH_TOKENS
-    stretch = _stretch_of(num_tokens, STRETCH_TOKENS)
-    return stretch, stretch
-
-
-def stretch_accesses(num_accesses: int) -> int:
-    """Returns how many accesses of recorded keys count as one document: of a short trace fewer,
-    so that some are held out."""
-    return _stretch_of(num_accesses, STRETCH_ACCESSES)
-
-
-def _stretch_of(total: int, most: int) -> int:
-    return min(max(-(-total // STRETCHES), STRETCH_MIN), most)
-
-
-def key_documents(traces: Iterable[str | os.PathLike[str]], accesses_min: int = STRETCH_ACCESSES) -> Iterator[Document]:
-    """Yields the accesses of key traces in stretches of whole lookups, `accesses_min` or a little more each."""
-    for trace in traces:
-        waiting: list[KeyBlock] = []
-        for block in read_key_blocks(trace):
-            waiting.append(block)
-            accesses = KeyBlock(*(np.concatenate(columns) for columns in zip(*waiting, strict=True)))
-            ends = np.flatnonzero(np.diff(accesses.batch)) + 1
-            start = 0
-            for end in ends.tolist():
-                if end - start >= accesses_min:
-                    yield _stretch(accesses, start, end)
-                    start = end
-            waiting = [KeyBlock(*(column[start:] for column in accesses))]
-        if waiting and len(waiting[0].keys):
-            accesses = KeyBlock(*(np.concatenate(columns) for columns in zip(*waiting, strict=True)))
-            yield _stretch(accesses, 0, len(accesses.keys))
-
-
-def _stretch(accesses: KeyBlock, start: int, end: int) -> Document:
-    part = {name: getattr(accesses, name)[start:end] for name in ("table", "order_index", "keys", "batch")}
-    return Document.of_keys(part | {"batch": part["batch"] - part["batch"][0]})
-
-
-def held_out_share(num_tokens: int) -> float:
-    """Returns the share of documents to hold out of a trace: a quarter,
-    or about four million tokens where that is less."""
-    return min(HELD_OUT_SHARE, HELD_OUT_TOKENS_MAX / max(num_tokens, 1))
-
-
-def make_profile(
-    path: str | os.PathLike[str],
-    header: ProfileHeader,
-    documents: Iterable[Document],
-    analyse: Analyse,
-    on_progress: OnPhase | None = None,
+def profile(
+    store_path: StrPath,
+    traces: StrPath | Sequence[StrPath],
+    held_out: float | None = None,
+    *,
+    output: StrPath | None = None,
     memory_bytes: int = MEMORY_BYTES,
-) -> dict[str, Any]:
-    """Counts documents, analyses, writes the profile; returns its footer. Blocks.
+    on_progress: OnPhase | None = None,
+) -> Profile:
+    """Counts traces of keys, as `Store.start_trace` records them, and says what memory would buy; `tierstore.profile`.
 
-    A document is held out if the checksum of its columns falls below the header's share: by content, so that equal
-    documents share their fate, and parts of a trace counted anywhere agree. on_progress gets the phase: counting (in
-    tokens), merging (in items), sorting, writing. memory_bytes: of the counter.
-    Raises what `ItemCounter` and `ColumnWriter` raise.
+    Blocks: seconds a million accesses. An interrupt leaves no file.
+
+    Args:
+        store_path: the store that recorded them.
+        traces: one or several files.
+        held_out: the fraction of the recorded stretches to keep back for testing predictions, above 0 and below 1; by
+            default a quarter, and of long traces about four million lookups.
+        output: the profile's file, replaced if there is one; by default a temporary one.
+        memory_bytes: of the counter; the held-out part comes on top.
+        on_progress: called with (phase, done, of how many or None), on any thread.
+
+    Raises:
+        StoreNotReadyError, FormatError: there is no finished store, or a file is damaged or of another kind.
+        FingerprintMismatchError: a trace is of other tables.
+        ConfigError: traces do not fit each other, or a file cannot be written.
+        BudgetError: the disk is full.
+        ValueError: `held_out` is not such a fraction.
     """
-    tell = on_progress or _tell_nobody
-    counts = dict.fromkeys(COUNTS, 0)
-    held_out = HeldOut()
-    folder = Path(path).resolve().parent
-    with ProfileWriter(path, header) as writer:
-        keeper = _HeldOutColumns(writer)
-        with ItemCounter(folder, 2, memory_bytes) as counter:
-            waiting = [_Waiting(counter, COUNTED), _Waiting(counter, HELD_OUT)]
-            tell(COUNTING, 0, None)
-            for document in documents:
-                kind = HELD_OUT if _is_held_out(document, header.held_out) else COUNTED
-                counts["tokens"] += document.num_tokens
-                counts["documents"] += 1
-                if kind == HELD_OUT:
-                    counts["held_out_tokens"] += document.num_tokens
-                    counts["held_out_documents"] += 1
-                    held_out.add(document)
-                    keeper.add(document)
-                if waiting[kind].add(document.items):
-                    tell(COUNTING, counts["tokens"], None)
-            for rest in waiting:
-                rest.flush()
-            tell(COUNTING, counts["tokens"], None)
-            tally = _write_items(writer, header, counter, tell)
-        keeper.flush()
-        return _finish(writer, tally, held_out, counts, analyse, tell)
+    image = read_catalog(store_path)
+    paths = trace_paths(traces)
+    infos = [read_key_trace_info(path) for path in paths]
+    num_lookups = sum(info.num_batches for info in infos)
+    header = key_profile_header(infos, image.tables, checked_fraction(held_out, num_lookups))
+    documents = key_documents(paths, stretch_accesses(sum(info.num_accesses for info in infos)))
+    return profile_documents(
+        image,
+        header,
+        documents,
+        KeyItems(),
+        num_lookups,
+        output=output,
+        memory_bytes=memory_bytes,
+        on_progress=on_progress,
+    )
+
+
+def open_profile(path: StrPath, mapping: ItemMapping | None = None) -> Profile:
+    """Opens a finished profile of keys; also `tierstore.open_profile`. `engram_adapter.open_profile` opens any.
+
+    Args:
+        mapping: what the items mean, if they are not keys.
+
+    Raises:
+        FormatError: the file is not a profile, is damaged, or of a newer version.
+        ConfigError: it cannot be read.
+    """
+    with ProfileReader(path) as reader:
+        counts = ProfileCounts(**reader.counts)
+        return Profile(reader.path, reader.header, counts, mapping or KeyItems(), reader.footer.get("analysis", {}), [])
 
 
 def merge_profiles(
-    path: str | os.PathLike[str],
-    parts: Sequence[Profile],
-    documents_of: Callable[[Profile], Iterator[Document]],
-    analyse: Analyse,
-    on_progress: OnPhase | None = None,
+    store_path: StrPath,
+    profiles: Sequence[Profile],
+    *,
+    output: StrPath | None = None,
     memory_bytes: int = MEMORY_BYTES,
-) -> dict[str, Any]:
-    """Writes the profile of all documents of `parts`, in their order; returns its footer. Blocks.
+    on_progress: OnPhase | None = None,
+) -> Profile:
+    """Makes the profile of all documents of profiles that were counted in parts; also `tierstore.merge_profiles`.
 
-    documents_of gives the held-out documents of a part; on_progress: as of `make_profile`, counting in items;
-    memory_bytes: of the counter. Raises `ConfigError` where the parts differ in tables or settings.
+    Blocks.
+
+    The result is the one that counting everything at once gives, to the byte. Arguments and errors are those of
+    `profile`; the parts must be of the same tables and the same `held_out`.
     """
-    tell = on_progress or _tell_nobody
-    header = parts[0].header
-    for part in parts[1:]:
-        if part.header != header:
-            raise ConfigError(
-                f"{part.path} is of other tables or settings than {parts[0].path}: {part.header} and {header}; count "
-                f"all parts with the same store and the same --held-out"
-            )
-    counts = {name: sum(part.counts[name] for part in parts) for name in COUNTS}
-    held_out = HeldOut()
-    folder = Path(path).resolve().parent
-    with ProfileWriter(path, header) as writer:
-        keeper = _HeldOutColumns(writer)
-        with ItemCounter(folder, 2, memory_bytes) as counter:
-            num_counted, num_items = 0, sum(part.num_items for part in parts)
-            for part in parts:
-                tell(COUNTING, num_counted, num_items)
-                for document in documents_of(part):
-                    held_out.add(document)
-                    keeper.add(document)
-                for items, sums in part.items():
-                    counter.add(items, sums)
-                    num_counted += len(items)
-                    tell(COUNTING, num_counted, num_items)
-            tally = _write_items(writer, header, counter, tell)
-        keeper.flush()
-        return _finish(writer, tally, held_out, counts, analyse, tell)
-
-
-def groups_of(profile: Profile, documents: Iterable[Document], on_progress: OnPhase | None = None) -> list[Group]:
-    """Reads a finished profile; documents are its held-out ones; on_progress gets reading (in items),
-    sorting. Blocks."""
-    tell = on_progress or _tell_nobody
-    tally, held_out = Tally(profile.header), HeldOut()
-    num_read = 0
-    tell(READING, 0, profile.num_items)
-    for items, sums in profile.items():
-        tally.add(items, sums)
-        num_read += len(items)
-        tell(READING, num_read, profile.num_items)
-    for document in documents:
-        held_out.add(document)
-    tell(SORTING, 0, None)
-    return held_out.groups(tally)
-
-
-class ItemRanking:
-    """The items of a finished profile in the order in which a ranking places them, by all that was counted of them."""
-
-    def __init__(self, profile: Profile, ranking: Ranking) -> None:
-        """ranking: of a group of the profile's tables."""
-        self._profile, self._ranking = profile, ranking
-        counts = profile.counts
-        # What the ranking says of counts holds for as much text as was counted without the held-out documents.
-        self._scale = (counts["tokens"] - counts["held_out_tokens"]) / max(counts["tokens"], 1)
-        names = [name for name, _, _ in profile.header.tables]
-        self._table_index = names.index(ranking.group.tables[0])
-
-    def first(self, num_entries: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the order index, uint8 [n], and the items, uint64 [n, 2], of the num_entries first, hottest first.
-
-        Of a sample of keys, that share of them. Reads the profile twice; blocks.
-        """
-        classes = ItemClasses.of_parts(
-            (order_index, totals, np.zeros_like(totals), np.ones_like(totals))
-            for order_index, _, totals in self._of_orders()
+    image = read_catalog(store_path)
+    with ExitStack() as stack:
+        mapping = profiles[0].mapping
+        readers = [stack.enter_context(part.open()) for part in profiles]
+        for reader in readers:
+            mapping.check(image.tables, reader.header)
+        return _written(
+            image,
+            readers[0].header,
+            mapping,
+            output,
+            lambda writer: count_profiles(writer, readers, mapping, on_progress, memory_bytes),
+            on_progress,
         )
-        values = self._values(classes.order_index, classes.counts)
-        parts = chosen_parts(values, classes.num_items, round(num_entries * self._ranking.group.counted_rate))
-        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        for order_index, items, totals in self._of_orders():
-            orders = np.full(len(items), order_index, dtype=np.uint8)
-            chosen = is_chosen(parts, classes.class_of(orders, totals), item_hash(items))
-            found.append((orders[chosen], items[chosen], totals[chosen]))
-        orders, items, totals = (np.concatenate(columns) for columns in zip(*found, strict=True))
-        hottest = np.argsort(-self._values(orders, totals), kind="stable")
-        hottest = hottest[:num_entries]  # of a class taken in part, hashes give about as many as were asked for
-        return orders[hottest], items[hottest]
-
-    def _values(self, order_index: np.ndarray, totals: np.ndarray) -> np.ndarray:
-        return self._ranking.values(order_index, totals * self._scale)
-
-    def _of_orders(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yields (order index, items, counts in all) of the group's items, block by block; never nothing at all."""
-        split = OrderSplit(self._profile.header)
-        yield 0, np.empty((0, 2), dtype=np.uint64), np.empty(0, dtype=np.int64)
-        for parts in itertools.chain((split.add(*block) for block in self._profile.items()), [None]):
-            for table_index, order_index, items, sums in split.end() if parts is None else parts:
-                if table_index == self._table_index:
-                    yield order_index, items, sums.sum(axis=1)
 
 
-def held_out_documents(profile: Profile) -> Iterator[Columns]:
-    """Yields the columns of each held-out document of a profile, `document_ends` left out; raises `FormatError`."""
-    unfinished: list[Columns] = []
-    start = 0
-    for columns in profile.held_out():
-        ends = columns["document_ends"] - start
-        rest = {name: values for name, values in columns.items() if name != "document_ends"}
-        num_values = len(next(iter(rest.values())))
-        at = 0
-        for end in ends.tolist():
-            unfinished.append({name: values[at:end] for name, values in rest.items()})
-            document = {name: np.concatenate([part[name] for part in unfinished]) for name in rest}
-            if "batch" in document and np.any(np.diff(document["batch"], prepend=0) < 0):
-                raise FormatError(f"{profile.path}: lookups of a held-out document go backwards; profile again")
-            yield document
-            unfinished.clear()
-            at = end
-        if at < num_values:
-            unfinished.append({name: values[at:] for name, values in rest.items()})
-        start += num_values
+def profile_documents(
+    image: CatalogImage,
+    header: ProfileHeader,
+    documents: Iterable[Document],
+    mapping: ItemMapping,
+    num_tokens: int,
+    *,
+    output: StrPath | None,
+    memory_bytes: int,
+    on_progress: OnPhase | None,
+) -> Profile:
+    """Counts documents of any kind, num_tokens in all, into a profile: what `profile` and its like have in common."""
+    report = on_progress or no_report
+
+    def report_of_all(phase: str, done: int, total: int | None) -> None:
+        report(phase, done, num_tokens if phase == COUNTING else total)
+
+    def count(writer: ProfileWriter) -> CountedText:
+        return count_documents(writer, documents, report_of_all, memory_bytes)
+
+    return _written(image, header, mapping, output, count, report_of_all)
 
 
-def _write_items(writer: ProfileWriter, header: ProfileHeader, counter: ItemCounter, tell: OnPhase) -> Tally:
-    tally = Tally(header)
-    num_items = 0
-    tell(MERGING, 0, None)
-    for items, sums in counter.merged():
-        tally.add(items, sums)
-        writer.write_items(items, sums)
-        num_items += len(items)
-        tell(MERGING, num_items, None)
-    return tally
+def trace_paths(traces: StrPath | Sequence[StrPath]) -> list[Path]:
+    """Returns the files that the argument of a job names; raises `ConfigError` if it names none."""
+    paths = [Path(traces)] if isinstance(traces, str | os.PathLike) else [Path(trace) for trace in traces]
+    if not paths:
+        raise ConfigError("there is no trace to profile; give one or several files")
+    return paths
 
 
-def _finish(
-    writer: ProfileWriter, tally: Tally, held_out: HeldOut, counts: dict[str, int], analyse: Analyse, tell: OnPhase
-) -> dict[str, Any]:
-    tell(SORTING, 0, None)
-    footer = {"kind": tally.kind, "counts": counts, "analysis": analyse(held_out.groups(tally), counts)}
-    tell(WRITING, 0, None)
-    writer.finish(footer)
-    return footer
+def checked_fraction(held_out: float | None, num_tokens: int) -> float:
+    """Returns the fraction of documents to hold out of a trace; raises `ValueError` if the one asked for is not one."""
+    if held_out is None:
+        return held_out_fraction(num_tokens)
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out: {held_out} is not a fraction above 0 and below 1")
+    return held_out
 
 
-def _tell_nobody(_phase: str, _done: int, _total: int | None) -> None:
-    pass
+def _written(
+    image: CatalogImage,
+    header: ProfileHeader,
+    mapping: ItemMapping,
+    output: StrPath | None,
+    count: Callable[[ProfileWriter], CountedText],
+    on_progress: OnPhase | None,
+) -> Profile:
+    """Writes a profile of what `count` counts into it."""
+    report = on_progress or no_report
+    folder = None
+    if output is None:
+        folder = Path(tempfile.mkdtemp(prefix="tierstore-profile-"))
+        output = folder / "temporary.profile"
+    try:
+        with ProfileWriter(output, header) as writer:
+            counted = count(writer)
+            curves = analyse(image.tables, counted.groups, counted.counts, report)
+            analysis = {"groups": [group.to_dict() for group in curves]}
+            report(WRITING, 0, None)
+            writer.finish({"kind": header.kind, "counts": asdict(counted.counts), "analysis": analysis})
+        made = Profile(Path(output), header, counted.counts, mapping, analysis, counted.groups)
+    except BaseException:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if folder is not None:
+        weakref.finalize(made, _remove, folder, os.getpid())
+    return made
 
 
-def _is_held_out(document: Document, share: float) -> bool:
-    checksum = 0
-    for name, values in document.columns.items():
-        if name != "batch":
-            checksum = kernels.crc32c(np.ascontiguousarray(values), checksum)
-    return checksum < share * 2**32
-
-
-class _Waiting:
-    """Items of short documents on their way to the counter, which takes many at a time."""
-
-    def __init__(self, counter: ItemCounter, column: int) -> None:
-        self._counter, self._column = counter, column
-        self._items: list[np.ndarray] = []
-        self._num_items = 0
-
-    def add(self, items: np.ndarray) -> bool:
-        """Takes items; returns whether they went on."""
-        self._items.append(items)
-        self._num_items += len(items)
-        if self._num_items < ADDED_AT_ONCE:
-            return False
-        self.flush()
-        return True
-
-    def flush(self) -> None:
-        """Hands on what is waiting."""
-        if self._items:
-            self._counter.add(np.concatenate(self._items), self._column)
-        self._items.clear()
-        self._num_items = 0
-
-
-class _HeldOutColumns:
-    """Gathers the columns of held-out documents into blocks."""
-
-    def __init__(self, writer: ProfileWriter) -> None:
-        self._writer = writer
-        self._columns: list[Columns] = []
-        self._ends: list[int] = []
-        self._num_values = self._written = 0
-
-    def add(self, document: Document) -> None:
-        """Takes the next document."""
-        num_values = len(next(iter(document.columns.values())))
-        at = 0
-        while True:  # once for a document without values too: it has an end
-            if self._num_values == BLOCK_VALUES:
-                self.flush()
-            part = min(num_values - at, BLOCK_VALUES - self._num_values)
-            self._columns.append({name: values[at : at + part] for name, values in document.columns.items()})
-            self._num_values += part
-            at += part
-            if at == num_values:
-                break
-        self._ends.append(self._written + self._num_values)
-
-    def flush(self) -> None:
-        """Writes what is gathered."""
-        if self._columns:
-            columns = {name: np.concatenate([part[name] for part in self._columns]) for name in self._columns[0]}
-            self._writer.write_held_out(columns | {"document_ends": np.array(self._ends, dtype=np.int64)})
-        self._written += self._num_values
-        self._columns.clear()
-        self._ends.clear()
-        self._num_values = 0
+def _remove(folder: Path, pid: int) -> None:
+    if os.getpid() == pid:  # a forked child leaves its parent's file
+        shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tierstore.decisions.recommend import default_choice
+from tierstore.decisions.recommend import Recommendation, default_choice
+from tierstore.formats.trace import KEYS, read_token_trace_info, sort_of_trace
+from tierstore.offline.documents import DOCUMENTS_MIN, document_limits
 from tierstore.printable import printable
 from tierstore.version import VERSION
 
@@ -32,7 +34,8 @@ def about(store: Path, inputs: Sequence[Path], profile: Path, footer: Mapping[st
     counts = footer["counts"]
     command = ""
     if groups and counts["held_out_documents"] < counts["documents"]:
-        size = exact_bytes(default_choice(groups)["dram_bytes"]).replace(" ", "")
+        choice = default_choice([[Recommendation(**each) for each in group["recommended"]] for group in groups])
+        size = exact_bytes(choice.dram_bytes).replace(" ", "")
         command = shlex.join(["tierstore", "plan", str(store), str(profile), "--dram", size])
     return {
         "store": _shown(str(store)),
@@ -43,6 +46,23 @@ def about(store: Path, inputs: Sequence[Path], profile: Path, footer: Mapping[st
         "next": _shown(command),
         "notes": [_shown(note) for note in (*notes, *_notes_of(counts)) if note],
     }
+
+
+def stretch_note(traces: Sequence[Path]) -> str:
+    """Returns what to say of traces whose documents are so few that they are cut; "" if they are not."""
+    if any(sort_of_trace(trace) == KEYS for trace in traces):
+        return ""
+    infos = [read_token_trace_info(trace) for trace in traces]
+    num_tokens, num_documents = (sum(getattr(info, name) for info in infos) for name in ("num_tokens", "num_documents"))
+    stretch = document_limits(num_tokens, num_documents)[1]
+    if num_documents >= DOCUMENTS_MIN or num_tokens <= stretch:
+        return ""
+    documents = "one document" if num_documents == 1 else f"{num_documents} documents"
+    return (
+        f"{num_tokens:,} tokens are {documents}, so they were cut into stretches of {stretch:,} tokens, some of them "
+        f"held out; a stretch resembles its neighbours more than another document would. If a token ends each "
+        f"document, write the trace again with --eos ID (or --doclens)"
+    )
 
 
 def _notes_of(counts: Mapping[str, int]) -> list[str]:

@@ -1,8 +1,8 @@
-"""From counted items to what decisions need: classes of items by (order, count), and the held-out documents as replays.
+"""Statistics of counted items: classes of items by (order, count), and the held-out documents as replays.
 
-Flows in: a profile's items, sorted, block by block, and the items that held-out documents accessed, in their order.
-Flows out: a `Group` for each set of tables whose accesses are the same: all tables of a profile of n-grams, each table
-of a profile of keys. Pure.
+Input: a profile's items, sorted, block by block, and the items that held-out documents accessed, in their order.
+Output: a `TableGroup` for each set of tables whose accesses are the same: all tables of a profile of n-grams, each
+table of a profile of keys. Errors: `FormatError` if the documents are not those that were counted. Pure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PART_OVERHEAD = 16  # what the arrays of a part take beside their counts, in cou
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class TableGroup:
     """Tables whose accesses are the same, what was counted of them, and what was held out.
 
     counted_rate: the share of items that were counted at all, 1 but for recorded keys; a replay may hold fewer.
@@ -41,7 +41,7 @@ class Group:
     item_classes: np.ndarray
     item_hashes: np.ndarray
 
-    def truncated(self, tokens_max: int) -> Group:
+    def truncated(self, tokens_max: int) -> TableGroup:
         """Returns the group with its replay cut after the last document that ends within tokens_max tokens,
         one at least."""
         replay = self.replay
@@ -53,7 +53,7 @@ class Group:
         cut = {name: getattr(replay, name)[:num_accesses] for name in ("order_index", "items", "tokens")}
         return replace(self, replay=replace(replay, document_ends=ends, **cut))
 
-    def sampled(self, accesses_max: int) -> Group:
+    def sampled(self, accesses_max: int) -> TableGroup:
         """Returns the group with a replay of at most about `accesses_max` accesses: all those of a share of its items.
 
         The share is of items, by hash, since a share of the accesses would say nothing of a cache (SHARDS: Waldspurger
@@ -130,7 +130,7 @@ class OrderSplit:
         return [(0, order_index, *part.end()) for order_index, part in enumerate(self._sums)]
 
 
-class Tally:
+class ItemStatistics:
     """Takes a profile's items as they stream by, and in the end the held-out accesses; gives the groups."""
 
     def __init__(self, header: ProfileHeader) -> None:
@@ -163,7 +163,7 @@ class Tally:
             self._parts = {index: ItemClasses.of_parts(gathered).as_parts() for index, gathered in self._parts.items()}
             self._num_gathered = 0
 
-    def groups(self, held_items: np.ndarray, document_ends: np.ndarray, tokens: np.ndarray | None) -> list[Group]:
+    def groups(self, held_items: np.ndarray, document_ends: np.ndarray, tokens: np.ndarray | None) -> list[TableGroup]:
         """Returns the groups. held_items: uint64 [T, 2], the items that held-out documents accessed, in order.
 
         document_ends: int64 [D], in tokens; tokens: int64 [T], the token (of keys: the lookup) of each, None where each
@@ -186,7 +186,7 @@ class Tally:
             )
         return groups
 
-    def _group(self, table_index: int, held: np.ndarray, document_ends: np.ndarray, tokens: np.ndarray) -> Group:
+    def _group(self, table_index: int, held: np.ndarray, document_ends: np.ndarray, tokens: np.ndarray) -> TableGroup:
         header = self._header
         names = tuple(name for name, _, _ in header.tables)
         orders = header.tables[table_index][2]
@@ -229,7 +229,7 @@ class Tally:
             sample_rate=header.sample_rate,
         )
         classes = ItemClasses.of_parts(self._parts.get(table_index, []))
-        return Group(
+        return TableGroup(
             tables=names if header.kind != KEYS else (names[table_index],),
             orders=orders,
             classes=classes,

@@ -18,24 +18,19 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.profiles import Documents, make_profile, merge_profiles
 from support.repository import TESTS
 
 from tierstore import kernels
+from tierstore.decisions.item_statistics import TableGroup
 from tierstore.decisions.replay import simulate
-from tierstore.decisions.tally import Group
 from tierstore.errors import BudgetError, ConfigError, FormatError
 from tierstore.formats import profile as profile_format
-from tierstore.formats.profile import KEYS, NGRAMS, Columns, Profile, ProfileHeader
+from tierstore.formats.profile import KEYS, NGRAMS, Columns, ProfileHeader, ProfileReader
 from tierstore.offline import count as counting
-from tierstore.offline import profile as profiling
-from tierstore.offline.profile import (
-    Document,
-    groups_of,
-    held_out_documents,
-    held_out_share,
-    make_profile,
-    merge_profiles,
-)
+from tierstore.offline import count_documents as counting_documents
+from tierstore.offline.count_documents import read_groups
+from tierstore.offline.documents import Document, held_out_documents, held_out_fraction
 
 HEADER = ProfileHeader(NGRAMS, (("layers.1", "a", (2, 3)), ("layers.4", "b", (2, 3))), 17, 0.3, 1.0)
 KEY_HEADER = ProfileHeader(KEYS, (("layers.1", "a", (2, 3)), ("plain", "b", (1,))), 0, 0.3, 0.5)
@@ -59,7 +54,7 @@ def key_document_of(columns: Columns) -> Document:
     return Document(items, columns, int(columns["batch"].max(initial=-1)) + 1)
 
 
-def documents_of(profile: Profile) -> Iterator[Document]:
+def documents_of(profile: ProfileReader) -> Iterator[Document]:
     for columns in held_out_documents(profile):
         yield key_document_of(columns) if profile.header.kind == KEYS else document_of(columns["token_ids"].tolist())
 
@@ -90,7 +85,7 @@ def some_key_columns(seed: int, count: int = 30) -> list[Columns]:
     return stretches
 
 
-def analyse(groups: list[Group], counts: dict[str, int]) -> dict[str, Any]:
+def analyse(groups: list[TableGroup], counts: dict[str, int]) -> dict[str, Any]:
     """A small analysis, which depends on all that a profile holds."""
     told: dict[str, Any] = {"tokens": counts["tokens"]}
     for group in groups:
@@ -111,7 +106,7 @@ def make(path: Path, documents: list[list[int]], header: ProfileHeader = HEADER,
 
 
 def merge(path: Path, parts: Sequence[Path], **options: Any) -> dict[str, Any]:
-    opened = [Profile(part) for part in parts]
+    opened = [ProfileReader(part) for part in parts]
     try:
         return merge_profiles(path, opened, documents_of, analyse, **options)
     finally:
@@ -122,7 +117,7 @@ def merge(path: Path, parts: Sequence[Path], **options: Any) -> dict[str, Any]:
 def counted_in(path: Path) -> tuple[dict[int, tuple[int, int]], list[list[int]]]:
     """All that a profile of n-grams holds: sums of each packed 3-gram, and the held-out documents."""
     sums = {}
-    with Profile(path) as profile:
+    with ProfileReader(path) as profile:
         for items, columns in profile.items():
             for (high, low), (counted, held_out) in zip(items.tolist(), columns.tolist(), strict=True):
                 sums[high << 64 | low] = counted, held_out
@@ -150,9 +145,9 @@ def assert_counts(path: Path, footer: dict[str, Any], documents: list[list[int]]
         "held_out_tokens": sum(map(len, held)),
         "held_out_documents": len(held),
     }
-    with Profile(path) as profile:
+    with ProfileReader(path) as profile:
         assert profile.footer == json.loads(json.dumps(footer))
-        assert json.dumps(analyse(groups_of(profile, documents_of(profile)), profile.counts)) == json.dumps(
+        assert json.dumps(analyse(read_groups(profile, Documents(documents_of)), profile.counts)) == json.dumps(
             footer["analysis"]
         )
 
@@ -161,8 +156,8 @@ def assert_counts(path: Path, footer: dict[str, Any], documents: list[list[int]]
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that is cut into blocks is, at a few values."""
     monkeypatch.setattr(profile_format, "BLOCK_ITEMS", 11)
-    monkeypatch.setattr(profiling, "BLOCK_VALUES", 13)
-    monkeypatch.setattr(profiling, "ADDED_AT_ONCE", 30)
+    monkeypatch.setattr(counting_documents, "BLOCK_VALUES", 13)
+    monkeypatch.setattr(counting_documents, "ADDED_AT_ONCE", 30)
     monkeypatch.setattr(counting, "BLOCK_ITEMS_MIN", 1)
 
 
@@ -196,7 +191,7 @@ def test_documents_longer_than_a_block_go_over_blocks(tmp_path: Path, length: in
     documents = [[7], list(range(length)), [], list(range(length, 0, -1)), [1, 2]]
     footer = make(tmp_path / "p", documents, replace(HEADER, held_out=1.0))
     assert_counts(tmp_path / "p", footer, documents, share=1.0)
-    with Profile(tmp_path / "p") as profile:
+    with ProfileReader(tmp_path / "p") as profile:
         blocks = list(profile.held_out())
     lengths = [len(block["token_ids"]) for block in blocks]
     assert lengths[:-1] == [13] * (len(lengths) - 1)
@@ -247,15 +242,15 @@ def test_about_the_asked_share_is_held_out(tmp_path: Path) -> None:
 
 
 def test_of_long_traces_a_smaller_share_is_held_out() -> None:
-    shares = [held_out_share(tokens) for tokens in (0, 1, 16_000_000, 64_000_000, 4 * 10**12)]
+    shares = [held_out_fraction(tokens) for tokens in (0, 1, 16_000_000, 64_000_000, 4 * 10**12)]
     assert shares == [1 / 4, 1 / 4, 1 / 4, 1 / 16, 1e-6]
 
 
 def test_every_phase_tells_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "ADDED_AT_ONCE", 30)
+    monkeypatch.setattr(counting_documents, "ADDED_AT_ONCE", 30)
     documents, told = some_documents(3), list[tuple[str, int, int | None]]()
     footer = make(tmp_path / "p", documents, on_progress=lambda *args: told.append(args))
-    assert list(dict.fromkeys(phase for phase, _, _ in told)) == ["counting", "merging", "sorting", "writing"]
+    assert list(dict.fromkeys(phase for phase, _, _ in told)) == ["counting", "merging", "sorting"]
     counted = [done for phase, done, _ in told if phase == "counting"]
     assert len(counted) > 5
     assert counted == sorted(counted)
@@ -283,7 +278,7 @@ def test_recorded_keys_count_by_table_and_order_and_merge(tmp_path: Path, seed: 
             expected.setdefault((table << 32 | order_index, key), [0, 0])[column] += 1
     for name, part in (("whole", stretches), *((str(number), part) for number, part in enumerate(parts))):
         make_profile(tmp_path / name, KEY_HEADER, map(key_document_of, part), analyse, memory_bytes=TINY_BYTES)
-    with Profile(tmp_path / "whole") as profile:
+    with ProfileReader(tmp_path / "whole") as profile:
         found = {
             tuple(item): column.tolist()
             for items, sums in profile.items()
@@ -294,7 +289,7 @@ def test_recorded_keys_count_by_table_and_order_and_merge(tmp_path: Path, seed: 
             assert {name: values.tolist() for name, values in columns.items()} == {
                 name: values.tolist() for name, values in stretch.items()
             }
-        assert analyse(groups_of(profile, documents_of(profile)), profile.counts) == profile.footer["analysis"] | {
+        assert analyse(read_groups(profile, Documents(documents_of)), profile.counts) == profile.footer["analysis"] | {
             name: told | {"distinct": tuple(told["distinct"])}
             for name, told in profile.footer["analysis"].items()
             if name != "tokens"
@@ -321,7 +316,7 @@ def test_lookups_of_a_held_out_stretch_that_go_backwards_are_named(tmp_path: Pat
         writer.write_held_out(columns | {"document_ends": np.array([2])})
         counts = {"tokens": 2, "documents": 1, "held_out_tokens": 2, "held_out_documents": 1}
         writer.finish({"counts": counts})
-    with Profile(tmp_path / "p") as profile, pytest.raises(FormatError, match=r"lookups .* go backwards"):
+    with ProfileReader(tmp_path / "p") as profile, pytest.raises(FormatError, match=r"lookups .* go backwards"):
         list(held_out_documents(profile))
 
 
@@ -352,7 +347,7 @@ def test_a_profile_may_be_merged_into_its_own_file(tmp_path: Path) -> None:
 
 def test_held_out_documents_that_were_not_counted_refuse_the_merge(tmp_path: Path) -> None:
     make(tmp_path / "a", some_documents(6))
-    with Profile(tmp_path / "a") as profile, pytest.raises(FormatError, match="not those that it counted"):
+    with ProfileReader(tmp_path / "a") as profile, pytest.raises(FormatError, match="not those that it counted"):
         merge_profiles(tmp_path / "merged", [profile], lambda _: iter([]), analyse)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
@@ -378,7 +373,7 @@ def test_what_fails_midway_leaves_no_file_and_an_older_one_as_it_was(tmp_path: P
         make_profile(tmp_path / "p", HEADER, broken_after(count), analyse, memory_bytes=TINY_BYTES)
     with pytest.raises(BrokenError):
         make_profile(tmp_path / "p", HEADER, map(document_of, some_documents(7)), break_down, memory_bytes=TINY_BYTES)
-    with Profile(tmp_path / "p") as profile, pytest.raises(BrokenError):
+    with ProfileReader(tmp_path / "p") as profile, pytest.raises(BrokenError):
         merge_profiles(tmp_path / "merged", [profile], lambda _: broken_after(count), analyse)
     assert [entry.name for entry in tmp_path.iterdir()] == ["p"]
     assert (tmp_path / "p").read_bytes() == before
@@ -421,8 +416,8 @@ CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from offline.test_profile import HEADER, analyse, document_of, some_documents
-from tierstore.offline.profile import make_profile
+from offline.test_count_documents import HEADER, analyse, document_of, some_documents
+from support.profiles import make_profile
 def documents():
     for number, ids in enumerate(some_documents(10)):
         if number == 40:
@@ -446,7 +441,9 @@ MEASURE = """
 import resource, sys
 import numpy as np
 from tierstore.formats.profile import NGRAMS, ProfileHeader
-from tierstore.offline.profile import Document, make_profile
+from tierstore.formats.profile import ProfileWriter
+from tierstore.offline.count_documents import count_documents
+from tierstore.offline.documents import Document
 header = ProfileHeader(NGRAMS, (("t", "a", (2, 3, 4)),), 16, 0.01, 1.0)
 rng = np.random.default_rng(0)
 def documents():
@@ -455,7 +452,9 @@ def documents():
         items[:, 1] = rng.integers(0, 2**64, 1000, dtype=np.uint64)
         yield Document(items, {"token_ids": rng.integers(0, 2**16, 1000, dtype=np.int32)}, 1000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-make_profile(sys.argv[1], header, documents(), lambda groups, counts: {}, memory_bytes=16 << 20)
+with ProfileWriter(sys.argv[1], header) as writer:
+    count_documents(writer, documents(), memory_bytes=16 << 20)
+    writer.finish({})
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tierstore.decisions import choose, tally
-from tierstore.decisions.tally import Group, OrderSplit, OrderSums, Tally
+from tierstore.decisions import choose, item_statistics
+from tierstore.decisions.item_statistics import ItemStatistics, OrderSplit, OrderSums, TableGroup
 from tierstore.errors import FormatError
 from tierstore.formats.profile import KEYS, NGRAMS, ProfileHeader
 
@@ -39,21 +39,23 @@ def cut(rng: np.random.Generator, count: int, block: int) -> Iterator[slice]:
         start = end
 
 
-def tallied(header: ProfileHeader, counted: list[int], held_out: list[int], seed: int, block: int) -> Tally:
-    """Counts accesses in plain Python, and streams what comes of it through a tally."""
+def statistics_of(
+    header: ProfileHeader, counted: list[int], held_out: list[int], seed: int, block: int
+) -> ItemStatistics:
+    """Counts accesses in plain Python, and streams what comes of it through a statistics."""
     sums = Counter(counted)
     held = Counter(held_out)
     values = sorted(sums | held)
     items = array_of(values)
     columns = np.array([[sums[value], held[value]] for value in values], dtype=np.int64).reshape(-1, 2)
-    made = Tally(header)
+    made = ItemStatistics(header)
     for part in cut(np.random.default_rng(seed), len(values), block):
         made.add(items[part], columns[part])
     return made
 
 
 def assert_group(
-    group: Group, header: ProfileHeader, counted: list[Access], held: list[Access], tokens: list[int]
+    group: TableGroup, header: ProfileHeader, counted: list[Access], held: list[Access], tokens: list[int]
 ) -> None:
     """Holds a group against accesses counted one by one; which access gets which id is free,
     but equal ones get equal ids."""
@@ -115,7 +117,7 @@ def test_groups_of_n_grams_are_what_counters_of_them_say(orders: tuple[int, ...]
     header = ngram_header(orders, bits)
     counted, held = some_documents(rng, 12, bits), some_documents(rng, 4, bits)
     (windows, accesses), (held_windows, held_accesses) = (windows_of(part, orders, bits) for part in (counted, held))
-    made = tallied(header, windows, held_windows, seed=block, block=block)
+    made = statistics_of(header, windows, held_windows, seed=block, block=block)
     ends = np.cumsum([len(ids) for ids in held])
     (group,) = made.groups(array_of(held_windows), ends, None)
     assert group.tables == ("layers.1", "layers.4")
@@ -139,7 +141,7 @@ def test_groups_of_keys_are_what_counters_of_each_table_say(block: int) -> None:
     held = parts[1]
     tokens = np.sort(rng.integers(0, 300, len(held)))
     packed = [[(table << 32 | order) * WORD + key for table, order, key in part] for part in parts]
-    made = tallied(KEY_HEADER, *packed, seed=block, block=block)
+    made = statistics_of(KEY_HEADER, *packed, seed=block, block=block)
     ends = np.array([100, 300, 310])
     groups = made.groups(array_of(packed[1]), ends, tokens)
     assert [(group.tables, group.orders) for group in groups] == [(("layers.1",), (2, 3, 4)), (("plain",), (1,))]
@@ -155,7 +157,7 @@ def test_groups_of_keys_are_what_counters_of_each_table_say(block: int) -> None:
 def test_parts_of_no_or_one_access_give_groups(header: ProfileHeader, num_counted: int, num_held: int) -> None:
     """A profile of keys whose held-out part was empty failed an assertion once."""
     counted, held = [3] * num_counted, [3] * num_held
-    made = tallied(header, counted, held, seed=0, block=1)
+    made = statistics_of(header, counted, held, seed=0, block=1)
     groups = made.groups(array_of(held), np.array([num_held] if num_held else [], dtype=np.int64), None)
     assert len(groups) == {NGRAMS: 1, KEYS: 2}[header.kind]
     num_orders = len(groups[0].orders) if header.kind == NGRAMS else 1
@@ -172,14 +174,14 @@ def test_parts_of_no_or_one_access_give_groups(header: ProfileHeader, num_counte
 def test_held_out_documents_that_were_not_counted_are_refused(header: ProfileHeader, change: str) -> None:
     held = [5, 5, 9]
     others = {"one more": [*held, 9], "one less": held[:2], "another": [5, 9, 9], "none": []}[change]
-    made = tallied(header, [5, 6], held, seed=0, block=2)
+    made = statistics_of(header, [5, 6], held, seed=0, block=2)
     with pytest.raises(FormatError, match="not those that it counted"):
         made.groups(array_of(others), np.array([len(others)]), None)
 
 
 @pytest.mark.parametrize("mark", [3, 1 << 32 | 1, 2 << 32])
 def test_held_out_keys_of_no_table_or_order_are_refused(mark: int) -> None:
-    made = tallied(KEY_HEADER, [5], [5], seed=0, block=2)
+    made = statistics_of(KEY_HEADER, [5], [5], seed=0, block=2)
     with pytest.raises(FormatError, match="access 2 keys, 1 of them of its tables"):
         made.groups(array_of([5, mark * WORD]), np.array([2]), None)
 
@@ -239,9 +241,9 @@ def test_keys_split_by_table_and_order_wherever_blocks_end() -> None:
 
 def test_memory_does_not_grow_with_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts waited in 64 parts of any size once: 1.9 GB for 22 million n-grams of text."""
-    monkeypatch.setattr(tally, "GATHERED_MAX", 1 << 15)
+    monkeypatch.setattr(item_statistics, "GATHERED_MAX", 1 << 15)
     rng = np.random.default_rng(0)
-    made, peaks = Tally(ngram_header((2, 3, 4), 17)), []
+    made, peaks = ItemStatistics(ngram_header((2, 3, 4), 17)), []
     counted = Counter[int]()
     tracemalloc.start()
     for step in range(60):
@@ -264,8 +266,8 @@ def test_folding_midway_changes_no_class(monkeypatch: pytest.MonkeyPatch) -> Non
     rng = np.random.default_rng(1)
     windows, accesses = windows_of(some_documents(rng, 30, 4), (2, 3), 4)
     held_windows, held_accesses = windows_of(some_documents(rng, 5, 4), (2, 3), 4)
-    monkeypatch.setattr(tally, "GATHERED_MAX", 1)
+    monkeypatch.setattr(item_statistics, "GATHERED_MAX", 1)
     header = ngram_header((2, 3), 4)
-    made = tallied(header, windows, held_windows, seed=0, block=3)
+    made = statistics_of(header, windows, held_windows, seed=0, block=3)
     (group,) = made.groups(array_of(held_windows), np.array([len(held_windows)]), None)
     assert_group(group, header, accesses, held_accesses, np.repeat(np.arange(len(held_windows)), 2).tolist())
