@@ -16,7 +16,6 @@ from support.text_store import TextStore
 import tierstore
 from engram_adapter import HashSpec
 from tierstore.errors import ConfigError
-from tierstore.formats.catalog import read_catalog
 from tierstore.formats.checkpoint import Checkpoint
 from tierstore.tools.demo import checks as demo_checks
 from tierstore.tools.demo import run as demo
@@ -165,12 +164,11 @@ def test_predicted_and_measured_stand_side_by_side_for_all_tables_together() -> 
 
 
 def test_text_is_profiled_planned_and_placed_for_the_store(text: TextStore, own: Path, tmp_path: Path) -> None:
-    image = read_catalog(own)
     (tmp_path / "work").mkdir()
-    path = demo.profile_text(image, text.documents, tmp_path / "work")
+    profile = demo.profile_text(own, text.documents, tmp_path / "work")
     has_report = importlib.util.find_spec("matplotlib") is not None
     assert (tmp_path / demo.REPORT).exists() == has_report
-    planned = demo.plan_text(image, path, 16 << 20)
+    planned = demo.plan_text(own, profile, 16 << 20)
     assert list(planned["hit_rate"]) == ["2", "3", "4", "all"]
     with tierstore.open(own, dram=16 << 20) as store:
         assert store.stats()["placement"]["epoch"] == 1

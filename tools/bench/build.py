@@ -33,7 +33,7 @@ SPARE_DISK_BYTES = 256 << 20
 
 _BUILD = """
 import resource, sys, time
-from tierstore.tools.build import build_checkpoint
+from engram_adapter import build_checkpoint
 started = time.monotonic()
 build_checkpoint(sys.argv[1], sys.argv[2])
 print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

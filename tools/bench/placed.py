@@ -8,6 +8,7 @@ repeats within its batch counts as a miss each time, on every side.
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import tempfile
@@ -19,20 +20,18 @@ from typing import Any
 import numpy as np
 
 import tierstore
-from engram_adapter import HashSpec
+from engram_adapter import HashSpec, token_profile
 from tierstore import kernels
-from tierstore.decisions.plan import INDEX_ENTRY_BYTES, Budgets
+from tierstore.decisions.item_statistics import OrderSplit
+from tierstore.decisions.plan import INDEX_ENTRY_BYTES
 from tierstore.errors import ConfigError
-from tierstore.formats.catalog import CatalogImage, read_catalog, set_epoch
-from tierstore.formats.profile import Profile
+from tierstore.formats.catalog import read_catalog, set_epoch
 from tierstore.formats.trace import TokenTraceWriter
 from tierstore.layout import record_bytes
-from tierstore.offline.place import prune_placements
-from tierstore.offline.profile import ItemRanking
+from tierstore.offline.place import place_plan, prune_placements
+from tierstore.offline.ranked_items import ItemRanking
 from tierstore.store.embedded import Embedded
 
-from .. import plan as planning
-from .. import profile as profiling
 from . import real_text, stores
 from .pairs import Comparison, Figure, Grid, Options, Result, interleave
 from .stores import MadeStore
@@ -65,16 +64,13 @@ def run_placed(folder: Path, options: Options, size_bytes: int, result: Result) 
     keys = _keys_of(spec, held_out.documents)
     budgets = options.budgets or BUDGETS
     with tempfile.TemporaryDirectory(dir=folder, prefix="tierstore-bench-") as work:
-        seconds, path = _profile(image, training.documents, Path(work))
+        seconds, profile = _profile(made.path, training.documents, Path(work))
         tokens = sum(map(len, training.documents))
         result.figures.append(Figure("profile: counting and curves", "tokens/s", [tokens / seconds]))
-        with Profile(path) as profile:
-            runs = {}
-            for dram_bytes in budgets:
-                runs[dram_bytes] = _planned_run(made, image, profile, Budgets(0, dram_bytes, 0), keys)
-            _add_rates(result, spec, runs, image, profile, training.documents, keys)
-            _add_opening(result, made, budgets[-1], options)
-            _add_reads(result, made, image, profile, budgets[0], runs[budgets[0]], keys)
+        runs = {dram_bytes: _planned_run(made, profile, dram_bytes, 0, keys) for dram_bytes in budgets}
+        _add_rates(result, spec, runs, made, profile, training.documents, keys)
+        _add_opening(result, made, budgets[-1], options)
+        _add_reads(result, made, profile, budgets[0], runs[budgets[0]], keys)
     _add_cold_start(result, spec, training.documents, keys, budgets[0])
     set_epoch(made.path, None)  # the next run begins without a placement
     prune_placements(made.path, 0)
@@ -85,30 +81,29 @@ def _keys_of(spec: HashSpec, documents: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([spec.keys(document[None], stores.LAYER)[0] for document in documents])
 
 
-def _profile(image: CatalogImage, documents: list[np.ndarray], work: Path) -> tuple[float, Path]:
+def _profile(store: Path, documents: list[np.ndarray], work: Path) -> tuple[float, tierstore.Profile]:
     with TokenTraceWriter(work / "text.trace", vocab_size=None, source="tierstore bench trace") as writer:
         for document in documents:
             writer.add_document(document.astype(np.int32))
         writer.finish()
     started = time.perf_counter()
-    profiling.profile_traces(image, [work / "text.trace"], work / "text.profile", None)
-    return time.perf_counter() - started, work / "text.profile"
+    profile = token_profile(store, work / "text.trace", output=work / "text.profile")
+    return time.perf_counter() - started, profile
 
 
-def _planned_run(made: MadeStore, image: CatalogImage, profile: Profile, budgets: Budgets, keys: np.ndarray) -> Run:
-    rankings, plans = planning.plan_profile(image, profile, budgets, BATCH_TOKENS)
-    group = rankings[0].group
-    documents = group.replay.document_tokens
-    record = planning.plan_record(plans[0], group.orders, profile.counts["held_out_tokens"], documents)
-    short = planning.plan_record(plans[0], group.orders, len(keys), documents)
-    record["short"] = {name: short[name] for name in ("low", "high")}
-    made_placement = planning.materialise(image, profile, rankings, plans, record)
+def _planned_run(
+    made: MadeStore, profile: tierstore.Profile, dram_bytes: int, nvme_bytes: int, keys: np.ndarray
+) -> Run:
+    plan = tierstore.plan(made.path, profile, dram_bytes, 0, nvme_bytes, batch_tokens=BATCH_TOKENS)
+    (record,) = plan.to_dict()["groups"]
+    record["short"] = dict(zip(("low", "high"), plan.groups[0].interval(len(keys)), strict=True))
+    made_placement = place_plan(made.path, plan)
     if made_placement is None:
-        raise ConfigError(f"--dram {budgets.dram_bytes}: the plan places nothing there; give more, or a larger --size")
+        raise ConfigError(f"--dram {dram_bytes}: the plan places nothing there; give more, or a larger --size")
     placed = made_placement.placement
     record["placement_bytes"], record["placed"] = placed.num_bytes, placed.tables[stores.TABLE]
     out = stores.rows_buffer(BATCH_TOKENS)
-    with tierstore.open(made.path, dram=budgets.dram_bytes) as store:
+    with tierstore.open(made.path, dram=dram_bytes) as store:
         table = store[stores.TABLE]
         very_stream = _simulated(table, store.stats()["placement"]["recency_sets"][stores.TABLE], keys)
         for start in range(0, len(keys), BATCH_TOKENS):
@@ -149,8 +144,8 @@ def _add_rates(
     result: Result,
     spec: HashSpec,
     runs: dict[int, Run],
-    image: CatalogImage,
-    profile: Profile,
+    made: MadeStore,
+    profile: tierstore.Profile,
     training: list[np.ndarray],
     keys: np.ndarray,
 ) -> None:
@@ -159,7 +154,7 @@ def _add_rates(
     columns = ["DRAM", "", *(f"order {order}" for order in stores.ORDERS), "all"]
     lines: list[list[Any]] = []
     for (dram_bytes, run), lru_rates in zip(runs.items(), lru, strict=True):
-        static = _static_rates(spec, image, profile, dram_bytes, keys)
+        static = _static_rates(made, profile, dram_bytes, keys)
         record = run.record
         shown = {
             "measured": run.rates,
@@ -209,13 +204,12 @@ def _lru_rates(warm: np.ndarray, keys: np.ndarray, capacities: list[int]) -> lis
     return [_rates_of((ours >= 0) & (ours < capacity)) for capacity in capacities]
 
 
-def _static_rates(
-    spec: HashSpec, image: CatalogImage, profile: Profile, dram_bytes: int, keys: np.ndarray
-) -> np.ndarray:
-    rankings, _ = planning.plan_profile(image, profile, Budgets(0, dram_bytes, 0), BATCH_TOKENS, fractions=(0.0,))
+def _static_rates(made: MadeStore, profile: tierstore.Profile, dram_bytes: int, keys: np.ndarray) -> np.ndarray:
+    plan = tierstore.plan(made.path, profile, dram_bytes, batch_tokens=BATCH_TOKENS, fractions=(0.0,))
     num_entries = int(dram_bytes / (record_bytes(stores.ENTRY_BYTES) + INDEX_ENTRY_BYTES))
-    order_index, items = ItemRanking(profile, rankings[0]).first(num_entries)
-    placed = planning.keys_of(spec, items, order_index, stores.TABLE)
+    with profile.open() as reader:
+        order_index, items = ItemRanking(reader, plan.rankings[0]).first(num_entries)
+    placed = profile.mapping.keys_of(items, order_index, stores.TABLE)
     hits = [np.isin(keys[:, order], placed[order_index == order]) for order in range(keys.shape[1])]
     return _rates_of(np.stack(hits, axis=1))
 
@@ -281,23 +275,29 @@ def _first_beside_later(store: tierstore.Store) -> float:
 def _add_reads(
     result: Result,
     made: MadeStore,
-    image: CatalogImage,
-    profile: Profile,
+    profile: tierstore.Profile,
     dram_bytes: int,
     without: Run,
     keys: np.ndarray,
 ) -> None:
     """NVMe reads a token where every n-gram that was counted twice or more is packed, beside without."""
-    num_packed = 0
-    for sums in (sums for order in range(len(stores.ORDERS)) for sums in profiling.counts_of_order(profile, order)):
-        num_packed += int(np.count_nonzero(sums >= 2))
+    num_packed = _num_counted_twice(profile)
     nvme_bytes = num_packed * record_bytes(stores.ENTRY_BYTES)
-    packed = _planned_run(made, image, profile, Budgets(0, dram_bytes, nvme_bytes), keys)
+    packed = _planned_run(made, profile, dram_bytes, nvme_bytes, keys)
     fewer = (1 - packed.reads_per_token / without.reads_per_token) * 100
     case = f"NVMe reads a token, {dram_bytes >> 20} MiB"
     result.figures.append(Figure(f"{case}, without packed entries", "reads", [without.reads_per_token]))
     result.figures.append(Figure(f"{case}, {num_packed:,} packed", "reads", [packed.reads_per_token]))
     result.figures.append(Figure(f"{case}: fewer", "%", [fewer], 25.0, at_least=True))
+
+
+def _num_counted_twice(profile: tierstore.Profile) -> int:
+    """N-grams of all orders that occurred twice or more, held-out documents included."""
+    split = OrderSplit(profile.header)
+    with profile.open() as reader:
+        blocks = itertools.chain((split.add(*block) for block in reader.items()), [None])
+        parts = (part for block in blocks for part in (split.end() if block is None else block))
+        return sum(int(np.count_nonzero(sums.sum(axis=1) >= 2)) for _, _, _, sums in parts)
 
 
 def _add_cold_start(

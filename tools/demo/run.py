@@ -31,24 +31,21 @@ try:
 except ImportError as error:
     raise ImportError(str(missing("the demo", "torch", error))) from error
 
-from engram_adapter import EngramLayer, HashSpec, TieredEmbedding
+from engram_adapter import EngramLayer, HashSpec, TieredEmbedding, build_checkpoint, token_profile
 from engram_adapter.checkpoints import sources_of_store
 from engram_adapter.embedding import prefetch_layers
-from tierstore.decisions.plan import Budgets
 from tierstore.errors import ConfigError
-from tierstore.formats.catalog import CatalogImage, read_catalog
+from tierstore.formats.catalog import read_catalog
 from tierstore.formats.checkpoint import Checkpoint
-from tierstore.formats.profile import Profile
 from tierstore.formats.trace import TokenTraceWriter
+from tierstore.offline.place import place_plan
 from tierstore.offline.verify import verify_store
+from tierstore.process.progress import PHASE_UNITS
 from tierstore.units import format_bytes
 
-from ..build import build_checkpoint
 from ..cli import Progress, console
 from ..corpus import python_text_files, split_held_out, token_documents, train_tokenizer
 from ..phases import Phases
-from ..plan import materialise, plan_profile, plan_record
-from ..profile import UNITS, profile_traces
 from ..report.page import check_report, profile_tables, write_report
 from ..stat.command import fetch_record
 from ..stat.tables import page_of
@@ -95,11 +92,11 @@ def demo(folder: Path) -> bool:
     say(f"   {verified.pages_checked:,} pages, {verified.rows_compared:,} rows compared, {len(verified.faults)} faults")
 
     say("[bold]4. Profile[/]: count every n-gram of the text, and say what memory would buy")
-    path = profile_text(image, training, folder)
+    profile = profile_text(folder / "store", training, folder)
 
     dram_bytes = int(TABLE_BYTES * DRAM_FRACTION)
     say(f"[bold]5. Plan[/] for {format_bytes(dram_bytes)} of DRAM, a tenth of the tables")
-    planned = plan_text(image, path, dram_bytes)
+    planned = plan_text(folder / "store", profile, dram_bytes)
 
     say(f"[bold]6. Open warm[/], and run Engram layers over {HELD_OUT_TOKENS:,} tokens that were never shown")
     say(
@@ -151,7 +148,7 @@ def serve_text(folder: Path, dram_bytes: int, documents: list[np.ndarray]) -> bo
     return all(checked.compared and not checked.different for checked in found)
 
 
-def profile_text(image: CatalogImage, documents: list[np.ndarray], folder: Path) -> Path:
+def profile_text(store: Path, documents: list[np.ndarray], folder: Path) -> tierstore.Profile:
     """Traces and profiles text, prints the most telling tables, and writes the report where matplotlib is installed."""
     say = console().print
     work = folder / "profile"
@@ -161,41 +158,37 @@ def profile_text(image: CatalogImage, documents: list[np.ndarray], folder: Path)
             writer.add_document(document)
         writer.finish()
     started = time.monotonic()
-    with Phases(UNITS) as on_progress:
-        footer = profile_traces(image, [work / "text.trace"], work / "text.profile", None, on_progress)
-    counts, (group,) = footer["counts"], footer["analysis"]["groups"]
+    with Phases(PHASE_UNITS) as on_progress:
+        profile = token_profile(store, work / "text.trace", output=work / "text.profile", on_progress=on_progress)
+    counts, (group,) = profile.counts, profile.to_dict()["analysis"]["groups"]
     for table in profile_tables(group):
         if table.title in SHOWN_TABLES:
             say(table)
     say(
-        f"   {counts['tokens']:,} tokens counted and {counts['held_out_tokens']:,} of them replayed through simulated "
-        f"caches in {time.monotonic() - started:.1f} s"
+        f"   {counts.tokens:,} tokens counted and {counts.held_out_tokens:,} of them replayed through simulated caches "
+        f"in {time.monotonic() - started:.1f} s"
     )
     with contextlib.suppress(ConfigError):  # no matplotlib: the tables above say the same
         report = folder.parent / REPORT
         check_report(report)
         write_report([group], report)
         say(f"   all curves: {report}")
-    return work / "text.profile"
+    return profile
 
 
-def plan_text(image: CatalogImage, path: Path, dram_bytes: int) -> dict[str, Any]:
+def plan_text(store: Path, profile: tierstore.Profile, dram_bytes: int) -> dict[str, Any]:
     """Plans and places; returns what is to be expected of as many tokens as will be run."""
-    with Profile(path) as profile:
-        rankings, plans = plan_profile(image, profile, Budgets(0, dram_bytes, 0), WINDOW_TOKENS)
-        (ranking,), (plan,) = rankings, plans
-        document_tokens = ranking.group.replay.document_tokens
-        record = plan_record(plan, ranking.group.orders, HELD_OUT_TOKENS, document_tokens)
-        details = {"dram_bytes": dram_bytes, "groups": [record]}
-        placed = materialise(image, profile, rankings, plans, details)
+    plan = tierstore.plan(store, profile, dram_bytes, batch_tokens=WINDOW_TOKENS, interval_tokens=HELD_OUT_TOKENS)
+    (group,) = plan.groups
     console().print(
-        f"   of each table {plan.static_entries:,} entries are static, "
-        f"and {plan.recency_sets * 8:,} are left to recency"
+        f"   of each table {group.static_entries:,} entries are static, "
+        f"and {group.recency_sets * 8:,} are left to recency"
     )
+    placed = place_plan(store, plan)
     if placed:
         size = format_bytes(placed.placement.num_bytes)
         console().print(f"   epoch {placed.placement.epoch}: {size}, hottest first, made in {placed.seconds:.1f} s")
-    return record
+    return group.to_dict(HELD_OUT_TOKENS)
 
 
 def compared_table(planned: dict[str, Any], measured: dict[str, Any]) -> Table:

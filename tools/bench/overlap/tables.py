@@ -17,20 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engram_adapter import HashSpec
+import tierstore
+from engram_adapter import HashSpec, token_profile
 from engram_adapter.codecs import decode_rows
 from engram_adapter.embedding import HashedEmbedding
-from tierstore.decisions.plan import Budgets
 from tierstore.formats.catalog import read_catalog, set_epoch
-from tierstore.formats.profile import Profile
 from tierstore.formats.trace import TokenTraceWriter
 from tierstore.offline.build import build_store
 from tierstore.offline.place import prune_placements
 from tierstore.spec import TableSpec
 from tierstore.units import format_bytes
 
-from ... import plan as planning
-from ... import profile as profiling
 from ...cli import Progress
 from .. import stores
 from ..real_text import RealText
@@ -99,22 +96,17 @@ def place(
 
     Returns the hit rates that it promises. Blocks, a minute.
     """
-    image = read_catalog(tables.path)
     with tempfile.TemporaryDirectory(dir=tables.path.parent, prefix="profile-") as name:
         work = Path(name)
         with TokenTraceWriter(work / "text.trace", vocab_size=None, source="tierstore bench overlap") as writer:
             for document in text.documents:
                 writer.add_document(document.astype(np.int32))
             writer.finish()
-        profiling.profile_traces(image, [work / "text.trace"], work / "text.profile", None)
-        with Profile(work / "text.profile") as profile:
-            rankings, plans = planning.plan_profile(
-                image, profile, Budgets(hbm_bytes or 0, dram_bytes, tables.num_bytes * PACKED_FACTOR), batch_tokens
-            )
-            group, tokens = rankings[0].group, profile.counts["held_out_tokens"]
-            record = planning.plan_record(plans[0], group.orders, tokens, group.replay.document_tokens)
-            planning.materialise(image, profile, rankings, plans, record)
-    return dict(record["hit_rate"])
+        profile = token_profile(tables.path, work / "text.trace", output=work / "text.profile")
+        packed_bytes = tables.num_bytes * PACKED_FACTOR
+        plan = tierstore.plan(tables.path, profile, dram_bytes, hbm_bytes or 0, packed_bytes, batch_tokens=batch_tokens)
+        tierstore.place(tables.path, plan)
+    return plan.groups[0].hit_rate
 
 
 def unplace(tables: Tables) -> None:
