@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -76,15 +77,10 @@ def command(
     size: str | None,
     against: Path | None,
     pairs: int | None,
-    threads: int,
-    tokens: int | None,
     budgets: tuple[str, ...],
-    rows: tuple[int, ...],
-    trace: Path | None,
-    trace_tokens: int | None,
-    device: str | None,
     clean: bool,
     json_file: Path | None,
+    **given: Any,
 ) -> None:
     """Measure NAME... on this machine, beside the hardware's own limit.
 
@@ -104,13 +100,8 @@ def command(
     options = Options(
         size_bytes=None if size is None else parse_bytes(size, "--size"),
         pairs=pairs or (PAIRS if against is None else other_build.PAIRS),
-        threads=threads,
-        tokens=tokens,
         budgets=tuple(parse_bytes(budget, "--dram") for budget in budgets),
-        rows=rows,
-        trace=trace,
-        trace_tokens=trace_tokens,
-        device=device,
+        **given,  # those that bear the names of `Options`
     )
     results = {}
     try:

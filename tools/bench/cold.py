@@ -8,8 +8,6 @@ equally many, because a disk, or its host, may remember what it has just read.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from . import page_cache, stores
 from .bare import fio, page_cached
 from .bare.loops import BareLoop
 from .bare.mapped import MappedRows
-from .pairs import SUBJECT, Comparison, Options, Result, interleave
+from .pairs import SUBJECT, Options, Result, p50, seconds_of_all, seconds_of_each
 from .stores import MadeStore
 
 SIZE_BYTES = 8 << 30
@@ -30,26 +28,24 @@ TOKENS = 1024
 DRAM_BYTES = 256 << 20
 ONE_TOKEN_LOOKUPS = 64  # in a round; their p50 is the round's figure
 BARE, FIO, MEMMAP = "bare loop", "fio", "np.memmap, MADV_RANDOM"
+BARE_TARGETS = {"uring": {BARE: 0.9, FIO: 0.9}, "mmap": {BARE: 0.85}, "pread": {}}  # of a batch, by the way of reading
 
 
 def run(folder: Path, options: Options) -> Result:
-    """Measures cold lookups of a batch and of one token. Needs the table's size (8 GiB
-    by default) on the disk of `folder`."""
-    size_bytes = options.size_bytes or SIZE_BYTES
-    tokens = options.tokens or TOKENS
-    made = stores.make_store(folder, size_bytes // stores.ROW_BYTES)
+    """Measures cold lookups of a batch and of one token. Needs the table's size (8 GiB by default) on the disk."""
+    made = stores.make_store(folder, (options.size_bytes or SIZE_BYTES) // stores.ROW_BYTES)
     dram_bytes = options.dram_bytes or min(DRAM_BYTES, made.spec.table_bytes // 4)
     result = Result(f"cold, table of {format_bytes(made.spec.table_bytes)}, {format_bytes(dram_bytes)} of DRAM")
-    for io in ("uring", "mmap", "pread"):
+    for io in BARE_TARGETS:
         with ColdLookups(made, io, dram_bytes) as lookups:
-            result.comparisons.append(_batch(made, lookups, tokens, options.pairs, result))
+            _batch(lookups, options.tokens or TOKENS, options.pairs, result)
             if io == "uring":
-                result.comparisons.append(one_token(made, lookups, options.pairs))
-            result.facts[f"{io}: served by"] = lookups.store.stats()["io"]
-            result.facts[f"{io}: keys that hit DRAM in all runs"] = lookups.store.stats()["hits"]["dram"]
-            result.facts[f"{io}: share of the shards in the page cache before runs, at most"] = round(
-                lookups.resident, 6
-            )
+                one_token(lookups, options.pairs, result)
+            stats = lookups.store.stats()
+            share = f"{io}: share of the shards in the page cache before runs, at most"
+            result.facts[f"{io}: served by"] = stats["io"]
+            result.facts[f"{io}: keys that hit DRAM in all runs"] = stats["hits"]["dram"]
+            result.facts[share] = round(lookups.resident, 6)
     page_cached.measure(folder, options.pairs, result)
     return result
 
@@ -67,11 +63,9 @@ class ColdLookups:
 
     def batch(self, out: np.ndarray) -> float:
         """Returns the seconds of one lookup that fills `out`, from the disk."""
-        keys = stores.fresh_keys(self.generator, len(out))
+        keys = self.fresh_keys(len(out))
         self.make_cold()
-        started = time.perf_counter()
-        self.table.lookup(keys, out)
-        seconds = time.perf_counter() - started
+        seconds = seconds_of_all(self.table.lookup, [keys], out)
         if not self._checked:
             self.made.check(keys, out)
             self._checked = True
@@ -79,14 +73,13 @@ class ColdLookups:
 
     def each(self, num_tokens: int) -> list[float]:
         """Returns the seconds of each of `num_tokens` lookups of one token."""
-        keys, out = stores.fresh_keys(self.generator, num_tokens), stores.rows_buffer(1)
+        keys, out = self.fresh_keys(num_tokens), stores.rows_buffer(1)
         self.make_cold()
-        seconds = []
-        for index in range(num_tokens):
-            started = time.perf_counter()
-            self.table.lookup(keys[index : index + 1], out)
-            seconds.append(time.perf_counter() - started)
-        return seconds
+        return seconds_of_each(self.table.lookup, list(keys[:, None]), out)
+
+    def fresh_keys(self, num_tokens: int) -> np.ndarray:
+        """Returns keys that nobody has asked for, int64 [N, O]."""
+        return stores.fresh_keys(self.generator, num_tokens)
 
     def make_cold(self) -> None:
         """Drops the shards from the page cache and notes what stayed there."""
@@ -100,60 +93,44 @@ class ColdLookups:
         self.store.close()
 
 
-def bare_seconds(loop: BareLoop, made: MadeStore, generator: np.random.Generator, tokens: int) -> float:
-    """Returns the seconds of the yardstick's reads of the pages of fresh keys, from the disk."""
-    loop.load(made.ranges(stores.fresh_keys(generator, tokens)))
-    page_cache.drop(made.files)
-    return sum(loop.run())
-
-
-def _batch(made: MadeStore, lookups: ColdLookups, tokens: int, pairs: int, result: Result) -> Comparison:
-    out = stores.rows_buffer(tokens)
-    uring = lookups.io == "uring"
+def _batch(lookups: ColdLookups, tokens: int, pairs: int, result: Result) -> None:
+    made, out, uring = lookups.made, stores.rows_buffer(tokens), lookups.io == "uring"
     with BareLoop.uring(made.files) if uring else BareLoop.willneed(made.files) as loop:
-        sides: dict[str, Callable[[], float]] = {
-            SUBJECT: lambda: lookups.batch(out),
-            BARE: lambda: bare_seconds(loop, made, lookups.generator, tokens),
-        }
-        targets = {BARE: 0.9} if uring else {BARE: 0.85} if lookups.io == "mmap" else {}
+
+        def bare() -> float:
+            loop.load(made.ranges(lookups.fresh_keys(tokens)))
+            page_cache.drop(made.files)
+            return sum(loop.run())
+
+        sides: dict[str, Callable[[], float]] = {SUBJECT: lambda: lookups.batch(out), BARE: bare}
         if uring and fio.installed():
-            targets[FIO] = 0.9
             sides[FIO] = lambda: fio.read_seconds(made.files, tokens * stores.ROWS_PER_TOKEN)
         elif uring:
             result.skipped[FIO] = "not installed; apt-get install fio"
-        seconds = interleave(sides, pairs)
-    case = f"{lookups.io}, {tokens:,} tokens x {stores.ROWS_PER_TOKEN} rows"
-    return Comparison(case, "row", tokens * stores.ROWS_PER_TOKEN, seconds, targets)
+        case = f"{lookups.io}, {tokens:,} tokens x {stores.ROWS_PER_TOKEN} rows"
+        result.compare(case, "row", tokens * stores.ROWS_PER_TOKEN, sides, pairs, BARE_TARGETS[lookups.io])
 
 
-def one_token(made: MadeStore, lookups: ColdLookups, pairs: int) -> Comparison:
-    """Compares p50 of cold one-token lookups with the yardstick, which reads the pages of one token at a time,
-    and np.memmap."""
-    row_ids = np.empty((ONE_TOKEN_LOOKUPS, stores.ROWS_PER_TOKEN), dtype=np.int64)
+def one_token(lookups: ColdLookups, pairs: int, result: Result) -> None:
+    """Compares p50 of cold one-token lookups with the yardstick, which reads token by token, and np.memmap."""
+    made, out = lookups.made, np.ones((stores.ROWS_PER_TOKEN, stores.ROW_BYTES), dtype=np.uint8)
 
     def bare(loop: BareLoop) -> float:
-        keys = stores.fresh_keys(lookups.generator, ONE_TOKEN_LOOKUPS)
-        groups = [made.ranges(keys[i : i + 1]) for i in range(len(keys))]
+        groups = [made.ranges(keys) for keys in lookups.fresh_keys(ONE_TOKEN_LOOKUPS)[:, None]]
         whole = [group for group in groups if len(group) == stores.ROWS_PER_TOKEN] or [groups[0]]
         loop.load(np.concatenate(whole))
-        return statistics.median(loop.run(len(whole[0])))
+        return float(np.median(loop.run(len(whole[0]))))
 
     def memmap() -> float:
-        row_ids[:] = made.spec.row_ids(stores.fresh_keys(lookups.generator, ONE_TOKEN_LOOKUPS))
+        row_ids = made.spec.row_ids(lookups.fresh_keys(ONE_TOKEN_LOOKUPS)).reshape(ONE_TOKEN_LOOKUPS, -1)
         lookups.make_cold()
-        mapped, out = MappedRows(made, random=True), np.ones((stores.ROWS_PER_TOKEN, stores.ROW_BYTES), dtype=np.uint8)
-        seconds = []
-        for ids in row_ids:
-            started = time.perf_counter()
-            mapped.rows(ids, out)
-            seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds)
+        mapped = MappedRows(made, random=True)
+        return p50(mapped.rows, row_ids, out)
 
     with BareLoop.uring(made.files) as loop:
         sides: dict[str, Callable[[], float]] = {
-            SUBJECT: lambda: statistics.median(lookups.each(ONE_TOKEN_LOOKUPS)),
+            SUBJECT: lambda: float(np.median(lookups.each(ONE_TOKEN_LOOKUPS))),
             BARE: lambda: bare(loop),
             MEMMAP: memmap,
         }
-        seconds = interleave(sides, pairs)
-    return Comparison(f"{lookups.io}, one token, p50", "row", stores.ROWS_PER_TOKEN, seconds, {BARE: 0.85})
+        result.compare(f"{lookups.io}, one token, p50", "row", stores.ROWS_PER_TOKEN, sides, pairs, {BARE: 0.85})

@@ -7,19 +7,19 @@ get done together, beside 2.
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from tierstore.store.store import Ticket
 from tierstore.units import format_bytes
 
 from . import page_cache, stores
 from .cold import ColdLookups, one_token
-from .pairs import Comparison, Figure, Options, Result, interleave
-from .warm import each_lookup
+from .pairs import Options, Result, seconds_of_all, seconds_of_each
 from .working_set import WorkingSet
 
 SIZE_BYTES = 8 << 30
@@ -37,75 +37,69 @@ def run(folder: Path, options: Options) -> Result:
     """Measures one-token lookups and submitted ones. Needs the table's size on disk (8 GiB by default)."""
     size_bytes = options.size_bytes or SIZE_BYTES
     made = stores.make_store(folder, size_bytes // stores.ROW_BYTES)
-    cold_dram_bytes = options.dram_bytes or int(made.spec.table_bytes * DRAM_FRACTION)
     result = Result(f"decode, table of {format_bytes(made.spec.table_bytes)}")
+    cold_dram_bytes = options.dram_bytes or int(made.spec.table_bytes * DRAM_FRACTION)
     with ColdLookups(made, "auto", cold_dram_bytes) as lookups:
-        result.comparisons.append(one_token(made, lookups, options.pairs))
+        one_token(lookups, options.pairs, result)
         _latencies(result, "cold", [lookups.each(COLD_LOOKUPS) for _ in range(options.pairs)])
-        result.figures.append(_late_wait(lookups, options.pairs))
+        _late_wait(lookups, options.pairs, result)
         result.facts["served by"] = lookups.store.stats()["io"]
         result.facts["share of the shards in the page cache before cold runs, at most"] = lookups.resident
     page_cache.bring_in(made.files)
     with WorkingSet(made, int(size_bytes * SET_FRACTION), options.dram_bytes) as held:
         out = stores.rows_buffer(1)
-        rounds = [each_lookup(held, held.keys[held.draw(WARM_LOOKUPS)], out) for _ in range(options.pairs)]
-        _latencies(result, "warm", rounds)
-        result.comparisons.append(_many_threads(held, options.pairs))
+        rounds = [
+            seconds_of_each(held.table.lookup, held.single_tokens(WARM_LOOKUPS), out) for _ in range(options.pairs)
+        ]
+        _latencies(result, "warm", rounds, p50_bound=8.0)
+        _many_threads(held, options.pairs, result)
     return result
 
 
-def _latencies(result: Result, state: str, rounds: list[list[float]]) -> None:
-    bound = 8.0 if state == "warm" else None
-    p50 = [statistics.median(seconds) * 1e6 for seconds in rounds]
-    p99 = [float(np.percentile(seconds, 99)) * 1e6 for seconds in rounds]
-    result.figures.append(Figure(f"{state}, one token (3 keys, 24 rows), p50", "us", p50, bound))
-    result.figures.append(Figure(f"{state}, one token (3 keys, 24 rows), p99", "us", p99))
+def _latencies(result: Result, state: str, rounds: list[list[float]], p50_bound: float | None = None) -> None:
+    for percent, bound in ((50, p50_bound), (99, None)):
+        us = [float(np.percentile(seconds, percent)) * 1e6 for seconds in rounds]
+        result.figure(f"{state}, one token (3 keys, 24 rows), p{percent}", "us", us, bound)
 
 
-def _late_wait(lookups: ColdLookups, pairs: int) -> Figure:
+def _late_wait(lookups: ColdLookups, pairs: int, result: Result) -> None:
     """The share of a cold lookup's duration that `wait` takes when it comes later than the reads ended."""
     out = stores.rows_buffer(WAIT_TOKENS)
     shares = []
     for _ in range(pairs + 1):
         lookup_s = lookups.batch(out)
-        keys = stores.fresh_keys(lookups.generator, WAIT_TOKENS)
+        keys = lookups.fresh_keys(WAIT_TOKENS)
         lookups.make_cold()
         ticket = lookups.store.submit({stores.TABLE: (keys, out)})
         time.sleep(WAIT_FACTOR * lookup_s)  # the caller's other work, such as earlier layers
-        started = time.perf_counter()
-        ticket.wait(JOIN_TIMEOUT_S)
-        shares.append(100 * (time.perf_counter() - started) / lookup_s)
+        shares.append(100 * seconds_of_all(Ticket.wait, [ticket], JOIN_TIMEOUT_S) / lookup_s)
         lookups.made.check(keys, out)
     case = f"wait after the reads had time to end, {WAIT_TOKENS} tokens, part of the lookup"
-    return Figure(case, "%", shares[1:], bound=5.0)
+    result.figure(case, "%", shares[1:], bound=5.0)
 
 
-def _many_threads(held: WorkingSet, pairs: int) -> Comparison:
+def _many_threads(held: WorkingSet, pairs: int, result: Result) -> None:
     """The same one-token lookups shared out among many threads and among few."""
 
     def seconds_with(num_threads: int) -> float:
-        places = held.draw(LOOKUPS_TOGETHER).reshape(num_threads, -1)
         ready = threading.Barrier(num_threads + 1)
 
-        def work(own: np.ndarray) -> None:
-            keys, out = held.keys[own], stores.rows_buffer(1)
-            parts = [keys[index : index + 1] for index in range(len(keys))]
+        def work(parts: list[np.ndarray]) -> None:
+            out = stores.rows_buffer(1)
             ready.wait(JOIN_TIMEOUT_S)
             for part in parts:
                 held.table.lookup(part, out)
 
-        threads = [threading.Thread(target=work, args=(own,)) for own in places]
+        threads = [
+            threading.Thread(target=work, args=(held.single_tokens(LOOKUPS_TOGETHER // num_threads),))
+            for _ in range(num_threads)
+        ]
         for thread in threads:
             thread.start()
         ready.wait(JOIN_TIMEOUT_S)
-        started = time.perf_counter()
-        for thread in threads:
-            thread.join(JOIN_TIMEOUT_S)
-        return time.perf_counter() - started
+        return seconds_of_all(threading.Thread.join, threads, JOIN_TIMEOUT_S)
 
-    many, few = f"{MANY_THREADS} threads", f"{FEW_THREADS} threads"
-    sides = {many: lambda: seconds_with(MANY_THREADS), few: lambda: seconds_with(FEW_THREADS)}
-    seconds = interleave(sides, pairs)
-    return Comparison(
-        "one-token lookups of all threads together", "lookup", LOOKUPS_TOGETHER, seconds, {few: 0.8}, many
-    )
+    few, many = (f"{count} threads" for count in (FEW_THREADS, MANY_THREADS))
+    sides = {many: partial(seconds_with, MANY_THREADS), few: partial(seconds_with, FEW_THREADS)}
+    case = "one-token lookups of all threads together"
+    result.compare(case, "lookup", LOOKUPS_TOGETHER, sides, pairs, {few: 0.8}, subject=many)

@@ -9,7 +9,8 @@ ran once.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,29 +76,25 @@ class Comparison:
 
     def rows(self) -> list[list[str]]:
         """Returns the lines of a printed table, the subject first."""
-        sides = [self.subject, *(side for side in self.seconds if side != self.subject)]
-        lines = []
-        for side in sides:
-            ratios = [] if side == self.subject else self.ratios(side)
-            shown = [f"{value:.2f}" for value in (self.ratio(side), min(ratios), max(ratios))] if ratios else [""] * 3
+        lines = [[self.case, self.subject, f"{self.ns(self.subject):,.0f} ns/{self.unit}", "", "", "", ""]]
+        for side, ratio in self._ratios_of_others().items():
+            target = self.targets.get(side)
+            shown = "" if target is None else f"{target:g} {'reached' if ratio['median'] >= target else 'MISSED'}"
             cost = f"{self.ns(side):,.0f} ns/{self.unit}"
-            lines.append([self.case if side == self.subject else "", side, cost, *shown, _target(self, side)])
+            lines.append(["", side, cost, *(f"{value:.2f}" for value in ratio.values()), shown])
         return lines
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures for JSON: every round's seconds, and what they come to."""
-        others = [side for side in self.seconds if side != self.subject]
-        ratios = {
-            s: {"median": self.ratio(s), "lowest": min(self.ratios(s)), "highest": max(self.ratios(s))} for s in others
-        }
-        return asdict(self) | {"ns_per_unit": {side: self.ns(side) for side in self.seconds}, "ratios": ratios}
+        costs = {side: self.ns(side) for side in self.seconds}
+        return asdict(self) | {"ns_per_unit": costs, "ratios": self._ratios_of_others()}
+
+    def _ratios_of_others(self) -> dict[str, dict[str, float]]:
+        return {side: _summary(self.ratios(side)) for side in self.seconds if side != self.subject}
 
 
-def _target(comparison: Comparison, side: str) -> str:
-    if side not in comparison.targets:
-        return ""
-    target = comparison.targets[side]
-    return f"{target:g} {'reached' if comparison.ratio(side) >= target else 'MISSED'}"
+def _summary(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 @dataclass(frozen=True)
@@ -125,15 +122,14 @@ class Figure:
 
     def row(self) -> list[str]:
         """Returns the line of a printed table."""
-        numbers = [f"{value:,.4g}" for value in (self.median, min(self.values), max(self.values))]
+        numbers = [f"{value:,.4g}" for value in _summary(self.values).values()]
         sign = ">=" if self.at_least else "<="
         bound = "" if self.bound is None else f"{sign} {self.bound:g} {'reached' if self.reached else 'MISSED'}"
         return [self.case, self.unit, *numbers, bound]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figure for JSON."""
-        summary = {"median": self.median, "lowest": min(self.values), "highest": max(self.values)}
-        return asdict(self) | summary | {"reached": self.reached}
+        return asdict(self) | _summary(self.values) | {"reached": self.reached}
 
 
 @dataclass(frozen=True)
@@ -167,6 +163,43 @@ class Result:
     facts: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     failed: str | None = None
+
+    def compare(
+        self,
+        case: str,
+        unit: str,
+        work: float,
+        sides: Mapping[str, Callable[[], float]],
+        rounds: int,
+        targets: Mapping[str, float] | None = None,
+        *,
+        subject: str = SUBJECT,
+        warm_up_rounds: int = WARM_UP_ROUNDS,
+    ) -> Comparison:
+        """Runs the sides in turn, and adds and returns what they took. Blocks.
+
+        This is how a benchmark declares a case.
+
+        Args:
+            case: what is done, for people.
+            unit: what a run has `work` of, such as "row".
+            work: units of a run.
+            sides: by name, what runs once and returns its seconds; see `interleave`.
+            rounds: that count.
+            targets: least ratios of the subject's rate to a side's; those of absent sides are ignored.
+            subject: the side that ratios are of.
+            warm_up_rounds: that do not count.
+        """
+        kept = {side: least for side, least in (targets or {}).items() if side in sides}
+        seconds = interleave(sides, rounds, warm_up_rounds)
+        self.comparisons.append(Comparison(case, unit, work, seconds, kept, subject))
+        return self.comparisons[-1]
+
+    def figure(
+        self, case: str, unit: str, values: list[float], bound: float | None = None, *, at_least: bool = False
+    ) -> None:
+        """Adds a quantity; see `Figure`."""
+        self.figures.append(Figure(case, unit, values, bound, at_least))
 
     def table(self) -> RenderableType:
         """Returns what is printed."""
@@ -218,3 +251,27 @@ def interleave(
             if number >= 0:
                 results[name].append(value)
     return results
+
+
+def seconds_of_each(call: Callable[[Any, Any], object], parts: Iterable[Any], out: Any) -> list[float]:
+    """Calls `call(part, out)` for each part, and nothing else in between; returns the seconds of each call."""
+    clock, seconds = time.perf_counter, []
+    for part in list(parts):
+        started = clock()
+        call(part, out)
+        seconds.append(clock() - started)
+    return seconds
+
+
+def seconds_of_all(call: Callable[[Any, Any], object], parts: Iterable[Any], out: Any) -> float:
+    """Calls `call(part, out)` for each part; returns the seconds of all calls together."""
+    listed = list(parts)
+    started = time.perf_counter()
+    for part in listed:
+        call(part, out)
+    return time.perf_counter() - started
+
+
+def p50(call: Callable[[Any, Any], object], parts: Iterable[Any], out: Any) -> float:
+    """Calls `call(part, out)` for each part; returns the median seconds of a call."""
+    return statistics.median(seconds_of_each(call, parts, out))

@@ -18,7 +18,7 @@ from tierstore.units import format_bytes
 
 from . import page_cache, real_text, stores
 from .bare.loops import BareLoop
-from .pairs import SUBJECT, Comparison, Grid, Options, Result, interleave
+from .pairs import SUBJECT, Grid, Options, Result, seconds_of_all
 from .placed import run_placed
 from .stores import MadeStore
 
@@ -46,7 +46,7 @@ def run(folder: Path, options: Options) -> Result:
     result = Result(f"trace, {num_tokens:,} tokens, table of {format_bytes(made.spec.table_bytes)}")
     for budget in budgets:
         result.grids.append(_over_time(made, keys, budget, options.tokens or BATCH_TOKENS))
-    result.comparisons.append(_prefill(made, keys, options, result))
+    _prefill(made, keys, options, result)
     result.facts["text"] = text.source
     if options.trace is None:
         run_placed(folder, options, size_bytes, result)
@@ -111,7 +111,7 @@ class _Piece:
         return np.where(self.chosen.reshape(self.keys.shape), -1, self.keys)
 
 
-def _prefill(made: MadeStore, keys: np.ndarray, options: Options, result: Result) -> Comparison:
+def _prefill(made: MadeStore, keys: np.ndarray, options: Options, result: Result) -> None:
     generator = np.random.default_rng()
     tokens = min(PREFILL_TOKENS, len(keys))
     out = stores.rows_buffer(tokens)
@@ -131,9 +131,7 @@ def _prefill(made: MadeStore, keys: np.ndarray, options: Options, result: Result
                 table.lookup(piece.cached(), out)
             page_cache.drop(made.files)
             before = store.stats()["hits"]["nvme"]
-            started = time.perf_counter()
-            table.lookup(piece.keys, out)
-            seconds = time.perf_counter() - started
+            seconds = seconds_of_all(table.lookup, [piece.keys], out)
             hits.append(1 - (store.stats()["hits"]["nvme"] - before) / piece.keys.size)
             return seconds
 
@@ -143,8 +141,7 @@ def _prefill(made: MadeStore, keys: np.ndarray, options: Options, result: Result
             copies.load(filled[generator.permutation(len(filled))[piece.distinct[piece.chosen] % len(filled)]])
             return sum(copies.run()) + sum(reads.run())
 
-        seconds = interleave({SUBJECT: tierstore_seconds, BARE: bare_seconds}, options.pairs)
+        case, rows = f"prefill of {tokens:,} tokens of real text, half hits", tokens * stores.ROWS_PER_TOKEN
+        result.compare(case, "row", rows, {SUBJECT: tierstore_seconds, BARE: bare_seconds}, options.pairs, {BARE: 0.85})
         made.check(keys[:1], table.lookup(keys[:1]))
     result.facts["prefill: share of keys that hit, lowest and highest"] = [round(min(hits), 3), round(max(hits), 3)]
-    case = f"prefill of {tokens:,} tokens of real text, half hits"
-    return Comparison(case, "row", tokens * stores.ROWS_PER_TOKEN, seconds, {BARE: 0.85})

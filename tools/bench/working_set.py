@@ -80,6 +80,10 @@ class WorkingSet:
         """Returns the places in `keys` of tokens drawn at random, int64 [num_tokens]."""
         return self.generator.integers(0, len(self.keys), num_tokens)
 
+    def single_tokens(self, count: int) -> list[np.ndarray]:
+        """Returns keys [1, O] of `count` tokens drawn at random."""
+        return list(self.keys[self.draw(count)][:, None])
+
     def misses(self) -> int:
         """Returns how many keys the store has read from NVMe since it was opened."""
         return int(self.store.stats()["hits"]["nvme"])

@@ -56,6 +56,7 @@ from .daemon import NUM_CLIENTS, check_clients, served
 TABLE_BYTES = 512 << 20
 DRAM_FRACTION = 1 / 10  # of the tables
 VOCAB_SIZE = 4096
+HIDDEN_SIZE = 64  # of the layers: their arithmetic is not what the demo shows
 HELD_OUT_TOKENS = 60_000
 SERVED_TOKENS = 20_000  # for each of the processes
 SHOWN_TABLES = ("Recommended budgets", "Hit rate by order, mixed")
@@ -79,7 +80,9 @@ def demo(folder: Path) -> bool:
     )
 
     say("[bold]2. Checkpoint[/]: DeepSeek-V4.1's layout, random values")
-    write_checkpoint(folder / "checkpoint", "deepseek_v41", table_bytes=TABLE_BYTES, tokenizer=tokenizer)
+    write_checkpoint(
+        folder / "checkpoint", "deepseek_v41", table_bytes=TABLE_BYTES, hidden=HIDDEN_SIZE, tokenizer=tokenizer
+    )
     checkpoint = Checkpoint.open(folder / "checkpoint")
 
     say("[bold]3. Build and verify[/]")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import tierstore
+from engram_adapter import HashSpec
 from tierstore.kernels import reference_gpu
 from tierstore.kernels.gpu import keys as token_keys
 from tierstore.offline.place import Chosen, place_entries
@@ -32,6 +33,7 @@ from ..stores import (
     TABLE,
     V41_COMPRESSED_VOCAB,
     V41_VOCAB,
+    MadeStore,
     fresh_keys,
     temporary_store,
     v41_hash,
@@ -47,8 +49,12 @@ RECENT_SETS = 8  # of keys that are in the recency cache, by turns
 HISTORY = ORDERS[-1] - 1
 
 
-class StoreCases:
-    """The cases that need a store: half of what is placed is text, so that decoding meets it."""
+class _PlacedText:
+    """What the cases look up: a text whose n-grams a store has placed first; and checks of values that come back."""
+
+    made: MadeStore
+    hash_spec: HashSpec
+    store: tierstore.Store
 
     def __init__(
         self,
@@ -62,6 +68,60 @@ class StoreCases:
         """facts: what is added to as cases are measured."""
         self.device, self.clock, self.scale, self.random, self.rounds = device, clock, scale, random, rounds
         self.facts = facts
+
+    def _place(self) -> None:
+        """Places every n-gram of a random text, then random keys; the text's come first, and so into HBM."""
+        num_tokens = self.scale.tokens + HISTORY
+        self.text = self.random.integers(0, V41_VOCAB, (1, num_tokens))
+        self.text_keys = self.hash_spec.keys(self.text, LAYER)[0, HISTORY:]  # those of whole n-grams
+        more = fresh_keys(self.random, -(-self.scale.placed // NUM_ORDERS))
+        keys = np.concatenate([self.text_keys, more])
+        pairs = np.stack([np.tile(np.arange(NUM_ORDERS), len(keys)), keys.reshape(-1)], axis=1)
+        _, first = np.unique(pairs, axis=0, return_index=True)
+        chosen = pairs[np.sort(first)][: self.scale.placed]
+        place_entries(self.made.path, {TABLE: Chosen(chosen[:, 0].astype(np.uint8), chosen[:, 1].copy(), 0.5)})
+
+    def _batch(self, num_tokens: int, num_missed: int) -> np.ndarray:
+        """Returns keys of the text, int64 [N, O], but for the first `num_missed` pairs, which nobody has asked for."""
+        keys = self.text_keys[self.random.integers(len(self.text_keys), size=num_tokens)]
+        keys.reshape(-1)[:num_missed] = fresh_keys(self.random, num_tokens).reshape(-1)[:num_missed]
+        return keys
+
+    def _prompt(self) -> np.ndarray:
+        """Returns the text's keys, some of them replaced by such as nobody has asked for."""
+        missed = self.random.random(self.text_keys.shape) < 1 / PREFILL_MISSED
+        return np.where(missed, fresh_keys(self.random, len(missed)), self.text_keys)
+
+    def _device_hash(self) -> token_keys.DeviceHash:
+        spec, token_map = self.hash_spec, self.hash_spec.kernel_token_map
+        assert token_map is not None
+        assert spec.pad_id is not None
+        multipliers = torch.tensor(spec.multipliers(LAYER), dtype=torch.int64, device=self.device)
+        barrier_id = -1 if spec.barrier_id is None else spec.barrier_id
+        map_there = torch.from_numpy(token_map.copy()).to(self.device)
+        return token_keys.DeviceHash(map_there, spec.vocab_size, multipliers, spec.orders, spec.pad_id, barrier_id)
+
+    def _values(self, num_tokens: int) -> torch.Tensor:
+        """Returns a poisoned output, bfloat16 [N, O * H, DIM]."""
+        shape = (num_tokens, ROWS_PER_TOKEN, DIM)
+        return torch.full(shape, 0x5A5A, dtype=torch.int16, device=self.device).view(torch.bfloat16)
+
+    def _check_values(self, what: str, out: torch.Tensor, keys: np.ndarray) -> None:
+        """Compares values on the device with what was built, bit by bit."""
+        wait_for(self.device)
+        row_ids = self.made.spec.row_ids(keys).reshape(-1)
+        expected = reference_gpu.decode_rows(self.made.block[row_ids % BLOCK_ROWS], VALUES)
+        check_same(f"{what}: values", patterns(out).reshape(expected.shape), expected)
+
+    def _check_steps(self, lookup: Any) -> None:
+        """Raises what went wrong in a step; none must have met an id outside the vocabulary."""
+        wait_for(self.device)
+        lookup.check()
+        check_same("the place of an id outside the vocabulary", [lookup.take_invalid_token_position()], [0])
+
+
+class StoreCases(_PlacedText):
+    """The cases that need a store: half of what is placed is text, so that decoding meets it."""
 
     def figures(self, folder: Path) -> Generator[tuple[str, list[Figure]], None, None]:
         """Yields what was measured, and its figures. Makes the store in a folder under `folder`, and removes it."""
@@ -81,29 +141,13 @@ class StoreCases:
                 self.facts["pages are read by"] = self.store.stats()["io"]
                 self.facts["share of the shards in the page cache"] = page_cache.residency(self.made.files)
 
-    def _place(self) -> None:
-        """Places every n-gram of a random text, then random keys; the text's come first, and so into HBM."""
-        num_tokens = self.scale.tokens + HISTORY
-        self.text = self.random.integers(0, V41_VOCAB, (1, num_tokens))
-        self.text_keys = self.hash_spec.keys(self.text, LAYER)[0, HISTORY:]  # those of whole n-grams
-        more = fresh_keys(self.random, -(-self.scale.placed // NUM_ORDERS))
-        keys = np.concatenate([self.text_keys, more])
-        pairs = np.stack([np.tile(np.arange(NUM_ORDERS), len(keys)), keys.reshape(-1)], axis=1)
-        _, first = np.unique(pairs, axis=0, return_index=True)
-        chosen = pairs[np.sort(first)][: self.scale.placed]
-        place_entries(self.made.path, {TABLE: Chosen(chosen[:, 0].astype(np.uint8), chosen[:, 1].copy(), 0.5)})
-
     def _bytes(self, allocated_bytes: int) -> list[Figure]:
         """What opening the store took of the device, beside what the store says and what it was allowed."""
         memory = self.store.stats()["memory"]
+        budget_bytes = memory["hbm_budget_bytes"]
         counted_bytes = -(-memory["hbm_bytes"] // ALLOCATED_UNIT) * ALLOCATED_UNIT
         return [
-            Figure(
-                "bytes of HBM that opening took, beside the budget",
-                "bytes",
-                [allocated_bytes],
-                memory["hbm_budget_bytes"],
-            ),
+            Figure("bytes of HBM that opening took, beside the budget", "bytes", [allocated_bytes], budget_bytes),
             Figure("the same, beyond or short of what stats says", "bytes", [abs(allocated_bytes - counted_bytes)], 0),
         ]
 
@@ -180,12 +224,6 @@ class StoreCases:
             raise CheckError(f"{number} steps with {count} misses asked the host {lookup.num_requests() - asked} times")
         return values
 
-    def _batch(self, num_tokens: int, num_missed: int) -> np.ndarray:
-        """Returns keys of the text, int64 [N, O], but for the first `num_missed` pairs, which nobody has asked for."""
-        keys = self.text_keys[self.random.integers(len(self.text_keys), size=num_tokens)]
-        keys.reshape(-1)[:num_missed] = fresh_keys(self.random, num_tokens).reshape(-1)[:num_missed]
-        return keys
-
     def _prefill(self) -> list[Figure]:
         """A whole prompt's lookup, from the host's call to the last value on the device."""
         lookup = self.store.open_lookup(TABLE, self.scale.tokens)
@@ -217,35 +255,3 @@ class StoreCases:
             figures.append(Figure(f"a prompt of {self.scale.tokens:,} tokens, keys known, {what}", "ms", values))
         self.facts["tokens of a prompt's parts"] = lookup.tokens_max
         return figures
-
-    def _prompt(self) -> np.ndarray:
-        """Returns the text's keys, some of them replaced by such as nobody has asked for."""
-        missed = self.random.random(self.text_keys.shape) < 1 / PREFILL_MISSED
-        return np.where(missed, fresh_keys(self.random, len(missed)), self.text_keys)
-
-    def _device_hash(self) -> token_keys.DeviceHash:
-        spec, token_map = self.hash_spec, self.hash_spec.kernel_token_map
-        assert token_map is not None
-        assert spec.pad_id is not None
-        multipliers = torch.tensor(spec.multipliers(LAYER), dtype=torch.int64, device=self.device)
-        barrier_id = -1 if spec.barrier_id is None else spec.barrier_id
-        map_there = torch.from_numpy(token_map.copy()).to(self.device)
-        return token_keys.DeviceHash(map_there, spec.vocab_size, multipliers, spec.orders, spec.pad_id, barrier_id)
-
-    def _values(self, num_tokens: int) -> torch.Tensor:
-        """Returns a poisoned output, bfloat16 [N, O * H, DIM]."""
-        shape = (num_tokens, ROWS_PER_TOKEN, DIM)
-        return torch.full(shape, 0x5A5A, dtype=torch.int16, device=self.device).view(torch.bfloat16)
-
-    def _check_values(self, what: str, out: torch.Tensor, keys: np.ndarray) -> None:
-        """Compares values on the device with what was built, bit by bit."""
-        wait_for(self.device)
-        row_ids = self.made.spec.row_ids(keys).reshape(-1)
-        expected = reference_gpu.decode_rows(self.made.block[row_ids % BLOCK_ROWS], VALUES)
-        check_same(f"{what}: values", patterns(out).reshape(expected.shape), expected)
-
-    def _check_steps(self, lookup: Any) -> None:
-        """Raises what went wrong in a step; none must have met an id outside the vocabulary."""
-        wait_for(self.device)
-        lookup.check()
-        check_same("the place of an id outside the vocabulary", [lookup.take_invalid_token_position()], [0])

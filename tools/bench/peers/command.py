@@ -9,8 +9,7 @@ gone before the next one starts, so that no server's threads disturb another's f
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from tierstore.units import format_bytes
 
 from .. import page_cache, stores
 from ..bare.mapped import MappedRows
-from ..pairs import SUBJECT, Comparison, Options, Result, interleave
+from ..pairs import SUBJECT, Options, Result, seconds_of_all
 from ..working_set import WorkingSet
 from .servers import Mooncake, Redis
 from .stores import Fetch, Lmdb, MissingPeerError, Peer, PeerRows, RocksDb, TunedRocksDb, opened
@@ -45,10 +44,14 @@ def run(folder: Path, options: Options) -> Result:
         result.title = f"peers, {format_bytes(data.rows.nbytes)} of rows, {len(held.keys):,} tokens"
         tokens = options.tokens or TOKENS
         for name, fetches in _in_process(held, data, options.threads, result).items():
-            result.comparisons.append(_compared(name, fetches, held, tokens, options.pairs))
+            _compare(name, fetches, held, tokens, options.pairs, result)
         for kind in PEERS:
             try:
-                result.comparisons.append(_with_peer(kind, folder, data, held, tokens, options.pairs))
+                with (
+                    tempfile.TemporaryDirectory(dir=folder, prefix="bench-peer-") as files,
+                    opened(kind, Path(files), data) as peer,
+                ):
+                    _compare(peer.name, peer.fetches, held, tokens, options.pairs, result)
             except MissingPeerError as error:
                 result.skipped[kind.name] = str(error)
         result.facts["threads"] = f"1 in Python; torch {options.threads}; servers their own"
@@ -56,21 +59,15 @@ def run(folder: Path, options: Options) -> Result:
     return result
 
 
-def _compared(name: str, fetches: dict[str, Fetch], held: WorkingSet, tokens: int, pairs: int) -> Comparison:
+def _compare(name: str, fetches: dict[str, Fetch], held: WorkingSet, tokens: int, pairs: int, result: Result) -> None:
     """Checks that every side gives tierstore's rows, then lets them take turns."""
     out = stores.rows_buffer(tokens)
 
     def own(places: np.ndarray, out: np.ndarray) -> None:
         held.table.lookup(held.keys[places], out)
 
-    def timed(fetch: Fetch) -> Callable[[], float]:
-        def seconds() -> float:
-            places = held.draw(tokens)
-            started = time.perf_counter()
-            fetch(places, out)
-            return time.perf_counter() - started
-
-        return seconds
+    def seconds(fetch: Fetch) -> float:
+        return seconds_of_all(fetch, [held.draw(tokens)], out)
 
     sides = {SUBJECT: own} | fetches
     for fetch in sides.values():
@@ -78,18 +75,8 @@ def _compared(name: str, fetches: dict[str, Fetch], held: WorkingSet, tokens: in
         out[:] = 1
         fetch(places, out)
         held.made.check(held.keys[places], out)
-    seconds = interleave({side: timed(fetch) for side, fetch in sides.items()}, pairs, warm_up_rounds=3)
-    targets = {side: TARGETS[side] for side in fetches if side in TARGETS}
-    rows = tokens * stores.ROWS_PER_TOKEN
-    return Comparison(f"{name}, {rows:,} rows", "row", rows, seconds, targets)
-
-
-def _with_peer(kind: type[Peer], folder: Path, data: PeerRows, held: WorkingSet, tokens: int, pairs: int) -> Comparison:
-    with (
-        tempfile.TemporaryDirectory(dir=folder, prefix="bench-peer-") as files,
-        opened(kind, Path(files), data) as peer,
-    ):
-        return _compared(peer.name, peer.fetches, held, tokens, pairs)
+    rows, timed = tokens * stores.ROWS_PER_TOKEN, {side: partial(seconds, fetch) for side, fetch in sides.items()}
+    result.compare(f"{name}, {rows:,} rows", "row", rows, timed, pairs, TARGETS, warm_up_rounds=3)
 
 
 def _in_process(held: WorkingSet, data: PeerRows, threads: int, result: Result) -> dict[str, dict[str, Fetch]]:

@@ -35,18 +35,8 @@ class Redis(KeyValuePeer):
             raise MissingPeerError("redis-server is not installed; apt-get install redis-server")
         path = folder / "redis.sock"
         command = [
-            program,
-            "--port",
-            "0",
-            "--unixsocket",
-            str(path),
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-            "--dir",
-            str(folder),
-        ]
+            program, "--port", "0", "--unixsocket", str(path), "--save", "", "--appendonly", "no", "--dir", str(folder),
+        ]  # fmt: skip
         self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         try:
             _await(path.exists, self._server, "redis-server")

@@ -23,7 +23,7 @@ from tierstore.formats.catalog import set_epoch
 from tierstore.offline.place import Chosen, place_entries, prune_placements
 
 from .. import page_cache, stores
-from ..pairs import Figure, Result
+from ..pairs import Result
 from ..stores import MadeStore
 from .clients import Clients
 from .launcher import Served
@@ -58,8 +58,8 @@ def measure_readiness(setting: Setting, result: Result) -> None:
         with setting.serve("start") as served:
             ready_s.append(served.ready_s)
             rates.append(served.stat()["memory"]["used_bytes"] / served.warmed_s / GIB)
-    result.figures.append(Figure("from the daemon's start to its first answer", "s", ready_s))
-    result.figures.append(Figure("warming: the tiers' memory made, their static part read", "GiB/s", rates))
+    result.figure("from the daemon's start to its first answer", "s", ready_s)
+    result.figure("warming: the tiers' memory made, their static part read", "GiB/s", rates)
 
 
 def measure(setting: Setting, result: Result) -> None:
@@ -70,30 +70,30 @@ def measure(setting: Setting, result: Result) -> None:
         Clients(made.path, setting.save(setting.keys), WATCHERS, socket=str(served.socket)) as clients,
     ):
         quiet = _watched(clients, lambda: time.sleep(QUIET_S))
-        result.figures.append(Figure("one token while nothing changes, p99", "us", _each(quiet, "p99_s")))
-        result.figures.append(Figure("one token while nothing changes, slowest", "us", _each(quiet, "max_s")))
+        result.figure("one token while nothing changes, p99", "us", _each(quiet, "p99_s"))
+        result.figure("one token while nothing changes, slowest", "us", _each(quiet, "max_s"))
         replan: dict[str, Any] = {}
         _add_slowest(result, "a replan", _watched(clients, lambda: replan.update(served.ask("replan"))))
         steps = max(1, replan["steps"])
-        result.figures.append(Figure("a step of a replan", "ms", [1e3 * replan["seconds"] / steps]))
+        result.figure("a step of a replan", "ms", [1e3 * replan["seconds"] / steps])
         result.facts["entries and steps of that replan"] = (replan["entered"], replan["steps"])
         swaps: list[dict[str, Any]] = []
+
+        def ask(request: dict[str, str]) -> None:
+            swaps.append(served.ask(**request))
+
         requests = {"do": "swap", "store": str(setting.second.path)}, {"do": "rollback"}
         for version, request in zip((setting.second, made), requests, strict=True):
             page_cache.drop(version.files)
-            watched = _watched(clients, partial(_ask, served, request, swaps))
+            watched = _watched(clients, partial(ask, request))
             _add_slowest(result, f"a {request['do']}", watched)
             _check(version, served, setting.keys)
-        result.figures.append(Figure("a swap, until all clients moved", "s", [swap["seconds"] for swap in swaps]))
+        result.figure("a swap, until all clients moved", "s", [swap["seconds"] for swap in swaps])
         result.facts["entries warm when clients moved, and filled in afterwards"] = [
             (swap["warmed"], swap["filled"]) for swap in swaps
         ]
         _measure_return(served, clients, result)
         _check(made, served, setting.keys)
-
-
-def _ask(served: Served, request: dict[str, str], answers: list[dict[str, Any]]) -> None:
-    answers.append(served.ask(**request))
 
 
 def _check(made: MadeStore, served: Served, keys: np.ndarray) -> None:
@@ -114,8 +114,8 @@ def _each(answers: list[dict[str, Any]], name: str) -> list[float]:
 
 
 def _add_slowest(result: Result, change: str, answers: list[dict[str, Any]]) -> None:
-    result.figures.append(Figure(f"one token during {change}, p99", "us", _each(answers, "p99_s")))
-    result.figures.append(Figure(f"one token during {change}, slowest", "us", _each(answers, "max_s")))
+    result.figure(f"one token during {change}, p99", "us", _each(answers, "p99_s"))
+    result.figure(f"one token during {change}, slowest", "us", _each(answers, "max_s"))
     misses = sum(answer["misses"] for answer in answers) / max(1, sum(answer["lookups"] for answer in answers))
     result.facts[f"keys that missed during {change}, a lookup"] = round(misses, 4)
 
@@ -136,8 +136,8 @@ def _measure_return(served: Served, clients: Clients, result: Result) -> None:
         attached_s = time.perf_counter() - started
 
     watched = _watched(clients, killed_and_back)
-    result.figures.append(Figure("the daemon killed and started: until it serves", "s", [served.ready_s]))
-    result.figures.append(Figure("from then until all clients are attached again", "s", [attached_s]))
+    result.figure("the daemon killed and started: until it serves", "s", [served.ready_s])
+    result.figure("from then until all clients are attached again", "s", [attached_s])
     _add_slowest(result, "the daemon's absence and return", watched)
 
 
@@ -164,10 +164,10 @@ def measure_shift(setting: Setting, result: Result) -> None:
         set_epoch(made.path, None)
         prune_placements(made.path, 0)
     for when, rate in {**rates, "with a plan made for the new traffic": fresh}.items():
-        result.figures.append(Figure(f"hit rate {when}", "%", [100 * rate]))
+        result.figure(f"hit rate {when}", "%", [100 * rate])
     for replans in REPLANS:
         part = 100 * rates[replans] / fresh
-        result.figures.append(Figure(f"{replans}, part of that of such a plan", "%", [part], bound=90.0, at_least=True))
+        result.figure(f"{replans}, part of that of such a plan", "%", [part], bound=90.0, at_least=True)
 
 
 def _rates_by_replans(served: Served, traffic: _Traffic) -> dict[str, float]:

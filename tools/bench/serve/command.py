@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from tierstore.offline.place import Chosen, place_entries, prune_placements
 from tierstore.units import format_bytes
 
 from .. import stores
-from ..pairs import Comparison, Figure, Options, Result, interleave
+from ..pairs import Options, Result, p50, seconds_of_all
 from ..stores import MadeStore
 from . import changes as serve_changes
 from . import remote
@@ -99,42 +100,25 @@ def _measure_one_process(setting: Setting, served: Served, result: Result) -> np
     ):
         tables = {ATTACHED: attached[stores.TABLE], OWN: own[stores.TABLE]}
         held = _filled(setting, tables)
-        generator, out = np.random.default_rng(), stores.rows_buffer(tokens)
+        generator, out, row = np.random.default_rng(), stores.rows_buffer(tokens), stores.rows_buffer(1)
 
-        def one_token(table: tierstore.Table) -> float:
-            parts, row = list(held[generator.integers(0, len(held), (ONE_TOKEN_LOOKUPS, 1))]), stores.rows_buffer(1)
-            lookup, clock, seconds = table.lookup, time.perf_counter, []
-            for part in parts:
-                started = clock()
-                lookup(part, row)
-                seconds.append(clock() - started)
-            return statistics.median(seconds)
+        def drawn(count: int, tokens: int) -> list[np.ndarray]:
+            return list(held[generator.integers(0, len(held), (count, tokens))])
 
-        def batches(table: tierstore.Table) -> float:
-            drawn = list(held[generator.integers(0, len(held), (BATCHES_A_ROUND, tokens))])
-            started = time.perf_counter()
-            for keys in drawn:
-                table.lookup(keys, out)
-            return time.perf_counter() - started
+        def compare(case: str, tokens: int, seconds_of: Callable[[tierstore.Table], float]) -> None:
+            sides = {side: partial(seconds_of, table) for side, table in tables.items()}
+            rows, rounds = tokens * stores.ROWS_PER_TOKEN, setting.options.pairs
+            result.compare(case, "row", rows, sides, rounds, {OWN: 0.9}, subject=ATTACHED)
 
         misses = _misses(attached, own)
-        _compare(result, "one token, p50, through Python", 1, one_token, tables, setting.options)
-        _compare(result, f"{tokens:,} tokens", BATCHES_A_ROUND * tokens, batches, tables, setting.options)
+        compare("one token, p50, through Python", 1, lambda table: p50(table.lookup, drawn(ONE_TOKEN_LOOKUPS, 1), row))
+        compare(
+            f"{tokens:,} tokens",
+            BATCHES_A_ROUND * tokens,
+            lambda table: seconds_of_all(table.lookup, drawn(BATCHES_A_ROUND, tokens), out),
+        )
         result.facts["keys that missed in one process's runs"] = _misses(attached, own) - misses
     return held
-
-
-def _compare(
-    result: Result,
-    case: str,
-    tokens: int,
-    seconds_of: Callable[[tierstore.Table], float],
-    tables: Mapping[str, tierstore.Table],
-    options: Options,
-) -> None:
-    sides = {side: (lambda table=table: seconds_of(table)) for side, table in tables.items()}
-    seconds = interleave(sides, options.pairs)
-    result.comparisons.append(Comparison(case, "row", tokens * stores.ROWS_PER_TOKEN, seconds, {OWN: 0.9}, ATTACHED))
 
 
 def _filled(setting: Setting, tables: Mapping[str, tierstore.Table]) -> np.ndarray:
@@ -180,25 +164,17 @@ def _measure_together(setting: Setting, served: Served, held: np.ndarray, result
             return STRETCH_S / max(1, sum(answer["lookups"] for answer in answers))
 
         for batch in (1, tokens):
-            sides = {
-                side: (lambda clients=clients, batch=batch: seconds_of(clients, batch))
-                for side, clients in ((subject, attached), (other, own))
-            }
-            seconds = interleave(sides, setting.options.pairs)
+            sides = {subject: partial(seconds_of, attached, batch), other: partial(seconds_of, own, batch)}
             case = f"{'one token' if batch == 1 else f'{batch:,} tokens'}, all processes together"
             rows = batch * stores.ROWS_PER_TOKEN
-            result.comparisons.append(Comparison(case, "row", rows, seconds, {other: 0.9}, subject))
+            result.compare(case, "row", rows, sides, setting.options.pairs, {other: 0.9}, subject=subject)
         result.facts["keys that missed in runs of all processes together"] = misses
         taken = proportional_bytes([served.pid, *attached.pids])
     budget_bytes = served.stat()["memory"]["budget_bytes"]
-    result.figures += [
-        Figure(
-            f"shared memory of the daemon and {CLIENTS} clients (PSS), part of one budget",
-            "%", [100 * taken["Pss_Shmem"] / budget_bytes], bound=100.0,
-        ),
-        Figure("the same with all else that these processes take", "MiB", [taken["Pss"] / MIB]),
-        Figure("one budget", "MiB", [budget_bytes / MIB]),
-    ]  # fmt: skip
+    case = f"shared memory of the daemon and {CLIENTS} clients (PSS), part of one budget"
+    result.figure(case, "%", [100 * taken["Pss_Shmem"] / budget_bytes], bound=100.0)
+    result.figure("the same with all else that these processes take", "MiB", [taken["Pss"] / MIB])
+    result.figure("one budget", "MiB", [budget_bytes / MIB])
 
 
 def _measure_many(setting: Setting, served: Served, held: np.ndarray, result: Result) -> None:
@@ -210,8 +186,8 @@ def _measure_many(setting: Setting, served: Served, held: np.ndarray, result: Re
             shares.append(min(lookups) / statistics.mean(lookups))
             together.append(sum(lookups) / MANY_STRETCH_S)
     case = f"{MANY_CLIENTS} clients of one token: "
-    result.figures.append(Figure(f"{case}the slowest, part of their mean", "", shares, bound=0.5, at_least=True))
-    result.figures.append(Figure(f"{case}together", "lookups/s", together))
+    result.figure(f"{case}the slowest, part of their mean", "", shares, bound=0.5, at_least=True)
+    result.figure(f"{case}together", "lookups/s", together)
 
 
 def _measure_remote(served: Served, held: np.ndarray, options: Options, result: Result) -> None:
@@ -219,9 +195,6 @@ def _measure_remote(served: Served, held: np.ndarray, options: Options, result: 
     url = f"grpc://{served.stat()['remote']['address']}"
     tokens = options.tokens or TOKENS
     found = remote.measure(url, keys=held, tokens=tokens)
-    one_us, streamed = found["one_token_p50_us"], found["streamed_mb_per_s"]
-    case = "gRPC over the loopback: "
-    result.figures += [
-        Figure(f"{case}one token, p50", "us", [one_us], bound=REMOTE_US_MAX),
-        Figure(f"{case}batches of {tokens:,} tokens", "MB/s", [streamed], bound=REMOTE_MB_PER_S_MIN, at_least=True),
-    ]
+    case, mb_per_s = "gRPC over the loopback: ", [found["streamed_mb_per_s"]]
+    result.figure(f"{case}one token, p50", "us", [found["one_token_p50_us"]], bound=REMOTE_US_MAX)
+    result.figure(f"{case}batches of {tokens:,} tokens", "MB/s", mb_per_s, bound=REMOTE_MB_PER_S_MIN, at_least=True)
