@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.marks import slow_but
 from support.stores import Model, make_model
 
 import tierstore
@@ -45,7 +46,7 @@ def test_digests_in_the_catalog_are_the_files_own(built: Path) -> None:
     assert {shard.file: shard.sha256 for shard in records} == digests(built)
 
 
-@pytest.mark.parametrize("jobs", [1, 2, 7])
+@pytest.mark.parametrize("jobs", slow_but([1, 7], [1, 2, 7]))
 @pytest.mark.parametrize("shard_bytes", [4096, 65536, 1 << 30])
 def test_rows_do_not_depend_on_jobs_or_shards(model: Model, tmp_path: Path, jobs: int, shard_bytes: int) -> None:
     report = model.build(tmp_path / "store", jobs=jobs, shard_bytes=shard_bytes)

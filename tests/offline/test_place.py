@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.marks import slow_but
 from support.repository import TESTS
 from support.stores import Model, open_behind_hbm, place_some, random_keys
 
@@ -84,7 +85,8 @@ def test_placed_entries_cost_one_read_or_none(own_store: Path, model: Model) -> 
 
 @pytest.mark.parametrize("io", ["uring", "mmap", "pread"])
 @pytest.mark.parametrize(
-    ("hbm_entries", "start"), [(0, 0), (511, 0), (512, 512), (1000, 512), (1300, 1024), (9999, 1024)]
+    ("hbm_entries", "start"),
+    slow_but([(512, 512), (1300, 1024)], [(0, 0), (511, 0), (512, 512), (1000, 512), (1300, 1024), (9999, 1024)]),
 )
 def test_a_static_set_behind_hbm_holds_the_records_from_its_start_on(
     own_store: Path, model: Model, io: str, hbm_entries: int, start: int
@@ -123,7 +125,7 @@ def test_damage_below_the_start_of_a_static_set_is_found_when_it_is_read(own_sto
 
 
 @pytest.mark.parametrize("io", ["uring", "mmap", "pread"])
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("fraction", slow_but([0.3], [0.0, 0.3, 1.0]))
 def test_rows_are_the_same_with_any_placement_any_epoch_and_none(
     own_store: Path, model: Model, io: str, fraction: float
 ) -> None:

@@ -34,6 +34,7 @@ MARKS: dict[str, tuple[str, ...]] = {
     "engram_adapter/test_device_streams": ("gpu",),
     "faults": ("process",),
     "gpu": ("gpu",),
+    "ipc/test_identity": ("process",),
     "gpu/test_compile": ("process",),
     "gpu/test_compile_requests": ("process",),
     "kernels/test_cpp": ("process",),
