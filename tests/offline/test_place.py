@@ -86,7 +86,11 @@ def test_placed_entries_cost_one_read_or_none(own_store: Path, model: Model) -> 
 @pytest.mark.parametrize("io", ["uring", "mmap", "pread"])
 @pytest.mark.parametrize(
     ("hbm_entries", "start"),
-    slow_but([(512, 512), (1300, 1024)], [(0, 0), (511, 0), (512, 512), (1000, 512), (1300, 1024), (9999, 1024)]),
+    slow_but(
+        [(512, 512), (1300, 1024)],
+        [(0, 0), (511, 0), (512, 512), (1000, 512), (1300, 1024), (9999, 1024)],
+        several=True,
+    ),
 )
 def test_a_static_set_behind_hbm_holds_the_records_from_its_start_on(
     own_store: Path, model: Model, io: str, hbm_entries: int, start: int

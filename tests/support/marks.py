@@ -57,10 +57,16 @@ def marks_of(path: PurePath) -> frozenset[str]:
     return frozenset(mark for each in (plain, *plain.parents) for mark in MARKS.get(each.as_posix(), ()))
 
 
-def slow_but(kept: Iterable[object], values: Iterable[Any]) -> list[Any]:
-    """Values of a parameter, of which `make test` tries only some: all others are slow."""
+def slow_but(kept: Iterable[object], values: Iterable[Any], *, several: bool = False) -> list[Any]:
+    """Values of a parameter, of which `make test` tries only some: all others are slow.
+
+    several: each value is a tuple, one of it for each of several parameters.
+    """
     chosen = list(kept)
-    return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    return [
+        value if value in chosen else pytest.param(*(value if several else (value,)), marks=pytest.mark.slow)
+        for value in values
+    ]
 
 
 def excluded_by(expression: str) -> frozenset[str]:
