@@ -6,6 +6,7 @@ Loads no torch, and what is heavy only in the fixture that needs it: a run of a 
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import os
 import shutil
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.device import INTERPRET, has_gpu
-from support.marks import MARKERS, excluded_by, marks_of
+from support.marks import MARKERS, excluded_by, marks_by_use, marks_of
 from support.repository import REPOSITORY, TESTS
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for name in marks_of(item.path.relative_to(TESTS)):
+        assert isinstance(item, pytest.Function)
+        function = inspect.unwrap(item.function)
+        for name in marks_of(item.path.relative_to(TESTS)) | marks_by_use(function, item.fixturenames):
             item.add_marker(name)
 
 

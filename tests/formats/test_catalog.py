@@ -234,7 +234,6 @@ def large_catalog(built: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("kind", "seed"),
     [("bytes", 1), *(pytest.param(*rest, marks=pytest.mark.slow) for rest in [("bits", 0), ("bytes", 2)])],
@@ -265,7 +264,6 @@ def test_a_catalog_that_a_killed_writer_left_is_read_as_of_its_last_commit(large
     assert read_catalog(large_catalog) == expected
 
 
-@pytest.mark.process
 def test_a_catalog_reads_well_while_another_process_writes_it(large_catalog: Path) -> None:
     expected = read_catalog(large_catalog)
     code = f"""
@@ -303,7 +301,6 @@ def test_a_store_that_may_not_be_read_is_named_with_its_remedy(
         tierstore.open(own_store)
 
 
-@pytest.mark.process
 def test_many_threads_and_processes_read_one_catalog(built: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

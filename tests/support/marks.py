@@ -6,13 +6,16 @@
 - `slow`: a sweep, a statistic or a soak that finds what the other tests find too, or very rarely more.
 
 `make check` runs what has none of them, `make test` all but `slow`, `make test-all` everything. A folder or a file of
-the table below has its marks as a whole; a class or a single test says them itself, with `pytest.mark`.
+the table MARKS has its marks as a whole. A test that uses a name of the table USES, itself or by a function or a
+fixture of its file, has that name's marks. A class or a single test may say more itself, with `pytest.mark`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Iterator
 from pathlib import PurePath
+from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
@@ -50,11 +53,46 @@ MARKS: dict[str, tuple[str, ...]] = {
     "tools/test_demo": ("process",),
 }
 
+USES: dict[str, tuple[str, ...]] = {
+    "Daemon": ("daemon",),
+    "RemoteServer": ("daemon",),
+    "ServeProcess": ("daemon", "process"),
+    "SocketServer": ("daemon",),
+    "multiprocessing": ("process",),
+    "serving": ("daemon",),
+    "serving_process": ("daemon", "process"),
+    "subprocess": ("process",),
+}
+
 
 def marks_of(path: PurePath) -> frozenset[str]:
     """The marks of a test file or a folder, by its path below tests/."""
     plain = path.with_suffix("")
     return frozenset(mark for each in (plain, *plain.parents) for mark in MARKS.get(each.as_posix(), ()))
+
+
+def marks_by_use(function: FunctionType, fixtures: Iterable[str]) -> frozenset[str]:
+    """The marks of a test function by the names that it uses, and that functions and fixtures of its file use."""
+    marks: set[str] = set()
+    seen: set[str] = set()
+    names = [*_names_of(function.__code__), *fixtures]
+    while names:
+        name = names.pop()
+        if name not in seen:
+            seen.add(name)
+            marks.update(USES.get(name, ()))
+            used = inspect.unwrap(function.__globals__.get(name))
+            if isinstance(used, FunctionType) and used.__module__ == function.__module__:
+                names += _names_of(used.__code__)
+    return frozenset(marks)
+
+
+def _names_of(code: CodeType) -> Iterator[str]:
+    """All names in a function's code, and in the functions inside of it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_of(constant)
 
 
 def slow_but(kept: Iterable[object], values: Iterable[Any], *, several: bool = False) -> list[Any]:
