@@ -29,6 +29,7 @@ MARKERS = {
 # By the path below tests/, without its ending; a folder's marks are those of all its files.
 MARKS: dict[str, tuple[str, ...]] = {
     "attached": ("daemon",),
+    "bench": ("process",),
     "attached/test_attached_hbm": ("gpu",),
     "attached/test_gpu_clients": ("gpu", "process"),
     "daemon": ("daemon",),
@@ -46,6 +47,7 @@ MARKS: dict[str, tuple[str, ...]] = {
     "test_wheel": ("process",),
     "tiers/test_hbm": ("gpu",),
     "tiers/test_hbm_times": ("gpu",),
+    "tools/test_bench": ("process",),
     "tools/test_bench_gpu": ("gpu",),
     "tools/test_bench_overlap": ("gpu",),
     "tools/test_bench_remote": ("daemon",),
