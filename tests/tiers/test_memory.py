@@ -85,7 +85,7 @@ def test_without_meminfo_the_machine_has_what_sysconf_says(
 ) -> None:
     expected = total_memory()
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
-    memory._say_once.cache_clear()
+    memory._warn_once.cache_clear()
     assert abs(total_memory() - expected) <= expected // 100
     for _ in range(2):
         assert available_memory([]) == (total_memory(), "machine")

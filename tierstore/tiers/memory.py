@@ -25,7 +25,7 @@ _UNLIMITED_BYTES = 1 << 60  # version 1 writes "no limit" as a number near 2^63
 
 def allocate(num_bytes: int, *, inherited: bool = True) -> np.ndarray:
     """Returns zeroed memory, uint8 [num_bytes], page-aligned;
-    on huge pages where the system lets a process ask for them.
+    on huge pages if the system lets a process ask for them.
 
     inherited: whether a forked child has it too. What a device writes to must not be: after a fork, the first write
     would give this process another page than the device has.
@@ -74,14 +74,14 @@ def _machine_available() -> int:
         return int(psutil.virtual_memory().available)
     except OSError as error:  # /proc may show processes only (mount option subset=pid, sandboxes)
         total_bytes = total_memory()
-        _say_once(
-            f"how much memory is free is not known ({error}): counted is all that the machine has, {total_bytes} bytes"
+        _warn_once(
+            f"how much memory is free is not known ({error}): all that the machine has is counted, {total_bytes} bytes"
         )
         return total_bytes
 
 
 @lru_cache
-def _say_once(text: str) -> None:
+def _warn_once(text: str) -> None:
     logger.warning("%s", text)
 
 
@@ -149,7 +149,7 @@ def _page_cache_bytes(group: Path) -> int:
 
 
 def _text(file: Path) -> str:
-    """Returns what a file of /proc or /sys says, stripped; "" where this kernel or container does not have it."""
+    """Returns the text of a file of /proc or /sys, stripped; "" if this kernel or container does not have it."""
     try:
         return file.read_text().strip()
     except OSError:

@@ -1,8 +1,9 @@
 """The nvme tier: the shards of a store, open, and the choice of how their pages are read.
 
-Flows in: a catalog and what the user asked for (`io`). Flows out: descriptors and a mode that this kernel and file
-system allow. The reads themselves are the engines' (`native`, `portable`); this module also reads pages front to back,
-for tables that are loaded whole. Refuses shards that are not what the catalog says.
+Input: a catalog and what the user asked for (`io`). Output: descriptors, and a mode that this kernel and file system
+allow. Errors: `FormatError` for shards that are not what the catalog says, `CorruptPageError` for damaged pages.
+
+The reads themselves are the engines' job; this module also reads pages front to back, for tables that are loaded whole.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def choose_io(io: str) -> IoChoice:
 
 
 def open_tables(image: CatalogImage, *, direct: bool) -> list[TableFiles]:
-    """Opens the shards of every table, in the catalog's order;
-    says so once where `direct` is wanted and not to be had."""
+    """Opens the shards of every table, in the catalog's order. Logs a warning if `direct` is wanted and not
+    available."""
     opened: list[TableFiles] = []
     warn_unless_local(image.path)
     try:
@@ -83,12 +84,12 @@ def open_tables(image: CatalogImage, *, direct: bool) -> list[TableFiles]:
 
 
 class TableFiles:
-    """The open shards of one table. Any number of threads may read; `close` must come after the last read."""
+    """The open shards of one table. Any number of threads may read; `close` comes after the last read."""
 
     def __init__(self, image: CatalogImage, table: TableLayout, *, direct: bool) -> None:
-        """Opens every shard and compares its length with the catalog's; raises `FormatError` where it differs.
+        """Opens every shard and compares its length with the catalog's; raises `FormatError` if it differs.
 
-        direct: open each for O_DIRECT too, where its file system has that.
+        direct: open each for O_DIRECT too, if its file system has that.
         """
         self.table = table
         self._fds: list[int] = []

@@ -1,9 +1,10 @@
 """Placed entries: an open placement file, and the static set that is loaded from its top.
 
-Flows in: a placement file and the memory that a plan gives. Flows out: a table's `StaticSet`: indexes of all placed
-entries, the hottest records in memory, the rest in the file, one read each. Loading is sequential, past the page cache
-where it can be, and checks every record: one that is damaged is left out, so that its key is read from pages.
-Refuses damaged indexes.
+Input: a placement file and the memory that a plan gives. Output: a table's `StaticSet`: indexes of all placed entries,
+the hottest records in memory, the rest in the file, one read each. Errors: `FormatError` for a damaged index; a damaged
+record is left out, so that its key is read from pages.
+
+Loading is sequential, past the page cache if the file system allows that, and checks every record.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ LOAD_THREADS = (
     6  # most wait for the disk while others check; measured, 2 read at 0.81 of its sequential rate, 6 at 0.98
 )
 LOAD_BYTES = 4 << 20
-CHECKED_BUCKETS = 1 << 16  # of an index at once: some ms, so that a signal does not wait
+CHECKED_BUCKETS = 1 << 16  # of an index at once: some ms, so that signals are handled soon
 
 
 class PlacementFile:
@@ -82,8 +83,8 @@ class StaticSet:
     """A table's placed entries: indexes by order, uint8 [num_buckets, 64]; the records in memory,
     uint8 [loaded, record_bytes].
 
-    area: the indexes as one, back to back; seed: of the records' checksums; loaded_start: the place of the first record
-    in memory. Those before it lie in another tier, or are read from the file as those behind are.
+    area: all indexes, back to back; seed: of the records' checksums; loaded_start: the number of the first record in
+    memory. Those before it lie in another tier, or are read from the file, as those behind the loaded ones are.
     """
 
     table: PlacedTable
@@ -164,10 +165,11 @@ def load_all_static(
 def _load_static(
     file: PlacementFile, layout: TableLayout, share: TableShare, memory: np.ndarray, on_bytes: Callable[[int], None]
 ) -> StaticSet | None:
-    """Loads a table's indexes and the records that fit its share; None where the placement has nothing of the table.
+    """Loads a table's indexes and the records that fit its share; returns None if the placement has nothing of the
+    table.
 
     memory: uint8, page-aligned: `static_bytes`, then `index_bytes`. on_bytes is called with bytes as they are read, in
-    this thread. Blocks. Raises `FormatError` where an index is damaged.
+    this thread. Blocks. Raises `FormatError` if an index is damaged.
     """
     table = file.placement.tables.get(layout.spec.name)
     if table is None or share.resident:
@@ -264,7 +266,7 @@ def load_records(
         if done < len(part):
             done += read_up_to(file.fd, part[done:], at + done, _log_unread)
             os.posix_fadvise(file.fd, at, len(part), os.POSIX_FADV_DONTNEED)
-        part[done:] = 0  # what could not be read is no record
+        part[done:] = 0  # what could not be read must not pass for a record
         records = memory[byte_start : end * table.record_bytes].reshape(-1, table.record_bytes)
         return kernels.invalidate_bad_records(records, table.entry_bytes, seed), len(part)
 
@@ -275,7 +277,7 @@ def load_records(
                 damaged, num_bytes = future.result()
                 num_damaged += damaged
                 on_bytes(num_bytes)
-        except BaseException:  # who interrupts does not wait for the rest
+        except BaseException:  # an interrupt does not wait for the rest
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return num_damaged

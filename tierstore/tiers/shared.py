@@ -1,10 +1,12 @@
 """Shared memory: blocks that one process writes and any number of others map and read.
 
-Flows in: sizes, descriptors. Flows out: memory. A block is a memfd, mapped writable once by its maker and then sealed
-(F_SEAL_FUTURE_WRITE, GROW, SHRINK, SEAL): whoever holds a descriptor of it, even one reopened for writing, can neither
-write it, map it writable, nor change its length under its readers. A block that is lent, and a client's own, may be
-written by whom its maker gives a descriptor for that: only its length is sealed. Refuses descriptors that are not
-sealed so: reading one could end in a signal.
+Input: sizes, descriptors. Output: memory. Errors: `BudgetError` if there is not enough memory, `DaemonError` for a
+descriptor whose length is not sealed: reading such a block could end in a signal.
+
+A block is a memfd, mapped writable once by its maker and then sealed (F_SEAL_FUTURE_WRITE, GROW, SHRINK, SEAL). Nobody
+who has a descriptor of it, even one reopened for writing, can write it, map it writable, or change its length under its
+readers. Of two kinds of blocks only the length is sealed: a client's own, and one with a writable export, a descriptor
+with which a trusted process may map it writable.
 """
 
 from __future__ import annotations
@@ -35,17 +37,25 @@ OnBytes = Callable[[int], None]
 
 
 class SharedBlock:
-    """A block of zeros, `array` uint8 [num_bytes], that this process alone may write. `fd` is read-only,
-    to be handed out.
+    """A block of zeros that this process alone may write.
 
-    lent_fd: of a block that is lent, for who is trusted to map it writable; else -1.
+    Attributes:
+        array: The memory, uint8 [num_bytes].
+        fd: A read-only descriptor, to be handed out.
+        lent_fd: The writable export, for a process that is trusted to map the block writable; -1 if there is none.
     """
 
     def __init__(self, name: str, num_bytes: int, on_bytes: OnBytes | None = None, *, lent: bool = False) -> None:
-        """name: as /proc shows it; num_bytes: a multiple of 4,096. Blocks until all of it is there,
-        on huge pages if it can be.
+        """Makes the block, on huge pages if the system gives them. Blocks until all of it is there.
 
-        on_bytes is called with bytes as they come. Raises `BudgetError` where there is not so much memory.
+        Args:
+            name: As /proc shows it.
+            num_bytes: A multiple of 4,096.
+            on_bytes: Called with the number of bytes that came since the last call.
+            lent: Whether to make a writable export.
+
+        Raises:
+            BudgetError: There is not enough memory.
         """
         self.fd = self.lent_fd = -1
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -74,7 +84,7 @@ class SharedBlock:
 
 
 def _bring_in(fd: int, array: np.ndarray, name: str, on_bytes: OnBytes | None) -> None:
-    """Has the kernel give all pages now: later, one that it could not give would be a signal.
+    """Has the kernel give all pages now: later, a page that it cannot give would be a signal.
 
     A huge page that is touched once and collapsed costs less than 512 small ones; collapsing also works where huge
     pages of shared memory are not given by themselves.
@@ -115,7 +125,7 @@ def make_client_block(name: str, num_bytes: int) -> tuple[int, np.ndarray]:
 def map_block(fd: int, num_bytes: int, what: str, *, writable: bool = False) -> np.ndarray:
     """Maps a block that another process made, uint8 [num_bytes].
 
-    Raises `DaemonError` where it is not sealed or too short, `BudgetError` where this process may map no more.
+    Raises `DaemonError` if it is not sealed or too short, `BudgetError` if this process may map no more.
     """
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -127,5 +137,5 @@ def map_block(fd: int, num_bytes: int, what: str, *, writable: bool = False) -> 
         raise named(error, what, needed_bytes=num_bytes, fault=fault) from error
     raise DaemonError(
         f"{what}: {found_bytes} bytes with seals {seals:#x}, expected {num_bytes} with a sealed length; "
-        f"it is no block of a daemon's: start 'tierstore serve' again"
+        f"it is not a block of a daemon: start 'tierstore serve' again"
     )

@@ -1,8 +1,10 @@
 """Static slots: a table's static set in shared memory, whose entries can be changed under its readers.
 
-Flows in: entries to place, epochs to publish. Flows out: records in slots, and an index of them for either parity of
-epochs. A slot that an epoch names is never written while that epoch is read; who publishes epochs says when one has
-been left. Not for several threads at once. Shapes: S slots, n entries.
+Input: entries to place, epochs to publish. Output: records in slots, and for either parity of epochs an index of them.
+Errors: none but asserts; a caller that respects `num_free` and `capacity` meets none.
+
+A slot that an epoch names is never written while somebody may read that epoch. The publisher of epochs waits for the
+grace period, then calls `free_dead`. One thread at a time. Shapes: S slots, n entries.
 """
 
 from __future__ import annotations
@@ -15,12 +17,18 @@ from .. import kernels
 from ..layout import BUCKET_KEYS
 from .placed import index_head
 
-PIECE_SLOTS = 1 << 16  # looked at at once, so that looking at all takes little memory
+PIECE_SLOTS = 1 << 16  # handled at once, so that a pass over all takes little memory
 COUNT_MAX = np.uint32(2**32 - 3)
 
 
 class StaticSlots:
-    """The slots of one table. `keys` int64 [S] and `order_index` uint8 [S] say what each holds; a key of -1 is none."""
+    """The slots of one table.
+
+    Attributes:
+        keys, order_index: int64 [S] and uint8 [S], the entry in each slot; key -1: the slot is free.
+        live: bool [S], which slots the newest epoch names.
+        capacity: The most entries that one epoch may name.
+    """
 
     def __init__(
         self,
@@ -37,7 +45,7 @@ class StaticSlots:
         self._num_orders, self._entry_bytes = num_orders, entry_bytes
         self.keys = np.full(len(records), -1, dtype=np.int64)
         self.order_index = np.zeros(len(records), dtype=np.uint8)
-        self.live = np.zeros(len(records), dtype=bool)  # what the newest epoch names
+        self.live = np.zeros(len(records), dtype=bool)
 
     @property
     def num_live(self) -> int:
@@ -50,15 +58,15 @@ class StaticSlots:
         return int((self.keys < 0).sum())
 
     def adopt(self, num_loaded: int) -> None:
-        """Takes the first num_loaded records as they lie there, loaded from a placement;
-        damaged ones count as free slots."""
+        """Takes over the first num_loaded records, which were loaded from a placement; damaged ones are free slots."""
         for start in range(0, num_loaded, PIECE_SLOTS):
             part = np.s_[start : min(start + PIECE_SLOTS, num_loaded)]
             trailers = self.records[part, -kernels.RECORD_TRAILER.itemsize :].copy().view(kernels.RECORD_TRAILER)[:, 0]
             self.keys[part], self.order_index[part] = trailers["key"], trailers["order_index"]
 
     def counted(self, counts_of: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-        """Returns one more than (order index, key) -> count says of each live slot, 0 for others; uint32 [S]."""
+        """Returns 1 + the count of each live slot's entry, by counts_of(order_index, keys); 0 for others; uint32
+        [S]."""
         counted = np.zeros(len(self.keys), dtype=np.uint32)
         for start in range(0, len(self.keys), PIECE_SLOTS):
             live = start + np.flatnonzero(self.live[start : start + PIECE_SLOTS])
@@ -66,12 +74,11 @@ class StaticSlots:
         return counted
 
     def write(self, order_index: np.ndarray, keys: np.ndarray, entries: np.ndarray, seed: int) -> np.ndarray:
-        """Writes entries, uint8 [n, entry_bytes], into free slots and returns those, int64 [n];
-        n is at most `num_free`.
+        """Writes entries, uint8 [n, entry_bytes], into free slots, n at most `num_free`; returns the slots, int64 [n].
 
         seed: of the records' checksums.
         """
-        slots = np.flatnonzero(self.keys < 0)[: len(keys)].copy()  # a view would keep the places of all free slots
+        slots = np.flatnonzero(self.keys < 0)[: len(keys)].copy()  # a view would keep the array of all free slots
         assert len(slots) == len(keys), "more entries than free slots"
         if len(keys) == 0:
             return slots
@@ -83,10 +90,10 @@ class StaticSlots:
         return slots
 
     def index(self, epoch: int, live: np.ndarray) -> None:
-        """Makes epoch's index name the slots of `live`, bool [S]; at most `capacity` of them.
-        Nobody may be in epoch - 2.
+        """Makes the index of an epoch name the slots of `live`, bool [S], at most `capacity` of them.
 
-        What is published then, of all tables, is `live` from then on; until that it may be given up.
+        The index of epoch - 2 is overwritten, so that no reader may be left there. The caller then publishes the epoch,
+        of all tables at once, and assigns `live`; an epoch that it does not publish may be indexed again.
         """
         assert live.sum() <= self.capacity
         head, area = self.heads[epoch % 2], self.areas[epoch % 2]
@@ -101,5 +108,5 @@ class StaticSlots:
             at += count
 
     def free_dead(self) -> None:
-        """Frees the slots that the newest epoch does not name. Nobody may be in the one before."""
+        """Frees the slots that the newest epoch does not name. No reader may be left in the epoch before."""
         self.keys[~self.live] = -1
