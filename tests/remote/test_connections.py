@@ -1,4 +1,4 @@
-"""Connections that make no call that is let in end in time, and keep nobody else out; those that did stay."""
+"""Connections that make no admitted call end in time, and keep nobody else out; those that did stay."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_what_grpc_calls_a_peer_is_an_address_and_is_counted_by_its_network(
 def test_who_made_no_call_in_time_goes() -> None:
     ended = to_end({("10.0.0.1", 1): 0.0, ("10.0.0.1", 2): 5.0}, 2, STRANGER_S)
     assert list(ended) == [("10.0.0.1", 1)]
-    assert "no call that was let in within 20 s" in ended["10.0.0.1", 1]
+    assert "no admitted call within 20 s" in ended["10.0.0.1", 1]
 
 
 def test_of_too_many_of_one_network_the_oldest_go_and_no_others() -> None:
@@ -65,7 +65,7 @@ def test_of_too_many_in_all_the_networks_with_the_most_make_room() -> None:
     ended = to_end(strangers, CONNECTIONS_MAX + 100, 1.0)
     assert len(ended) == 100
     assert ("10.0.1.1", 1) not in ended
-    assert to_end({("10.0.0.1", 1): 1.0}, 10 * CONNECTIONS_MAX, 1.0) != {}  # those that were let in stay
+    assert to_end({("10.0.0.1", 1): 1.0}, 10 * CONNECTIONS_MAX, 1.0) != {}  # those that were admitted stay
 
 
 @pytest.fixture
@@ -112,13 +112,13 @@ def test_idle_connections_without_the_token_end_and_a_client_with_it_stays(
         states: list[Any] = []
         rejected.subscribe(states.append, try_to_connect=True)
         with store, opened(server.address, 5) as peers:
-            with pytest.raises(grpc.RpcError):  # it calls, and is not let in
+            with pytest.raises(grpc.RpcError):  # it calls, and is not admitted
                 rejected.unary_unary("/tierstore.v1.Lookups/Describe")(b"", timeout=20)
             assert all(has_ended(peer) for peer in peers)
             until(lambda: grpc.ChannelConnectivity.IDLE in states[1:])
-            (kept,) = server._connections._let_in
+            (kept,) = server._connections._admitted
             np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
-            assert server._connections._let_in == {kept}  # its connection was not made anew
+            assert server._connections._admitted == {kept}  # its connection was not made anew
 
 
 def test_hundreds_of_idle_connections_keep_no_new_client_out(built: Path, model: Model) -> None:
@@ -157,7 +157,7 @@ def test_a_client_whose_idle_connection_ended_goes_on(
     monkeypatch.setattr(remote_connections, "LOOK_S", 0.05)
     keys = random_keys(np.random.default_rng(3), 5)
     with serving(built) as server, connect_remote(f"grpc://{server.address}") as store:
-        until(lambda: server._connections._let_in)
+        until(lambda: server._connections._admitted)
         until(lambda: not server._connections._seen)  # grpc ended it
         np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
 

@@ -18,6 +18,7 @@ import pytest
 from contract.store_contract import StoreContract
 from support.remote_servers import serving, serving_process
 from support.repository import SUPPORT
+from support.served import serving as serving_daemon
 from support.stores import Model, make_model, random_keys
 
 import tierstore
@@ -505,6 +506,25 @@ def test_keys_at_an_odd_place_of_a_message_are_read_all_the_same(built: Path, mo
 
 
 # The server itself.
+
+
+def test_a_store_that_is_itself_reached_by_grpc_is_served(built: Path, model: Model) -> None:
+    keys = random_keys(np.random.default_rng(14), 40)
+    with serving(built) as first, connect_remote(f"grpc://{first.address}") as between:
+        second = RemoteServer(between, "127.0.0.1:0")
+        with connect_remote(f"grpc://{second.address}") as store:
+            np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
+            np.testing.assert_array_equal(store["layers.1"].explain(keys), between["layers.1"].explain(keys))
+        assert second.close(5)
+
+
+def test_an_attached_store_is_served(built: Path, model: Model, tmp_path: Path) -> None:
+    keys = random_keys(np.random.default_rng(15), 40)
+    with serving_daemon(built, tmp_path / "s", 900 << 10), tierstore.connect(tmp_path / "s") as attached:
+        server = RemoteServer(attached, "127.0.0.1:0")
+        with connect_remote(f"grpc://{server.address}") as store:
+            np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
+        assert server.close(5)
 
 
 def test_closing_the_server_ends_its_threads_and_frees_its_port(built: Path) -> None:

@@ -19,10 +19,10 @@ FORK_VARIABLE = "GRPC_ENABLE_FORK_SUPPORT"
 
 
 def load_grpc() -> Any:
-    """Returns the grpc module; raises `ConfigError` where it is not installed.
+    """Returns the grpc module; raises `ConfigError` if it is not installed.
 
-    Asks it to survive forks, which it reads from the environment when it is first loaded. Where it was loaded before,
-    without that, a forked child cannot use it at all; `survives_forks` says so.
+    Asks it to survive forks, which it reads from the environment when it is first loaded. If something else has loaded
+    it before without that, a forked child cannot use it at all; see `survives_forks`.
     """
     if "grpc" not in sys.modules:
         os.environ.setdefault(FORK_VARIABLE, "1")
@@ -53,7 +53,7 @@ def parse_url(url: str) -> Address:
 
 
 def check_server_access(address: Address, *, has_token: bool, has_tls: bool) -> None:
-    """Raises `ConfigError` where a server would be open to other machines without TLS or without a token."""
+    """Raises `ConfigError` if a server would be open to other machines without TLS or without a token."""
     missing = []
     if not has_tls:
         missing.append("no TLS")
@@ -72,7 +72,7 @@ def check_options(
     tls_cert: str | os.PathLike[str] | None,
     tls_key: str | os.PathLike[str] | None,
 ) -> Address:
-    """Returns the address to listen on; raises `ConfigError` where grpcio is missing or these do not go together."""
+    """Returns the address to listen on; raises `ConfigError` if grpcio is missing or these do not go together."""
     load_grpc()
     wanted = parse_address(address, "--listen")
     if (tls_cert is None) != (tls_key is None):

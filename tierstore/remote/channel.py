@@ -1,11 +1,12 @@
 """A client's connection to a server of lookups by gRPC: calls out, answers or named errors in.
 
-Flows in: encoded requests with a time by which they are wanted. Flows out: encoded answers. A call that meets a server
-which is away, or busy, is made again until then, so that a restart is a pause. Refuses to send a token where anybody
-could read it.
+Input: encoded requests, and a time by which the answer is wanted. Output: encoded answers. Errors: what the server
+raised, by its class; `DaemonError` if it cannot be reached in time; `ConfigError` for a token that anybody could read
+on its way. A call that meets a server which is away, or busy, is made again until its time is up, so that a restart is
+a pause.
 
-Forks: grpc's state is not the child's to use. A fork waits FORK_WAIT_S at most for calls under way, and the child makes
-a channel of its own when it first calls; the parent's is kept there and never touched.
+Forks: a child cannot use its parent's grpc state. A fork waits FORK_WAIT_S at most for calls under way, and the child
+makes a channel of its own when it first calls; it keeps the parent's, and never touches it.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class Connection:
         token_file: str | os.PathLike[str] | None = None,
         ca_file: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Connects nowhere yet. Raises `ConfigError` for a URL that is none, unfit files, and a token without TLS."""
+        """Connects nowhere yet. Raises `ConfigError` for a malformed URL, unfit files, and a token without TLS."""
         self.url = url
         self._grpc = load_grpc()
         self._address: Address = parse_url(url)
@@ -127,7 +128,7 @@ class Connection:
         self._ca_file = ca_file
         self._roots = None if ca_file is None else read_certificate(ca_file, "certificate of the authority")
         self._gate = Gate()
-        self._lock = threading.Lock()  # of the four below
+        self._lock = threading.Lock()  # guards `_channel`, `_methods`, `_forked`, `_of_parents`
         self._channel: Any = None
         self._methods: dict[str, Any] = {}
         self._forked = False
@@ -138,7 +139,7 @@ class Connection:
         """Returns the answer of a method of one answer, asked once; raises what the server raised.
 
         until: monotonic seconds. patient: waits so long for a server that is away. Raises `TryAgainError` where it is
-        away or busy, other `DaemonError`s where it does not answer in time,
+        away or busy, other `DaemonError`s if it does not answer in time,
         and then takes PROBE_WAIT_S more to find out why.
         """
         with self._gate.inside():
@@ -269,7 +270,7 @@ class Connection:
 
 
 def _why_not_plain(host: str, port: int) -> str | None:
-    """Says what a server speaks that is not gRPC in plain text; None if it is that, or says nothing.
+    """Returns what a server speaks if it is not gRPC in plain text; None if it is, or if it sends nothing.
     Raises `OSError`."""
     with socket.create_connection((host, port), timeout=PROBE_WAIT_S) as peer:
         peer.sendall(HTTP2_PREFACE)

@@ -1,6 +1,7 @@
 """A store on another host, by gRPC: the same `Store`, whose engine asks a `RemoteServer`.
 
-Flows in: a URL, files with a token and certificates. Flows out: a `Store`. Refuses what answers and is no tierstore.
+Input: a URL, files with a token and certificates. Output: a `Store`. Errors: `FormatError` if something else than a
+tierstore answers, and what `Connection` raises.
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ def connect_remote(
 ) -> Store:
     """Returns the store that a server serves at "grpc://HOST:PORT", or "grpcs://HOST:PORT" by TLS.
 
-    token_file: holds the server's token; must not be readable by others. ca_file: PEM of who signed its certificate;
-    the system's authorities else. timeout_s: that any lookup may take, waiting for a server that restarts included.
+    Blocks on the network, at most timeout_s.
 
-    Blocks on the network, at most timeout_s. Raises `DaemonError` (nobody there, no token or a wrong one, a certificate
-    that is refused), `ConfigError` (the URL, the files, grpcio is not installed),
-    `FormatError` (what answers is no tierstore).
+    Args:
+        url: The server's address.
+        token_file: A file with the server's token, which others may not read.
+        ca_file: A PEM file of the authority that signed the server's certificate; None: the system's authorities.
+        timeout_s: The most that any lookup may take, in seconds, including the wait for a server that restarts.
+
+    Raises:
+        DaemonError: Nobody answers, the token is missing or wrong, or the certificate is refused.
+        ConfigError: The URL or a file is unfit, or grpcio is not installed.
+        FormatError: Something else than a tierstore answers.
     """
     if not timeout_s > 0:
         raise ConfigError(f"timeout_s is {timeout_s}, expected above 0 seconds")

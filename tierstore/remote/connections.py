@@ -1,9 +1,10 @@
-"""The connections of a server of lookups by gRPC: who has not made a call that was let in does not stay,
-nor crowds out others.
+"""The connections of a server of lookups by gRPC: peers without an admitted call neither stay nor crowd out others.
 
-Input: which peers made a call that was let in; the sockets of this process that are connections of the server's port.
-Output: connections that are ended. grpc itself limits only how many there are of all hosts together, and says nothing
-of them; so they are found among this process's descriptors, and shut down, which grpc takes for their client's end.
+Input: which peers made a call that was admitted; the sockets of this process that are connections of the server's port.
+Output: connections that are ended. Errors: none; if the descriptors cannot be read, it is logged.
+
+grpc itself limits only how many connections there are of all hosts together, and does not list them. So they are found
+among this process's descriptors, and shut down, which grpc takes for the end of their client.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from ..ipc.peer_log import PeerLog
 from ..ipc.ports import network_of
 
 CONNECTIONS_MAX = 256  # of all hosts; above that, strangers go first
-STRANGERS_MAX = 32  # connections of one network that made no call that was let in
-STRANGER_S = 20.0  # from a connection to its first call that is let in
+STRANGERS_MAX = 32  # connections of one network without an admitted call
+STRANGER_S = 20.0  # from a connection to its first admitted call
 LOOK_S = 0.5  # between two looks
 ALL_LOOK_S = 30.0  # between two looks at all descriptors, also those that were not sockets the last time
 
@@ -53,8 +54,8 @@ class Connections:
     def __init__(self, port: int) -> None:
         self._port = port
         self._log = PeerLog()
-        self._lock = threading.Lock()  # of the two below
-        self._let_in: set[End] = set()
+        self._lock = threading.Lock()  # guards `_admitted`, `_kept`
+        self._admitted: set[End] = set()
         self._kept: Counter[End] = Counter()
         self._seen: dict[End, _Connection] = {}  # the thread's, like all below
         self._no_sockets: set[str] = set()  # descriptors of other things
@@ -63,10 +64,10 @@ class Connections:
         self._thread = threading.Thread(target=self._run, name="tierstore-remote-connections", daemon=True)
         self._thread.start()
 
-    def let_in(self, peer: str) -> None:
-        """A call of this peer was let in: its connection may stay."""
+    def admit(self, peer: str) -> None:
+        """A call of this peer was admitted: its connection may stay."""
         with self._lock:
-            self._let_in.add(_same(end_of(peer)))
+            self._admitted.add(_same(end_of(peer)))
 
     @contextlib.contextmanager
     def kept(self, peer: str) -> Iterator[None]:
@@ -103,11 +104,11 @@ class Connections:
                 for end, (_, inode) in sockets.items()
             }
             with self._lock:
-                self._let_in &= sockets.keys()
+                self._admitted &= sockets.keys()
                 strangers = {
                     end: seen.since
                     for end, seen in self._seen.items()
-                    if end not in self._let_in and end not in self._kept
+                    if end not in self._admitted and end not in self._kept
                 }
             for end, why in to_end(strangers, len(sockets), now).items():
                 self._log.warn(f"port {self._port}: the connection of {end[0]}:{end[1]} is ended: {why}")
@@ -161,11 +162,11 @@ def _same(end: End) -> End:
 def to_end(strangers: dict[End, float], num_all: int, now: float) -> dict[End, str]:
     """Returns which connections end, and why: late ones, and those that crowd out others.
 
-    strangers: the other ends of connections without a call that was let in, and since when they are there. num_all:
+    strangers: the other ends of connections without an admitted call, and since when they are there. num_all:
     connections of all kinds.
     """
     ended = {
-        end: f"it made no call that was let in within {STRANGER_S:g} s"
+        end: f"it made no admitted call within {STRANGER_S:g} s"
         for end, since in strangers.items()
         if now - since >= STRANGER_S
     }
@@ -176,7 +177,7 @@ def to_end(strangers: dict[End, float], num_all: int, now: float) -> dict[End, s
         )  # newest first, so that the oldest are taken off the end
     for network, ends in by_network.items():
         while len(ends) > STRANGERS_MAX:
-            ended[ends.pop()] = f"{network} has more than {STRANGERS_MAX} without a call that was let in"
+            ended[ends.pop()] = f"{network} has more than {STRANGERS_MAX} without an admitted call"
     while num_all - len(ended) > CONNECTIONS_MAX and any(by_network.values()):
         largest = max(by_network.values(), key=len)
         ended[largest.pop()] = f"there are more than {CONNECTIONS_MAX}, and its host has the most without a call"

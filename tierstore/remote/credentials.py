@@ -81,9 +81,9 @@ class ServerCredentials:
 
 
 def read_token(path: str | os.PathLike[str]) -> str:
-    """Returns the token that a file holds, blanks around it apart.
+    """Returns the token in a file, without blanks around it.
 
-    Raises `ConfigError` where the file is missing, no regular file, readable by others, or has less than 16 characters.
+    Raises `ConfigError` if the file is missing, no regular file, readable by others, or has less than 16 characters.
     """
     data = _read_file(path, TOKEN_BYTES_MAX, "token", private=True)
     try:
@@ -172,7 +172,7 @@ def _no_password() -> str:
 def read_pair(tls_cert: str | os.PathLike[str], tls_key: str | os.PathLike[str]) -> tuple[bytes, bytes]:
     """Returns a certificate and its private key, PEM, that belong together. Raises `ConfigError`.
 
-    A pair that does not is read again PAIR_TRIES times: who renews both writes one after the other.
+    A pair that does not is read again, PAIR_TRIES times in all: a renewal writes one file after the other.
     """
     for left in reversed(range(PAIR_TRIES)):
         certificate, key = read_certificate(tls_cert, "certificate"), read_certificate(tls_key, "private key")

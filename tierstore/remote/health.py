@@ -1,7 +1,7 @@
 """The standard health service of gRPC, grpc.health.v1.Health, for load balancers, Kubernetes' probes and the like.
 
 Input: Check and Watch calls, which need no token, since probes cannot bear one. Output: whether the server serves, and
-nothing else. Errors: NOT_FOUND for Check of a service that there is not;
+nothing else. Errors: NOT_FOUND for Check of an unknown service;
 RESOURCE_EXHAUSTED beyond WATCHERS_MAX watchers.
 """
 
@@ -12,39 +12,37 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from .connections import Connections, peer_network
 from .limits import Deadlines, InFlight, Rates, Refusal
 from .messages import SERVICE
-from .wire import TEXT, UINT, Message, decode, encode
+from .wire import Message, decode, encode, numbered, text_field, uint_field
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3  # of HealthCheckResponse.ServingStatus
 WATCHERS_MAX = 16  # a thread each
 WATCHERS_OF_PEER_MAX = 4
-WATCH_POLL_S = 0.25  # within which a change is told
+WATCH_POLL_S = 0.25  # within which watchers see a change
 REQUESTS_A_SECOND_MAX = 50.0  # of one network
 REQUESTS_MAX = 8  # read at the same time: grpc takes a whole message, however long, before it can be refused
 REQUEST_BYTES_MAX = 4096
 
 
+@numbered
 @dataclass
 class HealthCheckRequest(Message):
     """service: a service's full name, or empty for the whole server."""
 
-    service: str = ""
-
-    FIELDS: ClassVar = {1: ("service", TEXT)}
+    service: str = text_field(1)
 
 
+@numbered
 @dataclass
 class HealthCheckResponse(Message):
     """status: a ServingStatus."""
 
-    status: int = 0
-
-    FIELDS: ClassVar = {1: ("status", UINT)}
+    status: int = uint_field(1)
 
 
 class Health:
@@ -60,7 +58,7 @@ class Health:
         self._rates = Rates(REQUESTS_A_SECOND_MAX)
         self._reading = InFlight(REQUESTS_MAX, 0)
         self._ending = threading.Event()
-        self._lock = threading.Lock()  # of the one below
+        self._lock = threading.Lock()  # guards `_watchers`
         self._watchers: Counter[str] = Counter()  # by network
 
     def begin(self, connections: Connections, deadlines: Deadlines) -> None:
@@ -76,7 +74,7 @@ class Health:
         return self._grpc.method_handlers_generic_handler(HEALTH_SERVICE, methods)
 
     def end(self) -> None:
-        """From now on, nothing is served; watchers are told, and their calls end soon."""
+        """From now on, nothing is served. Watchers get a last status, and their calls end soon."""
         self._ending.set()
 
     def _status(self, service: str) -> int:
@@ -85,7 +83,7 @@ class Health:
         return SERVING if not self._ending.is_set() and self._is_healthy() else NOT_SERVING
 
     def _service(self, requests: Iterator[bytes], context: Any) -> str:
-        """Returns the service that a request names; raises `Refusal`, and `ValueError` for what is no request."""
+        """Returns the service that a request names; raises `Refusal`, and `ValueError` for what is not a request."""
         peer = peer_network(context.peer())
         self._rates.take(peer)
         with (
@@ -123,11 +121,11 @@ class Health:
         with self._refusing(context):
             service = self._service(requests, context)
             with self._watching(peer_network(context.peer())), self._connections.kept(context.peer()):
-                told = None
+                reported = None
                 while context.is_active():
                     status = self._status(service)
-                    if status != told:
-                        told = status
+                    if status != reported:
+                        reported = status
                         yield encode(HealthCheckResponse(status))
                     elif self._ending.is_set():
                         return

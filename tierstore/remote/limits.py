@@ -1,6 +1,6 @@
 """What a server of lookups by gRPC lets its clients take: calls and bytes in flight, requests a second, and time.
 
-Flows in: the beginnings and ends of calls. Flows out: permission, or a `Refusal` with both numbers. A thread cancels
+Input: the beginnings and ends of calls. Output: permission. Errors: a `Refusal` with both numbers. A thread cancels
 calls that are past their deadline, or whose client takes nothing off the wire. Nothing here knows rows or tables.
 """
 
@@ -21,7 +21,7 @@ CALL_WAIT_S_MAX = 300.0  # of any call
 STALL_WAIT_S = 10.0  # that a client may leave a message untaken, or its request unsent
 POLL_S = 0.25
 PEERS_MAX = 1024  # whose rates are remembered
-PEER_SHARE = 0.75  # of all calls, and of all bytes: what one peer may hold, so that others find room
+PEER_FRACTION = 0.75  # of all calls, and of all bytes, that one peer may take, so that others find room
 
 
 class Refusal(DaemonError):
@@ -37,11 +37,11 @@ class InFlight:
 
     def __init__(self, calls_max: int, bytes_max: int) -> None:
         self.calls_max, self.bytes_max = calls_max, bytes_max
-        self._peer_calls_max = math.ceil(PEER_SHARE * calls_max)
-        self._peer_bytes_max = math.ceil(PEER_SHARE * bytes_max)
+        self._peer_calls_max = math.ceil(PEER_FRACTION * calls_max)
+        self._peer_bytes_max = math.ceil(PEER_FRACTION * bytes_max)
         self._calls: Counter[str] = Counter()  # by peer
         self._bytes: Counter[str] = Counter()
-        self._lock = threading.Lock()  # of the two above
+        self._lock = threading.Lock()  # guards `_calls`, `_bytes`
 
     @property
     def num_calls(self) -> int:
@@ -102,17 +102,17 @@ class InFlight:
 
 
 class Rates:
-    """Requests a second of each peer, by a bucket of tokens: a second's worth may come at once. Any thread may call."""
+    """Requests a second of each peer, by a token bucket that holds one second of requests. Any thread may call."""
 
     def __init__(self, per_second: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         """per_second: above 0, or None for no limit."""
         self._per_second = per_second
         self._clock = clock
         self._buckets: dict[str, tuple[float, float]] = {}  # requests left, when that was; oldest first
-        self._lock = threading.Lock()  # of the one above
+        self._lock = threading.Lock()  # guards `_buckets`
 
     def take(self, peer: str) -> None:
-        """Counts a request of a peer; raises `Refusal` where it asks too often."""
+        """Counts a request of a peer; raises `Refusal` if it asks too often."""
         if self._per_second is None:
             return
         most = max(1.0, self._per_second)
@@ -130,7 +130,7 @@ class Rates:
 
 
 class Deadline:
-    """When a call is given up: at its end, or when its client has not moved for STALL_WAIT_S.
+    """When a call is cancelled: at its deadline, or when its client has not moved for STALL_WAIT_S.
     The call's thread writes it."""
 
     def __init__(self, context: Any, expires_at: float, peer: str = "") -> None:
@@ -148,7 +148,7 @@ class Deadline:
             self.stalls_at = None
 
     def has_passed(self, now: float) -> bool:
-        """Whether the call is to be given up."""
+        """Whether the call must be cancelled."""
         stalls_at = self.stalls_at
         return now >= self.expires_at or (stalls_at is not None and now >= stalls_at)
 
@@ -162,7 +162,7 @@ class Deadlines:
 
     def __init__(self) -> None:
         self._calls: set[Deadline] = set()
-        self._lock = threading.Lock()  # of the one above
+        self._lock = threading.Lock()  # guards `_calls`
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tierstore-remote-deadlines", daemon=True)
         self._thread.start()

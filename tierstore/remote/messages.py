@@ -1,202 +1,171 @@
-"""The messages of lookup.proto, field by field, and what a table is as one of them.
+"""The messages of lookup.proto as dataclasses: each field once, with its number. lookup.proto says what each field
+means.
 
-Flows in and out: nothing; `wire` turns them into bytes and back. A test holds them against what protobuf's own compiler
-makes of lookup.proto.
+Input: a table's spec. Output: messages, which `wire` turns into bytes and back. Errors: `FormatError` for a table whose
+numbers contradict each other. A test compares them with what protobuf's own compiler makes of lookup.proto.
 """
+
+# ruff: noqa: RUF009 - the functions that make fields are called once for each field, as `dataclasses.field` is
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 from ..spec import TableSpec
-from .wire import BYTES, TEXT, UINT, UINTS, Buffer, Message
+from .wire import (
+    Buffer,
+    Message,
+    bytes_field,
+    message_field,
+    messages_field,
+    numbered,
+    text_field,
+    uint_field,
+    uints_field,
+)
 
 SERVICE = "tierstore.v1.Lookups"
 # Names of headers and trailers; see lookup.proto.
 TOKEN_HEADER, ERROR_TRAILER, RETRY_TRAILER = "authorization", "tierstore-error", "tierstore-retry"
 
 
+@numbered
 @dataclass
 class DescribeRequest(Message):
-    """See lookup.proto."""
-
-    FIELDS: ClassVar = {}
+    """Asks what the server serves."""
 
 
+@numbered
 @dataclass
 class TableMessage(Message):
-    """`Table` of lookup.proto."""
+    """One table, `Table` of lookup.proto: the fields of `TableSpec`."""
 
-    name: str = ""
-    num_rows: int = 0
-    row_bytes: int = 0
-    orders: list[int] = field(default_factory=list)
-    rows_per_key: int = 0
-    moduli: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    codec: str = ""
-    dim: int = 0
-    fingerprint: str = ""
-
-    FIELDS: ClassVar = {
-        1: ("name", TEXT),
-        2: ("num_rows", UINT),
-        3: ("row_bytes", UINT),
-        4: ("orders", UINTS),
-        5: ("rows_per_key", UINT),
-        6: ("moduli", UINTS),
-        7: ("offsets", UINTS),
-        8: ("codec", TEXT),
-        9: ("dim", UINT),
-        10: ("fingerprint", TEXT),
-    }
+    name: str = text_field(1)
+    num_rows: int = uint_field(2)
+    row_bytes: int = uint_field(3)
+    orders: list[int] = uints_field(4)
+    rows_per_key: int = uint_field(5)
+    moduli: list[int] = uints_field(6)
+    offsets: list[int] = uints_field(7)
+    codec: str = text_field(8)
+    dim: int = uint_field(9)
+    fingerprint: str = text_field(10)
 
     def as_spec(self) -> TableSpec:
-        """Returns the table's spec; raises `FormatError` where its numbers contradict each other."""
+        """Returns the table's spec; raises `FormatError` if its numbers contradict each other."""
         return TableSpec.from_record({name: getattr(self, name) for name, _ in self.FIELDS.values()})
 
 
+@numbered
 @dataclass
 class Attachment(Message):
-    """See lookup.proto."""
+    """A record of the catalog that the model's side wrote when the store was built."""
 
-    name: str = ""
-    value: Buffer = b""
-
-    FIELDS: ClassVar = {1: ("name", TEXT), 2: ("value", BYTES)}
+    name: str = text_field(1)
+    value: Buffer = bytes_field(2)
 
 
+@numbered
 @dataclass
 class Description(Message):
-    """See lookup.proto."""
+    """What is served, and within which limits."""
 
-    name: str = ""
-    version: int = 0
-    identity: Buffer = b""
-    tables: list[TableMessage] = field(default_factory=list)
-    attachments: list[Attachment] = field(default_factory=list)
-    tokens_max: int = 0
-    message_bytes_max: int = 0
-    build: str = ""
-    instance: int = 0
-
-    FIELDS: ClassVar = {
-        1: ("name", TEXT),
-        2: ("version", UINT),
-        3: ("identity", BYTES),
-        4: ("tables", TableMessage),
-        5: ("attachments", Attachment),
-        6: ("tokens_max", UINT),
-        7: ("message_bytes_max", UINT),
-        8: ("build", TEXT),
-        9: ("instance", UINT),
-    }
-    REPEATED = frozenset({4, 5})
+    name: str = text_field(1)
+    version: int = uint_field(2)
+    identity: Buffer = bytes_field(3)
+    tables: list[TableMessage] = messages_field(4, TableMessage)
+    attachments: list[Attachment] = messages_field(5, Attachment)
+    tokens_max: int = uint_field(6)
+    message_bytes_max: int = uint_field(7)
+    build: str = text_field(8)
+    instance: int = uint_field(9)
 
 
+@numbered
 @dataclass
 class TableKeys(Message):
-    """See lookup.proto."""
+    """Keys of one table, packed int64 [num_tokens, orders]."""
 
-    table: str = ""
-    num_tokens: int = 0
-    keys: Buffer = b""
-
-    FIELDS: ClassVar = {1: ("table", TEXT), 2: ("num_tokens", UINT), 3: ("keys", BYTES)}
+    table: str = text_field(1)
+    num_tokens: int = uint_field(2)
+    keys: Buffer = bytes_field(3)
 
 
+@numbered
 @dataclass
 class LookupRequest(Message):
-    """See lookup.proto."""
+    """Asks for the rows of keys, in one or more tables."""
 
-    identity: Buffer = b""
-    tables: list[TableKeys] = field(default_factory=list)
-
-    FIELDS: ClassVar = {1: ("identity", BYTES), 2: ("tables", TableKeys)}
-    REPEATED = frozenset({2})
+    identity: Buffer = bytes_field(1)
+    tables: list[TableKeys] = messages_field(2, TableKeys)
 
 
+@numbered
 @dataclass
 class Part(Message):
-    """See lookup.proto."""
+    """Rows of one table of a request, from token `start` on, and which tier answered their keys, by order."""
 
-    table: int = 0
-    start: int = 0
-    rows: Buffer = b""
-    dram_hits: list[int] = field(default_factory=list)
-    static_hits: list[int] = field(default_factory=list)
-    nvme_hits: list[int] = field(default_factory=list)
-
-    FIELDS: ClassVar = {
-        1: ("table", UINT),
-        2: ("start", UINT),
-        3: ("rows", BYTES),
-        4: ("dram_hits", UINTS),
-        5: ("static_hits", UINTS),
-        6: ("nvme_hits", UINTS),
-    }
+    table: int = uint_field(1)
+    start: int = uint_field(2)
+    rows: Buffer = bytes_field(3)
+    dram_hits: list[int] = uints_field(4)
+    static_hits: list[int] = uints_field(5)
+    nvme_hits: list[int] = uints_field(6)
 
 
+@numbered
 @dataclass
 class LookupReply(Message):
-    """See lookup.proto."""
+    """Rows, and the version of the store that they are of."""
 
-    version: int = 0
-    parts: list[Part] = field(default_factory=list)
-    instance: int = 0
-
-    FIELDS: ClassVar = {1: ("version", UINT), 2: ("parts", Part), 3: ("instance", UINT)}
-    REPEATED = frozenset({2})
+    version: int = uint_field(1)
+    parts: list[Part] = messages_field(2, Part)
+    instance: int = uint_field(3)
 
 
+@numbered
 @dataclass
 class RowsRequest(Message):
-    """See lookup.proto."""
+    """Asks for rows of one table by their ids, packed int64."""
 
-    identity: Buffer = b""
-    table: str = ""
-    row_ids: Buffer = b""
-
-    FIELDS: ClassVar = {1: ("identity", BYTES), 2: ("table", TEXT), 3: ("row_ids", BYTES)}
+    identity: Buffer = bytes_field(1)
+    table: str = text_field(2)
+    row_ids: Buffer = bytes_field(3)
 
 
+@numbered
 @dataclass
 class LocateRequest(Message):
-    """See lookup.proto."""
+    """Asks what would answer each key."""
 
-    identity: Buffer = b""
-    keys: TableKeys | None = None
-
-    FIELDS: ClassVar = {1: ("identity", BYTES), 2: ("keys", TableKeys)}
+    identity: Buffer = bytes_field(1)
+    keys: TableKeys | None = message_field(2, TableKeys)
 
 
+@numbered
 @dataclass
 class LocateReply(Message):
-    """See lookup.proto."""
+    """One byte a key: its index in `kernels.SOURCES`."""
 
-    sources: Buffer = b""
-
-    FIELDS: ClassVar = {1: ("sources", BYTES)}
+    sources: Buffer = bytes_field(1)
 
 
+@numbered
 @dataclass
 class StatsRequest(Message):
-    """See lookup.proto."""
-
-    FIELDS: ClassVar = {}
+    """Asks for the store's counters, and the server's."""
 
 
+@numbered
 @dataclass
 class StatsReply(Message):
-    """See lookup.proto."""
+    """The counters, as JSON."""
 
-    json: str = ""
-
-    FIELDS: ClassVar = {1: ("json", TEXT)}
+    json: str = text_field(1)
 
 
 def table_message(spec: TableSpec) -> TableMessage:
@@ -206,7 +175,6 @@ def table_message(spec: TableSpec) -> TableMessage:
 
 
 def identity_of(specs: Sequence[TableSpec]) -> bytes:
-    """Returns the SHA-256 of what tables are, order included:
-    by which client and server know that they mean the same ones."""
+    """Returns the SHA-256 of what tables are, their order included; client and server compare it."""
     records = json.dumps([spec.as_record() for spec in specs], sort_keys=True)
     return hashlib.sha256(records.encode()).digest()

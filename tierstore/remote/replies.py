@@ -1,7 +1,7 @@
 """A server's replies to one request of a client: rows go to the caller's buffers as they come, counts are summed.
 
-Flows in: messages of lookup.proto. Flows out: rows in their buffers. Refuses messages that are none, and rows that were
-not asked for, come twice, or are missing: a reply of another release of the server must not pass for rows.
+Input: messages of lookup.proto. Output: rows in their buffers. Errors: `FormatError` for malformed messages, and for
+rows that were not asked for, come twice, or are missing: a reply of another release must not pass for rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Answer:
     """What one request is answered with. One thread at a time may use it."""
 
     def __init__(self, url: str, requests: Sequence[Request], unit_bytes: Sequence[int], orders: Sequence[int]) -> None:
-        """unit_bytes: of a token, or of a row where ids are asked for; orders: how many there are, 0 where ids are."""
+        """unit_bytes: of a token, or of a row if ids are asked for; orders: how many each table has, 0 if ids are."""
         self.requests, self.num_bytes = requests, 0
         self.version = 0, 0  # of what instance, and its number there
         self.hits = [[[0] * num_orders for _ in (DRAM, STATIC, NVME)] for num_orders in orders]
@@ -33,7 +33,7 @@ class Answer:
         self._filled = [0] * len(requests)
 
     def take(self, data: bytes) -> None:
-        """Puts a reply's rows where they belong; raises `FormatError` where they belong nowhere."""
+        """Puts a reply's rows where they belong; raises `FormatError` if they belong nowhere."""
         reply = decoded(LookupReply, data, self._url)
         version = reply.instance, reply.version
         if self.num_bytes and version != self.version:
@@ -60,7 +60,7 @@ class Answer:
         self.num_bytes += len(part.rows)
 
     def check_whole(self) -> None:
-        """Raises `FormatError` where rows are missing."""
+        """Raises `FormatError` if rows are missing."""
         missing = sum(map(len, self._outs)) - sum(self._filled)
         if missing:
             raise self._wrong(f"the rows are {missing} bytes short")
@@ -70,7 +70,7 @@ class Answer:
 
 
 def decoded(kind: type[M], data: Buffer, url: str) -> M:
-    """Returns a server's message; raises `FormatError` where it is none."""
+    """Returns a server's message; raises `FormatError` if it is malformed."""
     try:
         return decode(kind, data)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Lookups by gRPC (lookup.proto), for clients that cannot map this host's memory: other hosts, other languages.
 
 Input: calls. Output: what `answers` makes of their requests. Errors: calls without the token, beyond the limits, or
-past their time end with a status (`failures`). Nothing of a message is read before its call is let in.
+past their time end with a status (`failures`). Nothing of a message is read before its call is admitted.
 
 Serves any `Store`: opened here, attached to a daemon, or itself reached by gRPC. Threads: grpc's own, one for each call
 under way; at most `workers` of them look up at a time, the others wait for the network.
@@ -35,7 +35,7 @@ TOKENS_MAX = 32768
 IN_FLIGHT_MAX = 64
 IN_FLIGHT_BYTES_MAX = 512 << 20
 SPARE_THREADS = 4  # that turn calls away while all others are taken
-SOCKETS_MAX = 2 * CONNECTIONS_MAX  # what grpc takes; beyond CONNECTIONS_MAX, who made no call has to go
+SOCKETS_MAX = 2 * CONNECTIONS_MAX  # that grpc takes; beyond CONNECTIONS_MAX, those without a call are ended
 STREAMS_MAX = 128  # calls at a time by one connection
 HANDSHAKE_WAIT_S = 10
 IDLE_S = 300  # without a call, after which a connection ends; a client makes another when it calls
@@ -62,16 +62,23 @@ class RemoteServer:
         workers: int = 4,
         is_healthy: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Listens on address, "HOST:PORT" (port 0: a free one), and serves at once.
+        """Listens on an address, and serves at once.
 
-        store: or what returns the one to serve now; a call keeps the one that it began with. token_file:
-        holds the token that calls must bear; tls_cert, tls_key: PEM files. On a loopback address all three may be left
-        out. message_bytes_max, tokens_max: of one request. in_flight_max, in_flight_bytes_max: calls at a time, and
-        bytes held for them. requests_per_second: of one client's host. workers: lookups at a time. is_healthy:
-        what the health service says.
+        Args:
+            store: The store, or a function that returns the one to serve now; a call keeps the one that it began with.
+            address: "HOST:PORT"; port 0: a free one.
+            token_file: A file with the token that calls must bear. On a loopback address it may be left out, and TLS
+                too.
+            tls_cert, tls_key: PEM files.
+            message_bytes_max, tokens_max: Of one request.
+            in_flight_max, in_flight_bytes_max: Calls at a time, and the bytes that they may take.
+            requests_per_second: Of one client's host; None: no limit.
+            workers: Lookups at a time.
+            is_healthy: What the health service reports; must be quick.
 
-        Raises `ConfigError`: grpcio is missing, the address is taken or none, a file is unfit,
-        the limits contradict the tables.
+        Raises:
+            ConfigError: grpcio is missing, the address is taken or malformed, a file is unfit, or the limits contradict
+                the tables.
         """
         self._grpc = load_grpc()
         wanted = check_options(address, token_file, tls_cert, tls_key)
@@ -192,13 +199,13 @@ class RemoteServer:
 
     @contextmanager
     def _calling(self, requests: Iterator[bytes], context: Any) -> Iterator[tuple[Deadline, bytes]]:
-        """Lets a call in, reads its request, and says how it ended, in the counts and to the client."""
+        """Admits a call, reads its request, and ends it: counted, and with a status for the client."""
         self._count("calls", 1)
         try:
             self._credentials.check_token(context.invocation_metadata(), self.address)
             peer = peer_network(context.peer())
             self._rates.take(peer)
-            self._connections.let_in(context.peer())
+            self._connections.admit(context.peer())
             with self._in_flight.call(peer), self._deadlines.of(context, peer) as call:
                 with call.waiting_for_client():
                     data = next(requests, None)
