@@ -126,7 +126,7 @@ def build_checkpoint(
 def sources_of_store(image: CatalogImage, checkpoint: Checkpoint) -> tuple[TableSource, ...]:
     """Returns the checkpoint's tables as the store was built from them: by its family, or its plain tables by name.
 
-    Raises `ConfigError` where the checkpoint lacks them, `FormatError` where the store's record of its hash is damaged.
+    Raises `ConfigError` if the checkpoint lacks them, `FormatError` if the store's record of its hash is damaged.
     """
     if all(layout.spec.is_plain for layout in image.tables.values()):
         return tuple(plain_source(checkpoint, name) for name in image.tables)

@@ -42,10 +42,10 @@ def decode_rows(rows: torch.Tensor, codec: str, dim: int) -> torch.Tensor:
 
     "fp8_e4m3_e8m0x32": value = fp8 * 2^(scale byte - 127), "fp8_e4m3*S": value = fp8 * S; both are computed in float32
     and rounded once to bfloat16, half to even. The first is exact for scale bytes 3 to 246; a product past the largest
-    bfloat16 is infinite, and scale byte 255 gives NaN. The other codecs copy nothing where the bytes are contiguous
+    bfloat16 is infinite, and scale byte 255 gives NaN. The other codecs copy nothing if the bytes are contiguous
     and aligned: the result is then a view of `rows`.
 
-    Raises `TypeError` where `rows` is not uint8, `ValueError` where its last axis is not a row of `dim` values,
+    Raises `TypeError` if `rows` is not uint8, `ValueError` if its last axis is not a row of `dim` values,
     `ConfigError` for "raw", `FormatError` for unknown codecs.
     """
     dtype = codec_dtype(codec)
@@ -81,7 +81,7 @@ def _decoded_by_kernel(rows: torch.Tensor, codec: str, dim: int) -> torch.Tensor
 def e8m0_to_float32(scale_bytes: torch.Tensor) -> torch.Tensor:
     """Turns e8m0 bytes, uint8 of any shape, into float32 2^(byte - 127), exactly; byte 255 gives NaN.
 
-    The exponent field of a float32 holds the same bias, so bytes 1 to 254 only move to its place. This stands in for
+    The exponent field of a float32 holds the same bias, so bytes 1 to 254 only move to its bits. This stands in for
     torch.float8_e8m0fnu, which torch 2.6 does not have.
     """
     assert scale_bytes.dtype == torch.uint8
@@ -91,7 +91,7 @@ def e8m0_to_float32(scale_bytes: torch.Tensor) -> torch.Tensor:
 
 
 def _reinterpreted(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Views bytes as `dtype`; copies first where they are not contiguous from an aligned offset, as torch needs."""
+    """Views bytes as `dtype`; copies first if they are not contiguous from an aligned offset, as torch needs."""
     if rows.numel() == 0:  # an empty array of NumPy has strides of 0, which torch does not view either
         return rows.new_empty((*rows.shape[:-1], rows.shape[-1] // dtype.itemsize), dtype=dtype)
     rows = rows.contiguous()

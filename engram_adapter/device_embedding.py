@@ -41,14 +41,12 @@ class DeviceEmbedding:
         self._dtype = codec_dtype(table.codec)
         self._is_capturing = store.capture_probe()
         self._device_hash = _device_hash(hash_spec, layer, self.device)
-        self._lookups: dict[int, Any] = {}  # by tokens; a captured graph may use any of them, so none is let go
+        self._lookups: dict[int, Any] = {}  # by tokens; a captured graph may use any of them, so all are kept
         self._tokens_max = 1 << 62  # of one lookup, as far as is known; more tokens go in several parts
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._begun: _Begun | None = None
-        self._lock = threading.RLock()  # of all below that changes, from a lookup's start to its end
-        self._widths: dict[
-            int, tuple[int, int]
-        ] = {}  # P and T of the last call of each lookup, by which a place is named
+        self._lock = threading.RLock()  # guards `_lookups`, `_tokens_max`, `_begun`, `_widths`, for a whole lookup
+        self._widths: dict[int, tuple[int, int]] = {}  # P and T of each lookup's last call, for its errors
 
     @property
     def history_tokens(self) -> int:
@@ -60,7 +58,7 @@ class DeviceEmbedding:
         return DeviceEmbedding(self._store, self._table, self._layer, self._hash_spec)
 
     def prefetch(self, call: DeviceCall) -> None:
-        """Begins the lookup that a `forward` of the same tensors takes; one that was begun before is dropped."""
+        """Starts the lookup that a `forward` of the same tensors takes; one that was started before is dropped."""
         with self._lock:
             self._prefetch(call)
 
@@ -150,7 +148,7 @@ class DeviceEmbedding:
             self._share(keys, current)
 
     def _share(self, memory: torch.Tensor | np.ndarray, stream: Any) -> None:
-        """Tells the allocator that a stream uses memory of another's. A graph's memory is its own: nothing to tell."""
+        """Lets the allocator know that a stream uses another one's memory. A graph's memory is its own."""
         if stream is not None and isinstance(memory, torch.Tensor) and not self._is_capturing():
             memory.record_stream(stream)
 
@@ -205,10 +203,10 @@ class DeviceEmbedding:
     def _check(self, lookup: Any) -> None:
         """Raises what went wrong in a step that the device has done."""
         lookup.check()
-        place = lookup.take_invalid_token_position()
-        if place:
+        invalid = lookup.take_invalid_token_position()
+        if invalid:
             past, num_tokens = self._widths[id(lookup)]
-            sequence, position = divmod(place - 1, past + num_tokens)
+            sequence, position = divmod(invalid - 1, past + num_tokens)
             raise ValueError(
                 f"the token id of sequence {sequence}, position {position - past} (below 0: in the history) is outside "
                 f"the vocabulary of {self._hash_spec.vocab_size} (seen on the device, in this step or one before)"
@@ -229,9 +227,9 @@ class _Begun:
 class DeviceCall:
     """The arguments of one call: contiguous int64 and bool tensors, all on the device, or all on the host.
 
-    identity: what tells them from another call's. Values on the device are not looked at: tensors are the same if they
-    are the same memory and nobody has written there through torch in between. Writes to tensors that were made in
-    inference mode are not counted by torch: whoever prefetches with such a one must not write there before the forward.
+    `identity` is equal for calls with equal arguments. On the device, values are not compared: tensors are equal if
+    they are the same memory and nobody has written there through torch in between. torch does not count writes to
+    tensors that were made in inference mode: after a prefetch with one, do not write there before the forward.
     """
 
     def __init__(
@@ -242,8 +240,7 @@ class DeviceCall:
         device: torch.device,
         history_tokens: int,
     ) -> None:
-        """history_tokens: how many of the tokens before count. Raises `TypeError` and `ValueError` as
-        `TieredEmbedding.forward` does."""
+        """history_tokens: how many of the tokens before count. Raises as `checked_arguments` does."""
         given = checked_arguments(token_ids, history, dead, history_tokens)
         self._given = given  # while it is kept, no other tensor has this memory
         self.identity = tuple(None if tensor is None else _identity(tensor) for tensor in given)

@@ -39,12 +39,21 @@ _CallKey = tuple[tuple[tuple[int, ...], bytes] | None, ...]
 class TieredEmbedding(torch.nn.Module):
     """Looks up the rows of token ids in a store: `TieredEmbedding(store, layer, spec)(token_ids)`.
 
-    `layer` is the 0-based index of the model's module, or the table's name. Has no parameters and nothing in its
-    state_dict. Any number of threads may call it at once. Raises `FingerprintMismatchError` where `spec` is not the
-    hash that the table was built with, `ConfigError` where the store has no such table or cannot decode its rows.
+    It has no parameters and adds nothing to a state_dict. Any threads may call it at once.
     """
 
     def __init__(self, store: Store, layer: int | str, spec: HashSpec) -> None:
+        """Binds a table to a hash; reads nothing.
+
+        Args:
+            store: An open store; it stays open as long as this module lives.
+            layer: The 0-based index of the model's module, or the table's name.
+            spec: The model's hash.
+
+        Raises:
+            FingerprintMismatchError: `spec` is not the hash that the table was built with.
+            ConfigError: The store has no such table, or its rows have no float type.
+        """
         super().__init__()
         try:
             name = spec.table_name(layer)
@@ -72,26 +81,34 @@ class TieredEmbedding(torch.nn.Module):
     ) -> None:
         """Starts the lookup that a later `forward` with equal arguments takes. Does not wait for any read.
 
-        Of more than `PENDING_PREFETCHES_MAX` prefetches that no forward took, the oldest is dropped; a second one with
-        equal arguments is none. Errors of the lookup itself come out of the forward.
+        Of more than `PENDING_PREFETCHES_MAX` prefetches that no forward took, the oldest is dropped. A second prefetch
+        with equal arguments does nothing. Errors of the lookup itself come out of the forward.
         """
         prefetch_layers([self], token_ids, history, dead)
 
     def forward(
         self, token_ids: torch.Tensor, history: torch.Tensor | None = None, dead: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Returns the rows of `token_ids`, integers [B, T], as [B, T, O * H, dim] on the device of `token_ids`.
+        """Returns the rows of token ids as [B, T, O * H, dim], on the device of `token_ids`. Blocks until they are
+        there.
 
-        `history`: the tokens before, [B, any number], of which the last ones count: n-grams reach back. Decoding needs
-        it: `embedding(next_id, history=seen)`. A call without it is the start of a document, also one of a single
-        token, which is warned of once. `dead`: bool [B, T], positions such as image
-        spans. Blocks until the rows are there, at most `WAIT_S`, then raises `TimeoutError`. Raises `ValueError` for
-        token ids outside the vocabulary, `CorruptPageError` where a row cannot be read as it was built.
+        If the store has an hbm tier, rows come out on its device. Kernels look up ids that lie there, and may be
+        captured in a CUDA graph: the host waits for nothing, and raises what went wrong at a later call or in
+        `synchronize`; NaN stands for values that did not come. Ids on the host start their reads before the first
+        kernel.
 
-        Where the store has an hbm tier, rows come out on its device. Ids that lie there are looked up by kernels, which
-        may be captured in a CUDA graph: the host waits for nothing and raises at a later call, or in `synchronize`,
-        what went wrong, NaN standing for the values that did not come.
-        Ids on the host start their reads before the first kernel.
+        Args:
+            token_ids: Integers [B, T].
+            history: The tokens before, integers [B, P], of which the last ones count, because n-grams reach back.
+                Decoding needs it: `embedding(next_id, history=seen)`. A call without it is the start of a document;
+                for a single token that logs a warning, once.
+            dead: bool [B, T], positions that are not text, such as image spans; they get zero rows.
+
+        Raises:
+            TypeError: Not tensors of integers, or `dead` not of bool.
+            ValueError: Token ids outside the vocabulary, or shapes that disagree.
+            TimeoutError: The rows did not come within `WAIT_S`.
+            CorruptPageError: A row cannot be read as it was built.
         """
         if self._on_device is not None and self._store.device is not None:  # a forked child has none
             return self._on_device.forward(
@@ -113,10 +130,11 @@ class TieredEmbedding(torch.nn.Module):
             self._on_device.synchronize()
 
     def _prefetched(self, call: _Call) -> np.ndarray | None:
-        """Returns the rows that a prefetch of the same call has read; None where there is none, or its request failed.
+        """Returns the rows that a prefetch of the same call has read; None if there is none, or its request failed.
 
-        A request of several layers fails as one: what is wrong may be another layer's page, so this layer asks anew,
-        and raises then if the page is its own. `TimeoutError` comes through: waiting twice would break the limit.
+        A request of several layers fails as one: what is wrong may be another layer's page, so this layer looks up
+        again, and raises then if the page is its own. `TimeoutError` comes through: waiting twice would break the
+        limit.
         """
         with self._pending_lock:
             ticket, rows = self._pending.pop(call.key, (None, None))
@@ -158,7 +176,7 @@ def prefetch_layers(
     """Starts the lookups of several layers as one request of their store, which batches reads over tables.
 
     Each layer's forward with equal arguments then takes its part. Arguments as in `TieredEmbedding.forward`. Raises
-    `ValueError` where the layers lie in different stores or one is named twice. Does not wait for any read.
+    `ValueError` if the layers lie in different stores or one is named twice. Does not wait for any read.
     """
     if not embeddings:
         return
@@ -204,7 +222,7 @@ class RowIdEmbedding(torch.nn.Module):
     Stands in for `nn.Embedding` (`weight.device`, `weight.dtype`, `num_embeddings`, `embedding_dim`), and with
     `head_offsets=True` for the published MultiHeadEmbedding, which takes ids within each head and adds the offsets
     itself. `weight` is empty, [0, dim]: it follows `.to(device)`, keeps the table's float type under `.to(dtype)`,
-    because that is the type of the output, and is not in the state_dict. Raises `ConfigError` where the store has no
+    because that is the type of the output, and is not in the state_dict. Raises `ConfigError` if the store has no
     such table. stands_for_weight: whether a saved model has the rows as this module's weight,
     as `swap_embedding` wants it.
     """
@@ -225,7 +243,7 @@ class RowIdEmbedding(torch.nn.Module):
         """Returns the rows of `row_ids`, integers [...], as [..., dim] on their device; row id -1 gives a zero row.
 
         With `head_offsets`, the last axis of `row_ids` is the heads, and each id counts within its head. Blocks on the
-        reads. Raises `ValueError` for ids outside the table or their head, `CorruptPageError` where a row is damaged.
+        reads. Raises `ValueError` for ids outside the table or their head, `CorruptPageError` if a row is damaged.
         """
         check_integers(row_ids, "row ids")
         ids = _as_int64(row_ids)
@@ -255,9 +273,9 @@ class RowIdEmbedding(torch.nn.Module):
             )
         outside = (ids < -1) | (ids >= np.array(spec.moduli, dtype=np.int64))
         if outside.any():
-            *_, head = place = tuple(int(index) for index in np.argwhere(outside)[0])
+            *_, head = index = tuple(int(axis) for axis in np.argwhere(outside)[0])
             raise ValueError(
-                f"id {ids[place]} of head {head} of table {spec.name}: that head has rows 0 to "
+                f"id {ids[index]} of head {head} of table {spec.name}: that head has rows 0 to "
                 f"{spec.moduli[head] - 1}; "
                 f"pass ids within the head, or use head_offsets=False for ids that count from the table's start"
             )
@@ -282,7 +300,7 @@ class HashedEmbedding(torch.nn.Module):
     """The resident counterpart of `TieredEmbedding`: a whole table in memory, addressed by the same hash.
 
     `weight` holds the decoded rows, [num_rows, dim], and is kept frozen. For tables that fit, and as the oracle of
-    tests. Raises `ValueError` where `weight` is not the size of the table that `spec` describes.
+    tests. Raises `ValueError` if `weight` is not the size of the table that `spec` describes.
     """
 
     def __init__(self, spec: HashSpec, layer: int | str, weight: torch.Tensor) -> None:
@@ -325,7 +343,7 @@ def check_fingerprint(table: Table, spec: HashSpec, layer: int | str) -> None:
 
 
 class _Call:
-    """The arguments of one call as int64 and bool arrays on the CPU, and what tells them from another call's."""
+    """The arguments of one call as int64 and bool arrays on the CPU, and a key that equal calls share."""
 
     def __init__(
         self,

@@ -97,7 +97,7 @@ class EngramLayer(torch.nn.Module):
         `hidden_states`: floats [B, T, C, D]; `token_ids`: integers [B, T]; `history`: the tokens before, any number,
         for the n-grams that reach back: decoding needs it, beside `conv_state`; `dead`: bool [B, T]. `conv_state`:
         what the step before returned, [B, C * D, conv_state_tokens]; None at the start of the sequences, and always
-        None without a convolution. Blocks on the embedding. Raises `ValueError` where shapes disagree, and what the
+        None without a convolution. Blocks on the embedding. Raises `ValueError` if shapes disagree, and what the
         embedding raises.
         """
         batch, tokens = token_ids.shape
@@ -152,7 +152,7 @@ class EngramLayer(torch.nn.Module):
         Reads wkv (fp8 with block scales, or plain), q_weight and k_weight.
 
         `layer`: 0-based module index; a prefix such as `model.` may stand before the tensors' names. Blocks on the
-        disk. Raises `ConfigError` where a tensor is missing or of another shape, `FormatError` where a file is
+        disk. Raises `ConfigError` if a tensor is missing or of another shape, `FormatError` if a file is
         damaged.
         """
         checkpoint = Checkpoint.open(folder)
@@ -216,14 +216,14 @@ def scale_block(size: int, num_scales: int, what: str) -> int:
     """Returns how many of `size` elements share one of `num_scales` scales: a power of two; the last may be short.
 
     Powers of two are what formats use (32, 128), and they make the answer unique: 130 elements with 2 scales are blocks
-    of 128 and 2, where dividing would give 65 and 65. Raises `ConfigError`, naming `what`, where no such block fits.
+    of 128 and 2, where dividing would give 65 and 65. Raises `ConfigError`, naming `what`, if no such block fits.
     """
     if 0 < num_scales <= size:
         block = 1 << (math.ceil(size / num_scales) - 1).bit_length()
         if math.ceil(size / block) == num_scales:
             return block
     raise ConfigError(
-        f"{what}: {num_scales} scales for {size} elements is no division into blocks of a power of two; "
+        f"{what}: {num_scales} scales for {size} elements is not a division into blocks of a power of two; "
         f"weight and scale are of different checkpoints"
     )
 

@@ -24,7 +24,7 @@ ITEM_BITS = 128
 def window_bits(spec: HashSpec) -> int:
     """Returns the bits of one id in a window: the fewest that hold every mapped id and the pad id.
 
-    Raises `ConfigError` where the spec lacks its token map, or where the longest n-gram needs more than 128 bits.
+    Raises `ConfigError` if the spec lacks its token map, or if the longest n-gram needs more than 128 bits.
     """
     token_map, pad_id = spec.kernel_token_map, spec.pad_id
     assert pad_id is not None, "a spec that has its token map knows its pad id"
@@ -41,7 +41,7 @@ def window_bits(spec: HashSpec) -> int:
 def ngram_windows(spec: HashSpec, token_ids: np.ndarray) -> np.ndarray:
     """Returns the window that ends at each token of one document: integers [T] -> uint64 [T, 2], the high word first.
 
-    The newest id is in the most significant place of `orders[-1]` places of `window_bits` bits; look-back ends where it
+    The newest id is in the most significant field of `orders[-1]` fields of `window_bits` bits; look-back ends where it
     does for `HashSpec.keys`. The n-gram of order n is the window shifted right by `window_bits * (orders[-1] - n)`.
     Raises `TypeError` (no integers), `ValueError` (not [T], ids outside the vocabulary),
     `ConfigError` as `window_bits` does.
@@ -70,7 +70,7 @@ def ngram_windows(spec: HashSpec, token_ids: np.ndarray) -> np.ndarray:
 def keys_of_windows(spec: HashSpec, windows: np.ndarray, order: int, layer: int | str) -> np.ndarray:
     """Returns the keys that a layer gives n-grams of `order` ids: uint64 [M, 2], shifted to that order -> int64 [M].
 
-    Raises `ValueError` where the model has no such order or windows have more bits, `KeyError` for a layer without a
+    Raises `ValueError` if the model has no such order or windows have more bits, `KeyError` for a layer without a
     table, `ConfigError` as `window_bits` does.
     """
     if order not in spec.orders:

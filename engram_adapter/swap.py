@@ -30,8 +30,8 @@ def swap_embedding(model: torch.nn.Module, store: Store) -> list[str]:
     """Replaces every resident n-gram table of a qwen4_exp `model` by lookups in `store`; returns the modules' names.
 
     Works on `Qwen4ExpForCausalLM` and the models that contain it, on any device; rows come to where the table was.
-    Either every table is swapped or, on an error, none. Raises `ConfigError` where the model holds no such table, or
-    the store's has another number of rows, dim or dtype; `FingerprintMismatchError` where it was built with another
+    Either every table is swapped or, on an error, none. Raises `ConfigError` if the model holds no such table, or
+    the store's has another number of rows, dim or dtype; `FingerprintMismatchError` if it was built with another
     hash.
 
     `save_pretrained` of a swapped model reads the tables from the store and writes them too, piece by piece, so that
@@ -78,10 +78,10 @@ def _checked(name: str, module: Any, layer: int, store: Store, spec: HashSpec) -
     table, resident = store.tables[f"layers.{layer}"], module.ngram_embedding
     check_fingerprint(table, spec, layer)
     stored = (table.spec.num_rows, table.spec.dim, codec_dtype(table.spec.codec))
-    held = (resident.num_embeddings, resident.embedding_dim, resident.weight.dtype)
-    if stored != held:
+    found = (resident.num_embeddings, resident.embedding_dim, resident.weight.dtype)
+    if stored != found:
         raise ConfigError(
-            f"{name}: the resident table is {held[0]} rows of {held[1]} {held[2]}, the store's {table.spec.name} is "
+            f"{name}: the resident table is {found[0]} rows of {found[1]} {found[2]}, the store's {table.spec.name} is "
             f"{stored[0]} rows of "
             f"{stored[1]} {stored[2]}; build the store from this model's checkpoint, or load the model in the "
             f"table's dtype"

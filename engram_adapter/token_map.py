@@ -26,9 +26,9 @@ def build_token_map(tokenizer: str | os.PathLike[str] | Tokenizer) -> np.ndarray
 
     tokenizer: a tokenizer.json, the folder that holds it, or a `tokenizers.Tokenizer`. Each token is decoded alone,
     special tokens kept, and normalised (NFKC, NFD, accents stripped, lowercase, white space folded and stripped);
-    tokens whose bytes are no whole characters stand for themselves. The rules are those of the published Engram code
-    (arXiv 2601.07372). Takes a second or two for 130,000 tokens. Raises `ConfigError` where there is no file,
-    `FormatError` where it is no tokenizer or its ids have gaps.
+    tokens whose bytes are not whole characters stand for themselves. The rules are those of the published Engram code
+    (arXiv 2601.07372). Takes a second or two for 130,000 tokens. Raises `ConfigError` if there is no file,
+    `FormatError` if it is not a tokenizer or its ids have gaps.
     """
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer)
@@ -91,7 +91,7 @@ def load_tokenizer(tokenizer: str | os.PathLike[str]) -> Tokenizer:
     if not file.is_file():
         raise ConfigError(f"there is no {file}; give the model's tokenizer.json, or download it into the checkpoint")
     try:
-        text = file.read_text(encoding="utf-8")  # the library's from_file refuses paths that are no UTF-8
+        text = file.read_text(encoding="utf-8")  # the library's from_file refuses paths that are not UTF-8
         with naming_panics(f"{file}, a tokenizer", "download it again"):
             return Tokenizer.from_str(text)
     except FormatError:
@@ -100,5 +100,5 @@ def load_tokenizer(tokenizer: str | os.PathLike[str]) -> Tokenizer:
         raise named(error, f"cannot read {file}", file) from error
     except Exception as error:  # the library raises bare Exception for anything that it cannot read
         raise FormatError(
-            f"{file} is no tokenizer that the tokenizers library can read: {error}; download it again"
+            f"{file} is not a tokenizer that the tokenizers library can read: {error}; download it again"
         ) from error

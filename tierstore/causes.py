@@ -55,7 +55,7 @@ class Cause:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Use:
     path: Path | None
     writing: bool
     needed_bytes: int | None
@@ -111,9 +111,9 @@ def cause_of(
 ) -> Cause:
     """Returns the cause of an `OSError`. Arguments as of `named`."""
     found = Path(os.fsdecode(path)) if path is not None else _named_path(error)
-    place = _Place(found, writing, needed_bytes, fault)
+    use = _Use(found, writing, needed_bytes, fault)
     words = error.strerror or str(error)
-    facts, remedy, kind = _CAUSES.get(error.errno or 0, _unknown)(place)
+    facts, remedy, kind = _CAUSES.get(error.errno or 0, _unknown)(use)
     return Cause(f"{words}: {facts}" if facts else words, remedy, kind)
 
 
@@ -138,7 +138,7 @@ def naming(
 ) -> Iterator[None]:
     """Raises what `named` returns for an `OSError` of the body. Arguments as of `named`.
 
-    `TimeoutError` without a number of the system, and a closed pipe, pass: they are no refusal.
+    `TimeoutError` without a number of the system, and a closed pipe, pass: they are not refusals.
     """
     try:
         yield
@@ -179,7 +179,7 @@ def system_error(error: BaseException, path: _Path | None = None) -> OSError | N
 
 
 def short_of_something(what: str) -> TierStoreError:
-    """Returns the error for page readers that could not be made, where the native side says no more than that."""
+    """Returns the error for page readers that could not be made, if the native side does not know why."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and _num_open_files(soft) + OPEN_FILES_SPARE > soft:
         return named(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), what)
@@ -258,7 +258,7 @@ def _bytes(value: int) -> str:
 _Answer = tuple[str, str, type[TierStoreError]]
 
 
-def _open_files(_: _Place) -> _Answer:
+def _open_files(_: _Use) -> _Answer:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     facts = f"this process may have {_limit(soft)} open, its hard limit is {_limit(hard)}"
     if soft != hard:
@@ -267,7 +267,7 @@ def _open_files(_: _Place) -> _Answer:
     return facts, remedy, ConfigError
 
 
-def _open_files_of_machine(_: _Place) -> _Answer:
+def _open_files_of_machine(_: _Use) -> _Answer:
     with contextlib.suppress(OSError, ValueError):
         num_open, _unused, most = map(int, Path("/proc/sys/fs/file-nr").read_text().split())
         facts = f"the whole machine has {num_open} open, its limit is {most}"
@@ -275,9 +275,9 @@ def _open_files_of_machine(_: _Place) -> _Answer:
     return "of the whole machine", "end programs that hold many, or raise fs.file-max as root", ConfigError
 
 
-def _full(place: _Place) -> _Answer:
-    folder = _folder(place.path)
-    facts = [] if place.needed_bytes is None else [f"{_bytes(place.needed_bytes)} are needed"]
+def _full(use: _Use) -> _Answer:
+    folder = _folder(use.path)
+    facts = [] if use.needed_bytes is None else [f"{_bytes(use.needed_bytes)} are needed"]
     with contextlib.suppress(OSError):
         facts.append(f"{_bytes(shutil.disk_usage(folder).free)} are free on the disk of {folder}")
         if os.statvfs(folder).f_files and not os.statvfs(folder).f_favail:
@@ -285,41 +285,41 @@ def _full(place: _Place) -> _Answer:
     return ", ".join(facts), "free some, or give a path on another disk", BudgetError
 
 
-def _quota(place: _Place) -> _Answer:
-    facts, _, kind = _full(place)
+def _quota(use: _Use) -> _Answer:
+    facts, _, kind = _full(use)
     remedy = f"remove files of user {os.geteuid()}, have the quota raised, or give a path on another disk"
     return facts, remedy, kind
 
 
-def _file_too_large(place: _Place) -> _Answer:
+def _file_too_large(use: _Use) -> _Answer:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if soft == resource.RLIM_INFINITY:
         return "more than this file system allows", "give a path on another file system, or smaller files", ConfigError
-    needed = "" if place.needed_bytes is None else f"{_bytes(place.needed_bytes)} are needed, "
+    needed = "" if use.needed_bytes is None else f"{_bytes(use.needed_bytes)} are needed, "
     facts = f"{needed}this process may write files of {_bytes(soft)}, its hard limit is {_limit(hard, _bytes)}"
     return facts, "raise the limit: ulimit -f unlimited, or LimitFSIZE=infinity of a service", ConfigError
 
 
-def _read_only(place: _Place) -> _Answer:
-    folder = _folder(place.path)
+def _read_only(use: _Use) -> _Answer:
+    folder = _folder(use.path)
     while not os.path.ismount(folder):
         folder = folder.parent
     return f"{folder} is mounted so", f"mount {folder} for writing, or give a path elsewhere", ConfigError
 
 
-def _denied(place: _Place) -> _Answer:
-    act = "readable and writable" if place.writing else "readable"
-    if place.path is None:
-        return "", *place.at_fault(f"make it {act} for this user, or give another path")
-    for folder in reversed(place.path.absolute().parents):
+def _denied(use: _Use) -> _Answer:
+    act = "readable and writable" if use.writing else "readable"
+    if use.path is None:
+        return "", *use.at_fault(f"make it {act} for this user, or give another path")
+    for folder in reversed(use.path.absolute().parents):
         if os.path.exists(folder) and not os.access(folder, os.X_OK):
             return _owned(folder, "enter"), f"let this user enter {folder}, or give another path", ConfigError
-    found = _existing(place.path)
-    if found != place.path.absolute() or os.path.isdir(found):
-        if place.writing and not os.access(found, os.W_OK):
+    found = _existing(use.path)
+    if found != use.path.absolute() or os.path.isdir(found):
+        if use.writing and not os.access(found, os.W_OK):
             return _owned(found, "write in"), f"make {found} writable for this user, or give another path", ConfigError
-    elif not os.access(found, os.R_OK | (os.W_OK if place.writing else 0)):
-        act_of = "write" if place.writing and os.access(found, os.R_OK) else "read"
+    elif not os.access(found, os.R_OK | (os.W_OK if use.writing else 0)):
+        act_of = "write" if use.writing and os.access(found, os.R_OK) else "read"
         return _owned(found, act_of), f"make it {act} for this user, or give another path", ConfigError
     return "", f"make it {act} for this user, or give another path", ConfigError
 
@@ -332,30 +332,30 @@ def _owned(path: Path, act: str) -> str:
     return f"user {os.geteuid()} may not {act} {path}"
 
 
-def _missing(place: _Place) -> _Answer:
-    if place.path is not None:
-        folder = place.path.absolute().parent
+def _missing(use: _Use) -> _Answer:
+    if use.path is not None:
+        folder = use.path.absolute().parent
         if not os.path.exists(folder):
             return f"there is no folder {folder}", f"make it (mkdir -p {folder}), or give another path", ConfigError
-        if place.writing:
+        if use.writing:
             return "", f"something removed it from {folder} meanwhile; run it again", ConfigError
-    return "", *place.at_fault("check the path")
+    return "", *use.at_fault("check the path")
 
 
-def _not_a_folder(place: _Place) -> _Answer:
-    found = _existing(place.path)
+def _not_a_folder(use: _Use) -> _Answer:
+    found = _existing(use.path)
     return f"{found} is a file", "give a path whose folders are folders", ConfigError
 
 
-def _disk_failed(place: _Place) -> _Answer:
-    act = "written" if place.writing else "read"
-    remedy, kind = place.at_fault("run it again")
-    facts = "" if place.path is None else f"the disk of {_folder(place.path)} cannot be {act}"
+def _disk_failed(use: _Use) -> _Answer:
+    act = "written" if use.writing else "read"
+    remedy, kind = use.at_fault("run it again")
+    facts = "" if use.path is None else f"the disk of {_folder(use.path)} cannot be {act}"
     return facts, f"see the kernel's log (dmesg) and mend the disk; then {remedy}", kind
 
 
-def _no_memory(place: _Place) -> _Answer:
-    needed = [] if place.needed_bytes is None else [f"{_bytes(place.needed_bytes)} are needed"]
+def _no_memory(use: _Use) -> _Answer:
+    needed = [] if use.needed_bytes is None else [f"{_bytes(use.needed_bytes)} are needed"]
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         facts = ", ".join([*needed, f"this process may have {_bytes(limit)} of addresses in all"])
@@ -363,15 +363,15 @@ def _no_memory(place: _Place) -> _Answer:
     return ", ".join(needed), _LESS, BudgetError
 
 
-def _unknown(place: _Place) -> _Answer:
-    return "", *place.at_fault("check the path, then run it again")
+def _unknown(use: _Use) -> _Answer:
+    return "", *use.at_fault("check the path, then run it again")
 
 
-def _always(remedy: str, kind: type[TierStoreError] = ConfigError, facts: str = "") -> Callable[[_Place], _Answer]:
+def _always(remedy: str, kind: type[TierStoreError] = ConfigError, facts: str = "") -> Callable[[_Use], _Answer]:
     return lambda _: (facts, remedy, kind)
 
 
-_CAUSES: dict[int, Callable[[_Place], _Answer]] = {
+_CAUSES: dict[int, Callable[[_Use], _Answer]] = {
     errno.EMFILE: _open_files,
     errno.ENFILE: _open_files_of_machine,
     errno.ENOSPC: _full,

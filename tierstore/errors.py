@@ -28,11 +28,11 @@ class FingerprintMismatchError(TierStoreError):
 
 
 class BudgetError(TierStoreError):
-    """Bytes asked of memory or disk are fewer than what is needed, or more than what there is."""
+    """A budget is below what is needed, or memory or disk have less than was requested."""
 
 
 class ConfigError(TierStoreError):
-    """The checkpoint, an option or the environment does not fit what was asked: change it and call again."""
+    """The checkpoint, an option or the environment does not fit the request: change it and call again."""
 
 
 class DaemonError(TierStoreError):

@@ -115,7 +115,7 @@ class TableLayout:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> TableLayout:
-        """Reads what `as_record` wrote; raises `FormatError` where numbers are missing or contradict each other."""
+        """Reads what `as_record` wrote; raises `FormatError` if numbers are missing or contradict each other."""
         spec = TableSpec.from_record(record.get("spec", {}))
         numbers: dict[str, Any] = {
             n: record.get(n) for n in ("page_bytes", "rows_per_page", "num_pages", "pages_per_shard", "seed")

@@ -1,5 +1,10 @@
-"""Properties that are computed when first asked for, and kept; without a lock,
-which a fork could leave held for ever."""
+"""Properties that are computed at first use, and kept.
+
+Input: a method without arguments. Output: a property. Errors: those of the method.
+
+Why not `functools.cached_property`: until Python 3.12 it takes a lock, one for all instances. A thread that forks while
+another thread computes leaves that lock taken in the child for ever.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,7 @@ T = TypeVar("T")
 
 
 class lazy(Generic[T]):
-    """Like `functools.cached_property`, which until Python 3.12 has a lock for all instances.
-    Threads may compute it twice."""
+    """Like `functools.cached_property`, without a lock. Two threads may compute the value twice, to the same result."""
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
         self._compute = compute
@@ -28,5 +32,5 @@ class lazy(Generic[T]):
         if instance is None:
             return self
         value: T = self._compute(instance)
-        instance.__dict__[self._name] = value  # which is found before this from now on
+        instance.__dict__[self._name] = value  # from now on found before this descriptor
         return value

@@ -36,7 +36,7 @@ _CODECS = {
 
 
 def codec_row_bytes(codec: str, dim: int) -> int | None:
-    """Returns the bytes of a row of `dim` values under `codec`, or None where the codec fixes none ("raw").
+    """Returns the bytes of a row of `dim` values under `codec`, or None if the codec fixes none ("raw").
 
     Codecs: "fp8_e4m3_e8m0x32", "fp8_e4m3", "fp8_e4m3*S" (one global scale S, a C99 hexadecimal float), "bf16", "fp16",
     "fp32", and "raw" for rows that tierstore stores without knowing how to read them. Raises `FormatError` for others.
@@ -57,8 +57,7 @@ def codec_row_bytes(codec: str, dim: int) -> int | None:
 
 
 def codec_scale(codec: str) -> float:
-    """Returns the global scale that a codec name carries ("fp8_e4m3*0x1.8p-7" -> 0.01171875),
-    1.0 where there is none."""
+    """Returns the global scale in a codec's name ("fp8_e4m3*0x1.8p-7" -> 0.01171875), 1.0 if there is none."""
     _, _, scale = codec.partition("*")
     try:
         return float.fromhex(scale) if scale else 1.0
@@ -154,21 +153,23 @@ class TableSpec:
         return row_ids
 
     def keys_of_row_ids(self, row_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Turns row ids, int64 [N, O * H], back into keys, int64 [N, O], and says which tokens are whole, bool [N].
+        """Turns row ids, int64 [N, O * H], back into keys.
 
         The residues of the first heads whose moduli multiply to more than 2^63 give the key (Chinese remainder
-        theorem); a token is whole only if every head of every order then agrees with its keys, and has keys of -1 if
-        not. Tables whose moduli multiply to less, or share factors, have no whole tokens:
-        their rows are read one by one.
+        theorem). A token is consistent if every head of every order agrees with its keys.
+
+        Returns:
+            Keys, int64 [N, O], -1 for tokens that are not consistent; and which are, bool [N]. If the moduli multiply
+            to less than 2^63, or share factors, none is: callers then read rows one by one.
         """
         assert row_ids.dtype == np.int64
         assert row_ids.shape[1:] == (self.num_heads,)
-        if self._fixing is None:
+        if self._remainders is None:
             return np.full((len(row_ids), len(self.orders)), -1, dtype=np.int64), np.zeros(len(row_ids), dtype=bool)
         keys = np.empty((len(row_ids), len(self.orders)), dtype=np.int64)
-        whole = np.empty(len(row_ids), dtype=bool)
-        kernels.keys_of_row_ids(row_ids, *self._address_map, *self._fixing, keys, whole)
-        return keys, whole
+        is_consistent = np.empty(len(row_ids), dtype=bool)
+        kernels.keys_of_row_ids(row_ids, *self._address_map, *self._remainders, keys, is_consistent)
+        return keys, is_consistent
 
     @lazy
     def _address_map(self) -> tuple[np.ndarray, np.ndarray]:
@@ -176,9 +177,11 @@ class TableSpec:
         return np.array(self.moduli, dtype=np.int64), np.array(self.offsets, dtype=np.int64)
 
     @lazy
-    def _fixing(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """How many first heads of each order fix a key, int64 [O], and their inverses, int64 [O, F], as the kernel
-        takes them; None where the heads of some order do not fix its keys."""
+    def _remainders(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """How many residues of each order give its key (`num_residues`), int64 [O], and their inverses, int64 [O, F].
+
+        As the kernel takes them; None if the heads of some order do not determine its keys.
+        """
         if self.is_plain:
             return np.ones(1, dtype=np.int64), np.zeros((1, 1), dtype=np.int64)
         inverses: list[list[int]] = []
@@ -206,7 +209,7 @@ class TableSpec:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> TableSpec:
-        """Reads what `as_record` wrote; raises `FormatError` where a field is missing or of another type."""
+        """Reads what `as_record` wrote; raises `FormatError` if a field is missing or of another type."""
         try:
             fields = {name: record[name] for name in cls.__dataclass_fields__}
             for name in ("orders", "moduli", "offsets"):

@@ -193,10 +193,10 @@ def _tokenizer(given: Tokenizer | str | os.PathLike[str] | None) -> Tokenizer:
 def _check_empty(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give a new folder")
-    held = len(list(folder.iterdir())) if folder.exists() else 0
-    if held:
+    num_files = len(list(folder.iterdir())) if folder.exists() else 0
+    if num_files:
         raise ConfigError(
-            f"{folder} holds {held} files, a checkpoint wants an empty folder; give another, or remove it"
+            f"{folder} holds {num_files} files, a checkpoint needs an empty folder; give another, or remove it"
         )
 
 
@@ -231,7 +231,7 @@ def _write_files(
     seed: int,
     on_progress: OnProgress | None,
 ) -> None:
-    """Writes tensors, tokenizer, configuration and index; where it fails or is interrupted, removes what it wrote."""
+    """Writes tensors, tokenizer, configuration and index; if it fails or is interrupted, removes what it wrote."""
     folder.mkdir(parents=True, exist_ok=True)
     weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
     index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}

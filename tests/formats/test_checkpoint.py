@@ -319,7 +319,7 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path,
     code = "import sys; from tierstore.formats.checkpoint import Checkpoint; Checkpoint.open(sys.argv[1])"
     place = tmp_path / name if name.endswith(".pt") else tmp_path
     done = subprocess.run([sys.executable, "-c", code, str(place)], capture_output=True, text=True, timeout=60)
-    assert f"ConfigError: {tmp_path / name} is no regular file" in done.stderr
+    assert f"ConfigError: {tmp_path / name} is not a regular file" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "config.json", "t.pt"])

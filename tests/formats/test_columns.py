@@ -232,7 +232,7 @@ def test_a_file_of_another_kind_or_version_or_a_foreign_one_is_refused_by_name(t
     with pytest.raises(FormatError, match="version 2, this tierstore reads 1"):
         ColumnReader.open(path, "trace")
     path.write_bytes(b"PK\3\4" * 100)
-    with pytest.raises(FormatError, match="is no trace: it starts with"):
+    with pytest.raises(FormatError, match="is not a trace: it starts with"):
         ColumnReader.open(path, "trace")
     with pytest.raises(ConfigError, match="No such file or directory"):
         ColumnReader.open(tmp_path / "none", "trace")

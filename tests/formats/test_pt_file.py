@@ -64,7 +64,7 @@ def test_an_archive_of_another_byte_order_is_refused_as_such(tmp_path: Path) -> 
 def test_an_archive_that_was_cut_is_refused(tmp_path: Path, num_bytes: int) -> None:
     torch.save({"table": BYTES}, tmp_path / "t.pt")
     (tmp_path / "t.pt").write_bytes((tmp_path / "t.pt").read_bytes()[:num_bytes])
-    with pytest.raises(FormatError, match=r"t\.pt: it is no whole zip archive"):
+    with pytest.raises(FormatError, match=r"t\.pt: it is not a whole zip archive"):
         Checkpoint.open(tmp_path / "t.pt")
 
 

@@ -230,7 +230,7 @@ def odd_files(tmp_path: Path) -> Path:
         ("a.txt", ConfigError, "is text; give --tokenizer"),
         ("picture.png", ConfigError, "is no text: it has zero bytes"),
         ("nothing", ConfigError, "folders without text or token ids"),
-        ("pipe.txt", ConfigError, "is no regular file"),
+        ("pipe.txt", ConfigError, "is not a regular file"),
         ("none.txt", FileNotFoundError, "none.txt"),
         ("four.i32 bos=1", ConfigError, "--bos is for text"),
         ("a.txt tokenizer= bos=5000", ConfigError, "--bos 5000 is outside the vocabulary of"),

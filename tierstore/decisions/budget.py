@@ -28,7 +28,7 @@ STAGING_FRACTION = 1 / 16  # of the budget, at most, unless one key needs more
 
 @dataclass(frozen=True)
 class TableShare:
-    """What one table gets, and where in the block: all its rows (`resident`), or three parts one after the other.
+    """What one table gets, and at which bytes of the block: all its rows (`resident`), or three parts in a row.
 
     They are `static_bytes` for `static_entries` records of the placement, from its record `static_start` on,
     `index_bytes` for its indexes, and a cache of `num_sets` sets of 8 entries.
@@ -46,8 +46,7 @@ class TableShare:
 
 @dataclass(frozen=True)
 class StagingPlan:
-    """Staging of pages on their way: each page reader has `depth` pages and twice
-    `assembly_bytes` of entries put together."""
+    """Staging of pages that are read: each page reader has `depth` pages, and twice `assembly_bytes` for entries."""
 
     num_readers: int
     depth: int
@@ -67,7 +66,7 @@ class StagingPlan:
 
 @dataclass(frozen=True)
 class DramPlan:
-    """The division of a DRAM budget. `dram_bytes` is what will be used, never more than what was asked."""
+    """The division of a DRAM budget. `dram_bytes` is what will be used, never more than the budget."""
 
     budget_bytes: int
     staging: StagingPlan
@@ -95,12 +94,23 @@ def divide_dram(
     placement: Placement | None = None,
     hbm_entries: Mapping[str, int] | None = None,
 ) -> DramPlan:
-    """Divides `budget_bytes` among staging and tables; raises `BudgetError` where it is too small.
+    """Divides `budget_bytes` among staging and tables.
 
-    Every table of a model is asked for equally many keys a token, so each gets an equal share; a table smaller than its
-    share is kept resident, and what it leaves goes to the others. The shares of larger ones become static sets, as far
-    as the placement goes, and caches of entries. hbm_entries: how many of a table's first placed entries HBM holds; its
-    static set begins behind them, at the start of their last, unfinished group of records (`group_start`).
+    Tables get fair shares (`divide_fairly`). A table smaller than its share is kept resident; the shares of larger ones
+    become static sets, as far as the placement goes, and caches of entries.
+
+    Args:
+        tables: By name.
+        budget_bytes: All that may be used.
+        placement: What static sets are filled from; None: there are none.
+        hbm_entries: How many of a table's first placed entries are in HBM. Its static set begins after them, at the
+            start of their last, unfinished group of records (`group_start`).
+
+    Returns:
+        The division.
+
+    Raises:
+        BudgetError: The budget is below what staging and one set of entries a table take.
     """
     in_hbm = hbm_entries or {}
     placed = placement.tables if placement else {}
@@ -161,8 +171,7 @@ def _divide_share(table: TableLayout, share_bytes: int, placed: PlacedTable | No
 
 
 def _least_staging(tables: Mapping[str, TableLayout], placed: Mapping[str, PlacedTable]) -> StagingPlan:
-    """One page reader that holds one key of any table: a page for each of its rows, or the read of its record,
-    and the entry."""
+    """Returns one page reader for one key of any table: a page for each of its rows or its record, and the entry."""
     return StagingPlan(
         num_readers=1,
         depth=max(table.spec.rows_per_key for table in tables.values()),
@@ -176,8 +185,7 @@ def _least_staging(tables: Mapping[str, TableLayout], placed: Mapping[str, Place
 def plan_staging(
     tables: Mapping[str, TableLayout], placed: Mapping[str, PlacedTable], budget_bytes: int, most_bytes: int
 ) -> StagingPlan:
-    """Returns staging for a budget, of at most most_bytes where less than a sixteenth is left;
-    one key of any table fits."""
+    """Returns staging for a budget, at most most_bytes; but one key of any table fits."""
     return _plan_staging(_least_staging(tables, placed), budget_bytes, most_bytes)
 
 

@@ -21,8 +21,7 @@ from .hbm_budget import HbmPlan, divide_hbm, pinned_bytes
 def divide_budgets(
     tables: Mapping[str, TableLayout], dram_bytes: int, hbm_bytes: int | None, placement: Placement | None
 ) -> tuple[DramPlan, HbmPlan | None]:
-    """Divides both budgets; hbm_bytes: None where there is no hbm tier.
-    Raises `BudgetError` as the two divisions do."""
+    """Divides both budgets; hbm_bytes: None without an hbm tier. Raises `BudgetError` as the two divisions do."""
     if hbm_bytes is None:
         return divide_dram(tables, dram_bytes, placement), None
     pinned = pinned_bytes(dram_bytes)

@@ -60,7 +60,7 @@ class HbmShare:
 
 @dataclass(frozen=True)
 class HbmPlan:
-    """The division of an HBM budget. `hbm_bytes` is what will be used, never more than what was asked."""
+    """The division of an HBM budget. `hbm_bytes` is what will be used, never more than the budget."""
 
     budget_bytes: int
     lookup_pairs: int
@@ -86,13 +86,19 @@ def pinned_bytes(dram_bytes: int) -> int:
 def divide_hbm(
     tables: Mapping[str, TableLayout], budget_bytes: int, entries: Mapping[str, int], static_entries: Mapping[str, int]
 ) -> HbmPlan:
-    """Divides `budget_bytes` among the tables that have entries for it, equally; what one leaves goes to the others.
+    """Divides `budget_bytes` fairly among the tables that have entries for it.
 
-    entries: how many a table would put there at most; tables without any have their control only. static_entries: the
-    most that DRAM's static set may hold of each. Raises `BudgetError` where not one entry of each of those tables fits.
+    Args:
+        tables: By name.
+        budget_bytes: All that may be used.
+        entries: The most that a table has for HBM; tables without any get their control alone.
+        static_entries: The most that DRAM's static set may have of each.
+
+    Raises:
+        BudgetError: Not even one entry of each of those tables fits.
     """
     wanted = {name: entries.get(name, 0) for name in tables}
-    pair_bytes = max(map(_stride, tables.values())) + 8 + 8  # an entry, its key, its place
+    pair_bytes = max(map(_stride, tables.values())) + 8 + 8  # an entry, its key, its slot
     lookup_pairs = max(1, min(LOOKUP_PAIRS_MAX, int(budget_bytes * LOOKUP_FRACTION) // pair_bytes))
     staging_bytes = round_up(lookup_pairs * pair_bytes, ALIGNMENT_BYTES)
     least = staging_bytes + sum(_share(tables[name], min(1, wanted[name]), 0).num_bytes for name in tables)
@@ -126,8 +132,7 @@ def _share(table: TableLayout, num_entries: int, static_entries: int) -> HbmShar
 
 
 def _divide_share(table: TableLayout, num_placed: int, static_entries: int, share_bytes: int) -> HbmShare:
-    """The share with most entries that takes at most share_bytes; one entry always fits,
-    but for DRAM's in the indexes."""
+    """Returns the share with most entries that takes at most share_bytes. One entry fits, if DRAM's are left out."""
     if num_placed == 0:
         return _share(table, 0, 0)
     static = min(static_entries, int(share_bytes * STATIC_INDEX_FRACTION // (2 * _BUCKET_BYTES) * BUCKET_KEYS))

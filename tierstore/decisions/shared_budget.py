@@ -23,9 +23,9 @@ from ..units import format_bytes
 from .budget import LINE_BYTES, StagingPlan, cache_set_bytes, plan_staging
 from .fair_division import divide_fairly
 
-DEFAULT_STATIC_FRACTION = 0.5  # of a table's share, where no placement says better
+DEFAULT_STATIC_FRACTION = 0.5  # of a table's share, without a placement
 SPARE_DRAM_FRACTION = 1 / 8  # of all slots, for entries that a change brings
-SLOT_WORK_BYTES = 32  # of the daemon's own memory for each slot: what it holds, and what indexing and replans take
+SLOT_WORK_BYTES = 32  # of the daemon's own memory for each slot: its key, and what indexing and replans take
 COUNTS_FRACTION = 1 / 64  # of the budget, for counting keys
 COUNTS_BYTES_MAX = 256 << 20
 COUNTS_BYTES_MIN = 64 << 10
@@ -92,7 +92,7 @@ class SharedPlan:
 def divide_shared(
     tables: Mapping[str, TableLayout], budget_bytes: int, placement: Placement | None = None
 ) -> SharedPlan:
-    """Divides a daemon's budget; raises `BudgetError` where it is too small, naming the least that would do.
+    """Divides a daemon's budget; raises `BudgetError` if it is too small, naming the least that would do.
 
     Tables get equal shares, as in `divide_dram`; one of which two copies fit its share is kept whole.
     """
@@ -196,7 +196,7 @@ def _work_bytes(num_slots: int) -> int:
 
 
 def as_share(record: Mapping[str, Any]) -> SharedShare:
-    """Returns what `as_record` gave, of a message; raises `KeyError`, `TypeError` or `ValueError` where it is none."""
+    """Returns what `as_record` gave, of a message; raises `KeyError`, `TypeError` or `ValueError` if it is not one."""
     fixed = {name: tuple(record[name]) for name in ("head_starts", "area_starts")}
     share = SharedShare(**(dict(record) | fixed))
     numbers = [*share.head_starts, *share.area_starts]
@@ -204,5 +204,5 @@ def as_share(record: Mapping[str, Any]) -> SharedShare:
     if any(type(number) is not int or number < 0 for number in numbers) or any(
         len(pair) != 2 for pair in fixed.values()
     ):
-        raise ValueError(f"a table's share has numbers that are none: {record}")
+        raise ValueError(f"a table's share has impossible numbers: {record}")
     return share

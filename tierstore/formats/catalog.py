@@ -54,7 +54,7 @@ os.register_at_fork(after_in_child=_renew_lock)
 class CatalogImage:
     """All that a catalog says, copied out. `shards[table]` maps shard index to its record, finished ones only.
 
-    placements: the published ones by epoch; epoch: the current one, None where there is none; last_epoch: the largest
+    placements: the published ones by epoch; epoch: the current one, None if there is none; last_epoch: the largest
     number ever given, 0 at first, so that none is given twice.
     """
 
@@ -205,7 +205,9 @@ def _image(path: Path, records: dict[str, bytes]) -> CatalogImage:
     if type(last_epoch) is not int or last_epoch < newest:
         raise FormatError(f"{path}: the catalog's last epoch is {last_epoch!r}, not that of its placements; restore it")
     if epoch is not None and (type(epoch) is not int or epoch not in placements):
-        raise FormatError(f"{path}: the catalog's current epoch {epoch!r} is no placement of its; restore the catalog")
+        raise FormatError(
+            f"{path}: the catalog's current epoch {epoch!r} is not one of its placements; restore the catalog"
+        )
     origin = _from_json(records, "origin", path)
     return CatalogImage(
         path, STORE_FORMAT_VERSION, ready, origin, tables, shards, attachments, placements, epoch, last_epoch
@@ -237,7 +239,7 @@ def _holds_catalog(path: Path) -> bool:
     if path.is_dir() and any(
         entry.name != LOCK_FILE and not entry.name.startswith(NEW_CATALOG_FILE) for entry in path.iterdir()
     ):
-        raise FormatError(f"{path} holds files but no {CATALOG_FILE}: it is no tierstore store; give another path")
+        raise FormatError(f"{path} holds files but no {CATALOG_FILE}: it is not a tierstore store; give another path")
     if path.exists() and not path.is_dir():
         raise FormatError(f"{path} is a file; a store is a folder with {CATALOG_FILE}")
     return False

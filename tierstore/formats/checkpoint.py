@@ -47,17 +47,22 @@ _STALE = "the index is of another version of these files: download it again, or 
 class Checkpoint:
     """A checkpoint's configuration and tensors. Nothing stays open.
 
-    files: those that are there and hold tensors, in order of name, with `held`, what each holds. unusable: of every
-    tensor that is known by name but cannot be read, why not and what to do: its file was not downloaded, the index does
-    not name it, its bytes are not rows. inner_names: full names of tensors that lie in dicts within a PyTorch file,
-    by shorter names.
+    Attributes:
+        path: The folder, or the file.
+        config: config.json; empty if there is none.
+        tensors: By name.
+        files: Those that are there and have tensors, in order of name.
+        contents: What each of `files` has.
+        unusable: Of every tensor that is known by name but cannot be read, why not and what to do: its file was not
+            downloaded, the index does not name it, its bytes are not rows.
+        inner_names: Full names of tensors that lie in dicts within a PyTorch file, by shorter names.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
     files: tuple[Path, ...]
-    held: tuple[TensorFile, ...]
+    contents: tuple[TensorFile, ...]
     unusable: dict[str, str]
     inner_names: dict[str, list[str]]
 
@@ -80,16 +85,16 @@ class Checkpoint:
     def _open(cls, path: Path) -> Checkpoint:
         found = find_files(path)
         config = found.path / "config.json"
-        holder = _Holder(found)
-        holder.read()
+        collected = _Contents(found)
+        collected.read()
         return cls(
             path=found.path,
             config=read_json(config) if found.path.is_dir() and config.exists() else {},
-            tensors=holder.tensors,
-            files=tuple(holder.held),
-            held=tuple(holder.held.values()),
-            unusable={name: reason for name, reason in holder.unusable.items() if name not in holder.tensors},
-            inner_names=holder.inner_names,
+            tensors=collected.tensors,
+            files=tuple(collected.contents),
+            contents=tuple(collected.contents.values()),
+            unusable={name: reason for name, reason in collected.unusable.items() if name not in collected.tensors},
+            inner_names=collected.inner_names,
         )
 
     @lazy
@@ -165,37 +170,37 @@ class Checkpoint:
         whole = hashlib.sha256()
         whole.update(json.dumps(self.config, sort_keys=True).encode())
         files = []
-        for file, held in zip(self.files, self.held, strict=True):
-            whole.update(os.fsencode(file.name) + f"\0{held.identity.num_bytes}\0{held.header_digest}\0".encode())
+        for file, content in zip(self.files, self.contents, strict=True):
+            whole.update(os.fsencode(file.name) + f"\0{content.identity.num_bytes}\0{content.header_digest}\0".encode())
             samples = hashlib.sha256()
             fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                for part in sampled(fd, held.tensors):
+                for part in sampled(fd, content.tensors):
                     whole.update(part)
                     samples.update(part)
-                check_identity(file, os.fstat(fd), held.identity)
+                check_identity(file, os.fstat(fd), content.identity)
             finally:
                 os.close(fd)
             files.append(
                 {
                     "name": file.name,
-                    "bytes": held.identity.num_bytes,
-                    "header_sha256": held.header_digest,
-                    "mtime_ns": held.identity.mtime_ns,
-                    "inode": held.identity.inode,
+                    "bytes": content.identity.num_bytes,
+                    "header_sha256": content.header_digest,
+                    "mtime_ns": content.identity.mtime_ns,
+                    "inode": content.identity.inode,
                     "samples_sha256": samples.hexdigest(),
                 }
             )
         return {"digest": whole.hexdigest(), "files": files}
 
 
-class _Holder:
-    """What the files of a checkpoint hold, put together by its index."""
+class _Contents:
+    """What is in the files of a checkpoint, put together by its index."""
 
     def __init__(self, found: CheckpointFiles) -> None:
         self._found = found
         self._absent = dict(found.absent)
-        self.held: dict[Path, TensorFile] = {}
+        self.contents: dict[Path, TensorFile] = {}
         self.tensors: dict[str, StoredTensor] = {}
         self.unusable: dict[str, str] = {}
         self.inner_names: dict[str, list[str]] = {}
@@ -204,16 +209,16 @@ class _Holder:
         """Reads every header."""
         for file in self._found.files:
             try:
-                self.held[file] = read_tensor_file(file)
+                self.contents[file] = read_tensor_file(file)
             except (ConfigError, FormatError, OSError) as error:
                 if self._found.assigned is None:
                     raise
                 self._absent[file.name] = str(error)
-        if not self.held:
+        if not self.contents:
             reasons = [f"{name}: {reason}" for name, reason in self._absent.items()]
             raise ConfigError(f"{self._found.path}: no file of its index can be read; {in_words(reasons)}")
-        for held in self.held.values():
-            for name, full in held.inner_names.items():
+        for content in self.contents.values():
+            for name, full in content.inner_names.items():
                 self.inner_names.setdefault(name, []).extend(full)
         if self._found.assigned is None:
             self._put_all_together()
@@ -224,9 +229,9 @@ class _Holder:
 
     def _put_all_together(self) -> None:
         """Without an index each tensor must lie in one file."""
-        for file, held in self.held.items():
-            self.unusable |= held.unusable
-            for tensor in held.tensors:
+        for file, content in self.contents.items():
+            self.unusable |= content.unusable
+            for tensor in content.tensors:
                 other = self.tensors.setdefault(tensor.name, tensor)
                 if other is not tensor:
                     raise FormatError(_in_two_files(tensor, other.path, file))
@@ -236,8 +241,10 @@ class _Holder:
         with the reason."""
         assert self._found.index is not None
         index = self._found.index.name
-        of_file = {file.name: {tensor.name: tensor for tensor in held.tensors} for file, held in self.held.items()}
-        reasons = {file.name: held.unusable for file, held in self.held.items()}
+        of_file = {
+            file.name: {tensor.name: tensor for tensor in content.tensors} for file, content in self.contents.items()
+        }
+        reasons = {file.name: content.unusable for file, content in self.contents.items()}
         for name, file_name in assigned.items():
             if file_name in self._absent:
                 self.unusable[name] = f"lies in {file_name}, which cannot be read: {self._absent[file_name]}"
@@ -254,7 +261,8 @@ class _Holder:
         """Returns the files of each tensor that the index does not list,
         those that the index does not name among them."""
         of_file = {
-            file.name: [*(tensor.name for tensor in held.tensors), *held.unusable] for file, held in self.held.items()
+            file.name: [*(tensor.name for tensor in content.tensors), *content.unusable]
+            for file, content in self.contents.items()
         }
         for file in self._found.beside:
             with contextlib.suppress(ConfigError, FormatError, OSError):

@@ -94,9 +94,9 @@ def _one_file(path: Path) -> CheckpointFiles:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object that a JSON file holds; raises `FormatError` if it is none."""
+    """Returns the object that a JSON file holds; raises `FormatError` if it is not one."""
     if not path.is_file():  # opening a FIFO would wait for its writer
-        raise ConfigError(f"{path} is no regular file; put the checkpoint's own file there")
+        raise ConfigError(f"{path} is not a regular file; put the checkpoint's own file there")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -130,8 +130,8 @@ def refuse_parts(files: list[Path]) -> None:
                 f"{file} is one rank's file of a torch.distributed checkpoint (DCP); make one file of its folder "
                 f"first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {file.parent} model.pt"
             )
-        for place in (file, file.parent):
-            parts = rank_parts(place)
+        for named in (file, file.parent):
+            parts = rank_parts(named)
             if parts:
                 raise ConfigError(split_by_rank(file, parts))
 
@@ -145,17 +145,17 @@ def split_by_rank(file: Path, parts: list[str]) -> str:
     )
 
 
-def rank_parts(place: Path) -> list[str]:
+def rank_parts(path: Path) -> list[str]:
     """Returns the names of all parts if the name of a file or folder is one rank's of several, else none."""
-    match = next((found for found in (name.search(place.name) for name in _RANK_NAMES) if found), None)
+    match = next((found for found in (name.search(path.name) for name in _RANK_NAMES) if found), None)
     if match is None:
         return []
     start, end = match.span("rank")
-    same = re.compile(re.escape(place.name[:start]) + r"\d+" + re.escape(place.name[end:]))
-    parts = sorted(other.name for other in place.parent.iterdir() if same.fullmatch(other.name))
+    same = re.compile(re.escape(path.name[:start]) + r"\d+" + re.escape(path.name[end:]))
+    parts = sorted(other.name for other in path.parent.iterdir() if same.fullmatch(other.name))
     world = match.groupdict().get("world")
     if world is not None:
-        return [f"{place.name[:start]}{rank}{place.name[end:]}" for rank in range(int(world))] if int(world) > 1 else []
+        return [f"{path.name[:start]}{rank}{path.name[end:]}" for rank in range(int(world))] if int(world) > 1 else []
     return parts if len(parts) > 1 or int(match["rank"]) > 0 else []
 
 

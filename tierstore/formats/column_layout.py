@@ -74,7 +74,7 @@ def read_head(path: Path, fd: int, kind: str) -> tuple[dict[str, Any], int, int]
     """Returns (header, bytes of the file, where its blocks start), checked."""
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
-        raise FormatError(f"{path} is no regular file; give a {kind} that tierstore wrote")
+        raise FormatError(f"{path} is not a regular file; give a {kind} that tierstore wrote")
     file_bytes = status.st_size
     least_bytes = _HEAD.size + _CHECKSUM.size + _TAIL.size
     head = _read(path, fd, 0, min(file_bytes, _HEAD.size))
@@ -125,13 +125,13 @@ def read_directory(
 
 
 def _checked_blocks(path: Path, records: Any, byte_start: int) -> tuple[list[tuple[str, dict[str, Column]]], int]:
-    """Returns the blocks that a directory lists, with the places of their columns, and where the last one ends."""
+    """Returns the blocks that a directory lists, with where their columns lie, and where the last one ends."""
     blocks: list[tuple[str, dict[str, Column]]] = []
     for record in records if isinstance(records, list) else [None]:
         where = f"{path}: block {len(blocks)}"
         section, listed = record if isinstance(record, list) and len(record) == 2 else (None, None)
         if not is_name(section) or not isinstance(listed, list) or not 1 <= len(listed) <= COLUMNS_MAX:
-            raise FormatError(f"{where} is no section with 1 to {COLUMNS_MAX} columns; write the file again")
+            raise FormatError(f"{where} is not a section with 1 to {COLUMNS_MAX} columns; write the file again")
         columns: dict[str, Column] = {}
         for entry in listed:
             name, column = _checked_column(where, entry, byte_start)
@@ -197,4 +197,4 @@ def _from_json(data: bytes, what: str) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")

@@ -82,7 +82,7 @@ class ColumnWriter:
         """Appends a block to `section`: 1-D integer columns, of any lengths. Blocks on the disk.
 
         Each column is filtered in the way that a sample of it compresses best, compressed alone, and checksummed.
-        Raises `TypeError` for columns that are no 1-D integers,
+        Raises `TypeError` for columns that are not 1-D integers,
         `ValueError` for more than COLUMNS_MAX or BLOCK_BYTES_MAX.
         """
         num_bytes = sum(values.nbytes for values in columns.values())
@@ -111,7 +111,7 @@ class ColumnWriter:
     def finish(self, footer: Mapping[str, Any]) -> None:
         """Writes directory and footer, makes the file durable and gives it its name. Blocks on the disk.
 
-        Raises `ConfigError` where another process has begun to write the same file meanwhile.
+        Raises `ConfigError` if another process has begun to write the same file meanwhile.
         """
         self._write(pack_directory(self._blocks, footer))
         with self._named():
@@ -177,7 +177,7 @@ class ColumnReader:
     def open(cls, path: str | os.PathLike[str], kind: str) -> ColumnReader:
         """Opens a file of the given kind; use it with `with`. Blocks on the disk.
 
-        Raises `FormatError` where it is no whole file of that kind and of a version we know, `ConfigError` if it cannot
+        Raises `FormatError` if it is not a whole file of that kind and of a version we know, `ConfigError` if it cannot
         be opened.
         """
         with naming(os.fspath(path), path):
@@ -199,14 +199,14 @@ class ColumnReader:
         )
 
     def count(self, name: str) -> int:
-        """Returns a count that the footer holds, 0 to 2^63 - 1; raises `FormatError` where it holds none."""
+        """Returns a count that the footer holds, 0 to 2^63 - 1; raises `FormatError` if it holds none."""
         value = self.footer.get(name)
         if type(value) is int and 0 <= value < 1 << 63:
             return value
         raise FormatError(f"{self.path}: its footer says {name}: {value!r:.100}, expected a count; write it again")
 
     def require(self, section: str, columns: Mapping[str, str]) -> None:
-        """Raises `FormatError` where a block of `section` has other columns than {name: NumPy's name of its dtype}."""
+        """Raises `FormatError` if a block of `section` has other columns than {name: NumPy's name of its dtype}."""
         for name, found in self._blocks:
             dtypes = {column: record.dtype.name for column, record in found.items()}
             if name == section and dtypes != dict(columns):
@@ -217,7 +217,7 @@ class ColumnReader:
     def blocks(self, section: str) -> Iterator[dict[str, np.ndarray]]:
         """Yields the blocks of a section in order, {column: 1-D array, read-only}. Blocks on the disk.
 
-        Raises `FormatError` where a column is damaged. No more than one block is in memory.
+        Raises `FormatError` if a column is damaged. No more than one block is in memory.
         """
         decompressor = zstandard.ZstdDecompressor()
         for index, (name, columns) in enumerate(self._blocks):

@@ -112,13 +112,13 @@ class KeyTraceWriter:
 
 
 def read_key_trace_info(path: str | os.PathLike[str]) -> KeyTraceInfo:
-    """Returns what a key trace is about, without reading its data. Raises `FormatError` where it is none."""
+    """Returns what a key trace is about, without reading its data. Raises `FormatError` if it is not one."""
     with open_trace(path, KEYS) as reader:
         return _key_info(reader)
 
 
 def read_key_blocks(path: str | os.PathLike[str]) -> Iterator[KeyBlock]:
-    """Yields the accesses of a key trace in order, a block at a time. Raises `FormatError` where it is no whole one."""
+    """Yields the accesses of a key trace in order, a block at a time. Raises `FormatError` if it is not a whole one."""
     with open_trace(path, KEYS) as reader:
         info = _key_info(reader)
         num_orders = np.array([len(table.orders) for table in info.tables], dtype=np.int64)

@@ -17,8 +17,8 @@ What LMDB (data version 1, 64-bit, little-endian) keeps in the file:
     meta    pages 0 and 1, after the 16 bytes above: u32 magic, u32 version, u64 address, u64 map size, two tree records
             (the first one's u32 is the page size), u64 last page, u64 transaction, odd on page 1, even on page 0
     tree    u32, u16 flags, u16 depth, 4 x u64 counts, u64 root page (2^64 - 1: empty)
-    branch, leaf   from byte 16 to lower: u16 places of the nodes in key order;
-    nodes fill the page from upper to its end
+    branch, leaf   from byte 16 to lower: u16 offsets of the nodes in key order;
+                   nodes fill the page from upper to its end
     node    u16 low, u16 high, u16 flags, u16 key bytes, key, then padding to an even length
             branch: low, high and flags are the child page. leaf: low and high are the value's bytes; it follows the
             key, or with flag 1 its u64 overflow page does
@@ -203,10 +203,10 @@ class _Walk:
             self.refuse(f"page {page} says that it is page {number} of kind {found_kind}, expected kind {kind}")
         if not HEADER_BYTES + 2 <= lower <= upper <= self._page_bytes or lower % 2:
             self.refuse(f"page {page} has its free space from {lower} to {upper} of {self._page_bytes} bytes")
-        places = struct.unpack_from(f"<{(lower - HEADER_BYTES) // 2}H", data, HEADER_BYTES)
+        offsets = struct.unpack_from(f"<{(lower - HEADER_BYTES) // 2}H", data, HEADER_BYTES)
         nodes = {}
         expected = upper
-        for start in sorted(places):
+        for start in sorted(offsets):
             if start != expected or start + NODE_BYTES > self._page_bytes:
                 self.refuse(f"page {page} has a node at {start}, expected {expected}")
             low, high, flags, key_bytes = _NODE.unpack_from(data, start)
@@ -219,7 +219,7 @@ class _Walk:
             nodes[start] = _Node(number, flags, key_start, key_end)
         if expected != self._page_bytes:
             self.refuse(f"page {page} has nodes up to {expected}, expected {self._page_bytes}")
-        return [nodes[start] for start in places]
+        return [nodes[start] for start in offsets]
 
     def _value(self, page: int, data: bytes, node: _Node) -> bytes:
         """Returns a leaf node's value, after checking its overflow run where it has one."""

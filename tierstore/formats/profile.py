@@ -152,8 +152,8 @@ class ProfileReader:
     """A finished profile; use it with `with`. Reads stream, block by block."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Opens a profile; raises `FormatError` where it is none, damaged or newer,
-        `OSError` where it cannot be read."""
+        """Opens a profile; raises `FormatError` if it is not one, damaged or newer,
+        `OSError` if it cannot be read."""
         self._file = ColumnReader.open(path, KIND)
         try:
             self.header = ProfileHeader.from_record(self._file.header, str(path))
@@ -235,7 +235,7 @@ class ProfileReader:
 
 
 def _checked_counts(counts: Any, where: str) -> dict[str, int]:
-    """Returns the counts of a footer; raises `FormatError` where they are missing or contradict each other."""
+    """Returns the counts of a footer; raises `FormatError` if they are missing or contradict each other."""
     good = isinstance(counts, dict) and all(type(counts.get(name)) is int for name in COUNTS)
     if not good or not (
         0 <= counts["held_out_tokens"] <= counts["tokens"] and 0 <= counts["held_out_documents"] <= counts["documents"]

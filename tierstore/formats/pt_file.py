@@ -82,7 +82,7 @@ def read_pt(path: Path, fd: int, identity: FileIdentity) -> TensorFile:
 
 
 def _stored_records(path: Path, fd: int) -> list[_Record]:
-    """Returns the archive's records in order of place; refuses archives whose bytes are not the tensors' own."""
+    """Returns the archive's records by their offset; refuses archives whose bytes are not the tensors' own."""
     try:
         with os.fdopen(os.dup(fd), "rb") as file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
@@ -103,7 +103,7 @@ def _stored_records(path: Path, fd: int) -> list[_Record]:
                     )
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
         raise FormatError(
-            f"{path}: it is no whole zip archive ({error}), so no PyTorch file; download it again"
+            f"{path}: it is not a whole zip archive ({error}), so it is not a PyTorch file; download it again"
         ) from error
     records = []
     for info in infos:
@@ -185,11 +185,11 @@ def _located(
         )
     import torch
 
-    held = tensor.detach().reshape(-1).view(torch.uint8)
+    in_memory = tensor.detach().reshape(-1).view(torch.uint8)
     for start in sorted({0, num_bytes // 2, max(0, num_bytes - SAMPLE_BYTES)}):
         out = np.empty(min(SAMPLE_BYTES, num_bytes - start), dtype=np.uint8)
         read_exactly(fd, out, byte_start + start, f"tensor {name} in {path}")
-        if not np.array_equal(out, held[start : start + len(out)].numpy()):
+        if not np.array_equal(out, in_memory[start : start + len(out)].numpy()):
             raise FormatError(
                 f"{path}: torch has other bytes for tensor {name} than the file at byte {byte_start + start}; it was "
                 f"changed meanwhile, or save it again with a current torch"

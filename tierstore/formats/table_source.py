@@ -58,7 +58,8 @@ class TableSource:
             for tensor in plane.tensors:
                 if tensor.num_bytes % max(plane.width_bytes, 1):
                     raise ConfigError(
-                        f"tensor {tensor.name}: {tensor.num_bytes} bytes are no whole rows of {plane.width_bytes} bytes"
+                        f"tensor {tensor.name}: {tensor.num_bytes} bytes are not whole rows of {plane.width_bytes} "
+                        "bytes"
                     )
 
     @property

@@ -55,7 +55,9 @@ def read_tensor_file(path: Path) -> TensorFile:
     if not path.is_file():  # opening a FIFO would wait for its writer
         unfinished = unfinished_download(path)
         raise ConfigError(
-            f"{path}: {unfinished}" if unfinished else f"{path} is no regular file; put the checkpoint's own file there"
+            f"{path}: {unfinished}"
+            if unfinished
+            else f"{path} is not a regular file; put the checkpoint's own file there"
         )
     unfinished = unfinished_download(path)
     if unfinished:
@@ -141,7 +143,7 @@ def _parse_header(path: Path, header: bytes) -> dict[str, Any]:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs) or not all(map(_is_text, found)):
-        raise ValueError("an object has a key twice, or one that is no text")
+        raise ValueError("an object has a key twice, or one that is not text")
     return found
 
 
@@ -157,7 +159,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _not_negative(digits: str) -> int:

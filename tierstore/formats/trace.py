@@ -28,8 +28,7 @@ TOKEN_COLUMNS = {"token_ids": "int32", "document_ends": "int64"}
 
 @dataclass(frozen=True)
 class TokenTraceInfo:
-    """What a token trace is about. vocab_size: None where it was not said; token_id_max:
-    -1 where there are no tokens."""
+    """What a token trace is about. vocab_size: None if it is not known; token_id_max: -1 if there are no tokens."""
 
     path: Path
     vocab_size: int | None
@@ -40,17 +39,25 @@ class TokenTraceInfo:
 
 
 def check_token_ids(token_ids: np.ndarray, vocab_size: int | None, where: str, token_start: int = 0) -> None:
-    """Raises `ValueError` where an id is negative or outside the vocabulary (None: 2^31); names its place in `where`.
+    """Checks token ids, [T], against a vocabulary.
 
-    token_ids: [T], `TypeError` where they are no integers; token_start: the place of the first in `where`.
+    Args:
+        token_ids: The ids.
+        vocab_size: Ids are below it; None: below 2^31.
+        where: What they are of, for the error.
+        token_start: The index of the first of them in `where`.
+
+    Raises:
+        TypeError: They are not integers.
+        ValueError: An id is negative or outside the vocabulary; names its index.
     """
     if token_ids.dtype.kind not in "iu":
         raise TypeError(f"{where}: token ids are {token_ids.dtype}, expected integers")
     limit = TOKEN_ID_MAX + 1 if vocab_size is None else vocab_size
     if len(token_ids) and not (token_ids.min() >= 0 and token_ids.max() < limit):
-        place = int(np.flatnonzero((token_ids < 0) | (token_ids >= limit))[0])
+        index = int(np.flatnonzero((token_ids < 0) | (token_ids >= limit))[0])
         raise ValueError(
-            f"{where}: token {token_start + place} has id {token_ids[place]}, the vocabulary has {limit} ids from 0 "
+            f"{where}: token {token_start + index} has id {token_ids[index]}, the vocabulary has {limit} ids from 0 "
             f"on; give the text's own tokenizer or vocabulary size, or the right dtype"
         )
 
@@ -59,7 +66,7 @@ class TokenTraceWriter:
     """Writes a token trace; use it with `with`, and `finish` it. One thread at a time."""
 
     def __init__(self, path: str | os.PathLike[str], *, vocab_size: int | None, source: str) -> None:
-        """vocab_size: ids are below it, None where it is not known. source: where the text comes from, for people.
+        """vocab_size: ids are below it, None if it is not known. source: where the text comes from, for people.
 
         Raises what `ColumnWriter` raises, and `ValueError` for a vocabulary that there cannot be.
         """
@@ -77,10 +84,15 @@ class TokenTraceWriter:
         self._last_end = 0
 
     def add(self, token_ids: np.ndarray, document_ends: np.ndarray | Sequence[int] = ()) -> None:
-        """Appends tokens to the document under way, ending documents at the given places. Blocks on the disk.
+        """Appends tokens to the document under way, and ends documents. Blocks on the disk.
 
-        token_ids: integers [T]. document_ends: places in them, ascending, 0 to T; 0 ends the document before, T with
-        the last token. Raises `ValueError` for ids outside the vocabulary and places outside the tokens.
+        Args:
+            token_ids: Integers [T].
+            document_ends: Indexes in them, ascending, 0 to T: 0 ends the document before, T with the last token.
+
+        Raises:
+            TypeError: The ids are not integers.
+            ValueError: Ids outside the vocabulary, or ends outside the tokens.
         """
         check_token_ids(token_ids, self._vocab_size, str(self._writer.path), self.num_tokens)
         ends = np.asarray(document_ends, dtype=np.int64)
@@ -139,13 +151,13 @@ class TokenTraceWriter:
 
 
 def sort_of_trace(path: str | os.PathLike[str]) -> str:
-    """Returns TOKENS or KEYS, without reading a trace's data. Raises `FormatError` where the file is no trace."""
+    """Returns TOKENS or KEYS, without reading a trace's data. Raises `FormatError` if the file is not a trace."""
     with ColumnReader.open(path, TRACE_KIND) as reader:
         return _sort_of(reader)
 
 
 def open_trace(path: str | os.PathLike[str], sort: str) -> ColumnReader:
-    """Opens the columns of a trace of the given sort, TOKENS or KEYS. Raises `FormatError` where the file is none."""
+    """Opens the columns of a trace of the given sort, TOKENS or KEYS. Raises `FormatError` if the file is not one."""
     reader = ColumnReader.open(path, TRACE_KIND)
     try:
         if _sort_of(reader) != sort:
@@ -165,16 +177,16 @@ def _sort_of(reader: ColumnReader) -> str:
 
 
 def read_token_trace_info(path: str | os.PathLike[str]) -> TokenTraceInfo:
-    """Returns what a token trace is about, without reading its data. Raises `FormatError` where it is none."""
+    """Returns what a token trace is about, without reading its data. Raises `FormatError` if it is not one."""
     with open_trace(path, TOKENS) as reader:
         return _token_info(reader)
 
 
 def read_token_pieces(path: str | os.PathLike[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (token ids, int32 [T]; the places in them, int64, 1 to T, at which documents end), a block at a time.
+    """Yields (token ids, int32 [T]; the indexes in them, int64, 1 to T, at which documents end), a block at a time.
 
     Memory is bounded by a block, however long the documents are.
-    Raises `FormatError` where the file is no whole token trace.
+    Raises `FormatError` if the file is not a whole token trace.
     """
     with open_trace(path, TOKENS) as reader:
         info = _token_info(reader)
@@ -209,10 +221,13 @@ def read_token_documents(
     path: str | os.PathLike[str], tokens_max: int | None = None, stretch_tokens: int | None = None
 ) -> Iterator[np.ndarray]:
     """Yields the documents of a token trace in order, token ids int32 [T] each, T >= 1.
-    Raises as `read_token_pieces` does.
 
-    tokens_max: a longer document is cut into stretches of `stretch_tokens` (by default as many) and a last one of the
-    rest; None: none is cut. Memory holds a block and the longest document, or tokens_max of it.
+    Memory is bounded by a block and the longest document, or tokens_max of it. Raises as `read_token_pieces` does.
+
+    Args:
+        path: The trace.
+        tokens_max: A longer document is cut into stretches and a last one of the rest; None: never.
+        stretch_tokens: Of one stretch, by default tokens_max.
     """
     stretch = stretch_tokens or tokens_max or 0
     unfinished: list[np.ndarray] = []

@@ -21,8 +21,7 @@ SENT_AFTER_S = 0.005  # when the hooks have ended
 
 
 class DeferredSignals:
-    """Keeps Python's signal handlers from running between `begin` and `end`. They run in the main thread,
-    so only it defers."""
+    """Keeps Python's signal handlers, which run in the main thread alone, from running between `begin` and `end`."""
 
     def __init__(self) -> None:
         self._handlers: dict[int, Callable[[int, Any], Any]] = {}
@@ -64,12 +63,12 @@ def _send(numbers: list[int]) -> None:
 
 
 class LostEngine:
-    """Stands in a forked child for an engine that was not made ready for the fork: whatever it is asked, it refuses."""
+    """Stands in a forked child for an engine that was not made ready for the fork: it refuses every call."""
 
     io, version, device = "none", 0, None
 
     def __init__(self, engine: Any, what: str) -> None:
-        # Never destroyed: its threads are the parent's, and its locks may be held by threads that are not here.
+        # Never destroyed: its threads are the parent's, and its locks may be taken by threads that are not here.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
         self.bad_pages = engine.bad_pages
         self._what = what

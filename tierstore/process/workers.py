@@ -28,7 +28,7 @@ class Stopped(Exception):
 
 
 def check_stopped() -> None:
-    """Raises `Stopped` in a thread of a pool that was told to stop; elsewhere it does nothing."""
+    """Raises `Stopped` in a thread of a pool that has stopped; elsewhere it does nothing."""
     stop = getattr(_of_thread, "stop", None)
     if stop is not None and stop.is_set():
         raise Stopped

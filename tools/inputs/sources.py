@@ -105,7 +105,7 @@ def _input_in_folder(file: Path, dtype: str | None, field: str | None) -> TokenI
 
 def _input_of(path: Path, dtype: str | None, field: str | None) -> TokenInput:
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{path} is no regular file; write what comes out of it to a file first")
+        raise ConfigError(f"{path} is not a regular file; write what comes out of it to a file first")
     if why := unfinished_download(path):
         raise ConfigError(f"{path}: {why}")
     size = path.stat().st_size
