@@ -1,7 +1,7 @@
 """The model's side of tierstore: token map, hashing, prefetch, drop-in modules.
 
 Input: token ids, or the row ids that a model already has. Output: rows in the table's float type, from `tierstore`
-lookups. Errors: `ImportError` for what needs torch, if there is none.
+lookups. Errors: `ImportError` for what needs torch, if it is not installed.
 
 What needs torch is imported when it is first used, so that hashing, building and serving do without.
 """

@@ -73,8 +73,7 @@ class DeviceEmbedding:
         self._begun = _Begun(call, values, keys, lookup, self._is_capturing())
 
     def forward(self, call: DeviceCall) -> torch.Tensor:
-        """Returns the values, [B, T, O * H, dim]. On a GPU it launches and does not wait; of ids that the host holds it
-        waits for reads."""
+        """Returns the values, [B, T, O * H, dim]. On a GPU it only launches; for ids on the host it waits for reads."""
         with self._lock:
             return self._forward(call)
 
@@ -114,8 +113,7 @@ class DeviceEmbedding:
         return lookup
 
     def _check_all(self) -> None:
-        """Raises what went wrong in any lookup that the device has done, of whatever size;
-        not while a graph is captured."""
+        """Raises what went wrong in any lookup that the device has done; not while a graph is captured."""
         if self._side is not None and not self._is_capturing():
             for lookup in self._lookups.values():
                 self._check(lookup)
@@ -139,8 +137,7 @@ class DeviceEmbedding:
         self._join(begun.values, begun.keys)
 
     def _join(self, values: torch.Tensor, keys: torch.Tensor | np.ndarray) -> None:
-        """Has the current stream wait for the one of its own,
-        and keeps memory from being used again before both have done."""
+        """Has the current stream wait for the side stream, and keeps their memory until both have done."""
         if self._side is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._side)
@@ -153,8 +150,7 @@ class DeviceEmbedding:
             memory.record_stream(stream)
 
     def _check_capture(self, begun: _Begun) -> None:
-        """Refuses to end in a captured graph what was begun outside:
-        each replay would write to values that are long gone."""
+        """Refuses to finish in a captured graph what was started outside: each replay would write to freed values."""
         if self._is_capturing() and not begun.captured:
             raise ConfigError(
                 f"table {self._table.name}: a prefetch that was begun before the graph's capture cannot be ended in "
@@ -187,7 +183,7 @@ class DeviceEmbedding:
             return torch.empty(shape, dtype=self._dtype, device=self.device)
 
     def _keys(self, call: DeviceCall) -> torch.Tensor | np.ndarray:
-        """Returns the keys, [B * T, O]: on the device, or, of ids that the host holds, here."""
+        """Returns the keys, [B * T, O]: on the device, or, for ids on the host, here."""
         num_orders = len(self._table.orders)
         if call.on_host:
             arrays = (None if tensor is None else tensor.numpy() for tensor in (call.history, call.dead))

@@ -68,8 +68,8 @@ class TieredEmbedding(torch.nn.Module):
         self._on_device = (
             None if getattr(store, "device", None) is None else DeviceEmbedding(store, table.spec, layer, spec)
         )
-        self._pending_lock = threading.Lock()
-        self._pending: OrderedDict[_CallKey, tuple[Ticket, np.ndarray]] = OrderedDict()  # guarded by _pending_lock
+        self._pending_lock = threading.Lock()  # guards `_pending`
+        self._pending: OrderedDict[_CallKey, tuple[Ticket, np.ndarray]] = OrderedDict()
 
     @property
     def features(self) -> int:
@@ -89,8 +89,7 @@ class TieredEmbedding(torch.nn.Module):
     def forward(
         self, token_ids: torch.Tensor, history: torch.Tensor | None = None, dead: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Returns the rows of token ids as [B, T, O * H, dim], on the device of `token_ids`. Blocks until they are
-        there.
+        """Returns the rows of token ids as [B, T, O * H, dim], on the device of `token_ids`. Blocks on the reads.
 
         If the store has an hbm tier, rows come out on its device. Kernels look up ids that lie there, and may be
         captured in a CUDA graph: the host waits for nothing, and raises what went wrong at a later call or in
@@ -102,7 +101,7 @@ class TieredEmbedding(torch.nn.Module):
             history: The tokens before, integers [B, P], of which the last ones count, because n-grams reach back.
                 Decoding needs it: `embedding(next_id, history=seen)`. A call without it is the start of a document;
                 for a single token that logs a warning, once.
-            dead: bool [B, T], positions that are not text, such as image spans; they get zero rows.
+            dead: bool [B, T], positions that are not text, such as image spans; their ids are not read.
 
         Raises:
             TypeError: Not tensors of integers, or `dead` not of bool.
@@ -124,13 +123,12 @@ class TieredEmbedding(torch.nn.Module):
         return values.unflatten(0, call.token_ids.shape)
 
     def synchronize(self) -> None:
-        """Waits until the device has done all lookups, and raises what went wrong in them.
-        Without an hbm tier: nothing."""
+        """Waits until the device has done all lookups, and raises what went wrong. Does nothing without an hbm tier."""
         if self._on_device is not None and self._store.device is not None:
             self._on_device.synchronize()
 
     def _prefetched(self, call: _Call) -> np.ndarray | None:
-        """Returns the rows that a prefetch of the same call has read; None if there is none, or its request failed.
+        """Returns the rows that a prefetch of the same call has read; None without one, or if its request failed.
 
         A request of several layers fails as one: what is wrong may be another layer's page, so this layer looks up
         again, and raises then if the page is its own. `TimeoutError` comes through: waiting twice would break the
@@ -217,19 +215,21 @@ def prefetch_layers(
 
 
 class RowIdEmbedding(torch.nn.Module):
-    """Drop-in for an embedding whose caller already holds row ids: `RowIdEmbedding(store, layer)(row_ids)`.
+    """Drop-in for an embedding whose caller already has row ids: `RowIdEmbedding(store, layer)(row_ids)`.
 
     Stands in for `nn.Embedding` (`weight.device`, `weight.dtype`, `num_embeddings`, `embedding_dim`), and with
     `head_offsets=True` for the published MultiHeadEmbedding, which takes ids within each head and adds the offsets
     itself. `weight` is empty, [0, dim]: it follows `.to(device)`, keeps the table's float type under `.to(dtype)`,
-    because that is the type of the output, and is not in the state_dict. Raises `ConfigError` if the store has no
-    such table. stands_for_weight: whether a saved model has the rows as this module's weight,
-    as `swap_embedding` wants it.
+    because that is the type of the output, and is not in the state_dict.
+
+    Attributes:
+        stands_for_weight: Whether a saved model has the rows as this module's weight; `swap_embedding` sets it.
     """
 
     weight: torch.Tensor
 
     def __init__(self, store: Store, layer: int | str, head_offsets: bool = False) -> None:
+        """Binds a table, by the index of the model's module or by name. Raises `ConfigError` if the store has none."""
         super().__init__()
         self._store = store  # which lives as long as this does, also if nobody else names it
         self._table = _table(store, layer if isinstance(layer, str) else f"layers.{layer}")
@@ -255,8 +255,7 @@ class RowIdEmbedding(torch.nn.Module):
         return decode_rows(rows.to(row_ids.device), self._table.spec.codec, self.embedding_dim)
 
     def copy_rows_to(self, values: torch.Tensor, piece_bytes: int) -> None:
-        """Fills values, [num_embeddings, embedding_dim] on the CPU, with all rows,
-        read by so many bytes at once. Blocks."""
+        """Fills values, [num_embeddings, embedding_dim] on the CPU, with all rows, piece by piece. Blocks."""
         spec = self._table.spec
         step = max(1, piece_bytes // spec.row_bytes)
         for start in range(0, spec.num_rows, step):
@@ -299,7 +298,7 @@ class RowIdEmbedding(torch.nn.Module):
 class HashedEmbedding(torch.nn.Module):
     """The resident counterpart of `TieredEmbedding`: a whole table in memory, addressed by the same hash.
 
-    `weight` holds the decoded rows, [num_rows, dim], and is kept frozen. For tables that fit, and as the oracle of
+    `weight` is the decoded rows, [num_rows, dim], and stays frozen. For tables that fit, and as the oracle of
     tests. Raises `ValueError` if `weight` is not the size of the table that `spec` describes.
     """
 

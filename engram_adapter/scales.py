@@ -100,8 +100,7 @@ def rows_of_weight(checkpoint: Checkpoint, weight: StoredTensor) -> StoredRows:
 
 
 def refuse_packed(checkpoint: Checkpoint, weight: StoredTensor, beside: list[str]) -> None:
-    """Raises `ConfigError` if what lies beside a tensor, or its name or type,
-    says that its bytes are not rows of values."""
+    """Raises `ConfigError` if name, type or neighbours of a tensor mean that its bytes are not rows."""
     leaf = weight.name.rpartition(".")[2]
     marks = {leaf, *(name.rpartition(".")[2] for name in beside), *(name[len(weight.name) + 1 :] for name in beside)}
     for pattern, scheme in _SCHEMES[:-1]:
@@ -130,8 +129,7 @@ def refuse_packed_name(checkpoint: Checkpoint, name: str) -> None:
 
 
 def scaled_rows(checkpoint: Checkpoint, weight: StoredTensor, name: str) -> StoredRows:
-    """Returns how the rows of an fp8 weight are stored with the scale `name`: one for all,
-    or e8m0 bytes in each row."""
+    """Returns how rows of an fp8 weight are stored with the scale `name`: one for all, or bytes in each row."""
     scale = checkpoint.tensors.get(name)
     if scale is None:
         raise ConfigError(f"{checkpoint.path}: tensor {name}, the scale of {weight.name}, {checkpoint.why_not(name)}")

@@ -77,6 +77,6 @@ def _warn_of_missing_history(history_tokens: int) -> None:
     logger.warning(
         "one token was looked up without history, as the start of a document; to decode, pass the tokens before it: "
         "embedding(token_ids, history=seen), of which the last %d count. Of a document's first token, pass an empty "
-        "history, token_ids[:, :0]. This is said once.",
+        "history, token_ids[:, :0]. This warning comes once.",
         history_tokens,
     )

@@ -1,4 +1,4 @@
-"""Why the operating system refused something, and what helps: the one place that tells causes apart.
+"""Why the operating system refused something, and what helps: the one place that distinguishes causes.
 
 Input: an `OSError` (or a library's error that carries the system's words), what failed, and where.
 Output: an error of tierstore's own classes. Its message says what, where, the numbers and the remedy of that very
@@ -38,8 +38,7 @@ _OWN_ERRNO = {code: os.strerror(code) for code in errno.errorcode}
 
 @dataclass(frozen=True)
 class Fault:
-    """What the caller knows: the class and the remedy if the file itself is at fault (missing, unreadable,
-    of no use)."""
+    """What the caller knows: the class and the remedy if the file itself is at fault (missing, unreadable)."""
 
     kind: type[TierStoreError]
     remedy: str
@@ -87,7 +86,7 @@ def named(
         needed_bytes: How many bytes were to be written or taken, if that is known.
         fault: The class and the remedy for causes that lie in the file itself.
         kind: The class of the error, whatever the cause.
-        note: Said at the end: what is kept, what to run again.
+        note: The end of the message: what is kept, what to run again.
     """
     cause = cause_of(
         error,
@@ -165,8 +164,7 @@ def naming_panics(what: object, remedy: str) -> Iterator[None]:
 
 
 def system_error(error: BaseException, path: _Path | None = None) -> OSError | None:
-    """Returns the `OSError` that a library's error tells of in words ("No space left on device");
-    None if it tells of none."""
+    """Returns the `OSError` that a library's error names in words ("No space left on device"), None if it names none."""
     if isinstance(error, OSError):
         return error
     text = str(error)
@@ -223,8 +221,7 @@ def _named_path(error: OSError) -> Path | None:
 
 
 def _shown(path: Path | None) -> str:
-    """Returns the path as people know it: without the suffix of unfinished files;
-    the folder of a file without a name."""
+    """Returns the path as people know it: without NEW_SUFFIX; of a file without a name, its folder."""
     if path is None:
         return ""
     if path.name.endswith(NEW_SUFFIX):

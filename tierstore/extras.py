@@ -73,7 +73,7 @@ def _direct_url() -> dict[str, object]:
 
 
 def _source() -> list[str]:
-    """Returns pip's arguments for the clone of this installation; [] if there is none any more."""
+    """Returns pip's arguments for the clone of this installation; [] if it is gone."""
     here = Path(__file__).resolve().parents[1]
     if _is_clone(here):  # it runs out of the clone itself
         return ["-e", str(here)]

@@ -57,7 +57,7 @@ def codec_row_bytes(codec: str, dim: int) -> int | None:
 
 
 def codec_scale(codec: str) -> float:
-    """Returns the global scale in a codec's name ("fp8_e4m3*0x1.8p-7" -> 0.01171875), 1.0 if there is none."""
+    """Returns the global scale in a codec's name ("fp8_e4m3*0x1.8p-7" -> 0.01171875), 1.0 without one."""
     _, _, scale = codec.partition("*")
     try:
         return float.fromhex(scale) if scale else 1.0

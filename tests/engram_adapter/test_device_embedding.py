@@ -185,7 +185,7 @@ def test_what_runs_between_a_prefetch_and_its_forward_is_no_part_of_the_latency(
     embedding.prefetch(token_ids)
     embedding(token_ids)
     took = store.stats()["latency"]["sum_ns"]
-    assert took in (2_000, 2_500)  # the second half is none where nothing can come late
+    assert took in (2_000, 2_500)  # nothing can come late, so the second half takes no time
 
 
 @pytest.mark.parametrize("split", [1, 2, 5, 11])

@@ -41,7 +41,7 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass
 class Draft:
-    """A checkpoint about to be written, so that a test may spoil it first. `rows` is what each table must read as."""
+    """A checkpoint about to be written, so that a test may damage it first. `rows` is what each table must read as."""
 
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
@@ -254,24 +254,24 @@ def test_a_tokenizer_of_another_count_stops_with_both_numbers(tmp_path: Path) ->
         read_model(draft.write(tmp_path))
 
 
-Spoil = Callable[[Draft], Any]
+Damage = Callable[[Draft], Any]
 
 
-def replaced(suffix: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
+def replaced(suffix: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
     """Changes the first tensor whose name ends so."""
 
-    def spoil(draft: Draft) -> None:
+    def damage(draft: Draft) -> None:
         name = next(name for name in draft.tensors if name.endswith(suffix))
         draft.tensors[name] = change(draft.tensors[name])
 
-    return spoil
+    return damage
 
 
-def without(suffix: str) -> Spoil:
+def without(suffix: str) -> Damage:
     return lambda draft: draft.tensors.pop(next(name for name in draft.tensors if name.endswith(suffix)))
 
 
-def with_config(**values: Any) -> Spoil:
+def with_config(**values: Any) -> Damage:
     return lambda draft: draft.config.get("text_config", draft.config).update(values)
 
 
@@ -286,7 +286,7 @@ def twice(draft: Draft) -> None:
     draft.tensors[f"mtp.{name}"] = draft.tensors[name].clone()
 
 
-SPOILED: list[tuple[Callable[[], Draft], str, Spoil, str]] = [
+DAMAGED: list[tuple[Callable[[], Draft], str, Damage, str]] = [
     (v41_draft, "no weight", without("1.engram.embed.weight"), r"no such tensor \(layers\.1\.engram\.embed\.weight\)"),
     (v41_draft, "no scale", without("layers.3.engram.embed.scale"), r"layers.3.engram.embed.scale is missing"),
     (v41_draft, "two weights", twice, r"several such tensors: .*mtp"),
@@ -357,14 +357,14 @@ SPOILED: list[tuple[Callable[[], Draft], str, Spoil, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("make", "spoil", "message"),
-    [pytest.param(make, spoil, message, id=f"{make().codec}-{name}") for make, name, spoil, message in SPOILED],
+    ("make", "damage", "message"),
+    [pytest.param(make, damage, message, id=f"{make().codec}-{name}") for make, name, damage, message in DAMAGED],
 )
 def test_a_checkpoint_that_contradicts_itself_is_refused_with_its_numbers(
-    make: Callable[[], Draft], spoil: Spoil, message: str, tmp_path: Path
+    make: Callable[[], Draft], damage: Damage, message: str, tmp_path: Path
 ) -> None:
     draft = make()
-    spoil(draft)
+    damage(draft)
     with pytest.raises(ConfigError, match=message):
         read_model(draft.write(tmp_path))
 
@@ -425,19 +425,19 @@ def test_what_is_no_2d_tensor_is_refused_with_those_there_are(tmp_path: Path) ->
         plain_source(checkpoint, "none")
 
 
-def renamed(pattern: str, replacement: str) -> Spoil:
+def renamed(pattern: str, replacement: str) -> Damage:
     """Gives every tensor the name that a conversion gives it."""
 
-    def spoil(draft: Draft) -> None:
+    def damage(draft: Draft) -> None:
         draft.tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in draft.tensors.items()}
 
-    return spoil
+    return damage
 
 
-def scales_of_parts(*scales: float) -> Spoil:
+def scales_of_parts(*scales: float) -> Damage:
     """Gives each part of the first layer's table a scale of its own, in turn, and takes the table's away."""
 
-    def spoil(draft: Draft) -> None:
+    def damage(draft: Draft) -> None:
         for name in [name for name in draft.tensors if name.endswith("ngram_embedding.weight_scale")]:
             prefix = name.removesuffix("weight_scale")
             parts = [part for part in draft.tensors if part.startswith(f"{prefix}shard_")]
@@ -445,10 +445,10 @@ def scales_of_parts(*scales: float) -> Spoil:
                 draft.tensors[part.replace(".weight", ".weight_scale")] = torch.tensor([scales[index % len(scales)]])
             del draft.tensors[name]
 
-    return spoil
+    return damage
 
 
-SPELLINGS: list[tuple[str, Spoil]] = [
+SPELLINGS: list[tuple[str, Damage]] = [
     ("qwen-bf16", renamed(r"model\.language_model\.(.*)\.shard_(\d+)\.", r"language_model.model.\1.shards.\2.")),
     ("qwen-fp8", renamed(r"\.shard_(\d+)\.", r".shards.\1.")),
     ("qwen-fp8", renamed("weight_scale$", "weight_scale_inv")),
@@ -461,7 +461,7 @@ SPELLINGS: list[tuple[str, Spoil]] = [
 
 
 @pytest.mark.parametrize(("layout", "spell"), SPELLINGS)
-def test_other_spellings_of_a_family_give_the_same_rows_and_codec(layout: str, spell: Spoil, tmp_path: Path) -> None:
+def test_other_spellings_of_a_family_give_the_same_rows_and_codec(layout: str, spell: Damage, tmp_path: Path) -> None:
     draft = LAYOUTS[layout][1]()
     spell(draft)
     for source in read_model(draft.write(tmp_path)).sources:

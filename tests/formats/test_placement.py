@@ -191,7 +191,7 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a field more": setting("more", 1),
     "an unknown table": lambda told: told["tables"].update(other=told["tables"][TABLE]),
     "tables in a list": lambda told: told.update(tables=[]),
-    "a table that is none": lambda told: told["tables"].update({TABLE: 7}),
+    "a number for a table": lambda told: told["tables"].update({TABLE: 7}),
     "another epoch": lambda told: told.update(epoch=2),
     "another length": lambda told: told.update(num_bytes=told["num_bytes"] + UNIT_BYTES),
     "a list": lambda told: [told],

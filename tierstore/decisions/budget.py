@@ -102,7 +102,7 @@ def divide_dram(
     Args:
         tables: By name.
         budget_bytes: All that may be used.
-        placement: What static sets are filled from; None: there are none.
+        placement: What static sets are filled from; None: only caches.
         hbm_entries: How many of a table's first placed entries are in HBM. Its static set begins after them, at the
             start of their last, unfinished group of records (`group_start`).
 

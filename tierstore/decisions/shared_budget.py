@@ -151,8 +151,7 @@ def _least_share(table: TableLayout, placed: PlacedTable | None) -> int:
 def _divide_share(
     table: TableLayout, share_bytes: int, placed: PlacedTable | None, starts: Mapping[str, int]
 ) -> tuple[SharedShare, int, int]:
-    """Divides a table's share; returns it, and its bytes of the static and of the recency block.
-    All parts are whole units."""
+    """Divides a table's share; returns it, and its bytes of the static and of the recency block, in whole units."""
     num_orders, record = len(table.spec.orders), record_bytes(table.spec.entry_bytes)
     fraction = placed.static_fraction if placed else DEFAULT_STATIC_FRACTION
     file_bytes = placed.index_bytes if placed else 0

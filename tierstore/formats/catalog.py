@@ -54,7 +54,7 @@ os.register_at_fork(after_in_child=_renew_lock)
 class CatalogImage:
     """All that a catalog says, copied out. `shards[table]` maps shard index to its record, finished ones only.
 
-    placements: the published ones by epoch; epoch: the current one, None if there is none; last_epoch: the largest
+    placements: the published ones by epoch; epoch: the current one, or None; last_epoch: the largest
     number ever given, 0 at first, so that none is given twice.
     """
 

@@ -49,7 +49,7 @@ class Checkpoint:
 
     Attributes:
         path: The folder, or the file.
-        config: config.json; empty if there is none.
+        config: config.json; empty if it is missing.
         tensors: By name.
         files: Those that are there and have tensors, in order of name.
         contents: What each of `files` has.
@@ -114,7 +114,7 @@ class Checkpoint:
         return self.unusable.get(name) or f"is missing; {self.why_missing()}"
 
     def why_missing(self) -> str:
-        """Returns why a tensor that no file has may be missing: the files that are not there, as far as names tell."""
+        """Returns why a tensor that no file has may be missing: the files that are not there, as far as names show."""
         return in_words(self.absent_files) or "config.json does not belong to these tensors, or a file is missing"
 
     @property
@@ -162,7 +162,7 @@ class Checkpoint:
         return str(self.as_record()["digest"])
 
     def as_record(self) -> dict[str, Any]:
-        """Returns what the catalog keeps of where rows came from: a digest, and of each file what tells it from others.
+        """Returns what the catalog keeps of where rows came from: a digest, and of each file what identifies it.
 
         Of a file: its name, bytes, time of last change, inode, and the digests of its header and of its samples. Blocks
         on the disk. Raises `FormatError` if a file has changed since it was opened.

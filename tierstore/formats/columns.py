@@ -125,8 +125,7 @@ class ColumnWriter:
             sync_folder(self.path.parent)
 
     def abandon(self) -> None:
-        """Removes what was written, unless it is finished; harmless then.
-        In a forked child it leaves the parent's file."""
+        """Removes what was written, unless it is finished. A forked child leaves its parent's file."""
         if self._file is not None and not self._file.closed:
             if os.getpid() == self._pid and self._is_ours():
                 self._new_path.unlink(missing_ok=True)

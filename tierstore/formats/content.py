@@ -1,4 +1,4 @@
-"""What a file is, told by its first bytes and never by its name.
+"""What a file is, by its first bytes and never by its name.
 
 Input: a file's first `HEAD_BYTES` bytes and its length. Output: a `Content` with a name for messages and a remedy, or
 None for a file of no known kind: plain text, raw integers. Errors: none; `OSError` comes through from the two functions

@@ -48,7 +48,7 @@ class KeyTraceInfo:
 
 
 class KeyBlock(NamedTuple):
-    """Accesses in order, [A] each: place of the table in the trace's tables, of the order in its orders,
+    """Accesses in order, [A] each: index of the table in the trace's tables, of the order in its orders,
     key, lookup."""
 
     table: np.ndarray
@@ -61,7 +61,7 @@ class KeyTraceWriter:
     """Writes a key trace; use it with `with`, and `finish` it. One thread at a time."""
 
     def __init__(self, path: str | os.PathLike[str], *, tables: Sequence[TracedTable], sample_rate: float) -> None:
-        """tables: those that accesses may name, by place. sample_rate: share of keys whose accesses are kept,
+        """tables: those that accesses may name, by index. sample_rate: share of keys whose accesses are kept,
         0 to 1."""
         assert 0 < sample_rate <= 1, sample_rate
         self.num_accesses = 0
@@ -94,7 +94,7 @@ class KeyTraceWriter:
         self._filled = 0
 
     def finish(self, *, num_batches: int, num_dropped: int) -> KeyTraceInfo:
-        """Ends the trace, which bears its name from then on; the counts are those of `KeyTraceInfo`.
+        """Ends the trace, which has its name from then on; the counts are those of `KeyTraceInfo`.
         Blocks on the disk."""
         self._write_block()
         self._writer.finish({"accesses": self.num_accesses, "batches": num_batches, "dropped": num_dropped})

@@ -19,7 +19,7 @@ _CONTENT = ("bytes", "header_sha256", "samples_sha256")
 
 
 def same_checkpoint(recorded: dict[str, Any], found: dict[str, Any], sources: Sequence[TableSource]) -> bool:
-    """Returns whether two records are of one checkpoint, as far as headers and samples tell.
+    """Returns whether two records are of one checkpoint, as far as headers and samples show.
 
     The digests are equal, or those of every file that the tables lie in: of a checkpoint the other files may not have
     been downloaded then, or be gone now. Older records have one digest of all files together, and no time or inode.

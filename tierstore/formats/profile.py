@@ -89,7 +89,7 @@ class ProfileHeader:
             and len({orders for _, _, orders in tables}) == 1
         ):
             raise FormatError(
-                f"{where}: n-grams of {header.bits} bits an id and orders {tables} are none; profile again"
+                f"{where}: n-grams of {header.bits} bits an id and orders {tables} cannot be; profile again"
             )
         return header
 
@@ -183,12 +183,12 @@ class ProfileReader:
             ascending = (high[1:] > high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] > low[:-1]))
             if (int(high[0]), int(low[0])) <= last or not ascending.all():
                 raise FormatError(f"{self.path}: its items are out of order; profile again")
-            if min(counted.min(), held_out.min()) < 0 or not self._can_hold(high, low):
+            if min(counted.min(), held_out.min()) < 0 or not self._fits_in_profile(high, low):
                 raise FormatError(f"{self.path}: it counts items that its tables cannot have; profile again")
             last = int(high[-1]), int(low[-1])
             yield np.stack([high, low], axis=1), np.stack([counted, held_out], axis=1)
 
-    def _can_hold(self, high: np.ndarray, low: np.ndarray) -> bool:
+    def _fits_in_profile(self, high: np.ndarray, low: np.ndarray) -> bool:
         """Whether items, sorted, are n-grams of no more bits than there are,
         or keys of the profile's tables and orders."""
         header = self.header

@@ -2,7 +2,7 @@
 
 Input: a file's path. Output: `StoredTensor`s, whose bytes are then read from the file itself. Errors: `FormatError` for
 headers that lie (every number is checked against the file before it is used), `ConfigError` for files of another kind,
-told by their bytes, and for downloads that have not finished; each says what the file is and what to do.
+recognised by their bytes, and for downloads that have not finished; each says what the file is and what to do.
 
 The safetensors header is parsed here rather than by its library because we need byte offsets, and dtypes (fp8, e8m0)
 that NumPy does not have. What the library refuses is refused here, and some that it lets pass: keys that it would not

@@ -75,8 +75,7 @@ def die_of(number: int) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process with a status, at once: threads that still compute what nobody
-    wants any more are not waited for."""
+    """Ends the process with a status, at once, without waiting for threads that still compute."""
     _flush()
     os._exit(status)
 
