@@ -37,9 +37,9 @@ class CheckpointRows:
         """Where the checkpoint lies."""
         return self.checkpoint.path
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns who it is: its digest, its files. Blocks: reads samples of every tensor."""
-        return self.checkpoint.as_record()
+        return self.checkpoint.to_dict()
 
     def sources_of(self, image: CatalogImage) -> Sequence[TableSource]:
         """Returns its tables as a store was built from them: see `sources_of_store`."""
@@ -113,7 +113,7 @@ def build_checkpoint(
     return build_store(
         store_path,
         sources,
-        origin=checkpoint.as_record(),
+        origin=checkpoint.to_dict(),
         attachments=attachments,
         shard_bytes=shard_bytes,
         jobs=jobs,

@@ -62,7 +62,7 @@ class Family:
         table_pattern: Regular expression of the tensor that holds a layer's table, `{layer}` for its number; any prefix
             may stand before.
         table_words: The same for people.
-        read_hash: The hash, from the configuration and the token map (None if the family has none of its own, or it is not given).
+        read_hash: The hash, from the configuration and the token map (None without one).
         read_table: A layer's table, from a checkpoint, the hash and the layer's number. Raises `ConfigError` if
             tensors, scales or hash buffers disagree with the configuration: the rows would be wrong.
         synthetic: How to make a checkpoint.

@@ -89,7 +89,7 @@ def test_moduli_too_small_for_the_key_have_no_whole_tokens() -> None:
 
 def test_a_spec_survives_its_record() -> None:
     for spec in SPECS.values():
-        assert TableSpec.from_record(json.loads(json.dumps(spec.as_record()))) == spec
+        assert TableSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,10 @@ def test_a_spec_that_contradicts_itself_is_refused(change: dict) -> None:
 
 @pytest.mark.parametrize("field", list(TableSpec.__dataclass_fields__))
 def test_a_record_without_a_field_or_with_nonsense_is_refused(field: str) -> None:
-    record = SPECS["small"].as_record()
+    record = SPECS["small"].to_dict()
     for damaged in ({k: v for k, v in record.items() if k != field}, record | {field: {"x": 1}}):
         with pytest.raises(FormatError):
-            TableSpec.from_record(damaged)
+            TableSpec.from_dict(damaged)
 
 
 def test_codecs_say_their_row_bytes_and_scale() -> None:

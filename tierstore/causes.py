@@ -164,7 +164,7 @@ def naming_panics(what: object, remedy: str) -> Iterator[None]:
 
 
 def system_error(error: BaseException, path: _Path | None = None) -> OSError | None:
-    """Returns the `OSError` that a library's error names in words ("No space left on device"), None if it names none."""
+    """Returns the `OSError` that a library's error names in words ("No space left on device"), or None."""
     if isinstance(error, OSError):
         return error
     text = str(error)

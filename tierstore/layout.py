@@ -108,15 +108,15 @@ class TableLayout:
         page_start = shard_index * self.pages_per_shard
         return page_start, min(page_start + self.pages_per_shard, self.num_pages)
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns the layout as a JSON-able dict."""
         record = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return record | {"spec": self.spec.as_record()}
+        return record | {"spec": self.spec.to_dict()}
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> TableLayout:
-        """Reads what `as_record` wrote; raises `FormatError` if numbers are missing or contradict each other."""
-        spec = TableSpec.from_record(record.get("spec", {}))
+    def from_dict(cls, record: dict[str, Any]) -> TableLayout:
+        """Reads what `to_dict` wrote; raises `FormatError` if numbers are missing or contradict each other."""
+        spec = TableSpec.from_dict(record.get("spec", {}))
         numbers: dict[str, Any] = {
             n: record.get(n) for n in ("page_bytes", "rows_per_page", "num_pages", "pages_per_shard", "seed")
         }

@@ -202,14 +202,14 @@ class TableSpec:
         padded = [of_order + [0] * (heads_max - len(of_order)) for of_order in inverses]
         return np.array(list(map(len, inverses)), dtype=np.int64), np.array(padded, dtype=np.int64)
 
-    def as_record(self) -> dict[str, Any]:
-        """Returns the spec as a JSON-able dict, which `from_record` reads back."""
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the spec as a JSON-able dict, which `from_dict` reads back."""
         record = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in record.items()}
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> TableSpec:
-        """Reads what `as_record` wrote; raises `FormatError` if a field is missing or of another type."""
+    def from_dict(cls, record: dict[str, Any]) -> TableSpec:
+        """Reads what `to_dict` wrote; raises `FormatError` if a field is missing or of another type."""
         try:
             fields = {name: record[name] for name in cls.__dataclass_fields__}
             for name in ("orders", "moduli", "offsets"):

@@ -43,7 +43,7 @@ def store_record(image: CatalogImage) -> dict[str, Any]:
 
 def _table_record(image: CatalogImage, layout: TableLayout) -> dict[str, Any]:
     shards = image.shards[layout.spec.name]
-    return layout.spec.as_record() | {
+    return layout.spec.to_dict() | {
         "entry_bytes": layout.spec.entry_bytes,
         "table_bytes": layout.spec.table_bytes,
         "page_bytes": layout.page_bytes,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tierstore import BudgetError
 from tierstore.decisions.budget import cache_set_bytes
-from tierstore.decisions.shared_budget import SharedPlan, as_share, divide_shared
+from tierstore.decisions.shared_budget import SharedPlan, SharedShare, divide_shared
 from tierstore.formats.placement import Placement, TableShape, lay_out_placement
 from tierstore.layout import BUCKET_KEYS, PageShape, TableLayout
 from tierstore.spec import TableSpec
@@ -80,7 +80,7 @@ def assert_sound(plan: SharedPlan, layouts: dict[str, TableLayout], budget_bytes
         assert all(end <= next_start for (_, end), (next_start, _) in pairwise(used)), (block, used)
         assert max((end for _, end in used), default=0) <= sizes[block]
     for name, share in plan.shares.items():
-        assert as_share(share.as_record()) == share
+        assert SharedShare.from_dict(share.to_dict()) == share
         if not share.resident:
             assert 1 <= share.capacity < share.num_slots
             assert share.num_sets >= 1
@@ -139,7 +139,7 @@ def test_the_static_fraction_of_a_placement_is_kept() -> None:
 
 def test_a_record_with_other_numbers_is_refused() -> None:
     share = divide_shared({"a": layout("a", 40_000_000, 264, 4)}, 16 << 20).shares["a"]
-    good = share.as_record()
+    good = share.to_dict()
     for bad in (
         good | {"num_slots": -1},
         good | {"num_sets": 1.5},
@@ -149,9 +149,9 @@ def test_a_record_with_other_numbers_is_refused() -> None:
         good | {"file_start": None},
     ):
         with pytest.raises((TypeError, ValueError)):
-            as_share(bad)
+            SharedShare.from_dict(bad)
     with pytest.raises(KeyError):
-        as_share({"resident": True})
+        SharedShare.from_dict({"resident": True})
     with pytest.raises(TypeError):
-        as_share(good | {"more": 1})
-    assert as_share(good) == replace(share)
+        SharedShare.from_dict(good | {"more": 1})
+    assert SharedShare.from_dict(good) == replace(share)

@@ -194,7 +194,7 @@ def test_a_built_store_gives_back_its_hash_and_the_rows_of_every_token(
     checkpoint = draft.write(tmp_path)
     model = read_model(checkpoint)
     attachments = model.hash_spec.attachments()
-    build_store(tmp_path / "store", model.sources, origin=checkpoint.as_record(), attachments=attachments, jobs=1)
+    build_store(tmp_path / "store", model.sources, origin=checkpoint.to_dict(), attachments=attachments, jobs=1)
     tokens = [0, 1, 2, 9, 5, 5, 3, 0, 0, 8, 4]
     with tierstore.open(tmp_path / "store", dram="64MiB") as store:
         spec = HashSpec.from_store(store)

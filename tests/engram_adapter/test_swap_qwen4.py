@@ -55,7 +55,7 @@ def built(model: Any, folder: Path) -> Path:
     found = read_model(checkpoint)
     assert found.family == "qwen4_exp"
     store = folder / "store"
-    build_store(store, found.sources, origin=checkpoint.as_record(), attachments=found.hash_spec.attachments(), jobs=1)
+    build_store(store, found.sources, origin=checkpoint.to_dict(), attachments=found.hash_spec.attachments(), jobs=1)
     return store
 
 

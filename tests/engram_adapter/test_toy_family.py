@@ -39,7 +39,7 @@ def test_a_family_of_one_file_is_written_built_and_looked_up(tmp_path: Path, tok
     model = read_model(checkpoint)  # found by its mark and its tensors' names
     assert (model.family, [source.spec.name for source in model.sources]) == ("toy", ["layers.0", "layers.2"])
     attachments = model.hash_spec.attachments()
-    build_store(tmp_path / "store", model.sources, origin=checkpoint.as_record(), attachments=attachments, jobs=1)
+    build_store(tmp_path / "store", model.sources, origin=checkpoint.to_dict(), attachments=attachments, jobs=1)
     weights: dict[str, torch.Tensor] = {}
     for file in (tmp_path / "model").glob("*.safetensors"):
         weights |= load_file(file)

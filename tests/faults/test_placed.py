@@ -72,7 +72,7 @@ def build_plain_tables(folder: Path, tensors: dict[str, np.ndarray]) -> None:
     for name, rows in tensors.items():
         spec = TableSpec.plain(name, len(rows), rows.shape[1], "raw", rows.shape[1])
         sources.append(TableSource(spec, (Plane(rows.shape[1], (checkpoint.tensors[name],)),)))
-    build_store(folder / "store", sources, origin=checkpoint.as_record(), attachments={})
+    build_store(folder / "store", sources, origin=checkpoint.to_dict(), attachments={})
 
 
 @pytest.mark.parametrize("io", ["uring", "mmap", "pread"])

@@ -55,7 +55,7 @@ def test_a_catalog_says_what_was_built(built: Path, model: Model) -> None:
     image = read_catalog(built)
     assert image.ready
     assert image.format_version == 1
-    assert image.origin == model.checkpoint.as_record()
+    assert image.origin == model.checkpoint.to_dict()
     assert image.attachments == {"note": b"kept"}
     for source in model.sources:
         layout = image.tables[source.spec.name]

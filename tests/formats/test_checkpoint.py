@@ -354,7 +354,7 @@ def test_names_that_are_no_utf_8_are_read_and_told_apart(tmp_path: Path) -> None
         (tmp_path / "m").rename(folder / os.fsdecode(name))
         checkpoint = Checkpoint.open(folder)
         assert checkpoint.tensors["a"].read_bytes() == bytes([0, 1, 2])
-        digests.add(checkpoint.as_record()["digest"])
+        digests.add(checkpoint.to_dict()["digest"])
     assert len(digests) == 2
     torch.save(torch.arange(6.0).reshape(2, 3), tmp_path / "m.pt")
     (tmp_path / "m.pt").rename(tmp_path / os.fsdecode(b"m-\xff.pt"))

@@ -216,7 +216,7 @@ def test_a_header_that_contradicts_itself_is_named(tmp_path: Path, change: dict[
 def test_a_number_beyond_all_floats_in_the_header_is_named() -> None:
     """JSON's 1e999 is read as infinity, which no int can be: it was an OverflowError once."""
     with pytest.raises(FormatError, match="header is damaged"):
-        ProfileHeader.from_record(asdict(NGRAM_HEADER) | {"bits": float("inf")}, "p")
+        ProfileHeader.from_dict(asdict(NGRAM_HEADER) | {"bits": float("inf")}, "p")
 
 
 @pytest.mark.parametrize("name", list(asdict(NGRAM_HEADER)))

@@ -67,7 +67,7 @@ def test_the_last_page_may_be_partly_filled(tmp_path: Path, num_rows: int) -> No
     safetensors.numpy.save_file({"w": rows}, tmp_path / "m.safetensors")
     checkpoint = Checkpoint.open(tmp_path / "m.safetensors")
     source = TableSource(TableSpec.plain("w", num_rows, 40, "raw", 40), (Plane(40, (checkpoint.tensors["w"],)),))
-    build_store(tmp_path / "store", [source], origin=checkpoint.as_record(), attachments={}, shard_bytes=4096)
+    build_store(tmp_path / "store", [source], origin=checkpoint.to_dict(), attachments={}, shard_bytes=4096)
     with tierstore.open(tmp_path / "store") as store:
         np.testing.assert_array_equal(store["w"].rows(np.arange(num_rows)), rows)
 
@@ -103,7 +103,7 @@ def test_a_build_that_fails_anywhere_resumes_to_the_same_bytes(
 ) -> None:
     """Fails operation 1, 2, 3, ... of each kind until none is hit; every time the rest is built by the same command."""
     expected = digests(built)
-    origin = model.checkpoint.as_record()
+    origin = model.checkpoint.to_dict()
     for countdown in range(200):
         store = tmp_path / str(countdown)
         with pytest.MonkeyPatch.context() as patch:
@@ -347,7 +347,7 @@ with open(folder + "/m.safetensors", "wb") as file:
 checkpoint = Checkpoint.open(folder)
 source = TableSource(TableSpec.plain("w", rows, 256, "raw", 256), (Plane(256, (checkpoint.tensors["w"],)),))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-build_store(folder + "/store", [source], origin=checkpoint.as_record(), attachments={}, shard_bytes=16 << 20, jobs=2)
+build_store(folder + "/store", [source], origin=checkpoint.to_dict(), attachments={}, shard_bytes=16 << 20, jobs=2)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     result = subprocess.run(

@@ -137,7 +137,7 @@ def test_a_file_that_changes_between_its_header_and_the_build_is_noticed(model: 
     checkpoint = tierstore.formats.checkpoint.Checkpoint.open(model)
     damage(model / "model.safetensors", 1000)
     with pytest.raises(tierstore.FormatError, match="changed while it was read"):
-        checkpoint.as_record()
+        checkpoint.to_dict()
 
 
 def test_a_store_of_an_older_tierstore_opens_and_is_compared_once(

@@ -20,7 +20,7 @@ from tierstore.offline.verify import verify_store
 
 def verify(store: Path, model: Model | None = None, **options):
     sources = model.sources if model else None
-    origin = model.checkpoint.as_record() if model else None
+    origin = model.checkpoint.to_dict() if model else None
     return verify_store(store, sources=sources, origin=origin, **options)
 
 

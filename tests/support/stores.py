@@ -35,7 +35,7 @@ class Model:
     rows: dict[str, np.ndarray]
 
     def build(self, store: Path, **options: object) -> BuildReport:
-        arguments: dict = {"origin": self.checkpoint.as_record(), "attachments": {"note": b"kept"}} | options
+        arguments: dict = {"origin": self.checkpoint.to_dict(), "attachments": {"note": b"kept"}} | options
         return build_store(store, self.sources, **arguments)
 
     @property
@@ -43,8 +43,8 @@ class Model:
         """The checkpoint's, as `tierstore.offline.repair.RowSource` has it; so have the next two."""
         return self.folder
 
-    def as_record(self) -> dict:
-        return self.checkpoint.as_record()
+    def to_dict(self) -> dict:
+        return self.checkpoint.to_dict()
 
     def sources_of(self, _: CatalogImage) -> tuple[TableSource, ...]:
         return self.sources

@@ -61,7 +61,7 @@ def build_tiny(folder: Path, spec: HashSpec, codec: str, seed: int) -> tuple[Pat
         stored = [Plane(width, (checkpoint.tensors[f"{layer}.{i}"],)) for i, width in enumerate(widths)]
         sources.append(TableSource(table, tuple(stored)))
     path = folder / "store"
-    build_store(path, sources, origin=checkpoint.as_record(), attachments=spec.attachments(), jobs=1)
+    build_store(path, sources, origin=checkpoint.to_dict(), attachments=spec.attachments(), jobs=1)
     return path, rows
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from .. import kernels
 from ..decisions.budget import LINE_BYTES, STAGING_FRACTION, plan_staging
-from ..decisions.shared_budget import as_share
+from ..decisions.shared_budget import SharedShare
 from ..errors import ConfigError, DaemonError, FormatError, TierStoreError
 from ..formats.catalog import CatalogImage
 from ..ipc.mapped import Blocks, OpenVersion, StaticParts, recency_part, static_parts, table_memories
@@ -59,7 +59,7 @@ class Link:
             self.version = int(layout["version"])
             self._tag, sizes = int(layout["tag"]), [int(size) for size in layout["sizes"]]
             self.is_exported = layout.get("lent") is True
-            self._shares = {name: as_share(share) for name, share in layout["tables"].items()}
+            self._shares = {name: SharedShare.from_dict(share) for name, share in layout["tables"].items()}
             self._bad_pages = {
                 name: {int(page): str(text) for page, text in bad.items()} for name, bad in layout["bad_pages"].items()
             }

@@ -248,7 +248,7 @@ class Host:
             "placement": version.opened.placed.placement.epoch if version.opened.placed else None,
             "sizes": [len(self._control.array), len(self._static.array), len(self._recency.array), len(block)]
             + ([len(resident.array)] if resident else []),
-            "tables": {name: share.as_record() for name, share in self.plan.shares.items()},
+            "tables": {name: share.to_dict() for name, share in self.plan.shares.items()},
             "bad_pages": {
                 name: {str(page): text for page, text in bad.items()} for name, bad in version.bad_pages.items()
             },

@@ -57,9 +57,22 @@ class SharedShare:
     num_sets: int = 0
     recency_start: int = 0
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns it for a message."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SharedShare:
+        """Reads what `to_dict` wrote. Raises `KeyError`, `TypeError` or `ValueError` for a damaged message."""
+        fixed = {name: tuple(values[name]) for name in ("head_starts", "area_starts")}
+        share = cls(**(dict(values) | fixed))
+        numbers = [*share.head_starts, *share.area_starts]
+        numbers += [value for name, value in asdict(share).items() if name not in (*fixed, "resident")]
+        if any(type(number) is not int or number < 0 for number in numbers) or any(
+            len(pair) != 2 for pair in fixed.values()
+        ):
+            raise ValueError(f"a table's share has impossible numbers: {values}")
+        return share
 
 
 @dataclass(frozen=True)
@@ -192,16 +205,3 @@ def _divide_share(
 
 def _work_bytes(num_slots: int) -> int:
     return round_up(num_slots * SLOT_WORK_BYTES, UNIT_BYTES)
-
-
-def as_share(record: Mapping[str, Any]) -> SharedShare:
-    """Returns what `as_record` gave, of a message; raises `KeyError`, `TypeError` or `ValueError` if it is not one."""
-    fixed = {name: tuple(record[name]) for name in ("head_starts", "area_starts")}
-    share = SharedShare(**(dict(record) | fixed))
-    numbers = [*share.head_starts, *share.area_starts]
-    numbers += [value for name, value in asdict(share).items() if name not in (*fixed, "resident")]
-    if any(type(number) is not int or number < 0 for number in numbers) or any(
-        len(pair) != 2 for pair in fixed.values()
-    ):
-        raise ValueError(f"a table's share has impossible numbers: {record}")
-    return share

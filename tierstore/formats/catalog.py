@@ -72,7 +72,7 @@ class CatalogImage:
     @lazy
     def identity(self) -> str:
         """A digest, hex, of all that decides what rows a store has: tables, hashes, and every shard's own digest."""
-        tables = {name: layout.as_record() for name, layout in self.tables.items()}
+        tables = {name: layout.to_dict() for name, layout in self.tables.items()}
         shards = {name: {index: vars(shard) for index, shard in of.items()} for name, of in self.shards.items()}
         return hashlib.sha256(_as_json({"tables": tables, "shards": shards})).hexdigest()
 
@@ -84,7 +84,7 @@ def create_catalog(
     records = {"format": _as_json({"format_version": STORE_FORMAT_VERSION, "written_by": f"tierstore {VERSION}"})}
     records["origin"] = _as_json(origin)
     records["tables"] = _as_json(list(tables))
-    records |= {f"table/{name}": _as_json(layout.as_record()) for name, layout in tables.items()}
+    records |= {f"table/{name}": _as_json(layout.to_dict()) for name, layout in tables.items()}
     records |= {f"attachment/{name}": value for name, value in attachments.items()}
     new_files = [path / NEW_CATALOG_FILE, path / f"{NEW_CATALOG_FILE}-lock"]
     try:
@@ -176,7 +176,7 @@ def read_catalog(path: str | os.PathLike[str], *, must_be_ready: bool = True) ->
 
 def _image(path: Path, records: dict[str, bytes]) -> CatalogImage:
     names = _from_json(records, "tables", path, kind=list)
-    tables = {name: TableLayout.from_record(_from_json(records, f"table/{name}", path)) for name in names}
+    tables = {name: TableLayout.from_dict(_from_json(records, f"table/{name}", path)) for name in names}
     shards: dict[str, dict[int, ShardRecord]] = {name: {} for name in names}
     attachments = {}
     placements = {}

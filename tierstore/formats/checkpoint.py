@@ -159,9 +159,9 @@ class Checkpoint:
         shapes (whose dense weights all differ) has another digest without reading hundreds of gigabytes.
         Blocks on the disk.
         """
-        return str(self.as_record()["digest"])
+        return str(self.to_dict()["digest"])
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns what the catalog keeps of where rows came from: a digest, and of each file what identifies it.
 
         Of a file: its name, bytes, time of last change, inode, and the digests of its header and of its samples. Blocks

@@ -60,7 +60,7 @@ class ProfileHeader:
         return self.bits * (self.orders[-1] - order)
 
     @classmethod
-    def from_record(cls, record: dict[str, Any], where: str) -> ProfileHeader:
+    def from_dict(cls, record: dict[str, Any], where: str) -> ProfileHeader:
         """Reads what `asdict` gave; raises `FormatError` for anything else."""
         try:
             tables = tuple(
@@ -156,7 +156,7 @@ class ProfileReader:
         `OSError` if it cannot be read."""
         self._file = ColumnReader.open(path, KIND)
         try:
-            self.header = ProfileHeader.from_record(self._file.header, str(path))
+            self.header = ProfileHeader.from_dict(self._file.header, str(path))
             self.footer = self._file.footer
             self._file.require(ITEMS, _ITEM_COLUMNS)
             self._file.require(HELD_OUT, _HELD_OUT_COLUMNS[self.header.kind])

@@ -136,7 +136,7 @@ def build_store(
 ) -> BuildReport:
     """Builds a store, or resumes it where the same build stopped. Blocks until the store is ready.
 
-    origin: who the checkpoint is (`Checkpoint.as_record()`; its "digest" goes into every page's checksum). attachments:
+    origin: who the checkpoint is (`Checkpoint.to_dict()`; its "digest" goes into every page's checksum). attachments:
     the adapter's own records, kept in the catalog (hash, token map). shard_bytes: the largest shard. jobs: shards built
     at once, by default one for each processor, at most 4. on_plan gets the preflight before anything is written,
     on_progress (bytes done, bytes in all) now and then, both in the calling thread.

@@ -49,7 +49,7 @@ class RowSource(Protocol):
     def path(self) -> Path:
         """Where it lies."""
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns who it is, as the catalog's origin says it: at least "digest"."""
 
     def sources_of(self, image: CatalogImage) -> Sequence[TableSource]:
@@ -99,7 +99,7 @@ def verify(
             raise _named(error, path) from error
     else:
         sources = None if source is None else source.sources_of(read_catalog(path))
-        origin = None if source is None else source.as_record()
+        origin = None if source is None else source.to_dict()
         report = verify_store(
             path, sources=sources, origin=origin, sample_rows=sample_rows, seed=seed, jobs=jobs, on_progress=on_progress
         )

@@ -57,7 +57,7 @@ class TableMessage(Message):
 
     def as_spec(self) -> TableSpec:
         """Returns the table's spec; raises `FormatError` if its numbers contradict each other."""
-        return TableSpec.from_record({name: getattr(self, name) for name, _ in self.FIELDS.values()})
+        return TableSpec.from_dict({name: getattr(self, name) for name, _ in self.FIELDS.values()})
 
 
 @numbered
@@ -170,11 +170,11 @@ class StatsReply(Message):
 
 def table_message(spec: TableSpec) -> TableMessage:
     """Returns a table's spec as a message."""
-    record: dict[str, Any] = spec.as_record()
+    record: dict[str, Any] = spec.to_dict()
     return TableMessage(**record)
 
 
 def identity_of(specs: Sequence[TableSpec]) -> bytes:
     """Returns the SHA-256 of what tables are, their order included; client and server compare it."""
-    records = json.dumps([spec.as_record() for spec in specs], sort_keys=True)
+    records = json.dumps([spec.to_dict() for spec in specs], sort_keys=True)
     return hashlib.sha256(records.encode()).digest()

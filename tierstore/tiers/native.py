@@ -83,7 +83,7 @@ def open_native(
             kernels.EntryCache, num_sets=share.num_sets, entry_bytes=layout.spec.entry_bytes, is_new=True
         )
         cache = aside(new_cache, rest)
-        memories.append(TableMemory(cache, None if static is None else static.as_record()))
+        memories.append(TableMemory(cache, None if static is None else static.to_dict()))
     engine = NativeEngine(what, files, memories, choice, plan.staging, placed)
     for index, (file, share, part) in enumerate(zip(files, shares, parts, strict=True)):
         if share.resident:

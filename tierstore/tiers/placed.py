@@ -95,7 +95,7 @@ class StaticSet:
     seed: int
     loaded_start: int = 0
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What the C++ side must know of it: in every epoch the same;
         places in memory and in the file are the same too."""
         area = index_head([len(index) for index in self.indexes]), self.area

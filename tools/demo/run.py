@@ -89,9 +89,7 @@ def demo(folder: Path) -> bool:
     report = build_checkpoint(folder / "checkpoint", folder / "store")
     say(f"   {format_bytes(report.bytes_written)} in {report.seconds:.1f} s, {report.shards_built} shards")
     image = read_catalog(folder / "store")
-    verified = verify_store(
-        folder / "store", sources=sources_of_store(image, checkpoint), origin=checkpoint.as_record()
-    )
+    verified = verify_store(folder / "store", sources=sources_of_store(image, checkpoint), origin=checkpoint.to_dict())
     say(f"   {verified.pages_checked:,} pages, {verified.rows_compared:,} rows compared, {len(verified.faults)} faults")
 
     say("[bold]4. Profile[/]: count every n-gram of the text, and say what memory would buy")

@@ -1,6 +1,6 @@
 """The figures of a report: curves as SVG that goes into a page as it is.
 
-Flows in: the record of `Curves.as_record`. Flows out: one SVG a figure, text as text, colours as the page's CSS
+Flows in: the record of `Curves.to_dict`. Flows out: one SVG a figure, text as text, colours as the page's CSS
 variables, so that it is legible on dark and light. Needs matplotlib (`ConfigError` without it),
 which is loaded when a figure is drawn.
 """

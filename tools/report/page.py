@@ -1,6 +1,6 @@
 """A report on a profile: one HTML page that needs nothing else, for readers who have never seen this project.
 
-Flows in: records of `tierstore.decisions.curves.Curves.as_record`, perhaps with their `source`: one for each group of
+Flows in: records of `tierstore.decisions.curves.Curves.to_dict`, perhaps with their `source`: one for each group of
 tables whose accesses are the same. Flows out: a file, or tables for the terminal. The page has no scripts and loads
 nothing. Needs matplotlib for the figures (`ConfigError` without it).
 """

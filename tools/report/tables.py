@@ -1,6 +1,6 @@
 """The numbers of a profile's curves as tables, once for the terminal and the report alike.
 
-Flows in: the record of `tierstore.decisions.curves.Curves.as_record`. Flows out: `NumberTable`s of text, in the order
+Flows in: the record of `tierstore.decisions.curves.Curves.to_dict`. Flows out: `NumberTable`s of text, in the order
 in which they are read. Nothing is computed here but percentages.
 """
 

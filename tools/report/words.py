@@ -1,6 +1,6 @@
 """The words of a report: what each figure says, in plain language; a glossary; and the style of the page.
 
-Flows in: the record of `Curves.as_record`. Flows out: HTML text without markup that needs escaping.
+Flows in: the record of `Curves.to_dict`. Flows out: HTML text without markup that needs escaping.
 """
 
 from __future__ import annotations
