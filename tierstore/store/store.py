@@ -178,11 +178,9 @@ class Store:
 
     @property
     def version(self) -> int:
-        """A number that grows whenever another version answers, as a daemon's swap or return may have it;
-        -1 while it changes.
+        """A number that grows whenever another version answers (a daemon's swap or return); -1 while it changes.
 
-        What was looked up between two equal numbers, neither of them -1, is of one version.
-        `stats` has the daemon's number.
+        Lookups between two equal numbers, neither of them -1, are of one version. `stats` has the daemon's number.
         """
         return self._engine.version
 
@@ -216,8 +214,7 @@ class Store:
 
     @property
     def device(self) -> Any:
-        """The `torch.device` of the hbm tier, on which `open_lookup` looks up; None where there is none,
-        or not any more."""
+        """The `torch.device` of the hbm tier, on which `open_lookup` looks up; None without one."""
         return self._engine.device
 
     def capture_probe(self) -> Callable[[], bool]:
@@ -227,8 +224,7 @@ class Store:
         return partial(is_capturing, self.device)
 
     def open_lookup(self, name: str, tokens_max: int) -> Any:
-        """Returns buffers for lookups from the device, of up to tokens_max tokens at once:
-        `tiers.hbm.lookup.DeviceLookup`.
+        """Returns buffers for lookups from the device, of up to tokens_max tokens at once: a `DeviceLookup`.
 
         The adapter's embeddings use it. It may be for fewer tokens, as its `tokens_max` says, where a quarter of the
         page-locked memory holds no more. Its buffers live until the store is closed. Raises `BudgetError` where they do
@@ -293,8 +289,7 @@ class Store:
             raise
 
     def stats(self) -> dict[str, Any]:
-        """Returns counters since opening: keys, hits by tier in keys, batches, pages and bytes read,
-        by table and order."""
+        """Returns counters since opening: keys, hits by tier, batches, pages and bytes read, by table and order."""
         specs = [table.spec for table in self._tables.values()]
         return stats_of(self._engine.counters(), specs) | self._backing.details()
 
