@@ -38,7 +38,7 @@ NEW_CATALOG_FILE = "catalog.mdb.new"
 LOCK_FILE = "build.lock"
 MAP_BYTES = FILE_BYTES_MAX  # the most that the catalog can grow to; LMDB takes disk only for what is used
 
-# LMDB allows one open environment a file and process, so each write opens, works and closes under this lock.
+# Guards the open environment: LMDB allows one a file and process, so each write opens, works and closes under it.
 _environment_lock = threading.Lock()
 
 
@@ -52,10 +52,13 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 @dataclass(frozen=True)
 class CatalogImage:
-    """All that a catalog says, copied out. `shards[table]` maps shard index to its record, finished ones only.
+    """All that a catalog says, copied out.
 
-    placements: the published ones by epoch; epoch: the current one, or None; last_epoch: the largest
-    number ever given, 0 at first, so that none is given twice.
+    Attributes:
+        shards: By table, then by shard index: the records of finished shards.
+        placements: The published ones, by epoch.
+        epoch: The current placement's, or None.
+        last_epoch: The largest number ever given, 0 at first, so that no number is given twice.
     """
 
     path: Path
