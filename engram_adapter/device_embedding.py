@@ -44,8 +44,8 @@ class DeviceEmbedding:
         self._lookups: dict[int, Any] = {}  # by tokens; a captured graph may use any of them, so all are kept
         self._tokens_max = 1 << 62  # of one lookup, as far as is known; more tokens go in several parts
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._begun: _Begun | None = None
-        self._lock = threading.RLock()  # guards `_lookups`, `_tokens_max`, `_begun`, `_widths`, for a whole lookup
+        self._started: _Started | None = None
+        self._lock = threading.RLock()  # guards `_lookups`, `_tokens_max`, `_started`, `_widths`, for a whole lookup
         self._widths: dict[int, tuple[int, int]] = {}  # P and T of each lookup's last call, for its errors
 
     @property
@@ -68,9 +68,9 @@ class DeviceEmbedding:
         values = self._empty(call)
         with self._on_side():
             keys = self._keys(call)
-            lookup = self._begin(keys, values)
+            lookup = self._start_first(keys, values)
         self._share(values, self._side)  # it may be dropped while the kernels still write it
-        self._begun = _Begun(call, values, keys, lookup, self._is_capturing())
+        self._started = _Started(call, values, keys, lookup, self._is_capturing())
 
     def forward(self, call: DeviceCall) -> torch.Tensor:
         """Returns the values, [B, T, O * H, dim]. On a GPU it only launches; for ids on the host it waits for reads."""
@@ -78,17 +78,17 @@ class DeviceEmbedding:
             return self._forward(call)
 
     def _forward(self, call: DeviceCall) -> torch.Tensor:
-        begun = self._begun
-        if begun is None or begun.call.identity != call.identity:
+        started = self._started
+        if started is None or started.call.identity != call.identity:
             self._drop()
             self._check_all()
             values = self._empty(call)
             keys = self._keys(call)
-            lookup = self._begin(keys, values)
+            lookup = self._start_first(keys, values)
         else:
-            self._check_capture(begun)
-            self._begun = None
-            values, keys, lookup = begun.values, begun.keys, begun.lookup
+            self._check_capture(started)
+            self._started = None
+            values, keys, lookup = started.values, started.keys, started.lookup
             self._join(values, keys)
         for start in range(0, max(1, len(keys)), lookup.tokens_max):
             if start > 0:
@@ -106,7 +106,7 @@ class DeviceEmbedding:
             for lookup in self._lookups.values():
                 self._check(lookup)
 
-    def _begin(self, keys: torch.Tensor | np.ndarray, values: torch.Tensor) -> Any:
+    def _start_first(self, keys: torch.Tensor | np.ndarray, values: torch.Tensor) -> Any:
         """Starts the first part of a lookup; returns whose buffers it uses."""
         lookup = self._lookup(len(keys))
         self._start(lookup, keys[: lookup.tokens_max], values[: lookup.tokens_max])
@@ -126,15 +126,15 @@ class DeviceEmbedding:
             lookup.start(keys, values)
 
     def _drop(self) -> None:
-        """Ends a lookup that was begun and not taken: its buffers are wanted, on either stream."""
-        begun = self._begun
-        if begun is None:
+        """Ends a lookup that was started and not taken, so that its buffers are free, on either stream."""
+        started = self._started
+        if started is None:
             return
-        self._check_capture(begun)
-        self._begun = None
+        self._check_capture(started)
+        self._started = None
         with self._on_side(), contextlib.suppress(TierStoreError, OSError):  # of rows that nobody wants any more
-            begun.lookup.finish()
-        self._join(begun.values, begun.keys)
+            started.lookup.finish()
+        self._join(started.values, started.keys)
 
     def _join(self, values: torch.Tensor, keys: torch.Tensor | np.ndarray) -> None:
         """Has the current stream wait for the side stream, and keeps their memory until both have done."""
@@ -149,12 +149,12 @@ class DeviceEmbedding:
         if stream is not None and isinstance(memory, torch.Tensor) and not self._is_capturing():
             memory.record_stream(stream)
 
-    def _check_capture(self, begun: _Begun) -> None:
+    def _check_capture(self, started: _Started) -> None:
         """Refuses to finish in a captured graph what was started outside: each replay would write to freed values."""
-        if self._is_capturing() and not begun.captured:
+        if self._is_capturing() and not started.captured:
             raise ConfigError(
-                f"table {self._table.name}: a prefetch that was begun before the graph's capture cannot be ended in "
-                f"it; call forward with its tensors before the capture"
+                f"table {self._table.name}: a prefetch that was started before the graph's capture cannot be finished "
+                f"in it; call forward with its tensors before the capture"
             )
 
     @contextlib.contextmanager
@@ -210,7 +210,7 @@ class DeviceEmbedding:
 
 
 @dataclass(frozen=True)
-class _Begun:
+class _Started:
     """A prefetch under way; captured: whether it is in a graph and not on its way itself."""
 
     call: DeviceCall

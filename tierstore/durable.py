@@ -37,7 +37,7 @@ def read_up_to(
     Raises:
         OSError: The disk failed, and `on_error` is None.
     """
-    assert out.flags.c_contiguous, "a copy would be filled in its place"
+    assert out.flags.c_contiguous, "reshape would fill a copy"
     view = out.reshape(-1).data
     done = 0
     while done < len(view):

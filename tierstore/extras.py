@@ -64,7 +64,7 @@ def _pip() -> str:
 
 
 def _direct_url() -> dict[str, object]:
-    """Returns what pip noted of where the installation came from (PEP 610); {} if nothing did."""
+    """Returns pip's note of the installation's source (PEP 610); {} without one."""
     try:
         text = importlib.metadata.distribution("tierstore").read_text("direct_url.json")
         return dict(json.loads(text or "{}"))

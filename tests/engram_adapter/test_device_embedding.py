@@ -473,7 +473,7 @@ def test_copies_and_row_ids_work_beside_it(tiered: tuple[tierstore.Store, dict[s
     assert torch.equal(RowIdEmbedding(store, 1)(row_ids), right)
 
 
-def test_values_begun_in_inference_mode_serve_a_forward_that_trains(
+def test_values_started_in_inference_mode_serve_a_forward_that_trains(
     tiered: tuple[tierstore.Store, dict[str, np.ndarray]],
 ) -> None:
     store, rows = tiered

@@ -163,12 +163,12 @@ def test_a_graphs_capture_makes_no_buffers(embedding: TieredEmbedding, streams: 
 
 
 @pytest.mark.parametrize("taken", [True, False])
-def test_a_graphs_capture_does_not_end_what_was_begun_before_it(
+def test_a_graphs_capture_does_not_finish_what_was_started_before_it(
     embedding: TieredEmbedding, streams: Streams, store: tuple[tierstore.Store, dict[str, np.ndarray]], taken: bool
 ) -> None:
     embedding.prefetch(tokens(1))
     streams.capturing = True
-    with pytest.raises(tierstore.ConfigError, match="begun before the graph's capture"):
+    with pytest.raises(tierstore.ConfigError, match="started before the graph's capture"):
         embedding(tokens(1 if taken else 2))
     streams.capturing = False
     assert torch.equal(embedding(tokens(1)), right(store[1], tokens(1)))
@@ -203,7 +203,7 @@ def test_a_dropped_prefetch_whose_reads_fail_is_nobodys_error(
     native = store[0]._engine._engine.native
     native.inject("failing", 0, 1 << 40)
     embedding._on_device.prefetch(on_host(1))
-    reading = embedding._on_device._begun.lookup._reads._newest
+    reading = embedding._on_device._started.lookup._reads._newest
     with pytest.raises(tierstore.CorruptPageError):
         reading.wait(60)
     native.inject("none")

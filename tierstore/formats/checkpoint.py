@@ -71,7 +71,7 @@ class Checkpoint:
         """Reads the configuration and every header of a folder, or of one file of tensors.
 
         If the folder has an index, it alone says which file holds which tensor, and a file that is missing or damaged
-        is an error only for who asks for its tensors. Without one, every visible *.safetensors file must be whole.
+        is an error only when its tensors are read. Without one, every visible *.safetensors file must be whole.
 
         Raises `ConfigError` if something is missing or cannot be read, `FormatError` if a header lies about its file.
         """
@@ -162,7 +162,7 @@ class Checkpoint:
         return str(self.to_dict()["digest"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what the catalog keeps of where rows came from: a digest, and of each file what identifies it.
+        """Returns the catalog's record of this checkpoint: a digest, and what identifies each file.
 
         Of a file: its name, bytes, time of last change, inode, and the digests of its header and of its samples. Blocks
         on the disk. Raises `FormatError` if a file has changed since it was opened.

@@ -192,7 +192,7 @@ class ColumnReader:
         return list(dict.fromkeys(section for section, _ in self._blocks))
 
     def num_values(self, section: str, column: str) -> int:
-        """Returns how many values a column has in all blocks of a section; 0 where it has none."""
+        """Returns how many values a column has in all blocks of a section, 0 or more."""
         return sum(
             columns[column].num_values for name, columns in self._blocks if name == section and column in columns
         )

@@ -24,7 +24,7 @@ KEY_COLUMNS = {"table": "uint16", "order_index": "uint8", "keys": "int64", "batc
 
 @dataclass(frozen=True)
 class TracedTable:
-    """A table of a key trace: what its keys can be held against."""
+    """A table of a key trace: what its keys can be compared with."""
 
     name: str
     fingerprint: str

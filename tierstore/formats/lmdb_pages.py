@@ -222,7 +222,7 @@ class _Walk:
         return [nodes[start] for start in offsets]
 
     def _value(self, page: int, data: bytes, node: _Node) -> bytes:
-        """Returns a leaf node's value, after checking its overflow run where it has one."""
+        """Returns a leaf node's value, after checking its overflow run, if it has one."""
         if node.flags != NODE_IN_OVERFLOW:
             return data[node.key_end : node.key_end + node.number]
         (run,) = struct.unpack_from("<Q", data, node.key_end)

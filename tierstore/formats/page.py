@@ -24,7 +24,7 @@ PAGE_VERSION = 1
 _FAULTS = {
     kernels.PAGE_BAD_CHECKSUM: "its checksum is wrong: it was damaged, or belongs to another table or checkpoint",
     kernels.PAGE_OTHER_VERSION: "its page format is of another version",
-    kernels.PAGE_OTHER_NUMBER: "it bears another page's number: it was moved",
+    kernels.PAGE_OTHER_NUMBER: "it has another page's number: it was moved",
 }
 
 

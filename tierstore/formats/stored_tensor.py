@@ -103,7 +103,7 @@ def first_hole(tensor: StoredTensor) -> tuple[int, int] | None:
 
 
 def sampled(fd: int, tensors: Sequence[StoredTensor]) -> Iterator[memoryview]:
-    """Yields the samples of tensors of one file, in order of place. Each is gone when the next one is asked for."""
+    """Yields the samples of tensors of one file, by ascending offset. Each is overwritten by the next one."""
     block = np.empty(DIGEST_BLOCK_BYTES, dtype=np.uint8)
     for tensor in sorted(tensors, key=lambda tensor: tensor.byte_start):
         for byte_start, num_bytes in _sample_blocks(tensor.num_bytes):

@@ -135,7 +135,7 @@ class TokenTraceWriter:
         self._ends.clear()
 
     def finish(self) -> TokenTraceInfo:
-        """Ends the last document and the trace, which bears its name from then on. Blocks on the disk."""
+        """Ends the last document and the trace, which has its name from then on. Blocks on the disk."""
         self.add(self._block[:0], [0])
         if self._filled:
             self._write_block()
