@@ -117,7 +117,8 @@ class TieredEmbedding(torch.nn.Module):
         rows = self._prefetched(call)
         if rows is None:
             keys, rows = self._request(call)
-            self._store.submit({self._table_spec.name: (keys, rows)}).wait(timeout_s=WAIT_S)
+            # On this thread: a ticket would hand the reads to a worker, and wait for that.
+            self._store.tables[self._table_spec.name].lookup(keys, rows, timeout_s=WAIT_S)
         # The tensor is made here, not in prefetch: one made under inference_mode could not serve a training forward.
         values = decode_rows(torch.from_numpy(rows).to(token_ids.device), self._table_spec.codec, self.embedding_dim)
         return values.unflatten(0, call.token_ids.shape)

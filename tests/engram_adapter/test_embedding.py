@@ -118,7 +118,7 @@ def test_a_prefetch_is_taken_whatever_older_tokens_its_forward_brings(
     embedding, token_ids = TieredEmbedding(store, 1, tiny_hash()), tokens(1, 9, seed=4)
     embedding.prefetch(token_ids[:, 8:], token_ids[:, 6:8])
     embedding(token_ids[:, 8:], token_ids[:, :8])
-    assert len(store.submits) == 1
+    assert len(store.requests) == 1
 
 
 def test_one_token_without_history_is_the_start_of_a_document_and_warned_of_once(
@@ -190,11 +190,11 @@ def test_forward_takes_the_prefetch_with_equal_arguments_once(
     expected = gathered(rows["layers.1"], "bf16", 1, token_ids, history=history.numpy())
     embedding.prefetch(token_ids, history)
     embedding.prefetch(token_ids.clone(), history.clone())
-    assert len(store.submits) == 1
+    assert len(store.requests) == 1
     assert torch.equal(embedding(token_ids.to(torch.int32), history), expected)
-    assert len(store.submits) == 1
+    assert len(store.requests) == 1
     assert torch.equal(embedding(token_ids, history), expected)
-    assert len(store.submits) == 2
+    assert len(store.requests) == 2
 
 
 def test_a_prefetch_of_other_arguments_is_not_taken(watched: tuple[WatchedStore, dict[str, np.ndarray]]) -> None:
@@ -212,10 +212,10 @@ def test_a_prefetch_of_other_arguments_is_not_taken(watched: tuple[WatchedStore,
         embedding(token_ids, history), gathered(rows["layers.1"], "bf16", 1, token_ids, history=history.numpy())
     )
     embedding(token_ids, dead=dead)
-    assert len(store.submits) == 4
+    assert len(store.requests) == 4
     token_ids[0, 0] = (token_ids[0, 0] + 1) % VOCAB_SIZE  # in place, after its prefetch
     assert torch.equal(embedding(token_ids), gathered(rows["layers.1"], "bf16", 1, token_ids))
-    assert len(store.submits) == 5
+    assert len(store.requests) == 5
 
 
 def test_prefetches_beyond_the_limit_drop_the_oldest(watched: tuple[WatchedStore, dict[str, np.ndarray]]) -> None:
@@ -224,12 +224,12 @@ def test_prefetches_beyond_the_limit_drop_the_oldest(watched: tuple[WatchedStore
     batches = [tokens(1, 4, seed=100 + i) for i in range(PENDING_PREFETCHES_MAX + 2)]
     for batch in batches:
         embedding.prefetch(batch)
-    assert len(store.submits) == len(batches)
+    assert len(store.requests) == len(batches)
     looked_up_anew = []
     for batch in batches:
-        submits = len(store.submits)
+        requests = len(store.requests)
         assert torch.equal(embedding(batch), gathered(rows["layers.1"], "bf16", 1, batch))
-        looked_up_anew.append(len(store.submits) > submits)
+        looked_up_anew.append(len(store.requests) > requests)
     assert looked_up_anew == [True, True] + [False] * PENDING_PREFETCHES_MAX
 
 
@@ -238,10 +238,10 @@ def test_layers_are_prefetched_in_one_request(watched: tuple[WatchedStore, dict[
     embeddings = [TieredEmbedding(store, layer, tiny_hash()) for layer in LAYERS]
     token_ids = tokens(2, 7, seed=11)
     prefetch_layers(embeddings, token_ids)
-    assert store.submits == [("layers.1", "layers.4")]
+    assert store.requests == [("layers.1", "layers.4")]
     for layer, embedding in zip(reversed(LAYERS), reversed(embeddings), strict=True):
         assert torch.equal(embedding(token_ids), gathered(rows[f"layers.{layer}"], "bf16", layer, token_ids))
-    assert len(store.submits) == 1
+    assert len(store.requests) == 1
 
 
 def test_layers_of_two_stores_or_one_table_twice_are_no_one_request(
@@ -254,7 +254,7 @@ def test_layers_of_two_stores_or_one_table_twice_are_no_one_request(
         with pytest.raises(ValueError, match="one store"):
             prefetch_layers([embedding, other], token_ids)
     prefetch_layers([], token_ids)
-    assert store.submits == []
+    assert store.requests == []
 
 
 def test_every_wait_has_the_named_limit(watched: tuple[WatchedStore, dict[str, np.ndarray]]) -> None:
@@ -282,7 +282,7 @@ def test_a_failed_lookup_raises_in_forward_and_the_next_forward_looks_up_anew(
     with pytest.raises(type(error), match=str(error)):
         embedding(token_ids)
     assert torch.equal(embedding(token_ids), gathered(rows["layers.1"], "bf16", 1, token_ids))
-    assert len(store.submits) == 2
+    assert len(store.requests) == 2
 
 
 def test_a_damaged_page_of_one_layer_does_not_fail_another_that_was_prefetched_with_it(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_a_copied_model_shares_the_store_and_nothing_else(
     assert copied[0] is not tiered
     assert not copied[0].training
     assert torch.equal(copied[0](token_ids), gathered(rows["layers.1"], "bf16", 1, token_ids))
-    assert len(store.submits) == 2  # the prefetch stays the original's
+    assert len(store.requests) == 2  # the prefetch stays the original's
     assert torch.equal(tiered(token_ids), copied[0](token_ids))
     copied.to("meta")
     assert (copied[1].weight.device.type, model[1].weight.device.type) == ("meta", "cpu")
@@ -409,7 +409,7 @@ def test_wrong_arguments_are_refused_and_nothing_is_looked_up(
     for call in (embedding, embedding.prefetch):
         with pytest.raises(error, match=message):
             call(*arguments)
-    assert store.submits == []
+    assert store.requests == []
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -26,6 +26,7 @@ from tierstore.remote import answers as remote_answers
 from tierstore.remote import engine as remote_engine
 from tierstore.remote import limits as remote_limits
 from tierstore.remote import messages
+from tierstore.remote import requests as remote_requests
 from tierstore.remote.client import connect_remote
 from tierstore.remote.limits import Deadlines, InFlight, Rates, Refusal
 from tierstore.remote.messages import SERVICE
@@ -70,13 +71,13 @@ class TestRemoteStreamed(RemoteStore):
 
     @pytest.fixture(autouse=True)
     def cuts(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(remote_engine, "UNARY_BYTES_MAX", 0)
+        monkeypatch.setattr(remote_requests, "UNARY_BYTES_MAX", 0)
         monkeypatch.setattr(remote_answers, "CHUNK_BYTES", 5000)
-        monkeypatch.setattr(remote_engine, "HEAD_BYTES", 0)
+        monkeypatch.setattr(remote_requests, "HEAD_BYTES", 0)
 
     def open_store(self, path: Path) -> tierstore.Store:
         store = super().open_store(path)
-        store._engine._tokens_max = 97
+        store._engine._requests.tokens_max = 97
         return store
 
 
@@ -163,9 +164,9 @@ def test_submit_does_not_wait_for_the_network(built: Path, model: Model, monkeyp
     go_on = threading.Event()
     look_up = remote_engine.RemoteEngine._look_up
 
-    def held(self: remote_engine.RemoteEngine, requests: object) -> None:
+    def held(self: remote_engine.RemoteEngine, requests: object, until: float) -> None:
         assert go_on.wait(60)
-        look_up(self, requests)
+        look_up(self, requests, until)
 
     monkeypatch.setattr(remote_engine.RemoteEngine, "_look_up", held)
     keys = random_keys(np.random.default_rng(4), 9)
@@ -331,7 +332,9 @@ def test_a_ticket_of_the_parent_fails_in_the_child_by_name(built: Path) -> None:
 
 def request(store: tierstore.Store, num_tokens: int) -> bytes:
     keys = np.ones((num_tokens, 3), dtype="<i8").tobytes()
-    return encode(messages.LookupRequest(store._engine._identity, [messages.TableKeys("layers.1", num_tokens, keys)]))
+    return encode(
+        messages.LookupRequest(store._engine._requests.identity, [messages.TableKeys("layers.1", num_tokens, keys)])
+    )
 
 
 def refused(address: str, method: str, data: bytes, code: grpc.StatusCode) -> str:
@@ -351,7 +354,7 @@ def test_requests_beyond_the_limits_are_refused_with_both_numbers(built: Path) -
         assert "47040 bytes, one message holds 15904; call LookupStream" in words
         words = refused(server.address, "Lookup", request(store, 1000), exhausted)
         assert "larger than max" in words
-        rows = encode(messages.RowsRequest(store._engine._identity, "layers.1", bytes(8 * 24 * 51)))
+        rows = encode(messages.RowsRequest(store._engine._requests.identity, "layers.1", bytes(8 * 24 * 51)))
         with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError, match="51 tokens"):
             next(channel.unary_stream(f"/{SERVICE}/Rows")(rows, timeout=20))
         assert store["layers.1"].lookup(np.ones((400, 3), dtype=np.int64)).shape == (400, 24, 40)
@@ -471,7 +474,7 @@ def test_a_stream_that_nobody_reads_is_given_up_and_holds_little(built: Path, mo
 def test_requests_that_contradict_themselves_are_value_errors(built: Path) -> None:
     invalid = grpc.StatusCode.INVALID_ARGUMENT
     with connected(built) as (store, server):
-        identity = store._engine._identity
+        identity = store._engine._requests.identity
         for tables, words in (
             ([messages.TableKeys("layers.1", 2, bytes(24))], r"24 bytes, but [2, 3] int64 take 48"),
             ([messages.TableKeys("layers.1", 2**62, bytes(24))], "24 bytes, but"),
@@ -498,7 +501,9 @@ def test_keys_at_an_odd_place_of_a_message_are_read_all_the_same(built: Path, mo
     with connected(built) as (store, server):
         for name_bytes in range(8):
             data = encode(
-                messages.LookupRequest(store._engine._identity, [messages.TableKeys("layers.1", 5, keys.tobytes())])
+                messages.LookupRequest(
+                    store._engine._requests.identity, [messages.TableKeys("layers.1", 5, keys.tobytes())]
+                )
             )
             padding = b"\x7a" + bytes([name_bytes]) + bytes(name_bytes)  # field 15, which nobody knows
             reply = decode(messages.LookupReply, call(server.address, "Lookup", padding + data))

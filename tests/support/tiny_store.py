@@ -82,21 +82,43 @@ def decoded(rows: np.ndarray, codec: str) -> torch.Tensor:
 
 
 class WatchedStore:
-    """Passes everything on to a store and notes each submit; `fail_next` makes the next wait raise it instead."""
+    """Passes everything on to a store and notes each request; `fail_next` makes the next one that waits raise it."""
 
     def __init__(self, store: Any) -> None:
         self.store = store
-        self.submits: list[tuple[str, ...]] = []
+        self.requests: list[tuple[str, ...]] = []  # the tables of each submit and lookup
         self.timeouts_s: list[float | None] = []
         self.fail_next: BaseException | None = None
 
     @property
-    def tables(self) -> Any:
-        return self.store.tables
+    def tables(self) -> dict[str, WatchedTable]:
+        return {name: WatchedTable(self, table) for name, table in self.store.tables.items()}
 
     def submit(self, requests: dict[str, Any]) -> WatchedTicket:
-        self.submits.append(tuple(requests))
+        self.requests.append(tuple(requests))
         return WatchedTicket(self, self.store.submit(requests))
+
+    def end_wait(self, timeout_s: float | None) -> None:
+        self.timeouts_s.append(timeout_s)
+        error, self.fail_next = self.fail_next, None
+        if error is not None:
+            raise error
+
+
+class WatchedTable:
+    """Passes everything on to a table and notes each lookup."""
+
+    def __init__(self, watched: WatchedStore, table: Any) -> None:
+        self.watched, self.table = watched, table
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.table, name)
+
+    def lookup(self, keys: np.ndarray, out: np.ndarray, *, timeout_s: float | None = None) -> np.ndarray:
+        self.watched.requests.append((self.table.spec.name,))
+        rows = self.table.lookup(keys, out, timeout_s=timeout_s)
+        self.watched.end_wait(timeout_s)
+        return rows
 
 
 class WatchedTicket:
@@ -106,8 +128,5 @@ class WatchedTicket:
         self.watched, self.ticket = watched, ticket
 
     def wait(self, timeout_s: float | None = None) -> None:
-        self.watched.timeouts_s.append(timeout_s)
         self.ticket.wait(timeout_s=timeout_s)
-        error, self.watched.fail_next = self.watched.fail_next, None
-        if error is not None:
-            raise error
+        self.watched.end_wait(timeout_s)

@@ -15,8 +15,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from .. import kernels
-from ..errors import ConfigError, TierStoreError
+from ..errors import TierStoreError
 from ..ipc.client_socket import DIAL_S
 from ..store.backing import Backing
 from ..store.options import HbmOptions, check_options
@@ -59,11 +58,9 @@ def attach(
 
     Raises:
         DaemonError: There is no daemon, it refuses, or it speaks another version of the protocol.
-        ConfigError: An option, or the compiled kernels are missing.
+        ConfigError: an option does not fit.
         BudgetError: `hbm` is too small, or more than the GPU has.
     """
-    if not kernels.native:
-        raise ConfigError("attaching needs the compiled kernels: install gcc or clang, then tierstore again")
     options = check_options(io, hbm, device)
     dialer = Dialer(os.fspath(socket), io, parse_bytes(staging, "staging"))
     return Store(AttachedBacking(dialer, timeout_s, options))
@@ -118,7 +115,7 @@ class AttachedBacking(Backing):
         warn_of_other_version(self.name, self._attached.link, link)
         self._session = Session(self.name, self._dialer, channel, self._attached)
         old = self._attached.move_to(link)
-        self._attached.disown(old)
+        self._attached.forget(old)
         if old.opened is not link.opened:
             old.opened.close()  # its engine was closed by the fork
         self._session.start()  # last: the thread may move to a newer link, and the move above must not undo that

@@ -1,7 +1,7 @@
 """The engine of an attached store: that of the newest link, and another one when a new link comes.
 
-Input: what the engine contract says. Output: the same rows. Lookups never wait for the daemon: each asks the engine
-that is there, and asks again if another took its place meanwhile.
+Input: what the engine contract says. Output: the same rows. Errors: those of the contract. Lookups never wait for the
+daemon: each asks the engine that is there, and asks again if another took its place meanwhile.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ class AttachedEngine(HostEngine):
         self._renewed: list[weakref.WeakMethod[Callable[[], Any]]] = []
         self._past: Any = None  # counters of engines that are gone
         self._leaving: list[Link] = []  # moved away from, and not closed yet
-        self._lock = threading.RLock()  # of the link, and what follows; reentered where a store is collected meanwhile
-        self._child_lock = threading.Lock()
+        # Guards `_link`, `_closed`, `_past` and `_leaving` against writers; lookups read `_link` without it. Reentrant,
+        # because a store may be collected, and so closed, while this thread is in here.
+        self._lock = threading.RLock()
+        self._child_lock = threading.Lock()  # guards `_process`: one thread of a forked child attaches it, others wait
         self.bad_pages = {}
         self._number = self.version = link.version
         self._take(link)
@@ -73,12 +75,13 @@ class AttachedEngine(HostEngine):
         """Sends lookups that begin from now on through another link; returns the old one,
         whose lookups may be under way.
 
-        Raises `StoreNotReadyError`, and closes the link, where the store was closed meanwhile.
+        Raises `StoreNotReadyError`, and closes the link, if the store was closed meanwhile.
         """
         with self._lock:
             old, closed = self._link, self._closed
             if not closed:
-                self.version = -1  # until all who look up by `try_lookup` have the new one
+                # First: rows may be of either version until every table has the new engine's `try_lookup`.
+                self.version = -1
                 self._take(link)
                 self._leaving.append(old)
         if closed:
@@ -101,7 +104,7 @@ class AttachedEngine(HostEngine):
             self._past = add_counters(self._past, old.engine.counters())
         return ended
 
-    def disown(self, old: Link) -> None:
+    def forget(self, old: Link) -> None:
         """Lets go of a link that was moved away from and was a parent's, with its counts."""
         with self._lock:
             self._leaving.remove(old)

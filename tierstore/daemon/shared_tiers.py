@@ -77,8 +77,6 @@ class Host:
         gpu_clients: whether clients who ask for it get the static set writable,
         as drivers want it that lock it for a GPU.
         """
-        if not kernels.native:
-            raise ConfigError("a daemon needs the compiled kernels: install gcc or clang, then tierstore again")
         self.changes = threading.RLock()
         self._choice = choose_io(io)
         self.attachments = Attachments()

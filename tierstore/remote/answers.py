@@ -1,8 +1,9 @@
 """The answers to calls of lookup.proto, from a store: descriptions, rows, where keys are, counts.
 
-Flows in: decoded requests, and the call's deadline. Flows out: encoded replies; streams in parts of CHUNK_BYTES, looked
-up into one buffer of the call, so that a call holds CHUNKS_HELD of them at most, however many rows it asks for. Refuses
-requests of other tables, beyond the limits, and arrays whose bytes are not those of their shape. Knows nothing of gRPC.
+Input: decoded requests, and the call's deadline. Output: encoded replies; streams in parts of CHUNK_BYTES, looked up
+into one buffer of the call, so that a call takes memory for CHUNKS_MAX of them at most, however many rows it asks for.
+Errors: `Refusal` beyond the limits, `FingerprintMismatchError` for other tables, `ValueError` for arrays whose bytes
+are not those of their shape. Knows nothing of gRPC.
 
 Shapes: N tokens, O orders, H rows per key.
 """
@@ -30,11 +31,11 @@ from .messages import LookupReply, Part, TableKeys
 from .wire import Buffer, encode
 
 CHUNK_BYTES = 1 << 20  # of rows in one message of a stream
-CHUNKS_HELD = 3  # of one stream: in our buffer, as a message, and on its way through grpc
+CHUNKS_MAX = 3  # of one stream: in our buffer, as a message, and on its way through grpc
 HEAD_BYTES = 4096  # of a message, at most, beside its keys or rows
 ID_BYTES = 8  # of a key or a row id
 
-# Of each place in `kernels.SOURCES`, whether it is the dram tier, its static set, or nvme: [sources, 3].
+# Of each of `kernels.SOURCES`, whether it is the dram tier, its static set, or nvme: [sources, 3].
 _TIERS = np.array(
     [
         [source in tier for tier in (("resident", "static", "recency"), ("static",), ("record", "pages"))]
@@ -91,7 +92,7 @@ class Answers:
             raise ConfigError(f"tokens_max is {limits.tokens_max}, expected at least 1")
 
     def describe(self, call: Deadline, request: messages.DescribeRequest) -> bytes:  # noqa: ARG002
-        """Says what is served, and within which limits."""
+        """Describes what is served, and within which limits."""
         served = self._now_served()
         description = messages.Description(
             name=served.store.name,
@@ -127,7 +128,7 @@ class Answers:
         wanted = self._wanted(served, request.tables)
         most = min(CHUNK_BYTES, self._limits.message_bytes_max - HEAD_BYTES)
         chunk_bytes = max([most, *(_token_bytes(table) for table, _ in wanted)])
-        with self._in_flight.holding(CHUNKS_HELD * chunk_bytes, call.peer):
+        with self._in_flight.holding(CHUNKS_MAX * chunk_bytes, call.peer):
             buffer = np.empty(chunk_bytes, dtype=np.uint8)
             for place, (table, keys) in enumerate(wanted):
                 step = chunk_bytes // _token_bytes(table)
@@ -145,7 +146,7 @@ class Answers:
         self._check_tokens(-(-len(row_ids) // table.spec.num_heads))
         row_bytes = table.spec.row_bytes
         step = max(1, CHUNK_BYTES // row_bytes)
-        with self._in_flight.holding(CHUNKS_HELD * step * row_bytes, call.peer):
+        with self._in_flight.holding(CHUNKS_MAX * step * row_bytes, call.peer):
             buffer = np.empty((min(step, len(row_ids)), row_bytes), dtype=np.uint8)
             for start in range(0, len(row_ids), step):
                 ids = row_ids[start : start + step]
@@ -154,7 +155,7 @@ class Answers:
                 yield encode(LookupReply(served.version, [Part(0, start, _view(rows))], served.instance))
 
     def locate(self, call: Deadline, request: messages.LocateRequest) -> bytes:
-        """Says what would answer each key."""
+        """Answers what would answer each key."""
         served = self._now_served(request.identity)
         ((table, keys),) = self._wanted(served, [request.keys or TableKeys()])
         with self._looking_up(call, served):
@@ -166,7 +167,7 @@ class Answers:
         return encode(messages.StatsReply(json.dumps(stats)))
 
     def _now_served(self, identity: Buffer | None = None) -> Served:
-        """Returns the store to answer from; raises `FingerprintMismatchError` where a client means other tables."""
+        """Returns the store to answer from; raises `FingerprintMismatchError` if a client means other tables."""
         store, served = self._store(), self._served
         if served is None or served.store is not store:
             tables = messages.identity_of(_specs(store))
@@ -214,7 +215,7 @@ class Answers:
 
     @contextmanager
     def _looking_up(self, call: Deadline, served: Served) -> Iterator[None]:
-        """Takes one of the workers' turns; raises `TimeoutError` where the call's time is up before it comes."""
+        """Takes one of the workers' turns; raises `TimeoutError` if the call's time is up before it comes."""
         seconds = call.expires_at - time.monotonic()
         if call.is_over() or not self._workers.acquire(timeout=max(0.0, seconds)):
             raise TimeoutError("the call's time was up before its turn came; allow more time, or ask less often")

@@ -1,8 +1,8 @@
 """What a store stands on: tables, the engine that answers, and what was opened for it.
 
-Flows in: nothing; each way of having a store implements this. Flows out: what `Store` needs and nothing more, so that a
-store opened in process (`embedded`), attached to a daemon, or reached over a network is
-the same `Store` to whoever uses it.
+Input: none; each way of having a store implements this. Output: what `Store` needs and nothing more, so that a store
+opened in process (`embedded`), attached to a daemon, or reached over a network is the same `Store` to its user. Errors:
+see `Store`.
 """
 
 from __future__ import annotations

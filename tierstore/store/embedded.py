@@ -1,8 +1,8 @@
 """Embedded: a store opened in this process, with all of its tiers.
 
-Flows in: a path, budgets and options. Flows out: a `Store` over a `Backing` that holds the open shards, the placement,
-and the engine that they were given to. Refuses stores that are not finished, foreign or damaged,
-and budgets that cannot be kept.
+Input: a path, budgets and options. Output: a `Store` over a `Backing` that owns the open shards, the placement, and the
+engine that they were given to. Errors: named ones, for stores that are not finished, foreign or damaged, and for
+budgets that cannot be kept.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def beside_hbm(plan: DramPlan, hbm: HbmPlan) -> int:
 
 
 def check_available(dram_bytes: int) -> None:
-    """Raises `BudgetError` where the machine, or the cgroup, has not so much memory left."""
+    """Raises `BudgetError` if the machine, or the cgroup, has less memory left."""
     available, limit = available_memory()
     if dram_bytes > available:
         raise BudgetError(
@@ -135,7 +135,7 @@ class Embedded(Backing):
     ) -> None:
         """Opens the shards and loads resident tables and placed entries; `open_store` is the way in.
 
-        hbm_plan: None where there is no hbm tier; device: what that is on.
+        hbm_plan: None without an hbm tier; device: what that is on.
         """
         self.name = str(image.path)
         self._image = image

@@ -1,10 +1,12 @@
 """The recorder: what a running store is asked for, as a sampled trace of keys.
 
-Flows in: the lookups that an engine has taken, by one call beside it. Flows out: a key trace, written by a thread.
+Input: the lookups that an engine has done. Output: a key trace, written by a thread. Errors: none for lookups; `stop`
+raises what went wrong when the trace was written.
+
 Sampling is by key: all accesses of a sampled key are kept and none of the others, so that reuse distances can be scaled
 up (SHARDS: Waldspurger et al., FAST 2015). Lossy under pressure: lookups that find the queue full are counted and not
-recorded. Rows of resident tables that are asked for by row id have no keys and are not seen. While no trace runs, no
-engine is wrapped: lookups then cost what they did.
+recorded. Rows of resident tables that are asked for by row id have no keys and are not recorded. While no trace runs,
+no engine is wrapped: lookups then cost what they did.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class Recorder:
         self._traced = tables
         self._num_orders = [len(table.orders) for table in tables]
         self._writer: KeyTraceWriter | None = None
-        self._lock = threading.Lock()  # of the five below
+        # Guards `_queue`, `_queued_keys`, `_num_batches`, `_num_dropped`, `_stopped`.
+        self._lock = threading.Lock()
         self._queue: list[_Lookup] = []
         self._queued_keys = 0
         self._num_batches = 0
@@ -122,7 +125,7 @@ class Recorder:
     def stop(self) -> KeyTraceInfo:
         """Writes what is queued, ends the trace and the thread. Blocks on the disk.
 
-        Raises what the disk raised while it was written, in which case there is no trace;
+        Raises what the disk raised while it was written, and then there is no trace;
         `TimeoutError` after STOP_WAIT_S.
         """
         with self._lock:
@@ -179,13 +182,13 @@ def _groups(lookups: Sequence[_Lookup]) -> Iterator[list[_Lookup]]:
 
 
 def _sampled(lookups: Sequence[_Lookup], share: float) -> KeyBlock:
-    """Returns the accesses of lookups to sampled keys, in order; sentinels are none."""
+    """Returns the accesses of lookups to sampled keys, in order; sentinels are left out."""
     batches, tables, parts = zip(*lookups, strict=True)
     sizes = [part.size for part in parts]
     keys = np.concatenate([part.reshape(-1) for part in parts])
     table = np.repeat(np.array(tables, dtype=np.uint16), sizes)
     batch = np.repeat(np.array(batches, dtype=np.int64), sizes)
-    # Keys of a lookup are [N, O], orders innermost: the place within the lookup, modulo O.
+    # Keys of a lookup are [N, O], orders innermost: the index within the lookup, modulo O.
     starts = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
     num_orders = np.repeat([part.shape[1] for part in parts], sizes)
     order_index = ((np.arange(len(keys)) - starts) % num_orders).astype(np.uint8)

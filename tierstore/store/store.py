@@ -1,40 +1,32 @@
-"""The store: one door to all tiers, wherever they are: in this process, in a daemon's shared memory, across a network.
+"""The store: all tiers as one object, wherever they are: in this process, in a daemon's shared memory, across a
+network.
 
-Flows in: keys (or row ids) of batches of tokens. Flows out: rows. A lookup returns the checkpoint's bytes or raises.
-What the store stands on is a `Backing`; the work is its engine's (`tiers/engine.py`); what callers give,
-`table` checks.
+Input: keys (or row ids) of batches of tokens. Output: rows: a lookup returns the checkpoint's bytes or raises. Errors:
+named ones, for arguments, damaged pages and closed stores. What the store stands on is a `Backing`; its engine does the
+work (`tiers/engine.py`); `table` checks what callers give.
 
 Shapes: N tokens, O orders, H rows per key.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import os
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, StoreNotReadyError
+from ..errors import StoreNotReadyError
 from ..formats.key_trace import KeyTraceInfo, TracedTable
-from ..process.forks import DeferredSignals, LostEngine
 from ..stats import stats_of
 from ..tiers.engine import DeviceEngine, Engine, Pending
 from ..units import format_bytes
 from .backing import Backing
-from .recorder import Recorder, RecordingEngine
+from .opened import OpenedStore
+from .recorder import Recorder
 from .table import Table
-
-CLOSE_WAIT_S = 300.0
-
-_open_stores: weakref.WeakSet[_Opened] = weakref.WeakSet()
-_fork_lock = threading.Lock()  # of the set above; held through a fork
 
 
 class Ticket:
@@ -53,91 +45,6 @@ class Ticket:
             self._pending.wait(timeout_s)
 
 
-class _Opened:
-    """What a `Store` and its tables share, and keep open together: whoever of them is dropped last closes it."""
-
-    def __init__(self, backing: Backing) -> None:
-        self._closed = True  # until everything is there
-        self._backing = backing
-        self._what = f"the store {backing.name}"
-        self._recorder: Recorder | None = None
-        self._recorder_lock = threading.Lock()  # of the one above
-        self._tables: weakref.WeakSet[Table] = weakref.WeakSet()
-        self._engine = backing.engine
-        self._closed = False
-        with _fork_lock:
-            _open_stores.add(self)
-        self._engine.subscribe(self._renew)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise StoreNotReadyError(f"{self._what} is closed, as it is when nobody holds it; open it again")
-
-    def _renew(self) -> None:
-        """The engine has another way in for the shortest lookups: tables take it."""
-        self._use(self._engine)
-
-    def _use(self, engine: Engine) -> None:
-        self._engine = engine
-        for table in list(self._tables):
-            table._use(engine)
-
-    def _start_trace(self, recorder: Recorder) -> None:
-        with self._recorder_lock:
-            self._check_open()
-            if self._recorder is not None:
-                raise ConfigError(f"{self._backing.name}: a trace is running, to {self._recorder.path}; stop it first")
-            try:
-                recorder.start()
-                self._recorder = recorder
-                self._use(RecordingEngine(self._engine, recorder))
-            except BaseException:
-                self._forget_trace()
-                recorder.abandon()
-                raise
-
-    def _stop_trace(self) -> KeyTraceInfo | None:
-        with self._recorder_lock:
-            recorder = self._recorder
-            if recorder is None:
-                return None
-            try:
-                self._pass_by()
-                info = recorder.stop()
-                self._recorder = None
-                return info
-            except BaseException:
-                self._forget_trace()
-                recorder.abandon()
-                raise
-
-    def _pass_by(self) -> None:
-        """Sends lookups past the recorder."""
-        if isinstance(self._engine, RecordingEngine):
-            self._use(self._engine.engine)
-
-    def _forget_trace(self) -> None:
-        self._pass_by()
-        self._recorder = None
-
-    def close(self) -> None:
-        """See `Store.close`."""
-        self._closed = True
-        try:
-            self._stop_trace()
-        finally:
-            self._close_engine()
-
-    def _close_engine(self) -> None:
-        if not self._engine.close(CLOSE_WAIT_S):
-            raise TimeoutError(f"lookups did not end within {CLOSE_WAIT_S} s; the disk has stopped answering")
-        self._backing.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_engine"):
-            self.close()
-
-
 class Store:
     """An open store. `tables` maps names to `Table`s, and `store[name]` is the same. Close it, or use `with`.
 
@@ -147,24 +54,24 @@ class Store:
 
     def __init__(self, backing: Backing) -> None:
         """`tierstore.open` and `tierstore.connect` are the ways in."""
-        self._opened = _Opened(backing)
+        self._opened = OpenedStore(backing)
         self._tables = {
             spec.name: Table(backing.engine, index, spec, self._opened) for index, spec in enumerate(backing.specs)
         }
-        self._opened._tables.update(self._tables.values())
-        self._opened._renew()  # whatever engine came meanwhile
+        self._opened.tables.update(self._tables.values())
+        self._opened.renew()  # the engine may have become another one meanwhile
 
     @property
     def _engine(self) -> Engine:
-        return self._opened._engine
+        return self._opened.engine
 
     @property
     def _backing(self) -> Backing:
-        return self._opened._backing
+        return self._opened.backing
 
     @property
     def _closed(self) -> bool:
-        return self._opened._closed
+        return self._opened.is_closed
 
     @property
     def name(self) -> str:
@@ -209,7 +116,7 @@ class Store:
         return len(self._tables)
 
     def attachment(self, name: str) -> bytes:
-        """Returns a record that the adapter put in the catalog at build time; raises `KeyError` where there is none."""
+        """Returns a record that the adapter put in the catalog at build time; raises `KeyError` if there is not one."""
         return self._backing.attachments[name]
 
     @property
@@ -228,9 +135,9 @@ class Store:
 
         The adapter's embeddings use it. It may be for fewer tokens, as its `tokens_max` says, where a quarter of the
         page-locked memory holds no more. Its buffers live until the store is closed. Raises `BudgetError` where they do
-        not fit in the page-locked memory, `StoreNotReadyError` where there is no hbm tier, or not any more.
+        not fit in the page-locked memory, `StoreNotReadyError` if there is no hbm tier, or not any more.
         """
-        engine = self._backing.engine  # whatever is recorded: lookups from the device are not
+        engine = self._opened.unrecorded_engine()  # a trace has no lookups from the device
         if not isinstance(engine, DeviceEngine):
             raise StoreNotReadyError(
                 f"table {name} of {tokens_max} tokens: this store has no hbm tier; open it with hbm="
@@ -257,7 +164,7 @@ class Store:
         too, nothing is written to out afterwards (by `connect` over gRPC, an answer on its way still is). Beyond 256
         tickets under way it waits for one to end.
         """
-        self._opened._check_open()
+        self._opened.check_open()
         checked = []
         strided = []
         for name, (keys, out) in requests.items():
@@ -305,14 +212,14 @@ class Store:
         if not 0 < share <= 1:
             raise ValueError(f"share is {share}, expected above 0 and at most 1")
         tables = [TracedTable(t.spec.name, t.spec.fingerprint, tuple(t.spec.orders)) for t in self._tables.values()]
-        self._opened._start_trace(Recorder(path, tables, share))
+        self._opened.start_trace(Recorder(path, tables, share))
 
     def stop_trace(self) -> KeyTraceInfo | None:
         """Ends the trace that is running and returns what it is about; None where there is none. Blocks on the disk.
 
         Raises `OSError` where the trace could not be written; there is none then, nor if this is interrupted.
         """
-        return self._opened._stop_trace()
+        return self._opened.stop_trace()
 
     def close(self) -> None:
         """Waits for lookups in flight, then gives back memory, threads and files. Closing twice is harmless.
@@ -338,78 +245,3 @@ class Store:
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{format_bytes(self._backing.details()['memory']['dram_bytes'])} of DRAM"
         return f"<tierstore.Store {self._backing.name}: {', '.join(self._tables)}; {state}>"
-
-
-_forking: list[_Opened] = []  # whose engines' locks are held
-_not_ready: list[_Opened] = []  # whose engines could not be locked: the child loses them
-_fork_signals = DeferredSignals()
-_fork_thread: int | None = None  # which thread holds `_fork_lock`
-
-
-def _before_fork() -> None:
-    """Takes all stores' locks, or none of them: what is raised here does not keep Python from forking."""
-    global _fork_thread
-    _fork_signals.begin()
-    _fork_lock.acquire()  # two threads that fork at once would wait for each other's stores for ever
-    _fork_thread = threading.get_ident()
-    try:
-        _not_ready[:] = sorted((store for store in _open_stores if not store._closed), key=id)
-        for store in _not_ready:
-            store._engine.before_fork()
-            _forking.append(store)
-        _not_ready.clear()
-    except BaseException:
-        while _forking:
-            _forking.pop()._engine.after_fork(child=False)
-        raise
-
-
-def _after_fork(*, child: bool) -> None:
-    global _fork_lock, _fork_thread
-    with contextlib.ExitStack() as stack:  # whatever one of them raises, the others are called, the last first
-        stack.callback(_fork_signals.end, deliver=not child)
-        if _fork_thread == threading.get_ident():
-            stack.callback(_fork_lock.release)
-        elif child:  # `_before_fork` did not come as far as the lock, and a thread that is not here may hold it
-            _fork_lock = threading.Lock()
-            _not_ready[:] = _open_stores
-        _fork_thread = None
-        for store in _forking:
-            stack.callback(_forked, store, child=child)
-        for store in _not_ready if child else ():
-            stack.callback(_lose, store)
-        _forking.clear()
-        _not_ready.clear()
-
-
-def _lose(store: _Opened) -> None:
-    store._closed = True
-    store._use(cast(Engine, LostEngine(store._engine, store._what)))
-
-
-def _forked(store: _Opened, *, child: bool) -> None:
-    store._engine.after_fork(child=child)
-    if child:  # the thread and the file are the parent's
-        store._recorder_lock = threading.Lock()
-        store._forget_trace()
-
-
-@atexit.register
-def _close_all() -> None:
-    """Ends the threads that write to buffers before the interpreter frees those.
-    One that does not end keeps no other open."""
-    failed: BaseException | None = None
-    for store in list(_open_stores):
-        try:
-            store.close()
-        except BaseException as error:
-            failed = failed or error
-    if failed is not None:
-        raise failed
-
-
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=lambda: _after_fork(child=False),
-    after_in_child=lambda: _after_fork(child=True),
-)

@@ -1,7 +1,7 @@
 """One table of an open store: checks what callers give, and hands it to the engine that answers.
 
-Flows in: keys or row ids, a buffer for the rows perhaps. Flows out: rows. Refuses arrays of other types, shapes and
-ranges than the table has, by name. Shapes: N tokens, O orders, H rows per key.
+Input: keys or row ids, a buffer for the rows perhaps. Output: rows. Errors: `TypeError` and `ValueError` for arrays of
+other types, shapes and ranges than the table has. Shapes: N tokens, O orders, H rows per key.
 """
 
 from __future__ import annotations

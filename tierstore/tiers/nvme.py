@@ -43,10 +43,6 @@ class IoChoice:
 def choose_io(io: str) -> IoChoice:
     """Returns the best mode that this process may use for `io`, and logs, once a call,
     what it fell back from and why."""
-    if not kernels.native:
-        if io in ("uring", "mmap"):
-            logger.warning("io=%r needs the compiled kernels: pages are read with pread", io)
-        return IoChoice("pread")
     if io in ("auto", "uring"):
         code = kernels.probe_uring()
         if code == 0:

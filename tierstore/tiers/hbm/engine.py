@@ -1,8 +1,8 @@
 """The lookup path of a store with an hbm tier: what slots hold comes from the device, all else from the engine below.
 
-Flows in: what the engine contract says. Flows out: the same rows. Lookups from the device itself do not come here but
-by `open_lookup`; what they miss is served by `mailboxes`, a thread of the engine below. A forked child has no device:
-it reads what slots hold from the placement file. Shapes: N tokens, O orders, H rows per key.
+Input: what the engine contract says. Output: the same rows. Errors: those of the contract. Lookups from the device
+itself come by `open_lookup` alone; a thread of the engine below answers what they miss. A forked child does not have
+the device: it reads what slots hold from the placement file. Shapes: N tokens, O orders, H rows per key.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import numpy as np
 from ... import kernels
 from ...errors import StoreNotReadyError
 from ...stats import add_counters
-from ..engine import READ_WAIT_S, EngineWrapper, HostEngine, Pending, Request, in_one_version, in_slices
+from ..engine import READ_WAIT_S, EngineWrapper, HostEngine, Pending, Request, in_one_version
 from ..placed import PlacementFile
 from .change import OnBytes, change_entries
 from .lookup import DeviceLookup
+from .open_lookups import OpenLookups
 from .tier import HbmTier
 from .times import DeviceTimes
 
-PINNED_PART = 4  # one lookup's buffers take at most this part of the page-locked memory
-T = TypeVar("T")
+_T = TypeVar("_T")
 _HBM_SOURCE = kernels.SOURCES.index("hbm")
 
 
@@ -39,16 +39,15 @@ class HbmEngine(EngineWrapper):
         self._what = what
         self._host, self._tier = engine, tier  # the first is `_engine`, with what only an engine of this host has
         self.try_lookup = _nothing
-        self._counts_lock = threading.Lock()  # of the hits of lookups from the host, below
+        self._counts_lock = threading.Lock()  # guards `_hits`, those of lookups from the host
         self._hits = [np.zeros(len(layout.spec.orders), dtype=np.int64) for layout in engine.layouts]
-        self._lookups_lock = threading.Lock()  # of the two below
-        self._lookups: list[DeviceLookup] = []
-        self._mailboxes: Any = None
-        # One change of entries at a time, and none while the tier goes; reentered where a store is collected meanwhile.
+        # Guards what slots hold: one change of entries at a time, and none while the tier closes. Reentrant, because a
+        # store may be collected, and so closed, while this thread changes another one's entries.
         self._changes_lock = threading.RLock()
         self._has_device = True
         self.device = tier.device
         self._times = DeviceTimes(tier.device)
+        self._lookups = OpenLookups(what, engine, tier, self._times)
 
     def lookup(
         self,
@@ -109,20 +108,11 @@ class HbmEngine(EngineWrapper):
             sources[self._tier.in_slots(index, keys)] = _HBM_SOURCE
 
     def open_lookup(self, index: int, tokens_max: int) -> DeviceLookup:
-        with self._lookups_lock:
+        with self._lookups.lock:
             self._check_device()
-            if self._mailboxes is None:
-                self._mailboxes = kernels.MailboxServer(self._host.native)
-            spec = self._tier.tables[index].spec
-            token_bytes = len(spec.orders) * (
-                kernels.mailbox_bytes(2, spec.entry_bytes) - kernels.mailbox_bytes(1, spec.entry_bytes)
-            )
-            tokens = max(1, min(tokens_max, len(self._tier.pinned.block) // PINNED_PART // token_bytes))
-            lookup = DeviceLookup(self._what, self._tier, self._host, self._mailboxes, index, tokens, self._times)
-            self._lookups.append(lookup)
-            return lookup
+            return self._lookups.open(index, tokens_max)
 
-    def move(self, act: Callable[[], T]) -> T:
+    def move(self, act: Callable[[], _T]) -> _T:
         """Has the engine below move to another version, by `act`, and returns what that does. The tier is empty
         afterwards.
 
@@ -134,8 +124,8 @@ class HbmEngine(EngineWrapper):
             if self._has_device:
                 self._tier.clear()
             done = act()
-            mailboxes = self._mailboxes if self._has_device else None
-            if mailboxes is not None and not mailboxes.move_to(self._host.native, READ_WAIT_S):
+            # After the engine below has moved: what is asked from here on is answered by the new version.
+            if self._has_device and not self._lookups.move_to(self._host.native, READ_WAIT_S):
                 raise TimeoutError(f"{self._what}: a lookup from the device did not end within {READ_WAIT_S} s")
         return done
 
@@ -183,22 +173,22 @@ class HbmEngine(EngineWrapper):
         for index, (hits, counted, (in_dram, in_static, from_nvme)) in enumerate(
             zip(self._hits, self._tier.counters(), counters["tables"], strict=True)
         ):
-            # Of a table that DRAM holds whole, where the device reads it, a miss of the tier is a hit there.
+            # Of a table that DRAM holds whole, if the device reads it, a miss of the tier is a hit there.
             by_device = counted["records"] + (counted["misses"] if self._tier.row_addresses[index] else 0)
             in_hbm.append((hits + counted["slots"]).tolist())
             tables.append([(in_dram + by_device).tolist(), (in_static + counted["records"]).tolist(), from_nvme])
             # What slots held for the host was a key of -1 to the engine below.
             counters["sentinels"] += int(counted["sentinels"][0] - hits.sum())
-        for lookup in self._lookups:
-            steps = lookup.steps_without_miss()
-            counters["batches"] += steps
-            counters["zero_miss_batches"] += steps
+        steps = self._lookups.steps_without_miss()
+        counters["batches"] += steps
+        counters["zero_miss_batches"] += steps
         return counters | {"tables": tables, "hbm": in_hbm}
 
     def close(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
-        with self._lookups_lock:
-            if self._has_device and not self._end_lookups(deadline):
+        with self._lookups.lock:  # so that no lookup from the device begins meanwhile
+            # In this order: the device asks the host, the host's engine reads, and both use the tier's memory.
+            if self._has_device and not self._lookups.end(deadline):
                 return False
             if not self._engine.close(max(0.0, deadline - time.monotonic())):
                 return False
@@ -209,41 +199,28 @@ class HbmEngine(EngineWrapper):
                     self._tier.close()
         return True
 
-    def _end_lookups(self, deadline: float) -> bool:
-        """Ends lookups from the device: no more are launched, those that were are answered, then nobody answers any
-        more."""
-        for lookup in self._lookups:
-            if not lookup.close(max(0.0, deadline - time.monotonic())):
-                return False
-        self._tier.end()
-        return self._mailboxes is None or in_slices(self._mailboxes.close, max(0.0, deadline - time.monotonic()))
-
     def before_fork(self) -> None:
         with contextlib.ExitStack() as stack:  # all of it, or nothing
-            stack.enter_context(self._lookups_lock)
+            stack.enter_context(self._lookups.lock)
             stack.enter_context(self._counts_lock)
-            if self._mailboxes is not None:
-                self._mailboxes.before_fork()
-                stack.callback(self._mailboxes.after_fork, False)
+            self._lookups.before_fork()
+            stack.callback(self._lookups.after_fork, child=False)
             self._engine.before_fork()
             stack.pop_all()  # `after_fork` gives it back
 
     def after_fork(self, *, child: bool) -> None:
         self._engine.after_fork(child=child)
-        if self._mailboxes is not None:
-            self._mailboxes.after_fork(child)
+        self._lookups.after_fork(child=child)
         self._counts_lock.release()
-        self._lookups_lock.release()
+        self._lookups.lock.release()
         if child:  # a device's memory and its driver's state are the parent's, and so is who changes entries
             self._has_device, self.device = False, None
             self._changes_lock = threading.RLock()
             self._times.after_fork_in_child()
-            for lookup in self._lookups:
-                lookup.disown()
-            self._lookups.clear()
+            self._lookups.abandon_in_child()
             self.try_lookup = self._engine.try_lookup
 
 
 def _nothing(_index: int, _keys: Any, _out: Any) -> bool:
-    """The way for the shortest lookups, where there is none: they take the other one."""
+    """The shortest way, which looks into no slots: every lookup must take the longer one."""
     return False

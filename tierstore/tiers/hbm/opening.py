@@ -15,7 +15,6 @@ import numpy as np
 from ... import kernels
 from ...decisions.budget import DramPlan
 from ...decisions.hbm_budget import HbmPlan, divide_hbm, pinned_bytes
-from ...errors import ConfigError
 from ...formats.placement import RECORDS_MAX
 from ...process.progress import OnProgress
 from ..engine import READ_WAIT_S, Engine, HostEngine
@@ -46,10 +45,6 @@ def open_with_hbm(
     Raises `ConfigError` (no such device, no kernels for it, nothing compiled), `BudgetError` (the device has not so
     much memory).
     """
-    if not kernels.native:
-        raise ConfigError(
-            "hbm: it needs the compiled kernels; install gcc or clang, then tierstore again, or leave hbm out"
-        )
     device = open_device(device_name)
     from .engine import HbmEngine  # these load the kernels, for the device that is open now
     from .tier import HbmTier
