@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest
 WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
-.PHONY: install check test test-all lint types fast suite programs cases sanitize soak demo bench clean
+.PHONY: install check test test-all lint types fast suite programs cases sanitize soak demo bench wheel clean
 
 install: $(STAMP)
 
@@ -77,6 +77,10 @@ demo: install
 
 bench: install
 	$(BIN)/tierstore bench build
+
+# For machines without a compiler: there, pip install dist/*.whl. It fits the same Python version and processor.
+wheel: install
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .demo

@@ -59,7 +59,7 @@ def decode_rows(rows: torch.Tensor, codec: str, dim: int) -> torch.Tensor:
         )
     if codec in _PLAIN_DTYPES:
         return _reinterpreted(rows, dtype)
-    if rows.device.type == "cpu" and kernels.native:
+    if rows.device.type == "cpu":
         return _decoded_by_kernel(rows, codec, dim)
     values = rows[..., :dim].view(torch.float8_e4m3fn).to(torch.float32)
     if codec == "fp8_e4m3_e8m0x32":

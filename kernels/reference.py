@@ -1,4 +1,4 @@
-"""Every kernel in NumPy: the oracle that the compiled ones are tested against, and the fallback where there are none.
+"""Every kernel in NumPy: the oracle that the compiled ones are tested against.
 
 Same functions, arguments and results as `kernels.__init__` documents. Slow by design of being plain:
 about 90 MB/s checked.
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .records import TRAILER
 from .reference_cache import simulate_cache as simulate_cache
 from .reference_cache import stack_distances as stack_distances
 from .reference_items import find_items as find_items
@@ -19,10 +20,9 @@ from .reference_items import sort_items as sort_items
 from .reference_items import sum_items as sum_items
 from .reference_items import windows_of_tokens as windows_of_tokens
 
-TRAILER = np.dtype([("page_number", "<u8"), ("version", "<u4"), ("checksum", "<u4")])
 PAGE_GOOD, PAGE_OTHER_VERSION, PAGE_OTHER_NUMBER, PAGE_BAD_CHECKSUM = range(4)
 
-ORDER_MAX = 16  # the longest n-gram; kOrderMax of kernels/cpu/hash.h
+ORDER_MAX = 16  # the longest n-gram
 
 _KEY_MAX = 2**63 - 1
 _POLYNOMIAL = 0x82F63B78  # CRC32C, Castagnoli, reflected: RFC 3720, appendix B.4

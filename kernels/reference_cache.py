@@ -1,7 +1,7 @@
 """The recency cache's policy and reuse distances in plain Python:
 the oracle of kernels/cpu/simulate.cpp and stack_distances.cpp.
 
-Written from the policy's description, not from its code, and with Python's integers. Flows in: accesses. Flows out:
+Written from the policy's description, not from its code, and with Python's integers. Input: accesses. Output:
 which of them hit. About ten microseconds an access.
 """
 

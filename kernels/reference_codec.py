@@ -1,6 +1,6 @@
-"""Rows of fp8 values into bfloat16, in NumPy: the oracle of the compiled kernel, and the fallback.
+"""Rows of fp8 values into bfloat16, in NumPy: the oracle of the compiled kernel.
 
-Flows in: uint8 rows. Flows out: the bits of bfloat16 values, uint16. Refuses shapes that do not fit (`ValueError`).
+Input: uint8 rows. Output: the bits of bfloat16 values, uint16. Errors: `ValueError` for shapes that do not fit.
 """
 
 from __future__ import annotations

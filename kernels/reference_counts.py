@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from .records import REPORT
 from .reference_placed import _bucket_of, _mix
 
-REPORT = np.dtype(
-    [("key", "<i8"), ("table", "<u2"), ("order", "u1"), ("source_and_weight", "u1")], align=True
-)  # 16 bytes
 KEY_COUNT = np.dtype([("key", "<i8"), ("count", "<u4"), ("table", "<u2"), ("order", "u1"), ("unused", "u1")])
 SLOTS = 4
 COUNT_MAX = 2**32 - 1

@@ -1,5 +1,5 @@
 """Items, 128-bit numbers as rows of a uint64 array [N, 2], in NumPy:
-the oracle of kernels/cpu/items.cpp and its stand-in.
+the oracle of kernels/cpu/items.cpp.
 
 NumPy has no such numbers, but compares strings of 16 bytes: a big-endian item is one whose order is the item's. Its
 strings end before their trailing zeros, which makes no difference:

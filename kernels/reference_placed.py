@@ -1,15 +1,13 @@
-"""Placed entries in NumPy: the oracle of kernels/cpu/entry_index.h, and the fallback.
+"""Placed entries in NumPy: the oracle of kernels/cpu/entry_index.h.
 As `kernels.__init__` documents."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from .records import INDEX_BUCKET, RECORD_TRAILER
 from .reference import _crc32c_of_columns
 
-INDEX_BUCKET = np.dtype([("keys", "<i8", 5), ("places", "<u4", 5), ("displaced", "<u4")])
-RECORD_TRAILER = np.dtype([("key", "<i8"), ("order_index", "<u4"), ("checksum", "<u4")])
-INDEX_HEAD = np.dtype([("bucket_start", "<u4", 16), ("num_buckets", "<u4", 16)])
 BUCKET_SLOTS = 5
 
 _MIX = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))
@@ -42,21 +40,23 @@ def _view(buckets: np.ndarray) -> np.ndarray:
     return buckets.reshape(-1).view(INDEX_BUCKET)
 
 
-def index_entries(keys: np.ndarray, places: np.ndarray, buckets: np.ndarray) -> bool:
+def index_entries(keys: np.ndarray, record_numbers: np.ndarray, buckets: np.ndarray) -> bool:
     index = _view(buckets)
-    if keys.ndim != 1 or keys.shape != places.shape or (len(keys) and keys.min() < 0):
-        raise ValueError("keys and places must be [n], keys not below 0")
+    if keys.ndim != 1 or keys.shape != record_numbers.shape or (len(keys) and keys.min() < 0):
+        raise ValueError("keys and record_numbers must be [n], keys not below 0")
     if len(keys) > len(index) * BUCKET_SLOTS:
         return False
     index["keys"], index["places"], index["displaced"] = -1, 2**32 - 1, 0
     mixed = _mix(keys)
     used = np.zeros(len(index), dtype=np.int64)
-    for key, place, start, bit in zip(keys, places, _bucket_of(mixed, len(index)), _displaced_bit(mixed), strict=True):
+    for key, number, start, bit in zip(
+        keys, record_numbers, _bucket_of(mixed, len(index)), _displaced_bit(mixed), strict=True
+    ):
         at = start
         while used[at] == BUCKET_SLOTS:
             index["displaced"][at] |= bit
             at = (at + 1) % len(index)
-        index["keys"][at, used[at]], index["places"][at, used[at]] = key, place
+        index["keys"][at, used[at]], index["places"][at, used[at]] = key, number
         used[at] += 1
     return True
 

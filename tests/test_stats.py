@@ -12,7 +12,7 @@ import pytest
 from support.stores import Model, random_keys
 
 import tierstore
-from tierstore.stats import LATENCY_SHARE
+from tierstore.kernels import LATENCY_FRACTION
 
 LOOKUPS = 400  # one in eight is timed, by chance: fewer than 10 of 400 would be once in 10^13 runs
 TIMED_MIN = 10
@@ -51,7 +51,7 @@ def test_submitted_lookups_have_a_latency_as_blocking_ones_do(built: Path, dram:
             store["layers.1"].lookup(keys, out)
         assert TIMED_MIN < submitted < LOOKUPS / 2
         assert TIMED_MIN < timed(store) - submitted < LOOKUPS / 2
-        assert store.stats()["latency"]["share"] == LATENCY_SHARE
+        assert store.stats()["latency"]["share"] == LATENCY_FRACTION
 
 
 def test_a_submitted_lookup_is_timed_until_its_rows_are_there_also_if_nobody_waits(built: Path) -> None:

@@ -34,13 +34,24 @@ from tierstore import kernels
 site = Path(sys.argv[1]).resolve()
 for module in (tierstore, engram_adapter, kernels):
     assert Path(module.__file__).resolve().is_relative_to(site), module.__file__
-assert kernels.native
 with tierstore.open("store", dram="64MiB") as store:
     spec = engram_adapter.HashSpec.from_store(store)
     keys = spec.keys(np.arange(40).reshape(2, 20), 1)[0]
     rows = store["layers.1"].lookup(keys)
     assert np.array_equal(rows, store["layers.1"].rows(spec.row_ids(np.arange(40).reshape(2, 20), 1)[0]))
 print("rows", *rows.shape)
+"""
+USER = """
+import numpy as np
+import numpy.typing as npt
+import tierstore
+from tierstore import kernels
+
+def rows(path: str, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    with tierstore.open(path, dram="64MiB") as store:
+        return store["layers.1"].lookup(keys)
+
+checksum: int = kernels.crc32c(b"tierstore")
 """
 
 
@@ -82,3 +93,13 @@ def test_a_wheel_outside_the_clone_does_the_whole_job(site: Path, tmp_path: Path
     for name, part in (("systemd", "[Service]"), ("grafana", '"schemaVersion"'), ("proto", "service ")):
         assert part in run(sys.executable, command, "packaging", name, cwd=tmp_path, site=site)
     assert run(sys.executable, "-c", JOB, site, cwd=tmp_path, site=site) == "rows 20 24 264\n"
+
+
+def test_types_reach_a_user_of_the_wheel(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(USER)
+    # The wheel's own imports may lack types; the user's program may not.
+    (tmp_path / "setup.cfg").write_text("[mypy]\nstrict = True\nfollow_imports = silent\n")
+    run(sys.executable, "-m", "mypy", "user.py", cwd=tmp_path, site=site)
+    (tmp_path / "user.py").write_text(USER.replace('b"tierstore"', "17"))
+    with pytest.raises(AssertionError):
+        run(sys.executable, "-m", "mypy", "user.py", cwd=tmp_path, site=site)

@@ -1,6 +1,7 @@
 """What a store shows of its counts: keys and hits by tier, table and order, batches, pages and bytes read.
 
-Flows in: an engine's counters. Flows out: one dict of plain numbers; hits are in keys.
+Input: an engine's counters. Output: one dict of plain numbers; hits are in keys.
+Errors: `ValueError` and `TypeError` for counters of two shapes.
 """
 
 from __future__ import annotations
@@ -9,22 +10,26 @@ import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .kernels import LATENCY_BOUNDS_NS, LATENCY_FRACTION
 from .spec import TableSpec
 
 TIERS = ("hbm", "dram", "nvme")
-LATENCY_BOUNDS_NS = tuple(
-    1000 << power for power in range(21)
-)  # upper ends of the buckets; what took longer comes last
-COUNT_MAX = 1 << 56  # where sums of what clients tell end: a hundred of them still fit a message's 64 bits
-LATENCY_SHARE = 1 / 8  # of lookups are timed, where an engine says nothing else
+# Sums of what clients report stop here: a hundred of them still fit a message's 64 bits.
+COUNT_MAX = 1 << 56
 
 
 def stats_of(counters: Mapping[str, Any], specs: Sequence[TableSpec]) -> dict[str, Any]:
-    """Returns counters for people and programs. Keys are counted once each, duplicates included; sentinels apart.
+    """Returns counters for people and programs.
 
-    static_hits, by order: those of the dram tier's hits that its static set answered. rows: those asked for one by one,
-    by their ids, which are no keys; rows_missed: those of them that no memory held; row_bytes_read: what reading them
-    took of bytes_read. latency: see `latency_of`.
+    Args:
+        counters: As `Engine.counters` returns them.
+        specs: Of the tables, in the catalog's order.
+
+    Returns:
+        keys: Every key that was looked up, duplicates included, sentinels not; hits: the same by tier. rows: those
+        read by their ids, which are not keys; rows_missed: those of them that no memory held; row_bytes_read: the part
+        of bytes_read that they took. latency: see `latency_of`. tables: hits by order; static_hits: those of the dram
+        tier's hits that its static set answered.
     """
     tables: dict[str, dict[str, Any]] = {}
     nothing_in_hbm = [[0] * len(spec.orders) for spec in specs]
@@ -39,7 +44,7 @@ def stats_of(counters: Mapping[str, Any], specs: Sequence[TableSpec]) -> dict[st
     hits = _sums(table["hits"] for table in tables.values())
     totals = {name: count for name, count in counters.items() if name not in ("tables", "hbm", "latency")}
     if "latency" in counters:
-        shape = {"bounds_ns": list(LATENCY_BOUNDS_NS), "share": LATENCY_SHARE}
+        shape = {"bounds_ns": list(LATENCY_BOUNDS_NS), "share": LATENCY_FRACTION}
         totals["latency"] = shape | dict(counters["latency"])
     return {"keys": sum(hits.values()), "hits": hits, **totals, "tables": tables}
 
@@ -47,7 +52,8 @@ def stats_of(counters: Mapping[str, Any], specs: Sequence[TableSpec]) -> dict[st
 def add_counters(total: Any, more: Any) -> Any:
     """Returns the sum of two engines' counters, number by number, of the same tables; None counts as nothing.
 
-    Raises `ValueError` or `TypeError` where they are not of one shape, or where a number is below 0 or none.
+    Raises:
+        ValueError, TypeError: They are not of one shape, or a number is below 0 or not an int.
     """
     if total is None or more is None:
         return more if total is None else total
@@ -58,7 +64,7 @@ def add_counters(total: Any, more: Any) -> Any:
     if isinstance(total, (list, tuple)):
         return [add_counters(part, other) for part, other in zip(total, more, strict=True)]
     if type(more) is not int or more < 0:
-        raise ValueError(f"{more!r} is no count")
+        raise ValueError(f"{more!r} is not a count")
     return min(total + more, COUNT_MAX)
 
 
@@ -90,7 +96,7 @@ class LatencyCounts:
         self._sum_ns = 0
 
     def add(self, took_ns: int) -> None:
-        """Counts a lookup that took so long."""
+        """Counts a lookup that took took_ns nanoseconds."""
         self._counts[bisect.bisect_left(LATENCY_BOUNDS_NS, took_ns)] += 1
         self._sum_ns += took_ns
 

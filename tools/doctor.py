@@ -25,7 +25,7 @@ import click
 
 from tierstore import kernels
 from tierstore.causes import cause_of, named
-from tierstore.extras import EXTRAS, install_command, reinstall_command
+from tierstore.extras import EXTRAS, install_command
 from tierstore.file_systems import file_system_of, why_not_local
 from tierstore.offline.build import SPARE_DISK_BYTES
 from tierstore.tiers.memory import CgroupLimit, available_memory, cgroup_limits, total_memory
@@ -42,12 +42,9 @@ MEMORY_MIN = 64 << 20
 _MARKS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-def check_extension(native: bool = kernels.native) -> Finding:
-    """Is the compiled part there?"""
-    if native:
-        return Finding("compiled kernels", "ok", f"built; CRC32C by {kernels.crc32c_backend()}")
-    remedy = f"install gcc or clang (and Python's headers), then: {reinstall_command()}"
-    return Finding("compiled kernels", "warn", "not built: NumPy serves, ten times slower or more", remedy)
+def check_extension() -> Finding:
+    """What was built into the compiled part? Without it, this module cannot be imported."""
+    return Finding("compiled kernels", "ok", f"built; CRC32C by {kernels.crc32c_backend()}")
 
 
 def check_io_uring(
@@ -234,8 +231,7 @@ def examine(path: Path) -> list[Finding]:
         ("path", lambda: [in_the_way] if in_the_way else []),
         ("store", lambda: check_store(path)),
         ("compiled kernels", lambda: [check_extension()]),
-        # Only the compiled part knows.
-        ("io_uring", lambda: [check_io_uring(), check_process_madvise()] if kernels.native else []),
+        ("io_uring", lambda: [check_io_uring(), check_process_madvise()]),
         ("O_DIRECT", lambda: [check_direct_io(existing)]),
         ("file system", lambda: [check_file_system(existing)]),
         ("free disk", lambda: [check_disk(existing)]),

@@ -5,10 +5,15 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <initializer_list>
 #include <stdexcept>
 
 namespace tierstore {
+
+using ByteArray = pybind11::array_t<uint8_t, pybind11::array::c_style>;
+using Int64Array = pybind11::array_t<int64_t, pybind11::array::c_style>;
+using UInt32Array = pybind11::array_t<uint32_t, pybind11::array::c_style>;
 
 inline void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);

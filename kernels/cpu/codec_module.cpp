@@ -1,11 +1,10 @@
-#include "codec_module.h"
-
 #include <pybind11/stl.h>
 
 #include <optional>
 
 #include "arrays.h"
 #include "codec.h"
+#include "modules.h"
 
 namespace py = pybind11;
 

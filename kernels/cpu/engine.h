@@ -66,6 +66,7 @@ struct Counters {
 struct Latency {
   using Clock = std::chrono::steady_clock;
   static constexpr size_t kBounds = 21;  // 1 us to 1.05 s; what took longer comes last
+  static constexpr uint64_t bound_ns(size_t bucket) { return uint64_t{1000} << bucket; }
   static constexpr unsigned kShareLog2 = 3;
 
   // Returns when a lookup begins, or the clock's zero: it is not timed. Chance decides, because the layers of a model
@@ -85,7 +86,7 @@ struct Latency {
 
   void add(uint64_t took_ns) {
     size_t bucket = 0;
-    while (bucket < kBounds && took_ns > uint64_t{1000} << bucket) ++bucket;
+    while (bucket < kBounds && took_ns > bound_ns(bucket)) ++bucket;
     counts[bucket].fetch_add(1, std::memory_order_relaxed);
     sum_ns.fetch_add(took_ns, std::memory_order_relaxed);
   }

@@ -28,7 +28,7 @@ PyEngine& py_engine_of(py::handle object) {
 
 }  // namespace
 
-PyEngine::PyEngine(const std::vector<py::dict>& records, const std::string& mode, bool use_process_madvise,
+PyEngine::PyEngine(const std::vector<TableRecord>& records, const std::string& mode, bool use_process_madvise,
                    size_t num_readers, size_t depth, size_t assembly_bytes, size_t pread_threads, size_t jobs_max,
                    double wait_s, const py::object& shared, py::object make_fault)
     : fault_names_(std::move(make_fault)), num_readers_(num_readers), mode_(mode_of(mode)) {
@@ -37,26 +37,18 @@ PyEngine::PyEngine(const std::vector<py::dict>& records, const std::string& mode
   EngineShape shape{mode_,  use_process_madvise,       num_readers, pread_threads, jobs_max,
                     wait_s, {depth, 0, assembly_bytes}};
   std::vector<Table> tables;
-  for (const py::dict& record : records) {
-    tables.push_back(make_table(record, shape.mode));
-    Table& table = tables.back();
-    shape.reader.page_bytes = std::max(shape.reader.page_bytes, (table.page_bytes + 4095) / 4096 * 4096);
+  for (const TableRecord& record : records) {
+    const Table& table = record.table;
     require(table.entry_bytes() <= assembly_bytes, "the assembly buffer holds an entry");
-    if (py::isinstance<HeldCache>(record["memory"])) {
-      const auto& held = record["memory"].cast<const HeldCache&>();
-      require(held.cache->entry_bytes() == table.entry_bytes(), "the cache is one of such entries");
-      table.cache = held.cache;
-      memory_.push_back(held.memory);
-    } else {
-      memory_.push_back(record["memory"].cast<py::array_t<uint8_t, py::array::c_style>>());
-      require(static_cast<uint64_t>(memory_.back().nbytes()) >= table.num_rows * table.row_bytes,
-              "memory holds the resident rows");
-    }
-    if (!record["statics"].is_none()) {
-      require(table.cache != nullptr, "a resident table needs no static set");
-      table.statics = make_statics(record["statics"].cast<py::dict>(), table, shape.mode, held_);
+    shape.reader.page_bytes = std::max(shape.reader.page_bytes, (table.page_bytes + 4095) / 4096 * 4096);
+    if (table.statics.records != nullptr) {
       shape.reader.page_bytes = std::max(shape.reader.page_bytes, table.statics.placed.read_bytes_max());
     }
+  }
+  for (const TableRecord& record : records) {
+    tables.push_back(open_table(record, shape.mode));
+    memory_.push_back(record.memory);
+    held_.insert(held_.end(), record.arrays.begin(), record.arrays.end());
   }
   if (!shared.is_none()) join(shared.cast<py::tuple>(), shape);
   engine_ = std::make_unique<Engine>(std::move(tables), shape);
@@ -178,7 +170,7 @@ py::object exception_of(py::handle engine, const Fault& fault) {
 void bind_engine(py::module_& module) {
   bind_ticket(module);
   py::class_<PyEngine>(module, "Engine", py::module_local())
-      .def(py::init<const std::vector<py::dict>&, const std::string&, bool, size_t, size_t, size_t, size_t, size_t,
+      .def(py::init<const std::vector<TableRecord>&, const std::string&, bool, size_t, size_t, size_t, size_t, size_t,
                     double, const py::object&, py::object>(),
            py::arg("tables"), py::kw_only(), py::arg("mode"), py::arg("use_process_madvise"), py::arg("num_readers"),
            py::arg("depth"), py::arg("assembly_bytes"), py::arg("pread_threads"), py::arg("jobs_max"),
@@ -199,7 +191,6 @@ void bind_engine(py::module_& module) {
       .def("close", &PyEngine::close, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def("before_fork", &PyEngine::before_fork)
       .def("after_fork", &PyEngine::after_fork);
-  bind_entry_cache(module);
   module.def("probe_uring", &probe_uring);
   module.def("probe_process_madvise", &probe_process_madvise);
 }

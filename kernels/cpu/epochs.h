@@ -1,11 +1,11 @@
 // Epochs: which static set a lookup sees, and how it learns that what it copied was no longer that.
 //
-// A daemon publishes epochs of versions in a control block that clients map read-only. A lookup takes the epoch that it
-// finds, copies, and then looks whether that may still be read; if not, nothing that it copied from memory counts, and
-// it reads from disk (a sequence lock over all that an epoch names). So no reader can be handed what was written over,
-// and none can hold the writer up for long: it waits a while until nobody is counted in the old epoch, for politeness,
-// and then says that it is over. A device's kernels cannot look again when they have copied: whoever launches them
-// pins an epoch for them, and the writer waits for that (`pin`).
+// A daemon publishes epochs of versions in a control block that clients map read-only. A lookup takes the newest epoch,
+// copies, and then checks that the epoch is not reclaimed; if it is, nothing that it copied from memory counts, and it
+// reads from disk (a sequence lock over all that an epoch names). So no reader gets what was written over, and none
+// delays the writer for long: the writer waits for a grace period, until nobody is counted in the old epoch or its
+// patience ends, and then reclaims it. A device's kernels cannot look again when they have copied: whoever launches
+// them pins an epoch for them, and the writer waits for that (`pin`).
 //
 //   line of a version (its number % 2), 64 bytes:  u64 version << 48 | epoch (0: none) | u64 oldest epoch that may be
 //   read
@@ -66,8 +66,8 @@ class EpochGate {
   }
   void leave(const EpochView& view) { active_[view.epoch & 1]->fetch_sub(1); }
 
-  // As `enter`, and what it returns is the newest epoch after it was counted as well as before: a writer who asks from
-  // then on who is in it finds this one. Where the version is not served any more it is not alive, and not counted.
+  // As `enter`, and what it returns is the newest epoch after it was counted as well as before: a writer that checks
+  // from then on who is in it finds this one. If the version is not served any more, it is not alive, and not counted.
   EpochView pin() {
     for (;;) {
       const EpochView view = enter();

@@ -1,7 +1,7 @@
 // The mixed hash: token ids to keys, keys to row ids, and row ids of whole tokens back to keys.
 //
 // Shapes: B sequences, T tokens, P tokens of history, V vocabulary, O orders, H rows per key, N tokens, M keys,
-// F at most as many heads as fix a key. Arrays are contiguous. kernels/__init__.py says what each function promises;
+// F at most as many heads as fix a key. Arrays are contiguous. kernels/_cpu.pyi says what each function promises;
 // module.cpp has checked shapes and ranges before these are called.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace tierstore {
 
-constexpr size_t kOrderMax = 16;  // ORDER_MAX of kernels/reference.py
+constexpr size_t kOrderMax = 16;  // the longest n-gram
 
 struct TokenBatch {
   const int64_t* token_ids;  // [B, T]
@@ -44,8 +44,8 @@ struct KeyResidues {
   size_t residues_max;          // F
 };
 
-// Writes keys [B, T, O]; returns the place in [B, P + T] of the first id outside the vocabulary, or -1. `out` is not
-// whole then.
+// Writes keys [B, T, O]; returns the position in [B, P + T] of the first id outside the vocabulary, and `out` is
+// undefined; or -1.
 int64_t keys_of_tokens(const TokenBatch& batch, const NgramHash& hash, int64_t* out);
 
 // Writes row ids [M, H]. Key i is of order order_index[i], or of order i mod O where order_index is null.

@@ -32,8 +32,8 @@ struct Windows {
 
 constexpr int64_t kIdTooWide = -2;
 
-// Writes the window that ends at each token of one document. Returns -1, or the place of the first id outside the
-// vocabulary, or kIdTooWide where a mapped id does not fit `bits`; `out` is not whole then.
+// Writes the window that ends at each token of one document. Returns -1; or, with `out` undefined, the position of the
+// first id outside the vocabulary, or kIdTooWide if a mapped id does not fit `bits`.
 int64_t windows_of_tokens(const int64_t* token_ids, size_t num_tokens, const Windows& shape, Item* out);
 
 // Writes the mixed hash of each n-gram of `order` ids, shifted to that order, so that its oldest id is in the last

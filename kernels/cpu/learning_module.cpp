@@ -1,12 +1,11 @@
 // The Python face of reports and counts: argument checks, then the work with the interpreter lock released.
-// kernels/__init__.py says what each promises.
-#include "learning_module.h"
-
+// kernels/_cpu.pyi says what each promises.
 #include <algorithm>
 #include <utility>
 
 #include "arrays.h"
 #include "key_counts.h"
+#include "modules.h"
 #include "reports.h"
 
 namespace py = pybind11;
@@ -87,13 +86,13 @@ class PyKeyCounts {
 
   // The room is made between counting and copying, so that no lock is held while the interpreter's is waited for. What
   // has become of the counts meanwhile shows in how much of the room is used.
-  py::tuple above(uint16_t table, uint32_t minimum, size_t first_set, size_t end_set) const {
-    require(minimum >= 1, "minimum must be at least 1");
-    const SetRange sets{first_set, end_set};
+  py::tuple above(uint16_t table, uint32_t count_min, size_t set_start, size_t set_end) const {
+    require(count_min >= 1, "count_min must be at least 1");
+    const SetRange sets{set_start, set_end};
     py::ssize_t size = 0;
     {
       py::gil_scoped_release released;
-      size = static_cast<py::ssize_t>(counts_.num_above(table, minimum, sets));
+      size = static_cast<py::ssize_t>(counts_.num_above(table, count_min, sets));
     }
     py::array_t<uint8_t> order_index(size);
     py::array_t<int64_t> keys(size);
@@ -103,7 +102,7 @@ class PyKeyCounts {
     py::ssize_t num_found = 0;
     {
       py::gil_scoped_release released;
-      num_found = static_cast<py::ssize_t>(counts_.copy_above(table, minimum, sets, out));
+      num_found = static_cast<py::ssize_t>(counts_.copy_above(table, count_min, sets, out));
     }
     if (num_found < size) {
       for (py::array* each :
@@ -156,8 +155,6 @@ class PyKeyCounts {
 
 void bind_learning(py::module_& module) {
   PYBIND11_NUMPY_DTYPE(Report, key, table, order, source_and_weight);
-  module.attr("CLIENT_BLOCK_BYTES") = kClientBlockBytes;
-  module.attr("NUM_RING_REPORTS") = kNumRingReports;
   module.def("init_client_block", [](py::array block) { init_client_block(block_of(block)); }, py::arg("block"));
   py::class_<PyReportWriter>(module, "ReportWriter", py::module_local())
       .def(py::init<py::array>(), py::arg("block"))
@@ -172,8 +169,8 @@ void bind_learning(py::module_& module) {
       .def("add", &PyKeyCounts::add, py::arg("reports"))
       .def("counts", &PyKeyCounts::counts_of_order, py::arg("table"), py::arg("order_index"), py::arg("keys"))
       .def("counts", &PyKeyCounts::counts, py::arg("table"), py::arg("order_index"), py::arg("keys"))
-      .def("above", &PyKeyCounts::above, py::arg("table"), py::arg("minimum"), py::arg("first_set") = 0,
-           py::arg("end_set") = SIZE_MAX)
+      .def("above", &PyKeyCounts::above, py::arg("table"), py::arg("count_min"), py::arg("set_start") = 0,
+           py::arg("set_end") = SIZE_MAX)
       .def("age", &PyKeyCounts::age)
       .def_property_readonly("num_used", &PyKeyCounts::num_used)
       .def_property_readonly("num_sets", &PyKeyCounts::num_sets);

@@ -13,13 +13,14 @@
 //   behind               4 * pairs_max            pairs, i32: key i is of order pairs[i] % O               device
 //   next multiple of 64  entry_bytes * pairs_max  entries, entry i being that of key i                     thread
 //
-// Nothing that the device wrote is believed: it is copied, each word loaded once, and the copy checked, so that a GPU
+// Nothing that the device wrote is trusted: it is copied, each word loaded once, and the copy checked, so that a GPU
 // gone wrong gets a status and never harms the host. One thread polls all mailboxes of an engine and serves one request
 // after the other: a page reader reads as deep as the disk gives, whoever asks.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <optional>
 
@@ -47,6 +48,8 @@ enum class MailboxStatus : int64_t {
   kDamaged,  // the count, a key or a pair cannot be
   kClosed,   // the engine was closed
 };
+constexpr const char* kMailboxStatusNames[] = {"there", "fault", "damaged", "closed"};
+static_assert(std::size(kMailboxStatusNames) == static_cast<size_t>(MailboxStatus::kClosed) + 1, "a name each");
 
 struct MailboxShape {
   size_t pairs_max;  // 1 to kMailboxPairsMax: of one request, and of the batch that its pairs are of

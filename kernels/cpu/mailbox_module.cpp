@@ -1,8 +1,6 @@
-// The Python face of mailboxes: argument checks, and what must outlive the thread that serves. kernels/__init__.py says
+// The Python face of mailboxes: argument checks, and what must outlive the thread that serves. kernels/_cpu.pyi says
 // what each promises. Whatever takes the server's lock gives the interpreter's back first: who forks holds the one and
 // may wait for the other.
-#include "mailbox_module.h"
-
 #include <map>
 #include <memory>
 #include <optional>
@@ -15,13 +13,14 @@
 #include "engine.h"
 #include "engine_module.h"
 #include "mailbox.h"
+#include "modules.h"
 
 namespace py = pybind11;
 
 namespace tierstore {
 namespace {
 
-constexpr const char* kBlockWanted =
+constexpr const char* kMailboxBlockWanted =
     "a mailbox's block must be contiguous uint8 [mailbox_bytes], writable, at a multiple of 64 bytes";
 constexpr size_t kEntryBytesMax = size_t{1} << 30;
 
@@ -52,11 +51,11 @@ class PyMailboxServer {
     const Table& table = engine.tables()[index];
     require(table.cache != nullptr || table.resident != nullptr, "the table's rows are not there, or no more");
     const MailboxShape shape = shape_of(pairs_max, table.entry_bytes());
-    require(block.writeable(), kBlockWanted);
-    uint8_t* data = output_of<uint8_t>(block, kBlockWanted);
+    require(block.writeable(), kMailboxBlockWanted);
+    uint8_t* data = output_of<uint8_t>(block, kMailboxBlockWanted);
     require(block.ndim() == 1 && static_cast<size_t>(block.nbytes()) >= shape.num_bytes() &&
                 reinterpret_cast<uintptr_t>(data) % kMailboxAlignment == 0,
-            kBlockWanted);
+            kMailboxBlockWanted);
     // Before it is served, so that nothing is written to a block that nobody holds.
     auto held = [&] {
       std::map<uint64_t, py::array> blocks;
@@ -143,16 +142,6 @@ class PyMailboxServer {
 }  // namespace
 
 void bind_mailbox(py::module_& module) {
-  py::dict starts;
-  starts["requested"] = kMailboxRequested;
-  starts["num_misses"] = kMailboxNumMisses;
-  starts["answered"] = kMailboxAnswered;
-  starts["status"] = kMailboxStatus;
-  starts["timed_out"] = kMailboxTimedOut;
-  starts["invalid_token_position"] = kMailboxInvalidTokenPosition;
-  starts["failed"] = kMailboxFailed;
-  starts["keys"] = kMailboxKeys;
-  module.attr("MAILBOX_STARTS") = starts;
   module.def(
       "mailbox_bytes",
       [](size_t pairs_max, size_t entry_bytes) { return shape_of(pairs_max, entry_bytes).num_bytes(); },

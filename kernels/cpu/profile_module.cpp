@@ -1,7 +1,5 @@
 // The Python face of the kernels of profiles and predictions: argument checks, then the work with the interpreter lock
-// released. kernels/__init__.py says what each promises.
-#include "profile_module.h"
-
+// released. kernels/_cpu.pyi says what each promises.
 #include <pybind11/stl.h>
 
 #include <optional>
@@ -9,6 +7,7 @@
 
 #include "arrays.h"
 #include "items.h"
+#include "modules.h"
 #include "simulate.h"
 #include "stack_distances.h"
 

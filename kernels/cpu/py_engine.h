@@ -20,12 +20,13 @@
 #include "engine.h"
 #include "fault_names.h"
 #include "request_module.h"
+#include "table_module.h"
 
 namespace tierstore {
 
 class PyEngine {
  public:
-  PyEngine(const std::vector<pybind11::dict>& records, const std::string& mode, bool use_process_madvise,
+  PyEngine(const std::vector<TableRecord>& records, const std::string& mode, bool use_process_madvise,
            size_t num_readers, size_t depth, size_t assembly_bytes, size_t pread_threads, size_t jobs_max,
            double wait_s, const pybind11::object& shared, pybind11::object make_fault);
   ~PyEngine();

@@ -30,22 +30,22 @@ class ReportSink {
 
  private:
   static constexpr unsigned kShareLog2 = 4;
-  static constexpr size_t kHeld = 64;
+  static constexpr size_t kBuffered = 64;
 
   void add(uint8_t order, int64_t key, uint8_t source_and_weight) {
-    held_[num_held_++] = {key, table_, order, source_and_weight};
-    if (num_held_ == kHeld) flush();
+    buffer_[num_buffered_++] = {key, table_, order, source_and_weight};
+    if (num_buffered_ == kBuffered) flush();
   }
 
   void flush() {
-    if (num_held_ > 0) writer_.add(held_, num_held_);
-    num_held_ = 0;
+    if (num_buffered_ > 0) writer_.add(buffer_, num_buffered_);
+    num_buffered_ = 0;
   }
 
   ReportWriter& writer_;
   const uint16_t table_;
-  size_t num_held_ = 0;
-  Report held_[kHeld];
+  size_t num_buffered_ = 0;
+  Report buffer_[kBuffered];
 };
 
 }  // namespace tierstore

@@ -1,7 +1,7 @@
-// Reports: what an attached client tells the daemon of its lookups, through a ring in a block of memory that both map.
+// Reports: what an attached client reports to the daemon of its lookups, through a ring in memory that both map.
 //
-// Flows in: reports, from any number of the client's threads. Flows out: the same, some missing, to one reader in the
-// daemon. The client may write anything into its block, so the reader trusts nothing of it: garbage costs the client
+// Input: reports, from any number of the client's threads. Output: the same, some missing, to one reader in the daemon.
+// The client may write anything into its block, so the reader trusts nothing of it: garbage costs the client
 // its own reports and the daemon bounded work. Nobody ever waits: a report that finds the ring full is dropped and
 // counted.
 //
@@ -10,7 +10,7 @@
 //        128  written     u64  positions reserved so far, by the client
 //        192  read        u64  positions that may be used again, by the daemon
 //        256  dropped     u64  reports that found no room, by the client
-//        320  magic       u64  told by `init_client_block`
+//        320  magic       u64  written by `init_client_block`
 //        384  pinned[0]   u64, on a line of its own: as active, of a device's kernels
 //        448  pinned[1]   u64
 //        4096 8192 records: i64 key | u16 table | u8 order | u8 source and weight | u32 seal

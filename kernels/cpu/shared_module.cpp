@@ -1,5 +1,3 @@
-#include "shared_module.h"
-
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 #include <sys/mman.h>
@@ -14,6 +12,7 @@
 
 #include "arrays.h"
 #include "epochs.h"
+#include "modules.h"
 #include "reports.h"
 
 namespace py = pybind11;
@@ -70,7 +69,7 @@ py::array_t<uint8_t> map_shared(int fd, size_t num_bytes, bool writable) {
 }
 
 // Brings a part of a mapping onto huge pages; blocks while it copies. Returns 0 or an errno: it is an advice.
-int collapse(py::array_t<uint8_t, py::array::c_style> array, size_t byte_start, size_t num_bytes) {
+int collapse(ByteArray array, size_t byte_start, size_t num_bytes) {
   const auto size = static_cast<size_t>(array.nbytes());
   require(byte_start <= size && num_bytes <= size - byte_start, "a part of the mapping");
   uint8_t* memory = array.mutable_data() + byte_start;
@@ -78,43 +77,41 @@ int collapse(py::array_t<uint8_t, py::array::c_style> array, size_t byte_start, 
   return madvise(memory, num_bytes, MADV_COLLAPSE) == 0 ? 0 : errno;
 }
 
-uint8_t* checked(py::array_t<uint8_t, py::array::c_style>& block, size_t num_bytes) {
+uint8_t* checked(ByteArray& block, size_t num_bytes) {
   require(static_cast<size_t>(block.nbytes()) >= num_bytes, "the block is too small");
   return const_cast<uint8_t*>(block.data());
 }
 
-EpochLine* line_of(py::array_t<uint8_t, py::array::c_style>& control, uint64_t version) {
+EpochLine* line_of(ByteArray& control, uint64_t version) {
   require(version >= 1 && version < uint64_t{1} << (64 - kVersionShift), "versions are 1 to 65,535");
   require(control.writeable(), "a control block of one's own");
   return EpochLine::at(checked(control, kControlBytes), version % 2);
 }
 
-void publish_epoch(py::array_t<uint8_t, py::array::c_style> control, uint64_t version, uint64_t epoch) {
+void publish_epoch(ByteArray control, uint64_t version, uint64_t epoch) {
   line_of(control, version)->publish(version, epoch);
 }
 
-void reclaim_epochs_before(py::array_t<uint8_t, py::array::c_style> control, uint64_t version, uint64_t epoch) {
+void reclaim_epochs_before(ByteArray control, uint64_t version, uint64_t epoch) {
   line_of(control, version)->reclaim_before(epoch);
 }
 
-void reclaim_version(py::array_t<uint8_t, py::array::c_style> control, uint64_t version) {
-  line_of(control, version)->reclaim_all();
-}
+void reclaim_version(ByteArray control, uint64_t version) { line_of(control, version)->reclaim_all(); }
 
 // How many lookups are in an epoch of either parity, by a client's block. Whatever a client wrote there.
-std::pair<uint64_t, uint64_t> active_lookups(py::array_t<uint8_t, py::array::c_style> block) {
+std::pair<uint64_t, uint64_t> active_lookups(ByteArray block) {
   const ClientBlock* client = ClientBlock::of(checked(block, kClientBlockBytes));
   return {client->active[0].value.load(), client->active[1].value.load()};
 }
 
 // The same of what a client holds for a device.
-std::pair<uint64_t, uint64_t> active_pins(py::array_t<uint8_t, py::array::c_style> block) {
+std::pair<uint64_t, uint64_t> active_pins(ByteArray block) {
   const ClientBlock* client = ClientBlock::of(checked(block, kClientBlockBytes));
   return {client->pinned[0].value.load(), client->pinned[1].value.load()};
 }
 
 // Has the kernel refuse writes to a mapping from now on.
-void protect(py::array_t<uint8_t, py::array::c_style> array) {
+void protect(ByteArray array) {
   require(reinterpret_cast<uintptr_t>(array.data()) % kPageBytes == 0 &&
               array.nbytes() % static_cast<py::ssize_t>(kPageBytes) == 0,
           "whole pages are protected");
@@ -128,8 +125,7 @@ void protect(py::array_t<uint8_t, py::array::c_style> array) {
 // the parent's.
 class EpochPin {
  public:
-  EpochPin(py::array_t<uint8_t, py::array::c_style> control, uint64_t version,
-           py::array_t<uint8_t, py::array::c_style> block)
+  EpochPin(ByteArray control, uint64_t version, ByteArray block)
       : control_(std::move(control)), block_(std::move(block)) {
     require(version >= 1 && version < uint64_t{1} << (64 - kVersionShift), "versions are 1 to 65,535");
     require(block_.writeable(), "a client's block can be written");
@@ -163,7 +159,7 @@ class EpochPin {
  private:
   const pid_t pid_ = getpid();
   std::vector<uint64_t> pinned_;
-  py::array_t<uint8_t, py::array::c_style> control_, block_;
+  ByteArray control_, block_;
   std::unique_ptr<EpochGate> gate_;
 };
 
@@ -179,12 +175,10 @@ void bind_shared(py::module_& module) {
   module.def("active_pins", &active_pins, py::arg("block"));
   module.def("protect", &protect, py::arg("array"));
   py::class_<EpochPin>(module, "EpochPin")
-      .def(py::init<py::array_t<uint8_t, py::array::c_style>, uint64_t, py::array_t<uint8_t, py::array::c_style>>(),
-           py::arg("control"), py::arg("version"), py::arg("block"))
+      .def(py::init<ByteArray, uint64_t, ByteArray>(), py::arg("control"), py::arg("version"), py::arg("block"))
       .def("newest", &EpochPin::newest)
       .def("pin", &EpochPin::pin)
       .def("unpin", &EpochPin::unpin, py::arg("epoch"));
-  module.attr("CONTROL_BYTES") = kControlBytes;
 }
 
 }  // namespace tierstore

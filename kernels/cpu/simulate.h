@@ -4,9 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "entry_cache.h"
+
 namespace tierstore {
 
-constexpr size_t kSimulatedOrdersMax = 16;
+constexpr size_t kSimulatedOrdersMax = size_t{1} << kTagShift;
 
 // Accesses to one table, in batches as they were looked up. Access i is to key keys[i] of order order_index[i]; batch b
 // ends before access batch_ends[b].

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <vector>
 
@@ -13,8 +14,10 @@
 
 namespace tierstore {
 
-// What would answer a key; kernels/reference.py has the same numbers.
-enum Source : uint8_t { kFromNowhere, kFromResident, kFromStatic, kFromRecency, kFromRecord, kFromPages };
+// What would answer a key. kFromDevice: a GPU's memory, of which nothing here knows.
+enum Source : uint8_t { kFromNowhere, kFromResident, kFromStatic, kFromRecency, kFromRecord, kFromPages, kFromDevice };
+constexpr const char* kSourceNames[] = {"none", "resident", "static", "recency", "record", "pages", "hbm"};
+static_assert(std::size(kSourceNames) == kFromDevice + 1, "a name each");
 
 struct Table {
   size_t num_orders, rows_per_key, row_bytes;

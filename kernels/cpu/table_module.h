@@ -1,33 +1,50 @@
-// Tables as the lookup path has them, made of the records that Python hands over, every number checked.
+// Tables as Python describes them, every number checked, and as the lookup path has them.
 #pragma once
 
-#include <pybind11/numpy.h>
-
 #include <memory>
+#include <optional>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "arrays.h"
-#include "job.h"
 #include "page_queue.h"
 #include "table.h"
 
 namespace tierstore {
 
-// A recency cache in memory that Python holds; several engines may share it.
-struct HeldCache {
+// A recency cache in memory that Python owns; several engines may share it.
+struct PyEntryCache {
   std::shared_ptr<EntryCache> cache;
   pybind11::array memory;
 };
 
-// Address map, page geometry and open shards; mapped in kMmap.
-Table make_table(const pybind11::dict& record, ReadMode mode);
+using FileHandle = std::tuple<int, int, size_t>;      // buffered descriptor, direct one or -1, bytes
+using PyIndexArea = std::pair<ByteArray, ByteArray>;  // head, buckets
 
-// What a placement or a daemon gives a table; `held` keeps its memory alive.
-StaticSet make_statics(const pybind11::dict& record, const Table& table, ReadMode mode,
-                       std::vector<pybind11::array>& held);
+// Where a table's placed entries are: indexes and records in memory, and the placement's file.
+struct StaticRecord {
+  std::vector<PyIndexArea> areas;  // by parity of epochs
+  std::optional<PyIndexArea> in_file;
+  ByteArray records;
+  uint32_t loaded_start;
+  uint64_t num_placed;
+  std::optional<FileHandle> file;
+  uint64_t byte_start;
+};
+
+// A table before it is opened. It keeps alive what `table` points to.
+struct TableRecord {
+  Table table;                          // its files are not mapped
+  pybind11::array memory;               // the recency cache, or all rows
+  std::vector<pybind11::array> arrays;  // what the static set lies in
+};
+
+// Returns the table of a record, its files mapped in kMmap: see `unmap`.
+Table open_table(const TableRecord& record, ReadMode mode);
 
 void unmap(ShardFile& file);
 
-void bind_entry_cache(pybind11::module_& module);
+void bind_tables(pybind11::module_& module);
 
 }  // namespace tierstore

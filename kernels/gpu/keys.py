@@ -14,10 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import ORDER_MAX
 from . import launching
 from .launching import check
-
-ORDER_MAX = 16  # as in kernels/reference.py
 
 _TOKENS_A_PROGRAM = 128  # native; not tuned yet: waits for a GPU
 

@@ -13,7 +13,6 @@ from tierstore import kernels
 from tierstore.daemon import attachments
 from tierstore.daemon.attachments import Attachments
 
-pytestmark = pytest.mark.skipif(not kernels.native, reason="a daemon needs the compiled kernels")
 WAIT_S = 0.2
 
 

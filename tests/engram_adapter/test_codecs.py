@@ -202,7 +202,6 @@ def test_bytes_that_are_no_whole_rows_are_refused() -> None:
         decode_rows(torch.zeros((3, 264), dtype=torch.int8), SCALED, 256)
 
 
-@pytest.mark.skipif(not kernels.native, reason="there is no kernel to compare with torch's own conversion")
 @pytest.mark.parametrize("codec", [SCALED, "fp8_e4m3", "fp8_e4m3*0x1.8p-7"])
 def test_the_kernel_and_torchs_own_conversion_give_the_same_values(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row_bytes = codec_row_bytes(codec, 256)

@@ -160,7 +160,7 @@ def test_lookups_from_the_device_are_timed_prefetched_or_not_wherever_their_rows
     tiered: tuple[tierstore.Store, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, _ = tiered
-    monkeypatch.setattr(times, "LATENCY_SHARE", 1.0)
+    monkeypatch.setattr(times, "LATENCY_FRACTION", 1.0)
     embedding = TieredEmbedding(store, 1, tiny_hash())
     for seed in range(3):
         finished(embedding, tokens(1, 4, seed))
@@ -169,7 +169,7 @@ def test_lookups_from_the_device_are_timed_prefetched_or_not_wherever_their_rows
     latency = store.stats()["latency"]
     assert sum(latency["counts"]) == 4
     assert latency["sum_ns"] > 0
-    monkeypatch.setattr(times, "LATENCY_SHARE", 0.0)
+    monkeypatch.setattr(times, "LATENCY_FRACTION", 0.0)
     finished(embedding, tokens(1, 4, 5))
     assert sum(store.stats()["latency"]["counts"]) == 4
 
@@ -179,7 +179,7 @@ def test_what_runs_between_a_prefetch_and_its_forward_is_no_part_of_the_latency(
 ) -> None:
     store, _ = tiered
     now = iter([1_000, 3_000, 900_000_000, 900_000_500])
-    monkeypatch.setattr(times, "LATENCY_SHARE", 1.0)
+    monkeypatch.setattr(times, "LATENCY_FRACTION", 1.0)
     monkeypatch.setattr(times.time, "perf_counter_ns", lambda: next(now, 0))
     embedding, token_ids = TieredEmbedding(store, 1, tiny_hash()), tokens(1, 4, 1)
     embedding.prefetch(token_ids)

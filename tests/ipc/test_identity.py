@@ -17,7 +17,6 @@ from support.daemon_peers import NOBODY, WAIT_S, NotingHandler, ServingChild, as
 from support.repository import REPOSITORY
 from support.served import ServeProcess
 
-from tierstore import kernels
 from tierstore.daemon.attachments import Attachment
 from tierstore.daemon.server import SocketServer
 from tierstore.errors import ConfigError
@@ -211,7 +210,6 @@ def test_a_client_of_another_pid_namespace_lives_until_its_process_ends(open_pat
         daemon.kill()
 
 
-@pytest.mark.skipif(not kernels.native, reason="a daemon needs the compiled kernels")
 def test_a_client_whose_number_is_unknown_lingers_until_its_process_ends() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         pidfd = os.pidfd_open(process.pid)
@@ -225,14 +223,12 @@ def test_a_client_whose_number_is_unknown_lingers_until_its_process_ends() -> No
         attachment.close()
 
 
-@pytest.mark.skipif(not kernels.native, reason="a daemon needs the compiled kernels")
 def test_a_client_of_whom_nothing_is_known_counts_as_alive() -> None:
     attachment = Attachment(0, on_gpu=True)
     assert attachment.lingers()
     attachment.close()
 
 
-@pytest.mark.skipif(not kernels.native, reason="a daemon needs the compiled kernels")
 def test_a_hidden_proc_is_not_taken_for_the_end_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def hidden(self: Path, *_: object, **__: object) -> str:
         raise FileNotFoundError(self)
@@ -257,7 +253,6 @@ def test_a_forked_process_is_another_also_if_its_number_is_the_same(monkeypatch:
 
 
 @as_root
-@pytest.mark.skipif(not kernels.native, reason="a daemon needs the compiled kernels")
 def test_a_child_of_process_1_in_a_namespace_of_its_own_attaches_by_itself(built: Path, tmp_path: Path) -> None:
     """Both have the number 1, so that a fork cannot be told by it."""
     code = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -12,9 +11,7 @@ import pytest
 from tierstore import kernels
 from tierstore.kernels import reference_codec
 
-IMPLEMENTATIONS: dict[str, Any] = {"reference": reference_codec}
-if kernels.native:
-    IMPLEMENTATIONS["compiled"] = importlib.import_module("tierstore.kernels._cpu")
+IMPLEMENTATIONS: dict[str, Any] = {"reference": reference_codec, "compiled": kernels}
 NAN = None
 
 

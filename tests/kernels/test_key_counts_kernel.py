@@ -3,7 +3,6 @@ never more than there was."""
 
 from __future__ import annotations
 
-import importlib
 import threading
 from collections import Counter
 from typing import Any
@@ -16,9 +15,7 @@ from hypothesis import strategies as st
 from tierstore import kernels
 from tierstore.kernels import REPORT, reference_counts
 
-IMPLEMENTATIONS: dict[str, Any] = {"reference": reference_counts.KeyCounts}
-if kernels.native:
-    IMPLEMENTATIONS["compiled"] = importlib.import_module("tierstore.kernels._cpu").KeyCounts
+IMPLEMENTATIONS: dict[str, Any] = {"reference": reference_counts.KeyCounts, "compiled": kernels.KeyCounts}
 EACH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 
 KEY_MAX = 2**63 - 1
@@ -70,7 +67,6 @@ def all_counts(counts: Any, tables: tuple[int, ...] = (0, 1, 65535)) -> dict[Nam
     return found
 
 
-@pytest.mark.skipif(not kernels.native, reason="nothing was compiled")
 @pytest.mark.parametrize("num_sets", [1, 2, 7, 64, 1000])
 @pytest.mark.parametrize("seed", range(3))
 def test_both_hold_the_same_bytes_after_the_same_reports(num_sets: int, seed: int) -> None:
@@ -218,7 +214,6 @@ def test_what_does_not_fit_is_refused(implementation: Any) -> None:
         counts.above(0, 0)
 
 
-@pytest.mark.skipif(not kernels.native, reason="the reference is for one thread")
 def test_threads_that_count_at_once_lose_nothing_while_others_look_and_age_empties_the_rest() -> None:
     counts = kernels.KeyCounts(lines(4096))
     reports = zipf_reports(0, 40_000, 50)

@@ -20,8 +20,6 @@ from support.stores import Model, open_behind_hbm, random_keys
 import tierstore
 from tierstore import kernels
 
-pytestmark = pytest.mark.skipif(not kernels.native, reason="there are no compiled kernels")
-
 ENTRY_BYTES = {0: 320, 1: 320, 2: 24}
 NAMES = ("layers.1", "layers.14", "plain")
 WAIT_S = 60.0

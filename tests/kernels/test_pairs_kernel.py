@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 
 import tierstore
-from tierstore import kernels
-
-pytestmark = pytest.mark.skipif(not kernels.native, reason="there are no compiled kernels")
 
 GOOD: dict[str, Any] = {
     "index": 0,

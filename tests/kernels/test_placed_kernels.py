@@ -8,7 +8,7 @@ import pytest
 from tierstore import kernels
 from tierstore.kernels import reference_placed
 
-IMPLEMENTATIONS = [reference_placed, *([kernels] if kernels.native else [])]
+IMPLEMENTATIONS = [reference_placed, kernels]
 
 
 def distinct_keys(seed: int, count: int) -> np.ndarray:
@@ -35,7 +35,6 @@ def test_every_key_is_found_and_no_other(kernel, count: int, num_buckets: int) -
     assert (kernel.find_entries(buckets, strangers) == -1).all()
 
 
-@pytest.mark.skipif(not kernels.native, reason="there are no compiled kernels")
 @pytest.mark.parametrize(
     ("count", "num_buckets"), [(0, 3), (1, 1), (5, 1), (35, 10), (50, 10), (997, 200), (1000, 200)]
 )
@@ -95,7 +94,6 @@ def test_places_below_the_first_loaded_record_are_kept_unseen(kernel) -> None:
     np.testing.assert_array_equal(kernel.find_entries(buckets, keys), [0, 1, 2, -1, 4, 5, -1])
 
 
-@pytest.mark.skipif(not kernels.native, reason="there are no compiled kernels")
 @pytest.mark.parametrize("entry_bytes", [1, 7, 8, 9, 264, 2112])
 def test_compiled_records_are_the_references_byte_for_byte(entry_bytes: int) -> None:
     rng = np.random.default_rng(entry_bytes)
@@ -128,7 +126,7 @@ def test_every_flipped_bit_of_a_record_is_noticed(kernel) -> None:
 def test_shapes_that_do_not_fit_are_refused(kernel) -> None:
     with pytest.raises(ValueError, match="buckets"):
         kernel.find_entries(np.zeros((2, 63), dtype=np.uint8), np.zeros(1, dtype=np.int64))
-    with pytest.raises(ValueError, match="keys and places"):
+    with pytest.raises(ValueError, match="keys and record_numbers"):
         kernel.index_entries(np.zeros(2, dtype=np.int64), np.zeros(1, dtype=np.uint32), buckets_of(1))
     with pytest.raises(ValueError, match="keys"):
         kernel.index_entries(np.full(1, -1), np.zeros(1, dtype=np.uint32), buckets_of(1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,7 @@ import pytest
 from tierstore import kernels
 from tierstore.kernels import reference
 
-IMPLEMENTATIONS: dict[str, Any] = {"reference": reference}
-if kernels.native:
-    IMPLEMENTATIONS["compiled"] = importlib.import_module("tierstore.kernels._cpu")
+IMPLEMENTATIONS: dict[str, Any] = {"reference": reference, "compiled": kernels}
 
 
 def distances_by_list(items: np.ndarray) -> list[int]:

@@ -46,7 +46,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(Event, "gpu", made, raising=False)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    monkeypatch.setattr(times, "LATENCY_SHARE", 1.0)
+    monkeypatch.setattr(times, "LATENCY_FRACTION", 1.0)
     return made
 
 

@@ -19,11 +19,8 @@ import numpy as np
 import pytest
 from support.daemon_peers import NOBODY, as_root, in_child, open_descriptors
 
-from tierstore import kernels
 from tierstore.errors import BudgetError, DaemonError
 from tierstore.tiers.shared import SharedBlock, make_client_block, map_block
-
-pytestmark = pytest.mark.skipif(not kernels.native, reason="there are no compiled kernels")
 
 NUM_BYTES = 4 << 20
 MADV_REMOVE, MADV_POPULATE_WRITE, PR_SET_DUMPABLE = 9, 23, 4

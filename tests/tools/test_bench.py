@@ -17,7 +17,6 @@ import pytest
 from click.testing import CliRunner
 
 import tierstore
-from tierstore import kernels
 from tierstore.errors import ConfigError
 from tierstore.file_systems import file_system_of
 from tierstore.formats.trace import TokenTraceWriter
@@ -423,7 +422,6 @@ def zipf_text(seed: int, num_documents: int, vocabulary: int) -> real_text.RealT
     return real_text.RealText(documents, np.arange(vocabulary, dtype=np.int32), "made up")
 
 
-@pytest.mark.skipif(not kernels.native, reason="predictions are of the compiled cache")
 def test_placed_predicts_the_very_stream_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = zipf_text(0, 300, 500), zipf_text(0, 330, 500)
     texts[1].documents[:] = texts[1].documents[300:]

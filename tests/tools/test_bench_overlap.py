@@ -16,7 +16,6 @@ from support.rounding import gamma
 import tierstore
 from engram_adapter import TieredEmbedding
 from tests.tools.test_bench import bench, case, check_rounds, zipf_text
-from tierstore import kernels
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import read_catalog
 from tierstore.offline.verify import verify_store
@@ -32,7 +31,6 @@ WORDS = 500
 LAYERS = (1, 3)
 SHAPE = Shape(4, 32, 2)
 SIZE_BYTES = 16 << 20
-pytestmark = pytest.mark.skipif(not kernels.native, reason="plans simulate the compiled cache")
 
 
 @pytest.fixture(scope="module")

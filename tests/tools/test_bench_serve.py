@@ -13,7 +13,6 @@ import pytest
 from click.testing import CliRunner
 
 import tierstore
-from tierstore import kernels
 from tierstore.errors import BudgetError, ConfigError, DaemonError
 from tierstore.formats.catalog import read_catalog
 from tierstore.tools.bench import stores
@@ -28,7 +27,6 @@ from tierstore.tools.bench.stores import MadeStore, find_store, fresh_keys, make
 from tierstore.tools.cli import cli
 
 ROWS = 60_000  # 15 MiB
-pytestmark = pytest.mark.skipif(not kernels.native, reason="a daemon needs the compiled kernels")
 
 
 @pytest.fixture(scope="module")

@@ -120,13 +120,6 @@ def test_extras_are_listed_with_the_command_that_installs_each() -> None:
         assert doctor.check_extra(name, lambda module: module).remedy == ""
 
 
-def test_a_missing_extension_is_told_with_how_to_build_it() -> None:
-    assert doctor.check_extension(True).state == "ok"
-    finding = doctor.check_extension(False)
-    assert finding.state == "warn"
-    assert "pip install" in finding.remedy
-
-
 @pytest.mark.parametrize(
     ("code", "setting", "state", "remedy"),
     [

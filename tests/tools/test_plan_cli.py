@@ -18,7 +18,6 @@ from support.text_store import ORDERS, TABLE_BYTES, TABLES, TextStore, good, goo
 import tierstore
 from engram_adapter import HashSpec, open_profile
 from tests.tools.test_profile_cli import error_of
-from tierstore import kernels
 from tierstore.formats.catalog import read_catalog
 from tierstore.formats.profile import ProfileReader
 from tierstore.offline import place
@@ -68,7 +67,6 @@ def measured_rates(
     return rates
 
 
-@pytest.mark.skipif(not kernels.native, reason="predictions are of the compiled engine's cache")
 @pytest.mark.parametrize(("dram", "nvme", "batch_tokens"), [(DRAM, 0, 1), (DRAM, 4 << 20, 16), (2 * DRAM, 0, 256)])
 def test_what_is_predicted_for_held_out_documents_is_what_the_store_then_measures(
     text: TextStore, own: Path, dram: int, nvme: int, batch_tokens: int

@@ -50,7 +50,6 @@ CLOSE_WAIT_S = 60.0  # for a change that is under way
 GPU_INDEX_S = (
     4e-6  # for each slot, that a client may take to make its GPU's index of an epoch: five times what it takes
 )
-CACHE_SET_BYTES = 128  # CacheSet of kernels/cpu/entry_cache.h: CACHE_WAYS keys, and more
 RECENCY_SAMPLE_SETS = 4096  # that are looked at to say how full a recency cache is
 STATIC = kernels.SOURCES.index("static")
 READ_TOKENS_MAX = 512  # packed keys of a lookup by which entries are read: a few MiB of rows
@@ -394,7 +393,7 @@ class Host:
             if cache_share.resident:
                 continue
             memory = recency_part(self._recency.array, self.current.opened.image.tables[name], cache_share)
-            sets = memory[: cache_share.num_sets * CACHE_SET_BYTES].reshape(-1, CACHE_SET_BYTES)
+            sets = memory[: cache_share.num_sets * kernels.CACHE_SET_BYTES].reshape(-1, kernels.CACHE_SET_BYTES)
             sample = (
                 sets[:: max(1, cache_share.num_sets // RECENCY_SAMPLE_SETS), : 8 * CACHE_WAYS].copy().view(np.int64)
             )

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from .. import kernels
 from ..errors import BudgetError
 from ..formats.placement import PlacedTable, Placement, group_start
 from ..layout import UNIT_BYTES, TableLayout, round_up
 from ..units import format_bytes
 from .fair_division import divide_fairly
 
-CACHE_WAYS = 8
-SET_OVERHEAD_BYTES = 128 + 128  # keys, orders, version, uses of 8 entries; the set's history
+CACHE_WAYS = kernels.CACHE_WAYS
+SET_OVERHEAD_BYTES = kernels.CACHE_SET_BYTES + kernels.CACHE_HISTORY_BYTES
 ALIGNMENT_BYTES = UNIT_BYTES  # of each table's part of the block: records are read straight into it
 LINE_BYTES = 64  # of what lies within: a cache line
 READERS_MAX = 4

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import kernels
 from ..process.progress import DECODING, INTERVALS, REPLAYING, OnPhase, no_report
 from .hit_rates import (
     CurvePoint,
@@ -34,7 +35,7 @@ from .ranking import Ranking
 from .recommend import Recommendation, recommend
 from .replay import Outcome, Replay, interleaved, lru_hits, shares, simulate
 
-RECENCY_WAYS = 8
+RECENCY_WAYS = kernels.CACHE_WAYS
 STATIC_FRACTIONS = (0.0, 0.5, 0.75, 0.875, 0.95, 1.0)
 SEQUENCES = (1, 4, 16, 64, 256)
 STEPS_MIN = 64  # fewer steps say nothing of their share without a read

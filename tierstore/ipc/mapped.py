@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 
@@ -109,7 +108,7 @@ def table_memories(
     shares: Mapping[str, SharedShare],
     blocks: Blocks,
     tag: int,
-    caches: Mapping[str, Any],
+    caches: Mapping[str, kernels.EntryCache],
 ) -> list[TableMemory]:
     """Returns what an engine over the blocks is made of, a `TableMemory` for each table in the catalog's order.
 
@@ -124,15 +123,14 @@ def table_memories(
             continue
         parts = static_parts(blocks.static, layout, share)
         placed = version.placed.placement.tables.get(name) if version.placed and share.file_buckets else None
-        statics = {
-            "areas": list(zip(parts.heads, parts.areas, strict=True)),
-            "loaded_start": 0,
-            "in_file": (parts.file_head, parts.file_area) if placed else None,
-            "records": parts.records,
-            "num_placed": placed.num_entries if placed else 0,
-            "byte_start": placed.byte_start if placed else 0,
-            "file": version.placed.handle if placed and version.placed else None,
-        }
+        statics = kernels.StaticRecord(
+            areas=list(zip(parts.heads, parts.areas, strict=True)),
+            records=parts.records,
+            num_placed=placed.num_entries if placed else 0,
+            byte_start=placed.byte_start if placed else 0,
+            file=version.placed.handle if placed and version.placed else None,
+            in_file=(parts.file_head, parts.file_area) if placed else None,
+        )
         memories.append(TableMemory(caches[name], statics, tag))
     return memories
 

@@ -41,8 +41,8 @@ class TableMemory:
     tag: of its entries in the cache, below 16; another version of the table may share that.
     """
 
-    rows_or_cache: Any
-    statics: Mapping[str, Any] | None = None
+    rows_or_cache: np.ndarray | kernels.EntryCache
+    statics: kernels.StaticRecord | None = None
     tag: int = 0
 
 
@@ -83,7 +83,7 @@ def open_native(
             kernels.EntryCache, num_sets=share.num_sets, entry_bytes=layout.spec.entry_bytes, is_new=True
         )
         cache = aside(new_cache, rest)
-        memories.append(TableMemory(cache, None if static is None else static.to_dict()))
+        memories.append(TableMemory(cache, None if static is None else static.to_native()))
     engine = NativeEngine(what, files, memories, choice, plan.staging, placed)
     for index, (file, share, part) in enumerate(zip(files, shares, parts, strict=True)):
         if share.resident:
@@ -242,25 +242,24 @@ def _pending(ticket: Any) -> NativePending | None:
         raise
 
 
-def _record(file: TableFiles, memory: TableMemory) -> dict[str, Any]:
-    """What the C++ side must know of a table."""
+def _record(file: TableFiles, memory: TableMemory) -> kernels.TableRecord:
     layout, spec = file.table, file.table.spec
-    return {
-        "num_orders": len(spec.orders),
-        "rows_per_key": spec.rows_per_key,
-        "row_bytes": spec.row_bytes,
-        "num_rows": spec.num_rows,
-        "is_plain": spec.is_plain,
-        "moduli": spec.moduli,
-        "offsets": spec.offsets,
-        "page_bytes": layout.page_bytes,
-        "rows_per_page": layout.rows_per_page,
-        "num_pages": layout.num_pages,
-        "pages_per_shard": layout.pages_per_shard,
-        "version": PAGE_VERSION,
-        "seed": layout.seed,
-        "shards": file.handles(),
-        "memory": memory.rows_or_cache,
-        "statics": memory.statics,
-        "tag": memory.tag,
-    }
+    return kernels.TableRecord(
+        num_orders=len(spec.orders),
+        rows_per_key=spec.rows_per_key,
+        row_bytes=spec.row_bytes,
+        num_rows=spec.num_rows,
+        is_plain=spec.is_plain,
+        moduli=spec.moduli,
+        offsets=spec.offsets,
+        page_bytes=layout.page_bytes,
+        rows_per_page=layout.rows_per_page,
+        num_pages=layout.num_pages,
+        pages_per_shard=layout.pages_per_shard,
+        page_version=PAGE_VERSION,
+        seed=layout.seed,
+        shards=file.handles(),
+        memory=memory.rows_or_cache,
+        statics=memory.statics,
+        tag=memory.tag,
+    )

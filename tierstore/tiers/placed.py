@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -95,16 +94,17 @@ class StaticSet:
     seed: int
     loaded_start: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """What the C++ side must know of it: in every epoch the same;
-        places in memory and in the file are the same too."""
+    def to_native(self) -> kernels.StaticRecord:
+        """Returns it as the C++ side takes it: the same in every epoch, in memory and in the file."""
         area = index_head([len(index) for index in self.indexes]), self.area
-        in_memory = {"records": self.records, "loaded_start": self.loaded_start}
-        return {"areas": [area, area], "in_file": None} | in_memory | self.file_record()
-
-    def file_record(self) -> dict[str, Any]:
-        """The part of it that is the file."""
-        return {"num_placed": self.table.num_entries, "byte_start": self.table.byte_start, "file": self.file.handle}
+        return kernels.StaticRecord(
+            areas=[area, area],
+            records=self.records,
+            num_placed=self.table.num_entries,
+            byte_start=self.table.byte_start,
+            file=self.file.handle,
+            loaded_start=self.loaded_start,
+        )
 
     def places(self, order_index: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Returns the places of (order index, key) pairs, int64 [M] each; -1 where a pair has none."""

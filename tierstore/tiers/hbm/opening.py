@@ -123,7 +123,7 @@ def _dram_part(engine: NativeEngine, index: int) -> DramPart:
         return DramPart(memory.rows_or_cache[: spec.table_bytes] if whole else None)
     if memory.statics is None:
         return DramPart()
-    records, area, num_orders = memory.statics["records"], memory.statics["areas"][0][1], len(spec.orders)
+    records, (_, area), num_orders = memory.statics.records, memory.statics.areas[0], len(spec.orders)
     if not len(records):
         return DramPart(area=area)
 

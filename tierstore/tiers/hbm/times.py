@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from ...stats import LATENCY_SHARE, LatencyCounts
+from ...kernels import LATENCY_FRACTION
+from ...stats import LatencyCounts
 
 WAITING_MAX = 64  # timed lookups that the device has not done; beyond it, the oldest is forgotten
 
@@ -36,7 +37,7 @@ class DeviceTimes:
 
     def begin(self) -> LookupTimes | None:
         """Returns what times the lookup that begins now; None for seven in eight, by chance, which are not timed."""
-        return LookupTimes(self._device) if _chance.random() < LATENCY_SHARE else None
+        return LookupTimes(self._device) if _chance.random() < LATENCY_FRACTION else None
 
     def end(self, times: LookupTimes | None) -> None:
         """Counts a lookup whose halves have been launched, when the device has done them.

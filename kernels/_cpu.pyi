@@ -1,0 +1,746 @@
+"""The compiled kernels (kernels/cpu). Use them as `tierstore.kernels`, which has every name of this module.
+
+Rules for all: arrays are C-contiguous and of the type that is named. An input that is not contiguous, or of another
+type that casts safely, is copied; an output never is. Functions check shapes and bounds before they write, and raise
+`ValueError` or `TypeError`. They release the interpreter lock if they work for long, and any thread may call them;
+classes say if not. Shapes: B sequences, T tokens a sequence, N tokens, O orders, H heads (rows a key), M keys, R rows.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, overload
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Buffer
+
+_Bytes = npt.NDArray[np.uint8]
+_Int64 = npt.NDArray[np.int64]
+_UInt64 = npt.NDArray[np.uint64]
+_UInt32 = npt.NDArray[np.uint32]
+_Int32 = npt.NDArray[np.int32]
+_Bool = npt.NDArray[np.bool_]
+_Reports = npt.NDArray[np.void]  # of type kernels.REPORT
+_FileHandle = tuple[int, int, int]  # descriptor, O_DIRECT descriptor or -1, bytes
+_IndexArea = tuple[_Bytes, _Bytes]  # head [128], buckets [n, 64]
+
+# --------------------------------------------------------------------------------------------------------------------
+# Numbers and names that C++ defines.
+
+ORDER_MAX: Final[int]
+"""The longest n-gram."""
+ORDERS_MAX: Final[int]
+"""The most orders of a table."""
+SOURCES: Final[tuple[str, ...]]
+"""What answers a key, by the numbers of `Engine.locate` and of reports: none, resident, static, recency, record, pages,
+hbm. No C++ code gives "hbm"."""
+
+PAGE_GOOD: Final[int]
+PAGE_OTHER_VERSION: Final[int]
+PAGE_OTHER_NUMBER: Final[int]
+PAGE_BAD_CHECKSUM: Final[int]
+PAGE_TRAILER_BYTES: Final[int]
+
+CACHE_WAYS: Final[int]
+"""Entries of a set of the recency cache."""
+CACHE_SET_BYTES: Final[int]
+"""The head of a set: its keys, int64 [CACHE_WAYS], -1 if empty, then orders, counts and a version."""
+CACHE_HISTORY_BYTES: Final[int]
+"""A set's memory of keys that left it."""
+BUCKET_SLOTS: Final[int]
+"""Keys of an index bucket."""
+
+CONTROL_BYTES: Final[int]
+"""The block in which a daemon publishes epochs."""
+CLIENT_BLOCK_BYTES: Final[int]
+"""The block in which a client counts its lookups and reports."""
+NUM_RING_REPORTS: Final[int]
+"""Reports that a client's block holds."""
+
+LATENCY_BOUNDS_NS: Final[tuple[int, ...]]
+"""Upper ends of the buckets of latency; one more bucket counts what took longer."""
+LATENCY_FRACTION: Final[float]
+"""The fraction of lookups that are timed, chosen by chance."""
+
+MAILBOX_STARTS: Final[dict[str, int]]
+"""The byte of a mailbox's block at which each word, int64, and the keys begin (mailbox.h draws it)."""
+MAILBOX_STATUSES: Final[tuple[str, ...]]
+"""What the word `status` means: there, fault, damaged, closed."""
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pages and checksums.
+
+def crc32c_backend() -> str:
+    """Returns what computes CRC32C here: "sse4.2", "armv8-crc" or "table"."""
+
+def crc32c(data: Buffer | npt.NDArray[np.generic], seed: int = 0) -> int:
+    """Returns the CRC32C (RFC 3720) of a contiguous buffer; crc32c(b, crc32c(a)) == crc32c(a + b)."""
+
+def seal_pages(
+    planes: Sequence[_Bytes], out: _Bytes, rows_per_page: int, page_start: int, version: int, seed: int
+) -> None:
+    """Interleaves planes into rows, and rows into sealed pages. Costs one copy and one checksum of `out`.
+
+    Args:
+        planes: uint8 [R, width_bytes] each, side by side in a row.
+        out: uint8 [ceil(R / rows_per_page), page_bytes], overwritten whole: rows, zero padding, trailer.
+        rows_per_page: Rows of a page; with the trailer they fit in it.
+        page_start: The number of the first page.
+        version: The format's.
+        seed: Of the checksums.
+    """
+
+def check_pages(pages: _Bytes, page_numbers: _Int64, version: int, seed: int) -> _Bytes:
+    """Checks that pages are whole and have their numbers.
+
+    Args:
+        pages: uint8 [n, page_bytes].
+        page_numbers: int64 [n].
+        version: The format's.
+        seed: Of the checksums.
+
+    Returns:
+        uint8 [n]: PAGE_GOOD, PAGE_BAD_CHECKSUM, PAGE_OTHER_VERSION or PAGE_OTHER_NUMBER. A bad checksum comes before
+        the other two, whose numbers nobody can trust then.
+    """
+
+# --------------------------------------------------------------------------------------------------------------------
+# The mixed hash.
+
+def keys_of_tokens(
+    token_ids: _Int64,
+    history: _Int64 | None,
+    dead: _Bool | None,
+    token_map: _Int32 | None,
+    vocab_size: int,
+    multipliers: _Int64,
+    orders: _Int64,
+    pad_id: int,
+    barrier_id: int,
+    out: _Int64,
+) -> int:
+    """Writes the mixed hashes of the n-grams that end at each token. One pass, about 4 ns a token of V4.1.
+
+    `HashSpec.keys` says where look-back ends.
+
+    Args:
+        token_ids: int64 [B, T].
+        history: int64 [B, P], the tokens before, -1 for none; P is below the largest order.
+        dead: bool [B, T], positions that are no text. Their ids are not looked at.
+        token_map: int32 [vocab_size]; None: ids hash as they are.
+        vocab_size: Ids are below it.
+        multipliers: int64 [largest order], the token itself first.
+        orders: int64 [O], n-gram lengths, ascending, 1 to ORDER_MAX.
+        pad_id: The (mapped) id for positions behind the end of look-back.
+        barrier_id: The token id that ends look-back behind it; -1: none.
+        out: int64 [B, T, O], overwritten whole.
+
+    Returns:
+        -1; or the flat position in [B, P + T] of the first id outside the vocabulary, and `out` is undefined.
+    """
+
+def find_out_of_range(ids: _Int64, end: int) -> int:
+    """Returns the flat position of the first id that is neither -1 nor 0 to end - 1; -1 if there is none.
+
+    One pass, about 0.3 ns an id; end: at most 2^63.
+    """
+
+def row_ids_of_keys(keys: _Int64, order_index: _Int64 | None, moduli: _Int64, offsets: _Int64, out: _Int64) -> None:
+    """Writes the rows of each key, `key % modulus + offset` for each head of its order. About 1 ns a row.
+
+    Args:
+        keys: int64 [M]; a key below 0 gives row ids of -1.
+        order_index: int64 [M]; None: keys are of whole tokens, and so of orders 0, 1, ..., O - 1, 0, 1, ...
+        moduli: int64 [O * H], orders outermost, 1 or more.
+        offsets: int64 [O * H]; modulus + offset is below 2^63.
+        out: int64 [M, H], overwritten whole.
+    """
+
+def keys_of_row_ids(
+    row_ids: _Int64,
+    moduli: _Int64,
+    offsets: _Int64,
+    num_residues: _Int64,
+    inverses: _Int64,
+    keys: _Int64,
+    is_consistent: _Bool,
+) -> None:
+    """Writes the keys that give the row ids of each token (Chinese remainder theorem). About 3 ns a row.
+
+    Args:
+        row_ids: int64 [N, O * H].
+        moduli: int64 [O * H].
+        offsets: int64 [O * H].
+        num_residues: int64 [O], how many first heads of each order determine the key.
+        inverses: int64 [O, F], of the product of the moduli before, modulo this one; the first of each order is unused.
+        keys: int64 [N, O], overwritten whole. All -1 if the token is not consistent.
+        is_consistent: bool [N], overwritten whole: whether every head of every order agrees with keys of 0 to
+            2^63 - 1, or -1 for an order whose ids are all -1.
+    """
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rows of fp8.
+
+def decode_fp8_rows(rows: _Bytes, dim: int, scale: float | None, out: npt.NDArray[np.uint16]) -> None:
+    """Decodes e4m3 values into bfloat16: fp8 * scale in float32, rounded once, half to even. About 0.5 ns a value.
+
+    Args:
+        rows: uint8 [R, row_bytes], row_bytes at least `dim`.
+        dim: Values a row.
+        scale: Of all values; None: 2^(byte - 127) of the e8m0 bytes that follow a row's values, one for 32 of them;
+            `dim` is a multiple of 32 then.
+        out: uint16 [R, dim], the values' bits, overwritten whole.
+    """
+
+# --------------------------------------------------------------------------------------------------------------------
+# Placed entries (entry_index.h). FORMAT.md draws buckets and records.
+
+def index_entries(keys: _Int64, record_numbers: _UInt32, buckets: _Bytes) -> bool:
+    """Writes the index of one order's placed entries.
+
+    Args:
+        keys: int64 [n], all different, 0 or more.
+        record_numbers: uint32 [n].
+        buckets: uint8 [num_buckets, 64], overwritten whole. For speed, at least one for 3.5 keys.
+
+    Returns:
+        Whether there was room for every key; if not, `buckets` is undefined.
+    """
+
+def find_entries(buckets: _Bytes, keys: _Int64) -> _Int64:
+    """Returns the record numbers, int64 [n], that an index has for keys, int64 [n]; -1 for none."""
+
+def seal_records(records: _Bytes, keys: _Int64, order_index: _UInt32, entry_bytes: int, seed: int) -> None:
+    """Writes padding, keys and checksums of records, uint8 [n, record_bytes], that hold their entries.
+
+    Args:
+        records: record_bytes is entry_bytes up to a multiple of 8, and 16.
+        keys: int64 [n].
+        order_index: uint32 [n].
+        entry_bytes: Of an entry.
+        seed: Of the checksums.
+    """
+
+def invalidate_bad_records(records: _Bytes, entry_bytes: int, seed: int) -> int:
+    """Checks records, uint8 [n, record_bytes], and gives damaged ones the key -1. Returns how many."""
+
+def drop_bad_entries(
+    buckets: _Bytes, order_index: int, records: _Bytes, num_placed: int, entry_bytes: int, loaded_start: int = 0
+) -> int:
+    """Takes keys out of an index whose loaded record is another's, or whose record number is too large.
+
+    Args:
+        buckets: uint8 [num_buckets, 64].
+        order_index: The order that the index is of.
+        records: uint8 [loaded, record_bytes], those from number loaded_start on.
+        num_placed: Records of the file.
+        entry_bytes: Of an entry.
+        loaded_start: Records before it are good, and are not looked at.
+
+    Returns:
+        How many keys it took out.
+    """
+
+# --------------------------------------------------------------------------------------------------------------------
+# Profiles and predictions. Items are 128-bit numbers, rows of uint64 [N, 2], the high word first (items.h).
+
+def simulate_cache(order_index: _Bytes, keys: _Int64, batch_ends: _Int64, num_sets: int) -> _Bool:
+    """Simulates the recency cache of one table, empty at first, by the code that serves (entry_cache.h).
+
+    All of a batch are probed, then its distinct misses are put in, by (order, key). 256 bytes a set, about 60 ns an
+    access.
+
+    Args:
+        order_index: uint8 [A], below ORDERS_MAX.
+        keys: int64 [A]; -1: nothing is looked up, which is not a hit.
+        batch_ends: int64 [batches], ascending, the last being A.
+        num_sets: Of the cache.
+
+    Returns:
+        bool [A], which accesses hit.
+
+    Raises:
+        MemoryError: There is no memory for such a cache.
+    """
+
+def stack_distances(items: _Int64) -> _Int64:
+    """Returns how many distinct other items came since the last access to the same one; -1 for the first.
+
+    A cache of c entries that evicts the least recently used one hits an access if its distance is 0 to c - 1 (Mattson
+    1970). O(A log A) (Bennett and Kruskal 1975), about 50 ns an access at ten million.
+
+    Args:
+        items: int64 [A], each below A.
+    """
+
+def windows_of_tokens(
+    token_ids: _Int64,
+    token_map: _Int32 | None,
+    vocab_size: int,
+    pad_id: int,
+    barrier_id: int,
+    order_max: int,
+    bits: int,
+    out: _UInt64,
+) -> int:
+    """Packs the last `order_max` ids that end at each token of one document into an item. About 5 ns a token.
+
+    The newest id is in the most significant place. The n-gram of a lower order n is the item shifted right by
+    bits * (order_max - n).
+
+    Args:
+        token_ids: int64 [T].
+        token_map, vocab_size, pad_id, barrier_id: See `keys_of_tokens`.
+        order_max: Ids of an item; order_max * bits is at most 128.
+        bits: Of an id, 1 to 63; mapped ids and the pad id fit.
+        out: uint64 [T, 2], overwritten whole.
+
+    Returns:
+        -1; or the position of the first id outside the vocabulary, and `out` is undefined.
+    """
+
+def keys_of_windows(windows: _UInt64, order: int, bits: int, multipliers: _Int64, out: _Int64) -> None:
+    """Writes the mixed hash of each n-gram, as `keys_of_tokens` gives it. About 6 ns each.
+
+    Args:
+        windows: uint64 [M, 2], shifted to `order` ids of `bits` bits.
+        order: Ids of an n-gram.
+        bits: Of an id.
+        multipliers: int64 [order or more], the newest id's first.
+        out: int64 [M], overwritten whole.
+    """
+
+def sort_items(items: _UInt64, weights: _Int64 | None = None) -> None:
+    """Sorts items in place, ascending; equal items keep their order. A radix sort, about 45 ns an item of text.
+
+    Args:
+        items: uint64 [N, 2]. Takes another 16 bytes an item meanwhile; with weights 48, and 8 a weight.
+        weights: int64 [N, W], whose rows move with their items; 105 ns an item then.
+    """
+
+def sum_items(items: _UInt64, weights: _Int64 | None, shift: int = 0) -> tuple[_UInt64, _Int64]:
+    """Returns the distinct values of items >> shift, uint64 [M, 2], and the sums of their weights, int64 [M, W].
+
+    Args:
+        items: uint64 [N, 2], sorted.
+        weights: int64 [N, W]; None: each item counts once, in one column. Sums wrap around.
+        shift: 0 to 127 bits, so that windows give n-grams of a lower order.
+    """
+
+def find_items(haystack: _UInt64, needles: _UInt64) -> _Int64:
+    """Returns the index of each needle in the haystack, int64 [M], or -1. One pass over both, about 5 ns an item.
+
+    Args:
+        haystack: uint64 [N, 2], strictly ascending.
+        needles: uint64 [M, 2], ascending.
+    """
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory that processes share, and the epochs in it (epochs.h).
+
+def map_shared(fd: int, num_bytes: int, *, writable: bool) -> _Bytes:
+    """Maps a descriptor, shared, at a multiple of a huge page. The mapping lasts as long as the array or a view of it.
+
+    Args:
+        fd: May be closed afterwards.
+        num_bytes: Whole pages of 4,096.
+        writable: Whether the array is.
+
+    Raises:
+        OSError: The system refused.
+    """
+
+def collapse(array: _Bytes, byte_start: int, num_bytes: int) -> int:
+    """Asks the kernel for huge pages under a part of a mapping. Blocks while it copies. Returns 0 or an errno."""
+
+def protect(array: _Bytes) -> None:
+    """Makes a mapping read-only for good. Raises `OSError`: the system refused."""
+
+def init_client_block(block: _Bytes) -> None:
+    """Empties a client's block, uint8 [CLIENT_BLOCK_BYTES] at a multiple of 64 bytes. Nobody may use it meanwhile."""
+
+def publish_epoch(control: _Bytes, version: int, epoch: int) -> None:
+    """Makes `epoch` the newest of a version, 1 to 65,535: lookups that begin from now on see it."""
+
+def reclaim_epochs_before(control: _Bytes, version: int, epoch: int) -> None:
+    """Ends a version's epochs before `epoch`. Slots that only they name may be reused once this has returned.
+
+    Lookups that are still in one notice, and read from disk. A GPU cannot: see `active_pins` first.
+    """
+
+def reclaim_version(control: _Bytes, version: int) -> None:
+    """Ends all epochs of a version."""
+
+def active_lookups(block: _Bytes) -> tuple[int, int]:
+    """Returns how many lookups of a client are in even and in odd epochs, as its block says. It may say anything."""
+
+def active_pins(block: _Bytes) -> tuple[int, int]:
+    """Returns how many even and odd epochs a client pins for a GPU, as its block says. It may say anything."""
+
+class EpochPin:
+    """Pins epochs of one version for a GPU's kernels, counted in the client's block. One thread at a time.
+
+    Dropped, it unpins all, except in a forked child: the counts are the parent's.
+    """
+
+    def __init__(self, control: _Bytes, version: int, block: _Bytes) -> None: ...
+    def newest(self) -> int | None:
+        """Returns the newest epoch; None: the version is not served any more."""
+
+    def pin(self) -> int | None:
+        """Pins the newest epoch and returns it; None: the version is not served any more."""
+
+    def unpin(self, epoch: int) -> None:
+        """Undoes one `pin` of an epoch. Raises `ValueError`: it is not pinned."""
+
+class ReportWriter:
+    """Writes reports into the ring of a client's block (reports.h). Any threads; never waits."""
+
+    def __init__(self, block: _Bytes) -> None: ...
+    def add(self, reports: _Reports) -> None:
+        """Writes REPORT [n]; what finds no room is dropped and counted."""
+
+class ReportReader:
+    """Reads the reports of a client's block, which may hold anything. One reader a block; never waits."""
+
+    def __init__(self, block: _Bytes) -> None: ...
+    def take(self, out: _Reports) -> int:
+        """Moves the next reports into `out`, REPORT [n]; returns how many. A call is bounded work.
+
+        A report that is reserved and not yet written gets the time until the next call.
+        """
+
+    @property
+    def lost(self) -> int:
+        """Positions of the ring that held no report."""
+
+    @property
+    def dropped(self) -> int:
+        """Reports that found no room, as the client counts them."""
+
+class KeyCounts:
+    """Counts of reported keys: four keys a set of 64 bytes, none above its true count (key_counts.h). Any threads."""
+
+    def __init__(self, memory: _Bytes) -> None:
+        """Empties memory, uint8 [64 * sets] at a multiple of 64 bytes, and counts in it."""
+
+    def add(self, reports: _Reports) -> int:
+        """Counts REPORT [n] by their weights, 2 ** (source_and_weight >> 3). Returns how many had a key."""
+
+    @overload
+    def counts(self, table: int, order_index: int, keys: _Int64) -> _UInt32: ...
+    @overload
+    def counts(self, table: int, order_index: _Bytes, keys: _Int64) -> _UInt32:
+        """Returns the counts, uint32 [n], of keys, int64 [n]; order_index: one for all, or uint8 [n]."""
+
+    def above(
+        self, table: int, count_min: int, set_start: int = 0, set_end: int = ...
+    ) -> tuple[_Bytes, _Int64, _UInt32]:
+        """Returns the keys of a table, in sets set_start to set_end - 1, that were counted count_min times or more.
+
+        Returns:
+            order_index uint8 [m], keys int64 [m], counts uint32 [m], in no order. A few sets at a time take little
+            memory.
+        """
+
+    def age(self) -> None:
+        """Halves all counts."""
+
+    @property
+    def num_used(self) -> int:
+        """Keys that have a count."""
+
+    @property
+    def num_sets(self) -> int:
+        """Sets, of four keys each."""
+
+# --------------------------------------------------------------------------------------------------------------------
+# The lookup path of a store (engine.h). `tierstore.tiers.native` is its user.
+
+def probe_uring() -> int:
+    """Returns 0 if this process may use io_uring as `Engine` does, else the errno that says why not."""
+
+def probe_process_madvise() -> int:
+    """Returns 0 if this process may call process_madvise on itself, else the errno that says why not."""
+
+def drop_released() -> None:
+    """Drops the arrays that finished jobs have let go. Every call of a ticket does it too."""
+
+class EntryCache:
+    """A recency cache in memory that engines share (entry_cache.h draws it). Any threads."""
+
+    def __init__(self, memory: _Bytes, *, num_sets: int, entry_bytes: int, is_new: bool) -> None:
+        """Uses memory, uint8 at a multiple of 64 bytes, which it keeps alive; is_new: empties it.
+
+        Memory that is not writable is another process's: engines read it, and the calls below raise `ValueError`.
+        """
+
+    def count_accesses(self, count: int) -> None:
+        """Moves the clock by which counts age."""
+
+    def touch(self, orders: _Bytes, keys: _Int64) -> None:
+        """Counts uses that readers of other processes reported. orders: uint8 [n], with the tag; keys: int64 [n]."""
+
+    def drop_tag(self, tag: int) -> None:
+        """Takes out all entries of a tag, 0 to 15."""
+
+class StaticRecord:
+    """Where a table's placed entries are, in memory and in the placement's file. It keeps the arrays alive."""
+
+    def __init__(
+        self,
+        *,
+        areas: Sequence[_IndexArea],
+        records: _Bytes,
+        num_placed: int,
+        byte_start: int,
+        file: _FileHandle | None,
+        in_file: _IndexArea | None = None,
+        loaded_start: int = 0,
+    ) -> None:
+        """Describes a static set.
+
+        Args:
+            areas: Heads and indexes of even and of odd epochs.
+            records: uint8 [loaded, record_bytes], those in memory.
+            num_placed: Records of the table in the file.
+            byte_start: Of the first of them.
+            file: The placement's; None: all is in memory.
+            in_file: The index of the file's records; None: record numbers in memory and in the file are the same.
+            loaded_start: The number of the first record in memory.
+        """
+
+    @property
+    def areas(self) -> list[_IndexArea]: ...
+    @property
+    def records(self) -> _Bytes: ...
+
+class TableRecord:
+    """A table before an engine opens it: address map, pages, open files, memory. Every number is checked."""
+
+    def __init__(
+        self,
+        *,
+        num_orders: int,
+        rows_per_key: int,
+        row_bytes: int,
+        num_rows: int,
+        is_plain: bool,
+        moduli: Sequence[int],
+        offsets: Sequence[int],
+        page_bytes: int,
+        rows_per_page: int,
+        num_pages: int,
+        pages_per_shard: int,
+        page_version: int,
+        seed: int,
+        shards: Sequence[_FileHandle],
+        memory: _Bytes | EntryCache,
+        statics: StaticRecord | None = None,
+        tag: int = 0,
+    ) -> None:
+        """Describes a table.
+
+        Args:
+            num_orders: 1 to ORDERS_MAX.
+            rows_per_key: Heads of an order.
+            row_bytes: Of a row.
+            num_rows: Of the table.
+            is_plain: Whether keys are row ids.
+            moduli: [num_orders * rows_per_key], orders outermost.
+            offsets: As moduli.
+            page_bytes: Of a page, with its trailer.
+            rows_per_page: Rows of a page.
+            num_pages: Pages of all shards.
+            pages_per_shard: Pages of every shard but the last.
+            page_version: Of the pages' format.
+            seed: Of the checksums.
+            shards: Their descriptors, which stay open until the engine is closed.
+            memory: The table's recency cache; or all its rows, uint8 [num_rows * row_bytes or more], which are looked
+                at after `Engine.set_resident`.
+            statics: Its placed entries; only with a recency cache.
+            tag: Of its entries in the cache, 0 to 15: two versions of a table may share one.
+        """
+
+class Ticket:
+    """A lookup that a worker thread finishes. Dropped, it is cancelled, unless it was detached. Any threads.
+
+    Its job held the output arrays before its first read began, and lets go of them when nothing is written any more.
+    """
+
+    def done(self) -> bool: ...
+    def wait(self, seconds: float) -> bool:
+        """Blocks until it has ended, at most so long; Python handles signals meanwhile.
+
+        Returns:
+            False if the time ran out: the lookup goes on, wait again.
+
+        Raises:
+            BaseException: Its fault, as the engine's make_fault names it.
+        """
+
+    def cancel(self) -> None:
+        """Ends it: nothing is written to the output arrays once this has returned."""
+
+    def detach(self) -> None:
+        """Lets it go on when the ticket is dropped."""
+
+class Engine:
+    """The lookup path over the tables of a store. Any threads may call.
+
+    Calls raise what `make_fault` returns for a fault. Keys and row ids are int64 and checked by the caller; outputs are
+    uint8. All are contiguous. After a call has raised, nothing is written to its outputs.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TableRecord],
+        *,
+        mode: str,
+        use_process_madvise: bool,
+        num_readers: int,
+        depth: int,
+        assembly_bytes: int,
+        pread_threads: int,
+        jobs_max: int,
+        wait_s: float,
+        shared: tuple[_Bytes, int, _Bytes, bool] | None,
+        make_fault: Callable[[str, int, int, int], BaseException],
+    ) -> None:
+        """Args:
+            tables: In the catalog's order.
+            mode: How pages are read: "uring", "mmap" or "pread".
+            use_process_madvise: Whether "mmap" announces its reads.
+            num_readers: Page readers at most; each carries one job at a time.
+            depth: Pages in flight of a reader.
+            assembly_bytes: Of each of a reader's two read batches.
+            pread_threads: Threads of "pread".
+            jobs_max: Tickets under way; `submit` waits beyond it.
+            wait_s: The longest wait for the disk or for a page reader.
+            shared: Control block, version, client block, and whether lookups are reported; None for a store of its own.
+            make_fault: Names a fault (kind, table, page, detail). Called with the interpreter's lock held.
+
+        Raises:
+            RuntimeError: The system gives no descriptors, rings or memory for a single page reader.
+        """
+
+    def try_lookup(self, index: int, keys: object, out: object, /) -> bool:
+        """Looks up in one call if everything has the plain form; the shortest way.
+
+        Returns:
+            False if the arguments are not of that form, or the engine is closed: nothing was done, look closer.
+        """
+
+    def lookup(
+        self,
+        index: int,
+        keys: _Int64,
+        out: _Bytes,
+        sources: _Bytes | None = None,
+        seconds: float | None = None,
+    ) -> bool:
+        """Fills out, [N, O * H, row_bytes], from keys, [N, O]. Drives the reads on the caller's thread. Blocks.
+
+        Args:
+            sources: [N, O], written with what answered each key: an index in `SOURCES`.
+            seconds: The longest that it may take; None: as long as `wait_s` allows each read.
+
+        Returns:
+            False if the time ran out; the lookup was given up then, and nothing is written any more.
+        """
+
+    def submit(self, requests: Sequence[tuple[int, _Int64, _Bytes]], /) -> Ticket | None:
+        """Starts a lookup of (table, keys, out) each. None: memory held all. Blocks while jobs_max are under way."""
+
+    def submit_pairs(self, index: int, keys: _Int64, pairs: _Int32, out: _Bytes, /) -> Ticket | None:
+        """Starts a lookup of single (order, key) pairs: entry i of out, [M, entry_bytes], is that of keys[i].
+
+        pairs: int32 [M]: the index of a key in a batch [N, O], flat, so that pairs[i] % O is the index of its order.
+        """
+
+    def rows(self, index: int, row_ids: _Int64, out: _Bytes, /) -> None:
+        """Fills out, [R, row_bytes], from row_ids, [R]; -1 gives a zero row. Blocks."""
+
+    def locate(self, index: int, keys: _Int64, sources: _Bytes, /) -> None:
+        """Writes what would answer keys, [N, O], as [N, O]: indexes in `SOURCES`. Counts nothing."""
+
+    def set_resident(self, index: int, bad_pages: Sequence[int], /) -> None:
+        """Declares that a resident table's memory holds its rows, but for those of bad pages. Comes before lookups."""
+
+    def shortfalls(self) -> list[tuple[str, int, int]]:
+        """Returns (what, how many there are, how many were wanted) for what the system did not give."""
+
+    def counters(self) -> dict[str, Any]: ...
+    def inject(self, what: str, first: int = 0, count: int = 1) -> None:
+        """Makes reads fail on purpose, for tests (faults.h): none, failing, short, corrupt or slow."""
+
+    def injected_reads(self) -> int: ...
+    def page_readers(self) -> tuple[int, int]:
+        """Returns how many page readers there are, and how many of them are free."""
+
+    def close(self, seconds: float) -> bool:
+        """Waits for all lookups to end; returns whether they did. Files and memory may go only then."""
+
+    def before_fork(self) -> None: ...
+    def after_fork(self, child: bool, /) -> None: ...
+
+# --------------------------------------------------------------------------------------------------------------------
+# Mailboxes: GPU kernels list what they missed in page-locked host memory, and a thread here brings the entries.
+
+def mailbox_bytes(pairs_max: int, entry_bytes: int) -> int:
+    """Returns the bytes of a mailbox's block for at most pairs_max misses a request."""
+
+def mailbox_pairs_start(pairs_max: int) -> int:
+    """Returns the byte of a block at which the pairs, int32 [pairs_max], begin."""
+
+def mailbox_entries_start(pairs_max: int) -> int:
+    """Returns the byte of a block at which the entries, uint8 [pairs_max, entry_bytes], begin."""
+
+class MailboxServer:
+    """Serves the mailboxes of an engine, which it keeps alive, by one thread that polls them. Any threads.
+
+    A device writes num_misses, keys, pairs, and last a new number, not 0, into `requested`. Then it waits until
+    `answered` is that number, and looks at `status`. A request may be nonsense: it gets a status, and harms nothing.
+    Each request counts as one batch of lookups. Close the server before its engine.
+    """
+
+    def __init__(self, engine: Engine) -> None: ...
+    def add(self, index: int, block: _Bytes, pairs_max: int) -> int:
+        """Clears the words of a block that nobody uses yet, and serves it from now on. It stays alive.
+
+        Args:
+            index: The table.
+            block: uint8 [mailbox_bytes(pairs_max, entry_bytes) or more], at a multiple of 64 bytes.
+            pairs_max: Misses of a request.
+
+        Returns:
+            The mailbox's id.
+
+        Raises:
+            ValueError: The block is too small or not aligned, there is no such table, or its rows are not there.
+            RuntimeError: Engine or server is closed, or the system gives no thread.
+        """
+
+    def move_to(self, engine: Engine, seconds: float) -> bool:
+        """Serves what is requested already, then by another engine of the same tables.
+
+        Returns whether that is done, and the old engine is used no more; False: the time ran out, call again.
+        """
+
+    def remove(self, id: int, seconds: float) -> bool:
+        """Ends the service of a mailbox. False: the time ran out, the block may still be written; call again."""
+
+    def fault(self, id: int) -> BaseException | None:
+        """Returns the first fault since the last call; None: there was none. Raises `ValueError`: no such mailbox."""
+
+    def served(self, id: int) -> int:
+        """Returns how many requests were answered. Raises `ValueError`: no such mailbox."""
+
+    def time(self, id: int) -> None:
+        """Counts latencies of a mailbox's requests from now on. Raises `ValueError`: no such mailbox."""
+
+    def close(self, seconds: float) -> bool:
+        """Removes all mailboxes, for good. Returns as `remove` does."""
+
+    def before_fork(self) -> None: ...
+    def after_fork(self, child: bool) -> None:
+        """In a child, the server is closed, and touches no block."""
