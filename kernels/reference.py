@@ -29,7 +29,7 @@ _POLYNOMIAL = 0x82F63B78  # CRC32C, Castagnoli, reflected: RFC 3720, appendix B.
 
 
 def _byte_table() -> np.ndarray:
-    table = np.arange(256, dtype=np.uint32)
+    table: np.ndarray = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = (table >> 1) ^ np.where(table & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
     return table

@@ -32,7 +32,7 @@ def decode_fp8_rows(rows: np.ndarray, dim: int, scale: float | None, out: np.nda
     if scale is None:
         byte = rows[:, dim:needed].repeat(SCALE_BLOCK, axis=1)
         exponent = np.where(byte == 255, 0, byte.astype(np.int32) - 127)
-        factor = np.where(byte == 255, np.nan, np.ldexp(1.0, exponent)).astype(np.float32)
+        factor: np.ndarray | np.float32 = np.where(byte == 255, np.nan, np.ldexp(1.0, exponent)).astype(np.float32)
     else:
         factor = np.float32(scale)
     with np.errstate(over="ignore", invalid="ignore"):

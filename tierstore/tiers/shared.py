@@ -26,7 +26,7 @@ from ..units import format_bytes
 
 logger = logging.getLogger("tierstore")
 
-# Of fcntl(2); Python 3.10 has no name for the last.
+# Of fcntl(2); before 3.13, Python has no name for the last.
 _SEAL, _SHRINK, _GROW, _FUTURE_WRITE = fcntl.F_SEAL_SEAL, fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW, 0x10
 _FIXED_LENGTH = _SEAL | _SHRINK | _GROW
 HUGE_BYTES = 2 << 20

@@ -156,7 +156,7 @@ def _provenance(device: Any) -> dict[str, Any]:
     """What the figures rest on."""
     torch, triton = (importlib.import_module(name) for name in ("torch", "triton"))
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "gpu": _name_of(device),
         "driver": _driver() if device.type == "cuda" else None,
         "torch": torch.__version__,
