@@ -7,7 +7,8 @@ STAMP := $(VENV)/installed
 CPP_SOURCES := $(wildcard $(addsuffix /*.[ch]*,kernels/cpu tests/kernels/cpp tools/bench/bare))
 SOURCES := $(wildcard kernels/cpu/*) setup.py setup.cfg pyproject.toml requirements.txt
 
-# Tests in one process a core; a file's tests share one, for what its fixtures make. `make check WORKERS=0`: in this process.
+# Tests in one process a core; a file's tests share one, for what its fixtures make.
+# `make check WORKERS=0`: in this process.
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile
@@ -59,7 +60,8 @@ programs: install
 cases: install
 	$(BIN)/python tests/cases.py
 
-# The C++ tests under the sanitizers. The writer that is killed step by step stays out: its children never end by themselves.
+# The C++ tests under the sanitizers. The writer that is killed step by step stays out: its children never end by
+# themselves.
 sanitize: install
 	TIERSTORE_TEST_CXXFLAGS="-O1 -fsanitize=thread -Wno-tsan" $(PYTEST) tests/kernels/test_cpp.py -k "not kill"
 	TIERSTORE_SOAK=1 TIERSTORE_TEST_CXXFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
@@ -75,8 +77,10 @@ soak: install
 demo: install
 	$(BIN)/python -m tierstore.tools.demo
 
+# make bench BENCH="warm cold"; `tierstore bench --help` lists them.
+BENCH ?= build
 bench: install
-	$(BIN)/tierstore bench build
+	$(BIN)/tierstore bench $(BENCH)
 
 # For machines without a compiler: there, pip install dist/*.whl. It fits the same Python version and processor.
 wheel: install

@@ -174,4 +174,4 @@ def test_sides_with_an_hbm_tier_give_the_same_logits(
             sides._check("decode", model, cache, Feed.of_sequences(text, 5, 8, 3, "cpu").next())
             assert sides.store.stats()["hits"]["hbm"] > 0
     finally:
-        overlap_tables.unplace(tables)
+        stores.unplace(tables.path)

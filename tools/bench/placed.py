@@ -25,15 +25,14 @@ from tierstore import kernels
 from tierstore.decisions.item_statistics import OrderSplit
 from tierstore.decisions.plan import INDEX_ENTRY_BYTES
 from tierstore.errors import ConfigError
-from tierstore.formats.catalog import read_catalog, set_epoch
-from tierstore.formats.trace import TokenTraceWriter
+from tierstore.formats.catalog import read_catalog
 from tierstore.layout import record_bytes
-from tierstore.offline.place import place_plan, prune_placements
+from tierstore.offline.place import place_plan
 from tierstore.offline.ranked_items import ItemRanking
 from tierstore.store.embedded import Embedded
 
 from . import real_text, stores
-from .pairs import Comparison, Figure, Grid, Options, Result, interleave
+from .pairs import Comparison, Grid, Options, Result, interleave
 from .stores import MadeStore
 
 BUDGETS = (256 << 20, 512 << 20, 1 << 30)
@@ -64,16 +63,15 @@ def run_placed(folder: Path, options: Options, size_bytes: int, result: Result) 
     keys = _keys_of(spec, held_out.documents)
     budgets = options.budgets or BUDGETS
     with tempfile.TemporaryDirectory(dir=folder, prefix="tierstore-bench-") as work:
-        seconds, profile = _profile(made.path, training.documents, Path(work))
+        seconds, profile = _profile(made.path, training, Path(work))
         tokens = sum(map(len, training.documents))
-        result.figures.append(Figure("profile: counting and curves", "tokens/s", [tokens / seconds]))
+        result.figure("profile: counting and curves", "tokens/s", [tokens / seconds])
         runs = {dram_bytes: _planned_run(made, profile, dram_bytes, 0, keys) for dram_bytes in budgets}
         _add_rates(result, spec, runs, made, profile, training.documents, keys)
         _add_opening(result, made, budgets[-1], options)
         _add_reads(result, made, profile, budgets[0], runs[budgets[0]], keys)
     _add_cold_start(result, spec, training.documents, keys, budgets[0])
-    set_epoch(made.path, None)  # the next run begins without a placement
-    prune_placements(made.path, 0)
+    stores.unplace(made.path)
     result.facts["profiled and run"] = f"{training.source}; {held_out.source}, {len(keys):,} tokens"
 
 
@@ -81,13 +79,10 @@ def _keys_of(spec: HashSpec, documents: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([spec.keys(document[None], stores.LAYER)[0] for document in documents])
 
 
-def _profile(store: Path, documents: list[np.ndarray], work: Path) -> tuple[float, tierstore.Profile]:
-    with TokenTraceWriter(work / "text.trace", vocab_size=None, source="tierstore bench trace") as writer:
-        for document in documents:
-            writer.add_document(document.astype(np.int32))
-        writer.finish()
+def _profile(store: Path, text: real_text.RealText, work: Path) -> tuple[float, tierstore.Profile]:
+    trace = text.write_trace(work / "text.trace")
     started = time.perf_counter()
-    profile = token_profile(store, work / "text.trace", output=work / "text.profile")
+    profile = token_profile(store, trace, output=work / "text.profile")
     return time.perf_counter() - started, profile
 
 
@@ -170,17 +165,17 @@ def _add_rates(
         name = f"{dram_bytes >> 20} MiB"
         lines += [[name, what, *(round(float(rate), 4) for rate in rates)] for what, rates in shown.items()]
         off = np.abs(run.rates - run.very_stream).max() * 100
-        result.figures.append(Figure(f"{name}: measured off predicted for the very stream", "points", [off], 1.0))
+        result.figure(f"{name}: measured off predicted for the very stream", "points", [off], 1.0)
         outside = max(record["low"]["all"] - run.rates[-1], run.rates[-1] - record["high"]["all"], 0.0) * 100
-        result.figures.append(Figure(f"{name}: measured outside the 95 % interval", "points", [outside], 0.0))
+        result.figure(f"{name}: measured outside the 95 % interval", "points", [outside], 0.0)
         wide = max(record["hit_rate"]["all"] - record["low"]["all"], record["high"]["all"] - record["hit_rate"]["all"])
-        result.figures.append(Figure(f"{name}: interval, either side", "points", [wide * 100], 6.0))
+        result.figure(f"{name}: interval, either side", "points", [wide * 100], 6.0)
         for what, rates in (("LRU", lru_rates), ("static alone", static)):
             better = float(run.rates[-1] - rates[-1]) * 100
-            result.figures.append(Figure(f"{name}: better than {what}", "points", [better], 2.0, at_least=True))
+            result.figure(f"{name}: better than {what}", "points", [better], 2.0, at_least=True)
         placed = record["placed"]
         over = 1 - placed.num_entries * placed.entry_bytes / (record["placement_bytes"] - placed.index_bytes)
-        result.figures.append(Figure(f"{name}: placement beyond entries and index", "%", [over * 100], 2.0))
+        result.figure(f"{name}: placement beyond entries and index", "%", [over * 100], 2.0)
     result.grids.append(Grid(f"hit rates, batches of {BATCH_TOKENS:,} tokens", columns, lines))
 
 
@@ -246,7 +241,7 @@ def _add_opening(result: Result, made: MadeStore, dram_bytes: int, options: Opti
     seconds = interleave({OPEN: opening, SEQUENTIAL: bare}, options.pairs)
     case = f"opening with {loaded[0] >> 20} MiB placed"
     result.comparisons.append(Comparison(case, "KiB", loaded[0] / 1024, seconds, {SEQUENTIAL: 0.7}, subject=OPEN))
-    result.figures.append(Figure("first lookup of placed keys after opening, to later ones", "times", lookups))
+    result.figure("first lookup of placed keys after opening, to later ones", "times", lookups)
 
 
 def _first_beside_later(store: tierstore.Store) -> float:
@@ -286,9 +281,9 @@ def _add_reads(
     packed = _planned_run(made, profile, dram_bytes, nvme_bytes, keys)
     fewer = (1 - packed.reads_per_token / without.reads_per_token) * 100
     case = f"NVMe reads a token, {dram_bytes >> 20} MiB"
-    result.figures.append(Figure(f"{case}, without packed entries", "reads", [without.reads_per_token]))
-    result.figures.append(Figure(f"{case}, {num_packed:,} packed", "reads", [packed.reads_per_token]))
-    result.figures.append(Figure(f"{case}: fewer", "%", [fewer], 25.0, at_least=True))
+    result.figure(f"{case}, without packed entries", "reads", [without.reads_per_token])
+    result.figure(f"{case}, {num_packed:,} packed", "reads", [packed.reads_per_token])
+    result.figure(f"{case}: fewer", "%", [fewer], 25.0, at_least=True)
 
 
 def _num_counted_twice(profile: tierstore.Profile) -> int:
@@ -313,4 +308,4 @@ def _add_cold_start(
         hits = _recency_hits(np.concatenate([before, keys]), num_sets).reshape(-1, keys.shape[1])
         rates.append(_rates_of(hits[len(before) :])[-1])
     case = f"nothing placed, {dram_bytes >> 20} MiB: hits after {fill:,} tokens, to those after {len(warm):,}"
-    result.figures.append(Figure(case, "%", [rates[0] / rates[1] * 100], 90.0, at_least=True))
+    result.figure(case, "%", [rates[0] / rates[1] * 100], 90.0, at_least=True)

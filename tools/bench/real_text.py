@@ -16,7 +16,7 @@ import zstandard
 
 from engram_adapter import HashSpec, build_token_map
 from tierstore.errors import ConfigError
-from tierstore.formats.trace import read_token_documents, read_token_trace_info
+from tierstore.formats.trace import TokenTraceWriter, read_token_documents, read_token_trace_info
 
 from ..corpus import python_text_files, split_held_out, token_documents, train_tokenizer
 
@@ -51,6 +51,14 @@ class RealText:
             if not left:
                 return np.concatenate(parts)
         raise AssertionError("unreachable")
+
+    def write_trace(self, file: Path) -> Path:
+        """Writes the documents as a trace of tokens; returns its path."""
+        with TokenTraceWriter(file, vocab_size=None, source=self.source) as writer:
+            for document in self.documents:
+                writer.add_document(document.astype(np.int32))
+            writer.finish()
+        return file
 
     def _endless(self) -> Iterator[np.ndarray]:
         while True:

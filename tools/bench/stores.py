@@ -23,10 +23,11 @@ import numpy as np
 
 from engram_adapter import HashSpec
 from tierstore.errors import ConfigError
-from tierstore.formats.catalog import read_catalog
+from tierstore.formats.catalog import read_catalog, set_epoch
 from tierstore.formats.checkpoint import Plane, StoredTensor, TableSource
 from tierstore.layout import TableLayout
 from tierstore.offline.build import build_store
+from tierstore.offline.place import prune_placements
 from tierstore.spec import KEY_MAX, TableSpec
 from tierstore.units import format_bytes
 
@@ -139,6 +140,12 @@ def temporary_store(folder: Path, num_rows: int, token_map: np.ndarray | None = 
     """Makes a store, as `make_store` does, in a folder of its own under `folder`, and removes it in the end."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="tierstore-bench-") as name:
         yield make_store(Path(name), num_rows, token_map)
+
+
+def unplace(path: Path) -> None:
+    """Removes a store's placements, so that the next run begins without one."""
+    set_epoch(path, None)
+    prune_placements(path, 0)
 
 
 def clean(folder: Path) -> None:

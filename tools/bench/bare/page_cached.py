@@ -23,7 +23,7 @@ import numpy as np
 import tierstore
 
 from .. import page_cache, stores
-from ..pairs import Figure, Result
+from ..pairs import Result
 from ..stores import MadeStore
 from .loops import BareLoop
 
@@ -47,10 +47,8 @@ def measure(folder: Path, pairs: int, result: Result) -> None:
         page_cache.bring_in(made.files)
         loop = stack.enter_context(BareLoop.uring(made.files, direct=False))
         rounds = [(_store_us(made, store, generator), _bare_us(made, loop, generator)) for _ in range(pairs + 1)][1:]
-        result.figures.append(
-            Figure(f"{CASE}, lookup and checksum included", "us/page", [r[0] for r in rounds], CPU_US_MAX)
-        )
-        result.figures.append(Figure(f"{CASE}, bare loop, unchecked", "us/page", [r[1] for r in rounds]))
+        result.figure(f"{CASE}, lookup and checksum included", "us/page", [r[0] for r in rounds], CPU_US_MAX)
+        result.figure(f"{CASE}, bare loop, unchecked", "us/page", [r[1] for r in rounds])
         result.facts["page-cached pages: served by"] = store.stats()["io"]
         result.facts["page-cached pages: share in the page cache"] = round(page_cache.residency(made.files), 4)
 

@@ -16,7 +16,7 @@ import numpy as np
 from tierstore.extras import missing
 from tierstore.units import format_bytes
 
-from .. import real_text
+from .. import real_text, stores
 from ..pairs import Options, Result
 
 SIZE_BYTES = 2 << 30  # of both tables: 3.9 GiB as bfloat16, which a machine of 16 GiB holds beside the rest
@@ -38,7 +38,7 @@ def run(folder: Path, options: Options) -> Result:
         raise missing("bench overlap", "torch", error) from error
     from .model import Model, Shape
     from .sides import SEQUENCES, Sides, hbm_for
-    from .tables import make_tables, place, unplace
+    from .tables import make_tables, place
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # Processors without bfloat16 units, as this project's own, take ten times as long with it.
@@ -63,7 +63,7 @@ def run(folder: Path, options: Options) -> Result:
                 if name == PREFILLED:
                     sides.prefill(name, model, text)
     finally:
-        unplace(tables)
+        stores.unplace(tables.path)
     result.facts["text"] = f"planned from {training.source}, run on {held_out.source}"
     result.facts["share of keys that hit, as planned"] = round(promised["all"], 3)
     result.facts["torch's threads"] = torch.get_num_threads()

@@ -21,10 +21,8 @@ import tierstore
 from engram_adapter import HashSpec, token_profile
 from engram_adapter.codecs import decode_rows
 from engram_adapter.embedding import HashedEmbedding
-from tierstore.formats.catalog import read_catalog, set_epoch
-from tierstore.formats.trace import TokenTraceWriter
+from tierstore.formats.catalog import read_catalog
 from tierstore.offline.build import build_store
-from tierstore.offline.place import prune_placements
 from tierstore.spec import TableSpec
 from tierstore.units import format_bytes
 
@@ -98,21 +96,11 @@ def place(
     """
     with tempfile.TemporaryDirectory(dir=tables.path.parent, prefix="profile-") as name:
         work = Path(name)
-        with TokenTraceWriter(work / "text.trace", vocab_size=None, source="tierstore bench overlap") as writer:
-            for document in text.documents:
-                writer.add_document(document.astype(np.int32))
-            writer.finish()
-        profile = token_profile(tables.path, work / "text.trace", output=work / "text.profile")
+        profile = token_profile(tables.path, text.write_trace(work / "text.trace"), output=work / "text.profile")
         packed_bytes = tables.num_bytes * PACKED_FACTOR
         plan = tierstore.plan(tables.path, profile, dram_bytes, hbm_bytes or 0, packed_bytes, batch_tokens=batch_tokens)
         tierstore.place(tables.path, plan)
     return plan.groups[0].hit_rate
-
-
-def unplace(tables: Tables) -> None:
-    """Removes the placement, so that the next run begins without one."""
-    set_epoch(tables.path, None)
-    prune_placements(tables.path, 0)
 
 
 def _table_spec(heads: HashSpec, layer: int) -> TableSpec:

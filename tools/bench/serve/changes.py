@@ -19,8 +19,7 @@ import tierstore
 from tierstore.decisions.replan import Entries, fresh_choice
 from tierstore.decisions.shared_budget import DEFAULT_STATIC_FRACTION
 from tierstore.errors import DaemonError
-from tierstore.formats.catalog import set_epoch
-from tierstore.offline.place import Chosen, place_entries, prune_placements
+from tierstore.offline.place import Chosen, place_entries
 
 from .. import page_cache, stores
 from ..pairs import Result
@@ -161,8 +160,7 @@ def measure_shift(setting: Setting, result: Result) -> None:
         with Served(made.path, socket, dram_bytes, *options) as served:
             fresh = _rate_when_warm(served, traffic)
     finally:
-        set_epoch(made.path, None)
-        prune_placements(made.path, 0)
+        stores.unplace(made.path)
     for when, rate in {**rates, "with a plan made for the new traffic": fresh}.items():
         result.figure(f"hit rate {when}", "%", [100 * rate])
     for replans in REPLANS:

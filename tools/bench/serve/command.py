@@ -21,8 +21,7 @@ import numpy as np
 
 import tierstore
 from tierstore.errors import ConfigError
-from tierstore.formats.catalog import set_epoch
-from tierstore.offline.place import Chosen, place_entries, prune_placements
+from tierstore.offline.place import Chosen, place_entries
 from tierstore.units import format_bytes
 
 from .. import stores
@@ -87,8 +86,7 @@ def _half_placed(made: MadeStore, keys: np.ndarray) -> Iterator[None]:
     try:
         yield
     finally:
-        set_epoch(made.path, None)
-        prune_placements(made.path, 0)
+        stores.unplace(made.path)
 
 
 def _measure_one_process(setting: Setting, served: Served, result: Result) -> np.ndarray:
