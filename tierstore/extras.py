@@ -2,6 +2,7 @@
 
 Input: the name of an extra. Output: a command line that works as printed. tierstore is not on a package index, so the
 command names the clone that this installation came from; if that is gone, it names the packages themselves.
+Errors: none; `missing` makes the `ConfigError` that names the command.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """File systems: which kind holds a path, and whether that is known to be a local disk.
 
 Input: a path, and the mounts of this process. Output: the kind ("ext4", "fuse.juicefs", ...), and a reason against it.
-LMDB's locks and memory maps do not hold over a network, and a kind that nobody has tried may be one. So a build goes on
-only where the kind is known to be local; reading a store that is elsewhere logs a warning, once a path.
+Errors: none; what cannot be found out is "unknown".
+
+LMDB's locks and memory maps do not work over a network, and a kind that nobody has tried may be one. So a build refuses
+kinds that are not known to be local; reading a store on one logs a warning, once a path.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Text from files that is safe to print: names in checkpoints, stores and traces may hold what a terminal obeys.
 
 Input: any text. Output: the same with each control character escaped, and a stream that does so to all that is written.
+Errors: none.
+
 Escaped are the control characters of ASCII and Latin-1, line separators, and what reorders or hides the text around it.
 """
 

@@ -2,7 +2,7 @@
 
 Input: signals. Output: while the command imports, Ctrl-C ends the process at once with status 130, as there is nothing
 to clean up yet. While it works, Ctrl-C raises `KeyboardInterrupt`, and SIGTERM and SIGHUP (the terminal was closed)
-raise `Ended`, so that files under temporary names are removed; then the process dies by its signal.
+raise `Ended`, so that files under temporary names are removed; then the process dies by its signal. Errors: none.
 
 Signals that the process was started to ignore (`nohup`, `&` in a script) stay ignored. Only the command calls this: a
 program that imports tierstore keeps its own handlers.
