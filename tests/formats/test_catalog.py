@@ -78,7 +78,7 @@ def test_no_store_is_said_to_be_no_store(tmp_path: Path, place: str) -> None:
 
 def test_a_foreign_folder_or_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "song.mp3").write_bytes(b"la")
-    with pytest.raises(tierstore.FormatError, match="no tierstore store"):
+    with pytest.raises(tierstore.FormatError, match="not a tierstore store"):
         tierstore.open(tmp_path)
     with pytest.raises(tierstore.FormatError, match="is a file"):
         tierstore.open(tmp_path / "song.mp3")

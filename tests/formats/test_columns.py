@@ -152,7 +152,7 @@ def test_two_writers_of_one_file_never_mix(tmp_path: Path) -> None:
 def test_writing_into_a_folder_or_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(ConfigError, match="no regular file"):
+        with pytest.raises(ConfigError, match="not a regular file"):
             ColumnWriter(path, "trace", {})
     with pytest.raises(ConfigError, match=f"there is no folder {tmp_path}/none; make it"):
         ColumnWriter(tmp_path / "none" / "c", "trace", {})
@@ -245,7 +245,7 @@ def test_a_pipe_or_a_folder_in_its_place_is_named_and_not_waited_for(tmp_path: P
     def attempt() -> None:
         for path in (tmp_path / "pipe", tmp_path, Path("/dev/null")):
             with pytest.raises(
-                (FormatError, ConfigError), match=r"no regular file|Is a directory; give the name of a file"
+                (FormatError, ConfigError), match=r"not a regular file|Is a directory; give the name of a file"
             ):
                 ColumnReader.open(path, "trace")
             found.append(path)

@@ -301,8 +301,8 @@ def test_a_number_is_never_given_to_two_placements(own_store: Path) -> None:
         ({"epoch": 1, "last": 0}, "last epoch is 0"),
         ({"epoch": 1, "last": None}, "last epoch is None"),
         ({"epoch": 1, "last": "1"}, "last epoch is '1'"),
-        ({"epoch": 2, "last": 2}, "current epoch 2 is no placement"),
-        ({"epoch": [], "last": 1}, r"current epoch \[\] is no placement"),
+        ({"epoch": 2, "last": 2}, "current epoch 2 is not one of its placements"),
+        ({"epoch": [], "last": 1}, r"current epoch \[\] is not one of its placements"),
     ],
     ids=str,
 )

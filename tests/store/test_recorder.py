@@ -251,7 +251,7 @@ def test_one_trace_at_a_time_of_a_sound_share_and_place(store: tierstore.Store, 
     for share in (0, -1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="expected above 0 and at most 1"):
             store.start_trace(tmp_path / "t", share=share)
-    with pytest.raises(ConfigError, match="no regular file"):
+    with pytest.raises(ConfigError, match="not a regular file"):
         store.start_trace(tmp_path)
     with pytest.raises(ConfigError, match=f"there is no folder {tmp_path}/none; make it"):
         store.start_trace(tmp_path / "none" / "t")

@@ -57,7 +57,7 @@ class ColumnWriter:
         self.path = Path(path)
         self._kind, self._header = kind, pack_json(header)
         if self.path.exists() and not self.path.is_file():
-            raise ConfigError(f"{self.path} is there and no regular file; give the name of a file to write")
+            raise ConfigError(f"{self.path} is there and not a regular file; give the name of a file to write")
         self._new_path = self.path.with_name(self.path.name + NEW_SUFFIX)
         self._compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_content_size=True)
         self._blocks: list[tuple[str, list[list[Any]]]] = []
