@@ -170,7 +170,7 @@ def test_foreign_newer_and_other_files_of_columns_are_named(tmp_path: Path) -> N
     with ColumnWriter(tmp_path / "trace", "trace", {}) as writer:
         writer.finish({})
     for name, message in (
-        ("foreign", "is no profile"),
+        ("foreign", "is not a profile"),
         ("newer", r"version 2, this tierstore reads 1; .*upgrade"),
         ("trace", "is a trace, expected a profile"),
     ):

@@ -260,7 +260,7 @@ def _from_json(records: dict[str, bytes], key: str, path: Path, kind: type = dic
             f"{path}: catalog record {key!r} is missing or no JSON; restore the catalog or rebuild"
         ) from error
     if not isinstance(value, kind):
-        raise FormatError(f"{path}: catalog record {key!r} is no {kind.__name__}; restore the catalog or rebuild")
+        raise FormatError(f"{path}: catalog record {key!r} is not a {kind.__name__}; restore the catalog or rebuild")
     return value
 
 

@@ -79,7 +79,8 @@ def read_head(path: Path, fd: int, kind: str) -> tuple[dict[str, Any], int, int]
     least_bytes = _HEAD.size + _CHECKSUM.size + _TAIL.size
     head = _read(path, fd, 0, min(file_bytes, _HEAD.size))
     if not head or not _MAGIC.startswith(head[: len(_MAGIC)]):
-        raise FormatError(f"{path} is no {kind}: it starts with {head[:8]!r}, expected {_MAGIC!r}; give another file")
+        found = f"it starts with {head[:8]!r}, expected {_MAGIC!r}"
+        raise FormatError(f"{path} is not a {kind}: {found}; give another file")
     if file_bytes < least_bytes:
         raise FormatError(f"{path}: {file_bytes} bytes on disk, expected {least_bytes} or more; copy it again")
     _, version, header_bytes, expected_bytes, found_kind = _HEAD.unpack(head)
