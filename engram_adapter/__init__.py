@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tierstore.extras import missing
 
+from . import families as families  # registers every family, whichever module is imported first
 from .hash_spec import HashSpec
 from .token_map import build_token_map
 

@@ -473,6 +473,7 @@ OPTIONAL = [
     (QWEN, ["ngram_size", "heads_per_ngram", "ngram_vocab_size_base", "make_ngram_vocab_size_divisible_by", "seed"]),
 ]
 WRONG = ["7", 1.5, True, -1, {}, 2**70, [True], ["7"], [-1], [1.0], [2**70], [[1]]]
+EACH_KIND = ["7", True, -1, 2**70, [1.0]]  # another type, one that Python takes for a number, two sizes, in a list
 
 
 def keys_by_family(table: list[tuple[dict[str, Any], list[str]]]) -> list[Any]:
@@ -491,12 +492,13 @@ def test_a_missing_config_value_is_named(config: dict[str, Any], family: str, ke
             HashSpec.from_config(lacking, token_map, family=family)
 
 
+@pytest.mark.parametrize("values", [EACH_KIND, pytest.param(WRONG, marks=pytest.mark.slow)], ids=["each kind", "all"])
 @pytest.mark.parametrize(("config", "family", "key"), keys_by_family(REQUIRED) + keys_by_family(OPTIONAL))
 def test_a_config_value_of_a_wrong_type_or_size_is_refused_by_its_key(
-    config: dict[str, Any], family: str, key: str
+    config: dict[str, Any], family: str, key: str, values: list[Any]
 ) -> None:
     token_map = None if family == "qwen4_exp" else FOLDED_MAP
-    for wrong in WRONG:
+    for wrong in values:
         with pytest.raises(ConfigError, match=key):
             HashSpec.from_config(config | {key: wrong}, token_map, family=family)
 
