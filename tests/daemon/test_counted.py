@@ -12,7 +12,8 @@ from support.served import KIB, MIB, request, serving, until
 from support.stores import random_keys
 
 import tierstore
-from tierstore.offline.place import Chosen, place_entries
+from tierstore.offline.place import place_entries
+from tierstore.offline.placement_file import Chosen
 
 LOOKUPS = 200  # one in eight is timed, by chance: none of 200 would be once in 10^11 runs
 

@@ -26,7 +26,8 @@ import tierstore
 from engram_adapter.device_embedding import DeviceCall, _identity
 from engram_adapter.embedding import RowIdEmbedding, TieredEmbedding, prefetch_layers
 from tierstore.decisions import hbm_budget
-from tierstore.offline.place import Chosen, place_entries
+from tierstore.offline.place import place_entries
+from tierstore.offline.placement_file import Chosen
 from tierstore.tiers.hbm import times
 
 CODECS = ["fp8_e4m3_e8m0x32", "fp32"]  # decoded, and moved as it is

@@ -24,9 +24,10 @@ from tierstore import durable, kernels
 from tierstore.formats.catalog import read_catalog
 from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
 from tierstore.formats.placement import head_bytes, read_head
-from tierstore.offline import place
+from tierstore.offline import place, placement_file
 from tierstore.offline.build import build_store
-from tierstore.offline.place import Chosen, place_entries
+from tierstore.offline.place import place_entries
+from tierstore.offline.placement_file import Chosen
 from tierstore.spec import TableSpec
 from tierstore.tiers import placed
 
@@ -102,9 +103,9 @@ def test_buckets_beyond_all_descriptors_are_filled_through_one_file(
     """Each had a file, open to the end: 100 GiB of packed entries ran out of descriptors,
     and their preflight was short."""
     chosen = chosen_keys(600, static_fraction=0.0)
-    monkeypatch.setattr(place, "BUCKET_BYTES", 1000)  # two records of 336 bytes
+    monkeypatch.setattr(placement_file, "BUCKET_BYTES", 1000)  # two records of 336 bytes
     most_files, most_bytes = 0, 0
-    plans: list[place.PlacePlan] = []
+    plans: list[place.PlacePreflight] = []
 
     def look(_done: int, _of: int) -> None:
         nonlocal most_files, most_bytes
@@ -115,7 +116,7 @@ def test_buckets_beyond_all_descriptors_are_filled_through_one_file(
     before = len(os.listdir("/proc/self/fd"))
     place_entries(own_store, {"layers.1": chosen}, on_preflight=plans.append, on_progress=look)
     assert most_files < before + 20
-    assert most_bytes <= plans[0].bytes_needed - place.SPARE_DISK_BYTES
+    assert most_bytes <= plans[0].bytes_needed - placement_file.SPARE_DISK_BYTES
     with tierstore.open(own_store, dram="400KiB") as store:
         keys = tokens_of(chosen)
         np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))

@@ -17,7 +17,8 @@ from tierstore.errors import FormatError
 from tierstore.formats.catalog import CatalogImage, read_catalog
 from tierstore.formats.placement import HEAD_BYTES_MAX
 from tierstore.layout import UNIT_BYTES
-from tierstore.offline.place import Chosen, place_entries
+from tierstore.offline.place import place_entries
+from tierstore.offline.placement_file import Chosen
 
 WORD = 2**64
 TABLE = "layers.1"

@@ -22,14 +22,15 @@ import tierstore
 from tierstore.formats import catalog
 from tierstore.formats import placement as placement_format
 from tierstore.formats.catalog import read_catalog, set_epoch
-from tierstore.offline import place
-from tierstore.offline.place import Chosen, place_entries, prune_placements
+from tierstore.offline import place, placement_file
+from tierstore.offline.place import place_entries, prune_placements
+from tierstore.offline.placement_file import Chosen
 from tierstore.offline.verify import verify_store
 
 NAME = "layers.1"
 
 
-def placement_file(store: Path, epoch: int | None = None) -> Path:
+def file_of_placement(store: Path, epoch: int | None = None) -> Path:
     image = read_catalog(store)
     number = epoch or image.epoch
     assert number is not None
@@ -115,7 +116,7 @@ def test_a_static_set_behind_hbm_holds_the_records_from_its_start_on(
 def test_damage_below_the_start_of_a_static_set_is_found_when_it_is_read(own_store: Path, model: Model) -> None:
     chosen = some_chosen(0, 900)
     table = place_at(0.5, own_store, {NAME: chosen}).placement.tables[NAME]
-    with placement_file(own_store).open("r+b") as file:
+    with file_of_placement(own_store).open("r+b") as file:
         for at in (511, 513):
             file.seek(table.byte_start + at * table.record_bytes)
             file.write(b"damaged")
@@ -160,12 +161,12 @@ def test_a_budget_below_the_index_is_refused_with_the_remedy(own_store: Path, mo
 def test_many_buckets_make_the_same_file_as_one(own_store: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = {NAME: some_chosen(2, 500), "layers.14": some_chosen(3, 77)}
     place_at(0.5, own_store, chosen)
-    monkeypatch.setattr(place, "BUCKET_BYTES", 7000)
-    monkeypatch.setattr(place, "READ_BYTES", 3 * 4096)
-    monkeypatch.setattr(place, "ROWS_AT_ONCE", 5)
-    monkeypatch.setattr(place, "DENSE_FRACTION", 0.9)
+    monkeypatch.setattr(placement_file, "BUCKET_BYTES", 7000)
+    monkeypatch.setattr(placement_file, "READ_BYTES", 3 * 4096)
+    monkeypatch.setattr(placement_file, "ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(placement_file, "DENSE_FRACTION", 0.9)
     place_at(0.5, own_store, chosen)
-    one, other = (placement_file(own_store, epoch).read_bytes() for epoch in (1, 2))
+    one, other = (file_of_placement(own_store, epoch).read_bytes() for epoch in (1, 2))
     head = placement_format.HEAD_BYTES_MAX
     assert one[head:] == other[head:]
     assert_serves(own_store, model, tokens_of(chosen[NAME]))
@@ -183,7 +184,7 @@ def test_a_damaged_record_costs_its_own_entry_speed_and_no_more(
 ) -> None:
     chosen = some_chosen(6)
     placed = place_at(0.5, own_store, {NAME: chosen}).placement.tables[NAME]
-    damage(placement_file(own_store), placed.byte_start + 3 * placed.record_bytes + 11)
+    damage(file_of_placement(own_store), placed.byte_start + 3 * placed.record_bytes + 11)
     keys = tokens_of(chosen)
     with tierstore.open(own_store, dram="400KiB") as store:
         assert "1 placed entries of table layers.1 are damaged" in caplog.text
@@ -194,7 +195,7 @@ def test_a_damaged_record_costs_its_own_entry_speed_and_no_more(
 def test_a_damaged_record_beyond_dram_is_an_error_that_names_it(own_store: Path, model: Model) -> None:
     chosen = some_chosen(7)
     placed = place_at(0.0, own_store, {NAME: chosen}).placement.tables[NAME]
-    damage(placement_file(own_store), placed.byte_start + 3 * placed.record_bytes + 11)
+    damage(file_of_placement(own_store), placed.byte_start + 3 * placed.record_bytes + 11)
     keys = tokens_of(chosen)
     with tierstore.open(own_store, dram="400KiB") as store:
         with pytest.raises(tierstore.CorruptPageError, match=r"placed entry 3 of table layers\.1.*plan again"):
@@ -205,7 +206,7 @@ def test_a_damaged_record_beyond_dram_is_an_error_that_names_it(own_store: Path,
 def test_a_record_in_anothers_place_is_never_handed_out(own_store: Path, model: Model) -> None:
     chosen = some_chosen(8)
     placed = place_at(0.5, own_store, {NAME: chosen}).placement.tables[NAME]
-    file = placement_file(own_store)
+    file = file_of_placement(own_store)
     content = bytearray(file.read_bytes())
     first, size = placed.byte_start, placed.record_bytes
     content[first : first + size], content[first + size : first + 2 * size] = (
@@ -219,7 +220,7 @@ def test_a_record_in_anothers_place_is_never_handed_out(own_store: Path, model: 
 def test_every_flipped_byte_of_head_and_index_is_named_or_harmless(own_store: Path, model: Model) -> None:
     chosen = some_chosen(9, 12)
     placed = place_at(0.5, own_store, {NAME: chosen}).placement.tables[NAME]
-    file, keys = placement_file(own_store), tokens_of(chosen)
+    file, keys = file_of_placement(own_store), tokens_of(chosen)
     whole = file.read_bytes()
     head_end = len(placement_format.head_bytes(_placement_of(own_store)))
     places = [*range(0, head_end, 37), *range(placed.indexes[0].byte_start, placed.indexes[0].byte_start + 64)]
@@ -234,7 +235,7 @@ def test_every_flipped_byte_of_head_and_index_is_named_or_harmless(own_store: Pa
 @pytest.mark.parametrize("left", [0, 1, 4095, 4096, 70_000])
 def test_a_file_cut_short_is_named_and_the_store_opens_without_it(own_store: Path, model: Model, left: int) -> None:
     place_at(0.5, own_store, {NAME: some_chosen(10)})
-    file = placement_file(own_store)
+    file = file_of_placement(own_store)
     file.write_bytes(file.read_bytes()[:left])
     with pytest.raises(tierstore.FormatError, match=f"{left} bytes on disk"):
         tierstore.open(own_store, dram="400KiB")
@@ -247,7 +248,7 @@ def test_a_missing_file_and_a_missing_epoch_are_named(own_store: Path) -> None:
     with pytest.raises(tierstore.ConfigError, match="is no epoch"):
         tierstore.open(own_store, placement="some")
     place_at(0.5, own_store, {NAME: some_chosen(11)})
-    placement_file(own_store).unlink()
+    file_of_placement(own_store).unlink()
     with pytest.raises(tierstore.FormatError, match=r"placement 1.*No such file"):
         tierstore.open(own_store)
 
@@ -259,8 +260,8 @@ def test_a_placement_of_another_store_is_refused(own_store: Path, tmp_path: Path
     other.build(tmp_path / "other_store")
     for store in (own_store, tmp_path / "other_store"):
         place_at(1.0, store, {NAME: some_chosen(12)})
-    file = placement_file(own_store)
-    file.write_bytes(placement_file(tmp_path / "other_store").read_bytes())
+    file = file_of_placement(own_store)
+    file.write_bytes(file_of_placement(tmp_path / "other_store").read_bytes())
     chosen = some_chosen(12)
     with tierstore.open(own_store, dram="400KiB") as store:  # same numbers, another checkpoint: every record is foreign
         assert set(store[NAME].explain(tokens_of(chosen)).reshape(-1)) <= {"pages", "record", "none"}
@@ -343,7 +344,7 @@ def test_a_disk_that_fills_at_any_write_keeps_the_old_epoch(
     own_store: Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place_at(0.5, own_store, {NAME: some_chosen(1)})
-    real, writes = place.write_all, 0
+    real, writes = placement_file.write_all, 0
 
     for failing in range(100):
         writes = 0
@@ -355,7 +356,7 @@ def test_a_disk_that_fills_at_any_write_keeps_the_old_epoch(
                 raise OSError(errno.ENOSPC, "No space left on device")
             real(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(place, "write_all", pwrite)
+        monkeypatch.setattr(placement_file, "write_all", pwrite)
         try:
             place_at(0.5, own_store, {NAME: some_chosen(2)})
             break
@@ -373,9 +374,9 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from offline.test_place import NAME, place_at, some_chosen
-from tierstore.offline import place
+from tierstore.offline import placement_file
 from tierstore.formats import catalog
-place.BUCKET_BYTES = 7000
+placement_file.BUCKET_BYTES = 7000
 print("ready", flush=True)
 sys.stdin.readline()
 place_at(0.5, Path(sys.argv[1]), {NAME: some_chosen(2, 3000)})
@@ -420,7 +421,7 @@ def test_verify_checks_every_placed_entry_and_index(own_store: Path) -> None:
     verified = verify_store(own_store)
     assert verified.faults == []
     assert verified.entries_checked == len(chosen.keys)
-    table, file = report.placement.tables[NAME], placement_file(own_store)
+    table, file = report.placement.tables[NAME], file_of_placement(own_store)
     for at, what in (
         (table.byte_start + 7 * table.record_bytes, "1 of 300 entries"),
         (table.indexes[1].byte_start + 9, "index of its order 1"),
@@ -442,6 +443,6 @@ def damage(file: Path, at: int) -> None:
 def _placement_of(store: Path) -> placement_format.Placement:
     image = read_catalog(store)
     assert image.epoch is not None
-    file = placement_file(store)
+    file = file_of_placement(store)
     with file.open("rb") as stream:
         return placement_format.read_head(file, stream.fileno(), image.placements[image.epoch], image.tables)

@@ -15,7 +15,8 @@ from tierstore.decisions.budget import divide_dram
 from tierstore.formats.catalog import CatalogImage
 from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
 from tierstore.offline.build import BuildReport, build_store
-from tierstore.offline.place import Chosen, place_entries
+from tierstore.offline.place import place_entries
+from tierstore.offline.placement_file import Chosen
 from tierstore.spec import TableSpec
 from tierstore.store.embedded import Embedded, open_placement
 from tierstore.store.store import Store

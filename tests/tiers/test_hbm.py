@@ -27,7 +27,8 @@ from support.device import DEVICE
 from support.stores import Model, place_some, random_keys
 
 import tierstore
-from tierstore.offline.place import Chosen, place_entries
+from tierstore.offline.place import place_entries
+from tierstore.offline.placement_file import Chosen
 from tierstore.tiers.hbm.device import PinnedMemory, open_device
 
 

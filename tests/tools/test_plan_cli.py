@@ -20,7 +20,7 @@ from engram_adapter import HashSpec, open_profile
 from tests.tools.test_profile_cli import error_of
 from tierstore.formats.catalog import read_catalog
 from tierstore.formats.profile import ProfileReader
-from tierstore.offline import place
+from tierstore.offline import placement_file
 from tierstore.offline import plan as planning
 from tierstore.offline.documents import held_out_documents
 from tierstore.offline.place import choose_entries, place_entries
@@ -348,7 +348,7 @@ def test_a_disk_that_fills_while_placing_keeps_the_old_epoch(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(place, "write_all", full)
+        patched.setattr(placement_file, "write_all", full)
         error = error_of(capsys, "plan", own, text.profile, "--dram", 2 * DRAM)
     assert "No space left on device: " in error
     assert "the store keeps epoch 1" in error

@@ -1,4 +1,4 @@
-"""The choice that a damaged placement file still holds: which (order, key) pairs it placed, in which order.
+"""The choice that can still be read from a damaged placement file: which (order, key) pairs it placed, in which order.
 
 Input: a store's catalog and the number of a placement. Output: its head, and the entries chosen of each table, ready to
 be placed again. Every key is in the file twice: in the index of its order with its place, and in the record at that
@@ -18,7 +18,7 @@ from ..durable import read_up_to
 from ..errors import FormatError
 from ..formats.catalog import CatalogImage
 from ..formats.placement import PlacedIndex, PlacedTable, Placement, read_head
-from .place import Chosen
+from .placement_file import Chosen
 
 RECORDS_BYTES = 4 << 20  # of records read at once
 
@@ -79,7 +79,7 @@ def _from_index(fd: int, index: PlacedIndex, order: int, keys: np.ndarray, order
 def _from_records(
     fd: int, table: PlacedTable, seed: int, orders: list[int], keys: np.ndarray, order_index: np.ndarray
 ) -> None:
-    """Fills in the keys of whole records whose order is one of `orders`, where none is known yet."""
+    """Fills in the keys of whole records whose order is one of `orders`, if none is known yet."""
     step = max(1, RECORDS_BYTES // table.record_bytes)
     for start in range(0, table.num_entries, step):
         end = min(start + step, table.num_entries)

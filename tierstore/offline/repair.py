@@ -34,11 +34,12 @@ from ..layout import TableLayout
 from ..process.progress import OnProgress
 from ..units import format_bytes
 from .build import BuildProgress, locked_store, write_shard
-from .place import Chosen, remove_leftovers, write_placement
+from .place import remove_leftovers
 from .placed_choice import ChoiceLostError, read_choice
+from .placement_file import Chosen, write_placement
 from .verify import VerifyReport, check_not_stopped, run_parts, verify_placement, verify_shard, verify_store
 
-# What the system says of something else where a file of the store, or its folder, is to be.
+# What the system says if something else is in the place of a file of the store, or of its folder.
 IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
 
 
@@ -112,7 +113,7 @@ def verify(
 
 def _repair(path: Path, source: RowSource | None, jobs: int | None, on_progress: OnProgress | None) -> VerifyReport:
     try:
-        read_catalog(path)  # before a lock is made where there is no store
+        read_catalog(path)  # before a lock is made in a folder that is not a store
     except FormatError as error:
         raise FormatError(f"a repair needs the catalog, and no repair mends the catalog itself: {error}") from error
     with locked_store(path):

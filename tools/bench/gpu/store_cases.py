@@ -19,7 +19,8 @@ import tierstore
 from engram_adapter import HashSpec
 from tierstore.kernels import reference_gpu
 from tierstore.kernels.gpu import keys as token_keys
-from tierstore.offline.place import Chosen, place_entries
+from tierstore.offline.place import place_entries
+from tierstore.offline.placement_file import Chosen
 
 from .. import page_cache
 from ..pairs import Figure

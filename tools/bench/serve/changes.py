@@ -19,7 +19,8 @@ import tierstore
 from tierstore.decisions.replan import Entries, fresh_choice
 from tierstore.decisions.shared_budget import DEFAULT_STATIC_FRACTION
 from tierstore.errors import DaemonError
-from tierstore.offline.place import Chosen, place_entries
+from tierstore.offline.place import place_entries
+from tierstore.offline.placement_file import Chosen
 
 from .. import page_cache, stores
 from ..pairs import Result

@@ -21,7 +21,8 @@ import numpy as np
 
 import tierstore
 from tierstore.errors import ConfigError
-from tierstore.offline.place import Chosen, place_entries
+from tierstore.offline.place import place_entries
+from tierstore.offline.placement_file import Chosen
 from tierstore.units import format_bytes
 
 from .. import stores
