@@ -1,6 +1,6 @@
 """`tierstore epochs`: the placements of a store; which one it opens with; pruning.
 
-Flows in: a store. Flows out: a table, or JSON; with --use or --prune, a changed catalog.
+Input: a store. Output: a table, or JSON; with --use or --prune, a changed catalog.
 Open stores keep what they have.
 """
 

@@ -1,7 +1,7 @@
-"""`tierstore inspect`: what a store holds, as its catalog says it.
+"""`tierstore inspect`: what is in a store, as its catalog says it.
 
-Flows in: a store's path; of its files only the catalog is read. Flows out: tables for people, or JSON with stable keys.
-Unfinished builds are shown as such. Refuses what is no store.
+Input: a store's path; of its files only the catalog is read. Output: tables for people, or JSON with stable keys;
+unfinished builds are shown as such. Errors: a path that is not a store.
 """
 
 from __future__ import annotations

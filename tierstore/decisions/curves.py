@@ -5,7 +5,7 @@ profile keeps. Every point is simulated by itself; the caller may give a `map` t
 policy's static fraction is the best of a grid, chosen on the very accesses that it is then rated by: with six to choose
 from, that flatters by less than the intervals are wide. Errors: none of its own.
 
-Shapes: U items, D documents, O orders; [O + 1]: the orders, and in the last place all of them.
+Shapes: U items, D documents, O orders; [O + 1]: the orders, and last all of them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Point:
     """One budget. Rates: float [O + 1]. `outcome` is the mixed policy's,
     its static part `static_fraction` of the bytes.
 
-    resident: the budget holds the tables whole, so that every access hits; what single caches of its bytes would do
+    resident: the budget stores the tables whole, so that every access hits; what single caches of its bytes would do
     stands beside it all the same.
     """
 
@@ -152,11 +152,11 @@ def build_curves(
     """Returns the curves of a replay over the budgets `ladder_bytes`, ascending. Blocks, seconds a million accesses.
 
     interval_tokens: the length of the streams that intervals are for. packed: bool [U], items that a placement would
-    hold, by default those counted twice or more. batch_tokens: of the points; `sequences` are those of the steps, over
-    each recommended budget; steps_ranking: what steps are taken from, if it is another replay than that of the points.
-    usable_bytes: what each budget leaves to entries, by default all of it. whole_bytes: a budget that holds the tables
-    whole, the last point; then `ladder_bytes`, which lie below it, may be none. map_over: such as an executor's map;
-    what it calls, `on_progress` too, may run on any thread.
+    contain, by default those counted twice or more. batch_tokens: of the points; `sequences` are those of the steps,
+    over each recommended budget; steps_ranking: what steps are taken from, if it is another replay than that of the
+    points. usable_bytes: what each budget leaves to entries, by default all of it. whole_bytes: a budget that stores
+    the tables whole, the last point; then `ladder_bytes`, which lie below it, may be none. map_over: such as an
+    executor's map; what it calls, `on_progress` too, may run on any thread.
     """
     assert len(ladder_bytes) or whole_bytes, "a curve has a point"
     replay = ranking.group.replay
@@ -185,7 +185,7 @@ def build_curves(
 
 
 def ladder(ranking: Ranking, cost: EntryCost, per_doubling: int = 1, first_bytes: int = LADDER_BYTES_MIN) -> list[int]:
-    """Returns budgets in geometric steps to the first that holds every counted item, 20 at most, ascending."""
+    """Returns budgets in geometric steps to the first with room for every counted item, 20 at most, ascending."""
     whole_bytes = ranking.num_valued * cost.static_bytes
     budgets = [max(first_bytes, cost.recency_set_bytes)]
     while budgets[-1] < whole_bytes and len(budgets) < LADDER_POINTS_MAX:

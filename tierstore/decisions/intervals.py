@@ -1,6 +1,6 @@
 """How far the hit rate of another stream may lie from the one that was predicted: text differs from text.
 
-Flows in: hits and accesses by document, and a generator. Flows out: 95 % intervals. What is drawn are whole documents:
+Input: hits and accesses by document, and a generator. Output: 95 % intervals. What is drawn are whole documents:
 within one, accesses depend on each other, and a few long ones outweigh many short ones, so that intervals from single
 accesses would be far too narrow (cluster bootstrap: Davison, Hinkley, "Bootstrap Methods and their Application",
 1997, ch. 3.8).
@@ -14,7 +14,7 @@ import numpy as np
 
 RESAMPLES = 1000
 TAIL = 0.025  # on either side of a 95 % interval
-# Few documents tell little of how much they differ. Student's t asks for 1.2 here; on heavy-tailed lengths, measured,
+# Few documents say little of how much they differ. Student's t asks for 1.2 here; on heavy-tailed lengths, measured,
 # 2 holds.
 WIDENING = 2.0
 LEVERAGE_MAX = 0.9
@@ -36,9 +36,9 @@ def prediction_intervals(
     hits, accesses: [D, K]; document_tokens: [D]. Returns two float arrays [K], low and high, within 0 and 1. Two
     things are uncertain: the estimate, known from D documents only (redrawn, D of them), and what the other stream
     happens to be (documents drawn until they have its tokens, the last one cut). The interval is the estimate and the
-    quantiles of their difference, widened where a few documents have most of the accesses; of fewer than 100 documents
-    of hugely different lengths it still holds less often than it says. Of fewer than two documents, which say nothing
-    of how they differ, it is 0 to 1. Blocks, a tenth of a second
+    quantiles of their difference, widened if a few documents have most of the accesses; of fewer than 100 documents
+    of hugely different lengths it still is right less often than it says. Of fewer than two documents, which say
+    nothing of how they differ, it is 0 to 1. Blocks, a tenth of a second
     for hundreds of documents.
     """
     num_documents, num_quantities = hits.shape
@@ -49,10 +49,10 @@ def prediction_intervals(
     off = _left_out(hits - accesses * estimate, accesses)
     both = np.concatenate([off, accesses], axis=1)
     of_own, of_other = np.empty((2, RESAMPLES, 2 * num_quantities))
-    for place in range(RESAMPLES):
+    for draw in range(RESAMPLES):
         own = np.bincount(generator.integers(num_documents, size=num_documents), minlength=num_documents)
-        of_own[place] = own @ both
-        of_other[place] = _stream_weights(document_tokens, num_tokens, generator) @ both
+        of_own[draw] = own @ both
+        of_other[draw] = _stream_weights(document_tokens, num_tokens, generator) @ both
     differences = _rates(*np.split(of_other, 2, axis=1)) - _rates(*np.split(of_own, 2, axis=1))
     low, high = np.quantile(differences, [TAIL, 1 - TAIL], axis=0) * _widening(document_tokens)
     return np.clip(estimate + low, 0, 1), np.clip(estimate + high, 0, 1)

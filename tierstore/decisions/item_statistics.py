@@ -28,8 +28,8 @@ PART_OVERHEAD = 16  # what the arrays of a part take beside their counts, in cou
 class TableGroup:
     """Tables whose accesses are the same, what was counted of them, and what was held out.
 
-    counted_rate: the share of items that were counted at all, 1 but for recorded keys; a replay may hold fewer.
-    item_classes: int64 [U], the class of each item of the replay, -1 where it was not counted; item_hashes: uint64 [U].
+    counted_rate: the share of items that were counted at all, 1 but for recorded keys; a replay may have fewer.
+    item_classes: int64 [U], the class of each item of the replay, -1 if it was not counted; item_hashes: uint64 [U].
     """
 
     tables: tuple[str, ...]
@@ -84,26 +84,26 @@ class TableGroup:
 
 
 class OrderSums:
-    """Sums of a stream of sorted items after a shift; the last one is held back,
+    """Sums of a stream of sorted items after a shift; the last one waits,
     since it may go on in the next block."""
 
     def __init__(self, shift: int) -> None:
         self._shift = shift
-        self._held: Counted | None = None
+        self._last: Counted | None = None
 
     def add(self, items: np.ndarray, sums: np.ndarray) -> Counted:
         """Takes the next items; returns those that are complete."""
         items, sums = kernels.sum_items(items, sums, self._shift)
-        if self._held is not None:
-            items, sums = np.concatenate([self._held[0], items]), np.concatenate([self._held[1], sums])
+        if self._last is not None:
+            items, sums = np.concatenate([self._last[0], items]), np.concatenate([self._last[1], sums])
             items, sums = kernels.sum_items(items, sums, 0)
-        self._held = (items[-1:].copy(), sums[-1:].copy()) if len(items) else None
+        self._last = (items[-1:].copy(), sums[-1:].copy()) if len(items) else None
         return items[:-1], sums[:-1]
 
     def end(self) -> Counted:
         """Returns the last item, if there was any."""
-        held, self._held = self._held, None
-        return held if held is not None else (np.empty((0, 2), np.uint64), np.empty((0, 2), np.int64))
+        last, self._last = self._last, None
+        return last if last is not None else (np.empty((0, 2), np.uint64), np.empty((0, 2), np.int64))
 
 
 class OrderSplit:
@@ -126,7 +126,7 @@ class OrderSplit:
         ]
 
     def end(self) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
-        """Returns what was held back."""
+        """Returns the items that wait."""
         return [(0, order_index, *part.end()) for order_index, part in enumerate(self._sums)]
 
 
@@ -152,52 +152,56 @@ class ItemStatistics:
 
     def _take(self, parts: list[tuple[int, int, np.ndarray, np.ndarray]]) -> None:
         for table_index, order_index, items, sums in parts:
-            where = table_index, order_index
+            table_order = table_index, order_index
             counts, held_out = np.ascontiguousarray(sums[:, 0]), np.ascontiguousarray(sums[:, 1])
             self._parts.setdefault(table_index, []).append((order_index, counts, held_out, np.ones_like(counts)))
-            self._distinct[where] = self._distinct.get(where, 0) + len(items)
+            self._distinct[table_order] = self._distinct.get(table_order, 0) + len(items)
             again = held_out > 0
-            self._kept.setdefault(where, []).append((items[again], sums[again]))
+            self._kept.setdefault(table_order, []).append((items[again], sums[again]))
             self._num_gathered += len(items) + PART_OVERHEAD
         if self._num_gathered >= GATHERED_MAX:  # what is gathered must not grow with the profile
             self._parts = {index: ItemClasses.of_parts(gathered).as_parts() for index, gathered in self._parts.items()}
             self._num_gathered = 0
 
-    def groups(self, held_items: np.ndarray, document_ends: np.ndarray, tokens: np.ndarray | None) -> list[TableGroup]:
-        """Returns the groups. held_items: uint64 [T, 2], the items that held-out documents accessed, in order.
+    def groups(
+        self, held_out_items: np.ndarray, document_ends: np.ndarray, tokens: np.ndarray | None
+    ) -> list[TableGroup]:
+        """Returns the groups. held_out_items: uint64 [T, 2], the items that held-out documents accessed, in order.
 
-        document_ends: int64 [D], in tokens; tokens: int64 [T], the token (of keys: the lookup) of each, None where each
-        is its own. Raises `FormatError` where they are not those that were counted.
+        document_ends: int64 [D], in tokens; tokens: int64 [T], the token (of keys: the lookup) of each, None if each
+        is its own. Raises `FormatError` if they are not those that were counted.
         """
         self._take(self._split.end())
         if tokens is None:
-            tokens = np.arange(len(held_items))
+            tokens = np.arange(len(held_out_items))
         if self._header.kind != KEYS:
-            return [self._group(0, held_items, document_ends, tokens)]
-        table_of = (held_items[:, 0] >> np.uint64(32)).astype(np.int64)
+            return [self._group(0, held_out_items, document_ends, tokens)]
+        table_of = (held_out_items[:, 0] >> np.uint64(32)).astype(np.int64)
         groups = [
-            self._group(index, held_items[table_of == index], document_ends, tokens[table_of == index])
+            self._group(index, held_out_items[table_of == index], document_ends, tokens[table_of == index])
             for index in range(len(self._header.tables))
         ]
-        if (num_known := sum(len(group.replay.items) for group in groups)) != len(held_items):
+        if (num_known := sum(len(group.replay.items) for group in groups)) != len(held_out_items):
             raise FormatError(
-                f"the profile's held-out documents access {len(held_items)} keys, {num_known} of them of its tables "
-                f"and orders; profile again"
+                f"the profile's held-out documents access {len(held_out_items)} keys, {num_known} of them of its "
+                f"tables and orders; profile again"
             )
         return groups
 
-    def _group(self, table_index: int, held: np.ndarray, document_ends: np.ndarray, tokens: np.ndarray) -> TableGroup:
+    def _group(
+        self, table_index: int, held_out: np.ndarray, document_ends: np.ndarray, tokens: np.ndarray
+    ) -> TableGroup:
         header = self._header
         names = tuple(name for name, _, _ in header.tables)
         orders = header.tables[table_index][2]
-        ordered = held.copy()
-        places = np.arange(len(held), dtype=np.int64)[:, None]
-        aside(kernels.sort_items, ordered, places)
+        ordered = held_out.copy()
+        access = np.arange(len(held_out), dtype=np.int64)[:, None]
+        aside(kernels.sort_items, ordered, access)
         ids, counts, hashes, item_order = [], [], [], []
         num_items = 0
         for order_index, order in enumerate(orders):
             mine, shift = ordered, 0 if header.kind == KEYS else header.shift(order)
-            at = places[:, 0]
+            at = access[:, 0]
             if header.kind == KEYS:
                 wanted = ordered[:, 0] == np.uint64(table_index << 32 | order_index)
                 mine, at = ordered[wanted], at[wanted]
@@ -208,7 +212,7 @@ class ItemStatistics:
                     f"the profile's held-out documents are not those that it counted: {len(unique)} n-grams of order "
                     f"{order}, {len(kept_items)} counted; profile again"
                 )
-            of_access = np.full(len(held), -1, dtype=np.int32)
+            of_access = np.full(len(held_out), -1, dtype=np.int32)
             of_access[at] = num_items + np.repeat(np.arange(len(unique), dtype=np.int32), uses[:, 0])
             ids.append(of_access)
             counts.append(kept_sums[:, 0])
@@ -216,11 +220,11 @@ class ItemStatistics:
             item_order.append(np.full(len(unique), order_index, dtype=np.uint8))
             num_items += len(unique)
         items = np.stack(ids, axis=1).reshape(-1)
-        del ordered, places, ids, of_access
+        del ordered, access, ids, of_access
         there = items >= 0
         replay = Replay(
             orders=orders,
-            order_index=np.tile(np.arange(len(orders), dtype=np.uint8), len(held))[there],
+            order_index=np.tile(np.arange(len(orders), dtype=np.uint8), len(held_out))[there],
             items=items[there],
             counts=np.concatenate(counts),
             item_order=np.concatenate(item_order),

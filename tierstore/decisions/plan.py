@@ -3,7 +3,7 @@
 Input: a `Ranking`, the store's tables, bytes of HBM, DRAM and packed entries on NVMe. Output: a `GroupPlan`: how many
 of the first entries each tier takes, how much of DRAM is left to recency, and the simulated outcome on held-out
 documents. The division is the one that opening the store will make (`divide_budgets`), not a model of it. Errors:
-`BudgetError` for DRAM that cannot hold the indexes. Pure.
+`BudgetError` for DRAM that is too small for the indexes. Pure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .ranking import Ranking
 from .replay import Outcome, shares, simulate
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 0.95)
-WHOLE_STEP_BITS = 8  # a budget that holds whole tables has so many binary digits, or one less
+WHOLE_STEP_BITS = 8  # a budget that stores whole tables has so many binary digits, or one less
 INTERVAL_SEED = 0  # the same plan says the same interval
 RATE_DIGITS = 6
 INDEX_ENTRY_BYTES = kernels.INDEX_BUCKET.itemsize / BUCKET_KEYS
@@ -150,7 +150,7 @@ def plan_group(
 ) -> GroupPlan:
     """Returns the plan whose outcome has most hits, of static fractions `fractions`. Blocks: one simulation for each.
 
-    layouts: all tables of the store. Raises `BudgetError` if DRAM cannot hold the indexes of what is to be placed.
+    layouts: all tables of the store. Raises `BudgetError` if DRAM is too small for the indexes of what must be placed.
     """
     tables = ranking.group.tables
     name = _largest(tables, layouts)

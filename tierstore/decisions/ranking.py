@@ -28,9 +28,9 @@ class Ranking:
     def histograms(self) -> np.ndarray:
         """Items and held-out accesses by order and class of counts, int64 [2, O, NUM_CLASSES]."""
         classes, num_orders = self.group.classes, len(self.group.orders)
-        places = classes.order_index * NUM_CLASSES + class_of_counts(classes.counts)
+        cells = classes.order_index * NUM_CLASSES + class_of_counts(classes.counts)
         sums = [
-            np.bincount(places, weights=column, minlength=num_orders * NUM_CLASSES)
+            np.bincount(cells, weights=column, minlength=num_orders * NUM_CLASSES)
             for column in (classes.num_items, classes.held_out)
         ]
         return np.stack(sums).astype(np.int64).reshape(2, num_orders, NUM_CLASSES)

@@ -1,12 +1,12 @@
 """A replay: the accesses of held-out documents in order, and what a static set and a recency cache would make of them.
 
-Flows in: a `Replay` (which items are accessed when, how often training documents counted each), a static set, a number
-of recency sets. Flows out: an `Outcome`, by order and in all. Nothing here guesses: the recency cache's own code runs
+Input: a `Replay` (which items are accessed when, how often training documents counted each), a static set, a number
+of recency sets. Output: an `Outcome`, by order and in all. Nothing here guesses: the recency cache's own code runs
 on the accesses; a replay of a share of the items runs against as small a share of the cache (miniature simulation:
 Waldspurger et al., "Cache Modeling and Optimization using Miniature Simulations", USENIX ATC 2017).
-Refuses arrays that do not fit.
+Errors: arrays that do not fit.
 
-Shapes: A accesses, U items, D documents, O orders; [O + 1]: the orders, and in the last place all of them.
+Shapes: A accesses, U items, D documents, O orders; [O + 1]: the orders, and last all of them.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Replay:
 
     @functools.cached_property
     def previous(self) -> np.ndarray:
-        """For each access the place of the one before it to the same item, -1 for the first: int64 [A]."""
+        """For each access the index of the one before it to the same item, -1 for the first: int64 [A]."""
         by_item = np.argsort(self.items, kind="stable")
         again = self.items[by_item[1:]] == self.items[by_item[:-1]]
         previous = np.full(len(self.items), -1, dtype=np.int64)
@@ -88,18 +88,20 @@ class Replay:
         return np.searchsorted(self.document_ends, self.tokens, side="right")
 
     def per_order(self, accesses: np.ndarray) -> np.ndarray:
-        """Returns how many of some accesses, bool [A] or their places, are of each order, and in all: int64 [O + 1]."""
+        """Returns how many of some accesses, bool [A] or their indexes, are of each order, and in all: int64 [O +
+        1]."""
         counts = np.bincount(self.order_index[accesses], minlength=len(self.orders))
         return np.append(counts, counts.sum()).astype(np.int64)
 
     def per_document(self, accesses: np.ndarray) -> np.ndarray:
-        """Returns how many of some accesses, bool [A] or their places, are of each document and order: int64 [D, O]."""
+        """Returns how many of some accesses, bool [A] or their indexes, are of each document and order: int64 [D,
+        O]."""
         shape = len(self.document_ends), len(self.orders)
         return np.bincount(self._cells[accesses], minlength=shape[0] * shape[1]).reshape(shape)
 
     @functools.cached_property
     def _cells(self) -> np.ndarray:
-        """The place of each access in an array [D, O], int64 [A]."""
+        """The index of each access in an array [D, O], int64 [A]."""
         return np.asarray(self.documents * len(self.orders) + self.order_index)
 
     # What every simulation says alike: computed once.
@@ -154,7 +156,7 @@ class Outcome:
 
     accesses, static_hits, recency_hits, first_touches, distinct, distinct_misses: int64 [O + 1]; the last two count an
     item once a batch. missed_items: int64 [M], the item of each distinct miss. document_hits, document_accesses: int64
-    [D, O]. batches_without_miss: None where only a share of the items was kept, of which it says nothing.
+    [D, O]. batches_without_miss: None if only a share of the items was kept, of which it says nothing.
     """
 
     accesses: np.ndarray
@@ -203,7 +205,7 @@ class Outcome:
 
     @property
     def share_without_miss(self) -> float | None:
-        """Share of batches without any miss; None where only a share of the items was kept."""
+        """Share of batches without any miss; None if only a share of the items was kept."""
         return None if self.batches_without_miss is None else self.batches_without_miss / max(self.num_batches, 1)
 
 
@@ -258,8 +260,8 @@ def lru_hits(replay: Replay, capacity_entries: np.ndarray) -> np.ndarray:
     dense[replay.items[accessed]] = np.arange(len(accessed))
     distances = aside(kernels.stack_distances, dense[replay.items])
     hits = np.empty((len(capacity_entries), len(replay.orders) + 1), dtype=np.int64)
-    for place, capacity in enumerate(capacity_entries):
-        hits[place] = replay.per_order((distances >= 0) & (distances < capacity * replay.sample_rate))
+    for index, capacity in enumerate(capacity_entries):
+        hits[index] = replay.per_order((distances >= 0) & (distances < capacity * replay.sample_rate))
     return hits
 
 
@@ -288,6 +290,6 @@ def interleaved(replay: Replay, num_sequences: int) -> Replay:
 
 
 def shares(parts: np.ndarray, wholes: np.ndarray | float) -> np.ndarray:
-    """Returns parts / wholes, float, 0 where the whole is 0."""
+    """Returns parts / wholes, float, 0 if the whole is 0."""
     wholes = np.broadcast_to(np.asarray(wholes, dtype=np.float64), np.shape(parts))
     return np.divide(parts, wholes, out=np.zeros(np.shape(parts)), where=wholes > 0)

@@ -1,10 +1,9 @@
-"""What an item is worth: how often a stream that was not counted will access it,
-by its order and by how often it was counted.
+"""Expected accesses: how often a stream that was not counted will access an item, by its order and its count.
 
-Flows in: for each class of items (order, and count or range of counts) how many there are and how often held-out
-documents accessed them. Flows out: expected accesses of single items. That is the held-out estimate of Jelinek and
-Mercer (1985): an item counted once is worth far less than its share of the text, and one of two tokens more than one of
-four. Refuses histograms that do not fit the classes.
+Input: for each class of items (order, and count or range of counts) how many there are and how often held-out documents
+accessed them. Output: expected accesses of single items. That is the held-out estimate of Jelinek and Mercer (1985): of
+an item counted once far fewer accesses are expected than its share of the text, and of one of two tokens more than of
+one of four. Errors: histograms that do not fit the classes.
 
 Shapes: U items, O orders, C classes of counts.
 """
@@ -31,18 +30,19 @@ def class_histograms(order_index: np.ndarray, counts: np.ndarray, held_out: np.n
 
     order_index: [U]; counts, held_out: int64 [U], accesses in counted and in held-out documents.
     """
-    places = order_index.astype(np.int64) * NUM_CLASSES + class_of_counts(counts)
-    num_places = num_orders * NUM_CLASSES
-    items = np.bincount(places, minlength=num_places)
-    accesses = np.bincount(places, weights=held_out, minlength=num_places)
+    cells = order_index.astype(np.int64) * NUM_CLASSES + class_of_counts(counts)
+    num_cells = num_orders * NUM_CLASSES
+    items = np.bincount(cells, minlength=num_cells)
+    accesses = np.bincount(cells, weights=held_out, minlength=num_cells)
     return np.stack([items, accesses.astype(np.int64)]).reshape(2, num_orders, NUM_CLASSES)
 
 
 def expected_accesses(order_index: np.ndarray, counts: np.ndarray, histograms: np.ndarray) -> np.ndarray:
-    """Returns how many accesses of held-out length each item may expect, float [U]; never counted is worth 0.
+    """Returns how many accesses of held-out length each item may expect, float [U]; 0 for one never counted.
 
-    order_index, counts: [U]. histograms: [2, O, C] of `class_histograms`. Within an order more counts are never
-    worth less, and within wide classes worth grows with the count, so that the order of items is that of their counts.
+    order_index, counts: [U]. histograms: [2, O, C] of `class_histograms`. Within an order an item counted more often
+    never has fewer, and within wide classes they grow with the count, so that the order of items is that of their
+    counts.
     """
     num_orders = histograms.shape[1]
     if histograms.shape != (2, num_orders, NUM_CLASSES):
@@ -50,12 +50,12 @@ def expected_accesses(order_index: np.ndarray, counts: np.ndarray, histograms: n
     values = np.zeros(len(counts))
     for order in range(num_orders):
         here = np.flatnonzero((order_index == order) & (counts > 0))
-        values[here] = _interpolated(counts[here], *_worth_of_classes(*histograms[:, order]))
+        values[here] = _interpolated(counts[here], *_accesses_of_classes(*histograms[:, order]))
     return values
 
 
-def _worth_of_classes(items: np.ndarray, accesses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Middle counts of the classes that have items, and what these are worth, not descending."""
+def _accesses_of_classes(items: np.ndarray, accesses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Middle counts of the classes that have items, and the accesses expected of their items, not descending."""
     filled = np.flatnonzero(items[1:] > 0) + 1
     ends = np.append(CLASS_STARTS[1:], 2 * CLASS_STARTS[-1])
     middles = np.sqrt(CLASS_STARTS[filled] * (ends[filled] - 1.0))
@@ -75,9 +75,10 @@ def _not_descending(means: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.repeat([pool[0] for pool in pools], [pool[2] for pool in pools])
 
 
-def _interpolated(counts: np.ndarray, middles: np.ndarray, worth: np.ndarray) -> np.ndarray:
-    """Worth between the classes' middles, along the logarithm of the count; beyond the last in proportion to it."""
+def _interpolated(counts: np.ndarray, middles: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Expected accesses between the classes' middles, along the logarithm of the count; beyond the last in proportion
+    to it."""
     if not len(middles):
         return np.zeros(len(counts))
-    inside = np.interp(np.log(counts), np.log(middles), worth)
-    return np.asarray(np.where(counts > middles[-1], worth[-1] * counts / middles[-1], inside))
+    inside = np.interp(np.log(counts), np.log(middles), expected)
+    return np.asarray(np.where(counts > middles[-1], expected[-1] * counts / middles[-1], inside))

@@ -1,9 +1,9 @@
 """build: checkpoint -> row stream -> pages -> shards + catalog.
 
-Flows in: `TableSource`s, whose rows are read range by range. Flows out: a store that opens only after the ready mark,
+Input: `TableSource`s, whose rows are read range by range. Output: a store that opens only after the ready mark,
 the last thing written. A shard is written to a temporary name, synced, renamed, and then noted in the catalog; a build
-killed anywhere goes on with the first shard that is not noted. Refuses, before it writes, what cannot fit or is
-another's, and leaves no folder or lock behind where it does.
+killed anywhere goes on with the first shard that is not noted. Errors: before it writes, what cannot fit or is
+another's; then it leaves no folder or lock behind.
 
 Threads: each of `jobs` workers builds whole shards (read, interleave, digest, write; the interpreter lock is released
 in all four); the calling thread reports progress.
@@ -50,7 +50,7 @@ from ..layout import PageShape, ShardRecord, TableLayout
 from ..process.progress import OnProgress
 from ..units import format_bytes
 
-CHUNK_BYTES = 4 << 20  # pages that a worker holds at once; with their rows, about 8 MiB a job
+CHUNK_BYTES = 4 << 20  # pages that a worker has at once; with their rows, about 8 MiB a job
 JOBS_MAX = 64
 SPARE_DISK_BYTES = 64 << 20  # left free beside the shards: the catalog and the file system's own records
 PROGRESS_SECONDS = 0.25
@@ -134,14 +134,14 @@ def build_store(
     on_plan: Callable[[BuildPlan], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> BuildReport:
-    """Builds a store, or resumes it where the same build stopped. Blocks until the store is ready.
+    """Builds a store, or resumes it if the same build stopped. Blocks until the store is ready.
 
     origin: who the checkpoint is (`Checkpoint.to_dict()`; its "digest" goes into every page's checksum). attachments:
     the adapter's own records, kept in the catalog (hash, token map). shard_bytes: the largest shard. jobs: shards built
     at once, by default one for each processor, at most 4. on_plan gets the preflight before anything is written,
     on_progress (bytes done, bytes in all) now and then, both in the calling thread.
 
-    Raises `BudgetError` where the disk has too little room (also midway: free some and run again), `ConfigError` where
+    Raises `BudgetError` if the disk has too little room (also midway: free some and run again), `ConfigError` if
     the path is another's, not writable, or not on a local file system (unless allowed).
     What is built stays for the next run.
     """
@@ -214,7 +214,7 @@ def lay_out_tables(sources: Sequence[TableSource], origin_digest: str, shard_byt
 
 
 def _check_place(path: Path, allow_network_fs: bool) -> None:
-    """Refuses, before anything is made, a path that is a file, holds something else, or is on a network."""
+    """Refuses, before anything is made, a path that is a file, has something else in it, or is on a network."""
     existing = path
     while not existing.exists():
         existing = existing.parent
@@ -231,7 +231,7 @@ def _check_place(path: Path, allow_network_fs: bool) -> None:
 
 
 def _check_foreign(path: Path) -> None:
-    """Refuses a folder that holds something and no catalog."""
+    """Refuses a folder with something in it and no catalog."""
     foreign = [e.name for e in path.iterdir() if e.name != LOCK_FILE and not e.name.startswith(CATALOG_FILE)]
     if foreign and not (path / CATALOG_FILE).exists():
         raise ConfigError(f"{path} holds {len(foreign)} other files ({foreign[0]}, ...); give an empty folder")
@@ -245,16 +245,16 @@ def locked_store(path: Path) -> Iterator[list[Path]]:
     """
     lock = path / LOCK_FILE
     made = [folder for folder in (*reversed(path.parents), path) if not folder.exists()]
-    held, is_ours = None, False
+    lock_file, is_ours = None, False
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not lock.exists():
             made.append(lock)
         # A file object: if an interrupt keeps it from being named, it is closed, and with it goes the lock.
-        held = lock.open("ab", buffering=0)
+        lock_file = lock.open("ab", buffering=0)
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(held.fileno()), lock.stat()):
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock_file.fileno()), lock.stat()):
                 raise FileNotFoundError  # a build that refused has just removed the lock, and this is not the new one
             is_ours = True
         except (BlockingIOError, FileNotFoundError):
@@ -264,16 +264,16 @@ def locked_store(path: Path) -> Iterator[list[Path]]:
             ) from None
         yield made
     except BaseException:
-        for place in reversed(made):
+        for entry in reversed(made):
             with contextlib.suppress(OSError):  # somebody uses the folder meanwhile
-                if place != lock:
-                    place.rmdir()
+                if entry != lock:
+                    entry.rmdir()
                 elif is_ours:
-                    place.unlink()
+                    entry.unlink()
         raise
     finally:
-        if held is not None:
-            held.close()
+        if lock_file is not None:
+            lock_file.close()
 
 
 def _begun(path: Path) -> CatalogImage | None:

@@ -1,11 +1,11 @@
 """Counting in bounded memory: 128-bit items come in any order and number, distinct items and their sums go out sorted.
 
-Flows in: items with weights, until a buffer is full. It is then sorted, equal items are summed, and the sorted run goes
-to a temporary file, while the next buffer fills. Flows out: all runs merged, block by block. What an item means (an
+Input: items with weights, until a buffer is full. It is then sorted, equal items are summed, and the sorted run goes
+to a temporary file, while the next buffer fills. Output: all runs merged, block by block. What an item means (an
 n-gram, a table's key) is the caller's matter. The file has no name in the folder,
 so that nothing is left of it however the process ends.
 
-Refuses memory that holds no item; names a disk that is full. One thread adds and merges; another of this module's own
+Errors: memory without room for an item; a disk that is full. One thread adds and merges; another of this module's own
 sorts and writes. An interrupt of the first does not wait for the second, which ends by itself and closes the file.
 """
 
@@ -52,12 +52,12 @@ class ItemCounter:
     """Sums weights of 128-bit items. A context manager; `close` gives memory and disk back.
 
     folder: where the temporary file is made. num_weights: W, columns that are summed side by side. memory_bytes: the
-    most that buffers and sorting take together, and then blocks of runs and merging; runs of which it holds fewer than
-    there are, at about 40 KiB each, take that much all the same. On disk a distinct item of a run takes 16 bytes, and 4
-    a weight (8 where sums do not fit). Sixteen million windows of text, two columns: 3 s on two cores, 200 MiB on disk;
-    more memory than the default was slower, not faster.
+    most that buffers and sorting take together, and then blocks of runs and merging; runs, if it has room for fewer
+    than there are, at about 40 KiB each, take that much all the same. On disk a distinct item of a run takes 16 bytes,
+    and 4 a weight (8 where sums do not fit). Sixteen million windows of text, two columns: 3 s on two cores, 200 MiB on
+    disk; more memory than the default was slower, not faster.
 
-    Raises `BudgetError` where memory_bytes holds no item. One thread at a time may use it.
+    Raises `BudgetError` if memory_bytes has no room for an item. One thread at a time may use it.
     """
 
     def __init__(self, folder: str | os.PathLike[str], num_weights: int, memory_bytes: int = 256 << 20) -> None:
@@ -76,7 +76,7 @@ class ItemCounter:
         self._file: IO[bytes] | None = None
         self._bytes_spilled = 0
         self._runs: list[_Run] = []
-        self._whole: Counted | None = None  # all there is, where it never filled a buffer
+        self._whole: Counted | None = None  # all there is, if it never filled a buffer
         self._sorter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tierstore-count")
         self._sorting: Future[None] | None = None
 
@@ -90,7 +90,7 @@ class ItemCounter:
         or 1 each in the column of that number.
 
         Blocks while both buffers are full. Raises `TypeError` and `ValueError` for arguments that do not fit, or after
-        `merged`; `BudgetError` where the disk is full, `ConfigError` where it fails,
+        `merged`; `BudgetError` if the disk is full, `ConfigError` if it fails,
         also for items that were added before.
         """
         if not self._buffers:
@@ -284,10 +284,10 @@ class _Head:
         self.num_read += count
 
     def take(self, limit: tuple[int, int] | None) -> Counted:
-        """Removes and returns what lies up to and at `limit`; all, where it is None."""
+        """Removes and returns what lies up to and at `limit`; all, if it is None."""
         count = len(self.items)
         if limit is not None:
-            count = bisect.bisect_right(range(count), limit, key=lambda place: _item(self.items, place))
+            count = bisect.bisect_right(range(count), limit, key=lambda index: _item(self.items, index))
         taken = self.items[:count], self.sums[:count]
         self.items, self.sums = self.items[count:], self.sums[count:]
         return taken
@@ -298,5 +298,5 @@ def _sorted_and_summed(items: np.ndarray, weights: np.ndarray) -> Counted:
     return kernels.sum_items(items, weights)
 
 
-def _item(items: np.ndarray, place: int) -> tuple[int, int]:
-    return int(items[place, 0]), int(items[place, 1])
+def _item(items: np.ndarray, index: int) -> tuple[int, int]:
+    return int(items[index, 0]), int(items[index, 1])

@@ -98,7 +98,7 @@ def check_tables(layouts: Mapping[str, TableLayout], header: ProfileHeader) -> N
 def key_profile_header(
     infos: Sequence[KeyTraceInfo], layouts: Mapping[str, TableLayout], held_out: float
 ) -> ProfileHeader:
-    """Returns the header of a profile of key traces; raises `FingerprintMismatchError` where they are of other
+    """Returns the header of a profile of key traces; raises `FingerprintMismatchError` if they are of other
     tables."""
     first = infos[0]
     for info in infos:
@@ -164,7 +164,7 @@ def _stretch(accesses: KeyBlock, start: int, end: int) -> Document:
 
 
 def held_out_fraction(num_tokens: int) -> float:
-    """Returns the share of documents to hold out of a trace: a quarter, or about four million tokens where that is
+    """Returns the share of documents to hold out of a trace: a quarter, or about four million tokens if that is
     less."""
     return min(HELD_OUT_FRACTION, HELD_OUT_TOKENS_MAX / max(num_tokens, 1))
 

@@ -99,8 +99,8 @@ def verify_store(
     sample_rows: check the pages of that many random rows of each table (drawn with `seed`), with all rows in them,
     instead of everything (placements are checked whole); a table of no more rows is checked whole. origin:
     the checkpoint's record; another digest than the store's is a fault. Blocks; memory stays below 16 MiB a job. Raises
-    `StoreNotReadyError` or `FormatError` where the catalog cannot be read at all,
-    `ConfigError` where sources lack a table.
+    `StoreNotReadyError` or `FormatError` if the catalog cannot be read at all,
+    `ConfigError` if sources lack a table.
     """
     image = read_catalog(path)
     report = VerifyReport()
@@ -271,8 +271,8 @@ class _ShardCheck:
         report.faults = damaged + self.others + self._rows + self._more(self._num_rows, len(self._rows), "rows")
         return report
 
-    def _more(self, count: int, told: int, of_what: str) -> list[str]:
-        return [f"{self.what}: and {count - told} more {of_what}"] if count > told else []
+    def _more(self, count: int, shown: int, of_what: str) -> list[str]:
+        return [f"{self.what}: and {count - shown} more {of_what}"] if count > shown else []
 
     def read(self, fd: int, pages: np.ndarray, byte_start: int) -> None:
         """Fills pages, uint8, from byte_start of the shard on; raises `_UnreadableShardError`."""

@@ -1,8 +1,8 @@
 """The figures of a report: curves as SVG that goes into a page as it is.
 
-Flows in: the record of `Curves.to_dict`. Flows out: one SVG a figure, text as text, colours as the page's CSS
-variables, so that it is legible on dark and light. Needs matplotlib (`ConfigError` without it),
-which is loaded when a figure is drawn.
+Input: the record of `GroupCurves.to_dict`. Output: one SVG a figure, text as text, colours as the page's CSS variables,
+so that it is legible on dark and light. Errors: `ConfigError` without matplotlib, which is loaded when a figure is
+drawn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tierstore.extras import missing
 from .tables import Record, cached_points, short_bytes, whole_bytes
 
 # Colours that matplotlib writes and that are then replaced by the page's variables of these names.
-COLOURS = {name: f"#0a0b{place:02x}" for place, name in enumerate(("ink", "grid", "a", "b", "c", "d", "e", "paper"))}
+COLOURS = {name: f"#0a0b{number:02x}" for number, name in enumerate(("ink", "grid", "a", "b", "c", "d", "e", "paper"))}
 BAND_ALPHA = 0.18
 LABEL_ALPHA = 0.8  # of the paper behind a label that lies over areas and curves
 SIZE_INCHES = 8.0, 4.2
@@ -54,7 +54,7 @@ class Figure:
 def figures_of(record: Record) -> list[Figure]:
     """Returns the figures that a record has numbers for, in the order in which they are read."""
     if not cached_points(record):
-        return []  # the tables are so small that only whole ones are worth a thought
+        return []  # the tables are so small that only whole ones make sense
     figures = [
         Figure(
             "policies",
@@ -99,7 +99,7 @@ def figures_of(record: Record) -> list[Figure]:
 
 
 def require_matplotlib() -> None:
-    """Raises `ConfigError` where matplotlib, which draws the figures, is not installed."""
+    """Raises `ConfigError` if matplotlib, which draws the figures, is not installed."""
     try:
         import matplotlib as mpl  # noqa: F401
     except ImportError as error:
@@ -198,8 +198,8 @@ def _draw_steps(axes: Any, record: Record) -> None:
     sequences = sorted({steps["sequences"] for steps in record["steps"]})
     shares = {(steps["dram_bytes"], steps["sequences"]): 100 * steps["without_read"] for steps in record["steps"]}
     width = 0.8 / len(budgets)
-    for place, (budget, colour) in enumerate(zip(budgets, "abcde", strict=False)):
-        across = [group + (place - (len(budgets) - 1) / 2) * width for group in range(len(sequences))]
+    for index, (budget, colour) in enumerate(zip(budgets, "abcde", strict=False)):
+        across = [group + (index - (len(budgets) - 1) / 2) * width for group in range(len(sequences))]
         heights = [shares[budget, number] for number in sequences]
         bars = axes.bar(across, heights, width * 0.92, color=COLOURS[colour], label=short_bytes(budget))
         axes.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=9, padding=2)
@@ -235,7 +235,7 @@ def _mark(axes: Any, dram_bytes: int, words: str) -> None:
 
 
 def _budgets(record: Record) -> list[int]:
-    """Budgets that hold entries, ascending."""
+    """Budgets that cache entries, ascending."""
     return [point["dram_bytes"] for point in cached_points(record)]
 
 

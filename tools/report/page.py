@@ -1,8 +1,8 @@
 """A report on a profile: one HTML page that needs nothing else, for readers who have never seen this project.
 
-Flows in: records of `tierstore.decisions.curves.Curves.to_dict`, perhaps with their `source`: one for each group of
-tables whose accesses are the same. Flows out: a file, or tables for the terminal. The page has no scripts and loads
-nothing. Needs matplotlib for the figures (`ConfigError` without it).
+Input: records of `tierstore.decisions.hit_rates.GroupCurves.to_dict`, one for each table group. Output: a file, or
+tables for the terminal. The page has no scripts and loads nothing. Errors: `ConfigError` without matplotlib, which
+draws the figures.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def profile_tables(record: Record) -> list[Table]:
 def _terminal_table(numbers: NumberTable) -> Table:
     """Sentences stand below the table, so that 80 columns are enough for its numbers."""
     table = Table(title=numbers.title, caption_justify="left")
-    columns = [place for place, column in enumerate(numbers.columns) if column != "why"]
-    for place in columns:
-        table.add_column(numbers.columns[place], justify="right" if place else "left", overflow="fold")
+    columns = [index for index, column in enumerate(numbers.columns) if column != "why"]
+    for index in columns:
+        table.add_column(numbers.columns[index], justify="right" if index else "left", overflow="fold")
     for line in numbers.lines:
-        table.add_row(*(line[place] for place in columns))
+        table.add_row(*(line[index] for index in columns))
     if "why" in numbers.columns:
         why = numbers.columns.index("why")
         table.caption = "\n".join(f"{line[0]}: {line[why]}" for line in numbers.lines)
@@ -74,7 +74,7 @@ def _terminal_table(numbers: NumberTable) -> Table:
 
 
 def check_report(path: Path) -> None:
-    """Raises `ConfigError` where a report could not be written: before the work that it is to report on."""
+    """Raises `ConfigError` if a report could not be written: before the work that it reports."""
     require_matplotlib()
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"{path}: a report is a file in a folder that there is; give another name")
@@ -83,7 +83,7 @@ def check_report(path: Path) -> None:
 def _page(records: Sequence[Record], about: About | None) -> str:
     parts = [_part(record) for record in records]
     if len(parts) > 1:
-        parts = [_numbered(part, place) for place, part in enumerate(parts, 1)]
+        parts = [_numbered(part, number) for number, part in enumerate(parts, 1)]
     glossary = "".join(f"<dt>{html.escape(word)}</dt><dd>{html.escape(meaning)}</dd>" for word, meaning in GLOSSARY)
     return (
         '<!DOCTYPE html>\n<html xmlns="http://www.w3.org/1999/xhtml" lang="en"><head><meta charset="utf-8"/>'
@@ -137,7 +137,7 @@ def _summary(record: Record) -> str:
     whole = ""
     if (num_bytes := whole_bytes(record)) is not None:
         whole = f" From {short_bytes(num_bytes)} on, memory holds the tables whole and answers every access."
-    cards = "".join(_card(record, place) for place in range(len(record["recommended"])))
+    cards = "".join(_card(record, index) for index in range(len(record["recommended"])))
     source = "".join(
         f"<dt>{html.escape(str(name))}</dt>"
         f"<dd>{html.escape(f'{value:,}' if isinstance(value, int) else str(value))}</dd>"
@@ -158,8 +158,8 @@ def _summary(record: Record) -> str:
     )
 
 
-def _card(record: Record, place: int) -> str:
-    choice = record["recommended"][place]
+def _card(record: Record, index: int) -> str:
+    choice = record["recommended"][index]
     (point,) = (point for point in record["points"] if point["dram_bytes"] == choice["dram_bytes"])
     if point.get("resident"):
         return (

@@ -1,7 +1,7 @@
 """The numbers of a profile's curves as tables, once for the terminal and the report alike.
 
-Flows in: the record of `tierstore.decisions.curves.Curves.to_dict`. Flows out: `NumberTable`s of text, in the order
-in which they are read. Nothing is computed here but percentages.
+Input: the record of `tierstore.decisions.hit_rates.GroupCurves.to_dict`. Output: `NumberTable`s of text, in the order
+in which they are read. Errors: none. Nothing is computed here but percentages.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def recommended_table(record: Record) -> NumberTable:
 
 
 def cached_points(record: Record) -> list[Record]:
-    """Returns the points whose budgets hold entries: all but the one, if any, that holds the tables whole."""
+    """Returns the points whose budgets cache entries: all but the one, if any, that stores the tables whole."""
     return [
         point for point in record["points"] if not point.get("resident")
     ]  # profiles of older versions do not say it
 
 
 def whole_bytes(record: Record) -> int | None:
-    """Returns the budget that holds the tables whole; None in a record that does not say it."""
+    """Returns the budget that stores the tables whole; None in a record that does not say it."""
     return next((point["dram_bytes"] for point in record["points"] if point.get("resident")), None)
 
 

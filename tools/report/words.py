@@ -1,6 +1,6 @@
 """The words of a report: what each figure says, in plain language; a glossary; and the style of the page.
 
-Flows in: the record of `Curves.to_dict`. Flows out: HTML text without markup that needs escaping.
+Input: the record of `GroupCurves.to_dict`. Output: HTML text without markup that needs escaping. Errors: none.
 """
 
 from __future__ import annotations
