@@ -29,7 +29,7 @@ def connect(
     `connect_remote` for token_file and ca_file. timeout_s: for a path, how long to try (5 s); else,
     how long any lookup may take (30 s).
 
-    Blocks. Raises what those raise: `DaemonError` where the daemon cannot be reached or refuses,
+    Blocks. Raises what those raise: `DaemonError` if the daemon cannot be reached or refuses,
     `ConfigError` for options.
     """
     text = os.fspath(address)

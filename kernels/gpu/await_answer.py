@@ -1,8 +1,7 @@
 """The wait of a device for the host's answer: bounded, and ending in a step that is ready or one that has failed.
 
-Flows in: the step that `post_misses` began, and the host's words in the mailbox. Flows out: the step's number in
-`ready` or in `failed`, or in both where the host answered that some entries could not be had.
-Entries are scattered by the launch after.
+Input: the step that `post_misses` began, and the host's words in the mailbox. Output: the step's number in `ready` or
+in `failed`, or in both if the host answered that some entries could not be read. The next launch scatters the entries.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ def await_answer(state: StepState, mailbox_address: int, spins_max: int) -> None
     mailbox_address: of the block that mailbox.py describes, at a multiple of 64; spins_max: how often `answered` is
     looked at before the step is given up, 1 or more; each look goes over the bus, about a microsecond. Given up, the
     step's number is stored as `timed_out` in the mailbox and as `state.failed`; a status other than 0 is a failed step
-    too. `failed` in the mailbox tells the host of either. Asynchronous: the
+    too. `failed` in the mailbox reports either to the host. Asynchronous: the
     caller does not wait, what was launched behind this does. One program of one warp; a ready step costs three loads.
     """
     check_mailbox(mailbox_address)

@@ -1,9 +1,8 @@
-"""Entries as stored into what a model computes with, on the device: moved as bytes,
-or fp8 with its scales into bfloat16.
+"""Entries as stored into what a model computes with, on the device: moved as bytes, or fp8 decoded into bfloat16.
 
-Flows in: addresses of entries, in device memory or in host memory that the device reads. Flows out: bytes, bit by bit,
-or bfloat16 values, each computed in float32 and rounded once, half to even, as engram_adapter/codecs.py does it. Other
-codecs are byte moves into a view of the caller's. Refuses row sizes that are not their codec's.
+Input: addresses of entries, in device memory or in host memory that the device reads. Output: bytes, bit by bit, or
+bfloat16 values, each computed in float32 and rounded once, half to even, as engram_adapter/codecs.py does it. Other
+codecs are byte moves into a view of the caller's. Errors: `ValueError` for row sizes that are not their codec's.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class RowCodec:
             FP8: self.dim,
         }
         if self.kind not in wanted:
-            raise ValueError(f"codec {self.kind!r} is none of {', '.join(wanted)}")
+            raise ValueError(f"codec {self.kind!r} is not one of {', '.join(wanted)}")
         if self.rows_per_entry < 1 or self.row_bytes < 1 or self.row_bytes != wanted[self.kind]:
             raise ValueError(
                 f"codec {self.kind}: {self.rows_per_entry} rows of {self.row_bytes} bytes and {self.dim} values, which "
@@ -95,7 +94,7 @@ class RowCodec:
 @triton.jit
 def move_entries(
     addresses: tl.tensor,
-    held: tl.tensor,
+    found: tl.tensor,
     written: tl.tensor,
     out: tl.tensor,
     at: tl.tensor,
@@ -111,21 +110,21 @@ def move_entries(
 ) -> None:
     """Writes the entries at `addresses`, int64 [P], as the `at`-th ones, int64 [P], of `out`, decoded.
 
-    Only those `written` are, and only those `held` are read; `held` must be within `written`. What is written and not
-    held gets its `blank`, int32 [P], in every word: 0, or -1, which is NaN of a bfloat16 and 0xff of a byte.
+    Only those `written` are, and only those `found` are read; `found` must be within `written`. What is written and not
+    found gets its `blank`, int32 [P], in every word: 0, or -1, which is NaN of a bfloat16 and 0xff of a byte.
     """
     if KIND == _COPIED:
-        _copy(addresses, held, written, out, at, blank, ROWS * ROW_BYTES, WORD, ALIGNMENT, CHUNK)
+        _copy(addresses, found, written, out, at, blank, ROWS * ROW_BYTES, WORD, ALIGNMENT, CHUNK)
     elif KIND == _SCALED:
-        _decode_scaled(addresses, held, written, out, at, blank, ROWS, ROW_BYTES, DIM, ALIGNMENT, CHUNK)
+        _decode_scaled(addresses, found, written, out, at, blank, ROWS, ROW_BYTES, DIM, ALIGNMENT, CHUNK)
     else:
-        _decode(addresses, held, written, out, at, scale, blank, ROWS, DIM, ALIGNMENT, CHUNK)
+        _decode(addresses, found, written, out, at, scale, blank, ROWS, DIM, ALIGNMENT, CHUNK)
 
 
 @triton.jit
 def _copy(
     addresses: tl.tensor,
-    held: tl.tensor,
+    found: tl.tensor,
     written: tl.tensor,
     out: tl.tensor,
     at: tl.tensor,
@@ -142,15 +141,15 @@ def _copy(
         word = start + tl.arange(0, CHUNK)[None, :]
         there = word < WORDS
         source = tl.multiple_of(sources + word, [1, ALIGNMENT])
-        words = tl.load(source, mask=held[:, None] & there, other=0)
-        words = tl.where(held[:, None], words, blank[:, None].to(WORD))
+        words = tl.load(source, mask=found[:, None] & there, other=0)
+        words = tl.where(found[:, None], words, blank[:, None].to(WORD))
         tl.store(targets + word, words, mask=written[:, None] & there)
 
 
 @triton.jit
 def _decode_scaled(
     addresses: tl.tensor,
-    held: tl.tensor,
+    found: tl.tensor,
     written: tl.tensor,
     out: tl.tensor,
     at: tl.tensor,
@@ -171,21 +170,21 @@ def _decode_scaled(
         there = group < GROUPS
         row = rows + group // ROW_GROUPS * ROW_BYTES
         within = group % ROW_GROUPS
-        exponent = tl.load(row + DIM + within, mask=held[:, None, None] & there, other=0).to(tl.uint32)
+        exponent = tl.load(row + DIM + within, mask=found[:, None, None] & there, other=0).to(tl.uint32)
         # The exponent of a float32 has the same bias; only 2^-127, which is subnormal,
         # and NaN are not `exponent << 23`.
         bits = tl.where(exponent == 0, 0x00400000, tl.where(exponent == 255, 0x7FC00000, exponent << 23))
         source = tl.multiple_of(row + within * _GROUP + lane, [1, 1, ALIGNMENT])
-        code = tl.load(source, mask=held[:, None, None] & there, other=0)
+        code = tl.load(source, mask=found[:, None, None] & there, other=0)
         values = _bfloat16_bits(code, bits.to(tl.uint32).to(tl.float32, bitcast=True))
-        values = tl.where(held[:, None, None], values, blank[:, None, None]).to(tl.int16)
+        values = tl.where(found[:, None, None], values, blank[:, None, None]).to(tl.int16)
         tl.store(targets + group * _GROUP + lane, values, mask=written[:, None, None] & there)
 
 
 @triton.jit
 def _decode(
     addresses: tl.tensor,
-    held: tl.tensor,
+    found: tl.tensor,
     written: tl.tensor,
     out: tl.tensor,
     at: tl.tensor,
@@ -203,8 +202,8 @@ def _decode(
         value = start + tl.arange(0, CHUNK)[None, :]
         there = value < VALUES
         source = tl.multiple_of(sources + value, [1, ALIGNMENT])
-        code = tl.load(source, mask=held[:, None] & there, other=0)
-        values = tl.where(held[:, None], _bfloat16_bits(code, scale), blank[:, None]).to(tl.int16)
+        code = tl.load(source, mask=found[:, None] & there, other=0)
+        values = tl.where(found[:, None], _bfloat16_bits(code, scale), blank[:, None]).to(tl.int16)
         tl.store(targets + value, values, mask=written[:, None] & there)
 
 

@@ -1,9 +1,9 @@
-"""Places to values: entries are copied or decoded from where they lie,
-in device memory or over the bus from the host's.
+"""Places to values: entries are copied or decoded from where they lie, in device memory or over the bus from the
+host's.
 
-Flows in: places and keys, and the sources that hold entries. Flows out: the caller's buffer, where pairs of the
-sentinel -1 become zeros, of keys that are none NaN, and missed ones are left as they are, for who brings them later. No
-place that the sources do not have is ever read.
+Input: places and keys, and the sources that hold entries. Output: the caller's buffer: zeros for the sentinel -1, NaN
+for other invalid keys. Missed pairs are left as they are, for `scatter_entries`. A place that the sources do not have
+is never read.
 """
 
 from __future__ import annotations
@@ -116,12 +116,12 @@ def _gather_entries_kernel(
     active = pair < num_pairs
     key = tl.load(keys + pair, mask=active, other=0)
     place = tl.load(places + pair, mask=active, other=-1).to(tl.int64)
-    nobodys = active & (key < 0)
-    held = (key >= 0) & (place >= 0) & (place < num_places)
+    invalid = active & (key < 0)
+    found = (key >= 0) & (place >= 0) & (place < num_places)
     address = addresses_of(place, slots, stride, num_slots, records, record_bytes)
-    blank = tl.where(key < -1, -1, 0)  # a key below -1 is none: nothing that might be taken for its rows
+    blank = tl.where(key < -1, -1, 0)  # a key below -1 is invalid: nothing may pass for its rows
     move_entries(
-        address, held, held | nobodys, out, pair, scale, blank, KIND, ROWS, ROW_BYTES, DIM, WORD, ALIGNMENT, CHUNK
+        address, found, found | invalid, out, pair, scale, blank, KIND, ROWS, ROW_BYTES, DIM, WORD, ALIGNMENT, CHUNK
     )
 
 

@@ -1,9 +1,9 @@
 """Token ids to keys on the device: the same numbers as `kernels.keys_of_tokens` gives on the host.
 
-Flows in: token ids, the tokens before them, which positions are no text, and a layer's hash. Flows out: the mixed hash
-of the n-gram of each order that ends at each token. Nothing is read at an id outside the vocabulary: n-grams that touch
-one have the key -1, whose rows are zero, and the place of such an id is told in a device word,
-which the host looks at when it likes.
+Input: token ids, the tokens before them, which positions are not text, and a layer's hash. Output: the mixed hash of
+the n-gram of each order that ends at each token. Nothing is read at an id outside the vocabulary: n-grams that touch
+one get the key -2, whose rows are NaN, and the position of such an id is noted in a word on the device, for the host to
+look at.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _TOKENS_A_PROGRAM = 128  # native; not tuned yet: waits for a GPU
 class DeviceHash:
     """A layer's hash with its arrays on the device; the words are those of `kernels.keys_of_tokens`.
 
-    token_map: int32 [vocab_size], None where ids hash as they are; multipliers: int64 [largest order], the token itself
+    token_map: int32 [vocab_size], None if ids hash as they are; multipliers: int64 [largest order], the token itself
     first; orders: n-gram lengths, ascending, 1 to ORDER_MAX; barrier_id: -1 for none.
-    Raises `ValueError` where they do not fit.
+    Raises `ValueError` if they do not fit.
     """
 
     token_map: torch.Tensor | None
@@ -59,7 +59,7 @@ def keys_of_tokens(
 ) -> None:
     """Writes the keys of the n-grams that end at each token, -2 for those that touch an id outside the vocabulary.
 
-    token_ids: int64 [B, T]; history: int64 [B, P], the tokens before, -1 where there is none, P below the largest
+    token_ids: int64 [B, T]; history: int64 [B, P], the tokens before, -1 if there is not one, P below the largest
     order; dead: bool [B, T], positions that are no text, whose ids are not looked at; out: int64 [B, T, O], overwritten
     whole; invalid_token_position: int64 [1], raised to the largest 1 + position in [B, P + T], flat, of an id outside
     the vocabulary; if all are valid, it stays as it is. It is never reset here. All contiguous, on the device of
@@ -84,7 +84,7 @@ def keys_of_tokens(
     with launching.on_device(device):
         _keys_of_tokens[(triton.cdiv(num_places, block),)](
             token_ids,
-            token_ids if history is None else history,  # not read where past is 0
+            token_ids if history is None else history,  # not read if past is 0
             token_ids if dead is None else dead.view(torch.uint8),
             token_ids if spec.token_map is None else spec.token_map,
             spec.multipliers, out, invalid_token_position, num_places, num_tokens, past,

@@ -1,7 +1,8 @@
-"""How every kernel of this folder is launched: on the device that its tensors lie on, asynchronously,
-without allocating.
+"""How every kernel of this folder is launched: on the device that its tensors lie on, asynchronously, without
+allocating.
 
-Refuses tensors that the kernels cannot reach: those of the interpreter want CPU tensors, native ones CUDA tensors.
+Input: tensors. Output: launches. Errors: `ValueError` for tensors that the kernels cannot reach: those of the
+interpreter want CPU tensors, native ones CUDA tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-# How triton was loaded, by what the environment said then, and so how all kernels of this process are made: its own
+# How triton was loaded, by the environment of that moment, and so how all kernels of this process are made: its own
 # functions are of the one kind or the other already, and kernels of both kinds cannot call each other.
 INTERPRETED: bool = not isinstance(tl.sum, triton.JITFunction)
 if INTERPRETED or triton.knobs.runtime.interpret:
@@ -27,7 +28,7 @@ _interpreter_lock = threading.Lock()  # the interpreter keeps the launch under w
 
 @contextlib.contextmanager
 def on_device(device: torch.device) -> Iterator[None]:
-    """Makes `device` the current one for a launch. Raises `ValueError` where the kernels do not run on it."""
+    """Makes `device` the current one for a launch. Raises `ValueError` if the kernels do not run on it."""
     wanted = "cpu" if INTERPRETED else "cuda"
     if device.type != wanted:
         how = "interpreted (TRITON_INTERPRET=1)" if INTERPRETED else "native"
@@ -43,7 +44,7 @@ def on_device(device: torch.device) -> Iterator[None]:
 def block_of(wanted: int, native: int, interpreted: int = 1024) -> int:
     """Returns how many items a program takes, a power of two: `native` on a GPU; interpreted, few and large programs.
 
-    wanted: items in all, so that the interpreter does not work on lanes that nobody asked for.
+    wanted: items in all, so that the interpreter does not work on lanes without an item.
     """
     if not INTERPRETED:
         return native

@@ -1,7 +1,7 @@
 """Keys to values in one launch: probe, gather and the list of what is missed, as decoding a token a step wants it.
 
-Flows in: keys, a `DeviceIndex` and `EntrySources`. Flows out: the entries that the sources hold, decoded, in the
-caller's buffer; the other pairs in a `MissList`, for the host; and counts. What is missed stays as it was, until
+Input: keys, a `DeviceIndex` and `EntrySources`. Output: the entries that the sources hold, decoded, in the caller's
+buffer; the other pairs in a `MissList`, for the host; and counts. What is missed stays as it was, until
 `scatter_entries` brings it.
 """
 
@@ -76,22 +76,22 @@ def _lookup_entries_kernel(
     order = pair % NUM_ORDERS
     key = tl.load(keys + pair, mask=active, other=0)
     place = probe(key, order, active, epoch, heads, words, NUM_ORDERS).to(tl.int64)
-    sentinel, nobodys = active & (key == -1), active & (key < 0)
-    held = (place >= 0) & (place < num_places)
-    missed = active & (key >= 0) & (held == 0)
+    sentinel, invalid = active & (key == -1), active & (key < 0)
+    found = (place >= 0) & (place < num_places)
+    missed = active & (key >= 0) & (found == 0)
     if LISTED:
         append_misses(num_missed, keys_address, pairs_address, pairs_max, key, pair, missed)
     if PLACED:
-        tl.store(places + pair, tl.where(held, place, -1).to(tl.int32), mask=active)
+        tl.store(places + pair, tl.where(found, place, -1).to(tl.int32), mask=active)
     address = addresses_of(place, slots, stride, num_slots, records, record_bytes)
-    blank = tl.where(key < -1, -1, 0)  # a key below -1 is none: nothing that might be taken for its rows
+    blank = tl.where(key < -1, -1, 0)  # a key below -1 is invalid: nothing may pass for its rows
     move_entries(
-        address, held, held | nobodys, out, pair, scale, blank, KIND, ROWS, ROW_BYTES, DIM, WORD, ALIGNMENT, CHUNK
+        address, found, found | invalid, out, pair, scale, blank, KIND, ROWS, ROW_BYTES, DIM, WORD, ALIGNMENT, CHUNK
     )
     # Which counter a pair adds to: hits in slots by order, hits in records by order, misses by order, sentinels;
     # -1: none.
     kind = tl.where(missed, 2, tl.where(place < num_slots, 0, 1))
-    counter = tl.where(sentinel, NUM_ORDERS * 3, tl.where(held | missed, kind * NUM_ORDERS + order, -1))
+    counter = tl.where(sentinel, NUM_ORDERS * 3, tl.where(found | missed, kind * NUM_ORDERS + order, -1))
     counters = tl.arange(0, COUNTERS)
     added = tl.sum((counter[:, None] == counters[None, :]).to(tl.int64), 0)
     tl.atomic_add(counts + counters, added, mask=added > 0, sem="relaxed")

@@ -16,7 +16,7 @@ ANSWERED = tl.constexpr(MAILBOX_STARTS["answered"])
 STATUS = tl.constexpr(MAILBOX_STARTS["status"])
 
 # Written by the device: the step that it gave up waiting for; 1 + the position of a token id outside the vocabulary;
-# a step whose late entries did not come, whatever the reason.
+# a step whose entries did not come, whatever the reason.
 TIMED_OUT = tl.constexpr(MAILBOX_STARTS["timed_out"])
 INVALID_TOKEN_POSITION = tl.constexpr(MAILBOX_STARTS["invalid_token_position"])
 FAILED = tl.constexpr(MAILBOX_STARTS["failed"])

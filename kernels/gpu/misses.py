@@ -1,8 +1,8 @@
 """Keys that no source of the device holds: they are listed in host memory, and the host is asked for their entries.
 
-Flows in: keys and their places, as `find_entries` gave them. Flows out: a list of misses at addresses of host memory
-that the device can write, then one request a step in the mailbox (mailbox.py), or none where nothing was missed: then
-the step is ready as it is, and nobody waits for the host. Misses past the list's end are counted and never stored.
+Input: keys and their places, as `find_entries` gave them. Output: a list of misses at addresses of host memory that the
+device can write, then one request a step in the mailbox (mailbox.py). If nothing was missed there is no request: the
+step is ready as it is, and nobody waits for the host. Misses past the list's end are counted and never stored.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class StepState:
 
     count: int64 [1], misses of the step at hand (the MissList's own tensor); step: int64 [1], its number, from 1 on;
     ready: int64 [1], the last step that waits for nothing any more; posted: int64 [1], misses of the step that were
-    asked for; failed: int64 [1], the last step whose late entries did not come; batch_counts: int64 [2], steps, and
+    asked for; failed: int64 [1], the last step whose entries did not come; batch_counts: int64 [2], steps, and
     those without misses.
     """
 
@@ -67,7 +67,8 @@ class StepState:
 
 
 def collect_misses(keys: torch.Tensor, places: torch.Tensor, misses: MissList, num_places: int) -> None:
-    """Appends the pairs whose key is 0 or more and whose place is none of 0 .. num_places - 1 to the list, in no order.
+    """Appends the pairs whose key is 0 or more and whose place is not one of 0 .. num_places - 1 to the list, in no
+    order.
 
     keys: int64 [N, O]; places: int32 [N, O]; num_places: entries that the device's sources hold, as `gather_entries`
     sees them, so that a place that it does not read is a miss here. `misses.count` grows by all misses, also by those
@@ -95,8 +96,7 @@ def collect_misses(keys: torch.Tensor, places: torch.Tensor, misses: MissList, n
 def post_misses(
     state: StepState, mailbox_address: int, pairs_max: int, invalid_token_position: torch.Tensor | None = None
 ) -> None:
-    """Begins the next step and asks the host for its misses; where there are none, the step is ready and the host not
-    asked.
+    """Begins the next step and asks the host for its misses; a step without misses is ready, and the host is not asked.
 
     mailbox_address: of the block that mailbox.py describes, at a multiple of 64; pairs_max: of the list in it;
     invalid_token_position: int64 [1], as `keys_of_tokens` leaves it; if it is not 0, the host gets it, and it is 0

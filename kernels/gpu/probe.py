@@ -1,9 +1,9 @@
 """Keys to places: the index of the entries that lie in a tier's memory, probed on the device.
 
-Flows in: keys and a `DeviceIndex` of buckets as kernels/cpu/entry_index.h lays them out. Flows out: the place of each
-key's entry, -1 where the index does not have it. Which of two index areas is read is told by a word on the device, so
-that a captured graph sees a new epoch. Refuses tensors of other shapes, dtypes or devices;
-what the buckets hold is the writer's to get right.
+Input: keys and a `DeviceIndex` of buckets as kernels/cpu/entry_index.h lays them out. Output: the place of each key's
+entry, -1 if the index does not have it. A word on the device selects which of two index areas is read, so that a
+captured graph sees a new epoch. Errors: `ValueError` for tensors of other shapes, dtypes or devices; the content of the
+buckets is the writer's responsibility.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SLOTS = tl.constexpr(5)
 class DeviceIndex:
     """Two areas of buckets, one of them current, each with a run of buckets an order.
 
-    epoch: int64 [1], its parity says which area is current. heads: int64 [2, O, 2], by parity and order: first bucket,
+    epoch: int64 [1], its parity selects the current area. heads: int64 [2, O, 2], by parity and order: first bucket,
     and number of buckets (below 2^32; 0: no entries of that order). buckets: uint8 [num_buckets of both areas, 64], at
     a multiple of 64.
     """
@@ -71,7 +71,7 @@ def probe(
     words: tl.tensor,
     NUM_ORDERS: tl.constexpr,
 ) -> tl.tensor:
-    """Returns the places, int32 [P], of `keys`, int64 [P], of `order`, int64 [P]; -1 where not `active` or not there.
+    """Returns the places, int32 [P], of `keys`, int64 [P], of `order`, int64 [P]; -1 if not `active` or not there.
 
     A bucket is read whole, as one row of 64 bytes: what a slot's place is does not wait for a second load.
     """
@@ -96,7 +96,7 @@ def probe(
         found = looking & (slot < _SLOTS)
         pair_of_places = tl.sum(tl.where(column == (slot // 2 + _SLOTS)[:, None], bucket, 0), 1)
         place = (pair_of_places >> ((slot & 1) * 32).to(tl.int64)).to(tl.int32)
-        # A place of 2^31 or more is none that memory of a device has: it counts as not there.
+        # No device has memory for a place of 2^31 or more: it counts as not there.
         places = tl.where(found, tl.maximum(place, -1), places)
         last = tl.sum(tl.where(column == _BUCKET_WORDS - 1, bucket, 0), 1)
         goes_on = looking & (slot == _SLOTS) & (((last >> displaced_bit) & 1) != 0)
@@ -124,7 +124,7 @@ def _find_entries_kernel(
 
 
 def find_entries(index: DeviceIndex, keys: torch.Tensor, places: torch.Tensor) -> None:
-    """Fills `places`, int32 [N, O], with the places of the entries of `keys`, int64 [N, O]; -1 where there is none.
+    """Fills `places`, int32 [N, O], with the places of the entries of `keys`, int64 [N, O]; -1 if there is not one.
 
     Asynchronous. A pair reads 8 bytes of key, 16 of heads and, but for displaced entries, one bucket of 64; it writes
     4. Raises `ValueError` for tensors that do not fit.

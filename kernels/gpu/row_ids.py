@@ -1,8 +1,8 @@
 """Keys to row ids on the device: the same numbers as `kernels.row_ids_of_keys` gives on the host.
 
-Flows in: keys of whole tokens and a table's address map. Flows out: the row of each head of each order. Refuses tensors
-of other shapes, dtypes or devices; that moduli are positive and row ids below 2^63 is
-for who makes the address map to see to.
+Input: keys of whole tokens and a table's address map. Output: the row of each head of each order. Errors: `ValueError`
+for tensors of other shapes, dtypes or devices. The maker of the address map ensures positive moduli and row ids below
+2^63.
 """
 
 from __future__ import annotations

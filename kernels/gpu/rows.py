@@ -1,9 +1,8 @@
-"""Row ids to values, for tables that lie whole in memory that the device reads: no keys, no index,
-every row by its number.
+"""Row ids to values, for tables that lie whole in memory that the device reads: without keys and index.
 
-Flows in: row ids, and rows in device memory or in host memory that the device reads. Flows out: the rows, decoded;
-zeros for the sentinel -1, NaN for ids that the table does not have, which are never read. Pairs that another tier
-answered can be left alone.
+Input: row ids, and rows in device memory or in host memory that the device reads. Output: the rows, decoded; zeros for
+the sentinel -1, NaN for ids that the table does not have, which are never read. Pairs that another tier answered can be
+left alone.
 """
 
 from __future__ import annotations
@@ -50,10 +49,10 @@ def _gather_rows_kernel(
         place = tl.load(places + at // ROWS_PER_ENTRY, mask=active, other=0)
         active = active & ((place < 0) | (place >= num_places))
     row_id = tl.load(row_ids + at, mask=active, other=-1)
-    held = active & (row_id >= 0) & (row_id < num_rows)
+    found = active & (row_id >= 0) & (row_id < num_rows)
     address = rows_address + row_id * ROW_BYTES
     blank = tl.where(row_id == -1, 0, -1)
-    move_entries(address, held, active, out, at, scale, blank, KIND, ROWS, ROW_BYTES, DIM, WORD, ALIGNMENT, CHUNK)
+    move_entries(address, found, active, out, at, scale, blank, KIND, ROWS, ROW_BYTES, DIM, WORD, ALIGNMENT, CHUNK)
 
 
 def gather_rows(

@@ -1,9 +1,9 @@
-"""The late entries: what the host answered is read from the mailbox over the bus, decoded, and put where it was missed.
+"""Missed entries: the host's answer is read from the mailbox over the bus, decoded, and put where it was missed.
 
-Flows in: the list of missed pairs and their entries, both in host memory, and the words that say how many were asked
-for. Flows out: the rows of the caller's buffer that no tier of the device held. Where the answer did not come, those
-rows become NaN (bytes 0xff), so that no wrong row is ever taken for a right one; the host raises.
-No pair outside the buffer is written.
+Input: the list of missed pairs and their entries, both in host memory, and the words that count the requested ones.
+Output: the rows of the caller's buffer that no tier of the device held. If the answer did not come, those rows become
+NaN (bytes 0xff), so that a wrong row never passes for a right one; the host raises. No pair outside the buffer is
+written.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ def _scatter_entries_kernel(
     ALIGNMENT: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
-    num_late = tl.minimum(tl.load(posted), pairs_max)
-    pairs_held = tl.where(tl.load(failed) == tl.load(step), 0, num_pairs)  # none of a step that failed has an entry
+    num_missed = tl.minimum(tl.load(posted), pairs_max)
+    pairs_end = tl.where(tl.load(failed) == tl.load(step), 0, num_pairs)  # none of a step that failed has an entry
     start = tl.program_id(0).to(tl.int64) * PAIRS
-    while start < num_late:
-        late = start + tl.arange(0, PAIRS)
-        there = late < num_late
-        pair = tl.load(pairs_address.to(tl.pointer_type(tl.int32)) + late, mask=there, other=-1).to(tl.int64)
+    while start < num_missed:
+        miss = start + tl.arange(0, PAIRS)
+        there = miss < num_missed
+        pair = tl.load(pairs_address.to(tl.pointer_type(tl.int32)) + miss, mask=there, other=-1).to(tl.int64)
         written = (pair >= 0) & (pair < num_pairs)
         move_entries(
-            entries_address + late * (ROWS * ROW_BYTES),
-            (pair >= 0) & (pair < pairs_held),
+            entries_address + miss * (ROWS * ROW_BYTES),
+            (pair >= 0) & (pair < pairs_end),
             written,
             out,
             pair,
@@ -82,7 +82,7 @@ def scatter_entries(
     pairs_address: of int32 [pairs_max] in host memory, entries_address: of uint8 [pairs_max, entry_bytes] there; of
     both the first `state.posted` are used. out: [num_pairs, ...] as `RowCodec` says; entry i is its pairs[i]-th. In a
     step that failed those rows become NaN, of codec "bytes" 0xff, without reading entries. Asynchronous; the grid does
-    not depend on how many there are. A late pair reads 4 bytes and an entry over the bus and writes the entry, fp8 as
+    not depend on how many there are. A missed pair reads 4 bytes and an entry over the bus and writes the entry, fp8 as
     twice the bytes; a program without one reads three words.
     Raises `ValueError` for tensors or addresses that do not fit.
     """

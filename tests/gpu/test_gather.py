@@ -159,7 +159,7 @@ def test_sizes_that_are_not_their_codecs_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="take"):
             RowCodec(*bad)
-    with pytest.raises(ValueError, match="none of"):
+    with pytest.raises(ValueError, match="not one of"):
         RowCodec("fp4", 1, 2, 2)
 
 

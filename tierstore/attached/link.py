@@ -1,8 +1,9 @@
 """A link: one version of a daemon's store, as a client has it mapped and open.
 
-Flows in: the daemon's message with its descriptors, and the store's own files. Flows out: an engine that copies from
-the daemon's memory, which it may only read, and reads from the shards what is not there. Refuses messages that
-contradict their blocks, and a store that is not the one that the daemon opened.
+Input: the daemon's message with its descriptors, and the store's own files. Output: an engine that copies from the
+daemon's memory, which it may only read, and reads from the shards what is not there. Errors: `DaemonError` for a
+message that contradicts its blocks, and for a store that is not the one that the daemon opened; `ConfigError` for files
+that this user may not read.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Link:
     ) -> None:
         """Maps and opens all; the descriptors stay the caller's. Raises what `connect` raises.
 
-        writable_static: whether a block that is lent may be written here, as drivers want it that lock it, until
+        writable_static: whether an exported block may be written here until
         `protect_static`.
         """
         try:
@@ -107,7 +108,7 @@ class Link:
             raise
 
     def static_parts(self, name: str) -> StaticParts | None:
-        """Returns where a table's static set lies; None of one that is in memory whole."""
+        """Returns where a table's static set lies; None for a table that is in memory whole."""
         share, layout = self._shares[name], self.opened.image.tables[name]
         return None if share.resident else static_parts(self._blocks["static"], layout, share)
 
@@ -143,7 +144,7 @@ class Link:
         """Returns a link without a daemon, over the same files and memory: for a forked child, while it finds none.
 
         Its lookups are counted in a block that nobody looks at. They are right all the same, since each sees afterwards
-        whether its epoch still holds: whoever changes it just does not wait.
+        whether its epoch is still readable: whoever changes it just does not wait.
         """
         link = copy.copy(self)
         memory = np.zeros(kernels.CLIENT_BLOCK_BYTES + LINE_BYTES, dtype=np.uint8)
@@ -193,7 +194,7 @@ def _can_be_reached(path: str) -> bool:
 
 
 def _open(path: str, epoch: int | None, *, direct: bool) -> tuple[CatalogImage, PlacementFile | None]:
-    """Opens a store with the placement that its daemon has open; without, where that was pruned since."""
+    """Opens a store with the placement that its daemon has open; without, if that was pruned since."""
     if epoch is not None:
         try:
             return open_placement(path, epoch, direct=direct)

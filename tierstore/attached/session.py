@@ -39,7 +39,7 @@ class Session:
     """Keeps one store attached. `start` and `close` are the owner's; all else is done by the thread.
 
     Attributes:
-        channel: The connection, None while there is none. Once the thread runs, only the thread replaces it.
+        channel: The connection; None while there is not one. Once the thread runs, only the thread replaces it.
         hbm: The store's hbm tier, None if it has none. Set before `start`.
     """
 
@@ -126,7 +126,8 @@ class Session:
                 raise_error(message)
 
     def _move(self, channel: Channel, layout: Mapping[str, Any], fds: list[int]) -> None:
-        """Moves to the version that the daemon serves now, and tells the daemon when nothing here uses the old one."""
+        """Moves to the version that the daemon serves now, and reports to the daemon when nothing here uses the old
+        one."""
         old = self._move_to(self._dialer.link(layout, fds))
         self._attached.retire(old, READ_WAIT_S)
         channel.send({"left": old.version}, timeout_s=SEND_S)

@@ -1,10 +1,17 @@
 """A placement's first entries in the slots of a table, brought in under running kernels: epochs of the device.
 
-Flows in: a table of the tier, empty or with another placement's entries, and a placement file. Flows out: the file's
-first entries in slots. What both placements have stays where it is; what is new goes into slots that no index names;
-then the next epoch's index names those and not what leaves; when the device has done all that it was given before, the
-slots of what left are free. Rounds of this are as many as it takes: spare slots are few. Lookups are right at any
-moment, from the device and from the host. Entries are checked by their records' checksums; damaged ones are left out.
+Input: a table of the tier, empty or with another placement's entries, and a placement file. Output: the file's first
+entries in slots. Errors: `FormatError` for a damaged index of the file; an entry whose record's checksum is wrong is
+left out.
+
+Entries of both placements stay where they are. The new ones take rounds, because spare slots are few. Each round
+
+1. writes entries into slots that no index names,
+2. publishes the next epoch's index, which names those and no longer names as many that leave,
+3. waits until the device has done all that it was given before: then no kernel reads the slots of what left,
+4. frees those slots.
+
+Lookups are right at any moment, from the device and from the host.
 """
 
 from __future__ import annotations
@@ -36,14 +43,14 @@ def change_entries(
     """Brings the first entries of `file` into a table's slots; returns the numbers of damaged records, int64, left out.
 
     on_bytes: called with bytes as they are read. One thread at a time. Blocks on disk and device. Raises `FormatError`
-    where an index of the file is damaged; the tier is then as it was.
+    if an index of the file is damaged; the tier is then as it was.
     """
     table = tier.tables[index]
     placed = file.placement.tables.get(table.spec.name)
     wanted = _first_entries(file, placed, table.share.num_entries)
     present = table.in_slots()
     staying, entering = present.among(wanted), ~wanted.among(present)
-    tier.synchronize()  # a change that failed may have published what nobody waited for
+    tier.synchronize()  # a change that failed may have published an epoch without waiting for it
     records = functools.cache(lambda: table.records_beside(Pairs.joined([present, wanted])))
     change = _Change(tier, table, present[staying], present[~staying], records)
     damaged = np.empty(0, dtype=np.int64)
@@ -59,8 +66,11 @@ def change_entries(
 
 
 class _Change:
-    """A change under way: `here` are the entries that stay or have come, in parts, `leaving` those that the newest
-    epoch still names."""
+    """A change under way.
+
+    `_here` are the entries that stay or have come, in parts; `_leaving` those that leave and that the newest epoch
+    still names; `_free` the slots that no epoch names.
+    """
 
     def __init__(
         self, tier: HbmTier, table: DeviceTable, staying: Pairs, leaving: Pairs, records: Callable[[], Pairs]
@@ -88,7 +98,8 @@ class _Change:
             start += count
 
     def _turn(self, wanted: int) -> None:
-        """Publishes an epoch that names all that came, and no more of what leaves than has to stay; frees its slots.
+        """Publishes an epoch that names all that came, and of what leaves only what may stay; frees the slots of the
+        rest.
 
         The indexes have room for as many entries as are wanted, not for one in every slot:
         the spare ones are over that.
@@ -97,7 +108,7 @@ class _Change:
         wanted = max(wanted, self._num_here + len(self._leaving) - self._table.share.num_entries)
         gone, self._leaving = self._leaving[:wanted], self._leaving[wanted:]
         self._table.publish(Pairs.joined([*self._here, self._leaving, self._records()]))
-        self._tier.synchronize()  # no kernel reads the slots of what is gone any more
+        self._tier.synchronize()  # only now does no kernel read the slots of what is gone
         self._free = np.concatenate([self._free, gone.places])
 
     def finish(self) -> None:
@@ -111,7 +122,8 @@ class _Change:
 def _bring_in(
     change: _Change, layout: TableLayout, file: PlacementFile, placed: PlacedTable, pairs: Pairs, on_bytes: OnBytes
 ) -> np.ndarray:
-    """Reads the records of pairs, whose places are numbers in the file, some MiB at once, and adds their entries.
+    """Reads the records of pairs, whose places are record numbers in the file, some MiB at once, and adds their
+    entries.
 
     Returns the numbers of those that are damaged.
     """

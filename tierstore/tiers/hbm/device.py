@@ -1,9 +1,9 @@
-"""The device that an hbm tier lives on: a GPU, or the CPU with Triton's interpreter in its place; and page-locked host
-memory.
+"""The device that an hbm tier lives on, and page-locked host memory.
 
-Flows in: a name such as "cuda:0". Flows out: a `torch.device` that the kernels run on, how much memory it has, host
-memory that it reads and writes. Refuses, by name, devices that are not there and kernels
-that were made for the other kind.
+Input: a name such as "cuda:0". Output: a `torch.device` that the kernels run on, a GPU or the CPU with Triton's
+interpreter in its place; device memory; host memory that the device reads and writes. Errors: `ConfigError` for a
+device that is not there, and for kernels that were loaded for the other kind; `BudgetError` for more memory than there
+is.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ GPU_SPIN_S = 1e-6  # and over PCIe, where it takes a little longer
 
 @dataclass(frozen=True)
 class DramPart:
-    """What DRAM holds of a table: rows, uint8 [bytes], where it holds all; else records, uint8 [n, record_bytes].
+    """What DRAM holds of a table, for the device to read; None stands for what it does not hold.
 
-    named: returns which records the device may read now, so many at most, at their numbers, the hottest first. area:
-    the host's index of all that is placed, uint8 [buckets, 64], places being numbers in the placement file. None: there
-    is no such thing.
+    Attributes:
+        rows: uint8 [bytes], all rows.
+        records: uint8 [n, record_bytes], the records of the static set.
+        named: Returns which records the device may read now, by record number, so many at most, the hottest first.
+        area: uint8 [buckets, 64], the host's index of all placed entries, by record number in the placement file.
     """
 
     rows: np.ndarray | None = None
@@ -49,8 +51,7 @@ class DramPart:
 
 
 def open_device(name: str) -> Any:
-    """Returns the `torch.device` that `name` says, and loads the kernels for it;
-    raises `ConfigError` where it cannot be had.
+    """Returns the `torch.device` of a name, and loads the kernels for it; raises `ConfigError` if it cannot be had.
 
     "cpu" runs the kernels in Triton's interpreter, for tests: a process has either those or native ones.
     """
@@ -84,7 +85,7 @@ def open_device(name: str) -> Any:
 
 
 def make_block(device: Any, num_bytes: int) -> Any:
-    """Returns zeroed memory of the device as one tensor, uint8 [num_bytes]; raises `BudgetError` where it has not so
+    """Returns zeroed memory of the device as one tensor, uint8 [num_bytes]; raises `BudgetError` if it has not so
     much left.
 
     What torch has cached counts as taken.
@@ -105,15 +106,14 @@ def make_block(device: Any, num_bytes: int) -> Any:
 
 
 class PinnedMemory:
-    """Host memory that the device reads and writes by its address: `block`, uint8, page-locked where there is a driver.
+    """Host memory that the device reads and writes by its address: `block`, uint8, page-locked if there is a driver.
 
     `take` gives parts of it out, for as long as this lives. Not for several threads at once. A forked child does not
     have it: it must not look there.
     """
 
     def __init__(self, device: Any, num_bytes: int) -> None:
-        """Raises `ConfigError` where the driver does not lock it:
-        without it the device can ask the host for nothing."""
+        """Raises `ConfigError` if the driver does not lock it: without, the device can ask the host for nothing."""
         self.block = allocate(num_bytes, inherited=False)
         self._taken_bytes = 0
         self._device = device
@@ -146,7 +146,7 @@ class PinnedMemory:
 
 def lock(device: Any, memory: np.ndarray) -> str | None:
     """Page-locks host memory in place, for the device to read and write; returns why it could not be,
-    None where it was."""
+    None if it was."""
     if device.type != "cuda" or len(memory) == 0:
         return None
     import torch

@@ -1,7 +1,7 @@
 """Opens an engine with an hbm tier above it: the device first, so that one that is not there costs nothing.
 
-Flows in: what `open_native` takes, a plan for HBM, a device's name. Flows out: an `HbmEngine`. Refuses devices and
-budgets that cannot be had, by name; says once where a tier can hold nothing.
+Input: what `open_native` takes, a plan for HBM, a device's name. Output: an `HbmEngine`. Errors:
+`ConfigError` and `BudgetError` for devices and budgets that cannot be had. A tier that nothing can fill is logged once.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _fill(
             on_progress(done, total)
 
     for part, damaged in zip(dram, above.change_entries(placed, on_bytes), strict=True):
-        if part.area is not None and len(damaged):  # or the engine below would look for the very records
+        if part.area is not None and len(damaged):  # the engine below must not look for these records either
             index = part.area.reshape(-1).view(kernels.INDEX_BUCKET)
             index["keys"][np.isin(index["places"], damaged)] = -1
 
@@ -99,7 +99,7 @@ def put_above(
 
     dram: what of that the device may read, of each table. hbm_bytes, pinned: bytes of the device, and of host memory
     for mailboxes. Slots are as many as fit, for whatever placement comes. Raises as `open_with_hbm` does. The engine
-    stays the caller's where that fails.
+    stays the caller's if that fails.
     """
     device = open_device(device_name)
     from .engine import HbmEngine

@@ -1,7 +1,7 @@
 """Entries by what they are and where they lie: (order index, key) pairs with their places, as arrays.
 
-Flows in: indexes and trailers of records. Flows out: parts, unions and differences of such sets.
-Nothing here is on a device.
+Input: indexes and trailers of records. Output: parts, unions and differences of such sets. Errors: none. Nothing here
+is on a device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ... import kernels
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """order_index, keys, places: int64 [M] each; no pair comes twice."""
+    """order_index, keys, places: int64 [M] each; no pair comes twice. A place is a slot number, or a record number."""
 
     order_index: np.ndarray
     keys: np.ndarray
@@ -49,7 +49,7 @@ class Pairs:
 
     @classmethod
     def of_records(cls, records: np.ndarray, places: np.ndarray, num_orders: int) -> Pairs:
-        """What records, uint8 [M, record_bytes], hold, each at its place; those marked as damaged are left out."""
+        """What records, uint8 [M, record_bytes], hold, each at its place; records marked as damaged are left out."""
         trailers = record_trailers(records)
         good = (trailers["key"] >= 0) & (trailers["order_index"] < num_orders)
         return cls(trailers["order_index"].astype(np.int64), trailers["key"].astype(np.int64), places)[good]

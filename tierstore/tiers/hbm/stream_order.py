@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class StreamOrder:
     """The order of one set of buffers. Its owner's lock guards it.
 
-    was_captured: whether any launch was ever captured in a graph, whose replays no event tells of.
+    was_captured: whether any launch was ever captured in a graph, whose replays no event shows.
     """
 
     def __init__(self, tier: HbmTier, on_capture: Callable[[], None]) -> None:
@@ -46,7 +46,7 @@ class StreamOrder:
 
     def wait_on_host(self) -> None:
         """Blocks until the device has done with the buffers."""
-        if self.was_captured:  # a replay may be under way, of which no event tells
+        if self.was_captured:  # a replay may be under way, which no event shows
             self._tier.synchronize()
         elif self._done is not None:
             self._done.synchronize()

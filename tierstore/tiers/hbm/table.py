@@ -1,7 +1,7 @@
 """One table's part of the device's block: its indexes and slots as the kernels take them,
 and the host's copy of the index.
 
-Flows in: pairs with the places of their entries. Flows out: the next epoch's index, for kernels that are launched from
+Input: pairs with the places of their entries. Output: the next epoch's index, for kernels that are launched from
 then on and for the host. Shapes: N tokens, O orders, M pairs of (token, order).
 """
 
@@ -50,7 +50,7 @@ class DeviceTable:
         at += 2 * share.index_bytes
         slots = part[at : at + share.num_slots * share.stride].view(share.num_slots, share.stride)
         self.sources = EntrySources(slots, 0, 0, 0)
-        self._records: np.ndarray | None = None  # of DRAM, where the device reads them,
+        self._records: np.ndarray | None = None  # of DRAM, if the device reads them,
         self._named: Callable[[int], Pairs] = Pairs.nothing  # and which of them it may
         self.epoch = 0
         self.counts_of_known = np.zeros(3 * num_orders + 1, dtype=np.int64)  # as `counts`, of keys that the host knew
@@ -71,7 +71,7 @@ class DeviceTable:
         self.sources = EntrySources(self.sources.slots, records.ctypes.data, records.shape[1], len(records))
 
     def release(self) -> None:
-        """Lets the block go, also where somebody keeps the table."""
+        """Lets the block go, also if somebody keeps the table."""
         nothing = torch.empty(0, dtype=torch.int64)
         self.counts = torch.zeros(len(self.counts), dtype=torch.int64)
         self.index = DeviceIndex(nothing, nothing, nothing)
@@ -99,13 +99,15 @@ class DeviceTable:
         area_start = parity * self._area_start
         self.index.buckets[area_start : area_start + len(area)].copy_(torch.from_numpy(area))
         self.index.heads[parity].copy_(torch.from_numpy(np.add(heads, (area_start, 0))))
+        # Under the lock, so that a lookup from the host sees index and epoch of one publication. The word comes last on
+        # the device: kernels read the index that it names.
         with self._lock:
             self.epoch += 1
             self.index.epoch.copy_(torch.tensor([self.epoch]))  # from the host's memory, so that it blocks
             self._host_index = area, heads
 
     def in_slots(self) -> Pairs:
-        """What the newest epoch names in slots."""
+        """Returns what the newest epoch names in slots."""
         area, heads = self._host_index
         return Pairs.joined(
             [
@@ -120,8 +122,7 @@ class DeviceTable:
         return self._records is not None
 
     def records_beside(self, pairs: Pairs) -> Pairs:
-        """The hottest of DRAM's records that are not among pairs, as many as the indexes have room to name,
-        at their places."""
+        """Returns the hottest of DRAM's records that are not among pairs, as many as the indexes have room to name."""
         records = self._named(self.share.static_entries + len(pairs))
         beside = records[~records.among(pairs)][: self.share.static_entries]
         return Pairs(beside.order_index, beside.keys, self.num_slots + beside.places)
@@ -136,7 +137,7 @@ class DeviceTable:
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Returns the places of keys, int64 [N, O], as int64 [N, O];
-        -1 where neither slots nor indexed records hold them."""
+        -1 if neither slots nor indexed records hold them."""
         places = np.full(keys.shape, -1, dtype=np.int64)
         area, heads = self._host_index
         for order, (start, count) in enumerate(heads.tolist()):

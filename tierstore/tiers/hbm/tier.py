@@ -1,6 +1,6 @@
-"""Entries and indexes in a device's memory: one block of it, in which every part has its place.
+"""Entries and indexes in a device's memory: one block, divided into fixed parts.
 
-Flows in: a plan, what DRAM holds, entries with the slots that they go to. Flows out: for each table an index and the
+Input: a plan, what DRAM holds, entries with the slots that they go to. Output: for each table an index and the
 places of entries as the kernels take them (`DeviceTable`), and copies of entries for lookups from the host. `change`
 decides which entries lie where. Shapes: N tokens, O orders, M pairs of (token, order).
 """
@@ -29,9 +29,12 @@ logger = logging.getLogger("tierstore")
 class HbmTier:
     """The tier as a whole. Any threads may call; `close` comes when nobody does any more.
 
-    tables: by their place in the catalog. row_addresses: where the device reads all rows of a table in DRAM, 0 where it
-    cannot. pinned: what mailboxes lie in. lock: of each table's host side, held from a look at its index until the
-    launch that rests on it.
+    Attributes:
+        tables: In the order of the catalog.
+        row_addresses: Where the device reads all rows of a table in DRAM; 0 if it cannot.
+        pinned: The page-locked memory that mailboxes lie in.
+        lock: Guards each table's host side. A lookup keeps it from its look at an index until the launch that relies on
+            that, so that no epoch is published in between.
     """
 
     @torch.inference_mode(False)  # or nobody could write to its tensors outside that mode
@@ -49,7 +52,8 @@ class HbmTier:
         Raises `ConfigError` and `BudgetError` as `device` does.
         """
         self.device, self.plan = device, plan
-        # Of staging, and of the tables' host side. Reentered where a store is collected by who holds it.
+        # Guards staging (`_keys`, `_places`, `_entries`), `_closed`, and each table's host side. Reentrant: a store may
+        # be garbage-collected, and so closed, by a thread that holds it.
         self.lock = threading.RLock()
         self.tables: list[DeviceTable] = []
         self._closed = False
@@ -102,13 +106,13 @@ class HbmTier:
             table.share_records(records, dram.named)
 
     def _share_rows(self, layout: TableLayout, dram: DramPart) -> int:
-        """The same for all rows of a table; returns their address, 0 where the device cannot read them."""
+        """The same for all rows of a table; returns their address, 0 if the device cannot read them."""
         if dram.rows is None or not self._share(layout.spec, "rows", dram.rows):
             return 0
         return int(dram.rows.ctypes.data)
 
     def _share(self, spec: TableSpec, what: str, memory: np.ndarray) -> bool:
-        """Page-locks memory of DRAM; where the driver does not, says so:
+        """Page-locks memory of DRAM. If the driver does not, a warning is logged:
         the host then stages what the device needs of it."""
         why = lock(self.device, memory.reshape(-1))
         if why is None:
@@ -129,7 +133,7 @@ class HbmTier:
         For lookups from the host: blocks until they have come from the device. A closed tier has none.
         """
         with self.lock:
-            if self._closed:  # the engine below says so
+            if self._closed:  # the engine below raises
                 return np.zeros(keys.shape, dtype=bool), np.empty((0, 0), dtype=np.uint8)
             table = self.tables[index]
             places = table.find(keys)
@@ -196,8 +200,8 @@ class HbmTier:
             torch.cuda.synchronize(self.device)
 
     def end(self) -> None:
-        """Blocks until the device has done all that it was given, or is lost,
-        which is said and keeps nobody from closing."""
+        """Blocks until the device has done all that it was given. A lost device is logged, and does not prevent
+        closing."""
         try:
             self.synchronize()
         except RuntimeError as error:

@@ -1,6 +1,6 @@
 """How long lookups from the device take, measured without waiting for it.
 
-Flows in: the two halves of a lookup, as they are launched. Flows out: a histogram of what both took on the device,
+Input: the two halves of a lookup, as they are launched. Output: a histogram of what both took on the device,
 waits for the host's answer included. What ran between the two halves is not counted, so that a prefetch is not timed by
 how late its rows were wanted. A lookup in a captured graph is launched without us: what its replays miss,
 the mailbox's server times.
@@ -31,7 +31,7 @@ class DeviceTimes:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._lock = threading.Lock()  # guards all below
+        self._lock = threading.Lock()  # guards `_counts`, `_waiting`
         self._counts = LatencyCounts()
         self._waiting: deque[LookupTimes] = deque(maxlen=WAITING_MAX)
 
