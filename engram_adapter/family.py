@@ -7,6 +7,7 @@ Errors: `ConfigError` for configurations of no known family, and for names of no
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -90,20 +91,27 @@ def register(family: Family) -> None:
     FAMILIES[family.name] = family
 
 
+def known_families() -> dict[str, Family]:
+    """Returns the registered families by name. Those of `families/` are there whatever was imported before."""
+    importlib.import_module(".families", __package__)  # by name, since its files import this one
+    return FAMILIES
+
+
 def family_named(name: str) -> Family:
     """Returns the family `name`; raises `ConfigError` that lists those there are."""
-    if name not in FAMILIES:
-        raise ConfigError(f"family {name!r} is not known; there are {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[name]
+    families = known_families()
+    if name not in families:
+        raise ConfigError(f"family {name!r} is not known; there are {', '.join(sorted(families))}")
+    return families[name]
 
 
 def family_of_config(config: dict[str, Any]) -> Family:
     """Returns the family that a config.json is of; raises `ConfigError` if it has the mark of none."""
     text = text_values(config)
-    for family in FAMILIES.values():
+    for family in known_families().values():
         if text.get(family.mark):
             return family
-    marks = ", ".join(f"{family.mark} ({family.name})" for family in FAMILIES.values())
+    marks = ", ".join(f"{family.mark} ({family.name})" for family in known_families().values())
     raise ConfigError(
         f"config.json is of no known family: it has none of {marks}; pass --family, or --tensor for a plain table"
     )
@@ -135,7 +143,7 @@ def _marked(part: Any) -> dict[str, Any] | None:
     """Returns a part of a config.json if it has a family's mark."""
     if not isinstance(part, dict):
         return None
-    return part if any(part.get(family.mark) for family in FAMILIES.values()) else None
+    return part if any(part.get(family.mark) for family in known_families().values()) else None
 
 
 def _marked_paths(part: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

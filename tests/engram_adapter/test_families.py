@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support import plain_hash_oracle as oracle
+from support.repository import REPOSITORY
 from tokenizers import Tokenizer, models
 
 import tierstore
@@ -486,3 +489,9 @@ def test_a_packed_table_is_refused_by_what_packed_it(tmp_path: Path) -> None:
         draft.tensors[name.replace(".weight", ".biases")] = torch.ones(len(draft.tensors[name]), 1)
     with pytest.raises(ConfigError, match=r"ngram_embedding\.weight is packed by MLX"):
         read_model(draft.write(tmp_path))
+
+
+def test_families_are_known_to_a_program_that_imports_the_hash_alone() -> None:
+    code = "from engram_adapter import HashSpec\ntry: HashSpec.from_config({})\nexcept Exception as error: print(error)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert all(family in run.stdout for family in ("deepseek_v41", "engram", "qwen4_exp")), run
