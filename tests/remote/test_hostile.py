@@ -68,7 +68,7 @@ class Watched:
     def during(self) -> Iterator[None]:
         """Looks up while an attack lasts; then the client must have had rows, and the server be what it was."""
         self._thread.start()
-        before = self._settled(None)
+        before = self._quiet(None)
         try:
             yield
         finally:
@@ -77,7 +77,7 @@ class Watched:
         assert not self._thread.is_alive()
         assert not self._faults
         assert self.num_lookups > 0
-        files, threads, num_bytes = self._settled(before)
+        files, threads, num_bytes = self._quiet(before)
         print(
             f"descriptors {before[0]} to {files}, threads {before[1]} to {threads}, {before[2] >> 20} MiB to "
             f"{num_bytes >> 20} MiB, {self.num_lookups} lookups meanwhile"
@@ -86,7 +86,7 @@ class Watched:
         assert threads <= before[1] + THREADS_MAX
         assert num_bytes <= before[2] + GROWTH_BYTES_MAX
 
-    def _settled(self, before: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    def _quiet(self, before: tuple[int, int, int] | None) -> tuple[int, int, int]:
         """Descriptors, threads and bytes of the server: once some lookups are done,
         or descriptors are back where they were."""
         deadline = time.monotonic() + SETTLE_S

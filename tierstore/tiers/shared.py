@@ -42,7 +42,7 @@ class SharedBlock:
     Attributes:
         array: The memory, uint8 [num_bytes].
         fd: A read-only descriptor, to be handed out.
-        lent_fd: The writable export, for a process that is trusted to map the block writable; -1 if there is none.
+        lent_fd: The writable export, for a process that is trusted to map the block writable; else -1.
     """
 
     def __init__(self, name: str, num_bytes: int, on_bytes: OnBytes | None = None, *, lent: bool = False) -> None:

@@ -198,7 +198,7 @@ class DeviceLookup:
             self._lock.release()
         return True
 
-    def disown(self) -> None:
+    def abandon_in_child(self) -> None:
         """The same in a forked child, which has neither the device nor the threads that might hold the lock."""
         self._lock = threading.RLock()
         self._forget()

@@ -78,5 +78,5 @@ class OpenLookups:
         """In a forked child: forgets all lookups; the device and the threads that might hold their locks are not
         there."""
         for lookup in self._lookups:
-            lookup.disown()
+            lookup.abandon_in_child()
         self._lookups.clear()
