@@ -13,6 +13,7 @@ from support.served import KIB, MIB, Traffic, make_newer, request, serving, unti
 from support.stores import Model, random_keys
 
 import tierstore
+from tierstore.attached.hbm import AttachedHbm
 
 NAME = "layers.1"
 KEYS = random_keys(np.random.default_rng(0), 60, distinct=40)
@@ -86,6 +87,32 @@ def test_every_lookup_from_the_device_is_of_one_version_whole(
         lookup.check()
         assert not wrong
         assert min(seen) > 0
+
+
+def test_a_refill_that_fails_leaves_hbm_empty_and_the_store_attached(
+    placed: Path,
+    newer: tuple[Path, Model],
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    socket = tmp_path / "s"
+
+    def fail(_hbm: AttachedHbm) -> None:
+        raise MemoryError("no room for records")
+
+    with (
+        serving(placed, socket, 900 * KIB),
+        tierstore.connect(socket, hbm="1MiB", device=DEVICE, staging="1MiB") as store,
+    ):
+        monkeypatch.setattr(AttachedHbm, "fill", fail)
+        for version, path in ((2, newer[0]), (3, placed)):
+            assert request(socket, "swap", store=str(path))["ok"]
+            until(lambda version=version: store.stats()["attached"]["version"] == version)
+        until(lambda: "hbm stays empty: no room for records" in caplog.text)
+        np.testing.assert_array_equal(store[NAME].lookup(KEYS), model.expected(NAME, KEYS))
+        assert not (store[NAME].explain(KEYS) == "hbm").any()
 
 
 def test_hbm_is_for_a_daemon_of_this_host(tmp_path: Path, placed: Path) -> None:

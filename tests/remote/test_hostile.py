@@ -32,7 +32,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 UNARY, STREAMED = ("Describe", "Lookup", "Locate", "Stats"), ("LookupStream", "Rows")
 GROWTH_BYTES_MAX = 64 << 20
-SETTLE_S = 30.0
+CALM_S = 30.0
 THREADS_MAX = 8  # more than before; grpc's own pool breathes
 
 
@@ -89,7 +89,7 @@ class Watched:
     def _quiet(self, before: tuple[int, int, int] | None) -> tuple[int, int, int]:
         """Descriptors, threads and bytes of the server: once some lookups are done,
         or descriptors are back where they were."""
-        deadline = time.monotonic() + SETTLE_S
+        deadline = time.monotonic() + CALM_S
         while time.monotonic() < deadline:
             done = self.num_lookups >= 50 if before is None else self.process.num_fds() <= before[0]
             if done or (before is None and self._faults):
