@@ -15,12 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .entry_set import EntrySet
+
 HYSTERESIS = 1.25  # a candidate must have been counted that much more often, and once more, than what it replaces
 LEAST_COUNT = 2  # what was counted once is most likely not requested again
 
 
 @dataclass(frozen=True, eq=False)
-class Entries:
+class Entries(EntrySet):
     """Entries of one table and how often each was counted; no two have the same order and key.
 
     Attributes:
@@ -29,17 +31,12 @@ class Entries:
         counts: uint32 [n].
     """
 
-    order_index: np.ndarray
-    keys: np.ndarray
     counts: np.ndarray
 
     def __post_init__(self) -> None:
         if not (self.keys.ndim == 1 and self.order_index.shape == self.counts.shape == self.keys.shape):
             shapes = self.order_index.shape, self.keys.shape, self.counts.shape
             raise ValueError(f"order_index, keys and counts of shapes {shapes} must all be [entries]")
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
     def __getitem__(self, which: np.ndarray | slice) -> Entries:
         return Entries(self.order_index[which], self.keys[which], self.counts[which])
@@ -55,14 +52,6 @@ class Entries:
             least = np.partition(self.counts, len(self) - most)[len(self) - most] if most else np.inf
             some = self[self.counts >= least]
         return some[some.coldest_first()[::-1][:most]]
-
-    def are_in(self, others: Entries) -> np.ndarray:
-        """Returns which of them, by (order, key), are among the others, bool [n]."""
-        found = np.zeros(len(self), dtype=bool)
-        for order in np.unique(self.order_index):
-            here = np.flatnonzero(self.order_index == order)
-            found[here] = np.isin(self.keys[here], others.keys[others.order_index == order])
-        return found
 
 
 @dataclass(frozen=True, eq=False)

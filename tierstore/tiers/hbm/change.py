@@ -49,7 +49,7 @@ def change_entries(
     placed = file.placement.tables.get(table.spec.name)
     wanted = _first_entries(file, placed, table.share.num_entries)
     present = table.in_slots()
-    staying, entering = present.among(wanted), ~wanted.among(present)
+    staying, entering = present.are_in(wanted), ~wanted.are_in(present)
     tier.synchronize()  # a change that failed may have published an epoch without waiting for it
     records = functools.cache(lambda: table.records_beside(Pairs.joined([present, wanted])))
     change = _Change(tier, table, present[staying], present[~staying], records)

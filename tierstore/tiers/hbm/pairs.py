@@ -13,18 +13,14 @@ from typing import Any
 import numpy as np
 
 from ... import kernels
+from ...decisions.entry_set import EntrySet
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs:
+class Pairs(EntrySet):
     """order_index, keys, places: int64 [M] each; no pair comes twice. A place is a slot number, or a record number."""
 
-    order_index: np.ndarray
-    keys: np.ndarray
     places: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
     def __getitem__(self, which: Any) -> Pairs:
         return Pairs(self.order_index[which], self.keys[which], self.places[which])
@@ -53,14 +49,6 @@ class Pairs:
         trailers = record_trailers(records)
         good = (trailers["key"] >= 0) & (trailers["order_index"] < num_orders)
         return cls(trailers["order_index"].astype(np.int64), trailers["key"].astype(np.int64), places)[good]
-
-    def among(self, other: Pairs) -> np.ndarray:
-        """Returns which of these pairs are among the other ones, bool [M], wherever those lie."""
-        found = np.zeros(len(self), dtype=bool)
-        for order in np.unique(self.order_index):
-            mine = np.flatnonzero(self.order_index == order)
-            found[mine] = np.isin(self.keys[mine], other.keys[other.order_index == order])
-        return found
 
 
 def record_trailers(records: np.ndarray) -> np.ndarray:

@@ -124,7 +124,7 @@ class DeviceTable:
     def records_beside(self, pairs: Pairs) -> Pairs:
         """Returns the hottest of DRAM's records that are not among pairs, as many as the indexes have room to name."""
         records = self._named(self.share.static_entries + len(pairs))
-        beside = records[~records.among(pairs)][: self.share.static_entries]
+        beside = records[~records.are_in(pairs)][: self.share.static_entries]
         return Pairs(beside.order_index, beside.keys, self.num_slots + beside.places)
 
     def count_known(self, keys: np.ndarray, places: np.ndarray) -> None:
