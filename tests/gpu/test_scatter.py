@@ -109,7 +109,7 @@ def test_no_more_than_the_mailbox_holds_is_read(device: torch.device) -> None:
     np.testing.assert_array_equal(answer.scatter(state_of(device, 2**40), 9), answer.expected(4, 9, failed=False))
 
 
-def test_a_step_that_failed_before_does_not_spoil_the_next(device: torch.device) -> None:
+def test_a_step_that_failed_before_does_not_damage_the_next(device: torch.device) -> None:
     answer = Answer(12, SMALL, distinct(13, 4, 9), 4)
     state = state_of(device, 4, step=7, failed=7)
     np.testing.assert_array_equal(answer.scatter(state, 9), answer.expected(4, 9, failed=True))
