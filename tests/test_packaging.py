@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from support.repository import REPOSITORY
 from support.stat_record import stat_record
 
-from tierstore.daemon.metrics import families_of
+from tierstore.daemon.families import families_of
 from tierstore.tools.cli import cli
 
 UNIT = REPOSITORY / "packaging" / "tierstore@.service"

@@ -1,4 +1,7 @@
-"""`tierstore replan`: has a daemon replan now, from the traffic that it saw."""
+"""`tierstore replan`: has a daemon replan now, from the traffic that it saw.
+
+Input: a daemon's socket. Output: a line that says what was done. Errors: what the daemon refuses with.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ def command(socket: str) -> None:
     Example: tierstore replan /run/tierstore/v41.sock
     """
     from tierstore.ipc.client_socket import ask
+    from tierstore.ipc.messages import ReplanAnswer, ReplanRequest
 
-    done = ask(socket, {"do": "replan"}, timeout_s=REPLAN_S)
+    done = ask(socket, ReplanRequest(), ReplanAnswer, timeout_s=REPLAN_S)
     click.echo(
-        f"{done['entered']:,} entries became static and {done['left']:,} made way, in {done['steps']} steps and "
-        f"{done['seconds']:.1f} s"
+        f"{done.entered:,} entries became static and {done.left:,} made way, "
+        f"in {done.steps} steps and {done.seconds:.1f} s"
     )

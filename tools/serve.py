@@ -1,6 +1,6 @@
-"""`tierstore serve`: the daemon, in the foreground, until it is told to end.
+"""`tierstore serve`: the daemon, in the foreground, until a signal ends it.
 
-Flows in: a store and options; signals. Flows out: a served socket, metrics and remote lookups where asked for, one line
+Input: a store and options; signals. Output: a served socket, metrics and remote lookups if wanted, one line
 of log an event, and what a service manager wants to hear. SIGTERM and SIGINT end it, with status 0;
 SIGHUP reads files again.
 """
@@ -103,7 +103,8 @@ def command(
     After 'tierstore swap', a daemon that is started again with the same STORE serves what was swapped in, and says so.
     --forget-swap, or another STORE, ends that.
     """
-    from tierstore.daemon.daemon import Daemon, Remote
+    from tierstore.daemon.daemon import Daemon
+    from tierstore.daemon.remote_lookups import Remote
     from tierstore.daemon.systemd import Notifier
     from tierstore.ipc.events import configure_logging, event
     from tierstore.ipc.ports import check_ports
@@ -146,7 +147,7 @@ def command(
             notifier.ready(f"serving {daemon.store_path}, {used} of DRAM")
             _serve(daemon, signals, notifier, logger)
         finally:
-            notifier.stopping("telling clients")
+            notifier.stopping("saying goodbye to clients")
             ended = daemon.close()
             event(logger, logging.INFO, "ended", cleanly=ended)
 
@@ -194,7 +195,7 @@ class _Signals:
         self._came.set()
 
     def wait(self, timeout_s: float) -> int | None:
-        """Returns the next signal, None where none came in time."""
+        """Returns the next signal, None if none came in time."""
         self._came.wait(timeout_s)
         if len(self._got) <= 1:
             self._came.clear()

@@ -1,4 +1,8 @@
-"""`tierstore swap`: has a daemon serve another version of its store, or the one before again."""
+"""`tierstore swap`: has a daemon serve another version of its store, or the one before again.
+
+Input: a daemon's socket, a store. Output: a line that says what was done, or JSON. Errors: what the daemon refuses
+with.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +32,20 @@ def command(socket: str, store: Path | None, rollback: bool, as_json: bool) -> N
     \b
     Example: tierstore swap /run/tierstore/v41.sock v41-next.tier
     """
+    import msgspec
+
     from tierstore.ipc.client_socket import ask
+    from tierstore.ipc.messages import RollbackRequest, SwapAnswer, SwapRequest
 
     if (store is None) != rollback:
         raise ConfigError("give the store to swap in, or --rollback, and not both")
-    asked = {"do": "rollback"} if store is None else {"do": "swap", "store": str(store.absolute())}
-    done = ask(socket, asked, timeout_s=SWAP_S)
+    request = RollbackRequest() if store is None else SwapRequest(str(store.absolute()))
+    done = ask(socket, request, SwapAnswer, timeout_s=SWAP_S)
     if as_json:
-        click.echo(json.dumps({name: done[name] for name in RECORD}, indent=2))
+        values = msgspec.structs.asdict(done)
+        click.echo(json.dumps({name: values[name] for name in RECORD}, indent=2))
         return
     click.echo(
-        f"version {done['version']} is {done['store']}: {done['warmed']:,} entries were warm when clients moved, "
-        f"{done['filled']:,} more are now; {done['seconds']:.1f} s"
+        f"version {done.version} is {done.store}: {done.warmed:,} entries were warm when clients moved, "
+        f"{done.filled:,} more are now; {done.seconds:.1f} s"
     )

@@ -1,8 +1,8 @@
 """`tierstore top`: how a daemon fares, again and again, with what went on in between.
 
-Flows in: a daemon's socket; on a terminal, keys. Flows out: a screen that keeps up, or, where output is no terminal,
-plain lines. Ends at q, at Ctrl-C, or after --count refreshes, with status 0. A daemon that goes away is waited for, and
-said to be away; one that is not there at the start is an error.
+Input: a daemon's socket; on a terminal, keys. Output: a screen that keeps up, or, if output is not a terminal, plain
+lines. Ends at q, at Ctrl-C, or after --count refreshes, with status 0. A daemon that goes away is shown as away and
+waited for; one that is not there at the start is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 
-from tierstore.daemon.record import Record
+from tierstore.daemon.record import StatRecord
 from tierstore.errors import DaemonError
 
 from .cli import console
@@ -35,13 +35,13 @@ INTERVAL_S_MAX = 86_400.0
 class Refresh:
     """What is shown: the latest record there is, the rates since the one before, and why there is no newer one."""
 
-    record: Record
+    record: StatRecord
     rates: Rates | None
     problem: str | None
 
 
 def refreshes(
-    fetch: Callable[[], Record],
+    fetch: Callable[[], StatRecord],
     go_on: Callable[[], bool],
     count: int | None,
     clock: Callable[[], float] = time.monotonic,
@@ -129,7 +129,7 @@ class CtrlC:
             self._raises = False
             raise KeyboardInterrupt
 
-    def during(self, act: Callable[[], Record]) -> Record:
+    def during(self, act: Callable[[], StatRecord]) -> StatRecord:
         """Returns what `act` returns. Ctrl-C raises KeyboardInterrupt meanwhile."""
         self._raises = True
         try:

@@ -126,4 +126,4 @@ def test_hbm_is_for_a_daemon_of_this_host(tmp_path: Path, placed: Path) -> None:
         ):
             with pytest.raises(error, match=says):
                 tierstore.connect(tmp_path / "s", **options)
-        until(lambda: daemon.stat()["clients"]["attached"] == 0)  # a refused tier leaves nobody attached
+        until(lambda: daemon.stat().clients.attached == 0)  # a refused tier leaves nobody attached

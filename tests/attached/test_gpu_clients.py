@@ -92,17 +92,17 @@ def in_records(store: Store) -> int:
 def exchange(daemon: Daemon, number: int, times: int = 1) -> None:
     """Has half of what is asked for make way for the other half in the static set, by turns; two epochs each."""
     pairs = sorted({(order, key) for row in KEYS.tolist() for order, key in enumerate(row) if key >= 0})
-    slots = daemon._host.slots[NAME]
+    slots = daemon._host.tiers.slots[NAME]
     for turn in range(number, number + times):
         held = {(int(slots.order_index[at]), int(slots.keys[at])): at for at in np.flatnonzero(slots.live).tolist()}
         enter = [pair for pair in pairs[turn % 2 :: 2] if pair not in held]
         leave = [at for pair, at in held.items() if pair in pairs[1 - turn % 2 :: 2]] or list(held.values())[
             : len(enter)
         ]
-        daemon._host.change({}, {NAME: np.array(leave, dtype=np.int64)})
+        daemon._host.epochs.change({}, {NAME: np.array(leave, dtype=np.int64)})
         enter = enter[: min(slots.capacity - slots.num_live, slots.num_free)]
         order_index = np.array([order for order, _ in enter], dtype=np.uint8)
-        daemon._host.change({NAME: (order_index, np.array([key for _, key in enter], dtype=np.int64))}, {})
+        daemon._host.epochs.change({NAME: (order_index, np.array([key for _, key in enter], dtype=np.int64))}, {})
 
 
 def raising(error: Exception) -> Callable[[], None]:
@@ -117,7 +117,7 @@ def raising(error: Exception) -> Callable[[], None]:
 def held(daemon: Daemon) -> list[tuple[int, int]]:
     """How often clients hold epochs, even ones and odd ones, by client and version."""
     everybody = daemon._host.attachments
-    blocks = [block for each in (*everybody._of.values(), *everybody._lingering) for block in each.blocks.values()]
+    blocks = [block for each in (*everybody._of.values(), *everybody._orphans) for block in each.blocks.values()]
     return [kernels.active_pins(block) for block in blocks]
 
 
@@ -132,7 +132,7 @@ def killing(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def mappings(daemon: Daemon) -> list[str]:
     """The permissions of this process's mappings of the daemon's static block; the first is the daemon's."""
-    inode = str(os.fstat(daemon._host._static.fd).st_ino)
+    inode = str(os.fstat(daemon._host.tiers.static.fd).st_ino)
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     return sorted((line[1] for line in lines if line[4] == inode and "tierstore-static" in line[5]), reverse=True)
 
@@ -145,8 +145,8 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
 def test_the_device_reads_the_static_set_where_it_lies(placed: Path, model: Model, tmp_path: Path) -> None:
     rows = model.expected(NAME, KEYS)
     with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
-        assert daemon.stat()["clients"]["list"][0]["on_gpu"]
-        assert daemon.stat()["epochs"]["alive"] == 1
+        assert daemon.stat().clients.list[0].on_gpu
+        assert daemon.stat().epochs.alive == 1
         looker = Looker(store, KEYS, rows)
         np.testing.assert_array_equal(looker.look_up(), rows)
         explained = store[NAME].explain(KEYS)
@@ -160,7 +160,7 @@ def test_without_the_operators_word_it_goes_by_way_of_the_host(
     rows = model.expected(NAME, KEYS)
     with serving(placed, tmp_path / "s", DRAM) as daemon, connect(tmp_path / "s") as store:
         assert "--gpu-clients" in caplog.text
-        assert not daemon.stat()["clients"]["list"][0]["on_gpu"]
+        assert not daemon.stat().clients.list[0].on_gpu
         np.testing.assert_array_equal(Looker(store, KEYS, rows).look_up(), rows)
         assert in_records(store) == 0
 
@@ -204,20 +204,20 @@ def test_epochs_pass_under_lookups(placed: Path, model: Model, tmp_path: Path) -
             Traffic(store, NAME, KEYS, rows, threads=1),
         ):
             for number in range(6):
-                before, epoch, found = looker.seen[0], daemon._host.epoch, in_records(store)
+                before, epoch, found = looker.seen[0], daemon._host.epochs.newest, in_records(store)
                 exchange(daemon, number)
-                assert daemon._host.epoch > epoch
+                assert daemon._host.epochs.newest > epoch
                 until(lambda before=before: looker.seen[0] > before + 2)
                 until(lambda found=found: in_records(store) > found)
-        assert daemon.stat()["epochs"]["alive"] == 1
+        assert daemon.stat().epochs.alive == 1
 
 
 def test_what_a_device_reads_is_not_written_over(
     placed: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = model.expected(NAME, KEYS)
-    monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", 0.2)
-    monkeypatch.setattr(attachments, "LEAVE_WAIT_S", 0.1)
+    monkeypatch.setattr(attachments, "PIN_WAIT_S", 0.2)
+    monkeypatch.setattr(attachments, "GRACE_PERIOD_S", 0.1)
     with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
         looker = Looker(store, KEYS, rows)
         with store._backing._hbm._lock:  # it does not see that there is another epoch
@@ -225,12 +225,12 @@ def test_what_a_device_reads_is_not_written_over(
                 tierstore.DaemonError, match=rf"GPU of process {os.getpid()} still reads.*end that process"
             ):
                 exchange(daemon, 0, times=10)
-            assert daemon.stat()["epochs"]["alive"] == 2
+            assert daemon.stat().epochs.alive == 2
             with pytest.raises(tierstore.DaemonError, match="still reads"):
                 request(tmp_path / "s", "swap", store=str(placed))
             for _ in range(3):
                 np.testing.assert_array_equal(looker.look_up(), rows)
-        monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", WAIT_S)
+        monkeypatch.setattr(attachments, "PIN_WAIT_S", WAIT_S)
         exchange(daemon, 0, times=2)  # it has seen it, and left
         np.testing.assert_array_equal(looker.look_up(), rows)
         assert in_records(store) > 0
@@ -240,17 +240,17 @@ def test_a_connection_that_is_gone_does_not_end_what_the_device_reads(
     placed: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = model.expected(NAME, KEYS)
-    monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", 0.2)
+    monkeypatch.setattr(attachments, "PIN_WAIT_S", 0.2)
     with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
         looker = Looker(store, KEYS, rows)
         with store._backing._hbm._lock:
             daemon._host.attachments.clients()[0].drop("for the test")
-            until(lambda: daemon._host.attachments._lingering)
+            until(lambda: daemon._host.attachments._orphans)
             with pytest.raises(tierstore.DaemonError, match="still reads"):
                 exchange(daemon, 0, times=10)
             np.testing.assert_array_equal(looker.look_up(), rows)
         until(lambda: store.stats()["attached"]["now"])  # by itself, and on the GPU again
-        until(lambda: daemon.stat()["clients"]["list"][0]["on_gpu"])
+        until(lambda: daemon.stat().clients.list[0].on_gpu)
         before = in_records(store)
         with Looker(store, KEYS, rows):
             until(lambda: in_records(store) > before)
@@ -258,7 +258,7 @@ def test_a_connection_that_is_gone_does_not_end_what_the_device_reads(
 
 
 def test_a_client_that_was_killed_holds_nothing(placed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", 0.1)
+    monkeypatch.setattr(attachments, "PIN_WAIT_S", 0.1)
     with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon:
         script = f"import signal, sys, tierstore\nstore = {CONNECT}\nprint(flush=True)\nsignal.pause()"
         client = subprocess.Popen([sys.executable, "-c", script, tmp_path / "s"], stdout=subprocess.PIPE)
@@ -267,10 +267,10 @@ def test_a_client_that_was_killed_holds_nothing(placed: Path, tmp_path: Path, mo
             assert client.stdout.readline() == b"\n"
             assert sum(map(sum, held(daemon))) == 1
             client.send_signal(signal.SIGSTOP)
-            epochs = daemon._host.epoch
+            epochs = daemon._host.epochs.newest
             with pytest.raises(tierstore.DaemonError, match=f"process {client.pid} still reads"):
                 exchange(daemon, 0, times=10)
-            assert daemon._host.epoch == epochs + 1
+            assert daemon._host.epochs.newest == epochs + 1
         until(lambda: not daemon._host.attachments.clients())
         exchange(daemon, 0, times=3)
         assert not held(daemon)
@@ -280,7 +280,7 @@ def test_who_holds_only_after_its_connection_is_gone_is_heeded_too(
     placed: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = model.expected(NAME, KEYS)
-    monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", 0.2)
+    monkeypatch.setattr(attachments, "PIN_WAIT_S", 0.2)
     with (
         serving(placed, tmp_path / "s", DRAM, gpu_clients=True, clients_max=1) as daemon,
         contextlib.ExitStack() as stack,
@@ -301,7 +301,7 @@ def test_who_holds_only_after_its_connection_is_gone_is_heeded_too(
             exchange(daemon, 0, times=10)
         np.testing.assert_array_equal(looker.look_up(), rows)
         assert in_records(store) > 0
-        monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", WAIT_S)
+        monkeypatch.setattr(attachments, "PIN_WAIT_S", WAIT_S)
         exchange(daemon, 0)  # it follows all the same
         np.testing.assert_array_equal(looker.look_up(), rows)
 
@@ -310,7 +310,7 @@ def test_a_device_that_cannot_follow_keeps_what_it_has_and_tries_again(
     placed: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = model.expected(NAME, KEYS)
-    monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", 0.2)
+    monkeypatch.setattr(attachments, "PIN_WAIT_S", 0.2)
     monkeypatch.setattr(attached_hbm, "FOLLOW_RETRY_S", 0.05)
     with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon, connect(tmp_path / "s") as store:
         looker = Looker(store, KEYS, rows)
@@ -321,9 +321,9 @@ def test_a_device_that_cannot_follow_keeps_what_it_has_and_tries_again(
             until(lambda: "older epoch of the daemon's static set: a graph is being captured" in caplog.text)
             np.testing.assert_array_equal(looker.look_up(), rows)
             assert sum(map(sum, held(daemon))) == 2
-        monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", WAIT_S)
+        monkeypatch.setattr(attachments, "PIN_WAIT_S", WAIT_S)
         exchange(daemon, 0, times=3)
-        monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", 0.2)
+        monkeypatch.setattr(attachments, "PIN_WAIT_S", 0.2)
         np.testing.assert_array_equal(looker.look_up(), rows)
         until(lambda: sum(map(sum, held(daemon))) == 1)
         with monkeypatch.context() as patched:
@@ -359,7 +359,7 @@ def test_what_reconnects_without_end_leaves_nothing_behind(placed: Path, tmp_pat
                 before.drop("for the test")
                 until(lambda before=before: (now := daemon._host.attachments.clients()) and now != [before])
                 until(lambda: sum(map(sum, held(daemon))) == 1)
-            assert len(daemon._host.attachments._lingering) <= 2
+            assert len(daemon._host.attachments._orphans) <= 2
             exchange(daemon, 0, times=3)
 
 

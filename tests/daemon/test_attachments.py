@@ -10,7 +10,7 @@ import pytest
 
 import tierstore
 from tierstore import kernels
-from tierstore.daemon import attachments
+from tierstore.daemon import attachment, attachments
 from tierstore.daemon.attachments import Attachments
 
 WAIT_S = 0.2
@@ -18,7 +18,7 @@ WAIT_S = 0.2
 
 @pytest.fixture
 def clients(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attachments, "LEAVE_WAIT_S", WAIT_S)
+    monkeypatch.setattr(attachments, "GRACE_PERIOD_S", WAIT_S)
     made = Attachments()
     yield made
     made.close()
@@ -30,11 +30,11 @@ def set_active(block: np.ndarray, parity: int, count: int) -> None:
 
 def in_vain(clients: Attachments, version: int, epoch: int, *, is_last: bool = False) -> list[int]:
     """Waits; returns the processes that were waited for until the time was up."""
-    late: list[int] = []
+    waited_for: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attachments, "event", lambda *_, processes, **__: late.extend(processes))
-        clients.wait_left(version, epoch, is_last=is_last)
-    return late
+        patch.setattr(attachments, "event", lambda *_, processes, **__: waited_for.extend(processes))
+        clients.wait_for_grace_period(version, epoch, is_last=is_last)
+    return waited_for
 
 
 def test_a_client_that_stays_delays_one_change_and_no_more(clients: Attachments) -> None:
@@ -42,7 +42,7 @@ def test_a_client_that_stays_delays_one_change_and_no_more(clients: Attachments)
     assert in_vain(clients, 1, 4) == []
     set_active(block, 0, 3)
     assert in_vain(clients, 1, 4) == [1]
-    assert in_vain(clients, 1, 6) == []  # the same parity: it is late, not waited for
+    assert in_vain(clients, 1, 6) == []  # the same parity: it has timed out, and is not waited for
     assert in_vain(clients, 1, 5) == []
     set_active(block, 0, 0)
     assert in_vain(clients, 1, 6) == []  # it has left, and so is waited for from now on
@@ -58,30 +58,30 @@ def test_a_client_of_an_old_version_is_waited_for_once_until_it_moves(clients: A
     assert in_vain(clients, 1, 2, is_last=True) == []
     assert clients.move("a", 2) is not None
     assert clients.versions_of("a") == [1, 2]
-    clients.left("a", 1)
+    clients.leave("a", 1)
     assert clients.versions_of("a") == [2]
-    assert clients._of["a"].late == set()  # nothing is kept of a version that it left
+    assert clients._of["a"].timed_out == set()  # nothing is kept of a version that it left
     assert in_vain(clients, 1, 2, is_last=True) == []
 
 
-def test_a_gpu_that_came_while_its_client_was_late_is_waited_for_in_earnest(
+def test_a_gpu_pin_taken_after_its_client_timed_out_is_waited_for_all_the_same(
     clients: Attachments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, block = clients.attach("a", os.getpid(), version=1, on_gpu=True)
-    assert in_vain(clients, 1, 4, is_last=True) == [os.getpid()]  # it holds nothing: late, like any other
+    assert in_vain(clients, 1, 4, is_last=True) == [os.getpid()]  # it pins nothing: it times out like any other
     control = np.zeros(2 * kernels.CONTROL_BYTES, dtype=np.uint8)
     control = control[-control.ctypes.data % 64 :][: kernels.CONTROL_BYTES]
     kernels.publish_epoch(control, 1, 4)
     pin = kernels.EpochPin(control, 1, block)
     assert pin.pin() == 4
-    monkeypatch.setattr(attachments, "GPU_LEAVE_WAIT_S", WAIT_S)
+    monkeypatch.setattr(attachments, "PIN_WAIT_S", WAIT_S)
     for is_last in (True, False):
-        assert not clients.wait_left(1, 4, is_last=is_last)
+        assert not clients.wait_for_grace_period(1, 4, is_last=is_last)
         assert clients.waiting_for == [os.getpid()]
     clients.detach("a")
-    assert not clients.wait_left(1, 4, is_last=False)  # this process maps its block, which is why it may hold still
+    assert not clients.wait_for_grace_period(1, 4, is_last=False)  # this process maps its block, and may pin it still
     pin.unpin(4)
-    assert clients.wait_left(1, 4, is_last=False)
+    assert clients.wait_for_grace_period(1, 4, is_last=False)
     assert clients.waiting_for == []
 
 
@@ -108,8 +108,8 @@ def test_what_a_gpus_client_held_and_could_not_note_is_left_with_its_hold(client
     assert kernels.active_pins(block) == (0, 0)
 
 
-def test_clients_that_linger_have_a_limit(clients: Attachments, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attachments, "LINGERING_MAX", 2)
+def test_orphans_have_a_limit(clients: Attachments, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attachments, "ORPHANS_MAX", 2)
     for who in "ab":
         clients.attach(who, os.getpid(), version=1, on_gpu=True)
         clients.detach(who)
@@ -132,7 +132,7 @@ def test_no_descriptor_for_a_block_is_a_named_error_and_leaves_nothing(
     def fails(*_: object) -> None:
         raise OSError(24, os.strerror(24))
 
-    monkeypatch.setattr(attachments, "make_client_block", fails)
+    monkeypatch.setattr(attachment, "make_client_block", fails)
     with pytest.raises(tierstore.DaemonError, match=r"process 7: Too many open files: .*hard limit.*raise"):
         clients.attach("a", 7, version=1)
     assert clients.clients() == []

@@ -33,8 +33,8 @@ def test_lookups_that_attached_clients_submit_are_timed_in_the_daemons_record(bu
         with tierstore.connect(tmp_path / "socket") as store:
             submit_some(store)
             assert timed(store.stats()["latency"]) > 0
-        until(lambda: daemon.stat()["counters"]["batches"] == LOOKUPS)
-        assert timed(daemon.stat()["latency"]) > 0
+        until(lambda: daemon.stat().counters.batches == LOOKUPS)
+        assert sum(daemon.stat().latency.counts) > 0
 
 
 def test_remote_lookups_are_each_timed_by_the_client_whether_they_block_or_not(built: Path) -> None:
@@ -74,12 +74,12 @@ def test_a_placement_that_no_plan_made_expects_nothing(own_store: Path, details:
 
 def test_the_record_says_how_far_recency_caches_have_filled(built: Path, tmp_path: Path) -> None:
     with serving(built, tmp_path / "socket", 900 * KIB) as daemon, tierstore.connect(tmp_path / "socket") as store:
-        epochs = daemon.stat()["epochs"]
-        assert set(epochs["recency_entries"]) == set(epochs["recency_slots"]) == set(epochs["static_slots"])
+        epochs = daemon.stat().epochs
+        assert set(epochs.recency_entries) == set(epochs.recency_slots) == set(epochs.static_slots)
         name = "layers.1"
-        assert epochs["recency_entries"][name] == 0 < epochs["recency_slots"][name]
+        assert epochs.recency_entries[name] == 0 < epochs.recency_slots[name]
         keys = np.arange(90, dtype=np.int64).reshape(30, 3)
         store[name].lookup(keys)
-        until(lambda: daemon.stat()["feed"]["read_keys"] >= keys.size)
-        found = daemon.stat()["epochs"]
-        assert 0 < found["recency_entries"][name] <= min(keys.size, found["recency_slots"][name])
+        until(lambda: daemon.stat().feed.read_keys >= keys.size)
+        found = daemon.stat().epochs
+        assert 0 < found.recency_entries[name] <= min(keys.size, found.recency_slots[name])

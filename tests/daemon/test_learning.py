@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from support.served import KIB, Traffic, killed, request, serving, until
@@ -17,7 +18,7 @@ from support.stores import Model, place_some
 
 import tierstore
 from tierstore import kernels
-from tierstore.daemon import attachments, learning
+from tierstore.daemon import attachments, replanner
 from tierstore.daemon.daemon import Daemon
 from tierstore.decisions.replan import Entries, caught, fresh_choice
 from tierstore.store.embedded import open_placement
@@ -51,7 +52,7 @@ def until_heard(daemon: Daemon) -> None:
     def heard() -> bool:
         written = sum(int(block[128:136].view("<u8")[0]) for block in blocks_of(daemon))
         lost = sum(reader.lost for reader in daemon._host.attachments.readers())
-        return daemon._learner.totals["reports"] + lost >= written
+        return daemon._learner.reports.num_taken + lost >= written
 
     until(heard)
 
@@ -75,8 +76,8 @@ def test_what_one_client_missed_another_finds(
         np.testing.assert_array_equal(other[NAME].lookup(keys), model.expected(NAME, keys))
         stats = other.stats()
         assert (stats["hits"]["dram"], stats["hits"]["nvme"], stats["pages_read"]) == (keys.size, 0, 0)
-    feed = daemon.stat()["feed"]
-    assert (feed["read_keys"], feed["queued_keys"], feed["dropped_keys"], feed["errors"]) == (keys.size, 0, 0, 0)
+    feed = daemon.stat().feed
+    assert (feed.read_keys, feed.queued_keys, feed.dropped_keys, feed.errors) == (keys.size, 0, 0, 0)
 
 
 def test_what_is_asked_for_becomes_static_and_stays_so(daemon: Daemon, store: tierstore.Store, model: Model) -> None:
@@ -84,19 +85,19 @@ def test_what_is_asked_for_becomes_static_and_stays_so(daemon: Daemon, store: ti
     for _ in range(4):
         store[NAME].lookup(keys)
     until_heard(daemon)
-    assert daemon.stat()["learning"]["tracked_keys"] == keys.size
+    assert daemon.stat().learning.tracked_keys == keys.size
     done = request(Path(daemon.path), "replan")
     assert (done["entered"], done["left"]) == (keys.size, 0)
     assert (store[NAME].explain(keys) == "static").all()
     np.testing.assert_array_equal(store[NAME].lookup(keys), model.expected(NAME, keys))
     assert sum(store.stats()["tables"][NAME]["static_hits"].values()) >= keys.size
     stat = daemon.stat()
-    assert stat["epochs"]["static_entries"][NAME] == keys.size
-    assert stat["epochs"]["current"] > 1
+    assert stat.epochs.static_entries[NAME] == keys.size
+    assert stat.epochs.current > 1
     for _ in range(4):  # nothing better was asked for since: it stays, however often that is looked into
         assert request(Path(daemon.path), "replan")["left"] == 0
     assert (store[NAME].explain(keys) == "static").all()
-    assert daemon.stat()["learning"]["replans"] == 5
+    assert daemon.stat().learning.replans == 5
 
 
 def test_what_was_asked_for_once_does_not_become_static(daemon: Daemon, store: tierstore.Store) -> None:
@@ -106,15 +107,15 @@ def test_what_was_asked_for_once_does_not_become_static(daemon: Daemon, store: t
 
 
 def test_a_little_more_traffic_moves_nothing_and_clearly_more_does(daemon: Daemon, store: tierstore.Store) -> None:
-    capacity = daemon._host.slots[NAME].capacity
+    capacity = daemon._host.tiers.slots[NAME].capacity
     static, hotter = some_keys(capacity // 3), some_keys(60, BASE * 2)
     count_as(daemon, static, 16)
     assert request(Path(daemon.path), "replan")["entered"] == static.size  # and counted 8 times from now on
     count_as(daemon, hotter, 8)
     room = capacity - static.size
-    assert request(Path(daemon.path), "replan") | {"entered": room, "left": 0} == daemon.stat()["learning"][
-        "last_replan"
-    ] | {"ok": True}
+    done = request(Path(daemon.path), "replan")
+    assert (done["entered"], done["left"]) == (room, 0)
+    assert done == msgspec.to_builtins(daemon.stat().learning.last_replan) | {"ok": True}
     count_as(daemon, hotter, 16)  # 4 + 16 = 20 times against 4
     done = request(Path(daemon.path), "replan")
     assert (done["entered"], done["left"]) == (hotter.size - room,) * 2
@@ -124,9 +125,9 @@ def test_a_little_more_traffic_moves_nothing_and_clearly_more_does(daemon: Daemo
 def test_a_replan_in_many_small_rounds_ends_as_one_would(
     daemon: Daemon, store: tierstore.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learning, "ROUND_ENTRIES", 10)
-    monkeypatch.setattr(learning, "SCAN_SETS", 3)
-    slots = daemon._host.slots[NAME]
+    monkeypatch.setattr(replanner, "ROUND_ENTRIES", 10)
+    monkeypatch.setattr(replanner, "SCAN_SETS", 3)
+    slots = daemon._host.tiers.slots[NAME]
     warm, hot = some_keys(slots.capacity // 3 - 20), some_keys(100, BASE * 2)
     count_as(daemon, warm, 2)
     count_as(daemon, hot, 8)
@@ -145,12 +146,12 @@ def count_as(daemon: Daemon, keys: np.ndarray, times: int) -> None:
     reports = np.zeros(keys.size, dtype=kernels.REPORT)
     reports["key"], reports["order"] = keys.reshape(-1), np.tile(np.arange(3), len(keys))
     reports["source_and_weight"] = times.bit_length() - 1 << 3 | kernels.SOURCES.index("static")
-    daemon._learner._learn(reports)
+    daemon._learner.reports.learn(reports)
 
 
 def test_a_shift_of_traffic_is_regained_within_two_replans(daemon: Daemon, store: tierstore.Store) -> None:
     rng = np.random.default_rng(0)
-    capacity = daemon._host.slots[NAME].capacity
+    capacity = daemon._host.tiers.slots[NAME].capacity
     pool = capacity  # tokens of three keys each: a third of what is asked for has room
 
     def draw(num_lookups: int, start: int) -> Iterator[np.ndarray]:
@@ -212,7 +213,7 @@ def test_a_bad_page_costs_its_own_entries_only(own_store: Path, socket: Path, mo
         request(Path(daemon.path), "replan")
         assert (store[NAME].explain(keys)[good] == "static").all()
         assert (store[NAME].explain(keys)[~good] == "pages").all()
-        assert daemon.stat()["feed"]["errors"] > 0
+        assert daemon.stat().feed.errors > 0
 
 
 def test_a_placement_that_was_made_meanwhile_is_adopted_on_reload(own_store: Path, socket: Path, model: Model) -> None:
@@ -224,7 +225,7 @@ def test_a_placement_that_was_made_meanwhile_is_adopted_on_reload(own_store: Pat
         hottest = np.full((1, 3), -1, dtype=np.int64)
         hottest[0, chosen.order_index[0]] = chosen.keys[0]
         assert "static" in store[NAME].explain(hottest)
-        slots = daemon._host.slots[NAME]
+        slots = daemon._host.tiers.slots[NAME]
         assert slots.num_live == min(slots.capacity, len(chosen.keys))
 
 
@@ -240,7 +241,7 @@ def test_a_damaged_placement_is_not_adopted(own_store: Path, socket: Path, model
             file.write(bytes([byte[0] ^ 1]))
         with pytest.raises(tierstore.FormatError, match="index"):
             request(socket, "reload")
-        assert daemon.stat()["epochs"]["static_entries"][NAME] == 0
+        assert daemon.stat().epochs.static_entries[NAME] == 0
         np.testing.assert_array_equal(store[NAME].lookup(keys := some_keys(30)), model.expected(NAME, keys))
 
 
@@ -250,19 +251,20 @@ def test_what_a_daemon_takes_stays_within_its_budget(
     built: Path, placed: Path, socket: Path, budget_bytes: int, with_placement: bool
 ) -> None:
     with serving(placed if with_placement else built, socket, budget_bytes) as daemon:
-        host, plan = daemon._host, daemon._host.plan
-        blocks = [host._static, host._recency]
+        tiers, plan = daemon._host.tiers, daemon._host.tiers.plan
+        blocks = [tiers.static, tiers.recency]
         taken = (
             sum(os.fstat(block.fd).st_size for block in blocks)
             + plan.staging.num_bytes
             + plan.counts_bytes
             + plan.work_bytes
         )
-        if host.current.resident:
-            taken += 2 * os.fstat(host.current.resident.fd).st_size  # two versions, while one takes the other's place
-        memory = daemon.stat()["memory"]
+        resident = daemon._host.epochs.current.resident
+        if resident:
+            taken += 2 * os.fstat(resident.fd).st_size  # two versions, while one takes the other's place
+        memory = daemon.stat().memory
         assert taken <= budget_bytes
-        assert memory["used_bytes"] <= memory["budget_bytes"] == budget_bytes
+        assert memory.used_bytes <= memory.budget_bytes == budget_bytes
 
 
 def test_garbage_from_a_client_costs_only_its_own_reports(
@@ -275,7 +277,7 @@ def test_garbage_from_a_client_costs_only_its_own_reports(
     reports["table"] = [0, 3, 65535, 0, 2]  # below 0; no such tables; no such order; beyond the plain table's rows
     reports["order"] = [0, 0, 0, 3, 0]
     kernels.ReportWriter(mine).add(reports)
-    until(lambda: daemon.stat()["learning"]["reports_refused"] >= 4)
+    until(lambda: daemon.stat().learning.reports_refused >= 4)
     mine[256:264].view("<u8")[0] = 2**64 - 1  # reports that it says it dropped
     mine[4096:] = np.random.default_rng(0).integers(0, 256, len(mine) - 4096, dtype=np.uint8)
     mine[128:136].view("<u8")[0] += 2**40
@@ -312,7 +314,7 @@ def test_counters_that_are_too_large_are_told_as_far_as_messages_go(
 def test_a_stopped_client_has_the_right_rows_after_any_number_of_replans(
     built: Path, socket: Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attachments, "LEAVE_WAIT_S", 0.002)
+    monkeypatch.setattr(attachments, "GRACE_PERIOD_S", 0.002)
     keys = some_keys(200)
     expected = np.tile(model.expected(NAME, keys), (16, 1, 1))
     read, write = os.pipe()
@@ -326,19 +328,19 @@ def test_a_stopped_client_has_the_right_rows_after_any_number_of_replans(
     parts, rng = [np.s_[start::3] for start in range(3)], np.random.default_rng(0)
     with killed(child), serving(built, socket, 1500 * KIB) as daemon, open(read) as said:
         assert said.readline() == "right\n"
-        slots = daemon._host.slots[NAME]
+        slots = daemon._host.tiers.slots[NAME]
         assert slots.capacity > len(flat)  # all that is not static is in the recency cache
         for _ in range(40):
             threading.Event().wait(rng.random() * 0.004)  # so that it is stopped anywhere in a lookup
             os.kill(child, signal.SIGSTOP)
             os.waitpid(child, os.WUNTRACED)
             for part in parts:  # each goes to the slots of the one but one before
-                daemon._host.change({NAME: (order_index[part], flat[part])}, {NAME: np.flatnonzero(slots.live)})
+                daemon._host.epochs.change({NAME: (order_index[part], flat[part])}, {NAME: np.flatnonzero(slots.live)})
             os.kill(child, signal.SIGCONT)
             assert said.readline() == "right\n"
         stat = daemon.stat()
-        assert stat["epochs"]["changes"] >= 120
-        assert stat["clients"]["list"][0]["pid"] == child
+        assert stat.epochs.changes >= 120
+        assert stat.clients.list[0].pid == child
         os.kill(child, signal.SIGKILL)
         assert "wrong" not in said.read()
 

@@ -12,15 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
-from support.stat_record import BOUNDS_NS, stat_record
+from support.stat_record import BOUNDS_NS, changed, stat_record
 
 from tierstore.daemon import http as web
 from tierstore.daemon.metrics import MetricsServer, StatCollector
+from tierstore.daemon.record import Latency, StatRecord, TableCounts, TierHits
 from tierstore.errors import ConfigError
 
 
@@ -35,8 +37,8 @@ def samples_of(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]
     return found
 
 
-def exported(record: dict[str, Any]) -> Callable[..., float | None]:
-    """Returns value(name, **labels) of what is exported for a record; None where there is no such sample."""
+def exported(record: StatRecord) -> Callable[..., float | None]:
+    """Returns value(name, **labels) of what is exported for a record; None if there is no such sample."""
     registry = CollectorRegistry()
     registry.register(StatCollector(lambda: record))
     samples = samples_of(generate_latest(registry).decode())
@@ -65,10 +67,8 @@ def test_hit_rate_and_read_amplification_are_what_their_words_say() -> None:
 
 
 def test_before_the_first_lookup_the_ratios_are_unknown_and_not_zero() -> None:
-    record = stat_record()
-    record["counters"] |= {"keys": 0, "hits": {"hbm": 0, "dram": 0, "nvme": 0}, "bytes_read": 0, "tables": {}}
-    record["plan"] = None
-    value = exported(record)
+    nothing = {"keys": 0, "hits": TierHits(0, 0, 0), "bytes_read": 0, "tables": dict[str, TableCounts]()}
+    value = exported(stat_record(counters=nothing, plan=None))
     for name in ("hit_rate", "read_amplification"):
         number = value(name)
         assert number is not None
@@ -76,9 +76,8 @@ def test_before_the_first_lookup_the_ratios_are_unknown_and_not_zero() -> None:
 
 
 def test_rows_by_id_are_no_part_of_read_amplification() -> None:
-    record, before = stat_record(), exported(stat_record())("read_amplification")
-    for name in ("bytes_read", "row_bytes_read"):
-        record["counters"][name] += 7_000_000_000
+    before = exported(stat_record())("read_amplification")
+    record = stat_record(counters={"bytes_read": 47_000_000_000, "row_bytes_read": 7_000_000_000})
     assert exported(record)("read_amplification") == before
     assert exported(record)("row_read_bytes_total") == 7e9
 
@@ -90,9 +89,8 @@ def test_what_the_plan_expected_is_exported_with_its_bounds() -> None:
 
 
 def test_latency_is_a_cumulative_histogram_of_seconds_for_all_lookups() -> None:
-    record = stat_record()
-    record["latency"] = {"bounds_ns": [1000, 2000], "counts": [3, 4, 5], "sum_ns": 40_000, "share": 0.125}
-    value = exported(record)
+    latency = Latency(bounds_ns=(1000, 2000), counts=(3, 4, 5), sum_ns=40_000, share=0.125)
+    value = exported(stat_record(latency=latency))
     buckets = [value("lookup_seconds_bucket", le=le) for le in ("1e-06", "2e-06", "+Inf")]
     assert buckets == [24, 56, 96]
     assert value("lookup_seconds_count") == 96
@@ -102,24 +100,25 @@ def test_latency_is_a_cumulative_histogram_of_seconds_for_all_lookups() -> None:
 def test_every_number_of_the_record_is_exported() -> None:
     """Each number of the record, made distinct, is found among the values; sums,
     bounds and the list of clients apart."""
-    record = stat_record()
+    record = msgspec.to_builtins(stat_record(clients={"list": ()}))
     del record["latency"], record["daemon"]["pid"]
-    record["clients"]["list"] = []
-    registry = CollectorRegistry()
     counter = iter(range(1_000_000, 9_000_000, 7))
 
     def distinct(part: dict[str, Any]) -> None:
         for key, value in part.items():
             if isinstance(value, dict):
                 distinct(value)
-            elif isinstance(value, int | float):
+            elif type(value) in (int, float):
                 part[key] = next(counter)
 
     distinct(record)
-    record["latency"] = {"bounds_ns": BOUNDS_NS, "counts": [0] * (len(BOUNDS_NS) + 1), "sum_ns": 0, "share": 1}
-    registry.register(StatCollector(lambda: record))
+    latency = Latency(bounds_ns=BOUNDS_NS, counts=(0,) * (len(BOUNDS_NS) + 1), sum_ns=0, share=1)
+    record |= {"latency": msgspec.to_builtins(latency), "daemon": record["daemon"] | {"pid": 1}}
+    typed = msgspec.convert(record, StatRecord)
+    registry = CollectorRegistry()
+    registry.register(StatCollector(lambda: typed))
     values = set(samples_of(generate_latest(registry).decode()).values())
-    left_out = {record["counters"]["keys"], *numbers_of(record["counters"]["hits"])}  # sums of those of the tables
+    left_out = {1, record["counters"]["keys"], *numbers_of(record["counters"]["hits"])}  # sums of those of the tables
     left_out |= {n for table in record["counters"]["tables"].values() for n in numbers_of(table["hits"])}
     left_out |= {n for table in record["store"]["tables"].values() for n in numbers_of(table)}
     left_out |= {record["learning"]["last_replan"]["steps"], record["plan"]["epoch"]}
@@ -127,18 +126,14 @@ def test_every_number_of_the_record_is_exported() -> None:
 
 
 def test_the_state_is_one_of_all_and_what_serves_is_named() -> None:
-    record = stat_record()
-    record["daemon"]["state"] = "changing"
-    value = exported(record)
+    value = exported(stat_record(daemon={"state": "changing"}))
     states = {state: value("state", state=state) for state in ("warming", "serving", "changing", "draining")}
     assert states == {"warming": 0, "serving": 0, "changing": 1, "draining": 0}
     assert value("info", release="0.5.0", store="/srv/models/v41.tier") == 1
 
 
 def test_what_there_is_not_has_no_sample() -> None:
-    record = stat_record()
-    record["remote"] = record["learning"]["last_replan"] = record["learning"]["next_replan_s"] = None
-    value = exported(record)
+    value = exported(stat_record(remote=None, learning={"last_replan": None, "next_replan_s": None}))
     for name in ("remote_calls_total", "remote_in_flight", "last_replan_seconds", "next_replan_seconds"):
         assert value(name) is None
     assert value("epoch") == 7
@@ -146,17 +141,14 @@ def test_what_there_is_not_has_no_sample() -> None:
 
 
 def test_names_of_any_bytes_are_labels() -> None:
-    record = stat_record()
-    record["store"]["path"] = 'a"b\\c\nd\udcff'
+    record = stat_record(store={"path": 'a"b\\c\nd\udcff'})
     assert exported(record)("info", release="0.5.0", store='a"b\\c\nd\\udcff') == 1
 
 
-@pytest.mark.parametrize("latency", [{"counts": [1]}, {"share": 0}], ids=str)
+@pytest.mark.parametrize("latency", [{"counts": (1,)}, {"share": 0}], ids=str)
 def test_a_histogram_that_makes_no_sense_is_refused(latency: dict[str, Any]) -> None:
-    record = stat_record()
-    record["latency"] |= latency
     with pytest.raises(ValueError, match="latency"):
-        exported(record)
+        exported(stat_record(latency=latency))
 
 
 def test_registering_asks_for_no_record() -> None:
@@ -164,13 +156,13 @@ def test_registering_asks_for_no_record() -> None:
 
 
 class Daemon:
-    """What the server asks: a record that a test may change, or an error that it may set."""
+    """Where the server gets its record: one that a test may change, or an error that it may set."""
 
     def __init__(self) -> None:
         self.record = stat_record()
         self.error: Exception | None = None
 
-    def stat(self) -> dict[str, Any]:
+    def stat(self) -> StatRecord:
         if self.error is not None:
             raise self.error
         return self.record
@@ -221,7 +213,7 @@ def test_metrics_are_served_in_prometheus_own_format(server: MetricsServer) -> N
 
 def test_two_servers_in_one_process_share_nothing(server: MetricsServer) -> None:
     other = Daemon()
-    other.record["epochs"]["current"] = 8
+    other.record = stat_record(epochs={"current": 8})
     with MetricsServer("127.0.0.1:0", other.stat) as second:
         assert second.address != server.address
         epochs = [samples_of(fetch(each, "/metrics")[1])["tierstore_epoch", frozenset()] for each in (server, second)]
@@ -232,7 +224,7 @@ def test_two_servers_in_one_process_share_nothing(server: MetricsServer) -> None
     ("state", "status"), [("warming", 503), ("serving", 200), ("changing", 200), ("draining", 503)]
 )
 def test_a_daemon_is_healthy_while_it_serves(server: MetricsServer, daemon: Daemon, state: str, status: int) -> None:
-    daemon.record["daemon"]["state"] = state
+    daemon.record = stat_record(daemon={"state": state})
     assert fetch(server, "/healthz")[:2] == (status, f"{state}\n")
 
 
@@ -296,19 +288,14 @@ def test_a_fault_of_the_servers_own_costs_one_answer_and_no_more(
     monkeypatch.setattr(server._server, "_handler", fails)
     for _ in range(2 * web.REQUESTS_MAX):  # none of them ends a thread
         assert fetch(server, "/metrics")[0] == 500
-    assert "web_answer_failed" in caplog.text
+    assert "http_answer_failed" in caplog.text
     monkeypatch.undo()
     monkeypatch.setattr(web, "ACCEPT_AGAIN_S", 0.01)
     monkeypatch.setattr(server._server, "_accept", fails)
     with connect(server):
-        wait_until(lambda: "web_failed" in caplog.text)
+        wait_until(lambda: "http_failed" in caplog.text)
     monkeypatch.undo()
     assert fetch(server, "/healthz")[0] == 200
-
-
-def test_a_record_without_a_section_is_a_503(server: MetricsServer, daemon: Daemon) -> None:
-    del daemon.record["feed"]
-    assert fetch(server, "/metrics")[0] == 503
 
 
 def test_clients_that_say_nothing_are_cut_off_and_the_others_answered_meanwhile(
@@ -351,7 +338,7 @@ def test_a_client_that_does_not_read_is_cut_off(
 ) -> None:
     monkeypatch.setattr(web, "SEND_S_MAX", 0.2)
     names = [f"table {index:05d} {'x' * 1000}" for index in range(8000)]  # far more than any socket's buffers hold
-    daemon.record["epochs"]["static_entries"] = dict.fromkeys(names, 1)
+    daemon.record = changed(daemon.record, epochs={"static_entries": dict.fromkeys(names, 1)})
     with connect(server) as connection:
         connection.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
         for _ in range(web.REQUESTS_MAX):
@@ -488,7 +475,7 @@ def test_closing_waits_no_longer_than_it_says_for_a_record_that_never_comes(
     monkeypatch.setattr(web, "CLOSE_S_MAX", 0.1)
     asked, release = threading.Event(), threading.Event()
 
-    def stuck() -> dict[str, Any]:
+    def stuck() -> StatRecord:
         asked.set()
         release.wait(60)
         return daemon.record
@@ -498,7 +485,7 @@ def test_closing_waits_no_longer_than_it_says_for_a_record_that_never_comes(
         connection.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
         assert asked.wait(30)
         server.close()
-    assert "web_close_late" in caplog.text
+    assert "http_close_timed_out" in caplog.text
     release.set()
     for thread in server._server._threads:
         thread.join(30)
@@ -524,7 +511,7 @@ def test_a_system_short_of_descriptors_is_logged_and_tried_again(
     listener, server._server._listener = server._server._listener, Listener()
     for _ in range(2 * web.REQUESTS_MAX):  # until each thread came back from the listener it had
         assert fetch(server, "/healthz")[0] == 200
-    assert "web_accept_failed" in caplog.text
+    assert "http_accept_failed" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 import pytest
 from support.daemon_peers import WAIT_S, open_descriptors
 
-from tierstore.daemon.admin import Asks
-from tierstore.daemon.peer import Peer, error_message
+from tierstore.daemon.admin import AdminRequests
+from tierstore.daemon.peer import Peer, failure_of
 from tierstore.errors import BudgetError, DaemonError
+from tierstore.ipc.channel import Channel
+from tierstore.ipc.messages import Failure, from_json
 from tierstore.ipc.peer_log import PeerLog
-from tierstore.ipc.protocol import Channel, ChannelClosed
+from tierstore.ipc.protocol import ChannelClosed
 
 LARGE = {"text": "x" * 900_000}  # more than the kernel takes for one socket
 
@@ -69,9 +71,9 @@ def test_what_was_queued_goes_out_before_the_last_words(ends: tuple[Peer, Channe
     peer.send({"number": 1})
     peer.answer({"number": 0}, ())
     peer.close({"bye": "now"})
-    assert [channel.receive(WAIT_S)[0] for _ in range(3)] == [{"number": 0}, {"number": 1}, {"bye": "now"}]
+    assert [channel.receive(WAIT_S, dict)[0] for _ in range(3)] == [{"number": 0}, {"number": 1}, {"bye": "now"}]
     with pytest.raises(ChannelClosed):
-        channel.receive(WAIT_S)
+        channel.receive(WAIT_S, dict)
 
 
 def test_last_words_do_not_end_up_in_half_a_message(
@@ -100,21 +102,21 @@ def test_a_descriptor_that_is_none_is_an_error_and_leaves_nothing(ends: tuple[Pe
 
 
 def test_errors_are_sent_by_class_and_always_as_text() -> None:
-    assert error_message(BudgetError("1 GiB")) == {"error": "BudgetError", "message": "1 GiB"}
-    assert error_message("why") == {"error": "DaemonError", "message": "why"}
-    path = os.fsdecode(b"/store\xff")  # a name that is no text must not keep the error from being told
-    assert error_message(DaemonError(path)) == {"error": "DaemonError", "message": "/store?"}
+    assert failure_of(BudgetError("1 GiB")) == Failure("BudgetError", "1 GiB")
+    assert failure_of("why") == Failure("DaemonError", "why")
+    path = os.fsdecode(b"/store\xff")  # a name that is not text must not keep the error from being sent
+    assert failure_of(DaemonError(path)) == Failure("DaemonError", "/store?")
 
 
 def test_a_request_that_took_long_leaves_time_for_the_next(ends: tuple[Peer, Channel]) -> None:
     peer, channel = ends
     peer.answer({}, ())
     peer.active_at = -1000.0  # when the request came
-    requests = Asks(lambda _, message: message, PeerLog())
-    requests.begin(peer, {"do": "swap"})
+    requests = AdminRequests(lambda _, request: from_json(request, dict), PeerLog())
+    requests.begin(peer, b'{"do":"swap"}')
     for thread in requests.threads():
         thread.join(WAIT_S)
     peer.flush(0.0)
-    assert [channel.receive(WAIT_S)[0] for _ in range(2)] == [{}, {"do": "swap"}]
+    assert [channel.receive(WAIT_S, dict)[0] for _ in range(2)] == [{}, {"do": "swap"}]
     assert peer.active_at > 0
-    assert not peer.asking
+    assert not peer.is_answering

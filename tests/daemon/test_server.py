@@ -34,13 +34,14 @@ from support.daemon_peers import (
     packet,
 )
 
-from tierstore.daemon import admin as asks
-from tierstore.daemon import peer, server
+from tierstore.daemon import acceptor, admin, connections, limits, peer, server
+from tierstore.daemon.record import ClientsInfo
 from tierstore.daemon.server import SocketServer
 from tierstore.errors import BudgetError, DaemonError
 from tierstore.ipc import client_socket, peer_log
+from tierstore.ipc.channel import Channel
 from tierstore.ipc.client_socket import ask, dial
-from tierstore.ipc.protocol import PROTOCOL_VERSION, Channel, ChannelClosed
+from tierstore.ipc.protocol import PROTOCOL_VERSION, ChannelClosed
 from tierstore.version import VERSION
 
 
@@ -70,16 +71,17 @@ def warnings() -> Iterator[queue.Queue[str]]:
 @pytest.mark.usefixtures("serving")
 def test_a_client_attaches_sends_is_sent_and_is_detached(path: Path, handler: NotingHandler) -> None:
     channel, answer, fds = dial(path)
-    assert (answer, fds) == ({"hello": PROTOCOL_VERSION, "release": VERSION, "pid": os.getpid(), "version": 1}, [])
+    welcome = {"hello": PROTOCOL_VERSION, "release": VERSION, "pid": os.getpid(), "version": 1}
+    assert (json.loads(answer), fds) == (welcome, [])
     attached, _ = handler.next("attach")
     assert (attached.pid, attached.uid, attached.gid) == (os.getpid(), os.geteuid(), os.getegid())
     assert (attached.role, attached.release) == ("client", VERSION)
-    assert channel.receive(WAIT_S) == ({"early": True}, []), "what is sent while attaching follows the answer"
+    assert channel.receive(WAIT_S, dict) == ({"early": True}, []), "what is sent while attaching follows the answer"
     channel.send({"echo": [1, "ü"]})
     assert handler.next("message") == (attached, {"echo": [1, "ü"]})
-    assert channel.receive(WAIT_S) == ({"echo": [1, "ü"]}, [])
+    assert channel.receive(WAIT_S, dict) == ({"echo": [1, "ü"]}, [])
     attached.send({"text": "x" * 900_000})
-    assert len(channel.receive(WAIT_S)[0]["text"]) == 900_000
+    assert len(channel.receive(WAIT_S, dict)[0]["text"]) == 900_000
     channel.close()
     assert handler.next("detach") == (attached, None)
     attached.send({"into": "the void"})
@@ -95,8 +97,8 @@ def test_descriptors_go_to_the_client_and_stay_with_the_handler(path: Path, hand
     os.write(handler.fds[1], b"b")
     assert [os.pread(fd, 9, 0) for fd in fds] == [b"", b"b"]
     attached.send({"more": 1}, handler.fds[1:])
-    assert channel.receive(WAIT_S) == ({"early": True}, [])
-    _, more = channel.receive(WAIT_S)
+    assert channel.receive(WAIT_S, dict) == ({"early": True}, [])
+    _, more = channel.receive(WAIT_S, dict)
     assert os.pread(more[0], 9, 0) == b"b"
     for fd in (*fds, *more):
         os.close(fd)
@@ -109,20 +111,20 @@ def test_descriptors_go_to_the_client_and_stay_with_the_handler(path: Path, hand
 
 @pytest.mark.usefixtures("serving")
 def test_an_administrator_is_answered_and_errors_keep_their_class(path: Path) -> None:
-    assert ask(path, {"do": "stat"}) == {"ok": True, "did": "stat", "padding": ""}
-    assert len(ask(path, {"do": "stat", "bytes": 900_000})["padding"]) == 900_000
+    assert ask(path, {"do": "stat"}, dict) == {"ok": True, "did": "stat", "padding": ""}
+    assert len(ask(path, {"do": "stat", "bytes": 900_000}, dict)["padding"]) == 900_000
     with pytest.raises(BudgetError, match="2 GiB asked, 1 GiB there"):
-        ask(path, {"do": "fail", "how": "budget"})
+        ask(path, {"do": "fail", "how": "budget"}, dict)
     with pytest.raises(DaemonError, match=r"failed with this request \(KeyError\); its log says more"):
-        ask(path, {"do": "fail", "how": "mistake"})
+        ask(path, {"do": "fail", "how": "mistake"}, dict)
     with pytest.raises(DaemonError, match="cannot be sent, the limit is 1,048,576"):
-        ask(path, {"do": "stat", "bytes": 1 << 20})
+        ask(path, {"do": "stat", "bytes": 1 << 20}, dict)
     with pytest.raises(DaemonError, match=r"cannot be sent, the limit is 65,536"):
-        ask(path, {"do": "x" * 70_000})
+        ask(path, {"do": "x" * 70_000}, dict)
     with connect(path, "admin") as channel:
         for number in range(3):
             channel.send({"do": str(number)})
-            assert channel.receive(WAIT_S)[0]["did"] == str(number)
+            assert channel.receive(WAIT_S, dict)[0]["did"] == str(number)
 
 
 @pytest.mark.usefixtures("serving")
@@ -131,14 +133,14 @@ def test_a_long_request_holds_up_nobody(path: Path, handler: NotingHandler) -> N
     for channel in waiting:
         channel.send({"do": "wait"})
         assert handler.asking.acquire(timeout=WAIT_S)
-    assert ask(path, {"do": "stat"})["ok"]
+    assert ask(path, {"do": "stat"}, dict)["ok"]
     with connect(path) as client:
         client.send({"echo": 1})
-        assert client.receive(WAIT_S) == ({"echo": 1}, [])
+        assert client.receive(WAIT_S, dict) == ({"echo": 1}, [])
     waiting[1].send({"do": "stat"})
     assert "ask one at a time" in last_words(waiting[1])
     handler.go_on.set()
-    assert waiting[0].receive(WAIT_S)[0]["did"] == "wait"
+    assert waiting[0].receive(WAIT_S, dict)[0]["did"] == "wait"
     waiting[0].close()
 
 
@@ -160,7 +162,7 @@ def test_a_message_that_fails_costs_its_sender_alone(
         assert handler.next("detach") == (attached, None)
         assert "is dropped" in warnings.get(timeout=WAIT_S)
         other.send({"echo": 1})
-        assert other.receive(WAIT_S) == ({"echo": 1}, [])
+        assert other.receive(WAIT_S, dict) == ({"echo": 1}, [])
 
 
 def test_an_attach_that_fails_passes_its_error_on_and_detaches_nothing(
@@ -173,17 +175,17 @@ def test_an_attach_that_fails_passes_its_error_on_and_detaches_nothing(
     with pytest.raises(DaemonError, match="its log says more"):
         dial(path)
     handler.fault = None
-    handler.answer = {"not": {"JSON"}}
+    handler.layout = {"not": object()}
     with pytest.raises(DaemonError, match="its log says more"):
         dial(path)
     handler.next("attach")
     handler.next("detach")  # this one had returned
-    handler.answer = {}
+    handler.layout = {}
     connect(path).close()
     handler.next("attach")
     handler.next("detach")
     assert handler.calls.empty()
-    assert serving.counts()["refused"] == 2
+    assert serving.info().refused == 2
 
 
 def test_another_version_is_refused_by_both_numbers(
@@ -193,12 +195,12 @@ def test_another_version_is_refused_by_both_numbers(
     with pytest.raises(DaemonError, match=r"you speak version 7 .* version 1 .*: install one release for both"):
         dial(path)
     with pytest.raises(DaemonError, match=r"version 7"):
-        ask(path, {"do": "stat"})
+        ask(path, {"do": "stat"}, dict)
     monkeypatch.setattr(client_socket, "PROTOCOL_VERSION", 1)
     monkeypatch.setattr(server, "PROTOCOL_VERSION", 2)  # a daemon that takes all versions
     with pytest.raises(DaemonError, match=r"speaks version 2 of the protocol, this is version 1 "):
         dial(path)
-    assert serving.counts()["refused"] == 2
+    assert serving.info().refused == 2
 
 
 HELLOS = {
@@ -219,8 +221,8 @@ def test_a_first_message_that_is_no_hello_is_refused(path: Path, serving: Socket
     channel = Channel(bare_socket(path))
     channel.send(hello)
     said = last_words(channel)
-    assert "is no hello, which has" in said or "there is no role" in said
-    assert serving.counts() == {"attached": 0, "max": 3, "refused": 1}
+    assert "expected a hello message with version, role, pid and release" in said or "there is no role" in said
+    assert serving.info() == ClientsInfo(attached=0, max=3, refused=1, list=())
 
 
 @pytest.mark.usefixtures("serving")
@@ -228,9 +230,9 @@ def test_descriptors_and_foreign_packets_end_a_client_by_name(path: Path, handle
     before = open_descriptors()
     for data, control, says in (
         (packet(b"{}"), [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [1]))], "more than 0 descriptors"),
-        (packet(b"{}", magic=b"HTTP"), [], "none of this protocol"),
+        (packet(b"{}", magic=b"HTTP"), [], "not of this protocol"),
         (packet(b"x" * 32756, 65537, flags=1), [], "65,537 bytes, the limit is 65,536"),
-        (packet(b"[[[]]]"), [], "expected an object"),
+        (packet(b"[[[]]]"), [], "Expected `object`, got `array`"),
     ):
         channel = connect(path)
         with socket.socket(fileno=os.dup(channel.fileno())) as sock:
@@ -244,31 +246,31 @@ def test_descriptors_and_foreign_packets_end_a_client_by_name(path: Path, handle
 def test_who_says_no_hello_in_time_is_dropped(
     path: Path, serving: SocketServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "HANDSHAKE_S", 0.2)
+    monkeypatch.setattr(limits, "HANDSHAKE_S", 0.2)
     silent, half = bare_socket(path), bare_socket(path)
     half.send(packet(b"x" * 32756, 40000, flags=1))
     for sock in (silent, half):
         assert "no hello came within 0.2 s" in last_words(Channel(sock))
-    assert serving.counts()["refused"] == 2
+    assert serving.info().refused == 2
 
 
 @pytest.mark.usefixtures("serving")
 def test_of_too_many_that_said_no_hello_the_oldest_goes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HANDSHAKE_S", WAIT_S)
-    silent = [Channel(bare_socket(path)) for _ in range(server.GREETINGS_MAX + 2)]
+    monkeypatch.setattr(limits, "HANDSHAKE_S", WAIT_S)
+    silent = [Channel(bare_socket(path)) for _ in range(limits.HANDSHAKES_MAX + 2)]
     for channel in silent[:2]:
         assert "33 connections have not said hello, the limit is 32" in last_words(channel)
     connect(path).close()
     assert "33 connections" in last_words(silent[2])
     silent[3].send(HELLO)
-    assert silent[3].receive(WAIT_S)[0]["hello"] == PROTOCOL_VERSION
+    assert silent[3].receive(WAIT_S, dict)[0]["hello"] == PROTOCOL_VERSION
     for channel in silent[3:]:
         channel.close()
 
 
 @as_root
 def test_one_users_silent_connections_do_not_push_out_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "GREETINGS_MAX", 4)
+    monkeypatch.setattr(limits, "HANDSHAKES_MAX", 4)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         path, handler = Path(folder) / "socket", NotingHandler()
@@ -292,8 +294,8 @@ def test_clients_are_limited_and_a_place_is_free_again(
     clients = [connect(path) for _ in range(3)]
     with pytest.raises(DaemonError, match=r"3 clients are attached, the limit is 3 \(--clients\): end some"):
         dial(path)
-    assert serving.counts() == {"attached": 3, "max": 3, "refused": 1}
-    assert ask(path, {"do": "stat"})["ok"], "administrators have places of their own"
+    assert serving.info() == ClientsInfo(attached=3, max=3, refused=1, list=())
+    assert ask(path, {"do": "stat"}, dict)["ok"], "administrators have places of their own"
     for _ in range(3):
         handler.next("attach")
     clients.pop().close()
@@ -305,16 +307,16 @@ def test_clients_are_limited_and_a_place_is_free_again(
 
 @pytest.mark.usefixtures("serving")
 def test_administrators_and_their_requests_are_limited(path: Path, handler: NotingHandler) -> None:
-    for _ in range(asks.ASKS_MAX):  # who asks and goes leaves a request under way
+    for _ in range(admin.REQUESTS_MAX):  # who asks and goes leaves a request under way
         with connect(path, "admin") as channel:
             channel.send({"do": "wait"})
             assert handler.asking.acquire(timeout=WAIT_S)
     with pytest.raises(DaemonError, match="8 requests are under way, which is the limit"):
-        ask(path, {"do": "stat"})
+        ask(path, {"do": "stat"}, dict)
     handler.go_on.set()
-    administrators = [connect(path, "admin") for _ in range(server.ADMINS_MAX)]
+    administrators = [connect(path, "admin") for _ in range(limits.ADMINS_MAX)]
     with pytest.raises(DaemonError, match="8 administrators are connected, the limit is 8"):
-        ask(path, {"do": "stat"})
+        ask(path, {"do": "stat"}, dict)
     for channel in administrators:
         channel.close()
 
@@ -326,17 +328,17 @@ def test_an_idle_administrator_makes_room_and_a_waiting_one_stays(
     waiting = connect(path, "admin")
     waiting.send({"do": "wait"})
     assert handler.asking.acquire(timeout=WAIT_S)
-    monkeypatch.setattr(server, "ADMIN_IDLE_S", 0.1)
+    monkeypatch.setattr(limits, "ADMIN_IDLE_S", 0.1)
     assert "no request came within 0.1 s" in last_words(connect(path, "admin"))
     handler.go_on.set()
-    assert waiting.receive(WAIT_S)[0]["did"] == "wait"
+    assert waiting.receive(WAIT_S, dict)[0]["did"] == "wait"
     assert "no request came within 0.1 s" in last_words(waiting)
 
 
 @pytest.mark.usefixtures("serving")
 def test_an_answer_that_comes_late_is_given_up(path: Path, handler: NotingHandler) -> None:
     with pytest.raises(DaemonError, match=r"does not answer within 0.2 s"):
-        ask(path, {"do": "wait"}, timeout_s=0.2)
+        ask(path, {"do": "wait"}, dict, timeout_s=0.2)
     handler.go_on.set()
 
 
@@ -368,7 +370,7 @@ def test_a_killed_client_is_detached_also_where_a_fork_holds_its_socket(
 
 def test_what_a_process_sent_last_is_heard(path: Path, handler: NotingHandler) -> None:
     """More than is read of a peer in one round, and all there, like the process's end, before the server looks."""
-    last = range(server.PACKETS_A_ROUND + 3)
+    last = range(connections.PACKETS_A_ROUND + 3)
 
     def send_and_end() -> str:
         sock = bare_socket(path)
@@ -390,7 +392,7 @@ def test_all_who_said_hello_at_once_are_attached(path: Path, handler: NotingHand
             channel.send(HELLO)
         opened.start()
         for channel in waiting:
-            assert channel.receive(WAIT_S)[0]["hello"] == PROTOCOL_VERSION
+            assert channel.receive(WAIT_S, dict)[0]["hello"] == PROTOCOL_VERSION
             channel.close()
 
 
@@ -408,7 +410,7 @@ def test_nothing_of_a_dropped_peer_reaches_the_handler(path: Path, handler: Noti
 def test_who_does_not_read_is_dropped_in_time(
     path: Path, handler: NotingHandler, warnings: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "PEER_SEND_S", 0.2)
+    monkeypatch.setattr(limits, "PEER_SEND_S", 0.2)
     file = os.memfd_create("file")
     before = open_descriptors()
     with connect(path):
@@ -429,7 +431,7 @@ def test_all_that_is_queued_comes_in_order(path: Path, handler: NotingHandler, m
         for number in range(peer.QUEUE_MESSAGES_MAX):
             attached.send({"number": number, "text": "x" * 900_000})
         for number in range(peer.QUEUE_MESSAGES_MAX):
-            assert client.receive(WAIT_S)[0]["number"] == number
+            assert client.receive(WAIT_S, dict)[0]["number"] == number
 
 
 @pytest.mark.usefixtures("serving")
@@ -460,7 +462,7 @@ def test_who_sends_too_fast_is_dropped(
     def flood(channel: Channel) -> None:
         for _ in range(100_000):
             channel.send({"do": "stat"} if role == "admin" else {"n": 1})
-            if role == "admin" and "error" in channel.receive(WAIT_S)[0]:
+            if role == "admin" and "error" in channel.receive(WAIT_S, dict)[0]:
                 return
 
     with connect(path) as other, connect(path, role) as hostile:
@@ -471,7 +473,7 @@ def test_who_sends_too_fast_is_dropped(
             flood(hostile)
         assert "more than 50 messages came within a second" in warnings.get(timeout=WAIT_S)
         other.send({"echo": 1})
-        assert other.receive(WAIT_S) == ({"echo": 1}, [])
+        assert other.receive(WAIT_S, dict) == ({"echo": 1}, [])
 
 
 @pytest.mark.usefixtures("serving")
@@ -480,7 +482,7 @@ def test_the_handler_may_drop_a_peer(path: Path, handler: NotingHandler) -> None
     attached, _ = handler.next("attach")
     attached.send({"before": 1})
     attached.drop("your store was swapped: attach again")
-    assert channel.receive(WAIT_S) == ({"before": 1}, [])
+    assert channel.receive(WAIT_S, dict) == ({"before": 1}, [])
     assert last_words(channel) == "your store was swapped: attach again"
     assert handler.next("detach") == (attached, None)
 
@@ -493,9 +495,9 @@ def test_closing_says_goodbye_and_detaches(path: Path, handler: NotingHandler, s
     assert handler.asking.acquire(timeout=WAIT_S)
     assert not serving.close(timeout_s=0.2, reason="the machine restarts"), "a request is still under way"
     for channel in (client, administrator):
-        assert channel.receive(WAIT_S) == ({"bye": "the machine restarts"}, [])
+        assert channel.receive(WAIT_S, dict) == ({"bye": "the machine restarts"}, [])
         with pytest.raises(ChannelClosed):
-            channel.receive(WAIT_S)
+            channel.receive(WAIT_S, dict)
         channel.close()
     silent.close()
     handler.next("detach")
@@ -512,7 +514,7 @@ def test_a_goodbye_instead_of_an_answer_is_an_error(path: Path, handler: NotingH
 
     def wait() -> None:
         try:
-            ask(path, {"do": "wait"}, WAIT_S)
+            ask(path, {"do": "wait"}, dict, WAIT_S)
         except DaemonError as error:
             said.append(str(error))
 
@@ -532,7 +534,7 @@ def test_a_server_leaves_neither_descriptors_nor_threads(path: Path, handler: No
         if turn:
             opened.start()
             channels = [connect(path), connect(path, "admin"), Channel(bare_socket(path))]
-            ask(path, {"do": "stat"})
+            ask(path, {"do": "stat"}, dict)
         assert opened.close()
         if turn:
             for channel in channels:
@@ -546,18 +548,18 @@ def test_idle_clients_wake_nobody(path: Path, handler: NotingHandler) -> None:
         opened.start()
         clients = [connect(path) for _ in range(server.CLIENTS_MAX)]
         assert threading.active_count() == threads + 1
-        assert opened._seconds_left() is None
+        assert opened._connections.seconds_left() is None
         for number, channel in enumerate(clients):
             channel.send({"echo": number})
-            assert channel.receive(WAIT_S) == ({"echo": number}, [])
+            assert channel.receive(WAIT_S, dict) == ({"echo": number}, [])
             channel.close()
 
 
 def test_out_of_descriptors_connections_wait_and_nothing_spins(
     path: Path, handler: NotingHandler, warnings: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "ACCEPT_PAUSE_S", 0.5)
-    monkeypatch.setattr(server, "HANDSHAKE_S", 0.2)
+    monkeypatch.setattr(acceptor, "ACCEPT_PAUSE_S", 0.5)
+    monkeypatch.setattr(limits, "HANDSHAKE_S", 0.2)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
     with SocketServer(path, handler) as opened, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as late:
@@ -576,7 +578,7 @@ def test_out_of_descriptors_connections_wait_and_nothing_spins(
         assert len(taken) < 256
         connect(path).close()
         with Channel(socket.socket(fileno=os.dup(late.fileno()))) as channel:
-            assert channel.receive(WAIT_S)[0]["error"] == "DaemonError", "it was accepted, and said nothing"
+            assert channel.receive(WAIT_S, dict)[0]["error"] == "DaemonError", "it was accepted, and said nothing"
         assert warnings.qsize() < 5, "it was not tried again and again"
 
 

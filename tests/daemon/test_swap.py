@@ -22,9 +22,11 @@ from support.stores import Model, make_model, place_some, random_keys
 import tierstore
 from tierstore.attached.engine import AttachedEngine
 from tierstore.daemon import attachments
-from tierstore.daemon import shared_tiers as host
-from tierstore.daemon.daemon import Daemon, Remote
-from tierstore.daemon.shared_tiers import TAGS
+from tierstore.daemon.daemon import Daemon
+from tierstore.daemon.placements import placed_entries
+from tierstore.daemon.remote_lookups import Remote
+from tierstore.daemon.shared_tiers import SharedTiers
+from tierstore.daemon.versions import TAGS
 from tierstore.remote import answers as remote_answers
 from tierstore.remote import engine as remote_engine
 from tierstore.remote.answers import Answers
@@ -78,14 +80,14 @@ def test_every_lookup_is_of_one_version_whole_and_after_a_swap_of_the_new(
             for _ in range(3):
                 np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[current])
         stat = daemon.stat()
-        assert (stat["store"]["version"], stat["store"]["path"], stat["store"]["previous"]) == (
+        assert (stat.store.version, stat.store.path, stat.store.previous) == (
             5,
             str(placed),
             str(newer),
         )
-        assert stat["clients"]["list"][0]["version"] == 5
-        assert stat["feed"]["errors"] == 0
-        assert stat["memory"]["used_bytes"] <= dram_bytes
+        assert stat.clients.list[0].version == 5
+        assert stat.feed.errors == 0
+        assert stat.memory.used_bytes <= dram_bytes
 
 
 def test_rollback_goes_to_the_version_before_and_back(
@@ -108,7 +110,7 @@ def test_a_client_that_cannot_be_told_of_a_swap_attaches_anew(
         raise tierstore.DaemonError("no block for it: too many open files")
 
     with serving(placed, socket, CACHED) as daemon, tierstore.connect(socket) as store:
-        monkeypatch.setattr(daemon._host, "move", no_descriptor)
+        monkeypatch.setattr(daemon._host.clients, "move", no_descriptor)
         request(socket, "swap", store=str(newer))
         until(lambda: store.stats()["attached"] == {"socket": str(socket), "now": True, "version": 2})
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[1])
@@ -118,12 +120,14 @@ def test_places_that_are_free_after_a_swap_go_to_the_placement_of_the_new_store(
     placed: Path, newer: Path, socket: Path, rows: tuple[np.ndarray, np.ndarray]
 ) -> None:
     with serving(placed, socket, CACHED) as daemon, tierstore.connect(socket) as store:
-        before = {name: slots.num_live for name, slots in daemon._host.slots.items()}
+        before = {name: slots.num_live for name, slots in daemon._host.tiers.slots.items()}
         done = request(socket, "swap", store=str(newer))
-        for name, (order_index, keys) in daemon._placed().items():
-            slots = daemon._host.slots[name]
+        host = daemon._host
+        for name, (order_index, keys) in placed_entries(host.epochs.current, host.tiers.slots).items():
+            slots = host.tiers.slots[name]
             assert slots.num_live >= before[name]
-            assert slots.num_live == slots.capacity or daemon._host.are_static(name, order_index, keys).all()
+            are_static = host.tiers.are_static(host.epochs.current, name, order_index, keys)
+            assert slots.num_live == slots.capacity or are_static.all()
         assert done["filled"] > 0
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[1])
 
@@ -207,7 +211,7 @@ def test_a_version_that_cannot_take_its_place_is_refused_and_the_old_is_served(
                 assert set(traffic.seen) == {0}
                 fds.append(len(os.listdir("/proc/self/fd")))
         assert daemon.state == "serving"
-        assert (daemon.stat()["store"]["version"], daemon.stat()["store"]["previous"]) == (1, None)
+        assert (daemon.stat().store.version, daemon.stat().store.previous) == (1, None)
         until(lambda: len(os.listdir("/proc/self/fd")) <= fds[0])  # nothing of those after the first is left open
         assert request(socket, "swap", store=str(newer))["version"] == 2  # and a good one is taken as ever
         until(lambda: store.stats()["attached"]["version"] == 2)
@@ -221,7 +225,7 @@ def test_a_swap_whose_reads_fail_leaves_the_old_version_whole(
         for _ in range(20):
             store[NAME].lookup(KEYS)
         request(socket, "replan")
-        whole = host.Host._write
+        whole = SharedTiers.write
         calls = []
 
         def fails(self: Any, version: Any, *arguments: Any) -> Any:
@@ -232,7 +236,7 @@ def test_a_swap_whose_reads_fail_leaves_the_old_version_whole(
                 return calls[0]
             return whole(self, version, *arguments)
 
-        monkeypatch.setattr(host.Host, "_write", fails)
+        monkeypatch.setattr(SharedTiers, "write", fails)
         with pytest.raises(tierstore.DaemonError, match="the disk is gone"):
             request(socket, "swap", store=str(newer))
         monkeypatch.undo()
@@ -241,14 +245,14 @@ def test_a_swap_whose_reads_fail_leaves_the_old_version_whole(
                 traffic.go_on()
                 request(socket, "replan")
         assert set(traffic.seen) == {0}
-        assert daemon.stat()["store"]["version"] == 1
+        assert daemon.stat().store.version == 1
 
 
 def test_a_swap_that_fails_while_it_is_published_leaves_nothing_of_the_new_version(
     placed: Path, newer: Path, socket: Path, rows: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(placed, socket, CACHED) as daemon, tierstore.connect(socket) as store:
-        slots = daemon._host.slots
+        slots = daemon._host.tiers.slots
         index, calls = StaticSlots.index, []
 
         def fails(self: StaticSlots, *arguments: Any) -> None:
@@ -273,7 +277,7 @@ def test_a_swap_that_fails_while_it_is_published_leaves_nothing_of_the_new_versi
 
 @pytest.fixture
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attachments, "LEAVE_WAIT_S", 0.1)
+    monkeypatch.setattr(attachments, "GRACE_PERIOD_S", 0.1)
 
 
 @pytest.mark.usefixtures("short_waits")
@@ -291,12 +295,12 @@ def test_tags_of_twenty_swaps_never_give_a_row_of_another_version(
             until(lambda number=number: store.stats()["attached"]["version"] == number + 2)
             for _ in range(2):
                 np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[number % 2])
-            until(lambda: daemon.stat()["feed"]["queued_keys"] == 0)
-            tags.append(daemon._host.current.tag)
+            until(lambda: daemon.stat().feed.queued_keys == 0)
+            tags.append(daemon._host.epochs.current.tag)
         assert all(0 <= tag < TAGS for tag in tags)
         assert all(one != after for one, after in pairwise(tags))
         request(socket, "rollback")  # a version that was served keeps what is cached of it
-        assert daemon._host.current.tag == tags[-2]
+        assert daemon._host.epochs.current.tag == tags[-2]
         until(lambda: store.stats()["attached"]["version"] == len(copies) + 2)
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[len(copies) % 2])
 
@@ -370,7 +374,7 @@ def test_clients_that_attach_during_swaps_get_one_version_or_the_other(
             thread.join(WAIT_S)
             assert not thread.is_alive()
         assert wrong == []
-        until(lambda: daemon.stat()["clients"]["attached"] == 0)
+        until(lambda: daemon.stat().clients.attached == 0)
 
 
 @pytest.fixture
@@ -400,7 +404,7 @@ def test_a_replan_and_a_swap_at_once_wait_for_each_other(
         assert faults == []
         until(lambda: store.stats()["attached"]["version"] == 4)
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[1])
-    assert daemon.stat()["learning"]["replans"] >= 8
+    assert daemon.stat().learning.replans >= 8
 
 
 def swapping_once(act: Any, socket: Path, store: Path) -> Any:

@@ -212,7 +212,7 @@ def test_a_client_that_is_dropped_attaches_again_and_is_not_counted_twice(
         for _ in range(3):
             np.testing.assert_array_equal(store[NAME].lookup(KEYS), expected)
             asked = store.stats()["keys"]
-            until(lambda asked=asked: daemon.stat()["counters"]["keys"] == asked)
+            until(lambda asked=asked: daemon.stat().counters.keys == asked)
             (peer,) = daemon._host.attachments.clients()
             peer.drop("this is a test")
             until(lambda peer=peer: daemon._host.attachments.clients() not in ([peer], []))
@@ -220,8 +220,8 @@ def test_a_client_that_is_dropped_attaches_again_and_is_not_counted_twice(
         asked = store.stats()["keys"]
         until(lambda: store.stats()["attached"]["now"])
         store.close()
-        until(lambda: daemon.stat()["clients"]["attached"] == 0)
-        assert daemon.stat()["counters"]["keys"] == asked == 4 * int((KEYS >= 0).sum())
+        until(lambda: daemon.stat().clients.attached == 0)
+        assert daemon.stat().counters.keys == asked == 4 * int((KEYS >= 0).sum())
 
 
 def test_a_store_that_is_closed_while_its_daemon_is_gone_ends_soon(built: Path, socket: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_client_whose_disk_fails_has_its_dram_hits_and_others_have_all(
         np.testing.assert_array_equal(other[NAME].lookup(COLD), model.expected(NAME, COLD))
         native(store).inject("none")
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), model.expected(NAME, KEYS))
-        assert daemon.stat()["clients"]["attached"] == 2
+        assert daemon.stat().clients.attached == 2
 
 
 @pytest.mark.parametrize("fault", ["failing", "short", "corrupt"])
@@ -83,12 +83,12 @@ def test_a_daemon_whose_disk_fails_counts_it_and_feeds_again_when_it_is_well(
 ) -> None:
     with serving(built, socket, CACHED) as daemon, tierstore.connect(socket) as store:
         warmed(store)
-        engine = daemon._host.current.engine._engine
+        engine = daemon._host.epochs.current.engine._engine
         engine.inject(fault, 0, PERSISTENT)
-        errors = daemon.stat()["feed"]["errors"]
+        errors = daemon.stat().feed.errors
         for _ in range(3):
             np.testing.assert_array_equal(store[NAME].lookup(KEYS), model.expected(NAME, KEYS))
-        until(lambda: daemon.stat()["feed"]["errors"] > errors)
+        until(lambda: daemon.stat().feed.errors > errors)
         request(socket, "replan")  # reads, too, and does without what it cannot have
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), model.expected(NAME, KEYS))
         engine.inject("none")
@@ -111,8 +111,8 @@ def test_shards_that_are_cut_off_while_serving_cost_only_what_is_not_in_dram(
             with pytest.raises(tierstore.CorruptPageError, match=f"of table {NAME}"):
                 store[NAME].lookup(COLD)
             np.testing.assert_array_equal(store[NAME].lookup(WARM), rows)
-        until(lambda: daemon.stat()["feed"]["errors"] > 0)
-        assert daemon.stat()["daemon"]["state"] == "serving"
+        until(lambda: daemon.stat().feed.errors > 0)
+        assert daemon.stat().daemon.state == "serving"
 
 
 def test_a_cgroup_that_has_less_than_the_budget_is_said_before_anything_is_taken(
@@ -185,7 +185,7 @@ def test_a_client_that_may_map_or_open_too_little_is_told_and_the_others_are_ser
         done = limited(limit, value, LOOK_UP, socket)
         assert done.returncode == 0, done.stderr
         assert re.match(said, done.stdout), done.stdout
-        until(lambda: daemon.stat()["clients"]["attached"] == 0)
+        until(lambda: daemon.stat().clients.attached == 0)
     with tierstore.connect(socket) as store:
         assert store[NAME].lookup(KEYS).any()
 

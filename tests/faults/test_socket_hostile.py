@@ -28,6 +28,7 @@ from tierstore.daemon.peer import Peer
 from tierstore.daemon.server import SocketServer
 from tierstore.errors import DaemonError
 from tierstore.ipc.client_socket import ask, dial
+from tierstore.ipc.messages import from_json
 
 ACTS = 100_000 if os.environ.get("TIERSTORE_SOAK") == "1" else 2_500
 THREADS = 4
@@ -59,7 +60,8 @@ class PeerCounter:
         self.num_attached += 1
         return {}, [0]
 
-    def message(self, peer: Peer, message: dict[str, Any]) -> None:
+    def message(self, peer: Peer, data: bytes) -> None:
+        message = from_json(data, dict)
         if peer not in self.attached:
             self.faults.append(f"a message of {peer}, which is not attached: {message}")
         peer.send({"echo": message["echo"]})
@@ -71,8 +73,8 @@ class PeerCounter:
             self.attached.discard(peer)
             self.left.notify_all()
 
-    def ask(self, _: Peer, message: dict[str, Any]) -> dict[str, Any]:
-        return {"ok": message["do"]}
+    def answer(self, _: Peer, request: bytes) -> dict[str, Any]:
+        return {"ok": from_json(request, dict)["do"]}
 
 
 def packets_of(data: bytes) -> list[bytes]:
@@ -193,7 +195,7 @@ class ServedClient:
         while not self._done.wait(0.01):  # less often than is too fast
             started = time.monotonic()
             self._channel.send({"echo": len(self._seconds)})
-            assert self._channel.receive(WAIT_S) == ({"echo": len(self._seconds)}, [])
+            assert self._channel.receive(WAIT_S, dict) == ({"echo": len(self._seconds)}, [])
             self._seconds.append(time.monotonic() - started)
 
     def close(self) -> list[float]:
@@ -209,7 +211,7 @@ def wait_for_descriptors(path: Path, expected: int) -> None:
     Each request is a round of its loop."""
     deadline = time.monotonic() + WAIT_S
     while open_descriptors() != expected and time.monotonic() < deadline:
-        ask(path, {"do": "stat"}, WAIT_S)
+        ask(path, {"do": "stat"}, dict, WAIT_S)
     assert open_descriptors() == expected
 
 
@@ -241,7 +243,7 @@ def test_hostile_peers_leave_others_served_and_nothing_behind(
             attacker.close()
         with handler.left:
             assert handler.left.wait_for(lambda: len(handler.attached) == 1, WAIT_S), handler.attached
-        assert opened.counts()["refused"] > ACTS / 20
+        assert opened.info().refused > ACTS / 20
         assert handler.num_attached > ACTS / 20
         seconds = client.close()
         wait_for_descriptors(path, serving)
@@ -275,7 +277,7 @@ def test_another_users_hostile_acts_reach_nobody(monkeypatch: pytest.MonkeyPatch
             client.close()
             wait_for_descriptors(path, serving)
             assert handler.num_attached == 1
-            assert opened.counts()["refused"] >= ACTS // 5
+            assert opened.info().refused >= ACTS // 5
 
 
 def test_killed_peers_are_detached_whatever_they_were_doing(tmp_path: Path) -> None:
@@ -297,7 +299,7 @@ def test_killed_peers_are_detached_whatever_they_were_doing(tmp_path: Path) -> N
                     os._exit(0)
             os.close(write)
             os.read(read, 1)
-            ask(path, {"do": "stat"}, WAIT_S)  # it is at it meanwhile
+            ask(path, {"do": "stat"}, dict, WAIT_S)  # it is at it meanwhile
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             os.close(read)

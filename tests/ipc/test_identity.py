@@ -17,7 +17,7 @@ from support.daemon_peers import NOBODY, WAIT_S, NotingHandler, ServingChild, as
 from support.repository import REPOSITORY
 from support.served import ServeProcess
 
-from tierstore.daemon.attachments import Attachment
+from tierstore.daemon.attachment import Attachment
 from tierstore.daemon.server import SocketServer
 from tierstore.errors import ConfigError
 from tierstore.ipc import identity
@@ -171,7 +171,7 @@ def test_a_stranger_is_not_taken_for_the_user_of_a_daemon_in_a_namespace(open_pa
     daemon = NamespacedDaemon(open_path, NEW_USER_NAMESPACE, user=STRANGER)
     try:
         for user in (STRANGER + 1, None):
-            said = in_child(lambda: str(ask(open_path, {"do": "stat"}, 10, trusted_uids=[STRANGER])), user)
+            said = in_child(lambda: str(ask(open_path, {"do": "stat"}, dict, 10, trusted_uids=[STRANGER])), user)
             assert said.startswith("DaemonError: user 65534 (any user whom this user namespace does not map) "), said
     finally:
         daemon.kill()
@@ -210,22 +210,22 @@ def test_a_client_of_another_pid_namespace_lives_until_its_process_ends(open_pat
         daemon.kill()
 
 
-def test_a_client_whose_number_is_unknown_lingers_until_its_process_ends() -> None:
+def test_a_client_whose_number_is_unknown_may_map_its_block_until_its_process_ends() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         pidfd = os.pidfd_open(process.pid)
         attachment = Attachment(0, on_gpu=True, pidfd=pidfd)
         os.close(pidfd)  # it has its own
-        attachment.give(1)
-        assert attachment.lingers()
+        attachment.give_block(1)
+        assert attachment.is_mapped()
         process.kill()
         process.wait(WAIT_S)
-        assert not attachment.lingers()
+        assert not attachment.is_mapped()
         attachment.close()
 
 
 def test_a_client_of_whom_nothing_is_known_counts_as_alive() -> None:
     attachment = Attachment(0, on_gpu=True)
-    assert attachment.lingers()
+    assert attachment.is_mapped()
     attachment.close()
 
 
@@ -235,13 +235,13 @@ def test_a_hidden_proc_is_not_taken_for_the_end_of_a_process(monkeypatch: pytest
 
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         attachment = Attachment(process.pid, on_gpu=True)
-        attachment.give(1)
-        assert not attachment.lingers()  # it maps no block
+        attachment.give_block(1)
+        assert not attachment.is_mapped()  # it maps no block
         monkeypatch.setattr(Path, "read_text", hidden)
-        assert attachment.lingers()
+        assert attachment.is_mapped()
         process.kill()
         process.wait(WAIT_S)
-        assert not attachment.lingers()
+        assert not attachment.is_mapped()
         attachment.close()
 
 

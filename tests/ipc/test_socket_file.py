@@ -31,6 +31,7 @@ from tierstore.daemon.server import SocketServer
 from tierstore.errors import ConfigError, DaemonError
 from tierstore.ipc import client_socket
 from tierstore.ipc.client_socket import ask, dial
+from tierstore.ipc.messages import from_json
 from tierstore.ipc.protocol import ChannelClosed
 from tierstore.ipc.socket_file import starting_state
 from tierstore.tools.cli import run
@@ -104,12 +105,12 @@ def test_another_user_is_refused_by_name(open_path: Path, handler: NotingHandler
         assert said.startswith("DaemonError: ")
         assert f"permission denied to user {NOBODY}: restart the daemon with --allow-user {NOBODY}" in said
         open_path.chmod(0o666)  # the file's mode is the outer door only
-        for act in (lambda: str(dial(open_path)), lambda: str(ask(open_path, {"do": "stat"}))):
+        for act in (lambda: str(dial(open_path)), lambda: str(ask(open_path, {"do": "stat"}, dict))):
             said = in_child(act, NOBODY)
             assert said.startswith(f"DaemonError: user {NOBODY} (process ")
             assert said.endswith(f"users 0 may: restart it with --allow-user {NOBODY}, or connect as one of them")
             assert f"user {NOBODY}" in warnings.get(timeout=WAIT_S)
-        assert opened.counts() == {"attached": 0, "max": 64, "refused": 2}
+        assert opened.info().refused == 2
     assert handler.calls.empty()
 
 
@@ -117,11 +118,11 @@ def test_another_user_is_refused_by_name(open_path: Path, handler: NotingHandler
 def test_a_named_user_may_attach_and_not_administer(open_path: Path, handler: NotingHandler) -> None:
     with SocketServer(open_path, handler, allowed_users=[NOBODY]) as opened:
         opened.start()
-        assert in_child(lambda: str(dial(open_path)[1]["version"]), NOBODY) == "1"
+        assert in_child(lambda: str(from_json(dial(open_path)[1], dict)["version"]), NOBODY) == "1"
         attached, _ = handler.next("attach")
         assert (attached.uid, attached.gid) == (NOBODY, NOBODY)
         handler.next("detach")
-        said = in_child(lambda: str(ask(open_path, {"do": "stat"})), NOBODY)
+        said = in_child(lambda: str(ask(open_path, {"do": "stat"}, dict)), NOBODY)
         assert f"user {NOBODY} may attach to the daemon at {open_path} and not administer it" in said
         assert in_child(lambda: str(dial(open_path)), NOBODY - 1).startswith(f"DaemonError: user {NOBODY - 1} ")
 
@@ -134,7 +135,7 @@ def test_a_daemon_of_another_user_is_not_trusted_unless_named(open_path: Path) -
             DaemonError, match=rf"process {child.pid}\) belongs to user {NOBODY}, only daemons of users 0 are"
         ):
             dial(open_path)
-        assert ask(open_path, {"do": "stat"}, trusted_uids=[NOBODY])["ok"], "root may administer every daemon"
+        assert ask(open_path, {"do": "stat"}, dict, trusted_uids=[NOBODY])["ok"], "root may administer every daemon"
     finally:
         child.kill()
 
@@ -151,7 +152,7 @@ def test_a_second_daemon_is_refused_and_the_first_unharmed(
     os.link(path, hard)
     with pytest.raises(DaemonError, match="another program listens there"):
         SocketServer(hard, handler)
-    assert ask(path, {"do": "stat"})["ok"]
+    assert ask(path, {"do": "stat"}, dict)["ok"]
     assert serving.close()
     assert sorted(file.name for file in path.parent.iterdir()) == ["hard", "soft"]
 
@@ -161,13 +162,13 @@ def test_a_killed_daemons_socket_is_replaced(path: Path, handler: NotingHandler)
     channel = connect(path)
     child.kill()
     with pytest.raises(ChannelClosed):
-        channel.receive(WAIT_S)
+        channel.receive(WAIT_S, dict)
     channel.close()
     with pytest.raises(DaemonError, match=r"nothing listens there, its daemon was killed; start it: tierstore serve"):
         dial(path)
     with SocketServer(path, handler) as opened:
         opened.start()
-        assert ask(path, {"do": "stat"})["ok"]
+        assert ask(path, {"do": "stat"}, dict)["ok"]
     assert not list(path.parent.iterdir())
 
 
@@ -196,7 +197,7 @@ def test_of_daemons_that_start_at_once_one_serves(path: Path, stale: bool, turn:
     os.close(start[1])
     outcomes = b"".join(os.read(won[0], 1) for _ in children)
     assert sorted(outcomes) == sorted(b"1" + b"0" * (len(children) - 1))
-    assert ask(path, {"do": "stat"})["ok"]
+    assert ask(path, {"do": "stat"}, dict)["ok"]
     for child in children:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -248,7 +249,7 @@ def test_a_path_that_cannot_be_a_sockets_is_refused(tmp_path: Path, handler: Not
         dial(long)
     with SocketServer(long[:-1], handler) as opened:
         opened.start()
-        assert ask(long[:-1], {"do": "stat"})["ok"]
+        assert ask(long[:-1], {"do": "stat"}, dict)["ok"]
     assert (tmp_path / "file").read_text() == "mine"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "link"]
     assert open_descriptors() == before
@@ -283,12 +284,12 @@ def test_dialling_says_what_is_wrong(tmp_path: Path) -> None:
     for path, says in (
         (tmp_path / "none", "there is no socket; start a daemon: tierstore serve STORE --socket"),
         (tmp_path / "file" / "socket", "a folder of this path is a file"),
-        (tmp_path / "file", "that is no socket"),
+        (tmp_path / "file", "that is not a socket"),
     ):
         with pytest.raises(DaemonError, match=says):
             dial(path)
         with pytest.raises(DaemonError, match=says):
-            ask(path, {"do": "stat"})
+            ask(path, {"do": "stat"}, dict)
 
 
 def test_a_daemon_that_takes_no_connection_is_given_up_in_time(
@@ -314,13 +315,13 @@ def test_who_asks_a_daemon_that_is_starting_is_told_how_far_it_is(path: Path, ha
         server.note_starting("warming, 7 %")
         assert starting_state(path) == "warming, 7 %"
         with pytest.raises(DaemonError, match=r"within 0.05 s; it is starting \(warming, 7 %\): ask again"):
-            ask(path, {"do": "stat"}, timeout_s=0.05)
+            ask(path, {"do": "stat"}, dict, timeout_s=0.05)
         with pytest.raises(DaemonError, match=f"process {os.getpid()}\\) serves there already"):
             SocketServer(path, handler, clients_max=3)
         server.note_starting("")
         assert starting_state(path) == ""
         server.start()
-        assert ask(path, {"do": "stat"}, timeout_s=WAIT_S)
+        assert ask(path, {"do": "stat"}, dict, timeout_s=WAIT_S)
     assert starting_state(path) == ""
 
 

@@ -14,7 +14,7 @@ from support.remote_servers import serving
 from support.served import MIB, until
 from support.served import serving as daemon_serving
 
-from tierstore.daemon.daemon import Remote
+from tierstore.daemon.remote_lookups import Remote
 from tierstore.remote import health as remote_health
 from tierstore.remote.messages import SERVICE
 

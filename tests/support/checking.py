@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from support.served import ServeProcess, other_model
+from support.served import ServeProcess
 from support.stores import Model, make_model, place_some, random_keys
 from support.waiting import WAIT_S
 
@@ -42,7 +42,7 @@ class Versions:
 
 def make_versions(folder: Path) -> Versions:
     """Builds both. Blocks, a few seconds."""
-    models = make_model(folder / "one"), other_model(folder / "two")
+    models = make_model(folder / "one", seed=0), make_model(folder / "two", seed=1)
     stores = folder / "one.tier", folder / "two.tier"
     for model, store in zip(models, stores, strict=True):
         model.build(store, shard_bytes=65536)

@@ -21,8 +21,10 @@ import pytest
 from tierstore.daemon.peer import Peer
 from tierstore.daemon.server import SocketServer
 from tierstore.errors import BudgetError, DaemonError
+from tierstore.ipc.channel import Channel
 from tierstore.ipc.client_socket import dial
-from tierstore.ipc.protocol import PROTOCOL_VERSION, Channel, ChannelClosed
+from tierstore.ipc.messages import from_json
+from tierstore.ipc.protocol import PROTOCOL_VERSION, ChannelClosed
 
 WAIT_S = 30.0  # for what must happen; nothing that works takes nearly as long
 NOBODY = 65534
@@ -50,7 +52,7 @@ class NotingHandler:
 
     def __init__(self) -> None:
         self.calls: queue.Queue[tuple[str, Peer, dict[str, Any] | None]] = queue.Queue()
-        self.answer: dict[str, Any] = {"version": 1}
+        self.layout: Any = {"version": 1}
         self.fds: Sequence[int] = ()
         self.fault: Exception | None = None
         self.go_on = threading.Event()  # what {"do": "wait"} waits for
@@ -61,9 +63,10 @@ class NotingHandler:
             raise self.fault
         peer.send({"early": True})  # must not come before the answer
         self.calls.put(("attach", peer, None))
-        return self.answer, self.fds
+        return self.layout, self.fds
 
-    def message(self, peer: Peer, message: dict[str, Any]) -> None:
+    def message(self, peer: Peer, data: bytes) -> None:
+        message = from_json(data, dict)
         self.calls.put(("message", peer, message))
         if message.get("raise") == "DaemonError":
             raise DaemonError("table layers.9: there is none; name one of the store's")
@@ -77,7 +80,8 @@ class NotingHandler:
     def detach(self, peer: Peer) -> None:
         self.calls.put(("detach", peer, None))
 
-    def ask(self, _: Peer, message: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, _: Peer, request: bytes) -> dict[str, Any]:
+        message = from_json(request, dict)
         if message["do"] == "wait":
             self.asking.release()
             assert self.go_on.wait(WAIT_S)
@@ -108,7 +112,7 @@ def connect(path: Path, role: Literal["client", "admin"] = "client") -> Channel:
     for fd in fds:
         os.close(fd)
     if role == "client":
-        assert channel.receive(WAIT_S) == ({"early": True}, [])
+        assert channel.receive(WAIT_S, dict) == ({"early": True}, [])
     return channel
 
 
@@ -122,10 +126,10 @@ def bare_socket(path: Path) -> socket.socket:
 
 def last_words(channel: Channel) -> str:
     """Why a channel was ended, and that it was."""
-    message, _ = channel.receive(WAIT_S)
+    message, _ = channel.receive(WAIT_S, dict)
     assert message["error"] == "DaemonError"
     with pytest.raises(ChannelClosed):
-        channel.receive(WAIT_S)
+        channel.receive(WAIT_S, dict)
     channel.close()
     return str(message["message"])
 

@@ -53,7 +53,7 @@ def killed(child: int) -> Iterator[None]:
 
 def request(socket: Path, do: str, **more: Any) -> dict[str, Any]:
     """A daemon's answer to an administrator."""
-    return ask(socket, {"do": do, **more}, timeout_s=WAIT_S)
+    return ask(socket, {"do": do, **more}, dict, timeout_s=WAIT_S)
 
 
 def least_budget(store: Path) -> int:

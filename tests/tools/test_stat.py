@@ -9,16 +9,18 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from support.remote_servers import serving
-from support.stat_record import BOUNDS_NS, STARTED_AT, client, stat_record
+from support.stat_record import BOUNDS_NS, STARTED_AT, changed, client, stat_record, table_counts
 
-from tierstore.daemon.record import missed_bytes, read_amplification
+from tierstore.daemon.record import FeedInfo, StatRecord, TableCounts, TierHits, missed_bytes, read_amplification
 from tierstore.errors import DaemonError
+from tierstore.ipc.messages import StatRequest, from_json, to_json
 from tierstore.remote.client import connect_remote
 from tierstore.tools.cli import console, run
 from tierstore.tools.stat.lines import concerns, summary
@@ -29,21 +31,51 @@ from tierstore.tools.stat.words import duration, latency_text, share_text, short
 NOW = STARTED_AT + 86_500
 
 
-def later_record() -> dict[str, Any]:
+def later_record(**changes: Any) -> StatRecord:
     """The record after some more lookups: 10,000 hits and 900 misses times the order, in each order of each table."""
     record = stat_record()
-    for table in record["counters"]["tables"].values():
-        for order, hits in table["orders"].items():
-            hits["dram"] += 10_000
-            hits["nvme"] += 900 * int(order)
-            table["static_hits"][order] += 8_000
-    record["counters"]["batches"] += 500
-    record["counters"]["pages_read"] += 40_000
-    record["counters"]["entries_read"] += 2_000
-    record["counters"]["bytes_read"] += 170_000_000
-    record["latency"]["counts"][3] += 50
-    record["clients"]["list"][2]["keys"] += 50_000
-    return record
+    tables = {
+        name: TableCounts(
+            table.hits,
+            {
+                order: TierHits(hits.hbm, hits.dram + 10_000, hits.nvme + 900 * order)
+                for order, hits in table.orders.items()
+            },
+            {order: static + 8_000 for order, static in table.static_hits.items()},
+        )
+        for name, table in record.counters.tables.items()
+    }
+    first, second, third = record.clients.list
+    counts = list(record.latency.counts)
+    counts[3] += 50
+    return changed(
+        record,
+        counters={
+            "batches": record.counters.batches + 500,
+            "pages_read": record.counters.pages_read + 40_000,
+            "entries_read": record.counters.entries_read + 2_000,
+            "bytes_read": record.counters.bytes_read + 170_000_000,
+            "tables": tables,
+        },
+        latency={"counts": tuple(counts)},
+        clients={"list": (first, second, changed(third, keys=third.keys + 50_000))},
+        **changes,
+    )
+
+
+def with_hits(record: StatRecord, table: str, order: int, hits: TierHits) -> StatRecord:
+    """The record with other hits of one order of a table."""
+    counts = record.counters.tables[table]
+    tables = dict(record.counters.tables)
+    tables[table] = TableCounts(counts.hits, counts.orders | {order: hits}, counts.static_hits)
+    return changed(record, counters={"tables": tables})
+
+
+def renamed(record: StatRecord, before: str, now: str) -> StatRecord:
+    """The record with another name for a table, in both places that name it."""
+    counts, shapes = dict(record.counters.tables), dict(record.store.tables)
+    counts[now], shapes[now] = counts.pop(before), shapes.pop(before)
+    return changed(record, counters={"tables": counts}, store={"tables": shapes})
 
 
 def rates_of(seconds: float = 2.0) -> Rates:
@@ -52,7 +84,7 @@ def rates_of(seconds: float = 2.0) -> Rates:
     return rates
 
 
-def text_of(record: dict[str, Any], rates: Rates | None = None, width: int = 120) -> str:
+def text_of(record: StatRecord, rates: Rates | None = None, width: int = 120) -> str:
     console = Console(file=io.StringIO(), width=width, highlight=False)
     console.print(page_of(record, rates, NOW))
     assert isinstance(console.file, io.StringIO)
@@ -67,18 +99,16 @@ def cells(text: str, *begin: str) -> list[str]:
 
 def test_rates_are_differences_by_the_seconds_between() -> None:
     rates = rates_of(2.0)
-    assert rates.counts["layers.14", "3"] == Counts(0, 8_000, 2_000, 2_700)
+    assert rates.counts["layers.14", 3] == Counts(0, 8_000, 2_000, 2_700)
     assert rates.keys_s == (6 * 10_000 + 2 * 900 * 9) / 2
     assert rates.total.hit_rate == pytest.approx(60_000 / 76_200)
     assert (rates.batches_s, rates.reads_s, rates.read_bytes_s) == (250, 21_000, 85_000_000)
     assert sum(rates.latency_counts) == rates.latency_counts[3] == 50
-    assert rates.client_keys_s == {5101: 0, 5102: 0, 5230: 25_000}
+    assert rates.client_keys_s == {1: 0, 2: 0, 4: 25_000}
 
 
 def test_there_are_no_rates_over_a_restart_or_within_a_moment() -> None:
-    restarted, other = stat_record(), stat_record()
-    restarted["daemon"]["started_at"] += 1
-    other["daemon"]["pid"] += 1
+    restarted, other = stat_record(daemon={"started_at": STARTED_AT + 1}), stat_record(daemon={"pid": 4243})
     assert rates_between(stat_record(), restarted, 1.0) is None
     assert rates_between(stat_record(), other, 1.0) is None
     assert rates_between(stat_record(), stat_record(), 0.0) is None
@@ -86,13 +116,21 @@ def test_there_are_no_rates_over_a_restart_or_within_a_moment() -> None:
 
 
 def test_tables_and_clients_that_came_in_between_count_from_nothing() -> None:
-    earlier, later = stat_record(), stat_record()
-    del earlier["counters"]["tables"]["layers.14"]
-    later["clients"]["list"].append(client(6000, 0.5, 2, 400, 100))
+    record = stat_record()
+    earlier = stat_record(counters={"tables": {"layers.1": record.counters.tables["layers.1"]}})
+    later = stat_record(clients={"list": (*record.clients.list, client(7, 6000, 0.5, 2, 400, 100))})
     rates = rates_between(earlier, later, 2.0)
     assert rates is not None
-    assert rates.counts["layers.14", "2"].keys == 1_000_000
-    assert rates.client_keys_s[6000] == 200
+    assert rates.counts["layers.14", 2].keys == 1_000_000
+    assert rates.client_keys_s[7] == 200
+
+
+def test_two_connections_of_one_process_have_rates_of_their_own() -> None:
+    earlier = stat_record(clients={"list": (client(1, 5101, 9.0, 2, 1_000, 0), client(2, 5101, 9.0, 2, 8_000, 0))})
+    later = stat_record(clients={"list": (client(1, 5101, 9.0, 2, 1_400, 0), client(2, 5101, 9.0, 2, 8_000, 0))})
+    rates = rates_between(earlier, later, 2.0)
+    assert rates is not None
+    assert rates.client_keys_s == {1: 200, 2: 0}
 
 
 def test_nothing_asked_has_no_hit_rate() -> None:
@@ -127,23 +165,21 @@ def test_missed_bytes_are_those_of_whole_entries() -> None:
 
 
 def test_what_rows_by_id_read_is_no_amplification_of_what_keys_missed() -> None:
-    record, before = stat_record(), read_amplification(stat_record())
-    for name in ("bytes_read", "row_bytes_read"):
-        record["counters"][name] += 7_000_000_000
+    before = read_amplification(stat_record())
+    record = stat_record(counters={"bytes_read": 47_000_000_000, "row_bytes_read": 7_000_000_000})
     assert read_amplification(record) == before
     assert "10.3 times what was missed" in text_of(record)
 
 
 def test_the_plans_hit_rate_is_weighted_by_what_was_asked_for() -> None:
-    record = stat_record()
-    for name, table in record["counters"]["tables"].items():
-        table["orders"] = {order: {"hbm": 0, "dram": 0, "nvme": 0} for order in table["orders"]}
-        table["orders"]["2"] = {"hbm": 0, "dram": 300 if name == "layers.1" else 0, "nvme": 0}
-    record["counters"]["tables"]["layers.14"]["orders"]["4"]["nvme"] = 100
-    expected = expected_rate(record)
+    asked = {
+        "layers.1": table_counts([300, 0, 0], [0] * 3, [0] * 3),
+        "layers.14": table_counts([0] * 3, [0] * 3, [0, 0, 100]),
+    }
+    expected = expected_rate(stat_record(counters={"tables": asked}))
     assert expected is not None
-    assert expected["expected"] == pytest.approx((300 * 0.95 + 100 * 0.52) / 400)
-    assert expected["low"] == pytest.approx(expected["expected"] - 0.02)
+    assert expected.expected == pytest.approx((300 * 0.95 + 100 * 0.52) / 400)
+    assert expected.low == pytest.approx(expected.expected - 0.02)
 
 
 def test_stat_says_what_the_plan_expected_beside_what_is_measured() -> None:
@@ -153,8 +189,7 @@ def test_stat_says_what_the_plan_expected_beside_what_is_measured() -> None:
 
 
 def test_without_a_plan_nothing_is_said_of_it() -> None:
-    record = stat_record()
-    record["plan"] = None
+    record = stat_record(plan=None)
     assert expected_rate(record) is None
     text = text_of(record)
     assert "expected" not in text
@@ -165,18 +200,17 @@ def test_stat_says_how_far_the_recency_cache_has_filled_until_it_is_full() -> No
     record = stat_record()
     assert "the recency cache is 47.5 % full" in text_of(record)
     assert "570 k of 1.20 M entries" in text_of(record)
-    record["epochs"]["recency_entries"] = dict(record["epochs"]["recency_slots"])
-    assert "% full" not in text_of(record)
+    assert "% full" not in text_of(stat_record(epochs={"recency_entries": record.epochs.recency_slots}))
 
 
 def test_what_is_in_no_count_of_keys_is_said() -> None:
     record = stat_record()
     assert "not among the keys" not in text_of(record)
-    record["counters"] |= {"rows": 2_000_000, "rows_missed": 500_000}
-    record["clients"]["list"][0]["has_hbm"] = True
-    said = "\n".join(summary(record, None))
-    assert "not among the keys: 2.00 M rows by their ids, 75.0 % from DRAM" in said
-    assert "not among the keys: what the GPUs of 1 clients found: see their own stats()" in said
+    first, *others = record.clients.list
+    clients = {"list": (changed(first, has_hbm=True), *others)}
+    text = "\n".join(summary(stat_record(counters={"rows": 2_000_000, "rows_missed": 500_000}, clients=clients), None))
+    assert "not among the keys: 2.00 M rows by their ids, 75.0 % from DRAM" in text
+    assert "not among the keys: what the GPUs of 1 clients found: see their own stats()" in text
 
 
 @pytest.mark.parametrize(
@@ -230,10 +264,9 @@ def test_with_rates_the_page_says_what_goes_on_now() -> None:
 
 
 def test_a_resident_table_is_called_so_and_hbm_is_shown_where_it_answers() -> None:
-    record = stat_record()
-    record["store"]["tables"]["layers.1"]["resident"] = True
-    record["counters"]["tables"]["layers.14"]["orders"]["2"]["hbm"] = 1_000_000
-    text = text_of(record)
+    shapes = stat_record().store.tables
+    record = stat_record(store={"tables": shapes | {"layers.1": changed(shapes["layers.1"], resident=True)}})
+    text = text_of(with_hits(record, "layers.14", 2, TierHits(1_000_000, 910_000, 90_000)))
     assert "resident" in cells(text, "layers.1", "3")
     assert cells(text, "layers.14", "2")[6:8] == ["50.0", "%"]
     assert " hbm " in text
@@ -244,8 +277,7 @@ def test_a_resident_table_is_called_so_and_hbm_is_shown_where_it_answers() -> No
 @pytest.mark.parametrize("rates", [None, rates_of()], ids=["stat", "top"])
 @pytest.mark.parametrize("in_hbm", [0, 1_000_000])
 def test_a_narrow_screen_costs_columns_and_never_digits(width: int, rates: Rates | None, in_hbm: int) -> None:
-    record = later_record()
-    record["counters"]["tables"]["layers.14"]["orders"]["2"]["hbm"] = in_hbm
+    record = with_hits(later_record(), "layers.14", 2, TierHits(in_hbm, 920_000, 91_800))
     text = text_of(record, rates, width=width)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
@@ -262,9 +294,8 @@ def test_at_80_columns_nothing_is_left_out_but_the_bars() -> None:
 
 
 def test_a_table_of_a_long_name_is_named_in_full_and_keeps_its_digits() -> None:
-    record, name = stat_record(), "model.language_model.layers.14.engram.embedding.table_of_many_rows"
-    record["counters"]["tables"][name] = record["counters"]["tables"].pop("layers.14")
-    text = text_of(record, None, width=80)
+    name = "model.language_model.layers.14.engram.embedding.table_of_many_rows"
+    text = text_of(renamed(stat_record(), "layers.14", name), None, width=80)
     assert "…" not in text
     assert "48.0 %" in text
     letters = "".join(line.split()[0] for line in text.splitlines() if line.strip())
@@ -272,18 +303,14 @@ def test_a_table_of_a_long_name_is_named_in_full_and_keeps_its_digits() -> None:
 
 
 def test_names_with_brackets_are_printed_as_they_are() -> None:
-    record = stat_record()
-    record["counters"]["tables"]["x[red]y[/a]"] = record["counters"]["tables"].pop("layers.1")
-    record["store"]["path"] = "/srv/[bold]"
-    text = text_of(record)
+    text = text_of(renamed(stat_record(store={"path": "/srv/[bold]"}), "layers.1", "x[red]y[/a]"))
     assert "x[red]y[/a]" in text
     assert "/srv/[bold]" in text
 
 
 def test_many_clients_are_cut_to_those_that_ask_the_most() -> None:
-    record = stat_record()
-    record["clients"]["list"] = [client(7000 + index, 1.0, 2, 1000 + index, 10) for index in range(40)]
-    text = text_of(record)
+    clients = tuple(client(index, 7000 + index, 1.0, 2, 1000 + index, 10) for index in range(40))
+    text = text_of(stat_record(clients={"list": clients}))
     assert "28 not shown" in text
     assert "7039" in text
     assert "7027" not in text
@@ -293,46 +320,45 @@ def test_many_clients_are_cut_to_those_that_ask_the_most() -> None:
     ("section", "changes", "said"),
     [
         ("memory", {"used_bytes": 9 << 30}, "1.00 GiB above the budget"),
-        ("epochs", {"alive": 2, "waiting_for": [11, 12]}, "the old epoch waits for pid 11, 12"),
+        ("epochs", {"alive": 2, "waiting_for": (11, 12)}, "the old epoch waits for pid 11, 12"),
         ("feed", {"errors": 3}, "3 missed keys could not be read: run tierstore verify /srv/models/v41.tier"),
         ("feed", {"dropped_keys": 300_000}, "30.0 % of the missed keys were dropped"),
         ("feed", {"dropped_keys": 300_000}, "run 'tierstore replan /run/tierstore/v41.sock', or give it more --dram"),
         ("learning", {"reports_lost": 5_800_000}, "50.0 % of the reports were lost"),
         ("learning", {"reports_refused": 9}, "9 reports made no sense"),
-        ("clients", {"attached": 64}, "all 64 places for clients are taken"),
+        ("clients", {"attached": 64}, "all 64 clients that may attach are attached: more are refused"),
         ("remote", {"errors": 500}, "500 of 1,500 remote calls failed"),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_what_needs_the_operators_eye_is_said_first(section: str, changes: dict[str, Any], said: str) -> None:
-    record = stat_record()
-    record["epochs"] |= {"alive": 1, "waiting_for": []}
+    record = stat_record(epochs={"alive": 1, "waiting_for": ()})
     assert concerns(record) == []
-    record[section] |= changes
+    record = changed(record, **{section: changes})
     (concern,) = concerns(record)
     assert said in concern
     assert f"! {concern}" in text_of(record, width=400).splitlines()[2]
 
 
 def test_many_dropped_keys_without_a_plan_call_for_one() -> None:
-    record = stat_record()
-    record["feed"]["dropped_keys"], record["plan"] = 300_000, None
+    record = stat_record(feed={"dropped_keys": 300_000}, plan=None)
     assert any("run 'tierstore profile' and 'tierstore plan'" in concern for concern in concerns(record))
 
 
 def test_a_daemon_that_has_just_begun_is_shown_without_a_number_that_is_none() -> None:
-    record = stat_record()
-    counters = record["counters"]
-    counters |= dict.fromkeys(("keys", "batches", "zero_miss_batches", "pages_read", "entries_read", "bytes_read"), 0)
-    for table in counters["tables"].values():
-        table["static_hits"] = dict.fromkeys(table["static_hits"], 0)
-        table["orders"] = {order: {"hbm": 0, "dram": 0, "nvme": 0} for order in table["orders"]}
-    record["latency"]["counts"] = [0] * len(record["latency"]["counts"])
-    record["learning"] |= {"reports": 0, "reports_lost": 0, "replans": 0, "last_replan": None, "next_replan_s": None}
-    record["feed"] = dict.fromkeys(record["feed"], 0)
-    record["epochs"] |= {"alive": 1, "waiting_for": []}
-    record["clients"] |= {"attached": 0, "list": []}
-    record["remote"] = record["store"]["previous"] = None
+    nothing = table_counts([0] * 3, [0] * 3, [0] * 3)
+    counts = dict.fromkeys(("keys", "batches", "zero_miss_batches", "pages_read", "entries_read", "bytes_read"), 0)
+    learning = {"reports": 0, "reports_lost": 0, "replans": 0, "last_replan": None, "next_replan_s": None}
+    record = stat_record(
+        counters=counts | {"tables": {"layers.1": nothing, "layers.14": nothing}},
+        latency={"counts": (0,) * (len(BOUNDS_NS) + 1)},
+        learning=learning,
+        feed=FeedInfo(0, 0, 0, 0),
+        epochs={"alive": 1, "waiting_for": ()},
+        clients={"attached": 0, "list": ()},
+        remote=None,
+        store={"previous": None},
+    )
     assert concerns(record) == []
     text = text_of(record, rates_between(record, record, 1.0))
     assert "nan" not in text
@@ -343,41 +369,51 @@ def test_a_daemon_that_has_just_begun_is_shown_without_a_number_that_is_none() -
     assert "clients: 0 of 64" in text
 
 
-class Asked:
-    """Stands for `tierstore.ipc.client_socket.ask`."""
+class StubbedDaemon:
+    """Stands for `tierstore.ipc.client_socket.ask`: answers with a JSON text, or raises."""
 
-    def __init__(self, answer: dict[str, Any] | Exception) -> None:
+    def __init__(self, answer: StatRecord | dict[str, Any] | Exception) -> None:
         self.answer = answer
-        self.calls: list[tuple[str, dict[str, Any], float]] = []
+        self.calls: list[tuple[str, object, float]] = []
 
-    def ask(self, socket_path: str, request: dict[str, Any], timeout_s: float = 10.0) -> dict[str, Any]:
+    def ask(self, socket_path: str, request: object, kind: type[Any], timeout_s: float = 10.0) -> Any:
         self.calls.append((socket_path, request, timeout_s))
         if isinstance(self.answer, Exception):
             raise self.answer
-        return self.answer
+        return from_json(to_json(self.answer), kind)
 
 
-def serve(monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any] | Exception) -> Asked:
-    asked = Asked(answer)
-    monkeypatch.setattr("tierstore.tools.stat.command.ask", asked.ask)
-    return asked
+def serve(monkeypatch: pytest.MonkeyPatch, answer: StatRecord | dict[str, Any] | Exception) -> StubbedDaemon:
+    stub = StubbedDaemon(answer)
+    monkeypatch.setattr("tierstore.tools.stat.command.ask", stub.ask)
+    return stub
 
 
 def test_stat_asks_the_socket_once_and_prints_its_record(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = serve(monkeypatch, {"ok": True, **stat_record()})
+    stub = serve(monkeypatch, stat_record())
     assert run(["stat", "/run/tierstore/v41.sock"]) == 0
-    assert asked.calls == [("/run/tierstore/v41.sock", {"do": "stat"}, 10.0)]
+    assert stub.calls == [("/run/tierstore/v41.sock", StatRequest(), 10.0)]
     assert "version 2, epoch 7, /srv/models/v41.tier" in capsys.readouterr().out
 
 
 def test_stat_gives_the_record_itself_to_programs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    serve(monkeypatch, {"ok": True, **stat_record()})
+    serve(monkeypatch, stat_record())
     assert run(["stat", "x.sock", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == stat_record()
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == json.loads(to_json(stat_record()))
+    assert printed.startswith('{\n  "daemon": {\n    "pid": 4242,')
+
+
+def test_a_record_with_more_than_this_release_knows_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve(monkeypatch, msgspec.to_builtins(stat_record(), str_keys=True) | {"more": {"to": "come"}})
+    assert run(["stat", "x.sock"]) == 0
+    assert "version 2, epoch 7" in capsys.readouterr().out
 
 
 def test_stat_of_no_daemon_is_one_line_with_status_1(
@@ -392,11 +428,11 @@ def test_stat_of_no_daemon_is_one_line_with_status_1(
 def test_a_record_of_another_release_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = stat_record()
-    del record["feed"], record["epochs"]
+    record = msgspec.to_builtins(stat_record(), str_keys=True)
+    del record["feed"]["errors"]
     serve(monkeypatch, record)
     assert run(["stat", "x.sock"]) == 1
-    assert "has no epochs, feed; it is of another release" in capsys.readouterr().err
+    assert "missing required field `errors` - at `$.feed`; is the sender of another release?" in capsys.readouterr().err
 
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J"
@@ -405,12 +441,9 @@ HOSTILE = "\x1b]0;owned\x07\x1b[2J"
 def test_no_name_reaches_a_terminal_as_a_command_to_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = stat_record()
-    for section in (record["counters"]["tables"], record["store"]["tables"]):
-        section[f"x{HOSTILE}"] = section.pop("layers.1")
-    record["store"]["path"] = f"/srv/{HOSTILE}"
+    record = renamed(stat_record(store={"path": f"/srv/{HOSTILE}"}), "layers.1", f"x{HOSTILE}")
     for command in (["stat", "x.sock"], ["top", "x.sock", "--count", "1"]):
-        serve(monkeypatch, {"ok": True, **record})
+        serve(monkeypatch, record)
         assert run(command) == 0
         shown = capsys.readouterr().out
         assert not {"\x1b", "\x07"} & set(shown)

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 from support.repository import REPOSITORY
-from support.stat_record import STARTED_AT, stat_record
+from support.stat_record import STARTED_AT, changed, stat_record
 
+from tierstore.daemon.record import StatRecord
 from tierstore.errors import DaemonError
 from tierstore.tools import top
 from tierstore.tools.cli import run
@@ -27,17 +28,19 @@ from tierstore.tools.stat.rates import rates_between
 from tierstore.tools.top import refreshes
 
 
-def record_after(step: int) -> dict[str, Any]:
+def record_after(step: int, **changes: Any) -> StatRecord:
     """The record after so many times 1,000 more hits of one order."""
-    record = stat_record()
-    record["counters"]["tables"]["layers.1"]["orders"]["2"]["dram"] += 1_000 * step
-    return record
+    record = stat_record(**changes)
+    counts = record.counters.tables["layers.1"]
+    hits = changed(counts.orders[2], dram=counts.orders[2].dram + 1_000 * step)
+    tables = record.counters.tables | {"layers.1": changed(counts, orders=counts.orders | {2: hits})}
+    return changed(record, counters={"tables": tables})
 
 
-def fetcher(*answers: dict[str, Any] | Exception) -> Callable[[], dict[str, Any]]:
+def fetcher(*answers: StatRecord | Exception) -> Callable[[], StatRecord]:
     left = list(answers)
 
-    def fetch() -> dict[str, Any]:
+    def fetch() -> StatRecord:
         answer = left.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -64,13 +67,12 @@ def test_it_ends_when_it_is_told_to_without_fetching_once_more() -> None:
 
 
 def test_a_daemon_that_is_away_is_shown_as_such_and_taken_up_again() -> None:
-    restarted = record_after(0)
-    restarted["daemon"] |= {"pid": 4300, "started_at": STARTED_AT + 99}
+    restarted = {"pid": 4300, "started_at": STARTED_AT + 99}
     away = DaemonError("x.sock: no daemon answers")
-    fetch = fetcher(record_after(0), away, restarted, record_after(1) | {"daemon": restarted["daemon"]})
+    fetch = fetcher(record_after(0), away, record_after(0, daemon=restarted), record_after(1, daemon=restarted))
     shown = list(refreshes(fetch, lambda: True, 4, clock_of(0.0, 3.0, 4.0)))
     assert [refresh.problem for refresh in shown] == [None, "x.sock: no daemon answers", None, None]
-    assert shown[1].record["daemon"]["pid"] == 4242
+    assert shown[1].record.daemon.pid == 4242
     assert shown[2].rates is None  # of another process
     assert shown[3].rates is not None
     assert shown[3].rates.keys_s == 1_000
@@ -119,7 +121,7 @@ def test_ctrl_c_is_a_good_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     """Whenever it comes; and then nothing more is fetched, or waited for."""
     fetched: list[float] = []
 
-    def fetch(_: object) -> dict[str, Any]:
+    def fetch(_: object) -> StatRecord:
         fetched.append(time.monotonic())
         if when == "before" or len(fetched) == 2:
             signal.raise_signal(signal.SIGINT)
@@ -162,7 +164,7 @@ import sys
 sys.path.insert(0, "tests")
 from support.stat_record import stat_record
 from tierstore.tools.stat import command as stat
-stat.ask = lambda socket, request, timeout_s: stat_record()
+stat.ask = lambda socket, request, kind, timeout_s: stat_record()
 from tierstore.tools.cli import main
 main()
 """

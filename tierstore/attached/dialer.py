@@ -7,13 +7,14 @@ and what opening the store's shards raises.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ..errors import FingerprintMismatchError
+from ..ipc.channel import Channel
 from ..ipc.client_socket import dial
 from ..ipc.mapped import same_tables
-from ..ipc.protocol import Channel, close_fds
+from ..ipc.messages import Layout, from_json
+from ..ipc.protocol import close_fds
 from ..spec import TableSpec
 from .link import Link
 
@@ -47,14 +48,14 @@ class Dialer:
             DaemonError: The daemon cannot be reached, or it refuses.
             FingerprintMismatchError: The daemon serves other tables than before.
         """
-        channel, layout, fds = dial(self.socket, "client", timeout_s, on_gpu=on_gpu)
+        channel, answer, fds = dial(self.socket, "client", timeout_s, on_gpu=on_gpu)
         try:
-            return channel, self.link(layout, fds, writable_static=writable_static)
+            return channel, self.link(_layout(answer, fds), fds, writable_static=writable_static)
         except BaseException:
             channel.close()
             raise
 
-    def link(self, layout: Mapping[str, Any], fds: list[int], *, writable_static: bool = False) -> Link:
+    def link(self, layout: Layout, fds: list[int], *, writable_static: bool = False) -> Link:
         """Maps what a message of the daemon describes, and closes the message's descriptors. Raises as `dial` does."""
         try:
             link = Link(layout, fds, self._io, self.staging_bytes, writable_static=writable_static)
@@ -69,3 +70,12 @@ class Dialer:
             )
         self._specs = link.specs
         return link
+
+
+def _layout(answer: bytes, fds: list[int]) -> Layout:
+    """Returns the layout that a daemon's answer to the hello says; closes its descriptors if it says none."""
+    try:
+        return from_json(answer, Layout)
+    except BaseException:
+        close_fds(fds)
+        raise

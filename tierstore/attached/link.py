@@ -12,17 +12,17 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from .. import kernels
 from ..decisions.budget import LINE_BYTES, STAGING_FRACTION, plan_staging
-from ..decisions.shared_budget import SharedShare
 from ..errors import ConfigError, DaemonError, FormatError, TierStoreError
 from ..formats.catalog import CatalogImage
 from ..ipc.mapped import Blocks, OpenVersion, StaticParts, recency_part, static_parts, table_memories
+from ..ipc.messages import Layout
 from ..store.embedded import open_placement
 from ..tiers.native import NativeEngine, SharedEpochs
 from ..tiers.nvme import choose_io
@@ -44,7 +44,7 @@ class Link:
 
     def __init__(
         self,
-        layout: Mapping[str, Any],
+        layout: Layout,
         fds: Sequence[int],
         io: str,
         staging_bytes: int,
@@ -56,19 +56,11 @@ class Link:
         writable_static: whether an exported block may be written here until
         `protect_static`.
         """
-        try:
-            self.version = int(layout["version"])
-            self._tag, sizes = int(layout["tag"]), [int(size) for size in layout["sizes"]]
-            self.is_exported = layout.get("lent") is True
-            self._shares = {name: SharedShare.from_dict(share) for name, share in layout["tables"].items()}
-            self._bad_pages = {
-                name: {int(page): str(text) for page, text in bad.items()} for name, bad in layout["bad_pages"].items()
-            }
-            path, identity, epoch = str(layout["store"]), layout["identity"], layout["placement"]
-            self.memory = {name: int(layout[name]) for name in ("budget_bytes", "dram_bytes")}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DaemonError(f"the daemon's answer is damaged ({error!r:.200}): is it of another release?") from error
-        if len(fds) != len(sizes) or not 4 <= len(sizes) <= 5:
+        self.version, self._tag, self.is_exported = layout.version, layout.tag, layout.lent
+        self._shares, self._bad_pages = layout.tables, layout.bad_pages
+        self.memory = {"budget_bytes": layout.budget_bytes, "dram_bytes": layout.dram_bytes}
+        path, identity, sizes = layout.store, layout.identity, layout.sizes
+        if len(fds) != len(sizes):
             raise DaemonError(
                 f"the daemon sent {len(fds)} descriptors of {len(sizes)} blocks: is it of another release?"
             )
@@ -81,15 +73,15 @@ class Link:
         self.static_id = found.st_dev, found.st_ino
         self._choice = choose_io(io)
         direct = self._choice.mode == "uring"
-        self.path, self.identity = path, str(identity)
+        self.path, self.identity = path, identity
         with _reading(path):
-            image, placed = _open(path, epoch, direct=direct)
+            image, placed = _open(path, layout.placement, direct=direct)
             self.opened = OpenVersion(image, placed, direct=direct)
         try:
             if image.identity != identity:
                 raise DaemonError(
                     f"{path} is not the store that the daemon opened (digest {image.identity[:12]}, and there "
-                    f"{str(identity)[:12]}): it was built anew, or is another here; restart the daemon, "
+                    f"{identity[:12]}): it was built anew, or is another here; restart the daemon, "
                     "or mount the same"
                 )
             if list(self._shares) != list(image.tables):

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..ipc.protocol import Channel
+import msgspec
+
+from ..ipc.channel import Channel
+from ..ipc.messages import EngineCounters, FromClient
 from ..stats import counters_since
 
 SEND_S = 1.0  # that a message may take
@@ -27,7 +30,8 @@ class CounterReports:
     def send(self, channel: Channel) -> None:
         """Reports what was counted since this connection began. Blocks, SEND_S at most; raises as `Channel.send`."""
         counters = self._counters()
-        channel.send({"counters": counters_since(counters, self._reported_before)}, timeout_s=SEND_S)
+        since = msgspec.convert(counters_since(counters, self._reported_before), EngineCounters)
+        channel.send(FromClient(counters=since), timeout_s=SEND_S)
         self._reported = counters  # only now: what was not sent is part of the next report
 
     def end_connection(self) -> None:

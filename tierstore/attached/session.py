@@ -11,13 +11,14 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import TierStoreError
+from ..ipc.channel import Channel
 from ..ipc.client_socket import DIAL_S, raise_error
 from ..ipc.identity import this_process
-from ..ipc.protocol import Channel, close_fds
+from ..ipc.messages import FromClient, FromDaemon, Layout
+from ..ipc.protocol import close_fds
 from ..tiers.engine import READ_WAIT_S
 from .dialer import Dialer
 from .engine import AttachedEngine
@@ -116,21 +117,20 @@ class Session:
             self._follow_static()
             reads_static = self.hbm is not None and self.hbm.reads_static
             try:
-                message, fds = channel.receive(min(left_s, FOLLOW_S) if reads_static else left_s)
+                message, fds = channel.receive(min(left_s, FOLLOW_S) if reads_static else left_s, FromDaemon)
             except TimeoutError:
                 continue
-            if "move" in message:
-                self._move(channel, message["move"], fds)
+            if message.move is not None:
+                self._move(channel, message.move, fds)
             else:
                 close_fds(fds)
                 raise_error(message)
 
-    def _move(self, channel: Channel, layout: Mapping[str, Any], fds: list[int]) -> None:
-        """Moves to the version that the daemon serves now, and reports to the daemon when nothing here uses the old
-        one."""
+    def _move(self, channel: Channel, layout: Layout, fds: list[int]) -> None:
+        """Moves to the version that the daemon serves now, and tells the daemon when nothing here uses the old one."""
         old = self._move_to(self._dialer.link(layout, fds))
         self._attached.retire(old, READ_WAIT_S)
-        channel.send({"left": old.version}, timeout_s=SEND_S)
+        channel.send(FromClient(left=old.version), timeout_s=SEND_S)
         del old  # unmaps its memory now: filling HBM may take minutes
         self._refill()
 

@@ -1,6 +1,6 @@
 """The daemon: one copy of the tiers for every process of a host, and what operators see of it.
 
-`host` keeps the tiers in shared memory, `server` says who may have them, `attached` is a client's end, `learning` makes
-the tiers follow what clients ask for; `remote_*` answer processes that cannot map memory; `metrics` and `events` show
-what happens.
+`daemon` puts the parts together. `host` makes what is shared: `shared_tiers` is the memory, `epochs` and `versions`
+change what lies there, `clients` and `attachments` say who reads it. `learning` makes the tiers follow what clients ask
+for. `server` runs the socket. `record` is what operators see; `stat` and `metrics` show it.
 """

@@ -1,160 +1,72 @@
-"""Attachments: what the daemon's clients were given, and whether they have left an epoch.
+"""Attachments: what the daemon's clients were given, and which epochs they still read.
 
-Flows in: who attaches, leaves a version, or is gone. Flows out: a block of its own for every client and version,
-readers of what they reported, and waits until an epoch is left. Such a wait has an end, and whoever outlasts one is not
-waited for again until it has left: a client that is stopped, or lies about where it is, delays one change and no more.
-But for those whose GPU reads the static set, who cannot find out: while one of them has not left, nothing of that is
-written over, nor when its connection is gone and its block still mapped. Any thread may call.
+Input: who attaches, leaves a version, or is gone. Output: a block of its own for every client and version, readers of
+what it reported, and waits for grace periods. Errors: `DaemonError` if there is no memory or descriptor for a block.
+
+A grace period is bounded. A client that outlasts one has timed out and is not waited for again until it has left that
+epoch: a client that is stopped, or reports a wrong epoch, delays one change and no more. A GPU that reads the static
+set in place cannot check afterwards what it copied, so it pins its epoch: nothing of that is overwritten until the pin
+is released. This also holds for an orphan, whose connection is gone while a process still maps its block. Any thread
+may call.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import select
 import threading
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import kernels
 from ..causes import named
 from ..errors import DaemonError, TierStoreError
 from ..ipc.events import event
-from ..ipc.identity import own_proc, process_text
-from ..tiers.shared import make_client_block
+from ..ipc.identity import process_text
+from .attachment import Attachment
 
 logger = logging.getLogger("tierstore.daemon")
 
-LEAVE_WAIT_S = 2.0  # how long a change waits for clients to leave an epoch, or a version, by themselves
-GPU_LEAVE_WAIT_S = 60.0  # the same of those whose GPU reads it, who make an index of each; then nothing is changed
-LEAVE_POLL_S = 0.001
-LOOK_S = 0.05  # between two looks, while one waits, whether who is gone still maps its block
-BLOCK_NAME = "tierstore-client"
-LINGERING_MAX = 64  # clients with a GPU whose connection is gone, and whose block is still mapped
+GRACE_PERIOD_S = 2.0  # how long a change waits for clients to leave an epoch, or a version, by themselves
+PIN_WAIT_S = 60.0  # the same for pins of GPUs, whose clients make an index of each epoch; then nothing is changed
+POLL_S = 0.001
+ORPHANS_POLL_S = 0.05  # between two looks, during a wait, whether an orphan's block is still mapped
+ORPHANS_MAX = 64  # clients with a GPU whose connection is gone, and whose block is still mapped
 LAST_READERS_MAX = 64  # of clients that are gone; of more, the reports of the first are lost
-
-
-class Attachment:
-    """What one client was given: a block of its own for each version that it looks up in, reports included.
-
-    on_gpu: its kernels read the static set.
-    """
-
-    def __init__(self, pid: int, *, on_gpu: bool = False, pidfd: int | None = None) -> None:
-        """pid: 0 for a process of another PID namespace. pidfd: of the process; copied. Raises `OSError`."""
-        self.pid, self.on_gpu = pid, on_gpu
-        # Only who lingers is looked for after its connection is gone.
-        self._pidfd = fcntl.fcntl(pidfd, fcntl.F_DUPFD_CLOEXEC, 0) if pidfd is not None and on_gpu else None
-        self.is_attached = True
-        # (version, parity) that it was waited for in vain, and has not left since.
-        self.late: set[tuple[int, int]] = set()
-        self.blocks: dict[int, np.ndarray] = {}  # by version, as all of these
-        self.readers: dict[int, Any] = {}
-        self._fds: dict[int, int] = {}
-
-    def give(self, version: int) -> tuple[int, np.ndarray]:
-        """Makes the block for a version; returns its descriptor, which stays ours, and its memory. Raises `OSError`."""
-        fd, block = make_client_block(f"{BLOCK_NAME}-{self.pid}", kernels.CLIENT_BLOCK_BYTES)
-        kernels.init_client_block(block)
-        self.readers[version] = kernels.ReportReader(block)
-        self.blocks[version], self._fds[version] = block, fd
-        return fd, block
-
-    def left(self, version: int) -> list[Any]:
-        """The client is done with a version; returns the reader of what it reported of that, if there was one."""
-        if version not in self._fds:
-            return []
-        os.close(self._fds.pop(version))
-        del self.blocks[version]
-        self.late = {where for where in self.late if where[0] != version}
-        return [self.readers.pop(version)]
-
-    def close(self) -> list[Any]:
-        """The client is gone; returns the readers of what it reported."""
-        pidfd, self._pidfd = self._pidfd, None
-        if pidfd is not None:
-            os.close(pidfd)
-        return [reader for version in list(self.blocks) for reader in self.left(version)]
-
-    def _may_run(self) -> bool:
-        """Whether its process may still run; unknown counts as yes."""
-        if self._pidfd is not None:
-            poll = select.poll()
-            poll.register(self._pidfd, select.POLLIN)
-            return not poll.poll(0)
-        if self.pid <= 0:
-            return True
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except OSError:  # another user's
-            return True
-        return True
-
-    def lingers(self) -> bool:
-        """Whether its process may count in its blocks still, though its connection is gone: it runs,
-        and may map one."""
-        if not self._may_run():
-            return False
-        if self.pid <= 0 or not own_proc():  # no file of /proc is certain to be about it
-            return True
-        try:
-            lines = Path(f"/proc/{self.pid}/maps").read_text(errors="replace").splitlines()
-        except OSError:  # not ours to look at, or hidden
-            return self._may_run()
-        inodes = {str(os.fstat(fd).st_ino) for fd in self._fds.values()}
-        return any(BLOCK_NAME in line and line.split(maxsplit=5)[4] in inodes for line in lines)
-
-    def holds_for_gpu(self, version: int, epoch: int) -> bool:
-        """Whether its GPU is in an epoch."""
-        return self.on_gpu and version in self.blocks and kernels.active_pins(self.blocks[version])[epoch % 2] > 0
-
-    def holds(self, version: int, epoch: int, is_last: bool) -> bool:
-        """Whether it says that a lookup of its, or its GPU, is in an epoch; is_last: or may still be. Not, where it is
-        late already, unless it is its GPU that is."""
-        if self.holds_for_gpu(version, epoch):
-            return True
-        where, may_enter = (version, epoch % 2), is_last and self.is_attached
-        is_in = version in self.blocks and (may_enter or kernels.active_lookups(self.blocks[version])[epoch % 2] > 0)
-        if not is_in:
-            self.late.discard(where)
-        return is_in and where not in self.late
 
 
 class Attachments:
     """The daemon's own attachment, `own`, for its lookups are counted like a client's, and those of all clients."""
 
-    def __init__(self) -> None:
+    def __init__(self, gpu_index_s: float = 0.0) -> None:
+        """gpu_index_s: how long a GPU may take to make an index of an epoch, beyond PIN_WAIT_S."""
         self.own = Attachment(os.getpid())
         self.ending = threading.Event()  # ends all waits
-        self.gpu_index_s = 0.0  # that a GPU may take to make an index of an epoch, beyond GPU_LEAVE_WAIT_S
-        self._awaited: tuple[int, int, bool] | None = None  # what `wait_left` waits for, or has in vain
+        self._gpu_index_s = gpu_index_s
+        # Guards `_awaited`, `_of`, `_orphans`, `_last_readers` and the attachments in them. Also held to publish an
+        # epoch of another version, so that no client attaches meanwhile.
+        self.lock = threading.RLock()
+        self._awaited: tuple[int, int, bool] | None = None  # what `wait_for_grace_period` waits for, or has in vain
         self._of: dict[object, Attachment] = {}  # by who it was that attached
-        self._lingering: list[Attachment] = []  # of clients with a GPU whose connection is gone
+        self._orphans: list[Attachment] = []  # of clients with a GPU whose connection is gone
         # Of clients that are gone, not read to their end.
         self._last_readers: deque[Any] = deque(maxlen=LAST_READERS_MAX)
-        self.lock = threading.RLock()  # of the four above; held by who must see no client come meanwhile
 
     def attach(
         self, who: object, pid: int, version: int, *, on_gpu: bool = False, pidfd: int | None = None
     ) -> tuple[int, np.ndarray]:
         """Gives a new client its block for a version; returns its descriptor, which stays ours, and its memory.
 
-        pidfd: of its process, if there is one; copied. Raises `DaemonError` where there
-        is no memory or descriptor for it.
+        pidfd: of its process, if there is one; copied. Raises `DaemonError` if there is no memory or descriptor for it.
         """
         with self.lock:
-            self._forget_ended()
-            if on_gpu and len(self._lingering) >= LINGERING_MAX:
+            self._forget_unmapped()
+            if on_gpu and len(self._orphans) >= ORPHANS_MAX:
                 raise DaemonError(
-                    f"{len(self._lingering)} clients are gone whose GPUs may still read the static set, the limit is "
-                    f"{LINGERING_MAX}: end their processes, or close what they had connected"
+                    f"{len(self._orphans)} clients are gone whose GPUs may still read the static set, the limit is "
+                    f"{ORPHANS_MAX}: end their processes, or close what they had connected"
                 )
             attachment = _made(pid, on_gpu=on_gpu, pidfd=pidfd)
             try:
@@ -166,7 +78,7 @@ class Attachments:
             return given
 
     def move(self, who: object, version: int) -> tuple[int, np.ndarray] | None:
-        """The same for a client that is attached to another version; None where it is gone, or has this one already."""
+        """The same for a client that is attached to another version; None if it is gone, or has this one already."""
         with self.lock:
             attachment = self._of.get(who)
             if attachment is None or version in attachment.blocks:
@@ -175,28 +87,28 @@ class Attachments:
 
     def _given(self, attachment: Attachment, version: int) -> tuple[int, np.ndarray]:
         try:
-            return attachment.give(version)
+            return attachment.give_block(version)
         except OSError as error:
             raise _no_room(attachment.pid, error) from error
 
-    def left(self, who: object, version: int) -> None:
+    def leave(self, who: object, version: int) -> None:
         """A client is done with a version."""
         with self.lock:
             if who in self._of:
-                self._last_readers += self._of[who].left(version)
+                self._last_readers += self._of[who].leave(version)
 
     def detach(self, who: object) -> None:
-        """A client is gone; what it held is let go."""
+        """A client is gone: closes what it was given, or keeps it as an orphan's if a GPU may still read."""
         with self.lock:
             attachment = self._of.pop(who, None)
             if attachment is None:
                 return
             attachment.is_attached = False
             if attachment.on_gpu:
-                self._lingering.append(attachment)
+                self._orphans.append(attachment)
             else:
                 self._last_readers += attachment.close()
-            self._forget_ended()
+            self._forget_unmapped()
 
     def clients(self) -> list[Any]:
         """Returns who is attached, as given to `attach`."""
@@ -225,36 +137,46 @@ class Attachments:
             self._last_readers.clear()
             return taken
 
-    def wait_left(self, version: int, epoch: int, *, is_last: bool, since: float | None = None) -> bool:
-        """Waits, a while, until nobody is in an epoch of a version; is_last: nor will be again,
-        clients having moved on.
+    def wait_for_grace_period(self, version: int, epoch: int, *, is_last: bool, since: float | None = None) -> bool:
+        """Waits, a while, until nobody reads an epoch of a version.
 
-        Whoever still is after LEAVE_WAIT_S finds out at the end of its lookup, and reads from disk what it has copied.
-        Returns whether what only that epoch names may be written over: not, where a GPU still reads it GPU_LEAVE_WAIT_S
-        and `gpu_index_s` after `since`, of `time.monotonic`, when the epoch after it was published (None: now), nor
-        when `ending` is set.
+        A client that still does after GRACE_PERIOD_S finds out at the end of its lookup, and reads from disk what it
+        has copied.
+
+        Args:
+            version: its number.
+            epoch: the epoch that is to be left.
+            is_last: also waits until nobody can enter it again, clients having moved to another version.
+            since: of `time.monotonic`, when the epoch after it was published; None: now.
+
+        Returns:
+            Whether what only that epoch names may be overwritten. Not if a GPU still pins it PIN_WAIT_S and
+            `gpu_index_s` after
+            `since`, nor if `ending` is set.
         """
         started = looked = time.monotonic()
-        gpu_end = (started if since is None else since) + GPU_LEAVE_WAIT_S + self.gpu_index_s
+        pins_end = (started if since is None else since) + PIN_WAIT_S + self._gpu_index_s
         while True:
             with self.lock:
-                if time.monotonic() > looked + LOOK_S:
-                    self._forget_ended()
+                if time.monotonic() > looked + ORPHANS_POLL_S:
+                    self._forget_unmapped()
                     looked = time.monotonic()
                 self._awaited = version, epoch, is_last
-                held = self._awaited_of()
-                if not held:
+                delaying = self._awaited_of()
+                if not delaying:
                     self._awaited = None
                     return True
-            late = [each for each in held if not each.holds_for_gpu(version, epoch)]
-            if time.monotonic() - started > LEAVE_WAIT_S and late:
-                event(logger, logging.WARNING, "epoch_not_left", epoch=epoch, processes=[each.pid for each in late])
-                for each in late:
-                    each.late.add((version, epoch % 2))
-            if time.monotonic() > gpu_end and not late:
-                event(logger, logging.WARNING, "epoch_read_by_gpu", epoch=epoch, processes=self.waiting_for)
+            without_pin = [each for each in delaying if not each.pins(version, epoch)]
+            if time.monotonic() - started > GRACE_PERIOD_S and without_pin:
+                pids = [each.pid for each in without_pin]
+                event(logger, logging.WARNING, "grace_period_timed_out", epoch=epoch, processes=pids)
+                with self.lock:
+                    for each in without_pin:
+                        each.timed_out.add((version, epoch % 2))
+            if time.monotonic() > pins_end and not without_pin:
+                event(logger, logging.WARNING, "epoch_pinned_by_gpu", epoch=epoch, processes=self.waiting_for)
                 return False
-            if self.ending.wait(LEAVE_POLL_S):
+            if self.ending.wait(POLL_S):
                 return False
 
     @property
@@ -267,22 +189,22 @@ class Attachments:
         if self._awaited is None:
             return []
         version, epoch, is_last = self._awaited
-        everybody = (self.own, *self._of.values(), *self._lingering)
-        return [each for each in everybody if each.holds(version, epoch, is_last and each is not self.own)]
+        everybody = (self.own, *self._of.values(), *self._orphans)
+        return [each for each in everybody if each.delays(version, epoch, is_last and each is not self.own)]
 
-    def _forget_ended(self) -> None:
-        """Lets go of what lingered and does so no more."""
-        for attachment in [each for each in self._lingering if not each.lingers()]:
-            self._lingering.remove(attachment)
+    def _forget_unmapped(self) -> None:
+        """Closes what orphans were given whose blocks nobody maps any more."""
+        for attachment in [each for each in self._orphans if not each.is_mapped()]:
+            self._orphans.remove(attachment)
             self._last_readers += attachment.close()
 
     def close(self) -> None:
-        """Lets go of all."""
+        """Closes all."""
         with self.lock:
-            for attachment in (self.own, *self._of.values(), *self._lingering):
+            for attachment in (self.own, *self._of.values(), *self._orphans):
                 attachment.close()
             self._of.clear()
-            self._lingering.clear()
+            self._orphans.clear()
 
 
 def _made(pid: int, *, on_gpu: bool, pidfd: int | None) -> Attachment:
@@ -293,5 +215,5 @@ def _made(pid: int, *, on_gpu: bool, pidfd: int | None) -> Attachment:
 
 
 def _no_room(pid: int, error: OSError) -> TierStoreError:
-    """Returns what a client is told if the system gives the daemon no memory or descriptor for its block."""
+    """Returns the error for a client if the system gives the daemon no memory or descriptor for its block."""
     return named(error, f"the daemon has no block for {process_text(pid)}", kind=DaemonError)

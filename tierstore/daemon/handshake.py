@@ -1,7 +1,7 @@
-"""The greeting: what a daemon asks of a connection's first message, and of who sends it.
+"""The handshake: who may connect to a daemon, and what its first message must say.
 
-Flows in: who connected, as the kernel says, and its hello. Flows out: its role. Refuses by `DaemonError`, which names
-both sides and the remedy: users that are not let in, another version of the protocol, what is no hello.
+Input: who connected, as the kernel says, and its hello. Output: its role. Errors: `DaemonError`, which names both sides
+and the remedy, for users without access, another version of the protocol, a message that is not a hello.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection
-from typing import Any
+from typing import Literal
 
 from ..errors import ConfigError, DaemonError
 from ..ipc.identity import known_ids, process_text, unknown_id, user_text
+from ..ipc.messages import Hello, from_json
 from ..ipc.protocol import PROTOCOL_VERSION
 from ..version import VERSION
 
 logger = logging.getLogger("tierstore")
 
-RELEASE_CHARS_MAX = 64
+ROLE_CHARS_MAX = 64  # of a role that is quoted
 
 
-class Door:
-    """Who may use the daemon at a path: its own user and root always, others as clients where they are named."""
+class AccessPolicy:
+    """Who may use the daemon at a path: its own user and root always, others as clients if they are named."""
 
     def __init__(self, path: str, allowed_users: Collection[int]) -> None:
         """allowed_users: ids. Raises `ConfigError` if one of them does not name one user here."""
@@ -41,7 +42,7 @@ class Door:
             )  # fmt: skip
         self._administrators = known_ids("uid", {os.geteuid(), 0})
         self._users = self._administrators | set(allowed_users)
-        self.open_to_others = self._users > self._administrators
+        self.is_open_to_others = self._users > self._administrators
 
     def check_user(self, pid: int, uid: int) -> None:
         """Raises `DaemonError` if a process of that user may not connect. The daemon's own process always may."""
@@ -55,25 +56,26 @@ class Door:
             )
         raise DaemonError(f"{who} may not use {at}: restart it with --allow-user {uid}, or connect as one of them")
 
-    def check_hello(self, uid: int, hello: dict[str, Any]) -> tuple[str, str]:
-        """Returns the role, "client" or "admin", and the release of tierstore that the first message of a user says."""
-        version, role, pid, release = (hello.get(name) for name in ("hello", "role", "pid", "release"))
-        numbers = type(version) is int and type(pid) is int
-        if not numbers or not isinstance(release, str) or len(release) > RELEASE_CHARS_MAX:
-            raise DaemonError(
-                "the first message is no hello, which has the protocol's version, a role, a pid, a release"
-            )
+    def check_hello(self, uid: int, data: bytes) -> tuple[Literal["client", "admin"], Hello]:
+        """Returns the role and the hello that the first message of a user says. Raises `DaemonError`."""
+        try:
+            hello = from_json(data, Hello)
+        except DaemonError as error:
+            raise DaemonError(f"expected a hello message with version, role, pid and release: {error}") from error
+        version, role, release = hello.hello, hello.role, hello.release
         if version != PROTOCOL_VERSION:
             raise DaemonError(
                 f"you speak version {version} of the protocol (tierstore {release!r}), the daemon at {self.path} "
-                f"version {PROTOCOL_VERSION} (tierstore {VERSION!r}): install one release for both, "
-                "and restart the older"
+                f"version {PROTOCOL_VERSION} (tierstore {VERSION!r}): install one release for both, and restart "
+                f"the older"
             )
-        if role not in ("client", "admin"):
-            raise DaemonError(f"there is no role {str(role)[:RELEASE_CHARS_MAX]!r}; say client or admin")
-        if role == "admin" and uid not in self._administrators:
+        if role == "client":
+            return "client", hello
+        if role != "admin":
+            raise DaemonError(f"there is no role {role[:ROLE_CHARS_MAX]!r}; say client or admin")
+        if uid not in self._administrators:
             raise DaemonError(
-                f"user {uid} may attach to the daemon at {self.path} and not administer it: ask as its own user, "
-                "or root"
+                f"user {uid} may attach to the daemon at {self.path} and not administer it: "
+                f"ask as its own user, or root"
             )
-        return role, release
+        return "admin", hello

@@ -1,8 +1,11 @@
 """A small HTTP server for what programs of the operator fetch: GET and HEAD of a few paths, and nothing else.
 
-Input: requests without a body, one a connection. Output: what a handler answers. One thread reads and writes all
-connections, so that idle ones cost no thread; REQUESTS_MAX others call the handler. A connection has a fixed time in
-all to ask and to take the answer. If there are too many, the oldest of the host that has the most is cut off.
+Input: requests without a body, one a connection. Output: what a handler answers. Errors: whatever is not such a request
+is answered with its status and a line of text.
+
+One thread reads and writes all connections, so that idle ones cost no thread; REQUESTS_MAX others call the handler. A
+connection has a fixed time in all to send its request and to take the answer. If there are too many, the oldest of the
+host that has the most is cut off.
 """
 
 from __future__ import annotations
@@ -19,12 +22,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from http import HTTPStatus
-from types import TracebackType
-from typing import NamedTuple
 
 from ..ipc.events import event
 from ..ipc.peer_log import PeerLog
 from ..ipc.ports import listen, network_of
+from .http_messages import HEAD_BYTES_MAX, TLS_HELLO, Answer, HttpRequest, answer_bytes, parse_head, text_answer
 
 logger = logging.getLogger("tierstore")
 
@@ -32,33 +34,11 @@ REQUESTS_MAX = 4  # answered at the same time, a thread each
 CONNECTIONS_MAX = 64  # of all hosts together
 WAITING_MAX = 64  # connections in the system's queue
 ACCEPTS_A_ROUND = 16  # a quarter of CONNECTIONS_MAX: what was accepted is read before more is
-HEAD_BYTES_MAX = 8192  # of a request
 RECEIVE_S_MAX = 5.0  # to send a request in
 SEND_S_MAX = 5.0  # to take an answer in
 CLOSE_S_MAX = 10.0
 ACCEPT_AGAIN_S = 0.5  # after the system refused a connection: it is short of descriptors or memory
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: drop what is unsent when the connection is closed
-TLS_HELLO = b"\x16\x03"  # how a client that speaks TLS begins
-
-
-class Asked(NamedTuple):
-    """A request: its path without the query, and its header Accept, empty if there is none."""
-
-    path: str
-    accept: str
-
-
-class Answer(NamedTuple):
-    """What a handler gives back: a status, and a body of a type."""
-
-    status: HTTPStatus
-    body: bytes
-    content_type: str = "text/plain; charset=utf-8"
-
-
-def text_answer(status: HTTPStatus, text: str) -> Answer:
-    """Returns an answer of one line."""
-    return Answer(status, f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 class _Connection:
@@ -71,14 +51,13 @@ class _Connection:
         self.unsent = memoryview(b"")
 
 
-class WebServer:
-    """Serves `handler` from an address until it is closed. `address` tells what was bound,
-    also if port 0 was asked for."""
+class HttpServer:
+    """Serves `handler` from an address until it is closed. `address` is what was bound, also if port 0 was given."""
 
-    def __init__(self, address: str, handler: Callable[[Asked], Answer], what: str) -> None:
+    def __init__(self, address: str, handler: Callable[[HttpRequest], Answer], what: str) -> None:
         """handler: called in REQUESTS_MAX threads; raises nothing. what: names the option.
 
-        Raises `ConfigError` for an address that is none, or that cannot be bound.
+        Raises `ConfigError` for what is not an address, or cannot be bound.
         """
         self._handler = handler
         self._listener = listen(address, what, WAITING_MAX)
@@ -87,17 +66,18 @@ class WebServer:
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._closing = threading.Event()
         self._log = PeerLog()
-        self._connections: set[_Connection] = set()  # the loop's, like the next two
+        # Only the loop uses the three below; the two queues after them are how it and the workers talk.
+        self._connections: set[_Connection] = set()
         self._selector = selectors.DefaultSelector()
         self._accept_at = 0.0  # of `time.monotonic`, from when on connections are accepted
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._asked: queue.SimpleQueue[_Connection | None] = queue.SimpleQueue()  # whole requests; None ends a worker
+        self._requests: queue.SimpleQueue[_Connection | None] = queue.SimpleQueue()  # whole ones; None ends a worker
         self._answered: deque[_Connection] = deque()
         self._threads = [
-            threading.Thread(target=self._work, name=f"tierstore-web-{index}", daemon=True)
+            threading.Thread(target=self._work, name=f"tierstore-http-{index}", daemon=True)
             for index in range(REQUESTS_MAX)
         ]
-        self._threads.append(threading.Thread(target=self._run, name="tierstore-web", daemon=True))
+        self._threads.append(threading.Thread(target=self._run, name="tierstore-http", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -108,59 +88,46 @@ class WebServer:
         self._closing.set()
         os.eventfd_write(self._wake_fd, 1)
         for _ in range(REQUESTS_MAX):
-            self._asked.put(None)
+            self._requests.put(None)
         deadline = time.monotonic() + CLOSE_S_MAX
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
-            event(logger, logging.WARNING, "web_close_late", address=self.address, waited_s=CLOSE_S_MAX)
+            event(logger, logging.WARNING, "http_close_timed_out", address=self.address, waited_s=CLOSE_S_MAX)
         else:
             os.close(self._wake_fd)
 
-    def __enter__(self) -> WebServer:
+    def __enter__(self) -> HttpServer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # The workers
 
     def _work(self) -> None:
         """A thread: makes answers."""
-        while (connection := self._asked.get()) is not None:
+        while (connection := self._requests.get()) is not None:
             try:
                 answer = self._answer(connection.head)
-            except Exception as error:  # whatever it is, the others are to be answered
-                event(logger, logging.ERROR, "web_answer_failed", address=self.address, error=error)
-                answer = _as_bytes(
-                    text_answer(HTTPStatus.INTERNAL_SERVER_ERROR, "it failed; the daemon's log tells why")
+            except Exception as error:  # whatever it is, the others must be answered
+                event(logger, logging.ERROR, "http_answer_failed", address=self.address, error=error)
+                answer = answer_bytes(
+                    text_answer(HTTPStatus.INTERNAL_SERVER_ERROR, "it failed; the daemon's log says why")
                 )
             connection.unsent = memoryview(answer)
             self._answered.append(connection)
             os.eventfd_write(self._wake_fd, 1)
 
     def _answer(self, head: bytes) -> bytes:
-        """Returns the answer to a request's head, or to what is none."""
+        """Returns the answer to a request's head, or to what is not one."""
         if head.startswith(TLS_HELLO):
             self._log.warn(f"a client speaks TLS to http://{self.address}, which is plain HTTP: have it use http://")
-            return _as_bytes(text_answer(HTTPStatus.BAD_REQUEST, "this is plain HTTP, and you speak TLS: use http://"))
-        if b"\r\n\r\n" not in head:
-            text = f"a head has {HEAD_BYTES_MAX} bytes at most"
-            return _as_bytes(text_answer(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text))
-        first, *lines = head.partition(b"\r\n\r\n")[0].decode("latin-1").split("\r\n")
-        words = first.split(" ")
-        if first == "PRI * HTTP/2.0":
-            text = "this is HTTP/1, and you speak HTTP/2: lookups by gRPC have an address of their own (--listen)"
-            return _as_bytes(text_answer(HTTPStatus.BAD_REQUEST, text))
-        if len(words) != 3 or not words[1].startswith("/") or not words[2].startswith("HTTP/1."):
-            return _as_bytes(text_answer(HTTPStatus.BAD_REQUEST, "that is no request of HTTP/1"))
-        method, target, _ = words
-        if method not in ("GET", "HEAD"):
-            return _as_bytes(text_answer(HTTPStatus.METHOD_NOT_ALLOWED, "GET and HEAD only"))
-        answer = self._handler(Asked(target.partition("?")[0], _header(lines, "accept")))
-        return _as_bytes(answer, with_body=method != "HEAD")
+        parsed = parse_head(head)
+        if isinstance(parsed, Answer):
+            return answer_bytes(parsed)
+        method, request = parsed
+        return answer_bytes(self._handler(request), with_body=method != "HEAD")
 
     # The loop
 
@@ -172,7 +139,7 @@ class WebServer:
                 try:
                     self._round(time.monotonic())
                 except Exception as error:  # short of memory, for one; all connections depend on this thread
-                    event(logger, logging.ERROR, "web_failed", address=self.address, error=error)
+                    event(logger, logging.ERROR, "http_failed", address=self.address, error=error)
                     self._closing.wait(ACCEPT_AGAIN_S)
         finally:
             for connection in list(self._connections):
@@ -219,7 +186,7 @@ class WebServer:
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
-                event(logger, logging.WARNING, "web_accept_failed", address=self.address, error=error)
+                event(logger, logging.WARNING, "http_accept_failed", address=self.address, error=error)
                 self._accept_at = time.monotonic() + ACCEPT_AGAIN_S
                 return
             sock.setblocking(False)
@@ -263,7 +230,7 @@ class WebServer:
         if b"\r\n\r\n" in head or len(head) >= HEAD_BYTES_MAX or head.startswith(TLS_HELLO):
             self._selector.unregister(connection.sock)
             connection.deadline = None
-            self._asked.put(connection)
+            self._requests.put(connection)
 
     def _send(self, connection: _Connection) -> None:
         connection.unsent = connection.unsent[connection.sock.send(connection.unsent) :]
@@ -285,22 +252,3 @@ class WebServer:
             if reset:
                 connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         connection.sock.close()
-
-
-def _header(lines: list[str], name: str) -> str:
-    """Returns a header's value; of one that is given several times, all values as a list."""
-    values = [value.strip() for key, _, value in (line.partition(":") for line in lines) if key.lower() == name]
-    return ", ".join(values)
-
-
-def _as_bytes(answer: Answer, *, with_body: bool = True) -> bytes:
-    lines = [
-        f"HTTP/1.1 {answer.status.value} {answer.status.phrase}",
-        f"Content-Type: {answer.content_type}",
-        f"Content-Length: {len(answer.body)}",
-        "Connection: close",
-    ]
-    if answer.status == HTTPStatus.METHOD_NOT_ALLOWED:
-        lines.append("Allow: GET, HEAD")
-    head = "".join(f"{line}\r\n" for line in lines) + "\r\n"
-    return head.encode("latin-1") + (answer.body if with_body else b"")

@@ -1,6 +1,6 @@
 """Missed keys: what clients had to read from NVMe, until the daemon reads it too, for the recency cache.
 
-Flows in: reports of misses, those of keys that were asked for before apart from those of new ones. Flows out: the next
+Input: reports of misses, those of keys that were asked for before apart from those of new ones. Output: the next
 to read: what was asked for before comes first, for it is likely to be asked for again; of either the newest, for the
 cache is of recent use. There is room for so many; beyond, the oldest of the new ones go, then the oldest of the others.
 Any thread may call.
@@ -19,7 +19,7 @@ class MissedKeys:
 
     def __init__(self, keys_max: int) -> None:
         self._keys_max = keys_max
-        self._changed = threading.Condition()  # of all below
+        self._changed = threading.Condition()  # guards `_again`, `_new`, `_num_keys`, `_ended`, `num_dropped`
         self._again: deque[np.ndarray] = deque()  # of keys asked for before, as arrays of reports, oldest first
         self._new: deque[np.ndarray] = deque()
         self._num_keys = 0
@@ -43,7 +43,7 @@ class MissedKeys:
             self._changed.notify()
 
     def take(self, keys_max: int, timeout_s: float) -> list[np.ndarray]:
-        """Returns the next reports, arrays of keys_max keys or a few more; none where none came in time,
+        """Returns the next reports, arrays of keys_max keys or a few more; none if none came in time,
         or it ended. Blocks."""
         with self._changed:
             self._changed.wait_for(lambda: self._num_keys or self._ended, timeout_s)

@@ -1,7 +1,8 @@
 """A peer: a process at the other end of one connection, as the daemon sees it.
 
-Flows in: messages for it, from any thread, into a bounded queue; its packets, read by the server's loop. Flows out: the
-queue, as fast as it reads; its messages. A peer that does not read, or asks too often, is dropped: nobody waits for it.
+Input: messages for it, from any thread, into a bounded queue; its packets, read by the server's loop. Output: the
+queue, as fast as the peer reads; its messages, as bytes. Errors: a peer that does not read, or sends too often, is
+dropped with a reason: nobody waits for it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import socket
 import threading
@@ -20,13 +22,14 @@ from typing import Any
 from ..causes import named
 from ..errors import DaemonError, TierStoreError
 from ..ipc.identity import process_text, user_text
+from ..ipc.messages import Failure, to_json
 from ..ipc.protocol import (
     CLIENT_MESSAGE_BYTES_MAX,
     FDS_MAX,
     MESSAGE_BYTES_MAX,
     MessageReader,
     close_fds,
-    encode,
+    packets_of,
     peer_credentials,
     receive_packet,
     send_packet,
@@ -35,13 +38,14 @@ from ..ipc.protocol import (
 QUEUE_MESSAGES_MAX = 32  # that wait for one peer, each with copies of its descriptors
 QUEUE_BYTES_MAX = 4 << 20
 MESSAGES_A_SECOND_MAX = 200
+_numbers = itertools.count(1)
 SO_PEERPIDFD = 77  # Linux 6.5: the process that connected, also if another has its number by now
 
 
-def error_message(error: TierStoreError | str) -> dict[str, Any]:
+def failure_of(error: TierStoreError | str) -> Failure:
     """Returns what a peer gets for an error; a text is a `DaemonError`'s."""
     name = "DaemonError" if isinstance(error, str) else type(error).__name__
-    return {"error": name, "message": str(error).encode("utf-8", "replace").decode()}
+    return Failure(name, str(error).encode("utf-8", "replace").decode())
 
 
 def _copies(fds: Sequence[int]) -> list[int]:
@@ -58,10 +62,10 @@ def _copies(fds: Sequence[int]) -> list[int]:
 class _Outgoing:
     """A message in the queue: its packets that are not sent yet, and its descriptors, ours until the first is."""
 
-    def __init__(self, message: dict[str, Any], fds: Sequence[int]) -> None:
+    def __init__(self, message: Any, fds: Sequence[int]) -> None:
         if len(fds) > FDS_MAX:
             raise ValueError(f"{len(fds)} descriptors cannot go with a message, the limit is {FDS_MAX}")
-        self.packets = deque(encode(message, MESSAGE_BYTES_MAX))
+        self.packets = deque(packets_of(to_json(message), MESSAGE_BYTES_MAX))
         self.begun = False
         self._fds = _copies(fds)
 
@@ -87,13 +91,17 @@ class Peer:
     pid, uid, gid: as the kernel noted them when it connected; pid 0 is a process of another PID namespace. pidfd:
     becomes readable when that process ends, None if the kernel gives none, and when the peer is gone. role: "client" or
     "admin", None until its hello. release: of tierstore, as it says. on_gpu: whether it says that its GPU would read
-    the static set. since: of `time.monotonic`, when it connected.
+    the static set. number: of the connection, never given twice in this process. since: of `time.monotonic`, when it
+    connected.
     """
 
     def __init__(self, sock: socket.socket, on_change: Callable[[], None]) -> None:
-        """sock: becomes the peer's own. on_change: called, from any thread,
-        when there is something for the loop to do."""
+        """sock: becomes the peer's own.
+
+        on_change: called, from any thread, when there is something for the loop to do.
+        """
         self.sock = sock
+        self.number = next(_numbers)
         self.pid, self.uid, self.gid = peer_credentials(sock)
         self.pidfd = _pidfd_of(sock, self.pid)
         self.role: str | None = None
@@ -103,13 +111,12 @@ class Peer:
         self.blocked_since: float | None = None  # it does not read since then
         self.active_at = self.since  # when it last sent a message, or was sent an answer
         self.dropped_for: str | None = None
-        self.asking = (
-            False  # an administrator's request is being answered; one writer at a time: the loop, then its thread
-        )
+        # An administrator's request is being answered. One writer at a time: the loop, then the request's thread.
+        self.is_answering = False
         self._on_change = on_change
         self._reader = MessageReader(CLIENT_MESSAGE_BYTES_MAX)
         self._second, self._in_second = 0, 0
-        self._lock = threading.Lock()  # of the three below
+        self._lock = threading.Lock()  # guards `_queue`, `_answered`, `_closed`
         self._queue: deque[_Outgoing] = deque()
         self._answered = False  # its hello: nothing goes out before the answer to it
         self._closed = False
@@ -117,15 +124,15 @@ class Peer:
     def __repr__(self) -> str:
         return f"{self.role or 'connection'} of {process_text(self.pid)}, {user_text(self.uid)}"
 
-    def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        """Queues a message with copies of descriptors. A peer that is gone gets nothing,
-        one whose queue is full is dropped.
+    def send(self, message: Any, fds: Sequence[int] = ()) -> None:
+        """Queues a message, a struct of `ipc.messages`, with copies of descriptors. Does not block.
 
-        Raises `DaemonError` where the message is too large or descriptors cannot be copied.
+        A peer that is gone gets nothing, one whose queue is full is dropped. Raises `DaemonError` if the message is too
+        large or descriptors cannot be copied.
         """
         self._put(_Outgoing(message, fds))
 
-    def answer(self, message: dict[str, Any], fds: Sequence[int]) -> None:
+    def answer(self, message: Any, fds: Sequence[int]) -> None:
         """Queues the answer to its hello, before all else. Raises what `send` raises."""
         self._put(_Outgoing(message, fds), first=True)
 
@@ -145,7 +152,7 @@ class Peer:
             self._on_change()
 
     def drop(self, reason: str) -> None:
-        """Ends the connection soon; the peer is told why if it reads. The handler's `detach` follows."""
+        """Ends the connection soon; the peer gets the reason if it reads. The handler's `detach` follows."""
         self.dropped_for = self.dropped_for or reason
         self._on_change()
 
@@ -167,9 +174,12 @@ class Peer:
                 advanced = True
             self.blocked_since = None
 
-    def receive(self, now: float) -> dict[str, Any] | None:
-        """Returns a whole message, None where a packet continued one. Raises `BlockingIOError` where no packet waits,
-        `ChannelClosed`, and `DaemonError` where what came is none of the protocol, or too much of it."""
+    def receive(self, now: float) -> bytes | None:
+        """Returns a whole message, None if a packet only continued one.
+
+        Raises `BlockingIOError` if no packet waits, `ChannelClosed`, and `DaemonError` if what came is not of the
+        protocol, or too much.
+        """
         taken = self._reader.take(*receive_packet(self.sock, 0))
         if taken is None:
             return None
@@ -183,9 +193,10 @@ class Peer:
         self.active_at = now
         return taken[0]
 
-    def close(self, last: dict[str, Any] | None) -> None:
-        """Sends what waits and `last`, as far as the kernel takes it at once, and closes the connection."""
-        with contextlib.suppress(OSError, TierStoreError):  # it is told if it can be
+    def close(self, last: Any) -> None:
+        """Sends what waits and `last`, None for nothing, as far as the kernel takes it at once, and closes the
+        connection."""
+        with contextlib.suppress(OSError, TierStoreError):  # it hears the reason if it can
             self.flush(0.0)
             with self._lock:
                 half_sent = bool(self._queue) and self._queue[0].begun

@@ -1,7 +1,7 @@
 """The remembered swap: what a daemon that starts serves, and what it notes of each swap while it runs.
 
 Input: the command line's store, and the swap file. Output: the store to serve, and a log line if it is another one. A
-swap is forgotten if the command line names any store but the one that was swapped away, or if it is told to forget.
+swap is forgotten if the command line names any store but the one that was swapped away, or with --forget-swap.
 """
 
 from __future__ import annotations

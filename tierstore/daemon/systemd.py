@@ -1,4 +1,4 @@
-"""What the daemon tells the service manager that started it: ready, reloading, stopping, alive (systemd's sd_notify).
+"""Notifications for the service manager that started the daemon: ready, reloading, stopping, alive (sd_notify).
 
 Flows in: the environment's NOTIFY_SOCKET and WATCHDOG_USEC. Flows out: datagrams of `NAME=value` lines. Where the
 variable is not set, nothing is sent. A manager that does not take a datagram is logged once and never stops the daemon.
@@ -15,11 +15,11 @@ from collections.abc import Mapping
 
 logger = logging.getLogger("tierstore")
 
-SEND_S_MAX = 1.0  # a manager that hangs holds up the daemon no longer
+SEND_S_MAX = 1.0  # the longest that a manager that hangs can delay the daemon
 
 
 class Notifier:
-    """Tells one service manager how the daemon fares. Any thread;
+    """Notifies one service manager of how the daemon fares. Any thread;
     each call blocks for SEND_S_MAX at most and raises nothing."""
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
@@ -48,7 +48,7 @@ class Notifier:
 
     def watchdog(self) -> None:
         """The daemon is alive. The loop that must not hang calls it every `watchdog_s` seconds,
-        where that is not None."""
+        if that is not None."""
         if self.watchdog_s is not None:
             self._send("WATCHDOG=1")
 
@@ -63,7 +63,7 @@ class Notifier:
         except OSError as error:
             if not self._failed:
                 logger.warning(
-                    "the service manager does not take notifications (%s): it may hold the daemon for not started; "
+                    "the service manager does not take notifications (%s): it may take the daemon for not started; "
                     "start the daemon by Type=exec, or let it reach NOTIFY_SOCKET",
                     error,
                 )
@@ -82,7 +82,7 @@ def _address_of(variable: str) -> bytes | None:
 
 
 def _watchdog_s(variables: Mapping[str, str]) -> float | None:
-    """Returns half of the time after which the manager holds this process for hung; None where it does not watch it."""
+    """Returns half of the time after which the manager takes this process for hung; None if it does not watch it."""
     limit_us, pid = variables.get("WATCHDOG_USEC", ""), variables.get("WATCHDOG_PID", "")
     if not limit_us.isdecimal() or int(limit_us) == 0 or (pid and pid != str(os.getpid())):
         return None

@@ -1,4 +1,7 @@
-"""A version: one store that the daemon serves, open, with the engine by which the daemon reads it."""
+"""A version: one store that the daemon serves, open, with the engine by which the daemon reads it.
+
+Input: an open store and an engine over it. Output: both under one name, until `close`. Errors: none of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..formats.placement import Placement
 from ..ipc.events import event
 from ..ipc.mapped import OpenVersion
+from ..layout import TableLayout
 from ..tiers.native import READ_WAIT_S, NativeEngine
 from ..tiers.shared import SharedBlock
 
@@ -30,6 +35,25 @@ class Version:
     def path(self) -> str:
         """The store's path."""
         return str(self.opened.image.path)
+
+    @property
+    def identity(self) -> str:
+        """The digest of its catalog."""
+        return self.opened.image.identity
+
+    @property
+    def layouts(self) -> Mapping[str, TableLayout]:
+        """The layouts of its tables."""
+        return self.opened.image.tables
+
+    @property
+    def placement(self) -> Placement | None:
+        """The placement that it was opened with."""
+        return self.opened.placed.placement if self.opened.placed else None
+
+    def index_of(self, name: str) -> int:
+        """Returns a table's index in the engine."""
+        return list(self.layouts).index(name)
 
     def close(self) -> None:
         """Waits for the daemon's own lookups, then closes engine and files.

@@ -1,8 +1,8 @@
 """The client's end of the daemon's socket: connecting to it, and asking it as an administrator.
 
-Flows in: the path of a socket. Flows out: a channel that has said hello, or one answer. Refuses a daemon of a user that
-is not trusted, since its descriptors become this process's rows, and one that speaks another version. Every error is a
-`DaemonError` that says what to do, but for the daemon's own, which come through by their names.
+Input: the path of a socket. Output: a channel after the handshake, or one answer. Errors: a daemon of a user that is
+not trusted is refused, since its descriptors become this process's rows, and so is one that speaks another version.
+Every error is a `DaemonError` that says what to do, but for the daemon's own, which come through by their names.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import socket
 import stat
 import time
 from collections.abc import Collection
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 from .. import errors
 from ..causes import named, naming
 from ..errors import DaemonError, TierStoreError
 from ..version import VERSION
+from .channel import Channel
 from .identity import known_ids, process_text, unknown_id, user_text
+from .messages import FromDaemon, Hello, Welcome, from_json
 from .protocol import (
     CLIENT_MESSAGE_BYTES_MAX,
     MESSAGE_BYTES_MAX,
     PROTOCOL_VERSION,
-    Channel,
     ChannelClosed,
     close_fds,
     peer_credentials,
@@ -35,6 +36,7 @@ from .socket_file import check_socket_path, starting_state
 DIAL_S = 5.0
 ASK_S = 10.0
 RETRY_S = 0.01  # between tries to connect while the daemon's queue of connections is full
+T = TypeVar("T")
 
 
 def dial(
@@ -44,15 +46,24 @@ def dial(
     *,
     trusted_uids: Collection[int] = (),
     on_gpu: bool = False,
-) -> tuple[Channel, dict[str, Any], list[int]]:
-    """Connects to a daemon and says hello; returns the channel,
-    its answer and the descriptors that came with it. Blocks.
+) -> tuple[Channel, bytes, list[int]]:
+    """Connects to a daemon and does the handshake. Blocks.
 
-    trusted_uids: whose daemon may answer, beside our own user's and root's. on_gpu: whether this process's GPU would
-    read the static set; the answer says whether it is lent for that. The channel and the descriptors are the caller's
-    to close. Raises `DaemonError` where there is no daemon, it may not be reached, does not answer in time or speaks
-    another version; what the daemon refuses with, by its class;
-    `ConfigError` where the path is too long for a socket's.
+    Args:
+        path: of the socket.
+        role: what the connection is for.
+        timeout_s: for all of it.
+        trusted_uids: whose daemon may answer, beside our own user's and root's.
+        on_gpu: whether this process's GPU would read the static set; the answer says whether it may.
+
+    Returns:
+        The channel, its answer, which for a client is a `Layout`, and the descriptors that came with it. Channel and
+        descriptors are the caller's to close.
+
+    Raises:
+        DaemonError: there is no daemon, it may not be reached, does not answer in time or speaks another version.
+        ConfigError: the path is too long for a socket's.
+        TierStoreError: what the daemon refuses with, by its class.
     """
     deadline = time.monotonic() + timeout_s
     text = check_socket_path(path)
@@ -60,16 +71,20 @@ def dial(
         _connect(text, deadline, timeout_s, trusted_uids), MESSAGE_BYTES_MAX, send_limit=CLIENT_MESSAGE_BYTES_MAX
     )
     try:
-        hello = {"hello": PROTOCOL_VERSION, "role": role, "pid": os.getpid(), "release": VERSION, "on_gpu": on_gpu}
-        with contextlib.suppress(ChannelClosed):  # it may have refused already: what it said is still to be read
-            channel.send(hello, timeout_s=timeout_s)
+        # The daemon may have refused and closed already: what it sent before that is still to be read.
+        with contextlib.suppress(ChannelClosed):
+            channel.send(Hello(PROTOCOL_VERSION, role, os.getpid(), VERSION, on_gpu), timeout_s=timeout_s)
         answer, fds = _receive(channel, text, deadline, timeout_s)
-        if answer.get("hello") != PROTOCOL_VERSION:
+        try:
+            welcome = from_json(answer, Welcome)
+            if welcome.hello != PROTOCOL_VERSION:
+                raise DaemonError(
+                    f"{text}: the daemon speaks version {welcome.hello} of the protocol, this is version "
+                    f"{PROTOCOL_VERSION} (tierstore {VERSION}): install one release for both, and restart the older"
+                )
+        except BaseException:
             close_fds(fds)
-            raise DaemonError(
-                f"{text}: the daemon speaks version {answer.get('hello')!r} of the protocol, this is version "
-                f"{PROTOCOL_VERSION} (tierstore {VERSION}): install one release for both, and restart the older"
-            )
+            raise
     except BaseException:
         channel.close()
         raise
@@ -78,41 +93,49 @@ def dial(
 
 def ask(
     path: str | os.PathLike[str],
-    message: dict[str, Any],
+    request: Any,
+    kind: type[T],
     timeout_s: float = ASK_S,
     *,
     trusted_uids: Collection[int] = (),
-) -> dict[str, Any]:
-    """Returns a daemon's answer to one request of an administrator, such as {"do": "stat"}. Blocks,
-    for timeout_s in all.
+) -> T:
+    """Asks a daemon as an administrator. Blocks, for timeout_s in all.
 
-    Raises what `dial` raises, and what the request raised in the daemon, by its class.
+    Args:
+        path: of the socket.
+        request: one of `messages.Request`.
+        kind: the type of the answer.
+        timeout_s: for all of it.
+        trusted_uids: see `dial`.
+
+    Raises:
+        TierStoreError: what `dial` raises, and what the request raised in the daemon, by its class.
     """
     deadline = time.monotonic() + timeout_s
     channel, _, fds = dial(path, "admin", timeout_s, trusted_uids=trusted_uids)
     with channel:
         close_fds(fds)
         with contextlib.suppress(ChannelClosed):
-            channel.send(message, timeout_s=max(0.0, deadline - time.monotonic()))
+            channel.send(request, timeout_s=max(0.0, deadline - time.monotonic()))
         answer, fds = _receive(channel, os.fspath(path), deadline, timeout_s)
         close_fds(fds)
-        return answer
+        return from_json(answer, kind)
 
 
-def raise_error(message: dict[str, Any]) -> None:
-    """Raises what a message says went wrong or ended; returns where it says nothing of the kind."""
-    if "bye" in message:
-        raise ChannelClosed(f"the daemon said goodbye: {message['bye']}")
-    if "error" in message:
-        kind = getattr(errors, str(message["error"]), DaemonError)
+def raise_error(message: FromDaemon) -> None:
+    """Raises the failure or the goodbye that a message is; returns if it is neither."""
+    if message.bye is not None:
+        raise ChannelClosed(f"the daemon said goodbye: {message.bye}")
+    if message.error is not None:
+        kind = getattr(errors, message.error, DaemonError)
         if not (isinstance(kind, type) and issubclass(kind, TierStoreError)):
             kind = DaemonError
-        raise kind(str(message.get("message")))
+        raise kind(message.message)
 
 
-def _receive(channel: Channel, path: str, deadline: float, timeout_s: float) -> tuple[dict[str, Any], list[int]]:
+def _receive(channel: Channel, path: str, deadline: float, timeout_s: float) -> tuple[bytes, list[int]]:
     try:
-        message, fds = channel.receive(deadline - time.monotonic())
+        data, fds = channel.receive_bytes(deadline - time.monotonic())
     except TimeoutError as error:
         starting = starting_state(path)
         what = f"it is starting ({starting}): ask again" if starting else "it may be stopped or stuck: see its log"
@@ -120,11 +143,11 @@ def _receive(channel: Channel, path: str, deadline: float, timeout_s: float) -> 
     except ChannelClosed as error:
         raise ChannelClosed(f"{path}: {error} without an answer; the daemon may have ended: see its log") from error
     try:
-        raise_error(message)
+        raise_error(from_json(data, FromDaemon))
     except BaseException:
         close_fds(fds)
         raise
-    return message, fds
+    return data, fds
 
 
 def _connect(path: str, deadline: float, timeout_s: float, trusted_uids: Collection[int]) -> socket.socket:
@@ -160,7 +183,7 @@ def _check_owner(path: str, pid: int, uid: int, trusted_uids: Collection[int]) -
 
 def _raise_unreachable(path: str, outcome: int, timeout_s: float) -> NoReturn:
     if outcome == errno.ECONNREFUSED and os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
-        raise DaemonError(f"{path}: that is no socket; give the path that tierstore serve was given")
+        raise DaemonError(f"{path}: that is not a socket; give the path that tierstore serve was given")
     remedies = {
         errno.ENOENT: f"there is no socket; start a daemon: tierstore serve STORE --socket {path}",
         errno.ENOTDIR: "a folder of this path is a file; give the path that tierstore serve was given",

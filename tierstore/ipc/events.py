@@ -1,6 +1,6 @@
 """Events of the daemon as lines that programs can read: logfmt, or JSON.
 
-Flows in: log records, those of `event` and ordinary ones. Flows out: one line each, whatever their values hold: what
+Input: log records, those of `event` and ordinary ones. Output: one line each, whatever their values hold: what
 would break a line, or a terminal, is escaped, and long values are cut. Events of one name that come faster than a limit
 are left out and counted, so that a failing disk fills no log; the next line of that name says how many were.
 """
@@ -42,11 +42,11 @@ def event(
     assert all(map(_NAME.fullmatch, (name, *fields))), (name, fields)
     assert not fields.keys() & _RESERVED, fields
     if logger.isEnabledFor(level):
-        told = error if level >= logging.ERROR else None
+        shown = error if level >= logging.ERROR else None
         if error is not None:
             fields["error"] = f"{type(error).__name__}: {error}"
         message = " ".join(filter(None, (name, _logfmt_line(_plain_values(fields)))))  # for logs that others set up
-        logger.log(level, message, exc_info=told, extra={"event": name, "fields": fields}, stacklevel=2)
+        logger.log(level, message, exc_info=shown, extra={"event": name, "fields": fields}, stacklevel=2)
 
 
 def configure_logging(
@@ -115,7 +115,8 @@ class RateLimit(logging.Filter):
     def __init__(self, burst_max: int, burst_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._burst_max, self._burst_s, self._clock = burst_max, burst_s, clock
-        self._lock = threading.Lock()  # of the bursts by name: [start, passed, left out], the latest last
+        self._lock = threading.Lock()  # guards `_bursts`
+        # By name: [start, passed, left out], the latest last.
         self._bursts: collections.OrderedDict[str, list[float]] = collections.OrderedDict()
 
     def filter(self, record: logging.LogRecord) -> bool:

@@ -1,9 +1,8 @@
-"""A version of a store over shared blocks: the same in the daemon, which writes them, and in its clients,
-which only read.
+"""A version of a store over shared blocks: the same in the daemon, which writes them, and in its clients, which read.
 
-Flows in: an open store, how its tables lie in the blocks (`SharedShare`), the blocks as memory. Flows out: what an
-engine is made of. A layout comes from a daemon's message in a client, so every part is checked against the length of
-its block before it is used.
+Input: an open store, how its tables lie in the blocks (`SharedShare`), the blocks as memory. Output: what an engine is
+made of. Errors: `DaemonError` for a part outside its block. A client has the layout from a daemon's message, so every
+part is checked against the length of its block before it is used.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from ..tiers.placed import PlacementFile
 
 @dataclass(frozen=True)
 class Blocks:
-    """The memory of one version: control, static, recency, and, where tables are kept whole, resident; uint8 each."""
+    """The memory of one version: control, static, recency, and, if tables are resident, resident; uint8 each."""
 
     control: np.ndarray
     static: np.ndarray
@@ -39,7 +38,7 @@ class OpenVersion:
     """A store's open files: shards and placement. `close` must come after the last read."""
 
     def __init__(self, image: CatalogImage, placed: PlacementFile | None, *, direct: bool) -> None:
-        """Opens every shard; takes `placed` over, also where that fails."""
+        """Opens every shard; takes `placed` over, also if that fails."""
         self.image, self.placed = image, placed
         self.files: list[TableFiles] = []
         try:
@@ -57,7 +56,7 @@ class OpenVersion:
 
 
 def part_of(block: np.ndarray, start: int, num_bytes: int, what: str) -> np.ndarray:
-    """Returns a part of a block, uint8 [num_bytes]; raises `DaemonError` where the block ends before it."""
+    """Returns a part of a block, uint8 [num_bytes]; raises `DaemonError` if the block ends before it."""
     if start + num_bytes > len(block):
         raise DaemonError(
             f"{what}: bytes {start} to {start + num_bytes} of a block of {len(block)}; the daemon's message "
@@ -79,7 +78,7 @@ class StaticParts:
 
 
 def static_parts(block: np.ndarray, layout: TableLayout, share: SharedShare) -> StaticParts:
-    """Returns where a table's static set lies; raises `DaemonError` where it lies outside the block."""
+    """Returns where a table's static set lies; raises `DaemonError` if it lies outside the block."""
     name, record, bucket = layout.spec.name, record_bytes(layout.spec.entry_bytes), kernels.INDEX_BUCKET.itemsize
     records = part_of(block, share.records_start, share.num_slots * record, f"records of {name}")
     heads = tuple(part_of(block, start, HEAD_BYTES, f"head of {name}") for start in share.head_starts)
@@ -135,24 +134,8 @@ def table_memories(
     return memories
 
 
-def pairs_as_tokens(order_index: np.ndarray, keys: np.ndarray, num_orders: int) -> tuple[np.ndarray, np.ndarray]:
-    """Packs (order index [n], key [n]) pairs into keys of a lookup, int64 [N, O], -1 where nothing is wanted.
-
-    Returns them and each pair's place in the flattened result, int64 [n]: orders stand side by side, so that N is no
-    more than the pairs of the commonest order.
-    """
-    counts = np.bincount(order_index, minlength=num_orders)
-    tokens = np.full((int(counts.max(initial=0)), num_orders), -1, dtype=np.int64)
-    places = np.empty(len(keys), dtype=np.int64)
-    for order in range(num_orders):
-        mine = np.flatnonzero(order_index == order)
-        tokens[: len(mine), order] = keys[mine]
-        places[mine] = np.arange(len(mine)) * num_orders + order
-    return tokens, places
-
-
 def same_tables(ours: Sequence[TableSpec], theirs: Sequence[TableSpec]) -> str | None:
-    """Says in what the specs of two versions differ, None where they do not: table, field and both values."""
+    """Returns in what the specs of two versions differ: table, field and both values. None if they do not."""
     mine, other = {spec.name: spec for spec in ours}, {spec.name: spec for spec in theirs}
     if list(mine) != list(other):
         return f"tables are {', '.join(mine)}, and there {', '.join(other)}"

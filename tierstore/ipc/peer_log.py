@@ -1,7 +1,7 @@
-"""Lines about peers in the log, so many a minute: who attacks the socket must not fill the disk.
+"""Lines about peers in the log, so many a minute: an attack on the socket must not fill the disk.
 
-Flows in: what a peer did, from any thread. Flows out: lines of the log;
-how many were left out is said in the next minute.
+Input: what a peer did, from any thread. Output: lines of the log; the next minute says how many were left out.
+Errors: none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class PeerLog:
     """Logs what peers do, at most LINES_A_MINUTE_MAX lines a minute; those left out are counted. From any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the three counts below
         self._minute, self._lines, self._left_out = 0, 0, 0
 
     def warn(self, text: str, error: Exception | None = None) -> None:

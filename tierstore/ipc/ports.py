@@ -1,7 +1,7 @@
 """Ports: addresses to listen at, and why one cannot be had.
 
 Input: "HOST:PORT". Output: a listening socket, or none and no error, if only looked whether the port is free. Errors:
-`ConfigError` with the cause and its remedy: a taken port is told apart from an address of another host.
+`ConfigError` with the cause and its remedy: a taken port and an address of another host are different errors.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def check_ports(wanted: Iterable[tuple[str, str]]) -> None:
 
     wanted: (the option's name, "HOST:PORT").
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as listening:
         for what, address in wanted:
-            held.enter_context(listen(address, what, 1))
+            listening.enter_context(listen(address, what, 1))
 
 
 def network_of(host: str) -> str:

@@ -1,8 +1,9 @@
 """The socket file: where a daemon listens, which is one daemon's at a time.
 
-Flows in: a path. Flows out: a listening socket at it. A file lock beside it, PATH.lock, decides between two that start
-at once; it goes with the process that holds it, however that ends. A socket that nobody listens on is replaced. Refuses
-a path that is taken by a daemon, by another program, or by a file of another kind; one that is too long for an address.
+Input: a path. Output: a listening socket at it. A file lock beside it, PATH.lock, decides between two that start
+at once; it goes with the process that has it, however that ends. A socket that nobody listens on is replaced. Errors:
+`DaemonError` or `ConfigError` for a path that a daemon, another program or a file of another kind has, or that is too
+long for an address.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LOCK_BYTES_MAX = PID_CHARS + 1 + LOCK_STATE_CHARS + 1
 
 
 def check_socket_path(path: str | os.PathLike[str]) -> str:
-    """Returns the path of a socket as text. Raises `ConfigError` where no socket can be there."""
+    """Returns the path of a socket as text. Raises `ConfigError` if no socket can be there."""
     text = os.fspath(path)
     num_bytes = len(os.fsencode(text))
     if _URL.match(text):
@@ -47,7 +48,7 @@ class SocketFile:
     """A socket that listens at a path, the only one while this lives. `close` removes the file if it is still ours."""
 
     def __init__(self, path: str | os.PathLike[str], mode: int) -> None:
-        """mode: of the file, 0o600 or 0o666. Raises `DaemonError` where a daemon serves there already,
+        """mode: of the file, 0o600 or 0o666. Raises `DaemonError` if a daemon serves there already,
         else `ConfigError`."""
         self.path = check_socket_path(path)
         self.listener: socket.socket | None = None
@@ -86,7 +87,7 @@ class SocketFile:
         return listener
 
     def note(self, state: str) -> None:
-        """Tells who looks at PATH.lock how far a daemon is that does not answer yet;
+        """Notes in PATH.lock how far a daemon is that does not answer yet;
         an empty state says that it does."""
         if self._lock_fd >= 0:
             os.pwrite(self._lock_fd, _lock_text(state), 0)
@@ -102,7 +103,7 @@ class SocketFile:
         self._identity = None
         if self._lock_fd >= 0:
             with contextlib.suppress(OSError):
-                os.unlink(self._lock_path)  # while it is held: see `_take_lock`
+                os.unlink(self._lock_path)  # while it is locked: see `_take_lock`
             os.close(self._lock_fd)
             self._lock_fd = -1
 
@@ -163,7 +164,7 @@ def _take_lock(lock_path: str, path: str) -> int:
 
 
 def _remove_stale(path: str) -> None:
-    """Removes the socket that a killed daemon left; raises where it is anything else."""
+    """Removes the socket that a killed daemon left; raises if it is anything else."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:

@@ -1,6 +1,7 @@
 """`tierstore stat`: how a daemon fares, once.
 
-Flows in: a daemon's socket. Flows out: tables, or the record as JSON, whose keys are stable. Refuses what is no daemon.
+Input: a daemon's socket, or the URL of a server of lookups by gRPC. Output: tables, or the record as JSON, whose keys
+are stable. Errors: `DaemonError` if no daemon answers there.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import time
 from pathlib import Path
 
 import click
+import msgspec
 
-from tierstore.daemon.record import SECTIONS, Record
-from tierstore.errors import ConfigError, DaemonError
+from tierstore.daemon.record import StatRecord
+from tierstore.errors import ConfigError
 from tierstore.ipc.client_socket import ask
+from tierstore.ipc.messages import StatRequest
 from tierstore.ipc.socket_file import starting_state
 
 from ..cli import console
@@ -22,21 +25,13 @@ FETCH_S_MAX = 10.0
 STARTING_S_MAX = 1.0  # a daemon that is warming its tiers answers nobody: it notes beside the socket how far it is
 
 
-def fetch_record(socket: Path) -> Record:
+def fetch_record(socket: Path) -> StatRecord:
     """Asks the daemon at a socket for its stat record. Blocks for FETCH_S_MAX at most.
 
-    Raises `DaemonError` where no daemon answers, it refuses, or its answer is of another release.
+    Raises `DaemonError` if no daemon answers, it refuses, or its answer is of another release.
     """
     timeout_s = STARTING_S_MAX if starting_state(socket) else FETCH_S_MAX
-    record: Record = ask(str(socket), {"do": "stat"}, timeout_s=timeout_s)
-    record.pop("ok", None)
-    missing = [name for name in SECTIONS if name not in record]
-    if missing:
-        raise DaemonError(
-            f"{socket}: the daemon's record has no {', '.join(missing)}; "
-            "it is of another release: use the tierstore that the daemon runs"
-        )
-    return record
+    return ask(str(socket), StatRequest(), StatRecord, timeout_s=timeout_s)
 
 
 @click.command("stat")
@@ -60,7 +55,7 @@ def command(address: str, as_json: bool, token_file: Path | None, ca_file: Path 
         raise ConfigError(f"{address}: --token-file and --ca-file are for a URL, grpc://HOST:PORT; leave them out")
     record = fetch_record(Path(address))
     if as_json:
-        click.echo(json.dumps(record, indent=2))
+        click.echo(msgspec.json.format(msgspec.json.encode(record)).decode())
         return
     from .tables import page_of
 

@@ -1,8 +1,7 @@
 """What two stat records of a daemon say of the time between them: rates, hit rates, quantiles of latency. Pure.
 
-Flows in: records as `tierstore stat --json` prints them, and the seconds between two. Flows out: numbers. Where there
-is nothing to divide, the result is NaN; where the later record is of another daemon, or of one that started anew,
-there is none.
+Input: two records, and the seconds between them. Output: numbers, NaN if there is nothing to divide; None if the later
+record is of another daemon, or of one that was started anew. Errors: none.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tierstore.daemon.record import Record, ratio
+from tierstore.daemon.record import ExpectedRate, StatRecord, ratio
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,12 @@ class Rates:
     """What went on between two records: counts of the keys by (table, order), and rates a second."""
 
     seconds: float
-    counts: dict[tuple[str, str], Counts]
+    counts: dict[tuple[str, int], Counts]
     batches_s: float
     reads_s: float
     read_bytes_s: float
     latency_counts: list[int]
-    client_keys_s: dict[int, float]  # by process id
+    client_keys_s: dict[int, float]  # by `ClientInfo.id`: one process may have several connections
 
     @property
     def total(self) -> Counts:
@@ -59,65 +58,65 @@ class Rates:
         return self.total.keys / self.seconds
 
 
-def counts_of(record: Record) -> dict[tuple[str, str], Counts]:
+def counts_of(record: StatRecord) -> dict[tuple[str, int], Counts]:
     """Returns the keys since the start by (table, order)."""
     counts = {}
-    for table, of_table in record["counters"]["tables"].items():
-        for order, hits in of_table["orders"].items():
-            static = of_table["static_hits"].get(order, 0)
-            counts[table, order] = Counts(hits["hbm"], static, hits["dram"] - static, hits["nvme"])
+    for table, of_table in record.counters.tables.items():
+        for order, hits in of_table.orders.items():
+            static = of_table.static_hits.get(order, 0)
+            counts[table, order] = Counts(hits.hbm, static, hits.dram - static, hits.nvme)
     return counts
 
 
-def total_of(counts: dict[tuple[str, str], Counts]) -> Counts:
+def total_of(counts: dict[tuple[str, int], Counts]) -> Counts:
     """Returns the sum over tables and orders."""
     return sum(counts.values(), Counts(0, 0, 0, 0))
 
 
-def expected_rate(record: Record) -> dict[str, float] | None:
-    """Returns the hit rate of all keys that the placement's plan expected: {"expected", "low", "high"}.
+def expected_rate(record: StatRecord) -> ExpectedRate | None:
+    """Returns the hit rate of all keys that the placement's plan expected.
 
     The rates of the tables and orders, weighted by the keys that were asked for: what the plan expects of this traffic.
-    None where no plan made the placement, or nothing was asked for of what it planned.
+    None if no plan made the placement, or nothing was asked for of what it planned.
     """
-    rates = record["plan"]["hit_rates"] if record.get("plan") else {}
-    sums, keys = dict.fromkeys(("expected", "low", "high"), 0.0), 0
-    for (table, order), counts in counts_of(record).items():
-        of_order = rates.get(table, {}).get(order)
-        if of_order is None:
-            continue
-        keys += counts.keys
-        for name in sums:
-            sums[name] += of_order[name] * counts.keys
-    return {name: total / keys for name, total in sums.items()} if keys else None
+    rates = record.plan.hit_rates if record.plan else {}
+    weighted = [
+        (counts.keys, rates[table][str(order)])
+        for (table, order), counts in counts_of(record).items()
+        if str(order) in rates.get(table, {})
+    ]
+    total = sum(keys for keys, _ in weighted)
+    if not total:
+        return None
+    return ExpectedRate(
+        expected=sum(keys * rate.expected for keys, rate in weighted) / total,
+        low=sum(keys * rate.low for keys, rate in weighted) / total,
+        high=sum(keys * rate.high for keys, rate in weighted) / total,
+    )
 
 
-def reads_of(record: Record) -> int:
+def reads_of(record: StatRecord) -> int:
     """Returns the reads of NVMe since the start: of a page, or of a placed entry."""
-    pages: int = record["counters"]["pages_read"]
-    return pages + int(record["counters"]["entries_read"])
+    return record.counters.pages_read + record.counters.entries_read
 
 
-def rates_between(earlier: Record, later: Record, seconds: float) -> Rates | None:
-    """Returns what went on in the `seconds` between two records of one daemon; None where they are of two,
-    or of one moment."""
-    same = all(earlier["daemon"][name] == later["daemon"][name] for name in ("pid", "started_at"))
-    if not same or seconds <= 0 or earlier["latency"]["bounds_ns"] != later["latency"]["bounds_ns"]:
+def rates_between(earlier: StatRecord, later: StatRecord, seconds: float) -> Rates | None:
+    """Returns what went on in the `seconds` between two records of one daemon; None if they are of two, or of one
+    moment."""
+    same = (earlier.daemon.pid, earlier.daemon.started_at) == (later.daemon.pid, later.daemon.started_at)
+    if not same or seconds <= 0 or earlier.latency.bounds_ns != later.latency.bounds_ns:
         return None
     before, none = counts_of(earlier), Counts(0, 0, 0, 0)  # a new version may bring tables
-    before_keys = {client["pid"]: client["keys"] for client in earlier["clients"]["list"]}
+    before_keys = {client.id: client.keys for client in earlier.clients.list}
     return Rates(
         seconds=seconds,
         counts={name: now - before.get(name, none) for name, now in counts_of(later).items()},
-        batches_s=(later["counters"]["batches"] - earlier["counters"]["batches"]) / seconds,
+        batches_s=(later.counters.batches - earlier.counters.batches) / seconds,
         reads_s=(reads_of(later) - reads_of(earlier)) / seconds,
-        read_bytes_s=(later["counters"]["bytes_read"] - earlier["counters"]["bytes_read"]) / seconds,
-        latency_counts=[
-            now - then for then, now in zip(earlier["latency"]["counts"], later["latency"]["counts"], strict=True)
-        ],
+        read_bytes_s=(later.counters.bytes_read - earlier.counters.bytes_read) / seconds,
+        latency_counts=[now - then for then, now in zip(earlier.latency.counts, later.latency.counts, strict=True)],
         client_keys_s={
-            client["pid"]: max(0, client["keys"] - before_keys.get(client["pid"], 0)) / seconds
-            for client in later["clients"]["list"]
+            client.id: max(0, client.keys - before_keys.get(client.id, 0)) / seconds for client in later.clients.list
         },
     )
 
@@ -125,7 +124,7 @@ def rates_between(earlier: Record, later: Record, seconds: float) -> Rates | Non
 def quantile_ns(bounds_ns: Sequence[float], counts: Sequence[int], share: float) -> float:
     """Returns the latency that `share` of the lookups took at most, from a histogram of bounds and one count more.
 
-    Within a bucket lookups are taken for evenly spread. NaN where there are none; infinity above the last bound.
+    Within a bucket lookups count as evenly spread. NaN if there are none; infinity above the last bound.
     """
     assert len(counts) == len(bounds_ns) + 1
     total = sum(counts)

@@ -1,6 +1,6 @@
 """What `tierstore stat` says of a server of lookups by gRPC: what it serves, and how its own lookups and calls fare.
 
-Input: a URL. Output: a record, or lines of it. A server tells clients of other hosts less than a daemon tells its
+Input: a URL. Output: a record, or lines of it. A server shows clients of other hosts less than a daemon shows its
 administrator: neither its memory nor who its clients are.
 """
 

@@ -1,6 +1,6 @@
 """Numbers of a daemon's record in words: counts, shares, latencies, durations. A dash stands for what is not known.
 
-Flows in: numbers, NaN where there is none. Flows out: short texts, of three digits where that is enough.
+Input: numbers, NaN if there is none. Output: short texts, of three digits if that is enough.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ UNKNOWN = "-"
 
 
 def number_text(number: float, form: str) -> str:
-    """Returns a number in a form; a dash where it is unknown."""
+    """Returns a number in a form; a dash if it is unknown."""
     return UNKNOWN if math.isnan(number) else form.format(number)
 
 
 def share_text(share: float) -> str:
-    """Returns a share as a percentage; a dash where it is unknown."""
+    """Returns a share as a percentage; a dash if it is unknown."""
     return UNKNOWN if math.isnan(share) else percent(share)
 
 
 def short_count(number: float) -> str:
-    """Returns a count or a rate in three digits: 6_000_000 -> "6.00 M"; a dash where it is unknown."""
+    """Returns a count or a rate in three digits: 6_000_000 -> "6.00 M"; a dash if it is unknown."""
     if math.isnan(number):
         return UNKNOWN
     for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -36,7 +36,7 @@ def short_count(number: float) -> str:
 
 
 def latency_text(ns: float) -> str:
-    """Returns nanoseconds in a unit that people read: 14_200 -> "14.2 us"; a dash where they are unknown."""
+    """Returns nanoseconds in a unit that people read: 14_200 -> "14.2 us"; a dash if they are unknown."""
     if math.isnan(ns):
         return UNKNOWN
     for unit, factor in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
@@ -55,5 +55,5 @@ def duration(seconds: float) -> str:
 
 
 def bytes_a_second(rate: float) -> str:
-    """Returns bytes a second; a dash where they are unknown."""
+    """Returns bytes a second; a dash if they are unknown."""
     return UNKNOWN if math.isnan(rate) else f"{format_bytes(rate)}/s"

@@ -57,7 +57,7 @@ def measure_readiness(setting: Setting, result: Result) -> None:
         page_cache.drop([*setting.made.files, *setting.made.path.glob("placements/*")])
         with setting.serve("start") as served:
             ready_s.append(served.ready_s)
-            rates.append(served.stat()["memory"]["used_bytes"] / served.warmed_s / GIB)
+            rates.append(served.stat().memory.used_bytes / served.warmed_s / GIB)
     result.figure("from the daemon's start to its first answer", "s", ready_s)
     result.figure("warming: the tiers' memory made, their static part read", "GiB/s", rates)
 
@@ -129,7 +129,7 @@ def _measure_return(served: Served, clients: Clients, result: Result) -> None:
         served.kill()
         served.start()
         started = time.perf_counter()
-        while served.stat()["clients"]["attached"] < WATCHERS:
+        while served.stat().clients.attached < WATCHERS:
             if time.perf_counter() > started + ATTACH_WAIT_S:
                 raise DaemonError(f"clients are not attached again within {ATTACH_WAIT_S} s; see the lines above")
             time.sleep(ATTACH_POLL_S)
@@ -154,7 +154,7 @@ def measure_shift(setting: Setting, result: Result) -> None:
     options = ("--replan", "off", "--io", "mmap")  # hit rates are what counts, not how misses are read
     with Served(made.path, socket, dram_bytes, *options) as served:
         rates = _rates_by_replans(served, traffic)
-        (num_slots,) = served.stat()["epochs"]["static_slots"].values()
+        (num_slots,) = served.stat().epochs.static_slots.values()
     chosen = fresh_choice(traffic.counted(), num_slots)
     place_entries(made.path, {stores.TABLE: Chosen(chosen.order_index, chosen.keys, DEFAULT_STATIC_FRACTION)})
     try:

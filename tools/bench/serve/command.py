@@ -169,7 +169,7 @@ def _measure_together(setting: Setting, served: Served, held: np.ndarray, result
             result.compare(case, "row", rows, sides, setting.options.pairs, {other: 0.9}, subject=subject)
         result.facts["keys that missed in runs of all processes together"] = misses
         taken = proportional_bytes([served.pid, *attached.pids])
-    budget_bytes = served.stat()["memory"]["budget_bytes"]
+    budget_bytes = served.stat().memory.budget_bytes
     case = f"shared memory of the daemon and {CLIENTS} clients (PSS), part of one budget"
     result.figure(case, "%", [100 * taken["Pss_Shmem"] / budget_bytes], bound=100.0)
     result.figure("the same with all else that these processes take", "MiB", [taken["Pss"] / MIB])
@@ -191,7 +191,9 @@ def _measure_many(setting: Setting, served: Served, held: np.ndarray, result: Re
 
 def _measure_remote(served: Served, held: np.ndarray, options: Options, result: Result) -> None:
     """The daemon's own gRPC, over the loopback."""
-    url = f"grpc://{served.stat()['remote']['address']}"
+    server = served.stat().remote
+    assert server is not None, "it was started with --listen"
+    url = f"grpc://{server.address}"
     tokens = options.tokens or TOKENS
     found = remote.measure(url, keys=held, tokens=tokens)
     case, mb_per_s = "gRPC over the loopback: ", [found["streamed_mb_per_s"]]

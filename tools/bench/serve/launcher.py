@@ -14,8 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tierstore.daemon.record import StatRecord
 from tierstore.errors import DaemonError
 from tierstore.ipc.client_socket import ask
+from tierstore.ipc.messages import StatRequest
 
 START_WAIT_S, STOP_WAIT_S = 600.0, 60.0
 ASK_S = 600.0
@@ -46,9 +48,9 @@ class Served:
             self.kill()
             raise
         self.ready_s = time.perf_counter() - started
-        self.warmed_s = time.time() - record["daemon"]["started_at"]
+        self.warmed_s = time.time() - record.daemon.started_at
 
-    def _first_record(self, deadline: float) -> dict[str, Any]:
+    def _first_record(self, deadline: float) -> StatRecord:
         while True:
             try:
                 return self.stat()
@@ -65,11 +67,11 @@ class Served:
 
     def ask(self, do: str, **more: str) -> dict[str, Any]:
         """Returns its answer to an administrator's request. Blocks, ASK_S at most."""
-        return ask(self.socket, {"do": do, **more}, timeout_s=ASK_S)
+        return ask(self.socket, {"do": do, **more}, dict[str, Any], timeout_s=ASK_S)
 
-    def stat(self) -> dict[str, Any]:
+    def stat(self) -> StatRecord:
         """Returns its stat record."""
-        return self.ask("stat")
+        return ask(self.socket, StatRequest(), StatRecord, timeout_s=ASK_S)
 
     def kill(self) -> None:
         """Kills it, as a machine that runs out of memory would."""
