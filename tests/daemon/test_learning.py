@@ -1,4 +1,4 @@
-"""The tiers follow what clients ask for: misses are fed, what is hot becomes static, and no client spoils it."""
+"""The tiers follow what clients ask for: misses are fed, what is hot becomes static, and no client can damage that."""
 
 from __future__ import annotations
 

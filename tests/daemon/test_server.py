@@ -146,7 +146,10 @@ def test_a_long_request_holds_up_nobody(path: Path, handler: NotingHandler) -> N
 
 @pytest.mark.parametrize(
     ("fault", "says"),
-    [("DaemonError", "table layers.9: there is none; name one of the store's"), ("other", "its log says more")],
+    [
+        ("DaemonError", "table layers.9: the store has none; name one of its own"),
+        ("other", "its log says more"),
+    ],
 )
 @pytest.mark.usefixtures("serving")
 def test_a_message_that_fails_costs_its_sender_alone(
@@ -259,7 +262,7 @@ def test_of_too_many_that_said_no_hello_the_oldest_goes(path: Path, monkeypatch:
     monkeypatch.setattr(limits, "HANDSHAKE_S", WAIT_S)
     silent = [Channel(bare_socket(path)) for _ in range(limits.HANDSHAKES_MAX + 2)]
     for channel in silent[:2]:
-        assert "33 connections have not said hello, the limit is 32" in last_words(channel)
+        assert "33 connections sent no hello yet, the limit is 32" in last_words(channel)
     connect(path).close()
     assert "33 connections" in last_words(silent[2])
     silent[3].send(HELLO)
@@ -280,7 +283,7 @@ def test_one_users_silent_connections_do_not_push_out_anothers(monkeypatch: pyte
 
                 def flood() -> str:
                     peers = [bare_socket(path) for _ in range(8)]
-                    return str(b"have not said hello" in peers[0].recv(4096))
+                    return str(b"sent no hello yet" in peers[0].recv(4096))
 
                 assert in_child(flood, NOBODY) == "True"
                 ours.sendall(packet(json.dumps(HELLO).encode()))
@@ -524,7 +527,7 @@ def test_a_goodbye_instead_of_an_answer_is_an_error(path: Path, handler: NotingH
     serving.close(timeout_s=0)
     thread.join(WAIT_S)
     handler.go_on.set()
-    assert said == ["the daemon said goodbye: the daemon ends"]
+    assert said == ["the daemon ended the connection: the daemon ends"]
 
 
 def test_a_server_leaves_neither_descriptors_nor_threads(path: Path, handler: NotingHandler) -> None:

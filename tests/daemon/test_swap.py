@@ -331,7 +331,7 @@ def test_a_stopped_client_holds_up_no_swap_and_is_right_when_it_goes_on(
 
 
 def look_up_until_told(socket: Path, rows: tuple[np.ndarray, np.ndarray], write: int) -> None:
-    """Says which version answers whenever that changes, and "wrong" where it is none; for ever."""
+    """Says which version answers whenever that changes, and "wrong" if none does; for ever."""
     with tierstore.connect(socket) as store:
         last = -1
         while True:

@@ -270,7 +270,7 @@ def test_another_users_hostile_acts_reach_nobody(monkeypatch: pytest.MonkeyPatch
         path = Path(folder) / "socket"
         with SocketServer(path, handler) as opened:
             opened.start()
-            path.chmod(0o666)  # as if the outer door were open
+            path.chmod(0o666)  # as if the file let everybody in
             serving = open_descriptors()
             client = ServedClient(path)
             assert in_child(lambda: attack(path), NOBODY) == "done"

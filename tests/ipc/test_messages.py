@@ -31,7 +31,7 @@ COUNTERS = EngineCounters(
     1, 2, 3, 4, 5, 6, 7, 8, 9, LatencyCounts((1, 0), 10), (((1, 2), (3, 4), (5, 6)), ((7,), (8,), (2**63 - 1,)))
 )
 LAYOUT = Layout(
-    lent=False,
+    is_exported=False,
     store="/srv/a.tier",
     identity="ab" * 32,
     version=3,
@@ -96,6 +96,10 @@ FOREIGN_JSON = {
 def test_what_is_not_that_message_is_a_daemon_error(data: bytes) -> None:
     with pytest.raises(DaemonError, match=r"a message of [\d,]+ bytes is not what was expected: .+"):
         from_json(data, Hello)
+
+
+def test_old_clients_read_the_key_that_they_know() -> None:
+    assert from_json(to_json(LAYOUT), dict)["lent"] is False
 
 
 def layout_with(**changes: Any) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def test_another_user_is_refused_by_name(open_path: Path, handler: NotingHandler
         said = in_child(lambda: str(dial(open_path)), NOBODY)
         assert said.startswith("DaemonError: ")
         assert f"permission denied to user {NOBODY}: restart the daemon with --allow-user {NOBODY}" in said
-        open_path.chmod(0o666)  # the file's mode is the outer door only
+        open_path.chmod(0o666)  # the file's mode is only the first of two checks
         for act in (lambda: str(dial(open_path)), lambda: str(ask(open_path, {"do": "stat"}, dict))):
             said = in_child(act, NOBODY)
             assert said.startswith(f"DaemonError: user {NOBODY} (process ")

@@ -69,7 +69,7 @@ class NotingHandler:
         message = from_json(data, dict)
         self.calls.put(("message", peer, message))
         if message.get("raise") == "DaemonError":
-            raise DaemonError("table layers.9: there is none; name one of the store's")
+            raise DaemonError("table layers.9: the store has none; name one of its own")
         if message.get("raise"):
             raise BlockingIOError("a mistake of the daemon's")
         if "drop" in message:

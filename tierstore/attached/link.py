@@ -1,9 +1,8 @@
 """A link: one version of a daemon's store, as a client has it mapped and open.
 
 Input: the daemon's message with its descriptors, and the store's own files. Output: an engine that copies from the
-daemon's memory, which it may only read, and reads from the shards what is not there. Errors: `DaemonError` for a
-message that contradicts its blocks, and for a store that is not the one that the daemon opened; `ConfigError` for files
-that this user may not read.
+daemon's memory, which it may only read, and reads from the shards what is not there. Errors: `DaemonError` for messages
+that contradict their blocks, and for a store that is not the one that the daemon opened.
 """
 
 from __future__ import annotations
@@ -53,10 +52,10 @@ class Link:
     ) -> None:
         """Maps and opens all; the descriptors stay the caller's. Raises what `connect` raises.
 
-        writable_static: whether an exported block may be written here until
-        `protect_static`.
+        writable_static: whether a static block with a writable export may be written here, which drivers need that
+        lock it, until `protect_static`.
         """
-        self.version, self._tag, self.is_exported = layout.version, layout.tag, layout.lent
+        self.version, self._tag, self.is_exported = layout.version, layout.tag, layout.is_exported
         self._shares, self._bad_pages = layout.tables, layout.bad_pages
         self.memory = {"budget_bytes": layout.budget_bytes, "dram_bytes": layout.dram_bytes}
         path, identity, sizes = layout.store, layout.identity, layout.sizes

@@ -127,7 +127,7 @@ class Session:
                 raise_error(message)
 
     def _move(self, channel: Channel, layout: Layout, fds: list[int]) -> None:
-        """Moves to the version that the daemon serves now, and tells the daemon when nothing here uses the old one."""
+        """Moves to the version that the daemon serves now, and reports when nothing here uses the old one."""
         old = self._move_to(self._dialer.link(layout, fds))
         self._attached.retire(old, READ_WAIT_S)
         channel.send(FromClient(left=old.version), timeout_s=SEND_S)

@@ -42,7 +42,7 @@ class Clients:
         """
         # The end of a process of another PID namespace (0) shows in its pidfd only.
         is_watched = peer.pid > 0 or peer.pidfd is not None
-        on_gpu = peer.on_gpu and self._tiers.static.lent_fd >= 0 and is_watched
+        on_gpu = peer.on_gpu and self._tiers.static.export_fd >= 0 and is_watched
         with self._attachments.lock:  # no other version is published in between: see `Epochs.publish`
             version = self._epochs.current
             given = self._attachments.attach(peer, peer.pid, version.number, on_gpu=on_gpu, pidfd=peer.pidfd)
@@ -58,7 +58,7 @@ class Clients:
         tiers, resident = self._tiers, version.resident
         blocks = [tiers.control.array, tiers.static.array, tiers.recency.array, block]
         layout = Layout(
-            lent=on_gpu,
+            is_exported=on_gpu,
             store=version.path,
             identity=version.identity,
             version=version.number,
@@ -70,7 +70,7 @@ class Clients:
             budget_bytes=tiers.plan.budget_bytes,
             dram_bytes=tiers.plan.dram_bytes,
         )
-        static_fd = tiers.static.lent_fd if on_gpu else tiers.static.fd
+        static_fd = tiers.static.export_fd if on_gpu else tiers.static.fd
         return layout, [tiers.control.fd, static_fd, tiers.recency.fd, block_fd, *([resident.fd] if resident else [])]
 
     def leave(self, peer: Peer, version: int) -> None:

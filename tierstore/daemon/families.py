@@ -215,7 +215,7 @@ def _epochs(epochs: EpochInfo) -> Iterator[Metric]:
 
 
 def _expected(plan: PlanInfo | None) -> Metric:
-    """Returns the hit rates that the placement's plan expected; no sample if no plan made it, or there is none."""
+    """Returns the hit rates that the placement's plan expected; no sample if no plan made it, or nothing was placed."""
     rates = {} if plan is None else plan.hit_rates
     return _labelled(
         GaugeMetricFamily,

@@ -59,13 +59,11 @@ class HttpServer:
 
         Raises `ConfigError` for what is not an address, or cannot be bound.
         """
-        self._handler = handler
+        self._handler, self._log, self._closing = handler, PeerLog(), threading.Event()
         self._listener = listen(address, what, WAITING_MAX)
         self._listener.setblocking(False)
         host, port = self._listener.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._closing = threading.Event()
-        self._log = PeerLog()
         # Only the loop uses the three below; the two queues after them are how it and the workers talk.
         self._connections: set[_Connection] = set()
         self._selector = selectors.DefaultSelector()

@@ -14,7 +14,7 @@ TLS_HELLO = b"\x16\x03"  # how a client that speaks TLS begins
 
 
 class HttpRequest(NamedTuple):
-    """A request: its path without the query, and its header Accept, empty if there is none."""
+    """A request: its path without the query, and its header Accept, empty if it is missing."""
 
     path: str
     accept: str

@@ -12,7 +12,7 @@ from ..errors import DaemonError
 from .peer import Peer
 
 ADMINS_MAX = 8
-HANDSHAKES_MAX = 32  # connections that have not said hello; of more, the oldest of the user with the most goes
+HANDSHAKES_MAX = 32  # connections before their hello; of more, the oldest of the user with the most goes
 HANDSHAKE_S = 2.0  # from a connection to its hello
 PEER_SEND_S = 5.0  # how long a peer may read nothing while something waits for it
 ADMIN_IDLE_S = 60.0  # between an administrator's requests
@@ -31,14 +31,15 @@ def check_room(role: str, peers: Collection[Peer], clients_max: int) -> None:
 
 
 def superfluous(peers: Collection[Peer]) -> tuple[Peer, DaemonError] | None:
-    """Returns the peer to drop, and why, if too many have not said hello: the oldest of the user who has the most."""
+    """Returns the peer to drop, and why, if too many have not sent their hello: the oldest of the user who has the
+    most."""
     strangers = [peer for peer in peers if peer.role is None]
     if len(strangers) <= HANDSHAKES_MAX:
         return None
     counts = Counter(peer.uid for peer in strangers)
     most = max(counts.values())
     oldest = next(peer for peer in strangers if counts[peer.uid] == most)
-    reason = f"{len(strangers)} connections have not said hello, the limit is {HANDSHAKES_MAX}: say it sooner"
+    reason = f"{len(strangers)} connections sent no hello yet, the limit is {HANDSHAKES_MAX}: send it sooner"
     return oldest, DaemonError(reason)
 
 

@@ -48,7 +48,7 @@ class Handler(Protocol):
     """
 
     def attach(self, peer: Peer, /) -> tuple[Any, Sequence[int]]:
-        """A client said hello: returns the answer, a struct, and descriptors to copy to it.
+        """A client sent its hello: returns the answer, a struct, and descriptors to copy to it.
 
         Anything sent meanwhile follows.
         """

@@ -64,7 +64,7 @@ class SharedTiers:
         self._blocks: list[SharedBlock] = []
         try:
             self.control = self._make_block("control", kernels.CONTROL_BYTES, None)
-            self.static = self._make_block("static", plan.static_bytes, on_bytes, lent=gpu_clients)
+            self.static = self._make_block("static", plan.static_bytes, on_bytes, export=gpu_clients)
             self.recency = self._make_block("recency", plan.recency_bytes, on_bytes)
             cached = {name: share for name, share in plan.shares.items() if not share.resident}
             self.caches = {
@@ -79,8 +79,8 @@ class SharedTiers:
             self.close()
             raise
 
-    def _make_block(self, name: str, num_bytes: int, on_bytes: OnBytes | None, *, lent: bool = False) -> SharedBlock:
-        block = SharedBlock(f"tierstore-{name}", max(num_bytes, UNIT_BYTES), on_bytes, lent=lent)
+    def _make_block(self, name: str, num_bytes: int, on_bytes: OnBytes | None, *, export: bool = False) -> SharedBlock:
+        block = SharedBlock(f"tierstore-{name}", max(num_bytes, UNIT_BYTES), on_bytes, export=export)
         self._blocks.append(block)
         return block
 

@@ -48,7 +48,7 @@ class SwapFile:
         self._folder = Path(self.path).parent
 
     def read(self) -> Swap | None:
-        """Returns the swap, None if there is none. Raises `FormatError`, `ConfigError`."""
+        """Returns the swap, None if there is no file. Raises `FormatError`, `ConfigError`."""
         try:
             fd = os.open(self.path, READ_FLAGS)
         except FileNotFoundError:

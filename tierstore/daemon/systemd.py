@@ -1,7 +1,7 @@
 """Notifications for the service manager that started the daemon: ready, reloading, stopping, alive (sd_notify).
 
-Flows in: the environment's NOTIFY_SOCKET and WATCHDOG_USEC. Flows out: datagrams of `NAME=value` lines. Where the
-variable is not set, nothing is sent. A manager that does not take a datagram is logged once and never stops the daemon.
+Input: the environment's NOTIFY_SOCKET and WATCHDOG_USEC. Output: datagrams of `NAME=value` lines; nothing if the
+variable is not set. Errors: a manager that does not take a datagram is logged once and never stops the daemon.
 Protocol: https://www.freedesktop.org/software/systemd/man/sd_notify.html
 """
 

@@ -125,7 +125,7 @@ def ask(
 def raise_error(message: FromDaemon) -> None:
     """Raises the failure or the goodbye that a message is; returns if it is neither."""
     if message.bye is not None:
-        raise ChannelClosed(f"the daemon said goodbye: {message.bye}")
+        raise ChannelClosed(f"the daemon ended the connection: {message.bye}")
     if message.error is not None:
         kind = getattr(errors, message.error, DaemonError)
         if not (isinstance(kind, type) and issubclass(kind, TierStoreError)):

@@ -56,12 +56,12 @@ class Layout(Struct, frozen=True):
     """What a client needs to map a version of the store. Descriptors of the blocks come with it, in the order of
     `sizes`.
 
-    lent: the static block's descriptor is for writing, which drivers need that lock memory for a GPU. sizes: bytes of
-    the blocks control, static, recency, client and, if tables are resident, resident. bad_pages: of resident tables,
-    and why.
+    is_exported: the static block's descriptor is its writable export, which drivers need that lock memory for a GPU.
+    sizes: bytes of the blocks control, static, recency, client and, if tables are resident, resident. bad_pages: of
+    resident tables, and why.
     """
 
-    lent: bool
+    is_exported: bool = msgspec.field(name="lent")  # the key that clients of every release read
     store: str
     identity: str
     version: Count

@@ -42,32 +42,32 @@ class SharedBlock:
     Attributes:
         array: The memory, uint8 [num_bytes].
         fd: A read-only descriptor, to be handed out.
-        lent_fd: The writable export, for a process that is trusted to map the block writable; else -1.
+        export_fd: The writable export, for a process that is trusted to map the block writable; -1 without one.
     """
 
-    def __init__(self, name: str, num_bytes: int, on_bytes: OnBytes | None = None, *, lent: bool = False) -> None:
+    def __init__(self, name: str, num_bytes: int, on_bytes: OnBytes | None = None, *, export: bool = False) -> None:
         """Makes the block, on huge pages if the system gives them. Blocks until all of it is there.
 
         Args:
             name: As /proc shows it.
             num_bytes: A multiple of 4,096.
             on_bytes: Called with the number of bytes that came since the last call.
-            lent: Whether to make a writable export.
+            export: Whether to make a writable export.
 
         Raises:
             BudgetError: There is not enough memory.
         """
-        self.fd = self.lent_fd = -1
+        self.fd = self.export_fd = -1
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, num_bytes)
             self.array: np.ndarray = kernels.map_shared(fd, num_bytes, writable=True)
             _bring_in(fd, self.array, name, on_bytes)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_LENGTH | (0 if lent else _FUTURE_WRITE))
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_LENGTH | (0 if export else _FUTURE_WRITE))
             os.fchmod(fd, 0o400)
             self.fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-            if lent:
-                self.lent_fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+            if export:
+                self.export_fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
         except OSError as error:
             what = f"{format_bytes(num_bytes)} ({num_bytes} bytes) of shared memory for {name}"
             raise named_memory(error, what, num_bytes) from error
@@ -76,10 +76,10 @@ class SharedBlock:
 
     def close(self) -> None:
         """Closes the descriptors; the memory goes with the last view of `array` and the last mapping elsewhere."""
-        for fd in (self.fd, self.lent_fd):
+        for fd in (self.fd, self.export_fd):
             if fd >= 0:
                 os.close(fd)
-        self.fd = self.lent_fd = -1
+        self.fd = self.export_fd = -1
         self.array = np.empty(0, dtype=np.uint8)
 
 

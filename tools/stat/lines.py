@@ -17,8 +17,8 @@ from ..report.tables import percent
 from .rates import Rates, counts_of, expected_rate, quantile_ns, reads_of, total_of
 from .words import UNKNOWN, bytes_a_second, duration, latency_text, number_text, share_text, short_count
 
-LOST_SHARE_MAX = 0.01  # of reports, missed keys, remote calls: what is below is counted, but needs no eye
-FULL_SHARE = 0.99  # of a recency cache, from which on it is not called warming
+LOST_FRACTION_MAX = 0.01  # of reports, missed keys, remote calls: what is below is counted, but needs no eye
+FULL_FRACTION = 0.99  # of a recency cache, from which on it is not called warming
 
 
 def heading(record: StatRecord, now_s: float) -> list[str]:
@@ -46,16 +46,16 @@ def concerns(record: StatRecord) -> list[str]:
     if feed.errors:
         found.append(f"{feed.errors:,} missed keys could not be read: run tierstore verify {record.store.path}")
     lost = ratio(learning.reports_lost, learning.reports + learning.reports_lost)
-    if lost > LOST_SHARE_MAX:
+    if lost > LOST_FRACTION_MAX:
         found.append(f"{percent(lost)} of the reports were lost: the daemon is short of processor time")
     dropped = ratio(feed.dropped_keys, feed.read_keys + feed.dropped_keys)
-    if dropped > LOST_SHARE_MAX:
+    if dropped > LOST_FRACTION_MAX:
         found.append(_dropped(dropped, record))
     if learning.reports_refused:
         found.append(f"{learning.reports_refused:,} reports made no sense: a client is broken, or hostile")
     if clients.attached >= clients.max:
         found.append(f"all {clients.max} clients that may attach are attached: more are refused")
-    if remote and ratio(remote.errors, remote.calls) > LOST_SHARE_MAX:
+    if remote and ratio(remote.errors, remote.calls) > LOST_FRACTION_MAX:
         found.append(f"{remote.errors:,} of {remote.calls:,} remote calls failed; the log says why")
     return found
 
@@ -121,7 +121,7 @@ def _planned(record: StatRecord, measured: float) -> list[str]:
 def _warming(record: StatRecord) -> list[str]:
     """Returns how far the recency caches have filled, as long as they have room: hit rates still rise."""
     share = ratio(sum(record.epochs.recency_entries.values()), sum(record.epochs.recency_slots.values()))
-    if math.isnan(share) or share >= FULL_SHARE:
+    if math.isnan(share) or share >= FULL_FRACTION:
         return []
     return [f"warm   the recency cache is {share_text(share)} full: the hit rate can still rise"]
 

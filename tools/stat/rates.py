@@ -124,7 +124,7 @@ def rates_between(earlier: StatRecord, later: StatRecord, seconds: float) -> Rat
 def quantile_ns(bounds_ns: Sequence[float], counts: Sequence[int], share: float) -> float:
     """Returns the latency that `share` of the lookups took at most, from a histogram of bounds and one count more.
 
-    Within a bucket lookups count as evenly spread. NaN if there are none; infinity above the last bound.
+    Within a bucket lookups count as evenly spread. NaN if nothing was timed; infinity above the last bound.
     """
     assert len(counts) == len(bounds_ns) + 1
     total = sum(counts)

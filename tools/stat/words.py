@@ -1,6 +1,6 @@
 """Numbers of a daemon's record in words: counts, shares, latencies, durations. A dash stands for what is not known.
 
-Input: numbers, NaN if there is none. Output: short texts, of three digits if that is enough.
+Input: numbers, NaN if one is not known. Output: short texts, of three digits if that is enough.
 """
 
 from __future__ import annotations
