@@ -222,11 +222,11 @@ def test_what_a_device_reads_is_not_written_over(
         looker = Looker(store, KEYS, rows)
         with store._backing._hbm._lock:  # it does not see that there is another epoch
             with pytest.raises(
-                tierstore.DaemonError, match=rf"GPU of process {os.getpid()} still reads.*end that process"
+                tierstore.DaemonError, match=rf"GPU of process {os.getpid()} still pins.*end that process"
             ):
                 exchange(daemon, 0, times=10)
             assert daemon.stat().epochs.alive == 2
-            with pytest.raises(tierstore.DaemonError, match="still reads"):
+            with pytest.raises(tierstore.DaemonError, match="still pins"):
                 request(tmp_path / "s", "swap", store=str(placed))
             for _ in range(3):
                 np.testing.assert_array_equal(looker.look_up(), rows)
@@ -246,7 +246,7 @@ def test_a_connection_that_is_gone_does_not_end_what_the_device_reads(
         with store._backing._hbm._lock:
             daemon._host.attachments.clients()[0].drop("for the test")
             until(lambda: daemon._host.attachments._orphans)
-            with pytest.raises(tierstore.DaemonError, match="still reads"):
+            with pytest.raises(tierstore.DaemonError, match="still pins"):
                 exchange(daemon, 0, times=10)
             np.testing.assert_array_equal(looker.look_up(), rows)
         until(lambda: store.stats()["attached"]["now"])  # by itself, and on the GPU again
@@ -268,7 +268,7 @@ def test_a_client_that_was_killed_holds_nothing(placed: Path, tmp_path: Path, mo
             assert sum(map(sum, held(daemon))) == 1
             client.send_signal(signal.SIGSTOP)
             epochs = daemon._host.epochs.newest
-            with pytest.raises(tierstore.DaemonError, match=f"process {client.pid} still reads"):
+            with pytest.raises(tierstore.DaemonError, match=f"process {client.pid} still pins"):
                 exchange(daemon, 0, times=10)
             assert daemon._host.epochs.newest == epochs + 1
         until(lambda: not daemon._host.attachments.clients())
@@ -297,7 +297,7 @@ def test_who_holds_only_after_its_connection_is_gone_is_heeded_too(
             patched.setattr(AttachedHbm, "fill", without_a_connection)
             store = stack.enter_context(connect(tmp_path / "s"))
         looker = Looker(store, KEYS, rows)
-        with store._backing._hbm._lock, pytest.raises(tierstore.DaemonError, match="still reads"):
+        with store._backing._hbm._lock, pytest.raises(tierstore.DaemonError, match="still pins"):
             exchange(daemon, 0, times=10)
         np.testing.assert_array_equal(looker.look_up(), rows)
         assert in_records(store) > 0
@@ -316,7 +316,7 @@ def test_a_device_that_cannot_follow_keeps_what_it_has_and_tries_again(
         looker = Looker(store, KEYS, rows)
         with monkeypatch.context() as patched:
             patched.setattr(store._engine, "name_records", raising(RuntimeError("a graph is being captured")))
-            with pytest.raises(tierstore.DaemonError, match="still reads"):
+            with pytest.raises(tierstore.DaemonError, match="still pins"):
                 exchange(daemon, 0, times=10)
             until(lambda: "older epoch of the daemon's static set: a graph is being captured" in caplog.text)
             np.testing.assert_array_equal(looker.look_up(), rows)
@@ -328,7 +328,7 @@ def test_a_device_that_cannot_follow_keeps_what_it_has_and_tries_again(
         until(lambda: sum(map(sum, held(daemon))) == 1)
         with monkeypatch.context() as patched:
             patched.setattr(store._engine, "name_records", raising(RuntimeError("again")))
-            with pytest.raises(tierstore.DaemonError, match="still reads"):
+            with pytest.raises(tierstore.DaemonError, match="still pins"):
                 exchange(daemon, 0, times=10)
             store.close()
         until(lambda: not sum(map(sum, held(daemon))))

@@ -28,7 +28,7 @@ from tierstore.daemon.remote_lookups import Remote
 from tierstore.daemon.shared_tiers import SharedTiers
 from tierstore.daemon.versions import TAGS
 from tierstore.remote import answers as remote_answers
-from tierstore.remote import engine as remote_engine
+from tierstore.remote import requests as remote_requests
 from tierstore.remote.answers import Answers
 from tierstore.tiers.slots import StaticSlots
 
@@ -323,7 +323,7 @@ def test_a_stopped_client_holds_up_no_swap_and_is_right_when_it_goes_on(
                 os.waitpid(child, os.WUNTRACED)
                 started = time.monotonic()
                 assert request(socket, "swap", store=str(path))["version"] == version
-                assert time.monotonic() - started < 30 + attachments.LEAVE_WAIT_S
+                assert time.monotonic() - started < 30 + attachments.GRACE_PERIOD_S
                 until(lambda version=version: store.stats()["attached"]["version"] == version)
                 np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[(version + 1) % 2])
                 os.kill(child, signal.SIGCONT)
@@ -465,7 +465,7 @@ def test_a_lookup_by_grpc_is_of_one_version_though_a_swap_comes_between_its_part
 ) -> None:
     pytest.importorskip("grpc")
     monkeypatch.setattr(remote_answers, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(remote_engine, "UNARY_BYTES_MAX", 0)  # all are streamed
+    monkeypatch.setattr(remote_requests, "UNARY_BYTES_MAX", 0)  # all are streamed
     daemon = Daemon(placed, socket, CACHED, replan_s=None)
     try:
         daemon.start(remote=Remote("127.0.0.1:0", None, None, None))

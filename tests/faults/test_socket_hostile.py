@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from support.daemon_peers import HELLO, NOBODY, WAIT_S, as_root, in_child, open_descriptors, packet
 
-from tierstore.daemon import server
+from tierstore.daemon import limits
 from tierstore.daemon.peer import Peer
 from tierstore.daemon.server import SocketServer
 from tierstore.errors import DaemonError
@@ -219,8 +219,8 @@ def wait_for_descriptors(path: Path, expected: int) -> None:
 def test_hostile_peers_leave_others_served_and_nothing_behind(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "PEER_SEND_S", 0.5)
-    monkeypatch.setattr(server, "HANDSHAKE_S", 0.5)
+    monkeypatch.setattr(limits, "PEER_SEND_S", 0.5)
+    monkeypatch.setattr(limits, "HANDSHAKE_S", 0.5)
     path, handler = tmp_path / "socket", PeerCounter()
     before = (open_descriptors(), threading.active_count())
     with SocketServer(path, handler) as opened:
@@ -256,7 +256,7 @@ def test_hostile_peers_leave_others_served_and_nothing_behind(
 
 @as_root
 def test_another_users_hostile_acts_reach_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HANDSHAKE_S", 0.5)
+    monkeypatch.setattr(limits, "HANDSHAKE_S", 0.5)
     handler = PeerCounter()
 
     def attack(path: Path) -> str:
