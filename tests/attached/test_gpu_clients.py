@@ -249,6 +249,7 @@ def test_a_connection_that_is_gone_does_not_end_what_the_device_reads(
             with pytest.raises(tierstore.DaemonError, match="still pins"):
                 exchange(daemon, 0, times=10)
             np.testing.assert_array_equal(looker.look_up(), rows)
+        monkeypatch.setattr(attachments, "PIN_WAIT_S", WAIT_S)
         until(lambda: store.stats()["attached"]["now"])  # by itself, and on the GPU again
         until(lambda: daemon.stat().clients.list[0].on_gpu)
         before = in_records(store)

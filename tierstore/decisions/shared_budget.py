@@ -12,8 +12,7 @@ epochs. A table is kept whole only if two versions of it fit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from .. import kernels
 from ..errors import BudgetError
@@ -56,23 +55,6 @@ class SharedShare:
     file_buckets: int = 0
     num_sets: int = 0
     recency_start: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns it for a message."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SharedShare:
-        """Reads what `to_dict` wrote. Raises `KeyError`, `TypeError` or `ValueError` for a damaged message."""
-        fixed = {name: tuple(values[name]) for name in ("head_starts", "area_starts")}
-        share = cls(**(dict(values) | fixed))
-        numbers = [*share.head_starts, *share.area_starts]
-        numbers += [value for name, value in asdict(share).items() if name not in (*fixed, "resident")]
-        if any(type(number) is not int or number < 0 for number in numbers) or any(
-            len(pair) != 2 for pair in fixed.values()
-        ):
-            raise ValueError(f"a table's share has impossible numbers: {values}")
-        return share
 
 
 @dataclass(frozen=True)
