@@ -110,7 +110,7 @@ void Engine::wait_for_room() {
                              [&] { return runtime.under_way.size() < shape_.jobs_max; });
 }
 
-// Takes a page reader, within wait_ms. Null if none came free; and with a fault if there are none and none can be made.
+// Takes a page reader, within wait_ms. Null if none came free; and with a fault if it has no reader and can make none.
 PageReader* Engine::acquire_reader(int wait_ms, Fault& why) {
   Runtime& runtime = *runtime_;
   const auto until = Clock::now() + std::chrono::milliseconds(wait_ms);

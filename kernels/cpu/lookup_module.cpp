@@ -63,10 +63,10 @@ void PyEngine::refuse(const char* wanted) const {
 }
 
 bool PyEngine::try_lookup(size_t index, py::handle keys, py::handle out) {
-  const auto request = lookup_request(engine_->tables(), index, keys, out, py::none());
-  if (!request) return false;
+  TableRequest request;
+  if (!request.fill_lookup(engine_->tables(), index, keys, out, py::handle())) return false;
   const auto started = Latency::begin();
-  const Fault fault = read(*request, Clock::time_point::max());
+  const Fault fault = read(request, Clock::time_point::max());
   if (fault.kind == FaultKind::kClosed || fault.kind == FaultKind::kOutside) return false;
   engine_->latency.end(started);
   fault_names_.check(fault);
@@ -75,33 +75,34 @@ bool PyEngine::try_lookup(size_t index, py::handle keys, py::handle out) {
 
 bool PyEngine::lookup(size_t index, py::handle keys, py::handle out, py::handle sources,
                       const std::optional<double>& seconds) {
-  const auto request = lookup_request(engine_->tables(), index, keys, out, sources);
-  if (!request) refuse(kLookupWanted);
+  TableRequest request;
+  if (!request.fill_lookup(engine_->tables(), index, keys, out, sources.is_none() ? py::handle() : sources))
+    refuse(kLookupWanted);
   const auto started = Latency::begin();
-  const Fault fault = read(*request, after(seconds));
+  const Fault fault = read(request, after(seconds));
   check(fault);
   engine_->latency.end(started);
   return fault.kind != FaultKind::kOverdue;
 }
 
 void PyEngine::rows(size_t index, py::handle row_ids, py::handle out) {
-  const auto request = rows_request(engine_->tables(), index, row_ids, out);
-  if (!request) refuse(kRowsWanted);
+  TableRequest request;
+  if (!request.fill_rows(engine_->tables(), index, row_ids, out)) refuse(kRowsWanted);
   const auto started = Latency::begin();
-  check(read(*request, Clock::time_point::max()));
+  check(read(request, Clock::time_point::max()));
   engine_->latency.end(started);
 }
 
 void PyEngine::locate(size_t index, py::handle keys, py::handle sources) {
-  const auto request = locate_request(engine_->tables(), index, keys, sources);
-  if (!request) refuse(kLocateWanted);
-  const size_t num_tokens = request->list.count / engine_->tables()[index].num_orders;
+  TableRequest request;
+  if (!request.fill_locate(engine_->tables(), index, keys, sources)) refuse(kLocateWanted);
+  const size_t num_tokens = request.list.count / engine_->tables()[index].num_orders;
   bool open;
   {
     const py::gil_scoped_release released;
     const Engine::Use use(*engine_);
     open = static_cast<bool>(use);
-    if (open) engine_->locate(use.view(), index, request->list.keys, num_tokens, request->out.rows);
+    if (open) engine_->locate(use.view(), index, request.list.keys, num_tokens, request.out.rows);
   }
   if (!open) check({FaultKind::kClosed, 0, 0, 0});
 }
@@ -110,22 +111,18 @@ py::object PyEngine::submit(const std::vector<std::tuple<size_t, py::object, py:
   std::vector<TableRequest> requests;
   requests.reserve(lookups.size());
   for (const auto& [index, keys, out] : lookups) {
-    auto request = lookup_request(engine_->tables(), index, keys, out, py::none());
-    if (!request) refuse(kLookupWanted);
-    requests.push_back(std::move(*request));
+    if (!requests.emplace_back().fill_lookup(engine_->tables(), index, keys, out, py::handle())) refuse(kLookupWanted);
   }
   return start(requests);
 }
 
 py::object PyEngine::submit_pairs(size_t index, py::handle keys, py::handle pairs, py::handle out) {
-  auto request = pairs_request(engine_->tables(), index, keys, pairs, out);
-  if (!request) refuse(kPairsWanted);
-  std::vector<TableRequest> requests;
-  requests.push_back(std::move(*request));
+  std::vector<TableRequest> requests(1);
+  if (!requests[0].fill_pairs(engine_->tables(), index, keys, pairs, out)) refuse(kPairsWanted);
   return start(requests);
 }
 
-// Copies what memory holds of a request. kClosed, kOutside: nothing can be said of `out`. The interpreter's lock is as
+// Copies what memory holds of a request. kClosed, kOutside: `out` is undefined. The interpreter's lock is as
 // `released` has it; between two pieces nothing of the engine is in use, and Python may handle signals.
 FaultKind PyEngine::gather(const TableRequest& request, Gathered& gathered,
                            std::optional<py::gil_scoped_release>& released) {

@@ -1,6 +1,7 @@
 #include "request_module.h"
 
 #include <limits>
+#include <utility>
 
 namespace py = pybind11;
 
@@ -29,23 +30,6 @@ bool has_rows(const std::vector<Table>& tables, size_t index) {
   return index < tables.size() && (tables[index].cache != nullptr || tables[index].resident != nullptr);
 }
 
-TableRequest request_of(size_t index, py::handle keys, py::handle out) {
-  const auto key_array = py::reinterpret_borrow<py::array>(keys);
-  auto out_array = py::reinterpret_borrow<py::array>(out);
-  TableRequest request{index,
-                       {static_cast<const int64_t*>(key_array.data()), static_cast<size_t>(key_array.size())},
-                       static_cast<uint8_t*>(out_array.mutable_data()),
-                       static_cast<size_t>(out_array.nbytes()),
-                       out_array,
-                       {},
-                       false,
-                       false,
-                       {},
-                       {}};
-  request.keep_keys_from(request.out.rows, request.out_bytes);
-  return request;
-}
-
 }  // namespace
 
 void TableRequest::keep_keys_from(const void* output, size_t num_bytes) {
@@ -60,68 +44,76 @@ void TableRequest::keep_keys_from(const void* output, size_t num_bytes) {
   }
 }
 
-std::optional<TableRequest> lookup_request(const std::vector<Table>& tables, size_t index, py::handle keys,
-                                           py::handle out, py::handle sources) {
-  if (!has_rows(tables, index) || !is_keys(keys) || !is_bytes(out)) return std::nullopt;
-  const Table& table = tables[index];
-  const auto k = py::reinterpret_borrow<py::array>(keys), o = py::reinterpret_borrow<py::array>(out);
-  if (k.ndim() != 2 || o.ndim() != 3 || k.shape(1) != static_cast<py::ssize_t>(table.num_orders) ||
+void TableRequest::take(size_t table, py::handle keys, py::handle output) {
+  const auto key_array = py::reinterpret_borrow<py::array>(keys);
+  auto out_array = py::reinterpret_borrow<py::array>(output);
+  index = table;
+  list.keys = static_cast<const int64_t*>(key_array.data());
+  list.count = static_cast<size_t>(key_array.size());
+  out.rows = static_cast<uint8_t*>(out_array.mutable_data());
+  out_bytes = static_cast<size_t>(out_array.nbytes());
+  out_object = std::move(out_array);
+  keep_keys_from(out.rows, out_bytes);
+}
+
+bool TableRequest::fill_lookup(const std::vector<Table>& tables, size_t table, py::handle keys, py::handle rows,
+                               py::handle sources) {
+  if (!has_rows(tables, table) || !is_keys(keys) || !is_bytes(rows)) return false;
+  const Table& of = tables[table];
+  const auto k = py::reinterpret_borrow<py::array>(keys), o = py::reinterpret_borrow<py::array>(rows);
+  if (k.ndim() != 2 || o.ndim() != 3 || k.shape(1) != static_cast<py::ssize_t>(of.num_orders) ||
       k.size() > std::numeric_limits<uint32_t>::max() || o.shape(0) != k.shape(0) ||
-      o.shape(1) != static_cast<py::ssize_t>(table.num_heads()) ||
-      o.shape(2) != static_cast<py::ssize_t>(table.row_bytes)) {
-    return std::nullopt;
+      o.shape(1) != static_cast<py::ssize_t>(of.num_heads()) || o.shape(2) != static_cast<py::ssize_t>(of.row_bytes)) {
+    return false;
   }
-  TableRequest request = request_of(index, keys, out);
-  if (sources.is_none()) return request;
-  if (!is_bytes(sources)) return std::nullopt;
+  take(table, keys, rows);
+  if (!sources) return true;
+  if (!is_bytes(sources)) return false;
   auto s = py::reinterpret_borrow<py::array>(sources);
-  if (s.ndim() != 2 || s.shape(0) != k.shape(0) || s.shape(1) != k.shape(1)) return std::nullopt;
-  request.out.sources = static_cast<uint8_t*>(s.mutable_data());
-  request.sources_object = s;
-  request.keep_keys_from(request.out.sources, static_cast<size_t>(s.nbytes()));
-  return request;
+  if (s.ndim() != 2 || s.shape(0) != k.shape(0) || s.shape(1) != k.shape(1)) return false;
+  out.sources = static_cast<uint8_t*>(s.mutable_data());
+  keep_keys_from(out.sources, static_cast<size_t>(s.nbytes()));
+  sources_object = std::move(s);
+  return true;
 }
 
-std::optional<TableRequest> pairs_request(const std::vector<Table>& tables, size_t index, py::handle keys,
-                                          py::handle pairs, py::handle out) {
-  if (!has_rows(tables, index) || !is_keys(keys) || !is_array(pairs, 'i', 4, false) || !is_bytes(out))
-    return std::nullopt;
+bool TableRequest::fill_pairs(const std::vector<Table>& tables, size_t table, py::handle keys, py::handle pairs,
+                              py::handle entries) {
+  if (!has_rows(tables, table) || !is_keys(keys) || !is_array(pairs, 'i', 4, false) || !is_bytes(entries)) return false;
   const auto k = py::reinterpret_borrow<py::array>(keys), p = py::reinterpret_borrow<py::array>(pairs);
-  const auto o = py::reinterpret_borrow<py::array>(out);
+  const auto o = py::reinterpret_borrow<py::array>(entries);
   if (k.ndim() != 1 || p.ndim() != 1 || p.size() != k.size() || k.size() > std::numeric_limits<uint32_t>::max() ||
-      o.ndim() != 2 || o.shape(0) != k.size() || o.shape(1) != static_cast<py::ssize_t>(tables[index].entry_bytes())) {
-    return std::nullopt;
+      o.ndim() != 2 || o.shape(0) != k.size() || o.shape(1) != static_cast<py::ssize_t>(tables[table].entry_bytes())) {
+    return false;
   }
-  TableRequest request = request_of(index, keys, out);
-  request.list.pairs = static_cast<const int32_t*>(p.data());
-  request.keep_keys_from(request.out.rows, request.out_bytes);
-  return request;
+  list.pairs = static_cast<const int32_t*>(p.data());
+  take(table, keys, entries);
+  return true;
 }
 
-std::optional<TableRequest> rows_request(const std::vector<Table>& tables, size_t index, py::handle row_ids,
-                                         py::handle out) {
-  if (index >= tables.size() || !is_keys(row_ids) || !is_bytes(out)) return std::nullopt;
+bool TableRequest::fill_rows(const std::vector<Table>& tables, size_t table, py::handle row_ids, py::handle rows) {
+  if (table >= tables.size() || !is_keys(row_ids) || !is_bytes(rows)) return false;
   const auto ids = py::reinterpret_borrow<py::array>(row_ids);
   const auto count = static_cast<size_t>(ids.size());
-  if (static_cast<size_t>(py::reinterpret_borrow<py::array>(out).nbytes()) != count * tables[index].row_bytes ||
+  if (static_cast<size_t>(py::reinterpret_borrow<py::array>(rows).nbytes()) != count * tables[table].row_bytes ||
       count > std::numeric_limits<uint32_t>::max()) {
-    return std::nullopt;
+    return false;
   }
-  TableRequest request = request_of(index, row_ids, out);
-  request.by_row_id = true;
-  request.of_tokens = ids.ndim() == 2 && ids.shape(1) == static_cast<py::ssize_t>(tables[index].num_heads());
-  return request;
+  take(table, row_ids, rows);
+  by_row_id = true;
+  of_tokens = ids.ndim() == 2 && ids.shape(1) == static_cast<py::ssize_t>(tables[table].num_heads());
+  return true;
 }
 
-std::optional<TableRequest> locate_request(const std::vector<Table>& tables, size_t index, py::handle keys,
-                                           py::handle sources) {
-  if (!has_rows(tables, index) || !is_keys(keys) || !is_bytes(sources)) return std::nullopt;
+bool TableRequest::fill_locate(const std::vector<Table>& tables, size_t table, py::handle keys, py::handle sources) {
+  if (!has_rows(tables, table) || !is_keys(keys) || !is_bytes(sources)) return false;
   const auto k = py::reinterpret_borrow<py::array>(keys);
-  if (k.ndim() != 2 || k.shape(1) != static_cast<py::ssize_t>(tables[index].num_orders) ||
+  if (k.ndim() != 2 || k.shape(1) != static_cast<py::ssize_t>(tables[table].num_orders) ||
       py::reinterpret_borrow<py::array>(sources).nbytes() != k.size()) {
-    return std::nullopt;
+    return false;
   }
-  return request_of(index, keys, sources);
+  take(table, keys, sources);
+  return true;
 }
 
 }  // namespace tierstore
