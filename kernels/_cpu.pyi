@@ -7,7 +7,7 @@ classes say if not. Shapes: B sequences, T tokens a sequence, N tokens, O orders
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, overload
+from typing import Final, TypedDict, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -139,7 +139,7 @@ def keys_of_tokens(
     """
 
 def find_out_of_range(ids: _Int64, end: int) -> int:
-    """Returns the flat position of the first id that is neither -1 nor 0 to end - 1; -1 if there is none.
+    """Returns the flat position of the first id that is neither -1 nor 0 to end - 1; -1: all are valid.
 
     One pass, about 0.3 ns an id; end: at most 2^63.
     """
@@ -393,7 +393,7 @@ class EpochPin:
         """Undoes one `pin` of an epoch. Raises `ValueError`: it is not pinned."""
 
 class ReportWriter:
-    """Writes reports into the ring of a client's block (reports.h). Any threads; never waits."""
+    """Writes reports into the ring of a client's block (reports.h). Thread-safe; never waits."""
 
     def __init__(self, block: _Bytes) -> None: ...
     def add(self, reports: _Reports) -> None:
@@ -418,7 +418,7 @@ class ReportReader:
         """Reports that found no room, as the client counts them."""
 
 class KeyCounts:
-    """Counts of reported keys: four keys a set of 64 bytes, none above its true count (key_counts.h). Any threads."""
+    """Counts of reported keys: four keys a set of 64 bytes, none above its true count (key_counts.h). Thread-safe."""
 
     def __init__(self, memory: _Bytes) -> None:
         """Empties memory, uint8 [64 * sets] at a multiple of 64 bytes, and counts in it."""
@@ -466,7 +466,7 @@ def drop_released() -> None:
     """Drops the arrays that finished jobs have let go. Every call of a ticket does it too."""
 
 class EntryCache:
-    """A recency cache in memory that engines share (entry_cache.h draws it). Any threads."""
+    """A recency cache in memory that engines share (entry_cache.h draws it). Thread-safe."""
 
     def __init__(self, memory: _Bytes, *, num_sets: int, entry_bytes: int, is_new: bool) -> None:
         """Uses memory, uint8 at a multiple of 64 bytes, which it keeps alive; is_new: empties it.
@@ -562,21 +562,16 @@ class TableRecord:
         """
 
 class Ticket:
-    """A lookup that a worker thread finishes. Dropped, it is cancelled, unless it was detached. Any threads.
+    """A lookup that a worker thread finishes. Dropped, it is cancelled, unless it was detached. Thread-safe.
 
-    Its job held the output arrays before its first read began, and lets go of them when nothing is written any more.
+    Its job owned the output arrays before its first read began, and drops them when nothing is written any more.
     """
 
-    def done(self) -> bool: ...
+    def done(self) -> bool:
+        """Returns whether it has ended, well or not."""
+
     def wait(self, seconds: float) -> bool:
-        """Blocks until it has ended, at most so long; Python handles signals meanwhile.
-
-        Returns:
-            False if the time ran out: the lookup goes on, wait again.
-
-        Raises:
-            BaseException: Its fault, as the engine's make_fault names it.
-        """
+        """Waits; Python handles signals meanwhile. Returns False if the time ran out first. Raises its fault."""
 
     def cancel(self) -> None:
         """Ends it: nothing is written to the output arrays once this has returned."""
@@ -584,11 +579,24 @@ class Ticket:
     def detach(self) -> None:
         """Lets it go on when the ticket is dropped."""
 
-class Engine:
-    """The lookup path over the tables of a store. Any threads may call.
+class _Counters(TypedDict):
+    batches: int
+    zero_miss_batches: int
+    sentinels: int
+    rows: int
+    rows_missed: int
+    pages_read: int
+    entries_read: int
+    bytes_read: int
+    row_bytes_read: int
+    latency: tuple[list[int], int]  # by LATENCY_BOUNDS_NS, and the sum in ns
+    tables: list[tuple[list[int], list[int], list[int]]]  # by order: hits, those in the static set, misses
 
-    Calls raise what `make_fault` returns for a fault. Keys and row ids are int64 and checked by the caller; outputs are
-    uint8. All are contiguous. After a call has raised, nothing is written to its outputs.
+class Engine:
+    """The lookup path over the tables of a store. Thread-safe.
+
+    Lookups raise what `make_fault` returned, for a fault or a closed engine; and `ValueError` for arrays of another
+    form than theirs. After an exception nothing is written to any array. Python handles signals in long lookups.
     """
 
     def __init__(
@@ -606,62 +614,66 @@ class Engine:
         shared: tuple[_Bytes, int, _Bytes, bool] | None,
         make_fault: Callable[[str, int, int, int], BaseException],
     ) -> None:
-        """Args:
-            tables: In the catalog's order.
-            mode: How pages are read: "uring", "mmap" or "pread".
-            use_process_madvise: Whether "mmap" announces its reads.
-            num_readers: Page readers at most; each carries one job at a time.
-            depth: Pages in flight of a reader.
-            assembly_bytes: Of each of a reader's two read batches.
-            pread_threads: Threads of "pread".
-            jobs_max: Tickets under way; `submit` waits beyond it.
-            wait_s: The longest wait for the disk or for a page reader.
-            shared: Control block, version, client block, and whether lookups are reported; None for a store of its own.
-            make_fault: Names a fault (kind, table, page, detail). Called with the interpreter's lock held.
+        """Opens tables.
+
+        Args:
+            tables: In the order of their indexes.
+            mode: "uring", "mmap" or "pread".
+            use_process_madvise: Whether "mmap" asks for read-ahead in batches.
+            num_readers: Page readers: lookups that read at once.
+            depth: Pages in flight of a page reader, 1 to 4,096.
+            assembly_bytes: Of a page reader's buffer in which entries are put together; an entry fits.
+            pread_threads: Of "pread", and of what the other modes cannot read.
+            jobs_max: Tickets under way; beyond it, `submit` waits.
+            wait_s: The longest wait for the disk, or for a page reader.
+            shared: A daemon's: control block, number of the version, the client's block, whether to report in it.
+            make_fault: (kind, table, page, detail) -> the exception to raise. The engine keeps it alive.
 
         Raises:
-            RuntimeError: The system gives no descriptors, rings or memory for a single page reader.
+            ValueError: The numbers do not fit.
+            RuntimeError: The system gives no page reader.
         """
 
     def try_lookup(self, index: int, keys: object, out: object, /) -> bool:
-        """Looks up in one call if everything has the plain form; the shortest way.
+        """Looks up as `lookup` does, by the shortest way.
 
         Returns:
-            False if the arguments are not of that form, or the engine is closed: nothing was done, look closer.
+            True: done. False: `out` is undefined; the arrays are not of `lookup`'s form, or the engine is closed.
         """
 
     def lookup(
-        self,
-        index: int,
-        keys: _Int64,
-        out: _Bytes,
-        sources: _Bytes | None = None,
-        seconds: float | None = None,
+        self, index: int, keys: _Int64, out: _Bytes, sources: _Bytes | None = None, seconds: float | None = None
     ) -> bool:
-        """Fills out, [N, O * H, row_bytes], from keys, [N, O]. Drives the reads on the caller's thread. Blocks.
+        """Looks up the rows of keys on the caller's thread. Blocks on the disk.
 
         Args:
-            sources: [N, O], written with what answered each key: an index in `SOURCES`.
-            seconds: The longest that it may take; None: as long as `wait_s` allows each read.
+            index: The table.
+            keys: int64 [N, O], -1 for zero rows.
+            out: uint8 [N, O * H, row_bytes].
+            sources: uint8 [N, O]; gets the number in SOURCES of what answered each key.
+            seconds: The longest wait.
 
         Returns:
-            False if the time ran out; the lookup was given up then, and nothing is written any more.
+            Whether the rows were there in time; if not, the lookup was given up.
         """
 
     def submit(self, requests: Sequence[tuple[int, _Int64, _Bytes]], /) -> Ticket | None:
-        """Starts a lookup of (table, keys, out) each. None: memory held all. Blocks while jobs_max are under way."""
+        """Starts lookups of several tables: (index, keys, out), as of `lookup`. None: memory held all, it is done.
 
-    def submit_pairs(self, index: int, keys: _Int64, pairs: _Int32, out: _Bytes, /) -> Ticket | None:
-        """Starts a lookup of single (order, key) pairs: entry i of out, [M, entry_bytes], is that of keys[i].
-
-        pairs: int32 [M]: the index of a key in a batch [N, O], flat, so that pairs[i] % O is the index of its order.
+        Waits if jobs_max tickets are under way.
         """
 
+    def submit_pairs(self, index: int, keys: _Int64, pairs: _Int32, out: _Bytes, /) -> Ticket | None:
+        """As `submit`, of single pairs: keys, int64 [M], key i of order pairs[i] % O, into uint8 [M, entry_bytes]."""
+
     def rows(self, index: int, row_ids: _Int64, out: _Bytes, /) -> None:
-        """Fills out, [R, row_bytes], from row_ids, [R]; -1 gives a zero row. Blocks."""
+        """Reads rows by id past the cache, int64 [...], -1 for a zero row, into uint8 [..., row_bytes]. Blocks.
+
+        Rows of whole tokens of a resident table, [N, O * H], count as keys.
+        """
 
     def locate(self, index: int, keys: _Int64, sources: _Bytes, /) -> None:
-        """Writes what would answer keys, [N, O], as [N, O]: indexes in `SOURCES`. Counts nothing."""
+        """Writes what would answer keys, int64 [N, O], as numbers in SOURCES, uint8 [N, O]. Counts nothing."""
 
     def set_resident(self, index: int, bad_pages: Sequence[int], /) -> None:
         """Declares that a resident table's memory holds its rows, but for those of bad pages. Comes before lookups."""
@@ -669,19 +681,26 @@ class Engine:
     def shortfalls(self) -> list[tuple[str, int, int]]:
         """Returns (what, how many there are, how many were wanted) for what the system did not give."""
 
-    def counters(self) -> dict[str, Any]: ...
+    def counters(self) -> _Counters:
+        """Returns what was counted since the engine was made."""
+
+    def page_readers(self) -> tuple[int, int]:
+        """Returns how many page readers there are, and how many of them are free."""
+
     def inject(self, what: str, first: int = 0, count: int = 1) -> None:
         """Makes reads fail on purpose, for tests (faults.h): none, failing, short, corrupt or slow."""
 
-    def injected_reads(self) -> int: ...
-    def page_readers(self) -> tuple[int, int]:
-        """Returns how many page readers there are, and how many of them are free."""
+    def injected_reads(self) -> int:
+        """Returns how many reads `inject` has looked at."""
 
     def close(self, seconds: float) -> bool:
         """Waits for all lookups to end; returns whether they did. Files and memory may go only then."""
 
-    def before_fork(self) -> None: ...
-    def after_fork(self, child: bool, /) -> None: ...
+    def before_fork(self) -> None:
+        """Takes the locks that a fork must not copy in use. Raises `MemoryError`, with nothing taken."""
+
+    def after_fork(self, child: bool, /) -> None:
+        """Releases them. Attached to a daemon, a child's engine is closed."""
 
 # --------------------------------------------------------------------------------------------------------------------
 # Mailboxes: GPU kernels list what they missed in page-locked host memory, and a thread here brings the entries.
@@ -696,7 +715,7 @@ def mailbox_entries_start(pairs_max: int) -> int:
     """Returns the byte of a block at which the entries, uint8 [pairs_max, entry_bytes], begin."""
 
 class MailboxServer:
-    """Serves the mailboxes of an engine, which it keeps alive, by one thread that polls them. Any threads.
+    """Serves the mailboxes of an engine, which it keeps alive, by one thread that polls them. Thread-safe.
 
     A device writes num_misses, keys, pairs, and last a new number, not 0, into `requested`. Then it waits until
     `answered` is that number, and looks at `status`. A request may be nonsense: it gets a status, and harms nothing.
@@ -730,7 +749,10 @@ class MailboxServer:
         """Ends the service of a mailbox. False: the time ran out, the block may still be written; call again."""
 
     def fault(self, id: int) -> BaseException | None:
-        """Returns the first fault since the last call; None: there was none. Raises `ValueError`: no such mailbox."""
+        """Returns the first fault since the last call, as the engine's make_fault names it; None: there was none.
+
+        Raises `ValueError`: no such mailbox.
+        """
 
     def served(self, id: int) -> int:
         """Returns how many requests were answered. Raises `ValueError`: no such mailbox."""
@@ -741,6 +763,8 @@ class MailboxServer:
     def close(self, seconds: float) -> bool:
         """Removes all mailboxes, for good. Returns as `remove` does."""
 
-    def before_fork(self) -> None: ...
+    def before_fork(self) -> None:
+        """Takes the lock that a fork must not copy in use."""
+
     def after_fork(self, child: bool) -> None:
-        """In a child, the server is closed, and touches no block."""
+        """Releases it. In a child, the server is closed, and touches no block."""

@@ -125,7 +125,7 @@ void keys_of_row_ids_checked(const Input<int64_t>& row_ids, const Input<int64_t>
   keys_of_row_ids(ids, num_tokens, map, residues, out, consistent);
 }
 
-// The place of the first id that is neither -1 nor below end; -1 if there is none.
+// The position of the first id that is neither -1 nor below end; -1: all are valid.
 py::ssize_t find_out_of_range(const Input<int64_t>& ids, uint64_t end) {
   constexpr size_t kPart = 1024;      // looked at without a branch
   constexpr size_t kBrief = 1 << 14;  // over sooner than the interpreter lock is given back and taken again

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from .. import kernels
 from ..errors import StoreNotReadyError
 from ..ipc.identity import this_process
 from ..layout import TableLayout
@@ -60,7 +61,7 @@ class AttachedEngine(HostEngine):
         return list(self._link.opened.image.tables.values())
 
     @property
-    def native(self) -> Any:
+    def native(self) -> kernels.Engine:
         return self._link.engine.native
 
     def _take(self, link: Link) -> None:

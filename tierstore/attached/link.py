@@ -103,7 +103,7 @@ class Link:
         share, layout = self._shares[name], self.opened.image.tables[name]
         return None if share.resident else static_parts(self._blocks["static"], layout, share)
 
-    def epoch_pin(self) -> Any:
+    def epoch_pin(self) -> kernels.EpochPin:
         """Returns a new pin, `kernels.EpochPin`, on epochs of this version."""
         return kernels.EpochPin(self._blocks["control"], self.version, self._blocks["client"])
 

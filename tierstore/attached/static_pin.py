@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -37,7 +36,7 @@ class PinnedStaticSet:
         """link: its static block stays mapped for as long as this lives, or anybody who has the parts."""
         self._block_id = link.static_id
         self._link = link
-        self._pin: Any = None  # the version's `kernels.EpochPin`
+        self._pin: kernels.EpochPin | None = None  # of the version
         self._epochs: list[int] = []  # pinned by it, the newest last
         self._seen: int | None = None  # the one of these that kernels see
         self.parts: list[DramPart] = []
@@ -84,19 +83,23 @@ class PinnedStaticSet:
         # Only now may the older epochs be released: until `rename` returned, kernels were reading them.
         self._seen = self._epochs[-1] if self._epochs else None  # none if `rename` closed the store, by collecting it
         while len(self._epochs) > 1:
-            self._pin.unpin(self._epochs.pop(0))
+            self._native_pin().unpin(self._epochs.pop(0))
 
     def unpin(self) -> None:
         """Pins nothing any more. No kernel may read what was pinned."""
         while self._epochs:
-            self._pin.unpin(self._epochs.pop())
+            self._native_pin().unpin(self._epochs.pop())
         self._pin = None
 
+    def _native_pin(self) -> kernels.EpochPin:
+        assert self._pin is not None, "nothing is pinned"
+        return self._pin
+
     def _has_newer(self) -> bool:
-        return self._pin.newest() not in (None, self._epochs[-1])
+        return self._native_pin().newest() not in (None, self._epochs[-1])
 
     def _pin_newest(self) -> None:
-        epoch = self._pin.pin()
+        epoch = self._native_pin().pin()
         if epoch is not None:  # else the version is over, and the next one is on its way
             self._epochs.append(epoch)
 

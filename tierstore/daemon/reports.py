@@ -47,13 +47,13 @@ class Reports:
         attached = [(reader, False) for reader in self._attachments.readers()]
         return attached + [(reader, True) for reader in self._attachments.take_last_readers()]
 
-    def take(self, reader: Any) -> None:
+    def take(self, reader: kernels.ReportReader) -> None:
         """Takes a part of what a client has reported."""
         taken = reader.take(self._buffer)
         if taken:
             self.learn(self._buffer[:taken])
 
-    def finish(self, reader: Any) -> None:
+    def finish(self, reader: kernels.ReportReader) -> None:
         """Takes all that a client reported before it went, and keeps how much of it was lost."""
         try:
             for _ in range(kernels.NUM_RING_REPORTS // TAKE_REPORTS_MAX):
@@ -107,6 +107,6 @@ class Reports:
         return again
 
 
-def _lost_of(reader: Any) -> int:
+def _lost_of(reader: kernels.ReportReader) -> int:
     """Returns how many of a client's reports were lost: gaps that we saw, plus drops that the client counted."""
     return int(reader.lost) + min(int(reader.dropped), COUNT_MAX)

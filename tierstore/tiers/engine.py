@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from .. import kernels
 from ..errors import StoreNotReadyError
 from ..layout import TableLayout
 
@@ -151,7 +152,11 @@ class HostEngine(Engine):
     """An engine on which an hbm tier can stand: its work is a `kernels.Engine`'s, which serves mailboxes too."""
 
     layouts: Sequence[TableLayout]  # of the tables, in the catalog's order
-    native: Any  # the `kernels.Engine` that answers now
+
+    @property
+    @abstractmethod
+    def native(self) -> kernels.Engine:
+        """The engine in C++ that answers now."""
 
 
 @runtime_checkable

@@ -197,7 +197,7 @@ class NativeEngine(HostEngine):
         return ended
 
     @property
-    def native(self) -> Any:
+    def native(self) -> kernels.Engine:
         return self._engine
 
     def before_fork(self) -> None:
@@ -211,7 +211,7 @@ class NativePending:
     """A lookup that a thread of the C++ side finishes. See `Pending`; dropped while it is under way, it is
     cancelled."""
 
-    def __init__(self, ticket: Any) -> None:
+    def __init__(self, ticket: kernels.Ticket) -> None:
         self._ticket = ticket
 
     def done(self) -> bool:
@@ -232,7 +232,7 @@ class NativePending:
             raise TimeoutError(f"the rows were not there within {timeout_s} s; the lookup goes on, wait again")
 
 
-def _pending(ticket: Any) -> NativePending | None:
+def _pending(ticket: kernels.Ticket | None) -> NativePending | None:
     if ticket is None:
         return None
     try:

@@ -27,7 +27,7 @@ class OpenLookups:
         self._what, self._engine, self._tier, self._times = what, engine, tier, times
         self.lock = threading.Lock()  # guards `_lookups` and `_server`; held while they end, and through a fork
         self._lookups: list[DeviceLookup] = []
-        self._server: Any = None  # a `kernels.MailboxServer`, from the first lookup on
+        self._server: kernels.MailboxServer | None = None  # from the first lookup on
 
     def open(self, index: int, tokens_max: int) -> DeviceLookup:
         """As `DeviceEngine.open_lookup`."""
