@@ -295,7 +295,7 @@ class _Head:
 
 def _sorted_and_summed(items: np.ndarray, weights: np.ndarray) -> Counted:
     kernels.sort_items(items, weights)
-    return kernels.sum_items(items, weights)
+    return kernels.sum_items(items, weights, 0)
 
 
 def _item(items: np.ndarray, index: int) -> tuple[int, int]:
