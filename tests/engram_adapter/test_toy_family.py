@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,10 @@ def test_to_register_a_family_is_one_call(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("engram_adapter.family.FAMILIES", registry := dict[str, object]())
     register(toy_family.FAMILY)
     assert registry == {"toy": toy_family.FAMILY}
+
+
+@pytest.mark.parametrize("module", ["family", "hash_spec", "models", "families"])
+def test_every_family_is_known_whichever_module_is_imported_first(module: str) -> None:
+    code = f"import engram_adapter.{module}; from engram_adapter.family import FAMILIES; print(*sorted(FAMILIES))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["deepseek_v41", "engram", "qwen4_exp"]
