@@ -6,6 +6,8 @@ Input: documents of token ids, a store, its checkpoint. Output: how many rows we
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,23 +24,37 @@ WINDOW_TOKENS = 1024
 def check_rows(
     store: tierstore.Store, spec: HashSpec, checkpoint: Checkpoint, documents: list[np.ndarray], num_tokens: int
 ) -> tuple[int, int]:
-    """Looks the same text up again; returns rows compared with the checkpoint, bytes and decoded values,
-    and how many differ."""
-    compared = different = 0
-    for layer in spec.layers:
-        oracle = CheckpointRows(checkpoint, layer)
-        table = store[spec.table_name(layer)]
-        embedding = TieredEmbedding(store, layer, spec)
-        row_ids = np.concatenate([plain_row_ids(part, spec, layer) for part in first_tokens(documents, num_tokens)])
-        start = 0
-        for token_ids, history in windows(documents, num_tokens, look_back=3):
-            expected = oracle[row_ids[start : start + token_ids.shape[1]]]
-            start += token_ids.shape[1]
-            rows = table.lookup(spec.keys(token_ids.numpy(), layer, history.numpy())[0])
-            values = embedding(token_ids, history)[0]
-            decoded = decode_rows(torch.from_numpy(expected), table.spec.codec, table.spec.dim)
-            compared += rows.shape[0] * rows.shape[1]
-            different += num_different(torch.from_numpy(rows), torch.from_numpy(expected), values, decoded)
+    """Looks the same text up again, each layer in a thread of its own.
+
+    Returns how many rows were compared with the checkpoint, bytes and decoded values, and how many differ.
+    """
+    with ThreadPoolExecutor(len(spec.layers)) as threads:
+        check = partial(_check_layer, store, spec, checkpoint, documents, num_tokens)
+        compared, different = zip(*threads.map(check, spec.layers), strict=True)
+    return sum(compared), sum(different)
+
+
+def _check_layer(
+    store: tierstore.Store,
+    spec: HashSpec,
+    checkpoint: Checkpoint,
+    documents: list[np.ndarray],
+    num_tokens: int,
+    layer: int,
+) -> tuple[int, int]:
+    oracle = CheckpointRows(checkpoint, layer)
+    table = store[spec.table_name(layer)]
+    embedding = TieredEmbedding(store, layer, spec)
+    row_ids = np.concatenate([plain_row_ids(part, spec, layer) for part in first_tokens(documents, num_tokens)])
+    start = compared = different = 0
+    for token_ids, history in windows(documents, num_tokens, look_back=3):
+        expected = oracle[row_ids[start : start + token_ids.shape[1]]]
+        start += token_ids.shape[1]
+        rows = table.lookup(spec.keys(token_ids.numpy(), layer, history.numpy())[0])
+        values = embedding(token_ids, history)[0]
+        decoded = decode_rows(torch.from_numpy(expected), table.spec.codec, table.spec.dim)
+        compared += rows.shape[0] * rows.shape[1]
+        different += num_different(torch.from_numpy(rows), torch.from_numpy(expected), values, decoded)
     return compared, different
 
 
