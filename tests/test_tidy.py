@@ -28,6 +28,7 @@ def test_the_repository_is_tidy() -> None:
         ("tierstore/a.py", "STAGING_PART = 16\n", "STAGING_PART"),
         ("tierstore/a.py", "class Host:\n" + "    x = 1\n" * 200, "large class"),
         ("tierstore/spoil.py", "", "spoil"),
+        ("tierstore/a.py", "STAGING_FRACTION = (\n", "syntax"),
     ],
 )
 def test_what_is_untidy_is_found(path: str, text: str, rule: str) -> None:

@@ -137,7 +137,11 @@ def findings_of(path: str, text: str) -> Iterator[Finding]:
         yield from _untyped(path, text)
     may_be_large = text.count("\n") > CLASS_LINES_MAX and "class " in text
     if path.endswith(".py") and not path.startswith("tests/") and (may_be_large or "_FRACTION" in text):
-        tree = ast.parse(text)
+        try:
+            tree = ast.parse(text)
+        except SyntaxError as error:
+            yield Finding(path, error.lineno or 1, "syntax", error.msg)
+            return
         yield from _large_classes(path, tree)
         yield from _divisors(path, tree)
 
