@@ -109,7 +109,7 @@ def test_panels_have_names_words_units_and_places_of_their_own() -> None:
     assert len({panel["id"] for panel in dashboard()["panels"]}) == len(dashboard()["panels"])
 
 
-def test_what_an_operator_looks_for_is_there() -> None:
+def test_the_dashboard_shows_hits_latency_reads_budget_and_clients() -> None:
     titles = {panel["title"] for panel in PANELS}
     assert titles >= {
         "Hits by tier",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from support.shapes import HEADS, ROW_BYTES
 from support.stores import Model, random_keys
+from support.waiting import eventually
 
 import tierstore
 from tierstore.kernels import LATENCY_FRACTION
@@ -32,17 +31,10 @@ def slow_ones(store: tierstore.Store) -> int:
     )
 
 
-def until(holds: Any, within_s: float = 60.0) -> None:
-    deadline, pause = time.monotonic() + within_s, threading.Event()
-    while not holds():
-        assert time.monotonic() < deadline
-        pause.wait(0.005)
-
-
 @pytest.mark.parametrize("dram", ["64MiB", "600KiB"], ids=["resident", "cached"])
 def test_submitted_lookups_have_a_latency_as_blocking_ones_do(built: Path, dram: str) -> None:
     keys = random_keys(np.random.default_rng(0), 4)
-    out = np.empty((4, 24, 40), dtype=np.uint8)
+    out = np.empty((4, HEADS, ROW_BYTES), dtype=np.uint8)
     with tierstore.open(built, dram=dram) as store:
         for _ in range(LOOKUPS):
             store.submit({"layers.1": (keys, out)}).wait()
@@ -57,12 +49,12 @@ def test_submitted_lookups_have_a_latency_as_blocking_ones_do(built: Path, dram:
 def test_a_submitted_lookup_is_timed_until_its_rows_are_there_also_if_nobody_waits(built: Path) -> None:
     keys = np.full((128, 1, 3), -1, dtype=np.int64)
     keys[:, 0, 0] = np.arange(128)  # none is asked for twice
-    buffers = [np.empty((1, 24, 40), dtype=np.uint8) for _ in keys]
+    buffers = [np.empty((1, HEADS, ROW_BYTES), dtype=np.uint8) for _ in keys]
     with tierstore.open(built, dram="300KiB", io="pread") as store:
         store._engine._engine.inject("slow", 0, 1 << 20)
         for each, out in zip(keys, buffers, strict=True):
             store.submit({"layers.1": (each, out)})
-        until(lambda: slow_ones(store) > 0)
+        eventually(lambda: slow_ones(store) > 0)
         store._engine._engine.inject("none")
 
 
@@ -82,7 +74,7 @@ def test_row_ids_of_whole_tokens_of_a_resident_table_count_as_their_keys(built: 
     row_ids = model.row_ids("layers.1", keys)
     with tierstore.open(built, dram="64MiB") as store:
         rows = store["layers.1"].rows(row_ids.reshape(4, 5, 24))
-        np.testing.assert_array_equal(rows.reshape(20, 24, 40), model.expected("layers.1", keys))
+        np.testing.assert_array_equal(rows.reshape(20, HEADS, ROW_BYTES), model.expected("layers.1", keys))
         stats = store.stats()
         assert stats["hits"] == {"hbm": 0, "dram": int((keys >= 0).sum()), "nvme": 0}
         assert stats["sentinels"] == int((keys < 0).sum())

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from contract.store_contract import StoreContract
 from support.device import DEVICE
-from support.served import KIB, MIB, least_budget, request, serving, until
+from support.served import KIB, MIB, least_budget, request, serving
 from support.stores import Model, place_some, random_keys
+from support.waiting import eventually
 
 import tierstore
 from tierstore.formats.key_trace import read_key_blocks
@@ -27,7 +28,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     store, asked.socket = request.getfixturevalue(asked.fixture), tmp_path_factory.mktemp("daemon") / "socket"
     with serving(store, asked.socket, asked.dram_bytes or least_budget(store), io=asked.io) as daemon:
         yield
-        until(lambda: daemon.stat().clients.attached == 0)  # who closes, leaves nothing behind
+        eventually(lambda: daemon.stat().clients.attached == 0)  # who closes, leaves nothing behind
         stat = daemon.stat()
         assert (stat.feed.errors, stat.learning.reports_refused, stat.clients.refused) == (0, 0, 0)
 
@@ -132,7 +133,7 @@ def test_a_trace_of_an_attached_store_has_every_access(
         store.start_trace(tmp_path / "trace", share=1)
         np.testing.assert_array_equal(store["layers.14"].lookup(keys), model.expected("layers.14", keys))
         request(tmp_path / "s", "swap", store=str(built))  # a new engine takes the old one's place under the recorder
-        until(lambda: store.stats()["attached"]["version"] == 2)
+        eventually(lambda: store.stats()["attached"]["version"] == 2)
         np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
         assert store.stop_trace() is not None
     expected = [(table, o, k) for table in (1, 0) for token in keys.tolist() for o, k in enumerate(token) if k >= 0]
@@ -151,7 +152,7 @@ def test_explain_says_where_a_key_is(own_store: Path, tmp_path: Path) -> None:
         assert sources[keys < 0].tolist() == ["none"] * 4
         assert sources[keys >= 0].tolist() == ["static", "record", "pages", "pages", "pages"]
         table.lookup(keys)
-        until(lambda: (table.explain(keys)[keys >= 0] == ["static", *["recency"] * 4]).all())
+        eventually(lambda: (table.explain(keys)[keys >= 0] == ["static", *["recency"] * 4]).all())
         assert store.stats()["keys"] == 5  # explaining counts nothing
         assert daemon.stat().feed.read_keys == 4
     with serving(own_store, tmp_path / "s", 32 * MIB), tierstore.connect(tmp_path / "s") as store:
@@ -182,11 +183,11 @@ def test_stats_of_a_client_are_its_own_and_the_daemons_are_of_all(built: Path, t
             assert one.stats()["attached"] == {"socket": str(tmp_path / "s"), "now": True, "version": 1}
             memory = one.stats()["memory"]
             assert memory["dram_bytes"] == daemon.stat().memory.used_bytes <= memory["budget_bytes"] == 900 * KIB
-        until(lambda: daemon.stat().clients.attached == 0)
+        eventually(lambda: daemon.stat().clients.attached == 0)
         counters = daemon.stat().counters
         assert counters.keys == 90  # reported at the end, and kept when they are gone
         assert counters.tables["layers.14"].hits.dram + counters.tables["layers.14"].hits.nvme == 60
-        until(lambda: daemon.stat().learning.reports >= 90)  # all missed; what it told last is not lost with it
+        eventually(lambda: daemon.stat().learning.reports >= 90)  # all missed; what it told last is not lost with it
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from support.device import DEVICE
-from support.served import KIB, MIB, Traffic, make_newer, request, serving, until
+from support.served import KIB, MIB, Traffic, make_newer, request, serving
+from support.shapes import ENTRY_BYTES, HEADS, POISON, ROW_BYTES
 from support.stores import Model, random_keys
+from support.waiting import eventually
 
 import tierstore
 from tierstore.attached.hbm import AttachedHbm
@@ -39,9 +41,9 @@ def test_hot_keys_come_from_hbm_and_follow_the_daemons_version(
             for version, path in ((2, newer[0]), (3, placed), (4, newer[0])):
                 traffic.go_on()
                 assert request(socket, "swap", store=str(path))["ok"]
-                until(lambda version=version: store.stats()["attached"]["version"] == version)
+                eventually(lambda version=version: store.stats()["attached"]["version"] == version)
                 np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[2 - version % 2])
-        until(lambda: np.array_equal(store[NAME].explain(KEYS) == "hbm", hot))  # filled again, in its own time
+        eventually(lambda: np.array_equal(store[NAME].explain(KEYS) == "hbm", hot))  # filled again, in its own time
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[2])
         assert store.stats()["hits"]["hbm"] > 0
 
@@ -51,7 +53,7 @@ def test_every_lookup_from_the_device_is_of_one_version_whole(
 ) -> None:
     socket = tmp_path / "s"
     tokens = KEYS[:20]
-    rows = [each.expected(NAME, tokens).reshape(-1, 320) for each in (model, newer[1])]
+    rows = [each.expected(NAME, tokens).reshape(-1, ENTRY_BYTES) for each in (model, newer[1])]
     with (
         serving(placed, socket, 900 * KIB),
         tierstore.connect(socket, hbm="256KiB", device=DEVICE, staging="1MiB") as store,
@@ -62,10 +64,10 @@ def test_every_lookup_from_the_device_is_of_one_version_whole(
 
         def look_up() -> None:
             while not ended.is_set():
-                out = torch.full((len(tokens), 24, 40), 0xA5, dtype=torch.uint8, device=DEVICE)
+                out = torch.full((len(tokens), HEADS, ROW_BYTES), POISON, dtype=torch.uint8, device=DEVICE)
                 lookup.start(keys, out)
                 lookup.finish()
-                found = out.cpu().numpy().reshape(-1, 320)
+                found = out.cpu().numpy().reshape(-1, ENTRY_BYTES)
                 which = [bool(np.array_equal(found, right)) for right in rows]
                 seen[0] += which[0]
                 seen[1] += which[1]
@@ -78,8 +80,8 @@ def test_every_lookup_from_the_device_is_of_one_version_whole(
             for version, path in ((2, newer[0]), (3, placed), (4, newer[0]), (5, placed)):
                 before = list(seen)
                 assert request(socket, "swap", store=str(path))["ok"]
-                until(lambda version=version: store.stats()["attached"]["version"] == version)
-                until(lambda before=before, now=(version - 1) % 2: seen[now] > before[now])
+                eventually(lambda version=version: store.stats()["attached"]["version"] == version)
+                eventually(lambda before=before, now=(version - 1) % 2: seen[now] > before[now])
         finally:
             ended.set()
             thread.join(timeout=60)
@@ -109,8 +111,8 @@ def test_a_refill_that_fails_leaves_hbm_empty_and_the_store_attached(
         monkeypatch.setattr(AttachedHbm, "fill", fail)
         for version, path in ((2, newer[0]), (3, placed)):
             assert request(socket, "swap", store=str(path))["ok"]
-            until(lambda version=version: store.stats()["attached"]["version"] == version)
-        until(lambda: "hbm stays empty: no room for records" in caplog.text)
+            eventually(lambda version=version: store.stats()["attached"]["version"] == version)
+        eventually(lambda: "hbm stays empty: no room for records" in caplog.text)
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), model.expected(NAME, KEYS))
         assert not (store[NAME].explain(KEYS) == "hbm").any()
 
@@ -126,4 +128,4 @@ def test_hbm_is_for_a_daemon_of_this_host(tmp_path: Path, placed: Path) -> None:
         ):
             with pytest.raises(error, match=says):
                 tierstore.connect(tmp_path / "s", **options)
-        until(lambda: daemon.stat().clients.attached == 0)  # a refused tier leaves nobody attached
+        eventually(lambda: daemon.stat().clients.attached == 0)  # a refused tier leaves nobody attached

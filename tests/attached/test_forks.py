@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.daemon_peers import WAIT_S, in_child
-from support.served import ServeProcess, Traffic, request, until
+from support.daemon_peers import in_child
+from support.served import ServeProcess, Traffic, request
 from support.stores import Model, random_keys
+from support.waiting import WAIT_S, eventually
 
 import tierstore
 
@@ -39,7 +40,7 @@ def socket(placed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 def store(socket: Path) -> Iterator[tierstore.Store]:
     with tierstore.connect(socket) as opened:
         yield opened
-    until(lambda: clients(socket) == [])
+    eventually(lambda: clients(socket) == [])
 
 
 def clients(socket: Path) -> list[int]:
@@ -63,7 +64,7 @@ def test_a_forked_child_is_a_client_of_its_own(store: tierstore.Store, socket: P
     num_keys = int((KEYS >= 0).sum())
     assert json.loads(in_child(act)) == [True, 3 * num_keys, True, True]  # it counts its own, not its parent's
     assert store.stats()["keys"] == before
-    until(lambda: clients(socket) == [os.getpid()])
+    eventually(lambda: clients(socket) == [os.getpid()])
     assert is_right(store, expected)
 
 
@@ -103,9 +104,9 @@ def test_a_child_lives_on_attached_when_its_parent_is_gone(socket: Path, expecte
         parent = os.getpid()
         if os.fork():
             os._exit(0)  # with its threads, and without a word
-        until(lambda: os.getppid() != parent)
+        eventually(lambda: os.getppid() != parent)
         right = is_right(store, expected)
-        until(lambda: parent not in clients(socket))
+        eventually(lambda: parent not in clients(socket))
         os.write(write, json.dumps([right, os.getpid() in clients(socket), is_right(store, expected)]).encode())
         os._exit(0)
 
@@ -144,7 +145,7 @@ def test_a_child_forked_without_a_daemon_answers_and_attaches_when_it_is_back(
         assert is_right(store, expected)
         daemon.process.kill()
         daemon.process.wait(WAIT_S)
-        until(
+        eventually(
             lambda: "not attached yet" in caplog.text
         )  # a fork in the middle of a thread's log leaves its stream locked
         alone, wait_alone = os.pipe()
@@ -156,7 +157,7 @@ def test_a_child_forked_without_a_daemon_answers_and_attaches_when_it_is_back(
             detached = not store.stats()["attached"]["now"]
             os.write(wait_alone, b".")
             os.read(back, 1)
-            until(lambda: store.stats()["attached"]["now"])
+            eventually(lambda: store.stats()["attached"]["now"])
             told = json.dumps(
                 [right, detached, "static" in sources, is_right(store, expected), os.getpid() in clients(path)]
             )
@@ -165,11 +166,11 @@ def test_a_child_forked_without_a_daemon_answers_and_attaches_when_it_is_back(
 
         with ThreadPoolExecutor(1) as pool:
             said = pool.submit(in_child, act)
-            until(lambda: said.done() or select.select([alone], [], [], 0)[0])
+            eventually(lambda: said.done() or select.select([alone], [], [], 0)[0])
             with ServeProcess(placed, path, "--dram", "900KiB"):
                 os.write(say_back, b".")
                 assert json.loads(said.result(WAIT_S)) == [True, True, True, True, True]
-                until(lambda: store.stats()["attached"]["now"])
+                eventually(lambda: store.stats()["attached"]["now"])
                 assert is_right(store, expected)
         for fd in (alone, wait_alone, back, say_back):
             os.close(fd)

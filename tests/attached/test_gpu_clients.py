@@ -22,8 +22,10 @@ import numpy as np
 import pytest
 import torch
 from support.device import DEVICE
-from support.served import KIB, WAIT_S, Traffic, make_newer, request, serving, until
+from support.served import KIB, Traffic, make_newer, request, serving
+from support.shapes import HEADS, POISON, ROW_BYTES
 from support.stores import Model, random_keys
+from support.waiting import WAIT_S, eventually
 
 import tierstore
 from tierstore import kernels
@@ -59,7 +61,7 @@ class Looker:
         self._thread = threading.Thread(target=self._run)
 
     def look_up(self) -> np.ndarray:
-        out = torch.full((len(self._keys), 24, 40), 0xA5, dtype=torch.uint8, device=DEVICE)
+        out = torch.full((len(self._keys), HEADS, ROW_BYTES), POISON, dtype=torch.uint8, device=DEVICE)
         self.lookup.start(self._keys, out)
         self.lookup.finish()
         rows: np.ndarray = out.cpu().numpy()
@@ -154,7 +156,7 @@ def test_the_device_reads_the_static_set_where_it_lies(placed: Path, model: Mode
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows)
 
 
-def test_without_the_operators_word_it_goes_by_way_of_the_host(
+def test_gpu_clients_read_through_the_host_unless_the_operator_allows_more(
     placed: Path, model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = model.expected(NAME, KEYS)
@@ -207,12 +209,12 @@ def test_epochs_pass_under_lookups(placed: Path, model: Model, tmp_path: Path) -
                 before, epoch, found = looker.seen[0], daemon._host.epochs.newest, in_records(store)
                 exchange(daemon, number)
                 assert daemon._host.epochs.newest > epoch
-                until(lambda before=before: looker.seen[0] > before + 2)
-                until(lambda found=found: in_records(store) > found)
+                eventually(lambda before=before: looker.seen[0] > before + 2)
+                eventually(lambda found=found: in_records(store) > found)
         assert daemon.stat().epochs.alive == 1
 
 
-def test_what_a_device_reads_is_not_written_over(
+def test_slots_that_a_device_reads_are_not_overwritten(
     placed: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = model.expected(NAME, KEYS)
@@ -245,16 +247,16 @@ def test_a_connection_that_is_gone_does_not_end_what_the_device_reads(
         looker = Looker(store, KEYS, rows)
         with store._backing._hbm._lock:
             daemon._host.attachments.clients()[0].drop("for the test")
-            until(lambda: daemon._host.attachments._orphans)
+            eventually(lambda: daemon._host.attachments._orphans)
             with pytest.raises(tierstore.DaemonError, match="still pins"):
                 exchange(daemon, 0, times=10)
             np.testing.assert_array_equal(looker.look_up(), rows)
         monkeypatch.setattr(attachments, "PIN_WAIT_S", WAIT_S)
-        until(lambda: store.stats()["attached"]["now"])  # by itself, and on the GPU again
-        until(lambda: daemon.stat().clients.list[0].on_gpu)
+        eventually(lambda: store.stats()["attached"]["now"])  # by itself, and on the GPU again
+        eventually(lambda: daemon.stat().clients.list[0].on_gpu)
         before = in_records(store)
         with Looker(store, KEYS, rows):
-            until(lambda: in_records(store) > before)
+            eventually(lambda: in_records(store) > before)
             exchange(daemon, 0, times=3)
 
 
@@ -272,12 +274,12 @@ def test_a_client_that_was_killed_holds_nothing(placed: Path, tmp_path: Path, mo
             with pytest.raises(tierstore.DaemonError, match=f"process {client.pid} still pins"):
                 exchange(daemon, 0, times=10)
             assert daemon._host.epochs.newest == epochs + 1
-        until(lambda: not daemon._host.attachments.clients())
+        eventually(lambda: not daemon._host.attachments.clients())
         exchange(daemon, 0, times=3)
         assert not held(daemon)
 
 
-def test_who_holds_only_after_its_connection_is_gone_is_heeded_too(
+def test_a_pin_taken_after_the_connection_ended_still_counts(
     placed: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = model.expected(NAME, KEYS)
@@ -291,7 +293,7 @@ def test_who_holds_only_after_its_connection_is_gone_is_heeded_too(
         def without_a_connection(hbm: AttachedHbm) -> None:
             fill(hbm)
             daemon._host.attachments.clients()[0].drop("for the test")
-            until(lambda: not daemon._host.attachments.clients())
+            eventually(lambda: not daemon._host.attachments.clients())
             stack.enter_context(tierstore.connect(tmp_path / "s"))  # has its place, so that it does not come back
 
         with monkeypatch.context() as patched:
@@ -319,20 +321,20 @@ def test_a_device_that_cannot_follow_keeps_what_it_has_and_tries_again(
             patched.setattr(store._engine, "name_records", raising(RuntimeError("a graph is being captured")))
             with pytest.raises(tierstore.DaemonError, match="still pins"):
                 exchange(daemon, 0, times=10)
-            until(lambda: "older epoch of the daemon's static set: a graph is being captured" in caplog.text)
+            eventually(lambda: "older epoch of the daemon's static set: a graph is being captured" in caplog.text)
             np.testing.assert_array_equal(looker.look_up(), rows)
             assert sum(map(sum, held(daemon))) == 2
         monkeypatch.setattr(attachments, "PIN_WAIT_S", WAIT_S)
         exchange(daemon, 0, times=3)
         monkeypatch.setattr(attachments, "PIN_WAIT_S", 0.2)
         np.testing.assert_array_equal(looker.look_up(), rows)
-        until(lambda: sum(map(sum, held(daemon))) == 1)
+        eventually(lambda: sum(map(sum, held(daemon))) == 1)
         with monkeypatch.context() as patched:
             patched.setattr(store._engine, "name_records", raising(RuntimeError("again")))
             with pytest.raises(tierstore.DaemonError, match="still pins"):
                 exchange(daemon, 0, times=10)
             store.close()
-        until(lambda: not sum(map(sum, held(daemon))))
+        eventually(lambda: not sum(map(sum, held(daemon))))
         exchange(daemon, 0, times=3)
 
 
@@ -341,13 +343,13 @@ def test_a_client_that_became_another_program_holds_nothing(placed: Path, tmp_pa
         script = f"import os, sys, tierstore\nstore = {CONNECT}\nos.execv('/bin/sleep', ['sleep', '600'])"
         client = subprocess.Popen([sys.executable, "-c", script, tmp_path / "s"])
         with client, killing(client):
-            until(lambda: Path(f"/proc/{client.pid}/comm").read_text() == "sleep\n")
-            until(lambda: not daemon._host.attachments.clients())
+            eventually(lambda: Path(f"/proc/{client.pid}/comm").read_text() == "sleep\n")
+            eventually(lambda: not daemon._host.attachments.clients())
             exchange(daemon, 0, times=3)
             assert not held(daemon)
 
 
-def test_what_reconnects_without_end_leaves_nothing_behind(placed: Path, tmp_path: Path) -> None:
+def test_endless_reconnects_leave_no_descriptor_and_no_thread(placed: Path, tmp_path: Path) -> None:
     with serving(placed, tmp_path / "s", DRAM, gpu_clients=True) as daemon:
         script = f"import sys, tierstore\nstore = {CONNECT}\nprint(flush=True)\nsys.stdin.read()"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -358,8 +360,8 @@ def test_what_reconnects_without_end_leaves_nothing_behind(placed: Path, tmp_pat
             for _ in range(6):
                 (before,) = daemon._host.attachments.clients()
                 before.drop("for the test")
-                until(lambda before=before: (now := daemon._host.attachments.clients()) and now != [before])
-                until(lambda: sum(map(sum, held(daemon))) == 1)
+                eventually(lambda before=before: (now := daemon._host.attachments.clients()) and now != [before])
+                eventually(lambda: sum(map(sum, held(daemon))) == 1)
             assert len(daemon._host.attachments._orphans) <= 2
             exchange(daemon, 0, times=3)
 
@@ -372,7 +374,7 @@ def test_a_daemon_ends_while_it_waits_for_a_device(placed: Path, tmp_path: Path)
         store._backing._hbm._lock,
     ):
         change = pool.submit(exchange, daemon, 0, 10)
-        until(lambda: daemon._host.attachments.waiting_for == [os.getpid()])
+        eventually(lambda: daemon._host.attachments.waiting_for == [os.getpid()])
         assert daemon.close()
         with pytest.raises(tierstore.DaemonError):
             change.result(timeout=60)
@@ -383,7 +385,7 @@ def test_a_closed_client_holds_nothing(placed: Path, tmp_path: Path) -> None:
         store = connect(tmp_path / "s")
         assert sum(map(sum, held(daemon))) == 1
         store.close()
-        until(lambda: not daemon._host.attachments.clients())
+        eventually(lambda: not daemon._host.attachments.clients())
         exchange(daemon, 0)
         exchange(daemon, 1)
 
@@ -395,15 +397,15 @@ def test_versions_pass_under_lookups(placed: Path, newer: tuple[Path, Model], mo
             for version, path in ((2, newer[0]), (3, placed), (4, newer[0])):
                 before = looker.seen[(version - 1) % 2]
                 assert request(tmp_path / "s", "swap", store=str(path))["ok"]
-                until(lambda version=version: store.stats()["attached"]["version"] == version)
-                until(lambda before=before, now=(version - 1) % 2: looker.seen[now] > before + 2)
+                eventually(lambda version=version: store.stats()["attached"]["version"] == version)
+                eventually(lambda before=before, now=(version - 1) % 2: looker.seen[now] > before + 2)
                 found = in_records(store)
                 exchange(daemon, version)
-                until(lambda found=found: in_records(store) > found)
+                eventually(lambda found=found: in_records(store) > found)
         assert mappings(daemon).count("rw-s") == 1
 
 
-def test_of_another_daemon_it_goes_by_way_of_the_host(
+def test_a_device_reads_another_daemons_entries_through_the_host(
     placed: Path, model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = model.expected(NAME, KEYS)
@@ -412,13 +414,13 @@ def test_of_another_daemon_it_goes_by_way_of_the_host(
             store = stack.enter_context(connect(tmp_path / "s"))
             looker = Looker(store, KEYS, rows)
             looker.look_up()
-        until(lambda: not store.stats()["attached"]["now"])
+        eventually(lambda: not store.stats()["attached"]["now"])
         found = in_records(store)
         np.testing.assert_array_equal(looker.look_up(), rows)  # what is mapped already goes on to serve
         assert in_records(store) > found
         with serving(placed, tmp_path / "s", DRAM, gpu_clients=True):
-            until(lambda: store.stats()["attached"]["now"])
-            until(lambda: re.search("the daemon is another than before", caplog.text))
+            eventually(lambda: store.stats()["attached"]["now"])
+            eventually(lambda: re.search("the daemon is another than before", caplog.text))
             found = in_records(store)
             np.testing.assert_array_equal(looker.look_up(), rows)
             assert in_records(store) == found

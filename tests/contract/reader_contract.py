@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.shapes import POISON
 from support.stores import Model, random_keys
 
 import tierstore
@@ -47,7 +48,7 @@ class ReaderContract:
         }
         wanted = every[slices.get(which, slice(None))]
         ids = rows_of_pages(layout, wanted)
-        out = np.full((len(ids), layout.spec.row_bytes), 0xA5, dtype=np.uint8)
+        out = np.full((len(ids), layout.spec.row_bytes), POISON, dtype=np.uint8)
         store["layers.1"].rows(ids, out)
         np.testing.assert_array_equal(out, model.rows["layers.1"][ids])
         assert store.stats()["pages_read"] >= len(wanted)  # a page is read for each read batch that wants rows of it

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.shapes import ENTRY_BYTES, HEADS, POISON, ROW_BYTES
 from support.stores import Model, random_keys
 
 import tierstore
@@ -36,7 +37,7 @@ class StoreContract:
     def test_lookup_equals_the_oracle(self, store, model: Model, num_tokens: int, seed: int) -> None:
         keys = random_keys(np.random.default_rng(seed), num_tokens)
         for name in ("layers.1", "layers.14"):
-            out = np.full((num_tokens, 24, 40), 0xA5, dtype=np.uint8)
+            out = np.full((num_tokens, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
             for _ in range(2):  # the second time from the caches
                 assert store[name].lookup(keys, out) is out
                 np.testing.assert_array_equal(out, model.expected(name, keys))
@@ -52,7 +53,7 @@ class StoreContract:
         for seed in range(3):  # later ones find some of their keys in the caches
             keys = random_keys(np.random.default_rng(seed // 2), 150)
             before, expected = store.stats(), store["layers.1"].locate(keys)
-            sources = np.full(keys.shape, 0xA5, dtype=np.uint8)
+            sources = np.full(keys.shape, POISON, dtype=np.uint8)
             out = store["layers.1"].lookup(keys, sources=sources)
             np.testing.assert_array_equal(out, model.expected("layers.1", keys))
             names, after = np.array(kernels.SOURCES)[sources], store.stats()
@@ -83,7 +84,7 @@ class StoreContract:
             np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
 
     def test_lookup_returns_zero_rows_for_sentinel(self, store) -> None:
-        out = np.full((5, 24, 40), 0xA5, dtype=np.uint8)
+        out = np.full((5, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
         store["layers.1"].lookup(np.full((5, 3), -1, dtype=np.int64), out)
         assert not out.any()
 
@@ -91,7 +92,7 @@ class StoreContract:
         keys = random_keys(np.random.default_rng(2), 60)
         wide = np.full((60, 6), 12345, dtype=np.int64)
         wide[:, ::2] = keys
-        out = np.full((120, 24, 80), 0xA5, dtype=np.uint8)[::2, :, :40]
+        out = np.full((120, 24, 80), POISON, dtype=np.uint8)[::2, :, :40]
         store["layers.1"].lookup(wide[:, ::2], out)
         np.testing.assert_array_equal(out, model.expected("layers.1", keys))
         backwards = store["layers.1"].lookup(keys[::-1])
@@ -101,8 +102,8 @@ class StoreContract:
     def test_keys_may_lie_where_the_rows_go(self, store, model: Model, how: str) -> None:
         keys = random_keys(np.random.default_rng(11), 90)
         for _ in range(2):  # the second time from the caches
-            buffer = np.zeros(90 * 24 * 40, dtype=np.uint8)
-            out, ids = buffer.reshape(90, 24, 40), keys if how != "rows" else model.row_ids("layers.1", keys)
+            buffer = np.zeros(90 * HEADS * ROW_BYTES, dtype=np.uint8)
+            out, ids = buffer.reshape(90, HEADS, ROW_BYTES), keys if how != "rows" else model.row_ids("layers.1", keys)
             inside = buffer[8 : 8 + ids.nbytes].view(np.int64).reshape(ids.shape)
             inside[:] = ids
             if how == "lookup":
@@ -115,10 +116,11 @@ class StoreContract:
 
     def test_one_tables_keys_may_lie_where_anothers_rows_go(self, store, model: Model) -> None:
         keys = random_keys(np.random.default_rng(12), 40)
-        buffer, other = np.zeros(40 * 24 * 40, dtype=np.uint8), np.zeros((40, 24, 40), dtype=np.uint8)
+        buffer = np.zeros(40 * HEADS * ROW_BYTES, dtype=np.uint8)
+        other = np.zeros((40, HEADS, ROW_BYTES), dtype=np.uint8)
         inside = buffer[: keys.nbytes].view(np.int64).reshape(keys.shape)
         inside[:] = keys
-        out = buffer.reshape(40, 24, 40)
+        out = buffer.reshape(40, HEADS, ROW_BYTES)
         store.submit({"layers.14": (keys, out), "layers.1": (inside, other)}).wait(timeout_s=60)
         np.testing.assert_array_equal(out, model.expected("layers.14", keys))
         np.testing.assert_array_equal(other, model.expected("layers.1", keys))
@@ -129,14 +131,14 @@ class StoreContract:
         odd[:] = keys
         assert not odd.flags.aligned
         np.testing.assert_array_equal(store["layers.1"].lookup(odd), model.expected("layers.1", keys))
-        out = np.zeros((30, 24, 40), dtype=np.uint8)
+        out = np.zeros((30, HEADS, ROW_BYTES), dtype=np.uint8)
         store.submit({"layers.1": (odd, out)}).wait(timeout_s=60)
         np.testing.assert_array_equal(out, model.expected("layers.1", keys))
 
     def test_a_strided_buffer_is_not_written_beside_its_rows(self, store) -> None:
-        whole = np.full((6, 24, 50), 0xA5, dtype=np.uint8)
+        whole = np.full((6, 24, 50), POISON, dtype=np.uint8)
         store["layers.1"].lookup(np.full((6, 3), 3, dtype=np.int64), whole[:, :, :40])
-        assert (whole[:, :, 40:] == 0xA5).all()
+        assert (whole[:, :, 40:] == POISON).all()
 
     def test_duplicate_keys_all_get_their_rows(self, store, model: Model) -> None:
         keys = random_keys(np.random.default_rng(3), 400, distinct=5)
@@ -150,14 +152,14 @@ class StoreContract:
         every = np.arange(len(rows))
         np.testing.assert_array_equal(store["layers.1"].rows(every), rows)
         assert store["layers.1"].rows(np.array(len(rows) - 1)).tolist() == rows[-1].tolist()
-        assert store["layers.1"].rows(np.empty((0, 24), dtype=np.int64)).shape == (0, 24, 40)
+        assert store["layers.1"].rows(np.empty((0, 24), dtype=np.int64)).shape == (0, HEADS, ROW_BYTES)
 
     def test_row_ids_of_whole_tokens_give_the_same_rows_as_keys(self, store, model: Model) -> None:
         keys = random_keys(np.random.default_rng(5), 50)
         ids = model.row_ids("layers.1", keys)
-        out = np.full((5, 10, 24, 40), 0xA5, dtype=np.uint8)
+        out = np.full((5, 10, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
         assert store["layers.1"].rows(ids.reshape(5, 10, 24), out) is out
-        np.testing.assert_array_equal(out.reshape(50, 24, 40), model.expected("layers.1", keys))
+        np.testing.assert_array_equal(out.reshape(50, HEADS, ROW_BYTES), model.expected("layers.1", keys))
 
     @pytest.mark.parametrize("seed", [0, 1, 2])
     def test_row_ids_that_are_no_token_are_still_exact(self, store, model: Model, seed: int) -> None:
@@ -179,8 +181,8 @@ class StoreContract:
     def test_submit_fills_every_table_of_a_step(self, store, model: Model) -> None:
         rng = np.random.default_rng(6)
         requests = {}
-        for name, heads, row_bytes, orders in (("layers.1", 24, 40, 3), ("layers.14", 24, 40, 3)):
-            requests[name] = (random_keys(rng, 90, orders), np.full((90, heads, row_bytes), 0xA5, dtype=np.uint8))
+        for name, heads, row_bytes, orders in (("layers.1", HEADS, ROW_BYTES, 3), ("layers.14", HEADS, ROW_BYTES, 3)):
+            requests[name] = (random_keys(rng, 90, orders), np.full((90, heads, row_bytes), POISON, dtype=np.uint8))
         ticket = store.submit(requests)
         ticket.wait(timeout_s=60)
         ticket.wait(timeout_s=60)
@@ -189,7 +191,7 @@ class StoreContract:
 
     def test_submit_does_not_need_a_wait(self, store, model: Model) -> None:
         keys = random_keys(np.random.default_rng(7), 30)
-        outs = [np.full((30, 24, 40), 0xA5, dtype=np.uint8) for _ in range(20)]
+        outs = [np.full((30, HEADS, ROW_BYTES), POISON, dtype=np.uint8) for _ in range(20)]
         for out in outs:
             store.submit({"layers.1": (keys, out)})
         store.close()
@@ -199,7 +201,7 @@ class StoreContract:
     def test_submit_keeps_its_own_keys(self, store, model: Model) -> None:
         keys = random_keys(np.random.default_rng(8), 50)
         expected = model.expected("layers.1", keys)
-        out = np.full((50, 24, 40), 0xA5, dtype=np.uint8)
+        out = np.full((50, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
         ticket = store.submit({"layers.1": (keys, out)})
         keys[:] = 0
         ticket.wait(timeout_s=60)
@@ -214,10 +216,10 @@ class StoreContract:
         pairs[:3] = [2, 0, 1][:num_pairs]
         keys = tokens.reshape(-1)[pairs]
         for index, name in enumerate(("layers.1", "layers.14")):
-            expected = model.expected(name, tokens).reshape(-1, 320)[pairs]
+            expected = model.expected(name, tokens).reshape(-1, ENTRY_BYTES)[pairs]
             before = store.stats()
             for _ in range(2):  # the second time from the caches
-                out = np.full((num_pairs, 320), 0xA5, dtype=np.uint8)
+                out = np.full((num_pairs, ENTRY_BYTES), POISON, dtype=np.uint8)
                 pending = store._engine.submit_pairs(index, keys, pairs, out)
                 if pending is not None:
                     pending.wait(60)
@@ -234,21 +236,21 @@ class StoreContract:
     def test_single_pairs_keep_their_own_keys_and_need_no_wait(self, store, model: Model) -> None:
         tokens = random_keys(np.random.default_rng(10), 30)
         keys, pairs = tokens.reshape(-1).copy(), np.arange(90, dtype=np.int32)
-        out = np.full((90, 320), 0xA5, dtype=np.uint8)
+        out = np.full((90, ENTRY_BYTES), POISON, dtype=np.uint8)
         pending = store._engine.submit_pairs(0, keys, pairs, out)
         if pending is not None:
             pending.detach()
         del pending
         keys[:], pairs[:] = 0, 0
         store.close()
-        np.testing.assert_array_equal(out, model.expected("layers.1", tokens).reshape(90, 320))
+        np.testing.assert_array_equal(out, model.expected("layers.1", tokens).reshape(90, ENTRY_BYTES))
 
     def test_a_closed_store_takes_no_single_pairs(self, store) -> None:
         store.close()
-        out = np.full((1, 320), 0xA5, dtype=np.uint8)
+        out = np.full((1, ENTRY_BYTES), POISON, dtype=np.uint8)
         with pytest.raises(tierstore.StoreNotReadyError, match="is closed"):
             store._engine.submit_pairs(0, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int32), out)
-        assert (out == 0xA5).all()
+        assert (out == POISON).all()
 
     def test_many_threads_get_their_own_rows(self, store, model: Model) -> None:
         faults = []
@@ -286,10 +288,10 @@ class StoreContract:
         with pytest.raises(ValueError, match="33"):
             store["plain"].lookup(np.array([[33]]))
         with pytest.raises(ValueError, match=r"\[2, 24, 40\]"):
-            table.lookup(np.zeros((1, 3), dtype=np.int64), np.zeros((2, 24, 40), dtype=np.uint8))
+            table.lookup(np.zeros((1, 3), dtype=np.int64), np.zeros((2, HEADS, ROW_BYTES), dtype=np.uint8))
         with pytest.raises(TypeError, match="int8"):
-            table.lookup(np.zeros((1, 3), dtype=np.int64), np.zeros((1, 24, 40), dtype=np.int8))
-        read_only = np.zeros((1, 24, 40), dtype=np.uint8)
+            table.lookup(np.zeros((1, 3), dtype=np.int64), np.zeros((1, HEADS, ROW_BYTES), dtype=np.int8))
+        read_only = np.zeros((1, HEADS, ROW_BYTES), dtype=np.uint8)
         read_only.flags.writeable = False
         with pytest.raises(ValueError, match="read-only"):
             table.lookup(np.zeros((1, 3), dtype=np.int64), read_only)

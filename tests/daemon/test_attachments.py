@@ -85,7 +85,7 @@ def test_a_gpu_pin_taken_after_its_client_timed_out_is_waited_for_all_the_same(
     assert clients.waiting_for == []
 
 
-def test_what_a_gpus_client_held_and_could_not_note_is_left_with_its_hold(clients: Attachments) -> None:
+def test_an_unrecorded_pin_of_a_gpu_client_is_released_with_the_client(clients: Attachments) -> None:
     _, block = clients.attach("a", os.getpid(), version=1, on_gpu=True)
     control = np.zeros(2 * kernels.CONTROL_BYTES, dtype=np.uint8)
     control = control[-control.ctypes.data % 64 :][: kernels.CONTROL_BYTES]
@@ -118,7 +118,7 @@ def test_orphans_have_a_limit(clients: Attachments, monkeypatch: pytest.MonkeyPa
     clients.attach("c", os.getpid(), version=1)
 
 
-def test_who_is_gone_or_has_moved_is_given_nothing(clients: Attachments) -> None:
+def test_a_client_that_left_or_has_the_version_is_not_moved(clients: Attachments) -> None:
     clients.attach("a", 1, version=1)
     assert clients.move("a", 1) is None
     clients.detach("a")

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import remote_servers
-from support.served import KIB, MIB, request, serving, until
+from support.served import KIB, MIB, request, serving
+from support.shapes import HEADS, ROW_BYTES
 from support.stores import random_keys
+from support.waiting import eventually
 
 import tierstore
 from tierstore.offline.place import place_entries
@@ -23,7 +25,7 @@ def timed(latency: dict) -> int:
 
 
 def submit_some(store: tierstore.Store, lookups: int = LOOKUPS) -> None:
-    keys, out = random_keys(np.random.default_rng(0), 4), np.empty((4, 24, 40), dtype=np.uint8)
+    keys, out = random_keys(np.random.default_rng(0), 4), np.empty((4, HEADS, ROW_BYTES), dtype=np.uint8)
     for _ in range(lookups):
         store.submit({"layers.1": (keys, out)}).wait(60)
 
@@ -33,7 +35,7 @@ def test_lookups_that_attached_clients_submit_are_timed_in_the_daemons_record(bu
         with tierstore.connect(tmp_path / "socket") as store:
             submit_some(store)
             assert timed(store.stats()["latency"]) > 0
-        until(lambda: daemon.stat().counters.batches == LOOKUPS)
+        eventually(lambda: daemon.stat().counters.batches == LOOKUPS)
         assert sum(daemon.stat().latency.counts) > 0
 
 
@@ -80,6 +82,6 @@ def test_the_record_says_how_far_recency_caches_have_filled(built: Path, tmp_pat
         assert epochs.recency_entries[name] == 0 < epochs.recency_slots[name]
         keys = np.arange(90, dtype=np.int64).reshape(30, 3)
         store[name].lookup(keys)
-        until(lambda: daemon.stat().feed.read_keys >= keys.size)
+        eventually(lambda: daemon.stat().feed.read_keys >= keys.size)
         found = daemon.stat().epochs
         assert 0 < found.recency_entries[name] <= min(keys.size, found.recency_slots[name])

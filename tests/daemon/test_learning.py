@@ -13,8 +13,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from support.served import KIB, Traffic, killed, request, serving, until
+from support.served import KIB, Traffic, killed, request, serving
+from support.shapes import POISON
 from support.stores import Model, place_some
+from support.waiting import eventually
 
 import tierstore
 from tierstore import kernels
@@ -54,7 +56,7 @@ def until_heard(daemon: Daemon) -> None:
         lost = sum(reader.lost for reader in daemon._host.attachments.readers())
         return daemon._learner.reports.num_taken + lost >= written
 
-    until(heard)
+    eventually(heard)
 
 
 def blocks_of(daemon: Daemon) -> list[np.ndarray]:
@@ -65,14 +67,14 @@ def some_keys(count: int, start: int = BASE) -> np.ndarray:
     return np.arange(start, start + 3 * count, dtype=np.int64).reshape(-1, 3)
 
 
-def test_what_one_client_missed_another_finds(
+def test_a_key_that_one_client_missed_is_a_hit_of_another(
     daemon: Daemon, store: tierstore.Store, socket: Path, model: Model
 ) -> None:
     keys = some_keys(40)
     np.testing.assert_array_equal(store[NAME].lookup(keys), model.expected(NAME, keys))
     assert store.stats()["hits"]["nvme"] == keys.size
     with tierstore.connect(socket) as other:
-        until(lambda: (other[NAME].explain(keys) == "recency").all())
+        eventually(lambda: (other[NAME].explain(keys) == "recency").all())
         np.testing.assert_array_equal(other[NAME].lookup(keys), model.expected(NAME, keys))
         stats = other.stats()
         assert (stats["hits"]["dram"], stats["hits"]["nvme"], stats["pages_read"]) == (keys.size, 0, 0)
@@ -80,7 +82,7 @@ def test_what_one_client_missed_another_finds(
     assert (feed.read_keys, feed.queued_keys, feed.dropped_keys, feed.errors) == (keys.size, 0, 0, 0)
 
 
-def test_what_is_asked_for_becomes_static_and_stays_so(daemon: Daemon, store: tierstore.Store, model: Model) -> None:
+def test_keys_in_demand_become_static_and_stay_static(daemon: Daemon, store: tierstore.Store, model: Model) -> None:
     keys = some_keys(30)
     for _ in range(4):
         store[NAME].lookup(keys)
@@ -100,7 +102,7 @@ def test_what_is_asked_for_becomes_static_and_stays_so(daemon: Daemon, store: ti
     assert daemon.stat().learning.replans == 5
 
 
-def test_what_was_asked_for_once_does_not_become_static(daemon: Daemon, store: tierstore.Store) -> None:
+def test_a_key_looked_up_once_does_not_become_static(daemon: Daemon, store: tierstore.Store) -> None:
     store[NAME].lookup(some_keys(30))
     until_heard(daemon)
     assert request(Path(daemon.path), "replan")["entered"] == 0
@@ -207,7 +209,7 @@ def test_a_bad_page_costs_its_own_entries_only(own_store: Path, socket: Path, mo
                     assert np.array_equal(rows, expected[token, order * 8 : order * 8 + 8])
                     good[token, order] = True
         assert 0 < (~good).sum() < good.sum()
-        until(lambda: (store[NAME].explain(keys)[good] == "recency").all())
+        eventually(lambda: (store[NAME].explain(keys)[good] == "recency").all())
         assert (store[NAME].explain(keys)[~good] == "pages").all()
         until_heard(daemon)
         request(Path(daemon.path), "replan")
@@ -277,13 +279,13 @@ def test_garbage_from_a_client_costs_only_its_own_reports(
     reports["table"] = [0, 3, 65535, 0, 2]  # below 0; no such tables; no such order; beyond the plain table's rows
     reports["order"] = [0, 0, 0, 3, 0]
     kernels.ReportWriter(mine).add(reports)
-    until(lambda: daemon.stat().learning.reports_refused >= 4)
+    eventually(lambda: daemon.stat().learning.reports_refused >= 4)
     mine[256:264].view("<u8")[0] = 2**64 - 1  # reports that it says it dropped
     mine[4096:] = np.random.default_rng(0).integers(0, 256, len(mine) - 4096, dtype=np.uint8)
     mine[128:136].view("<u8")[0] += 2**40
     with tierstore.connect(socket) as other:
         np.testing.assert_array_equal(other[NAME].lookup(keys), model.expected(NAME, keys))
-        until(lambda: (other[NAME].explain(keys) == "recency").all())
+        eventually(lambda: (other[NAME].explain(keys) == "recency").all())
         np.testing.assert_array_equal(store[NAME].lookup(keys), model.expected(NAME, keys))
     assert request(socket, "stat")["learning"]["reports_lost"] > 0  # it can be told, whatever they wrote
 
@@ -300,10 +302,10 @@ def test_counters_that_are_too_large_are_told_as_far_as_messages_go(
 
     for _ in range(3):
         backing._session.channel.send({"counters": most(store.stats() and backing.engine.counters())})
-        until(lambda: request(socket, "stat")["counters"]["keys"] > 2**50)
+        eventually(lambda: request(socket, "stat")["counters"]["keys"] > 2**50)
         (peer,) = daemon._host.attachments.clients()
         peer.drop("so that it is counted among those that are gone")
-        until(
+        eventually(
             lambda peer=peer: (
                 daemon._host.attachments.clients() not in ([peer], []) and store.stats()["attached"]["now"]
             )
@@ -347,11 +349,11 @@ def test_a_stopped_client_has_the_right_rows_after_any_number_of_replans(
 
 def look_up_for_ever(socket: Path, keys: np.ndarray, expected: np.ndarray, write: int) -> None:
     """Says "right" after every fifth lookup, or what is wrong."""
-    store = until(lambda: connected(socket))
+    store = eventually(lambda: connected(socket))
     out = np.empty(expected.shape, dtype=np.uint8)
     while True:
         for _ in range(5):
-            out[:] = 0xA5
+            out[:] = POISON
             store[NAME].lookup(keys, out)
             if not np.array_equal(out, expected):
                 os.write(write, b"wrong rows\n")

@@ -19,6 +19,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 from support.stat_record import BOUNDS_NS, changed, stat_record
+from support.waiting import eventually
 
 from tierstore.daemon import http as web
 from tierstore.daemon.metrics import MetricsServer, StatCollector
@@ -293,7 +294,7 @@ def test_a_fault_of_the_servers_own_costs_one_answer_and_no_more(
     monkeypatch.setattr(web, "ACCEPT_AGAIN_S", 0.01)
     monkeypatch.setattr(server._server, "_accept", fails)
     with connect(server):
-        wait_until(lambda: "http_failed" in caplog.text)
+        eventually(lambda: "http_failed" in caplog.text)
     monkeypatch.undo()
     assert fetch(server, "/healthz")[0] == 200
 
@@ -319,7 +320,7 @@ def test_a_client_that_sends_byte_by_byte_has_no_longer_than_another(
     monkeypatch.setattr(web, "RECEIVE_S_MAX", 0.3)
     with connect(server) as connection:
         connection.settimeout(0.01)  # the pace: a byte each time that no answer came
-        wait_until(lambda: was_cut_off(connection))
+        eventually(lambda: was_cut_off(connection))
 
 
 def was_cut_off(connection: socket.socket) -> bool:
@@ -343,7 +344,7 @@ def test_a_client_that_does_not_read_is_cut_off(
         connection.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
         for _ in range(web.REQUESTS_MAX):
             assert fetch(server, "/healthz")[0] == 200
-        wait_until(lambda: not server._server._connections)
+        eventually(lambda: not server._server._connections)
         assert was_reset(connection)  # so that the system does not keep what was not read either
 
 
@@ -355,15 +356,6 @@ def was_reset(connection: socket.socket) -> bool:
     except ConnectionResetError:
         return True
     return False
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Waits for what another thread does, 30 s at most."""
-    deadline = time.monotonic() + 30
-    pause = threading.Event()
-    while not holds():
-        assert time.monotonic() < deadline
-        pause.wait(0.005)
 
 
 def test_the_number_of_threads_and_of_connections_is_limited_under_any_load(server: MetricsServer) -> None:
@@ -386,7 +378,7 @@ def test_a_host_with_many_idle_connections_does_not_keep_another_out(
     host, port = server.address.rsplit(":", 1)
     with socket.create_connection((host, int(port)), 30, source_address=("127.0.0.2", 0)) as slow:
         slow.sendall(b"GET /healthz HTTP/1.1\r\n")
-        wait_until(lambda: len(server._server._connections) == 1)
+        eventually(lambda: len(server._server._connections) == 1)
         flood = [connect(server) for _ in range(30)]
         for connection in flood[:20]:
             assert all_received(connection) == b""
@@ -458,7 +450,7 @@ def test_closing_ends_requests_under_way_at_once(daemon: Daemon, monkeypatch: py
     monkeypatch.setattr(web, "RECEIVE_S_MAX", 120.0)  # on a busy machine, too, far more than a close takes
     server = MetricsServer("127.0.0.1:0", daemon.stat)
     with connect(server) as silent:
-        wait_until(lambda: bool(server._server._connections))
+        eventually(lambda: bool(server._server._connections))
         started = time.monotonic()
         server.close()
         assert time.monotonic() - started < web.RECEIVE_S_MAX / 2
@@ -536,7 +528,7 @@ def test_a_host_that_is_not_this_one_is_named_with_the_remedy(host: str) -> None
         MetricsServer(f"{host}:0", stat_record)
 
 
-def test_what_other_hosts_can_reach_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_metrics_address_open_to_other_hosts_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with MetricsServer("127.0.0.1:0", stat_record):
         assert not caplog.records
     with MetricsServer("0.0.0.0:0", stat_record):

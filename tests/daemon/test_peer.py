@@ -7,7 +7,8 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from support.daemon_peers import WAIT_S, open_descriptors
+from support.daemon_peers import open_descriptors
+from support.waiting import WAIT_S
 
 from tierstore.daemon.admin import AdminRequests
 from tierstore.daemon.peer import Peer, failure_of
@@ -66,7 +67,7 @@ def test_a_peer_that_reads_a_whole_message_is_not_blocked_since_it_began(ends: t
         assert peer.blocked_since == now
 
 
-def test_what_was_queued_goes_out_before_the_last_words(ends: tuple[Peer, Channel]) -> None:
+def test_queued_messages_are_sent_before_the_error_that_ends_a_connection(ends: tuple[Peer, Channel]) -> None:
     peer, channel = ends
     peer.send({"number": 1})
     peer.answer({"number": 0}, ())

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from support.served import MIB, WAIT_S, ServeProcess, request, until
+from support.served import MIB, ServeProcess, request
 from support.stores import Model, place_some, random_keys
+from support.waiting import WAIT_S, eventually
 
 import tierstore
 from tierstore.tools.cli import cli, run
@@ -82,7 +83,7 @@ def test_its_log_can_be_json(placed: Path, socket: Path) -> None:
 
 def test_a_signal_while_it_warms_ends_it_at_once(built: Path, socket: Path) -> None:
     with ServeProcess(built, socket, "--dram", "3GiB" if memory_left() > 8 << 30 else "1GiB", ready=False) as daemon:
-        until(socket.exists)  # taken before anything is warm
+        eventually(socket.exists)  # taken before anything is warm
         status = daemon.end(signal.SIGINT)
         assert status in (0, 130), daemon.text
         assert "event=ready" not in daemon.text or status == 0

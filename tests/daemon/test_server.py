@@ -22,7 +22,6 @@ import pytest
 from support.daemon_peers import (
     HELLO,
     NOBODY,
-    WAIT_S,
     NotingHandler,
     as_root,
     bare_socket,
@@ -33,6 +32,7 @@ from support.daemon_peers import (
     open_descriptors,
     packet,
 )
+from support.waiting import WAIT_S
 
 from tierstore.daemon import acceptor, admin, connections, limits, peer, server
 from tierstore.daemon.record import ClientsInfo
@@ -246,7 +246,7 @@ def test_descriptors_and_foreign_packets_end_a_client_by_name(path: Path, handle
     assert open_descriptors() == before
 
 
-def test_who_says_no_hello_in_time_is_dropped(
+def test_a_connection_without_a_hello_in_time_is_closed(
     path: Path, serving: SocketServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "HANDSHAKE_S", 0.2)
@@ -371,7 +371,7 @@ def test_a_killed_client_is_detached_also_where_a_fork_holds_its_socket(
         os.kill(message["fork"], signal.SIGKILL)
 
 
-def test_what_a_process_sent_last_is_heard(path: Path, handler: NotingHandler) -> None:
+def test_the_last_message_of_a_process_that_ended_is_read(path: Path, handler: NotingHandler) -> None:
     """More than is read of a peer in one round, and all there, like the process's end, before the server looks."""
     last = range(connections.PACKETS_A_ROUND + 3)
 
@@ -410,7 +410,7 @@ def test_nothing_of_a_dropped_peer_reaches_the_handler(path: Path, handler: Noti
 
 
 @pytest.mark.usefixtures("serving")
-def test_who_does_not_read_is_dropped_in_time(
+def test_a_client_that_does_not_read_is_disconnected_in_time(
     path: Path, handler: NotingHandler, warnings: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "PEER_SEND_S", 0.2)
@@ -457,7 +457,7 @@ def test_a_full_queue_ends_its_peer_and_no_other(
 
 @pytest.mark.usefixtures("serving")
 @pytest.mark.parametrize("role", ["client", "admin"])
-def test_who_sends_too_fast_is_dropped(
+def test_a_client_that_sends_too_fast_is_disconnected(
     path: Path, warnings: queue.Queue[str], monkeypatch: pytest.MonkeyPatch, role: Literal["client", "admin"]
 ) -> None:
     monkeypatch.setattr(peer, "MESSAGES_A_SECOND_MAX", 50)
@@ -585,7 +585,7 @@ def test_out_of_descriptors_connections_wait_and_nothing_spins(
         assert warnings.qsize() < 5, "it was not tried again and again"
 
 
-def test_who_is_refused_again_and_again_does_not_fill_the_log(
+def test_repeated_refusals_of_one_peer_are_logged_rarely(
     warnings: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peer_log, "LINES_A_MINUTE_MAX", 5)

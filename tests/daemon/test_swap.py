@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.daemon_peers import WAIT_S
-from support.served import KIB, MIB, ServeProcess, Traffic, killed, other_model, request, serving, until
+from support.served import KIB, MIB, ServeProcess, Traffic, killed, other_model, request, serving
 from support.stores import Model, make_model, place_some, random_keys
+from support.waiting import WAIT_S, eventually
 
 import tierstore
 from tierstore.attached.engine import AttachedEngine
@@ -76,7 +76,7 @@ def test_every_lookup_is_of_one_version_whole_and_after_a_swap_of_the_new(
             traffic.go_on()
             done = request(socket, "swap", store=str(path))
             assert (done["ok"], done["version"], done["store"]) == (True, number, str(path))
-            until(lambda number=number: store.stats()["attached"]["version"] == number)
+            eventually(lambda number=number: store.stats()["attached"]["version"] == number)
             for _ in range(3):
                 np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[current])
         stat = daemon.stat()
@@ -99,7 +99,7 @@ def test_rollback_goes_to_the_version_before_and_back(
         request(socket, "swap", store=str(newer))
         for version, current in ((3, 0), (4, 1)):
             assert request(socket, "rollback")["version"] == version
-            until(lambda version=version: store.stats()["attached"]["version"] == version)
+            eventually(lambda version=version: store.stats()["attached"]["version"] == version)
             np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[current])
 
 
@@ -112,7 +112,7 @@ def test_a_client_that_cannot_be_told_of_a_swap_attaches_anew(
     with serving(placed, socket, CACHED) as daemon, tierstore.connect(socket) as store:
         monkeypatch.setattr(daemon._host.clients, "move", no_descriptor)
         request(socket, "swap", store=str(newer))
-        until(lambda: store.stats()["attached"] == {"socket": str(socket), "now": True, "version": 2})
+        eventually(lambda: store.stats()["attached"] == {"socket": str(socket), "now": True, "version": 2})
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[1])
 
 
@@ -132,7 +132,7 @@ def test_places_that_are_free_after_a_swap_go_to_the_placement_of_the_new_store(
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[1])
 
 
-def test_what_is_asked_for_most_is_warm_when_clients_move(
+def test_the_keys_in_most_demand_are_warm_when_clients_change_versions(
     placed: Path, newer: Path, socket: Path, rows: tuple[np.ndarray, np.ndarray]
 ) -> None:
     with serving(placed, socket, MIB), tierstore.connect(socket) as store:
@@ -146,11 +146,11 @@ def test_what_is_asked_for_most_is_warm_when_clients_move(
             request(socket, "replan")
             return bool((store[NAME].explain(KEYS)[wanted] == "static").mean() > 0.9)
 
-        until(is_learned)
+        eventually(is_learned)
         done = request(socket, "swap", store=str(newer))
         assert done["warmed"] > 0
         assert done["filled"] >= 0
-        until(lambda: store.stats()["attached"]["version"] == 2)
+        eventually(lambda: store.stats()["attached"]["version"] == 2)
         assert (store[NAME].explain(KEYS)[wanted] == "static").mean() > 0.9
         before = store.stats()["hits"]["dram"]
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[1])
@@ -212,9 +212,9 @@ def test_a_version_that_cannot_take_its_place_is_refused_and_the_old_is_served(
                 fds.append(len(os.listdir("/proc/self/fd")))
         assert daemon.state == "serving"
         assert (daemon.stat().store.version, daemon.stat().store.previous) == (1, None)
-        until(lambda: len(os.listdir("/proc/self/fd")) <= fds[0])  # nothing of those after the first is left open
+        eventually(lambda: len(os.listdir("/proc/self/fd")) <= fds[0])  # nothing of those after the first is left open
         assert request(socket, "swap", store=str(newer))["version"] == 2  # and a good one is taken as ever
-        until(lambda: store.stats()["attached"]["version"] == 2)
+        eventually(lambda: store.stats()["attached"]["version"] == 2)
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[1])
 
 
@@ -272,7 +272,7 @@ def test_a_swap_that_fails_while_it_is_published_leaves_nothing_of_the_new_versi
             traffic.go_on()
             assert set(traffic.seen) == {0}
             assert request(socket, "swap", store=str(newer))["version"] == 2
-            until(lambda: 1 in traffic.seen)
+            eventually(lambda: 1 in traffic.seen)
 
 
 @pytest.fixture
@@ -292,16 +292,16 @@ def test_tags_of_twenty_swaps_never_give_a_row_of_another_version(
     with serving(placed, socket, CACHED) as daemon, tierstore.connect(socket) as store:
         for number, copy in enumerate(copies):
             request(socket, "swap", store=str(copy))
-            until(lambda number=number: store.stats()["attached"]["version"] == number + 2)
+            eventually(lambda number=number: store.stats()["attached"]["version"] == number + 2)
             for _ in range(2):
                 np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[number % 2])
-            until(lambda: daemon.stat().feed.queued_keys == 0)
+            eventually(lambda: daemon.stat().feed.queued_keys == 0)
             tags.append(daemon._host.epochs.current.tag)
         assert all(0 <= tag < TAGS for tag in tags)
         assert all(one != after for one, after in pairwise(tags))
         request(socket, "rollback")  # a version that was served keeps what is cached of it
         assert daemon._host.epochs.current.tag == tags[-2]
-        until(lambda: store.stats()["attached"]["version"] == len(copies) + 2)
+        eventually(lambda: store.stats()["attached"]["version"] == len(copies) + 2)
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[len(copies) % 2])
 
 
@@ -324,7 +324,7 @@ def test_a_stopped_client_holds_up_no_swap_and_is_right_when_it_goes_on(
                 started = time.monotonic()
                 assert request(socket, "swap", store=str(path))["version"] == version
                 assert time.monotonic() - started < 30 + attachments.GRACE_PERIOD_S
-                until(lambda version=version: store.stats()["attached"]["version"] == version)
+                eventually(lambda version=version: store.stats()["attached"]["version"] == version)
                 np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[(version + 1) % 2])
                 os.kill(child, signal.SIGCONT)
                 assert said.readline() == f"{(version + 1) % 2}\n"
@@ -374,7 +374,7 @@ def test_clients_that_attach_during_swaps_get_one_version_or_the_other(
             thread.join(WAIT_S)
             assert not thread.is_alive()
         assert wrong == []
-        until(lambda: daemon.stat().clients.attached == 0)
+        eventually(lambda: daemon.stat().clients.attached == 0)
 
 
 @pytest.fixture
@@ -402,7 +402,7 @@ def test_a_replan_and_a_swap_at_once_wait_for_each_other(
             request(socket, "swap", store=str(path))
         thread.join(WAIT_S)
         assert faults == []
-        until(lambda: store.stats()["attached"]["version"] == 4)
+        eventually(lambda: store.stats()["attached"]["version"] == 4)
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[1])
     assert daemon.stat().learning.replans >= 8
 
@@ -433,7 +433,7 @@ def test_row_ids_that_take_two_lookups_are_of_one_version_though_a_swap_comes_be
         def after_a_swap(*arguments: Any) -> None:
             if next(calls) == 0:
                 request(socket, "swap", store=str(newer))
-                until(lambda: store.version == 2)
+                eventually(lambda: store.version == 2)
             AttachedEngine.rows(engine, *arguments)
 
         monkeypatch.setattr(engine, "rows", after_a_swap)

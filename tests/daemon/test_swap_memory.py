@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.remote_servers import serving as serving_remote
-from support.served import KIB, ServeProcess, make_newer, request, serving, until
+from support.served import KIB, ServeProcess, make_newer, request, serving
 from support.stores import Model, random_keys
+from support.waiting import eventually
 
 import tierstore
 from tierstore import durable
@@ -60,7 +61,7 @@ def test_a_daemon_that_was_killed_serves_what_was_swapped_in(
     with ServeProcess(placed, socket, *SERVE) as daemon:
         store = tierstore.connect(socket)
         request(socket, "swap", store=str(newer[0]))
-        until(lambda: np.array_equal(store[NAME].lookup(KEYS), expected))
+        eventually(lambda: np.array_equal(store[NAME].lookup(KEYS), expected))
         daemon.end(signal.SIGKILL)
     with store, ServeProcess(placed, socket, *SERVE) as daemon:
         remembered = daemon.line("event=swap_remembered")
@@ -68,7 +69,7 @@ def test_a_daemon_that_was_killed_serves_what_was_swapped_in(
         assert f"instead_of={placed}" in remembered
         assert "--forget-swap" in remembered
         assert served_by(daemon) == str(newer[0])
-        until(lambda: store.stats()["attached"]["now"])
+        eventually(lambda: store.stats()["attached"]["now"])
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), expected)
         assert request(socket, "rollback")["store"] == str(placed)  # what was before is known too
         daemon.end(signal.SIGKILL)
@@ -275,10 +276,10 @@ def test_a_client_is_told_once_of_another_version_than_it_had(
         store = tierstore.connect(socket)
     with store:
         with serving(newer[0], socket, CACHED):
-            until(lambda: "attached, to another" in said.text or "attached again, to another" in said.text)
+            eventually(lambda: "attached, to another" in said.text or "attached again, to another" in said.text)
             np.testing.assert_array_equal(store[NAME].lookup(KEYS), newer[1].expected(NAME, KEYS))
         with serving(newer[0], socket, CACHED):
-            until(lambda: store.stats()["attached"]["now"])
+            eventually(lambda: store.stats()["attached"]["now"])
     (record,) = [record for record in said.records if "another version of the store" in record.getMessage()]
     assert record.levelno == logging.WARNING
     for path in (placed, newer[0]):

@@ -73,7 +73,9 @@ def test_the_watchdog_is_fed_twice_as_often_as_it_bites(manager: tuple[socket.so
     [{}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "soon"}, {"WATCHDOG_USEC": "9", "WATCHDOG_PID": "1"}],
     ids=str,
 )
-def test_who_is_not_watched_feeds_no_watchdog(manager: tuple[socket.socket, str], variables: dict[str, str]) -> None:
+def test_a_daemon_without_a_watchdog_sends_no_heartbeat(
+    manager: tuple[socket.socket, str], variables: dict[str, str]
+) -> None:
     listener, variable = manager
     notifier = Notifier({"NOTIFY_SOCKET": variable, **variables})
     assert notifier.watchdog_s is None

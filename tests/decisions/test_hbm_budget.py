@@ -41,7 +41,7 @@ def test_the_parts_add_up_to_the_budget_and_no_more(budget_bytes: int, static: i
     assert plan.shares["c"].num_entries == 0
 
 
-def test_what_one_table_leaves_goes_to_the_others() -> None:
+def test_memory_that_one_table_does_not_need_goes_to_the_others() -> None:
     layouts = {name: layout(name) for name in ("a", "b")}
     few = divide_hbm(layouts, 64 << 20, {"a": 100, "b": 3_000_000}, {})
     even = divide_hbm(layouts, 64 << 20, {"a": 3_000_000, "b": 3_000_000}, {})

@@ -88,7 +88,7 @@ def test_quantities_are_drawn_together_and_stay_apart() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
-def test_of_no_documents_nothing_is_known(lengths: list[int]) -> None:
+def test_the_interval_of_no_documents_is_zero_to_one(lengths: list[int]) -> None:
     nothing = np.zeros((len(lengths), 2), dtype=np.int64)
     low, high = prediction_intervals(nothing, nothing, np.array(lengths), 1000, np.random.default_rng(0))
     assert low.tolist() == [0, 0]

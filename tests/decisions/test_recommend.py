@@ -18,7 +18,7 @@ def test_a_dip_moves_no_knee() -> None:
 
 
 @pytest.mark.parametrize("rates", [[0.4] * 8, [0.4]])
-def test_of_a_flat_curve_the_least_budget_is_enough(rates: list[float]) -> None:
+def test_a_flat_curve_recommends_the_smallest_budget(rates: list[float]) -> None:
     assert knee(BUDGETS[: len(rates)], rates) == 0
     (only,) = recommend(BUDGETS[: len(rates)], rates)
     assert only.dram_bytes == BUDGETS[0]
@@ -52,7 +52,7 @@ def test_whole_tables_come_last_whatever_the_curve_says() -> None:
     assert [choice.name for choice in recommend([], [], 1 << 20)] == ["whole"]
 
 
-def test_without_being_asked_one_plans_with_the_largest_knee_of_all_tables() -> None:
+def test_plan_without_dram_takes_the_largest_knee_of_all_tables() -> None:
     def group(*recommended: tuple[str, int]) -> list[Recommendation]:
         return [Recommendation(name, size, "") for name, size in recommended]
 

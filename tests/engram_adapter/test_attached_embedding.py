@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from support.served import KIB, request, serving, until
+from support.served import KIB, request, serving
 from support.tiny_store import DIM, VOCAB_SIZE, build_tiny, decoded, tiny_hash
+from support.waiting import eventually
 
 import tierstore
 from engram_adapter.embedding import TieredEmbedding
@@ -26,5 +27,5 @@ def test_an_embedding_runs_over_an_attached_store_and_through_a_swap(tmp_path: P
             assert found.shape == (2, 9, 8, DIM)
             assert torch.equal(found, decoded(rows["layers.4"][row_ids], "bf16"))
         request(tmp_path / "s", "swap", store=str(other))
-        until(lambda: store.stats()["attached"]["version"] == 2)
+        eventually(lambda: store.stats()["attached"]["version"] == 2)
         assert torch.equal(embedding(token_ids), decoded(other_rows["layers.4"][row_ids], "bf16"))

@@ -142,7 +142,7 @@ def test_the_tiers_that_are_meant_to_answer_do(open_tiny: Open) -> None:
     assert first["zero_miss"] == 0
 
 
-def test_what_is_all_in_hbm_asks_the_host_for_nothing(open_tiny: Open) -> None:
+def test_a_batch_that_hbm_holds_whole_makes_no_request_to_the_host(open_tiny: Open) -> None:
     with open_tiny("bf16", dram="480KiB", hbm="4MiB") as (store, rows):
         placed = store["layers.1"].explain(tiny_hash().keys(tokens(4, 24, 0).cpu().numpy(), 1).reshape(-1, 2)) == "hbm"
         both = np.flatnonzero(placed.all(axis=1))

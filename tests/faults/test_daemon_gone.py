@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from support.daemon_peers import noted_warnings
-from support.served import KIB, MIB, ServeProcess, Traffic, other_model, request, serving, until
+from support.served import KIB, MIB, ServeProcess, Traffic, other_model, request, serving
 from support.stores import Model, place_some, random_keys
+from support.waiting import eventually
 
 import tierstore
 from tierstore.attached.engine import AttachedEngine
@@ -50,18 +51,18 @@ def test_lookups_go_on_while_the_daemon_is_gone_and_it_is_found_again(
             for _ in range(2):
                 traffic.go_on()
                 assert daemon.end(number) == (0 if number == signal.SIGTERM else -number), daemon.text
-                until(lambda: not store.stats()["attached"]["now"])
+                eventually(lambda: not store.stats()["attached"]["now"])
                 before = store.stats()
                 traffic.go_on()
                 without = store.stats()
                 assert without["hits"]["dram"] > before["hits"]["dram"]  # what is mapped still answers
                 daemon.__exit__()
                 daemon = ServeProcess(placed, socket, *OPTIONS)
-                until(lambda: store.stats()["attached"]["now"], BACK_S)
+                eventually(lambda: store.stats()["attached"]["now"], BACK_S)
                 traffic.go_on()
                 least = without["keys"] - before["keys"]
                 assert store.stats()["keys"] > without["keys"]  # counted on, over all engines
-                until(
+                eventually(
                     lambda least=least: request(socket, "stat")["counters"]["keys"] > least
                 )  # what no daemon was told of, it is now
         asked = store.stats()
@@ -96,7 +97,7 @@ def test_a_daemon_that_comes_back_otherwise_is_used_as_it_is(
             assert store.stats()["placement"] == {"epoch": 2}
         traffic.go_on()
         with serving(own_store, socket, **again):
-            until(lambda: store.stats()["attached"]["now"], BACK_S)
+            eventually(lambda: store.stats()["attached"]["now"], BACK_S)
             traffic.go_on()
             stats = store.stats()
             assert stats["placement"]["epoch"] == {"none": None}.get(
@@ -123,7 +124,7 @@ def test_a_daemon_that_comes_back_with_another_version_serves_that(
         traffic.go_on()
         assert set(traffic.seen) == {0}
         with serving(tmp_path / "newer", socket, 900 * KIB):
-            until(lambda: store.stats()["attached"]["now"], BACK_S)
+            eventually(lambda: store.stats()["attached"]["now"], BACK_S)
             traffic.go_on()
             np.testing.assert_array_equal(store[NAME].lookup(KEYS), newer)
 
@@ -144,7 +145,7 @@ def test_versions_of_two_daemons_are_never_the_same_and_rows_by_id_never_of_both
             if store.version == number:
                 first.close()
                 stack.enter_context(serving(tmp_path / "newer", socket, 900 * KIB))
-                until(lambda: store.version not in (number, -1))
+                eventually(lambda: store.version not in (number, -1))
             AttachedEngine.rows(engine, *arguments)
 
         monkeypatch.setattr(engine, "rows", after_a_restart)
@@ -164,7 +165,7 @@ def test_a_daemon_that_comes_back_with_another_hash_is_refused_and_the_old_rows_
             traffic = stack.enter_context(Traffic(store, NAME, KEYS, expected))
             traffic.go_on()
         with serving(tmp_path / "store", socket, 900 * KIB):
-            said = until(lambda: next((line for line in read_all(warnings) if "not attached yet" in line), None))
+            said = eventually(lambda: next((line for line in read_all(warnings) if "not attached yet" in line), None))
             assert f"fingerprint is {1:064x}" in said
             assert "e" * 64 in said
             assert "connect again" in said
@@ -173,7 +174,7 @@ def test_a_daemon_that_comes_back_with_another_hash_is_refused_and_the_old_rows_
             with tierstore.connect(socket) as fresh:  # who comes new has the new tables
                 assert fresh[NAME].spec.fingerprint == "e" * 64
         with serving(built, socket, 900 * KIB):
-            until(lambda: store.stats()["attached"]["now"], BACK_S)
+            eventually(lambda: store.stats()["attached"]["now"], BACK_S)
             traffic.go_on()
 
 
@@ -199,7 +200,7 @@ def test_a_store_that_was_built_anew_in_place_is_never_mixed_with_the_old(
             with pytest.raises(tierstore.DaemonError, match="is not the store that the daemon opened"):
                 tierstore.connect(socket)
         with serving(own_store, socket, 900 * KIB):
-            until(lambda: store.stats()["attached"]["now"], BACK_S)
+            eventually(lambda: store.stats()["attached"]["now"], BACK_S)
             traffic.go_on(3)
             np.testing.assert_array_equal(store[NAME].lookup(KEYS), newer)
 
@@ -212,22 +213,22 @@ def test_a_client_that_is_dropped_attaches_again_and_is_not_counted_twice(
         for _ in range(3):
             np.testing.assert_array_equal(store[NAME].lookup(KEYS), expected)
             asked = store.stats()["keys"]
-            until(lambda asked=asked: daemon.stat().counters.keys == asked)
+            eventually(lambda asked=asked: daemon.stat().counters.keys == asked)
             (peer,) = daemon._host.attachments.clients()
             peer.drop("this is a test")
-            until(lambda peer=peer: daemon._host.attachments.clients() not in ([peer], []))
+            eventually(lambda peer=peer: daemon._host.attachments.clients() not in ([peer], []))
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), expected)
         asked = store.stats()["keys"]
-        until(lambda: store.stats()["attached"]["now"])
+        eventually(lambda: store.stats()["attached"]["now"])
         store.close()
-        until(lambda: daemon.stat().clients.attached == 0)
+        eventually(lambda: daemon.stat().clients.attached == 0)
         assert daemon.stat().counters.keys == asked == 4 * int((KEYS >= 0).sum())
 
 
 def test_a_store_that_is_closed_while_its_daemon_is_gone_ends_soon(built: Path, socket: Path) -> None:
     with serving(built, socket, 900 * KIB):
         store = tierstore.connect(socket)
-    until(lambda: not store.stats()["attached"]["now"])
+    eventually(lambda: not store.stats()["attached"]["now"])
     started = time.monotonic()
     store.close()
     assert time.monotonic() - started < BACK_S

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.served import KIB, MIB, WAIT_S, request, serving, until
+from support.served import KIB, MIB, request, serving
 from support.stores import Model, random_keys
+from support.waiting import WAIT_S, eventually
 
 import tierstore
 from tierstore.daemon.daemon import Daemon
@@ -48,7 +49,7 @@ def warmed(store: tierstore.Store) -> np.ndarray:
         store[NAME].lookup(WARM)
         return bool((store[NAME].explain(WARM)[WARM >= 0] == "recency").all())
 
-    until(is_warm)
+    eventually(is_warm)
     return store[NAME].lookup(WARM)
 
 
@@ -88,7 +89,7 @@ def test_a_daemon_whose_disk_fails_counts_it_and_feeds_again_when_it_is_well(
         errors = daemon.stat().feed.errors
         for _ in range(3):
             np.testing.assert_array_equal(store[NAME].lookup(KEYS), model.expected(NAME, KEYS))
-        until(lambda: daemon.stat().feed.errors > errors)
+        eventually(lambda: daemon.stat().feed.errors > errors)
         request(socket, "replan")  # reads, too, and does without what it cannot have
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), model.expected(NAME, KEYS))
         engine.inject("none")
@@ -97,7 +98,7 @@ def test_a_daemon_whose_disk_fails_counts_it_and_feeds_again_when_it_is_well(
             np.testing.assert_array_equal(store[NAME].lookup(COLD), model.expected(NAME, COLD))
             return bool((store[NAME].explain(COLD)[COLD >= 0] != "pages").all())
 
-        until(is_fed)
+        eventually(is_fed)
 
 
 def test_shards_that_are_cut_off_while_serving_cost_only_what_is_not_in_dram(
@@ -111,7 +112,7 @@ def test_shards_that_are_cut_off_while_serving_cost_only_what_is_not_in_dram(
             with pytest.raises(tierstore.CorruptPageError, match=f"of table {NAME}"):
                 store[NAME].lookup(COLD)
             np.testing.assert_array_equal(store[NAME].lookup(WARM), rows)
-        until(lambda: daemon.stat().feed.errors > 0)
+        eventually(lambda: daemon.stat().feed.errors > 0)
         assert daemon.stat().daemon.state == "serving"
 
 
@@ -185,7 +186,7 @@ def test_a_client_that_may_map_or_open_too_little_is_told_and_the_others_are_ser
         done = limited(limit, value, LOOK_UP, socket)
         assert done.returncode == 0, done.stderr
         assert re.match(said, done.stdout), done.stdout
-        until(lambda: daemon.stat().clients.attached == 0)
+        eventually(lambda: daemon.stat().clients.attached == 0)
     with tierstore.connect(socket) as store:
         assert store[NAME].lookup(KEYS).any()
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.repository import SUPPORT
+from support.shapes import HEADS, ROW_BYTES
 from support.stores import Model, random_keys
 
 import tierstore
@@ -96,7 +97,7 @@ def fill(store: tierstore.Store) -> None:
     """Submits until the store takes no more."""
     while True:
         keys = np.random.default_rng().integers(0, 2**60, (200, 3))
-        store.submit({NAME: (keys, np.empty((200, 24, 40), dtype=np.uint8))})
+        store.submit({NAME: (keys, np.empty((200, HEADS, ROW_BYTES), dtype=np.uint8))})
 
 
 @pytest.mark.parametrize("what", ["lookup", "rows", "wait", "submit", "close"])
@@ -105,7 +106,7 @@ def test_an_interrupt_takes_effect_at_once_and_the_store_goes_on(
 ) -> None:
     handling(stop)
     keys = random_keys(np.random.default_rng(1), 600)
-    ids, out = model.row_ids(NAME, keys), np.empty((600, 24, 40), dtype=np.uint8)
+    ids, out = model.row_ids(NAME, keys), np.empty((600, HEADS, ROW_BYTES), dtype=np.uint8)
     ticket = slow.submit({NAME: (keys, out)})
     acts: dict[str, Callable[[], object]] = {
         "lookup": lambda: slow[NAME].lookup(keys),
@@ -128,7 +129,7 @@ def test_an_interrupt_takes_effect_while_every_page_reader_is_busy(slow: tiersto
     readers = slow._engine.native.page_readers()[0]
     rng = np.random.default_rng(2)
     tickets = [
-        slow.submit({NAME: (rng.integers(0, 2**60, (300, 3)), np.empty((300, 24, 40), dtype=np.uint8))})
+        slow.submit({NAME: (rng.integers(0, 2**60, (300, 3)), np.empty((300, HEADS, ROW_BYTES), dtype=np.uint8))})
         for _ in range(2 * readers)
     ]
     took_s = [seconds_until_stopped(lambda: slow[NAME].lookup(rng.integers(0, 2**60, (300, 3)))) for _ in range(3)]
@@ -175,7 +176,7 @@ def test_a_lookup_ends_when_its_time_is_over_and_leaves_its_buffer_alone(
     slow: tierstore.Store, model: Model, timeout_s: float
 ) -> None:
     keys = random_keys(np.random.default_rng(7), 300)
-    out, started = np.empty((300, 24, 40), dtype=np.uint8), time.monotonic()
+    out, started = np.empty((300, HEADS, ROW_BYTES), dtype=np.uint8), time.monotonic()
     with pytest.raises(TimeoutError, match=f"not there within {timeout_s} s"):
         slow[NAME].lookup(keys, out, timeout_s=timeout_s)
     assert time.monotonic() - started < timeout_s + PROMPT_S
@@ -191,7 +192,7 @@ def test_a_buffer_is_its_owners_again_when_the_call_was_interrupted(
 ) -> None:
     handling(stop)
     keys = random_keys(np.random.default_rng(6), 300)
-    ids, out = model.row_ids(NAME, keys), np.empty((300, 24, 40), dtype=np.uint8)
+    ids, out = model.row_ids(NAME, keys), np.empty((300, HEADS, ROW_BYTES), dtype=np.uint8)
 
     def submit_again() -> None:
         while True:  # until the store has no room, and waits for some

@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 import pytest
 from support.repository import REPOSITORY
+from support.shapes import HEADS, ROW_BYTES
 from support.stores import Model, random_keys
+from support.waiting import WAIT_S
 
 import tierstore
 from tierstore.daemon.daemon import Daemon
 
-WAIT_S = 30.0
 NAME = "layers.1"
 OURS = (str(REPOSITORY / "tierstore"), str(REPOSITORY / "kernels"))
 CANARY = 0x3C
@@ -122,7 +123,7 @@ def test_a_lookup_without_memory_raises_and_costs_nothing_later(open_store: Any,
             keys = rng.integers(0, 2**60, (30, 3))
             ids = model.row_ids(NAME, keys)
             wide = np.full((30, 24, 80), CANARY, dtype=np.uint8)
-            out = wide[:, :, :40] if "strided" in how else np.full((30, 24, 40), CANARY, dtype=np.uint8)
+            out = wide[:, :, :40] if "strided" in how else np.full((30, HEADS, ROW_BYTES), CANARY, dtype=np.uint8)
             left[:] = [out]
             if how == "explain":
                 table.explain(keys)
@@ -181,7 +182,7 @@ def test_a_close_without_memory_is_completed_by_the_next(open_store: Any, model:
     number, hit = 0, True
     while hit:
         store = open_store()
-        out = np.full((100, 24, 40), CANARY, dtype=np.uint8)
+        out = np.full((100, HEADS, ROW_BYTES), CANARY, dtype=np.uint8)
         store.submit({NAME: (keys, out)})
         failing = Failing(number)
         try:

@@ -161,7 +161,7 @@ def test_a_placement_that_was_published_stays_when_its_maker_is_interrupted(
         assert store.stats()["placement"]["epoch"] == 1
 
 
-def test_who_interrupts_an_opening_does_not_wait_for_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_open_does_not_load_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All reads were queued, and an interrupt came through when the last had ended: minutes, of a large static set."""
     rows = np.random.default_rng(0).integers(0, 256, (40_000, 1000), dtype=np.uint8)
     build_plain_tables(tmp_path, {"t": rows})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.shapes import HEADS, POISON, ROW_BYTES
 from support.stores import Model, random_keys
 
 import tierstore
@@ -18,7 +19,7 @@ MESSAGES = {"failing": "cannot be read", "short": "ends before it", "corrupt": "
 
 
 def lookup(store: tierstore.Store, keys: np.ndarray, early: bool) -> np.ndarray:
-    out = np.full((len(keys), 24, 40), 0xA5, dtype=np.uint8)
+    out = np.full((len(keys), HEADS, ROW_BYTES), POISON, dtype=np.uint8)
     if early:
         store.submit({"layers.1": (keys, out)}).wait(timeout_s=60)
     else:
@@ -89,7 +90,7 @@ def test_a_ticket_dropped_and_a_store_closed_in_flight_leave_nothing(built: Path
         store = tierstore.open(built, dram="300KiB", io=io)
         store._engine._engine.inject("slow", 0, 2)
         for _ in range(10):
-            store.submit({"layers.1": (keys, np.empty((30, 24, 40), dtype=np.uint8))})
+            store.submit({"layers.1": (keys, np.empty((30, HEADS, ROW_BYTES), dtype=np.uint8))})
         store.close()
 
 
@@ -98,7 +99,7 @@ def test_a_store_dropped_in_flight_ends_its_reads_first(built: Path, io: str) ->
     keys = random_keys(np.random.default_rng(4), 30)
     store = tierstore.open(built, dram="300KiB", io=io)
     store._engine._engine.inject("slow", 0, 2)
-    out = np.full((30, 24, 40), 0xA5, dtype=np.uint8)
+    out = np.full((30, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
     store.submit({"layers.1": (keys, out)})
     del store
     with tierstore.open(built, dram="64MiB") as resident:

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+from support.shapes import HEADS, POISON, ROW_BYTES
 from support.stores import Model, random_keys
 
 import tierstore
@@ -23,12 +24,12 @@ def test_a_million_lookups_by_eight_threads_are_all_right(built: Path, model: Mo
 
     def work(store: tierstore.Store, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        out = np.empty((TOKENS_A_LOOKUP, 24, 40), dtype=np.uint8)
+        out = np.empty((TOKENS_A_LOOKUP, HEADS, ROW_BYTES), dtype=np.uint8)
         for number in range(LOOKUPS):
             name = ("layers.1", "layers.14")[int(rng.integers(2))]
             which = np.minimum(rng.zipf(1.2, TOKENS_A_LOOKUP) - 1, POOL_TOKENS - 1)
             which[:3] = rng.integers(0, POOL_TOKENS, 3)
-            out[:] = 0xA5
+            out[:] = POISON
             if number % 2:
                 store[name].lookup(pool[which], out)
             else:

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.daemon_peers import HELLO, NOBODY, WAIT_S, as_root, in_child, open_descriptors, packet
+from support.daemon_peers import HELLO, NOBODY, as_root, in_child, open_descriptors, packet
+from support.waiting import WAIT_S
 
 from tierstore.daemon import limits
 from tierstore.daemon.peer import Peer

@@ -146,7 +146,7 @@ def test_a_torch_distributed_checkpoint_is_named_with_the_tool_that_joins_it(tmp
             Checkpoint.open(place)
 
 
-def test_of_one_numbered_file_only_what_surely_lies_in_it_whole_is_taken(tmp_path: Path) -> None:
+def test_only_tensors_that_lie_whole_in_one_numbered_file_are_read(tmp_path: Path) -> None:
     first, second = (tmp_path / f"model-0000{part}-of-00002.safetensors" for part in (1, 2))
     write(first, table=ROWS[:2], mine=ROWS)
     with pytest.raises(ConfigError, match="no index says that it lies here whole"):

@@ -134,7 +134,7 @@ def test_an_unfinished_file_never_bears_its_name(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_writer_left_is_written_over(tmp_path: Path) -> None:
+def test_a_half_written_file_of_a_killed_writer_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "c.new").write_bytes(b"half a file")
     write(tmp_path / "c", {"a": np.arange(3)})
     assert [file.name for file in tmp_path.iterdir()] == ["c"]

@@ -81,7 +81,7 @@ def test_an_event_has_time_level_name_and_its_values_in_order() -> None:
     assert line.startswith(f"time={values['time']} ")
 
 
-def test_who_sets_up_no_log_of_ours_sees_the_values_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_values_of_an_event_show_without_our_log_format(caplog: pytest.LogCaptureFixture) -> None:
     event(logger, logging.WARNING, "read_failed", page=3, path="two\nlines", error=OSError("bad"))
     assert caplog.messages == ['read_failed page=3 path="two\\nlines" error="OSError: bad"']
     event(logger, logging.WARNING, "stopped")

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.daemon_peers import NOBODY, WAIT_S, NotingHandler, ServingChild, as_root, become, in_child
+from support.daemon_peers import NOBODY, NotingHandler, ServingChild, as_root, become, in_child
 from support.repository import REPOSITORY
 from support.served import ServeProcess
+from support.waiting import WAIT_S
 
 from tierstore.daemon.attachment import Attachment
 from tierstore.daemon.server import SocketServer

@@ -196,7 +196,7 @@ def test_the_end_is_a_closed_channel(pair: tuple[Channel, Channel]) -> None:
         pair[0].send({})
 
 
-def test_what_was_said_last_is_heard_though_we_were_not(pair: tuple[Channel, Channel]) -> None:
+def test_the_peers_last_message_is_read_after_a_send_fails(pair: tuple[Channel, Channel]) -> None:
     pair[0].send({"hello": 1})  # never read: the kernel then reports a reset, before what the other side sent
     pair[1].send({"error": "refused"})
     pair[1].close()

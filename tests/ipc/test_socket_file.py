@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from support.daemon_peers import (
     NOBODY,
-    WAIT_S,
     NotingHandler,
     ServingChild,
     as_root,
@@ -25,6 +24,7 @@ from support.daemon_peers import (
     noted_warnings,
     open_descriptors,
 )
+from support.waiting import WAIT_S
 
 from tierstore.daemon.daemon import Daemon
 from tierstore.daemon.server import SocketServer
@@ -174,7 +174,7 @@ def test_a_killed_daemons_socket_is_replaced(path: Path, handler: NotingHandler)
 
 @pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("turn", range(5))
-def test_of_daemons_that_start_at_once_one_serves(path: Path, stale: bool, turn: int) -> None:
+def test_one_of_several_daemons_started_at_once_serves_the_socket(path: Path, stale: bool, turn: int) -> None:
     if stale:
         ServingChild(path).kill()
     start, won = os.pipe(), os.pipe()
@@ -310,7 +310,7 @@ def test_a_daemon_that_takes_no_connection_is_given_up_in_time(
             sock.close()
 
 
-def test_who_asks_a_daemon_that_is_starting_is_told_how_far_it_is(path: Path, handler: NotingHandler) -> None:
+def test_a_starting_daemon_reports_its_progress(path: Path, handler: NotingHandler) -> None:
     with SocketServer(path, handler, clients_max=3) as server:
         server.note_starting("warming, 7 %")
         assert starting_state(path) == "warming, 7 %"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.shapes import POISON
 
 from tierstore import kernels
 from tierstore.kernels import REPORT, reference_counts
@@ -24,7 +25,7 @@ Name = tuple[int, int, int]  # table, order, key
 
 def lines(num_sets: int) -> np.ndarray:
     """Memory for so many sets, at a multiple of 64 bytes, full of what must not be read."""
-    whole = np.full(64 * (num_sets + 1), 0xA5, dtype=np.uint8)
+    whole = np.full(64 * (num_sets + 1), POISON, dtype=np.uint8)
     start = -whole.ctypes.data % 64
     return whole[start : start + 64 * num_sets]
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.shapes import POISON
 from support.stores import Model, open_behind_hbm, random_keys
+from support.waiting import WAIT_S
 
 import tierstore
 from tierstore import kernels
 
 ENTRY_BYTES = {0: 320, 1: 320, 2: 24}
 NAMES = ("layers.1", "layers.14", "plain")
-WAIT_S = 60.0
-POISON = 0xA5
 
 Opener = Callable[[Path, Path], tierstore.Store]
 STORES: dict[str, Opener] = {
@@ -164,7 +164,7 @@ def test_a_request_of_nothing_and_a_full_one_are_answered(store: tierstore.Store
 
 def test_a_thousand_steps_are_answered_in_turn(store: tierstore.Store, model: Model) -> None:
     device, tokens, rng = Device(server_of(store), pairs_max=64), keys_of(3, 21, distinct=15), np.random.default_rng(3)
-    expected = model.expected("layers.1", tokens).reshape(63, 320)
+    expected = model.expected("layers.1", tokens).reshape(63, ENTRY_BYTES)
     for _ in range(1000):
         pairs = rng.integers(0, 63, rng.integers(0, 60)).astype(np.int32)
         device.ask(tokens.reshape(-1)[pairs], pairs)
@@ -420,7 +420,7 @@ def test_a_block_lives_until_its_mailbox_is_removed(store: tierstore.Store) -> N
 
 def test_what_is_no_mailbox_is_refused(store: tierstore.Store) -> None:
     server = server_of(store)
-    size = kernels.mailbox_bytes(10, 320)
+    size = kernels.mailbox_bytes(10, ENTRY_BYTES)
     read_only = block_of(size)
     read_only.flags.writeable = False
     for block in (

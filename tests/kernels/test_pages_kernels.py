@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.shapes import POISON
 
 from tierstore import kernels
 from tierstore.kernels import reference
@@ -68,7 +69,7 @@ def plain_pages(
 def test_pages_are_sealed_as_the_format_says(name: str, num_rows: int, widths: tuple[int, ...]) -> None:
     rng = np.random.default_rng(num_rows)
     planes = [rng.integers(0, 256, (num_rows, width), dtype=np.uint8) for width in widths]
-    out = np.full((-(-num_rows // 15), 4096), 0xA5, dtype=np.uint8)
+    out = np.full((-(-num_rows // 15), 4096), POISON, dtype=np.uint8)
     IMPLEMENTATIONS[name].seal_pages(planes, out, 15, 2**33 + 5, 1, 0xDEADBEEF)
     assert out.tobytes() == plain_pages(planes, 15, 4096, 2**33 + 5, 1, 0xDEADBEEF)
 
@@ -114,12 +115,12 @@ def test_pages_and_numbers_that_do_not_go_together_are_refused(name: str) -> Non
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [np.float32, np.int64])
 def test_planes_of_other_types_are_refused(name: str, dtype: type) -> None:
-    out = np.full((1, 4096), 0xA5, dtype=np.uint8)
+    out = np.full((1, 4096), POISON, dtype=np.uint8)
     with pytest.raises(TypeError):
         IMPLEMENTATIONS[name].seal_pages([np.full((3, 10), 300, dtype=dtype)], out, 15, 0, 1, 0)
     with pytest.raises(ValueError, match="plane"):
         IMPLEMENTATIONS[name].seal_pages([], out, 15, 0, 1, 0)
-    assert (out == 0xA5).all()
+    assert (out == POISON).all()
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

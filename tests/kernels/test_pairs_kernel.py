@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.shapes import ENTRY_BYTES, POISON
 
 import tierstore
 
@@ -15,7 +16,7 @@ GOOD: dict[str, Any] = {
     "index": 0,
     "keys": np.arange(4),
     "pairs": np.arange(4, dtype=np.int32),
-    "out": np.full((4, 320), 0xA5, dtype=np.uint8),
+    "out": np.full((4, ENTRY_BYTES), POISON, dtype=np.uint8),
 }
 
 
@@ -41,10 +42,10 @@ BAD = {
     "keys of tokens": {"keys": np.arange(4).reshape(2, 2)},
     "strided keys": {"keys": np.arange(8)[::2]},
     "strided pairs": {"pairs": np.arange(8, dtype=np.int32)[::2]},
-    "a short buffer": {"out": np.zeros((3, 320), dtype=np.uint8)},
+    "a short buffer": {"out": np.zeros((3, ENTRY_BYTES), dtype=np.uint8)},
     "short entries": {"out": np.zeros((4, 319), dtype=np.uint8)},
     "a strided buffer": {"out": np.zeros((4, 640), dtype=np.uint8)[:, ::2]},
-    "a buffer that cannot be written": {"out": read_only(np.zeros((4, 320), dtype=np.uint8))},
+    "a buffer that cannot be written": {"out": read_only(np.zeros((4, ENTRY_BYTES), dtype=np.uint8))},
     "no array": {"keys": [0, 1, 2, 3]},
     "a plain table's row that there is not": {
         "index": 2,
@@ -69,7 +70,7 @@ def test_pairs_that_do_not_fit_are_refused_and_not_counted(engine: Any, bad: str
 
 
 def test_pairs_of_a_plain_table_are_rows_whatever_their_place(engine: Any) -> None:
-    out = np.full((3, 24), 0xA5, dtype=np.uint8)
+    out = np.full((3, 24), POISON, dtype=np.uint8)
     pairs = np.array([2**31 - 1, 5, 0], dtype=np.int32)
     assert engine.submit_pairs(2, np.array([32, -1, 0]), pairs, out) is None
     whole = np.full((3, 1, 24), 0x5A, dtype=np.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.shapes import POISON
 
 from tierstore import kernels
 from tierstore.kernels import reference_placed
@@ -18,7 +19,7 @@ def distinct_keys(seed: int, count: int) -> np.ndarray:
 
 
 def buckets_of(num_buckets: int) -> np.ndarray:
-    return np.full((num_buckets, 64), 0xA5, dtype=np.uint8)
+    return np.full((num_buckets, 64), POISON, dtype=np.uint8)
 
 
 @pytest.mark.parametrize("kernel", IMPLEMENTATIONS, ids=lambda module: module.__name__.rpartition(".")[2])

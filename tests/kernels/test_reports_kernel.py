@@ -18,18 +18,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.shapes import POISON
+from support.waiting import WAIT_S
 
 from tierstore import kernels
 from tierstore.kernels import CLIENT_BLOCK_BYTES, NUM_RING_REPORTS, REPORT
 
 HEADER = {"active_0": 0, "active_1": 8, "written": 16, "read": 24, "dropped": 32, "magic": 40}  # in words of 8 bytes
 FACTOR = 0x9E3779B97F4A7C15
-WAIT_S = 60
 
 
 def fresh_block() -> np.ndarray:
     block = np.frombuffer(mmap.mmap(-1, CLIENT_BLOCK_BYTES), dtype=np.uint8)
-    block[:] = 0xA5
+    block[:] = POISON
     kernels.init_client_block(block)
     return block
 
@@ -114,7 +115,7 @@ def test_no_reports_and_no_room_are_nothing() -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 2, 6])
 @pytest.mark.parametrize("batch", [1, 48, 3000])
-def test_of_many_threads_every_report_is_taken_once_lost_or_dropped(num_threads: int, batch: int) -> None:
+def test_every_report_of_many_threads_is_read_once_or_counted_as_lost(num_threads: int, batch: int) -> None:
     block = fresh_block()
     reader = kernels.ReportReader(block)
     enough = threading.Event()

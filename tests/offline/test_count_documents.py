@@ -241,7 +241,7 @@ def test_about_the_asked_share_is_held_out(tmp_path: Path) -> None:
     assert abs(footer["counts"]["held_out_documents"] - 1200) < 5 * (4000 * 0.3 * 0.7) ** 0.5
 
 
-def test_of_long_traces_a_smaller_share_is_held_out() -> None:
+def test_a_longer_trace_holds_out_a_smaller_fraction() -> None:
     shares = [held_out_fraction(tokens) for tokens in (0, 1, 16_000_000, 64_000_000, 4 * 10**12)]
     assert shares == [1 / 4, 1 / 4, 1 / 4, 1 / 16, 1e-6]
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from support.marks import slow_but
 from support.repository import TESTS
+from support.shapes import HEADS, POISON, ROW_BYTES
 from support.stores import Model, open_behind_hbm, place_some, random_keys
 
 import tierstore
@@ -105,7 +106,7 @@ def test_a_static_set_behind_hbm_holds_the_records_from_its_start_on(
         static = (each >= start) & (each < start + loaded)
         explained = store[NAME].explain(keys)[each, chosen.order_index]
         np.testing.assert_array_equal(explained, np.where(static, "static", "record"))
-        out = np.full((1300, 24, 40), 0xA5, dtype=np.uint8)
+        out = np.full((1300, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
         np.testing.assert_array_equal(store[NAME].lookup(keys, out), model.expected(NAME, keys))
         stats = store.stats()
         assert stats["pages_read"] == 0

@@ -15,6 +15,7 @@ import pytest
 from support.daemon_peers import as_root, in_child
 from support.remote_servers import serving
 from support.served import ServeProcess
+from support.shapes import HEADS, ROW_BYTES
 from support.stores import Model, random_keys
 
 from tierstore.daemon.metrics import MetricsServer
@@ -257,7 +258,7 @@ def test_a_reload_with_another_key_keeps_the_old_pair(built: Path, certificates:
             server.reload()
         for _ in range(2):
             with connect_remote(f"grpcs://{server.address}", ca_file=certificates / "ca.pem", timeout_s=5) as store:
-                assert store["layers.1"].lookup(np.ones((1, 3), dtype=np.int64)).shape == (1, 24, 40)
+                assert store["layers.1"].lookup(np.ones((1, 3), dtype=np.int64)).shape == (1, HEADS, ROW_BYTES)
 
 
 def test_a_daemon_that_is_told_to_reload_another_key_logs_it_and_serves_on(
@@ -274,7 +275,7 @@ def test_a_daemon_that_is_told_to_reload_another_key_logs_it_and_serves_on(
         daemon.process.send_signal(signal.SIGHUP)
         assert "the private key is not the certificate's" in daemon.line("event=reload_failed")
         with connect_remote(f"grpcs://{found[1]}", ca_file=certificates / "ca.pem", timeout_s=20) as store:
-            assert store["layers.1"].lookup(np.ones((1, 3), dtype=np.int64)).shape == (1, 24, 40)
+            assert store["layers.1"].lookup(np.ones((1, 3), dtype=np.int64)).shape == (1, HEADS, ROW_BYTES)
 
 
 @as_root
@@ -350,7 +351,7 @@ def test_certificates_and_tokens_are_read_anew(built: Path, model: Model, certif
             with pytest.raises(ConfigError):
                 server.reload()
             with connect_remote(url, token_file=write_private(tmp_path / "t2", TOKEN + "2"), **access) as still:
-                assert still["layers.1"].lookup(keys).shape == (5, 24, 40)
+                assert still["layers.1"].lookup(keys).shape == (5, HEADS, ROW_BYTES)
 
 
 def test_a_refused_ca_file_and_timeout_are_named(tmp_path: Path) -> None:

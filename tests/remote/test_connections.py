@@ -15,8 +15,8 @@ import grpc
 import numpy as np
 import pytest
 from support.remote_servers import serving, serving_process
-from support.served import until
 from support.stores import Model, random_keys
+from support.waiting import WAIT_S, eventually
 
 from tierstore.remote import connections as remote_connections
 from tierstore.remote import server as remote_server
@@ -26,7 +26,6 @@ from tierstore.remote.limits import InFlight, Refusal
 from tierstore.remote.server import RemoteServer
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-WAIT_S = 30.0
 
 
 @pytest.mark.parametrize(
@@ -46,20 +45,20 @@ def test_what_grpc_calls_a_peer_is_an_address_and_is_counted_by_its_network(
     assert peer_network(peer) == network
 
 
-def test_who_made_no_call_in_time_goes() -> None:
+def test_a_connection_without_a_call_in_time_is_closed() -> None:
     ended = to_end({("10.0.0.1", 1): 0.0, ("10.0.0.1", 2): 5.0}, 2, STRANGER_S)
     assert list(ended) == [("10.0.0.1", 1)]
     assert "no admitted call within 20 s" in ended["10.0.0.1", 1]
 
 
-def test_of_too_many_of_one_network_the_oldest_go_and_no_others() -> None:
+def test_connections_over_a_networks_limit_close_its_oldest_only() -> None:
     strangers = {("10.0.0.1", port): float(port) for port in range(STRANGERS_MAX + 3)}
     strangers |= {("10.0.0.2", 9): 0.0}
     ended = to_end(strangers, len(strangers), STRANGERS_MAX / 2)
     assert {end for end, why in ended.items() if "more than 32" in why} == {("10.0.0.1", port) for port in range(3)}
 
 
-def test_of_too_many_in_all_the_networks_with_the_most_make_room() -> None:
+def test_connections_over_the_limit_are_closed_in_the_networks_with_the_most() -> None:
     strangers = {(f"10.0.0.{host}", port): 1.0 for host in range(20) for port in range(20)}
     strangers |= {("10.0.1.1", 1): 0.5}
     ended = to_end(strangers, CONNECTIONS_MAX + 100, 1.0)
@@ -115,7 +114,7 @@ def test_idle_connections_without_the_token_end_and_a_client_with_it_stays(
             with pytest.raises(grpc.RpcError):  # it calls, and is not admitted
                 rejected.unary_unary("/tierstore.v1.Lookups/Describe")(b"", timeout=20)
             assert all(has_ended(peer) for peer in peers)
-            until(lambda: grpc.ChannelConnectivity.IDLE in states[1:])
+            eventually(lambda: grpc.ChannelConnectivity.IDLE in states[1:])
             (kept,) = server._connections._admitted
             np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
             assert server._connections._admitted == {kept}  # its connection was not made anew
@@ -133,7 +132,7 @@ def test_a_host_keeps_its_newest_connections_only(built: Path, monkeypatch: pyte
     monkeypatch.setattr(remote_connections, "STRANGERS_MAX", 4)
     monkeypatch.setattr(remote_connections, "LOOK_S", 0.05)
     with serving(built) as server, opened(server.address, 4) as old:
-        until(lambda: len(server._connections._seen) == 4)  # so that these are older
+        eventually(lambda: len(server._connections._seen) == 4)  # so that these are older
         with opened(server.address, 4) as new, opened(server.address, 1, "127.0.0.3") as other:
             assert all(has_ended(peer) for peer in old)
             assert not any(has_ended(peer, 0.2) for peer in (*new, *other))
@@ -157,8 +156,8 @@ def test_a_client_whose_idle_connection_ended_goes_on(
     monkeypatch.setattr(remote_connections, "LOOK_S", 0.05)
     keys = random_keys(np.random.default_rng(3), 5)
     with serving(built) as server, connect_remote(f"grpc://{server.address}") as store:
-        until(lambda: server._connections._admitted)
-        until(lambda: not server._connections._seen)  # grpc ended it
+        eventually(lambda: server._connections._admitted)
+        eventually(lambda: not server._connections._seen)  # grpc ended it
         np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import grpc
 import pytest
 from support.remote_servers import serving
-from support.served import MIB, until
+from support.served import MIB
 from support.served import serving as daemon_serving
+from support.waiting import eventually
 
 from tierstore.daemon.remote_lookups import Remote
 from tierstore.remote import health as remote_health
@@ -79,7 +80,7 @@ def test_watchers_are_limited_and_make_room_when_they_go(built: Path) -> None:
         with pytest.raises(grpc.RpcError, match="4 of one host; end some, or call Check"):
             next(watch(channel))
         watchers[0].cancel()  # type: ignore[attr-defined]
-        until(lambda: not server._health._watchers or server._health._watchers.total() < len(watchers))
+        eventually(lambda: not server._health._watchers or server._health._watchers.total() < len(watchers))
         assert next(watch(channel)) == SERVES
 
 

@@ -19,6 +19,7 @@ from contract.store_contract import StoreContract
 from support.remote_servers import serving, serving_process
 from support.repository import SUPPORT
 from support.served import serving as serving_daemon
+from support.shapes import ENTRY_BYTES, HEADS, POISON, ROW_BYTES
 from support.stores import Model, make_model, random_keys
 
 import tierstore
@@ -54,7 +55,7 @@ class RemoteStore(StoreContract):
         return connect_remote(f"grpc://{self._servers[path].address}")
 
     def test_single_pairs_get_their_own_entries(self, store) -> None:
-        pairs = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int32), np.zeros((1, 320), dtype=np.uint8)
+        pairs = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int32), np.zeros((1, ENTRY_BYTES), dtype=np.uint8)
         with pytest.raises(tierstore.ConfigError, match="a GPU needs a store on its own host"):
             store._engine.submit_pairs(0, *pairs)
 
@@ -106,7 +107,7 @@ def call(address: str, method: str, request: bytes, timeout: float | None = 20.0
 def test_streamed_batches_of_many_parts_equal_the_store(built: Path, model: Model) -> None:
     keys = random_keys(np.random.default_rng(0), 5000, distinct=300)
     with connected(built, tokens_max=2000) as (store, server):
-        out = np.full((5000, 24, 40), 0xA5, dtype=np.uint8)
+        out = np.full((5000, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
         assert store["layers.1"].lookup(keys, out) is out
         np.testing.assert_array_equal(out, model.expected("layers.1", keys))
         record = server.record()
@@ -171,7 +172,7 @@ def test_submit_does_not_wait_for_the_network(built: Path, model: Model, monkeyp
     monkeypatch.setattr(remote_engine.RemoteEngine, "_look_up", held)
     keys = random_keys(np.random.default_rng(4), 9)
     with connected(built) as (store, _):
-        out = np.full((9, 24, 40), 0xA5, dtype=np.uint8)
+        out = np.full((9, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
         expected = model.expected("layers.1", keys)
         ticket = store.submit({"layers.1": (keys, out)})
         with pytest.raises(TimeoutError, match="wait again"):
@@ -186,7 +187,7 @@ def test_tickets_beyond_the_limit_wait_for_earlier_ones(built: Path, model: Mode
     monkeypatch.setattr(remote_engine, "TICKETS_MAX", 1)
     keys = random_keys(np.random.default_rng(5), 9)
     with connected(built) as (store, _):
-        outs = [np.full((9, 24, 40), 0xA5, dtype=np.uint8) for _ in range(10)]
+        outs = [np.full((9, HEADS, ROW_BYTES), POISON, dtype=np.uint8) for _ in range(10)]
         for out in outs:
             store.submit({"layers.1": (keys, out)})
             assert store._engine._num_tickets <= 1
@@ -212,7 +213,7 @@ def test_a_client_goes_on_by_itself_after_a_restart(built: Path, model: Model) -
         store = connect_remote(f"grpc://{address}", timeout_s=60)
         np.testing.assert_array_equal(store["layers.1"].lookup(keys), expected)
     with store:
-        out = np.full((40, 24, 40), 0xA5, dtype=np.uint8)
+        out = np.full((40, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
         ticket = store.submit({"layers.1": (keys, out)})  # waits while nobody is there
         with serving(built, address):
             ticket.wait(timeout_s=60)
@@ -297,7 +298,7 @@ def test_a_lookup_has_the_rows_of_one_version_only(built: Path, model: Model, tm
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(type(first["layers.1"]), "lookup", counted)
-                out = np.full((400, 24, 40), 0xA5, dtype=np.uint8)
+                out = np.full((400, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
                 store._engine.lookup(0, keys, out)
             np.testing.assert_array_equal(out, changed.expected("layers.1", keys))
             assert store.version > number
@@ -319,7 +320,8 @@ def test_a_store_works_on_both_sides_of_a_fork_or_says_why_not(built: Path, late
 
 def test_a_ticket_of_the_parent_fails_in_the_child_by_name(built: Path) -> None:
     with connected(built) as (store, _):
-        ticket = store.submit({"layers.1": (np.ones((1, 3), dtype=np.int64), np.empty((1, 24, 40), dtype=np.uint8))})
+        keys, out = np.ones((1, 3), dtype=np.int64), np.empty((1, HEADS, ROW_BYTES), dtype=np.uint8)
+        ticket = store.submit({"layers.1": (keys, out)})
         ticket.wait(timeout_s=60)
         ticket._pending._process = (-1, 0)  # as in another process
         ticket._pending._future = type(ticket._pending._future)()
@@ -357,7 +359,7 @@ def test_requests_beyond_the_limits_are_refused_with_both_numbers(built: Path) -
         rows = encode(messages.RowsRequest(store._engine._requests.identity, "layers.1", bytes(8 * 24 * 51)))
         with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError, match="51 tokens"):
             next(channel.unary_stream(f"/{SERVICE}/Rows")(rows, timeout=20))
-        assert store["layers.1"].lookup(np.ones((400, 3), dtype=np.int64)).shape == (400, 24, 40)
+        assert store["layers.1"].lookup(np.ones((400, 3), dtype=np.int64)).shape == (400, HEADS, ROW_BYTES)
 
 
 def test_bytes_and_calls_in_flight_are_limited_with_both_numbers() -> None:
@@ -386,7 +388,7 @@ def test_a_busy_server_is_asked_again_until_it_has_time(built: Path, model: Mode
     keys = random_keys(np.random.default_rng(11), 20)
     expected = model.expected("layers.1", keys)
     with connected(built, in_flight_max=1) as (store, server):
-        outs = [np.full((20, 24, 40), 0xA5, dtype=np.uint8) for _ in range(40)]
+        outs = [np.full((20, HEADS, ROW_BYTES), POISON, dtype=np.uint8) for _ in range(40)]
         for ticket in [store.submit({"layers.1": (keys, out)}) for out in outs]:
             ticket.wait(timeout_s=60)
         assert server.record()["errors"] > 0
@@ -468,7 +470,7 @@ def test_a_stream_that_nobody_reads_is_given_up_and_holds_little(built: Path, mo
             with pytest.raises(grpc.RpcError):
                 list(replies)
         assert sent < 20_000 * 960 / 2
-        assert store["layers.1"].lookup(np.ones((1, 3), dtype=np.int64)).shape == (1, 24, 40)
+        assert store["layers.1"].lookup(np.ones((1, 3), dtype=np.int64)).shape == (1, HEADS, ROW_BYTES)
 
 
 def test_requests_that_contradict_themselves_are_value_errors(built: Path) -> None:
@@ -561,7 +563,7 @@ def test_closing_lets_calls_under_way_end(built: Path, model: Model) -> None:
             assert go_on.wait(60)
             return lookup(table, *arguments)
 
-        out = np.full((5, 24, 40), 0xA5, dtype=np.uint8)
+        out = np.full((5, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
         ticket = store.submit({"layers.1": (keys, out)})
         patch.setattr(tierstore.Table, "lookup", slow)
         ticket.wait(60) if not entered.wait(60) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.shapes import POISON
 
 from tierstore.errors import FormatError
 from tierstore.remote.messages import LookupReply, Part
@@ -16,7 +17,7 @@ NONE = [0, 0]
 
 def answer() -> tuple[Answer, np.ndarray]:
     """An answer to three tokens of a table of two orders, 4 bytes a token."""
-    out = np.full((3, 2, 2), 0xA5, dtype=np.uint8)
+    out = np.full((3, 2, 2), POISON, dtype=np.uint8)
     return Answer("grpc://x", [(0, np.zeros((3, 2), dtype=np.int64), out)], [4], [2]), out
 
 
@@ -63,7 +64,7 @@ def test_rows_that_were_not_asked_for_are_refused(data: bytes, words: str | None
         taken.take(data)
     with pytest.raises(FormatError, match="short"):
         taken.check_whole()
-    assert out[-1, -1, -1] == 0xA5
+    assert out[-1, -1, -1] == POISON
 
 
 def test_an_answer_is_of_one_version() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.shapes import ENTRY_BYTES, HEADS, POISON, ROW_BYTES
 from support.stores import Model, random_keys
 
 import tierstore
@@ -79,14 +80,14 @@ def test_strided_lookups_submits_and_rows_by_key_are_recorded(
     rng = np.random.default_rng(1)
     keys = random_keys(rng, 24)
     store.start_trace(tmp_path / "t", share=1)
-    out = np.full((24, 24, 40), 0xA5, dtype=np.uint8)
+    out = np.full((24, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
     store["layers.1"].lookup(keys[::-2])
     expected = expected_accesses(0, 0, keys[::-2])
-    plain_keys, plain_out = np.array([[3], [-1], [32]]), np.full((3, 1, 24), 0xA5, dtype=np.uint8)
+    plain_keys, plain_out = np.array([[3], [-1], [32]]), np.full((3, 1, 24), POISON, dtype=np.uint8)
     store.submit({"layers.14": (keys, out), "plain": (plain_keys, plain_out)}).wait(timeout_s=60)
     expected += expected_accesses(1, 1, keys) + expected_accesses(1, 2, plain_keys)
     np.testing.assert_array_equal(out, model.expected("layers.14", keys))
-    strided = np.full((24, 24, 80), 0xA5, dtype=np.uint8)[:, :, ::2]
+    strided = np.full((24, 24, 80), POISON, dtype=np.uint8)[:, :, ::2]
     store.submit({"layers.1": (keys, strided)}).wait(timeout_s=60)
     expected += expected_accesses(2, 0, keys)
     store["layers.1"].rows(model.row_ids("layers.1", keys))
@@ -352,12 +353,12 @@ def test_a_full_disk_ends_the_trace_and_not_the_lookups(
 def test_single_pairs_are_recorded_under_their_orders(store: tierstore.Store, model: Model, tmp_path: Path) -> None:
     tokens = random_keys(np.random.default_rng(8), 20)
     pairs = np.array([5, 3, 59, 3, 1], dtype=np.int32)
-    keys, out = tokens.reshape(-1)[pairs], np.full((5, 320), 0xA5, dtype=np.uint8)
+    keys, out = tokens.reshape(-1)[pairs], np.full((5, ENTRY_BYTES), POISON, dtype=np.uint8)
     store.start_trace(tmp_path / "t", share=1)
     pending = store._engine.submit_pairs(1, keys, pairs, out)
     if pending is not None:
         pending.wait(60)
     store.stop_trace()
-    np.testing.assert_array_equal(out, model.expected("layers.14", tokens).reshape(60, 320)[pairs])
+    np.testing.assert_array_equal(out, model.expected("layers.14", tokens).reshape(60, ENTRY_BYTES)[pairs])
     expected = [(0, 1, int(pair) % 3, int(key)) for key, pair in zip(keys, pairs, strict=True) if key >= 0]
     assert accesses_of(tmp_path / "t") == expected

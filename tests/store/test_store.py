@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from contract.store_contract import StoreContract
+from support.shapes import ENTRY_BYTES, HEADS, POISON, ROW_BYTES
 from support.stores import Model, open_behind_hbm, random_keys
 
 import tierstore
@@ -163,7 +164,7 @@ def test_wait_times_out_and_can_be_called_again(built: Path, model: Model) -> No
     keys = random_keys(np.random.default_rng(2), 5)
     with tierstore.open(built, dram="600KiB") as store:
         store._engine._engine.inject("slow", 0, 1000)
-        out = np.full((5, 24, 40), 0xA5, dtype=np.uint8)
+        out = np.full((5, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
         ticket = store.submit({"layers.1": (keys, out)})
         with pytest.raises(TimeoutError):
             ticket.wait(timeout_s=0.01)
@@ -176,7 +177,7 @@ def test_tickets_beyond_the_limit_wait_for_earlier_ones(built: Path, model: Mode
     monkeypatch.setattr("tierstore.tiers.native.JOBS_MAX", 1)
     rng = np.random.default_rng(3)
     with tierstore.open(built, dram="600KiB") as store:
-        steps = [(random_keys(rng, 25), np.full((25, 24, 40), 0xA5, dtype=np.uint8)) for _ in range(20)]
+        steps = [(random_keys(rng, 25), np.full((25, HEADS, ROW_BYTES), POISON, dtype=np.uint8)) for _ in range(20)]
         tickets = [store.submit({"layers.1": step}) for step in steps]
         for ticket, (keys, out) in zip(tickets, steps, strict=True):
             ticket.wait(timeout_s=60)
@@ -185,7 +186,7 @@ def test_tickets_beyond_the_limit_wait_for_earlier_ones(built: Path, model: Mode
 
 def _lookup_in_child(store, model: Model, results) -> None:
     keys = random_keys(np.random.default_rng(4), 50)
-    out = np.full((50, 24, 40), 0xA5, dtype=np.uint8)
+    out = np.full((50, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
     store.submit({"layers.1": (keys, out)}).wait(timeout_s=60)
     results.put(np.array_equal(out, model.expected("layers.1", keys)))
 
@@ -196,7 +197,7 @@ def test_a_ticket_that_has_ended_keeps_no_buffer(built: Path) -> None:
     with tierstore.open(built, dram="300KiB") as store:
         buffers = []
         for _ in range(20):
-            out = np.empty((60, 24, 40), dtype=np.uint8)
+            out = np.empty((60, HEADS, ROW_BYTES), dtype=np.uint8)
             buffers.append(weakref.ref(out))
             store.submit({"layers.1": (rng.integers(0, 2**60, (60, 3)), out)}).wait(timeout_s=60)
             del out
@@ -205,7 +206,7 @@ def test_a_ticket_that_has_ended_keeps_no_buffer(built: Path) -> None:
 
 def test_a_ticket_that_nobody_waits_for_keeps_no_buffer_either(built: Path) -> None:
     with tierstore.open(built, dram="300KiB") as store:
-        out = np.empty((60, 24, 40), dtype=np.uint8)
+        out = np.empty((60, HEADS, ROW_BYTES), dtype=np.uint8)
         buffer = weakref.ref(out)
         store.submit({"layers.1": (np.random.default_rng(1).integers(0, 2**60, (60, 3)), out)})
         del out
@@ -242,7 +243,7 @@ def test_keys_that_another_thread_changes_give_rows_of_the_one_or_the_other(
     try:
         with tierstore.open(built, dram=dram) as store:
             while answered < 100 and time.monotonic() < ends:
-                out = np.full((50, 24, 40), 0xA5, dtype=np.uint8)
+                out = np.full((50, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
                 try:
                     if how == "lookup":
                         store["layers.1"].lookup(shared, out)
@@ -253,7 +254,7 @@ def test_keys_that_another_thread_changes_give_rows_of_the_one_or_the_other(
                 except ValueError:
                     continue
                 answered += 1
-                units = (1200, 40) if how == "rows" else (150, 320)  # what one id asks for
+                units = (1200, 40) if how == "rows" else (150, ENTRY_BYTES)  # what one id asks for
                 found, *wanted = (each.reshape(units) for each in (out, *rows))
                 assert ((found == wanted[0]).all(axis=1) | (found == wanted[1]).all(axis=1)).all()
     finally:
@@ -287,7 +288,7 @@ def test_a_store_works_on_both_sides_of_a_fork(built: Path, model: Model) -> Non
     context = multiprocessing.get_context("fork")
     with tierstore.open(built, dram="600KiB") as store:
         keys = random_keys(np.random.default_rng(5), 40)
-        out = np.full((40, 24, 40), 0xA5, dtype=np.uint8)
+        out = np.full((40, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
         store.submit({"layers.1": (keys, out)}).wait(timeout_s=60)  # the submit thread now exists
         results = context.Queue()
         child = context.Process(target=_lookup_in_child, args=(store, model, results))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from support.waiting import WAIT_S
 
 from tierstore.daemon.peer import Peer
 from tierstore.daemon.server import SocketServer
@@ -26,7 +27,6 @@ from tierstore.ipc.client_socket import dial
 from tierstore.ipc.messages import from_json
 from tierstore.ipc.protocol import PROTOCOL_VERSION, ChannelClosed
 
-WAIT_S = 30.0  # for what must happen; nothing that works takes nearly as long
 NOBODY = 65534
 HELLO = {"hello": PROTOCOL_VERSION, "role": "client", "pid": 1, "release": "0"}
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root")

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from support.shapes import POISON
 
-POISON = 0xA5
 POISON_INT64 = int.from_bytes(bytes([POISON] * 8), "little", signed=True)
 POISON_INT32 = int.from_bytes(bytes([POISON] * 4), "little", signed=True)
 

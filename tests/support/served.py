@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from support.shapes import POISON
 from support.stores import Model, make_model, place_some
 from support.waiting import WAIT_S, eventually
 
@@ -25,8 +26,6 @@ from tierstore.formats.catalog import read_catalog
 from tierstore.ipc.client_socket import ask
 from tierstore.store.store import Store
 
-POISON = 0xA5
-until = eventually
 KIB, MIB = 1 << 10, 1 << 20
 
 

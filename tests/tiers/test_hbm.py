@@ -24,6 +24,7 @@ import pytest
 import torch
 from contract.store_contract import StoreContract
 from support.device import DEVICE
+from support.shapes import HEADS, POISON, ROW_BYTES
 from support.stores import Model, place_some, random_keys
 
 import tierstore
@@ -391,7 +392,7 @@ def test_a_lookup_that_outlives_its_store_says_so_and_waits_for_nobody(placed: P
     store = open_hbm(placed)
     lookup = store.open_lookup("layers.1", 2)
     keys = torch.from_numpy(random_keys(np.random.default_rng(1), 700)[:2]).to(DEVICE)
-    out = torch.zeros((2, 24, 40), dtype=torch.uint8, device=DEVICE)
+    out = torch.zeros((2, HEADS, ROW_BYTES), dtype=torch.uint8, device=DEVICE)
     lookup.start(keys, out)
     if closed_by == "close":
         store.close()
@@ -416,7 +417,7 @@ def test_a_close_lets_a_lookup_under_way_end_and_its_misses_be_answered(placed: 
     lookup = store.open_lookup("layers.1", 2)
     tokens = np.random.default_rng(123).integers(0, 2**62, (2, 3))  # nobody placed these
     keys = torch.from_numpy(tokens).to(DEVICE)
-    out = torch.full((2, 24, 40), 0xA5, dtype=torch.uint8, device=DEVICE)
+    out = torch.full((2, HEADS, ROW_BYTES), POISON, dtype=torch.uint8, device=DEVICE)
     asked = threading.Event()
 
     def look_up() -> None:
@@ -617,7 +618,7 @@ def test_a_submit_that_meets_two_versions_ends_the_olds_reads_before_the_new_one
         with monkeypatch.context() as patch:
             patch.setattr(type(below), "version", property(lambda _: next(versions)))
             patch.setattr(below, "submit", submit)
-            out = np.full((4, 24, 40), 0xA5, dtype=np.uint8)
+            out = np.full((4, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
             pending = store._engine.submit([(0, np.full((4, 3), -1, dtype=np.int64), out)])
         assert pending is begun[1]
         pending.wait(1.0)

@@ -145,7 +145,7 @@ def test_a_container_that_forbids_io_uring_and_process_madvise_still_serves(buil
     assert "process_madvise is not to be had (EPERM)" in done.stderr
 
 
-def test_what_cannot_be_had_is_made_do_without_and_said(
+def test_fewer_page_readers_serve_if_the_kernel_gives_less_and_a_warning_says_so(
     built: Path, model: Model, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Too few descriptors for every page reader's ring: fewer page readers serve, and a warning says how many."""

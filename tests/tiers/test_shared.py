@@ -105,7 +105,7 @@ def attack(fd: int) -> str:
 
 
 @pytest.mark.parametrize("user", USERS)
-def test_nobody_changes_a_block_whose_descriptor_they_hold(user: int | None) -> None:
+def test_a_client_cannot_change_a_block_by_its_descriptor(user: int | None) -> None:
     block = SharedBlock("tierstore-test", NUM_BYTES)
     rows = np.random.default_rng(0).integers(0, 256, NUM_BYTES, dtype=np.uint8)
     block.array[:] = rows

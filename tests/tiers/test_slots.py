@@ -7,13 +7,13 @@ import functools
 
 import numpy as np
 import pytest
+from support.shapes import POISON
 
 from tierstore.kernels import INDEX_BUCKET, INDEX_HEAD, reference, reference_placed
 from tierstore.layout import BUCKET_KEYS, record_bytes
 from tierstore.tiers.slots import StaticSlots
 
 ENTRY_BYTES, NUM_ORDERS, SEED = 20, 3, 77
-POISON = 0xA5
 
 Pair = tuple[int, int]  # order index, key
 

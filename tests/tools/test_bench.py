@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from support.shapes import HEADS, ROW_BYTES
 
 import tierstore
 from tierstore.errors import ConfigError
@@ -251,7 +252,7 @@ def test_a_budget_that_holds_the_table_is_no_working_set(made: MadeStore) -> Non
 @pytest.mark.parametrize("kind", peers.PEERS, ids=lambda kind: kind.name)
 def test_a_peer_gives_the_rows_it_was_filled_with(kind: type, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
-    rows = rng.integers(0, 256, (24 * 40, 264), dtype=np.uint8)
+    rows = rng.integers(0, 256, (HEADS * ROW_BYTES, 264), dtype=np.uint8)
     data = PeerRows(rows, 40)
     places = rng.integers(0, 40, 9)
     try:

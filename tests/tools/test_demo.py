@@ -87,7 +87,7 @@ def left_by_a_killed_demo(folder: Path) -> Path:
         return work
 
 
-def test_what_a_killed_demo_left_is_cleared(tmp_path: Path, worked: list[Path]) -> None:
+def test_the_files_of_a_killed_demo_are_removed(tmp_path: Path, worked: list[Path]) -> None:
     folder = tmp_path / "demo"
     left = left_by_a_killed_demo(folder)
     left.mkdir(parents=True, exist_ok=True)

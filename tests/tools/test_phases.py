@@ -5,21 +5,12 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
+from support.waiting import WAIT_S, eventually
 
 from tierstore.tools import phases as module
 from tierstore.tools.phases import Phases
-
-WAIT_S = 30.0
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it was not said"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -50,12 +41,12 @@ def test_silence_is_broken_while_a_phase_says_nothing(said: list[str], monkeypat
     monkeypatch.setattr(module, "LOOK_S", 0.01)
     with Phases({"replaying": "simulations"}) as phases:
         phases("replaying", 2, 8)
-        wait_for(lambda: len(said) >= 3)
+        eventually(lambda: len(said) >= 3)
     assert all(line.startswith("replaying:  25 %, 2 of 8 simulations, ") for line in said)
     assert any(line.endswith(" s") and " s left, " in line for line in said)
 
 
-def test_of_a_long_job_silence_may_be_longer(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_longer_job_may_report_less_often(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SILENCE_S", 0.0)
     monkeypatch.setattr(module, "SILENCE_FRACTION", 1e9)
     monkeypatch.setattr(module, "LOOK_S", 0.001)

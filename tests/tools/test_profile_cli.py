@@ -230,7 +230,7 @@ def test_few_long_documents_are_cut_into_stretches_some_of_them_held_out(
     good("plan", text.store, tmp_path / "p.profile", "--dram", "8MiB", "--dry-run")
 
 
-def test_what_says_its_documents_is_cut_nowhere(text: TextStore, tmp_path: Path) -> None:
+def test_a_trace_with_document_boundaries_is_not_cut_elsewhere(text: TextStore, tmp_path: Path) -> None:
     footer = good_json("profile", text.store, text.trace, "-o", tmp_path / "p.profile")
     assert footer["counts"]["documents"] == len(text.documents)
     assert footer["about"]["notes"] == []

@@ -204,7 +204,7 @@ def test_a_record_of_an_older_version_is_shown_as_far_as_it_goes(record: dict[st
     assert "64 GiB" in text
 
 
-def test_what_the_page_is_about_stands_first(record: dict[str, Any], tmp_path: Path) -> None:
+def test_the_report_opens_with_its_store_and_traces(record: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     counts = {"documents": 10, "held_out_documents": 1}
     footer = {"analysis": {"groups": [record]}, "counts": counts}

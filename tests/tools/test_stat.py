@@ -203,7 +203,7 @@ def test_stat_says_how_far_the_recency_cache_has_filled_until_it_is_full() -> No
     assert "% full" not in text_of(stat_record(epochs={"recency_entries": record.epochs.recency_slots}))
 
 
-def test_what_is_in_no_count_of_keys_is_said() -> None:
+def test_rows_read_by_id_are_shown_apart_from_keys() -> None:
     record = stat_record()
     assert "not among the keys" not in text_of(record)
     first, *others = record.clients.list
@@ -230,7 +230,7 @@ def test_counts_in_three_digits(number: float, text: str) -> None:
     assert short_count(number) == text
 
 
-def test_what_is_unknown_is_a_dash() -> None:
+def test_an_unknown_value_is_shown_as_a_dash() -> None:
     assert [show(math.nan) for show in (short_count, share_text, latency_text)] == ["-", "-", "-"]
 
 

@@ -12,7 +12,6 @@ import copy
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
