@@ -13,6 +13,8 @@ SCRIPTS = {
     "good": "import os, tierstore; assert not os.listdir()",
     "skipped": "raise SystemExit(77)",
     "moved": "import tierstore.store, tierstore.build, tierstore.daemon.serving\n"
+    "from tierstore.daemon.remote_access import read_certificate, read_token\n"
+    "from tierstore.daemon.client_socket import ask\n"
     "tierstore.store.CLOSE_WAIT_S = 7\n"
     "assert tierstore.store.store.CLOSE_WAIT_S == 7\n"
     "assert tierstore.build is tierstore.offline.build\n"

@@ -187,7 +187,7 @@ def test_stats_of_a_client_are_its_own_and_the_daemons_are_of_all(built: Path, t
         counters = daemon.stat().counters
         assert counters.keys == 90  # reported at the end, and kept when they are gone
         assert counters.tables["layers.14"].hits.dram + counters.tables["layers.14"].hits.nvme == 60
-        eventually(lambda: daemon.stat().learning.reports >= 90)  # all missed; what it told last is not lost with it
+        eventually(lambda: daemon.stat().learning.reports >= 90)  # what it told last, too
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_the_state_is_one_of_all_and_what_serves_is_named() -> None:
     assert value("info", release="0.5.0", store="/srv/models/v41.tier") == 1
 
 
-def test_what_there_is_not_has_no_sample() -> None:
+def test_an_absent_quantity_exports_no_sample() -> None:
     value = exported(stat_record(remote=None, learning={"last_replan": None, "next_replan_s": None}))
     for name in ("remote_calls_total", "remote_in_flight", "last_replan_seconds", "next_replan_seconds"):
         assert value(name) is None

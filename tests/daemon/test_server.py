@@ -258,7 +258,9 @@ def test_a_connection_without_a_hello_in_time_is_closed(
 
 
 @pytest.mark.usefixtures("serving")
-def test_of_too_many_that_said_no_hello_the_oldest_goes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_without_a_hello_over_the_limit_close_the_oldest(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(limits, "HANDSHAKE_S", WAIT_S)
     silent = [Channel(bare_socket(path)) for _ in range(limits.HANDSHAKES_MAX + 2)]
     for channel in silent[:2]:

@@ -12,7 +12,8 @@ from array import array
 from collections.abc import Iterator
 
 import pytest
-from support.daemon_peers import WAIT_S, open_descriptors, packet
+from support.daemon_peers import open_descriptors, packet
+from support.waiting import WAIT_S
 
 from tierstore.errors import DaemonError
 from tierstore.ipc.channel import Channel

@@ -331,7 +331,7 @@ def test_many_clients_are_cut_to_those_that_ask_the_most() -> None:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_needs_the_operators_eye_is_said_first(section: str, changes: dict[str, Any], said: str) -> None:
+def test_each_concern_is_named_at_the_top(section: str, changes: dict[str, Any], said: str) -> None:
     record = stat_record(epochs={"alive": 1, "waiting_for": ()})
     assert concerns(record) == []
     record = changed(record, **{section: changes})

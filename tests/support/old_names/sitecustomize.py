@@ -18,7 +18,7 @@ from typing import Any
 MODULES = {
     "tierstore.build": "tierstore.offline.build",
     "tierstore.daemon.client_socket": "tierstore.ipc.client_socket",
-    "tierstore.daemon.remote_access": "tierstore.remote.access",
+    "tierstore.daemon.remote_access": "tierstore.remote.credentials",
     "tierstore.daemon.serving": "tierstore.daemon.daemon",
 }
 # Set on a package that was a module, they are meant for the module that has them now.
