@@ -61,12 +61,17 @@ def decode_rows(rows: torch.Tensor, codec: str, dim: int) -> torch.Tensor:
         return _reinterpreted(rows, dtype)
     if rows.device.type == "cpu":
         return _decoded_by_kernel(rows, codec, dim)
+    return _decoded_by_torch(rows, codec, dim).to(dtype)
+
+
+def _decoded_by_torch(rows: torch.Tensor, codec: str, dim: int) -> torch.Tensor:
+    """Decodes fp8 rows to float32, on any device."""
     values = rows[..., :dim].view(torch.float8_e4m3fn).to(torch.float32)
     if codec == "fp8_e4m3_e8m0x32":
         values.unflatten(-1, (dim // SCALE_BLOCK, SCALE_BLOCK)).mul_(e8m0_to_float32(rows[..., dim:]).unsqueeze(-1))
     elif codec != "fp8_e4m3":
         values.mul_(torch.tensor(codec_scale(codec), dtype=torch.float32, device=values.device))
-    return values.to(dtype)
+    return values
 
 
 def _decoded_by_kernel(rows: torch.Tensor, codec: str, dim: int) -> torch.Tensor:

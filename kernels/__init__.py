@@ -12,7 +12,8 @@ package is imported by its bare name.
 if __name__ != "tierstore.kernels":
     raise ImportError(
         f"this package is tierstore.kernels, and was imported as {__name__}: write 'from tierstore import kernels'; "
-        f"under two names its compiled part would be loaded twice"
+        f"under two names its compiled part would be loaded twice. If transformers imported it, which looks for the "
+        f"Hub's package of that name, start Python in another folder than the clone, or as python -P"
     )
 
 try:

@@ -13,16 +13,26 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
-from support.device import INTERPRET, has_gpu
-from support.marks import MARKERS, excluded_by, marks_by_use, marks_of
-from support.repository import REPOSITORY, TESTS
+
+# Tests import `support` and `contract`, and parts of each other as `tests.FOLDER.FILE`. None of the folders is on the
+# path: kernels/ and tools/ would be found there, by transformers for one, which takes any `kernels` for the Hub's.
+TESTS = Path(__file__).resolve().parent
+for name, folder in {"tests": TESTS, "support": TESTS / "support", "contract": TESTS / "contract"}.items():
+    sys.modules.setdefault(name, ModuleType(name)).__path__ = [str(folder)]
+sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() not in (TESTS, TESTS.parent)]
+
+from support.device import INTERPRET, has_gpu  # noqa: E402
+from support.marks import MARKERS, excluded_by, marks_by_use, marks_of  # noqa: E402
+from support.repository import REPOSITORY  # noqa: E402
 
 if TYPE_CHECKING:
     from support.stores import Model
     from support.text_store import TextStore
+
 
 if not has_gpu():
     os.environ[INTERPRET] = "1"  # before anything loads triton, as transformers does

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.shapes import POISON
+from support.shapes import ENTRY_BYTES, POISON
 from support.stores import Model, open_behind_hbm, random_keys
 from support.waiting import WAIT_S
 
 import tierstore
 from tierstore import kernels
 
-ENTRY_BYTES = {0: 320, 1: 320, 2: 24}
+TABLE_ENTRY_BYTES = {0: ENTRY_BYTES, 1: ENTRY_BYTES, 2: 24}
 NAMES = ("layers.1", "layers.14", "plain")
 
 Opener = Callable[[Path, Path], tierstore.Store]
@@ -63,7 +63,7 @@ class Device:
 
     def __init__(self, server: Any, index: int = 0, pairs_max: int = 600) -> None:
         self.pairs_max, self.index, self.step = pairs_max, index, 0
-        entry_bytes = ENTRY_BYTES[index]
+        entry_bytes = TABLE_ENTRY_BYTES[index]
         self.block = block_of(kernels.mailbox_bytes(pairs_max, entry_bytes))
         self.words = self.block[:192].view(np.int64)
         pairs_start, entries_start = kernels.mailbox_pairs_start(pairs_max), kernels.mailbox_entries_start(pairs_max)
