@@ -9,15 +9,17 @@ again to the parent a moment after the fork.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from ..errors import StoreNotReadyError
 
-SENT_AFTER_S = 0.005  # when the hooks have ended
+SENT_AFTER_S = 0.02  # when the hooks have ended
 
 
 class DeferredSignals:
@@ -49,13 +51,15 @@ class DeferredSignals:
             signal.signal(number, handler)
         if deliver and noted:
             # Not now: the handler would run in the hook that calls this, where Python swallows what it raises.
-            threading.Timer(SENT_AFTER_S, _send, [noted]).start()
+            # Nor by `threading.Timer`, whose `start` waits for the new thread, and so may still be in the hook then.
+            _thread.start_new_thread(_send, (noted,))
 
     def _note(self, number: int, _frame: object) -> None:
         self._noted.append(number)
 
 
 def _send(numbers: list[int]) -> None:
+    time.sleep(SENT_AFTER_S)
     main_thread = threading.main_thread().ident
     for number in numbers:
         if main_thread is not None:
