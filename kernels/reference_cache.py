@@ -35,7 +35,7 @@ class _Resident:
 
 @dataclass
 class _Set:
-    """Eight ways, and a ring of the last entries that left, by fingerprint; 0 is none."""
+    """Eight ways, and a ring of the last entries that left, by fingerprint; 0: an empty slot."""
 
     ways: list[_Resident | None] = field(default_factory=lambda: [None] * WAYS)
     ghosts: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)] * GHOSTS)  # fingerprint, uses

@@ -27,7 +27,7 @@ def find_entries(epoch: int, heads: np.ndarray, buckets: np.ndarray, keys: np.nd
 
 
 class Codec(Protocol):
-    """What `kernels.gpu.codecs.RowCodec` tells of rows."""
+    """What `kernels.gpu.codecs.RowCodec` knows about rows."""
 
     @property
     def kind(self) -> str: ...

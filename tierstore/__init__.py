@@ -3,7 +3,7 @@
     store = tierstore.open("model.tier", dram="8GiB")
     rows = store["layers.1"].lookup(keys)        # int64 [N, orders] -> uint8 [N, orders * rows_per_key, row_bytes]
 
-Hot rows live in DRAM, the long tail in checked pages on NVMe. Importing this loads neither torch nor triton.
+Hot rows live in HBM and DRAM, the long tail in checked pages on NVMe. Importing this loads neither torch nor triton.
 """
 
 from __future__ import annotations

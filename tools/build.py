@@ -78,7 +78,7 @@ def command(
 
 
 def build_record(store: Path, plan: BuildPlan, report: BuildReport) -> dict[str, Any]:
-    """Returns a finished build for JSON: what the preflight said of each table, and what was done."""
+    """Returns a finished build for JSON: what the preflight found of each table, and what was done."""
     tables = [
         {
             "name": layout.spec.name,

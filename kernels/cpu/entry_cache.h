@@ -25,7 +25,7 @@ constexpr size_t kWays = 8;
 constexpr size_t kWindowWays = 2;
 constexpr size_t kGhosts = 32;
 constexpr uint8_t kCountMax = 15;
-constexpr unsigned kTagShift = 4;  // what tells apart equal orders of two versions of a table lies above the order
+constexpr unsigned kTagShift = 4;  // what distinguishes equal orders of two versions of a table lies above the order
 constexpr uint64_t kAgeAccessesPerEntry = 10;  // counts are halved after so many accesses for each entry that fits
 
 struct alignas(64) CacheSet {
@@ -41,7 +41,7 @@ struct alignas(64) CacheSet {
 };
 static_assert(sizeof(CacheSet) == 128, "two cache lines: keys, then what a probe that found its key needs");
 
-// Keys that left the set lately, the writer's alone. A fingerprint of 0 is none.
+// Keys that left the set lately, the writer's alone. A fingerprint of 0: the slot is empty.
 struct alignas(64) CacheHistory {
   uint16_t fingerprints[kGhosts];
   uint8_t uses[kGhosts];

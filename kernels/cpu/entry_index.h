@@ -113,7 +113,7 @@ struct IndexArea {
 struct StaticSet {
   IndexArea areas[2];
   IndexArea in_file;
-  const uint8_t* records = nullptr;  // null: there are none
+  const uint8_t* records = nullptr;  // null: no records
   uint32_t loaded_start = 0;
   uint32_t num_loaded = 0;
   PlacedFile placed;
@@ -123,7 +123,7 @@ struct StaticSet {
   const uint8_t* record(uint32_t place) const {
     return records + size_t{place - loaded_start} * placed.shape.record_bytes;
   }
-  // Where a key that memory does not hold lies in the file; `found` is what the epoch's area said of it.
+  // Where a key that memory does not hold lies in the file; `found` is what the epoch's area has for it.
   uint32_t place_in_file(uint8_t order, int64_t key, uint32_t found) const {
     if (placed.file.buffered_fd < 0) return kNotPlaced;
     if (in_file.head == nullptr) return found;

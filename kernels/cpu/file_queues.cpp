@@ -34,8 +34,8 @@ ssize_t advise(int pidfd, const iovec* ranges, size_t count) {
   return syscall(__NR_process_madvise, pidfd, ranges, count, MADV_WILLNEED, 0);
 }
 
-// Maps tell the kernel in one call which pages will be wanted; the bytes are then copied by pread, which reports a file
-// that was cut meanwhile as an error where a load from the map would be a signal.
+// Maps announce to the kernel in one call which pages will be wanted; the bytes are then copied by pread, which reports
+// a file that was cut meanwhile as an error where a load from the map would be a signal.
 class MmapQueue : public PageQueue {
  public:
   MmapQueue(size_t depth, bool use_process_madvise) : reads_(depth) {

@@ -28,7 +28,7 @@ struct NgramHash {
   const int64_t* orders;       // [O], ascending, 1 to kOrderMax
   size_t num_orders;
   int64_t pad_id;
-  int64_t barrier_id;  // -1: there is none
+  int64_t barrier_id;  // -1: no barrier
 };
 
 struct AddressMap {

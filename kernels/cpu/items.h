@@ -25,7 +25,7 @@ struct Windows {
   const int32_t* token_map;  // [vocab_size], or null: ids as they are
   int64_t vocab_size;
   int64_t pad_id;      // 0 to 2^bits - 1
-  int64_t barrier_id;  // -1: there is none
+  int64_t barrier_id;  // -1: no barrier
   unsigned order_max;  // order_max * bits is at most 128
   unsigned bits;       // 1 to 63
 };
@@ -54,8 +54,8 @@ size_t count_distinct(const Item* items, size_t num_items, unsigned shift);
 void sum_items(const Item* items, size_t num_items, const int64_t* weights, size_t num_weights, unsigned shift,
                Item* distinct, int64_t* sums);
 
-// Writes the place of each needle in the haystack, or -1. Both ascend, the haystack strictly: `count_distinct` can
-// tell.
+// Writes the index of each needle in the haystack, or -1. Both ascend, the haystack strictly, which
+// `count_distinct` checks.
 void find_items(const Item* haystack, size_t haystack_size, const Item* needles, size_t num_needles, int64_t* out);
 
 }  // namespace tierstore

@@ -1,8 +1,8 @@
 // Counts of keys by (table, order, key), in a fixed piece of memory: which ones a host asks for often, as far as it was
-// told.
+// reported.
 //
 // Memory is sets of one cache line, four slots each; a key belongs to one set, by its hash. A new key takes an empty
-// slot. Where there is none its weight goes off the set's smallest count, and what is left of it when that count is
+// slot. Without such a slot its weight goes off the set's smallest count, and what is left of it when that count is
 // gone takes the slot (after Misra and Gries, "Finding repeated elements", 1982, who take it off all counts; off the
 // smallest, so that keys that come once wear down nothing that is counted often). So a count never says more than there
 // was, and a set never more than four keys. Counts saturate, and are halved by `age`, so that what was hot once makes
@@ -53,7 +53,7 @@ class KeyCounts {
   // `memory` has num_sets sets, at a multiple of 64, is emptied, and outlives the counts.
   KeyCounts(uint8_t* memory, size_t num_sets);
 
-  // Counts reports by their weights; keys below 0 are none. Returns how many were of keys.
+  // Counts reports by their weights; keys below 0 are not keys. Returns how many were of keys.
   size_t add(const Report* reports, size_t num_reports);
 
   // Writes the count of each key of a table, 0 where it has none. `orders` has one for each key, or one for all.

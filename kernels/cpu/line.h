@@ -19,7 +19,7 @@ class Line {
     last_ = &member;
   }
 
-  // Returns the member that came first, null if there is none.
+  // Returns the member that came first, null if the line is empty.
   T* pop() {
     T* member = first_;
     if (member != nullptr) first_ = member->next_in_line;

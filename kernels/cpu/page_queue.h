@@ -46,7 +46,7 @@ class PageQueue {
   // Takes on reads, sorted. Does not wait for their pages.
   virtual void start(const std::vector<PageRead>& reads) noexcept = 0;
 
-  // Appends finished reads to `done`, which has room for all: those there are, or, if there are none, waits for one.
+  // Appends finished reads to `done`, which has room for all that have arrived; if nothing has, waits for one.
   // Appends nothing after `timeout_ms`.
   virtual void reap(std::vector<PageDone>& done, int timeout_ms) noexcept = 0;
 

@@ -20,7 +20,7 @@ inline void fetch(const uint8_t* start, size_t num_bytes) {
 
 // Copies num_bytes. `next`, where not null, is as long and will be copied soon: a line of it is asked for with each
 // line copied, so that the memory always has work and never more than its queues hold. `streamed` copies go past the
-// caches; `to` must then be a multiple of `kStreamAlignment`, and `end_streamed_copies` comes before anybody is told of
+// caches; `to` must then be a multiple of `kStreamAlignment`, and `end_streamed_copies` comes before anybody learns of
 // them.
 void racing_copy(uint8_t* to, const uint8_t* from, size_t num_bytes, const uint8_t* next = nullptr,
                  bool streamed = false);

@@ -30,7 +30,7 @@ struct Table {
   std::vector<ShardFile> shards;
   std::shared_ptr<EntryCache> cache;  // null where the table is resident
   uint8_t tag = 0;                    // of its entries in the cache, below 16: two versions of a table may share one
-  StaticSet statics;                  // of the placement; empty where there is none
+  StaticSet statics;                  // of the placement; empty without a placement
   const uint8_t* resident = nullptr;  // all rows, by row id
   std::vector<bool> bad_pages;        // of a resident table: pages that could not be loaded; empty where all are good
 

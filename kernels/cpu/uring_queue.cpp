@@ -82,7 +82,7 @@ class UringQueue : public PageQueue {
     if (collect(done) > 0 || in_flight_ + unsubmitted_ == 0) return;
     const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(timeout_ms);
     for (int left_ms = timeout_ms; left_ms > 0;) {
-      // Half of what is in flight is worth waiting for: fewer wake-ups than one by one, and the queue never runs dry.
+      // Half of what is in flight pays for the wait: fewer wake-ups than one by one, and the queue never runs dry.
       if (!enter(std::max(1u, (in_flight_ + unsubmitted_) / 2), left_ms)) std::this_thread::sleep_for(kPause);
       if (collect(done) > 0) return;
       left_ms = static_cast<int>((until - std::chrono::steady_clock::now()) / std::chrono::milliseconds(1));

@@ -64,7 +64,7 @@ def test_a_budget_below_the_least_names_one_that_is_enough(budget_bytes: int) ->
 
 @pytest.mark.parametrize("row_bytes", [1, 84, 264, 4080, 5000, 100_000])
 @pytest.mark.parametrize("budget_bytes", [4 << 20, 64 << 20, 1 << 30])
-def test_a_lane_holds_the_pages_and_the_entry_of_at_least_one_key(row_bytes: int, budget_bytes: int) -> None:
+def test_a_page_reader_holds_the_pages_and_the_entry_of_at_least_one_key(row_bytes: int, budget_bytes: int) -> None:
     table = layout("w", 1_000_000, row_bytes)
     staging = divide_dram({"w": table}, budget_bytes).staging
     assert staging.page_bytes == table.page_bytes

@@ -176,7 +176,7 @@ def test_an_interrupted_open_does_not_load_the_rest(tmp_path: Path, monkeypatch:
         nonlocal loads
         loads += 1
         assert loads == 1 or given_up.wait(60)  # so that no machine is too busy for the interrupt to come first
-        return spoil(*arguments)
+        return invalidate(*arguments)
 
     def interrupt(*_: int) -> None:
         raise KeyboardInterrupt
@@ -186,7 +186,7 @@ def test_an_interrupted_open_does_not_load_the_rest(tmp_path: Path, monkeypatch:
         given_up.set()
         real_shutdown(pool, wait=wait)
 
-    spoil, real_shutdown = kernels.invalidate_bad_records, ThreadPoolExecutor.shutdown
+    invalidate, real_shutdown = kernels.invalidate_bad_records, ThreadPoolExecutor.shutdown
     monkeypatch.setattr(kernels, "invalidate_bad_records", checked)
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
     with pytest.raises(KeyboardInterrupt):

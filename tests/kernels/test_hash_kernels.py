@@ -405,9 +405,9 @@ def test_heads_that_cannot_fix_a_key_are_refused(name: str) -> None:
             IMPLEMENTATIONS[name].keys_of_row_ids(**good | change)
 
 
-@pytest.mark.parametrize("spoil", [misaligned, strided, lambda a: a.astype(np.int32), lambda a: a.astype(">i8")])
-def test_an_output_that_would_have_to_be_a_copy_is_refused(spoil: Any) -> None:
-    out = spoil(np.zeros((2, 6, 2), dtype=np.int64))
+@pytest.mark.parametrize("changed", [misaligned, strided, lambda a: a.astype(np.int32), lambda a: a.astype(">i8")])
+def test_an_output_that_would_have_to_be_a_copy_is_refused(changed: Any) -> None:
+    out = changed(np.zeros((2, 6, 2), dtype=np.int64))
     with pytest.raises(ValueError, match="out must be"):
         Batch(6, (2, 6), (2, 3), 2, True, False).run("compiled", out)
     with pytest.raises(ValueError, match="out must be"):

@@ -140,10 +140,10 @@ def test_the_first_id_outside_the_vocabulary_is_found_at_every_place(name: str, 
 
 @every
 def test_an_id_that_does_not_fit_its_bits_is_refused(name: str) -> None:
-    for spoiled in (64, -1, 2**31 - 1):
+    for wrong in (64, -1, 2**31 - 1):
         document = Document(3, 9, 3, 6, True, False)
         assert document.token_map is not None
-        document.token_map[7], document.token_ids[4] = spoiled, 7
+        document.token_map[7], document.token_ids[4] = wrong, 7
         with pytest.raises(ValueError, match="fit bits"):
             document.run(name, poisoned(9, 2))
     document = Document(3, 9, 3, 6, False, False)

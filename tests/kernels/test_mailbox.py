@@ -93,7 +93,7 @@ class Device:
             time.sleep(0)
         return kernels.MAILBOX_STATUSES[self["status"]]
 
-    def asks(self, tokens: np.ndarray, pairs: np.ndarray, model: Model) -> None:
+    def looks_up(self, tokens: np.ndarray, pairs: np.ndarray, model: Model) -> None:
         """Asks for pairs of tokens [N, O] and checks every byte of what comes."""
         self.ask(tokens.reshape(-1)[pairs], pairs)
         assert self.answer() == "there"
@@ -138,7 +138,7 @@ def test_a_device_gets_exact_entries_from_wherever_they_lie(
         before = store.stats()
         pairs = rng.integers(0, 600, 500).astype(np.int32)  # with repeats
         for _ in range(3):
-            device.asks(tokens, pairs, model)
+            device.looks_up(tokens, pairs, model)
         stats = store.stats()
         assert stats["keys"] - before["keys"] == 1500
         assert stats["batches"] - before["batches"] == 3
@@ -159,7 +159,7 @@ def test_a_request_of_nothing_and_a_full_one_are_answered(store: tierstore.Store
         device["timed_out"],
         device["invalid_token_position"],
     ) == (0,) * 5
-    device.asks(tokens, np.arange(600, dtype=np.int32)[::-1][:count], model)
+    device.looks_up(tokens, np.arange(600, dtype=np.int32)[::-1][:count], model)
 
 
 def test_a_thousand_steps_are_answered_in_turn(store: tierstore.Store, model: Model) -> None:
@@ -183,10 +183,10 @@ def test_mailboxes_of_several_tables_are_served_side_by_side(store: tierstore.St
             try:
                 if device.index == 2:
                     pairs = rng.integers(0, 33, 20).astype(np.int32)
-                    device.asks(np.arange(33)[:, None], pairs, model)
+                    device.looks_up(np.arange(33)[:, None], pairs, model)
                 else:
                     pairs = rng.integers(0, 90, 50).astype(np.int32)
-                    device.asks(keys_of(seed + step % 9, 30), pairs, model)
+                    device.looks_up(keys_of(seed + step % 9, 30), pairs, model)
             except AssertionError as error:
                 wrong.append(error)
 
@@ -228,7 +228,7 @@ def test_a_request_that_cannot_be_is_damaged_and_writes_nothing(store: tierstore
     assert device.answer() == "damaged"
     assert (device.entries == POISON).all()
     assert server_of(store).fault(device.id) is None
-    device.asks(tokens, np.arange(11, dtype=np.int32), model)
+    device.looks_up(tokens, np.arange(11, dtype=np.int32), model)
 
 
 def test_random_bytes_get_an_answer_and_harm_nobody(store: tierstore.Store, model: Model) -> None:
@@ -250,7 +250,7 @@ def test_random_bytes_get_an_answer_and_harm_nobody(store: tierstore.Store, mode
         device["requested"] = device.step
         seen.add(device.answer())
     assert seen == {"there", "damaged"}
-    other.asks(tokens, np.arange(90, dtype=np.int32), model)
+    other.looks_up(tokens, np.arange(90, dtype=np.int32), model)
 
 
 def test_a_device_that_writes_while_it_is_served_harms_nobody(store: tierstore.Store, model: Model) -> None:
@@ -271,7 +271,7 @@ def test_a_device_that_writes_while_it_is_served_harms_nobody(store: tierstore.S
     try:
         for seed in range(20):
             tokens = keys_of(seed)
-            device.asks(tokens, np.arange(600, dtype=np.int32), model)
+            device.looks_up(tokens, np.arange(600, dtype=np.int32), model)
     finally:
         stop.set()
         thread.join(WAIT_S)
@@ -287,7 +287,7 @@ def test_a_failing_read_is_a_fault_that_names_its_page(store: tierstore.Store, m
     with pytest.raises(tierstore.CorruptPageError, match=r"page \d+ of table layers\.1 cannot be read"):
         raise server_of(store).fault(device.id)
     assert server_of(store).fault(device.id) is None
-    device.asks(tokens, pairs, model)
+    device.looks_up(tokens, pairs, model)
 
 
 def test_the_first_fault_is_kept_until_it_is_taken(store: tierstore.Store, model: Model) -> None:
@@ -297,7 +297,7 @@ def test_the_first_fault_is_kept_until_it_is_taken(store: tierstore.Store, model
         inject(store, what, 0)
         device.ask(tokens.reshape(-1), pairs)
         assert device.answer() == "fault"
-    device.asks(tokens, pairs, model)
+    device.looks_up(tokens, pairs, model)
     with pytest.raises(tierstore.CorruptPageError, match=r"table layers\.14.*checksum"):
         raise server.fault(device.id)
     assert server.fault(device.id) is None
@@ -314,7 +314,7 @@ def test_a_damaged_record_is_a_fault_that_names_its_place(placed: Path, model: M
         assert device.answer() == "fault"
         with pytest.raises(tierstore.CorruptPageError, match=r"placed entry \d+ of table layers\.1"):
             raise server_of(store).fault(device.id)
-        device.asks(tokens, pairs, model)
+        device.looks_up(tokens, pairs, model)
 
 
 def test_a_closed_engine_is_said_to_be_closed(store: tierstore.Store) -> None:
@@ -352,10 +352,10 @@ def test_there_is_a_thread_only_while_there_are_mailboxes(store: tierstore.Store
     for _ in range(3):
         one, other = Device(server), Device(server, 1)
         wait_for_threads(1)
-        one.asks(tokens, pairs, model)
+        one.looks_up(tokens, pairs, model)
         assert server.remove(one.id, WAIT_S)
         assert server.remove(one.id, WAIT_S)  # harmless
-        other.asks(tokens, pairs, model)
+        other.looks_up(tokens, pairs, model)
         assert server.remove(other.id, WAIT_S)
         wait_for_threads(0)
 
@@ -376,7 +376,7 @@ def test_a_mailbox_that_is_removed_in_flight_is_let_go_when_its_request_ends(
     removed.check(tokens, np.arange(600), model)
     removed.ask(tokens.reshape(-1)[:5], np.arange(5, dtype=np.int32))
     for _ in range(2):  # the thread has looked at all mailboxes in between
-        other.asks(tokens, np.arange(600, dtype=np.int32), model)
+        other.looks_up(tokens, np.arange(600, dtype=np.int32), model)
     assert removed["answered"] == 1
     assert (removed.entries == POISON).all()
 
@@ -478,7 +478,7 @@ def test_a_forked_child_has_a_closed_server_and_a_store_that_works(
 ) -> None:
     server = server_of(store)
     device, tokens = Device(server), keys_of(14)
-    device.asks(tokens[:5], np.arange(15, dtype=np.int32), model)
+    device.looks_up(tokens[:5], np.arange(15, dtype=np.int32), model)
     if in_flight:
         inject(store, "slow", 0, 8)
         device.ask(tokens.reshape(-1), np.arange(600, dtype=np.int32))
@@ -500,7 +500,7 @@ def test_a_forked_child_has_a_closed_server_and_a_store_that_works(
     if in_flight:
         assert device.answer() == "there"
         device.check(tokens, np.arange(600), model)
-    device.asks(tokens, np.arange(600, dtype=np.int32), model)
+    device.looks_up(tokens, np.arange(600, dtype=np.int32), model)
     assert server.served(device.id) == 2 + in_flight
 
 

@@ -252,7 +252,7 @@ def test_a_report_not_yet_written_gets_the_time_of_a_call_and_is_then_lost() -> 
     assert reader.lost == 4
 
 
-def test_a_writer_that_comes_a_lap_late_spoils_only_the_report_it_overwrites() -> None:
+def test_a_writer_that_comes_a_lap_late_damages_only_the_report_it_overwrites() -> None:
     """The late one's key beside the other's table would be a report that nobody wrote."""
     block = fresh_block()
     writer, reader = kernels.ReportWriter(block), kernels.ReportReader(block)

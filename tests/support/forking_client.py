@@ -72,7 +72,7 @@ def main(url: str, forks: str, late: bool) -> None:
 
 
 if __name__ == "__main__":
-    is_late = sys.argv[3:] == ["late"]
-    if is_late:
+    is_after_fork = sys.argv[3:] == ["late"]
+    if is_after_fork:
         import grpc  # noqa: F401
-    main(sys.argv[1], sys.argv[2], is_late)
+    main(sys.argv[1], sys.argv[2], is_after_fork)

@@ -4,8 +4,7 @@ Input: the repository's text files. Output: findings, one `Finding` each; as a p
 status is 1 if there are any. Errors: none; a file that is not UTF-8 is a finding.
 
 One pass over all files, in a second or two and without torch; `tests/test_tidy.py` runs the same. To retire a word, add
-it to RETIRED or PHRASES. `tidy_open.txt` lists the files that still use a retired word; it only ever shrinks:
-`python tests/support/tidy.py --open` writes it anew.
+it to RETIRED or PHRASES.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a program, this file finds `support` by itself
 
-from support.repository import REPOSITORY, SUPPORT
+from support.repository import REPOSITORY
 
 COLUMNS_MAX = 120
 CLASS_LINES_MAX = 200
 SUFFIXES = {".py", ".pyi", ".cpp", ".h", ".c", ".md", ".cfg", ".toml", ".yaml", ".yml", ".proto", ".service"}
-OPEN = SUPPORT / "tidy_open.txt"
 TYPED_BORDER = ("kernels/__init__.py", "kernels/_cpu.pyi")
 NAMES_RETIRED_WORDS = ("CHANGELOG.md", "tests/support/tidy.py", "tests/test_tidy.py")
 
@@ -84,20 +82,11 @@ class Finding:
 
 
 def tidy(root: Path = REPOSITORY) -> list[Finding]:
-    """Returns all findings that the list of open ones does not excuse."""
-    excused = open_findings()
-    return [finding for finding in all_findings(root) if (finding.path, finding.rule) not in excused]
+    """Returns what is found in the text files of a repository."""
+    return list(_all_findings(root))
 
 
-def open_findings(file: Path = OPEN) -> set[tuple[str, str]]:
-    """Pairs (path, rule) that are known and still to be done: one a line, separated by a tab."""
-    if not file.exists():
-        return set()
-    rows = (line.partition("\t") for line in file.read_text().splitlines() if line and not line.startswith("#"))
-    return {(path, rule) for path, _, rule in rows}
-
-
-def all_findings(root: Path) -> Iterator[Finding]:
+def _all_findings(root: Path) -> Iterator[Finding]:
     for path in files_of(root):
         try:
             text = (root / path).read_text(encoding="utf-8")
@@ -225,12 +214,8 @@ def _number(node: ast.expr | None) -> float | None:
     return None
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Prints the findings. With --open, rewrites the list of open ones from what is found now."""
-    if arguments == ["--open"]:
-        pairs = sorted({(finding.path, finding.rule) for finding in all_findings(REPOSITORY)})
-        OPEN.write_text("".join(f"{path}\t{rule}\n" for path, rule in pairs))
-        return 0
+def main() -> int:
+    """Prints the findings; returns 1 if there are any."""
     findings = tidy()
     for finding in findings:
         print(finding)
@@ -238,4 +223,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

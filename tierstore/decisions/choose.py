@@ -1,8 +1,8 @@
 """Which entries are static: those from which the most accesses are expected, as many as there is room for.
 
-Flows in: how many items of each class (order, how often counted) there are, and the value of each class. Flows out: the
-part of each class that is chosen. Within a class nothing tells one item from another, so the last class chosen is taken
-in part, by a hash of the item. Pure.
+Input: how many items of each class (order, how often counted) there are, and the value of each class. Output: the part
+of each class that is chosen. The items of a class do not differ, so the last class chosen is taken in part, by a hash
+of the item. Errors: none.
 
 Shapes: C classes, U items, M items.
 """

@@ -18,9 +18,8 @@ TAIL = 0.025  # on either side of a 95 % interval
 # 2 holds.
 WIDENING = 2.0
 LEVERAGE_MAX = 0.9
-STREAMS_MAX = (
-    16  # a stream longer than so many times the held-out documents tells no more: what is left is their own error
-)
+# A stream longer than so many times the held-out documents adds no knowledge: what is left is their own error.
+STREAMS_MAX = 16
 
 
 def prediction_intervals(

@@ -215,9 +215,9 @@ class Store:
         self._opened.start_trace(Recorder(path, tables, share))
 
     def stop_trace(self) -> KeyTraceInfo | None:
-        """Ends the trace that is running and returns what it is about; None where there is none. Blocks on the disk.
+        """Ends the trace that is running and returns what it is about; None if no trace is running. Blocks on the disk.
 
-        Raises `OSError` where the trace could not be written; there is none then, nor if this is interrupted.
+        Raises `OSError` where the trace could not be written; no trace is left then, nor if this is interrupted.
         """
         return self._opened.stop_trace()
 
