@@ -7,10 +7,10 @@ STAMP := $(VENV)/installed
 CPP_SOURCES := $(wildcard $(addsuffix /*.[ch]*,kernels/cpu tests/kernels/cpp tools/bench/bare))
 SOURCES := $(wildcard kernels/cpu/*) setup.py setup.cfg pyproject.toml requirements.txt
 
-# Tests in one process a core; a file's tests share one, for what its fixtures make.
+# Tests in one process more than there are cores, since many wait; a file's tests share one, for what its fixtures make.
 # `make check WORKERS=0`: in this process.
 PYTEST := $(BIN)/python -m pytest
-WORKERS ?= auto
+WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 .PHONY: install check test test-all lint types fast suite programs cases sanitize soak demo bench wheel clean

@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import cases
 import pytest
 from support.repository import REPOSITORY
+
+from tests import cases
 
 SCRIPTS = {
     "good": "import os, tierstore; assert not os.listdir()",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.daemon_peers import in_child
+from support.repository import REPOSITORY, TESTS
 from support.served import ServeProcess, Traffic, request
 from support.stores import Model, random_keys
 from support.waiting import WAIT_S, eventually
@@ -181,7 +182,11 @@ def look_up_and_tell(socket: str, expected: np.ndarray, told: multiprocessing.Qu
         told.put((is_right(store, expected), os.getpid() in clients(Path(socket))))
 
 
-def test_spawned_processes_attach_by_themselves(socket: Path, expected: np.ndarray) -> None:
+def test_spawned_processes_attach_by_themselves(
+    socket: Path, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY)  # where the processes find this file, as tests.attached.test_forks
+    monkeypatch.syspath_prepend(TESTS)
     context = multiprocessing.get_context("spawn")
     told = context.Queue()
     processes = [context.Process(target=look_up_and_tell, args=(str(socket), expected, told)) for _ in range(2)]

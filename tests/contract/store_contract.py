@@ -63,7 +63,7 @@ class StoreContract:
             read = int(np.isin(names, ("record", "pages")).sum())
             assert after["hits"]["nvme"] - before["hits"]["nvme"] == read
             assert after["hits"]["hbm"] - before["hits"]["hbm"] == int((names == "hbm").sum())
-            if seed == 0:  # a daemon may bring later ones into its cache between the two calls
+            if "attached" not in before:  # a daemon's cache changes between the two calls
                 np.testing.assert_array_equal(sources, expected)
 
     def test_sources_that_do_not_fit_are_refused_by_name(self, store) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import lmdb
 import numpy as np
 import pytest
+from support.repository import REPOSITORY, TESTS
 from support.stores import Model
 
 import tierstore
@@ -301,7 +302,9 @@ def test_a_store_that_may_not_be_read_is_named_with_its_remedy(
         tierstore.open(own_store)
 
 
-def test_many_threads_and_processes_read_one_catalog(built: Path) -> None:
+def test_many_threads_and_processes_read_one_catalog(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY)  # where the processes find this file, as tests.formats.test_catalog
+    monkeypatch.syspath_prepend(TESTS)
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=_open_often, args=(built, results)) for _ in range(2)]

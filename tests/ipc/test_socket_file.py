@@ -24,7 +24,7 @@ from support.daemon_peers import (
     noted_warnings,
     open_descriptors,
 )
-from support.waiting import WAIT_S
+from support.waiting import WAIT_S, eventually
 
 from tierstore.daemon.daemon import Daemon
 from tierstore.daemon.server import SocketServer
@@ -252,7 +252,7 @@ def test_a_path_that_cannot_be_a_sockets_is_refused(tmp_path: Path, handler: Not
         assert ask(long[:-1], {"do": "stat"}, dict)["ok"]
     assert (tmp_path / "file").read_text() == "mine"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "link"]
-    assert open_descriptors() == before
+    eventually(lambda: open_descriptors() <= before)  # the connection's thread ends by itself
 
 
 def test_another_programs_socket_is_left_alone(path: Path, handler: NotingHandler) -> None:

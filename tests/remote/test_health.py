@@ -15,7 +15,8 @@ from support.served import MIB
 from support.served import serving as daemon_serving
 from support.waiting import eventually
 
-from tierstore.daemon.remote_lookups import Remote
+from tierstore.daemon.record import HEALTHY
+from tierstore.daemon.remote_lookups import Remote, RemoteLookups
 from tierstore.remote import health as remote_health
 from tierstore.remote.messages import SERVICE
 
@@ -103,7 +104,8 @@ def test_checks_of_one_host_are_limited_in_rate(built: Path, monkeypatch: pytest
 
 def test_the_daemon_says_whether_it_serves(built: Path, tmp_path: Path) -> None:
     with daemon_serving(built, tmp_path / "socket", 16 * MIB) as daemon:
-        daemon._serve_remote(Remote("127.0.0.1:0", None, None, None))
+        remote = Remote("127.0.0.1:0", None, None, None)
+        daemon._remote = RemoteLookups(remote, daemon.path, "auto", lambda: daemon._state in HEALTHY)
         assert daemon.remote_address is not None
         with grpc.insecure_channel(daemon.remote_address) as channel:
             assert check(channel) == SERVES

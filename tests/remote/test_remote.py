@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -289,12 +290,12 @@ def test_a_lookup_has_the_rows_of_one_version_only(built: Path, model: Model, tm
             number, asked = store.version, []
             lookup = type(first["layers.1"]).lookup
 
-            def counted(table: tierstore.Table, *arguments: object) -> np.ndarray:
+            def counted(table: tierstore.Table, *arguments: Any, **named: Any) -> np.ndarray:
                 asked.append(table)
                 if len(asked) == 2:
                     served[0] = second
                     first.close()
-                return lookup(table, *arguments)
+                return lookup(table, *arguments, **named)
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(type(first["layers.1"]), "lookup", counted)
@@ -558,10 +559,10 @@ def test_closing_lets_calls_under_way_end(built: Path, model: Model) -> None:
         store = connect_remote(f"grpc://{server.address}")
         lookup = tierstore.Table.lookup
 
-        def slow(table: tierstore.Table, *arguments: object) -> np.ndarray:
+        def slow(table: tierstore.Table, *arguments: Any, **named: Any) -> np.ndarray:
             entered.set()
             assert go_on.wait(60)
-            return lookup(table, *arguments)
+            return lookup(table, *arguments, **named)
 
         out = np.full((5, HEADS, ROW_BYTES), POISON, dtype=np.uint8)
         ticket = store.submit({"layers.1": (keys, out)})

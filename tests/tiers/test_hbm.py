@@ -602,6 +602,9 @@ class SlowPending:
     def cancel(self) -> None:
         self.ended = True
 
+    def detach(self) -> None:
+        pass
+
 
 def test_a_submit_that_meets_two_versions_ends_the_olds_reads_before_the_new_ones_begin(
     placed: Path, monkeypatch: pytest.MonkeyPatch

@@ -215,7 +215,7 @@ def test_memory_that_there_is_not_is_refused_and_nothing_is_left_open() -> None:
     before = open_descriptors()
     with pytest.raises(BudgetError, match=r"256\.00 TiB .*tierstore-test.*--dram"):
         SharedBlock("tierstore-test", 1 << 48)
-    assert open_descriptors() == before
+    assert open_descriptors() <= before  # what earlier tests have dropped may close meanwhile
 
 
 def test_a_limit_of_the_system_is_named() -> None:
