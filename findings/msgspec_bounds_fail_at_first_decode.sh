@@ -26,7 +26,7 @@ class Below(msgspec.Struct):
     count: Annotated[int, msgspec.Meta(lt=1 << 63)]
 
 
-class AtMost(msgspec.Struct):
+class UpTo(msgspec.Struct):
     count: Annotated[int, msgspec.Meta(le=(1 << 63) - 1)]
 
 
@@ -39,11 +39,11 @@ def seen(act):
 
 encoded = seen(lambda: msgspec.json.encode(Below(3)))
 below = seen(lambda: msgspec.json.decode(b'{"count":3}', type=Below))
-at_most = seen(lambda: msgspec.json.decode(b'{"count":3}', type=AtMost))
+at_most = seen(lambda: msgspec.json.decode(b'{"count":3}', type=UpTo))
 print(f"msgspec {version('msgspec')}, Python {sys.version.split()[0]}")
 print(f"encode a count below 2^63\n  likely guess: gives b'{{\"count\":3}}'\n  seen:         {encoded}")
 print(f"decode a count below 2^63\n  likely guess: gives Below(count=3)\n  seen:         {below}")
-print(f"decode a count of at most 2^63 - 1\n  likely guess: gives AtMost(count=3)\n  seen:         {at_most}")
+print(f"decode a count of at most 2^63 - 1\n  likely guess: gives UpTo(count=3)\n  seen:         {at_most}")
 as_before = encoded.startswith("gives") and below.startswith("raises ValueError") and at_most.startswith("gives")
 sys.exit(0 if as_before else 1)
 PYTHON

@@ -317,7 +317,7 @@ def sort_items(items: _UInt64, weights: _Int64 | None = None) -> None:
         weights: int64 [N, W], whose rows move with their items; 105 ns an item then.
     """
 
-def sum_items(items: _UInt64, weights: _Int64 | None, shift: int = 0) -> tuple[_UInt64, _Int64]:
+def sum_items(items: _UInt64, weights: _Int64 | None, shift: int) -> tuple[_UInt64, _Int64]:
     """Returns the distinct values of items >> shift, uint64 [M, 2], and the sums of their weights, int64 [M, W].
 
     Args:
