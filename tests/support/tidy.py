@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a program, this file finds `support` by itself
+if __name__ == "__main__":  # as a program, this file finds `support` by itself
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.repository import REPOSITORY
 
