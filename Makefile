@@ -8,7 +8,8 @@ CPP_SOURCES := $(wildcard $(addsuffix /*.[ch]*,kernels/cpu tests/kernels/cpp too
 SOURCES := $(wildcard kernels/cpu/*) setup.py setup.cfg pyproject.toml requirements.txt
 
 # Tests in one process more than there are cores, since many wait; a file's tests share one, for what its fixtures make.
-# `make check WORKERS=0`: in this process.
+# `make check WORKERS=0`: in this process. Byte code is kept, whatever the environment says: many processes start.
+export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile
@@ -47,7 +48,7 @@ types: install
 	$(BIN)/mypy
 
 fast: install
-	$(PYTEST) $(PARALLEL) -m "not gpu and not daemon and not process and not slow"
+	$(PYTEST) $(PARALLEL) -m "not gpu and not daemon and not process and not long and not slow"
 
 suite: install programs
 	$(PYTEST) $(PARALLEL) -m "not slow"

@@ -6,6 +6,7 @@ import pytest
 from support.tidy import RETIRED, findings_of, tidy
 
 
+@pytest.mark.long
 def test_the_repository_is_tidy() -> None:
     assert [str(finding) for finding in tidy()] == []
 

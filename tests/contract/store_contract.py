@@ -32,7 +32,7 @@ class StoreContract:
         with self.open_store(built) as store:
             yield store
 
-    @pytest.mark.parametrize("num_tokens", [0, 1, 2, 101, 102, 103, 700])
+    @pytest.mark.parametrize("num_tokens", [0, 1, 2, 101, 102, 103, pytest.param(700, marks=pytest.mark.long)])
     @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
     def test_lookup_equals_the_oracle(self, store, model: Model, num_tokens: int, seed: int) -> None:
         keys = random_keys(np.random.default_rng(seed), num_tokens)
@@ -252,6 +252,7 @@ class StoreContract:
             store._engine.submit_pairs(0, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int32), out)
         assert (out == POISON).all()
 
+    @pytest.mark.long
     def test_many_threads_get_their_own_rows(self, store, model: Model) -> None:
         faults = []
 

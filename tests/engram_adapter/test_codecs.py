@@ -57,6 +57,7 @@ def assert_bf16_equals(values: torch.Tensor, expected: list[int | None]) -> None
     assert np.array_equal(got[~nan], np.array([bits for bits in expected if bits is not None], dtype=np.uint16))
 
 
+@pytest.mark.long
 def test_every_fp8_value_with_every_scale_byte_equals_the_exact_product_rounded_once() -> None:
     dim = 256
     rows = np.empty((256, dim + dim // 32), dtype=np.uint8)
@@ -73,6 +74,7 @@ def test_every_fp8_value_with_every_scale_byte_equals_the_exact_product_rounded_
     assert_bf16_equals(decode_rows(torch.from_numpy(rows), SCALED, dim), expected)
 
 
+@pytest.mark.long
 def test_scale_bytes_3_to_246_lose_nothing() -> None:
     dim = 256
     rows = np.empty((244, dim + dim // 32), dtype=np.uint8)

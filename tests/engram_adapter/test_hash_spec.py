@@ -288,6 +288,7 @@ def test_look_back_does_not_cross_an_eos_but_starts_at_one() -> None:
                 assert (keys[place] != alone).all(), "an EOS itself looks back at what came before it"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("ngram_size", [2, 3, 5])
 def test_row_ids_equal_those_of_transformers(seed: int, ngram_size: int) -> None:

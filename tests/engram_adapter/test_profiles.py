@@ -122,6 +122,7 @@ def test_classes_and_replay_are_those_of_every_layers_keys(tmp_path: Path) -> No
             assert len(pairs) == len(held_sums) == len(set(items.tolist()))
 
 
+@pytest.mark.long
 def test_a_profile_of_real_text_is_what_a_counter_of_its_keys_says(shared_data: Path, tmp_path: Path) -> None:
     spec = HashSpec.from_config(V41, build_token_map(shared_data / "deepseek_v3_tokenizer.json"))
     with (shared_data / "trace_test.i32.zst").open("rb") as file:

@@ -203,6 +203,7 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
 def test_a_head_that_lies_under_a_good_checksum_is_named(own_store: Path, lie: Callable[..., object]) -> None:
     place_entries(own_store, {TABLE: Chosen(np.array([0, 1, 2], dtype=np.uint8), np.array([5, 6, 7]))})

@@ -3,6 +3,7 @@
 - `gpu`: runs kernels of `kernels/gpu`: on the GPU if the machine has one, else in Triton's interpreter, slowly.
 - `daemon`: talks with a daemon or a gRPC server, in this process or in one of its own.
 - `process`: starts other programs, or kills, starves or interrupts processes.
+- `long`: takes seconds where others take milliseconds: whole commands, whole models, statistics over many runs.
 - `slow`: a sweep, a statistic or a soak that finds what the other tests find too, or very rarely more.
 
 `make check` runs what has none of them, `make test` all but `slow`, `make test-all` everything. A folder or a file of
@@ -24,35 +25,58 @@ MARKERS = {
     "gpu": "runs kernels of kernels/gpu, on a GPU or in Triton's interpreter",
     "daemon": "talks with a daemon or a gRPC server",
     "process": "starts other programs, or kills, starves or interrupts processes",
+    "long": "takes seconds: whole commands, whole models, statistics over many runs",
     "slow": "a sweep, a statistic or a soak, for make test-all",
 }
 # By the path below tests/, without its ending; a folder's marks are those of all its files.
 MARKS: dict[str, tuple[str, ...]] = {
     "attached": ("daemon",),
-    "bench": ("process",),
     "attached/test_attached_hbm": ("gpu",),
     "attached/test_gpu_clients": ("gpu", "process"),
+    "bench": ("process",),
     "daemon": ("daemon",),
+    "decisions/test_intervals": ("long",),
+    "decisions/test_replan": ("long",),
     "engram_adapter/test_attached_embedding": ("daemon",),
     "engram_adapter/test_device_embedding": ("gpu",),
     "engram_adapter/test_device_streams": ("gpu",),
+    "engram_adapter/test_real_trace": ("long",),
+    "engram_adapter/test_saved_tables": ("long",),
+    "engram_adapter/test_swap_qwen4": ("long",),
     "faults": ("process",),
     "gpu": ("gpu",),
-    "ipc/test_identity": ("process",),
     "gpu/test_compile": ("process",),
     "gpu/test_compile_requests": ("process",),
+    "ipc/test_identity": ("process",),
     "kernels/test_cpp": ("process",),
+    "kernels/test_key_counts_kernel": ("long",),
+    "kernels/test_mailbox": ("long",),
+    "kernels/test_reports_kernel": ("long",),
+    "kernels/test_simulate_kernel": ("long",),
+    "offline/test_build": ("long",),
+    "offline/test_count": ("long",),
+    "offline/test_count_documents": ("long",),
+    "offline/test_place": ("long",),
+    "offline/test_plan_and_place": ("long",),
+    "offline/test_repair": ("long",),
     "remote": ("daemon",),
     "test_cases": ("process",),
     "test_wheel": ("process",),
     "tiers/test_hbm": ("gpu",),
     "tiers/test_hbm_times": ("gpu",),
     "tools/test_bench": ("process",),
+    "tools/test_bench_against": ("long",),
     "tools/test_bench_gpu": ("gpu",),
     "tools/test_bench_overlap": ("gpu",),
     "tools/test_bench_remote": ("daemon",),
     "tools/test_bench_serve": ("daemon",),
+    "tools/test_cli": ("long",),
+    "tools/test_corpus": ("long",),
     "tools/test_demo": ("process",),
+    "tools/test_epochs_cli": ("long",),
+    "tools/test_plan_cli": ("long",),
+    "tools/test_profile_cli": ("long",),
+    "tools/test_report": ("long",),
 }
 
 USES: dict[str, tuple[str, ...]] = {

@@ -51,6 +51,7 @@ def test_a_first_seen_key_is_found_again_soon_after(table) -> None:
     assert hit_rate(table, keys_from(5000, 15)) > 0.9
 
 
+@pytest.mark.long
 def test_keys_that_are_used_no_more_give_way_as_counts_age(table) -> None:
     old, new = keys_from(0, 150), keys_from(10_000, 150)
     for _ in range(16):

@@ -69,6 +69,7 @@ def assert_holds(slots: StaticSlots, epoch: int, live: dict[Pair, int], all_pair
         assert int.from_bytes(record[36:], "little") == reference.crc32c(record[:36], SEED)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(5))
 def test_two_epochs_at_a_time_name_what_a_dictionary_says(seed: int) -> None:
     rng = np.random.default_rng(seed)
