@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import slow_but
 
 import tierstore
 from engram_adapter.embedding import RowIdEmbedding
@@ -75,9 +76,17 @@ def generated(model: Any, token_ids: torch.Tensor, **options: Any) -> tuple[torc
     return out.sequences, out.logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, {"ple_layer_ids": [2, 3], "ngram_size": 4, "ple_embed_dim": 96}])
-@pytest.mark.parametrize(("seed", "dram"), [(1, "64MiB"), (2, "192KiB")])
+CASES = [
+    (dtype, changes, seed, dram)
+    for dtype in (torch.float32, torch.bfloat16)
+    for changes in ({}, {"ple_layer_ids": [2, 3], "ngram_size": 4, "ple_embed_dim": 96})
+    for seed, dram in ((1, "64MiB"), (2, "192KiB"))
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "seed", "dram"), slow_but([CASES[0], CASES[3], CASES[6]], CASES, several=True)
+)
 def test_swapped_model_gives_equal_logits_in_prefill_and_generate(
     tmp_path: Path, dtype: torch.dtype, changes: dict[str, Any], seed: int, dram: str
 ) -> None:

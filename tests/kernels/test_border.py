@@ -42,15 +42,17 @@ def test_the_stub_declares_what_the_extension_has() -> None:
 @pytest.mark.parametrize(
     "node", [node for node in STUB.body if isinstance(node, ast.FunctionDef)], ids=lambda node: node.name
 )
-def test_the_stub_gives_functions_the_arguments_that_they_have(node: ast.FunctionDef) -> None:
+def test_the_stub_gives_functions_the_arguments_and_defaults_that_they_have(node: ast.FunctionDef) -> None:
     signature = str(getattr(kernels, node.name).__doc__).splitlines()[0]
+    taken = signature[: signature.rindex(") -> ")]
+    required = [None] * (len(node.args.args) - len(node.args.defaults))
+    defaults = [*required, *node.args.defaults, *node.args.kw_defaults]
     arguments = [*node.args.args, *node.args.kwonlyargs]
-    at = -1
-    for argument in arguments:
-        found = signature.find(f"{argument.arg}: ", at + 1)
-        assert found > at, (argument.arg, signature)
-        at = found
-    assert signature.count(": ") == len(arguments), signature
+    starts = [taken.find(f"{argument.arg}: ") for argument in arguments]
+    assert -1 not in starts and starts == sorted(starts), signature
+    assert taken.count(": ") == len(arguments), signature
+    for default, start, end in zip(defaults, starts, [*starts, len(taken)][1:], strict=True):
+        assert (" = " in taken[start:end]) == (default is not None), taken[start:end]
 
 
 def test_types_of_records_have_the_sizes_that_c_plus_plus_gives() -> None:
