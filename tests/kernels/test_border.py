@@ -49,7 +49,8 @@ def test_the_stub_gives_functions_the_arguments_and_defaults_that_they_have(node
     defaults = [*required, *node.args.defaults, *node.args.kw_defaults]
     arguments = [*node.args.args, *node.args.kwonlyargs]
     starts = [taken.find(f"{argument.arg}: ") for argument in arguments]
-    assert -1 not in starts and starts == sorted(starts), signature
+    assert -1 not in starts, signature
+    assert starts == sorted(starts), signature
     assert taken.count(": ") == len(arguments), signature
     for default, start, end in zip(defaults, starts, [*starts, len(taken)][1:], strict=True):
         assert (" = " in taken[start:end]) == (default is not None), taken[start:end]
