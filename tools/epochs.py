@@ -14,8 +14,8 @@ import click
 
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import CatalogImage, read_catalog, set_epoch
-from tierstore.offline.build import locked_store
 from tierstore.offline.place import prune_placements
+from tierstore.offline.store_lock import locked_store
 from tierstore.tiers.placed import PlacementFile
 from tierstore.units import format_bytes
 

@@ -18,6 +18,7 @@ import tierstore
 from tierstore import durable
 from tierstore.formats.catalog import read_catalog
 from tierstore.offline import build as build_module
+from tierstore.offline import shards, store_lock
 from tierstore.offline.build import build_store
 
 
@@ -112,6 +113,8 @@ def test_a_build_that_fails_anywhere_resumes_to_the_same_bytes(
                 "fsync": (build_module.os, "fsync"),
                 "rename": (Path, "rename"),
                 "sync_shard": (durable, "sync_folder"),
+                "sync_folder": (shards, "sync_folder"),
+                "record_shard": (shards, "record_shard"),
             }.get(operation, (build_module, operation))
             failing = FailingCall(getattr(owner, name), countdown)
             patch.setattr(owner, name, lambda *a, failing=failing, **k: failing(*a, **k))
@@ -208,13 +211,13 @@ def test_a_build_that_refuses_leaves_everything_as_it_was(
 def test_foreign_files_that_appear_before_the_lock_is_held_are_refused(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_flock = build_module.fcntl.flock
+    real_flock = store_lock.fcntl.flock
 
     def flock(fd: int, operation: int) -> None:
         (tmp_path / "store" / "song.mp3").write_bytes(b"la")
         real_flock(fd, operation)
 
-    monkeypatch.setattr(build_module.fcntl, "flock", flock)
+    monkeypatch.setattr(store_lock.fcntl, "flock", flock)
     with pytest.raises(tierstore.ConfigError, match=r"holds 1 other files \(song\.mp3"):
         model.build(tmp_path / "store")
     assert everything_under(tmp_path / "store") == {"song.mp3": b"la"}
@@ -224,13 +227,13 @@ def test_a_lock_that_was_removed_meanwhile_is_not_held(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between opening a lock and holding it, a build that refuses may remove it: then it excludes nobody."""
-    real_flock = build_module.fcntl.flock
+    real_flock = store_lock.fcntl.flock
 
     def flock(fd: int, operation: int) -> None:
         (tmp_path / "store" / "build.lock").unlink()
         real_flock(fd, operation)
 
-    monkeypatch.setattr(build_module.fcntl, "flock", flock)
+    monkeypatch.setattr(store_lock.fcntl, "flock", flock)
     with pytest.raises(tierstore.ConfigError, match="another build"):
         model.build(tmp_path / "store")
 

@@ -75,7 +75,7 @@ def test_a_copied_or_touched_checkpoint_is_compared_once_and_then_known(
     shutil.copytree(model, tmp_path / "copy")
     os.utime(tmp_path / "copy" / "model.safetensors", (1, 1))
     assert build(tmp_path / "copy", tmp_path / "store").shards_kept == 6
-    monkeypatch.setattr("tierstore.offline.build._write_pages", no_shard_is_made)
+    monkeypatch.setattr("tierstore.offline.shards._write_pages", no_shard_is_made)
     assert build(tmp_path / "copy", tmp_path / "store").shards_kept == 6
     with pytest.raises(AssertionError, match="compared"):
         build(model, tmp_path / "store")  # the files are others again
@@ -151,7 +151,7 @@ def test_a_store_of_an_older_tierstore_opens_and_is_compared_once(
     np.testing.assert_array_equal(rows_of(tmp_path / "store"), write_rows(tmp_path / "again", 0))
     assert build(model, tmp_path / "store").shards_kept == 6
     assert read_catalog(tmp_path / "store").origin == origin
-    monkeypatch.setattr("tierstore.offline.build._write_pages", no_shard_is_made)
+    monkeypatch.setattr("tierstore.offline.shards._write_pages", no_shard_is_made)
     assert build(model, tmp_path / "store").shards_kept == 6
 
 

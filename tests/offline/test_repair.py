@@ -19,7 +19,7 @@ from support.stores import Model, make_model, place_some, random_keys
 
 import tierstore
 from tierstore.formats.catalog import read_catalog
-from tierstore.offline.build import locked_store
+from tierstore.offline.store_lock import locked_store
 
 NAME = "layers.1"
 

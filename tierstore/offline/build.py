@@ -3,33 +3,22 @@
 Input: `TableSource`s, whose rows are read range by range. Output: a store that opens only after the ready mark,
 the last thing written. A shard is written to a temporary name, synced, renamed, and then noted in the catalog; a build
 killed anywhere goes on with the first shard that is not noted. Errors: before it writes, what cannot fit or is
-another's; then it leaves no folder or lock behind.
-
-Threads: each of `jobs` workers builds whole shards (read, interleave, digest, write; the interpreter lock is released
-in all four); the calling thread reports progress.
+another's; then it leaves no folder or lock behind. Threads: see `shards`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
-import logging
 import os
 import re
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..causes import NEW_SUFFIX, named
-from ..durable import replacing, sync_folder, write_all
+from ..causes import named
 from ..errors import BudgetError, ConfigError, FormatError
 from ..file_systems import file_system_of, why_not_local
 from ..formats.catalog import (
@@ -37,26 +26,21 @@ from ..formats.catalog import (
     LOCK_FILE,
     CatalogImage,
     create_catalog,
-    forget_shards,
     mark_ready,
     read_catalog,
     record_origin,
-    record_shard,
 )
 from ..formats.checkpoint import PlaneReader, TableSource
 from ..formats.origin import changed_files, same_checkpoint
-from ..formats.page import page_seed, repair_command, seal_pages
+from ..formats.page import page_seed, repair_command
 from ..layout import PageShape, ShardRecord, TableLayout
 from ..process.progress import OnProgress
 from ..units import format_bytes
+from .shards import BuildProgress, build_shards, shards_still_right
+from .store_lock import locked_store
 
-CHUNK_BYTES = 4 << 20  # pages that a worker has at once; with their rows, about 8 MiB a job
 JOBS_MAX = 64
 SPARE_DISK_BYTES = 64 << 20  # left free beside the shards: the catalog and the file system's own records
-PROGRESS_SECONDS = 0.25
-FILES_NAMED_MAX = 4  # in a message
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,19 +93,6 @@ class BuildReport:
     shards_kept: int
 
 
-@dataclass
-class BuildProgress:
-    """Bytes written so far, and whether to give up. Writers: the workers, under the lock."""
-
-    bytes_done: int
-    stop: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, num_bytes: int) -> None:
-        with self.lock:
-            self.bytes_done += num_bytes
-
-
 def build_store(
     store_path: str | os.PathLike[str],
     sources: Sequence[TableSource],
@@ -166,7 +137,7 @@ def build_store(
                 reader.check_unchanged()
             done = _finished_shards(path, image)
             if image is not None and changed_files(image.origin, sources):
-                done = _still_right(path, image, sources, readers, done, jobs, on_progress)
+                done = shards_still_right(path, image, sources, readers, done, jobs, on_progress)
                 record_origin(path, origin)
             bytes_done = sum(shard.num_bytes for shards in done.values() for shard in shards.values())
             plan = BuildPlan(tuple(tables.values()), bytes_done, shutil.disk_usage(path).free)
@@ -177,7 +148,7 @@ def build_store(
             if image is None:
                 create_catalog(path, tables, origin, attachments)
             progress = BuildProgress(bytes_done)
-            built = _build_shards(path, readers, tables, done, jobs, progress, plan, on_progress)
+            built = build_shards(path, readers, tables, done, jobs, progress, plan.store_bytes, on_progress)
             if image is None or not image.ready:
                 mark_ready(path)
     except OSError as error:
@@ -237,45 +208,6 @@ def _check_foreign(path: Path) -> None:
         raise ConfigError(f"{path} holds {len(foreign)} other files ({foreign[0]}, ...); give an empty folder")
 
 
-@contextlib.contextmanager
-def locked_store(path: Path) -> Iterator[list[Path]]:
-    """Makes the store's folder and holds its lock: one build, or one making of a placement, at a time.
-
-    Yields what it made, the lock last; what is still in the list when the body raises is removed again.
-    """
-    lock = path / LOCK_FILE
-    made = [folder for folder in (*reversed(path.parents), path) if not folder.exists()]
-    lock_file, is_ours = None, False
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not lock.exists():
-            made.append(lock)
-        # A file object: if an interrupt keeps it from being named, it is closed, and with it goes the lock.
-        lock_file = lock.open("ab", buffering=0)
-        try:
-            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock_file.fileno()), lock.stat()):
-                raise FileNotFoundError  # a build that refused has just removed the lock, and this is not the new one
-            is_ours = True
-        except (BlockingIOError, FileNotFoundError):
-            made.clear()  # it is the other build's
-            raise ConfigError(
-                f"another build or plan of {path} is running; wait for it, or end it and run again"
-            ) from None
-        yield made
-    except BaseException:
-        for entry in reversed(made):
-            with contextlib.suppress(OSError):  # somebody uses the folder meanwhile
-                if entry != lock:
-                    entry.rmdir()
-                elif is_ours:
-                    entry.unlink()
-        raise
-    finally:
-        if lock_file is not None:
-            lock_file.close()
-
-
 def _begun(path: Path) -> CatalogImage | None:
     """Returns the catalog of a build begun earlier, None if nothing was begun."""
     if not (path / CATALOG_FILE).exists():
@@ -332,169 +264,3 @@ def _check_room(path: Path, plan: BuildPlan) -> None:
             f"{path}: the store needs {format_bytes(plan.bytes_needed)} more ({plan.bytes_needed} bytes), the disk has "
             f"{format_bytes(plan.bytes_free)} free ({plan.bytes_free} bytes); free some or give a path on another disk"
         )
-
-
-def _still_right(
-    path: Path,
-    image: CatalogImage,
-    sources: Sequence[TableSource],
-    readers: dict[str, PlaneReader],
-    done: dict[str, dict[int, ShardRecord]],
-    jobs: int,
-    on_progress: OnProgress | None,
-) -> dict[str, dict[int, ShardRecord]]:
-    """Returns those finished shards that the checkpoint's files, which are other ones now, still give.
-
-    Each is made again without being written, and its SHA-256 compared. A finished store with others is refused.
-    """
-    names = ", ".join(changed_files(image.origin, sources)[:FILES_NAMED_MAX])
-    shards = [(name, index) for name, of_table in done.items() for index in of_table]
-    if shards:
-        _log.warning("%s: %s may have changed since: comparing %d finished shards with it", path, names, len(shards))
-    progress = BuildProgress(0)
-    total = sum(shard.num_bytes for of_table in done.values() for shard in of_table.values())
-    with ThreadPoolExecutor(jobs, thread_name_prefix="tierstore-compare") as pool:
-        tasks = [
-            pool.submit(_write_pages, None, readers[name], image.tables[name], index, progress)
-            for name, index in shards
-        ]
-        try:
-            _await(tasks, progress, total, on_progress)
-        finally:
-            progress.stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-    wrong = [
-        (name, index)
-        for (name, index), task in zip(shards, tasks, strict=True)
-        if task.result() != done[name][index].sha256
-    ]
-    if wrong and image.ready:
-        raise ConfigError(
-            f"{path} is a finished store, and {names} changed since it was built: {len(wrong)} of {len(shards)} shards "
-            f"hold other rows than the checkpoint now; remove {path} and build again, or give another path"
-        )
-    if wrong:
-        _log.warning(
-            "%s: %d of %d finished shards hold other rows; they are built again", path, len(wrong), len(shards)
-        )
-        forget_shards(path, wrong)
-    return {
-        name: {index: shard for index, shard in of_table.items() if (name, index) not in wrong}
-        for name, of_table in done.items()
-    }
-
-
-def _build_shards(
-    path: Path,
-    readers: dict[str, PlaneReader],
-    tables: dict[str, TableLayout],
-    done: dict[str, dict[int, ShardRecord]],
-    jobs: int,
-    progress: BuildProgress,
-    plan: BuildPlan,
-    on_progress: OnProgress | None,
-) -> int:
-    """Builds what is not done, `jobs` shards at once; returns how many. The first failure stops the others.
-
-    If a file of the checkpoint changed meanwhile, no shard of this run counts.
-    """
-    todo = []
-    for name, reader in readers.items():
-        table = tables[name]
-        (path / table.folder).mkdir(parents=True, exist_ok=True)
-        missing = set(range(table.num_shards)) - done.get(name, {}).keys()
-        todo += [(reader, table, index) for index in sorted(missing)]
-    sync_folder(path)
-    if todo:
-        sync_folder(path / "shards")
-    with ThreadPoolExecutor(jobs, thread_name_prefix="tierstore-build") as pool:
-        futures = [pool.submit(_build_shard, path, reader, table, index, progress) for reader, table, index in todo]
-        try:
-            _await(futures, progress, plan.store_bytes, on_progress)
-        finally:
-            progress.stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-    if todo:
-        try:
-            for reader in readers.values():
-                reader.check_unchanged()
-        except FormatError:
-            forget_shards(path, [(table.spec.name, index) for _, table, index in todo])
-            raise
-    return len(todo)
-
-
-def _await(futures: Sequence[Future[Any]], progress: BuildProgress, total: int, on_progress: OnProgress | None) -> None:
-    pending = set(futures)
-    while pending:
-        finished, pending = wait(pending, timeout=PROGRESS_SECONDS, return_when=FIRST_EXCEPTION)
-        for future in finished:
-            future.result()
-        if on_progress:
-            on_progress(progress.bytes_done, total)
-
-
-def _build_shard(path: Path, reader: PlaneReader, table: TableLayout, index: int, progress: BuildProgress) -> None:
-    """Writes one shard and notes it in the catalog."""
-    sha256 = write_shard(path / table.shard_file(index), reader, table, index, progress)
-    if sha256 is not None:
-        page_start, page_end = table.shard_pages(index)
-        shard = ShardRecord(table.shard_file(index), (page_end - page_start) * table.page_bytes, sha256)
-        record_shard(path, table.spec.name, index, shard)
-
-
-def write_shard(
-    file: Path,
-    reader: PlaneReader,
-    table: TableLayout,
-    index: int,
-    progress: BuildProgress,
-    *,
-    expected_sha256: str | None = None,
-) -> str | None:
-    """Writes one shard under a temporary name, syncs and renames it. Blocks until it is durable.
-
-    Returns its SHA-256 (hex), None if `progress.stop` was set meanwhile. Raises `ConfigError`, and leaves the file that
-    was there, if the rows give another digest than `expected_sha256`. Leaves no temporary file, whatever is raised.
-    """
-    with contextlib.suppress(_Stopped), replacing(file, file.with_suffix(NEW_SUFFIX), mode=0o644) as fd:
-        sha256 = _write_pages(fd, reader, table, index, progress)
-        if sha256 is None:
-            raise _Stopped
-        if expected_sha256 not in (None, sha256):
-            raise ConfigError(
-                f"shard {index} of table {table.spec.name}: the source's rows make SHA-256 {sha256[:16]}..., the "
-                f"catalog says {expected_sha256[:16]}...: the source is another checkpoint, or it has changed since "
-                f"the build; give the checkpoint that the store was built from"
-            )
-    return sha256
-
-
-class _Stopped(Exception):
-    """Another worker failed: the new file is not wanted."""
-
-
-def _write_pages(
-    fd: int | None, reader: PlaneReader, table: TableLayout, index: int, progress: BuildProgress
-) -> str | None:
-    """Streams a shard's rows into sealed pages; returns its SHA-256 (hex), None if another worker failed meanwhile.
-
-    Without `fd` the pages are only digested.
-    """
-    sha256 = hashlib.sha256()
-    pages_per_chunk = max(1, CHUNK_BYTES // table.page_bytes)
-    buffer = np.empty((pages_per_chunk, table.page_bytes), dtype=np.uint8)
-    shard_start, shard_end = table.shard_pages(index)
-    for page_start in range(shard_start, shard_end, pages_per_chunk):
-        if progress.stop.is_set():
-            return None
-        page_end = min(page_start + pages_per_chunk, shard_end)
-        row_start = page_start * table.rows_per_page
-        row_end = min(page_end * table.rows_per_page, table.spec.num_rows)
-        pages = buffer[: page_end - page_start]
-        seal_pages(reader.read(row_start, row_end), table.shape, page_start, table.seed, pages)
-        sha256.update(pages.data)
-        if fd is not None:
-            write_all(fd, pages)
-        progress.add(pages.nbytes)
-    return sha256.hexdigest()

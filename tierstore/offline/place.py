@@ -36,10 +36,10 @@ from ..formats.profile import ProfileReader
 from ..layout import PlacementRecord
 from ..process.progress import CHOOSING, PLACING, OnPhase, OnProgress, no_report
 from ..units import format_bytes
-from .build import locked_store
 from .placement_file import Chosen, bytes_needed, write_placement
 from .plan import Plan
 from .ranked_items import ItemRanking
+from .store_lock import locked_store
 
 DETAILS_BYTES_MAX = HEAD_BYTES_MAX // 4  # of what a placement says of its plan
 

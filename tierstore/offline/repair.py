@@ -33,10 +33,11 @@ from ..formats.placement import PLACEMENT_FOLDER, Placement, TableShape, lay_out
 from ..layout import TableLayout
 from ..process.progress import OnProgress
 from ..units import format_bytes
-from .build import BuildProgress, locked_store, write_shard
 from .place import remove_leftovers
 from .placed_choice import ChoiceLostError, read_choice
 from .placement_file import Chosen, write_placement
+from .shards import BuildProgress, write_shard
+from .store_lock import locked_store
 from .verify import VerifyReport, check_not_stopped, run_parts, verify_placement, verify_shard, verify_store
 
 # What the system says if something else is in the place of a file of the store, or of its folder.
