@@ -17,8 +17,10 @@ SCRIPTS = {
     "from tierstore.daemon.remote_access import read_certificate, read_token\n"
     "from tierstore.daemon.client_socket import ask\n"
     "tierstore.store.CLOSE_WAIT_S = 7\n"
-    "assert tierstore.store.store.CLOSE_WAIT_S == 7\n"
+    "assert tierstore.store.opened.CLOSE_WAIT_S == 7\n"
     "assert tierstore.build is tierstore.offline.build\n"
+    "from tierstore.formats.checkpoint import Checkpoint\n"
+    "assert Checkpoint.as_record is Checkpoint.to_dict\n"
     "assert tierstore.build.__spec__.name == 'tierstore.offline.build' and tierstore.daemon.serving.Daemon",
     "bad": "assert False, 'these rows are wrong'",
     "late": "import time; time.sleep(600)",

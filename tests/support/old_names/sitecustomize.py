@@ -22,7 +22,9 @@ MODULES = {
     "tierstore.daemon.serving": "tierstore.daemon.daemon",
 }
 # Set on a package that was a module, they are meant for the module that has them now.
-VALUES = {("tierstore.store", "CLOSE_WAIT_S"): "tierstore.store.store"}
+VALUES = {("tierstore.store", "CLOSE_WAIT_S"): "tierstore.store.opened"}
+# Old and new name of a class's method, given to the class with the first old module.
+METHODS = {("tierstore.formats.checkpoint", "Checkpoint"): ("as_record", "to_dict")}
 
 
 class _Package(ModuleType):
@@ -65,6 +67,9 @@ class OldNames(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = importlib.import_module(MODULES[spec.name])
+        for (path, name), (old, new) in METHODS.items():
+            owner = getattr(importlib.import_module(path), name)
+            setattr(owner, old, getattr(owner, new))
         spec.loader_state = module.__spec__
         return module
 
