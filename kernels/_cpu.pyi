@@ -537,6 +537,7 @@ class TableRecord:
         memory: _Bytes | EntryCache,
         statics: StaticRecord | None = None,
         tag: int = 0,
+        residues: tuple[_Int64, _Int64] | None = None,
     ) -> None:
         """Describes a table.
 
@@ -559,6 +560,7 @@ class TableRecord:
                 at after `Engine.set_resident`.
             statics: Its placed entries; only with a recency cache.
             tag: Of its entries in the cache, 0 to 15: two versions of a table may share one.
+            residues: (num_residues, inverses) of `keys_of_row_ids`; None if row ids do not give keys.
         """
 
 class Ticket:
@@ -666,11 +668,35 @@ class Engine:
     def submit_pairs(self, index: int, keys: _Int64, pairs: _Int32, out: _Bytes, /) -> Ticket | None:
         """As `submit`, of single pairs: keys, int64 [M], key i of order pairs[i] % O, into uint8 [M, entry_bytes]."""
 
-    def rows(self, index: int, row_ids: _Int64, out: _Bytes, /) -> None:
-        """Reads rows by id past the cache, int64 [...], -1 for a zero row, into uint8 [..., row_bytes]. Blocks.
+    def rows(
+        self,
+        index: int,
+        row_ids: _Int64,
+        out: _Bytes,
+        wanted: tuple[int, int] | None = None,
+        seconds: float | None = None,
+    ) -> bool:
+        """Looks up rows by their ids on the caller's thread. Blocks on the disk.
 
-        Rows of whole tokens of a resident table, [N, O * H], count as keys.
+        Args:
+            index: The table.
+            row_ids: int64 [R] or [N, K], -1 for a zero row. Tokens of [N, O * H] whose ids all are those of keys go
+                through the caches by these; other ids are read one by one.
+            out: uint8, the shape of row_ids and [row_bytes], any strides.
+            wanted: (start, end): ids outside of it give zero rows, whatever they are. None: every id is wanted.
+            seconds: The longest wait.
+
+        Returns:
+            Whether the rows were there in time; if not, the lookup was given up.
+
+        Raises:
+            ValueError: A wanted id is not one of the table's.
         """
+
+    def submit_rows(
+        self, index: int, row_ids: _Int64, out: _Bytes, wanted: tuple[int, int] | None = None
+    ) -> Ticket | None:
+        """Starts what `rows` does. Returns as `submit` does."""
 
     def locate(self, index: int, keys: _Int64, sources: _Bytes, /) -> None:
         """Writes what would answer keys, int64 [N, O], as numbers in SOURCES, uint8 [N, O]. Counts nothing."""

@@ -27,8 +27,9 @@ from .errors import (
 )
 from .spec import TableSpec
 from .store.embedded import open_store as open
-from .store.store import Store, Ticket
+from .store.store import Store
 from .store.table import Table
+from .store.ticket import Ticket
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:

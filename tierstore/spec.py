@@ -152,11 +152,17 @@ class TableSpec:
         kernels.row_ids_of_keys(keys, order_index, *self._address_map, row_ids)
         return row_ids
 
-    def keys_of_row_ids(self, row_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def keys_of_row_ids(
+        self, row_ids: np.ndarray, within: tuple[int, int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Turns row ids, int64 [N, O * H], back into keys.
 
         The residues of the first heads whose moduli multiply to more than 2^63 give the key (Chinese remainder
         theorem). A token is consistent if every head of every order agrees with its keys.
+
+        Args:
+            row_ids: Any int64s.
+            within: The key of an order is -1, whatever its ids are, if all of them are outside of this range.
 
         Returns:
             Keys, int64 [N, O], -1 for tokens that are not consistent; and which are, bool [N]. If the moduli multiply
@@ -164,11 +170,15 @@ class TableSpec:
         """
         assert row_ids.dtype == np.int64
         assert row_ids.shape[1:] == (self.num_heads,)
-        if self._remainders is None:
+        if within is not None:
+            by_order = row_ids.reshape(-1, len(self.orders), self.rows_per_key)
+            is_outside = is_outside_of(by_order, within).all(axis=2, keepdims=True)
+            row_ids = np.where(is_outside, -1, by_order).reshape(row_ids.shape)
+        if self.residues is None:
             return np.full((len(row_ids), len(self.orders)), -1, dtype=np.int64), np.zeros(len(row_ids), dtype=bool)
         keys = np.empty((len(row_ids), len(self.orders)), dtype=np.int64)
         is_consistent = np.empty(len(row_ids), dtype=bool)
-        kernels.keys_of_row_ids(row_ids, *self._address_map, *self._remainders, keys, is_consistent)
+        kernels.keys_of_row_ids(row_ids, *self._address_map, *self.residues, keys, is_consistent)
         return keys, is_consistent
 
     @lazy
@@ -177,7 +187,7 @@ class TableSpec:
         return np.array(self.moduli, dtype=np.int64), np.array(self.offsets, dtype=np.int64)
 
     @lazy
-    def _remainders(self) -> tuple[np.ndarray, np.ndarray] | None:
+    def residues(self) -> tuple[np.ndarray, np.ndarray] | None:
         """How many residues of each order give its key (`num_residues`), int64 [O], and their inverses, int64 [O, F].
 
         As the kernel takes them; None if the heads of some order do not determine its keys.
@@ -223,3 +233,9 @@ class TableSpec:
                 f"a table record of the catalog is damaged: {error!r}; restore the catalog or rebuild"
             ) from error
         return cls(**fields)
+
+
+def is_outside_of(row_ids: np.ndarray, within: tuple[int, int]) -> np.ndarray:
+    """Returns which row ids, int64 [...], are not in a range, bool [...]."""
+    start, end = within
+    return (row_ids < start) | (row_ids >= end)

@@ -164,9 +164,8 @@ void Engine::count_rows(size_t index, const PairList& ids, bool of_tokens) {
   counters.sentinels.fetch_add(num_keys - num_found, kRelaxed);
 }
 
-std::shared_ptr<Job> Engine::make_job(Gathered gathered,
-                                      const std::vector<std::pair<size_t, uint8_t*>>& outputs) const {
-  std::vector<uint8_t*> by_table(tables_.size(), nullptr);
+std::shared_ptr<Job> Engine::make_job(Gathered gathered, const std::vector<std::pair<size_t, RowsOut>>& outputs) const {
+  std::vector<RowsOut> by_table(tables_.size());
   for (const auto& [table, out] : outputs) by_table[table] = out;
   return std::make_shared<Job>(std::move(gathered), std::move(by_table));
 }

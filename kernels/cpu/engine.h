@@ -167,7 +167,7 @@ class Engine {
   void count_batch(const Gathered& gathered);
 
   // Returns a job that fetches what was gathered into outputs: (table, its buffer), ...
-  std::shared_ptr<Job> make_job(Gathered gathered, const std::vector<std::pair<size_t, uint8_t*>>& outputs) const;
+  std::shared_ptr<Job> make_job(Gathered gathered, const std::vector<std::pair<size_t, RowsOut>>& outputs) const;
 
   // Fetches a job's misses on the caller's thread, to the end. Blocks on the disk.
   void fetch(const std::shared_ptr<Job>& job);

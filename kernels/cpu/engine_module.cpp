@@ -180,7 +180,10 @@ void bind_engine(py::module_& module) {
            py::arg("sources") = py::none(), py::arg("seconds") = py::none())
       .def("submit", &PyEngine::submit)
       .def("submit_pairs", &PyEngine::submit_pairs)
-      .def("rows", &PyEngine::rows)
+      .def("rows", &PyEngine::rows, py::arg("index"), py::arg("row_ids"), py::arg("out"),
+           py::arg("wanted") = py::none(), py::arg("seconds") = py::none())
+      .def("submit_rows", &PyEngine::submit_rows, py::arg("index"), py::arg("row_ids"), py::arg("out"),
+           py::arg("wanted") = py::none())
       .def("locate", &PyEngine::locate)
       .def("set_resident", &PyEngine::set_resident)
       .def("shortfalls", &PyEngine::shortfalls)

@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "address_map.h"
+
 namespace tierstore {
 
 constexpr size_t kOrderMax = 16;  // the longest n-gram
@@ -29,19 +31,6 @@ struct NgramHash {
   size_t num_orders;
   int64_t pad_id;
   int64_t barrier_id;  // -1: no barrier
-};
-
-struct AddressMap {
-  const int64_t* moduli;   // [O, H], 1 to 2^63 - 1
-  const int64_t* offsets;  // [O, H], not below 0, modulus and offset together at most 2^63 - 1
-  size_t num_orders;
-  size_t rows_per_key;
-};
-
-struct KeyResidues {
-  const int64_t* num_residues;  // [O], 1 to F: the first heads of the order, whose residues give the key
-  const int64_t* inverses;      // [O, F], of the product of the moduli before, modulo this one; [:, 0] is not looked at
-  size_t residues_max;          // F
 };
 
 // Writes keys [B, T, O]; returns the position in [B, P + T] of the first id outside the vocabulary, and `out` is

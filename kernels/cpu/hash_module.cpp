@@ -1,5 +1,7 @@
 // The Python face of the mixed hash (hash.h): argument checks, then the work with the interpreter lock released.
 // kernels/_cpu.pyi says what each function promises.
+#include "hash_module.h"
+
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -89,26 +91,6 @@ void row_ids_of_keys_checked(const Input<int64_t>& keys, const std::optional<Inp
   row_ids_of_keys(numbers, num_keys, indices, map, row_ids);
 }
 
-KeyResidues key_residues(const Input<int64_t>& num_residues, const Input<int64_t>& inverses, const AddressMap& map) {
-  require(num_residues.ndim() == 1 && inverses.ndim() == 2 && inverses.shape(0) == num_residues.size(),
-          "num_residues must be [orders], inverses [orders, heads]");
-  const KeyResidues residues{num_residues.data(), inverses.data(), static_cast<size_t>(inverses.shape(1))};
-  for (size_t order = 0; order < map.num_orders; ++order) {
-    const int64_t* moduli = map.moduli + order * map.rows_per_key;
-    const int64_t* of_order = residues.inverses + order * residues.residues_max;
-    const int64_t num_heads = residues.num_residues[order];
-    require(num_heads >= 1 && num_heads <= static_cast<int64_t>(std::min(residues.residues_max, map.rows_per_key)),
-            "num_residues must be 1 to the heads that there are");
-    int64_t product = 1;  // of the moduli before
-    for (int64_t head = 1; head < num_heads; ++head) {
-      require(moduli[head] < (int64_t{1} << 31) && of_order[head] >= 0 && of_order[head] < moduli[head] &&
-                  !__builtin_mul_overflow(product, moduli[head - 1], &product),
-              "moduli that fix a key must be below 2^31, inverses below them, all products but the last below 2^63");
-    }
-  }
-  return residues;
-}
-
 void keys_of_row_ids_checked(const Input<int64_t>& row_ids, const Input<int64_t>& moduli, const Input<int64_t>& offsets,
                              const Input<int64_t>& num_residues, const Input<int64_t>& inverses, py::array& keys,
                              py::array& is_consistent) {
@@ -146,6 +128,26 @@ py::ssize_t find_out_of_range(const Input<int64_t>& ids, uint64_t end) {
 }
 
 }  // namespace
+
+KeyResidues key_residues(const Input<int64_t>& num_residues, const Input<int64_t>& inverses, const AddressMap& map) {
+  require(num_residues.ndim() == 1 && inverses.ndim() == 2 && inverses.shape(0) == num_residues.size(),
+          "num_residues must be [orders], inverses [orders, heads]");
+  const KeyResidues residues{num_residues.data(), inverses.data(), static_cast<size_t>(inverses.shape(1))};
+  for (size_t order = 0; order < map.num_orders; ++order) {
+    const int64_t* moduli = map.moduli + order * map.rows_per_key;
+    const int64_t* of_order = residues.inverses + order * residues.residues_max;
+    const int64_t num_heads = residues.num_residues[order];
+    require(num_heads >= 1 && num_heads <= static_cast<int64_t>(std::min(residues.residues_max, map.rows_per_key)),
+            "num_residues must be 1 to the heads that there are");
+    int64_t product = 1;  // of the moduli before
+    for (int64_t head = 1; head < num_heads; ++head) {
+      require(moduli[head] < (int64_t{1} << 31) && of_order[head] >= 0 && of_order[head] < moduli[head] &&
+                  !__builtin_mul_overflow(product, moduli[head - 1], &product),
+              "moduli that fix a key must be below 2^31, inverses below them, all products but the last below 2^63");
+    }
+  }
+  return residues;
+}
 
 void bind_hash(py::module_& module) {
   module.def("find_out_of_range", &find_out_of_range, py::arg("ids"), py::arg("end"));

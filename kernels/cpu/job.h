@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "entry_index.h"
+#include "rows_out.h"
 
 namespace tierstore {
 
@@ -96,14 +97,14 @@ class Held {
 // t's buffer.
 struct Job {
   Job() = default;
-  Job(Gathered gathered, std::vector<uint8_t*> outputs)
+  Job(Gathered gathered, std::vector<RowsOut> outputs)
       : misses(std::move(gathered.misses)), outputs(std::move(outputs)), fault(gathered.fault) {}
   ~Job() { let_go(); }
   Job(const Job&) = delete;
   Job& operator=(const Job&) = delete;
 
   std::vector<Miss> misses;
-  std::vector<uint8_t*> outputs;
+  std::vector<RowsOut> outputs;
   Fault fault;                                      // of the thread that fetches until the job is done
   std::chrono::steady_clock::time_point started{};  // of a job that is timed: when it was asked for
 

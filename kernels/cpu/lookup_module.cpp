@@ -8,6 +8,7 @@
 
 #include "buffers_module.h"
 #include "py_engine.h"
+#include "row_gather.h"
 #include "ticket_module.h"
 
 namespace py = pybind11;
@@ -32,7 +33,10 @@ constexpr const char* kLookupWanted =
 constexpr const char* kPairsWanted =
     "keys must be int64 [M], pairs int32 [M] and out uint8 [M, entry_bytes], all contiguous, of a table whose rows are "
     "there";
-constexpr const char* kRowsWanted = "row_ids must be int64 and out uint8, row_bytes for each id, both contiguous";
+constexpr const char* kRowsWanted =
+    "row_ids must be int64 [R] or [N, K], contiguous, and out uint8 of the same shape and [row_bytes], of a table "
+    "whose "
+    "rows are there";
 constexpr const char* kLocateWanted =
     "keys must be int64 [N, O] and sources uint8 [N, O], both contiguous, of a table whose rows are there";
 constexpr const char* kOutsideTable = "a key, a row id or a pair is not one of the table's";
@@ -46,6 +50,10 @@ std::chrono::steady_clock::time_point after(const std::optional<double>& seconds
   if (!seconds) return Clock::time_point::max();
   const std::chrono::duration<double> limit(std::clamp(*seconds, 0.0, 1e9));
   return Clock::now() + std::chrono::duration_cast<Clock::duration>(limit);
+}
+
+RowRange row_range(const PyRowRange& wanted) {
+  return wanted ? RowRange{std::max(wanted->first, int64_t{0}), wanted->second} : RowRange{};
 }
 
 }  // namespace
@@ -85,12 +93,21 @@ bool PyEngine::lookup(size_t index, py::handle keys, py::handle out, py::handle 
   return fault.kind != FaultKind::kOverdue;
 }
 
-void PyEngine::rows(size_t index, py::handle row_ids, py::handle out) {
+bool PyEngine::rows(size_t index, py::handle row_ids, py::handle out, const PyRowRange& wanted,
+                    const std::optional<double>& seconds) {
   TableRequest request;
-  if (!request.fill_rows(engine_->tables(), index, row_ids, out)) refuse(kRowsWanted);
+  if (!request.fill_rows(engine_->tables(), index, row_ids, out, row_range(wanted))) refuse(kRowsWanted);
   const auto started = Latency::begin();
-  check(read(request, Clock::time_point::max()));
+  const Fault fault = read(request, after(seconds));
+  check(fault);
   engine_->latency.end(started);
+  return fault.kind != FaultKind::kOverdue;
+}
+
+py::object PyEngine::submit_rows(size_t index, py::handle row_ids, py::handle out, const PyRowRange& wanted) {
+  std::vector<TableRequest> requests(1);
+  if (!requests[0].fill_rows(engine_->tables(), index, row_ids, out, row_range(wanted))) refuse(kRowsWanted);
+  return start(requests);
 }
 
 void PyEngine::locate(size_t index, py::handle keys, py::handle sources) {
@@ -126,10 +143,10 @@ py::object PyEngine::submit_pairs(size_t index, py::handle keys, py::handle pair
 // `released` has it; between two pieces nothing of the engine is in use, and Python may handle signals.
 FaultKind PyEngine::gather(const TableRequest& request, Gathered& gathered,
                            std::optional<py::gil_scoped_release>& released) {
+  if (request.by_row_id) return gather_by_row_id(request, gathered, released);
   const Table& table = engine_->tables()[request.index];
-  const size_t entry_bytes = request.by_row_id ? table.row_bytes : table.entry_bytes();
-  const size_t whole = request.by_row_id || request.list.pairs != nullptr ? 1 : table.num_orders;
-  const size_t piece = std::clamp(kPieceBytes / entry_bytes, kPiecePairs, kPiecePairsMax) / whole * whole;
+  const size_t whole = request.list.pairs != nullptr ? 1 : table.num_orders;
+  const size_t piece = std::clamp(kPieceBytes / table.entry_bytes(), kPiecePairs, kPiecePairsMax) / whole * whole;
   std::optional<Clock::time_point> looked;  // never if one piece is all
   for (size_t start = 0;;) {
     PairList list = request.list;
@@ -140,21 +157,42 @@ FaultKind PyEngine::gather(const TableRequest& request, Gathered& gathered,
     {
       const Engine::Use use(*engine_);
       if (!use) return FaultKind::kClosed;
-      const bool good = request.by_row_id
-                            ? engine_->gather_rows(request.index, list, request.out.rows, request.of_tokens, gathered)
-                            : engine_->gather(use.view(), request.index, list, request.out, gathered);
-      if (!good) return FaultKind::kOutside;
+      if (!engine_->gather(use.view(), request.index, list, request.out, gathered)) return FaultKind::kOutside;
     }
     start += list.count;
     if (start >= request.list.count) return FaultKind::kNone;
-    const auto now = Clock::now();
-    if (!looked) looked = now;
-    if (now - *looked < kSlice) continue;
-    looked = now;
-    released.reset();
-    check_signals();
-    released.emplace();
+    handle_signals(looked, released);
   }
+}
+
+FaultKind PyEngine::gather_by_row_id(const TableRequest& request, Gathered& gathered,
+                                     std::optional<py::gil_scoped_release>& released) {
+  RowGather rows(*engine_, request.index, request.rows_out, request.of_tokens);
+  std::optional<Clock::time_point> looked;
+  for (size_t start = 0;;) {
+    const size_t count = std::min(rows.rows_max(), request.list.count - start);
+    {
+      const Engine::Use use(*engine_);
+      if (!use) return FaultKind::kClosed;
+      if (!rows.gather(use.view(), request.list.keys + start, start, count, gathered)) return FaultKind::kOutside;
+    }
+    start += count;
+    if (start >= request.list.count) return FaultKind::kNone;
+    handle_signals(looked, released);
+  }
+}
+
+// Lets Python handle signals, once a slice. Nothing of the engine is in use.
+void PyEngine::handle_signals(std::optional<Clock::time_point>& looked,
+                              std::optional<py::gil_scoped_release>& released) const {
+  const auto now = Clock::now();
+  if (!looked) looked = now;
+  if (now - *looked < kSlice) return;
+  looked = now;
+  const bool was_released = released.has_value();
+  released.reset();
+  check_signals();
+  if (was_released) released.emplace();
 }
 
 // Looks a request up on this thread, to the end. Returns how it ended, also kClosed, kOutside or kOverdue.
@@ -163,13 +201,14 @@ Fault PyEngine::read(const TableRequest& request, Clock::time_point until) {
   FaultKind kind;
   {
     std::optional<py::gil_scoped_release> released;
-    if (request.list.count > kBriefPairs || request.by_row_id) released.emplace();
+    const size_t rows_per_pair = request.of_tokens ? engine_->tables()[request.index].rows_per_key : 1;
+    if (request.list.count / rows_per_pair > kBriefPairs) released.emplace();
     kind = gather(request, gathered, released);
     if (kind == FaultKind::kNone) engine_->count_batch(gathered);
   }
   if (kind != FaultKind::kNone) return {kind, 0, 0, 0};
   if (gathered.misses.empty() || gathered.fault.kind != FaultKind::kNone) return gathered.fault;
-  const std::shared_ptr<Job> job = engine_->make_job(std::move(gathered), {{request.index, request.out.rows}});
+  const std::shared_ptr<Job> job = engine_->make_job(std::move(gathered), {{request.index, request.target()}});
   switch (carry(job, {request.out_object}, until)) {
     case Carried::kDone:
       return job->fault;
@@ -245,10 +284,10 @@ Fault PyEngine::wait_for(Job& job, Clock::time_point until) {
 // Gathers, and submits what is missing. Returns as `submit` does.
 py::object PyEngine::start(std::vector<TableRequest>& requests) {
   std::vector<py::object> objects;
-  std::vector<std::pair<size_t, uint8_t*>> outputs;
+  std::vector<std::pair<size_t, RowsOut>> outputs;
   for (TableRequest& request : requests) {
     objects.push_back(request.out_object);
-    outputs.emplace_back(request.index, request.out.rows);
+    outputs.emplace_back(request.index, request.target());
     for (const TableRequest& other : requests) request.keep_keys_from(other.out.rows, other.out_bytes);
   }
   const auto started = Latency::begin();

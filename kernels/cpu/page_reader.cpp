@@ -153,7 +153,7 @@ void PageReader::want_rows(ReadBatch& batch, const Miss& miss, uint8_t* to) {
   const Table& table = tables_[miss.table];
   if (miss.record_number != kNotPlaced) {
     batch.wants.push_back({kPlacedRead | miss.record_number, miss.table, static_cast<uint32_t>(next_miss_),
-                           static_cast<uint32_t>(table.entry_bytes()), to});
+                           static_cast<uint32_t>(table.entry_bytes()), false, to});
     return;
   }
   const bool is_row = miss.order == kRowRequest;
@@ -162,7 +162,7 @@ void PageReader::want_rows(ReadBatch& batch, const Miss& miss, uint8_t* to) {
         is_row ? static_cast<uint64_t>(miss.key) : table.row_id(miss.order * table.rows_per_key + row, miss.key);
     batch.wants.push_back({row_id / table.rows_per_page, miss.table,
                            static_cast<uint32_t>(row_id % table.rows_per_page), static_cast<uint32_t>(table.row_bytes),
-                           to + row * table.row_bytes});
+                           is_row, to + row * table.row_bytes});
   }
 }
 
@@ -241,12 +241,13 @@ Fault PageReader::complete_page(const ReadBatch& batch, size_t group, PageDone d
   if (status != kPageGood) return {FaultKind::kBadPage, batch.wants[start].table, number, status};
   counters_.pages.fetch_add(1, std::memory_order_relaxed);
   counters_.bytes.fetch_add(table.page_bytes, std::memory_order_relaxed);
-  if (job_->misses.front().order == kRowRequest)
-    counters_.row_bytes.fetch_add(table.page_bytes, std::memory_order_relaxed);
+  bool by_row_id = true;  // a page that a key wants too counts as the key's
   for (size_t i = start; i < end; ++i) {
     const RowWant& want = batch.wants[i];
+    by_row_id &= want.by_row_id;
     std::memcpy(want.to, page + want.which * table.row_bytes, want.num_bytes);
   }
+  if (by_row_id) counters_.row_bytes.fetch_add(table.page_bytes, std::memory_order_relaxed);
   return {};
 }
 
@@ -281,14 +282,31 @@ void PageReader::finish_batch(ReadBatch& batch) {
     const Table& table = tables_[request.table];
     const size_t num_bytes = request_bytes(table, request.order);
     size_t end = i;
-    for (; end < batch.miss_end && misses[end].same_request(request); ++end)
-      std::memcpy(job_->outputs[request.table] + misses[end].index * num_bytes, from, num_bytes);
+    for (; end < batch.miss_end && misses[end].same_request(request); ++end) put(misses[end], from);
     if (request.order != kRowRequest && table.cache != nullptr && table.cache->writable()) {
       const std::lock_guard<std::mutex> lock(table.cache->writer());
       table.cache->offer(table.tagged(request.order), request.key, from);
     }
     from += num_bytes;
     i = end;
+  }
+}
+
+// Copies what a miss asked for to where it goes: an entry's rows, or one row.
+void PageReader::put(const Miss& miss, const uint8_t* from) {
+  const Table& table = tables_[miss.table];
+  const RowsOut& out = job_->outputs[miss.table];
+  if (out.is_plain()) {
+    const size_t num_bytes = request_bytes(table, miss.order);
+    std::memcpy(out.rows + miss.index * num_bytes, from, num_bytes);
+  } else if (miss.order == kRowRequest) {  // is wanted, else it would not be asked for
+    out.put(miss.index, from, table.row_bytes);
+  } else {
+    for (size_t row = 0; row < table.rows_per_key; ++row) {
+      const uint64_t row_id = table.row_id(miss.order * table.rows_per_key + row, miss.key);
+      out.put(miss.index * table.rows_per_key + row,
+              out.wanted.holds(static_cast<int64_t>(row_id)) ? from + row * table.row_bytes : nullptr, table.row_bytes);
+    }
   }
 }
 

@@ -73,6 +73,7 @@ class PageReader {
     uint32_t table;
     uint32_t which;  // row within the page
     uint32_t num_bytes;
+    bool by_row_id;
     uint8_t* to;
   };
   struct ReadBatch {
@@ -98,6 +99,7 @@ class PageReader {
   Fault complete_page(const ReadBatch& batch, size_t group, PageDone done);
   Fault complete_placed(const ReadBatch& batch, size_t group, PageDone done);
   void finish_batch(ReadBatch& batch);
+  void put(const Miss& miss, const uint8_t* from);
   void fail(const Fault& fault);
   bool active(const ReadBatch& batch) const { return batch.groups_left > 0; }
 

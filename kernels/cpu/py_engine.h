@@ -24,6 +24,8 @@
 
 namespace tierstore {
 
+using PyRowRange = std::optional<std::pair<int64_t, int64_t>>;
+
 class PyEngine {
  public:
   PyEngine(const std::vector<TableRecord>& records, const std::string& mode, bool use_process_madvise,
@@ -47,9 +49,12 @@ class PyEngine {
   pybind11::object submit(const std::vector<std::tuple<size_t, pybind11::object, pybind11::object>>& lookups);
   // As `submit`, of single pairs.
   pybind11::object submit_pairs(size_t index, pybind11::handle keys, pybind11::handle pairs, pybind11::handle out);
-  // Reads rows by their ids, -1 for a zero row, past the cache. Those of whole tokens of a resident table count as
-  // keys.
-  void rows(size_t index, pybind11::handle row_ids, pybind11::handle out);
+  // Looks up rows by their ids (row_gather.h), -1 for a zero row. wanted: (start, end), ids outside of which give zero
+  // rows too; None: all are wanted. Returns as `lookup` does.
+  bool rows(size_t index, pybind11::handle row_ids, pybind11::handle out, const PyRowRange& wanted,
+            const std::optional<double>& seconds);
+  // The same, started. Returns as `submit` does.
+  pybind11::object submit_rows(size_t index, pybind11::handle row_ids, pybind11::handle out, const PyRowRange& wanted);
   // Writes what would answer keys. Counts nothing.
   void locate(size_t index, pybind11::handle keys, pybind11::handle sources);
 
@@ -89,6 +94,10 @@ class PyEngine {
 
   FaultKind gather(const TableRequest& request, Gathered& gathered,
                    std::optional<pybind11::gil_scoped_release>& released);
+  FaultKind gather_by_row_id(const TableRequest& request, Gathered& gathered,
+                             std::optional<pybind11::gil_scoped_release>& released);
+  void handle_signals(std::optional<Clock::time_point>& looked,
+                      std::optional<pybind11::gil_scoped_release>& released) const;
   Fault read(const TableRequest& request, Clock::time_point until);
   Carried carry(const std::shared_ptr<Job>& job, const std::vector<pybind11::object>& objects, Clock::time_point until);
   Fault wait_for(Job& job, Clock::time_point until);

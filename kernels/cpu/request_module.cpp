@@ -1,5 +1,6 @@
 #include "request_module.h"
 
+#include <algorithm>
 #include <limits>
 #include <utility>
 
@@ -20,6 +21,36 @@ bool is_array(py::handle object, char kind, py::ssize_t itemsize, bool writeable
 
 bool is_keys(py::handle object) { return is_array(object, 'i', 8, false); }
 bool is_bytes(py::handle object) { return is_array(object, 'u', 1, true); }
+
+bool is_strided_bytes(py::handle object) {
+  if (!py::isinstance<py::array>(object)) return false;
+  const auto array = py::reinterpret_borrow<py::array>(object);
+  return array.dtype().kind() == 'u' && array.dtype().itemsize() == 1 && array.writeable();
+}
+
+// Where the rows of an array of two or three dimensions lie.
+RowsOut strided(py::array& rows) {
+  const py::ssize_t last = rows.ndim() - 1;
+  RowsOut out(static_cast<uint8_t*>(rows.mutable_data()));
+  if ((rows.flags() & py::array::c_style) != 0) return out;
+  out.byte_stride = rows.strides(last);
+  out.inner_stride = rows.strides(last - 1);
+  out.num_inner = static_cast<size_t>(rows.shape(last - 1));
+  out.outer_stride = last == 2 ? rows.strides(0) : 0;
+  return out;
+}
+
+// The bytes from the first to the last of an array.
+std::pair<uint8_t*, size_t> extent(py::array& rows) {
+  auto* start = static_cast<uint8_t*>(rows.mutable_data());
+  if (rows.size() == 0) return {start, 0};
+  ptrdiff_t before = 0, after = 0;
+  for (py::ssize_t axis = 0; axis < rows.ndim(); ++axis) {
+    const ptrdiff_t reach = (rows.shape(axis) - 1) * rows.strides(axis);
+    (reach < 0 ? before : after) += reach;
+  }
+  return {start + before, static_cast<size_t>(after - before) + 1};
+}
 
 bool overlap(const void* a, size_t a_bytes, const void* b, size_t b_bytes) {
   const auto a_start = reinterpret_cast<uintptr_t>(a), b_start = reinterpret_cast<uintptr_t>(b);
@@ -91,17 +122,29 @@ bool TableRequest::fill_pairs(const std::vector<Table>& tables, size_t table, py
   return true;
 }
 
-bool TableRequest::fill_rows(const std::vector<Table>& tables, size_t table, py::handle row_ids, py::handle rows) {
-  if (table >= tables.size() || !is_keys(row_ids) || !is_bytes(rows)) return false;
+bool TableRequest::fill_rows(const std::vector<Table>& tables, size_t table, py::handle row_ids, py::handle rows,
+                             const RowRange& wanted) {
+  if (!has_rows(tables, table) || !is_keys(row_ids) || !is_strided_bytes(rows)) return false;
+  const Table& of = tables[table];
   const auto ids = py::reinterpret_borrow<py::array>(row_ids);
-  const auto count = static_cast<size_t>(ids.size());
-  if (static_cast<size_t>(py::reinterpret_borrow<py::array>(rows).nbytes()) != count * tables[table].row_bytes ||
-      count > std::numeric_limits<uint32_t>::max()) {
+  auto to = py::reinterpret_borrow<py::array>(rows);
+  const py::ssize_t ndim = ids.ndim();
+  if (ndim < 1 || ndim > 2 || to.ndim() != ndim + 1 || to.shape(ndim) != static_cast<py::ssize_t>(of.row_bytes) ||
+      !std::equal(ids.shape(), ids.shape() + ndim, to.shape()) || ids.size() > std::numeric_limits<uint32_t>::max()) {
     return false;
   }
-  take(table, row_ids, rows);
+  index = table;
   by_row_id = true;
-  of_tokens = ids.ndim() == 2 && ids.shape(1) == static_cast<py::ssize_t>(tables[table].num_heads());
+  of_tokens = of.is_plain || (ndim == 2 && ids.shape(1) == static_cast<py::ssize_t>(of.num_heads()));
+  list.keys = static_cast<const int64_t*>(ids.data());
+  list.count = static_cast<size_t>(ids.size());
+  rows_out = strided(to);
+  rows_out.wanted = wanted;
+  const auto [start, num_bytes] = extent(to);
+  out = Output(start);
+  out_bytes = num_bytes;
+  out_object = std::move(to);
+  keep_keys_from(start, num_bytes);
   return true;
 }
 

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "address_map.h"
 #include "entry_cache.h"
 #include "entry_index.h"
 #include "page_queue.h"
@@ -22,8 +23,9 @@ static_assert(std::size(kSourceNames) == kFromDevice + 1, "a name each");
 struct Table {
   size_t num_orders, rows_per_key, row_bytes;
   uint64_t num_rows;
-  bool is_plain;                         // keys are row ids, and so must lie below num_rows
-  std::vector<int64_t> moduli, offsets;  // one of each for every (order, head), orders outermost
+  bool is_plain;                                // keys are row ids, and so must lie below num_rows
+  std::vector<int64_t> moduli, offsets;         // one of each for every (order, head), orders outermost
+  std::shared_ptr<const TokenKeys> token_keys;  // null where row ids do not give keys
   size_t page_bytes, rows_per_page;
   uint64_t num_pages, pages_per_shard;
   PageShape shape;

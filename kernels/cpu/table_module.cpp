@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <sys/mman.h>
 
+#include "hash_module.h"
 #include "job.h"
 
 namespace py = pybind11;
@@ -75,6 +76,14 @@ void check_table(const Table& table) {
   require(table.tag < 1 << kTagShift, "a tag is below 16");
 }
 
+// residues: how many of an order's heads fix its keys, and their inverses, as `keys_of_row_ids` takes them.
+void set_token_keys(Table& table, const PyKeyResidues& residues) {
+  const auto& [num_residues, inverses] = residues;
+  require(num_residues.size() == static_cast<py::ssize_t>(table.num_orders), "num_residues must be one an order");
+  const AddressMap map{table.moduli.data(), table.offsets.data(), table.num_orders, table.rows_per_key};
+  table.token_keys = std::make_shared<const TokenKeys>(map, key_residues(num_residues, inverses, map));
+}
+
 void set_memory(TableRecord& record, const py::object& memory) {
   Table& table = record.table;
   if (py::isinstance<PyEntryCache>(memory)) {
@@ -134,7 +143,7 @@ TableRecord make_record(size_t num_orders, size_t rows_per_key, size_t row_bytes
                         std::vector<int64_t> moduli, std::vector<int64_t> offsets, size_t page_bytes,
                         size_t rows_per_page, uint64_t num_pages, uint64_t pages_per_shard, uint32_t page_version,
                         uint32_t seed, const std::vector<FileHandle>& shards, const py::object& memory,
-                        const StaticRecord* statics, uint8_t tag) {
+                        const StaticRecord* statics, uint8_t tag, const std::optional<PyKeyResidues>& residues) {
   TableRecord record;
   Table& table = record.table;
   table.num_orders = num_orders;
@@ -152,6 +161,7 @@ TableRecord make_record(size_t num_orders, size_t rows_per_key, size_t row_bytes
   table.tag = tag;
   for (const FileHandle& shard : shards) table.shards.push_back(file_of(shard));
   check_table(table);
+  if (residues) set_token_keys(table, *residues);
   set_memory(record, memory);
   if (statics != nullptr) set_statics(record, *statics);
   return record;
@@ -194,7 +204,8 @@ void bind_tables(py::module_& module) {
       .def(py::init(&make_record), py::kw_only(), py::arg("num_orders"), py::arg("rows_per_key"), py::arg("row_bytes"),
            py::arg("num_rows"), py::arg("is_plain"), py::arg("moduli"), py::arg("offsets"), py::arg("page_bytes"),
            py::arg("rows_per_page"), py::arg("num_pages"), py::arg("pages_per_shard"), py::arg("page_version"),
-           py::arg("seed"), py::arg("shards"), py::arg("memory"), py::arg("statics") = py::none(), py::arg("tag") = 0);
+           py::arg("seed"), py::arg("shards"), py::arg("memory"), py::arg("statics") = py::none(), py::arg("tag") = 0,
+           py::arg("residues") = py::none());
 }
 
 }  // namespace tierstore

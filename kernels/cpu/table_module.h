@@ -22,6 +22,8 @@ struct PyEntryCache {
 using FileHandle = std::tuple<int, int, size_t>;      // buffered descriptor, direct one or -1, bytes
 using PyIndexArea = std::pair<ByteArray, ByteArray>;  // head, buckets
 
+using PyKeyResidues = std::pair<Input<int64_t>, Input<int64_t>>;  // num_residues, inverses
+
 // Where a table's placed entries are: indexes and records in memory, and the placement's file.
 struct StaticRecord {
   std::vector<PyIndexArea> areas;  // by parity of epochs

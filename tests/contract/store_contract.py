@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from contract.rows_contract import RowsContract
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.shapes import ENTRY_BYTES, HEADS, POISON, ROW_BYTES
@@ -18,7 +19,7 @@ import tierstore
 from tierstore import kernels
 
 
-class StoreContract:
+class StoreContract(RowsContract):
     """Subclasses say how to open a store in `open_store`."""
 
     # Whether one probe answers a key and reports its source: not of a store that asks another host in several requests.

@@ -20,7 +20,6 @@ from support.stores import Model, make_model, place_some, random_keys
 from support.waiting import WAIT_S, eventually
 
 import tierstore
-from tierstore.attached.engine import AttachedEngine
 from tierstore.daemon import attachments
 from tierstore.daemon.daemon import Daemon
 from tierstore.daemon.placements import placed_entries
@@ -30,6 +29,7 @@ from tierstore.daemon.versions import TAGS
 from tierstore.remote import answers as remote_answers
 from tierstore.remote import requests as remote_requests
 from tierstore.remote.answers import Answers
+from tierstore.tiers.native import NativeEngine
 from tierstore.tiers.slots import StaticSlots
 
 NAME = "layers.1"
@@ -420,25 +420,37 @@ def swapping_once(act: Any, socket: Path, store: Path) -> Any:
     return swaps
 
 
-def test_row_ids_that_take_two_lookups_are_of_one_version_though_a_swap_comes_between(
-    placed: Path, newer: Path, socket: Path, model: Model, other: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("swap_comes", ["before", "after"])
+@pytest.mark.parametrize("how", ["rows", "submit_rows"])
+def test_row_ids_of_tokens_and_of_none_are_of_one_version_though_a_swap_comes_meanwhile(
+    placed: Path, newer: Path, socket: Path, model: Model, other: Model, monkeypatch: pytest.MonkeyPatch, how: str,
+    swap_comes: str,
+) -> None:  # fmt: skip
     ids = model.row_ids(NAME, KEYS)
-    ids[::2, 3] = 7  # no token's: read one by one, after the tokens
-    expected = np.where((ids >= 0)[..., None], other.rows[NAME][ids], 0)
+    ids[::2, 3] = 7  # no token's: read one by one, beside the tokens
+    expected = [np.where((ids >= 0)[..., None], each.rows[NAME][ids], 0) for each in (model, other)]
     with serving(placed, socket, CACHED), tierstore.connect(socket) as store:
-        engine = store._engine
-        calls = iter(range(100))
+        old = store._engine.link.engine
 
-        def after_a_swap(*arguments: Any) -> None:
-            if next(calls) == 0:
-                request(socket, "swap", store=str(newer))
-                eventually(lambda: store.version == 2)
-            AttachedEngine.rows(engine, *arguments)
+        def swap() -> None:
+            request(socket, "swap", store=str(newer))
+            eventually(lambda: store.version == 2)
 
-        monkeypatch.setattr(engine, "rows", after_a_swap)
-        np.testing.assert_array_equal(store[NAME].rows(ids), expected)
-        assert next(calls) == 2  # it was asked again
+        def with_a_swap(*arguments: Any) -> Any:
+            if swap_comes == "before":
+                swap()
+                assert old.close(WAIT_S)
+            answered = getattr(NativeEngine, how)(old, *arguments)
+            swap()
+            return answered
+
+        monkeypatch.setattr(old, how, with_a_swap)
+        out = np.zeros((*ids.shape, expected[0].shape[-1] + 1), dtype=np.uint8)[:, :, 1:]
+        if how == "rows":
+            store[NAME].rows(ids, out)
+        else:
+            store[NAME].submit_rows(ids, out).wait(timeout_s=60)
+        np.testing.assert_array_equal(out, expected[swap_comes == "before"])
 
 
 def test_strided_outputs_of_one_submit_are_of_one_version(

@@ -100,7 +100,14 @@ def fill(store: tierstore.Store) -> None:
         store.submit({NAME: (keys, np.empty((200, HEADS, ROW_BYTES), dtype=np.uint8))})
 
 
-@pytest.mark.parametrize("what", ["lookup", "rows", "wait", "submit", "close"])
+def fill_by_id(store: tierstore.Store, model: Model) -> None:
+    """The same by row ids."""
+    while True:
+        ids = model.row_ids(NAME, np.random.default_rng().integers(0, 2**60, (20, 3)))
+        store[NAME].submit_rows(ids, np.empty((20, HEADS, 2 * ROW_BYTES), dtype=np.uint8)[:, :, ::2])
+
+
+@pytest.mark.parametrize("what", ["lookup", "rows", "whole rows", "wait", "submit", "submit rows", "close"])
 def test_an_interrupt_takes_effect_at_once_and_the_store_goes_on(
     slow: tierstore.Store, model: Model, handling: Any, what: str
 ) -> None:
@@ -111,8 +118,10 @@ def test_an_interrupt_takes_effect_at_once_and_the_store_goes_on(
     acts: dict[str, Callable[[], object]] = {
         "lookup": lambda: slow[NAME].lookup(keys),
         "rows": lambda: slow[NAME].rows(ids.reshape(-1)[:-1]),
+        "whole rows": lambda: slow[NAME].rows(ids),
         "wait": lambda: ticket.wait(60),
         "submit": lambda: fill(slow),
+        "submit rows": lambda: fill_by_id(slow, model),
         "close": slow.close,
     }
     took_s = [seconds_until_stopped(acts[what]) for _ in range(3)]
@@ -171,14 +180,17 @@ def test_a_handler_may_look_up_in_the_store_that_it_interrupts(
     np.testing.assert_array_equal(found[0], model.expected(NAME, others))
 
 
+@pytest.mark.parametrize("how", ["lookup", "rows"])
 @pytest.mark.parametrize("timeout_s", [0.0, 0.25])
 def test_a_lookup_ends_when_its_time_is_over_and_leaves_its_buffer_alone(
-    slow: tierstore.Store, model: Model, timeout_s: float
+    slow: tierstore.Store, model: Model, timeout_s: float, how: str
 ) -> None:
     keys = random_keys(np.random.default_rng(7), 300)
+    ids = model.row_ids(NAME, keys)
     out, started = np.empty((300, HEADS, ROW_BYTES), dtype=np.uint8), time.monotonic()
+    look_up, asked = (slow[NAME].lookup, keys) if how == "lookup" else (slow[NAME].rows, ids)
     with pytest.raises(TimeoutError, match=f"not there within {timeout_s} s"):
-        slow[NAME].lookup(keys, out, timeout_s=timeout_s)
+        look_up(asked, out, timeout_s=timeout_s)
     assert time.monotonic() - started < timeout_s + PROMPT_S
     out[:] = 0x3C
     slow._engine.native.inject("none")
@@ -186,7 +198,7 @@ def test_a_lookup_ends_when_its_time_is_over_and_leaves_its_buffer_alone(
     assert (out == 0x3C).all()
 
 
-@pytest.mark.parametrize("how", ["lookup", "rows", "submit"])
+@pytest.mark.parametrize("how", ["lookup", "rows", "whole rows", "submit", "submit rows"])
 def test_a_buffer_is_its_owners_again_when_the_call_was_interrupted(
     slow: tierstore.Store, model: Model, handling: Any, how: str
 ) -> None:
@@ -198,10 +210,16 @@ def test_a_buffer_is_its_owners_again_when_the_call_was_interrupted(
         while True:  # until the store has no room, and waits for some
             slow.submit({NAME: (keys, np.empty_like(out))})
 
+    def submit_rows_again() -> None:
+        while True:
+            slow[NAME].submit_rows(ids, np.empty_like(out), within=(0, 900))
+
     acts: dict[str, Callable[[], object]] = {
         "lookup": lambda: slow[NAME].lookup(keys, out),
         "rows": lambda: slow[NAME].rows(ids.reshape(-1), out.reshape(-1, 40)),
+        "whole rows": lambda: slow[NAME].rows(ids, out[::-1]),
         "submit": submit_again,
+        "submit rows": submit_rows_again,
     }
     seconds_until_stopped(acts[how])
     out[:] = 0x3C

@@ -21,7 +21,7 @@ from ..errors import StoreNotReadyError
 from ..ipc.identity import this_process
 from ..layout import TableLayout
 from ..stats import add_counters, counters_since
-from ..tiers.engine import HostEngine, Pending, Request, VersionChangedError, in_one_version
+from ..tiers.engine import HostEngine, Pending, Request, RowRange, VersionChangedError, in_one_version
 from ..tiers.native import NativeEngine
 from .link import Link
 
@@ -157,8 +157,18 @@ class AttachedEngine(HostEngine):
     def is_resident(self, index: int) -> bool:
         return self._link.engine.is_resident(index)
 
-    def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
-        self._with_engine(lambda engine: engine.rows(index, row_ids, out))
+    def rows(
+        self,
+        index: int,
+        row_ids: np.ndarray,
+        out: np.ndarray,
+        within: RowRange | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._with_engine(lambda engine: engine.rows(index, row_ids, out, within, timeout_s))
+
+    def submit_rows(self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None) -> Pending | None:
+        return self._with_engine(lambda engine: engine.submit_rows(index, row_ids, out, within))
 
     def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
         self._with_engine(lambda engine: engine.locate(index, keys, sources))

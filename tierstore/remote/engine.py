@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
@@ -25,13 +25,14 @@ import numpy as np
 from ..errors import ConfigError, StoreNotReadyError, TierStoreError
 from ..ipc.identity import this_process
 from ..spec import TableSpec
-from ..tiers.engine import READ_WAIT_S, Engine, Request, VersionChangedError, in_one_version
+from ..tiers.engine import READ_WAIT_S, Engine, Request, RowRange, VersionChangedError, in_one_version
 from . import messages
 from .channel import Connection
 from .counts import ClientCounts
 from .messages import Description
 from .replies import Answer, decoded
 from .requests import Attempt, Requests
+from .split_rows import SplitRows
 from .wire import encode
 
 logger = logging.getLogger("tierstore")
@@ -55,6 +56,7 @@ class RemoteEngine(Engine):
         # Instance of the server, and its version, that answered last.
         self._answered = (description.instance, description.version) if description.instance else None
         self._connection, self._timeout_s = connection, timeout_s
+        self._specs = specs
         self._requests = Requests(connection, specs, description)
         self._counts = ClientCounts(specs)
         # Guards `_num_under_way`, `_num_tickets`, `_closed`, `_pool`; signalled when a ticket, or the last lookup, has
@@ -87,8 +89,13 @@ class RemoteEngine(Engine):
         return time.monotonic() + (self._timeout_s if timeout_s is None else min(self._timeout_s, timeout_s))
 
     def submit(self, requests: Sequence[Request]) -> RemotePending | None:
-        started_ns = time.monotonic_ns()
         kept = [(index, keys.copy(), out) for index, keys, out in requests if len(keys)]
+        return self._start(partial(self._look_up, kept), is_empty=not kept)
+
+    def _start(self, act: Callable[[float], None], *, is_empty: bool) -> RemotePending | None:
+        """Has a thread of the pool call act, with the time by which it must be done; is_empty: there is nothing to
+        do."""
+        started_ns = time.monotonic_ns()
         with self._state:
             while self._num_tickets >= TICKETS_MAX and not self._closed:
                 if not self._state.wait(READ_WAIT_S):
@@ -96,18 +103,18 @@ class RemoteEngine(Engine):
                         f"{self._connection.url}: {TICKETS_MAX} tickets did not end within {READ_WAIT_S} s"
                     )
             self._check_open()
-            if not kept:
+            if is_empty:
                 return None
             self._num_tickets += 1
             self._num_under_way += 1
             self._pool = self._pool or ThreadPoolExecutor(SUBMIT_THREADS, thread_name_prefix="tierstore-remote-submit")
-            return RemotePending(self._pool.submit(self._finish, kept, started_ns), self._connection.url)
+            return RemotePending(self._pool.submit(self._finish, act, started_ns), self._connection.url)
 
-    def _finish(self, requests: Sequence[Request], started_ns: int) -> None:
+    def _finish(self, act: Callable[[float], None], started_ns: int) -> None:
         """A ticket's work, in a thread of the pool."""
         try:
             with self._counts.timed(started_ns):
-                self._look_up(requests, self._until())
+                act(self._until())
         finally:
             with self._state:
                 self._num_tickets -= 1
@@ -128,10 +135,23 @@ class RemoteEngine(Engine):
     def is_resident(self, index: int) -> bool:  # noqa: ARG002
         return False  # ids of whole tokens travel as keys, an eighth of the bytes
 
-    def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
+    def rows(
+        self,
+        index: int,
+        row_ids: np.ndarray,
+        out: np.ndarray,
+        within: RowRange | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        until = self._until(timeout_s)
         with self._under_way(), self._counts.timed():
-            answers = self._answers(self._requests.rows(index, row_ids, out), self._until())
-        self._counts.add_rows(len(row_ids), answers)
+            self._look_up_rows(SplitRows(index, self._specs[index], row_ids, out, within), until)
+
+    def submit_rows(
+        self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None
+    ) -> RemotePending | None:
+        split = SplitRows(index, self._specs[index], row_ids, out, within)
+        return self._start(partial(self._look_up_rows, split), is_empty=not row_ids.size)
 
     def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
         with self._under_way():
@@ -186,6 +206,9 @@ class RemoteEngine(Engine):
         """Fills the buffers of a lookup, and counts it."""
         self._counts.add_lookup(requests, self._answers(self._requests.lookup(requests), until))
 
+    def _look_up_rows(self, split: SplitRows, until: float) -> None:
+        split.take(self._answers(split.attempts(self._requests), until), self._counts)
+
     def _answers(self, attempts: Sequence[Attempt], until: float) -> list[Answer]:
         """Makes the requests of one lookup, again if the store was changed between them."""
 
@@ -208,22 +231,32 @@ class RemoteEngine(Engine):
             self.version += before is not None
         if before is None or before == version:  # the latter: another thread was here first
             return
-        try:
-            request = encode(messages.DescribeRequest())
-            reply = self._connection.unary("Describe", request, until)
-            now = decoded(Description, reply, self._connection.url)
-        except (TierStoreError, TimeoutError) as error:
-            logger.warning(
-                "%s: another version of the store answers now; which, it does not say: %s", self._connection.url, error
-            )
+        now = _describe(self._connection, until)
+        if now is None:
             return
         known, self.build = self.build, now.build
         if version[0] != before[0] and known and now.build and known != now.build:
-            logger.warning(
-                "%s: connected again, to another version of the store than before: rows come from %s (digest %.12s) "
-                "now, their digest was %.12s; if that is not meant, use 'tierstore swap' on the server's host",
-                self._connection.url, now.name, now.build, known,
-            )  # fmt: skip
+            _warn_of_another_build(self._connection.url, now, known)
+
+
+def _warn_of_another_build(url: str, now: Description, known: str) -> None:
+    logger.warning(
+        "%s: connected again, to another version of the store than before: rows come from %s (digest %.12s) now, their "
+        "digest was %.12s; if that is not meant, use 'tierstore swap' on the server's host",
+        url, now.name, now.build, known,
+    )  # fmt: skip
+
+
+def _describe(connection: Connection, until: float) -> Description | None:
+    """Returns what a server says of the version that answers now; None, with a warning, if it says nothing."""
+    try:
+        reply = connection.unary("Describe", encode(messages.DescribeRequest()), until)
+        return decoded(Description, reply, connection.url)
+    except (TierStoreError, TimeoutError) as error:
+        logger.warning(
+            "%s: another version of the store answers now; which, it does not say: %s", connection.url, error
+        )
+        return None
 
 
 class RemotePending:

@@ -70,7 +70,7 @@ class OpenedStore:
             try:
                 recorder.start()
                 self._recorder = recorder
-                self._use(RecordingEngine(self.engine, recorder))
+                self._use(RecordingEngine(self.engine, recorder, self.backing.specs))
             except BaseException:
                 self._forget_trace()
                 recorder.abandon()

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from ..formats.key_trace import KeyBlock, KeyTraceInfo, KeyTraceWriter, TracedTable
-from ..tiers.engine import Engine, EngineWrapper, Pending, Request
+from ..spec import TableSpec
+from ..tiers.engine import Engine, EngineWrapper, Pending, Request, RowRange
 
 logger = logging.getLogger("tierstore")
 
@@ -199,10 +200,10 @@ def _sampled(lookups: Sequence[_Lookup], share: float) -> KeyBlock:
 class RecordingEngine(EngineWrapper):
     """An engine with a recorder beside it: every lookup by keys that it takes is recorded. See `Engine`."""
 
-    def __init__(self, engine: Engine, recorder: Recorder) -> None:
+    def __init__(self, engine: Engine, recorder: Recorder, specs: Sequence[TableSpec]) -> None:
         """engine: does the work, and is there unchanged when the recording ends."""
         super().__init__(engine)
-        self.engine, self.recorder = engine, recorder
+        self.engine, self.recorder, self._specs = engine, recorder, specs
         self.try_lookup = self._try_lookup
 
     @property
@@ -236,6 +237,38 @@ class RecordingEngine(EngineWrapper):
             if pending is not None:
                 pending.cancel()
             raise
+
+    def rows(
+        self,
+        index: int,
+        row_ids: np.ndarray,
+        out: np.ndarray,
+        within: RowRange | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        ids = row_ids.copy()
+        self.engine.rows(index, ids, out, within, timeout_s)
+        self._record_rows(index, ids, within)
+
+    def submit_rows(self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None) -> Pending | None:
+        ids = row_ids.copy()
+        pending = self.engine.submit_rows(index, ids, out, within)
+        try:
+            self._record_rows(index, ids, within)
+            return pending
+        except BaseException:  # nobody has the lookup
+            if pending is not None:
+                pending.cancel()
+            raise
+
+    def _record_rows(self, index: int, row_ids: np.ndarray, within: RowRange | None) -> None:
+        """Records the keys of the whole tokens among row ids."""
+        spec = self._specs[index]
+        if self.engine.is_resident(index) or not (spec.is_plain or row_ids.shape[1:] == (spec.num_heads,)):
+            return
+        keys, is_whole = spec.keys_of_row_ids(row_ids.reshape(-1, spec.num_heads), within)
+        if is_whole.any():
+            self.recorder.record([(index, keys[is_whole])])
 
     def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> Pending | None:
         pending = self.engine.submit_pairs(index, keys, pairs, out)

@@ -21,28 +21,13 @@ import numpy as np
 from ..errors import StoreNotReadyError
 from ..formats.key_trace import KeyTraceInfo, TracedTable
 from ..stats import stats_of
-from ..tiers.engine import DeviceEngine, Engine, Pending
+from ..tiers.engine import DeviceEngine, Engine
 from ..units import format_bytes
 from .backing import Backing
 from .opened import OpenedStore
 from .recorder import Recorder
 from .table import Table
-
-
-class Ticket:
-    """A lookup that was started early. Dropping it without `wait` leaks nothing: the reads end by themselves."""
-
-    def __init__(self, pending: Pending | None) -> None:
-        self._pending = pending
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Blocks until every row is in its buffer; raises what the lookup raises.
-
-        Raises `TimeoutError` after timeout_s seconds; the lookup goes on, and `wait` may be called again, as after
-        Ctrl-C. May be called from any thread, and more than once.
-        """
-        if self._pending is not None:
-            self._pending.wait(timeout_s)
+from .ticket import Ticket, handed_out
 
 
 class Store:
@@ -188,9 +173,7 @@ class Store:
                 pending.wait(None)
             for flat, out in strided:
                 out[...] = flat
-            ticket = Ticket(pending)
-            pending.detach()
-            return ticket
+            return handed_out(pending)
         except BaseException:  # nobody has the ticket
             pending.cancel()
             raise

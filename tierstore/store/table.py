@@ -1,7 +1,8 @@
 """One table of an open store: checks what callers give, and hands it to the engine that answers.
 
-Input: keys or row ids, a buffer for the rows perhaps. Output: rows. Errors: `TypeError` and `ValueError` for arrays of
-other types, shapes and ranges than the table has. Shapes: N tokens, O orders, H rows per key.
+Input: keys or row ids, a buffer for the rows perhaps. Output: rows, or a ticket for them. Errors: `TypeError` and
+`ValueError` for arrays of other types, shapes and ranges than the table has. Shapes: N tokens, O orders, H rows per
+key.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import numpy as np
 
 from .. import kernels
 from ..spec import TableSpec
-from ..tiers.engine import Engine, in_one_version
+from ..tiers.engine import Engine
+from .arguments import check_sources, checked_ids, checked_out, checked_range, checked_rows, refuse_outside
+from .ticket import Ticket, handed_out
 
 KEYS_END = 1 << 63
 
@@ -88,7 +91,7 @@ class Table:
         # Something is out of the ordinary: arguments to refuse or to copy, a closed store, a limit.
         keys, out = self.checked(keys, out)
         if sources is not None:
-            _check_sources(sources, keys.shape)
+            check_sources(sources, keys.shape)
         flat = out if out.flags.c_contiguous else np.empty(out.shape, dtype=np.uint8)
         self._engine.lookup(self.index, keys, flat, sources, timeout_s)
         if flat is not out:
@@ -110,52 +113,83 @@ class Table:
         self._engine.locate(self.index, keys, sources)
         return sources
 
-    def rows(self, row_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Returns rows by row id: int64 [...] -> uint8 [..., row_bytes]; row id -1 gives a zero row.
+    def rows(
+        self,
+        row_ids: np.ndarray,
+        out: np.ndarray | None = None,
+        *,
+        within: tuple[int, int] | None = None,
+        timeout_s: float | None = None,
+    ) -> np.ndarray:
+        """Returns rows by row id, as an inference engine asks for them. Blocks on the disk for what no tier holds.
 
-        Where the last axis holds all row ids of a token ([..., O * H]), tokens whose ids belong together go through the
-        caches by their keys, which the ids give back; other ids are read one by one. Blocks and raises like `lookup`.
+        If the last axis holds all row ids of a token ([..., O * H]), tokens whose ids belong together go through the
+        caches by their keys, which the ids give back. Other ids are read one by one.
+
+        Args:
+            row_ids: int64 [...], any strides; row id -1 gives a zero row. They may lie where out does.
+            out: uint8 [..., row_bytes], any strides, filled and returned; None: a new array.
+            within: (start, end), a range of row ids. Ids outside of it give zero rows, whatever they are: those of
+                padded tokens, or of another rank's rows. Give all ids of a token nevertheless: the key needs them.
+                None: every id but -1 must be the table's.
+            timeout_s: the longest that it waits; None: as long as the disk answers.
+
+        Returns:
+            The rows, uint8 [..., row_bytes].
+
+        Raises:
+            TypeError: row_ids are not int64, out is not uint8.
+            ValueError: an id outside the table, an out of another shape, a range outside the table. All else as
+                `lookup`; after any error out is undefined.
         """
-        spec = self._spec
-        row_ids = _checked_ids(row_ids, "row_ids").copy()  # ours: what is checked is what is read
-        outside = kernels.find_out_of_range(row_ids, spec.num_rows)
-        if outside >= 0:
-            bad = row_ids.reshape(-1)[outside]
-            raise ValueError(f"table {spec.name}: row id {bad} is outside -1 to {spec.num_rows - 1}")
-        out = _checked_out(out, (*row_ids.shape, spec.row_bytes))
-        flat = out if out.flags.c_contiguous else np.empty(out.shape, dtype=np.uint8)
-        # Whole tokens and single rows are two lookups: swapped between them, the store would answer from two versions.
-        in_one_version(self._engine, lambda: self._gather_rows(row_ids, flat), f"table {spec.name}")
-        if flat is not out:
-            out[...] = flat
+        within = None if within is None else checked_range(within, self._spec)
+        ids, out, flat = checked_rows(self._spec, row_ids, out)
+        try:
+            self._engine.rows(self.index, ids, flat, within, timeout_s)
+        except ValueError:
+            refuse_outside(self._spec, ids)
+            raise
+        if flat is not out and not np.may_share_memory(flat, out):
+            out[...] = flat.reshape(out.shape)
         return out
 
-    def _gather_rows(self, row_ids: np.ndarray, out: np.ndarray) -> None:
-        """Answers `rows`: whole tokens by their keys, other ids one by one."""
-        spec = self._spec
-        flat_ids, flat_out = row_ids.reshape(-1), out.reshape(-1, spec.row_bytes)
-        whole = np.zeros(0, dtype=bool)
-        of_tokens = spec.is_plain or (row_ids.ndim > 0 and row_ids.shape[-1] == spec.num_heads)
-        if of_tokens and self._engine.is_resident(self.index):
-            self._engine.rows(self.index, flat_ids.reshape(-1, spec.num_heads), flat_out)
-            return
-        if of_tokens:
-            keys, whole = spec.keys_of_row_ids(flat_ids.reshape(-1, spec.num_heads))
-            tokens_out = out.reshape(-1, *self._rows_shape)
-            if whole.all():
-                self._engine.lookup(self.index, keys, tokens_out)
-                return
-            if whole.any():
-                part = np.empty((int(whole.sum()), *self._rows_shape), dtype=np.uint8)
-                self._engine.lookup(self.index, keys[whole], part)
-                tokens_out[whole] = part
-        if not whole.any():
-            self._engine.rows(self.index, flat_ids, flat_out)
-            return
-        single = np.flatnonzero(~np.repeat(whole, spec.num_heads))
-        part = np.empty((len(single), spec.row_bytes), dtype=np.uint8)
-        self._engine.rows(self.index, flat_ids[single], part)
-        flat_out[single] = part
+    def submit_rows(self, row_ids: np.ndarray, out: np.ndarray, *, within: tuple[int, int] | None = None) -> Ticket:
+        """Starts what `rows` does, and returns a ticket to wait for.
+
+        What memory holds is copied before this returns, and the reads of the rest are in flight; a thread of the store
+        finishes them, whether anybody waits or not. The lookup holds out until its rows are there; leave out alone
+        until `Ticket.wait` returns. row_ids are not looked at any more once this has returned. If the leading axes of
+        an out of four or more do not join into one stride, this waits for the rows. Otherwise as `Store.submit`:
+        wrong arguments raise here, failed reads in `wait`.
+
+        Args:
+            row_ids: int64 [...], any strides.
+            out: uint8 [..., row_bytes], any strides.
+            within: As of `rows`.
+
+        Raises:
+            TypeError, ValueError: As `rows`; there is no out.
+        """
+        if out is None:
+            raise TypeError(f"submit_rows: table {self._spec.name} has no out; give a uint8 buffer for its rows")
+        within = None if within is None else checked_range(within, self._spec)
+        ids, out, flat = checked_rows(self._spec, row_ids, out)
+        try:
+            pending = self._engine.submit_rows(self.index, ids, flat, within)
+        except ValueError:
+            refuse_outside(self._spec, ids)
+            raise
+        if flat is out or np.may_share_memory(flat, out):
+            return handed_out(pending)
+        try:
+            if pending is not None:
+                pending.wait(None)
+            out[...] = flat.reshape(out.shape)
+            return handed_out(pending)
+        except BaseException:  # nobody has the ticket
+            if pending is not None:
+                pending.cancel()
+            raise
 
     def checked(self, keys: np.ndarray, out: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Checks a request; returns a copy of its keys, contiguous, and the buffer for its rows.
@@ -163,7 +197,7 @@ class Table:
         The copy is what is checked and looked up, whatever another thread, or the output, does to the caller's keys.
         """
         spec = self.spec
-        keys = _checked_ids(keys, "keys").copy()
+        keys = checked_ids(keys, "keys").copy()
         if keys.ndim != 2 or keys.shape[1] != len(spec.orders):
             raise ValueError(
                 f"table {spec.name}: keys are {list(keys.shape)}, expected [N, {len(spec.orders)}]: one for each order"
@@ -176,36 +210,5 @@ class Table:
                     f"table {spec.name}: key {bad} is below -1; keys are 0 to 2^63 - 1, or -1 for zero rows"
                 )
             raise ValueError(f"table {spec.name}: key {bad} is outside its {spec.num_rows} rows")
-        out = _checked_out(out, (len(keys), spec.num_heads, spec.row_bytes))
+        out = checked_out(out, (len(keys), spec.num_heads, spec.row_bytes))
         return keys, out
-
-
-def _checked_ids(ids: np.ndarray, what: str) -> np.ndarray:
-    ids = np.asarray(ids)
-    if ids.dtype != np.int64:
-        raise TypeError(f"{what} are {ids.dtype}, expected int64; convert them: {what}.astype(numpy.int64)")
-    return ids
-
-
-def _checked_out(out: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
-    if out is None:
-        return np.empty(shape, dtype=np.uint8)
-    if not isinstance(out, np.ndarray) or out.dtype != np.uint8:
-        found = out.dtype if isinstance(out, np.ndarray) else type(out).__name__
-        raise TypeError(f"out is {found}, expected a NumPy array of uint8 (of a tensor: tensor.numpy())")
-    if out.shape != shape:
-        raise ValueError(f"out is {list(out.shape)}, the rows are {list(shape)}")
-    if not out.flags.writeable:
-        raise ValueError("out is read-only; give a buffer that can be written")
-    return out
-
-
-def _check_sources(sources: np.ndarray, shape: tuple[int, ...]) -> None:
-    if not isinstance(sources, np.ndarray) or sources.dtype != np.uint8:
-        raise TypeError(
-            f"sources is {getattr(sources, 'dtype', type(sources).__name__)}, expected a NumPy array of uint8"
-        )
-    if sources.shape != shape or not (sources.flags.c_contiguous and sources.flags.writeable):
-        raise ValueError(
-            f"sources is {list(sources.shape)}, expected {list(shape)}, one for each key, contiguous and writable"
-        )

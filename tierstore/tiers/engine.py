@@ -27,6 +27,7 @@ VERSION_TRIES_MAX = 16
 VERSION_PAUSE_S = 0.001
 
 Request = tuple[int, np.ndarray, np.ndarray]  # index, keys [N, O], out [N, O * H, row_bytes]
+RowRange = tuple[int, int]  # row ids from the first on, without the second
 _T = TypeVar("_T")
 
 
@@ -110,12 +111,29 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
-        """Fills out, uint8 [R, row_bytes], from row_ids, int64 [R], -1 for zero rows: from DRAM if resident, else
-        pages.
+    def rows(
+        self,
+        index: int,
+        row_ids: np.ndarray,
+        out: np.ndarray,
+        within: RowRange | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Looks up rows by their ids, on the caller's thread. Blocks on the disk for what no tier holds.
 
-        They count as rows. Of a resident table, row_ids may be those of whole tokens, [N, O * H]; they count as keys.
+        Args:
+            index: the table's index. row_ids: int64 [R] or [N, K], contiguous, any values, -1 for a zero row. Of whole
+            tokens, [N, O * H], they go through the tiers by their keys, and count as those; others are read one by one,
+            and count as rows. out: uint8, the shape of row_ids and [row_bytes], any strides. within: ids outside of it
+            give zero rows; None: every id must be the table's. timeout_s: as of `lookup`.
+
+        Raises:
+            ValueError: an id is not the table's; out is undefined. All else: as `lookup`.
         """
+
+    @abstractmethod
+    def submit_rows(self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None) -> Pending | None:
+        """Starts what `rows` does, and otherwise is as `submit`."""
 
     @abstractmethod
     def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
@@ -213,8 +231,18 @@ class EngineWrapper(Engine):
     def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> Pending | None:
         return self._engine.submit_pairs(index, keys, pairs, out)
 
-    def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
-        self._engine.rows(index, row_ids, out)
+    def rows(
+        self,
+        index: int,
+        row_ids: np.ndarray,
+        out: np.ndarray,
+        within: RowRange | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._engine.rows(index, row_ids, out, within, timeout_s)
+
+    def submit_rows(self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None) -> Pending | None:
+        return self._engine.submit_rows(index, row_ids, out, within)
 
     def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
         self._engine.locate(index, keys, sources)

@@ -21,7 +21,7 @@ from ..formats.page import PAGE_VERSION
 from ..process.progress import OnProgress
 from ..process.workers import aside
 from ..stats import latency_of
-from .engine import READ_WAIT_S, HostEngine, Request, in_slices
+from .engine import READ_WAIT_S, HostEngine, Request, RowRange, in_slices
 from .faults import FaultNames
 from .memory import allocate
 from .nvme import IoChoice, TableFiles, load_rows
@@ -168,7 +168,10 @@ class NativeEngine(HostEngine):
         timeout_s: float | None = None,
     ) -> None:
         if not self._engine.lookup(index, keys, out, sources, timeout_s):
-            raise TimeoutError(f"{self._what}: the rows were not there within {timeout_s} s; the lookup was given up")
+            raise self._overdue(timeout_s)
+
+    def _overdue(self, timeout_s: float | None) -> TimeoutError:
+        return TimeoutError(f"{self._what}: the rows were not there within {timeout_s} s; the lookup was given up")
 
     def submit(self, requests: Sequence[Request]) -> NativePending | None:
         return _pending(self._engine.submit(list(requests)))
@@ -176,8 +179,21 @@ class NativeEngine(HostEngine):
     def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> NativePending | None:
         return _pending(self._engine.submit_pairs(index, keys, pairs, out))
 
-    def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> None:
-        self._engine.rows(index, row_ids, out)
+    def rows(
+        self,
+        index: int,
+        row_ids: np.ndarray,
+        out: np.ndarray,
+        within: RowRange | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        if not self._engine.rows(index, row_ids, out, within, timeout_s):
+            raise self._overdue(timeout_s)
+
+    def submit_rows(
+        self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None
+    ) -> NativePending | None:
+        return _pending(self._engine.submit_rows(index, row_ids, out, within))
 
     def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
         self._engine.locate(index, keys, sources)
@@ -262,4 +278,5 @@ def _record(file: TableFiles, memory: TableMemory) -> kernels.TableRecord:
         memory=memory.rows_or_cache,
         statics=memory.statics,
         tag=memory.tag,
+        residues=spec.residues,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tierstore.store.store import Ticket
+from tierstore.store.ticket import Ticket
 from tierstore.units import format_bytes
 
 from . import page_cache, stores

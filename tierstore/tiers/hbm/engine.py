@@ -11,6 +11,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,11 +19,12 @@ import numpy as np
 from ... import kernels
 from ...errors import StoreNotReadyError
 from ...stats import add_counters
-from ..engine import READ_WAIT_S, EngineWrapper, HostEngine, Pending, Request, in_one_version
+from ..engine import READ_WAIT_S, EngineWrapper, HostEngine, Pending, Request, RowRange, in_one_version
 from ..placed import PlacementFile
 from .change import OnBytes, change_entries
 from .lookup import DeviceLookup
 from .open_lookups import OpenLookups
+from .row_hits import RowHits, take_row_hits
 from .tier import HbmTier
 from .times import DeviceTimes
 
@@ -65,7 +67,7 @@ class HbmEngine(EngineWrapper):
     ) -> None:
         rest, hits, entries = self._take_hits(index, keys)
         self._engine.lookup(index, rest, out, sources, timeout_s)
-        self._put(out, hits, entries)
+        _put(out, hits, entries)
         if sources is not None and hits is not None:
             sources[hits] = _HBM_SOURCE
 
@@ -75,15 +77,41 @@ class HbmEngine(EngineWrapper):
     def _submit(self, requests: Sequence[Request]) -> Pending | None:
         taken = [self._take_hits(index, keys) for index, keys, _ in requests]
         rests = [(index, rest, out) for (index, _, out), (rest, _, _) in zip(requests, taken, strict=True)]
-        pending = self._engine.submit(rests)  # has written what it does not read: what slots hold may be put over that
-        try:
+
+        def put() -> None:
             for (_, _, out), (_, hits, entries) in zip(requests, taken, strict=True):
-                self._put(out, hits, entries)
-            return pending
-        except BaseException:
-            if pending is not None:
-                pending.cancel()
-            raise
+                _put(out, hits, entries)
+
+        return _started(self._engine.submit(rests), put)
+
+    def rows(
+        self,
+        index: int,
+        row_ids: np.ndarray,
+        out: np.ndarray,
+        within: RowRange | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        ids = row_ids.copy()  # ours: looked at more than once
+
+        def look_up() -> None:
+            hits = self._take_row_hits(index, ids, within)
+            self._engine.rows(index, hits.rest, out, within, timeout_s)
+            hits.put(out)
+
+        in_one_version(self._engine, look_up, self._what)
+
+    def submit_rows(self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None) -> Pending | None:
+        ids = row_ids.copy()
+
+        def start() -> Pending | None:
+            hits = self._take_row_hits(index, ids, within)
+            return _started(self._engine.submit_rows(index, hits.rest, out, within), partial(hits.put, out))
+
+        return in_one_version(self._engine, start, self._what)
+
+    def _take_row_hits(self, index: int, row_ids: np.ndarray, within: RowRange | None) -> RowHits:
+        return take_row_hits(self._host.layouts[index].spec, row_ids, within, partial(self._take_hits, index))
 
     def _take_hits(self, index: int, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
         """Returns the keys for the engine below, and what slots hold: which, bool [N, O], and their entries; None:
@@ -96,11 +124,6 @@ class HbmEngine(EngineWrapper):
         with self._counts_lock:
             self._hits[index] += hits.sum(axis=0)
         return np.where(hits, -1, keys), hits, entries
-
-    @staticmethod
-    def _put(out: np.ndarray, hits: np.ndarray | None, entries: np.ndarray | None) -> None:
-        if hits is not None and entries is not None:
-            out.reshape(hits.size, entries.shape[1])[hits.reshape(-1)] = entries
 
     def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
         self._engine.locate(index, keys, sources)
@@ -169,20 +192,10 @@ class HbmEngine(EngineWrapper):
         counters["latency"] = add_counters(counters["latency"], self._times.record())
         if not self._has_device:
             return counters | {"hbm": [hits.tolist() for hits in self._hits]}
-        in_hbm, tables = [], []
-        for index, (hits, counted, (in_dram, in_static, from_nvme)) in enumerate(
-            zip(self._hits, self._tier.counters(), counters["tables"], strict=True)
-        ):
-            # Of a table that DRAM holds whole, if the device reads it, a miss of the tier is a hit there.
-            by_device = counted["records"] + (counted["misses"] if self._tier.row_addresses[index] else 0)
-            in_hbm.append((hits + counted["slots"]).tolist())
-            tables.append([(in_dram + by_device).tolist(), (in_static + counted["records"]).tolist(), from_nvme])
-            # What slots held for the host was a key of -1 to the engine below.
-            counters["sentinels"] += int(counted["sentinels"][0] - hits.sum())
         steps = self._lookups.steps_without_miss()
         counters["batches"] += steps
         counters["zero_miss_batches"] += steps
-        return counters | {"tables": tables, "hbm": in_hbm}
+        return counters | _with_device_counts(counters, self._hits, self._tier.counters(), self._tier.row_addresses)
 
     def close(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
@@ -224,3 +237,38 @@ class HbmEngine(EngineWrapper):
 def _nothing(_index: int, _keys: Any, _out: Any) -> bool:
     """The shortest way, which looks into no slots: every lookup must take the longer one."""
     return False
+
+
+def _put(out: np.ndarray, hits: np.ndarray | None, entries: np.ndarray | None) -> None:
+    """Copies what slots held to its places."""
+    if hits is not None and entries is not None:
+        out.reshape(hits.size, entries.shape[1])[hits.reshape(-1)] = entries
+
+
+def _started(pending: Pending | None, put: Callable[[], None]) -> Pending | None:
+    """Puts what slots held over what the engine below has written, which is all that it does not read."""
+    try:
+        put()
+        return pending
+    except BaseException:  # nobody has the lookup
+        if pending is not None:
+            pending.cancel()
+        raise
+
+
+def _with_device_counts(
+    counters: dict[str, Any], hits_of_host: list[np.ndarray], of_device: Any, row_addresses: Sequence[int]
+) -> dict[str, Any]:
+    """Returns what the device counted, and the host's lookups found in slots, joined to counters of the engine
+    below."""
+    in_hbm, tables, sentinels = [], [], counters["sentinels"]
+    for hits, counted, row_address, (in_dram, in_static, from_nvme) in zip(
+        hits_of_host, of_device, row_addresses, counters["tables"], strict=True
+    ):
+        # Of a table that DRAM holds whole, if the device reads it, a miss of the tier is a hit there.
+        by_device = counted["records"] + (counted["misses"] if row_address else 0)
+        in_hbm.append((hits + counted["slots"]).tolist())
+        tables.append([(in_dram + by_device).tolist(), (in_static + counted["records"]).tolist(), from_nvme])
+        # What slots held for the host was a key of -1 to the engine below.
+        sentinels += int(counted["sentinels"][0] - hits.sum())
+    return {"tables": tables, "hbm": in_hbm, "sentinels": sentinels}

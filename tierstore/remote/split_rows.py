@@ -1,0 +1,84 @@
+"""Row ids on their way to a server: those of whole tokens as keys, an eighth of the bytes, others one by one.
+
+Input: row ids, and where their rows go. Output: what to ask for, into buffers, and `take`, which brings the
+answers to their places. Errors: `ValueError` for ids that are not the table's.
+
+Shapes: N tokens, O orders, H rows per key, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .. import kernels
+from ..spec import TableSpec, is_outside_of
+from ..tiers.engine import Request, RowRange
+from .counts import ClientCounts
+from .replies import Answer
+from .requests import Attempt, Requests
+
+
+class SplitRows:
+    """One request by row ids, of which it keeps a copy.
+
+    Attributes:
+        keys: int64 [N, O], of whole tokens; -1 where all ids of an order are outside of the wanted range.
+        tokens: uint8 [N, O * H, row_bytes], for their rows.
+        ids: int64 [R], of the others; -1 outside of the wanted range.
+        rows: uint8 [R, row_bytes], for theirs.
+    """
+
+    def __init__(
+        self, index: int, spec: TableSpec, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None
+    ) -> None:
+        """row_ids, out, within: as of `Engine.rows`."""
+        row_ids = row_ids.copy()
+        self._index, self._out, self._num_by_key = index, out, 0
+        self._is_outside = None if within is None else is_outside_of(row_ids, within)
+        wanted = row_ids if self._is_outside is None else np.where(self._is_outside, -1, row_ids)
+        if kernels.find_out_of_range(wanted, spec.num_rows) >= 0:
+            raise ValueError(f"table {spec.name}: a row id is not one of the table's")
+        if spec.is_plain or row_ids.shape[1:] == (spec.num_heads,):
+            keys, is_whole = spec.keys_of_row_ids(row_ids.reshape(-1, spec.num_heads), within)
+        else:
+            keys, is_whole = np.empty((0, len(spec.orders)), dtype=np.int64), np.zeros(1, dtype=bool)
+        per_token = row_ids.size // len(is_whole) if len(is_whole) else 1
+        # Which ids of the request are those of whole tokens, flat.
+        self._is_keyed = np.repeat(is_whole, per_token)
+        self.keys = keys[is_whole[: len(keys)]]
+        self.ids = wanted.reshape(-1)[~self._is_keyed]
+        # Nearly always the answers can be written where they go.
+        self._goes_straight = within is None and out.flags.c_contiguous and not (len(self.keys) and len(self.ids))
+        to = out if self._goes_straight else np.empty(out.shape, dtype=np.uint8)
+        flat, num_keyed = to.reshape(-1, spec.row_bytes), row_ids.size - len(self.ids)
+        self.tokens = flat[:num_keyed].reshape(-1, spec.num_heads, spec.row_bytes)
+        self.rows = flat[num_keyed:]
+
+    def attempts(self, requests: Requests) -> list[Attempt]:
+        """Returns what asks for whole tokens, and then what asks for the others."""
+        by_key = requests.lookup(self._lookups())
+        self._num_by_key = len(by_key)
+        return by_key + requests.rows(self._index, self.ids, self.rows)
+
+    def _lookups(self) -> list[Request]:
+        return [(self._index, self.keys, self.tokens)] if len(self.keys) else []
+
+    def take(self, answers: Sequence[Answer], counts: ClientCounts) -> None:
+        """Puts the rows that have come to where they go, and counts them. answers: of `attempts`, in its order."""
+        self._put()
+        if len(self.keys) or not len(self.ids):
+            counts.add_lookup(self._lookups(), answers[: self._num_by_key])
+        if len(self.ids):
+            counts.add_rows(len(self.ids), answers[self._num_by_key :])
+
+    def _put(self) -> None:
+        """Copies the rows that have come to where they go, zeros where they are not wanted."""
+        if self._goes_straight:
+            return
+        is_keyed = self._is_keyed.reshape(self._out.shape[:-1])
+        self._out[is_keyed] = self.tokens.reshape(-1, self.tokens.shape[2])
+        self._out[~is_keyed] = self.rows
+        if self._is_outside is not None:
+            self._out[self._is_outside] = 0

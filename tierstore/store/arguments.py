@@ -1,0 +1,84 @@
+"""What callers give a table, checked and in the form that engines take.
+
+Input: arrays of keys, row ids and rows, ranges of row ids. Output: the same, copied only if it must be. Errors:
+`TypeError` and `ValueError` that say what was given and what was expected.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+
+from .. import kernels
+from ..spec import TableSpec
+
+
+def checked_rows(
+    spec: TableSpec, row_ids: np.ndarray, out: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Checks a request by row id, but for the ids themselves, which the engine checks as it reads them.
+
+    Returns:
+        The ids, [R] or [N, K] and contiguous; the buffer for their rows; and that buffer as the engine takes it, which
+        is another one if the leading axes of out do not join into one stride.
+    """
+    ids = checked_ids(row_ids, "row_ids")
+    out = checked_out(out, (*ids.shape, spec.row_bytes))
+    if not (ids.flags.c_contiguous and ids.flags.aligned):
+        ids = ids.copy()
+    if 1 <= ids.ndim <= 2:
+        return ids, out, out
+    ids = ids.reshape((-1, ids.shape[-1]) if ids.size else (0, 1)) if ids.ndim else ids.reshape(1)
+    return ids, out, out.reshape(*ids.shape, spec.row_bytes)
+
+
+def refuse_outside(spec: TableSpec, row_ids: np.ndarray) -> None:
+    """Raises `ValueError` that names the first row id outside the table, if there is one."""
+    outside = kernels.find_out_of_range(row_ids, spec.num_rows)
+    if outside >= 0:
+        bad = row_ids.reshape(-1)[outside]
+        raise ValueError(f"table {spec.name}: row id {bad} is outside -1 to {spec.num_rows - 1}")
+
+
+def checked_ids(ids: np.ndarray, what: str) -> np.ndarray:
+    ids = np.asarray(ids)
+    if ids.dtype != np.int64:
+        raise TypeError(f"{what} are {ids.dtype}, expected int64; convert them: {what}.astype(numpy.int64)")
+    return ids
+
+
+def checked_out(out: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    if out is None:
+        return np.empty(shape, dtype=np.uint8)
+    if not isinstance(out, np.ndarray) or out.dtype != np.uint8:
+        found = out.dtype if isinstance(out, np.ndarray) else type(out).__name__
+        raise TypeError(f"out is {found}, expected a NumPy array of uint8 (of a tensor: tensor.numpy())")
+    if out.shape != shape:
+        raise ValueError(f"out is {list(out.shape)}, the rows are {list(shape)}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; give a buffer that can be written")
+    return out
+
+
+def checked_range(within: tuple[int, int], spec: TableSpec) -> tuple[int, int]:
+    try:
+        start, end = map(operator.index, within)
+    except (TypeError, ValueError):
+        raise TypeError(f"within is {within!r}, expected two ints: (start, end), a range of row ids") from None
+    if not 0 <= start <= end <= spec.num_rows:
+        raise ValueError(
+            f"table {spec.name}: within is {start} to {end}, expected a range of its rows, 0 to {spec.num_rows}"
+        )
+    return start, end
+
+
+def check_sources(sources: np.ndarray, shape: tuple[int, ...]) -> None:
+    if not isinstance(sources, np.ndarray) or sources.dtype != np.uint8:
+        raise TypeError(
+            f"sources is {getattr(sources, 'dtype', type(sources).__name__)}, expected a NumPy array of uint8"
+        )
+    if sources.shape != shape or not (sources.flags.c_contiguous and sources.flags.writeable):
+        raise ValueError(
+            f"sources is {list(sources.shape)}, expected {list(shape)}, one for each key, contiguous and writable"
+        )
