@@ -1,0 +1,89 @@
+"""Configurations of vLLM under which rows cannot come from a store, or under which the table would be read anyway.
+
+Input: a `VllmConfig` and the plug-in's settings. Output: none. Errors: `EngineMismatchError`, with the option and what
+to set instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..gate import EngineMismatchError
+from ..settings import EngineSettings
+
+LAZY_FORMATS = ("auto", "hf", "safetensors", "dummy")  # formats that read a tensor only when its loader copies it
+LAZY_STRATEGIES = (None, "lazy")
+
+
+def check_config(vllm_config: Any, settings: EngineSettings) -> None:
+    """Raises `EngineMismatchError` for the first option that does not fit."""
+    _check_loading(vllm_config.load_config)
+    _check_parallel(vllm_config)
+    _check_platform()
+    if settings.mode == "device":
+        _check_device_mode()
+
+
+def _check_loading(load_config: Any) -> None:
+    load_format = str(load_config.load_format)
+    if load_format not in LAZY_FORMATS:
+        raise EngineMismatchError(
+            f"load_format {load_format!r} reads the whole n-gram table from the checkpoint; use --load-format "
+            f"safetensors, which reads what is copied"
+        )
+    strategy = load_config.safetensors_load_strategy
+    if strategy not in LAZY_STRATEGIES:
+        raise EngineMismatchError(
+            f"safetensors_load_strategy {strategy!r} reads the whole n-gram table from the checkpoint; use "
+            f"--safetensors-load-strategy lazy"
+        )
+    extra = load_config.model_loader_extra_config
+    if isinstance(extra, dict) and extra.get("enable_multithread_load"):
+        raise EngineMismatchError(
+            "model_loader_extra_config enable_multithread_load reads the whole n-gram table from the checkpoint; "
+            "leave it out"
+        )
+
+
+def _check_parallel(vllm_config: Any) -> None:
+    parallel = vllm_config.parallel_config
+    if not vllm_config.use_v2_model_runner:
+        raise EngineMismatchError(
+            "the V1 model runner has no place before the forward where rows are staged, and captured graphs would "
+            "repeat those of the capture; leave VLLM_USE_V2_MODEL_RUNNER at its default, or set it to 1"
+        )
+    if parallel.pipeline_parallel_size > 1:
+        raise EngineMismatchError(
+            f"pipeline_parallel_size is {parallel.pipeline_parallel_size}: n-gram layers need the token ids, which "
+            f"only the first stage has; use 1"
+        )
+    if getattr(parallel, "enable_dbo", False):
+        raise EngineMismatchError(
+            "enable_dbo splits a step into two that run at once, and rows are staged for whole steps; leave it out"
+        )
+    engram = vllm_config.engram_config
+    across = getattr(engram, "embedding_across_dp", False)
+    if parallel.data_parallel_size > 1 and across:
+        raise EngineMismatchError(
+            "engram_config embedding_across_dp divides the table over data-parallel ranks, and every rank looks up in "
+            "the store; leave it out"
+        )
+
+
+def _check_platform() -> None:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_rocm():
+        raise EngineMismatchError(
+            "vLLM on ROCm has n-gram layers of its own, which tierstore does not replace; run without it there"
+        )
+
+
+def _check_device_mode() -> None:
+    from tierstore.store.store import Store
+
+    if not hasattr(Store, "open_rows"):
+        raise EngineMismatchError(
+            'mode "device" needs lookups by row id that are launched on the GPU, which this tierstore does not have; '
+            'use mode "host"'
+        )

@@ -1,0 +1,185 @@
+"""The n-gram tables of Qwen4-Exp in vLLM, looked up in a store: the engine hashes and dequantizes, the store has rows.
+
+Input: n-gram ids of a step, before its forward (`Qwen4ExpModelState.prepare_inputs`) or one layer ahead. Output: the
+rows' stored bytes in the table's dtype, where `finalize_prefetch` wants them. Errors: `EngineMismatchError` while the
+model is built and loaded; what lookups raise, later.
+
+Shapes: T tokens of a step, H heads of all orders, D values of a row.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any, ClassVar, cast
+
+import torch
+
+from tierstore.spec import codec_scale
+
+from ...hash_spec import HashSpec
+from ..gate import EngineMismatchError
+from ..rows import EngineRows
+from ..tables import ExpectedTable, check_rows, matching_table, sample_offsets
+
+logger = logging.getLogger("vllm.tierstore")  # below the engine's logger, whose handlers show it
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_CODECS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8_e4m3"}
+
+
+class TieredPle:
+    """What replaces the engine's embedding: a mixin before its class, which keeps parameters, shards and methods.
+
+    `stock_class`, the class it stands for, is set where the two are put together.
+    """
+
+    supports_prefetch: ClassVar[bool] = True
+    stock_class: ClassVar[type]
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, **named: Any) -> None:
+        """Builds the embedding without its table; the arguments are the engine's. Raises `EngineMismatchError`."""
+        from vllm.config import get_current_vllm_config
+
+        # Past the class that it stands for, which would look for unified addressing and keep the table's address.
+        after: Any = super(cast(type, self.stock_class), self)
+        after.__init__(num_embeddings, embedding_dim, **named)
+        self._prefix: str = named["prefix"]
+        vllm_config = get_current_vllm_config()
+        self._open(vllm_config, num_embeddings, named.get("max_total_tokens", 0), named.get("num_ngram_heads", 1))
+        self._rows_compared = 0
+        self.is_staged = False
+
+    def _open(self, vllm_config: Any, num_embeddings: int, tokens_max: int, num_heads: int) -> None:
+        """Opens the store and finds the table that this layer expects."""
+        from .worker import settings_of
+
+        settings = settings_of(vllm_config)
+        assert settings is not None, "the layers of tierstore are in use without its settings"
+        layer: Any = self
+        if layer.weight.dtype not in _CODECS or layer.weight.shape[1] != layer.embedding_dim:
+            raise EngineMismatchError(
+                f"{self._prefix}: rows of {layer.weight.shape[1]} {layer.weight.dtype} for {layer.embedding_dim} values: "
+                f"packed rows are not served; use a checkpoint with {' or '.join(map(str, _CODECS))} rows"
+            )
+        match = _LAYER.search(self._prefix)
+        if match is None:
+            raise EngineMismatchError(f"{self._prefix}: a layer's name without its number; use another vLLM")
+        number = int(match[1])
+        self.hash_spec = HashSpec.from_config(vllm_config.model_config.hf_text_config.to_dict())
+        expected = ExpectedTable(
+            self.hash_spec.table_name(number),
+            num_embeddings,
+            layer.embedding_dim,
+            layer.embedding_dim * layer.weight.element_size(),
+            (_CODECS[layer.weight.dtype],),
+            self.hash_spec.fingerprint(number),
+        )
+        store = settings.open_tables(_device_name())
+        table = matching_table(store, expected, self._prefix)
+        if table.spec.num_heads != num_heads:
+            raise EngineMismatchError(
+                f"{self._prefix}: {num_heads} rows a token, table {table.spec.name} has {table.spec.num_heads}"
+            )
+        shard = layer.shard_indices
+        # Without a reduction here, the caller adds up the ranks' rows: each gives its own, and zeros.
+        within = None if layer.reduce_results else (shard.org_vocab_start_index, shard.org_vocab_end_index)
+        self.layer_number, self.settings = number, settings
+        self.rows = EngineRows(store, table.spec.name, tokens_max, layer.weight.device, within)
+
+    def allocate_embedding_weight(self, _num_rows: int, embedding_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """Returns a weight without rows."""
+        return torch.empty(0, embedding_dim, dtype=dtype)
+
+    def weight_loader(
+        self, param: torch.Tensor, loaded_weight: torch.Tensor, checkpoint_start: int | None = None
+    ) -> None:
+        """Takes no row of the table: compares a few with the store's. Scales load as the engine loads them."""
+        is_table = param.ndim == 2 and param.shape[0] == 0
+        if not is_table:
+            super().weight_loader(param, loaded_weight)  # type: ignore[misc]
+            return
+        self._compare(loaded_weight, 0 if checkpoint_start is None else checkpoint_start)
+
+    def _compare(self, loaded: torch.Tensor, start_row: int) -> None:
+        spec = self.rows.table.spec
+        layer: Any = self
+        if loaded.dtype != layer.weight.dtype:
+            raise EngineMismatchError(
+                f"{self._prefix}: the checkpoint's rows are {loaded.dtype}, the engine's {layer.weight.dtype}; load "
+                f"the model in the dtype of the checkpoint"
+            )
+        offsets = sample_offsets(spec.num_rows, start_row, len(loaded), spec.row_bytes)
+        if len(offsets):
+            found = loaded.view(torch.uint8)[torch.from_numpy(offsets)].numpy()
+            check_rows(self.rows.table, offsets + start_row, found, 0, self._prefix)
+            self._rows_compared += len(offsets)
+
+    def start_prefetch(self, ngram_ids: torch.Tensor) -> None:
+        """Starts the lookup of a step's rows, [T, H] ids, unless the step was staged before its forward."""
+        if not self.is_staged and not _is_capturing(ngram_ids):
+            self.rows.start(ngram_ids)
+
+    def stage(self, ngram_ids: torch.Tensor) -> None:
+        """Starts a step's lookup before its forward."""
+        self.rows.start(ngram_ids)
+        self.is_staged = True
+
+    def finalize_prefetch(self, total_tokens: int) -> torch.Tensor:
+        """Returns the rows of the step's tokens and padding, [T, H * D] in the table's dtype, always at one address."""
+        layer: Any = self
+        output = self.rows.rows[:total_tokens]
+        self._finish(output)
+        return output.view(layer.weight.dtype).view(total_tokens, -1)
+
+    def _finish(self, output: torch.Tensor) -> None:
+        """Waits for the rows that are under way; within a capture, they are in the buffer when the graph replays."""
+        if not _is_capturing(output):
+            self.rows.finish()
+            self.is_staged = False
+
+    def forward(self, _ids: torch.Tensor) -> torch.Tensor:
+        """Is not used: rows are prefetched."""
+        raise EngineMismatchError(f"{self._prefix}: vLLM calls the embedding itself; use a tested version")
+
+    def check_loaded(self, hashing: Any) -> None:
+        """Checks the layer once the model is loaded, and logs that it is served; hashing: the engine's n-gram hash."""
+        layer: Any = self
+        spec, number = self.rows.table.spec, self.layer_number
+        if layer.weight.shape[0]:
+            raise EngineMismatchError(f"{self._prefix}: its weight has {layer.weight.shape[0]} rows, expected none")
+        sides = (
+            ("layer_multipliers", self.hash_spec.multipliers(number)),
+            ("ngram_heads_vocab_sizes", spec.moduli),
+            ("ngram_heads_offsets", spec.offsets),
+        )
+        for name, wanted in sides:
+            found = tuple(getattr(hashing, name).tolist())
+            if found != tuple(wanted):
+                raise EngineMismatchError(
+                    f"{self._prefix}: the engine's {name} are {found}, the store's {tuple(wanted)}: every row would "
+                    f"be a wrong one; build the store from the checkpoint that the engine loads"
+                )
+        scale = getattr(layer, "weight_scale", None)
+        if scale is not None and "*" in spec.codec and float(scale) != codec_scale(spec.codec):
+            raise EngineMismatchError(
+                f"{self._prefix}: the checkpoint's weight_scale is {float(scale)}, the store's {spec.codec}; build the "
+                f"store from the checkpoint that the engine loads"
+            )
+        logger.info(
+            "tierstore serves %s: table %s of %s, %d rows of %d bytes, mode %s, %d rows compared with the checkpoint",
+            self._prefix, spec.name, self.rows.store.name, spec.num_rows, spec.row_bytes, self.settings.mode,
+            self._rows_compared,
+        )  # fmt: skip
+
+
+def _is_capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _device_name() -> str | None:
+    """Returns the GPU that the model is built on, None on a CPU."""
+    device = torch.get_default_device()
+    if device.type != "cuda":
+        return None
+    return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
