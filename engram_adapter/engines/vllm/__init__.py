@@ -4,15 +4,43 @@ Input: `--additional-config '{"tierstore": {"store": ...}}'`, else TIERSTORE_STO
 models whose n-gram tables are never loaded, and whose rows come from the store. Errors: `EngineMismatchError` and
 `ConfigError` when a worker starts, which end it.
 
-`worker`: what happens when a worker starts · `checks`: configurations that cannot work · `qwen4_exp`: the layers.
-Importing this imports nothing of vLLM; each file imports the engine's modules within its functions.
+`worker`: what happens when a worker starts · `checks`: what its configuration says · `qwen4_exp`, `deepseek_v41`: the
+layers · `qwen4_staging`, `deepseek_staging`: how they get into the engine · `counters`, `stat_logger`: counters of the
+workers in the engine's metrics. Importing this imports nothing of vLLM and no torch.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
+from typing import Any
+
+SETTINGS_KEY = "tierstore"  # in additional_config
+_WORKER = f"{__name__}.worker"
+
 
 def register() -> None:
-    """Prepares this process of vLLM: when a worker starts in it, `worker.prepare` looks at its configuration."""
-    from .worker import watch_workers
+    """Has every worker that starts in this process prepared, if it is configured; a second call does nothing."""
+    from vllm.v1.worker.worker_base import WorkerBase
 
-    watch_workers()
+    stock = WorkerBase.__init__
+    if getattr(stock, "of_tierstore", False):
+        return
+
+    @functools.wraps(stock)
+    def start(self: Any, *arguments: Any, **named: Any) -> None:
+        vllm_config = named["vllm_config"] if "vllm_config" in named else arguments[0]
+        if _is_configured(vllm_config) or _WORKER in sys.modules:  # imported: something may have to be put back
+            from .worker import prepare
+
+            prepare(vllm_config)
+        stock(self, *arguments, **named)
+
+    start.of_tierstore = True  # type: ignore[attr-defined]
+    WorkerBase.__init__ = start
+
+
+def _is_configured(vllm_config: Any) -> bool:
+    additional = getattr(vllm_config, "additional_config", None)
+    return bool(os.environ.get("TIERSTORE_STORE")) or (isinstance(additional, dict) and SETTINGS_KEY in additional)

@@ -1,6 +1,6 @@
-"""Configurations of vLLM under which rows cannot come from a store, or under which the table would be read anyway.
+"""What a configuration of vLLM says: the plug-in's settings, and options under which rows cannot come from a store.
 
-Input: a `VllmConfig` and the plug-in's settings. Output: none. Errors: `EngineMismatchError`, with the option and what
+Input: a `VllmConfig`. Output: settings. Errors: `EngineMismatchError`, with the option and what
 to set instead.
 """
 
@@ -10,9 +10,26 @@ from typing import Any
 
 from ..gate import EngineMismatchError
 from ..settings import EngineSettings
+from . import SETTINGS_KEY
 
 LAZY_FORMATS = ("auto", "hf", "safetensors", "dummy")  # formats that read a tensor only when its loader copies it
 LAZY_STRATEGIES = (None, "lazy")
+
+
+def settings_of(vllm_config: Any) -> EngineSettings | None:
+    """Returns the settings in a configuration of vLLM, else those of the environment, None without any."""
+    additional = getattr(vllm_config, "additional_config", None)
+    given = additional.get(SETTINGS_KEY) if isinstance(additional, dict) else None
+    return EngineSettings.find(given)
+
+
+def graph_tokens_max(vllm_config: Any) -> int:
+    """Returns the tokens of the largest step that may be the replay of a whole graph; 0 if there are no such graphs."""
+    compilation = vllm_config.compilation_config
+    mode = compilation.cudagraph_mode
+    if mode is None or not mode.has_full_cudagraphs():
+        return 0
+    return int(compilation.max_cudagraph_capture_size or 0)
 
 
 def check_config(vllm_config: Any, settings: EngineSettings) -> None:

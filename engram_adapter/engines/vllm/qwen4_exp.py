@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,6 +21,7 @@ from ...hash_spec import HashSpec
 from ..gate import EngineMismatchError
 from ..rows import EngineRows
 from ..tables import ExpectedTable, check_rows, matching_table, sample_offsets
+from .checks import settings_of
 
 logger = logging.getLogger("vllm.tierstore")  # below the engine's logger, whose handlers show it
 
@@ -42,9 +43,9 @@ class TieredPle:
         from vllm.config import get_current_vllm_config
 
         # Past the class that it stands for, which would look for unified addressing and keep the table's address.
-        after: Any = super(cast(type, self.stock_class), self)
-        after.__init__(num_embeddings, embedding_dim, **named)
-        self._prefix: str = named["prefix"]
+        stock: Any = super(self.stock_class, self)
+        stock.__init__(num_embeddings, embedding_dim, **named)
+        self.prefix: str = named["prefix"]
         vllm_config = get_current_vllm_config()
         self._open(vllm_config, num_embeddings, named.get("max_total_tokens", 0), named.get("num_ngram_heads", 1))
         self._rows_compared = 0
@@ -52,19 +53,17 @@ class TieredPle:
 
     def _open(self, vllm_config: Any, num_embeddings: int, tokens_max: int, num_heads: int) -> None:
         """Opens the store and finds the table that this layer expects."""
-        from .worker import settings_of
-
         settings = settings_of(vllm_config)
         assert settings is not None, "the layers of tierstore are in use without its settings"
         layer: Any = self
         if layer.weight.dtype not in _CODECS or layer.weight.shape[1] != layer.embedding_dim:
             raise EngineMismatchError(
-                f"{self._prefix}: rows of {layer.weight.shape[1]} {layer.weight.dtype} for {layer.embedding_dim} values: "
-                f"packed rows are not served; use a checkpoint with {' or '.join(map(str, _CODECS))} rows"
+                f"{self.prefix}: rows of {layer.weight.shape[1]} {layer.weight.dtype} for {layer.embedding_dim} "
+                f"values: packed rows are not served; use a checkpoint with {' or '.join(map(str, _CODECS))} rows"
             )
-        match = _LAYER.search(self._prefix)
+        match = _LAYER.search(self.prefix)
         if match is None:
-            raise EngineMismatchError(f"{self._prefix}: a layer's name without its number; use another vLLM")
+            raise EngineMismatchError(f"{self.prefix}: a layer's name without its number; use another vLLM")
         number = int(match[1])
         self.hash_spec = HashSpec.from_config(vllm_config.model_config.hf_text_config.to_dict())
         expected = ExpectedTable(
@@ -76,10 +75,10 @@ class TieredPle:
             self.hash_spec.fingerprint(number),
         )
         store = settings.open_tables(_device_name())
-        table = matching_table(store, expected, self._prefix)
+        table = matching_table(store, expected, self.prefix)
         if table.spec.num_heads != num_heads:
             raise EngineMismatchError(
-                f"{self._prefix}: {num_heads} rows a token, table {table.spec.name} has {table.spec.num_heads}"
+                f"{self.prefix}: {num_heads} rows a token, table {table.spec.name} has {table.spec.num_heads}"
             )
         shard = layer.shard_indices
         # Without a reduction here, the caller adds up the ranks' rows: each gives its own, and zeros.
@@ -106,13 +105,13 @@ class TieredPle:
         layer: Any = self
         if loaded.dtype != layer.weight.dtype:
             raise EngineMismatchError(
-                f"{self._prefix}: the checkpoint's rows are {loaded.dtype}, the engine's {layer.weight.dtype}; load "
+                f"{self.prefix}: the checkpoint's rows are {loaded.dtype}, the engine's {layer.weight.dtype}; load "
                 f"the model in the dtype of the checkpoint"
             )
         offsets = sample_offsets(spec.num_rows, start_row, len(loaded), spec.row_bytes)
         if len(offsets):
             found = loaded.view(torch.uint8)[torch.from_numpy(offsets)].numpy()
-            check_rows(self.rows.table, offsets + start_row, found, 0, self._prefix)
+            check_rows(self.rows.table, offsets + start_row, found, 0, self.prefix)
             self._rows_compared += len(offsets)
 
     def start_prefetch(self, ngram_ids: torch.Tensor) -> None:
@@ -140,14 +139,14 @@ class TieredPle:
 
     def forward(self, _ids: torch.Tensor) -> torch.Tensor:
         """Is not used: rows are prefetched."""
-        raise EngineMismatchError(f"{self._prefix}: vLLM calls the embedding itself; use a tested version")
+        raise EngineMismatchError(f"{self.prefix}: vLLM calls the embedding itself; use a tested version")
 
     def check_loaded(self, hashing: Any) -> None:
         """Checks the layer once the model is loaded, and logs that it is served; hashing: the engine's n-gram hash."""
         layer: Any = self
         spec, number = self.rows.table.spec, self.layer_number
         if layer.weight.shape[0]:
-            raise EngineMismatchError(f"{self._prefix}: its weight has {layer.weight.shape[0]} rows, expected none")
+            raise EngineMismatchError(f"{self.prefix}: its weight has {layer.weight.shape[0]} rows, expected none")
         sides = (
             ("layer_multipliers", self.hash_spec.multipliers(number)),
             ("ngram_heads_vocab_sizes", spec.moduli),
@@ -157,18 +156,18 @@ class TieredPle:
             found = tuple(getattr(hashing, name).tolist())
             if found != tuple(wanted):
                 raise EngineMismatchError(
-                    f"{self._prefix}: the engine's {name} are {found}, the store's {tuple(wanted)}: every row would "
+                    f"{self.prefix}: the engine's {name} are {found}, the store's {tuple(wanted)}: every row would "
                     f"be a wrong one; build the store from the checkpoint that the engine loads"
                 )
         scale = getattr(layer, "weight_scale", None)
         if scale is not None and "*" in spec.codec and float(scale) != codec_scale(spec.codec):
             raise EngineMismatchError(
-                f"{self._prefix}: the checkpoint's weight_scale is {float(scale)}, the store's {spec.codec}; build the "
+                f"{self.prefix}: the checkpoint's weight_scale is {float(scale)}, the store's {spec.codec}; build the "
                 f"store from the checkpoint that the engine loads"
             )
         logger.info(
             "tierstore serves %s: table %s of %s, %d rows of %d bytes, mode %s, %d rows compared with the checkpoint",
-            self._prefix, spec.name, self.rows.store.name, spec.num_rows, spec.row_bytes, self.settings.mode,
+            self.prefix, spec.name, self.rows.store.name, spec.num_rows, spec.row_bytes, self.settings.mode,
             self._rows_compared,
         )  # fmt: skip
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from ..gate import EngineMismatchError, check_attributes, check_signatures
+from .checks import graph_tokens_max, settings_of
+from .counters import counters_of
 from .qwen4_exp import TieredPle
 
 _STOCK = ("Qwen4ExpPLEPinnedHostEmbedding", "Qwen4ExpPLEDeviceEmbedding")  # with and without engram_config.cpu_offload
@@ -100,8 +102,6 @@ class StagedLayers:
 
     def __init__(self, vllm_config: Any, model: torch.nn.Module) -> None:
         """Finds and checks the layers. Raises `EngineMismatchError` for one that is not in use as it must be."""
-        from .worker import settings_of
-
         hashings: list[Any] = [each for each in model.modules() if hasattr(each, "compute_ngram_ids")]
         self._layers = [(each, each.ngram_embedding) for each in hashings]
         if settings_of(vllm_config) is None:
@@ -115,7 +115,8 @@ class StagedLayers:
                     f"registered for it; use a tested version of vLLM, without other plug-ins for this layer"
                 )
             embedding.check_loaded(hashing)
-        self._graph_tokens_max = _graph_tokens_max(vllm_config)
+        self._graph_tokens_max = graph_tokens_max(vllm_config)
+        self._counters = counters_of(vllm_config, {each.prefix: each.rows for _, each in self._layers})
 
     def stage(self, input_batch: Any, model_inputs: Any) -> None:
         """Starts the lookups of a step's tokens. Waits for them if the step may be the replay of a whole graph."""
@@ -129,12 +130,3 @@ class StagedLayers:
         if token_ids.is_cuda and tokens <= self._graph_tokens_max:
             for _, embedding in self._layers:  # a graph's replay runs no Python
                 embedding.rows.finish()
-
-
-def _graph_tokens_max(vllm_config: Any) -> int:
-    """Returns the tokens of the largest step that may be the replay of a whole graph; 0 if there are no such graphs."""
-    compilation = vllm_config.compilation_config
-    mode = compilation.cudagraph_mode
-    if mode is None or not mode.has_full_cudagraphs():
-        return 0
-    return int(compilation.max_cudagraph_capture_size or 0)

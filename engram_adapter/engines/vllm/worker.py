@@ -6,43 +6,19 @@ settings, put back. Errors: `EngineMismatchError` and `ConfigError`, which end t
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any
 
 from ..gate import EngineMismatchError, check_version
-from ..settings import EngineSettings
-from . import checks, qwen4_staging
+from . import SETTINGS_KEY, checks, deepseek_staging, qwen4_staging
 
 logger = logging.getLogger("vllm.tierstore")  # below the engine's logger, whose handlers show it
 
 TESTED = ("0.32", "0.34")
-SETTINGS_KEY = "tierstore"  # in additional_config
-_LAYERS = {"ple_layer_ids": qwen4_staging}  # by the key of the configuration that lists their layers
-
-
-def watch_workers() -> None:
-    """Has every worker that starts in this process prepared; a second call does nothing."""
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    stock = WorkerBase.__init__
-    if getattr(stock, "of_tierstore", False):
-        return
-
-    @functools.wraps(stock)
-    def start(self: Any, *arguments: Any, **named: Any) -> None:
-        prepare(named["vllm_config"] if "vllm_config" in named else arguments[0])
-        stock(self, *arguments, **named)
-
-    start.of_tierstore = True  # type: ignore[attr-defined]
-    WorkerBase.__init__ = start
-
-
-def settings_of(vllm_config: Any) -> EngineSettings | None:
-    """Returns the settings in a configuration of vLLM, else those of the environment, None without any."""
-    additional = getattr(vllm_config, "additional_config", None)
-    given = additional.get(SETTINGS_KEY) if isinstance(additional, dict) else None
-    return EngineSettings.find(given)
+_LAYERS = {
+    "ple_layer_ids": qwen4_staging,
+    "engram_layer_ids": deepseek_staging,
+}  # by the key of the configuration that lists their layers
 
 
 def prepare(vllm_config: Any) -> None:
@@ -52,7 +28,7 @@ def prepare(vllm_config: Any) -> None:
         ConfigError: A setting does not fit.
         EngineMismatchError: The version or a signature of the engine is another, or its configuration cannot work.
     """
-    settings = settings_of(vllm_config)
+    settings = checks.settings_of(vllm_config)
     if settings is None:
         for layers in _LAYERS.values():
             layers.restore()

@@ -1,0 +1,156 @@
+"""Where the layers of `deepseek_v41` are put into vLLM: made by the engine's `Engram`, and fed before every forward.
+
+Input: this process's modules of vLLM, the loaded model, the batches of its steps. Output: one method of `Engram` and
+the model state's, replaced; rows under way when a step's forward begins. Errors: `EngineMismatchError` for classes that
+are not those this was written for, and for a loaded model in which the replacement is not in use.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+
+from ..gate import EngineMismatchError, check_attributes, check_signatures
+from .checks import graph_tokens_max, settings_of
+from .counters import counters_of
+from .deepseek_v41 import TieredEngramEmbedding
+
+_ENGRAM = {
+    "__init__": (
+        "config", "quant_config", "layout", "layer_hash_index", "use_sequence_parallel", "prefix", "prefetch_stream",
+    ),
+    "_create_embedding": ("layout", "layer_hash_index"),
+    "_init_staging": ("max_tokens", "head_dim"),
+    "prepare_embeddings": ("hash_ids",),
+    "embed": ("hash_ids",),
+}  # fmt: skip
+_EMBEDDING = {"lookup": ("indices", "out", "background"), "forward": ("indices",), "collapse_huge_pages": ()}
+_HASH = {
+    "forward": (
+        "input_ids", "positions", "query_start_loc", "dead_mask", "lookback_token_ids", "lookback_dead_mask",
+        "slot_mapping", "block_table",
+    )
+}  # fmt: skip
+_STATE = {
+    "__init__": ("vllm_config", "model", "encoder_cache", "device"),
+    "prepare_inputs": ("input_batch", "req_states"),
+}
+_LAYOUT = ("layer_ids", "num_embeddings", "head_dim", "primes", "offsets")  # of a layout, which only an object has
+_MODULE = "vllm.models.deepseek_v41.common.engram"
+
+
+def replace(engine: str) -> None:
+    """Puts the replacements of this process in place; engine: package and version. Raises `EngineMismatchError`."""
+    from vllm.models.deepseek_v41.common import engram
+    from vllm.models.deepseek_v41.nvidia import model_state
+
+    stock = engram.Engram._create_embedding
+    if not hasattr(stock, "of_tierstore"):
+        check_attributes(engram, ("Engram", "EngramLayout", "NgramHashState", "ParallelEngramEmbedding"), engine)
+        check_signatures(engram.Engram, _ENGRAM, engine)
+        check_signatures(engram.ParallelEngramEmbedding, _EMBEDDING, engine)
+        check_signatures(engram.NgramHashState, _HASH, engine)
+
+        @functools.wraps(stock)
+        def create(self: Any, layout: Any, layer_hash_index: int) -> torch.nn.Module:
+            from vllm.config import get_current_vllm_config
+
+            vllm_config = get_current_vllm_config()
+            settings = settings_of(vllm_config)
+            if settings is None:
+                return stock(self, layout, layer_hash_index)
+            check_attributes(layout, _LAYOUT, engine)
+            return TieredEngramEmbedding(vllm_config, settings, layout, layer_hash_index)
+
+        create.of_tierstore = stock  # type: ignore[attr-defined]
+        engram.Engram._create_embedding = create
+    _stage_steps(model_state.DeepseekV41ModelState, engine)
+
+
+def restore() -> None:
+    """Takes the replacement of this process away, if there is one."""
+    engram: Any = sys.modules.get(_MODULE)
+    if engram is not None and hasattr(engram.Engram._create_embedding, "of_tierstore"):
+        engram.Engram._create_embedding = engram.Engram._create_embedding.of_tierstore
+
+
+def _stage_steps(state_class: Any, engine: str) -> None:
+    """Has the model's state check the layers once they are loaded, and stage rows before every forward."""
+    stock_init, stock_prepare = state_class.__init__, state_class.prepare_inputs
+    if hasattr(stock_prepare, "of_tierstore"):
+        return
+    check_signatures(state_class, _STATE, engine)
+
+    @functools.wraps(stock_init)
+    def init(self: Any, vllm_config: Any, model: torch.nn.Module, *more: Any, **named: Any) -> None:
+        stock_init(self, vllm_config, model, *more, **named)
+        self.of_tierstore = StagedEngrams(vllm_config, model)
+
+    @functools.wraps(stock_prepare)
+    def prepare_inputs(self: Any, input_batch: Any, req_states: Any) -> Any:
+        model_inputs = stock_prepare(self, input_batch, req_states)
+        self.of_tierstore.stage(input_batch, model_inputs)
+        return model_inputs
+
+    prepare_inputs.of_tierstore = True  # type: ignore[attr-defined]
+    state_class.__init__, state_class.prepare_inputs = init, prepare_inputs
+
+
+class StagedEngrams:
+    """The Engram layers of a loaded model that look up in a store; none if tierstore is not configured."""
+
+    def __init__(self, vllm_config: Any, model: torch.nn.Module) -> None:
+        """Finds and checks the layers. Raises `EngineMismatchError` for one that is not in use as it must be."""
+        self._layers: list[Any] = []
+        self._hashing: Any = None
+        self._graph_tokens_max = graph_tokens_max(vllm_config)
+        if settings_of(vllm_config) is None:
+            return
+        modules: list[Any] = list(model.modules())
+        engrams = [each for each in modules if hasattr(each, "embed_tokens") and hasattr(each, "layer_hash_index")]
+        hashing = [each for each in modules if hasattr(each, "multipliers") and hasattr(each, "token_map")]
+        if not engrams or len(hashing) != 1:
+            raise EngineMismatchError(
+                f"{type(model).__name__} has {len(engrams)} Engram layers and {len(hashing)} n-gram hashes, expected "
+                f"some and one; use a tested version of vLLM"
+            )
+        self._hashing = hashing[0]
+        for engram in engrams:
+            embedding = engram.embed_tokens
+            if not isinstance(embedding, TieredEngramEmbedding) or embedding.weight.shape[0]:
+                raise EngineMismatchError(
+                    f"{type(model).__name__} has a {type(embedding).__name__} of {embedding.weight.shape[0]} rows, not "
+                    f"the class of tierstore without rows; use a tested version of vLLM, without other plug-ins"
+                )
+            embedding.check_loaded(self._hashing)
+            self._layers.append(embedding)
+        self._counters = counters_of(vllm_config, {each.prefix: each.rows for each in self._layers})
+
+    def stage(self, input_batch: Any, model_inputs: Any) -> None:
+        """Starts the lookups of a step's tokens. Waits for them if the step may be the replay of a whole graph."""
+        tokens = input_batch.num_tokens
+        lookback = model_inputs.get("lookback_token_ids")
+        if not self._layers or not tokens or lookback is None:
+            return
+        if not self._hashing.ensure_cache():  # the profile run, in which the model looks nothing up either
+            return
+        token_ids = input_batch.input_ids[:tokens]
+        hashes = self._hashing(
+            token_ids, input_batch.positions[:tokens], input_batch.query_start_loc, _is_image(token_ids), lookback,
+            _is_image(lookback), None, None,
+        )  # fmt: skip
+        for embedding in self._layers:
+            embedding.stage(hashes[:, embedding.layer_hash_index])
+        if token_ids.is_cuda and tokens <= self._graph_tokens_max:
+            for embedding in self._layers:  # a graph's replay runs no Python
+                embedding.rows.finish()
+
+
+def _is_image(token_ids: torch.Tensor) -> torch.Tensor:
+    from vllm.models.deepseek_v41.common.mm_preprocess import image_sentinel_mask
+
+    mask: torch.Tensor = image_sentinel_mask(token_ids)
+    return mask
