@@ -78,11 +78,19 @@ def _check_parallel(vllm_config: Any) -> None:
         raise EngineMismatchError(
             "enable_dbo splits a step into two that run at once, and rows are staged for whole steps; leave it out"
         )
-    engram = vllm_config.engram_config
-    across = getattr(engram, "embedding_across_dp", False)
-    if parallel.data_parallel_size > 1 and across:
+    if parallel.data_parallel_size > 1:
+        _check_data_parallel(vllm_config.engram_config)
+
+
+def _check_data_parallel(engram: Any) -> None:
+    if getattr(engram, "embedding_across_dp", False):
         raise EngineMismatchError(
             "engram_config embedding_across_dp divides the table over data-parallel ranks, and every rank looks up in "
+            "the store; leave it out"
+        )
+    if getattr(engram, "dp_shared_memory", None) is False:
+        raise EngineMismatchError(
+            "engram_config dp_shared_memory=false has data-parallel ranks exchange row ids, and every rank looks up in "
             "the store; leave it out"
         )
 

@@ -1,0 +1,56 @@
+"""A stand-in for vLLM on the path, fresh for each test, and configurations of it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+FAKES = Path(__file__).resolve().parent / "fakes"
+PLUGIN = "engram_adapter.engines.vllm.worker"
+
+
+def _forget() -> None:
+    for name in [name for name in sys.modules if name == "vllm" or name.startswith("vllm.")]:
+        del sys.modules[name]
+    sys.modules.pop(PLUGIN, None)
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The stand-in, imported anew."""
+    _forget()
+    monkeypatch.syspath_prepend(str(FAKES))
+    monkeypatch.delenv("TIERSTORE_STORE", raising=False)
+    yield importlib.import_module("vllm")
+    _forget()
+
+
+def vllm_config(text: dict[str, Any], store: Path | None, **changes: Any) -> Any:
+    """A `VllmConfig` of a model whose configuration is `text`; changes: by the field's name, nested as "a__b"."""
+    modes = importlib.import_module("vllm.config").CUDAGraphMode
+    made = SimpleNamespace(
+        additional_config={} if store is None else {"tierstore": {"store": str(store), "dram": "4MiB"}},
+        instance_id="abc12",
+        use_v2_model_runner=True,
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(**text, to_dict=lambda: dict(text)), model="tiny"),
+        load_config=SimpleNamespace(load_format="auto", safetensors_load_strategy=None, model_loader_extra_config={}),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1, data_parallel_size=1, data_parallel_rank=0, world_size=1, rank=0, enable_dbo=False
+        ),
+        engram_config=SimpleNamespace(embedding_across_dp=False, dp_shared_memory=None, cpu_offload=True),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
+        compilation_config=SimpleNamespace(cudagraph_mode=modes.NONE, max_cudagraph_capture_size=0),
+    )
+    for name, value in changes.items():
+        *path, field = name.split("__")
+        target: Any = made
+        for each in path:
+            target = getattr(target, each)
+        setattr(target, field, value)
+    return made

@@ -1,0 +1,2 @@
+def image_sentinel_mask(token_ids):
+    return token_ids == 60

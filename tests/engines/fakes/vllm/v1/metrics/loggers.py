@@ -1,0 +1,5 @@
+from abc import ABC
+
+
+class StatLoggerBase(ABC):  # noqa: B024
+    pass
