@@ -12,11 +12,11 @@ workers in the engine's metrics. Importing this imports nothing of vLLM and no t
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from typing import Any
 
-SETTINGS_KEY = "tierstore"  # in additional_config
+from .configured import is_configured
+
 _WORKER = f"{__name__}.worker"
 
 
@@ -31,7 +31,7 @@ def register() -> None:
     @functools.wraps(stock)
     def start(self: Any, *arguments: Any, **named: Any) -> None:
         vllm_config = named["vllm_config"] if "vllm_config" in named else arguments[0]
-        if _is_configured(vllm_config) or _WORKER in sys.modules:  # imported: something may have to be put back
+        if is_configured(vllm_config) or _WORKER in sys.modules:  # imported: something may have to be put back
             from .worker import prepare
 
             prepare(vllm_config)
@@ -39,8 +39,3 @@ def register() -> None:
 
     start.of_tierstore = True  # type: ignore[attr-defined]
     WorkerBase.__init__ = start
-
-
-def _is_configured(vllm_config: Any) -> bool:
-    additional = getattr(vllm_config, "additional_config", None)
-    return bool(os.environ.get("TIERSTORE_STORE")) or (isinstance(additional, dict) and SETTINGS_KEY in additional)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..gate import EngineMismatchError
 from ..settings import EngineSettings
-from . import SETTINGS_KEY
+from .configured import SETTINGS_KEY
 
 LAZY_FORMATS = ("auto", "hf", "safetensors", "dummy")  # formats that read a tensor only when its loader copies it
 LAZY_STRATEGIES = (None, "lazy")

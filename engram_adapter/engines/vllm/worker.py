@@ -10,7 +10,8 @@ import logging
 from typing import Any
 
 from ..gate import EngineMismatchError, check_version
-from . import SETTINGS_KEY, checks, deepseek_staging, qwen4_staging
+from . import checks, deepseek_staging, qwen4_staging
+from .configured import SETTINGS_KEY
 
 logger = logging.getLogger("vllm.tierstore")  # below the engine's logger, whose handlers show it
 
