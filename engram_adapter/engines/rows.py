@@ -58,12 +58,14 @@ class EngineRows:
             torch.zeros(shape, dtype=torch.uint8, device="cpu", pin_memory=self._on_gpu)
             for _ in range(2 if self._on_gpu else 1)
         ]
+        self._arrays = [buffer.numpy() for buffer in self._host]
         self._copied: list[Any] = [None] * len(self._host)  # an event for each buffer: the GPU has read it
         self._ids: torch.Tensor | None = None
         self._rows = self._host[0]
         if self._on_gpu:
             self._ids = torch.empty(shape[:2], dtype=torch.int64, device="cpu", pin_memory=True)
             self._rows = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self.is_staged = False  # the layer's: whether its step was started before the engine's forward
         self._current = 0
         self._ticket: Ticket | None = None
         self._tokens = 0
@@ -100,7 +102,7 @@ class EngineRows:
         copied = self._copied[self._current]
         if copied is not None:
             copied.synchronize()
-        out = self._host[self._current][:tokens].numpy()
+        out = self._arrays[self._current][:tokens]
         self._ticket = self.table.submit_rows(self._host_ids(row_ids), out, within=self.within)
         self._tokens = tokens
 
@@ -142,8 +144,8 @@ class EngineRows:
 
     def _host_ids(self, row_ids: torch.Tensor) -> np.ndarray:
         """Returns row ids as int64 on the host, contiguous; of a GPU's, by way of page-locked memory."""
-        if row_ids.device.type == "cpu":
-            ids: np.ndarray = row_ids.detach().to(torch.int64).contiguous().numpy()
+        if not row_ids.is_cuda:
+            ids: np.ndarray = (row_ids if row_ids.dtype == torch.int64 else row_ids.to(torch.int64)).numpy()
             return ids
         assert self._ids is not None, "row ids on a GPU, rows for the CPU"
         pinned = self._ids[: row_ids.shape[0]]

@@ -58,7 +58,6 @@ class TieredEngramEmbedding(torch.nn.Module):
         self._rows_compared = 0
         self.settings = settings
         self._open(vllm_config, settings.open_tables(_device_name(self.weight)), sizes)
-        self.is_staged = False
 
     def _parameter(self, empty: torch.Tensor, bytes_start: int) -> torch.nn.Parameter:
         """Returns a parameter without rows, whose loader only compares; bytes_start: where its bytes lie in a row."""
@@ -118,10 +117,10 @@ class TieredEngramEmbedding(torch.nn.Module):
         if not tokens:
             return
         if not (out.is_cuda and torch.cuda.is_current_stream_capturing()):
-            if not self.is_staged:
+            if not self.rows.is_staged:
                 self.rows.start(indices)
             self.rows.finish()
-            self.is_staged = False
+            self.rows.is_staged = False
         heads = min(self.part_n_hash_cols, self.n_hash_cols - self.head_start)
         stored = self.rows.rows[:tokens, self.head_start : self.head_start + heads]
         out[:, :heads].copy_(stored if out.dtype == torch.uint8 else dequantized(stored, self.dim))
@@ -145,7 +144,7 @@ class TieredEngramEmbedding(torch.nn.Module):
     def stage(self, indices: torch.Tensor) -> None:
         """Starts a step's lookup before its forward; the next `lookup` takes it."""
         self.rows.start(indices)
-        self.is_staged = True
+        self.rows.is_staged = True
 
     def check_loaded(self, hashing: Any) -> None:
         """Checks the layer once the model is loaded, and logs that it is served; hashing: the engine's n-gram hash."""

@@ -49,7 +49,6 @@ class TieredPle:
         vllm_config = get_current_vllm_config()
         self._open(vllm_config, num_embeddings, named.get("max_total_tokens", 0), named.get("num_ngram_heads", 1))
         self._rows_compared = 0
-        self.is_staged = False
 
     def _open(self, vllm_config: Any, num_embeddings: int, tokens_max: int, num_heads: int) -> None:
         """Opens the store and finds the table that this layer expects."""
@@ -85,6 +84,7 @@ class TieredPle:
         within = None if layer.reduce_results else (shard.org_vocab_start_index, shard.org_vocab_end_index)
         self.layer_number, self.settings = number, settings
         self.rows = EngineRows(store, table.spec.name, tokens_max, layer.weight.device, within)
+        self._values = self.rows.rows.view(layer.weight.dtype).flatten(1)  # [tokens_max, H * D], the same memory
 
     def allocate_embedding_weight(self, _num_rows: int, embedding_dim: int, dtype: torch.dtype) -> torch.Tensor:
         """Returns a weight without rows."""
@@ -116,26 +116,25 @@ class TieredPle:
 
     def start_prefetch(self, ngram_ids: torch.Tensor) -> None:
         """Starts the lookup of a step's rows, [T, H] ids, unless the step was staged before its forward."""
-        if not self.is_staged and not _is_capturing(ngram_ids):
+        if not self.rows.is_staged and not _is_capturing(ngram_ids):
             self.rows.start(ngram_ids)
 
     def stage(self, ngram_ids: torch.Tensor) -> None:
         """Starts a step's lookup before its forward."""
         self.rows.start(ngram_ids)
-        self.is_staged = True
+        self.rows.is_staged = True
 
     def finalize_prefetch(self, total_tokens: int) -> torch.Tensor:
         """Returns the rows of the step's tokens and padding, [T, H * D] in the table's dtype, always at one address."""
-        layer: Any = self
-        output = self.rows.rows[:total_tokens]
+        output = self._values[:total_tokens]
         self._finish(output)
-        return output.view(layer.weight.dtype).view(total_tokens, -1)
+        return output
 
     def _finish(self, output: torch.Tensor) -> None:
         """Waits for the rows that are under way; within a capture, they are in the buffer when the graph replays."""
         if not _is_capturing(output):
             self.rows.finish()
-            self.is_staged = False
+            self.rows.is_staged = False
 
     def forward(self, _ids: torch.Tensor) -> torch.Tensor:
         """Is not used: rows are prefetched."""
