@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest
 WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
-.PHONY: install check test test-all lint types fast suite programs cases sanitize soak demo bench wheel clean
+.PHONY: install check test test-all lint types fast suite programs cases sanitize soak engines demo bench wheel clean
 
 install: $(STAMP)
 
@@ -74,6 +74,12 @@ soak: install
 	TIERSTORE_SOAK=1 $(PYTEST) -rP tests/faults/test_daemon_soak.py tests/faults/test_socket_hostile.py \
 		tests/remote/test_hostile.py tests/faults/test_interrupts.py tests/faults/test_lookup_interrupts.py \
 		tests/faults/test_memory_errors.py tests/faults/test_checkpoint_folders.py
+
+# The plug-ins inside the real engines, on a CPU, against the engines' own tables. Its environments take 4 GB below
+# build/engines; the first run takes most of an hour. `make engines ONLY=daemon`: cases with that in their name.
+ONLY ?=
+engines: install
+	$(BIN)/python tests/engines/lab/run.py --only "$(ONLY)"
 
 demo: install
 	$(BIN)/python -m tierstore.tools.demo

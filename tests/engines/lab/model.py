@@ -24,7 +24,7 @@ SHAPE: dict[str, Any] = {
     "ple_layer_ids": [2], "ple_embed_dim": 128, "ngram_size": 3, "heads_per_ngram": 2,
     "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 4, "output_gate_type": "silu",
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 64,
-    "indexer_compress_ratio": 4, "max_position_embeddings": 512, "eos_token_id": EOS, "pad_token_id": 0,
+    "indexer_compress_ratio": 4, "max_position_embeddings": 2048, "eos_token_id": EOS, "pad_token_id": 0,
     "bos_token_id": 1,
 }  # fmt: skip
 

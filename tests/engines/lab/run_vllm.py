@@ -6,22 +6,23 @@ Errors: those of vLLM; the exit status is then not 0.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-MODEL = "model"
 PROMPTS = ([5, 9, 3, 77, 401], [11, 12, 13, 3, 200, 201, 11, 12, 13, 14, 250, 3, 300, 301, 302, 7, 8, 9, 10, 460, 461])
-PREFIX = [21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40]
+PREFIX = [20 + n % 200 for n in range(660)]  # longer than a block of the engine's cache
 
 
 def prompts_of(name: str) -> list[list[int]]:
     """Returns "two", of which one is longer than a chunk; "prefix", which begin alike; "repeats", which repeat."""
     if name == "prefix":
-        return [[*PREFIX, 50 + n, 60 + n, 3, 70 + n] for n in range(4)]
+        return [[*PREFIX, 50 + n, 60 + n, 3, 70 + n] for n in range(2)]
     if name == "repeats":
         return [[5, 6, 7, 8, 9, 10] * 4, [90, 91, 92] * 8]
     return [list(each) for each in PROMPTS]
@@ -32,8 +33,14 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     from vllm.inputs import TokensPrompt
 
     begun = time.monotonic()
+    drop_from_cache(options.get("drop", []))
+    read_before = read_bytes()
     llm = LLM(**options["engine"])
-    loaded_s = time.monotonic() - begun
+    loaded = {
+        "loaded_s": time.monotonic() - begun,
+        "load_read_bytes": read_bytes() - read_before,
+        "cached_bytes": sum(map(cached_bytes, options.get("drop", []))),
+    }
     sampling = SamplingParams(
         temperature=0.0, max_tokens=options.get("max_tokens", 5), logprobs=3, ignore_eos=True, detokenize=False
     )
@@ -45,11 +52,41 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
         "logprobs": [_logprobs(answer) for answer in answers],
         "cached_tokens": sum(answer.num_cached_tokens or 0 for answer in answers),
-        "loaded_s": loaded_s,
         "seconds": time.monotonic() - begun,
     }
-    result |= {"memory": _memory(), "metrics": _metrics(llm)}
+    result |= loaded | {"memory": _memory(), "metrics": _metrics(llm)}
     return result
+
+
+def drop_from_cache(files: list[str]) -> None:
+    """Has the system forget the files' pages, so that what is there later was read."""
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cached_bytes(path: str) -> int:
+    """Bytes of a file that lie in the page cache."""
+    size = os.path.getsize(path)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    with open(path, "rb") as file:
+        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    pages = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
+    if libc.mincore(address, size, pages):
+        raise OSError(ctypes.get_errno(), f"mincore of {path}")
+    libc.munmap(address, size)
+    return sum(byte & 1 for byte in pages.raw) * mmap.PAGESIZE
+
+
+def read_bytes() -> int:
+    """Bytes that this process had the disks read."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])
 
 
 def _logprobs(answer: Any) -> list[dict[str, str]]:
