@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 FAKES = Path(__file__).resolve().parent / "fakes"
@@ -54,3 +55,27 @@ def vllm_config(text: dict[str, Any], store: Path | None, **changes: Any) -> Any
             target = getattr(target, each)
         setattr(target, field, value)
     return made
+
+
+def row_ids(spec: Any, layer: int, tokens: int, seed: int) -> Any:
+    """Row ids of a random text of a vocabulary of 61, int64 [tokens, heads]."""
+    import torch  # here: a run of other files needs none
+
+    ids = np.random.default_rng(seed).integers(4, 61, (1, tokens))
+    return torch.from_numpy(spec.row_ids(ids, layer)[0])
+
+
+def of_ids(rows: np.ndarray, ids: Any) -> np.ndarray:
+    """Rows by their ids, one by one; zeros outside of the table."""
+    out = np.zeros((*ids.shape, rows.shape[1]), dtype=np.uint8)
+    for place, row_id in np.ndenumerate(ids.numpy()):
+        if 0 <= row_id < len(rows):
+            out[place] = rows[row_id]
+    return out
+
+
+def with_rows(layer: Any) -> None:
+    """Gives a layer a weight that has rows, as the engine's own would."""
+    import torch
+
+    layer.weight = torch.nn.Parameter(torch.zeros(5, layer.weight.shape[1]))
