@@ -1,0 +1,152 @@
+"""One layer of SGLang over its table: opened and checked at start, compared while weights load, read at every step.
+
+Input: what the engine's layer expects, tensors of the checkpoint, row ids. Output: rows as stored.
+Errors: `EngineMismatchError` until the model is loaded; then what lookups raise.
+
+Shapes: T tokens of a step, C row ids of a token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+
+from tierstore.errors import ConfigError
+
+from ..gate import EngineMismatchError
+from ..rows import EngineRows
+from ..settings import EngineSettings
+from ..tables import ExpectedTable, check_rows, matching_table, sample_offsets
+from .checks import check_config
+
+logger = logging.getLogger("sglang.tierstore")  # below the engine's logger, whose handlers show it
+
+TOKENS_MIN = 64  # of a step's buffers, which double when a step has more tokens
+
+
+class LayerTable:
+    """A layer's table: the right one, of the checkpoint that the engine loads. One thread at a time."""
+
+    def __init__(
+        self, layer: str, expected: ExpectedTable, *, decode: tuple[str, ...], prefill: tuple[str, ...]
+    ) -> None:
+        """Opens the store, or attaches to the daemon.
+
+        Args:
+            layer: The layer's name in the engine, for messages.
+            expected: What it expects of its table. An empty fingerprint: the engine's hash is compared later.
+            decode: Graph backends of decode that run Python at every step of this layer.
+            prefill: The same of prefill.
+
+        Raises:
+            EngineMismatchError: SGLang's options do not fit, or the table is another one.
+            ConfigError: TIERSTORE_STORE is not set; what opening the store raises.
+        """
+        self.layer = layer
+        self.settings = required_settings()
+        check_config(self.settings, decode, prefill)
+        self.store = self.settings.open_tables(_device_name())
+        if not expected.fingerprint and expected.name in self.store.tables:
+            expected = dataclasses.replace(expected, fingerprint=self.store[expected.name].spec.fingerprint)
+        self.table = matching_table(self.store, expected, layer)
+        self.rows_compared = 0
+
+    def compare(self, loaded: torch.Tensor, start_row: int, bytes_range: tuple[int, int]) -> None:
+        """Compares some rows of a tensor that the engine loads with the store's. Blocks.
+
+        Args:
+            loaded: [R, ...], the table's rows from `start_row` on, or a part of each.
+            start_row: The table's row that comes first.
+            bytes_range: Where in a stored row the tensor's bytes lie, first and end.
+
+        Raises:
+            EngineMismatchError: The rows do not fit the table, or one differs.
+        """
+        spec, (start, end) = self.table.spec, bytes_range
+        width = loaded.shape[1] * loaded.element_size()
+        if width != end - start or start_row + len(loaded) > spec.num_rows:
+            raise EngineMismatchError(
+                f"{self.layer}: the checkpoint has rows {start_row} to {start_row + len(loaded)} of {width} bytes, "
+                f"table {spec.name} in {self.store.name} has {spec.num_rows} of {end - start}; build the store from "
+                f"the checkpoint that the engine loads"
+            )
+        offsets = sample_offsets(spec.num_rows, start_row, len(loaded), width)
+        if len(offsets):
+            found = loaded.view(torch.uint8)[torch.from_numpy(offsets)].numpy()  # of a mapped file, reads these rows
+            check_rows(self.table, offsets + start_row, found, start, self.layer)
+            self.rows_compared += len(offsets)
+
+    def check_no_rows(self, **weights: torch.Tensor) -> None:
+        """Raises `EngineMismatchError` if a weight has rows; weights: by their names in the engine."""
+        for name, weight in weights.items():
+            if weight.shape[0]:
+                raise EngineMismatchError(
+                    f"{self.layer}: {name} has {weight.shape[0]} rows in memory, expected none: something else loaded "
+                    f"the table; name the plug-ins to load in SGLANG_PLUGINS"
+                )
+
+    def check_hash(self, fingerprint: str) -> None:
+        """Raises `EngineMismatchError` unless the engine's hash is the table's."""
+        stored = self.table.spec.fingerprint
+        if stored != fingerprint:
+            raise EngineMismatchError(
+                f"{self.layer}: hash fingerprint of table {self.table.spec.name} in {self.store.name}: {stored}, the "
+                f"engine has {fingerprint}: every row would be a wrong one; build the store from the checkpoint that "
+                f"the engine loads, with its tokenizer"
+            )
+
+    def log_ready(self) -> None:
+        """Logs the one line that says where this layer's rows come from."""
+        spec = self.table.spec
+        logger.info(
+            "tierstore: %s reads table %s of %s (%d rows of %d bytes, mode %s; %d rows of the checkpoint compared)",
+            self.layer, spec.name, self.store.name, spec.num_rows, spec.row_bytes, self.settings.mode,
+            self.rows_compared,
+        )  # fmt: skip
+
+
+class StepRows:
+    """The rows of one step after another: `EngineRows` that grows with the steps. One thread at a time."""
+
+    def __init__(self, table: LayerTable, within: tuple[int, int] | None = None) -> None:
+        """table: the layer's; within: as of `EngineRows`."""
+        self._table, self._within = table, within
+        self._rows: EngineRows | None = None
+
+    def start(self, row_ids: torch.Tensor, device: torch.device | None = None) -> None:
+        """Starts to read the rows of [T, C] row ids; they come out on `device`, by default where the ids are."""
+        tokens, device = row_ids.shape[0], row_ids.device if device is None else device
+        rows = self._rows
+        if rows is None or rows.tokens_max < tokens or rows.device != device:
+            tokens_max = max(TOKENS_MIN, 1 << (tokens - 1).bit_length())
+            with torch.inference_mode(False):  # buffers that any later step may fill
+                self._rows = rows = EngineRows(
+                    self._table.store, self._table.table.spec.name, tokens_max, device, self._within
+                )
+        rows.start(row_ids)
+
+    def finish(self) -> torch.Tensor:
+        """Waits for the rows that were started: uint8 [T, C, row_bytes], until the next `finish`."""
+        assert self._rows is not None, "no step was started"
+        return self._rows.finish()
+
+    @property
+    def counters(self) -> Any:
+        """What was read so far, since the buffers grew last."""
+        assert self._rows is not None, "no step was started"
+        return self._rows.counters
+
+
+def required_settings() -> EngineSettings:
+    """Returns the settings of this process; raises `ConfigError` if they were unset since the plug-in was loaded."""
+    settings = EngineSettings.find(None)
+    if settings is None:
+        raise ConfigError("TIERSTORE_STORE was unset while SGLang started; keep it in the environment")
+    return settings
+
+
+def _device_name() -> str | None:
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else None
