@@ -21,6 +21,7 @@ from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph.breakab
 from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph.context import is_in_breakable_cuda_graph
 from sglang.srt.runtime_context import get_parallel
 
+from ...codecs import SCALE_BLOCK, decode_rows
 from ...hash_config import LayerHash
 from ...hash_spec import HashSpec
 from ..gate import EngineMismatchError
@@ -30,7 +31,6 @@ from .hooks import Hook
 from .layer import LayerTable, StepRows
 
 FAMILY, CODEC = "deepseek_v41", "fp8_e4m3_e8m0x32"
-SCALE_BLOCK = 32  # values that share one scale byte
 
 
 class TieredEngramEmbedding(torch.nn.Module):
@@ -123,12 +123,10 @@ class TieredEngramEmbedding(torch.nn.Module):
 
     def _dequantized(self, stored: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Fills out, [T, C, D] bfloat16, from rows as stored, [T, C, row_bytes], by the engine's own arithmetic."""
-        values, scales = stored[..., : self.dim], stored[..., self.dim :]
         if not stored.is_cuda:
-            blocks = values.view(torch.float8_e4m3fn).float().unflatten(-1, (-1, SCALE_BLOCK))
-            factors = scales.contiguous().view(torch.float8_e8m0fnu).float().unsqueeze(-1)
-            return out.copy_((blocks * factors).flatten(-2))
-        values, scales = values.contiguous(), scales.contiguous()  # the kernel takes two tables
+            return out.copy_(decode_rows(stored, CODEC, self.dim))  # float32 products, rounded once, as the engine's
+        # The engine's kernel takes two tables.
+        values, scales = stored[..., : self.dim].contiguous(), stored[..., self.dim :].contiguous()
         ids = torch.arange(stored.shape[0] * stored.shape[1], device=stored.device)
         engram.engram_gather(values.data_ptr(), scales.data_ptr(), ids, out.view(-1, self.dim), self.dim, SCALE_BLOCK)
         return out
