@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -30,9 +31,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--case", help="this case alone")
     options = parser.parse_args()
-    import sglang
-
     with tempfile.TemporaryDirectory(prefix="tierstore-sglang-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # as the server does, before anything imports its client
+        import sglang
+
         lab.announce_entry_point(Path(folder))
         module = importlib.import_module(FAMILIES[options.family])
         cases = module.prepare(Path(folder))

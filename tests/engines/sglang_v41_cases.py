@@ -118,6 +118,18 @@ class Cases:
             replay()
         assert torch.equal(out, self.resident(0, LAYERS[0])(ids[9:]))
 
+    def the_counters_are_in_the_metrics_endpoint(self) -> None:
+        from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+
+        embed = self.model(self.store, enable_metrics=True)[0].embed
+        embed(self.row_ids(30)[:, 0])
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)
+        text = generate_latest(registry).decode()
+        for line in ('steps_total{layer="layers.1",rank="0"} 1.0', 'tokens_total{layer="layers.1",rank="0"} 30.0'):
+            assert f"tierstore_engine_{line}" in text, text
+        assert 'tierstore_engine_keys_total{rank="0",tier="' in text, text
+
     def a_table_of_other_rows_is_refused_while_weights_load(self) -> None:
         refused("is not row", "compared rows differ", lambda: self.model(self.other_store))
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from support import fake_sglang
 from support.repository import REPOSITORY
 from support.tiny_store import DIM, LAYERS, build_tiny, decoded, tiny_hash
@@ -194,6 +195,34 @@ def test_the_embedding_gives_the_stored_rows_as_the_engine_dequantizes_them(stor
         assert not found[3, 2].any()
         assert not found[5, 0].any()
         assert torch.equal(found[6:], rows[ids[6:]])
+
+
+@pytest.mark.usefixtures("store")
+def test_a_layers_counters_are_among_the_engines_metrics(sglang: SimpleNamespace) -> None:
+    sglang.observability.enable_metrics = True
+    start()
+    embed = engine().EngramEmbedding(*expected_table(1))
+    ids = torch.zeros((5, tiny_hash().heads * 2), dtype=torch.int64)
+    embed(ids)
+    labels = {"rank": "0", "layer": "layers.1"}
+    for name, count in (("steps", 1), ("tokens", 5), ("rows", ids.numel())):
+        assert REGISTRY.get_sample_value(f"tierstore_engine_{name}_total", labels) == count
+    embed(ids)  # within the period: counted, and published with a later step
+    embed._now._metrics._due_s = 0.0
+    embed(ids)
+    assert REGISTRY.get_sample_value("tierstore_engine_steps_total", labels) == 3
+
+
+@pytest.mark.usefixtures("sglang", "store")
+def test_registering_leaves_prometheus_to_sglang_which_sets_its_folder_first() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(REPOSITORY / 'tests')!r}); import pytest; "
+        "from support import fake_sglang; fake_sglang.install(pytest.MonkeyPatch()); "
+        "from sglang.srt.plugins import load_plugins; from engram_adapter.engines.sglang import register; "
+        "load_plugins(register); print('prometheus_client' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.strip() == "False"
 
 
 @pytest.mark.usefixtures("sglang")

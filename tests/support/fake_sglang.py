@@ -126,7 +126,8 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.23") -> SimpleN
         exec=SimpleNamespace(
             kernel=SimpleNamespace(enable_nvidia_megakernel=False), graph=SimpleNamespace(cuda_graph_config=None)
         ),
-        parallel=SimpleNamespace(attn_cp_size=1),
+        parallel=SimpleNamespace(attn_cp_size=1, tp_rank=0),
+        observability=SimpleNamespace(enable_metrics=False),
     )  # fmt: skip
     registry = type("HookRegistry", (HookRegistry,), {"_hooks": {}, "apply_hooks": vars(HookRegistry)["apply_hooks"]})
     modules: dict[str, dict[str, Any]] = {
@@ -143,6 +144,7 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.23") -> SimpleN
             "get_exec": lambda: published.exec,
             "get_model": lambda: published.model,
             "get_parallel": lambda: published.parallel,
+            "get_observability": lambda: published.observability,
         },
         f"{BREAKABLE}.breakable_cuda_graph": {"eager_on_graph": _EagerOnGraph},
         f"{BREAKABLE}.context": {"is_in_breakable_cuda_graph": lambda: False},

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any
 
 import torch
 
 from tierstore.errors import ConfigError
 
 from ..gate import EngineMismatchError
-from ..rows import EngineRows
+from ..rows import EngineRows, RowCounters
 from ..settings import EngineSettings
 from ..tables import ExpectedTable, check_rows, matching_table, sample_offsets
 from .checks import check_config
+from .metrics import metrics_of
 
 logger = logging.getLogger("sglang.tierstore")  # below the engine's logger, whose handlers show it
 
@@ -115,6 +115,8 @@ class StepRows:
         """table: the layer's; within: as of `EngineRows`."""
         self._table, self._within = table, within
         self._rows: EngineRows | None = None
+        self.counters = RowCounters()
+        self._metrics = metrics_of(table.table.spec.name, table.store)
 
     def start(self, row_ids: torch.Tensor, device: torch.device | None = None) -> None:
         """Starts to read the rows of [T, C] row ids; they come out on `device`, by default where the ids are."""
@@ -126,18 +128,16 @@ class StepRows:
                 self._rows = rows = EngineRows(
                     self._table.store, self._table.table.spec.name, tokens_max, device, self._within
                 )
+            rows.counters = self.counters
         rows.start(row_ids)
 
     def finish(self) -> torch.Tensor:
         """Waits for the rows that were started: uint8 [T, C, row_bytes], until the next `finish`."""
         assert self._rows is not None, "no step was started"
-        return self._rows.finish()
-
-    @property
-    def counters(self) -> Any:
-        """What was read so far, since the buffers grew last."""
-        assert self._rows is not None, "no step was started"
-        return self._rows.counters
+        rows = self._rows.finish()
+        if self._metrics is not None:
+            self._metrics.publish(self.counters)
+        return rows
 
 
 def required_settings() -> EngineSettings:
