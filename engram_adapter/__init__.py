@@ -20,9 +20,10 @@ from .token_map import build_token_map
 if TYPE_CHECKING:
     from .checkpoints import build_checkpoint, open_checkpoint
     from .embedding import RowIdEmbedding, TieredEmbedding
+    from .engines.transformers.loading import load_pretrained
+    from .engines.transformers.swap import swap_embedding
     from .engram_layer import EngramLayer
     from .profiles import open_profile, replan, token_profile
-    from .swap import swap_embedding
 
 __all__ = [
     "EngramLayer",
@@ -31,6 +32,7 @@ __all__ = [
     "TieredEmbedding",
     "build_checkpoint",
     "build_token_map",
+    "load_pretrained",
     "open_checkpoint",
     "open_profile",
     "replan",
@@ -42,7 +44,8 @@ _NEEDS_TORCH = {
     "EngramLayer": "engram_layer",
     "RowIdEmbedding": "embedding",
     "TieredEmbedding": "embedding",
-    "swap_embedding": "swap",
+    "load_pretrained": "engines.transformers.loading",
+    "swap_embedding": "engines.transformers.swap",
 }
 # The jobs behind the commands, which lookups do without.
 _JOBS = {

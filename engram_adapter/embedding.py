@@ -238,7 +238,9 @@ class RowIdEmbedding(torch.nn.Module):
         spec = self._table.spec
         self._head_offsets = head_offsets
         self.num_embeddings, self.embedding_dim, self.num_heads = spec.num_rows, spec.dim, spec.num_heads
-        self.register_buffer("weight", torch.empty((0, spec.dim), dtype=codec_dtype(spec.codec)), persistent=False)
+        # On the CPU whatever torch's default device is: a model that is made on the meta device still has its rows.
+        empty = torch.empty((0, spec.dim), dtype=codec_dtype(spec.codec), device="cpu")
+        self.register_buffer("weight", empty, persistent=False)
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         """Returns the rows of `row_ids`, integers [...], as [..., dim] on their device; row id -1 gives a zero row.

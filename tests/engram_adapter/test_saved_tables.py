@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import tierstore
-from engram_adapter import saved_tables
-from engram_adapter.swap import swap_embedding
+from engram_adapter.engines.transformers import saved_tables
+from engram_adapter.engines.transformers.swap import swap_embedding
 from tests.engram_adapter.test_swap_qwen4 import built, made_model, prompts, transformers
 from tierstore.errors import BudgetError, ConfigError, CorruptPageError
 

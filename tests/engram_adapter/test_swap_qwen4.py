@@ -13,8 +13,8 @@ from support.marks import slow_but
 
 import tierstore
 from engram_adapter.embedding import RowIdEmbedding
+from engram_adapter.engines.transformers.swap import swap_embedding
 from engram_adapter.families import read_model
-from engram_adapter.swap import swap_embedding
 from tierstore.errors import ConfigError, FingerprintMismatchError
 from tierstore.formats.checkpoint import Checkpoint
 from tierstore.offline.build import build_store
