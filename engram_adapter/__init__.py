@@ -19,11 +19,12 @@ from .token_map import build_token_map
 
 if TYPE_CHECKING:
     from .checkpoints import build_checkpoint, open_checkpoint
-    from .embedding import RowIdEmbedding, TieredEmbedding
+    from .embedding import TieredEmbedding
     from .engines.transformers.loading import load_pretrained
     from .engines.transformers.swap import swap_embedding
     from .engram_layer import EngramLayer
     from .profiles import open_profile, replan, token_profile
+    from .row_id_embedding import RowIdEmbedding
 
 __all__ = [
     "EngramLayer",
@@ -42,7 +43,7 @@ __all__ = [
 
 _NEEDS_TORCH = {
     "EngramLayer": "engram_layer",
-    "RowIdEmbedding": "embedding",
+    "RowIdEmbedding": "row_id_embedding",
     "TieredEmbedding": "embedding",
     "load_pretrained": "engines.transformers.loading",
     "swap_embedding": "engines.transformers.swap",

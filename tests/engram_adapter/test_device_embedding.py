@@ -24,7 +24,8 @@ from support.tiny_store import DIM, LAYERS, VOCAB_SIZE, build_tiny, decoded, tin
 
 import tierstore
 from engram_adapter.device_embedding import DeviceCall, _identity
-from engram_adapter.embedding import RowIdEmbedding, TieredEmbedding, prefetch_layers
+from engram_adapter.embedding import TieredEmbedding, prefetch_layers
+from engram_adapter.row_id_embedding import RowIdEmbedding
 from tierstore.decisions import hbm_budget
 from tierstore.offline.place import place_entries
 from tierstore.offline.placement_file import Chosen

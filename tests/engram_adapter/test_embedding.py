@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import io
-import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,14 +17,10 @@ from support.tiny_store import DIM, LAYERS, VOCAB_SIZE, WatchedStore, build_tiny
 
 import tierstore
 from engram_adapter import token_shapes
-from engram_adapter.embedding import (
-    PENDING_PREFETCHES_MAX,
-    WAIT_S,
-    HashedEmbedding,
-    RowIdEmbedding,
-    TieredEmbedding,
-    prefetch_layers,
-)
+from engram_adapter.embedding import PENDING_PREFETCHES_MAX, TieredEmbedding, prefetch_layers
+from engram_adapter.lookup_call import WAIT_S
+from engram_adapter.resident_embedding import HashedEmbedding
+from engram_adapter.row_id_embedding import RowIdEmbedding
 from tierstore.errors import ConfigError, CorruptPageError, FingerprintMismatchError
 
 CODECS = ["fp8_e4m3_e8m0x32", "bf16", "fp16", "fp32"]
@@ -522,19 +516,6 @@ def test_an_embedding_keeps_its_store_open_that_nobody_else_names(tmp_path: Path
     expected = gathered(rows["layers.1"], "bf16", 1, token_ids)
     assert torch.equal(tiered(token_ids), expected)
     assert torch.equal(twin(torch.from_numpy(tiny_hash().row_ids(token_ids.numpy(), 1))), expected)
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_an_embedding_is_not_pickled_and_says_what_to_do(
-    watched: tuple[WatchedStore, dict[str, np.ndarray]], protocol: int
-) -> None:
-    store, _ = watched
-    for embedding in (TieredEmbedding(store, 1, tiny_hash()), RowIdEmbedding(store, 1)):
-        for saved in (embedding, torch.nn.Sequential(embedding)):
-            with pytest.raises(TypeError, match=r"cannot be pickled: save the model's state_dict\(\)"):
-                pickle.dumps(saved, protocol)
-            with pytest.raises(TypeError, match="cannot be pickled"):
-                torch.save(saved, io.BytesIO())
 
 
 def test_a_shallow_copy_looks_up_the_same_rows(watched: tuple[WatchedStore, dict[str, np.ndarray]]) -> None:

@@ -17,8 +17,9 @@ from support.rounding import Rounded, check_within, rms_norm, sigmoid, signed_ro
 from support.tiny_store import DIM, VOCAB_SIZE, build_tiny, decoded, tiny_hash
 
 import tierstore
-from engram_adapter.embedding import HashedEmbedding, TieredEmbedding
+from engram_adapter.embedding import TieredEmbedding
 from engram_adapter.engram_layer import GATE_FLOOR, EngramLayer, scale_block
+from engram_adapter.resident_embedding import HashedEmbedding
 from tierstore.errors import ConfigError
 
 CODEC = "fp8_e4m3_e8m0x32"

@@ -12,7 +12,7 @@ import torch
 from support.marks import slow_but
 
 import tierstore
-from engram_adapter.embedding import RowIdEmbedding
+from engram_adapter import RowIdEmbedding
 from engram_adapter.engines.transformers.swap import swap_embedding
 from engram_adapter.families import read_model
 from tierstore.errors import ConfigError, FingerprintMismatchError

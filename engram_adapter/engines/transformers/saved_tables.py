@@ -23,7 +23,7 @@ from tierstore.causes import named
 from tierstore.errors import ConfigError
 from tierstore.units import format_bytes
 
-from ...embedding import RowIdEmbedding
+from ...row_id_embedding import RowIdEmbedding
 
 logger = logging.getLogger("tierstore")
 

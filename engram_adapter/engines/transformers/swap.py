@@ -16,8 +16,9 @@ import torch
 from tierstore.errors import ConfigError, FingerprintMismatchError
 
 from ...codecs import codec_dtype
-from ...embedding import RowIdEmbedding, check_fingerprint
 from ...hash_spec import HashSpec
+from ...row_id_embedding import RowIdEmbedding
+from ...store_module import check_fingerprint
 from .saved_tables import save_with_tables
 
 if TYPE_CHECKING:

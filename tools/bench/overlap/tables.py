@@ -20,7 +20,7 @@ import torch
 import tierstore
 from engram_adapter import HashSpec, token_profile
 from engram_adapter.codecs import decode_rows
-from engram_adapter.embedding import HashedEmbedding
+from engram_adapter.resident_embedding import HashedEmbedding
 from tierstore.formats.catalog import read_catalog
 from tierstore.offline.build import build_store
 from tierstore.spec import TableSpec
