@@ -50,6 +50,16 @@ class StoreModule(torch.nn.Module):
         self._handle = handle_of(self, self._kind, getattr(store, "name", "a store"), self._table_spec)
 
     @property
+    def store(self) -> Store:
+        """The store that it looks up in."""
+        return self._store
+
+    @property
+    def table_spec(self) -> TableSpec:
+        """What its table is."""
+        return self._table_spec
+
+    @property
     def _kind(self) -> str:
         """What beside the table decides which rows it gives for ids."""
         return type(self).__name__

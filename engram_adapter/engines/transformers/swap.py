@@ -19,6 +19,7 @@ from ...codecs import codec_dtype
 from ...hash_spec import HashSpec
 from ...row_id_embedding import RowIdEmbedding
 from ...store_module import check_fingerprint
+from .prefetch import ReadAhead
 from .saved_tables import save_with_tables
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def swap_embedding(model: torch.nn.Module, store: Store) -> list[str]:
     the store's has another number of rows, dim or dtype; `FingerprintMismatchError` if it was built with another
     hash.
 
+    The reads of all tables start with the model's forward, so that earlier layers hide them.
     `save_pretrained` of a swapped model reads the tables from the store and writes them too, piece by piece, so that
     `from_pretrained` of that folder has the trained rows. `state_dict()` has none of them.
     """
@@ -69,6 +71,10 @@ def put_in_place(model: torch.nn.Module, store: Store) -> tuple[HashSpec, list[s
         device = module.ngram_embedding.weight.device
         module.ngram_embedding = swapped[name] if device.type == "meta" else swapped[name].to(device)
         swapped[name].stands_for_weight = True
+    for owner in dict.fromkeys(name.rpartition("layers.")[0] for name in swapped):
+        below = [name.removeprefix(owner) for name in swapped if name.rpartition("layers.")[0] == owner]
+        text_model = model.get_submodule(owner.removesuffix("."))
+        text_model.register_forward_pre_hook(ReadAhead(below, spec), with_kwargs=True)
     return spec, list(swapped)
 
 
