@@ -11,7 +11,20 @@ interpreter. The NumPy references lie beside the CPU kernels' (kernels/reference
 
 # All at once: Triton decides when a kernel is defined whether it is interpreted,
 # by an environment that may change later.
-from . import await_answer, gather, keys, lookup, misses, probe, row_ids, rows, scatter
+from . import await_answer, gather, keys, lookup, misses, probe, put_rows, row_ids, rows, scatter, token_keys
 from .launching import INTERPRETED
 
-__all__ = ["INTERPRETED", "await_answer", "gather", "keys", "lookup", "misses", "probe", "row_ids", "rows", "scatter"]
+__all__ = [
+    "INTERPRETED",
+    "await_answer",
+    "gather",
+    "keys",
+    "lookup",
+    "misses",
+    "probe",
+    "put_rows",
+    "row_ids",
+    "rows",
+    "scatter",
+    "token_keys",
+]

@@ -22,7 +22,7 @@ from support.gpu_inputs import CODECS, Sources, index_of, poisoned_out
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from tierstore.kernels.gpu import gather, launching, lookup, probe, rows, scatter
+from tierstore.kernels.gpu import gather, launching, lookup, probe, put_rows, rows, scatter, token_keys
 from tierstore.kernels.gpu.codecs import BYTES
 from tierstore.kernels.gpu.misses import MissList, StepState
 
@@ -90,12 +90,28 @@ def gather_rows() -> None:
         rows.gather_rows(ids, torch.zeros(7, 264, dtype=torch.uint8), 7, codec, out, places)
 
 
+def keys_of_row_ids() -> None:
+    ids, out = torch.zeros(4, 24, dtype=torch.int64), torch.zeros(4, 3, dtype=torch.int64)
+    heads, counts = torch.ones(24, dtype=torch.int64), torch.full((3,), 3, dtype=torch.int64)
+    address_map = token_keys.DeviceAddressMap(heads, heads, counts, torch.ones(3, 3, dtype=torch.int64))
+    token_keys.keys_of_row_ids(ids, address_map, (0, 5), out)
+    token_keys.keys_of_row_ids(ids[:, ::1], address_map, (0, 5), out, torch.zeros_like(ids))
+
+
+def put() -> None:
+    ids, out = torch.zeros(4, 24, dtype=torch.int64), torch.zeros(4, 24, 272, dtype=torch.uint8)
+    put_rows.put_rows(ids, (0, 5), torch.zeros(4, 24, 264, dtype=torch.uint8), out[:, :, 8:])
+    put_rows.put_rows(ids, (0, 5), None, out[:, :, 3:])
+
+
 LAUNCHES: tuple[Callable[[], None], ...] = (
     find_entries,
     gather_entries,
     lookup_entries,
     scatter_entries,
     gather_rows,
+    keys_of_row_ids,
+    put,
 )
 
 

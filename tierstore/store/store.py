@@ -11,26 +11,25 @@ Shapes: N tokens, O orders, H rows per key.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from ..errors import StoreNotReadyError
 from ..formats.key_trace import KeyTraceInfo, TracedTable
 from ..stats import stats_of
-from ..tiers.engine import DeviceEngine, Engine
+from ..tiers.engine import Engine
 from ..units import format_bytes
 from .backing import Backing
+from .device_side import DeviceSide
 from .opened import OpenedStore
 from .recorder import Recorder
 from .table import Table
 from .ticket import Ticket, handed_out
 
 
-class Store:
+class Store(DeviceSide):
     """An open store. `tables` maps names to `Table`s, and `store[name]` is the same. Close it, or use `with`.
 
     It closes itself when neither it nor one of its tables is held any more. It is of one process: a forked child has it
@@ -103,41 +102,6 @@ class Store:
     def attachment(self, name: str) -> bytes:
         """Returns a record that the adapter put in the catalog at build time; raises `KeyError` if there is not one."""
         return self._backing.attachments[name]
-
-    @property
-    def device(self) -> Any:
-        """The `torch.device` of the hbm tier, on which `open_lookup` looks up; None without one."""
-        return self._engine.device
-
-    def capture_probe(self) -> Callable[[], bool]:
-        """Returns a function that says whether a CUDA graph is being captured on the current stream of `device`."""
-        from ..tiers.hbm.device import is_capturing
-
-        return partial(is_capturing, self.device)
-
-    def open_lookup(self, name: str, tokens_max: int) -> Any:
-        """Returns buffers for lookups from the device, of up to tokens_max tokens at once: a `DeviceLookup`.
-
-        The adapter's embeddings use it. It may be for fewer tokens, as its `tokens_max` says, where a quarter of the
-        page-locked memory holds no more. Its buffers live until the store is closed. Raises `BudgetError` where they do
-        not fit in the page-locked memory, `StoreNotReadyError` if there is no hbm tier, or not any more.
-        """
-        engine = self._opened.unrecorded_engine()  # a trace has no lookups from the device
-        if not isinstance(engine, DeviceEngine):
-            raise StoreNotReadyError(
-                f"table {name} of {tokens_max} tokens: this store has no hbm tier; open it with hbm="
-            )
-        return engine.open_lookup(self[name].index, tokens_max)
-
-    def change_hbm(self, placement: int | None = None) -> int:
-        """Brings another placement's hottest entries into the hbm tier, under running lookups; returns its epoch.
-
-        placement: its number, None for the current one. What lookups give is the same before, meanwhile and after;
-        captured graphs stay good. DRAM keeps the placement that the store was opened with. Blocks on disk and device.
-        Raises `ConfigError` (no hbm tier, no such placement), `FormatError` (it is damaged,
-        or the store was built anew).
-        """
-        return self._backing.change_hbm(placement)
 
     def submit(self, requests: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Ticket:
         """Starts a lookup in several tables at once: {name: (keys [N, O] int64, out [N, O * H, row_bytes] uint8)}.

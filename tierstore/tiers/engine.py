@@ -189,6 +189,13 @@ class DeviceEngine(Protocol):
         Raises `BudgetError` if its buffers do not fit, `StoreNotReadyError` if there is no device any more.
         """
 
+    def open_rows(self, index: int, tokens_max: int, within: RowRange) -> Any:
+        """Returns a `DeviceRows`, which lives until the engine is closed, for batches of any number of tokens.
+
+        tokens_max: of one part of a batch; it may be fewer, as of `open_lookup`, which raises the same. Raises
+        `ConfigError` if row ids of the table do not give keys.
+        """
+
     def change_entries(self, file: Any) -> list[np.ndarray]:
         """Brings the first entries of a `PlacementFile` into the hbm tier. Raises as `open_lookup`, and `FormatError`.
 

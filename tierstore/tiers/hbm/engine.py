@@ -24,7 +24,8 @@ from ..placed import PlacementFile
 from .change import OnBytes, change_entries
 from .lookup import DeviceLookup
 from .open_lookups import OpenLookups
-from .row_hits import RowHits, take_row_hits
+from .row_hits import take_row_hits
+from .row_lookup import DeviceRows
 from .tier import HbmTier
 from .times import DeviceTimes
 
@@ -92,26 +93,23 @@ class HbmEngine(EngineWrapper):
         within: RowRange | None = None,
         timeout_s: float | None = None,
     ) -> None:
-        ids = row_ids.copy()  # ours: looked at more than once
+        spec, ids = self._host.layouts[index].spec, row_ids.copy()  # ours: looked at more than once
 
         def look_up() -> None:
-            hits = self._take_row_hits(index, ids, within)
+            hits = take_row_hits(spec, ids, within, partial(self._take_hits, index))
             self._engine.rows(index, hits.rest, out, within, timeout_s)
             hits.put(out)
 
         in_one_version(self._engine, look_up, self._what)
 
     def submit_rows(self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None) -> Pending | None:
-        ids = row_ids.copy()
+        spec, ids = self._host.layouts[index].spec, row_ids.copy()
 
         def start() -> Pending | None:
-            hits = self._take_row_hits(index, ids, within)
+            hits = take_row_hits(spec, ids, within, partial(self._take_hits, index))
             return _started(self._engine.submit_rows(index, hits.rest, out, within), partial(hits.put, out))
 
         return in_one_version(self._engine, start, self._what)
-
-    def _take_row_hits(self, index: int, row_ids: np.ndarray, within: RowRange | None) -> RowHits:
-        return take_row_hits(self._host.layouts[index].spec, row_ids, within, partial(self._take_hits, index))
 
     def _take_hits(self, index: int, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
         """Returns the keys for the engine below, and what slots hold: which, bool [N, O], and their entries; None:
@@ -134,6 +132,11 @@ class HbmEngine(EngineWrapper):
         with self._lookups.lock:
             self._check_device()
             return self._lookups.open(index, tokens_max)
+
+    def open_rows(self, index: int, tokens_max: int, within: RowRange) -> DeviceRows:
+        with self._lookups.lock:
+            self._check_device()
+            return self._lookups.open_rows(index, tokens_max, within)
 
     def move(self, act: Callable[[], _T]) -> _T:
         """Has the engine below move to another version, by `act`, and returns what that does. The tier is empty
@@ -184,10 +187,8 @@ class HbmEngine(EngineWrapper):
         return {"hbm_budget_bytes": self._tier.plan.budget_bytes, "hbm_bytes": self._tier.plan.hbm_bytes}
 
     def counters(self) -> dict[str, Any]:
-        """As `Engine.counters`, and under "hbm" a list for each table: keys by order found in slots.
-
-        Latency is also that of lookups from the device: see `times`.
-        """
+        """As `Engine.counters`, and under "hbm" a list for each table: keys by order found in slots. Latency is also
+        that of lookups from the device: see `times`."""
         counters = self._engine.counters()
         counters["latency"] = add_counters(counters["latency"], self._times.record())
         if not self._has_device:

@@ -42,11 +42,14 @@ class LookupLaunches:
     """
 
     @torch.inference_mode(False)  # its tensors are written outside that mode too
-    def __init__(self, tier: HbmTier, index: int, tokens_max: int, mailbox: Mailbox) -> None:
+    def __init__(
+        self, tier: HbmTier, index: int, tokens_max: int, mailbox: Mailbox, codec: RowCodec | None = None
+    ) -> None:
+        """codec: how rows become values; None: as `row_codec` says."""
         table, device = tier.tables[index], tier.device
         spec = table.spec
         self._table, self._device, self._mailbox = table, device, mailbox
-        self._codec = row_codec(spec)
+        self._codec = codec or row_codec(spec)
         self._row_address = tier.row_addresses[index]
         self.asks_host = self._row_address == 0
         if not self.asks_host:
@@ -73,11 +76,19 @@ class LookupLaunches:
 
     def look_up(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Copies what the device reads, and asks the host for the rest. keys: int64 [N, O]; values: as of `flat`."""
+        self._probe(keys, values)
+        self._gather_rows(keys, values)
+        self._post()
+
+    def _probe(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copies what slots and records hold, and lists the rest, if the host is asked for that."""
         table, misses = self._table, self._misses if self.asks_host else None
         lookup_entries(
             keys, table.index, table.sources, self._codec, values, misses, table.counts, self._places[: len(keys)]
         )
-        self._gather_rows(keys, values)
+
+    def _post(self) -> None:
+        """Begins the step, and asks the host for what is listed."""
         post_misses(self._state, self._mailbox.address, self._misses.pairs_max, self.invalid_token_position)
 
     def gather(self, keys: np.ndarray, places: np.ndarray, num_missed: int, values: torch.Tensor) -> None:
@@ -97,10 +108,15 @@ class LookupLaunches:
         """Copies, by row id, what neither slots nor records hold, if the device reads all rows of the table in DRAM."""
         if self.asks_host:
             return
-        row_ids, spec = self._row_ids[: len(keys)], self._table.spec
+        row_ids = self._row_ids[: len(keys)]
         row_ids_of_keys(keys, self._moduli, self._offsets, row_ids)
+        self._gather_by_id(row_ids, values)
+
+    def _gather_by_id(self, row_ids: torch.Tensor, values: torch.Tensor) -> None:
+        """The same of row ids, int64 [N, O * H], contiguous."""
+        spec = self._table.spec
         rows = values.view(row_ids.numel(), values.shape[-1] // (1 if values.ndim == 3 else self._codec.rows_per_entry))
-        gather_rows(row_ids.view(-1), self._row_address, spec.num_rows, self._codec, rows, self._places[: len(keys)])
+        gather_rows(row_ids.view(-1), self._row_address, spec.num_rows, self._codec, rows, self._places[: len(row_ids)])
 
     def await_answer(self) -> None:
         """Has the device wait for the host's answer to the step at hand."""

@@ -16,6 +16,7 @@ per key.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,13 +34,22 @@ from .tier import HbmTier
 from .times import DeviceTimes, LookupTimer
 
 
+def _nothing() -> None:
+    """Nothing comes behind."""
+
+
 class _Started(NamedTuple):
-    """The lookup that was started and not finished. pending: the host's reads for known keys, if there are any."""
+    """The lookup that was started and not finished.
+
+    values: where its entries go; pending: the host's reads for known keys, if there are any; then: launches what comes
+    behind the last entry, in the same turn.
+    """
 
     values: torch.Tensor
     pending: Pending | None
     is_known: bool
     in_capture: bool
+    then: Callable[[], None] = _nothing
 
 
 class DeviceLookup:
@@ -52,6 +62,8 @@ class DeviceLookup:
         invalid_token_position: int64 [1] on the device. The caller's kernel notes there 1 + the position of a token id
             without keys, `start` takes it away, and `take_invalid_token_position` returns it when the step is done.
     """
+
+    _launches_type: type[LookupLaunches] = LookupLaunches
 
     def __init__(
         self,
@@ -66,12 +78,9 @@ class DeviceLookup:
         """Makes the buffers.
 
         Args:
-            what: The store, as errors call it.
-            tier: The hbm tier.
-            engine: The engine below the tier, whose reads answer the mailbox.
-            mailboxes: Serves the mailbox.
-            index: The table's.
-            tokens_max: The most tokens of one lookup.
+            what, index: The store and the table, as errors and engines call them.
+            tier, engine: The hbm tier, and the engine below it, whose reads answer the mailbox.
+            mailboxes: Serves the mailbox, of tokens_max tokens.
             times: Of all lookups of the store from the device.
 
         Raises:
@@ -89,7 +98,7 @@ class DeviceLookup:
         self.tokens_max = tokens_max
         self._timer = LookupTimer(times)
         self._mailbox = Mailbox(what, tier, mailboxes, index, tokens_max)
-        self._launches = LookupLaunches(tier, index, tokens_max, self._mailbox)
+        self._launches = self._launches_type(tier, index, tokens_max, self._mailbox)
         self.invalid_token_position = self._launches.invalid_token_position
         self._reads = KnownReads(what, self._table.spec.name, engine, index, self._mailbox)
         self._order = StreamOrder(tier, self._begin_graph)
@@ -99,26 +108,32 @@ class DeviceLookup:
 
     def start(self, keys: torch.Tensor, out: torch.Tensor) -> None:
         """Launches the first half of a lookup, on the current stream. One that was started before is finished first.
+        Raises `StoreNotReadyError` if the store was closed.
 
         Args:
             keys: int64 [N, O] on the device, contiguous, N at most tokens_max.
             out: The values, [N, O * H, dim] of the table's float type, contiguous.
-
-        Raises `StoreNotReadyError` if the store was closed.
         """
         with self._lock:
-            self._end_started()
-            self._reads.end()
-            self._order.wait_on_stream()
-            self._timer.begin(is_timed=not self._order.was_captured)
-            with self._timer.half():
-                values = self._launches.flat(len(keys), out)
-                with self._tier.lock:  # no version changes between what slots hold and what the host is asked for
-                    self._launches.look_up(keys, values)
-            if self._launches.asks_host:
-                self._started = _Started(values, None, is_known=False, in_capture=is_capturing(self._tier.device))
-            else:
-                self._timer.end()  # there is no second half
+            values = self._launches.flat(len(keys), out)
+            self._start(lambda: self._launches.look_up(keys, values), values, _nothing)
+
+    def _start(self, look_up: Callable[[], None], values: torch.Tensor, then: Callable[[], None]) -> None:
+        """Launches the first half, look_up; then: see `_Started`. The lock is held."""
+        self._end_started()
+        self._reads.end()
+        self._order.wait_on_stream()
+        self._timer.begin(is_timed=not self._order.was_captured)
+        with self._timer.half():
+            with self._tier.lock:  # no version changes between what slots hold and what the host is asked for
+                look_up()
+            if not self._launches.asks_host:  # there is no second half
+                then()
+                self._order.end()
+        if self._launches.asks_host:
+            self._started = _Started(values, None, False, is_capturing(self._tier.device), then)
+        else:
+            self._timer.end()
 
     def start_known(self, keys: np.ndarray, out: torch.Tensor) -> None:
         """The same for keys that the host knows, int64 [N, O]: reads start before the first kernel does.
@@ -153,8 +168,7 @@ class DeviceLookup:
         """Launches the second half of what was started, if anything was: the device waits for the host's answer.
 
         On the current stream, which must come after that of `start`. Of known keys it blocks, and raises as
-        `Store.submit` does. Raises `StoreNotReadyError` if the store was closed.
-        """
+        `Store.submit` does. Raises `StoreNotReadyError` if the store was closed."""
         with self._lock:
             self._check_open()
             started, self._started = self._started, None
@@ -168,6 +182,7 @@ class DeviceLookup:
                 elif started.pending is not None:
                     started.pending.wait(WAIT_S)
                 self._launches.scatter(started.values)
+                started.then()
                 self._order.end()
             self._timer.end()
 
@@ -187,9 +202,7 @@ class DeviceLookup:
 
     def close(self, timeout_s: float) -> bool:
         """Refuses launches from now on, and forgets what was started. Blocks while one is under way, timeout_s at most.
-
-        Returns False if one still is. The device may still be in what was launched.
-        """
+        Returns False if one still is. The device may still be in what was launched."""
         if not self._lock.acquire(timeout=timeout_s):
             return False
         try:
@@ -209,7 +222,6 @@ class DeviceLookup:
 
     def check(self) -> None:
         """Raises what went wrong in a step that the device has done, whose missing values are NaN. Waits for none.
-
         Token ids outside the vocabulary are the caller's to name. Raises `TimeoutError` if the host did not answer,
         `StoreNotReadyError` if the store was closed, and what the host's reads raised, as `Store.submit` does.
         """

@@ -13,6 +13,7 @@ from typing import Any
 from ... import kernels
 from ..engine import HostEngine, in_slices
 from .lookup import DeviceLookup
+from .row_lookup import DeviceRows
 from .tier import HbmTier
 from .times import DeviceTimes
 
@@ -31,15 +32,25 @@ class OpenLookups:
 
     def open(self, index: int, tokens_max: int) -> DeviceLookup:
         """As `DeviceEngine.open_lookup`."""
+        lookup = DeviceLookup(*self._arguments(index, tokens_max))
+        self._lookups.append(lookup)
+        return lookup
+
+    def open_rows(self, index: int, tokens_max: int, within: tuple[int, int]) -> DeviceRows:
+        """As `DeviceEngine.open_rows`."""
+        rows = DeviceRows(*self._arguments(index, tokens_max), within=within)
+        self._lookups.append(rows)
+        return rows
+
+    def _arguments(self, index: int, tokens_max: int) -> tuple[Any, ...]:
+        """Returns the arguments of a `DeviceLookup`, of as many tokens as its part of the page-locked memory holds."""
         if self._server is None:
             self._server = kernels.MailboxServer(self._engine.native)
         spec = self._tier.tables[index].spec
         pair_bytes = kernels.mailbox_bytes(2, spec.entry_bytes) - kernels.mailbox_bytes(1, spec.entry_bytes)
         lookup_bytes = int(len(self._tier.pinned.block) * LOOKUP_FRACTION)
         tokens = max(1, min(tokens_max, lookup_bytes // (len(spec.orders) * pair_bytes)))
-        lookup = DeviceLookup(self._what, self._tier, self._engine, self._server, index, tokens, self._times)
-        self._lookups.append(lookup)
-        return lookup
+        return self._what, self._tier, self._engine, self._server, index, tokens, self._times
 
     def move_to(self, native: Any, timeout_s: float) -> bool:
         """Has another `kernels.Engine` answer from now on; returns whether the old one is not used any more. Blocks."""

@@ -1,0 +1,88 @@
+"""What a store does for a device: lookups that its kernels make, and what its memory holds.
+
+Input: names of tables; tensors on the device, which the lookups that are opened here take. Output: those lookups.
+Errors: `StoreNotReadyError` for a store without an hbm tier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ..errors import StoreNotReadyError
+from ..tiers.engine import DeviceEngine
+from .arguments import checked_range
+from .opened import OpenedStore
+from .table import Table
+
+
+class DeviceSide:
+    """The part of `Store` that is about its hbm tier."""
+
+    _opened: OpenedStore
+
+    def __getitem__(self, name: str) -> Table:
+        """Returns a table by its name."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> Any:
+        """The `torch.device` of the hbm tier, on which `open_lookup` looks up; None without one."""
+        return self._opened.engine.device
+
+    def capture_probe(self) -> Callable[[], bool]:
+        """Returns a function that says whether a CUDA graph is being captured on the current stream of `device`."""
+        from ..tiers.hbm.device import is_capturing
+
+        return partial(is_capturing, self.device)
+
+    def open_lookup(self, name: str, tokens_max: int) -> Any:
+        """Returns buffers for lookups from the device, of up to tokens_max tokens at once: a `DeviceLookup`.
+
+        The adapter's embeddings use it. It may be for fewer tokens, as its `tokens_max` says, where a quarter of the
+        page-locked memory holds no more. Its buffers live until the store is closed. Raises `BudgetError` where they do
+        not fit in the page-locked memory, `StoreNotReadyError` if there is no hbm tier, or not any more.
+        """
+        return self._device_engine(name, tokens_max).open_lookup(self[name].index, tokens_max)
+
+    def open_rows(self, name: str, tokens_max: int, *, within: tuple[int, int] | None = None) -> Any:
+        """Returns buffers for lookups by row id from the device, as an inference engine asks: a `DeviceRows`.
+
+        Its `look_up(row_ids, out)`, or `start` and `finish`, only launch, and so can be captured in a CUDA graph. All
+        memory that they need is taken here: open before the capture. A batch of more tokens than `tokens_max`, or than
+        a quarter of the page-locked memory holds, goes in parts. The buffers live until the store is closed.
+
+        Args:
+            name: The table's.
+            tokens_max: The most tokens of one batch.
+            within: (start, end), a range of row ids. Ids outside of it give zero rows, whatever they are; None: those
+                outside of the table. Nothing is raised for them: a kernel cannot.
+
+        Raises:
+            StoreNotReadyError: There is no hbm tier, or not any more.
+            BudgetError: The buffers do not fit in the page-locked memory.
+            ConfigError: Row ids of the table do not give keys; a graph is being captured.
+            TypeError, ValueError: within is not a range of the table's rows.
+        """
+        table = self[name]
+        wanted = checked_range((0, table.spec.num_rows) if within is None else within, table.spec)
+        return self._device_engine(name, tokens_max).open_rows(table.index, tokens_max, wanted)
+
+    def _device_engine(self, name: str, tokens_max: int) -> DeviceEngine:
+        engine = self._opened.unrecorded_engine()  # a trace has no lookups from the device
+        if not isinstance(engine, DeviceEngine):
+            raise StoreNotReadyError(
+                f"table {name} of {tokens_max} tokens: this store has no hbm tier; open it with hbm="
+            )
+        return engine
+
+    def change_hbm(self, placement: int | None = None) -> int:
+        """Brings another placement's hottest entries into the hbm tier, under running lookups; returns its epoch.
+
+        placement: its number, None for the current one. What lookups give is the same before, meanwhile and after;
+        captured graphs stay good. DRAM keeps the placement that the store was opened with. Blocks on disk and device.
+        Raises `ConfigError` (no hbm tier, no such placement), `FormatError` (it is damaged,
+        or the store was built anew).
+        """
+        return self._opened.backing.change_hbm(placement)
