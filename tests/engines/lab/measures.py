@@ -75,4 +75,34 @@ def load_and_memory(lab: Any) -> dict[str, Any]:
     }
 
 
-MEASURES: dict[str, Callable[[Any], dict[str, Any]]] = {"layer times": layer_times, "load and memory": load_and_memory}
+def metrics(lab: Any) -> dict[str, Any]:
+    """The counters of a worker in the metrics of the process that serves."""
+    begun = time.monotonic()
+    checkpoint, store = lab.model("bf16")
+    settings = {"store": str(store), "dram": "4MiB"}
+    engine = ENGINE | {
+        "model": str(checkpoint),
+        "additional_config": {"tierstore": settings},
+        "disable_log_stats": False,
+    }
+    paths = [lab.folder / "logs" / f"metrics.{kind}.json" for kind in ("options", "lines")]
+    paths[0].write_text(json.dumps({"engine": engine}))
+    arguments = [str(LAB / "run_metrics.py"), *map(str, paths)]
+    lab.python(lab.base, "metrics", arguments, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    lines = json.loads(paths[1].read_text())
+    rows = [line for line in lines if line.startswith("tierstore_engine_rows_total{")]
+    counted = sum(float(line.rpartition(" ")[2]) for line in rows)
+    return {
+        "case": "counters of a worker in the metrics of the process that serves",
+        "result": f"{len(lines)} metrics, {counted:.0f} rows",
+        "passed": counted >= 7 * 4,  # 5 tokens of the prompt and 2 that were fed back, 4 rows each
+        "lines": lines,
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+
+
+MEASURES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "layer times": layer_times,
+    "load and memory": load_and_memory,
+    "metrics": metrics,
+}
