@@ -731,8 +731,11 @@ class Engine:
 # --------------------------------------------------------------------------------------------------------------------
 # Mailboxes: GPU kernels list what they missed in page-locked host memory, and a thread here brings the entries.
 
-def mailbox_bytes(pairs_max: int, entry_bytes: int) -> int:
-    """Returns the bytes of a mailbox's block for at most pairs_max misses a request."""
+def mailbox_bytes(pairs_max: int, entry_bytes: int, rows_per_key: int = 0) -> int:
+    """Returns the bytes of a mailbox's block for at most pairs_max misses a request; rows_per_key: of one by row id."""
+
+def mailbox_row_ids_start(pairs_max: int, entry_bytes: int) -> int:
+    """Returns the byte of a block by row id at which row ids, int64 [pairs_max, H], begin."""
 
 def mailbox_pairs_start(pairs_max: int) -> int:
     """Returns the byte of a block at which the pairs, int32 [pairs_max], begin."""
@@ -749,13 +752,14 @@ class MailboxServer:
     """
 
     def __init__(self, engine: Engine) -> None: ...
-    def add(self, index: int, block: _Bytes, pairs_max: int) -> int:
+    def add(self, index: int, block: _Bytes, pairs_max: int, by_row_id: bool = False) -> int:
         """Clears the words of a block that nobody uses yet, and serves it from now on. It stays alive.
 
         Args:
             index: The table.
             block: uint8 [mailbox_bytes(pairs_max, entry_bytes) or more], at a multiple of 64 bytes.
             pairs_max: Misses of a request.
+            by_row_id: Whether a key may be -2: the pair's row ids, -1 for zero rows, are in the block then.
 
         Returns:
             The mailbox's id.

@@ -55,12 +55,12 @@ struct Outcome {
 // A block with what its requests are checked by. The thread alone serves it; fault and count are under the server's
 // lock.
 struct MailboxServer::Mailbox {
-  Mailbox(uint64_t id, const Table& table, size_t index, uint8_t* block, size_t pairs_max)
+  Mailbox(uint64_t id, const Table& table, size_t index, uint8_t* block, size_t pairs_max, bool by_row_id)
       : id(id),
         index(index),
         is_plain(table.is_plain),
         num_rows(table.num_rows),
-        shape{pairs_max, table.entry_bytes()},
+        shape{pairs_max, table.entry_bytes(), by_row_id ? table.rows_per_key : 0},
         block(block),
         keys(pairs_max),
         pairs(pairs_max) {
@@ -85,7 +85,8 @@ struct MailboxServer::Mailbox {
     for (size_t i = 0; i < num_misses; ++i) {
       keys[i] = load_word(block + kMailboxKeys + i * sizeof(int64_t));
       pairs[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
-      good &= keys[i] >= 0 && (!is_plain || static_cast<uint64_t>(keys[i]) < num_rows);
+      const bool is_key = keys[i] >= 0 && (!is_plain || static_cast<uint64_t>(keys[i]) < num_rows);
+      good &= is_key || (keys[i] == kMailboxRowIds && shape.rows_per_key > 0);
       good &= pairs[i] >= 0 && static_cast<size_t>(pairs[i]) < shape.pairs_max;
     }
     return good;
@@ -100,9 +101,7 @@ struct MailboxServer::Mailbox {
       if (!use) return {MailboxStatus::kClosed, {}};
       uint8_t* entries = block + shape.entries_start();
       Gathered gathered;
-      if (!engine.gather(use.view(), index, {keys.data(), num_misses, pairs.data()}, entries, gathered)) {
-        return {MailboxStatus::kDamaged, {}};
-      }
+      if (!gather(engine, use.view(), num_misses, entries, gathered)) return {MailboxStatus::kDamaged, {}};
       engine.count_batch(gathered);
       const std::shared_ptr<Job> job = engine.make_job(std::move(gathered), {{index, entries}});
       engine.fetch(job);
@@ -110,6 +109,22 @@ struct MailboxServer::Mailbox {
     } catch (const std::exception&) {  // of this thread, an exception would end the process
       return {MailboxStatus::kFaulty, {FaultKind::kNoMemory, static_cast<uint32_t>(index), 0, 0}};
     }
+  }
+
+  // Keys that follow one another are gathered at once; the rows of a pair without one are misses by themselves.
+  bool gather(Engine& engine, const EpochView& view, size_t num_misses, uint8_t* entries, Gathered& gathered) {
+    for (size_t i = 0; i < num_misses;) {
+      size_t end = i;
+      while (end < num_misses && keys[end] != kMailboxRowIds) ++end;
+      if (end > i && !engine.gather(view, index, {keys.data() + i, end - i, pairs.data() + i, i}, entries, gathered))
+        return false;
+      for (i = end; i < num_misses && keys[i] == kMailboxRowIds; ++i) {
+        const size_t heads = shape.rows_per_key;
+        const auto* ids = reinterpret_cast<const int64_t*>(block + shape.row_ids_start()) + i * heads;
+        if (!engine.gather_rows(index, {ids, heads, nullptr, i * heads}, entries, false, gathered)) return false;
+      }
+    }
+    return true;
   }
 
   void answer(MailboxStatus status) {
@@ -170,13 +185,14 @@ MailboxServer::MailboxServer(Engine& engine) : state_(std::make_shared<State>(en
 
 MailboxServer::~MailboxServer() { close(kEndWaitS); }
 
-uint64_t MailboxServer::add(size_t table, uint8_t* block, size_t pairs_max) {
+uint64_t MailboxServer::add(size_t table, uint8_t* block, size_t pairs_max, bool by_row_id) {
   State& state = *state_;
   const std::lock_guard<std::mutex> lock(state.mutex);
   const Engine::Use use(*state.engine);
   if (!use) throw std::runtime_error("the engine is closed");
   if (state.closed) throw std::runtime_error("the mailbox server is closed, as it is in a forked child");
-  auto mailbox = std::make_shared<Mailbox>(++state.last_id, state.engine->tables()[table], table, block, pairs_max);
+  auto mailbox =
+      std::make_shared<Mailbox>(++state.last_id, state.engine->tables()[table], table, block, pairs_max, by_row_id);
   state.mailboxes.push_back(mailbox);
   if (!state.running) {
     try {

@@ -12,6 +12,9 @@
 //   192                  8 * pairs_max            keys, i64                                                device
 //   behind               4 * pairs_max            pairs, i32: key i is of order pairs[i] % O               device
 //   next multiple of 64  entry_bytes * pairs_max  entries, entry i being that of key i                     thread
+//   next multiple of 64  8 * H * pairs_max        row ids, i64, of keys that are kMailboxRowIds            device
+//
+// Only a mailbox by row id has the last part. Row ids that are those of no key are read one by one, -1 for a zero row.
 //
 // Nothing that the device wrote is trusted: it is copied, each word loaded once, and the copy checked, so that a GPU
 // gone wrong gets a status and never harms the host. One thread polls all mailboxes of an engine and serves one request
@@ -34,6 +37,7 @@ constexpr size_t kMailboxRequested = 0, kMailboxNumMisses = 8;
 constexpr size_t kMailboxAnswered = 64, kMailboxStatus = 72;
 constexpr size_t kMailboxTimedOut = 128, kMailboxInvalidTokenPosition = 136, kMailboxFailed = 144;
 constexpr size_t kMailboxKeys = 192;
+constexpr int64_t kMailboxRowIds = -2;  // in place of a key: its entry is that of the pair's row ids
 constexpr size_t kMailboxAlignment = 64;
 constexpr size_t kMailboxPairsMax = INT32_MAX;  // places of pairs are int32
 static_assert(kMailboxRequested / 64 == kMailboxNumMisses / 64 && kMailboxNumMisses / 64 != kMailboxAnswered / 64 &&
@@ -54,13 +58,19 @@ static_assert(std::size(kMailboxStatusNames) == static_cast<size_t>(MailboxStatu
 struct MailboxShape {
   size_t pairs_max;  // 1 to kMailboxPairsMax: of one request, and of the batch that its pairs are of
   size_t entry_bytes;
+  size_t rows_per_key = 0;  // of a mailbox by row id; 0 of others
 
   size_t pairs_start() const { return kMailboxKeys + pairs_max * sizeof(int64_t); }
-  size_t entries_start() const {
-    return (pairs_start() + pairs_max * sizeof(int32_t) + kMailboxAlignment - 1) / kMailboxAlignment *
-           kMailboxAlignment;
+  size_t entries_start() const { return aligned(pairs_start() + pairs_max * sizeof(int32_t)); }
+  size_t entries_end() const { return entries_start() + pairs_max * entry_bytes; }
+  size_t row_ids_start() const { return aligned(entries_end()); }
+  size_t num_bytes() const {
+    return rows_per_key == 0 ? entries_end() : row_ids_start() + pairs_max * rows_per_key * sizeof(int64_t);
   }
-  size_t num_bytes() const { return entries_start() + pairs_max * entry_bytes; }
+
+  static constexpr size_t aligned(size_t start) {
+    return (start + kMailboxAlignment - 1) / kMailboxAlignment * kMailboxAlignment;
+  }
 };
 
 class MailboxServer {
@@ -77,8 +87,8 @@ class MailboxServer {
 
   // Clears the words of a block, which nobody may use yet, and serves it from now on. Starts the thread where there is
   // none. Throws std::runtime_error where the server or the engine is closed, std::system_error where no thread can be
-  // had.
-  uint64_t add(size_t table, uint8_t* block, size_t pairs_max);
+  // had. by_row_id: whether keys may be kMailboxRowIds.
+  uint64_t add(size_t table, uint8_t* block, size_t pairs_max, bool by_row_id = false);
 
   // Ends the service of a mailbox. Returns whether its block is touched no more; false where `seconds` ran out, and it
   // is still written to: call again. The last one takes the thread with it.

@@ -24,10 +24,11 @@ constexpr const char* kMailboxBlockWanted =
     "a mailbox's block must be contiguous uint8 [mailbox_bytes], writable, at a multiple of 64 bytes";
 constexpr size_t kEntryBytesMax = size_t{1} << 30;
 
-MailboxShape shape_of(size_t pairs_max, size_t entry_bytes) {
+MailboxShape shape_of(size_t pairs_max, size_t entry_bytes, size_t rows_per_key = 0) {
   require(pairs_max >= 1 && pairs_max <= kMailboxPairsMax, "pairs_max must be 1 to 2^31 - 1");
   require(entry_bytes >= 1 && entry_bytes <= kEntryBytesMax, "entry_bytes must be 1 to 2^30");
-  return {pairs_max, entry_bytes};
+  require(rows_per_key <= kEntryBytesMax, "rows_per_key must be 0 to 2^30");
+  return {pairs_max, entry_bytes, rows_per_key};
 }
 
 class PyMailboxServer {
@@ -43,14 +44,14 @@ class PyMailboxServer {
     for (auto& [id, block] : blocks_) block.release();
   }
 
-  uint64_t add(size_t index, py::array block, size_t pairs_max) {
+  uint64_t add(size_t index, py::array block, size_t pairs_max, bool by_row_id) {
     Engine& engine = engine_of(engine_);
     const Engine::Use use(engine);  // and the interpreter's lock: tables are as they were
     if (!use) throw std::runtime_error("the engine is closed");
     require(index < engine.tables().size(), "there is no such table");
     const Table& table = engine.tables()[index];
     require(table.cache != nullptr || table.resident != nullptr, "the table's rows are not there, or no more");
-    const MailboxShape shape = shape_of(pairs_max, table.entry_bytes());
+    const MailboxShape shape = shape_of(pairs_max, table.entry_bytes(), by_row_id ? table.rows_per_key : 0);
     require(block.writeable(), kMailboxBlockWanted);
     uint8_t* data = output_of<uint8_t>(block, kMailboxBlockWanted);
     require(block.ndim() == 1 && static_cast<size_t>(block.nbytes()) >= shape.num_bytes() &&
@@ -64,7 +65,7 @@ class PyMailboxServer {
     }();
     {
       const py::gil_scoped_release released;
-      held.key() = add_mailbox(index, data, pairs_max);
+      held.key() = add_mailbox(index, data, pairs_max, by_row_id);
     }
     return blocks_.insert(std::move(held)).position->first;
   }
@@ -125,9 +126,9 @@ class PyMailboxServer {
   void after_fork(bool child) { server_->after_fork(child); }
 
  private:
-  uint64_t add_mailbox(size_t index, uint8_t* data, size_t pairs_max) {
+  uint64_t add_mailbox(size_t index, uint8_t* data, size_t pairs_max, bool by_row_id) {
     try {
-      return server_->add(index, data, pairs_max);
+      return server_->add(index, data, pairs_max, by_row_id);
     } catch (const std::system_error& error) {
       throw std::runtime_error(std::string("no thread can be had to answer lookups from the device (") + error.what() +
                                "); raise 'ulimit -u' or the cgroup's pids.max");
@@ -144,7 +145,13 @@ class PyMailboxServer {
 void bind_mailbox(py::module_& module) {
   module.def(
       "mailbox_bytes",
-      [](size_t pairs_max, size_t entry_bytes) { return shape_of(pairs_max, entry_bytes).num_bytes(); },
+      [](size_t pairs_max, size_t entry_bytes, size_t rows_per_key) {
+        return shape_of(pairs_max, entry_bytes, rows_per_key).num_bytes();
+      },
+      py::arg("pairs_max"), py::arg("entry_bytes"), py::arg("rows_per_key") = 0);
+  module.def(
+      "mailbox_row_ids_start",
+      [](size_t pairs_max, size_t entry_bytes) { return shape_of(pairs_max, entry_bytes).row_ids_start(); },
       py::arg("pairs_max"), py::arg("entry_bytes"));
   module.def(
       "mailbox_pairs_start", [](size_t pairs_max) { return shape_of(pairs_max, 1).pairs_start(); },
@@ -154,7 +161,8 @@ void bind_mailbox(py::module_& module) {
       py::arg("pairs_max"));
   py::class_<PyMailboxServer>(module, "MailboxServer", py::module_local())
       .def(py::init<py::object>(), py::arg("engine"))
-      .def("add", &PyMailboxServer::add, py::arg("index"), py::arg("block"), py::arg("pairs_max"))
+      .def("add", &PyMailboxServer::add, py::arg("index"), py::arg("block"), py::arg("pairs_max"),
+           py::arg("by_row_id") = false)
       .def("move_to", &PyMailboxServer::move_to, py::arg("engine"), py::arg("seconds"))
       .def("remove", &PyMailboxServer::remove, py::arg("id"), py::arg("seconds"))
       .def("fault", &PyMailboxServer::fault, py::arg("id"))

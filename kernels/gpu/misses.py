@@ -18,6 +18,7 @@ from .launching import check
 from .mailbox import INVALID_TOKEN_POSITION, NUM_MISSES, REQUESTED
 
 _PAIRS_A_PROGRAM = 256  # native; not tuned yet: waits for a GPU
+_ROW_IDS = tl.constexpr(-2)  # in place of a key, as kernels/cpu/mailbox.h has it
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,36 @@ def collect_misses(keys: torch.Tensor, places: torch.Tensor, misses: MissList, n
         )  # fmt: skip
 
 
+def list_row_ids(
+    row_ids: torch.Tensor, within: tuple[int, int], keys: torch.Tensor, misses: MissList, row_ids_address: int
+) -> None:
+    """Appends the pairs whose key is -2, because their row ids are those of no key, with these ids, to the list.
+
+    row_ids: int64 [N, O * H] of any strides; within: (start, end), ids outside of which are listed as -1; keys: int64
+    [N, O]; row_ids_address: of int64 [misses.pairs_max, H] in host memory, at a multiple of 8. Asynchronous. Reads 8
+    bytes a pair; such a pair reads 8 bytes a row, and writes 12 and 8 a row over the bus.
+    """
+    device = misses.count.device
+    check("keys", keys, torch.int64, (None, None), device)
+    num_orders, num_pairs = keys.shape[1], keys.numel()
+    if row_ids.dtype != torch.int64 or row_ids.ndim != 2 or len(row_ids) != len(keys) or row_ids.device != device:
+        raise ValueError(f"row_ids is {row_ids.dtype} {list(row_ids.shape)}, expected torch.int64 [{len(keys)}, any]")
+    if row_ids.shape[1] % max(num_orders, 1) or row_ids_address <= 0 or row_ids_address % 8:
+        raise ValueError(
+            f"{row_ids.shape[1]} row ids of {num_orders} orders, listed at {row_ids_address:#x}: there must be as many "
+            f"for each order, and the address be a multiple of 8"
+        )
+    if not num_pairs:
+        return
+    block = launching.block_of(num_pairs, _PAIRS_A_PROGRAM)
+    with launching.on_device(device):
+        _list_row_ids[(triton.cdiv(num_pairs, block),)](
+            row_ids, keys, misses.count, misses.keys_address, misses.pairs_address, misses.pairs_max, row_ids_address,
+            num_pairs, row_ids.stride(0), row_ids.stride(1), *within, NUM_ORDERS=num_orders,
+            ROWS_A_KEY=row_ids.shape[1] // num_orders, BLOCK=block,
+        )  # fmt: skip
+
+
 def post_misses(
     state: StepState, mailbox_address: int, pairs_max: int, invalid_token_position: torch.Tensor | None = None
 ) -> None:
@@ -137,9 +168,9 @@ def append_misses(
     keys: tl.tensor,
     pairs: tl.tensor,
     missed: tl.tensor,
-) -> None:
+) -> tl.tensor:
     """Appends those of a block's pairs that are `missed`: keys int64, pairs of any integer type, missed bool,
-    one dimension.
+    one dimension. Returns their numbers in the list, -1 of those that are not in it.
 
     A block's misses get consecutive numbers from one atomic addition, in the order of its lanes.
     """
@@ -150,6 +181,7 @@ def append_misses(
     stored = missed & (numbers < pairs_max)
     tl.store(keys_address.to(tl.pointer_type(tl.int64)) + numbers, keys, mask=stored)
     tl.store(pairs_address.to(tl.pointer_type(tl.int32)) + numbers, pairs.to(tl.int32), mask=stored)
+    return tl.where(stored, numbers, -1)
 
 
 @triton.jit(do_not_specialize=["keys_address", "pairs_address", "pairs_max", "num_places", "num_pairs"])
@@ -170,6 +202,47 @@ def _collect_misses(
     place = tl.load(places + pairs, mask=there, other=0)
     missed = there & (key >= 0) & ((place < 0) | (place >= num_places))
     append_misses(count, keys_address, pairs_address, pairs_max, key, pairs, missed)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "keys_address",
+        "pairs_address",
+        "pairs_max",
+        "row_ids_address",
+        "num_pairs",
+        "token_stride",
+        "head_stride",
+        "start",
+        "end",
+    ]
+)
+def _list_row_ids(
+    row_ids: tl.tensor,
+    keys: tl.tensor,
+    count: tl.tensor,
+    keys_address: tl.int64,
+    pairs_address: tl.int64,
+    pairs_max: tl.int64,
+    row_ids_address: tl.int64,
+    num_pairs: tl.int64,
+    token_stride: tl.int64,
+    head_stride: tl.int64,
+    start: tl.int64,
+    end: tl.int64,
+    NUM_ORDERS: tl.constexpr,
+    ROWS_A_KEY: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    pairs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(keys + pairs, mask=pairs < num_pairs, other=-1)
+    numbers = append_misses(count, keys_address, pairs_address, pairs_max, key, pairs, key == _ROW_IDS)
+    listed = numbers >= 0
+    ids = row_ids + pairs // NUM_ORDERS * token_stride + pairs % NUM_ORDERS * ROWS_A_KEY * head_stride
+    targets = row_ids_address.to(tl.pointer_type(tl.int64)) + numbers * ROWS_A_KEY
+    for head in tl.static_range(ROWS_A_KEY):
+        row_id = tl.load(ids + head * head_stride, mask=listed, other=-1)
+        tl.store(targets + head, tl.where((row_id >= start) & (row_id < end), row_id, -1), mask=listed)
 
 
 @triton.jit(do_not_specialize=["mailbox", "pairs_max"])

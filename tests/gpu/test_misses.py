@@ -14,7 +14,7 @@ from support.host_memory import POISON_INT32, POISON_INT64, address_of, host_byt
 from tierstore.kernels import reference_mailbox
 from tierstore.kernels.gpu import launching
 from tierstore.kernels.gpu import misses as misses_module
-from tierstore.kernels.gpu.misses import MissList, StepState, collect_misses, post_misses
+from tierstore.kernels.gpu.misses import MissList, StepState, collect_misses, list_row_ids, post_misses
 
 NATIVE_BLOCK = misses_module._PAIRS_A_PROGRAM
 
@@ -216,3 +216,26 @@ def test_more_misses_than_the_list_holds_are_told_to_the_host(device: torch.devi
     wait_for_device(device)
     assert int(state.posted) == 8  # what may be scattered
     assert mailbox[1] == 9  # which the host refuses
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1, 100])
+def test_pairs_without_a_key_are_listed_with_their_wanted_row_ids(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, num_tokens: int, native: bool
+) -> None:
+    if native:
+        monkeypatch.setattr(launching, "block_of", native_block_of)
+    rng, pairs_max = np.random.default_rng(num_tokens), 60
+    keys = rng.choice([-2, -1, 0, KEY_MAX], (num_tokens, 3))
+    ids = rng.integers(-5, 100, (num_tokens, 12))
+    listed, row_ids = List(device, pairs_max), host_bytes(8 * 4 * (pairs_max + 2)).view(np.int64).reshape(-1, 4)
+    there = torch.from_numpy(np.repeat(ids, 2, axis=1)).to(device)[:, ::2]
+    list_row_ids(there, (10, 80), torch.from_numpy(keys).to(device), listed.misses, address_of(row_ids))
+    found = listed.found()
+    loose = np.flatnonzero(keys.reshape(-1) == -2)
+    assert int(listed.count) == len(loose)  # also those that found no room
+    assert set(found) <= set(loose.tolist())
+    assert len(found) == min(len(loose), pairs_max)
+    wanted = np.where((ids >= 10) & (ids < 80), ids, -1).reshape(-1, 4)
+    np.testing.assert_array_equal(row_ids[: len(found)], wanted[list(found)])
+    assert (row_ids[len(found) :] == POISON_INT64).all()

@@ -61,16 +61,22 @@ def block_of(num_bytes: int) -> np.ndarray:
 class Device:
     """What a GPU does: writes a request, its number last, and waits for the answer."""
 
-    def __init__(self, server: Any, index: int = 0, pairs_max: int = 600) -> None:
+    def __init__(self, server: Any, index: int = 0, pairs_max: int = 600, *, by_row_id: bool = False) -> None:
         self.pairs_max, self.index, self.step = pairs_max, index, 0
         entry_bytes = TABLE_ENTRY_BYTES[index]
-        self.block = block_of(kernels.mailbox_bytes(pairs_max, entry_bytes))
+        self.block = block_of(kernels.mailbox_bytes(pairs_max, entry_bytes, 8 if by_row_id else 0))
         self.words = self.block[:192].view(np.int64)
         pairs_start, entries_start = kernels.mailbox_pairs_start(pairs_max), kernels.mailbox_entries_start(pairs_max)
         self.keys = self.block[kernels.MAILBOX_STARTS["keys"] : pairs_start].view(np.int64)
         self.pairs = self.block[pairs_start : pairs_start + 4 * pairs_max].view(np.int32)
-        self.entries = self.block[entries_start:].reshape(pairs_max, entry_bytes)
-        self.id = server.add(index, self.block, pairs_max)
+        entries_end = entries_start + pairs_max * entry_bytes
+        self.entries = self.block[entries_start:entries_end].reshape(pairs_max, entry_bytes)
+        if by_row_id:
+            row_ids_start = kernels.mailbox_row_ids_start(pairs_max, entry_bytes)
+            assert row_ids_start % 64 == 0
+            assert 0 <= row_ids_start - entries_end < 64
+            self.row_ids = self.block[row_ids_start:].view(np.int64).reshape(pairs_max, 8)
+        self.id = server.add(index, self.block, pairs_max, by_row_id)
 
     def __getitem__(self, word: str) -> int:
         return int(self.words[kernels.MAILBOX_STARTS[word] // 8])
@@ -229,6 +235,40 @@ def test_a_request_that_cannot_be_is_damaged_and_writes_nothing(store: tierstore
     assert (device.entries == POISON).all()
     assert server_of(store).fault(device.id) is None
     device.looks_up(tokens, np.arange(11, dtype=np.int32), model)
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_rows_of_pairs_without_a_key_come_by_their_ids(built: Path, placed: Path, model: Model, kind: str) -> None:
+    rows, rng = model.rows["layers.1"], np.random.default_rng(8)
+    with STORES[kind](built, placed) as store:
+        device = Device(server_of(store), by_row_id=True)
+        tokens, ids = keys_of(8, 40), rng.integers(-1, len(rows), (120, 8))
+        is_loose = rng.random(120) < 0.4
+        expected = model.expected("layers.1", tokens).reshape(120, -1)
+        expected[is_loose] = np.where((ids >= 0)[..., None], rows[ids], 0).reshape(120, -1)[is_loose]
+        for _ in range(2):
+            device.row_ids[:120] = ids
+            device.ask(np.where(is_loose, -2, tokens.reshape(-1)), np.arange(120, dtype=np.int32))
+            assert device.answer() == "there"
+            np.testing.assert_array_equal(device.entries[:120], expected)
+            assert (device.entries[120:] == POISON).all()
+
+
+@pytest.mark.parametrize("bad", [-2, -(2**63), 2**63 - 1, 10**6])
+def test_row_ids_that_the_table_does_not_have_are_no_request(store: tierstore.Store, model: Model, bad: int) -> None:
+    device = Device(server_of(store), by_row_id=True)
+    device.row_ids[:3] = 5
+    device.row_ids[1, 4] = bad
+    pairs = np.arange(3, dtype=np.int32)
+    device.ask(np.array([7, -2, -2]), pairs)
+    assert device.answer() == "damaged"
+    device.row_ids[1, 4] = 6
+    device.ask(np.array([7, -2, -2]), pairs)
+    assert device.answer() == "there"
+    np.testing.assert_array_equal(device.entries[1, 4 * 40 : 5 * 40], model.rows["layers.1"][6])
+    other = Device(server_of(store))  # one that takes no row ids
+    other.ask(np.array([7, -2, -2]), pairs)
+    assert other.answer() == "damaged"
 
 
 def test_random_bytes_get_an_answer_and_harm_nobody(store: tierstore.Store, model: Model) -> None:

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from tierstore.kernels.gpu import gather, launching, lookup, probe, put_rows, rows, scatter, token_keys
+from tierstore.kernels.gpu import misses as misses_module
 from tierstore.kernels.gpu.codecs import BYTES
 from tierstore.kernels.gpu.misses import MissList, StepState
 
@@ -98,6 +99,12 @@ def keys_of_row_ids() -> None:
     token_keys.keys_of_row_ids(ids[:, ::1], address_map, (0, 5), out, torch.zeros_like(ids))
 
 
+def list_row_ids() -> None:
+    misses = MissList(torch.zeros(1, dtype=torch.int64), 64, 64, 12)
+    ids = torch.zeros(4, 24, dtype=torch.int64)
+    misses_module.list_row_ids(ids, (0, 5), torch.zeros(4, 3, dtype=torch.int64), misses, 64)
+
+
 def put() -> None:
     ids, out = torch.zeros(4, 24, dtype=torch.int64), torch.zeros(4, 24, 272, dtype=torch.uint8)
     put_rows.put_rows(ids, (0, 5), torch.zeros(4, 24, 264, dtype=torch.uint8), out[:, :, 8:])
@@ -111,6 +118,7 @@ LAUNCHES: tuple[Callable[[], None], ...] = (
     scatter_entries,
     gather_rows,
     keys_of_row_ids,
+    list_row_ids,
     put,
 )
 

@@ -66,9 +66,9 @@ def test_rows_from_the_device_are_the_hosts_in_buffers_of_any_strides(
     store: tierstore.Store, model: Model, strides: str
 ) -> None:
     num_rows = len(model.rows[NAME])
-    for within in (None, (700, 4321), (40, 40)):
+    for within in (None, (700, 4321)):
         rows = store.open_rows(NAME, 40, within=within)
-        for num_tokens in (1, 40, 0):
+        for num_tokens in (40, 0):
             ids = whole_tokens(model, num_tokens)
             shape, view = STRIDES[strides]
             whole = poisoned(shape(num_tokens))
@@ -96,6 +96,22 @@ def test_stale_ids_of_padded_tokens_give_zero_rows_and_no_error(store: tierstore
     found = from_device(rows, ids, poisoned((20, HEADS, ROW_BYTES)))
     np.testing.assert_array_equal(found, store[NAME].rows(ids, within=(0, num_rows)))
     assert not found[12:].any()
+
+
+@pytest.mark.parametrize("within", [None, (300, 6000)])
+def test_ids_that_are_those_of_no_token_are_exact_too(
+    store: tierstore.Store, model: Model, within: tuple[int, int] | None
+) -> None:
+    rng, num_rows = np.random.default_rng(4), len(model.rows[NAME])
+    ids = whole_tokens(model, 40)
+    loose = rng.random(ids.shape) < 0.03
+    ids[loose] = rng.integers(-1, num_rows, int(loose.sum()))
+    ids[30:33] = 0  # as a buffer is at first
+    ids[35] = rng.integers(0, num_rows, HEADS)
+    rows = store.open_rows(NAME, 40, within=within)
+    for _ in range(2):
+        found = from_device(rows, ids, poisoned((40, HEADS, ROW_BYTES)))
+        np.testing.assert_array_equal(found, store[NAME].rows(ids, within=within or (0, num_rows)))
 
 
 def test_the_rows_of_all_ranks_together_are_all_rows(store: tierstore.Store, model: Model) -> None:

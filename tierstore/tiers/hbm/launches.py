@@ -41,6 +41,8 @@ class LookupLaunches:
             kernel writes; `look_up` moves it to the mailbox.
     """
 
+    by_row_id = False  # whether its mailbox is
+
     @torch.inference_mode(False)  # its tensors are written outside that mode too
     def __init__(
         self, tier: HbmTier, index: int, tokens_max: int, mailbox: Mailbox, codec: RowCodec | None = None

@@ -97,7 +97,7 @@ class DeviceLookup:
         self._table = tier.tables[index]
         self.tokens_max = tokens_max
         self._timer = LookupTimer(times)
-        self._mailbox = Mailbox(what, tier, mailboxes, index, tokens_max)
+        self._mailbox = Mailbox(what, tier, mailboxes, index, tokens_max, self._launches_type.by_row_id)
         self._launches = self._launches_type(tier, index, tokens_max, self._mailbox)
         self.invalid_token_position = self._launches.invalid_token_position
         self._reads = KnownReads(what, self._table.spec.name, engine, index, self._mailbox)

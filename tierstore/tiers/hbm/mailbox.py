@@ -31,10 +31,12 @@ class Mailbox:
     Attributes:
         pairs_max: How many pairs of (token, order) one request holds.
         pairs: int32 [pairs_max], the numbers of missed pairs; of keys that the host knows, the host writes them.
-        address, keys_address, pairs_address, entries_address: Of the block and its parts, for kernels.
+        address, keys_address, pairs_address, entries_address, row_ids_address: Of the block and its parts, for kernels.
     """
 
-    def __init__(self, what: str, tier: HbmTier, server: kernels.MailboxServer, index: int, tokens_max: int) -> None:
+    def __init__(
+        self, what: str, tier: HbmTier, server: kernels.MailboxServer, index: int, tokens_max: int, by_row_id: bool
+    ) -> None:
         """
         Args:
             what: The store, as errors call it.
@@ -42,13 +44,15 @@ class Mailbox:
             server: Answers the requests.
             index: The table's.
             tokens_max: Tokens of one lookup.
+            by_row_id: Whether the device asks for row ids too, of pairs that have no key.
         """
         spec = tier.tables[index].spec
         self._what, self._table, self._server = what, spec.name, server
         self._entry_bytes = spec.entry_bytes
         self.pairs_max = tokens_max * len(spec.orders)
         what_for = f"a lookup of {tokens_max} tokens of table {spec.name} from the device"
-        self._block = tier.pinned.take(kernels.mailbox_bytes(self.pairs_max, spec.entry_bytes), what_for)
+        rows_per_key = spec.rows_per_key if by_row_id else 0
+        self._block = tier.pinned.take(kernels.mailbox_bytes(self.pairs_max, spec.entry_bytes, rows_per_key), what_for)
         keys_start = kernels.MAILBOX_STARTS["keys"]
         pairs_start = kernels.mailbox_pairs_start(self.pairs_max)
         entries_start = kernels.mailbox_entries_start(self.pairs_max)
@@ -58,7 +62,8 @@ class Mailbox:
         self.address = self._block.ctypes.data
         self.keys_address, self.pairs_address = self.address + keys_start, self.address + pairs_start
         self.entries_address = self.address + entries_start
-        self._id = server.add(index, self._block, self.pairs_max)
+        self.row_ids_address = self.address + kernels.mailbox_row_ids_start(self.pairs_max, spec.entry_bytes)
+        self._id = server.add(index, self._block, self.pairs_max, by_row_id)
 
     def entries_of(self, num_pairs: int) -> np.ndarray:
         """Returns where the entries of the first pairs lie, which the host writes: uint8 [num_pairs, entry_bytes]."""

@@ -17,6 +17,7 @@ from .row_lookup import DeviceRows
 from .tier import HbmTier
 from .times import DeviceTimes
 
+PAIR_BYTES, ID_BYTES = 12, 8  # of a mailbox: a pair's key and number; a row id
 LOOKUP_FRACTION = 1 / 4  # of the page-locked memory, at most, for the buffers of one lookup
 
 
@@ -32,22 +33,22 @@ class OpenLookups:
 
     def open(self, index: int, tokens_max: int) -> DeviceLookup:
         """As `DeviceEngine.open_lookup`."""
-        lookup = DeviceLookup(*self._arguments(index, tokens_max))
+        lookup = DeviceLookup(*self._arguments(index, tokens_max, by_row_id=False))
         self._lookups.append(lookup)
         return lookup
 
     def open_rows(self, index: int, tokens_max: int, within: tuple[int, int]) -> DeviceRows:
         """As `DeviceEngine.open_rows`."""
-        rows = DeviceRows(*self._arguments(index, tokens_max), within=within)
+        rows = DeviceRows(*self._arguments(index, tokens_max, by_row_id=True), within=within)
         self._lookups.append(rows)
         return rows
 
-    def _arguments(self, index: int, tokens_max: int) -> tuple[Any, ...]:
+    def _arguments(self, index: int, tokens_max: int, *, by_row_id: bool) -> tuple[Any, ...]:
         """Returns the arguments of a `DeviceLookup`, of as many tokens as its part of the page-locked memory holds."""
         if self._server is None:
             self._server = kernels.MailboxServer(self._engine.native)
         spec = self._tier.tables[index].spec
-        pair_bytes = kernels.mailbox_bytes(2, spec.entry_bytes) - kernels.mailbox_bytes(1, spec.entry_bytes)
+        pair_bytes = spec.entry_bytes + PAIR_BYTES + (ID_BYTES * spec.rows_per_key if by_row_id else 0)
         lookup_bytes = int(len(self._tier.pinned.block) * LOOKUP_FRACTION)
         tokens = max(1, min(tokens_max, lookup_bytes // (len(spec.orders) * pair_bytes)))
         return self._what, self._tier, self._engine, self._server, index, tokens, self._times

@@ -14,6 +14,7 @@ import torch
 
 from ...errors import ConfigError
 from ...kernels.gpu.codecs import BYTES, RowCodec
+from ...kernels.gpu.misses import list_row_ids
 from ...kernels.gpu.put_rows import check_out, put_rows
 from ...kernels.gpu.token_keys import DeviceAddressMap, keys_of_row_ids
 from .launches import LookupLaunches
@@ -31,6 +32,8 @@ class RowLaunches(LookupLaunches):
     Attributes:
         strided_tokens_max: How many tokens' rows the staging for a strided buffer holds.
     """
+
+    by_row_id = True
 
     @torch.inference_mode(False)
     def __init__(self, tier: HbmTier, index: int, tokens_max: int, mailbox: Mailbox) -> None:
@@ -73,7 +76,9 @@ class RowLaunches(LookupLaunches):
         wanted = None if self.asks_host else self._row_ids[: len(row_ids)]
         keys_of_row_ids(row_ids, self._address_map, within, keys, wanted)
         self._probe(keys, values)
-        if wanted is not None:  # also what has no key
+        if wanted is None:
+            list_row_ids(row_ids, within, keys, self._misses, self._mailbox.row_ids_address)
+        else:  # also what has no key
             self._gather_by_id(wanted, values)
         self._post()
 
