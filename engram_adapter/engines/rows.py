@@ -31,7 +31,14 @@ class RowCounters:
 
 
 class EngineRows:
-    """One table as an engine's layer sees it. One thread at a time: the engine's worker."""
+    """One table as an engine's layer sees it. One thread at a time: the engine's worker.
+
+    Attributes:
+        stages: Whether steps are better started before the engine's forward, where `start` may wait for a GPU.
+        is_staged: Whether the step that comes was started so.
+    """
+
+    stages = True
 
     def __init__(
         self, store: Store, name: str, tokens_max: int, device: torch.device, within: tuple[int, int] | None = None
@@ -65,7 +72,7 @@ class EngineRows:
         if self._on_gpu:
             self._ids = torch.empty(shape[:2], dtype=torch.int64, device="cpu", pin_memory=True)
             self._rows = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self.is_staged = False  # the layer's: whether its step was started before the engine's forward
+        self.is_staged = False
         self._current = 0
         self._ticket: Ticket | None = None
         self._tokens = 0
@@ -132,6 +139,25 @@ class EngineRows:
             event.record()
         return rows
 
+    def stage(self, row_ids: torch.Tensor) -> None:
+        """Does what `start` does, before the engine's forward, which then takes these rows whatever ids it gives."""
+        self.start(row_ids)
+        self.is_staged = True
+
+    def start_in_forward(self, row_ids: torch.Tensor) -> None:
+        """Does what `start` does, unless the step was staged, or a graph is being captured, which reads `rows`."""
+        if not self.is_staged and not _is_capturing(self._rows):
+            self.start(row_ids)
+
+    def finish_in_forward(self) -> None:
+        """Does what `finish` does, unless a graph is being captured: when it replays, the rows are in place."""
+        if not _is_capturing(self._rows):
+            self.finish()
+            self.is_staged = False
+
+    def check(self) -> None:
+        """Raises what went wrong in earlier steps; of reads by the host, nothing that `finish` has not raised."""
+
     def stats(self) -> dict[str, int]:
         """Returns the counters as a dict."""
         return asdict(self.counters)
@@ -155,3 +181,7 @@ class EngineRows:
         event.synchronize()
         array: np.ndarray = pinned.numpy()
         return array
+
+
+def _is_capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -94,7 +94,7 @@ def test_a_steps_rows_are_the_checkpoints_bytes_at_one_address(
         ids[0, 0] = len(rows) + 99  # what a padded token may carry
         layer.rows.rows.fill_(7)
         if staged:
-            layer.stage(ids)
+            layer.rows.stage(ids)
             layer.start_prefetch(torch.zeros_like(ids))  # the engine's own call then changes nothing
         else:
             layer.start_prefetch(ids)

@@ -32,13 +32,11 @@ def graph_tokens_max(vllm_config: Any) -> int:
     return int(compilation.max_cudagraph_capture_size or 0)
 
 
-def check_config(vllm_config: Any, settings: EngineSettings) -> None:
+def check_config(vllm_config: Any) -> None:
     """Raises `EngineMismatchError` for the first option that does not fit."""
     _check_loading(vllm_config.load_config)
     _check_parallel(vllm_config)
     _check_platform()
-    if settings.mode == "device":
-        _check_device_mode()
 
 
 def _check_loading(load_config: Any) -> None:
@@ -101,14 +99,4 @@ def _check_platform() -> None:
     if current_platform.is_rocm():
         raise EngineMismatchError(
             "vLLM on ROCm has n-gram layers of its own, which tierstore does not replace; run without it there"
-        )
-
-
-def _check_device_mode() -> None:
-    from tierstore.store.store import Store
-
-    if not hasattr(Store, "open_rows"):
-        raise EngineMismatchError(
-            'mode "device" needs lookups by row id that are launched on the GPU, which this tierstore does not have; '
-            'use mode "host"'
         )

@@ -17,6 +17,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from ..device_rows import DeviceEngineRows
 from ..rows import EngineRows
 
 logger = logging.getLogger("vllm.tierstore")  # below the engine's logger, whose handlers show it
@@ -48,7 +49,7 @@ def file_stem(instance_id: str) -> str:
 class WorkerCounters:
     """Writes a worker's counters, every second if they have changed, until the layers are gone."""
 
-    def __init__(self, instance_id: str, rank: int, layers: dict[str, EngineRows]) -> None:
+    def __init__(self, instance_id: str, rank: int, layers: dict[str, EngineRows | DeviceEngineRows]) -> None:
         """Starts the thread; layers: by their names in the engine."""
         self._path: Path | None = None
         try:
@@ -86,7 +87,7 @@ class WorkerCounters:
             self._written = counts
 
 
-def counters_of(vllm_config: Any, layers: dict[str, EngineRows]) -> WorkerCounters | None:
+def counters_of(vllm_config: Any, layers: dict[str, EngineRows | DeviceEngineRows]) -> WorkerCounters | None:
     """Returns what writes the counters of a worker's layers, as long as it is held; None without layers."""
     if not layers:
         return None

@@ -132,8 +132,11 @@ class StagedEngrams:
     def stage(self, input_batch: Any, model_inputs: Any) -> None:
         """Starts the lookups of a step's tokens. Waits for them if the step may be the replay of a whole graph."""
         tokens = input_batch.num_tokens
+        for embedding in self._layers:
+            embedding.rows.check()
+        staged = [embedding for embedding in self._layers if embedding.rows.stages]
         lookback = model_inputs.get("lookback_token_ids")
-        if not self._layers or not tokens or lookback is None:
+        if not staged or not tokens or lookback is None:
             return
         if not self._hashing.ensure_cache():  # the profile run, in which the model looks nothing up either
             return
@@ -142,10 +145,10 @@ class StagedEngrams:
             token_ids, input_batch.positions[:tokens], input_batch.query_start_loc, _is_image(token_ids), lookback,
             _is_image(lookback), None, None,
         )  # fmt: skip
-        for embedding in self._layers:
-            embedding.stage(hashes[:, embedding.layer_hash_index])
+        for embedding in staged:
+            embedding.rows.stage(hashes[:, embedding.layer_hash_index])
         if token_ids.is_cuda and tokens <= self._graph_tokens_max:
-            for embedding in self._layers:  # a graph's replay runs no Python
+            for embedding in staged:  # a graph's replay runs no Python
                 embedding.rows.finish()
 
 

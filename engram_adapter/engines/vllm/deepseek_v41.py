@@ -17,8 +17,8 @@ import torch
 from tierstore.store.store import Store
 
 from ...hash_spec import HashSpec
+from ..device_rows import rows_of
 from ..gate import EngineMismatchError
-from ..rows import EngineRows
 from ..settings import EngineSettings
 from ..tables import ExpectedTable, check_rows, matching_table, sample_offsets
 
@@ -87,7 +87,7 @@ class TieredEngramEmbedding(torch.nn.Module):
             )
         tokens_max = vllm_config.scheduler_config.max_num_batched_tokens
         within = (self.vocab_start_idx, self.vocab_end_idx)
-        self.rows = EngineRows(store, table.spec.name, tokens_max, self.weight.device, within)
+        self.rows = rows_of(self.settings, store, table.spec.name, tokens_max, self.weight.device, within)
 
     def _compare(self, loaded: torch.Tensor, bytes_start: int) -> None:
         """Takes no row of the checkpoint's tensor: compares a few with the store's."""
@@ -116,11 +116,8 @@ class TieredEngramEmbedding(torch.nn.Module):
         tokens = indices.shape[0]
         if not tokens:
             return
-        if not (out.is_cuda and torch.cuda.is_current_stream_capturing()):
-            if not self.rows.is_staged:
-                self.rows.start(indices)
-            self.rows.finish()
-            self.rows.is_staged = False
+        self.rows.start_in_forward(indices)
+        self.rows.finish_in_forward()
         heads = min(self.part_n_hash_cols, self.n_hash_cols - self.head_start)
         stored = self.rows.rows[:tokens, self.head_start : self.head_start + heads]
         out[:, :heads].copy_(stored if out.dtype == torch.uint8 else dequantized(stored, self.dim))
@@ -140,11 +137,6 @@ class TieredEngramEmbedding(torch.nn.Module):
 
     def collapse_huge_pages(self) -> None:
         """Does nothing: there is no table in this process's memory."""
-
-    def stage(self, indices: torch.Tensor) -> None:
-        """Starts a step's lookup before its forward; the next `lookup` takes it."""
-        self.rows.start(indices)
-        self.rows.is_staged = True
 
     def check_loaded(self, hashing: Any) -> None:
         """Checks the layer once the model is loaded, and logs that it is served; hashing: the engine's n-gram hash."""
@@ -187,6 +179,6 @@ def dequantized(stored: torch.Tensor, dim: int) -> torch.Tensor:
     return values
 
 
-def _device_name(tensor: torch.Tensor) -> str | None:
-    """Returns the GPU that the model is built on, None on a CPU."""
-    return f"cuda:{tensor.device.index}" if tensor.is_cuda else None
+def _device_name(tensor: torch.Tensor) -> str:
+    """Returns the device that the model is built on."""
+    return f"cuda:{tensor.device.index}" if tensor.is_cuda else tensor.device.type

@@ -18,8 +18,8 @@ import torch
 from tierstore.spec import codec_scale
 
 from ...hash_spec import HashSpec
+from ..device_rows import rows_of
 from ..gate import EngineMismatchError
-from ..rows import EngineRows
 from ..tables import ExpectedTable, check_rows, matching_table, sample_offsets
 from .checks import settings_of
 
@@ -83,7 +83,7 @@ class TieredPle:
         # Without a reduction here, the caller adds up the ranks' rows: each gives its own, and zeros.
         within = None if layer.reduce_results else (shard.org_vocab_start_index, shard.org_vocab_end_index)
         self.layer_number, self.settings = number, settings
-        self.rows = EngineRows(store, table.spec.name, tokens_max, layer.weight.device, within)
+        self.rows = rows_of(settings, store, table.spec.name, tokens_max, layer.weight.device, within)
         self._values = self.rows.rows.view(layer.weight.dtype).flatten(1)  # [tokens_max, H * D], the same memory
 
     def allocate_embedding_weight(self, _num_rows: int, embedding_dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -116,25 +116,15 @@ class TieredPle:
 
     def start_prefetch(self, ngram_ids: torch.Tensor) -> None:
         """Starts the lookup of a step's rows, [T, H] ids, unless the step was staged before its forward."""
-        if not self.rows.is_staged and not _is_capturing(ngram_ids):
-            self.rows.start(ngram_ids)
-
-    def stage(self, ngram_ids: torch.Tensor) -> None:
-        """Starts a step's lookup before its forward."""
-        self.rows.start(ngram_ids)
-        self.rows.is_staged = True
+        self.rows.start_in_forward(ngram_ids)
 
     def finalize_prefetch(self, total_tokens: int) -> torch.Tensor:
         """Returns the rows of the step's tokens and padding, [T, H * D] in the table's dtype, always at one address."""
-        output = self._values[:total_tokens]
-        self._finish(output)
-        return output
+        self._finish()
+        return self._values[:total_tokens]
 
-    def _finish(self, output: torch.Tensor) -> None:
-        """Waits for the rows that are under way; within a capture, they are in the buffer when the graph replays."""
-        if not _is_capturing(output):
-            self.rows.finish()
-            self.rows.is_staged = False
+    def _finish(self) -> None:
+        self.rows.finish_in_forward()
 
     def forward(self, _ids: torch.Tensor) -> torch.Tensor:
         """Is not used: rows are prefetched."""
@@ -171,13 +161,9 @@ class TieredPle:
         )  # fmt: skip
 
 
-def _is_capturing(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _device_name() -> str | None:
-    """Returns the GPU that the model is built on, None on a CPU."""
+def _device_name() -> str:
+    """Returns the device that the model is built on."""
     device = torch.get_default_device()
     if device.type != "cuda":
-        return None
+        return device.type
     return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"

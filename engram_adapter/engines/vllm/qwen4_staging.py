@@ -121,12 +121,15 @@ class StagedLayers:
     def stage(self, input_batch: Any, model_inputs: Any) -> None:
         """Starts the lookups of a step's tokens. Waits for them if the step may be the replay of a whole graph."""
         tokens = input_batch.num_tokens
-        if not self._layers or not tokens:
+        for _, embedding in self._layers:
+            embedding.rows.check()
+        staged = [(hashing, embedding.rows) for hashing, embedding in self._layers if embedding.rows.stages]
+        if not staged or not tokens:
             return
         token_ids = model_inputs.get("input_ids", input_batch.input_ids)[:tokens]
         arguments = (token_ids, model_inputs["query_start_loc"], model_inputs["ngram_context"])
-        for hashing, embedding in self._layers:
-            embedding.stage(hashing.compute_ngram_ids(*arguments))
+        for hashing, rows in staged:
+            rows.stage(hashing.compute_ngram_ids(*arguments))
         if token_ids.is_cuda and tokens <= self._graph_tokens_max:
-            for _, embedding in self._layers:  # a graph's replay runs no Python
-                embedding.rows.finish()
+            for _, rows in staged:  # a graph's replay runs no Python
+                rows.finish()

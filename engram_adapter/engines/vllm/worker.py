@@ -40,7 +40,7 @@ def prepare(vllm_config: Any) -> None:
         _no_layers(vllm_config, text_config)
         return
     version = check_version("vllm", TESTED, forced=not settings.strict)
-    checks.check_config(vllm_config, settings)
+    checks.check_config(vllm_config)
     for layers in found:
         layers.replace(f"vllm {version}")
 

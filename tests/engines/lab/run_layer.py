@@ -115,7 +115,7 @@ def _staged(layer: Any, tokens: int) -> dict[str, Any]:
         reads.append(_microseconds(partial(table.rows, ids, out=out)))
     work_s = 2 * max(reads) / 1e6
     for turn in range(20):
-        layer.stage(_ids(layer, tokens, 2 * turn + 11))
+        layer.rows.stage(_ids(layer, tokens, 2 * turn + 11))
         time.sleep(work_s)  # the engine's work, on other threads or a GPU
         waits.append(_microseconds(lambda: layer.finalize_prefetch(tokens)))
     read_us, wait_us = statistics.median(reads), statistics.median(waits)
