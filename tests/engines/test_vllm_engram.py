@@ -122,10 +122,12 @@ def test_engram_steps_are_staged_before_the_forward(
     path, spec, rows = engram
     config = vllm_config(ENGRAM, path)
     model = engram_layers(config, spec)
+    model[0].engram_dp_shared_memory = False  # the engine's model has it; data-parallel ranks then gather row ids
     with caplog.at_level(logging.INFO, "vllm.tierstore"):
         state = engram_state(config, model)
     assert [each for each in caplog.messages if "tierstore serves layers.1.engram" in each]
     assert [each for each in caplog.messages if "tierstore serves layers.4.engram" in each]
+    assert model[0].engram_dp_shared_memory
     ids = torch.stack([row_ids(spec, layer, 12, 9) for layer in spec.layers], dim=1)
     model[2].ids_of_test = ids
     batch = SimpleNamespace(

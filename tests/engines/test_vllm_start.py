@@ -148,7 +148,6 @@ def test_another_plug_in_for_the_same_layer_is_refused(tmp_path: Path) -> None:
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline_parallel_size is 2"),
         ({"parallel_config__enable_dbo": True}, "enable_dbo"),
         ({"parallel_config__data_parallel_size": 2, "engram_config__embedding_across_dp": True}, "embedding_across_dp"),
-        ({"parallel_config__data_parallel_size": 2, "engram_config__dp_shared_memory": False}, "dp_shared_memory"),
     ],
 )
 @pytest.mark.usefixtures("vllm")

@@ -86,11 +86,6 @@ def _check_data_parallel(engram: Any) -> None:
             "engram_config embedding_across_dp divides the table over data-parallel ranks, and every rank looks up in "
             "the store; leave it out"
         )
-    if getattr(engram, "dp_shared_memory", None) is False:
-        raise EngineMismatchError(
-            "engram_config dp_shared_memory=false has data-parallel ranks exchange row ids, and every rank looks up in "
-            "the store; leave it out"
-        )
 
 
 def _check_platform() -> None:

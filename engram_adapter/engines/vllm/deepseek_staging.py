@@ -118,6 +118,9 @@ class StagedEngrams:
                 f"some and one; use a tested version of vLLM"
             )
         self._hashing = hashing[0]
+        for each in modules:
+            if hasattr(each, "engram_dp_shared_memory"):
+                each.engram_dp_shared_memory = True  # a rank looks up its own tokens: no row ids are gathered
         for engram in engrams:
             embedding = engram.embed_tokens
             if not isinstance(embedding, TieredEngramEmbedding) or embedding.weight.shape[0]:
