@@ -60,20 +60,15 @@ class EngineRows:
         self.counters = RowCounters()
         shape = (tokens_max, spec.num_heads, spec.row_bytes)
         self._on_gpu = device.type != "cpu"
-        # A GPU copies from one of two buffers while reads fill the other.
-        self._host = [
-            torch.zeros(shape, dtype=torch.uint8, device="cpu", pin_memory=self._on_gpu)
-            for _ in range(2 if self._on_gpu else 1)
-        ]
-        self._arrays = [buffer.numpy() for buffer in self._host]
-        self._copied: list[Any] = [None] * len(self._host)  # an event for each buffer: the GPU has read it
+        self._host = torch.zeros(shape, dtype=torch.uint8, device="cpu", pin_memory=self._on_gpu)
+        self._array = self._host.numpy()
+        self._copied: Any = None  # an event: the GPU has read the host's buffer
         self._ids: torch.Tensor | None = None
-        self._rows = self._host[0]
+        self._rows = self._host
         if self._on_gpu:
             self._ids = torch.empty(shape[:2], dtype=torch.int64, device="cpu", pin_memory=True)
             self._rows = torch.zeros(shape, dtype=torch.uint8, device=device)
         self.is_staged = False
-        self._current = 0
         self._ticket: Ticket | None = None
         self._tokens = 0
 
@@ -105,12 +100,10 @@ class EngineRows:
                 f"[{self.tokens_max}, {self._rows.shape[1]}]"
             )
         self._drop()
-        self._current = (self._current + 1) % len(self._host)
-        copied = self._copied[self._current]
-        if copied is not None:
-            copied.synchronize()
-        out = self._arrays[self._current][:tokens]
-        self._ticket = self.table.submit_rows(self._host_ids(row_ids), out, within=self.within)
+        ids = self._host_ids(row_ids)
+        if self._copied is not None:  # long done, since the ids are of a later step
+            self._copied.synchronize()
+        self._ticket = self.table.submit_rows(ids, self._array[:tokens], within=self.within)
         self._tokens = tokens
 
     def finish(self) -> torch.Tensor:
@@ -132,11 +125,10 @@ class EngineRows:
         counters.rows += tokens * self._rows.shape[1]
         rows = self._rows[:tokens]
         if self._on_gpu:
-            rows.copy_(self._host[self._current][:tokens], non_blocking=True)
-            event = self._copied[self._current]
-            if event is None:
-                event = self._copied[self._current] = torch.cuda.Event()
-            event.record()
+            rows.copy_(self._host[:tokens], non_blocking=True)
+            if self._copied is None:
+                self._copied = torch.cuda.Event()
+            self._copied.record()
         return rows
 
     def stage(self, row_ids: torch.Tensor) -> None:

@@ -158,6 +158,12 @@ def test_a_configuration_that_cannot_work_is_refused(tmp_path: Path, changes: di
 
 
 @pytest.mark.usefixtures("vllm")
+def test_files_on_a_networks_disk_are_not_read_ahead(tmp_path: Path) -> None:
+    assert start(vllm_config(QWEN, tmp_path)).vllm_config.load_config.safetensors_load_strategy == "lazy"
+    assert start(vllm_config(QWEN, None)).vllm_config.load_config.safetensors_load_strategy is None
+
+
+@pytest.mark.usefixtures("vllm")
 def test_rocm_is_refused(tmp_path: Path) -> None:
     import_module("vllm.platforms").current_platform.is_rocm = lambda: True
     with pytest.raises(EngineMismatchError, match="ROCm"):

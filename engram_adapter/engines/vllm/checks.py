@@ -33,7 +33,7 @@ def graph_tokens_max(vllm_config: Any) -> int:
 
 
 def check_config(vllm_config: Any) -> None:
-    """Raises `EngineMismatchError` for the first option that does not fit."""
+    """Raises `EngineMismatchError` for the first option that does not fit; has files of weights read lazily."""
     _check_loading(vllm_config.load_config)
     _check_parallel(vllm_config)
     _check_platform()
@@ -52,6 +52,7 @@ def _check_loading(load_config: Any) -> None:
             f"safetensors_load_strategy {strategy!r} reads the whole n-gram table from the checkpoint; use "
             f"--safetensors-load-strategy lazy"
         )
+    load_config.safetensors_load_strategy = "lazy"  # left out, it would read ahead whole files from a network's disk
     extra = load_config.model_loader_extra_config
     if isinstance(extra, dict) and extra.get("enable_multithread_load"):
         raise EngineMismatchError(
