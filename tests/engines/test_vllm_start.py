@@ -164,6 +164,18 @@ def test_files_on_a_networks_disk_are_not_read_ahead(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("vllm")
+def test_an_engine_without_the_workers_starts_unless_the_environment_configures_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.worker_base", None)
+    register()
+    assert "rows do not come from a store" in caplog.text
+    monkeypatch.setenv("TIERSTORE_STORE", "model.tier")
+    with pytest.raises(EngineMismatchError, match="unset TIERSTORE_STORE"):
+        register()
+
+
+@pytest.mark.usefixtures("vllm")
 def test_rocm_is_refused(tmp_path: Path) -> None:
     import_module("vllm.platforms").current_platform.is_rocm = lambda: True
     with pytest.raises(EngineMismatchError, match="ROCm"):

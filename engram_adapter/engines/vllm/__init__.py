@@ -12,6 +12,8 @@ workers in the engine's metrics. Importing this imports nothing of vLLM and no t
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import sys
 from typing import Any
 
@@ -22,8 +24,11 @@ _WORKER = f"{__name__}.worker"
 
 def register() -> None:
     """Has every worker that starts in this process prepared, if it is configured; a second call does nothing."""
-    from vllm.v1.worker.worker_base import WorkerBase
-
+    try:
+        from vllm.v1.worker.worker_base import WorkerBase
+    except ImportError as error:  # another vLLM; without settings, it must start all the same
+        _no_workers(error)
+        return
     stock = WorkerBase.__init__
     if getattr(stock, "of_tierstore", False):
         return
@@ -39,3 +44,13 @@ def register() -> None:
 
     start.of_tierstore = True  # type: ignore[attr-defined]
     WorkerBase.__init__ = start
+
+
+def _no_workers(error: ImportError) -> None:
+    """Refuses to start if the environment configures tierstore; what additional_config says is not known here."""
+    message = f"this vLLM has no worker that tierstore can prepare ({error}): its rows do not come from a store"
+    if os.environ.get("TIERSTORE_STORE"):
+        from ..gate import EngineMismatchError
+
+        raise EngineMismatchError(f"{message}; install a version that it was tested with, or unset TIERSTORE_STORE")
+    logging.getLogger("vllm.tierstore").warning(message)
