@@ -1,6 +1,7 @@
 """Runs the plug-in on a real SGLang, layer by layer: `python sglang_layers.py FAMILY [--json FILE] [--case NAME]`.
 
-FAMILY: deepseek_v41 or qwen4_exp. Needs sglang 0.5.23 and what it imports, tierstore, no GPU and no kernels of SGLang.
+FAMILY: deepseek_v41, qwen4_exp, or process: how whole processes start and end. Needs sglang 0.5.23 and what it imports
+(sglang_requirements.txt), and tierstore, installed; no GPU and no kernels of SGLang.
 Every case compares SGLang's own classes, with the whole table in memory, to the replaced ones over a store.
 Output: a line a case; in FILE, {"engine", "family", "cases": [{"name", "passed", "seconds", "error"}]}. Exit status 1
 if a case failed.
@@ -22,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import sglang_lab as lab  # before anything loads SGLang
 
-FAMILIES = {"deepseek_v41": "sglang_v41_cases", "qwen4_exp": "sglang_qwen_cases"}
+FAMILIES = {"deepseek_v41": "sglang_v41_cases", "qwen4_exp": "sglang_qwen_cases", "process": "sglang_process_cases"}
 
 
 def main() -> int:

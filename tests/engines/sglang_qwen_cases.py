@@ -80,9 +80,9 @@ class Cases:
         whole = looked_up(self.resident("bf16")[0], ids)
         shard = embedding.shard_indices
         shard.org_vocab_start_index, shard.org_vocab_end_index = 300, 1500
+        embedding.tp_size, embedding._is_added_later = 2, lambda: True
         with lab.environment(TIERSTORE_STORE=str(self.built["bf16"][1])), lab.published():
             embedding.bind(LAYERS[0], hash_of(served))
-        embedding.tp_size, embedding._is_added_later = 2, lambda: True
         own = ((ids >= 300) & (ids < 1500)).unsqueeze(-1)
         assert own.any()
         assert not own.all()

@@ -128,6 +128,7 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.23") -> SimpleN
         ),
         parallel=SimpleNamespace(attn_cp_size=1, tp_rank=0),
         observability=SimpleNamespace(enable_metrics=False),
+        schedule=SimpleNamespace(chunked_prefill_size=64),
     )  # fmt: skip
     registry = type("HookRegistry", (HookRegistry,), {"_hooks": {}, "apply_hooks": vars(HookRegistry)["apply_hooks"]})
     modules: dict[str, dict[str, Any]] = {
@@ -145,6 +146,7 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.23") -> SimpleN
             "get_model": lambda: published.model,
             "get_parallel": lambda: published.parallel,
             "get_observability": lambda: published.observability,
+            "get_schedule": lambda: published.schedule,
         },
         f"{BREAKABLE}.breakable_cuda_graph": {"eager_on_graph": _EagerOnGraph},
         f"{BREAKABLE}.context": {"is_in_breakable_cuda_graph": lambda: False},

@@ -28,7 +28,8 @@ from ..gate import EngineMismatchError
 from ..tables import ExpectedTable
 from .checks import BREAKABLE, DISABLED
 from .hooks import Hook
-from .layer import LayerTable, StepRows
+from .layer import LayerTable
+from .steps import HostSteps, steps_of
 
 FAMILY, CODEC = "deepseek_v41", "fp8_e4m3_e8m0x32"
 
@@ -55,7 +56,9 @@ class TieredEngramEmbedding(torch.nn.Module):
         self.scale = _no_rows(dim // SCALE_BLOCK, torch.float8_e8m0fnu)
         for parameter in (self.weight, self.scale):
             vars(parameter)["weight_loader"] = self._compare
-        self._now, self._ahead = StepRows(self.tiered), StepRows(self.tiered)  # of the forward; of the next batch
+        # Of the forward, and of the batch that comes next.
+        self._now, self._ahead = steps_of(self.tiered), HostSteps(self.tiered)
+        self._is_captured = self.tiered.settings.mode == "device"
         self._under_way: StagedStep | None = None
 
     def _compare(self, param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
@@ -88,14 +91,15 @@ class TieredEngramEmbedding(torch.nn.Module):
         """
         if indices.shape[0] == 0:
             return self.new_rows(indices)
-        # Of a staged layer, the engine itself leaves the graph for extend batches; one cannot leave it twice.
-        is_left = (
+        # A graph is left to read rows in Python. Launches stay in it; and of a staged layer, the engine itself has
+        # left it for extend batches: one cannot leave it twice.
+        stays = self._is_captured or (
             self.staged_by_scheduler
             and forward_batch is not None
             and forward_batch.forward_mode.is_extend_without_speculative()
             and is_in_breakable_cuda_graph()
         )
-        return self._read.run_eager(indices) if is_left else self._read(indices)
+        return self._read.run_eager(indices) if stays else self._read(indices)
 
     @eager_on_graph
     def _read(self, indices: torch.Tensor) -> torch.Tensor:

@@ -16,15 +16,11 @@ import torch
 from tierstore.errors import ConfigError
 
 from ..gate import EngineMismatchError
-from ..rows import EngineRows, RowCounters
 from ..settings import EngineSettings
 from ..tables import ExpectedTable, check_rows, matching_table, sample_offsets
 from .checks import check_config
-from .metrics import metrics_of
 
 logger = logging.getLogger("sglang.tierstore")  # below the engine's logger, whose handlers show it
-
-TOKENS_MIN = 64  # of a step's buffers, which double when a step has more tokens
 
 
 class LayerTable:
@@ -106,38 +102,6 @@ class LayerTable:
             self.layer, spec.name, self.store.name, spec.num_rows, spec.row_bytes, self.settings.mode,
             self.rows_compared,
         )  # fmt: skip
-
-
-class StepRows:
-    """The rows of one step after another: `EngineRows` that grows with the steps. One thread at a time."""
-
-    def __init__(self, table: LayerTable, within: tuple[int, int] | None = None) -> None:
-        """table: the layer's; within: as of `EngineRows`."""
-        self._table, self._within = table, within
-        self._rows: EngineRows | None = None
-        self.counters = RowCounters()
-        self._metrics = metrics_of(table.table.spec.name, table.store)
-
-    def start(self, row_ids: torch.Tensor, device: torch.device | None = None) -> None:
-        """Starts to read the rows of [T, C] row ids; they come out on `device`, by default where the ids are."""
-        tokens, device = row_ids.shape[0], row_ids.device if device is None else device
-        rows = self._rows
-        if rows is None or rows.tokens_max < tokens or rows.device != device:
-            tokens_max = max(TOKENS_MIN, 1 << (tokens - 1).bit_length())
-            with torch.inference_mode(False):  # buffers that any later step may fill
-                self._rows = rows = EngineRows(
-                    self._table.store, self._table.table.spec.name, tokens_max, device, self._within
-                )
-            rows.counters = self.counters
-        rows.start(row_ids)
-
-    def finish(self) -> torch.Tensor:
-        """Waits for the rows that were started: uint8 [T, C, row_bytes], until the next `finish`."""
-        assert self._rows is not None, "no step was started"
-        rows = self._rows.finish()
-        if self._metrics is not None:
-            self._metrics.publish(self.counters)
-        return rows
 
 
 def required_settings() -> EngineSettings:

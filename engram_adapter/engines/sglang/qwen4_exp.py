@@ -26,7 +26,8 @@ from ..gate import EngineMismatchError
 from ..tables import ExpectedTable
 from .checks import BREAKABLE, DISABLED
 from .hooks import Hook
-from .layer import LayerTable, StepRows
+from .layer import LayerTable
+from .steps import steps_of
 
 FAMILY = "qwen4_exp"
 CODECS = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8_e4m3"}
@@ -78,8 +79,9 @@ class TieredPleEmbedding(qwen4_exp.Qwen4ExpPinnedHostEmbedding):
         )
         self.layer = layer
         shard = self.shard_indices
-        self._all = StepRows(self.tiered)
-        self._own = StepRows(self.tiered, (shard.org_vocab_start_index, shard.org_vocab_end_index))
+        self._all = steps_of(self.tiered)
+        own = (shard.org_vocab_start_index, shard.org_vocab_end_index)
+        self._own = steps_of(self.tiered, own) if self.tp_size > 1 else self._all
         self._current = self._all
 
     def weight_loader(self, _param: torch.Tensor, loaded_weight: torch.Tensor) -> None:

@@ -1,0 +1,94 @@
+"""The rows of one layer, step after step: started when the row ids are known, taken when the layer needs them.
+
+Input: row ids. Output: rows as stored, on the device. Errors: what lookups raise. One thread at a time.
+
+Shapes: T tokens of a step, C row ids of a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from sglang.srt.runtime_context import get_schedule
+
+from ..rows import EngineRows, RowCounters
+from .layer import LayerTable
+from .metrics import metrics_of
+
+TOKENS_MIN = 64  # of a step's buffers on the host, which double when a step has more tokens
+TOKENS_MAX = 8192  # of a step's buffers on the device; more tokens go in parts
+
+
+class Steps(Protocol):
+    """What `steps_of` returns."""
+
+    def start(self, row_ids: torch.Tensor, device: torch.device | None = None) -> None:
+        """Starts to read the rows of [T, C] row ids; they come out on `device`, by default where the ids are."""
+
+    def finish(self) -> torch.Tensor:
+        """Returns the rows that were started, uint8 [T, C, row_bytes], until the next `finish`."""
+
+
+def steps_of(table: LayerTable, within: tuple[int, int] | None = None) -> Steps:
+    """Returns a layer's steps, in the mode of the settings; within: first row id and end of those wanted."""
+    return HostSteps(table, within) if table.settings.mode == "host" else DeviceSteps(table, within)
+
+
+class HostSteps:
+    """Rows that this process reads and copies to the device: `EngineRows` that grow with the steps."""
+
+    def __init__(self, table: LayerTable, within: tuple[int, int] | None = None) -> None:
+        """table: the layer's; within: as of `EngineRows`."""
+        self._table, self._within = table, within
+        self._rows: EngineRows | None = None
+        self.counters = RowCounters()
+        self._metrics = metrics_of(table.table.spec.name, table.store)
+
+    def start(self, row_ids: torch.Tensor, device: torch.device | None = None) -> None:
+        """Starts to read the rows of [T, C] row ids; they come out on `device`, by default where the ids are."""
+        tokens, device = row_ids.shape[0], row_ids.device if device is None else device
+        rows = self._rows
+        if rows is None or rows.tokens_max < tokens or rows.device != device:
+            tokens_max = max(TOKENS_MIN, 1 << (tokens - 1).bit_length())
+            with torch.inference_mode(False):  # buffers that any later step may fill
+                self._rows = rows = EngineRows(
+                    self._table.store, self._table.table.spec.name, tokens_max, device, self._within
+                )
+            rows.counters = self.counters
+        rows.start(row_ids)
+
+    def finish(self) -> torch.Tensor:
+        """Waits for the rows that were started: uint8 [T, C, row_bytes], until the next `finish`."""
+        assert self._rows is not None, "no step was started"
+        rows = self._rows.finish()
+        if self._metrics is not None:
+            self._metrics.publish(self.counters)
+        return rows
+
+
+class DeviceSteps:
+    """Rows that kernels look up in the hbm tier and in page-locked memory: launches alone, which graphs may capture."""
+
+    def __init__(self, table: LayerTable, within: tuple[int, int] | None = None) -> None:
+        """Takes the buffers, before anything is captured. Raises `BudgetError` if they do not fit."""
+        chunk = get_schedule().chunked_prefill_size
+        tokens_max = TOKENS_MAX if chunk is None or chunk <= 0 else min(chunk, TOKENS_MAX)
+        store: Any = table.store
+        self._lookup = store.open_rows(table.table.spec.name, tokens_max, within=within)
+        self._row_bytes = table.table.spec.row_bytes
+        self._rows: torch.Tensor | None = None
+
+    def start(self, row_ids: torch.Tensor, device: torch.device | None = None) -> None:
+        """Launches the first half on the current stream; row ids lie on the device."""
+        assert device is None or device == row_ids.device, "row ids of a device lookup lie on the device"
+        self._rows = torch.empty((*row_ids.shape, self._row_bytes), dtype=torch.uint8, device=row_ids.device)
+        self._lookup.start(row_ids, self._rows)
+
+    def finish(self) -> torch.Tensor:
+        """Launches the second half on the current stream, which must come after that of `start`."""
+        assert self._rows is not None, "no step was started"
+        self._lookup.finish()
+        if self._rows.is_cuda:
+            self._rows.record_stream(torch.cuda.current_stream())  # it may be of another stream, where it was started
+        return self._rows
