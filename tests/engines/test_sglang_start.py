@@ -11,43 +11,33 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from prometheus_client import REGISTRY
 from support import fake_sglang
 from support.repository import REPOSITORY
-from support.tiny_store import DIM, LAYERS, build_tiny, decoded, tiny_hash
+from support.tiny_store import build_tiny, tiny_hash
 
 import engram_adapter.engines.sglang as plugin
-from engram_adapter.engines.gate import EngineMismatchError
 
-CODEC = "fp8_e4m3_e8m0x32"
 ENGRAM = "sglang.srt.layers.engram"
 
 
 @pytest.fixture
 def sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """A fake SGLang; the modules of ours that import it are of this test alone."""
-    published = fake_sglang.install(monkeypatch)
-    yield published
-    for name in [name for name in sys.modules if name.startswith(f"{plugin.__name__}.")]:
-        del sys.modules[name]
+    yield from fake_sglang.fresh(monkeypatch)
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """A store of V4.1's kind, which the environment names; returns its tables' rows."""
-    path, rows = build_tiny(tmp_path, tiny_hash(), CODEC, seed=7)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store of V4.1's kind, which the environment names."""
+    path, _ = build_tiny(tmp_path, tiny_hash(), "fp8_e4m3_e8m0x32", seed=7)
     monkeypatch.setenv("TIERSTORE_STORE", str(path))
     monkeypatch.setenv("TIERSTORE_DRAM", "16MiB")
-    return rows
 
 
 def start() -> None:
     """Loads the plug-in as SGLang does in each of its processes."""
-    load_plugins: Any = importlib.import_module("sglang.srt.plugins").load_plugins  # type: ignore[attr-defined]
-    load_plugins(plugin.register)
+    fake_sglang.load(plugin.register)
 
 
 def engine(name: str = ENGRAM) -> Any:
@@ -59,12 +49,6 @@ def ended_with(*words: str) -> None:
         start()
     for each in ("tierstore stops SGLang", *words):
         assert each in str(ended.value)
-
-
-def expected_table(layer: int) -> tuple[int, int, int, tuple[int, ...]]:
-    spec = tiny_hash()
-    rows = spec.num_rows(layer)
-    return rows, DIM, layer, (*spec.offsets(layer), rows)
 
 
 def test_setup_cfg_names_the_function_that_sglang_calls() -> None:
@@ -180,39 +164,6 @@ def test_the_process_really_ends_with_one_line(tmp_path: Path) -> None:
     assert "tierstore stops SGLang: EngineMismatchError: sglang 9.9 is not among the versions" in ended.stderr
 
 
-@pytest.mark.usefixtures("sglang")
-def test_the_embedding_gives_the_stored_rows_as_the_engine_dequantizes_them(store: dict[str, np.ndarray]) -> None:
-    start()
-    for layer in LAYERS:
-        embed = engine().EngramEmbedding(*expected_table(layer))
-        rows = decoded(store[f"layers.{layer}"], CODEC)
-        ids = torch.from_numpy(np.random.default_rng(layer).integers(0, len(rows), (70, tiny_hash().heads * 2)))
-        assert torch.equal(embed(ids), rows[ids])
-        assert embed.weight.shape[0] == embed.scale.shape[0] == 0
-        stale = ids.clone()
-        stale[3, 2], stale[5, 0] = len(rows) + 5, -9  # what padded tokens of a graph may hold
-        found = embed(stale)
-        assert not found[3, 2].any()
-        assert not found[5, 0].any()
-        assert torch.equal(found[6:], rows[ids[6:]])
-
-
-@pytest.mark.usefixtures("store")
-def test_a_layers_counters_are_among_the_engines_metrics(sglang: SimpleNamespace) -> None:
-    sglang.observability.enable_metrics = True
-    start()
-    embed = engine().EngramEmbedding(*expected_table(1))
-    ids = torch.zeros((5, tiny_hash().heads * 2), dtype=torch.int64)
-    embed(ids)
-    labels = {"rank": "0", "layer": "layers.1"}
-    for name, count in (("steps", 1), ("tokens", 5), ("rows", ids.numel())):
-        assert REGISTRY.get_sample_value(f"tierstore_engine_{name}_total", labels) == count
-    embed(ids)  # within the period: counted, and published with a later step
-    embed._now._metrics._due_s = 0.0
-    embed(ids)
-    assert REGISTRY.get_sample_value("tierstore_engine_steps_total", labels) == 3
-
-
 @pytest.mark.usefixtures("sglang", "store")
 def test_registering_leaves_prometheus_to_sglang_which_sets_its_folder_first() -> None:
     code = (
@@ -223,41 +174,3 @@ def test_registering_leaves_prometheus_to_sglang_which_sets_its_folder_first() -
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ended.stdout.strip() == "False"
-
-
-@pytest.mark.usefixtures("sglang")
-def test_weights_that_load_are_compared_and_not_kept(store: dict[str, np.ndarray]) -> None:
-    start()
-    rows = torch.from_numpy(store["layers.1"])
-    embed = engine().EngramEmbedding(*expected_table(1))
-    values, scales = rows[:, :DIM].contiguous(), rows[:, DIM:].contiguous()
-    embed.weight.weight_loader(embed.weight, values.view(torch.float8_e4m3fn))
-    embed.scale.weight_loader(embed.scale, scales.view(torch.float8_e8m0fnu))
-    embed.finish_load("layer 1")
-    assert embed.weight.shape[0] == 0
-    with pytest.raises(EngineMismatchError, match="is not row"):
-        embed.weight.weight_loader(embed.weight, values.roll(1, 0).view(torch.float8_e4m3fn))
-    with pytest.raises(EngineMismatchError, match=f"of {DIM // 2} bytes"):
-        embed.weight.weight_loader(embed.weight, values[:, : DIM // 2].view(torch.float8_e4m3fn))
-
-
-@pytest.mark.usefixtures("store")
-def test_options_that_cannot_work_are_refused_when_the_layer_is_built(sglang: SimpleNamespace) -> None:
-    start()
-    build = engine().EngramEmbedding
-    full = SimpleNamespace(decode=SimpleNamespace(backend="full"), prefill=SimpleNamespace(backend="breakable"))
-    for owner, name, value, words in (
-        (sglang.model, "load_format", "fastsafetensors", "--load-format fastsafetensors reads the whole"),
-        (sglang.model, "weight_loader_disable_mmap", True, "--weight-loader-disable-mmap reads the whole"),
-        (sglang.model, "weight_loader_prefetch_checkpoints", True, "--weight-loader-prefetch-checkpoints reads"),
-        (sglang.model, "is_startup_weight_load_overlap", True, "--startup-weight-load-mode overlap reads"),
-        (sglang.model, "weight_cache_mode", "client", "--weight-cache-mode client reads"),
-        (sglang.exec.kernel, "enable_nvidia_megakernel", True, "--enable-nvidia-megakernel"),
-        (sglang.exec.graph, "cuda_graph_config", full, "--cuda-graph-backend-decode=breakable"),
-    ):
-        before = getattr(owner, name)
-        setattr(owner, name, value)
-        with pytest.raises(EngineMismatchError, match=words):
-            build(*expected_table(1))
-        setattr(owner, name, before)
-    build(*expected_table(1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from enum import Enum
 from types import ModuleType, SimpleNamespace
@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+OURS = "engram_adapter.engines.sglang."
 BREAKABLE = "sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph"
 
 
@@ -157,6 +158,18 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.23") -> SimpleN
             _module(monkeypatch, ".".join(parts[:end]))
         vars(sys.modules[name]).update(contents)
     return published
+
+
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """For a fixture: installs the fake; the modules of ours that import it are of this test alone."""
+    yield install(monkeypatch)
+    for name in [name for name in sys.modules if name.startswith(OURS)]:
+        del sys.modules[name]
+
+
+def load(*plugins: Callable[[], None]) -> None:
+    """Loads plug-ins as each of SGLang's processes does."""
+    vars(sys.modules["sglang.srt.plugins"])["load_plugins"](*plugins)
 
 
 def load_plugins(registry: type[HookRegistry], *plugins: Callable[[], None]) -> None:

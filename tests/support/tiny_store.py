@@ -22,15 +22,15 @@ DIM = 64
 PLANE_BYTES = {"fp8_e4m3_e8m0x32": (DIM, DIM // 32), "bf16": (2 * DIM,), "fp32": (4 * DIM,), "fp16": (2 * DIM,)}
 
 
-def tiny_hash(max_order: int = 3, compressed: int = 40) -> HashSpec:
-    """A hash of V4.1's kind over two layers, 4 heads an order, some 300 rows a head."""
+def tiny_hash(max_order: int = 3, compressed: int = 40, heads: int = 4) -> HashSpec:
+    """A hash of V4.1's kind over two layers, some 300 rows a head; only of 8 heads give row ids their keys back."""
     token_map = np.arange(VOCAB_SIZE, dtype=np.int32) % compressed
     config = {
         "model_type": "deepseek_v41",
         "engram_layer_ids": list(LAYERS),
         "engram_vocab_size": 300,
         "engram_max_ngram_size": max_order,
-        "engram_n_heads": 4,
+        "engram_n_heads": heads,
         "engram_head_dim": DIM,
         "engram_compressed_vocab_size": compressed,
         "engram_pad_token_id": 2,

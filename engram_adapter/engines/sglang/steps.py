@@ -7,7 +7,7 @@ Shapes: T tokens of a step, C row ids of a token.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from sglang.srt.runtime_context import get_schedule
@@ -74,8 +74,7 @@ class DeviceSteps:
         """Takes the buffers, before anything is captured. Raises `BudgetError` if they do not fit."""
         chunk = get_schedule().chunked_prefill_size
         tokens_max = TOKENS_MAX if chunk is None or chunk <= 0 else min(chunk, TOKENS_MAX)
-        store: Any = table.store
-        self._lookup = store.open_rows(table.table.spec.name, tokens_max, within=within)
+        self._lookup = table.store.open_rows(table.table.spec.name, tokens_max, within=within)
         self._row_bytes = table.table.spec.row_bytes
         self._rows: torch.Tensor | None = None
 
