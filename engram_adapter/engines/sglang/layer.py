@@ -98,7 +98,7 @@ class LayerTable:
         """Logs the one line that says where this layer's rows come from."""
         spec = self.table.spec
         logger.info(
-            "tierstore: %s reads table %s of %s (%d rows of %d bytes, mode %s; %d rows of the checkpoint compared)",
+            "tierstore serves %s: table %s of %s, %d rows of %d bytes, mode %s, %d rows compared with the checkpoint",
             self.layer, spec.name, self.store.name, spec.num_rows, spec.row_bytes, self.settings.mode,
             self.rows_compared,
         )  # fmt: skip
