@@ -14,6 +14,7 @@ import torch
 from prometheus_client import REGISTRY
 from support import fake_sglang
 from support.device import DEVICE
+from support.served import serving
 from support.tiny_store import DIM, LAYERS, build_tiny, decoded, tiny_hash
 
 import engram_adapter.engines.sglang as plugin
@@ -127,6 +128,21 @@ def test_options_that_cannot_work_are_refused_when_the_layer_is_built(sglang: Si
             build(*expected_table(1))
         setattr(owner, name, before)
     build(*expected_table(1))
+
+
+@pytest.mark.usefixtures("sglang")
+def test_a_daemon_serves_the_rows_to_an_engine_that_has_its_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rows = build_tiny(tmp_path, tiny_hash(), CODEC, seed=7)
+    socket = tmp_path / "daemon.sock"
+    monkeypatch.setenv("TIERSTORE_STORE", str(socket))
+    with serving(path, socket, 32 << 20):
+        start()
+        embed = engine().EngramEmbedding(*expected_table(1))
+        ids = torch.from_numpy(np.random.default_rng(2).integers(0, len(rows["layers.1"]), (30, 8)))
+        assert torch.equal(embed(ids), decoded(rows["layers.1"], CODEC)[ids])
+        embed.tiered.store.close()
 
 
 @pytest.mark.gpu
