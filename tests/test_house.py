@@ -30,6 +30,8 @@ FLOORS = (
     {"tierstore/daemon": "the daemon: shared tiers, epochs, versions, learning, server, metrics"},
     {f"tierstore: {FACE.replace(' ', ', ')}": "the public face"},
     {"engram_adapter": "the model's side: token map, hashing, embeddings, one file a model family"},
+    {"engram_adapter/engines": "plug-ins of vLLM and SGLang, models of transformers: rows from a store"},
+    {"engram_adapter: __init__": "the public face of the model's side"},
     {"tools": "one file a command; bench, demo, inputs, report and stat in folders"},
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -62,12 +64,14 @@ MODULES = {module_of(path): path for path in SOURCES}
 def room_of(module: str) -> str:
     """The key of FLOOR_OF that a module belongs to."""
     parts = module.split(".")
+    if module == "engram_adapter":
+        return "engram_adapter: __init__"
+    if (room := "/".join(parts[:2])) in FLOOR_OF:
+        return room
     if parts[0] != "tierstore":
         return parts[0]
     if len(parts) > 1 and parts[1] in ("kernels", "tools"):
         return parts[1]
-    if (room := "/".join(parts[:2])) in FLOOR_OF:
-        return room
     name = parts[1] if len(parts) > 1 else "__init__"
     assert name in f"{GROUND} {FACE}".split(), f"{module} has no floor; give it one in FLOORS"
     return next(room for room in FLOOR_OF if ": " in room and name in room.partition(": ")[2].split(", "))
