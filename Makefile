@@ -75,7 +75,7 @@ soak: install
 		tests/remote/test_hostile.py tests/faults/test_interrupts.py tests/faults/test_lookup_interrupts.py \
 		tests/faults/test_memory_errors.py tests/faults/test_checkpoint_folders.py
 
-# The plug-ins inside the real engines, on a CPU, against the engines' own tables. Its environments take 4 GB below
+# The plug-ins inside the real engines, on a CPU, against the engines' own tables. Its environments take 7 GB below
 # build/engines; the first run takes most of an hour. `make engines ONLY=daemon`: cases with that in their name.
 ONLY ?=
 engines: install

@@ -35,7 +35,7 @@ def environments(folder: Path) -> dict[str, Environment]:
     python = base / "bin" / "python"
     if not (base / "ready").exists():
         _install(folder, base, python)
-    _install_tierstore(folder, python)
+    install_tierstore(folder, python)
     newer = folder / "vllm-0.33.0"
     if not (newer / "ready").exists():
         _overlay(folder, base, newer)
@@ -48,24 +48,24 @@ def environments(folder: Path) -> dict[str, Environment]:
 def _install(folder: Path, base: Path, python: Path) -> None:
     shutil.rmtree(base, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    _run([sys.executable, "-m", "venv", str(base)], "a virtual environment")
+    run([sys.executable, "-m", "venv", str(base)], "a virtual environment")
     for package in (TORCH, ENGINE):  # torch first: the CPU build, which the engine's own pin then keeps
-        _pip(python, package, "install", package)
-    _pip(python, "its parts for CUDA", "uninstall", "--yes", *UNUSABLE)
+        pip(python, package, "install", package)
+    pip(python, "its parts for CUDA", "uninstall", "--yes", *UNUSABLE)
     site = _site_packages(python)
     shutil.copyfile(LAB / "shim.py", site / "tierstore_lab_shim.py")
     (site / "tierstore_lab.pth").write_text("import tierstore_lab_shim\n")
     (base / "ready").write_text(f"{TORCH} {ENGINE}\n")
 
 
-def _install_tierstore(folder: Path, python: Path) -> None:
+def install_tierstore(folder: Path, python: Path) -> None:
     """Installs this repository as users do, entry points and all: from a wheel."""
     wheels = folder / "wheels"
     shutil.rmtree(wheels, ignore_errors=True)
-    _pip(python, "tierstore's wheel", "wheel", "--no-deps", "--wheel-dir", str(wheels), str(REPOSITORY))
+    pip(python, "tierstore's wheel", "wheel", "--no-deps", "--wheel-dir", str(wheels), str(REPOSITORY))
     wheel = next(wheels.glob("tierstore-*.whl"))
-    _pip(python, "tierstore's dependencies", "install", str(wheel))
-    _pip(python, "tierstore", "install", "--force-reinstall", "--no-deps", str(wheel))
+    pip(python, "tierstore's dependencies", "install", str(wheel))
+    pip(python, "tierstore", "install", "--force-reinstall", "--no-deps", str(wheel))
     shutil.copyfile(LAB / "shim.py", _site_packages(python) / "tierstore_lab_shim.py")
 
 
@@ -74,7 +74,7 @@ def _overlay(folder: Path, base: Path, newer: Path) -> None:
     shutil.rmtree(newer, ignore_errors=True)
     downloads = folder / "downloads"
     python = base / "bin" / "python"
-    _pip(python, NEWER, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(downloads), NEWER)
+    pip(python, NEWER, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(downloads), NEWER)
     binaries = _site_packages(python) / "vllm"
     shutil.copytree(binaries, newer / "vllm", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     with zipfile.ZipFile(next(downloads.glob(f"vllm-{NEWER.partition('==')[2]}-*.whl"))) as wheel:
@@ -90,12 +90,14 @@ def _site_packages(python: Path) -> Path:
     return next((python.parents[1] / "lib").glob("python3.*/site-packages"))
 
 
-def _pip(python: Path, what: str, *arguments: str) -> None:
+def pip(python: Path, what: str, *arguments: str) -> None:
+    """Runs pip in an environment; what: what it installs, for messages. Raises as `run`."""
     verb, *rest = arguments
-    _run([str(python), "-m", "pip", verb, "--quiet", "--disable-pip-version-check", *rest], what)
+    run([str(python), "-m", "pip", verb, "--quiet", "--disable-pip-version-check", *rest], what)
 
 
-def _run(command: list[str], what: str) -> None:
+def run(command: list[str], what: str) -> None:
+    """Runs a command to its end. Raises `SystemExit` that says what did not install."""
     print(f"  {what} ...", flush=True)
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S, check=False)

@@ -23,6 +23,7 @@ from typing import Any
 from cases import CASES, ENGINE, Case
 from environments import LAB, REPOSITORY, Environment, environments
 from measures import MEASURES
+from sglang_jobs import sglang_jobs
 
 RUN_S = 1200.0
 ROWS_PER_HEAD, V41_ROWS_PER_HEAD = 1000, 1000
@@ -189,6 +190,7 @@ def main() -> None:
     ]
     jobs += [(f"deepseek_v41 {version}", lambda v=version: engram(lab, v)) for version in lab.environments]
     jobs += [(name, lambda measure=measure: measure(lab)) for name, measure in MEASURES.items()]
+    jobs += sglang_jobs(lab)
     results = []
     for name, job in jobs:
         if chosen.only not in name:

@@ -53,9 +53,7 @@ def sglang_jobs(lab: Any) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
 def _cases(lab: Any, environment: Environment, family: str) -> dict[str, Any]:
     begun, out = time.monotonic(), lab.folder / "logs" / f"sglang-{family}.json"
     out.unlink(missing_ok=True)
-    lab.python(
-        environment, f"sglang-{family}", [str(ENGINES / "sglang_layers.py"), family, "--json", str(out)], {}
-    )
+    lab.python(environment, f"sglang-{family}", [str(ENGINES / "sglang_layers.py"), family, "--json", str(out)], {})
     found = json.loads(out.read_text())
     failed = [each["name"] for each in found["cases"] if not each["passed"]]
     return {
