@@ -57,6 +57,17 @@ class DeviceEmbedding:
         """Another one of the same table, with buffers of its own."""
         return DeviceEmbedding(self._store, self._table, self._layer, self._hash_spec)
 
+    def reserve(self, max_tokens: int) -> None:
+        """Makes the buffers of all lookups of up to so many tokens, which are as many again in page-locked memory.
+
+        Calls of any such shape can then be captured in a graph without an eager one before. Raises `BudgetError` if the
+        page-locked memory does not hold them, and what `Store.open_lookup` raises.
+        """
+        with self._lock:
+            num_tokens = TOKENS_MIN
+            while self._lookup(num_tokens).tokens_max < min(max_tokens, self._tokens_max):
+                num_tokens *= 2
+
     def prefetch(self, call: DeviceCall) -> None:
         """Starts the lookup that a `forward` of the same tensors takes; one that was started before is dropped."""
         with self._lock:

@@ -23,7 +23,7 @@ from support.marks import slow_but
 from support.tiny_store import DIM, LAYERS, VOCAB_SIZE, build_tiny, decoded, tiny_hash
 
 import tierstore
-from engram_adapter.device_embedding import DeviceCall, _identity
+from engram_adapter.device_embedding import DeviceCall, DeviceEmbedding, _identity
 from engram_adapter.embedding import TieredEmbedding, prefetch_layers
 from engram_adapter.row_id_embedding import RowIdEmbedding
 from tierstore.decisions import hbm_budget
@@ -274,6 +274,21 @@ def test_keys_that_the_host_knows_start_their_reads_at_once(
     assert stats["keys"] == keys.size
     assert stats["batches"] == -(-len(keys) // lookup.tokens_max)
     assert stats["sentinels"] == 0
+
+
+def test_what_was_reserved_needs_no_buffers_any_more(open_tiny: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_tiny("fp8_e4m3_e8m0x32", dram="8MiB", hbm="64KiB") as (store, rows):
+        lookups = DeviceEmbedding(store, store["layers.1"].spec, 1, tiny_hash())
+        lookups.reserve(200)
+        monkeypatch.setattr(store, "open_lookup", None)
+        for length in (1, 65, 200, 256):
+            token_ids = tokens(1, length, seed=length)
+            call = DeviceCall(token_ids, None, None, store.device, lookups.history_tokens)
+            values = lookups.forward(call)
+            lookups.synchronize()
+            assert torch.equal(values, expected(rows, "fp8_e4m3_e8m0x32", 1, token_ids))
+        with pytest.raises(TypeError):  # 257 want more
+            lookups.forward(DeviceCall(tokens(1, 257, seed=1), None, None, store.device, lookups.history_tokens))
 
 
 def test_more_tokens_than_the_buffers_hold_go_in_parts(open_tiny: Open) -> None:

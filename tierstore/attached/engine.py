@@ -158,12 +158,7 @@ class AttachedEngine(HostEngine):
         return self._link.engine.is_resident(index)
 
     def rows(
-        self,
-        index: int,
-        row_ids: np.ndarray,
-        out: np.ndarray,
-        within: RowRange | None = None,
-        timeout_s: float | None = None,
+        self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None, timeout_s: float | None
     ) -> None:
         self._with_engine(lambda engine: engine.rows(index, row_ids, out, within, timeout_s))
 

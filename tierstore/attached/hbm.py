@@ -126,7 +126,9 @@ class AttachedHbm:
 
     def follow_static(self) -> None:
         """Has the device read the newest epoch of the daemon's static set, if it reads any. Blocks on the device."""
-        if self._static is None or time.monotonic() < self._follow_at or not self._lock.acquire(blocking=False):
+        if self._static is None or time.monotonic() < self._follow_at or self.engine.is_quiet:
+            return
+        if not self._lock.acquire(blocking=False):
             return
         try:
             if not self._ended.is_set() and self._static is not None and self._static.is_behind():

@@ -136,12 +136,7 @@ class RemoteEngine(Engine):
         return False  # ids of whole tokens travel as keys, an eighth of the bytes
 
     def rows(
-        self,
-        index: int,
-        row_ids: np.ndarray,
-        out: np.ndarray,
-        within: RowRange | None = None,
-        timeout_s: float | None = None,
+        self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None, timeout_s: float | None
     ) -> None:
         until = self._until(timeout_s)
         with self._under_way(), self._counts.timed():

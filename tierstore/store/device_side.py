@@ -6,7 +6,9 @@ Errors: `StoreNotReadyError` for a store without an hbm tier.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -76,6 +78,19 @@ class DeviceSide:
                 f"table {name} of {tokens_max} tokens: this store has no hbm tier; open it with hbm="
             )
         return engine
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """A time in which a CUDA graph can be captured, in any mode, by any thread: `with store.quiet(): ...`.
+
+        CUDA ends a capture in global mode if any thread of the process allocates, synchronises, page-locks or copies to
+        the host. So this waits until what the store has under way on the device has ended. Until it ends, lookups that
+        were opened before launch as ever; lookups from the host read past HBM; `stats` has the device's counts of
+        before; `open_lookup`, `open_rows`, `change_hbm`, and moves to another version or epoch of a daemon wait, and
+        raise `ConfigError` in the thread that holds it. Do not close the store meanwhile. Without an hbm tier it does
+        nothing. Raises `TimeoutError`.
+        """
+        engine = self._opened.unrecorded_engine()
+        return engine.quiet() if isinstance(engine, DeviceEngine) else contextlib.nullcontext()
 
     def change_hbm(self, placement: int | None = None) -> int:
         """Brings another placement's hottest entries into the hbm tier, under running lookups; returns its epoch.

@@ -239,12 +239,7 @@ class RecordingEngine(EngineWrapper):
             raise
 
     def rows(
-        self,
-        index: int,
-        row_ids: np.ndarray,
-        out: np.ndarray,
-        within: RowRange | None = None,
-        timeout_s: float | None = None,
+        self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None, timeout_s: float | None
     ) -> None:
         ids = row_ids.copy()
         self.engine.rows(index, ids, out, within, timeout_s)

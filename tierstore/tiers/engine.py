@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -112,12 +113,7 @@ class Engine(ABC):
 
     @abstractmethod
     def rows(
-        self,
-        index: int,
-        row_ids: np.ndarray,
-        out: np.ndarray,
-        within: RowRange | None = None,
-        timeout_s: float | None = None,
+        self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None, timeout_s: float | None
     ) -> None:
         """Looks up rows by their ids, on the caller's thread. Blocks on the disk for what no tier holds.
 
@@ -196,6 +192,9 @@ class DeviceEngine(Protocol):
         `ConfigError` if row ids of the table do not give keys.
         """
 
+    def quiet(self) -> AbstractContextManager[None]:
+        """A time in which nothing but lookups from the device, which were opened before, uses the device."""
+
     def change_entries(self, file: Any) -> list[np.ndarray]:
         """Brings the first entries of a `PlacementFile` into the hbm tier. Raises as `open_lookup`, and `FormatError`.
 
@@ -239,12 +238,7 @@ class EngineWrapper(Engine):
         return self._engine.submit_pairs(index, keys, pairs, out)
 
     def rows(
-        self,
-        index: int,
-        row_ids: np.ndarray,
-        out: np.ndarray,
-        within: RowRange | None = None,
-        timeout_s: float | None = None,
+        self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None, timeout_s: float | None
     ) -> None:
         self._engine.rows(index, row_ids, out, within, timeout_s)
 

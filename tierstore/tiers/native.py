@@ -180,12 +180,7 @@ class NativeEngine(HostEngine):
         return _pending(self._engine.submit_pairs(index, keys, pairs, out))
 
     def rows(
-        self,
-        index: int,
-        row_ids: np.ndarray,
-        out: np.ndarray,
-        within: RowRange | None = None,
-        timeout_s: float | None = None,
+        self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None, timeout_s: float | None
     ) -> None:
         if not self._engine.rows(index, row_ids, out, within, timeout_s):
             raise self._overdue(timeout_s)

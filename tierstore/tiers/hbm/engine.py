@@ -11,7 +11,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,12 +18,12 @@ import numpy as np
 from ... import kernels
 from ...errors import StoreNotReadyError
 from ...stats import add_counters
-from ..engine import READ_WAIT_S, EngineWrapper, HostEngine, Pending, Request, RowRange, in_one_version
+from ..engine import READ_WAIT_S, HostEngine, RowRange
 from ..placed import PlacementFile
 from .change import OnBytes, change_entries
+from .host_lookups import HostLookups
 from .lookup import DeviceLookup
 from .open_lookups import OpenLookups
-from .row_hits import take_row_hits
 from .row_lookup import DeviceRows
 from .tier import HbmTier
 from .times import DeviceTimes
@@ -33,108 +32,28 @@ _T = TypeVar("_T")
 _HBM_SOURCE = kernels.SOURCES.index("hbm")
 
 
-class HbmEngine(EngineWrapper):
+class HbmEngine(HostLookups):
     """See `Engine`. Owns the tier: closes it after the engine below."""
 
     def __init__(self, what: str, engine: HostEngine, tier: HbmTier) -> None:
         """`what` names the store in errors. engine: what answers for all that slots do not hold."""
-        super().__init__(engine)
-        self._what = what
-        self._host, self._tier = engine, tier  # the first is `_engine`, with what only an engine of this host has
+        super().__init__(what, engine, tier)
         self.try_lookup = _nothing
-        self._counts_lock = threading.Lock()  # guards `_hits`, those of lookups from the host
-        self._hits = [np.zeros(len(layout.spec.orders), dtype=np.int64) for layout in engine.layouts]
         # Guards what slots hold: one change of entries at a time, and none while the tier closes. Reentrant, because a
         # store may be collected, and so closed, while this thread changes another one's entries.
         self._changes_lock = threading.RLock()
-        self._has_device = True
         self.device = tier.device
-        self._times = DeviceTimes(tier.device)
+        self._times = DeviceTimes(tier.device, self._quiet)
         self._lookups = OpenLookups(what, engine, tier, self._times)
-
-    def lookup(
-        self,
-        index: int,
-        keys: np.ndarray,
-        out: np.ndarray,
-        sources: np.ndarray | None = None,
-        timeout_s: float | None = None,
-    ) -> None:
-        # Of two versions, what slots held would be the old one's rows, and the rest the new one's.
-        in_one_version(self._engine, lambda: self._lookup(index, keys, out, sources, timeout_s), self._what)
-
-    def _lookup(
-        self, index: int, keys: np.ndarray, out: np.ndarray, sources: np.ndarray | None, timeout_s: float | None
-    ) -> None:
-        rest, hits, entries = self._take_hits(index, keys)
-        self._engine.lookup(index, rest, out, sources, timeout_s)
-        _put(out, hits, entries)
-        if sources is not None and hits is not None:
-            sources[hits] = _HBM_SOURCE
-
-    def submit(self, requests: Sequence[Request]) -> Pending | None:
-        return in_one_version(self._engine, lambda: self._submit(requests), self._what)
-
-    def _submit(self, requests: Sequence[Request]) -> Pending | None:
-        taken = [self._take_hits(index, keys) for index, keys, _ in requests]
-        rests = [(index, rest, out) for (index, _, out), (rest, _, _) in zip(requests, taken, strict=True)]
-
-        def put() -> None:
-            for (_, _, out), (_, hits, entries) in zip(requests, taken, strict=True):
-                _put(out, hits, entries)
-
-        return _started(self._engine.submit(rests), put)
-
-    def rows(
-        self,
-        index: int,
-        row_ids: np.ndarray,
-        out: np.ndarray,
-        within: RowRange | None = None,
-        timeout_s: float | None = None,
-    ) -> None:
-        spec, ids = self._host.layouts[index].spec, row_ids.copy()  # ours: looked at more than once
-
-        def look_up() -> None:
-            hits = take_row_hits(spec, ids, within, partial(self._take_hits, index))
-            self._engine.rows(index, hits.rest, out, within, timeout_s)
-            hits.put(out)
-
-        in_one_version(self._engine, look_up, self._what)
-
-    def submit_rows(self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None) -> Pending | None:
-        spec, ids = self._host.layouts[index].spec, row_ids.copy()
-
-        def start() -> Pending | None:
-            hits = take_row_hits(spec, ids, within, partial(self._take_hits, index))
-            return _started(self._engine.submit_rows(index, hits.rest, out, within), partial(hits.put, out))
-
-        return in_one_version(self._engine, start, self._what)
-
-    def _take_hits(self, index: int, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Returns the keys for the engine below, and what slots hold: which, bool [N, O], and their entries; None:
-        nothing."""
-        if not self._has_device:
-            return keys, None, None
-        hits, entries = self._tier.take_hits(index, keys)
-        if not len(entries):
-            return keys, None, None
-        with self._counts_lock:
-            self._hits[index] += hits.sum(axis=0)
-        return np.where(hits, -1, keys), hits, entries
-
-    def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
-        self._engine.locate(index, keys, sources)
-        if self._has_device:
-            sources[self._tier.in_slots(index, keys)] = _HBM_SOURCE
+        self._newest_counts = self._ask_device()  # what `counters` last asked for
 
     def open_lookup(self, index: int, tokens_max: int) -> DeviceLookup:
-        with self._lookups.lock:
+        with self._quiet.work("to open a lookup"), self._lookups.lock:
             self._check_device()
             return self._lookups.open(index, tokens_max)
 
     def open_rows(self, index: int, tokens_max: int, within: RowRange) -> DeviceRows:
-        with self._lookups.lock:
+        with self._quiet.work("to open a lookup by row id"), self._lookups.lock:
             self._check_device()
             return self._lookups.open_rows(index, tokens_max, within)
 
@@ -146,7 +65,7 @@ class HbmEngine(EngineWrapper):
         take, and are answered by the old version; later ones find nothing in slots, and are answered by the one or the
         other. Blocks on the device; `act` must leave the old engine open.
         """
-        with self._changes_lock:
+        with self._quiet.work("to move to another version"), self._changes_lock:
             if self._has_device:
                 self._tier.clear()
             done = act()
@@ -157,7 +76,7 @@ class HbmEngine(EngineWrapper):
 
     def change_entries(self, file: PlacementFile, on_bytes: OnBytes = lambda _: None) -> list[np.ndarray]:
         """As `DeviceEngine.change_entries`. on_bytes: called with bytes as they are read."""
-        with self._changes_lock:
+        with self._quiet.work("to change what hbm holds"), self._changes_lock:
             self._check_device()
             return [
                 change_entries(self._tier, index, layout, file, on_bytes)
@@ -172,7 +91,7 @@ class HbmEngine(EngineWrapper):
     def name_records(self) -> None:
         """Has the device see what DRAM's records are now; returns when no kernel reads what they were before.
         Blocks."""
-        with self._changes_lock:
+        with self._quiet.work("to follow an epoch"), self._changes_lock:
             self._check_device()
             self._tier.name_records()
 
@@ -193,10 +112,26 @@ class HbmEngine(EngineWrapper):
         counters["latency"] = add_counters(counters["latency"], self._times.record())
         if not self._has_device:
             return counters | {"hbm": [hits.tolist() for hits in self._hits]}
-        steps = self._lookups.steps_without_miss()
+        with self._quiet.work_unless_quiet() as may_ask:  # else the device's are those of the last time
+            if may_ask:
+                self._newest_counts = self._ask_device()
+        of_device, steps = self._newest_counts
         counters["batches"] += steps
         counters["zero_miss_batches"] += steps
-        return counters | _with_device_counts(counters, self._hits, self._tier.counters(), self._tier.row_addresses)
+        return counters | _with_device_counts(counters, self._hits, of_device, self._tier.row_addresses)
+
+    def _ask_device(self) -> tuple[list[dict[str, np.ndarray]], int]:
+        """Returns what the device has counted: of each table, and steps without a miss. Blocks on the device."""
+        return self._tier.counters(), self._lookups.steps_without_miss()
+
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """As `DeviceEngine.quiet`."""
+        return self._quiet.hold()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether anybody holds a quiet time."""
+        return self._quiet.is_quiet
 
     def close(self, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
@@ -230,6 +165,7 @@ class HbmEngine(EngineWrapper):
         if child:  # a device's memory and its driver's state are the parent's, and so is who changes entries
             self._has_device, self.device = False, None
             self._changes_lock = threading.RLock()
+            self._quiet.after_fork_in_child()
             self._times.after_fork_in_child()
             self._lookups.abandon_in_child()
             self.try_lookup = self._engine.try_lookup
@@ -238,23 +174,6 @@ class HbmEngine(EngineWrapper):
 def _nothing(_index: int, _keys: Any, _out: Any) -> bool:
     """The shortest way, which looks into no slots: every lookup must take the longer one."""
     return False
-
-
-def _put(out: np.ndarray, hits: np.ndarray | None, entries: np.ndarray | None) -> None:
-    """Copies what slots held to its places."""
-    if hits is not None and entries is not None:
-        out.reshape(hits.size, entries.shape[1])[hits.reshape(-1)] = entries
-
-
-def _started(pending: Pending | None, put: Callable[[], None]) -> Pending | None:
-    """Puts what slots held over what the engine below has written, which is all that it does not read."""
-    try:
-        put()
-        return pending
-    except BaseException:  # nobody has the lookup
-        if pending is not None:
-            pending.cancel()
-        raise
 
 
 def _with_device_counts(

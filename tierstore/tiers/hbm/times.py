@@ -20,6 +20,7 @@ import torch
 
 from ...kernels import LATENCY_FRACTION
 from ...stats import LatencyCounts
+from .quiet import QuietTimes
 
 WAITING_MAX = 64  # timed lookups that the device has not done; beyond it, the oldest is forgotten
 
@@ -29,8 +30,9 @@ _chance = random.Random()  # of our own: a model's seeded numbers stay what they
 class DeviceTimes:
     """The histogram of a store's lookups from the device. Any thread may call."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, quiet: QuietTimes | None = None) -> None:
+        """quiet: while it is, the device is asked for nothing."""
+        self._device, self._quiet = device, quiet
         self._lock = threading.Lock()  # guards `_counts`, `_waiting`
         self._counts = LatencyCounts()
         self._waiting: deque[LookupTimes] = deque(maxlen=WAITING_MAX)
@@ -59,6 +61,8 @@ class DeviceTimes:
         self._waiting.clear()
 
     def _collect(self) -> None:
+        if self._quiet is not None and self._quiet.is_quiet:
+            return
         while self._waiting and self._waiting[0].are_known():
             self._counts.add(self._waiting.popleft().took_ns())
 
