@@ -127,6 +127,11 @@ def test_ranks_whose_rows_are_added_up_give_zeros_for_the_others(qwen: tuple[Pat
         ({}, {"params_dtype": torch.uint8}, "packed rows are not served"),
         ({}, {"prefix": "model.ple"}, "without its number"),
         ({"seed": 99}, {}, "hash fingerprint"),
+        (
+            {},
+            {"prefix": PREFIX.replace("1", "7")},
+            "a table of layer 7, the configuration's ple_layer_ids give layers 1",
+        ),
         ({"ple_layer_ids": [3]}, {"prefix": PREFIX.replace("1", "2")}, "has no table layers.2; it has layers.1"),
     ],
 )

@@ -99,7 +99,7 @@ class TieredEngramEmbedding(torch.nn.Module):
                 f"[{spec.num_rows}, {width}] of 1; build the store from the checkpoint that the engine loads"
             )
         offsets = sample_offsets(spec.num_rows, 0, spec.num_rows, width)
-        found = loaded.view(torch.uint8)[torch.from_numpy(offsets)].numpy()
+        found = loaded.view(torch.uint8)[torch.from_numpy(offsets)].cpu().numpy()
         check_rows(self.rows.table, offsets, found, bytes_start, where)
         self._rows_compared += len(offsets)
 

@@ -65,6 +65,11 @@ class TieredPle:
             raise EngineMismatchError(f"{self.prefix}: a layer's name without its number; use another vLLM")
         number = int(match[1])
         self.hash_spec = HashSpec.from_config(vllm_config.model_config.hf_text_config.to_dict())
+        if number not in self.hash_spec.layers:
+            raise EngineMismatchError(
+                f"{self.prefix}: a table of layer {number}, the configuration's ple_layer_ids give layers "
+                f"{', '.join(map(str, self.hash_spec.layers))}; use a tested version of vLLM"
+            )
         expected = ExpectedTable(
             self.hash_spec.table_name(number),
             num_embeddings,
@@ -110,7 +115,7 @@ class TieredPle:
             )
         offsets = sample_offsets(spec.num_rows, start_row, len(loaded), spec.row_bytes)
         if len(offsets):
-            found = loaded.view(torch.uint8)[torch.from_numpy(offsets)].numpy()
+            found = loaded.view(torch.uint8)[torch.from_numpy(offsets)].cpu().numpy()
             check_rows(self.rows.table, offsets + start_row, found, 0, self.prefix)
             self._rows_compared += len(offsets)
 
