@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,3 +232,30 @@ def test_a_store_of_another_scale_is_refused(qwen: tuple[Path, HashSpec, np.ndar
 
 def _parts(spec: Any) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in ("name", "num_rows", "row_bytes", "moduli", "offsets")}
+
+
+@pytest.mark.usefixtures("vllm")
+def test_the_store_is_quiet_while_graphs_are_captured(
+    qwen: tuple[Path, HashSpec, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, spec, rows = qwen
+    config = vllm_config(QWEN, path)
+    layer = embedding(config, len(rows))
+    runner_class = import_module("vllm.v1.worker.gpu.model_runner").GPUModelRunner
+    runner = runner_class(state_of(config, loaded_model(layer, spec)))
+    quiet = []
+
+    @contextlib.contextmanager
+    def noted() -> Iterator[None]:
+        quiet.append(layer.rows.store)
+        yield
+        quiet.clear()
+
+    monkeypatch.setattr(layer.rows.store, "quiet", noted)
+    runner.during_capture = lambda: list(quiet)
+    assert runner.capture_model(profile_only=True) == 5
+    assert runner.captured == [layer.rows.store]
+    assert quiet == []
+    runner.model_state = SimpleNamespace()  # of a model without such layers
+    assert runner.capture_model() == 7
+    assert runner.captured == []

@@ -116,6 +116,7 @@ def test_a_changed_signature_is_refused_even_if_forced(tmp_path: Path, strict: b
         (COMMON, "Qwen4ExpPLEDeviceEmbedding", "weight_loader"),
         ("vllm.models.qwen4_exp.nvidia.ngram_embedding", "Qwen4ExpNGramEmbedding", "compute_ngram_ids"),
         ("vllm.models.qwen4_exp.nvidia.model_state", "Qwen4ExpModelState", "prepare_inputs"),
+        ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "capture_model"),
         ("vllm.models.deepseek_v41.common.engram", "Engram", "_init_staging"),
         ("vllm.models.deepseek_v41.common.engram", "ParallelEngramEmbedding", "lookup"),
         ("vllm.models.deepseek_v41.common.engram", "NgramHashState", "forward"),

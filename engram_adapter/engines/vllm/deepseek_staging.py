@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..gate import EngineMismatchError, check_attributes, check_signatures
+from .capturing import quiet_captures, quiet_stores
 from .checks import graph_tokens_max, settings_of
 from .counters import counters_of
 from .deepseek_v41 import TieredEngramEmbedding
@@ -68,6 +69,7 @@ def replace(engine: str) -> None:
         create.of_tierstore = stock  # type: ignore[attr-defined]
         engram.Engram._create_embedding = create
     _stage_steps(model_state.DeepseekV41ModelState, engine)
+    quiet_captures(engine)
 
 
 def restore() -> None:
@@ -131,6 +133,10 @@ class StagedEngrams:
             embedding.check_loaded(self._hashing)
             self._layers.append(embedding)
         self._counters = counters_of(vllm_config, {each.prefix: each.rows for each in self._layers})
+
+    def quiet(self) -> Any:
+        """Returns a context in which the layers' stores disturb no capture."""
+        return quiet_stores(embedding.rows.store for embedding in self._layers)
 
     def stage(self, input_batch: Any, model_inputs: Any) -> None:
         """Starts the lookups of a step's tokens. Waits for them if the step may be the replay of a whole graph."""

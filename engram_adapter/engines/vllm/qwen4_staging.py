@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..gate import EngineMismatchError, check_attributes, check_signatures
+from .capturing import quiet_captures, quiet_stores
 from .checks import graph_tokens_max, settings_of
 from .counters import counters_of
 from .qwen4_exp import TieredPle
@@ -65,6 +66,7 @@ def replace(engine: str) -> None:
         tiered = type(f"Tiered{name}", (TieredPle, stock), methods)
         custom_op.PluggableLayer.register_oot(tiered, name=name)
     _stage_steps(model_state.Qwen4ExpModelState, engine)
+    quiet_captures(engine)
 
 
 def restore() -> None:
@@ -117,6 +119,10 @@ class StagedLayers:
             embedding.check_loaded(hashing)
         self._graph_tokens_max = graph_tokens_max(vllm_config)
         self._counters = counters_of(vllm_config, {each.prefix: each.rows for _, each in self._layers})
+
+    def quiet(self) -> Any:
+        """Returns a context in which the layers' stores disturb no capture."""
+        return quiet_stores(embedding.rows.store for _, embedding in self._layers)
 
     def stage(self, input_batch: Any, model_inputs: Any) -> None:
         """Starts the lookups of a step's tokens. Waits for them if the step may be the replay of a whole graph."""

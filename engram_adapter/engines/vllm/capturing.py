@@ -1,0 +1,46 @@
+"""While vLLM captures CUDA graphs, no thread of a store allocates, synchronises or copies: any of it ends a capture.
+
+Input: the class of the engine's model runner. Output: its `capture_model`, within `Store.quiet` of every store that the
+model's layers use. Errors: `EngineMismatchError` for another signature; what `Store.quiet` raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from tierstore.store.store import Store
+
+from ..gate import check_signatures
+
+_RUNNER = {"capture_model": ("profile_only",)}
+
+
+def quiet_captures(engine: str) -> None:
+    """Replaces the runner's method in this process; engine: package and version. Raises `EngineMismatchError`."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    stock = GPUModelRunner.capture_model
+    if hasattr(stock, "of_tierstore"):
+        return
+    check_signatures(GPUModelRunner, _RUNNER, engine)
+
+    @functools.wraps(stock)
+    def capture_model(self: Any, *, profile_only: bool = False) -> int:
+        staged = getattr(self.model_state, "of_tierstore", None)
+        with contextlib.nullcontext() if staged is None else staged.quiet():
+            return int(stock(self, profile_only=profile_only))
+
+    capture_model.of_tierstore = True  # type: ignore[attr-defined]
+    GPUModelRunner.capture_model = capture_model
+
+
+@contextlib.contextmanager
+def quiet_stores(stores: Iterable[Store]) -> Any:
+    """A time in which none of the stores disturbs a capture; layers may share a store."""
+    with contextlib.ExitStack() as stack:
+        for store in {id(store): store for store in stores}.values():
+            stack.enter_context(store.quiet())
+        yield
