@@ -103,6 +103,13 @@ class Cases:
         batch.forward_mode = SimpleNamespace(is_extend_without_speculative=lambda: False)
         assert stager.stage(batch) is None
 
+    def a_batch_whose_cached_tokens_are_replayed_is_left_to_the_forward(self) -> None:
+        stager, batch = self.stager(self.model(self.store)), self.batch(torch.arange(9), 5)
+        batch.encoder_swa_reset = [True]
+        assert stager.stage(batch) is None
+        batch.encoder_swa_reset = [False]
+        assert stager.stage(batch) is not None
+
     def a_breakable_graph_reads_anew_at_every_replay(self) -> None:
         embed, capture = self.model(self.store)[0].embed, FakeCapture()
         ids = self.row_ids(2 * 9)[:, 0].clone()

@@ -181,6 +181,9 @@ class TieredRowStager(engram_staging.EngramRowStager):
         """Starts the reads of an extend batch in every layer; None leaves the lookup to the forward."""
         if not batch.forward_mode.is_extend_without_speculative():
             return None
+        resets = zip(batch.encoder_swa_reset or (), batch.prefix_lens, strict=False)
+        if any(reset and prefix for reset, prefix in resets):
+            return None  # some backends replay cached tokens in a forward of their own, which takes no staged rows
         windows = self._windows(batch)
         if windows is None:
             return None
