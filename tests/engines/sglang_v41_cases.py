@@ -198,6 +198,8 @@ class Cases:
             refused("no table layers.2", "layers.1", lambda: engram.EngramEmbedding(rows, DIM, 2, bounds))
             moved = (0, bounds[1] + 2, *bounds[2:])
             refused("hash column 1", "begins at row", lambda: engram.EngramEmbedding(rows, DIM, 1, moved))
+            more = (*bounds, rows + 8)
+            refused("begins at row None", str(rows + 8), lambda: engram.EngramEmbedding(rows, DIM, 1, more))
 
     def model(self, store: str, load: bool = True, **options: Any) -> torch.nn.ModuleList:
         """The model's Engram layers, as the engine builds and loads them."""

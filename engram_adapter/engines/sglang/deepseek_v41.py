@@ -12,6 +12,7 @@ Shapes: T tokens, C hash columns (orders times heads), D values of a row.
 from __future__ import annotations
 
 import dataclasses
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -212,12 +213,13 @@ def hash_of(hasher: Any, index: int, embed: TieredEngramEmbedding) -> HashSpec:
 def _check_columns(tiered: LayerTable, column_bounds: tuple[int, ...]) -> None:
     """Checks where each hash column's rows begin, which are primes of the hash."""
     spec = tiered.table.spec
-    stored = (*spec.offsets, spec.num_rows)
-    if stored != tuple(column_bounds):
-        column = next(i for i, pair in enumerate(zip(stored, column_bounds, strict=False)) if pair[0] != pair[1])
+    stored, expected = (*spec.offsets, spec.num_rows), tuple(column_bounds)
+    if stored != expected:
+        pairs = enumerate(zip_longest(stored, expected))
+        column, (begins, wanted) = next((index, pair) for index, pair in pairs if pair[0] != pair[1])
         raise EngineMismatchError(
-            f"{tiered.layer}: hash column {column} of table {spec.name} begins at row {stored[column]}, the engine's "
-            f"at {column_bounds[column]}; build the store from the checkpoint that the engine loads"
+            f"{tiered.layer}: hash column {column} of table {spec.name} begins at row {begins}, the engine's at "
+            f"{wanted}; build the store from the checkpoint that the engine loads"
         )
 
 
