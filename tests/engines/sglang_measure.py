@@ -98,9 +98,9 @@ def staged(store: str) -> dict[str, Any]:
         step = embed.stage(torch.from_numpy(ids), device)
         starts.append(time.perf_counter() - begun)
         work_for(2 * read_s)
-        before = embed._ahead.counters.wait_ns
+        before = sum(each.counters.wait_ns for each in embed._ahead)
         embed.dequant_staged(step, None, None, torch.Size(ids.shape))
-        waits.append((embed._ahead.counters.wait_ns - before) / 1e9)
+        waits.append((sum(each.counters.wait_ns for each in embed._ahead) - before) / 1e9)
     hits = {tier: count - hits[tier] for tier, count in embed.tiered.store.stats()["hits"].items()}
     return {
         "tokens": tokens,

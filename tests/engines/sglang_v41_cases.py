@@ -89,7 +89,9 @@ class Cases:
     def a_staged_batch_that_another_overtook_gives_its_own_rows(self) -> None:
         model = self.model(self.store)
         stager = self.stager(model)
-        prompts = [torch.randint(0, self.vocab_size, (12,), generator=torch.Generator().manual_seed(s)) for s in (1, 2)]
+        prompts = [
+            torch.randint(0, self.vocab_size, (12,), generator=torch.Generator().manual_seed(s)) for s in (1, 2, 3)
+        ]
         staged = [stager.stage(self.batch(prompt, 0)) for prompt in prompts]
         for prompt, steps in zip(prompts, staged, strict=True):
             ids = self.ids_of(prompt)[:, 0]

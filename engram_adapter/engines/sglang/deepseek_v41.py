@@ -57,10 +57,11 @@ class TieredEngramEmbedding(torch.nn.Module):
         self.scale = _no_rows(dim // SCALE_BLOCK, torch.float8_e8m0fnu)
         for parameter in (self.weight, self.scale):
             vars(parameter)["weight_loader"] = self._compare
-        # Of the forward, and of the batch that comes next.
-        self._now, self._ahead = steps_of(self.tiered), HostSteps(self.tiered)
+        # Of the forward, and of the batches that come next: two, so that one is read while a GPU copies the other.
+        self._now, self._ahead = steps_of(self.tiered), (HostSteps(self.tiered), HostSteps(self.tiered))
         self._is_captured = self.tiered.settings.mode == "device"
-        self._under_way: StagedStep | None = None
+        self._under_way: list[StagedStep | None] = [None, None]  # of each of `_ahead`
+        self._turn = 0
 
     def _compare(self, param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
         """Takes no row of the table: compares a few with the store's."""
@@ -109,16 +110,18 @@ class TieredEngramEmbedding(torch.nn.Module):
 
     def stage(self, row_ids: torch.Tensor, device: torch.device) -> StagedStep:
         """Starts to read the rows of a batch that is not yet at work; row_ids: int64 [T, C] on the host."""
-        self._ahead.start(row_ids, device)
-        self._under_way = step = StagedStep(row_ids, device)
+        self._turn = turn = 1 - self._turn
+        self._ahead[turn].start(row_ids, device)
+        self._under_way[turn] = step = StagedStep(row_ids, device, turn)
         return step
 
     def dequant_staged(self, rows: StagedStep, _scales: None, _copied: None, hash_shape: torch.Size) -> torch.Tensor:
         """Returns the rows that were staged, [*hash_shape, D] bfloat16, zeros for padded tokens. Blocks on reads."""
-        if self._under_way is not rows:  # taken before, or another batch was staged since
-            self._ahead.start(rows.row_ids, rows.device)
-        self._under_way = None
-        stored = self._ahead.finish()
+        ahead = self._ahead[rows.turn]
+        if self._under_way[rows.turn] is not rows:  # taken before, or other batches were staged since
+            ahead.start(rows.row_ids, rows.device)
+        self._under_way[rows.turn] = None
+        stored = ahead.finish()
         out = torch.empty(*hash_shape, self.dim, dtype=torch.bfloat16, device=rows.device)
         tokens = stored.shape[0]
         assert tokens <= out.shape[0], (tokens, out.shape)
@@ -139,10 +142,17 @@ class TieredEngramEmbedding(torch.nn.Module):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StagedStep:
-    """A layer's rows of one batch, under way: its row ids, int64 [T, C] on the host, and where the rows come out."""
+    """A layer's rows of one batch, under way.
+
+    Attributes:
+        row_ids: int64 [T, C] on the host.
+        device: Where the rows come out.
+        turn: Which of the two buffers they are read into.
+    """
 
     row_ids: torch.Tensor
     device: torch.device
+    turn: int
 
 
 class TieredRowStager(engram_staging.EngramRowStager):

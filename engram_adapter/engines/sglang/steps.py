@@ -77,10 +77,14 @@ class DeviceSteps:
         self._lookup = table.store.open_rows(table.table.spec.name, tokens_max, within=within)
         self._row_bytes = table.table.spec.row_bytes
         self._rows: torch.Tensor | None = None
+        self._row_ids: torch.Tensor | None = None
 
     def start(self, row_ids: torch.Tensor, device: torch.device | None = None) -> None:
         """Launches the first half on the current stream; row ids lie on the device."""
         assert device is None or device == row_ids.device, "row ids of a device lookup lie on the device"
+        if not (row_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._lookup.check()  # what went wrong in a step before, whose rows were NaN
+        self._row_ids = row_ids  # held, because what finish launches reads them
         self._rows = torch.empty((*row_ids.shape, self._row_bytes), dtype=torch.uint8, device=row_ids.device)
         self._lookup.start(row_ids, self._rows)
 
@@ -88,6 +92,7 @@ class DeviceSteps:
         """Launches the second half on the current stream, which must come after that of `start`."""
         assert self._rows is not None, "no step was started"
         self._lookup.finish()
+        self._row_ids = None
         if self._rows.is_cuda:
             self._rows.record_stream(torch.cuda.current_stream())  # it may be of another stream, where it was started
         return self._rows
