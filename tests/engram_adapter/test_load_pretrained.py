@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import json
 import mmap
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,6 +138,35 @@ def test_another_class_of_the_checkpoint_can_be_named(checkpoint: Path, store: t
     with torch.no_grad():
         got, wanted = model(prompts(1, 6, seed=5)), expected(prompts(1, 6, seed=5))
     assert torch.equal(got[0], wanted[0])
+
+
+def test_a_whole_model_whose_other_layers_can_be_traced_is_one_graph(tmp_path: Path) -> None:
+    """The sparse attention of transformers 5.24.0 cannot, with resident tables too."""
+    torch.compiler.reset()
+    layers = ["linear_attention"] * 2
+    made_model(torch.bfloat16, 6, num_hidden_layers=2, layer_types=layers).save_pretrained(tmp_path / "checkpoint")
+    build_checkpoint(tmp_path / "checkpoint", tmp_path / "store", jobs=1)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def noting(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    with tierstore.open(tmp_path / "store", dram="192KiB") as store, torch.no_grad():
+        model = load_pretrained(tmp_path / "checkpoint", store)
+        compiled = torch.compile(model, fullgraph=True, backend=noting)
+        token_ids = prompts(2, 7, seed=6)
+        assert torch.equal(compiled(token_ids, use_cache=False).logits, model(token_ids, use_cache=False).logits)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert targets.count("tierstore.rows.default") == len(graphs) == 1
+
+
+def test_a_loaded_model_can_be_copied_and_pickled(loaded: Any) -> None:
+    token_ids = prompts(1, 6, seed=7)
+    with torch.no_grad():
+        expected = loaded(token_ids).logits
+        for twin in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+            assert torch.equal(twin(token_ids).logits, expected)
 
 
 def test_a_loaded_model_is_saved_with_its_tables(tmp_path: Path, checkpoint: Path, loaded: Any) -> None:
