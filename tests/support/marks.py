@@ -63,6 +63,8 @@ MARKS: dict[str, tuple[str, ...]] = {
     "test_cases": ("process",),
     "test_wheel": ("process",),
     "tiers/test_hbm": ("gpu",),
+    "tiers/test_hbm_quiet": ("gpu",),
+    "tiers/test_hbm_rows": ("gpu",),
     "tiers/test_hbm_times": ("gpu",),
     "tools/test_bench": ("process",),
     "tools/test_bench_against": ("long",),
