@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import mmap
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +16,14 @@ from support.tiny_store import DIM, build_tiny, tiny_hash
 
 import tierstore
 from engram_adapter.engines.gate import EngineMismatchError, check_attributes, check_signatures, check_version
-from engram_adapter.engines.tables import SAMPLE_BYTES, ExpectedTable, check_rows, matching_table, sample_offsets
+from engram_adapter.engines.tables import (
+    SAMPLE_BYTES,
+    ExpectedTable,
+    check_rows,
+    matching_table,
+    rows_at,
+    sample_offsets,
+)
 
 TESTED = ("0.32", "0.34")
 
@@ -139,3 +149,30 @@ def test_of_a_large_table_few_rows_are_compared() -> None:
     assert len(offsets) == -(-num_rows * row_bytes // SAMPLE_BYTES)
     assert np.diff(offsets).min() > 0
     assert offsets.max() < num_rows
+
+
+def test_rows_of_a_mapped_file_are_read_without_the_pages_around_them(tmp_path: Path) -> None:
+    path = tmp_path / "table"
+    rows = np.random.default_rng(1).integers(0, 256, (1 << 18, 64), dtype=np.uint8)
+    rows.tofile(path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        mapped = np.memmap(path, dtype=np.uint8, mode="r", shape=rows.shape)
+        before = cached_pages(file.fileno(), rows.nbytes)
+        offsets = np.arange(77, 1 << 18, 1 << 13)
+        assert np.array_equal(rows_at(mapped[3:], offsets), rows[3:][offsets])
+        if before == 0:  # a file system in memory keeps its pages
+            assert cached_pages(file.fileno(), rows.nbytes) <= 2 * len(offsets)
+
+
+def cached_pages(file: int, num_bytes: int) -> int:
+    """Pages of a file that are in memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    with mmap.mmap(file, num_bytes, prot=mmap.PROT_READ) as mapped:
+        view = np.frombuffer(mapped, dtype=np.uint8)
+        pages = ctypes.create_string_buffer(-(-num_bytes // mmap.PAGESIZE))
+        assert libc.mincore(view.ctypes.data, num_bytes, pages) == 0
+        del view
+    return sum(byte & 1 for byte in pages.raw)

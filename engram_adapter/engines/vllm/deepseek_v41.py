@@ -20,7 +20,7 @@ from ...hash_spec import HashSpec
 from ..device_rows import rows_of
 from ..gate import EngineMismatchError
 from ..settings import EngineSettings
-from ..tables import ExpectedTable, check_rows, matching_table, sample_offsets
+from ..tables import ExpectedTable, check_rows, matching_table, rows_at, sample_offsets
 
 logger = logging.getLogger("vllm.tierstore")  # below the engine's logger, whose handlers show it
 
@@ -99,7 +99,7 @@ class TieredEngramEmbedding(torch.nn.Module):
                 f"[{spec.num_rows}, {width}] of 1; build the store from the checkpoint that the engine loads"
             )
         offsets = sample_offsets(spec.num_rows, 0, spec.num_rows, width)
-        found = loaded.view(torch.uint8)[torch.from_numpy(offsets)].cpu().numpy()
+        found = rows_at(loaded.view(torch.uint8).cpu().numpy(), offsets)
         check_rows(self.rows.table, offsets, found, bytes_start, where)
         self._rows_compared += len(offsets)
 

@@ -20,7 +20,7 @@ from tierstore.spec import codec_scale
 from ...hash_spec import HashSpec
 from ..device_rows import rows_of
 from ..gate import EngineMismatchError
-from ..tables import ExpectedTable, check_rows, matching_table, sample_offsets
+from ..tables import ExpectedTable, check_rows, matching_table, rows_at, sample_offsets
 from .checks import settings_of
 
 logger = logging.getLogger("vllm.tierstore")  # below the engine's logger, whose handlers show it
@@ -115,7 +115,7 @@ class TieredPle:
             )
         offsets = sample_offsets(spec.num_rows, start_row, len(loaded), spec.row_bytes)
         if len(offsets):
-            found = loaded.view(torch.uint8)[torch.from_numpy(offsets)].cpu().numpy()
+            found = rows_at(loaded.view(torch.uint8).cpu().numpy(), offsets)
             check_rows(self.rows.table, offsets + start_row, found, 0, self.prefix)
             self._rows_compared += len(offsets)
 
