@@ -104,7 +104,7 @@ class RowIdEmbedding(StoreModule):
         """
         expected: ExpectedRows = self._of_thread.expected
         del self._of_thread.expected
-        if not np.array_equal(expected.row_ids, ids):
+        if expected.row_ids.shape != ids.shape or not (expected.row_ids == ids).all():
             return None
         try:
             expected.ticket.wait(timeout_s=WAIT_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,13 +50,17 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     noted: list[bool] = []
     look_up, take = RowIdEmbedding.look_up, RowIdEmbedding._take_expected
 
+    of_thread = threading.local()
+
     def noting_look_up(self: RowIdEmbedding, row_ids: torch.Tensor) -> torch.Tensor:
-        noted.append(False)
-        return look_up(self, row_ids)
+        of_thread.took = False
+        values = look_up(self, row_ids)
+        noted.append(of_thread.took)
+        return values
 
     def noting_take(self: RowIdEmbedding, ids: Any) -> Any:
         rows = take(self, ids)
-        noted[-1] = rows is not None
+        of_thread.took = rows is not None
         return rows
 
     monkeypatch.setattr(RowIdEmbedding, "look_up", noting_look_up)
@@ -154,6 +159,25 @@ def test_a_forward_of_embeddings_alone_gives_equal_logits(model: Any, resident: 
     with torch.no_grad():
         assert torch.equal(model(inputs_embeds=embedded).logits, resident(inputs_embeds=embedded).logits)
     assert taken == [False, False]
+
+
+class Wrapper(torch.nn.Module):
+    """What activation checkpointing and the like put around a layer: its parts have other names then."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.inner(*arguments, **options)
+
+
+def test_a_layer_that_was_wrapped_looks_up_when_it_is_asked(model: Any, resident: Any, taken: list[bool]) -> None:
+    model.model.layers[1] = Wrapper(model.model.layers[1])
+    token_ids = prompts(1, 6, seed=9)
+    with torch.no_grad():
+        assert torch.equal(model(token_ids).logits, resident(token_ids).logits)
+    assert taken == [False, True]
 
 
 def test_threads_that_share_a_model_take_their_own_rows(model: Any, resident: Any, taken: list[bool]) -> None:

@@ -36,12 +36,14 @@ class ReadAhead:
 
     def __init__(self, names: Sequence[str], spec: HashSpec) -> None:
         """names: of the modules that hash, below the hooked one; spec: their hash."""
-        self._names, self._spec = tuple(names), spec
+        self._paths, self._spec = tuple(tuple(name.split(".")) for name in names), spec
 
     def __call__(self, module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if is_traced():  # a traced program has its lookups, and nothing that starts before them
             return
-        hashes = [module.get_submodule(name) for name in self._names]
+        hashes = [each for each in (_below(module, path) for path in self._paths) if each is not None]
+        if not hashes:
+            return
         tokens = _tokens_of(dict(zip(_PARAMETERS, arguments, strict=False)) | options, hashes[0])
         if tokens is None:
             return
@@ -70,6 +72,17 @@ class ReadAhead:
         for embedding, keys, rows in expected:  # while the disk reads
             row_ids = embedding.table_spec.row_ids(keys.reshape(-1, keys.shape[-1]))
             embedding.expect(ExpectedRows(row_ids.reshape(rows.shape[:-1]), ticket, rows))
+
+
+def _below(module: torch.nn.Module, path: Sequence[str]) -> Any:
+    """Returns a module below another; None if somebody has put a wrapper between, and with it another path.
+
+    `get_submodule` takes ten times as long, and raises.
+    """
+    below: torch.nn.Module | None = module
+    for name in path:
+        below = None if below is None else below._modules.get(name)
+    return below
 
 
 def _tokens_of(arguments: dict[str, Any], hashing: Any) -> _Tokens | None:
