@@ -8,10 +8,8 @@ Shapes: T tokens of a step, C row ids of a token.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import logging
-import mmap
 
 import torch
 
@@ -19,7 +17,7 @@ from tierstore.errors import ConfigError
 
 from ..gate import EngineMismatchError
 from ..settings import EngineSettings
-from ..tables import ExpectedTable, check_rows, matching_table, sample_offsets
+from ..tables import ExpectedTable, check_rows, matching_table, rows_at, sample_offsets
 from .checks import check_config
 
 logger = logging.getLogger("sglang.tierstore")  # below the engine's logger, whose handlers show it
@@ -73,8 +71,7 @@ class LayerTable:
             )
         offsets = sample_offsets(spec.num_rows, start_row, len(loaded), width)
         if len(offsets):
-            _read_no_further(loaded)
-            found = loaded.view(torch.uint8)[torch.from_numpy(offsets)].numpy()  # of a mapped file, reads these rows
+            found = rows_at(loaded.view(torch.uint8).numpy(), offsets)
             check_rows(self.table, offsets + start_row, found, start, self.layer)
             self.rows_compared += len(offsets)
 
@@ -105,17 +102,6 @@ class LayerTable:
             self.layer, spec.name, self.store.name, spec.num_rows, spec.row_bytes, self.settings.mode,
             self.rows_compared,
         )  # fmt: skip
-
-
-def _read_no_further(loaded: torch.Tensor) -> None:
-    """Asks the system to read no pages ahead of those that are touched, of a tensor that may be a mapped file.
-
-    It would read megabytes for each row: half of a table of 1 GiB for 64 rows, as measured on one disk.
-    """
-    start = loaded.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    size = loaded.data_ptr() + loaded.nbytes - start
-    # Advice alone: of memory that is no file it changes nothing, and a refusal costs reads, not answers.
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), ctypes.c_int(mmap.MADV_RANDOM))
 
 
 def required_settings() -> EngineSettings:
