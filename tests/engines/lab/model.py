@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen4ExpForCausalLM, Qwen4ExpTextConfig
 
 EOS, VOCAB_SIZE = 3, 512
+TABLE_FILE = "model-00002-of-00002.safetensors"
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
@@ -41,6 +42,7 @@ def write(folder: Path, dtype: str, rows_per_head: int) -> None:
     _without_indexer(folder)
     if dtype == "fp8":
         _with_fp8_rows(folder)
+    with_a_file_of_its_own(folder)
 
 
 def _without_indexer(folder: Path) -> None:
@@ -69,6 +71,21 @@ def _with_fp8_rows(folder: Path) -> None:
         }
 
     _rewrite(folder, scaled)
+
+
+def with_a_file_of_its_own(folder: Path) -> None:
+    """Moves the table's tensors to a file that has nothing else, as published checkpoints have it."""
+    names = ("model-00001-of-00002.safetensors", TABLE_FILE)
+    whole = folder / "model.safetensors"
+    parts: tuple[dict[str, torch.Tensor], ...] = ({}, {})
+    for name, tensor in load_file(whole).items():
+        parts[".ngram_embedding." in name][name] = tensor
+    for name, part in zip(names, parts, strict=True):
+        save_file(part, folder / name, metadata={"format": "pt"})
+    weight_map = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    whole.unlink()
 
 
 def _rewrite(folder: Path, change: Any) -> None:
