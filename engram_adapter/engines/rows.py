@@ -8,6 +8,7 @@ Shapes: T tokens of a step, C row ids of a token (orders times heads).
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,14 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from tierstore.errors import TierStoreError
 from tierstore.store.store import Store, Ticket
+
+logger = logging.getLogger("tierstore")
 
 WAIT_S = 60.0  # the longest a step waits for its rows; reads of a dying disk can take tens of seconds
 
 
 @dataclass
 class RowCounters:
-    """What a layer has asked for: steps, tokens and rows, how many steps had to wait for reads, and for how long."""
+    """What a layer has taken: steps, tokens and rows, and for how long it waited for them."""
 
     steps: int = 0
     tokens: int = 0
@@ -116,8 +120,7 @@ class EngineRows:
         if ticket is None:
             return self._rows[:0]
         begun = time.perf_counter_ns()
-        ticket.wait(WAIT_S)
-        self._ticket = None
+        self._wait(ticket)
         counters = self.counters
         counters.wait_ns += time.perf_counter_ns() - begun
         counters.steps += 1
@@ -155,13 +158,28 @@ class EngineRows:
         return asdict(self.counters)
 
     def _drop(self) -> None:
-        """Waits for a step that nobody took: its reads still write to the buffer."""
-        ticket, self._ticket = self._ticket, None
-        if ticket is not None:
+        """Waits for a step that nobody took: its reads still write to the buffer. What they raise is nobody's now."""
+        ticket = self._ticket
+        if ticket is None:
+            return
+        try:
+            self._wait(ticket)
+        except (TierStoreError, OSError) as error:
+            if not ticket.done():
+                raise
+            logger.warning("table %s: rows of a step that nobody took: %s", self.table.spec.name, error)
+
+    def _wait(self, ticket: Ticket) -> None:
+        """Waits for a step's reads. The ticket is forgotten once they have ended, and kept if they have not: they would
+        write another step's rows."""
+        try:
             ticket.wait(WAIT_S)
+        finally:
+            if ticket.done():
+                self._ticket = None
 
     def _host_ids(self, row_ids: torch.Tensor) -> np.ndarray:
-        """Returns row ids as int64 on the host, contiguous; of a GPU's, by way of page-locked memory."""
+        """Returns row ids as int64 on the host; of a GPU's, by way of page-locked memory."""
         if not row_ids.is_cuda:
             ids: np.ndarray = (row_ids if row_ids.dtype == torch.int64 else row_ids.to(torch.int64)).numpy()
             return ids

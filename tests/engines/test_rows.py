@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.tiny_store import DIM, build_tiny, tiny_hash
+from support.waiting import eventually
 
 import tierstore
 from engram_adapter.engines.rows import EngineRows
@@ -66,6 +67,43 @@ def test_a_step_that_nobody_takes_is_dropped(tiny: Any) -> None:
         assert np.array_equal(taken.finish().numpy(), of_ids(rows, second))
         assert not taken.is_started
         assert taken.counters.steps == 1
+
+
+def test_a_step_that_is_not_over_in_time_is_not_written_over(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rows = tiny
+    monkeypatch.setattr("engram_adapter.engines.rows.WAIT_S", 0.05)
+    first, second = (row_ids(tiny_hash(), 1, 5, seed) for seed in (1, 2))
+    with tierstore.open(path, dram="600KiB") as store:
+        taken = EngineRows(store, "layers.1", 8, CPU)
+        store._engine.native.inject("slow", 0, 1 << 40)
+        taken.start(first)
+        with pytest.raises(TimeoutError):
+            taken.finish()
+        for _ in range(2):
+            with pytest.raises(TimeoutError):  # its reads still write to the buffer
+                taken.start(second)
+        store._engine.native.inject("none")
+        monkeypatch.undo()
+        taken.start(second)
+        assert np.array_equal(taken.finish().numpy(), of_ids(rows, second))
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_what_a_step_raised_is_not_raised_by_the_next(tiny: Any, is_taken: bool) -> None:
+    path, rows = tiny
+    first, second = (row_ids(tiny_hash(), 1, 5, seed) for seed in (1, 2))
+    with tierstore.open(path, dram="600KiB") as store:
+        taken = EngineRows(store, "layers.1", 8, CPU)
+        store._engine.native.inject("failing", 0, 1 << 40)
+        taken.start(first)
+        if is_taken:
+            with pytest.raises((tierstore.TierStoreError, OSError)):
+                taken.finish()
+        else:
+            eventually(taken._ticket.done, "the end of the reads")
+        store._engine.native.inject("none")
+        taken.start(second)
+        assert np.array_equal(taken.finish().numpy(), of_ids(rows, second))
 
 
 @pytest.mark.parametrize("shape", [(9, 8), (4, 7), (8,), (2, 4, 8)])

@@ -14,6 +14,10 @@ class Ticket:
     def __init__(self, pending: Pending | None) -> None:
         self._pending = pending
 
+    def done(self) -> bool:
+        """Returns whether the lookup has ended, well or with an error: its buffers are the caller's again."""
+        return self._pending is None or self._pending.done()
+
     def wait(self, timeout_s: float | None = None) -> None:
         """Blocks until every row is in its buffer; raises what the lookup raises.
 

@@ -143,6 +143,7 @@ class StagedEngrams:
         tokens = input_batch.num_tokens
         for embedding in self._layers:
             embedding.rows.check()
+            embedding.rows.is_staged = False  # a graph's replay, in which no Python ran, leaves it
         staged = [embedding for embedding in self._layers if embedding.rows.stages]
         lookback = model_inputs.get("lookback_token_ids")
         if not staged or not tokens or lookback is None:

@@ -129,6 +129,7 @@ class StagedLayers:
         tokens = input_batch.num_tokens
         for _, embedding in self._layers:
             embedding.rows.check()
+            embedding.rows.is_staged = False  # a graph's replay, in which no Python ran, leaves it
         staged = [(hashing, embedding.rows) for hashing, embedding in self._layers if embedding.rows.stages]
         if not staged or not tokens:
             return
