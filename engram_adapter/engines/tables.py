@@ -130,3 +130,19 @@ def check_rows(table: Table, row_ids: np.ndarray, found: np.ndarray, bytes_start
             f"{layer}: row {row} of table {table.spec.name} in the store is not row {row} of the checkpoint that the "
             f"engine loads ({len(different)} of {len(row_ids)} compared rows differ): the weights are others; {_REMEDY}"
         )
+
+
+def check_compared(table: Table, num_rows: int, load_format: str, layer: str) -> None:
+    """Raises `EngineMismatchError` if no row of a loaded checkpoint was compared: nothing says that it is the store's.
+
+    Args:
+        table: The store's table.
+        num_rows: Rows that `check_rows` has compared.
+        load_format: The engine's; "dummy" loads no checkpoint.
+        layer: The layer's name in the engine, for the message.
+    """
+    if not num_rows and load_format != "dummy":
+        raise EngineMismatchError(
+            f"{layer}: the checkpoint that the engine loads has no row of table {table.spec.name} to compare with the "
+            f"store's (0 of {table.spec.num_rows}), which may be another training's; {_REMEDY}"
+        )

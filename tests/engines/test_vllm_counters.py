@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,18 @@ def test_a_workers_counters_are_read_by_its_engine_alone_and_go_with_it(rows: En
     del worker
     gc.collect()
     assert counters.read_counters("abc") == {}
+
+
+def test_files_of_workers_that_were_killed_are_removed_and_those_of_living_ones_stay(rows: EngineRows) -> None:
+    killed, living = (counters.WorkerCounters(name, 0, {NAME: rows}) for name in ("killed", "living"))
+    for each in (killed, living):
+        each.write()
+        os.utime(each._path, (1, 1))
+    living.write()  # nothing has changed: the file is touched
+    newer = counters.WorkerCounters("newer", 0, {NAME: rows})
+    assert counters.read_counters("killed") == {}
+    assert counters.read_counters("living")
+    del newer
 
 
 def test_counters_are_written_without_being_asked(rows: EngineRows, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ def engram(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, HashSpec, di
 
 
 def engram_layers(config: Any, spec: HashSpec) -> Any:
-    """The Engram layers and the hash of a loaded model, as the engine builds them."""
+    """The Engram layers and the hash of a model whose checkpoint is loaded, as the engine builds them."""
     start(config)
     import_module("vllm.config").current[0] = config
     common = import_module("vllm.models.deepseek_v41.common.engram")
@@ -43,6 +43,8 @@ def engram_layers(config: Any, spec: HashSpec) -> Any:
         primes=[[spec.moduli(n)[i : i + heads] for i in (0, heads)] for n in spec.layers], offsets=None,
     )  # fmt: skip
     layers = [common.Engram(None, None, layout, index, False, f"layers.{n}") for index, n in enumerate(spec.layers)]
+    for layer in layers:
+        layer.embed_tokens._rows_compared = 1
     hashing = common.NgramHashState()
     hashing.is_bound = True
     hashing.multipliers = torch.tensor([spec.multipliers(layer) for layer in spec.layers])
@@ -160,6 +162,7 @@ def test_engram_steps_are_staged_before_the_forward(
             "TieredEngramEmbedding of 5 rows",
         ),
         (lambda model: setattr(model[0], "embed_tokens", torch.nn.Embedding(3, 2)), "a Embedding of 3 rows"),
+        (lambda model: setattr(model[0].embed_tokens, "_rows_compared", 0), "has no row of table layers.1 to compare"),
     ],
 )
 @pytest.mark.usefixtures("vllm")

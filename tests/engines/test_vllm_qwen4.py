@@ -155,7 +155,8 @@ def test_another_number_of_rows_is_refused(qwen: tuple[Path, HashSpec, np.ndarra
 
 
 def loaded_model(layer: Any, spec: HashSpec) -> Any:
-    """A model that holds the layer, as the engine's state gets it."""
+    """A model that holds the layer, as the engine's state gets it, after a checkpoint was loaded."""
+    layer._rows_compared = max(layer._rows_compared, 1)
     hashing = import_module("vllm.models.qwen4_exp.nvidia.ngram_embedding").Qwen4ExpNGramEmbedding()
     hashing.ngram_embedding = layer
     hashing.layer_multipliers = torch.tensor(spec.multipliers(1))
@@ -200,6 +201,7 @@ def test_a_loaded_layer_says_that_it_is_served_and_steps_are_staged_before_the_f
             lambda hashing: with_rows(hashing.ngram_embedding),
             "weight has 5 rows, expected none",
         ),
+        (lambda hashing: setattr(hashing.ngram_embedding, "_rows_compared", 0), "has no row of table layers.1 to"),
         (lambda hashing: hashing.layer_multipliers.add_(2), "engine's layer_multipliers are"),
         (lambda hashing: hashing.ngram_heads_offsets.add_(1), "engine's ngram_heads_offsets are"),
         (lambda hashing: hashing.ngram_heads_vocab_sizes.add_(1), "engine's ngram_heads_vocab_sizes are"),
@@ -216,6 +218,16 @@ def test_a_loaded_model_that_does_not_use_the_layer_as_it_must_is_refused(
     with pytest.raises(EngineMismatchError) as error:
         state_of(config, model)
     assert message in str(error.value)
+
+
+@pytest.mark.usefixtures("vllm")
+def test_a_model_without_a_checkpoint_has_nothing_to_compare(qwen: tuple[Path, HashSpec, np.ndarray]) -> None:
+    path, spec, rows = qwen
+    config = vllm_config(QWEN, path, load_config__load_format="dummy")
+    model = loaded_model(embedding(config, len(rows)), spec)
+    model[0].ngram_embedding._rows_compared = 0
+    model[0].ngram_embedding.weight_scale = torch.nn.Parameter(torch.tensor(0.25), requires_grad=False)
+    state_of(config, model)
 
 
 @pytest.mark.usefixtures("vllm")

@@ -13,6 +13,7 @@ import os
 import stat
 import tempfile
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ..rows import EngineRows
 logger = logging.getLogger("vllm.tierstore")  # below the engine's logger, whose handlers show it
 
 WRITE_S = 1.0
+KEPT_S = 86_400.0  # a file that no worker has touched for so long is of one that was killed
 FILE_BYTES_MAX = 1 << 20
 _INSTANCE_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_"
 
@@ -53,7 +55,9 @@ class WorkerCounters:
         """Starts the thread; layers: by their names in the engine."""
         self._path: Path | None = None
         try:
-            self._path = counters_folder() / f"{file_stem(instance_id)}{rank}.json"
+            folder = counters_folder()
+            _remove_leftovers(folder)
+            self._path = folder / f"{file_stem(instance_id)}{rank}.json"
         except OSError as error:
             logger.warning("the engine's metrics will have no counters of rank %d: %s", rank, error)
             return
@@ -85,6 +89,8 @@ class WorkerCounters:
             temporary.write_text(json.dumps(counts))
             temporary.rename(self._path)
             self._written = counts
+        else:
+            os.utime(self._path)
 
 
 def counters_of(vllm_config: Any, layers: dict[str, EngineRows | DeviceEngineRows]) -> WorkerCounters | None:
@@ -107,6 +113,14 @@ def _write_often(counters: weakref.ref[WorkerCounters], stop: threading.Event) -
             logger.warning("counters are not written any more: %s", error)
             return
         del alive
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed workers left; a living one touches its file every second."""
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > KEPT_S:
+                path.unlink()
 
 
 def _end(stop: threading.Event, path: Path) -> None:

@@ -20,7 +20,7 @@ from ...hash_spec import HashSpec
 from ..device_rows import rows_of
 from ..gate import EngineMismatchError
 from ..settings import EngineSettings
-from ..tables import ExpectedTable, check_rows, matching_table, rows_at, sample_offsets
+from ..tables import ExpectedTable, check_compared, check_rows, matching_table, rows_at, sample_offsets
 
 logger = logging.getLogger("vllm.tierstore")  # below the engine's logger, whose handlers show it
 
@@ -56,6 +56,7 @@ class TieredEngramEmbedding(torch.nn.Module):
         self.weight = self._parameter(torch.empty(0, self.dim, dtype=torch.float8_e4m3fn), 0)
         self.weight_scale_inv = self._parameter(torch.empty(0, self.dim // SCALE_BLOCK, dtype=torch.uint8), self.dim)
         self._rows_compared = 0
+        self._load_format = str(vllm_config.load_config.load_format)
         self.settings = settings
         self._open(vllm_config, settings.open_tables(_device_name(self.weight)), sizes)
 
@@ -160,6 +161,7 @@ class TieredEngramEmbedding(torch.nn.Module):
                     f"{where}: {what} of the engine's hash {shown}: every row would be a wrong one; build the store "
                     f"from the checkpoint and the tokenizer that the engine loads"
                 )
+        check_compared(self.rows.table, self._rows_compared, self._load_format, where)
         spec = self.rows.table.spec
         logger.info(
             "tierstore serves %s: table %s of %s, %d rows of %d bytes, mode %s, %d rows compared with the checkpoint",

@@ -20,7 +20,7 @@ from tierstore.spec import codec_scale
 from ...hash_spec import HashSpec
 from ..device_rows import rows_of
 from ..gate import EngineMismatchError
-from ..tables import ExpectedTable, check_rows, matching_table, rows_at, sample_offsets
+from ..tables import ExpectedTable, check_compared, check_rows, matching_table, rows_at, sample_offsets
 from .checks import settings_of
 
 logger = logging.getLogger("vllm.tierstore")  # below the engine's logger, whose handlers show it
@@ -49,6 +49,7 @@ class TieredPle:
         vllm_config = get_current_vllm_config()
         self._open(vllm_config, num_embeddings, named.get("max_total_tokens", 0), named.get("num_ngram_heads", 1))
         self._rows_compared = 0
+        self._load_format = str(vllm_config.load_config.load_format)
 
     def _open(self, vllm_config: Any, num_embeddings: int, tokens_max: int, num_heads: int) -> None:
         """Opens the store and finds the table that this layer expects."""
@@ -153,7 +154,8 @@ class TieredPle:
                     f"{self.prefix}: the engine's {name} are {found}, the store's {tuple(wanted)}: every row would "
                     f"be a wrong one; build the store from the checkpoint that the engine loads"
                 )
-        scale = getattr(layer, "weight_scale", None)
+        check_compared(self.rows.table, self._rows_compared, self._load_format, self.prefix)
+        scale = getattr(layer, "weight_scale", None) if self._rows_compared else None
         if scale is not None and "*" in spec.codec and float(scale) != codec_scale(spec.codec):
             raise EngineMismatchError(
                 f"{self.prefix}: the checkpoint's weight_scale is {float(scale)}, the store's {spec.codec}; build the "

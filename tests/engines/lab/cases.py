@@ -40,6 +40,11 @@ class Case:
     differs: bool = False
     resident: dict[str, str] | None = None
 
+    @property
+    def caches(self) -> bool:
+        """Whether tokens must come from the engine's prefix cache."""
+        return bool(self.engine.get("enable_prefix_caching"))
+
     def baseline_key(self) -> tuple[Any, ...]:
         """Cases of one key share a resident run."""
         run = {name: value for name, value in self.run.items() if name != "rotate"}

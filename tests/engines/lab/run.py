@@ -146,7 +146,7 @@ def compare(lab: Lab, case: Case, index: int) -> dict[str, Any]:
     return {
         "case": f"vLLM {case.version}, {case.dtype}: {case.name}",
         "result": "identical" if same else "tokens differ" if not same_tokens else "log-probabilities differ",
-        "passed": same != case.differs and served,
+        "passed": same != case.differs and served and (tiered["cached_tokens"] > 0) == case.caches,
         "served": served,
         "tokens": sum(map(len, tiered["tokens"])),
         "cached_tokens": tiered["cached_tokens"],
