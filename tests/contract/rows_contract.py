@@ -69,6 +69,7 @@ both_ways = pytest.mark.parametrize("how", ["rows", "submit_rows"])
 class RowsContract:
     """Inherited by `StoreContract`, whose subclasses open the store."""
 
+    @pytest.mark.long
     @both_ways
     @pytest.mark.parametrize("strides", STRIDES)
     def test_rows_by_id_go_to_buffers_of_any_strides_and_nowhere_else(
