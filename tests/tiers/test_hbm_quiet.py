@@ -136,6 +136,58 @@ def test_a_quiet_time_begins_when_work_under_way_has_ended(store: tierstore.Stor
     assert results == [True]
 
 
+class Timed:
+    """A lookup that was timed; whoever asks whether the device has done it waits until `answer`."""
+
+    def __init__(self) -> None:
+        self.asked, self.answer = threading.Event(), threading.Event()
+
+    def are_known(self) -> bool:
+        self.asked.set()
+        return self.answer.wait(WAIT_S)
+
+    def took_ns(self) -> int:
+        return 1_000
+
+
+@pytest.mark.parametrize("asks", ["counters", "a lookup's end"])
+def test_a_quiet_time_begins_when_the_device_has_said_how_long_lookups_took(store: tierstore.Store, asks: str) -> None:
+    timed: Any = Timed()
+    times: Any = store._engine._times
+    times._waiting.clear()
+    before = store.stats()["latency"]["sum_ns"]
+    if asks == "counters":
+        times._waiting.append(timed)
+    asker, _ = in_thread(store.stats if asks == "counters" else lambda: times.end(timed))
+    assert timed.asked.wait(WAIT_S)
+
+    def hold() -> bool:
+        with store.quiet():
+            return bool(timed.answer.is_set())
+
+    holder, results = in_thread(hold)
+    holder.join(0.2)
+    assert holder.is_alive()
+    timed.answer.set()
+    for thread in (asker, holder):
+        thread.join(WAIT_S)
+    assert results == [True]
+    assert store.stats()["latency"]["sum_ns"] == before + timed.took_ns()
+
+
+def test_how_long_lookups_took_is_not_asked_in_a_quiet_time_nor_of_a_closed_store(store: tierstore.Store) -> None:
+    timed: Any = Timed()
+    timed.answer.set()
+    times: Any = store._engine._times
+    times._waiting.clear()
+    with store.quiet():
+        times.end(timed)
+        store.stats()
+    store.close()
+    store.stats()
+    assert not timed.asked.is_set()
+
+
 def test_quiet_times_and_work_may_be_nested_but_not_in_each_other() -> None:
     times = QuietTimes("the store")
     with times.work("one"), times.work("two"), times.work_unless_quiet() as may_work:

@@ -109,7 +109,7 @@ class HbmEngine(HostLookups):
         """As `Engine.counters`, and under "hbm" a list for each table: keys by order found in slots. Latency is also
         that of lookups from the device: see `times`."""
         counters = self._engine.counters()
-        counters["latency"] = add_counters(counters["latency"], self._times.record())
+        counters["latency"] = add_counters(counters["latency"], self._times.record(may_collect=self._has_device))
         if not self._has_device:
             return counters | {"hbm": [hits.tolist() for hits in self._hits]}
         with self._quiet.work_unless_quiet() as may_ask:  # else the device's are those of the last time

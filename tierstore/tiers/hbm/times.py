@@ -49,10 +49,15 @@ class DeviceTimes:
                 self._waiting.append(times)
                 self._collect()
 
-    def record(self) -> dict[str, Any]:
-        """Returns the histogram as `stats.latency_of` does."""
+    def record(self, *, may_collect: bool) -> dict[str, Any]:
+        """Returns the histogram as `stats.latency_of` does.
+
+        may_collect: whether the device may be asked what it has done meanwhile; not once its store is closed, because
+        nobody holds a quiet time of that.
+        """
         with self._lock:
-            self._collect()
+            if may_collect:
+                self._collect()
             return self._counts.record()
 
     def after_fork_in_child(self) -> None:
@@ -61,10 +66,10 @@ class DeviceTimes:
         self._waiting.clear()
 
     def _collect(self) -> None:
-        if self._quiet is not None and self._quiet.is_quiet:
-            return
-        while self._waiting and self._waiting[0].are_known():
-            self._counts.add(self._waiting.popleft().took_ns())
+        """Counts what the device has done, unless it is quiet: to ask an event ends a capture. `_lock` is held."""
+        with contextlib.nullcontext(True) if self._quiet is None else self._quiet.work_unless_quiet() as may_ask:
+            while may_ask and self._waiting and self._waiting[0].are_known():
+                self._counts.add(self._waiting.popleft().took_ns())
 
 
 class LookupTimes:
