@@ -5,7 +5,8 @@ Errors: `StoreNotReadyError` if a traced program runs where no such module lives
 shapes; else what lookups raise.
 
 An operator takes tensors, numbers and text, and no module. So a handle names one: the module with this very handle
-where it lives, else, in another process or after a copy, any module over the same table of a store of the same name.
+where it lives, else, in another process or after a copy, any module over the same table of a store of the same name
+and, unless a daemon or a server may swap them, the same rows.
 Untraced calls do not come here: an operator's dispatch takes longer than a lookup's own arithmetic.
 """
 
@@ -31,12 +32,13 @@ _numbers = itertools.count(1)
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 
 
-def handle_of(module: torch.nn.Module, kind: str, store_name: str, table: TableSpec) -> str:
+def handle_of(module: torch.nn.Module, kind: str, store: str, table: TableSpec) -> str:
     """Returns a new handle of a module over a table; the module is not kept alive by it.
 
-    kind: what else decides its rows: modules of one kind, over one table, give the same for the same ids.
+    kind: what else decides its rows: modules of one kind, over one table, give the same for the same ids. store: its
+    name, with the digest of its rows if they stay what they are.
     """
-    handle = f"{kind} over table {table.name} of {store_name}, hash {table.fingerprint[:16]}#{next(_numbers)}"
+    handle = f"{kind} over table {table.name} of {store}, hash {table.fingerprint[:16]}#{next(_numbers)}"
     _modules[handle] = module
     return handle
 
@@ -50,9 +52,12 @@ def module_of(handle: str) -> Any:
     for other, module in list(_modules.items()):
         if other.rpartition("#")[0] == what and not module._store._closed:
             return module
+    like = what.partition(" of ")[0]
+    others = sorted({other.rpartition("#")[0] for other in list(_modules) if other.startswith(f"{like} of ")})
     raise StoreNotReadyError(
-        f"this compiled or exported program asks {what}, and no such module lives in this process: open that store, "
-        "make the module over its table, and keep it"
+        f"this compiled or exported program asks {what}, and no such module lives in this process"
+        f"{', only ' + ' and '.join(others) if others else ''}: open that store, make the module over its table, and "
+        f"keep it"
     )
 
 

@@ -18,7 +18,7 @@ from tierstore.spec import TableSpec
 from .codecs import codec_dtype
 from .hash_spec import HashSpec
 from .lookup_operators import handle_of
-from .store_reference import StoreReference
+from .store_reference import StoreReference, fixed_build
 
 if TYPE_CHECKING:
     from tierstore import Store, Table
@@ -47,7 +47,7 @@ class StoreModule(torch.nn.Module):
         """Makes what belongs to one module and one open store, and so is neither copied nor pickled."""
         self._store = store
         self._table = named_table(store, self._table_spec.name)
-        self._handle = handle_of(self, self._kind, getattr(store, "name", "a store"), self._table_spec)
+        self._handle = handle_of(self, self._kind, _called(store), self._table_spec)
 
     @property
     def store(self) -> Store:
@@ -88,7 +88,8 @@ class StoreModule(torch.nn.Module):
 
 
 def _unpickled(module_class: type[StoreModule], reference: StoreReference, state: dict[str, Any]) -> StoreModule:
-    """Makes a module again from what was pickled, over the same table: one of another hash or shape is refused."""
+    """Makes a module again from what was pickled, over the same table: one of another hash, shape or build is
+    refused, but not what a daemon or a server has swapped since."""
     store = reference.open()
     expected = state["_table_spec"]
     found = named_table(store, expected.name).spec
@@ -98,10 +99,17 @@ def _unpickled(module_class: type[StoreModule], reference: StoreReference, state
             f"rows of {found.row_bytes} bytes, hash {found.fingerprint[:16]}..., and {expected.num_rows} rows of "
             f"{expected.row_bytes} bytes, hash {expected.fingerprint[:16]}..., then; give it the store of that model"
         )
+    reference.check_build(store)
     made = module_class.__new__(module_class)
     made.__dict__.update(state)
     made._bind(store)
     return made
+
+
+def _called(store: Store) -> str:
+    """What handles call a store: its name, and the digest of its rows unless they may become others."""
+    name, build = getattr(store, "name", "a store"), fixed_build(store)
+    return f"{name}, digest {build[:16]}" if build else name
 
 
 def named_table(store: Store, name: str) -> Table:

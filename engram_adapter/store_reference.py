@@ -2,7 +2,8 @@
 
 Input: an open store. Output: a `StoreReference`, which is pickled, and opens the store where it arrives: a path is
 opened with the same options, a daemon is attached to, a server is called. Errors: `StoreNotReadyError` where that does
-not go, with the cause. Modules that arrive in one process share one store.
+not go, with the cause, `ConfigError` for a path where other rows lie by now. Modules that arrive in one process share
+one store.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import tierstore
-from tierstore.errors import StoreNotReadyError, TierStoreError
+from tierstore.errors import ConfigError, StoreNotReadyError, TierStoreError
+from tierstore.store.embedded import Embedded
 
 if TYPE_CHECKING:
     from tierstore import Store
@@ -37,12 +39,14 @@ class StoreReference:
         options: As `tierstore.open` and `tierstore.connect` take them; of a server's, its files with tokens are not
             known and not carried.
         token: Names the open store in the process that pickled it, and in its forked children.
+        build: As `fixed_build` returned it.
     """
 
     place: str
     is_path: bool
     options: _Options
     token: str
+    build: str = ""
 
     @classmethod
     def of(cls, store: Store) -> StoreReference:
@@ -61,7 +65,7 @@ class StoreReference:
         options["dram"] = stats["memory"]["budget_bytes"]
         if stats["placement"]["epoch"] is None:
             options["placement"] = "none"
-        return cls(os.path.abspath(store.name), True, tuple(options.items()), token)
+        return cls(os.path.abspath(store.name), True, tuple(options.items()), token, fixed_build(store))
 
     def open(self) -> Store:
         """Returns the store itself where it is open, else opens it, once a process. Blocks as `tierstore.open` does.
@@ -82,5 +86,24 @@ class StoreReference:
             _reopened[self] = store
             return store
 
+    def check_build(self, store: Store) -> None:
+        """Raises `ConfigError` if `store`, which `open` returned, has other rows than the one that was pickled.
+
+        Only a path is compared. A daemon, or a server, may serve another version by now: a swap is meant for all its
+        clients, those too that arrive later.
+        """
+        if self.build and store.build != self.build:
+            raise ConfigError(
+                f"{self} has other rows than when an embedding was pickled with it: its digest is "
+                f"{store.build[:16]}..., and was {self.build[:16]}... then; put the store of that model there, or "
+                f"pickle the model anew with this one"
+            )
+
     def __str__(self) -> str:
         return f"the store at {self.place}"
+
+
+def fixed_build(store: Store) -> str:
+    """Returns the digest of all that decides a store's rows; empty for a daemon's or a server's, which a swap changes
+    for all clients."""
+    return store.build if isinstance(getattr(store, "_backing", None), Embedded) else ""

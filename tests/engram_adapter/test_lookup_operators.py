@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.served import least_budget, request, serving
 from support.tiny_store import DIM, build_tiny, tiny_hash
+from support.waiting import eventually
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tierstore
@@ -174,6 +177,53 @@ def test_a_program_outlives_its_module_if_another_is_over_the_same_table(path: P
         assert all(others)
         with pytest.raises(StoreNotReadyError, match="no such module lives"):
             program(ids)
+
+
+@KINDS
+def test_a_program_refuses_a_store_at_the_same_path_that_was_built_from_other_weights(
+    tmp_path: Path, kind: str
+) -> None:
+    path, _ = build_tiny(tmp_path, tiny_hash(), "bf16", seed=3)
+    with tierstore.open(path) as store:
+        model, ids = model_and_ids(store, kind)
+        expected = model(ids)
+        program = torch.export.export(model, (ids,)).module()
+        old = store.build[:16]
+    del model
+    gc.collect()
+    shutil.rmtree(path)
+    build_tiny(tmp_path, tiny_hash(), "bf16", seed=3)
+    with tierstore.open(path) as store:
+        again, _ = model_and_ids(store, kind)
+        assert torch.equal(program(ids), expected)
+    del again
+    gc.collect()
+    shutil.rmtree(path)
+    build_tiny(tmp_path, tiny_hash(), "bf16", seed=4)
+    with tierstore.open(path) as store:
+        other, _ = model_and_ids(store, kind)
+        with pytest.raises(StoreNotReadyError, match=f"digest {old}, .* no such .*, only .* {store.build[:16]}, "):
+            program(ids)
+        assert not torch.equal(other(ids), expected)
+
+
+def test_a_program_over_a_daemon_follows_its_swap_with_a_copy_of_its_module(tmp_path: Path) -> None:
+    paths = []
+    for seed in (3, 4):
+        (tmp_path / str(seed)).mkdir()
+        paths.append(build_tiny(tmp_path / str(seed), tiny_hash(), "bf16", seed=seed)[0])
+    socket = tmp_path / "s"
+    with serving(paths[0], socket, 4 * least_budget(paths[0])), tierstore.connect(socket) as store:
+        model, ids = model_and_ids(store, "row ids")
+        program = torch.export.export(model, (ids,)).module()
+        before, build = program(ids), store.build
+        request(socket, "swap", store=str(paths[1]))
+        eventually(lambda: store.build != build)
+        twin = copy.deepcopy(model)
+        del model
+        gc.collect()
+        assert torch.equal(program(ids), twin(ids))
+        assert not torch.equal(twin(ids), before)
 
 
 def test_a_program_refuses_a_table_of_other_values(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.served import least_budget, serving
+from support.served import least_budget, request, serving
 from support.tiny_store import build_tiny, tiny_hash
 
 import tierstore
 from engram_adapter import RowIdEmbedding, TieredEmbedding
 from tests.engram_adapter.test_embedding import tokens
-from tierstore.errors import FingerprintMismatchError, StoreNotReadyError
+from tierstore.errors import ConfigError, FingerprintMismatchError, StoreNotReadyError
 
 WORKER_S = 120
 
@@ -95,11 +95,21 @@ def of_another_hash(path: Path) -> None:
     build_tiny(path.parent, tiny_hash(compressed=41), "bf16", seed=3)
 
 
+def of_other_weights(path: Path) -> None:
+    shutil.rmtree(path)
+    build_tiny(path.parent, tiny_hash(), "bf16", seed=4)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (removed, StoreNotReadyError, "was pickled with the store at .*which this process cannot open: "),
         (of_another_hash, FingerprintMismatchError, r"table layers\.1 of the store at .* is not the one"),
+        (
+            of_other_weights,
+            ConfigError,
+            r"the store at .* has other rows than .* is [0-9a-f]{16}\.\.\., and was [0-9a-f]{16}\.\.\. then; put",
+        ),
     ],
 )
 def test_a_store_that_is_gone_or_another_is_named_where_it_is_unpickled(
@@ -110,3 +120,29 @@ def test_a_store_that_is_gone_or_another_is_named_where_it_is_unpickled(
     change(path)
     with pytest.raises(error, match=message):
         pickle.loads(sent)
+
+
+def test_a_store_that_was_built_again_from_the_same_weights_is_opened(path: Path) -> None:
+    with tierstore.open(path) as store:
+        sent, expected = pickle.dumps(modules_over(store)), modules_over(store)[1](torch.arange(8))
+    shutil.rmtree(path)
+    build_tiny(path.parent, tiny_hash(), "bf16", seed=3)
+    again = pickle.loads(sent)
+    assert again[1]._store is not store
+    assert torch.equal(again[1](torch.arange(8)), expected)
+
+
+def test_what_a_daemon_swapped_since_is_followed_where_an_embedding_is_unpickled(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "newer").mkdir()
+    newer, _ = build_tiny(tmp_path / "newer", tiny_hash(), "bf16", seed=4)
+    socket, ids = tmp_path / "s", torch.arange(8)
+    with serving(path, socket, 4 * least_budget(path)):
+        with tierstore.connect(socket) as store:
+            sent, before = pickle.dumps(modules_over(store)), modules_over(store)[1](ids)
+        request(socket, "swap", store=str(newer))
+        again = pickle.loads(sent)
+        got = again[1](ids)
+        again[0]._store.close()
+    with tierstore.open(newer) as store:
+        assert torch.equal(got, modules_over(store)[1](ids))
+    assert not torch.equal(got, before)
