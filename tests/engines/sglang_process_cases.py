@@ -37,12 +37,14 @@ class Cases:
         assert "sglang.srt.layers.engram" not in out
         assert "engram_adapter.engines.sglang.plugin" not in out
 
-    def the_classes_of_the_stores_family_alone_are_loaded_and_replaced(self) -> None:
-        code = f"{START}; from sglang.srt.layers.engram import EngramEmbedding; print(EngramEmbedding.__name__){LOADED}"
+    def the_classes_of_all_families_are_replaced(self) -> None:
+        code = (
+            f"{START}; from sglang.srt.layers.engram import EngramEmbedding; print(EngramEmbedding.__name__); "
+            "from sglang.srt.models.qwen4_exp import Qwen4ExpNGramEmbedding; print(Qwen4ExpNGramEmbedding.__name__)"
+        )
         status, out, errors = self.run(code, self.store)
         assert status == 0, errors
-        assert out.splitlines()[:2] == ["alive", "TieredEngramEmbedding"]
-        assert "sglang.srt.models.qwen4_exp" not in out
+        assert out.splitlines()[:3] == ["alive", "TieredEngramEmbedding", "TieredNGramEmbedding"]
 
     def a_store_that_is_not_there_ends_the_process(self) -> None:
         self.ends(START, self.folder / "none", str(self.folder / "none"))

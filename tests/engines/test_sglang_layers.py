@@ -108,6 +108,17 @@ def test_weights_that_load_are_compared_and_not_kept(store: dict[str, np.ndarray
         embed.weight.weight_loader(embed.weight, values[:, : DIM // 2].view(torch.float8_e4m3fn))
 
 
+@pytest.mark.usefixtures("sglang")
+def test_a_store_of_another_family_is_refused_when_the_layer_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = build_tiny(tmp_path, HashSpec.from_config({"model_type": "qwen4_exp", **PLE}), "bf16", seed=8)
+    monkeypatch.setenv("TIERSTORE_STORE", str(path))
+    start()
+    with pytest.raises(EngineMismatchError, match=r"layers\.1\.engram\.embed: .* the engine expects"):
+        engine().EngramEmbedding(*expected_table(1))
+
+
 @pytest.mark.usefixtures("store")
 def test_options_that_cannot_work_are_refused_when_the_layer_is_built(sglang: SimpleNamespace) -> None:
     start()

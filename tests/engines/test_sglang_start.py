@@ -82,7 +82,15 @@ def test_the_embedding_and_the_stager_are_replaced() -> None:
     start()
     assert engine().EngramEmbedding.__name__ == "TieredEngramEmbedding"
     assert engine(f"{ENGRAM}_staging").EngramRowStager.__name__ == "TieredRowStager"
-    assert "engram_adapter.engines.sglang.qwen4_exp" not in sys.modules  # of another family
+
+
+@pytest.mark.usefixtures("sglang", "store")
+def test_the_classes_of_a_family_that_the_store_does_not_serve_are_replaced_too() -> None:
+    """Its model would load the whole table without a word; so its layer refuses the store."""
+    start()
+    qwen = engine("sglang.srt.models.qwen4_exp")
+    for name in ("Qwen4ExpPinnedHostEmbedding", "Qwen4ExpNGramEmbedding"):
+        assert getattr(qwen, name).__module__ == "engram_adapter.engines.sglang.qwen4_exp"
 
 
 @pytest.mark.usefixtures("sglang", "store")

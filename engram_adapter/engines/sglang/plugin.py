@@ -1,8 +1,9 @@
-"""The gate before SGLang, and which of its parts are replaced for the model that the store was built from.
+"""The gate before SGLang, and which of its parts are replaced.
 
 Input: settings, and the installed SGLang. Output: hooks. Errors: `EngineMismatchError`.
 
-The store's catalog says which family of models it serves: only that family's modules of SGLang are imported.
+The parts of every family are replaced, whatever the store was built from: if the model is of another family, its
+layers refuse the store by name. Otherwise SGLang would load the whole table, and nobody would know.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FAMILIES = {"deepseek_v41": ".deepseek_v41", "qwen4_exp": ".qwen4_exp"}  # and t
 
 
 def install(settings: EngineSettings) -> None:
-    """Registers the hooks of the store's family, behind the gate.
+    """Registers the hooks of all families, behind the gate.
 
     Args:
         settings: What the user set.
@@ -40,10 +41,11 @@ def install(settings: EngineSettings) -> None:
             f"{settings.store} is of family {family!r}; tierstore serves {', '.join(FAMILIES)} in SGLang: unset "
             f"TIERSTORE_STORE, or give it a store of one of these"
         )
-    module = _served(FAMILIES[family], engine)
-    for owner, methods in module.SIGNATURES.items():
-        check_signatures(owner, methods, engine)
-    register_hooks(module.HOOKS)
+    modules = [_served(name, engine) for name in FAMILIES.values()]
+    for module in modules:
+        for owner, methods in module.SIGNATURES.items():
+            check_signatures(owner, methods, engine)
+    register_hooks([hook for module in modules for hook in module.HOOKS])
 
 
 def _family_of(settings: EngineSettings) -> str:
