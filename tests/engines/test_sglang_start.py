@@ -110,15 +110,22 @@ def test_a_newer_sglang_is_tried_if_it_is_forced(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("sglang", "store")
-@pytest.mark.parametrize(("owner", "method"), [("EngramEmbedding", "forward"), ("Engram", "embed_rows")])
+@pytest.mark.parametrize(
+    ("module", "owner", "method"),
+    [
+        (ENGRAM, "EngramEmbedding", "forward"),
+        (ENGRAM, "Engram", "embed_rows"),
+        (fake_sglang.MANAGER, "NgramEmbeddingManager", "prepare_for_forward"),
+    ],
+)
 def test_a_changed_signature_is_refused_by_name_even_if_forced(
-    owner: str, method: str, monkeypatch: pytest.MonkeyPatch
+    module: str, owner: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIERSTORE_STRICT", "0")
 
     def changed(self: Any, rows: Any) -> None: ...
 
-    setattr(getattr(engine(), owner), method, changed)
+    setattr(getattr(engine(module), owner), method, changed)
     ended_with(f"{owner}.{method} takes (rows), tierstore was written for (")
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 OURS = "engram_adapter.engines.sglang."
+MANAGER = "sglang.srt.model_executor.model_runner_components.ngram_embedding_manager"
 BREAKABLE = "sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph"
 
 
@@ -103,6 +104,11 @@ class Qwen4ExpForConditionalGeneration(torch.nn.Module):
     def load_weights(self, weights): ...
 
 
+class NgramEmbeddingManager:
+    def prepare_for_forward(self, batch, *, chunked_req):  # noqa: ARG002
+        return batch
+
+
 class _EagerOnGraph:
     """A method that a captured graph leaves: called as it is, there being no graph."""
 
@@ -149,6 +155,7 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.23") -> SimpleN
             "get_observability": lambda: published.observability,
             "get_schedule": lambda: published.schedule,
         },
+        MANAGER: _copies(NgramEmbeddingManager),
         f"{BREAKABLE}.breakable_cuda_graph": {"eager_on_graph": _EagerOnGraph},
         f"{BREAKABLE}.context": {"is_in_breakable_cuda_graph": lambda: False},
     }

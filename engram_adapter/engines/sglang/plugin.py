@@ -21,6 +21,7 @@ from .hooks import register_hooks
 
 TESTED = ("0.5.23", "0.5.24")
 FAMILIES = {"deepseek_v41": ".deepseek_v41", "qwen4_exp": ".qwen4_exp"}  # and the module that serves each
+EVERY_MODEL = ".batches"
 
 
 def install(settings: EngineSettings) -> None:
@@ -41,7 +42,7 @@ def install(settings: EngineSettings) -> None:
             f"{settings.store} is of family {family!r}; tierstore serves {', '.join(FAMILIES)} in SGLang: unset "
             f"TIERSTORE_STORE, or give it a store of one of these"
         )
-    modules = [_served(name, engine) for name in FAMILIES.values()]
+    modules = [_served(name, engine) for name in (*FAMILIES.values(), EVERY_MODEL)]
     for module in modules:
         for owner, methods in module.SIGNATURES.items():
             check_signatures(owner, methods, engine)
@@ -57,7 +58,7 @@ def _family_of(settings: EngineSettings) -> str:
 
 
 def _served(name: str, engine: str) -> Any:
-    """Imports the module that replaces a family's classes, and with it SGLang's."""
+    """Imports a module that replaces classes or methods, and with it SGLang's."""
     try:
         return importlib.import_module(name, __package__)
     except (ImportError, AttributeError) as error:

@@ -8,6 +8,7 @@ Shapes: T tokens of a step, C row ids of a token.
 from __future__ import annotations
 
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from sglang.srt.runtime_context import get_schedule
@@ -18,6 +19,7 @@ from .metrics import metrics_of
 
 TOKENS_MIN = 64  # of a step's buffers on the host, which double when a step has more tokens
 TOKENS_MAX = 8192  # of a step's buffers on the device; more tokens go in parts
+_device_steps: WeakSet[DeviceSteps] = WeakSet()  # all of this process; changed while a model is built, by one thread
 
 
 class Steps(Protocol):
@@ -33,6 +35,12 @@ class Steps(Protocol):
 def steps_of(table: LayerTable, within: tuple[int, int] | None = None) -> Steps:
     """Returns a layer's steps, in the mode of the settings; within: first row id and end of those wanted."""
     return HostSteps(table, within) if table.settings.mode == "host" else DeviceSteps(table, within)
+
+
+def check_steps() -> None:
+    """Raises what went wrong in steps of mode `device` that are done, whose missing rows were NaN. Waits for none."""
+    for steps in tuple(_device_steps):
+        steps.check()
 
 
 class HostSteps:
@@ -78,12 +86,15 @@ class DeviceSteps:
         self._row_bytes = table.table.spec.row_bytes
         self._rows: torch.Tensor | None = None
         self._row_ids: torch.Tensor | None = None
+        _device_steps.add(self)
+
+    def check(self) -> None:
+        """Raises what went wrong in a step that the device has done. Waits for none."""
+        self._lookup.check()
 
     def start(self, row_ids: torch.Tensor, device: torch.device | None = None) -> None:
         """Launches the first half on the current stream; row ids lie on the device."""
         assert device is None or device == row_ids.device, "row ids of a device lookup lie on the device"
-        if not (row_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._lookup.check()  # what went wrong in a step before, whose rows were NaN
         self._row_ids = row_ids  # held, because what finish launches reads them
         self._rows = torch.empty((*row_ids.shape, self._row_bytes), dtype=torch.uint8, device=row_ids.device)
         self._lookup.start(row_ids, self._rows)
