@@ -172,6 +172,11 @@ class Cases:
         embed.weight = torch.nn.Parameter(torch.zeros(3, DIM, dtype=torch.float8_e4m3fn), requires_grad=False)
         refused("weight has 3 rows in memory", "expected none", lambda: embed.finish_load("layer 1"))
 
+    def a_checkpoint_without_the_table_is_refused(self) -> None:
+        with lab.published(), lab.environment(TIERSTORE_STORE=self.store):
+            embed = engram.Engram(self.config, LAYERS[0], self.layout).embed
+            refused("0 rows of table layers.1", "expected 1 at least", lambda: embed.finish_load("layer 1"))
+
     def a_graph_that_captures_the_lookup_is_refused(self) -> None:
         for phase in ("decode", "prefill"):
             options = {phase: "full"}
@@ -205,6 +210,7 @@ class Cases:
 
     def model(self, store: str, load: bool = True, **options: Any) -> torch.nn.ModuleList:
         """The model's Engram layers, as the engine builds and loads them."""
+        options = options if load else {"load_format": "dummy"} | options
         with lab.published(**options), lab.environment(TIERSTORE_STORE=store, TIERSTORE_DRAM="64MiB"):
             layers = torch.nn.ModuleList(engram.Engram(self.config, layer, self.layout) for layer in LAYERS)
             for layer, module in zip(LAYERS, layers, strict=True):

@@ -108,6 +108,16 @@ def test_weights_that_load_are_compared_and_not_kept(store: dict[str, np.ndarray
         embed.weight.weight_loader(embed.weight, values[:, : DIM // 2].view(torch.float8_e4m3fn))
 
 
+@pytest.mark.usefixtures("store")
+def test_a_checkpoint_without_the_table_is_refused_unless_weights_are_dummies(sglang: SimpleNamespace) -> None:
+    start()
+    embed = engine().EngramEmbedding(*expected_table(1))
+    with pytest.raises(EngineMismatchError, match=r"layers\.1\.engram\.embed: 0 rows .* expected 1 at least"):
+        embed.finish_load("layer 1")
+    sglang.model.load_format = "dummy"
+    engine().EngramEmbedding(*expected_table(1)).finish_load("layer 1")
+
+
 @pytest.mark.usefixtures("sglang")
 def test_a_store_of_another_family_is_refused_when_the_layer_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -268,3 +278,12 @@ def test_qwens_loader_gets_the_weights_without_the_table(tmp_path: Path, monkeyp
     wrong = (weights[1][0], weights[1][1].roll(1, 0))
     with pytest.raises(EngineMismatchError, match="is not row"):
         model.load_weights([weights[0], wrong])
+
+
+@pytest.mark.usefixtures("sglang")
+def test_qwens_weights_without_the_table_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedding, _ = ple_embedding(tmp_path, monkeypatch)
+    model = engine(QWEN).Qwen4ExpForConditionalGeneration()
+    model.embedding, model.config = embedding, SimpleNamespace(split_ngram_parts=4)
+    with pytest.raises(EngineMismatchError, match=r"layers\.1\.ple.*: 0 rows .* expected 1 at least"):
+        model.load_weights([("model.layers.1.ple.key_proj.weight", torch.zeros(1))])

@@ -14,6 +14,7 @@ from ..gate import EngineMismatchError
 from ..settings import EngineSettings
 
 LAZY_FORMATS = ("auto", "safetensors", "dummy")  # formats that read a tensor only when its loader copies it
+DUMMY = "dummy"  # the format that loads no weights
 DISABLED, BREAKABLE = "disabled", "breakable"  # graphs that do not capture the lookup
 
 
@@ -33,11 +34,16 @@ def check_config(settings: EngineSettings, decode: tuple[str, ...], prefill: tup
         _check_graphs(execution.graph.cuda_graph_config, {"decode": decode, "prefill": prefill})
 
 
+def load_format() -> str:
+    """Returns the format of weights, as --load-format names it."""
+    value = get_model().load_format
+    return str(getattr(value, "value", value))
+
+
 def _check_loading(model: Any) -> None:
-    load_format = str(getattr(model.load_format, "value", model.load_format))
-    if load_format not in LAZY_FORMATS:
+    if load_format() not in LAZY_FORMATS:
         raise EngineMismatchError(
-            f"--load-format {load_format} reads the whole n-gram table from the checkpoint; use --load-format "
+            f"--load-format {load_format()} reads the whole n-gram table from the checkpoint; use --load-format "
             f"safetensors, which reads what is copied"
         )
     eager = {

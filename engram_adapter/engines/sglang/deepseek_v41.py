@@ -69,8 +69,8 @@ class TieredEngramEmbedding(torch.nn.Module):
         self.tiered.compare(loaded_weight, 0, (0, self.dim) if param is self.weight else (self.dim, row_bytes))
 
     def finish_load(self, _label: str) -> None:
-        """Checks that loading left no rows here."""
-        self.tiered.check_no_rows(weight=self.weight, scale=self.scale)
+        """Checks that rows were compared while weights loaded, and that none are here."""
+        self.tiered.check_loaded(weight=self.weight, scale=self.scale)
 
     def enable_scheduler_staging(self) -> None:
         """Has the rows of extend batches started before their forward."""

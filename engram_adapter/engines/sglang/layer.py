@@ -18,7 +18,7 @@ from tierstore.errors import ConfigError
 from ..gate import EngineMismatchError
 from ..settings import EngineSettings
 from ..tables import ExpectedTable, check_rows, matching_table, rows_at, sample_offsets
-from .checks import check_config
+from .checks import DUMMY, check_config, load_format
 
 logger = logging.getLogger("sglang.tierstore")  # below the engine's logger, whose handlers show it
 
@@ -49,6 +49,7 @@ class LayerTable:
             expected = dataclasses.replace(expected, fingerprint=self.store[expected.name].spec.fingerprint)
         self.table = matching_table(self.store, expected, layer)
         self.rows_compared = 0
+        self._has_checkpoint = load_format() != DUMMY
 
     def compare(self, loaded: torch.Tensor, start_row: int, bytes_range: tuple[int, int]) -> None:
         """Compares some rows of a tensor that the engine loads with the store's. Blocks.
@@ -75,14 +76,24 @@ class LayerTable:
             check_rows(self.table, offsets + start_row, found, start, self.layer)
             self.rows_compared += len(offsets)
 
-    def check_no_rows(self, **weights: torch.Tensor) -> None:
-        """Raises `EngineMismatchError` if a weight has rows; weights: by their names in the engine."""
+    def check_loaded(self, **weights: torch.Tensor) -> None:
+        """Checks what loading left here; weights: by their names in the engine.
+
+        Raises:
+            EngineMismatchError: A weight has rows, or no row of a checkpoint was compared with the store's.
+        """
         for name, weight in weights.items():
             if weight.shape[0]:
                 raise EngineMismatchError(
                     f"{self.layer}: {name} has {weight.shape[0]} rows in memory, expected none: something else loaded "
                     f"the table; name the plug-ins to load in SGLANG_PLUGINS"
                 )
+        if self._has_checkpoint and not self.rows_compared:
+            raise EngineMismatchError(
+                f"{self.layer}: 0 rows of table {self.table.spec.name} in {self.store.name} were compared with the "
+                f"checkpoint, expected 1 at least: SGLang found no tensor of this table in it; give the engine the "
+                f"checkpoint that the store was built from, or --load-format {DUMMY}"
+            )
 
     def check_hash(self, fingerprint: str) -> None:
         """Raises `EngineMismatchError` unless the engine's hash is the table's."""

@@ -102,7 +102,7 @@ class TieredPleEmbedding(qwen4_exp.Qwen4ExpPinnedHostEmbedding):
 
     def finish_load(self) -> None:
         """Checks what was loaded, and logs where the rows come from."""
-        self.tiered.check_no_rows(weight=self.weight)
+        self.tiered.check_loaded(weight=self.weight)
         scale = torch.tensor(codec_scale(self.tiered.table.spec.codec)).to(self.weight_scale.dtype)
         loaded = self.weight_scale.detach().cpu().reshape(-1)
         if self.tiered.rows_compared and not bool((loaded == scale).all()):
