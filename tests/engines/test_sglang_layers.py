@@ -184,34 +184,6 @@ def test_in_device_mode_kernels_look_the_rows_up(tmp_path: Path, monkeypatch: py
     assert torch.equal(embed(ids), decoded(rows["layers.4"], CODEC)[ids.cpu()])
 
 
-@pytest.mark.usefixtures("sglang", "store")
-def test_a_lookup_that_failed_in_a_graph_is_raised_before_the_next_batch() -> None:
-    """A replay runs no Python of a layer; the scheduler asks the manager before every batch."""
-    start()
-    steps = importlib.import_module("engram_adapter.engines.sglang.steps")
-    found: list[Exception] = []
-
-    def check() -> None:
-        if found:
-            raise found.pop()
-
-    lookup = SimpleNamespace(check=check)
-    spec = SimpleNamespace(name="layers.1", row_bytes=66)
-    table = SimpleNamespace(
-        settings=SimpleNamespace(mode="device"),
-        store=SimpleNamespace(open_rows=lambda *_arguments, **_named: lookup),
-        table=SimpleNamespace(spec=spec),
-    )
-    layer_steps = steps.steps_of(table)
-    manager = engine(fake_sglang.MANAGER).NgramEmbeddingManager()
-    assert manager.prepare_for_forward("batch", chunked_req=None) == "batch"
-    found.append(TimeoutError("the device waited"))
-    with pytest.raises(TimeoutError, match="the device waited"):
-        manager.prepare_for_forward(None, chunked_req=None)
-    assert manager.prepare_for_forward("batch", chunked_req=None) == "batch"
-    del layer_steps
-
-
 def ple_embedding(path: Path, monkeypatch: pytest.MonkeyPatch, index: int = 0) -> tuple[Any, torch.Tensor]:
     """The replaced embedding of a Qwen4-Exp layer in the fake engine, and the table that it serves."""
     spec = HashSpec.from_config({"model_type": "qwen4_exp", **PLE})

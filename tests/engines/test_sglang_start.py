@@ -116,6 +116,7 @@ def test_a_newer_sglang_is_tried_if_it_is_forced(monkeypatch: pytest.MonkeyPatch
         (ENGRAM, "EngramEmbedding", "forward"),
         (ENGRAM, "Engram", "embed_rows"),
         (fake_sglang.MANAGER, "NgramEmbeddingManager", "prepare_for_forward"),
+        (f"{fake_sglang.RUNNER}.decode_cuda_graph_runner", "DecodeCudaGraphRunner", "capture"),
     ],
 )
 def test_a_changed_signature_is_refused_by_name_even_if_forced(

@@ -19,6 +19,7 @@ import torch
 
 OURS = "engram_adapter.engines.sglang."
 MANAGER = "sglang.srt.model_executor.model_runner_components.ngram_embedding_manager"
+RUNNER = "sglang.srt.model_executor.runner"
 BREAKABLE = "sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph"
 
 
@@ -109,6 +110,14 @@ class NgramEmbeddingManager:
         return batch
 
 
+class DecodeCudaGraphRunner:
+    def capture(self):
+        self.seen_while_captured = self.look()
+
+
+class PrefillCudaGraphRunner(DecodeCudaGraphRunner): ...
+
+
 class _EagerOnGraph:
     """A method that a captured graph leaves: called as it is, there being no graph."""
 
@@ -156,6 +165,8 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.5.23") -> SimpleN
             "get_schedule": lambda: published.schedule,
         },
         MANAGER: _copies(NgramEmbeddingManager),
+        f"{RUNNER}.decode_cuda_graph_runner": _copies(DecodeCudaGraphRunner),
+        f"{RUNNER}.prefill_cuda_graph_runner": _copies(PrefillCudaGraphRunner),
         f"{BREAKABLE}.breakable_cuda_graph": {"eager_on_graph": _EagerOnGraph},
         f"{BREAKABLE}.context": {"is_in_breakable_cuda_graph": lambda: False},
     }

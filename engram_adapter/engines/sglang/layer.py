@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from weakref import WeakSet
 
 import torch
 
 from tierstore.errors import ConfigError
+from tierstore.store.store import Store
 
 from ..gate import EngineMismatchError
 from ..settings import EngineSettings
@@ -21,6 +23,13 @@ from ..tables import ExpectedTable, check_rows, matching_table, rows_at, sample_
 from .checks import DUMMY, check_config, load_format
 
 logger = logging.getLogger("sglang.tierstore")  # below the engine's logger, whose handlers show it
+
+_tables: WeakSet[LayerTable] = WeakSet()  # all of this process; changed while a model is built, by one thread
+
+
+def stores_in_use() -> list[Store]:
+    """Returns the stores of all layers of this process; layers may share one."""
+    return [table.store for table in _tables]
 
 
 class LayerTable:
@@ -50,6 +59,7 @@ class LayerTable:
         self.table = matching_table(self.store, expected, layer)
         self.rows_compared = 0
         self._has_checkpoint = load_format() != DUMMY
+        _tables.add(self)
 
     def compare(self, loaded: torch.Tensor, start_row: int, bytes_range: tuple[int, int]) -> None:
         """Compares some rows of a tensor that the engine loads with the store's. Blocks.

@@ -1,4 +1,4 @@
-"""While vLLM captures CUDA graphs, no thread of a store allocates, synchronises or copies: any of it ends a capture.
+"""While vLLM captures CUDA graphs, the stores that its model's layers use are quiet.
 
 Input: the class of the engine's model runner. Output: its `capture_model`, within `Store.quiet` of every store that the
 model's layers use. Errors: `EngineMismatchError` for another signature; what `Store.quiet` raises.
@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable
 from typing import Any
-
-from tierstore.store.store import Store
 
 from ..gate import check_signatures
 
@@ -35,12 +32,3 @@ def quiet_captures(engine: str) -> None:
 
     capture_model.of_tierstore = True  # type: ignore[attr-defined]
     GPUModelRunner.capture_model = capture_model
-
-
-@contextlib.contextmanager
-def quiet_stores(stores: Iterable[Store]) -> Any:
-    """A time in which none of the stores disturbs a capture; layers may share a store."""
-    with contextlib.ExitStack() as stack:
-        for store in {id(store): store for store in stores}.values():
-            stack.enter_context(store.quiet())
-        yield

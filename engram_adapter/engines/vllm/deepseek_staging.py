@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..gate import EngineMismatchError, check_attributes, check_signatures
-from .capturing import quiet_captures, quiet_stores
+from ..quiet_stores import quiet_stores
+from .capturing import quiet_captures
 from .checks import graph_tokens_max, settings_of
 from .counters import counters_of
 from .deepseek_v41 import TieredEngramEmbedding

@@ -1,0 +1,97 @@
+"""What the plug-in does around SGLang's batches and captures: failures raised, stores quiet; on a fake SGLang."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support import fake_sglang
+from support.tiny_store import DIM, build_tiny, tiny_hash
+
+import engram_adapter.engines.sglang as plugin
+
+ENGRAM = "sglang.srt.layers.engram"
+
+
+@pytest.fixture
+def sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A fake SGLang; the modules of ours that import it are of this test alone."""
+    yield from fake_sglang.fresh(monkeypatch)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store of V4.1's kind, which the environment names."""
+    path, _ = build_tiny(tmp_path, tiny_hash(), "fp8_e4m3_e8m0x32", seed=7)
+    monkeypatch.setenv("TIERSTORE_STORE", str(path))
+    monkeypatch.setenv("TIERSTORE_DRAM", "16MiB")
+
+
+def start() -> None:
+    fake_sglang.load(plugin.register)
+
+
+def engine(name: str = ENGRAM) -> Any:
+    return importlib.import_module(name)
+
+
+def engram_embedding(layer: int) -> Any:
+    spec = tiny_hash()
+    rows = spec.num_rows(layer)
+    return engine().EngramEmbedding(rows, DIM, layer, (*spec.offsets(layer), rows))
+
+
+@pytest.mark.usefixtures("sglang", "store")
+def test_a_lookup_that_failed_in_a_graph_is_raised_before_the_next_batch() -> None:
+    """A replay runs no Python of a layer; the scheduler asks the manager before every batch."""
+    start()
+    steps = importlib.import_module("engram_adapter.engines.sglang.steps")
+    found: list[Exception] = []
+
+    def check() -> None:
+        if found:
+            raise found.pop()
+
+    lookup = SimpleNamespace(check=check)
+    spec = SimpleNamespace(name="layers.1", row_bytes=66)
+    table = SimpleNamespace(
+        settings=SimpleNamespace(mode="device"),
+        store=SimpleNamespace(open_rows=lambda *_arguments, **_named: lookup),
+        table=SimpleNamespace(spec=spec),
+    )
+    layer_steps = steps.steps_of(table)
+    manager = engine(fake_sglang.MANAGER).NgramEmbeddingManager()
+    assert manager.prepare_for_forward("batch", chunked_req=None) == "batch"
+    found.append(TimeoutError("the device waited"))
+    with pytest.raises(TimeoutError, match="the device waited"):
+        manager.prepare_for_forward(None, chunked_req=None)
+    assert manager.prepare_for_forward("batch", chunked_req=None) == "batch"
+    del layer_steps
+
+
+@pytest.mark.usefixtures("sglang", "store")
+@pytest.mark.parametrize("phase", ["Decode", "Prefill"])
+def test_the_layers_stores_are_quiet_while_graphs_are_captured(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    start()
+    store = engram_embedding(1).tiered.store
+    quiet: list[str] = []
+
+    @contextlib.contextmanager
+    def noted() -> Iterator[None]:
+        quiet.append("quiet")
+        yield
+        quiet.clear()
+
+    monkeypatch.setattr(store, "quiet", noted)
+    runner = getattr(engine(f"{fake_sglang.RUNNER}.{phase.lower()}_cuda_graph_runner"), f"{phase}CudaGraphRunner")()
+    runner.look = lambda: list(quiet)
+    layers = [engram_embedding(1), engram_embedding(4)]  # which share the store
+    assert all(each.tiered.store is store for each in layers)
+    runner.capture()
+    assert runner.seen_while_captured == ["quiet"]
+    assert quiet == []
