@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support import fake_sglang
 from support.tiny_store import DIM, build_tiny, tiny_hash
 
@@ -95,3 +96,30 @@ def test_the_layers_stores_are_quiet_while_graphs_are_captured(phase: str, monke
     runner.capture()
     assert runner.seen_while_captured == ["quiet"]
     assert quiet == []
+
+
+@pytest.mark.usefixtures("store")
+def test_buffers_of_a_chunk_are_there_before_the_engine_sizes_its_cache(sglang: SimpleNamespace) -> None:
+    sglang.schedule.chunked_prefill_size = 48
+    start()
+    embed = engram_embedding(1)
+    every = (embed._now, *embed._ahead)
+    before = [steps._rows.rows for steps in every]
+    columns = tiny_hash().heads * 2
+    assert [rows.shape[:2] for rows in before] == [(48, columns)] * 3
+    for tokens in (1, 48):
+        embed(torch.zeros((tokens, columns), dtype=torch.int64))
+        for _ in embed._ahead:
+            staged = embed.stage(torch.zeros((tokens, columns), dtype=torch.int64), torch.device("cpu"))
+            embed.dequant_staged(staged, None, None, torch.Size((tokens, columns)))
+    assert [steps._rows.rows.data_ptr() for steps in every] == [rows.data_ptr() for rows in before]
+    embed(torch.zeros((49, columns), dtype=torch.int64))  # a decode batch joined the chunk
+    assert embed._now._rows.tokens_max == 64
+    assert embed._now.counters.tokens == 1 + 48 + 49
+
+
+@pytest.mark.usefixtures("store")
+def test_buffers_ahead_are_not_taken_where_nothing_is_staged(sglang: SimpleNamespace) -> None:
+    sglang.parallel.attn_cp_size = 2
+    start()
+    assert engram_embedding(1)._ahead == ()

@@ -57,8 +57,11 @@ class TieredEngramEmbedding(torch.nn.Module):
         self.scale = _no_rows(dim // SCALE_BLOCK, torch.float8_e8m0fnu)
         for parameter in (self.weight, self.scale):
             vars(parameter)["weight_loader"] = self._compare
-        # Of the forward, and of the batches that come next: two, so that one is read while a GPU copies the other.
-        self._now, self._ahead = steps_of(self.tiered), (HostSteps(self.tiered), HostSteps(self.tiered))
+        self._now = steps_of(self.tiered)  # of the forward
+        # Of the batches that come next: two, so that one is read while a GPU copies the other.
+        # Under prefill context parallelism a rank has only some of the tokens on its host; the forward looks up then.
+        self.can_stage = self.tiered.settings.mode == "host" and get_parallel().attn_cp_size == 1
+        self._ahead = tuple(HostSteps(self.tiered) for _ in range(2 if self.can_stage else 0))
         self._is_captured = self.tiered.settings.mode == "device"
         self._under_way: list[StagedStep | None] = [None, None]  # of each of `_ahead`
         self._turn = 0
@@ -181,8 +184,7 @@ class TieredRowStager(engram_staging.EngramRowStager):
             embed.finish_load("")
             embed.tiered.check_hash(hash_of(hasher, index, embed).fingerprint(embed.layer_id))
             embed.tiered.log_ready()
-        # Under prefill context parallelism a rank has only some of the tokens; the forward looks up then.
-        if not embeds or get_parallel().attn_cp_size > 1 or embeds[0].tiered.settings.mode != "host":
+        if not embeds or not embeds[0].can_stage:
             return None
         for embed in embeds:
             embed.enable_scheduler_staging()

@@ -33,7 +33,11 @@ def stores_in_use() -> list[Store]:
 
 
 class LayerTable:
-    """A layer's table: the right one, of the checkpoint that the engine loads. One thread at a time."""
+    """A layer's table: the right one, of the checkpoint that the engine loads. One thread at a time.
+
+    Attributes:
+        device: The engine's, where rows are wanted.
+    """
 
     def __init__(
         self, layer: str, expected: ExpectedTable, *, decode: tuple[str, ...], prefill: tuple[str, ...]
@@ -53,7 +57,9 @@ class LayerTable:
         self.layer = layer
         self.settings = required_settings()
         check_config(self.settings, decode, prefill)
-        self.store = self.settings.open_tables(_device_name())
+        device = _device_name()
+        self.device = torch.device(device or "cpu")
+        self.store = self.settings.open_tables(device)
         if not expected.fingerprint and expected.name in self.store.tables:
             expected = dataclasses.replace(expected, fingerprint=self.store[expected.name].spec.fingerprint)
         self.table = matching_table(self.store, expected, layer)

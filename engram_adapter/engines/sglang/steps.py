@@ -17,8 +17,7 @@ from ..rows import EngineRows, RowCounters
 from .layer import LayerTable
 from .metrics import metrics_of
 
-TOKENS_MIN = 64  # of a step's buffers on the host, which double when a step has more tokens
-TOKENS_MAX = 8192  # of a step's buffers on the device; more tokens go in parts
+TOKENS_MAX = 8192  # of a step that kernels look up at once, in parts if it has more; of any, if prefill has no chunks
 _device_steps: WeakSet[DeviceSteps] = WeakSet()  # all of this process; changed while a model is built, by one thread
 
 
@@ -37,6 +36,12 @@ def steps_of(table: LayerTable, within: tuple[int, int] | None = None) -> Steps:
     return HostSteps(table, within) if table.settings.mode == "host" else DeviceSteps(table, within)
 
 
+def chunk_tokens() -> int:
+    """Returns how many tokens SGLang prefills at once."""
+    chunk = get_schedule().chunked_prefill_size
+    return TOKENS_MAX if chunk is None or chunk <= 0 else int(chunk)
+
+
 def check_steps() -> None:
     """Raises what went wrong in steps of mode `device` that are done, whose missing rows were NaN. Waits for none."""
     for steps in tuple(_device_steps):
@@ -44,34 +49,37 @@ def check_steps() -> None:
 
 
 class HostSteps:
-    """Rows that this process reads and copies to the device: `EngineRows` that grow with the steps."""
+    """Rows that this process reads and copies to the device: `EngineRows`, anew for a step that is larger than a chunk.
+
+    The buffers are there before SGLang takes what memory is left for its KV cache.
+    """
 
     def __init__(self, table: LayerTable, within: tuple[int, int] | None = None) -> None:
-        """table: the layer's; within: as of `EngineRows`."""
+        """Takes the buffers of a chunk's tokens. table: the layer's; within: as of `EngineRows`."""
         self._table, self._within = table, within
-        self._rows: EngineRows | None = None
         self.counters = RowCounters()
+        self._rows = self._new_rows(chunk_tokens(), table.device)
         self._metrics = metrics_of(table.table.spec.name, table.store)
 
     def start(self, row_ids: torch.Tensor, device: torch.device | None = None) -> None:
         """Starts to read the rows of [T, C] row ids; they come out on `device`, by default where the ids are."""
         tokens, device = row_ids.shape[0], row_ids.device if device is None else device
         rows = self._rows
-        if rows is None or rows.tokens_max < tokens or rows.device != device:
-            tokens_max = max(TOKENS_MIN, 1 << (tokens - 1).bit_length())
-            with torch.inference_mode(False):  # buffers that any later step may fill
-                self._rows = rows = EngineRows(
-                    self._table.store, self._table.table.spec.name, tokens_max, device, self._within
-                )
-            rows.counters = self.counters
+        if rows.tokens_max < tokens or rows.device != device:
+            self._rows = rows = self._new_rows(max(rows.tokens_max, 1 << (tokens - 1).bit_length()), device)
         rows.start(row_ids)
 
     def finish(self) -> torch.Tensor:
         """Waits for the rows that were started: uint8 [T, C, row_bytes], until the next `finish`."""
-        assert self._rows is not None, "no step was started"
         rows = self._rows.finish()
         if self._metrics is not None:
             self._metrics.publish(self.counters)
+        return rows
+
+    def _new_rows(self, tokens_max: int, device: torch.device) -> EngineRows:
+        with torch.inference_mode(False):  # buffers that any later step may fill
+            rows = EngineRows(self._table.store, self._table.table.spec.name, tokens_max, device, self._within)
+        rows.counters = self.counters
         return rows
 
 
@@ -80,8 +88,7 @@ class DeviceSteps:
 
     def __init__(self, table: LayerTable, within: tuple[int, int] | None = None) -> None:
         """Takes the buffers, before anything is captured. Raises `BudgetError` if they do not fit."""
-        chunk = get_schedule().chunked_prefill_size
-        tokens_max = TOKENS_MAX if chunk is None or chunk <= 0 else min(chunk, TOKENS_MAX)
+        tokens_max = min(chunk_tokens(), TOKENS_MAX)
         self._lookup = table.store.open_rows(table.table.spec.name, tokens_max, within=within)
         self._row_bytes = table.table.spec.row_bytes
         self._rows: torch.Tensor | None = None
