@@ -146,3 +146,12 @@ def check_compared(table: Table, num_rows: int, load_format: str, layer: str) ->
             f"{layer}: the checkpoint that the engine loads has no row of table {table.spec.name} to compare with the "
             f"store's (0 of {table.spec.num_rows}), which may be another training's; {_REMEDY}"
         )
+
+
+def served(table: Table, store: Store, mode: str, layer: str, num_rows: int) -> str:
+    """Returns the line that says where a layer's rows come from; num_rows: that `check_rows` has compared."""
+    spec = table.spec
+    return (
+        f"tierstore serves {layer}: table {spec.name} of {store.name}, {spec.num_rows} rows of {spec.row_bytes} bytes, "
+        f"mode {mode}, {num_rows} rows compared with the checkpoint"
+    )

@@ -19,7 +19,7 @@ from tierstore.store.store import Store
 
 from ..gate import EngineMismatchError
 from ..settings import EngineSettings
-from ..tables import ExpectedTable, check_rows, matching_table, rows_at, sample_offsets
+from ..tables import ExpectedTable, check_rows, matching_table, rows_at, sample_offsets, served
 from .checks import DUMMY, check_config, load_format
 
 logger = logging.getLogger("sglang.tierstore")  # below the engine's logger, whose handlers show it
@@ -123,12 +123,8 @@ class LayerTable:
 
     def log_ready(self) -> None:
         """Logs the one line that says where this layer's rows come from."""
-        spec = self.table.spec
-        logger.info(
-            "tierstore serves %s: table %s of %s, %d rows of %d bytes, mode %s, %d rows compared with the checkpoint",
-            self.layer, spec.name, self.store.name, spec.num_rows, spec.row_bytes, self.settings.mode,
-            self.rows_compared,
-        )  # fmt: skip
+        served_line = served(self.table, self.store, self.settings.mode, self.layer, self.rows_compared)
+        logger.info("%s", served_line)
 
 
 def required_settings() -> EngineSettings:

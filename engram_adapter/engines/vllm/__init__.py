@@ -5,9 +5,9 @@ models whose n-gram tables are never loaded, and whose rows come from the store.
 `ConfigError` when a worker starts, which end it.
 
 `worker`: what happens when a worker starts · `checks`: what its configuration says · `qwen4_exp`, `deepseek_v41`: the
-layers · `qwen4_staging`, `deepseek_staging`: how they get into the engine · `capturing`: quiet while graphs are
-captured · `counters`, `stat_logger`: counters of the workers in the engine's metrics. Importing this imports nothing of
-vLLM and no torch.
+layers · `qwen4_staging`, `deepseek_staging`: how they get into the engine, `staging`: what these share · `capturing`:
+quiet while graphs are captured · `counters`, `stat_logger`: counters of the workers in the engine's metrics. Importing
+this imports nothing of vLLM and no torch.
 """
 
 from __future__ import annotations

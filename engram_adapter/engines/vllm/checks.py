@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..gate import EngineMismatchError
 from ..settings import EngineSettings
 from .configured import SETTINGS_KEY
@@ -30,6 +32,14 @@ def graph_tokens_max(vllm_config: Any) -> int:
     if mode is None or not mode.has_full_cudagraphs():
         return 0
     return int(compilation.max_cudagraph_capture_size or 0)
+
+
+def model_device() -> str:
+    """Returns the device that a model is built on, while it is: "cpu", or "cuda:0"."""
+    device = torch.get_default_device()
+    if device.type != "cuda":
+        return device.type
+    return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
 
 
 def check_config(vllm_config: Any) -> None:

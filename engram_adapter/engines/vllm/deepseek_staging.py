@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from ..gate import EngineMismatchError, check_attributes, check_signatures
-from ..quiet_stores import quiet_stores
+from ..rows import EngineRows
 from .capturing import quiet_captures
-from .checks import graph_tokens_max, settings_of
-from .counters import counters_of
+from .checks import settings_of
 from .deepseek_v41 import TieredEngramEmbedding
+from .staging import StagedLayers, stage_steps
 
 _ENGRAM = {
     "__init__": (
@@ -36,10 +36,6 @@ _HASH = {
         "slot_mapping", "block_table",
     )
 }  # fmt: skip
-_STATE = {
-    "__init__": ("vllm_config", "model", "encoder_cache", "device"),
-    "prepare_inputs": ("input_batch", "req_states"),
-}
 _LAYOUT = ("layer_ids", "num_embeddings", "head_dim", "primes", "offsets")  # of a layout, which only an object has
 _MODULE = "vllm.models.deepseek_v41.common.engram"
 
@@ -69,7 +65,7 @@ def replace(engine: str) -> None:
 
         create.of_tierstore = stock  # type: ignore[attr-defined]
         engram.Engram._create_embedding = create
-    _stage_steps(model_state.DeepseekV41ModelState, engine)
+    stage_steps(model_state.DeepseekV41ModelState, StagedEngrams, engine)
     quiet_captures(engine)
 
 
@@ -80,38 +76,13 @@ def restore() -> None:
         engram.Engram._create_embedding = engram.Engram._create_embedding.of_tierstore
 
 
-def _stage_steps(state_class: Any, engine: str) -> None:
-    """Has the model's state check the layers once they are loaded, and stage rows before every forward."""
-    stock_init, stock_prepare = state_class.__init__, state_class.prepare_inputs
-    if hasattr(stock_prepare, "of_tierstore"):
-        return
-    check_signatures(state_class, _STATE, engine)
+class StagedEngrams(StagedLayers):
+    """The Engram layers of a loaded DeepSeek-V4.1 model, and the one module that hashes for all of them."""
 
-    @functools.wraps(stock_init)
-    def init(self: Any, vllm_config: Any, model: torch.nn.Module, *more: Any, **named: Any) -> None:
-        stock_init(self, vllm_config, model, *more, **named)
-        self.of_tierstore = StagedEngrams(vllm_config, model)
+    _hashing: Any
 
-    @functools.wraps(stock_prepare)
-    def prepare_inputs(self: Any, input_batch: Any, req_states: Any) -> Any:
-        model_inputs = stock_prepare(self, input_batch, req_states)
-        self.of_tierstore.stage(input_batch, model_inputs)
-        return model_inputs
-
-    prepare_inputs.of_tierstore = True  # type: ignore[attr-defined]
-    state_class.__init__, state_class.prepare_inputs = init, prepare_inputs
-
-
-class StagedEngrams:
-    """The Engram layers of a loaded model that look up in a store; none if tierstore is not configured."""
-
-    def __init__(self, vllm_config: Any, model: torch.nn.Module) -> None:
-        """Finds and checks the layers. Raises `EngineMismatchError` for one that is not in use as it must be."""
-        self._layers: list[Any] = []
-        self._hashing: Any = None
-        self._graph_tokens_max = graph_tokens_max(vllm_config)
-        if settings_of(vllm_config) is None:
-            return
+    def checked_layers(self, model: torch.nn.Module) -> list[Any]:
+        """Returns the layers. Raises `EngineMismatchError` for one that is not in use as it must be."""
         modules: list[Any] = list(model.modules())
         engrams = [each for each in modules if hasattr(each, "embed_tokens") and hasattr(each, "layer_hash_index")]
         hashing = [each for each in modules if hasattr(each, "multipliers") and hasattr(each, "token_map")]
@@ -124,43 +95,28 @@ class StagedEngrams:
         for each in modules:
             if hasattr(each, "engram_dp_shared_memory"):
                 each.engram_dp_shared_memory = True  # a rank looks up its own tokens: no row ids are gathered
-        for engram in engrams:
-            embedding = engram.embed_tokens
+        embeddings = [engram.embed_tokens for engram in engrams]
+        for embedding in embeddings:
             if not isinstance(embedding, TieredEngramEmbedding) or embedding.weight.shape[0]:
                 raise EngineMismatchError(
                     f"{type(model).__name__} has a {type(embedding).__name__} of {embedding.weight.shape[0]} rows, not "
                     f"the class of tierstore without rows; use a tested version of vLLM, without other plug-ins"
                 )
             embedding.check_loaded(self._hashing)
-            self._layers.append(embedding)
-        self._counters = counters_of(vllm_config, {each.prefix: each.rows for each in self._layers})
+        return embeddings
 
-    def quiet(self) -> Any:
-        """Returns a context in which the layers' stores disturb no capture."""
-        return quiet_stores(embedding.rows.store for embedding in self._layers)
-
-    def stage(self, input_batch: Any, model_inputs: Any) -> None:
-        """Starts the lookups of a step's tokens. Waits for them if the step may be the replay of a whole graph."""
-        tokens = input_batch.num_tokens
-        for embedding in self._layers:
-            embedding.rows.check()
-            embedding.rows.is_staged = False  # a graph's replay, in which no Python ran, leaves it
-        staged = [embedding for embedding in self._layers if embedding.rows.stages]
+    def row_ids(self, input_batch: Any, model_inputs: dict[str, Any]) -> list[tuple[EngineRows, torch.Tensor]]:
+        """Returns a step's row ids, [T, C] for the rows of each layer; none in the profile run, which looks none up."""
         lookback = model_inputs.get("lookback_token_ids")
-        if not staged or not tokens or lookback is None:
-            return
-        if not self._hashing.ensure_cache():  # the profile run, in which the model looks nothing up either
-            return
+        if lookback is None or not self._hashing.ensure_cache():
+            return []
+        tokens = input_batch.num_tokens
         token_ids = input_batch.input_ids[:tokens]
         hashes = self._hashing(
             token_ids, input_batch.positions[:tokens], input_batch.query_start_loc, _is_image(token_ids), lookback,
             _is_image(lookback), None, None,
         )  # fmt: skip
-        for embedding in staged:
-            embedding.rows.stage(hashes[:, embedding.layer_hash_index])
-        if token_ids.is_cuda and tokens <= self._graph_tokens_max:
-            for embedding in staged:  # a graph's replay runs no Python
-                embedding.rows.finish()
+        return [(embedding.rows, hashes[:, embedding.layer_hash_index]) for embedding in self.embeddings]
 
 
 def _is_image(token_ids: torch.Tensor) -> torch.Tensor:

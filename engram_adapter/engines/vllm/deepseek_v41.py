@@ -20,7 +20,8 @@ from ...hash_spec import HashSpec
 from ..device_rows import rows_of
 from ..gate import EngineMismatchError
 from ..settings import EngineSettings
-from ..tables import ExpectedTable, check_compared, check_rows, matching_table, rows_at, sample_offsets
+from ..tables import ExpectedTable, check_compared, check_rows, matching_table, rows_at, sample_offsets, served
+from .checks import model_device
 
 logger = logging.getLogger("vllm.tierstore")  # below the engine's logger, whose handlers show it
 
@@ -58,7 +59,7 @@ class TieredEngramEmbedding(torch.nn.Module):
         self._rows_compared = 0
         self._load_format = str(vllm_config.load_config.load_format)
         self.settings = settings
-        self._open(vllm_config, settings.open_tables(_device_name(self.weight)), sizes)
+        self._open(vllm_config, settings.open_tables(model_device()), sizes)
 
     def _parameter(self, empty: torch.Tensor, bytes_start: int) -> torch.nn.Parameter:
         """Returns a parameter without rows, whose loader only compares; bytes_start: where its bytes lie in a row."""
@@ -162,12 +163,8 @@ class TieredEngramEmbedding(torch.nn.Module):
                     f"from the checkpoint and the tokenizer that the engine loads"
                 )
         check_compared(self.rows.table, self._rows_compared, self._load_format, where)
-        spec = self.rows.table.spec
-        logger.info(
-            "tierstore serves %s: table %s of %s, %d rows of %d bytes, mode %s, %d rows compared with the checkpoint",
-            where, spec.name, self.rows.store.name, spec.num_rows, spec.row_bytes, self.settings.mode,
-            self._rows_compared,
-        )  # fmt: skip
+        rows = self.rows
+        logger.info("%s", served(rows.table, rows.store, self.settings.mode, where, self._rows_compared))
 
 
 def dequantized(stored: torch.Tensor, dim: int) -> torch.Tensor:
@@ -179,8 +176,3 @@ def dequantized(stored: torch.Tensor, dim: int) -> torch.Tensor:
     scales = (stored[..., dim:].to(torch.int32) << 23).view(torch.float32)
     values.unflatten(-1, (dim // SCALE_BLOCK, SCALE_BLOCK)).mul_(scales.unsqueeze(-1))
     return values
-
-
-def _device_name(tensor: torch.Tensor) -> str:
-    """Returns the device that the model is built on."""
-    return f"cuda:{tensor.device.index}" if tensor.is_cuda else tensor.device.type

@@ -20,8 +20,8 @@ from tierstore.spec import codec_scale
 from ...hash_spec import HashSpec
 from ..device_rows import rows_of
 from ..gate import EngineMismatchError
-from ..tables import ExpectedTable, check_compared, check_rows, matching_table, rows_at, sample_offsets
-from .checks import settings_of
+from ..tables import ExpectedTable, check_compared, check_rows, matching_table, rows_at, sample_offsets, served
+from .checks import model_device, settings_of
 
 logger = logging.getLogger("vllm.tierstore")  # below the engine's logger, whose handlers show it
 
@@ -79,7 +79,7 @@ class TieredPle:
             (_CODECS[layer.weight.dtype],),
             self.hash_spec.fingerprint(number),
         )
-        store = settings.open_tables(_device_name())
+        store = settings.open_tables(model_device())
         table = matching_table(store, expected, self.prefix)
         if table.spec.num_heads != num_heads:
             raise EngineMismatchError(
@@ -161,16 +161,5 @@ class TieredPle:
                 f"{self.prefix}: the checkpoint's weight_scale is {float(scale)}, the store's {spec.codec}; build the "
                 f"store from the checkpoint that the engine loads"
             )
-        logger.info(
-            "tierstore serves %s: table %s of %s, %d rows of %d bytes, mode %s, %d rows compared with the checkpoint",
-            self.prefix, spec.name, self.rows.store.name, spec.num_rows, spec.row_bytes, self.settings.mode,
-            self._rows_compared,
-        )  # fmt: skip
-
-
-def _device_name() -> str:
-    """Returns the device that the model is built on."""
-    device = torch.get_default_device()
-    if device.type != "cuda":
-        return device.type
-    return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
+        rows = self.rows
+        logger.info("%s", served(rows.table, rows.store, self.settings.mode, self.prefix, self._rows_compared))

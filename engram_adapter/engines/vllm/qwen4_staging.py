@@ -7,18 +7,17 @@ for a loaded model in which the replacement is not in use.
 
 from __future__ import annotations
 
-import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ..gate import EngineMismatchError, check_attributes, check_signatures
-from ..quiet_stores import quiet_stores
+from ..rows import EngineRows
 from .capturing import quiet_captures
-from .checks import graph_tokens_max, settings_of
-from .counters import counters_of
 from .qwen4_exp import TieredPle
+from .staging import StagedLayers, stage_steps
 
 _STOCK = ("Qwen4ExpPLEPinnedHostEmbedding", "Qwen4ExpPLEDeviceEmbedding")  # with and without engram_config.cpu_offload
 _SIGNATURES = {
@@ -33,10 +32,6 @@ _SIGNATURES = {
     "dequantize": ("embeddings", "output_dtype"),
 }  # fmt: skip
 _HASH_SIGNATURES = {"compute_ngram_ids": ("input_ids", "query_start_loc", "ngram_context", "output")}
-_STATE_SIGNATURES = {
-    "__init__": ("vllm_config", "model", "encoder_cache", "device"),
-    "prepare_inputs": ("input_batch", "req_states"),
-}
 
 
 def replace(engine: str) -> None:
@@ -66,7 +61,7 @@ def replace(engine: str) -> None:
         }
         tiered = type(f"Tiered{name}", (TieredPle, stock), methods)
         custom_op.PluggableLayer.register_oot(tiered, name=name)
-    _stage_steps(model_state.Qwen4ExpModelState, engine)
+    stage_steps(model_state.Qwen4ExpModelState, StagedPles, engine)
     quiet_captures(engine)
 
 
@@ -78,66 +73,29 @@ def restore() -> None:
             del custom_op.op_registry_oot[name]
 
 
-def _stage_steps(state_class: Any, engine: str) -> None:
-    """Has the model's state check the layers once they are loaded, and stage rows before every forward."""
-    stock_init, stock_prepare = state_class.__init__, state_class.prepare_inputs
-    if getattr(stock_prepare, "of_tierstore", False):
-        return
-    check_signatures(state_class, _STATE_SIGNATURES, engine)
+class StagedPles(StagedLayers):
+    """The layers of a loaded Qwen4-Exp model, each with the module that hashes for it."""
 
-    @functools.wraps(stock_init)
-    def init(self: Any, vllm_config: Any, model: torch.nn.Module, *more: Any, **named: Any) -> None:
-        stock_init(self, vllm_config, model, *more, **named)
-        self.of_tierstore = StagedLayers(vllm_config, model)
+    _hashings: list[Any]
 
-    @functools.wraps(stock_prepare)
-    def prepare_inputs(self: Any, input_batch: Any, req_states: Any) -> Any:
-        model_inputs = stock_prepare(self, input_batch, req_states)
-        self.of_tierstore.stage(input_batch, model_inputs)
-        return model_inputs
-
-    prepare_inputs.of_tierstore = True  # type: ignore[attr-defined]
-    state_class.__init__, state_class.prepare_inputs = init, prepare_inputs
-
-
-class StagedLayers:
-    """The n-gram layers of a loaded model that look up in a store; none if tierstore is not configured."""
-
-    def __init__(self, vllm_config: Any, model: torch.nn.Module) -> None:
-        """Finds and checks the layers. Raises `EngineMismatchError` for one that is not in use as it must be."""
-        hashings: list[Any] = [each for each in model.modules() if hasattr(each, "compute_ngram_ids")]
-        self._layers = [(each, each.ngram_embedding) for each in hashings]
-        if settings_of(vllm_config) is None:
-            self._layers = []
-        elif not hashings:
+    def checked_layers(self, model: torch.nn.Module) -> list[Any]:
+        """Returns the layers. Raises `EngineMismatchError` for one that is not in use as it must be."""
+        self._hashings = [each for each in model.modules() if hasattr(each, "compute_ngram_ids")]
+        if not self._hashings:
             raise EngineMismatchError(f"{type(model).__name__} has no n-gram layer, its configuration names some")
-        for hashing, embedding in self._layers:
+        embeddings = [hashing.ngram_embedding for hashing in self._hashings]
+        for hashing, embedding in zip(self._hashings, embeddings, strict=True):
             if not isinstance(embedding, TieredPle):
                 raise EngineMismatchError(
                     f"{type(model).__name__} has a {type(embedding).__name__}, not the class of tierstore that was "
                     f"registered for it; use a tested version of vLLM, without other plug-ins for this layer"
                 )
             embedding.check_loaded(hashing)
-        self._graph_tokens_max = graph_tokens_max(vllm_config)
-        self._counters = counters_of(vllm_config, {each.prefix: each.rows for _, each in self._layers})
+        return embeddings
 
-    def quiet(self) -> Any:
-        """Returns a context in which the layers' stores disturb no capture."""
-        return quiet_stores(embedding.rows.store for _, embedding in self._layers)
-
-    def stage(self, input_batch: Any, model_inputs: Any) -> None:
-        """Starts the lookups of a step's tokens. Waits for them if the step may be the replay of a whole graph."""
-        tokens = input_batch.num_tokens
-        for _, embedding in self._layers:
-            embedding.rows.check()
-            embedding.rows.is_staged = False  # a graph's replay, in which no Python ran, leaves it
-        staged = [(hashing, embedding.rows) for hashing, embedding in self._layers if embedding.rows.stages]
-        if not staged or not tokens:
-            return
-        token_ids = model_inputs.get("input_ids", input_batch.input_ids)[:tokens]
+    def row_ids(self, input_batch: Any, model_inputs: dict[str, Any]) -> Iterator[tuple[EngineRows, torch.Tensor]]:
+        """Yields a step's row ids, [T, H] for the rows of each layer."""
+        token_ids = model_inputs.get("input_ids", input_batch.input_ids)[: input_batch.num_tokens]
         arguments = (token_ids, model_inputs["query_start_loc"], model_inputs["ngram_context"])
-        for hashing, rows in staged:
-            rows.stage(hashing.compute_ngram_ids(*arguments))
-        if token_ids.is_cuda and tokens <= self._graph_tokens_max:
-            for _, rows in staged:  # a graph's replay runs no Python
-                rows.finish()
+        for hashing in self._hashings:
+            yield hashing.ngram_embedding.rows, hashing.compute_ngram_ids(*arguments)
