@@ -7,11 +7,12 @@ STAMP := $(VENV)/installed
 CPP_SOURCES := $(wildcard $(addsuffix /*.[ch]*,kernels/cpu tests/kernels/cpp tools/bench/bare))
 SOURCES := $(wildcard kernels/cpu/*) setup.py setup.cfg pyproject.toml requirements.txt
 
-# Tests in one process more than there are cores, since many wait; a file's tests share one, for what its fixtures make.
-# `make check WORKERS=0`: in this process. Byte code is kept, whatever the environment says: many processes start.
+# Tests in two processes a core, since many wait; a file's tests share one, for what its fixtures make.
+# `make check WORKERS=0`: in this process. Byte code is kept, whatever the environment says: many processes start. torch
+# takes one thread in each: more would wait for each other in busy loops, at four times the processor time.
 export PYTHONDONTWRITEBYTECODE :=
-PYTEST := $(BIN)/python -m pytest
-WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS ?= $(shell echo $$((2 * $$(nproc))))
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 .PHONY: install check test test-all lint types fast suite programs cases sanitize soak engines demo bench wheel clean
