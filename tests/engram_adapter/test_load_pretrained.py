@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import itertools
 import json
 import mmap
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.marks import slow_but
 
 import tierstore
 from engram_adapter import RowIdEmbedding, build_checkpoint, load_pretrained
@@ -66,8 +68,14 @@ def test_a_loaded_model_is_of_its_own_class_and_has_no_table(loaded: Any) -> Non
     assert not any(isinstance(module, RowIdEmbedding) for module in fresh.modules())
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("way", ["greedy", "beam", "padded"])
+@pytest.mark.parametrize(
+    ("way", "cache"),
+    slow_but(
+        [("greedy", "static"), ("beam", "dynamic"), ("padded", "dynamic")],
+        itertools.product(["greedy", "beam", "padded"], ["dynamic", "static"]),
+        several=True,
+    ),
+)
 def test_logits_and_generations_are_the_resident_models(resident: Any, loaded: Any, way: str, cache: str) -> None:
     token_ids = prompts(2, 11, seed=4)
     mask = torch.ones_like(token_ids)

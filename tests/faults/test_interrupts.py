@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.marks import slow_but
 from support.text_store import TextStore, good, write_trace
 
 import tierstore
@@ -250,7 +251,7 @@ def moments(name: str, whole_s: float) -> Iterator[float]:
         yield rng.uniform(0, whole_s)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+@pytest.mark.parametrize("command", slow_but([build, profile, plan], COMMANDS), ids=lambda command: command.__name__)
 def test_a_signal_at_any_moment_ends_a_command_quietly_and_leaves_nothing_unfinished(
     place: Place, script: Path, command: Command
 ) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.marks import slow_but
 from support.repository import SUPPORT
 from support.shapes import HEADS, ROW_BYTES
 from support.stores import Model, random_keys
@@ -198,7 +199,9 @@ def test_a_lookup_ends_when_its_time_is_over_and_leaves_its_buffer_alone(
     assert (out == 0x3C).all()
 
 
-@pytest.mark.parametrize("how", ["lookup", "rows", "whole rows", "submit", "submit rows"])
+@pytest.mark.parametrize(
+    "how", slow_but(["lookup", "submit rows"], ["lookup", "rows", "whole rows", "submit", "submit rows"])
+)
 def test_a_buffer_is_its_owners_again_when_the_call_was_interrupted(
     slow: tierstore.Store, model: Model, handling: Any, how: str
 ) -> None:

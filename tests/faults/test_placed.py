@@ -213,6 +213,7 @@ def test_details_that_do_not_fit_are_named_before_the_work(own_store: Path) -> N
     assert list((own_store / "placements").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_many_tables_are_planned_by_the_keys_of_a_running_store(tmp_path: Path) -> None:
     """What was expected of a hundred tables did not fit the placement's head, and the plan ended in an error."""
     rng = np.random.default_rng(0)

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pytest
 from support.shapes import HEADS, POISON, ROW_BYTES
 from support.stores import Model, random_keys
 
@@ -17,6 +18,7 @@ LOOKUPS = 1250  # of each thread: 8 * 1,250 * 100 tokens are a million
 POOL_TOKENS = 3000
 
 
+@pytest.mark.slow
 def test_a_million_lookups_by_eight_threads_are_all_right(built: Path, model: Model) -> None:
     pool = random_keys(np.random.default_rng(0), POOL_TOKENS)
     expected = {name: model.expected(name, pool) for name in ("layers.1", "layers.14")}

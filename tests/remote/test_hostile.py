@@ -19,6 +19,7 @@ import grpc
 import numpy as np
 import psutil
 import pytest
+from support.marks import slow_but
 from support.remote_servers import serving_process
 from support.stores import Model, random_keys
 
@@ -197,7 +198,7 @@ def bodies(identity: bytes, seed: int) -> Iterator[bytes]:
         yield bytes(body)
 
 
-@pytest.mark.parametrize("method", [*UNARY, *STREAMED])
+@pytest.mark.parametrize("method", slow_but(["Rows", "LookupStream"], [*UNARY, *STREAMED]))
 def test_random_and_damaged_requests(watched: Watched, method: str) -> None:
     """Each is answered or refused for a reason; none is a fault of the server's own."""
     refusals = {

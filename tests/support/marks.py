@@ -67,7 +67,7 @@ MARKS: dict[str, tuple[str, ...]] = {
     "offline/test_repair": ("long",),
     "remote": ("daemon",),
     "test_cases": ("process",),
-    "test_wheel": ("process",),
+    "test_wheel": ("process", "slow"),
     "tiers/test_hbm": ("gpu",),
     "tiers/test_hbm_quiet": ("gpu",),
     "tiers/test_hbm_rows": ("gpu",),

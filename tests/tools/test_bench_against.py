@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from support.marks import slow_but
 from support.repository import REPOSITORY
 
 from tierstore.errors import ConfigError
@@ -33,7 +34,7 @@ def bench(folder: Path, *arguments: object) -> Any:
     return CliRunner().invoke(cli, ["bench", *map(str, arguments), "--folder", str(folder), "--size", "16MiB"])
 
 
-@pytest.mark.parametrize("name", against.NAMES)
+@pytest.mark.parametrize("name", slow_but(["cold", "serve"], against.NAMES))
 def test_this_build_is_measured_beside_another_in_pairs_of_processes(folder: Path, name: str) -> None:
     file = folder / f"{name}.json"
     result = bench(folder, name, "--against", REPOSITORY, "--pairs", 1, "--json", file)

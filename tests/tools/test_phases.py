@@ -77,7 +77,8 @@ def test_an_error_ends_it_without_a_word_of_success(said: list[str]) -> None:
     assert "tierstore-progress" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_threads_may_tell_at_once(said: list[str]) -> None:
+def test_threads_may_tell_at_once(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SILENCE_S", WAIT_S)
     with Phases({"replaying": "simulations"}) as phases:
         threads = [threading.Thread(target=phases, args=("replaying", done, 64)) for done in range(65)]
         for thread in threads:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.device import DEVICE
+from support.marks import slow_but
 from support.text_store import ORDERS, TABLE_BYTES, TABLES, TextStore, good, good_json, write_trace
 
 import tierstore
@@ -67,7 +68,10 @@ def measured_rates(
     return rates
 
 
-@pytest.mark.parametrize(("dram", "nvme", "batch_tokens"), [(DRAM, 0, 1), (DRAM, 4 << 20, 16), (2 * DRAM, 0, 256)])
+@pytest.mark.parametrize(
+    ("dram", "nvme", "batch_tokens"),
+    slow_but([(DRAM, 4 << 20, 16)], [(DRAM, 0, 1), (DRAM, 4 << 20, 16), (2 * DRAM, 0, 256)], several=True),
+)
 def test_what_is_predicted_for_held_out_documents_is_what_the_store_then_measures(
     text: TextStore, own: Path, dram: int, nvme: int, batch_tokens: int
 ) -> None:
@@ -141,6 +145,7 @@ def test_where_dram_holds_whole_tables_a_plan_places_what_goes_to_hbm(text: Text
     assert read_catalog(own).epoch is None
 
 
+@pytest.mark.slow
 def test_packed_entries_beyond_all_that_were_counted_cost_no_memory(text: TextStore, own: Path) -> None:
     """Room was set aside for an index of entries that there are not: with a generous size none was static any more."""
     some, all_of_them, more = (
