@@ -67,7 +67,7 @@ CASES = (
     Case("prefill in one piece", engine=WHOLE),
     Case("prefix caching, second round of the same prompts", engine=SHARED, run={"prompts": "prefix", "rounds": 2}),
     Case("prefix caching off, the same prompts", engine=SHARED | {"enable_prefix_caching": False},
-         run={"prompts": "prefix", "rounds": 2}),
+         run={"prompts": "prefix", "max_tokens": 1}),
     Case("speculative decoding by ngrams", engine=NGRAM, run={"prompts": "repeats", "max_tokens": 8}),
     Case("tensor parallel 2, by gloo", engine={"tensor_parallel_size": 2}, variables=PROCESSES),
     Case("fp8 rows", dtype="fp8", version="0.33.0"),
