@@ -54,7 +54,7 @@ TRACE_HELP = "For trace: a .trace of tokens, .npy of int32 or int64, or .zst of 
     help="Compare with another build, in turn: a checkout with its extension built, or a virtual environment.",
 )
 @click.option("--pairs", type=click.IntRange(min=1), help="How often each pair is run.  [default: 7; --against: 15]")
-@click.option("--threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Callers on every side.")
+@click.option("--threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Threads on every side.")
 @click.option(
     "--tokens",
     type=click.IntRange(min=1),

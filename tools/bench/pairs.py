@@ -27,7 +27,7 @@ WARM_UP_ROUNDS = 1  # rounds that are run first and not counted
 class Options:
     """What the command line gives every benchmark; None: the benchmark's own default.
 
-    size_bytes: of the table. pairs: rounds that count. threads: callers on every side. tokens: in a batch. budgets: of
+    size_bytes: of the table. pairs: rounds that count. threads: of every side. tokens: in a batch. budgets: of
     DRAM; only `trace` takes more than one. rows: table sizes of `scale`. trace, trace_tokens: a file of token
     ids, and how many of them. device: of the model of `overlap`, as torch names it.
     """

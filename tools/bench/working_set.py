@@ -25,9 +25,17 @@ FILL_ROUNDS_MAX = 8
 class WorkingSet:
     """An open store and the tokens that it holds whole: `keys`, int64 [N, O]. Use it in a `with`."""
 
-    def __init__(self, made: MadeStore, set_bytes: int, dram_bytes: int | None = None, *, io: str = "auto") -> None:
+    def __init__(
+        self,
+        made: MadeStore,
+        set_bytes: int,
+        dram_bytes: int | None = None,
+        *,
+        io: str = "auto",
+        threads: int | None = None,
+    ) -> None:
         """Opens the store and looks tokens up until `set_bytes` of entries are held. Blocks:
-        reads every row once or twice."""
+        reads every row once or twice. io, threads: as of `tierstore.open`."""
         self.made = made
         wanted = max(1, set_bytes // (stores.ROWS_PER_TOKEN * stores.ROW_BYTES))
         self.dram_bytes = dram_bytes or max(int(set_bytes * DRAM_FACTOR), 1 << 20)
@@ -36,7 +44,7 @@ class WorkingSet:
                 f"a budget of {self.dram_bytes} bytes holds the whole table of {made.spec.table_bytes} bytes; "
                 f"give a larger --size or less --dram"
             )
-        self.store = tierstore.open(made.path, dram=self.dram_bytes, io=io)
+        self.store = tierstore.open(made.path, dram=self.dram_bytes, io=io, threads=threads)
         try:
             self.table = self.store[stores.TABLE]
             self._out = stores.rows_buffer(FILL_TOKENS)
@@ -100,6 +108,20 @@ class WorkingSet:
             part = self.table.lookup(self.keys[start : start + step])
             rows[:, start : start + len(part)] = part.transpose(1, 0, 2)
         return rows.reshape(-1, stores.ROW_BYTES)
+
+    def resident_entries(self) -> np.ndarray:
+        """Returns the set's entries as one table, uint8 [O * N, H * R]: row o * N + n is entry o of token n."""
+        num_tokens, num_orders = len(self.keys), len(stores.ORDERS)
+        entries = np.empty((num_orders, num_tokens, stores.ENTRY_BYTES), dtype=np.uint8)
+        step = 4096
+        for start in range(0, num_tokens, step):
+            part = self.table.lookup(self.keys[start : start + step]).reshape(-1, num_orders, stores.ENTRY_BYTES)
+            entries[:, start : start + len(part)] = part.transpose(1, 0, 2)
+        return entries.reshape(-1, stores.ENTRY_BYTES)
+
+    def entry_ids(self, places: np.ndarray) -> np.ndarray:
+        """Returns the ids, int64 [N, O], in `resident_entries` of the entries of tokens at `places`."""
+        return np.arange(len(stores.ORDERS)) * len(self.keys) + places[:, None]
 
     def resident_ids(self, places: np.ndarray) -> np.ndarray:
         """Returns the ids, int64 [N, O * H], in `resident_rows` of the rows of tokens at `places`."""

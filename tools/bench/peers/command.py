@@ -39,7 +39,7 @@ def run(folder: Path, options: Options) -> Result:
     made = stores.make_store(folder, size_bytes // stores.ROW_BYTES)
     page_cache.bring_in(made.files)
     result = Result("")
-    with WorkingSet(made, int(size_bytes * SET_FRACTION), options.dram_bytes) as held:
+    with WorkingSet(made, int(size_bytes * SET_FRACTION), options.dram_bytes, threads=options.threads) as held:
         data = PeerRows(held.resident_rows(), len(held.keys))
         result.title = f"peers, {format_bytes(data.rows.nbytes)} of rows, {len(held.keys):,} tokens"
         tokens = options.tokens or TOKENS
