@@ -608,6 +608,8 @@ class Engine:
         mode: str,
         use_process_madvise: bool,
         num_readers: int,
+        num_threads: int,
+        part_bytes: int,
         depth: int,
         assembly_bytes: int,
         pread_threads: int,
@@ -623,6 +625,8 @@ class Engine:
             mode: "uring", "mmap" or "pread".
             use_process_madvise: Whether "mmap" asks for read-ahead in batches.
             num_readers: Page readers: lookups that read at once.
+            num_threads: That copy what memory holds of one large lookup, the caller's included, from 1 on.
+            part_bytes: Of output: what each of these copies at a time; a lookup of four such parts is large.
             depth: Pages in flight of a page reader, 1 to 4,096.
             assembly_bytes: Of a page reader's buffer in which entries are put together; an entry fits.
             pread_threads: Of "pread", and of what the other modes cannot read.

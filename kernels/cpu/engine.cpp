@@ -1,5 +1,6 @@
 #include "engine.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <mutex>
@@ -18,19 +19,28 @@ using Clock = std::chrono::steady_clock;
 constexpr std::chrono::milliseconds kLookAgain{2};  // how often a closer looks whether all uses have ended
 constexpr auto kRelaxed = std::memory_order_relaxed;
 
+// A larger output would only push out of the caches what is copied next; a smaller one is read again soon.
+constexpr size_t kStreamedBytes = 4 << 20;
+
+constexpr size_t kPartsMin = 4;  // of a list for which the crew is woken
+
 }  // namespace
 
 Engine::Engine(std::vector<Table> tables, const EngineShape& shape)
     : tables_(std::move(tables)),
       shape_(shape),
-      runtime_(std::make_unique<Runtime>(shape.num_readers)),
+      runtime_(std::make_unique<Runtime>(shape.num_readers, shape.num_threads)),
       gate_(shape.epochs == nullptr
                 ? std::make_unique<EpochGate>()
                 : std::make_unique<EpochGate>(shape.epochs, shape.version,
                                               &ClientBlock::of(shape.client_block)->active[0].value,
                                               &ClientBlock::of(shape.client_block)->active[1].value)) {
   if (shape.reports) reports_ = std::make_unique<ReportWriter>(shape.client_block);
-  for (const Table& table : tables_) table_counters.emplace_back(table.num_orders);
+  for (Table& table : tables_) {
+    table_counters.emplace_back(table.num_orders);
+    for (ShardFile& shard : table.shards) number(shard);
+    number(table.statics.placed.file);
+  }
   while (runtime_->readers.size() < shape.num_readers && make_reader())
     continue;  // now, so that it is known whether they all are there
   if (runtime_->readers.empty()) throw std::runtime_error("no reader: out of memory, descriptors or locked memory");
@@ -45,34 +55,82 @@ size_t Engine::num_readers() const {
   return runtime_->readers.size();
 }
 
+size_t Engine::num_registered_readers() const {
+  const std::lock_guard<std::mutex> lock(runtime_->mutex);
+  return static_cast<size_t>(std::count_if(runtime_->readers.begin(), runtime_->readers.end(),
+                                           [](const auto& reader) { return reader->is_registered(); }));
+}
+
+void Engine::number(ShardFile& file) {
+  file.number = static_cast<uint32_t>(files_.size());
+  files_.push_back(&file);
+}
+
 size_t Engine::num_free_readers() const {
   const std::lock_guard<std::mutex> lock(runtime_->mutex);
   return runtime_->free.size();
 }
 
+// Copies what memory holds of a list, which may be a part of a request's.
+Found Engine::gather_part(const EpochView& view, size_t index, const PairList& list, const Output& out, bool streamed,
+                          std::vector<Miss>& misses, int64_t& bad_page) {
+  const Table& table = tables_[index];
+  if (table.resident != nullptr) return gather_resident(table, list, out, bad_page);
+  std::optional<ReportSink> reports;
+  if (reports_ != nullptr) reports.emplace(*reports_, static_cast<uint16_t>(index));
+  return gather_cached(table, view.epoch, static_cast<uint16_t>(index), list, out, streamed, misses,
+                       reports ? &*reports : nullptr);
+}
+
+// The same, by the crew where there is enough to do.
+Found Engine::gather_shared(const EpochView& view, size_t index, const PairList& list, const Output& out,
+                            Gathered& gathered) {
+  const Table& table = tables_[index];
+  struct Part {
+    PairList list;
+    Found found;
+    std::vector<Miss> misses;
+    int64_t bad_page = -1;
+  };
+  Crew& crew = runtime_->crew;
+  const size_t num_bytes = list.count * table.entry_bytes();
+  const bool streamed = num_bytes > kStreamedBytes;
+  const size_t parts_max = num_bytes / shape_.part_bytes;
+  int64_t bad_page = -1;
+  Found found;
+  if (crew.num_threads() < 2 || parts_max < kPartsMin) {
+    found = gather_part(view, index, list, out, streamed, gathered.misses, bad_page);
+  } else {
+    const size_t whole = list.pairs != nullptr ? 1 : table.num_orders;
+    const size_t num_wholes = list.count / whole;
+    const size_t pairs_each = (num_wholes + parts_max - 1) / parts_max * whole;
+    std::vector<Part> parts((list.count + pairs_each - 1) / pairs_each);
+    crew.run(parts.size(), [&](size_t number) {
+      Part part{list.part(number * pairs_each, pairs_each), {}, {}, -1};
+      part.found = gather_part(view, index, part.list, out, streamed, part.misses, part.bad_page);
+      parts[number] = std::move(part);
+    });
+    for (const Part& part : parts) {
+      found.add(part.found);
+      gathered.misses.insert(gathered.misses.end(), part.misses.begin(), part.misses.end());
+      if (bad_page < 0) bad_page = part.bad_page;
+    }
+  }
+  if (bad_page >= 0) gathered.fault = {FaultKind::kBadPage, static_cast<uint32_t>(index), bad_page, kPageBadChecksum};
+  return found;
+}
+
 bool Engine::gather(const EpochView& view, size_t index, const PairList& list, const Output& out, Gathered& gathered) {
   const Table& table = tables_[index];
   const size_t first_miss = gathered.misses.size();
+  const bool may_change = table.resident == nullptr;
   Found found;
-  if (table.resident != nullptr) {
-    int64_t bad_page = -1;
-    found = gather_resident(table, list, out, bad_page);
-    if (bad_page >= 0) gathered.fault = {FaultKind::kBadPage, static_cast<uint32_t>(index), bad_page, kPageBadChecksum};
-  } else {
-    std::optional<ReportSink> reports;
-    if (reports_ != nullptr) reports.emplace(*reports_, static_cast<uint16_t>(index));
-    bool holds = view.alive;
-    if (holds) {
-      found = gather_cached(table, view.epoch, static_cast<uint16_t>(index), list, out, gathered.misses,
-                            reports ? &*reports : nullptr);
-      holds = gate_->holds(view);
-    }
-    if (!holds) {
-      gathered.misses.resize(first_miss);
-      found = gather_nothing(table, static_cast<uint16_t>(index), list, out, gathered.misses);
-    }
-    table.cache->count_accesses(list.count);
+  if (view.alive || !may_change) found = gather_shared(view, index, list, out, gathered);
+  if (may_change && !(view.alive && gate_->holds(view))) {
+    gathered.misses.resize(first_miss);
+    found = gather_nothing(table, static_cast<uint16_t>(index), list, out, gathered.misses);
   }
+  if (may_change) table.cache->count_accesses(list.count);
   if (!found.good) return false;
   uint64_t misses_of[kOrdersMax] = {}, sentinels = 0;
   for (size_t i = first_miss; i < gathered.misses.size(); ++i) ++misses_of[gathered.misses[i].order];
@@ -189,6 +247,7 @@ bool Engine::close(double limit_s) {
   runtime.work_came.notify_all();
   for (std::thread& worker : runtime.workers) worker.join();
   runtime.workers.clear();
+  runtime.crew.stop();
   runtime.free.clear();
   runtime.readers.clear();
   runtime.pool.reset();
@@ -199,7 +258,7 @@ bool Engine::close(double limit_s) {
 }
 
 void Engine::before_fork() {
-  next_runtime_ = std::make_unique<Runtime>(shape_.num_readers);
+  next_runtime_ = std::make_unique<Runtime>(shape_.num_readers, shape_.num_threads);
   runtime_->mutex.lock();
   for (Table& table : tables_) {
     if (table.cache) table.cache->writer().lock();

@@ -25,6 +25,7 @@
 
 #include "epochs.h"
 #include "faults.h"
+#include "gather.h"
 #include "job.h"
 #include "page_reader.h"
 #include "reports.h"
@@ -38,6 +39,8 @@ struct EngineShape {
   ReadMode mode;
   bool use_process_madvise;
   size_t num_readers;
+  size_t num_threads;  // that copy what memory holds of one large lookup, the caller's included
+  size_t part_bytes;   // of output: what each of them copies at a time
   size_t pread_threads;
   size_t jobs_max;  // submitted and not done; beyond it, submit waits
   double wait_s;    // the longest that anything here waits for the disk or for a page reader
@@ -151,6 +154,8 @@ class Engine {
   // free.
   size_t num_readers() const;
   size_t num_free_readers() const;
+  // How many of them have files and memory registered with the kernel.
+  size_t num_registered_readers() const;
 
   // Copies what memory holds of a table's pairs, pair i to entry list.first + i of out, and appends the rest to the
   // misses. Returns false, with `out` undefined and nothing counted, if a key or a pair is not one of the table's.
@@ -199,6 +204,10 @@ class Engine {
  private:
   struct Runtime;
 
+  Found gather_part(const EpochView& view, size_t table, const PairList& list, const Output& out, bool streamed,
+                    std::vector<Miss>& misses, int64_t& bad_page);
+  Found gather_shared(const EpochView& view, size_t table, const PairList& list, const Output& out, Gathered& gathered);
+  void number(ShardFile& file);
   void count_rows(size_t table, const PairList& ids, bool of_tokens);
 
   PageReader* acquire_reader(int wait_ms, Fault& why);
@@ -214,6 +223,7 @@ class Engine {
   void carry(PageReader* reader, Job& job);
 
   std::vector<Table> tables_;
+  std::vector<const ShardFile*> files_;  // of all tables, each numbered
   const EngineShape shape_;
   std::unique_ptr<Runtime> runtime_;
   std::unique_ptr<Runtime> next_runtime_;  // of a forked child, while one is made

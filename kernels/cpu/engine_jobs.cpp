@@ -150,7 +150,7 @@ bool Engine::make_reader() {
   try {
     std::unique_ptr<PageQueue> queue;
     if (shape_.mode == ReadMode::kUring) {
-      queue = make_uring_queue(shape_.reader.depth);
+      queue = make_uring_queue(shape_.reader.depth, files_);
     } else if (shape_.mode == ReadMode::kMmap) {
       queue = make_mmap_queue(shape_.reader.depth, shape_.use_process_madvise);
     } else {

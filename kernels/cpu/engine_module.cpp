@@ -29,12 +29,14 @@ PyEngine& py_engine_of(py::handle object) {
 }  // namespace
 
 PyEngine::PyEngine(const std::vector<TableRecord>& records, const std::string& mode, bool use_process_madvise,
-                   size_t num_readers, size_t depth, size_t assembly_bytes, size_t pread_threads, size_t jobs_max,
-                   double wait_s, const py::object& shared, py::object make_fault)
+                   size_t num_readers, size_t num_threads, size_t part_bytes, size_t depth, size_t assembly_bytes,
+                   size_t pread_threads, size_t jobs_max, double wait_s, const py::object& shared,
+                   py::object make_fault)
     : fault_names_(std::move(make_fault)), num_readers_(num_readers), mode_(mode_of(mode)) {
-  require(num_readers >= 1 && depth >= 1 && depth <= 4096 && pread_threads >= 1 && jobs_max >= 1,
+  require(num_readers >= 1 && num_threads >= 1 && part_bytes >= 1 && depth >= 1 && depth <= 4096 &&
+              pread_threads >= 1 && jobs_max >= 1,
           "limits are at least 1");
-  EngineShape shape{mode_,  use_process_madvise,       num_readers, pread_threads, jobs_max,
+  EngineShape shape{mode_,  use_process_madvise,       num_readers, num_threads, part_bytes, pread_threads, jobs_max,
                     wait_s, {depth, 0, assembly_bytes}};
   std::vector<Table> tables;
   for (const TableRecord& record : records) {
@@ -116,6 +118,9 @@ std::vector<std::tuple<std::string, size_t, size_t>> PyEngine::shortfalls() cons
     for (const ShardFile& shard : table.shards) count(shard);
     count(table.statics.placed.file);
   }
+  const size_t registered = engine_->num_registered_readers();
+  if (registered < engine_->num_readers())
+    found.emplace_back("readers with registered files and memory", registered, engine_->num_readers());
   if (mode_ == ReadMode::kMmap && mapped < files) found.emplace_back("memory maps of shards", mapped, files);
   return found;
 }
@@ -171,10 +176,10 @@ void bind_engine(py::module_& module) {
   bind_ticket(module);
   py::class_<PyEngine>(module, "Engine", py::module_local())
       .def(py::init<const std::vector<TableRecord>&, const std::string&, bool, size_t, size_t, size_t, size_t, size_t,
-                    double, const py::object&, py::object>(),
+                    size_t, size_t, double, const py::object&, py::object>(),
            py::arg("tables"), py::kw_only(), py::arg("mode"), py::arg("use_process_madvise"), py::arg("num_readers"),
-           py::arg("depth"), py::arg("assembly_bytes"), py::arg("pread_threads"), py::arg("jobs_max"),
-           py::arg("wait_s"), py::arg("shared"), py::arg("make_fault"))
+           py::arg("num_threads"), py::arg("part_bytes"), py::arg("depth"), py::arg("assembly_bytes"),
+           py::arg("pread_threads"), py::arg("jobs_max"), py::arg("wait_s"), py::arg("shared"), py::arg("make_fault"))
       .def("try_lookup", &PyEngine::try_lookup)
       .def("lookup", &PyEngine::lookup, py::arg("index"), py::arg("keys"), py::arg("out"),
            py::arg("sources") = py::none(), py::arg("seconds") = py::none())

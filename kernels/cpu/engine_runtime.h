@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "crew.h"
 #include "engine.h"
 #include "line.h"
 
@@ -23,7 +24,7 @@ inline std::chrono::steady_clock::duration clock_seconds(double count) {
 struct Engine::Runtime {
   using Clock = std::chrono::steady_clock;
 
-  explicit Runtime(size_t num_readers) : readers_max(num_readers) {
+  Runtime(size_t num_readers, size_t num_threads) : crew(num_threads), readers_max(num_readers) {
     readers.reserve(num_readers);
     free.reserve(num_readers);
     workers.reserve(num_readers);
@@ -31,6 +32,7 @@ struct Engine::Runtime {
 
   bool reader_there() const { return !free.empty() || (readers.size() < readers_max && Clock::now() >= make_again); }
 
+  Crew crew;         // of large lookups of what memory holds
   std::mutex mutex;  // guards everything below; `pool` and the readers themselves are used without it
   std::condition_variable reader_freed, work_came, job_ended, use_ended;
   std::unique_ptr<PreadPool> pool;

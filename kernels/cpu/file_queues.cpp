@@ -73,7 +73,7 @@ class MmapQueue : public PageQueue {
     flush();
   }
 
-  void reap(std::vector<PageDone>& done, int) noexcept override {
+  void reap(std::vector<PageDone>& done, size_t, int) noexcept override {
     if (count_ == 0) return;
     const PageRead read = reads_[first_];
     first_ = (first_ + 1) % reads_.size();
@@ -191,7 +191,7 @@ class PreadQueue : public PageQueue {
     }
   }
 
-  void reap(std::vector<PageDone>& done, int timeout_ms) noexcept override {
+  void reap(std::vector<PageDone>& done, size_t, int timeout_ms) noexcept override {
     if (PoolTask* task = own_line_.pop()) {
       const PageRead& read = task->read;
       const int error = read_whole(read.shard->buffered_fd, read.to, read.num_bytes, read.byte_start);

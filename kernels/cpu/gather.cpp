@@ -17,9 +17,6 @@ constexpr size_t kRing = 64;
 static_assert((kRing & (kRing - 1)) == 0 && kRing > kBucketsAhead + kSetsAhead + kEntriesAhead,
               "slots of the pipeline must not meet");
 
-// A larger output would only push out of the caches what is copied next; a smaller one is read again soon.
-constexpr size_t kStreamedBytes = 4 << 20;
-
 void copy_row(const uint8_t* from, uint8_t* to, size_t row_bytes) {
   if (from == nullptr) {  // a zero row
     std::memset(to, 0, row_bytes);
@@ -96,7 +93,7 @@ int64_t copy_resident(const Table& table, size_t num_rows, uint8_t* out, RowId r
 // probe that, and ask for the entry; copy. Without a static set the first stage falls away.
 template <bool kSources>
 Found gather_in_stages(const Table& table, uint64_t epoch, uint16_t table_index, const PairList& list,
-                       const Output& output, std::vector<Miss>& misses, ReportSink* reports) {
+                       const Output& output, bool past_caches, std::vector<Miss>& misses, ReportSink* reports) {
   struct Pair {
     const IndexBucket* bucket;
     const CacheSet* set;
@@ -124,8 +121,7 @@ Found gather_in_stages(const Table& table, uint64_t epoch, uint16_t table_index,
   for (size_t i = 0; buckets_ahead > 0 && i < table.num_orders; ++i) placed_keys[i] = statics.areas[epoch & 1].order(i);
   const size_t sets_ahead = buckets_ahead + std::min(kSetsAhead, num_pairs);
   const size_t entries_ahead = sets_ahead + std::min(kEntriesAhead, num_pairs);
-  const bool streamed = num_pairs * entry_bytes > kStreamedBytes &&
-                        (reinterpret_cast<uintptr_t>(out) | entry_bytes) % kStreamAlignment == 0;
+  const bool streamed = past_caches && (reinterpret_cast<uintptr_t>(out) | entry_bytes) % kStreamAlignment == 0;
   uint8_t order = 0;
   for (size_t i = 0; i < num_pairs + entries_ahead; ++i) {
     if (i < num_pairs) {
@@ -192,10 +188,10 @@ Found gather_in_stages(const Table& table, uint64_t epoch, uint16_t table_index,
 }  // namespace
 
 Found gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, const PairList& list, const Output& out,
-                    std::vector<Miss>& misses, ReportSink* reports) {
+                    bool streamed, std::vector<Miss>& misses, ReportSink* reports) {
   // Apart, because nearly all lookups want no sources, and noting them costs a few percent.
-  return out.sources == nullptr ? gather_in_stages<false>(table, epoch, table_index, list, out, misses, reports)
-                                : gather_in_stages<true>(table, epoch, table_index, list, out, misses, reports);
+  const auto gather = out.sources == nullptr ? gather_in_stages<false> : gather_in_stages<true>;
+  return gather(table, epoch, table_index, list, out, streamed, misses, reports);
 }
 
 Found gather_nothing(const Table& table, uint16_t table_index, const PairList& list, const Output& out,

@@ -20,12 +20,21 @@ namespace tierstore {
 struct Found {
   uint64_t pairs[kOrdersMax] = {}, sentinels[kOrdersMax] = {}, static_hits[kOrdersMax] = {};
   bool good = true;  // whether all keys and pairs are the table's; entries of others are zeros
+
+  void add(const Found& other) {
+    for (size_t order = 0; order < kOrdersMax; ++order) {
+      pairs[order] += other.pairs[order];
+      sentinels[order] += other.sentinels[order];
+      static_hits[order] += other.static_hits[order];
+    }
+    good &= other.good;
+  }
 };
 
-// From the epoch's static set and the cache. Appends the pairs that neither holds to `misses`. reports: where to
-// report what was asked for; null: nowhere.
+// From the epoch's static set and the cache. Appends the pairs that neither holds to `misses`. streamed: the output
+// should go past the caches, where its alignment allows. reports: where to report what was asked for; null: nowhere.
 Found gather_cached(const Table& table, uint64_t epoch, uint16_t table_index, const PairList& list, const Output& out,
-                    std::vector<Miss>& misses, ReportSink* reports);
+                    bool streamed, std::vector<Miss>& misses, ReportSink* reports);
 
 // The same if nothing in memory may be read: all keys are misses.
 Found gather_nothing(const Table& table, uint16_t table_index, const PairList& list, const Output& out,

@@ -33,10 +33,15 @@ struct PairList {
 
   int64_t key(size_t i) const { return __atomic_load_n(keys + i, __ATOMIC_RELAXED); }
   int32_t pair(size_t i) const { return __atomic_load_n(pairs + i, __ATOMIC_RELAXED); }
+
+  // At most `size` of its pairs, from `start` on.
+  PairList part(size_t start, size_t size) const {
+    return {keys + start, std::min(size, count - start), pairs == nullptr ? nullptr : pairs + start, first + start};
+  }
 };
 
 // Where the rows of a request go: entry (or row) i to rows + i * its bytes. sources: what answered pair i, a Source;
-// null: not wanted. Only the caller's thread writes sources, and only until its `Engine::gather` returns.
+// null: not wanted. Sources are written only until the caller's `Engine::gather` returns.
 struct Output {
   Output(uint8_t* rows, uint8_t* sources = nullptr) : rows(rows), sources(sources) {}
   uint8_t* rows;

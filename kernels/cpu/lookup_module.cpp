@@ -149,11 +149,7 @@ FaultKind PyEngine::gather(const TableRequest& request, Gathered& gathered,
   const size_t piece = std::clamp(kPieceBytes / table.entry_bytes(), kPiecePairs, kPiecePairsMax) / whole * whole;
   std::optional<Clock::time_point> looked;  // never if one piece is all
   for (size_t start = 0;;) {
-    PairList list = request.list;
-    list.first = start;
-    list.count = std::min(piece, list.count - start);
-    list.keys += start;
-    if (list.pairs != nullptr) list.pairs += start;
+    const PairList list = request.list.part(start, piece);
     {
       const Engine::Use use(*engine_);
       if (!use) return FaultKind::kClosed;

@@ -19,6 +19,7 @@ struct ShardFile {
   int direct_fd = -1;
   const uint8_t* map = nullptr;
   size_t num_bytes = 0;
+  uint32_t number = 0;  // of the files that a queue was made for
 };
 
 struct PageRead {
@@ -43,12 +44,18 @@ class PageQueue {
  public:
   virtual ~PageQueue() = default;
 
+  // Declares the memory that all reads go to. Comes before the first.
+  virtual void register_memory(uint8_t*, size_t) noexcept {}
+
+  // Whether files and memory are registered with the kernel, where that is of use: reads cost less then.
+  virtual bool is_registered() const { return true; }
+
   // Takes on reads, sorted. Does not wait for their pages.
   virtual void start(const std::vector<PageRead>& reads) noexcept = 0;
 
-  // Appends finished reads to `done`, which has room for all that have arrived; if nothing has, waits for one.
-  // Appends nothing after `timeout_ms`.
-  virtual void reap(std::vector<PageDone>& done, int timeout_ms) noexcept = 0;
+  // Appends finished reads to `done`, which has room for all that have arrived; if nothing has, waits for one, or for
+  // several: about `wanted`. Appends nothing after `timeout_ms`.
+  virtual void reap(std::vector<PageDone>& done, size_t wanted, int timeout_ms) noexcept = 0;
 
   // Called in a forked child instead of the destructor: gives back what is the child's own, touches nothing shared.
   virtual void abandon_after_fork() {}
@@ -61,7 +68,8 @@ int probe_uring();
 // Returns 0 where process_madvise(MADV_WILLNEED) can be used by this process on itself, else the errno.
 int probe_process_madvise();
 
-std::unique_ptr<PageQueue> make_uring_queue(size_t depth);
+// files: all that will be read, in the order of their numbers.
+std::unique_ptr<PageQueue> make_uring_queue(size_t depth, const std::vector<const ShardFile*>& files);
 std::unique_ptr<PageQueue> make_mmap_queue(size_t depth, bool use_process_madvise);
 
 // Threads that pread for any number of queues, joined when destroyed. With fewer threads than asked for, because the

@@ -13,6 +13,7 @@ namespace {
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
+constexpr size_t kAwaitedMax = 32;       // reads that are waited for together, if they are the last
 constexpr size_t kCompletedAtOnce = 32;  // between two looks at the clock, and at whether the job is cancelled
 
 // So that a key that is asked for a million times is not copied to all its entries at once: others wait for the job's
@@ -44,6 +45,7 @@ PageReader::PageReader(const std::vector<Table>& tables, const PageReaderShape& 
   // The kernel writes into it at any time: a fork must neither copy it nor make the parent write to a copy.
   madvise(memory, round_up(shape.staging_bytes(), 4096), MADV_DONTFORK);
   staging_ = static_cast<uint8_t*>(memory);
+  queue_->register_memory(staging_, shape.depth * shape.page_bytes);
   batches_[0].assembly = staging_ + shape.depth * shape.page_bytes;
   batches_[1].assembly = batches_[0].assembly + shape.assembly_bytes;
   for (size_t slot = shape.depth; slot-- > 0;) free_slots_.push_back(static_cast<uint32_t>(slot));
@@ -93,7 +95,7 @@ bool PageReader::run(int slice_ms) noexcept {
     if (done_next_ == done_.size()) {
       done_.clear();
       done_next_ = 0;
-      queue_->reap(done_, static_cast<int>(left.count()));
+      queue_->reap(done_, num_awaited(), static_cast<int>(left.count()));
       if (done_.empty()) continue;
       last_arrival_ = now;  // a slice early at most
     }
@@ -105,6 +107,16 @@ bool PageReader::run(int slice_ms) noexcept {
     start_reads();
   }
   return true;
+}
+
+// How many reads are waited for at once: half of what is in flight, so that the queue never runs dry; of the last few,
+// all, since their rows are not there sooner if some are copied before the others come.
+size_t PageReader::num_awaited() const {
+  const auto has_more = [this](const ReadBatch& batch) {
+    return active(batch) && batch.groups_started + 1 < batch.group_starts.size();
+  };
+  const bool last = next_miss_ == job_->misses.size() && !has_more(batches_[0]) && !has_more(batches_[1]);
+  return last && in_flight_ <= kAwaitedMax ? in_flight_ : std::max(size_t{1}, in_flight_ / 2);
 }
 
 // Completes a few of the reads that have arrived.

@@ -59,6 +59,8 @@ class PageReader {
   // Lets go of a job whose reads do not end; the page reader is busy until they do.
   void abandon(const Fault& fault);
 
+  bool is_registered() const { return queue_->is_registered(); }
+
   Job* job() const { return job_; }
   bool is_abandoned() const { return job_ == &abandoned_; }
 
@@ -88,6 +90,7 @@ class PageReader {
     size_t group;
   };
 
+  size_t num_awaited() const;
   void complete_some();
   void fill_batches();
   void plan_batch(ReadBatch& batch);

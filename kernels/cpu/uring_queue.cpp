@@ -20,6 +20,7 @@
 #if defined(IORING_FEAT_EXT_ARG)
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <csignal>
@@ -27,6 +28,7 @@
 #ifndef __NR_io_uring_setup
 #define __NR_io_uring_setup 425
 #define __NR_io_uring_enter 426
+#define __NR_io_uring_register 427
 #endif
 
 namespace tierstore {
@@ -43,8 +45,10 @@ constexpr std::chrono::milliseconds kPause{1};  // before the kernel is asked ag
 
 class UringQueue : public PageQueue {
  public:
-  explicit UringQueue(size_t depth) : slots_(depth) {
+  UringQueue(size_t depth, const std::vector<const ShardFile*>& files) : slots_(depth) {
     refused_.reserve(depth);
+    std::vector<int> fds;
+    for (const ShardFile* file : files) fds.insert(fds.end(), {file->direct_fd, file->buffered_fd});
     io_uring_params params{};
     params.flags = IORING_SETUP_CLAMP;
     fd_ = setup(static_cast<unsigned>(depth), &params);
@@ -63,12 +67,21 @@ class UringQueue : public PageQueue {
     cq_tail_ = at(params.cq_off.tail);
     cq_mask_ = *at(params.cq_off.ring_mask);
     cqes_ = static_cast<io_uring_cqe*>(static_cast<void*>(ring_ + params.cq_off.cqes));
+    has_files_ = register_all(IORING_REGISTER_FILES, fds.data(), fds.size());
   }
 
   ~UringQueue() override { close_all(); }
 
   // The rings are shared with the parent: only this process's mappings and descriptor go.
   void abandon_after_fork() override { close_all(); }
+
+  // Pinned once, and not for each read. The kernel refuses what is above the limit of locked memory.
+  void register_memory(uint8_t* start, size_t num_bytes) noexcept override {
+    const iovec memory{start, num_bytes};
+    has_memory_ = register_all(IORING_REGISTER_BUFFERS, &memory, 1);
+  }
+
+  bool is_registered() const override { return has_files_ && has_memory_; }
 
   void start(const std::vector<PageRead>& reads) noexcept override {
     for (const PageRead& read : reads) {
@@ -78,12 +91,12 @@ class UringQueue : public PageQueue {
     enter(0, 0);
   }
 
-  void reap(std::vector<PageDone>& done, int timeout_ms) noexcept override {
+  void reap(std::vector<PageDone>& done, size_t wanted, int timeout_ms) noexcept override {
     if (collect(done) > 0 || in_flight_ + unsubmitted_ == 0) return;
     const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(timeout_ms);
     for (int left_ms = timeout_ms; left_ms > 0;) {
-      // Half of what is in flight pays for the wait: fewer wake-ups than one by one, and the queue never runs dry.
-      if (!enter(std::max(1u, (in_flight_ + unsubmitted_) / 2), left_ms)) std::this_thread::sleep_for(kPause);
+      const auto min_complete = std::min(static_cast<unsigned>(wanted), in_flight_ + unsubmitted_);
+      if (!enter(min_complete, left_ms)) std::this_thread::sleep_for(kPause);
       if (collect(done) > 0) return;
       left_ms = static_cast<int>((until - std::chrono::steady_clock::now()) / std::chrono::milliseconds(1));
     }
@@ -97,6 +110,10 @@ class UringQueue : public PageQueue {
     bool direct;
     Slot* next_in_line = nullptr;
   };
+
+  bool register_all(unsigned what, const void* items, size_t count) const {
+    return syscall(__NR_io_uring_register, fd_, what, items, static_cast<unsigned>(count)) == 0;
+  }
 
   uint8_t* map(size_t num_bytes, off_t offset) {
     void* address = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd_, offset);
@@ -144,8 +161,11 @@ class UringQueue : public PageQueue {
     const unsigned tail = *sq_tail_;
     io_uring_sqe& sqe = sqes_[tail & sq_mask_];
     std::memset(&sqe, 0, sizeof sqe);
-    sqe.opcode = IORING_OP_READ;
-    sqe.fd = wanted.direct ? shard.direct_fd : shard.buffered_fd;
+    sqe.opcode = has_memory_ ? IORING_OP_READ_FIXED : IORING_OP_READ;
+    sqe.flags = has_files_ ? IOSQE_FIXED_FILE : 0;
+    sqe.fd = has_files_      ? static_cast<int>(2 * shard.number + !wanted.direct)
+             : wanted.direct ? shard.direct_fd
+                             : shard.buffered_fd;
     sqe.addr = reinterpret_cast<uint64_t>(wanted.read.to + wanted.bytes_done);
     sqe.len = wanted.read.num_bytes - wanted.bytes_done;
     sqe.off = wanted.read.byte_start + wanted.bytes_done;
@@ -224,7 +244,8 @@ class UringQueue : public PageQueue {
   unsigned sq_mask_ = 0, sq_entries_ = 0, cq_mask_ = 0;
   io_uring_cqe* cqes_ = nullptr;
   unsigned unsubmitted_ = 0, in_flight_ = 0;
-  int broken_ = 0;  // the errno of an `enter` after which there is no other
+  bool has_files_ = false, has_memory_ = false;  // registered
+  int broken_ = 0;                               // the errno of an `enter` after which there is no other
   std::vector<Slot> slots_;
   Line<Slot> to_push_;             // reads that the submission queue has not got yet
   std::vector<PageDone> refused_;  // by a broken ring
@@ -240,7 +261,9 @@ int probe_uring() {
   return (params.features & kFeatures) == kFeatures ? 0 : ENOSYS;
 }
 
-std::unique_ptr<PageQueue> make_uring_queue(size_t depth) { return std::make_unique<UringQueue>(depth); }
+std::unique_ptr<PageQueue> make_uring_queue(size_t depth, const std::vector<const ShardFile*>& files) {
+  return std::make_unique<UringQueue>(depth, files);
+}
 
 }  // namespace tierstore
 
@@ -250,7 +273,7 @@ namespace tierstore {
 
 int probe_uring() { return ENOSYS; }
 
-std::unique_ptr<PageQueue> make_uring_queue(size_t) {
+std::unique_ptr<PageQueue> make_uring_queue(size_t, const std::vector<const ShardFile*>&) {
   throw std::runtime_error("io_uring: this build has no header linux/io_uring.h of 5.11 or newer");
 }
 

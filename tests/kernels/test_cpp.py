@@ -30,7 +30,7 @@ def check(name: str, *arguments: str) -> None:
     assert "checked" in done.stdout
 
 
-@pytest.mark.parametrize("what", ["cache", "engine", "epochs", "kill"])
+@pytest.mark.parametrize("what", ["cache", "crew", "engine", "epochs", "kill"])
 def test_the_lookup_path_keeps_its_promises_in_cpp(what: str, tmp_path: Path) -> None:
     check("lookup_path_test", what, *([str(tmp_path)] if what in ("engine", "epochs") else []))
 

@@ -45,6 +45,7 @@ class Link:
         layout: Layout,
         fds: Sequence[int],
         io: str,
+        threads: int | None,
         staging_bytes: int,
         *,
         writable_static: bool = False,
@@ -69,7 +70,7 @@ class Link:
         }
         found = os.fstat(fds[_BLOCKS.index("static")])
         self.static_id = found.st_dev, found.st_ino
-        self._choice = choose_io(io)
+        self._choice = choose_io(io, threads)
         direct = self._choice.mode == "uring"
         self.path, self.identity = path, identity
         with _reading(path):

@@ -25,7 +25,7 @@ from ..tiers.nvme import IoChoice, choose_io, open_tables
 from ..tiers.placed import PlacementFile
 from ..units import format_bytes, parse_bytes
 from .backing import Backing
-from .options import DEFAULT_DEVICE, check_options
+from .options import DEFAULT_DEVICE, check_options, check_threads
 from .store import Store
 
 logger = logging.getLogger("tierstore")
@@ -41,6 +41,7 @@ def open_store(
     device: str | None = None,
     placement: int | str | None = None,
     on_progress: OnProgress | None = None,
+    threads: int | None = None,
 ) -> Store:
     """Opens a built store in this process; also `tierstore.open`.
 
@@ -52,7 +53,8 @@ def open_store(
     entries load, those of HBM first. hbm: bytes of GPU memory for the very hottest, all included ("4GiB"); None: no
     such tier. device: "cuda:0" and the like, by default the first GPU; "cpu" runs the same kernels in Triton's
     interpreter, for tests. A sixteenth of dram, at most 256 MiB, is page-locked then,
-    for what the device asks of the host.
+    for what the device asks of the host. threads: that copy the rows of one large lookup, the caller's included; None:
+    as many as this process may use cores, at most 16; 1: the caller alone. Small lookups are always the caller's alone.
 
     Blocks while resident tables and placed entries load. Raises `StoreNotReadyError` (no finished store), `FormatError`
     (foreign, damaged, newer), `BudgetError` (too small, or more than the machine or the GPU has), `ConfigError` (an
@@ -62,7 +64,7 @@ def open_store(
     hbm_options = check_options(io, hbm, device)
     budget_bytes = parse_bytes(dram, "dram")
     hbm_bytes = hbm_options.num_bytes if hbm_options else None
-    choice = choose_io(io)
+    choice = choose_io(io, check_threads(threads))
     image, placed = open_placement(path, placement, direct=choice.mode == "uring")
     try:
         plan, hbm_plan = divide_budgets(image.tables, budget_bytes, hbm_bytes, placed.placement if placed else None)

@@ -1,6 +1,7 @@
 """Options that every way to open a store on this host shares.
 
-Input: io, hbm and device, as the user gave them. Output: the hbm tier that was asked for. Errors: `ConfigError`.
+Input: io, threads, hbm and device, as the user gave them. Output: the hbm tier that was asked for. Errors:
+`ConfigError`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from ..tiers.nvme import IO_MODES
 from ..units import parse_bytes
 
 DEFAULT_DEVICE = "cuda:0"
+THREADS_LIMIT = 1024
 
 
 class HbmOptions(NamedTuple):
@@ -19,6 +21,13 @@ class HbmOptions(NamedTuple):
 
     num_bytes: int
     device: str
+
+
+def check_threads(threads: int | None) -> int | None:
+    """Returns `threads`, of `tierstore.open` and `connect`. Raises `ConfigError` unless it is 1 to 1,024, or None."""
+    if threads is None or (type(threads) is int and 1 <= threads <= THREADS_LIMIT):
+        return threads
+    raise ConfigError(f"threads: {threads!r} is no number from 1 to {THREADS_LIMIT:,}; leave it out for the default")
 
 
 def check_options(io: str, hbm: int | str | None, device: str | None) -> HbmOptions | None:

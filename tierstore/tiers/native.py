@@ -30,6 +30,7 @@ from .placed import PlacementFile, load_all_static
 logger = logging.getLogger("tierstore")
 
 PREAD_THREADS = 16
+PART_BYTES = 256 << 10  # of rows: what each thread that shares a large lookup copies at a time
 JOBS_MAX = 256  # tickets under way; beyond it, submit waits for one to end
 LOAD_BYTES = 1 << 20
 
@@ -131,6 +132,8 @@ class NativeEngine(HostEngine):
                 mode=choice.mode,
                 use_process_madvise=choice.use_process_madvise,
                 num_readers=staging.num_readers,
+                num_threads=choice.num_threads,
+                part_bytes=PART_BYTES,
                 depth=staging.depth,
                 assembly_bytes=staging.assembly_bytes,
                 pread_threads=PREAD_THREADS,

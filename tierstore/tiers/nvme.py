@@ -13,7 +13,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,36 +30,54 @@ from ..layout import TableLayout
 logger = logging.getLogger("tierstore")
 
 IO_MODES = ("auto", "uring", "mmap", "pread")
+THREADS_MAX = 16  # by default; more than a few share one memory's bandwidth
+
+
+def default_threads() -> int:
+    """Returns how many threads copy the rows of a large lookup by default: as many as there are cores, at most 16."""
+    return min(len(os.sched_getaffinity(0)), THREADS_MAX)
 
 
 @dataclass(frozen=True)
 class IoChoice:
-    """How pages are read: "uring", "mmap" or "pread", and whether read-ahead is asked for by process_madvise."""
+    """How rows come to a process.
+
+    Attributes:
+        mode: How pages are read: "uring", "mmap" or "pread".
+        use_process_madvise: Whether read-ahead is asked for by process_madvise.
+        num_threads: That copy what memory holds of one large lookup, the caller's included.
+    """
 
     mode: str
     use_process_madvise: bool = False
+    num_threads: int = field(default_factory=default_threads)
 
 
-def choose_io(io: str) -> IoChoice:
+def choose_io(io: str, threads: int | None = None) -> IoChoice:
     """Returns the best mode that this process may use for `io`, and logs, once a call,
-    what it fell back from and why."""
+    what it fell back from and why. threads: `IoChoice.num_threads`; None: `default_threads`."""
+    mode, use_process_madvise = _choose_mode(io)
+    return IoChoice(mode, use_process_madvise, default_threads() if threads is None else threads)
+
+
+def _choose_mode(io: str) -> tuple[str, bool]:
     if io in ("auto", "uring"):
         code = kernels.probe_uring()
         if code == 0:
-            return IoChoice("uring")
+            return "uring", False
         logger.warning(
             "io_uring is not to be had (%s): pages are read through the page cache, by mmap; run 'tierstore doctor'",
             errno.errorcode.get(code, code),
         )
     if io == "pread":
-        return IoChoice("pread")
+        return "pread", False
     code = kernels.probe_process_madvise()
     if code != 0:
         logger.warning(
             "process_madvise is not to be had (%s): read-ahead is asked for page by page, with posix_fadvise",
             errno.errorcode.get(code, code),
         )
-    return IoChoice("mmap", code == 0)
+    return "mmap", code == 0
 
 
 def open_tables(image: CatalogImage, *, direct: bool) -> list[TableFiles]:

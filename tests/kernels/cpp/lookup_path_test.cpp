@@ -3,6 +3,7 @@
 // anything did.
 //
 //   lookup_path_test cache          readers copy while writers replace: every copied entry is whole and its pair's
+//   lookup_path_test crew           threads that share work: each part once, exceptions come out
 //   lookup_path_test engine FOLDER  lookups, tickets and closing over shards in FOLDER, by every way of reading
 //   lookup_path_test epochs FOLDER  a daemon writes over slots while clients are in the epochs that named them
 //   lookup_path_test kill           what a writer in another process would leave, killed after any instruction of an
@@ -13,11 +14,15 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
+#include <new>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "checks.h"
+#include "crew.h"
 #include "engine.h"
 #include "reports.h"
 #include "store_files.h"
@@ -73,12 +78,56 @@ void test_cache() {
   std::printf("cache: %llu hits checked\n", static_cast<unsigned long long>(hits.load()));
 }
 
+// Parts are done once each, by more threads than the caller's; what one throws comes out, and the next work is whole.
+void test_crew() {
+  Crew crew(3);
+  std::mutex mutex;
+  std::set<std::thread::id> seen;
+  std::atomic<uint64_t> checked{0};
+  const auto run_checked = [&](size_t num_parts) {
+    std::vector<std::atomic<int>> times(num_parts);
+    crew.run(num_parts, [&](size_t part) {
+      ++times[part];
+      const std::lock_guard<std::mutex> lock(mutex);
+      seen.insert(std::this_thread::get_id());
+    });
+    CHECK(std::all_of(times.begin(), times.end(), [](const auto& each) { return each == 1; }));
+    checked += num_parts;
+  };
+  for (int round = 0; round < 20000 && seen.size() < 3; ++round) run_checked(round % 40);
+  CHECK(seen.size() >= 2);  // a busy machine may not wake all of them in time
+  for (int round = 0; round < 200; ++round) {
+    bool thrown = false;
+    try {
+      crew.run(20, [&](size_t part) {
+        if (part == static_cast<size_t>(round) % 20) throw std::bad_alloc();
+      });
+    } catch (const std::bad_alloc&) {
+      thrown = true;
+    }
+    CHECK(thrown);
+    run_checked(20);
+  }
+  std::vector<std::thread> callers;  // one has the crew, others do their parts alone
+  for (int i = 0; i < 4; ++i) {
+    callers.emplace_back([&] {
+      for (int round = 0; round < 200; ++round) run_checked(10);
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  crew.stop();
+  std::printf("crew: %llu parts checked\n", static_cast<unsigned long long>(checked.load()));
+}
+
 void test_engine(const std::string& folder, ReadMode mode, const char* name, size_t num_readers) {
   const Files files(folder);
   Block block(EntryCache::block_bytes(20, 2 * Files::kRowBytes));
   std::vector<Table> tables;
   tables.push_back(files.table(block, 20));
-  Engine engine(std::move(tables), {mode, true, num_readers, 4, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}});
+  // Of as many threads that share a lookup as page readers; of one or two keys each, so that nearly all are shared.
+  EngineShape shape{
+      mode, true, num_readers, num_readers, 3 * Files::kRowBytes, 4, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}};
+  Engine engine(std::move(tables), shape);
   std::atomic<uint64_t> wrong{0}, checked{0};
   std::vector<std::thread> threads;
   for (uint64_t seed = 1; seed <= 6; ++seed) {
@@ -115,7 +164,9 @@ void test_engine(const std::string& folder, ReadMode mode, const char* name, siz
   std::printf("engine, %s, %zu readers: %llu keys checked\n", name, num_readers,
               static_cast<unsigned long long>(checked.load()));
   CHECK(engine.read_counters.entries > 0);
-  CHECK(engine.table_counters[0].static_hits[0] > 0);
+  const TableCounters& counts = engine.table_counters[0];
+  CHECK(counts.static_hits[0] > 0);
+  CHECK(counts.hits[0] + counts.misses[0] == checked);
   files.close();
 }
 
@@ -143,7 +194,8 @@ struct SharedTiers {
     statics.records = records.data();
     statics.loaded_start = 0;
     statics.num_loaded = kSlots;
-    EngineShape shape{ReadMode::kPread, false, 3, 4, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}};
+    EngineShape shape{
+        ReadMode::kPread, false, 3, 2, 3 * Files::kRowBytes, 4, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}};
     shape.epochs = EpochLine::at(control.data, version % 2);
     shape.version = version;
     shape.client_block = client.data;
@@ -374,6 +426,8 @@ int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
   if (what == "cache") {
     test_cache();
+  } else if (what == "crew") {
+    test_crew();
   } else if (what == "engine" && argc > 2) {
     for (const size_t num_readers : {1, 3}) {
       if (probe_uring() == 0) test_engine(argv[2], ReadMode::kUring, "uring", num_readers);
@@ -389,7 +443,7 @@ int main(int argc, char** argv) {
   } else if (what == "kill") {
     test_kill();
   } else {
-    std::printf("usage: lookup_path_test cache | engine FOLDER | epochs FOLDER | kill\n");
+    std::printf("usage: lookup_path_test cache | crew | engine FOLDER | epochs FOLDER | kill\n");
     return 2;
   }
   return failures == 0 ? 0 : 1;

@@ -102,6 +102,7 @@ namespace {
 
 constexpr size_t kEntryBytes = 2 * Files::kRowBytes;
 constexpr size_t kReaders = 2, kKeys = 60;
+constexpr size_t kPartBytes = 5 * kEntryBytes;  // so that lookups are shared by two threads
 
 const std::vector<int64_t>& some_keys() {
   static const std::vector<int64_t> keys = [] {
@@ -141,8 +142,9 @@ struct Store {
       tables.push_back(files.table(cache, 1));
       memory.at = at;
     }
-    engine = std::make_unique<Engine>(std::move(tables),
-                                      EngineShape{mode, true, kReaders, 3, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}});
+    engine = std::make_unique<Engine>(
+        std::move(tables),
+        EngineShape{mode, true, kReaders, 2, kPartBytes, 3, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}});
   }
 
   std::shared_ptr<Job> gathered(uint8_t* out) {

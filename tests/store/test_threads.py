@@ -1,0 +1,117 @@
+"""Large lookups that several threads share: the whole contract, and what the number of threads may be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from contract.store_contract import StoreContract
+from support.shapes import ENTRY_BYTES
+from support.stores import Model, random_keys
+
+import tierstore
+from tierstore.errors import ConfigError
+from tierstore.tiers import native
+
+THREADS = 3
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads take two entries at a time, so that nearly every lookup is a large one."""
+    monkeypatch.setattr(native, "PART_BYTES", 2 * ENTRY_BYTES)
+
+
+class TestSharedLookupsOfACache(StoreContract):
+    """Entries come and go while threads copy them."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return tierstore.open(path, dram="600KiB", threads=THREADS)
+
+
+class TestSharedLookupsOfResidentTables(StoreContract):
+    """Every row in DRAM."""
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return tierstore.open(path, dram="64MiB", threads=THREADS)
+
+
+@pytest.fixture(params=["600KiB", "64MiB"], ids=["cached", "resident"])
+def store(request: pytest.FixtureRequest, built: Path) -> Iterator[tierstore.Store]:
+    with tierstore.open(built, dram=request.param, threads=THREADS) as opened:
+        yield opened
+
+
+def threads_of_this_process() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_threads_come_with_the_first_large_lookup_and_go_with_the_store(built: Path, model: Model) -> None:
+    keys = random_keys(np.random.default_rng(0), 400)
+    with tierstore.open(built, dram="64MiB", threads=THREADS) as store:
+        before = threads_of_this_process()
+        store["layers.1"].lookup(keys[:2])
+        assert threads_of_this_process() == before
+        np.testing.assert_array_equal(store["layers.1"].lookup(keys), model.expected("layers.1", keys))
+        assert threads_of_this_process() == before + THREADS - 1
+    assert threads_of_this_process() == before
+
+
+def test_one_thread_is_the_callers(built: Path) -> None:
+    with tierstore.open(built, dram="64MiB", threads=1) as store:
+        before = threads_of_this_process()
+        store["layers.1"].lookup(random_keys(np.random.default_rng(0), 400))
+        assert threads_of_this_process() == before
+
+
+@pytest.mark.parametrize("dram", ["600KiB", "64MiB"], ids=["cached", "resident"])
+def test_counters_sources_and_rows_are_those_of_one_thread(built: Path, model: Model, dram: str) -> None:
+    keys, found = random_keys(np.random.default_rng(1), 300), []
+    for threads in (THREADS, 1):
+        with tierstore.open(built, dram=dram, threads=threads) as store:
+            sources = np.empty((300, 3), dtype=np.uint8)
+            rows = [store["layers.1"].lookup(keys, sources=sources) for _ in range(2)]
+            np.testing.assert_array_equal(rows[1], model.expected("layers.1", keys))
+            stats = store.stats()
+            found.append((sources.tolist(), stats["hits"], stats["sentinels"], stats["tables"]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("place", [0, 150, 299])
+def test_a_key_outside_the_table_in_any_part_is_refused(store: tierstore.Store, place: int) -> None:
+    keys = random_keys(np.random.default_rng(2), 300)
+    keys[place, 1] = -2
+    with pytest.raises(ValueError, match="key"):
+        store["layers.1"].lookup(keys)
+
+
+def test_a_forked_child_has_threads_of_its_own(store: tierstore.Store, model: Model) -> None:
+    keys = random_keys(np.random.default_rng(3), 300)
+    expected = model.expected("layers.1", keys)
+    np.testing.assert_array_equal(store["layers.1"].lookup(keys), expected)
+    child = os.fork()
+    if child == 0:
+        right = np.array_equal(store["layers.1"].lookup(keys), expected) and threads_of_this_process() >= THREADS
+        os._exit(0 if right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    np.testing.assert_array_equal(store["layers.1"].lookup(keys), expected)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025, True, 2.0, "2"])
+def test_a_number_of_threads_that_is_none_is_refused(built: Path, threads: object) -> None:
+    with pytest.raises(ConfigError, match=r"threads: .* is no number from 1 to 1,024"):
+        tierstore.open(built, dram="64MiB", threads=threads)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"threads: .* is no number from 1 to 1,024"):
+        tierstore.connect(built / "no.sock", threads=threads)  # type: ignore[arg-type]
+
+
+def test_by_default_there_are_as_many_threads_as_cores_at_most_sixteen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tierstore.tiers.nvme import choose_io
+
+    for cores, wanted in ((1, 1), (2, 2), (64, 16)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert choose_io("pread").num_threads == wanted
+    assert choose_io("pread", 5).num_threads == 5
