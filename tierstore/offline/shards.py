@@ -15,7 +15,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ..formats.origin import changed_files
 from ..formats.page import seal_pages
 from ..layout import ShardRecord, TableLayout
 from ..process.progress import OnProgress
+from ..process.workers import joined_pool
 
 CHUNK_BYTES = 4 << 20  # pages that a worker has at once; with their rows, about 8 MiB a job
 PROGRESS_SECONDS = 0.25
@@ -71,12 +72,12 @@ def shards_still_right(
         _log.warning("%s: %s may have changed since: comparing %d finished shards with it", path, names, len(shards))
     progress = BuildProgress(0)
     total = sum(shard.num_bytes for of_table in done.values() for shard in of_table.values())
-    with ThreadPoolExecutor(jobs, thread_name_prefix="tierstore-compare") as pool:
-        tasks = [
-            pool.submit(_write_pages, None, readers[name], image.tables[name], index, progress)
-            for name, index in shards
-        ]
+    with joined_pool(jobs, "tierstore-compare") as pool:
         try:
+            tasks = [
+                pool.submit(_write_pages, None, readers[name], image.tables[name], index, progress)
+                for name, index in shards
+            ]
             _await(tasks, progress, total, on_progress)
         finally:
             progress.stop.set()
@@ -125,9 +126,9 @@ def build_shards(
     sync_folder(path)
     if todo:
         sync_folder(path / "shards")
-    with ThreadPoolExecutor(jobs, thread_name_prefix="tierstore-build") as pool:
-        futures = [pool.submit(_build_shard, path, reader, table, index, progress) for reader, table, index in todo]
+    with joined_pool(jobs, "tierstore-build") as pool:
         try:
+            futures = [pool.submit(_build_shard, path, reader, table, index, progress) for reader, table, index in todo]
             _await(futures, progress, total_bytes, on_progress)
         finally:
             progress.stop.set()

@@ -14,7 +14,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +34,7 @@ from ..formats.placement import PlacedTable
 from ..formats.table_source import find_hole
 from ..layout import TableLayout
 from ..process.progress import OnProgress
+from ..process.workers import joined_pool
 from ..tiers.placed import PlacementFile
 
 CHUNK_BYTES = 4 << 20
@@ -144,7 +145,7 @@ def run_parts(
     and a part looks at it once a chunk. on_progress: (parts done, parts in all), in the calling thread.
     """
     stop = threading.Event()
-    with ThreadPoolExecutor(jobs or min(os.cpu_count() or 1, 4), thread_name_prefix="tierstore-verify") as pool:
+    with joined_pool(jobs or min(os.cpu_count() or 1, 4), "tierstore-verify") as pool:
         try:
             futures = [pool.submit(part, stop) for part in parts]
             for done, future in enumerate(as_completed(futures), start=1):

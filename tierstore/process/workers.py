@@ -10,8 +10,11 @@ what it made is dropped. Functions that call many kernels ask `check_stopped` be
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -20,6 +23,10 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+UNKNOWN_STARTS_S = 1.0  # after which a thread that never ran is given up
+POLL_S = 0.001
+
+_pool_numbers = itertools.count()
 _of_thread = threading.local()  # stop: the event of the pool whose thread this is
 
 
@@ -54,6 +61,30 @@ def aside(function: Callable[..., Result], *arguments: Any) -> Result:
     except RuntimeError:  # the system gives no thread: slower to interrupt, and right
         return function(*arguments)
     return future.result()
+
+
+@contextlib.contextmanager
+def joined_pool(num_threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads of which none is left when the `with` is: whatever ends it, and wherever. Blocks on its end.
+
+    A signal handler that raises while the main thread starts another leaves that one unknown to `ThreadPoolExecutor`
+    (CPython adds it to its list once it has started), whose `shutdown` then does not wait for what it does.
+    """
+    prefix = f"{name}-{next(_pool_numbers)}"
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix=prefix)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True)
+        until = time.monotonic() + UNKNOWN_STARTS_S
+        while unknown := [each for each in threading.enumerate() if each.name.startswith(f"{prefix}_")]:
+            running = [thread for thread in unknown if thread.is_alive()]
+            for thread in running:
+                thread.join()
+            if not running:
+                if time.monotonic() > until:
+                    break
+                time.sleep(POLL_S)
 
 
 class Workers:

@@ -13,7 +13,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from ..formats.catalog import CatalogImage
 from ..formats.placement import GROUP_RECORDS, PlacedIndex, PlacedTable, Placement, read_head
 from ..layout import UNIT_BYTES, TableLayout, round_up
 from ..process.progress import OnProgress
+from ..process.workers import joined_pool
 from .nvme import open_direct
 
 logger = logging.getLogger("tierstore")
@@ -271,7 +272,7 @@ def load_records(
         return kernels.invalidate_bad_records(records, table.entry_bytes, seed), len(part)
 
     num_damaged = 0
-    with ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="tierstore-load") as pool:
+    with joined_pool(LOAD_THREADS, "tierstore-load") as pool:
         try:
             for future in as_completed([pool.submit(load, start) for start in range(0, num_entries, step)]):
                 damaged, num_bytes = future.result()
