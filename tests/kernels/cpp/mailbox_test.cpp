@@ -64,7 +64,8 @@ struct Store {
   Engine engine;
 
   explicit Store(const std::string& folder)
-      : files(folder), engine(tables(), {ReadMode::kPread, false, 2, 4, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}}) {}
+      : files(folder),
+        engine(tables(), {ReadMode::kPread, false, 2, 1, 1 << 20, 4, 8, 60.0, {16, 2 * Files::kPageBytes, 4096}}) {}
   ~Store() {
     CHECK(engine.close(60.0));
     files.close();
