@@ -70,7 +70,12 @@ class UringQueue : public PageQueue {
     has_files_ = register_all(IORING_REGISTER_FILES, fds.data(), fds.size());
   }
 
-  ~UringQueue() override { close_all(); }
+  // The kernel takes a ring apart some time after it is closed. Registered files would be open until then, and their
+  // file system in use.
+  ~UringQueue() override {
+    if (has_files_) register_all(IORING_UNREGISTER_FILES, nullptr, 0);
+    close_all();
+  }
 
   // The rings are shared with the parent: only this process's mappings and descriptor go.
   void abandon_after_fork() override { close_all(); }
