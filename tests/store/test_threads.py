@@ -32,13 +32,6 @@ class TestSharedLookupsOfACache(StoreContract):
         return tierstore.open(path, dram="600KiB", threads=THREADS)
 
 
-class TestSharedLookupsOfResidentTables(StoreContract):
-    """Every row in DRAM."""
-
-    def open_store(self, path: Path) -> tierstore.Store:
-        return tierstore.open(path, dram="64MiB", threads=THREADS)
-
-
 @pytest.fixture(params=["600KiB", "64MiB"], ids=["cached", "resident"])
 def store(request: pytest.FixtureRequest, built: Path) -> Iterator[tierstore.Store]:
     with tierstore.open(built, dram=request.param, threads=THREADS) as opened:
