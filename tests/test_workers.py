@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tierstore.process.workers import joined_pool
+from tierstore.process.workers import UNKNOWN_STARTS_S, joined_pool
 
 
 class Alarm(Exception):
@@ -39,7 +39,9 @@ def test_a_thread_that_never_ran_is_not_waited_for_for_long(monkeypatch: pytest.
 
     monkeypatch.setattr(threading.Thread, "start", lost)
     try:
+        started = time.monotonic()
         with pytest.raises(Alarm), joined_pool(1, "lost") as pool:
             pool.submit(int)
+        assert time.monotonic() - started < 60 * UNKNOWN_STARTS_S
     finally:
         threading._limbo.clear()  # type: ignore[attr-defined]

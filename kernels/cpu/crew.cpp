@@ -1,5 +1,7 @@
 #include "crew.h"
 
+#include <algorithm>
+
 namespace tierstore {
 
 void Crew::Task::take_parts(std::mutex& mutex) noexcept {
@@ -12,18 +14,25 @@ void Crew::Task::take_parts(std::mutex& mutex) noexcept {
   }
 }
 
+Crew::Crew(size_t num_threads) : num_threads_(num_threads) {
+  CPU_ZERO(&cores_);
+  sched_getaffinity(0, sizeof cores_, &cores_);  // if that fails, threads stay where they were started
+}
+
 void Crew::run(size_t num_parts, const std::function<void(size_t)>& work) {
+  if (num_parts == 0) return;
   const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
   Task task{work, num_parts};
-  const bool shared = turn.owns_lock() && num_parts > 1 && num_threads_ > 1;
+  const size_t helpers = std::min(num_parts, num_threads_) - 1;
+  const bool shared = turn.owns_lock() && helpers > 0;
   if (shared) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      start_threads();
+      start_threads(helpers);
       task_ = &task;
       ++task_number_;
     }
-    came_.notify_all();
+    for (size_t i = 0; i < helpers; ++i) came_.notify_one();
   }
   task.take_parts(mutex_);
   if (shared) {
@@ -34,16 +43,17 @@ void Crew::run(size_t num_parts, const std::function<void(size_t)>& work) {
   if (task.thrown) std::rethrow_exception(task.thrown);
 }
 
-// Starts the threads that are not there. If the system gives none, the caller works alone.
-void Crew::start_threads() {
+// Starts threads until there are so many. If the system gives none, the caller works alone.
+void Crew::start_threads(size_t num_threads) {
   try {
     threads_.reserve(num_threads_ - 1);
-    while (threads_.size() + 1 < num_threads_) threads_.emplace_back([this] { serve(); });
+    while (threads_.size() < num_threads) threads_.emplace_back([this] { serve(); });
   } catch (const std::exception&) {
   }
 }
 
 void Crew::serve() {
+  if (CPU_COUNT(&cores_) > 0) sched_setaffinity(0, sizeof cores_, &cores_);
   size_t seen = 0;
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {

@@ -5,6 +5,8 @@
 // with the first work, and sleep between.
 #pragma once
 
+#include <sched.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
@@ -19,7 +21,7 @@ namespace tierstore {
 class Crew {
  public:
   // num_threads: at work at once, the caller's included.
-  explicit Crew(size_t num_threads) : num_threads_(num_threads) {}
+  explicit Crew(size_t num_threads);
   ~Crew() { stop(); }
   Crew(const Crew&) = delete;
   Crew& operator=(const Crew&) = delete;
@@ -43,10 +45,11 @@ class Crew {
     void take_parts(std::mutex& mutex) noexcept;
   };
 
-  void start_threads();
+  void start_threads(size_t num_threads);
   void serve();
 
   const size_t num_threads_;
+  cpu_set_t cores_;   // of the thread that made the crew: whoever brings work may be bound to fewer
   std::mutex turn_;   // held by the caller who has the crew
   std::mutex mutex_;  // guards everything below
   std::condition_variable came_, ended_;

@@ -118,9 +118,6 @@ std::vector<std::tuple<std::string, size_t, size_t>> PyEngine::shortfalls() cons
     for (const ShardFile& shard : table.shards) count(shard);
     count(table.statics.placed.file);
   }
-  const size_t registered = engine_->num_registered_readers();
-  if (registered < engine_->num_readers())
-    found.emplace_back("readers with registered files and memory", registered, engine_->num_readers());
   if (mode_ == ReadMode::kMmap && mapped < files) found.emplace_back("memory maps of shards", mapped, files);
   return found;
 }
@@ -196,6 +193,7 @@ void bind_engine(py::module_& module) {
       .def("inject", &PyEngine::inject, py::arg("what"), py::arg("first") = 0, py::arg("count") = 1)
       .def("injected_reads", &PyEngine::injected_reads)
       .def("page_readers", &PyEngine::page_readers)
+      .def("registered_readers", &PyEngine::registered_readers)
       .def("close", &PyEngine::close, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def("before_fork", &PyEngine::before_fork)
       .def("after_fork", &PyEngine::after_fork);

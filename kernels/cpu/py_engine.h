@@ -71,6 +71,9 @@ class PyEngine {
   // (how many page readers there are, how many of them are free)
   std::pair<size_t, size_t> page_readers() const { return {engine_->num_readers(), engine_->num_free_readers()}; }
 
+  // How many page readers have files and memory registered with the kernel; all of those that have no use for it.
+  size_t registered_readers() const { return engine_->num_registered_readers(); }
+
   // Faults on purpose, for tests: see faults.h.
   void inject(const std::string& what, uint64_t first, uint64_t count);
   uint64_t injected_reads() const { return engine_->faults.seen(); }

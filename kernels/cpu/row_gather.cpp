@@ -7,7 +7,7 @@ namespace tierstore {
 namespace {
 
 // Ids that are copied, and rows on their way through the scratch, stay in a core's caches. Keys are few bytes, and long
-// runs of them are copied faster: see kStreamedBytes in gather.cpp.
+// runs of them are copied faster: see kStreamedBytes in engine.cpp.
 constexpr size_t kIdsMax = 1 << 14, kScratchBytes = 1 << 19, kKeyedRowsMax = 1 << 19;
 
 int64_t load(const int64_t* id) { return __atomic_load_n(id, __ATOMIC_RELAXED); }

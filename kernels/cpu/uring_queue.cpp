@@ -70,10 +70,11 @@ class UringQueue : public PageQueue {
     has_files_ = register_all(IORING_REGISTER_FILES, fds.data(), fds.size());
   }
 
-  // The kernel takes a ring apart some time after it is closed. Registered files would be open until then, and their
-  // file system in use.
+  // The kernel takes a ring apart some time after it is closed. Until then registered files would be open, their file
+  // system in use, and registered memory locked, so that the next ring might get none.
   ~UringQueue() override {
     if (has_files_) register_all(IORING_UNREGISTER_FILES, nullptr, 0);
+    if (has_memory_) register_all(IORING_UNREGISTER_BUFFERS, nullptr, 0);
     close_all();
   }
 

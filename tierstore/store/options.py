@@ -6,6 +6,7 @@ Input: io, threads, hbm and device, as the user gave them. Output: the hbm tier 
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 from ..errors import ConfigError
@@ -25,8 +26,14 @@ class HbmOptions(NamedTuple):
 
 def check_threads(threads: int | None) -> int | None:
     """Returns `threads`, of `tierstore.open` and `connect`. Raises `ConfigError` unless it is 1 to 1,024, or None."""
-    if threads is None or (type(threads) is int and 1 <= threads <= THREADS_LIMIT):
-        return threads
+    if threads is None:
+        return None
+    if (
+        not isinstance(threads, bool)
+        and hasattr(threads, "__index__")
+        and 1 <= operator.index(threads) <= THREADS_LIMIT
+    ):
+        return operator.index(threads)
     raise ConfigError(f"threads: {threads!r} is no number from 1 to {THREADS_LIMIT:,}; leave it out for the default")
 
 

@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import resource
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -119,21 +120,43 @@ def cgroup_limits(
     host's; then the walk up ends at the root, which is the container's own cgroup.
     """
     found = []
+    for group, is_v2 in _cgroups("memory", root, membership):
+        usage_name = "memory.current" if is_v2 else "memory.usage_in_bytes"
+        for name in _LIMITS_V2 if is_v2 else _LIMITS_V1:
+            limit = _text(group / name)
+            if limit.isdigit() and int(limit) < _UNLIMITED_BYTES:
+                found.append(CgroupLimit(int(limit), _used_bytes(group, usage_name), group / name))
+    return sorted(found, key=lambda limit: limit.limit_bytes)
+
+
+def usable_cores(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Returns how many cores this process may keep busy: those that it may run on, at most what its cgroups' quotas
+    pay for (cpu.max, or of version 1 cpu.cfs_quota_us of each cpu.cfs_period_us), rounded up."""
+    cores = len(os.sched_getaffinity(0))
+    for group, is_v2 in _cgroups("cpu", root, membership):
+        if is_v2:
+            quota, _, period = _text(group / "cpu.max").partition(" ")
+        else:
+            quota, period = _text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit() and int(period):
+            cores = min(cores, max(1, -(-int(quota) // int(period))))
+    return cores
+
+
+def _cgroups(controller: str, root: Path, membership: Path) -> Iterator[tuple[Path, bool]]:
+    """Yields the folders of the cgroups that a controller may limit this process by, and whether each is version 2."""
     for line in _text(membership).splitlines() or ["0::/"]:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            bases, names, usage_name = [root, root / "unified"], _LIMITS_V2, "memory.current"
-        elif "memory" in controllers.split(","):
-            bases, names, usage_name = [root / "memory"], _LIMITS_V1, "memory.usage_in_bytes"
+            bases = [root, root / "unified"]
+        elif controller in controllers.split(","):
+            bases = [root / controller, root / controllers]
         else:
             continue
         inner = Path(*(part for part in Path(path).parts if part not in ("/", "..")))
-        for group in (base / folder for base in bases for folder in (inner, *inner.parents)):
-            for name in names:
-                limit = _text(group / name)
-                if limit.isdigit() and int(limit) < _UNLIMITED_BYTES:
-                    found.append(CgroupLimit(int(limit), _used_bytes(group, usage_name), group / name))
-    return sorted(found, key=lambda limit: limit.limit_bytes)
+        for base in dict.fromkeys(bases):
+            for folder in (inner, *inner.parents):
+                yield base / folder, controllers == ""
 
 
 def _used_bytes(group: Path, usage_name: str) -> int:

@@ -148,6 +148,12 @@ class NativeEngine(HostEngine):
         except RuntimeError as error:
             raise short_of_something(f"{what}: reading pages") from error
         self.try_lookup = self._engine.try_lookup
+        num_readers, num_registered = self._engine.page_readers()[0], self._engine.registered_readers()
+        if num_registered < num_readers:
+            logger.info(
+                "%s: the kernel registered files and staging of %d of %d page readers (ulimit -l, ulimit -n): the "
+                "others' reads cost a little more", what, num_registered, num_readers,
+            )  # fmt: skip
         for resource, num_found, num_wanted in self._engine.shortfalls():
             logger.warning(
                 "%s: %d of %d %s could be had: lookups are slower; raise 'ulimit -n' and 'ulimit -l', or free memory",

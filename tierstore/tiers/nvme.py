@@ -26,6 +26,7 @@ from ..file_systems import warn_unless_local
 from ..formats.catalog import CatalogImage
 from ..formats.page import check_pages, repair_command
 from ..layout import TableLayout
+from .memory import usable_cores
 
 logger = logging.getLogger("tierstore")
 
@@ -34,8 +35,9 @@ THREADS_MAX = 16  # by default; more than a few share one memory's bandwidth
 
 
 def default_threads() -> int:
-    """Returns how many threads copy the rows of a large lookup by default: as many as there are cores, at most 16."""
-    return min(len(os.sched_getaffinity(0)), THREADS_MAX)
+    """Returns how many threads copy the rows of a large lookup by default: one for each core that this process may
+    keep busy, at most 16."""
+    return min(usable_cores(), THREADS_MAX)
 
 
 @dataclass(frozen=True)
