@@ -33,6 +33,8 @@ from tierstore.daemon.daemon import Daemon
 NAME = "layers.1"
 OURS = (str(REPOSITORY / "tierstore"), str(REPOSITORY / "kernels"))
 CANARY = 0x3C
+# Begins of lines that take no memory; os.close, which ends a `finally`, is one system call of a number that is there.
+NO_MEMORY = ("with ", "finally:", "else:", "try:", "os.close(")
 STEP = 1 if os.environ.get("TIERSTORE_SOAK") else 7
 
 
@@ -61,7 +63,7 @@ class Failing:
         if event != "line" or self.hit:
             return self._on_line
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        if not line.startswith(("with ", "finally:", "else:", "try:")):
+        if not line.startswith(NO_MEMORY):
             if self.left == 0:
                 self.hit = True
                 raise MemoryError(f"on purpose, at {frame.f_code.co_filename}:{frame.f_lineno}")

@@ -10,6 +10,7 @@ what it made is dropped. Functions that call many kernels ask `check_stopped` be
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import functools
 import itertools
@@ -49,17 +50,23 @@ def aside(function: Callable[..., Result], *arguments: Any) -> Result:
     if threading.current_thread() is not threading.main_thread():
         return function(*arguments)
     future: Future[Result] = Future()
+    ended = _thread.allocate_lock()
 
     def run() -> None:
         try:
             future.set_result(function(*arguments))
         except BaseException as error:
             future.set_exception(error)
+        ended.release()
 
+    ended.acquire()
     try:
-        threading.Thread(target=run, name="tierstore-aside").start()
+        _thread.start_new_thread(run, ())
     except RuntimeError:  # the system gives no thread: slower to interrupt, and right
         return function(*arguments)
+    # A bare lock: what a signal handler raises within a `Condition`, in which the start of a `Thread` and
+    # `Future.result` wait, may come out as "cannot release un-acquired lock" (CPython 3.11).
+    ended.acquire()
     return future.result()
 
 
