@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from tierstore.process.workers import UNKNOWN_STARTS_S, joined_pool
+
+INTERRUPTED_AT_THE_END = """
+import signal, time
+from tierstore.process.workers import aside
+def ring(*_): raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, ring)
+def compute():
+    time.sleep(1.0)
+    print("ended", flush=True)
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+try:
+    aside(compute)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_a_computation_that_nobody_waits_for_ends_before_python_does() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_AT_THE_END], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["interrupted", "ended"], "")
 
 
 class Alarm(Exception):

@@ -11,9 +11,11 @@ what it made is dropped. Functions that call many kernels ask `check_stopped` be
 from __future__ import annotations
 
 import _thread
+import atexit
 import contextlib
 import functools
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +30,7 @@ UNKNOWN_STARTS_S = 1.0  # after which a thread that never ran is given up
 POLL_S = 0.001
 
 _pool_numbers = itertools.count()
+_aside: set[_thread.LockType] = set()  # of computations under way: a lock that is free once they have ended
 _of_thread = threading.local()  # stop: the event of the pool whose thread this is
 
 
@@ -54,10 +57,13 @@ def aside(function: Callable[..., Result], *arguments: Any) -> Result:
 
     def run() -> None:
         try:
+            _aside.add(ended)  # here, so that an interrupted start leaves nothing to wait for
             future.set_result(function(*arguments))
         except BaseException as error:
             future.set_exception(error)
-        ended.release()
+        finally:
+            _aside.discard(ended)
+            ended.release()
 
     ended.acquire()
     try:
@@ -67,7 +73,18 @@ def aside(function: Callable[..., Result], *arguments: Any) -> Result:
     # A bare lock: what a signal handler raises within a `Condition`, in which the start of a `Thread` and
     # `Future.result` wait, may come out as "cannot release un-acquired lock" (CPython 3.11).
     ended.acquire()
-    return future.result()
+    return future.result(0)
+
+
+def _wait_for_asides() -> None:
+    """Waits for computations that nobody waits for: a native function that returns while Python is taken apart would
+    end the process by an abort."""
+    for ended in tuple(_aside):
+        ended.acquire()
+
+
+atexit.register(_wait_for_asides)
+os.register_at_fork(after_in_child=_aside.clear)  # the parent's threads are not here
 
 
 @contextlib.contextmanager
