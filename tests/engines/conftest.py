@@ -1,4 +1,4 @@
-"""A stand-in for vLLM on the path, fresh for each test, and configurations of it."""
+"""Stand-ins for vLLM and SGLang, fresh for each test, and configurations of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import fake_sglang
+from support.tiny_store import build_tiny, tiny_hash
 
 FAKES = Path(__file__).resolve().parent / "fakes"
 PLUGIN = "engram_adapter.engines.vllm.worker"
@@ -79,3 +81,17 @@ def with_rows(layer: Any) -> None:
     import torch
 
     layer.weight = torch.nn.Parameter(torch.zeros(5, layer.weight.shape[1]))
+
+
+@pytest.fixture
+def sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A fake SGLang; the modules of ours that import it are of this test alone."""
+    yield from fake_sglang.fresh(monkeypatch)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store of V4.1's kind, which the environment names."""
+    path, _ = build_tiny(tmp_path, tiny_hash(), "fp8_e4m3_e8m0x32", seed=7)
+    monkeypatch.setenv("TIERSTORE_STORE", str(path))
+    monkeypatch.setenv("TIERSTORE_DRAM", "16MiB")

@@ -5,32 +5,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support import fake_sglang
-from support.tiny_store import DIM, build_tiny, tiny_hash
+from support.tiny_store import DIM, tiny_hash
 
 import engram_adapter.engines.sglang as plugin
 
 ENGRAM = "sglang.srt.layers.engram"
-
-
-@pytest.fixture
-def sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A fake SGLang; the modules of ours that import it are of this test alone."""
-    yield from fake_sglang.fresh(monkeypatch)
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store of V4.1's kind, which the environment names."""
-    path, _ = build_tiny(tmp_path, tiny_hash(), "fp8_e4m3_e8m0x32", seed=7)
-    monkeypatch.setenv("TIERSTORE_STORE", str(path))
-    monkeypatch.setenv("TIERSTORE_DRAM", "16MiB")
 
 
 def start() -> None:

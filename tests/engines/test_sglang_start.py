@@ -6,33 +6,16 @@ import configparser
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support import fake_sglang
 from support.repository import REPOSITORY
-from support.tiny_store import build_tiny, tiny_hash
 
 import engram_adapter.engines.sglang as plugin
 
 ENGRAM = "sglang.srt.layers.engram"
-
-
-@pytest.fixture
-def sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A fake SGLang; the modules of ours that import it are of this test alone."""
-    yield from fake_sglang.fresh(monkeypatch)
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store of V4.1's kind, which the environment names."""
-    path, _ = build_tiny(tmp_path, tiny_hash(), "fp8_e4m3_e8m0x32", seed=7)
-    monkeypatch.setenv("TIERSTORE_STORE", str(path))
-    monkeypatch.setenv("TIERSTORE_DRAM", "16MiB")
 
 
 def start() -> None:
