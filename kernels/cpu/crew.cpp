@@ -19,11 +19,11 @@ Crew::Crew(size_t num_threads) : num_threads_(num_threads) {
   sched_getaffinity(0, sizeof cores_, &cores_);  // if that fails, threads stay where they were started
 }
 
-void Crew::run(size_t num_parts, const std::function<void(size_t)>& work) {
+void Crew::run(size_t num_parts, const std::function<void(size_t)>& work, size_t threads_max) {
   if (num_parts == 0) return;
   const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
   Task task{work, num_parts};
-  const size_t helpers = std::min(num_parts, num_threads_) - 1;
+  const size_t helpers = std::min({num_parts, num_threads_, std::max(threads_max, size_t{1})}) - 1;
   const bool shared = turn.owns_lock() && helpers > 0;
   if (shared) {
     {

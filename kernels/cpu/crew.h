@@ -10,6 +10,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <exception>
 #include <functional>
 #include <mutex>
@@ -29,8 +30,9 @@ class Crew {
   size_t num_threads() const { return num_threads_; }
 
   // Calls work(0) to work(num_parts - 1), each once, on this thread and others; returns when all have ended. Work must
-  // be short and not wait for another part. Rethrows the first exception; other parts may be left out then.
-  void run(size_t num_parts, const std::function<void(size_t)>& work);
+  // be short and not wait for another part, nor call this. At most `threads_max` threads are woken, less the caller's.
+  // Rethrows the first exception; other parts may be left out then.
+  void run(size_t num_parts, const std::function<void(size_t)>& work, size_t threads_max = SIZE_MAX);
 
   // Ends the threads; nobody is in `run`, and nobody calls it afterwards.
   void stop();

@@ -25,6 +25,7 @@
 #include "crew.h"
 #include "engine.h"
 #include "reports.h"
+#include "shared_rows.h"
 #include "store_files.h"
 
 using namespace tierstore;
@@ -117,6 +118,25 @@ void test_crew() {
   for (std::thread& caller : callers) caller.join();
   crew.stop();
   std::printf("crew: %llu parts checked\n", static_cast<unsigned long long>(checked.load()));
+}
+
+// Each row is in one range, whatever their number, the ranges' length and the threads.
+void test_shared_rows() {
+  uint64_t checked = 0;
+  for (const size_t num_rows : {0, 1, 7, 100, 1'000, 4'097}) {
+    for (const size_t rows_each : {0, 1, 3, 64, 5'000}) {
+      for (const size_t num_threads : {0, 1, 2, 4}) {
+        std::vector<std::atomic<int>> times(num_rows);
+        share_rows(num_rows, rows_each, num_threads, [&](size_t start, size_t end) {
+          CHECK(start < end && end <= num_rows);
+          for (size_t row = start; row < end; ++row) ++times[row];
+        });
+        CHECK(std::all_of(times.begin(), times.end(), [](const auto& each) { return each == 1; }));
+        checked += num_rows;
+      }
+    }
+  }
+  std::printf("shared rows: %llu checked\n", static_cast<unsigned long long>(checked));
 }
 
 void test_engine(const std::string& folder, ReadMode mode, const char* name, size_t num_readers) {
@@ -428,6 +448,7 @@ int main(int argc, char** argv) {
     test_cache();
   } else if (what == "crew") {
     test_crew();
+    test_shared_rows();
   } else if (what == "engine" && argc > 2) {
     for (const size_t num_readers : {1, 3}) {
       if (probe_uring() == 0) test_engine(argv[2], ReadMode::kUring, "uring", num_readers);
