@@ -180,8 +180,8 @@ def keys_of_row_ids(
 # --------------------------------------------------------------------------------------------------------------------
 # Rows of fp8.
 
-def decode_fp8_rows(rows: _Bytes, dim: int, scale: float | None, out: npt.NDArray[np.uint16]) -> None:
-    """Decodes e4m3 values into bfloat16: fp8 * scale in float32, rounded once, half to even. About 0.5 ns a value.
+def decode_fp8_rows(rows: _Bytes, dim: int, scale: float | None, out: npt.NDArray[np.uint16], threads: int = 1) -> None:
+    """Decodes e4m3 values into bfloat16: fp8 * scale in float32, rounded once, half to even. About 0.3 ns a value.
 
     Args:
         rows: uint8 [R, row_bytes], row_bytes at least `dim`.
@@ -189,6 +189,8 @@ def decode_fp8_rows(rows: _Bytes, dim: int, scale: float | None, out: npt.NDArra
         scale: Of all values; None: 2^(byte - 127) of the e8m0 bytes that follow a row's values, one for 32 of them;
             `dim` is a multiple of 32 then.
         out: uint16 [R, dim], the values' bits, overwritten whole.
+        threads: That share 2^18 values or more, the caller's included; 64 at most. They are the process's own, and
+            decode for one caller at a time; another one decodes alone.
     """
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ def _fp8_values() -> np.ndarray:
 _FP8 = _fp8_values()
 
 
-def decode_fp8_rows(rows: np.ndarray, dim: int, scale: float | None, out: np.ndarray) -> None:
-    """Writes what `kernels.decode_fp8_rows` says."""
+def decode_fp8_rows(rows: np.ndarray, dim: int, scale: float | None, out: np.ndarray, threads: int = 1) -> None:
+    """Writes what `kernels.decode_fp8_rows` says, on one thread."""
+    del threads
     needed = dim if scale is not None else dim + dim // SCALE_BLOCK
     if rows.ndim != 2 or dim < 1 or rows.shape[1] < needed or (scale is None and dim % SCALE_BLOCK):
         raise ValueError(f"rows of shape {list(rows.shape)} hold no {dim} values and their scales, {needed} bytes")

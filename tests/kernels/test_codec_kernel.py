@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -85,3 +88,50 @@ def test_shapes_that_do_not_fit_are_refused(
 def test_no_rows_are_no_work(name: str) -> None:
     out = np.empty((0, 64), dtype=np.uint16)
     IMPLEMENTATIONS[name].decode_fp8_rows(np.empty((0, 66), dtype=np.uint8), 64, None, out)
+
+
+MANY = np.random.default_rng(7).integers(0, 256, (5_003, 264), dtype=np.uint8)
+
+
+def decoded(threads: int) -> np.ndarray:
+    out = np.full((len(MANY), 256), 0x1234, dtype=np.uint16)
+    kernels.decode_fp8_rows(MANY, 256, None, out, threads)
+    return out
+
+
+@pytest.mark.parametrize("threads", [2, 3, 1_000])
+def test_threads_that_share_rows_decode_what_one_does(threads: int) -> None:
+    alone = decoded(1)
+    for _ in range(20):
+        assert np.array_equal(decoded(threads), alone)
+
+
+def test_callers_at_once_all_get_their_rows() -> None:
+    alone = decoded(1)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(np.array_equal(each, alone) for each in pool.map(decoded, [2] * 40))
+
+
+def test_a_forked_child_decodes_with_threads_of_its_own() -> None:
+    alone = decoded(1)
+    stop = threading.Event()
+
+    def go_on() -> None:  # the fork comes while the parent's threads are at work
+        while not stop.is_set():
+            decoded(2)
+
+    busy = threading.Thread(target=go_on)
+    busy.start()
+    try:
+        for _ in range(5):
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if np.array_equal(decoded(2), alone) and num_threads() == 2 else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        busy.join()
+
+
+def num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
