@@ -26,6 +26,7 @@ from tierstore.tools.bench import (
     BENCHMARKS,
     cold,
     decode,
+    decoded,
     module_of,
     page_cache,
     placed,
@@ -57,6 +58,7 @@ def few_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         cold: {"ONE_TOKEN_LOOKUPS": 8},
         page_cached: {"ROWS": 30_000, "TOKENS": 100},
         decode: {"WARM_LOOKUPS": 100, "COLD_LOOKUPS": 20, "WAIT_TOKENS": 20, "LOOKUPS_TOGETHER": 640},
+        decoded: {"TOKENS": 50},
         trace: {"PREFILL_TOKENS": 500, "BARE_ENTRIES": 3000},
         warm: {"ONE_TOKEN_LOOKUPS": 100},
     }.items():
@@ -309,6 +311,9 @@ def test_decode_has_latencies_a_late_wait_and_many_threads(folder: Path) -> None
         assert min(case(record, words)["values"]) > 0
     assert case(record, "wait after the reads")["bound"] == 5.0
     assert set(case(record, "all threads together")["seconds"]) == {"64 threads", "2 threads"}
+    sides = {"tierstore", "F.embedding of fp8, dequantised", "F.embedding of bf16"}
+    assert set(case(record, "50 tokens x 24 rows of 256 values")["seconds"]) == sides
+    assert record["facts"]["keys that missed in decoded runs"] == 0
 
 
 @needs_compiler

@@ -21,7 +21,7 @@ BENCHMARKS = {
     "build": "Building a store, beside copying the checkpoint's files with cp and syncing them.",
     "warm": "All hits, beside the bare probe and copy, torch and NumPy.",
     "cold": "No hits, beside the bare reads of the same number of pages, fio and np.memmap.",
-    "decode": "One token at a time: latencies, submit and wait, many threads.",
+    "decode": "One token at a time: latencies, submit and wait, many threads. Batches decoded to bf16, beside torch.",
     "trace": "Real text: hit rates by budget, and a prefill of half hits, half misses.",
     "scale": "Cost of a row as the table grows.",
     "serve": "A daemon's clients, beside stores in process; its changes while they look up.",

@@ -2,7 +2,7 @@
 
 Input: a table, a working set of it that fits the budget, keys never asked for. Output: p50 and p99 of one-token
 lookups, warm and cold; what is left to do in a `wait` that comes after the reads had time to end; and what 64 threads
-get done together, beside 2.
+get done together, beside 2; batches down to values in bfloat16 (`decoded`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from tierstore.extras import install_command
 from tierstore.store.ticket import Ticket
 from tierstore.units import format_bytes
 
-from . import page_cache, stores
+from . import decoded, page_cache, stores
 from .cold import ColdLookups, one_token
 from .pairs import Options, Result, seconds_of_all, seconds_of_each
 from .working_set import WorkingSet
@@ -53,6 +54,13 @@ def run(folder: Path, options: Options) -> Result:
         ]
         _latencies(result, "warm", rounds, p50_bound=8.0)
         _many_threads(held, options.pairs, result)
+    try:
+        of_values = decoded.measure(folder, size_bytes, options)
+    except ImportError:
+        result.skipped["values in bf16"] = f"torch is not installed; {install_command('torch')}"
+    else:
+        result.comparisons += of_values.comparisons
+        result.facts |= of_values.facts
     return result
 
 

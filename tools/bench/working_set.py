@@ -8,6 +8,8 @@ hold them all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 import tierstore
@@ -33,9 +35,10 @@ class WorkingSet:
         *,
         io: str = "auto",
         threads: int | None = None,
+        fresh_keys: Callable[[np.random.Generator, int], np.ndarray] = stores.fresh_keys,
     ) -> None:
         """Opens the store and looks tokens up until `set_bytes` of entries are held. Blocks:
-        reads every row once or twice. io, threads: as of `tierstore.open`."""
+        reads every row once or twice. io, threads: as of `tierstore.open`. fresh_keys: draws them, [count, O]."""
         self.made = made
         wanted = max(1, set_bytes // (stores.ROWS_PER_TOKEN * stores.ROW_BYTES))
         self.dram_bytes = dram_bytes or max(int(set_bytes * DRAM_FACTOR), 1 << 20)
@@ -49,7 +52,7 @@ class WorkingSet:
             self.table = self.store[stores.TABLE]
             self._out = stores.rows_buffer(FILL_TOKENS)
             generator = np.random.default_rng()
-            keys = stores.fresh_keys(generator, int(wanted * SPARE_TOKENS) + 16)
+            keys = fresh_keys(generator, int(wanted * SPARE_TOKENS) + 16)
             self.keys = self._filled(keys, wanted)
             self.generator = generator
         except BaseException:
