@@ -4,7 +4,6 @@
 #include <chrono>
 #include <cstring>
 #include <mutex>
-#include <optional>
 #include <stdexcept>
 #include <utility>
 
@@ -21,8 +20,6 @@ constexpr auto kRelaxed = std::memory_order_relaxed;
 
 // A larger output would only push out of the caches what is copied next; a smaller one is read again soon.
 constexpr size_t kStreamedBytes = 4 << 20;
-
-constexpr size_t kPartsMin = 4;  // of a list for which the crew is woken
 
 }  // namespace
 
@@ -61,6 +58,8 @@ size_t Engine::num_registered_readers() const {
                                            [](const auto& reader) { return reader->is_registered(); }));
 }
 
+Crew& Engine::crew() { return runtime_->crew; }
+
 void Engine::number(ShardFile& file) {
   file.number = static_cast<uint32_t>(files_.size());
   files_.push_back(&file);
@@ -84,7 +83,7 @@ Found Engine::gather_part(const EpochView& view, size_t index, const PairList& l
 
 // The same, by the crew where there is enough to do.
 Found Engine::gather_shared(const EpochView& view, size_t index, const PairList& list, const Output& out,
-                            Gathered& gathered) {
+                            Gathered& gathered, const std::optional<PartOf>& part_of) {
   const Table& table = tables_[index];
   struct Part {
     PairList list;
@@ -94,11 +93,11 @@ Found Engine::gather_shared(const EpochView& view, size_t index, const PairList&
   };
   Crew& crew = runtime_->crew;
   const size_t num_bytes = list.count * table.entry_bytes();
-  const bool streamed = num_bytes > kStreamedBytes;
+  const bool streamed = (part_of ? part_of->whole_bytes : num_bytes) > kStreamedBytes;
   const size_t parts_max = num_bytes / shape_.part_bytes;
   int64_t bad_page = -1;
   Found found;
-  if (crew.num_threads() < 2 || parts_max < kPartsMin) {
+  if (part_of || crew.num_threads() < 2 || parts_max < kPartsMin) {
     found = gather_part(view, index, list, out, streamed, gathered.misses, bad_page);
   } else {
     const size_t whole = list.pairs != nullptr ? 1 : table.num_orders;
@@ -120,12 +119,13 @@ Found Engine::gather_shared(const EpochView& view, size_t index, const PairList&
   return found;
 }
 
-bool Engine::gather(const EpochView& view, size_t index, const PairList& list, const Output& out, Gathered& gathered) {
+bool Engine::gather(const EpochView& view, size_t index, const PairList& list, const Output& out, Gathered& gathered,
+                    const std::optional<PartOf>& part_of) {
   const Table& table = tables_[index];
   const size_t first_miss = gathered.misses.size();
   const bool may_change = table.resident == nullptr;
   Found found;
-  if (view.alive || !may_change) found = gather_shared(view, index, list, out, gathered);
+  if (view.alive || !may_change) found = gather_shared(view, index, list, out, gathered, part_of);
   if (may_change && !(view.alive && gate_->holds(view))) {
     gathered.misses.resize(first_miss);
     found = gather_nothing(table, static_cast<uint16_t>(index), list, out, gathered.misses);

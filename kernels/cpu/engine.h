@@ -20,9 +20,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
+#include "crew.h"
 #include "epochs.h"
 #include "faults.h"
 #include "gather.h"
@@ -33,7 +35,8 @@
 
 namespace tierstore {
 
-constexpr int kSliceMs = 50;  // how long anything here waits or works before it looks whether it should end
+constexpr size_t kPartsMin = 4;  // of a request for which the crew is woken
+constexpr int kSliceMs = 50;     // how long anything here waits or works before it looks whether it should end
 
 struct EngineShape {
   ReadMode mode;
@@ -157,9 +160,18 @@ class Engine {
   // How many of them have files and memory registered with the kernel.
   size_t num_registered_readers() const;
 
+  // Threads that share large requests with their callers; and of how much output each of them takes a part.
+  Crew& crew();
+  size_t part_bytes() const { return shape_.part_bytes; }
+
+  // A request that is a part of a larger one, whose output has so many bytes: the crew shares that one, and not this.
+  struct PartOf {
+    size_t whole_bytes;
+  };
   // Copies what memory holds of a table's pairs, pair i to entry list.first + i of out, and appends the rest to the
   // misses. Returns false, with `out` undefined and nothing counted, if a key or a pair is not one of the table's.
-  bool gather(const EpochView& view, size_t table, const PairList& list, const Output& out, Gathered& gathered);
+  bool gather(const EpochView& view, size_t table, const PairList& list, const Output& out, Gathered& gathered,
+              const std::optional<PartOf>& part_of = {});
 
   // Appends rows by their ids, -1 for zeros, to what must be read past the cache; rows of a resident table, and zeros,
   // are copied. of_tokens: the ids are those of whole tokens, [N, O * H], and of a resident table are counted as keys.
@@ -206,7 +218,8 @@ class Engine {
 
   Found gather_part(const EpochView& view, size_t table, const PairList& list, const Output& out, bool streamed,
                     std::vector<Miss>& misses, int64_t& bad_page);
-  Found gather_shared(const EpochView& view, size_t table, const PairList& list, const Output& out, Gathered& gathered);
+  Found gather_shared(const EpochView& view, size_t table, const PairList& list, const Output& out, Gathered& gathered,
+                      const std::optional<PartOf>& part_of);
   void number(ShardFile& file);
   void count_rows(size_t table, const PairList& ids, bool of_tokens);
 

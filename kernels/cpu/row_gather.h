@@ -19,13 +19,16 @@ class RowGather {
   RowGather(Engine& engine, size_t table, const RowsOut& out, bool of_tokens);
 
   // How many rows one call of `gather` takes at most: those of whole tokens, if they are of tokens.
-  size_t rows_max() const { return rows_max_; }
+  size_t rows_max() const;
 
-  // Copies what memory holds of `count` rows; the first of them is row `first` of the request. Appends the rest to the
-  // misses, keys and single rows. Returns false, with the output undefined, if a wanted id is not one of the table's.
+  // Copies what memory holds of `count` rows; the first of them is row `first` of the request. The engine's crew shares
+  // many. Appends the rest to the misses, keys and single rows. Returns false, with the output undefined, if a wanted
+  // id is not one of the table's.
   bool gather(const EpochView& view, const int64_t* row_ids, size_t first, size_t count, Gathered& gathered);
 
  private:
+  size_t whole_tokens(size_t num_rows) const;
+  bool gather_part(const EpochView& view, const int64_t* row_ids, size_t first, size_t count, Gathered& gathered);
   bool split_in_runs(const EpochView& view, const int64_t* row_ids, size_t count, Gathered& gathered);
   bool find_keys(size_t row);
   bool end_run(const EpochView& view, Gathered& gathered);
@@ -35,8 +38,10 @@ class RowGather {
   const Table& table_;
   const RowsOut out_;
   const bool of_tokens_, by_key_;
-  size_t rows_max_;
-  // Of one call. Rows are numbered from its first one.
+  const size_t unit_;       // rows of a token; 1 if they are not of tokens
+  size_t rows_each_;        // how many are gathered at a time
+  size_t whole_bytes_ = 0;  // of the output that they are a part of; 0: they go through the scratch
+  // Of one part. Rows are numbered from its first one.
   size_t first_ = 0;
   uint8_t* to_ = nullptr;             // where its rows go: the output, or the scratch
   size_t run_start_ = 0;              // the row with which keys_, or ids_, begin; one of the two is empty

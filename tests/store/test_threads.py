@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from contract.rows_contract import NAME, expected_rows, some_ids
 from contract.store_contract import StoreContract
-from support.shapes import ENTRY_BYTES
+from support.shapes import ENTRY_BYTES, POISON, ROW_BYTES
 from support.stores import Model, random_keys
 from support.waiting import eventually
 
@@ -93,6 +94,37 @@ def test_a_key_outside_the_table_in_any_part_is_refused(store: tierstore.Store, 
     keys[place, 1] = -2
     with pytest.raises(ValueError, match="key"):
         store["layers.1"].lookup(keys)
+
+
+@pytest.mark.parametrize("dram", ["600KiB", "64MiB"], ids=["cached", "resident"])
+@pytest.mark.parametrize("form", ["tokens", "single rows", "strided", "a range"])
+def test_rows_by_their_ids_and_their_counters_are_those_of_one_thread(
+    built: Path, model: Model, dram: str, form: str
+) -> None:
+    ids, found = some_ids(model, 4, 300), []
+    ids = ids.reshape(-1) if form == "single rows" else ids
+    within = (300, 1500) if form == "a range" else None
+    for threads in (THREADS, 1):
+        with tierstore.open(built, dram=dram, threads=threads) as store:
+            before = steady_count()
+            buffer = np.full((*ids.shape, ROW_BYTES + 5), POISON, dtype=np.uint8)
+            out = buffer[..., 2:-3] if form == "strided" else np.full((*ids.shape, ROW_BYTES), POISON, dtype=np.uint8)
+            for _ in range(2):  # from the shards, then what the cache keeps
+                store[NAME].rows(ids, out, within=within)
+                np.testing.assert_array_equal(out, expected_rows(model, ids, within))
+            if dram == "64MiB":  # else one more may read pages
+                assert threads_of_this_process() == before + threads - 1
+            stats = store.stats()
+            found.append((stats["sentinels"], stats["rows"], stats["tables"]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("place", [0, 150, 299])
+def test_a_row_outside_the_table_in_any_part_is_refused(store: tierstore.Store, model: Model, place: int) -> None:
+    ids = some_ids(model, 5, 300)
+    ids[place, 1] = len(model.rows[NAME])
+    with pytest.raises(ValueError, match="row"):
+        store[NAME].rows(ids)
 
 
 def test_a_forked_child_has_threads_of_its_own(store: tierstore.Store, model: Model) -> None:
