@@ -18,4 +18,5 @@ PYBIND11_MODULE(_cpu, module) {
   tierstore::bind_mailbox(module);
   tierstore::bind_learning(module);
   tierstore::bind_shared(module);
+  tierstore::bind_huge_pages(module);
 }

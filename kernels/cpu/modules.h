@@ -9,6 +9,7 @@ namespace tierstore {
 void bind_codec(pybind11::module_& module);
 void bind_constants(pybind11::module_& module);
 void bind_hash(pybind11::module_& module);
+void bind_huge_pages(pybind11::module_& module);
 void bind_learning(pybind11::module_& module);
 void bind_mailbox(pybind11::module_& module);
 void bind_pages(pybind11::module_& module);

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.threads import threads_of_this_process
 
 from tierstore import kernels
 from tierstore.kernels import reference_codec
@@ -126,12 +127,8 @@ def test_a_forked_child_decodes_with_threads_of_its_own() -> None:
         for _ in range(5):
             child = os.fork()
             if child == 0:
-                os._exit(0 if np.array_equal(decoded(2), alone) and num_threads() == 2 else 1)
+                os._exit(0 if np.array_equal(decoded(2), alone) and threads_of_this_process() == 2 else 1)
             assert os.waitpid(child, 0)[1] == 0
     finally:
         stop.set()
         busy.join()
-
-
-def num_threads() -> int:
-    return len(os.listdir("/proc/self/task"))

@@ -12,6 +12,7 @@ from contract.rows_contract import NAME, expected_rows, some_ids
 from contract.store_contract import StoreContract
 from support.shapes import ENTRY_BYTES, POISON, ROW_BYTES
 from support.stores import Model, random_keys
+from support.threads import steady_count, threads_of_this_process
 from support.waiting import eventually
 
 import tierstore
@@ -41,20 +42,9 @@ def store(request: pytest.FixtureRequest, built: Path) -> Iterator[tierstore.Sto
         yield opened
 
 
-def threads_of_this_process() -> int:
-    return len(os.listdir("/proc/self/task"))
-
-
 def ends_with(expected: int) -> None:
     """A thread that was joined is listed for a moment more."""
     eventually(lambda: threads_of_this_process() == expected)
-
-
-def steady_count() -> int:
-    """How many threads there are, once those of earlier tests are gone from the list."""
-    counts = [threads_of_this_process()]
-    eventually(lambda: counts.append(threads_of_this_process()) or (len(counts) > 20 and len(set(counts[-20:])) == 1))
-    return counts[-1]
 
 
 def test_threads_come_with_the_first_large_lookup_and_go_with_the_store(built: Path, model: Model) -> None:

@@ -224,7 +224,7 @@ class Daemon:
             store=store_info(self._host),
             counters=counters,
             latency=latency,
-            memory=memory_of(self._host.tiers.plan),
+            memory=memory_of(self._host),
             epochs=epoch_info(self._host),
             plan=plan_info(self._host),
             learning=self._learner.info(),

@@ -87,6 +87,16 @@ _GAUGES: tuple[Number, ...] = (
         "Resident size of the daemon's process, shared memory included.",
         lambda record: record.memory.process_bytes,
     ),
+    (
+        "huge_page_present_bytes",
+        "DRAM in large blocks that was in memory at the last look, minutes ago at most.",
+        lambda record: record.memory.present_bytes,
+    ),
+    (
+        "huge_page_bytes",
+        "Those of them that lay on huge pages.",
+        lambda record: record.memory.huge_page_bytes,
+    ),
     ("epoch", "Number of the static set that new lookups use.", lambda record: record.epochs.current),
     (
         "epochs_alive",

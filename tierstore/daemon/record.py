@@ -94,7 +94,11 @@ class Latency(Struct, frozen=True):
 
 
 class Memory(Struct, frozen=True):
-    """The DRAM budget and its parts. process_bytes: the resident size of the process, shared memory included."""
+    """The DRAM budget and its parts. process_bytes: the resident size of the process, shared memory included.
+
+    present_bytes: of blocks large enough for huge pages, what was in memory at the last look; huge_page_bytes: what of
+    that lay on huge pages.
+    """
 
     budget_bytes: int
     used_bytes: int
@@ -106,6 +110,8 @@ class Memory(Struct, frozen=True):
     counts_bytes: int
     work_bytes: int
     process_bytes: int
+    present_bytes: int = 0
+    huge_page_bytes: int = 0
 
 
 class EpochInfo(Struct, frozen=True):

@@ -23,6 +23,7 @@ from ..formats.placement import Placement
 from ..ipc.events import event
 from ..ipc.mapped import Blocks, OpenVersion, recency_part, static_parts
 from ..layout import UNIT_BYTES, TableLayout, round_up
+from ..tiers.huge_pages import bytes_on_huge_pages
 from ..tiers.placed import index_head, load_indexes, load_records
 from ..tiers.shared import SharedBlock
 from ..tiers.slots import StaticSlots
@@ -185,6 +186,12 @@ class SharedTiers:
             sample = sets[:: max(1, share.num_sets // RECENCY_SAMPLE_SETS), : 8 * CACHE_WAYS].copy().view(np.int64)
             counted[name] = round(float((sample >= 0).mean()) * share.num_sets * CACHE_WAYS)
         return counted
+
+    def huge_page_bytes(self, resident: SharedBlock | None) -> tuple[int, int]:
+        """Returns bytes of the blocks, and of a version's own, that were in memory at the last look, and those of them
+        on huge pages."""
+        blocks = [*self._blocks, *([resident] if resident else [])]
+        return bytes_on_huge_pages([block.huge_pages for block in blocks])
 
     def close(self) -> None:
         """Closes the descriptors. Clients keep what they mapped."""

@@ -9,7 +9,6 @@ import msgspec
 import psutil
 
 from ..decisions.budget import CACHE_WAYS
-from ..decisions.shared_budget import SharedPlan
 from ..stats import expected_of, stats_of
 from .host import Host
 from .record import Counters, EpochInfo, Latency, Memory, PlanInfo, StoreInfo, TableShape
@@ -38,8 +37,10 @@ def counters_of(host: Host) -> tuple[Counters, Latency]:
     return msgspec.convert(stats, Counters), latency
 
 
-def memory_of(plan: SharedPlan) -> Memory:
-    """Returns the budget, its parts, and the resident size of this process."""
+def memory_of(host: Host) -> Memory:
+    """Returns the budget, its parts, the resident size of this process, and what lies on huge pages."""
+    plan = host.tiers.plan
+    present_bytes, huge_page_bytes = host.tiers.huge_page_bytes(host.epochs.current.resident)
     return Memory(
         budget_bytes=plan.budget_bytes,
         used_bytes=plan.dram_bytes,
@@ -51,6 +52,8 @@ def memory_of(plan: SharedPlan) -> Memory:
         counts_bytes=plan.counts_bytes,
         work_bytes=plan.work_bytes,
         process_bytes=psutil.Process().memory_info().rss,
+        present_bytes=present_bytes,
+        huge_page_bytes=huge_page_bytes,
     )
 
 

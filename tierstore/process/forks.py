@@ -83,6 +83,10 @@ class LostEngine:
     def after_fork(self, *, child: bool) -> None:
         """There is nothing to unlock."""
 
+    def huge_page_bytes(self) -> tuple[int, int]:
+        """There is no memory to look at."""
+        return 0, 0
+
     def close(self, timeout_s: float) -> bool:  # noqa: ARG002
         """There is nothing to wait for."""
         return True

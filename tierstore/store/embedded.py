@@ -191,9 +191,12 @@ class Embedded(Backing):
 
     def details(self) -> dict[str, Any]:
         shares = self._plan.shares
+        present_bytes, huge_bytes = self.engine.huge_page_bytes()
         memory: dict[str, Any] = {
             "budget_bytes": self._plan.budget_bytes,
             "dram_bytes": self._plan.dram_bytes,
+            "present_bytes": present_bytes,
+            "huge_page_bytes": huge_bytes,
             "staging_bytes": self._plan.staging.num_bytes,
             "resident_tables": [name for name, share in shares.items() if share.resident],
         }

@@ -145,6 +145,10 @@ class Engine(ABC):
         static set, and read from NVMe; if there is an hbm tier, under "hbm" a list for each: keys by order found
         there."""
 
+    def huge_page_bytes(self) -> tuple[int, int]:
+        """Returns bytes of its own DRAM that were in memory when it last looked, and those of them on huge pages."""
+        return 0, 0
+
     @abstractmethod
     def close(self, timeout_s: float) -> bool:
         """Refuses new lookups, waits for those under way, frees threads; returns whether all ended in time."""
@@ -253,6 +257,9 @@ class EngineWrapper(Engine):
 
     def counters(self) -> dict[str, Any]:
         return self._engine.counters()
+
+    def huge_page_bytes(self) -> tuple[int, int]:
+        return self._engine.huge_page_bytes()
 
     def close(self, timeout_s: float) -> bool:
         return self._engine.close(timeout_s)

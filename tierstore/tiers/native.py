@@ -23,6 +23,7 @@ from ..process.workers import aside
 from ..stats import latency_of
 from .engine import READ_WAIT_S, HostEngine, Request, RowRange, in_slices
 from .faults import FaultNames
+from .huge_pages import bytes_on_huge_pages, keep_on_huge_pages
 from .memory import allocate
 from .nvme import IoChoice, TableFiles, load_rows
 from .placed import PlacementFile, load_all_static
@@ -86,6 +87,7 @@ def open_native(
         cache = aside(new_cache, rest)
         memories.append(TableMemory(cache, None if static is None else static.to_native()))
     engine = NativeEngine(what, files, memories, choice, plan.staging, placed)
+    engine.huge_pages = keep_on_huge_pages(block)
     for index, (file, share, part) in enumerate(zip(files, shares, parts, strict=True)):
         if share.resident:
             engine.set_resident(index, load_table(file, part))
@@ -117,13 +119,15 @@ class NativeEngine(HostEngine):
     ) -> None:
         """`what` names the store in errors. Tables whose rows are in memory serve after `set_resident`.
 
-        `layouts`, `memories`: of the tables; `memories` is empty once it is closed.
+        `layouts`, `memories`: of the tables; `memories` is empty once it is closed. `huge_pages`: what brings the
+        memory that it was opened over onto huge pages, until it is closed.
         """
         self._what = what
         self.layouts = [file.table for file in files]
         self.memories = list(memories)
         self._resident = [isinstance(memory.rows_or_cache, np.ndarray) for memory in memories]
         self.bad_pages = {}
+        self.huge_pages: kernels.HugePages | None = None
         self.io = choice.mode
         allow_open_files(staging.num_readers)
         try:
@@ -210,9 +214,15 @@ class NativeEngine(HostEngine):
             "tables": [list(table) for table in counters["tables"]],
         }
 
+    def huge_page_bytes(self) -> tuple[int, int]:
+        return bytes_on_huge_pages([self.huge_pages])
+
     def close(self, timeout_s: float) -> bool:
         ended = in_slices(self._engine.close, timeout_s)
         if ended:
+            if self.huge_pages is not None:
+                self.huge_pages.stop()
+                self.huge_pages = None
             self.memories.clear()  # a closed store that somebody still names must not keep its budget
         return ended
 

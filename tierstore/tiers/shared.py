@@ -23,6 +23,7 @@ from .. import kernels
 from ..causes import Fault, named, named_memory
 from ..errors import DaemonError
 from ..units import format_bytes
+from .huge_pages import keep_on_huge_pages
 
 logger = logging.getLogger("tierstore")
 
@@ -42,6 +43,7 @@ class SharedBlock:
     Attributes:
         array: The memory, uint8 [num_bytes].
         fd: A read-only descriptor, to be handed out.
+        huge_pages: What brings it onto huge pages; None for a small one.
         export_fd: The writable export, for a process that is trusted to map the block writable; -1 without one.
     """
 
@@ -58,6 +60,7 @@ class SharedBlock:
             BudgetError: There is not enough memory.
         """
         self.fd = self.export_fd = -1
+        self.huge_pages: kernels.HugePages | None = None
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, num_bytes)
@@ -66,6 +69,7 @@ class SharedBlock:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_LENGTH | (0 if export else _FUTURE_WRITE))
             os.fchmod(fd, 0o400)
             self.fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+            self.huge_pages = keep_on_huge_pages(self.array)
             if export:
                 self.export_fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
         except OSError as error:
@@ -80,6 +84,8 @@ class SharedBlock:
             if fd >= 0:
                 os.close(fd)
         self.fd = self.export_fd = -1
+        if self.huge_pages is not None:
+            self.huge_pages.stop()
         self.array = np.empty(0, dtype=np.uint8)
 
 

@@ -116,6 +116,11 @@ def memory_table(record: StatRecord) -> FittingTable:
     title = (
         f"DRAM: {format_bytes(used)} of {format_bytes(budget)} ({share_text(ratio(used, budget))}); "
         f"the process holds {format_bytes(memory.process_bytes)}"
+        + (
+            f"; on huge pages {share_text(ratio(memory.huge_page_bytes, present))}"
+            if (present := memory.present_bytes)
+            else ""
+        )
     )
     rows = [
         {
