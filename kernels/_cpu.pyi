@@ -337,6 +337,16 @@ def find_items(haystack: _UInt64, needles: _UInt64) -> _Int64:
     """
 
 # --------------------------------------------------------------------------------------------------------------------
+# Messages (messages_module.cpp).
+
+def fresh_bytes(num_bytes: int) -> tuple[bytes, _Bytes]:
+    """Returns bytes whose content is not set, and an array [num_bytes] over their memory, which keeps them alive.
+
+    Write all of the array before anybody reads, hashes or compares the bytes, and never afterwards. An empty one is the
+    interpreter's own.
+    """
+
+# --------------------------------------------------------------------------------------------------------------------
 # Memory that processes share, and the epochs in it (epochs.h).
 
 def map_shared(fd: int, num_bytes: int, *, writable: bool) -> _Bytes:

@@ -16,6 +16,7 @@ PYBIND11_MODULE(_cpu, module) {
   tierstore::bind_tables(module);
   tierstore::bind_engine(module);
   tierstore::bind_mailbox(module);
+  tierstore::bind_messages(module);
   tierstore::bind_learning(module);
   tierstore::bind_shared(module);
   tierstore::bind_huge_pages(module);

@@ -483,7 +483,7 @@ def test_a_lookup_by_grpc_is_of_one_version_though_a_swap_comes_between_its_part
         daemon.start(remote=Remote("127.0.0.1:0", None, None, None))
         with tierstore.connect(f"grpc://{daemon.remote_address}") as store:
             np.testing.assert_array_equal(store[NAME].lookup(KEYS), rows[0])
-            monkeypatch.setattr(Answers, "_part", swapping_once(Answers._part, socket, newer))
+            monkeypatch.setattr(Answers, "_look_up", swapping_once(Answers._look_up, socket, newer))
             out = store[NAME].lookup(np.concatenate([KEYS, KEYS]))
             assert any(np.array_equal(out, np.concatenate([each, each])) for each in rows)
             np.testing.assert_array_equal(store[NAME].lookup(KEYS), store[NAME].lookup(KEYS))

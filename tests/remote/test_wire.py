@@ -12,6 +12,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from support.repository import REPOSITORY
 
 from tierstore.remote import messages
 from tierstore.remote.messages import Description, LookupReply, LookupRequest, Part, TableKeys, TableMessage
+from tierstore.remote.rows_reply import PartShape, RowsReply
 from tierstore.remote.wire import BYTES, TEXT, UINT, UINTS, Message, decode, encode, varint
 from tierstore.spec import TableSpec
 
@@ -189,6 +191,19 @@ def test_protobuf_reads_what_we_write_and_writes_what_we_read(
     read = theirs(protobuf, kind).FromString(data)
     assert read.SerializeToString(deterministic=True) == data
     assert plain(decode(kind, read.SerializeToString())) == plain(message)
+
+
+def test_protobuf_reads_a_reply_that_rows_were_looked_up_into(protobuf: ModuleType) -> None:
+    reply = RowsReply(3, 4, [PartShape(0, 0, 20_000, 3, 2), PartShape(1, 5, 2, 8, 1)])
+    for rows in reply.rows:
+        rows[:] = np.arange(len(rows)) % 251
+    reply.count(0, [[20_000, 1], [0, 127], [128, 0]])
+    reply.count(1, [[0], [0], [2]])
+    read = theirs(protobuf, LookupReply).FromString(reply.message)
+    assert (read.version, read.instance) == (3, 4)
+    found = [[list(part.dram_hits), list(part.static_hits), list(part.nvme_hits)] for part in read.parts]
+    assert found == [[[20_000, 1], [0, 127], [128, 0]], [[0], [0], [2]]]
+    assert [part.rows for part in read.parts] == [rows.tobytes() for rows in reply.rows]
 
 
 def test_damaged_bytes_that_we_read_protobuf_reads_as_the_same(protobuf: ModuleType) -> None:

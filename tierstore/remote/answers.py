@@ -1,7 +1,7 @@
 """The answers to calls of lookup.proto, from a store: descriptions, rows, where keys are, counts.
 
-Input: decoded requests, and the call's deadline. Output: encoded replies; streams in parts of CHUNK_BYTES, looked up
-into one buffer of the call, so that a call takes memory for CHUNKS_MAX of them at most, however many rows it asks for.
+Input: decoded requests, and the call's deadline. Output: encoded replies, whose rows were looked up into them; streams
+in parts of CHUNK_BYTES, so that a call takes memory for CHUNKS_MAX of them at most, however many rows it asks for.
 Errors: `Refusal` beyond the limits, `FingerprintMismatchError` for other tables, `ValueError` for arrays whose bytes
 are not those of their shape. Knows nothing of gRPC.
 
@@ -15,8 +15,8 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,22 +27,23 @@ from ..store.store import Store
 from ..store.table import Table
 from . import messages
 from .limits import Deadline, InFlight, Refusal
-from .messages import LookupReply, Part, TableKeys
+from .messages import TableKeys
+from .rows_reply import PartShape, RowsReply
 from .wire import Buffer, encode
 
 CHUNK_BYTES = 1 << 20  # of rows in one message of a stream
-CHUNKS_MAX = 3  # of one stream: in our buffer, as a message, and on its way through grpc
+CHUNKS_MAX = 3  # of one stream: looked up, sent before, and on its way through grpc
 HEAD_BYTES = 4096  # of a message, at most, beside its keys or rows
 ID_BYTES = 8  # of a key or a row id
 
-# Of each of `kernels.SOURCES`, whether it is the dram tier, its static set, or nvme: [sources, 3].
-_TIERS = np.array(
-    [
-        [source in tier for tier in (("resident", "static", "recency"), ("static",), ("record", "pages"))]
-        for source in kernels.SOURCES
-    ],
-    dtype=np.int64,
-)
+# The numbers in `kernels.SOURCES` of what is the dram tier, its static set, and nvme.
+_TIERS = [
+    [kernels.SOURCES.index(source) for source in tier]
+    for tier in (("resident", "static", "recency"), ("static",), ("record", "pages"))
+]
+
+
+T = TypeVar("T")
 
 
 class Served(NamedTuple):
@@ -52,6 +53,10 @@ class Served(NamedTuple):
     version: int
     identity: bytes
     instance: int
+
+    def reply(self, parts: Sequence[PartShape]) -> RowsReply:
+        """Returns a reply of this version, to be filled."""
+        return RowsReply(self.version, self.instance, parts)
 
 
 class AnswerLimits(NamedTuple):
@@ -116,11 +121,10 @@ class Answers:
             most = self._limits.message_bytes_max - HEAD_BYTES
             raise Refusal(f"the rows take {num_bytes} bytes, one message holds {most}; call LookupStream", retry=False)
         with self._in_flight.holding(2 * num_bytes, call.peer):
-            parts = []
-            for place, (table, keys) in enumerate(wanted):
-                buffer = np.empty(len(keys) * _token_bytes(table), dtype=np.uint8)
-                parts.append(self._part(call, served, place, 0, table, keys, buffer))
-            return encode(LookupReply(served.version, parts, served.instance))
+            reply = served.reply([_shape(place, 0, table, keys) for place, (table, keys) in enumerate(wanted)])
+            for part, (table, keys) in enumerate(wanted):
+                self._look_up(call, served, table, keys, reply, part)
+            return reply.message
 
     def lookup_stream(self, call: Deadline, request: messages.LookupRequest) -> Iterator[bytes]:
         """Looks the keys of a request up, part by part."""
@@ -129,12 +133,13 @@ class Answers:
         most = min(CHUNK_BYTES, self._limits.message_bytes_max - HEAD_BYTES)
         chunk_bytes = max([most, *(_token_bytes(table) for table, _ in wanted)])
         with self._in_flight.holding(CHUNKS_MAX * chunk_bytes, call.peer):
-            buffer = np.empty(chunk_bytes, dtype=np.uint8)
             for place, (table, keys) in enumerate(wanted):
                 step = chunk_bytes // _token_bytes(table)
                 for start in range(0, len(keys), step):
-                    part = self._part(call, served, place, start, table, keys[start : start + step], buffer)
-                    yield encode(LookupReply(served.version, [part], served.instance))
+                    of_part = keys[start : start + step]
+                    reply = served.reply([_shape(place, start, table, of_part)])
+                    self._look_up(call, served, table, of_part, reply, 0)
+                    yield reply.message
 
     def rows(self, call: Deadline, request: messages.RowsRequest) -> Iterator[bytes]:
         """Reads rows by their ids, part by part."""
@@ -147,19 +152,19 @@ class Answers:
         row_bytes = table.spec.row_bytes
         step = max(1, CHUNK_BYTES // row_bytes)
         with self._in_flight.holding(CHUNKS_MAX * step * row_bytes, call.peer):
-            buffer = np.empty((min(step, len(row_ids)), row_bytes), dtype=np.uint8)
             for start in range(0, len(row_ids), step):
                 ids = row_ids[start : start + step]
-                with self._looking_up(call, served):
-                    rows = table.rows(ids, buffer[: len(ids)])
-                yield encode(LookupReply(served.version, [Part(0, start, _view(rows))], served.instance))
+                reply = served.reply([PartShape(0, start, len(ids), row_bytes, 0)])
+                out = reply.rows[0].reshape(len(ids), row_bytes)
+                self._in_turn(call, served, partial(table.rows, ids, out))
+                yield reply.message
 
     def locate(self, call: Deadline, request: messages.LocateRequest) -> bytes:
         """Answers what would answer each key."""
         served = self._now_served(request.identity)
         ((table, keys),) = self._wanted(served, [request.keys or TableKeys()])
-        with self._looking_up(call, served):
-            return encode(messages.LocateReply(_view(table.locate(keys))))
+        sources = self._in_turn(call, served, partial(table.locate, keys))
+        return encode(messages.LocateReply(sources.data))
 
     def stats(self, call: Deadline, request: messages.StatsRequest) -> bytes:  # noqa: ARG002
         """Returns the store's counts, and the server's own."""
@@ -202,27 +207,27 @@ class Answers:
                 retry=False,
             )
 
-    def _part(
-        self, call: Deadline, served: Served, place: int, start: int, table: Table, keys: np.ndarray, buffer: np.ndarray
-    ) -> Part:
-        """Looks keys [N, O] up in a buffer; the part's rows are a view of it."""
+    def _look_up(
+        self, call: Deadline, served: Served, table: Table, keys: np.ndarray, reply: RowsReply, part: int
+    ) -> None:
+        """Looks keys [N, O] up into a part of a reply."""
         spec = table.spec
-        out = buffer[: len(keys) * _token_bytes(table)].reshape(len(keys), spec.num_heads, spec.row_bytes)
-        with self._looking_up(call, served):
-            sources = np.empty(keys.shape, dtype=np.uint8)
-            table.lookup(keys, out, sources=sources)
-        return Part(place, start, _view(out), *_hits(sources))
+        out = reply.rows[part].reshape(len(keys), spec.num_heads, spec.row_bytes)
+        sources = np.empty(keys.shape, dtype=np.uint8)
+        self._in_turn(call, served, partial(table.lookup, keys, out, sources))
+        reply.count(part, _hits(sources))
 
-    @contextmanager
-    def _looking_up(self, call: Deadline, served: Served) -> Iterator[None]:
-        """Takes one of the workers' turns; raises `TimeoutError` if the call's time is up before it comes."""
+    def _in_turn(self, call: Deadline, served: Served, act: Callable[[], T]) -> T:
+        """Returns what act does, in one of the workers' turns; raises `TimeoutError` if the call's time is up before it
+        comes."""
         seconds = call.expires_at - time.monotonic()
         if call.is_over() or not self._workers.acquire(timeout=max(0.0, seconds)):
             raise TimeoutError("the call's time was up before its turn came; allow more time, or ask less often")
         try:
-            yield
+            done = act()
             if served.store.version != served.version:  # whose rows these are is not known
                 raise StoreChangedError(f"{served.store.name} was swapped while it answered; ask again")
+            return done
         except StoreNotReadyError as error:
             if self._store() is served.store:
                 raise
@@ -239,20 +244,17 @@ def _specs(store: Store) -> list[TableSpec]:
 
 def _hits(sources: np.ndarray) -> list[list[int]]:
     """Returns how many of sources [N, O] are of each tier in _TIERS, by order."""
-    num_sources, num_orders = len(_TIERS), sources.shape[1]
-    cells = sources + np.arange(num_orders) * num_sources
-    counts = np.bincount(cells.reshape(-1), minlength=num_orders * num_sources).reshape(num_orders, num_sources)
-    hits: list[list[int]] = (counts @ _TIERS).T.tolist()
-    return hits
+    by_order = [sources[:, order].tobytes() for order in range(sources.shape[1])]
+    return [[sum(map(column.count, tier)) for column in by_order] for tier in _TIERS]
+
+
+def _shape(place: int, start: int, table: Table, keys: np.ndarray) -> PartShape:
+    """Returns the part of a reply to keys [N, O] of a table, which begin at a token of the request."""
+    return PartShape(place, start, len(keys), _token_bytes(table), keys.shape[1])
 
 
 def _token_bytes(table: Table) -> int:
     return table.spec.num_heads * table.spec.row_bytes
-
-
-def _view(array: np.ndarray) -> memoryview:
-    """Returns an array's bytes, without a copy."""
-    return array.reshape(-1).data
 
 
 def _array(data: Buffer, num_tokens: int, width: int, what: str) -> np.ndarray:

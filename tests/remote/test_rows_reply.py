@@ -1,0 +1,88 @@
+"""A reply that its rows are looked up into is the message that `encode` makes of the same rows, and protobuf's."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+
+from tierstore import kernels
+from tierstore.remote.messages import LookupReply, Part
+from tierstore.remote.rows_reply import PartShape, RowsReply
+from tierstore.remote.wire import decode, encode
+
+
+def filled(version: int, instance: int, shapes: list[PartShape], seed: int = 0) -> tuple[bytes, LookupReply]:
+    """A reply put together in place, and the message that it must be."""
+    rng = np.random.default_rng(seed)
+    reply = RowsReply(version, instance, shapes)
+    parts = []
+    for number, shape in enumerate(shapes):
+        rows = rng.integers(0, 256, shape.num_units * shape.unit_bytes, dtype=np.uint8)
+        hits = rng.integers(0, shape.num_units + 1, (3, shape.num_orders)).tolist()
+        hits[0][:1] = [shape.num_units] * min(1, shape.num_orders)
+        reply.rows[number][:] = rows
+        if shape.num_orders:
+            reply.count(number, hits)
+        parts.append(Part(shape.table, shape.start, rows.tobytes(), *hits))
+    return reply.message, LookupReply(version, parts, instance)
+
+
+SHAPES = [
+    [PartShape(0, 0, 1, 6336, 3)],
+    [PartShape(0, 0, 127, 40, 3), PartShape(1, 0, 5, 4, 1)],
+    [PartShape(3, 2**40, 7, 300, 2)],
+    [PartShape(0, 0, 0, 300, 2)],
+    [PartShape(0, 9, 6, 264, 0)],
+    [PartShape(0, 0, 0, 264, 0)],
+    [],
+]
+
+
+@pytest.mark.parametrize("shapes", SHAPES, ids=range(len(SHAPES)))
+@pytest.mark.parametrize(("version", "instance"), [(0, 0), (1, 2**32 - 1), (300, 1)])
+def test_a_reply_of_few_tokens_is_byte_for_byte_what_encode_makes(
+    shapes: list[PartShape], version: int, instance: int
+) -> None:
+    message, expected = filled(version, instance, shapes)
+    assert message == encode(expected)
+
+
+@pytest.mark.parametrize("num_tokens", [128, 16_383, 16_384, 2_097_152])
+def test_counts_of_many_tokens_are_read_as_they_were_written(num_tokens: int) -> None:
+    shapes = [PartShape(1, 70_000, num_tokens, 2, 3), PartShape(0, 0, num_tokens, 1, 1)]
+    message, expected = filled(5, 6, shapes, seed=num_tokens)
+    reply = decode(LookupReply, message)
+    assert (reply.version, reply.instance) == (5, 6)
+    for part, wanted in zip(reply.parts, expected.parts, strict=True):
+        assert (part.table, part.start, bytes(part.rows)) == (wanted.table, wanted.start, wanted.rows)
+        assert part.dram_hits == wanted.dram_hits
+        assert part.static_hits == wanted.static_hits
+        assert part.nvme_hits == wanted.nvme_hits
+
+
+def test_rows_lie_in_the_message_and_keep_it_alive() -> None:
+    reply = RowsReply(1, 2, [PartShape(0, 0, 4, 1000, 1)])
+    rows, message = reply.rows[0], reply.message
+    rows[:] = 7
+    reply.count(0, [[4], [0], [0]])
+    assert bytes(decode(LookupReply, message).parts[0].rows) == bytes([7]) * 4000
+    del reply, message
+    gc.collect()
+    rows[:] = 8
+    assert rows.sum() == 8 * 4000
+
+
+def test_fresh_bytes_are_what_their_array_was_given() -> None:
+    data, memory = kernels.fresh_bytes(1000)
+    assert type(data) is bytes
+    assert (len(data), memory.shape, memory.dtype) == (1000, (1000,), np.uint8)
+    memory[:] = np.arange(1000) % 251
+    assert data == bytes(i % 251 for i in range(1000))
+    assert np.shares_memory(memory, np.frombuffer(data, dtype=np.uint8))
+    assert kernels.fresh_bytes(0)[0] == b""
+    with pytest.raises(ValueError, match="below 0"):
+        kernels.fresh_bytes(-1)
+    with pytest.raises(MemoryError):
+        kernels.fresh_bytes(2**62)

@@ -1,0 +1,105 @@
+"""A `LookupReply` whose bytes are laid out before its rows are there: these are looked up into the message itself.
+
+Input: the version that answers, and how many rows each part will have; then the rows, written into `rows` by whoever
+looks them up, and counts. Output: the message. It equals that of `wire.encode`, but that all counts of a part are
+varints of one length, which protobuf's parsers take: their bytes must be known before the counts are.
+
+    version | PARTS size, table, start, ROWS size | rows ... | HITS size | counts | ... | instance
+
+Why: to encode rows that lie elsewhere copies them once more, which took a fifth of a large reply's time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import kernels
+from .messages import LookupReply, Part
+from .wire import tag_of, varint
+
+_VERSION, _PARTS, _INSTANCE = (tag_of(LookupReply, name) for name in ("version", "parts", "instance"))
+_TABLE, _START, _ROWS = (tag_of(Part, name) for name in ("table", "start", "rows"))
+_HITS = [tag_of(Part, name) for name in ("dram_hits", "static_hits", "nvme_hits")]
+
+
+class PartShape(NamedTuple):
+    """A part to come: `num_units` tokens of a table (or rows, by their ids), each of `unit_bytes`, from `start` on.
+
+    table: its place in the request. num_orders: of its counts; 0: it has none.
+    """
+
+    table: int
+    start: int
+    num_units: int
+    unit_bytes: int
+    num_orders: int
+
+
+class _Place(NamedTuple):
+    """Where a part lies in the message. count_bytes: of one count. sizes: the varint before each tier's counts."""
+
+    rows_start: int
+    rows_end: int
+    count_bytes: int
+    sizes: bytes
+
+
+class RowsReply:
+    """A reply under way, used by one thread. It is whole once all rows, and all counts, were written.
+
+    Attributes:
+        message: The reply's bytes.
+        rows: Of each part, uint8 [num_units * unit_bytes], its place in the message.
+    """
+
+    def __init__(self, version: int, instance: int, parts: Sequence[PartShape]) -> None:
+        head = _VERSION + varint(version) if version else b""
+        end = _INSTANCE + varint(instance) if instance else b""
+        heads, at = [(0, head)], len(head)
+        self._places: list[_Place] = []
+        for part in parts:
+            head, rows_bytes, tail_bytes, count_bytes, sizes = _laid_out(part)
+            heads.append((at, head))
+            at += len(head) + rows_bytes
+            self._places.append(_Place(at - rows_bytes, at, count_bytes, sizes))
+            at += tail_bytes
+        heads.append((at, end))
+        self.message, whole = kernels.fresh_bytes(at + len(end))
+        self._view = whole.data
+        for start, data in heads:
+            self._view[start : start + len(data)] = data
+        self.rows: list[np.ndarray] = [whole[place.rows_start : place.rows_end] for place in self._places]
+
+    def count(self, part: int, hits: Sequence[Sequence[int]]) -> None:
+        """Writes a part's counts: [dram, static, nvme], each by order, none above its tokens."""
+        _, at, count_bytes, sizes = self._places[part]
+        pieces = [tag + sizes + _of_length(counts, count_bytes) for tag, counts in zip(_HITS, hits, strict=True)]
+        data = b"".join(pieces)
+        self._view[at : at + len(data)] = data
+
+
+def _laid_out(part: PartShape) -> tuple[bytes, int, int, int, bytes]:
+    """Returns what stands before a part's rows, how many bytes these and the counts take, and `_Place`'s last two."""
+    table, start, num_units, unit_bytes, num_orders = part
+    rows_bytes, count_bytes = num_units * unit_bytes, len(varint(num_units))
+    sizes = varint(num_orders * count_bytes)
+    tail_bytes = len(_HITS) * (1 + len(sizes) + num_orders * count_bytes) if num_orders else 0
+    head = _TABLE + varint(table) if table else b""
+    if start:
+        head += _START + varint(start)
+    if rows_bytes:
+        head += _ROWS + varint(rows_bytes)
+    return _PARTS + varint(len(head) + rows_bytes + tail_bytes) + head, rows_bytes, tail_bytes, count_bytes, sizes
+
+
+def _of_length(values: Sequence[int], count_bytes: int) -> bytes:
+    """Returns varints of `count_bytes` each, also those that a shorter one would hold."""
+    if count_bytes == 1:
+        return bytes(values)
+    last = count_bytes - 1
+    return bytes(
+        value >> 7 * group & 0x7F | (0x80 if group < last else 0) for value in values for group in range(count_bytes)
+    )
