@@ -10,6 +10,7 @@ among this process's descriptors, and shut down, which grpc takes for the end of
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import threading
@@ -26,6 +27,7 @@ CONNECTIONS_MAX = 256  # of all hosts; above that, strangers go first
 STRANGERS_MAX = 32  # connections of one network without an admitted call
 STRANGER_S = 20.0  # from a connection to its first admitted call
 LOOK_S = 0.5  # between two looks
+PEERS_KNOWN = 1024  # whose addresses are not taken apart again at each call
 ALL_LOOK_S = 30.0  # between two looks at all descriptors, also those that were not sockets the last time
 
 End = tuple[str, int]  # a peer's address and port
@@ -43,9 +45,15 @@ def end_of(peer: str) -> End:
     return host.strip("[]"), int(port) if port.isdecimal() else 0
 
 
+@functools.lru_cache(PEERS_KNOWN)
 def peer_network(peer: str) -> str:
     """Returns what limits of a peer, as grpc calls it, are counted by."""
     return network_of(end_of(peer)[0])
+
+
+@functools.lru_cache(PEERS_KNOWN)
+def _end_of(peer: str) -> End:
+    return _same(end_of(peer))
 
 
 class Connections:
@@ -67,12 +75,12 @@ class Connections:
     def admit(self, peer: str) -> None:
         """A call of this peer was admitted: its connection may stay."""
         with self._lock:
-            self._admitted.add(_same(end_of(peer)))
+            self._admitted.add(_end_of(peer))
 
     @contextlib.contextmanager
     def kept(self, peer: str) -> Iterator[None]:
         """While this lasts, the peer's connection may stay."""
-        end = _same(end_of(peer))
+        end = _end_of(peer)
         with self._lock:
             self._kept[end] += 1
         try:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ..errors import DaemonError
@@ -39,66 +38,89 @@ class InFlight:
         self.calls_max, self.bytes_max = calls_max, bytes_max
         self._peer_calls_max = math.ceil(PEER_FRACTION * calls_max)
         self._peer_bytes_max = math.ceil(PEER_FRACTION * bytes_max)
-        self._calls: Counter[str] = Counter()  # by peer
-        self._bytes: Counter[str] = Counter()
+        self._calls, self._bytes = _Counts(), _Counts()
         self._lock = threading.Lock()  # guards `_calls`, `_bytes`
 
     @property
     def num_calls(self) -> int:
         """Calls under way."""
-        with self._lock:
-            return self._calls.total()
+        return self._calls.total
 
-    @contextmanager
-    def call(self, peer: str = "") -> Iterator[None]:
+    def call(self, peer: str = "") -> AbstractContextManager[None]:
         """Counts a call while it lasts; raises `Refusal` if there are too many, or too many of the peer."""
-        with self._lock:
-            num_calls, of_peer = self._calls.total(), self._calls[peer]
-            if num_calls >= self.calls_max:
-                raise Refusal(
-                    f"{num_calls} calls are under way, at most {self.calls_max} may be; try again", retry=True
-                )
-            if of_peer >= self._peer_calls_max:
-                raise Refusal(
-                    f"{of_peer} calls of {peer} are under way, at most {self._peer_calls_max} of one host may be; "
-                    "try again",
-                    retry=True,
-                )
-            self._calls[peer] += 1
-        try:
-            yield
-        finally:
-            self._take_off(self._calls, peer, 1)
+        return _Counted(self._begin, self._calls, self._lock, peer, 1)
 
-    @contextmanager
-    def holding(self, num_bytes: int, peer: str = "") -> Iterator[None]:
+    def holding(self, num_bytes: int, peer: str = "") -> AbstractContextManager[None]:
         """Counts bytes while they are held; raises `Refusal` if there are too many, or, beside others, of the peer."""
-        with self._lock:
-            held, of_peer = self._bytes.total(), self._bytes[peer]
-            if held + num_bytes > self.bytes_max:
-                retry = num_bytes <= self.bytes_max
-                raise Refusal(
-                    f"{num_bytes} bytes, with the {held} that other calls hold, are more than the {self.bytes_max} of "
-                    f"all calls; {'try again' if retry else 'ask for less at once'}",
-                    retry=retry,
-                )
-            if of_peer and of_peer + num_bytes > self._peer_bytes_max:
-                raise Refusal(
-                    f"{num_bytes} bytes, with the {of_peer} that other calls of {peer} hold, are more than the "
-                    f"{self._peer_bytes_max} of one host; try again",
-                    retry=True,
-                )
-            self._bytes[peer] += num_bytes
-        try:
-            yield
-        finally:
-            self._take_off(self._bytes, peer, num_bytes)
+        return _Counted(self._hold, self._bytes, self._lock, peer, num_bytes)
 
-    def _take_off(self, counts: Counter[str], peer: str, number: int) -> None:
+    def _begin(self, peer: str, number: int) -> None:
+        """Counts a call; the caller has the lock."""
+        num_calls, of_peer = self._calls.total, self._calls.by_peer.get(peer, 0)
+        if num_calls >= self.calls_max:
+            raise Refusal(f"{num_calls} calls are under way, at most {self.calls_max} may be; try again", retry=True)
+        if of_peer >= self._peer_calls_max:
+            raise Refusal(
+                f"{of_peer} calls of {peer} are under way, at most {self._peer_calls_max} of one host may be; "
+                "try again",
+                retry=True,
+            )
+        self._calls.add(peer, number)
+
+    def _hold(self, peer: str, num_bytes: int) -> None:
+        """Counts bytes; the caller has the lock."""
+        held, of_peer = self._bytes.total, self._bytes.by_peer.get(peer, 0)
+        if held + num_bytes > self.bytes_max:
+            retry = num_bytes <= self.bytes_max
+            raise Refusal(
+                f"{num_bytes} bytes, with the {held} that other calls hold, are more than the {self.bytes_max} of "
+                f"all calls; {'try again' if retry else 'ask for less at once'}",
+                retry=retry,
+            )
+        if of_peer and of_peer + num_bytes > self._peer_bytes_max:
+            raise Refusal(
+                f"{num_bytes} bytes, with the {of_peer} that other calls of {peer} hold, are more than the "
+                f"{self._peer_bytes_max} of one host; try again",
+                retry=True,
+            )
+        self._bytes.add(peer, num_bytes)
+
+
+class _Counts:
+    """A count of each peer, none of them 0, and their sum."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.by_peer: dict[str, int] = {}
+
+    def add(self, peer: str, number: int) -> None:
+        """Adds to a peer's count, or takes off."""
+        self.total += number
+        left = self.by_peer.get(peer, 0) + number
+        if left:
+            self.by_peer[peer] = left
+        else:
+            self.by_peer.pop(peer, None)
+
+
+class _Counted:
+    """What is counted of a peer while a `with` lasts. A class: as a generator it would cost each call more."""
+
+    __slots__ = ("_add", "_counts", "_lock", "_number", "_peer")
+
+    def __init__(
+        self, add: Callable[[str, int], None], counts: _Counts, lock: threading.Lock, peer: str, number: int
+    ) -> None:
+        """add: counts, or raises. lock: guards the counts."""
+        self._add, self._counts, self._lock, self._peer, self._number = add, counts, lock, peer, number
+
+    def __enter__(self) -> None:
         with self._lock:
-            counts[peer] -= number
-            if not counts[peer]:
-                del counts[peer]
+            self._add(self._peer, self._number)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._counts.add(self._peer, -self._number)
 
 
 class Rates:
@@ -138,14 +160,9 @@ class Deadline:
         self.context, self.expires_at, self.peer = context, expires_at, peer
         self.stalls_at: float | None = None
 
-    @contextmanager
-    def waiting_for_client(self) -> Iterator[None]:
+    def waiting_for_client(self) -> AbstractContextManager[None]:
         """While this lasts, it is the client's turn."""
-        self.stalls_at = time.monotonic() + STALL_WAIT_S
-        try:
-            yield
-        finally:
-            self.stalls_at = None
+        return _ClientsTurn(self)
 
     def has_passed(self, now: float) -> bool:
         """Whether the call must be cancelled."""
@@ -155,6 +172,21 @@ class Deadline:
     def is_over(self) -> bool:
         """Whether nobody waits for the call's answer any more."""
         return not self.context.is_active() or self.has_passed(time.monotonic())
+
+
+class _ClientsTurn:
+    """See `Deadline.waiting_for_client`."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Deadline) -> None:
+        self._call = call
+
+    def __enter__(self) -> None:
+        self._call.stalls_at = time.monotonic() + STALL_WAIT_S
+
+    def __exit__(self, *_: object) -> None:
+        self._call.stalls_at = None
 
 
 class Deadlines:
@@ -167,19 +199,11 @@ class Deadlines:
         self._thread = threading.Thread(target=self._run, name="tierstore-remote-deadlines", daemon=True)
         self._thread.start()
 
-    @contextmanager
-    def of(self, context: Any, peer: str = "") -> Iterator[Deadline]:
+    def of(self, context: Any, peer: str = "") -> AbstractContextManager[Deadline]:
         """Watches a call of a peer while it lasts. One that names no deadline gets CALL_WAIT_S."""
         remaining = context.time_remaining()
         seconds = CALL_WAIT_S if remaining is None or remaining > 1e6 else min(remaining, CALL_WAIT_S_MAX)
-        call = Deadline(context, time.monotonic() + seconds, peer)
-        with self._lock:
-            self._calls.add(call)
-        try:
-            yield call
-        finally:
-            with self._lock:
-                self._calls.discard(call)
+        return _Watched(Deadline(context, time.monotonic() + seconds, peer), self._calls, self._lock)
 
     def stop(self) -> None:
         """Ends the thread."""
@@ -193,3 +217,22 @@ class Deadlines:
                 passed = [call for call in self._calls if call.has_passed(now)]
             for call in passed:
                 call.context.cancel()
+
+
+class _Watched:
+    """See `Deadlines.of`."""
+
+    __slots__ = ("_call", "_calls", "_lock")
+
+    def __init__(self, call: Deadline, calls: set[Deadline], lock: threading.Lock) -> None:
+        """calls: what is watched; lock: guards it."""
+        self._call, self._calls, self._lock = call, calls, lock
+
+    def __enter__(self) -> Deadline:
+        with self._lock:
+            self._calls.add(self._call)
+        return self._call
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._calls.discard(self._call)
