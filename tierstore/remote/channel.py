@@ -17,8 +17,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..errors import (
@@ -69,25 +68,24 @@ class TryAgainError(DaemonError):
 
 
 class Gate:
-    """Counts threads that are inside, and holds new ones up while the process forks. Any thread may call."""
+    """Counts threads that are inside a `with`, and holds new ones up while the process forks. Any thread may call."""
 
     def __init__(self) -> None:
-        self._state = threading.Condition()
+        self._state = threading.Condition()  # guards the others; signalled when a fork may begin, or has ended
         self._num_inside = 0
         self._forking = False
 
-    @contextmanager
-    def inside(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         """Enters, when no fork is under way."""
         with self._state:
             while self._forking:
                 self._state.wait(FORK_WAIT_S)
             self._num_inside += 1
-        try:
-            yield
-        finally:
-            with self._state:
-                self._num_inside -= 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._state:
+            self._num_inside -= 1
+            if self._forking:
                 self._state.notify_all()
 
     def close_for_fork(self) -> None:
@@ -142,7 +140,7 @@ class Connection:
         away or busy, other `DaemonError`s if it does not answer in time,
         and then takes PROBE_WAIT_S more to find out why.
         """
-        with self._gate.inside():
+        with self._gate:
             try:
                 call = self._method(method, streams=False)
                 reply: bytes = call(request, timeout=_left(until), metadata=self._metadata, wait_for_ready=patient)
@@ -152,7 +150,7 @@ class Connection:
 
     def stream(self, method: str, request: bytes, until: float, take: Callable[[bytes], None]) -> None:
         """Hands each answer of a stream to `take`, in order; raises like `unary`, and what `take` raises."""
-        with self._gate.inside():
+        with self._gate:
             call = self._method(method, streams=True)
             replies = call(request, timeout=_left(until), metadata=self._metadata, wait_for_ready=True)
             try:
@@ -199,6 +197,8 @@ class Connection:
         self._gate.open_after_fork(child=child)
 
     def _method(self, name: str, *, streams: bool) -> Any:
+        if method := self._methods.get(name):  # as long as it is open, nearly always
+            return method
         with self._lock:
             if self._closed.is_set():
                 raise StoreNotReadyError(f"{self.url} is closed; connect again")

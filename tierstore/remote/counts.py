@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from operator import add
 from typing import Any
 
 from ..spec import TableSpec
@@ -39,31 +39,29 @@ class ClientCounts:
         self._latency = LatencyCounts()
         self._hits = [[[0] * len(spec.orders) for _ in (DRAM, STATIC, NVME)] for spec in specs]
 
-    @contextmanager
-    def timed(self, started_ns: int | None = None) -> Iterator[None]:
-        """Times what answers a lookup, from started_ns or from here; one that fails has no latency."""
-        started_ns = time.monotonic_ns() if started_ns is None else started_ns
-        yield
+    def add_latency(self, started_ns: int) -> None:
+        """Counts the time since started_ns, of time.monotonic_ns, as that of a lookup which was answered."""
         with self._lock:
             self._latency.add(time.monotonic_ns() - started_ns)
 
     def add_lookup(self, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
         """Counts a lookup by keys, whose answers are all there."""
-        num_keys = sum(keys.size for _, keys, _ in requests)
+        num_keys = sum([keys.size for _, keys, _ in requests])
         num_nvme = 0
         with self._lock:
+            totals = self._totals
             for answer in answers:
-                self._totals["bytes_read"] += answer.num_bytes
+                totals["bytes_read"] += answer.num_bytes
                 for (index, _, _), hits in zip(answer.requests, answer.hits, strict=True):
                     for total, counts in zip(self._hits[index], hits, strict=True):
-                        total[:] = [sum(pair) for pair in zip(total, counts, strict=True)]
+                        total[:] = map(add, total, counts)
                     from_nvme = sum(hits[NVME])
                     num_nvme += from_nvme
                     num_keys -= from_nvme + sum(hits[DRAM])
-                    self._totals["pages_read"] += from_nvme * self._specs[index].rows_per_key
-            self._totals["sentinels"] += num_keys
-            self._totals["batches"] += 1
-            self._totals["zero_miss_batches"] += not num_nvme
+                    totals["pages_read"] += from_nvme * self._specs[index].rows_per_key
+            totals["sentinels"] += num_keys
+            totals["batches"] += 1
+            totals["zero_miss_batches"] += not num_nvme
 
     def add_rows(self, num_rows: int, answers: Sequence[Answer]) -> None:
         """Counts a lookup by row ids, whose answers are all there."""

@@ -13,10 +13,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -76,13 +75,14 @@ class RemoteEngine(Engine):
         sources: np.ndarray | None = None,
         timeout_s: float | None = None,
     ) -> None:
-        until = self._until(timeout_s)
-        with self._under_way(), self._counts.timed():
+        started_ns, until = time.monotonic_ns(), self._until(timeout_s)
+        with _UnderWay(self):
             # A reply has counts by tier and order, and not what answered each key, so that is asked for; and before the
             # lookup, which brings the keys into the server's cache.
             if sources is not None:
                 self._requests.locate(index, keys, sources, until)
             self._look_up([(index, keys, out)], until)
+            self._counts.add_latency(started_ns)
 
     def _until(self, timeout_s: float | None = None) -> float:
         """Returns when a call that begins now must have its answers."""
@@ -113,8 +113,8 @@ class RemoteEngine(Engine):
     def _finish(self, act: Callable[[float], None], started_ns: int) -> None:
         """A ticket's work, in a thread of the pool."""
         try:
-            with self._counts.timed(started_ns):
-                act(self._until())
+            act(self._until())
+            self._counts.add_latency(started_ns)
         finally:
             with self._state:
                 self._num_tickets -= 1
@@ -138,9 +138,10 @@ class RemoteEngine(Engine):
     def rows(
         self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None, timeout_s: float | None
     ) -> None:
-        until = self._until(timeout_s)
-        with self._under_way(), self._counts.timed():
+        started_ns, until = time.monotonic_ns(), self._until(timeout_s)
+        with _UnderWay(self):
             self._look_up_rows(SplitRows(index, self._specs[index], row_ids, out, within), until)
+            self._counts.add_latency(started_ns)
 
     def submit_rows(
         self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None
@@ -149,7 +150,7 @@ class RemoteEngine(Engine):
         return self._start(partial(self._look_up_rows, split), is_empty=not row_ids.size)
 
     def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
-        with self._under_way():
+        with _UnderWay(self):
             self._requests.locate(index, keys, sources, self._until())
 
     def counters(self) -> dict[str, Any]:
@@ -180,18 +181,16 @@ class RemoteEngine(Engine):
             self._state.release()
         self._connection.after_fork(child=child)
 
-    @contextmanager
-    def _under_way(self) -> Iterator[None]:
+    def _begin(self) -> None:
         with self._state:
             self._check_open()
             self._num_under_way += 1
-        try:
-            yield
-        finally:
-            with self._state:
-                self._num_under_way -= 1
-                if self._closed:
-                    self._state.notify_all()
+
+    def _end(self) -> None:
+        with self._state:
+            self._num_under_way -= 1
+            if self._closed:
+                self._state.notify_all()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -252,6 +251,21 @@ def _describe(connection: Connection, until: float) -> Description | None:
             "%s: another version of the store answers now; which, it does not say: %s", connection.url, error
         )
         return None
+
+
+class _UnderWay:
+    """A call while it lasts, which `close` waits for. Raises `StoreNotReadyError` in the beginning if it is closed."""
+
+    __slots__ = ("_engine",)
+
+    def __init__(self, engine: RemoteEngine) -> None:
+        self._engine = engine
+
+    def __enter__(self) -> None:
+        self._engine._begin()
+
+    def __exit__(self, *_: object) -> None:
+        self._engine._end()
 
 
 class RemotePending:

@@ -7,6 +7,7 @@ rows that were not asked for, come twice, or are missing: a reply of another rel
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import add
 from typing import TypeVar
 
 from ..errors import FormatError
@@ -52,9 +53,9 @@ class Answer:
                 f"{len(part.rows)} bytes from {part.start} on of table {place}, after {start} of {len(out)}"
             )
         for total, counts in zip(self.hits[place], (part.dram_hits, part.static_hits, part.nvme_hits), strict=True):
-            if len(counts) != len(total) or any(count >= COUNT_END for count in counts):
+            if len(counts) != len(total) or max(counts, default=0) >= COUNT_END:
                 raise self._wrong(f"counts {counts} of {len(total)} orders")
-            total[:] = [sum(pair) for pair in zip(total, counts, strict=True)]
+            total[:] = map(add, total, counts)
         out[start:end] = part.rows
         self._filled[place] = end
         self.num_bytes += len(part.rows)
