@@ -19,7 +19,19 @@ def _fp8_values() -> np.ndarray:
     return np.where(byte & 0x80, -values, values).astype(np.float32)
 
 
-_FP8 = _fp8_values()
+FP8 = _fp8_values()
+
+
+def e8m0_values(scale_bytes: np.ndarray) -> np.ndarray:
+    """Returns 2^(byte - 127), float32; 255 is NaN."""
+    exponent = np.where(scale_bytes == 255, 0, scale_bytes.astype(np.int32) - 127)
+    return np.where(scale_bytes == 255, np.nan, np.ldexp(1.0, exponent)).astype(np.float32)
+
+
+def bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    """Rounds float32s, half to even; every NaN becomes the same one."""
+    bits = values.view(np.uint32).astype(np.uint64)
+    return np.where(np.isnan(values), 0x7FC0, bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
 
 
 def decode_fp8_rows(rows: np.ndarray, dim: int, scale: float | None, out: np.ndarray, threads: int = 1) -> None:
@@ -31,12 +43,8 @@ def decode_fp8_rows(rows: np.ndarray, dim: int, scale: float | None, out: np.nda
     if out.shape != (len(rows), dim) or out.dtype != np.uint16:
         raise ValueError(f"out is {out.dtype} {list(out.shape)}, must be uint16 {[len(rows), dim]}")
     if scale is None:
-        byte = rows[:, dim:needed].repeat(SCALE_BLOCK, axis=1)
-        exponent = np.where(byte == 255, 0, byte.astype(np.int32) - 127)
-        factor: np.ndarray | np.float32 = np.where(byte == 255, np.nan, np.ldexp(1.0, exponent)).astype(np.float32)
+        factor: np.ndarray | np.float32 = e8m0_values(rows[:, dim:needed].repeat(SCALE_BLOCK, axis=1))
     else:
         factor = np.float32(scale)
     with np.errstate(over="ignore", invalid="ignore"):
-        product = _FP8[rows[:, :dim]] * factor
-    bits = product.view(np.uint32).astype(np.uint64)
-    out[...] = np.where(np.isnan(product), 0x7FC0, bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
+        out[...] = bfloat16_bits(FP8[rows[:, :dim]] * factor)

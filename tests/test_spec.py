@@ -134,8 +134,61 @@ def test_codecs_say_their_row_bytes_and_scale() -> None:
     assert codec_row_bytes("raw", 5) is None
     assert codec_scale("fp8_e4m3*0x1.8p-7") == 0.01171875
     assert codec_scale("fp8_e4m3") == 1.0
-    for bad in ("fp8_e4m3*x", "bf16*0x1p0", ""):
+    for bad in ("fp8_e4m3*x", "fp8_e4m3*inf", "fp8_e4m3*0x1p128", "bf16*0x1p0", ""):
         with pytest.raises(FormatError):
             codec_row_bytes(bad, 32)
     with pytest.raises(FormatError, match="40"):
         codec_row_bytes("fp8_e4m3_e8m0x32", 40)
+
+
+@pytest.mark.parametrize(
+    ("codec", "row_bytes"),
+    [
+        ("fp4_e2m1_e4m3x16*0x1.8p-7", 128 + 16),
+        ("fp4_e2m1_e4m3x16/0x1.8p+7", 128 + 16),
+        ("fp4_e2m1_e8m0x32", 128 + 8),
+        ("fp8_e4m3_fp32", 256 + 4),
+        ("int8_fp32", 256 + 4),
+        ("int8_bf16x128", 256 + 4),
+        ("uint8b128_fp16x32", 256 + 16),
+        ("uint4b8_bf16x128", 128 + 4),
+        ("nf4_fp32x64", 128 + 16),
+        ("gguf_q8_0", 8 * 34),
+        ("gguf_q4_0", 8 * 18),
+        ("gguf_q4_k", 144),
+        ("gguf_iq4_nl", 8 * 18),
+    ],
+)
+def test_a_quantized_row_is_its_values_and_its_scales(codec: str, row_bytes: int) -> None:
+    assert codec_row_bytes(codec, 256) == row_bytes
+
+
+@pytest.mark.parametrize(
+    ("codec", "dim"),
+    [
+        ("fp4_e2m1_e4m3x16", 40),
+        ("fp4_e2m1_e8m0x32", 16),
+        ("int8_fp32x128", 192),
+        ("uint4b8_fp32", 33),  # half a byte is left
+        ("uint4b8_fp32x3", 33),
+        ("nf4_fp32x64", 160),
+        ("gguf_q4_k", 160),
+        ("gguf_q8_0", 0),
+    ],
+)
+def test_rows_that_end_within_a_block_are_refused(codec: str, dim: int) -> None:
+    with pytest.raises(FormatError, match=f"{codec}.*{dim} values a row are not whole blocks"):
+        codec_row_bytes(codec, dim)
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        *("int8", "nf4", "int8_e8m0x32", "fp4_e2m1_e8m0", "fp4_e2m1_e4m3x32", "int8_fp32*0x1p0", "int8_fp32x0"),
+        *("int8_fp32x08", "fp8_e4m3/0x1p0", "fp4_e2m1_e4m3x16/0x0p0", "gguf_q8_0*0x1p0", "gguf_q6_k"),
+        "int8_fp32x9999999999999999",
+    ],
+)
+def test_names_that_no_rows_have_are_refused(codec: str) -> None:
+    with pytest.raises(FormatError, match="codec"):
+        codec_row_bytes(codec, 256)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import kernels
+from .codec import parse_codec
 from .errors import FormatError
 from .lazy import lazy
 
@@ -25,44 +26,23 @@ KEY_MAX = 2**63 - 1
 NAME_BYTES_MAX = 200
 ROW_BYTES_MAX = 64 * 4096 - 16  # one row must fit in the largest page, trailer included
 
-# Bytes of one value, and values that share one trailing scale byte (0: no scale bytes in the row).
-_CODECS = {
-    "fp8_e4m3_e8m0x32": (1, 32),  # V4.1: fp8 values, then one e8m0 scale byte for 32 of them
-    "fp8_e4m3": (1, 0),
-    "bf16": (2, 0),
-    "fp16": (2, 0),
-    "fp32": (4, 0),
-}
-
 
 def codec_row_bytes(codec: str, dim: int) -> int | None:
     """Returns the bytes of a row of `dim` values under `codec`, or None if the codec fixes none ("raw").
 
-    Codecs: "fp8_e4m3_e8m0x32", "fp8_e4m3", "fp8_e4m3*S" (one global scale S, a C99 hexadecimal float), "bf16", "fp16",
-    "fp32", and "raw" for rows that tierstore stores without knowing how to read them. Raises `FormatError` for others.
+    Raises `FormatError` for a codec that this version does not know (FORMAT.md lists those it does), and for values
+    that are not whole blocks of it.
     """
-    if codec == "raw":
-        return None
-    base, _, scale = codec.partition("*")
-    if base not in _CODECS or (scale and base != "fp8_e4m3"):
-        raise FormatError(
-            f"codec {codec!r} is not known to this version; it knows {', '.join(_CODECS)}, fp8_e4m3*SCALE, raw"
-        )
-    if scale:
-        codec_scale(codec)
-    value_bytes, scale_block = _CODECS[base]
-    if scale_block and dim % scale_block:
-        raise FormatError(f"codec {codec!r}: {dim} values a row is not a multiple of the scale block of {scale_block}")
-    return dim * value_bytes + (dim // scale_block if scale_block else 0)
+    parsed = parse_codec(codec)
+    try:
+        return parsed.row_bytes(dim)
+    except FormatError as error:
+        raise FormatError(f"codec {codec!r}: {error}") from None
 
 
 def codec_scale(codec: str) -> float:
-    """Returns the global scale in a codec's name ("fp8_e4m3*0x1.8p-7" -> 0.01171875), 1.0 without one."""
-    _, _, scale = codec.partition("*")
-    try:
-        return float.fromhex(scale) if scale else 1.0
-    except (ValueError, OverflowError):
-        raise FormatError(f"codec {codec!r}: {scale!r} is not a hexadecimal float") from None
+    """Returns the factor in a codec's name ("fp8_e4m3*0x1.8p-7" -> 0.01171875), 1.0 without one."""
+    return parse_codec(codec).factor
 
 
 @dataclass(frozen=True)
