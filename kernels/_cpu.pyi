@@ -194,6 +194,35 @@ def decode_fp8_rows(rows: _Bytes, dim: int, scale: float | None, out: npt.NDArra
     """
 
 # --------------------------------------------------------------------------------------------------------------------
+# Rows of quantized values with scales of their own. FORMAT.md says what each type is.
+
+def decode_block_rows(
+    rows: _Bytes,
+    dim: int,
+    values: str,
+    scale: str,
+    block: int,
+    factor: float,
+    divides: bool,
+    out: npt.NDArray[np.uint16],
+    plain: bool = False,
+) -> None:
+    """Decodes into bfloat16: value * scale in float32, rounded once, half to even. 0.1 to 0.3 ns a value with AVX2.
+
+    Args:
+        rows: uint8 [R, row_bytes], row_bytes at least what `dim` values and their scales take.
+        dim: Values a row, whole blocks of them.
+        values: "fp8_e4m3", "fp4_e2m1", "int8", "uint8b128", "uint4b8", "nf4"; or "gguf_q8_0", "gguf_q4_0",
+            "gguf_q4_k", "gguf_iq4_nl", whose blocks hold scales.
+        scale: "e8m0", "e4m3", "bf16", "fp16" or "fp32", of the scales that follow a row's values; "" of gguf.
+        block: Values that share a scale; of gguf the values of a block.
+        factor: Of all scales, as float32, not used of gguf.
+        divides: Scales are divided by `factor`, and not multiplied.
+        out: uint16 [R, dim], the values' bits, overwritten whole.
+        plain: Without instructions that not every processor has: for tests.
+    """
+
+# --------------------------------------------------------------------------------------------------------------------
 # Placed entries (entry_index.h). FORMAT.md draws buckets and records.
 
 def index_entries(keys: _Int64, record_numbers: _UInt32, buckets: _Bytes) -> bool:

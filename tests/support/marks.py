@@ -39,6 +39,7 @@ MARKS: dict[str, tuple[str, ...]] = {
     "decisions/test_replan": ("long",),
     "engram_adapter/test_around_models": ("long",),
     "engram_adapter/test_attached_embedding": ("daemon",),
+    "engram_adapter/test_codec_libraries": ("long",),
     "engram_adapter/test_device_embedding": ("gpu",),
     "engram_adapter/test_device_streams": ("gpu",),
     "engram_adapter/test_engram_layer": ("long",),
