@@ -13,7 +13,7 @@ import torch
 from tierstore import kernels
 from tierstore.codec import parse_codec
 from tierstore.errors import ConfigError
-from tierstore.spec import codec_row_bytes, codec_scale
+from tierstore.spec import TableSpec, codec_row_bytes, codec_scale
 
 SCALE_BLOCK = 32  # values that share one e8m0 scale byte
 _E8M0_NAN = 255
@@ -64,6 +64,8 @@ def decode_rows(rows: torch.Tensor, codec: str, dim: int) -> torch.Tensor:
     if rows.device.type == "cpu":
         return _decoded_by_kernel(rows, codec, dim)
     if not _is_plain_fp8(codec):
+        if rows.device.type == "cuda":
+            return _decoded_by_triton(rows, codec, dim)
         return _decoded_by_kernel(rows.cpu(), codec, dim).to(rows.device)
     return _decoded_by_torch(rows, codec, dim).to(dtype)
 
@@ -80,6 +82,19 @@ def _decoded_by_torch(rows: torch.Tensor, codec: str, dim: int) -> torch.Tensor:
         values.unflatten(-1, (dim // SCALE_BLOCK, SCALE_BLOCK)).mul_(e8m0_to_float32(rows[..., dim:]).unsqueeze(-1))
     elif codec != "fp8_e4m3":
         values.mul_(torch.tensor(codec_scale(codec), dtype=torch.float32, device=values.device))
+    return values
+
+
+def _decoded_by_triton(rows: torch.Tensor, codec: str, dim: int) -> torch.Tensor:
+    """Decodes quantized rows where the kernels of a GPU run; launches only."""
+    from tierstore.kernels.gpu.rows import gather_rows
+    from tierstore.tiers.hbm.launches import row_codec
+
+    flat = rows.contiguous().view(-1, rows.shape[-1])
+    values = torch.empty((*rows.shape[:-1], dim), dtype=torch.bfloat16, device=rows.device)
+    row_ids = torch.arange(len(flat), device=rows.device)
+    kernel_codec = row_codec(TableSpec.plain("rows", max(1, len(flat)), rows.shape[-1], codec, dim))
+    gather_rows(row_ids, flat, len(flat), kernel_codec, values.view(-1, dim))
     return values
 
 

@@ -6,13 +6,14 @@ entries that did not come, 0xffff. Slow by design of being plain.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from . import reference_placed
+from .reference_block_codecs import decode_block_rows
 
-BYTES, FP8_SCALED, FP8 = "bytes", "fp8_e4m3_e8m0x32", "fp8_e4m3"
+BYTES, FP8_SCALED, FP8, BLOCKS = "bytes", "fp8_e4m3_e8m0x32", "fp8_e4m3", "blocks"
 _NAN = 0x7FC0
 
 
@@ -44,6 +45,9 @@ class Codec(Protocol):
     @property
     def scale(self) -> float: ...
 
+    @property
+    def blocks(self) -> Any: ...  # a kernels.gpu.block_codecs.BlockFormat, or None
+
 
 def _fp8_values() -> np.ndarray:
     """The values of the 256 e4m3 bytes, float64: sign, four bits of exponent with bias 7, three of mantissa,
@@ -73,6 +77,10 @@ def decode_rows(rows: np.ndarray, codec: Codec) -> np.ndarray:
     """Returns rows, uint8 [n, row_bytes], as outputs hold them: uint8, or uint16 [n, dim]."""
     if codec.kind == BYTES:
         return rows.copy()
+    if codec.kind == BLOCKS:
+        out, form = np.empty((len(rows), codec.dim), dtype=np.uint16), codec.blocks
+        decode_block_rows(rows, codec.dim, form.values, form.scale, form.block, codec.scale, form.divides, out)
+        return out
     values = _FP8_VALUES[rows[:, : codec.dim]]
     if codec.kind == FP8_SCALED:
         exponents = rows[:, codec.dim :].astype(np.float64)

@@ -1,4 +1,4 @@
-"""Entries as stored into what a model computes with, on the device: moved as bytes, or fp8 decoded into bfloat16.
+"""Entries as stored into what a model computes with, on the device: moved as bytes, or decoded into bfloat16.
 
 Input: addresses of entries, in device memory or in host memory that the device reads. Output: bytes, bit by bit, or
 bfloat16 values, each computed in float32 and rounded once, half to even, as engram_adapter/codecs.py does it. Other
@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 
 from . import launching
+from .block_codecs import BlockFormat, decode_blocks
+from .float_bits import bfloat16_pattern, e4m3_value, e8m0_value
 
-BYTES, FP8_SCALED, FP8 = "bytes", "fp8_e4m3_e8m0x32", "fp8_e4m3"
-_KINDS = {BYTES: 0, FP8_SCALED: 1, FP8: 2}
+BYTES, FP8_SCALED, FP8, BLOCKS = "bytes", "fp8_e4m3_e8m0x32", "fp8_e4m3", "blocks"
+_KINDS = {BYTES: 0, FP8_SCALED: 1, FP8: 2, BLOCKS: 3}
 _SCALE_BLOCK = 32  # values that share an e8m0 byte
 _CHUNK_MAX = 2048  # words or values of an entry that a program holds at once. Not tuned yet: waits for a GPU
 _WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
@@ -26,6 +28,7 @@ _VECTOR_BYTES = 16  # the widest load of a GPU's thread
 
 _COPIED = tl.constexpr(0)
 _SCALED = tl.constexpr(1)
+_FP8 = tl.constexpr(2)
 _GROUP = tl.constexpr(_SCALE_BLOCK)
 
 
@@ -34,8 +37,9 @@ class RowCodec:
     """How rows become values. Outputs are uint8 [n, entry_bytes] of "bytes",
     bfloat16 [n, rows_per_entry, dim] of the others.
 
-    kind: "bytes", "fp8_e4m3_e8m0x32" (dim fp8 bytes, then dim / 32 exponents; row_bytes is their sum), or "fp8_e4m3"
-    (dim bytes, times `scale` as a float32). dim: values of a row, not used of "bytes".
+    kind: "bytes", "fp8_e4m3_e8m0x32" (dim fp8 bytes, then dim / 32 exponents; row_bytes is their sum), "fp8_e4m3" (dim
+    bytes, times `scale` as a float32), or "blocks", which lie as `blocks` says, whose e4m3 scales are multiplied or
+    divided by `scale`. dim: values of a row, not used of "bytes".
     Raises `ValueError` for sizes that do not fit.
     """
 
@@ -44,19 +48,21 @@ class RowCodec:
     row_bytes: int
     dim: int
     scale: float = 1.0
+    blocks: BlockFormat | None = None
 
     def __post_init__(self) -> None:
         wanted = {
             BYTES: self.row_bytes,
             FP8_SCALED: self.dim + self.dim // _SCALE_BLOCK if self.dim % _SCALE_BLOCK == 0 else -1,
             FP8: self.dim,
+            BLOCKS: self.blocks.row_bytes(self.dim) if self.blocks else -1,
         }
         if self.kind not in wanted:
             raise ValueError(f"codec {self.kind!r} is not one of {', '.join(wanted)}")
         if self.rows_per_entry < 1 or self.row_bytes < 1 or self.row_bytes != wanted[self.kind]:
             raise ValueError(
                 f"codec {self.kind}: {self.rows_per_entry} rows of {self.row_bytes} bytes and {self.dim} values, which "
-                f"take {'a multiple of 32 values' if wanted[self.kind] < 0 else f'{wanted[self.kind]} bytes'}"
+                f"take {'whole blocks of values' if wanted[self.kind] < 0 else f'{wanted[self.kind]} bytes'}"
             )
 
     @property
@@ -80,8 +86,9 @@ class RowCodec:
         else:
             word_bytes = 1
             items, step = self.rows_per_entry * self.dim, math.gcd(self.row_bytes, self.dim)
+        more = self.blocks.number if self.kind == BLOCKS and self.blocks else 0
         return {
-            "KIND": _KINDS[self.kind],
+            "KIND": _KINDS[self.kind] + len(_KINDS) * more,
             "ROWS": self.rows_per_entry,
             "ROW_BYTES": self.row_bytes,
             "DIM": self.dim,
@@ -117,8 +124,10 @@ def move_entries(
         _copy(addresses, found, written, out, at, blank, ROWS * ROW_BYTES, WORD, ALIGNMENT, CHUNK)
     elif KIND == _SCALED:
         _decode_scaled(addresses, found, written, out, at, blank, ROWS, ROW_BYTES, DIM, ALIGNMENT, CHUNK)
-    else:
+    elif KIND == _FP8:
         _decode(addresses, found, written, out, at, scale, blank, ROWS, DIM, ALIGNMENT, CHUNK)
+    else:
+        decode_blocks(addresses, found, written, out, at, scale, blank, ROWS, ROW_BYTES, DIM, KIND // 4, CHUNK)
 
 
 @triton.jit
@@ -170,13 +179,10 @@ def _decode_scaled(
         there = group < GROUPS
         row = rows + group // ROW_GROUPS * ROW_BYTES
         within = group % ROW_GROUPS
-        exponent = tl.load(row + DIM + within, mask=found[:, None, None] & there, other=0).to(tl.uint32)
-        # The exponent of a float32 has the same bias; only 2^-127, which is subnormal,
-        # and NaN are not `exponent << 23`.
-        bits = tl.where(exponent == 0, 0x00400000, tl.where(exponent == 255, 0x7FC00000, exponent << 23))
+        exponent = tl.load(row + DIM + within, mask=found[:, None, None] & there, other=0)
         source = tl.multiple_of(row + within * _GROUP + lane, [1, 1, ALIGNMENT])
         code = tl.load(source, mask=found[:, None, None] & there, other=0)
-        values = _bfloat16_bits(code, bits.to(tl.uint32).to(tl.float32, bitcast=True))
+        values = bfloat16_pattern(e4m3_value(code) * e8m0_value(exponent))
         values = tl.where(found[:, None, None], values, blank[:, None, None]).to(tl.int16)
         tl.store(targets + group * _GROUP + lane, values, mask=written[:, None, None] & there)
 
@@ -203,24 +209,5 @@ def _decode(
         there = value < VALUES
         source = tl.multiple_of(sources + value, [1, ALIGNMENT])
         code = tl.load(source, mask=found[:, None] & there, other=0)
-        values = tl.where(found[:, None], _bfloat16_bits(code, scale), blank[:, None]).to(tl.int16)
+        values = tl.where(found[:, None], bfloat16_pattern(e4m3_value(code) * scale), blank[:, None]).to(tl.int16)
         tl.store(targets + value, values, mask=written[:, None] & there)
-
-
-@triton.jit
-def _bfloat16_bits(code: tl.tensor, factor: tl.tensor) -> tl.tensor:
-    """Returns the bfloat16 patterns of e4m3 bytes times a float32,
-    by arithmetic that a GPU and the interpreter agree in.
-
-    Sign, exponent and mantissa of an e4m3 byte, put into a float16, are its value times 2^-8 exactly, subnormal ones
-    too: 0x7e = 1.75 * 2^8 becomes 0x3f00 = 1.75. The 2^8 is not put into the factor, which may be as large as 2^127.
-    """
-    bits = code.to(tl.uint32)
-    half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
-    product = half.to(tl.float32) * 256.0 * factor
-    pattern = product.to(tl.uint32, bitcast=True)
-    rounded = (
-        pattern + 0x7FFF + ((pattern >> 16) & 1)
-    ) >> 16  # half to even; the carry makes infinity of what is too large
-    no_number = ((bits & 0x7F) == 0x7F) | ((pattern & 0x7FFFFFFF) > 0x7F800000)
-    return tl.where(no_number, 0x7FC0, rounded).to(tl.int32)

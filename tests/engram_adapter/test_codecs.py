@@ -9,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from support.device import DEVICE
 
 from engram_adapter import codecs
 from engram_adapter.codecs import codec_dtype, decode_rows, e8m0_to_float32
@@ -138,11 +139,25 @@ def test_plain_codecs_give_the_stored_bytes_without_a_copy(codec: str, dtype: st
     assert values.view(torch.uint8).numpy().tobytes() == rows.numpy().tobytes()
 
 
-@pytest.mark.parametrize("codec", ["bf16", "fp16", "fp32", "fp8_e4m3", "fp8_e4m3*0x1p-3", SCALED])
+@pytest.mark.parametrize(
+    "codec",
+    [
+        "bf16",
+        "fp16",
+        "fp32",
+        "fp8_e4m3",
+        "fp8_e4m3*0x1p-3",
+        SCALED,
+        "fp4_e2m1_e4m3x16*0x1p-3",
+        "int8_fp32",
+        "gguf_q4_0",
+    ],
+)
 @pytest.mark.parametrize("layout", ["odd offset", "strided rows", "strided bytes", "odd address"])
 def test_layout_of_the_rows_does_not_matter(codec: str, layout: str) -> None:
     dim = 32
-    row_bytes = {"bf16": 64, "fp16": 64, "fp32": 128, SCALED: 33}.get(codec, 32)
+    row_bytes = codec_row_bytes(codec, dim)
+    assert row_bytes is not None
     plain = torch.from_numpy(np.random.default_rng(5).integers(0, 0x70, (6, row_bytes), dtype=np.uint8))
     if layout == "odd offset":
         rows = torch.cat([torch.zeros(1, dtype=torch.uint8), plain.flatten()])[1:].view(6, row_bytes)
@@ -157,9 +172,9 @@ def test_layout_of_the_rows_does_not_matter(codec: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 24), (2, 0, 24), (1, 1)])
-@pytest.mark.parametrize("codec", ["bf16", SCALED, "fp8_e4m3*0x1p-3"])
+@pytest.mark.parametrize("codec", ["bf16", SCALED, "fp8_e4m3*0x1p-3", "int8_fp32"])
 def test_no_rows_decode_to_no_values(codec: str, shape: tuple[int, ...]) -> None:
-    row_bytes = {"bf16": 128, SCALED: 66}.get(codec, 64)
+    row_bytes = codec_row_bytes(codec, 64)
     for rows in (
         torch.zeros((*shape, row_bytes), dtype=torch.uint8),
         torch.from_numpy(np.zeros((*shape, row_bytes), np.uint8)),
@@ -178,7 +193,7 @@ def test_decoding_leaves_the_rows_as_they_were() -> None:
 def test_codec_dtype_names_what_decode_returns() -> None:
     for codec, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         assert codec_dtype(codec) == dtype
-    for codec in (SCALED, "fp8_e4m3", "fp8_e4m3*0x1.8p-7"):
+    for codec in (SCALED, "fp8_e4m3", "fp8_e4m3*0x1.8p-7", "fp4_e2m1_e4m3x16/0x1p0", "gguf_q4_k", "nf4_fp32x64"):
         assert codec_dtype(codec) == torch.bfloat16
 
 
@@ -215,3 +230,17 @@ def test_the_kernel_and_torchs_own_conversion_give_the_same_values(codec: str) -
         nan = torch.isnan(by_torch)
         assert torch.equal(torch.isnan(by_kernel), nan)
         assert np.array_equal(bits_of(by_kernel.masked_fill(nan, 0)), bits_of(by_torch.masked_fill(nan, 0)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codec", ["fp4_e2m1_e4m3x16*0x1.8p-7", "gguf_q8_0"])
+def test_rows_on_a_gpu_decode_there_to_the_same_values(codec: str) -> None:
+    rows = torch.from_numpy(
+        np.random.default_rng(4).integers(0, 256, (2, 9, codec_row_bytes(codec, 64)), dtype=np.uint8)
+    )
+    by_kernel = decode_rows(rows, codec, 64)
+    by_triton = codecs._decoded_by_triton(rows.to(DEVICE), codec, 64).cpu()
+    nan = torch.isnan(by_kernel)
+    assert torch.equal(torch.isnan(by_triton), nan)
+    assert np.array_equal(bits_of(by_triton.masked_fill(nan, 0)), bits_of(by_kernel.masked_fill(nan, 0)))
+    assert codecs._decoded_by_triton(rows[:0].to(DEVICE), codec, 64).shape == (0, 9, 64)

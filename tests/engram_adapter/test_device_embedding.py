@@ -20,7 +20,7 @@ import pytest
 import torch
 from support.device import DEVICE
 from support.marks import slow_but
-from support.tiny_store import DIM, LAYERS, VOCAB_SIZE, build_tiny, decoded, tiny_hash
+from support.tiny_store import DIM, LAYERS, NVFP4, VOCAB_SIZE, build_tiny, decoded, tiny_hash
 
 import tierstore
 from engram_adapter.device_embedding import DeviceCall, DeviceEmbedding, _identity
@@ -31,7 +31,7 @@ from tierstore.offline.place import place_entries
 from tierstore.offline.placement_file import Chosen
 from tierstore.tiers.hbm import times
 
-CODECS = ["fp8_e4m3_e8m0x32", "fp32"]  # decoded, and moved as it is
+CODECS = ["fp8_e4m3_e8m0x32", "fp32", NVFP4]  # decoded, moved as it is, and decoded in blocks
 # Tables of 2,400 rows and more; half of the n-grams of these texts are placed.
 BUDGETS = {
     "hbm, static, recency and nvme": {"dram": "480KiB", "hbm": "48KiB"},

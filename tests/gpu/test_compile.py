@@ -11,7 +11,7 @@ import pytest
 from support.repository import SUPPORT, TESTS
 
 
-@pytest.mark.parametrize("codecs", [3, pytest.param(99, marks=pytest.mark.slow)], ids=["three codecs", "every codec"])
+@pytest.mark.parametrize("codecs", [4, pytest.param(99, marks=pytest.mark.slow)], ids=["four codecs", "every codec"])
 def test_every_launch_compiles_for_a_gpu_without_one(tmp_path: Path, codecs: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(TESTS), "TRITON_CACHE_DIR": str(tmp_path)}  # nothing compiled before counts

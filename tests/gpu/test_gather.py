@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.gpu_inputs import CODECS, LOST, Sources, decoded, native_block_of, patterns, poison_of, poisoned_out
+from support.gpu_inputs import (
+    BLOCK_CODECS,
+    CODECS,
+    LOST,
+    Sources,
+    decoded,
+    native_block_of,
+    patterns,
+    poison_of,
+    poisoned_out,
+)
 from support.marks import slow_but
 
 from tierstore.kernels import reference_gpu
@@ -55,9 +65,9 @@ def by_hand(keys: np.ndarray, places: np.ndarray, sources: Sources, codec: RowCo
     return expected
 
 
-@pytest.mark.parametrize("name", CODECS)
-def test_entries_come_out_as_they_lie(device: torch.device, name: str) -> None:
-    codec, sources = CODECS[name], Sources(3, 9, 14, CODECS[name], device)
+@pytest.mark.parametrize("codec", [*CODECS.values(), *BLOCK_CODECS.values()], ids=[*CODECS, *BLOCK_CODECS])
+def test_entries_come_out_as_they_lie(device: torch.device, codec: RowCodec) -> None:
+    sources = Sources(3, 9, 14, codec, device)
     keys, places = pairs_of(4, 37, 23)
     out = gathered(keys, places, sources, codec, device)
     np.testing.assert_array_equal(out, by_hand(keys, places, sources, codec))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-from support.gpu_inputs import CODECS, Sources, index_of, poisoned_out
+from support.gpu_inputs import BLOCK_CODECS, CODECS, Sources, index_of, poisoned_out
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -29,6 +29,7 @@ from tierstore.kernels.gpu.misses import MissList, StepState
 
 CPU = torch.device("cpu")
 ONE_OF_A_KIND = ("bytes-264x8", "scaled-264x8", "fp8-24x4")
+NVFP4 = "nvfp4-144x8"
 
 
 def instead_of_launching(compiled: list[Any]) -> None:
@@ -59,7 +60,8 @@ def find_entries() -> None:
 
 
 def gather_entries() -> None:
-    for codec in [CODECS[name] for name in (*ONE_OF_A_KIND, *CODECS)][: int(sys.argv[1])]:
+    codecs = [CODECS[name] for name in (*ONE_OF_A_KIND, NVFP4, *CODECS)] + list(BLOCK_CODECS.values())
+    for codec in codecs[: int(sys.argv[1])]:
         keys, places = torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3, dtype=torch.int32)
         gather.gather_entries(places, keys, Sources(1, 2, 2, codec, CPU).sources, codec, poisoned_out(12, codec, CPU))
 
@@ -88,7 +90,7 @@ def gather_rows() -> None:
         codec = CODECS[name]
         out = torch.zeros(24, width, dtype=torch.uint8 if codec.kind == BYTES else torch.bfloat16)
         rows.gather_rows(ids, 4096, 7, codec, out)
-        rows.gather_rows(ids, torch.zeros(7, 264, dtype=torch.uint8), 7, codec, out, places)
+        rows.gather_rows(ids, torch.zeros(7, codec.row_bytes, dtype=torch.uint8), 7, codec, out, places)
 
 
 def keys_of_row_ids() -> None:

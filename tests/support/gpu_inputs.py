@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,12 @@ import torch
 
 from engram_adapter.codecs import decode_rows
 from tierstore import kernels
+from tierstore.codec import GGUF_BLOCKS
 from tierstore.kernels.gpu.codecs import BYTES, FP8, FP8_SCALED, RowCodec
 from tierstore.kernels.gpu.gather import EntrySources
 from tierstore.kernels.gpu.probe import DeviceIndex
+from tierstore.spec import TableSpec, codec_row_bytes
+from tierstore.tiers.hbm.launches import row_codec
 
 KEY_MAX = 2**63 - 1
 
@@ -72,6 +76,22 @@ def index_of(
     return HostIndex(epoch, heads, buckets, index)
 
 
+def blocks_of(codec: str, rows_per_entry: int, dim: int) -> RowCodec:
+    """The rows of a quantized codec as the kernels know them."""
+    row = row_codec(TableSpec.plain("t", 1, codec_row_bytes(codec, dim) or 0, codec, dim))
+    return dataclasses.replace(row, rows_per_entry=rows_per_entry)
+
+
+def codec_name(codec: RowCodec) -> str:
+    """The name of a codec that decodes: the longest of those that mean the same."""
+    if codec.blocks is None:
+        return f"{FP8}*{codec.scale.hex()}" if codec.kind == FP8 else FP8_SCALED
+    if not codec.blocks.scale:
+        return codec.blocks.values
+    factor = f"{'/' if codec.blocks.divides else '*'}{codec.scale.hex()}" if codec.blocks.scale == "e4m3" else ""
+    return f"{codec.blocks.values}_{codec.blocks.scale}x{codec.blocks.block}{factor}"
+
+
 # Rows of 264, 33, 40 and 24 bytes, entries that are multiples of 16, 8, 4, 2 and of nothing.
 CODECS = {
     "bytes-264x8": RowCodec(BYTES, 8, 264, 0),
@@ -87,6 +107,17 @@ CODECS = {
     "scaled-1056x6": RowCodec(FP8_SCALED, 6, 1056, 1024),
     "fp8-24x4": RowCodec(FP8, 4, 24, 24, 0.37),
     "fp8-33x1": RowCodec(FP8, 1, 33, 33, 1e-3),
+    "nvfp4-144x8": blocks_of("fp4_e2m1_e4m3x16*0x1.8p-7", 8, 256),
+}
+BLOCK_CODECS = {
+    "nvfp4-27x3": blocks_of("fp4_e2m1_e4m3x16/0x1.9p+3", 3, 48),
+    "mxfp4-17x5": blocks_of("fp4_e2m1_e8m0x32", 5, 32),
+    "int8-164x4": blocks_of("int8_fp32", 4, 160),
+    "uint8-20x3": blocks_of("uint8b128_fp16x8", 3, 16),
+    "uint4-66x2": blocks_of("uint4b8_bf16x128", 2, 128),
+    "nf4-36x3": blocks_of("nf4_fp32x64", 3, 64),
+    "fp8-rows": blocks_of("fp8_e4m3_bf16", 2, 40),
+    **{f"{codec}-x2": blocks_of(codec, 2, 256) for codec in GGUF_BLOCKS},
 }
 
 
@@ -95,8 +126,7 @@ def decoded(entries: np.ndarray, codec: RowCodec) -> np.ndarray:
     if codec.kind == BYTES:
         return entries
     rows = torch.from_numpy(entries.reshape(len(entries), codec.rows_per_entry, codec.row_bytes).copy())
-    name = f"{FP8}*{codec.scale.hex()}" if codec.kind == FP8 else FP8_SCALED
-    return patterns(decode_rows(rows, name, codec.dim))
+    return patterns(decode_rows(rows, codec_name(codec), codec.dim))
 
 
 LOST = {"uint8": 0xFF, "int16": 0x7FC0}  # by the type of an output's patterns: what stands where no value may be

@@ -19,7 +19,14 @@ from tierstore.spec import TableSpec
 LAYERS = (1, 4)
 VOCAB_SIZE = 61
 DIM = 64
-PLANE_BYTES = {"fp8_e4m3_e8m0x32": (DIM, DIM // 32), "bf16": (2 * DIM,), "fp32": (4 * DIM,), "fp16": (2 * DIM,)}
+NVFP4 = "fp4_e2m1_e4m3x16*0x1.8p-7"
+PLANE_BYTES = {
+    "fp8_e4m3_e8m0x32": (DIM, DIM // 32),
+    "bf16": (2 * DIM,),
+    "fp32": (4 * DIM,),
+    "fp16": (2 * DIM,),
+    NVFP4: (DIM // 2, DIM // 16),
+}
 
 
 def tiny_hash(max_order: int = 3, compressed: int = 40, heads: int = 4) -> HashSpec:
@@ -71,6 +78,9 @@ def random_planes(rng: np.random.Generator, codec: str, num_rows: int) -> list[n
         values = rng.integers(0, 0x7F, (num_rows, DIM), dtype=np.uint8)
         values |= rng.integers(0, 2, (num_rows, DIM), dtype=np.uint8) << 7
         return [values, rng.integers(115, 125, (num_rows, DIM // 32), dtype=np.uint8)]
+    if codec == NVFP4:
+        values = rng.integers(0, 256, (num_rows, DIM // 2), dtype=np.uint8)
+        return [values, rng.integers(1, 0x7F, (num_rows, DIM // 16), dtype=np.uint8)]
     values32 = torch.from_numpy(rng.normal(size=(num_rows, DIM)).astype(np.float32))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[codec]
     return [values32.to(dtype).view(torch.uint8).numpy()]

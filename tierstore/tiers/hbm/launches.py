@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ...codec import GGUF_BLOCKS, parse_codec
 from ...kernels.gpu.await_answer import await_answer
-from ...kernels.gpu.codecs import RowCodec
+from ...kernels.gpu.block_codecs import BlockFormat
+from ...kernels.gpu.codecs import BLOCKS, BYTES, FP8, FP8_SCALED, RowCodec
 from ...kernels.gpu.gather import gather_entries
 from ...kernels.gpu.lookup import lookup_entries
 from ...kernels.gpu.misses import MissList, StepState, post_misses
 from ...kernels.gpu.row_ids import row_ids_of_keys
 from ...kernels.gpu.rows import gather_rows
 from ...kernels.gpu.scatter import scatter_entries
-from ...spec import TableSpec, codec_scale
+from ...spec import TableSpec
 from .device import spins_in
 from .mailbox import WAIT_S, Mailbox
 
@@ -72,7 +74,7 @@ class LookupLaunches:
         if num_tokens > tokens_max:
             raise ValueError(f"{num_tokens} tokens for a lookup of at most {tokens_max}; look up fewer at once")
         num_pairs = num_tokens * len(self._table.spec.orders)
-        if self._codec.kind == "bytes":
+        if self._codec.kind == BYTES:
             return out.view(torch.uint8).view(num_pairs, self._table.entry_bytes)
         return out.view(num_pairs, self._codec.rows_per_entry, self._codec.dim)
 
@@ -137,7 +139,12 @@ class LookupLaunches:
 
 
 def row_codec(spec: TableSpec) -> RowCodec:
-    """Returns how the kernels make values of a table's rows: fp8 is decoded, other rows are copied as they lie."""
-    base = spec.codec.partition("*")[0]
-    kind = base if base.startswith("fp8") else "bytes"
-    return RowCodec(kind, spec.rows_per_key, spec.row_bytes, spec.dim, codec_scale(spec.codec))
+    """Returns how the kernels make values of a table's rows: quantized ones are decoded, others copied as they lie."""
+    codec = parse_codec(spec.codec)
+    rows = spec.rows_per_key, spec.row_bytes, spec.dim
+    if codec.values == "fp8_e4m3" and codec.scale in ("", "e8m0"):
+        return RowCodec(FP8_SCALED if codec.scale else FP8, *rows, codec.factor)
+    if codec.scale or codec.values in GGUF_BLOCKS:
+        blocks = BlockFormat(codec.values, codec.scale, codec.block or spec.dim, codec.divides)
+        return RowCodec(BLOCKS, *rows, codec.factor, blocks)
+    return RowCodec(BYTES, *rows)
