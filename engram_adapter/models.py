@@ -72,15 +72,15 @@ def plain_source(checkpoint: Checkpoint, tensor_name: str) -> TableSource:
             f"{checkpoint.path}: tensor {tensor_name!r} is {found}; 2-D tensors are: "
             f"{', '.join(sorted(names)[:10]) or 'none'}"
         )
-    num_rows, dim = tensor.shape
-    if not num_rows or not dim:
+    if 0 in tensor.shape:
         raise ConfigError(
-            f"{checkpoint.path}: tensor {tensor_name!r} is empty, {num_rows} x {dim}; there is no row to store"
+            f"{checkpoint.path}: tensor {tensor_name!r} is empty, {tensor.shape[0]} x {tensor.shape[1]}; there is no "
+            "row to store"
         )
     rows = rows_of_weight(checkpoint, tensor)
     planes = planes_of([tensor], [rows])
     row_bytes = sum(plane.width_bytes for plane in planes)
-    return TableSource(TableSpec.plain(tensor_name, num_rows, row_bytes, rows.codec, dim), planes)
+    return TableSource(TableSpec.plain(tensor_name, rows.num_rows, row_bytes, rows.codec, rows.dim), planes)
 
 
 def _family_of(checkpoint: Checkpoint) -> Family:

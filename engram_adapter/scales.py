@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
-
-import numpy as np
 
 from tierstore import ConfigError
 from tierstore.formats.checkpoint import Checkpoint
 from tierstore.formats.stored_tensor import StoredTensor
+
+from .packings import FLOATS, StoredRows, one_scale, packed_rows
 
 SCALE_NAMES = (
     "scale",
@@ -31,7 +30,6 @@ SCALE_BLOCK = 32  # columns that share one e8m0 scale in a row
 VALUE_CODECS = {"F32": ("fp32", 4), "F16": ("fp16", 2), "BF16": ("bf16", 2), "F8_E4M3": ("fp8_e4m3", 1)}
 _WIDE = ("F64", "F32", "F16", "BF16", "I64", "U64", "BOOL")  # values as they are, whatever lies beside
 _PACKED_DTYPES = ("U8", "I8", "I32", "U32", "F4")
-_SCALE_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _WEIGHT_LEAVES = ("weight", "qweight", "weight_packed", "W_q")
 _PART = re.compile(r"^(?P<table>.*\.)?shards?[._]\d+\.(?P<leaf>\w+)$")  # of a table that is stored in parts
 
@@ -40,7 +38,7 @@ _PART = re.compile(r"^(?P<table>.*\.)?shards?[._]\d+\.(?P<leaf>\w+)$")  # of a t
 _SCHEMES = (
     (r"absmax|quant_map|nested_absmax|quant_state\.bitsandbytes__\w+", "packed by bitsandbytes (NF4 or FP4)"),
     (r"SCB|weight_format", "int8 of bitsandbytes"),
-    (r"qzeros|g_idx|qweight", "packed by GPTQ or AWQ"),
+    (r"qzeros|(?:weight_)?g_idx|qweight", "packed by GPTQ or AWQ"),
     (r"weight_scale_2|weight_global_scale|weight_double_scale", "packed as NVFP4"),
     (r"weight_packed|weight_shape", "packed by compressed-tensors"),
     (r"biases", "packed by MLX"),
@@ -52,23 +50,21 @@ _SCHEMES = (
 _OF_OTHERS = re.compile(r"(?:input|output|activation|k|v|q|prob)_(?:global_)?scale(?:_ub|_inv)?$")
 
 
-@dataclass(frozen=True)
-class StoredRows:
-    """How the rows of a weight are stored. codec: as in a store; scales: a plane of them beside the values, or None."""
-
-    codec: str
-    scales: StoredTensor | None = None
-
-
 def rows_of_weight(checkpoint: Checkpoint, weight: StoredTensor) -> StoredRows:
     """Returns the codec and the scales of a 2-D weight whose rows are a table.
 
     Raises `ConfigError` if its values need something that no codec carries,
     or if it does not hold one row after another.
     """
-    beside = _beside(checkpoint, weight.name)
+    endings = _endings_beside(checkpoint, weight.name)
+    beside = sorted(endings)
+    num_rows, dim = weight.shape
     if weight.dtype in _WIDE:
-        return StoredRows(VALUE_CODECS.get(weight.dtype, ("raw", 0))[0])
+        return StoredRows(VALUE_CODECS.get(weight.dtype, ("raw", 0))[0], num_rows, dim)
+    by_ending = {ending: name for name, ending in endings.items()}
+    packed = packed_rows(checkpoint, weight, by_ending) if len(by_ending) == len(beside) > 0 else None
+    if packed is not None:
+        return packed
     refuse_packed(checkpoint, weight, beside)
     if beside and not weight.dtype.startswith("F8_"):
         raise ConfigError(
@@ -83,14 +79,14 @@ def rows_of_weight(checkpoint: Checkpoint, weight: StoredTensor) -> StoredRows:
                 f"it ({_in_words(beside)}), which no codec of a store holds for {weight.dtype}: its rows would lose "
                 f"them; dequantize it to BF16 first"
             )
-        return StoredRows("raw")
+        return StoredRows("raw", num_rows, dim)
     if not beside:
         if checkpoint.absent_files:
             raise ConfigError(
                 f"{checkpoint.path}: tensor {weight.name} is F8_E4M3, and its scale may lie in a file that is not "
                 f"here: {checkpoint.why_missing()}"
             )
-        return StoredRows("fp8_e4m3")
+        return StoredRows("fp8_e4m3", num_rows, dim)
     if len(beside) > 1:
         raise ConfigError(
             f"{checkpoint.path}: tensor {weight.name} has {len(beside)} scales beside it ({_in_words(beside)}), a row "
@@ -125,7 +121,7 @@ def refuse_packed_name(checkpoint: Checkpoint, name: str) -> None:
     """Raises `ConfigError` if tensor `name` is there and packed, before its type is found to be another one."""
     weight = checkpoint.tensors.get(name)
     if weight is not None and weight.dtype not in _WIDE:
-        refuse_packed(checkpoint, weight, _beside(checkpoint, name))
+        refuse_packed(checkpoint, weight, sorted(_endings_beside(checkpoint, name)))
 
 
 def scaled_rows(checkpoint: Checkpoint, weight: StoredTensor, name: str) -> StoredRows:
@@ -134,42 +130,32 @@ def scaled_rows(checkpoint: Checkpoint, weight: StoredTensor, name: str) -> Stor
     if scale is None:
         raise ConfigError(f"{checkpoint.path}: tensor {name}, the scale of {weight.name}, {checkpoint.why_not(name)}")
     num_rows, dim = weight.shape
-    if math.prod(scale.shape) == 1 and scale.dtype in _SCALE_DTYPES:
-        return StoredRows(f"fp8_e4m3*{one_scale(scale).hex()}")
+    if math.prod(scale.shape) == 1 and scale.dtype in FLOATS:
+        return StoredRows(f"fp8_e4m3*{one_scale(scale).hex()}", num_rows, dim)
     if scale.dtype in ("F8_E8M0", "U8") and dim % SCALE_BLOCK == 0 and scale.shape == (num_rows, dim // SCALE_BLOCK):
-        return StoredRows("fp8_e4m3_e8m0x32", scale)
+        return StoredRows("fp8_e4m3_e8m0x32", num_rows, dim, scale)
     raise ConfigError(
         f"{checkpoint.path}: {name} is {scale.dtype} {list(scale.shape)}, {_shape_in_words(scale, weight)}; rows of "
-        f"{weight.name}, {weight.dtype} {list(weight.shape)}, can carry one {', '.join(_SCALE_DTYPES)} for the whole "
+        f"{weight.name}, {weight.dtype} {list(weight.shape)}, can carry one {', '.join(FLOATS)} for the whole "
         f"table, or one e8m0 byte for {SCALE_BLOCK} columns; dequantize the table to BF16 first"
     )
 
 
-def one_scale(scale: StoredTensor) -> float:
-    """Returns the value of a tensor that is one scale: F32, or F16 or BF16, which are exact as F32."""
-    data = scale.read_bytes()
-    if scale.dtype == "BF16":
-        data = b"\0\0" + data  # the upper half of a float32
-    value = float(np.frombuffer(data, "<f4" if scale.dtype == "BF16" else _SCALE_DTYPES[scale.dtype])[0])
-    if not math.isfinite(value) or value <= 0:
-        raise ConfigError(
-            f"{scale.name} is {value}, expected a finite scale above 0; download the checkpoint again, "
-            "or dequantize the table"
-        )
-    return value
-
-
-def _beside(checkpoint: Checkpoint, name: str) -> list[str]:
-    """Returns the names of the tensors that belong to the values of tensor `name`, also of those that are not there."""
+def _endings_beside(checkpoint: Checkpoint, name: str) -> dict[str, str]:
+    """Returns the names of the tensors that belong to the values of tensor `name`, also of those that are not there,
+    each with what it adds to the name of the module, of the tensor, or of the table that the tensor is a part of."""
     module, dot, leaf = name.rpartition(".")
-    bases = {f"{name}_", f"{name}."}
-    if leaf in _WEIGHT_LEAVES:
-        bases.add(module + dot)
+    bases = [module + dot] if leaf in _WEIGHT_LEAVES else []
+    bases += [f"{name}_", f"{name}."]
     part = _PART.match(name)
     if part:
-        bases.add(part["table"] or "")
-    found = {other for base in bases for other in checkpoint.names_under(base) if _belongs(other, base)}
-    return sorted(found - {name})
+        bases.append(part["table"] or "")
+    found: dict[str, str] = {}
+    for base in bases:
+        for other in checkpoint.names_under(base):
+            if other != name and _belongs(other, base):
+                found.setdefault(other, other[len(base) :])
+    return found
 
 
 def _belongs(name: str, base: str) -> bool:

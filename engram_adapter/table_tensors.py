@@ -17,7 +17,8 @@ from tierstore.formats.checkpoint import Checkpoint, Plane
 from tierstore.formats.stored_tensor import StoredTensor
 
 from .family import text_values
-from .scales import StoredRows, refuse_packed_name
+from .packings import StoredRows
+from .scales import refuse_packed_name
 
 
 def table_tensor_name(checkpoint: Checkpoint, pattern: str, words: str, layer: int) -> str:
@@ -38,10 +39,10 @@ def weight_tensor(checkpoint: Checkpoint, name: str, dtypes: list[str]) -> Store
 
 def planes_of(tensors: Sequence[StoredTensor], rows: Sequence[StoredRows]) -> tuple[Plane, ...]:
     """Returns the planes of a table whose tensors are stacked by rows: values, and scales if rows carry their own."""
-    scales = [each.scales for each in rows if each.scales is not None]
-    planes = [Plane(tensors[0].num_bytes // tensors[0].shape[0], tuple(tensors))]
+    planes = [Plane(tensors[0].num_bytes // rows[0].num_rows, tuple(tensors))]
+    scales = tuple(each.scales for each in rows if each.scales is not None)
     if scales:
-        planes.append(Plane(scales[0].num_bytes // scales[0].shape[0], tuple(scales)))
+        planes.append(Plane(scales[0].num_bytes // rows[0].num_rows, scales))
     return tuple(planes)
 
 

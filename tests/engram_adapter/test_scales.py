@@ -79,11 +79,22 @@ def test_scales_of_activations_and_of_values_that_are_whole_are_not_taken(tmp_pa
     assert torch.equal(values_of(tmp_path, {"embed.weight": whole, "embed.weight_scale": torch.tensor(9.0)}), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [None, 1, 4], ids=["flat", "a row", "groups"])
+@pytest.mark.parametrize("codes", [CODES, BYTES.view(torch.int8)], ids=["fp8", "int8"])
+def test_scales_of_rows_or_of_groups_of_columns_multiply_those(
+    tmp_path: Path, codes: torch.Tensor, groups: int | None, dtype: torch.dtype
+) -> None:
+    scale = (torch.rand(ROWS, groups or 1, generator=GENERATOR) + 0.1).to(dtype)
+    expected = (codes.float() * scale.float().repeat_interleave(DIM // (groups or 1), 1)).bfloat16()
+    given = scale if groups else scale[:, 0].clone()
+    assert torch.equal(values_of(tmp_path, {"embed.weight": codes, "embed.weight_scale": given}), expected)
+
+
 REFUSED_SCALES = {
-    "each row": (torch.ones(ROWS, 1), "a scale for each row"),
-    "each row, flat": (torch.ones(ROWS), "a scale for each row"),
+    "each row, in doubles": (torch.ones(ROWS, 1, dtype=torch.float64), "a scale for each row"),
     "each column": (torch.ones(1, DIM), "a scale for each column"),
-    "groups": (torch.ones(ROWS, 4), "a scale for 16 columns of a row"),
+    "groups of doubles": (torch.ones(ROWS, 4, dtype=torch.float64), "a scale for 16 columns of a row"),
     "e8m0 for 16 columns": (torch.full((ROWS, 4), 127, dtype=torch.uint8), "a scale for 16 columns of a row"),
     "blocks": (torch.ones(2, 2), r"a block of rows and columns \(20 x 32\)"),
     "another table's": (torch.ones(ROWS + 1, 7), "neither its rows nor its columns"),
@@ -119,15 +130,16 @@ PACKED = {
     "GPTQ": ({"embed.qweight": BYTES.view(torch.int32), "embed.qzeros": BYTES.view(torch.int32),
               "embed.scales": torch.ones(1, ROWS).half()}, "embed.qweight", "GPTQ or AWQ"),
     "AWQ without its zeros": ({"embed.qweight": BYTES.view(torch.int32)}, "embed.qweight", "GPTQ or AWQ"),
-    "NVFP4": ({"embed.weight": BYTES, "embed.weight_scale": torch.ones(ROWS, 8).to(torch.float8_e4m3fn),
-               "embed.weight_scale_2": torch.ones(1)}, "embed.weight", "NVFP4"),
+    "NVFP4 with zero points": ({"embed.weight": BYTES, "embed.weight_scale": torch.ones(ROWS, 8).to(CODES.dtype),
+                                "embed.weight_scale_2": torch.ones(1), "embed.weight_zero_point": torch.ones(ROWS)},
+                               "embed.weight", "NVFP4"),
     "compressed-tensors": ({"embed.weight_packed": BYTES.view(torch.int32), "embed.weight_scale": torch.ones(ROWS, 1),
-                            "embed.weight_shape": torch.tensor([ROWS, 512])},
+                            "embed.weight_shape": torch.tensor([ROWS, 170])},
                            "embed.weight_packed", "compressed-tensors"),
     "MLX": ({"embed.weight": BYTES.view(torch.uint32), "embed.scales": torch.ones(ROWS, 2).bfloat16(),
              "embed.biases": torch.ones(ROWS, 2).bfloat16()}, "embed.weight", "MLX"),
-    "int8": (
-        {"embed.weight": BYTES.view(torch.int8), "embed.weight_scale": torch.ones(ROWS, 1)},
+    "int8 with one scale": (
+        {"embed.weight": BYTES.view(torch.int8), "embed.weight_scale": torch.ones(1)},
         "embed.weight", "with a scale"),
     "int8 with zero points": ({"embed.weight": BYTES.view(torch.int8), "embed.weight_scale": torch.ones(ROWS, 1),
                                "embed.weight_zero_point": torch.ones(ROWS, 1)}, "embed.weight", "zero points"),
