@@ -92,6 +92,7 @@ Engine::Submitted Engine::submit(const std::shared_ptr<Job>& job) {
   if (reader != nullptr) {
     job->sort();
     reader->begin(*job);
+    reader->send();
   }
   const std::lock_guard<std::mutex> lock(runtime.mutex);
   if (reader != nullptr) {

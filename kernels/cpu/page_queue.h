@@ -50,8 +50,12 @@ class PageQueue {
   // Whether files and memory are registered with the kernel, where that is of use: reads cost less then.
   virtual bool is_registered() const { return true; }
 
-  // Takes on reads, sorted. Does not wait for their pages.
+  // Takes on reads, sorted. Does not wait for their pages. They may begin as late as the next `send` or `reap`: whoever
+  // reaps at once saves a system call.
   virtual void start(const std::vector<PageRead>& reads) noexcept = 0;
+
+  // Begins what was taken on.
+  virtual void send() noexcept {}
 
   // Appends finished reads to `done`, which has room for all that have arrived; if nothing has, waits for one, or for
   // several: about `wanted`. Appends nothing after `timeout_ms`.

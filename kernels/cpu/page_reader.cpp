@@ -91,7 +91,7 @@ bool PageReader::run(int slice_ms) noexcept {
     }
     const auto now = std::chrono::steady_clock::now();
     const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(until - now);
-    if (left.count() <= 0) return false;
+    if (left.count() <= 0) break;
     if (done_next_ == done_.size()) {
       done_.clear();
       done_next_ = 0;
@@ -106,7 +106,8 @@ bool PageReader::run(int slice_ms) noexcept {
     fill_batches();
     start_reads();
   }
-  return true;
+  queue_->send();  // who goes on may be another thread, and some time away
+  return job_ == nullptr;
 }
 
 // How many reads are waited for at once: half of what is in flight, so that the queue never runs dry; of the last few,

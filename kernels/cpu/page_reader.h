@@ -46,8 +46,9 @@ class PageReader {
   PageReader(const PageReader&) = delete;
   PageReader& operator=(const PageReader&) = delete;
 
-  // Takes a sorted job on and starts its first reads, without blocking on the disk.
+  // Takes a sorted job on, without blocking on the disk. Its first reads begin with `send`, or with `run`.
   void begin(Job& job) noexcept;
+  void send() noexcept { queue_->send(); }
 
   // Goes on until the job is done or failed and nothing of it is in flight (true), or for about `slice_ms` (false). A
   // failed job's `fault` says what was wrong.

@@ -94,11 +94,14 @@ class UringQueue : public PageQueue {
       slots_[read.slot] = {read, 0, 0, read.shard->direct_fd >= 0};
       push_or_keep(slots_[read.slot]);
     }
-    enter(0, 0);
+  }
+
+  void send() noexcept override {
+    if (unsubmitted_ > 0) enter(0, 0);
   }
 
   void reap(std::vector<PageDone>& done, size_t wanted, int timeout_ms) noexcept override {
-    if (collect(done) > 0 || in_flight_ + unsubmitted_ == 0) return;
+    if (collect(done) > 0 || in_flight_ + unsubmitted_ == 0) return send();
     const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(timeout_ms);
     for (int left_ms = timeout_ms; left_ms > 0;) {
       const auto min_complete = std::min(static_cast<unsigned>(wanted), in_flight_ + unsubmitted_);

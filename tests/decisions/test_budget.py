@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tierstore import BudgetError
-from tierstore.decisions.budget import ALIGNMENT_BYTES, DEPTH_MAX, READERS_MAX, cache_set_bytes, divide_dram
+from tierstore.decisions.budget import ALIGNMENT_BYTES, DEPTH_MAX, READERS_FEW, cache_set_bytes, divide_dram
 from tierstore.formats.placement import TableShape, lay_out_placement
 from tierstore.layout import PageShape, TableLayout
 from tierstore.spec import TableSpec
@@ -69,15 +69,38 @@ def test_a_page_reader_holds_the_pages_and_the_entry_of_at_least_one_key(row_byt
     staging = divide_dram({"w": table}, budget_bytes).staging
     assert staging.page_bytes == table.page_bytes
     assert 1 <= staging.depth <= DEPTH_MAX
-    assert 1 <= staging.num_readers <= READERS_MAX
+    assert 1 <= staging.num_readers <= READERS_FEW
     assert staging.assembly_bytes >= table.spec.entry_bytes
     assert staging.num_bytes <= budget_bytes
 
 
 def test_staging_of_a_large_budget_is_at_most_16_mib() -> None:
     staging = divide_dram(TABLES, 16 << 30).staging
-    assert staging.num_readers == READERS_MAX
+    assert staging.num_readers == READERS_FEW
     assert staging.num_bytes <= 16 << 20
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3, 5, 16, 128])
+@pytest.mark.parametrize("budget_bytes", [100_000, 4 << 20, 16 << 20, 64 << 20, 256 << 20, 16 << 30])
+def test_readers_are_as_many_as_asked_for_if_a_sixteenth_of_the_budget_pays_for_them(
+    budget_bytes: int, readers: int
+) -> None:
+    staging = divide_dram(TABLES, budget_bytes, readers=readers).staging
+    assert 1 <= staging.num_readers <= readers
+    one_key = 4096 + 2 * 320
+    assert staging.num_bytes <= max(budget_bytes // 16, one_key)
+    if staging.num_readers > READERS_FEW:
+        assert staging.depth == DEPTH_MAX
+    if staging.num_readers < readers:
+        another = 512 << 10 if staging.num_readers < READERS_FEW else DEPTH_MAX * (4096 + 4 * 264)
+        assert (staging.num_readers + 1) * another > min(budget_bytes // 16, readers * another)
+
+
+@pytest.mark.parametrize("row_bytes", [84, 264, 1024, 4080])
+@pytest.mark.parametrize("budget_bytes", [8 << 20, 64 << 20, 1 << 30])
+def test_either_read_batch_has_room_for_more_rows_than_pages_are_in_flight(row_bytes: int, budget_bytes: int) -> None:
+    staging = divide_dram({"w": layout("w", 10_000_000, row_bytes)}, budget_bytes).staging
+    assert staging.assembly_bytes >= 2 * staging.depth * row_bytes - 64
 
 
 @pytest.mark.parametrize("in_hbm", [0, 1, 511, 512, 5000, 100_000, 200_000])

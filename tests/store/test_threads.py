@@ -144,6 +144,21 @@ def test_by_default_there_are_as_many_threads_as_cores_at_most_sixteen(monkeypat
     assert nvme.choose_io("pread", 5).num_threads == 5
 
 
+@pytest.mark.parametrize("readers", [0, -1, 257, True, 2.0, "2"])
+def test_a_number_of_readers_that_is_none_is_refused(built: Path, readers: object) -> None:
+    with pytest.raises(ConfigError, match=r"readers: .* is no number from 1 to 256"):
+        tierstore.open(built, dram="64MiB", readers=readers)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"readers: .* is no number from 1 to 256"):
+        tierstore.connect(built / "no.sock", readers=readers)  # type: ignore[arg-type]
+
+
+def test_by_default_there_are_two_page_readers_a_core_at_least_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, wanted in ((1, 4), (2, 4), (16, 32), (512, 256)):
+        monkeypatch.setattr(nvme, "usable_cores", lambda cores=cores: cores)
+        assert nvme.choose_io("pread").num_readers == wanted
+    assert nvme.choose_io("pread", readers=5).num_readers == 5
+
+
 @pytest.mark.parametrize(
     ("membership", "files", "wanted"),
     [

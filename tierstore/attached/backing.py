@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import TierStoreError
 from ..ipc.client_socket import DIAL_S
 from ..store.backing import Backing
-from ..store.options import HbmOptions, check_options, check_threads
+from ..store.options import HbmOptions, check_options, check_readers, check_threads
 from ..store.store import Store
 from ..tiers.engine import Engine
 from ..units import parse_bytes
@@ -38,6 +38,7 @@ def attach(
     *,
     io: str = "auto",
     threads: int | None = None,
+    readers: int | None = None,
     staging: int | str = "16MiB",
     timeout_s: float = DIAL_S,
     hbm: int | str | None = None,
@@ -49,6 +50,7 @@ def attach(
         socket: The path of the daemon's socket.
         io: How this process reads what the daemon's memory does not hold, as in `tierstore.open`.
         threads: That copy the rows of a large lookup in this process, as in `tierstore.open`.
+        readers: Lookups that may read pages at once, at most; fewer if `staging` is small. As in `tierstore.open`.
         staging: Bytes that reads under way may take. With `hbm`, as many bytes of host memory are page-locked besides.
         timeout_s: How long to try to connect, in seconds. Filling HBM takes its time on top.
         hbm: Bytes of GPU memory for a tier of this process above the daemon's, as in `tierstore.open`. If the daemon
@@ -64,7 +66,9 @@ def attach(
         BudgetError: `hbm` is too small, or more than the GPU has.
     """
     options = check_options(io, hbm, device)
-    dialer = Dialer(os.fspath(socket), io, check_threads(threads), parse_bytes(staging, "staging"))
+    dialer = Dialer(
+        os.fspath(socket), io, check_threads(threads), check_readers(readers), parse_bytes(staging, "staging")
+    )
     return Store(AttachedBacking(dialer, timeout_s, options))
 
 

@@ -22,16 +22,17 @@ from .link import Link
 class Dialer:
     """Connects to one daemon's socket and maps what it serves. Any thread may call."""
 
-    def __init__(self, socket: str, io: str, threads: int | None, staging_bytes: int) -> None:
+    def __init__(self, socket: str, io: str, threads: int | None, readers: int | None, staging_bytes: int) -> None:
         """
         Args:
             socket: The path of the daemon's socket.
             io: How this process reads what the daemon's memory does not hold, as in `tierstore.open`.
             threads: That copy the rows of a large lookup, as in `tierstore.open`.
+            readers: Lookups that may read pages at once, as in `tierstore.open`.
             staging_bytes: Bytes of this process that reads under way may take.
         """
         self.socket, self.staging_bytes = socket, staging_bytes
-        self._io, self._threads = io, threads
+        self._io, self._threads, self._readers = io, threads, readers
         self._specs: Sequence[TableSpec] | None = None  # of the first link; later ones must have the same
 
     def dial(self, timeout_s: float, *, on_gpu: bool = False, writable_static: bool = False) -> tuple[Channel, Link]:
@@ -59,7 +60,9 @@ class Dialer:
     def link(self, layout: Layout, fds: list[int], *, writable_static: bool = False) -> Link:
         """Maps what a message of the daemon describes, and closes the message's descriptors. Raises as `dial` does."""
         try:
-            link = Link(layout, fds, self._io, self._threads, self.staging_bytes, writable_static=writable_static)
+            link = Link(
+                layout, fds, self._io, self._threads, self._readers, self.staging_bytes, writable_static=writable_static
+            )
         finally:
             close_fds(fds)
         difference = None if self._specs is None else same_tables(self._specs, link.specs)

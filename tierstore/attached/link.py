@@ -46,6 +46,7 @@ class Link:
         fds: Sequence[int],
         io: str,
         threads: int | None,
+        readers: int | None,
         staging_bytes: int,
         *,
         writable_static: bool = False,
@@ -70,7 +71,7 @@ class Link:
         }
         found = os.fstat(fds[_BLOCKS.index("static")])
         self.static_id = found.st_dev, found.st_ino
-        self._choice = choose_io(io, threads)
+        self._choice = choose_io(io, threads, readers)
         direct = self._choice.mode == "uring"
         self.path, self.identity = path, identity
         with _reading(path):
@@ -90,7 +91,9 @@ class Link:
             self._blocks = blocks
             self._what = f"the store {path} (of a daemon)"
             staged = self.opened.placed.placement.tables if self.opened.placed else {}
-            self._staging = plan_staging(image.tables, staged, int(staging_bytes / STAGING_FRACTION), staging_bytes)
+            self._staging = plan_staging(
+                image.tables, staged, int(staging_bytes / STAGING_FRACTION), staging_bytes, self._choice.num_readers
+            )
             self.engine = self._make_engine(
                 SharedEpochs(blocks["control"], self.version, blocks["client"], reports=True)
             )

@@ -20,10 +20,14 @@ CACHE_WAYS = kernels.CACHE_WAYS
 SET_OVERHEAD_BYTES = kernels.CACHE_SET_BYTES + kernels.CACHE_HISTORY_BYTES
 ALIGNMENT_BYTES = UNIT_BYTES  # of each table's part of the block: records are read straight into it
 LINE_BYTES = 64  # of what lies within: a cache line
-READERS_MAX = 4
+READERS_FEW = 4  # one device is kept busy by so many; a plan for another machine counts with them
+READERS_LIMIT = 256
 READER_BYTES_WANTED = 512 << 10  # below it, fewer page readers serve better than smaller ones
 DEPTH_MAX = 256  # pages in flight a page reader; beyond it, measured, a disk gives no more
-STAGING_BYTES_MAX = 16 << 20
+ROWS_AHEAD = (
+    2  # rows that a read batch has room for, of each page in flight: while its last pages come, the other fills
+)
+STAGING_BYTES_MAX = 16 << 20  # of READERS_FEW page readers
 STAGING_FRACTION = 1 / 16  # of the budget, at most, unless one key needs more
 
 
@@ -94,6 +98,7 @@ def divide_dram(
     budget_bytes: int,
     placement: Placement | None = None,
     hbm_entries: Mapping[str, int] | None = None,
+    readers: int = READERS_FEW,
 ) -> DramPlan:
     """Divides `budget_bytes` among staging and tables.
 
@@ -106,6 +111,7 @@ def divide_dram(
         placement: What static sets are filled from; None: only caches.
         hbm_entries: How many of a table's first placed entries are in HBM. Its static set begins after them, at the
             start of their last, unfinished group of records (`group_start`).
+        readers: Page readers at most.
 
     Returns:
         The division.
@@ -117,7 +123,7 @@ def divide_dram(
     placed = placement.tables if placement else {}
     least_reader = _least_staging(tables, placed)
     least_for_tables = len(tables) * max(_least_share(table, placed.get(name)) for name, table in tables.items())
-    least = least_reader.reader_bytes + least_for_tables
+    least = least_reader.plan.reader_bytes + least_for_tables
     if budget_bytes < least:
         what, remedy = (
             ("staging, the placement's index", ", place less, or open with placement='none'")
@@ -128,7 +134,7 @@ def divide_dram(
             f"dram: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes "
             f"({format_bytes(least)}) that {what} and one set of entries a table take; ask for more{remedy}"
         )
-    staging = _plan_staging(least_reader, budget_bytes, budget_bytes - least_for_tables)
+    staging = _plan_staging(least_reader, readers, budget_bytes, budget_bytes - least_for_tables)
 
     def take(name: str, most_bytes: int) -> tuple[TableShare, int]:
         share_bytes = most_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
@@ -171,31 +177,57 @@ def _divide_share(table: TableLayout, share_bytes: int, placed: PlacedTable | No
     return TableShare(False, num_sets, 0, num_bytes, static_entries, static_bytes, index_bytes, static_start)
 
 
-def _least_staging(tables: Mapping[str, TableLayout], placed: Mapping[str, PlacedTable]) -> StagingPlan:
+@dataclass(frozen=True)
+class _LeastReader:
+    """One page reader for one key of any table. read_bytes: what a page in flight takes, with its rows in either read
+    batch."""
+
+    plan: StagingPlan
+    read_bytes: int
+
+
+def _least_staging(tables: Mapping[str, TableLayout], placed: Mapping[str, PlacedTable]) -> _LeastReader:
     """Returns one page reader for one key of any table: a page for each of its rows or its record, and the entry."""
-    return StagingPlan(
+    page_bytes = max(
+        [table.page_bytes for table in tables.values()] + [part.read_bytes_max for part in placed.values()]
+    )
+    entry_bytes = max(table.spec.entry_bytes for table in tables.values())
+    row_bytes = max(table.spec.row_bytes for table in tables.values())
+    plan = StagingPlan(
         num_readers=1,
         depth=max(table.spec.rows_per_key for table in tables.values()),
-        page_bytes=max(
-            [table.page_bytes for table in tables.values()] + [part.read_bytes_max for part in placed.values()]
-        ),
-        assembly_bytes=round_up(max(table.spec.entry_bytes for table in tables.values()), LINE_BYTES),
+        page_bytes=page_bytes,
+        assembly_bytes=round_up(entry_bytes, LINE_BYTES),
     )
+    return _LeastReader(plan, page_bytes + 2 * max(ROWS_AHEAD * row_bytes, entry_bytes if placed else 0))
 
 
 def plan_staging(
-    tables: Mapping[str, TableLayout], placed: Mapping[str, PlacedTable], budget_bytes: int, most_bytes: int
+    tables: Mapping[str, TableLayout],
+    placed: Mapping[str, PlacedTable],
+    budget_bytes: int,
+    most_bytes: int,
+    readers: int = READERS_FEW,
 ) -> StagingPlan:
-    """Returns staging for a budget, at most most_bytes; but one key of any table fits."""
-    return _plan_staging(_least_staging(tables, placed), budget_bytes, most_bytes)
+    """Returns staging for a budget, at most most_bytes, and at most so many page readers; but one key of any table
+    fits."""
+    return _plan_staging(_least_staging(tables, placed), readers, budget_bytes, most_bytes)
 
 
-def _plan_staging(least: StagingPlan, budget_bytes: int, most_bytes: int) -> StagingPlan:
-    """Divides a sixteenth of the budget, at most 16 MiB, into page readers: a third for pages, the rest for entries."""
-    wanted_bytes = min(STAGING_BYTES_MAX, int(budget_bytes * STAGING_FRACTION), most_bytes)
-    num_readers = max(1, min(READERS_MAX, wanted_bytes // max(least.reader_bytes, READER_BYTES_WANTED)))
-    reader_bytes = max(wanted_bytes // num_readers, least.reader_bytes)
-    most_pages = (reader_bytes - 2 * least.assembly_bytes) // least.page_bytes
-    depth = max(least.depth, min(DEPTH_MAX, reader_bytes // 3 // least.page_bytes, most_pages))
-    assembly_bytes = (reader_bytes - depth * least.page_bytes) // 2 // LINE_BYTES * LINE_BYTES
-    return StagingPlan(num_readers, depth, least.page_bytes, assembly_bytes)
+def _plan_staging(least: _LeastReader, readers: int, budget_bytes: int, most_bytes: int) -> StagingPlan:
+    """Divides a sixteenth of the budget into page readers, of the same size each.
+
+    The first four are made if each has 512 KiB, and take at most 16 MiB together. There are more only if each can have
+    all the pages that a disk deserves: a few deep ones read faster than many shallow ones.
+    """
+    one = least.plan
+    wanted_bytes = min(int(budget_bytes * STAGING_FRACTION), most_bytes)
+    deep_bytes = max(one.reader_bytes, DEPTH_MAX * least.read_bytes)
+    few = min(readers, READERS_FEW, min(wanted_bytes, STAGING_BYTES_MAX) // max(one.reader_bytes, READER_BYTES_WANTED))
+    num_readers = max(1, few, min(readers, wanted_bytes // deep_bytes) if readers > READERS_FEW else 0)
+    bytes_max = STAGING_BYTES_MAX // num_readers if num_readers <= READERS_FEW else deep_bytes
+    reader_bytes = max(min(wanted_bytes // num_readers, bytes_max), one.reader_bytes)
+    most_pages = (reader_bytes - 2 * one.assembly_bytes) // one.page_bytes
+    depth = max(one.depth, min(DEPTH_MAX, reader_bytes // least.read_bytes, most_pages))
+    assembly_bytes = (reader_bytes - depth * one.page_bytes) // 2 // LINE_BYTES * LINE_BYTES
+    return StagingPlan(num_readers, depth, one.page_bytes, assembly_bytes)

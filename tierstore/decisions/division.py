@@ -14,21 +14,28 @@ from dataclasses import replace
 
 from ..formats.placement import Placement
 from ..layout import TableLayout
-from .budget import DramPlan, divide_dram
+from .budget import READERS_FEW, DramPlan, divide_dram
 from .hbm_budget import HbmPlan, divide_hbm, pinned_bytes
 
 
 def divide_budgets(
-    tables: Mapping[str, TableLayout], dram_bytes: int, hbm_bytes: int | None, placement: Placement | None
+    tables: Mapping[str, TableLayout],
+    dram_bytes: int,
+    hbm_bytes: int | None,
+    placement: Placement | None,
+    readers: int = READERS_FEW,
 ) -> tuple[DramPlan, HbmPlan | None]:
-    """Divides both budgets; hbm_bytes: None without an hbm tier. Raises `BudgetError` as the two divisions do."""
+    """Divides both budgets; hbm_bytes: None without an hbm tier; readers: page readers at most. Raises
+    `BudgetError` as the two divisions do."""
     if hbm_bytes is None:
-        return divide_dram(tables, dram_bytes, placement), None
+        return divide_dram(tables, dram_bytes, placement, readers=readers), None
     pinned = pinned_bytes(dram_bytes)
-    without = divide_dram(tables, dram_bytes - pinned, placement)  # what the static set could be at most
+    without = divide_dram(
+        tables, dram_bytes - pinned, placement, readers=readers
+    )  # what the static set could be at most
     static = {name: share.static_entries for name, share in without.shares.items()}
     placed = {name: part.num_entries for name, part in placement.tables.items()} if placement else {}
     hbm = divide_hbm(tables, hbm_bytes, placed, static)
     entries = {name: share.num_entries for name, share in hbm.shares.items()}
     left = dram_bytes - pinned - hbm.host_index_bytes
-    return replace(divide_dram(tables, left, placement, entries), budget_bytes=dram_bytes), hbm
+    return replace(divide_dram(tables, left, placement, entries, readers), budget_bytes=dram_bytes), hbm

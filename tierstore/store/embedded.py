@@ -25,7 +25,7 @@ from ..tiers.nvme import IoChoice, choose_io, open_tables
 from ..tiers.placed import PlacementFile
 from ..units import format_bytes, parse_bytes
 from .backing import Backing
-from .options import DEFAULT_DEVICE, check_options, check_threads
+from .options import DEFAULT_DEVICE, check_options, check_readers, check_threads
 from .store import Store
 
 logger = logging.getLogger("tierstore")
@@ -42,6 +42,7 @@ def open_store(
     placement: int | str | None = None,
     on_progress: OnProgress | None = None,
     threads: int | None = None,
+    readers: int | None = None,
 ) -> Store:
     """Opens a built store in this process; also `tierstore.open`.
 
@@ -55,6 +56,9 @@ def open_store(
     interpreter, for tests. A sixteenth of dram, at most 256 MiB, is page-locked then,
     for what the device asks of the host. threads: that copy the rows of one large lookup, the caller's included; None:
     as many as this process may use cores, at most 16; 1: the caller alone. Small lookups are always the caller's alone.
+    readers: how many lookups may read pages at once, at most. They share a sixteenth of dram, and there are fewer if
+    that is small: each has 512 KiB at least, and if there are more than 4, all the pages in flight that a disk
+    deserves, about 1.3 MiB. None: two for each core that this process may use, at least 4.
 
     Blocks while resident tables and placed entries load. Raises `StoreNotReadyError` (no finished store), `FormatError`
     (foreign, damaged, newer), `BudgetError` (too small, or more than the machine or the GPU has), `ConfigError` (an
@@ -64,10 +68,12 @@ def open_store(
     hbm_options = check_options(io, hbm, device)
     budget_bytes = parse_bytes(dram, "dram")
     hbm_bytes = hbm_options.num_bytes if hbm_options else None
-    choice = choose_io(io, check_threads(threads))
+    choice = choose_io(io, check_threads(threads), check_readers(readers))
     image, placed = open_placement(path, placement, direct=choice.mode == "uring")
     try:
-        plan, hbm_plan = divide_budgets(image.tables, budget_bytes, hbm_bytes, placed.placement if placed else None)
+        plan, hbm_plan = divide_budgets(
+            image.tables, budget_bytes, hbm_bytes, placed.placement if placed else None, choice.num_readers
+        )
         check_available(plan.dram_bytes + (beside_hbm(plan, hbm_plan) if hbm_plan else 0))
         on_device = hbm_options.device if hbm_options else DEFAULT_DEVICE
         return Store(Embedded(image, plan, choice, placed, on_progress, hbm_plan, on_device))

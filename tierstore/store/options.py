@@ -1,6 +1,6 @@
 """Options that every way to open a store on this host shares.
 
-Input: io, threads, hbm and device, as the user gave them. Output: the hbm tier that was asked for. Errors:
+Input: io, threads, readers, hbm and device, as the user gave them. Output: the hbm tier that was asked for. Errors:
 `ConfigError`.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from typing import NamedTuple
 
+from ..decisions.budget import READERS_LIMIT
 from ..errors import ConfigError
 from ..tiers.nvme import IO_MODES
 from ..units import parse_bytes
@@ -26,15 +27,20 @@ class HbmOptions(NamedTuple):
 
 def check_threads(threads: int | None) -> int | None:
     """Returns `threads`, of `tierstore.open` and `connect`. Raises `ConfigError` unless it is 1 to 1,024, or None."""
-    if threads is None:
+    return _check_count("threads", threads, THREADS_LIMIT)
+
+
+def check_readers(readers: int | None) -> int | None:
+    """Returns `readers`, of `tierstore.open` and `connect`. Raises `ConfigError` unless it is 1 to 256, or None."""
+    return _check_count("readers", readers, READERS_LIMIT)
+
+
+def _check_count(name: str, count: int | None, limit: int) -> int | None:
+    if count is None:
         return None
-    if (
-        not isinstance(threads, bool)
-        and hasattr(threads, "__index__")
-        and 1 <= operator.index(threads) <= THREADS_LIMIT
-    ):
-        return operator.index(threads)
-    raise ConfigError(f"threads: {threads!r} is no number from 1 to {THREADS_LIMIT:,}; leave it out for the default")
+    if not isinstance(count, bool) and hasattr(count, "__index__") and 1 <= operator.index(count) <= limit:
+        return operator.index(count)
+    raise ConfigError(f"{name}: {count!r} is no number from 1 to {limit:,}; leave it out for the default")
 
 
 def check_options(io: str, hbm: int | str | None, device: str | None) -> HbmOptions | None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from .. import kernels
 from ..causes import Fault, allow_open_files, named
+from ..decisions.budget import READERS_FEW, READERS_LIMIT
 from ..durable import read_up_to
 from ..errors import CorruptPageError, FormatError
 from ..file_systems import warn_unless_local
@@ -40,6 +41,12 @@ def default_threads() -> int:
     return min(usable_cores(), THREADS_MAX)
 
 
+def default_readers() -> int:
+    """Returns how many page readers a store has by default, memory allowing: two for each core that this process may
+    keep busy, one that computes while another waits for the disk; at least 4."""
+    return min(max(READERS_FEW, 2 * usable_cores()), READERS_LIMIT)
+
+
 @dataclass(frozen=True)
 class IoChoice:
     """How rows come to a process.
@@ -48,18 +55,25 @@ class IoChoice:
         mode: How pages are read: "uring", "mmap" or "pread".
         use_process_madvise: Whether read-ahead is asked for by process_madvise.
         num_threads: That copy what memory holds of one large lookup, the caller's included.
+        num_readers: Page readers at most, each of which reads for one lookup at a time.
     """
 
     mode: str
     use_process_madvise: bool = False
     num_threads: int = field(default_factory=default_threads)
+    num_readers: int = field(default_factory=default_readers)
 
 
-def choose_io(io: str, threads: int | None = None) -> IoChoice:
+def choose_io(io: str, threads: int | None = None, readers: int | None = None) -> IoChoice:
     """Returns the best mode that this process may use for `io`, and logs, once a call,
-    what it fell back from and why. threads: `IoChoice.num_threads`; None: `default_threads`."""
+    what it fell back from and why. threads, readers: `IoChoice.num_threads` and `num_readers`; None: the defaults."""
     mode, use_process_madvise = _choose_mode(io)
-    return IoChoice(mode, use_process_madvise, default_threads() if threads is None else threads)
+    return IoChoice(
+        mode,
+        use_process_madvise,
+        default_threads() if threads is None else threads,
+        default_readers() if readers is None else readers,
+    )
 
 
 def _choose_mode(io: str) -> tuple[str, bool]:
