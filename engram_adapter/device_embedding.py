@@ -23,6 +23,7 @@ import torch
 from tierstore.errors import ConfigError, TierStoreError
 
 from .codecs import codec_dtype
+from .hash_config import MIXED
 from .hash_spec import HashSpec
 from .token_shapes import checked_arguments
 
@@ -270,6 +271,11 @@ def _device_hash(spec: HashSpec, layer: int | str, device: torch.device) -> Any:
     """The hash as the kernels take it."""
     from tierstore.kernels.gpu.keys import DeviceHash
 
+    if spec.kind != MIXED:
+        raise ConfigError(
+            f"the {spec.family} hash has no kernel for a GPU in this version: open the store without hbm, or look its "
+            f"rows up by row id"
+        )
     token_map = spec.kernel_token_map
     assert spec.pad_id is not None, "a spec that has its token map knows its pad id"
     return DeviceHash(

@@ -59,6 +59,7 @@ class Family:
     Attributes:
         name: As in `--family` and in a store's catalog.
         mark: The key of config.json that only this family has.
+        other_marks: Keys that stand for it in some of the family's models.
         needs_token_map: Whether tokens are mapped to compressed ids before they are hashed.
         table_pattern: Regular expression of the tensor that holds a layer's table, `{layer}` for its number; any prefix
             may stand before.
@@ -77,6 +78,11 @@ class Family:
     read_hash: Callable[[ConfigValues, np.ndarray | None], HashParts]
     read_table: Callable[[Checkpoint, HashParts, int], StoredTable]
     synthetic: Synthetic
+    other_marks: tuple[str, ...] = ()
+
+    def marks(self, part: Mapping[str, Any]) -> bool:
+        """Whether a part of a config.json has one of the family's marks."""
+        return any(part.get(mark) for mark in (self.mark, *self.other_marks))
 
     def hash_of(self, config: dict[str, Any], token_map: np.ndarray | None) -> HashParts:
         """Returns the hash that a whole config.json gives. Raises `ConfigError`, naming the key that is wrong."""
@@ -109,7 +115,7 @@ def family_of_config(config: dict[str, Any]) -> Family:
     """Returns the family that a config.json is of; raises `ConfigError` if it has the mark of none."""
     text = text_values(config)
     for family in known_families().values():
-        if text.get(family.mark):
+        if family.marks(text):
             return family
     marks = ", ".join(f"{family.mark} ({family.name})" for family in known_families().values())
     raise ConfigError(
@@ -143,7 +149,7 @@ def _marked(part: Any) -> dict[str, Any] | None:
     """Returns a part of a config.json if it has a family's mark."""
     if not isinstance(part, dict):
         return None
-    return part if any(part.get(family.mark) for family in known_families().values()) else None
+    return part if any(family.marks(part) for family in known_families().values()) else None
 
 
 def _marked_paths(part: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

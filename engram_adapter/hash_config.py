@@ -26,12 +26,16 @@ LAYER_SEED_STEP = 10007
 BASE_MAX = 2**31 - 1  # of a head's prime range
 SEED_MAX = 2**63 - 1
 VOCABULARY_MAX = 2**31 - 1
+MIXED, POLYNOMIAL = "mixed", "polynomial"  # kinds of hashes; see `HashParts`
 PADDING_MAX = 4096  # rows that embeddings have beyond the tokenizer's tokens, for kernels and ranks; seen up to 1,069
 
 
 @dataclass(frozen=True)
 class LayerHash:
-    """One layer's own numbers: a multiplier for each position of the n-gram, a modulus for each head, rows in all."""
+    """One layer's own numbers: multipliers of an n-gram's positions, a modulus for each head, rows in all.
+
+    A mixed hash has one multiplier for each position, a polynomial one as many for each head, head after head.
+    """
 
     multipliers: tuple[int, ...]
     moduli: tuple[int, ...]
@@ -60,7 +64,8 @@ class LayerHash:
 class HashParts:
     """A model's hash as its configuration gives it. Fields as of `HashSpec`.
 
-    pad_id is None if it depends on a token map that was not given.
+    pad_id is None if it depends on a token map that was not given. kind: MIXED if the heads of an order share a key,
+    ids times multipliers, XORed; POLYNOMIAL if they do not: each head's key is the remainder of a sum of its own.
     """
 
     orders: tuple[int, ...]
@@ -69,6 +74,7 @@ class HashParts:
     pad_id: int | None
     barrier_id: int | None
     layers: dict[int, LayerHash]
+    kind: str = MIXED
 
 
 class ConfigValues:
@@ -100,6 +106,19 @@ class ConfigValues:
         if type(value) is not int or not low <= value <= high:
             raise self.refusal(key, f"is {value!r}, expected an integer from {low} to {high}")
         return value
+
+    def number(self, key: str, low: float, high: float, *others: str) -> float:
+        """Returns the number under `key`, else under the first of `others` that is there."""
+        value = next((self._config[name] for name in (key, *others) if self._config.get(name) is not None), None)
+        if value is None:
+            raise self.refusal(key, "is missing")
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise self.refusal(key, f"is {value!r}, expected a number from {low:g} to {high:g}")
+        return float(value) if type(value) is float else value
+
+    def has(self, key: str) -> bool:
+        """Whether `key` has a value."""
+        return self._config.get(key) is not None
 
     def integers(self, key: str, low: int, high: int, *, optional: bool = False) -> list[int]:
         """Returns the list of integers under `key`; an empty one only if it is optional and missing."""

@@ -1,8 +1,9 @@
 """The hash of a model's n-grams: token ids -> keys -> row ids, the same numbers as the model's own code gives.
 
 Input: a checkpoint's configuration and token map, or what a build kept of them in the catalog. Output: keys and row ids
-of batches of tokens. All families share one form: mapped ids times odd multipliers, XORed over the n-gram. The family's
-pad rule says what ends look-back, and which id stands before.
+of batches of tokens. Most families share one form: mapped ids times odd multipliers, XORed over the n-gram, one key for
+all heads of an order. LongCat's is a polynomial, with a key for each head. The family's pad rule says what ends
+look-back, and which id stands before.
 Errors: `ConfigError` for configurations that contradict themselves, `FormatError` for a damaged record in the catalog.
 
 Shapes: B sequences, T tokens, O orders, H heads, P tokens before.
@@ -23,13 +24,12 @@ from tierstore.formats.catalog import CatalogImage
 from tierstore.lazy import lazy
 
 from .family import Family, family_named, family_of_config
-from .hash_config import HashParts, LayerHash
+from .hash_arguments import checked_dead, checked_history, integers, outside_vocabulary
+from .hash_config import MIXED, POLYNOMIAL, HashParts, LayerHash
 from .token_map import checked_token_map
 
 RECORD_NAME = "hash_spec"
 TOKEN_MAP_NAME = "token_map"
-
-_INT64 = np.dtype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,8 @@ class HashSpec:
 
     Attributes:
         family: The name of the model family.
-        orders: N-gram lengths, ascending.
+        orders: The n-gram length of each key of a token, ascending. Of a polynomial hash a head is an order of its own:
+            (2, 2, 3, 3) are two heads for bigrams and two for trigrams.
         heads: Rows per key.
         vocab_size: Token ids are below it.
         pad_id: The (mapped) id that counts beyond the end of look-back; None in a spec that lacks its token map.
@@ -46,6 +47,7 @@ class HashSpec:
         layer_hashes: By layer, 0-based.
         token_map: int32 [vocab_size]; None if ids hash as they are.
         needs_token_map: Whether they do not.
+        kind: MIXED or POLYNOMIAL, as of `HashParts`.
     """
 
     family: str
@@ -57,6 +59,7 @@ class HashSpec:
     layer_hashes: dict[int, LayerHash]
     token_map: np.ndarray | None
     needs_token_map: bool
+    kind: str = MIXED
 
     @classmethod
     def from_config(
@@ -119,7 +122,7 @@ class HashSpec:
         return f"layers.{self._number(layer)}"
 
     def multipliers(self, layer: int | str) -> tuple[int, ...]:
-        """Returns the multiplier of each position of an n-gram, the token itself first."""
+        """Returns the multiplier of each position of an n-gram, the token itself first; of each head if there are."""
         return self._layer(layer).multipliers
 
     def moduli(self, layer: int | str) -> tuple[int, ...]:
@@ -149,6 +152,8 @@ class HashSpec:
             "pad_id": self.pad_id,
             "barrier_id": self.barrier_id,
         }
+        if self.kind != MIXED:
+            identity["kind"] = self.kind
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def keys(
@@ -172,21 +177,15 @@ class HashSpec:
             ValueError: Shapes that disagree, or ids outside the vocabulary.
             ConfigError: The spec lacks its token map.
         """
-        multipliers = self._layer(layer).multiplier_array
         if self.pad_id is None:
             raise self._no_token_map()
-        ids = _integers(token_ids, "token_ids")
-        past = None if history is None else _checked_history(history, len(ids), self.history_tokens)
-        no_text = None if dead is None else _checked_dead(dead, ids.shape)
-        token_map = self.kernel_token_map
-        barrier_id = -1 if self.barrier_id is None else self.barrier_id
-        orders = self._order_array
-        keys = np.empty((*ids.shape, len(orders)), dtype=_INT64)
-        outside = kernels.keys_of_tokens(
-            ids, past, no_text, token_map, self.vocab_size, multipliers, orders, self.pad_id, barrier_id, keys
-        )
+        parts, ids = self._layer(layer), integers(token_ids, "token_ids")
+        past = None if history is None else checked_history(history, len(ids), self.history_tokens)
+        no_text = None if dead is None else checked_dead(dead, ids.shape)
+        keys = np.empty((*ids.shape, len(self.orders)), dtype=np.int64)
+        outside = _write_keys(self, parts, ids, past, no_text, keys)
         if outside >= 0:
-            raise _outside_vocabulary(ids, past, outside, self.vocab_size)
+            raise outside_vocabulary(ids, past, outside, self.vocab_size)
         return keys
 
     def row_ids(
@@ -201,7 +200,8 @@ class HashSpec:
         return row_ids
 
     @lazy
-    def _order_array(self) -> np.ndarray:
+    def order_array(self) -> np.ndarray:
+        """The orders as the kernels take them, int64."""
         return np.array(self.orders, dtype=np.int64)
 
     def _token_map(self) -> np.ndarray:
@@ -227,12 +227,33 @@ class HashSpec:
         return int(number)
 
 
+def _write_keys(
+    spec: HashSpec,
+    parts: LayerHash,
+    ids: np.ndarray,
+    past: np.ndarray | None,
+    no_text: np.ndarray | None,
+    keys: np.ndarray,
+) -> int:
+    """Writes a layer's keys; returns -1, or the position of the first id outside the vocabulary, as kernels do."""
+    barrier_id = -1 if spec.barrier_id is None else spec.barrier_id
+    multipliers = parts.multiplier_array
+    if spec.kind == POLYNOMIAL:
+        weights, moduli = multipliers.reshape(len(spec.orders), -1), parts.address_map[0]
+        return kernels.polynomial_keys_of_tokens(ids, past, no_text, spec.vocab_size, weights, moduli, barrier_id, keys)
+    assert spec.pad_id is not None, "a spec that has its token map knows its pad id"
+    return kernels.keys_of_tokens(
+        ids, past, no_text, spec.kernel_token_map, spec.vocab_size, multipliers, spec.order_array, spec.pad_id,
+        barrier_id, keys,
+    )  # fmt: skip
+
+
 def spec_of_parts(family: Family, parts: HashParts, token_map: np.ndarray | None) -> HashSpec:
     """Returns the hash that a family read from a configuration."""
     mapped = token_map if family.needs_token_map else None
     return HashSpec(
         family.name, parts.orders, parts.heads, parts.vocab_size, parts.pad_id, parts.barrier_id, parts.layers, mapped,
-        family.needs_token_map,
+        family.needs_token_map, parts.kind,
     )  # fmt: skip
 
 
@@ -273,7 +294,7 @@ def _record_of(spec: HashSpec) -> dict[str, Any]:
         "barrier_id": spec.barrier_id,
         "needs_token_map": spec.needs_token_map,
         "layers": layers,
-    }
+    } | ({} if spec.kind == MIXED else {"kind": spec.kind})
 
 
 def _spec_of_record(record: dict[str, Any], attachment: Callable[[str], bytes]) -> HashSpec:
@@ -287,57 +308,12 @@ def _spec_of_record(record: dict[str, Any], attachment: Callable[[str], bytes]) 
         token_map = checked_token_map(np.frombuffer(attachment(TOKEN_MAP_NAME), dtype="<i4"))
     spec = HashSpec(
         record["family"], tuple(record["orders"]), record["heads"], record["vocab_size"], record["pad_id"],
-        record["barrier_id"], layers, token_map, record["needs_token_map"],
+        record["barrier_id"], layers, token_map, record["needs_token_map"], record.get("kind", MIXED),
     )  # fmt: skip
+    if spec.kind not in (MIXED, POLYNOMIAL):
+        raise ValueError(f"a hash of kind {spec.kind!r}")
     if type(spec.needs_token_map) is not bool:
         raise TypeError(f"needs_token_map is {spec.needs_token_map!r}")
     if token_map is not None and len(token_map) != spec.vocab_size:
         raise ValueError(f"a token map of {len(token_map)} tokens for a vocabulary of {spec.vocab_size}")
     return spec
-
-
-def last_tokens(history: Any, count: int) -> Any:
-    """Returns the last `count` tokens of each sequence, or all if there are fewer. history: array or tensor [B, P]."""
-    num_tokens = history.shape[1]
-    return history if num_tokens <= count else history[:, num_tokens - count :]  # a view of a tensor takes microseconds
-
-
-def _integers(ids: np.ndarray, what: str) -> np.ndarray:
-    array = np.asarray(ids)
-    if array.dtype != _INT64:
-        if array.dtype.kind not in "iu" or array.dtype == np.uint64:
-            raise TypeError(f"{what} are {array.dtype}, expected integers up to int64")
-        array = array.astype(np.int64)
-    if array.ndim != 2:
-        raise ValueError(f"{what} are {list(array.shape)}, expected [sequences, tokens]")
-    return array
-
-
-def _checked_history(history: np.ndarray, num_sequences: int, history_tokens: int) -> np.ndarray:
-    """Returns the tokens before that the hash looks at, int64 [B, at most history_tokens]."""
-    past = _integers(history, "history")
-    if len(past) != num_sequences:
-        raise ValueError(
-            f"history is {list(past.shape)}, token_ids have {num_sequences} sequences: expected [{num_sequences}, the "
-            f"tokens before]"
-        )
-    return np.ascontiguousarray(last_tokens(past, history_tokens))
-
-
-def _outside_vocabulary(ids: np.ndarray, past: np.ndarray | None, index: int, vocab_size: int) -> ValueError:
-    """Returns the error for a wrong token id; index: of it, in the sequences with their history before them."""
-    joined = ids if past is None else np.concatenate([past, ids], axis=1)
-    row, column = divmod(index, joined.shape[1])
-    return ValueError(
-        f"token id {joined[row, column]} of sequence {row}, position {column - joined.shape[1] + ids.shape[1]} is "
-        f"outside the vocabulary of {vocab_size}"
-    )
-
-
-def _checked_dead(dead: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    no_text = np.asarray(dead)
-    if no_text.dtype != bool:
-        raise TypeError(f"dead is {no_text.dtype}, expected bool")
-    if no_text.shape != shape:
-        raise ValueError(f"dead is {list(no_text.shape)}, token_ids are {list(shape)}; they must agree")
-    return no_text

@@ -15,9 +15,11 @@ import numpy as np
 
 from tierstore import ConfigError, kernels
 
+from .hash_config import POLYNOMIAL
 from .hash_spec import HashSpec
 
 ITEM_BITS = 128
+WORD_BITS = 64
 
 
 @functools.lru_cache(maxsize=8)  # short documents would spend most of their time here
@@ -67,15 +69,42 @@ def ngram_windows(spec: HashSpec, token_ids: np.ndarray) -> np.ndarray:
     return windows
 
 
-def keys_of_windows(spec: HashSpec, windows: np.ndarray, order: int, layer: int | str) -> np.ndarray:
-    """Returns the keys that a layer gives n-grams of `order` ids: uint64 [M, 2], shifted to that order -> int64 [M].
+def keys_of_windows(spec: HashSpec, windows: np.ndarray, order_index: int, layer: int | str) -> np.ndarray:
+    """Returns the keys that a layer gives n-grams of `orders[order_index]` ids.
 
-    Raises `ValueError` if the model has no such order or windows have more bits, `KeyError` for a layer without a
-    table, `ConfigError` as `window_bits` does.
+    Takes uint64 [M, 2], shifted to that order; returns int64 [M]. Raises `ValueError` if the model has no such order or
+    windows have more bits, `KeyError` for a layer without a table, `ConfigError` as `window_bits` does.
     """
-    if order not in spec.orders:
-        raise ValueError(f"order {order}: the model's n-grams have orders {', '.join(map(str, spec.orders))}")
+    if not 0 <= order_index < len(spec.orders):
+        raise ValueError(f"order {order_index} of {len(spec.orders)}: the model's n-grams have orders {spec.orders}")
+    order = spec.orders[order_index]
     keys = np.empty(len(windows), dtype=np.int64)
     multipliers = np.array(spec.multipliers(layer), dtype=np.int64)
-    kernels.keys_of_windows(windows, order, window_bits(spec), multipliers, keys)
+    if spec.kind == POLYNOMIAL:
+        weights = multipliers.reshape(len(spec.orders), -1)[order_index, :order]
+        keys[:] = (_ids_of_windows(spec, windows, order) * weights).sum(axis=1) % spec.moduli(layer)[order_index]
+    else:
+        kernels.keys_of_windows(windows, order, window_bits(spec), multipliers, keys)
     return keys
+
+
+def _ids_of_windows(spec: HashSpec, windows: np.ndarray, order: int) -> np.ndarray:
+    """Returns the ids of n-grams, int64 [M, order], the newest first. Raises `ValueError` for windows of more bits."""
+    bits = window_bits(spec)
+    high, low = np.ascontiguousarray(windows[:, 0]), np.ascontiguousarray(windows[:, 1])
+    if order * bits < ITEM_BITS and _shifted(high, low, order * bits).any():
+        raise ValueError(f"windows have more than the {order * bits} bits of {order} ids")
+    mask = np.uint64((1 << bits) - 1)
+    fields = [_shifted(high, low, bits * (order - 1 - back)) & mask for back in range(order)]
+    return np.stack(fields, axis=1).astype(np.int64)
+
+
+def _shifted(high: np.ndarray, low: np.ndarray, bits: int) -> np.ndarray:
+    """Returns the low 64 bits of 128-bit numbers, uint64 [M] each half, shifted right by `bits`; bits: 0 to 127."""
+    if bits >= WORD_BITS:
+        shifted: np.ndarray = high >> np.uint64(bits - WORD_BITS)
+        return shifted
+    if bits == 0:
+        return low
+    joined: np.ndarray = (high << np.uint64(WORD_BITS - bits)) | (low >> np.uint64(bits))
+    return joined

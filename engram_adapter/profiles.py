@@ -145,9 +145,9 @@ class NgramItems:
     def keys_of(self, items: np.ndarray, order_index: np.ndarray, table: str) -> np.ndarray:
         """See `ItemMapping`."""
         keys = np.empty(len(items), dtype=np.int64)
-        for index, order in enumerate(self.spec.orders):
+        for index in range(len(self.spec.orders)):
             of_order = order_index == index
-            keys[of_order] = keys_of_windows(self.spec, items[of_order], order, table)
+            keys[of_order] = keys_of_windows(self.spec, items[of_order], index, table)
         return keys
 
 

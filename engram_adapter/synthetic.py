@@ -18,7 +18,7 @@ from tierstore.spec import codec_row_bytes
 
 from .hash_config import HashParts
 
-HEADS = 8  # of each order, in all published models
+HEADS = 8  # of each order, in most published models
 HC_MULT = 4
 PAD_ID = 2  # of the published models, and of the tokenizer that synth trains
 # Each float dtype: an integer of its width, bits of its mantissa, and the first of the 8 exponents that values get.
@@ -37,11 +37,12 @@ class SyntheticShape:
     hidden: int
     dtype: str
     parts: int = 1
+    heads: int = HEADS
 
     @property
     def num_heads(self) -> int:
         """Rows that a token reads in one layer."""
-        return (self.order_max - 1) * HEADS
+        return (self.order_max - 1) * self.heads
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .hash_spec import last_tokens
+from .hash_arguments import last_tokens
 
 logger = logging.getLogger("tierstore")
 

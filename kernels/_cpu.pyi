@@ -138,6 +138,36 @@ def keys_of_tokens(
         -1; or the flat position in [B, P + T] of the first id outside the vocabulary, and `out` is undefined.
     """
 
+def polynomial_keys_of_tokens(
+    token_ids: _Int64,
+    history: _Int64 | None,
+    dead: _Bool | None,
+    vocab_size: int,
+    weights: _Int64,
+    moduli: _Int64,
+    barrier_id: int,
+    out: _Int64,
+) -> int:
+    """Writes, for each head, the remainder of a weighted sum of the ids that end at each token. About 1 ns a head.
+
+    For hashes whose heads share no key: the remainder is the head's key. Look-back ends as for `keys_of_tokens`, with a
+    pad id of 0, which adds nothing.
+
+    Args:
+        token_ids: int64 [B, T].
+        history: int64 [B, P], the tokens before, -1 for none; P is below the largest order.
+        dead: bool [B, T], positions that are no text. Their ids are not looked at.
+        vocab_size: Ids are below it.
+        weights: int64 [H, largest order], 0 or more, the token itself first, 0 beyond a head's order. `vocab_size`
+            times the sum of a head's weights is below 2^63.
+        moduli: int64 [H], 1 or more.
+        barrier_id: The token id that ends look-back behind it; -1: none.
+        out: int64 [B, T, H], overwritten whole.
+
+    Returns:
+        As `keys_of_tokens`.
+    """
+
 def find_out_of_range(ids: _Int64, end: int) -> int:
     """Returns the flat position of the first id that is neither -1 nor 0 to end - 1; -1: all are valid.
 

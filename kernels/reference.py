@@ -19,6 +19,7 @@ from .reference_items import keys_of_windows as keys_of_windows
 from .reference_items import sort_items as sort_items
 from .reference_items import sum_items as sum_items
 from .reference_items import windows_of_tokens as windows_of_tokens
+from .reference_polynomial import polynomial_keys_of_tokens as polynomial_keys_of_tokens
 
 PAGE_GOOD, PAGE_OTHER_VERSION, PAGE_OTHER_NUMBER, PAGE_BAD_CHECKSUM = range(4)
 

@@ -145,8 +145,9 @@ class TableSpec:
             within: The key of an order is -1, whatever its ids are, if all of them are outside of this range.
 
         Returns:
-            Keys, int64 [N, O], -1 for tokens that are not consistent; and which are, bool [N]. If the moduli multiply
-            to less than 2^63, or share factors, none is: callers then read rows one by one.
+            Keys, int64 [N, O], -1 for tokens that are not consistent; and which are, bool [N]. If several heads' moduli
+            multiply to less than 2^63, or share factors, none is: callers then read rows one by one. With one row per
+            key, the key is the smallest that gives the row.
         """
         assert row_ids.dtype == np.int64
         assert row_ids.shape[1:] == (self.num_heads,)
@@ -172,8 +173,8 @@ class TableSpec:
 
         As the kernel takes them; None if the heads of some order do not determine its keys.
         """
-        if self.is_plain:
-            return np.ones(1, dtype=np.int64), np.zeros((1, 1), dtype=np.int64)
+        if self.rows_per_key == 1:  # a row's place in its head is the key that its cache knows
+            return np.ones(len(self.orders), dtype=np.int64), np.zeros((len(self.orders), 1), dtype=np.int64)
         inverses: list[list[int]] = []
         for order_index in range(len(self.orders)):
             product = 1

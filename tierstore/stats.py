@@ -35,11 +35,13 @@ def stats_of(counters: Mapping[str, Any], specs: Sequence[TableSpec]) -> dict[st
     nothing_in_hbm = [[0] * len(spec.orders) for spec in specs]
     of_tables = zip(specs, counters["tables"], counters.get("hbm", nothing_in_hbm), strict=True)
     for spec, (in_dram, in_static, from_nvme), in_hbm in of_tables:
-        orders = {
-            order: {"hbm": hbm, "dram": dram, "nvme": nvme}
-            for order, hbm, dram, nvme in zip(spec.orders, in_hbm, in_dram, from_nvme, strict=True)
-        }
-        static = dict(zip(spec.orders, in_static, strict=True))
+        orders: dict[int, dict[str, int]] = {}
+        static = dict.fromkeys(spec.orders, 0)
+        for order, *in_tiers, in_set in zip(spec.orders, in_hbm, in_dram, from_nvme, in_static, strict=True):
+            # A table may have an order several times: heads that share no key are orders of their own.
+            before = orders.get(order, dict.fromkeys(TIERS, 0))
+            orders[order] = _sums([before, dict(zip(TIERS, in_tiers, strict=True))])
+            static[order] += in_set
         tables[spec.name] = {"hits": _sums(orders.values()), "orders": orders, "static_hits": static}
     hits = _sums(table["hits"] for table in tables.values())
     totals = {name: count for name, count in counters.items() if name not in ("tables", "hbm", "latency")}

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from ..family import FAMILIES, Family, register
 from ..models import Model, plain_source, read_model
-from . import deepseek_v41, engram, qwen4_exp
+from . import deepseek_v41, engram, longcat, qwen4_exp
 
 __all__ = ["FAMILIES", "Family", "Model", "plain_source", "read_model", "register"]
 
-for _module in (deepseek_v41, qwen4_exp, engram):  # in the order in which a config.json is tried
+for _module in (deepseek_v41, qwen4_exp, longcat, engram):  # in the order in which a config.json is tried
     register(_module.FAMILY)

@@ -8,16 +8,13 @@
 namespace tierstore {
 namespace {
 
-// Hashes a batch with a window of the last kMaxOrder mapped ids, the token itself first. What ends look-back (a dead
-// position, a history that has no token, the barrier) fills the window with the pad id: all of it counts as pad for
-// every later token, so nothing else has to be remembered. The order is a constant so that the window stays in
-// registers: three times the speed of a loop up to a variable.
-template <size_t kMaxOrder>
-int64_t mix(const TokenBatch& batch, const NgramHash& hash, int64_t* out) {
-  std::array<uint64_t, kMaxOrder> multipliers, window, pads;
-  std::array<size_t, kMaxOrder> step{};  // 1 where the XOR up to here is the key of an order
-  std::copy_n(hash.multipliers, kMaxOrder, multipliers.begin());
-  for (size_t i = 0; i < hash.num_orders; ++i) step[static_cast<size_t>(hash.orders[i]) - 1] = 1;
+// Calls `emit` for each token of a batch with the window of the last kMaxOrder mapped ids, the token itself first. What
+// ends look-back (a dead position, a history that has no token, the barrier) fills the window with the pad id: all of
+// it counts as pad for every later token, so nothing else has to be remembered. The order is a constant so that the
+// window stays in registers: three times the speed of a loop up to a variable. Returns as `keys_of_tokens`.
+template <size_t kMaxOrder, typename Hash, typename Emit>
+int64_t for_each_window(const TokenBatch& batch, const Hash& hash, const Emit& emit) {
+  std::array<uint64_t, kMaxOrder> window, pads;
   pads.fill(static_cast<uint64_t>(hash.pad_id));
   const int64_t* history = batch.history;
   const int64_t* ids = batch.token_ids;
@@ -47,23 +44,56 @@ int64_t mix(const TokenBatch& batch, const NgramHash& hash, int64_t* out) {
       } else {
         push(id);
       }
-      uint64_t mixed = 0;
-      for (size_t back = 0; back < kMaxOrder; ++back) {
-        mixed ^= window[back] * multipliers[back];
-        *out = static_cast<int64_t>(mixed);  // overwritten by the next where this is no order's; the last always is
-        out += step[back];
-      }
+      emit(window);
       if (id == hash.barrier_id) window = pads;
     }
   }
   return -1;
 }
 
+template <size_t kMaxOrder>
+int64_t mix(const TokenBatch& batch, const NgramHash& hash, int64_t* out) {
+  std::array<uint64_t, kMaxOrder> multipliers;
+  std::array<size_t, kMaxOrder> step{};  // 1 where the XOR up to here is the key of an order
+  std::copy_n(hash.multipliers, kMaxOrder, multipliers.begin());
+  for (size_t i = 0; i < hash.num_orders; ++i) step[static_cast<size_t>(hash.orders[i]) - 1] = 1;
+  return for_each_window<kMaxOrder>(batch, hash, [&](const std::array<uint64_t, kMaxOrder>& window) {
+    uint64_t mixed = 0;
+    for (size_t back = 0; back < kMaxOrder; ++back) {
+      mixed ^= window[back] * multipliers[back];
+      *out = static_cast<int64_t>(mixed);  // overwritten by the next where this is no order's; the last always is
+      out += step[back];
+    }
+  });
+}
+
+template <size_t kMaxOrder>
+int64_t add_up(const TokenBatch& batch, const PolynomialHash& hash, int64_t* out) {
+  std::vector<Head> heads;
+  heads.reserve(hash.num_heads);
+  for (size_t i = 0; i < hash.num_heads; ++i) heads.emplace_back(hash.moduli[i], 0);
+  const std::vector<uint64_t> weights(hash.weights, hash.weights + hash.num_heads * kMaxOrder);
+  return for_each_window<kMaxOrder>(batch, hash, [&](const std::array<uint64_t, kMaxOrder>& window) {
+    const uint64_t* of_head = weights.data();
+    for (size_t i = 0; i < heads.size(); ++i, of_head += kMaxOrder) {
+      uint64_t sum = 0;
+      for (size_t back = 0; back < kMaxOrder; ++back) sum += window[back] * of_head[back];
+      *out++ = heads[i].row_id(sum);
+    }
+  });
+}
+
 using Mix = int64_t (*)(const TokenBatch&, const NgramHash&, int64_t*);
+using AddUp = int64_t (*)(const TokenBatch&, const PolynomialHash&, int64_t*);
 
 template <size_t... kBelow>
 constexpr std::array<Mix, sizeof...(kBelow)> mixes(std::index_sequence<kBelow...>) {
   return {mix<kBelow + 1>...};
+}
+
+template <size_t... kBelow>
+constexpr std::array<AddUp, sizeof...(kBelow)> sums(std::index_sequence<kBelow...>) {
+  return {add_up<kBelow + 1>...};
 }
 
 }  // namespace
@@ -71,6 +101,11 @@ constexpr std::array<Mix, sizeof...(kBelow)> mixes(std::index_sequence<kBelow...
 int64_t keys_of_tokens(const TokenBatch& batch, const NgramHash& hash, int64_t* out) {
   static constexpr std::array<Mix, kOrderMax> kMixes = mixes(std::make_index_sequence<kOrderMax>());
   return kMixes[static_cast<size_t>(hash.orders[hash.num_orders - 1]) - 1](batch, hash, out);
+}
+
+int64_t polynomial_keys_of_tokens(const TokenBatch& batch, const PolynomialHash& hash, int64_t* out) {
+  static constexpr std::array<AddUp, kOrderMax> kSums = sums(std::make_index_sequence<kOrderMax>());
+  return kSums[hash.order_max - 1](batch, hash, out);
 }
 
 void row_ids_of_keys(const int64_t* keys, size_t num_keys, const int64_t* order_index, const AddressMap& map,

@@ -33,9 +33,25 @@ struct NgramHash {
   int64_t barrier_id;  // -1: no barrier
 };
 
+// A hash without a key that heads share: each head has the remainder of a weighted sum of the n-gram's ids.
+struct PolynomialHash {
+  static constexpr const int32_t* token_map = nullptr;  // ids hash as they are
+  static constexpr int64_t pad_id = 0;                  // adds nothing to a sum
+  int64_t vocab_size;
+  int64_t barrier_id;      // -1: no barrier
+  const int64_t* weights;  // [heads, order_max], the token itself first, 0 beyond the head's order; vocab_size times
+                           // all of a head's is at most 2^63 - 1
+  const int64_t* moduli;   // [heads], 1 or more
+  size_t num_heads;
+  size_t order_max;  // 1 to kOrderMax
+};
+
 // Writes keys [B, T, O]; returns the position in [B, P + T] of the first id outside the vocabulary, and `out` is
 // undefined; or -1.
 int64_t keys_of_tokens(const TokenBatch& batch, const NgramHash& hash, int64_t* out);
+
+// Writes the remainder of each head, [B, T, heads]; returns as `keys_of_tokens`.
+int64_t polynomial_keys_of_tokens(const TokenBatch& batch, const PolynomialHash& hash, int64_t* out);
 
 // Writes row ids [M, H]. Key i is of order order_index[i], or of order i mod O where order_index is null.
 void row_ids_of_keys(const int64_t* keys, size_t num_keys, const int64_t* order_index, const AddressMap& map,

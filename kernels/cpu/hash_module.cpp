@@ -35,27 +35,71 @@ NgramHash ngram_hash(const std::optional<Input<int32_t>>& token_map, int64_t voc
           static_cast<size_t>(num_orders),         pad_id,     barrier_id};
 }
 
+// Returns a batch of checked shapes; out: of these, and heads numbers each.
+TokenBatch token_batch(const Input<int64_t>& token_ids, const std::optional<Input<int64_t>>& history,
+                       const std::optional<Input<bool>>& dead, int64_t order_max, py::ssize_t num_keys,
+                       const py::array& out) {
+  require(token_ids.ndim() == 2, "token_ids must be [sequences, tokens]");
+  const py::ssize_t num_sequences = token_ids.shape(0), num_tokens = token_ids.shape(1);
+  require(!history || (history->ndim() == 2 && history->shape(0) == num_sequences && history->shape(1) < order_max),
+          "history must be [sequences, fewer than the largest order]");
+  require(!dead || has_shape(*dead, {num_sequences, num_tokens}), "dead must be [sequences, tokens]");
+  require(has_shape(out, {num_sequences, num_tokens, num_keys}), "out must be [sequences, tokens, orders]");
+  return {token_ids.data(),
+          history ? history->data() : nullptr,
+          dead ? dead->data() : nullptr,
+          static_cast<size_t>(num_sequences),
+          static_cast<size_t>(num_tokens),
+          history ? static_cast<size_t>(history->shape(1)) : 0};
+}
+
 int64_t keys_of_tokens_checked(const Input<int64_t>& token_ids, const std::optional<Input<int64_t>>& history,
                                const std::optional<Input<bool>>& dead, const std::optional<Input<int32_t>>& token_map,
                                int64_t vocab_size, const Input<int64_t>& multipliers, const Input<int64_t>& orders,
                                int64_t pad_id, int64_t barrier_id, py::array& out) {
   const NgramHash hash = ngram_hash(token_map, vocab_size, multipliers, orders, pad_id, barrier_id);
-  require(token_ids.ndim() == 2, "token_ids must be [sequences, tokens]");
-  const py::ssize_t num_sequences = token_ids.shape(0), num_tokens = token_ids.shape(1);
-  require(!history || (history->ndim() == 2 && history->shape(0) == num_sequences &&
-                       history->shape(1) < hash.orders[hash.num_orders - 1]),
-          "history must be [sequences, fewer than the largest order]");
-  require(!dead || has_shape(*dead, {num_sequences, num_tokens}), "dead must be [sequences, tokens]");
-  require(has_shape(out, {num_sequences, num_tokens, orders.size()}), "out must be [sequences, tokens, orders]");
-  const TokenBatch batch{token_ids.data(),
-                         history ? history->data() : nullptr,
-                         dead ? dead->data() : nullptr,
-                         static_cast<size_t>(num_sequences),
-                         static_cast<size_t>(num_tokens),
-                         history ? static_cast<size_t>(history->shape(1)) : 0};
+  const TokenBatch batch = token_batch(token_ids, history, dead, hash.orders[hash.num_orders - 1], orders.size(), out);
   int64_t* keys = output_of<int64_t>(out, "out must be contiguous int64");
   py::gil_scoped_release released;
   return keys_of_tokens(batch, hash, keys);
+}
+
+PolynomialHash polynomial_hash(int64_t vocab_size, const Input<int64_t>& weights, const Input<int64_t>& moduli,
+                               int64_t barrier_id) {
+  require(vocab_size > 0, "vocab_size must be positive");
+  require(moduli.ndim() == 1 && moduli.size() > 0 && weights.ndim() == 2 && weights.shape(0) == moduli.size() &&
+              weights.shape(1) >= 1 && weights.shape(1) <= static_cast<py::ssize_t>(kOrderMax),
+          "moduli must be [heads], weights [heads, 1 to 16]");
+  const PolynomialHash hash{vocab_size,
+                            barrier_id,
+                            weights.data(),
+                            moduli.data(),
+                            static_cast<size_t>(moduli.size()),
+                            static_cast<size_t>(weights.shape(1))};
+  for (size_t head = 0; head < hash.num_heads; ++head) {
+    require(hash.moduli[head] >= 1, "moduli must be positive");
+    int64_t sum = 0;  // the largest that any n-gram can have
+    for (size_t back = 0; back < hash.order_max; ++back) {
+      const int64_t weight = hash.weights[head * hash.order_max + back];
+      int64_t most = 0;
+      require(
+          weight >= 0 && !__builtin_mul_overflow(weight, vocab_size, &most) && !__builtin_add_overflow(sum, most, &sum),
+          "weights must not be below 0, and their sums below 2^63 for ids below vocab_size");
+    }
+  }
+  return hash;
+}
+
+int64_t polynomial_keys_checked(const Input<int64_t>& token_ids, const std::optional<Input<int64_t>>& history,
+                                const std::optional<Input<bool>>& dead, int64_t vocab_size,
+                                const Input<int64_t>& weights, const Input<int64_t>& moduli, int64_t barrier_id,
+                                py::array& out) {
+  const PolynomialHash hash = polynomial_hash(vocab_size, weights, moduli, barrier_id);
+  const TokenBatch batch =
+      token_batch(token_ids, history, dead, static_cast<int64_t>(hash.order_max), moduli.size(), out);
+  int64_t* keys = output_of<int64_t>(out, "out must be contiguous int64");
+  py::gil_scoped_release released;
+  return polynomial_keys_of_tokens(batch, hash, keys);
 }
 
 AddressMap address_map(const Input<int64_t>& moduli, const Input<int64_t>& offsets, py::ssize_t num_orders) {
@@ -154,6 +198,9 @@ void bind_hash(py::module_& module) {
   module.def("keys_of_tokens", &keys_of_tokens_checked, py::arg("token_ids"), py::arg("history"), py::arg("dead"),
              py::arg("token_map"), py::arg("vocab_size"), py::arg("multipliers"), py::arg("orders"), py::arg("pad_id"),
              py::arg("barrier_id"), py::arg("out"));
+  module.def("polynomial_keys_of_tokens", &polynomial_keys_checked, py::arg("token_ids"), py::arg("history"),
+             py::arg("dead"), py::arg("vocab_size"), py::arg("weights"), py::arg("moduli"), py::arg("barrier_id"),
+             py::arg("out"));
   module.def("row_ids_of_keys", &row_ids_of_keys_checked, py::arg("keys"), py::arg("order_index"), py::arg("moduli"),
              py::arg("offsets"), py::arg("out"));
   module.def("keys_of_row_ids", &keys_of_row_ids_checked, py::arg("row_ids"), py::arg("moduli"), py::arg("offsets"),

@@ -1,8 +1,9 @@
-"""Keys and row ids of the three families equal an oracle in plain Python integers, however a sequence is fed."""
+"""Keys and row ids of the families equal an oracle in plain Python integers, however a sequence is fed."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,14 @@ QWEN = {
     "ngram_vocab_size_base": 20000000, "make_ngram_vocab_size_divisible_by": 128, "split_ngram_parts": 128,
     "seed": 1234, "ple_conv_kernel_size": 4, "vocab_size": 248320, "eos_token_id": 248044,
 }  # fmt: skip
+LONGCAT_LITE = {
+    "ngram_vocab_size_ratio": 78, "emb_neighbor_num": 4, "emb_split_num": 4, "vocab_size": 131072, "eos_token_id": 2,
+    "hidden_size": 3072,
+}  # fmt: skip
+LONGCAT_2 = {
+    "oe_vocab_size_ratio": 100.567, "oe_neighbor_num": 5, "oe_split_num": 4, "vocab_size": 163840, "eos_token_id": 2,
+    "hidden_size": 8192,
+}  # fmt: skip
 SEEDS = [0, 1, 2]
 FOLDED_MAP = (np.arange(129_280) % 99_092).astype(np.int32)  # of the real sizes, for machines without the tokenizer
 
@@ -61,6 +70,18 @@ class Case:
         tokens[0, 0] = 0
         tokens[-1, -1] = self.spec.vocab_size - 1
         return tokens
+
+
+@dataclass
+class LongcatCase(Case):
+    """The keys of a hash whose heads share none."""
+
+    splits: int = 4
+
+    def keys(self, tokens: list[int | None], layer: int) -> list[list[int]]:
+        moduli, barrier = self.numbers[layer].moduli, self.barrier
+        assert barrier is not None
+        return oracle.longcat_keys_of(tokens, moduli, self.spec.vocab_size, self.splits, barrier)
 
 
 def v41_case(token_map: np.ndarray) -> Case:
@@ -97,12 +118,33 @@ def tiny_published_case() -> Case:
     return Case(HashSpec.from_config(config, token_map), numbers, token_map.tolist().__getitem__, 3)
 
 
+def longcat_case() -> Case:
+    numbers = oracle.longcat_numbers(131_072, 78 * 131_072, 4, 4)
+    return LongcatCase(HashSpec.from_config(LONGCAT_LITE), {0: numbers}, int, 0, 2)
+
+
+def longcat_2_case() -> Case:
+    """A ratio that is no whole number, even moduli, n-grams of 87 bits, as many heads as a table can have."""
+    numbers = oracle.longcat_numbers(163_840, 16_476_897, 5, 4)
+    return LongcatCase(HashSpec.from_config(LONGCAT_2), {0: numbers}, int, 0, 2)
+
+
+def tiny_longcat_case() -> Case:
+    """Many ends of text, fewer rows than n-grams."""
+    config = LONGCAT_LITE | {"vocab_size": 11, "eos_token_id": [3, 7], "ngram_vocab_size_ratio": 4.7}
+    numbers = oracle.longcat_numbers(11, 51, 4, 3)
+    return LongcatCase(HashSpec.from_config(config | {"emb_split_num": 3}), {0: numbers}, int, 0, 3, splits=3)
+
+
 MAKERS: dict[str, Callable[[], Case]] = {
     "v41": lambda: v41_case(FOLDED_MAP),
     "published": lambda: published_case(FOLDED_MAP),
     "qwen": qwen_case,
     "tiny_qwen": tiny_qwen_case,
     "tiny_published": tiny_published_case,
+    "longcat": longcat_case,
+    "longcat_2": longcat_2_case,
+    "tiny_longcat": tiny_longcat_case,
 }
 
 
@@ -176,6 +218,16 @@ def test_numbers_of_qwen_are_the_published_ones() -> None:
     assert (spec.moduli(1)[0], spec.moduli(1)[-1], sum(spec.moduli(1))) == (20000003, 20000171, 320001446)
     assert spec.num_rows(1) == 320001536
     assert spec.token_map is None
+
+
+def test_numbers_of_longcat_are_the_published_ones() -> None:
+    spec = HashSpec.from_config(LONGCAT_LITE)
+    assert (spec.family, spec.layers, spec.orders, spec.heads) == ("longcat", (0,), (2,) * 4 + (3,) * 4 + (4,) * 4, 1)
+    assert (spec.moduli(0)[0], spec.moduli(0)[-1], spec.num_rows(0)) == (10223617, 10223639, 122683536)
+    assert (spec.barrier_id, spec.history_tokens, spec.token_map) == (2, 3, None)
+    second = HashSpec.from_config(LONGCAT_2)
+    assert second.orders == (2,) * 4 + (3,) * 4 + (4,) * 4 + (5,) * 4
+    assert (second.moduli(0)[0], second.moduli(0)[-1], second.num_rows(0)) == (16476898, 16476928, 263630608)
 
 
 def test_every_number_equals_the_oracles(case: Case) -> None:
@@ -613,13 +665,13 @@ class KeptStore:
 
 def test_a_spec_comes_back_from_its_store_as_it_was_built(case: Case) -> None:
     kept = HashSpec.from_store(KeptStore(case.spec))  # type: ignore[arg-type]
-    for name in ("family", "layers", "orders", "heads", "vocab_size", "pad_id", "barrier_id"):
+    for name in ("family", "layers", "orders", "heads", "vocab_size", "pad_id", "barrier_id", "kind"):
         assert getattr(kept, name) == getattr(case.spec, name)
     for layer in case.spec.layers:
         for name in ("multipliers", "moduli", "offsets", "num_rows", "fingerprint", "table_name"):
             assert getattr(kept, name)(layer) == getattr(case.spec, name)(layer)
     assert kept.attachments() == case.spec.attachments()
-    check_against_oracle(Case(kept, case.numbers, case.mapped, case.pad, case.barrier), case.sequences(9, 2, 9))
+    check_against_oracle(dataclasses.replace(case, spec=kept), case.sequences(9, 2, 9))
 
 
 def test_a_store_without_a_hash_says_that_it_holds_plain_tables_only() -> None:

@@ -54,7 +54,7 @@ def test_a_family_of_one_file_is_written_built_and_looked_up(tmp_path: Path, tok
 
 
 def test_a_family_that_is_not_registered_is_not_known(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="'toy' is not known; there are deepseek_v41, engram, qwen4_exp"):
+    with pytest.raises(ValueError, match="'toy' is not known; there are deepseek_v41, engram, longcat, qwen4_exp"):
         write_checkpoint(tmp_path / "model", "toy", rows_per_head=101, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match=r"engram_layer_ids \(deepseek_v41\), ple_layer_ids \(qwen4_exp\)"):
         HashSpec.from_config({"toy_layers": [0], "toy_rows": 101, "vocab_size": 300})
@@ -70,4 +70,4 @@ def test_to_register_a_family_is_one_call(monkeypatch: pytest.MonkeyPatch) -> No
 def test_every_family_is_known_whichever_module_is_imported_first(module: str) -> None:
     code = f"import engram_adapter.{module}; from engram_adapter.family import FAMILIES; print(*sorted(FAMILIES))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.split() == ["deepseek_v41", "engram", "qwen4_exp"]
+    assert done.stdout.split() == ["deepseek_v41", "engram", "longcat", "qwen4_exp"]

@@ -189,7 +189,7 @@ BAD_HEADERS = [
     {"tables": [["layers.1", "ab", []]]},
     {"tables": [["layers.1", "ab", ["two"]]]},
     {"tables": [["layers.1", "ab", [3, 2]]]},
-    {"tables": [["layers.1", "ab", [2, 2]]]},
+    {"tables": [["layers.1", "ab", [3, 2]]]},
     {"tables": [["layers.1", "ab", [0, 2]]]},
     {"tables": [["layers.1", "ab", [2, 9]]]},
     {"tables": [*TABLES, ["layers.9", "ef", [2]]]},

@@ -428,3 +428,105 @@ def test_numbers_that_would_lose_their_value_are_refused() -> None:
         batch.token_ids = batch.token_ids.astype(lossy)
         with pytest.raises(TypeError):
             batch.run("compiled", poisoned(2, 6, 2))
+
+
+class SumBatch:
+    """Random arguments of `polynomial_keys_of_tokens`, and what must come of them, in Python integers."""
+
+    def __init__(self, seed: int, shape: tuple[int, int], order_max: int, heads: int, past: int) -> None:
+        rng = np.random.default_rng([seed, *shape, order_max, heads, past])
+        self.vocab_size, self.barrier_id = 50, 9 if seed % 2 else -1
+        self.moduli = rng.integers(1, 2**40, heads)
+        self.weights = rng.integers(0, KEY_MAX // 50 // order_max, (heads, order_max))
+        self.weights[0, order_max // 2 :] = 0
+        self.token_ids = rng.integers(0, self.vocab_size, shape)
+        self.token_ids[rng.random(shape) < 0.2] = 9
+        self.history = rng.integers(-1, self.vocab_size, (shape[0], past)) if past else None
+        self.dead = rng.random(shape) < 0.2 if seed % 3 else None
+
+    def run(self, name: str, out: np.ndarray) -> int:
+        return IMPLEMENTATIONS[name].polynomial_keys_of_tokens(
+            self.token_ids, self.history, self.dead, self.vocab_size, self.weights, self.moduli, self.barrier_id, out
+        )
+
+    def expected(self, row: int, column: int) -> list[int]:
+        past = [] if self.history is None else self.history[row].tolist()
+        line = past + [
+            -1 if self.dead is not None and gone else token
+            for token, gone in zip(
+                self.token_ids[row].tolist(),
+                [False] * self.token_ids.shape[1] if self.dead is None else self.dead[row].tolist(),
+                strict=True,
+            )
+        ]
+        place, ids = len(past) + column, []
+        for back in range(self.weights.shape[1]):
+            if place < back or line[place - back] == -1 or (back and line[place - back] == self.barrier_id):
+                break
+            ids.append(line[place - back])
+        return [
+            sum(token * weight for token, weight in zip(ids, weights, strict=False)) % modulus
+            for weights, modulus in zip(self.weights.tolist(), self.moduli.tolist(), strict=True)
+        ]
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("sizes", [((1, 1), 1, 1, 0), ((3, 20), 4, 12, 3), ((2, 7), 16, 5, 9), ((2, 0), 3, 2, 1)])
+def test_sums_equal_plain_python(name: str, seed: int, sizes: tuple[tuple[int, int], int, int, int]) -> None:
+    batch = SumBatch(seed, *sizes)
+    rows, columns = batch.token_ids.shape
+    out = poisoned(rows, columns, len(batch.moduli))
+    assert batch.run(name, out) == -1
+    assert out.tolist() == [[batch.expected(row, column) for column in range(columns)] for row in range(rows)]
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_an_id_outside_the_vocabulary_is_found_before_it_is_summed(name: str) -> None:
+    batch = SumBatch(2, (3, 20), 4, 12, 3)
+    out = poisoned(3, 20, 12)
+    for place, (row, column) in [(46 + 3, (2, 0)), (46 + 3 + 11, (2, 11))]:
+        batch.dead = None
+        batch.token_ids[row, column] = 50
+        assert batch.run(name, out) == place
+        batch.token_ids[row, column] = -1
+        assert batch.run(name, out) == place
+        batch.dead = np.zeros((3, 20), dtype=bool)
+        batch.dead[row, column] = True
+        assert batch.run(name, out) == -1
+        batch.token_ids[row, column] = 0
+    assert batch.history is not None
+    batch.history[1, 2] = 50
+    assert batch.run(name, out) == 23 + 2
+
+
+SUMS: dict[str, Any] = {
+    "token_ids": np.zeros((2, 3), dtype=np.int64), "history": None, "dead": None, "vocab_size": 50,
+    "weights": np.ones((2, 3), dtype=np.int64), "moduli": int64(5, 7), "barrier_id": -1,
+    "out": np.zeros((2, 3, 2), dtype=np.int64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": 0},
+        {"weights": np.ones((3, 3), dtype=np.int64)},
+        {"weights": np.ones((2, 17), dtype=np.int64)},
+        {"weights": np.ones((2, 0), dtype=np.int64)},
+        {"weights": -np.ones((2, 3), dtype=np.int64)},
+        {"weights": np.full((2, 3), KEY_MAX // 150 + 1)},
+        {"weights": np.full((2, 3), KEY_MAX)},
+        {"moduli": int64(5, 0)},
+        {"moduli": int64()},
+        {"history": np.zeros((2, 3), dtype=np.int64)},
+        {"history": np.zeros((3, 1), dtype=np.int64)},
+        {"dead": np.zeros((2, 2), dtype=bool)},
+        {"out": np.zeros((2, 3, 3), dtype=np.int64)},
+    ],
+)
+def test_sums_that_do_not_fit_are_refused(name: str, change: dict[str, Any]) -> None:
+    assert IMPLEMENTATIONS[name].polynomial_keys_of_tokens(**SUMS) == -1
+    with pytest.raises(ValueError, match=r"must|size"):
+        IMPLEMENTATIONS[name].polynomial_keys_of_tokens(**SUMS | change)

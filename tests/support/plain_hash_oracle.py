@@ -1,4 +1,4 @@
-"""The hashes of the three families in plain Python integers, token by token: what `HashSpec` is held against.
+"""The hashes of the families in plain Python integers, token by token: what `HashSpec` is held against.
 
 Written from the published rules, with trial division for primes and one loop a predecessor; it shares no code with the
 adapter. Only the draws of Engram's multipliers come from numpy, whose generator is part of the published rule.
@@ -66,6 +66,38 @@ def qwen_numbers(
             multipliers.append((x ^ (x >> 31)) % half * 2 + 1)
         numbers[layer] = Numbers(multipliers, moduli, running_sums(moduli))
     return numbers
+
+
+def longcat_numbers(vocab_size: int, rows: int, max_order: int, splits: int) -> Numbers:
+    """Head i has rows + 2 i + 1 rows; a position's weight is the vocabulary's power, as far as the head looks back."""
+    moduli = [rows + 2 * head + 1 for head in range((max_order - 1) * splits)]
+    weights = []
+    for head, modulus in enumerate(moduli):
+        weights += [vocab_size**back % modulus if back < 2 + head // splits else 0 for back in range(max_order)]
+    return Numbers(weights, moduli, running_sums(moduli))
+
+
+def longcat_keys_of(
+    tokens: list[int | None], moduli: list[int], vocab_size: int, splits: int, barrier: int
+) -> list[list[int]]:
+    """Each token's place in every head: the n-gram read as one number to the base of the vocabulary, newest id last.
+
+    Nothing of a dead position, of what stands before one, before the sequence, or before an end of text is in it.
+    """
+    keys = []
+    for position, token in enumerate(tokens):
+        reach = 0
+        while token is not None and position > reach and tokens[position - reach - 1] not in (None, barrier):
+            reach += 1
+        of_token = []
+        for head, modulus in enumerate(moduli):
+            first = position - min(reach, 1 + head // splits)
+            number = 0
+            for each in tokens[first : position + 1]:
+                number = number * vocab_size + (each or 0)
+            of_token.append(number % modulus)
+        keys.append(of_token)
+    return keys
 
 
 def running_sums(moduli: list[int]) -> list[int]:

@@ -167,5 +167,10 @@ def _point_of(record: Mapping[str, Any]) -> CurvePoint:
 
 
 def rates_by_order(orders: tuple[int, ...], rates: np.ndarray) -> dict[str, float]:
-    """Returns an array of rates, float [O + 1], by the orders' names and "all"."""
-    return {name: float(rate) for name, rate in zip([*map(str, orders), "all"], rates, strict=True)}
+    """Returns an array of rates, float [O + 1], by the orders' names and "all".
+
+    Of heads that are orders of their own, such as LongCat's, all of one n-gram length are one rate: each is accessed
+    once a token, so theirs is the mean.
+    """
+    of_name = {str(order): rates[:-1][np.array(orders) == order].mean() for order in orders}
+    return {name: float(rate) for name, rate in (of_name | {"all": rates[-1]}).items()}

@@ -84,7 +84,7 @@ class ProfileHeader:
             raise FormatError(f"{where}: the profile's header contradicts itself: {record}; profile again")
         if header.kind == NGRAMS and not (
             header.bits >= 1
-            and list(header.orders) == sorted(set(header.orders))
+            and list(header.orders) == sorted(header.orders)
             and header.bits * header.orders[-1] <= 128
             and len({orders for _, _, orders in tables}) == 1
         ):

@@ -161,7 +161,7 @@ def _draw_policies(axes: Any, record: Record) -> None:
 
 
 def _draw_orders(axes: Any, record: Record) -> None:
-    for order, colour in zip(map(str, record["orders"]), "abcde" * len(record["orders"]), strict=False):
+    for order, colour in zip(dict.fromkeys(map(str, record["orders"])), "abcde" * len(record["orders"]), strict=False):
         _draw_mixed(axes, record, order, colour, f"order {order}")
         ceiling = 100 * (1 - record["first_touch"][order])
         axes.axhline(ceiling, color=COLOURS[colour], linewidth=1.2, linestyle=(0, (5, 4)))

@@ -70,7 +70,7 @@ def policy_table(record: Record) -> NumberTable:
 
 def order_table(record: Record) -> NumberTable:
     """Returns the mixed policy's hit rate of each order by budget, and the share of entries that no cache has seen."""
-    orders = [str(order) for order in record["orders"]]
+    orders = list(dict.fromkeys(map(str, record["orders"])))
     lines = []
     for point in record["points"]:
         mixed = point["mixed"]

@@ -65,7 +65,7 @@ def words_of_figures(record: Record) -> dict[str, str]:
     """Returns what stands above each figure, by its name; the record has a budget that holds entries."""
     last = cached_points(record)[-1]
     most = short_bytes(last["dram_bytes"])
-    orders = [str(order) for order in record["orders"]]
+    orders = list(dict.fromkeys(map(str, record["orders"])))
     ceilings = ", ".join(f"{percent(1 - record['first_touch'][order])} for order {order}" for order in orders)
     cost = record["cost"]
     star = ", the star the one that holds the tables whole" if whole_bytes(record) else ""

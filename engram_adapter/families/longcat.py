@@ -1,0 +1,159 @@
+"""LongCat: n-gram tables of the input embedding, one for each head, found by a polynomial of the token ids.
+
+Input: config.json and tensors. Output: `FAMILY`. Errors: `ConfigError` for what contradicts itself, and for models in
+which some token ids count as none.
+
+LongCat-Flash-Lite spells its keys `ngram_vocab_size_ratio`, `emb_neighbor_num`, `emb_split_num`; its sparse variant and
+LongCat-2.0 `oe_vocab_size_ratio`, `oe_neighbor_num`, `oe_split_num`. Head i has m + 2 i + 1 rows, m the ratio times the
+vocabulary, cut to a whole number. Its row is the n-gram, read as a number whose digits are token ids, modulo that.
+No 63 bits hold such a number of four ids, so heads share no key: every head is an order of its own with one row a key,
+and the key is the row's place in the head. All heads are one table, `layers.0`: the rows are added to the input of the
+first layer.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from tierstore import ConfigError
+from tierstore.formats.checkpoint import Checkpoint
+from tierstore.formats.stored_tensor import StoredTensor
+from tierstore.kernels import ORDER_MAX, ORDERS_MAX
+
+from ..family import Family, StoredTable, Synthetic
+from ..hash_config import BASE_MAX, PADDING_MAX, POLYNOMIAL, VOCABULARY_MAX, ConfigValues, HashParts, LayerHash
+from ..scales import VALUE_CODECS, rows_of_weight
+from ..synthetic import DTYPES, SyntheticPlan, SyntheticShape, random_floats, row_bytes_of
+from ..table_tensors import check_width, planes_of, table_tensor_name, weight_tensor
+
+NAME = "longcat"
+LAYER = 0  # the table's: its rows go into the input of the first layer
+TABLE_PATTERN = r"(?:ngram_embeddings\.embedders\.0|oe_embed_tokens0)\.weight"
+TABLE_WORDS = "ngram_embeddings.embedders.0.weight or oe_embed_tokens0.weight"
+RATIO_MAX = 100_000
+PUBLISHED_VOCAB_SIZE, PUBLISHED_EOS_ID = 131_072, 2
+SYNTHETIC_CODECS = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}  # of each dtype
+
+
+def read_hash(values: ConfigValues, _token_map: np.ndarray | None) -> HashParts:
+    """Reads the hash; every head is an order of its own."""
+    vocab_size = values.integer("vocab_size", 2, VOCABULARY_MAX)
+    ratio = values.number("ngram_vocab_size_ratio", 0, RATIO_MAX, "oe_vocab_size_ratio")
+    order_max = values.integer("emb_neighbor_num", 2, ORDER_MAX, "oe_neighbor_num")
+    splits = values.integer("emb_split_num", 1, ORDERS_MAX, "oe_split_num")
+    eos_id = values.integer("eos_token_id", 0, vocab_size - 1)
+    num_heads = (order_max - 1) * splits
+    if num_heads > ORDERS_MAX:
+        raise values.refusal(
+            "emb_split_num", f"is {splits}, which makes {num_heads} heads, expected at most {ORDERS_MAX}"
+        )
+    text_vocab_size = values.integer("text_vocab_size", 2, VOCABULARY_MAX, default=vocab_size)
+    if text_vocab_size != vocab_size or values.has("ignored_token_ids"):
+        raise values.refusal(
+            "text_vocab_size" if text_vocab_size != vocab_size else "ignored_token_ids",
+            f"is there beside a vocabulary of {vocab_size}: ids that are no text count as none in this model's n-grams,"
+            f" which this version cannot hash",
+        )
+    base = int(ratio * vocab_size)
+    if not 1 <= base <= BASE_MAX - 2 * num_heads:
+        raise values.refusal("ngram_vocab_size_ratio", f"is {ratio}, which makes {base} rows a head")
+    moduli = tuple(base + 2 * head + 1 for head in range(num_heads))
+    orders = tuple(2 + head // splits for head in range(num_heads))
+    weights = tuple(
+        pow(vocab_size, back, modulus) if back < order else 0
+        for modulus, order in zip(moduli, orders, strict=True)
+        for back in range(order_max)
+    )
+    layer = LayerHash(weights, moduli, sum(moduli))
+    return HashParts(orders, 1, vocab_size, 0, eos_id, {LAYER: layer}, POLYNOMIAL)
+
+
+def read_table(checkpoint: Checkpoint, parts: HashParts, layer: int) -> StoredTable:
+    """Finds the heads' tensors and stacks them. One that was padded to more rows is cut to those that are looked up."""
+    first = table_tensor_name(checkpoint, TABLE_PATTERN, TABLE_WORDS, layer)
+    moduli = parts.layers[layer].moduli
+    names = [re.sub(r"0\.weight$", f"{head}.weight", first) for head in range(len(moduli))]
+    tensors = [weight_tensor(checkpoint, name, list(VALUE_CODECS)) for name in names]
+    beyond = re.sub(r"0\.weight$", f"{len(moduli)}.weight", first)
+    if beyond in checkpoint.names:
+        raise ConfigError(
+            f"{checkpoint.path}: there is a tensor {beyond}, config.json makes {len(moduli)} heads; config.json does "
+            f"not belong to these tensors"
+        )
+    dim, dtype = tensors[0].shape[1], tensors[0].dtype
+    for tensor in tensors:
+        if (tensor.dtype, tensor.shape[1]) != (dtype, dim):
+            raise ConfigError(
+                f"{tensor.name} is {tensor.dtype} of {tensor.shape[1]} columns, {tensors[0].name} is {dtype} of {dim}; "
+                f"the heads of one table must agree: a file of another checkpoint is among them"
+            )
+    check_width(checkpoint, "hidden_size", dim * len(moduli))
+    rows = [rows_of_weight(checkpoint, tensor) for tensor in tensors]
+    if len({each.codec for each in rows}) > 1 or rows[0].scales is not None:
+        raise ConfigError(
+            f"{checkpoint.path}: {tensors[0].name} is stored as {rows[0].codec}, with scales of each head's own, and a "
+            f"table can carry one for all; dequantize the heads to BF16 first"
+        )
+    cut = [_cut(tensor, num_rows) for tensor, num_rows in zip(tensors, moduli, strict=True)]
+    return StoredTable(planes_of(cut, rows), rows[0].codec, dim)
+
+
+def _cut(tensor: StoredTensor, num_rows: int) -> StoredTensor:
+    """Returns the first rows of a tensor; raises `ConfigError` if it has too few, or more than anybody pads."""
+    stored_rows, dim = tensor.shape
+    if not num_rows <= stored_rows <= num_rows + PADDING_MAX:
+        raise ConfigError(
+            f"{tensor.name} has {stored_rows} rows, config.json makes {num_rows} of them; config.json does not belong "
+            f"to these tensors"
+        )
+    return replace(tensor, shape=(num_rows, dim), num_bytes=tensor.num_bytes // stored_rows * num_rows)
+
+
+def plan_checkpoint(shape: SyntheticShape, tokenizer: Tokenizer, full: bool) -> SyntheticPlan:
+    """Returns a checkpoint of this shape: the heads' tables and their projections; full: vocabulary as published."""
+    if shape.layers != (LAYER,):
+        raise ValueError(f"layers {', '.join(map(str, shape.layers))}: {NAME} has one table, of layer {LAYER}")
+    vocab_size = PUBLISHED_VOCAB_SIZE if full else tokenizer.get_vocab_size(with_added_tokens=True)
+    hidden = shape.dim * shape.num_heads
+    ratio = shape.rows_per_head / vocab_size
+    config: dict[str, Any] = {
+        "model_type": "longcat_flash_ngram",
+        "architectures": ["LongcatFlashNgramForCausalLM"],
+        "vocab_size": vocab_size,
+        "eos_token_id": min(PUBLISHED_EOS_ID, vocab_size - 1),
+        "hidden_size": hidden,
+        "num_layers": 1,
+        "ngram_vocab_size_ratio": int(ratio) if ratio.is_integer() else ratio,
+        "emb_neighbor_num": shape.order_max,
+        "emb_split_num": shape.heads,
+    }
+    parts = read_hash(ConfigValues(config, NAME), None)
+    tensors = []
+    for head, num_rows in enumerate(parts.layers[LAYER].moduli):
+        prefix = "model.ngram_embeddings."
+        table_shape = (num_rows, shape.dim)
+        tensors.append(random_floats(f"{prefix}embedders.{head}.weight", DTYPES[shape.dtype], table_shape))
+        tensors.append(random_floats(f"{prefix}post_projs.{head}.weight", DTYPES[shape.dtype], (hidden, shape.dim)))
+    return SyntheticPlan(config, parts, tensors, row_bytes_of(SYNTHETIC_CODECS[shape.dtype], shape.dim))
+
+
+FAMILY = Family(
+    name=NAME,
+    mark="ngram_vocab_size_ratio",
+    other_marks=("oe_vocab_size_ratio",),
+    needs_token_map=False,
+    table_pattern=TABLE_PATTERN,
+    table_words=TABLE_WORDS,
+    read_hash=read_hash,
+    read_table=read_table,
+    synthetic=Synthetic(
+        SyntheticShape((LAYER,), 4, 78 * PUBLISHED_VOCAB_SIZE, 256, 3072, "bf16", heads=4),
+        SYNTHETIC_CODECS,
+        plan_checkpoint,
+    ),
+)
