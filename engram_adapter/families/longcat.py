@@ -14,7 +14,6 @@ first layer.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -105,13 +104,13 @@ def read_table(checkpoint: Checkpoint, parts: HashParts, layer: int) -> StoredTa
 
 def _cut(tensor: StoredTensor, num_rows: int) -> StoredTensor:
     """Returns the first rows of a tensor; raises `ConfigError` if it has too few, or more than anybody pads."""
-    stored_rows, dim = tensor.shape
+    stored_rows = tensor.shape[0]
     if not num_rows <= stored_rows <= num_rows + PADDING_MAX:
         raise ConfigError(
             f"{tensor.name} has {stored_rows} rows, config.json makes {num_rows} of them; config.json does not belong "
             f"to these tensors"
         )
-    return replace(tensor, shape=(num_rows, dim), num_bytes=tensor.num_bytes // stored_rows * num_rows)
+    return tensor.first_rows(num_rows)
 
 
 def plan_checkpoint(shape: SyntheticShape, tokenizer: Tokenizer, full: bool) -> SyntheticPlan:

@@ -138,12 +138,12 @@ def test_the_part_of_a_rank_whose_siblings_are_gone_is_still_a_part_and_rank_0_o
         assert read(write(tmp_path / name.partition(".")[0] / name, table=ROWS)) == ROWS.tobytes()
 
 
-def test_a_torch_distributed_checkpoint_is_named_with_the_tool_that_joins_it(tmp_path: Path) -> None:
+def test_a_torch_distributed_checkpoint_is_named_and_its_folder_asked_for(tmp_path: Path) -> None:
     (tmp_path / "__0_0.distcp").write_bytes(b"PK\3\4" + bytes(100))
-    (tmp_path / ".metadata").write_bytes(b"\x80\2}.")
-    for place in (tmp_path, tmp_path / "__0_0.distcp"):
-        with pytest.raises(ConfigError, match=rf"\(DCP\).*dcp_to_torch {tmp_path} "):
-            Checkpoint.open(place)
+    with pytest.raises(ConfigError, match=r"\(DCP\) without \.metadata"):
+        Checkpoint.open(tmp_path)
+    with pytest.raises(ConfigError, match=rf"\(DCP\), .* give the folder: {tmp_path}$"):
+        Checkpoint.open(tmp_path / "__0_0.distcp")
 
 
 def test_only_tensors_that_lie_whole_in_one_numbered_file_are_read(tmp_path: Path) -> None:

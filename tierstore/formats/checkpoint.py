@@ -33,6 +33,8 @@ from .checkpoint_files import (
     split_by_rank,
     why_absent,
 )
+from .distributed_checkpoint import read_distributed
+from .rank_files import one_ranks, put_together
 from .stored_tensor import StoredTensor, TensorFile, check_identity, sampled
 from .table_source import Plane, PlaneReader, TableSource
 from .tensor_files import read_tensor_file
@@ -207,6 +209,9 @@ class _Contents:
 
     def read(self) -> None:
         """Reads every header."""
+        if self._found.distributed:
+            self._read_distributed()
+            return
         for file in self._found.files:
             try:
                 self.contents[file] = read_tensor_file(file)
@@ -227,14 +232,30 @@ class _Contents:
         if self._found.path.is_file():
             self._check_whole(self._found.path)
 
+    def _read_distributed(self) -> None:
+        """Takes what the metadata of a torch.distributed folder says."""
+        found = read_distributed(self._found.path)
+        self.contents, self.tensors, self.unusable = found.contents, found.tensors, found.unusable
+        self.inner_names = found.inner_names
+
     def _put_all_together(self) -> None:
-        """Without an index each tensor must lie in one file."""
+        """Without an index each tensor must lie in one file, unless files say which ranks' parts they hold."""
+        parts: dict[str, list[tuple[tuple[int, ...], StoredTensor]]] = {}
         for file, content in self.contents.items():
             self.unusable |= content.unusable
             for tensor in content.tensors:
+                if tensor.name in content.offsets and self._found.path.is_dir():
+                    parts.setdefault(tensor.name, []).append((content.offsets[tensor.name], tensor))
+                    continue
+                if tensor.name in content.offsets:
+                    self.unusable[tensor.name] = one_ranks(file)
+                    continue
                 other = self.tensors.setdefault(tensor.name, tensor)
                 if other is not tensor:
                     raise FormatError(_in_two_files(tensor, other.path, file))
+        tensors, unusable = put_together(parts)
+        self.tensors |= tensors
+        self.unusable |= unusable
 
     def _assign(self, assigned: dict[str, str]) -> None:
         """With an index only it says which file's tensor counts; what else is there is known by name,
@@ -244,10 +265,13 @@ class _Contents:
         of_file = {
             file.name: {tensor.name: tensor for tensor in content.tensors} for file, content in self.contents.items()
         }
+        of_ranks = {file.name: content.offsets for file, content in self.contents.items()}
         reasons = {file.name: content.unusable for file, content in self.contents.items()}
         for name, file_name in assigned.items():
             if file_name in self._absent:
                 self.unusable[name] = f"lies in {file_name}, which cannot be read: {self._absent[file_name]}"
+            elif name in of_ranks.get(file_name, ()):
+                self.unusable[name] = one_ranks(self._found.path / file_name)
             elif name in of_file[file_name]:
                 self.tensors[name] = of_file[file_name][name]
             else:

@@ -18,6 +18,7 @@ from .content import unfinished_download
 
 INDEX_NAME = "model.safetensors.index.json"
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
+METADATA_NAME = ".metadata"  # of torch.distributed.checkpoint
 FILES_NAMED_MAX = 4  # in a message
 
 # Names that tools give to one rank's part: (?P<rank>) and, if the name says it, (?P<world>).
@@ -41,7 +42,8 @@ class CheckpointFiles:
     """The files to read, in order of name.
 
     assigned: file name by tensor name, as the index says; None without an index. absent: files of the index that are
-    not there, and why. beside: visible files of tensors that the index does not name.
+    not there, and why. beside: visible files of tensors that the index does not name. distributed: whether it is a
+    folder of torch.distributed.checkpoint, whose metadata says which files it has.
     """
 
     path: Path
@@ -50,6 +52,7 @@ class CheckpointFiles:
     assigned: dict[str, str] | None = None
     absent: dict[str, str] = field(default_factory=dict)
     beside: tuple[Path, ...] = ()
+    distributed: bool = False
 
 
 def find_files(path: Path) -> CheckpointFiles:
@@ -66,6 +69,8 @@ def find_files(path: Path) -> CheckpointFiles:
     index = _index_of(folder)
     if index is None:
         files = _visible(folder, ".safetensors") or _visible(folder, ".bin", "pytorch_model")
+        if not files and (folder / METADATA_NAME).is_file():
+            return CheckpointFiles(folder, (), distributed=True)
         if not files:
             raise ConfigError(f"{folder} holds no *.safetensors file; {_what_is_there(folder)}")
         refuse_parts(files)
@@ -127,8 +132,8 @@ def refuse_parts(files: list[Path]) -> None:
     for file in files:
         if _DISTRIBUTED.match(file.name):
             raise ConfigError(
-                f"{file} is one rank's file of a torch.distributed checkpoint (DCP); make one file of its folder "
-                f"first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {file.parent} model.pt"
+                f"{file} is one rank's file of a torch.distributed checkpoint (DCP), which is a folder with "
+                f"{METADATA_NAME}; give the folder: {file.parent}"
             )
         for named in (file, file.parent):
             parts = rank_parts(named)
@@ -218,8 +223,8 @@ def _what_is_there(folder: Path) -> str:
     names = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
     if any(map(_DISTRIBUTED.match, names)):
         return (
-            f"it is a torch.distributed checkpoint (DCP): make one file of it first, "
-            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.pt"
+            f"it is a torch.distributed checkpoint (DCP) without {METADATA_NAME}, which the save writes last: it did "
+            f"not finish, or each rank kept its own; give another step's folder, or save with collectives"
         )
     repositories = [name for name in names if name.startswith("models--")]
     if repositories:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +41,7 @@ class TensorFile:
 
     header_digest: the SHA-256 (hex) of its header. unusable: why each tensor that cannot be read cannot. inner_names:
     of tensors that lie in a dict within the file's dict, the full names (outer keys first) by each shorter name.
+    offsets: of a rank's file, where in the whole tensor the part of each begins.
     """
 
     tensors: list[StoredTensor]
@@ -48,13 +49,15 @@ class TensorFile:
     identity: FileIdentity
     unusable: dict[str, str] = field(default_factory=dict)
     inner_names: dict[str, list[str]] = field(default_factory=dict)
+    offsets: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor in a file: row-major elements of `dtype` (safetensors' names) from byte `byte_start` on.
 
-    identity: of the file when its header was read; None if nobody looked.
+    identity: of the file when its header was read; None if nobody looked. pieces: of a tensor that lies in several
+    places, each of them a range of its rows; path and byte_start are then the first one's.
     """
 
     name: str
@@ -64,9 +67,30 @@ class StoredTensor:
     byte_start: int
     num_bytes: int
     identity: FileIdentity | None = None
+    pieces: tuple[StoredTensor, ...] = ()
+
+    @property
+    def places(self) -> tuple[StoredTensor, ...]:
+        """The pieces; of a tensor that lies in one place, itself."""
+        return self.pieces or (self,)
+
+    def first_rows(self, num_rows: int) -> StoredTensor:
+        """Returns the tensor of the first rows only."""
+        assert 0 < num_rows <= self.shape[0]
+        if self.pieces:
+            kept, left = [], num_rows
+            for piece in self.pieces:
+                if left > 0:
+                    kept.append(piece.first_rows(min(left, piece.shape[0])))
+                    left -= piece.shape[0]
+            return stacked(kept, self.name, (num_rows, *self.shape[1:]))
+        num_bytes = self.num_bytes // self.shape[0] * num_rows
+        return replace(self, shape=(num_rows, *self.shape[1:]), num_bytes=num_bytes)
 
     def read_bytes(self) -> bytes:
         """Reads the whole tensor: for scalars and hash buffers, not for tables. Blocks on the disk."""
+        if self.pieces:
+            return b"".join(piece.read_bytes() for piece in self.pieces)
         out = np.empty(self.num_bytes, dtype=np.uint8)
         fd = os.open(self.path, os.O_RDONLY)
         try:
@@ -74,6 +98,16 @@ class StoredTensor:
         finally:
             os.close(fd)
         return out.tobytes()
+
+
+def stacked(pieces: Sequence[StoredTensor], name: str, shape: tuple[int, ...]) -> StoredTensor:
+    """Returns the tensor that pieces of its rows make up, in their order; one piece is the tensor itself."""
+    num_bytes = sum(piece.num_bytes for piece in pieces)
+    if not pieces:
+        raise FormatError(f"of shape {list(shape)} is empty; there is no row to store")
+    if len(pieces) == 1:
+        return replace(pieces[0], name=name, shape=shape)
+    return replace(pieces[0], name=name, shape=shape, num_bytes=num_bytes, pieces=tuple(pieces))
 
 
 def first_hole(tensor: StoredTensor) -> tuple[int, int] | None:

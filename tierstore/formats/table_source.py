@@ -31,6 +31,11 @@ class Plane:
     width_bytes: int
     tensors: tuple[StoredTensor, ...]
 
+    def __post_init__(self) -> None:
+        """Takes a tensor that lies in several places as its pieces, so that readers see one place each."""
+        places = tuple(place for tensor in self.tensors for place in tensor.places)
+        object.__setattr__(self, "tensors", places)
+
 
 @dataclass(frozen=True)
 class TableSource:

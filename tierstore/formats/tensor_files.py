@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NoReturn
 from ..errors import ConfigError, FormatError
 from .content import HEAD_BYTES, Content, recognise, unfinished_download
 from .pt_file import read_pt
+from .rank_files import saved_offsets
 from .stored_tensor import FileIdentity, StoredTensor, TensorFile
 
 __all__ = ["DTYPE_BYTES", "StoredTensor", "read_tensor_file"]
@@ -104,7 +105,7 @@ def _read_safetensors(path: Path, file: BinaryIO, identity: FileIdentity) -> Ten
             f"{path}: a header of {header_bytes} bytes in a file of {file_bytes} bytes; {cause}: download it again"
         )
     header = file.read(header_bytes)
-    entries = _parse_header(path, header)
+    entries, metadata = _parse_header(path, header)
     data_start = 8 + header_bytes
     tensors = [_checked_tensor(path, name, entry, data_start, identity) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.byte_start, tensor.num_bytes))
@@ -121,11 +122,12 @@ def _read_safetensors(path: Path, file: BinaryIO, identity: FileIdentity) -> Ten
             f"{path}: {file_bytes} bytes on disk, its header says {expected}; "
             f"the copy was cut short or is another file: download it again"
         )
-    return TensorFile(tensors, hashlib.sha256(header).hexdigest(), identity)
+    offsets = saved_offsets(path, metadata)
+    return TensorFile(tensors, hashlib.sha256(header).hexdigest(), identity, offsets=offsets)
 
 
-def _parse_header(path: Path, header: bytes) -> dict[str, Any]:
-    """Returns the entries of a header, as strict about its JSON as the library, which Python's parser is not."""
+def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns a header's entries and metadata, as strict about JSON as the library, which Python's parser is not."""
     try:
         entries = json.loads(
             header.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_number, parse_int=_not_negative
@@ -137,7 +139,7 @@ def _parse_header(path: Path, header: bytes) -> dict[str, Any]:
     metadata = entries.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(map(_is_text, metadata.values()))):
         raise FormatError(f"{path}: its __metadata__ is not an object of texts; download it again")
-    return entries
+    return entries, metadata or {}
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
