@@ -48,6 +48,8 @@ def command(
 ) -> None:
     """Build the store STORE from CHECKPOINT: a folder with config.json and *.safetensors, or one file of tensors.
 
+    OWNER/NAME (or OWNER/NAME@REVISION) is a model that the Hugging Face cache has.
+
     Says first what it will write. Killed or out of disk, it goes on when the same command runs again.
 
     \b

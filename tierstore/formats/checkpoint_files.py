@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import ConfigError, FormatError
 from .content import unfinished_download
+from .hub_cache import download_of, repository_named, snapshot_in_cache
 
 INDEX_NAME = "model.safetensors.index.json"
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
@@ -56,7 +57,13 @@ class CheckpointFiles:
 
 
 def find_files(path: Path) -> CheckpointFiles:
-    """Finds the files of the checkpoint at `path`: a folder, a folder of the Hugging Face cache, or one file."""
+    """Finds the files of the checkpoint at `path`: a folder, a folder of the Hugging Face cache, or one file.
+
+    A path that is not there and could be a model's name on the Hub, OWNER/NAME, is looked up in that cache.
+    """
+    repository = repository_named(path)
+    if repository is not None and not path.exists() and not unfinished_download(path):
+        path = snapshot_in_cache(repository)
     if not path.is_dir():
         if not path.exists():
             unfinished = unfinished_download(path)
@@ -212,10 +219,12 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def why_absent(file: Path) -> str:
     """Returns why a file that should be there is not, with the remedy."""
+    command = download_of(file)
+    by = f": {command}" if command else ""
     if file.is_symlink():
-        return f"it is a link to {file.readlink()}, which is not there; download it again"
+        return f"it is a link to {file.readlink()}, which is not there; download it again{by}"
     unfinished = unfinished_download(file)
-    return unfinished or "it was not downloaded; download it"
+    return unfinished or f"it was not downloaded; download it{by}"
 
 
 def _what_is_there(folder: Path) -> str:
