@@ -6,18 +6,16 @@ Errors: those of the inputs, and a usage error for options that do not go togeth
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 from tokenizers import Tokenizer
 
 from engram_adapter.token_map import load_tokenizer
@@ -27,11 +25,16 @@ from tierstore.process.progress import OnProgress
 from tierstore.units import format_bytes
 
 from .cli import Progress
-from .inputs.ids import RAW_DTYPES, Piece, read_lengths
-from .inputs.sources import LeftOut, TokenInput, find_inputs, id_pieces, text_parts
-from .inputs.text import text_pieces
+from .inputs.columns import ColumnReader
+from .inputs.ids import RAW_DTYPES, read_lengths
+from .inputs.reading import Reader
+from .inputs.sampling import Sample
+from .inputs.sources import Finder
+from .inputs.token_input import LeftOut, TokenInput
+from .inputs.tokenizing import JOBS_MAX
+from .inputs.tracing import Settings, Tracing
 
-SOURCES_NAMED_MAX = 3
+SOURCE = "tierstore trace"
 KINDS_NAMED_MAX = 5
 
 
@@ -75,52 +78,84 @@ def write_trace(
     eos: int | None = None,
     field: str | None = None,
     vocab_size: int | None = None,
+    sample: float | None = None,
+    seed: int = 0,
+    jobs: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> TraceReport:
     """Writes the trace of `inputs`, files or folders, at `output`. Blocks until it is durable; memory stays bounded.
 
     Args:
-        tokenizer: tokenizer.json for text.
+        tokenizer: tokenizer.json for text, or its folder.
         dtype: one of RAW_DTYPES, of files that neither their content nor their name says it of.
         doclens: .npy with the tokens of each document of the only input.
         bos: id before each document of text.
         eos: id that ends a document of ids, and belongs to it.
-        field: of JSON lines, by default the usual names of texts and of lists of ids.
+        field: of lines, columns, samples or members, by default the usual names of texts and of lists of ids.
         vocab_size: ids are below it; by default the tokenizer's, if there is one.
+        sample: the fraction of the documents to trace, each drawn by its number and `seed`; None: all.
+        jobs: processes that tokenize; None: none for little text, else one for each processor.
         on_progress: gets (bytes done, bytes in all).
 
-    Raises `ConfigError`, `FormatError`, `OSError`, and `ValueError` for an id outside the vocabulary.
+    Raises `ConfigError`, `FormatError`, `BudgetError`, `OSError`, and `ValueError` for an id outside the vocabulary.
     """
     started = time.perf_counter()
+    if sample is not None and not 0 < sample <= 1:
+        raise ConfigError(f"--sample {sample} is outside 0 to 1; give the fraction of the documents to trace")
     besides = [Path(path) for path in (tokenizer, doclens) if path is not None]
-    found, left_out = find_inputs([Path(path) for path in inputs], dtype, field, besides)
-    _check_options(found, left_out, tokenizer is not None, doclens is not None, bos is not None, eos is not None)
-    lengths = None if doclens is None else read_lengths(Path(doclens))
-    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-    if loaded is not None:
-        loaded.no_truncation()  # some tokenizers come with a length to cut at, and one to fill up to
-        loaded.no_padding()
-        vocab_size = vocab_size or 1 + max(loaded.get_vocab(with_added_tokens=True).values())
-    for option, value in (("--bos", bos), ("--eos", eos)):
-        if value is not None and vocab_size is not None and not 0 <= value < vocab_size:
-            raise ConfigError(f"{option} {value} is outside the vocabulary of {vocab_size} ids; give one of its ids")
-    done_bytes, total_bytes, num_eos = 0, sum(source.num_bytes for source in found), 0
-    with TokenTraceWriter(output, vocab_size=vocab_size, source=_source_text(found)) as writer:
-        for piece, is_text in _pieces(found, loaded, vocab_size, lengths, bos):
-            ends = piece.document_ends
-            if eos is not None and not is_text:
-                eos_ends = np.flatnonzero(piece.token_ids == eos) + 1
-                num_eos += len(eos_ends)
-                ends = np.union1d(np.asarray(ends, dtype=np.int64), eos_ends)
-            writer.add(piece.token_ids, ends)
+    with ColumnReader() as columns:
+        found, left_out = Finder(columns, dtype, field).find([Path(path) for path in inputs], besides)
+        _check_options(found, left_out, tokenizer is not None, doclens is not None, bos is not None, eos is not None)
+        loaded = None if tokenizer is None else _tokenizer(tokenizer)
+        if loaded is not None:
+            vocab_size = vocab_size or 1 + max(loaded.get_vocab(with_added_tokens=True).values())
+        for option, value in (("--bos", bos), ("--eos", eos)):
+            if value is not None and vocab_size is not None and not 0 <= value < vocab_size:
+                raise ConfigError(
+                    f"{option} {value} is outside the vocabulary of {vocab_size} ids; give one of its ids"
+                )
+        settings = Settings(
+            tokenizer=loaded,
+            tokenizer_path=None if tokenizer is None else Path(tokenizer),
+            vocab_size=vocab_size,
+            lengths=None if doclens is None else read_lengths(Path(doclens)),
+            bos=bos,
+            eos=eos,
+            jobs=jobs,
+        )
+        tracing = Tracing(Reader(columns), settings, None if sample is None else Sample(sample, seed))
+        info = _write(tracing, found, output, vocab_size, on_progress)
+    seconds = time.perf_counter() - started
+    num_eos = None if eos is None else tracing.num_eos
+    return TraceReport(info, len(found), left_out, info.path.stat().st_size, seconds, num_eos)
+
+
+def _tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    loaded = load_tokenizer(path)
+    loaded.no_truncation()  # some tokenizers come with a length to cut at, and one to fill up to
+    loaded.no_padding()
+    return loaded
+
+
+def _write(
+    tracing: Tracing,
+    found: Sequence[TokenInput],
+    output: str | os.PathLike[str],
+    vocab_size: int | None,
+    on_progress: OnProgress | None,
+) -> TokenTraceInfo:
+    done_bytes, total_bytes = 0, sum(source.num_bytes for source in found)
+    # No input is named: the same documents are the same trace, byte for byte, whatever container they come from.
+    with TokenTraceWriter(output, vocab_size=vocab_size, source=SOURCE) as writer:
+        for piece in tracing.pieces(found):
+            writer.add(piece.token_ids, piece.document_ends)
             done_bytes += piece.input_bytes
             if on_progress is not None:
                 on_progress(min(done_bytes, total_bytes), total_bytes)
         info = writer.finish()
     if on_progress is not None:
         on_progress(total_bytes, total_bytes)  # what follows the last token, such as a checksum, counts too
-    seconds = time.perf_counter() - started
-    return TraceReport(info, len(found), left_out, info.path.stat().st_size, seconds, None if eos is None else num_eos)
+    return info
 
 
 def _check_options(
@@ -147,44 +182,6 @@ def _check_options(
         raise ConfigError("--eos is for token ids, and the inputs are text, a document a file (or line); leave it out")
 
 
-def _source_text(found: Sequence[TokenInput]) -> str:
-    names = [os.fsencode(source.path.name).decode(errors="replace") for source in found[:SOURCES_NAMED_MAX]]
-    more = f" and {len(found) - SOURCES_NAMED_MAX} more files" if len(found) > SOURCES_NAMED_MAX else ""
-    return ", ".join(names) + more
-
-
-def _pieces(
-    found: Sequence[TokenInput],
-    tokenizer: Tokenizer | None,
-    vocab_size: int | None,
-    lengths: np.ndarray | None,
-    bos: int | None,
-) -> Iterator[tuple[Piece, bool]]:
-    """Yields (piece, whether it comes from text)."""
-    for is_text, group in itertools.groupby(found, key=lambda source: source.is_text):
-        if is_text:
-            assert tokenizer is not None
-            parts = (part for source in group for part in _unchanged(source, text_parts(source)))
-            yield from ((piece, True) for piece in text_pieces(parts, tokenizer, bos))
-        else:
-            for source in group:
-                pieces = _unchanged(source, id_pieces(source, vocab_size, lengths))
-                yield from ((piece, False) for piece in pieces)
-
-
-def _unchanged(source: TokenInput, parts: Iterator[Any]) -> Iterator[Any]:
-    """Yields what was read of a file; raises `ConfigError` at its end if somebody wrote to the file meanwhile."""
-    before = _identity(source.path)
-    yield from parts
-    if _identity(source.path) != before:
-        raise ConfigError(f"{source.path} was changed while it was read; trace it again once it is whole")
-
-
-def _identity(path: Path) -> tuple[int, int, int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 @click.command("trace")
 @click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="INPUT...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="T.trace", help="The trace.")
@@ -194,7 +191,9 @@ def _identity(path: Path) -> tuple[int, int, int, int]:
 @click.option(
     "--dtype", type=click.Choice(list(RAW_DTYPES)), help="Integers of raw files (.bin) that do not say it themselves."
 )
-@click.option("--field", metavar="NAME", help="Field of JSON lines.  [default: text; or input_ids, tokens]")
+@click.option(
+    "--field", metavar="NAME", help="Field, column or member with the documents.  [default: text; or input_ids, tokens]"
+)
 @click.option(
     "--doclens", type=click.Path(path_type=Path), metavar="FILE.npy", help="Tokens of each document of the one input."
 )
@@ -208,6 +207,19 @@ def _identity(path: Path) -> tuple[int, int, int, int]:
     metavar="N",
     help="Refuse ids of N and more.  [default: the tokenizer's]",
 )
+@click.option(
+    "--sample",
+    type=click.FloatRange(min=0, min_open=True, max=1),
+    metavar="F",
+    help="Trace a fraction of the documents, such as 0.1, drawn by --seed.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of --sample.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, JOBS_MAX),
+    metavar="N",
+    help="Processes that tokenize, about 150 MB each.  [default: for much text one a processor, at most 16]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes are in bytes.")
 def command(
     inputs: tuple[Path, ...],
@@ -219,23 +231,30 @@ def command(
     eos: int | None,
     bos: int | None,
     vocab_size: int | None,
+    sample: float | None,
+    seed: int,
+    jobs: int | None,
     as_json: bool,
 ) -> None:
-    """Write the token trace of INPUT...: text, JSON lines, .npy, or raw token ids; folders are walked.
+    """Write the token trace of INPUT...: text or token ids, in whatever holds them; folders are walked.
 
     \b
-    Text: a file is a document.
-    JSON lines (.jsonl): a line is a document, its text or list of ids in --field.
+    Text: a file is a document. Or .txt and .json members of a tar (webdataset).
+    JSON lines: a line is a document, its text, list of ids or chat in --field.
+    Parquet, Arrow, save_to_disk folders and snapshots of the Hugging Face cache:
+      a row is a document, its text, list of ids or chat in column --field.
+    Mosaic (MDS) and litdata folders: a sample is a document.
     .npy: 1-D, or a document a row.
     Raw integers: .i32 .i64 .u16 .u32, or --dtype. Token files of llm.c and
       modded-nanogpt, and .bin with .idx of Megatron, say their type.
-    Text, lines and raw integers may be compressed: zstd, gzip, xz, bzip2.
+    Text, lines, tar and raw integers may be compressed: zstd, gzip, xz, bzip2.
 
     A file of ids is one document unless it says otherwise, or --eos or --doclens does.
 
     \b
     Example: tierstore trace corpus/ -o corpus.trace --tokenizer model/tokenizer.json --bos 0
     Example: tierstore trace train.bin -o train.trace --dtype uint16 --eos 50256
+    Example: tierstore trace data/*.parquet -o ids.trace --field input_ids --sample 0.1
     """
     with Progress("tracing") as on_progress:
         report = write_trace(
@@ -248,6 +267,9 @@ def command(
             eos=eos,
             field=field,
             vocab_size=vocab_size,
+            sample=sample,
+            seed=seed,
+            jobs=jobs,
             on_progress=on_progress,
         )
     if as_json:

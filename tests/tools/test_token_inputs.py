@@ -8,7 +8,6 @@ import io
 import json
 import lzma
 import struct
-import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -82,15 +81,6 @@ def zipped(name: str) -> bytes:
     return out.getvalue()
 
 
-def tarred() -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        info = tarfile.TarInfo("train.bin")
-        info.size = IDS.nbytes
-        archive.addfile(info, io.BytesIO(IDS.tobytes()))
-    return out.getvalue()
-
-
 def megatron_index(lengths: list[int], documents: list[int], code: int = 8, item_bytes: int = 2) -> bytes:
     starts = np.cumsum([0, *lengths])
     head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(lengths), len(documents))
@@ -113,10 +103,6 @@ PACKED = {
     "PyTorch": zipped("archive/data.pkl"),
     "zip archive": zipped("corpus/train.bin"),
     "NumPy archive": zipped("ids.npy"),
-    "tar archive": tarred(),
-    "Parquet": b"PAR1" + IDS.tobytes() + b"PAR1",
-    "Arrow IPC file": b"ARROW1\0\0" + IDS.tobytes(),
-    "Arrow IPC stream": struct.pack("<iiI", -1, 120, 16) + IDS.tobytes(),
     "HDF5": b"\x89HDF\r\n\x1a\n" + IDS.tobytes(),
     "lz4": b"\x04\x22\x4d\x18" + IDS.tobytes(),
     "Megatron index": megatron_index([5, 6], [0, 1, 2]),
@@ -128,9 +114,7 @@ PACKED = {
 }
 # In a folder these are the data, or stand for it: a trace without them would be of another corpus.
 FETCHED_OR_PACKED = {
-    "Git LFS pointer", "Parquet", "Arrow IPC file", "Arrow IPC "
-                                                    "stream", "lz4", "Megatron index", "litdata chunk", "Mosaic shard",
-    "evaluations",
+    "Git LFS pointer", "lz4", "Megatron index", "litdata chunk", "Mosaic shard", "evaluations",
 }  # fmt: skip
 
 
@@ -189,12 +173,12 @@ def test_a_random_stream_of_ids_is_nothing_but_ids(tmp_path: Path) -> None:
 
 
 def test_a_remedy_can_be_run_as_it_is_printed(tmp_path: Path) -> None:
-    file = tmp_path / "it's mine.parquet"
-    file.write_bytes(PACKED["Parquet"])
+    file = tmp_path / "it's mine.pt"
+    file.write_bytes(PACKED["PyTorch"])
     with pytest.raises(ConfigError) as refused:
         write_trace([file], tmp_path / "t.trace")
-    printed = str(refused.value).partition("write it as JSON lines: ")[2]
-    assert printed == f"""datasets.Dataset.from_parquet({str(file)!r}).to_json("it's mine.jsonl")"""
+    printed = str(refused.value).partition("save its ids as .npy: ")[2]
+    assert printed == f"numpy.save('ids.npy', torch.load({str(file)!r}).numpy())"
 
 
 # Text that is called ids, and the reverse
@@ -529,29 +513,7 @@ def test_lengths_in_the_folder_are_no_input(tmp_path: Path) -> None:
     assert [len(ids) for ids in documents_of(tmp_path / "t.trace")] == [2000, 3000]
 
 
-# Folders of other tools
-
-
-def test_folders_that_only_another_tool_reads_are_refused_by_name(tmp_path: Path, tokenizer: Path) -> None:
-    def refused(folder: Path, files: dict[str, bytes], message: str) -> None:
-        for name, data in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(data)
-        for given, dtype in ((folder, None), (folder, "uint16"), (folder.parent, None)):
-            with pytest.raises(ConfigError, match=message):
-                write_trace([given], tmp_path / "t.trace", tokenizer=tokenizer, dtype=dtype)
-
-    saved = {"data-00000-of-00001.arrow": PACKED["Arrow IPC stream"], "state.json": b"{}", "dataset_info.json": b"{}"}
-    refused(tmp_path / "a" / "saved", saved, r"Hugging Face datasets.*load_from_disk\('.*saved'\)\.to_json")
-    splits = {"dataset_dict.json": b'{"splits": ["train"]}', "train/x.txt": b"one"}
-    refused(tmp_path / "b" / "splits", splits, r"of several splits.*\['train'\]\.to_json")
-    hub = {"blobs/abc": b"one", "snapshots/123/a.txt": b"one", "snapshots/456/a.txt": b"two", "refs/main": b"456"}
-    refused(tmp_path / "c" / "datasets--o--d", hub, r"cache of huggingface_hub.*; give .*snapshots/456")
-    lit = {"chunk-0-0.bin": PACKED["litdata chunk"], "index.json": b'{"chunks": [{"chunk_size": 9, "chunk_bytes": 5}]}'}
-    refused(tmp_path / "d" / "lit", lit, r"index\.json of a litdata data set; .*litdata")
-    index = {"shards": [{"column_names": ["tokens"], "format": "mds"}], "version": 2}
-    mosaic = {"shard.00000.mds": PACKED["Mosaic shard"], "index.json": json.dumps(index).encode()}
-    refused(tmp_path / "e" / "mds", mosaic, r"index\.json of a Mosaic.*; .*streaming")
+# Folders
 
 
 def test_a_download_that_has_not_finished_is_refused(tmp_path: Path) -> None:
@@ -597,7 +559,7 @@ def test_json_says_what_was_written_and_what_was_left_out(tmp_path: Path) -> Non
         "documents": len(documents_of(tmp_path / "t.trace")),
         "vocab_size": None,
         "token_id_max": int(IDS.max()),
-        "source": "train.u16",
+        "source": "tierstore trace",
         "inputs": 1,
         "left_out": [{"path": str(folder / "empty.txt"), "why": "empty"}],
         "bytes": (tmp_path / "t.trace").stat().st_size,

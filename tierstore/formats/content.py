@@ -39,9 +39,8 @@ class Content:
 
 _DECOMPRESS, _UNPACK = "decompress it first", "unpack it first"
 _TENSORS = "use the original model's *.safetensors"
-_COLUMN = "take its column out first, for instance with pyarrow"
-_MOSAIC = "take the token ids out first, with the streaming package"
-_LITDATA = "take the token ids out first, with the litdata package"
+_COLUMN = "if it holds text or token ids, give it to tierstore trace"
+_SAMPLES = "if it holds text or token ids, give its folder to tierstore trace"
 _CONTENTS = {
     "empty": ("an empty file", "download or copy it again"),
     "git-lfs": ("a Git LFS pointer, not the file itself", "run git lfs pull in its folder"),
@@ -72,10 +71,10 @@ _CONTENTS = {
     "hdf5": ("an HDF5 file", "take its array out first, for instance with h5py"),
     "sqlite": ("an SQLite database", "take its column out first"),
     "megatron-index": ("a Megatron index (.idx)", "give the .bin file that it belongs to"),
-    "mosaic-index": ("the index.json of a Mosaic (MDS) data set", _MOSAIC),
-    "mosaic-shard": ("a Mosaic shard (.mds): a table of offsets, then its samples", _MOSAIC),
-    "litdata-index": ("the index.json of a litdata data set", _LITDATA),
-    "litdata-chunk": ("a litdata chunk: a table of offsets, then its items", _LITDATA),
+    "mosaic-index": ("the index.json of a Mosaic (MDS) data set", _SAMPLES),
+    "mosaic-shard": ("a Mosaic shard (.mds): a table of offsets, then its samples", _SAMPLES),
+    "litdata-index": ("the index.json of a litdata data set", _SAMPLES),
+    "litdata-chunk": ("a litdata chunk: a table of offsets, then its items", _SAMPLES),
     "llmc-tokens-u16": (
         "a token file of llm.c or modded-nanogpt: a header of 1024 bytes, then uint16",
         "skip the header",

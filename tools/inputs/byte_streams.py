@@ -2,7 +2,8 @@
 
 Input: a path and the codec that its content names: "", "zstd", "gzip", "xz", "bzip2".
 Output: pieces of bytes, each with how many bytes of the file it took; or a file object over them.
-Errors: `FormatError` for damaged and cut streams, `ConfigError` for whole ones that need a dictionary or more memory.
+Errors: `FormatError` for damaged and cut streams, `ConfigError` for whole ones that need a dictionary or more memory,
+or that unfold without end.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from tierstore.errors import ConfigError, FormatError
 from tierstore.tiers.memory import available_memory
 from tierstore.units import format_bytes
 
+from .unfolding import Unfolding
+
 CODECS = ("zstd", "gzip", "xz", "bzip2")
 READ_BYTES = 1 << 22
 # Compressed bytes at once. A byte of zstd or xz makes at most some 32 KiB: no piece grows past 256 MiB.
@@ -36,6 +39,7 @@ def read_chunks(path: Path, codec: str) -> Iterator[tuple[bytes, int]]:
     if not codec:
         yield from _plain(path, READ_BYTES)
         return
+    unfolding = Unfolding(path, path.stat().st_size)
     frame: Any = None
     for data, read_bytes in _plain(path, COMPRESSED_READ_BYTES):
         while data:
@@ -44,9 +48,11 @@ def read_chunks(path: Path, codec: str) -> Iterator[tuple[bytes, int]]:
                     break  # padding behind the last member
                 frame = _decoder(path, codec, data)
             try:
-                yield frame.decompress(data), read_bytes
+                unfolded = frame.decompress(data)
             except _DAMAGED as error:
                 raise FormatError(f"{path} is no {codec} file, or damaged ({error}); copy it again") from error
+            unfolding.add(len(unfolded))
+            yield unfolded, read_bytes
             read_bytes = 0  # counted once, also if several frames lie in it
             data = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame

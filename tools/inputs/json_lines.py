@@ -1,7 +1,7 @@
-"""JSON lines as documents: a text or a list of token ids on every line, by itself or in a field of an object.
+"""JSON lines as documents: a text, a list of token ids or a chat on every line, by itself or in a field of an object.
 
-Input: a file's lines, decompressed, and the field's name, if the user gave one. Output: documents, str or int64
-[tokens]. Errors: `ConfigError` naming file, line and field.
+Input: a file's lines, decompressed, and the field's name, if the user gave one. Output: documents: str, int64 [tokens],
+or the messages of a chat in JSON. Errors: `ConfigError` naming file, line and field.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +17,20 @@ import numpy as np
 from tierstore.errors import ConfigError
 
 from .byte_streams import ChunkFile
+from .fields import CHAT, IDS, TEXT, Field, NoField, choose_field
 
 SUFFIXES = {".jsonl", ".ndjson"}
 LINE_BYTES_MAX = 1 << 28  # one document
 PROBE_BYTES = 1 << 26  # the longest first line that is looked at
-TEXT_FIELDS = ("text", "content")  # taken if nobody names a field, the first that there is
-ID_FIELDS = ("input_ids", "token_ids", "tokens", "ids")
-FIELDS_NAMED_MAX = 8
+_EXPECTED = {TEXT: "a text", IDS: "a list of integers", CHAT: "a list of messages"}
 
 
-@dataclass(frozen=True)
-class LineField:
-    """What of each line is a document. name: None if the line itself is; is_ids: token ids, else text."""
-
-    name: str | None
-    is_ids: bool
-
-
-def field_of_lines(path: Path, codec: str, wanted: str | None) -> LineField | str | None:
+def field_of_lines(path: Path, codec: str, wanted: str | None) -> Field | NoField | None:
     """Looks at a file that begins like JSON; returns the field, or why its lines have none,
     or None if it is not JSON lines.
 
-    wanted: the field's name; None: by default "text", or one of the usual names of lists of ids. A file of one line is
-    JSON lines if its name says so or a field is wanted.
+    wanted: the field's name; None: the usual ones. A file of one line is JSON lines if its name says so or a field is
+    wanted.
     """
     with ChunkFile(path, codec) as raw, io.BufferedReader(raw, 1 << 16) as file:
         lines = (line for line in iter(lambda: file.readline(PROBE_BYTES), b"") if line.strip())
@@ -52,32 +42,35 @@ def field_of_lines(path: Path, codec: str, wanted: str | None) -> LineField | st
     named = wanted is not None or SUFFIXES & set(path.suffixes)
     if not (second[:1] in (b"{", b"[", b'"') or (not second and named)):
         return None
+    return field_of_json(value, wanted, "its first line")
+
+
+def field_of_json(value: Any, wanted: str | None, of: str) -> Field | NoField | None:
+    """Returns the field of a parsed value, why it has none, or None for a bare number or null. of: what it is."""
     if isinstance(value, (str, list)):
-        return (
-            LineField(None, isinstance(value, list)) if _is_document(value) else "its lines are lists of other things"
-        )
+        sort = _sort(value)
+        return NoField(f"{of} is a list of other things") if sort is None else Field(None, sort)
     if not isinstance(value, dict):
         return None
-    names = [wanted] if wanted is not None else [*TEXT_FIELDS, *ID_FIELDS]
-    found = next((name for name in names if _is_document(value.get(name))), None)
-    if found is None:
-        there = ", ".join(list(value)[:FIELDS_NAMED_MAX])
-        what = (
-            f"no text or token ids in a field {wanted}" if wanted is not None else "no field text, nor one of token ids"
-        )
-        return f"its first line has {what}; it has: {there}"
-    return LineField(found, isinstance(value[found], list))
+    return choose_field({name: _sort(each) for name, each in value.items()}, wanted, of)
 
 
 def _line(lines: Iterator[bytes]) -> bytes:
     return next(lines, b"").removeprefix(b"\xef\xbb\xbf").strip()
 
 
-def _is_document(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(type(each) is int for each in value))
+def _sort(value: Any) -> str | None:
+    """What a value is: a text, ids, a chat, or None for anything else."""
+    if isinstance(value, str):
+        return TEXT
+    if not isinstance(value, list):
+        return None
+    if value and all(isinstance(each, dict) and "role" in each for each in value):
+        return CHAT
+    return IDS if all(type(each) is int for each in value) else None
 
 
-def documents_of_lines(path: Path, codec: str, field: LineField) -> Iterator[tuple[str | np.ndarray, int]]:
+def documents_of_lines(path: Path, codec: str, field: Field) -> Iterator[tuple[str | np.ndarray, int]]:
     """Yields (the document of each line that is not blank, bytes of the file that were read for it)."""
     with ChunkFile(path, codec) as raw, io.BufferedReader(raw, 1 << 16) as file:
         consumed = number = 0
@@ -88,11 +81,12 @@ def documents_of_lines(path: Path, codec: str, field: LineField) -> Iterator[tup
                     f"{path}: line {number} is longer than {LINE_BYTES_MAX} bytes; is each document a line?"
                 )
             if line.strip():
-                yield _document(line, field, f"{path}: line {number}"), raw.consumed - consumed
+                yield document_of_json(line, field, f"{path}: line {number}"), raw.consumed - consumed
                 consumed = raw.consumed
 
 
-def _document(line: bytes, field: LineField, where: str) -> str | np.ndarray:
+def document_of_json(line: bytes, field: Field, where: str) -> str | np.ndarray:
+    """Returns the document that JSON holds; raises `ConfigError` that begins with `where`."""
     try:
         value = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
     except (ValueError, RecursionError) as error:
@@ -107,12 +101,24 @@ def _document(line: bytes, field: LineField, where: str) -> str | np.ndarray:
                 f"{where} has no field {field.name}, as the first line has; remove it, or name another field"
             )
         value = value[field.name]
-    if field.is_ids and isinstance(value, list) and all(type(each) is int for each in value):
+    sort = _sort(value)
+    if field.is_ids and sort == IDS:
         try:
             return np.array(value, dtype=np.int64)
         except OverflowError as error:
             raise ConfigError(f"{where}: {what} has an id beyond 64 bits; no vocabulary has that") from error
-    if not field.is_ids and isinstance(value, str):
-        return value
-    expected = "a list of integers" if field.is_ids else "a text"
-    raise ConfigError(f"{where}: {what} is {str(value)!r:.60}, expected {expected}, as in the first line")
+    if field.sort == TEXT and sort == TEXT:
+        assert isinstance(value, str)
+        return _whole_characters(value)
+    if field.sort == CHAT and sort == CHAT:
+        return json.dumps(value)
+    raise ConfigError(f"{where}: {what} is {str(value)!r:.60}, expected {_EXPECTED[field.sort]}, as in the first line")
+
+
+def _whole_characters(text: str) -> str:
+    """Returns a text with U+FFFD for halves of characters, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

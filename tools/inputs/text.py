@@ -21,7 +21,8 @@ from .byte_streams import ChunkFile
 from .ids import Piece
 
 PIECE_CHARACTERS = 1 << 20  # text beyond it is cut at the end of a line
-BATCH_CHARACTERS = 1 << 21
+BATCH_CHARACTERS = 1 << 19
+BATCH_PARTS_MAX = 1 << 14  # of short texts, and of those that are not drawn
 
 
 class TextPart(NamedTuple):
@@ -33,18 +34,33 @@ class TextPart(NamedTuple):
     input_bytes: int
 
 
-def text_pieces(parts: Iterable[TextPart], tokenizer: Tokenizer, bos: int | None) -> Iterator[Piece]:
-    """Yields the tokens of documents in batches; `bos`, if given, stands before each document. Blocks."""
+def text_pieces(parts: Iterable[tuple[Path, TextPart]], tokenizer: Tokenizer, bos: int | None) -> Iterator[Piece]:
+    """Yields the tokens of documents in batches; `bos`, if given, stands before each document. Blocks.
+
+    parts: each with the file that it is of, for errors.
+    """
+    for paths, batch in batches_of(parts):
+        remedy = "leave the input out that it cannot read, or update tokenizers"
+        with naming_panics(f"text for the tokenizer, from {paths[0]} on", remedy):
+            texts = [part.text for part in batch]
+            encodings = aside(partial(tokenizer.encode_batch_fast, add_special_tokens=False), texts)  # takes a second
+        yield joined_piece(batch, [np.array(encoding.ids, dtype=np.int32) for encoding in encodings], bos)
+
+
+def batches_of(parts: Iterable[tuple[Path, TextPart]]) -> Iterator[tuple[list[Path], list[TextPart]]]:
+    """Yields parts in batches of some BATCH_CHARACTERS, each with the files that they are of."""
+    paths: list[Path] = []
     batch: list[TextPart] = []
     characters = 0
-    for part in parts:
+    for path, part in parts:
+        paths.append(path)
         batch.append(part)
         characters += len(part.text)
-        if characters >= BATCH_CHARACTERS:
-            yield _tokenized(batch, tokenizer, bos)
-            batch, characters = [], 0
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_PARTS_MAX:
+            yield paths, batch
+            paths, batch, characters = [], [], 0
     if batch:
-        yield _tokenized(batch, tokenizer, bos)
+        yield paths, batch
 
 
 def parts_of_file(path: Path, codec: str, num_bytes: int) -> Iterator[TextPart]:
@@ -79,17 +95,17 @@ def _some_lines(file: io.TextIOBase) -> str:
     return text + file.readline(PIECE_CHARACTERS) if len(text) == PIECE_CHARACTERS else text
 
 
-def _tokenized(parts: Sequence[TextPart], tokenizer: Tokenizer, bos: int | None) -> Piece:
-    with naming_panics("text for the tokenizer", "leave the input out that it cannot read, or update tokenizers"):
-        texts = [part.text for part in parts]
-        encodings = aside(partial(tokenizer.encode_batch_fast, add_special_tokens=False), texts)  # takes a second
-    ids: list[np.ndarray] = []
+def joined_piece(parts: Sequence[TextPart], ids: Sequence[np.ndarray], bos: int | None) -> Piece:
+    """Returns the piece of a batch of parts, of each of which the ids are given."""
+    found: list[np.ndarray] = []
     ends: list[int] = []
     total = 0
-    for part, encoding in zip(parts, encodings, strict=True):
-        start = [bos] if bos is not None and part.starts_document else []
-        ids.append(np.array(start + encoding.ids, dtype=np.int64))
-        total += len(ids[-1])
+    for part, part_ids in zip(parts, ids, strict=True):
+        if bos is not None and part.starts_document:
+            found.append(np.array([bos], dtype=np.int32))
+            total += 1
+        found.append(part_ids)
+        total += len(part_ids)
         if part.ends_document:
             ends.append(total)
-    return Piece(np.concatenate(ids), ends, sum(part.input_bytes for part in parts))
+    return Piece(np.concatenate(found), ends, sum(part.input_bytes for part in parts))

@@ -1,0 +1,103 @@
+"""From a `TokenInput` to its documents: texts in parts, or pieces of ids, whatever contains them.
+
+Input: `TokenInput`s, the reader of columns, the chat template if there is one. Output: `TextPart`s or `Piece`s in
+order, in bounded memory. Errors: those of the readers, each by file and place; `ConfigError` for a chat without a
+template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tierstore.errors import ConfigError
+from tierstore.formats.trace import check_token_ids
+
+from .columns import KINDS as COLUMN_KINDS
+from .columns import ColumnReader
+from .ids import LLMC_HEADER_BYTES, Piece, npy_pieces, raw_pieces
+from .json_lines import documents_of_lines
+from .megatron_pairs import read_index
+from .samples import documents_of_samples
+from .tar_members import documents_of_members
+from .text import TextPart, parts_of_document, parts_of_file
+from .token_input import TokenInput
+
+BATCH_TOKENS = 1 << 18  # of documents that come one by one, as a piece
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What reading needs besides the input itself. render: a chat's messages in JSON to its text, of a file by path."""
+
+    columns: ColumnReader
+    render: Callable[[TokenInput, str], str] | None = None
+
+    def text_parts(self, source: TokenInput) -> Iterator[TextPart]:
+        """Yields the text of an input that needs a tokenizer."""
+        if source.kind == "text":
+            yield from parts_of_file(source.path, source.codec, source.num_bytes)
+            return
+        if source.is_chat and self.render is None:
+            raise ConfigError(
+                f"{source.path} holds chat messages, and the tokenizer has no chat template; give --tokenizer the "
+                f"folder with tokenizer.json and tokenizer_config.json or chat_template.jinja, or name a field of text"
+            )
+        for document, input_bytes in self._documents(source):
+            assert isinstance(document, str), "the field holds text"
+            text = self.render(source, document) if source.is_chat and self.render is not None else document
+            yield from parts_of_document(text, input_bytes)
+
+    def id_pieces(self, source: TokenInput, vocab_size: int | None, lengths: np.ndarray | None) -> Iterator[Piece]:
+        """Yields the ids of an input that holds ids.
+
+        lengths: int64 [documents], tokens of each document, if the file does not say it itself. vocab_size: ids are
+        below it.
+        """
+        if lengths is not None and source.kind not in ("npy", "raw", "llmc"):
+            raise ConfigError(f"{source.path} says itself where its documents end; leave --doclens out")
+        if source.kind == "npy":
+            return npy_pieces(source.path, lengths, vocab_size)
+        if source.kind in COLUMN_KINDS:
+            assert source.field is not None
+            return self.columns.id_pieces(source.path, source.kind, source.field, vocab_size)
+        if source.field is not None:
+            return self._gathered(source, vocab_size)
+        skip_bytes = LLMC_HEADER_BYTES if source.kind == "llmc" else 0
+        if source.index is not None:
+            lengths = read_index(source.index, source.path).lengths
+        return raw_pieces(source.path, source.codec, source.dtype, lengths, vocab_size, skip_bytes)
+
+    def _documents(self, source: TokenInput) -> Iterator[tuple[str | np.ndarray, int]]:
+        """Yields (a document, bytes of the file that were read for it) of inputs with a field."""
+        assert source.field is not None
+        if source.kind in COLUMN_KINDS:
+            return self.columns.texts(source.path, source.kind, source.field)
+        if source.layout is not None:
+            return documents_of_samples(source)
+        if source.kind == "tar":
+            return documents_of_members(source.path, source.codec, source.field)
+        return documents_of_lines(source.path, source.codec, source.field)
+
+    def _gathered(self, source: TokenInput, vocab_size: int | None) -> Iterator[Piece]:
+        """Yields pieces of some BATCH_TOKENS of documents that come one by one."""
+        ids: list[np.ndarray] = []
+        num_tokens = num_gathered = taken = 0
+        for document, input_bytes in self._documents(source):
+            assert isinstance(document, np.ndarray), "the field holds ids"
+            check_token_ids(document, vocab_size, str(source.path), num_tokens)
+            num_tokens += len(document)
+            num_gathered += len(document)
+            taken += input_bytes
+            ids.append(document)
+            if num_gathered >= BATCH_TOKENS:
+                yield _piece(ids, taken)
+                ids, num_gathered, taken = [], 0, 0
+        if ids:
+            yield _piece(ids, taken)
+
+
+def _piece(ids: list[np.ndarray], input_bytes: int) -> Piece:
+    return Piece(np.concatenate(ids), np.cumsum([len(document) for document in ids]), input_bytes)
