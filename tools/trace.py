@@ -35,6 +35,7 @@ from .inputs.tokenizing import JOBS_MAX
 from .inputs.tracing import Settings, Tracing
 
 SOURCE = "tierstore trace"
+PACKING_THREADS = 2  # of the trace, while the next pieces are read
 KINDS_NAMED_MAX = 5
 
 
@@ -146,7 +147,7 @@ def _write(
 ) -> TokenTraceInfo:
     done_bytes, total_bytes = 0, sum(source.num_bytes for source in found)
     # No input is named: the same documents are the same trace, byte for byte, whatever container they come from.
-    with TokenTraceWriter(output, vocab_size=vocab_size, source=SOURCE) as writer:
+    with TokenTraceWriter(output, vocab_size=vocab_size, source=SOURCE, threads=PACKING_THREADS) as writer:
         for piece in tracing.pieces(found):
             writer.add(piece.token_ids, piece.document_ends)
             done_bytes += piece.input_bytes

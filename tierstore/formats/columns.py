@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,45 @@ COMPRESSION_LEVEL = 3
 SAMPLE_VALUES = 1 << 14  # of a column, on which filters are compared
 
 
+@dataclass(frozen=True)
+class PackedBlock:
+    """A block as it is written: its section, and for each column its bytes and its record in the directory."""
+
+    section: str
+    columns: list[tuple[bytes, list[Any]]]
+
+
+def pack_block(section: str, columns: Mapping[str, np.ndarray], level: int = COMPRESSION_LEVEL) -> PackedBlock:
+    """Returns a block of 1-D integer columns, of any lengths, ready to be written. Pure; any thread.
+
+    Each column is filtered in the way that a sample of it compresses best, compressed alone, and checksummed. level: of
+    zstd. Raises `TypeError` for columns that are not 1-D integers, `ValueError` for more than COLUMNS_MAX or
+    BLOCK_BYTES_MAX.
+    """
+    num_bytes = sum(values.nbytes for values in columns.values())
+    if not 1 <= len(columns) <= COLUMNS_MAX or num_bytes > BLOCK_BYTES_MAX:
+        raise ValueError(
+            f"a block of {len(columns)} columns and {num_bytes} bytes; at most {COLUMNS_MAX} and {BLOCK_BYTES_MAX} "
+            f"go into one: write more blocks"
+        )
+    for name in (section, *columns):
+        assert is_name(name), name
+    compressor = zstandard.ZstdCompressor(level=level, write_content_size=True)
+    return PackedBlock(section, [_pack_column(name, values, compressor) for name, values in columns.items()])
+
+
+def _pack_column(name: str, values: np.ndarray, compressor: zstandard.ZstdCompressor) -> tuple[bytes, list[Any]]:
+    dtype_name = values.dtype.str[1:]
+    if values.ndim != 1 or dtype_name not in DTYPES:
+        raise TypeError(f"column {name} is {values.dtype} {list(values.shape)}, expected 1-D integers")
+    values = np.ascontiguousarray(values, dtype=DTYPES[dtype_name])
+    middle = max(0, (len(values) - SAMPLE_VALUES) // 2)
+    sample = values[middle : middle + SAMPLE_VALUES]
+    best = min(FILTERS, key=lambda filter_: len(compressor.compress(_filtered(sample, filter_))))
+    data = compressor.compress(_filtered(values, best))
+    return data, [name, dtype_name, best, len(values), len(data), kernels.crc32c(data)]
+
+
 class ColumnWriter:
     """Writes one file of columns; use it with `with`. One thread at a time. Unfinished, it leaves nothing behind.
 
@@ -59,7 +99,6 @@ class ColumnWriter:
         if self.path.exists() and not self.path.is_file():
             raise ConfigError(f"{self.path} is there and not a regular file; give the name of a file to write")
         self._new_path = self.path.with_name(self.path.name + NEW_SUFFIX)
-        self._compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_content_size=True)
         self._blocks: list[tuple[str, list[list[Any]]]] = []
         self._num_bytes = 0
         self._pid = os.getpid()
@@ -81,32 +120,15 @@ class ColumnWriter:
     def write_block(self, section: str, columns: Mapping[str, np.ndarray]) -> None:
         """Appends a block to `section`: 1-D integer columns, of any lengths. Blocks on the disk.
 
-        Each column is filtered in the way that a sample of it compresses best, compressed alone, and checksummed.
-        Raises `TypeError` for columns that are not 1-D integers,
-        `ValueError` for more than COLUMNS_MAX or BLOCK_BYTES_MAX.
+        Raises what `pack_block` raises.
         """
-        num_bytes = sum(values.nbytes for values in columns.values())
-        if not 1 <= len(columns) <= COLUMNS_MAX or num_bytes > BLOCK_BYTES_MAX:
-            raise ValueError(
-                f"a block of {len(columns)} columns and {num_bytes} bytes; at most {COLUMNS_MAX} and {BLOCK_BYTES_MAX} "
-                f"go into one: write more blocks"
-            )
-        for name in (section, *columns):
-            assert is_name(name), name
-        self._blocks.append((section, [self._write_column(name, values) for name, values in columns.items()]))
+        self.write_packed(pack_block(section, columns))
 
-    def _write_column(self, name: str, values: np.ndarray) -> list[Any]:
-        """Writes one column; returns its record in the directory."""
-        dtype_name = values.dtype.str[1:]
-        if values.ndim != 1 or dtype_name not in DTYPES:
-            raise TypeError(f"column {name} is {values.dtype} {list(values.shape)}, expected 1-D integers")
-        values = np.ascontiguousarray(values, dtype=DTYPES[dtype_name])
-        middle = max(0, (len(values) - SAMPLE_VALUES) // 2)
-        sample = values[middle : middle + SAMPLE_VALUES]
-        best = min(FILTERS, key=lambda filter_: len(self._compressor.compress(_filtered(sample, filter_))))
-        data = self._compressor.compress(_filtered(values, best))
-        self._write(data)
-        return [name, dtype_name, best, len(values), len(data), kernels.crc32c(data)]
+    def write_packed(self, block: PackedBlock) -> None:
+        """Appends a block that is packed. Blocks on the disk."""
+        for data, _ in block.columns:
+            self._write(data)
+        self._blocks.append((block.section, [record for _, record in block.columns]))
 
     def finish(self, footer: Mapping[str, Any]) -> None:
         """Writes directory and footer, makes the file durable and gives it its name. Blocks on the disk.

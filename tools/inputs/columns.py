@@ -78,8 +78,7 @@ class ColumnReader:
             unfolding.add(len(body) - lengths_bytes)
             taken = max(0, int(head["done"] * size) - done)
             done += taken
-            view = memoryview(body)
-            yield head, np.frombuffer(view[:lengths_bytes], dtype=np.int64), view[lengths_bytes:], taken
+            yield head, np.frombuffer(body[:lengths_bytes], dtype=np.int64), body[lengths_bytes:], taken
 
     def __enter__(self) -> ColumnReader:
         return self

@@ -7,6 +7,7 @@ and files that were cut, `FormatError` for files that contradict their own heade
 
 from __future__ import annotations
 
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -20,6 +21,8 @@ from .byte_streams import read_chunks
 
 RAW_DTYPES = {"int32": "<i4", "int64": "<i8", "uint16": "<u2", "uint32": "<u4"}
 PIECE_TOKENS = 1 << 20
+# What NumPy raises for a damaged head, which it reads as Python's source.
+NPY_ERRORS = (ValueError, EOFError, SyntaxError, TypeError, KeyError, RecursionError, tokenize.TokenError)
 LLMC_HEADER_BYTES = 1024
 LLMC_DTYPES = {20240520: "<u2", 20240801: "<u4"}  # of token files, by their first number
 
@@ -100,8 +103,10 @@ def npy_header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.d
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = read(file)
-    except (ValueError, EOFError) as error:
+    except NPY_ERRORS as error:
         raise FormatError(f"{path} is no NumPy array of numbers, or cut ({error}); copy it again") from error
+    if any(type(dimension) is not int or dimension < 0 for dimension in shape):
+        raise FormatError(f"{path} has the shape {shape}: its head is damaged; copy it again")
     if len(shape) not in (1, 2) or dtype.kind not in "iu":
         raise NoIdsError(
             path, f"{dtype} {list(shape)}, expected integers, 1-D, or 2-D with a document a row", "save ids so"

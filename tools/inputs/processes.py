@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from tierstore.errors import BudgetError, ConfigError, FormatError, TierStoreError
 from tierstore.units import format_bytes
 
@@ -51,7 +53,7 @@ class WorkerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
 
-    def ask(self, path: Path, head: Mapping[str, Any], body: Any = b"") -> Iterator[tuple[dict[str, Any], bytearray]]:
+    def ask(self, path: Path, head: Mapping[str, Any], body: Any = b"") -> Iterator[tuple[dict[str, Any], memoryview]]:
         """Sends a request about a file and yields the answers. Blocks, `answer_s` without a byte at most.
 
         Left before its end, the worker is ended with it. What was raised is what the module says.
@@ -80,7 +82,7 @@ class WorkerProcess:
         except BrokenPipeError as error:
             raise self._died(path) from error
 
-    def receive(self, path: Path) -> tuple[dict[str, Any], bytearray]:
+    def receive(self, path: Path) -> tuple[dict[str, Any], memoryview]:
         """Returns the next answer of a request about a file; raises the error that it names."""
         assert self._process is not None
         assert self._process.stdout is not None
@@ -94,7 +96,7 @@ class WorkerProcess:
             return os.readv(fd, [view])
 
         try:
-            answer, data = worker_messages.receive(read)
+            answer, data = worker_messages.receive(read, _allocate)
         except EOFError as error:
             raise self._died(path) from error
         except TimeoutError as error:
@@ -187,6 +189,10 @@ class WorkerProcess:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _allocate(num_bytes: int) -> np.ndarray:
+    return np.empty(num_bytes, dtype=np.uint8)  # not written before it is filled
 
 
 def _signal_name(number: int) -> str:

@@ -22,6 +22,7 @@ from tierstore.errors import ConfigError, FormatError
 
 from .byte_streams import ChunkFile
 from .fields import IDS, TEXT, Field, MemberField, NoField
+from .ids import NPY_ERRORS
 from .json_lines import document_of_json, field_of_json
 
 BLOCK_BYTES = 512
@@ -102,7 +103,7 @@ def documents_of_members(path: Path, codec: str, field: Field) -> Iterator[tuple
 def _array(data: bytes, where: str) -> np.ndarray:
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (*NPY_ERRORS, OSError) as error:
         raise ConfigError(f"{where} is no NumPy array of numbers, or cut ({error}); take it out") from error
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
         raise ConfigError(f"{where} is {getattr(array, 'dtype', 'an archive')}, expected integers, 1-D; take it out")

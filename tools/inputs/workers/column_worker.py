@@ -31,7 +31,7 @@ BATCH_ROWS_MAX = 1 << 16
 ELEMENTS_OF_CHAT = ("role", "from")
 
 
-def handle(head: dict[str, Any], _body: bytearray) -> Iterator[Message]:
+def handle(head: dict[str, Any], _body: memoryview) -> Iterator[Message]:
     """Answers one request."""
     path, format_ = head["path"], head["format"]
     if head["do"] == "describe":
@@ -177,8 +177,9 @@ def _document_rows(column: pa.Array, row: int, done: float) -> Message:
         while index >= lengths[0].as_py():
             index, row, lengths = index - lengths[0].as_py(), row + 1, lengths[1:]
         raise RefusedError("row", f"row {row} has null at place {index}, expected token ids")
-    array = values.to_numpy(zero_copy_only=True)
-    return head | {"sort": "ids", "dtype": array.dtype.str}, (lengths.to_numpy(zero_copy_only=True), array)
+    kind = values.type
+    dtype = f"{'i' if pa.types.is_signed_integer(kind) else 'u'}{kind.bit_width // 8}"
+    return head | {"sort": "ids", "dtype": f"<{dtype}"}, (_bytes_of(lengths), _bytes_of(values))
 
 
 def _lengths(column: pa.Array) -> pa.Array:
@@ -188,8 +189,17 @@ def _lengths(column: pa.Array) -> pa.Array:
     return column.value_lengths().cast(pa.int64())
 
 
-def _int64(values: list[int]) -> Any:
-    return pa.array(values, type=pa.int64()).to_numpy(zero_copy_only=True)
+def _int64(values: list[int]) -> memoryview:
+    return _bytes_of(pa.array(values, type=pa.int64()))
+
+
+def _bytes_of(array: pa.Array) -> memoryview:
+    """The bytes of integers without nulls. Not by way of NumPy, whose import takes a fifth of a second."""
+    data = array.buffers()[1]
+    if data is None:
+        return memoryview(b"")
+    width = array.type.bit_width // 8
+    return memoryview(data)[array.offset * width : (array.offset + len(array)) * width]
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ else:  # as a program
 _loaded: list[Tokenizer] = []  # the one tokenizer
 
 
-def handle(head: dict[str, Any], body: bytearray) -> Iterator[Message]:
+def handle(head: dict[str, Any], body: memoryview) -> Iterator[Message]:
     """Answers one request."""
     if head["do"] == "load":
-        _loaded[:] = [Tokenizer.from_str(body.decode())]
+        _loaded[:] = [Tokenizer.from_str(bytes(body).decode())]
         return
     texts, end = [], 0
     for num_bytes in head["bytes"]:
-        texts.append(body[end : end + num_bytes].decode())
+        texts.append(bytes(body[end : end + num_bytes]).decode())
         end += num_bytes
     counts, ids = array("q"), array("i")
     for encoding in _loaded[0].encode_batch_fast(texts, add_special_tokens=False):

@@ -43,27 +43,31 @@ def send(fd: int, head: dict[str, Any], parts: Iterable[Any] = ()) -> None:
             left = left[os.write(fd, left) :]
 
 
-def receive(read: Callable[[memoryview], int]) -> tuple[dict[str, Any], bytearray]:
-    """Returns the next message; raises `EOFError` if the other side is gone. read: as `readinto` of a file."""
-    head_bytes, body_bytes = PREFIX.unpack(_exactly(read, PREFIX.size))
+def receive(
+    read: Callable[[memoryview], int], allocate: Callable[[int], Any] = bytearray
+) -> tuple[dict[str, Any], memoryview]:
+    """Returns the next message; raises `EOFError` if the other side is gone.
+
+    read: as `readinto` of a file. allocate: memory for so many bytes of a body.
+    """
+    head_bytes, body_bytes = PREFIX.unpack(_exactly(read, bytearray(PREFIX.size)))
     if head_bytes > HEAD_BYTES_MAX:
         raise EOFError(f"a message with a head of {head_bytes} bytes")
-    head = json.loads(_exactly(read, head_bytes))
-    return head, _exactly(read, body_bytes)
+    head = json.loads(bytes(_exactly(read, bytearray(head_bytes))))
+    return head, _exactly(read, allocate(body_bytes))
 
 
-def _exactly(read: Callable[[memoryview], int], count: int) -> bytearray:
-    data = bytearray(count)
+def _exactly(read: Callable[[memoryview], int], data: Any) -> memoryview:
     left = memoryview(data)
     while left:
         taken = read(left)
         if not taken:
-            raise EOFError(f"{len(left)} of {count} bytes did not come")
+            raise EOFError(f"{len(left)} bytes did not come")
         left = left[taken:]
-    return data
+    return memoryview(data)
 
 
-def serve(handle: Callable[[dict[str, Any], bytearray], Iterator[Message]], memory_bytes: int) -> None:
+def serve(handle: Callable[[dict[str, Any], memoryview], Iterator[Message]], memory_bytes: int) -> None:
     """Answers requests until there are no more. The last answer of each has {"end": true}, or names the error.
 
     memory_bytes: what this process may take beyond what it has now.
@@ -84,7 +88,7 @@ def serve(handle: Callable[[dict[str, Any], bytearray], Iterator[Message]], memo
 
 
 def _answers(
-    handle: Callable[[dict[str, Any], bytearray], Iterator[Message]], head: dict[str, Any], body: bytearray
+    handle: Callable[[dict[str, Any], memoryview], Iterator[Message]], head: dict[str, Any], body: memoryview
 ) -> Iterator[Message]:
     try:
         yield from handle(head, body)

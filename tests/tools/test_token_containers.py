@@ -1,0 +1,472 @@
+"""The same documents are the same trace, byte for byte, whatever container people keep them in."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from support.token_files import archive_of, litdata_folder, megatron_pair, mosaic_array, mosaic_folder
+from tokenizers import Tokenizer
+
+from tierstore.errors import BudgetError, ConfigError, FormatError
+from tierstore.formats.trace import read_token_documents
+from tierstore.tools.corpus import train_tokenizer
+from tierstore.tools.inputs import unfolding
+from tierstore.tools.inputs.columns import ColumnReader
+from tierstore.tools.inputs.fields import Field, NoField
+from tierstore.tools.inputs.ids import Piece
+from tierstore.tools.inputs.processes import WorkerProcess
+from tierstore.tools.trace import write_trace
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+DOCUMENTS = [
+    np.random.default_rng(number).integers(0, 60_000, length).astype(np.int32)
+    for number, length in enumerate([5, 1, 300, 0, 77, 2048, 3, 40, 0, 1000])
+]
+FULL = [document for document in DOCUMENTS if len(document)]
+TEXTS = ["one two three", "Äpfel, 漢字\r\nand more", "", "the last \U0001f600"]
+
+
+def trace_of(inputs: list[Path], **options: Any) -> bytes:
+    output = inputs[0].with_name("written.trace")
+    write_trace(inputs, output, **options)
+    data = output.read_bytes()
+    output.unlink()
+    return data
+
+
+def expected_trace(folder: Path, documents: list[np.ndarray] = DOCUMENTS, times: int = 1) -> bytes:
+    """The trace of documents as raw ids and their lengths."""
+    (folder / "plain.i32").write_bytes(b"".join(document.tobytes() for document in documents * times))
+    np.save(folder / "lengths.npy", [len(document) for document in documents * times])
+    return trace_of([folder / "plain.i32"], doclens=folder / "lengths.npy")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text(" ".join(TEXTS) * 20)
+    train_tokenizer([folder / "text.txt"], 400).save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def columns() -> Iterator[ColumnReader]:
+    with ColumnReader() as reader:
+        yield reader
+
+
+def table_of(kind: Any, documents: list[Any] | None = None, **others: list[Any]) -> Any:
+    rows = [document.tolist() for document in DOCUMENTS] if documents is None else documents
+    return pyarrow.table({"input_ids": pyarrow.array(rows, type=kind), **others})
+
+
+# Columns
+
+
+def test_every_file_of_columns_gives_the_same_trace(tmp_path: Path) -> None:
+    files = []
+    for name, kind, size in (
+        ("a", pyarrow.list_(pyarrow.int32()), 3),
+        ("b", pyarrow.large_list(pyarrow.int64()), 100),
+        ("c", pyarrow.list_(pyarrow.uint16()), 1),
+        ("d", pyarrow.list_(pyarrow.dictionary(pyarrow.int32(), pyarrow.int32())), 4),
+    ):
+        table = table_of(kind, number=list(range(len(DOCUMENTS))))
+        files += [tmp_path / f"{name}.parquet", tmp_path / f"{name}.arrows", tmp_path / f"{name}.feather"]
+        parquet.write_table(
+            table, files[-3], row_group_size=size, compression=["zstd", "snappy", "none", "gzip"][size % 4]
+        )
+        with pyarrow.ipc.new_stream(files[-2], table.schema) as stream:
+            stream.write_table(table, max_chunksize=size)
+        options = pyarrow.ipc.IpcWriteOptions(compression="lz4")
+        with pyarrow.ipc.new_file(files[-1], table.schema, options=options) as file:
+            file.write_table(table, max_chunksize=size)
+    assert trace_of(files) == expected_trace(tmp_path, times=len(files))
+
+
+def test_lists_of_one_length_are_rows_too(tmp_path: Path) -> None:
+    rows = [document[:4].tolist() for document in DOCUMENTS if len(document) >= 4]
+    table = table_of(pyarrow.list_(pyarrow.int32(), 4), rows)
+    parquet.write_table(table, tmp_path / "fixed.parquet")
+    with pyarrow.ipc.new_file(tmp_path / "fixed.arrow", table.schema) as file:
+        file.write_table(table.slice(2))
+    expected = [np.array(row, dtype=np.int32) for row in [*rows, *rows[2:]]]
+    assert trace_of([tmp_path / "fixed.parquet", tmp_path / "fixed.arrow"]) == expected_trace(tmp_path, expected)
+
+
+def test_columns_of_text_are_what_lines_of_text_are(tmp_path: Path, tokenizer: Path) -> None:
+    kinds = [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int8(), pyarrow.string())]
+    files = [tmp_path / f"{number}.parquet" for number in range(len(kinds))]
+    for file, kind in zip(files, kinds, strict=True):
+        parquet.write_table(pyarrow.table({"n": [1, 2, 3, 4], "text": pyarrow.array(TEXTS).cast(kind)}), file)
+    lines = tmp_path / "c.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * len(kinds)))
+    assert trace_of(files, tokenizer=tokenizer, bos=3) == trace_of([lines], tokenizer=tokenizer, bos=3)
+
+
+def write_column(path: Path, values: Any, name: str = "input_ids") -> Path:
+    parquet.write_table(pyarrow.table({name: values}), path)
+    return path
+
+
+def read_all(columns: ColumnReader, path: Path, vocab_size: int | None = None) -> list[Piece]:
+    field = columns.field_of(path, "parquet", None)
+    assert isinstance(field, Field)
+    return list(columns.id_pieces(path, "parquet", field, vocab_size))
+
+
+def test_a_row_that_is_no_document_is_named(tmp_path: Path, columns: ColumnReader) -> None:
+    file = write_column(tmp_path / "a.parquet", [[1, 2], [3, None, 4]])
+    with pytest.raises(ConfigError, match=r"a\.parquet: row 1 has null at place 1, expected token ids; .*--field"):
+        read_all(columns, file)
+    file = write_column(tmp_path / "b.parquet", [[1, 2], [], None])
+    with pytest.raises(ConfigError, match=r"b\.parquet: row 2 is null, expected a document"):
+        read_all(columns, file)
+    file = write_column(tmp_path / "c.parquet", [[1, 2], [], [3, 70, 4]])
+    with pytest.raises(ValueError, match=r"c\.parquet, row 2: token 1 has id 70, the vocabulary has 50 ids"):
+        read_all(columns, file, vocab_size=50)
+    assert [piece.token_ids.tolist() for piece in read_all(columns, file, vocab_size=71)] == [[1, 2, 3, 70, 4]]
+
+
+def test_a_column_that_holds_no_documents_is_named_with_what_there_is(tmp_path: Path, columns: ColumnReader) -> None:
+    table = {"score": [0.5], "embedding": [[0.5]], "body": ["text"]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    found = columns.field_of(tmp_path / "a.parquet", "parquet", None)
+    assert found == NoField("it has no field text, nor one of token ids; it has: score, embedding, body")
+    assert columns.field_of(tmp_path / "a.parquet", "parquet", "body") == Field("body", "text")
+    found = columns.field_of(tmp_path / "a.parquet", "parquet", "embedding")
+    assert isinstance(found, NoField)
+    assert found.why.startswith("its column embedding is list<")
+
+
+def test_a_file_without_the_column_is_left_out_of_a_folder_unless_it_was_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write_column(folder / "a.parquet", [[1, 2]])
+    write_column(folder / "statistics.parquet", [0.5], name="score")
+    report = write_trace([folder], tmp_path / "t.trace")
+    assert [(path.name, "no field text" in why) for path, why in report.left_out] == [("statistics.parquet", True)]
+    with pytest.raises(
+        ConfigError, match=r"statistics\.parquet is a Parquet file, but it has no .* in a field input_ids"
+    ):
+        write_trace([folder], tmp_path / "u.trace", field="input_ids")
+    assert not (tmp_path / "u.trace").exists()
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.arrows"])
+def test_a_file_that_is_cut_or_foreign_behind_its_head_is_named(
+    tmp_path: Path, columns: ColumnReader, name: str
+) -> None:
+    table = table_of(pyarrow.list_(pyarrow.int32()))
+    file = tmp_path / name
+    if name == "a.parquet":
+        parquet.write_table(table, file)
+    else:
+        new = pyarrow.ipc.new_file if name == "a.arrow" else pyarrow.ipc.new_stream
+        with new(file, table.schema) as out:
+            out.write_table(table, max_chunksize=3)
+    kind = {"a.parquet": "parquet", "a.arrow": "arrow-file", "a.arrows": "arrow-stream"}[name]
+    data = file.read_bytes()
+    for cut in (len(data) // 2, len(data) - 20):
+        file.write_bytes(data[:cut])
+        with pytest.raises(FormatError, match=rf"{name} is damaged, or not what it begins like .*; copy it again"):
+            list(columns.id_pieces(file, kind, Field("input_ids", "ids"), None))
+
+
+# The worker
+
+
+def test_a_worker_that_dies_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    file = write_column(tmp_path / "a.parquet", [list(range(1 << 16))] * 40)  # more than a pipe holds
+    with WorkerProcess("column_worker") as worker:
+        request = {"do": "read", "path": str(file), "format": "parquet", "column": "input_ids"}
+        answers = worker.ask(file, request)
+        assert next(answers)[0]["rows"] > 0
+        worker.kill()
+        with pytest.raises(
+            FormatError, match=r"a\.parquet: the process that reads it ended \(SIGKILL\); .*smaller row"
+        ):
+            list(answers)
+        assert sum(head["rows"] for head, _ in worker.ask(file, request)) == 40  # a new one serves the next file
+
+
+def test_a_worker_that_gives_no_answer_is_ended_in_time(tmp_path: Path) -> None:
+    file = write_column(tmp_path / "a.parquet", [[1, 2]])
+    os.mkfifo(tmp_path / "pipe")  # whoever opens it waits for its writer
+    with WorkerProcess("column_worker", answer_s=2.0) as worker:
+        with pytest.raises(FormatError, match=r"pipe: the process that reads it gave no answer in 2 s and was ended"):
+            list(worker.ask(tmp_path / "pipe", {"do": "describe", "path": str(tmp_path / "pipe"), "format": "parquet"}))
+        answers = list(worker.ask(file, {"do": "describe", "path": str(file), "format": "parquet"}))
+        assert answers[0][0]["rows"] == 1
+
+
+def test_a_row_beyond_the_limit_of_memory_is_named_and_takes_none_from_this_process(tmp_path: Path) -> None:
+    row = pyarrow.ListArray.from_arrays([0, 1 << 24], pyarrow.array(np.zeros(1 << 24, dtype=np.int32)))
+    parquet.write_table(pyarrow.table({"input_ids": row}), tmp_path / "a.parquet")
+    with WorkerProcess("column_worker", memory_bytes=32 << 20) as worker:
+        request = {"do": "read", "path": str(tmp_path / "a.parquet"), "format": "parquet", "column": "input_ids"}
+        with pytest.raises(
+            (BudgetError, FormatError), match=r"a\.parquet: .*32\.00 MiB.*smaller row groups or batches"
+        ):
+            list(worker.ask(tmp_path / "a.parquet", request))
+
+
+def test_a_small_file_that_unfolds_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfolding, "FREE_BYTES", 1 << 16)
+    zeros = np.zeros(1 << 22, dtype="<u2")
+    (tmp_path / "ids.u16.zst").write_bytes(zstandard.compress(zeros.tobytes(), 19))
+    (tmp_path / "ids.u16.gz").write_bytes(gzip.compress(zeros.tobytes()))
+    row = pyarrow.ListArray.from_arrays([0, len(zeros)], pyarrow.array(zeros))
+    parquet.write_table(pyarrow.table({"input_ids": row}), tmp_path / "ids.parquet")
+    for name in ("ids.u16.zst", "ids.u16.gz", "ids.parquet"):
+        with pytest.raises(ConfigError, match=rf"{name} has .* and unfolds to more than .*; if that is meant"):
+            trace_of([tmp_path / name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.parquet", "ids.u16.gz", "ids.u16.zst"]
+
+
+# Data sets in folders
+
+
+def test_a_saved_data_set_is_read_without_the_caches_beside_it(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.Dataset.from_dict({"input_ids": [document.tolist() for document in DOCUMENTS]})
+    saved.save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    stray = (tmp_path / "saved" / "data-00000-of-00003.arrow").read_bytes()
+    (tmp_path / "saved" / "cache-0123456789abcdef.arrow").write_bytes(stray)  # as `map` leaves them
+    expected = expected_trace(tmp_path)
+    assert trace_of([tmp_path / "saved"]) == expected
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "splits"))
+    assert trace_of([tmp_path / "splits" / "train"]) == expected
+    with pytest.raises(ConfigError, match=r"splits is a data set of 2 splits: test, train; give .*splits/test"):
+        trace_of([tmp_path / "splits"])
+    (tmp_path / "saved" / "data-00001-of-00003.arrow").unlink()
+    with pytest.raises(FormatError, match=r"data-00001-of-00003\.arrow is missing: state\.json lists 3 files, 2 are"):
+        trace_of([tmp_path / "saved"])
+
+
+def cached_repository(folder: Path, snapshots: dict[str, dict[str, bytes]], main: str | None) -> Path:
+    """A repository as huggingface_hub caches it: files in blobs, and links to them in snapshots."""
+    (folder / "blobs").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    if main is not None:
+        (folder / "refs" / "main").write_text(main)
+    for commit, files in snapshots.items():
+        for number, (name, data) in enumerate(files.items()):
+            blob, link = folder / "blobs" / f"{commit}-{number}", folder / "snapshots" / commit / name
+            blob.write_bytes(data)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return folder
+
+
+def test_a_repository_in_the_hub_cache_is_read_by_its_main_snapshot(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"input_ids": document.tolist()}) + "\n" for document in DOCUMENTS).encode()
+    files = {"README.md": b"# A data set, and what is in it\n" * 3, "data/train.jsonl": lines, ".gitattributes": b"*"}
+    snapshots = {"123": {"data/train.jsonl": b'{"input_ids": [1]}\n'}, "456": files}
+    cache = cached_repository(tmp_path / "hub" / "datasets--o--d", snapshots, "456")
+    report = write_trace([cache], tmp_path / "t.trace")
+    assert (tmp_path / "t.trace").read_bytes() == expected_trace(tmp_path)
+    assert [(path.name, why) for path, why in report.left_out] == [("README.md", "about the repository")]
+    assert trace_of([tmp_path / "hub"]) == expected_trace(tmp_path)
+    (cache / "refs" / "main").unlink()
+    with pytest.raises(ConfigError, match=r"with 2 snapshots, and refs/main names none of them; give one"):
+        trace_of([cache])
+    (cache / "snapshots" / "456" / "data" / "train.jsonl").resolve().unlink()
+    with pytest.raises(ConfigError, match=r"train\.jsonl is a link to .*, which is not in the cache; download"):
+        trace_of([cache / "snapshots" / "456"])
+
+
+@pytest.mark.parametrize("encoding", ["ndarray", "ndarray:int32", "bytes"])
+def test_a_mosaic_data_set_is_read_by_its_index(tmp_path: Path, encoding: str) -> None:
+    def value(document: np.ndarray) -> bytes:
+        return document.tobytes() if encoding == "bytes" else mosaic_array(document, with_type=encoding == "ndarray")
+
+    samples = [{"id": bytes(8), "tokens": value(document), "url": b"http://x"} for document in FULL]
+    columns = {"id": "int", "tokens": encoding, "url": "str"}
+    folder = mosaic_folder(tmp_path / "mds", columns, [samples[:3], samples[3:]])
+    options = {"dtype": "int32", "field": "tokens"} if encoding == "bytes" else {}
+    assert trace_of([folder], **options) == expected_trace(tmp_path)
+    for shard in json.loads((folder / "index.json").read_text())["shards"]:
+        file = folder / shard["raw_data"]["basename"]
+        packed = zstandard.compress(file.read_bytes())
+        (folder / (file.name + ".zstd")).write_bytes(packed)
+    index = json.loads((folder / "index.json").read_text())
+    for shard in index["shards"]:
+        name = shard["raw_data"]["basename"] + ".zstd"
+        shard["zip_data"] = {"basename": name, "bytes": (folder / name).stat().st_size, "hashes": {}}
+        (folder / shard["raw_data"]["basename"]).unlink()
+    (folder / "index.json").write_text(json.dumps(index))
+    assert trace_of([folder], **options) == expected_trace(tmp_path)
+
+
+def test_a_mosaic_column_of_bytes_needs_its_type(tmp_path: Path) -> None:
+    folder = mosaic_folder(tmp_path / "mds", {"tokens": "bytes"}, [[{"tokens": bytes(8)}]])
+    with pytest.raises(ConfigError, match=r"column tokens is bytes, which do not say their type; give --dtype \(int64"):
+        trace_of([folder])
+
+
+def test_a_mosaic_index_that_disagrees_with_its_shards_is_named(tmp_path: Path) -> None:
+    samples = [{"tokens": mosaic_array(document, with_type=True)} for document in FULL]
+    folder = mosaic_folder(tmp_path / "mds", {"tokens": "ndarray"}, [samples])
+    shard, good = folder / "shard.00000.mds", json.loads((folder / "index.json").read_text())
+
+    def refused(message: str, **changed: Any) -> None:
+        (folder / "index.json").write_text(json.dumps({"shards": [good["shards"][0] | changed], "version": 2}))
+        with pytest.raises((FormatError, ConfigError), match=message):
+            trace_of([folder])
+
+    refused("has 8 samples, its index says 9", samples=9)
+    refused("expected mds, version 2", version=3)
+    refused("lacks what an index of mosaic has", column_names=None)
+    refused("which is neither text nor integers|no field text", column_encodings=["pkl"])
+    refused("outside its folder", raw_data={"basename": "../shard.00000.mds", "bytes": 1, "hashes": {}})
+    refused(r"shard\.00007\.mds is missing", raw_data={"basename": "shard.00007.mds", "bytes": 1, "hashes": {}})
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refused("bytes, its index.json says .* it was cut")
+    (folder / "index.json").write_text('{"shards": [')
+    with pytest.raises((FormatError, ConfigError), match=r"index\.json"):
+        trace_of([folder])
+
+
+def test_a_litdata_data_set_is_read_by_its_index(tmp_path: Path) -> None:
+    items = [{"ids": document.tobytes(), "n": bytes(8)} for document in FULL]
+    leaves = {"ids": "no_header_numpy:2", "n": "int"}
+    folder = litdata_folder(tmp_path / "arrays", leaves, [items[:5], items[5:]])
+    expected = expected_trace(tmp_path)
+    assert trace_of([folder]) == expected
+    tensors = [
+        {"x": (16).to_bytes(4, "big") + (1).to_bytes(4, "big") + len(d).to_bytes(4, "big") + d.tobytes()} for d in FULL
+    ]
+    assert trace_of([litdata_folder(tmp_path / "tensors", {"x": "tensor"}, [tensors])]) == expected
+    tokens = [{"x": document.tobytes()} for document in FULL]
+    stream = litdata_folder(tmp_path / "stream", {"x": "no_header_tensor:16"}, [tokens], item_loader="TokensLoader")
+    assert trace_of([stream]) == expected
+    framed = litdata_folder(tmp_path / "framed", leaves, [items], compression="zstd", compression_level="batch")
+    with pytest.raises(ConfigError, match=r"compressed by batch; write them without compression, or with"):
+        trace_of([framed])
+
+
+def test_a_chunk_by_itself_is_refused_with_its_folder_as_the_remedy(tmp_path: Path) -> None:
+    folder = litdata_folder(tmp_path / "lit", {"x": "no_header_numpy:2"}, [[{"x": bytes(40)}]])
+    for name in ("chunk-0-0.bin", "index.json"):
+        with pytest.raises(ConfigError, match=r"litdata .*; give its folder"):
+            trace_of([folder / name])
+
+
+# Archives
+
+
+@pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_of_an_archive_are_documents(tmp_path: Path, tokenizer: Path, format_: int) -> None:
+    deep = "d" * 70 + "/" + "e" * 60  # longer than a header's name
+    members: list[tuple[str, bytes]] = []
+    for number, text in enumerate(TEXTS):
+        members += [(f"{deep}/{number:06}.jpg", bytes(700)), (f"{deep}/{number:06}.txt", text.encode())]
+    archive = archive_of(members, format_)
+    lines = tmp_path / "c.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    expected = trace_of([lines], tokenizer=tokenizer)
+    for name, data in (("a.tar", archive), ("a.tar.gz", gzip.compress(archive)), ("b", zstandard.compress(archive))):
+        (tmp_path / name).write_bytes(data)
+        assert trace_of([tmp_path / name], tokenizer=tokenizer) == expected
+
+
+def test_objects_and_arrays_in_an_archive_are_documents(tmp_path: Path) -> None:
+    objects = [(f"{n}.json", json.dumps({"id": n, "input_ids": d.tolist()}).encode()) for n, d in enumerate(DOCUMENTS)]
+    (tmp_path / "objects.tar").write_bytes(archive_of(objects))
+    np.save(tmp_path / "one.npy", FULL[0])
+    (tmp_path / "arrays.tar").write_bytes(archive_of([("0.npy", (tmp_path / "one.npy").read_bytes())]))
+    assert trace_of([tmp_path / "objects.tar"]) == expected_trace(tmp_path)
+    assert trace_of([tmp_path / "arrays.tar"]) == expected_trace(tmp_path, FULL[:1])
+    (tmp_path / "pictures.tar").write_bytes(archive_of([("0.jpg", bytes(100)), ("0.cls", b"1")]))
+    with pytest.raises(ConfigError, match="without text or token ids: its members are of these kinds: jpg, cls"):
+        trace_of([tmp_path / "pictures.tar"])
+
+
+def test_an_archive_that_is_cut_or_damaged_is_named_with_the_place(tmp_path: Path) -> None:
+    archive = archive_of([(f"{number}.json", b'{"input_ids": [1, 2]}') for number in range(4)])
+    file = tmp_path / "a.tar"
+    for cut in (512, 1000, 1024, 2048):
+        file.write_bytes(archive[:cut])
+        with pytest.raises(FormatError, match=r"a\.tar ends within .*, at byte \d+: it was cut"):
+            trace_of([file])
+    file.write_bytes(archive[:1030] + b"7" + archive[1031:])
+    with pytest.raises(FormatError, match=r"a\.tar: the header at byte 1024 is damaged"):
+        trace_of([file])
+
+
+# Samples and jobs
+
+
+def test_a_sample_is_drawn_by_number_and_seed_and_is_the_same_from_any_container(tmp_path: Path) -> None:
+    many = [np.full(length, number, dtype=np.int32) for number, length in enumerate([3, 0, 7, 1] * 500)]
+    (tmp_path / "ids.i32").write_bytes(b"".join(document.tobytes() for document in many))
+    np.save(tmp_path / "lengths.npy", [len(document) for document in many])
+    lines = tmp_path / "ids.jsonl"
+    lines.write_text("".join(json.dumps({"input_ids": document.tolist()}) + "\n" for document in many))
+    full = [document for document in many if len(document)]
+    samples = [{"tokens": mosaic_array(document, with_type=True)} for document in full]
+    folder = mosaic_folder(tmp_path / "mds", {"tokens": "ndarray"}, [samples])
+    drawn = {}
+    for seed in (0, 1):
+        options: dict[str, Any] = {"sample": 0.3, "seed": seed}
+        plain = trace_of([tmp_path / "ids.i32"], doclens=tmp_path / "lengths.npy", **options)
+        assert trace_of([lines], **options) == plain
+        assert trace_of([folder], **options) == plain
+        (tmp_path / "t.trace").write_bytes(plain)
+        drawn[seed] = [int(document[0]) for document in read_token_documents(tmp_path / "t.trace")]
+        assert drawn[seed] == sorted(drawn[seed])
+        assert abs(len(drawn[seed]) - 0.3 * len(full)) < 5 * (0.3 * 0.7 * len(full)) ** 0.5
+    assert drawn[0] != drawn[1]
+    assert trace_of([lines], sample=1.0) == trace_of([lines])
+
+
+def test_a_sample_of_text_is_the_same_as_of_its_ids(tmp_path: Path, tokenizer: Path) -> None:
+    texts = [f"text number {number}" for number in range(200)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    loaded = Tokenizer.from_file(str(tokenizer))
+    ids = [loaded.encode(text, add_special_tokens=False).ids for text in texts]
+    (tmp_path / "i.jsonl").write_text("".join(json.dumps({"input_ids": each}) + "\n" for each in ids))
+    assert trace_of([tmp_path / "c.jsonl"], tokenizer=tokenizer, sample=0.2) == trace_of(
+        [tmp_path / "i.jsonl"], tokenizer=tokenizer, sample=0.2
+    )
+
+
+def test_documents_of_one_long_file_are_drawn_at_their_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tierstore.tools.inputs import byte_streams
+
+    ids = np.array([[9, number, number, number] for number in range(300)], dtype="<i4").reshape(-1)
+    (tmp_path / "ids.i32").write_bytes(ids[1:].tobytes())
+    whole = trace_of([tmp_path / "ids.i32"], eos=9, sample=0.5)
+    for read_bytes in (4, 12, 100):
+        monkeypatch.setattr(byte_streams, "READ_BYTES", read_bytes)
+        assert trace_of([tmp_path / "ids.i32"], eos=9, sample=0.5) == whole
+
+
+def test_text_through_several_processes_is_the_same_trace(tmp_path: Path, tokenizer: Path) -> None:
+    from tierstore.tools.inputs import text
+
+    lines = tmp_path / "c.jsonl"
+    lines.write_text(
+        "".join(json.dumps({"text": f"{each} {number}"}) + "\n" for number in range(300) for each in TEXTS)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "BATCH_CHARACTERS", 1000)
+        assert trace_of([lines], tokenizer=tokenizer, bos=2, jobs=2) == trace_of([lines], tokenizer=tokenizer, bos=2)
+
+
+def test_megatron_pairs_start_at_odd_addresses_and_are_read(tmp_path: Path) -> None:
+    """An index has 34 bytes before its arrays, so that nothing in it is aligned."""
+    pair = megatron_pair(tmp_path / "text.bin", [document.astype("<u2") for document in DOCUMENTS], 8)
+    assert trace_of([pair]) == expected_trace(tmp_path)
