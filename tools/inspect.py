@@ -1,7 +1,7 @@
-"""`tierstore inspect`: what is in a store, as its catalog says it.
+"""`tierstore inspect`: what is in a store, as its catalog says it, or in a trace or a profile.
 
-Input: a store's path; of its files only the catalog is read. Output: tables for people, or JSON with stable keys;
-unfinished builds are shown as such. Errors: a path that is not a store.
+Input: a path; of a store's files only the catalog is read. Output: tables for people, or JSON with stable keys;
+unfinished builds are shown as such. Errors: a path that is none of these.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tierstore.layout import TableLayout
 from tierstore.units import format_bytes
 
 from .cli import console
+from .inspect_files import file_record, kind_of_file, lines_of
 
 FILES_SHOWN_MAX = 5
 
@@ -60,14 +61,21 @@ def _table_record(image: CatalogImage, layout: TableLayout) -> dict[str, Any]:
 
 
 @click.command("inspect")
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=click.Path(path_type=Path), metavar="STORE|TRACE|PROFILE")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; the keys are stable, sizes are in bytes.")
 def command(store: Path, as_json: bool) -> None:
-    """Say what the store STORE holds: tables, rows, pages, shards, and the checkpoint that they came from.
+    """Say what a store holds: tables, rows, pages, shards, and the checkpoint that they came from.
+
+    Of a trace or a profile: tokens, documents, vocabulary, tables.
 
     \b
     Example: tierstore inspect v41.tier --json
+    Example: tierstore inspect corpus.trace
     """
+    if kind := kind_of_file(store):
+        found = file_record(store, kind)
+        click.echo(json.dumps(found, indent=2) if as_json else "\n".join(lines_of(found)))
+        return
     record = store_record(read_catalog(store, must_be_ready=False))
     if as_json:
         click.echo(json.dumps(record, indent=2))

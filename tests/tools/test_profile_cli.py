@@ -80,6 +80,14 @@ def test_people_get_tables_and_what_was_counted(text: TextStore, tmp_path: Path)
     assert "128 MiB" not in shown, "so much memory holds the tables whole"
 
 
+def test_inspect_says_what_a_profile_holds(text: TextStore) -> None:
+    record = good_json("inspect", text.profile)
+    assert (record["kind"], record["profile"]) == ("profile", "ngrams")
+    assert (record["tokens"], record["documents"]) == (sum(map(len, text.documents)), len(text.documents))
+    assert [table["name"] for table in record["tables"]] == TABLES
+    assert f"recommended: --dram {record['recommended_dram_bytes'] >> 20}" in good("inspect", text.profile).stdout
+
+
 def test_parts_counted_by_four_processes_and_merged_are_the_profile_made_at_once(
     text: TextStore, tmp_path: Path
 ) -> None:
