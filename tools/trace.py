@@ -30,6 +30,7 @@ from .inputs.ids import RAW_DTYPES, read_lengths
 from .inputs.reading import Reader
 from .inputs.sampling import Sample
 from .inputs.sources import Finder
+from .inputs.spool import Spool
 from .inputs.token_input import LeftOut, TokenInput
 from .inputs.tokenizing import JOBS_MAX
 from .inputs.tracing import Settings, Tracing
@@ -84,7 +85,7 @@ def write_trace(
     jobs: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> TraceReport:
-    """Writes the trace of `inputs`, files or folders, at `output`. Blocks until it is durable; memory stays bounded.
+    """Writes the trace of `inputs` at `output`: files, folders, or - for standard input. Blocks until it is durable.
 
     Args:
         tokenizer: tokenizer.json for text, or its folder.
@@ -104,8 +105,8 @@ def write_trace(
     if sample is not None and not 0 < sample <= 1:
         raise ConfigError(f"--sample {sample} is outside 0 to 1; give the fraction of the documents to trace")
     besides = [Path(path) for path in (tokenizer, doclens) if path is not None]
-    with ColumnReader() as columns:
-        found, left_out = Finder(columns, dtype, field).find([Path(path) for path in inputs], besides)
+    with Spool(Path(output).absolute().parent) as spool, spool.naming_sources(), ColumnReader() as columns:
+        found, left_out = Finder(columns, spool, dtype, field).find([Path(path) for path in inputs], besides)
         _check_options(found, left_out, tokenizer is not None, doclens is not None, bos is not None, eos is not None)
         loaded = None if tokenizer is None else _tokenizer(tokenizer)
         if loaded is not None:
@@ -248,7 +249,7 @@ def command(
     .npy: 1-D, or a document a row.
     Raw integers: .i32 .i64 .u16 .u32, or --dtype. Token files of llm.c and
       modded-nanogpt, and .bin with .idx of Megatron, say their type.
-    Text, lines, tar and raw integers may be compressed: zstd, gzip, xz, bzip2.
+    Any single file may be compressed: zstd, gzip, xz, bzip2. - is standard input.
 
     A file of ids is one document unless it says otherwise, or --eos or --doclens does.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -470,3 +472,46 @@ def test_megatron_pairs_start_at_odd_addresses_and_are_read(tmp_path: Path) -> N
     """An index has 34 bytes before its arrays, so that nothing in it is aligned."""
     pair = megatron_pair(tmp_path / "text.bin", [document.astype("<u2") for document in DOCUMENTS], 8)
     assert trace_of([pair]) == expected_trace(tmp_path)
+
+
+# Pipes and copies
+
+
+def piped(arguments: list[str | Path], given: bytes) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "tierstore.tools.cli", "trace", *map(str, arguments)]
+    return subprocess.run(command, input=given, capture_output=True, timeout=120, check=False)
+
+
+def test_whatever_comes_through_a_pipe_is_the_same_trace_and_leaves_no_copy(tmp_path: Path) -> None:
+    expected = expected_trace(tmp_path)
+    write_column(tmp_path / "a.parquet", [document.tolist() for document in DOCUMENTS])
+    lines = "".join(json.dumps({"input_ids": document.tolist()}) + "\n" for document in DOCUMENTS).encode()
+    (tmp_path / "out").mkdir()
+    output = tmp_path / "out" / "t.trace"
+    for data in (zstandard.compress(lines), (tmp_path / "a.parquet").read_bytes()):
+        done = piped(["-", "-o", output], data)
+        assert done.returncode == 0, done.stderr
+        assert output.read_bytes() == expected
+        assert [path.name for path in output.parent.iterdir()] == ["t.trace"]
+    output.unlink()
+    done = piped(["-", "-o", output], b'{"input_ids": [1]}\n{"input_ids": [2\n')
+    assert done.returncode == 1
+    assert b"error: standard input: line 2 is not JSON" in done.stderr
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress], ids=["gzip", "zstd"])
+def test_what_readers_seek_in_may_be_compressed_too(tmp_path: Path, compress: Any) -> None:
+    write_column(tmp_path / "a.parquet", [document.tolist() for document in DOCUMENTS])
+    np.save(tmp_path / "a.npy", np.concatenate(DOCUMENTS))
+    ids = np.concatenate(DOCUMENTS).astype("<u2")
+    (tmp_path / "a.bin").write_bytes(np.array([20240520, 1, len(ids), *[0] * 253], "<i4").tobytes() + ids.tobytes())
+    names = ["a.parquet", "a.npy", "a.bin"]
+    for name in names:
+        (tmp_path / (name + ".packed")).write_bytes(compress((tmp_path / name).read_bytes()))
+    plain = trace_of([tmp_path / name for name in names])
+    assert trace_of([tmp_path / (name + ".packed") for name in names]) == plain
+    cut = (tmp_path / "a.npy").read_bytes()[:-2]
+    (tmp_path / "a.npy.gz").write_bytes(compress(cut))
+    with pytest.raises(FormatError, match=r"a\.npy\.gz has \d+ bytes of values, its head says \d+: it was cut"):
+        trace_of([tmp_path / "a.npy.gz"])

@@ -223,7 +223,7 @@ def odd_files(tmp_path: Path) -> Path:
         ("odd.i32", ConfigError, "ends in 2 bytes that are no whole int32 of 4"),
         ("a.bin", ConfigError, "a.bin does not say which integers it holds; give --dtype"),
         ("a.zst", FileNotFoundError, "a.zst"),
-        ("a.npy.zst", ConfigError, "decompress it first"),
+        ("a.npy.zst", FormatError, "is no NumPy array, or cut"),
         ("cut.i32.zst", FormatError, "ends within a zstd frame"),
         ("bad.i32.zst", FormatError, "no zstd file"),
         ("a.txt", ConfigError, "is text; give --tokenizer"),

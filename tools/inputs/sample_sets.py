@@ -33,7 +33,7 @@ def inputs_of(data_set: DataSet, field: str | None, dtype: str | None) -> list[T
         if data_set.kind == "mosaic":
             return [_mosaic_input(data_set.folder, shard, field, dtype) for shard in data_set.index["shards"]]
         return _litdata_inputs(data_set.folder, data_set.index, field)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError, OverflowError) as error:
         raise FormatError(
             f"{index_path} lacks what an index of {data_set.kind} has ({type(error).__name__}: {error}); copy the "
             f"folder again, or write it with a current version"

@@ -16,7 +16,7 @@ import numpy as np
 from tierstore.errors import ConfigError, FormatError
 from tierstore.formats.content import HEAD_BYTES, Content, recognise, unfinished_download
 
-from .byte_streams import CODECS, count_bytes, first_bytes
+from .byte_streams import CODECS, count_bytes, first_bytes, read_chunks
 from .columns import KINDS as COLUMN_KINDS
 from .columns import ColumnReader
 from .fields import Field, NoField
@@ -34,6 +34,7 @@ from .json_lines import SUFFIXES as LINES_SUFFIXES
 from .json_lines import field_of_lines
 from .megatron_pairs import index_beside, read_index
 from .sample_sets import inputs_of
+from .spool import Spool
 from .tar_members import field_of_members
 from .token_input import LeftOut, TokenInput
 
@@ -41,14 +42,18 @@ RAW_SUFFIXES = {".i32": "int32", ".i64": "int64", ".u16": "uint16", ".u32": "uin
 COMPRESSED_SUFFIXES = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip", ".xz": "xz", ".bz2": "bzip2"}
 WEB_SUFFIXES = {".html", ".htm", ".xhtml"}  # of pages that are meant to be text
 LLMC_KINDS = {"llmc-tokens-u16", "llmc-tokens-u32"}
+SEEKING_KINDS = COLUMN_KINDS | LLMC_KINDS | {"npy"}  # whose length or end their readers look at first
 
 
 class Finder:
-    """Finds the inputs that paths name. columns: looks into Parquet and Arrow files."""
+    """Finds the inputs that paths name."""
 
-    def __init__(self, columns: ColumnReader, dtype: str | None = None, field: str | None = None) -> None:
-        """dtype: one of RAW_DTYPES, of files that do not say it themselves. field: of lines, columns, samples."""
-        self._columns, self._dtype, self._field = columns, dtype, field
+    def __init__(self, columns: ColumnReader, spool: Spool, dtype: str | None = None, field: str | None = None) -> None:
+        """columns: looks into Parquet and Arrow files. spool: takes copies of pipes, and of files that readers seek in.
+
+        dtype: one of RAW_DTYPES, of files that do not say it themselves. field: of lines, columns, samples, members.
+        """
+        self._columns, self._spool, self._dtype, self._field = columns, spool, dtype, field
 
     def find(self, paths: Sequence[Path], besides: Sequence[Path] = ()) -> tuple[list[TokenInput], list[LeftOut]]:
         """Returns the files that paths name, folders walked in sorted order, and those of folders that are left out.
@@ -61,6 +66,9 @@ class Finder:
         left_out: list[LeftOut] = []
         apart = {path.resolve() for path in besides}
         for path in paths:
+            if self._spool.is_pipe(path):
+                inputs.append(self.input_of(self._spool.copy_of_pipe(path)))
+                continue
             if not path.is_dir():
                 inputs.append(self.input_of(path))
                 continue
@@ -98,7 +106,7 @@ class Finder:
         """Returns the input that a file is; raises as `find` does."""
         dtype = self._dtype
         if path.exists() and not path.is_file():
-            raise ConfigError(f"{path} is not a regular file; write what comes out of it to a file first")
+            raise ConfigError(f"{path} is not a regular file; give - and let it be read: tierstore trace - < {path}")
         if why := unfinished_download(path):
             raise ConfigError(f"{path}: {why}")
         size = path.stat().st_size
@@ -110,8 +118,6 @@ class Finder:
             head = file.read(HEAD_BYTES)
         content, codec = recognise(head, size) if size else None, ""
         if content is not None and content.kind in CODECS:
-            if _suffixes(path)[-1:] == [".npy"]:
-                raise ConfigError(f"{path} is a compressed .npy file; decompress it first")
             codec = content.kind
             head = first_bytes(path, codec, HEAD_BYTES)
             content = _content_inside(path, codec, head)
@@ -126,15 +132,17 @@ class Finder:
             return lines
         if content is None or (content.kind == "html" and WEB_SUFFIXES & set(path.suffixes)):
             return None
-        if content.kind == "npy" and not codec:
+        if codec and content.kind in SEEKING_KINDS:
+            return self.input_of(self._spool.copy((data for data, _ in read_chunks(path, codec)), str(path)))
+        if content.kind == "npy":
             with path.open("rb") as file:
                 npy_header(file, path)  # refused before hours of work, not after
             return TokenInput(path, "npy", size)
-        if content.kind in LLMC_KINDS and not codec:
+        if content.kind in LLMC_KINDS:
             found_dtype = check_llmc(path, head, size)
             _check_dtype(path, self._dtype, found_dtype, "its header")
             return TokenInput(path, "llmc", size, dtype=found_dtype)
-        if content.kind in COLUMN_KINDS and not codec:
+        if content.kind in COLUMN_KINDS:
             return self._of_columns(path, size, content)
         if content.kind == "tar":
             members = field_of_members(path, codec, self._field)

@@ -1,0 +1,87 @@
+"""Temporary copies of inputs that cannot be read where they lie: a pipe, and files whose readers seek, compressed.
+
+Input: bytes as they come. Output: a path to read them by. Errors: those of whoever reads the pipe or the file;
+`BudgetError` if the disk is full. Errors about a copy name what it was copied from.
+
+A copy has no name on disk: it is gone with this process, however that ends. It lies beside the trace, whose disk must
+have room for about as much anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+from tierstore.causes import naming
+from tierstore.errors import ConfigError, TierStoreError
+
+STANDARD_INPUT = Path("-")
+_READ_BYTES = 1 << 20
+_OPEN_ALREADY = ("/dev/fd/", "/proc/self/fd/")  # what shells give for <(command)
+
+
+class Spool:
+    """Holds copies; use it with `with`, which drops them. One thread."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: where the copies lie."""
+        self._folder = folder
+        self._files: list[IO[bytes]] = []
+        self._shown: dict[str, str] = {}  # what stands in messages for the path of a copy
+
+    def is_pipe(self, path: Path) -> bool:
+        """Whether a path stands for something open already, that can be read once and from its start only."""
+        if path == STANDARD_INPUT:
+            return True
+        return str(path).startswith(_OPEN_ALREADY) and path.exists() and not path.is_file() and not path.is_dir()
+
+    def copy_of_pipe(self, path: Path) -> Path:
+        """Returns a copy of what comes out of a pipe. Blocks until its writer is done."""
+        shown = "standard input" if path == STANDARD_INPUT else str(path)
+        with open(0 if path == STANDARD_INPUT else path, "rb", closefd=path != STANDARD_INPUT) as pipe:
+            if pipe.isatty():
+                raise ConfigError("standard input is a terminal; pipe something into it, or give files")
+            return self.copy(iter(lambda: pipe.read(_READ_BYTES), b""), shown)
+
+    def copy(self, chunks: Iterable[bytes], shown: str) -> Path:
+        """Returns the path of a copy of bytes. shown: what stands for it in messages."""
+        with naming(f"a copy of {shown}", self._folder, writing=True):
+            file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed with this)
+            self._files.append(file)
+        path = Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
+        self._shown[str(path)] = shown
+        for chunk in chunks:
+            with naming(f"a copy of {shown}", self._folder, writing=True):
+                file.write(chunk)
+        with naming(f"a copy of {shown}", self._folder, writing=True):
+            file.flush()
+        return path
+
+    @contextlib.contextmanager
+    def naming_sources(self) -> Iterator[None]:
+        """Has errors of the body name what a copy was made from."""
+        try:
+            yield
+        except (TierStoreError, ValueError) as error:
+            error.args = tuple(self._renamed(argument) for argument in error.args)
+            raise
+        except OSError as error:
+            error.filename = self._renamed(error.filename)
+            raise
+
+    def _renamed(self, text: object) -> object:
+        if isinstance(text, str):
+            for path, shown in self._shown.items():
+                text = text.replace(path, shown)
+        return text
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._files:
+            self._files.pop().close()
