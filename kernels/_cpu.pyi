@@ -103,6 +103,21 @@ def check_pages(pages: _Bytes, page_numbers: _Int64, version: int, seed: int) ->
         the other two, whose numbers nobody can trust then.
     """
 
+BLOCK_BYTES: Final[int]
+"""Bytes of a block: what a table in place has a checksum of."""
+
+def block_checksums(data: _Bytes, block_start: int, seed: int) -> _UInt32:
+    """Returns the checksums of neighbouring blocks: CRC32C, seeded with the table's seed and the block's number.
+
+    Args:
+        data: uint8 [n]; its last block may be short.
+        block_start: The number of the first block.
+        seed: The table's.
+
+    Returns:
+        uint32 [ceil(n / BLOCK_BYTES)].
+    """
+
 # --------------------------------------------------------------------------------------------------------------------
 # The mixed hash.
 
@@ -585,6 +600,48 @@ class StaticRecord:
     @property
     def records(self) -> _Bytes: ...
 
+class PlaneRecord:
+    """Where a part of every row of a table in place lies, before an engine opens it."""
+
+    @staticmethod
+    def blocks(
+        *, width_bytes: int, files: Sequence[_FileHandle], stretches: _Int64, checksums: _UInt32, seed: int
+    ) -> PlaneRecord:
+        """Describes a plane in blocks of files.
+
+        Args:
+            width_bytes: Of each row.
+            files: Open; -1, -1, 0 for those that no stretch lies in.
+            stretches: int64 [n, 4]: row_start, byte_start, block_start, file; ascending.
+            checksums: uint32 [blocks], of all blocks of the table.
+            seed: Of these.
+        """
+
+    @staticmethod
+    def pages(
+        *,
+        width_bytes: int,
+        files: Sequence[_FileHandle],
+        page_bytes: int,
+        rows_per_page: int,
+        pages_per_shard: int,
+        page_version: int,
+        seed: int,
+        resident: _Bytes | None = None,
+    ) -> PlaneRecord:
+        """Describes a plane in pages, as a table of its own would have them.
+
+        Args:
+            width_bytes: Of each row.
+            files: Its shards, open.
+            page_bytes: Of a page, with its trailer.
+            rows_per_page: Rows of a page.
+            pages_per_shard: Pages of every shard but the last.
+            page_version: Of the pages' format.
+            seed: Of the checksums.
+            resident: uint8 [R, width_bytes], all rows; None: they are read.
+        """
+
 class TableRecord:
     """A table before an engine opens it: address map, pages, open files, memory. Every number is checked."""
 
@@ -609,6 +666,7 @@ class TableRecord:
         statics: StaticRecord | None = None,
         tag: int = 0,
         residues: tuple[_Int64, _Int64] | None = None,
+        planes: Sequence[PlaneRecord] | None = None,
     ) -> None:
         """Describes a table.
 
@@ -632,6 +690,8 @@ class TableRecord:
             statics: Its placed entries; only with a recency cache.
             tag: Of its entries in the cache, 0 to 15: two versions of a table may share one.
             residues: (num_residues, inverses) of `keys_of_row_ids`; None if row ids do not give keys.
+            planes: Of a table in place, side by side in a row; none if it is resident. Its pages are ranges of rows
+                then, and it has no shards. None: rows lie in `shards`.
         """
 
 class HugePages:

@@ -23,6 +23,7 @@ from .reference_polynomial import polynomial_keys_of_tokens as polynomial_keys_o
 
 PAGE_GOOD, PAGE_OTHER_VERSION, PAGE_OTHER_NUMBER, PAGE_BAD_CHECKSUM = range(4)
 
+BLOCK_BYTES = 4096  # what a table in place has a checksum of
 ORDER_MAX = 16  # the longest n-gram
 
 _KEY_MAX = 2**63 - 1
@@ -101,6 +102,15 @@ def check_pages(pages: np.ndarray, page_numbers: np.ndarray, version: int, seed:
     status[trailer["version"] != version] = PAGE_OTHER_VERSION
     status[trailer["checksum"] != _checksums(pages, seed)] = PAGE_BAD_CHECKSUM
     return status
+
+
+def block_checksums(data: np.ndarray, block_start: int, seed: int) -> np.ndarray:
+    _require_bytes([data], "data")
+    blocks = range(0, len(data), BLOCK_BYTES)
+    numbers = range(block_start, block_start + len(blocks))
+    seeds = [crc32c(number.to_bytes(8, "little"), seed) for number in numbers]
+    sums = [crc32c(data[at : at + BLOCK_BYTES], own) for at, own in zip(blocks, seeds, strict=True)]
+    return np.array(sums, dtype=np.uint32)
 
 
 def keys_of_tokens(

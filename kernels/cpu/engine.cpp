@@ -35,8 +35,7 @@ Engine::Engine(std::vector<Table> tables, const EngineShape& shape)
   if (shape.reports) reports_ = std::make_unique<ReportWriter>(shape.client_block);
   for (Table& table : tables_) {
     table_counters.emplace_back(table.num_orders);
-    for (ShardFile& shard : table.shards) number(shard);
-    number(table.statics.placed.file);
+    Table::each_file(table, [this](ShardFile& file) { number(file); });
   }
   while (runtime_->readers.size() < shape.num_readers && make_reader())
     continue;  // now, so that it is known whether they all are there

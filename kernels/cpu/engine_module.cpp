@@ -42,7 +42,7 @@ PyEngine::PyEngine(const std::vector<TableRecord>& records, const std::string& m
   for (const TableRecord& record : records) {
     const Table& table = record.table;
     require(table.entry_bytes() <= assembly_bytes, "the assembly buffer holds an entry");
-    shape.reader.page_bytes = std::max(shape.reader.page_bytes, (table.page_bytes + 4095) / 4096 * 4096);
+    shape.reader.page_bytes = std::max(shape.reader.page_bytes, table.read_bytes_max());
     if (table.statics.records != nullptr) {
       shape.reader.page_bytes = std::max(shape.reader.page_bytes, table.statics.placed.read_bytes_max());
     }
@@ -114,10 +114,7 @@ std::vector<std::tuple<std::string, size_t, size_t>> PyEngine::shortfalls() cons
     files += file.buffered_fd >= 0;
     mapped += file.map != nullptr;
   };
-  for (const Table& table : engine_->tables()) {
-    for (const ShardFile& shard : table.shards) count(shard);
-    count(table.statics.placed.file);
-  }
+  for (const Table& table : engine_->tables()) Table::each_file(table, count);
   if (mode_ == ReadMode::kMmap && mapped < files) found.emplace_back("memory maps of shards", mapped, files);
   return found;
 }
@@ -138,8 +135,7 @@ bool PyEngine::close(double seconds) {
   if (ended) {
     const py::gil_scoped_acquire acquired;  // of several threads that close it, one at a time goes on
     for (Table& table : engine_->tables()) {
-      for (ShardFile& shard : table.shards) unmap(shard);
-      unmap(table.statics.placed.file);
+      Table::each_file(table, unmap);
     }
     // A closed store that somebody still names must not keep its budget.
     memory_.clear();

@@ -8,6 +8,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() = "Compiled kernels of tierstore; use them through tierstore.kernels.";
   tierstore::bind_constants(module);
   tierstore::bind_pages(module);
+  tierstore::bind_blocks(module);
   tierstore::bind_hash(module);
   tierstore::bind_codec(module);
   tierstore::bind_block_codecs(module);

@@ -7,6 +7,7 @@
 namespace tierstore {
 
 void bind_block_codecs(pybind11::module_& module);
+void bind_blocks(pybind11::module_& module);
 void bind_codec(pybind11::module_& module);
 void bind_constants(pybind11::module_& module);
 void bind_hash(pybind11::module_& module);

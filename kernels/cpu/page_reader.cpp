@@ -20,6 +20,9 @@ constexpr size_t kCompletedAtOnce = 32;  // between two looks at the clock, and 
 // lock meanwhile.
 constexpr size_t kBatchMisses = 1 << 16;
 
+// Of a table in place: a plane's index, above the number of one of its units.
+constexpr unsigned kPlaneShift = 56;
+constexpr uint64_t kUnitMask = (uint64_t{1} << kPlaneShift) - 1;
 constexpr uint64_t kPlacedRead = uint64_t{1} << 63;  // in place of a page number: a record number of the placement file
 
 size_t request_bytes(const Table& table, uint8_t order) {
@@ -166,27 +169,53 @@ void PageReader::want_rows(ReadBatch& batch, const Miss& miss, uint8_t* to) {
   const Table& table = tables_[miss.table];
   if (miss.record_number != kNotPlaced) {
     batch.wants.push_back({kPlacedRead | miss.record_number, miss.table, static_cast<uint32_t>(next_miss_),
-                           static_cast<uint32_t>(table.entry_bytes()), false, to});
+                           static_cast<uint32_t>(table.entry_bytes()), false, 1, to});
     return;
   }
   const bool is_row = miss.order == kRowRequest;
   for (size_t row = 0; row < (is_row ? 1 : table.rows_per_key); ++row) {
     const uint64_t row_id =
         is_row ? static_cast<uint64_t>(miss.key) : table.row_id(miss.order * table.rows_per_key + row, miss.key);
+    uint8_t* const row_to = to + row * table.row_bytes;
+    if (!table.planes.empty()) {
+      want_planes(batch, miss.table, row_id, is_row, row_to);
+      continue;
+    }
     batch.wants.push_back({row_id / table.rows_per_page, miss.table,
-                           static_cast<uint32_t>(row_id % table.rows_per_page), static_cast<uint32_t>(table.row_bytes),
-                           is_row, to + row * table.row_bytes});
+                           static_cast<uint32_t>(row_id % table.rows_per_page * table.row_bytes),
+                           static_cast<uint32_t>(table.row_bytes), is_row, 1, row_to});
   }
 }
 
-// Brings together what lies on the same page; from here on the read batch is active.
+// Lists what a row of a table in place wants read, plane by plane; what memory holds is copied.
+void PageReader::want_planes(ReadBatch& batch, uint32_t table, uint64_t row_id, bool is_row, uint8_t* to) {
+  const std::vector<PlaneSource>& planes = tables_[table].planes;
+  for (size_t i = 0; i < planes.size(); ++i) {
+    const PlaneSource& plane = planes[i];
+    if (plane.resident != nullptr) {
+      std::memcpy(to + plane.row_byte, plane.resident + row_id * plane.width_bytes, plane.width_bytes);
+      continue;
+    }
+    const PlaneSource::Place place = plane.place(row_id);
+    batch.wants.push_back({uint64_t{i} << kPlaneShift | place.unit, table, place.byte,
+                           static_cast<uint32_t>(plane.width_bytes), is_row, place.num_units, to + plane.row_byte});
+  }
+}
+
+// Brings together what lies on the same page, or in blocks that one read gets; from here on the read batch is active.
 void PageReader::group_wants(ReadBatch& batch) {
   std::sort(batch.wants.begin(), batch.wants.end(),
             [](const RowWant& a, const RowWant& b) { return std::tie(a.table, a.page) < std::tie(b.table, b.page); });
+  uint64_t read_end = 0, read_limit = 0;  // pages of the group so far; and the most that a slot has room for
   for (size_t i = 0; i < batch.wants.size(); ++i) {
-    const bool same_page =
-        i > 0 && batch.wants[i].page == batch.wants[i - 1].page && batch.wants[i].table == batch.wants[i - 1].table;
-    if (!same_page) batch.group_starts.push_back(i);
+    const RowWant& want = batch.wants[i];
+    const uint64_t end = want.page + want.num_pages;
+    const bool joins = i > 0 && want.table == batch.wants[i - 1].table && want.page < read_end && end <= read_limit;
+    if (!joins) {
+      batch.group_starts.push_back(i);
+      read_limit = want.page + std::max<uint64_t>(1, shape_.page_bytes / kBlockBytes);
+    }
+    read_end = joins ? std::max(read_end, end) : end;
   }
   batch.group_starts.push_back(batch.wants.size());
   batch.groups_started = 0;
@@ -202,8 +231,23 @@ PageRead PageReader::read_of(const ReadBatch& batch, size_t group, uint32_t slot
     return {&placed.file, placed.read_start(number), static_cast<uint32_t>(placed.read_bytes(number)), slot,
             staging_ + slot * shape_.page_bytes};
   }
+  if (!table.planes.empty()) {
+    const PlaneSource::Range range = range_of(batch, group);
+    return {range.file, range.byte_start, range.num_bytes, slot, staging_ + slot * shape_.page_bytes};
+  }
   return {&table.shards[want.page / table.pages_per_shard], want.page % table.pages_per_shard * table.page_bytes,
           static_cast<uint32_t>(table.page_bytes), slot, staging_ + slot * shape_.page_bytes};
+}
+
+// The units of a plane that a group reads: from its first row's first to the last that any of its rows needs.
+PlaneSource::Range PageReader::range_of(const ReadBatch& batch, size_t group) const {
+  const RowWant& first = batch.wants[batch.group_starts[group]];
+  uint64_t end = 0;
+  for (size_t i = batch.group_starts[group]; i < batch.group_starts[group + 1]; ++i) {
+    end = std::max(end, batch.wants[i].page + batch.wants[i].num_pages);
+  }
+  const uint64_t start = first.page & kUnitMask;
+  return tables_[first.table].planes[first.page >> kPlaneShift].range(start, start + (end - first.page));
 }
 
 // Starts the oldest read batch's reads first. Small top-ups wait until a quarter of the slots is free: fewer system
@@ -247,21 +291,39 @@ Fault PageReader::complete_page(const ReadBatch& batch, size_t group, PageDone d
   const Table& table = tables_[batch.wants[start].table];
   const auto number = static_cast<int64_t>(batch.wants[start].page);
   uint8_t* page = staging_ + done.slot * shape_.page_bytes;
-  faults_.apply(done, page, table.page_bytes);
+  const size_t num_bytes = table.planes.empty() ? table.page_bytes : range_of(batch, group).num_bytes;
+  faults_.apply(done, page, num_bytes);
   if (done.error != 0) return {FaultKind::kDisk, batch.wants[start].table, number, done.error};
-  uint8_t status = kPageGood;
-  check_pages(page, 1, table.shape, &number, &status);
-  if (status != kPageGood) return {FaultKind::kBadPage, batch.wants[start].table, number, status};
+  const Fault fault = check_page(table, batch.wants[start].table, batch.wants[start].page, num_bytes, page);
+  if (fault.kind != FaultKind::kNone) return fault;
   counters_.pages.fetch_add(1, std::memory_order_relaxed);
-  counters_.bytes.fetch_add(table.page_bytes, std::memory_order_relaxed);
+  counters_.bytes.fetch_add(num_bytes, std::memory_order_relaxed);
   bool by_row_id = true;  // a page that a key wants too counts as the key's
   for (size_t i = start; i < end; ++i) {
     const RowWant& want = batch.wants[i];
     by_row_id &= want.by_row_id;
-    std::memcpy(want.to, page + want.which * table.row_bytes, want.num_bytes);
+    std::memcpy(want.to, page + (want.page - static_cast<uint64_t>(number)) * kBlockBytes + want.which, want.num_bytes);
   }
-  if (by_row_id) counters_.row_bytes.fetch_add(table.page_bytes, std::memory_order_relaxed);
+  if (by_row_id) counters_.row_bytes.fetch_add(num_bytes, std::memory_order_relaxed);
   return {};
+}
+
+// Returns what is wrong with a page, or with the first bad one of a plane's units, if anything.
+Fault PageReader::check_page(const Table& table, uint32_t index, uint64_t page, size_t num_bytes,
+                             const uint8_t* bytes) const {
+  if (!table.planes.empty()) {
+    const uint64_t start = page & kUnitMask, end = start + (num_bytes + kBlockBytes - 1) / kBlockBytes;
+    const PlaneSource& plane = table.planes[page >> kPlaneShift];
+    PageStatus status = kPageGood;
+    const uint64_t bad = plane.first_bad(bytes, start, plane.in_blocks() ? end : start + 1, status);
+    if (status == kPageGood) return {};
+    return {FaultKind::kBadPage, index, static_cast<int64_t>(page + (bad - start)), status};
+  }
+  const auto number = static_cast<int64_t>(page);
+  uint8_t status = kPageGood;
+  check_pages(bytes, 1, table.shape, &number, &status);
+  if (status == kPageGood) return {};
+  return {FaultKind::kBadPage, index, number, status};
 }
 
 // An index may lead several keys to one record: a key that the record does not name gets a fault, not its rows.

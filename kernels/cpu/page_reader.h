@@ -70,13 +70,15 @@ class PageReader {
   void abandon_after_fork();
 
  private:
-  // One row of a page; or a placed entry: `page` is its record number under kPlacedRead, `which` its miss.
+  // One row of a page; or a plane's part of a row: `page` is its first unit, below the plane's index shifted by
+  // kPlaneShift; or a placed entry: `page` is its record number under kPlacedRead, `which` its miss.
   struct RowWant {
     uint64_t page;
     uint32_t table;
-    uint32_t which;  // row within the page
+    uint32_t which;  // byte within the page, or from the start of the first unit
     uint32_t num_bytes;
     bool by_row_id;
+    uint8_t num_pages;  // that the row lies in, neighbours; above 1 in blocks only
     uint8_t* to;
   };
   struct ReadBatch {
@@ -96,11 +98,14 @@ class PageReader {
   void fill_batches();
   void plan_batch(ReadBatch& batch);
   void want_rows(ReadBatch& batch, const Miss& miss, uint8_t* to);
+  void want_planes(ReadBatch& batch, uint32_t table, uint64_t row_id, bool is_row, uint8_t* to);
   void group_wants(ReadBatch& batch);
   PageRead read_of(const ReadBatch& batch, size_t group, uint32_t slot);
   void start_reads();
   void complete(const PageDone& done);
   Fault complete_page(const ReadBatch& batch, size_t group, PageDone done);
+  PlaneSource::Range range_of(const ReadBatch& batch, size_t group) const;
+  Fault check_page(const Table& table, uint32_t index, uint64_t page, size_t num_bytes, const uint8_t* bytes) const;
   Fault complete_placed(const ReadBatch& batch, size_t group, PageDone done);
   void finish_batch(ReadBatch& batch);
   void put(const Miss& miss, const uint8_t* from);

@@ -1,6 +1,7 @@
 // A table as the lookup path sees it: address map, page geometry, shards, and what of it lies in memory.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "address_map.h"
+#include "block_source.h"
 #include "entry_cache.h"
 #include "entry_index.h"
 #include "page_queue.h"
@@ -30,11 +32,28 @@ struct Table {
   uint64_t num_pages, pages_per_shard;
   PageShape shape;
   std::vector<ShardFile> shards;
+  std::vector<PlaneSource> planes;    // of a table in place; then it has no shards, and its pages are ranges of rows
   std::shared_ptr<EntryCache> cache;  // null where the table is resident
   uint8_t tag = 0;                    // of its entries in the cache, below 16: two versions of a table may share one
   StaticSet statics;                  // of the placement; empty without a placement
   const uint8_t* resident = nullptr;  // all rows, by row id
   std::vector<bool> bad_pages;        // of a resident table: pages that could not be loaded; empty where all are good
+
+  // Calls act(file) with each file that rows may be read from; of a const table, with const files.
+  template <typename Self, typename Act>
+  static void each_file(Self& table, Act act) {
+    for (auto& shard : table.shards) act(shard);
+    act(table.statics.placed.file);
+    for (auto& plane : table.planes) {
+      for (auto& file : plane.files) act(file);
+    }
+  }
+  // Bytes of the longest read of a page, or of a row of a plane.
+  size_t read_bytes_max() const {
+    size_t longest = (page_bytes + 4095) / 4096 * 4096;
+    for (const PlaneSource& plane : planes) longest = std::max(longest, plane.read_bytes_max());
+    return longest;
+  }
 
   // An order as the cache has it.
   uint8_t tagged(uint8_t order) const { return static_cast<uint8_t>(order | tag << kTagShift); }

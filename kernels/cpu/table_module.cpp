@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <sys/mman.h>
 
+#include "blocks_module.h"
 #include "hash_module.h"
 #include "job.h"
 
@@ -43,11 +44,6 @@ void drop_tag(PyEntryCache& self, uint8_t tag) {
   self.cache->drop_tag(tag);
 }
 
-ShardFile file_of(const FileHandle& handle) {
-  const auto [buffered_fd, direct_fd, num_bytes] = handle;
-  return {buffered_fd, direct_fd, nullptr, num_bytes};
-}
-
 // Without a map, reads of the file go through `pread`: see `shortfalls` of the engine.
 void map_file(ShardFile& file) {
   if (file.buffered_fd < 0) return;
@@ -62,11 +58,8 @@ void check_table(const Table& table) {
   require(table.rows_per_key >= 1 && table.row_bytes >= 1, "a key has rows, and a row has bytes");
   require(table.moduli.size() == table.num_heads() && table.offsets.size() == table.num_heads(), "one modulus a head");
   require(table.page_bytes > kTrailerBytes && table.rows_per_page >= 1, "a page has rows and a trailer");
-  require(table.rows_per_page <= (table.page_bytes - kTrailerBytes) / table.row_bytes, "a page's rows fit in it");
   require(table.pages_per_shard >= 1, "a shard has pages");
   require(table.num_rows <= table.num_pages * table.rows_per_page, "the pages hold the rows");
-  require(table.shards.size() == (table.num_pages + table.pages_per_shard - 1) / table.pages_per_shard,
-          "all shards are there");
   for (size_t head = 0; head < table.num_heads(); ++head) {
     require(
         table.moduli[head] >= 1 && table.offsets[head] >= 0 &&
@@ -74,6 +67,13 @@ void check_table(const Table& table) {
         "a head's rows lie within the table");
   }
   require(table.tag < 1 << kTagShift, "a tag is below 16");
+}
+
+// Pages of a table in place are ranges of rows, which lie in no shard.
+void check_shards(const Table& table) {
+  require(table.rows_per_page <= (table.page_bytes - kTrailerBytes) / table.row_bytes, "a page's rows fit in it");
+  require(table.shards.size() == (table.num_pages + table.pages_per_shard - 1) / table.pages_per_shard,
+          "all shards are there");
 }
 
 // residues: how many of an order's heads fix its keys, and their inverses, as `keys_of_row_ids` takes them.
@@ -143,7 +143,8 @@ TableRecord make_record(size_t num_orders, size_t rows_per_key, size_t row_bytes
                         std::vector<int64_t> moduli, std::vector<int64_t> offsets, size_t page_bytes,
                         size_t rows_per_page, uint64_t num_pages, uint64_t pages_per_shard, uint32_t page_version,
                         uint32_t seed, const std::vector<FileHandle>& shards, const py::object& memory,
-                        const StaticRecord* statics, uint8_t tag, const std::optional<PyKeyResidues>& residues) {
+                        const StaticRecord* statics, uint8_t tag, const std::optional<PyKeyResidues>& residues,
+                        const std::optional<std::vector<PlaneRecord>>& planes) {
   TableRecord record;
   Table& table = record.table;
   table.num_orders = num_orders;
@@ -161,8 +162,17 @@ TableRecord make_record(size_t num_orders, size_t rows_per_key, size_t row_bytes
   table.tag = tag;
   for (const FileHandle& shard : shards) table.shards.push_back(file_of(shard));
   check_table(table);
+  if (!planes) {
+    check_shards(table);
+  } else {
+    table.planes = checked_planes(*planes, num_rows, row_bytes);
+    for (const PlaneRecord& plane : *planes) {
+      record.arrays.insert(record.arrays.end(), plane.arrays.begin(), plane.arrays.end());
+    }
+  }
   if (residues) set_token_keys(table, *residues);
   set_memory(record, memory);
+  require(!planes || !planes->empty() || table.cache == nullptr, "a table in place that is not resident has planes");
   if (statics != nullptr) set_statics(record, *statics);
   return record;
 }
@@ -178,9 +188,13 @@ StaticRecord make_static_record(std::vector<PyIndexArea> areas, ByteArray record
 Table open_table(const TableRecord& record, ReadMode mode) {
   Table table = record.table;
   if (mode != ReadMode::kMmap) return table;
-  for (ShardFile& shard : table.shards) map_file(shard);
-  map_file(table.statics.placed.file);
+  Table::each_file(table, map_file);
   return table;
+}
+
+ShardFile file_of(const FileHandle& handle) {
+  const auto [buffered_fd, direct_fd, num_bytes] = handle;
+  return {buffered_fd, direct_fd, nullptr, num_bytes};
 }
 
 void unmap(ShardFile& file) {
@@ -205,7 +219,7 @@ void bind_tables(py::module_& module) {
            py::arg("num_rows"), py::arg("is_plain"), py::arg("moduli"), py::arg("offsets"), py::arg("page_bytes"),
            py::arg("rows_per_page"), py::arg("num_pages"), py::arg("pages_per_shard"), py::arg("page_version"),
            py::arg("seed"), py::arg("shards"), py::arg("memory"), py::arg("statics") = py::none(), py::arg("tag") = 0,
-           py::arg("residues") = py::none());
+           py::arg("residues") = py::none(), py::arg("planes") = py::none());
 }
 
 }  // namespace tierstore

@@ -45,6 +45,8 @@ struct TableRecord {
 // Returns the table of a record, its files mapped in kMmap: see `unmap`.
 Table open_table(const TableRecord& record, ReadMode mode);
 
+ShardFile file_of(const FileHandle& handle);
+
 void unmap(ShardFile& file);
 
 void bind_tables(pybind11::module_& module);
