@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from tierstore.errors import ConfigError, FormatError
-from tierstore.formats.catalog import CatalogImage
+from tierstore.formats.catalog import CATALOG_FILE, CatalogImage
 from tierstore.formats.checkpoint import Checkpoint, TableSource
 from tierstore.formats.table_source import find_hole
-from tierstore.offline.build import BuildPlan, BuildReport, build_store
+from tierstore.offline.build import BuildPlan, BuildReport, build_from_store, build_store
 
 from .families import plain_source, read_model
 from .hash_spec import RECORD_NAME
@@ -69,6 +69,7 @@ def build_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     allow_network_fs: bool = False,
     allow_holes: bool = False,
+    in_place: bool = False,
     on_plan: Callable[[BuildPlan], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> BuildReport:
@@ -77,7 +78,8 @@ def build_checkpoint(
     Blocks until the store is ready.
 
     Args:
-        folder: the checkpoint: a folder with config.json and *.safetensors, or one file of tensors.
+        folder: the checkpoint: a folder with config.json and *.safetensors, or one file of tensors; or a store in
+            place, of which this makes one with shards.
         store_path: the store's folder; a build that was killed goes on there.
         family: which layout to read; by default found from config.json.
         tensor: take this one 2-D tensor as a plain table (row id = key) instead.
@@ -85,6 +87,8 @@ def build_checkpoint(
         shard_bytes: the largest shard.
         allow_network_fs: build on a network file system that only this host uses.
         allow_holes: take parts of the checkpoint that were never written for zeros.
+        in_place: leave the rows in the checkpoint's files, and write only what checks them. The files must stay as
+            they are, where they are; the same build again compares them, and notes where they are now.
         on_plan: called with what will be written, before anything is.
         on_progress: called with (bytes done, bytes in all), in the calling thread.
 
@@ -96,6 +100,14 @@ def build_checkpoint(
     """
     if family is not None and tensor is not None:
         raise ValueError(f"--family {family} and --tensor {tensor}: a plain tensor has no family; give one of them")
+    options: dict[str, Any] = {
+        "shard_bytes": shard_bytes, "jobs": jobs, "allow_network_fs": allow_network_fs, "on_plan": on_plan,
+        "on_progress": on_progress,
+    }  # fmt: skip
+    if (Path(folder) / CATALOG_FILE).is_file():
+        if in_place or family is not None or tensor is not None:
+            raise ConfigError(f"{folder} is a store: only a store with shards can be made of it; leave the options out")
+        return build_from_store(folder, store_path, **options)
     checkpoint = Checkpoint.open(folder)
     sources: tuple[TableSource, ...]
     attachments: dict[str, bytes] = {}
@@ -115,11 +127,8 @@ def build_checkpoint(
         sources,
         origin=checkpoint.to_dict(),
         attachments=attachments,
-        shard_bytes=shard_bytes,
-        jobs=jobs,
-        allow_network_fs=allow_network_fs,
-        on_plan=on_plan,
-        on_progress=on_progress,
+        in_place=in_place,
+        **options,
     )
 
 

@@ -33,6 +33,7 @@ from .cli import Progress, console
 @click.option("--jobs", type=int, metavar="N", help="Shards built at once. Default: one a processor, at most 4.")
 @click.option("--shard-bytes", default="1GiB", show_default=True, metavar="SIZE", help="Largest shard.")
 @click.option("--allow-network-fs", is_flag=True, help="Build on a network file system that only this host uses.")
+@click.option("--in-place", is_flag=True, help="Leave the rows in CHECKPOINT's files; write only what checks them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, when all is done; sizes are in bytes.")
 @click.option("--allow-holes", is_flag=True, help="Take parts of the checkpoint that were never written for zeros.")
 def command(
@@ -45,6 +46,7 @@ def command(
     allow_network_fs: bool,
     as_json: bool,
     allow_holes: bool,
+    in_place: bool,
 ) -> None:
     """Build the store STORE from CHECKPOINT: a folder with config.json and *.safetensors, or one file of tensors.
 
@@ -52,8 +54,13 @@ def command(
 
     Says first what it will write. Killed or out of disk, it goes on when the same command runs again.
 
+    With --in-place there is no second copy: lookups read CHECKPOINT's own files, which must stay as they are. If they
+    were moved or copied, the same command with their new place compares them and goes on. Given a store in place as
+    CHECKPOINT, it makes one with shards of it.
+
     \b
     Example: tierstore build DeepSeek-V4.1-Flash v41.tier --jobs 4
+    Example: tierstore build DeepSeek-V4.1-Flash v41.tier --in-place
     """
     plans: list[BuildPlan] = []
     with Progress("building") as on_progress:
@@ -66,6 +73,7 @@ def command(
             shard_bytes=parse_bytes(shard_bytes, "--shard-bytes"),
             allow_network_fs=allow_network_fs,
             allow_holes=allow_holes,
+            in_place=in_place,
             on_plan=plans.append if as_json else print_plan,
             on_progress=on_progress,
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from tierstore.causes import cause_of
 from tierstore.errors import TierStoreError
 from tierstore.formats.catalog import CATALOG_FILE, CatalogImage, read_catalog
-from tierstore.tiers.nvme import TableFiles
+from tierstore.tiers.files import open_table
 from tierstore.tiers.placed import PlacementFile
 from tierstore.units import format_bytes
 
@@ -56,8 +56,10 @@ def check_store(path: Path) -> list[Finding]:
         return [Finding("store", "fail", fact, remedy)]
     num_rows = sum(layout.spec.num_rows for layout in image.tables.values())
     store_bytes = sum(layout.store_bytes for layout in image.tables.values())
+    table_bytes = sum(layout.spec.table_bytes for layout in image.tables.values())
     placed = f"placement {image.epoch}" if image.epoch is not None else "no placement"
-    fact = f"{len(image.tables)} tables, {num_rows:,} rows, {format_bytes(store_bytes)}, {placed}"
+    where = f" beside {format_bytes(table_bytes)} in place" if image.is_in_place else ""
+    fact = f"{len(image.tables)} tables, {num_rows:,} rows, {format_bytes(store_bytes)}{where}, {placed}"
     if not image.ready:
         return [Finding("store", "fail", f"{fact}; its build has not finished", "run the same tierstore build again")]
     return [Finding("store", "ok", fact), _check_opens(image)]
@@ -68,14 +70,17 @@ def _check_opens(image: CatalogImage) -> Finding:
     num_shards = 0
     try:
         for layout in image.tables.values():
-            TableFiles(image, layout, direct=False).close()
-            num_shards += layout.num_shards
+            open_table(image, layout, direct=False).close()
+        num_shards = sum(layout.num_shards for layout in image.paged.values())
         if image.epoch is not None:
             PlacementFile(image, image.epoch, direct=False).close()
     except TierStoreError as error:
         fact, remedy = _fact_and_remedy(error)
         return Finding("store's files", "fail", fact, remedy)
-    return Finding("store's files", "ok", f"{num_shards} shards open for user {os.geteuid()}, of the right length")
+    fact = f"{num_shards} shards open for user {os.geteuid()}, of the right length"
+    if image.is_in_place:
+        fact += f"; so do {len(image.files)} files of the checkpoint, unchanged"
+    return Finding("store's files", "ok", fact)
 
 
 def _fact_and_remedy(error: TierStoreError) -> tuple[str, str]:

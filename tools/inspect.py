@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from tierstore.formats.catalog import CatalogImage, read_catalog
+from tierstore.formats.catalog import CatalogImage, paged_layouts, read_catalog
+from tierstore.formats.in_place import InPlaceLayout
 from tierstore.layout import TableLayout
 from tierstore.units import format_bytes
 
@@ -38,12 +39,14 @@ def store_record(image: CatalogImage) -> dict[str, Any]:
             "epochs": {str(epoch): record.num_bytes for epoch, record in sorted(image.placements.items())},
         },
         "origin": image.origin,
+        "files_in_place": [file.to_dict() for file in image.files],
         "attachments": {name: len(value) for name, value in sorted(image.attachments.items())},
     }
 
 
 def _table_record(image: CatalogImage, layout: TableLayout) -> dict[str, Any]:
-    shards = image.shards[layout.spec.name]
+    sides = paged_layouts({layout.spec.name: layout})
+    shards = [(index, shard) for name in sides for index, shard in sorted(image.shards[name].items())]
     return layout.spec.to_dict() | {
         "entry_bytes": layout.spec.entry_bytes,
         "table_bytes": layout.spec.table_bytes,
@@ -52,10 +55,11 @@ def _table_record(image: CatalogImage, layout: TableLayout) -> dict[str, Any]:
         "num_pages": layout.num_pages,
         "pages_per_shard": layout.pages_per_shard,
         "store_bytes": layout.store_bytes,
-        "num_shards": layout.num_shards,
+        "num_shards": sum(side.num_shards for side in sides.values()),
+        "in_place": isinstance(layout, InPlaceLayout),
         "shards": [
             {"index": index, "file": shard.file, "num_bytes": shard.num_bytes, "sha256": shard.sha256}
-            for index, shard in sorted(shards.items())
+            for index, shard in shards
         ],
     }
 
@@ -110,6 +114,8 @@ def _print_tables(record: dict[str, Any]) -> None:
         f"{record['num_rows']:,} rows, {format_bytes(record['table_bytes'])}; in pages "
         f"{format_bytes(record['store_bytes'])}"
     )
+    for file in record["files_in_place"]:
+        click.echo(f"rows in place: {file['path']}, {format_bytes(file['bytes'])}")
     for table in record["tables"]:
         click.echo(f"fingerprint of {table['name']}: {table['fingerprint']}")
     placements = record["placements"]

@@ -17,7 +17,7 @@ import click
 import tierstore
 from engram_adapter.checkpoints import open_checkpoint
 from tierstore.formats.catalog import read_catalog
-from tierstore.offline.verify import VerifyReport
+from tierstore.offline.verify_report import VerifyReport
 
 from .cli import Progress
 
@@ -94,7 +94,10 @@ def print_report(store: Path, source: Path | None, report: VerifyReport) -> None
     """Prints a report for people: what was checked and mended, then faults, then what to do."""
     compared = f", {report.rows_compared} rows compared with {source}" if report.rows_compared else ""
     placed = f", {report.entries_checked} placed entries" if report.entries_checked else ""
-    click.echo(f"{store}: {report.shards_checked} shards, {report.pages_checked} pages{placed} checked{compared}")
+    blocks = f", {report.blocks_checked} blocks of the checkpoint" if report.blocks_checked else ""
+    click.echo(
+        f"{store}: {report.shards_checked} shards, {report.pages_checked} pages{blocks}{placed} checked{compared}"
+    )
     for part in report.repaired:
         click.echo(f"repaired: {part}")
     for fault in report.faults[:FAULTS_PRINTED_MAX]:

@@ -125,7 +125,7 @@ class Link:
             )
             for name, share in self._shares.items() if not share.resident
         }  # fmt: skip
-        memories = table_memories(self.opened, self._shares, mapped, self._tag, caches)
+        memories = table_memories(self.opened, self._shares, mapped, self._tag, caches, self._bad_pages)
         engine = NativeEngine(
             self._what, self.opened.files, memories, self._choice, self._staging, self.opened.placed, shared
         )

@@ -20,8 +20,9 @@ import numpy as np
 from ..decisions.replan import hottest_indexes
 from ..errors import ConfigError, DaemonError, FingerprintMismatchError
 from ..ipc.events import event
-from ..ipc.mapped import OpenVersion, same_tables, table_memories
+from ..ipc.mapped import OpenVersion, same_tables, side_part, table_memories
 from ..store.embedded import open_placement
+from ..tiers.in_place import InPlaceFiles, load_side
 from ..tiers.native import NativeEngine, SharedEpochs, load_table
 from ..tiers.nvme import IoChoice
 from ..tiers.shared import SharedBlock
@@ -80,15 +81,12 @@ class Versions:
         self, opened: OpenVersion, number: int, resident: SharedBlock | None, on_bytes: OnBytes | None
     ) -> Version:
         tag, plan = self._tag_of(opened.image.identity), self._tiers.plan
-        bad_pages = {}
-        for files in opened.files:
-            name = files.table.spec.name
-            if resident and plan.shares[name].resident:
-                # Progress counted these bytes when they were allocated; the callback may still raise to end it.
-                poll = None if on_bytes is None else partial(on_bytes, 0)
-                bad_pages[name] = load_table(files, resident.array[plan.shares[name].resident_start :], poll)
+        # Progress counted these bytes when they were allocated; the callback may still raise to end it.
+        poll = None if on_bytes is None else partial(on_bytes, 0)
+        bad_pages = self._load_resident(opened, resident, poll)
         _, block = self._attachments.own.give_block(number)
-        memories = table_memories(opened, plan.shares, self._tiers.blocks_with(resident), tag, self._tiers.caches)
+        blocks = self._tiers.blocks_with(resident)
+        memories = table_memories(opened, plan.shares, blocks, tag, self._tiers.caches, bad_pages)
         shared = SharedEpochs(self._tiers.control.array, number, block, reports=False)
         what = f"the store {opened.image.path}"
         engine = NativeEngine(what, opened.files, memories, self._choice, plan.staging, opened.placed, shared)
@@ -96,6 +94,24 @@ class Versions:
             if name in bad_pages:
                 engine.set_resident(index, bad_pages[name])
         return Version(number, tag, opened, resident, bad_pages, engine)
+
+    def _load_resident(
+        self, opened: OpenVersion, resident: SharedBlock | None, poll: Callable[[], None] | None
+    ) -> dict[str, dict[int, str]]:
+        """Loads what a version has in its own block: whole tables; of those in place, checksums and copied planes.
+
+        Returns the pages that could not be loaded, by table or side table.
+        """
+        bad_pages: dict[str, dict[int, str]] = {}
+        rows = resident.array if resident else np.empty(0, dtype=np.uint8)
+        for files in opened.files:
+            name = files.table.spec.name
+            share = self._tiers.plan.shares[name]
+            if share.resident:
+                bad_pages[name] = load_table(files, rows[share.resident_start :], poll)
+            elif isinstance(files, InPlaceFiles):
+                bad_pages |= load_side(files, side_part(rows, files.table, share), poll)
+        return bad_pages
 
     def _tag_of(self, identity: str) -> int:
         """Returns the tag of a store's entries in the recency caches, the same as before if it is known."""

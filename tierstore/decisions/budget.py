@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from .. import kernels
 from ..errors import BudgetError
+from ..formats.in_place import InPlaceLayout
 from ..formats.placement import PlacedTable, Placement, group_start
 from ..layout import UNIT_BYTES, TableLayout, round_up
 from ..units import format_bytes
@@ -24,16 +25,18 @@ READERS_FEW = 4  # one device is kept busy by so many; a plan for another machin
 READERS_LIMIT = 256
 READER_BYTES_WANTED = 512 << 10  # below it, fewer page readers serve better than smaller ones
 DEPTH_MAX = 256  # pages in flight a page reader; beyond it, measured, a disk gives no more
-ROWS_AHEAD = (
-    2  # rows that a read batch has room for, of each page in flight: while its last pages come, the other fills
-)
+# Rows that a read batch has room for, of each page in flight: while its last pages come, the other fills.
+ROWS_AHEAD = 2
 STAGING_BYTES_MAX = 16 << 20  # of READERS_FEW page readers
+SIDE_FRACTION = 1 / 2  # of a table's share that its copied planes may take
 STAGING_FRACTION = 1 / 16  # of the budget, at most, unless one key needs more
 
 
 @dataclass(frozen=True)
 class TableShare:
     """What one table gets, and at which bytes of the block: all its rows (`resident`), or three parts in a row.
+
+    Of a table in place, `side_bytes` more come last: what checks its blocks, and perhaps its copied planes.
 
     They are `static_bytes` for `static_entries` records of the placement, from its record `static_start` on,
     `index_bytes` for its indexes, and a cache of `num_sets` sets of 8 entries.
@@ -47,6 +50,7 @@ class TableShare:
     static_bytes: int = 0
     index_bytes: int = 0
     static_start: int = 0
+    side_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,11 +160,29 @@ def divide_dram(
 def _least_share(table: TableLayout, placed: PlacedTable | None) -> int:
     """Bytes of the placement's indexes and one set."""
     index_bytes = round_up(placed.index_bytes, LINE_BYTES) if placed else 0
-    return round_up(index_bytes + cache_set_bytes(table), ALIGNMENT_BYTES)
+    return round_up(index_bytes + cache_set_bytes(table), ALIGNMENT_BYTES) + least_side_bytes(table)
+
+
+def least_side_bytes(table: TableLayout) -> int:
+    """Returns the bytes without which a table in place cannot be read: its checksums. 0 of other tables."""
+    return round_up(table.checksum_bytes, ALIGNMENT_BYTES) if isinstance(table, InPlaceLayout) else 0
+
+
+def side_bytes_of(table: TableLayout, share_bytes: int) -> int:
+    """Returns how much of a share holds a table's checksums, and its copied planes if they take at most half of it.
+
+    A copied plane in memory halves the reads of a miss; what a cache holds more without it saves less than that.
+    """
+    if not isinstance(table, InPlaceLayout):
+        return 0
+    whole = round_up(table.checksum_bytes + table.copy_bytes, ALIGNMENT_BYTES)
+    return whole if whole <= SIDE_FRACTION * share_bytes else least_side_bytes(table)
 
 
 def _divide_share(table: TableLayout, share_bytes: int, placed: PlacedTable | None, hbm_entries: int) -> TableShare:
     """Static set, indexes and cache of a table in `share_bytes`; the cache has one set at least."""
+    side_bytes = side_bytes_of(table, share_bytes)
+    share_bytes -= side_bytes
     set_bytes = cache_set_bytes(table)
     static_start = static_entries = static_bytes = index_bytes = 0
     if placed:
@@ -173,8 +195,10 @@ def _divide_share(table: TableLayout, share_bytes: int, placed: PlacedTable | No
         static_entries = min(placed.num_entries - static_start, most_bytes // placed.record_bytes)
         static_bytes = round_up(static_entries * placed.record_bytes, ALIGNMENT_BYTES)
     num_sets = (share_bytes - static_bytes - index_bytes) // set_bytes
-    num_bytes = round_up(static_bytes + index_bytes + num_sets * set_bytes, ALIGNMENT_BYTES)
-    return TableShare(False, num_sets, 0, num_bytes, static_entries, static_bytes, index_bytes, static_start)
+    num_bytes = round_up(static_bytes + index_bytes + num_sets * set_bytes, ALIGNMENT_BYTES) + side_bytes
+    return TableShare(
+        False, num_sets, 0, num_bytes, static_entries, static_bytes, index_bytes, static_start, side_bytes
+    )
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ epochs. A table is kept whole only if two versions of it fit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .. import kernels
 from ..errors import BudgetError
 from ..formats.placement import PlacedTable, Placement
 from ..layout import BUCKET_KEYS, UNIT_BYTES, TableLayout, record_bytes, round_up
 from ..units import format_bytes
-from .budget import LINE_BYTES, StagingPlan, cache_set_bytes, plan_staging
+from .budget import LINE_BYTES, StagingPlan, cache_set_bytes, least_side_bytes, plan_staging, side_bytes_of
 from .fair_division import divide_fairly
 
 DEFAULT_STATIC_FRACTION = 0.5  # of a table's share, without a placement
@@ -36,7 +36,8 @@ BUCKET_BYTES = kernels.INDEX_BUCKET.itemsize
 class SharedShare:
     """What one table gets. Starts are in bytes of their block: `resident`, `static` or `recency`.
 
-    A resident table has its rows at resident_start. Another has `num_slots` records at records_start, of which
+    A resident table has its rows at resident_start; one in place that is not resident has `side_bytes` there, of its
+    checksums and perhaps its copied planes. Another has `num_slots` records at records_start, of which
     `capacity` are ever read in one epoch; two areas of `area_buckets` buckets at area_starts, their heads at
     head_starts; the index of the placement file, `file_buckets` buckets at file_start, its head at file_head_start; and
     num_sets sets at recency_start.
@@ -55,6 +56,7 @@ class SharedShare:
     file_buckets: int = 0
     num_sets: int = 0
     recency_start: int = 0
+    side_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,16 @@ def divide_shared(
             share = SharedShare(True, resident_start=ends["resident"])
             ends["resident"] += whole_bytes
             return share, 2 * whole_bytes
+        side_bytes = side_bytes_of(table, share_bytes // 2)  # two versions have their own
+        share_bytes -= 2 * side_bytes
         share, static_bytes, recency_bytes = _divide_share(table, share_bytes, placed.get(name), ends)
+        share = replace(share, resident_start=ends["resident"], side_bytes=side_bytes)
+        ends["resident"] += side_bytes
         index_bytes += static_bytes - round_up(share.num_slots * record_bytes(table.spec.entry_bytes), UNIT_BYTES)
         work_bytes += _work_bytes(share.num_slots)
         ends["static"] += static_bytes
         ends["recency"] += recency_bytes
-        return share, static_bytes + recency_bytes + _work_bytes(share.num_slots)
+        return share, 2 * side_bytes + static_bytes + recency_bytes + _work_bytes(share.num_slots)
 
     sizes = {name: table.spec.table_bytes for name, table in tables.items()}
     shares = divide_fairly(budget_bytes - staging.num_bytes - counts_bytes, sizes, take)
@@ -136,7 +142,8 @@ def _least_share(table: TableLayout, placed: PlacedTable | None) -> int:
     index_bytes = 3 * HEAD_BYTES + 2 * (num_orders + 1) * BUCKET_BYTES + (placed.index_bytes if placed else 0)
     slots_bytes = 2 * record_bytes(table.spec.entry_bytes)
     return (
-        _work_bytes(2)
+        2 * least_side_bytes(table)
+        + _work_bytes(2)
         + round_up(index_bytes, UNIT_BYTES)
         + round_up(slots_bytes, UNIT_BYTES)
         + round_up(cache_set_bytes(table), UNIT_BYTES)

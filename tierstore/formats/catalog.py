@@ -16,7 +16,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from ..errors import BudgetError, ConfigError, FormatError, StoreNotReadyError
 from ..layout import PlacementRecord, ShardRecord, TableLayout, checked_path
 from ..lazy import lazy
 from ..version import VERSION
+from .in_place import InPlaceFile, InPlaceLayout
 from .lmdb_pages import FILE_BYTES_MAX, read_lmdb_records
 
 STORE_FORMAT_VERSION = 1
+IN_PLACE_FORMAT_VERSION = 2  # of a store with tables in place, which older readers cannot read
 CATALOG_FILE = "catalog.mdb"
 NEW_CATALOG_FILE = "catalog.mdb.new"
 LOCK_FILE = "build.lock"
@@ -55,10 +57,11 @@ class CatalogImage:
     """All that a catalog says, copied out.
 
     Attributes:
-        shards: By table, then by shard index: the records of finished shards.
+        shards: By table (of a store in place: by side table), then by shard index: the records of finished shards.
         placements: The published ones, by epoch.
         epoch: The current placement's, or None.
         last_epoch: The largest number ever given, 0 at first, so that no number is given twice.
+        files: Of a store in place: the checkpoint's files that hold its rows.
     """
 
     path: Path
@@ -71,6 +74,23 @@ class CatalogImage:
     placements: dict[int, PlacementRecord]
     epoch: int | None
     last_epoch: int
+    files: tuple[InPlaceFile, ...] = ()
+
+    @lazy
+    def paged(self) -> dict[str, TableLayout]:
+        """The layouts of all that has shards, by name: tables, or, of those in place, their side tables."""
+        return paged_layouts(self.tables)
+
+    def owner_of(self, name: str) -> str:
+        """Returns which table a side table belongs to; a table with shards is its own."""
+        if name in self.tables:
+            return name
+        return next(owner for owner, table in self.tables.items() if name in paged_layouts({owner: table}))
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether rows lie in files of a checkpoint."""
+        return bool(self.files)
 
     @lazy
     def identity(self) -> str:
@@ -80,11 +100,32 @@ class CatalogImage:
         return hashlib.sha256(_as_json({"tables": tables, "shards": shards})).hexdigest()
 
 
+def paged_layouts(tables: Mapping[str, TableLayout]) -> dict[str, TableLayout]:
+    """Returns the layouts of tables that have shards, side tables among them, by name."""
+    paged: dict[str, TableLayout] = {}
+    for name, table in tables.items():
+        if isinstance(table, InPlaceLayout):
+            paged |= {side.spec.name: side for side in table.side_tables}
+        else:
+            paged[name] = table
+    return paged
+
+
 def create_catalog(
-    path: Path, tables: dict[str, TableLayout], origin: dict[str, Any], attachments: dict[str, bytes]
+    path: Path,
+    tables: Mapping[str, TableLayout],
+    origin: dict[str, Any],
+    attachments: dict[str, bytes],
+    files: Sequence[InPlaceFile] = (),
 ) -> None:
-    """Writes the catalog of a store whose build begins: everything but shards and ready mark, in one transaction."""
-    records = {"format": _as_json({"format_version": STORE_FORMAT_VERSION, "written_by": f"tierstore {VERSION}"})}
+    """Writes the catalog of a store whose build begins: everything but shards and ready mark, in one transaction.
+
+    files: of a store in place; its format version is another.
+    """
+    version = IN_PLACE_FORMAT_VERSION if files else STORE_FORMAT_VERSION
+    records = {"format": _as_json({"format_version": version, "written_by": f"tierstore {VERSION}"})}
+    if files:
+        records["files"] = _files_as_json(files)
     records["origin"] = _as_json(origin)
     records["tables"] = _as_json(list(tables))
     records |= {f"table/{name}": _as_json(layout.to_dict()) for name, layout in tables.items()}
@@ -112,9 +153,17 @@ def forget_shards(path: Path, shards: Sequence[tuple[str, int]]) -> None:
     _write(path / CATALOG_FILE, {}, removed=tuple(f"shard/{name}/{index:08d}" for name, index in shards))
 
 
-def record_origin(path: Path, origin: dict[str, Any]) -> None:
-    """Notes which files hold the checkpoint now, after a build has compared every shard with them."""
-    _write(path / CATALOG_FILE, {"origin": _as_json(origin)})
+def record_origin(path: Path, origin: dict[str, Any], files: Sequence[InPlaceFile] = ()) -> None:
+    """Notes which files hold the checkpoint now, after a build has compared every shard with them.
+
+    files: of a store in place.
+    """
+    in_place = {"files": _files_as_json(files)} if files else {}
+    _write(path / CATALOG_FILE, {"origin": _as_json(origin)} | in_place)
+
+
+def _files_as_json(files: Sequence[InPlaceFile]) -> bytes:
+    return _as_json([file.to_dict() for file in files])
 
 
 def mark_ready(path: Path) -> None:
@@ -162,25 +211,26 @@ def read_catalog(path: str | os.PathLike[str], *, must_be_ready: bool = True) ->
         raise named(error, f"cannot read {error.filename or path}", error.filename or path) from error
     head = _from_json(records, "format", path)
     version = head.get("format_version")
-    if version != STORE_FORMAT_VERSION:
+    if version not in (STORE_FORMAT_VERSION, IN_PLACE_FORMAT_VERSION):
         raise FormatError(
-            f"{path}: store format {version}, this tierstore {VERSION} reads {STORE_FORMAT_VERSION}; "
-            f"install a newer tierstore or rebuild the store with this one"
+            f"{path}: store format {version}, this tierstore {VERSION} reads {STORE_FORMAT_VERSION} and "
+            f"{IN_PLACE_FORMAT_VERSION}; install a newer tierstore or rebuild the store with this one"
         )
-    image = _image(path, records)
+    image = _image(path, records, version)
     if must_be_ready and not image.ready:
         done = sum(len(shards) for shards in image.shards.values())
-        total = sum(layout.num_shards for layout in image.tables.values())
+        total = sum(layout.num_shards for layout in image.paged.values())
         raise StoreNotReadyError(
             f"{path}: its build has not finished ({done} of {total} shards); run the same tierstore build command again"
         )
     return image
 
 
-def _image(path: Path, records: dict[str, bytes]) -> CatalogImage:
+def _image(path: Path, records: dict[str, bytes], version: int) -> CatalogImage:
     names = _from_json(records, "tables", path, kind=list)
-    tables = {name: TableLayout.from_dict(_from_json(records, f"table/{name}", path)) for name in names}
-    shards: dict[str, dict[int, ShardRecord]] = {name: {} for name in names}
+    tables, files = _tables_and_files(path, records, names, version)
+    paged = paged_layouts(tables)
+    shards: dict[str, dict[int, ShardRecord]] = {name: {} for name in paged}
     attachments = {}
     placements = {}
     for key in records:
@@ -192,11 +242,11 @@ def _image(path: Path, records: dict[str, bytes]) -> CatalogImage:
             placements[placement.epoch] = placement
         elif kind == "shard":
             name, _, index = rest.rpartition("/")
-            if name not in tables or not index.isdecimal() or int(index) >= tables[name].num_shards:
+            if name not in paged or not index.isdecimal() or int(index) >= paged[name].num_shards:
                 raise FormatError(f"{path}: the catalog has shard record {key!r} of no table; restore it or rebuild")
-            shards[name][int(index)] = _shard_record(_from_json(records, key, path), tables[name], int(index))
+            shards[name][int(index)] = _shard_record(_from_json(records, key, path), paged[name], int(index))
     ready = "ready" in records
-    for name, layout in tables.items():
+    for name, layout in paged.items():
         if ready and len(shards[name]) != layout.num_shards:
             raise FormatError(
                 f"{path}: the catalog is marked ready with {len(shards[name])} of {layout.num_shards} shards of table "
@@ -212,9 +262,21 @@ def _image(path: Path, records: dict[str, bytes]) -> CatalogImage:
             f"{path}: the catalog's current epoch {epoch!r} is not one of its placements; restore the catalog"
         )
     origin = _from_json(records, "origin", path)
-    return CatalogImage(
-        path, STORE_FORMAT_VERSION, ready, origin, tables, shards, attachments, placements, epoch, last_epoch
-    )
+    return CatalogImage(path, version, ready, origin, tables, shards, attachments, placements, epoch, last_epoch, files)
+
+
+def _tables_and_files(
+    path: Path, records: dict[str, bytes], names: list[Any], version: int
+) -> tuple[dict[str, TableLayout], tuple[InPlaceFile, ...]]:
+    """Returns the layouts of all tables, and, of a store in place, the files that they lie in."""
+    if version == STORE_FORMAT_VERSION:
+        return {name: TableLayout.from_dict(_from_json(records, f"table/{name}", path)) for name in names}, ()
+    files = tuple(InPlaceFile.from_dict(record) for record in _from_json(records, "files", path, kind=list))
+    tables = {name: InPlaceLayout.from_dict(_from_json(records, f"table/{name}", path)) for name in names}
+    used = max((s.file for table in tables.values() for plane in table.planes for s in plane.stretches), default=0)
+    if used >= len(files):
+        raise FormatError(f"{path}: the catalog names {len(files)} files, its tables lie in {used + 1}; rebuild")
+    return dict(tables), files
 
 
 def _placement_record(number: str, record: dict[str, Any], path: Path) -> PlacementRecord:

@@ -67,6 +67,10 @@ class TableSource:
                         "bytes"
                     )
 
+    def open_reader(self) -> PlaneReader:
+        """Opens its files; returns what reads its rows, to be closed."""
+        return PlaneReader(self)
+
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
         """The tensors of all planes."""
@@ -92,6 +96,7 @@ class PlaneReader:
     """
 
     def __init__(self, source: TableSource) -> None:
+        self.source_row_bytes = source.spec.row_bytes  # that are read for a row
         self._source = source
         self._fds: dict[Path, int] = {}
         self._tensors: dict[Path, list[StoredTensor]] = {}

@@ -17,10 +17,12 @@ from ..decisions.budget import cache_set_bytes
 from ..decisions.shared_budget import HEAD_BYTES, SharedShare
 from ..errors import DaemonError
 from ..formats.catalog import CatalogImage
+from ..formats.in_place import InPlaceLayout
 from ..layout import TableLayout, record_bytes
 from ..spec import TableSpec
+from ..tiers.files import AnyFiles, open_tables
+from ..tiers.in_place import SideMemory, side_memory
 from ..tiers.native import TableMemory
-from ..tiers.nvme import TableFiles, open_tables
 from ..tiers.placed import PlacementFile
 
 
@@ -40,7 +42,7 @@ class OpenVersion:
     def __init__(self, image: CatalogImage, placed: PlacementFile | None, *, direct: bool) -> None:
         """Opens every shard; takes `placed` over, also if that fails."""
         self.image, self.placed = image, placed
-        self.files: list[TableFiles] = []
+        self.files: list[AnyFiles] = []
         try:
             self.files = open_tables(image, direct=direct)
         except BaseException:
@@ -108,10 +110,11 @@ def table_memories(
     blocks: Blocks,
     tag: int,
     caches: Mapping[str, kernels.EntryCache],
+    bad_pages: Mapping[str, Mapping[int, str]],
 ) -> list[TableMemory]:
     """Returns what an engine over the blocks is made of, a `TableMemory` for each table in the catalog's order.
 
-    caches: a `kernels.EntryCache` for each table that is not resident.
+    caches: a `kernels.EntryCache` for each table that is not resident. bad_pages: of tables and side tables in memory.
     """
     memories = []
     for name, layout in version.image.tables.items():
@@ -130,8 +133,30 @@ def table_memories(
             file=version.placed.handle if placed and version.placed else None,
             in_file=(parts.file_head, parts.file_area) if placed else None,
         )
-        memories.append(TableMemory(caches[name], statics, tag))
+        memories.append(TableMemory(caches[name], statics, tag, _side_memory(blocks, layout, share, bad_pages)))
     return memories
+
+
+def side_part(resident: np.ndarray, layout: InPlaceLayout, share: SharedShare) -> np.ndarray:
+    """Returns where a version's block has the checksums and copied planes of a table in place; raises `DaemonError`."""
+    name = layout.spec.name
+    if share.side_bytes < layout.checksum_bytes:
+        raise DaemonError(
+            f"table {name}: its checksums take {layout.checksum_bytes} bytes, and the daemon's memory was divided with "
+            f"{share.side_bytes} for them: for a store of another kind, or over other files; serve it by a daemon of "
+            f"its own"
+        )
+    return part_of(resident, share.resident_start, share.side_bytes, f"checksums of {name}")
+
+
+def _side_memory(
+    blocks: Blocks, layout: TableLayout, share: SharedShare, bad_pages: Mapping[str, Mapping[int, str]]
+) -> SideMemory | None:
+    if not isinstance(layout, InPlaceLayout):
+        return None
+    return side_memory(
+        layout, side_part(blocks.resident, layout, share), [name for name, bad in bad_pages.items() if bad]
+    )
 
 
 def same_tables(ours: Sequence[TableSpec], theirs: Sequence[TableSpec]) -> str | None:

@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,18 @@ from ..formats.catalog import (
     CatalogImage,
     create_catalog,
     mark_ready,
+    paged_layouts,
     read_catalog,
     record_origin,
 )
-from ..formats.checkpoint import PlaneReader, TableSource
+from ..formats.checkpoint import TableSource
+from ..formats.in_place import InPlaceLayout
 from ..formats.origin import changed_files, same_checkpoint
 from ..formats.page import page_seed, repair_command
 from ..layout import PageShape, ShardRecord, TableLayout
 from ..process.progress import OnProgress
 from ..units import format_bytes
+from .in_place import files_of, lay_out_tables_in_place, open_readers, sources_in_place
 from .shards import BuildProgress, build_shards, shards_still_right
 from .store_lock import locked_store
 
@@ -52,6 +56,11 @@ class BuildPlan:
     bytes_free: int
 
     @property
+    def in_place(self) -> bool:
+        """Whether rows stay in the checkpoint's files."""
+        return any(isinstance(table, InPlaceLayout) for table in self.tables)
+
+    @property
     def num_tables(self) -> int:
         """Tables in the store."""
         return len(self.tables)
@@ -64,7 +73,7 @@ class BuildPlan:
     @property
     def num_shards(self) -> int:
         """Shards of all tables."""
-        return sum(table.num_shards for table in self.tables)
+        return sum(table.num_shards for table in paged_layouts({t.spec.name: t for t in self.tables}).values())
 
     @property
     def table_bytes(self) -> int:
@@ -102,6 +111,7 @@ def build_store(
     shard_bytes: int = 1 << 30,
     jobs: int | None = None,
     allow_network_fs: bool = False,
+    in_place: bool = False,
     on_plan: Callable[[BuildPlan], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> BuildReport:
@@ -109,8 +119,9 @@ def build_store(
 
     origin: who the checkpoint is (`Checkpoint.to_dict()`; its "digest" goes into every page's checksum). attachments:
     the adapter's own records, kept in the catalog (hash, token map). shard_bytes: the largest shard. jobs: shards built
-    at once, by default one for each processor, at most 4. on_plan gets the preflight before anything is written,
-    on_progress (bytes done, bytes in all) now and then, both in the calling thread.
+    at once, by default one for each processor, at most 4. in_place: leave the rows where they are, and write what
+    checks them (`formats.in_place`); the same build again notes where the files are now. on_plan gets the preflight
+    before anything is written, on_progress (bytes done, bytes in all) now and then, both in the calling thread.
 
     Raises `BudgetError` if the disk has too little room (also midway: free some and run again), `ConfigError` if
     the path is another's, not writable, or not on a local file system (unless allowed).
@@ -118,7 +129,9 @@ def build_store(
     """
     path = Path(store_path)
     attachments = attachments or {}
-    tables = lay_out_tables(sources, origin["digest"], shard_bytes)
+    files = files_of(path, sources, origin) if in_place else ()
+    lay_out = partial(_lay_out, sources, shard_bytes=shard_bytes, in_place=in_place)
+    tables = lay_out(origin["digest"])
     jobs = min(os.cpu_count() or 1, 4) if jobs is None else jobs
     if not 1 <= jobs <= JOBS_MAX:
         raise ConfigError(f"jobs: {jobs} is not within 1 to {JOBS_MAX}")
@@ -130,15 +143,17 @@ def build_store(
             image = _begun(path)
             if image is not None and same_checkpoint(image.origin, origin, sources):
                 origin = origin | {"digest": image.origin["digest"]}  # pages are sealed with it
-                tables = lay_out_tables(sources, origin["digest"], shard_bytes)
+                tables = lay_out(origin["digest"])
             _check_resumable(path, image, tables, origin, attachments)
-            readers = {source.spec.name: stack.enter_context(PlaneReader(source)) for source in sources}
+            readers = open_readers(sources, tables, stack)
             for reader in readers.values():
                 reader.check_unchanged()
             done = _finished_shards(path, image)
             if image is not None and changed_files(image.origin, sources):
                 done = shards_still_right(path, image, sources, readers, done, jobs, on_progress)
-                record_origin(path, origin)
+                record_origin(path, origin, files)
+            elif image is not None and image.files != files:
+                record_origin(path, origin, files)  # moved, and nothing more
             bytes_done = sum(shard.num_bytes for shards in done.values() for shard in shards.values())
             plan = BuildPlan(tuple(tables.values()), bytes_done, shutil.disk_usage(path).free)
             if on_plan:
@@ -146,9 +161,10 @@ def build_store(
             _check_room(path, plan)
             made.clear()  # from here on a build has begun, and what it leaves is there to be resumed
             if image is None:
-                create_catalog(path, tables, origin, attachments)
+                create_catalog(path, tables, origin, attachments, files)
             progress = BuildProgress(bytes_done)
-            built = build_shards(path, readers, tables, done, jobs, progress, plan.store_bytes, on_progress)
+            paged = paged_layouts(tables)
+            built = build_shards(path, readers, paged, done, jobs, progress, plan.store_bytes, on_progress)
             if image is None or not image.ready:
                 mark_ready(path)
     except OSError as error:
@@ -157,6 +173,29 @@ def build_store(
         raise named(error, path, error.filename, writing=True, needed_bytes=needed_bytes, note=note) from error
     kept = plan.num_shards - built
     return BuildReport(plan.store_bytes - bytes_done, time.monotonic() - started, built, kept)
+
+
+def build_from_store(
+    in_place_path: str | os.PathLike[str], store_path: str | os.PathLike[str], **options: Any
+) -> BuildReport:
+    """Builds a store with shards of a store in place: the same bytes as from its checkpoint, each block checked.
+
+    options: as of `build_store`. Raises what that raises, `ConfigError` for a store that has shards already,
+    `CorruptPageError` if a file of the checkpoint is not what it was.
+    """
+    image = read_catalog(in_place_path)
+    if not image.is_in_place:
+        raise ConfigError(
+            f"{in_place_path} is a store with shards already; copy its folder, or build from a checkpoint"
+        )
+    sources = sources_in_place(image)
+    return build_store(store_path, sources, origin=image.origin, attachments=image.attachments, **options)
+
+
+def _lay_out(
+    sources: Sequence[TableSource], origin_digest: str, *, shard_bytes: int, in_place: bool
+) -> dict[str, TableLayout]:
+    return (lay_out_tables_in_place if in_place else lay_out_tables)(sources, origin_digest, shard_bytes)
 
 
 def lay_out_tables(sources: Sequence[TableSource], origin_digest: str, shard_bytes: int) -> dict[str, TableLayout]:

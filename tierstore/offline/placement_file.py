@@ -26,7 +26,7 @@ from ..formats.placement import PlacedTable, Placement, head_bytes
 from ..layout import TableLayout
 from ..process.progress import OnProgress
 from ..process.workers import aside
-from ..tiers.nvme import TableFiles, read_pages
+from ..tiers.files import AnyFiles, open_table
 
 BUCKET_BYTES = 96 << 20  # of the destination, filled at once in memory
 SPARE_DISK_BYTES = 64 << 20  # left free beside what is written
@@ -84,7 +84,7 @@ def write_placement(
         layout, table = image.tables[name], placement.tables[name]
         tables[name] = _write_indexes(fd, table, part)
         destination = _Destination(fd, layout, table, part, work)
-        files = TableFiles(image, layout, direct=False)
+        files = open_table(image, layout, direct=False)
         try:
             for places, heads, rows, num_pages in _needed_rows(files, part):
                 destination.add(places, heads, rows)
@@ -112,11 +112,12 @@ def _write_indexes(fd: int, table: PlacedTable, part: Chosen) -> PlacedTable:
     return replace(table, indexes=tuple(indexes))
 
 
-def _needed_rows(files: TableFiles, part: Chosen) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
+def _needed_rows(files: AnyFiles, part: Chosen) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
     """Yields (places [R], heads [R], rows [R, row_bytes], pages read) in page order, head by head:
     a head is a range of rows."""
     layout, spec = files.table, files.table.spec
-    pages = np.empty((max(1, READ_BYTES // layout.page_bytes), layout.page_bytes), dtype=np.uint8)
+    pages_max = max(1, READ_BYTES // layout.page_bytes)
+    scratch = np.empty(pages_max * layout.page_bytes, dtype=np.uint8)
     heads = sorted(range(spec.num_heads), key=lambda head: spec.offsets[head])
     for head in heads:
         order_index, of_entry = divmod(head, spec.rows_per_key)
@@ -124,9 +125,8 @@ def _needed_rows(files: TableFiles, part: Chosen) -> Iterator[tuple[np.ndarray, 
         row_ids = part.keys[places] % spec.moduli[head] + spec.offsets[head]
         by_row = np.argsort(row_ids)
         places, row_ids = places[by_row].astype(np.uint32), row_ids[by_row]
-        for stretch_start, stretch_end, page_numbers in _stretches(row_ids // layout.rows_per_page, len(pages)):
-            read_pages(files, page_numbers, pages[: len(page_numbers)])
-            rows = layout.shape.rows_of(pages[: len(page_numbers)])
+        for stretch_start, stretch_end, page_numbers in _stretches(row_ids // layout.rows_per_page, pages_max):
+            rows = files.read_rows(page_numbers, scratch)
             num_read = len(page_numbers)
             for start in range(stretch_start, stretch_end, ROWS_AT_ONCE):
                 end = min(start + ROWS_AT_ONCE, stretch_end)
@@ -134,8 +134,7 @@ def _needed_rows(files: TableFiles, part: Chosen) -> Iterator[tuple[np.ndarray, 
                 found = rows[at, row_ids[start:end] % layout.rows_per_page]
                 yield places[start:end], np.full(end - start, of_entry, dtype=np.uint32), found, num_read
                 num_read = 0
-    for shard_index in range(layout.num_shards):
-        os.posix_fadvise(files.fd(shard_index), 0, 0, os.POSIX_FADV_DONTNEED)
+    files.drop_cache()
 
 
 def _stretches(pages: np.ndarray, pages_max: int) -> Iterator[tuple[int, int, np.ndarray]]:

@@ -33,12 +33,14 @@ from ..formats.placement import PLACEMENT_FOLDER, Placement, TableShape, lay_out
 from ..layout import TableLayout
 from ..process.progress import OnProgress
 from ..units import format_bytes
+from .in_place import open_readers
 from .place import remove_leftovers
 from .placed_choice import ChoiceLostError, read_choice
 from .placement_file import Chosen, write_placement
 from .shards import BuildProgress, write_shard
 from .store_lock import locked_store
-from .verify import VerifyReport, check_not_stopped, run_parts, verify_placement, verify_shard, verify_store
+from .verify import run_parts, verify_placement, verify_shard, verify_store
+from .verify_report import VerifyReport, check_not_stopped
 
 # What the system says if something else is in the place of a file of the store, or of its folder.
 IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
@@ -142,7 +144,7 @@ def _repair_shards(
 ) -> None:
     """Rebuilds every damaged shard of `report` and checks it again; `report` then says what is so now."""
     damaged = sorted(report.damaged_shards)
-    names = sorted({name for name, _ in damaged})
+    names = sorted({image.owner_of(name) for name, _ in damaged})
     sources = {table.spec.name: table for table in source.sources_of(image)}
     for name in names:
         found = sources[name].spec if name in sources else "no such table"
@@ -160,8 +162,8 @@ def _repair_shards(
             sync_folder(folder.parent)
             sync_folder(image.path)
     with ExitStack() as stack:
-        readers = {name: stack.enter_context(PlaneReader(sources[name])) for name in names}
-        parts = [partial(_repair_shard, image, image.tables[name], index, readers[name]) for name, index in damaged]
+        readers = open_readers([sources[name] for name in names], image.tables, stack)
+        parts = [partial(_repair_shard, image, image.paged[name], index, readers[name]) for name, index in damaged]
         for shard, again in zip(damaged, run_parts(parts, jobs, on_progress), strict=True):
             mended = report.damaged_shards.pop(shard)
             report.faults = [fault for fault in report.faults if fault not in mended] + again.faults

@@ -75,7 +75,7 @@ def shards_still_right(
     with joined_pool(jobs, "tierstore-compare") as pool:
         try:
             tasks = [
-                pool.submit(_write_pages, None, readers[name], image.tables[name], index, progress)
+                pool.submit(_write_pages, None, readers[name], image.paged[name], index, progress)
                 for name, index in shards
             ]
             _await(tasks, progress, total, on_progress)
@@ -201,7 +201,7 @@ def _write_pages(
     Without `fd` the pages are only digested.
     """
     sha256 = hashlib.sha256()
-    pages_per_chunk = max(1, CHUNK_BYTES // table.page_bytes)
+    pages_per_chunk = max(1, CHUNK_BYTES // max(table.page_bytes, table.rows_per_page * reader.source_row_bytes))
     buffer = np.empty((pages_per_chunk, table.page_bytes), dtype=np.uint8)
     shard_start, shard_end = table.shard_pages(index)
     for page_start in range(shard_start, shard_end, pages_per_chunk):

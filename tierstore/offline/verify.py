@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -28,6 +27,7 @@ from ..durable import read_exactly
 from ..errors import ConfigError, FormatError, TierStoreError
 from ..formats.catalog import CatalogImage, read_catalog
 from ..formats.checkpoint import PlaneReader, TableSource
+from ..formats.in_place import InPlaceLayout
 from ..formats.origin import same_checkpoint
 from ..formats.page import page_faults
 from ..formats.placement import PlacedTable
@@ -36,53 +36,14 @@ from ..layout import TableLayout
 from ..process.progress import OnProgress
 from ..process.workers import joined_pool
 from ..tiers.placed import PlacementFile
+from .verify_in_place import parts_of_files, parts_of_rows
+from .verify_report import CHUNK_BYTES, FAULTS_PER_SHARD_MAX, VerifyReport, check_not_stopped
 
-CHUNK_BYTES = 4 << 20
-FAULTS_PER_SHARD_MAX = 20
 ROWS_DRAWN_AT_ONCE = 1 << 20
 # What the system says of a file that is lost, or is another thing, or that its disk cannot read: a new file mends it.
 DAMAGE_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EIO, errno.EBADMSG}
 
 Result = TypeVar("Result")
-
-
-@dataclass
-class VerifyReport:
-    """What was checked and what is wrong; the store is sound if `faults` is empty.
-
-    Faults of the store as a whole come first, rows that differ last: those mostly follow from the others.
-
-    Attributes:
-        damaged_shards: of each shard whose file is not the one that was built, by (table, index): its faults.
-        damaged_placements: of each damaged placement, by epoch: its faults.
-        repaired: what `verify(repair=True)` mended, a line each. Its faults are no longer in `faults`.
-        remedy: the command that mends what can be mended; empty if there is nothing of the kind.
-    """
-
-    pages_checked: int = 0
-    rows_compared: int = 0
-    shards_checked: int = 0
-    entries_checked: int = 0
-    faults: list[str] = field(default_factory=list)
-    damaged_shards: dict[tuple[str, int], list[str]] = field(default_factory=dict)
-    damaged_placements: dict[int, list[str]] = field(default_factory=dict)
-    repaired: list[str] = field(default_factory=list)
-    remedy: str = ""
-
-    def add(self, other: VerifyReport) -> None:
-        """Adds another part's findings to this one."""
-        self.pages_checked += other.pages_checked
-        self.rows_compared += other.rows_compared
-        self.shards_checked += other.shards_checked
-        self.entries_checked += other.entries_checked
-        self.faults += other.faults
-        self.damaged_shards |= other.damaged_shards
-        self.damaged_placements |= other.damaged_placements
-        self.repaired += other.repaired
-
-    def sort_faults(self) -> None:
-        """Puts faults in a fixed order, rows that differ last."""
-        self.faults.sort(key=lambda fault: (fault.startswith("row "), fault))
 
 
 def verify_store(
@@ -121,10 +82,10 @@ def verify_store(
             if source is not None and source.spec != table.spec:
                 of_all.append(f"table {name}: the checkpoint gives {source.spec}, the store has {table.spec}")
                 source = None  # its rows cannot be compared; its pages can be checked
-            reader = stack.enter_context(PlaneReader(source)) if source is not None else None
+            reader = stack.enter_context(source.open_reader()) if source is not None else None
             sampled = _sampled_pages(table, sample_rows, seed)
-            for index in range(table.num_shards):
-                parts.append(partial(verify_shard, image, table, index, reader, sampled))
+            parts += _parts_of_table(image, table, reader, sampled)
+        parts += parts_of_files(image)
         parts += [partial(verify_placement, image, epoch) for epoch in sorted(image.placements)]
         for part in run_parts(parts, jobs, on_progress):
             report.add(part)
@@ -134,6 +95,23 @@ def verify_store(
     report.sort_faults()
     report.faults[:0] = of_all
     return report
+
+
+def _parts_of_table(
+    image: CatalogImage, table: TableLayout, reader: PlaneReader | None, sampled: np.ndarray | None
+) -> list[Callable[[threading.Event], VerifyReport]]:
+    """Returns what there is to check of a table: its shards; of one in place its blocks, and its side tables' shards.
+
+    Of a sample, side tables are checked as far as its rows need them.
+    """
+    if not isinstance(table, InPlaceLayout):
+        return [partial(verify_shard, image, table, index, reader, sampled) for index in range(table.num_shards)]
+    sides = table.side_tables if sampled is None else ()
+    shards = [(side, index) for side in sides for index in range(side.num_shards)]
+    return [
+        *parts_of_rows(image, table, reader, sampled),
+        *(partial(verify_shard, image, side, index, None, None) for side, index in shards),
+    ]
 
 
 def run_parts(
@@ -157,16 +135,6 @@ def run_parts(
             pool.shutdown(wait=False, cancel_futures=True)  # leaving the pool waits for the parts under way
             raise
     return [future.result() for future in futures]
-
-
-class Stopped(Exception):
-    """Another part failed, or the caller was interrupted. Nobody sees it: `run_parts` raises that first cause."""
-
-
-def check_not_stopped(stop: threading.Event) -> None:
-    """Raises `Stopped` if the part that calls it is to give up."""
-    if stop.is_set():
-        raise Stopped
 
 
 def _sampled_pages(table: TableLayout, sample_rows: int | None, seed: int) -> np.ndarray | None:

@@ -19,9 +19,10 @@ from ..formats.catalog import CatalogImage, read_catalog
 from ..process.progress import OnProgress
 from ..stats import expected_of
 from ..tiers.engine import DeviceEngine, Engine
+from ..tiers.files import open_tables
 from ..tiers.memory import available_memory
 from ..tiers.native import open_native
-from ..tiers.nvme import IoChoice, choose_io, open_tables
+from ..tiers.nvme import IoChoice, choose_io
 from ..tiers.placed import PlacementFile
 from ..units import format_bytes, parse_bytes
 from .backing import Backing
@@ -205,6 +206,7 @@ class Embedded(Backing):
             "huge_page_bytes": huge_bytes,
             "staging_bytes": self._plan.staging.num_bytes,
             "resident_tables": [name for name, share in shares.items() if share.resident],
+            "side_bytes": sum(share.side_bytes for share in shares.values()),
         }
         placement: dict[str, Any] = {
             "epoch": self._placed.placement.epoch if self._placed else None,

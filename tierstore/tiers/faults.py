@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import CorruptPageError, StoreNotReadyError
 from ..formats.page import fault_text, repair_command
+from .in_place import BlockNames, block_cut, block_fault
 from .placed import fault_text as entry_fault_text
 
 
@@ -27,13 +28,15 @@ class FaultNames:
     """The `make_fault` of a `kernels.Engine`. Any thread may call it.
 
     what: names the store; table_names: in the engine's order; placement_path: of the placement file, if there is one;
-    bad_pages: (table, page number) of resident tables that could not be loaded -> why, filled by the engine.
+    bad_pages: (table, page number) of resident tables that could not be loaded -> why, filled by the engine; in_place:
+    what names blocks, of tables in place, by index.
     """
 
     what: str
     table_names: Sequence[str]
     placement_path: Path | None
     bad_pages: Mapping[tuple[int, int], str]
+    in_place: Mapping[int, BlockNames] = field(default_factory=dict)
 
     def __call__(self, kind: str, index: int, page: int, detail: int) -> BaseException:
         """Returns the exception for a fault in table `index`.
@@ -75,6 +78,10 @@ class FaultNames:
         where = f"page {page} of table {table_name}"
         if (index, page) in self.bad_pages:
             return CorruptPageError(self.bad_pages[index, page])
+        if index in self.in_place:
+            where = self.in_place[index].where(page)
+            if self.in_place[index].is_block(page) and (kind == "page" or detail < 0):
+                return CorruptPageError(block_fault(where) if kind == "page" else block_cut(where))
         if kind == "page":
             return CorruptPageError(fault_text(where, detail))
         if detail < 0:

@@ -23,9 +23,11 @@ from ..process.workers import aside
 from ..stats import latency_of
 from .engine import READ_WAIT_S, HostEngine, Request, RowRange, in_slices
 from .faults import FaultNames
+from .files import AnyFiles
 from .huge_pages import bytes_on_huge_pages, keep_on_huge_pages
+from .in_place import InPlaceFiles, SideMemory, load_side, side_memory
 from .memory import allocate
-from .nvme import IoChoice, TableFiles, load_rows
+from .nvme import IoChoice, load_rows
 from .placed import PlacementFile, load_all_static
 
 logger = logging.getLogger("tierstore")
@@ -40,12 +42,13 @@ LOAD_BYTES = 1 << 20
 class TableMemory:
     """What of a table lies in memory: all rows, uint8 [bytes], or a `kernels.EntryCache`; and its static set, if any.
 
-    tag: of its entries in the cache, below 16; another version of the table may share that.
+    tag: of its entries in the cache, below 16; another version of the table may share that. side: of a table in place.
     """
 
     rows_or_cache: np.ndarray | kernels.EntryCache
     statics: kernels.StaticRecord | None = None
     tag: int = 0
+    side: SideMemory | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class SharedEpochs:
 
 def open_native(
     what: str,
-    files: Sequence[TableFiles],
+    files: Sequence[AnyFiles],
     plan: DramPlan,
     choice: IoChoice,
     placed: PlacementFile | None,
@@ -76,7 +79,7 @@ def open_native(
     parts = [block[share.byte_start : share.byte_start + share.num_bytes] for share in shares]
     statics = load_all_static(placed, layouts, shares, parts, on_progress)
     memories = []
-    for layout, share, part, static in zip(layouts, shares, parts, statics, strict=True):
+    for file, layout, share, part, static in zip(files, layouts, shares, parts, statics, strict=True):
         if share.resident:
             memories.append(TableMemory(part))
             continue
@@ -85,7 +88,11 @@ def open_native(
             kernels.EntryCache, num_sets=share.num_sets, entry_bytes=layout.spec.entry_bytes, is_new=True
         )
         cache = aside(new_cache, rest)
-        memories.append(TableMemory(cache, None if static is None else static.to_native()))
+        side = None
+        if isinstance(file, InPlaceFiles):
+            memory = part[share.num_bytes - share.side_bytes :]
+            side = side_memory(file.table, memory, tuple(load_side(file, memory)))
+        memories.append(TableMemory(cache, None if static is None else static.to_native(), side=side))
     engine = NativeEngine(what, files, memories, choice, plan.staging, placed)
     engine.huge_pages = keep_on_huge_pages(block)
     for index, (file, share, part) in enumerate(zip(files, shares, parts, strict=True)):
@@ -94,7 +101,7 @@ def open_native(
     return engine
 
 
-def load_table(file: TableFiles, memory: np.ndarray, poll: Callable[[], None] | None = None) -> dict[int, str]:
+def load_table(file: AnyFiles, memory: np.ndarray, poll: Callable[[], None] | None = None) -> dict[int, str]:
     """Loads all rows of a table into memory, uint8 [table_bytes at least]; returns its bad pages, as `load_rows` does.
 
     poll: as of `load_rows`.
@@ -110,7 +117,7 @@ class NativeEngine(HostEngine):
     def __init__(
         self,
         what: str,
-        files: Sequence[TableFiles],
+        files: Sequence[AnyFiles],
         memories: Sequence[TableMemory],
         choice: IoChoice,
         staging: StagingPlan,
@@ -146,7 +153,11 @@ class NativeEngine(HostEngine):
                 shared=None if shared is None else (shared.control, shared.version, shared.block, shared.reports),
                 # Not a method of ours: the C++ side would hold us, and nothing collects a circle through it.
                 make_fault=FaultNames(
-                    what, [file.table.spec.name for file in files], placed.path if placed else None, self.bad_pages
+                    what,
+                    [file.table.spec.name for file in files],
+                    placed.path if placed else None,
+                    self.bad_pages,
+                    {index: file.names for index, file in enumerate(files) if isinstance(file, InPlaceFiles)},
                 ),
             )
         except RuntimeError as error:
@@ -272,7 +283,7 @@ def _pending(ticket: kernels.Ticket | None) -> NativePending | None:
         raise
 
 
-def _record(file: TableFiles, memory: TableMemory) -> kernels.TableRecord:
+def _record(file: AnyFiles, memory: TableMemory) -> kernels.TableRecord:
     layout, spec = file.table, file.table.spec
     return kernels.TableRecord(
         num_orders=len(spec.orders),
@@ -288,9 +299,15 @@ def _record(file: TableFiles, memory: TableMemory) -> kernels.TableRecord:
         pages_per_shard=layout.pages_per_shard,
         page_version=PAGE_VERSION,
         seed=layout.seed,
-        shards=file.handles(),
+        shards=[] if isinstance(file, InPlaceFiles) else file.handles(),
         memory=memory.rows_or_cache,
         statics=memory.statics,
         tag=memory.tag,
         residues=spec.residues,
+        planes=_planes(file, memory) if isinstance(file, InPlaceFiles) else None,
     )
+
+
+def _planes(file: InPlaceFiles, memory: TableMemory) -> list[kernels.PlaneRecord]:
+    """Returns the planes of a table in place; none of a resident one, of which nothing more is read."""
+    return [] if memory.side is None else file.plane_records(memory.side)

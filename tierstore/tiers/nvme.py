@@ -15,6 +15,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -23,7 +24,6 @@ from ..causes import Fault, allow_open_files, named
 from ..decisions.budget import READERS_FEW, READERS_LIMIT
 from ..durable import read_up_to
 from ..errors import CorruptPageError, FormatError
-from ..file_systems import warn_unless_local
 from ..formats.catalog import CatalogImage
 from ..formats.page import check_pages, repair_command
 from ..layout import TableLayout
@@ -96,23 +96,6 @@ def _choose_mode(io: str) -> tuple[str, bool]:
     return "mmap", code == 0
 
 
-def open_tables(image: CatalogImage, *, direct: bool) -> list[TableFiles]:
-    """Opens the shards of every table, in the catalog's order. Logs a warning if `direct` is wanted and not
-    available."""
-    opened: list[TableFiles] = []
-    warn_unless_local(image.path)
-    try:
-        for layout in image.tables.values():
-            opened.append(TableFiles(image, layout, direct=direct))
-    except BaseException:
-        for files in opened:
-            files.close()
-        raise
-    if direct and not all(files.has_direct for files in opened):
-        logger.warning("%s: its file system has no O_DIRECT: reads fill the page cache", image.path)
-    return opened
-
-
 class TableFiles:
     """The open shards of one table. Any number of threads may read; `close` comes after the last read."""
 
@@ -147,6 +130,21 @@ class TableFiles:
         """Returns (descriptor, O_DIRECT descriptor or -1, bytes) of every shard."""
         sizes = [os.fstat(fd).st_size for fd in self._fds]
         return list(zip(self._fds, self._direct_fds, sizes, strict=True))
+
+    def read_rows(self, page_numbers: np.ndarray, scratch: np.ndarray, /) -> np.ndarray:
+        """Reads pages, int64 [P] ascending without repeats; returns their rows, uint8 [P, rows_per_page, row_bytes].
+
+        scratch: uint8, of P pages at least, in which the rows then lie. Blocks. Raises `CorruptPageError`.
+        """
+        table = self.table
+        pages = scratch[: len(page_numbers) * table.page_bytes].reshape(-1, table.page_bytes)
+        read_pages(self, page_numbers, pages)
+        return table.shape.rows_of(pages)
+
+    def drop_cache(self) -> None:
+        """Drops what was read of the shards from the page cache."""
+        for fd in self._fds:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Closes the descriptors; closing twice is harmless."""
@@ -234,8 +232,22 @@ def _read_run(fd: int, byte_start: int, pages: np.ndarray, what: str) -> None:
         )
 
 
+class RowFiles(Protocol):
+    """The open files of a table, whose rows are read by page: `TableFiles`, or those of a table in place."""
+
+    @property
+    def table(self) -> TableLayout:
+        """How its rows lie."""
+
+    def read_rows(self, page_numbers: np.ndarray, scratch: np.ndarray, /) -> np.ndarray:
+        """See `TableFiles.read_rows`."""
+
+    def drop_cache(self) -> None:
+        """See `TableFiles.drop_cache`."""
+
+
 def load_rows(
-    files: TableFiles, rows: np.ndarray, scratch: np.ndarray, poll: Callable[[], None] | None = None
+    files: RowFiles, rows: np.ndarray, scratch: np.ndarray, poll: Callable[[], None] | None = None
 ) -> dict[int, str]:
     """Reads a whole table, front to back, into rows, uint8 [num_rows, row_bytes]; scratch: uint8, at least one page.
 
@@ -259,16 +271,13 @@ def load_rows(
                     _load_pages(files, rows, page_number, page_number + 1, scratch)
                 except CorruptPageError as error:
                     bad_pages[page_number] = str(error)
-    for shard_index in range(table.num_shards):
-        os.posix_fadvise(files.fd(shard_index), 0, 0, os.POSIX_FADV_DONTNEED)
+    files.drop_cache()
     return bad_pages
 
 
-def _load_pages(files: TableFiles, rows: np.ndarray, page_start: int, page_end: int, scratch: np.ndarray) -> None:
+def _load_pages(files: RowFiles, rows: np.ndarray, page_start: int, page_end: int, scratch: np.ndarray) -> None:
     table = files.table
-    pages = scratch[: (page_end - page_start) * table.page_bytes].reshape(-1, table.page_bytes)
-    read_pages(files, np.arange(page_start, page_end), pages)
     row_start = page_start * table.rows_per_page
-    found = table.shape.rows_of(pages).reshape(-1, table.spec.row_bytes)
+    found = files.read_rows(np.arange(page_start, page_end), scratch).reshape(-1, table.spec.row_bytes)
     part = rows[row_start : row_start + len(found)]
     part[:] = found[: len(part)]

@@ -18,8 +18,9 @@ from ...decisions.hbm_budget import HbmPlan, divide_hbm, pinned_bytes
 from ...formats.placement import RECORDS_MAX
 from ...process.progress import OnProgress
 from ..engine import READ_WAIT_S, Engine, HostEngine
+from ..files import AnyFiles
 from ..native import NativeEngine, open_native
-from ..nvme import IoChoice, TableFiles
+from ..nvme import IoChoice
 from ..placed import PlacementFile
 from .device import DramPart, open_device
 from .pairs import Pairs
@@ -32,7 +33,7 @@ logger = logging.getLogger("tierstore")
 
 def open_with_hbm(
     what: str,
-    files: Sequence[TableFiles],
+    files: Sequence[AnyFiles],
     plan: DramPlan,
     hbm_plan: HbmPlan,
     choice: IoChoice,
