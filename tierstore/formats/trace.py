@@ -67,9 +67,7 @@ def check_token_ids(token_ids: np.ndarray, vocab_size: int | None, where: str, t
 class TokenTraceWriter:
     """Writes a token trace; use it with `with`, and `finish` it. One thread at a time."""
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, vocab_size: int | None, source: str, threads: int = 0
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, vocab_size: int | None, source: str, threads: int = 0) -> None:
         """vocab_size: ids are below it, None if it is not known. source: where the text comes from, for people.
         threads: that compress while tokens are added; 0: whoever adds them does it. The bytes are the same.
 
