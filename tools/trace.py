@@ -25,6 +25,7 @@ from tierstore.process.progress import OnProgress
 from tierstore.units import format_bytes
 
 from .cli import Progress
+from .inputs.chat import ChatTemplate
 from .inputs.columns import ColumnReader
 from .inputs.ids import RAW_DTYPES, read_lengths
 from .inputs.reading import Reader
@@ -105,7 +106,8 @@ def write_trace(
     if sample is not None and not 0 < sample <= 1:
         raise ConfigError(f"--sample {sample} is outside 0 to 1; give the fraction of the documents to trace")
     besides = [Path(path) for path in (tokenizer, doclens) if path is not None]
-    with Spool(Path(output).absolute().parent) as spool, spool.naming_sources(), ColumnReader() as columns:
+    chat = ChatTemplate(None if tokenizer is None else Path(tokenizer))
+    with Spool(Path(output).absolute().parent) as spool, spool.naming_sources(), ColumnReader() as columns, chat:
         found, left_out = Finder(columns, spool, dtype, field).find([Path(path) for path in inputs], besides)
         _check_options(found, left_out, tokenizer is not None, doclens is not None, bos is not None, eos is not None)
         loaded = None if tokenizer is None else _tokenizer(tokenizer)
@@ -125,7 +127,7 @@ def write_trace(
             eos=eos,
             jobs=jobs,
         )
-        tracing = Tracing(Reader(columns), settings, None if sample is None else Sample(sample, seed))
+        tracing = Tracing(Reader(columns, chat), settings, None if sample is None else Sample(sample, seed))
         info = _write(tracing, found, output, vocab_size, on_progress)
     seconds = time.perf_counter() - started
     num_eos = None if eos is None else tracing.num_eos
@@ -180,6 +182,8 @@ def _check_options(
         raise ConfigError("--doclens and --eos both say where documents end; give one of them")
     if has_bos and not texts:
         raise ConfigError("--bos is for text, and the inputs are token ids, which hold their own; leave it out")
+    if has_bos and (chats := [source.path for source in found if source.is_chat]):
+        raise ConfigError(f"{chats[0]} holds chats, and the chat template writes their first token; leave --bos out")
     if has_eos and len(texts) == len(found):
         raise ConfigError("--eos is for token ids, and the inputs are text, a document a file (or line); leave it out")
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tierstore.errors import BudgetError, ConfigError, FormatError
 from tierstore.formats.trace import read_token_documents
 from tierstore.tools.corpus import train_tokenizer
-from tierstore.tools.inputs import unfolding
+from tierstore.tools.inputs import chat, unfolding
 from tierstore.tools.inputs.columns import ColumnReader
 from tierstore.tools.inputs.fields import Field, NoField
 from tierstore.tools.inputs.ids import Piece
@@ -515,3 +515,65 @@ def test_what_readers_seek_in_may_be_compressed_too(tmp_path: Path, compress: An
     (tmp_path / "a.npy.gz").write_bytes(compress(cut))
     with pytest.raises(FormatError, match=r"a\.npy\.gz has \d+ bytes of values, its head says \d+: it was cut"):
         trace_of([tmp_path / "a.npy.gz"])
+
+
+# Chats
+
+
+CHATS = [
+    [{"role": "user", "content": "one <two>"}, {"role": "assistant", "content": "three"}],
+    [{"role": "user", "content": "Äpfel, 漢字"}],
+]
+TEMPLATE = """{{ bos_token }}{% for message in messages %}
+    {%- if message['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}
+<{{ message['role'] }}>{% generation %}{{ message['content'] }}{% endgeneration %}{{ message | tojson | length }}
+{% endfor %}"""
+
+
+@pytest.fixture
+def chat_folder(tmp_path: Path, tokenizer: Path) -> Path:
+    """A tokenizer with a chat template, as people download it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_chats_become_the_text_that_transformers_makes_of_them(tmp_path: Path, chat_folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    lines = tmp_path / "c.jsonl"
+    lines.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    parquet.write_table(pyarrow.table({"messages": CHATS}), tmp_path / "c.parquet")
+    oracle = transformers.PreTrainedTokenizerFast(tokenizer_file=str(chat_folder / "tokenizer.json"), bos_token="<s>")
+    texts = [oracle.apply_chat_template(chat, chat_template=TEMPLATE, tokenize=False) for chat in CHATS]
+    assert texts[1].startswith("<s>")
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    expected = trace_of([tmp_path / "t.jsonl"], tokenizer=chat_folder)
+    assert trace_of([lines], tokenizer=chat_folder) == expected
+    assert trace_of([tmp_path / "c.parquet"], tokenizer=chat_folder) == expected
+    with pytest.raises(ConfigError, match=r"c\.jsonl holds chats, and the chat template writes their first token"):
+        trace_of([lines], tokenizer=chat_folder, bos=1)
+
+
+def test_a_chat_that_the_template_refuses_is_named_and_one_without_end_is_ended(
+    tmp_path: Path, chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = tmp_path / "c.jsonl"
+    chats = [*CHATS, [{"role": "system", "content": "x"}]]
+    lines.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    with pytest.raises(ConfigError, match=r"c\.jsonl: chat 2: the chat template refuses it \(.*no system here\)"):
+        trace_of([lines], tokenizer=chat_folder)
+    (chat_folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    with pytest.raises(ConfigError, match=r"chat 0: the chat template refuses it \(SecurityError"):
+        trace_of([lines], tokenizer=chat_folder)
+    deep = "".join(f"{{% for a{n} in range(99999) %}}" for n in range(4)) + "{% endfor %}" * 4
+    (chat_folder / "chat_template.jinja").write_text(deep)
+    monkeypatch.setattr(chat, "ANSWER_S", 1.5)
+    with pytest.raises(FormatError, match=r"gave no answer in 2 s and was ended"):
+        trace_of([lines], tokenizer=chat_folder)
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        (chat_folder / name).unlink()
+    with pytest.raises(ConfigError, match=r"c\.jsonl holds chat messages, and there is no chat template beside"):
+        trace_of([lines], tokenizer=chat_folder)

@@ -161,8 +161,10 @@ class WorkerProcess:
             )
         if kind == "system":
             return OSError(int(answer["errno"]), os.strerror(int(answer["errno"])), str(path))
-        if kind == "option":
-            return ConfigError(f"{path}: {text}")
+        if kind == "template":
+            return ConfigError(
+                f"{path}: the chat template refuses it ({text:.300}); take it out, or name a field of text"
+            )
         return FormatError(f"{path} is damaged, or not what it begins like ({text:.300}); copy it again")
 
     def kill(self) -> None:

@@ -1,13 +1,12 @@
 """From a `TokenInput` to its documents: texts in parts, or pieces of ids, whatever contains them.
 
-Input: `TokenInput`s, the reader of columns, the chat template if there is one. Output: `TextPart`s or `Piece`s in
-order, in bounded memory. Errors: those of the readers, each by file and place; `ConfigError` for a chat without a
-template.
+Input: `TokenInput`s, the reader of columns, the chat template. Output: `TextPart`s or `Piece`s in order, in bounded
+memory. Errors: those of the readers, each by file and place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from tierstore.errors import ConfigError
 from tierstore.formats.trace import check_token_ids
 
+from .chat import ChatTemplate
 from .columns import KINDS as COLUMN_KINDS
 from .columns import ColumnReader
 from .ids import LLMC_HEADER_BYTES, Piece, npy_pieces, raw_pieces
@@ -30,24 +30,19 @@ BATCH_TOKENS = 1 << 18  # of documents that come one by one, as a piece
 
 @dataclass(frozen=True)
 class Reader:
-    """What reading needs besides the input itself. render: a chat's messages in JSON to its text, of a file by path."""
+    """What reading needs besides the input itself."""
 
     columns: ColumnReader
-    render: Callable[[TokenInput, str], str] | None = None
+    chat: ChatTemplate
 
     def text_parts(self, source: TokenInput) -> Iterator[TextPart]:
         """Yields the text of an input that needs a tokenizer."""
         if source.kind == "text":
             yield from parts_of_file(source.path, source.codec, source.num_bytes)
             return
-        if source.is_chat and self.render is None:
-            raise ConfigError(
-                f"{source.path} holds chat messages, and the tokenizer has no chat template; give --tokenizer the "
-                f"folder with tokenizer.json and tokenizer_config.json or chat_template.jinja, or name a field of text"
-            )
-        for document, input_bytes in self._documents(source):
+        for number, (document, input_bytes) in enumerate(self._documents(source)):
             assert isinstance(document, str), "the field holds text"
-            text = self.render(source, document) if source.is_chat and self.render is not None else document
+            text = self.chat.render(source.path, number, document) if source.is_chat else document
             yield from parts_of_document(text, input_bytes)
 
     def id_pieces(self, source: TokenInput, vocab_size: int | None, lengths: np.ndarray | None) -> Iterator[Piece]:
