@@ -81,11 +81,13 @@ MARKS: dict[str, tuple[str, ...]] = {
     "tools/test_bench_serve": ("daemon",),
     "tools/test_cli": ("long",),
     "tools/test_corpus": ("long",),
+    "tools/test_damaged_inputs": ("process",),
     "tools/test_demo": ("process",),
     "tools/test_epochs_cli": ("long",),
     "tools/test_plan_cli": ("long",),
     "tools/test_profile_cli": ("long",),
     "tools/test_report": ("long",),
+    "tools/test_token_containers": ("process",),
 }
 
 USES: dict[str, tuple[str, ...]] = {

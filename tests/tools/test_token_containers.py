@@ -190,7 +190,8 @@ def test_a_file_that_is_cut_or_foreign_behind_its_head_is_named(
 
 
 def test_a_worker_that_dies_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    file = write_column(tmp_path / "a.parquet", [list(range(1 << 16))] * 40)  # more than a pipe holds
+    ids = pyarrow.array(np.zeros(40 << 15, dtype=np.int32))  # more than a pipe holds
+    file = write_column(tmp_path / "a.parquet", pyarrow.FixedSizeListArray.from_arrays(ids, 1 << 15))
     with WorkerProcess("column_worker") as worker:
         request = {"do": "read", "path": str(file), "format": "parquet", "column": "input_ids"}
         answers = worker.ask(file, request)
@@ -214,13 +215,11 @@ def test_a_worker_that_gives_no_answer_is_ended_in_time(tmp_path: Path) -> None:
 
 
 def test_a_row_beyond_the_limit_of_memory_is_named_and_takes_none_from_this_process(tmp_path: Path) -> None:
-    row = pyarrow.ListArray.from_arrays([0, 1 << 24], pyarrow.array(np.zeros(1 << 24, dtype=np.int32)))
+    row = pyarrow.ListArray.from_arrays([0, 1 << 22], pyarrow.array(np.zeros(1 << 22, dtype=np.int32)))
     parquet.write_table(pyarrow.table({"input_ids": row}), tmp_path / "a.parquet")
-    with WorkerProcess("column_worker", memory_bytes=32 << 20) as worker:
+    with WorkerProcess("column_worker", memory_bytes=8 << 20) as worker:
         request = {"do": "read", "path": str(tmp_path / "a.parquet"), "format": "parquet", "column": "input_ids"}
-        with pytest.raises(
-            (BudgetError, FormatError), match=r"a\.parquet: .*32\.00 MiB.*smaller row groups or batches"
-        ):
+        with pytest.raises((BudgetError, FormatError), match=r"a\.parquet: .*8\.00 MiB.*smaller row groups or batches"):
             list(worker.ask(tmp_path / "a.parquet", request))
 
 
@@ -485,14 +484,12 @@ def piped(arguments: list[str | Path], given: bytes) -> subprocess.CompletedProc
 def test_whatever_comes_through_a_pipe_is_the_same_trace_and_leaves_no_copy(tmp_path: Path) -> None:
     expected = expected_trace(tmp_path)
     write_column(tmp_path / "a.parquet", [document.tolist() for document in DOCUMENTS])
-    lines = "".join(json.dumps({"input_ids": document.tolist()}) + "\n" for document in DOCUMENTS).encode()
     (tmp_path / "out").mkdir()
     output = tmp_path / "out" / "t.trace"
-    for data in (zstandard.compress(lines), (tmp_path / "a.parquet").read_bytes()):
-        done = piped(["-", "-o", output], data)
-        assert done.returncode == 0, done.stderr
-        assert output.read_bytes() == expected
-        assert [path.name for path in output.parent.iterdir()] == ["t.trace"]
+    done = piped(["-", "-o", output], (tmp_path / "a.parquet").read_bytes())
+    assert done.returncode == 0, done.stderr
+    assert output.read_bytes() == expected
+    assert [path.name for path in output.parent.iterdir()] == ["t.trace"]
     output.unlink()
     done = piped(["-", "-o", output], b'{"input_ids": [1]}\n{"input_ids": [2\n')
     assert done.returncode == 1
@@ -500,19 +497,18 @@ def test_whatever_comes_through_a_pipe_is_the_same_trace_and_leaves_no_copy(tmp_
     assert list(output.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress], ids=["gzip", "zstd"])
-def test_what_readers_seek_in_may_be_compressed_too(tmp_path: Path, compress: Any) -> None:
+def test_what_readers_seek_in_may_be_compressed_too(tmp_path: Path) -> None:
     write_column(tmp_path / "a.parquet", [document.tolist() for document in DOCUMENTS])
     np.save(tmp_path / "a.npy", np.concatenate(DOCUMENTS))
     ids = np.concatenate(DOCUMENTS).astype("<u2")
     (tmp_path / "a.bin").write_bytes(np.array([20240520, 1, len(ids), *[0] * 253], "<i4").tobytes() + ids.tobytes())
     names = ["a.parquet", "a.npy", "a.bin"]
-    for name in names:
+    for name, compress in zip(names, (zstandard.compress, gzip.compress, zstandard.compress), strict=True):
         (tmp_path / (name + ".packed")).write_bytes(compress((tmp_path / name).read_bytes()))
     plain = trace_of([tmp_path / name for name in names])
     assert trace_of([tmp_path / (name + ".packed") for name in names]) == plain
     cut = (tmp_path / "a.npy").read_bytes()[:-2]
-    (tmp_path / "a.npy.gz").write_bytes(compress(cut))
+    (tmp_path / "a.npy.gz").write_bytes(gzip.compress(cut))
     with pytest.raises(FormatError, match=r"a\.npy\.gz has \d+ bytes of values, its head says \d+: it was cut"):
         trace_of([tmp_path / "a.npy.gz"])
 
