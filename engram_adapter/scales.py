@@ -46,6 +46,8 @@ _SCHEMES = (
     (r"weight_blocks|blocks", "packed as MXFP4"),
     (r"(?:weight_)?scales?(?:_inv)?|scale_weight", "quantized"),
 )
+# Asked 16,000 times of a table of 128 parts.
+_ANY_SCHEME = re.compile("|".join(f"(?:{pattern})" for pattern, _ in _SCHEMES))
 # Beside a weight, but of activations or of other things than the weight's values.
 _OF_OTHERS = re.compile(r"(?:input|output|activation|k|v|q|prob)_(?:global_)?scale(?:_ub|_inv)?$")
 
@@ -160,7 +162,7 @@ def _endings_beside(checkpoint: Checkpoint, name: str) -> dict[str, str]:
 
 def _belongs(name: str, base: str) -> bool:
     ending = name[len(base) :]
-    return not _OF_OTHERS.search(ending) and any(re.fullmatch(pattern, ending) for pattern, _ in _SCHEMES)
+    return not _OF_OTHERS.search(ending) and _ANY_SCHEME.fullmatch(ending) is not None
 
 
 def _shape_in_words(scale: StoredTensor, weight: StoredTensor) -> str:
