@@ -139,7 +139,11 @@ def first_hole(tensor: StoredTensor) -> tuple[int, int] | None:
 def sampled(fd: int, tensors: Sequence[StoredTensor]) -> Iterator[memoryview]:
     """Yields the samples of tensors of one file, by ascending offset. Each is overwritten by the next one."""
     block = np.empty(DIGEST_BLOCK_BYTES, dtype=np.uint8)
-    for tensor in sorted(tensors, key=lambda tensor: tensor.byte_start):
+    ordered = sorted(tensors, key=lambda tensor: tensor.byte_start)
+    for tensor in ordered:  # all are asked for first: one by one, a cold disk takes ten times as long
+        for byte_start, num_bytes in _sample_blocks(tensor.num_bytes):
+            os.posix_fadvise(fd, tensor.byte_start + byte_start, num_bytes, os.POSIX_FADV_WILLNEED)
+    for tensor in ordered:
         for byte_start, num_bytes in _sample_blocks(tensor.num_bytes):
             part = block[:num_bytes]
             read_exactly(fd, part, tensor.byte_start + byte_start, f"tensor {tensor.name} in {tensor.path}")
