@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tierstore.errors import BudgetError, ConfigError
-from tierstore.tools.bench import build
+from tierstore.tools.bench import build, inplace
+from tierstore.tools.bench.pairs import Options
 
 DiskUsage = collections.namedtuple("DiskUsage", "total used free")
 
@@ -19,9 +20,9 @@ def test_a_disk_without_room_is_refused_with_both_numbers_before_anything_is_wri
     needed = int(2.1 * (1 << 30)) + (256 << 20)
     monkeypatch.setattr(build.shutil, "disk_usage", lambda _: DiskUsage(1 << 40, 0, needed - 1))
     with pytest.raises(BudgetError, match=rf"\({needed} bytes\).* free \({needed - 1} bytes\)"):
-        build._check_room(tmp_path, 1 << 30)
+        build.check_room(tmp_path, 1 << 30)
     monkeypatch.setattr(build.shutil, "disk_usage", lambda _: DiskUsage(1 << 40, 0, needed))
-    build._check_room(tmp_path, 1 << 30)
+    build.check_room(tmp_path, 1 << 30)
 
 
 def test_a_copy_or_a_build_that_fails_says_what_the_program_said(tmp_path: Path) -> None:
@@ -29,3 +30,14 @@ def test_a_copy_or_a_build_that_fails_says_what_the_program_said(tmp_path: Path)
         build._copy([tmp_path / "nothing.safetensors"], tmp_path / "copy")
     with pytest.raises(ConfigError, match=r"building failed: .*there is no checkpoint at"):
         build._build(tmp_path / "nothing", tmp_path / "store")
+
+
+def test_inplace_measures_builds_and_lookups_of_both_shapes(tmp_path: Path) -> None:
+    result = inplace.run(tmp_path, Options(size_bytes=2 << 20, pairs=1, tokens=64))
+    assert [comparison.case for comparison in result.comparisons] == [
+        f"{shape}: {what}" for shape in inplace.SHAPES for what in ("build in place", "cold lookups")
+    ]
+    reads = [value for name, value in result.facts.items() if "reads for a missed key" in name]
+    assert len(reads) == 4
+    assert all(7 < value <= 9 for value in reads)
+    assert list(tmp_path.iterdir()) == []

@@ -34,7 +34,10 @@ LINE_BYTES = 64  # what lies in memory begins at multiples of a cache line
 COPIED_FRACTION = 1 / 4  # of a row: a plane apart that is no wider is copied, so that a row is one read and not two
 PLANES_MAX = 64
 NUMBER_MAX = 1 << 62  # of a byte, a row or a block
-SHARD_PAGES = 256  # of checksums: those of 1 GiB of rows, which a build reads as one piece of work
+# Pages of a shard of checksums: what a build reads as one piece of work. Of 256 MiB to 1 GiB of rows: enough pieces for
+# its threads, and not too many, because each is synced and noted in the catalog.
+SHARD_PAGES_MIN, SHARD_PAGES_MAX = 64, 256
+SHARDS_WANTED = 8
 CHECKSUMS = "checksums"
 SIDE_NAME_BYTES_MAX = 150  # of a table's name; with what its side tables add, theirs are names too
 
@@ -214,7 +217,9 @@ def lay_out_in_place(
                 row += tensor.num_bytes // plane.width_bytes
                 block += num_blocks_of(tensor.byte_start, tensor.num_bytes)
         planes.append(InPlacePlane(plane.width_bytes, tuple(stretches)))
-    checksums = _side_table(index, spec, CHECKSUMS, block, CHECKSUM_BYTES, seed, shard_bytes, SHARD_PAGES)
+    num_pages = PageShape.of_rows(CHECKSUM_BYTES).num_pages(block)
+    shard_pages = min(SHARD_PAGES_MAX, max(SHARD_PAGES_MIN, -(-num_pages // SHARDS_WANTED)))
+    checksums = _side_table(index, spec, CHECKSUMS, block, CHECKSUM_BYTES, seed, shard_bytes, shard_pages)
     return make_layout(spec, seed, planes, checksums)
 
 

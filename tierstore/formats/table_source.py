@@ -138,6 +138,17 @@ class PlaneReader:
 
         Reads samples of the tensors too, and compares them with those of the call before.
         """
+        self._check_identities()
+        samples = self._digest_samples()
+        if self._samples not in (None, samples):
+            names = ", ".join(path.name for path in self._fds)
+            raise FormatError(
+                f"the rows in {names} changed while they were read: they may be of two checkpoints; let whoever writes "
+                f"them finish, and run again"
+            )
+        self._samples = samples
+
+    def _check_identities(self) -> None:
         for path, fd in self._fds.items():
             identity = self._tensors[path][0].identity
             if identity is not None:
@@ -148,14 +159,6 @@ class PlaneReader:
                     raise FormatError(
                         f"{path} was removed or renamed while it was read; put it back and run again"
                     ) from None
-        samples = self._digest_samples()
-        if self._samples not in (None, samples):
-            names = ", ".join(path.name for path in self._fds)
-            raise FormatError(
-                f"the rows in {names} changed while they were read: they may be of two checkpoints; let whoever writes "
-                f"them finish, and run again"
-            )
-        self._samples = samples
 
     def _digest_samples(self) -> str:
         digest = hashlib.sha256()

@@ -19,6 +19,7 @@ from ..cli import console
 
 BENCHMARKS = {
     "build": "Building a store, beside copying the checkpoint's files with cp and syncing them.",
+    "inplace": "Stores in place, beside reading the checkpoint once, and beside stores with shards.",
     "warm": "All hits, beside the bare probe and copy, torch and NumPy.",
     "cold": "No hits, beside the bare reads of the same number of pages, fio and np.memmap.",
     "decode": "One token at a time: latencies, submit and wait, many threads. Batches decoded to bf16, beside torch.",
@@ -37,7 +38,7 @@ def module_of(name: str) -> str:
     return f"{__name__}.{name}.command" if name in FOLDERS else f"{__name__}.{name}"
 
 
-SIZE_HELP = "Bytes of the table.  [default: build, serve and overlap 2GiB, others 8GiB]"
+SIZE_HELP = "Bytes of the table.  [default: build, inplace, serve and overlap 2GiB, others 8GiB]"
 TRACE_HELP = "For trace: a .trace of tokens, .npy of int32 or int64, or .zst of int32.  [default: this machine's text]"
 
 

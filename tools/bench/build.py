@@ -83,7 +83,7 @@ def run(folder: Path, options: Options) -> Result:
     the disk has less, `ConfigError` where a copy or a build fails.
     """
     size_bytes, pairs = options.size_bytes or SIZE_BYTES, options.pairs
-    _check_room(folder, size_bytes)
+    check_room(folder, size_bytes)
     with tempfile.TemporaryDirectory(dir=folder, prefix="bench-build-") as name:
         checkpoint = Path(name) / "checkpoint"
         write_checkpoint(checkpoint, "deepseek_v41", table_bytes=size_bytes, file_bytes=max(size_bytes // 4, 1 << 20))
@@ -102,7 +102,7 @@ def run(folder: Path, options: Options) -> Result:
         return Result(sum(file.stat().st_size for file in files), store_bytes, copy_s, build_s, peak_bytes)
 
 
-def _check_room(folder: Path, size_bytes: int) -> None:
+def check_room(folder: Path, size_bytes: int) -> None:
     needed_bytes, free_bytes = int(DISK_PER_SIZE * size_bytes) + SPARE_DISK_BYTES, shutil.disk_usage(folder).free
     if needed_bytes > free_bytes:
         raise BudgetError(
@@ -131,7 +131,7 @@ def _copy(files: list[Path], target: Path) -> float:
     """Copies with cp, then syncs each copy; returns the seconds."""
     target.mkdir()
     started = time.monotonic()
-    _run(["cp", *map(str, files), str(target)], "copying the checkpoint")
+    run_program(["cp", *map(str, files), str(target)], "copying the checkpoint")
     for file in target.iterdir():
         fd = os.open(file, os.O_RDONLY)
         try:
@@ -146,13 +146,13 @@ def _copy(files: list[Path], target: Path) -> float:
 def _build(checkpoint: Path, store: Path) -> tuple[float, int, int]:
     """Builds in a new process; returns seconds (without the interpreter's start), its peak memory,
     the store's bytes."""
-    seconds, peak = _run([sys.executable, "-c", _BUILD, str(checkpoint), str(store)], "building").split()
+    seconds, peak = run_program([sys.executable, "-c", _BUILD, str(checkpoint), str(store)], "building").split()
     store_bytes = sum(file.stat().st_size for file in store.rglob("*.shard"))
     shutil.rmtree(store)
     return float(seconds), int(peak), store_bytes
 
 
-def _run(command: list[str], what: str) -> str:
+def run_program(command: list[str], what: str) -> str:
     """Runs a command and returns what it printed; raises `ConfigError` with the last
     line of its errors where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, errors="backslashreplace", timeout=BUILD_TIMEOUT_S)
