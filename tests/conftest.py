@@ -105,6 +105,25 @@ def placed(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
+@pytest.fixture(scope="session")
+def in_place_built(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store in place of `model`, its scales copied. Tests must not change it."""
+    store = tmp_path_factory.mktemp("in_place") / "store"
+    model.build(store, in_place=True, shard_bytes=65536)
+    return store
+
+
+@pytest.fixture(scope="session")
+def in_place_placed(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a placement. Tests must not change it."""
+    from support.stores import place_some
+
+    store = tmp_path_factory.mktemp("in_place_placed") / "store"
+    model.build(store, in_place=True, shard_bytes=65536)
+    place_some(store)
+    return store
+
+
 @pytest.fixture
 def own_store(built: Path, tmp_path: Path) -> Path:
     """A finished store that a test may damage: a copy of `built`, since building one anew waits for the disk."""

@@ -64,6 +64,15 @@ class RemoteStore(StoreContract):
     test_a_closed_store_takes_no_single_pairs = None
 
 
+@pytest.mark.slow
+class TestRemoteInPlace(RemoteStore):
+    """Around a store in place."""
+
+    @pytest.fixture
+    def built(self, in_place_built: Path) -> Path:
+        return in_place_built
+
+
 class TestRemote(RemoteStore):
     """Small lookups as they come: one message each way."""
 

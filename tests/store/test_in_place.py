@@ -6,27 +6,10 @@ from pathlib import Path
 
 import pytest
 from contract.store_contract import StoreContract
-from support.stores import Model, place_some
+from support.stores import Model
 
 import tierstore
 from tierstore.formats import in_place
-
-
-@pytest.fixture(scope="session")
-def in_place_built(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished store in place of `model`, its scales copied. Tests must not change it."""
-    store = tmp_path_factory.mktemp("in_place") / "store"
-    model.build(store, in_place=True, shard_bytes=65536)
-    return store
-
-
-@pytest.fixture(scope="session")
-def in_place_placed(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with a placement."""
-    store = tmp_path_factory.mktemp("in_place_placed") / "store"
-    model.build(store, in_place=True, shard_bytes=65536)
-    place_some(store)
-    return store
 
 
 @pytest.fixture(scope="session")

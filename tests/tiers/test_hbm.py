@@ -59,6 +59,18 @@ class TestSmallestHbmStore(HbmStore):
         return open_hbm(path, hbm=least_budget(path))
 
 
+@pytest.mark.slow
+class TestHbmInPlace(StoreContract):
+    """What neither HBM nor DRAM has comes from the checkpoint's own files."""
+
+    @pytest.fixture
+    def built(self, in_place_placed: Path) -> Path:
+        return in_place_placed
+
+    def open_store(self, path: Path) -> tierstore.Store:
+        return open_hbm(path)
+
+
 class TestHbmAboveResidentTables(HbmStore):
     """DRAM holds every row; HBM the hottest entries."""
 

@@ -37,9 +37,9 @@ READ_BYTES = 4 << 20
 READING, SHARDS = "reading the files once", "a store with shards"
 LEAST = {"one plane (bf16)": 0.9, "scales apart, in memory": 0.8}
 SIDE_FRACTION_MAX = 0.0015  # of the table, of one plane
-SHAPES = {
-    "one plane (bf16)": {"family": "qwen4_exp", "dtype": "bf16"},
-    "scales apart, in memory": {"family": "deepseek_v41"},
+SHAPES: dict[str, tuple[str, str | None]] = {  # family, dtype of the tables
+    "one plane (bf16)": ("qwen4_exp", "bf16"),
+    "scales apart, in memory": ("deepseek_v41", None),
 }
 
 _BUILD = """
@@ -59,10 +59,11 @@ def run(folder: Path, options: Options) -> Result:
     size_bytes = options.size_bytes or SIZE_BYTES
     check_room(folder, size_bytes)
     result = Result(f"in place, tables of {format_bytes(size_bytes)}")
-    for shape, layout in SHAPES.items():
+    for shape, (family, dtype) in SHAPES.items():
         with tempfile.TemporaryDirectory(dir=folder, prefix="bench-inplace-") as name:
             checkpoint = Path(name) / "checkpoint"
-            write_checkpoint(checkpoint, table_bytes=size_bytes, file_bytes=max(size_bytes // 4, 1 << 20), **layout)  # type: ignore[arg-type]
+            file_bytes = max(size_bytes // 4, 1 << 20)
+            write_checkpoint(checkpoint, family, dtype=dtype, table_bytes=size_bytes, file_bytes=file_bytes)
             _measure_builds(Path(name), checkpoint, shape, options.pairs, result)
             _measure_lookups(Path(name), checkpoint, shape, options, result)
     return result
@@ -110,7 +111,7 @@ def _measure_lookups(folder: Path, checkpoint: Path, shape: str, options: Option
         paths = {SUBJECT: folder / "built-in-place", SHARDS: folder / "shards"}
         stores = {side: stack.enter_context(tierstore.open(path, dram=dram_bytes)) for side, path in paths.items()}
         lookups = {side: _ColdLookups(store[next(iter(store))], options) for side, store in stores.items()}
-        if not np.array_equal(*(lookup.rows() for lookup in lookups.values())):
+        if not np.array_equal(lookups[SUBJECT].rows(), lookups[SHARDS].rows()):
             raise ConfigError(f"{checkpoint}: the two stores gave different rows; run tierstore verify on both")
         num_rows = lookups[SUBJECT].num_rows
         sides = {side: lookup.seconds for side, lookup in lookups.items()}
