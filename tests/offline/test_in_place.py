@@ -171,6 +171,19 @@ def test_a_bad_page_of_scales_is_not_kept_in_memory_and_named_when_it_is_needed(
     assert list(report.damaged_shards) == [("layers.1/plane-1", 0)]
 
 
+def test_a_bad_page_of_checksums_costs_its_own_blocks_and_is_named(own: tuple[Model, Path]) -> None:
+    model, store = own
+    file = next((store / "shards" / "0-checksums").glob("*.shard"))
+    flip(file, 3)
+    with tierstore.open(store, dram="300KiB") as opened:
+        with pytest.raises(tierstore.CorruptPageError, match=r"its checksum is lost: page 0 of table layers\.1/check"):
+            opened["layers.1"].rows(np.array([0]))
+        assert opened["plain"].rows(np.array([0])).tolist() == model.rows["plain"][:1].tolist()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(tierstore.FormatError, match="the catalog says"):
+        tierstore.open(store)
+
+
 def test_damaged_side_tables_are_repaired_from_the_checkpoint(own: tuple[Model, Path]) -> None:
     model, store = own
     before = files_under(store / "shards")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import CorruptPageError, StoreNotReadyError
 from ..formats.page import fault_text, repair_command
-from .in_place import BlockNames, block_cut, block_fault
+from .in_place import BlockNames, block_cut
 from .placed import fault_text as entry_fault_text
 
 
@@ -79,9 +79,10 @@ class FaultNames:
         if (index, page) in self.bad_pages:
             return CorruptPageError(self.bad_pages[index, page])
         if index in self.in_place:
-            where = self.in_place[index].where(page)
-            if self.in_place[index].is_block(page) and (kind == "page" or detail < 0):
-                return CorruptPageError(block_fault(where) if kind == "page" else block_cut(where))
+            names = self.in_place[index]
+            where = names.where(page)
+            if names.is_block(page) and (kind == "page" or detail < 0):
+                return CorruptPageError(names.fault(page) if kind == "page" else block_cut(where))
         if kind == "page":
             return CorruptPageError(fault_text(where, detail))
         if detail < 0:

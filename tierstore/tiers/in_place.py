@@ -14,7 +14,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +50,14 @@ def rebuild_command(store: str | os.PathLike[str] = "STORE") -> str:
 
 @dataclass(frozen=True)
 class BlockNames:
-    """Says where a unit of a table in place lies, and what is wrong with it. Holds nothing open."""
+    """Says where a unit of a table in place lies, and what is wrong with it. Holds nothing open.
+
+    bad_checksums: pages of checksums that could not be loaded, and why; filled by `load_side`.
+    """
 
     layout: InPlaceLayout
     paths: tuple[str, ...]
+    bad_checksums: dict[int, str] = field(default_factory=dict)
 
     def where(self, page: int) -> str:
         """Returns words for a unit, by the number that a page reader gives it."""
@@ -65,6 +69,12 @@ class BlockNames:
     def is_block(self, page: int) -> bool:
         """Whether a unit is a block of the checkpoint's files, and not a page of the store's own."""
         return self.layout.planes[page >> PLANE_SHIFT].copy is None
+
+    def fault(self, page: int) -> str:
+        """Returns the message of a block whose checksum is wrong, or is lost."""
+        where, unit = self.where(page), page & ((1 << PLANE_SHIFT) - 1)
+        lost = self.bad_checksums.get(unit // self.layout.checksums.rows_per_page)
+        return block_fault(where) if lost is None else f"{where}: its checksum is lost: {lost}"
 
     def block(self, plane: InPlacePlane, block: int) -> str:
         """Returns words for a block of a plane."""
@@ -79,7 +89,8 @@ def block_fault(where: str) -> str:
     """Returns the message of a block whose checksum is wrong."""
     return (
         f"{where}: its checksum is wrong: the file was overwritten or damaged since the store was built in place; put "
-        f"the checkpoint's own file back, or, if it is meant to be another, build again: {rebuild_command()}"
+        f"the checkpoint's own file back, or, if it is meant to be another, remove the store and build again: "
+        f"{rebuild_command()}"
     )
 
 
@@ -342,6 +353,8 @@ def load_side(
         found = load_rows(side, rows, scratch, poll)
         if found:
             bad[side.table.spec.name] = found
+            if side is files.sides[0]:
+                files.names.bad_checksums.update(found)
             logger.error("%s", next(iter(found.values())))
     return bad
 
