@@ -7,6 +7,7 @@ Errors: none of its own.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,10 @@ HC_MULT = 4
 PAD_ID = 2  # of the published models, and of the tokenizer that synth trains
 # Each float dtype: an integer of its width, bits of its mantissa, and the first of the 8 exponents that values get.
 FLOATS = {"F32": ("<u4", 23, 112), "BF16": ("<u2", 7, 112), "F16": ("<u2", 10, 4)}
-DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "fp8": "F8_E4M3"}  # of rows, as users name them
+DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "fp8": "F8_E4M3", "nvfp4": "U8"}  # of rows, as users name them
+NVFP4_BLOCK = 16  # values that share a scale
+_NVFP4_FACTOR = 0.01171875  # of all values of a table
+NVFP4_CODEC = f"fp4_e2m1_e4m3x16*{_NVFP4_FACTOR.hex()}"
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,10 @@ class SyntheticShape:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to write: `values`, or random finite ones whose exponents (e8m0 bytes) start at `exponent`."""
+    """A tensor to write: `values`, or random finite ones, whose exponents start at `exponent`.
+
+    Of e8m0 it is the smallest byte, of e4m3 too if it is not 0: scales are positive.
+    """
 
     name: str
     dtype: str
@@ -96,6 +103,20 @@ def row_bytes_of(codec: str, dim: int) -> int:
 def random_floats(name: str, dtype: str, shape: tuple[int, ...]) -> PlannedTensor:
     """Returns a tensor of random values, `dtype` as safetensors names it."""
     return PlannedTensor(name, dtype, shape, exponent=FLOATS[dtype][2] if dtype in FLOATS else 0)
+
+
+def nvfp4_rows(name: str, shape: tuple[int, int]) -> list[PlannedTensor]:
+    """Returns the tensors of rows [R, dim] in NVFP4 as ModelOpt names them: two values a byte, and their scales."""
+    num_rows, dim = shape
+    return [
+        PlannedTensor(name, "U8", (num_rows, dim // 2)),
+        PlannedTensor(f"{name}_scale", "F8_E4M3", (num_rows, dim // NVFP4_BLOCK), exponent=0x30),
+    ]
+
+
+def nvfp4_factor(name: str) -> PlannedTensor:
+    """Returns the one factor of a table in NVFP4."""
+    return PlannedTensor(name, "F32", (), values=struct.pack("<f", _NVFP4_FACTOR))
 
 
 def int64_values(name: str, numbers: Sequence[int]) -> PlannedTensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,8 +18,9 @@ from tierstore.formats.checkpoint import Checkpoint, Plane
 from tierstore.formats.stored_tensor import StoredTensor
 
 from .family import text_values
+from .hash_config import PADDING_MAX
 from .packings import StoredRows
-from .scales import refuse_packed_name
+from .scales import VALUE_CODECS, refuse_packed_name, rows_of_weight
 
 
 def table_tensor_name(checkpoint: Checkpoint, pattern: str, words: str, layer: int) -> str:
@@ -29,6 +31,61 @@ def table_tensor_name(checkpoint: Checkpoint, pattern: str, words: str, layer: i
         found = f"are several such tensors: {', '.join(names)}" if names else "is no such tensor"
         raise ConfigError(f"{checkpoint.path}: there {found} ({words.format(layer=layer)}); {checkpoint.why_missing()}")
     return names[0]
+
+
+def stored_rows(checkpoint: Checkpoint, name: str) -> tuple[StoredTensor, StoredRows]:
+    """Returns a table's tensor and how its rows are stored, in whatever packing `packings.py` knows.
+
+    Raises `ConfigError` if the tensor is missing, has no rows, or is packed in a way that no codec holds.
+    """
+    dtypes = list(VALUE_CODECS)
+    found = checkpoint.tensors.get(name)
+    weight = checkpoint.tensor(name, [*dtypes, found.dtype] if found else dtypes, 2)
+    rows = rows_of_weight(checkpoint, weight)
+    if rows.codec == "raw":
+        weight = checkpoint.tensor(name, dtypes, 2)
+    return weight, rows
+
+
+def stacked_rows(
+    checkpoint: Checkpoint, names: Sequence[str], num_rows: int | None
+) -> tuple[list[StoredTensor], list[StoredRows]]:
+    """Returns the tensors that hold a table, one part of its rows after another, all stored alike.
+
+    Rows beyond `num_rows`, with which some tools fill up the last part, are cut off, unless it is None.
+
+    Raises `ConfigError` if parts are of other types or widths, or carry scales of their own where a table has one.
+    """
+    parts = [stored_rows(checkpoint, name) for name in names]
+    (first, first_rows), *_ = parts
+    for tensor, rows in parts:
+        if (tensor.dtype, rows.dim) != (first.dtype, first_rows.dim):
+            raise ConfigError(
+                f"{tensor.name} is {tensor.dtype} of {rows.dim} columns, {first.name} is {first.dtype} of "
+                f"{first_rows.dim}; the parts of one table must agree: a file of another checkpoint is among them"
+            )
+        if rows.codec != first_rows.codec:
+            raise ConfigError(
+                f"{checkpoint.path}: {tensor.name} is stored as {rows.codec}, {first.name} as {first_rows.codec}: "
+                f"parts with scales of their own, and a table can carry one; dequantize it to BF16 first"
+            )
+    beyond = 0 if num_rows is None else sum(rows.num_rows for _, rows in parts) - num_rows
+    if 0 < beyond <= PADDING_MAX:
+        parts[-1] = cut_rows(*parts[-1], parts[-1][1].num_rows - beyond)
+    return [tensor for tensor, _ in parts], [rows for _, rows in parts]
+
+
+def cut_rows(weight: StoredTensor, rows: StoredRows, num_rows: int) -> tuple[StoredTensor, StoredRows]:
+    """Returns the first rows of a padded tensor; raises `ConfigError` for too few, or more than anyone pads."""
+    planes = [weight] if rows.scales is None else [weight, rows.scales]
+    fits = 0 < num_rows <= rows.num_rows <= num_rows + PADDING_MAX
+    if not fits or any(plane.shape[0] != rows.num_rows for plane in planes):
+        raise ConfigError(
+            f"{weight.name} has {rows.num_rows} rows, config.json makes {num_rows} of them; config.json does not "
+            f"belong to these tensors"
+        )
+    cut = [plane.first_rows(num_rows) for plane in planes]
+    return cut[0], replace(rows, num_rows=num_rows, scales=cut[1] if len(cut) > 1 else None)
 
 
 def weight_tensor(checkpoint: Checkpoint, name: str, dtypes: list[str]) -> StoredTensor:

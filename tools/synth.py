@@ -163,9 +163,11 @@ def tensor_blocks(tensor: PlannedTensor, seed: int) -> Iterator[bytes | memoryvi
 
 def _make_finite(raw: np.ndarray, dtype: str, exponent: int) -> None:
     """Turns random bytes, uint8 [n], in place into values of `dtype` that are neither NaN nor infinite."""
-    if dtype == "F8_E4M3":
+    if dtype == "U8":
+        return
+    if dtype == "F8_E4M3" and not exponent:
         raw -= (raw & 0x7F) == 0x7F  # NaN to the largest finite value: 0x7f to 0x7e, 0xff to 0xfe
-    elif dtype == "F8_E8M0":
+    elif dtype in ("F8_E8M0", "F8_E4M3"):
         raw &= 7
         raw += exponent
     else:

@@ -11,14 +11,26 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tierstore import ConfigError
-from tierstore.formats.checkpoint import Checkpoint, Plane
+from tierstore.formats.checkpoint import Checkpoint
 from tierstore.kernels import ORDER_MAX
 
 from ..family import Family, StoredTable, Synthetic
 from ..hash_config import BASE_MAX, HEADS_MAX, ConfigValues, HashParts, paper_hash
+from ..packings import StoredRows
 from ..scales import SCALE_BLOCK, SCALE_NAMES
-from ..synthetic import HC_MULT, HEADS, PAD_ID, PlannedTensor, SyntheticPlan, SyntheticShape, row_bytes_of
-from ..table_tensors import check_width, table_tensor_name, weight_tensor
+from ..synthetic import (
+    HC_MULT,
+    HEADS,
+    NVFP4_CODEC,
+    PAD_ID,
+    PlannedTensor,
+    SyntheticPlan,
+    SyntheticShape,
+    nvfp4_factor,
+    nvfp4_rows,
+    row_bytes_of,
+)
+from ..table_tensors import check_width, cut_rows, planes_of, stacked_rows, table_tensor_name, weight_tensor
 from ..token_map import build_token_map
 
 NAME = "deepseek_v41"
@@ -27,7 +39,7 @@ TABLE_PATTERN = r"layers\.{layer}\.engram\.embed\.weight"
 TABLE_WORDS = "layers.{layer}.engram.embed.weight"
 WKV_BLOCK = 128  # values of wkv that share a scale, on either axis
 ROWS_MAX = 2**53
-SYNTHETIC_CODECS = {"fp8": CODEC}  # of each dtype
+SYNTHETIC_CODECS = {"fp8": CODEC, "nvfp4": NVFP4_CODEC}  # of each dtype
 
 
 def read_hash(values: ConfigValues, token_map: np.ndarray | None) -> HashParts:
@@ -45,9 +57,21 @@ def read_hash(values: ConfigValues, token_map: np.ndarray | None) -> HashParts:
     return parts
 
 
-def read_table(checkpoint: Checkpoint, _parts: HashParts, layer: int) -> StoredTable:
-    """Finds a layer's weight and its scales, and checks that they fit each other."""
-    prefix = table_tensor_name(checkpoint, TABLE_PATTERN, TABLE_WORDS, layer).removesuffix("weight")
+def read_table(checkpoint: Checkpoint, parts: HashParts, layer: int) -> StoredTable:
+    """Finds a layer's weight and its scales, and checks that they fit each other.
+
+    Tables are published in fp8. Conversions have them in NVFP4, MXFP4 and others that `packings.py` knows.
+    """
+    name = table_tensor_name(checkpoint, TABLE_PATTERN, TABLE_WORDS, layer)
+    found = checkpoint.tensors.get(name)
+    if found is None or found.dtype == "F8_E4M3":
+        return _fp8_table(checkpoint, parts, layer, name.removesuffix("weight"))
+    tensors, rows = stacked_rows(checkpoint, [name], parts.layers[layer].num_rows)
+    check_width(checkpoint, "engram_head_dim", rows[0].dim)
+    return StoredTable(planes_of(tensors, rows), rows[0].codec, rows[0].dim)
+
+
+def _fp8_table(checkpoint: Checkpoint, parts: HashParts, layer: int, prefix: str) -> StoredTable:
     weight = weight_tensor(checkpoint, f"{prefix}weight", ["F8_E4M3"])
     names = [f"{prefix}{name}" for name in SCALE_NAMES if f"{prefix}{name}" in checkpoint.names] or [f"{prefix}scale"]
     if len(names) > 1:
@@ -60,7 +84,10 @@ def read_table(checkpoint: Checkpoint, _parts: HashParts, layer: int) -> StoredT
             f"{[num_rows, dim // SCALE_BLOCK]}: one scale for {SCALE_BLOCK} columns; the checkpoint is damaged"
         )
     check_width(checkpoint, "engram_head_dim", dim)
-    return StoredTable((Plane(dim, (weight,)), Plane(dim // SCALE_BLOCK, (scale,))), CODEC, dim)
+    rows = StoredRows(CODEC, num_rows, dim, scale)
+    if num_rows > parts.layers[layer].num_rows:
+        weight, rows = cut_rows(weight, rows, parts.layers[layer].num_rows)
+    return StoredTable(planes_of([weight], [rows]), CODEC, dim)
 
 
 def plan_checkpoint(shape: SyntheticShape, tokenizer: Tokenizer, _full: bool) -> SyntheticPlan:
@@ -86,10 +113,9 @@ def plan_checkpoint(shape: SyntheticShape, tokenizer: Tokenizer, _full: bool) ->
     outputs, inputs = (HC_MULT + 1) * shape.hidden, shape.num_heads * shape.dim
     wkv_scale_shape = (-(-outputs // WKV_BLOCK), -(-inputs // WKV_BLOCK))
     for layer, layer_hash in parts.layers.items():
-        num_rows, prefix = layer_hash.num_rows, f"layers.{layer}.engram."
+        prefix = f"layers.{layer}.engram."
+        tensors += _table_tensors(f"{prefix}embed.", shape, layer_hash.num_rows)
         tensors += [
-            PlannedTensor(f"{prefix}embed.weight", "F8_E4M3", (num_rows, shape.dim)),
-            PlannedTensor(f"{prefix}embed.scale", "F8_E8M0", (num_rows, shape.dim // SCALE_BLOCK), exponent=110),
             PlannedTensor(f"{prefix}wkv.weight", "F8_E4M3", (outputs, inputs)),
             PlannedTensor(f"{prefix}wkv.scale", "F8_E8M0", wkv_scale_shape, exponent=110),
             PlannedTensor(f"{prefix}q_weight", "BF16", (HC_MULT, shape.hidden), exponent=120),
@@ -101,6 +127,15 @@ def plan_checkpoint(shape: SyntheticShape, tokenizer: Tokenizer, _full: bool) ->
         tensors,
         row_bytes_of(SYNTHETIC_CODECS[shape.dtype], shape.dim),
     )
+
+
+def _table_tensors(prefix: str, shape: SyntheticShape, num_rows: int) -> list[PlannedTensor]:
+    if shape.dtype == "nvfp4":
+        return [*nvfp4_rows(f"{prefix}weight", (num_rows, shape.dim)), nvfp4_factor(f"{prefix}weight_scale_2")]
+    return [
+        PlannedTensor(f"{prefix}weight", "F8_E4M3", (num_rows, shape.dim)),
+        PlannedTensor(f"{prefix}scale", "F8_E8M0", (num_rows, shape.dim // SCALE_BLOCK), exponent=110),
+    ]
 
 
 FAMILY = Family(

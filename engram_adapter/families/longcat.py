@@ -21,14 +21,12 @@ from tokenizers import Tokenizer
 
 from tierstore import ConfigError
 from tierstore.formats.checkpoint import Checkpoint
-from tierstore.formats.stored_tensor import StoredTensor
 from tierstore.kernels import ORDER_MAX, ORDERS_MAX
 
 from ..family import Family, StoredTable, Synthetic
-from ..hash_config import BASE_MAX, PADDING_MAX, POLYNOMIAL, VOCABULARY_MAX, ConfigValues, HashParts, LayerHash
-from ..scales import VALUE_CODECS, rows_of_weight
+from ..hash_config import BASE_MAX, POLYNOMIAL, VOCABULARY_MAX, ConfigValues, HashParts, LayerHash
 from ..synthetic import DTYPES, SyntheticPlan, SyntheticShape, random_floats, row_bytes_of
-from ..table_tensors import check_width, planes_of, table_tensor_name, weight_tensor
+from ..table_tensors import check_width, cut_rows, planes_of, stacked_rows, table_tensor_name
 
 NAME = "longcat"
 LAYER = 0  # the table's: its rows go into the input of the first layer
@@ -77,40 +75,17 @@ def read_table(checkpoint: Checkpoint, parts: HashParts, layer: int) -> StoredTa
     first = table_tensor_name(checkpoint, TABLE_PATTERN, TABLE_WORDS, layer)
     moduli = parts.layers[layer].moduli
     names = [re.sub(r"0\.weight$", f"{head}.weight", first) for head in range(len(moduli))]
-    tensors = [weight_tensor(checkpoint, name, list(VALUE_CODECS)) for name in names]
     beyond = re.sub(r"0\.weight$", f"{len(moduli)}.weight", first)
     if beyond in checkpoint.names:
         raise ConfigError(
             f"{checkpoint.path}: there is a tensor {beyond}, config.json makes {len(moduli)} heads; config.json does "
             f"not belong to these tensors"
         )
-    dim, dtype = tensors[0].shape[1], tensors[0].dtype
-    for tensor in tensors:
-        if (tensor.dtype, tensor.shape[1]) != (dtype, dim):
-            raise ConfigError(
-                f"{tensor.name} is {tensor.dtype} of {tensor.shape[1]} columns, {tensors[0].name} is {dtype} of {dim}; "
-                f"the heads of one table must agree: a file of another checkpoint is among them"
-            )
-    check_width(checkpoint, "hidden_size", dim * len(moduli))
-    rows = [rows_of_weight(checkpoint, tensor) for tensor in tensors]
-    if len({each.codec for each in rows}) > 1 or rows[0].scales is not None:
-        raise ConfigError(
-            f"{checkpoint.path}: {tensors[0].name} is stored as {rows[0].codec}, with scales of each head's own, and a "
-            f"table can carry one for all; dequantize the heads to BF16 first"
-        )
-    cut = [_cut(tensor, num_rows) for tensor, num_rows in zip(tensors, moduli, strict=True)]
-    return StoredTable(planes_of(cut, rows), rows[0].codec, dim)
-
-
-def _cut(tensor: StoredTensor, num_rows: int) -> StoredTensor:
-    """Returns the first rows of a tensor; raises `ConfigError` if it has too few, or more than anybody pads."""
-    stored_rows = tensor.shape[0]
-    if not num_rows <= stored_rows <= num_rows + PADDING_MAX:
-        raise ConfigError(
-            f"{tensor.name} has {stored_rows} rows, config.json makes {num_rows} of them; config.json does not belong "
-            f"to these tensors"
-        )
-    return tensor.first_rows(num_rows)
+    tensors, rows = stacked_rows(checkpoint, names, None)
+    check_width(checkpoint, "hidden_size", rows[0].dim * len(moduli))
+    cut = list(map(cut_rows, tensors, rows, moduli))
+    planes = planes_of([tensor for tensor, _ in cut], [each for _, each in cut])
+    return StoredTable(planes, rows[0].codec, rows[0].dim)
 
 
 def plan_checkpoint(shape: SyntheticShape, tokenizer: Tokenizer, full: bool) -> SyntheticPlan:

@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 
 from tierstore import ConfigError
 from tierstore.formats.checkpoint import Checkpoint
-from tierstore.formats.stored_tensor import StoredTensor
 from tierstore.kernels import ORDER_MAX
 
 from ..family import Family, StoredTable, Synthetic
@@ -32,14 +31,16 @@ from ..hash_config import (
     LayerHash,
 )
 from ..primes import primes_from, splitmix_multipliers
-from ..scales import VALUE_CODECS, rows_of_weight
 from ..synthetic import (
     DTYPES,
     HEADS,
+    NVFP4_CODEC,
     PlannedTensor,
     SyntheticPlan,
     SyntheticShape,
     int64_values,
+    nvfp4_factor,
+    nvfp4_rows,
     random_floats,
     row_bytes_of,
 )
@@ -48,8 +49,8 @@ from ..table_tensors import (
     check_width,
     configured_integer,
     planes_of,
+    stacked_rows,
     table_tensor_name,
-    weight_tensor,
 )
 
 NAME = "qwen4_exp"
@@ -57,7 +58,7 @@ TABLE_PATTERN = r"layers\.{layer}\.ple\.ple_embedding\.ngram_embedding\.(?:weigh
 TABLE_WORDS = "layers.{layer}.ple.ple_embedding.ngram_embedding.weight or .shard_0.weight"
 PUBLISHED_VOCAB_SIZE, PUBLISHED_EOS_ID = 248_320, 248_044
 _EOS_TOKENS = ("<eos>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "</s>")
-SYNTHETIC_CODECS = {"bf16": "bf16", "fp8": "fp8_e4m3"}  # of each dtype
+SYNTHETIC_CODECS = {"bf16": "bf16", "fp8": "fp8_e4m3", "nvfp4": NVFP4_CODEC}  # of each dtype
 
 
 def read_hash(values: ConfigValues, _token_map: np.ndarray | None) -> HashParts:
@@ -88,38 +89,25 @@ def read_table(checkpoint: Checkpoint, parts: HashParts, layer: int) -> StoredTa
     check_buffer(checkpoint, f"{prefix}layer_multipliers", layer_hash.multipliers)
     check_buffer(checkpoint, f"{prefix}ngram_heads_vocab_sizes", layer_hash.moduli)
     check_buffer(checkpoint, f"{prefix}ngram_heads_offsets", layer_hash.offsets)
-    tensors = _table_parts(checkpoint, f"{prefix}ngram_embedding.")
-    dtype, dim = tensors[0].dtype, tensors[0].shape[1]
-    for tensor in tensors:
-        if (tensor.dtype, tensor.shape[1]) != (dtype, dim):
-            raise ConfigError(
-                f"{tensor.name} is {tensor.dtype} of {tensor.shape[1]} columns, {tensors[0].name} is {dtype} of {dim}; "
-                f"the parts of one table must agree: a file of another checkpoint is among them"
-            )
+    names = _table_parts(checkpoint, f"{prefix}ngram_embedding.")
+    tensors, rows = stacked_rows(checkpoint, names, layer_hash.num_rows)
+    dim = rows[0].dim
     check_width(checkpoint, "ple_embed_dim", dim * len(layer_hash.moduli))
-    rows = [rows_of_weight(checkpoint, tensor) for tensor in tensors]
     if rows[0].codec == "fp8_e4m3":
         raise ConfigError(
             f"{checkpoint.path}: {prefix}ngram_embedding.weight_scale is missing, and fp8 rows need it; "
             f"download the checkpoint again"
         )
-    for tensor, each in zip(tensors, rows, strict=True):
-        if each.codec != rows[0].codec:
-            raise ConfigError(
-                f"{checkpoint.path}: {tensor.name} is stored as {each.codec}, {tensors[0].name} as {rows[0].codec}: "
-                f"parts with scales of their own, and a table can carry one; dequantize it to BF16 first"
-            )
     return StoredTable(planes_of(tensors, rows), rows[0].codec, dim)
 
 
-def _table_parts(checkpoint: Checkpoint, prefix: str) -> tuple[StoredTensor, ...]:
-    """Returns a table's tensors in the order of their rows: one `weight`, or `shard_0.weight`, `shard_1.weight`, ...
+def _table_parts(checkpoint: Checkpoint, prefix: str) -> tuple[str, ...]:
+    """Returns a table's tensors by name, in the order of their rows: `weight`, or `shard_0.weight`, ...
 
     Conversions to MLX write `shards.0.weight` for `shard_0.weight`.
     """
-    dtypes = list(VALUE_CODECS)
     if f"{prefix}weight" in checkpoint.names:
-        return (weight_tensor(checkpoint, f"{prefix}weight", dtypes),)
+        return (f"{prefix}weight",)
     matches = (re.fullmatch(rf"{re.escape(prefix)}(shards?[._])\d+\.weight", name) for name in checkpoint.names)
     spelled = [match[1] for match in matches if match]
     expected = configured_integer(checkpoint, "split_ngram_parts")
@@ -128,8 +116,7 @@ def _table_parts(checkpoint: Checkpoint, prefix: str) -> tuple[StoredTensor, ...
             f"{checkpoint.path}: {len(spelled)} tensors {prefix}{'* and '.join(sorted(set(spelled)))}*.weight, "
             f"config.json says split_ngram_parts {expected}; {checkpoint.why_missing()}"
         )
-    names = (f"{prefix}{spelled[0]}{index}.weight" for index in range(len(spelled)))
-    return tuple(weight_tensor(checkpoint, name, dtypes) for name in names)
+    return tuple(f"{prefix}{spelled[0]}{index}.weight" for index in range(len(spelled)))
 
 
 def plan_checkpoint(shape: SyntheticShape, tokenizer: Tokenizer, full: bool) -> SyntheticPlan:
@@ -154,6 +141,8 @@ def plan_checkpoint(shape: SyntheticShape, tokenizer: Tokenizer, full: bool) -> 
     }
     if shape.dtype == "fp8":
         text["ple_embedding_dtype"] = "float8_e4m3fn"
+    if shape.dtype == "nvfp4":
+        text["ple_embedding_dtype"] = "nvfp4"
     parts = read_hash(ConfigValues(text, NAME), None)
     tensors = [tensor for layer in shape.layers for tensor in _layer_tensors(shape, parts, layer)]
     return SyntheticPlan(
@@ -168,7 +157,14 @@ def _layer_tensors(shape: SyntheticShape, parts: HashParts, layer: int) -> list[
     layer_hash, prefix = parts.layers[layer], f"model.language_model.layers.{layer}.ple.ple_embedding."
     names = [f"shard_{part}.weight" for part in range(shape.parts)] if shape.parts > 1 else ["weight"]
     part_shape = (layer_hash.num_rows // shape.parts, shape.dim)
-    tensors = [random_floats(f"{prefix}ngram_embedding.{name}", DTYPES[shape.dtype], part_shape) for name in names]
+    tensors = []
+    for name in names:
+        if shape.dtype == "nvfp4":
+            tensors += nvfp4_rows(f"{prefix}ngram_embedding.{name}", part_shape)
+        else:
+            tensors.append(random_floats(f"{prefix}ngram_embedding.{name}", DTYPES[shape.dtype], part_shape))
+    if shape.dtype == "nvfp4":
+        tensors.append(nvfp4_factor(f"{prefix}ngram_embedding.weight_scale_2"))
     if shape.dtype == "fp8":
         scale = struct.pack("<f", 0.0123)
         tensors.append(PlannedTensor(f"{prefix}ngram_embedding.weight_scale", "F32", (), values=scale))
@@ -192,6 +188,7 @@ FAMILY = Family(
         SyntheticShape((1,), 3, 20_000_000, 160, 2048, "bf16", parts=128),
         SYNTHETIC_CODECS,
         plan_checkpoint,
+        dim_multiple=16,
         splits_tables=True,
     ),
 )

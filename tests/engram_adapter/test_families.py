@@ -293,7 +293,12 @@ DAMAGED: list[tuple[Callable[[], Draft], str, Damage, str]] = [
     (v41_draft, "no weight", without("1.engram.embed.weight"), r"no such tensor \(layers\.1\.engram\.embed\.weight\)"),
     (v41_draft, "no scale", without("layers.3.engram.embed.scale"), r"layers.3.engram.embed.scale is missing"),
     (v41_draft, "two weights", twice, r"several such tensors: .*mtp"),
-    (v41_draft, "weight of bytes", replaced("1.engram.embed.weight", as_bytes), r"is U8 .*expected F8_E4M3"),
+    (
+        v41_draft,
+        "weight of bytes",
+        replaced("1.engram.embed.weight", as_bytes),
+        r"is U8 .* with a scale beside it .* quantized or packed",
+    ),
     (v41_draft, "weight of one dimension", replaced("1.engram.embed.weight", torch.flatten), r"of 2 dimensions"),
     (v41_draft, "scale of floats", replaced("1.engram.embed.scale", lambda t: t.float()), r"is F32 .*F8_E8M0"),
     (v41_draft, "a row less", replaced("3.engram.embed.weight", lambda t: t[:-1]), r"embed.scale is \[\d+, 2\].*needs"),

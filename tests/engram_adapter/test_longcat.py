@@ -178,5 +178,5 @@ def test_a_head_of_another_type_is_refused(model: Path, tmp_path: Path) -> None:
     tensors[name] = tensors[name].float()
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((model / "config.json").read_text())
-    with pytest.raises(ConfigError, match=r"embedders\.4\.weight is F32 .* the heads of one table must agree"):
+    with pytest.raises(ConfigError, match=r"embedders\.4\.weight is F32 .* the parts of one table must agree"):
         read_model(Checkpoint.open(tmp_path))

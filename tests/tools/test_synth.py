@@ -31,6 +31,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "engram-fp16": {"rows_per_head": 60, "dim": 16, "dtype": "fp16"},
     "engram-bf16": {"rows_per_head": 60, "dim": 16, "dtype": "bf16"},
     "qwen4_exp-bf16": {"rows_per_head": 70, "dim": 16, "parts": 4},
+    "deepseek_v41-nvfp4": {"rows_per_head": 50, "dim": 64, "hidden": 40, "dtype": "nvfp4"},
+    "qwen4_exp-nvfp4": {"rows_per_head": 70, "dim": 32, "dtype": "nvfp4", "parts": 4},
     "longcat": {"rows_per_head": 70, "dim": 16},
     "qwen4_exp-fp8": {"rows_per_head": 70, "dim": 16, "dtype": "fp8", "parts": 1},
 }
