@@ -1,13 +1,13 @@
 """tierstore in vLLM: the entry point of `vllm.general_plugins`, which does nothing unless it is configured.
 
-Input: `--additional-config '{"tierstore": {"store": ...}}'`, else TIERSTORE_STORE. Output: Qwen4-Exp and DeepSeek-V4.1
-models whose n-gram tables are never loaded, and whose rows come from the store. Errors: `EngineMismatchError` and
-`ConfigError` when a worker starts, which end it.
+Input: `--additional-config '{"tierstore": {"store": ...}}'`, else TIERSTORE_STORE. Output: models of Qwen4-Exp,
+DeepSeek-V4.1 and LongCat whose n-gram tables are never loaded, and whose rows come from the store. Errors:
+`EngineMismatchError` and `ConfigError` when a worker starts, which end it.
 
-`worker`: what happens when a worker starts · `checks`: what its configuration says · `qwen4_exp`, `deepseek_v41`: the
-layers · `qwen4_staging`, `deepseek_staging`: how they get into the engine, `staging`: what these share · `capturing`:
-quiet while graphs are captured · `counters`, `stat_logger`: counters of the workers in the engine's metrics. Importing
-this imports nothing of vLLM and no torch.
+`worker`: what happens when a worker starts · `checks`: what its configuration says · `qwen4_exp`, `deepseek_v41`,
+`longcat`: the layers · `qwen4_staging`, `deepseek_staging`, `longcat_staging`: how they get into the engine, `staging`:
+what these share · `capturing`: quiet while graphs are captured · `counters`, `stat_logger`: counters of the workers in
+the engine's metrics. Importing this imports nothing of vLLM and no torch.
 """
 
 from __future__ import annotations

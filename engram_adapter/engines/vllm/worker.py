@@ -10,7 +10,7 @@ import logging
 from typing import Any
 
 from ..gate import EngineMismatchError, check_version
-from . import checks, deepseek_staging, qwen4_staging
+from . import checks, deepseek_staging, longcat_staging, qwen4_staging
 from .configured import SETTINGS_KEY
 
 logger = logging.getLogger("vllm.tierstore")  # below the engine's logger, whose handlers show it
@@ -19,7 +19,8 @@ TESTED = ("0.32", "0.34")
 _LAYERS = {
     "ple_layer_ids": qwen4_staging,
     "engram_layer_ids": deepseek_staging,
-}  # by the key of the configuration that lists their layers
+    "ngram_vocab_size_ratio": longcat_staging,
+}  # by the key of the configuration that only such a model has
 
 
 def prepare(vllm_config: Any) -> None:
