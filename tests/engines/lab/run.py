@@ -22,6 +22,7 @@ from typing import Any
 
 from cases import CASES, ENGINE, Case
 from environments import LAB, REPOSITORY, Environment, environments
+from longcat_jobs import longcat_jobs
 from measures import MEASURES
 from sglang_jobs import sglang_jobs
 
@@ -189,6 +190,7 @@ def main() -> None:
         (case.name, lambda case=case, index=index: compare(lab, case, index)) for index, case in enumerate(CASES)
     ]
     jobs += [(f"deepseek_v41 {version}", lambda v=version: engram(lab, v)) for version in lab.environments]
+    jobs += longcat_jobs(lab)
     jobs += [(name, lambda measure=measure: measure(lab)) for name, measure in MEASURES.items()]
     jobs += sglang_jobs(lab)
     results = []
