@@ -8,6 +8,7 @@ Shapes: T tokens of a step, C row ids of a token (orders times heads).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -27,6 +28,7 @@ class DeviceEngineRows:
 
     stages = False
     is_staged = False
+    on_rows: Callable[[torch.Tensor], None] | None = None  # as of `EngineRows`
 
     def __init__(
         self, store: Store, name: str, tokens_max: int, device: torch.device, within: tuple[int, int] | None = None
@@ -84,6 +86,8 @@ class DeviceEngineRows:
             self.counters.steps += 1
             self.counters.tokens += tokens
             self.counters.rows += tokens * self.rows.shape[1]
+            if self.on_rows is not None:
+                self.on_rows(self.rows[:tokens])
         return self.rows[:tokens]
 
     def stage(self, row_ids: torch.Tensor) -> None:

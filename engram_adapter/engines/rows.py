@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,9 +41,11 @@ class EngineRows:
     Attributes:
         stages: Whether steps are better started before the engine's forward, where `start` may wait for a GPU.
         is_staged: Whether the step that comes was started so.
+        on_rows: Called with the rows that `finish` returns, before it does.
     """
 
     stages = True
+    on_rows: Callable[[torch.Tensor], None] | None = None
 
     def __init__(
         self, store: Store, name: str, tokens_max: int, device: torch.device, within: tuple[int, int] | None = None
@@ -132,6 +135,8 @@ class EngineRows:
             if self._copied is None:
                 self._copied = torch.cuda.Event()
             self._copied.record()
+        if self.on_rows is not None:
+            self.on_rows(rows)
         return rows
 
     def stage(self, row_ids: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.device import DEVICE
-from support.tiny_store import DIM, VOCAB_SIZE, build_tiny
+from support.tiny_store import DIM, NVFP4, VOCAB_SIZE, build_tiny, decoded
 
 from engram_adapter.engines.device_rows import DeviceEngineRows
 from engram_adapter.engines.gate import EngineMismatchError
@@ -18,6 +18,7 @@ from engram_adapter.engines.settings import EngineSettings
 from engram_adapter.hash_spec import HashSpec
 from tests.engines.conftest import of_ids, row_ids, vllm_config
 from tests.engines.test_vllm_engram import ENGRAM, engram_layers
+from tests.engines.test_vllm_longcat import embedding as longcat_embedding
 from tests.engines.test_vllm_qwen4 import QWEN, embedding, loaded_model, state_of
 from tierstore.errors import ConfigError
 
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.gpu
 # 8 heads an order, as published: their moduli multiply to more than 2^63, so that row ids give keys.
 QWEN8 = QWEN | {"heads_per_ngram": 8, "ple_embed_dim": 16 * DIM}
 ENGRAM8 = ENGRAM | {"engram_n_heads": 8}
+LONGCAT = {"model_type": "longcat_flash_ngram", "emb_neighbor_num": 4, "emb_split_num": 4, "eos_token_id": 2}
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +106,31 @@ def test_device_mode_without_gpu_memory_or_on_another_device_is_refused(
     store = EngineSettings(str(qwen[0]), "4MiB", "1MiB", "device").open_tables(DEVICE)
     with pytest.raises(EngineMismatchError, match="hbm tier is on"):
         DeviceEngineRows(store, "layers.1", 8, torch.device("cuda:7"))
+
+
+@pytest.mark.usefixtures("vllm")
+def test_nvfp4_rows_are_decoded_where_they_are_launched(tmp_path: Path) -> None:
+    spec = HashSpec.from_config(QWEN8)
+    path, tables = build_tiny(tmp_path, spec, NVFP4, seed=6)
+    rows = tables["layers.1"]
+    layer = embedding(device_config(QWEN8, path), len(rows), num_ngram_heads=16, embedding_method="nvfp4")
+    ids = row_ids(spec, 1, 6, 2)
+    layer.start_prefetch(ids.to(DEVICE))
+    found = layer.finalize_prefetch(6)
+    layer.rows.check()
+    assert torch.equal(found.cpu(), decoded(rows, NVFP4)[ids].flatten(1))
+
+
+@pytest.mark.usefixtures("vllm")
+def test_longcats_rows_are_launched_before_the_forward(tmp_path: Path) -> None:
+    """Its heads share no key: each row id alone gives the key of its entry."""
+    config = LONGCAT | {"ngram_vocab_size_ratio": 8, "vocab_size": 61, "hidden_size": 12 * DIM}
+    spec = HashSpec.from_config(config)
+    path, tables = build_tiny(tmp_path, spec, "bf16", seed=6)
+    hashing = longcat_embedding(device_config(config, path), config)
+    assert isinstance(hashing.oe_embedder.rows, DeviceEngineRows)
+    ids = row_ids(spec, 0, 6, 2)
+    found = hashing.embed_batched(torch.zeros(6, dtype=torch.int64), ids.to(DEVICE))
+    hashing.oe_embedder.rows.check()
+    wanted = torch.from_numpy(tables["layers.0"]).view(torch.bfloat16)[ids]
+    assert torch.equal(found.cpu(), wanted.transpose(0, 1))

@@ -1,8 +1,8 @@
 """The n-gram tables of Qwen4-Exp in vLLM, looked up in a store: the engine hashes and dequantizes, the store has rows.
 
-Input: n-gram ids of a step, before its forward (`Qwen4ExpModelState.prepare_inputs`) or one layer ahead. Output: the
-rows' stored bytes in the table's dtype, where `finalize_prefetch` wants them. Errors: `EngineMismatchError` while the
-model is built and loaded; what lookups raise, later.
+Input: n-gram ids of a step, before its forward (`Qwen4ExpModelState.prepare_inputs`) or one layer ahead. Output: where
+`finalize_prefetch` wants them, the rows' stored bytes in the table's dtype; of NVFP4, which the engine decodes when it
+looks up, values. Errors: `EngineMismatchError` while the model is built and loaded; what lookups raise, later.
 
 Shapes: T tokens of a step, H heads of all orders, D values of a row.
 """
@@ -18,6 +18,7 @@ import torch
 from tierstore.spec import codec_scale
 
 from ...hash_spec import HashSpec
+from ..decoding import DecodedRows
 from ..device_rows import rows_of
 from ..gate import EngineMismatchError
 from ..tables import ExpectedTable, check_compared, check_rows, matching_table, rows_at, sample_offsets, served
@@ -26,6 +27,7 @@ from .checks import model_device, settings_of
 logger = logging.getLogger("vllm.tierstore")  # below the engine's logger, whose handlers show it
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_NVFP4, _NVFP4_BLOCK = "fp4_e2m1_e4m3x16", 16  # values that share a scale
 _CODECS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8_e4m3"}
 
 
@@ -56,11 +58,7 @@ class TieredPle:
         settings = settings_of(vllm_config)
         assert settings is not None, "the layers of tierstore are in use without its settings"
         layer: Any = self
-        if layer.weight.dtype not in _CODECS or layer.weight.shape[1] != layer.embedding_dim:
-            raise EngineMismatchError(
-                f"{self.prefix}: rows of {layer.weight.shape[1]} {layer.weight.dtype} for {layer.embedding_dim} "
-                f"values: packed rows are not served; use a checkpoint with {' or '.join(map(str, _CODECS))} rows"
-            )
+        codec, row_bytes = self._stored()
         match = _LAYER.search(self.prefix)
         if match is None:
             raise EngineMismatchError(f"{self.prefix}: a layer's name without its number; use another vLLM")
@@ -75,8 +73,8 @@ class TieredPle:
             self.hash_spec.table_name(number),
             num_embeddings,
             layer.embedding_dim,
-            layer.embedding_dim * layer.weight.element_size(),
-            (_CODECS[layer.weight.dtype],),
+            row_bytes,
+            (codec,),
             self.hash_spec.fingerprint(number),
         )
         store = settings.open_tables(model_device())
@@ -90,7 +88,29 @@ class TieredPle:
         within = None if layer.reduce_results else (shard.org_vocab_start_index, shard.org_vocab_end_index)
         self.layer_number, self.settings = number, settings
         self.rows = rows_of(settings, store, table.spec.name, tokens_max, layer.weight.device, within)
-        self._values = self.rows.rows.view(layer.weight.dtype).flatten(1)  # [tokens_max, H * D], the same memory
+        if codec == _NVFP4:
+            self._values = DecodedRows(self.rows, torch.bfloat16).values.flatten(1)
+        else:
+            self._values = self.rows.rows.view(layer.weight.dtype).flatten(1)  # [tokens_max, H * D], the same memory
+
+    def _stored(self) -> tuple[str, int]:
+        """Returns the codec and the bytes of the rows that the engine expects, by its parameters."""
+        layer: Any = self
+        width, dtype = layer.weight.shape[1], layer.weight.dtype
+        scales = getattr(layer, "weight_scale", None)
+        if dtype == torch.uint8 and 2 * width == layer.embedding_dim and scales is not None and scales.ndim == 2:
+            if layer.params_dtype != torch.bfloat16:
+                raise EngineMismatchError(
+                    f"{self.prefix}: rows of NVFP4 for a model in {layer.params_dtype}: they are decoded to bfloat16; "
+                    f"load the model with --dtype bfloat16"
+                )
+            return _NVFP4, width + layer.embedding_dim // _NVFP4_BLOCK
+        if dtype not in _CODECS or width != layer.embedding_dim:
+            raise EngineMismatchError(
+                f"{self.prefix}: rows of {width} {dtype} for {layer.embedding_dim} values: such packed rows are not "
+                f"served; use a checkpoint with rows of {' or '.join(map(str, _CODECS))}, or in NVFP4"
+            )
+        return _CODECS[dtype], width * layer.weight.element_size()
 
     def allocate_embedding_weight(self, _num_rows: int, embedding_dim: int, dtype: torch.dtype) -> torch.Tensor:
         """Returns a weight without rows."""
@@ -104,20 +124,21 @@ class TieredPle:
         if not is_table:
             super().weight_loader(param, loaded_weight)  # type: ignore[misc]
             return
-        self._compare(loaded_weight, 0 if checkpoint_start is None else checkpoint_start)
-
-    def _compare(self, loaded: torch.Tensor, start_row: int) -> None:
-        spec = self.rows.table.spec
         layer: Any = self
-        if loaded.dtype != layer.weight.dtype:
+        bytes_start = 0 if param is layer.weight else layer.weight.shape[1]  # scales lie behind the values
+        self._compare(loaded_weight, param.dtype, 0 if checkpoint_start is None else checkpoint_start, bytes_start)
+
+    def _compare(self, loaded: torch.Tensor, dtype: torch.dtype, start_row: int, bytes_start: int) -> None:
+        spec = self.rows.table.spec
+        if loaded.dtype != dtype:
             raise EngineMismatchError(
-                f"{self.prefix}: the checkpoint's rows are {loaded.dtype}, the engine's {layer.weight.dtype}; load "
-                f"the model in the dtype of the checkpoint"
+                f"{self.prefix}: the checkpoint's rows are {loaded.dtype}, the engine's {dtype}; load the model in the "
+                f"dtype of the checkpoint"
             )
         offsets = sample_offsets(spec.num_rows, start_row, len(loaded), spec.row_bytes)
         if len(offsets):
             found = rows_at(loaded.view(torch.uint8).cpu().numpy(), offsets)
-            check_rows(self.rows.table, offsets + start_row, found, 0, self.prefix)
+            check_rows(self.rows.table, offsets + start_row, found, bytes_start, self.prefix)
             self._rows_compared += len(offsets)
 
     def start_prefetch(self, ngram_ids: torch.Tensor) -> None:
@@ -125,7 +146,7 @@ class TieredPle:
         self.rows.start_in_forward(ngram_ids)
 
     def finalize_prefetch(self, total_tokens: int) -> torch.Tensor:
-        """Returns the rows of the step's tokens and padding, [T, H * D] in the table's dtype, always at one address."""
+        """Returns the rows of the step's tokens and padding, [T, H * D] in the dtype of lookups, at one address."""
         self._finish()
         return self._values[:total_tokens]
 
@@ -155,10 +176,11 @@ class TieredPle:
                     f"be a wrong one; build the store from the checkpoint that the engine loads"
                 )
         check_compared(self.rows.table, self._rows_compared, self._load_format, self.prefix)
-        scale = getattr(layer, "weight_scale", None) if self._rows_compared else None
+        name = "weight_scale_2" if spec.codec.startswith(_NVFP4) else "weight_scale"
+        scale = getattr(layer, name, None) if self._rows_compared else None
         if scale is not None and "*" in spec.codec and float(scale) != codec_scale(spec.codec):
             raise EngineMismatchError(
-                f"{self.prefix}: the checkpoint's weight_scale is {float(scale)}, the store's {spec.codec}; build the "
+                f"{self.prefix}: the checkpoint's {name} is {float(scale)}, the store's {spec.codec}; build the "
                 f"store from the checkpoint that the engine loads"
             )
         rows = self.rows
