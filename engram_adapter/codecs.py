@@ -108,9 +108,9 @@ def _decoded_by_kernel(rows: torch.Tensor, codec: str, dim: int) -> torch.Tensor
         scale = None if codec == "fp8_e4m3_e8m0x32" else codec_scale(codec)
         kernels.decode_fp8_rows(flat, dim, scale, bits, torch.get_num_threads())
     else:
-        parsed = parse_codec(codec)
-        block = parsed.block or dim
-        kernels.decode_block_rows(flat, dim, parsed.values, parsed.scale, block, parsed.factor, parsed.divides, bits)
+        of = parse_codec(codec)
+        threads = torch.get_num_threads()
+        kernels.decode_block_rows(flat, dim, of.values, of.scale, of.block or dim, of.factor, of.divides, bits, threads)
     return values
 
 

@@ -250,6 +250,7 @@ def decode_block_rows(
     factor: float,
     divides: bool,
     out: npt.NDArray[np.uint16],
+    threads: int = 1,
     plain: bool = False,
 ) -> None:
     """Decodes into bfloat16: value * scale in float32, rounded once, half to even. 0.1 to 0.3 ns a value with AVX2.
@@ -264,6 +265,7 @@ def decode_block_rows(
         factor: Of all scales, as float32, not used of gguf.
         divides: Scales are divided by `factor`, and not multiplied.
         out: uint16 [R, dim], the values' bits, overwritten whole.
+        threads: At most so many share the rows if they are 2^18 values or more, the caller's included.
         plain: Without instructions that not every processor has: for tests.
     """
 

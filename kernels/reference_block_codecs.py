@@ -96,9 +96,18 @@ def block_row_bytes(dim: int, values: str, scale: str, block: int) -> int:
 
 
 def decode_block_rows(
-    rows: np.ndarray, dim: int, values: str, scale: str, block: int, factor: float, divides: bool, out: np.ndarray
+    rows: np.ndarray,
+    dim: int,
+    values: str,
+    scale: str,
+    block: int,
+    factor: float,
+    divides: bool,
+    out: np.ndarray,
+    threads: int = 1,
 ) -> None:
-    """Writes what `kernels.decode_block_rows` says."""
+    """Writes what `kernels.decode_block_rows` says, on one thread."""
+    del threads
     needed = block_row_bytes(dim, values, scale, block)
     if rows.ndim != 2 or rows.shape[1] < needed:
         raise ValueError(f"rows of shape {list(rows.shape)} hold no {dim} values and their scales, {needed} bytes")

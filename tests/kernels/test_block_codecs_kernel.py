@@ -20,7 +20,7 @@ CODECS = [
 ]
 
 
-def decode(module: Any, rows: np.ndarray, codec: str, dim: int, **options: bool) -> np.ndarray:
+def decode(module: Any, rows: np.ndarray, codec: str, dim: int, **options: int) -> np.ndarray:
     parsed = parse_codec(codec)
     out = np.full((len(rows), dim), 0x1234, dtype=np.uint16)
     module.decode_block_rows(
@@ -109,3 +109,11 @@ def test_what_is_no_row_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("codec", ["int8_fp32", "gguf_q4_k"])
 def test_no_rows_are_no_work(codec: str) -> None:
     assert decode(kernels, random_rows(codec, 256, 0), codec, 256).shape == (0, 256)
+
+
+def test_threads_that_share_the_rows_write_the_same_values() -> None:
+    for codec, num_rows in (("fp4_e2m1_e4m3x16*0x1.8p-7", 1500), ("gguf_q4_k", 1300), ("int8_fp32", 5)):
+        rows = random_rows(codec, 256, num_rows, more=1)
+        alone = decode(kernels, rows, codec, 256)
+        for threads in (2, 3, 64):
+            np.testing.assert_array_equal(decode(kernels, rows, codec, 256, threads=threads), alone)
