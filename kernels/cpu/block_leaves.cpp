@@ -126,9 +126,35 @@ TIERSTORE_AVX2 void halves_avx2(const Blocks& blocks, const float* codes) {
   }
 }
 
-template <typename Value>
-TIERSTORE_AVX2 void bytes_avx2(const Blocks& blocks) {
-  scale_all_bytes<Value>(blocks);
+TIERSTORE_AVX2 void fp8_avx2(const Blocks& blocks) { scale_all_bytes<Fp8Value>(blocks); }
+
+// The eight products of integers and a scale, as bfloat16 in the upper halves of 32 bits; what is below is not 0.
+TIERSTORE_AVX2 inline __m256i rounded_above(__m256i integers, __m256 scale) {
+  const __m256i bits = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtepi32_ps(integers), scale));
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+
+// flipped: of a byte's bits before it is a two's complement number; 0x80 takes 128 away.
+template <typename Value, char flipped>
+TIERSTORE_AVX2 void integers_avx2(const Blocks& blocks) {
+  for (size_t b = 0; b < blocks.num_blocks; ++b) {
+    const uint8_t* bytes = blocks.values + b * blocks.stride;
+    uint16_t* out = blocks.out + b * blocks.count;
+    const __m256 scale = _mm256_set1_ps(blocks.scales[b]);
+    size_t i = 0;
+    for (; i + 16 <= blocks.count; i += 16) {
+      __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i));
+      if (flipped != 0) packed = _mm_xor_si128(packed, _mm_set1_epi8(flipped));
+      // Values of even and of odd index apart: each result then lies where it is stored.
+      const __m256i wide = _mm256_cvtepi8_epi16(packed);
+      const __m256i even = rounded_above(_mm256_srai_epi32(_mm256_slli_epi32(wide, 16), 16), scale);
+      const __m256i odd = rounded_above(_mm256_srai_epi32(wide, 16), scale);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                          _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa));
+    }
+    if (i < blocks.count) scale_bytes<Value>(bytes + i, blocks.count - i, blocks.scales[b], out + i);
+  }
 }
 
 TIERSTORE_AVX2 void q4_k_avx2(const uint8_t* values, const float* scales, const float* minima, uint16_t* out) {
@@ -145,7 +171,7 @@ TIERSTORE_AVX2 void q4_k_avx2(const uint8_t* values, const float* scales, const 
 
 const Leaves kAvx2 = {
     {halves_avx2<Order::kLowFirst>, halves_avx2<Order::kHighFirst>, halves_avx2<Order::kHalves>},
-    {bytes_avx2<Fp8Value>, bytes_avx2<Int8Value>, bytes_avx2<Uint8Value>},
+    {fp8_avx2, integers_avx2<Int8Value, 0>, integers_avx2<Uint8Value, '\x80'>},
     q4_k_avx2,
 };
 #endif
