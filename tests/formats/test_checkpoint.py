@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from engram_adapter.families import plain_source
 from tierstore import ConfigError, FormatError, TableSpec
+from tierstore.formats import table_source
 from tierstore.formats.checkpoint import Checkpoint, Plane, PlaneReader, TableSource
 
 
@@ -392,6 +393,34 @@ def test_rows_are_read_across_stacked_tensors_and_planes(tmp_path: Path, seed: i
             first, second = reader.read(start, end)
             np.testing.assert_array_equal(first, weight[start:end])
             np.testing.assert_array_equal(second, scale[start:end])
+
+
+def test_what_is_read_ahead_is_what_is_read_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"w0": np.zeros((30, 6), np.uint8), "w1": np.zeros((50, 6), np.uint8)}
+    safetensors.numpy.save_file(parts | {"s": np.zeros((80, 2), np.uint8)}, tmp_path / "m.safetensors")
+    tensors = Checkpoint.open(tmp_path).tensors
+    planes = (Plane(6, (tensors["w0"], tensors["w1"])), Plane(2, (tensors["s"],)))
+    ahead, read = [], []
+    real = table_source.read_exactly
+
+    def note_read(fd: int, out: np.ndarray, byte_start: int, what: str) -> None:
+        read.append((byte_start, out.nbytes))
+        real(fd, out, byte_start, what)
+
+    monkeypatch.setattr(table_source, "read_exactly", note_read)
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, num_bytes, __: ahead.append((start, num_bytes)))
+    with PlaneReader(TableSource(TableSpec.plain("t", 80, 8, "raw", 8), planes)) as reader:
+        for start, end in ((10, 60), (0, 80), (40, 40)):
+            reader.will_read(start, end)
+            reader.read(start, end)
+        assert ahead == read
+        assert len(ahead) == 6
+
+        def refuse(*_: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+        monkeypatch.setattr(os, "posix_fadvise", refuse)
+        reader.will_read(0, 80)
 
 
 def test_a_source_whose_tensors_disagree_with_its_spec_is_refused(tmp_path: Path) -> None:

@@ -63,6 +63,9 @@ class ChecksumReader(PlaneReader):
                 self._sum_up(stretch, tensor, start, end, out[start - row_start : end - row_start])
         return [out.view(np.uint8).reshape(-1, 4)]
 
+    def will_read(self, row_start: int, row_end: int) -> None:
+        """Nothing: `read` has the system read ahead of itself."""
+
     def check_unchanged(self) -> None:
         """Raises `FormatError` if a file was changed, replaced or removed since its header was read.
 

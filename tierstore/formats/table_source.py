@@ -7,9 +7,10 @@ checkpoint. Errors: `ConfigError` for tensors that do not make the table,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,18 +121,22 @@ class PlaneReader:
         planes = []
         for plane in self._source.planes:
             out = np.empty((row_end - row_start, plane.width_bytes), dtype=np.uint8)
-            tensor_row_start = 0
-            for tensor in plane.tensors:
-                tensor_row_end = tensor_row_start + tensor.num_bytes // plane.width_bytes
-                start, end = max(row_start, tensor_row_start), min(row_end, tensor_row_end)
-                if start < end:
-                    byte_start = tensor.byte_start + (start - tensor_row_start) * plane.width_bytes
-                    what = f"rows {start} to {end} of tensor {tensor.name} in {tensor.path}"
-                    with naming(what, tensor.path):
-                        read_exactly(self._fds[tensor.path], out[start - row_start : end - row_start], byte_start, what)
-                tensor_row_start = tensor_row_end
+            for tensor, byte_start, start, end in _pieces(plane, row_start, row_end):
+                what = f"rows {start} to {end} of tensor {tensor.name} in {tensor.path}"
+                with naming(what, tensor.path):
+                    read_exactly(self._fds[tensor.path], out[start - row_start : end - row_start], byte_start, what)
             planes.append(out)
         return planes
+
+    def will_read(self, row_start: int, row_end: int) -> None:
+        """Has the system read rows [row_start, row_end) ahead. Does not wait for the disk, and raises nothing."""
+        for plane in self._source.planes:
+            for tensor, byte_start, start, end in _pieces(plane, row_start, row_end):
+                self._read_ahead(tensor, byte_start, (end - start) * plane.width_bytes)
+
+    def _read_ahead(self, tensor: StoredTensor, byte_start: int, num_bytes: int) -> None:
+        with contextlib.suppress(OSError):  # `read` says what is wrong
+            os.posix_fadvise(self._fds[tensor.path], byte_start, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
         """Raises `FormatError` if a file was changed, replaced or removed since its header was read.
@@ -177,3 +182,15 @@ class PlaneReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _pieces(plane: Plane, row_start: int, row_end: int) -> Iterator[tuple[StoredTensor, int, int, int]]:
+    """Yields where rows [row_start, row_end) of a plane lie: tensor, first byte in its file, first row, row after the
+    last."""
+    tensor_row_start = 0
+    for tensor in plane.tensors:
+        tensor_row_end = tensor_row_start + tensor.num_bytes // plane.width_bytes
+        start, end = max(row_start, tensor_row_start), min(row_end, tensor_row_end)
+        if start < end:
+            yield tensor, tensor.byte_start + (start - tensor_row_start) * plane.width_bytes, start, end
+        tensor_row_start = tensor_row_end

@@ -149,6 +149,9 @@ class InPlaceReader(PlaneReader):
         at = row_start - int(numbers[0]) * per_page
         return [np.ascontiguousarray(rows[at : at + row_end - row_start])]
 
+    def will_read(self, row_start: int, row_end: int) -> None:
+        """Nothing is read ahead."""
+
     def check_unchanged(self) -> None:
         """Nothing to compare: each block was checked as it was read."""
 
