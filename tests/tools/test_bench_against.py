@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,15 @@ from click.testing import CliRunner
 from support.marks import slow_but
 from support.repository import REPOSITORY
 
+from tests.tools.test_bench import zipf_text
 from tierstore.errors import ConfigError
+from tierstore.formats.catalog import read_catalog
+from tierstore.tools.bench import stores
+from tierstore.tools.bench.against import building, builds, overlapping, ratios
 from tierstore.tools.bench.against import command as against
 from tierstore.tools.bench.against import side as against_side
+from tierstore.tools.bench.overlap import model as overlap_model
+from tierstore.tools.bench.overlap import sides as overlap_sides
 from tierstore.tools.bench.pairs import Options
 from tierstore.tools.cli import cli
 
@@ -34,7 +41,7 @@ def bench(folder: Path, *arguments: object) -> Any:
     return CliRunner().invoke(cli, ["bench", *map(str, arguments), "--folder", str(folder), "--size", "16MiB"])
 
 
-@pytest.mark.parametrize("name", slow_but(["cold", "serve"], against.NAMES))
+@pytest.mark.parametrize("name", slow_but(["cold", "serve"], against_side.CASES))
 def test_this_build_is_measured_beside_another_in_pairs_of_processes(folder: Path, name: str) -> None:
     file = folder / f"{name}.json"
     result = bench(folder, name, "--against", REPOSITORY, "--pairs", 1, "--json", file)
@@ -68,7 +75,7 @@ def test_fifteen_pairs_are_run_if_nothing_else_is_asked_for(monkeypatch: pytest.
 def test_a_benchmark_of_one_build_only_is_refused(tmp_path: Path) -> None:
     result = bench(tmp_path, "warm", "peers", "--against", REPOSITORY)
     assert result.exit_code == 2
-    assert "--against runs warm, cold, decode, serve; peers cannot" in result.output
+    assert "--against runs warm, cold, decode, serve, overlap, build; peers cannot" in result.output
 
 
 def test_a_folder_that_is_no_build_is_refused_with_what_to_give(tmp_path: Path, folder: Path) -> None:
@@ -112,8 +119,93 @@ def test_an_environment_is_run_by_its_own_python(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [6, 7, 15, 16, 51])
 def test_the_interval_of_a_median_is_that_of_the_sign_test(count: int) -> None:
     """It misses the median if all values between its ends lie on one side: a binomial tail, at most 2.5 % each."""
-    low, high = against.median_interval([float(value) for value in range(count)])
+    low, high = ratios.median_interval([float(value) for value in range(count)])
     assert low == count - 1 - high
     outside = sum(math.comb(count, k) for k in range(int(low) + 1)) / 2**count
     one_closer = outside + math.comb(count, int(low) + 1) / 2**count
     assert 2 * outside <= 0.05 < 2 * one_closer
+
+
+def test_builds_of_a_store_are_timed_beside_each_other_and_beside_cp(folder: Path) -> None:
+    file = folder / "build.json"
+    result = bench(folder, "build", "--against", REPOSITORY, "--pairs", 1, "--json", file)
+    assert result.exit_code == 0, result.output
+    record = json.loads(file.read_text())["build"]
+    sides = {part["case"]: set(part["seconds"]) for part in record["comparisons"]}
+    assert sides == {
+        f"build, files {state}{beside}": {against.THIS, other}
+        for state in ("warm", "cold")
+        for beside, other in (("", against.OTHER), (", beside cp", building.COPY))
+    }
+    for part in record["comparisons"]:
+        assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in part["seconds"].values())
+    assert record["facts"]["the other is"]["package"] == str(REPOSITORY / "tierstore")
+    assert not list(folder.glob("bench-build-*"))
+
+
+def test_builds_that_write_other_shards_are_no_figure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = iter(range(100))
+
+    def measure(_: object, ask: dict[str, Any], __: Path) -> dict[str, Any]:
+        return {"checksum": next(numbers), "seconds": {ask["bench"]: 1.0}, "skipped": {}, "cpu_s": 1.0, "build": {}}
+
+    monkeypatch.setattr(builds.Build, "measure", measure)
+    with pytest.raises(ConfigError, match="other rows for the same keys"):
+        building.run(folder, Options(size_bytes=16 << 20, pairs=1), REPOSITORY)
+
+
+@pytest.fixture
+def small_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    training, held_out = zipf_text(0, 300, 500), zipf_text(0, 330, 500)
+    held_out.documents[:] = held_out.documents[300:]
+    monkeypatch.setattr(overlapping.real_text, "load_split", lambda: (training, held_out))
+    for module, sizes in {
+        overlapping: {"SHAPES": {"small model": (4, 32, 2)}, "ENGRAM_LAYERS": (1, 3), "STEPS": 2, "PROMPTS": 1},
+        overlap_sides: {"SEQUENCES": 5, "CONTEXT_TOKENS": 8, "PROMPT_TOKENS": 70, "CHUNK_TOKENS": 32},
+    }.items():
+        for name, size in sizes.items():
+            monkeypatch.setattr(module, name, size)
+
+
+def overlap_record(folder: Path) -> dict[str, Any]:
+    options = Options(size_bytes=16 << 20, pairs=1, budgets=(4 << 20,))
+    return overlapping.run(folder, options, REPOSITORY).to_dict()
+
+
+CASES_OF_OVERLAP = ["small model, decode, 5 sequences", "small model, prefill of 70 tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_overlap")
+def test_two_builds_feed_the_same_model(folder: Path) -> None:
+    record = overlap_record(folder)
+    assert [part["case"] for part in record["comparisons"]] == CASES_OF_OVERLAP
+    assert record["facts"]["the other is"]["package"] == str(REPOSITORY / "tierstore")
+
+
+@pytest.mark.usefixtures("small_overlap")
+def test_a_model_is_timed_on_a_placed_store_that_is_unplaced_afterwards(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "overlap_model", overlap_model)
+    from tierstore.tools.bench.against import overlapping_side
+
+    epochs = []
+
+    def measure(build: builds.Build, ask: dict[str, Any], side: Path) -> dict[str, Any]:
+        assert side.name == "overlapping_side.py"
+        assert (build.cwd / "overlap_model.py").read_text() == Path(overlap_model.__file__).read_text()
+        epochs.append(read_catalog(Path(ask["store"])).epoch)
+        return overlapping_side.measure(json.loads(json.dumps(ask)))
+
+    monkeypatch.setattr(builds.Build, "measure", measure)
+    record = overlap_record(folder)
+    assert [part["case"] for part in record["comparisons"]] == CASES_OF_OVERLAP
+    assert len(epochs) == 4
+    assert None not in epochs
+    for store in (folder / stores.FOLDER).glob("overlap-*"):
+        assert read_catalog(store).epoch is None
+
+
+def test_a_models_features_are_those_of_the_tables() -> None:
+    assert overlap_model.FEATURES == stores.ROWS_PER_TOKEN * stores.DIM

@@ -27,7 +27,7 @@ def test_a_disk_without_room_is_refused_with_both_numbers_before_anything_is_wri
 
 def test_a_copy_or_a_build_that_fails_says_what_the_program_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"copying the checkpoint failed: cp: .*nothing\.safetensors"):
-        build._copy([tmp_path / "nothing.safetensors"], tmp_path / "copy")
+        build.copy([tmp_path / "nothing.safetensors"], tmp_path / "copy")
     with pytest.raises(ConfigError, match=r"building failed: .*there is no checkpoint at"):
         build._build(tmp_path / "nothing", tmp_path / "store")
 

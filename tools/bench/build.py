@@ -93,9 +93,9 @@ def run(folder: Path, options: Options) -> Result:
         peak_bytes = store_bytes = 0
         for _ in range(pairs):
             for state in CACHE_STATES:
-                _set_cache(files, state)
-                copy_s[state].append(_copy(files, Path(name) / "copy"))
-                _set_cache(files, state)
+                set_cache(files, state)
+                copy_s[state].append(copy(files, Path(name) / "copy"))
+                set_cache(files, state)
                 seconds, peak, store_bytes = _build(checkpoint, Path(name) / "store")
                 build_s[state].append(seconds)
                 peak_bytes = max(peak_bytes, peak)
@@ -112,7 +112,7 @@ def check_room(folder: Path, size_bytes: int) -> None:
         )
 
 
-def _set_cache(files: list[Path], state: str) -> None:
+def set_cache(files: list[Path], state: str) -> None:
     """Brings the files into the page cache, or out of it, after all earlier writes have reached the disk."""
     os.sync()
     for file in files:
@@ -127,7 +127,7 @@ def _set_cache(files: list[Path], state: str) -> None:
             os.close(fd)
 
 
-def _copy(files: list[Path], target: Path) -> float:
+def copy(files: list[Path], target: Path) -> float:
     """Copies with cp, then syncs each copy; returns the seconds."""
     target.mkdir()
     started = time.monotonic()

@@ -4,8 +4,9 @@ fed.
 Input: token ids, the tokens before them, a key-value cache. Output: logits of each sequence's last token. Pre-norm
 blocks of causal attention and a GELU feed-forward, the output tied to the input embedding, as GPT-2; the Engram layers
 add their term to the stream before attention, as V4.1. Without positional encoding, which costs next to nothing. One
-set of weights serves every side of the comparison: the embeddings are handed in. Shapes: B sequences, T tokens, D
-hidden size, V vocabulary.
+set of weights serves every side of the comparison: the embeddings are handed in. It imports nothing of `tools`, and of
+`engram_adapter` what commit 8498e4b has: another build runs it too. Shapes: B sequences, T tokens, D hidden size, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ import torch.nn.functional as F
 from engram_adapter import EngramLayer, HashSpec
 from engram_adapter.embedding import TieredEmbedding, prefetch_layers
 
-from .. import stores
-
+FEATURES = 24 * 256  # of a token: rows, and values of each, as in stores.py
 WEIGHT_SCALE = 0.02  # GPT-2's
 
 
@@ -142,13 +142,12 @@ class Model(torch.nn.Module):
     def __init__(self, shape: Shape, spec: HashSpec, dtype: torch.dtype, device: str, seed: int = 0) -> None:
         super().__init__()
         self.shape = shape
-        features = stores.ROWS_PER_TOKEN * stores.DIM
         with torch.device(device):
             torch.manual_seed(seed)
             self.tokens = torch.nn.Embedding(spec.vocab_size, shape.hidden, dtype=dtype)
             self.blocks = torch.nn.ModuleList(Block(shape, dtype) for _ in range(shape.blocks))
             self.engrams = torch.nn.ModuleDict(
-                {str(n): EngramLayer(torch.nn.Identity(), features, shape.hidden, 1, dtype=dtype) for n in spec.layers}
+                {str(n): EngramLayer(torch.nn.Identity(), FEATURES, shape.hidden, 1, dtype=dtype) for n in spec.layers}
             )
             self.norm = torch.nn.LayerNorm(shape.hidden, dtype=dtype)
         self.num_weights = sum(weight.numel() for weight in self.parameters())
