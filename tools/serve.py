@@ -68,6 +68,12 @@ BEAT_S = 1.0  # between two looks at signals and at the service manager's watchd
     "--token-file", type=click.Path(path_type=Path), help="What remote clients must bear, at least 16 characters."
 )
 @click.option(
+    "--threads", type=int, metavar="N", help="That copy the rows of one large lookup by gRPC.  [default: one a core]"
+)
+@click.option(
+    "--readers", type=int, metavar="N", help="Lookups by gRPC that may read pages at once.  [default: two a core]"
+)
+@click.option(
     "--forget-swap",
     is_flag=True,
     help="Serve STORE, also if 'tierstore swap' put another store in its place before the daemon ended.",
@@ -88,6 +94,8 @@ def command(
     tls_cert: Path | None,
     tls_key: Path | None,
     token_file: Path | None,
+    threads: int | None,
+    readers: int | None,
     forget_swap: bool,
     log_format: str,
 ) -> None:
@@ -112,9 +120,13 @@ def command(
     configure_logging(log_format)
     logger = logging.getLogger("tierstore.daemon")
     notifier = Notifier()
-    remote = None if listen is None else Remote(listen, tls_cert, tls_key, token_file)
-    if remote is None and any((tls_cert, tls_key, token_file)):
-        raise ConfigError("--tls-cert, --tls-key and --token-file are of --listen HOST:PORT, which is missing")
+    remote = None if listen is None else Remote(listen, tls_cert, tls_key, token_file, threads, readers)
+    of_listen = {
+        "--tls-cert": tls_cert, "--tls-key": tls_key, "--token-file": token_file, "--threads": threads,
+        "--readers": readers,
+    }  # fmt: skip
+    if remote is None and any(value is not None for value in of_listen.values()):
+        raise ConfigError(f"{', '.join(of_listen)} are of --listen HOST:PORT, which is missing")
     if remote is not None:
         remote.check()
     check_ports(

@@ -21,6 +21,10 @@ from support.stores import Model, place_some, random_keys
 from support.waiting import WAIT_S, eventually
 
 import tierstore
+from tierstore.attached.backing import attach
+from tierstore.daemon import remote_lookups
+from tierstore.daemon.daemon import Daemon
+from tierstore.daemon.remote_lookups import Remote
 from tierstore.tools.cli import cli, run
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
@@ -207,6 +211,10 @@ def test_each_has_help_that_says_what_it_takes(command: str) -> None:
         (["--replan", "0.5"], r"--replan 0.5: give seconds, 1 at least, or 'off'"),
         (["--replan", "nan"], r"--replan nan: give seconds"),
         (["--token-file", "t"], r"--listen HOST:PORT, which is missing"),
+        (["--threads", "2"], r"--threads, --readers are of --listen HOST:PORT, which is missing"),
+        (["--readers", "2"], r"--listen HOST:PORT, which is missing"),
+        (["--listen", "127.0.0.1:0", "--threads", "0"], r"threads: 0 is no number from 1 to 1,024"),
+        (["--listen", "127.0.0.1:0", "--readers", "999"], r"readers: 999 is no number from 1 to 256"),
         (["--metrics", "nowhere"], r"nowhere"),
         (["--listen", "nowhere"], r"nowhere"),
         (["--listen", "0.0.0.0:0"], r"lookups need TLS \(--tls-cert and --tls-key\) and a token"),
@@ -224,6 +232,23 @@ def test_bad_options_are_refused_with_what_to_do(
     assert "Traceback" not in error
     assert "warming" not in error  # that takes minutes where a store is large
     assert not socket.exists()
+
+
+def test_threads_and_readers_are_those_of_lookups_by_grpc(
+    placed: Path, socket: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("grpc")
+    asked = []
+    monkeypatch.setattr(remote_lookups, "attach", lambda *_, **options: asked.append(options) or attach(*_, **options))
+    daemon = Daemon(placed, socket, 900 << 10, replan_s=None)
+    try:
+        daemon.start(remote=Remote("127.0.0.1:0", None, None, None, threads=3, readers=2))
+        keys = random_keys(np.random.default_rng(3), 400)
+        with tierstore.connect(f"grpc://{daemon.remote_address}") as store:
+            np.testing.assert_array_equal(store[NAME].lookup(keys), model.expected(NAME, keys))
+    finally:
+        assert daemon.close()
+    assert [(options["threads"], options["readers"]) for options in asked] == [(3, 2)]
 
 
 @pytest.mark.parametrize("option", ["--metrics", "--listen"])

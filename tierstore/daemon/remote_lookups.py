@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..attached.backing import attach
+from ..store.options import check_readers, check_threads
 from .record import RemoteInfo
 
 STAGING_BYTES = 4 << 20  # of the reads that remote lookups need
@@ -19,17 +20,24 @@ STAGING_BYTES = 4 << 20  # of the reads that remote lookups need
 
 @dataclass(frozen=True)
 class Remote:
-    """Where and how to serve lookups by gRPC."""
+    """Where and how to serve lookups by gRPC.
+
+    threads, readers: as of `tierstore.connect`, of the process that looks up for the network; None: the defaults.
+    """
 
     address: str
     tls_cert: Path | None
     tls_key: Path | None
     token_file: Path | None
+    threads: int | None = None
+    readers: int | None = None
 
     def check(self) -> None:
         """Raises `ConfigError` if it cannot be served like that."""
         from ..remote.access import check_options
 
+        check_threads(self.threads)
+        check_readers(self.readers)
         check_options(self.address, self.token_file, self.tls_cert, self.tls_key)
 
 
@@ -40,7 +48,7 @@ class RemoteLookups:
         """socket: of the daemon, which must serve already. io: as in `attach`. Raises `ConfigError`."""
         from ..remote.server import RemoteServer
 
-        self._store = attach(socket, io=io, staging=STAGING_BYTES)
+        self._store = attach(socket, io=io, staging=STAGING_BYTES, threads=remote.threads, readers=remote.readers)
         try:
             self._server = RemoteServer(
                 self._store, remote.address,
