@@ -244,7 +244,8 @@ def _specs(store: Store) -> list[TableSpec]:
 
 def _hits(sources: np.ndarray) -> list[list[int]]:
     """Returns how many of sources [N, O] are of each tier in _TIERS, by order."""
-    by_order = [sources[:, order].tobytes() for order in range(sources.shape[1])]
+    data, num_orders = sources.tobytes(), sources.shape[1]
+    by_order = [data[order::num_orders] for order in range(num_orders)]
     return [[sum(map(column.count, tier)) for column in by_order] for tier in _TIERS]
 
 

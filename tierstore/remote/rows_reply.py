@@ -11,6 +11,7 @@ Why: to encode rows that lie elsewhere copies them once more, which took a fifth
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ import numpy as np
 from .. import kernels
 from .messages import LookupReply, Part
 from .wire import tag_of, varint
+
+LAYOUTS_MAX = 256  # that are remembered: requests are of few shapes
 
 _VERSION, _PARTS, _INSTANCE = (tag_of(LookupReply, name) for name in ("version", "parts", "instance"))
 _TABLE, _START, _ROWS = (tag_of(Part, name) for name in ("table", "start", "rows"))
@@ -56,20 +59,10 @@ class RowsReply:
     """
 
     def __init__(self, version: int, instance: int, parts: Sequence[PartShape]) -> None:
-        head = _VERSION + varint(version) if version else b""
-        end = _INSTANCE + varint(instance) if instance else b""
-        heads, at = [(0, head)], len(head)
-        self._places: list[_Place] = []
-        for part in parts:
-            head, rows_bytes, tail_bytes, count_bytes, sizes = _laid_out(part)
-            heads.append((at, head))
-            at += len(head) + rows_bytes
-            self._places.append(_Place(at - rows_bytes, at, count_bytes, sizes))
-            at += tail_bytes
-        heads.append((at, end))
-        self.message, whole = kernels.fresh_bytes(at + len(end))
+        fixed, self._places, num_bytes = _laid_out(version, instance, tuple(parts))
+        self.message, whole = kernels.fresh_bytes(num_bytes)
         self._view = whole.data
-        for start, data in heads:
+        for start, data in fixed:
             self._view[start : start + len(data)] = data
         self.rows: list[np.ndarray] = [whole[place.rows_start : place.rows_end] for place in self._places]
 
@@ -81,18 +74,31 @@ class RowsReply:
         self._view[at : at + len(data)] = data
 
 
-def _laid_out(part: PartShape) -> tuple[bytes, int, int, int, bytes]:
-    """Returns what stands before a part's rows, how many bytes these and the counts take, and `_Place`'s last two."""
-    table, start, num_units, unit_bytes, num_orders = part
-    rows_bytes, count_bytes = num_units * unit_bytes, len(varint(num_units))
-    sizes = varint(num_orders * count_bytes)
-    tail_bytes = len(_HITS) * (1 + len(sizes) + num_orders * count_bytes) if num_orders else 0
-    head = _TABLE + varint(table) if table else b""
-    if start:
-        head += _START + varint(start)
-    if rows_bytes:
-        head += _ROWS + varint(rows_bytes)
-    return _PARTS + varint(len(head) + rows_bytes + tail_bytes) + head, rows_bytes, tail_bytes, count_bytes, sizes
+@functools.lru_cache(LAYOUTS_MAX)
+def _laid_out(
+    version: int, instance: int, parts: tuple[PartShape, ...]
+) -> tuple[list[tuple[int, bytes]], list[_Place], int]:
+    """Returns what is known of a message before its rows are, and from which byte on; its parts' places; its bytes."""
+    head = _VERSION + varint(version) if version else b""
+    fixed, at = [(0, head)], len(head)
+    places: list[_Place] = []
+    for table, start, num_units, unit_bytes, num_orders in parts:
+        rows_bytes, count_bytes = num_units * unit_bytes, len(varint(num_units))
+        sizes = varint(num_orders * count_bytes)
+        tail_bytes = len(_HITS) * (1 + len(sizes) + num_orders * count_bytes) if num_orders else 0
+        head = _TABLE + varint(table) if table else b""
+        if start:
+            head += _START + varint(start)
+        if rows_bytes:
+            head += _ROWS + varint(rows_bytes)
+        head = _PARTS + varint(len(head) + rows_bytes + tail_bytes) + head
+        fixed.append((at, head))
+        at += len(head)
+        places.append(_Place(at, at + rows_bytes, count_bytes, sizes))
+        at += rows_bytes + tail_bytes
+    end = _INSTANCE + varint(instance) if instance else b""
+    fixed.append((at, end))
+    return fixed, places, at + len(end)
 
 
 def _of_length(values: Sequence[int], count_bytes: int) -> bytes:

@@ -11,6 +11,7 @@ anything is timed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -34,6 +35,7 @@ from ..stores import MadeStore
 SIZE_BYTES = 1 << 30
 TOKENS = 2048
 ROUNDS, ONES, BATCHES, WARM_UP = 9, 200, 5, 2
+STARTS = 4096  # of batches, drawn beforehand: what draws them is not timed
 STOP_TIMEOUT_S = 30
 Side = Callable[[int], object]  # looks so many tokens up
 
@@ -108,9 +110,10 @@ def _side(table: Table, tokens_max: int, drawn_from: np.ndarray | None) -> Side:
     else:
         keys = drawn_from[generator.integers(0, len(drawn_from), 64 * tokens_max)]
     out = np.ones((tokens_max, spec.num_heads, spec.row_bytes), dtype=np.uint8)
+    starts = itertools.cycle(generator.integers(0, len(keys) - tokens_max, STARTS).tolist())
 
     def look_up(tokens: int) -> object:
-        start = int(generator.integers(0, len(keys) - tokens))
+        start = next(starts)
         return table.lookup(keys[start : start + tokens], out[:tokens])
 
     return look_up
