@@ -85,7 +85,9 @@ def test_serve_has_every_case_with_its_target(folder: Path, made: MadeStore) -> 
         ("part of one budget", 100.0, False),
         ("the slowest, part of their mean", 0.5, True),
         ("gRPC over the loopback: one token, p50", 1000.0, False),
-        ("gRPC over the loopback: batches", 600.0, True),
+        ("gRPC over the loopback: batches of", 600.0, True),
+        ("gRPC over the loopback: one token, time to", 1.5, False),
+        ("gRPC over the loopback: batches, rate to", 0.8, True),
         ("after one replan, part", 90.0, True),
         ("after two replans, part", 90.0, True),
     ):

@@ -45,7 +45,8 @@ FILL_ROUNDS_MAX, FILL_PAUSE_S = 20, 0.2  # the daemon reads what attached lookup
 HELD_SHARE_MIN = 0.95
 CLIENTS, MANY_CLIENTS, OWN_STORES = 8, 64, 2
 STRETCH_S, MANY_STRETCH_S = 1.0, 3.0
-REMOTE_US_MAX, REMOTE_MB_PER_S_MIN = 1000.0, 600.0  # what lookups by gRPC are to keep to
+REMOTE_US_MAX, REMOTE_MB_PER_S_MIN = 1000.0, 600.0  # what lookups by gRPC are to keep to,
+BARE_TIME_MAX, BARE_RATE_MIN = 1.5, 0.8  # beside bare gRPC, which sends as many bytes that nobody looked up
 SECOND_FOLDER, SECOND_SEED = "second", 1  # of the version that is swapped in
 MIB = 1 << 20
 ATTACHED, OWN = "attached", "in process"
@@ -195,7 +196,11 @@ def _measure_remote(served: Served, held: np.ndarray, options: Options, result: 
     assert server is not None, "it was started with --listen"
     url = f"grpc://{server.address}"
     tokens = options.tokens or TOKENS
-    found = remote.measure(url, keys=held, tokens=tokens)
+    with remote.serving_bare() as bare:
+        found = remote.measure(url, keys=held, tokens=tokens, bare=bare)
     case, mb_per_s = "gRPC over the loopback: ", [found["streamed_mb_per_s"]]
     result.figure(f"{case}one token, p50", "us", [found["one_token_p50_us"]], bound=REMOTE_US_MAX)
     result.figure(f"{case}batches of {tokens:,} tokens", "MB/s", mb_per_s, bound=REMOTE_MB_PER_S_MIN, at_least=True)
+    result.figure(f"{case}one token, time to bare gRPC's", "x", [found["one_token_to_bare"]], bound=BARE_TIME_MAX)
+    rate = [found["streamed_to_bare"]]
+    result.figure(f"{case}batches, rate to bare gRPC's", "x", rate, bound=BARE_RATE_MIN, at_least=True)

@@ -37,12 +37,12 @@ TOKENS = 2048
 ROUNDS, ONES, BATCHES, WARM_UP = 9, 200, 5, 2
 STARTS = 4096  # of batches, drawn beforehand: what draws them is not timed
 STOP_TIMEOUT_S = 30
+RATIOS = {"one_token_to_bare": "one_token_p50_us", "streamed_to_bare": "streamed_mb_per_s"}  # and what they are of
 Side = Callable[[int], object]  # looks so many tokens up
 
-_SERVER = """
-import os, sys, grpc, tierstore
+_BARE = """
+import os, sys, grpc
 from concurrent.futures import ThreadPoolExecutor
-from tierstore.remote.server import RemoteServer
 
 data = os.urandom(1 << 20)
 
@@ -56,9 +56,19 @@ handlers["One"] = grpc.unary_unary_rpc_method_handler(lambda request, context: d
 bare.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", handlers),))
 port = bare.add_insecure_port("127.0.0.1:0")
 bare.start()
+"""
+_BARE_ALONE = f"""{_BARE}
+print(f"127.0.0.1:{{port}}", flush=True)
+sys.stdin.read()
+bare.stop(None)
+"""
+_SERVER = f"""{_BARE}
+import tierstore
+from tierstore.remote.server import RemoteServer
+
 with tierstore.open(sys.argv[1], dram=int(sys.argv[2])) as store:
     server = RemoteServer(store, "127.0.0.1:0")
-    print(server.address, f"127.0.0.1:{port}", flush=True)
+    print(server.address, f"127.0.0.1:{{port}}", flush=True)
     sys.stdin.read()
     server.close()
 bare.stop(None)
@@ -72,7 +82,8 @@ def measure(
     medians. Blocks.
 
     keys: int64 [N, O], to draw from; None: from all there are. bare: the address of a server of bare gRPC, whose
-    figures are then returned too. access: as `connect_remote` takes it.
+    figures are then returned too, and medians over rounds of ours to them: time to time, rate to rate. access: as
+    `connect_remote` takes it.
     """
     with connect_remote(url, **access) as store, contextlib.ExitStack() as stack:
         table = next(iter(store.tables.values()))
@@ -88,6 +99,10 @@ def measure(
                 if number >= WARM_UP:
                     figures.setdefault(f"{name}one_token_p50_us", []).append(one)
                     figures.setdefault(f"{name}streamed_mb_per_s", []).append(rate)
+    if bare is not None:
+        for ratio, name in RATIOS.items():
+            pairs = zip(figures[name], figures[f"bare_{name}"], strict=True)
+            figures[ratio] = [ours / bares for ours, bares in pairs]
     return {name: statistics.median(values) for name, values in figures.items()}
 
 
@@ -140,15 +155,30 @@ def _bare_side(address: str, token_bytes: int) -> Iterator[Side]:
 @contextlib.contextmanager
 def serving(made: MadeStore) -> Iterator[tuple[str, str]]:
     """Serves a store from a process of its own, all in DRAM; yields its URL, and the address of bare gRPC beside it."""
-    command = [sys.executable, "-c", _SERVER, str(made.path), str(made.spec.table_bytes * 5 // 4 + (64 << 20))]
+    dram_bytes = made.spec.table_bytes * 5 // 4 + (64 << 20)
+    with _process(_SERVER, str(made.path), str(dram_bytes)) as (address, bare):
+        yield f"grpc://{address}", bare
+
+
+@contextlib.contextmanager
+def serving_bare() -> Iterator[str]:
+    """Serves bare gRPC from a process of its own; yields its address."""
+    with _process(_BARE_ALONE) as (address,):
+        yield address
+
+
+@contextlib.contextmanager
+def _process(source: str, *arguments: str) -> Iterator[list[str]]:
+    """A process that prints addresses when it serves; yields them."""
+    command = [sys.executable, "-c", source, *arguments]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdin is not None
     assert server.stdout is not None
     try:
         addresses = server.stdout.readline().split()
-        if len(addresses) != 2:
-            raise DaemonError(f"the server of {made.path} did not start; its words are above")
-        yield f"grpc://{addresses[0]}", addresses[1]
+        if not addresses:
+            raise DaemonError("a server to measure did not start; its words are above")
+        yield addresses
     finally:
         server.stdin.close()
         try:
