@@ -22,6 +22,7 @@ from tierstore.errors import ConfigError
 from tierstore.file_systems import file_system_of
 from tierstore.formats.trace import TokenTraceWriter
 from tierstore.offline.verify import verify_store
+from tierstore.tiers.huge_pages import share_collapsed
 from tierstore.tools.bench import (
     BENCHMARKS,
     cold,
@@ -38,6 +39,7 @@ from tierstore.tools.bench import (
 from tierstore.tools.bench.bare import fio, page_cached
 from tierstore.tools.bench.bare import loops as bare
 from tierstore.tools.bench.bare.loops import BareLoop
+from tierstore.tools.bench.huge_pages_off import huge_pages_off
 from tierstore.tools.bench.pairs import Comparison, Figure, Options, Result, interleave
 from tierstore.tools.bench.peers import command as peers
 from tierstore.tools.bench.peers.stores import MissingPeerError, PeerRows, opened
@@ -301,6 +303,16 @@ def test_warm_misses_nothing_and_has_equal_threads(folder: Path, threads: int) -
     sides = {"tierstore", "bare loop", "NumPy take(out=, mode='clip')", "NumPy take of whole entries"}
     assert sides <= set(case(record, "40 tokens")["seconds"])
     assert case(record, "process growth")["unit"] == "MiB"
+
+
+@needs_compiler
+def test_huge_pages_are_off_in_a_run_that_says_so_and_on_again_after_it(folder: Path) -> None:
+    record = bench(folder, "warm", "--size", "15MiB", "--tokens", 40, "--no-huge-pages")["warm"]
+    assert record["facts"]["huge pages"] == "switched off"
+    with huge_pages_off():
+        assert share_collapsed(2 << 20) == 0
+        assert "THP_enabled:\t0" in Path("/proc/self/status").read_text()
+    assert "THP_enabled:\t1" in Path("/proc/self/status").read_text()
 
 
 @needs_compiler

@@ -6,6 +6,7 @@ median of pairs that ran one after the other, because shared machines drift. Fig
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 from pathlib import Path
@@ -61,6 +62,7 @@ TRACE_HELP = "For trace: a .trace of tokens, .npy of int32 or int64, or .zst of 
     type=click.IntRange(min=1),
     help="Tokens of a batch.  [default: the benchmark's own]",
 )
+@click.option("--no-huge-pages", is_flag=True, help="Switch huge pages off for every side that runs in this process.")
 @click.option("--dram", "budgets", multiple=True, help="DRAM of the store; repeat it for trace.")
 @click.option("--rows", multiple=True, type=click.IntRange(min=400), help="For scale: rows of a table; repeat it.")
 @click.option("--trace", type=click.Path(path_type=Path, exists=True, dir_okay=False), help=TRACE_HELP)
@@ -79,6 +81,7 @@ def command(
     against: Path | None,
     pairs: int | None,
     budgets: tuple[str, ...],
+    no_huge_pages: bool,
     clean: bool,
     json_file: Path | None,
     **given: Any,
@@ -91,6 +94,7 @@ def command(
     """
     from . import stores
     from .against import command as other_build
+    from .huge_pages_off import huge_pages_off
     from .pairs import PAIRS, Options
 
     if against is not None and (left := set(names) - set(other_build.NAMES)):
@@ -98,6 +102,8 @@ def command(
             f"--against runs {', '.join(other_build.NAMES)}; {', '.join(sorted(left))} cannot be run of another build"
         )
 
+    if against is not None and no_huge_pages:
+        raise click.UsageError("--no-huge-pages and --against: give one; --against runs processes of their own")
     options = Options(
         size_bytes=None if size is None else parse_bytes(size, "--size"),
         pairs=pairs or (PAIRS if against is None else other_build.PAIRS),
@@ -110,7 +116,9 @@ def command(
             if against is not None:
                 result = other_build.run(name, folder, options, against)
             else:
-                result = importlib.import_module(module_of(name)).run(folder, options)
+                with huge_pages_off() if no_huge_pages else contextlib.nullcontext():
+                    result = importlib.import_module(module_of(name)).run(folder, options)
+                result.facts |= {"huge pages": "switched off"} if no_huge_pages else {}
             console().print(result.table())
             results[name] = result.to_dict()
             if json_file:  # after each, so that what was measured is not lost with what fails
