@@ -28,6 +28,7 @@ from tierstore.causes import cause_of, named
 from tierstore.extras import EXTRAS, install_command
 from tierstore.file_systems import file_system_of, why_not_local
 from tierstore.offline.build import SPARE_DISK_BYTES
+from tierstore.tiers.huge_pages import share_collapsed
 from tierstore.tiers.memory import CgroupLimit, available_memory, cgroup_limits, total_memory
 from tierstore.units import format_bytes
 
@@ -39,6 +40,7 @@ OPEN_FILES_MIN = 1024
 MEMLOCK_WANTED = 1 << 30
 DISK_WANTED = 1 << 30
 MEMORY_MIN = 64 << 20
+COLLAPSE_BYTES = 8 << 20  # what is tried to bring onto huge pages
 _MARKS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -123,14 +125,22 @@ def check_disk(path: Path, free_bytes: int | None = None) -> Finding:
 
 
 def check_huge_pages(
-    root: Path = Path("/sys/kernel/mm/transparent_hugepage"), meminfo: Path = Path("/proc/meminfo")
+    root: Path = Path("/sys/kernel/mm/transparent_hugepage"),
+    meminfo: Path = Path("/proc/meminfo"),
+    collapsed: float | None = None,
 ) -> Finding:
-    """Will large buffers, private and shared, get huge pages?"""
+    """Will large buffers, private and shared, get huge pages: at the first touch, or collapsed later?"""
     private, shared = _chosen(root / "enabled"), _chosen(root / "shmem_enabled")
     reserved = re.search(r"^HugePages_Total:\s*(\d+)", _text(meminfo), re.MULTILINE)
-    fact = f"transparent: {private}, in shared memory: {shared}; reserved: {reserved[1] if reserved else 'unknown'}"
+    collapsed = share_collapsed(COLLAPSE_BYTES) if collapsed is None else collapsed
+    fact = (
+        f"transparent: {private}, in shared memory: {shared}; reserved: {reserved[1] if reserved else 'unknown'}; "
+        f"of small pages in use, {collapsed:.0%} of {format_bytes(COLLAPSE_BYTES)} became huge when asked to"
+    )
     if private in ("always", "madvise"):
         return Finding("huge pages", "ok", fact)
+    if collapsed:
+        return Finding("huge pages", "ok", f"{fact}, as DRAM does in the background while a store is open")
     return Finding("huge pages", "warn", fact, f"as root: echo madvise > {root / 'enabled'}")
 
 

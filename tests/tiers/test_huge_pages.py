@@ -37,12 +37,9 @@ def expected(num_bytes: int) -> np.ndarray:
     return (np.arange(num_bytes, dtype=np.uint64) * 0x9E3779B97F4A7C15 >> 56).astype(np.uint8)
 
 
-def collapses() -> bool:
-    block = small_pages(2 * HUGE_BYTES)
-    return kernels.collapse(block, -block.ctypes.data % HUGE_BYTES, HUGE_BYTES) == 0
-
-
-needs_collapse = pytest.mark.skipif(not collapses(), reason="this kernel collapses no memory when it is asked to")
+needs_collapse = pytest.mark.skipif(
+    huge_pages.share_collapsed(HUGE_BYTES) < 1, reason="this kernel collapses no memory when it is asked to"
+)
 
 
 @needs_collapse

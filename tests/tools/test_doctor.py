@@ -188,18 +188,29 @@ def test_a_disk_without_room_fails_and_a_tight_one_warns(tmp_path: Path, free: i
 
 
 @pytest.mark.parametrize(
-    ("enabled", "state"),
-    [("always [madvise] never", "ok"), ("[always] madvise "
-                                        "never", "ok"), ("always madvise [never]", "warn"), (None, "warn")],
-)  # fmt: skip
-def test_huge_pages_are_told_as_the_kernel_marks_them(tmp_path: Path, enabled: str | None, state: str) -> None:
+    ("enabled", "collapsed", "state"),
+    [
+        ("always [madvise] never", 0.0, "ok"),
+        ("[always] madvise never", 1.0, "ok"),
+        ("always madvise [never]", 0.0, "warn"),
+        ("always madvise [never]", 0.75, "ok"),  # in the background, while a store is open
+        (None, 0.0, "warn"),
+    ],
+)
+def test_huge_pages_are_told_as_the_kernel_marks_and_gives_them(
+    tmp_path: Path, enabled: str | None, collapsed: float, state: str
+) -> None:
     if enabled:
         (tmp_path / "enabled").write_text(enabled)
     (tmp_path / "shmem_enabled").write_text("always within_size [advise] never deny force")
     (tmp_path / "meminfo").write_text("MemTotal: 8 kB\nHugePages_Total:      12\nHugePages_Free: 3\n")
-    finding = doctor.check_huge_pages(tmp_path, tmp_path / "meminfo")
+    finding = doctor.check_huge_pages(tmp_path, tmp_path / "meminfo", collapsed)
     assert finding.state == state
-    assert "in shared memory: advise; reserved: 12" in finding.fact
+    assert f"in shared memory: advise; reserved: 12; of small pages in use, {collapsed:.0%} of 8.00 MiB" in finding.fact
+
+
+def test_whether_the_kernel_collapses_small_pages_is_tried() -> None:
+    assert doctor.check_huge_pages().fact.count("% of 8.00 MiB became huge when asked to") == 1
 
 
 @pytest.mark.parametrize(
