@@ -11,10 +11,11 @@ namespace {
 // Pairs whose bucket of the static set's index is on its way while an earlier one is searched.
 constexpr size_t kBucketsAhead = 18;
 constexpr size_t kSetsAhead = 18;    // pairs whose set is on its way while an earlier one is probed
+constexpr size_t kPagesAhead = 8;    // pairs whose entry's pages are looked up before its lines are asked for
 constexpr size_t kEntriesAhead = 4;  // pairs whose entry is on its way while an earlier one is copied
 constexpr size_t kRowsAhead = 16;    // resident rows on their way while an earlier one is copied
 constexpr size_t kRing = 64;
-static_assert((kRing & (kRing - 1)) == 0 && kRing > kBucketsAhead + kSetsAhead + kEntriesAhead,
+static_assert((kRing & (kRing - 1)) == 0 && kRing > kBucketsAhead + kSetsAhead + kPagesAhead + kEntriesAhead,
               "slots of the pipeline must not meet");
 
 void copy_row(const uint8_t* from, uint8_t* to, size_t row_bytes) {
@@ -88,9 +89,11 @@ int64_t copy_resident(const Table& table, size_t num_rows, uint8_t* out, RowId r
   return bad_page;
 }
 
-// Four stages, each some pairs behind the one before, so that what it needs has come from memory meanwhile: ask for the
+// Five stages, each some pairs behind the one before, so that what it needs has come from memory meanwhile: ask for the
 // key's bucket of the static set's index; search it, and where the key is not loaded ask for its set of the cache;
-// probe that, and ask for the entry; copy. Without a static set the first stage falls away.
+// probe that, and look up the pages of the entry (asking for its ends: on small pages, the walk to them takes as long
+// as the entry itself); ask for the entry, line by line as an earlier one is copied; copy. Without a static set the
+// first stage falls away.
 template <bool kSources>
 Found gather_in_stages(const Table& table, uint64_t epoch, uint16_t table_index, const PairList& list,
                        const Output& output, bool past_caches, std::vector<Miss>& misses, ReportSink* reports) {
@@ -98,6 +101,7 @@ Found gather_in_stages(const Table& table, uint64_t epoch, uint16_t table_index,
     const IndexBucket* bucket;
     const CacheSet* set;
     const uint8_t* record;  // of the static set; null where it does not hold the key
+    const uint8_t* from;    // the record, or the entry that the probe found; null on a miss
     Probe probe;
     int64_t key;
     uint32_t placed;
@@ -120,14 +124,15 @@ Found gather_in_stages(const Table& table, uint64_t epoch, uint16_t table_index,
   const size_t buckets_ahead = statics.records != nullptr ? std::min(kBucketsAhead, num_pairs) : 0;
   for (size_t i = 0; buckets_ahead > 0 && i < table.num_orders; ++i) placed_keys[i] = statics.areas[epoch & 1].order(i);
   const size_t sets_ahead = buckets_ahead + std::min(kSetsAhead, num_pairs);
-  const size_t entries_ahead = sets_ahead + std::min(kEntriesAhead, num_pairs);
+  const size_t pages_ahead = sets_ahead + std::min(kPagesAhead, num_pairs);
+  const size_t entries_ahead = pages_ahead + std::min(kEntriesAhead, num_pairs);
   const bool streamed = past_caches && (reinterpret_cast<uintptr_t>(out) | entry_bytes) % kStreamAlignment == 0;
   uint8_t order = 0;
   for (size_t i = 0; i < num_pairs + entries_ahead; ++i) {
     if (i < num_pairs) {
       Pair& pair = ring[i & (kRing - 1)];
       if (list.pairs != nullptr) order = keys.order(i, table.num_orders);
-      pair = {nullptr, nullptr, nullptr, {}, keys.key(i), kNotPlaced, order};
+      pair = {nullptr, nullptr, nullptr, nullptr, {}, keys.key(i), kNotPlaced, order};
       order = order + 1u == table.num_orders ? 0 : static_cast<uint8_t>(order + 1);
       if (pair.key >= 0 && buckets_ahead > 0) {
         pair.bucket = placed_keys[pair.order].find_bucket(pair.key);
@@ -146,12 +151,17 @@ Found gather_in_stages(const Table& table, uint64_t epoch, uint16_t table_index,
         }
       }
     }
-    const uint8_t* next = nullptr;  // an entry that will be copied soon
     if (i >= sets_ahead && i - sets_ahead < num_pairs) {
       Pair& pair = ring[(i - sets_ahead) & (kRing - 1)];
       if (pair.set != nullptr) pair.probe = cache.probe(pair.set, table.tagged(pair.order), pair.key);
-      next = pair.record != nullptr ? pair.record : pair.probe.entry;
+      pair.from = pair.record != nullptr ? pair.record : pair.probe.entry;
+      if (pair.from != nullptr) {
+        __builtin_prefetch(pair.from);
+        __builtin_prefetch(pair.from + entry_bytes - 1);
+      }
     }
+    const uint8_t* next = nullptr;  // an entry that will be copied soon
+    if (i >= pages_ahead && i - pages_ahead < num_pairs) next = ring[(i - pages_ahead) & (kRing - 1)].from;
     if (i < entries_ahead) {
       if (next != nullptr) fetch(next, entry_bytes);
       continue;
