@@ -38,26 +38,23 @@ PlaneSource::Range PlaneSource::range(uint64_t unit_start, uint64_t unit_end) co
   return {&file, byte_start, static_cast<uint32_t>(num_bytes)};
 }
 
-uint64_t PlaneSource::first_bad(const uint8_t* bytes, uint64_t unit_start, uint64_t unit_end,
-                                PageStatus& status) const {
+uint64_t PlaneSource::first_bad(const uint8_t* bytes, size_t num_bytes, uint64_t unit_start, PageStatus& status) const {
   if (!in_blocks()) {
     const auto number = static_cast<int64_t>(unit_start);
     uint8_t found = kPageGood;
     check_pages(bytes, 1, shape, &number, &found);
     status = static_cast<PageStatus>(found);
-    return status == kPageGood ? unit_end : unit_start;
-  }
-  size_t left = range(unit_start, unit_end).num_bytes;
-  for (uint64_t block = unit_start; block < unit_end; ++block, bytes += kBlockBytes) {
-    const size_t num_bytes = std::min(left, kBlockBytes);
-    left -= num_bytes;
-    if (block_checksum(bytes, num_bytes, block, seed) != checksums[block]) {
-      status = kPageBadChecksum;
-      return block;
-    }
+    return status == kPageGood ? unit_start + 1 : unit_start;
   }
   status = kPageGood;
-  return unit_end;
+  uint64_t block = unit_start;
+  for (size_t at = 0; at < num_bytes; at += kBlockBytes, ++block) {
+    if (block_checksum(bytes + at, std::min(kBlockBytes, num_bytes - at), block, seed) != checksums[block]) {
+      status = kPageBadChecksum;
+      break;
+    }
+  }
+  return block;
 }
 
 size_t PlaneSource::read_bytes_max() const {

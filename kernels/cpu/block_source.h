@@ -50,8 +50,8 @@ struct PlaneSource {
   Place place(uint64_t row) const;
   // Where units lie: neighbours of one stretch, or one page. A file's last block may be short.
   Range range(uint64_t unit_start, uint64_t unit_end) const;
-  // Checks what was read of a range; returns its first bad unit, or unit_end. `status` says what is wrong with it.
-  uint64_t first_bad(const uint8_t* bytes, uint64_t unit_start, uint64_t unit_end, PageStatus& status) const;
+  // Checks what was read of a range; returns its first bad unit, or the end. `status` says what is wrong with it.
+  uint64_t first_bad(const uint8_t* bytes, size_t num_bytes, uint64_t unit_start, PageStatus& status) const;
   // Bytes of the longest read of one row.
   size_t read_bytes_max() const;
 

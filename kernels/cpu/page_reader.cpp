@@ -312,10 +312,9 @@ Fault PageReader::complete_page(const ReadBatch& batch, size_t group, PageDone d
 Fault PageReader::check_page(const Table& table, uint32_t index, uint64_t page, size_t num_bytes,
                              const uint8_t* bytes) const {
   if (!table.planes.empty()) {
-    const uint64_t start = page & kUnitMask, end = start + (num_bytes + kBlockBytes - 1) / kBlockBytes;
-    const PlaneSource& plane = table.planes[page >> kPlaneShift];
+    const uint64_t start = page & kUnitMask;
     PageStatus status = kPageGood;
-    const uint64_t bad = plane.first_bad(bytes, start, plane.in_blocks() ? end : start + 1, status);
+    const uint64_t bad = table.planes[page >> kPlaneShift].first_bad(bytes, num_bytes, start, status);
     if (status == kPageGood) return {};
     return {FaultKind::kBadPage, index, static_cast<int64_t>(page + (bad - start)), status};
   }
