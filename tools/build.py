@@ -99,9 +99,9 @@ def build_record(store: Path, plan: BuildPlan, report: BuildReport) -> dict[str,
             "num_pages": layout.num_pages,
             "num_shards": layout.num_shards,
         }
-        for layout in plan.tables
+        for layout in plan.paged
     ]
-    sizes = {"table_bytes": plan.table_bytes, "store_bytes": plan.store_bytes}
+    sizes = {"table_bytes": plan.table_bytes, "store_bytes": plan.store_bytes, "in_place": plan.in_place}
     return {"store": str(store), "tables": tables} | sizes | asdict(report)
 
 
@@ -113,12 +113,14 @@ def print_plan(plan: BuildPlan) -> None:
     table = Table("table", "rows", "row bytes", "page bytes", "rows a page", "pages", "shards")
     for column in table.columns[1:]:
         column.justify = "right"
-    for layout in plan.tables:
+    for layout in plan.paged:
         numbers = (layout.spec.num_rows, layout.spec.row_bytes, layout.page_bytes, layout.rows_per_page)
         table.add_row(Text(layout.spec.name), *(f"{n:,}" for n in (*numbers, layout.num_pages, layout.num_shards)))
     console().print(table)
+    rows = format_bytes(plan.table_bytes)
+    where = f"{rows} of rows stay in place, beside them" if plan.in_place else f"rows {rows}, in pages"
     click.echo(
-        f"rows {format_bytes(plan.table_bytes)}, in pages {format_bytes(plan.store_bytes)}, "
+        f"{where} {format_bytes(plan.store_bytes)}, "
         f"already built {format_bytes(plan.bytes_done)}; "
         f"disk: {format_bytes(plan.bytes_needed)} needed, {format_bytes(plan.bytes_free)} free"
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from support.stores import Model, make_model, random_keys
 
 import tierstore
@@ -19,6 +21,7 @@ from tierstore.offline.build import build_from_store
 from tierstore.offline.place import place_entries
 from tierstore.offline.placement_file import Chosen
 from tierstore.offline.verify import verify_store
+from tierstore.tools.cli import cli
 from tierstore.tools.synth import write_checkpoint
 
 KEYS = random_keys(np.random.default_rng(1), 60)
@@ -108,6 +111,29 @@ def test_shards_made_of_a_store_in_place_are_those_of_its_checkpoint(made: tuple
     assert verify_store(tmp_path / "new", sources=model.sources).faults == []
     with pytest.raises(tierstore.ConfigError, match="a store with shards already"):
         build_from_store(tmp_path / "new", tmp_path / "other")
+
+
+def command(*arguments: object) -> str:
+    """What a command prints that ends well."""
+    done = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_every_command_knows_a_store_in_place(own: tuple[Model, Path], tmp_path: Path) -> None:
+    model, _ = own
+    store, file = tmp_path / "plain.tier", checkpoint_file(model)
+    assert "of rows stay in place" in command("build", file, store, "--tensor", "plain", "--in-place")
+    record = json.loads(command("inspect", store, "--json"))
+    assert [found["path"] for found in record["files_in_place"]] == [str(file)]
+    assert record["tables"][0]["in_place"]
+    assert f"rows in place: {file}" in command("inspect", store).replace("\n", "")
+    assert "blocks of the checkpoint checked" in command("verify", store, "--source", file)
+    assert "1 files of the checkpoint, unchanged" in " ".join(command("doctor", store).split())
+    assert "is ready" in command("build", store, tmp_path / "shards.tier")
+    assert "33 rows compared" in command("verify", tmp_path / "shards.tier", "--source", file)
+    with pytest.raises(tierstore.ConfigError, match="only a store with shards can be made of it"):
+        build_checkpoint(store, tmp_path / "x", in_place=True)
 
 
 def test_no_shard_is_made_of_a_block_that_changed(own: tuple[Model, Path], tmp_path: Path) -> None:

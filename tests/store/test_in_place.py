@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from contract.store_contract import StoreContract
-from support.stores import Model
+from support.stores import Model, random_keys
 
 import tierstore
 from tierstore.formats import in_place
@@ -52,6 +53,7 @@ class TestInPlaceSmallestStore(InPlaceStore):
         return store
 
 
+@pytest.mark.slow
 class TestInPlaceMmapStore(InPlaceStore):
     """Scales read by page; maps only ask for read-ahead, bytes are read."""
 
@@ -77,6 +79,15 @@ class TestInPlaceResidentStore(InPlaceStore):
         return store
 
 
+def test_rows_of_two_planes_in_place_are_two_reads(in_place_planes: Path, model: Model) -> None:
+    keys = random_keys(np.random.default_rng(0), 100)
+    for io in ("auto", "mmap", "pread"):
+        with tierstore.open(in_place_planes, dram="500KiB", io=io) as store:
+            for name in ("layers.1", "layers.14"):
+                np.testing.assert_array_equal(store[name].lookup(keys), model.expected(name, keys))
+
+
+@pytest.mark.slow
 class TestInPlacePlanes(StoreContract):
     """Both planes in the checkpoint's blocks: a row is two reads."""
 

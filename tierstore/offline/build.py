@@ -56,6 +56,11 @@ class BuildPlan:
     bytes_free: int
 
     @property
+    def paged(self) -> tuple[TableLayout, ...]:
+        """What gets shards: the tables, or, of those in place, their side tables."""
+        return tuple(paged_layouts({table.spec.name: table for table in self.tables}).values())
+
+    @property
     def in_place(self) -> bool:
         """Whether rows stay in the checkpoint's files."""
         return any(isinstance(table, InPlaceLayout) for table in self.tables)
@@ -73,7 +78,7 @@ class BuildPlan:
     @property
     def num_shards(self) -> int:
         """Shards of all tables."""
-        return sum(table.num_shards for table in paged_layouts({t.spec.name: t for t in self.tables}).values())
+        return sum(table.num_shards for table in self.paged)
 
     @property
     def table_bytes(self) -> int:
