@@ -62,14 +62,14 @@ struct TableCounters {
 };
 
 // rows: asked for one by one, by their ids; rows_missed: those of them that no memory held.
-struct Counters {
+struct alignas(64) Counters {
   std::atomic<uint64_t> batches{0}, zero_miss_batches{0}, sentinels{0}, rows{0}, rows_missed{0};
 };
 
 // How long lookups took, from the call until the rows were there, whether anybody waited or not: counts by powers of
 // two of a microsecond, and the sum. One lookup in kShare is timed: two looks at the clock would be a noticeable part
 // of the shortest.
-struct Latency {
+struct alignas(64) Latency {
   using Clock = std::chrono::steady_clock;
   static constexpr size_t kBounds = 21;  // 1 us to 1.05 s; what took longer comes last
   static constexpr uint64_t bound_ns(size_t bucket) { return uint64_t{1000} << bucket; }

@@ -15,7 +15,7 @@ namespace tierstore {
 
 enum class FaultInjection : int { kNone, kFailing, kShort, kCorrupt, kSlow };
 
-class FaultPlan {
+class alignas(64) FaultPlan {  // read with every page: on no line that others write to
  public:
   // Reads number `first` .. `first + count - 1` from now on suffer `what`.
   void set(FaultInjection what, uint64_t first, uint64_t count) {

@@ -8,6 +8,8 @@
 #include <new>
 #include <tuple>
 
+#include "racing_copy.h"
+
 namespace tierstore {
 namespace {
 
@@ -15,6 +17,8 @@ size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * 
 
 constexpr size_t kAwaitedMax = 32;       // reads that are waited for together, if they are the last
 constexpr size_t kCompletedAtOnce = 32;  // between two looks at the clock, and at whether the job is cancelled
+
+constexpr size_t kAskedForMax = 8192;  // bytes of a page that are asked for at once; of larger ones the start
 
 // So that a key that is asked for a million times is not copied to all its entries at once: others wait for the job's
 // lock meanwhile.
@@ -104,11 +108,15 @@ bool PageReader::run(int slice_ms) noexcept {
     }
     while (done_next_ < done_.size()) {
       complete_some();
-      if (done_next_ < done_.size() && std::chrono::steady_clock::now() >= until) return false;
+      if (done_next_ < done_.size() && std::chrono::steady_clock::now() >= until) {
+        note_counts();
+        return false;
+      }
     }
     fill_batches();
     start_reads();
   }
+  note_counts();
   queue_->send();  // who goes on may be another thread, and some time away
   return job_ == nullptr;
 }
@@ -128,7 +136,27 @@ void PageReader::complete_some() {
   const std::lock_guard<std::mutex> lock(job_->writing);
   if (job_->cancelled() && job_->fault.kind == FaultKind::kNone) fail({FaultKind::kCancelled, 0, 0, 0});
   const size_t at_once = faults_.is_on() ? 1 : kCompletedAtOnce;  // a slow read takes as long as many others
-  for (size_t i = 0; i < at_once && done_next_ < done_.size(); ++i) complete(done_[done_next_++]);
+  for (size_t i = 0; i < at_once && done_next_ < done_.size(); ++i) {
+    const PageDone& done = done_[done_next_++];
+    ask_for_next();
+    complete(done);
+  }
+}
+
+// A page that has just arrived is in no cache near this core: it comes while the one before is checked.
+void PageReader::ask_for_next() const {
+  if (done_next_ == done_.size()) return;
+  fetch(staging_ + done_[done_next_].slot * shape_.page_bytes, std::min(shape_.page_bytes, kAskedForMax));
+}
+
+// Adds what was counted to the counters of all page readers.
+void PageReader::note_counts() {
+  if (counted_.bytes == 0) return;
+  counters_.pages.fetch_add(counted_.pages, std::memory_order_relaxed);
+  counters_.entries.fetch_add(counted_.entries, std::memory_order_relaxed);
+  counters_.bytes.fetch_add(counted_.bytes, std::memory_order_relaxed);
+  counters_.row_bytes.fetch_add(counted_.row_bytes, std::memory_order_relaxed);
+  counted_ = {};
 }
 
 void PageReader::fill_batches() {
@@ -164,41 +192,59 @@ void PageReader::plan_batch(ReadBatch& batch) {
   group_wants(batch);
 }
 
-// Lists what the job's next miss wants read, to be put together at `to`.
+// Whether the cache may take what a miss asks for.
+bool PageReader::is_cached(const Miss& miss) const {
+  const EntryCache* cache = tables_[miss.table].cache.get();
+  return miss.order != kRowRequest && cache != nullptr && cache->writable();
+}
+
+// Lists what the job's next miss wants read, to be put together at `to` if it is assembled.
 void PageReader::want_rows(ReadBatch& batch, const Miss& miss, uint8_t* to) {
   const Table& table = tables_[miss.table];
+  const auto number = static_cast<uint32_t>(next_miss_ - batch.miss_start);
+  if (!is_assembled(miss)) to = nullptr;
   if (miss.record_number != kNotPlaced) {
-    batch.wants.push_back({kPlacedRead | miss.record_number, miss.table, static_cast<uint32_t>(next_miss_),
-                           static_cast<uint32_t>(table.entry_bytes()), false, 1, to});
+    batch.wants.push_back({kPlacedRead | miss.record_number, miss.table, 0, static_cast<uint32_t>(table.entry_bytes()),
+                           number, 0, 1, to});
     return;
   }
   const bool is_row = miss.order == kRowRequest;
-  for (size_t row = 0; row < (is_row ? 1 : table.rows_per_key); ++row) {
+  for (uint32_t row = 0; row < (is_row ? 1 : table.rows_per_key); ++row) {
     const uint64_t row_id =
         is_row ? static_cast<uint64_t>(miss.key) : table.row_id(miss.order * table.rows_per_key + row, miss.key);
-    uint8_t* const row_to = to + row * table.row_bytes;
-    if (!table.planes.empty()) {
-      want_planes(batch, miss.table, row_id, is_row, row_to);
-      continue;
+    RowWant want{row_id / table.rows_per_page,
+                 miss.table,
+                 static_cast<uint32_t>(row_id % table.rows_per_page * table.row_bytes),
+                 static_cast<uint32_t>(table.row_bytes),
+                 number,
+                 row,
+                 1,
+                 to == nullptr ? nullptr : to + row * table.row_bytes};
+    if (table.planes.empty()) {
+      batch.wants.push_back(want);
+    } else {
+      want_planes(batch, row_id, want);
     }
-    batch.wants.push_back({row_id / table.rows_per_page, miss.table,
-                           static_cast<uint32_t>(row_id % table.rows_per_page * table.row_bytes),
-                           static_cast<uint32_t>(table.row_bytes), is_row, 1, row_to});
   }
 }
 
 // Lists what a row of a table in place wants read, plane by plane; what memory holds is copied.
-void PageReader::want_planes(ReadBatch& batch, uint32_t table, uint64_t row_id, bool is_row, uint8_t* to) {
-  const std::vector<PlaneSource>& planes = tables_[table].planes;
+void PageReader::want_planes(ReadBatch& batch, uint64_t row_id, RowWant want) {
+  const std::vector<PlaneSource>& planes = tables_[want.table].planes;
+  uint8_t* const row_to = want.to;
   for (size_t i = 0; i < planes.size(); ++i) {
     const PlaneSource& plane = planes[i];
+    want.to = row_to + plane.row_byte;
     if (plane.resident != nullptr) {
-      std::memcpy(to + plane.row_byte, plane.resident + row_id * plane.width_bytes, plane.width_bytes);
+      std::memcpy(want.to, plane.resident + row_id * plane.width_bytes, plane.width_bytes);
       continue;
     }
     const PlaneSource::Place place = plane.place(row_id);
-    batch.wants.push_back({uint64_t{i} << kPlaneShift | place.unit, table, place.byte,
-                           static_cast<uint32_t>(plane.width_bytes), is_row, place.num_units, to + plane.row_byte});
+    want.page = uint64_t{i} << kPlaneShift | place.unit;
+    want.byte = place.byte;
+    want.num_bytes = static_cast<uint32_t>(plane.width_bytes);
+    want.num_pages = place.num_units;
+    batch.wants.push_back(want);
   }
 }
 
@@ -296,15 +342,20 @@ Fault PageReader::complete_page(const ReadBatch& batch, size_t group, PageDone d
   if (done.error != 0) return {FaultKind::kDisk, batch.wants[start].table, number, done.error};
   const Fault fault = check_page(table, batch.wants[start].table, batch.wants[start].page, num_bytes, page);
   if (fault.kind != FaultKind::kNone) return fault;
-  counters_.pages.fetch_add(1, std::memory_order_relaxed);
-  counters_.bytes.fetch_add(num_bytes, std::memory_order_relaxed);
+  ++counted_.pages;
+  counted_.bytes += num_bytes;
   bool by_row_id = true;  // a page that a key wants too counts as the key's
   for (size_t i = start; i < end; ++i) {
     const RowWant& want = batch.wants[i];
-    by_row_id &= want.by_row_id;
-    std::memcpy(want.to, page + (want.page - static_cast<uint64_t>(number)) * kBlockBytes + want.which, want.num_bytes);
+    const uint8_t* row = page + (want.page - static_cast<uint64_t>(number)) * kBlockBytes + want.byte;
+    by_row_id &= job_->misses[batch.miss_start + want.miss].order == kRowRequest;
+    if (want.to != nullptr) {
+      std::memcpy(want.to, row, want.num_bytes);
+    } else {
+      put_all(batch, want, row);
+    }
   }
-  if (by_row_id) counters_.row_bytes.fetch_add(num_bytes, std::memory_order_relaxed);
+  if (by_row_id) counted_.row_bytes += num_bytes;
   return {};
 }
 
@@ -336,52 +387,93 @@ Fault PageReader::complete_placed(const ReadBatch& batch, size_t group, PageDone
   faults_.apply(done, record, placed.shape.record_bytes);
   if (done.error != 0) return {FaultKind::kBadEntry, table, number, done.error};
   if (!record_is_whole(record, placed.shape)) return {FaultKind::kBadEntry, table, number, 0};
-  counters_.entries.fetch_add(1, std::memory_order_relaxed);
-  counters_.bytes.fetch_add(placed.read_bytes(number), std::memory_order_relaxed);
+  ++counted_.entries;
+  counted_.bytes += placed.read_bytes(number);
   for (size_t i = start; i < end; ++i) {
     const RowWant& want = batch.wants[i];
-    const Miss& miss = job_->misses[want.which];
+    const Miss& miss = job_->misses[batch.miss_start + want.miss];
     if (!record_is_of(record, placed.shape, miss.order, miss.key)) return {FaultKind::kBadEntry, table, number, 0};
-    std::memcpy(want.to, record, want.num_bytes);
+    if (want.to != nullptr) {
+      std::memcpy(want.to, record, tables_[table].entry_bytes());
+    } else {
+      put_all(batch, want, record);
+    }
   }
   return {};
 }
 
-// Copies a read batch's rows to every miss that asked for them, and offers entries to their tables' caches.
+// Copies what was put together for a read batch to every miss that asked for it, and offers entries to their tables'
+// caches.
 void PageReader::finish_batch(ReadBatch& batch) {
   const std::vector<Miss>& misses = job_->misses;
   const uint8_t* from = batch.assembly;
   for (size_t i = batch.miss_start; i < batch.miss_end;) {
     const Miss& request = misses[i];
-    const Table& table = tables_[request.table];
-    const size_t num_bytes = request_bytes(table, request.order);
+    const bool assembled = is_assembled(request);
     size_t end = i;
-    for (; end < batch.miss_end && misses[end].same_request(request); ++end) put(misses[end], from);
-    if (request.order != kRowRequest && table.cache != nullptr && table.cache->writable()) {
-      const std::lock_guard<std::mutex> lock(table.cache->writer());
-      table.cache->offer(table.tagged(request.order), request.key, from);
+    for (; end < batch.miss_end && misses[end].same_request(request); ++end) {
+      if (assembled) put(misses[end], from);
     }
-    from += num_bytes;
+    if (is_cached(request)) {
+      if (num_offers_ == kOfferedAtOnce || (num_offers_ > 0 && offers_[0].miss->table != request.table)) offer_some();
+      offers_[num_offers_++] = {&request, from};
+    }
+    from += request_bytes(tables_[request.table], request.order);
     i = end;
+  }
+  offer_some();
+}
+
+// Offers entries of one table to its cache, several under one lock: page readers that write to one cache would wait for
+// each other's cores with each entry. Their sets come from memory meanwhile.
+void PageReader::offer_some() {
+  if (num_offers_ == 0) return;
+  const Table& table = tables_[offers_[0].miss->table];
+  const auto ask_for_set = [&table](const Offer& offer) {
+    fetch(reinterpret_cast<const uint8_t*>(table.cache->find_set(table.tagged(offer.miss->order), offer.miss->key)),
+          sizeof(CacheSet));
+  };
+  for (size_t i = 0; i < num_offers_; ++i) ask_for_set(offers_[i]);
+  const std::lock_guard<std::mutex> lock(table.cache->writer());
+  for (size_t i = 0; i < num_offers_; ++i) {
+    table.cache->offer(table.tagged(offers_[i].miss->order), offers_[i].miss->key, offers_[i].entry);
+  }
+  num_offers_ = 0;
+}
+
+// Copies a row, or a placed entry, to every miss that asked for what it is of.
+void PageReader::put_all(const ReadBatch& batch, const RowWant& want, const uint8_t* from) {
+  const std::vector<Miss>& misses = job_->misses;
+  const Miss& request = misses[batch.miss_start + want.miss];
+  const bool is_whole = (want.page & kPlacedRead) != 0;
+  for (size_t i = batch.miss_start + want.miss; i < batch.miss_end && misses[i].same_request(request); ++i) {
+    is_whole ? put(misses[i], from) : put_row(misses[i], want.row, from);
   }
 }
 
-// Copies what a miss asked for to where it goes: an entry's rows, or one row.
+// Copies what a miss asked for, an entry or a row, to where it wants it.
 void PageReader::put(const Miss& miss, const uint8_t* from) {
   const Table& table = tables_[miss.table];
   const RowsOut& out = job_->outputs[miss.table];
-  if (out.is_plain()) {
-    const size_t num_bytes = request_bytes(table, miss.order);
-    std::memcpy(out.rows + miss.index * num_bytes, from, num_bytes);
-  } else if (miss.order == kRowRequest) {  // is wanted, else it would not be asked for
-    out.put(miss.index, from, table.row_bytes);
+  if (miss.order == kRowRequest) {
+    put_row(miss, 0, from);
+  } else if (out.is_plain()) {
+    std::memcpy(out.rows + miss.index * table.entry_bytes(), from, table.entry_bytes());
   } else {
-    for (size_t row = 0; row < table.rows_per_key; ++row) {
-      const uint64_t row_id = table.row_id(miss.order * table.rows_per_key + row, miss.key);
-      out.put(miss.index * table.rows_per_key + row,
-              out.wanted.holds(static_cast<int64_t>(row_id)) ? from + row * table.row_bytes : nullptr, table.row_bytes);
-    }
+    for (size_t row = 0; row < table.rows_per_key; ++row) put_row(miss, row, from + row * table.row_bytes);
   }
+}
+
+// Copies one row of an entry, or the row that a miss asks for by its id.
+void PageReader::put_row(const Miss& miss, size_t row, const uint8_t* from) {
+  const Table& table = tables_[miss.table];
+  const RowsOut& out = job_->outputs[miss.table];
+  if (miss.order == kRowRequest) {  // is wanted, else it would not be asked for
+    out.put(miss.index, from, table.row_bytes);
+    return;
+  }
+  const auto row_id = static_cast<int64_t>(table.row_id(miss.order * table.rows_per_key + row, miss.key));
+  out.put(miss.index * table.rows_per_key + row, out.wanted.holds(row_id) ? from : nullptr, table.row_bytes);
 }
 
 // The first fault ends the job: nothing more is started, what is in flight completes, and no rows are handed out.

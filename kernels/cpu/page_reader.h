@@ -6,6 +6,9 @@
 // the outputs and offered to the caches. Two read batches overlap, so that the queue stays full from one to the next. A
 // page reader belongs to one thread at a time.
 //
+// If the cache wants no copy of what a miss asks for (a row by its id; a cache that this process may only read), rows
+// go from their page straight to the outputs; those of planes are put together first.
+//
 // Reads write to staging alone. The job's outputs are written to under its `writing` lock, by the thread that runs the
 // page reader, and never again once the job is cancelled or failed. No call fails: what goes wrong is the job's fault.
 #pragma once
@@ -32,8 +35,9 @@ struct PageReaderShape {
 };
 
 // Counters of what was read: pages, placed entries, bytes of both, and those of the bytes that rows by id
-// took. Any thread may add.
-struct ReadCounters {
+// took. Any thread may add. A page reader adds once in a `run`: counters that several write to with each page would
+// cost each of them a wait for the others' cores.
+struct alignas(64) ReadCounters {
   std::atomic<uint64_t> pages{0}, entries{0}, bytes{0}, row_bytes{0};
 };
 
@@ -71,15 +75,16 @@ class PageReader {
 
  private:
   // One row of a page; or a plane's part of a row: `page` is its first unit, below the plane's index shifted by
-  // kPlaneShift; or a placed entry: `page` is its record number under kPlacedRead, `which` its miss.
+  // kPlaneShift; or a placed entry, whose `page` is its record number under kPlacedRead.
   struct RowWant {
     uint64_t page;
     uint32_t table;
-    uint32_t which;  // byte within the page, or from the start of the first unit
+    uint32_t byte;  // within the page, or from the start of the first unit
     uint32_t num_bytes;
-    bool by_row_id;
+    uint32_t miss;      // of the read batch's; others that ask for the same follow it
+    uint32_t row;       // which row of the entry
     uint8_t num_pages;  // that the row lies in, neighbours; above 1 in blocks only
-    uint8_t* to;
+    uint8_t* to;        // in the assembly buffer; null: to the outputs
   };
   struct ReadBatch {
     size_t miss_start = 0, miss_end = 0;  // of the job's misses
@@ -87,6 +92,11 @@ class PageReader {
     std::vector<size_t> group_starts;     // in `wants`, one a page, and the end
     size_t groups_started = 0, groups_left = 0;
     uint8_t* assembly = nullptr;
+  };
+  // An entry that its table's cache may take.
+  struct Offer {
+    const Miss* miss;
+    const uint8_t* entry;
   };
   struct Flight {
     ReadBatch* batch;
@@ -97,8 +107,10 @@ class PageReader {
   void complete_some();
   void fill_batches();
   void plan_batch(ReadBatch& batch);
+  bool is_cached(const Miss& miss) const;
+  bool is_assembled(const Miss& miss) const { return is_cached(miss) || !tables_[miss.table].planes.empty(); }
   void want_rows(ReadBatch& batch, const Miss& miss, uint8_t* to);
-  void want_planes(ReadBatch& batch, uint32_t table, uint64_t row_id, bool is_row, uint8_t* to);
+  void want_planes(ReadBatch& batch, uint64_t row_id, RowWant want);
   void group_wants(ReadBatch& batch);
   PageRead read_of(const ReadBatch& batch, size_t group, uint32_t slot);
   void start_reads();
@@ -107,8 +119,13 @@ class PageReader {
   PlaneSource::Range range_of(const ReadBatch& batch, size_t group) const;
   Fault check_page(const Table& table, uint32_t index, uint64_t page, size_t num_bytes, const uint8_t* bytes) const;
   Fault complete_placed(const ReadBatch& batch, size_t group, PageDone done);
+  void ask_for_next() const;
   void finish_batch(ReadBatch& batch);
+  void offer_some();
+  void put_all(const ReadBatch& batch, const RowWant& want, const uint8_t* from);
   void put(const Miss& miss, const uint8_t* from);
+  void put_row(const Miss& miss, size_t row, const uint8_t* from);
+  void note_counts();
   void fail(const Fault& fault);
   bool active(const ReadBatch& batch) const { return batch.groups_left > 0; }
 
@@ -124,6 +141,12 @@ class PageReader {
   std::vector<PageRead> reads_;  // scratch
   std::vector<PageDone> done_;   // arrived; those from done_next_ on are not completed
   size_t done_next_ = 0;
+  static constexpr size_t kOfferedAtOnce = 16;
+  Offer offers_[kOfferedAtOnce];  // of one table
+  size_t num_offers_ = 0;
+  struct {
+    uint64_t pages = 0, entries = 0, bytes = 0, row_bytes = 0;
+  } counted_;  // not yet in counters_
   Job* job_ = nullptr;
   Job abandoned_;
   size_t next_miss_ = 0;
