@@ -43,7 +43,10 @@ Engine::Engine(std::vector<Table> tables, const EngineShape& shape)
 }
 
 Engine::~Engine() {
-  if (!close(shape_.wait_s)) runtime_.release();
+  if (close(shape_.wait_s)) return;
+  const std::lock_guard<std::mutex> lock(runtime_->mutex);
+  for (const std::unique_ptr<PageReader>& reader : runtime_->readers) reader->let_files_go();
+  runtime_.release();
 }
 
 size_t Engine::num_readers() const {

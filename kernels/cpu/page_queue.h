@@ -61,6 +61,10 @@ class PageQueue {
   // several: about `wanted`. Appends nothing after `timeout_ms`.
   virtual void reap(std::vector<PageDone>& done, size_t wanted, int timeout_ms) noexcept = 0;
 
+  // Called for a queue that is never destroyed, because a read of it hangs: no file stays registered with the kernel
+  // but those of reads under way. Any thread may call; reads that start later fail.
+  virtual void let_files_go() noexcept {}
+
   // Called in a forked child instead of the destructor: gives back what is the child's own, touches nothing shared.
   virtual void abandon_after_fork() {}
 };

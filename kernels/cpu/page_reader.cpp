@@ -60,6 +60,7 @@ PageReader::PageReader(const std::vector<Table>& tables, const PageReaderShape& 
 
 PageReader::~PageReader() {
   if (in_flight_ > 0) {
+    queue_->let_files_go();
     queue_.release();
   } else if (staging_ != nullptr) {
     munmap(staging_, round_up(shape_.staging_bytes(), 4096));

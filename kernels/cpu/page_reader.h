@@ -66,6 +66,9 @@ class PageReader {
 
   bool is_registered() const { return queue_->is_registered(); }
 
+  // For a page reader that is left as it is, with a read that hangs. Any thread may call.
+  void let_files_go() noexcept { queue_->let_files_go(); }
+
   Job* job() const { return job_; }
   bool is_abandoned() const { return job_ == &abandoned_; }
 

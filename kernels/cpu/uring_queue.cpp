@@ -49,6 +49,7 @@ class UringQueue : public PageQueue {
     refused_.reserve(depth);
     std::vector<int> fds;
     for (const ShardFile* file : files) fds.insert(fds.end(), {file->direct_fd, file->buffered_fd});
+    no_files_.assign(fds.size(), -1);
     io_uring_params params{};
     params.flags = IORING_SETUP_CLAMP;
     fd_ = setup(static_cast<unsigned>(depth), &params);
@@ -76,6 +77,14 @@ class UringQueue : public PageQueue {
     if (has_files_) register_all(IORING_UNREGISTER_FILES, nullptr, 0);
     if (has_memory_) register_all(IORING_UNREGISTER_BUFFERS, nullptr, 0);
     close_all();
+  }
+
+  // Takes the files out one by one, which waits for no read. To unregister all waits, before Linux 5.19, for those
+  // under way.
+  void let_files_go() noexcept override {
+    io_uring_files_update nothing{};
+    nothing.fds = reinterpret_cast<uint64_t>(no_files_.data());
+    if (has_files_) register_all(IORING_REGISTER_FILES_UPDATE, &nothing, no_files_.size());
   }
 
   // The rings are shared with the parent: only this process's mappings and descriptor go.
@@ -254,6 +263,7 @@ class UringQueue : public PageQueue {
   io_uring_cqe* cqes_ = nullptr;
   unsigned unsubmitted_ = 0, in_flight_ = 0;
   bool has_files_ = false, has_memory_ = false;  // registered
+  std::vector<int> no_files_;                    // -1 for each that was
   int broken_ = 0;                               // the errno of an `enter` after which there is no other
   std::vector<Slot> slots_;
   Line<Slot> to_push_;             // reads that the submission queue has not got yet

@@ -330,8 +330,27 @@ void close_rings() {
   for (const int fd : rings) close(fd);
 }
 
+// A ring that is left with a read that hangs keeps no file open: its queue has none any more.
+void test_files_let_go(const Files& files) {
+  ShardFile shard = files.shards[0];
+  shard.number = 0;
+  const std::unique_ptr<PageQueue> queue = make_uring_queue(4, {&shard});
+  alignas(4096) static uint8_t page[4096];
+  queue->register_memory(page, sizeof page);
+  CHECK(queue->is_registered());
+  for (const bool let_go : {false, true}) {
+    if (let_go) queue->let_files_go();
+    std::vector<PageDone> done;
+    done.reserve(4);
+    queue->start({{&shard, 0, sizeof page, 0, page}});
+    for (int i = 0; i < 100 && done.empty(); ++i) queue->reap(done, 1, 100);
+    CHECK(done.size() == 1 && done[0].error == (let_go ? EBADF : 0));
+  }
+}
+
 void test_ring(const Files& files) {
   if (probe_uring() == 0) {
+    test_files_let_go(files);
     Store store(files, ReadMode::kUring);
     ring_is_busy = true;
     for (int i = 0; i < 50; ++i) CHECK(store.look_up(i % 2 == 0) == FaultKind::kNone);
