@@ -460,3 +460,15 @@ def test_placed_predicts_the_very_stream_exactly(tmp_path: Path, monkeypatch: py
     assert rates["4 MiB", "measured"] == rates["4 MiB", "predicted, this very stream"]
     assert result.comparisons[0].seconds.keys() == {placed.OPEN, placed.SEQUENTIAL}
     assert not list((tmp_path / "tierstore-bench").glob("*/placements/*.placement"))
+
+
+@pytest.mark.slow
+def test_traces_are_measured_beside_reading_and_copying(tmp_path: Path) -> None:
+    record = bench(tmp_path, "streams", "--size", "1MiB", "--pairs", 1)["streams"]
+    assert [set(comparison["seconds"]) for comparison in record["comparisons"]] == [
+        {"tierstore", "pyarrow, its column"},
+        {"tierstore", "cp and sync"},
+        {"1 job", "2 jobs"},
+    ]
+    assert record["figures"][0]["median"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]

@@ -473,6 +473,13 @@ def test_megatron_pairs_start_at_odd_addresses_and_are_read(tmp_path: Path) -> N
     assert trace_of([pair]) == expected_trace(tmp_path)
 
 
+def test_uint16_of_a_larger_vocabulary_is_refused_since_its_writers_wrap_ids_round(tmp_path: Path) -> None:
+    pair = megatron_pair(tmp_path / "text.bin", [document.astype("<u2") for document in DOCUMENTS], 8)
+    with pytest.raises(ConfigError, match=r"text\.bin holds uint16, and the vocabulary has 129280 ids: ids from 65536"):
+        trace_of([pair], vocab_size=129_280)
+    trace_of([pair], vocab_size=65_536)
+
+
 # Pipes and copies
 
 

@@ -25,6 +25,7 @@ BENCHMARKS = {
     "cold": "No hits, beside the bare reads of the same number of pages, fio and np.memmap.",
     "decode": "One token at a time: latencies, submit and wait, many threads. Batches decoded to bf16, beside torch.",
     "trace": "Real text: hit rates by budget, and a prefill of half hits, half misses.",
+    "streams": "Writing traces of Parquet, Megatron and text, beside pyarrow, cp and one process.",
     "scale": "Cost of a row as the table grows.",
     "serve": "A daemon's clients, beside stores in process; its changes while they look up.",
     "overlap": "A small transformer over a tenth of its tables, beside the same with all of them on its device.",

@@ -60,6 +60,7 @@ class Reader:
             return self.columns.id_pieces(source.path, source.kind, source.field, vocab_size)
         if source.field is not None:
             return self._gathered(source, vocab_size)
+        _check_width(source, vocab_size)
         skip_bytes = LLMC_HEADER_BYTES if source.kind == "llmc" else 0
         if source.index is not None:
             lengths = read_index(source.index, source.path).lengths
@@ -92,6 +93,16 @@ class Reader:
                 ids, num_gathered, taken = [], 0, 0
         if ids:
             yield _piece(ids, taken)
+
+
+def _check_width(source: TokenInput, vocab_size: int | None) -> None:
+    """Raises `ConfigError` for uint16 of a larger vocabulary: those who write it wrap larger ids round, silently."""
+    most = 1 << 16
+    if vocab_size is not None and vocab_size > most and np.dtype(source.dtype) == np.uint16:
+        raise ConfigError(
+            f"{source.path} holds uint16, and the vocabulary has {vocab_size} ids: ids from {most} on wrapped round "
+            f"when it was written, if there were any; write it as int32, or give --vocab-size {most} if there were none"
+        )
 
 
 def _piece(ids: list[np.ndarray], input_bytes: int) -> Piece:
