@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstandard
 
 
 def samples_with_table(samples: Sequence[bytes], between: bytes = b"") -> bytes:
@@ -72,7 +73,10 @@ def litdata_folder(
             is_tokens = config.get("item_loader") == "TokensLoader"
             sizes = b"" if is_tokens else struct.pack(f"<{len(parts)}I", *map(len, parts))
             packed.append(sizes + b"".join(parts))
-        data = samples_with_table(packed)
+        level = config.get("compression_level")
+        if level == "sample":
+            packed = [zstandard.compress(item) for item in packed]
+        data = _framed(packed, 3) if level == "batch" else samples_with_table(packed)
         filename = f"chunk-0-{number}.bin"
         (folder / filename).write_bytes(data)
         records.append({"chunk_bytes": len(data), "chunk_size": len(items), "dim": None, "filename": filename})
@@ -87,6 +91,20 @@ def litdata_folder(
     }
     (folder / "index.json").write_text(json.dumps({"chunks": records, "config": described | config}))
     return folder
+
+
+def _framed(items: Sequence[bytes], together: int) -> bytes:
+    """A chunk of litdata's with so many items together in each frame of zstd."""
+    groups = [items[start : start + together] for start in range(0, len(items), together)]
+    frames = [zstandard.compress(b"".join(group)) for group in groups]
+    head = struct.pack("<8sHHIII", b"LDFZ01\0\0", 1, 0, len(items), together, len(frames))
+    head += np.cumsum([0, *map(len, items)]).astype("<u4").tobytes()
+    at, table = len(head) + 24 * len(frames), b""
+    for number, (group, frame) in enumerate(zip(groups, frames, strict=True)):
+        unfolded = sum(map(len, group))
+        table += struct.pack("<IIQII", number * together, len(group), at, len(frame), unfolded)
+        at += len(frame)
+    return head + table + b"".join(frames)
 
 
 def megatron_pair(binary: Path, documents: Sequence[np.ndarray], code: int) -> Path:

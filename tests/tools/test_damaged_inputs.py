@@ -22,7 +22,7 @@ from tierstore.tools.inputs.fields import Field
 from tierstore.tools.trace import write_trace
 
 DOCUMENTS = [np.arange(length, dtype=np.int32) * 7 for length in (5, 1, 90, 30)]
-SEEDS, SEEDS_SLOW = 20, 740  # of each of 14 layouts: 280, and 10,080
+SEEDS, SEEDS_SLOW = 20, 690  # of each of 15 layouts: 300, and 10,050
 COLUMN_SEEDS, COLUMN_SEEDS_SLOW = 4, 340  # of each of 3 formats: 1,020
 
 
@@ -84,6 +84,12 @@ def litdata(folder: Path) -> Path:
     return litdata_folder(folder / "lit", {"ids": "no_header_numpy:2", "n": "int"}, [items])
 
 
+def framed(folder: Path) -> Path:
+    items = [{"ids": document.tobytes()} for document in DOCUMENTS]
+    leaves = {"ids": "no_header_numpy:2"}
+    return litdata_folder(folder / "lit", leaves, [items], compression="zstd", compression_level="batch")
+
+
 def pair(folder: Path) -> Path:
     return megatron_pair(folder / "text.bin", DOCUMENTS, 4)
 
@@ -102,6 +108,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "Mosaic shard": (mosaic, "mds/shard.00000.mds"),
     "Mosaic index": (mosaic, "mds/index.json"),
     "litdata chunk": (litdata, "lit/chunk-0-0.bin"),
+    "litdata frames": (framed, "lit/chunk-0-0.bin"),
     "litdata index": (litdata, "lit/index.json"),
     "Megatron index": (pair, "text.idx"),
 }

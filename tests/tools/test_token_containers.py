@@ -353,9 +353,12 @@ def test_a_litdata_data_set_is_read_by_its_index(tmp_path: Path) -> None:
     tokens = [{"x": document.tobytes()} for document in FULL]
     stream = litdata_folder(tmp_path / "stream", {"x": "no_header_tensor:16"}, [tokens], item_loader="TokensLoader")
     assert trace_of([stream]) == expected
-    framed = litdata_folder(tmp_path / "framed", leaves, [items], compression="zstd", compression_level="batch")
-    with pytest.raises(ConfigError, match=r"compressed by batch; write them without compression, or with"):
-        trace_of([framed])
+    framed = litdata_folder(
+        tmp_path / "framed", leaves, [items[:5], items[5:]], compression="zstd", compression_level="batch"
+    )
+    assert trace_of([framed]) == expected
+    single = litdata_folder(tmp_path / "single", leaves, [items], compression="zstd", compression_level="sample")
+    assert trace_of([single]) == expected
 
 
 def test_a_chunk_by_itself_is_refused_with_its_folder_as_the_remedy(tmp_path: Path) -> None:

@@ -93,11 +93,10 @@ def _litdata_inputs(folder: Path, index: dict[str, Any], wanted: str | None) -> 
     where, config = folder / "index.json", index["config"]
     if config.get("encryption"):
         raise ConfigError(f"{where}: its chunks are encrypted; write them without encryption")
-    if config.get("compression_level") in ("batch", "sample"):
-        raise ConfigError(
-            f"{where}: its chunks are compressed by {config['compression_level']}; write them without compression, or "
-            f"with compression_level='chunk'"
-        )
+    packing = str(config.get("compression_level") or "") if config.get("compression") else ""
+    if packing not in ("", "chunk", "batch", "sample"):
+        raise ConfigError(f"{where}: its chunks are compressed by {packing}, which is not known; write them without")
+    packing = packing.removeprefix("chunk")
     leaves = [str(leaf) for leaf in config["data_format"]]
     decoded = [_of_litdata(leaf) for leaf in leaves]
     names = _names_of_leaves(json.loads(config["data_spec"]), len(leaves))
@@ -113,10 +112,10 @@ def _litdata_inputs(folder: Path, index: dict[str, Any], wanted: str | None) -> 
     inputs = []
     for chunk in index["chunks"]:
         path = _within(folder, chunk["filename"])
-        codec = _codec_of(path) if config.get("compression") else ""
+        codec = _codec_of(path) if config.get("compression") and not packing else ""
         if not codec:
             _check_size(path, int(chunk["chunk_bytes"]))
-        layout = SampleLayout(sizes, column, encoding[1], int(chunk["chunk_size"]))
+        layout = SampleLayout(sizes, column, encoding[1], int(chunk["chunk_size"]), packing)
         inputs.append(TokenInput(path, "litdata", path.stat().st_size, codec, field=field, layout=layout))
     return inputs
 

@@ -11,6 +11,7 @@ columns;) the samples. A sample is the sizes u32 of those columns whose size is 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import struct
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import zstandard
 
 from tierstore.errors import ConfigError, FormatError
 
@@ -32,6 +34,8 @@ MOSAIC_DTYPES = {8: "u1", 9: "i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 6
 TORCH_DTYPES = {11: "u1", 12: "i1", 13: "<i2", 14: "<i2", 15: "<i4", 16: "<i4", 17: "<i8", 18: "<i8", 20: "<u2"}
 NUMPY_DTYPES = {0: "i1", 1: "<i2", 2: "<i4", 3: "<i8", 4: "u1", 5: "<u2", 6: "<u4", 7: "<u8"}
 DIMENSIONS_MAX = 63
+_FRAMED_MAGIC = b"LDFZ01\0\0"
+_FRAMED_HEAD, _FRAME = struct.Struct("<8sHHIII"), struct.Struct("<IIQII")
 
 
 def documents_of_samples(source: TokenInput) -> Iterator[tuple[str | np.ndarray, int]]:
@@ -41,11 +45,18 @@ def documents_of_samples(source: TokenInput) -> Iterator[tuple[str | np.ndarray,
     decode = decoder_of(layout.encoding)
     with ChunkFile(path, source.codec) as raw, io.BufferedReader(raw, BUFFER_BYTES) as file:
         consumed = 0
-        for number, sample in enumerate(_samples(path, file, layout.num_samples, source.kind == "mosaic")):
+        samples = (
+            _framed_samples(path, file, layout.num_samples)
+            if layout.packing == "batch"
+            else _samples(path, file, layout.num_samples, source.kind == "mosaic")
+        )
+        for number, sample in enumerate(samples):
             where = f"{path}: sample {number}"
             try:
+                if layout.packing == "sample":
+                    sample = _decompressed(sample, SAMPLE_BYTES_MAX)
                 document = decode(_column(sample, layout, where), where)
-            except (ValueError, struct.error, RecursionError) as error:
+            except (ValueError, struct.error, RecursionError, zstandard.ZstdError) as error:
                 raise FormatError(f"{where} is damaged ({error}); copy the data set again") from error
             yield document, raw.consumed - consumed
             consumed = raw.consumed
@@ -69,6 +80,47 @@ def _samples(path: Path, file: IO[bytes], num_samples: int, is_whole: bool) -> I
         yield _exactly(path, file, size)
     if is_whole and file.read(1):
         raise FormatError(f"{path} goes on behind the last of its {found} samples; copy the data set again")
+
+
+def _framed_samples(path: Path, file: IO[bytes], num_samples: int) -> Iterator[bytes]:
+    """Yields the samples of a chunk of litdata's that holds some together in each frame of zstd.
+
+    Layout: magic, version u16, flags u16, samples u32, samples of a frame u32, frames u32; samples + 1 offsets u32 into
+    what the frames unfold to; for each frame its first sample u32, its samples u32, its first byte u64, its bytes u32,
+    and the bytes that it unfolds to u32; the frames.
+    """
+    magic, version, _, found, _, num_frames = _FRAMED_HEAD.unpack(_exactly(path, file, _FRAMED_HEAD.size))
+    if magic != _FRAMED_MAGIC or version != 1:
+        raise FormatError(
+            f"{path} is not a chunk of frames of version 1 ({magic!r}, {version}); copy the data set again"
+        )
+    if found != num_samples or max(found, num_frames) > SAMPLES_MAX:
+        raise FormatError(f"{path} has {found} samples, its index says {num_samples}; copy the data set again")
+    offsets = np.frombuffer(_exactly(path, file, 4 * (found + 1)), dtype="<u4").astype(np.int64)
+    frames = [_FRAME.unpack(_exactly(path, file, _FRAME.size)) for _ in range(num_frames)]
+    done, at = 0, _FRAMED_HEAD.size + 4 * (found + 1) + _FRAME.size * num_frames
+    for first, count, start, size, unfolded in frames:
+        where = f"{path}: the frame of samples {first} to {first + count}"
+        if (first, start) != (done, at) or first + count > found or unfolded > SAMPLE_BYTES_MAX:
+            raise FormatError(f"{where} does not follow the one before, or unfolds to {unfolded} bytes; copy it again")
+        try:
+            data = _decompressed(_exactly(path, file, size), unfolded)
+        except zstandard.ZstdError as error:
+            raise FormatError(f"{where} is damaged ({error}); copy the data set again") from error
+        bounds = (offsets[first : first + count + 1] - offsets[first]).tolist()
+        if bounds != sorted(bounds) or bounds[-1] != len(data):
+            raise FormatError(f"{where} has {len(data)} bytes, its samples end at {bounds[-1]}; copy it again")
+        yield from (data[begin:end] for begin, end in itertools.pairwise(bounds))
+        done, at = first + count, at + size
+    if done != found:
+        raise FormatError(f"{path} has frames of {done} of its {found} samples; copy the data set again")
+
+
+def _decompressed(data: bytes, most: int) -> bytes:
+    """Returns what a frame of zstd unfolds to, at most `most` bytes; raises `ZstdError`."""
+    if (claimed := zstandard.frame_content_size(data)) > most:
+        raise zstandard.ZstdError(f"it unfolds to {claimed} bytes, at most {most} are expected")
+    return zstandard.ZstdDecompressor().decompress(data, max_output_size=most)
 
 
 def _exactly(path: Path, file: IO[bytes], count: int) -> bytes:

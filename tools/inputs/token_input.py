@@ -18,13 +18,14 @@ class SampleLayout:
 
     sizes: bytes of each column, None for those whose size a sample states first, a u32 each; empty if the sample is the
     field. column: the field's place among them. encoding: how its bytes become a document. num_samples: of the file, by
-    the index.
+    the index. packing: "", "batch" or "sample": what of litdata's zstd is a frame, within the file.
     """
 
     sizes: tuple[int | None, ...]
     column: int
     encoding: str
     num_samples: int
+    packing: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TokenInput:
     "mosaic", "litdata" or "tar"; codec: what compressed it, "" for nothing.
 
     dtype: NumPy's name of the ids of raw, llmc and megatron. field: of lines, columns, samples and members. index:
-    Megatron's .idx. layout: of samples.
+    Megatron's .idx. layout: of samples. part: (first byte, bytes) of the Arrow file within it, None if it is all.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class TokenInput:
     field: Field | None = None
     index: Path | None = None
     layout: SampleLayout | None = None
+    part: tuple[int, int] | None = None
 
     @property
     def is_text(self) -> bool:
