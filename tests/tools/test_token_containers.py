@@ -361,6 +361,23 @@ def test_a_litdata_data_set_is_read_by_its_index(tmp_path: Path) -> None:
     assert trace_of([single]) == expected
 
 
+def test_rows_with_lists_in_a_litdata_data_set_are_an_arrow_file_behind_an_empty_table(tmp_path: Path) -> None:
+    folder = litdata_folder(tmp_path / "lists", {"input_ids": "json"}, [[], []])
+    index = json.loads((folder / "index.json").read_text())
+    table = table_of(pyarrow.list_(pyarrow.int64()))
+    for number, rows in enumerate((table.slice(0, 4), table.slice(4))):
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_file(sink, table.schema) as file:
+            file.write_table(rows, max_chunksize=3)
+        arrow = sink.getvalue().to_pybytes()
+        empty = np.array([len(rows), *[4 * (len(rows) + 2)] * (len(rows) + 1)], dtype="<u4").tobytes()
+        data = empty + arrow + len(arrow).to_bytes(4, "little") + b"LDARW01\0"
+        (folder / index["chunks"][number]["filename"]).write_bytes(data)
+        index["chunks"][number] |= {"chunk_bytes": len(data), "chunk_size": len(rows)}
+    (folder / "index.json").write_text(json.dumps(index))
+    assert trace_of([folder]) == expected_trace(tmp_path)
+
+
 def test_a_chunk_by_itself_is_refused_with_its_folder_as_the_remedy(tmp_path: Path) -> None:
     folder = litdata_folder(tmp_path / "lit", {"x": "no_header_numpy:2"}, [[{"x": bytes(40)}]])
     for name in ("chunk-0-0.bin", "index.json"):

@@ -33,21 +33,28 @@ class ColumnReader:
     def __init__(self) -> None:
         self._worker = WorkerProcess("column_worker")
 
-    def field_of(self, path: Path, kind: str, wanted: str | None) -> Field | NoField:
-        """Returns which column of a file holds documents. kind: of KINDS. wanted: the user's name for it."""
+    def field_of(
+        self, path: Path, kind: str, wanted: str | None, part: tuple[int, int] | None = None
+    ) -> Field | NoField:
+        """Returns which column of a file holds documents. kind: of KINDS. wanted: the user's name for it.
+
+        part: (first byte, bytes) of the Arrow file within it, None if it is all.
+        """
         if importlib.util.find_spec("pyarrow") is None:
             raise missing(f"{path}: a file of columns", "data", ImportError("No module named 'pyarrow'"))
-        answers = list(self._worker.ask(path, {"do": "describe", "path": str(path), "format": kind}))
+        answers = list(self._worker.ask(path, {"do": "describe", "path": str(path), "format": kind, "part": part}))
         fields = answers[0][0]["fields"]
         found = choose_field({name: sort for name, sort, _ in fields}, wanted, "it")
         if isinstance(found, NoField) and (dtype := {name: dtype for name, _, dtype in fields}.get(wanted or "")):
             return NoField(f"its column {wanted} is {dtype}, which is neither text nor lists of integers")
         return found
 
-    def id_pieces(self, path: Path, kind: str, field: Field, vocab_size: int | None) -> Iterator[Piece]:
+    def id_pieces(
+        self, path: Path, kind: str, field: Field, vocab_size: int | None, part: tuple[int, int] | None = None
+    ) -> Iterator[Piece]:
         """Yields the ids of a column of lists, a document a row."""
         row = 0
-        for head, lengths, values, taken in self._batches(path, kind, field):
+        for head, lengths, values, taken in self._batches(path, kind, field, part):
             ids = np.frombuffer(values, dtype=head["dtype"])
             ends = np.cumsum(lengths)
             if (lengths < 0).any() or (int(ends[-1]) if len(ends) else 0) != len(ids):
@@ -56,9 +63,11 @@ class ColumnReader:
             yield Piece(ids, ends, taken)
             row += len(lengths)
 
-    def texts(self, path: Path, kind: str, field: Field) -> Iterator[tuple[str, int]]:
+    def texts(
+        self, path: Path, kind: str, field: Field, part: tuple[int, int] | None = None
+    ) -> Iterator[tuple[str, int]]:
         """Yields (the text of each row, bytes of the file that were read for it). Of chat the messages in JSON."""
-        for head, lengths, values, taken in self._batches(path, kind, field):
+        for head, lengths, values, taken in self._batches(path, kind, field, part):
             end = 0
             for length in lengths.tolist():
                 data = bytes(values[end : end + length])
@@ -68,11 +77,13 @@ class ColumnReader:
             if end != len(values) or head["sort"] not in (field.sort, CHAT):
                 raise FormatError(f"{path}: a batch of {len(values)} bytes has texts of {end}; copy it again")
 
-    def _batches(self, path: Path, kind: str, field: Field) -> Iterator[tuple[dict[str, Any], np.ndarray, Any, int]]:
+    def _batches(
+        self, path: Path, kind: str, field: Field, part: tuple[int, int] | None
+    ) -> Iterator[tuple[dict[str, Any], np.ndarray, Any, int]]:
         """Yields (head, lengths int64 [rows], values, bytes of the file that they took)."""
         size = path.stat().st_size
         unfolding, done = Unfolding(path, size), 0
-        request = {"do": "read", "path": str(path), "format": kind, "column": field.name}
+        request = {"do": "read", "path": str(path), "format": kind, "column": field.name, "part": part}
         for head, body in self._worker.ask(path, request):
             lengths_bytes = 8 * head["rows"]
             unfolding.add(len(body) - lengths_bytes)

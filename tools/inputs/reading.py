@@ -57,7 +57,7 @@ class Reader:
             return npy_pieces(source.path, lengths, vocab_size)
         if source.kind in COLUMN_KINDS:
             assert source.field is not None
-            return self.columns.id_pieces(source.path, source.kind, source.field, vocab_size)
+            return self.columns.id_pieces(source.path, source.kind, source.field, vocab_size, source.part)
         if source.field is not None:
             return self._gathered(source, vocab_size)
         _check_width(source, vocab_size)
@@ -70,7 +70,7 @@ class Reader:
         """Yields (a document, bytes of the file that were read for it) of inputs with a field."""
         assert source.field is not None
         if source.kind in COLUMN_KINDS:
-            return self.columns.texts(source.path, source.kind, source.field)
+            return self.columns.texts(source.path, source.kind, source.field, source.part)
         if source.layout is not None:
             return documents_of_samples(source)
         if source.kind == "tar":

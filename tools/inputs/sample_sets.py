@@ -8,6 +8,7 @@ for a field that is missing, holds other things, or is compressed or encrypted i
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,30 @@ from tierstore.errors import ConfigError, FormatError
 from tierstore.formats.content import HEAD_BYTES, recognise
 
 from .byte_streams import CODECS
+from .columns import ColumnReader
 from .fields import IDS, TEXT, Field, NoField, choose_field
 from .folders import DataSet
 from .ids import RAW_DTYPES
 from .samples import MOSAIC_DTYPES, NUMPY_DTYPES, TORCH_DTYPES
 from .token_input import SampleLayout, TokenInput
 
+_ARROW_MARK = b"LDARW01\0"
 _MOSAIC_NAMES = {np.dtype(dtype).name: dtype for dtype in MOSAIC_DTYPES.values()}
 
 
-def inputs_of(data_set: DataSet, field: str | None, dtype: str | None) -> list[TokenInput]:
-    """Returns the files of a data set. dtype: one of RAW_DTYPES, of columns of bytes that do not say their own."""
+def inputs_of(data_set: DataSet, columns: ColumnReader, field: str | None, dtype: str | None) -> list[TokenInput]:
+    """Returns the files of a data set. columns: looks into chunks of litdata's that are Arrow files.
+
+    dtype: one of RAW_DTYPES, of columns of bytes that do not say their own.
+    """
     index_path = data_set.folder / "index.json"
     try:
         if data_set.kind == "mosaic":
             return [_mosaic_input(data_set.folder, shard, field, dtype) for shard in data_set.index["shards"]]
+        chunks = [_within(data_set.folder, chunk["filename"]) for chunk in data_set.index["chunks"]]
+        if chunks and (part := _arrow_part(chunks[0])) is not None:
+            found = columns.field_of(chunks[0], "arrow-file", field, part)
+            return [_arrow_input(chunk, found) for chunk in chunks]
         return _litdata_inputs(data_set.folder, data_set.index, field)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError, OverflowError) as error:
         raise FormatError(
@@ -118,6 +128,31 @@ def _litdata_inputs(folder: Path, index: dict[str, Any], wanted: str | None) -> 
         layout = SampleLayout(sizes, column, encoding[1], int(chunk["chunk_size"]), packing)
         inputs.append(TokenInput(path, "litdata", path.stat().st_size, codec, field=field, layout=layout))
     return inputs
+
+
+def _arrow_part(path: Path) -> tuple[int, int] | None:
+    """Returns (first byte, bytes) of the Arrow file that a chunk ends in; None if it does not.
+
+    litdata puts rows with lists into one, behind a table whose items are all empty; its length u32 and a mark follow.
+    """
+    if not path.is_file():
+        return None  # its name is in the error of the index
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 12))
+        tail = file.read(12)
+    num_bytes = int.from_bytes(tail[:4], "little")
+    start = size - 12 - num_bytes
+    return (start, num_bytes) if len(tail) == 12 and tail.endswith(_ARROW_MARK) and start >= 0 else None
+
+
+def _arrow_input(path: Path, found: Field | NoField) -> TokenInput:
+    part = _arrow_part(path)
+    if part is None:
+        raise FormatError(f"{path} is missing or does not end in an Arrow file, as the first chunk does; copy it again")
+    if isinstance(found, NoField):
+        raise ConfigError(f"{path}: {found.why}; name the right column with --field")
+    return TokenInput(path, "arrow-file", path.stat().st_size, field=found, part=part)
 
 
 def _of_litdata(leaf: str) -> tuple[str, str] | None:

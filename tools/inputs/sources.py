@@ -75,7 +75,7 @@ class Finder:
             found: list[TokenInput] = []
             for entry in entries_under(path):
                 if isinstance(entry, DataSet):
-                    found += inputs_of(entry, self._field, self._dtype)
+                    found += inputs_of(entry, self._columns, self._field, self._dtype)
                 elif entry.resolve() not in apart:
                     each = self._input_in_folder(entry)
                     found += [each] if isinstance(each, TokenInput) else []

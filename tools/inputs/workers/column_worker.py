@@ -33,12 +33,12 @@ ELEMENTS_OF_CHAT = ("role", "from")
 
 def handle(head: dict[str, Any], _body: memoryview) -> Iterator[Message]:
     """Answers one request."""
-    path, format_ = head["path"], head["format"]
+    path, format_, part = head["path"], head["format"], head.get("part")
     if head["do"] == "describe":
-        yield _describe(path, format_), ()
+        yield _describe(path, format_, part), ()
         return
     row, size = 0, max(1, os.path.getsize(path))
-    for batch, done in _BATCHES[format_](path, head["column"]):
+    for batch, done in _BATCHES[format_](path, head["column"], part):
         column = _only_column(batch, head["column"])
         if format_ != "parquet":
             column.validate(full=True)  # offsets come from the file as they are
@@ -47,13 +47,23 @@ def handle(head: dict[str, Any], _body: memoryview) -> Iterator[Message]:
             row += count
 
 
-def _describe(path: str, format_: str) -> dict[str, Any]:
+def _opened(path: str, part: list[int] | None) -> Any:
+    """The file, or the part of it (first byte, bytes) that is an Arrow file, which is in memory then."""
+    source = pa.OSFile(path)
+    if part is None:
+        return source
+    with source:
+        source.seek(part[0])
+        return pa.BufferReader(source.read_buffer(part[1]))
+
+
+def _describe(path: str, format_: str, part: list[int] | None) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         if format_ == "parquet":
             file = stack.enter_context(pq.ParquetFile(path))
             schema, rows = file.schema_arrow, file.metadata.num_rows
         else:
-            source = stack.enter_context(pa.OSFile(path))
+            source = stack.enter_context(_opened(path, part))
             opened = pa.ipc.open_file(source) if format_ == "arrow-file" else pa.ipc.open_stream(source)
             schema, rows = stack.enter_context(opened).schema, None
         names = [field.name for field in schema]
@@ -91,7 +101,7 @@ def _is_list(kind: pa.DataType) -> bool:
     return any(check(kind) for check in checks)
 
 
-def _parquet_batches(path: str, column: str) -> Iterator[tuple[pa.RecordBatch, float]]:
+def _parquet_batches(path: str, column: str, _part: Any) -> Iterator[tuple[pa.RecordBatch, float]]:
     """Yields (rows of the column, about how many bytes of the file they and those before took)."""
     with pq.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False) as file:
         size = os.path.getsize(path)
@@ -116,8 +126,8 @@ def _weight(facts: Any, column: str) -> int:
     return 0
 
 
-def _arrow_file_batches(path: str, column: str) -> Iterator[tuple[pa.RecordBatch, float]]:
-    with pa.OSFile(path) as source:
+def _arrow_file_batches(path: str, column: str, part: list[int] | None) -> Iterator[tuple[pa.RecordBatch, float]]:
+    with _opened(path, part) as source:
         schema = pa.ipc.open_file(source).schema
         options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(column)], use_threads=False)
         file = pa.ipc.open_file(source, options=options)
@@ -125,8 +135,8 @@ def _arrow_file_batches(path: str, column: str) -> Iterator[tuple[pa.RecordBatch
             yield file.get_batch(index), source.tell()
 
 
-def _arrow_stream_batches(path: str, column: str) -> Iterator[tuple[pa.RecordBatch, float]]:
-    with pa.OSFile(path) as source:
+def _arrow_stream_batches(path: str, column: str, part: list[int] | None) -> Iterator[tuple[pa.RecordBatch, float]]:
+    with _opened(path, part) as source:
         schema = pa.ipc.open_stream(source).schema
         source.seek(0)
         options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(column)], use_threads=False)
@@ -134,7 +144,11 @@ def _arrow_stream_batches(path: str, column: str) -> Iterator[tuple[pa.RecordBat
             yield batch, source.tell()
 
 
-_BATCHES = {"parquet": _parquet_batches, "arrow-file": _arrow_file_batches, "arrow-stream": _arrow_stream_batches}
+_BATCHES: dict[str, Callable[[str, str, Any], Iterator[tuple[pa.RecordBatch, float]]]] = {
+    "parquet": _parquet_batches,
+    "arrow-file": _arrow_file_batches,
+    "arrow-stream": _arrow_stream_batches,
+}
 
 
 def _only_column(batch: pa.RecordBatch, column: str) -> pa.Array:
