@@ -6,6 +6,7 @@ Errors: those of the inputs, and a usage error for options that do not go togeth
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -150,8 +151,11 @@ def _write(
 ) -> TokenTraceInfo:
     done_bytes, total_bytes = 0, sum(source.num_bytes for source in found)
     # No input is named: the same documents are the same trace, byte for byte, whatever container they come from.
-    with TokenTraceWriter(output, vocab_size=vocab_size, source=SOURCE, threads=PACKING_THREADS) as writer:
-        for piece in tracing.pieces(found):
+    with (
+        TokenTraceWriter(output, vocab_size=vocab_size, source=SOURCE, threads=PACKING_THREADS) as writer,
+        contextlib.closing(tracing.pieces(found)) as pieces,  # ends its workers, also if this is interrupted
+    ):
+        for piece in pieces:
             writer.add(piece.token_ids, piece.document_ends)
             done_bytes += piece.input_bytes
             if on_progress is not None:

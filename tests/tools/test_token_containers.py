@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import zstandard
 from support.token_files import archive_of, litdata_folder, megatron_pair, mosaic_array, mosaic_folder
@@ -600,3 +601,24 @@ def test_a_chat_that_the_template_refuses_is_named_and_one_without_end_is_ended(
         (chat_folder / name).unlink()
     with pytest.raises(ConfigError, match=r"c\.jsonl holds chat messages, and there is no chat template beside"):
         trace_of([lines], tokenizer=chat_folder)
+
+
+def test_an_interrupt_ends_the_workers_and_leaves_nothing(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tierstore.tools.inputs import text
+
+    monkeypatch.setattr(text, "BATCH_CHARACTERS", 1000)
+    lines = tmp_path / "c.jsonl"
+    lines.write_text("".join(json.dumps({"text": f"{TEXTS[0]} {number}"}) + "\n" for number in range(2000)))
+    workers: list[psutil.Process] = []
+
+    def interrupt(_done: int, _total: int) -> None:
+        workers[:] = [each for each in psutil.Process().children() if "text_worker" in " ".join(each.cmdline())]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_trace([lines], tmp_path / "t.trace", tokenizer=tokenizer, jobs=2, on_progress=interrupt)
+    assert len(workers) == 2
+    assert not [each for each in workers if each.is_running()]
+    assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]

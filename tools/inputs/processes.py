@@ -41,6 +41,7 @@ _ENVIRONMENT = {
     "RAYON_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_LEFT_OUT = {"PYTHONSAFEPATH"}  # workers import from their own folder
 
 
 class WorkerProcess:
@@ -116,7 +117,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=os.environ | _ENVIRONMENT,
+            env={name: value for name, value in os.environ.items() if name not in _LEFT_OUT} | _ENVIRONMENT,
             bufsize=0,
             process_group=0,  # Ctrl-C is for the parent, which ends this one
         )

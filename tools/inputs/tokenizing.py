@@ -25,6 +25,7 @@ from .text import TextPart, batches_of, joined_piece
 
 JOBS_MAX = 256
 JOBS_DEFAULT_MAX = 16  # each holds a tokenizer, some 150 MB
+MEMORY_BYTES = 2 << 30  # of addresses: reading the JSON of a large vocabulary takes several times its size
 SMALL_TEXT_BYTES = 8 << 20  # is tokenized before processes have started
 
 
@@ -41,7 +42,7 @@ class Tokenizing:
     def __init__(self, tokenizer: Tokenizer, jobs: int, path: Path) -> None:
         """path: of the tokenizer, for errors about it."""
         self._text, self._path = tokenizer.to_str().encode(), path
-        self._workers = [WorkerProcess("text_worker") for _ in range(jobs)]
+        self._workers = [WorkerProcess("text_worker", memory_bytes=MEMORY_BYTES) for _ in range(jobs)]
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)

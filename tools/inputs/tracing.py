@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Tracing:
         self.num_eos = 0
         self._reader, self._settings, self._sample = reader, settings, sample
 
-    def pieces(self, inputs: Sequence[TokenInput]) -> Iterator[Piece]:
+    def pieces(self, inputs: Sequence[TokenInput]) -> Generator[Piece]:
         """Yields the pieces of all inputs in order. Blocks."""
         for is_text, group in itertools.groupby(inputs, key=lambda source: source.is_text):
             together = list(group)
