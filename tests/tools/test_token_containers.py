@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
 import subprocess
@@ -158,13 +159,25 @@ def test_a_file_without_the_column_is_left_out_of_a_folder_unless_it_was_asked_f
     folder.mkdir()
     write_column(folder / "a.parquet", [[1, 2]])
     write_column(folder / "statistics.parquet", [0.5], name="score")
+    write_column(folder / "_common_metadata", [[1, 2]])
     report = write_trace([folder], tmp_path / "t.trace")
-    assert [(path.name, "no field text" in why) for path, why in report.left_out] == [("statistics.parquet", True)]
+    left_out = {path.name: why for path, why in report.left_out}
+    assert sorted(left_out) == ["_common_metadata", "statistics.parquet"]
+    assert "no field text" in left_out["statistics.parquet"]
     with pytest.raises(
         ConfigError, match=r"statistics\.parquet is a Parquet file, but it has no .* in a field input_ids"
     ):
         write_trace([folder], tmp_path / "u.trace", field="input_ids")
     assert not (tmp_path / "u.trace").exists()
+
+
+def test_columns_without_pyarrow_are_an_error_with_the_command_that_installs_it(
+    tmp_path: Path, columns: ColumnReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_column(tmp_path / "a.parquet", [[1, 2]])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"a\.parquet: a file of columns needs the extra 'data' .*install it: .*pip install"):
+        columns.field_of(file, "parquet", None)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.arrows"])

@@ -42,6 +42,7 @@ RAW_SUFFIXES = {".i32": "int32", ".i64": "int64", ".u16": "uint16", ".u32": "uin
 COMPRESSED_SUFFIXES = {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip", ".xz": "xz", ".bz2": "bzip2"}
 WEB_SUFFIXES = {".html", ".htm", ".xhtml"}  # of pages that are meant to be text
 LLMC_KINDS = {"llmc-tokens-u16", "llmc-tokens-u32"}
+SUMMARIES = {"_metadata", "_common_metadata"}  # Parquet without rows of its own, as Dask and Spark write it
 SEEKING_KINDS = COLUMN_KINDS | LLMC_KINDS | {"npy"}  # whose length or end their readers look at first
 
 
@@ -91,6 +92,8 @@ class Finder:
         """Returns the input, why the file is not one, or None if it belongs to another one."""
         if file.stat().st_size == 0 and unfinished_download(file) is None:
             return LeftOut(file, "empty")
+        if file.name in SUMMARIES:
+            return LeftOut(file, "a summary of Parquet files beside it")
         binary = file.with_suffix(".bin")
         if file.suffix == ".idx" and index_beside(binary) == file and binary.is_file():
             return None
