@@ -61,6 +61,8 @@ def rows_of_weight(checkpoint: Checkpoint, weight: StoredTensor) -> StoredRows:
     endings = _endings_beside(checkpoint, weight.name)
     beside = sorted(endings)
     num_rows, dim = weight.shape
+    if weight.dtype.startswith("GGUF_"):
+        return StoredRows(weight.dtype.lower(), num_rows, dim)
     if weight.dtype in _WIDE:
         return StoredRows(VALUE_CODECS.get(weight.dtype, ("raw", 0))[0], num_rows, dim)
     by_ending = {ending: name for name, ending in endings.items()}

@@ -48,7 +48,8 @@ def command(
     allow_holes: bool,
     in_place: bool,
 ) -> None:
-    """Build the store STORE from CHECKPOINT: a folder with config.json and *.safetensors, or one file of tensors.
+    """Build the store STORE from CHECKPOINT: a folder with config.json and *.safetensors, or one file of tensors
+    (safetensors, PyTorch, GGUF).
 
     OWNER/NAME (or OWNER/NAME@REVISION) is a model that the Hugging Face cache has.
 
@@ -60,6 +61,7 @@ def command(
 
     \b
     Example: tierstore build DeepSeek-V4.1-Flash v41.tier --jobs 4
+    Example: tierstore build model-q8_0.gguf embed.tier --tensor token_embd.weight
     Example: tierstore build DeepSeek-V4.1-Flash v41.tier --in-place
     """
     plans: list[BuildPlan] = []

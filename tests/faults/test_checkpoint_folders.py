@@ -296,12 +296,12 @@ def a_part_of_another_type(folder: Folder) -> str | None:
     return r"F16 of 16 columns|is F16"
 
 
-def a_scale_for_each_row(folder: Folder) -> str | None:
+def a_scale_for_each_column(folder: Folder) -> str | None:
     if not folder.layout.endswith("-fp8"):
         return None
     name = folder.scale_names[0]
-    folder.tensors[name] = torch.full((folder.tensors[folder.table_names[0]].shape[0], 1), 0.5)
-    return r"scale.* is F32 \[\d+, 1\], a scale for each row"
+    folder.tensors[name] = torch.full((1, folder.tensors[folder.table_names[0]].shape[1]), 0.5)
+    return r"scale.* is F32 \[1, \d+\], a scale for each column"
 
 
 def packed_by_another_tool(folder: Folder) -> str | None:
@@ -480,7 +480,7 @@ ODD_FILES = [
     an_unneeded_file_is_not_there,
 ]  # fmt: skip
 BAD_TENSORS = [
-    a_tensor_is_missing, a_scale_is_missing, a_row_is_missing, a_part_of_another_type, a_scale_for_each_row,
+    a_tensor_is_missing, a_scale_is_missing, a_row_is_missing, a_part_of_another_type, a_scale_for_each_column,
     packed_by_another_tool, another_seed, other_moduli, another_tokenizer,
 ]  # fmt: skip
 BAD_FILES = [

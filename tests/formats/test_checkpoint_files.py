@@ -197,7 +197,7 @@ def test_a_repository_of_the_hub_s_cache_is_its_main_snapshot(tmp_path: Path) ->
 
 
 OTHER_FOLDERS = {
-    "model-q4.gguf": r"llama\.cpp: use the original",
+    "a.gguf, b.gguf": r"of GGUF files give one by its own name \(a\.gguf, b\.gguf\)",
     "pytorch_lora.pt": r"give one by its own name \(pytorch_lora\.pt\)",
     "model.safetensors.part": r"unfinished downloads \(model\.safetensors\.part\)",
     "text_encoder/model.safetensors": r"folders text_encoder do: give one",
@@ -207,8 +207,9 @@ OTHER_FOLDERS = {
 
 @pytest.mark.parametrize("name", OTHER_FOLDERS)
 def test_a_folder_without_a_checkpoint_says_what_it_holds(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_bytes(b"GGUF")
+    for each in name.split(", "):
+        (tmp_path / each).parent.mkdir(exist_ok=True)
+        (tmp_path / each).write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match=rf"holds no \*\.safetensors file; .*{OTHER_FOLDERS[name]}"):
         Checkpoint.open(tmp_path)
 

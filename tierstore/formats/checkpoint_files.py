@@ -75,7 +75,7 @@ def find_files(path: Path) -> CheckpointFiles:
     folder = _snapshot_of(path)
     index = _index_of(folder)
     if index is None:
-        files = _visible(folder, ".safetensors") or _visible(folder, ".bin", "pytorch_model")
+        files = _visible(folder, ".safetensors") or _visible(folder, ".bin", "pytorch_model") or _gguf_of(folder)
         if not files and (folder / METADATA_NAME).is_file():
             return CheckpointFiles(folder, (), distributed=True)
         if not files:
@@ -96,6 +96,8 @@ def find_files(path: Path) -> CheckpointFiles:
 
 def _one_file(path: Path) -> CheckpointFiles:
     """Returns one file of tensors; if the index of its folder names it, only what the index gives to it is there."""
+    if path.suffix == ".gguf" and numbered_siblings(path):
+        return CheckpointFiles(path.parent, tuple(_whole_set(path)))
     index = _index_of(path.parent)
     assigned = _weight_map(index) if index is not None else {}
     if path.name not in assigned.values():
@@ -103,6 +105,22 @@ def _one_file(path: Path) -> CheckpointFiles:
     others = sorted(set(assigned.values()) - {path.name})
     absent = dict.fromkeys(others, f"only {path.name} was given; give the folder")
     return CheckpointFiles(path, (path,), index, assigned, absent)
+
+
+def _whole_set(path: Path) -> list[Path]:
+    """Returns all files of a numbered set, each with tensors of its own; raises `ConfigError` if one is not there."""
+    files = sorted([path, *(numbered_siblings(path) or [])])
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ConfigError(f"{path} is one of {len(files)} files, {in_words(missing)} are not there; download them")
+    return files
+
+
+def _gguf_of(folder: Path) -> list[Path]:
+    """Returns the GGUF files of a folder if they are one, or one numbered set; another one may be the same again."""
+    files = _visible(folder, ".gguf")
+    is_one = len(files) == 1 or (files and set(files[1:]) <= set(numbered_siblings(files[0]) or []))
+    return _whole_set(files[0]) if is_one else []
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -246,7 +264,7 @@ def _what_is_there(folder: Path) -> str:
         return f"it holds unfinished downloads ({in_words(unfinished)}): finish them"
     gguf = [name for name in names if name.endswith(".gguf")]
     if gguf:
-        return f"it holds {in_words(gguf)}, of llama.cpp: use the original model's *.safetensors"
+        return f"of GGUF files give one by its own name ({in_words(gguf)})"
     torch_files = [name for name in names if name.endswith((".pt", ".pth", ".bin"))]
     if torch_files:
         return f"of PyTorch files give one by its own name ({in_words(torch_files)})"

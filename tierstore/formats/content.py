@@ -48,7 +48,7 @@ _CONTENTS = {
     "html": ("a web page (HTML), perhaps an error page saved as this file", "log in if needed, and download it again"),
     "xml-error": ("a storage server's error reply (XML)", "check address and permissions, and download it again"),
     "safetensors": ("a safetensors file", "give it to tierstore build"),
-    "gguf": ("a GGUF file of llama.cpp", _TENSORS),
+    "gguf": ("a GGUF file of llama.cpp", "give it to tierstore build"),
     "ggml": ("a GGML file of llama.cpp", _TENSORS),
     "gzip": ("gzip data", _DECOMPRESS),
     "zstd": ("zstd data", _DECOMPRESS),

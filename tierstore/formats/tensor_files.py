@@ -1,4 +1,4 @@
-"""Files of tensors: which tensors a safetensors or PyTorch file holds, and at which bytes.
+"""Files of tensors: which tensors a safetensors, PyTorch or GGUF file holds, and at which bytes.
 
 Input: a file's path. Output: `StoredTensor`s, whose bytes are then read from the file itself. Errors: `FormatError` for
 headers that lie (every number is checked against the file before it is used), `ConfigError` for files of another kind,
@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from ..errors import ConfigError, FormatError
 from .content import HEAD_BYTES, Content, recognise, unfinished_download
+from .gguf_file import read_gguf
 from .pt_file import read_pt
 from .rank_files import saved_offsets
 from .stored_tensor import FileIdentity, StoredTensor, TensorFile
@@ -48,7 +49,7 @@ _DTYPE_BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 
 def read_tensor_file(path: Path) -> TensorFile:
-    """Finds the tensors of a safetensors or PyTorch file. Blocks on the disk.
+    """Finds the tensors of a safetensors, PyTorch or GGUF file. Blocks on the disk.
 
     Raises `FormatError` if the file lies about itself, `ConfigError` if it is not a regular file, is of another kind,
     has not been downloaded whole, or is a PyTorch file and torch is not installed; `OSError` if it cannot be read.
@@ -69,6 +70,8 @@ def read_tensor_file(path: Path) -> TensorFile:
         kind = content.kind if content else None
         if kind == "torch-zip" or (kind in (None, "zip") and path.suffix in PT_SUFFIXES):
             return read_pt(path, file.fileno(), identity)
+        if kind == "gguf":
+            return read_gguf(path, file, identity)
         if content is not None and kind != "safetensors":
             raise _of_another_kind(path, content)
         file.seek(0)
