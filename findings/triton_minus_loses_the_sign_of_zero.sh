@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # In a Triton kernel `-x` is `0 - x`, interpreted and compiled: minus of +0.0 is +0.0, not -0.0. x * -1.0 does flip the
-# sign bit (and compiles to an xor of it, cheaper than the subtraction). A kernel that decodes sign and magnitude (fp4, int with a sign
-# bit) by `where(sign, -magnitude, magnitude)` so differs from the CPU's in every negative zero, bit for bit.
+# sign bit (and compiles to an xor of it, cheaper than the subtraction). A kernel that decodes sign and magnitude, of fp4
+# say, by `where(sign, -magnitude, magnitude)` so differs from the CPU's in every negative zero, bit for bit.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tierstore.offline.verify import verify_store
 from tierstore.tiers.huge_pages import share_collapsed
 from tierstore.tools.bench import (
     BENCHMARKS,
+    codecs,
     cold,
     decode,
     decoded,
@@ -326,6 +328,17 @@ def test_decode_has_latencies_a_late_wait_and_many_threads(folder: Path) -> None
     sides = {"tierstore", "F.embedding of fp8, dequantised", "F.embedding of bf16"}
     assert set(case(record, "50 tokens x 24 rows of 256 values")["seconds"]) == sides
     assert record["facts"]["keys that missed in decoded runs"] == 0
+
+
+def test_codecs_are_measured_beside_the_libraries_that_are_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf", reason="requirements.txt installs it")
+    monkeypatch.setitem(sys.modules, "torchao", None)  # not installed
+    cases = {name: codecs.CASES[name] for name in ("Q4_K", "Q8_0", "NVFP4 that multiplies")}
+    monkeypatch.setattr(codecs, "CASES", cases)
+    record = bench(folder, "codecs", "--tokens", "3")["codecs"]
+    check_rounds(record)
+    assert set(case(record, "Q4_K (gguf_q4_k), 3 tokens")["seconds"]) == {"tierstore", "gguf"}
+    assert "its library cannot be loaded" in record["skipped"]["NVFP4 that multiplies"]
 
 
 @needs_compiler

@@ -24,6 +24,7 @@ BENCHMARKS = {
     "warm": "All hits, beside the bare probe and copy, torch and NumPy.",
     "cold": "No hits, beside the bare reads of the same number of pages, fio and np.memmap.",
     "decode": "One token at a time: latencies, submit and wait, many threads. Batches decoded to bf16, beside torch.",
+    "codecs": "Quantized rows decoded to bf16, beside the libraries that make them.",
     "trace": "Real text: hit rates by budget, and a prefill of half hits, half misses.",
     "streams": "Writing traces of Parquet, Megatron and text, beside pyarrow, cp and one process.",
     "scale": "Cost of a row as the table grows.",
