@@ -25,6 +25,7 @@ from tierstore.spec import codec_row_bytes
 
 FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # a scale's dtype, and its type in a codec's name
 _SCALE_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_FP4_DTYPES = {"U8": 2, "F4": 1}  # values of a column: torch's own type counts them one by one in a file
 _SCALE = re.compile(r"(?:weight_)?scales?(?:_inv)?|scale_weight")
 _STATE_BYTES_MAX = 1 << 16  # of the JSON that bitsandbytes writes beside a weight
 # bitsandbytes' NF4, as the codec has it; another map is another packing.
@@ -64,7 +65,7 @@ def packed_rows(checkpoint: Checkpoint, weight: StoredTensor, beside: Mapping[st
         return _integer_rows(checkpoint, weight, beside)
     if len(weight.shape) != 2:
         return None
-    if weight.dtype == "U8" and endings in (
+    if weight.dtype in _FP4_DTYPES and endings in (
         {"weight_scale", "weight_scale_2"},
         {"weight_scale", "weight_global_scale"},
     ):
@@ -73,7 +74,7 @@ def packed_rows(checkpoint: Checkpoint, weight: StoredTensor, beside: Mapping[st
     scale = checkpoint.tensors.get(name)
     if others or scale is None or not _SCALE.fullmatch(ending):
         return None
-    if weight.dtype == "U8":
+    if weight.dtype in _FP4_DTYPES:
         return _mxfp4_rows(weight, scale)
     if weight.dtype == "I8":
         return _grouped_rows(weight, "int8", weight.shape[0], weight.shape[1], scale)
@@ -112,7 +113,7 @@ def one_scale(scale: StoredTensor) -> float:
 def _nvfp4_rows(checkpoint: Checkpoint, weight: StoredTensor, beside: Mapping[str, str]) -> StoredRows:
     """ModelOpt's second scale multiplies; compressed-tensors' global scale divides."""
     divides = "weight_global_scale" in beside
-    num_rows, dim = weight.shape[0], 2 * weight.shape[1]
+    num_rows, dim = weight.shape[0], _FP4_DTYPES[weight.dtype] * weight.shape[1]
     scale = _tensor(checkpoint, weight, beside["weight_scale"], ("F8_E4M3",), (num_rows, dim // 16))
     whole = _tensor(checkpoint, weight, beside["weight_global_scale" if divides else "weight_scale_2"], ("F32",), None)
     if math.prod(whole.shape) != 1:
@@ -122,7 +123,7 @@ def _nvfp4_rows(checkpoint: Checkpoint, weight: StoredTensor, beside: Mapping[st
 
 
 def _mxfp4_rows(weight: StoredTensor, scale: StoredTensor) -> StoredRows | None:
-    num_rows, dim = weight.shape[0], 2 * weight.shape[1]
+    num_rows, dim = weight.shape[0], _FP4_DTYPES[weight.dtype] * weight.shape[1]
     if scale.dtype not in ("U8", "F8_E8M0") or scale.shape != (num_rows, dim // 32) or dim % 32:
         return None
     return StoredRows("fp4_e2m1_e8m0x32", num_rows, dim, scale)

@@ -60,6 +60,7 @@ PACKINGS: dict[str, Callable[[], Quantized]] = {
 BY_TORCHAO: dict[str, Callable[[], Quantized]] = {
     "torchao NVFP4": quantized.nvfp4_that_multiplies,
     "torchao MXFP4": lambda: quantized.mx(torch.float4_e2m1fn_x2),
+    "torchao MXFP4, of torch's own type": quantized.typed_mxfp4,
     "torchao MXFP8": lambda: quantized.mx(torch.float8_e4m3fn),
 }
 

@@ -109,3 +109,13 @@ def mx(kind: torch.dtype) -> Quantized:
     codec = {torch.float4_e2m1fn_x2: "fp4_e2m1_e8m0x32", torch.float8_e4m3fn: "fp8_e4m3_e8m0x32"}[kind]
     stored = {"weight": tensor.qdata, "weight_scale": tensor.scale.view(torch.uint8)}
     return Quantized(stored, tensor.dequantize(torch.float32), codec)
+
+
+def typed_mxfp4() -> Quantized:
+    """The same bytes as torch's own types."""
+    made = mx(torch.float4_e2m1fn_x2)
+    stored = {
+        "weight": made.stored["weight"].view(torch.float4_e2m1fn_x2),
+        "weight_scale": made.stored["weight_scale"].view(torch.float8_e8m0fnu),
+    }
+    return made._replace(stored=stored)
