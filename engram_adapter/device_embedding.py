@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ import torch
 from tierstore.errors import ConfigError, TierStoreError
 
 from .codecs import codec_dtype
-from .hash_config import MIXED
+from .hash_config import POLYNOMIAL
 from .hash_spec import HashSpec
 from .token_shapes import checked_arguments
 
@@ -41,7 +41,7 @@ class DeviceEmbedding:
         self._store, self._table, self._layer, self._hash_spec = store, table, layer, hash_spec
         self._dtype = codec_dtype(table.codec)
         self._is_capturing = store.capture_probe()
-        self._device_hash = _device_hash(hash_spec, layer, self.device)
+        self._device_hash, self._write_keys = _device_hash(hash_spec, layer, self.device)
         self._lookups: dict[int, Any] = {}  # by tokens; a captured graph may use any of them, so all are kept
         self._tokens_max = 1 << 62  # of one lookup, as far as is known; more tokens go in several parts
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -200,11 +200,10 @@ class DeviceEmbedding:
         if call.on_host:
             arrays = (None if tensor is None else tensor.numpy() for tensor in (call.history, call.dead))
             return self._hash_spec.keys(call.token_ids.numpy(), self._layer, *arrays).reshape(-1, num_orders)
-        from tierstore.kernels.gpu.keys import keys_of_tokens
-
         lookup = self._lookup(call.token_ids.numel())
         keys = torch.empty((*call.shape, num_orders), dtype=torch.int64, device=self.device)
-        keys_of_tokens(call.token_ids, call.history, call.dead, self._device_hash, keys, lookup.invalid_token_position)
+        tokens = (call.token_ids, call.history, call.dead)
+        self._write_keys(*tokens, self._device_hash, keys, lookup.invalid_token_position)
         self._widths[id(lookup)] = 0 if call.history is None else call.history.shape[1], call.shape[1]
         return keys.view(-1, num_orders)
 
@@ -267,22 +266,26 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.data_ptr(), tensor.stride(), tensor.dtype, version
 
 
-def _device_hash(spec: HashSpec, layer: int | str, device: torch.device) -> Any:
-    """The hash as the kernels take it."""
-    from tierstore.kernels.gpu.keys import DeviceHash
+def _device_hash(spec: HashSpec, layer: int | str, device: torch.device) -> tuple[Any, Callable[..., None]]:
+    """Returns the hash as the kernels take it, and the kernel's launcher."""
+    barrier_id = -1 if spec.barrier_id is None else spec.barrier_id
+    multipliers = torch.tensor(spec.multipliers(layer), dtype=torch.int64, device=device)
+    if spec.kind == POLYNOMIAL:
+        from tierstore.kernels.gpu.polynomial_keys import DeviceSums, polynomial_keys_of_tokens
 
-    if spec.kind != MIXED:
-        raise ConfigError(
-            f"the {spec.family} hash has no kernel for a GPU in this version: open the store without hbm, or look its "
-            f"rows up by row id"
-        )
+        moduli, orders = (torch.tensor(each, device=device) for each in (spec.moduli(layer), spec.orders))
+        weights = multipliers.view(len(spec.orders), -1)
+        return DeviceSums(spec.vocab_size, weights, moduli, orders, barrier_id), polynomial_keys_of_tokens
+    from tierstore.kernels.gpu.keys import DeviceHash, keys_of_tokens
+
     token_map = spec.kernel_token_map
     assert spec.pad_id is not None, "a spec that has its token map knows its pad id"
-    return DeviceHash(
+    made = DeviceHash(
         None if token_map is None else torch.from_numpy(token_map.copy()).to(device),
         spec.vocab_size,
-        torch.tensor(spec.multipliers(layer), dtype=torch.int64, device=device),
+        multipliers,
         spec.orders,
         spec.pad_id,
-        -1 if spec.barrier_id is None else spec.barrier_id,
+        barrier_id,
     )
+    return made, keys_of_tokens

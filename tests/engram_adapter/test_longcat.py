@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import plain_hash_oracle as oracle
+from support.device import DEVICE
 from tokenizers import Tokenizer
 
 import tierstore
@@ -180,3 +181,14 @@ def test_a_head_of_another_type_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((model / "config.json").read_text())
     with pytest.raises(ConfigError, match=r"embedders\.4\.weight is F32 .* the parts of one table must agree"):
         read_model(Checkpoint.open(tmp_path))
+
+
+@pytest.mark.gpu
+def test_a_gpus_lookups_are_the_heads_rows(model: Path, store_path: Path) -> None:
+    tokens = some_tokens(model, (2, 11))
+    ids = torch.from_numpy(tokens).to(DEVICE)
+    with tierstore.open(store_path, dram="8MiB", hbm="1MiB", device=DEVICE) as store:
+        embedding = TieredEmbedding(store, 0, HashSpec.from_store(store))
+        found = torch.cat([embedding(ids[:, :4]), embedding(ids[:, 4:], history=ids[:, :4])], dim=1)
+        embedding.synchronize()
+    assert torch.equal(found.cpu(), expected_values(model, tokens))

@@ -15,6 +15,7 @@ from support.compile_natively import instead_of_launching
 from tierstore.kernels.gpu.await_answer import await_answer
 from tierstore.kernels.gpu.keys import DeviceHash, keys_of_tokens
 from tierstore.kernels.gpu.misses import MissList, StepState, collect_misses, post_misses
+from tierstore.kernels.gpu.polynomial_keys import DeviceSums, polynomial_keys_of_tokens
 from tierstore.kernels.gpu.row_ids import row_ids_of_keys
 
 MAILBOX = 0x7F00_0000_0000
@@ -38,6 +39,10 @@ def hash_tokens(sequences: int, tokens: int) -> None:
         spec = DeviceHash(token_map, 50, int64(4), (2, 3, 4), 1, -1)
         keys_of_tokens(int64(sequences, tokens), int64(sequences, 3), dead, spec, out, int64(1))
         keys_of_tokens(int64(sequences, tokens), None, None, spec, out, int64(1))
+    sums = DeviceSums(50, int64(12, 4), int64(12), int64(12), -1)
+    of_heads = int64(sequences, tokens, 12)
+    polynomial_keys_of_tokens(int64(sequences, tokens), int64(sequences, 3), dead, sums, of_heads, int64(1))
+    polynomial_keys_of_tokens(int64(sequences, tokens), None, None, sums, of_heads, int64(1))
     row_ids_of_keys(out.view(-1, 3), int64(24), int64(24), int64(sequences * tokens, 24))
 
 

@@ -72,4 +72,5 @@ CASES = (
     Case("tensor parallel 2, by gloo", engine={"tensor_parallel_size": 2}, variables=PROCESSES),
     Case("fp8 rows", dtype="fp8", version="0.33.0"),
     Case("bf16 rows", version="0.33.0"),
+    Case("NVFP4 rows", dtype="nvfp4", version="0.33.0"),
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """A tiny random Qwen4-Exp checkpoint, saved by transformers as the release is; run in the lab's environment.
 
-Input: a folder, "bf16" or "fp8", rows a head. Output: config.json, safetensors. Errors: those of transformers.
+Input: a folder, "bf16", "fp8" or "nvfp4", rows a head. Output: config.json, safetensors. Errors: those of transformers.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def write(folder: Path, dtype: str, rows_per_head: int) -> None:
     _without_indexer(folder)
     if dtype == "fp8":
         _with_fp8_rows(folder)
+    if dtype == "nvfp4":
+        _with_nvfp4_rows(folder)
     with_a_file_of_its_own(folder)
 
 
@@ -71,6 +73,27 @@ def _with_fp8_rows(folder: Path) -> None:
         }
 
     _rewrite(folder, scaled)
+
+
+def _with_nvfp4_rows(folder: Path) -> None:
+    """Stores the table's parts as pairs of e2m1 in a byte, an e4m3 scale for 16 values and one factor; at random."""
+    config = json.loads((folder / "config.json").read_text())
+    config["ple_embedding_dtype"] = "nvfp4"
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(8)
+
+    def packed(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        if ".ngram_embedding." not in name:
+            return {name: tensor}
+        rows, dim = tensor.shape
+        scales = torch.randint(0x28, 0x40, (rows, dim // 16), generator=generator, dtype=torch.uint8)
+        return {
+            name: torch.randint(0, 256, (rows, dim // 2), generator=generator, dtype=torch.uint8),
+            f"{name}_scale": scales.view(torch.float8_e4m3fn),
+            f"{name.rpartition('.shard_')[0]}.weight_scale_2": torch.tensor(0.37),
+        }
+
+    _rewrite(folder, packed)
 
 
 def with_a_file_of_its_own(folder: Path) -> None:
