@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tierstore import ConfigError, TableSpec
 from tierstore.formats.checkpoint import Checkpoint, TableSource
 
-from .family import FAMILIES, Family, StoredTable, family_named, family_of_config
+from .family import FAMILIES, Family, StoredTable, family_named, family_of_config, refuse_unread
 from .hash_spec import HashSpec, spec_of_parts
 from .scales import rows_of_weight
 from .table_tensors import planes_of
@@ -85,6 +85,7 @@ def plain_source(checkpoint: Checkpoint, tensor_name: str) -> TableSource:
 
 def _family_of(checkpoint: Checkpoint) -> Family:
     """Returns the one family whose tables the checkpoint has; if names fit none or several, config.json decides."""
+    refuse_unread(checkpoint.config)
     fitting = [family for family in FAMILIES.values() if _has_tables_of(checkpoint, family)]
     return fitting[0] if len(fitting) == 1 else family_of_config(checkpoint.config)
 

@@ -500,3 +500,15 @@ def test_families_are_known_to_a_program_that_imports_the_hash_alone() -> None:
     code = "from engram_adapter import HashSpec\ntry: HashSpec.from_config({})\nexcept Exception as error: print(error)"
     run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert all(family in run.stdout for family in ("deepseek_v41", "engram", "qwen4_exp")), run
+
+
+@pytest.mark.parametrize("where", ["top", "text"])
+def test_a_model_whose_layout_is_not_public_is_refused_though_its_keys_look_known(tmp_path: Path, where: str) -> None:
+    draft = v41_draft()
+    (draft.config if where == "top" else draft.config["text_config"])["model_type"] = "hy_v4_flash"
+    with pytest.raises(ConfigError, match=r"type hy_v4_flash have no family here: .*not public .* --tensor"):
+        read_model(draft.write(tmp_path))
+    with pytest.raises(ConfigError, match="type hy_v4_flash"):
+        HashSpec.from_config(draft.config)
+    with pytest.raises(ConfigError, match="type hy_v4_flash"):
+        HashSpec.from_config(v41_draft().config, family="hy_v4_flash")
