@@ -79,7 +79,7 @@ def saved_tensor(fd: int, start: int, num_bytes: int) -> SavedTensor:
                 raise FormatError("no data.pkl of one tensor")
             prefix = pickles[0].filename.removesuffix("data.pkl")
             order = [info for info in infos if info.filename == f"{prefix}byteorder"]
-            if order and archive.read(order[0]) != b"little":
+            if order and (order[0].file_size != len("little") or archive.read(order[0]) != b"little"):
                 raise FormatError("its tensor is not little-endian; save it on a little-endian machine")
             tensor = _described(archive.read(pickles[0]))
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
