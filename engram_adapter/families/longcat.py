@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from tierstore import ConfigError
 from tierstore.formats.checkpoint import Checkpoint
 from tierstore.kernels import ORDER_MAX, ORDERS_MAX
+from tierstore.spec import KEY_MAX
 
 from ..family import Family, StoredTable, Synthetic
 from ..hash_config import BASE_MAX, POLYNOMIAL, VOCABULARY_MAX, ConfigValues, HashParts, LayerHash
@@ -66,6 +67,9 @@ def read_hash(values: ConfigValues, _token_map: np.ndarray | None) -> HashParts:
         for modulus, order in zip(moduli, orders, strict=True)
         for back in range(order_max)
     )
+    largest = max(sum(weights[at : at + order_max]) for at in range(0, len(weights), order_max)) * vocab_size
+    if largest > KEY_MAX:
+        raise values.refusal("vocab_size", f"is {vocab_size}, whose n-grams add up to {largest}, more than {KEY_MAX}")
     layer = LayerHash(weights, moduli, sum(moduli))
     return HashParts(orders, 1, vocab_size, 0, eos_id, {LAYER: layer}, POLYNOMIAL)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from compressed_tensors.compressors.nvfp4 import unpack_fp4_from_uint8
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -182,3 +183,17 @@ def test_a_table_in_bf16_is_taken_where_fp8_was_published(tmp_path: Path, tokeni
     assert read_model(Checkpoint.open(other)).sources[0].spec.codec == "bf16"
     found = rows_in(other, tmp_path / "store")
     assert found.tobytes() == draft.tensors[name].view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_a_training_checkpoint_with_a_configuration_is_the_same_table(
+    family: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """torch.distributed.checkpoint's folder, to which a config.json and a tokenizer were copied."""
+    draft = Draft(tmp_path / "model", family, tokenizer)
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save({"model": draft.tensors, "step": 3}, checkpoint_id=tmp_path / "step-3", no_dist=True)
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "step-3" / name).write_text((tmp_path / "model" / name).read_text())
+    here, there = rows_in(tmp_path / "model", tmp_path / "here"), rows_in(tmp_path / "step-3", tmp_path / "there")
+    np.testing.assert_array_equal(here, there)

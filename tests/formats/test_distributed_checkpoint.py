@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from support.repository import SUPPORT
 
 import tierstore
@@ -97,7 +99,6 @@ def test_safetensors_of_ranks_are_put_together(saved: Path) -> None:
 
 
 def test_consolidated_files_whose_tensors_are_not_aligned_are_read(saved: Path, tmp_path: Path) -> None:
-    import safetensors.torch
     from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 
     (tmp_path / "ranks").mkdir()
@@ -106,7 +107,7 @@ def test_consolidated_files_whose_tensors_are_not_aligned_are_read(saved: Path, 
     info = '{"a": {"saved_offsets": [%d, 0]}, "b.weight": {"saved_offsets": [%d, 0]}}'
     for rank, (start, end) in enumerate([(0, 3), (3, 6)]):  # the header of the result ends at an odd byte, or a[] does
         tensors = {"a": table[start:end, :1].contiguous(), "b.weight": table[start:end].contiguous()}
-        safetensors.torch.save_file(
+        save_file(
             tensors, tmp_path / "ranks" / f"shard-{rank}.safetensors", {"DCP_SHARDING_INFO": info % (start, start)}
         )
     consolidate_safetensors_files(tmp_path / "ranks", tmp_path / "one", {"a": 1, "b.weight": 1})
@@ -245,6 +246,38 @@ def test_a_chunk_whose_bytes_are_not_its_rows_is_named(copied: Path, how: str) -
     words = {"transposed": "it is not contiguous", "compressed": "is compressed", "big-endian": "archive|little"}[how]
     with pytest.raises(ConfigError, match=words):
         Checkpoint.open(copied / "dcp").tensor("model.embed.weight", ["BF16"], 2)
+
+
+@pytest.mark.parametrize(
+    "info",
+    ["", "[]", "{", '{"w": 1}', '{"w": {"saved_offsets": [-1, 0]}}', '{"w": {"saved_offsets": [0.5, 0]}}', '{"w": {}}'],
+)
+def test_ranks_files_whose_offsets_cannot_be_read_are_named(tmp_path: Path, info: str) -> None:
+    save_file({"w": torch.zeros(2, 2)}, tmp_path / "a.safetensors", {"DCP_SHARDING_INFO": info})
+    with pytest.raises(
+        FormatError, match=r"a\.safetensors: .*(DCP_SHARDING_INFO cannot be read|saved_offsets of w are)"
+    ):
+        Checkpoint.open(tmp_path)
+
+
+PARTS: list[tuple[list[tuple[list[int], torch.Tensor]], str]] = [
+    ([([0, 0], torch.zeros(2, 2)), ([1, 0], torch.zeros(2, 2))], "rows up to 2, then a part from row 1"),
+    ([([0, 0], torch.zeros(2, 2)), ([2, 0], torch.zeros(2, 2).half())], "they are of two saves"),
+    ([([0, 0], torch.zeros(2, 2)), ([2, 0], torch.zeros(2, 3))], "split by columns"),
+    ([([0, 0], torch.zeros(2, 2)), ([2], torch.zeros(2, 2))], "they are of two saves"),
+    ([([0, 0], torch.zeros(2, 2)), ([3, 0], torch.zeros(2, 2))], "rows up to 2, then a part from row 3"),
+]
+
+
+@pytest.mark.parametrize(("parts", "message"), PARTS, ids=range(len(PARTS)))
+def test_ranks_parts_that_do_not_make_up_rows_are_named(
+    tmp_path: Path, parts: list[tuple[list[int], torch.Tensor]], message: str
+) -> None:
+    for rank, (offsets, part) in enumerate(parts):
+        info = json.dumps({"w": {"saved_offsets": offsets}})
+        save_file({"w": part}, tmp_path / f"shard-{rank}.safetensors", {"DCP_SHARDING_INFO": info})
+    with pytest.raises(ConfigError, match=message):
+        Checkpoint.open(tmp_path).tensor("w", ["F32"], 2)
 
 
 @pytest.mark.slow
