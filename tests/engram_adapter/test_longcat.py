@@ -157,7 +157,10 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"ignored_token_ids": "0:4"}, "ignored_token_ids is there"),
     ({"ngram_vocab_size_ratio": "78"}, "ngram_vocab_size_ratio is '78', expected a number"),
     ({"eos_token_id": None}, "eos_token_id is missing"),
-    ({"vocab_size": 2**31 - 1, "ngram_vocab_size_ratio": 0.9}, "vocab_size is 2147483647, whose n-grams add up to"),
+    (
+        {"vocab_size": 2**31 - 1, "ngram_vocab_size_ratio": 0.9, "emb_neighbor_num": 9, "emb_split_num": 2},
+        "vocab_size is 2147483647, whose n-grams add up to",
+    ),
 ]
 
 

@@ -176,7 +176,9 @@ def test_columns_without_pyarrow_are_an_error_with_the_command_that_installs_it(
 ) -> None:
     file = write_column(tmp_path / "a.parquet", [[1, 2]])
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"a\.parquet: a file of columns needs the extra 'data' .*install it: .*pip install"):
+    with pytest.raises(
+        ConfigError, match=r"a\.parquet: a file of columns needs the extra 'data' .*install it: .*pip install"
+    ):
         columns.field_of(file, "parquet", None)
 
 
