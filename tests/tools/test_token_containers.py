@@ -480,6 +480,16 @@ def test_a_sample_of_text_is_the_same_as_of_its_ids(tmp_path: Path, tokenizer: P
     )
 
 
+def test_files_of_a_document_each_are_numbered_one_after_the_other(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number:03}.i32").write_bytes(np.full(4, number, dtype="<i4").tobytes())
+    lines = tmp_path / "ids.jsonl"
+    lines.write_text("".join(json.dumps({"input_ids": [number] * 4}) + "\n" for number in range(60)))
+    assert trace_of([folder], sample=0.4) == trace_of([lines], sample=0.4)
+
+
 def test_documents_of_one_long_file_are_drawn_at_their_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tierstore.tools.inputs import byte_streams
 
