@@ -18,6 +18,7 @@ from tests.attached.test_attached import AttachedContract, served  # noqa: F401
 KEYS = random_keys(np.random.default_rng(2), 40)
 
 
+@pytest.mark.slow
 class TestAttachedInPlace(AttachedContract):
     """Checksums and scales in the daemon's memory, blocks by the clients' own reads."""
 

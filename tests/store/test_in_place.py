@@ -99,6 +99,7 @@ class TestInPlacePlanes(StoreContract):
         return tierstore.open(path, dram="500KiB")
 
 
+@pytest.mark.slow
 class TestInPlacePlacedStore(StoreContract):
     """With a placement, which is made of checked blocks."""
 

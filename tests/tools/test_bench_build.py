@@ -32,6 +32,7 @@ def test_a_copy_or_a_build_that_fails_says_what_the_program_said(tmp_path: Path)
         build._build(tmp_path / "nothing", tmp_path / "store")
 
 
+@pytest.mark.long
 def test_inplace_measures_builds_and_lookups_of_both_shapes(tmp_path: Path) -> None:
     result = inplace.run(tmp_path, Options(size_bytes=2 << 20, pairs=1, tokens=64))
     assert [comparison.case for comparison in result.comparisons] == [
