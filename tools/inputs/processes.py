@@ -50,7 +50,7 @@ class WorkerProcess:
     def __init__(self, program: str, *, memory_bytes: int = MEMORY_BYTES, answer_s: float = ANSWER_S) -> None:
         """program: the name of a file of `workers/`."""
         self._program = Path(worker_messages.__file__).with_name(f"{program}.py")
-        self._memory_bytes, self._answer_s = memory_bytes, answer_s
+        self._memory_bytes, self.answer_s = memory_bytes, answer_s
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
 
@@ -92,7 +92,7 @@ class WorkerProcess:
         poll.register(fd, select.POLLIN)
 
         def read(view: memoryview) -> int:
-            if not poll.poll(self._answer_s * 1000):
+            if not poll.poll(self.answer_s * 1000):
                 raise TimeoutError
             return os.readv(fd, [view])
 
@@ -103,7 +103,7 @@ class WorkerProcess:
         except TimeoutError as error:
             self.close()
             raise FormatError(
-                f"{path}: the process that reads it gave no answer in {self._answer_s:.0f} s and was ended; copy the "
+                f"{path}: the process that reads it gave no answer in {self.answer_s:.0f} s and was ended; copy the "
                 f"file again, or try it on a disk that answers"
             ) from error
         if "error" in answer:
