@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.stores import layout_in_place
 
 from tierstore import BudgetError
 from tierstore.decisions.budget import ALIGNMENT_BYTES, DEPTH_MAX, READERS_FEW, cache_set_bytes, divide_dram
@@ -116,3 +117,22 @@ def test_a_static_set_behind_hbm_begins_at_a_whole_unit_and_ends_with_the_placem
     assert share.num_sets >= whole.num_sets
     assert plan.shares["d"].static_start == 0
     assert plan.dram_bytes <= 64 << 20
+
+
+@pytest.mark.parametrize("num_placed", [0, 100, 2000, 8000])
+def test_copied_planes_in_memory_leave_room_for_the_index_and_one_set(num_placed: int) -> None:
+    tables = {"w": layout_in_place("w", 10_000, (96, 3))}
+    placement = lay_out_placement(0, tables, {"w": TableShape((num_placed,), 0.5)}, {}) if num_placed else None
+    with pytest.raises(BudgetError) as caught:
+        divide_dram(tables, 1, placement)
+    least = int(str(caught.value).split("below the ")[1].split()[0])
+    kept = []
+    for budget_bytes in range(least, 1_000_000, 4096):
+        plan = divide_dram(tables, budget_bytes, placement)
+        share = plan.shares["w"]
+        assert plan.dram_bytes <= budget_bytes
+        assert share.resident or share.num_sets >= 1
+        parts = share.static_bytes + share.index_bytes + share.side_bytes
+        assert share.resident or parts + share.num_sets * cache_set_bytes(tables["w"]) <= share.num_bytes
+        kept.append(share.side_bytes > tables["w"].checksum_bytes + 4096)
+    assert True in kept

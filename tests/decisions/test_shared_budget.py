@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.stores import layout_in_place
 
 from tierstore import BudgetError
 from tierstore.decisions.budget import cache_set_bytes
@@ -133,3 +134,18 @@ def test_the_static_fraction_of_a_placement_is_kept() -> None:
         plan = divide_shared(layouts, 256 << 20, placement_of(layouts, [(1000, fraction)]))
         static_bytes = plan.static_bytes + plan.work_bytes
         assert static_bytes / (static_bytes + plan.recency_bytes) == pytest.approx(fraction, abs=0.01)
+
+
+@pytest.mark.parametrize("num_placed", [0, 2000, 8000])
+def test_copied_planes_in_memory_never_exceed_the_budget(num_placed: int) -> None:
+    layouts: dict[str, TableLayout] = {"w": layout_in_place("w", 10_000, (96, 3))}
+    placement = placement_of(layouts, [(num_placed, 0.5)])
+    kept = set()
+    for budget_bytes in range(100_000, 2_000_000, 4096):
+        try:
+            plan = divide_shared(layouts, budget_bytes, placement)
+        except BudgetError:
+            continue
+        assert_sound(plan, layouts, budget_bytes)
+        kept.add(plan.shares["w"].side_bytes)
+    assert len(kept) == 2  # with copied planes, and without

@@ -14,6 +14,8 @@ import safetensors.numpy
 from tierstore.decisions.budget import divide_dram
 from tierstore.formats.catalog import CatalogImage
 from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
+from tierstore.formats.in_place import InPlaceLayout, lay_out_in_place
+from tierstore.formats.stored_tensor import StoredTensor
 from tierstore.offline.build import BuildReport, build_store
 from tierstore.offline.place import place_entries
 from tierstore.offline.placement_file import Chosen
@@ -110,6 +112,17 @@ def make_model(
             TableSource(TableSpec.plain("plain", 33, 24, "raw", 24), (Plane(24, (checkpoint.tensors["plain"],)),))
         )
     return Model(folder, checkpoint, tuple(sources), rows)
+
+
+def layout_in_place(name: str, num_rows: int, widths: tuple[int, ...]) -> InPlaceLayout:
+    """A plain table in place whose planes lie one behind the other in a file that nobody opens."""
+    file, tensors, at = Path("/nowhere"), [], 0
+    for number, width in enumerate(widths):
+        tensors.append(StoredTensor(f"plane {number}", file, "U8", (num_rows, width), at, num_rows * width))
+        at += num_rows * width
+    planes = tuple(Plane(width, (tensor,)) for width, tensor in zip(widths, tensors, strict=True))
+    spec = TableSpec.plain(name, num_rows, sum(widths), "raw", 1)
+    return lay_out_in_place(0, TableSource(spec, planes), 0, 1 << 20, {file: 0})
 
 
 def place_some(store: Path, static_fraction: float = 0.5, part: float = 0.5) -> dict[str, Chosen]:

@@ -168,25 +168,27 @@ def least_side_bytes(table: TableLayout) -> int:
     return round_up(table.checksum_bytes, ALIGNMENT_BYTES) if isinstance(table, InPlaceLayout) else 0
 
 
-def side_bytes_of(table: TableLayout, share_bytes: int) -> int:
+def side_bytes_of(table: TableLayout, share_bytes: int, rest_bytes: int) -> int:
     """Returns how much of a share holds a table's checksums, and its copied planes if they take at most half of it.
 
     A copied plane in memory halves the reads of a miss; what a cache holds more without it saves less than that.
+
+    rest_bytes: that all else in the share takes at least: an index, for one, may be more than half of it.
     """
     if not isinstance(table, InPlaceLayout):
         return 0
     whole = round_up(table.checksum_bytes + table.copy_bytes, ALIGNMENT_BYTES)
-    return whole if whole <= SIDE_FRACTION * share_bytes else least_side_bytes(table)
+    return whole if whole <= min(SIDE_FRACTION * share_bytes, share_bytes - rest_bytes) else least_side_bytes(table)
 
 
 def _divide_share(table: TableLayout, share_bytes: int, placed: PlacedTable | None, hbm_entries: int) -> TableShare:
     """Static set, indexes and cache of a table in `share_bytes`; the cache has one set at least."""
-    side_bytes = side_bytes_of(table, share_bytes)
-    share_bytes -= side_bytes
     set_bytes = cache_set_bytes(table)
-    static_start = static_entries = static_bytes = index_bytes = 0
+    index_bytes = round_up(placed.index_bytes, LINE_BYTES) if placed else 0
+    side_bytes = side_bytes_of(table, share_bytes, index_bytes + set_bytes)
+    share_bytes -= side_bytes
+    static_start = static_entries = static_bytes = 0
     if placed:
-        index_bytes = round_up(placed.index_bytes, LINE_BYTES)
         left = share_bytes - index_bytes
         most_bytes = (
             max(0, min(int(left * placed.static_fraction), left - set_bytes)) // ALIGNMENT_BYTES * ALIGNMENT_BYTES

@@ -117,7 +117,8 @@ def divide_shared(
             share = SharedShare(True, resident_start=ends["resident"])
             ends["resident"] += whole_bytes
             return share, 2 * whole_bytes
-        side_bytes = side_bytes_of(table, share_bytes // 2)  # two versions have their own
+        rest_bytes = _least_share(table, placed.get(name)) - 2 * least_side_bytes(table)
+        side_bytes = side_bytes_of(table, share_bytes // 2, -(-rest_bytes // 2))  # two versions have their own
         share_bytes -= 2 * side_bytes
         share, static_bytes, recency_bytes = _divide_share(table, share_bytes, placed.get(name), ends)
         share = replace(share, resident_start=ends["resident"], side_bytes=side_bytes)
