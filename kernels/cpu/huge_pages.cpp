@@ -73,6 +73,7 @@ bool HugePages::start() {
 }
 
 void HugePages::stop() {
+  const std::lock_guard<std::mutex> turn(ending_);
   if (!thread_.joinable()) return;
   {
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -42,7 +42,7 @@ class HugePages {
 
   // Starts the thread. Returns false if the system gives none; nothing is collapsed then.
   bool start();
-  // Ends the thread; blocks for what the kernel is at, some milliseconds at most.
+  // Ends the thread; blocks for what the kernel is at, some milliseconds at most. Any threads, any number of times.
   void stop();
   // Whether this is the process that made it. In a forked child there is no thread: nothing is stopped or destroyed.
   bool is_here() const { return owner_ == getpid(); }
@@ -65,7 +65,8 @@ class HugePages {
   const size_t num_bytes_;
   const std::chrono::milliseconds first_look_;
   std::atomic<uint64_t> present_bytes_{0}, huge_bytes_{0}, collapsed_bytes_{0};
-  std::mutex mutex_;  // guards stopping_
+  std::mutex ending_;  // held by who waits for the thread: two may not join it
+  std::mutex mutex_;   // guards stopping_
   std::condition_variable stopped_;
   bool stopping_ = false;
   std::thread thread_;

@@ -71,6 +71,21 @@ def test_small_pages_become_huge_ones_while_threads_read_and_write_them() -> Non
     assert pages.last() == pages.look() == (BLOCK_BYTES, pages.last()[1])
 
 
+def test_any_number_of_threads_may_stop_it_at_once() -> None:
+    block = allocate(64 << 20)
+    block[::4096] = 1
+    for _ in range(20):
+        pages = kernels.HugePages(block, 0.0)
+        assert pages.start()
+        eventually(lambda pages=pages: pages.last()[0] > 0)  # it is at work
+        threads = [threading.Thread(target=pages.stop, daemon=True) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert not any(thread.is_alive() for thread in threads)
+
+
 def test_what_nobody_touched_is_not_brought_into_memory() -> None:
     block = allocate(BLOCK_BYTES)
     block[: BLOCK_BYTES // 2 : 4096] = 1

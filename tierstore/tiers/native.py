@@ -231,9 +231,9 @@ class NativeEngine(HostEngine):
     def close(self, timeout_s: float) -> bool:
         ended = in_slices(self._engine.close, timeout_s)
         if ended:
-            if self.huge_pages is not None:
-                self.huge_pages.stop()
-                self.huge_pages = None
+            huge_pages, self.huge_pages = self.huge_pages, None  # once: another thread may close it, too
+            if huge_pages is not None:
+                huge_pages.stop()
             self.memories.clear()  # a closed store that somebody still names must not keep its budget
         return ended
 
