@@ -62,9 +62,14 @@ size_t Engine::num_registered_readers() const {
 
 Crew& Engine::crew() { return runtime_->crew; }
 
+// A file that several planes of a table share is one, and so are all that are not open: the kernel registers no more
+// than a process may open.
 void Engine::number(ShardFile& file) {
-  file.number = static_cast<uint32_t>(files_.size());
-  files_.push_back(&file);
+  const auto same = std::find_if(files_.begin(), files_.end(), [&file](const ShardFile* each) {
+    return each->buffered_fd == file.buffered_fd && each->direct_fd == file.direct_fd;
+  });
+  file.number = static_cast<uint32_t>(same - files_.begin());
+  if (same == files_.end()) files_.push_back(&file);
 }
 
 size_t Engine::num_free_readers() const {
