@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from click.testing import CliRunner
 from support.stores import Model, make_model, random_keys
 
 import tierstore
 from engram_adapter import build_checkpoint, open_checkpoint
-from tierstore.formats import catalog
+from tierstore.formats import catalog, in_place
 from tierstore.formats.catalog import read_catalog
 from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
-from tierstore.offline.build import build_from_store
+from tierstore.formats.in_place import InPlaceLayout
+from tierstore.offline.build import build_from_store, build_store
 from tierstore.offline.place import place_entries
 from tierstore.offline.placement_file import Chosen
 from tierstore.offline.verify import verify_store
+from tierstore.spec import TableSpec
+from tierstore.tiers.in_place import InPlaceFiles
+from tierstore.tiers.nvme import load_rows
 from tierstore.tools.cli import cli
 from tierstore.tools.synth import write_checkpoint
 
@@ -250,6 +257,58 @@ def test_a_file_that_is_not_the_one_it_was_is_refused_with_what_changed(own: tup
         tierstore.open(store)
     assert f"tierstore build --in-place CHECKPOINT {store}" in str(caught.value)
     assert any(str(checkpoint_file(model)) in fault for fault in verify_store(store).faults)
+
+
+@pytest.mark.parametrize("block_bytes", [-20_000, 5 * 4096, 5 * 4096 + 77], ids=["before it", "a border", "a block"])
+def test_a_file_that_is_cut_while_its_rows_are_loaded_loses_those_rows_alone(
+    own: tuple[Model, Path], block_bytes: int
+) -> None:
+    model, store = own
+    image = read_catalog(store)
+    table, start = image.tables["layers.1"], values_of(model)
+    assert isinstance(table, InPlaceLayout)
+    files = InPlaceFiles(image, table, direct=False)
+    try:
+        cut = max(0, start // 4096 * 4096 + block_bytes)
+        os.truncate(checkpoint_file(model), cut)
+        rows = np.zeros((table.spec.num_rows, table.spec.row_bytes), dtype=np.uint8)
+        bad = load_rows(files, rows, np.empty(1 << 16, dtype=np.uint8))
+    finally:
+        files.close()
+    assert all("the file ends before it; it was cut while open" in text for text in bad.values())
+    good = np.setdiff1d(np.arange(table.num_pages), list(bad))
+    assert len(good) == max(0, (cut - start) // (32 * table.rows_per_page))
+    whole = len(good) * table.rows_per_page
+    np.testing.assert_array_equal(rows[:whole], model.rows["layers.1"][:whole])
+
+
+MANY_FILES = """
+import resource, sys
+limit = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+import tierstore
+with tierstore.open(sys.argv[1], dram="1MiB") as store:
+    print(store._engine._engine.registered_readers())
+"""
+
+
+def test_planes_in_the_same_files_register_each_of_them_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_place, "COPIED_FRACTION", 0)
+    rng, widths, num_files = np.random.default_rng(0), (64, 32, 16), 40
+    (tmp_path / "model").mkdir()
+    for number in range(num_files):
+        tensors = {f"{width}.{number}": rng.integers(0, 256, (400, width), dtype=np.uint8) for width in widths}
+        safetensors.numpy.save_file(tensors, tmp_path / "model" / f"{number}.safetensors")
+    checkpoint = Checkpoint.open(tmp_path / "model")
+    planes = [Plane(width, tuple(checkpoint.tensors[f"{width}.{i}"] for i in range(num_files))) for width in widths]
+    source = TableSource(TableSpec.plain("t", 400 * num_files, sum(widths), "raw", 1), tuple(planes))
+    build_store(tmp_path / "store", [source], origin=checkpoint.to_dict(), in_place=True)
+
+    def registered(limit: int) -> str:
+        command = [sys.executable, "-c", MANY_FILES, str(tmp_path / "store"), str(limit)]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+    assert registered(2 * num_files + 100) == registered(1000)
 
 
 def test_the_same_build_again_takes_files_whose_bytes_are_the_same(own: tuple[Model, Path]) -> None:

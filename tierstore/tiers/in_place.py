@@ -114,6 +114,8 @@ class InPlaceFiles:
         self.sides: list[TableFiles] = []
         self._fds: dict[int, int] = {}
         self._direct_fds: dict[int, int] = {}
+        # As it was compared at the opening: another length later is a file that is cut, or grows, while it is open.
+        self._num_bytes = [file.identity.num_bytes for file in image.files]
         paths = [file.path for file in image.files]
         used = sorted({stretch.file for plane in table.planes for stretch in plane.stretches})
         allow_open_files(2 * len(used) if direct else len(used))
@@ -140,8 +142,8 @@ class InPlaceFiles:
         """Returns (descriptor, O_DIRECT descriptor or -1, bytes) of every file of the store; -1, -1, 0 of those that
         other tables lie in."""
         return [
-            (fd, self._direct_fds.get(number, -1), os.fstat(fd).st_size) if fd >= 0 else (-1, -1, 0)
-            for number, fd in ((number, self._fds.get(number, -1)) for number in range(len(self.names.paths)))
+            (self._fds[number], self._direct_fds.get(number, -1), num_bytes) if number in self._fds else (-1, -1, 0)
+            for number, num_bytes in enumerate(self._num_bytes)
         ]
 
     def plane_records(self, side: SideMemory) -> list[kernels.PlaneRecord]:
@@ -214,7 +216,7 @@ class InPlaceFiles:
     def read_blocks(self, file: int, first: int, end: int, what: str) -> np.ndarray:
         """Reads blocks [first, end) of a file, uint8 [n]; the file's last may be short. Blocks on the disk."""
         byte_start = first * BLOCK_BYTES
-        num_bytes = min(end * BLOCK_BYTES, self._bytes_of(file)) - byte_start
+        num_bytes = min(end * BLOCK_BYTES, self._num_bytes[file]) - byte_start
         data = np.empty(num_bytes, dtype=np.uint8)
         try:
             done = read_up_to(self._fds[file], data, byte_start)
@@ -223,9 +225,6 @@ class InPlaceFiles:
         if done < num_bytes:
             raise CorruptPageError(block_cut(what))
         return data
-
-    def _bytes_of(self, file: int) -> int:
-        return os.fstat(self._fds[file]).st_size
 
     def checksums_of(self, block_start: int, block_end: int) -> np.ndarray:
         """Returns the checksums of blocks, uint32 [n]: from a window of them that moves on. Blocks on the disk."""
