@@ -19,7 +19,7 @@ import tierstore
 from engram_adapter import build_checkpoint, open_checkpoint
 from tierstore.formats import catalog, in_place
 from tierstore.formats.catalog import read_catalog
-from tierstore.formats.checkpoint import Checkpoint, Plane, TableSource
+from tierstore.formats.checkpoint import Checkpoint, Plane, PlaneReader, TableSource
 from tierstore.formats.in_place import InPlaceLayout
 from tierstore.offline.build import build_from_store, build_store
 from tierstore.offline.place import place_entries
@@ -141,6 +141,21 @@ def test_every_command_knows_a_store_in_place(own: tuple[Model, Path], tmp_path:
     assert "33 rows compared" in command("verify", tmp_path / "shards.tier", "--source", file)
     with pytest.raises(tierstore.ConfigError, match="only a store with shards can be made of it"):
         build_checkpoint(store, tmp_path / "x", in_place=True)
+
+
+def test_verify_names_a_checkpoint_that_cannot_be_read_and_goes_on(own: tuple[Model, Path], tmp_path: Path) -> None:
+    model, store = own
+    model.build(tmp_path / "shards")
+
+    def read(*_: object) -> None:
+        raise tierstore.FormatError("the file ends early")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlaneReader, "read", read)
+        for path in (store, tmp_path / "shards"):
+            faults = verify_store(path, sources=model.sources).faults
+            assert any("its rows cannot be compared: the file ends early" in fault for fault in faults)
+    assert verify_store(store, sources=model.sources).faults == []
 
 
 def test_no_shard_is_made_of_a_block_that_changed(own: tuple[Model, Path], tmp_path: Path) -> None:

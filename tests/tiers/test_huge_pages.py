@@ -18,6 +18,7 @@ import tierstore
 from tierstore import kernels
 from tierstore.tiers import huge_pages
 from tierstore.tiers.memory import allocate
+from tierstore.tiers.shared import SharedBlock
 
 HUGE_BYTES = 2 << 20
 BLOCK_BYTES = 16 << 20
@@ -129,6 +130,14 @@ def test_only_a_block_that_may_be_written_is_taken() -> None:
     for wrong in (block, np.zeros(8, dtype=np.int64), np.zeros((8, 8), dtype=np.uint8)[:, ::2], np.zeros(0, np.uint8)):
         with pytest.raises(ValueError, match="block"):
             kernels.HugePages(wrong, 1.0)
+
+
+def test_the_memory_of_a_shared_block_goes_when_it_is_closed() -> None:
+    block = SharedBlock("closed-block", huge_pages.BLOCK_BYTES_MIN)
+    assert block.huge_pages is not None
+    assert "closed-block" in Path("/proc/self/maps").read_text()
+    block.close()
+    assert "closed-block" not in Path("/proc/self/maps").read_text()
 
 
 def test_a_small_block_has_no_thread() -> None:

@@ -72,7 +72,7 @@ def _verify_rows(
             check_not_stopped(stop)
             check.check(pages[start : start + step])
         check.finish()
-    except OSError as error:
+    except (OSError, TierStoreError) as error:
         report.faults.append(f"table {table.spec.name}: its rows cannot be compared: {error}")
     finally:
         files.close()

@@ -84,8 +84,9 @@ class SharedBlock:
             if fd >= 0:
                 os.close(fd)
         self.fd = self.export_fd = -1
-        if self.huge_pages is not None:
-            self.huge_pages.stop()
+        huge_pages, self.huge_pages = self.huge_pages, None  # it has a view of its own
+        if huge_pages is not None:
+            huge_pages.stop()
         self.array = np.empty(0, dtype=np.uint8)
 
 
