@@ -4,6 +4,7 @@ what they are of is."""
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from support.waiting import WAIT_S, eventually
 
 import tierstore
 from tierstore.errors import BudgetError, ConfigError, DaemonError
@@ -65,7 +67,8 @@ def case(record: dict[str, Any], words: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("few_of_everything")
-def test_serve_has_every_case_with_its_target(folder: Path, made: MadeStore) -> None:
+def test_serve_has_every_case_with_its_target(folder: Path, made: MadeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "FILL_ROUNDS_MAX", round(WAIT_S / serve.FILL_PAUSE_S))
     file = folder / "figures.json"
     options = ["--folder", folder, "--size", ROWS * stores.ROW_BYTES, "--tokens", 40, "--pairs", 2, "--json", file]
     outcome = CliRunner().invoke(cli, ["bench", "serve", *map(str, options)])
@@ -83,7 +86,6 @@ def test_serve_has_every_case_with_its_target(folder: Path, made: MadeStore) -> 
     assert all(len(s) == 2 and min(s) > 0 for part in record["comparisons"] for s in part["seconds"].values())
     for words, bound, at_least in (
         ("part of one budget", 100.0, False),
-        ("the slowest, part of their mean", 0.5, True),
         ("gRPC over the loopback: one token, p50", 1000.0, False),
         ("gRPC over the loopback: batches of", 600.0, True),
         ("gRPC over the loopback: one token, time to", 1.5, False),
@@ -94,6 +96,9 @@ def test_serve_has_every_case_with_its_target(folder: Path, made: MadeStore) -> 
         figure = case(record, words)
         assert (figure["bound"], figure["at_least"]) == (bound, at_least)
         assert min(figure["values"]) > 0
+    slowest = case(record, "the slowest, part of their mean")
+    assert (slowest["bound"], slowest["at_least"]) == (0.5, True)
+    assert all(0 <= share <= 1 for share in slowest["values"])  # 0: a busy machine gave one client no turn
     for words in ("first answer", "warming", "a step of a replan", "until all clients moved", "attached again"):
         assert min(case(record, words)["values"]) > 0
     for change in ("a replan", "a swap", "a rollback", "the daemon's absence and return"):
@@ -128,14 +133,22 @@ def test_a_client_that_is_left_behind_misses_the_target(
         assert slowest.reached is reached
         assert slowest.median == pytest.approx(least / ((300 + least) / 4))
         assert together.median == pytest.approx((300 + least) / serve.MANY_STRETCH_S)
+    lookups[:] = [0, 0, 0, 0]
+    result = Result("t")
+    serve._measure_many(setting, served, keys, result)  # type: ignore[arg-type]
+    assert [figure.median for figure in result.figures] == [0, 0]
+
+
+def all_had_turns(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What clients say of a stretch; nothing if one of them had no turn in it, as on a busy machine."""
+    return answers if all(answer["lookups"] for answer in answers) else []
 
 
 def test_clients_check_every_row_before_they_measure(made: MadeStore, keys_file: Path, folder: Path) -> None:
     with Clients(made.path, keys_file, 2, dram=4 << 20) as clients:
         assert clients.misses_when_warm == 0
-        answers = clients.stretch(3, 0.05)
-        assert [answer["late"] for answer in answers] == [False, False]
-        assert all(answer["lookups"] > 0 == answer["misses"] for answer in answers)
+        answers = eventually(lambda: all_had_turns(clients.stretch(3, 0.05)), "a lookup of each in a stretch")
+        assert [(answer["late"], answer["misses"]) for answer in answers] == [(False, 0)] * 2
         assert all(0 < answer["p50_s"] <= answer["p99_s"] <= answer["max_s"] < 60 for answer in answers)
         with clients.watch() as watched:
             pass
@@ -152,9 +165,28 @@ def test_a_stretch_that_a_client_was_late_for_is_refused(
     made: MadeStore, keys_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Clients(made.path, keys_file, 1, dram=4 << 20) as clients:
-        monkeypatch.setattr(clients_module, "LEAD_S", -0.5)
-        with pytest.raises(DaemonError, match="was not ready"):
-            clients.stretch(1, 0.6)
+        monkeypatch.setattr(clients_module, "LEAD_S", -0.05)
+        monkeypatch.setattr(clients_module, "STRETCHES_MAX", 2)
+        with pytest.raises(DaemonError, match=r"was not ready .* 2 times"):
+            clients.stretch(1, 0.06)
+
+
+def test_a_stretch_that_a_client_was_late_for_is_measured_again_with_more_lead(
+    made: MadeStore, keys_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[float] = []
+    say = Clients._say
+
+    def say_late_once(clients: Clients, message: dict[str, Any]) -> None:
+        starts.append(message["start"])
+        say(clients, message | {"start": 0.0} if len(starts) == 1 else message)
+
+    with Clients(made.path, keys_file, 1, dram=4 << 20) as clients:
+        monkeypatch.setattr(clients, "_say", partial(say_late_once, clients))
+        (answer,) = clients.stretch(1, 0.05)
+    assert not answer["late"]
+    assert len(starts) >= 2
+    assert starts[1] - starts[0] > clients_module.LEAD_S
 
 
 def test_a_daemon_that_cannot_serve_shows_its_last_words(made: MadeStore, tmp_path: Path) -> None:
