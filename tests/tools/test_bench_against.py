@@ -18,7 +18,7 @@ from tests.tools.test_bench import zipf_text
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import read_catalog
 from tierstore.tools.bench import stores
-from tierstore.tools.bench.against import building, builds, overlapping, ratios
+from tierstore.tools.bench.against import building, building_side, builds, overlapping, ratios
 from tierstore.tools.bench.against import command as against
 from tierstore.tools.bench.against import side as against_side
 from tierstore.tools.bench.overlap import model as overlap_model
@@ -126,20 +126,36 @@ def test_the_interval_of_a_median_is_that_of_the_sign_test(count: int) -> None:
     assert 2 * outside <= 0.05 < 2 * one_closer
 
 
+SIDES_OF_BUILDS = {
+    f"build, files {state}{beside}": {against.THIS, other}
+    for state in ("warm", "cold")
+    for beside, other in (("", against.OTHER), (", beside cp", building.COPY))
+}
+
+
+@pytest.mark.slow
 def test_builds_of_a_store_are_timed_beside_each_other_and_beside_cp(folder: Path) -> None:
     file = folder / "build.json"
     result = bench(folder, "build", "--against", REPOSITORY, "--pairs", 1, "--json", file)
     assert result.exit_code == 0, result.output
     record = json.loads(file.read_text())["build"]
-    sides = {part["case"]: set(part["seconds"]) for part in record["comparisons"]}
-    assert sides == {
-        f"build, files {state}{beside}": {against.THIS, other}
-        for state in ("warm", "cold")
-        for beside, other in (("", against.OTHER), (", beside cp", building.COPY))
-    }
+    assert {part["case"]: set(part["seconds"]) for part in record["comparisons"]} == SIDES_OF_BUILDS
+    assert record["facts"]["the other is"]["package"] == str(REPOSITORY / "tierstore")
+    assert not list(folder.glob("bench-build-*"))
+
+
+def test_a_build_is_timed_in_each_state_of_the_cache_and_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(_: builds.Build, ask: dict[str, Any], side: Path) -> dict[str, Any]:
+        assert side.name == "building_side.py"
+        return building_side.measure(json.loads(json.dumps(ask)))
+
+    monkeypatch.setattr(builds.Build, "measure", measure)
+    record = building.run(folder, Options(size_bytes=4 << 20, pairs=1), REPOSITORY).to_dict()
+    assert {part["case"]: set(part["seconds"]) for part in record["comparisons"]} == SIDES_OF_BUILDS
     for part in record["comparisons"]:
         assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in part["seconds"].values())
-    assert record["facts"]["the other is"]["package"] == str(REPOSITORY / "tierstore")
     assert not list(folder.glob("bench-build-*"))
 
 
@@ -160,7 +176,13 @@ def small_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     held_out.documents[:] = held_out.documents[300:]
     monkeypatch.setattr(overlapping.real_text, "load_split", lambda: (training, held_out))
     for module, sizes in {
-        overlapping: {"SHAPES": {"small model": (4, 32, 2)}, "ENGRAM_LAYERS": (1, 3), "STEPS": 2, "PROMPTS": 1},
+        overlapping: {
+            "SHAPES": {"small model": (4, 32, 2)},
+            "ENGRAM_LAYERS": (1, 3),
+            "STEPS": 2,
+            "PROMPTS": 1,
+            "WARM_TOKENS": 300,
+        },
         overlap_sides: {"SEQUENCES": 5, "CONTEXT_TOKENS": 8, "PROMPT_TOKENS": 70, "CHUNK_TOKENS": 32},
     }.items():
         for name, size in sizes.items():
