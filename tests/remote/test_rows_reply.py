@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -72,6 +73,20 @@ def test_rows_lie_in_the_message_and_keep_it_alive() -> None:
     gc.collect()
     rows[:] = 8
     assert rows.sum() == 8 * 4000
+
+
+def test_replies_of_thousands_of_parts_leave_nothing_behind() -> None:
+    """A client may ask for 4,096 tables in one request, in as many shapes as it likes."""
+    RowsReply(1, 2, [])
+    tracemalloc.start()
+    try:
+        for num_tokens in range(12):
+            RowsReply(1, 2, [PartShape(table, 0, num_tokens, 4, 2) for table in range(4096)])
+        gc.collect()
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 1 << 20
 
 
 def test_fresh_bytes_are_what_their_array_was_given() -> None:

@@ -21,7 +21,8 @@ from .. import kernels
 from .messages import LookupReply, Part
 from .wire import tag_of, varint
 
-LAYOUTS_MAX = 256  # that are remembered: requests are of few shapes
+LAYOUTS_MAX = 256  # that are remembered: requests are of few shapes,
+REMEMBERED_PARTS_MAX = 64  # of few parts each: those of thousands would stay for good, and nobody counts their bytes
 
 _VERSION, _PARTS, _INSTANCE = (tag_of(LookupReply, name) for name in ("version", "parts", "instance"))
 _TABLE, _START, _ROWS = (tag_of(Part, name) for name in ("table", "start", "rows"))
@@ -59,7 +60,8 @@ class RowsReply:
     """
 
     def __init__(self, version: int, instance: int, parts: Sequence[PartShape]) -> None:
-        fixed, self._places, num_bytes = _laid_out(version, instance, tuple(parts))
+        lay_out = _remembered if len(parts) <= REMEMBERED_PARTS_MAX else _laid_out
+        fixed, self._places, num_bytes = lay_out(version, instance, tuple(parts))
         self.message, whole = kernels.fresh_bytes(num_bytes)
         self._view = whole.data
         for start, data in fixed:
@@ -74,7 +76,6 @@ class RowsReply:
         self._view[at : at + len(data)] = data
 
 
-@functools.lru_cache(LAYOUTS_MAX)
 def _laid_out(
     version: int, instance: int, parts: tuple[PartShape, ...]
 ) -> tuple[list[tuple[int, bytes]], list[_Place], int]:
@@ -99,6 +100,9 @@ def _laid_out(
     end = _INSTANCE + varint(instance) if instance else b""
     fixed.append((at, end))
     return fixed, places, at + len(end)
+
+
+_remembered = functools.lru_cache(LAYOUTS_MAX)(_laid_out)
 
 
 def _of_length(values: Sequence[int], count_bytes: int) -> bytes:
