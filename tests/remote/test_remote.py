@@ -394,6 +394,18 @@ def test_bytes_and_calls_in_flight_are_limited_with_both_numbers() -> None:
     assert limits.num_calls == 0
 
 
+def test_a_call_that_memory_is_missing_to_count_is_not_counted() -> None:
+    class Full(dict[str, int]):
+        def __setitem__(self, peer: str, number: int) -> None:
+            raise MemoryError
+
+    limits = InFlight(calls_max=1, bytes_max=100)
+    limits._calls.by_peer = Full()
+    with pytest.raises(MemoryError), limits.call("a"):
+        pass
+    assert limits.num_calls == 0
+
+
 def test_a_busy_server_is_asked_again_until_it_has_time(built: Path, model: Model) -> None:
     keys = random_keys(np.random.default_rng(11), 20)
     expected = model.expected("layers.1", keys)

@@ -94,13 +94,13 @@ class _Counts:
         self.by_peer: dict[str, int] = {}
 
     def add(self, peer: str, number: int) -> None:
-        """Adds to a peer's count, or takes off."""
-        self.total += number
-        left = self.by_peer.get(peer, 0) + number
-        if left:
-            self.by_peer[peer] = left
+        """Adds to a peer's count, or takes off. Where there is no memory to add, nothing is added."""
+        total, of_peer = self.total + number, self.by_peer.get(peer, 0) + number
+        if of_peer:
+            self.by_peer[peer] = of_peer
         else:
             self.by_peer.pop(peer, None)
+        self.total = total
 
 
 class _Counted:
