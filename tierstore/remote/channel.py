@@ -32,6 +32,7 @@ from ..errors import (
 )
 from .access import FORK_VARIABLE, Address, load_grpc, parse_url, survives_forks
 from .credentials import read_certificate, read_token
+from .inside import Inside
 from .messages import ERROR_TRAILER, RETRY_TRAILER, SERVICE, TOKEN_HEADER
 
 FORK_WAIT_S = 1.0
@@ -67,43 +68,6 @@ class TryAgainError(DaemonError):
     or another store took its store's place."""
 
 
-class Gate:
-    """Counts threads that are inside a `with`, and holds new ones up while the process forks. Any thread may call."""
-
-    def __init__(self) -> None:
-        self._state = threading.Condition()  # guards the others; signalled when a fork may begin, or has ended
-        self._num_inside = 0
-        self._forking = False
-
-    def __enter__(self) -> None:
-        """Enters, when no fork is under way."""
-        with self._state:
-            while self._forking:
-                self._state.wait(FORK_WAIT_S)
-            self._num_inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._state:
-            self._num_inside -= 1
-            if self._forking:
-                self._state.notify_all()
-
-    def close_for_fork(self) -> None:
-        """Waits until nobody is inside, FORK_WAIT_S at most, and lets nobody in."""
-        with self._state:
-            self._forking = True
-            self._state.wait_for(lambda: self._num_inside == 0, FORK_WAIT_S)
-
-    def open_after_fork(self, *, child: bool) -> None:
-        """Lets threads in again; in the child, where the others are gone, nobody is inside."""
-        if child:
-            self._state, self._num_inside, self._forking = threading.Condition(), 0, False
-            return
-        with self._state:
-            self._forking = False
-            self._state.notify_all()
-
-
 class Connection:
     """One server, reached by one channel, which is made when it is needed. Any thread may call."""
 
@@ -125,7 +89,7 @@ class Connection:
         self._metadata = () if token_file is None else ((TOKEN_HEADER, f"Bearer {read_token(token_file)}"),)
         self._ca_file = ca_file
         self._roots = None if ca_file is None else read_certificate(ca_file, "certificate of the authority")
-        self._gate = Gate()
+        self._inside = Inside()
         self._lock = threading.Lock()  # guards `_channel`, `_methods`, `_forked`, `_of_parents`
         self._channel: Any = None
         self._methods: dict[str, Any] = {}
@@ -140,7 +104,7 @@ class Connection:
         away or busy, other `DaemonError`s if it does not answer in time,
         and then takes PROBE_WAIT_S more to find out why.
         """
-        with self._gate:
+        with self._inside.of_thread():
             try:
                 call = self._method(method, streams=False)
                 reply: bytes = call(request, timeout=_left(until), metadata=self._metadata, wait_for_ready=patient)
@@ -150,7 +114,7 @@ class Connection:
 
     def stream(self, method: str, request: bytes, until: float, take: Callable[[bytes], None]) -> None:
         """Hands each answer of a stream to `take`, in order; raises like `unary`, and what `take` raises."""
-        with self._gate:
+        with self._inside.of_thread():
             call = self._method(method, streams=True)
             replies = call(request, timeout=_left(until), metadata=self._metadata, wait_for_ready=True)
             try:
@@ -183,7 +147,7 @@ class Connection:
 
     def before_fork(self) -> None:
         """Waits for calls under way, and holds new ones up."""
-        self._gate.close_for_fork()
+        self._inside.close_for_fork(FORK_WAIT_S)
         self._lock.acquire()
 
     def after_fork(self, *, child: bool) -> None:
@@ -191,10 +155,10 @@ class Connection:
         if child:
             self._of_parents.append((self._channel, self._methods))
             self._channel, self._methods, self._forked = None, {}, True
-            self._lock = threading.Lock()
+            self._lock, self._inside = threading.Lock(), Inside()
         else:
             self._lock.release()
-        self._gate.open_after_fork(child=child)
+            self._inside.open_after_fork()
 
     def _method(self, name: str, *, streams: bool) -> Any:
         if method := self._methods.get(name):  # as long as it is open, nearly always

@@ -28,6 +28,7 @@ from ..tiers.engine import READ_WAIT_S, Engine, Request, RowRange, VersionChange
 from . import messages
 from .channel import Connection
 from .counts import ClientCounts
+from .inside import Inside
 from .messages import Description
 from .replies import Answer, decoded
 from .requests import Attempt, Requests
@@ -58,10 +59,10 @@ class RemoteEngine(Engine):
         self._specs = specs
         self._requests = Requests(connection, specs, description)
         self._counts = ClientCounts(specs)
-        # Guards `_num_under_way`, `_num_tickets`, `_closed`, `_pool`; signalled when a ticket, or the last lookup, has
-        # ended.
-        self._state = threading.Condition()
-        self._num_under_way = self._num_tickets = 0
+        self._calls = Inside()  # but those of tickets
+        self._lock = threading.RLock()  # guards `_tickets`, `_closed`, `_pool`
+        self._ended = threading.Condition(self._lock)  # signalled when a ticket has, and at `close`
+        self._tickets: set[object] = set()  # under way
         self._closed = False
         self._pool: ThreadPoolExecutor | None = None
         self._version_lock = threading.Lock()  # guards `version` and `_answered`
@@ -76,7 +77,8 @@ class RemoteEngine(Engine):
         timeout_s: float | None = None,
     ) -> None:
         started_ns, until = time.monotonic_ns(), self._until(timeout_s)
-        with _UnderWay(self):
+        with self._calls.of_thread():
+            self._check_open()
             # A reply has counts by tier and order, and not what answered each key, so that is asked for; and before the
             # lookup, which brings the keys into the server's cache.
             if sources is not None:
@@ -96,30 +98,33 @@ class RemoteEngine(Engine):
         """Has a thread of the pool call act, with the time by which it must be done; is_empty: there is nothing to
         do."""
         started_ns = time.monotonic_ns()
-        with self._state:
-            while self._num_tickets >= TICKETS_MAX and not self._closed:
-                if not self._state.wait(READ_WAIT_S):
+        ticket = object()
+        with self._lock:
+            while len(self._tickets) >= TICKETS_MAX and not self._closed:
+                if not self._ended.wait(READ_WAIT_S):
                     raise TimeoutError(
                         f"{self._connection.url}: {TICKETS_MAX} tickets did not end within {READ_WAIT_S} s"
                     )
             self._check_open()
             if is_empty:
                 return None
-            self._num_tickets += 1
-            self._num_under_way += 1
             self._pool = self._pool or ThreadPoolExecutor(SUBMIT_THREADS, thread_name_prefix="tierstore-remote-submit")
-            return RemotePending(self._pool.submit(self._finish, act, started_ns), self._connection.url)
+            try:
+                self._tickets.add(ticket)
+                return RemotePending(self._pool.submit(self._finish, ticket, act, started_ns), self._connection.url)
+            except BaseException:  # an interrupt, or no thread is left
+                self._tickets.discard(ticket)
+                raise
 
-    def _finish(self, act: Callable[[float], None], started_ns: int) -> None:
+    def _finish(self, ticket: object, act: Callable[[float], None], started_ns: int) -> None:
         """A ticket's work, in a thread of the pool."""
         try:
             act(self._until())
             self._counts.add_latency(started_ns)
         finally:
-            with self._state:
-                self._num_tickets -= 1
-                self._num_under_way -= 1
-                self._state.notify_all()
+            with self._lock:
+                self._tickets.discard(ticket)
+                self._ended.notify_all()
 
     def submit_pairs(
         self,
@@ -139,7 +144,8 @@ class RemoteEngine(Engine):
         self, index: int, row_ids: np.ndarray, out: np.ndarray, within: RowRange | None, timeout_s: float | None
     ) -> None:
         started_ns, until = time.monotonic_ns(), self._until(timeout_s)
-        with _UnderWay(self):
+        with self._calls.of_thread():
+            self._check_open()
             self._look_up_rows(SplitRows(index, self._specs[index], row_ids, out, within), until)
             self._counts.add_latency(started_ns)
 
@@ -150,47 +156,39 @@ class RemoteEngine(Engine):
         return self._start(partial(self._look_up_rows, split), is_empty=not row_ids.size)
 
     def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
-        with _UnderWay(self):
+        with self._calls.of_thread():
+            self._check_open()
             self._requests.locate(index, keys, sources, self._until())
 
     def counters(self) -> dict[str, Any]:
         return self._counts.record()
 
     def close(self, timeout_s: float) -> bool:
-        with self._state:
+        until = time.monotonic() + timeout_s
+        with self._lock:
             self._closed = True
-            self._state.notify_all()
-            ended = self._state.wait_for(lambda: self._num_under_way == 0, timeout_s)
+            self._ended.notify_all()
+            ended = self._ended.wait_for(lambda: not self._tickets, timeout_s)
             pool, self._pool = self._pool, None
+        ended &= self._calls.wait(until - time.monotonic())
         if pool is not None:
             pool.shutdown(wait=ended)
         return ended
 
     def before_fork(self) -> None:
         self._connection.before_fork()
-        self._state.acquire()
+        self._lock.acquire()
         self._counts.before_fork()
 
     def after_fork(self, *, child: bool) -> None:
         self._counts.after_fork(child=child)
         if child:  # threads, what they locked and what they were at are the parent's
-            self._state, self._version_lock = threading.Condition(), threading.Lock()
-            self._num_under_way = self._num_tickets = 0
-            self._pool = None
+            self._lock, self._version_lock = threading.RLock(), threading.Lock()
+            self._ended = threading.Condition(self._lock)
+            self._calls, self._tickets, self._pool = Inside(), set(), None
         else:
-            self._state.release()
+            self._lock.release()
         self._connection.after_fork(child=child)
-
-    def _begin(self) -> None:
-        with self._state:
-            self._check_open()
-            self._num_under_way += 1
-
-    def _end(self) -> None:
-        with self._state:
-            self._num_under_way -= 1
-            if self._closed:
-                self._state.notify_all()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -251,21 +249,6 @@ def _describe(connection: Connection, until: float) -> Description | None:
             "%s: another version of the store answers now; which, it does not say: %s", connection.url, error
         )
         return None
-
-
-class _UnderWay:
-    """A call while it lasts, which `close` waits for. Raises `StoreNotReadyError` in the beginning if it is closed."""
-
-    __slots__ = ("_engine",)
-
-    def __init__(self, engine: RemoteEngine) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> None:
-        self._engine._begin()
-
-    def __exit__(self, *_: object) -> None:
-        self._engine._end()
 
 
 class RemotePending:
