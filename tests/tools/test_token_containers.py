@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -334,6 +335,15 @@ def test_a_mosaic_column_of_bytes_needs_its_type(tmp_path: Path) -> None:
         trace_of([folder])
 
 
+@pytest.mark.parametrize(
+    ("encoding", "value"), [("ndarray", b""), ("ndarray", b"\x41"), ("ndarray:int32", b""), ("json", b"[%d]" % 2**64)]
+)
+def test_a_mosaic_sample_without_an_array_of_ids_is_named(tmp_path: Path, encoding: str, value: bytes) -> None:
+    folder = mosaic_folder(tmp_path / "mds", {"tokens": encoding}, [[{"tokens": value}]])
+    with pytest.raises((FormatError, ConfigError), match=r"00000\.mds: sample 0 (is damaged|has an id beyond 64 bits)"):
+        trace_of([folder])
+
+
 def test_a_mosaic_index_that_disagrees_with_its_shards_is_named(tmp_path: Path) -> None:
     samples = [{"tokens": mosaic_array(document, with_type=True)} for document in FULL]
     folder = mosaic_folder(tmp_path / "mds", {"tokens": "ndarray"}, [samples])
@@ -430,6 +440,29 @@ def test_objects_and_arrays_in_an_archive_are_documents(tmp_path: Path) -> None:
     (tmp_path / "pictures.tar").write_bytes(archive_of([("0.jpg", bytes(100)), ("0.cls", b"1")]))
     with pytest.raises(ConfigError, match="without text or token ids: its members are of these kinds: jpg, cls"):
         trace_of([tmp_path / "pictures.tar"])
+
+
+@pytest.mark.parametrize("kind", [tarfile.AREGTYPE, tarfile.CONTTYPE], ids=["of before 1988", "contiguous"])
+def test_every_kind_of_regular_member_is_a_document(tmp_path: Path, kind: bytes) -> None:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, document in enumerate(DOCUMENTS):
+            data = json.dumps(document.tolist()).encode()
+            member = tarfile.TarInfo(f"{number}.json")
+            member.size, member.type = len(data), kind if number else tarfile.REGTYPE
+            tar.addfile(member, io.BytesIO(data))
+    (tmp_path / "a.tar").write_bytes(archive.getvalue())
+    assert trace_of([tmp_path / "a.tar"]) == expected_trace(tmp_path)
+
+
+@pytest.mark.parametrize("size", [b"-1", b"-0000001000"])
+def test_a_member_of_less_than_no_bytes_is_named(tmp_path: Path, size: bytes) -> None:
+    archive = bytearray(archive_of([("0.json", b'{"input_ids": [1, 2]}')]))
+    archive[124:136], archive[148:156] = size.ljust(12, b"\0"), b" " * 8
+    archive[148:156] = b"%06o\0 " % sum(archive[:512])
+    (tmp_path / "a.tar").write_bytes(archive)
+    with pytest.raises(FormatError, match=r"a\.tar: the header at byte 0 is damaged"):
+        trace_of([tmp_path / "a.tar"])
 
 
 def test_an_archive_that_is_cut_or_damaged_is_named_with_the_place(tmp_path: Path) -> None:

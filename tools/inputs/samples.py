@@ -56,7 +56,7 @@ def documents_of_samples(source: TokenInput) -> Iterator[tuple[str | np.ndarray,
                 if layout.packing == "sample":
                     sample = _decompressed(sample, SAMPLE_BYTES_MAX)
                 document = decode(_column(sample, layout, where), where)
-            except (ValueError, struct.error, RecursionError, zstandard.ZstdError) as error:
+            except (ValueError, IndexError, struct.error, RecursionError, zstandard.ZstdError) as error:
                 raise FormatError(f"{where} is damaged ({error}); copy the data set again") from error
             yield document, raw.consumed - consumed
             consumed = raw.consumed
@@ -169,7 +169,10 @@ def _json_ids(data: bytes, where: str) -> np.ndarray:
     value = json.loads(data)
     if not isinstance(value, list) or not all(type(each) is int for each in value):
         raise ConfigError(f"{where} is {value!r:.60}, expected a list of integers; name another field with --field")
-    return np.array(value, dtype=np.int64)
+    try:
+        return np.array(value, dtype=np.int64)
+    except OverflowError as error:
+        raise ConfigError(f"{where} has an id beyond 64 bits; no vocabulary has that") from error
 
 
 def _mosaic_array(data: bytes, dtype: str, where: str) -> np.ndarray:

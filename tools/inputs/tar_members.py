@@ -32,7 +32,7 @@ PROBE_MEMBERS = 1000  # that are looked at for a document
 SKIP_BYTES = 1 << 20
 TEXT_EXTENSIONS = ("txt", "text")
 NAMED_MAX = 8
-_REGULAR, _EXTENDED, _LONG_NAME, _SPARSE = b"0\07", b"x", b"L", b"S"
+_REGULAR, _EXTENDED, _LONG_NAME, _SPARSE = b"0\x007", b"x", b"L", b"S"
 _WITHOUT_DATA = b"123456"  # links, devices, folders
 
 
@@ -170,6 +170,7 @@ class _Archive:
             is_good = int(block[148:156].strip(b"\0 ") or b"0", 8) == total
             field = block[124:136]
             size = int.from_bytes(field[1:], "big") if field[0] == 0x80 else int(field.strip(b"\0 ") or b"0", 8)
+            is_good &= size >= 0
         except ValueError:
             is_good, size = False, 0
         if not is_good:
