@@ -22,7 +22,7 @@ from support.repository import SUPPORT
 import tierstore
 from engram_adapter import build_checkpoint, open_checkpoint
 from tierstore.errors import ConfigError, FormatError, TierStoreError
-from tierstore.formats import restricted_pickle
+from tierstore.formats import distributed_checkpoint, restricted_pickle
 from tierstore.formats.checkpoint import Checkpoint
 from tierstore.formats.restricted_pickle import PickleError
 
@@ -216,6 +216,31 @@ def test_what_is_no_metadata_is_named(copied: Path, data: bytes) -> None:
     (copied / "dcp" / ".metadata").write_bytes(data)
     with pytest.raises(FormatError, match=r"\.metadata: it is no metadata of torch\.distributed\.checkpoint"):
         Checkpoint.open(copied / "dcp")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x02Nr\xff\xff\xff\xff.",  # 64 GiB of memo
+        b"Np4000000000\n.",
+        b"\x80\x02N\x8e\xff\xff\xff\xff\xff\0\0\0.",  # bytes that would be there for a TiB
+        b"\x80\x02\x82\x01.",  # a class that was registered by number
+    ],
+)
+def test_what_a_pickle_claims_is_refused_before_memory_is_taken_for_it(data: bytes) -> None:
+    with pytest.raises(PickleError, match=r"of its memo, where 1 things are|it is damaged \((it ends|opcode 0x82)"):
+        restricted_pickle.load(data, {})
+
+
+def test_a_pickle_with_more_things_than_free_places_of_memo_is_read() -> None:
+    things: list[Any] = [str(number) for number in range(restricted_pickle.MEMO_FREE + 1000)]
+    assert restricted_pickle.load(pickle.dumps(things, protocol=2), {}) == things
+
+
+def test_sizes_that_lie_within_themselves_are_named() -> None:
+    sizes = restricted_pickle.load(b"\x80\x02)" + b"\x85" * 100_000 + b".", {})
+    with pytest.raises(PickleError, match=r"\(.* are no sizes of a tensor"):
+        distributed_checkpoint._sizes(sizes)
 
 
 def test_a_persistent_id_is_refused_where_there_are_none() -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from ..errors import ConfigError, FormatError
 from . import restricted_pickle
 from .checkpoint_files import METADATA_NAME, why_absent
-from .restricted_pickle import PickleError, Record, Word, named_records
+from .restricted_pickle import PickleError, Record, Word, named_records, shown
 from .stored_tensor import FileIdentity, StoredTensor, TensorFile, stacked
 from .torch_archive import DTYPES, saved_tensor
 
@@ -122,11 +122,15 @@ def _described(metadata: Any) -> tuple[dict[str, _Tensor], dict[str, tuple[Any, 
             unusable[name] = str(error)
     planned = metadata.__dict__.get("planner_data")
     paths = {
-        str(name): keys
+        name: keys
         for name, keys in (planned.items() if isinstance(planned, dict) else ())
-        if isinstance(keys, tuple) and str(name) in tensors
+        if isinstance(name, str) and name in tensors and _is_path(keys)
     }
     return tensors, paths, unusable
+
+
+def _is_path(keys: Any) -> bool:
+    return isinstance(keys, tuple) and all(isinstance(key, (str, int)) for key in keys)
 
 
 def _tensor(name: str, tensor: Record, stored: dict[tuple[str, Any], Record]) -> _Tensor:
@@ -143,7 +147,8 @@ def _tensor(name: str, tensor: Record, stored: dict[tuple[str, Any], Record]) ->
         if info is None:
             raise FormatError(f"has no storage for its chunk at {list(offsets)}: a rank's part is missing; {_SAVE}")
         if info.__dict__.get("transform_descriptors"):
-            raise FormatError(f"is stored through {info.__dict__['transform_descriptors']}; save it without transforms")
+            transforms = shown(info.__dict__["transform_descriptors"])
+            raise FormatError(f"is stored through {transforms}; save it without transforms")
         file_name, start, num_bytes = info.of("relative_path", str), info.of("offset", int), info.of("length", int)
         if "/" in file_name or file_name.startswith(".") or not file_name or min(start, num_bytes) < 0:
             raise PickleError(f"{name} lies at byte {start} of {file_name!r}, outside of the folder's files")
@@ -153,7 +158,7 @@ def _tensor(name: str, tensor: Record, stored: dict[tuple[str, Any], Record]) ->
 
 def _sizes(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple) or not all(type(value) is int and 0 <= value < 2**62 for value in values):
-        raise PickleError(f"{str(values)[:80]} are no sizes of a tensor")
+        raise PickleError(f"{shown(values)} are no sizes of a tensor")
     return values
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ..errors import FormatError
 from . import restricted_pickle
-from .restricted_pickle import PickleError, Word
+from .restricted_pickle import PickleError, Word, shown
 
 PICKLE_BYTES_MAX = 1 << 20
 RECORDS_MAX = 64
@@ -139,7 +139,7 @@ def _placed(fd: int, start: int, num_bytes: int, info: zipfile.ZipInfo, tensor: 
         or len(shape) != len(strides)
         or len(shape) > DIMENSIONS_MAX
     ):
-        raise FormatError(f"a tensor of shape {str(shape)[:80]} and strides {str(strides)[:80]}")
+        raise FormatError(f"a tensor of shape {shown(shape)} and strides {shown(strides)}")
     dense, expected = True, 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         dense &= size <= 1 or stride == expected
