@@ -455,6 +455,16 @@ def test_every_kind_of_regular_member_is_a_document(tmp_path: Path, kind: bytes)
     assert trace_of([tmp_path / "a.tar"]) == expected_trace(tmp_path)
 
 
+def test_arrays_of_several_integer_types_in_one_archive_are_documents(tmp_path: Path) -> None:
+    members = []
+    for number, dtype in enumerate(["<u8", "<i8", ">i4", "<u2"]):
+        data = io.BytesIO()
+        np.save(data, FULL[number].astype(dtype))
+        members.append((f"{number}.npy", data.getvalue()))
+    (tmp_path / "a.tar").write_bytes(archive_of(members))
+    assert trace_of([tmp_path / "a.tar"]) == expected_trace(tmp_path, FULL[:4])
+
+
 @pytest.mark.parametrize("size", [b"-1", b"-0000001000"])
 def test_a_member_of_less_than_no_bytes_is_named(tmp_path: Path, size: bytes) -> None:
     archive = bytearray(archive_of([("0.json", b'{"input_ids": [1, 2]}')]))

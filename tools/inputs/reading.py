@@ -87,7 +87,7 @@ class Reader:
             num_tokens += len(document)
             num_gathered += len(document)
             taken += input_bytes
-            ids.append(document)
+            ids.append(document.astype(np.int32))  # int64 and uint64 side by side would become floats
             if num_gathered >= BATCH_TOKENS:
                 yield _piece(ids, taken)
                 ids, num_gathered, taken = [], 0, 0
