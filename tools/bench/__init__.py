@@ -120,7 +120,8 @@ def command(
             else:
                 with huge_pages_off() if no_huge_pages else contextlib.nullcontext():
                     result = importlib.import_module(module_of(name)).run(folder, options)
-                result.facts |= {"huge pages": "switched off"} if no_huge_pages else {}
+                if no_huge_pages:
+                    result.facts["huge pages"] = "switched off"
             console().print(result.table())
             results[name] = result.to_dict()
             if json_file:  # after each, so that what was measured is not lost with what fails

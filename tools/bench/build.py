@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Result:
     copy_s: dict[str, list[float]]
     build_s: dict[str, list[float]]
     build_peak_bytes: int
+    facts: dict[str, str] = field(default_factory=dict)  # how the command was run; so has every benchmark's result
     failed: str | None = None  # as every benchmark's result says; here what fails is raised
 
     def ratio(self, state: str) -> float:
