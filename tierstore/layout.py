@@ -17,6 +17,7 @@ from .errors import FormatError
 from .spec import TableSpec
 
 UNIT_BYTES = 4096  # pages, heads, indexes and records begin at multiples of it, and reads are of whole ones
+SEED_MAX = (1 << 32) - 1  # of checksums
 PAGE_UNITS_MAX = 64
 PAGE_WASTE_FRACTION = 0.1  # a page may leave so much of itself unused
 TRAILER_BYTES = kernels.TRAILER.itemsize
@@ -120,7 +121,7 @@ class TableLayout:
         numbers: dict[str, Any] = {
             n: record.get(n) for n in ("page_bytes", "rows_per_page", "num_pages", "pages_per_shard", "seed")
         }
-        if not all(type(value) is int and value >= 0 for value in numbers.values()):
+        if not all(type(value) is int and value >= 0 for value in numbers.values()) or numbers["seed"] > SEED_MAX:
             raise FormatError(f"table {spec.name}: the catalog's layout {numbers} is damaged; restore it or rebuild")
         layout = cls(spec, **numbers, folder=checked_path(record.get("folder"), f"table {spec.name}"))
         fits = layout.rows_per_page == (layout.page_bytes - 16) // spec.row_bytes >= 1

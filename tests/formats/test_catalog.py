@@ -155,6 +155,7 @@ def test_a_flipped_bit_of_a_record_is_noticed(own_store: Path, model: Model, see
         ("table/layers.1", {"page_bytes": 4095}),
         ("table/layers.1", {"pages_per_shard": 0}),
         ("table/layers.1", {"pages_per_shard": "many"}),
+        ("table/layers.1", {"seed": 1 << 40}),
         ("table/layers.1", {"folder": "../../etc"}),
         ("table/layers.1", {"folder": "/etc"}),
         ("table/layers.1", {"spec": {}}),

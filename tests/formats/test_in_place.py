@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from support.stores import Model
 import tierstore
 from tierstore import kernels
 from tierstore.errors import FormatError, TierStoreError
+from tierstore.formats import catalog
 from tierstore.formats.catalog import read_catalog
 from tierstore.formats.in_place import InPlaceFile, InPlaceLayout
 from tierstore.formats.stored_tensor import FileIdentity, StoredTensor
@@ -100,6 +102,8 @@ LIES = {
     "no checksums": set_in("checksums", value=None),
     "checksums of other blocks": set_in("checksums", "spec", "num_rows", value=3),
     "no seed": set_in("seed", value=None),
+    "a seed of 40 bits": set_in("seed", value=1 << 40),
+    "a seed below 0": set_in("seed", value=-1),
     "no spec": set_in("spec", value={}),
 }
 
@@ -132,6 +136,19 @@ def test_no_damaged_layout_is_more_than_a_named_error(in_place_built: Path) -> N
             InPlaceLayout.from_dict(record)
         except TierStoreError:
             continue
+
+
+@pytest.mark.parametrize("lie", [(1, 1 << 40), (0, 1)], ids=["beyond the end of its file", "in no file"])
+def test_a_catalog_whose_rows_lie_in_no_file_is_refused(
+    in_place_built: Path, tmp_path: Path, lie: tuple[int, int]
+) -> None:
+    shutil.copytree(in_place_built, tmp_path / "store")
+    record = read_catalog(in_place_built).tables["plain"].to_dict()
+    field, more = lie
+    record["planes"][0]["stretches"][0][field] += more
+    catalog._write(tmp_path / "store" / catalog.CATALOG_FILE, {"table/plain": json.dumps(record).encode()})
+    with pytest.raises(FormatError, match=r"rows of table plain lie up to byte \d+ of file [01] of its 1"):
+        tierstore.open(tmp_path / "store")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from ..errors import BudgetError, ConfigError, FormatError, StoreNotReadyError
 from ..layout import PlacementRecord, ShardRecord, TableLayout, checked_path
 from ..lazy import lazy
 from ..version import VERSION
-from .in_place import InPlaceFile, InPlaceLayout
+from .in_place import InPlaceFile, InPlaceLayout, check_files
 from .lmdb_pages import FILE_BYTES_MAX, read_lmdb_records
 
 STORE_FORMAT_VERSION = 1
@@ -273,9 +273,8 @@ def _tables_and_files(
         return {name: TableLayout.from_dict(_from_json(records, f"table/{name}", path)) for name in names}, ()
     files = tuple(InPlaceFile.from_dict(record) for record in _from_json(records, "files", path, kind=list))
     tables = {name: InPlaceLayout.from_dict(_from_json(records, f"table/{name}", path)) for name in names}
-    used = max((s.file for table in tables.values() for plane in table.planes for s in plane.stretches), default=0)
-    if used >= len(files):
-        raise FormatError(f"{path}: the catalog names {len(files)} files, its tables lie in {used + 1}; rebuild")
+    for table in tables.values():
+        check_files(path, table, files)
     return dict(tables), files
 
 

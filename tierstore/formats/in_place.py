@@ -21,7 +21,7 @@ import numpy as np
 
 from .. import kernels
 from ..errors import ConfigError, FormatError
-from ..layout import PageShape, TableLayout, round_up
+from ..layout import SEED_MAX, PageShape, TableLayout, round_up
 from ..lazy import lazy
 from ..spec import TableSpec
 from .page import page_seed
@@ -167,12 +167,27 @@ class InPlaceLayout(TableLayout):
         """Reads what `to_dict` wrote; raises `FormatError` if numbers are missing or contradict each other."""
         spec = TableSpec.from_dict(record.get("spec", {}))
         seed, planes = record.get("seed"), record.get("planes")
-        if type(seed) is not int or not isinstance(planes, list) or not 1 <= len(planes) <= PLANES_MAX:
+        if type(seed) is not int or not 0 <= seed <= SEED_MAX:
+            raise FormatError(f"table {spec.name}: the catalog's seed {seed} is damaged; restore it or rebuild")
+        if not isinstance(planes, list) or not 1 <= len(planes) <= PLANES_MAX:
             raise FormatError(f"table {spec.name}: the catalog's planes are damaged; restore it or rebuild")
         made = [_plane_from(spec, plane) for plane in planes]
         layout = make_layout(spec, seed, made, _paged_from(record.get("checksums")))
         _check_layout(layout)
         return layout
+
+
+def check_files(path: Path, layout: InPlaceLayout, files: Sequence[InPlaceFile]) -> None:
+    """Raises `FormatError` if a stretch of a table lies in none of a catalog's files, or beyond the end of one."""
+    for plane in layout.planes:
+        for stretch, row_end in zip(plane.stretches, layout.row_ends(plane), strict=plane.copy is None):
+            byte_end = stretch.byte_start + (row_end - stretch.row_start) * plane.width_bytes
+            num_bytes = files[stretch.file].identity.num_bytes if stretch.file < len(files) else 0
+            if byte_end > num_bytes:
+                raise FormatError(
+                    f"{path}: the catalog says that rows of table {layout.spec.name} lie up to byte {byte_end} of file "
+                    f"{stretch.file} of its {len(files)}, which has {num_bytes}; restore it or rebuild"
+                )
 
 
 def make_layout(spec: TableSpec, seed: int, planes: Sequence[InPlacePlane], checksums: TableLayout) -> InPlaceLayout:
