@@ -29,6 +29,7 @@ from tierstore.tools.inputs.columns import ColumnReader
 from tierstore.tools.inputs.fields import Field, NoField
 from tierstore.tools.inputs.ids import Piece
 from tierstore.tools.inputs.processes import WorkerProcess
+from tierstore.tools.inputs.spool import Spool
 from tierstore.tools.trace import write_trace
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -691,3 +692,11 @@ def test_an_interrupt_ends_the_workers_and_leaves_nothing(
     assert len(workers) == 2
     assert not [each for each in workers if each.is_running()]
     assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+def test_an_error_names_the_source_of_its_copy_however_many_copies_there_are(tmp_path: Path) -> None:
+    with Spool(tmp_path) as spool:
+        for number in range(120):  # descriptors of one, two and three digits: some begin like others
+            path = spool.copy([b""], f"source {number}")
+            with pytest.raises(FormatError, match=rf"^source {number}: damaged$"), spool.naming_sources():
+                raise FormatError(f"{path}: damaged")

@@ -75,7 +75,7 @@ class Spool:
 
     def _renamed(self, text: object) -> object:
         if isinstance(text, str):
-            for path, shown in self._shown.items():
+            for path, shown in sorted(self._shown.items(), reverse=True):  # .../fd/50 before .../fd/5
                 text = text.replace(path, shown)
         return text
 
