@@ -92,7 +92,7 @@ def command(
 
     \b
     tierstore bench warm cold decode --folder /mnt/nvme --json figures.json
-    tierstore bench warm cold decode serve --against ../other-checkout
+    tierstore bench warm cold decode serve overlap build --against ../other-checkout
     """
     from . import stores
     from .against import command as other_build
