@@ -24,6 +24,7 @@ FLOORS = (
     {"tierstore/decisions": "pure choices: budgets, profile analysis, plans, replans"},
     {"tierstore/tiers": "the engine contract, its native implementation, nvme, static set, hbm"},
     {"tierstore/store": "the open store", "tierstore/offline": "build, verify, repair, count, profile, plan, place"},
+    {"tierstore/training": "rows that change: row cache, optimizers, runs, commits, versions"},
     {"tierstore/ipc": "between the processes of one host"},
     {"tierstore/attached": "the local client of a daemon"},
     {"tierstore/remote": "gRPC, both ends"},

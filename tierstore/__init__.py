@@ -38,51 +38,66 @@ if TYPE_CHECKING:
     from .offline.plan import Plan, plan
     from .offline.profile import Profile, merge_profiles, open_profile, profile
     from .offline.repair import verify
+    from .training.opening import open_training
+    from .training.optimizers import SGD, DenseAdam, LazyAdam, RowWiseAdagrad
+    from .training.training import Training
 
 __all__ = [
+    "SGD",
     "BudgetError",
     "ConfigError",
     "CorruptPageError",
     "DaemonError",
+    "DenseAdam",
     "FingerprintMismatchError",
     "FormatError",
+    "LazyAdam",
     "Plan",
     "Profile",
+    "RowWiseAdagrad",
     "Store",
     "StoreNotReadyError",
     "Table",
     "TableSpec",
     "Ticket",
     "TierStoreError",
+    "Training",
     "__version__",
     "build_store",
     "connect",
     "merge_profiles",
     "open",
     "open_profile",
+    "open_training",
     "place",
     "plan",
     "profile",
     "verify",
 ]
 
-# The jobs behind the commands are imported when they are first used: lookups do without.
+# The jobs behind the commands, and training, are imported when they are first used: lookups do without.
 _JOBS = {
-    "Plan": "plan",
-    "Profile": "profile",
-    "build_store": "build",
-    "merge_profiles": "profile",
-    "open_profile": "profile",
-    "place": "place",
-    "plan": "plan",
-    "profile": "profile",
-    "verify": "repair",
+    "DenseAdam": "training.optimizers",
+    "LazyAdam": "training.optimizers",
+    "Plan": "offline.plan",
+    "Profile": "offline.profile",
+    "RowWiseAdagrad": "training.optimizers",
+    "SGD": "training.optimizers",
+    "Training": "training.training",
+    "build_store": "offline.build",
+    "merge_profiles": "offline.profile",
+    "open_profile": "offline.profile",
+    "open_training": "training.opening",
+    "place": "offline.place",
+    "plan": "offline.plan",
+    "profile": "offline.profile",
+    "verify": "offline.repair",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _JOBS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    job = getattr(importlib.import_module(f".offline.{_JOBS[name]}", __name__), name)
+    job = getattr(importlib.import_module(f".{_JOBS[name]}", __name__), name)
     globals()[name] = job
     return job
