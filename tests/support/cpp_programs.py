@@ -23,6 +23,7 @@ SOURCES = REPOSITORY / "tests" / "kernels" / "cpp"
 BUILD = REPOSITORY / "build" / "cpp"
 BINDINGS = "module.cpp"  # the files that are the Python face, by the end of their name
 FLAGS = shlex.split(os.environ.get("TIERSTORE_TEST_CXXFLAGS", "-O1"))
+FLOATS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")  # as setup.py has them
 COMPILE_S = 600.0
 LOOKUP_PATH = tuple(sorted(path for path in CPU.glob("*.cpp") if not path.name.endswith(BINDINGS)))
 PROGRAMS = {  # each with the product's files that it is linked with
@@ -42,7 +43,7 @@ def compiler() -> list[str]:
     named = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or ""]
     if not shutil.which(named[0]):
         raise NoCompilerError("there is no C++ compiler: install g++, or name one by CXX")
-    return [*named, "-std=c++17", "-g", *FLAGS, f"-I{CPU}", "-pthread"]
+    return [*named, "-std=c++17", "-g", *FLAGS, *FLOATS, f"-I{CPU}", "-pthread"]
 
 
 def digest(command: Iterable[str], files: Iterable[Path]) -> str:

@@ -1,0 +1,70 @@
+// How an optimizer changes a training record: `dim` float32 values of a row, then the optimizer's state as float32s.
+//
+// The same bits on every processor: nothing is contracted (setup.py says so), a fused multiply-add stands where torch
+// has one, sums over a row have 16 partial sums. kernels/reference_training.py does the same in NumPy.
+//
+//   kSgd            w = fma(g, -lr, w)                                                  torch.optim.SGD, in bits
+//   kRowWiseAdagrad m = decay * m + mean(g * g); w = fma(-(lr / (sqrt(m) + eps)), g, w)  one m a row
+//   kLazyAdam       torch.optim.SparseAdam, in bits: rows without a gradient stay as they are
+//   kDenseAdam      torch.optim.Adam of the whole table: a row that comes back first replays the steps it missed
+//
+// All functions are safe to call from several threads for different records, allocate nothing, and do not throw.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tierstore {
+
+enum class Rule : uint8_t { kSgd, kRowWiseAdagrad, kLazyAdam, kDenseAdam };
+
+constexpr uint32_t kStepMax = 0x7fffffff;  // a record holds its last step as an int32
+
+struct Optimizer {
+  Rule rule = Rule::kSgd;
+  double lr = 0;  // for callers that give a step no rate of its own
+  double eps = 0;
+  double beta1 = 0, beta2 = 0;    // of the two Adams
+  double decay = 1, initial = 0;  // of kRowWiseAdagrad
+};
+
+// Floats of state that follow a row's values.
+//   kSgd: none. kRowWiseAdagrad: m. kLazyAdam: first moments [dim], second moments [dim].
+//   kDenseAdam: those, and the last step that the record has seen, as the bits of an int32.
+size_t state_floats(Rule rule, size_t dim);
+
+// Writes the state of a row that no step has touched.
+void initial_state(const Optimizer& optimizer, size_t dim, float* state);
+
+// What one step multiplies with: from float64, rounded once.
+struct StepFactors {
+  float rate;  // -lr; kRowWiseAdagrad: lr; the Adams: minus the step size
+  float root;  // kDenseAdam: the square root of 1 - beta2^step; else 1
+};
+
+// step: 1 is the first. lr: this step's own. About 50 ns.
+StepFactors step_factors(const Optimizer& optimizer, uint32_t step, double lr);
+
+// The steps up to `last`, which is the one that is being made.
+struct Steps {
+  uint32_t last;
+  StepFactors now;         // of step `last`
+  const StepFactors* all;  // [last], of steps 1 to `last`; null is allowed for every rule but kDenseAdam
+};
+
+// How a gradient reaches its row: g = (sum + 0) * scale. `+ 0` because a sum of torch starts at 0 and is never -0.
+// records: [num_rows], where each record begins. sums: [num_rows], where each row's `dim` summed gradients begin;
+// finite. kDenseAdam: a record whose last step is below steps.last - 1 is brought there first; then it has seen
+// steps.last. plain: without instructions that not every processor has; the same bits.
+void update_rows(const Optimizer& optimizer, const Steps& steps, size_t dim, size_t num_rows, float* const* records,
+                 const float* const* sums, float scale, bool plain = false);
+
+// kDenseAdam: brings records to what they are after steps.last without a gradient since their last step; a record that
+// has never had one only gets the step's number. Other rules: nothing to do. A step of 128 values takes about 0.1 us.
+void catch_up_rows(const Optimizer& optimizer, const Steps& steps, size_t dim, size_t num_rows, float* const* records,
+                   bool plain = false);
+
+// Whether catch_up_rows would change the values of a record: so that gather can read the others as they are.
+bool is_behind(const Optimizer& optimizer, uint32_t last, size_t dim, const float* record);
+
+}  // namespace tierstore
