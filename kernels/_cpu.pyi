@@ -17,6 +17,7 @@ _Bytes = npt.NDArray[np.uint8]
 _Int64 = npt.NDArray[np.int64]
 _UInt64 = npt.NDArray[np.uint64]
 _UInt32 = npt.NDArray[np.uint32]
+_UInt16 = npt.NDArray[np.uint16]
 _Int32 = npt.NDArray[np.int32]
 _Bool = npt.NDArray[np.bool_]
 _Reports = npt.NDArray[np.void]  # of type kernels.REPORT
@@ -969,3 +970,44 @@ class MailboxServer:
 
     def after_fork(self, child: bool) -> None:
         """Releases it. In a child, the server is closed, and touches no block."""
+
+# --------------------------------------------------------------------------------------------------------------------
+# Where the newest training record of a row lies (row_places.h).
+
+class RowPlaces:
+    """An index: row id -> (run, place), about 18 bytes a row, without a jump of memory as it grows.
+
+    Any thread may call; each call is one step to others. Row ids are 0 or more and below `num_rows`.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        """num_rows: of the table, at most 2^48. Takes no memory to speak of before the first row."""
+
+    def put(self, row_ids: _Int64, run: int, place_start: int) -> None:
+        """Notes that the newest record of row_ids[i], int64 [n], is place_start + i of `run`, 0 to 65534.
+
+        Costs some 50 ns a row. Raises `MemoryError`, and then has noted nothing.
+        """
+
+    def find(self, row_ids: _Int64, runs: _UInt16, places: _UInt32) -> int:
+        """Writes the runs, uint16 [n], and places, uint32 [n], of row_ids, int64 [n]; returns how many were found.
+
+        A row that has no record gets run 65535 and place 2^32 - 1.
+        """
+
+    def move(self, row_ids: _Int64, runs: _UInt16, places: _UInt32, run: int, place_start: int) -> int:
+        """Does what `put` does for the rows that still lie at runs[i], places[i]; returns how many. Takes no memory."""
+
+    def live(self, run: int) -> int:
+        """Returns how many rows have their newest record in a run."""
+
+    @property
+    def num_found(self) -> int:
+        """Rows that have a record."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory that it takes."""
+
+    def num_bytes_with(self, num_more: int) -> int:
+        """Returns the most bytes that it will take once so many rows are added, at the moment of growth included."""
