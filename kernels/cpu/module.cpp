@@ -22,4 +22,5 @@ PYBIND11_MODULE(_cpu, module) {
   tierstore::bind_learning(module);
   tierstore::bind_shared(module);
   tierstore::bind_huge_pages(module);
+  tierstore::bind_row_cache(module);
 }

@@ -18,6 +18,7 @@ void bind_messages(pybind11::module_& module);
 void bind_pages(pybind11::module_& module);
 void bind_placed(pybind11::module_& module);
 void bind_profile(pybind11::module_& module);
+void bind_row_cache(pybind11::module_& module);
 void bind_shared(pybind11::module_& module);
 
 }  // namespace tierstore
