@@ -8,8 +8,20 @@ a store raises.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
+from pathlib import Path
 
-from .optimizers import Optimizer
+from ..errors import ConfigError
+from ..formats.catalog import CatalogImage, read_catalog
+from ..store.embedded import check_available
+from ..store.options import check_options, check_threads
+from ..tiers.nvme import default_threads
+from ..units import parse_bytes
+from .base import base_bytes_of, check_trainable, open_base
+from .commits import TrainingRecords, create_training, go_back, read_training, writing
+from .health import Health
+from .opened import OpenedTraining, open_files, plan_memory
+from .optimizers import Optimizer, from_dict
 from .training import Training
 
 
@@ -45,4 +57,62 @@ def open_training(
         BudgetError: dram is too small, or more than the machine has.
         StoreNotReadyError, FormatError: As `tierstore.open`.
     """
-    raise NotImplementedError
+    check_options(io, None, None)
+    num_threads = check_threads(threads) or default_threads()
+    budget_bytes = parse_bytes(dram, "dram")
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"optimizer: {optimizer!r} is none; give tierstore.RowWiseAdagrad(lr=0.01), for one")
+    store = Path(path).absolute()
+    image = read_catalog(store)
+    for table in image.tables.values():
+        check_trainable(table.spec)
+    with ExitStack() as stack:
+        stack.enter_context(writing(store))
+        chosen, records = _records(store, image, optimizer, at)
+        commit = None if records.current is None else records.commits[records.current]
+        files = open_files(store, image, chosen, commit, io, stack)
+        base_bytes = base_bytes_of(image.tables, budget_bytes)
+        plan = plan_memory(files, image, budget_bytes, base_bytes)
+        check_available(plan.num_bytes)
+        base = open_base(store, base_bytes, io)
+        stack.callback(base.close)
+        health = Health(f"the training of {path}")
+        opened = OpenedTraining(store, base, files, plan, chosen, num_threads, health)
+        stack.callback(opened.stop)
+        opened.start(records.last_run, commit)
+        training = Training(opened, stack.pop_all(), health, commit)
+    return training
+
+
+def _records(
+    store: Path, image: CatalogImage, optimizer: Optimizer | None, at: int | None
+) -> tuple[Optimizer, TrainingRecords]:
+    """Returns the optimizer to train with, and what the catalog says, at the commit that is asked for."""
+    records = read_training(store)
+    if records is None:
+        if at:
+            raise ConfigError(f"at: {store} has no commit {at}; it was never trained")
+        if optimizer is None:
+            raise ConfigError(
+                f"{store} was never trained: give an optimizer, such as tierstore.RowWiseAdagrad(lr=0.01)"
+            )
+        build = {"build": image.identity, "optimizer": optimizer.to_dict()}
+        return optimizer, create_training(store, build)
+    if records.training.get("build") != image.identity:
+        raise ConfigError(
+            f"{store} was built anew since its training began: its commits are of other rows; build into a new folder"
+        )
+    if at is not None and at != (records.current or 0):
+        records = go_back(store, at)
+    commit = None if records.current is None else records.commits[records.current]
+    made_with = from_dict(dict(records.training["optimizer"] if commit is None else commit.optimizer["optimizer"]))
+    if optimizer is None:
+        return made_with, records
+    wanted, found = optimizer.to_dict(), made_with.to_dict()
+    other = [name for name in found if name != "lr" and wanted.get(name) != found[name]]
+    if commit is not None and other:
+        raise ConfigError(
+            f"optimizer: {optimizer!r}, but commit {commit.number} of {store} was made with {made_with!r}; give that "
+            f"(only lr may be another), or start anew with at=0"
+        )
+    return optimizer, records

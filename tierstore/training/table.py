@@ -7,31 +7,102 @@ closed or broken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from .. import kernels
+from ..errors import BudgetError
 from ..spec import TableSpec
+from ..store.arguments import checked_ids, refuse_outside
+from .health import Health
+from .rows import CachedRows
+from .step import Step
+
+PINNED_FRACTION = 1 / 2  # of a cache's slots that callers may pin
+STEP_MAX = 2**31 - 1
+
+
+class RowPins:
+    """Rows that stay in DRAM until `release`, or until nobody holds this. Any thread may call."""
+
+    def __init__(self, pins: kernels.RowPins) -> None:
+        """`TrainingTable.pin_rows` is the way in."""
+        self._pins = pins
+        self._lock = threading.Lock()  # guards `_pins`, which one thread at a time uses
+
+    def release(self) -> None:
+        """Lets the rows go. Any number of times."""
+        with self._lock:
+            self._pins.release()
+
+
+class StepParts:
+    """What the steps of all tables share: one is taken at a time."""
+
+    def __init__(self, scratch_bytes: int, threads: int) -> None:
+        self.lock = threading.Lock()  # held by the one step, or freeze, or rollback
+        self.update = kernels.RowUpdate(scratch_bytes)
+        self.threads = threads
 
 
 class TrainingTable:
-    """One table of a `Training`, which it keeps open. One thread takes steps."""
+    """One table of a `Training`, which closes it. One thread takes steps."""
+
+    def __init__(
+        self,
+        spec: TableSpec,
+        rows: CachedRows,
+        parts: StepParts,
+        lr: float,
+        health: Health,
+        wait_for: Callable[[str, np.ndarray], None],
+    ) -> None:
+        """wait_for: waits for prefetches of distinct rows of a table."""
+        self._spec, self._rows, self._parts, self._lr, self._health = spec, rows, parts, lr, health
+        self._wait_for = wait_for
+
+    def __repr__(self) -> str:
+        return f"<tierstore.TrainingTable {self._spec.name}: {self._spec.num_rows} rows>"
 
     @property
     def spec(self) -> TableSpec:
         """What the table is: rows, codec, address map, fingerprint. Frozen."""
-        raise NotImplementedError
+        return self._spec
+
+    @property
+    def rows(self) -> CachedRows:
+        """Where its records are; for the training itself."""
+        return self._rows
 
     @property
     def num_steps(self) -> int:
         """How many steps were applied; Adam's bias correction counts with it. Kept with a commit."""
-        raise NotImplementedError
+        if self._health.is_closed:
+            self._health.check()
+        return int(self._rows.cache.num_steps)
 
     def set_step(self, step: int) -> None:
-        """Sets `num_steps`: for a step that gave this table no gradients, or for states that come from elsewhere."""
-        raise NotImplementedError
+        """Sets `num_steps`: for states that come from elsewhere.
+
+        Raises `ValueError` for a step that is none; `DenseAdam` keeps the rate of each step, so it cannot skip any:
+        apply no gradients instead.
+        """
+        step = operator.index(step)
+        with self._parts.lock:
+            self._health.check()
+            if not 0 <= step <= STEP_MAX:
+                raise ValueError(f"table {self._spec.name}: step {step} is outside 0 to {STEP_MAX}")
+            if len(self._rows.cache.rates()) and step != self.num_steps:
+                raise ValueError(
+                    f"table {self._spec.name}: DenseAdam is at step {self.num_steps} and cannot be set to {step}; apply "
+                    f"no row ids for each step that is skipped"
+                )
+            self._rows.cache.set_steps(step, np.empty(0))
 
     def gather(self, row_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Returns the values of rows, as they are now. Blocks on the disk for rows that DRAM does not hold.
@@ -47,7 +118,27 @@ class TrainingTable:
             TypeError, ValueError: Another type or shape, or an id outside the table.
             CorruptPageError: A row cannot be read as it was written.
         """
-        raise NotImplementedError
+        ids = checked_ids(row_ids, "row_ids")
+        shape = (*ids.shape, self._spec.dim)
+        if out is None:
+            out = np.empty(shape, dtype=np.float32)
+        _check_floats(out, shape, "out")
+        if not (out.flags.c_contiguous and out.flags.writeable):
+            raise ValueError("out must be C-contiguous and writable")
+        flat = self._checked_rows(ids)
+        with self._parts.lock:
+            self._health.check()
+            self._rows.gather(flat, out.reshape(-1, self._spec.dim), self._wait)
+        return out
+
+    def _wait(self, rows: np.ndarray) -> None:
+        self._wait_for(self._spec.name, rows)
+
+    def _checked_rows(self, ids: np.ndarray) -> np.ndarray:
+        """Returns a flat copy of row ids, checked: what another thread does to the caller's cannot matter."""
+        flat = np.array(ids, dtype=np.int64, order="C", copy=True).reshape(-1)
+        refuse_outside(self._spec, flat)
+        return flat
 
     def apply(
         self,
@@ -61,6 +152,9 @@ class TrainingTable:
         Gradients of equal ids are summed in float32: within a group in the order of the batch, then the groups' sums
         in the order of their numbers. So the bits depend on the groups, and on no thread, cache or disk.
 
+        An exception leaves all rows as they were. If it comes too late for that (Ctrl-C, a disk that fails), the
+        training is broken.
+
         Args:
             row_ids: int64 [...], any strides; -1: the gradient is dropped.
             gradients: float32 [..., dim], one for each row id.
@@ -72,14 +166,105 @@ class TrainingTable:
             TypeError, ValueError: Another type, shape or range; or a sum of gradients that is not finite: then no row
                 was changed.
         """
-        raise NotImplementedError
+        ids = checked_ids(row_ids, "row_ids")
+        _check_floats(gradients, (*ids.shape, self._spec.dim), "gradients")
+        if groups is not None and (groups.dtype != np.int32 or groups.shape != ids.shape):
+            raise TypeError(
+                f"groups are {groups.dtype} {list(groups.shape)}, expected int32 {list(ids.shape)}: one for each row id"
+            )
+        rate = self._lr if lr is None else float(lr)
+        if not 0 <= rate < float("inf"):
+            raise ValueError(f"lr is {lr}, must be finite and at least 0")
+        flat = np.ascontiguousarray(gradients).reshape(-1, self._spec.dim)
+        with self._parts.lock:
+            self._health.check()
+            try:
+                self._begin(ids, flat, groups)
+                self._take_step(rate)
+            finally:
+                self._parts.update.end()
+            if self._rows.has_too_many_dirty() and self._rows.spill is not None:
+                self._rows.spill()
+
+    def _begin(self, ids: np.ndarray, gradients: np.ndarray, groups: np.ndarray | None) -> None:
+        flat = np.ascontiguousarray(ids).reshape(-1)
+        of = None if groups is None else np.ascontiguousarray(groups).reshape(-1)
+        place, is_group = self._parts.update.begin(flat, gradients, of, self._spec.num_rows)
+        if place >= 0 and is_group:
+            assert of is not None
+            raise ValueError(f"table {self._spec.name}: group {of[place]} is below 0; groups are 0 or more")
+        if place >= 0:
+            refuse_outside(self._spec, flat)
+            raise ValueError(f"table {self._spec.name}: row ids changed while they were read")
+
+    def _take_step(self, lr: float) -> None:
+        steps_before = self.num_steps
+        step = Step(self._rows, self._parts.update, lr, self._parts.threads)
+        try:
+            step.take()
+        except BaseException as error:
+            if step.is_half or self.num_steps != steps_before:
+                self._health.mark_broken(f"a step of table {self._spec.name} was interrupted: {error!r}")
+            raise
+
+    def pin_rows(self, row_ids: np.ndarray) -> RowPins:
+        """Brings rows, int64 [...], into DRAM and keeps them there until the handle is released, or dropped.
+
+        Blocks on the disk. Results do not depend on it. Half of the table's cache may be pinned at a time; what goes
+        beyond is not.
+
+        Raises:
+            TypeError, ValueError: As `gather`.
+        """
+        flat = self._checked_rows(checked_ids(row_ids, "row_ids"))
+        rows = np.unique(flat[flat >= 0])
+        with self._parts.lock:
+            self._health.check()
+            pins = self._rows.cache.pins()
+            room = int(self._rows.num_slots * PINNED_FRACTION) - int(self._rows.cache.counters()["num_pinned"])
+            wanted = rows[: max(0, room)]
+            try:
+                missing = self._rows.cache.find(wanted, pins)
+                if len(missing):
+                    self._wait(wanted[missing])
+                    missing = missing[self._rows.cache.find(wanted[missing], pins)]
+                self._rows.bring(wanted[missing], pins)
+                return RowPins(pins)
+            except BudgetError:  # others have pinned all the rest
+                return RowPins(pins)
+            except BaseException:
+                pins.release()
+                raise
 
     @contextmanager
     def pinned(self, row_ids: np.ndarray) -> Iterator[None]:
-        """Keeps rows, int64 [...], in DRAM while the body runs; as many as half of the table's cache holds."""
-        raise NotImplementedError
-        yield
+        """Keeps rows, int64 [...], in DRAM while the body runs, as `pin_rows` does."""
+        pins = self.pin_rows(row_ids)
+        try:
+            yield
+        finally:
+            pins.release()
 
     def stats(self) -> dict[str, Any]:
-        """Returns counters: rows found and read, spilled, dirty; bytes of cache and index."""
-        raise NotImplementedError
+        """Returns counters: references found and missed, rows read; slots and dirty rows now; bytes."""
+        if self._health.is_closed:
+            self._health.check()
+        rows = self._rows
+        return {
+            **rows.cache.counters(),
+            "num_steps": self.num_steps,
+            "rows_read_from_runs": rows.num_read["runs"],
+            "rows_read_from_base": rows.num_read["base"],
+            "cache_bytes": rows.memory.cache_bytes - (rows.memory.num_slots - rows.num_slots) * rows.layout.record_bytes,
+            "index_bytes": int(rows.places.num_bytes),
+            "touched_rows": int(rows.places.num_found),
+            "dirty_bytes": int(rows.cache.counters()["num_dirty"]) * rows.layout.record_bytes,
+        }
+
+
+def _check_floats(array: np.ndarray, shape: tuple[int, ...], what: str) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+        found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        raise TypeError(f"{what}: {found}, expected a NumPy array of float32 (of a tensor: tensor.numpy())")
+    if array.shape != shape:
+        raise ValueError(f"{what}: {list(array.shape)}, expected {list(shape)}: one row of values for each row id")

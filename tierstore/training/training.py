@@ -6,13 +6,26 @@ or broken: a step or a write that failed in the middle leaves it so, and it says
 
 from __future__ import annotations
 
+import atexit
+import operator
+import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from ..errors import ConfigError
+from ..store.arguments import checked_ids, refuse_outside
+from .commits import PAYLOAD_BYTES_MAX, Commit, check_room, go_back, pin, read_commits, unpin
+from .health import Health
+from .opened import OpenedTraining
 from .table import TrainingTable
-from .ticket import TrainingTicket
+from .ticket import WAIT_S, TrainingTicket
+from .writer import CommitRequest, Writer
+
+_open_trainings: weakref.WeakSet[Training] = weakref.WeakSet()
 
 
 class Training:
@@ -22,33 +35,64 @@ class Training:
     tickets. It is of one process: a forked child cannot use it.
     """
 
+    def __init__(self, opened: OpenedTraining, owned: ExitStack, health: Health, commit: Commit | None) -> None:
+        """`open_training` is the way in. owned: what is closed with it, its threads first."""
+        self._opened, self._owned, self._health = opened, owned, health
+        self._at = 0 if commit is None else commit.number
+        self._steps_committed = self._steps()
+        self._last_ticket: TrainingTicket | None = None
+        _open_trainings.add(self)
+
+    def __repr__(self) -> str:
+        return f"<tierstore.Training {self.path}: {len(self.tables)} tables, at commit {self.at}>"
+
     @property
     def tables(self) -> Mapping[str, TrainingTable]:
         """The tables by name, in the catalog's order."""
-        raise NotImplementedError
+        return MappingProxyType(self._opened.tables)
 
     def __getitem__(self, name: str) -> TrainingTable:
-        raise NotImplementedError
+        try:
+            return self._opened.tables[name]
+        except KeyError:
+            there = ", ".join(self._opened.tables)
+            raise KeyError(f"{self.path} has no table {name!r}; its tables are {there}") from None
 
     @property
     def path(self) -> str:
         """The store's folder."""
-        raise NotImplementedError
+        return str(self._opened.store)
 
     @property
     def is_broken(self) -> bool:
         """Whether a step or a write failed half-way: every call but `close` raises then. Open it again."""
-        raise NotImplementedError
+        return self._health.broken is not None
+
+    def mark_broken(self, reason: str) -> None:
+        """Refuses all that follows: for a caller whose step was interrupted between two tables."""
+        self._health.mark_broken(reason)
 
     @property
-    def commits(self) -> Sequence[Any]:
-        """The commits that the store keeps, `Commit(number, step, payload, ...)`, oldest first. Reads the catalog."""
-        raise NotImplementedError
+    def commits(self) -> Sequence[Commit]:
+        """The commits that the store keeps, oldest first. Reads the catalog."""
+        found = read_commits(self._opened.store)
+        return [found[number] for number in sorted(found)]
 
     @property
     def at(self) -> int:
         """The number of the newest commit of this training, 0 before the first."""
-        raise NotImplementedError
+        ticket = self._last_ticket
+        if ticket is not None and ticket.done() and not self.is_broken:
+            return int(ticket.wait().number)
+        return self._at
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether a step was taken since the newest commit was asked for, or since opening or rolling back."""
+        return self._steps() != self._steps_committed
+
+    def _steps(self) -> dict[str, int]:
+        return {name: table.num_steps for name, table in self._opened.tables.items()}
 
     def prefetch(self, requests: Mapping[str, np.ndarray]) -> TrainingTicket:
         """Starts to bring rows into DRAM, by table name: int64 [...] row ids; -1 is skipped. Returns a ticket.
@@ -56,7 +100,13 @@ class Training:
         A hint: results do not depend on it. Rows that find no room are read when they are gathered. `gather` waits for
         a prefetch of its rows that is under way. Blocks only for a copy of the ids.
         """
-        raise NotImplementedError
+        self._health.check()
+        checked = {}
+        for name, row_ids in requests.items():
+            ids = np.array(checked_ids(row_ids, "row_ids"), dtype=np.int64, copy=True).reshape(-1)
+            refuse_outside(self[name].spec, ids)
+            checked[name] = ids
+        return self._opened.prefetches.add(checked)
 
     def commit(self, step: int, payload: bytes = b"") -> TrainingTicket:
         """Makes all tables, as they are now, durable, while training goes on. Returns a ticket; `wait` for it.
@@ -71,34 +121,136 @@ class Training:
         Raises:
             BudgetError: The disk has too little room; training goes on.
         """
-        raise NotImplementedError
+        if len(payload) > PAYLOAD_BYTES_MAX:
+            raise ConfigError(f"payload: {len(payload)} bytes, at most {PAYLOAD_BYTES_MAX}; keep it in a file of yours")
+        step = operator.index(step)
+        self._health.check()
+        if self._last_ticket is not None:
+            self._last_ticket.wait()
+        with self._opened.parts.lock:
+            self._health.check()
+            opened, writer = self._opened, self._opened.writer
+            assert writer is not None, "it is started until it is closed"
+            check_room(opened.store, self._dirty_file_bytes())
+            ticket = TrainingTicket(f"a commit of {self.path}")
+            steps, rates = self._steps(), {name: rows.cache.rates() for name, rows in opened.rows.items()}
+            request = CommitRequest(step, bytes(payload), opened.numbers(), lambda: opened.save_rates(rates), ticket)
+            self._freeze(writer, request)
+            self._last_ticket, self._steps_committed = ticket, steps
+        return ticket
+
+    def _freeze(self, writer: Writer, request: CommitRequest) -> None:
+        """Freezes all tables for a commit, and has it written: all of it, or nothing."""
+        try:
+            for rows in self._opened.rows.values():
+                rows.cache.freeze()
+            writer.commit(request)
+        except BaseException:
+            if request.claim():  # the writer has not begun: it will not
+                for rows in self._opened.rows.values():
+                    rows.cache.thaw()
+            raise
+
+    def _dirty_file_bytes(self) -> int:
+        found = 0
+        for rows in self._opened.rows.values():
+            counters = rows.cache.counters()
+            found += rows.layout.run_bytes(counters["num_dirty"] + counters["num_writing"])
+        return found
 
     def pin(self, number: int) -> None:
         """Keeps a commit until it is unpinned; else the newest two are kept. Blocks on the catalog."""
-        raise NotImplementedError
+        pin(self._opened.store, number)
 
     def unpin(self, number: int) -> None:
         """Takes back `pin`. Blocks on the catalog."""
-        raise NotImplementedError
+        unpin(self._opened.store, number)
 
     def publish(self) -> int:
         """Publishes the newest commit to readers, as a version of the store; returns its number. Blocks."""
         raise NotImplementedError
 
     def rollback(self, number: int) -> None:
-        """Goes back to a commit; drops all that came later, also what was not committed. Blocks as opening does."""
-        raise NotImplementedError
+        """Goes back to a commit, 0 for the store as it was built; drops all that came later, also what was not
+        committed. Blocks as opening does.
+
+        Raises:
+            ConfigError: The store does not keep that commit; all is as before.
+        """
+        self._health.check()
+        if self._last_ticket is not None:
+            self._last_ticket.wait()
+        with self._opened.parts.lock:
+            self._health.check()
+            if number == self.at and not self.has_changes:
+                return
+            records = go_back(self._opened.store, number)
+            commit = records.commits.get(number)
+            try:
+                self._opened.go_to(commit, records.last_run)
+            except BaseException as error:
+                self._health.mark_broken(f"going back to commit {number} failed: {error!r}")
+                raise
+            self._last_ticket, self._at, self._steps_committed = None, number, self._steps()
 
     def stats(self) -> dict[str, Any]:
         """Returns counters of all tables, and how memory is used."""
-        raise NotImplementedError
+        opened, writer, ticket = self._opened, self._opened.writer, self._last_ticket
+        tables = {name: table.stats() for name, table in opened.tables.items()}
+        total = {name: sum(table[name] for table in tables.values()) for name in next(iter(tables.values()))}
+        return {
+            "tables": tables,
+            "hits": total["hits"],
+            "misses": total["misses"],
+            "rows_read": {"runs": total["rows_read_from_runs"], "base": total["rows_read_from_base"]},
+            "rows_spilled": writer.num_spilled if writer else 0,
+            "rows_written": writer.num_written if writer else 0,
+            "rows_prefetched": opened.prefetches.num_rows,
+            "prefetches_dropped": opened.prefetches.num_dropped,
+            "commit_under_way": ticket is not None and not ticket.done(),
+            "memory": {
+                "budget_bytes": opened.plan.budget_bytes,
+                "planned_bytes": opened.plan.num_bytes,
+                "base_bytes": opened.plan.base_bytes,
+                "cache_bytes": total["cache_bytes"],
+                "index_bytes": total["index_bytes"],
+                "dirty_bytes": total["dirty_bytes"],
+            },
+        }
 
     def close(self) -> None:
         """Waits for a commit under way, drops what was not committed, and gives all memory back. Twice is harmless."""
-        raise NotImplementedError
+        lock = self._opened.parts.lock
+        if not lock.acquire(timeout=WAIT_S):
+            raise TimeoutError(f"{self._health.what}: a step did not end within {WAIT_S:g} s; close it again")
+        try:
+            self._health.is_closed = True
+        finally:
+            lock.release()
+        self._opened.stop()
+        self._owned.close()
+        self._opened.drop()
 
     def __enter__(self) -> Training:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_last_ticket") and self._health.is_of_this_process():
+            self.close()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Ends the threads, which write to memory that the interpreter frees. One that does not end keeps no other open."""
+    failed: BaseException | None = None
+    for training in list(_open_trainings):
+        try:
+            if training._health.is_of_this_process():
+                training.close()
+        except BaseException as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed

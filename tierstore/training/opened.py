@@ -1,0 +1,191 @@
+"""What an open training holds: runs, caches, the threads, and how all of it goes to another commit.
+
+Input: a store, its base rows, what its catalog says, a budget. Output: tables that take steps. Errors: `FormatError`
+and `CorruptPageError` for runs that are not what the commit lists; `BudgetError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import kernels
+from ..decisions.training_budget import RecordShape, TableMemory, TrainingPlan, divide_training
+from ..formats.catalog import CatalogImage
+from ..formats.run import Run, RunLayout
+from ..store.store import Store
+from ..tiers.memory import allocate
+from .base import BaseRows
+from .commits import Commit, read_rates, write_rates
+from .health import Health
+from .optimizers import Optimizer
+from .prefetch import Prefetches
+from .rows import CachedRows
+from .runs import RunReader
+from .table import StepParts, TrainingTable
+from .ticket import WAIT_S
+from .writer import TableRuns, Writer
+
+SCRATCH_BYTES = 8 << 20  # of sums of gradients, beside the budget
+
+
+@dataclass
+class TableFiles:
+    """The runs of one table that are open, and where its rows lie in them."""
+
+    layout: RunLayout
+    reader: RunReader
+    places: kernels.RowPlaces
+    runs: dict[int, Run] = field(default_factory=dict)
+
+    def load(self, runs: tuple[Run, ...]) -> None:
+        """Opens runs, oldest first, and reads which rows they have. Blocks on the disk."""
+        for run in runs:
+            ordinal = self.reader.add(run)
+            self.runs[ordinal] = run
+            self.reader.load(ordinal, self.places)
+
+
+def open_files(
+    store: Path, image: CatalogImage, optimizer: Optimizer, commit: Commit | None, io: str, owned: contextlib.ExitStack
+) -> dict[str, TableFiles]:
+    """Opens the runs of a commit, None for none, which `owned` closes. Blocks on the disk."""
+    found = {}
+    for name, table in image.tables.items():
+        dim = table.spec.dim
+        layout = RunLayout(name, dim, optimizer.state_floats(dim), table.seed)
+        reader = RunReader(store, layout, io)
+        owned.callback(reader.close)
+        found[name] = TableFiles(layout, reader, kernels.RowPlaces(table.spec.num_rows))
+        found[name].load(() if commit is None else commit.runs.get(name, ()))
+    return found
+
+
+def plan_memory(
+    files: Mapping[str, TableFiles], image: CatalogImage, budget_bytes: int, base_bytes: int
+) -> TrainingPlan:
+    """Divides the budget beside the indexes as they are now. Raises `BudgetError`."""
+    shapes = {
+        name: RecordShape(
+            num_rows=image.tables[name].spec.num_rows,
+            dim=of.layout.dim,
+            record_bytes=of.layout.record_bytes,
+            index_bytes=int(of.places.num_bytes),
+            index_bytes_max=int(of.places.num_bytes_with(image.tables[name].spec.num_rows - int(of.places.num_found))),
+        )
+        for name, of in files.items()
+    }
+    return divide_training(shapes, budget_bytes, base_bytes)
+
+
+class OpenedTraining:
+    """Everything that `Training` and its tables share. `start` it; `stop` it before what it stands on is closed."""
+
+    def __init__(
+        self,
+        store: Path,
+        base: Store,
+        files: dict[str, TableFiles],
+        plan: TrainingPlan,
+        optimizer: Optimizer,
+        threads: int,
+        health: Health,
+    ) -> None:
+        self.store, self.plan, self.optimizer, self.health = store, plan, optimizer, health
+        self.files = files
+        self.parts = StepParts(SCRATCH_BYTES, threads)
+        self._buffer = allocate(plan.buffer_bytes)
+        native = kernels.RowOptimizer(**optimizer.to_dict())
+        self.rows = {
+            name: CachedRows(
+                of.layout,
+                _new_cache(of.layout, plan.tables[name], base[name].spec.num_rows, native),
+                of.places,
+                of.reader,
+                BaseRows(base[name], of.layout, native),
+                self._buffer,
+                threads,
+                plan.tables[name],
+            )
+            for name, of in files.items()
+        }
+        self.prefetches = Prefetches(self.rows, plan.buffer_bytes, health)
+        self.writer: Writer | None = None
+        self.tables = {
+            name: TrainingTable(base[name].spec, rows, self.parts, optimizer.lr, health, self.prefetches.wait_for)
+            for name, rows in self.rows.items()
+        }
+
+    def start(self, last_run: int, commit: Commit | None) -> None:
+        """Sets the steps of a commit, and starts the threads. last_run: see `Writer`."""
+        self._set_steps(commit)
+        tables = {name: TableRuns(rows, self.files[name].runs) for name, rows in self.rows.items()}
+        self.writer = Writer(self.store, tables, last_run, self.plan.buffer_bytes, self.health)
+        for name, rows in self.rows.items():
+            rows.spill = partial(self.writer.spill, name)
+        self.writer.start()
+        if not self.prefetches.is_started:
+            self.prefetches.start()
+
+    def stop(self, timeout_s: float = WAIT_S) -> None:
+        """Waits for what is written now, and ends the threads. Raises `TimeoutError`. Any number of times."""
+        if not self.prefetches.stop(timeout_s) or not self._stop_writer(timeout_s):
+            raise TimeoutError(f"{self.health.what}: a write did not end within {timeout_s:g} s; close it again")
+
+    def _stop_writer(self, timeout_s: float) -> bool:
+        if self.writer is not None and not self.writer.stop(timeout_s):
+            return False
+        self.writer = None
+        return True
+
+    def go_to(self, commit: Commit | None, last_run: int) -> None:
+        """Drops all rows and runs, and loads those of a commit, None for none. With the lock of steps held. Blocks."""
+        self.prefetches.idle()
+        if not self._stop_writer(WAIT_S):
+            raise TimeoutError(f"{self.health.what}: a write did not end within {WAIT_S:g} s")
+        for name, of in self.files.items():
+            rows = self.rows[name]
+            rows.cache.clear()
+            with rows.order:
+                for ordinal in list(of.runs):
+                    of.reader.remove(ordinal)
+                    del of.runs[ordinal]
+                rows.places = of.places = kernels.RowPlaces(self.tables[name].spec.num_rows)
+            of.load(() if commit is None else commit.runs.get(name, ()))
+            rows.give_room_to_index()
+        self.start(last_run, commit)
+
+    def numbers(self) -> dict[str, Any]:
+        """Returns what a commit keeps of the optimizer, for JSON."""
+        return {"optimizer": self.optimizer.to_dict(), "steps": {name: t.num_steps for name, t in self.tables.items()}}
+
+    def save_rates(self, rates: Mapping[str, np.ndarray]) -> str | None:
+        """Writes the learning rates of all steps for a commit; returns the file, None if the rule needs none."""
+        needed = {name: each for name, each in rates.items() if len(each)}
+        return write_rates(self.store, needed) if needed else None
+
+    def drop(self) -> None:
+        """Lets go of the memory: a closed training that somebody still names must not keep its budget."""
+        for rows in self.rows.values():
+            rows.drop()
+
+    def _set_steps(self, commit: Commit | None) -> None:
+        steps = {} if commit is None else dict(commit.optimizer["steps"])
+        rates = {} if commit is None or commit.rates is None else read_rates(self.store, commit.rates)
+        for name, rows in self.rows.items():
+            rows.cache.set_steps(int(steps.get(name, 0)), rates.get(name, np.empty(0)))
+
+
+def _new_cache(
+    layout: RunLayout, memory: TableMemory, num_rows: int, optimizer: kernels.RowOptimizer
+) -> kernels.RowCache:
+    block = allocate(memory.cache_bytes)
+    return kernels.RowCache(
+        block, num_rows, layout.dim, layout.record_bytes, memory.num_slots, memory.num_aside, optimizer
+    )

@@ -1,0 +1,127 @@
+"""Rows that are brought into DRAM before a step asks for them, by a thread of the training.
+
+Input: row ids. Output: records in the cache, the same that a step would have read. Errors: those of reading, by the
+ticket; a step then reads by itself.
+
+It is a hint. Rows go to the cache and nowhere else, and updates go there too, so results do not depend on it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+
+from .health import Health
+from .rows import CachedRows
+from .ticket import TrainingTicket
+
+REQUESTS_MAX = 64  # that wait; more are dropped: a hint that comes too late costs reads
+ROWS_FRACTION = 1 / 2  # of a cache's slots, that one prefetch may fill
+
+
+class _Request:
+    """Distinct rows, ascending, of each table, and the ticket."""
+
+    def __init__(self, rows: dict[str, np.ndarray]) -> None:
+        self.rows = rows
+        self.ticket = TrainingTicket("a prefetch")
+
+
+class Prefetches:
+    """Prefetches under way. Any thread may call."""
+
+    def __init__(self, tables: Mapping[str, CachedRows], buffer_bytes: int, health: Health) -> None:
+        """buffer_bytes: of records that are read at once."""
+        self._tables, self._buffer_bytes, self._health = tables, buffer_bytes, health
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._open: dict[int, _Request] = {}  # by id, oldest first; a dict's operations need no lock
+        self._stopping = False
+        self._thread = threading.Thread(target=self._serve, name="tierstore-training-prefetch", daemon=True)
+        self.num_rows = 0  # brought
+        self.num_dropped = 0  # requests
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the thread was started."""
+        return self._thread.ident is not None
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Ends the thread after what it reads now, and drops the rest; returns whether it ended in time."""
+        self._stopping = True
+        self._requests.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def add(self, row_ids: Mapping[str, np.ndarray]) -> TrainingTicket:
+        """Starts to bring rows, int64 [R], -1 for none."""
+        rows = {}
+        for name, ids in row_ids.items():
+            distinct = np.unique(ids)
+            rows[name] = distinct[np.searchsorted(distinct, 0) :]
+        request = _Request(rows)
+        if len(self._open) >= REQUESTS_MAX:
+            self.num_dropped += 1
+            request.ticket.end()
+            return request.ticket
+        self._open[id(request)] = request
+        self._requests.put(request)
+        return request.ticket
+
+    def wait_for(self, name: str, rows: np.ndarray) -> None:
+        """Waits for prefetches of any of distinct `rows` of a table, if there are some; they may have failed."""
+        for request in list(self._open.values()):
+            theirs = request.rows.get(name)
+            if theirs is None or not len(theirs) or request.ticket.done():
+                continue
+            at = np.minimum(np.searchsorted(theirs, rows), len(theirs) - 1)
+            if (theirs[at] == rows).any():
+                try:
+                    request.ticket.wait()
+                except TimeoutError:
+                    raise
+                except Exception:  # noqa: BLE001, S112  (whoever needs the rows reads them, and says what is wrong)
+                    continue
+
+    def idle(self) -> None:
+        """Waits until nothing is under way."""
+        for request in list(self._open.values()):
+            try:
+                request.ticket.wait()
+            except TimeoutError:
+                raise
+            except Exception:  # noqa: BLE001, S112  (nobody needs the rows any more)
+                continue
+
+    def _serve(self) -> None:
+        while (request := self._requests.get()) is not None:
+            error: BaseException | None = None
+            try:
+                if not self._stopping and self._health.broken is None:
+                    for name, rows in request.rows.items():
+                        self._bring(self._tables[name], rows)
+            except BaseException as raised:
+                error = raised
+            self._open.pop(id(request), None)
+            request.ticket.end(error=error)
+
+    def _bring(self, table: CachedRows, rows: np.ndarray) -> None:
+        missing = rows[table.cache.find(rows)][: max(1, int(table.num_slots * ROWS_FRACTION))]
+        chunk = max(1, self._buffer_bytes // table.layout.record_bytes)
+        records = np.empty((min(chunk, len(missing)), table.layout.record_bytes), dtype=np.uint8)
+        for start in range(0, len(missing), chunk):
+            part = missing[start : start + chunk]
+            runs, places = table.read(part, records[: len(part)])
+            done = table.put(part, records[: len(part)], runs, places)
+            self.num_rows += done
+            if done < len(part) or self._stopping:
+                if not table.is_whole and table.spill is not None and table.has_too_many_dirty():
+                    table.spill()
+                return

@@ -1,0 +1,191 @@
+"""The one thread of a training that writes: spills and commits, one after the other.
+
+Input: requests, each with a ticket. Output: runs, of which the tables know; commits. Errors: those of the disk, by the
+ticket; after one, the training is broken: which records a failed file has is not known. Before it writes a commit, it
+asks whether the disk has room, and if not, only the commit fails.
+
+A run that no commit names yet has a temporary name. Whoever opens the store next removes it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..formats.run import Run
+from .commits import Commit, publish_commit
+from .health import Health
+from .rows import CachedRows
+from .runs import RunWriter
+from .ticket import TrainingTicket
+
+RUN_ROWS_MAX = 1 << 20  # of one run: their ids are in memory until it is finished
+
+
+@dataclass
+class TableRuns:
+    """The runs of a table that hold newest records, by ordinal, oldest first. Of the writer's thread."""
+
+    rows: CachedRows
+    runs: dict[int, Run] = field(default_factory=dict)
+    unnamed: dict[int, RunWriter] = field(default_factory=dict)
+
+
+@dataclass
+class CommitRequest:
+    """What a commit says besides the rows, as it was when they were frozen."""
+
+    step: int
+    payload: bytes
+    optimizer: Mapping[str, Any]
+    write_rates: Callable[[], str | None]  # writes the file of learning rates, if there is one
+    ticket: TrainingTicket
+    _claimed: threading.Lock = field(default_factory=threading.Lock)
+
+    def claim(self) -> bool:
+        """Returns True to the first who asks: the writer, which then does it, or whoever asked and takes it back."""
+        return self._claimed.acquire(blocking=False)
+
+
+class Writer:
+    """Writes what it is asked to, in order. `start` it, `stop` it; any thread may ask."""
+
+    def __init__(
+        self, store: Path, tables: Mapping[str, TableRuns], last_run: int, buffer_bytes: int, health: Health
+    ) -> None:
+        """last_run: the largest number that a run of this store ever had."""
+        self._store, self._tables, self._last_run, self._buffer_bytes = store, tables, last_run, buffer_bytes
+        self._health = health
+        self._requests: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._spills: dict[str, TrainingTicket] = {}  # that are asked for
+        self._thread = threading.Thread(target=self._serve, name="tierstore-training-writer", daemon=True)
+        self.num_spilled = 0  # records
+        self.num_written = 0  # records, spills and commits
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Ends the thread once all that was asked for is written; returns whether it ended in time."""
+        self._requests.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def spill(self, name: str) -> TrainingTicket:
+        """Asks to write the oldest dirty records of a table; returns the ticket of the spill that is asked for."""
+        found = self._spills.get(name)
+        if found is not None and not found.done():
+            return found
+        ticket = TrainingTicket(f"writing records of table {name}")
+        self._spills[name] = ticket
+        self._requests.put(lambda: self._do(ticket, lambda: self._spill(self._tables[name])))
+        return ticket
+
+    def commit(self, request: CommitRequest) -> None:
+        """Asks to write what was frozen, and to publish it."""
+        self._requests.put(lambda: self._do(request.ticket, lambda: self._commit(request)) if request.claim() else None)
+
+    def idle(self) -> TrainingTicket:
+        """Returns a ticket that ends once all that was asked for before is done."""
+        ticket = TrainingTicket("writing records")
+        self._requests.put(ticket.end)
+        return ticket
+
+    def _serve(self) -> None:
+        while (act := self._requests.get()) is not None:
+            act()
+
+    def _do(self, ticket: TrainingTicket, work: Callable[[], Any]) -> None:
+        try:
+            self._health.check()
+            result = work()
+        except BaseException as error:
+            self._health.mark_broken(f"a write failed: {error}")
+            ticket.end(error=error)
+        else:
+            ticket.end(result)
+
+    def _spill(self, table: TableRuns) -> None:
+        self.num_spilled += self._write_run(table, table.rows.spill_rows)
+
+    def _commit(self, request: CommitRequest) -> Commit:
+        for table in self._tables.values():
+            while self._write_run(table, RUN_ROWS_MAX) > 0:
+                pass
+            table.rows.cache.thaw()  # all that was frozen is written
+        for table in self._tables.values():
+            self._drop_dead_runs(table)
+        unnamed = [writer for table in self._tables.values() for writer in table.unnamed.values()]
+        commit = publish_commit(
+            self._store,
+            step=request.step,
+            payload=request.payload,
+            runs={name: tuple(table.runs.values()) for name, table in self._tables.items()},
+            unnamed=unnamed,
+            optimizer=request.optimizer,
+            rates=request.write_rates(),
+        )
+        for table in self._tables.values():
+            while table.unnamed:
+                table.unnamed.popitem()[1].discard()  # has its name, and is closed
+        return commit
+
+    def _write_run(self, table: TableRuns, num_rows_max: int) -> int:
+        """Writes up to so many dirty records to a run, oldest first; returns how many."""
+        rows = table.rows
+        write = self._last_run + 1
+        row_ids = np.empty(min(num_rows_max, RUN_ROWS_MAX, rows.cache.counters()["num_takeable"]), dtype=np.int64)
+        writer, done = None, 0
+        try:
+            while done < len(row_ids):
+                if writer is None:
+                    writer = RunWriter(self._store, write, rows.layout, self._buffer_bytes)
+                buffer = writer.buffer()
+                part = row_ids[done : done + len(buffer)]
+                count = rows.cache.drain(buffer[: len(part)], part, write)
+                if count == 0:
+                    break
+                writer.write(count, part[:count])
+                done += count
+            if done == 0 or writer is None:
+                return 0
+            self._last_run = write
+            self._finish(table, writer, row_ids[:done], write)
+            writer = None
+        finally:
+            if writer is not None:
+                writer.discard()
+        return done
+
+    def _finish(self, table: TableRuns, writer: RunWriter, row_ids: np.ndarray, write: int) -> None:
+        """Finishes a run; from then on its records are found there."""
+        rows = table.rows
+        run = writer.finish()
+        ordinal = rows.reader.add(run, writer.path)
+        table.unnamed[ordinal] = writer
+        table.runs[ordinal] = run
+        with rows.order:
+            rows.places.put(row_ids, ordinal, 0)
+            rows.cache.written(row_ids, write)
+        rows.give_room_to_index()
+        self.num_written += len(row_ids)
+
+    def _drop_dead_runs(self, table: TableRuns) -> None:
+        """Forgets runs without a newest record, unless one of them is being read."""
+        rows = table.rows
+        with rows.order:
+            if rows.is_read():
+                return
+            for ordinal in [each for each in table.runs if rows.places.live(each) == 0]:
+                rows.reader.remove(ordinal)
+                del table.runs[ordinal]
+                if ordinal in table.unnamed:
+                    table.unnamed.pop(ordinal).discard()
