@@ -1011,3 +1011,49 @@ class RowPlaces:
 
     def num_bytes_with(self, num_more: int) -> int:
         """Returns the most bytes that it will take once so many rows are added, at the moment of growth included."""
+
+class RunRecords:
+    """Open runs, and reads of their records (run_reader.h). Any thread may call."""
+
+    def __init__(self, record_bytes: int, seed: int, depth: int, read_bytes: int, num_calls: int, mode: str) -> None:
+        """Takes depth * read_bytes of memory for each of num_calls.
+
+        Args:
+            record_bytes: Of a record without its seal, a multiple of 8.
+            seed: Of the checksums.
+            depth: Reads under way for one call.
+            read_bytes: The largest read, whole units of 4096, at least record_bytes + 4096.
+            num_calls: That read at the same time; others wait.
+            mode: "uring" or "pread".
+        """
+
+    def add(self, ordinal: int, number: int, fd: int, direct_fd: int, byte_start: int, num_records: int) -> None:
+        """Takes an open run, and its descriptors, which it closes once nobody reads from it any more.
+
+        If this raises, they are the caller's still. ordinal: below 65535, and free.
+        """
+
+    def remove(self, ordinal: int) -> None:
+        """Forgets a run; calls under way go on with it."""
+
+    def read(
+        self, row_ids: _Int64, runs: _UInt16, places: _UInt32, out: _Bytes
+    ) -> tuple[str, int, int, int, int] | None:
+        """Reads records of row_ids, int64 [n], at runs, uint16 [n], and places, uint32 [n], to out, uint8
+        [n, record_bytes], whose rows may lie apart. Blocks on the disk; handles signals every 50 ms or so.
+
+        Returns:
+            None; or what went wrong first: a kind ("no run", "disk", "damaged", "other row", "timeout"), ordinal,
+            place, row id, and a number: of "disk" an errno, below 0 if the file ends early; of "timeout" seconds.
+        """
+
+    def inject(self, what: str, first: int = 0, count: int = 1) -> None:
+        """Makes reads fail on purpose, for tests (faults.h): none, failing, short, corrupt or slow."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory that reads take."""
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Reads so far, and their bytes."""

@@ -10,7 +10,7 @@ namespace py = pybind11;
 namespace tierstore {
 namespace {
 
-constexpr size_t kValuesEach = 1 << 16;  // of a range of rows: some 15 us
+constexpr size_t kValuesOfPart = 1 << 16;  // of a range of rows: some 15 us
 
 void decode(const Input<uint8_t>& rows, py::ssize_t dim, const std::string& values, const std::string& scale,
             py::ssize_t block, float factor, bool divides, py::array& out, size_t threads, bool plain) {
@@ -29,7 +29,7 @@ void decode(const Input<uint8_t>& rows, py::ssize_t dim, const std::string& valu
   uint16_t* to = output_of<uint16_t>(out, "out must be contiguous uint16");
   const auto num_values = static_cast<size_t>(dim);
   const py::gil_scoped_release released;
-  share_rows(num_rows, kValuesEach / num_values + 1, threads, [&](size_t start, size_t end) {
+  share_rows(num_rows, kValuesOfPart / num_values + 1, threads, [&](size_t start, size_t end) {
     decode_block_rows(codec, bytes + start * row_bytes, end - start, row_bytes, num_values, plain,
                       to + start * num_values);
   });

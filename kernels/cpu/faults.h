@@ -7,6 +7,8 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <thread>
 
 #include "page_queue.h"
@@ -24,6 +26,15 @@ class alignas(64) FaultPlan {  // read with every page: on no line that others w
     first_ = first;
     count_ = count;
     what_ = what;
+  }
+
+  // The same by name, as tests say it. Throws std::invalid_argument.
+  void set(const std::string& what, uint64_t first, uint64_t count) {
+    static const char* const kNames[] = {"none", "failing", "short", "corrupt", "slow"};
+    for (int i = 0; i < 5; ++i) {
+      if (what == kNames[i]) return set(static_cast<FaultInjection>(i), first, count);
+    }
+    throw std::invalid_argument("what must be none, failing, short, corrupt or slow");
   }
 
   bool is_on() const { return what_.load(std::memory_order_relaxed) != FaultInjection::kNone; }

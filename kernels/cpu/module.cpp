@@ -20,6 +20,7 @@ PYBIND11_MODULE(_cpu, module) {
   tierstore::bind_mailbox(module);
   tierstore::bind_messages(module);
   tierstore::bind_learning(module);
+  tierstore::bind_runs(module);
   tierstore::bind_shared(module);
   tierstore::bind_huge_pages(module);
   tierstore::bind_row_cache(module);

@@ -19,6 +19,7 @@ void bind_pages(pybind11::module_& module);
 void bind_placed(pybind11::module_& module);
 void bind_profile(pybind11::module_& module);
 void bind_row_cache(pybind11::module_& module);
+void bind_runs(pybind11::module_& module);
 void bind_shared(pybind11::module_& module);
 
 }  // namespace tierstore

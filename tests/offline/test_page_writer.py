@@ -95,7 +95,7 @@ def test_a_file_system_that_takes_the_flag_and_no_write_is_written_all_the_same(
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(descriptor, data)
 
-    page_writer._write_past_cache(fd)
+    page_writer.write_past_cache(fd)
     if not is_direct(fd):
         pytest.skip("this file system has no direct writes at all")
     monkeypatch.setattr(os, "write", write_slowly)

@@ -207,7 +207,10 @@ def read_row_ids(file: Path, fd: int, layout: RunLayout, run: Run, start: int, o
         part = out[begin : begin + READ_STRETCHES * ROW_IDS_OF_STRETCH]
         numbers = np.arange(num_stretches(len(part)), dtype=np.int64) + first + begin // ROW_IDS_OF_STRETCH
         found = stretches[: len(numbers)]
-        read_exactly(fd, found, at + int(numbers[0]) * UNIT_BYTES, str(file))
+        try:
+            read_exactly(fd, found, at + int(numbers[0]) * UNIT_BYTES, str(file))
+        except OSError as error:
+            raise CorruptPageError(f"{file}: its row ids cannot be read: {error}; check the disk; {REMEDY}") from error
         check_row_ids(file, found, numbers, run.number, layout.seed)
         ids = found[:, : 8 * ROW_IDS_OF_STRETCH].reshape(-1).view(np.int64)
         part[:] = ids[: len(part)]

@@ -53,7 +53,7 @@ class PageWriter:
         self._fd, self._pool = fd, pool
         self._free = deque(aligned_pages(shape) for _ in range(BUFFERS))
         self._under_way: deque[tuple[Future[None], np.ndarray]] = deque()
-        _write_past_cache(fd)
+        write_past_cache(fd)
 
     def buffer(self) -> np.ndarray:
         """Returns a buffer to fill, uint8 [pages, page_bytes]. Blocks until one was written. Raises `OSError`."""
@@ -65,7 +65,7 @@ class PageWriter:
         """Writes the first pages of the last `buffer`, which must not be touched until it is given again."""
         buffer = self._free.popleft()
         assert np.shares_memory(pages, buffer)
-        self._under_way.append((self._pool.submit(_write, self._fd, pages), buffer))
+        self._under_way.append((self._pool.submit(write_pages, self._fd, pages), buffer))
 
     def finish(self) -> None:
         """Blocks until everything is written. Raises `OSError`."""
@@ -84,7 +84,7 @@ def aligned_pages(shape: tuple[int, int]) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, shape[0] * shape[1]), dtype=np.uint8).reshape(shape)
 
 
-def _write_past_cache(fd: int) -> None:
+def write_past_cache(fd: int) -> None:
     """Has a file written past the page cache, if its file system can do that."""
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
@@ -92,7 +92,7 @@ def _write_past_cache(fd: int) -> None:
         _report_cached_writes(str(error))
 
 
-def _write(fd: int, pages: np.ndarray) -> None:
+def write_pages(fd: int, pages: np.ndarray) -> None:
     """Writes pages at the descriptor's position, through the page cache if it must be."""
     start = os.lseek(fd, 0, os.SEEK_CUR)
     try:

@@ -1,110 +1,112 @@
-"""Runs on their way to disk and back: `RunWriter` and `RunReader`.
+"""Runs on their way back: `RunReader`. `RunWriter` is in run_writer.py.
 
-Input: training records and their row ids; or which records are wanted. Output: a run, durable once it is synced and has
-its name; or records that were checked. Errors: `BudgetError` and `ConfigError` of a disk that is full or fails, with no
-file left; `CorruptPageError` for damage, naming file, place and row.
+Input: which records are wanted. Output: records that were checked; the row ids of a run.
+Errors: `CorruptPageError` for damage, by file, place and row; `FormatError` for a file that is not the catalog's run.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import stat
+import threading
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
 from .. import kernels
-from ..formats.run import Run, RunLayout
+from ..causes import Fault, allow_open_files, naming
+from ..errors import ConfigError, CorruptPageError, FormatError
+from ..formats.run import REMEDY, ROW_IDS_OF_STRETCH, Run, RunLayout, check_head, read_row_ids
+from ..layout import UNIT_BYTES
+from ..tiers.nvme import choose_io, open_direct
+from .run_writer import RunWriter as RunWriter
 
-BUFFER_BYTES = 4 << 20
-
-
-class RunWriter:
-    """Writes one run, past the page cache. One thread at a time uses it; `with` discards a run that was not named."""
-
-    def __init__(self, store: Path, number: int, layout: RunLayout, buffer_bytes: int = BUFFER_BYTES) -> None:
-        """Makes the file, under a temporary name, in the store's training folder.
-
-        number: one that `TrainingRecords.last_run` has not reached.
-        """
-        raise NotImplementedError
-
-    @property
-    def path(self) -> Path:
-        """Where the file is now: under its temporary name until `rename`."""
-        raise NotImplementedError
-
-    def buffer(self) -> np.ndarray:
-        """Returns a buffer to fill, uint8 [n, stored_bytes], n at least 1: values and state at the start of each.
-
-        Blocks until one was written. Raises what the disk said of earlier ones.
-        """
-        raise NotImplementedError
-
-    def write(self, num_records: int, row_ids: np.ndarray) -> None:
-        """Seals and writes the first records of the last `buffer`, which must not be touched until it is given again.
-
-        row_ids: int64 [num_records], of these records. Does not wait for the disk.
-        """
-        raise NotImplementedError
-
-    def finish(self) -> Run:
-        """Writes what is left, row ids and head. Blocks until all is written; nothing is synced, the name is temporary.
-
-        Records can be read from now on (`RunReader.add`).
-        """
-        raise NotImplementedError
-
-    def sync(self) -> None:
-        """Makes the content durable. Blocks on the disk. A failure is final: the run must be written anew."""
-        raise NotImplementedError
-
-    def rename(self) -> None:
-        """Gives the file its name. It must be synced; the caller syncs the folder, once for many."""
-        raise NotImplementedError
-
-    def discard(self) -> None:
-        """Closes the file, and removes it if it has not its name. Any number of times."""
-        raise NotImplementedError
-
-    def __enter__(self) -> RunWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.discard()
+READ_BYTES = 32 << 10  # the largest read, unless a record takes more
+DEPTH = 64  # reads under way for one call
+CALLS = 2  # that read at the same time
+RUNS_MAX = 65534  # open at once, of one table
+LOADED_ROWS = 1 << 18  # row ids at once
 
 
 class RunReader:
     """The open runs of one table, by ordinals that `RowPlaces` has too. Any number of threads may read."""
 
-    def __init__(self, store: Path, layout: RunLayout, io: str = "auto", depth: int = 64) -> None:
-        """io: "auto", "uring" or "pread". depth: reads under way for one call."""
-        raise NotImplementedError
+    def __init__(
+        self, store: Path, layout: RunLayout, io: str = "auto", depth: int = DEPTH, calls: int = CALLS
+    ) -> None:
+        """io: as of `tierstore.open`; all but "uring" read through the page cache. depth: reads under way for one call.
+        calls: how many read at the same time; others wait."""
+        self.layout = layout
+        self._store = store
+        self._mode = "uring" if choose_io(io).mode == "uring" else "pread"
+        read_bytes = max(READ_BYTES, layout.read_bytes_max)
+        self._records = kernels.RunRecords(layout.record_bytes, layout.seed, depth, read_bytes, calls, self._mode)
+        self._lock = threading.Lock()  # guards the runs
+        self._runs: dict[int, tuple[Run, Path, int]] = {}  # by ordinal, with a descriptor of our own
 
     @property
     def num_bytes(self) -> int:
         """Bytes of memory that it takes."""
-        raise NotImplementedError
+        return self._records.num_bytes
+
+    @property
+    def runs(self) -> dict[int, Run]:
+        """The open runs, by ordinal."""
+        with self._lock:
+            return {ordinal: run for ordinal, (run, _, _) in self._runs.items()}
 
     def add(self, run: Run, path: Path | None = None) -> int:
         """Opens a run and checks its head; returns its ordinal, 0 or more. Raises `FormatError`.
 
         path: where the file is if it has not its name yet.
         """
-        raise NotImplementedError
+        file = self._store / run.file
+        with self._lock, contextlib.ExitStack() as stack:
+            if len(self._runs) >= RUNS_MAX:
+                raise ConfigError(f"{file}: {RUNS_MAX} runs of table {self.layout.table} are open; commit and merge")
+            ordinal = next(i for i in range(RUNS_MAX) if i not in self._runs)
+            allow_open_files(3 * len(self._runs) + 3)
+            fd = _open_run(path or file)
+            stack.callback(os.close, fd)
+            check_head(file, fd, self.layout, run)
+            handed = os.dup(fd)
+            direct_fd = -1
+            try:
+                direct_fd = open_direct(path or file) if self._mode == "uring" else -1
+                self._records.add(ordinal, run.number, handed, direct_fd, UNIT_BYTES, run.num_records)
+            except BaseException:
+                for each in (handed, direct_fd):
+                    if each >= 0:
+                        os.close(each)
+                raise
+            self._runs[ordinal] = run, file, fd
+            stack.pop_all()
+            return ordinal
 
     def remove(self, ordinal: int) -> None:
-        """Closes a run, once no read of it is under way. Its ordinal may be given again."""
-        raise NotImplementedError
+        """Closes a run once no read of it is under way, without waiting for that. Its ordinal may be given again."""
+        with self._lock:
+            self._records.remove(ordinal)
+            _, _, fd = self._runs.pop(ordinal)
+            os.close(fd)
 
     def load(self, ordinal: int, places: kernels.RowPlaces) -> None:
         """Notes all rows of a run in `places`: newer than what was there. Blocks on the disk."""
-        raise NotImplementedError
+        run, file, fd = self._runs[ordinal]
+        chunk = LOADED_ROWS // ROW_IDS_OF_STRETCH * ROW_IDS_OF_STRETCH
+        ids = np.empty(min(chunk, run.num_records), dtype=np.int64)
+        for start in range(0, run.num_records, chunk):
+            part = ids[: run.num_records - start]
+            read_row_ids(file, fd, self.layout, run, start, part)
+            places.put(part, ordinal, start)
 
     def row_ids(self, ordinal: int) -> np.ndarray:
         """Returns the row ids of a run, int64 [num_records], in the order of places. Blocks on the disk."""
-        raise NotImplementedError
+        run, file, fd = self._runs[ordinal]
+        ids = np.empty(run.num_records, dtype=np.int64)
+        read_row_ids(file, fd, self.layout, run, 0, ids)
+        return ids
 
     def read(self, row_ids: np.ndarray, runs: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
         """Reads records, each checked: whole, of its run, and of the row that is asked for. Blocks on the disk.
@@ -122,8 +124,38 @@ class RunReader:
             CorruptPageError: A record is damaged or cannot be read; names file, place and row.
             TimeoutError: The disk has stopped answering.
         """
-        raise NotImplementedError
+        fault = self._records.read(row_ids, runs, places, out)
+        if fault is not None:
+            raise self._error(*fault)
+
+    def _error(self, kind: str, ordinal: int, place: int, row_id: int, detail: int) -> Exception:
+        if kind == "timeout":
+            return TimeoutError(f"{self._store}: no record came within {detail} s; the disk has stopped answering")
+        run, file, _ = self._runs.get(ordinal, (None, None, -1))
+        if run is None or kind == "no run":
+            return ConfigError(f"table {self.layout.table}: row {row_id} should be record {place} of run {ordinal}, "
+                               f"which is not open or shorter; open the training again")  # fmt: skip
+        what = f"{file}: record {place} (row {row_id} of table {self.layout.table})"
+        if kind == "disk" and detail >= 0:
+            return CorruptPageError(f"{what} cannot be read: {os.strerror(detail)}; check the disk; {REMEDY}")
+        wrong = {
+            "disk": "the file ends before it: it was cut while open",
+            "damaged": "its checksum is wrong: it was damaged, or is of another table",
+            "other row": "another row's record is in its place",
+        }
+        return CorruptPageError(f"{what}: {wrong[kind]}; {REMEDY}")
 
     def close(self) -> None:
         """Closes all files. Any number of times."""
-        raise NotImplementedError
+        for ordinal in list(self._runs):
+            self.remove(ordinal)
+
+
+def _open_run(file: Path) -> int:
+    with naming(file, file, fault=Fault(FormatError, REMEDY)):
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe in its place would block for ever
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FormatError(f"{file}: it is no regular file; {REMEDY}")
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    return fd
