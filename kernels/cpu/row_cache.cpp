@@ -356,7 +356,7 @@ size_t RowCache::drain(uint8_t* out, size_t stride, int64_t* row_ids, size_t n, 
     row_ids[count] = aside_rows_[--num_aside_];
     std::memcpy(out + count * stride, aside_ + num_aside_ * shape_.record_bytes, shape_.record_bytes);
   }
-  const size_t entries_end = log_.cut() > 0 ? log_.cut() : log_.end();
+  const size_t entries_end = log_.takeable();
   size_t entry = log_.head();
   for (; entry < entries_end && count < n; ++entry) {
     if (entry + kAhead < entries_end) __builtin_prefetch(slots_ + log_.at(entry + kAhead));
@@ -444,7 +444,9 @@ void RowCache::clear() {
 
 RowCacheCounters RowCache::counters() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return {hits_, misses_, evicted_, put_aside_, num_rows_, num_dirty_, num_writing_, num_pinned_, num_free_, limit_};
+  const size_t num_takeable = num_aside_ + log_.takeable() - std::min(log_.head(), log_.takeable());
+  return {hits_,        misses_,      evicted_,  put_aside_,  num_rows_, num_dirty_,
+          num_writing_, num_pinned_, num_free_, num_takeable, limit_};
 }
 
 }  // namespace tierstore

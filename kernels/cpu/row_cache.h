@@ -50,7 +50,9 @@ struct RowCacheLayout {
 struct RowCacheCounters {
   uint64_t hits, misses;                                                       // references
   uint64_t evicted, put_aside;                                                 // records
-  uint64_t num_rows, num_dirty, num_writing, num_pinned, num_free, num_slots;  // now
+  uint64_t num_rows, num_dirty, num_writing, num_pinned, num_free;  // now
+  uint64_t num_takeable;                                            // records that `drain` has left, at most
+  uint64_t num_slots;
 };
 
 struct UpdateOutcome {

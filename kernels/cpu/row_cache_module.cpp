@@ -175,7 +175,7 @@ class PyRowCache {
       outcome = cache_->update(update.rows(), start, end, update.gradients(), lr, update.scratch(), threads, missing);
     }
     constexpr const char* kNames[] = {"done", "missing", "no_room_aside", "not_finite"};
-    return py::make_tuple(kNames[outcome.what], outcome.count, array_of(missing));
+    return py::make_tuple(kNames[outcome.what], outcome.count);
   }
 
   size_t drain(py::array& out, py::array& row_ids, uint32_t write) {
@@ -236,6 +236,7 @@ class PyRowCache {
     found["num_writing"] = now.num_writing;
     found["num_pinned"] = now.num_pinned;
     found["num_free"] = now.num_free;
+    found["num_takeable"] = now.num_takeable;
     found["num_slots"] = now.num_slots;
     return found;
   }

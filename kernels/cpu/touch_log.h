@@ -23,15 +23,25 @@ class TouchLog {
     return static_cast<uint32_t>(end_++);
   }
 
-  // Entries that were not taken yet: [head, end). Entries below the cut were frozen.
+  // Entries that may be taken now: [head, takeable), all of them, or those below the cut if there is one.
   size_t head() const { return head_; }
-  size_t end() const { return end_; }
+  size_t takeable() const { return is_cut_ ? cut_ : end_; }
+  // Stamps below it were frozen.
   size_t cut() const { return cut_; }
   uint32_t at(size_t entry) const { return slots_[entry]; }
   void take_to(size_t entry) { head_ = entry; }
-  void freeze() { cut_ = end_; }
-  void thaw() { cut_ = 0; }
-  void clear() { head_ = end_ = cut_ = 0; }
+  void freeze() {
+    cut_ = end_;
+    is_cut_ = true;
+  }
+  void thaw() {
+    cut_ = 0;
+    is_cut_ = false;
+  }
+  void clear() {
+    head_ = end_ = 0;
+    thaw();
+  }
   // The slot of an entry is another one.
   void move(uint32_t stamp, uint32_t slot) { slots_[stamp] = slot; }
 
@@ -57,6 +67,7 @@ class TouchLog {
   uint32_t* const slots_;
   const size_t capacity_;
   size_t head_ = 0, end_ = 0, cut_ = 0;
+  bool is_cut_ = false;
 };
 
 }  // namespace tierstore
