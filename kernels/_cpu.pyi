@@ -1057,3 +1057,189 @@ class RunRecords:
     @property
     def counts(self) -> tuple[int, int]:
         """Reads so far, and their bytes."""
+# Training: rows that change. A record is a row's `dim` float32 values, then the optimizer's state. All of it gives the
+# same bits on every processor and with any number of threads; `plain` (for tests) does without what only some have.
+
+_Float32 = npt.NDArray[np.float32]
+_Float64 = npt.NDArray[np.float64]
+
+class Optimizer:
+    """The rule that changes records: kernels/cpu/optimizer.h has the formulas. Never changes."""
+
+    def __init__(
+        self,
+        rule: str,
+        lr: float = 0.0,
+        eps: float = 0.0,
+        beta1: float = 0.0,
+        beta2: float = 0.0,
+        decay: float = 1.0,
+        initial: float = 0.0,
+    ) -> None:
+        """Takes what `to_dict` of tierstore.training.optimizers gives; its numbers are checked there."""
+
+    def state_floats(self, dim: int) -> int:
+        """Returns how many float32s of state follow the values of a row."""
+
+    def initial_state(self, dim: int) -> _Float32:
+        """Returns the state of a row that no step has touched, float32 [state_floats(dim)]."""
+
+class StepHistory:
+    """The steps of a table: how many there were, and of "dense_adam" what each multiplied with, 8 bytes a step.
+
+    One thread at a time changes it; functions that are given one read the steps up to the last.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        """Begins before step 1."""
+
+    def append(self, lr: float) -> None:
+        """Begins the next step, whose rate is `lr`."""
+
+    def restart(self, last: int, rates: _Float64 | None = None) -> None:
+        """Starts over, as after `last` steps.
+
+        Args:
+            last: Steps so far.
+            rates: float64 [last], of all steps; "dense_adam" needs them, others do without.
+        """
+
+    @property
+    def last(self) -> int:
+        """The number of the last step, 0 before the first."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What the history takes."""
+
+def update_rows(
+    history: StepHistory, dim: int, records: _Float32, sums: _Float32, scale: float = 1.0, plain: bool = False
+) -> None:
+    """Makes the history's last step for each record. Sums are not checked.
+
+    Args:
+        history: Has one step at least.
+        dim: Values of a row.
+        records: float32 [R, F], changed in place; F is at least `dim` and the rule's state.
+        sums: float32 [R, dim], the gradient of each row.
+        scale: Of all gradients.
+    """
+
+def catch_up_rows(history: StepHistory, dim: int, records: _Float32, threads: int = 1, plain: bool = False) -> None:
+    """Brings records of "dense_adam" to the history's last step, without a gradient; other rules change nothing.
+
+    Args:
+        records: float32 [R, F], changed in place. A step of 128 values that still move takes about 0.1 us.
+    """
+
+def distinct_rows(
+    row_ids: _Int64, num_rows: int, groups: _Int32 | None = None
+) -> tuple[_Int64, _UInt32, _UInt32, _UInt32]:
+    """Finds the distinct rows of a batch. About 10 ns a reference.
+
+    Args:
+        row_ids: int64 [N], -1 for no row.
+        num_rows: Of the table.
+        groups: int32 [N], at least 0, in any order.
+
+    Returns:
+        row_ids int64 [D] in the order of first reference; starts uint32 [D + 1]; places uint32: the references of row
+        i are places[starts[i]:starts[i + 1]], by group, in a group as they came; and, uint32 [D + 1], how many rows
+        before each have several references.
+    """
+
+def sum_gradients(
+    row_ids: _Int64,
+    gradients: _Float32,
+    num_rows: int,
+    groups: _Int32 | None = None,
+    scale: float = 1.0,
+    plain: bool = False,
+) -> tuple[_Int64, _Float32, int]:
+    """Sums the gradients of each distinct row: in a group in order, then the groups in order, in float32.
+
+    Args:
+        row_ids: int64 [N], -1 for no row.
+        gradients: float32 [N, dim].
+        num_rows: Of the table.
+        groups: int32 [N], at least 0; None: one group, which gives the bits of torch's dense backward.
+        scale: Of each sum.
+
+    Returns:
+        row_ids int64 [D], sums float32 [D, dim], and the place among them of the first that is not finite, or -1.
+    """
+
+def apply_gradients(
+    history: StepHistory,
+    row_ids: _Int64,
+    gradients: _Float32,
+    records: _Float32,
+    groups: _Int32 | None = None,
+    scale: float = 1.0,
+    scratch_floats: int = 16777216,
+    threads: int = 1,
+    plain: bool = False,
+) -> int:
+    """Makes the history's last step for the rows of a table that lies whole in memory, by row id.
+
+    Args:
+        row_ids: int64 [N], -1 for no row.
+        gradients: float32 [N, dim].
+        records: float32 [num_rows, F], changed in place.
+        scratch_floats: The most that sums may take; with less, sums are made twice.
+
+    Returns:
+        -1, or the row id of a sum that is not finite; then no record is changed.
+    """
+
+def quantize_rows(
+    values: _Float32,
+    codec: str,
+    factor: float,
+    old: _Bytes | None,
+    out: _Bytes,
+    threads: int = 1,
+    plain: bool = False,
+) -> tuple[int, int]:
+    """Rounds rows into a codec's bytes, half to even. What `old` holds already, bit for bit, keeps its bytes and scale.
+
+    Args:
+        values: float32 [R, dim].
+        codec: "fp32", "fp16", "bf16", "fp8_e4m3" or "fp8_e4m3_e8m0x32".
+        factor: Of "fp8_e4m3", not 0; else not used.
+        old: uint8 [R, row_bytes], the rows before, or None.
+        out: uint8 [R, row_bytes], overwritten whole.
+        threads: That share many rows, the caller's included.
+
+    Returns:
+        How many changed values were beyond the codec's largest, which they became, and how many were not a number.
+    """
+
+def dequantize_rows(
+    rows: _Bytes, dim: int, codec: str, factor: float, out: _Float32, threads: int = 1, plain: bool = False
+) -> None:
+    """Writes the exact float32 values of rows, [R, dim]; codecs as for `quantize_rows`. Every fp8 NaN is the same."""
+
+def philox4x32(counters: _UInt32, key: _UInt32) -> _UInt32:
+    """Returns Philox4x32-10 of counters, uint32 [N, 4], under a key, uint32 [2]: uint32 [N, 4]."""
+
+def initial_rows(
+    row_ids: _Int64,
+    kind: str,
+    first: float,
+    second: float,
+    seed: int,
+    table: int,
+    out: _Float32,
+    threads: int = 1,
+    plain: bool = False,
+) -> None:
+    """Draws the initial values of rows: the same for a seed, table, row id and column, whoever asks when.
+
+    Args:
+        row_ids: int64 [R].
+        kind: "uniform", from `first` up to `second`; or "normal", of mean `first` and standard deviation `second`.
+        seed: Below 2^64.
+        table: Below 2^32; keeps the tables of one seed apart.
+        out: float32 [R, dim], overwritten whole.
+    """

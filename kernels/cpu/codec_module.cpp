@@ -12,7 +12,7 @@ namespace py = pybind11;
 namespace tierstore {
 namespace {
 
-constexpr size_t kValuesEach = 1 << 16;  // of a range of rows: some 20 us
+constexpr size_t kFp8ValuesEach = 1 << 16;  // of a range of rows: some 20 us
 
 void decode_rows(const Input<uint8_t>& rows, py::ssize_t dim, std::optional<float> scale, py::array& out,
                  size_t threads) {
@@ -27,7 +27,7 @@ void decode_rows(const Input<uint8_t>& rows, py::ssize_t dim, std::optional<floa
   const auto num_values = static_cast<size_t>(dim);
   const float* factor = scale ? &*scale : nullptr;
   const py::gil_scoped_release released;
-  share_rows(num_rows, kValuesEach / num_values + 1, threads, [&](size_t start, size_t end) {
+  share_rows(num_rows, kFp8ValuesEach / num_values + 1, threads, [&](size_t start, size_t end) {
     decode_fp8_rows(bytes + start * row_bytes, end - start, row_bytes, num_values, factor, to + start * num_values);
   });
 }

@@ -22,21 +22,18 @@ struct Gradients {
 };
 
 // Writes the sums of distinct rows start to end, times the scale, into out [end - start, dim]. Returns the first row
-// whose sum is not finite, all sums are written all the same; kAllFinite if there is none.
+// whose sum is not finite, or kAllFinite; all sums are written either way.
 size_t sum_gradients(const DistinctRows& rows, const Gradients& gradients, size_t start, size_t end, float* out,
                      bool plain = false);
 
-// One step: sums, checks that ALL are finite, then updates. Sums of rows that have several references, and that fit
-// into `scratch`, are made once; those that do not fit are made twice. Rows with one reference need no scratch.
+// One step: sums, checks that ALL are finite, then updates. Sums of rows that have several references and fit into
+// `scratch` are made once; if they do not fit, all are made twice. Rows with one reference need no scratch.
 // records: [rows.count()], where each distinct row's record begins; nobody else touches them meanwhile.
-// scratch: scratch_floats, of which each thread uses a part; at least scratch_floats_min(dim, num_threads).
+// scratch: [scratch_floats], at least `dim`; rows.repeated_before()[rows.count()] * dim is as much as it can use.
 // Returns kAllFinite, or the first distinct row whose sum is not finite: no record is changed then.
-// The same bits with any number of threads and any scratch. Does not throw once all sums are checked, unless a thread
-// cannot be started, which costs only time.
+// The same bits with any number of threads and any scratch. Throws std::bad_alloc before it changes any record.
 size_t apply_gradients(const Optimizer& optimizer, const Steps& steps, const DistinctRows& rows,
                        const Gradients& gradients, float* const* records, float* scratch, size_t scratch_floats,
                        size_t num_threads, bool plain = false);
-
-size_t scratch_floats_min(size_t dim, size_t num_threads);
 
 }  // namespace tierstore

@@ -24,4 +24,6 @@ PYBIND11_MODULE(_cpu, module) {
   tierstore::bind_shared(module);
   tierstore::bind_huge_pages(module);
   tierstore::bind_row_cache(module);
+  tierstore::bind_optimizer(module);
+  tierstore::bind_quantize(module);
 }

@@ -15,11 +15,13 @@ void bind_huge_pages(pybind11::module_& module);
 void bind_learning(pybind11::module_& module);
 void bind_mailbox(pybind11::module_& module);
 void bind_messages(pybind11::module_& module);
+void bind_optimizer(pybind11::module_& module);
 void bind_pages(pybind11::module_& module);
 void bind_placed(pybind11::module_& module);
 void bind_profile(pybind11::module_& module);
 void bind_row_cache(pybind11::module_& module);
 void bind_runs(pybind11::module_& module);
+void bind_quantize(pybind11::module_& module);
 void bind_shared(pybind11::module_& module);
 
 }  // namespace tierstore

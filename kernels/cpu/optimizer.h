@@ -5,14 +5,18 @@
 //
 //   kSgd            w = fma(g, -lr, w)                                                  torch.optim.SGD, in bits
 //   kRowWiseAdagrad m = decay * m + mean(g * g); w = fma(-(lr / (sqrt(m) + eps)), g, w)  one m a row
-//   kLazyAdam       torch.optim.SparseAdam, in bits: rows without a gradient stay as they are
+//   kLazyAdam       torch.optim.SparseAdam: rows without a gradient stay as they are
 //   kDenseAdam      torch.optim.Adam of the whole table: a row that comes back first replays the steps it missed
+//
+// The Adams have torch's operations in torch's order. Bits differ where torch.sqrt is not rounded correctly (2.13 on
+// CPUs with AVX2: one element in six is one unit in the last place off); ours always is.
 //
 // All functions are safe to call from several threads for different records, allocate nothing, and do not throw.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace tierstore {
 
@@ -45,11 +49,35 @@ struct StepFactors {
 // step: 1 is the first. lr: this step's own. About 50 ns.
 StepFactors step_factors(const Optimizer& optimizer, uint32_t step, double lr);
 
-// The steps up to `last`, which is the one that is being made.
+// The steps up to `last`, which is the one that is being made. Stays right while its history grows.
 struct Steps {
   uint32_t last;
-  StepFactors now;         // of step `last`
-  const StepFactors* all;  // [last], of steps 1 to `last`; null is allowed for every rule but kDenseAdam
+  StepFactors now;                           // of step `last`
+  std::shared_ptr<const StepFactors[]> all;  // [last], of steps 1 to `last`; kDenseAdam alone needs and has it
+};
+
+// The steps of a table. One thread at a time; Steps that were taken are read by any thread meanwhile.
+class StepHistory {
+ public:
+  explicit StepHistory(const Optimizer& optimizer) : optimizer_(optimizer) {}
+
+  // Step last() + 1 has this rate. Throws std::bad_alloc, and std::length_error beyond kStepMax.
+  void append(double lr);
+  // Starts over, as after `last` steps. rates: [last], of all steps; null is allowed for every rule but kDenseAdam.
+  void restart(uint32_t last, const double* rates);
+
+  uint32_t last() const { return steps_.last; }
+  const Optimizer& optimizer() const { return optimizer_; }
+  const Steps& steps() const { return steps_; }
+  size_t bytes() const { return capacity_ * sizeof(StepFactors); }
+
+ private:
+  void reserve(size_t count);
+
+  Optimizer optimizer_;
+  Steps steps_{0, {0, 1}, nullptr};
+  std::shared_ptr<StepFactors[]> factors_;  // entries beyond steps_.last are written before they are announced
+  size_t capacity_ = 0;
 };
 
 // How a gradient reaches its row: g = (sum + 0) * scale. `+ 0` because a sum of torch starts at 0 and is never -0.
