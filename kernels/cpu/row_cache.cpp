@@ -445,7 +445,7 @@ void RowCache::clear() {
 RowCacheCounters RowCache::counters() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   const size_t num_takeable = num_aside_ + log_.takeable() - std::min(log_.head(), log_.takeable());
-  return {hits_,        misses_,      evicted_,  put_aside_,  num_rows_, num_dirty_,
+  return {hits_,        misses_,     evicted_,  put_aside_,   num_rows_, num_dirty_,
           num_writing_, num_pinned_, num_free_, num_takeable, limit_};
 }
 

@@ -48,8 +48,8 @@ struct RowCacheLayout {
 };
 
 struct RowCacheCounters {
-  uint64_t hits, misses;                                                       // references
-  uint64_t evicted, put_aside;                                                 // records
+  uint64_t hits, misses;                                            // references
+  uint64_t evicted, put_aside;                                      // records
   uint64_t num_rows, num_dirty, num_writing, num_pinned, num_free;  // now
   uint64_t num_takeable;                                            // records that `drain` has left, at most
   uint64_t num_slots;

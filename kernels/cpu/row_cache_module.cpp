@@ -2,7 +2,6 @@
 
 #include <memory>
 #include <optional>
-#include <string>
 #include <utility>
 
 #include "arrays.h"
@@ -16,27 +15,7 @@ namespace {
 
 constexpr auto kRowIds = "row_ids must be [R]";
 
-Optimizer optimizer_of(const std::string& rule, double eps, double beta1, double beta2, double decay, double initial) {
-  Optimizer optimizer;
-  if (rule == "sgd") {
-    optimizer.rule = Rule::kSgd;
-  } else if (rule == "row_wise_adagrad") {
-    optimizer.rule = Rule::kRowWiseAdagrad;
-  } else if (rule == "lazy_adam") {
-    optimizer.rule = Rule::kLazyAdam;
-  } else {
-    require(rule == "dense_adam", "rule must be sgd, row_wise_adagrad, lazy_adam or dense_adam");
-    optimizer.rule = Rule::kDenseAdam;
-  }
-  optimizer.eps = eps;
-  optimizer.beta1 = beta1;
-  optimizer.beta2 = beta2;
-  optimizer.decay = decay;
-  optimizer.initial = initial;
-  return optimizer;
-}
-
-py::array_t<uint32_t> array_of(const std::vector<uint32_t>& numbers) {
+py::array_t<uint32_t> missing_of(const std::vector<uint32_t>& numbers) {
   return py::array_t<uint32_t>(static_cast<py::ssize_t>(numbers.size()), numbers.data());
 }
 
@@ -61,7 +40,7 @@ class PyRowUpdate {
     const auto n = static_cast<size_t>(row_ids.shape(0));
     const py::gil_scoped_release released;
     const BadReference bad = rows_.find(ids, group_of, n, num_rows);
-    return {bad.place == SIZE_MAX ? -1 : static_cast<py::ssize_t>(bad.place), bad.is_group};
+    return {bad.place == kAllGood ? -1 : static_cast<py::ssize_t>(bad.place), bad.is_group};
   }
 
   // Returns the first distinct row whose sum is not finite, -1 if there is none.
@@ -131,7 +110,7 @@ class PyRowCache {
       require_rows(ids, n);
       cache_->gather(ids, static_cast<size_t>(n), values, missing, threads);
     }
-    return array_of(missing);
+    return missing_of(missing);
   }
 
   void bring_up_to_date(py::array& records, size_t threads) {
@@ -152,7 +131,7 @@ class PyRowCache {
       require_rows(ids, row_ids.shape(0));
       cache_->find(ids, static_cast<size_t>(row_ids.shape(0)), missing, pins == nullptr ? nullptr : pins->get());
     }
-    return array_of(missing);
+    return missing_of(missing);
   }
 
   size_t put(const Input<int64_t>& row_ids, const Input<uint8_t>& records, PyRowPins* pins) {
@@ -276,14 +255,6 @@ std::unique_ptr<PyRowCache> new_row_cache(py::array block, int64_t num_rows, siz
 }  // namespace
 
 void bind_row_cache(py::module_& module) {
-  py::class_<Optimizer>(module, "RowOptimizer")
-      .def(py::init(&optimizer_of), py::arg("rule"), py::arg("eps") = 0.0, py::arg("beta1") = 0.0,
-           py::arg("beta2") = 0.0, py::arg("decay") = 1.0, py::arg("initial") = 0.0)
-      .def("initial_state", [](const Optimizer& optimizer, size_t dim) {
-        py::array_t<float> state(static_cast<py::ssize_t>(state_floats(optimizer.rule, dim)));
-        initial_state(optimizer, dim, state.mutable_data());
-        return state;
-      });
   py::class_<PyRowUpdate>(module, "RowUpdate")
       .def(py::init<size_t>(), py::arg("scratch_bytes"))
       .def("begin", &PyRowUpdate::begin, py::arg("row_ids"), py::arg("gradients"), py::arg("groups"),

@@ -18,7 +18,7 @@ from ..decisions.training_budget import BASE_BYTES_MAX, BASE_FRACTION
 from ..errors import BudgetError, ConfigError
 from ..formats.run import RunLayout
 from ..layout import TableLayout
-from ..spec import TableSpec
+from ..spec import TableSpec, codec_scale
 from ..store.embedded import open_store
 from ..store.store import Store
 from ..store.table import Table
@@ -59,18 +59,19 @@ def open_base(path: str | os.PathLike[str], num_bytes: int, io: str) -> Store:
 class BaseRows:
     """The rows of one table as they were built. Any thread may read."""
 
-    def __init__(self, table: Table, layout: RunLayout, optimizer: kernels.RowOptimizer) -> None:
+    def __init__(self, table: Table, layout: RunLayout, optimizer: kernels.Optimizer) -> None:
         self._table = table
         self._layout = layout
+        self._codec, self._factor = table.spec.codec.partition("*")[0], codec_scale(table.spec.codec)
         self._state = optimizer.initial_state(layout.dim)
 
     def read(self, row_ids: np.ndarray, out: np.ndarray) -> None:
         """Writes the records of rows, int64 [n], to out, uint8 [n, record_bytes], contiguous. Blocks on the disk."""
-        spec, dim = self._table.spec, self._layout.dim
+        dim = self._layout.dim
         rows = self._table.rows(row_ids)
         floats = out.view(np.float32)
         values = np.empty((len(row_ids), dim), dtype=np.float32)
-        kernels.dequantize_rows(rows, spec.codec, values)
+        kernels.dequantize_rows(rows, dim, self._codec, self._factor, values)
         floats[:, :dim] = values
         floats[:, dim : dim + len(self._state)] = self._state
         floats[:, dim + len(self._state) :] = 0

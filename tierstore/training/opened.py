@@ -101,7 +101,7 @@ class OpenedTraining:
         self.files = files
         self.parts = StepParts(SCRATCH_BYTES, threads)
         self._buffer = allocate(plan.buffer_bytes)
-        native = kernels.RowOptimizer(**optimizer.to_dict())
+        native = kernels.Optimizer(**optimizer.to_dict())
         self.rows = {
             name: CachedRows(
                 of.layout,
@@ -183,7 +183,7 @@ class OpenedTraining:
 
 
 def _new_cache(
-    layout: RunLayout, memory: TableMemory, num_rows: int, optimizer: kernels.RowOptimizer
+    layout: RunLayout, memory: TableMemory, num_rows: int, optimizer: kernels.Optimizer
 ) -> kernels.RowCache:
     block = allocate(memory.cache_bytes)
     return kernels.RowCache(
