@@ -45,7 +45,8 @@ RowCache::RowCache(uint8_t* block, const RowCacheShape& shape, const Optimizer& 
              RowIndex::num_places_for(shape.num_slots), slots_),
       log_(reinterpret_cast<uint32_t*>(block + RowCacheLayout(shape).log), TouchLog::capacity_for(shape.num_slots)),
       limit_(shape.num_slots),
-      num_free_(shape.num_slots) {}
+      num_free_(shape.num_slots),
+      history_(optimizer) {}
 
 // Slots of n rows, RowIndex::kNone for kNoRow and for rows that are not here.
 void RowCache::resolve(const int64_t* row_ids, size_t n, uint32_t* slots) const {
@@ -102,10 +103,10 @@ void RowCache::replay_missed_steps(size_t num_threads) {
   behind_.erase(std::unique(behind_.begin(), behind_.end()), behind_.end());
   records_.clear();
   for (const uint32_t slot : behind_) {
-    if (is_behind(optimizer_, num_steps_, shape_.dim, floats(slot))) records_.push_back(floats(slot));
+    if (is_behind(optimizer_, history_.last(), shape_.dim, floats(slot))) records_.push_back(floats(slot));
   }
   share_rows(records_.size(), kReplayedRows, num_threads, [&](size_t start, size_t end) {
-    catch_up_rows(optimizer_, steps(), shape_.dim, end - start, records_.data() + start);
+    catch_up_rows(optimizer_, history_.steps(), shape_.dim, end - start, records_.data() + start);
   });
 }
 
@@ -115,7 +116,7 @@ void RowCache::bring_up_to_date(uint8_t* records, size_t n, size_t num_threads) 
   share_rows(n, kReplayedRows, num_threads, [&](size_t start, size_t end) {
     for (size_t i = start; i < end; ++i) {
       float* each[] = {reinterpret_cast<float*>(records + i * shape_.record_bytes)};
-      catch_up_rows(optimizer_, steps(), shape_.dim, 1, each);
+      catch_up_rows(optimizer_, history_.steps(), shape_.dim, 1, each);
     }
   });
 }
@@ -133,10 +134,10 @@ void RowCache::copy_values(const int64_t* row_ids, size_t start, size_t end, flo
       continue;
     }
     float* from = floats(resolved_[i]);
-    if (replays && is_behind(optimizer_, num_steps_, shape_.dim, from)) {  // it is frozen
+    if (replays && is_behind(optimizer_, history_.last(), shape_.dim, from)) {  // it is frozen
       std::vector<float> copy(from, from + shape_.record_bytes / sizeof(float));
       float* records[] = {copy.data()};
-      catch_up_rows(optimizer_, steps(), shape_.dim, 1, records);
+      catch_up_rows(optimizer_, history_.steps(), shape_.dim, 1, records);
       std::memcpy(to, copy.data(), value_bytes);
     } else {
       std::memcpy(to, from, value_bytes);
@@ -277,16 +278,13 @@ UpdateOutcome RowCache::update(const DistinctRows& rows, size_t start, size_t en
   if (!missing.empty()) return {UpdateOutcome::kMissing, missing.size()};
   if (num_frozen > shape_.num_aside - num_aside_) return {UpdateOutcome::kNoRoomAside, num_frozen};
   const bool keeps_rates = optimizer_.rule == Rule::kDenseAdam;
-  if (keeps_rates) {
-    rates_.reserve(num_steps_ + 1);  // all memory is there before anything changes
-    factors_.resize(num_steps_ + 1);
-  }
-  Steps step{num_steps_ + 1, step_factors(optimizer_, num_steps_ + 1, lr), factors_.data()};
-  if (keeps_rates) factors_[num_steps_] = step.now;
+  if (keeps_rates && rates_.size() == rates_.capacity()) rates_.reserve(2 * rates_.size() + 64);
+  StepHistory history = history_;
+  history.append(lr);
   make_room_in_log(n);
   const size_t aside_before = num_aside_;
   if (num_frozen > 0) put_aside(n);
-  const size_t bad = apply(rows, start, end, gradients, step, scratch, num_threads);
+  const size_t bad = apply(rows, start, end, gradients, history.steps(), scratch, num_threads);
   if (bad != kAllFinite) {
     num_aside_ = aside_before;
     return {UpdateOutcome::kNotFinite, bad};
@@ -294,7 +292,7 @@ UpdateOutcome RowCache::update(const DistinctRows& rows, size_t start, size_t en
   put_aside_ += num_aside_ - aside_before;
   for (size_t i = 0; i < n; ++i) touch(resolved_[i]);
   if (end == rows.count()) {
-    ++num_steps_;
+    history_ = std::move(history);
     if (keeps_rates) rates_.push_back(lr);
   }
   return {UpdateOutcome::kDone, n};
@@ -331,17 +329,14 @@ size_t RowCache::apply(const DistinctRows& rows, size_t start, size_t end, const
 
 uint32_t RowCache::num_steps() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return num_steps_;
+  return history_.last();
 }
 
 void RowCache::set_steps(uint32_t num_steps, const double* rates) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (optimizer_.rule == Rule::kDenseAdam) {
-    rates_.assign(rates, rates + num_steps);
-    factors_.resize(num_steps);
-    for (uint32_t i = 0; i < num_steps; ++i) factors_[i] = step_factors(optimizer_, i + 1, rates[i]);
-  }
-  num_steps_ = num_steps;
+  const bool keeps_rates = optimizer_.rule == Rule::kDenseAdam;
+  if (keeps_rates) rates_.assign(rates, rates + num_steps);
+  history_.restart(num_steps, keeps_rates ? rates : nullptr);
 }
 
 std::vector<double> RowCache::rates() const {

@@ -145,7 +145,6 @@ class RowCache {
     return slots_[row_id].state == kRowEmpty ? RowIndex::kNone : static_cast<uint32_t>(row_id);
   }
   void resolve(const int64_t* row_ids, size_t n, uint32_t* slots) const;
-  Steps steps() const { return {num_steps_, StepFactors{}, factors_.data()}; }
   void replay_missed_steps(size_t num_threads);
   size_t apply(const DistinctRows& rows, size_t start, size_t end, const Gradients& gradients, const Steps& steps,
                std::vector<float>& scratch, size_t num_threads);
@@ -179,10 +178,9 @@ class RowCache {
   size_t num_rows_ = 0, num_dirty_ = 0, num_writing_ = 0, num_pinned_ = 0, num_aside_ = 0;
   uint64_t generation_ = 0;  // how often it was cleared
   uint64_t hits_ = 0, misses_ = 0, evicted_ = 0, put_aside_ = 0;
-  uint32_t num_steps_ = 0;
-  std::vector<StepFactors> factors_;  // of all steps, of kDenseAdam
-  std::vector<double> rates_;         // the same
-  std::vector<uint32_t> resolved_;    // slots of the call's rows
+  StepHistory history_;
+  std::vector<double> rates_;       // of all steps, of kDenseAdam
+  std::vector<uint32_t> resolved_;  // slots of the call's rows
   std::vector<uint32_t> behind_;
   std::vector<float*> records_;
 };
