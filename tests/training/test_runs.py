@@ -42,6 +42,7 @@ def write_run(
         run = writer.finish()
         writer.sync()
         writer.rename()
+        writer.keep()
         return run
 
 

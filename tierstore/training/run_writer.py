@@ -40,7 +40,7 @@ KEPT = "commits that were published are kept"
 
 
 class RunWriter:
-    """Writes one run, past the page cache. One thread at a time uses it; `with` discards a run that was not named."""
+    """Writes one run, past the page cache. One thread at a time uses it; `with` discards a run that is not kept."""
 
     def __init__(self, store: Path, number: int, layout: RunLayout, buffer_bytes: int = BUFFER_BYTES) -> None:
         """Makes the file, under a temporary name, in the store's training folder.
@@ -53,7 +53,7 @@ class RunWriter:
         self._row_ids: list[np.ndarray] = []
         self._digest = hashlib.sha256()
         self._offset = 0  # bytes of the next buffer that an unfinished unit takes
-        self._failed = self._is_named = False
+        self._failed = self._is_named = self._is_kept = False
         self._fd = -1
         self._stack = contextlib.ExitStack()
         buffer_bytes = max(buffer_bytes, round_up(layout.stored_bytes, UNIT_BYTES) + UNIT_BYTES)
@@ -83,7 +83,7 @@ class RunWriter:
     def buffer(self) -> np.ndarray:
         """Returns a buffer to fill, uint8 [n, stored_bytes], n at least 1: values and state at the start of each.
 
-        Blocks until one was written. Raises what the disk said of earlier ones.
+        Blocks until one was written. Raises the errors of earlier ones.
         """
         assert not self.is_full, "the caller asks `is_full`"
         with self._naming():
@@ -150,17 +150,22 @@ class RunWriter:
         self._failed = False
 
     def rename(self) -> None:
-        """Gives the file its name. It must be synced; the caller syncs the folder, once for many."""
-        with self._naming():
-            self.path.rename(self._store / self._file)
-        self._is_named = True
+        """Gives the file its name, unless it has it. It must be synced; the caller syncs the folder, once for many."""
+        if not self._is_named:
+            with self._naming():
+                self.path.rename(self._store / self._file)
+            self._is_named = True
+
+    def keep(self) -> None:
+        """Has `discard` leave the file alone: the catalog may name it from now on."""
+        self._is_kept = True
 
     def discard(self) -> None:
-        """Closes the file, and removes it if it has not its name. Any number of times."""
+        """Closes the file, and removes it unless it is kept. Any number of times."""
         self._stack.close()  # no write is under way any more
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            if not self._is_named:
+            if not self._is_kept:
                 self.path.unlink(missing_ok=True)
             os.close(fd)
 
