@@ -977,7 +977,7 @@ class MailboxServer:
 class RowPlaces:
     """An index: row id -> (run, place), about 18 bytes a row, without a jump of memory as it grows.
 
-    Any thread may call; each call is one step to others. Row ids are 0 or more and below `num_rows`.
+    Threads share it; each call is one step to others. Row ids are 0 or more and below `num_rows`.
     """
 
     def __init__(self, num_rows: int) -> None:
@@ -1013,7 +1013,7 @@ class RowPlaces:
         """Returns the most bytes that it will take once so many rows are added, at the moment of growth included."""
 
 class RunRecords:
-    """Open runs, and reads of their records (run_reader.h). Any thread may call."""
+    """Open runs, and reads of their records (run_reader.h). Threads share it."""
 
     def __init__(self, record_bytes: int, seed: int, depth: int, read_bytes: int, num_calls: int, mode: str) -> None:
         """Takes depth * read_bytes of memory for each of num_calls.

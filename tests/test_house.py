@@ -149,7 +149,7 @@ def test_decisions_are_pure_and_reach_no_lmdb() -> None:
 
 def test_lmdb_is_known_to_the_catalog_alone() -> None:
     users = {module for module, path in MODULES.items() if "lmdb" in imports_of(path, top_level_only=False)}
-    assert users == {"tierstore.formats.catalog"}
+    assert users == {"tierstore.formats.catalog_records"}
 
 
 def test_the_store_loads_neither_torch_nor_triton_when_imported() -> None:

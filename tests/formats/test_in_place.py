@@ -19,6 +19,7 @@ from tierstore import kernels
 from tierstore.errors import FormatError, TierStoreError
 from tierstore.formats import catalog
 from tierstore.formats.catalog import read_catalog
+from tierstore.formats.catalog_records import write_records
 from tierstore.formats.in_place import InPlaceFile, InPlaceLayout
 from tierstore.formats.stored_tensor import FileIdentity, StoredTensor
 from tierstore.formats.table_source import Plane, TableSource
@@ -146,7 +147,7 @@ def test_a_catalog_whose_rows_lie_in_no_file_is_refused(
     record = read_catalog(in_place_built).tables["plain"].to_dict()
     field, more = lie
     record["planes"][0]["stretches"][0][field] += more
-    catalog._write(tmp_path / "store" / catalog.CATALOG_FILE, {"table/plain": json.dumps(record).encode()})
+    write_records(tmp_path / "store" / catalog.CATALOG_FILE, {"table/plain": json.dumps(record).encode()})
     with pytest.raises(FormatError, match=r"rows of table plain lie up to byte \d+ of file [01] of its 1"):
         tierstore.open(tmp_path / "store")
 

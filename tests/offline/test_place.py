@@ -23,6 +23,7 @@ import tierstore
 from tierstore.formats import catalog
 from tierstore.formats import placement as placement_format
 from tierstore.formats.catalog import read_catalog, set_epoch
+from tierstore.formats.catalog_records import write_records
 from tierstore.offline import place, placement_file
 from tierstore.offline.place import place_entries, prune_placements
 from tierstore.offline.placement_file import Chosen
@@ -310,7 +311,7 @@ def test_a_number_is_never_given_to_two_placements(own_store: Path) -> None:
 )
 def test_an_epoch_that_the_catalog_cannot_have_is_named(own_store: Path, record: dict, message: str) -> None:
     place_at(0.1, own_store, {NAME: some_chosen(1)})
-    catalog._write(own_store / catalog.CATALOG_FILE, {"epoch": json.dumps(record).encode()})
+    write_records(own_store / catalog.CATALOG_FILE, {"epoch": json.dumps(record).encode()})
     with pytest.raises(tierstore.FormatError, match=message):
         tierstore.open(own_store, dram="400KiB")
 

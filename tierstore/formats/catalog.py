@@ -10,46 +10,27 @@ lookup path. Every record ends in a CRC32C bound to its key.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
-import struct
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lmdb
-
-from .. import kernels
-from ..causes import named, system_error
+from ..causes import named
 from ..durable import sync_folder
-from ..errors import BudgetError, ConfigError, FormatError, StoreNotReadyError
+from ..errors import FormatError, StoreNotReadyError
 from ..layout import PlacementRecord, ShardRecord, TableLayout, checked_path
 from ..lazy import lazy
 from ..version import VERSION
+from .catalog_records import CATALOG_FILE as CATALOG_FILE
+from .catalog_records import as_json, from_json, read_records, write_records
 from .in_place import InPlaceFile, InPlaceLayout, check_files
-from .lmdb_pages import FILE_BYTES_MAX, read_lmdb_records
 
 STORE_FORMAT_VERSION = 1
 IN_PLACE_FORMAT_VERSION = 2  # of a store with tables in place, which older readers cannot read
-CATALOG_FILE = "catalog.mdb"
 NEW_CATALOG_FILE = "catalog.mdb.new"
 LOCK_FILE = "build.lock"
-MAP_BYTES = FILE_BYTES_MAX  # the most that the catalog can grow to; LMDB takes disk only for what is used
-
-# Guards the open environment: LMDB allows one a file and process, so each write opens, works and closes under it.
-_environment_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _environment_lock
-    _environment_lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)
 
 
 @dataclass(frozen=True)
@@ -97,7 +78,7 @@ class CatalogImage:
         """A digest, hex, of all that decides what rows a store has: tables, hashes, and every shard's own digest."""
         tables = {name: layout.to_dict() for name, layout in self.tables.items()}
         shards = {name: {index: vars(shard) for index, shard in of.items()} for name, of in self.shards.items()}
-        return hashlib.sha256(_as_json({"tables": tables, "shards": shards})).hexdigest()
+        return hashlib.sha256(as_json({"tables": tables, "shards": shards})).hexdigest()
 
 
 def paged_layouts(tables: Mapping[str, TableLayout]) -> dict[str, TableLayout]:
@@ -123,18 +104,18 @@ def create_catalog(
     files: of a store in place; its format version is another.
     """
     version = IN_PLACE_FORMAT_VERSION if files else STORE_FORMAT_VERSION
-    records = {"format": _as_json({"format_version": version, "written_by": f"tierstore {VERSION}"})}
+    records = {"format": as_json({"format_version": version, "written_by": f"tierstore {VERSION}"})}
     if files:
-        records["files"] = _files_as_json(files)
-    records["origin"] = _as_json(origin)
-    records["tables"] = _as_json(list(tables))
-    records |= {f"table/{name}": _as_json(layout.to_dict()) for name, layout in tables.items()}
+        records["files"] = _filesas_json(files)
+    records["origin"] = as_json(origin)
+    records["tables"] = as_json(list(tables))
+    records |= {f"table/{name}": as_json(layout.to_dict()) for name, layout in tables.items()}
     records |= {f"attachment/{name}": value for name, value in attachments.items()}
     new_files = [path / NEW_CATALOG_FILE, path / f"{NEW_CATALOG_FILE}-lock"]
     try:
         for leftover in new_files:
             leftover.unlink(missing_ok=True)
-        _write(path / NEW_CATALOG_FILE, records)
+        write_records(path / NEW_CATALOG_FILE, records)
         (path / NEW_CATALOG_FILE).rename(path / CATALOG_FILE)
     finally:
         for new_file in new_files:
@@ -145,12 +126,12 @@ def create_catalog(
 def record_shard(path: Path, table_name: str, shard_index: int, shard: ShardRecord) -> None:
     """Notes a shard that is complete and synced on disk. Durable when it returns."""
     record = {"file": shard.file, "num_bytes": shard.num_bytes, "sha256": shard.sha256}
-    _write(path / CATALOG_FILE, {f"shard/{table_name}/{shard_index:08d}": _as_json(record)})
+    write_records(path / CATALOG_FILE, {f"shard/{table_name}/{shard_index:08d}": as_json(record)})
 
 
 def forget_shards(path: Path, shards: Sequence[tuple[str, int]]) -> None:
     """Takes the records of shards, (table, index) each, out of the catalog: what they hold cannot be relied on."""
-    _write(path / CATALOG_FILE, {}, removed=tuple(f"shard/{name}/{index:08d}" for name, index in shards))
+    write_records(path / CATALOG_FILE, {}, removed=tuple(f"shard/{name}/{index:08d}" for name, index in shards))
 
 
 def record_origin(path: Path, origin: dict[str, Any], files: Sequence[InPlaceFile] = ()) -> None:
@@ -158,27 +139,27 @@ def record_origin(path: Path, origin: dict[str, Any], files: Sequence[InPlaceFil
 
     files: of a store in place.
     """
-    in_place = {"files": _files_as_json(files)} if files else {}
-    _write(path / CATALOG_FILE, {"origin": _as_json(origin)} | in_place)
+    in_place = {"files": _filesas_json(files)} if files else {}
+    write_records(path / CATALOG_FILE, {"origin": as_json(origin)} | in_place)
 
 
-def _files_as_json(files: Sequence[InPlaceFile]) -> bytes:
-    return _as_json([file.to_dict() for file in files])
+def _filesas_json(files: Sequence[InPlaceFile]) -> bytes:
+    return as_json([file.to_dict() for file in files])
 
 
 def mark_ready(path: Path) -> None:
     """Commits the ready mark, last of all: from now on the store opens."""
-    _write(path / CATALOG_FILE, {"ready": _as_json({"ready": True})})
+    write_records(path / CATALOG_FILE, {"ready": as_json({"ready": True})})
 
 
 def publish_placement(path: Path, placement: PlacementRecord) -> None:
     """Notes a placement that is complete and synced on disk, and makes it the current epoch, in one transaction."""
     record = {"file": placement.file, "num_bytes": placement.num_bytes}
-    _write(
+    write_records(
         path / CATALOG_FILE,
         {
-            f"placement/{placement.epoch:08d}": _as_json(record),
-            "epoch": _as_json({"epoch": placement.epoch, "last": placement.epoch}),
+            f"placement/{placement.epoch:08d}": as_json(record),
+            "epoch": as_json({"epoch": placement.epoch, "last": placement.epoch}),
         },
     )
 
@@ -186,12 +167,12 @@ def publish_placement(path: Path, placement: PlacementRecord) -> None:
 def set_epoch(path: Path, epoch: int | None) -> None:
     """Makes a published placement the current one; None: stores open without any. The caller holds the store's lock."""
     last_epoch = read_catalog(path, must_be_ready=False).last_epoch
-    _write(path / CATALOG_FILE, {"epoch": _as_json({"epoch": epoch, "last": last_epoch})})
+    write_records(path / CATALOG_FILE, {"epoch": as_json({"epoch": epoch, "last": last_epoch})})
 
 
 def forget_placement(path: Path, epoch: int) -> None:
     """Takes the record of a placement that is not the current one out of the catalog; its file may go then."""
-    _write(path / CATALOG_FILE, {}, removed=(f"placement/{epoch:08d}",))
+    write_records(path / CATALOG_FILE, {}, removed=(f"placement/{epoch:08d}",))
 
 
 def read_catalog(path: str | os.PathLike[str], *, must_be_ready: bool = True) -> CatalogImage:
@@ -206,10 +187,10 @@ def read_catalog(path: str | os.PathLike[str], *, must_be_ready: bool = True) ->
     try:
         if not _holds_catalog(path):
             raise StoreNotReadyError(f"there is no store at {path}; build one: tierstore build CHECKPOINT {path}")
-        records = _read(path)
+        records = read_records(path)
     except OSError as error:
         raise named(error, f"cannot read {error.filename or path}", error.filename or path) from error
-    head = _from_json(records, "format", path)
+    head = from_json(records, "format", path)
     version = head.get("format_version")
     if version not in (STORE_FORMAT_VERSION, IN_PLACE_FORMAT_VERSION):
         raise FormatError(
@@ -227,7 +208,7 @@ def read_catalog(path: str | os.PathLike[str], *, must_be_ready: bool = True) ->
 
 
 def _image(path: Path, records: dict[str, bytes], version: int) -> CatalogImage:
-    names = _from_json(records, "tables", path, kind=list)
+    names = from_json(records, "tables", path, kind=list)
     tables, files = _tables_and_files(path, records, names, version)
     paged = paged_layouts(tables)
     shards: dict[str, dict[int, ShardRecord]] = {name: {} for name in paged}
@@ -238,13 +219,13 @@ def _image(path: Path, records: dict[str, bytes], version: int) -> CatalogImage:
         if kind == "attachment":
             attachments[rest] = records[key]
         elif kind == "placement":
-            placement = _placement_record(rest, _from_json(records, key, path), path)
+            placement = _placement_record(rest, from_json(records, key, path), path)
             placements[placement.epoch] = placement
         elif kind == "shard":
             name, _, index = rest.rpartition("/")
             if name not in paged or not index.isdecimal() or int(index) >= paged[name].num_shards:
                 raise FormatError(f"{path}: the catalog has shard record {key!r} of no table; restore it or rebuild")
-            shards[name][int(index)] = _shard_record(_from_json(records, key, path), paged[name], int(index))
+            shards[name][int(index)] = _shard_record(from_json(records, key, path), paged[name], int(index))
     ready = "ready" in records
     for name, layout in paged.items():
         if ready and len(shards[name]) != layout.num_shards:
@@ -252,7 +233,7 @@ def _image(path: Path, records: dict[str, bytes], version: int) -> CatalogImage:
                 f"{path}: the catalog is marked ready with {len(shards[name])} of {layout.num_shards} shards of table "
                 f"{name}; restore it or rebuild"
             )
-    numbers = _from_json(records, "epoch", path) if "epoch" in records else {}
+    numbers = from_json(records, "epoch", path) if "epoch" in records else {}
     newest = max(placements, default=0)
     epoch, last_epoch = numbers.get("epoch"), numbers.get("last", newest)
     if type(last_epoch) is not int or last_epoch < newest:
@@ -261,7 +242,7 @@ def _image(path: Path, records: dict[str, bytes], version: int) -> CatalogImage:
         raise FormatError(
             f"{path}: the catalog's current epoch {epoch!r} is not one of its placements; restore the catalog"
         )
-    origin = _from_json(records, "origin", path)
+    origin = from_json(records, "origin", path)
     return CatalogImage(path, version, ready, origin, tables, shards, attachments, placements, epoch, last_epoch, files)
 
 
@@ -270,9 +251,9 @@ def _tables_and_files(
 ) -> tuple[dict[str, TableLayout], tuple[InPlaceFile, ...]]:
     """Returns the layouts of all tables, and, of a store in place, the files that they lie in."""
     if version == STORE_FORMAT_VERSION:
-        return {name: TableLayout.from_dict(_from_json(records, f"table/{name}", path)) for name in names}, ()
-    files = tuple(InPlaceFile.from_dict(record) for record in _from_json(records, "files", path, kind=list))
-    tables = {name: InPlaceLayout.from_dict(_from_json(records, f"table/{name}", path)) for name in names}
+        return {name: TableLayout.from_dict(from_json(records, f"table/{name}", path)) for name in names}, ()
+    files = tuple(InPlaceFile.from_dict(record) for record in from_json(records, "files", path, kind=list))
+    tables = {name: InPlaceLayout.from_dict(from_json(records, f"table/{name}", path)) for name in names}
     for table in tables.values():
         check_files(path, table, files)
     return dict(tables), files
@@ -307,79 +288,3 @@ def _holds_catalog(path: Path) -> bool:
     if path.exists() and not path.is_dir():
         raise FormatError(f"{path} is a file; a store is a folder with {CATALOG_FILE}")
     return False
-
-
-def _as_json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True).encode()
-
-
-def _from_json(records: dict[str, bytes], key: str, path: Path, kind: type = dict) -> Any:
-    try:
-        value = json.loads(records[key])
-    except (KeyError, ValueError) as error:
-        raise FormatError(
-            f"{path}: catalog record {key!r} is missing or no JSON; restore the catalog or rebuild"
-        ) from error
-    if not isinstance(value, kind):
-        raise FormatError(f"{path}: catalog record {key!r} is not a {kind.__name__}; restore the catalog or rebuild")
-    return value
-
-
-def _write(file: Path, records: dict[str, bytes], removed: Sequence[str] = ()) -> None:
-    """Commits records, each with its checksum, and takes others out, in one durable transaction.
-
-    Checks an existing file first: LMDB would follow a wrong number in it.
-    """
-    try:
-        with _environment(file) as environment, environment.begin(write=True) as transaction:
-            for key, value in records.items():
-                key_bytes = key.encode()
-                checksum = kernels.crc32c(value, kernels.crc32c(key_bytes))
-                transaction.put(key_bytes, value + struct.pack("<I", checksum))
-            for key in removed:
-                transaction.delete(key.encode())
-    except lmdb.MemoryError as error:
-        raise BudgetError(
-            f"{file} cannot be mapped ({error}): LMDB reserves {MAP_BYTES} bytes of address space to write it; raise "
-            f"the process's limit (ulimit -v)"
-        ) from error
-    except lmdb.Error as error:
-        if refused := system_error(error, file):
-            raise refused from error
-        raise ConfigError(f"cannot write the catalog {file}: {error}; is the path writable?") from error
-
-
-def _read(path: Path) -> dict[str, bytes]:
-    """Returns all records of the newest transaction, each checked and without its checksum."""
-    file = path / CATALOG_FILE
-    try:
-        return {key.decode(): _unsealed(key, value, path) for key, value in read_lmdb_records(file)}
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{file} is damaged ({error}); restore it from a copy or rebuild") from error
-    except MemoryError as error:
-        file_bytes = file.stat().st_size
-        raise BudgetError(
-            f"{file}: {file_bytes} bytes do not fit in this process's memory; raise the limit (ulimit -v, "
-            "the container's)"
-        ) from error
-
-
-def _unsealed(key: bytes, value: bytes, path: Path) -> bytes:
-    body, checksum = value[:-4], value[-4:]
-    if len(value) < 4 or struct.pack("<I", kernels.crc32c(body, kernels.crc32c(key))) != checksum:
-        raise FormatError(f"{path}: catalog record {key!r} has a wrong checksum; restore the catalog or rebuild")
-    return body
-
-
-@contextlib.contextmanager
-def _environment(file: Path) -> Iterator[lmdb.Environment]:
-    """Opens the environment for writing, alone in this process;
-    the caller keeps other processes out with `build.lock`."""
-    with _environment_lock:
-        if file.exists():
-            read_lmdb_records(file)
-        environment = lmdb.open(os.fsencode(file), subdir=False, max_dbs=0, map_size=MAP_BYTES, readahead=False)
-        try:
-            yield environment
-        finally:
-            environment.close()
