@@ -33,7 +33,9 @@ class Health:
         if self.is_closed:
             raise StoreNotReadyError(f"{self.what} is closed; open it again")
         if not self.is_of_this_process():
-            raise StoreNotReadyError(f"{self.what} belongs to process {self._process}, which forked this one; use it there")
+            raise StoreNotReadyError(
+                f"{self.what} belongs to process {self._process}, which forked this one; use it there"
+            )
 
     def is_of_this_process(self) -> bool:
         """Whether this is the process that opened the training, and not a child that it forked."""

@@ -18,11 +18,13 @@ import numpy as np
 from .. import kernels
 from ..decisions.training_budget import RecordShape, TableMemory, TrainingPlan, divide_training
 from ..formats.catalog import CatalogImage
+from ..formats.rates import read_rates
 from ..formats.run import Run, RunLayout
+from ..layout import TableLayout
 from ..store.store import Store
 from ..tiers.memory import allocate
 from .base import BaseRows
-from .commits import Commit, read_rates, write_rates
+from .commits import Commit
 from .health import Health
 from .optimizers import Optimizer
 from .prefetch import Prefetches
@@ -52,14 +54,19 @@ class TableFiles:
             self.reader.load(ordinal, self.places)
 
 
+def layout_of(table: TableLayout, optimizer: Optimizer) -> RunLayout:
+    """Returns how the training records of a table look."""
+    dim = table.spec.dim
+    return RunLayout(table.spec.name, dim, optimizer.state_floats(dim), table.seed)
+
+
 def open_files(
     store: Path, image: CatalogImage, optimizer: Optimizer, commit: Commit | None, io: str, owned: contextlib.ExitStack
 ) -> dict[str, TableFiles]:
     """Opens the runs of a commit, None for none, which `owned` closes. Blocks on the disk."""
     found = {}
     for name, table in image.tables.items():
-        dim = table.spec.dim
-        layout = RunLayout(name, dim, optimizer.state_floats(dim), table.seed)
+        layout = layout_of(table, optimizer)
         reader = RunReader(store, layout, io)
         owned.callback(reader.close)
         found[name] = TableFiles(layout, reader, kernels.RowPlaces(table.spec.num_rows))
@@ -165,10 +172,10 @@ class OpenedTraining:
         """Returns what a commit keeps of the optimizer, for JSON."""
         return {"optimizer": self.optimizer.to_dict(), "steps": {name: t.num_steps for name, t in self.tables.items()}}
 
-    def save_rates(self, rates: Mapping[str, np.ndarray]) -> str | None:
-        """Writes the learning rates of all steps for a commit; returns the file, None if the rule needs none."""
-        needed = {name: each for name, each in rates.items() if len(each)}
-        return write_rates(self.store, needed) if needed else None
+    def rates(self) -> dict[str, np.ndarray] | None:
+        """Returns the learning rates of all steps, float64 [steps] by table; None if the rule needs none."""
+        found = {name: rows.cache.rates() for name, rows in self.rows.items()}
+        return found if any(len(each) for each in found.values()) else None
 
     def drop(self) -> None:
         """Lets go of the memory: a closed training that somebody still names must not keep its budget."""
@@ -182,9 +189,7 @@ class OpenedTraining:
             rows.cache.set_steps(int(steps.get(name, 0)), rates.get(name, np.empty(0)))
 
 
-def _new_cache(
-    layout: RunLayout, memory: TableMemory, num_rows: int, optimizer: kernels.Optimizer
-) -> kernels.RowCache:
+def _new_cache(layout: RunLayout, memory: TableMemory, num_rows: int, optimizer: kernels.Optimizer) -> kernels.RowCache:
     block = allocate(memory.cache_bytes)
     return kernels.RowCache(
         block, num_rows, layout.dim, layout.record_bytes, memory.num_slots, memory.num_aside, optimizer

@@ -20,7 +20,7 @@ from ..units import parse_bytes
 from .base import base_bytes_of, check_trainable, open_base
 from .commits import TrainingRecords, create_training, go_back, read_training, writing
 from .health import Health
-from .opened import OpenedTraining, open_files, plan_memory
+from .opened import OpenedTraining, layout_of, open_files, plan_memory
 from .optimizers import Optimizer, from_dict
 from .training import Training
 
@@ -96,8 +96,9 @@ def _records(
             raise ConfigError(
                 f"{store} was never trained: give an optimizer, such as tierstore.RowWiseAdagrad(lr=0.01)"
             )
-        build = {"build": image.identity, "optimizer": optimizer.to_dict()}
-        return optimizer, create_training(store, build)
+        layouts = {name: layout_of(table, optimizer).to_dict() for name, table in image.tables.items()}
+        training = {"build": image.identity, "optimizer": optimizer.to_dict(), "layouts": layouts}
+        return optimizer, create_training(store, training)
     if records.training.get("build") != image.identity:
         raise ConfigError(
             f"{store} was built anew since its training began: its commits are of other rows; build into a new folder"

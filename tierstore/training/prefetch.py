@@ -87,7 +87,7 @@ class Prefetches:
                     request.ticket.wait()
                 except TimeoutError:
                     raise
-                except Exception:  # noqa: BLE001, S112  (whoever needs the rows reads them, and says what is wrong)
+                except Exception:
                     continue
 
     def idle(self) -> None:
@@ -97,7 +97,7 @@ class Prefetches:
                 request.ticket.wait()
             except TimeoutError:
                 raise
-            except Exception:  # noqa: BLE001, S112  (nobody needs the rows any more)
+            except Exception:
                 continue
 
     def _serve(self) -> None:

@@ -255,7 +255,8 @@ class TrainingTable:
             "num_steps": self.num_steps,
             "rows_read_from_runs": rows.num_read["runs"],
             "rows_read_from_base": rows.num_read["base"],
-            "cache_bytes": rows.memory.cache_bytes - (rows.memory.num_slots - rows.num_slots) * rows.layout.record_bytes,
+            "cache_bytes": rows.memory.cache_bytes
+            - (rows.memory.num_slots - rows.num_slots) * rows.layout.record_bytes,
             "index_bytes": int(rows.places.num_bytes),
             "touched_rows": int(rows.places.num_found),
             "dirty_bytes": int(rows.cache.counters()["num_dirty"]) * rows.layout.record_bytes,

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
+from ..formats.training_records import PAYLOAD_BYTES_MAX
 from ..store.arguments import checked_ids, refuse_outside
-from .commits import PAYLOAD_BYTES_MAX, Commit, check_room, go_back, pin, read_commits, unpin
+from .commits import Commit, check_room, go_back, pin, read_commits, unpin
 from .health import Health
 from .opened import OpenedTraining
 from .table import TrainingTable
@@ -133,8 +134,8 @@ class Training:
             assert writer is not None, "it is started until it is closed"
             check_room(opened.store, self._dirty_file_bytes())
             ticket = TrainingTicket(f"a commit of {self.path}")
-            steps, rates = self._steps(), {name: rows.cache.rates() for name, rows in opened.rows.items()}
-            request = CommitRequest(step, bytes(payload), opened.numbers(), lambda: opened.save_rates(rates), ticket)
+            steps = self._steps()
+            request = CommitRequest(step, bytes(payload), opened.numbers(), opened.rates(), ticket)
             self._freeze(writer, request)
             self._last_ticket, self._steps_committed = ticket, steps
         return ticket

@@ -44,7 +44,7 @@ class CommitRequest:
     step: int
     payload: bytes
     optimizer: Mapping[str, Any]
-    write_rates: Callable[[], str | None]  # writes the file of learning rates, if there is one
+    rates: Mapping[str, np.ndarray] | None  # learning rates of all steps, float64, if the rule needs them
     ticket: TrainingTicket
     _claimed: threading.Lock = field(default_factory=threading.Lock)
 
@@ -131,7 +131,7 @@ class Writer:
             runs={name: tuple(table.runs.values()) for name, table in self._tables.items()},
             unnamed=unnamed,
             optimizer=request.optimizer,
-            rates=request.write_rates(),
+            rates=request.rates,
         )
         for table in self._tables.values():
             while table.unnamed:
