@@ -154,6 +154,7 @@ class OpenedTraining:
     def go_to(self, commit: Commit | None, last_run: int) -> None:
         """Drops all rows and runs, and loads those of a commit, None for none. With the lock of steps held. Blocks."""
         self.prefetches.idle()
+        last_run = max(last_run, 0 if self.writer is None else self.writer.last_run)
         if not self._stop_writer(WAIT_S):
             raise TimeoutError(f"{self.health.what}: a write did not end within {WAIT_S:g} s")
         for name, of in self.files.items():

@@ -60,7 +60,8 @@ class Writer:
         self, store: Path, tables: Mapping[str, TableRuns], last_run: int, buffer_bytes: int, health: Health
     ) -> None:
         """last_run: the largest number that a run of this store ever had."""
-        self._store, self._tables, self._last_run, self._buffer_bytes = store, tables, last_run, buffer_bytes
+        self._store, self._tables, self._buffer_bytes = store, tables, buffer_bytes
+        self.last_run = last_run  # the largest number that was given
         self._health = health
         self._requests: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._spills: dict[str, TrainingTicket] = {}  # that are asked for
@@ -73,11 +74,19 @@ class Writer:
         self._thread.start()
 
     def stop(self, timeout_s: float) -> bool:
-        """Ends the thread once all that was asked for is written; returns whether it ended in time."""
+        """Ends the thread once all that was asked for is written; returns whether it ended in time.
+
+        Then removes runs that no commit names.
+        """
         self._requests.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        if self._thread.is_alive():
+            return False
+        for table in self._tables.values():
+            while table.unnamed:
+                table.unnamed.popitem()[1].discard()
+        return True
 
     def spill(self, name: str) -> TrainingTicket:
         """Asks to write the oldest dirty records of a table; returns the ticket of the spill that is asked for."""
@@ -141,7 +150,7 @@ class Writer:
     def _write_run(self, table: TableRuns, num_rows_max: int) -> int:
         """Writes up to so many dirty records to a run, oldest first; returns how many."""
         rows = table.rows
-        write = self._last_run + 1
+        write = self.last_run + 1
         row_ids = np.empty(min(num_rows_max, RUN_ROWS_MAX, rows.cache.counters()["num_takeable"]), dtype=np.int64)
         writer, done = None, 0
         try:
@@ -157,7 +166,7 @@ class Writer:
                 done += count
             if done == 0 or writer is None:
                 return 0
-            self._last_run = write
+            self.last_run = write
             self._finish(table, writer, row_ids[:done], write)
             writer = None
         finally:
