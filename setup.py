@@ -13,7 +13,7 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
 OPTIMIZED = [] if "-O0" in os.environ.get("CXXFLAGS", "").split() else ["-O3"]
-# The same bits on every processor: no multiply-add that the source does not name. Nobody reads errno or traps of floats.
+# The same bits on every processor: no multiply-add that the source does not name; nobody reads errno or traps.
 FLOATS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 NUM_BINDINGS = 2  # files that all bindings are put together in: for two cores, and none reads the headers in vain
 

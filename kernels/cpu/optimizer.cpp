@@ -58,7 +58,8 @@ TIERSTORE_BODY void row_wise_adagrad(const Numbers& numbers, float rate, size_t 
                                      float scale) {
   float& mean = values[dim];
   mean = numbers.decay * mean + mean_square(dim, sums, scale);
-  sgd(-(rate / (__builtin_sqrtf(mean) + numbers.eps)), dim, values, sums, scale);
+  const float root = __builtin_sqrtf(mean) + numbers.eps;
+  for (size_t i = 0; i < dim; ++i) values[i] += rate * gradient_of(sums[i], scale) / root;
 }
 
 TIERSTORE_BODY void lazy_adam(const Numbers& numbers, float rate, size_t dim, float* __restrict values,
@@ -258,8 +259,7 @@ void initial_state(const Optimizer& optimizer, size_t dim, float* state) {
 }
 
 StepFactors step_factors(const Optimizer& optimizer, uint32_t step, double lr) {
-  if (optimizer.rule == Rule::kSgd) return {static_cast<float>(-lr), 1};
-  if (optimizer.rule == Rule::kRowWiseAdagrad) return {static_cast<float>(lr), 1};
+  if (optimizer.rule == Rule::kSgd || optimizer.rule == Rule::kRowWiseAdagrad) return {static_cast<float>(-lr), 1};
   const double first = 1 - power(optimizer.beta1, step), second = std::sqrt(1 - power(optimizer.beta2, step));
   if (optimizer.rule == Rule::kLazyAdam) return {static_cast<float>(-(lr * second / first)), 1};
   return {static_cast<float>(-(lr / first)), static_cast<float>(second)};

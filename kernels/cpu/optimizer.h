@@ -4,12 +4,13 @@
 // has one, sums over a row have 16 partial sums. kernels/reference_training.py does the same in NumPy.
 //
 //   kSgd            w = fma(g, -lr, w)                                                  torch.optim.SGD, in bits
-//   kRowWiseAdagrad m = decay * m + mean(g * g); w = fma(-(lr / (sqrt(m) + eps)), g, w)  one m a row
+//   kRowWiseAdagrad m = decay * m + mean(g * g); w = w + -lr * g / (sqrt(m) + eps)      FBGEMM's; one m a row
 //   kLazyAdam       torch.optim.SparseAdam: rows without a gradient stay as they are
 //   kDenseAdam      torch.optim.Adam of the whole table: a row that comes back first replays the steps it missed
 //
-// The Adams have torch's operations in torch's order. Bits differ where torch.sqrt is not rounded correctly (2.13 on
-// CPUs with AVX2: one element in six is one unit in the last place off); ours always is.
+// All have torch's operations in torch's order: a division a value where FBGEMM multiplies by the root's inverse,
+// because the last place of that is up to four of torch's away. Bits differ where torch.sqrt is not rounded correctly
+// (2.13 on CPUs with AVX2: one element in six is one unit in the last place off); ours always is.
 //
 // All functions are safe to call from several threads for different records, allocate nothing, and do not throw.
 #pragma once
@@ -42,7 +43,7 @@ void initial_state(const Optimizer& optimizer, size_t dim, float* state);
 
 // What one step multiplies with: from float64, rounded once.
 struct StepFactors {
-  float rate;  // -lr; kRowWiseAdagrad: lr; the Adams: minus the step size
+  float rate;  // -lr; the Adams: minus the step size
   float root;  // kDenseAdam: the square root of 1 - beta2^step; else 1
 };
 
