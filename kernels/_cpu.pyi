@@ -1218,7 +1218,7 @@ def quantize_rows(
 def dequantize_rows(
     rows: _Bytes, dim: int, codec: str, factor: float, out: _Float32, threads: int = 1, plain: bool = False
 ) -> None:
-    """Writes the exact float32 values of rows, [R, dim]; codecs as for `quantize_rows`. Every fp8 NaN is the same."""
+    """Writes the exact float32 values of rows, [R, dim]; codecs as for `quantize_rows`. fp8 and fp16 have one NaN."""
 
 def philox4x32(counters: _UInt32, key: _UInt32) -> _UInt32:
     """Returns Philox4x32-10 of counters, uint32 [N, 4], under a key, uint32 [2]: uint32 [N, 4]."""

@@ -66,8 +66,8 @@ TIERSTORE_BODY float decode_fp8(uint8_t byte, float scale) {
 TIERSTORE_BODY float decode_fp16(uint16_t code) {
   const uint32_t magnitude = code & 0x7fffu;
   const uint32_t usual = bits_of(float_of(magnitude << 13) * 0x1p112f);
-  const uint32_t found = magnitude > 0x7c00u ? kNaN : magnitude == 0x7c00u ? kInfinity : usual;
-  return float_of(found | uint32_t{code & 0x8000u} << 16);
+  const uint32_t found = (magnitude == 0x7c00u ? kInfinity : usual) | uint32_t{code & 0x8000u} << 16;
+  return float_of(magnitude > 0x7c00u ? kNaN : found);
 }
 
 TIERSTORE_BODY float decode_bf16(uint16_t code) { return float_of(uint32_t{code} << 16); }
