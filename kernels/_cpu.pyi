@@ -1057,6 +1057,7 @@ class RunRecords:
     @property
     def counts(self) -> tuple[int, int]:
         """Reads so far, and their bytes."""
+
 # Training: rows that change. A record is a row's `dim` float32 values, then the optimizer's state. All of it gives the
 # same bits on every processor and with any number of threads; `plain` (for tests) does without what only some have.
 
@@ -1243,3 +1244,126 @@ def initial_rows(
         table: Below 2^32; keeps the tables of one seed apart.
         out: float32 [R, dim], overwritten whole.
     """
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training records in DRAM (row_cache.h).
+
+class RowUpdate:
+    """The gradients of one step, their distinct rows, and scratch, which is kept from step to step. One thread."""
+
+    def __init__(self, scratch_bytes: int) -> None:
+        """scratch_bytes: for sums of gradients; what does not fit is summed twice."""
+
+    def begin(
+        self, row_ids: _Int64, gradients: npt.NDArray[np.float32], groups: _Int32 | None, num_rows: int
+    ) -> tuple[int, bool]:
+        """Takes row_ids, int64 [R], -1 for none, gradients, float32 [R, dim], and groups, int32 [R], or None for one.
+
+        Holds gradients and groups until `end`. Returns the place of the first reference that is wrong, -1 if all are
+        right; and whether its group is what is wrong.
+        """
+
+    def find_not_finite(self) -> int:
+        """Returns the number of the first distinct row whose sum is not finite, -1 if all are."""
+
+    def end(self) -> None:
+        """Lets go of the arrays."""
+
+    @property
+    def row_ids(self) -> _Int64:
+        """A copy of the distinct rows, int64 [D], in the order in which the step first refers to them."""
+
+    def __len__(self) -> int: ...
+
+class RowPins:
+    """Rows that stay in a `RowCache` until `release`, or the end of this. One thread at a time."""
+
+    def release(self) -> None:
+        """Lets all of them go. Any number of times."""
+
+    def __len__(self) -> int: ...
+
+def row_cache_bytes(num_rows: int, dim: int, record_bytes: int, num_slots: int, num_aside: int) -> int:
+    """Returns the bytes of the block that a `RowCache` of these numbers needs."""
+
+class RowCache:
+    """Training records of one table, by row id, with write-back. Any thread may call; one updates, and one drains."""
+
+    def __init__(
+        self,
+        block: _Bytes,
+        num_rows: int,
+        dim: int,
+        record_bytes: int,
+        num_slots: int,
+        num_aside: int,
+        optimizer: Optimizer,
+    ) -> None:
+        """Lives in `block`, uint8 [row_cache_bytes], zero and aligned to 64 bytes.
+
+        num_slots: records that it holds; at least num_rows: each row has its own slot, and there is no index.
+        num_aside: records that a commit froze and that change before they are drained.
+        """
+
+    def gather(self, row_ids: _Int64, out: npt.NDArray[np.float32], threads: int = 1) -> _UInt32:
+        """Copies values to out, float32 [R, dim]; -1: zeros. Returns which references miss, ascending: those stay."""
+
+    def bring_up_to_date(self, records: _Bytes, threads: int = 1) -> None:
+        """Of "dense_adam", replays the steps that records, uint8 [R, record_bytes], have missed."""
+
+    def find(self, row_ids: _Int64, pins: RowPins | None = None) -> _UInt32:
+        """Returns the indexes of rows that are not here, -1 apart. pins: takes those that are."""
+
+    def pins(self) -> RowPins:
+        """Returns pins of this cache, without rows."""
+
+    def put(self, row_ids: _Int64, records: _Bytes, pins: RowPins | None = None) -> int:
+        """Takes over records, uint8 [R, record_bytes], of different rows, as clean, until no slot is free.
+
+        Returns how many, from the first on, are here now. Rows that were here stay as they are. pins: takes them.
+        """
+
+    def update(self, update: RowUpdate, start: int, end: int, lr: float, threads: int = 1) -> tuple[str, int]:
+        """Takes a step on distinct rows start to end; it is complete with the last row. The whole call or nothing.
+
+        Returns:
+            ("done", rows); or, and nothing has changed: ("missing", how many rows are not here), ("no_room_aside", how
+            many frozen records must be put aside: drain, and try again), ("not_finite", the number of the distinct row,
+            if all rows were given; a step in parts asks `find_not_finite` first).
+        """
+
+    def drain(self, out: _Bytes, row_ids: _Int64, write: int) -> int:
+        """Copies the oldest dirty records to out, uint8 [n, record_bytes or more], and their rows to row_ids, int64 [n].
+
+        After `freeze`, only what was dirty then. write: a number for `written`. Returns how many.
+        """
+
+    def written(self, row_ids: _Int64, write: int) -> None:
+        """Notes that drained records can be read elsewhere: their slots are clean, unless they were changed since."""
+
+    def freeze(self) -> None:
+        """Has `drain` give what is dirty now, as it is now, until `thaw`."""
+
+    def thaw(self) -> None:
+        """Ends `freeze`."""
+
+    def shrink(self, num_slots: int) -> int:
+        """Gives slots up; returns how many are left: more than asked for if dirty or pinned rows are in the way."""
+
+    def clear(self) -> None:
+        """Forgets all rows and pins, whatever state they are in."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that were completed."""
+
+    def set_steps(self, num_steps: int, rates: npt.NDArray[np.float64]) -> None:
+        """Starts after so many steps. rates: of all of them, for "dense_adam"; else empty."""
+
+    def rates(self) -> npt.NDArray[np.float64]:
+        """Returns the rates of all steps, of "dense_adam"; else an empty array."""
+
+    def counters(self) -> dict[str, int]:
+        """Returns totals: "hits" and "misses" in references, "evicted", "put_aside"; and numbers of now: "num_rows",
+        "num_dirty", "num_writing", "num_pinned", "num_free" (slots that `put` may fill), "num_takeable" (records that
+        `drain` still has, at most), "num_slots"."""

@@ -80,8 +80,7 @@ def open_training(
         opened = OpenedTraining(store, base, files, plan, chosen, num_threads, health)
         stack.callback(opened.stop)
         opened.start(records.last_run, commit)
-        training = Training(opened, stack.pop_all(), health, commit)
-    return training
+        return Training(opened, stack.pop_all(), health, commit)
 
 
 def _records(

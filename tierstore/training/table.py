@@ -99,8 +99,8 @@ class TrainingTable:
                 raise ValueError(f"table {self._spec.name}: step {step} is outside 0 to {STEP_MAX}")
             if len(self._rows.cache.rates()) and step != self.num_steps:
                 raise ValueError(
-                    f"table {self._spec.name}: DenseAdam is at step {self.num_steps} and cannot be set to {step}; apply "
-                    f"no row ids for each step that is skipped"
+                    f"table {self._spec.name}: DenseAdam is at step {self.num_steps} and cannot be set to {step}; "
+                    f"apply no row ids for each step that is skipped"
                 )
             self._rows.cache.set_steps(step, np.empty(0))
 
@@ -250,13 +250,13 @@ class TrainingTable:
         if self._health.is_closed:
             self._health.check()
         rows = self._rows
+        given_up_bytes = (rows.memory.num_slots - rows.num_slots) * rows.layout.record_bytes
         return {
             **rows.cache.counters(),
             "num_steps": self.num_steps,
             "rows_read_from_runs": rows.num_read["runs"],
             "rows_read_from_base": rows.num_read["base"],
-            "cache_bytes": rows.memory.cache_bytes
-            - (rows.memory.num_slots - rows.num_slots) * rows.layout.record_bytes,
+            "cache_bytes": rows.memory.cache_bytes - given_up_bytes,
             "index_bytes": int(rows.places.num_bytes),
             "touched_rows": int(rows.places.num_found),
             "dirty_bytes": int(rows.cache.counters()["num_dirty"]) * rows.layout.record_bytes,
