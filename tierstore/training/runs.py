@@ -27,6 +27,7 @@ DEPTH = 64  # reads under way for one call
 CALLS = 2  # that read at the same time
 RUNS_MAX = 65534  # open at once, of one table
 LOADED_ROWS = 1 << 18  # row ids at once
+MOVED_MAX = 4  # how often one call is read anew because a merge moved its records: merges take seconds
 
 
 class RunReader:
@@ -108,7 +109,14 @@ class RunReader:
         read_row_ids(file, fd, self.layout, run, 0, ids)
         return ids
 
-    def read(self, row_ids: np.ndarray, runs: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+    def read(
+        self,
+        row_ids: np.ndarray,
+        runs: np.ndarray,
+        places: np.ndarray,
+        out: np.ndarray,
+        index: kernels.RowPlaces | None = None,
+    ) -> None:
         """Reads records, each checked: whole, of its run, and of the row that is asked for. Blocks on the disk.
 
         Places are sorted, and neighbours within some KiB are one read; many are under way at once. Order and repeats
@@ -119,14 +127,24 @@ class RunReader:
             runs: uint16 [n], ordinals.
             places: uint32 [n].
             out: uint8 [n, record_bytes] (without seals), contiguous in each row; undefined if it raises.
+            index: Where `runs` and `places` were found: asked again if a merge has moved records meanwhile.
 
         Raises:
             CorruptPageError: A record is damaged or cannot be read; names file, place and row.
             TimeoutError: The disk has stopped answering.
         """
-        fault = self._records.read(row_ids, runs, places, out)
-        if fault is not None:
-            raise self._error(*fault)
+        for _ in range(MOVED_MAX):
+            fault = self._records.read(row_ids, runs, places, out)
+            if fault is None:
+                return
+            if index is None or fault[0] not in ("no run", "other row"):
+                break
+            runs, places, before = np.empty_like(runs), np.empty_like(places), (runs, places)
+            index.find(row_ids, runs, places)
+            if np.array_equal(runs, before[0]) and np.array_equal(places, before[1]):
+                break
+        assert fault is not None
+        raise self._error(*fault)
 
     def _error(self, kind: str, ordinal: int, place: int, row_id: int, detail: int) -> Exception:
         if kind == "timeout":
