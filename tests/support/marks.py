@@ -88,6 +88,7 @@ MARKS: dict[str, tuple[str, ...]] = {
     "tools/test_profile_cli": ("long",),
     "tools/test_report": ("long",),
     "tools/test_token_containers": ("process",),
+    "training/test_power_loss": ("process",),
 }
 
 USES: dict[str, tuple[str, ...]] = {

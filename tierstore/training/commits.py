@@ -80,7 +80,8 @@ def writing(store: Path) -> Iterator[None]:
                 f"{store} is being trained by process {holder}: a store has one training at a time; end that one, or "
                 "copy the store"
             ) from None
-        os.pwrite(fd, f"{owner:<20}".encode(), 0)
+        with naming(file, file, writing=True):
+            os.pwrite(fd, f"{owner:<20}".encode(), 0)
         remove_unnamed(store)
         try:
             yield
@@ -102,7 +103,7 @@ def create_training(store: Path, training: Mapping[str, Any]) -> TrainingRecords
     with naming(store / TRAINING_FOLDER, writing=True):
         (store / TRAINING_FOLDER).mkdir(exist_ok=True)
         sync_folder(store)
-    with changing(store):
+    with _changing(store):
         if read_training(store) is not None:
             raise ConfigError(f"{store} has a training already; open it, or go back to its base: at=0")
         records = TrainingRecords(store, training, {}, frozenset(), None, 0, _last_number_on_disk(store))
@@ -166,7 +167,7 @@ def publish_commit(
     newest_run = max((run.number for of in listed.values() for run in of), default=0)
     for writer in unnamed:
         writer.keep()  # before it can be listed
-    with changing(store):
+    with _changing(store):
         before = _records(store)
         after = replace(
             before,
@@ -186,14 +187,14 @@ def publish_commit(
 
 def pin(store: Path, number: int) -> None:
     """Keeps a commit until `unpin`. Any process may call. Raises `ConfigError` if it is not there."""
-    with changing(store):
+    with _changing(store):
         _records(store).commit(number)
         write_records(store / CATALOG_FILE, {pin_key(number): b"{}"})
 
 
 def unpin(store: Path, number: int) -> None:
     """Ends a pin. Any process may call. The commit goes with the next commit unless it is one of the newest two."""
-    with changing(store):
+    with _changing(store):
         _records(store).commit(number)
         write_records(store / CATALOG_FILE, {}, removed=[pin_key(number)])
 
@@ -203,7 +204,7 @@ def forget_commit(store: Path, number: int) -> None:
 
     Raises `ConfigError` if it is pinned, is the one that a training opens at, or is not there.
     """
-    with changing(store):
+    with _changing(store):
         before = _records(store)
         before.commit(number)
         if number in before.pins:
@@ -222,7 +223,7 @@ def go_back(store: Path, number: int) -> TrainingRecords:
 
     The caller is the writer. Raises `ConfigError` if the commit is not there. Numbers are not given again.
     """
-    with changing(store):
+    with _changing(store):
         before = _records(store)
         if number:
             before.commit(number)
@@ -248,10 +249,18 @@ def remove_unnamed(store: Path) -> list[str]:
     unnamed = [name for name, of in numbers.items() if of is not None and f"{TRAINING_FOLDER}/{name}" not in named]
     last = max((numbers[name] or 0 for name in unnamed), default=0)
     if records is not None and last > records.last_run:
-        with changing(store):
+        with _changing(store):
             write_records(store / CATALOG_FILE, replace(_records(store), last_run=last).numbers_record())
     _remove(store, (f"{TRAINING_FOLDER}/{name}" for name in unnamed))
     return unnamed
+
+
+@contextlib.contextmanager
+def _changing(store: Path) -> Iterator[None]:
+    """`changing`, and the cause of what the system refuses meanwhile."""
+    file = store / CATALOG_FILE
+    with naming(file, file, writing=True, note=KEPT), changing(store):
+        yield
 
 
 def _records(store: Path) -> TrainingRecords:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +37,7 @@ from ..offline.page_writer import aligned_pages, write_pages, writing
 
 BUFFER_BYTES = 4 << 20  # of each of the two that a writer has
 RECORDS_MAX = 1 << 21  # of a run that is written here: its row ids wait in memory, 8 bytes each
+logger = logging.getLogger("tierstore")
 KEPT = "commits that were published are kept"
 
 
@@ -165,9 +167,13 @@ class RunWriter:
         self._stack.close()  # no write is under way any more
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            if not self._is_kept:
-                self.path.unlink(missing_ok=True)
-            os.close(fd)
+            try:
+                if not self._is_kept:
+                    self.path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s cannot be removed; the next training removes it: %s", self.path, error)
+            finally:
+                os.close(fd)
 
     def _advance(self, end: int) -> None:
         """Writes the whole units of the last buffer's first `end` bytes, and keeps the rest for the next one."""
