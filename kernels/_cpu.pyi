@@ -1333,7 +1333,7 @@ class RowCache:
         """
 
     def drain(self, out: _Bytes, row_ids: _Int64, write: int) -> int:
-        """Copies the oldest dirty records to out, uint8 [n, record_bytes or more], and their rows to row_ids, int64 [n].
+        """Copies the oldest dirty records to out, uint8 [n, record_bytes or more], and their row ids, int64 [n].
 
         After `freeze`, only what was dirty then. write: a number for `written`. Returns how many.
         """

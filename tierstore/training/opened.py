@@ -178,6 +178,27 @@ class OpenedTraining:
         found = {name: rows.cache.rates() for name, rows in self.rows.items()}
         return found if any(len(each) for each in found.values()) else None
 
+    def stats(self) -> dict[str, Any]:
+        """Returns counters of all tables, and bytes."""
+        tables = {name: table.stats() for name, table in self.tables.items()}
+        total = {name: sum(table[name] for table in tables.values()) for name in next(iter(tables.values()))}
+        return {
+            "tables": tables,
+            "hits": total["hits"],
+            "misses": total["misses"],
+            "rows_read": {"runs": total["rows_read_from_runs"], "base": total["rows_read_from_base"]},
+            "rows_spilled": self.writer.num_spilled if self.writer else 0,
+            "rows_written": self.writer.num_written if self.writer else 0,
+            "rows_prefetched": self.prefetches.num_rows,
+            "prefetches_dropped": self.prefetches.num_dropped,
+            "memory": {
+                "budget_bytes": self.plan.budget_bytes,
+                "planned_bytes": self.plan.num_bytes,
+                "base_bytes": self.plan.base_bytes,
+                **{name: total[name] for name in ("cache_bytes", "index_bytes", "dirty_bytes")},
+            },
+        }
+
     def drop(self) -> None:
         """Lets go of the memory: a closed training that somebody still names must not keep its budget."""
         for rows in self.rows.values():

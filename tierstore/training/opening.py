@@ -61,7 +61,7 @@ def open_training(
     num_threads = check_threads(threads) or default_threads()
     budget_bytes = parse_bytes(dram, "dram")
     if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise ConfigError(f"optimizer: {optimizer!r} is none; give tierstore.RowWiseAdagrad(lr=0.01), for one")
+        raise ConfigError(f"optimizer: {optimizer!r} is no optimizer; give tierstore.RowWiseAdagrad(lr=0.01), for one")
     store = Path(path).absolute()
     image = read_catalog(store)
     for table in image.tables.values():

@@ -71,8 +71,10 @@ class Prefetches:
             self.num_dropped += 1
             request.ticket.end()
             return request.ticket
-        self._open[id(request)] = request
         self._requests.put(request)
+        self._open[id(request)] = request  # not before: a step would wait for a request that nobody serves
+        if request.ticket.done():
+            self._open.pop(id(request), None)
         return request.ticket
 
     def wait_for(self, name: str, rows: np.ndarray) -> None:
@@ -109,8 +111,8 @@ class Prefetches:
                         self._bring(self._tables[name], rows)
             except BaseException as raised:
                 error = raised
-            self._open.pop(id(request), None)
             request.ticket.end(error=error)
+            self._open.pop(id(request), None)
 
     def _bring(self, table: CachedRows, rows: np.ndarray) -> None:
         missing = rows[table.cache.find(rows)][: max(1, int(table.num_slots * ROWS_FRACTION))]

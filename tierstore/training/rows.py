@@ -27,6 +27,7 @@ from .ticket import WAIT_S, TrainingTicket
 NO_RUN = np.uint16(0xFFFF)
 POLL_S = 0.001
 PART_FRACTION = 1 / 4  # of the slots that one part of a step may pin
+PINNED_FRACTION = 1 / 2  # of the slots that callers may pin
 DIRTY_FRACTION = 3 / 4  # of the slots; beyond it, the oldest dirty ones are written
 SPILL_FRACTION = 1 / 4  # of the slots, for one run
 
@@ -182,6 +183,23 @@ class CachedRows:
                 self.spill().wait(max(0.0, until - time.monotonic()))
             done += self.put(rows[done:], records[done:], runs[done:], places[done:], pins)
 
+    def pin(self, rows: np.ndarray, wait_for: Callable[[np.ndarray], None]) -> kernels.RowPins:
+        """Brings distinct rows into the cache and pins them, as far as there is room; see `TrainingTable.pin_rows`."""
+        pins = self.cache.pins()
+        try:
+            room = int(self.num_slots * PINNED_FRACTION) - self.cache.counters()["num_pinned"]
+            wanted = rows[: max(0, room)]
+            missing = wanted[self.cache.find(wanted, pins)]
+            if len(missing):
+                wait_for(missing)
+                self.bring(missing[self.cache.find(missing, pins)], pins)
+        except BudgetError:  # others have pinned all the rest
+            return pins
+        except BaseException:
+            pins.release()
+            raise
+        return pins
+
     def has_too_many_dirty(self) -> bool:
         """Whether the oldest dirty records should be written, so that there is room. A whole table needs none."""
         return not self.is_whole and int(self.cache.counters()["num_dirty"]) > DIRTY_FRACTION * self.num_slots
@@ -213,6 +231,20 @@ class CachedRows:
     def is_read(self) -> bool:
         """Whether a call reads runs now. With `order` held."""
         return bool(self._reading)
+
+    def stats(self) -> dict[str, int]:
+        """Returns counters, and bytes."""
+        counters = self.cache.counters()
+        given_up_bytes = (self.memory.num_slots - self.num_slots) * self.layout.record_bytes
+        return {
+            **counters,
+            "rows_read_from_runs": self.num_read["runs"],
+            "rows_read_from_base": self.num_read["base"],
+            "cache_bytes": self.memory.cache_bytes - given_up_bytes,
+            "index_bytes": self.places.num_bytes,
+            "touched_rows": self.places.num_found,
+            "dirty_bytes": counters["num_dirty"] * self.layout.record_bytes,
+        }
 
     def drop(self) -> None:
         """Lets go of cache and index, for good."""

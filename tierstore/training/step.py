@@ -9,6 +9,7 @@ sum that is not finite: no row was changed; what reading rows raises; `TimeoutEr
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from .. import kernels
 from .rows import POLL_S, CachedRows
@@ -18,9 +19,12 @@ from .ticket import WAIT_S
 class Step:
     """A step that is being taken. Of one thread."""
 
-    def __init__(self, rows: CachedRows, update: kernels.RowUpdate, lr: float, threads: int) -> None:
+    def __init__(
+        self, rows: CachedRows, update: kernels.RowUpdate, lr: float, threads: int, check: Callable[[], None]
+    ) -> None:
+        """check: raises if the training cannot go on."""
         self.is_half = False
-        self._rows, self._update, self._lr, self._threads = rows, update, lr, threads
+        self._rows, self._update, self._lr, self._threads, self._check = rows, update, lr, threads, check
 
     def take(self) -> None:
         """Changes all rows of the step. Blocks on the disk for those that the cache has not."""
@@ -72,6 +76,7 @@ class Step:
                     f"table {self._rows.layout.table}: the commit under way did not write a record in {WAIT_S:g} s; "
                     f"the disk has stopped answering"
                 )
+            self._check()  # the writer may have failed
             time.sleep(POLL_S)
 
     def _not_finite(self, number: int) -> ValueError:

@@ -16,14 +16,12 @@ from typing import Any
 import numpy as np
 
 from .. import kernels
-from ..errors import BudgetError
 from ..spec import TableSpec
 from ..store.arguments import checked_ids, refuse_outside
 from .health import Health
 from .rows import CachedRows
 from .step import Step
 
-PINNED_FRACTION = 1 / 2  # of a cache's slots that callers may pin
 STEP_MAX = 2**31 - 1
 
 
@@ -89,7 +87,7 @@ class TrainingTable:
     def set_step(self, step: int) -> None:
         """Sets `num_steps`: for states that come from elsewhere.
 
-        Raises `ValueError` for a step that is none; `DenseAdam` keeps the rate of each step, so it cannot skip any:
+        Raises `ValueError` for a step outside of what a table counts; `DenseAdam` keeps the rate of each step, so it cannot skip any:
         apply no gradients instead.
         """
         step = operator.index(step)
@@ -176,15 +174,22 @@ class TrainingTable:
         if not 0 <= rate < float("inf"):
             raise ValueError(f"lr is {lr}, must be finite and at least 0")
         flat = np.ascontiguousarray(gradients).reshape(-1, self._spec.dim)
-        with self._parts.lock:
-            self._health.check()
-            try:
+        step = Step(self._rows, self._parts.update, rate, self._parts.threads, self._health.check)
+        steps_before = None
+        try:
+            with self._parts.lock:
+                self._health.check()
+                steps_before = self.num_steps
                 self._begin(ids, flat, groups)
-                self._take_step(rate)
-            finally:
+                step.take()
                 self._parts.update.end()
-            if self._rows.has_too_many_dirty() and self._rows.spill is not None:
-                self._rows.spill()
+                if self._rows.has_too_many_dirty() and self._rows.spill is not None:
+                    self._rows.spill()
+        except BaseException as error:
+            self._parts.update.end()
+            if step.is_half or (steps_before is not None and self.num_steps != steps_before):
+                self._health.mark_broken(f"a step of table {self._spec.name} was interrupted: {error!r}")
+            raise
 
     def _begin(self, ids: np.ndarray, gradients: np.ndarray, groups: np.ndarray | None) -> None:
         flat = np.ascontiguousarray(ids).reshape(-1)
@@ -197,16 +202,6 @@ class TrainingTable:
             refuse_outside(self._spec, flat)
             raise ValueError(f"table {self._spec.name}: row ids changed while they were read")
 
-    def _take_step(self, lr: float) -> None:
-        steps_before = self.num_steps
-        step = Step(self._rows, self._parts.update, lr, self._parts.threads)
-        try:
-            step.take()
-        except BaseException as error:
-            if step.is_half or self.num_steps != steps_before:
-                self._health.mark_broken(f"a step of table {self._spec.name} was interrupted: {error!r}")
-            raise
-
     def pin_rows(self, row_ids: np.ndarray) -> RowPins:
         """Brings rows, int64 [...], into DRAM and keeps them there until the handle is released, or dropped.
 
@@ -217,24 +212,9 @@ class TrainingTable:
             TypeError, ValueError: As `gather`.
         """
         flat = self._checked_rows(checked_ids(row_ids, "row_ids"))
-        rows = np.unique(flat[flat >= 0])
         with self._parts.lock:
             self._health.check()
-            pins = self._rows.cache.pins()
-            room = int(self._rows.num_slots * PINNED_FRACTION) - int(self._rows.cache.counters()["num_pinned"])
-            wanted = rows[: max(0, room)]
-            try:
-                missing = self._rows.cache.find(wanted, pins)
-                if len(missing):
-                    self._wait(wanted[missing])
-                    missing = missing[self._rows.cache.find(wanted[missing], pins)]
-                self._rows.bring(wanted[missing], pins)
-                return RowPins(pins)
-            except BudgetError:  # others have pinned all the rest
-                return RowPins(pins)
-            except BaseException:
-                pins.release()
-                raise
+            return RowPins(self._rows.pin(np.unique(flat[flat >= 0]), self._wait))
 
     @contextmanager
     def pinned(self, row_ids: np.ndarray) -> Iterator[None]:
@@ -249,18 +229,7 @@ class TrainingTable:
         """Returns counters: references found and missed, rows read; slots and dirty rows now; bytes."""
         if self._health.is_closed:
             self._health.check()
-        rows = self._rows
-        given_up_bytes = (rows.memory.num_slots - rows.num_slots) * rows.layout.record_bytes
-        return {
-            **rows.cache.counters(),
-            "num_steps": self.num_steps,
-            "rows_read_from_runs": rows.num_read["runs"],
-            "rows_read_from_base": rows.num_read["base"],
-            "cache_bytes": rows.memory.cache_bytes - given_up_bytes,
-            "index_bytes": int(rows.places.num_bytes),
-            "touched_rows": int(rows.places.num_found),
-            "dirty_bytes": int(rows.cache.counters()["num_dirty"]) * rows.layout.record_bytes,
-        }
+        return {**self._rows.stats(), "num_steps": self.num_steps}
 
 
 def _check_floats(array: np.ndarray, shape: tuple[int, ...], what: str) -> None:

@@ -137,12 +137,14 @@ class Training:
             steps = self._steps()
             request = CommitRequest(step, bytes(payload), opened.numbers(), opened.rates(), ticket)
             self._freeze(writer, request)
-            self._last_ticket, self._steps_committed = ticket, steps
+            self._steps_committed = steps
         return ticket
 
     def _freeze(self, writer: Writer, request: CommitRequest) -> None:
         """Freezes all tables for a commit, and has it written: all of it, or nothing."""
+        before = self._last_ticket
         try:
+            self._last_ticket = request.ticket
             for rows in self._opened.rows.values():
                 rows.cache.freeze()
             writer.commit(request)
@@ -150,14 +152,12 @@ class Training:
             if request.claim():  # the writer has not begun: it will not
                 for rows in self._opened.rows.values():
                     rows.cache.thaw()
+                self._last_ticket = before
             raise
 
     def _dirty_file_bytes(self) -> int:
-        found = 0
-        for rows in self._opened.rows.values():
-            counters = rows.cache.counters()
-            found += rows.layout.run_bytes(counters["num_dirty"] + counters["num_writing"])
-        return found
+        every = [(rows.layout, rows.cache.counters()) for rows in self._opened.rows.values()]
+        return sum(layout.run_bytes(now["num_dirty"] + now["num_writing"]) for layout, now in every)
 
     def pin(self, number: int) -> None:
         """Keeps a commit until it is unpinned; else the newest two are kept. Blocks on the catalog."""
@@ -185,10 +185,11 @@ class Training:
             self._health.check()
             if number == self.at and not self.has_changes:
                 return
-            records = go_back(self._opened.store, number)
-            commit = records.commits.get(number)
             try:
-                self._opened.go_to(commit, records.last_run)
+                records = go_back(self._opened.store, number)
+                self._opened.go_to(records.commits.get(number), records.last_run)
+            except ConfigError:  # there is no such commit
+                raise
             except BaseException as error:
                 self._health.mark_broken(f"going back to commit {number} failed: {error!r}")
                 raise
@@ -196,28 +197,8 @@ class Training:
 
     def stats(self) -> dict[str, Any]:
         """Returns counters of all tables, and how memory is used."""
-        opened, writer, ticket = self._opened, self._opened.writer, self._last_ticket
-        tables = {name: table.stats() for name, table in opened.tables.items()}
-        total = {name: sum(table[name] for table in tables.values()) for name in next(iter(tables.values()))}
-        return {
-            "tables": tables,
-            "hits": total["hits"],
-            "misses": total["misses"],
-            "rows_read": {"runs": total["rows_read_from_runs"], "base": total["rows_read_from_base"]},
-            "rows_spilled": writer.num_spilled if writer else 0,
-            "rows_written": writer.num_written if writer else 0,
-            "rows_prefetched": opened.prefetches.num_rows,
-            "prefetches_dropped": opened.prefetches.num_dropped,
-            "commit_under_way": ticket is not None and not ticket.done(),
-            "memory": {
-                "budget_bytes": opened.plan.budget_bytes,
-                "planned_bytes": opened.plan.num_bytes,
-                "base_bytes": opened.plan.base_bytes,
-                "cache_bytes": total["cache_bytes"],
-                "index_bytes": total["index_bytes"],
-                "dirty_bytes": total["dirty_bytes"],
-            },
-        }
+        ticket = self._last_ticket
+        return {**self._opened.stats(), "commit_under_way": ticket is not None and not ticket.done()}
 
     def close(self) -> None:
         """Waits for a commit under way, drops what was not committed, and gives all memory back. Twice is harmless."""

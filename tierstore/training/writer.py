@@ -25,6 +25,7 @@ from .rows import CachedRows
 from .runs import RunWriter
 from .ticket import TrainingTicket
 
+RUNS_LOOKED_AT = 32  # after so many more, a table's runs are looked through for such that nothing needs any more
 RUN_ROWS_MAX = 1 << 20  # of one run: their ids are in memory until it is finished
 
 
@@ -94,8 +95,8 @@ class Writer:
         if found is not None and not found.done():
             return found
         ticket = TrainingTicket(f"writing records of table {name}")
-        self._spills[name] = ticket
         self._requests.put(lambda: self._do(ticket, lambda: self._spill(self._tables[name])))
+        self._spills[name] = ticket  # not before: whoever found it would wait for a spill that nobody does
         return ticket
 
     def commit(self, request: CommitRequest) -> None:
@@ -117,13 +118,17 @@ class Writer:
             self._health.check()
             result = work()
         except BaseException as error:
-            self._health.mark_broken(f"a write failed: {error}")
-            ticket.end(error=error)
+            try:
+                self._health.mark_broken(f"a write failed: {error}")
+            finally:
+                ticket.end(error=error)
         else:
             ticket.end(result)
 
     def _spill(self, table: TableRuns) -> None:
         self.num_spilled += self._write_run(table, table.rows.spill_rows)
+        if len(table.runs) % RUNS_LOOKED_AT == 0:
+            self._drop_dead_runs(table)
 
     def _commit(self, request: CommitRequest) -> Commit:
         for table in self._tables.values():
