@@ -164,6 +164,7 @@ class OpenedTraining:
                 for ordinal in list(of.runs):
                     of.reader.remove(ordinal)
                     del of.runs[ordinal]
+                rows.num_removals += 1
                 rows.places = of.places = kernels.RowPlaces(self.tables[name].spec.num_rows)
             of.load(() if commit is None else commit.runs.get(name, ()))
             rows.give_room_to_index()

@@ -120,8 +120,8 @@ class Prefetches:
         records = np.empty((min(chunk, len(missing)), table.layout.record_bytes), dtype=np.uint8)
         for start in range(0, len(missing), chunk):
             part = missing[start : start + chunk]
-            runs, places = table.read(part, records[: len(part)])
-            done = table.put(part, records[: len(part)], runs, places)
+            found = table.read(part, records[: len(part)])
+            done = table.offer(part, records[: len(part)], found)
             self.num_rows += done
             if done < len(part) or self._stopping:
                 if not table.is_whole and table.spill is not None and table.has_too_many_dirty():

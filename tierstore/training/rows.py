@@ -4,8 +4,8 @@ Input: row ids, steps. Output: records in the cache, values in the caller's buff
 cannot be read; `BudgetError` if pins leave no slot; `TimeoutError` if the disk has stopped answering.
 
 A record that is not in the cache lies where `places` says, else it is the base's. Only steps change records, and a
-record leaves the cache only once `places` has it. So what a prefetch has read is the newest still if the row's place is
-the same when it is put into the cache: `_order` makes the two one.
+record leaves the cache only once `places` has it. So what the thread of steps reads is the newest. What a prefetch has
+read is the newest still if the row's place is the same when it is offered to the cache: `order` makes the two one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,14 @@ PART_FRACTION = 1 / 4  # of the slots that one part of a step may pin
 PINNED_FRACTION = 1 / 2  # of the slots that callers may pin
 DIRTY_FRACTION = 3 / 4  # of the slots; beyond it, the oldest dirty ones are written
 SPILL_FRACTION = 1 / 4  # of the slots, for one run
+
+
+class Found(NamedTuple):
+    """Where records lay when they were read, [n] each, and how many runs had gone by then."""
+
+    runs: np.ndarray
+    places: np.ndarray
+    num_removals: int
 
 
 class CachedRows:
@@ -53,10 +62,10 @@ class CachedRows:
         self.is_whole = memory.is_whole
         self.spill: Callable[[], TrainingTicket] | None = None  # asks the writer for room
         self.order = threading.Lock()  # guards what `places` says of a row against what the cache has
+        self.num_removals = 0  # of runs, whose ordinals are given again; guarded by `order`
         self.num_read = {"runs": 0, "base": 0}  # rows, about: threads count without a lock
         self._base = base
         self._threads = threads
-        self._reading = set[object]()  # calls that read runs now; guarded by `order`
         self._chunk = len(buffer) // layout.record_bytes
         self._buffer = buffer[: self._chunk * layout.record_bytes].reshape(self._chunk, layout.record_bytes)
 
@@ -97,66 +106,51 @@ class CachedRows:
             records.view(np.float32)[:, : self.layout.dim] = values
         if len(missing):
             read = records if len(missing) == len(rows) else np.empty((len(missing), records.shape[1]), np.uint8)
-            wanted = rows[missing]
-            runs, places = self.read(wanted, read)
-            self.put(wanted, read, runs, places)
+            self.read(rows[missing], read)
+            self.cache.put(rows[missing], read)
             if read is not records:
                 records[missing] = read
 
-    def read(self, rows: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, rows: np.ndarray, out: np.ndarray) -> Found:
         """Reads the newest records of rows that the cache has not, int64 [n], into out, uint8 [n, record_bytes].
 
         Returns where they lay. Blocks on the disk.
         """
         runs, places = np.empty(len(rows), dtype=np.uint16), np.empty(len(rows), dtype=np.uint32)
-        call = object()
-        try:
-            with self.order:
-                self._reading.add(call)
-                self.places.find(rows, runs, places)
-            self._read_at(rows, runs, places, out)
-        finally:
-            with self.order:
-                self._reading.discard(call)
-        self.cache.bring_up_to_date(out, self._threads)
-        return runs, places
-
-    def _read_at(self, rows: np.ndarray, runs: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+        with self.order:
+            self.places.find(rows, runs, places)
+            found = Found(runs, places, self.num_removals)
         of_run = runs != NO_RUN
         num_in_runs = int(np.count_nonzero(of_run))
         self.num_read["runs"] += num_in_runs
         self.num_read["base"] += len(rows) - num_in_runs
         if num_in_runs == len(rows):
-            self.reader.read(rows, runs, places, out)
+            self.reader.read(rows, runs, places, out, self.places)
         elif num_in_runs == 0:
             self._base.read(rows, out)
         else:
-            for of_these in (of_run, ~of_run):
-                part = np.empty((int(np.count_nonzero(of_these)), out.shape[1]), dtype=np.uint8)
-                if of_these is of_run:
-                    self.reader.read(rows[of_run], runs[of_run], places[of_run], part)
-                else:
-                    self._base.read(rows[of_these], part)
-                out[of_these] = part
+            part = np.empty((num_in_runs, out.shape[1]), dtype=np.uint8)
+            self.reader.read(rows[of_run], runs[of_run], places[of_run], part, self.places)
+            out[of_run] = part
+            part = np.empty((len(rows) - num_in_runs, out.shape[1]), dtype=np.uint8)
+            self._base.read(rows[~of_run], part)
+            out[~of_run] = part
+        self.cache.bring_up_to_date(out, self._threads)
+        return found
 
-    def put(
-        self,
-        rows: np.ndarray,
-        records: np.ndarray,
-        runs: np.ndarray,
-        places: np.ndarray,
-        pins: kernels.RowPins | None = None,
-    ) -> int:
-        """Offers records that were read at `runs` and `places` to the cache; returns how many, from the first on, it
-        has now, or that are not the newest any more. Does not wait for room."""
-        now_runs, now_places = np.empty_like(runs), np.empty_like(places)
+    def offer(self, rows: np.ndarray, records: np.ndarray, found: Found) -> int:
+        """Offers records that were read at `found` to the cache, if they are the newest still. Does not wait for room.
+
+        Returns how many rows, from the first on, needed no more room.
+        """
+        runs, places = np.empty_like(found.runs), np.empty_like(found.places)
         with self.order:
-            self.places.find(rows, now_runs, now_places)
-            is_newest = (now_runs == runs) & (now_places == places)
-            if is_newest.all():
-                return int(self.cache.put(rows, records, pins))
+            self.places.find(rows, runs, places)
+            is_newest = (runs == found.runs) & (places == found.places)
+            if found.num_removals != self.num_removals:  # a number of a run may have been given again
+                is_newest[:] = False
             good = np.flatnonzero(is_newest)
-            done = int(self.cache.put(rows[good], records[good], pins))
+            done = self.cache.put(rows[good], records[good])
         return len(rows) if done == len(good) else int(good[done])
 
     def bring(self, rows: np.ndarray, pins: kernels.RowPins) -> None:
@@ -164,24 +158,22 @@ class CachedRows:
         for start in range(0, len(rows), self._chunk):
             part = rows[start : start + self._chunk]
             records = self._buffer[: len(part)]
-            runs, places = self.read(part, records)
-            self._put_all(part, records, runs, places, pins)
+            self.read(part, records)
+            self._put_all(part, records, pins)
 
-    def _put_all(
-        self, rows: np.ndarray, records: np.ndarray, runs: np.ndarray, places: np.ndarray, pins: kernels.RowPins
-    ) -> None:
+    def _put_all(self, rows: np.ndarray, records: np.ndarray, pins: kernels.RowPins) -> None:
         until = time.monotonic() + WAIT_S
-        done = self.put(rows, records, runs, places, pins)
+        done = self.cache.put(rows, records, pins)
         while done < len(rows):
             counters = self.cache.counters()
-            if counters["num_dirty"] + counters["num_writing"] == 0 and counters["num_free"] == 0:
+            if counters["num_dirty"] + counters["num_writing"] + counters["num_free"] == 0:
                 raise BudgetError(
                     f"table {self.layout.table}: all {counters['num_slots']} slots of its cache are pinned; pin fewer "
                     f"rows, or ask for more dram"
                 )
             if counters["num_free"] == 0 and self.spill is not None:
                 self.spill().wait(max(0.0, until - time.monotonic()))
-            done += self.put(rows[done:], records[done:], runs[done:], places[done:], pins)
+            done += self.cache.put(rows[done:], records[done:], pins)
 
     def pin(self, rows: np.ndarray, wait_for: Callable[[np.ndarray], None]) -> kernels.RowPins:
         """Brings distinct rows into the cache and pins them, as far as there is room; see `TrainingTable.pin_rows`."""
@@ -227,10 +219,6 @@ class CachedRows:
                 f"{self.places.num_found} touched rows takes {self.places.num_bytes} of them; ask for more dram"
             )
         self.num_slots = int(self.cache.shrink(wanted))
-
-    def is_read(self) -> bool:
-        """Whether a call reads runs now. With `order` held."""
-        return bool(self._reading)
 
     def stats(self) -> dict[str, int]:
         """Returns counters, and bytes."""

@@ -87,8 +87,8 @@ class TrainingTable:
     def set_step(self, step: int) -> None:
         """Sets `num_steps`: for states that come from elsewhere.
 
-        Raises `ValueError` for a step outside of what a table counts; `DenseAdam` keeps the rate of each step, so it cannot skip any:
-        apply no gradients instead.
+        Raises `ValueError` for a step outside of what a table counts. `DenseAdam` keeps the rate of each step, so it
+        cannot skip any: apply no gradients instead.
         """
         step = operator.index(step)
         with self._parts.lock:

@@ -193,13 +193,12 @@ class Writer:
         self.num_written += len(row_ids)
 
     def _drop_dead_runs(self, table: TableRuns) -> None:
-        """Forgets runs without a newest record, unless one of them is being read."""
+        """Forgets runs without a newest record. Reads under way go on."""
         rows = table.rows
-        with rows.order:
-            if rows.is_read():
-                return
-            for ordinal in [each for each in table.runs if rows.places.live(each) == 0]:
-                rows.reader.remove(ordinal)
-                del table.runs[ordinal]
-                if ordinal in table.unnamed:
-                    table.unnamed.pop(ordinal).discard()
+        for ordinal in [each for each in table.runs if rows.places.live(each) == 0]:
+            with rows.order:
+                rows.num_removals += 1
+            rows.reader.remove(ordinal)
+            del table.runs[ordinal]
+            if ordinal in table.unnamed:
+                table.unnamed.pop(ordinal).discard()
