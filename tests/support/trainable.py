@@ -61,8 +61,9 @@ def make_trainable(
     folder.mkdir(parents=True, exist_ok=True)
     codecs = CODECS if codecs is None else codecs
     for name, codec in codecs.items():
-        tensors[name] = _rows_of(codec, num_rows, dim, rng)
-        rows[name], values[name] = tensors[name], values_of(tensors[name], codec, dim)
+        tensors[name] = rows[name] = _rows_of(codec, num_rows, dim, rng)
+        if codec in CODECS.values():
+            values[name] = values_of(rows[name], codec, dim)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     checkpoint = Checkpoint.open(folder)
     for name, codec in codecs.items():
@@ -81,6 +82,8 @@ def _rows_of(codec: str, num_rows: int, dim: int, rng: np.random.Generator) -> n
         return floats.astype(np.float16).view(np.uint8).reshape(num_rows, -1)
     if codec == "bf16":
         return (floats.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(num_rows, -1)
+    if not codec.startswith("fp8"):
+        return rng.integers(0, 256, (num_rows, codec_row_bytes(codec, dim)), dtype=np.uint8)
     numbers = rng.integers(0, 256, (num_rows, dim), dtype=np.uint8)
     numbers[numbers & 0x7F == 0x7F] = 0x38
     if codec != "fp8_e4m3_e8m0x32":

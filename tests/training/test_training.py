@@ -133,9 +133,7 @@ def test_a_long_random_walk_changes_no_bit(
 
 
 @pytest.mark.parametrize("distance", [0, 1, 4])
-def test_prefetches_change_nothing(
-    two: Trainable, store: Path, distance: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prefetches_change_nothing(two: Trainable, store: Path, distance: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_caches(monkeypatch, 64)
     pair = Pair(two, store, ADAGRAD, seed=4)
     with pair.training:
@@ -307,10 +305,8 @@ def test_another_optimizer_than_the_commits_is_refused_but_for_its_rate(pair: Pa
 
 
 def test_a_codec_that_cannot_be_written_again_is_refused_by_name(tmp_path: Path) -> None:
-    trainable = make_trainable(tmp_path / "checkpoint", num_rows=20, codecs={"a": "fp32"})
-    raw = make_trainable(tmp_path / "raw", num_rows=20, codecs={"a": "int8_fp32"})
-    del trainable
-    raw.model.build(tmp_path / "store")
+    int8 = make_trainable(tmp_path / "checkpoint", num_rows=20, codecs={"a": "int8_fp32"})
+    int8.model.build(tmp_path / "store")
     with pytest.raises(tierstore.ConfigError, match="int8_fp32"):
         tierstore.open_training(tmp_path / "store", ADAGRAD)
 

@@ -22,6 +22,7 @@ from ..store.arguments import checked_ids, refuse_outside
 from .commits import Commit, check_room, go_back, pin, read_commits, unpin
 from .health import Health
 from .opened import OpenedTraining
+from .optimizers import Optimizer
 from .table import TrainingTable
 from .ticket import WAIT_S, TrainingTicket
 from .writer import CommitRequest, Writer
@@ -63,6 +64,11 @@ class Training:
     def path(self) -> str:
         """The store's folder."""
         return str(self._opened.store)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The rule and its numbers; its lr is the rate of steps that are given none."""
+        return self._opened.optimizer
 
     @property
     def is_broken(self) -> bool:
