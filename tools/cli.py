@@ -43,6 +43,7 @@ COMMANDS = {
     "trace": ("tierstore.tools.trace", "Write a trace of token ids, or of text through a tokenizer."),
     "profile": ("tierstore.tools.profile", "Count traces, and say what each gigabyte of memory would buy."),
     "plan": ("tierstore.tools.plan", "Choose what goes where, and make the store open warm with it."),
+    "commits": ("tierstore.tools.commits", "List the commits of a training, and pin those that must stay."),
     "epochs": ("tierstore.tools.epochs", "List, choose or prune the placements of a store."),
     "stat": ("tierstore.tools.stat.command", "Say how a daemon fares: hit rates, latency, memory, clients."),
     "top": ("tierstore.tools.top", "Watch a daemon, with rates."),
