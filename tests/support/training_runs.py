@@ -143,7 +143,7 @@ def third_commit(store: Path, trained: Trained) -> Rows:
         try:
             again.spill("a", 30)
             again.spill("b", 30)
-            again.commit(3, rates={"a": np.ones(9, dtype=np.float32)})
+            again.commit(3, rates={"a": np.ones(9)})
         finally:
             again.close()
     return again.rows
@@ -169,7 +169,7 @@ def play(store: Path, mark: Callable[[int], None]) -> list[State]:
         for step in (1, 2, 3):
             for name, num in (("a", 300), ("b", 100), ("a", 50)):
                 trained.spill(name, num)
-            done(trained.commit(step, payload=f"{step}".encode(), rates={"a": np.ones(step, dtype=np.float32)}))
+            done(trained.commit(step, payload=f"{step}".encode(), rates={"a": np.ones(step)}))
             if step == 2:
                 pin(store, 1)
                 done()

@@ -38,7 +38,7 @@ def test_a_commit_comes_back_as_it_was_published(trained: Trained) -> None:
     trained.spill("a", 100)
     trained.spill("b", 50)
     trained.spill("a", 20)
-    rates = {"a": np.linspace(0, 1, 1000, dtype=np.float32), "b": np.zeros(0, dtype=np.float32)}
+    rates = {"a": np.linspace(0, 1, 1000) / 3, "b": np.zeros(0)}
     commit = trained.commit(17, payload=b"\0model\xff", rates=rates)
     records = read_training(trained.store)
     assert records is not None
@@ -186,7 +186,7 @@ def test_a_record_that_was_changed_behind_its_checksum_is_named(trained: Trained
 
 def test_rates_that_are_not_the_catalogs_are_named(trained: Trained) -> None:
     trained.spill("a", 5)
-    commit = trained.commit(1, rates={"a": np.ones(50, dtype=np.float32)})
+    commit = trained.commit(1, rates={"a": np.ones(50)})
     assert commit.rates is not None
     file = trained.store / commit.rates.file
     good = file.read_bytes()

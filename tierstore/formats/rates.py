@@ -1,10 +1,10 @@
 """The learning rates of every step so far, by table, which DenseAdam replays for a row that comes back.
 
-Input: float32 arrays. Output: a file, whole and durable, and its record; the arrays again. Errors: `FormatError` for a
-file that is not the catalog's.
+Input: float64 arrays: a replay multiplies with the very numbers that the steps had. Output: a file, whole and durable,
+and its record; the arrays again. Errors: `FormatError` for a file that is not the catalog's.
 
 The file: `TIERRATE`, format version (u32), bytes of JSON (u32), JSON: {table: number of rates}; then the rates of these
-tables, float32, one after the other; last the SHA-256 of all before it.
+tables, float64, one after the other; last the SHA-256 of all before it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def rates_file(number: int) -> str:
 
 
 def write_rates(store: Path, number: int, rates: Mapping[str, np.ndarray]) -> RatesRecord:
-    """Writes the rates of commit `number`, float32 [steps] by table. Durable when it returns; blocks on the disk."""
-    arrays = {table: np.ascontiguousarray(of, dtype="<f4") for table, of in rates.items()}
+    """Writes the rates of commit `number`, float64 [steps] by table. Durable when it returns; blocks on the disk."""
+    arrays = {table: np.ascontiguousarray(of, dtype="<f8") for table, of in rates.items()}
     body = json.dumps({table: len(of) for table, of in arrays.items()}).encode()
     data = b"".join(
         [_PREAMBLE.pack(_MAGIC, RATES_FORMAT_VERSION, len(body)), body, *(a.tobytes() for a in arrays.values())]
@@ -49,7 +49,7 @@ def write_rates(store: Path, number: int, rates: Mapping[str, np.ndarray]) -> Ra
 
 
 def read_rates(store: Path, record: RatesRecord) -> dict[str, np.ndarray]:
-    """Reads a commit's rates, float32 [steps] by table. Blocks on the disk. Raises `FormatError`."""
+    """Reads a commit's rates, float64 [steps] by table. Blocks on the disk. Raises `FormatError`."""
     file = store / record.file
     with naming(file, file, fault=Fault(FormatError, REMEDY)):
         data = file.read_bytes()
@@ -62,6 +62,6 @@ def read_rates(store: Path, record: RatesRecord) -> dict[str, np.ndarray]:
     counts: dict[str, int] = json.loads(data[_PREAMBLE.size : at])
     rates = {}
     for table, count in counts.items():
-        rates[table] = np.frombuffer(data, dtype="<f4", count=count, offset=at).astype(np.float32)
-        at += 4 * count
+        rates[table] = np.frombuffer(data, dtype="<f8", count=count, offset=at).astype(np.float64)
+        at += 8 * count
     return rates

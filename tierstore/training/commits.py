@@ -149,7 +149,7 @@ def publish_commit(
         runs: By table, oldest first, all of them.
         unnamed: Finished writers of those that have not their names yet.
         optimizer: JSON-able.
-        rates: Learning rates of all steps, float32 by table.
+        rates: Learning rates of all steps, float64 by table.
     """
     if len(payload) > PAYLOAD_BYTES_MAX:
         raise ConfigError(f"a payload of {len(payload)} bytes, a commit takes {PAYLOAD_BYTES_MAX}; give a path instead")

@@ -31,9 +31,16 @@ BENCHMARKS = {
     "serve": "A daemon's clients, beside stores in process; its changes while they look up.",
     "overlap": "A small transformer over a tenth of its tables, beside the same with all of them on its device.",
     "gpu": "Kernels and hbm tier on a GPU: checked, then beside copies; without a GPU only checked.",
+    "commit": "Commits of a training, beside cp and sync, LMDB and RocksDB; opening one of ten million rows.",
     "peers": "NumPy, torch, LMDB, RocksDB, Redis and Mooncake on the same keys.",
 }
-FOLDERS = {"serve", "overlap", "gpu", "peers"}  # benchmarks with more than one file: theirs is `command.py` in a folder
+FOLDERS = {
+    "commit",
+    "serve",
+    "overlap",
+    "gpu",
+    "peers",
+}  # benchmarks with more than one file: theirs is `command.py` in a folder
 
 
 def module_of(name: str) -> str:
@@ -66,7 +73,12 @@ TRACE_HELP = "For trace: a .trace of tokens, .npy of int32 or int64, or .zst of 
 )
 @click.option("--no-huge-pages", is_flag=True, help="Switch huge pages off for every side that runs in this process.")
 @click.option("--dram", "budgets", multiple=True, help="DRAM of the store; repeat it for trace.")
-@click.option("--rows", multiple=True, type=click.IntRange(min=400), help="For scale: rows of a table; repeat it.")
+@click.option(
+    "--rows",
+    multiple=True,
+    type=click.IntRange(min=400),
+    help="For scale: rows of a table; repeat it. For commit: rows of the table.",
+)
 @click.option("--trace", type=click.Path(path_type=Path, exists=True, dir_okay=False), help=TRACE_HELP)
 @click.option("--trace-tokens", type=click.IntRange(min=64), help="For trace: how many tokens.  [default: 262144]")
 @click.option("--device", help="For overlap: where the model runs.  [default: cuda where there is one, else cpu]")
