@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .engines.transformers.loading import load_pretrained
     from .engines.transformers.swap import swap_embedding
     from .engram_layer import EngramLayer
+    from .exporting import export_checkpoint
     from .profiles import open_profile, replan, token_profile
     from .row_id_embedding import RowIdEmbedding
 
@@ -33,6 +34,7 @@ __all__ = [
     "TieredEmbedding",
     "build_checkpoint",
     "build_token_map",
+    "export_checkpoint",
     "load_pretrained",
     "open_checkpoint",
     "open_profile",
@@ -51,6 +53,7 @@ _NEEDS_TORCH = {
 # The jobs behind the commands, which lookups do without.
 _JOBS = {
     "build_checkpoint": "checkpoints",
+    "export_checkpoint": "exporting",
     "open_checkpoint": "checkpoints",
     "open_profile": "profiles",
     "replan": "profiles",

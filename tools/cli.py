@@ -39,6 +39,7 @@ PLAIN_SECONDS = 1.0  # but none sooner after another: what is over in a moment n
 COMMANDS = {
     "build": ("tierstore.tools.build", "Build a store from a checkpoint; run it again to resume."),
     "verify": ("tierstore.tools.verify", "Check every page of a store, and its rows against the checkpoint."),
+    "export": ("tierstore.tools.export", "Write a store's rows as the checkpoint that they came from."),
     "inspect": ("tierstore.tools.inspect", "Say what a store, a trace or a profile holds."),
     "trace": ("tierstore.tools.trace", "Write a trace of token ids, or of text through a tokenizer."),
     "profile": ("tierstore.tools.profile", "Count traces, and say what each gigabyte of memory would buy."),

@@ -1,0 +1,1 @@
+"""A checkpoint written anew: files of parts, rows that training touched, a folder that appears whole."""

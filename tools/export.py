@@ -1,0 +1,62 @@
+"""`tierstore export`: a store's rows as a checkpoint, in the layout of the one that it was built from.
+
+Input: a store, the checkpoint that it was built from, a new folder. Output: the folder, and each file's SHA-256. The
+work is `engram_adapter.export_checkpoint`'s. Errors: its own.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from engram_adapter.exporting import ExportReport, export_checkpoint
+from tierstore.units import format_bytes
+
+from .cli import Progress
+
+
+@click.command("export")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="The checkpoint that STORE was built from.  [default: of a store in place, its own]",
+)
+@click.option("--jobs", type=int, metavar="N", help="Files written at once. Default: one a processor, at most 4.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes are in bytes.")
+def command(store: Path, out: Path, source: Path | None, jobs: int | None, as_json: bool) -> None:
+    """Write the tables of STORE as a checkpoint into the new folder OUT.
+
+    OUT has CHECKPOINT's files, tensor names and headers. Rows that training touched are new; all other bytes are the
+    same. It appears when everything is on disk; killed, nothing is at OUT.
+
+    \b
+    Example: tierstore export v41.tier v41-tuned --source DeepSeek-V4.1-Flash
+    """
+    with Progress("exporting") as on_progress:
+        report = export_checkpoint(store, out, source=source, jobs=jobs, on_progress=on_progress)
+    if as_json:
+        click.echo(json.dumps(asdict(report) | {"store": str(store), "out": str(out)}, indent=2))
+    else:
+        print_report(out, report)
+
+
+def print_report(out: Path, report: ExportReport) -> None:
+    """Prints every file with its SHA-256 as sha256sum does, then what was left out, then the sum."""
+    for file in report.files:
+        click.echo(f"{file.sha256}  {file.name}")
+    for name, reason in report.left_out.items():
+        click.echo(f"left out: {name}: {reason}", err=True)
+    for name in report.from_store:
+        click.echo(f"table {name}: rows from the store, because the checkpoint's files are copies", err=True)
+    rate = format_bytes(report.num_bytes / max(report.seconds, 1e-9))
+    touched = sum(report.touched_rows.values())
+    click.echo(
+        f"{out}: {len(report.files)} files, {format_bytes(report.num_bytes)} written in {report.seconds:.1f} s "
+        f"({rate}/s), {touched:,} rows touched by training"
+    )
