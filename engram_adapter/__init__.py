@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .engines.transformers.swap import swap_embedding
     from .engram_layer import EngramLayer
     from .exporting import export_checkpoint
+    from .init import init_checkpoint
     from .profiles import open_profile, replan, token_profile
     from .row_id_embedding import RowIdEmbedding
 
@@ -35,6 +36,7 @@ __all__ = [
     "build_checkpoint",
     "build_token_map",
     "export_checkpoint",
+    "init_checkpoint",
     "load_pretrained",
     "open_checkpoint",
     "open_profile",
@@ -54,6 +56,7 @@ _NEEDS_TORCH = {
 _JOBS = {
     "build_checkpoint": "checkpoints",
     "export_checkpoint": "exporting",
+    "init_checkpoint": "init",
     "open_checkpoint": "checkpoints",
     "open_profile": "profiles",
     "replan": "profiles",

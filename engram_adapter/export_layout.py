@@ -22,7 +22,8 @@ from tierstore.formats.checkpoint import Checkpoint, TableSource
 from tierstore.formats.content import HEAD_BYTES, recognise
 from tierstore.formats.stored_tensor import FileIdentity, StoredTensor
 from tierstore.offline.exporting.new_files import NewFile
-from tierstore.offline.exporting.parts import FilePart, Part, RowsPart, StoredRows
+from tierstore.offline.exporting.parts import FilePart, Part, RowsPart
+from tierstore.offline.exporting.row_readers import RowOrigin
 from tierstore.offline.exporting.touched_rows import TouchedRows
 
 TENSOR_KINDS = {"safetensors", "gguf", "ggml", "torch-zip", "torch-legacy", "pickle", "hdf5", "npz"}
@@ -35,13 +36,25 @@ DEPTH_MAX = 8  # of folders in folders
 class TableRows:
     """Where the rows of a table come from.
 
-    stored: the store's own. from_files: whether the checkpoint's files are known to hold the same rows, and give them.
-    touched: those that training changed, or None.
+    Attributes:
+        stored: The store's own.
+        in_files: The checkpoint's files, if they are known to hold the same rows, or None.
+        touched: Those that training changed, or None.
     """
 
-    stored: StoredRows
-    from_files: bool
+    stored: RowOrigin
+    in_files: RowOrigin | None
     touched: TouchedRows | None
+
+    @property
+    def from_files(self) -> bool:
+        """Whether the checkpoint's files give the rows that training did not touch."""
+        return self.in_files is not None
+
+    @property
+    def before(self) -> RowOrigin:
+        """The rows before any training, from where they are read fastest."""
+        return self.stored if self.in_files is None else self.in_files
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,9 @@ def lay_out_export(
         whole = FilePart(file, 0, content.identity.num_bytes, content.identity)
         parts = _with_rows(whole, sorted(ranges.get(file, ()), key=lambda r: r.tensor.byte_start), rows)
         files.append(NewFile(os.path.relpath(file, folder), tuple(parts)))
-    others, left_out = _beside(checkpoint, kept_apart)
+    if not checkpoint.path.is_dir():
+        return ExportLayout(tuple(files), {})  # of one file of tensors nothing lies beside it
+    others, left_out = files_beside(checkpoint.path, checkpoint.files, kept_apart)
     return ExportLayout((*files, *others), left_out)
 
 
@@ -126,7 +141,7 @@ def _with_rows(whole: FilePart, ranges: Sequence[_Range], rows: Mapping[str, Tab
                 each.column_start,
                 each.width_bytes,
                 each.source.spec.row_bytes,
-                same if table.from_files else table.stored.open,
+                same if table.from_files else table.stored,
                 table.touched,
             )
         )
@@ -150,20 +165,17 @@ def _refuse_summed(file: Path) -> None:
         )
 
 
-def _beside(checkpoint: Checkpoint, kept_apart: Sequence[Path]) -> tuple[list[NewFile], dict[str, str]]:
-    """Returns the checkpoint's files that hold no tensors, config.json and index last; and what is left out, and why.
+def files_beside(folder: Path, own: Sequence[Path], kept_apart: Sequence[Path]) -> tuple[list[NewFile], dict[str, str]]:
+    """Returns a checkpoint's files that hold no tensors, config.json and index last; and what is left out, and why.
 
-    Of one file of tensors nothing lies beside it.
+    own: the checkpoint's files of tensors. kept_apart: folders that are not its own.
     """
-    if not checkpoint.path.is_dir():
-        return [], {}
     files, left_out = [], {}
-    own = set(checkpoint.files)
-    for path in _files_under(checkpoint.path, kept_apart):
-        name = os.path.relpath(path, checkpoint.path)
+    for path in _files_under(folder, kept_apart):
+        name = os.path.relpath(path, folder)
         if path in own:
             continue
-        reason = _why_left_out(path, checkpoint)
+        reason = _why_left_out(path, folder, own)
         if reason:
             left_out[name] = reason
             continue
@@ -193,7 +205,7 @@ def _files_under(folder: Path, kept_apart: Sequence[Path]) -> Iterator[Path]:
         yield from (Path(at, name) for name in sorted(names) if not name.startswith("."))
 
 
-def _why_left_out(path: Path, checkpoint: Checkpoint) -> str:
+def _why_left_out(path: Path, folder: Path, own: Sequence[Path]) -> str:
     """Returns why a file beside the tensors is no part of the export, "" if it is one."""
     if not path.is_file():
         return "it is no regular file"
@@ -204,12 +216,12 @@ def _why_left_out(path: Path, checkpoint: Checkpoint) -> str:
         raise named(error, path) from error
     if content is not None and content.kind in TENSOR_KINDS:
         return f"it is {content.name} that the store was not built from: its rows may be old"
-    if path.name.endswith(".index.json") and path.parent == checkpoint.path and not _names_files(path, checkpoint):
+    if path.name.endswith(".index.json") and path.parent == folder and not _names_files(path, own):
         return "it is the index of files that are left out"
     return ""
 
 
-def _names_files(index: Path, checkpoint: Checkpoint) -> bool:
+def _names_files(index: Path, own: Sequence[Path]) -> bool:
     """Whether an index is of files that the export has."""
     text = index.read_text(encoding="utf-8", errors="replace")
-    return any(f'"{file.name}"' in text for file in checkpoint.files)
+    return any(f'"{file.name}"' in text for file in own)

@@ -1,8 +1,9 @@
 """export: a store's rows back into a checkpoint that any loader takes: the layout that they came from, byte for byte.
 
-Input: a store, and the checkpoint that it was built from. Output: a new folder with the checkpoint's files, in which
-rows that training touched are new and all other bytes are the same; and the SHA-256 of every file. Errors: before
-anything is written, a checkpoint that has changed since the build, by name, and what the disk has no room for.
+Input: a store, the checkpoint that it was built from, and which commit or version. Output: a new folder with the
+checkpoint's files, in which rows that training touched are new and all other bytes are the same; and the SHA-256 of
+every file. Errors: before anything is written, a checkpoint that has changed since the build, by name, and what the
+disk has no room for.
 
 Rows that nobody touched come from the checkpoint's files if these are still the very files that the store was built
 from, else from the store, page by page with their checksums. The folder appears whole, when everything is durable.
@@ -10,30 +11,31 @@ from, else from the store, page by page with their checksums. The folder appears
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tierstore.causes import named
 from tierstore.errors import BudgetError, ConfigError
-from tierstore.formats.catalog import CatalogImage, read_catalog
-from tierstore.formats.checkpoint import Checkpoint, TableSource
-from tierstore.formats.origin import changed_files, same_checkpoint
+from tierstore.formats.catalog import read_catalog
 from tierstore.offline.exporting.new_files import write_files
 from tierstore.offline.exporting.new_folder import check_free, new_folder
-from tierstore.offline.exporting.parts import StoredRows
+from tierstore.offline.exporting.touched_rows import TouchedRows
 from tierstore.process.progress import OnProgress
-from tierstore.units import format_bytes
+from tierstore.units import format_bytes, parse_bytes
 
-from .checkpoints import sources_of_store
-from .export_layout import ExportLayout, TableRows, lay_out_export
+from .export_origin import ExportOrigin, find_origin
+from .export_rows import TouchedTables, open_touched
+from .tables_layout import lay_out_states
 
 JOBS_MAX = 64
 SPARE_DISK_BYTES = 64 << 20
+PARTS_FOLDER = ".parts"  # of touched rows while they are sorted; gone before the export appears
+_UNSORTED = TouchedRows(Path(), 0, {})
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,21 @@ class ExportReport:
         files: In order of name.
         left_out: Files of the checkpoint that the export does not have, each with the reason.
         from_store: Tables whose untouched rows came from the store, because the checkpoint's files were copied or
-            moved since the build.
+            moved since the build, or are not there.
+        commit: The commit that was exported, or None.
+        version: The version that was exported, or None.
         touched_rows: Rows that training changed, by table.
+        saturated_values: Changed values beyond the codec's largest, which they became, by table.
         seconds: All of it took.
     """
 
     files: tuple[ExportedFile, ...]
     left_out: Mapping[str, str]
     from_store: tuple[str, ...]
+    commit: int | None
+    version: int | None
     touched_rows: Mapping[str, int]
+    saturated_values: Mapping[str, int]
     seconds: float
 
     @property
@@ -75,115 +83,96 @@ def export_checkpoint(
     out: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str] | None = None,
+    version: int | None = None,
+    commit: int | None = None,
+    states: bool = False,
+    tables_only: bool = False,
+    dram: int | str = "256MiB",
     jobs: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> ExportReport:
     """Writes a store's tables as a checkpoint, in the layout of the one that it was built from. Blocks until durable.
 
     Args:
-        store_path: The store.
+        store_path: The store. Readers and a training go on meanwhile.
         out: A new folder, which appears whole.
         source: The checkpoint that the store was built from; of a store in place it is found.
+        version: A published version; 0: the rows as they were built.
+        commit: A commit of the training. Without version and commit: the newest commit, or the rows as they were built
+            without any.
+        states: Also write the optimizer's state of all touched rows, as safetensors in the folder "states".
+        tables_only: Write the tables' tensors alone, under their published names. `source` may then be a folder
+            without tensors, whose other files come along. So it is with a store that `init` made.
+        dram: What sorting touched rows may take.
         jobs: Files written at once; by default one for each processor, at most 4.
         on_progress: Called with (bytes done, bytes in all), in the calling thread.
 
     Raises:
-        ConfigError: The checkpoint is another one by now, or `out` holds something or cannot be written.
-        BudgetError: The disk has too little room.
+        ConfigError: The checkpoint is another one by now; there is no such commit or version; or `out` holds something
+            or cannot be written.
+        BudgetError: The disk has too little room, or `dram` is too small.
         FormatError: A file changed while it was read.
-        CorruptPageError: A page or block that is needed is damaged.
+        CorruptPageError: A page, block or training record that is needed is damaged.
+        ValueError: Both a version and a commit are given, or states of a version.
     """
     started = time.monotonic()
-    store_path, out = Path(store_path), Path(out)
+    store_path, out, memory_bytes = Path(store_path), Path(out), parse_bytes(dram, "dram")
     jobs = min(os.cpu_count() or 1, 4) if jobs is None else jobs
     if not 1 <= jobs <= JOBS_MAX:
         raise ConfigError(f"jobs: {jobs} is not within 1 to {JOBS_MAX}")
     check_free(out)
-    image = read_catalog(store_path)
-    checkpoint = Checkpoint.open(source if source is not None else _source_of(image))
-    sources = sources_of_store(image, checkpoint)
-    _check_same(image, checkpoint, sources)
-    rows = _rows_of(image, sources)
-    layout = lay_out_export(checkpoint, sources, rows, [store_path, out])
-    total = sum(file.num_bytes for file in layout.files)
-    _check_room(out, total)
-    try:
-        with new_folder(out) as folder:
-            digests = write_files(folder, layout.files, jobs, on_progress)
-    except OSError as error:
-        raise named(error, out, error.filename, writing=True, needed_bytes=total) from error
+    image = read_catalog(store_path, may_be_initial=True)
+    found = find_origin(image, None if source is None else Path(source), tables_only)
+    with contextlib.closing(open_touched(image, version, commit, states=states)) as touched:
+        written = _write(out, store_path, found, touched, memory_bytes, jobs, on_progress)
     return ExportReport(
-        _files_of(layout, digests),
-        layout.left_out,
-        tuple(name for name, each in rows.items() if not each.from_files),
-        {name: each.touched.num_rows for name, each in rows.items() if each.touched is not None},
+        tuple(sorted(written.files, key=lambda file: file.name)),
+        written.left_out,
+        tuple(name for name, each in found.rows.items() if not each.from_files and not image.is_initial),
+        touched.commit,
+        touched.version,
+        written.touched_rows,
+        touched.saturated,
         time.monotonic() - started,
     )
 
 
-def _files_of(layout: ExportLayout, digests: Mapping[str, str]) -> tuple[ExportedFile, ...]:
-    files = (ExportedFile(file.name, file.num_bytes, digests[file.name]) for file in layout.files)
-    return tuple(sorted(files, key=lambda file: file.name))
+@dataclass(frozen=True)
+class _Written:
+    files: list[ExportedFile]
+    left_out: Mapping[str, str]
+    touched_rows: dict[str, int]
 
 
-def _source_of(image: CatalogImage) -> Path:
-    """Returns where the checkpoint of a store in place lies; of another store nobody noted that."""
-    folders = {Path(file.path).parent for file in image.files}
-    if len(folders) != 1:
-        raise ConfigError(
-            f"{image.path}: the catalog does not say where its checkpoint lies; give it: --source CHECKPOINT"
-        )
-    return folders.pop()
-
-
-def _check_same(image: CatalogImage, checkpoint: Checkpoint, sources: Sequence[TableSource]) -> None:
-    """Raises `ConfigError` if a checkpoint is not the one that the store was built from."""
-    origin = checkpoint.to_dict()
-    for source in sources:
-        table = image.tables.get(source.spec.name)
-        if table is None or table.spec != source.spec:
-            raise ConfigError(
-                f"{checkpoint.path}: table {source.spec.name} is {source.spec}, the store has "
-                f"{table.spec if table else 'none'}; give the checkpoint that it was built from"
-            )
-    if not same_checkpoint(image.origin, origin, sources):
-        raise ConfigError(
-            f"{checkpoint.path} is not the checkpoint that {image.path} was built from: "
-            f"{_differences(image.origin, origin)}; give that one, or build a store of this one"
-        )
-
-
-def _differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Returns which files are others now, as far as the catalog's record shows."""
-    words = {"bytes": "bytes", "header_sha256": "header SHA-256", "samples_sha256": "SHA-256 of samples"}
-    then = {entry.get("name"): entry for entry in recorded.get("files", []) if isinstance(entry, dict)}
-    parts = []
-    for entry in found["files"]:
-        before = then.get(entry["name"])
-        if before is None:
-            parts.append(f"{entry['name']} was not there")
-            continue
-        changed = [key for key in words if before.get(key) != entry[key]]
-        if changed:
-            parts.append(
-                f"{entry['name']} changed since ({words[changed[0]]} {str(before.get(changed[0]))[:12]} then, "
-                f"{str(entry[changed[0]])[:12]} now)"
-            )
-    parts += [f"{name} is gone" for name in then if name not in {entry["name"] for entry in found["files"]}]
-    digests = f"digest {str(recorded.get('digest'))[:12]} then, {found['digest'][:12]} now"
-    return ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "") if parts else digests
-
-
-def _rows_of(image: CatalogImage, sources: Sequence[TableSource]) -> dict[str, TableRows]:
-    changed = set(changed_files(image.origin, sources))
-    return {
-        source.spec.name: TableRows(
-            StoredRows(image, image.tables[source.spec.name]),
-            not changed & {tensor.path.name for tensor in source.tensors},
-            None,
-        )
-        for source in sources
-    }
+def _write(
+    out: Path,
+    store_path: Path,
+    found: ExportOrigin,
+    touched: TouchedTables,
+    memory_bytes: int,
+    jobs: int,
+    on_progress: OnProgress | None,
+) -> _Written:
+    """Writes the folder. Touched rows are sorted in it first, table after table."""
+    kept_apart = [store_path, out]
+    preview = found.lay_out(dict.fromkeys(touched.tables, _UNSORTED), kept_apart)
+    needed = sum(file.num_bytes for file in preview.files) + touched.disk_bytes
+    _check_room(out, needed)
+    rows: dict[str, TouchedRows] = {}
+    try:
+        with new_folder(out) as folder:
+            parts = folder / PARTS_FOLDER
+            for number, name in enumerate(touched.tables):
+                rows[name] = touched.sort(name, found.rows[name].before, parts / f"{number}", memory_bytes)
+            layout = found.lay_out(rows, kept_apart)
+            states = lay_out_states(rows, touched.about) if touched.with_states else []
+            files = [*states, *layout.files]
+            digests = write_files(folder, files, jobs, on_progress)
+            shutil.rmtree(parts, ignore_errors=True)
+    except OSError as error:
+        raise named(error, out, error.filename, writing=True, needed_bytes=needed) from error
+    exported = [ExportedFile(file.name, file.num_bytes, digests[file.name]) for file in files]
+    return _Written(exported, layout.left_out, {name: each.num_rows for name, each in rows.items()})
 
 
 def _check_room(out: Path, total: int) -> None:

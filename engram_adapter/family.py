@@ -19,7 +19,7 @@ from tierstore import ConfigError
 from tierstore.formats.checkpoint import Checkpoint, Plane
 
 from .hash_config import ConfigValues, HashParts
-from .synthetic import SyntheticPlan, SyntheticShape
+from .synthetic import PlannedTensor, SyntheticPlan, SyntheticShape
 
 CONFIG_DEPTH_MAX = 4  # of parts in parts
 
@@ -68,6 +68,10 @@ class Family:
         read_table: A layer's table, from a checkpoint, the hash and the layer's number. Raises `ConfigError` if
             tensors, scales or hash buffers disagree with the configuration: the rows would be wrong.
         synthetic: How to make a checkpoint.
+        read_dim: How many values a row has, as the configuration says. None: no table can be made from scratch.
+        table_tensors: What `read_table` reads, under its published names: of the hash, a layer's number, a codec and
+            the values of a row. Tensors without `values` hold the rows, plane after plane, each plane's tensors
+            stacked in the order of rows; the others are buffers beside them.
     """
 
     name: str
@@ -79,6 +83,8 @@ class Family:
     read_table: Callable[[Checkpoint, HashParts, int], StoredTable]
     synthetic: Synthetic
     other_marks: tuple[str, ...] = ()
+    read_dim: Callable[[ConfigValues, HashParts], int] | None = None
+    table_tensors: Callable[[HashParts, int, str, int], list[PlannedTensor]] | None = None
 
     def marks(self, part: Mapping[str, Any]) -> bool:
         """Whether a part of a config.json has one of the family's marks."""

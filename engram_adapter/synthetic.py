@@ -25,6 +25,7 @@ PAD_ID = 2  # of the published models, and of the tokenizer that synth trains
 # Each float dtype: an integer of its width, bits of its mantissa, and the first of the 8 exponents that values get.
 FLOATS = {"F32": ("<u4", 23, 112), "BF16": ("<u2", 7, 112), "F16": ("<u2", 10, 4)}
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "fp8": "F8_E4M3", "nvfp4": "U8"}  # of rows, as users name them
+FLOAT_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # of codecs that are a float type
 NVFP4_BLOCK = 16  # values that share a scale
 _NVFP4_FACTOR = 0.01171875  # of all values of a table
 NVFP4_CODEC = f"fp4_e2m1_e4m3x16*{_NVFP4_FACTOR.hex()}"

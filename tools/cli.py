@@ -38,6 +38,7 @@ PLAIN_SECONDS = 1.0  # but none sooner after another: what is over in a moment n
 # Each command: the module whose `command` it is, and its line in the list.
 COMMANDS = {
     "build": ("tierstore.tools.build", "Build a store from a checkpoint; run it again to resume."),
+    "init": ("tierstore.tools.init", "Make a store for a model that was not trained yet."),
     "verify": ("tierstore.tools.verify", "Check every page of a store, and its rows against the checkpoint."),
     "export": ("tierstore.tools.export", "Write a store's rows as the checkpoint that they came from."),
     "inspect": ("tierstore.tools.inspect", "Say what a store, a trace or a profile holds."),

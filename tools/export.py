@@ -27,9 +27,31 @@ from .cli import Progress
     metavar="CHECKPOINT",
     help="The checkpoint that STORE was built from.  [default: of a store in place, its own]",
 )
+@click.option(
+    "--version", type=click.IntRange(min=0), metavar="N", help="The rows of a published version; 0: as built."
+)
+@click.option(
+    "--commit", type=click.IntRange(min=1), metavar="N", help="The rows of a commit.  [default: the newest, if any]"
+)
+@click.option("--states", is_flag=True, help="Also write the optimizer's state of touched rows, in OUT/states.")
+@click.option(
+    "--tables-only", is_flag=True, help="Only the tables, by their published names; CHECKPOINT may lack tensors."
+)
+@click.option("--dram", default="256MiB", show_default=True, metavar="SIZE", help="What sorting touched rows may take.")
 @click.option("--jobs", type=int, metavar="N", help="Files written at once. Default: one a processor, at most 4.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes are in bytes.")
-def command(store: Path, out: Path, source: Path | None, jobs: int | None, as_json: bool) -> None:
+def command(
+    store: Path,
+    out: Path,
+    source: Path | None,
+    version: int | None,
+    commit: int | None,
+    states: bool,
+    tables_only: bool,
+    dram: str,
+    jobs: int | None,
+    as_json: bool,
+) -> None:
     """Write the tables of STORE as a checkpoint into the new folder OUT.
 
     OUT has CHECKPOINT's files, tensor names and headers. Rows that training touched are new; all other bytes are the
@@ -39,7 +61,18 @@ def command(store: Path, out: Path, source: Path | None, jobs: int | None, as_js
     Example: tierstore export v41.tier v41-tuned --source DeepSeek-V4.1-Flash
     """
     with Progress("exporting") as on_progress:
-        report = export_checkpoint(store, out, source=source, jobs=jobs, on_progress=on_progress)
+        report = export_checkpoint(
+            store,
+            out,
+            source=source,
+            version=version,
+            commit=commit,
+            states=states,
+            tables_only=tables_only,
+            dram=dram,
+            jobs=jobs,
+            on_progress=on_progress,
+        )
     if as_json:
         click.echo(json.dumps(asdict(report) | {"store": str(store), "out": str(out)}, indent=2))
     else:
@@ -52,11 +85,21 @@ def print_report(out: Path, report: ExportReport) -> None:
         click.echo(f"{file.sha256}  {file.name}")
     for name, reason in report.left_out.items():
         click.echo(f"left out: {name}: {reason}", err=True)
-    for name in report.from_store:
-        click.echo(f"table {name}: rows from the store, because the checkpoint's files are copies", err=True)
+    if report.from_store:
+        click.echo(
+            f"rows of the store's own: {', '.join(report.from_store)}: these files are copies, or none", err=True
+        )
+    for name, count in report.saturated_values.items():
+        if count:
+            click.echo(
+                f"table {name}: {count:,} trained values were beyond the codec's largest, and became it", err=True
+            )
     rate = format_bytes(report.num_bytes / max(report.seconds, 1e-9))
-    touched = sum(report.touched_rows.values())
+    trained = "rows as they were before any training"
+    if report.commit is not None or report.version:
+        of = f"commit {report.commit}" if report.commit is not None else f"version {report.version}"
+        trained = f"{sum(report.touched_rows.values()):,} rows of {of}"
     click.echo(
-        f"{out}: {len(report.files)} files, {format_bytes(report.num_bytes)} written in {report.seconds:.1f} s "
-        f"({rate}/s), {touched:,} rows touched by training"
+        f"{out}: {trained}; {len(report.files)} files, {format_bytes(report.num_bytes)} written in "
+        f"{report.seconds:.1f} s ({rate}/s)"
     )

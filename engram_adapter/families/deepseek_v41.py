@@ -13,12 +13,14 @@ from tokenizers import Tokenizer
 from tierstore import ConfigError
 from tierstore.formats.checkpoint import Checkpoint
 from tierstore.kernels import ORDER_MAX
+from tierstore.spec import ROW_BYTES_MAX
 
 from ..family import Family, StoredTable, Synthetic
 from ..hash_config import BASE_MAX, HEADS_MAX, ConfigValues, HashParts, paper_hash
 from ..packings import StoredRows
 from ..scales import SCALE_BLOCK, SCALE_NAMES
 from ..synthetic import (
+    FLOAT_DTYPES,
     HC_MULT,
     HEADS,
     NVFP4_CODEC,
@@ -28,6 +30,7 @@ from ..synthetic import (
     SyntheticShape,
     nvfp4_factor,
     nvfp4_rows,
+    random_floats,
     row_bytes_of,
 )
 from ..table_tensors import check_width, cut_rows, planes_of, stacked_rows, table_tensor_name, weight_tensor
@@ -112,9 +115,9 @@ def plan_checkpoint(shape: SyntheticShape, tokenizer: Tokenizer, _full: bool) ->
     tensors = []
     outputs, inputs = (HC_MULT + 1) * shape.hidden, shape.num_heads * shape.dim
     wkv_scale_shape = (-(-outputs // WKV_BLOCK), -(-inputs // WKV_BLOCK))
-    for layer, layer_hash in parts.layers.items():
+    for layer in parts.layers:
         prefix = f"layers.{layer}.engram."
-        tensors += _table_tensors(f"{prefix}embed.", shape, layer_hash.num_rows)
+        tensors += table_tensors(parts, layer, SYNTHETIC_CODECS[shape.dtype], shape.dim)
         tensors += [
             PlannedTensor(f"{prefix}wkv.weight", "F8_E4M3", (outputs, inputs)),
             PlannedTensor(f"{prefix}wkv.scale", "F8_E8M0", wkv_scale_shape, exponent=110),
@@ -129,12 +132,21 @@ def plan_checkpoint(shape: SyntheticShape, tokenizer: Tokenizer, _full: bool) ->
     )
 
 
-def _table_tensors(prefix: str, shape: SyntheticShape, num_rows: int) -> list[PlannedTensor]:
-    if shape.dtype == "nvfp4":
-        return [*nvfp4_rows(f"{prefix}weight", (num_rows, shape.dim)), nvfp4_factor(f"{prefix}weight_scale_2")]
+def read_dim(values: ConfigValues, _parts: HashParts) -> int:
+    """Reads how many values a row has."""
+    return values.integer("engram_head_dim", 1, ROW_BYTES_MAX)
+
+
+def table_tensors(parts: HashParts, layer: int, codec: str, dim: int) -> list[PlannedTensor]:
+    """Returns a layer's table under its published names; see `Family`."""
+    prefix, shape = f"layers.{layer}.engram.embed.", (parts.layers[layer].num_rows, dim)
+    if codec == NVFP4_CODEC:
+        return [*nvfp4_rows(f"{prefix}weight", shape), nvfp4_factor(f"{prefix}weight_scale_2")]
+    if codec in FLOAT_DTYPES:
+        return [random_floats(f"{prefix}weight", FLOAT_DTYPES[codec], shape)]
     return [
-        PlannedTensor(f"{prefix}weight", "F8_E4M3", (num_rows, shape.dim)),
-        PlannedTensor(f"{prefix}scale", "F8_E8M0", (num_rows, shape.dim // SCALE_BLOCK), exponent=110),
+        PlannedTensor(f"{prefix}weight", "F8_E4M3", shape),
+        PlannedTensor(f"{prefix}scale", "F8_E8M0", (shape[0], dim // SCALE_BLOCK), exponent=110),
     ]
 
 
@@ -146,6 +158,8 @@ FAMILY = Family(
     table_words=TABLE_WORDS,
     read_hash=read_hash,
     read_table=read_table,
+    read_dim=read_dim,
+    table_tensors=table_tensors,
     synthetic=Synthetic(
         SyntheticShape((1, 14), 4, 16_000_000, 256, 5120, "fp8"),
         SYNTHETIC_CODECS,

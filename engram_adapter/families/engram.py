@@ -12,15 +12,17 @@ from tokenizers import Tokenizer
 
 from tierstore.formats.checkpoint import Checkpoint, Plane
 from tierstore.kernels import ORDER_MAX
+from tierstore.spec import ROW_BYTES_MAX
 
 from ..family import Family, StoredTable, Synthetic
 from ..hash_config import BASE_MAX, HEADS_MAX, ConfigValues, HashParts, paper_hash
 from ..scales import VALUE_CODECS
 from ..synthetic import (
-    DTYPES,
+    FLOAT_DTYPES,
     HC_MULT,
     HEADS,
     PAD_ID,
+    PlannedTensor,
     SyntheticPlan,
     SyntheticShape,
     int64_values,
@@ -78,13 +80,27 @@ def plan_checkpoint(shape: SyntheticShape, tokenizer: Tokenizer, _full: bool) ->
         "kernel_size": 4,
     }
     parts = read_hash(ConfigValues(config, NAME), token_map)
-    tensors = []
-    for layer, layer_hash in parts.layers.items():
-        prefix = f"layers.{layer}.engram.multi_head_embedding."
-        table_shape = (layer_hash.num_rows, shape.dim)
-        tensors.append(random_floats(f"{prefix}embedding.weight", DTYPES[shape.dtype], table_shape))
-        tensors.append(int64_values(f"{prefix}offsets", layer_hash.offsets))
+    tensors: list[PlannedTensor] = []
+    for layer in parts.layers:
+        tensors += table_tensors(parts, layer, SYNTHETIC_CODECS[shape.dtype], shape.dim)
     return SyntheticPlan(config, parts, tensors, row_bytes_of(SYNTHETIC_CODECS[shape.dtype], shape.dim))
+
+
+def read_dim(values: ConfigValues, parts: HashParts) -> int:
+    """Reads how many values a row has: those of an order, divided by its heads."""
+    width = values.integer("n_embed_per_ngram", parts.heads, ROW_BYTES_MAX * parts.heads)
+    if width % parts.heads:
+        raise values.refusal("n_embed_per_ngram", f"is {width}, not a multiple of {parts.heads} heads")
+    return width // parts.heads
+
+
+def table_tensors(parts: HashParts, layer: int, codec: str, dim: int) -> list[PlannedTensor]:
+    """Returns a layer's table under its published names; see `Family`."""
+    layer_hash, prefix = parts.layers[layer], f"layers.{layer}.engram.multi_head_embedding."
+    return [
+        random_floats(f"{prefix}embedding.weight", FLOAT_DTYPES[codec], (layer_hash.num_rows, dim)),
+        int64_values(f"{prefix}offsets", layer_hash.offsets),
+    ]
 
 
 FAMILY = Family(
@@ -95,6 +111,8 @@ FAMILY = Family(
     table_words=TABLE_WORDS,
     read_hash=read_hash,
     read_table=read_table,
+    read_dim=read_dim,
+    table_tensors=table_tensors,
     synthetic=Synthetic(
         SyntheticShape((1, 15), 3, 646_400, 64, 1024, "fp32"),  # of the published demonstration
         SYNTHETIC_CODECS,

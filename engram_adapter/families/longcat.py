@@ -22,17 +22,18 @@ from tokenizers import Tokenizer
 from tierstore import ConfigError
 from tierstore.formats.checkpoint import Checkpoint
 from tierstore.kernels import ORDER_MAX, ORDERS_MAX
-from tierstore.spec import KEY_MAX
+from tierstore.spec import KEY_MAX, ROW_BYTES_MAX
 
 from ..family import Family, StoredTable, Synthetic
 from ..hash_config import BASE_MAX, POLYNOMIAL, VOCABULARY_MAX, ConfigValues, HashParts, LayerHash
-from ..synthetic import DTYPES, SyntheticPlan, SyntheticShape, random_floats, row_bytes_of
+from ..synthetic import FLOAT_DTYPES, PlannedTensor, SyntheticPlan, SyntheticShape, random_floats, row_bytes_of
 from ..table_tensors import check_width, cut_rows, planes_of, stacked_rows, table_tensor_name
 
 NAME = "longcat"
 LAYER = 0  # the table's: its rows go into the input of the first layer
 TABLE_PATTERN = r"(?:ngram_embeddings\.embedders\.0|oe_embed_tokens0)\.weight"
 TABLE_WORDS = "ngram_embeddings.embedders.0.weight or oe_embed_tokens0.weight"
+PREFIX = "model.ngram_embeddings."
 RATIO_MAX = 100_000
 PUBLISHED_VOCAB_SIZE, PUBLISHED_EOS_ID = 131_072, 2
 SYNTHETIC_CODECS = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}  # of each dtype
@@ -111,13 +112,28 @@ def plan_checkpoint(shape: SyntheticShape, tokenizer: Tokenizer, full: bool) -> 
         "emb_split_num": shape.heads,
     }
     parts = read_hash(ConfigValues(config, NAME), None)
-    tensors = []
-    for head, num_rows in enumerate(parts.layers[LAYER].moduli):
-        prefix = "model.ngram_embeddings."
-        table_shape = (num_rows, shape.dim)
-        tensors.append(random_floats(f"{prefix}embedders.{head}.weight", DTYPES[shape.dtype], table_shape))
-        tensors.append(random_floats(f"{prefix}post_projs.{head}.weight", DTYPES[shape.dtype], (hidden, shape.dim)))
-    return SyntheticPlan(config, parts, tensors, row_bytes_of(SYNTHETIC_CODECS[shape.dtype], shape.dim))
+    codec, tensors = SYNTHETIC_CODECS[shape.dtype], []
+    for head, table in enumerate(table_tensors(parts, LAYER, codec, shape.dim)):
+        name = f"{PREFIX}post_projs.{head}.weight"
+        tensors += [table, random_floats(name, table.dtype, (hidden, shape.dim))]
+    return SyntheticPlan(config, parts, tensors, row_bytes_of(codec, shape.dim))
+
+
+def read_dim(values: ConfigValues, parts: HashParts) -> int:
+    """Reads how many values a row has: the model's hidden size, divided by the heads."""
+    num_heads = len(parts.orders)
+    width = values.integer("hidden_size", num_heads, ROW_BYTES_MAX * num_heads)
+    if width % num_heads:
+        raise values.refusal("hidden_size", f"is {width}, not a multiple of {num_heads} heads")
+    return width // num_heads
+
+
+def table_tensors(parts: HashParts, layer: int, codec: str, dim: int) -> list[PlannedTensor]:
+    """Returns the heads' tensors under the names of LongCat-Flash-Lite; see `Family`."""
+    return [
+        random_floats(f"{PREFIX}embedders.{head}.weight", FLOAT_DTYPES[codec], (num_rows, dim))
+        for head, num_rows in enumerate(parts.layers[layer].moduli)
+    ]
 
 
 FAMILY = Family(
@@ -129,6 +145,8 @@ FAMILY = Family(
     table_words=TABLE_WORDS,
     read_hash=read_hash,
     read_table=read_table,
+    read_dim=read_dim,
+    table_tensors=table_tensors,
     synthetic=Synthetic(
         SyntheticShape((LAYER,), 4, 78 * PUBLISHED_VOCAB_SIZE, 256, 3072, "bf16", heads=4),
         SYNTHETIC_CODECS,

@@ -15,8 +15,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tierstore import ConfigError
+from tierstore.codec import parse_codec
 from tierstore.formats.checkpoint import Checkpoint
 from tierstore.kernels import ORDER_MAX
+from tierstore.spec import ROW_BYTES_MAX
 
 from ..family import Family, StoredTable, Synthetic
 from ..hash_config import (
@@ -32,7 +34,7 @@ from ..hash_config import (
 )
 from ..primes import primes_from, splitmix_multipliers
 from ..synthetic import (
-    DTYPES,
+    FLOAT_DTYPES,
     HEADS,
     NVFP4_CODEC,
     PlannedTensor,
@@ -59,6 +61,7 @@ TABLE_WORDS = "layers.{layer}.ple.ple_embedding.ngram_embedding.weight or .shard
 PUBLISHED_VOCAB_SIZE, PUBLISHED_EOS_ID = 248_320, 248_044
 _EOS_TOKENS = ("<eos>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "</s>")
 SYNTHETIC_CODECS = {"bf16": "bf16", "fp8": "fp8_e4m3", "nvfp4": NVFP4_CODEC}  # of each dtype
+SYNTHETIC_FACTOR_CODEC = f"fp8_e4m3*{(0.0123).hex()}"
 
 
 def read_hash(values: ConfigValues, _token_map: np.ndarray | None) -> HashParts:
@@ -144,7 +147,10 @@ def plan_checkpoint(shape: SyntheticShape, tokenizer: Tokenizer, full: bool) -> 
     if shape.dtype == "nvfp4":
         text["ple_embedding_dtype"] = "nvfp4"
     parts = read_hash(ConfigValues(text, NAME), None)
-    tensors = [tensor for layer in shape.layers for tensor in _layer_tensors(shape, parts, layer)]
+    codec = SYNTHETIC_FACTOR_CODEC if shape.dtype == "fp8" else SYNTHETIC_CODECS[shape.dtype]
+    tensors = [
+        tensor for layer in shape.layers for tensor in table_tensors(parts, layer, codec, shape.dim, shape.parts)
+    ]
     return SyntheticPlan(
         {"model_type": NAME, "text_config": text},
         parts,
@@ -153,20 +159,31 @@ def plan_checkpoint(shape: SyntheticShape, tokenizer: Tokenizer, full: bool) -> 
     )
 
 
-def _layer_tensors(shape: SyntheticShape, parts: HashParts, layer: int) -> list[PlannedTensor]:
+def read_dim(values: ConfigValues, parts: HashParts) -> int:
+    """Reads how many values a row has: the token's, divided by its heads."""
+    num_heads = len(parts.orders) * parts.heads
+    width = values.integer("ple_embed_dim", num_heads, ROW_BYTES_MAX * num_heads)
+    if width % num_heads:
+        raise values.refusal("ple_embed_dim", f"is {width}, not a multiple of {num_heads} heads")
+    return width // num_heads
+
+
+def table_tensors(parts: HashParts, layer: int, codec: str, dim: int, num_parts: int = 1) -> list[PlannedTensor]:
+    """Returns a layer's table under its published names, in `num_parts` tensors; see `Family`."""
     layer_hash, prefix = parts.layers[layer], f"model.language_model.layers.{layer}.ple.ple_embedding."
-    names = [f"shard_{part}.weight" for part in range(shape.parts)] if shape.parts > 1 else ["weight"]
-    part_shape = (layer_hash.num_rows // shape.parts, shape.dim)
+    names = [f"shard_{part}.weight" for part in range(num_parts)] if num_parts > 1 else ["weight"]
+    part_shape = (layer_hash.num_rows // num_parts, dim)
     tensors = []
     for name in names:
-        if shape.dtype == "nvfp4":
+        if codec == NVFP4_CODEC:
             tensors += nvfp4_rows(f"{prefix}ngram_embedding.{name}", part_shape)
         else:
-            tensors.append(random_floats(f"{prefix}ngram_embedding.{name}", DTYPES[shape.dtype], part_shape))
-    if shape.dtype == "nvfp4":
+            dtype = FLOAT_DTYPES.get(codec, "F8_E4M3")
+            tensors.append(random_floats(f"{prefix}ngram_embedding.{name}", dtype, part_shape))
+    if codec == NVFP4_CODEC:
         tensors.append(nvfp4_factor(f"{prefix}ngram_embedding.weight_scale_2"))
-    if shape.dtype == "fp8":
-        scale = struct.pack("<f", 0.0123)
+    elif codec not in FLOAT_DTYPES:
+        scale = struct.pack("<f", parse_codec(codec).factor)
         tensors.append(PlannedTensor(f"{prefix}ngram_embedding.weight_scale", "F32", (), values=scale))
     return [
         *tensors,
@@ -184,6 +201,8 @@ FAMILY = Family(
     table_words=TABLE_WORDS,
     read_hash=read_hash,
     read_table=read_table,
+    read_dim=read_dim,
+    table_tensors=table_tensors,
     synthetic=Synthetic(
         SyntheticShape((1,), 3, 20_000_000, 160, 2048, "bf16", parts=128),
         SYNTHETIC_CODECS,

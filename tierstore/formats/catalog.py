@@ -19,16 +19,18 @@ from typing import Any
 
 from ..causes import named
 from ..durable import sync_folder
-from ..errors import FormatError, StoreNotReadyError
+from ..errors import ConfigError, FormatError, StoreNotReadyError
 from ..layout import PlacementRecord, ShardRecord, TableLayout, checked_path
 from ..lazy import lazy
 from ..version import VERSION
 from .catalog_records import CATALOG_FILE as CATALOG_FILE
 from .catalog_records import as_json, from_json, read_records, write_records
 from .in_place import InPlaceFile, InPlaceLayout, check_files
+from .initial import InitialLayout
 
 STORE_FORMAT_VERSION = 1
 IN_PLACE_FORMAT_VERSION = 2  # of a store with tables in place, which older readers cannot read
+INITIAL_FORMAT_VERSION = 4  # of a store from scratch, whose rows older readers cannot draw
 NEW_CATALOG_FILE = "catalog.mdb.new"
 LOCK_FILE = "build.lock"
 
@@ -69,6 +71,11 @@ class CatalogImage:
         return next(owner for owner, table in self.tables.items() if name in paged_layouts({owner: table}))
 
     @property
+    def is_initial(self) -> bool:
+        """Whether rows that training did not touch are drawn, and stand nowhere."""
+        return any(isinstance(table, InitialLayout) for table in self.tables.values())
+
+    @property
     def is_in_place(self) -> bool:
         """Whether rows lie in files of a checkpoint."""
         return bool(self.files)
@@ -87,7 +94,7 @@ def paged_layouts(tables: Mapping[str, TableLayout]) -> dict[str, TableLayout]:
     for name, table in tables.items():
         if isinstance(table, InPlaceLayout):
             paged |= {side.spec.name: side for side in table.side_tables}
-        else:
+        elif not isinstance(table, InitialLayout):
             paged[name] = table
     return paged
 
@@ -104,6 +111,8 @@ def create_catalog(
     files: of a store in place; its format version is another.
     """
     version = IN_PLACE_FORMAT_VERSION if files else STORE_FORMAT_VERSION
+    if any(isinstance(table, InitialLayout) for table in tables.values()):
+        version = INITIAL_FORMAT_VERSION
     records = {"format": as_json({"format_version": version, "written_by": f"tierstore {VERSION}"})}
     if files:
         records["files"] = _filesas_json(files)
@@ -175,13 +184,16 @@ def forget_placement(path: Path, epoch: int) -> None:
     write_records(path / CATALOG_FILE, {}, removed=(f"placement/{epoch:08d}",))
 
 
-def read_catalog(path: str | os.PathLike[str], *, must_be_ready: bool = True) -> CatalogImage:
+def read_catalog(
+    path: str | os.PathLike[str], *, must_be_ready: bool = True, may_be_initial: bool = False
+) -> CatalogImage:
     """Reads the catalog of the store at `path`: one committed transaction, whole. Blocks on the disk, shortly.
 
-    Safe beside a writer, and beside whoever cuts or overwrites the file. Raises `StoreNotReadyError` if there is no
-    store or its build has not finished (unless must_be_ready is False), `FormatError` if the catalog is foreign,
-    truncated, damaged or of a newer format, `ConfigError` if it cannot be read,
-    `BudgetError` if it does not fit in memory.
+    may_be_initial: for those who train a store from scratch, or export it; nobody else can read its rows, and gets a
+    `ConfigError`. Safe beside a writer, and beside whoever cuts or overwrites the file. Raises `StoreNotReadyError` if
+    there is no store or its build has not finished (unless must_be_ready is False), `FormatError` if the catalog is
+    foreign, truncated, damaged or of a newer format, `ConfigError` if it cannot be read, `BudgetError` if it does not
+    fit in memory.
     """
     path = Path(path)
     try:
@@ -192,12 +204,18 @@ def read_catalog(path: str | os.PathLike[str], *, must_be_ready: bool = True) ->
         raise named(error, f"cannot read {error.filename or path}", error.filename or path) from error
     head = from_json(records, "format", path)
     version = head.get("format_version")
-    if version not in (STORE_FORMAT_VERSION, IN_PLACE_FORMAT_VERSION):
+    if version not in (STORE_FORMAT_VERSION, IN_PLACE_FORMAT_VERSION, INITIAL_FORMAT_VERSION):
         raise FormatError(
-            f"{path}: store format {version}, this tierstore {VERSION} reads {STORE_FORMAT_VERSION} and "
-            f"{IN_PLACE_FORMAT_VERSION}; install a newer tierstore or rebuild the store with this one"
+            f"{path}: store format {version}, this tierstore {VERSION} reads {STORE_FORMAT_VERSION}, "
+            f"{IN_PLACE_FORMAT_VERSION} and {INITIAL_FORMAT_VERSION}; install a newer tierstore or rebuild the store "
+            f"with this one"
         )
     image = _image(path, records, version)
+    if image.is_initial and not may_be_initial:
+        raise ConfigError(
+            f"{path} was made by 'tierstore init': its rows stand nowhere until it is exported; train it with "
+            f"open_training, or make a store of it: tierstore export {path} CHECKPOINT, then tierstore build CHECKPOINT"
+        )
     if must_be_ready and not image.ready:
         done = sum(len(shards) for shards in image.shards.values())
         total = sum(layout.num_shards for layout in image.paged.values())
@@ -250,6 +268,8 @@ def _tables_and_files(
     path: Path, records: dict[str, bytes], names: list[Any], version: int
 ) -> tuple[dict[str, TableLayout], tuple[InPlaceFile, ...]]:
     """Returns the layouts of all tables, and, of a store in place, the files that they lie in."""
+    if version == INITIAL_FORMAT_VERSION:
+        return {name: InitialLayout.from_dict(from_json(records, f"table/{name}", path)) for name in names}, ()
     if version == STORE_FORMAT_VERSION:
         return {name: TableLayout.from_dict(from_json(records, f"table/{name}", path)) for name in names}, ()
     files = tuple(InPlaceFile.from_dict(record) for record in from_json(records, "files", path, kind=list))

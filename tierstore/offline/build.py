@@ -143,7 +143,7 @@ def build_store(
     started = time.monotonic()
     progress, plan = None, None
     try:
-        _check_place(path, allow_network_fs)
+        check_place(path, allow_network_fs)
         with locked_store(path) as made, contextlib.ExitStack() as stack:
             image = _begun(path)
             if image is not None and same_checkpoint(image.origin, origin, sources):
@@ -228,7 +228,7 @@ def lay_out_tables(sources: Sequence[TableSource], origin_digest: str, shard_byt
     return tables
 
 
-def _check_place(path: Path, allow_network_fs: bool) -> None:
+def check_place(path: Path, allow_network_fs: bool) -> None:
     """Refuses, before anything is made, a path that is a file, has something else in it, or is on a network."""
     existing = path
     while not existing.exists():
@@ -236,7 +236,7 @@ def _check_place(path: Path, allow_network_fs: bool) -> None:
     if not existing.is_dir():
         raise ConfigError(f"{existing} is a file; a store is a folder: give another path")
     if existing == path:
-        _check_foreign(path)
+        check_foreign(path)
     reason = "" if allow_network_fs else why_not_local(file_system_of(existing))
     if reason:
         raise ConfigError(
@@ -245,7 +245,7 @@ def _check_place(path: Path, allow_network_fs: bool) -> None:
         )
 
 
-def _check_foreign(path: Path) -> None:
+def check_foreign(path: Path) -> None:
     """Refuses a folder with something in it and no catalog."""
     foreign = [e.name for e in path.iterdir() if e.name != LOCK_FILE and not e.name.startswith(CATALOG_FILE)]
     if foreign and not (path / CATALOG_FILE).exists():
@@ -255,7 +255,7 @@ def _check_foreign(path: Path) -> None:
 def _begun(path: Path) -> CatalogImage | None:
     """Returns the catalog of a build begun earlier, None if nothing was begun."""
     if not (path / CATALOG_FILE).exists():
-        _check_foreign(path)  # again, under the lock
+        check_foreign(path)  # again, under the lock
         return None
     return read_catalog(path, must_be_ready=False)
 

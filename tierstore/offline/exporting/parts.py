@@ -10,7 +10,6 @@ buffer of whoever writes it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,15 +19,10 @@ import numpy as np
 from ...causes import Fault, named, naming
 from ...durable import read_exactly
 from ...errors import FormatError
-from ...formats.catalog import CatalogImage
-from ...formats.in_place import InPlaceLayout
 from ...formats.stored_tensor import FileIdentity, check_identity
-from ...layout import TableLayout
-from ...tiers.in_place import InPlaceFiles
-from ...tiers.nvme import TableFiles
+from .row_readers import STEP_BYTES, RowOrigin
 from .touched_rows import TouchedCursor, TouchedRows
 
-STEP_BYTES = 4 << 20  # of whole rows that are read at once, however narrow the plane is
 _AGAIN = Fault(FormatError, "put it back and run again")
 
 
@@ -123,55 +117,6 @@ class FileReader:
             check_identity(self._part.path, os.fstat(self._fd), self._part.identity)
 
 
-class RowReader(Protocol):
-    """Reads the rows of a table in ascending order. One thread uses it."""
-
-    def read(self, row_start: int, row_end: int) -> np.ndarray:
-        """Returns rows [row_start, row_end), uint8 [rows, row_bytes], each checked. Blocks on the disk."""
-
-    def close(self) -> None:
-        """Closes what it holds open."""
-
-
-@dataclass(frozen=True)
-class StoredRows:
-    """The rows of a store's table, as its pages or its checkpoint's blocks hold them, every one checked."""
-
-    image: CatalogImage
-    table: TableLayout
-
-    def open(self) -> StoredRowReader:
-        """Opens the table's files."""
-        return StoredRowReader(self)
-
-
-class StoredRowReader:
-    """Reads `StoredRows`; keeps the `RowReader` contract."""
-
-    def __init__(self, rows: StoredRows) -> None:
-        self._table = rows.table
-        self._files: TableFiles | InPlaceFiles
-        if isinstance(rows.table, InPlaceLayout):
-            self._files = InPlaceFiles(rows.image, rows.table, direct=False)
-        else:
-            self._files = TableFiles(rows.image, rows.table, direct=False)
-        self._scratch = np.empty(0, dtype=np.uint8)
-
-    def read(self, row_start: int, row_end: int) -> np.ndarray:
-        """See `RowReader`; raises `CorruptPageError` for a page or block that is damaged."""
-        table = self._table
-        pages = np.arange(row_start // table.rows_per_page, -(-row_end // table.rows_per_page))
-        if len(self._scratch) < len(pages) * table.page_bytes:
-            self._scratch = np.empty(len(pages) * table.page_bytes, dtype=np.uint8)
-        rows = self._files.read_rows(pages, self._scratch).reshape(-1, table.spec.row_bytes)
-        skipped = row_start - int(pages[0]) * table.rows_per_page
-        return rows[skipped : skipped + row_end - row_start]
-
-    def close(self) -> None:
-        """Closes the files; closing twice is harmless."""
-        self._files.close()
-
-
 @dataclass(frozen=True)
 class RowsPart:
     """One plane of consecutive rows of a table: columns [column_start, column_start + width_bytes) of each.
@@ -182,8 +127,8 @@ class RowsPart:
         column_start: The plane's first byte in a row of the store.
         width_bytes: Bytes of the plane in a row.
         row_bytes: Bytes of a whole row.
-        untouched: Where rows come from that training did not touch: the same bytes of a checkpoint's file, or what
-            opens a reader of the table's rows.
+        untouched: Where rows come from that training did not touch: the same bytes of a checkpoint's file, or the
+            table's rows.
         touched: Rows that take their place, or None.
     """
 
@@ -192,7 +137,7 @@ class RowsPart:
     column_start: int
     width_bytes: int
     row_bytes: int
-    untouched: FilePart | Callable[[], RowReader]
+    untouched: FilePart | RowOrigin
     touched: TouchedRows | None = None
 
     @property
@@ -213,7 +158,7 @@ class RowsPartReader:
         untouched = part.untouched
         self._file = untouched.open() if isinstance(untouched, FilePart) else None
         try:
-            self._rows = None if isinstance(untouched, FilePart) else untouched()
+            self._rows = None if isinstance(untouched, FilePart) else untouched.open()
             self._touched: TouchedCursor | None = part.touched.open() if part.touched is not None else None
         except BaseException:
             if self._file is not None:

@@ -1,0 +1,276 @@
+"""export of a commit: touched rows are the newest records, in the table's codec; all other bytes are the checkpoint's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from support.committed import Committed, rows_expected
+
+import tierstore
+from engram_adapter.checkpoints import build_checkpoint, open_checkpoint, sources_of_store
+from engram_adapter.exporting import export_checkpoint
+from engram_adapter.init import init_checkpoint
+from tierstore.errors import BudgetError, ConfigError, CorruptPageError, FormatError
+from tierstore.formats.catalog import read_catalog
+from tierstore.tools.cli import run
+from tierstore.tools.synth import write_checkpoint
+from tierstore.training.optimizers import SGD, LazyAdam, RowWiseAdagrad
+
+SHAPES = {
+    "deepseek_v41": {"dim": 64},
+    "deepseek_v41 in place": {"dim": 64},
+    "qwen4_exp": {"dim": 16, "parts": 4, "dtype": "fp8"},
+    "qwen4_exp bf16": {"dim": 16, "dtype": "bf16"},
+    "engram": {"dim": 16, "dtype": "fp32"},
+    "engram fp16": {"dim": 16, "dtype": "fp16"},
+    "longcat": {"dim": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """A checkpoint and its store, by shape."""
+    folder, made, tokenizer = tmp_path_factory.mktemp("models"), {}, None
+    for number, (shape, sizes) in enumerate(SHAPES.items()):
+        checkpoint, store = folder / f"{number}", folder / f"{number}.tier"
+        write_checkpoint(
+            checkpoint, shape.split()[0], rows_per_head=60, hidden=16, layers=[1] if number != 6 else None,
+            tokenizer=tokenizer, **sizes,
+        )  # fmt: skip
+        tokenizer = tokenizer or checkpoint / "tokenizer.json"
+        build_checkpoint(checkpoint, store, in_place="in place" in shape)
+        made[shape] = checkpoint, store
+    return made
+
+
+@pytest.fixture
+def trained(models: dict[str, tuple[Path, Path]], tmp_path: Path) -> tuple[Path, Committed]:
+    """A checkpoint, and two runs of its store that touch the same rows in part."""
+    return train(models["qwen4_exp"], tmp_path / "trained")
+
+
+def train(model: tuple[Path, Path], store: Path) -> tuple[Path, Committed]:
+    shutil.copytree(model[1], store)
+    made = Committed(store, RowWiseAdagrad(lr=0.1))
+    for name in made.records:
+        for count in (150, 70, 200):
+            made.write(name, count)
+    return model[0], made
+
+
+def rows_of(checkpoint: Path, store: Path) -> dict[str, np.ndarray]:
+    """All rows of a checkpoint's tables as its files hold them."""
+    found = {}
+    for source in sources_of_store(read_catalog(store, may_be_initial=True), open_checkpoint(checkpoint).checkpoint):
+        with source.open_reader() as reader:
+            found[source.spec.name] = np.concatenate(reader.read(0, source.spec.num_rows), axis=1)
+    return found
+
+
+def bytes_that_differ(one: Path, other: Path) -> dict[str, int]:
+    names = [path.name for path in one.iterdir()]
+    assert sorted(names) == sorted(path.name for path in other.iterdir() if path.name != "states")
+    pairs = {name: [np.frombuffer((folder / name).read_bytes(), np.uint8) for folder in (one, other)] for name in names}
+    return {name: int((a != b).sum()) for name, (a, b) in pairs.items() if len(a) != len(b) or (a != b).any()}
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["same files", "copied files"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_touched_rows_are_new_and_every_other_byte_is_the_checkpoints(
+    models: dict[str, tuple[Path, Path]], tmp_path: Path, shape: str, copied: bool
+) -> None:
+    checkpoint, made = train(models[shape], tmp_path / "store")
+    commit = made.commit()
+    source = checkpoint
+    if copied:
+        source = tmp_path / "copy"
+        shutil.copytree(checkpoint, source)
+    report = export_checkpoint(made.store, tmp_path / "out", source=source, dram="1MiB")
+    assert report.commit == commit.number
+    before, after = rows_of(checkpoint, made.store), rows_of(tmp_path / "out", made.store)
+    changed = 0
+    for name, records in made.records.items():
+        assert report.touched_rows[name] == len(records)
+        expected = rows_expected(made.image.tables[name].spec, before[name], records)
+        np.testing.assert_array_equal(after[name], expected)
+        changed += int((expected != before[name]).sum())
+    assert sum(bytes_that_differ(checkpoint, tmp_path / "out").values()) == changed > 0
+
+
+def test_an_export_builds_and_verifies_clean_and_two_are_equal(trained: tuple[Path, Committed], tmp_path: Path) -> None:
+    checkpoint, made = trained
+    made.commit()
+    first, second = (
+        export_checkpoint(made.store, tmp_path / name, source=checkpoint, dram=dram, jobs=jobs)
+        for name, dram, jobs in (("a", "1MiB", 1), ("b", "1GiB", 3))
+    )
+    assert first.files == second.files
+    build_checkpoint(tmp_path / "a", tmp_path / "built")
+    assert not tierstore.verify(tmp_path / "built", open_checkpoint(tmp_path / "a")).faults
+    again = export_checkpoint(tmp_path / "built", tmp_path / "c", source=tmp_path / "a")
+    assert again.files == first.files
+
+
+def test_rows_that_were_touched_and_did_not_change_keep_their_very_bytes(
+    models: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    for shape in SHAPES:
+        checkpoint, built = models[shape]
+        store = tmp_path / shape
+        shutil.copytree(built, store)
+        made = Committed(store, SGD(lr=0.1))
+        before = rows_of(checkpoint, store)
+        for name, table in made.image.tables.items():
+            made.write(name, 100, lambda ids, rows=before[name], s=table.spec: decoded(s, rows[ids]))
+        made.commit()
+        export_checkpoint(store, tmp_path / f"{shape} out", source=checkpoint)
+        assert bytes_that_differ(checkpoint, tmp_path / f"{shape} out") == {}
+
+
+def decoded(spec: tierstore.TableSpec, rows: np.ndarray) -> np.ndarray:
+    from tierstore import kernels
+    from tierstore.offline.exporting.quantized import kernel_codec
+
+    values = np.empty((len(rows), spec.dim), dtype=np.float32)
+    kernels.dequantize_rows(np.ascontiguousarray(rows), spec.dim, *kernel_codec(spec), values)
+    return values
+
+
+def test_an_older_commit_and_the_base_can_be_had(trained: tuple[Path, Committed], tmp_path: Path) -> None:
+    checkpoint, made = trained
+    first = made.commit()
+    (name,) = made.records
+    records = dict(made.records[name])
+    made.write(name, 300)
+    made.commit()
+    spec, before = made.image.tables[name].spec, rows_of(checkpoint, made.store)[name]
+    export_checkpoint(made.store, tmp_path / "old", source=checkpoint, commit=first.number)
+    np.testing.assert_array_equal(rows_of(tmp_path / "old", made.store)[name], rows_expected(spec, before, records))
+    export_checkpoint(made.store, tmp_path / "base", source=checkpoint, version=0)
+    assert bytes_that_differ(checkpoint, tmp_path / "base") == {}
+    with pytest.raises(ConfigError, match="there is no commit 9"):
+        export_checkpoint(made.store, tmp_path / "none", source=checkpoint, commit=9)
+    with pytest.raises(ValueError, match="version 0 and commit 1"):
+        export_checkpoint(made.store, tmp_path / "none", source=checkpoint, commit=1, version=0)
+
+
+@pytest.mark.parametrize("optimizer", [RowWiseAdagrad(lr=0.1), LazyAdam(lr=0.1), SGD(lr=0.1)], ids=lambda o: o.rule)
+def test_states_have_the_records_of_touched_rows_by_ascending_row_id(
+    models: dict[str, tuple[Path, Path]], tmp_path: Path, optimizer: RowWiseAdagrad
+) -> None:
+    checkpoint, built = models["qwen4_exp"]
+    store = tmp_path / "store"
+    shutil.copytree(built, store)
+    made = Committed(store, optimizer)
+    (name,) = made.records
+    for _ in range(2):
+        made.write(name, 90)
+    commit = made.commit(step=17)
+    export_checkpoint(store, tmp_path / "out", source=checkpoint, states=True)
+    file = tmp_path / "out" / "states" / f"{name}.safetensors"
+    tensors, records = safetensors.numpy.load_file(file), made.records[name]
+    np.testing.assert_array_equal(tensors.pop("row_ids"), sorted(records))
+    floats = np.array([records[row_id] for row_id in sorted(records)])
+    dim = made.image.tables[name].spec.dim
+    np.testing.assert_array_equal(tensors.pop("values"), floats[:, :dim])
+    layout = optimizer.state_layout(dim)
+    assert tensors.keys() == layout.keys()
+    for part, at in layout.items():
+        state = floats[:, dim:][:, at]
+        np.testing.assert_array_equal(tensors[part], state[:, 0] if part == "sum" else state)
+    with safetensors.safe_open(file, "numpy") as opened:
+        about = opened.metadata()
+    assert json.loads(about["optimizer"]) == optimizer.to_dict()
+    assert (json.loads(about["step"]), json.loads(about["commit"]), about["table"]) == (17, commit.number, name)
+    build_checkpoint(tmp_path / "out", tmp_path / "built")  # states do not disturb a loader
+
+
+def test_of_a_table_from_scratch_untouched_rows_are_drawn(models: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    checkpoint, _ = models["engram"]
+    store = tmp_path / "store"
+    init_checkpoint(checkpoint, store, layers=[1])
+    export_checkpoint(store, tmp_path / "before", source=checkpoint)
+    made = Committed(store, SGD(lr=0.1))
+    made.write("layers.1", 100)
+    made.commit()
+    report = export_checkpoint(store, tmp_path / "after", source=checkpoint)
+    assert list(report.left_out) == [file.name for file in sorted(checkpoint.glob("*.safetensors*"))]
+    before, after = (
+        safetensors.numpy.load_file(tmp_path / name / "model.safetensors")[
+            "layers.1.engram.multi_head_embedding.embedding.weight"
+        ]
+        for name in ("before", "after")
+    )
+    for row_id, record in made.records["layers.1"].items():
+        before[row_id] = record[: before.shape[1]]
+    np.testing.assert_array_equal(after, before)
+
+
+def test_rows_of_a_pytorch_file_are_refused_by_name_and_those_of_a_converted_one_are_not(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save({"embed": torch.randn(300, 8)}, folder / "pytorch_model.bin")
+    build_checkpoint(folder, tmp_path / "store", tensor="embed")
+    made = Committed(tmp_path / "store", SGD(lr=0.1))
+    made.write("embed", 40)
+    made.commit()
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is .* convert the checkpoint to safetensors"):
+        export_checkpoint(tmp_path / "store", tmp_path / "out", source=folder)
+    report = export_checkpoint(tmp_path / "store", tmp_path / "out", source=folder, tables_only=True)
+    tensors = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    expected = torch.load(folder / "pytorch_model.bin")["embed"].numpy()
+    for row_id, record in made.records["embed"].items():
+        expected[row_id] = record[:8]
+    np.testing.assert_array_equal(tensors["embed"], expected)
+    assert list(report.left_out) == ["pytorch_model.bin"]
+
+
+def test_a_flipped_bit_in_a_run_and_a_run_that_is_gone_are_named(
+    trained: tuple[Path, Committed], tmp_path: Path
+) -> None:
+    checkpoint, made = trained
+    made.commit()
+    run_path = sorted((made.store / "training").glob("*.run"))[1]
+    whole = run_path.read_bytes()
+    for at in (4096 + 3, len(whole) - 4000, 40):
+        data = bytearray(whole)
+        data[at] ^= 4
+        run_path.write_bytes(data)
+        with pytest.raises((CorruptPageError, FormatError), match=run_path.name):
+            export_checkpoint(made.store, tmp_path / "out", source=checkpoint)
+    run_path.unlink()
+    with pytest.raises(FormatError, match=run_path.name):
+        export_checkpoint(made.store, tmp_path / "out", source=checkpoint)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trained"]
+
+
+def test_too_little_memory_to_sort_and_values_that_are_not_numbers_are_named(
+    trained: tuple[Path, Committed], tmp_path: Path
+) -> None:
+    checkpoint, made = trained
+    (name,) = made.records
+    made.commit()
+    with pytest.raises(BudgetError, match=r"4096 bytes\) of memory .* raise --dram"):
+        export_checkpoint(made.store, tmp_path / "out", source=checkpoint, dram="4KiB")
+    made.write(name, 3, lambda ids: np.full((len(ids), made.image.tables[name].spec.dim), np.nan, np.float32))
+    made.commit()
+    with pytest.raises(ConfigError, match=r"48 values of commit 2 are not numbers"):
+        export_checkpoint(made.store, tmp_path / "out", source=checkpoint)
+
+
+def test_values_beyond_the_codec_are_counted_and_said(
+    trained: tuple[Path, Committed], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, made = trained
+    (name,) = made.records
+    made.write(name, 2, lambda ids: np.full((len(ids), made.image.tables[name].spec.dim), 1e6, np.float32))
+    made.commit()
+    assert run(["export", str(made.store), str(tmp_path / "out"), "--source", str(checkpoint)]) == 0
+    assert "32 trained values were beyond the codec's largest" in capsys.readouterr().err
