@@ -1,4 +1,4 @@
-"""export of a commit: touched rows are the newest records, in the table's codec; all other bytes are the checkpoint's."""
+"""export of a commit: touched rows are the newest records in the codec of the table; all other bytes stay as they are."""
 
 from __future__ import annotations
 
