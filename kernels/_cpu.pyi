@@ -645,6 +645,51 @@ class PlaneRecord:
             resident: uint8 [R, width_bytes], all rows; None: they are read.
         """
 
+VERSION_SHIFT: Final[int]
+VERSION_READ: Final[int]
+VERSION_FILES_MAX: Final[int]
+
+def clear_index(buckets: _Bytes) -> None:
+    """Empties an index, uint8 [n, 64] at a multiple of 64 bytes."""
+
+def put_rows(row_ids: _Int64, place_start: int, buckets: _Bytes) -> bool:
+    """Enters rows of a version into an index of rows. About 30 ns a row, most of it waits for memory.
+
+    Args:
+        row_ids: int64 [n], 0 or more. Those that the index has get the new places.
+        place_start: Of the first row; the others follow.
+        buckets: uint8 [m, 64] at a multiple of 64 bytes, which `clear_index` emptied. For speed, m is at least one for
+            3.5 different rows.
+
+    Returns:
+        Whether there was room for every row; if not, a part of them is in.
+    """
+
+class OverlayRecord:
+    """Rows that versions have of a table: an index of their ids, and open files. It keeps the index alive."""
+
+    def __init__(
+        self,
+        *,
+        buckets: _Bytes,
+        files: Sequence[tuple[_FileHandle, int, int, int]],
+        page_bytes: int,
+        rows_per_page: int,
+        page_version: int,
+    ) -> None:
+        """Describes them.
+
+        Args:
+            buckets: uint8 [n, 64] at a multiple of 64 bytes, as `put_rows` fills it; places count the rows of all
+                files, the oldest first.
+            files: Of each version, oldest first: its descriptors, the byte of its first page, rows, and the seed of its
+                pages' checksums. Pages are numbered from 0 in each. In faults, such a page's number has VERSION_READ
+                set, and its file's index above VERSION_SHIFT bits.
+            page_bytes: Of a page, with its trailer.
+            rows_per_page: Rows of a page.
+            page_version: Of the pages' format.
+        """
+
 class TableRecord:
     """A table before an engine opens it: address map, pages, open files, memory. Every number is checked."""
 
@@ -670,6 +715,7 @@ class TableRecord:
         tag: int = 0,
         residues: tuple[_Int64, _Int64] | None = None,
         planes: Sequence[PlaneRecord] | None = None,
+        overlay: OverlayRecord | None = None,
     ) -> None:
         """Describes a table.
 
@@ -695,6 +741,7 @@ class TableRecord:
             residues: (num_residues, inverses) of `keys_of_row_ids`; None if row ids do not give keys.
             planes: Of a table in place, side by side in a row; none if it is resident. Its pages are ranges of rows
                 then, and it has no shards. None: rows lie in `shards`.
+            overlay: Rows that are read in place of the table's own; None: there are not any.
         """
 
 class HugePages:

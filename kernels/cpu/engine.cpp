@@ -197,7 +197,7 @@ void Engine::locate(const EpochView& view, size_t index, const int64_t* keys, si
                table.cache->probe(table.cache->find_set(table.tagged(order), key), table.tagged(order), key).way >= 0) {
       sources[i] = kFromRecency;
     } else {
-      sources[i] = table.statics.place_in_file(order, key, placed) == kNotPlaced ? kFromPages : kFromRecord;
+      sources[i] = table.record_of(order, key, placed) == kNotPlaced ? kFromPages : kFromRecord;
     }
   }
 }

@@ -35,11 +35,7 @@ bool index_entries(const int64_t* keys, const uint32_t* places, size_t num_keys,
                    size_t num_buckets) {
   constexpr size_t kAhead = 16;
   if (num_keys > num_buckets * kBucketSlots) return false;
-  for (size_t i = 0; i < num_buckets; ++i) {
-    std::fill_n(buckets[i].keys, kBucketSlots, int64_t{-1});
-    std::fill_n(buckets[i].places, kBucketSlots, kNotPlaced);
-    buckets[i].displaced = 0;
-  }
+  clear_index(buckets, num_buckets);
   for (size_t i = 0; i < num_keys; ++i) {
     if (i + kAhead < num_keys) __builtin_prefetch(&buckets[reduce(hash(keys[i + kAhead]), num_buckets)], 1);
     const uint64_t hashed = hash(keys[i]);
@@ -57,6 +53,32 @@ bool index_entries(const int64_t* keys, const uint32_t* places, size_t num_keys,
     }
   }
   return true;
+}
+
+void clear_index(IndexBucket* buckets, size_t num_buckets) {
+  for (size_t i = 0; i < num_buckets; ++i) {
+    std::fill_n(buckets[i].keys, kBucketSlots, int64_t{-1});
+    std::fill_n(buckets[i].places, kBucketSlots, kNotPlaced);
+    buckets[i].displaced = 0;
+  }
+}
+
+bool put_entry(int64_t key, uint32_t place, IndexBucket* buckets, size_t num_buckets) {
+  const uint64_t hashed = hash(key);
+  size_t at = num_buckets == 0 ? 0 : reduce(hashed, num_buckets);
+  // No key leaves an index, so none lies behind an empty slot on its way.
+  for (size_t passed = 0; passed < num_buckets; ++passed) {
+    IndexBucket& bucket = buckets[at];
+    for (size_t slot = 0; slot < kBucketSlots; ++slot) {
+      if (bucket.keys[slot] != key && bucket.keys[slot] != -1) continue;
+      bucket.keys[slot] = key;
+      bucket.places[slot] = place;
+      return true;
+    }
+    bucket.displaced |= displaced_bit(hashed);
+    at = at + 1 == num_buckets ? 0 : at + 1;
+  }
+  return false;
 }
 
 void seal_records(const int64_t* keys, const uint32_t* order_index, size_t num_records, const RecordShape& shape,

@@ -47,6 +47,10 @@ struct EntryIndex {
 bool index_entries(const int64_t* keys, const uint32_t* places, size_t num_keys, IndexBucket* buckets,
                    size_t num_buckets);
 
+// Empties an index; and enters a key, or gives one that is there another place. Returns false if there is no room.
+void clear_index(IndexBucket* buckets, size_t num_buckets);
+bool put_entry(int64_t key, uint32_t place, IndexBucket* buckets, size_t num_buckets);
+
 struct RecordShape {
   size_t entry_bytes;
   size_t record_bytes;  // entry, padding and trailer: a multiple of 8

@@ -179,7 +179,7 @@ Found gather_in_stages(const Table& table, uint64_t epoch, uint16_t table_index,
       note_source(copied, kFromStatic);
       if (reports != nullptr) reports->some(pair.order, pair.key, kFromStatic);
     } else if (pair.probe.way < 0 || !cache.copy(pair.probe, table.tagged(pair.order), pair.key, to, next, streamed)) {
-      const uint32_t in_file = statics.place_in_file(pair.order, pair.key, pair.placed);
+      const uint32_t in_file = table.record_of(pair.order, pair.key, pair.placed);
       misses.push_back({pair.key, static_cast<uint32_t>(list.first + copied), table_index, pair.order, in_file});
       note_source(copied, in_file == kNotPlaced ? kFromPages : kFromRecord);
       if (reports != nullptr) reports->all(pair.order, pair.key, kFromPages);
@@ -219,7 +219,7 @@ Found gather_nothing(const Table& table, uint16_t table_index, const PairList& l
       std::memset(out.rows + index * table.entry_bytes(), 0, table.entry_bytes());
       ++found.sentinels[order];
     } else {
-      const uint32_t in_file = table.statics.place_in_file(order, key, kNotPlaced);
+      const uint32_t in_file = table.record_of(order, key, kNotPlaced);
       misses.push_back({key, static_cast<uint32_t>(index), table_index, order, in_file});
       source = in_file == kNotPlaced ? kFromPages : kFromRecord;
     }

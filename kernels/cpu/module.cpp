@@ -15,6 +15,7 @@ PYBIND11_MODULE(_cpu, module) {
   tierstore::bind_profile(module);
   tierstore::bind_placed(module);
   tierstore::bind_buffers(module);
+  tierstore::bind_overlay(module);
   tierstore::bind_tables(module);
   tierstore::bind_engine(module);
   tierstore::bind_mailbox(module);

@@ -16,6 +16,7 @@ void bind_learning(pybind11::module_& module);
 void bind_mailbox(pybind11::module_& module);
 void bind_messages(pybind11::module_& module);
 void bind_optimizer(pybind11::module_& module);
+void bind_overlay(pybind11::module_& module);
 void bind_pages(pybind11::module_& module);
 void bind_placed(pybind11::module_& module);
 void bind_profile(pybind11::module_& module);

@@ -77,8 +77,8 @@ class PageReader {
   void abandon_after_fork();
 
  private:
-  // One row of a page; or a plane's part of a row: `page` is its first unit, below the plane's index shifted by
-  // kPlaneShift; or a placed entry, whose `page` is its record number under kPlacedRead.
+  // One row of a page, of the table or of a version's file; or a plane's part of a row, whose `page` is its first unit;
+  // or a placed entry. See kPlacedRead and its neighbours.
   struct RowWant {
     uint64_t page;
     uint32_t table;
@@ -110,9 +110,11 @@ class PageReader {
   void complete_some();
   void fill_batches();
   void plan_batch(ReadBatch& batch);
+  size_t request_bytes(const Miss& miss) const;
   bool is_cached(const Miss& miss) const;
   bool is_assembled(const Miss& miss) const { return is_cached(miss) || !tables_[miss.table].planes.empty(); }
   void want_rows(ReadBatch& batch, const Miss& miss, uint8_t* to);
+  void want_row(ReadBatch& batch, uint64_t row_id, RowWant want);
   void want_planes(ReadBatch& batch, uint64_t row_id, RowWant want);
   void group_wants(ReadBatch& batch);
   PageRead read_of(const ReadBatch& batch, size_t group, uint32_t slot);
@@ -120,6 +122,7 @@ class PageReader {
   void complete(const PageDone& done);
   Fault complete_page(const ReadBatch& batch, size_t group, PageDone done);
   PlaneSource::Range range_of(const ReadBatch& batch, size_t group) const;
+  size_t page_bytes_of(const ReadBatch& batch, size_t group) const;
   Fault check_page(const Table& table, uint32_t index, uint64_t page, size_t num_bytes, const uint8_t* bytes) const;
   Fault complete_placed(const ReadBatch& batch, size_t group, PageDone done);
   void ask_for_next() const;

@@ -14,6 +14,7 @@
 #include "entry_index.h"
 #include "page_queue.h"
 #include "pages.h"
+#include "row_overlay.h"
 
 namespace tierstore {
 
@@ -36,6 +37,7 @@ struct Table {
   std::shared_ptr<EntryCache> cache;  // null where the table is resident
   uint8_t tag = 0;                    // of its entries in the cache, below 16: two versions of a table may share one
   StaticSet statics;                  // of the placement; empty without a placement
+  RowOverlay overlay;                 // rows of versions; empty if all rows are the base's
   const uint8_t* resident = nullptr;  // all rows, by row id
   std::vector<bool> bad_pages;        // of a resident table: pages that could not be loaded; empty where all are good
 
@@ -47,11 +49,13 @@ struct Table {
     for (auto& plane : table.planes) {
       for (auto& file : plane.files) act(file);
     }
+    for (auto& version : table.overlay.files) act(version.file);
   }
   // Bytes of the longest read of a page, or of a row of a plane.
   size_t read_bytes_max() const {
     size_t longest = (page_bytes + 4095) / 4096 * 4096;
     for (const PlaneSource& plane : planes) longest = std::max(longest, plane.read_bytes_max());
+    if (!overlay.is_empty()) longest = std::max(longest, overlay.shape.page_bytes);
     return longest;
   }
 
@@ -61,6 +65,21 @@ struct Table {
   size_t num_heads() const { return num_orders * rows_per_key; }
   uint64_t row_id(size_t head, int64_t key) const {
     return static_cast<uint64_t>(key) % static_cast<uint64_t>(moduli[head]) + static_cast<uint64_t>(offsets[head]);
+  }
+  // Where a key that memory does not hold lies in the placement file; kNotPlaced if a version has one of its rows: the
+  // file's records are of the base. `found` is what the epoch's area has for it.
+  uint32_t record_of(uint8_t order, int64_t key, uint32_t found) const {
+    const uint32_t in_file = statics.place_in_file(order, key, found);
+    return in_file == kNotPlaced || overlay.is_empty() || !is_touched(order, key) ? in_file : kNotPlaced;
+  }
+  // Whether a version has a row of an entry.
+  bool is_touched(uint8_t order, int64_t key) const {
+    const size_t head = order * rows_per_key;
+    for (size_t row = 0; row < rows_per_key; ++row) overlay.ask_for(row_id(head + row, key));
+    for (size_t row = 0; row < rows_per_key; ++row) {
+      if (overlay.find(row_id(head + row, key)) != kNotPlaced) return true;
+    }
+    return false;
   }
 };
 

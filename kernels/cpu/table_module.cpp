@@ -6,6 +6,7 @@
 #include "blocks_module.h"
 #include "hash_module.h"
 #include "job.h"
+#include "overlay_module.h"
 
 namespace py = pybind11;
 
@@ -144,7 +145,7 @@ TableRecord make_record(size_t num_orders, size_t rows_per_key, size_t row_bytes
                         size_t rows_per_page, uint64_t num_pages, uint64_t pages_per_shard, uint32_t page_version,
                         uint32_t seed, const std::vector<FileHandle>& shards, const py::object& memory,
                         const StaticRecord* statics, uint8_t tag, const std::optional<PyKeyResidues>& residues,
-                        const std::optional<std::vector<PlaneRecord>>& planes) {
+                        const std::optional<std::vector<PlaneRecord>>& planes, const OverlayRecord* overlay) {
   TableRecord record;
   Table& table = record.table;
   table.num_orders = num_orders;
@@ -174,6 +175,10 @@ TableRecord make_record(size_t num_orders, size_t rows_per_key, size_t row_bytes
   set_memory(record, memory);
   require(!planes || !planes->empty() || table.cache == nullptr, "a table in place that is not resident has planes");
   if (statics != nullptr) set_statics(record, *statics);
+  if (overlay != nullptr) {
+    table.overlay = checked_overlay(*overlay, row_bytes);
+    record.arrays.push_back(overlay->buckets);
+  }
   return record;
 }
 
@@ -219,7 +224,7 @@ void bind_tables(py::module_& module) {
            py::arg("num_rows"), py::arg("is_plain"), py::arg("moduli"), py::arg("offsets"), py::arg("page_bytes"),
            py::arg("rows_per_page"), py::arg("num_pages"), py::arg("pages_per_shard"), py::arg("page_version"),
            py::arg("seed"), py::arg("shards"), py::arg("memory"), py::arg("statics") = py::none(), py::arg("tag") = 0,
-           py::arg("residues") = py::none(), py::arg("planes") = py::none());
+           py::arg("residues") = py::none(), py::arg("planes") = py::none(), py::arg("overlay") = py::none());
 }
 
 }  // namespace tierstore

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from ..layout import TableLayout
 from ..stats import add_counters, counters_since
 from ..tiers.engine import HostEngine, Pending, Request, RowRange, VersionChangedError, in_one_version
 from ..tiers.native import NativeEngine
+from ..tiers.overlay import TableOverlay
 from .link import Link
 
 logger = logging.getLogger("tierstore")
@@ -153,6 +154,10 @@ class AttachedEngine(HostEngine):
 
     def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> Pending | None:
         return self._with_engine(lambda engine: engine.submit_pairs(index, keys, pairs, out))
+
+    @property
+    def overlays(self) -> Mapping[str, TableOverlay]:
+        return self._link.engine.overlays
 
     def is_resident(self, index: int) -> bool:
         return self._link.engine.is_resident(index)

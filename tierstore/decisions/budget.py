@@ -13,7 +13,7 @@ from .. import kernels
 from ..errors import BudgetError
 from ..formats.in_place import InPlaceLayout
 from ..formats.placement import PlacedTable, Placement, group_start
-from ..layout import UNIT_BYTES, TableLayout, round_up
+from ..layout import BUCKET_KEYS, UNIT_BYTES, PageShape, TableLayout, round_up
 from ..units import format_bytes
 from .fair_division import divide_fairly
 
@@ -36,7 +36,8 @@ STAGING_FRACTION = 1 / 16  # of the budget, at most, unless one key needs more
 class TableShare:
     """What one table gets, and at which bytes of the block: all its rows (`resident`), or three parts in a row.
 
-    Of a table in place, `side_bytes` more come last: what checks its blocks, and perhaps its copied planes.
+    Of a table in place, `side_bytes` more come last: what checks its blocks, and perhaps its copied planes. Before
+    these come `overlay_bytes`, if versions have rows of the table: the index of those. A resident table needs none.
 
     They are `static_bytes` for `static_entries` records of the placement, from its record `static_start` on,
     `index_bytes` for its indexes, and a cache of `num_sets` sets of 8 entries.
@@ -51,6 +52,7 @@ class TableShare:
     index_bytes: int = 0
     static_start: int = 0
     side_bytes: int = 0
+    overlay_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def divide_dram(
     placement: Placement | None = None,
     hbm_entries: Mapping[str, int] | None = None,
     readers: int = READERS_FEW,
+    touched: Mapping[str, int] | None = None,
 ) -> DramPlan:
     """Divides `budget_bytes` among staging and tables.
 
@@ -116,6 +119,7 @@ def divide_dram(
         hbm_entries: How many of a table's first placed entries are in HBM. Its static set begins after them, at the
             start of their last, unfinished group of records (`group_start`).
         readers: Page readers at most.
+        touched: How many rows of a table versions have, by name: what is not resident needs an index of them.
 
     Returns:
         The division.
@@ -123,10 +127,12 @@ def divide_dram(
     Raises:
         BudgetError: The budget is below what staging and one set of entries a table take.
     """
-    in_hbm = hbm_entries or {}
+    in_hbm, touched = hbm_entries or {}, touched or {}
     placed = placement.tables if placement else {}
-    least_reader = _least_staging(tables, placed)
-    least_for_tables = len(tables) * max(_least_share(table, placed.get(name)) for name, table in tables.items())
+    least_reader = _least_staging(tables, placed, touched)
+    least_for_tables = len(tables) * max(
+        _least_share(table, placed.get(name)) + overlay_bytes(touched.get(name, 0)) for name, table in tables.items()
+    )
     least = least_reader.plan.reader_bytes + least_for_tables
     if budget_bytes < least:
         what, remedy = (
@@ -134,6 +140,9 @@ def divide_dram(
             if placement
             else ("staging", "")
         )
+        if touched:
+            what += f", the index of the {sum(touched.values())} rows that versions have"
+            remedy += ", or open with version=0, or a store that 'tierstore compact' made"
         raise BudgetError(
             f"dram: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes "
             f"({format_bytes(least)}) that {what} and one set of entries a table take; ask for more{remedy}"
@@ -145,7 +154,9 @@ def divide_dram(
         whole_bytes = round_up(tables[name].spec.table_bytes, ALIGNMENT_BYTES)
         if whole_bytes <= share_bytes:
             return TableShare(True, 0, 0, whole_bytes), whole_bytes
-        share = _divide_share(tables[name], share_bytes, placed.get(name), in_hbm.get(name, 0))
+        index_bytes = overlay_bytes(touched.get(name, 0))
+        share = _divide_share(tables[name], share_bytes - index_bytes, placed.get(name), in_hbm.get(name, 0))
+        share = replace(share, num_bytes=share.num_bytes + index_bytes, overlay_bytes=index_bytes)
         return share, share.num_bytes
 
     sizes = {name: table.spec.table_bytes for name, table in tables.items()}
@@ -155,6 +166,17 @@ def divide_dram(
         shares[name] = replace(shares[name], byte_start=byte_start)
         byte_start += shares[name].num_bytes
     return DramPlan(budget_bytes, staging, shares)
+
+
+def overlay_buckets(num_touched: int) -> int:
+    """Returns how many buckets index so many rows of versions."""
+    return int(num_touched // BUCKET_KEYS) + 1
+
+
+def overlay_bytes(num_touched: int) -> int:
+    """Returns the bytes of the index of so many rows of versions, 18 for each; 0 for none."""
+    bucket_bytes = kernels.INDEX_BUCKET.itemsize
+    return round_up(overlay_buckets(num_touched) * bucket_bytes, ALIGNMENT_BYTES) if num_touched else 0
 
 
 def _least_share(table: TableLayout, placed: PlacedTable | None) -> int:
@@ -212,10 +234,14 @@ class _LeastReader:
     read_bytes: int
 
 
-def _least_staging(tables: Mapping[str, TableLayout], placed: Mapping[str, PlacedTable]) -> _LeastReader:
+def _least_staging(
+    tables: Mapping[str, TableLayout], placed: Mapping[str, PlacedTable], touched: Mapping[str, int]
+) -> _LeastReader:
     """Returns one page reader for one key of any table: a page for each of its rows or its record, and the entry."""
     page_bytes = max(
-        [table.page_bytes for table in tables.values()] + [part.read_bytes_max for part in placed.values()]
+        [table.page_bytes for table in tables.values()]
+        + [part.read_bytes_max for part in placed.values()]
+        + [PageShape.of_rows(tables[name].spec.row_bytes).page_bytes for name in touched]
     )
     entry_bytes = max(table.spec.entry_bytes for table in tables.values())
     row_bytes = max(table.spec.row_bytes for table in tables.values())
@@ -234,10 +260,11 @@ def plan_staging(
     budget_bytes: int,
     most_bytes: int,
     readers: int = READERS_FEW,
+    touched: Mapping[str, int] | None = None,
 ) -> StagingPlan:
     """Returns staging for a budget, at most most_bytes, and at most so many page readers; but one key of any table
     fits."""
-    return _plan_staging(_least_staging(tables, placed), readers, budget_bytes, most_bytes)
+    return _plan_staging(_least_staging(tables, placed, touched or {}), readers, budget_bytes, most_bytes)
 
 
 def _plan_staging(least: _LeastReader, readers: int, budget_bytes: int, most_bytes: int) -> StagingPlan:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from .catalog_records import CATALOG_FILE as CATALOG_FILE
 from .catalog_records import as_json, from_json, read_records, write_records
 from .in_place import InPlaceFile, InPlaceLayout, check_files
 from .initial import InitialLayout
+from .versions import VersionRecord, check_numbers, identity_of, unknown_version
 
 STORE_FORMAT_VERSION = 1
 IN_PLACE_FORMAT_VERSION = 2  # of a store with tables in place, which older readers cannot read
+VERSIONS_FORMAT_VERSION = 3  # of either with published versions: older readers would serve rows of the base for them
 INITIAL_FORMAT_VERSION = 4  # of a store from scratch, whose rows older readers cannot draw
 NEW_CATALOG_FILE = "catalog.mdb.new"
 LOCK_FILE = "build.lock"
@@ -45,6 +47,8 @@ class CatalogImage:
         epoch: The current placement's, or None.
         last_epoch: The largest number ever given, 0 at first, so that no number is given twice.
         files: Of a store in place: the checkpoint's files that hold its rows.
+        versions: The published ones, by number, without a gap.
+        version: Which of them this image is of; 0: of the base. As the catalog is read, the newest.
     """
 
     path: Path
@@ -58,6 +62,8 @@ class CatalogImage:
     epoch: int | None
     last_epoch: int
     files: tuple[InPlaceFile, ...] = ()
+    versions: dict[int, VersionRecord] = field(default_factory=dict)
+    version: int = 0
 
     @lazy
     def paged(self) -> dict[str, TableLayout]:
@@ -80,9 +86,31 @@ class CatalogImage:
         """Whether rows lie in files of a checkpoint."""
         return bool(self.files)
 
+    def at_version(self, version: int | None) -> CatalogImage:
+        """Returns the image of a version; None: of the newest. Raises `ConfigError` if there is not such a version."""
+        newest = len(self.versions)
+        if version is not None and (type(version) is not int or not 0 <= version <= newest):
+            raise unknown_version(self.path, version, newest)
+        return replace(self, version=newest if version is None else version)
+
+    @property
+    def used_versions(self) -> list[VersionRecord]:
+        """The versions whose rows this image's version is made of, oldest first."""
+        return [self.versions[number] for number in range(1, self.version + 1)]
+
+    @lazy
+    def touched(self) -> dict[str, int]:
+        """How many rows of each table a version has put in place of the base's; only tables that have some."""
+        return {name: table.num_touched for version in self.used_versions for name, table in version.tables.items()}
+
     @lazy
     def identity(self) -> str:
-        """A digest, hex, of all that decides what rows a store has: tables, hashes, and every shard's own digest."""
+        """A digest, hex, of all that decides what rows a store has at this version: see `base_identity`."""
+        return identity_of(self.base_identity, self.used_versions)
+
+    @lazy
+    def base_identity(self) -> str:
+        """The digest of the base, version 0: of tables, hashes, and every shard's own digest."""
         tables = {name: layout.to_dict() for name, layout in self.tables.items()}
         shards = {name: {index: vars(shard) for index, shard in of.items()} for name, of in self.shards.items()}
         return hashlib.sha256(as_json({"tables": tables, "shards": shards})).hexdigest()
@@ -173,6 +201,23 @@ def publish_placement(path: Path, placement: PlacementRecord) -> None:
     )
 
 
+def publish_version(path: Path, record: VersionRecord) -> None:
+    """Notes a version whose files are complete and synced on disk, in one transaction. Durable when it returns.
+
+    From the first one on, the store's format is another. The caller holds the store's lock.
+    """
+    image = read_catalog(path)
+    head = {
+        "format_version": VERSIONS_FORMAT_VERSION,
+        "base_format": IN_PLACE_FORMAT_VERSION if image.is_in_place else STORE_FORMAT_VERSION,
+        "written_by": f"tierstore {VERSION}",
+    }
+    write_records(
+        path / CATALOG_FILE,
+        {"format": as_json(head), f"version/{record.number:08d}": as_json(record.to_dict())},
+    )
+
+
 def set_epoch(path: Path, epoch: int | None) -> None:
     """Makes a published placement the current one; None: stores open without any. The caller holds the store's lock."""
     last_epoch = read_catalog(path, must_be_ready=False).last_epoch
@@ -204,11 +249,10 @@ def read_catalog(
         raise named(error, f"cannot read {error.filename or path}", error.filename or path) from error
     head = from_json(records, "format", path)
     version = head.get("format_version")
-    if version not in (STORE_FORMAT_VERSION, IN_PLACE_FORMAT_VERSION, INITIAL_FORMAT_VERSION):
+    if version not in range(STORE_FORMAT_VERSION, INITIAL_FORMAT_VERSION + 1):
         raise FormatError(
-            f"{path}: store format {version}, this tierstore {VERSION} reads {STORE_FORMAT_VERSION}, "
-            f"{IN_PLACE_FORMAT_VERSION} and {INITIAL_FORMAT_VERSION}; install a newer tierstore or rebuild the store "
-            f"with this one"
+            f"{path}: store format {version}, this tierstore {VERSION} reads {STORE_FORMAT_VERSION} to "
+            f"{INITIAL_FORMAT_VERSION}; install a newer tierstore or rebuild the store with this one"
         )
     image = _image(path, records, version)
     if image.is_initial and not may_be_initial:
@@ -227,11 +271,12 @@ def read_catalog(
 
 def _image(path: Path, records: dict[str, bytes], version: int) -> CatalogImage:
     names = from_json(records, "tables", path, kind=list)
-    tables, files = _tables_and_files(path, records, names, version)
+    tables, files = _tables_and_files(path, records, names)
     paged = paged_layouts(tables)
     shards: dict[str, dict[int, ShardRecord]] = {name: {} for name in paged}
     attachments = {}
     placements = {}
+    versions = {}
     for key in records:
         kind, _, rest = key.partition("/")
         if kind == "attachment":
@@ -239,6 +284,9 @@ def _image(path: Path, records: dict[str, bytes], version: int) -> CatalogImage:
         elif kind == "placement":
             placement = _placement_record(rest, from_json(records, key, path), path)
             placements[placement.epoch] = placement
+        elif kind == "version":
+            of_key = VersionRecord.from_dict(from_json(records, key, path), tables, f"{path}: catalog record {key!r}")
+            versions[int(rest) if rest.isdecimal() else 0] = of_key
         elif kind == "shard":
             name, _, index = rest.rpartition("/")
             if name not in paged or not index.isdecimal() or int(index) >= paged[name].num_shards:
@@ -261,16 +309,22 @@ def _image(path: Path, records: dict[str, bytes], version: int) -> CatalogImage:
             f"{path}: the catalog's current epoch {epoch!r} is not one of its placements; restore the catalog"
         )
     origin = from_json(records, "origin", path)
-    return CatalogImage(path, version, ready, origin, tables, shards, attachments, placements, epoch, last_epoch, files)
+    check_numbers(path, versions)
+    return CatalogImage(
+        path, version, ready, origin, tables, shards, attachments, placements, epoch, last_epoch, files, versions,
+        version=len(versions),
+    )  # fmt: skip
 
 
 def _tables_and_files(
-    path: Path, records: dict[str, bytes], names: list[Any], version: int
+    path: Path, records: dict[str, bytes], names: list[Any]
 ) -> tuple[dict[str, TableLayout], tuple[InPlaceFile, ...]]:
     """Returns the layouts of all tables, and, of a store in place, the files that they lie in."""
-    if version == INITIAL_FORMAT_VERSION:
+    head = from_json(records, "format", path)
+    base_format = head.get("base_format", head.get("format_version"))
+    if base_format == INITIAL_FORMAT_VERSION:
         return {name: InitialLayout.from_dict(from_json(records, f"table/{name}", path)) for name in names}, ()
-    if version == STORE_FORMAT_VERSION:
+    if base_format == STORE_FORMAT_VERSION:
         return {name: TableLayout.from_dict(from_json(records, f"table/{name}", path)) for name in names}, ()
     files = tuple(InPlaceFile.from_dict(record) for record in from_json(records, "files", path, kind=list))
     tables = {name: InPlaceLayout.from_dict(from_json(records, f"table/{name}", path)) for name in names}

@@ -21,7 +21,7 @@ from ..spec import TableSpec
 
 PAGE_VERSION = 1
 
-_FAULTS = {
+FAULTS = {
     kernels.PAGE_BAD_CHECKSUM: "its checksum is wrong: it was damaged, or belongs to another table or checkpoint",
     kernels.PAGE_OTHER_VERSION: "its page format is of another version",
     kernels.PAGE_OTHER_NUMBER: "it has another page's number: it was moved",
@@ -44,12 +44,12 @@ def page_faults(pages: np.ndarray, page_numbers: np.ndarray, seed: int) -> list[
     """Returns (page number, what is wrong) of those of `pages`, uint8 [P, page_bytes],
     that are not page_numbers [P]."""
     status = kernels.check_pages(pages, page_numbers, PAGE_VERSION, seed)
-    return [(int(page_numbers[i]), _FAULTS[int(status[i])]) for i in np.flatnonzero(status)]
+    return [(int(page_numbers[i]), FAULTS[int(status[i])]) for i in np.flatnonzero(status)]
 
 
 def fault_text(where: str, status: int) -> str:
     """Returns the message of a page whose check gave `status`; `where` names page and table."""
-    return f"{where}: {_FAULTS[status]}; repair its shard: {repair_command()}"
+    return f"{where}: {FAULTS[status]}; repair its shard: {repair_command()}"
 
 
 def repair_command(

@@ -44,6 +44,7 @@ def open_store(
     on_progress: OnProgress | None = None,
     threads: int | None = None,
     readers: int | None = None,
+    version: int | None = None,
 ) -> Store:
     """Opens a built store in this process; also `tierstore.open`.
 
@@ -61,6 +62,10 @@ def open_store(
     that is small: each has 512 KiB at least, and if there are more than 4, all the pages in flight that a disk
     deserves, about 1.3 MiB. None: two for each core that this process may use, at least 4.
 
+    version: which published version of the rows to read; None: the newest; 0: the base, as it was built. The store is
+    of this version until it is closed, whatever is published meanwhile. What is not resident needs 18 bytes of dram for
+    each row that versions have.
+
     Blocks while resident tables and placed entries load. Raises `StoreNotReadyError` (no finished store), `FormatError`
     (foreign, damaged, newer), `BudgetError` (too small, or more than the machine or the GPU has), `ConfigError` (an
     option; no such device, no kernels for it). A damaged page does not keep a store from opening:
@@ -70,10 +75,11 @@ def open_store(
     budget_bytes = parse_bytes(dram, "dram")
     hbm_bytes = hbm_options.num_bytes if hbm_options else None
     choice = choose_io(io, check_threads(threads), check_readers(readers))
-    image, placed = open_placement(path, placement, direct=choice.mode == "uring")
+    image, placed = open_placement(path, placement, version, direct=choice.mode == "uring")
     try:
+        heading = placed.placement if placed else None
         plan, hbm_plan = divide_budgets(
-            image.tables, budget_bytes, hbm_bytes, placed.placement if placed else None, choice.num_readers
+            image.tables, budget_bytes, hbm_bytes, heading, choice.num_readers, image.touched
         )
         check_available(plan.dram_bytes + (beside_hbm(plan, hbm_plan) if hbm_plan else 0))
         on_device = hbm_options.device if hbm_options else DEFAULT_DEVICE
@@ -85,15 +91,16 @@ def open_store(
 
 
 def open_placement(
-    path: str | os.PathLike[str], placement: int | str | None, *, direct: bool
+    path: str | os.PathLike[str], placement: int | str | None, version: int | None = None, *, direct: bool
 ) -> tuple[CatalogImage, PlacementFile | None]:
     """Reads the catalog and opens the placement that is asked for; again where it was pruned between the two.
 
-    placement: as in `open_store`; direct: for O_DIRECT too. Raises as `open_store` does.
+    placement, version: as in `open_store`; the image is of that version. direct: for O_DIRECT too. Raises as
+    `open_store` does.
     """
     if placement not in (None, "none") and type(placement) is not int:
         raise ConfigError(f"placement: {placement!r} is no epoch; pass a number, None for the current one, or 'none'")
-    image = read_catalog(path)
+    image = read_catalog(path).at_version(version)
     for _ in range(PLACEMENT_ATTEMPTS_MAX):
         epoch = image.epoch if placement is None else None if placement == "none" else int(placement)
         if epoch is None:
@@ -104,7 +111,7 @@ def open_placement(
         try:
             return image, PlacementFile(image, epoch, direct=direct)
         except FormatError:
-            again = read_catalog(path)
+            again = read_catalog(path).at_version(version)
             if again.placements == image.placements and again.epoch == image.epoch:
                 raise
             image = again
@@ -184,7 +191,7 @@ class Embedded(Backing):
     def change_hbm(self, placement: int | None) -> int:
         if self.engine.device is None or not isinstance(self.engine, DeviceEngine):
             return super().change_hbm(placement)
-        image, placed = open_placement(self.name, placement, direct=self.engine.io == "uring")
+        image, placed = open_placement(self.name, placement, self._image.version, direct=self.engine.io == "uring")
         if placed is None:
             raise ConfigError(f"{self.name}: there is no placement; run 'tierstore plan'")
         try:
@@ -207,6 +214,7 @@ class Embedded(Backing):
             "staging_bytes": self._plan.staging.num_bytes,
             "resident_tables": [name for name, share in shares.items() if share.resident],
             "side_bytes": sum(share.side_bytes for share in shares.values()),
+            "overlay_bytes": sum(share.overlay_bytes for share in shares.values()),
         }
         placement: dict[str, Any] = {
             "epoch": self._placed.placement.epoch if self._placed else None,
@@ -223,7 +231,7 @@ class Embedded(Backing):
             memory["dram_bytes"] += beside_hbm(self._plan, hbm)
             placement["hbm_epoch"] = self._hbm_epoch
             placement["hbm_entries"] = {name: share.num_entries for name, share in hbm.shares.items()}
-        return {"io": self.engine.io, "memory": memory, "placement": placement}
+        return {"io": self.engine.io, "memory": memory, "placement": placement, "version": self._image.version}
 
     def close(self) -> None:
         for files in self._files:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -21,6 +21,7 @@ import numpy as np
 from .. import kernels
 from ..errors import StoreNotReadyError
 from ..layout import TableLayout
+from .overlay import TableOverlay
 
 READ_WAIT_S = 300.0  # the longest that anything waits for the disk or for staging
 SLICE_S = 0.1  # the longest that a native wait keeps Python from handling signals
@@ -175,6 +176,11 @@ class HostEngine(Engine):
     @abstractmethod
     def native(self) -> kernels.Engine:
         """The engine in C++ that answers now."""
+
+    @property
+    @abstractmethod
+    def overlays(self) -> Mapping[str, TableOverlay]:
+        """What versions have of tables, by name: for a `PlacementFile` whose entries are loaded elsewhere."""
 
 
 @runtime_checkable

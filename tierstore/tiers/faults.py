@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .. import kernels
 from ..errors import CorruptPageError, StoreNotReadyError
-from ..formats.page import fault_text, repair_command
+from ..formats.page import FAULTS, fault_text, repair_command
+from ..formats.version_rows import REMEDY
 from .in_place import BlockNames, block_cut
 from .placed import fault_text as entry_fault_text
 
@@ -29,7 +31,8 @@ class FaultNames:
 
     what: names the store; table_names: in the engine's order; placement_path: of the placement file, if there is one;
     bad_pages: (table, page number) of resident tables that could not be loaded -> why, filled by the engine; in_place:
-    what names blocks, of tables in place, by index.
+    what names blocks, of tables in place, by index. versions: of tables by index, their files of versions' rows, oldest
+    first: the path of each and its version.
     """
 
     what: str
@@ -37,6 +40,7 @@ class FaultNames:
     placement_path: Path | None
     bad_pages: Mapping[tuple[int, int], str]
     in_place: Mapping[int, BlockNames] = field(default_factory=dict)
+    versions: Mapping[int, Sequence[tuple[str, int]]] = field(default_factory=dict)
 
     def __call__(self, kind: str, index: int, page: int, detail: int) -> BaseException:
         """Returns the exception for a fault in table `index`.
@@ -76,6 +80,8 @@ class FaultNames:
             assert self.placement_path is not None, "only a placement file has records"
             return CorruptPageError(entry_fault_text(table_name, self.placement_path, page, detail))
         where = f"page {page} of table {table_name}"
+        if index in self.versions and page & kernels.VERSION_READ:
+            return self._version_damage(kind, index, page, detail)
         if (index, page) in self.bad_pages:
             return CorruptPageError(self.bad_pages[index, page])
         if index in self.in_place:
@@ -92,3 +98,12 @@ class FaultNames:
         return CorruptPageError(
             f"{where} cannot be read: {os.strerror(detail)}; check the disk, then run 'tierstore verify'"
         )
+
+    def _version_damage(self, kind: str, index: int, page: int, detail: int) -> CorruptPageError:
+        number = page & ~kernels.VERSION_READ
+        path, version = self.versions[index][number >> kernels.VERSION_SHIFT]
+        where = f"page {number & ((1 << kernels.VERSION_SHIFT) - 1)} of the rows of version {version} ({path})"
+        if kind == "page":
+            return CorruptPageError(f"{where}, table {self.table_names[index]}: {FAULTS[detail]}; {REMEDY}")
+        why = "the file ends before it" if detail < 0 else os.strerror(detail)
+        return CorruptPageError(f"{where}, table {self.table_names[index]}, cannot be read: {why}; {REMEDY}")

@@ -13,7 +13,8 @@ from ..formats.catalog import CatalogImage
 from ..formats.in_place import InPlaceLayout
 from ..layout import TableLayout
 from .in_place import InPlaceFiles
-from .nvme import TableFiles
+from .nvme import TableFiles, open_direct
+from .overlay import VersionFiles
 
 logger = logging.getLogger("tierstore")
 
@@ -28,13 +29,16 @@ def open_table(image: CatalogImage, layout: TableLayout, *, direct: bool) -> Any
 
 
 def open_tables(image: CatalogImage, *, direct: bool) -> list[AnyFiles]:
-    """Opens the files of every table, in the catalog's order. Logs a warning if `direct` is wanted and not
-    available."""
+    """Opens the files of every table, in the catalog's order, with those of the image's version. Logs a warning if
+    `direct` is wanted and not available."""
     opened: list[AnyFiles] = []
     warn_unless_local(image.path)
     try:
         for layout in image.tables.values():
-            opened.append(open_table(image, layout, direct=direct))
+            files = open_table(image, layout, direct=direct)
+            opened.append(files)
+            if layout.spec.name in image.touched:
+                files.versions = VersionFiles(image, layout, open_direct if direct else None)
     except BaseException:
         for files in opened:
             files.close()

@@ -36,6 +36,7 @@ from ..formats.in_place import (
 from ..formats.page import PAGE_VERSION
 from ..formats.stored_tensor import FileIdentity
 from .nvme import TableFiles, load_rows, open_direct, read_pages
+from .overlay import VersionFiles
 
 logger = logging.getLogger("tierstore")
 
@@ -104,6 +105,8 @@ class InPlaceFiles:
 
     Has what `TableFiles` has for whoever reads pages; a page is a range of rows here.
     """
+
+    versions: VersionFiles | None = None
 
     def __init__(self, image: CatalogImage, table: InPlaceLayout, *, direct: bool) -> None:
         """Opens the files and the side tables' shards; raises `FormatError` if one is not what the catalog says.
@@ -255,6 +258,8 @@ class InPlaceFiles:
 
     def close(self) -> None:
         """Closes the descriptors; closing twice is harmless."""
+        if self.versions is not None:
+            self.versions.close()
         for side in self.sides:
             side.close()
         for fds in (self._fds, self._direct_fds):

@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import kernels
 from ..causes import allow_open_files, short_of_something
-from ..decisions.budget import DramPlan, StagingPlan
+from ..decisions.budget import DramPlan, StagingPlan, TableShare, overlay_buckets
 from ..formats.page import PAGE_VERSION
 from ..process.progress import OnProgress
 from ..process.workers import aside
@@ -28,6 +28,7 @@ from .huge_pages import bytes_on_huge_pages, keep_on_huge_pages
 from .in_place import InPlaceFiles, SideMemory, load_side, side_memory
 from .memory import allocate
 from .nvme import IoChoice, load_rows
+from .overlay import TableOverlay
 from .placed import PlacementFile, load_all_static
 
 logger = logging.getLogger("tierstore")
@@ -43,12 +44,14 @@ class TableMemory:
     """What of a table lies in memory: all rows, uint8 [bytes], or a `kernels.EntryCache`; and its static set, if any.
 
     tag: of its entries in the cache, below 16; another version of the table may share that. side: of a table in place.
+    overlay: of rows that versions have; a resident table has none.
     """
 
     rows_or_cache: np.ndarray | kernels.EntryCache
     statics: kernels.StaticRecord | None = None
     tag: int = 0
     side: SideMemory | None = None
+    overlay: TableOverlay | None = None
 
 
 @dataclass(frozen=True)
@@ -77,28 +80,54 @@ def open_native(
     block = allocate(plan.block_bytes)
     shares = [plan.shares[layout.spec.name] for layout in layouts]
     parts = [block[share.byte_start : share.byte_start + share.num_bytes] for share in shares]
+    overlays = [_load_overlay(*each) for each in zip(files, shares, parts, strict=True)]
+    if placed is not None:
+        placed.overlays = overlays_by_name(overlays)
     statics = load_all_static(placed, layouts, shares, parts, on_progress)
     memories = []
-    for file, layout, share, part, static in zip(files, layouts, shares, parts, statics, strict=True):
+    for file, share, part, static, overlay in zip(files, shares, parts, statics, overlays, strict=True):
         if share.resident:
             memories.append(TableMemory(part))
             continue
         rest = part[share.static_bytes + share.index_bytes :]
         new_cache = partial(
-            kernels.EntryCache, num_sets=share.num_sets, entry_bytes=layout.spec.entry_bytes, is_new=True
+            kernels.EntryCache, num_sets=share.num_sets, entry_bytes=file.table.spec.entry_bytes, is_new=True
         )
         cache = aside(new_cache, rest)
         side = None
         if isinstance(file, InPlaceFiles):
             memory = part[share.num_bytes - share.side_bytes :]
             side = side_memory(file.table, memory, tuple(load_side(file, memory)))
-        memories.append(TableMemory(cache, None if static is None else static.to_native(), side=side))
+        native = None if static is None else static.to_native()
+        memories.append(TableMemory(cache, native, side=side, overlay=overlay))
     engine = NativeEngine(what, files, memories, choice, plan.staging, placed)
     engine.huge_pages = keep_on_huge_pages(block)
     for index, (file, share, part) in enumerate(zip(files, shares, parts, strict=True)):
         if share.resident:
             engine.set_resident(index, load_table(file, part))
     return engine
+
+
+def _load_overlay(file: AnyFiles, share: TableShare, part: np.ndarray) -> TableOverlay | None:
+    """Loads the index of a table's versions into its place in the table's part; None if it needs none."""
+    if not share.overlay_bytes:
+        return None
+    overlay = overlay_in(file, part[share.num_bytes - share.side_bytes - share.overlay_bytes :])
+    overlay.load_index()
+    return overlay
+
+
+def overlay_in(file: AnyFiles, memory: np.ndarray) -> TableOverlay:
+    """Returns the overlay of a table's versions, with its index at the start of `memory`, uint8 at a multiple of 64."""
+    assert file.versions is not None, "versions have rows of the table"
+    size = kernels.INDEX_BUCKET.itemsize
+    num_bytes = overlay_buckets(file.versions.num_touched) * size
+    return TableOverlay(file.versions, memory[:num_bytes].reshape(-1, size))
+
+
+def overlays_by_name(overlays: Sequence[TableOverlay | None]) -> dict[str, TableOverlay]:
+    """Returns what a placement file's `overlays` are."""
+    return {overlay.files.spec.name: overlay for overlay in overlays if overlay is not None}
 
 
 def load_table(file: AnyFiles, memory: np.ndarray, poll: Callable[[], None] | None = None) -> dict[int, str]:
@@ -158,6 +187,7 @@ class NativeEngine(HostEngine):
                     placed.path if placed else None,
                     self.bad_pages,
                     {index: file.names for index, file in enumerate(files) if isinstance(file, InPlaceFiles)},
+                    {index: file.versions.names for index, file in enumerate(files) if file.versions is not None},
                 ),
             )
         except RuntimeError as error:
@@ -179,6 +209,10 @@ class NativeEngine(HostEngine):
         """Declares that a table's memory holds its rows, but for those of bad pages, and why those are bad."""
         self.bad_pages.update({(index, page): text for page, text in bad_pages.items()})
         self._engine.set_resident(index, list(bad_pages))
+
+    @property
+    def overlays(self) -> Mapping[str, TableOverlay]:
+        return overlays_by_name([memory.overlay for memory in self.memories])
 
     def is_resident(self, index: int) -> bool:
         return self._resident[index]
@@ -305,6 +339,7 @@ def _record(file: AnyFiles, memory: TableMemory) -> kernels.TableRecord:
         tag=memory.tag,
         residues=spec.residues,
         planes=_planes(file, memory) if isinstance(file, InPlaceFiles) else None,
+        overlay=memory.overlay.to_native() if memory.overlay is not None else None,
     )
 
 

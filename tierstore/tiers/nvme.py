@@ -28,6 +28,7 @@ from ..formats.catalog import CatalogImage
 from ..formats.page import check_pages, repair_command
 from ..layout import TableLayout
 from .memory import usable_cores
+from .overlay import VersionFiles
 
 logger = logging.getLogger("tierstore")
 
@@ -97,7 +98,12 @@ def _choose_mode(io: str) -> tuple[str, bool]:
 
 
 class TableFiles:
-    """The open shards of one table. Any number of threads may read; `close` comes after the last read."""
+    """The open shards of one table. Any number of threads may read; `close` comes after the last read.
+
+    versions: the files of the versions that it is opened at, which whoever opens them all sets; closed with it.
+    """
+
+    versions: VersionFiles | None = None
 
     def __init__(self, image: CatalogImage, table: TableLayout, *, direct: bool) -> None:
         """Opens every shard and compares its length with the catalog's; raises `FormatError` if it differs.
@@ -148,6 +154,8 @@ class TableFiles:
 
     def close(self) -> None:
         """Closes the descriptors; closing twice is harmless."""
+        if self.versions is not None:
+            self.versions.close()
         for fds in (self._fds, self._direct_fds):
             while fds:
                 fd = fds.pop()
@@ -235,6 +243,8 @@ def _read_run(fd: int, byte_start: int, pages: np.ndarray, what: str) -> None:
 class RowFiles(Protocol):
     """The open files of a table, whose rows are read by page: `TableFiles`, or those of a table in place."""
 
+    versions: VersionFiles | None
+
     @property
     def table(self) -> TableLayout:
         """How its rows lie."""
@@ -253,8 +263,8 @@ def load_rows(
 
     poll: called between two reads of `scratch`; what it raises ends the loading.
 
-    Returns the pages that are bad, with what is wrong with each: they cost their own rows only. Blocks. Leaves nothing
-    of it in the page cache.
+    Rows are those of the version that the files are opened at. Returns the pages that are bad, with what is wrong with
+    each: they cost their own rows only. Blocks. Leaves nothing of it in the page cache.
     """
     table = files.table
     bad_pages: dict[int, str] = {}
@@ -272,6 +282,9 @@ def load_rows(
                 except CorruptPageError as error:
                     bad_pages[page_number] = str(error)
     files.drop_cache()
+    if files.versions is not None:
+        files.versions.apply(rows, bad_pages, table.rows_per_page)
+        files.versions.drop_cache()
     return bad_pages
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from ..layout import UNIT_BYTES, TableLayout, round_up
 from ..process.progress import OnProgress
 from ..process.workers import joined_pool
 from .nvme import open_direct
+from .overlay import TableOverlay
 
 logger = logging.getLogger("tierstore")
 
@@ -42,10 +43,15 @@ CHECKED_BUCKETS = 1 << 16  # of an index at once: some ms, so that signals are h
 
 class PlacementFile:
     """An open placement. Any number of threads may read; `close` must come after the last read.
-    Pruning does not harm it."""
+    Pruning does not harm it.
+
+    overlays: by table, the rows of versions over those of its records, which are the base's; whoever opens a store at a
+    version sets them, before records are loaded.
+    """
 
     def __init__(self, image: CatalogImage, epoch: int, *, direct: bool) -> None:
         """Opens the file of a published epoch and checks its head; raises `FormatError`. direct: for O_DIRECT too."""
+        self.overlays: Mapping[str, TableOverlay] = {}
         record = image.placements[epoch]
         self.path = Path(image.path) / record.file
         self.fd = self.direct_fd = -1
@@ -250,8 +256,8 @@ def load_records(
 ) -> int:
     """Reads num_entries records from `first` on into memory, uint8 in whole units of 4,096 bytes, checked as they come.
 
-    first: a multiple of GROUP_RECORDS. Returns how many are damaged: those have a key of -1 in their trailers. on_bytes
-    is called as `_load_static` says. Blocks.
+    first: a multiple of GROUP_RECORDS. Rows that the file's `overlays` have take the place of the base's. Returns how
+    many are damaged: those have a key of -1 in their trailers. on_bytes is called as `_load_static` says. Blocks.
     """
     assert first % GROUP_RECORDS == 0, "records are read in whole units"
     step = max(1, LOAD_BYTES // (table.record_bytes * GROUP_RECORDS)) * GROUP_RECORDS
@@ -281,6 +287,10 @@ def load_records(
         except BaseException:  # an interrupt does not wait for the rest
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    overlay = file.overlays.get(table.name)
+    if overlay is not None:
+        loaded = memory[: num_entries * table.record_bytes].reshape(-1, table.record_bytes)
+        num_damaged += overlay.patch(loaded, seed)
     return num_damaged
 
 

@@ -78,6 +78,7 @@ class HbmEngine(HostLookups):
         """As `DeviceEngine.change_entries`. on_bytes: called with bytes as they are read."""
         with self._quiet.work("to change what hbm holds"), self._changes_lock:
             self._check_device()
+            file.overlays = self._host.overlays  # its records are the base's
             return [
                 change_entries(self._tier, index, layout, file, on_bytes)
                 for index, layout in enumerate(self._host.layouts)
