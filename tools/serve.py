@@ -78,6 +78,9 @@ BEAT_S = 1.0  # between two looks at signals and at the service manager's watchd
     is_flag=True,
     help="Serve STORE, also if 'tierstore swap' put another store in its place before the daemon ended.",
 )
+@click.option(
+    "--follow", is_flag=True, help="Serve each version of the rows that is published ('tierstore publish') meanwhile."
+)
 @click.option("--log-format", type=click.Choice(["logfmt", "json"]), default="logfmt", show_default=True)
 def command(
     store: Path,
@@ -97,6 +100,7 @@ def command(
     threads: int | None,
     readers: int | None,
     forget_swap: bool,
+    follow: bool,
     log_format: str,
 ) -> None:
     """Serve STORE to every process of this host, from one copy of its tiers.
@@ -146,6 +150,7 @@ def command(
                 replan_s=_seconds_of(replan),
                 gpu_clients=gpu_clients,
                 forget_swap=forget_swap,
+                follow=follow,
                 on_progress=signals.checked(on_progress),
             )
         try:

@@ -148,7 +148,7 @@ def open_behind_hbm(path: Path, hbm_entries: int, dram: str = "400KiB", io: str 
     image, placed = open_placement(path, None, direct=choice.mode == "uring")
     assert placed is not None
     in_hbm = dict.fromkeys(placed.placement.tables, hbm_entries)
-    plan = divide_dram(image.tables, parse_bytes(dram, "dram"), placed.placement, in_hbm)
+    plan = divide_dram(image.tables, parse_bytes(dram, "dram"), placed.placement, in_hbm, touched=image.touched)
     return Store(Embedded(image, plan, choice, placed, None))
 
 

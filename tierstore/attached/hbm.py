@@ -90,7 +90,7 @@ class AttachedHbm:
     def fill(self) -> None:
         """Fills the tier from the current placement of the attached store. Blocks on disk and device."""
         image = self._attached.link.opened.image
-        now, placed = open_placement(image.path, None, direct=False)
+        now, placed = open_placement(image.path, None, image.version, direct=False)
         if placed is None:
             logger.warning(
                 "%s: hbm stays empty: no placement says what belongs there; run 'tierstore plan'", self._name

@@ -75,7 +75,7 @@ class Link:
         direct = self._choice.mode == "uring"
         self.path, self.identity = path, identity
         with _reading(path):
-            image, placed = _open(path, layout.placement, direct=direct)
+            image, placed = _open(path, layout.placement, layout.published, direct=direct)
             self.opened = OpenVersion(image, placed, direct=direct)
         try:
             if image.identity != identity:
@@ -92,7 +92,12 @@ class Link:
             self._what = f"the store {path} (of a daemon)"
             staged = self.opened.placed.placement.tables if self.opened.placed else {}
             self._staging = plan_staging(
-                image.tables, staged, int(staging_bytes / STAGING_FRACTION), staging_bytes, self._choice.num_readers
+                image.tables,
+                staged,
+                int(staging_bytes / STAGING_FRACTION),
+                staging_bytes,
+                self._choice.num_readers,
+                image.touched,
             )
             self.engine = self._make_engine(
                 SharedEpochs(blocks["control"], self.version, blocks["client"], reports=True)
@@ -187,14 +192,14 @@ def _can_be_reached(path: str) -> bool:
     return True
 
 
-def _open(path: str, epoch: int | None, *, direct: bool) -> tuple[CatalogImage, PlacementFile | None]:
+def _open(path: str, epoch: int | None, version: int, *, direct: bool) -> tuple[CatalogImage, PlacementFile | None]:
     """Opens a store with the placement that its daemon has open; without, if that was pruned since."""
     if epoch is not None:
         try:
-            return open_placement(path, epoch, direct=direct)
+            return open_placement(path, epoch, version, direct=direct)
         except (ConfigError, FormatError) as error:
             logger.warning("%s: %s: what is not in memory is read from pages", path, error)
-    return open_placement(path, "none", direct=direct)
+    return open_placement(path, "none", version, direct=direct)
 
 
 def warn_of_other_version(name: str, before: Link, now: Link) -> None:

@@ -69,6 +69,7 @@ class Clients:
             bad_pages={name: dict(bad) for name, bad in version.bad_pages.items()},
             budget_bytes=tiers.plan.budget_bytes,
             dram_bytes=tiers.plan.dram_bytes,
+            published=version.published,
         )
         static_fd = tiers.static.export_fd if on_gpu else tiers.static.fd
         return layout, [tiers.control.fd, static_fd, tiers.recency.fd, block_fd, *([resident.fd] if resident else [])]

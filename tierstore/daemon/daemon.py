@@ -26,6 +26,7 @@ from ..ipc.messages import (
 from ..process.progress import OnProgress
 from ..version import VERSION
 from .administration import Administration
+from .following import Follower
 from .host import Host
 from .learning import REPLAN_S, Learner
 from .metrics import MetricsServer
@@ -58,6 +59,7 @@ class Daemon:
         replan_s: float | None = REPLAN_S,
         gpu_clients: bool = False,
         forget_swap: bool = False,
+        follow: bool = False,
         on_progress: OnProgress | None = None,
     ) -> None:
         """Takes the socket's path, opens the store and warms its tiers; blocks.
@@ -73,6 +75,7 @@ class Daemon:
             replan_s: seconds between automatic replans, None for none.
             gpu_clients: whether clients' GPUs may read the static set in place; see `SharedTiers`.
             forget_swap: serve `path` also if a daemon at this socket served another store in its place before.
+            follow: serve each version of the store's rows that is published meanwhile, within seconds.
             on_progress: called with (bytes warmed, bytes in all).
 
         Raises:
@@ -88,15 +91,18 @@ class Daemon:
                 placement = None  # an epoch's number is of the command line's store
             self._server.note_starting("warming")
             progress = self._noting(on_progress)
-            self._host = Host(self._swap_memory.serves, dram_bytes, io, placement, progress, gpu_clients=gpu_clients)
+            self._host = Host(
+                self._swap_memory.serves, dram_bytes, io, placement, progress, gpu_clients=gpu_clients, follows=follow
+            )
         except BaseException:
             self._server.close()
             raise
         self._host.versions.previous_path = self._swap_memory.previous
-        self._swap_memory.begun(self._host.epochs.current.identity)
+        self._swap_memory.begun(self._host.epochs.current.base_identity)
         self._learner = Learner(self._host, replan_s)
         replanner, note = self._learner.replanner, self._swap_memory.note
         self._administration = Administration(self._host, replanner, note, self._reload_certificates)
+        self._follower = Follower(self._host, self._administration) if follow else None
         self._metrics: MetricsServer | None = None
         self._remote: RemoteLookups | None = None
         self._io = io
@@ -145,6 +151,8 @@ class Daemon:
     def start(self, *, metrics: str | None = None, remote: Remote | None = None) -> None:
         """Begins to serve: at the socket, and at the addresses that are given. Raises `ConfigError` for bad ones."""
         self._learner.start()
+        if self._follower:
+            self._follower.start()
         self._state = "serving"
         self._server.note_starting("")
         self._server.start()
@@ -162,6 +170,7 @@ class Daemon:
         if self._remote:
             self._remote.close(DRAIN_S)
         ended = self._server.close(DRAIN_S) & self._learner.close()
+        ended &= self._follower is None or self._follower.close()
         self._host.close()
         return ended
 

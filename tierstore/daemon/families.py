@@ -80,6 +80,11 @@ _GAUGES: tuple[Number, ...] = (
         "Number of the store version that is served, 1 at the start.",
         lambda record: record.store.version,
     ),
+    (
+        "published_version",
+        "Published version of the store's rows that is served, 0 for the base.",
+        lambda record: record.store.published,
+    ),
     ("memory_budget_bytes", "DRAM that the daemon may use.", lambda record: record.memory.budget_bytes),
     ("memory_used_bytes", "DRAM that it uses of the budget.", lambda record: record.memory.used_bytes),
     (
@@ -117,6 +122,7 @@ _MEMORY_PARTS: tuple[tuple[str, Callable[[Memory], int]], ...] = (
     ("index", lambda memory: memory.index_bytes),
     ("recency", lambda memory: memory.recency_bytes),
     ("resident", lambda memory: memory.resident_bytes),
+    ("overlay", lambda memory: memory.overlay_bytes),
     ("staging", lambda memory: memory.staging_bytes),
     ("counts", lambda memory: memory.counts_bytes),
     ("work", lambda memory: memory.work_bytes),

@@ -40,6 +40,7 @@ class Host:
         on_progress: OnProgress | None = None,
         *,
         gpu_clients: bool = False,
+        follows: bool = False,
     ) -> None:
         """Makes the tiers and warms them; blocks.
 
@@ -50,16 +51,18 @@ class Host:
             placement: as in `tierstore.open`.
             on_progress: called with (bytes there, bytes in all).
             gpu_clients: see `SharedTiers`.
+            follows: whether versions that are published later are served too.
         """
         choice = choose_io(io)
         with contextlib.ExitStack() as undo:
             opened = open_version(path, placement, choice)
             undo.callback(opened.close)
             heading = opened.placed.placement if opened.placed else None
-            plan = divide_shared(opened.image.tables, dram_bytes, heading)
+            image = opened.image
+            plan = divide_shared(image.tables, dram_bytes, heading, image.touched, follows=follows)
             check_available(plan.dram_bytes)
             progress = _Progress(on_progress, plan.static_bytes + plan.recency_bytes + plan.resident_bytes)
-            self.tiers = SharedTiers(opened.image.tables, plan, progress.add, gpu_clients=gpu_clients)
+            self.tiers = SharedTiers(image.tables, plan, progress.add, gpu_clients=gpu_clients)
             undo.callback(self.tiers.close)
             self.attachments = Attachments(GPU_INDEX_S * sum(len(slots.keys) for slots in self.tiers.slots.values()))
             undo.callback(self.attachments.close)

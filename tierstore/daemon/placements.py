@@ -25,7 +25,7 @@ def placed_entries(version: Version, names: Collection[str]) -> dict[str, Pairs]
         version: that is served, of which only path and identity are used.
         names: of the tables.
     """
-    image, placed = open_placement(version.path, None, direct=False)
+    image, placed = open_placement(version.path, None, version.published, direct=False)
     if placed is None:
         return {}
     try:

@@ -43,12 +43,14 @@ class TableShape(Struct, frozen=True):
 
 
 class StoreInfo(Struct, frozen=True):
-    """What is served. previous: the store that a rollback goes to."""
+    """What is served. version: counts the stores that were served, and versions of them. previous: the store that a
+    rollback goes to. published: which published version of the store's rows; 0: the base."""
 
     path: str
     version: int
     previous: str | None
     tables: dict[str, TableShape]
+    published: int = 0
 
 
 class TierHits(Struct, frozen=True):
@@ -97,7 +99,7 @@ class Memory(Struct, frozen=True):
     """The DRAM budget and its parts. process_bytes: the resident size of the process, shared memory included.
 
     present_bytes: of blocks large enough for huge pages, what was in memory at the last look; huge_page_bytes: what of
-    that lay on huge pages.
+    that lay on huge pages. overlay_bytes: set aside for the index of rows that versions have, of each of two versions.
     """
 
     budget_bytes: int
@@ -112,6 +114,7 @@ class Memory(Struct, frozen=True):
     process_bytes: int
     present_bytes: int = 0
     huge_page_bytes: int = 0
+    overlay_bytes: int = 0
 
 
 class EpochInfo(Struct, frozen=True):

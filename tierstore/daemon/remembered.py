@@ -83,6 +83,6 @@ def _problem_of(swap: Swap) -> str | None:
 
 def _identity_of(path: str) -> str | Exception:
     try:
-        return read_catalog(Path(path)).identity
+        return read_catalog(Path(path)).base_identity  # whichever version of it is the newest by now
     except (TierStoreError, OSError) as error:
         return error

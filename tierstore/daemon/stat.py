@@ -27,7 +27,13 @@ def store_info(host: Host) -> StoreInfo:
         )
         for name, layout in version.layouts.items()
     }
-    return StoreInfo(path=version.path, version=version.number, previous=host.versions.previous_path, tables=tables)
+    return StoreInfo(
+        path=version.path,
+        version=version.number,
+        previous=host.versions.previous_path,
+        tables=tables,
+        published=version.published,
+    )
 
 
 def counters_of(host: Host) -> tuple[Counters, Latency]:
@@ -54,6 +60,7 @@ def memory_of(host: Host) -> Memory:
         process_bytes=psutil.Process().memory_info().rss,
         present_bytes=present_bytes,
         huge_page_bytes=huge_page_bytes,
+        overlay_bytes=plan.overlay_bytes,
     )
 
 

@@ -42,6 +42,16 @@ class Version:
         return self.opened.image.identity
 
     @property
+    def base_identity(self) -> str:
+        """The digest of its base, whichever published version of it this is."""
+        return self.opened.image.base_identity
+
+    @property
+    def published(self) -> int:
+        """Which published version of the store's rows it is; 0: the base."""
+        return self.opened.image.version
+
+    @property
     def layouts(self) -> Mapping[str, TableLayout]:
         """The layouts of its tables."""
         return self.opened.image.tables

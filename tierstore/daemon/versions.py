@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..decisions.replan import hottest_indexes
-from ..errors import ConfigError, DaemonError, FingerprintMismatchError
+from ..errors import BudgetError, ConfigError, DaemonError, FingerprintMismatchError
 from ..ipc.events import event
-from ..ipc.mapped import OpenVersion, same_tables, side_part, table_memories
+from ..ipc.mapped import OpenVersion, overlay_sizes, overlays_in, same_tables, side_part, table_memories
 from ..store.embedded import open_placement
 from ..tiers.in_place import InPlaceFiles, load_side
 from ..tiers.native import NativeEngine, SharedEpochs, load_table
@@ -66,7 +66,7 @@ class Versions:
 
     def make(self, opened: OpenVersion, number: int, on_bytes: OnBytes | None) -> Version:
         """Loads resident tables, and makes the engine by which the daemon reads a version. Blocks."""
-        resident, num_bytes = None, self._tiers.plan.resident_bytes
+        resident, num_bytes = None, self._tiers.plan.resident_bytes + self._overlay_bytes(opened)
         try:
             if num_bytes:
                 resident = SharedBlock(f"tierstore-resident-{number}", num_bytes, on_bytes)
@@ -81,19 +81,36 @@ class Versions:
         self, opened: OpenVersion, number: int, resident: SharedBlock | None, on_bytes: OnBytes | None
     ) -> Version:
         tag, plan = self._tag_of(opened.image.identity), self._tiers.plan
+        blocks = self._tiers.blocks_with(resident)
         # Progress counted these bytes when they were allocated; the callback may still raise to end it.
         poll = None if on_bytes is None else partial(on_bytes, 0)
         bad_pages = self._load_resident(opened, resident, poll)
+        for overlay in overlays_in(opened, plan.shares, blocks.resident).values():
+            overlay.load_index()
         _, block = self._attachments.own.give_block(number)
-        blocks = self._tiers.blocks_with(resident)
         memories = table_memories(opened, plan.shares, blocks, tag, self._tiers.caches, bad_pages)
         shared = SharedEpochs(self._tiers.control.array, number, block, reports=False)
         what = f"the store {opened.image.path}"
         engine = NativeEngine(what, opened.files, memories, self._choice, plan.staging, opened.placed, shared)
+        if opened.placed is not None:
+            opened.placed.overlays = engine.overlays
         for index, name in enumerate(opened.image.tables):
             if name in bad_pages:
                 engine.set_resident(index, bad_pages[name])
         return Version(number, tag, opened, resident, bad_pages, engine)
+
+    def _overlay_bytes(self, opened: OpenVersion) -> int:
+        """Returns the bytes of the index of versions' rows; raises `BudgetError` if there is no room set aside."""
+        image, plan = opened.image, self._tiers.plan
+        needed = sum(overlay_sizes(image, plan.shares).values())
+        if needed > plan.overlay_bytes:
+            raise BudgetError(
+                f"version {image.version} of {image.path}: the index of the {sum(image.touched.values())} rows that "
+                f"its versions have takes {needed} bytes, the daemon has set {plan.overlay_bytes} aside: start it "
+                f"again (with --follow it sets more aside than it needs), with more --dram, or over a store that "
+                f"'tierstore compact' made"
+            )
+        return needed
 
     def _load_resident(
         self, opened: OpenVersion, resident: SharedBlock | None, poll: Callable[[], None] | None
@@ -195,16 +212,19 @@ class Versions:
         If it is not published after all, what was noted is taken back.
         """
         old, previous = self._epochs.current, self.previous_path
-        note(version.path, version.identity, old.path)
+        # A rollback goes to another store, not to another version of the same.
+        is_same_store = version.path == old.path and version.base_identity == old.base_identity
+        next_previous = previous if is_same_store else old.path
+        note(version.path, version.base_identity, next_previous or old.path)
         try:
             self._epochs.publish(version, live)
         except BaseException:
             try:
-                note(old.path, old.identity, previous or old.path)
+                note(old.path, old.base_identity, previous or old.path)
             except DaemonError as error:
                 event(logger, logging.ERROR, "swap_not_taken_back", store=old.path, error=error)
             raise
-        self.previous_path = old.path
+        self.previous_path = next_previous
 
     def _check_tables(self, opened: OpenVersion) -> None:
         current = self._epochs.current

@@ -19,7 +19,15 @@ from ..errors import BudgetError
 from ..formats.placement import PlacedTable, Placement
 from ..layout import BUCKET_KEYS, UNIT_BYTES, TableLayout, record_bytes, round_up
 from ..units import format_bytes
-from .budget import LINE_BYTES, StagingPlan, cache_set_bytes, least_side_bytes, plan_staging, side_bytes_of
+from .budget import (
+    LINE_BYTES,
+    StagingPlan,
+    cache_set_bytes,
+    least_side_bytes,
+    overlay_bytes,
+    plan_staging,
+    side_bytes_of,
+)
 from .fair_division import divide_fairly
 
 DEFAULT_STATIC_FRACTION = 0.5  # of a table's share, without a placement
@@ -28,6 +36,7 @@ SLOT_WORK_BYTES = 32  # of the daemon's own memory for each slot: its key, and w
 COUNTS_FRACTION = 1 / 64  # of the budget, for counting keys
 COUNTS_BYTES_MAX = 256 << 20
 COUNTS_BYTES_MIN = 64 << 10
+FOLLOW_FRACTION = 1 / 32  # of the budget, for the index of rows that versions will have, of each of two versions
 HEAD_BYTES = kernels.INDEX_HEAD.itemsize
 BUCKET_BYTES = kernels.INDEX_BUCKET.itemsize
 
@@ -61,7 +70,8 @@ class SharedShare:
 
 @dataclass(frozen=True)
 class SharedPlan:
-    """The division. Bytes of one version's `resident` block; there may be two of those."""
+    """The division. Bytes of one version's `resident` block; there may be two of those. Each may have `overlay_bytes`
+    besides, as far as its versions' rows need an index."""
 
     budget_bytes: int
     staging: StagingPlan
@@ -72,14 +82,15 @@ class SharedPlan:
     index_bytes: int
     work_bytes: int
     shares: Mapping[str, SharedShare]
+    overlay_bytes: int = 0
 
     @property
     def dram_bytes(self) -> int:
-        """Bytes that all parts take together, two versions of resident tables included."""
+        """Bytes that all parts take together, two versions of resident tables and of indexes of rows included."""
         return (
             self.staging.num_bytes
             + self.counts_bytes
-            + 2 * self.resident_bytes
+            + 2 * (self.resident_bytes + self.overlay_bytes)
             + self.static_bytes
             + self.recency_bytes
             + self.work_bytes
@@ -87,23 +98,37 @@ class SharedPlan:
 
 
 def divide_shared(
-    tables: Mapping[str, TableLayout], budget_bytes: int, placement: Placement | None = None
+    tables: Mapping[str, TableLayout],
+    budget_bytes: int,
+    placement: Placement | None = None,
+    touched: Mapping[str, int] | None = None,
+    *,
+    follows: bool = False,
 ) -> SharedPlan:
     """Divides a daemon's budget; raises `BudgetError` if it is too small, naming the least that would do.
 
-    Tables get equal shares, as in `divide_dram`; one of which two copies fit its share is kept whole.
+    Tables get equal shares, as in `divide_dram`; one of which two copies fit its share is kept whole. touched: how many
+    rows of a table versions have, by name. follows: whether versions that come later are served too: then there is room
+    for twice as many rows, at least.
     """
-    placed = placement.tables if placement else {}
+    placed, touched = placement.tables if placement else {}, touched or {}
+    now_bytes = sum(map(overlay_bytes, touched.values()))
+    most_bytes = sum(overlay_bytes(table.spec.num_rows) for table in tables.values())  # if versions have every row
+    ahead_bytes = round_up(max(2 * now_bytes, int(budget_bytes * FOLLOW_FRACTION)), UNIT_BYTES) if follows else 0
+    rows_bytes = max(now_bytes, min(ahead_bytes, most_bytes))  # of each of two versions
     counts_bytes = (
         min(COUNTS_BYTES_MAX, max(COUNTS_BYTES_MIN, int(budget_bytes * COUNTS_FRACTION))) // LINE_BYTES * LINE_BYTES
     )
     least_share = max(_least_share(table, placed.get(name)) for name, table in tables.items())
-    staging = plan_staging(tables, placed, budget_bytes, budget_bytes - counts_bytes - len(tables) * least_share)
-    least = staging.num_bytes + counts_bytes + len(tables) * least_share
+    fixed_bytes = counts_bytes + 2 * rows_bytes + len(tables) * least_share
+    wide = touched or (tables if follows else {})  # whose pages of rows staging has room for
+    staging = plan_staging(tables, placed, budget_bytes, budget_bytes - fixed_bytes, touched=dict.fromkeys(wide, 0))
+    least = staging.num_bytes + fixed_bytes
     if budget_bytes < least:
+        of_rows = f", twice the index of {sum(touched.values())} rows that versions have" if rows_bytes else ""
         raise BudgetError(
             f"dram: {budget_bytes} bytes ({format_bytes(budget_bytes)}) is below the {least} bytes "
-            f"({format_bytes(least)}) that staging, counts, indexes and one set of entries a table take; "
+            f"({format_bytes(least)}) that staging, counts, indexes{of_rows} and one set of entries a table take; "
             "ask for more with --dram"
         )
     ends = {"resident": 0, "static": 0, "recency": 0}
@@ -130,10 +155,10 @@ def divide_shared(
         return share, 2 * side_bytes + static_bytes + recency_bytes + _work_bytes(share.num_slots)
 
     sizes = {name: table.spec.table_bytes for name, table in tables.items()}
-    shares = divide_fairly(budget_bytes - staging.num_bytes - counts_bytes, sizes, take)
+    shares = divide_fairly(budget_bytes - staging.num_bytes - counts_bytes - 2 * rows_bytes, sizes, take)
     return SharedPlan(
         budget_bytes, staging, counts_bytes, ends["resident"], ends["static"], ends["recency"], index_bytes, work_bytes,
-        shares,
+        shares, rows_bytes,
     )  # fmt: skip
 
 

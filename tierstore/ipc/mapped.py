@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from .. import kernels
-from ..decisions.budget import cache_set_bytes
+from ..decisions.budget import cache_set_bytes, overlay_bytes
 from ..decisions.shared_budget import HEAD_BYTES, SharedShare
 from ..errors import DaemonError
 from ..formats.catalog import CatalogImage
@@ -22,7 +22,8 @@ from ..layout import TableLayout, record_bytes
 from ..spec import TableSpec
 from ..tiers.files import AnyFiles, open_tables
 from ..tiers.in_place import SideMemory, side_memory
-from ..tiers.native import TableMemory
+from ..tiers.native import TableMemory, overlay_in
+from ..tiers.overlay import TableOverlay
 from ..tiers.placed import PlacementFile
 
 
@@ -116,7 +117,7 @@ def table_memories(
 
     caches: a `kernels.EntryCache` for each table that is not resident. bad_pages: of tables and side tables in memory.
     """
-    memories = []
+    memories, overlays = [], overlays_in(version, shares, blocks.resident)
     for name, layout in version.image.tables.items():
         share = shares[name]
         if share.resident:
@@ -133,8 +134,34 @@ def table_memories(
             file=version.placed.handle if placed and version.placed else None,
             in_file=(parts.file_head, parts.file_area) if placed else None,
         )
-        memories.append(TableMemory(caches[name], statics, tag, _side_memory(blocks, layout, share, bad_pages)))
+        side = _side_memory(blocks, layout, share, bad_pages)
+        memories.append(TableMemory(caches[name], statics, tag, side, overlays.get(name)))
     return memories
+
+
+def overlay_sizes(image: CatalogImage, shares: Mapping[str, SharedShare]) -> dict[str, int]:
+    """Returns the bytes of the index of versions' rows of each table that has some and is not resident."""
+    return {name: overlay_bytes(num) for name, num in image.touched.items() if not shares[name].resident}
+
+
+def overlays_in(
+    version: OpenVersion, shares: Mapping[str, SharedShare], resident: np.ndarray
+) -> dict[str, TableOverlay]:
+    """Returns the overlays of tables, whose indexes lie at the end of a version's own block, in the order of the
+    catalog; raises `DaemonError` if the block is too short."""
+    sizes = overlay_sizes(version.image, shares)
+    start, overlays = len(resident) - sum(sizes.values()), {}
+    if start < 0:
+        raise DaemonError(
+            f"the index of versions' rows takes {sum(sizes.values())} bytes, the daemon's block of the version has "
+            f"{len(resident)}: is it of another release?"
+        )
+    for files in version.files:
+        name = files.table.spec.name
+        if name in sizes:
+            overlays[name] = overlay_in(files, part_of(resident, start, sizes[name], f"index of rows of {name}"))
+            start += sizes[name]
+    return overlays
 
 
 def side_part(resident: np.ndarray, layout: InPlaceLayout, share: SharedShare) -> np.ndarray:

@@ -58,7 +58,7 @@ class Layout(Struct, frozen=True):
 
     is_exported: the static block's descriptor is its writable export, which drivers need that lock memory for a GPU.
     sizes: bytes of the blocks control, static, recency, client and, if tables are resident, resident. bad_pages: of
-    resident tables, and why.
+    resident tables, and why. published: the published version of the store's rows that is served; 0: the base.
     """
 
     is_exported: bool = msgspec.field(name="lent")  # the key that clients of every release read
@@ -72,6 +72,7 @@ class Layout(Struct, frozen=True):
     bad_pages: dict[str, dict[int, str]]
     budget_bytes: Count
     dram_bytes: Count
+    published: Count = 0
 
     def __post_init__(self) -> None:
         for name, share in self.tables.items():

@@ -38,6 +38,7 @@ from ..process.workers import joined_pool
 from ..tiers.placed import PlacementFile
 from .verify_in_place import parts_of_files, parts_of_rows
 from .verify_report import CHUNK_BYTES, FAULTS_PER_SHARD_MAX, VerifyReport, check_not_stopped
+from .verify_versions import parts_of_versions
 
 ROWS_DRAWN_AT_ONCE = 1 << 20
 # What the system says of a file that is lost, or is another thing, or that its disk cannot read: a new file mends it.
@@ -56,7 +57,8 @@ def verify_store(
     jobs: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> VerifyReport:
-    """Checks a finished store: catalog, shard lengths and SHA-256, every page, every placement; rows against `sources`.
+    """Checks a finished store: catalog, shard lengths and SHA-256, every page, every placement, every
+    version; rows of the base against `sources`.
 
     sample_rows: check the pages of that many random rows of each table (drawn with `seed`), with all rows in them,
     instead of everything (placements are checked whole); a table of no more rows is checked whole. origin:
@@ -87,6 +89,7 @@ def verify_store(
             parts += _parts_of_table(image, table, reader, sampled)
         parts += parts_of_files(image)
         parts += [partial(verify_placement, image, epoch) for epoch in sorted(image.placements)]
+        parts += parts_of_versions(image)
         for part in run_parts(parts, jobs, on_progress):
             report.add(part)
     hole = find_hole(sources) if report.faults and sources is not None else None

@@ -110,8 +110,9 @@ def open_native(
 
 def _load_overlay(file: AnyFiles, share: TableShare, part: np.ndarray) -> TableOverlay | None:
     """Loads the index of a table's versions into its place in the table's part; None if it needs none."""
-    if not share.overlay_bytes:
+    if share.resident or file.versions is None:
         return None
+    assert share.overlay_bytes, "a plan that knows of no versions would serve the base's rows"
     overlay = overlay_in(file, part[share.num_bytes - share.side_bytes - share.overlay_bytes :])
     overlay.load_index()
     return overlay

@@ -1,0 +1,140 @@
+"""A daemon serves published versions to attached clients and over gRPC, and follows new ones by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.served import KIB, MIB, Traffic, request, serving
+from support.stores import make_model, place_some, random_keys
+from support.versions import VersionedModel, make_versions
+from support.waiting import eventually
+
+import tierstore
+from tierstore.daemon.daemon import Daemon
+from tierstore.daemon.remote_lookups import Remote
+from tierstore.formats.catalog import publish_version
+from tierstore.formats.versions import VersionRecord
+from tierstore.offline import versions as publishing
+from tierstore.offline.versions import publish_rows
+
+NAME = "layers.1"
+CACHED = 1400 * KIB
+KEYS = random_keys(np.random.default_rng(0), 100, distinct=40)
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> VersionedModel:
+    model = make_model(tmp_path / "model")
+    model.build(tmp_path / "store")
+    place_some(tmp_path / "store")
+    return make_versions(model, tmp_path / "store", 1)
+
+
+def check(store: tierstore.Store, versions: VersionedModel, version: int) -> None:
+    model = versions.at(version)
+    for name, table in store.tables.items():
+        spec = table.spec
+        if not spec.is_plain:
+            for _ in range(2):
+                np.testing.assert_array_equal(table.lookup(KEYS), model.expected(name, KEYS))
+        row_ids = np.random.default_rng(4).integers(0, spec.num_rows, 300)
+        np.testing.assert_array_equal(table.rows(row_ids), model.rows[name][row_ids])
+
+
+@pytest.mark.parametrize("dram_bytes", [CACHED, 16 * MIB], ids=["cached", "resident"])
+def test_clients_get_the_newest_version_and_follow_the_next_ones(
+    versions: VersionedModel, tmp_path: Path, dram_bytes: int
+) -> None:
+    socket = tmp_path / "socket"
+    with serving(versions.store, socket, dram_bytes, follow=True) as daemon, tierstore.connect(socket) as store:
+        check(store, versions, 1)
+        for version in (2, 3, 4):
+            changed = versions.draw(part=0.05)
+            rows = [versions.at(each).expected(NAME, KEYS) for each in (version - 1, version)]
+            with Traffic(store, NAME, KEYS, *rows) as traffic:
+                traffic.go_on()
+                assert publish_rows(versions.store, changed) == version
+                eventually(lambda version=version: daemon.stat().store.published == version)
+                eventually(lambda version=version: store.stats()["attached"]["version"] == version)
+                traffic.go_on()
+            check(store, versions, version)
+        stat = daemon.stat()
+        assert stat.store.previous is None
+        assert stat.memory.used_bytes <= dram_bytes
+        assert stat.feed.errors == 0
+
+
+def test_a_daemon_that_does_not_follow_moves_when_it_is_told_to(versions: VersionedModel, tmp_path: Path) -> None:
+    socket = tmp_path / "socket"
+    with serving(versions.store, socket, CACHED) as daemon, tierstore.connect(socket) as store:
+        versions.publish(part=0.1)
+        check(store, versions, 1)
+        assert daemon.stat().store.published == 1
+        with pytest.raises(tierstore.BudgetError, match=r"version 2 .* has set \d+ aside: start it again .*--follow"):
+            request(socket, "swap", store=str(versions.store))
+        check(store, versions, 1)
+    with serving(versions.store, socket, CACHED) as daemon, tierstore.connect(socket) as store:
+        assert daemon.stat().store.published == 2
+        check(store, versions, 2)
+
+
+def test_remote_clients_follow_too(versions: VersionedModel, tmp_path: Path) -> None:
+    pytest.importorskip("grpc")
+    socket = tmp_path / "socket"
+    daemon = Daemon(versions.store, socket, CACHED, replan_s=None, follow=True)
+    try:
+        daemon.start(remote=Remote("127.0.0.1:0", None, None, None))
+        with tierstore.connect(f"grpc://{daemon.remote_address}") as store:
+            check(store, versions, 1)
+            versions.publish()
+            wanted = versions.at(2).expected(NAME, KEYS)
+            eventually(lambda: np.array_equal(store[NAME].lookup(KEYS), wanted))
+            check(store, versions, 2)
+    finally:
+        assert daemon.close()
+
+
+def test_clients_of_a_store_in_place_follow_too(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", plain=False)
+    model.build(tmp_path / "store", in_place=True)
+    versions, socket = make_versions(model, tmp_path / "store", 1), tmp_path / "socket"
+    with serving(versions.store, socket, CACHED, follow=True) as daemon, tierstore.connect(socket) as store:
+        check(store, versions, 1)
+        number = versions.publish()
+        eventually(lambda: daemon.stat().store.published == number)
+        eventually(lambda: store.stats()["attached"]["version"] == 2)
+        check(store, versions, 2)
+
+
+def test_a_version_that_cannot_be_served_leaves_the_one_before(
+    versions: VersionedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    socket = tmp_path / "socket"
+    with serving(versions.store, socket, CACHED, follow=True) as daemon, tierstore.connect(socket) as store:
+        file = versions.store / "versions" / "00000002-layers.1.1.rows"
+        moved = file.with_name("moved")
+
+        def lose_and_publish(path: Path, record: VersionRecord) -> None:
+            file.rename(moved)
+            publish_version(path, record)
+
+        monkeypatch.setattr(publishing, "publish_version", lose_and_publish)
+        versions.publish()
+        eventually(lambda: "not_followed" in caplog.text)
+        check(store, versions, 1)
+        assert daemon.stat().store.published == 1
+        moved.rename(file)
+        eventually(lambda: daemon.stat().store.published == 2)
+
+
+def test_after_a_restart_the_newest_version_is_served(versions: VersionedModel, tmp_path: Path) -> None:
+    socket = tmp_path / "socket"
+    with serving(versions.store, socket, CACHED, follow=True) as daemon:
+        number = versions.publish()
+        eventually(lambda: daemon.stat().store.published == number)
+    versions.publish()
+    with serving(versions.store, socket, CACHED) as daemon, tierstore.connect(socket) as store:
+        assert (daemon.stat().store.published, daemon.stat().store.previous) == (3, None)
+        check(store, versions, 3)
