@@ -113,7 +113,7 @@ def test_a_version_that_cannot_be_served_leaves_the_one_before(
 ) -> None:
     socket = tmp_path / "socket"
     with serving(versions.store, socket, CACHED, follow=True) as daemon, tierstore.connect(socket) as store:
-        file = versions.store / "versions" / "00000002-layers.1.1.rows"
+        file = versions.store / "versions" / "00000002-layers.1.rows"
         moved = file.with_name("moved")
 
         def lose_and_publish(path: Path, record: VersionRecord) -> None:

@@ -24,7 +24,7 @@ from ..layout import PlacementRecord, ShardRecord, TableLayout, checked_path
 from ..lazy import lazy
 from ..version import VERSION
 from .catalog_records import CATALOG_FILE as CATALOG_FILE
-from .catalog_records import as_json, from_json, read_records, write_records
+from .catalog_records import as_json, changing, from_json, read_records, write_records
 from .in_place import InPlaceFile, InPlaceLayout, check_files
 from .initial import InitialLayout
 from .versions import VersionRecord, check_numbers, identity_of, unknown_version
@@ -204,18 +204,19 @@ def publish_placement(path: Path, placement: PlacementRecord) -> None:
 def publish_version(path: Path, record: VersionRecord) -> None:
     """Notes a version whose files are complete and synced on disk, in one transaction. Durable when it returns.
 
-    From the first one on, the store's format is another. The caller holds the store's lock.
+    From the first one on, the store's format is another. Raises `ConfigError` if it is not the next one.
     """
-    image = read_catalog(path)
-    head = {
-        "format_version": VERSIONS_FORMAT_VERSION,
-        "base_format": IN_PLACE_FORMAT_VERSION if image.is_in_place else STORE_FORMAT_VERSION,
-        "written_by": f"tierstore {VERSION}",
-    }
-    write_records(
-        path / CATALOG_FILE,
-        {"format": as_json(head), f"version/{record.number:08d}": as_json(record.to_dict())},
-    )
+    with changing(path):
+        image = read_catalog(path)
+        if record.number != len(image.versions) + 1:
+            raise ConfigError(f"{path} has {len(image.versions)} versions, and {record.number} is not the next one")
+        head = {
+            "format_version": VERSIONS_FORMAT_VERSION,
+            "base_format": IN_PLACE_FORMAT_VERSION if image.is_in_place else STORE_FORMAT_VERSION,
+            "written_by": f"tierstore {VERSION}",
+        }
+        key = f"version/{record.number:08d}"
+        write_records(path / CATALOG_FILE, {"format": as_json(head), key: as_json(record.to_dict())})
 
 
 def set_epoch(path: Path, epoch: int | None) -> None:

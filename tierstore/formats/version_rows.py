@@ -15,8 +15,9 @@ import itertools
 import json
 import os
 import struct
+import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class RowsFile:
         return self._seed_of("ids")
 
     def _seed_of(self, what: str) -> int:
-        text = json.dumps([what, self.version, self.table, self.identity, self.num_rows])
+        text = json.dumps([what, self.version, self.table, self.identity])
         return kernels.crc32c(text.encode(), self.table_seed)
 
     def head_bytes(self) -> bytes:
@@ -111,26 +112,36 @@ class RowsFile:
         return head + _CHECKSUM.pack(kernels.crc32c(head))
 
 
-def write_rows_file(fd: int, head: RowsFile, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+def write_rows_file(fd: int, head: RowsFile, chunks: Iterable[tuple[np.ndarray, np.ndarray]], work: Path) -> RowsFile:
     """Writes an empty file whole: head, rows and ids; `durable.replacing` makes it durable.
 
     Args:
         fd: Of the file, open for writing.
-        head: What the file holds.
-        chunks: (row ids int64 [n], rows uint8 [n, row_bytes]) one after the other, `head.num_rows` in all; ids all
-            differ. Of any length.
+        head: What the file holds; its `num_rows` is not used.
+        chunks: (row ids int64 [n], rows uint8 [n, row_bytes]) one after the other; ids all differ. Of any length.
+        work: A folder in which ids lie meanwhile, in a file without a name.
+
+    Returns:
+        The head with the number of rows that came. Without any, nothing is written.
     """
-    write_all(fd, head.head_bytes(), 0)
     pages = _PageWriter(fd, head.shape, head.pages_start, head.seed)
-    ids = _PageWriter(fd, ID_SHAPE, head.ids_start, head.ids_seed)
     num_rows = 0
-    for row_ids, rows in chunks:
-        pages.add(rows)
-        ids.add(np.ascontiguousarray(row_ids, dtype="<i8").view(np.uint8).reshape(-1, ID_BYTES))
-        num_rows += len(rows)
-    pages.finish()
-    ids.finish()
-    assert num_rows == head.num_rows, "the head says how many rows there are"
+    with tempfile.TemporaryFile(dir=work, buffering=0) as spool:
+        for row_ids, rows in chunks:
+            pages.add(rows)
+            write_all(spool.fileno(), np.ascontiguousarray(row_ids, dtype="<i8"), ID_BYTES * num_rows)
+            num_rows += len(rows)
+        pages.finish()
+        head = replace(head, num_rows=num_rows)
+        ids = _PageWriter(fd, ID_SHAPE, head.ids_start, head.ids_seed)
+        for start in range(0, num_rows, CHUNK_BYTES // ID_BYTES):
+            part = np.empty((min(CHUNK_BYTES // ID_BYTES, num_rows - start), ID_BYTES), dtype=np.uint8)
+            read_exactly(spool.fileno(), part, ID_BYTES * start, "row ids")
+            ids.add(part)
+        ids.finish()
+    if num_rows:
+        write_all(fd, head.head_bytes(), 0)
+    return head
 
 
 class _PageWriter:

@@ -34,11 +34,8 @@ from ..layout import TableLayout
 from ..tiers.memory import allocate
 from ..tiers.overlay import TableOverlay, VersionFiles
 from ..units import format_bytes
-from .store_lock import locked_store
 
 PUBLISH_LOCK = "publish.lock"
-LOCK_WAIT_S = 60.0  # for the catalog, which a commit or another writer has for a moment
-LOOK_AGAIN_S = 0.05
 SPARE_DISK_BYTES = 64 << 20  # left free beside what is written
 NAME_CHARS_MAX = 80  # of a table, in a file's name
 
@@ -49,11 +46,11 @@ Chunks = Iterable[tuple[np.ndarray, np.ndarray]]
 class ChangedRows:
     """The rows of one table that a version has.
 
-    num_rows: how many. chunks: called once; returns (row ids int64 [n], rows uint8 [n, row_bytes]) one after the other,
-    of any lengths, ids all different.
+    rows_max: how many there are at most. chunks: called once; returns (row ids int64 [n], rows uint8 [n, row_bytes])
+    one after the other, of any lengths, ids all different.
     """
 
-    num_rows: int
+    rows_max: int
     chunks: Callable[[], Chunks]
 
     @classmethod
@@ -70,11 +67,12 @@ def publish_rows(path: str | os.PathLike[str], changed: Mapping[str, ChangedRows
 
     Args:
         path: Of a finished store.
-        changed: By table; those without rows are left out. At least one row must be there.
+        changed: By table; those without rows are left out.
         commit: The training's commit that the rows are of.
 
     Raises:
-        ConfigError: No row changed; a table or a row that the store does not have; somebody else publishes.
+        NothingChangedError: No row is given.
+        ConfigError: A table or a row that the store does not have; somebody else publishes.
         BudgetError: The disk has too little room.
     """
     path = Path(path)
@@ -85,40 +83,45 @@ def publish_rows(path: str | os.PathLike[str], changed: Mapping[str, ChangedRows
 
 def write_version(path: Path, image: CatalogImage, changed: Mapping[str, ChangedRows], commit: int | None) -> int:
     """Does what `publish_rows` says; the caller holds the lock, and the image was read under it."""
-    changed = {name: rows for name, rows in changed.items() if rows.num_rows}
     _check(path, image, changed)
     number = len(image.versions) + 1
     try:
         (path / VERSIONS_FOLDER).mkdir(exist_ok=True)
         sync_folder(path)
         remove_leftovers(path, image)
-        tables = {name: _write_table(path, image, number, name, rows) for name, rows in changed.items()}
-        record = VersionRecord(number, commit, time.time(), tables)
-        with locked_store_soon(path):
-            publish_version(path, record)
+        written = {name: _write_table(path, image, name, rows) for name, rows in changed.items()}
+        tables = {name: table for name, table in written.items() if table is not None}
+        if not tables:
+            raise NothingChangedError(f"{path}: no row changed since version {number - 1}: nothing was published")
+        publish_version(path, VersionRecord(number, commit, time.time(), tables))
     except OSError as error:
         note = "nothing was published; run the same command then"
         raise named(error, path, error.filename, writing=True, note=note) from error
     return number
 
 
+class NothingChangedError(ConfigError):
+    """All rows are what the newest version has already."""
+
+
 def _check(path: Path, image: CatalogImage, changed: Mapping[str, ChangedRows]) -> None:
-    if not changed:
-        raise ConfigError(
-            f"{path}: no row has changed since version {len(image.versions)}; there is nothing to publish"
-        )
     needed = SPARE_DISK_BYTES
     for name, rows in changed.items():
         if name not in image.tables:
             raise ConfigError(f"{path} has no table {name}; its tables are {', '.join(image.tables)}")
         spec = image.tables[name].spec
         published = sum(v.tables[name].num_rows for v in image.versions.values() if name in v.tables)
-        if rows.num_rows > spec.num_rows or published + rows.num_rows > ROWS_MAX:
+        if rows.rows_max > spec.num_rows or published + rows.rows_max > ROWS_MAX:
             raise ConfigError(
-                f"{path}: {rows.num_rows} rows of table {name}, which has {spec.num_rows}, beside {published} in its "
+                f"{path}: {rows.rows_max} rows of table {name}, which has {spec.num_rows}, beside {published} in its "
                 f"versions, of {ROWS_MAX} that fit: make one store of them all: tierstore compact {path} NEW_STORE"
             )
-        needed += RowsFile(0, name, spec.row_bytes, rows.num_rows, "", 0).num_bytes
+        needed += RowsFile(0, name, spec.row_bytes, rows.rows_max, "", 0).num_bytes
+    check_room(path, needed)
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Raises `BudgetError`, with both numbers, if the disk of a store has no room for so many bytes."""
     free = shutil.disk_usage(path).free
     if free < needed:
         raise BudgetError(
@@ -127,21 +130,29 @@ def _check(path: Path, image: CatalogImage, changed: Mapping[str, ChangedRows]) 
         )
 
 
-def _write_table(path: Path, image: CatalogImage, number: int, name: str, rows: ChangedRows) -> VersionTable:
-    """Writes the file of one table; returns what the catalog says of it."""
-    layout = image.tables[name]
-    head = RowsFile(number, name, layout.spec.row_bytes, rows.num_rows, image.identity, layout.seed)
+def _write_table(path: Path, image: CatalogImage, name: str, rows: ChangedRows) -> VersionTable | None:
+    """Writes the next version's file of one table; returns what the catalog says of it, None if no row came."""
+    layout, number = image.tables[name], len(image.versions) + 1
+    head = RowsFile(number, name, layout.spec.row_bytes, 0, image.identity, layout.seed)
     new = _NewRows(path, image, layout)
-    file = f"{VERSIONS_FOLDER}/{file_stem(number, name)}.1{ROWS_SUFFIX}"
-    with replacing(path / file) as fd:
-        write_rows_file(fd, head, new.counted(rows.chunks()))
-    return VersionTable(file, head.num_bytes, rows.num_rows, new.num_touched, sha256_of(path / file))
+    file = path / rows_file(image, number, name)
+    with replacing(file) as fd:
+        head = write_rows_file(fd, head, new.counted(rows.chunks()), file.parent)
+    if not head.num_rows:
+        file.unlink()
+        return None
+    return VersionTable(
+        os.fspath(file.relative_to(path)), head.num_bytes, head.num_rows, new.num_touched, sha256_of(file)
+    )
 
 
-def file_stem(number: int, name: str) -> str:
-    """Returns how the names of a version's files of a table begin."""
-    readable = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:NAME_CHARS_MAX]
-    return f"{number:08d}-{readable}"
+def rows_file(image: CatalogImage, number: int, name: str) -> str:
+    """Returns the path of a version's file of a table, relative to the store."""
+    readable = {table: re.sub(r"[^A-Za-z0-9._-]", "_", table)[:NAME_CHARS_MAX] for table in image.tables}
+    stem = readable[name]
+    if sum(other == stem for other in readable.values()) > 1:
+        stem = f"{stem}-{list(readable).index(name)}"
+    return f"{VERSIONS_FOLDER}/{number:08d}-{stem}{ROWS_SUFFIX}"
 
 
 class _NewRows:
@@ -210,20 +221,4 @@ def locked_for_publish(path: Path) -> Iterator[None]:
             raise ConfigError(
                 f"another process publishes a version of {path}; wait for it, or end it and run again"
             ) from None
-        yield
-
-
-@contextlib.contextmanager
-def locked_store_soon(path: Path) -> Iterator[None]:
-    """Holds the store's own lock; waits for it, because a commit has it for a moment. Raises `ConfigError` at last."""
-    deadline = time.monotonic() + LOCK_WAIT_S
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(locked_store(path))
-                break
-            except ConfigError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(LOOK_AGAIN_S)
         yield
