@@ -53,7 +53,7 @@ def base_bytes_of(tables: Mapping[str, TableLayout], budget_bytes: int) -> int:
 
 def open_base(path: str | os.PathLike[str], num_bytes: int, io: str) -> Store:
     """Opens the store's own rows, as they were built: no placement, and no version."""
-    return open_store(path, num_bytes, io, placement="none", threads=1)
+    return open_store(path, num_bytes, io, placement="none", threads=1, version=0)
 
 
 class BaseRows:

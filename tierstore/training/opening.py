@@ -96,9 +96,9 @@ def _records(
                 f"{store} was never trained: give an optimizer, such as tierstore.RowWiseAdagrad(lr=0.01)"
             )
         layouts = {name: layout_of(table, optimizer).to_dict() for name, table in image.tables.items()}
-        training = {"build": image.identity, "optimizer": optimizer.to_dict(), "layouts": layouts}
+        training = {"build": image.base_identity, "optimizer": optimizer.to_dict(), "layouts": layouts}
         return optimizer, create_training(store, training)
-    if records.training.get("build") != image.identity:
+    if records.training.get("build") != image.base_identity:
         raise ConfigError(
             f"{store} was built anew since its training began: its commits are of other rows; build into a new folder"
         )

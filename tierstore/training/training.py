@@ -23,6 +23,7 @@ from .commits import Commit, check_room, go_back, pin, read_commits, unpin
 from .health import Health
 from .opened import OpenedTraining
 from .optimizers import Optimizer
+from .publish import publish
 from .table import TrainingTable
 from .ticket import WAIT_S, TrainingTicket
 from .writer import CommitRequest, Writer
@@ -174,8 +175,15 @@ class Training:
         unpin(self._opened.store, number)
 
     def publish(self) -> int:
-        """Publishes the newest commit to readers, as a version of the store; returns its number. Blocks."""
-        raise NotImplementedError
+        """Publishes the newest commit to readers, as a version of the store; returns its number. Blocks.
+
+        Waits for a commit that is under way. If no row differs from the newest version's, that is the one. Raises
+        `ConfigError` if nothing was committed, or another process publishes.
+        """
+        self._health.check()
+        if self._last_ticket is not None:
+            self._last_ticket.wait()
+        return publish(self.path).version
 
     def rollback(self, number: int) -> None:
         """Goes back to a commit, 0 for the store as it was built; drops all that came later, also what was not
