@@ -27,6 +27,7 @@ from tierstore.formats.key_trace import (
 from tierstore.formats.trace import (
     TokenTraceInfo,
     TokenTraceWriter,
+    check_token_ids,
     read_token_documents,
     read_token_pieces,
     read_token_trace_info,
@@ -165,6 +166,22 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_place(tmp_path: Path, ba
     for vocab_size in (0, 2**31 + 1):
         with pytest.raises(ValueError, match=f"vocab_size {vocab_size}"):
             TokenTraceWriter(tmp_path / "t", vocab_size=vocab_size, source="")
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", "<i2", ">i2", "<u2", "<i4", ">i4", "<u4", ">u4", "<i8", ">i8", "<u8"])
+def test_ids_of_every_integer_type_and_stride_are_held_against_the_vocabulary(dtype: str) -> None:
+    limits = np.iinfo(dtype)
+    most = min(int(limits.max), 2**31 - 1)
+    for ids in (np.array([0, most, 5], dtype=dtype), np.array([0, 9, most, 9, 5, 9], dtype=dtype)[::2]):
+        assert check_token_ids(ids, None, "t") == most
+        assert check_token_ids(ids, most + 1, "t") == most
+        with pytest.raises(ValueError, match=rf"t: token 8 has id {most}, the vocabulary has {most} ids"):
+            check_token_ids(ids, most, "t", 7)
+    assert check_token_ids(np.empty(0, dtype=dtype), 1, "t") == -1
+    for bad in sorted({-1, int(limits.min), int(limits.max)} - {0}):
+        if limits.min <= bad < 0 or bad >= 2**31:
+            with pytest.raises(ValueError, match=rf"t: token 1 has id {bad},"):
+                check_token_ids(np.array([3, bad, 4], dtype=dtype), None, "t")
 
 
 def test_an_empty_trace_is_a_trace(tmp_path: Path) -> None:

@@ -222,6 +222,17 @@ def test_a_worker_that_dies_is_an_error_that_names_the_file(tmp_path: Path) -> N
         assert sum(head["rows"] for head, _ in worker.ask(file, request)) == 40  # a new one serves the next file
 
 
+def test_a_worker_for_columns_starts_without_numpy_which_takes_as_long_as_all_else(tmp_path: Path) -> None:
+    file = write_column(tmp_path / "a.parquet", [[1, 2]])
+    with WorkerProcess("column_worker") as worker:
+        worker.send(file, {"do": "describe", "path": str(file), "format": "parquet"})
+        assert worker.receive(file)[0]["rows"] == 1
+        (process,) = psutil.Process().children()
+        loaded = {Path(region.path).name for region in process.memory_maps()}
+        assert any(name.startswith("libarrow.so") for name in loaded)
+        assert not any("multiarray" in name for name in loaded)
+
+
 def test_a_worker_that_gives_no_answer_is_ended_in_time(tmp_path: Path) -> None:
     file = write_column(tmp_path / "a.parquet", [[1, 2]])
     os.mkfifo(tmp_path / "pipe")  # whoever opens it waits for its writer

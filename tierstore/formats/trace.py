@@ -40,8 +40,8 @@ class TokenTraceInfo:
     token_id_max: int
 
 
-def check_token_ids(token_ids: np.ndarray, vocab_size: int | None, where: str, token_start: int = 0) -> None:
-    """Checks token ids, [T], against a vocabulary.
+def check_token_ids(token_ids: np.ndarray, vocab_size: int | None, where: str, token_start: int = 0) -> int:
+    """Checks token ids, [T], against a vocabulary; returns the largest, or -1 for no ids.
 
     Args:
         token_ids: The ids.
@@ -56,12 +56,18 @@ def check_token_ids(token_ids: np.ndarray, vocab_size: int | None, where: str, t
     if token_ids.dtype.kind not in "iu":
         raise TypeError(f"{where}: token ids are {token_ids.dtype}, expected integers")
     limit = TOKEN_ID_MAX + 1 if vocab_size is None else vocab_size
-    if len(token_ids) and not (token_ids.min() >= 0 and token_ids.max() < limit):
+    if not len(token_ids):
+        return -1
+    wide = token_ids.dtype.itemsize >= 4
+    # Read as unsigned, a negative id of 4 or 8 bytes is at least 2^31, beyond every vocabulary: one pass finds both.
+    largest = int((token_ids.view(token_ids.dtype.str.replace("i", "u")) if wide else token_ids).max())
+    if largest >= limit or (not wide and token_ids.min() < 0):
         index = int(np.flatnonzero((token_ids < 0) | (token_ids >= limit))[0])
         raise ValueError(
             f"{where}: token {token_start + index} has id {token_ids[index]}, the vocabulary has {limit} ids from 0 "
             f"on; give the text's own tokenizer or vocabulary size, or the right dtype"
         )
+    return largest
 
 
 class TokenTraceWriter:
@@ -99,7 +105,7 @@ class TokenTraceWriter:
             TypeError: The ids are not integers.
             ValueError: Ids outside the vocabulary, or ends outside the tokens.
         """
-        check_token_ids(token_ids, self._vocab_size, str(self._writer.path), self.num_tokens)
+        largest = check_token_ids(token_ids, self._vocab_size, str(self._writer.path), self.num_tokens)
         ends = np.asarray(document_ends, dtype=np.int64)
         if len(ends) and (ends[0] < 0 or ends[-1] > len(token_ids) or (ends[1:] < ends[:-1]).any()):
             raise ValueError(f"document ends are not ascending from 0 to {len(token_ids)}, the tokens given")
@@ -120,8 +126,7 @@ class TokenTraceWriter:
             self._filled += count
             self.num_tokens += count
             taken += count
-        if len(token_ids):
-            self.token_id_max = max(self.token_id_max, int(token_ids.max()))
+        self.token_id_max = max(self.token_id_max, largest)
 
     def add_document(self, token_ids: np.ndarray) -> None:
         """Appends one whole document, integers [T]; see `add`."""

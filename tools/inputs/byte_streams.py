@@ -25,7 +25,7 @@ from tierstore.units import format_bytes
 from .unfolding import Unfolding
 
 CODECS = ("zstd", "gzip", "xz", "bzip2")
-READ_BYTES = 1 << 22
+READ_BYTES = 1 << 20  # larger pieces are fresh pages each, and leave the processor's cache
 # Compressed bytes at once. A byte of zstd or xz makes at most some 32 KiB: no piece grows past 256 MiB.
 COMPRESSED_READ_BYTES = 1 << 13
 WINDOW_BYTES_MAX = 1 << 31  # of zstd, what --long=31 makes: the decoder keeps as much in memory
