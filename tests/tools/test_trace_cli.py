@@ -100,6 +100,16 @@ def test_a_text_is_the_same_document_whatever_pieces_it_is_read_in(
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
+def test_a_text_in_memory_is_cut_as_its_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_text, "PIECE_CHARACTERS", 4)
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        text = "".join(rng.choice(list("ab\r\n\u2028\U0001f600"), rng.integers(1, 30)))
+        (tmp_path / "a.txt").write_text(text, newline="")
+        of_file = [(part.text, *part[1:3]) for part in token_text.parts_of_file(tmp_path / "a.txt", "", 9)]
+        assert [(part.text, *part[1:3]) for part in token_text.parts_of_document(text, 9)] == of_file
+
+
 @pytest.mark.parametrize("dtype", SUFFIXES)
 @pytest.mark.parametrize("compressed", [False, True], ids=["plain", "zst"])
 @pytest.mark.parametrize("by_name", [False, True], ids=["--dtype", "suffix"])

@@ -6,6 +6,7 @@ Input: documents in parts. Output: `Piece`s in order, in bounded memory. The tok
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from .ids import Piece
 PIECE_CHARACTERS = 1 << 20  # text beyond it is cut at the end of a line
 BATCH_CHARACTERS = 1 << 19
 BATCH_PARTS_MAX = 1 << 14  # of short texts, and of those that are not drawn
+_LINE_END = re.compile(r"\r\n?|\n")  # as files of text have them
 
 
 class TextPart(NamedTuple):
@@ -80,14 +82,16 @@ def parts_of_file(path: Path, codec: str, num_bytes: int) -> Iterator[TextPart]:
 
 def parts_of_document(text: str, input_bytes: int) -> Iterator[TextPart]:
     """Yields one document that is in memory, cut as a file is; nothing of an empty one but its bytes."""
-    file = io.StringIO(text, newline="")
-    starts, part = True, _some_lines(file)
-    if not part:
+    if not text:
         yield TextPart("", False, False, input_bytes)
-    while part:
-        following = _some_lines(file)
-        yield TextPart(part, starts, not following, input_bytes)
-        starts, part, input_bytes = False, following, 0
+    start = 0
+    while start < len(text):  # not by way of a StringIO, which takes four bytes for every character
+        end = min(len(text), start + PIECE_CHARACTERS)
+        if end - start == PIECE_CHARACTERS:
+            line_end = _LINE_END.search(text, end, end + PIECE_CHARACTERS)
+            end = line_end.end() if line_end else min(len(text), end + PIECE_CHARACTERS)
+        yield TextPart(text[start:end], start == 0, end == len(text), input_bytes)
+        start, input_bytes = end, 0
 
 
 def _some_lines(file: io.TextIOBase) -> str:
