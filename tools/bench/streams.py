@@ -24,7 +24,7 @@ from tierstore.units import format_bytes
 
 from ..corpus import python_text_files, train_tokenizer
 from ..trace import write_trace
-from . import page_cache, real_text
+from . import memory, page_cache, real_text
 from .pairs import SUBJECT, Options, Result
 
 SIZE_BYTES = 256 << 20  # of the ids, 4 bytes each
@@ -36,14 +36,10 @@ VOCAB_SIZE = 8192  # of a tokenizer that is trained if there is no real one
 PYARROW, COPY, ONE_JOB = "pyarrow, its column", "cp and sync", "1 job"
 PEAK_BYTES_MAX = 1 << 30
 
-# Prints the most bytes that it and its workers had, each at its own time.
 _TRACE = """
-import resource, sys
+import sys
 from tierstore.tools.trace import write_trace
-jobs = int(sys.argv[4])
-write_trace([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], jobs=jobs)
-own, each = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-print((own + jobs * each) * 1024)
+write_trace([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], jobs=int(sys.argv[4]))
 """
 
 
@@ -134,17 +130,14 @@ def _text(made: Path, options: Options, result: Result) -> None:
         tokenizer = made / "tokenizer.json"
         train_tokenizer(files[:200], VOCAB_SIZE).save(str(tokenizer))
 
+    output = made / "text.trace"
+
     def traced(jobs: int) -> Callable[[], float]:
-        output = made / "text.trace"
         return lambda: _seconds(lambda: write_trace([corpus], output, tokenizer=tokenizer, jobs=jobs), [])
 
     subject = f"{JOBS} jobs"
     sides = {subject: traced(JOBS), ONE_JOB: traced(1)}
     result.compare("text", "character", len(text), sides, options.pairs, {ONE_JOB: 1.8}, subject=subject)
-    done = subprocess.run(
-        [sys.executable, "-c", _TRACE, str(corpus), str(made / "text.trace"), str(tokenizer), str(JOBS)],
-        check=True,
-        capture_output=True,
-    )
-    result.figure(f"memory of a trace of text, {subject}", "bytes", [float(done.stdout)], PEAK_BYTES_MAX)
+    peak = memory.peak_bytes([sys.executable, "-c", _TRACE, *map(str, (corpus, output, tokenizer, JOBS))])
+    result.figure(f"memory of a trace of text, {subject}", "bytes", [float(peak)], PEAK_BYTES_MAX)
     result.facts["processors"] = len(os.sched_getaffinity(0))
