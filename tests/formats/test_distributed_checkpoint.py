@@ -22,9 +22,9 @@ from support.repository import SUPPORT
 import tierstore
 from engram_adapter import build_checkpoint, open_checkpoint
 from tierstore.errors import ConfigError, FormatError, TierStoreError
-from tierstore.formats import distributed_checkpoint, restricted_pickle
+from tierstore.formats import distributed_checkpoint, pickle_checks, restricted_pickle
 from tierstore.formats.checkpoint import Checkpoint
-from tierstore.formats.restricted_pickle import PickleError
+from tierstore.formats.restricted_pickle import PickleError, Record
 
 ROWS, DIM = 101, 8
 
@@ -233,8 +233,53 @@ def test_what_a_pickle_claims_is_refused_before_memory_is_taken_for_it(data: byt
 
 
 def test_a_pickle_with_more_things_than_free_places_of_memo_is_read() -> None:
-    things: list[Any] = [str(number) for number in range(restricted_pickle.MEMO_FREE + 1000)]
+    things: list[Any] = [str(number) for number in range(pickle_checks.MEMO_FREE + 1000)]
     assert restricted_pickle.load(pickle.dumps(things, protocol=2), {}) == things
+
+
+def nested(levels: int) -> bytes:
+    """Opcodes of a tuple of two that are the same tuple of two, and so on: 2^levels, if it were written out."""
+    return b"K\x01K\x01\x86\x94" + b"".join(b"h" + bytes([level]) + b"\x86\x94" for level in range(levels))
+
+
+HARD_KEYS = {
+    "an item": b"}%sNs.",
+    "items": b"}(K\x01N%sNu.",
+    "a dict of its own": b"(%sNd.",
+    "a set": b"\x8f(%s\x90.",
+    "a frozen set": b"(%s\x91.",
+    "a copy": b"}%s2s.",
+    "a size": b"}ctorch\nSize\n%s\x85RNs.",
+    "an argument": b"}crecords\nThing\n%s\x81Ns.",
+    "popped and put": b"%sN0q\x7f0}h\x7fNs.",
+}
+
+
+@pytest.mark.parametrize("how", HARD_KEYS)
+def test_keys_that_would_be_hashed_without_end_are_refused_at_once(how: str) -> None:
+    pair = b"".join(b"2\x86" for _ in range(60))  # without a memo
+    for tuples in (nested(60), b"N" + pair, b"N" + b"\x85" * 101, b"(" + b"N" * 1000 + b"t" + b"2\x862\x86" * 6):
+        data = b"\x80\x04" + HARD_KEYS[how] % tuples
+        with pytest.raises(
+            PickleError, match=r"keys of tuples within tuples, \d+ deep, of \d+ values; at most 100 deep"
+        ):
+            restricted_pickle.load(data, {("torch", "Size"): restricted_pickle.size, ("records", "Thing"): Record})
+
+
+def test_keys_that_are_tuples_and_nested_values_are_read_as_pickle_reads_them() -> None:
+    path = ("model", "layers", (1, "embed"))
+    values = {path: (path, [path, {("a", 1): ()}]), "b": frozenset({path, (1, 2)}), 3: {4, (5,)}}
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        names = {("builtins", name): each for name, each in (("set", set), ("frozenset", frozenset))}
+        names |= {("__builtin__", name): each for (_, name), each in names.items()}
+        assert restricted_pickle.load(pickle.dumps(values, protocol), names) == values
+    assert restricted_pickle.load(b"\x80\x04" + nested(60) + b".", {}) is not None
+
+
+@pytest.mark.parametrize("place", [b"g+0\n", b"h\x01", b"j\1\0\0\0"])
+def test_a_place_of_the_memo_that_is_not_there_is_damage(place: bytes) -> None:
+    with pytest.raises(PickleError, match="it is damaged"):
+        restricted_pickle.load(b"\x80\x04N\x94" + place + b".", {})
 
 
 def test_sizes_that_lie_within_themselves_are_named() -> None:

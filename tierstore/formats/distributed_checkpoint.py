@@ -36,9 +36,9 @@ _NAMES: dict[tuple[str, str], Any] = {
     **named_records("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     **named_records("pathlib", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path"),
     **named_records("pathlib._local", "PosixPath", "WindowsPath"),
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): restricted_pickle.size,
     ("torch", "*"): Word,
-    ("torch.serialization", "_get_layout"): lambda name: Word(name),
+    ("torch.serialization", "_get_layout"): restricted_pickle.word,
 }
 
 

@@ -96,9 +96,9 @@ def _described(data: bytes) -> _Tensor:
         ("torch._utils", "_rebuild_tensor_v2"): _rebuilt,
         ("torch._utils", "_rebuild_tensor_v3"): _rebuilt_typed,
         ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-        ("collections", "OrderedDict"): OrderedDict,
+        ("collections", "OrderedDict"): lambda: OrderedDict(),  # filled by opcodes, which are checked
         ("torch.storage", "*"): Word,
-        ("torch", "Size"): tuple,
+        ("torch", "Size"): restricted_pickle.size,
         ("torch", "*"): Word,
     }
     try:
