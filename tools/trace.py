@@ -128,7 +128,7 @@ def write_trace(
             eos=eos,
             jobs=jobs,
         )
-        tracing = Tracing(Reader(columns, chat), settings, None if sample is None else Sample(sample, seed))
+        tracing = Tracing(Reader(columns, chat, spool), settings, None if sample is None else Sample(sample, seed))
         info = _write(tracing, found, output, vocab_size, on_progress)
     seconds = time.perf_counter() - started
     num_eos = None if eos is None else tracing.num_eos

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from tierstore.errors import BudgetError, ConfigError, FormatError
 from tierstore.formats.trace import read_token_documents
 from tierstore.tools.corpus import train_tokenizer
-from tierstore.tools.inputs import chat, unfolding
+from tierstore.tools.inputs import chat, spool, unfolding
 from tierstore.tools.inputs.columns import ColumnReader
 from tierstore.tools.inputs.fields import Field, NoField
 from tierstore.tools.inputs.ids import Piece
@@ -622,6 +622,42 @@ def test_what_readers_seek_in_may_be_compressed_too(tmp_path: Path) -> None:
         trace_of([tmp_path / "a.npy.gz"])
 
 
+def test_any_number_of_compressed_arrays_takes_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "HELD_MAX", 3)
+    expected = expected_trace(tmp_path, times=5)
+    (tmp_path / "in").mkdir()
+    for number, document in enumerate(DOCUMENTS * 5):
+        np.save(tmp_path / "a.npy", document)
+        (tmp_path / "in" / f"{number:02}.npy.gz").write_bytes(gzip.compress((tmp_path / "a.npy").read_bytes()))
+    open_before, most = len(os.listdir("/proc/self/fd")), 0
+
+    def count(_done: int, _total: int) -> None:
+        nonlocal most
+        most = max(most, len(os.listdir("/proc/self/fd")) - open_before)
+
+    inputs = [tmp_path / "in", tmp_path / "in" / "00.npy.gz", tmp_path / "in" / "00.npy.gz"]
+    write_trace(inputs, tmp_path / "t", on_progress=count)
+    assert 3 <= most <= 3 + 4  # the trace, the file that is read, and its copy
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert trace_of([tmp_path / "in"]) == expected
+
+
+def test_a_compressed_array_that_is_replaced_before_it_is_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "HELD_MAX", 0)
+    np.save(tmp_path / "a.npy", DOCUMENTS[0])
+    for name in "ab":
+        (tmp_path / f"{name}.npy.gz").write_bytes(gzip.compress((tmp_path / "a.npy").read_bytes()))
+
+    def replace(_done: int, _total: int) -> None:
+        (tmp_path / "b.npy.gz").write_bytes(gzip.compress((tmp_path / "a.npy").read_bytes() + b"more"))
+
+    with pytest.raises(ConfigError, match=r"^\S*b\.npy\.gz was changed while it was read; trace it again"):
+        write_trace([tmp_path / "a.npy.gz", tmp_path / "b.npy.gz"], tmp_path / "t", on_progress=replace)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "a.npy.gz", "b.npy.gz"]
+
+
 # Chats
 
 
@@ -706,8 +742,8 @@ def test_an_interrupt_ends_the_workers_and_leaves_nothing(
 
 
 def test_an_error_names_the_source_of_its_copy_however_many_copies_there_are(tmp_path: Path) -> None:
-    with Spool(tmp_path) as spool:
+    with Spool(tmp_path) as copies:
         for number in range(120):  # descriptors of one, two and three digits: some begin like others
-            path = spool.copy([b""], f"source {number}")
-            with pytest.raises(FormatError, match=rf"^source {number}: damaged$"), spool.naming_sources():
+            path = copies.copy([b""], f"source {number}")
+            with pytest.raises(FormatError, match=rf"^source {number}: damaged$"), copies.naming_sources():
                 raise FormatError(f"{path}: damaged")

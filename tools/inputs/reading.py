@@ -7,7 +7,7 @@ memory. Errors: those of the readers, each by file and place.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from .ids import LLMC_HEADER_BYTES, Piece, npy_pieces, raw_pieces
 from .json_lines import documents_of_lines
 from .megatron_pairs import read_index
 from .samples import documents_of_samples
+from .spool import Spool
 from .tar_members import documents_of_members
 from .text import TextPart, parts_of_document, parts_of_file
 from .token_input import TokenInput
@@ -30,13 +31,18 @@ BATCH_TOKENS = 1 << 18  # of documents that come one by one, as a piece
 
 @dataclass(frozen=True)
 class Reader:
-    """What reading needs besides the input itself."""
+    """What reading needs besides the input itself. spool: has copies of compressed files whose readers seek."""
 
     columns: ColumnReader
     chat: ChatTemplate
+    spool: Spool
 
     def text_parts(self, source: TokenInput) -> Iterator[TextPart]:
         """Yields the text of an input that needs a tokenizer."""
+        if source.unfolds:
+            with self.spool.unfolded(source.path, source.unfolds) as copy:
+                yield from self.text_parts(replace(source, path=copy, unfolds=""))
+            return
         if source.kind == "text":
             yield from parts_of_file(source.path, source.codec, source.num_bytes)
             return
@@ -51,6 +57,8 @@ class Reader:
         lengths: int64 [documents], tokens of each document, if the file does not say it itself. vocab_size: ids are
         below it.
         """
+        if source.unfolds:
+            return self._unfolded_pieces(source, vocab_size, lengths)
         if lengths is not None and source.kind not in ("npy", "raw", "llmc"):
             raise ConfigError(f"{source.path} says itself where its documents end; leave --doclens out")
         if source.kind == "npy":
@@ -65,6 +73,12 @@ class Reader:
         if source.index is not None:
             lengths = read_index(source.index, source.path).lengths
         return raw_pieces(source.path, source.codec, source.dtype, lengths, vocab_size, skip_bytes)
+
+    def _unfolded_pieces(
+        self, source: TokenInput, vocab_size: int | None, lengths: np.ndarray | None
+    ) -> Iterator[Piece]:
+        with self.spool.unfolded(source.path, source.unfolds) as copy:
+            yield from self.id_pieces(replace(source, path=copy, unfolds=""), vocab_size, lengths)
 
     def _documents(self, source: TokenInput) -> Iterator[tuple[str | np.ndarray, int]]:
         """Yields (a document, bytes of the file that were read for it) of inputs with a field."""

@@ -9,6 +9,7 @@ packed or indexed data is never taken for ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from tierstore.errors import ConfigError, FormatError
 from tierstore.formats.content import HEAD_BYTES, Content, recognise, unfinished_download
 
-from .byte_streams import CODECS, count_bytes, first_bytes, read_chunks
+from .byte_streams import CODECS, count_bytes, first_bytes
 from .columns import KINDS as COLUMN_KINDS
 from .columns import ColumnReader
 from .fields import Field, NoField
@@ -136,7 +137,8 @@ class Finder:
         if content is None or (content.kind == "html" and WEB_SUFFIXES & set(path.suffixes)):
             return None
         if codec and content.kind in SEEKING_KINDS:
-            return self.input_of(self._spool.copy((data for data, _ in read_chunks(path, codec)), str(path)))
+            with self._spool.unfolded(path, codec, hold=True) as copy:
+                return replace(self.input_of(copy), path=path, unfolds=codec)
         if content.kind == "npy":
             with path.open("rb") as file:
                 npy_header(file, path)  # refused before hours of work, not after

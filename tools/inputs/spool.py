@@ -19,7 +19,11 @@ from typing import IO
 from tierstore.causes import naming
 from tierstore.errors import ConfigError, TierStoreError
 
+from .byte_streams import read_chunks
+from .token_input import FileIdentity, file_identity
+
 STANDARD_INPUT = Path("-")
+HELD_MAX = 64  # copies of compressed files: each takes a descriptor, of which a process may have 1,024
 _READ_BYTES = 1 << 20
 _OPEN_ALREADY = ("/dev/fd/", "/proc/self/fd/")  # what shells give for <(command)
 
@@ -30,8 +34,10 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         """folder: where the copies lie."""
         self._folder = folder
-        self._files: list[IO[bytes]] = []
+        self._files: dict[Path, IO[bytes]] = {}
         self._shown: dict[str, str] = {}  # what stands in messages for the path of a copy
+        self._held: dict[tuple[Path, str], Path] = {}  # copies by compressed file and codec, until they are read
+        self._seen: dict[tuple[Path, str], FileIdentity] = {}  # of those files, when they were copied first
 
     def is_pipe(self, path: Path) -> bool:
         """Whether a path stands for something open already, that can be read once and from its start only."""
@@ -51,8 +57,8 @@ class Spool:
         """Returns the path of a copy of bytes. shown: what stands for it in messages."""
         with naming(f"a copy of {shown}", self._folder, writing=True):
             file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed with this)
-            self._files.append(file)
-        path = Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
+            path = Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
+            self._files[path] = file
         self._shown[str(path)] = shown
         for chunk in chunks:
             with naming(f"a copy of {shown}", self._folder, writing=True):
@@ -60,6 +66,32 @@ class Spool:
         with naming(f"a copy of {shown}", self._folder, writing=True):
             file.flush()
         return path
+
+    @contextlib.contextmanager
+    def unfolded(self, path: Path, codec: str, *, hold: bool = False) -> Iterator[Path]:
+        """Gives the path of a copy of what a compressed file holds, for as long as the body takes; its errors name the
+        file. Blocks on the disk.
+
+        hold: it is wanted again, by the same arguments. Of HELD_MAX files the copy is held until then; others are
+        copied once more, and `ConfigError` is raised if somebody wrote to them meanwhile.
+        """
+        key, now = (path, codec), file_identity(path)
+        copy = self._held.pop(key, None)
+        if copy is None:
+            if not hold and self._seen.get(key, now) != now:
+                raise ConfigError(f"{path} was changed while it was read; trace it again once it is whole")
+            copy = self.copy((data for data, _ in read_chunks(path, codec)), str(path))
+        try:
+            with self.naming_sources():
+                yield copy
+            if hold:
+                self._seen[key] = now
+            if hold and len(self._held) < HELD_MAX:
+                self._held[key] = copy
+        finally:
+            if self._held.get(key) != copy:
+                del self._shown[str(copy)]
+                self._files.pop(copy).close()
 
     @contextlib.contextmanager
     def naming_sources(self) -> Iterator[None]:
@@ -84,4 +116,4 @@ class Spool:
 
     def __exit__(self, *_: object) -> None:
         while self._files:
-            self._files.pop().close()
+            self._files.popitem()[1].close()

@@ -28,6 +28,9 @@ class SampleLayout:
     packing: str = ""
 
 
+FileIdentity = tuple[int, int, int, int]
+
+
 @dataclass(frozen=True)
 class TokenInput:
     """One file. kind: "text", "json-lines", "npy", "raw", "llmc", "megatron", "parquet", "arrow-file", "arrow-stream",
@@ -35,6 +38,7 @@ class TokenInput:
 
     dtype: NumPy's name of the ids of raw, llmc and megatron. field: of lines, columns, samples and members. index:
     Megatron's .idx. layout: of samples. part: (first byte, bytes) of the Arrow file within it, None if it is all.
+    unfolds: what compressed a file whose reader seeks, and reads a copy therefore; num_bytes is of the copy.
     """
 
     path: Path
@@ -46,6 +50,7 @@ class TokenInput:
     index: Path | None = None
     layout: SampleLayout | None = None
     part: tuple[int, int] | None = None
+    unfolds: str = ""
 
     @property
     def is_text(self) -> bool:
@@ -63,3 +68,9 @@ class LeftOut(NamedTuple):
 
     path: Path
     why: str
+
+
+def file_identity(path: Path) -> FileIdentity:
+    """Returns what changes if somebody replaces a file or writes to it."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -22,7 +22,7 @@ from .ids import Piece
 from .reading import Reader
 from .sampling import Sample
 from .text import TextPart, text_pieces
-from .token_input import TokenInput
+from .token_input import TokenInput, file_identity
 from .tokenizing import Tokenizing, default_jobs
 
 
@@ -89,12 +89,7 @@ class Tracing:
 
 def _unchanged(source: TokenInput, parts: Iterator[Any]) -> Iterator[Any]:
     """Yields what was read of a file; raises `ConfigError` at its end if somebody wrote to the file meanwhile."""
-    before = _identity(source.path)
+    before = file_identity(source.path)
     yield from parts
-    if _identity(source.path) != before:
+    if file_identity(source.path) != before:
         raise ConfigError(f"{source.path} was changed while it was read; trace it again once it is whole")
-
-
-def _identity(path: Path) -> tuple[int, int, int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
