@@ -222,12 +222,29 @@ def test_a_worker_that_dies_is_an_error_that_names_the_file(tmp_path: Path) -> N
         assert sum(head["rows"] for head, _ in worker.ask(file, request)) == 40  # a new one serves the next file
 
 
+@pytest.mark.parametrize(
+    ("program", "remedy"),
+    [
+        ("column_worker", "the file is damaged, or needs more than .* in smaller row groups"),
+        ("text_worker", "a text in it, or in an input that follows, ends the tokenizer, .* one by one to find it"),
+        ("chat_worker", "a chat in it ends the chat template, .* take out its longest chats"),
+    ],
+)
+def test_the_remedy_for_a_worker_that_dies_is_about_what_it_does(program: str, remedy: str) -> None:
+    with WorkerProcess(program) as worker:
+        worker.send(Path("given"), {"do": "nothing that it knows"})
+        worker.kill()
+        with pytest.raises(FormatError, match=rf"given: the process that reads it ended \(SIGKILL\); {remedy}"):
+            worker.receive(Path("given"))
+
+
 def test_a_worker_for_columns_starts_without_numpy_which_takes_as_long_as_all_else(tmp_path: Path) -> None:
     file = write_column(tmp_path / "a.parquet", [[1, 2]])
+    before = psutil.Process().children()
     with WorkerProcess("column_worker") as worker:
         worker.send(file, {"do": "describe", "path": str(file), "format": "parquet"})
         assert worker.receive(file)[0]["rows"] == 1
-        (process,) = psutil.Process().children()
+        (process,) = (each for each in psutil.Process().children() if each not in before)
         loaded = {Path(region.path).name for region in process.memory_maps()}
         assert any(name.startswith("libarrow.so") for name in loaded)
         assert not any("multiarray" in name for name in loaded)
@@ -452,6 +469,20 @@ def test_objects_and_arrays_in_an_archive_are_documents(tmp_path: Path) -> None:
     (tmp_path / "pictures.tar").write_bytes(archive_of([("0.jpg", bytes(100)), ("0.cls", b"1")]))
     with pytest.raises(ConfigError, match="without text or token ids: its members are of these kinds: jpg, cls"):
         trace_of([tmp_path / "pictures.tar"])
+
+
+def test_an_id_outside_the_vocabulary_is_named_by_member_and_sample(tmp_path: Path) -> None:
+    members = [("a/1.json", b"[1, 2]"), ("a/2.json", b"[3, 50]")]
+    (tmp_path / "s.tar").write_bytes(archive_of(members))
+    samples = [{"tokens": mosaic_array(np.array(ids), with_type=True)} for ids in ([1, 2], [3, 50])]
+    items = [{"ids": np.array(ids, "<i4").tobytes()} for ids in ([1, 2], [3, 50])]
+    for given, place in (
+        (tmp_path / "s.tar", r"s\.tar: member a/2\.json"),
+        (mosaic_folder(tmp_path / "mds", {"tokens": "ndarray"}, [samples]), r"shard\.00000\.mds: sample 1"),
+        (litdata_folder(tmp_path / "lit", {"ids": "no_header_numpy:2"}, [items]), r"chunk-0-0\.bin: sample 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"{place}: token 1 has id 50, the vocabulary has 50 ids"):
+            trace_of([given], vocab_size=50)
 
 
 @pytest.mark.parametrize("kind", [tarfile.AREGTYPE, tarfile.CONTTYPE], ids=["of before 1988", "contiguous"])

@@ -369,7 +369,7 @@ def test_a_line_that_is_unlike_the_first_is_named_by_its_number(tmp_path: Path, 
 
 def test_ids_of_lines_are_held_against_the_vocabulary(tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "c.jsonl", [{"input_ids": [1, 2]}, {"input_ids": [3, 7, -1]}])
-    with pytest.raises(ValueError, match=r"c\.jsonl: token 3 has id 7, the vocabulary has 5 ids"):
+    with pytest.raises(ValueError, match=r"c\.jsonl: line 2: token 1 has id 7, the vocabulary has 5 ids"):
         traced(lines, vocab_size=5)
 
 

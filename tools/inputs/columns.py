@@ -22,6 +22,7 @@ from tierstore.formats.trace import check_token_ids
 from .fields import CHAT, Field, NoField, choose_field
 from .ids import Piece
 from .processes import WorkerProcess
+from .token_input import Document
 from .unfolding import Unfolding
 
 KINDS = {"parquet", "arrow-file", "arrow-stream"}
@@ -63,17 +64,16 @@ class ColumnReader:
             yield Piece(ids, ends, taken)
             row += len(lengths)
 
-    def texts(
-        self, path: Path, kind: str, field: Field, part: tuple[int, int] | None = None
-    ) -> Iterator[tuple[str, int]]:
-        """Yields (the text of each row, bytes of the file that were read for it). Of chat the messages in JSON."""
+    def texts(self, path: Path, kind: str, field: Field, part: tuple[int, int] | None = None) -> Iterator[Document]:
+        """Yields the text of each row. Of chat the messages in JSON."""
+        row = 0
         for head, lengths, values, taken in self._batches(path, kind, field, part):
             end = 0
             for length in lengths.tolist():
                 data = bytes(values[end : end + length])
                 end += length
-                yield data.decode(errors="replace"), taken
-                taken = 0
+                yield Document(data.decode(errors="replace"), taken, f"{path}, row {row}")
+                row, taken = row + 1, 0
             if end != len(values) or head["sort"] not in (field.sort, CHAT):
                 raise FormatError(f"{path}: a batch of {len(values)} bytes has texts of {end}; copy it again")
 

@@ -18,6 +18,7 @@ from tierstore.errors import ConfigError
 
 from .byte_streams import ChunkFile
 from .fields import CHAT, IDS, TEXT, Field, NoField, choose_field
+from .token_input import Document
 
 SUFFIXES = {".jsonl", ".ndjson"}
 LINE_BYTES_MAX = 1 << 28  # one document
@@ -70,8 +71,8 @@ def _sort(value: Any) -> str | None:
     return IDS if all(type(each) is int for each in value) else None
 
 
-def documents_of_lines(path: Path, codec: str, field: Field) -> Iterator[tuple[str | np.ndarray, int]]:
-    """Yields (the document of each line that is not blank, bytes of the file that were read for it)."""
+def documents_of_lines(path: Path, codec: str, field: Field) -> Iterator[Document]:
+    """Yields the document of each line that is not blank."""
     with ChunkFile(path, codec) as raw, io.BufferedReader(raw, 1 << 16) as file:
         consumed = number = 0
         while line := file.readline(LINE_BYTES_MAX + 1):
@@ -81,7 +82,8 @@ def documents_of_lines(path: Path, codec: str, field: Field) -> Iterator[tuple[s
                     f"{path}: line {number} is longer than {LINE_BYTES_MAX} bytes; is each document a line?"
                 )
             if line.strip():
-                yield document_of_json(line, field, f"{path}: line {number}"), raw.consumed - consumed
+                where = f"{path}: line {number}"
+                yield Document(document_of_json(line, field, where), raw.consumed - consumed, where)
                 consumed = raw.consumed
 
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -47,13 +47,44 @@ _ENVIRONMENT = {
 _LEFT_OUT = {"PYTHONSAFEPATH"}  # workers import from their own folder
 
 
+class _Words(NamedTuple):
+    """What errors say of a worker that dies (cause, remedy), gives no answer (late), or lacks memory (smaller)."""
+
+    cause: str
+    remedy: str
+    late: str
+    smaller: str
+
+
+_WORDS = {
+    "column_worker": _Words(
+        "the file is damaged",
+        "copy it again, or write it in smaller row groups or batches",
+        "copy the file again, or try it on a disk that answers",
+        "write it in smaller row groups or batches, or take out its longest documents",
+    ),
+    "text_worker": _Words(
+        "a text in it, or in an input that follows, ends the tokenizer",
+        "trace the inputs one by one to find it, and leave it out, or update tokenizers",
+        "trace the inputs one by one to find the text that takes so long, and leave it out",
+        "take out its longest documents, or give a smaller tokenizer",
+    ),
+    "chat_worker": _Words(
+        "a chat in it ends the chat template",
+        "take out its longest chats, or correct the template",
+        "its chat template has a loop without end, or a chat is very long: correct the template, or take that out",
+        "take out its longest chats, or correct the template",
+    ),
+}
+
+
 class WorkerProcess:
     """One worker, started when it is first asked; use it with `with`, which ends it. One thread at a time."""
 
     def __init__(self, program: str, *, memory_bytes: int = MEMORY_BYTES, answer_s: float = ANSWER_S) -> None:
         """program: the name of a file of `workers/`."""
         self._program = Path(worker_messages.__file__).with_name(f"{program}.py")
-        self._memory_bytes, self.answer_s = memory_bytes, answer_s
+        self._memory_bytes, self.answer_s, self._words = memory_bytes, answer_s, _WORDS[program]
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
 
@@ -106,8 +137,8 @@ class WorkerProcess:
         except TimeoutError as error:
             self.close()
             raise FormatError(
-                f"{path}: the process that reads it gave no answer in {self.answer_s:.0f} s and was ended; copy the "
-                f"file again, or try it on a disk that answers"
+                f"{path}: the process that reads it gave no answer in {self.answer_s:.0f} s and was ended; "
+                f"{self._words.late}"
             ) from error
         if "error" in answer:
             raise self._error(path, answer)
@@ -149,9 +180,8 @@ class WorkerProcess:
         how = f"status {status}" if status is None or status >= 0 else _signal_name(-status)
         last = f"; {words[-1]:.300}" if words else ""
         return FormatError(
-            f"{path}: the process that reads it ended ({how}{last}); the file is damaged, or its parts are larger than "
-            f"the {format_bytes(self._memory_bytes)} that the process may take: copy it again, or write it in smaller "
-            f"row groups or batches"
+            f"{path}: the process that reads it ended ({how}{last}); {self._words.cause}, or needs more than the "
+            f"{format_bytes(self._memory_bytes)} that the process may take: {self._words.remedy}"
         )
 
     def _error(self, path: Path, answer: Mapping[str, Any]) -> Exception:
@@ -161,7 +191,7 @@ class WorkerProcess:
         if kind == "memory":
             return BudgetError(
                 f"{path}: more than the {format_bytes(self._memory_bytes)} that the process which reads it may take "
-                f"({text:.300}); write it in smaller row groups or batches, or take out its longest documents"
+                f"({text:.300}); {self._words.smaller}"
             )
         if kind == "system":
             return OSError(int(answer["errno"]), os.strerror(int(answer["errno"])), str(path))

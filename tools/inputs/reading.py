@@ -24,7 +24,7 @@ from .samples import documents_of_samples
 from .spool import Spool
 from .tar_members import documents_of_members
 from .text import TextPart, parts_of_document, parts_of_file
-from .token_input import TokenInput
+from .token_input import Document, TokenInput
 
 BATCH_TOKENS = 1 << 18  # of documents that come one by one, as a piece
 
@@ -46,9 +46,9 @@ class Reader:
         if source.kind == "text":
             yield from parts_of_file(source.path, source.codec, source.num_bytes)
             return
-        for number, (document, input_bytes) in enumerate(self._documents(source)):
-            assert isinstance(document, str), "the field holds text"
-            text = self.chat.render(source.path, number, document) if source.is_chat else document
+        for number, (content, input_bytes, _) in enumerate(self._documents(source)):
+            assert isinstance(content, str), "the field holds text"
+            text = self.chat.render(source.path, number, content) if source.is_chat else content
             yield from parts_of_document(text, input_bytes)
 
     def id_pieces(self, source: TokenInput, vocab_size: int | None, lengths: np.ndarray | None) -> Iterator[Piece]:
@@ -80,8 +80,8 @@ class Reader:
         with self.spool.unfolded(source.path, source.unfolds) as copy:
             yield from self.id_pieces(replace(source, path=copy, unfolds=""), vocab_size, lengths)
 
-    def _documents(self, source: TokenInput) -> Iterator[tuple[str | np.ndarray, int]]:
-        """Yields (a document, bytes of the file that were read for it) of inputs with a field."""
+    def _documents(self, source: TokenInput) -> Iterator[Document]:
+        """Yields the documents of inputs with a field."""
         assert source.field is not None
         if source.kind in COLUMN_KINDS:
             return self.columns.texts(source.path, source.kind, source.field, source.part)
@@ -94,14 +94,13 @@ class Reader:
     def _gathered(self, source: TokenInput, vocab_size: int | None) -> Iterator[Piece]:
         """Yields pieces of some BATCH_TOKENS of documents that come one by one."""
         ids: list[np.ndarray] = []
-        num_tokens = num_gathered = taken = 0
-        for document, input_bytes in self._documents(source):
-            assert isinstance(document, np.ndarray), "the field holds ids"
-            check_token_ids(document, vocab_size, str(source.path), num_tokens)
-            num_tokens += len(document)
-            num_gathered += len(document)
+        num_gathered = taken = 0
+        for content, input_bytes, where in self._documents(source):
+            assert isinstance(content, np.ndarray), "the field holds ids"
+            check_token_ids(content, vocab_size, where)
+            num_gathered += len(content)
             taken += input_bytes
-            ids.append(document.astype(np.int32))  # int64 and uint64 side by side would become floats
+            ids.append(content.astype(np.int32))  # int64 and uint64 side by side would become floats
             if num_gathered >= BATCH_TOKENS:
                 yield _piece(ids, taken)
                 ids, num_gathered, taken = [], 0, 0

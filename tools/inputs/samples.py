@@ -24,7 +24,7 @@ import zstandard
 from tierstore.errors import ConfigError, FormatError
 
 from .byte_streams import ChunkFile
-from .token_input import SampleLayout, TokenInput
+from .token_input import Document, SampleLayout, TokenInput
 
 SAMPLE_BYTES_MAX = 1 << 28
 SAMPLES_MAX = 1 << 26  # of a shard: their offsets are in memory
@@ -38,8 +38,8 @@ _FRAMED_MAGIC = b"LDFZ01\0\0"
 _FRAMED_HEAD, _FRAME = struct.Struct("<8sHHIII"), struct.Struct("<IIQII")
 
 
-def documents_of_samples(source: TokenInput) -> Iterator[tuple[str | np.ndarray, int]]:
-    """Yields (the field of each sample, bytes of the file that were read for it). Blocks on the disk."""
+def documents_of_samples(source: TokenInput) -> Iterator[Document]:
+    """Yields the field of each sample. Blocks on the disk."""
     layout, path = source.layout, source.path
     assert layout is not None
     decode = decoder_of(layout.encoding)
@@ -58,7 +58,7 @@ def documents_of_samples(source: TokenInput) -> Iterator[tuple[str | np.ndarray,
                 document = decode(_column(sample, layout, where), where)
             except (ValueError, IndexError, struct.error, RecursionError, zstandard.ZstdError) as error:
                 raise FormatError(f"{where} is damaged ({error}); copy the data set again") from error
-            yield document, raw.consumed - consumed
+            yield Document(document, raw.consumed - consumed, where)
             consumed = raw.consumed
 
 

@@ -24,6 +24,7 @@ from .byte_streams import ChunkFile
 from .fields import IDS, TEXT, Field, MemberField, NoField
 from .ids import NPY_ERRORS
 from .json_lines import document_of_json, field_of_json
+from .token_input import Document
 
 BLOCK_BYTES = 512
 MEMBER_BYTES_MAX = 1 << 28  # of a document
@@ -81,8 +82,8 @@ def _field_of_member(member: _Member, wanted: str | None) -> MemberField | NoFie
     return None
 
 
-def documents_of_members(path: Path, codec: str, field: Field) -> Iterator[tuple[str | np.ndarray, int]]:
-    """Yields (the document of each member that has the field's extension, bytes of the file read for it)."""
+def documents_of_members(path: Path, codec: str, field: Field) -> Iterator[Document]:
+    """Yields the document of each member that has the field's extension."""
     assert isinstance(field, MemberField)
     consumed = 0
     for member, taken in _members(path, codec, (field.extension,)):
@@ -96,7 +97,7 @@ def documents_of_members(path: Path, codec: str, field: Field) -> Iterator[tuple
             document = member.data.decode(errors="replace").removeprefix("\ufeff")
         else:
             document = _array(member.data, where)
-        yield document, taken - consumed
+        yield Document(document, taken - consumed, where)
         consumed = taken
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from .fields import CHAT, Field
 
 
@@ -61,6 +63,15 @@ class TokenInput:
     def is_chat(self) -> bool:
         """Whether it needs the tokenizer's chat template too."""
         return self.field is not None and self.field.sort == CHAT
+
+
+class Document(NamedTuple):
+    """A text, the messages of a chat in JSON, or ids [tokens]; the bytes of the file that were read for it; its place,
+    with the file's path, for errors."""
+
+    content: str | np.ndarray
+    input_bytes: int
+    where: str
 
 
 class LeftOut(NamedTuple):
