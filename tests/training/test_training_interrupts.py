@@ -1,0 +1,186 @@
+"""Ctrl-C and MemoryError at any line of a call leave the rows as before it, or the training broken by name."""
+
+from __future__ import annotations
+
+import linecache
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+from support.trainable import Pair, Trainable, make_trainable, tiny_caches
+
+import tierstore
+
+ADAGRAD = tierstore.RowWiseAdagrad(lr=0.05)
+TRACED = str(Path(tierstore.__file__).parent / "training")
+LINES_MAX = 400
+
+
+@pytest.fixture(scope="module")
+def trainable(tmp_path_factory: pytest.TempPathFactory) -> Trainable:
+    return make_trainable(tmp_path_factory.mktemp("trainable"), num_rows=60, codecs={"bf16": "bf16"})
+
+
+@pytest.fixture(scope="module")
+def built(trainable: Trainable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("built") / "store"
+    trainable.model.build(store)
+    return store
+
+
+class Interrupted:
+    """Raises at the n-th line that the training's own files run in this thread.
+
+    Not where a `with` ends: Python names its line once more before it calls `__exit__`, and runs no signal handler
+    there.
+    """
+
+    def __init__(self, number: int, error: type[BaseException]) -> None:
+        self.left, self.error, self.was_raised = number, error, False
+        self._entered = set[tuple[int, int]]()
+
+    def __enter__(self) -> Interrupted:
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
+        if not frame.f_code.co_filename.startswith(TRACED):
+            return None
+        if event == "line" and not self._ends_with(frame):
+            self.left -= 1
+            if self.left == 0:
+                self.was_raised = True
+                raise self.error("at " + frame.f_code.co_name)
+        return self._trace
+
+    def _ends_with(self, frame: FrameType) -> bool:
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        at = (id(frame), frame.f_lineno)
+        if not line.startswith("with "):
+            return False
+        self._entered ^= {at}
+        return at not in self._entered
+
+
+def sweep(pair: Pair, act: Callable[[Pair], None], error: type[BaseException], every: int = 1) -> int:
+    """Interrupts `act` at line 1, 2, 3 ... until it ends by itself; returns how often the training was broken.
+
+    After each, all rows must be what they were before: as the oracle has them, which takes no step here.
+    """
+    num_broken = 0
+    for number in range(1, LINES_MAX * every, every):
+        try:
+            with Interrupted(number, error) as interrupted:
+                act(pair)
+        except error:
+            assert interrupted.was_raised
+        if not interrupted.was_raised:
+            return num_broken
+        if pair.training.is_broken:
+            num_broken += 1
+            with pytest.raises(tierstore.StoreNotReadyError, match="broken"):
+                pair.training["bf16"].gather(np.arange(3))
+            pair.reopen(1)
+        assert pair.training["bf16"].stats()["num_pinned"] == 0
+        pair.check_all()
+    raise AssertionError("the call has more lines than the sweep")
+
+
+def apply(row_ids: np.ndarray) -> Callable[[Pair], None]:
+    gradients = np.ones((len(row_ids), 32), dtype=np.float32)
+    return lambda pair: pair.training["bf16"].apply(row_ids, gradients)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("num_slots", [1000, 8])
+def test_a_step_that_is_interrupted_changed_no_row_or_broke_the_training_by_name(
+    trainable: Trainable, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any, num_slots: int
+) -> None:
+    store = Path(shutil.copytree(built, tmp_path / "store"))
+    tiny_caches(monkeypatch, num_slots)
+    pair = Pair(trainable, store, ADAGRAD, seed=0)
+    pair.steps(1)
+    pair.commit(1).wait()
+    num_broken = sweep(pair, apply(np.array([5, 9, 5, 30, 31, 32, 33, -1])), error, every=1 if num_slots > 8 else 5)
+    assert num_broken > 0  # after the last record was changed, it is too late to take it back
+    pair.training.close()
+
+
+@pytest.mark.parametrize("num_slots", [1000, 8])
+def test_a_gather_or_a_pin_that_is_interrupted_leaves_nothing_behind(
+    trainable: Trainable, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_slots: int
+) -> None:
+    store = Path(shutil.copytree(built, tmp_path / "store"))
+    tiny_caches(monkeypatch, num_slots)
+    pair = Pair(trainable, store, ADAGRAD, seed=0)
+    pair.steps(1)
+    pair.commit(1).wait()
+    row_ids = np.arange(20)
+
+    def gather(pair: Pair) -> None:
+        pair.training["bf16"].gather(row_ids)
+
+    def pin(pair: Pair) -> None:
+        with pair.training["bf16"].pinned(row_ids):
+            pass
+
+    def prefetch(pair: Pair) -> None:
+        pair.training.prefetch({"bf16": row_ids})
+
+    for act in (gather, pin, prefetch):
+        assert sweep(pair, act, KeyboardInterrupt) == 0
+    pair.training.close()
+
+
+def test_a_commit_that_is_interrupted_happens_whole_or_not_at_all(
+    trainable: Trainable, built: Path, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(built, tmp_path / "store"))
+    pair = Pair(trainable, store, ADAGRAD, seed=0)
+    for number in range(1, LINES_MAX, 3):
+        pair.steps(1, 10)
+        try:
+            with Interrupted(number, KeyboardInterrupt) as interrupted:
+                pair.training.commit(number).wait()
+        except KeyboardInterrupt:
+            assert not pair.training.is_broken
+        pair.check_all()
+        if not interrupted.was_raised:
+            break
+    pair.commit(1000).wait()
+    pair.check_all()
+    pair.reopen(1000)
+    pair.check_all()
+    pair.training.close()
+
+
+def test_an_opening_or_closing_that_is_interrupted_leaves_no_lock(
+    trainable: Trainable, built: Path, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(built, tmp_path / "store"))
+    pair = Pair(trainable, store, ADAGRAD, seed=0)
+    pair.steps(1)
+    pair.commit(1).wait()
+    pair.training.close()
+    for number in range(1, LINES_MAX * 4, 17):
+        opened = []
+        try:
+            with Interrupted(number, KeyboardInterrupt) as interrupted:
+                opened.append(tierstore.open_training(store, dram="16MiB"))
+                opened[0].close()
+        except KeyboardInterrupt:
+            for training in opened:
+                training.close()
+        if not interrupted.was_raised:
+            break
+    pair.training = tierstore.open_training(store, dram="16MiB")
+    pair.check_all()
+    pair.training.close()
