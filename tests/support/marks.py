@@ -73,6 +73,8 @@ MARKS: dict[str, tuple[str, ...]] = {
     "tiers/test_hbm_quiet": ("gpu",),
     "tiers/test_hbm_rows": ("gpu",),
     "tiers/test_hbm_times": ("gpu",),
+    "training/test_training_interrupts": ("long",),
+    "training/test_training_memory": ("process",),
     "tools/test_bench": ("process",),
     "tools/test_bench_against": ("long",),
     "tools/test_bench_gpu": ("gpu",),

@@ -1,4 +1,4 @@
-"""A training gives and changes rows as plain NumPy does, in bits: from any codec, under any pressure, after any return."""
+"""A training gives and changes rows as plain NumPy does, in bits: any codec, any pressure, after any return."""
 
 from __future__ import annotations
 
@@ -227,10 +227,10 @@ def test_a_gradient_that_is_not_finite_refuses_the_step_by_name(pair: Pair) -> N
     gradients = np.zeros((40, 32), dtype=np.float32)
     for bad in (np.nan, np.inf):
         gradients[17, 3] = bad
-        with pytest.raises(ValueError, match="row 17 .*not finite"):
+        with pytest.raises(ValueError, match=r"row 17 .*not finite"):
             pair.training["bf16"].apply(np.arange(40), gradients)
     gradients[17:19, 3] = 3e38  # each is finite, their sum is not
-    with pytest.raises(ValueError, match="row 17 .*not finite"):
+    with pytest.raises(ValueError, match=r"row 17 .*not finite"):
         pair.training["bf16"].apply(np.where(np.arange(40) == 18, 17, np.arange(40)), gradients)
     assert not pair.training.is_broken
     pair.check_all()
@@ -244,7 +244,7 @@ def test_a_gradient_that_is_not_finite_refuses_a_step_in_parts_too(
     with pair.training:
         gradients = np.ones((40, 32), dtype=np.float32)
         gradients[39, 0] = np.nan
-        with pytest.raises(ValueError, match="row 39 .*not finite"):
+        with pytest.raises(ValueError, match=r"row 39 .*not finite"):
             pair.training["bf16"].apply(np.arange(40), gradients)
         pair.check_all()
 

@@ -13,6 +13,7 @@ from .. import kernels
 from ..errors import BudgetError
 from ..layout import round_up
 from ..units import format_bytes
+from .fair_division import divide_fairly
 
 SLOTS_MIN = 16  # of a table that does not fit whole
 ASIDE_BYTES_MAX = 32 << 20  # of records that a commit froze and a step changes before they are written
@@ -23,6 +24,7 @@ BUFFER_BYTES_MIN = 64 << 10
 NUM_BUFFERS = 4  # two of the run that is being written, one that misses are read into, one of prefetches
 BASE_BYTES_MAX = 64 << 20  # for reading the store's own rows, unless their checksums take more
 BASE_FRACTION = 1 / 8  # of the budget
+READING_FRACTION = 1 / 32  # of the budget, for reads of runs under way, of all tables
 PAGE_BYTES = 4096
 
 
@@ -33,8 +35,8 @@ class RecordShape:
     num_rows: int
     dim: int
     record_bytes: int
-    index_bytes: int  # of the rows that have a record in a run now
-    index_bytes_max: int  # if all rows had
+    index_bytes: int  # of the rows that have a record in a run now, and what reading runs takes
+    index_bytes_max: int  # the same if all rows had
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,7 @@ class TrainingPlan:
 def divide_training(shapes: Mapping[str, RecordShape], budget_bytes: int, base_bytes: int) -> TrainingPlan:
     """Divides `budget_bytes`, of which the base store takes `base_bytes`.
 
-    Tables that fit whole into an equal share of each stored byte are kept whole; the others divide the rest by their
-    bytes.
+    Tables get fair shares (`divide_fairly`); one that fits whole into its share is kept whole.
 
     Raises:
         BudgetError: A table would have room for fewer than a few records.
@@ -92,23 +93,16 @@ def divide_training(shapes: Mapping[str, RecordShape], budget_bytes: int, base_b
 
 
 def _divide(shapes: Mapping[str, RecordShape], left: int) -> dict[str, TableMemory]:
-    wholes = {name: _whole(shape) for name, shape in shapes.items()}
-    open_names, given = list(shapes), dict[str, TableMemory]()
-    while open_names:
-        weights = {name: wholes[name].share_bytes for name in open_names}
-        fitting = [name for name in open_names if weights[name] <= left * weights[name] // sum(weights.values())]
-        for name in fitting:
-            given[name] = wholes[name]
-            left -= wholes[name].share_bytes
-            open_names.remove(name)
-        if not fitting:
-            break
-    least = {name: _least_bytes(shapes[name]) for name in open_names}
-    spare, total = left - sum(least.values()), sum(wholes[name].share_bytes for name in open_names)
-    for name in open_names:
-        share = least[name] + spare * wholes[name].share_bytes // total
-        given[name] = wholes[name] if wholes[name].share_bytes <= share else _part(shapes[name], share)
-    return {name: given[name] for name in shapes}
+    least = {name: _least_bytes(shape) for name, shape in shapes.items()}
+
+    def take(name: str, most_bytes: int) -> tuple[TableMemory, int]:
+        whole = _whole(shapes[name])
+        if whole.share_bytes <= least[name] + most_bytes:
+            return whole, max(0, whole.share_bytes - least[name])
+        return _part(shapes[name], least[name] + most_bytes), most_bytes
+
+    sizes = {name: shape.num_rows * shape.record_bytes for name, shape in shapes.items()}
+    return divide_fairly(left - sum(least.values()), sizes, take)
 
 
 def _least_bytes(shape: RecordShape) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import kernels
-from ..decisions.training_budget import RecordShape, TableMemory, TrainingPlan, divide_training
+from ..decisions.training_budget import READING_FRACTION, RecordShape, TableMemory, TrainingPlan, divide_training
 from ..formats.catalog import CatalogImage
 from ..formats.rates import read_rates
 from ..formats.run import Run, RunLayout
@@ -29,11 +29,13 @@ from .health import Health
 from .optimizers import Optimizer
 from .prefetch import Prefetches
 from .rows import CachedRows
-from .runs import RunReader
+from .runs import DEPTH, READ_BYTES, RunReader
 from .table import StepParts, TrainingTable
 from .ticket import WAIT_S
 from .writer import TableRuns, Writer
 
+DEPTH_MIN = 4  # reads of runs under way
+CALLS = 2  # that read runs at the same time: a step, and a prefetch
 SCRATCH_BYTES = 8 << 20  # of sums of gradients, beside the budget
 
 
@@ -61,13 +63,22 @@ def layout_of(table: TableLayout, optimizer: Optimizer) -> RunLayout:
 
 
 def open_files(
-    store: Path, image: CatalogImage, optimizer: Optimizer, commit: Commit | None, io: str, owned: contextlib.ExitStack
+    store: Path,
+    image: CatalogImage,
+    optimizer: Optimizer,
+    commit: Commit | None,
+    io: str,
+    budget_bytes: int,
+    owned: contextlib.ExitStack,
 ) -> dict[str, TableFiles]:
     """Opens the runs of a commit, None for none, which `owned` closes. Blocks on the disk."""
     found = {}
+    reading_bytes = int(budget_bytes * READING_FRACTION) // len(image.tables)
     for name, table in image.tables.items():
         layout = layout_of(table, optimizer)
-        reader = RunReader(store, layout, io)
+        read_bytes = max(READ_BYTES, layout.read_bytes_max)
+        depth = max(DEPTH_MIN, min(DEPTH, reading_bytes // (CALLS * read_bytes)))
+        reader = RunReader(store, layout, io, depth, CALLS)
         owned.callback(reader.close)
         found[name] = TableFiles(layout, reader, kernels.RowPlaces(table.spec.num_rows))
         found[name].load(() if commit is None else commit.runs.get(name, ()))
@@ -83,8 +94,9 @@ def plan_memory(
             num_rows=image.tables[name].spec.num_rows,
             dim=of.layout.dim,
             record_bytes=of.layout.record_bytes,
-            index_bytes=int(of.places.num_bytes),
-            index_bytes_max=int(of.places.num_bytes_with(image.tables[name].spec.num_rows - int(of.places.num_found))),
+            index_bytes=of.reader.num_bytes + of.places.num_bytes,
+            index_bytes_max=of.reader.num_bytes
+            + of.places.num_bytes_with(image.tables[name].spec.num_rows - of.places.num_found),
         )
         for name, of in files.items()
     }

@@ -70,7 +70,7 @@ def open_training(
         stack.enter_context(writing(store))
         chosen, records = _records(store, image, optimizer, at)
         commit = None if records.current is None else records.commits[records.current]
-        files = open_files(store, image, chosen, commit, io, stack)
+        files = open_files(store, image, chosen, commit, io, budget_bytes, stack)
         base_bytes = base_bytes_of(image.tables, budget_bytes)
         plan = plan_memory(files, image, budget_bytes, base_bytes)
         check_available(plan.num_bytes)

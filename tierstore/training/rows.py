@@ -209,7 +209,8 @@ class CachedRows:
         if self.is_whole:
             return
         given_up = (self.memory.num_slots - self.num_slots) * self.layout.record_bytes
-        over = self.memory.cache_bytes - given_up + self.places.num_bytes - self.memory.share_bytes
+        index_bytes = self.places.num_bytes + self.reader.num_bytes
+        over = self.memory.cache_bytes - given_up + index_bytes - self.memory.share_bytes
         if over <= 0:
             return
         wanted = self.num_slots - -(-over // self.layout.record_bytes)
@@ -229,7 +230,7 @@ class CachedRows:
             "rows_read_from_runs": self.num_read["runs"],
             "rows_read_from_base": self.num_read["base"],
             "cache_bytes": self.memory.cache_bytes - given_up_bytes,
-            "index_bytes": self.places.num_bytes,
+            "index_bytes": self.places.num_bytes + self.reader.num_bytes,
             "touched_rows": self.places.num_found,
             "dirty_bytes": counters["num_dirty"] * self.layout.record_bytes,
         }

@@ -139,6 +139,7 @@ class RunWriter:
             os.lseek(self._fd, 0, os.SEEK_SET)
             write_pages(self._fd, head)
         self._stack.close()
+        del self._pages  # its buffers: many finished runs may wait for a commit
         num_bytes = self.layout.run_bytes(self._num_records)
         return Run(self.number, self._file, num_bytes, self._num_records, self._digest.hexdigest())
 
