@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.training_runs import LAYOUTS, NUM_ROWS, Trained, make_training
 
+from tierstore import kernels
 from tierstore.errors import ConfigError, CorruptPageError
-from tierstore.training import merge as merging
+from tierstore.formats.run import Run
+from tierstore.training import merge as merge_module
 from tierstore.training.commits import Commit, go_back
 from tierstore.training.live import NO_RUN, CommitRows, live_rows
-from tierstore.training.merge import choose_runs, merge_runs
+from tierstore.training.merge import Merge, Merges, choose_runs
 from tierstore.training.run_writer import RunWriter
+from tierstore.training.runs import RunReader
 
 LAYOUT = LAYOUTS["a"]
 
@@ -77,100 +82,136 @@ def test_runs_that_are_mostly_dead_are_chosen_and_small_ones_if_there_are_many()
     assert choose_runs([10, 10, 10], [5, 4, 10]) == [1]
     assert choose_runs([], []) == []
     many = [100 + i for i in range(130)]
-    assert choose_runs(many, many) == list(range(130 - merging.RUNS_FEW))
+    assert choose_runs(many, many) == list(range(130 - merge_module.RUNS_FEW))
 
 
-def merged_commit(trained: Trained, newer: bool) -> Commit:
-    """Merges what should be merged, and commits; with `newer`, after another run was written meanwhile."""
-    commit = Commit(0, 0, b"", {"a": tuple(trained.runs["a"])}, {}, None, 0.0, "")
-    with CommitRows(trained.store, commit, LAYOUT, NUM_ROWS, io="pread") as rows:
-        runs = rows.reader.runs
-        chosen = choose_runs([run.num_records for run in runs.values()], [rows.places.live(i) for i in runs])
-        number, trained.next_run = trained.next_run, trained.next_run + 1
-        known = len(runs)
-        if newer:  # between the merge's reads and its end
-            trained.spill("a", 400)
-            ordinal = rows.reader.add(trained.runs["a"][-1], trained.unnamed[-1].path)
-            runs = runs | {ordinal: trained.runs["a"][-1]}
+@dataclass
+class Table:
+    """What `Merges` wants of a table, over `CommitRows`."""
 
-        def make_writer() -> RunWriter:
-            return RunWriter(trained.store, number, LAYOUT)
+    rows: CommitRows
+    runs: dict[int, Run]
+    unnamed: dict[int, RunWriter]
+    num_removing: int = 0
 
-        merged = merge_runs(rows.reader, rows.places, [list(runs)[i] for i in chosen], make_writer)
-        assert merged is not None
-        if newer:
-            rows.reader.load(ordinal, rows.places)
-        if merged.added:
-            trained.unnamed.append(merged.added[2])
-        trained.runs["a"] = list(merged.applied_to(runs, known).values())
-    return trained.commit(9)
+    @property
+    def reader(self) -> RunReader:
+        return self.rows.reader
+
+    @property
+    def places(self) -> kernels.RowPlaces:
+        return self.rows.places
+
+    @contextlib.contextmanager
+    def removing(self) -> Iterator[None]:
+        self.num_removing += 1
+        yield
 
 
-@pytest.mark.parametrize("newer", [False, True], ids=["alone", "beside steps"])
-def test_a_merge_changes_nothing_that_a_commit_has(trained: Trained, newer: bool) -> None:
-    for num in (2000, 100, 1500, 4000):
-        trained.spill("a", num)
-    before = trained.commit(1)
-    expected = dict(trained.rows["a"])
-    after = merged_commit(trained, newer)
-    assert content(trained.store, after) == trained.rows["a"]
-    assert content(trained.store, before) == expected
-    assert len(after.runs["a"]) < len(before.runs["a"]) + newer
-    assert sum(run.num_records for run in after.runs["a"]) < sum(run.num_records for run in before.runs["a"]) + 400
+class Merging:
+    """A training of table "a" whose runs are merged."""
+
+    def __init__(self, trained: Trained, num_spills: int = 3, num_rows: int = 3000) -> None:
+        self.trained = trained
+        for _ in range(num_spills):
+            trained.spill("a", num_rows)
+        self.first = trained.commit(1)
+        self.rows = CommitRows(trained.store, self.first, LAYOUT, NUM_ROWS, io="pread")
+        self.table = Table(self.rows, dict(zip(self.rows.ordinals, self.first.runs["a"], strict=True)), {})
+        self.merges = Merges({"a": self.table}, self.make_writer, rate_bytes_s=1e12)
+
+    def make_writer(self, _: str) -> RunWriter:
+        self.trained.next_run += 1
+        return RunWriter(self.trained.store, self.trained.next_run - 1, LAYOUT, buffer_bytes=8192)
+
+    def spill(self, num: int) -> None:
+        """What the writer of a training does: a run, and then its places; runs that are dead go."""
+        self.trained.spill("a", num)
+        run, writer = self.trained.runs["a"][-1], self.trained.unnamed.pop()
+        ordinal = self.table.reader.add(run, writer.path)
+        self.table.runs[ordinal], self.table.unnamed[ordinal] = run, writer
+        self.table.reader.load(ordinal, self.table.places)
+        for each in [i for i in self.table.runs if self.table.places.live(i) == 0]:
+            self.table.reader.remove(each)
+            del self.table.runs[each]
+            if each in self.table.unnamed:
+                self.table.unnamed.pop(each).discard()
+
+    def merge(self, beside: Callable[[], None] = lambda: None) -> None:
+        """Merges what there is to merge; `beside` is called between two parts."""
+        self.merges.look()
+        while self.merges.wait_s() is not None:
+            self.merges.step()
+            beside()
+
+    def commit(self) -> Commit:
+        self.trained.runs["a"] = list(self.table.runs.values())
+        self.trained.unnamed = list(self.table.unnamed.values())
+        self.table.unnamed = {}
+        return self.trained.commit(9)
+
+
+def test_a_merge_changes_nothing_that_a_commit_has(trained: Trained) -> None:
+    merging = Merging(trained)
+    merging.merge()
+    after = merging.commit()
+    assert content(trained.store, after) == trained.rows["a"] == content(trained.store, merging.first)
+    assert sum(run.num_records for run in after.runs["a"]) < 1.5 * len(trained.rows["a"])
+    assert merging.table.num_removing > 0
+
+
+def test_merges_beside_steps_change_nothing_that_a_commit_has(trained: Trained) -> None:
+    merging = Merging(trained)
+    rng, num_parts = np.random.default_rng(3), 0
+
+    def beside() -> None:
+        nonlocal num_parts
+        num_parts += 1
+        if rng.random() < 0.5:
+            merging.spill(int(rng.choice([20, 400, 2500, NUM_ROWS])))  # the last kills all runs: ordinals come again
+
+    for _ in range(4):
+        merging.merge(beside)
+        after = merging.commit()
+        assert content(trained.store, after) == trained.rows["a"]
+    assert num_parts > 30
 
 
 def test_a_merge_takes_no_more_than_its_memory_allows(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "MERGED_RECORDS_MAX", 300)
-    for _ in range(3):
-        trained.spill("a", 3000)
-    trained.commit(1)
+    monkeypatch.setattr(merge_module, "MERGED_RECORDS_MAX", 300)
+    merging = Merging(trained)
     for _ in range(8):
-        commit = merged_commit(trained, newer=False)
-        assert content(trained.store, commit) == trained.rows["a"]
-    assert sum(run.num_records for run in commit.runs["a"]) < 2 * len(trained.rows["a"])
+        merging.merge()
+        after = merging.commit()
+        assert content(trained.store, after) == trained.rows["a"]
+    assert max(run.num_records for run in after.runs["a"][1:]) <= 300
+    assert sum(run.num_records for run in after.runs["a"]) < 2 * len(trained.rows["a"])
 
 
-def test_a_merge_that_is_stopped_or_fails_changes_nothing(trained: Trained) -> None:
-    for _ in range(3):
-        trained.spill("a", 3000)
-    commit = trained.commit(1)
-    with CommitRows(trained.store, commit, LAYOUT, NUM_ROWS, io="pread") as rows:
-
-        def make_writer() -> RunWriter:
-            return RunWriter(trained.store, 77, LAYOUT, buffer_bytes=8192)
-
-        stop = threading.Event()
-        stop.set()
-        assert merge_runs(rows.reader, rows.places, rows.ordinals, make_writer, stop=stop) is None
-        rows.reader._records.inject("failing", 3, 1)
-        with pytest.raises(CorruptPageError):
-            merge_runs(rows.reader, rows.places, rows.ordinals, make_writer)
-        assert list((trained.store / "training").glob("*77*")) == []
-    assert content(trained.store, commit) == trained.rows["a"]
+def test_a_merge_that_fails_or_is_given_up_changes_nothing(trained: Trained) -> None:
+    merging = Merging(trained)
+    before = dict(merging.table.runs)
+    merging.rows.reader._records.inject("failing", 3, 1)
+    with pytest.raises(CorruptPageError):
+        merging.merge()
+    assert merging.merges.wait_s() is None
+    merging.merges.look()
+    for _ in range(4):
+        merging.merges.step()
+    merging.merges.close()
+    assert merging.table.runs == before
+    assert {f"training/{path.name}" for path in (trained.store / "training").iterdir()} == merging.first.files
+    assert content(trained.store, merging.first) == trained.rows["a"]
 
 
 def test_a_merge_keeps_its_rate(trained: Trained) -> None:
-    for _ in range(2):
-        trained.spill("a", 4000)
-    commit = trained.commit(1)
-    with CommitRows(trained.store, commit, LAYOUT, NUM_ROWS, io="pread") as rows:
-        waited: list[float] = []
-
-        class Clock(threading.Event):
-            def wait(self, timeout: float | None = None) -> bool:
-                waited.append(timeout or 0)
-                return False
-
-        writers: list[RunWriter] = []
-
-        def make_writer() -> RunWriter:
-            writers.append(RunWriter(trained.store, 77, LAYOUT, buffer_bytes=8192))
-            return writers[-1]
-
-        merge_runs(rows.reader, rows.places, rows.ordinals, make_writer, rate_bytes_s=1000, stop=Clock())
-        writers[0].discard()
-    assert waited == sorted(waited)
-    assert waited[-1] > 100  # seconds that it would have waited in all
+    merging = Merging(trained)
+    merging.merges = Merges({"a": merging.table}, merging.make_writer, rate_bytes_s=8192)
+    merging.merges.look()
+    for _ in range(3):
+        merging.merges.step()
+    assert 1.0 < (merging.merges.wait_s() or 0) < 2.5  # two buffers of nearly 8 KiB, less a second
+    merging.merges.close()
 
 
 def test_a_read_that_a_merge_overtook_finds_the_records_again(trained: Trained) -> None:
@@ -179,8 +220,10 @@ def test_a_read_that_a_merge_overtook_finds_the_records_again(trained: Trained) 
     commit = trained.commit(1)
     with CommitRows(trained.store, commit, LAYOUT, NUM_ROWS, io="pread") as rows:
         part = next(rows.parts())
-        merged = merge_runs(rows.reader, rows.places, rows.ordinals, lambda: RunWriter(trained.store, 77, LAYOUT))
-        assert merged is not None
+        merge = Merge(rows.reader, rows.places, rows.ordinals, lambda: RunWriter(trained.store, 77, LAYOUT))
+        while merge.step():
+            continue
+        merged = merge.finish()
         assert merged.added is not None
         for ordinal in merged.removed:
             rows.reader.remove(ordinal)

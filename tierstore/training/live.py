@@ -16,12 +16,12 @@ import numpy as np
 
 from .. import kernels
 from ..errors import ConfigError
-from ..formats.run import Run, RunLayout
+from ..formats.run import ROW_IDS_OF_STRETCH, Run, RunLayout
 from .commits import Commit
 from .runs import RunReader
 
 ROWS_MAX = (1 << 48) - 1
-PART_ROWS = 1 << 16  # by default, of what is given at once
+PART_ROWS = 128 * ROW_IDS_OF_STRETCH  # 65,280: by default, that are looked at together
 NO_RUN = 65535
 
 LiveRows = tuple[np.ndarray, np.ndarray, np.ndarray]  # row_ids int64 [n], runs uint16 [n], places uint32 [n]
@@ -54,7 +54,7 @@ class CommitRows:
         return self.places.num_found
 
     def parts(self, since: Commit | None = None, part_rows: int = PART_ROWS) -> Iterator[LiveRows]:
-        """Yields rows that have a record, each once, run by run in the order of places, at most part_rows at once.
+        """Yields rows that have a record, each once, run by run in the order of places, out of about part_rows at once.
 
         With `since`, those alone that may differ from that commit: all that do, and some that were only moved by a
         merge. A row that `since` has a record of and this commit has not, because it was gone back to an earlier one,
@@ -128,11 +128,13 @@ def live_rows(
     return row_ids, runs, places
 
 
-def live_of_run(reader: RunReader, places: kernels.RowPlaces, ordinal: int, part_rows: int) -> Iterator[LiveRows]:
+def live_of_run(
+    reader: RunReader, places: kernels.RowPlaces, ordinal: int, part_rows: int = PART_ROWS
+) -> Iterator[LiveRows]:
     """Yields the live records of a run, in the order of places, out of part_rows at once. Blocks on the disk."""
-    all_ids = reader.row_ids(ordinal)
-    for start in range(0, len(all_ids), part_rows):
-        row_ids, runs, found = _found(places, all_ids[start : start + part_rows])
+    step = max(1, part_rows // ROW_IDS_OF_STRETCH) * ROW_IDS_OF_STRETCH
+    for start in range(0, reader.runs[ordinal].num_records, step):
+        row_ids, runs, found = _found(places, reader.row_ids(ordinal, start, step))
         live = (runs == ordinal) & (found == np.arange(start, start + len(row_ids), dtype=np.uint32))
         if live.any():
             yield row_ids[live], runs[live], found[live]

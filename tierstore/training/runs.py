@@ -26,7 +26,8 @@ READ_BYTES = 32 << 10  # the largest read, unless a record takes more
 DEPTH = 64  # reads under way for one call
 CALLS = 2  # that read at the same time
 RUNS_MAX = 65534  # open at once, of one table
-LOADED_ROWS = 1 << 18  # row ids at once
+LOADED_ROWS = 256 * ROW_IDS_OF_STRETCH  # row ids that are read at once: 1 MiB
+NOTED_ROWS = 2048  # of them in one call: it looks each row up twice, the second time in the processor's cache
 MOVED_MAX = 4  # how often one call is read anew because a merge moved its records: merges take seconds
 
 
@@ -94,19 +95,20 @@ class RunReader:
 
     def load(self, ordinal: int, places: kernels.RowPlaces) -> None:
         """Notes all rows of a run in `places`: newer than what was there. Blocks on the disk."""
-        run, file, fd = self._runs[ordinal]
-        chunk = LOADED_ROWS // ROW_IDS_OF_STRETCH * ROW_IDS_OF_STRETCH
-        ids = np.empty(min(chunk, run.num_records), dtype=np.int64)
-        for start in range(0, run.num_records, chunk):
-            part = ids[: run.num_records - start]
-            read_row_ids(file, fd, self.layout, run, start, part)
-            places.put(part, ordinal, start)
+        for start in range(0, self.runs[ordinal].num_records, LOADED_ROWS):
+            row_ids = self.row_ids(ordinal, start, LOADED_ROWS)
+            for at in range(0, len(row_ids), NOTED_ROWS):
+                places.put(row_ids[at : at + NOTED_ROWS], ordinal, start + at)
 
-    def row_ids(self, ordinal: int) -> np.ndarray:
-        """Returns the row ids of a run, int64 [num_records], in the order of places. Blocks on the disk."""
+    def row_ids(self, ordinal: int, start: int = 0, count: int | None = None) -> np.ndarray:
+        """Returns the row ids of a run, int64 [count], from place `start` on. Blocks on the disk.
+
+        start: a multiple of ROW_IDS_OF_STRETCH. count: fewer are returned at the run's end; None: all.
+        """
         run, file, fd = self._runs[ordinal]
-        ids = np.empty(run.num_records, dtype=np.int64)
-        read_row_ids(file, fd, self.layout, run, 0, ids)
+        left = max(0, run.num_records - start)
+        ids = np.empty(left if count is None else min(count, left), dtype=np.int64)
+        read_row_ids(file, fd, self.layout, run, start, ids)
         return ids
 
     def read(
