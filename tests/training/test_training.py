@@ -365,3 +365,23 @@ def test_a_marked_training_is_broken_by_name_until_it_is_opened_again(pair: Pair
         pair.training.commit(2)
     pair.reopen(1)
     pair.check_all()
+
+
+def test_runs_that_are_mostly_dead_are_merged_and_a_reopened_training_finds_all_rows(pair: Pair) -> None:
+    def step(row_ids: np.ndarray) -> None:
+        gradients = pair.rng.standard_normal((len(row_ids), 32)).astype(np.float32)
+        pair.training["bf16"].apply(row_ids, gradients)
+        pair.reference["bf16"].apply(row_ids, gradients)
+
+    step(np.arange(200))
+    first = pair.commit(1).wait().runs["bf16"][0]
+    step(np.arange(150))
+    for number in range(2, 60):  # a merge is published with the commit that comes after it
+        newest = pair.commit(number).wait()
+        if first not in newest.runs["bf16"]:
+            break
+        step(np.array([number]))
+    assert first not in newest.runs["bf16"]
+    pair.check_all()
+    pair.reopen(number)
+    pair.check_all()

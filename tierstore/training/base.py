@@ -6,8 +6,9 @@ Input: row ids. Output: training records. Errors: `CorruptPageError` for rows th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Protocol
 
 import numpy as np
 
@@ -16,19 +17,21 @@ from ..codec import parse_codec
 from ..decisions.budget import divide_dram
 from ..decisions.training_budget import BASE_BYTES_MAX, BASE_FRACTION
 from ..errors import BudgetError, ConfigError
+from ..formats.catalog import CatalogImage
+from ..formats.initial import InitialLayout
 from ..formats.run import RunLayout
-from ..layout import TableLayout
+from ..offline.exporting.row_readers import drawn_values
 from ..spec import TableSpec, codec_scale
 from ..store.embedded import open_store
-from ..store.store import Store
 from ..store.table import Table
+from .optimizers import Optimizer
 
 BASE_BYTES_MIN = 512 << 10
 CODECS = "fp32, fp16, bf16, fp8_e4m3[*FACTOR] and fp8_e4m3_e8m0x32"
 
 
 def check_trainable(spec: TableSpec) -> None:
-    """Raises `ConfigError` for a table whose codec is none that trained rows can be written in again."""
+    """Raises `ConfigError` for a table with a codec in which trained rows cannot be written again."""
     codec = parse_codec(spec.codec)
     plain = codec.values in ("fp32", "fp16", "bf16") or (codec.values == "fp8_e4m3" and not codec.divides)
     if not plain or codec.scale not in ("", "e8m0"):
@@ -38,12 +41,14 @@ def check_trainable(spec: TableSpec) -> None:
         )
 
 
-def base_bytes_of(tables: Mapping[str, TableLayout], budget_bytes: int) -> int:
+def base_bytes_of(image: CatalogImage, budget_bytes: int) -> int:
     """Returns how much of the budget reading the store's own rows gets. Raises `BudgetError` if half is too little."""
+    if image.is_initial:
+        return 0
     num_bytes = max(BASE_BYTES_MIN, min(BASE_BYTES_MAX, int(budget_bytes * BASE_FRACTION)))
     while True:
         try:
-            divide_dram(tables, num_bytes)
+            divide_dram(image.tables, num_bytes)
             return num_bytes
         except BudgetError:
             if num_bytes * 2 > budget_bytes:
@@ -51,27 +56,58 @@ def base_bytes_of(tables: Mapping[str, TableLayout], budget_bytes: int) -> int:
             num_bytes *= 2
 
 
-def open_base(path: str | os.PathLike[str], num_bytes: int, io: str) -> Store:
-    """Opens the store's own rows, as they were built: no placement, and no version."""
-    return open_store(path, num_bytes, io, placement="none", threads=1, version=0)
-
-
-class BaseRows:
-    """The rows of one table as they were built. Any thread may read."""
-
-    def __init__(self, table: Table, layout: RunLayout, optimizer: kernels.Optimizer) -> None:
-        self._table = table
-        self._layout = layout
-        self._codec, self._factor = table.spec.codec.partition("*")[0], codec_scale(table.spec.codec)
-        self._state = optimizer.initial_state(layout.dim)
+class BaseRows(Protocol):
+    """The rows of one table before any step. Any thread may read."""
 
     def read(self, row_ids: np.ndarray, out: np.ndarray) -> None:
         """Writes the records of rows, int64 [n], to out, uint8 [n, record_bytes], contiguous. Blocks on the disk."""
-        dim = self._layout.dim
+
+
+class StoredRows(BaseRows):
+    """Rows as they were built."""
+
+    def __init__(self, table: Table, layout: RunLayout, optimizer: kernels.Optimizer) -> None:
+        self._table = table
+        self._codec, self._factor = table.spec.codec.partition("*")[0], codec_scale(table.spec.codec)
+        self._dim, self._state = layout.dim, optimizer.initial_state(layout.dim)
+
+    def read(self, row_ids: np.ndarray, out: np.ndarray) -> None:
         rows = self._table.rows(row_ids)
-        floats = out.view(np.float32)
-        values = np.empty((len(row_ids), dim), dtype=np.float32)
-        kernels.dequantize_rows(rows, dim, self._codec, self._factor, values)
-        floats[:, :dim] = values
-        floats[:, dim : dim + len(self._state)] = self._state
-        floats[:, dim + len(self._state) :] = 0
+        values = np.empty((len(row_ids), self._dim), dtype=np.float32)
+        kernels.dequantize_rows(rows, self._dim, self._codec, self._factor, values)
+        _fill(out, values, self._state)
+
+
+class DrawnRows(BaseRows):
+    """Rows of a store from scratch: drawn by a counter, and nowhere on a disk."""
+
+    def __init__(self, table: InitialLayout, layout: RunLayout, optimizer: kernels.Optimizer) -> None:
+        self._table, self._state = table, optimizer.initial_state(layout.dim)
+
+    def read(self, row_ids: np.ndarray, out: np.ndarray) -> None:
+        _fill(out, drawn_values(self._table, row_ids), self._state)
+
+
+def open_base(
+    image: CatalogImage,
+    layouts: Mapping[str, RunLayout],
+    optimizer: Optimizer,
+    num_bytes: int,
+    io: str,
+    owned: ExitStack,
+) -> dict[str, BaseRows]:
+    """Opens a store's rows as they were built, without any version or placement; `owned` closes them."""
+    native = kernels.Optimizer(**optimizer.to_dict())
+    drawn = {name: table for name, table in image.tables.items() if isinstance(table, InitialLayout)}
+    if drawn:
+        return {name: DrawnRows(table, layouts[name], native) for name, table in drawn.items()}
+    store = open_store(image.path, num_bytes, io, placement="none", threads=1, version=0)
+    owned.callback(store.close)
+    return {name: StoredRows(store[name], layouts[name], native) for name in image.tables}
+
+
+def _fill(out: np.ndarray, values: np.ndarray, state: np.ndarray) -> None:
+    floats, dim = out.view(np.float32), values.shape[1]
+    floats[:, :dim] = values
+    floats[:, dim : dim + len(state)] = state
+    floats[:, dim + len(state) :] = 0

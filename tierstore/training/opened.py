@@ -21,7 +21,6 @@ from ..formats.catalog import CatalogImage
 from ..formats.rates import read_rates
 from ..formats.run import Run, RunLayout
 from ..layout import TableLayout
-from ..store.store import Store
 from ..tiers.memory import allocate
 from .base import BaseRows
 from .commits import Commit
@@ -108,15 +107,15 @@ class OpenedTraining:
 
     def __init__(
         self,
-        store: Path,
-        base: Store,
+        image: CatalogImage,
+        base: Mapping[str, BaseRows],
         files: dict[str, TableFiles],
         plan: TrainingPlan,
         optimizer: Optimizer,
         threads: int,
         health: Health,
     ) -> None:
-        self.store, self.plan, self.optimizer, self.health = store, plan, optimizer, health
+        self.store, self.plan, self.optimizer, self.health = image.path, plan, optimizer, health
         self.files = files
         self.parts = StepParts(SCRATCH_BYTES, threads)
         self._buffer = allocate(plan.buffer_bytes)
@@ -124,10 +123,10 @@ class OpenedTraining:
         self.rows = {
             name: CachedRows(
                 of.layout,
-                _new_cache(of.layout, plan.tables[name], base[name].spec.num_rows, native),
+                _new_cache(of.layout, plan.tables[name], image.tables[name].spec.num_rows, native),
                 of.places,
                 of.reader,
-                BaseRows(base[name], of.layout, native),
+                base[name],
                 self._buffer,
                 threads,
                 plan.tables[name],
@@ -137,7 +136,9 @@ class OpenedTraining:
         self.prefetches = Prefetches(self.rows, plan.buffer_bytes, health)
         self.writer: Writer | None = None
         self.tables = {
-            name: TrainingTable(base[name].spec, rows, self.parts, optimizer.lr, health, self.prefetches.wait_for)
+            name: TrainingTable(
+                image.tables[name].spec, rows, self.parts, optimizer.lr, health, self.prefetches.wait_for
+            )
             for name, rows in self.rows.items()
         }
 
@@ -173,9 +174,9 @@ class OpenedTraining:
             rows = self.rows[name]
             rows.cache.clear()
             with rows.order:
-                for ordinal in list(of.runs):
+                for ordinal in of.reader.runs:  # merges may have changed which there are
                     of.reader.remove(ordinal)
-                    del of.runs[ordinal]
+                of.runs.clear()
                 rows.num_removals += 1
                 rows.places = of.places = kernels.RowPlaces(self.tables[name].spec.num_rows)
             of.load(() if commit is None else commit.runs.get(name, ()))

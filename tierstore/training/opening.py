@@ -63,7 +63,7 @@ def open_training(
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise ConfigError(f"optimizer: {optimizer!r} is no optimizer; give tierstore.RowWiseAdagrad(lr=0.01), for one")
     store = Path(path).absolute()
-    image = read_catalog(store)
+    image = read_catalog(store, may_be_initial=True)
     for table in image.tables.values():
         check_trainable(table.spec)
     with ExitStack() as stack:
@@ -71,13 +71,12 @@ def open_training(
         chosen, records = _records(store, image, optimizer, at)
         commit = None if records.current is None else records.commits[records.current]
         files = open_files(store, image, chosen, commit, io, budget_bytes, stack)
-        base_bytes = base_bytes_of(image.tables, budget_bytes)
+        base_bytes = base_bytes_of(image, budget_bytes)
         plan = plan_memory(files, image, budget_bytes, base_bytes)
         check_available(plan.num_bytes)
-        base = open_base(store, base_bytes, io)
-        stack.callback(base.close)
+        base = open_base(image, {name: of.layout for name, of in files.items()}, chosen, base_bytes, io, stack)
         health = Health(f"the training of {path}")
-        opened = OpenedTraining(store, base, files, plan, chosen, num_threads, health)
+        opened = OpenedTraining(image, base, files, plan, chosen, num_threads, health)
         stack.callback(opened.stop)
         opened.start(records.last_run, commit)
         return Training(opened, stack.pop_all(), health, commit)

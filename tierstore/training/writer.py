@@ -9,21 +9,28 @@ A run that no commit names yet has a temporary name. Whoever opens the store nex
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .. import kernels
 from ..formats.run import Run
 from .commits import Commit, publish_commit
 from .health import Health
+from .merge import Merges
 from .rows import CachedRows
-from .runs import RunWriter
+from .run_writer import RunWriter
+from .runs import RunReader
 from .ticket import TrainingTicket
+
+logger = logging.getLogger("tierstore")
 
 RUNS_LOOKED_AT = 32  # after so many more, a table's runs are looked through for such that nothing needs any more
 RUN_ROWS_MAX = 1 << 20  # of one run: their ids are in memory until it is finished
@@ -36,6 +43,23 @@ class TableRuns:
     rows: CachedRows
     runs: dict[int, Run] = field(default_factory=dict)
     unnamed: dict[int, RunWriter] = field(default_factory=dict)
+
+    @property
+    def reader(self) -> RunReader:
+        """Where the runs are open."""
+        return self.rows.reader
+
+    @property
+    def places(self) -> kernels.RowPlaces:
+        """Where the newest records lie."""
+        return self.rows.places
+
+    @contextlib.contextmanager
+    def removing(self) -> Iterator[None]:
+        """Entered while records move, or runs go: prefetches that have read before do not offer what they read."""
+        with self.rows.order:
+            self.rows.num_removals += 1
+            yield
 
 
 @dataclass
@@ -65,6 +89,7 @@ class Writer:
         self.last_run = last_run  # the largest number that was given
         self._health = health
         self._requests: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._merges = Merges(tables, self._new_run)  # of the thread alone
         self._spills: dict[str, TrainingTicket] = {}  # that are asked for
         self._thread = threading.Thread(target=self._serve, name="tierstore-training-writer", daemon=True)
         self.num_spilled = 0  # records
@@ -110,8 +135,29 @@ class Writer:
         return ticket
 
     def _serve(self) -> None:
-        while (act := self._requests.get()) is not None:
-            act()
+        try:
+            while (act := self._next()) is not None:
+                act()
+        finally:
+            self._merges.close()
+
+    def _next(self) -> Callable[[], None] | None:
+        """Waits for a request; merges runs until one comes."""
+        while True:
+            try:
+                return self._requests.get(timeout=self._merges.wait_s())
+            except queue.Empty:
+                self._merge()
+
+    def _merge(self) -> None:
+        try:
+            self._merges.step()
+        except Exception as error:
+            logger.warning("%s: runs were not merged, and take more disk than they need: %s", self._store, error)
+
+    def _new_run(self, name: str) -> RunWriter:
+        self.last_run += 1
+        return RunWriter(self._store, self.last_run, self._tables[name].rows.layout, self._buffer_bytes)
 
     def _do(self, ticket: TrainingTicket, work: Callable[[], Any]) -> None:
         try:
@@ -150,36 +196,33 @@ class Writer:
         for table in self._tables.values():
             while table.unnamed:
                 table.unnamed.popitem()[1].discard()  # has its name, and is closed
+        self._merges.look()
         return commit
 
     def _write_run(self, table: TableRuns, num_rows_max: int) -> int:
         """Writes up to so many dirty records to a run, oldest first; returns how many."""
         rows = table.rows
-        write = self.last_run + 1
         row_ids = np.empty(min(num_rows_max, RUN_ROWS_MAX, rows.cache.counters()["num_takeable"]), dtype=np.int64)
         writer, done = None, 0
         try:
             while done < len(row_ids):
-                if writer is None:
-                    writer = RunWriter(self._store, write, rows.layout, self._buffer_bytes)
+                writer = writer or self._new_run(rows.layout.table)
                 buffer = writer.buffer()
                 part = row_ids[done : done + len(buffer)]
-                count = rows.cache.drain(buffer[: len(part)], part, write)
+                count = rows.cache.drain(buffer[: len(part)], part, writer.number)
                 if count == 0:
                     break
                 writer.write(count, part[:count])
                 done += count
-            if done == 0 or writer is None:
-                return 0
-            self.last_run = write
-            self._finish(table, writer, row_ids[:done], write)
-            writer = None
+            if done > 0 and writer is not None:
+                self._finish(table, writer, row_ids[:done])
+                writer = None
         finally:
             if writer is not None:
                 writer.discard()
         return done
 
-    def _finish(self, table: TableRuns, writer: RunWriter, row_ids: np.ndarray, write: int) -> None:
+    def _finish(self, table: TableRuns, writer: RunWriter, row_ids: np.ndarray) -> None:
         """Finishes a run; from then on its records are found there."""
         rows = table.rows
         run = writer.finish()
@@ -188,7 +231,7 @@ class Writer:
         table.runs[ordinal] = run
         with rows.order:
             rows.places.put(row_ids, ordinal, 0)
-            rows.cache.written(row_ids, write)
+            rows.cache.written(row_ids, writer.number)
         rows.give_room_to_index()
         self.num_written += len(row_ids)
 
@@ -196,9 +239,8 @@ class Writer:
         """Forgets runs without a newest record. Reads under way go on."""
         rows = table.rows
         for ordinal in [each for each in table.runs if rows.places.live(each) == 0]:
-            with rows.order:
-                rows.num_removals += 1
-            rows.reader.remove(ordinal)
+            with table.removing():
+                rows.reader.remove(ordinal)
             del table.runs[ordinal]
             if ordinal in table.unnamed:
                 table.unnamed.pop(ordinal).discard()
