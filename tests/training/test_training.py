@@ -11,6 +11,8 @@ import pytest
 from support.trainable import Pair, Trainable, in_bits, make_trainable, tiny_caches
 
 import tierstore
+from tierstore.kernels.reference_training import ReferenceTable
+from tierstore.offline.init import init_store
 from tierstore.training.optimizers import Optimizer
 
 OPTIMIZERS = {
@@ -385,3 +387,19 @@ def test_runs_that_are_mostly_dead_are_merged_and_a_reopened_training_finds_all_
     pair.check_all()
     pair.reopen(number)
     pair.check_all()
+
+
+def test_a_store_from_scratch_trains_from_drawn_values(tmp_path: Path) -> None:
+    spec = tierstore.TableSpec.plain("a", 200, 128, "fp32", 32)
+    init_store(tmp_path / "store", [spec], seed=5, deviation=0.02, origin={"digest": "ab" * 32})
+    with tierstore.open_training(tmp_path / "store", ADAGRAD, dram="4MiB") as training:
+        drawn = training["a"].gather(np.arange(200))
+        assert 0.01 < drawn.std() < 0.03
+        reference = ReferenceTable(lambda row_id: drawn[row_id], 32, ADAGRAD.to_dict())
+        row_ids, gradients = np.array([3, 8, 3]), np.ones((3, 32), dtype=np.float32)
+        training["a"].apply(row_ids, gradients)
+        reference.apply(row_ids, gradients)
+        training.commit(1).wait()
+    with tierstore.open_training(tmp_path / "store", dram="4MiB") as training:
+        found, expected = training["a"].gather(np.arange(200)), reference.gather(np.arange(200))
+        np.testing.assert_array_equal(in_bits(found), in_bits(expected))
