@@ -43,13 +43,15 @@ class Step:
         bad = self._update.find_not_finite()
         if bad >= 0:
             raise self._not_finite(bad)
-        num_rows = len(self._update)
-        for start in range(0, num_rows, self._rows.part_rows):
+        start, num_rows = 0, len(self._update)
+        while start < num_rows:
+            end = min(start + self._rows.part_rows, num_rows)  # asked each time: the cache may give slots up
             pins = self._rows.cache.pins()
             try:
-                self._take_part(start, min(start + self._rows.part_rows, num_rows), pins)
+                self._take_part(start, end, pins)
             finally:
                 pins.release()
+            start = end
 
     def _take_part(self, start: int, end: int, pins: kernels.RowPins) -> None:
         """Brings what is missing of distinct rows start to end, and changes them all."""
