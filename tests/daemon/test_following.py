@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from support.waiting import eventually
 import tierstore
 from tierstore.daemon.daemon import Daemon
 from tierstore.daemon.remote_lookups import Remote
-from tierstore.formats.catalog import publish_version
+from tierstore.formats.catalog import publish_versions
 from tierstore.formats.versions import VersionRecord
 from tierstore.offline import versions as publishing
 from tierstore.offline.versions import publish_rows
@@ -116,11 +117,11 @@ def test_a_version_that_cannot_be_served_leaves_the_one_before(
         file = versions.store / "versions" / "00000002-layers.1.rows"
         moved = file.with_name("moved")
 
-        def lose_and_publish(path: Path, record: VersionRecord) -> None:
+        def lose_and_publish(path: Path, records: Sequence[VersionRecord]) -> None:
             file.rename(moved)
-            publish_version(path, record)
+            publish_versions(path, records)
 
-        monkeypatch.setattr(publishing, "publish_version", lose_and_publish)
+        monkeypatch.setattr(publishing, "publish_versions", lose_and_publish)
         versions.publish()
         eventually(lambda: "not_followed" in caplog.text)
         check(store, versions, 1)

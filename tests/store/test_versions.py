@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -291,3 +292,32 @@ def test_the_digest_of_a_store_is_that_of_its_version(versioned: VersionedModel)
     assert digests[0] == image.base_identity
     assert image.identity == digests[3]
     assert [replace(image, version=version).identity for version in range(4)] == digests
+
+
+@pytest.fixture
+def old_store(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    """A store that commit 8498e4b built, with a placement, and its rows, uint8 [240, 16]."""
+    with tarfile.open(Path(__file__).parents[1] / "data" / "store-8498e4b.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "store", np.fromfile(tmp_path / "rows.bin", dtype=np.uint8).reshape(-1, 16)
+
+
+def test_a_store_of_an_early_release_opens_for_ever(old_store: tuple[Path, np.ndarray]) -> None:
+    store, rows = old_store
+    assert tierstore.verify(store).faults == []
+    for version in (None, 0):
+        for dram in ("4MiB", "100KiB"):
+            with tierstore.open(store, dram, version=version) as opened:
+                table = opened["layers.1"]
+                np.testing.assert_array_equal(table.rows(np.arange(240)), rows)
+                keys = np.arange(40, dtype=np.int64).reshape(20, 2) * 7919
+                ids = np.stack(
+                    [keys[:, head // 2] % (53, 59, 61, 67)[head] + (0, 53, 112, 173)[head] for head in range(4)]
+                )
+                np.testing.assert_array_equal(table.lookup(keys), rows[ids.T])
+    newer = rows.copy()
+    newer[::3] ^= 1
+    assert publish_rows(store, {"layers.1": ChangedRows.of(np.arange(0, 240, 3), newer[::3])}) == 1
+    for version, wanted in ((0, rows), (1, newer)):
+        with tierstore.open(store, "100KiB", version=version) as opened:
+            np.testing.assert_array_equal(opened["layers.1"].rows(np.arange(240)), wanted)

@@ -201,22 +201,23 @@ def publish_placement(path: Path, placement: PlacementRecord) -> None:
     )
 
 
-def publish_version(path: Path, record: VersionRecord) -> None:
-    """Notes a version whose files are complete and synced on disk, in one transaction. Durable when it returns.
+def publish_versions(path: Path, versions: Sequence[VersionRecord]) -> None:
+    """Notes versions whose files are complete and synced on disk, in one transaction. Durable when it returns.
 
-    From the first one on, the store's format is another. Raises `ConfigError` if it is not the next one.
+    From the first one on, the store's format is another. Raises `ConfigError` if they are not the next ones.
     """
     with changing(path):
         image = read_catalog(path)
-        if record.number != len(image.versions) + 1:
-            raise ConfigError(f"{path} has {len(image.versions)} versions, and {record.number} is not the next one")
+        numbers = [version.number for version in versions]
+        if numbers != list(range(len(image.versions) + 1, len(image.versions) + 1 + len(versions))):
+            raise ConfigError(f"{path} has {len(image.versions)} versions, and {numbers} are not the next ones")
         head = {
             "format_version": VERSIONS_FORMAT_VERSION,
             "base_format": IN_PLACE_FORMAT_VERSION if image.is_in_place else STORE_FORMAT_VERSION,
             "written_by": f"tierstore {VERSION}",
         }
-        key = f"version/{record.number:08d}"
-        write_records(path / CATALOG_FILE, {"format": as_json(head), key: as_json(record.to_dict())})
+        records = {f"version/{version.number:08d}": as_json(version.to_dict()) for version in versions}
+        write_records(path / CATALOG_FILE, {"format": as_json(head)} | records)
 
 
 def set_epoch(path: Path, epoch: int | None) -> None:

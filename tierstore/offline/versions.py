@@ -27,7 +27,7 @@ from ..causes import named
 from ..decisions.budget import overlay_buckets
 from ..durable import replacing, sync_folder
 from ..errors import BudgetError, ConfigError
-from ..formats.catalog import CatalogImage, publish_version, read_catalog
+from ..formats.catalog import CatalogImage, publish_versions, read_catalog
 from ..formats.version_rows import ROWS_MAX, ROWS_SUFFIX, VERSIONS_FOLDER, RowsFile, write_rows_file
 from ..formats.versions import VersionRecord, VersionTable
 from ..layout import TableLayout
@@ -93,7 +93,7 @@ def write_version(path: Path, image: CatalogImage, changed: Mapping[str, Changed
         tables = {name: table for name, table in written.items() if table is not None}
         if not tables:
             raise NothingChangedError(f"{path}: no row changed since version {number - 1}: nothing was published")
-        publish_version(path, VersionRecord(number, commit, time.time(), tables))
+        publish_versions(path, [VersionRecord(number, commit, time.time(), tables)])
     except OSError as error:
         note = "nothing was published; run the same command then"
         raise named(error, path, error.filename, writing=True, note=note) from error
