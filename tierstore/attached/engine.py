@@ -23,7 +23,7 @@ from ..layout import TableLayout
 from ..stats import add_counters, counters_since
 from ..tiers.engine import HostEngine, Pending, Request, RowRange, VersionChangedError, in_one_version
 from ..tiers.native import NativeEngine
-from ..tiers.overlay import TableOverlay
+from ..tiers.overlay import Patches
 from .link import Link
 
 logger = logging.getLogger("tierstore")
@@ -156,7 +156,7 @@ class AttachedEngine(HostEngine):
         return self._with_engine(lambda engine: engine.submit_pairs(index, keys, pairs, out))
 
     @property
-    def overlays(self) -> Mapping[str, TableOverlay]:
+    def overlays(self) -> Mapping[str, Patches]:
         return self._link.engine.overlays
 
     def is_resident(self, index: int) -> bool:

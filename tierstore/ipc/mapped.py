@@ -22,7 +22,7 @@ from ..layout import TableLayout, record_bytes
 from ..spec import TableSpec
 from ..tiers.files import AnyFiles, open_tables
 from ..tiers.in_place import SideMemory, side_memory
-from ..tiers.native import TableMemory, overlay_in
+from ..tiers.native import TableMemory
 from ..tiers.overlay import TableOverlay
 from ..tiers.placed import PlacementFile
 
@@ -159,7 +159,8 @@ def overlays_in(
     for files in version.files:
         name = files.table.spec.name
         if name in sizes:
-            overlays[name] = overlay_in(files, part_of(resident, start, sizes[name], f"index of rows of {name}"))
+            memory = part_of(resident, start, sizes[name], f"index of rows of {name}")
+            overlays[name] = TableOverlay.within(files.versions, memory)
             start += sizes[name]
     return overlays
 

@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 
 from .. import kernels
-from ..decisions.budget import overlay_buckets
+from ..decisions.budget import overlay_bytes
 from ..errors import CorruptPageError
 from ..formats.catalog import CatalogImage, read_catalog
 from ..formats.table_source import PlaneReader, TableSource
 from ..layout import TableLayout
 from ..tiers.files import open_table
 from ..tiers.memory import allocate
-from ..tiers.overlay import TableOverlay, VersionFiles
+from ..tiers.overlay import TableOverlay
+from ..tiers.version_files import VersionFiles
 from .build import BuildReport, build_store
 
 
@@ -91,9 +92,8 @@ class VersionReader(PlaneReader):
         try:
             if source.spec.name in source.image.touched:
                 self._files.versions = VersionFiles(source.image, source.layout)
-                size = kernels.INDEX_BUCKET.itemsize
-                buckets = allocate(overlay_buckets(self._files.versions.num_touched) * size).reshape(-1, size)
-                self._overlay = TableOverlay(self._files.versions, buckets)
+                memory = allocate(overlay_bytes(self._files.versions.num_touched))
+                self._overlay = TableOverlay.within(self._files.versions, memory)
                 self._overlay.load_index()
         except BaseException:
             self.close()

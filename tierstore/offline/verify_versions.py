@@ -17,14 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from .. import kernels
-from ..decisions.budget import overlay_buckets
+from ..decisions.budget import overlay_bytes
 from ..errors import CorruptPageError, FormatError, TierStoreError
 from ..formats.catalog import CatalogImage
 from ..formats.version_rows import REMEDY, RowsFile, read_row_ids, read_rows_head, read_version_pages
 from ..formats.versions import VersionTable
 from ..layout import TableLayout
 from ..tiers.memory import allocate
-from ..tiers.overlay import TableOverlay, VersionFiles
+from ..tiers.overlay import TableOverlay
+from ..tiers.version_files import VersionFiles
 from .verify_report import CHUNK_BYTES, FAULTS_PER_SHARD_MAX, VerifyReport, check_not_stopped
 
 Part = Callable[[threading.Event], VerifyReport]
@@ -105,14 +106,12 @@ def _sha256(fd: int, stop: threading.Event) -> str:
 def _verify_count(image: CatalogImage, layout: TableLayout, _: threading.Event) -> VerifyReport:
     """Checks that versions have as many rows of a table as the catalog says: readers make room for so many."""
     report, name = VerifyReport(), layout.spec.name
-    size = kernels.INDEX_BUCKET.itemsize
     try:
         files = VersionFiles(image, layout)
     except (OSError, TierStoreError):
         return report  # the check of the files says why
     try:
-        memory = allocate(overlay_buckets(files.num_touched) * size)
-        overlay = TableOverlay(files, memory.reshape(-1, size))
+        overlay = TableOverlay.within(files, allocate(overlay_bytes(files.num_touched)))
         overlay.load_index()
         found = int((overlay.buckets.view(kernels.INDEX_BUCKET)["keys"] >= 0).sum())
         if found != files.num_touched:

@@ -24,7 +24,7 @@ import numpy as np
 
 from .. import kernels
 from ..causes import named
-from ..decisions.budget import overlay_buckets
+from ..decisions.budget import overlay_bytes
 from ..durable import replacing, sync_folder
 from ..errors import BudgetError, ConfigError
 from ..formats.catalog import CatalogImage, publish_versions, read_catalog
@@ -32,7 +32,8 @@ from ..formats.version_rows import ROWS_MAX, ROWS_SUFFIX, VERSIONS_FOLDER, RowsF
 from ..formats.versions import VersionRecord, VersionTable
 from ..layout import TableLayout
 from ..tiers.memory import allocate
-from ..tiers.overlay import TableOverlay, VersionFiles
+from ..tiers.overlay import TableOverlay
+from ..tiers.version_files import VersionFiles
 from ..units import format_bytes
 
 PUBLISH_LOCK = "publish.lock"
@@ -163,10 +164,9 @@ class _NewRows:
         self.num_touched = image.touched.get(layout.spec.name, 0)
         self._buckets: np.ndarray | None = None
         if self.num_touched:
-            size = kernels.INDEX_BUCKET.itemsize
             files = VersionFiles(image, layout)
             try:
-                overlay = TableOverlay(files, allocate(overlay_buckets(self.num_touched) * size).reshape(-1, size))
+                overlay = TableOverlay.within(files, allocate(overlay_bytes(self.num_touched)))
                 overlay.load_index()
                 self._buckets = overlay.buckets
             finally:

@@ -21,7 +21,7 @@ import numpy as np
 from .. import kernels
 from ..errors import StoreNotReadyError
 from ..layout import TableLayout
-from .overlay import TableOverlay
+from .overlay import Patches
 
 READ_WAIT_S = 300.0  # the longest that anything waits for the disk or for staging
 SLICE_S = 0.1  # the longest that a native wait keeps Python from handling signals
@@ -179,7 +179,7 @@ class HostEngine(Engine):
 
     @property
     @abstractmethod
-    def overlays(self) -> Mapping[str, TableOverlay]:
+    def overlays(self) -> Mapping[str, Patches]:
         """What versions have of tables, by name: for a `PlacementFile` whose entries are loaded elsewhere."""
 
 

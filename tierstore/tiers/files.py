@@ -14,7 +14,7 @@ from ..formats.in_place import InPlaceLayout
 from ..layout import TableLayout
 from .in_place import InPlaceFiles
 from .nvme import TableFiles, open_direct
-from .overlay import VersionFiles
+from .version_files import VersionFiles
 
 logger = logging.getLogger("tierstore")
 

@@ -36,7 +36,7 @@ from ..formats.in_place import (
 from ..formats.page import PAGE_VERSION
 from ..formats.stored_tensor import FileIdentity
 from .nvme import TableFiles, load_rows, open_direct, read_pages
-from .overlay import VersionFiles
+from .version_files import VersionFiles
 
 logger = logging.getLogger("tierstore")
 

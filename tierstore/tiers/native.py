@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import kernels
 from ..causes import allow_open_files, short_of_something
-from ..decisions.budget import DramPlan, StagingPlan, TableShare, overlay_buckets
+from ..decisions.budget import DramPlan, StagingPlan, TableShare
 from ..formats.page import PAGE_VERSION
 from ..process.progress import OnProgress
 from ..process.workers import aside
@@ -28,7 +28,7 @@ from .huge_pages import bytes_on_huge_pages, keep_on_huge_pages
 from .in_place import InPlaceFiles, SideMemory, load_side, side_memory
 from .memory import allocate
 from .nvme import IoChoice, load_rows
-from .overlay import TableOverlay
+from .overlay import Patches, RowsInMemory, TableOverlay
 from .placed import PlacementFile, load_all_static
 
 logger = logging.getLogger("tierstore")
@@ -113,17 +113,10 @@ def _load_overlay(file: AnyFiles, share: TableShare, part: np.ndarray) -> TableO
     if share.resident or file.versions is None:
         return None
     assert share.overlay_bytes, "a plan that knows of no versions would serve the base's rows"
-    overlay = overlay_in(file, part[share.num_bytes - share.side_bytes - share.overlay_bytes :])
+    memory = part[share.num_bytes - share.side_bytes - share.overlay_bytes :]
+    overlay = TableOverlay.within(file.versions, memory)
     overlay.load_index()
     return overlay
-
-
-def overlay_in(file: AnyFiles, memory: np.ndarray) -> TableOverlay:
-    """Returns the overlay of a table's versions, with its index at the start of `memory`, uint8 at a multiple of 64."""
-    assert file.versions is not None, "versions have rows of the table"
-    size = kernels.INDEX_BUCKET.itemsize
-    num_bytes = overlay_buckets(file.versions.num_touched) * size
-    return TableOverlay(file.versions, memory[:num_bytes].reshape(-1, size))
 
 
 def overlays_by_name(overlays: Sequence[TableOverlay | None]) -> dict[str, TableOverlay]:
@@ -162,6 +155,7 @@ class NativeEngine(HostEngine):
         self._what = what
         self.layouts = [file.table for file in files]
         self.memories = list(memories)
+        self._has_versions = [file.versions is not None for file in files]
         self._resident = [isinstance(memory.rows_or_cache, np.ndarray) for memory in memories]
         self.bad_pages = {}
         self.huge_pages: kernels.HugePages | None = None
@@ -212,8 +206,18 @@ class NativeEngine(HostEngine):
         self._engine.set_resident(index, list(bad_pages))
 
     @property
-    def overlays(self) -> Mapping[str, TableOverlay]:
-        return overlays_by_name([memory.overlay for memory in self.memories])
+    def overlays(self) -> Mapping[str, Patches]:
+        found: dict[str, Patches] = dict(overlays_by_name([memory.overlay for memory in self.memories]))
+        for index, (layout, memory) in enumerate(zip(self.layouts, self.memories, strict=True)):
+            if isinstance(memory.rows_or_cache, np.ndarray) and self._has_versions[index]:
+                rows = memory.rows_or_cache[: layout.spec.table_bytes].reshape(-1, layout.spec.row_bytes)
+                found[layout.spec.name] = RowsInMemory(layout.spec, rows, partial(self._are_bad, index))
+        return found
+
+    def _are_bad(self, index: int, row_ids: np.ndarray) -> np.ndarray:
+        """Returns which rows of a resident table, by id, could not be loaded, bool [n]."""
+        bad = [page for table, page in self.bad_pages if table == index]
+        return np.isin(row_ids // self.layouts[index].rows_per_page, bad)
 
     def is_resident(self, index: int) -> bool:
         return self._resident[index]

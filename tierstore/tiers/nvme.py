@@ -28,7 +28,7 @@ from ..formats.catalog import CatalogImage
 from ..formats.page import check_pages, repair_command
 from ..layout import TableLayout
 from .memory import usable_cores
-from .overlay import VersionFiles
+from .version_files import VersionFiles
 
 logger = logging.getLogger("tierstore")
 

@@ -1,212 +1,72 @@
-"""Rows of versions over a table's own: the open files, and the index of what they hold.
+"""Rows of versions over a table's own: the index of what versions have, and entries of the base brought up to date.
 
-Input: a catalog at a version, memory for the index. Output: for the engine, the newest row of each id; for whatever was
-loaded from the base (whole tables, placed entries), the rows that versions have, put in their places. Errors:
-`FormatError` for files that are not what the catalog says, or whose row ids are damaged. A damaged page of rows costs
-those rows only.
+Input: the files of versions, memory for the index; placed entries. Output: for the engine, the newest row of each id;
+for whoever loads placed entries, which are the base's, the same entries at the version. Errors: `FormatError` for row
+ids that are damaged.
 
-The index is that of placed entries (kernels/cpu/entry_index.h), with row ids for keys: 18 bytes a row. A *place* is a
-row's number in all files of a table together, oldest first.
+The index is that of placed entries (kernels/cpu/entry_index.h), with row ids for keys and places for record numbers: 18
+bytes a row.
 """
 
 from __future__ import annotations
 
-import os
-import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from .. import kernels
-from ..causes import Fault, allow_open_files, named
-from ..errors import CorruptPageError, FormatError
-from ..formats.catalog import CatalogImage
+from ..decisions.budget import overlay_buckets
+from ..errors import FormatError
 from ..formats.page import PAGE_VERSION
-from ..formats.version_rows import (
-    CHUNK_BYTES,
-    FILES_MAX,
-    REMEDY,
-    ROWS_MAX,
-    RowsFile,
-    read_row_ids,
-    read_rows_head,
-    read_version_pages,
-)
-from ..formats.versions import identity_of
-from ..layout import TableLayout
 from ..spec import TableSpec
+from .version_files import VersionFiles
 
 PATCHED_AT_ONCE = 1 << 16  # rows of records that are looked up, sorted and replaced together
+_BUCKET_BYTES = kernels.INDEX_BUCKET.itemsize
 _TRAILER_BYTES = kernels.RECORD_TRAILER.itemsize
 
 
+class Patches(Protocol):
+    """What brings placed entries of the base to a version."""
+
+    def patch(self, records: np.ndarray, seed: int) -> int:
+        """Puts rows of versions into placed entries of the base, uint8 [n, record_bytes], and seals those anew. Blocks.
+
+        seed: of the records' checksums. Returns how many could not be put together; those are marked as damaged.
+        """
+
+
 @dataclass(frozen=True)
-class OpenRows:
-    """An open file of a version's rows. place_start: of its first row."""
+class RowsInMemory:
+    """`Patches` of a table that is in memory whole, at its version.
 
-    path: Path
-    fd: int
-    direct_fd: int
-    head: RowsFile
-    place_start: int
-
-
-class VersionFiles:
-    """The open files of one table's rows, of all versions up to the image's. Any number of threads may read; `close`
-    comes after the last read.
-
-    Attributes:
-        num_touched: Rows that are in any of them, as the catalog says.
+    spec: the table's. rows: uint8 [num_rows, row_bytes]. bad_rows: says of row ids, int64 [n], which could not be
+    loaded, bool [n].
     """
 
-    def __init__(
-        self, image: CatalogImage, layout: TableLayout, open_direct: Callable[[Path], int] | None = None
-    ) -> None:
-        """Opens each and checks its head; raises `FormatError`. open_direct: opens a file for O_DIRECT too."""
-        self.spec: TableSpec = layout.spec
-        self.num_touched = image.touched.get(layout.spec.name, 0)
-        self.files: list[OpenRows] = []
-        self._table_seed = layout.seed
-        versions = image.used_versions
-        wanted = sum(layout.spec.name in version.tables for version in versions)
-        if wanted > FILES_MAX:
-            raise FormatError(f"{image.path}: {wanted} versions of table {layout.spec.name}: {_COMPACT}")
-        allow_open_files(2 * wanted)
-        try:
-            identity = image.base_identity
-            for version in versions:
-                part = version.tables.get(layout.spec.name)
-                if part is not None:
-                    self._open(Path(image.path) / part.file, version.number, part.num_rows, identity, open_direct)
-                identity = identity_of(identity, [version])
-        except BaseException:
-            self.close()
-            raise
+    spec: TableSpec
+    rows: np.ndarray
+    bad_rows: Callable[[np.ndarray], np.ndarray]
 
-    def _open(
-        self, path: Path, version: int, num_rows: int, identity: str, open_direct: Callable[[Path], int] | None
-    ) -> None:
-        fd = direct_fd = -1
-        try:
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block for ever
-            except OSError as error:
-                what = f"{path} (rows of version {version})"
-                raise named(error, what, path, fault=Fault(FormatError, REMEDY)) from error
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise FormatError(f"{path} (rows of version {version}): it is no regular file; {REMEDY}")
-            head, spec = read_rows_head(path, fd), self.spec
-            wanted = RowsFile(version, spec.name, spec.row_bytes, num_rows, identity, self._table_seed)
-            if head != wanted:
-                raise FormatError(f"{path}: it holds {_words(head)}, the catalog says {_words(wanted)}; {REMEDY}")
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-            direct_fd = open_direct(path) if open_direct else -1
-            if self.num_rows + num_rows > ROWS_MAX:
-                raise FormatError(f"{path}: more than {ROWS_MAX} rows in the versions of {spec.name}: {_COMPACT}")
-            self.files.append(OpenRows(path, fd, direct_fd, head, self.num_rows))
-        except BaseException:
-            _close(fd, direct_fd)
-            raise
+    def patch(self, records: np.ndarray, seed: int) -> int:
+        """See `Patches`."""
+        step = max(1, PATCHED_AT_ONCE // self.spec.rows_per_key)
+        return sum(self._patch(records[start : start + step], seed) for start in range(0, len(records), step))
 
-    @property
-    def num_rows(self) -> int:
-        """Rows in all files; of one that several have, each counts."""
-        return sum(file.head.num_rows for file in self.files)
-
-    @property
-    def names(self) -> list[tuple[str, int]]:
-        """The path of each file and the number of its version: what errors name."""
-        return [(str(file.path), file.head.version) for file in self.files]
-
-    def row_ids(self, file: OpenRows) -> Iterator[np.ndarray]:
-        """Yields the ids of a file's rows; see `read_row_ids`."""
-        return read_row_ids(file.path, file.fd, file.head, self.spec.num_rows)
-
-    def read_places(self, places: np.ndarray) -> Iterator[tuple[slice, np.ndarray | str]]:
-        """Reads rows by place, int64 [n] ascending, repeats allowed, some MiB of pages at once. Blocks on the disk.
-
-        Yields:
-            A slice of `places`, and its rows, uint8 [m, row_bytes], or what is wrong with the page that they lie on.
-        """
-        for file in self.files:
-            first, end = np.searchsorted(places, [file.place_start, file.place_start + file.head.num_rows]).tolist()
-            within = places[first:end] - file.place_start
-            pages = within // file.head.shape.rows_per_page
-            for at, until in _parts(pages, max(1, CHUNK_BYTES // file.head.shape.page_bytes)):
-                for part, rows in _read_part(file, within[at:until], pages[at:until]):
-                    yield slice(first + at + part.start, first + at + part.stop), rows
-
-    def apply(self, rows: np.ndarray, bad_pages: dict[int, str], rows_per_page: int) -> None:
-        """Puts the rows of all versions into a whole table, uint8 [num_rows, row_bytes], oldest first. Blocks.
-
-        bad_pages: gets, by page of the table, what is wrong with rows that cannot be read.
-        """
-        for file in self.files:
-            place = file.place_start
-            for ids in self.row_ids(file):
-                for part, found in self.read_places(np.arange(place, place + len(ids))):
-                    if isinstance(found, str):
-                        bad_pages |= dict.fromkeys((ids[part] // rows_per_page).tolist(), found)
-                    else:
-                        rows[ids[part]] = found
-                place += len(ids)
-
-    def drop_cache(self) -> None:
-        """Drops what was read of the files from the page cache."""
-        for file in self.files:
-            os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def close(self) -> None:
-        """Closes the descriptors; closing twice is harmless."""
-        while self.files:
-            file = self.files.pop()
-            _close(file.fd, file.direct_fd)
-
-
-_COMPACT = "make one store of them all: tierstore compact STORE NEW_STORE"
-
-
-def _words(head: RowsFile) -> str:
-    return (
-        f"{head.num_rows} rows of {head.row_bytes} bytes of table {head.table} at version {head.version} over a store "
-        f"with digest {head.identity[:12]}"
-    )
-
-
-def _close(*fds: int) -> None:
-    for fd in fds:
-        if fd >= 0:
-            os.close(fd)
-
-
-def _parts(pages: np.ndarray, pages_max: int) -> Iterator[tuple[int, int]]:
-    """Cuts ascending page numbers into ranges of at most pages_max different ones."""
-    at = 0
-    while at < len(pages):
-        number = np.cumsum(np.diff(pages[at:], prepend=pages[at] - 1) != 0)  # of each, which different one it is
-        until = at + int(np.searchsorted(number, pages_max, side="right"))
-        yield at, until
-        at = until
-
-
-def _read_part(file: OpenRows, within: np.ndarray, pages: np.ndarray) -> Iterator[tuple[slice, np.ndarray | str]]:
-    """Yields as `read_places` does, of rows that lie on few pages; if one is damaged, page by page."""
-    shape = file.head.shape
-    numbers = np.unique(pages)
-    try:
-        rows = read_version_pages(file.path, file.fd, file.head, numbers)
-        at = np.searchsorted(numbers, pages) * shape.rows_per_page + within % shape.rows_per_page
-        yield slice(0, len(within)), rows[at]
-    except CorruptPageError as error:
-        if len(numbers) == 1:
-            yield slice(0, len(within)), str(error)
-            return
-        for number in numbers.tolist():
-            start, end = np.searchsorted(pages, [number, number + 1]).tolist()
-            for _, found in _read_part(file, within[start:end], pages[start:end]):
-                yield slice(start, end), found
+    def _patch(self, records: np.ndarray, seed: int) -> int:
+        trailers, entries = _trailers(records), _rows_of(records, self.spec)
+        row_ids = _row_ids(self.spec, trailers)
+        number, head = np.nonzero(row_ids >= 0)
+        ids = row_ids[number, head]
+        differs = (entries[number, head] != self.rows[ids]).any(axis=1)
+        number, head, ids = number[differs], head[differs], ids[differs]
+        entries[number, head] = self.rows[ids]
+        bad = np.zeros(len(records), dtype=bool)
+        bad[number[self.bad_rows(ids)]] = True
+        _seal(records, np.unique(number), bad, trailers, self.spec, seed)
+        return int(bad.sum())
 
 
 class TableOverlay:
@@ -215,6 +75,14 @@ class TableOverlay:
     def __init__(self, files: VersionFiles, buckets: np.ndarray) -> None:
         """buckets: filled by `load_index`, or by another process that did that."""
         self.files, self.buckets = files, buckets
+
+    @classmethod
+    def within(cls, files: VersionFiles | None, memory: np.ndarray) -> TableOverlay:
+        """Returns the overlay of a table that versions have rows of; its index is the start of `memory`, uint8 at a
+        multiple of 64."""
+        assert files is not None, "versions have rows of the table"
+        num_bytes = overlay_buckets(files.num_touched) * _BUCKET_BYTES
+        return cls(files, memory[:num_bytes].reshape(-1, _BUCKET_BYTES))
 
     def load_index(self) -> None:
         """Fills the index from the files' row ids. Blocks on the disk. Raises `FormatError` if some are damaged."""
@@ -243,50 +111,57 @@ class TableOverlay:
         )
 
     def patch(self, records: np.ndarray, seed: int) -> int:
-        """Puts rows of versions into placed entries of the base, uint8 [n, record_bytes], and seals those anew. Blocks.
-
-        seed: of the records' checksums. Returns how many could not be put together; those are marked as damaged.
-        """
+        """See `Patches`."""
         step = max(1, PATCHED_AT_ONCE // self.files.spec.rows_per_key)
         return sum(self._patch(records[start : start + step], seed) for start in range(0, len(records), step))
 
     def _patch(self, records: np.ndarray, seed: int) -> int:
-        spec = self.files.spec
-        trailers = _trailers(records)
-        places = self._places(trailers["order_index"], trailers["key"])
+        spec, trailers, rows_of = self.files.spec, _trailers(records), _rows_of(records, self.files.spec)
+        row_ids = _row_ids(spec, trailers)
+        places = kernels.find_entries(self.buckets, row_ids.reshape(-1)).reshape(row_ids.shape)
         number, head = np.nonzero(places >= 0)
         if not len(number):
             return 0
         wanted = places[number, head]
         by_place = np.argsort(wanted, kind="stable")
         number, head, wanted = number[by_place], head[by_place], wanted[by_place]
-        rows_of = records[:, : spec.entry_bytes].reshape(len(records), spec.rows_per_key, spec.row_bytes)
-        assert np.shares_memory(rows_of, records), "rows would go to a copy"
         bad = np.zeros(len(records), dtype=bool)
         for part, rows in self.files.read_places(wanted):
             if isinstance(rows, str):
                 bad[number[part]] = True
             else:
                 rows_of[number[part], head[part]] = rows
-        touched = np.unique(number)
-        sealed = records[touched]
-        keys = np.where(bad[touched], -1, trailers["key"][touched])
-        orders = np.ascontiguousarray(trailers["order_index"][touched])
-        kernels.seal_records(sealed, keys.astype(np.int64), orders, spec.entry_bytes, seed)
-        records[touched] = sealed
+        _seal(records, np.unique(number), bad, trailers, spec, seed)
         return int(bad.sum())
 
-    def _places(self, orders: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Returns the place of each row of entries, int64 [n, rows_per_key]; -1 for rows of the base."""
-        spec = self.files.spec
-        places = np.full((len(keys), spec.rows_per_key), -1, dtype=np.int64)
-        for order in range(len(spec.orders)):
-            of_order = np.flatnonzero((orders == order) & (keys >= 0))
-            for row in range(spec.rows_per_key if len(of_order) else 0):
-                head = order * spec.rows_per_key + row
-                row_ids = keys[of_order] % spec.moduli[head] + spec.offsets[head]
-                places[of_order, row] = kernels.find_entries(self.buckets, row_ids)
-        return places
+
+def _rows_of(records: np.ndarray, spec: TableSpec) -> np.ndarray:
+    """Returns the rows of records, uint8 [n, rows_per_key, row_bytes]; no copy."""
+    rows = records[:, : spec.entry_bytes].reshape(len(records), spec.rows_per_key, spec.row_bytes)
+    assert np.shares_memory(rows, records) or not len(records), "rows would go to a copy"
+    return rows
+
+
+def _row_ids(spec: TableSpec, trailers: np.ndarray) -> np.ndarray:
+    """Returns the row ids of entries, int64 [n, rows_per_key]; -1 of those that are damaged."""
+    row_ids = np.full((len(trailers), spec.rows_per_key), -1, dtype=np.int64)
+    for order in range(len(spec.orders)):
+        of_order = np.flatnonzero((trailers["order_index"] == order) & (trailers["key"] >= 0))
+        for row in range(spec.rows_per_key if len(of_order) else 0):
+            head = order * spec.rows_per_key + row
+            row_ids[of_order, row] = trailers["key"][of_order] % spec.moduli[head] + spec.offsets[head]
+    return row_ids
+
+
+def _seal(
+    records: np.ndarray, touched: np.ndarray, bad: np.ndarray, trailers: np.ndarray, spec: TableSpec, seed: int
+) -> None:
+    """Seals touched records anew; bad ones as nobody's."""
+    sealed = records[touched]
+    keys = np.where(bad[touched], -1, trailers["key"][touched]).astype(np.int64)
+    orders = np.ascontiguousarray(trailers["order_index"][touched])
+    kernels.seal_records(sealed, keys, orders, spec.entry_bytes, seed)
+    records[touched] = sealed
 
 
 def _trailers(records: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ from ..layout import UNIT_BYTES, TableLayout, round_up
 from ..process.progress import OnProgress
 from ..process.workers import joined_pool
 from .nvme import open_direct
-from .overlay import TableOverlay
+from .overlay import Patches
 
 logger = logging.getLogger("tierstore")
 
@@ -51,7 +51,7 @@ class PlacementFile:
 
     def __init__(self, image: CatalogImage, epoch: int, *, direct: bool) -> None:
         """Opens the file of a published epoch and checks its head; raises `FormatError`. direct: for O_DIRECT too."""
-        self.overlays: Mapping[str, TableOverlay] = {}
+        self.overlays: Mapping[str, Patches] = {}
         record = image.placements[epoch]
         self.path = Path(image.path) / record.file
         self.fd = self.direct_fd = -1

@@ -34,7 +34,7 @@ from ..offline.versions import ChangedRows, Chunks, NothingChangedError, locked_
 from ..spec import TableSpec
 from ..store.embedded import open_store
 from ..store.store import Store
-from ..tiers.overlay import VersionFiles
+from ..tiers.version_files import VersionFiles
 from .live import NO_RUN, CommitRows, LiveRows
 from .optimizers import DenseAdam
 
