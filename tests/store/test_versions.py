@@ -20,6 +20,7 @@ from tierstore.formats.catalog import CATALOG_FILE, read_catalog
 from tierstore.formats.version_rows import VERSIONS_FOLDER
 from tierstore.offline.versions import PUBLISH_LOCK, ChangedRows, publish_rows
 
+IO = ["auto", pytest.param("mmap", marks=pytest.mark.slow), "pread"]
 LARGE, SMALL = "64MiB", "640KiB"  # whole tables; static sets and caches of entries
 
 
@@ -55,9 +56,9 @@ def check(store: tierstore.Store, model: Model, seeds: int = 2) -> None:
         np.testing.assert_array_equal(table.rows(row_ids), wanted)
 
 
-@pytest.mark.parametrize("io", ["auto", "mmap", "pread"])
+@pytest.mark.parametrize("io", IO)
 @pytest.mark.parametrize("dram", [LARGE, SMALL])
-@pytest.mark.parametrize("placement", [None, "none"])
+@pytest.mark.parametrize("placement", [None, pytest.param("none", marks=pytest.mark.slow)])
 def test_each_version_has_its_own_rows(versioned: VersionedModel, io: str, dram: str, placement: str | None) -> None:
     for version in range(4):
         with tierstore.open(versioned.store, dram, io, placement=placement, version=version) as store:
@@ -65,7 +66,7 @@ def test_each_version_has_its_own_rows(versioned: VersionedModel, io: str, dram:
             assert store.stats()["version"] == version
 
 
-@pytest.mark.parametrize("io", ["auto", "mmap", "pread"])
+@pytest.mark.parametrize("io", IO)
 @pytest.mark.parametrize("dram", [LARGE, SMALL])
 def test_rows_of_a_table_in_place_have_versions_too(in_place: VersionedModel, io: str, dram: str) -> None:
     for version in range(3):

@@ -75,7 +75,7 @@ def open_commit(image: CatalogImage, number: int | None) -> CommitRows | None:
         if number is not None:
             raise ConfigError(f"{store} has no commit {number}: it was never trained")
         return None
-    if records.training.get("build") != image.identity:
+    if records.training.get("build") != image.base_identity:
         raise ConfigError(f"{store} was built anew since its training began: its commits are of other rows")
     wanted = records.current if number is None else number
     assert wanted is not None

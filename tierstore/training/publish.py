@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from .. import kernels
-from ..codec import FLOAT_BYTES, parse_codec
 from ..decisions.budget import divide_dram
 from ..errors import BudgetError, ConfigError, FormatError
 from ..formats.catalog import CatalogImage, read_catalog
 from ..formats.rates import read_rates
 from ..formats.run import RunLayout
 from ..formats.training_records import Commit, TrainingRecords, layouts_of, read_training
+from ..offline.exporting.quantized import quantized
 from ..offline.versions import ChangedRows, Chunks, NothingChangedError, locked_for_publish, write_version
 from ..spec import TableSpec
 from ..store.embedded import open_store
@@ -161,16 +161,6 @@ def _history_of(path: Path, commit: Commit, name: str) -> kernels.StepHistory:
     return history
 
 
-def kernel_codec(spec: TableSpec) -> tuple[str, float]:
-    """Returns a codec as `kernels.quantize_rows` names it, and its factor. Raises `ConfigError` for any other."""
-    codec = parse_codec(spec.codec)
-    if codec.values in FLOAT_BYTES:
-        return codec.values, 1.0
-    if codec.values == "fp8_e4m3" and codec.scale in ("", "e8m0"):
-        return ("fp8_e4m3_e8m0x32", 1.0) if codec.scale else ("fp8_e4m3", codec.factor)
-    raise ConfigError(f"table {spec.name}: rows of codec {spec.codec!r} cannot be written again; nothing was published")
-
-
 @dataclass
 class _Table:
     """What a commit has of one table, beside the rows that readers have now. since: the commit of the newest version;
@@ -240,13 +230,10 @@ class _Table:
         self.rows.read(live, records)
         floats = records.view(np.float32)
         kernels.catch_up_rows(self.history, self.layout.dim, floats)
-        codec, factor = kernel_codec(self.spec)
-        new = np.empty_like(old)
-        values = np.ascontiguousarray(floats[:, : self.layout.dim])
-        saturated, not_numbers = kernels.quantize_rows(values, codec, factor, old, new)
-        self.num_saturated += saturated
-        self.num_nan += not_numbers
-        return new
+        made = quantized(np.ascontiguousarray(floats[:, : self.layout.dim]), self.spec, old)
+        self.num_saturated += made.num_saturated
+        self.num_nan += made.num_nan
+        return made.rows
 
 
 def _found(places: kernels.RowPlaces, row_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
