@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .init import init_checkpoint
     from .profiles import open_profile, replan, token_profile
     from .row_id_embedding import RowIdEmbedding
+    from .training_plans import plan_training
 
 __all__ = [
     "EngramLayer",
@@ -40,6 +41,7 @@ __all__ = [
     "load_pretrained",
     "open_checkpoint",
     "open_profile",
+    "plan_training",
     "replan",
     "swap_embedding",
     "token_profile",
@@ -59,6 +61,7 @@ _JOBS = {
     "init_checkpoint": "init",
     "open_checkpoint": "checkpoints",
     "open_profile": "profiles",
+    "plan_training": "training_plans",
     "replan": "profiles",
     "token_profile": "profiles",
 }

@@ -26,18 +26,37 @@ from .cli import console
 from .phases import Phases
 from .report.tables import exact_bytes
 
+STEP_TOKENS = 2048  # of a training step
+OPTIMIZERS = ("SGD", "RowWiseAdagrad", "LazyAdam", "DenseAdam")
+
 
 @click.command("plan")
 @click.argument("store", type=click.Path(path_type=Path))
-@click.argument("profile", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PROFILE|TRACE...")
 @click.option("--hbm", default="0", show_default=True, metavar="SIZE", help="GPU memory to plan for.")
 @click.option("--dram", metavar="SIZE", help="DRAM to plan for.  [default: what the profile recommends]")
 @click.option(
     "--nvme-entries", default="0", show_default=True, metavar="SIZE", help="Packed entries on NVMe, one read each."
 )
 @click.option(
-    "--batch-tokens", default=1, show_default=True, type=click.IntRange(min=1), help="Tokens looked up at once."
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    help=f"Tokens looked up at once, or of a training step.  [default: 1; --training: {STEP_TOKENS}]",
 )
+@click.option(
+    "--training", is_flag=True, help="Say what training STORE on TRACE... needs; writes nothing."
+)
+@click.option(
+    "--optimizer",
+    type=click.Choice(OPTIMIZERS),
+    default=OPTIMIZERS[1],
+    show_default=True,
+    help="Of --training: its state is part of every record.",
+)
+@click.option(
+    "--commit-steps", type=click.IntRange(min=1), default=100, show_default=True, help="Of --training: between commits."
+)
+@click.option("--no-probe", is_flag=True, help="Of --training: do not measure the disk of STORE, which takes seconds.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing. Any budget will do.")
 @click.option(
     "--for-machine", metavar="SIZE", help="Hold --dram against a machine with so much memory, instead of this one."
@@ -48,11 +67,15 @@ from .report.tables import exact_bytes
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes are in bytes.")
 def command(
     store: Path,
-    profile: Path,
+    inputs: tuple[Path, ...],
     hbm: str,
     dram: str | None,
     nvme_entries: str,
-    batch_tokens: int,
+    batch_tokens: int | None,
+    training: bool,
+    optimizer: str,
+    commit_steps: int,
+    no_probe: bool,
     dry_run: bool,
     for_machine: str | None,
     untested: bool,
@@ -62,7 +85,19 @@ def command(
 
     \b
     Example: tierstore plan v41.tier chats.profile --dram 8GiB --nvme-entries 50GiB
+    Example: tierstore plan v41.tier books.trace --training --dram 64GiB --batch-tokens 65536
     """
+    if training:
+        from . import plan_training
+
+        if dram is None:
+            raise click.UsageError("--training needs --dram: the memory that open_training would get")
+        tokens = batch_tokens or STEP_TOKENS
+        plan_training.run(store, inputs, optimizer, dram, tokens, commit_steps, not no_probe, as_json)
+        return
+    if len(inputs) != 1:
+        raise click.UsageError(f"{len(inputs)} profiles: a plan is made from one; for traces add --training")
+    (profile,) = inputs
     machine_bytes = None if for_machine is None else parse_bytes(for_machine, "--for-machine")
     opened = engram_adapter.open_profile(store, profile)
     dram_bytes = None if dram is None else parse_bytes(dram, "--dram")
@@ -73,7 +108,7 @@ def command(
             store,
             opened,
             *budgets,
-            batch_tokens=batch_tokens,
+            batch_tokens=batch_tokens or 1,
             memory_bytes=machine_bytes,
             untested=untested,
             on_progress=phases,
