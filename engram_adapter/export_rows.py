@@ -7,75 +7,94 @@ Errors: `ConfigError` for commits and versions that are not there, and for codec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import CatalogImage
 from tierstore.offline.exporting.quantized import kernel_codec
 from tierstore.offline.exporting.row_readers import RowOrigin
 from tierstore.offline.exporting.touched_rows import TouchedRows, sort_touched_rows
+from tierstore.offline.exporting.version_rows import VersionStream, keep_rows
 from tierstore.training.exported import CommitRows, Encoder, RunStream, describe, open_commit
 
+ID_BYTES = 8
 FILES_A_TABLE = 2  # records lie on disk once in stretches, and once sorted
 
 
-@dataclass
-class TouchedTables:
-    """The rows that an export has new.
+class TouchedTables(Protocol):
+    """The rows that an export has new."""
 
-    Attributes:
-        commit: The number of the commit that they are of, or None.
-        version: The number of the version that they are of, or None; 0: no row is new.
-        rows: The commit; None without one.
-        streams: Its records by table, open until `close`.
-        saturated: Changed values beyond the codec's largest, by table, of what was sorted so far.
-        with_states: Whether optimizer state is kept.
-    """
+    @property
+    def commit(self) -> int | None:
+        """The number of the commit that they are of, or None."""
 
-    commit: int | None = None
-    version: int | None = None
-    with_states: bool = False
-    rows: CommitRows | None = None
-    streams: dict[str, RunStream] = field(default_factory=dict)
-    saturated: dict[str, int] = field(default_factory=dict)
+    @property
+    def version(self) -> int | None:
+        """The number of the version that they are of, or None."""
+
+    @property
+    def saturated(self) -> Mapping[str, int]:
+        """Changed values beyond the codec's largest, by table, of what was sorted so far."""
 
     @property
     def tables(self) -> Sequence[str]:
         """Names of the tables that have new rows."""
-        return [] if self.rows is None else self.rows.touched_tables
-
-    @property
-    def about(self) -> Mapping[str, Any]:
-        """What files of optimizer state say of themselves."""
-        return {} if self.rows is None else describe(self.rows)
 
     @property
     def disk_bytes(self) -> int:
         """Bytes of disk that sorting takes meanwhile, at most."""
-        if self.rows is None:
-            return 0
-        return sum(
-            FILES_A_TABLE * run.num_records * (8 + self.rows.layout(name).record_bytes)
-            for name in self.tables
-            for run in self.rows.commit.runs[name]
-        )
 
-    def close(self) -> None:
-        """Closes the runs; twice is harmless."""
-        for stream in self.streams.values():
-            stream.close()
+    @property
+    def states(self) -> Mapping[str, Any] | None:
+        """What files of optimizer state say of themselves; None if none are written."""
 
     def sort(self, name: str, base: RowOrigin, folder: Path, memory_bytes: int) -> TouchedRows:
         """Sorts the new rows of a table into files of a new folder. Blocks on the disk.
 
         base: the table's rows before any training: bytes that have not changed stay as they are.
         """
-        assert self.rows is not None
-        encoder = Encoder(self.rows, name, base, self.with_states)
-        num_rows = self.rows.tables[name].spec.num_rows
-        touched = sort_touched_rows(self.streams[name], num_rows, folder, memory_bytes, encoder)
+
+    def close(self) -> None:
+        """Closes what they are read from; twice is harmless."""
+
+
+class CommitTables:
+    """The rows of a commit; keeps the `TouchedTables` contract."""
+
+    version = None
+
+    def __init__(self, rows: CommitRows, *, with_states: bool) -> None:
+        """Opens the commit's runs."""
+        self.commit: int | None = rows.commit.number
+        self.saturated: dict[str, int] = {}
+        self.tables = rows.touched_tables
+        self.states = describe(rows) if with_states else None
+        self._rows = rows
+        self._streams: dict[str, RunStream] = {}
+        for name in self.tables:
+            kernel_codec(rows.tables[name].spec)  # refuses codecs before anything is written
+        try:
+            for name in self.tables:
+                self._streams[name] = rows.open_stream(name)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def disk_bytes(self) -> int:
+        """See `TouchedTables`."""
+        return sum(
+            FILES_A_TABLE * run.num_records * (ID_BYTES + self._streams[name].record_bytes)
+            for name in self.tables
+            for run in self._rows.commit.runs[name]
+        )
+
+    def sort(self, name: str, base: RowOrigin, folder: Path, memory_bytes: int) -> TouchedRows:
+        """See `TouchedTables`."""
+        encoder = Encoder(self._rows, name, base, self.states is not None)
+        num_rows = self._rows.tables[name].spec.num_rows
+        touched = sort_touched_rows(self._streams[name], num_rows, folder, memory_bytes, encoder)
         if encoder.num_nan:
             raise ConfigError(
                 f"table {name}: {encoder.num_nan} values of commit {self.commit} are not numbers; export an older "
@@ -84,9 +103,55 @@ class TouchedTables:
         self.saturated[name] = encoder.num_saturated
         return touched
 
+    def close(self) -> None:
+        """See `TouchedTables`."""
+        for stream in self._streams.values():
+            stream.close()
+
+
+class VersionTables:
+    """The rows of a published version; keeps the `TouchedTables` contract."""
+
+    commit = None
+    states = None
+
+    def __init__(self, image: CatalogImage) -> None:
+        """Opens the files of the image's version, and of those before it."""
+        self.version: int | None = image.version
+        self.saturated: dict[str, int] = {}
+        self.tables = [name for name in image.tables if image.touched.get(name)]
+        self._image = image
+        self._streams: dict[str, VersionStream] = {}
+        try:
+            for name in self.tables:
+                self._streams[name] = VersionStream(image, image.tables[name])
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def disk_bytes(self) -> int:
+        """See `TouchedTables`."""
+        return sum(
+            FILES_A_TABLE * table.num_rows * (ID_BYTES + self._image.tables[name].spec.row_bytes)
+            for version in self._image.used_versions
+            for name, table in version.tables.items()
+        )
+
+    def sort(self, name: str, base: RowOrigin, folder: Path, memory_bytes: int) -> TouchedRows:
+        """See `TouchedTables`."""
+        del base  # a version's rows are in the codec already
+        num_rows = self._image.tables[name].spec.num_rows
+        return sort_touched_rows(self._streams[name], num_rows, folder, memory_bytes, keep_rows)
+
+    def close(self) -> None:
+        """See `TouchedTables`."""
+        for stream in self._streams.values():
+            stream.close()
+
 
 def open_touched(image: CatalogImage, version: int | None, commit: int | None, *, states: bool) -> TouchedTables:
-    """Returns the new rows of a commit or a version; of neither: of the newest commit, if there is one.
+    """Returns the new rows of a commit or a version; of neither: of the newest commit, else of the newest version.
 
     Raises `ConfigError` for one that is not there, `ValueError` for both, and for states of a version.
     """
@@ -94,22 +159,9 @@ def open_touched(image: CatalogImage, version: int | None, commit: int | None, *
         raise ValueError(f"version {version} and commit {commit}: an export has the rows of one of them; give one")
     if version is not None and states:
         raise ValueError(f"states of version {version}: optimizer state is kept with commits; give one, or none")
-    if version == 0:
-        return TouchedTables(version=0)
-    if version is not None:
-        raise ConfigError(f"{image.path} has no version {version}")
-    rows = open_commit(image, commit)
-    if rows is None:
-        if states:
-            raise ConfigError(f"{image.path} was never trained: there is no optimizer state")
-        return TouchedTables()
-    for name in rows.touched_tables:
-        kernel_codec(rows.tables[name].spec)  # refuses codecs before anything is written
-    touched = TouchedTables(commit=rows.commit.number, with_states=states, rows=rows)
-    try:
-        for name in rows.touched_tables:
-            touched.streams[name] = rows.open_stream(name)
-    except BaseException:
-        touched.close()
-        raise
-    return touched
+    rows = open_commit(image, commit) if version is None else None
+    if rows is not None:
+        return CommitTables(rows, with_states=states)
+    if states:
+        raise ConfigError(f"{image.path} was never trained: there is no optimizer state")
+    return VersionTables(image.at_version(version))

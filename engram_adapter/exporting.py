@@ -98,8 +98,7 @@ def export_checkpoint(
         out: A new folder, which appears whole.
         source: The checkpoint that the store was built from; of a store in place it is found.
         version: A published version; 0: the rows as they were built.
-        commit: A commit of the training. Without version and commit: the newest commit, or the rows as they were built
-            without any.
+        commit: A commit of the training. Without version and commit: the newest commit, without any the newest version.
         states: Also write the optimizer's state of all touched rows, as safetensors in the folder "states".
         tables_only: Write the tables' tensors alone, under their published names. `source` may then be a folder
             without tensors, whose other files come along. So it is with a store that `init` made.
@@ -165,7 +164,7 @@ def _write(
             for number, name in enumerate(touched.tables):
                 rows[name] = touched.sort(name, found.rows[name].before, parts / f"{number}", memory_bytes)
             layout = found.lay_out(rows, kept_apart)
-            states = lay_out_states(rows, touched.about) if touched.with_states else []
+            states = [] if touched.states is None else lay_out_states(rows, touched.states)
             files = [*states, *layout.files]
             digests = write_files(folder, files, jobs, on_progress)
             shutil.rmtree(parts, ignore_errors=True)

@@ -21,6 +21,7 @@ from tierstore.formats.catalog import read_catalog
 from tierstore.tools.cli import run
 from tierstore.tools.synth import write_checkpoint
 from tierstore.training.optimizers import SGD, DenseAdam, LazyAdam, RowWiseAdagrad
+from tierstore.training.publish import publish
 
 SHAPES = {
     "deepseek_v41": {"dim": 64},
@@ -298,3 +299,30 @@ def test_what_was_trained_is_what_is_exported(
     with tierstore.open_training(store, dram="4MiB") as training:  # at the commit: later steps were never durable
         expected = training[name].gather(np.arange(spec.num_rows))
     np.testing.assert_array_equal(rows_of(tmp_path / "out", store)[name].view(np.float32), expected)
+
+
+@pytest.mark.parametrize("shape", ["deepseek_v41", "qwen4_exp"])
+def test_a_version_is_exported_as_the_commit_that_it_was_published_from(
+    models: dict[str, tuple[Path, Path]], tmp_path: Path, shape: str
+) -> None:
+    checkpoint, made = train(models[shape], tmp_path / "store")
+    commits = [made.commit()]
+    publish(made.store)
+    for name in made.records:
+        made.write(name, 120)
+    commits.append(made.commit())
+    publish(made.store)
+    for number, commit in enumerate(commits, start=1):
+        of_version = export_checkpoint(made.store, tmp_path / f"v{number}", source=checkpoint, version=number)
+        of_commit = export_checkpoint(made.store, tmp_path / f"c{number}", source=checkpoint, commit=commit.number)
+        assert of_version.files == of_commit.files
+        assert (of_version.version, of_version.commit) == (number, None)
+    with pytest.raises(ConfigError, match="version: 3 is not one of"):
+        export_checkpoint(made.store, tmp_path / "none", source=checkpoint, version=3)
+    file = sorted((made.store / "versions").iterdir())[0]
+    data = bytearray(file.read_bytes())
+    data[4096 + 9] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CorruptPageError, match=file.name):
+        export_checkpoint(made.store, tmp_path / "none", source=checkpoint, version=2)
+    assert not (tmp_path / "none").exists()

@@ -36,12 +36,14 @@ class Committed:
         self._runs: dict[str, list] = {name: [] for name in self.image.tables}
         self._unnamed: list[RunWriter] = []
         self._number = 0
-        create_training(store, {"build": self.image.identity, "optimizer": optimizer.to_dict(), "layouts": {}})
+        layouts = {name: self._layout(name).to_dict() for name in self.image.tables}
+        create_training(
+            store, {"build": self.image.base_identity, "optimizer": optimizer.to_dict(), "layouts": layouts}
+        )
 
     def write(self, name: str, num_rows: int, values: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
         """Writes a run of random rows: values of the rows are drawn, or what `values` makes of the row ids."""
-        spec, seed = self.image.tables[name].spec, self.image.tables[name].seed
-        layout = RunLayout(name, spec.dim, self.optimizer.state_floats(spec.dim), seed)
+        spec, layout = self.image.tables[name].spec, self._layout(name)
         row_ids = self.rng.permutation(spec.num_rows)[:num_rows].astype(np.int64)
         floats = self.rng.standard_normal((num_rows, layout.record_bytes // 4), dtype=np.float32)
         if values is not None:
@@ -53,6 +55,10 @@ class Committed:
         self._unnamed.append(writer)
         self.records[name] |= dict(zip(row_ids.tolist(), floats, strict=True))
         return row_ids
+
+    def _layout(self, name: str) -> RunLayout:
+        spec = self.image.tables[name].spec
+        return RunLayout(name, spec.dim, self.optimizer.state_floats(spec.dim), self.image.tables[name].seed)
 
     def commit(self, step: int = 1, steps: int = 0, rates: np.ndarray | None = None) -> Commit:
         """Publishes all runs that were written so far."""

@@ -1,0 +1,65 @@
+"""The rows of a published version, for an export: the files of all versions up to it, as a stream.
+
+Input: a catalog at a version. Output: for each table a `VersionStream`. Errors: `FormatError` for files that are not
+what the catalog says, `CorruptPageError` for a damaged page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from ...errors import CorruptPageError
+from ...formats.catalog import CatalogImage
+from ...layout import TableLayout
+from ...tiers.overlay import VersionFiles
+from .touched_rows import ROWS
+
+READ_BYTES = 4 << 20  # of rows at once
+
+
+class VersionStream:
+    """The rows of a table in all versions up to an image's, oldest first; keeps the `RecordStream` contract."""
+
+    def __init__(self, image: CatalogImage, table: TableLayout) -> None:
+        """Opens the files and checks their heads."""
+        self._files = VersionFiles(image, table)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a row."""
+        return self._files.spec.row_bytes
+
+    def row_ids(self) -> Iterator[np.ndarray]:
+        """See `RecordStream`."""
+        for file in self._files.files:
+            yield from self._files.row_ids(file)
+
+    def records(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """See `RecordStream`."""
+        at_once = max(1, READ_BYTES // self.record_bytes)
+        for file in self._files.files:
+            place = file.place_start
+            for row_ids in self._files.row_ids(file):
+                for start in range(0, len(row_ids), at_once):
+                    part = row_ids[start : start + at_once]
+                    yield part, self._rows(np.arange(place, place + len(part)))
+                    place += len(part)
+
+    def _rows(self, places: np.ndarray) -> np.ndarray:
+        rows = np.empty((len(places), self.record_bytes), dtype=np.uint8)
+        for part, found in self._files.read_places(places):
+            if isinstance(found, str):
+                raise CorruptPageError(found)
+            rows[part] = found
+        return rows
+
+    def close(self) -> None:
+        """Closes the files; twice is harmless."""
+        self._files.close()
+
+
+def keep_rows(_row_ids: np.ndarray, records: np.ndarray) -> Mapping[str, np.ndarray]:
+    """Makes rows of the records of a `VersionStream`: they are rows already."""
+    return {ROWS: records}
