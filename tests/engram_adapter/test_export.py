@@ -20,7 +20,8 @@ import safetensors.numpy
 import tierstore
 from engram_adapter.checkpoints import build_checkpoint, open_checkpoint
 from engram_adapter.exporting import ExportReport, export_checkpoint
-from tierstore.errors import BudgetError, ConfigError, CorruptPageError
+from tierstore.errors import BudgetError, ConfigError, CorruptPageError, FormatError
+from tierstore.offline.exporting.parts import FileReader
 from tierstore.tools.cli import run
 from tierstore.tools.synth import write_checkpoint
 
@@ -206,6 +207,29 @@ def test_a_full_disk_is_named_before_and_midway_and_leaves_nothing(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10, used=9, free=1))
     with pytest.raises(BudgetError, match=r"needs .*\d+ bytes.*1 B free"):
         export_checkpoint(store, tmp_path / "out", source=checkpoint)
+
+
+def test_a_file_that_changes_while_it_is_copied_is_named(
+    models: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, store = models["engram"]
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy, copy_function=os.link)  # the very files of the build
+    file = copy / "tokenizer.json"
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data)
+    read = FileReader.read
+
+    def read_and_change(reader: FileReader, byte_start: int, out: np.ndarray) -> None:
+        read(reader, byte_start, out)
+        if reader._part.path.name == "tokenizer.json":
+            file.write_bytes(data + b" ")
+
+    monkeypatch.setattr(FileReader, "read", read_and_change)
+    with pytest.raises(FormatError, match=r"tokenizer\.json was changed while it was read"):
+        export_checkpoint(store, tmp_path / "out", source=copy)
+    assert not (tmp_path / "out").exists()
 
 
 CHILD = """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +266,23 @@ def test_too_little_memory_to_sort_and_values_that_are_not_numbers_are_named(
     made.commit()
     with pytest.raises(ConfigError, match=r"48 values of commit 2 are not numbers"):
         export_checkpoint(made.store, tmp_path / "out", source=checkpoint)
+
+
+def test_a_disk_that_is_full_while_rows_are_sorted_is_named_and_nothing_stays(
+    trained: tuple[Path, Committed], tmp_path: Path
+) -> None:
+    checkpoint, made = trained
+    made.commit()
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for most in (100, 5000, 20_000, 60_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, old[1]))
+        try:
+            with pytest.raises(ConfigError, match="this process may write files of"):
+                export_checkpoint(made.store, tmp_path / "out", source=checkpoint)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        assert [path.name for path in tmp_path.iterdir()] == ["trained"]
 
 
 def test_values_beyond_the_codec_are_counted_and_said(
