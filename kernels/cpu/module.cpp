@@ -12,6 +12,7 @@ PYBIND11_MODULE(_cpu, module) {
   tierstore::bind_hash(module);
   tierstore::bind_codec(module);
   tierstore::bind_block_codecs(module);
+  tierstore::bind_gradient_norms(module);
   tierstore::bind_profile(module);
   tierstore::bind_placed(module);
   tierstore::bind_buffers(module);

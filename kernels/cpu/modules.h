@@ -10,6 +10,7 @@ void bind_block_codecs(pybind11::module_& module);
 void bind_blocks(pybind11::module_& module);
 void bind_codec(pybind11::module_& module);
 void bind_constants(pybind11::module_& module);
+void bind_gradient_norms(pybind11::module_& module);
 void bind_hash(pybind11::module_& module);
 void bind_huge_pages(pybind11::module_& module);
 void bind_learning(pybind11::module_& module);
