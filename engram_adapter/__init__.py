@@ -20,39 +20,59 @@ from .token_map import build_token_map
 if TYPE_CHECKING:
     from .checkpoints import build_checkpoint, open_checkpoint
     from .embedding import TieredEmbedding
-    from .engines.transformers.loading import load_pretrained
+    from .engines.transformers.loading import load_pretrained, load_trainable
     from .engines.transformers.swap import swap_embedding
+    from .engines.transformers.trainable import swap_trainable
     from .engram_layer import EngramLayer
     from .exporting import export_checkpoint
     from .init import init_checkpoint
+    from .joined_optimizer import JoinedOptimizer
     from .profiles import open_profile, replan, token_profile
     from .row_id_embedding import RowIdEmbedding
+    from .table_optimizer import TableOptimizer, dense_parameters
+    from .trainable import TrainableEmbedding, TrainableRows, trained_tables
     from .training_plans import plan_training
 
 __all__ = [
     "EngramLayer",
     "HashSpec",
+    "JoinedOptimizer",
     "RowIdEmbedding",
+    "TableOptimizer",
     "TieredEmbedding",
+    "TrainableEmbedding",
+    "TrainableRows",
     "build_checkpoint",
     "build_token_map",
+    "dense_parameters",
     "export_checkpoint",
     "init_checkpoint",
     "load_pretrained",
+    "load_trainable",
     "open_checkpoint",
     "open_profile",
     "plan_training",
     "replan",
     "swap_embedding",
+    "swap_trainable",
     "token_profile",
+    "trained_tables",
 ]
 
 _NEEDS_TORCH = {
     "EngramLayer": "engram_layer",
+    "JoinedOptimizer": "joined_optimizer",
     "RowIdEmbedding": "row_id_embedding",
+    "TableOptimizer": "table_optimizer",
     "TieredEmbedding": "embedding",
+    "TrainableEmbedding": "trainable",
+    "TrainableRows": "trainable",
+    "dense_parameters": "table_optimizer",
     "load_pretrained": "engines.transformers.loading",
+    "load_trainable": "engines.transformers.loading",
     "swap_embedding": "engines.transformers.swap",
+    "swap_trainable": "engines.transformers.trainable",
+    "trained_tables": "trainable",
 }
 # The jobs behind the commands, which lookups do without.
 _JOBS = {

@@ -1290,10 +1290,9 @@ def initial_rows(
         seed: Below 2^64.
         table: Below 2^32; keeps the tables of one seed apart.
         out: float32 [R, dim], overwritten whole.
+    """
 
-def gradient_norms(
-    rows: _Int64, sums: _Float32, block_starts: _Int64, out: _Float64
-) -> None:
+def gradient_norms(rows: _Int64, sums: _Float32, block_starts: _Int64, out: _Float64) -> None:
     """Writes the L2 norm of each block of a table's gradient, in float64 and a fixed order. About 0.2 us a row.
 
     The squares of a row are summed in 16 lanes, the rows of a block in the order of their ids: the bits depend neither

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,13 @@ from tierstore.errors import ConfigError, FingerprintMismatchError
 from tierstore.formats.checkpoint import Checkpoint, TableSource
 
 from ...models import read_model
+from ...trainable import Groups
 from .saved_tables import save_with_tables
 from .swap import check_hash, hash_of, put_in_place
+from .trainable import put_trainable
 
 if TYPE_CHECKING:
+    from tierstore import Training
     from tierstore.store.store import Store
 
 COMPARED_ROWS = 16  # of each table, in the checkpoint and in the store, so that weights of another training are noticed
@@ -69,24 +72,60 @@ def load_pretrained(
     _compare_rows(path, store)
     model_class = _model_class(folder, model_class, from_pretrained_options)
     names: list[str] = []
-    made = _without_tables(model_class, store, names).from_pretrained(folder, **from_pretrained_options)
+    unloaded = _without_tables(model_class, lambda model: put_in_place(model, store)[1], names)
+    made = unloaded.from_pretrained(folder, **from_pretrained_options)
     model = made[0] if isinstance(made, tuple) else made
     _check_loaded(model, names)
     save_with_tables(model_class)
     return made
 
 
-def _without_tables(model_class: Any, store: Store, names: list[str]) -> Any:
-    """Returns a class like `model_class` whose models have the store's embeddings as soon as they are made.
+def load_trainable(
+    folder: str | os.PathLike[str],
+    training: Training,
+    *,
+    model_class: Any = None,
+    quantized: bool = False,
+    groups: Groups = "sequence",
+    **from_pretrained_options: Any,
+) -> Any:
+    """Loads a qwen4_exp model of transformers without its n-gram tables, and trains them in `training`.
 
-    names: gets the names of the modules that hash.
+    `trained_tables(model)` gives its embeddings, for a `TableOptimizer`. The folder may be the checkpoint that the
+    store was built from, or what a `Trainer` saved on the way, which has no tables. Rows are the training's, and
+    compared with none. Blocks on the disk.
+
+    Args:
+        folder: On this machine.
+        training: An open training; it stays open as long as the model lives.
+        model_class: As of `load_pretrained`.
+        quantized: As of `TrainableEmbedding`.
+        groups: As of `TrainableEmbedding`.
+        from_pretrained_options: As of `load_pretrained`.
+
+    Raises:
+        ConfigError, FingerprintMismatchError, ImportError: As `load_pretrained`.
+    """
+    _check_options(from_pretrained_options)
+    _local_folder(folder, from_pretrained_options.get("subfolder", ""))
+    model_class = _model_class(folder, model_class, from_pretrained_options)
+    names: list[str] = []
+    unloaded = _without_tables(model_class, lambda model: put_trainable(model, training, quantized, groups), names)
+    made = unloaded.from_pretrained(folder, **from_pretrained_options)
+    _check_loaded(made[0] if isinstance(made, tuple) else made, names)
+    return made
+
+
+def _without_tables(model_class: Any, put: Callable[[Any], list[str]], names: list[str]) -> Any:
+    """Returns a class like `model_class` whose models have other embeddings as soon as they are made.
+
+    put: puts them in place of the tables, and returns the names of the modules that hash; `names` gets them.
     """
 
     def __init__(self: Any, *arguments: Any, **options: Any) -> None:
         model_class.__init__(self, *arguments, **options)
         self.__class__ = model_class  # nobody else ever sees the other one
-        _, found = put_in_place(self, store)
-        names.extend(found)
+        names.extend(put(self))
         unexpected = set(model_class._keys_to_ignore_on_load_unexpected or ())
         self._keys_to_ignore_on_load_unexpected = unexpected | {_TABLE_KEYS}
 
@@ -106,7 +145,7 @@ def _check_options(options: dict[str, Any]) -> None:
     """Raises `ConfigError` for options, and a setting of the process, by which transformers would read the tables."""
     for name, why in _REFUSED_OPTIONS.items():
         if options.get(name):
-            raise ConfigError(f"load_pretrained with {name}: {why}")
+            raise ConfigError(f"a model without its tables, and {name}: {why}")
     if transformers_part("integrations").is_deepspeed_zero3_enabled():
         raise ConfigError(
             "load_pretrained under DeepSpeed ZeRO-3, which reads whole checkpoint files on its first rank: load before "
@@ -212,5 +251,5 @@ def transformers_part(name: str) -> Any:
         if str(error.name).split(".")[0] != "transformers":
             raise
         raise ImportError(
-            "load_pretrained needs transformers 5.19 or newer: pip install 'transformers>=5.19'"
+            "models of transformers need transformers 5.19 or newer: pip install 'transformers>=5.19'"
         ) from error

@@ -44,7 +44,7 @@ def swap_embedding(model: torch.nn.Module, store: Store) -> list[str]:
     spec, names = put_in_place(model, store)
     for name in names:
         module = model.get_submodule(name)
-        if _without_values(module):
+        if without_values(module):
             module.register_forward_pre_hook(_HashCheck(name, spec))
     save_with_tables(type(model))
     return [f"{name}.ngram_embedding" for name in names]
@@ -56,7 +56,7 @@ def put_in_place(model: torch.nn.Module, store: Store) -> tuple[HashSpec, list[s
     Hash buffers on the meta device are not checked: `check_hash` does it once they have their values. Raises as
     `swap_embedding` does.
     """
-    found = _resident_tables(model)
+    found = [each for each in hash_modules(model) if isinstance(each[2].ngram_embedding, torch.nn.Embedding)]
     if not found:
         raise ConfigError(
             f"{type(model).__name__} has no layers.*.ple.ple_embedding.ngram_embedding that is an nn.Embedding; "
@@ -65,7 +65,7 @@ def put_in_place(model: torch.nn.Module, store: Store) -> tuple[HashSpec, list[s
     spec = hash_of(model)
     swapped = {name: _checked(name, module, layer, store, spec) for name, layer, module in found}
     for name, _, module in found:
-        if not _without_values(module):
+        if not without_values(module):
             check_hash(name, module, spec)
     for name, _, module in found:
         device = module.ngram_embedding.weight.device
@@ -106,22 +106,23 @@ class _HashCheck:
         self._name, self._spec, self._done = name, spec, False
 
     def __call__(self, module: torch.nn.Module, _arguments: Any) -> None:
-        if not self._done and not torch.compiler.is_compiling() and not _without_values(module):
+        if not self._done and not torch.compiler.is_compiling() and not without_values(module):
             check_hash(self._name, module, self._spec)
             self._done = True
 
 
-def _without_values(module: Any) -> bool:
+def without_values(module: Any) -> bool:
+    """Whether a hash module's buffers are on the meta device."""
     is_meta: bool = module.layer_multipliers.is_meta
     return is_meta
 
 
-def _resident_tables(model: torch.nn.Module) -> list[tuple[str, int, Any]]:
-    """Returns name, 0-based layer and module of every n-gram hash whose table is still resident."""
+def hash_modules(model: torch.nn.Module) -> list[tuple[str, int, Any]]:
+    """Returns name, 0-based layer and module of every n-gram hash that has a table."""
     return [
         (name, _layer_of(name), module)
         for name, module in model.named_modules()
-        if _HASH_MODULE.search(name) and isinstance(getattr(module, "ngram_embedding", None), torch.nn.Embedding)
+        if _HASH_MODULE.search(name) and hasattr(module, "ngram_embedding")
     ]
 
 

@@ -1,0 +1,185 @@
+"""The gradient of one table, from backward to the optimizer's step: distinct rows, and the sums of their gradients.
+
+Input: the gradients of lookups, as autograd brings them. Output: sums in float32 and a parameter of the model whose
+`.grad` stands for them. Errors: `ValueError` if that `.grad` was changed in a way that no gradient can follow.
+
+The parameter is how torch's own tools see a gradient that is no tensor of the table's shape. Its `.grad` holds the L2
+norm of each block of the table (a head's rows), in float64. So `torch.nn.utils.clip_grad_norm_` finds the right norm
+over tables and dense weights; whatever scales the `.grad` (clipping, `GradScaler.unscale_`) scales the gradient, when
+the optimizer takes it; `.grad = None`, by whichever `zero_grad`, drops it; a gradient that is not finite makes the
+`.grad` infinite or NaN.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from tierstore import kernels
+from tierstore.spec import TableSpec
+
+SCALE_SPREAD_MAX = 1e-9  # relative, between the blocks' factors: float64 leaves 1e-15, and other changes far more
+
+_numbers = itertools.count()
+
+
+class TableLookup:
+    """One lookup of a forward. Its graph owns it, and it owns the pins of its rows and the gradient that came for it:
+    when the graph dies, they end."""
+
+    def __init__(self, row_ids: np.ndarray, groups: np.ndarray | None, pins: Any) -> None:
+        """row_ids: int64 [R]; groups: int32 [R], None for one group; pins: keep the rows in DRAM until released."""
+        self.row_ids, self.groups, self.pins = row_ids, groups, pins
+        self.number = next(_numbers)  # forwards in their order: backward goes through them in another one
+        self.gradients: np.ndarray | None = None  # float32 [R, dim], of the newest backward pass
+
+
+class RowGradients(NamedTuple):
+    """What backward has brought since the last `zero_grad`."""
+
+    rows: np.ndarray  # int64 [D], distinct
+    sums: np.ndarray  # float32 [D, dim]
+    norms: np.ndarray  # float64 [blocks]; NaN or infinite if a sum is
+    pins: list[Any]  # keep the rows in DRAM; empty once their step was taken
+
+
+class TableGradient:
+    """Collects the gradient of one table. Of one thread at a time, as a model's steps are.
+
+    Attributes:
+        parameter: float64 [blocks], on the CPU. Its values mean nothing; its `.grad` is described above.
+    """
+
+    def __init__(self, spec: TableSpec) -> None:
+        """Takes no memory until a gradient comes."""
+        self._blocks, self._num_rows = block_starts(spec), spec.num_rows
+        self.parameter = torch.nn.Parameter(torch.zeros(len(self._blocks), dtype=torch.float64, device="cpu"))
+        self.parameter.register_post_accumulate_grad_hook(self._accumulated)
+        # By backward pass, because passes nest (activation checkpointing) and some never reach `parameter.grad`.
+        self._arrived: dict[int, list[weakref.ref[TableLookup]]] = {}
+        self._pending: RowGradients | None = None
+
+    def begin_forward(self) -> None:
+        """Forgets what backward passes left that ended without `parameter.grad`, such as `torch.autograd.grad`."""
+        if _backward_pass() == -1:
+            self._arrived.clear()
+
+    def arrive(self, lookup: TableLookup, gradient: torch.Tensor) -> None:
+        """Takes the gradient of a lookup, [..., dim] of any float type and device, inside a backward pass."""
+        values = gradient.detach().to("cpu", torch.float32).contiguous().numpy()
+        lookup.gradients = values.reshape(-1, values.shape[-1])
+        self._arrived.setdefault(_backward_pass(), []).append(weakref.ref(lookup))
+
+    def _accumulated(self, parameter: torch.Tensor) -> None:
+        """Adds what has arrived to what was pending. Torch calls it when this pass has added its zeros to `.grad`."""
+        living = (each() for each in self._arrived.pop(_backward_pass(), []))
+        arrived = sorted((each for each in living if each is not None), key=lambda each: each.number)
+        grad = parameter.grad
+        assert grad is not None
+        before = self._scaled(grad)
+        if arrived:
+            rows, sums = _summed(self._num_rows, before, arrived)
+            norms = np.empty(len(self._blocks), dtype=np.float64)
+            kernels.gradient_norms(rows, sums, self._blocks, norms)
+            pins = [*([] if before is None else before.pins), *(lookup.pins for lookup in arrived)]
+            for lookup in arrived:
+                lookup.pins = lookup.gradients = None
+            self._pending = RowGradients(rows, sums, norms, [each for each in pins if each is not None])
+        else:
+            self._pending = before
+        if self._pending is not None:
+            grad.copy_(torch.from_numpy(self._pending.norms))
+
+    def taken(self) -> RowGradients | None:
+        """Returns the gradient, scaled as `.grad` was; None without any. It stays pending until it is dropped.
+
+        Raises `ValueError` if `.grad` is no multiple of what it was.
+        """
+        grad = self.parameter.grad
+        if grad is None:
+            self.drop()
+            return None
+        return self._scaled(grad)
+
+    def grad_norm_squared(self) -> float:
+        """Returns the square of the gradient's L2 norm, in float64; 0 without a gradient."""
+        found = self.taken()
+        return 0.0 if found is None else float(np.square(found.norms).sum())
+
+    def release_pins(self) -> None:
+        """Lets the rows of the pending gradient leave DRAM: its step was taken."""
+        if self._pending is not None:
+            while self._pending.pins:
+                self._pending.pins.pop().release()
+
+    def drop(self) -> None:
+        """Forgets the pending gradient, as `zero_grad` does, and gives its memory back."""
+        self.release_pins()
+        self._pending = None
+
+    def _scaled(self, grad: torch.Tensor) -> RowGradients | None:
+        """Returns the pending gradient times what `grad` was scaled by since; None if it was dropped meanwhile."""
+        pending = self._pending
+        if pending is None:
+            return None
+        now = grad.detach().to("cpu", torch.float64).numpy()
+        if not now.any() and pending.norms.any():  # zeroed, or a new tensor of zeros
+            self.drop()
+            return None
+        if np.array_equal(now, pending.norms, equal_nan=True):
+            return pending
+        scale = np.float32(_scale_between(pending.norms, now))
+        with np.errstate(over="ignore", invalid="ignore"):
+            return RowGradients(pending.rows, pending.sums * scale, now.copy(), pending.pins)
+
+
+def block_starts(spec: TableSpec) -> np.ndarray:
+    """Returns the first row of each block of a table, int64: its heads, or one block of all rows."""
+    return np.array(spec.offsets or (0,), dtype=np.int64)
+
+
+def _summed(num_rows: int, before: RowGradients | None, arrived: list[TableLookup]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns distinct rows and the sums of their gradients: those before first, then lookup by lookup, group by group.
+
+    So gradients that accumulate over several backward passes have the bits of one pass over all their sequences.
+    """
+    gradients = [each.gradients for each in arrived if each.gradients is not None]
+    assert len(gradients) == len(arrived)
+    if before is None and len(arrived) == 1:
+        return kernels.sum_gradients(arrived[0].row_ids, gradients[0], num_rows, arrived[0].groups)[:2]
+    row_ids, groups, next_group = [each.row_ids for each in arrived], [], 0
+    if before is not None:
+        row_ids, gradients = [before.rows, *row_ids], [before.sums, *gradients]
+        groups, next_group = [np.zeros(len(before.rows), dtype=np.int32)], 1
+    for lookup in arrived:
+        own = np.zeros(len(lookup.row_ids), dtype=np.int32) if lookup.groups is None else lookup.groups
+        groups.append(own + np.int32(next_group))
+        next_group += int(own.max(initial=0)) + 1
+    of_all = (np.concatenate(row_ids), np.concatenate(gradients), num_rows, np.concatenate(groups))
+    return kernels.sum_gradients(*of_all)[:2]
+
+
+def _scale_between(norms: np.ndarray, now: np.ndarray) -> float:
+    """Returns by what all norms were multiplied. Raises `ValueError` if not all by one number."""
+    if not (np.isfinite(norms).all() and np.isfinite(now).all()):
+        return math.nan
+    largest = int(np.argmax(norms))
+    scale = float(now[largest] / norms[largest]) if norms[largest] else math.inf
+    allowed = SCALE_SPREAD_MAX * abs(scale) * norms[largest]
+    if not (np.abs(now - scale * norms) <= allowed).all():
+        raise ValueError(
+            f"the .grad of a table's gradient_norms is {now.tolist()}, which is no multiple of {norms.tolist()}: it "
+            "holds norms, which only a factor over all of them can change; clip by norm, not by value, and add nothing"
+        )
+    return scale
+
+
+def _backward_pass() -> int:
+    """Returns a number of the backward pass that this thread is in; -1 outside of one."""
+    number: int = torch._C._current_graph_task_id()
+    return number

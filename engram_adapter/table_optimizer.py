@@ -1,0 +1,250 @@
+"""`TableOptimizer`: applies the gradients of trained tables, as a torch.optim.Optimizer.
+
+Input: `TrainableEmbedding`s whose gradients backward has collected. Output: rows that took a step; commits; a state
+that names the commit of the tables as they are. Errors: `ValueError` for gradients that are not finite, before any
+table is changed; `ConfigError` and `FormatError` for a state whose commit the store has not; `StoreNotReadyError` once
+a step was cut between two tables.
+
+The rule is the training's (`open_training(optimizer=...)`); the learning rate is the param group's, so schedulers work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tierstore.errors import ConfigError, FormatError
+
+from .table_gradient import RowGradients
+from .trainable import TrainableModule, trained_tables
+
+if TYPE_CHECKING:
+    from tierstore import Training
+    from tierstore.training.commits import Commit
+    from tierstore.training.ticket import TrainingTicket
+
+STATE_FORMAT = 1
+Embeddings = Iterable[TrainableModule] | Iterable[dict[str, Any]]
+
+
+class TableOptimizer(torch.optim.Optimizer):
+    """Takes steps of all tables that a model trains: `TableOptimizer([embedding, ...], lr=0.01)`.
+
+    `step` applies what backward has brought: several backward passes before one step accumulate, `zero_grad` (its own,
+    or the model's) drops, `GradScaler` and `torch.nn.utils.clip_grad_norm_` scale. Its `state_dict` is small: it names
+    a commit. Of one thread, as the model's steps are.
+    """
+
+    def __init__(self, embeddings: Embeddings, lr: float | None = None) -> None:
+        """Makes an optimizer of tables; reads nothing.
+
+        Args:
+            embeddings: `TrainableEmbedding`s or `TrainableRows` of one training, or param groups of them,
+                {"embeddings": [...], "lr": 0.02}.
+            lr: The learning rate of groups that name none; None: the one that the training was opened with.
+
+        Raises:
+            ConfigError: No embeddings, of several trainings, or two of one table.
+        """
+        listed = list(embeddings)
+        in_groups = [dict(each) for each in listed if isinstance(each, Mapping)]
+        groups = in_groups if in_groups else [{"embeddings": listed}]
+        self._embeddings: dict[int, TrainableModule] = {}
+        self._training = _one_training([each for group in groups for each in group["embeddings"]])
+        commit = _commit_of(self._training, self._training.at)
+        self.num_steps = 0 if commit is None else commit.step
+        super().__init__(groups, {"lr": self._training.optimizer.lr if lr is None else lr})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds embeddings: {"embeddings": [...], "lr": 0.02}."""
+        group = dict(param_group)
+        embeddings = list(group.pop("embeddings", ()))
+        if not embeddings or "params" in group:
+            raise ConfigError(f"a param group of a TableOptimizer has embeddings, and no params: {sorted(param_group)}")
+        _one_training([*self._embeddings.values(), *embeddings])
+        super().add_param_group({**group, "params": [each.gradient_norms for each in embeddings]})
+        self._embeddings.update({id(each.gradient_norms): each for each in embeddings})
+
+    @property
+    def training_store(self) -> Training:
+        """The training whose tables it updates."""
+        return self._training
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes a step of every table that has a gradient. Blocks on the disk for rows that DRAM no longer holds.
+
+        Raises:
+            ValueError: A gradient is not finite; no table was changed. Or a `.grad` was changed by other than a factor.
+            StoreNotReadyError: The training is broken. It is from now on if an error or an interrupt comes between
+                two tables: then open it again, at the newest commit.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        steps = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                embedding = self._embeddings[id(parameter)]
+                found = embedding.gradient.taken()
+                if found is not None:
+                    _check_finite(embedding, found)
+                    steps.append((embedding, found, float(group["lr"])))
+        self._apply(steps)
+        self.num_steps += 1
+        return loss
+
+    def _apply(self, steps: list[tuple[TrainableModule, RowGradients, float]]) -> None:
+        begun = False
+        try:
+            for place, (embedding, found, lr) in enumerate(steps):
+                begun = place > 0
+                embedding.table.apply(found.rows, found.sums, lr=lr)
+                begun = True
+                embedding.gradient.release_pins()
+        except BaseException as error:
+            if begun and len(steps) > 1:
+                names = ", ".join(embedding.table_spec.name for embedding, *_ in steps)
+                self._training.mark_broken(
+                    f"a step of the tables {names} was cut between two of them by {type(error).__name__}"
+                )
+            raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, and gives their memory back."""
+        super().zero_grad(set_to_none)
+        for embedding in self._embeddings.values():
+            embedding.gradient.drop()
+
+    def grad_norm_squared(self) -> float:
+        """Returns the square of the L2 norm of all tables' gradients together, in float64.
+
+        Within a table it is summed in blocks of rows (a head's), in the order of row ids, so that it depends neither on
+        the order of a batch nor on how ranks divide it.
+        """
+        return sum(embedding.gradient.grad_norm_squared() for embedding in self._embeddings.values())
+
+    def commit(self, step: int | None = None, payload: bytes = b"") -> TrainingTicket:
+        """Starts to make all tables durable as they are now; returns a ticket, whose `wait` returns the commit.
+
+        step: The caller's own number of the step; None: how many steps this optimizer has taken, `num_steps`.
+        """
+        if step is not None:
+            self.num_steps = step
+        return self._training.commit(self.num_steps, payload)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns which commit holds the tables as they are now, and the param groups. Commits if rows have changed.
+
+        Blocks until that commit is durable. Save it beside the dense weights of the same step, then
+        `training.pin(state["commit"])`: else only the newest two commits are kept.
+        """
+        commit = _commit_of(self._training, self._training.at)
+        step_of_commit = 0 if commit is None else commit.step
+        if self._training.has_changes or step_of_commit != self.num_steps:
+            commit = self.commit().wait()
+        groups = [{**group, "params": list(range(len(group["params"])))} for group in self.param_groups]
+        return {
+            "format": STATE_FORMAT,
+            "commit": 0 if commit is None else commit.number,
+            "digest": "" if commit is None else commit.digest,
+            "step": 0 if commit is None else commit.step,
+            "param_groups": groups,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes back to the commit that a state names, and drops what came later. Blocks as opening a training does.
+
+        Raises:
+            FormatError: It is no state of a `TableOptimizer`.
+            ConfigError: The store has no such commit, or another one of its number or step: the dense weights and the
+                tables would be of different steps.
+        """
+        state = _checked(state_dict, len(self.param_groups))
+        number = state["commit"]
+        _check_commit(self._training, state)
+        if number != self._training.at or self._training.has_changes:
+            self._training.rollback(number)
+        self.num_steps = state["step"]
+        for group, saved in zip(self.param_groups, state["param_groups"], strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
+        self.zero_grad()
+
+
+def dense_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Returns the parameters of a model that another optimizer trains: all but those that stand for tables."""
+    tables = {id(each.gradient_norms) for each in trained_tables(model)}
+    return [parameter for parameter in model.parameters() if id(parameter) not in tables]
+
+
+def _one_training(embeddings: Sequence[TrainableModule]) -> Training:
+    """Returns the training of all embeddings; raises `ConfigError` for none, two trainings, or a table given twice."""
+    if not embeddings or not all(isinstance(each, TrainableModule) for each in embeddings):
+        raise ConfigError(
+            f"{[type(each).__name__ for each in embeddings]}: a TableOptimizer takes TrainableEmbeddings or "
+            "TrainableRows, at least one; give dense parameters to another optimizer"
+        )
+    training = embeddings[0].training_store
+    if any(each.training_store is not training for each in embeddings):
+        raise ConfigError("the embeddings are of two trainings: make a TableOptimizer for each")
+    names = [each.table_spec.name for each in embeddings]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"table {name} is given twice: a step would apply two gradients to it, one by one")
+    return training
+
+
+def _check_finite(embedding: TrainableModule, found: RowGradients) -> None:
+    if np.isfinite(found.norms).all():
+        return
+    row = int(found.rows[~np.isfinite(found.sums).all(axis=1)][0])
+    raise ValueError(
+        f"table {embedding.table_spec.name}: the gradient of row {row} is not finite; no table was changed. Skip the "
+        "step (zero_grad), as GradScaler does, and see where it comes from"
+    )
+
+
+def _commit_of(training: Training, number: int) -> Commit | None:
+    """Returns the commit of a number; None if the store does not keep it."""
+    return next((commit for commit in training.commits if commit.number == number), None)
+
+
+def _checked(state: Any, num_groups: int) -> dict[str, Any]:
+    """Returns a state of this class; raises `FormatError` for anything else."""
+    types = {"format": int, "commit": int, "digest": str, "step": int, "param_groups": list}
+    if not isinstance(state, Mapping) or any(not isinstance(state.get(name), kind) for name, kind in types.items()):
+        found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise FormatError(f"{found} is no state of a TableOptimizer, which has {', '.join(types)}")
+    if state["format"] != STATE_FORMAT:
+        raise FormatError(f"a TableOptimizer state of format {state['format']}; this version reads {STATE_FORMAT}")
+    if len(state["param_groups"]) != num_groups:
+        raise FormatError(f"a state of {len(state['param_groups'])} param groups for an optimizer of {num_groups}")
+    return dict(state)
+
+
+def _check_commit(training: Training, state: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` unless the training has the very commit that a state names."""
+    number = state["commit"]
+    if number == 0:
+        return
+    commit = _commit_of(training, number)
+    if commit is None:
+        kept = ", ".join(str(each.number) for each in training.commits) or "none"
+        raise ConfigError(
+            f"the checkpoint goes with commit {number} of {training.path}, step {state['step']}; the store keeps "
+            f"commits {kept}: open the store of this checkpoint, or load one whose commit is kept (training.pin)"
+        )
+    if commit.step != state["step"]:
+        raise ConfigError(
+            f"the checkpoint is of step {state['step']}, commit {number} of {training.path} of step {commit.step}: "
+            "dense weights and tables would be of different steps; load the checkpoint that was saved with it"
+        )
+    if commit.digest != state["digest"]:
+        raise ConfigError(
+            f"commit {number} of {training.path} has digest {commit.digest[:16]}, the checkpoint names "
+            f"{state['digest'][:16]}: it was saved with another store, or with a run that was rolled back since"
+        )
