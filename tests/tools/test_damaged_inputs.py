@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import lzma
+import struct
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from tierstore.tools.inputs.fields import Field
 from tierstore.tools.trace import write_trace
 
 DOCUMENTS = [np.arange(length, dtype=np.int32) * 7 for length in (5, 1, 90, 30)]
-SEEDS, SEEDS_SLOW = 20, 690  # of each of 15 layouts: 300, and 10,050
+SEEDS, SEEDS_SLOW = 15, 690  # of each of 20 layouts: 300, and 13,500
 COLUMN_SEEDS, COLUMN_SEEDS_SLOW = 4, 340  # of each of 3 formats: 1,020
 
 
@@ -74,6 +76,37 @@ def tar(folder: Path, compress: Callable[[bytes], bytes] = bytes) -> Path:
     return folder / "ids.tar"
 
 
+def bare_lines(folder: Path) -> Path:
+    (folder / "ids.jsonl").write_text("".join(json.dumps(document.tolist()) + "\n" for document in DOCUMENTS))
+    return folder / "ids.jsonl"
+
+
+def tar_of_arrays(folder: Path) -> Path:
+    """As webdataset writes them: several members a document, and headers with long names."""
+    members = []
+    for number, document in enumerate(DOCUMENTS):
+        array = io.BytesIO()
+        np.save(array, document.astype("<u8" if number % 2 else ">i4"))
+        members += [(f"{'ä' * 90}/{number}.ids.npy", array.getvalue()), (f"{number}.cls", b"1")]
+    (folder / "ids.tar").write_bytes(archive_of(members, tarfile.PAX_FORMAT))
+    return folder / "ids.tar"
+
+
+def mosaic_columns(folder: Path) -> Path:
+    """A column of ids in JSON beside one of arrays whose type the index states."""
+    samples = [
+        {"ids": json.dumps(document.tolist()).encode(), "x": mosaic_array(document, with_type=False)}
+        for document in DOCUMENTS
+    ]
+    return mosaic_folder(folder / "mds", {"ids": "json", "x": "ndarray:int32"}, [samples])
+
+
+def litdata_arrays(folder: Path, **config: str) -> Path:
+    """Arrays with their own heads."""
+    items = [{"ids": struct.pack("<III", 2, 1, len(document)) + document.tobytes()} for document in DOCUMENTS]
+    return litdata_folder(folder / "lit", {"ids": "numpy"}, [items], **config)
+
+
 def mosaic(folder: Path) -> Path:
     samples = [{"n": bytes(8), "tokens": mosaic_array(document, with_type=True)} for document in DOCUMENTS]
     return mosaic_folder(folder / "mds", {"n": "int", "tokens": "ndarray"}, [samples])
@@ -105,6 +138,14 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "lines in bzip2": (lambda folder: lines(folder, bz2.compress), "ids.jsonl"),
     "tar": (tar, "ids.tar"),
     "tar in gzip": (lambda folder: tar(folder, gzip.compress), "ids.tar"),
+    "bare lines": (bare_lines, "ids.jsonl"),
+    "tar of arrays": (tar_of_arrays, "ids.tar"),
+    "Mosaic shard of columns": (mosaic_columns, "mds/shard.00000.mds"),
+    "litdata arrays": (litdata_arrays, "lit/chunk-0-0.bin"),
+    "litdata in zstd": (
+        lambda folder: litdata_arrays(folder, compression="zstd", compression_level="sample"),
+        "lit/chunk-0-0.bin",
+    ),
     "Mosaic shard": (mosaic, "mds/shard.00000.mds"),
     "Mosaic index": (mosaic, "mds/index.json"),
     "litdata chunk": (litdata, "lit/chunk-0-0.bin"),
