@@ -21,7 +21,7 @@ struct Blocks {
 enum class Order { kLowFirst, kHighFirst, kHalves };  // kHalves: all low halves of a block, then all high ones
 enum class Bytes { kFp8, kInt8, kUint8b128 };
 
-// Half to even. Scales are never NaN but the quiet one of low bits 0, so that nothing carries.
+// Half to even. A NaN that comes here, of a value or a scale, is the quiet one of low bits 0, so that nothing carries.
 inline uint16_t bfloat16_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);

@@ -1,10 +1,9 @@
 #include "codec.h"
 
 #include <algorithm>
-#include <array>
-#include <cmath>
 #include <cstring>
-#include <limits>
+
+#include "block_leaves.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -13,20 +12,8 @@
 namespace tierstore {
 namespace {
 
-// A table and not arithmetic on bits: exact for subnormals whether the thread flushes its own to zero or not.
-std::array<float, 256> fp8_values() {
-  std::array<float, 256> values{};
-  for (int byte = 0; byte < 256; ++byte) {
-    const int exponent = byte >> 3 & 15, mantissa = byte & 7;
-    const float magnitude = (byte & 0x7f) == 0x7f ? std::numeric_limits<float>::quiet_NaN()
-                            : exponent == 0       ? std::ldexp(static_cast<float>(mantissa), -9)
-                                                  : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
-    values[byte] = (byte & 0x80) != 0 ? -magnitude : magnitude;
-  }
-  return values;
-}
-
-const std::array<float, 256> kFp8 = fp8_values();
+using leaves::bfloat16_bits;
+using leaves::kFp8Values;
 
 // The exponent field of a float32 has the same bias, so that all bytes but two only move to its place.
 float e8m0_value(uint8_t byte) {
@@ -36,13 +23,6 @@ float e8m0_value(uint8_t byte) {
   return value;
 }
 
-// Half to even. The NaNs that come here are those of the two functions above: their low bits are 0, so nothing carries.
-inline uint16_t bfloat16_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 // The scale of a row's values from `start` on: of all, or of their block.
 inline float scale_of(const uint8_t* row, size_t dim, size_t start, const float* scale) {
   return scale != nullptr ? *scale : e8m0_value(row[dim + start / kScaleBlock]);
@@ -50,7 +30,7 @@ inline float scale_of(const uint8_t* row, size_t dim, size_t start, const float*
 
 inline void decode(const uint8_t* values, size_t count, float scale, uint16_t* out) {
   float found[kScaleBlock];  // apart from the rest, which the compiler makes vectors of
-  for (size_t i = 0; i < count; ++i) found[i] = kFp8[values[i]];
+  for (size_t i = 0; i < count; ++i) found[i] = kFp8Values[values[i]];
   for (size_t i = 0; i < count; ++i) out[i] = bfloat16_bits(found[i] * scale);
 }
 
