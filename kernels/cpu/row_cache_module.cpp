@@ -43,7 +43,7 @@ class PyRowUpdate {
     return {bad.place == kAllGood ? -1 : static_cast<py::ssize_t>(bad.place), bad.is_group};
   }
 
-  // Returns the first distinct row whose sum is not finite, -1 if there is none.
+  // Returns the first distinct row whose sum is not finite, -1 if all are.
   py::ssize_t find_not_finite() {
     const py::gil_scoped_release released;
     const size_t each = std::max<size_t>(1, scratch_.size() / gradients_.dim);
@@ -177,7 +177,10 @@ class PyRowCache {
     const int64_t* ids = row_ids.data();
     const py::gil_scoped_release released;
     require_rows(ids, row_ids.shape(0));
-    cache_->written(ids, static_cast<size_t>(row_ids.shape(0)), write);
+    const auto n = static_cast<size_t>(row_ids.shape(0));
+    for (size_t done = 0; done < n; done += kDrainedRows) {
+      cache_->written(ids + done, std::min(kDrainedRows, n - done), write);
+    }
   }
 
   void freeze() { cache_->freeze(); }

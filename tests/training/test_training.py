@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import tierstore
 from tierstore.kernels.reference_training import ReferenceTable
 from tierstore.offline.init import init_store
 from tierstore.training.optimizers import Optimizer
+from tierstore.training.run_writer import RunWriter
 
 OPTIMIZERS = {
     "sgd": tierstore.SGD(lr=0.1),
@@ -289,8 +291,6 @@ def test_row_ids_of_any_shape_and_stride_are_gathered_and_changed(pair: Pair) ->
 
 
 def test_a_second_training_of_a_store_is_refused_by_the_first_ones_process(pair: Pair) -> None:
-    import os
-
     with pytest.raises(tierstore.ConfigError, match=str(os.getpid())):
         tierstore.open_training(pair.store)
     pair.check()
@@ -403,3 +403,61 @@ def test_a_store_from_scratch_trains_from_drawn_values(tmp_path: Path) -> None:
     with tierstore.open_training(tmp_path / "store", dram="4MiB") as training:
         found, expected = training["a"].gather(np.arange(200)), reference.gather(np.arange(200))
         np.testing.assert_array_equal(in_bits(found), in_bits(expected))
+
+
+def test_a_commit_that_the_disk_has_no_room_for_is_refused_and_training_goes_on(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.steps(1)
+    pair.commit(1).wait()
+    pair.steps(1)
+    usage = shutil.disk_usage(pair.store)
+    with monkeypatch.context() as full:
+        full.setattr("tierstore.training.commits.shutil.disk_usage", lambda _: usage._replace(free=1000))
+        with pytest.raises(tierstore.BudgetError, match="1000 bytes"):
+            pair.training.commit(2)
+    assert not pair.training.is_broken
+    pair.steps(1)
+    pair.commit(3).wait()
+    pair.reopen(3)
+    pair.check_all()
+
+
+@pytest.mark.parametrize("call", ["buffer", "write", "finish", "sync", "rename"])
+def test_a_write_that_fails_breaks_the_training_by_name_and_costs_no_commit(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    pair.steps(1)
+    pair.commit(1).wait()
+    pair.steps(1)
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "the disk is gone")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(RunWriter, call, fail)
+        ticket = pair.training.commit(2)
+        with pytest.raises(OSError, match="the disk is gone"):
+            ticket.wait()
+    assert pair.training.is_broken
+    with pytest.raises(tierstore.StoreNotReadyError, match="the disk is gone"):
+        pair.step("bf16")
+    pair.reopen(1)
+    pair.check_all()
+    assert not [file for file in (pair.store / "training").iterdir() if file.suffix == ".new"]
+
+
+def test_a_forked_child_cannot_use_its_parents_training(pair: Pair) -> None:
+    pair.steps(1)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            pair.training["bf16"].gather(np.arange(3))
+        except tierstore.StoreNotReadyError as error:
+            status = 0 if "forked" in str(error) else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    pair.check_all()
+    pair.commit(1).wait()
