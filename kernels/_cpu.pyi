@@ -1339,7 +1339,7 @@ class RowPins:
     """Rows that stay in a `RowCache` until `release`, or the end of this. One thread at a time."""
 
     def release(self) -> None:
-        """Lets all of them go. Any number of times."""
+        """Lets all of them go. It may be called again."""
 
     def __len__(self) -> int: ...
 
@@ -1347,7 +1347,7 @@ def row_cache_bytes(num_rows: int, dim: int, record_bytes: int, num_slots: int, 
     """Returns the bytes of the block that a `RowCache` of these numbers needs."""
 
 class RowCache:
-    """Training records of one table, by row id, with write-back. Any thread may call; one updates, and one drains."""
+    """Training records of one table, by row id, with write-back. Thread-safe; one thread updates, and one drains."""
 
     def __init__(
         self,

@@ -192,6 +192,11 @@ class OpenedTraining:
         found = {name: rows.cache.rates() for name, rows in self.rows.items()}
         return found if any(len(each) for each in found.values()) else None
 
+    def dirty_file_bytes(self) -> int:
+        """Returns what a commit of all that is dirty now would write."""
+        every = [(rows.layout, rows.cache.counters()) for rows in self.rows.values()]
+        return sum(layout.run_bytes(now["num_dirty"] + now["num_writing"]) for layout, now in every)
+
     def stats(self) -> dict[str, Any]:
         """Returns counters of all tables, and bytes."""
         tables = {name: table.stats() for name, table in self.tables.items()}

@@ -139,7 +139,7 @@ class Training:
             self._health.check()
             opened, writer = self._opened, self._opened.writer
             assert writer is not None, "it is started until it is closed"
-            check_room(opened.store, self._dirty_file_bytes())
+            check_room(opened.store, opened.dirty_file_bytes())
             ticket = TrainingTicket(f"a commit of {self.path}")
             steps = self._steps()
             request = CommitRequest(step, bytes(payload), opened.numbers(), opened.rates(), ticket)
@@ -161,10 +161,6 @@ class Training:
                     rows.cache.thaw()
                 self._last_ticket = before
             raise
-
-    def _dirty_file_bytes(self) -> int:
-        every = [(rows.layout, rows.cache.counters()) for rows in self._opened.rows.values()]
-        return sum(layout.run_bytes(now["num_dirty"] + now["num_writing"]) for layout, now in every)
 
     def pin(self, number: int) -> None:
         """Keeps a commit until it is unpinned; else the newest two are kept. Blocks on the catalog."""
