@@ -141,10 +141,9 @@ class Training:
             assert writer is not None, "it is started until it is closed"
             check_room(opened.store, opened.dirty_file_bytes())
             ticket = TrainingTicket(f"a commit of {self.path}")
-            steps = self._steps()
             request = CommitRequest(step, bytes(payload), opened.numbers(), opened.rates(), ticket)
             self._freeze(writer, request)
-            self._steps_committed = steps
+            self._steps_committed = self._steps()
         return ticket
 
     def _freeze(self, writer: Writer, request: CommitRequest) -> None:
