@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,3 +57,120 @@ def test_a_step_in_parts_changes_every_row_while_the_cache_gives_up_slots(
     assert pair.training["bf16"].num_steps == 1
     pair.check_all()
     pair.training.close()
+
+
+def test_a_commit_that_was_asked_for_is_done_before_it_closes(trainable: Trainable, store: Path) -> None:
+    pair = Pair(trainable, store, ADAGRAD, seed=0)
+    for number in range(1, 6):
+        pair.steps(1)
+        ticket = pair.commit(number)
+        pair.reopen(number)  # at once
+        assert ticket.wait().number == pair.training.at == number
+        pair.check_all()
+    pair.training.close()
+
+
+def in_child(act: Callable[[], object]) -> object:
+    """Returns what a forked child, which must end within seconds, says of `act`: the name of its error, or "done"."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+            os.write(writing, b"done")
+        except BaseException as error:
+            os.write(writing, type(error).__name__.encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    until = time.monotonic() + 20
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        if time.monotonic() > until:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+            return "hangs"
+        time.sleep(0.01)
+    with os.fdopen(reading, "rb") as pipe:
+        return pipe.read().decode()
+
+
+def test_a_child_that_was_forked_within_a_step_is_refused_at_once(trainable: Trainable, store: Path) -> None:
+    pair = Pair(trainable, store, ADAGRAD, seed=0)
+    table, row_ids = pair.training["bf16"], np.arange(3)
+    gradients = np.ones((3, 32), dtype=np.float32)
+    acts: list[Callable[[], object]] = [
+        lambda: table.gather(row_ids),
+        lambda: table.apply(row_ids, gradients),
+        lambda: table.pin_rows(row_ids),
+        lambda: table.set_step(3),
+        lambda: pair.training.commit(1),
+        lambda: pair.training.stats(),
+    ]
+    with pair.training._opened.parts.lock:
+        for act in acts:
+            assert in_child(act) == "StoreNotReadyError"
+    pair.training.close()
+
+
+def test_a_child_that_closes_takes_nothing_from_its_parent(
+    trainable: Trainable, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_caches(monkeypatch, 64, 4)
+    pair = Pair(trainable, store, ADAGRAD, seed=0)
+    pair.steps(3, 200)
+    assert list((store / "training").glob("*.run.new"))  # no commit names them yet
+    assert in_child(pair.training.close) == "done"
+    pair.commit(3).wait()
+    pair.reopen(3)
+    pair.check_all()
+    pair.training.close()
+
+
+def test_a_closing_that_is_interrupted_at_any_line_can_be_done_again(store: Path) -> None:
+    code = tierstore.Training.close.__code__
+    lines = 0
+    for number in range(1, 30):
+        training = tierstore.open_training(store, ADAGRAD, dram="16MiB")
+        lines = 0
+
+        def trace(frame: FrameType, event: str, _: Any, number: int = number) -> Callable[..., Any] | None:
+            nonlocal lines
+            if frame.f_code is not code:
+                return None
+            lines += event == "line"
+            if event == "line" and lines == number:
+                raise KeyboardInterrupt
+            return trace
+
+        try:
+            sys.settrace(trace)
+            training.close()
+        except KeyboardInterrupt:
+            sys.settrace(None)
+            begin = time.monotonic()
+            training.close()
+            assert time.monotonic() - begin < 20
+        finally:
+            sys.settrace(None)
+        if lines < number:
+            break
+    assert 3 < lines < 29
+
+
+def test_a_training_that_the_collector_finds_on_its_own_thread_is_closed(trainable: Trainable, store: Path) -> None:
+    pair = Pair(trainable, store, ADAGRAD, seed=0)
+    training, collected = pair.training, threading.Event()
+    writer = training._opened.writer
+    assert writer is not None
+    cycle: list[object] = [training]
+    cycle.append(cycle)
+    vars(pair).clear()
+    del cycle, training
+    writer._requests.put(lambda: (gc.collect(), collected.set())[0])
+    del writer
+    assert collected.wait(20)
+    until = time.monotonic() + 20
+    while any(thread.name == "tierstore-training-close" for thread in threading.enumerate()):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    tierstore.open_training(store, ADAGRAD, dram="16MiB").close()

@@ -26,10 +26,18 @@ class Health:
 
     def check(self) -> None:
         """Raises `StoreNotReadyError` if the training is closed, broken, or of another process."""
+        self.check_whole()
+        self.check_open()
+
+    def check_whole(self) -> None:
+        """Raises `StoreNotReadyError` if it is broken: for what goes on while it is being closed."""
         if self.broken is not None:
             raise StoreNotReadyError(
                 f"{self.what} is broken: {self.broken}; close it and open it again: it goes on from its newest commit"
             )
+
+    def check_open(self) -> None:
+        """Raises `StoreNotReadyError` if it is closed, or of another process."""
         if self.is_closed:
             raise StoreNotReadyError(f"{self.what} is closed; open it again")
         if not self.is_of_this_process():

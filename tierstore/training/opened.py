@@ -7,6 +7,8 @@ and `CorruptPageError` for runs that are not what the commit lists; `BudgetError
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +29,7 @@ from .commits import Commit
 from .health import Health
 from .optimizers import Optimizer
 from .prefetch import Prefetches
-from .rows import CachedRows
+from .rows import POLL_S, CachedRows
 from .runs import DEPTH, READ_BYTES, RunReader
 from .table import StepParts, TrainingTable
 from .ticket import WAIT_S
@@ -154,9 +156,22 @@ class OpenedTraining:
             self.prefetches.start()
 
     def stop(self, timeout_s: float = WAIT_S) -> None:
-        """Waits for what is written now, and ends the threads. Raises `TimeoutError`. Any number of times."""
+        """Waits for the step that is taken and for what is written now, and ends the threads. Raises `TimeoutError`.
+
+        Any number of times. Nobody can begin a step any more.
+        """
+        until = time.monotonic() + timeout_s
+        while self.parts.lock.locked():  # not taken here: Ctrl-C may come before it could be given back
+            if time.monotonic() > until:
+                raise TimeoutError(f"{self.health.what}: a step did not end within {timeout_s:g} s; close it again")
+            time.sleep(POLL_S)
         if not self.prefetches.stop(timeout_s) or not self._stop_writer(timeout_s):
             raise TimeoutError(f"{self.health.what}: a write did not end within {timeout_s:g} s; close it again")
+
+    def is_needed_by_this_thread(self) -> bool:
+        """Whether `stop` might wait for the thread that asks: it is one of ours, or takes a step."""
+        ours = {self.prefetches.thread} | ({self.writer.thread} if self.writer else set())
+        return threading.current_thread() in ours or self.parts.lock.locked()
 
     def _stop_writer(self, timeout_s: float) -> bool:
         if self.writer is not None and not self.writer.stop(timeout_s):
@@ -193,7 +208,7 @@ class OpenedTraining:
         return found if any(len(each) for each in found.values()) else None
 
     def dirty_file_bytes(self) -> int:
-        """Returns what a commit of all that is dirty now would write."""
+        """Returns how many bytes of runs a commit would write now."""
         every = [(rows.layout, rows.cache.counters()) for rows in self.rows.values()]
         return sum(layout.run_bytes(now["num_dirty"] + now["num_writing"]) for layout, now in every)
 

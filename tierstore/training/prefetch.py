@@ -39,26 +39,26 @@ class Prefetches:
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._open: dict[int, _Request] = {}  # by id, oldest first; a dict's operations need no lock
         self._stopping = False
-        self._thread = threading.Thread(target=self._serve, name="tierstore-training-prefetch", daemon=True)
+        self.thread = threading.Thread(target=self._serve, name="tierstore-training-prefetch", daemon=True)
         self.num_rows = 0  # brought
         self.num_dropped = 0  # requests
 
     @property
     def is_started(self) -> bool:
         """Whether the thread was started."""
-        return self._thread.ident is not None
+        return self.thread.ident is not None
 
     def start(self) -> None:
         """Starts the thread."""
-        self._thread.start()
+        self.thread.start()
 
     def stop(self, timeout_s: float) -> bool:
         """Ends the thread after what it reads now, and drops the rest; returns whether it ended in time."""
         self._stopping = True
         self._requests.put(None)
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        if self.thread.is_alive():
+            self.thread.join(timeout_s)
+        return not self.thread.is_alive()
 
     def add(self, row_ids: Mapping[str, np.ndarray]) -> TrainingTicket:
         """Starts to bring rows, int64 [R], -1 for none."""

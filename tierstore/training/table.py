@@ -80,8 +80,7 @@ class TrainingTable:
     @property
     def num_steps(self) -> int:
         """How many steps were applied; Adam's bias correction counts with it. Kept with a commit."""
-        if self._health.is_closed:
-            self._health.check()
+        self._health.check_open()
         return int(self._rows.cache.num_steps)
 
     def set_step(self, step: int) -> None:
@@ -91,6 +90,7 @@ class TrainingTable:
         cannot skip any: apply no gradients instead.
         """
         step = operator.index(step)
+        self._health.check()  # a forked child may find the lock held, for ever
         with self._parts.lock:
             self._health.check()
             if not 0 <= step <= STEP_MAX:
@@ -124,6 +124,7 @@ class TrainingTable:
         if not (out.flags.c_contiguous and out.flags.writeable):
             raise ValueError("out must be C-contiguous and writable")
         flat = self._checked_rows(ids)
+        self._health.check()  # a forked child may find the lock held, for ever
         with self._parts.lock:
             self._health.check()
             self._rows.gather(flat, out.reshape(-1, self._spec.dim), self._wait)
@@ -174,12 +175,13 @@ class TrainingTable:
         if not 0 <= rate < float("inf"):
             raise ValueError(f"lr is {lr}, must be finite and at least 0")
         flat = np.ascontiguousarray(gradients).reshape(-1, self._spec.dim)
-        step = Step(self._rows, self._parts.update, rate, self._parts.threads, self._health.check)
+        step = Step(self._rows, self._parts.update, rate, self._parts.threads, self._health.check_whole)
         steps_before = None
+        self._health.check()
         try:
             with self._parts.lock:
                 self._health.check()
-                steps_before = self.num_steps
+                steps_before = self._rows.cache.num_steps
                 self._begin(ids, flat, groups)
                 step.take()
                 self._parts.update.end()
@@ -187,7 +189,7 @@ class TrainingTable:
                     self._rows.spill()
         except BaseException as error:
             self._parts.update.end()
-            if step.is_half or (steps_before is not None and self.num_steps != steps_before):
+            if step.is_half or (steps_before is not None and self._rows.cache.num_steps != steps_before):
                 self._health.mark_broken(f"a step of table {self._spec.name} was interrupted: {error!r}")
             raise
 
@@ -212,6 +214,7 @@ class TrainingTable:
             TypeError, ValueError: As `gather`.
         """
         flat = self._checked_rows(checked_ids(row_ids, "row_ids"))
+        self._health.check()  # a forked child may find the lock held, for ever
         with self._parts.lock:
             self._health.check()
             return RowPins(self._rows.pin(np.unique(flat[flat >= 0]), self._wait))
@@ -227,8 +230,7 @@ class TrainingTable:
 
     def stats(self) -> dict[str, Any]:
         """Returns counters: references found and missed, rows read; slots and dirty rows now; bytes."""
-        if self._health.is_closed:
-            self._health.check()
+        self._health.check_open()
         return {**self._rows.stats(), "num_steps": self.num_steps}
 
 

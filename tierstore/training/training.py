@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import operator
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from .opened import OpenedTraining
 from .optimizers import Optimizer
 from .publish import publish
 from .table import TrainingTable
-from .ticket import WAIT_S, TrainingTicket
+from .ticket import TrainingTicket
 from .writer import CommitRequest, Writer
 
 _open_trainings: weakref.WeakSet[Training] = weakref.WeakSet()
@@ -211,13 +212,9 @@ class Training:
 
     def close(self) -> None:
         """Waits for a commit under way, drops what was not committed, and gives all memory back. Twice is harmless."""
-        lock = self._opened.parts.lock
-        if not lock.acquire(timeout=WAIT_S):
-            raise TimeoutError(f"{self._health.what}: a step did not end within {WAIT_S:g} s; close it again")
-        try:
-            self._health.is_closed = True
-        finally:
-            lock.release()
+        if not self._health.is_of_this_process():
+            return  # threads, files and lock are the parent's
+        self._health.is_closed = True  # whoever takes the lock of steps from now on is refused
         self._opened.stop()
         self._owned.close()
         self._opened.drop()
@@ -229,7 +226,11 @@ class Training:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_last_ticket") and self._health.is_of_this_process():
+        if not hasattr(self, "_last_ticket") or not self._health.is_of_this_process():
+            return
+        if self._opened.is_needed_by_this_thread():  # the collector runs anywhere
+            threading.Thread(target=self.close, name="tierstore-training-close").start()
+        else:
             self.close()
 
 

@@ -91,13 +91,13 @@ class Writer:
         self._requests: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._merges = Merges(tables, self._new_run)  # of the thread alone
         self._spills: dict[str, TrainingTicket] = {}  # that are asked for
-        self._thread = threading.Thread(target=self._serve, name="tierstore-training-writer", daemon=True)
+        self.thread = threading.Thread(target=self._serve, name="tierstore-training-writer", daemon=True)
         self.num_spilled = 0  # records
         self.num_written = 0  # records, spills and commits
 
     def start(self) -> None:
         """Starts the thread."""
-        self._thread.start()
+        self.thread.start()
 
     def stop(self, timeout_s: float) -> bool:
         """Ends the thread once all that was asked for is written; returns whether it ended in time.
@@ -105,9 +105,9 @@ class Writer:
         Then removes runs that no commit names.
         """
         self._requests.put(None)
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
-        if self._thread.is_alive():
+        if self.thread.is_alive():
+            self.thread.join(timeout_s)
+        if self.thread.is_alive():
             return False
         for table in self._tables.values():
             while table.unnamed:
@@ -161,7 +161,7 @@ class Writer:
 
     def _do(self, ticket: TrainingTicket, work: Callable[[], Any]) -> None:
         try:
-            self._health.check()
+            self._health.check_whole()  # what was asked for is written, also while it is being closed
             result = work()
         except BaseException as error:
             try:
