@@ -11,6 +11,8 @@
 namespace tierstore {
 namespace {
 
+constexpr size_t kSortedRows = 1 << 17;      // that are put together, segment by segment,
+constexpr size_t kRowsOfSegment = 16;        // if there are so many for each
 constexpr size_t kAhead = 16;                // rows whose buckets are asked for before they are needed
 constexpr unsigned kSegmentBitsMax = 9;      // 512 segments
 constexpr size_t kSegmentBytes = 256 << 10;  // of a segment at least, once all rows are there
@@ -120,47 +122,63 @@ void RowPlaces::grow(size_t index, size_t num_buckets) {
   segment = larger;
 }
 
-// Grows what the rows that are not there yet need. So `put` itself cannot fail half way.
-void RowPlaces::make_room(const int64_t* row_ids, size_t count) {
-  std::vector<uint32_t> num_new(segments_.size());
-  for (size_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) fetch(row_ids[i + kAhead]);
-    if (find_slot(row_ids[i]).row == nullptr) ++num_new[segment_of(hash_of(row_ids[i]))];
-  }
-  for (size_t index = 0; index < segments_.size(); ++index) {
-    if (num_new[index] == 0) continue;
-    const size_t num_buckets = grown(index, segments_[index].num_rows + num_new[index]);
-    if (num_buckets != segments_[index].num_buckets) grow(index, num_buckets);
-  }
-}
-
 void RowPlaces::change_run(uint64_t& row, uint16_t run) {
   --live_[run_of(row)];
   ++live_[run];
   row = row >> 16 << 16 | run;
 }
 
+void RowPlaces::put_one(int64_t row_id, uint16_t run, uint32_t place) {
+  const Slot found = find_slot(row_id);
+  if (found.row != nullptr) {
+    change_run(*found.row, run);
+    *found.place = place;
+    return;
+  }
+  const uint64_t hash = hash_of(row_id);
+  const size_t index = segment_of(hash);
+  Segment& segment = segments_[index];
+  const size_t num_buckets = grown(index, segment.num_rows + 1);
+  if (num_buckets != segment.num_buckets) grow(index, num_buckets);
+  const Slot slot = empty_slot(segment, bucket_of(segment, hash), hash);
+  *slot.row = packed(row_id, run);
+  *slot.place = place;
+  ++live_[run];
+  ++segment.num_rows;
+  ++num_found_;
+}
+
+// Segment by segment, so that few pages of memory are in use at a time: half the cost of rows in any order. Equal rows
+// keep their order.
+void RowPlaces::put_by_segment(const int64_t* row_ids, size_t count, uint16_t run, uint32_t place_start) {
+  std::vector<uint32_t> at(segments_.size() + 1), order(count);
+  for (size_t i = 0; i < count; ++i) ++at[segment_of(hash_of(row_ids[i])) + 1];
+  for (size_t index = 1; index < at.size(); ++index) at[index] += at[index - 1];
+  for (size_t i = 0; i < count; ++i) order[at[segment_of(hash_of(row_ids[i]))]++] = static_cast<uint32_t>(i);
+  for (size_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) fetch(row_ids[order[i + kAhead]]);
+    put_one(row_ids[order[i]], run, place_start + order[i]);
+  }
+}
+
+void RowPlaces::put_in_order(const int64_t* row_ids, size_t count, uint16_t run, uint32_t place_start) {
+  for (size_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) fetch(row_ids[i + kAhead]);
+    put_one(row_ids[i], run, static_cast<uint32_t>(place_start + i));
+  }
+}
+
 void RowPlaces::put(const int64_t* row_ids, size_t count, uint16_t run, uint32_t place_start) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (live_.size() <= run) live_.resize(run + size_t{1});
-  make_room(row_ids, count);
-  for (size_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) fetch(row_ids[i + kAhead]);
-    const auto place = static_cast<uint32_t>(place_start + i);
-    const Slot found = find_slot(row_ids[i]);
-    if (found.row != nullptr) {
-      change_run(*found.row, run);
-      *found.place = place;
-      continue;
+  for (size_t start = 0; start < count; start += kSortedRows) {
+    const size_t part = std::min(count - start, kSortedRows);
+    const auto first_place = static_cast<uint32_t>(place_start + start);
+    if (part >= kRowsOfSegment * segments_.size()) {
+      put_by_segment(row_ids + start, part, run, first_place);
+    } else {
+      put_in_order(row_ids + start, part, run, first_place);
     }
-    const uint64_t hash = hash_of(row_ids[i]);
-    Segment& segment = segments_[segment_of(hash)];
-    const Slot slot = empty_slot(segment, bucket_of(segment, hash), hash);
-    *slot.row = packed(row_ids[i], run);
-    *slot.place = place;
-    ++live_[run];
-    ++segment.num_rows;
-    ++num_found_;
   }
 }
 

@@ -34,7 +34,7 @@ class RowPlaces {
   uint64_t num_rows() const { return num_rows_; }
 
   // Notes that the newest record of row_ids[i] is place_start + i of `run`. Of equal row ids the last counts. Throws
-  // std::bad_alloc, and then has noted nothing.
+  // std::bad_alloc, and then has noted some of them.
   void put(const int64_t* row_ids, size_t count, uint16_t run, uint32_t place_start);
 
   // Writes run and place of each row, kNoRun and kNoPlace for one that has no record. Returns how many have.
@@ -78,8 +78,10 @@ class RowPlaces {
   // An empty slot for a row that has none; its segment has room.
   static Slot empty_slot(const Segment& segment, Bucket* bucket, uint64_t hash);
   size_t grown(size_t segment, size_t num_rows) const;
-  void make_room(const int64_t* row_ids, size_t count);
   void grow(size_t segment, size_t num_buckets);
+  void put_one(int64_t row_id, uint16_t run, uint32_t place);
+  void put_in_order(const int64_t* row_ids, size_t count, uint16_t run, uint32_t place_start);
+  void put_by_segment(const int64_t* row_ids, size_t count, uint16_t run, uint32_t place_start);
   void change_run(uint64_t& row, uint16_t run);
 
   const uint64_t num_rows_;

@@ -143,7 +143,7 @@ def create_catalog(
         version = INITIAL_FORMAT_VERSION
     records = {"format": as_json({"format_version": version, "written_by": f"tierstore {VERSION}"})}
     if files:
-        records["files"] = _filesas_json(files)
+        records["files"] = _files_as_json(files)
     records["origin"] = as_json(origin)
     records["tables"] = as_json(list(tables))
     records |= {f"table/{name}": as_json(layout.to_dict()) for name, layout in tables.items()}
@@ -176,11 +176,11 @@ def record_origin(path: Path, origin: dict[str, Any], files: Sequence[InPlaceFil
 
     files: of a store in place.
     """
-    in_place = {"files": _filesas_json(files)} if files else {}
+    in_place = {"files": _files_as_json(files)} if files else {}
     write_records(path / CATALOG_FILE, {"origin": as_json(origin)} | in_place)
 
 
-def _filesas_json(files: Sequence[InPlaceFile]) -> bytes:
+def _files_as_json(files: Sequence[InPlaceFile]) -> bytes:
     return as_json([file.to_dict() for file in files])
 
 

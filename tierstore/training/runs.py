@@ -27,7 +27,6 @@ DEPTH = 64  # reads under way for one call
 CALLS = 2  # that read at the same time
 RUNS_MAX = 65534  # open at once, of one table
 LOADED_ROWS = 256 * ROW_IDS_OF_STRETCH  # row ids that are read at once: 1 MiB
-NOTED_ROWS = 2048  # of them in one call: it looks each row up twice, the second time in the processor's cache
 MOVED_MAX = 4  # how often one call is read anew because a merge moved its records: merges take seconds
 
 
@@ -96,9 +95,7 @@ class RunReader:
     def load(self, ordinal: int, places: kernels.RowPlaces) -> None:
         """Notes all rows of a run in `places`: newer than what was there. Blocks on the disk."""
         for start in range(0, self.runs[ordinal].num_records, LOADED_ROWS):
-            row_ids = self.row_ids(ordinal, start, LOADED_ROWS)
-            for at in range(0, len(row_ids), NOTED_ROWS):
-                places.put(row_ids[at : at + NOTED_ROWS], ordinal, start + at)
+            places.put(self.row_ids(ordinal, start, LOADED_ROWS), ordinal, start)
 
     def row_ids(self, ordinal: int, start: int = 0, count: int | None = None) -> np.ndarray:
         """Returns the row ids of a run, int64 [count], from place `start` on. Blocks on the disk.
