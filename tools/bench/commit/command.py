@@ -2,7 +2,8 @@
 
 Input: 100,000 updated rows of 1,032 bytes among a million (256 float32 values, two numbers of state), or the rows of
 --rows. Output: commits beside cp and a sync of as many bytes, one synced transaction of LMDB, and a synced batch of
-RocksDB with its log; bytes that reached the device for each byte of a row; opening a commit of ten million rows.
+RocksDB with its log; bytes that reached the device for each byte of a row; steps of a training while its commit is
+written; opening a commit of ten million rows.
 
 Every side is given the same rows in memory and ends with them durable. The device's counter counts neighbours, too:
 read it on a quiet machine.
@@ -24,6 +25,7 @@ from tierstore.units import format_bytes
 
 from ..pairs import SUBJECT, Options, Result
 from .sides import COPY, LMDB, ROCKSDB, Commits, copied, lmdb_side, made_store, rocksdb_side, skippable
+from .steps import slowdowns
 
 ROWS = 1_000_000
 UPDATED_FRACTION = 0.1
@@ -33,6 +35,7 @@ RESUMED_RUNS = 5
 TARGETS = {COPY: 0.7, LMDB: 5, ROCKSDB: 1.3}
 DEVICE_FRACTION_MAX = 1.05
 RESUME_US_MAX = 1.0
+STEP_SLOWDOWN_MAX = 1.25
 
 
 def run(folder: Path, options: Options) -> Result:
@@ -45,6 +48,10 @@ def run(folder: Path, options: Options) -> Result:
         result = Result(f"commits of {num_updated:,} rows of {rows.shape[1]:,} bytes among {num_rows:,}")
         _commits(work, num_rows, rows, options.pairs, result)
         _resume(work, RESUMED_ROWS * num_rows // ROWS, options.pairs, result)
+    found = slowdowns(folder, num_rows, num_updated, options.pairs)
+    result.figure("a step while a commit is written", "x its usual time", found.wall, STEP_SLOWDOWN_MAX)
+    result.figure("the same, processor time of the step's thread", "x its usual time", found.cpu)
+    result.facts["steps while a commit was written"] = ", ".join(map(str, found.num_steps))
     return result
 
 
@@ -59,17 +66,14 @@ def _commits(work: Path, num_rows: int, rows: np.ndarray, rounds: int, result: R
         with skippable(side, result.skipped):
             sides[side] = make(work, num_rows, rows)
     device_bytes: dict[str, list[float]] = {side: [] for side in sides}
-    process_bytes: list[float] = []
 
     def timed(side: str) -> float:
         ids = np.sort(draw.permutation(num_rows)[: len(rows)])
-        device, process = _device_sectors(work), _process_bytes()
+        device = _device_sectors(work)
         began = time.perf_counter()
         sides[side](ids)
         seconds = time.perf_counter() - began
         device_bytes[side].append((_device_sectors(work) - device) * 512 / rows.nbytes)
-        if side == SUBJECT:
-            process_bytes.append((_process_bytes() - process) / rows.nbytes)
         return seconds
 
     result.compare(
@@ -83,7 +87,6 @@ def _commits(work: Path, num_rows: int, rows: np.ndarray, rounds: int, result: R
     for side, values in device_bytes.items():
         bound = DEVICE_FRACTION_MAX if side == SUBJECT else None
         result.figure(f"{side}: device, by its counter", "bytes a byte", values[1:], bound)
-    result.figure(f"{SUBJECT}: written by this process", "bytes a byte", process_bytes[1:], DEVICE_FRACTION_MAX)
     result.facts["bytes of a commit"] = format_bytes(rows.nbytes)
 
 
@@ -118,12 +121,3 @@ def _device_sectors(path: Path) -> int:
     except OSError:
         return 0
     return int(fields[6])
-
-
-def _process_bytes() -> int:
-    """Bytes that this process had written to disks."""
-    for line in Path("/proc/self/io").read_text().splitlines():
-        name, _, value = line.partition(": ")
-        if name == "write_bytes":
-            return int(value)
-    return 0
