@@ -110,11 +110,19 @@ class PageReader {
   void complete_some();
   void fill_batches();
   void plan_batch(ReadBatch& batch);
-  size_t request_bytes(const Miss& miss) const;
-  bool is_cached(const Miss& miss) const;
+  // Bytes of the entry, or the row, that a miss asks for.
+  size_t request_bytes(const Miss& miss) const {
+    const Table& table = tables_[miss.table];
+    return miss.order == kRowRequest ? table.row_bytes : table.entry_bytes();
+  }
+  // Whether the cache may take what a miss asks for.
+  bool is_cached(const Miss& miss) const {
+    const EntryCache* cache = tables_[miss.table].cache.get();
+    return miss.order != kRowRequest && cache != nullptr && cache->writable();
+  }
   bool is_assembled(const Miss& miss) const { return is_cached(miss) || !tables_[miss.table].planes.empty(); }
   void want_rows(ReadBatch& batch, const Miss& miss, uint8_t* to);
-  void want_row(ReadBatch& batch, uint64_t row_id, RowWant want);
+  void want_elsewhere(ReadBatch& batch, uint64_t row_id, RowWant want);
   void want_planes(ReadBatch& batch, uint64_t row_id, RowWant want);
   void group_wants(ReadBatch& batch);
   PageRead read_of(const ReadBatch& batch, size_t group, uint32_t slot);

@@ -35,18 +35,6 @@ void PageReader::plan_batch(ReadBatch& batch) {
   group_wants(batch);
 }
 
-// Bytes of the entry, or the row, that a miss asks for.
-size_t PageReader::request_bytes(const Miss& miss) const {
-  const Table& table = tables_[miss.table];
-  return miss.order == kRowRequest ? table.row_bytes : table.entry_bytes();
-}
-
-// Whether the cache may take what a miss asks for.
-bool PageReader::is_cached(const Miss& miss) const {
-  const EntryCache* cache = tables_[miss.table].cache.get();
-  return miss.order != kRowRequest && cache != nullptr && cache->writable();
-}
-
 // Lists what the job's next miss wants read, to be put together at `to` if it is assembled.
 void PageReader::want_rows(ReadBatch& batch, const Miss& miss, uint8_t* to) {
   const Table& table = tables_[miss.table];
@@ -62,16 +50,29 @@ void PageReader::want_rows(ReadBatch& batch, const Miss& miss, uint8_t* to) {
   const auto row_id = [&](size_t row) {
     return is_row ? static_cast<uint64_t>(miss.key) : table.row_id(miss.order * table.rows_per_key + row, miss.key);
   };
+  const bool on_pages = table.overlay.is_empty() && table.planes.empty();
   for (size_t row = 0; !table.overlay.is_empty() && row < num_rows; ++row) table.overlay.ask_for(row_id(row));
   for (size_t row = 0; row < num_rows; ++row) {
-    uint8_t* const row_to = to == nullptr ? nullptr : to + row * table.row_bytes;
-    want_row(batch, row_id(row),
-             {0, miss.table, 0, static_cast<uint32_t>(table.row_bytes), number, static_cast<uint32_t>(row), 1, row_to});
+    const uint64_t id = row_id(row);
+    const RowWant want{id / table.rows_per_page,
+                       miss.table,
+                       static_cast<uint32_t>(id % table.rows_per_page * table.row_bytes),
+                       static_cast<uint32_t>(table.row_bytes),
+                       number,
+                       static_cast<uint32_t>(row),
+                       1,
+                       to == nullptr ? nullptr : to + row * table.row_bytes};
+    if (on_pages) {
+      batch.wants.push_back(want);
+    } else {
+      want_elsewhere(batch, id, want);
+    }
   }
 }
 
-// Lists where a row lies: on a page of the newest version that has it, else on one of the table's own, or in planes.
-void PageReader::want_row(ReadBatch& batch, uint64_t row_id, RowWant want) {
+// Lists where a row lies if a version may have it, or planes: on a page of the newest version that has it, else where
+// the base has it. `want` is its page of the table's own.
+void PageReader::want_elsewhere(ReadBatch& batch, uint64_t row_id, RowWant want) {
   const Table& table = tables_[want.table];
   const uint32_t place = table.overlay.is_empty() ? kNotPlaced : table.overlay.find(row_id);
   if (place != kNotPlaced) {
@@ -81,9 +82,6 @@ void PageReader::want_row(ReadBatch& batch, uint64_t row_id, RowWant want) {
   } else if (!table.planes.empty()) {
     want_planes(batch, row_id, want);
     return;
-  } else {
-    want.page = row_id / table.rows_per_page;
-    want.byte = static_cast<uint32_t>(row_id % table.rows_per_page * table.row_bytes);
   }
   batch.wants.push_back(want);
 }
