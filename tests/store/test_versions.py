@@ -16,6 +16,7 @@ from support.stores import Model, make_model, open_behind_hbm, place_some, rando
 from support.versions import VersionedModel, make_versions
 
 import tierstore
+from tierstore.formats import catalog
 from tierstore.formats.catalog import CATALOG_FILE, read_catalog
 from tierstore.formats.version_rows import VERSIONS_FOLDER
 from tierstore.offline.versions import PUBLISH_LOCK, ChangedRows, publish_rows
@@ -117,12 +118,12 @@ def test_a_store_without_versions_keeps_its_bytes(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     model.build(tmp_path / "store")
     before = {file: file.read_bytes() for file in (tmp_path / "store").rglob("*.shard")}
-    catalog = (tmp_path / "store" / CATALOG_FILE).read_bytes()
+    records = (tmp_path / "store" / CATALOG_FILE).read_bytes()
     with tierstore.open(tmp_path / "store", version=0) as store:
         check(store, model)
     with pytest.raises(tierstore.ConfigError, match="only its base"):
         tierstore.open(tmp_path / "store", version=1)
-    assert (tmp_path / "store" / CATALOG_FILE).read_bytes() == catalog
+    assert (tmp_path / "store" / CATALOG_FILE).read_bytes() == records
     assert read_catalog(tmp_path / "store").format_version == 1
     make_versions(model, tmp_path / "store", 1)
     assert all(file.read_bytes() == content for file, content in before.items())
@@ -284,6 +285,14 @@ def test_a_publish_killed_anywhere_leaves_the_version_before(tmp_path: Path, mon
     assert len(image.versions) == 2
     named = {Path(table.file).name for version in image.versions.values() for table in version.tables.values()}
     assert {file.name for file in (tmp_path / "store" / VERSIONS_FOLDER).iterdir()} - {PUBLISH_LOCK} == named
+
+
+def test_an_older_reader_refuses_a_store_with_versions_by_name(
+    versioned: VersionedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "INITIAL_FORMAT_VERSION", 2)  # the newest that the release before knew
+    with pytest.raises(tierstore.FormatError, match=r"store format 3, this tierstore .* reads 1 to 2"):
+        tierstore.open(versioned.store, SMALL, version=0)
 
 
 def test_the_digest_of_a_store_is_that_of_its_version(versioned: VersionedModel) -> None:
