@@ -147,7 +147,7 @@ def sort_touched_rows(
     widths: dict[str, int] = {}
     num_touched = 0
     for stretch in range(num_stretches):
-        row_ids, records = _newest(folder / f"{stretch:05d}", stream.record_bytes)
+        row_ids, records = _newest(folder, stretch, stream.record_bytes)
         if not len(row_ids):
             continue
         num_touched += len(row_ids)
@@ -182,55 +182,68 @@ def _borders(stream: RecordStream, num_rows: int, memory_bytes: int) -> np.ndarr
 
 
 def _partition(stream: RecordStream, borders: np.ndarray, folder: Path, memory_bytes: int) -> None:
-    """Appends every record, its row id before it, to the file of its stretch."""
-    buffered: list[list[np.ndarray]] = [[] for _ in range(len(borders) + 1)]
+    """Appends every record, and its row id, to the files of its stretch."""
+    buffered: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(len(borders) + 1)]
     buffered_bytes = 0
     for row_ids, records in stream.records():
-        sealed = np.empty((len(row_ids), 8 + stream.record_bytes), dtype=np.uint8)
-        sealed[:, :8] = np.ascontiguousarray(row_ids, dtype="<i8").view(np.uint8).reshape(-1, 8)
-        sealed[:, 8:] = records
         stretches = np.searchsorted(borders, row_ids, side="right")
         order = np.argsort(stretches, kind="stable")
-        ends = np.cumsum(np.bincount(stretches, minlength=len(buffered)))
-        start = 0
-        for stretch in np.unique(stretches).tolist():
-            buffered[stretch].append(sealed[order[start : ends[stretch]]])
-            start = int(ends[stretch])
-        buffered_bytes += sealed.nbytes
+        row_ids, records = row_ids[order], records.take(order, axis=0)
+        ends = np.cumsum(np.bincount(stretches, minlength=len(buffered))).tolist()
+        for stretch, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            if start < end:
+                buffered[stretch].append((row_ids[start:end], records[start:end]))
+        buffered_bytes += row_ids.nbytes + records.nbytes
         if buffered_bytes > memory_bytes // 3:
             _flush(buffered, folder)
             buffered_bytes = 0
     _flush(buffered, folder)
 
 
-def _flush(buffered: list[list[np.ndarray]], folder: Path) -> None:
+def _flush(buffered: list[list[tuple[np.ndarray, np.ndarray]]], folder: Path) -> None:
     for stretch, pieces in enumerate(buffered):
-        for piece in pieces:
-            _append(folder / f"{stretch:05d}", piece)
+        if pieces:
+            _append(_ids_file(folder, stretch), *(row_ids for row_ids, _ in pieces))
+            _append(_records_file(folder, stretch), *(records for _, records in pieces))
         pieces.clear()
 
 
-def _append(path: Path, data: np.ndarray) -> None:
+def _ids_file(folder: Path, stretch: int) -> Path:
+    return folder / f"{stretch:05d}.ids"
+
+
+def _records_file(folder: Path, stretch: int) -> Path:
+    return folder / f"{stretch:05d}.records"
+
+
+def _append(path: Path, *pieces: np.ndarray) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
     try:
-        write_all(fd, np.ascontiguousarray(data))
+        for piece in pieces:
+            write_all(fd, np.ascontiguousarray(piece))
     finally:
         os.close(fd)
 
 
-def _newest(path: Path, record_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reads and removes a stretch's file; returns ascending row ids, int64 [n], and the last record of each."""
-    if not path.exists():
+def _newest(folder: Path, stretch: int, record_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reads and removes a stretch's files; returns ascending row ids, int64 [n], and the last record of each."""
+    if not _ids_file(folder, stretch).exists():
         return np.empty(0, dtype=np.int64), np.empty((0, record_bytes), dtype=np.uint8)
-    sealed = np.empty((path.stat().st_size // (8 + record_bytes), 8 + record_bytes), dtype=np.uint8)
+    row_ids = _taken(_ids_file(folder, stretch)).view(np.int64)
+    records = _taken(_records_file(folder, stretch)).reshape(len(row_ids), record_bytes)
+    order = np.argsort(row_ids, kind="stable")
+    ascending = row_ids[order]
+    is_last = np.append(ascending[1:] != ascending[:-1], True)
+    return ascending[is_last], records.take(order[is_last], axis=0)
+
+
+def _taken(path: Path) -> np.ndarray:
+    """Returns what a file holds, uint8 [n], and removes it."""
+    data = np.empty(path.stat().st_size, dtype=np.uint8)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        read_exactly(fd, sealed, 0, "a stretch of touched rows")
+        read_exactly(fd, data, 0, "a stretch of touched rows")
     finally:
         os.close(fd)
     path.unlink()
-    row_ids = np.ascontiguousarray(sealed[:, :8]).view("<i8").reshape(-1)
-    order = np.argsort(row_ids, kind="stable")
-    is_last = np.append(row_ids[order][1:] != row_ids[order][:-1], True)
-    kept = order[is_last]
-    return row_ids[kept], np.ascontiguousarray(sealed[kept, 8:])
+    return data
