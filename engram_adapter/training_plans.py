@@ -148,7 +148,7 @@ def _needs(
             index_bytes=places.num_bytes_with(touched[name]),
             index_bytes_max=places.num_bytes_with(spec.num_rows),
         )
-    base_bytes = 0 if image.is_initial else base_bytes_of(image.tables, budget_bytes)
+    base_bytes = base_bytes_of(image, budget_bytes)
     plan = divide_training(shapes, budget_bytes, base_bytes)
     return {
         name: TableNeeds(layouts[name].stored_bytes, memory.num_slots, shapes[name].index_bytes, image.is_initial)

@@ -20,6 +20,7 @@ from engram_adapter.exporting import export_checkpoint
 from engram_adapter.init import init_checkpoint
 from tierstore.errors import BudgetError, ConfigError, CorruptPageError, FormatError
 from tierstore.formats.catalog import read_catalog
+from tierstore.offline.exporting.row_readers import drawn_values
 from tierstore.tools.cli import run
 from tierstore.tools.synth import write_checkpoint
 from tierstore.training.optimizers import SGD, DenseAdam, LazyAdam, RowWiseAdagrad
@@ -345,3 +346,25 @@ def test_a_version_is_exported_as_the_commit_that_it_was_published_from(
     with pytest.raises(CorruptPageError, match=file.name):
         export_checkpoint(made.store, tmp_path / "none", source=checkpoint, version=2)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_model_is_trained_from_scratch_exported_and_served(
+    models: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    checkpoint, _ = models["engram"]
+    store = tmp_path / "store"
+    (table,) = init_checkpoint(checkpoint, store, layers=[1], seed=4)
+    name, spec = table.spec.name, table.spec
+    row_ids = np.random.default_rng(0).permutation(spec.num_rows)[:200]
+    with tierstore.open_training(store, SGD(lr=1.0), dram="4MiB") as training:
+        np.testing.assert_array_equal(training[name].gather(row_ids), drawn_values(table, row_ids))
+        training[name].apply(row_ids, np.ones((200, spec.dim), dtype=np.float32))
+        training.commit(1).wait()
+        expected = training[name].gather(np.arange(spec.num_rows))
+    export_checkpoint(store, tmp_path / "out", source=checkpoint)
+    build_checkpoint(tmp_path / "out", tmp_path / "built")
+    with tierstore.open(tmp_path / "built", dram="4MiB") as built:
+        rows = built[name].rows(np.arange(spec.num_rows)).view(np.float32)
+    np.testing.assert_array_equal(rows, expected)
+    untouched = np.setdiff1d(np.arange(spec.num_rows), row_ids)
+    np.testing.assert_array_equal(rows[untouched], drawn_values(table, untouched))
