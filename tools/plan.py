@@ -43,9 +43,7 @@ OPTIMIZERS = ("SGD", "RowWiseAdagrad", "LazyAdam", "DenseAdam")
     type=click.IntRange(min=1),
     help=f"Tokens looked up at once, or of a training step.  [default: 1; --training: {STEP_TOKENS}]",
 )
-@click.option(
-    "--training", is_flag=True, help="Say what training STORE on TRACE... needs; writes nothing."
-)
+@click.option("--training", is_flag=True, help="Say what training STORE on TRACE... needs; writes nothing.")
 @click.option(
     "--optimizer",
     type=click.Choice(OPTIMIZERS),

@@ -9,7 +9,7 @@ import pytest
 from support.marks import slow_but
 
 from tierstore.errors import BudgetError, ConfigError
-from tierstore.tools.bench import build, inplace
+from tierstore.tools.bench import build, export, inplace
 from tierstore.tools.bench.pairs import Options
 
 DiskUsage = collections.namedtuple("DiskUsage", "total used free")
@@ -44,4 +44,13 @@ def test_inplace_measures_builds_and_lookups(tmp_path: Path, monkeypatch: pytest
     reads = [value for name, value in result.facts.items() if "reads for a missed key" in name]
     assert len(reads) == 2
     assert all(7 < value <= 9 for value in reads)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+def test_export_measures_stores_as_built_and_commits(tmp_path: Path) -> None:
+    result = export.run(tmp_path, Options(size_bytes=2 << 20, pairs=1))
+    assert [comparison.case for comparison in result.comparisons] == [
+        "as built, warm files", "as built, cold files", "a commit of 1 % of the rows", "a commit of 25 % of the rows",
+    ]  # fmt: skip
     assert list(tmp_path.iterdir()) == []

@@ -21,6 +21,7 @@ from ..cli import console
 BENCHMARKS = {
     "build": "Building a store, beside copying the checkpoint's files with cp and syncing them.",
     "inplace": "Stores in place, beside reading the checkpoint once, and beside stores with shards.",
+    "export": "Exports, as built and of commits, beside copying the checkpoint's files with cp and syncing them.",
     "warm": "All hits, beside the bare probe and copy, torch and NumPy.",
     "cold": "No hits, beside the bare reads of the same number of pages, fio and np.memmap.",
     "decode": "One token at a time: latencies, submit and wait, many threads. Batches decoded to bf16, beside torch.",
