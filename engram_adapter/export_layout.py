@@ -19,6 +19,7 @@ from tierstore.causes import named
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import CATALOG_FILE
 from tierstore.formats.checkpoint import Checkpoint, TableSource
+from tierstore.formats.checkpoint_files import METADATA_NAME
 from tierstore.formats.content import HEAD_BYTES, recognise
 from tierstore.formats.stored_tensor import FileIdentity, StoredTensor
 from tierstore.offline.exporting.new_files import NewFile
@@ -186,11 +187,14 @@ def files_beside(folder: Path, own: Sequence[Path], kept_apart: Sequence[Path]) 
 
 
 def _is_last(name: str) -> bool:
-    return name == CONFIG_NAME or (name.endswith(".index.json") and os.sep not in name)
+    return name in (CONFIG_NAME, METADATA_NAME) or (name.endswith(".index.json") and os.sep not in name)
 
 
 def _files_under(folder: Path, kept_apart: Sequence[Path]) -> Iterator[Path]:
-    """Yields the visible files of a folder and of those in it, but for stores and what is kept apart."""
+    """Yields the visible files of a folder and of those in it, but for stores and what is kept apart.
+
+    The metadata of a torch.distributed folder is hidden, and belongs to it.
+    """
     apart = {os.path.realpath(path) for path in kept_apart}
     for at, folders, names in os.walk(folder):
         depth = len(Path(at).relative_to(folder).parts)
@@ -202,7 +206,7 @@ def _files_under(folder: Path, kept_apart: Sequence[Path]) -> Iterator[Path]:
             and os.path.realpath(os.path.join(at, name)) not in apart
             and not os.path.exists(os.path.join(at, name, CATALOG_FILE))
         )
-        yield from (Path(at, name) for name in sorted(names) if not name.startswith("."))
+        yield from (Path(at, name) for name in sorted(names) if not name.startswith(".") or name == METADATA_NAME)
 
 
 def _why_left_out(path: Path, folder: Path, own: Sequence[Path]) -> str:
@@ -214,7 +218,7 @@ def _why_left_out(path: Path, folder: Path, own: Sequence[Path]) -> str:
             content = recognise(opened.read(HEAD_BYTES), path.stat().st_size)
     except OSError as error:
         raise named(error, path) from error
-    if content is not None and content.kind in TENSOR_KINDS:
+    if content is not None and content.kind in TENSOR_KINDS and path.name != METADATA_NAME:
         return f"it is {content.name} that the store was not built from: its rows may be old"
     if path.name.endswith(".index.json") and path.parent == folder and not _names_files(path, own):
         return "it is the index of files that are left out"

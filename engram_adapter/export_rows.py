@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tierstore.errors import ConfigError
+from tierstore.errors import ConfigError, FormatError
 from tierstore.formats.catalog import CatalogImage
 from tierstore.offline.exporting.quantized import kernel_codec
 from tierstore.offline.exporting.row_readers import RowOrigin
@@ -19,6 +19,7 @@ from tierstore.offline.exporting.version_rows import VersionStream, keep_rows
 from tierstore.training.exported import CommitRows, Encoder, RunStream, describe, open_commit
 
 ID_BYTES = 8
+ATTEMPTS_MAX = 3  # at the newest commit
 FILES_A_TABLE = 2  # records lie on disk once in stretches, and once sorted
 
 
@@ -160,8 +161,16 @@ def open_touched(image: CatalogImage, version: int | None, commit: int | None, *
     if version is not None and states:
         raise ValueError(f"states of version {version}: optimizer state is kept with commits; give one, or none")
     rows = open_commit(image, commit) if version is None else None
-    if rows is not None:
-        return CommitTables(rows, with_states=states)
+    for attempt in range(1, ATTEMPTS_MAX + 1):
+        if rows is None:
+            break
+        try:
+            return CommitTables(rows, with_states=states)
+        except FormatError:
+            newest = open_commit(image, commit) if attempt < ATTEMPTS_MAX else None
+            if newest is None or newest.commit.number == rows.commit.number:
+                raise
+            rows = newest  # a training that goes on has forgotten the one that was the newest
     if states:
         raise ConfigError(f"{image.path} was never trained: there is no optimizer state")
     return VersionTables(image.at_version(version))

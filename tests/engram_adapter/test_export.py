@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import safetensors.numpy
+from support.committed import Committed
 
 import tierstore
 from engram_adapter.checkpoints import build_checkpoint, open_checkpoint
@@ -24,6 +25,7 @@ from tierstore.errors import BudgetError, ConfigError, CorruptPageError, FormatE
 from tierstore.offline.exporting.parts import FileReader
 from tierstore.tools.cli import run
 from tierstore.tools.synth import write_checkpoint
+from tierstore.training.optimizers import SGD
 
 FAMILIES = {
     "deepseek_v41": {"dim": 32},
@@ -291,3 +293,38 @@ def test_reports_add_up(models: dict[str, tuple[Path, Path]], tmp_path: Path) ->
     )
     assert report.num_bytes == sum(map(len, contents(checkpoint).values()))
     assert seen[-1] == (report.num_bytes, report.num_bytes)
+
+
+def test_a_folder_of_torch_distributed_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    dcp.save({"embed.weight": torch.randn(300, 8)}, checkpoint_id=tmp_path / "model", no_dist=True)
+    build_checkpoint(tmp_path / "model", tmp_path / "store", tensor="embed.weight")
+    export_checkpoint(tmp_path / "store", tmp_path / "out", source=tmp_path / "model")
+    assert contents(tmp_path / "out") == contents(tmp_path / "model")
+    assert ".metadata" in contents(tmp_path / "out")
+    made = Committed(tmp_path / "store", SGD(lr=0.1))
+    made.write("embed.weight", 10)
+    made.commit()
+    with pytest.raises(ConfigError, match="rows can be replaced in safetensors and GGUF files only"):
+        export_checkpoint(tmp_path / "store", tmp_path / "trained", source=tmp_path / "model")
+
+
+def test_a_gguf_file_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "test")
+    writer.add_tensor("token_embd.weight", np.random.default_rng(0).standard_normal((200, 32)).astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    build_checkpoint(tmp_path / "model.gguf", tmp_path / "store", tensor="token_embd.weight")
+    export_checkpoint(tmp_path / "store", tmp_path / "out", source=tmp_path / "model.gguf")
+    assert (tmp_path / "out" / "model.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
+    made = Committed(tmp_path / "store", SGD(lr=0.1))
+    made.write("token_embd.weight", 60)
+    made.commit()
+    export_checkpoint(tmp_path / "store", tmp_path / "trained", source=tmp_path / "model.gguf")
+    (tensor,) = gguf.GGUFReader(tmp_path / "trained" / "model.gguf").tensors
+    for row_id, record in made.records["token_embd.weight"].items():
+        np.testing.assert_array_equal(tensor.data[row_id], record[:32].astype(np.float16))

@@ -20,6 +20,7 @@ from engram_adapter.exporting import export_checkpoint
 from engram_adapter.init import init_checkpoint
 from tierstore.errors import BudgetError, ConfigError, CorruptPageError, FormatError
 from tierstore.formats.catalog import read_catalog
+from tierstore.offline.exporting import new_files, parts, row_readers, touched_rows
 from tierstore.offline.exporting.row_readers import drawn_values
 from tierstore.tools.cli import run
 from tierstore.tools.synth import write_checkpoint
@@ -105,6 +106,30 @@ def test_touched_rows_are_new_and_every_other_byte_is_the_checkpoints(
         np.testing.assert_array_equal(after[name], expected)
         changed += int((expected != before[name]).sum())
     assert sum(bytes_that_differ(checkpoint, tmp_path / "out").values()) == changed > 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_neither_the_sizes_of_steps_nor_of_stretches_change_a_byte(
+    models: dict[str, tuple[Path, Path]], tmp_path: Path, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, made = train(models[shape], tmp_path / "store")
+    made.commit()
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    whole = export_checkpoint(made.store, tmp_path / "whole", source=checkpoint, states=True)
+    monkeypatch.setattr(new_files, "CHUNK_BYTES", 4096)  # rows lie across their ends
+    monkeypatch.setattr(parts, "STEP_BYTES", 700)
+    monkeypatch.setattr(row_readers, "STEP_BYTES", 900)
+    monkeypatch.setattr(row_readers, "NEAR_BYTES", 130)
+    monkeypatch.setattr(touched_rows, "IDS_AT_ONCE", 7)
+    monkeypatch.setattr(touched_rows, "COPIES", 400)  # of records in memory: some stretches of a few dozen rows
+    stretches = []
+    newest = touched_rows._newest
+    monkeypatch.setattr(touched_rows, "_newest", lambda *given: stretches.append(given[1]) or newest(*given))
+    for source, name in ((checkpoint, "same"), (copy, "copied")):
+        again = export_checkpoint(made.store, tmp_path / name, source=source, states=True, dram="1MiB")
+        assert again.files == whole.files
+    assert max(stretches) > 5
 
 
 def test_an_export_builds_and_verifies_clean_and_two_are_equal(trained: tuple[Path, Committed], tmp_path: Path) -> None:
