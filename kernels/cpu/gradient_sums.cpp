@@ -11,7 +11,7 @@ namespace tierstore {
 namespace {
 
 constexpr size_t kBlock = 32;            // values of a row that are summed over groups at a time
-constexpr size_t kPrefetchRows = 4;      // rows whose gradients are asked for ahead
+constexpr size_t kPrefetchPlaces = 6;    // references whose gradients are asked for ahead, of this row or later ones
 constexpr size_t kUpdateRows = 64;       // rows that update_rows is given at a time
 constexpr size_t kValuesEach = 1 << 15;  // of a range of rows that a thread takes: some 20 us
 constexpr uint32_t kPlace = DistinctRows::kNewGroup - 1;
@@ -19,14 +19,23 @@ constexpr uint32_t kPlace = DistinctRows::kNewGroup - 1;
 struct References {
   const uint32_t* places;
   size_t count;
+  size_t rest;  // places of all rows from these on
 };
 
 TIERSTORE_BODY References references_of(const DistinctRows& rows, size_t row) {
-  return {rows.places() + rows.starts()[row], rows.starts()[row + 1] - rows.starts()[row]};
+  const uint32_t start = rows.starts()[row];
+  return {rows.places() + start, rows.starts()[row + 1] - start, rows.starts()[rows.count()] - start};
 }
 
 TIERSTORE_BODY const float* values_at(const Gradients& gradients, uint32_t place) {
   return gradients.values + (place & kPlace) * gradients.stride;
+}
+
+// With the reference that is summed now.
+TIERSTORE_BODY void prefetch_later(const Gradients& gradients, const References& references, size_t each) {
+  if (each + kPrefetchPlaces >= references.rest) return;
+  const char* at = reinterpret_cast<const char*>(values_at(gradients, references.places[each + kPrefetchPlaces]));
+  for (size_t i = 0; i < gradients.dim * sizeof(float); i += 64) __builtin_prefetch(at + i, 0);
 }
 
 TIERSTORE_BODY bool is_one_group(const References& references) {
@@ -38,14 +47,17 @@ TIERSTORE_BODY bool is_one_group(const References& references) {
 TIERSTORE_BODY void sum_one_group(const Gradients& gradients, const References& references, float* __restrict out) {
   const size_t dim = gradients.dim;
   const float* first = values_at(gradients, references.places[0]);
+  prefetch_later(gradients, references, 0);
   if (references.count == 1) {
     for (size_t i = 0; i < dim; ++i) out[i] = first[i] + 0.0f;
     return;
   }
   const float* second = values_at(gradients, references.places[1]);
+  prefetch_later(gradients, references, 1);
   for (size_t i = 0; i < dim; ++i) out[i] = first[i] + 0.0f + second[i];
   for (size_t each = 2; each < references.count; ++each) {
     const float* next = values_at(gradients, references.places[each]);
+    prefetch_later(gradients, references, each);
     for (size_t i = 0; i < dim; ++i) out[i] += next[i];
   }
 }
@@ -56,6 +68,7 @@ TIERSTORE_BODY void sum_groups(const Gradients& gradients, const References& ref
   float total[kBlock] = {}, part[kBlock] = {};
   for (size_t each = 0; each < references.count; ++each) {
     const uint32_t place = references.places[each];
+    if (done == 0) prefetch_later(gradients, references, each);
     if ((place & DistinctRows::kNewGroup) != 0) {
       for (size_t i = 0; i < count; ++i) total[i] += part[i];
       for (size_t i = 0; i < count; ++i) part[i] = 0;
@@ -84,11 +97,6 @@ TIERSTORE_BODY bool all_finite(const float* values, size_t dim, float scale) {
   return sum_of_parts(parts) == 0.0f;
 }
 
-TIERSTORE_BODY void prefetch_gradient(const DistinctRows& rows, const Gradients& gradients, size_t row) {
-  const char* at = reinterpret_cast<const char*>(values_at(gradients, rows.places()[rows.starts()[row]]));
-  for (size_t i = 0; i < gradients.dim * sizeof(float); i += 64) __builtin_prefetch(at + i, 0);
-}
-
 // Where the sum of a row is: its gradient itself if it has one reference, else the next place of those for sums.
 TIERSTORE_BODY const float* sum_place(const DistinctRows& rows, const Gradients& gradients, size_t start, size_t row,
                                       float* sums) {
@@ -109,10 +117,13 @@ struct Range {
 TIERSTORE_BODY size_t sum_range_body(const Range& range) {
   size_t bad = kAllFinite;
   for (size_t row = range.start; row < range.end; ++row) {
-    if (row + kPrefetchRows < range.end) prefetch_gradient(range.rows, range.gradients, row + kPrefetchRows);
     const float* sum = sum_place(range.rows, range.gradients, range.first, row, range.sums);
     const References references = references_of(range.rows, row);
-    if (references.count > 1) sum_row(range.gradients, references, const_cast<float*>(sum));
+    if (references.count > 1) {
+      sum_row(range.gradients, references, const_cast<float*>(sum));
+    } else {
+      prefetch_later(range.gradients, references, 0);
+    }
     if (bad == kAllFinite && !all_finite(sum, range.gradients.dim, range.gradients.scale)) bad = row;
   }
   return bad;

@@ -5,16 +5,17 @@
 #include <algorithm>
 #include <cstring>
 
+#include "racing_copy.h"
 #include "shared_rows.h"
 
 namespace tierstore {
 namespace {
 
-constexpr size_t kLineBytes = 64;
-constexpr size_t kAhead = 16;         // rows whose memory is asked for before they are used
-constexpr size_t kPartRows = 512;     // that one thread copies at a time
-constexpr size_t kBatchRows = 16384;  // references under one hold of the mutex
-constexpr size_t kReplayedRows = 16;  // that one thread replays missed steps of at a time
+constexpr size_t kStreamedBytes = 1 << 20;  // of one gather; more goes past the caches
+constexpr size_t kAhead = 16;               // rows whose memory is asked for before they are used
+constexpr size_t kPartRows = 512;           // that one thread copies at a time
+constexpr size_t kBatchRows = 16384;        // references under one hold of the mutex
+constexpr size_t kReplayedRows = 16;        // that one thread replays missed steps of at a time
 constexpr uint8_t kUsesMax = 3;
 
 size_t round_up(size_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
@@ -90,8 +91,9 @@ void RowCache::gather(const int64_t* row_ids, size_t n, float* out, std::vector<
     }
     replay_missed_steps(num_threads);
     float* to = out + first * shape_.dim;
+    const bool streamed = n * shape_.dim * sizeof(float) > kStreamedBytes;
     share_rows(count, kPartRows, num_threads,
-               [&](size_t start, size_t end) { copy_values(row_ids + first, start, end, to); });
+               [&](size_t start, size_t end) { copy_values(row_ids + first, start, end, to, streamed); });
   }
 }
 
@@ -121,15 +123,18 @@ void RowCache::bring_up_to_date(uint8_t* records, size_t n, size_t num_threads) 
   });
 }
 
-// Copies the values of references start to end, whose slots are resolved.
-void RowCache::copy_values(const int64_t* row_ids, size_t start, size_t end, float* out) const {
+// Copies the values of references start to end, whose slots are resolved; many go past the caches, since they would
+// only push out what is copied next.
+void RowCache::copy_values(const int64_t* row_ids, size_t start, size_t end, float* out, bool past_caches) const {
   const size_t value_bytes = shape_.dim * sizeof(float);
   const bool replays = optimizer_.rule == Rule::kDenseAdam;
+  const bool streamed = past_caches && (reinterpret_cast<uintptr_t>(out) | value_bytes) % kStreamAlignment == 0;
   for (size_t i = start; i < end; ++i) {
     const size_t ahead = i + kAhead / 4;
-    if (ahead < end && resolved_[ahead] != RowIndex::kNone) prefetch_record(record(resolved_[ahead]), value_bytes);
+    const bool has_next = ahead < end && resolved_[ahead] != RowIndex::kNone;
     float* to = out + i * shape_.dim;
     if (resolved_[i] == RowIndex::kNone) {
+      if (has_next) fetch(record(resolved_[ahead]), value_bytes);
       if (row_ids[i] < 0) std::memset(to, 0, value_bytes);
       continue;
     }
@@ -140,9 +145,11 @@ void RowCache::copy_values(const int64_t* row_ids, size_t start, size_t end, flo
       catch_up_rows(optimizer_, history_.steps(), shape_.dim, 1, records);
       std::memcpy(to, copy.data(), value_bytes);
     } else {
-      std::memcpy(to, from, value_bytes);
+      racing_copy(reinterpret_cast<uint8_t*>(to), record(resolved_[i]), value_bytes,
+                  has_next ? record(resolved_[ahead]) : nullptr, streamed);
     }
   }
+  if (streamed) end_streamed_copies();
 }
 
 RowPins::RowPins(RowCache& cache) : cache_(cache) {

@@ -160,7 +160,7 @@ class RowCache {
   void touch(uint32_t slot);
   void make_room_in_log(size_t n);
   void put_aside(size_t n);
-  void copy_values(const int64_t* row_ids, size_t start, size_t end, float* out) const;
+  void copy_values(const int64_t* row_ids, size_t start, size_t end, float* out, bool past_caches) const;
 
   const RowCacheShape shape_;
   const Optimizer optimizer_;
