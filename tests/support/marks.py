@@ -81,6 +81,7 @@ MARKS: dict[str, tuple[str, ...]] = {
     "tools/test_bench_overlap": ("gpu",),
     "tools/test_bench_remote": ("daemon",),
     "tools/test_bench_serve": ("daemon",),
+    "tools/test_bench_train": ("process", "long"),
     "tools/test_cli": ("long",),
     "tools/test_corpus": ("long",),
     "tools/test_damaged_inputs": ("process",),

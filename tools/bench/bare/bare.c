@@ -3,13 +3,15 @@
 //   bare uring DEPTH direct|buffered FILE...     reads ranges of files with io_uring, nothing checked
 //   bare willneed WINDOW FILE...                 process_madvise(WILLNEED) WINDOW batches ahead, then a pread of each
 //   range bare entries ENTRY_BYTES NUM_ENTRIES THREADS probes an 8-way table for keys and copies their entries
+//   bare train RULE DIM NUM_ROWS THREADS         steps of an optimizer on rows in memory: gather, sum, update
 //
 // It is driven over standard input, a line a command, so that its runs can be interleaved with another program's. Each
 // command is answered by one line: "ok ..." or "error ...".
 //   fill PATH     entries only: puts (order, key) pairs, two int64 each, into the table
-//   load PATH     the list to work off: (file, byte offset, length) as three int64 each, or (order, key) as two
-//   go GROUP      works off the list once, GROUP items at a time (0: all at once); answers the nanoseconds of each
+//   load PATH     the list to work off: (file, byte offset, length) as three int64 each, (order, key) as two, or row
+//   ids go GROUP      works off the list once, GROUP items at a time (0: all at once); answers the nanoseconds of each
 //   group dump PATH     writes what the last run put out, item after item, for a test to look at
+//   cpu           answers the nanoseconds of processor time that the program has taken so far
 #define _GNU_SOURCE
 #include "bare.h"
 
@@ -71,9 +73,9 @@ static void load(const char* path, const struct mode* mode) {
   }
 }
 
-static uint64_t now_ns(void) {
+static uint64_t now_ns(clockid_t clock) {
   struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
+  clock_gettime(clock, &now);
   return now.tv_sec * 1000000000ull + now.tv_nsec;
 }
 
@@ -84,9 +86,9 @@ static void go(size_t group, const struct mode* mode) {
   uint8_t* place = out;
   for (size_t g = 0; g < num_groups; ++g) {
     size_t start = g * group, end = start + group < list.num_items ? start + group : list.num_items;
-    uint64_t started_ns = now_ns();
+    uint64_t started_ns = now_ns(CLOCK_MONOTONIC);
     place = mode->run(&list, start, end, place);
-    elapsed_ns[g] = now_ns() - started_ns;
+    elapsed_ns[g] = now_ns(CLOCK_MONOTONIC) - started_ns;
   }
   printf("ok");
   for (size_t g = 0; g < num_groups; ++g) printf(" %llu", (unsigned long long)elapsed_ns[g]);
@@ -101,7 +103,7 @@ static void dump(const char* path) {
 }
 
 int main(int num_arguments, char** arguments) {
-  static const struct mode* const modes[] = {&uring_mode, &willneed_mode, &entries_mode};
+  static const struct mode* const modes[] = {&uring_mode, &willneed_mode, &entries_mode, &train_mode};
   const struct mode* mode = NULL;
   for (size_t i = 0; num_arguments > 2 && i < sizeof modes / sizeof *modes; ++i)
     if (!strcmp(arguments[1], modes[i]->name)) mode = modes[i];
@@ -124,6 +126,8 @@ int main(int num_arguments, char** arguments) {
       printf("ok %zu\n", mode->fill(text));
     } else if (sscanf(line, "dump %4095[^\n]", text) == 1) {
       dump(text);
+    } else if (!strcmp(line, "cpu\n")) {
+      printf("ok %llu\n", (unsigned long long)now_ns(CLOCK_PROCESS_CPUTIME_ID));
     } else {
       printf("error unknown command: %s", line);
     }

@@ -1,4 +1,4 @@
-// What the yardstick's three kinds of work share: the list that they work off, and how each is called.
+// What the yardstick's kinds of work share: the list that they work off, and how each is called.
 #pragma once
 
 #include <stddef.h>
@@ -21,7 +21,7 @@ struct mode {
   uint8_t* (*run)(const struct list* list, size_t start, size_t end, uint8_t* place);  // returns the place after it
 };
 
-extern const struct mode uring_mode, willneed_mode, entries_mode;
+extern const struct mode uring_mode, willneed_mode, entries_mode, train_mode;
 
 _Noreturn void fail(const char* what);  // answers with what and errno, and ends the program
 void* map_memory(size_t num_bytes);     // zeroed, in huge pages where the kernel gives them

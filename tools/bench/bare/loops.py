@@ -18,12 +18,11 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-import psutil
 
 from tierstore.errors import ConfigError
 
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-Wall", "-Wextra", "-pthread")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-Wall", "-Wextra", "-pthread", "-fno-math-errno")
 COMPILE_TIMEOUT_S = 120
 ANSWER_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 10
@@ -50,7 +49,14 @@ def compiled(cache: Path | None = None) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         made = Path(folder) / "bare"
-        command = [compiler, *FLAGS, *(str(source) for source in SOURCES if source.suffix == ".c"), "-o", str(made)]
+        command = [
+            compiler,
+            *FLAGS,
+            *(str(source) for source in SOURCES if source.suffix == ".c"),
+            "-lm",
+            "-o",
+            str(made),
+        ]
         result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
         if result.returncode:
             raise ConfigError(f"{compiler} cannot compile the bare loop: {result.stderr.strip()[:500]}")
@@ -71,7 +77,7 @@ class BareLoop:
 
     def __init__(self, *arguments: str | int) -> None:
         """Starts it: ("uring", depth, "direct", files...), ("willneed", window, files...), ("entries", bytes,
-        n, threads)."""
+        n, threads), ("train", rule, dim, rows, threads)."""
         self._folder = tempfile.TemporaryDirectory(prefix="tierstore-bare-")
         command = [str(compiled()), *map(str, arguments)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -98,9 +104,14 @@ class BareLoop:
         loop._send_list("fill", pairs, 2)
         return loop
 
+    @classmethod
+    def train(cls, rule: str, dim: int, num_rows: int, threads: int = 1) -> BareLoop:
+        """Returns a loop of steps of "sgd", "row_wise_adagrad" or "lazy_adam" on rows in memory that begin as zeros."""
+        return cls("train", rule, dim, num_rows, threads)
+
     def load(self, items: np.ndarray) -> None:
-        """Gives it the list to work off: int64 [N, 3] of (file, byte offset, bytes),
-        or [N, 2] of (order index, key)."""
+        """Gives it the list to work off: int64 [N, 3] of (file, byte offset, bytes), [N, 2] of (order index, key),
+        or [N, 1] of row ids."""
         self._send_list("load", items, items.shape[1])
 
     def run(self, group: int = 0) -> list[float]:
@@ -109,8 +120,8 @@ class BareLoop:
 
     def cpu_seconds(self) -> float:
         """Returns the processor time that the program has taken so far, the kernel's on its behalf included."""
-        times = psutil.Process(self._process.pid).cpu_times()
-        return float(times.user + times.system)
+        (ns,) = self._command("cpu")
+        return int(ns) / 1e9
 
     def output(self) -> np.ndarray:
         """Returns what the last run put out, uint8."""

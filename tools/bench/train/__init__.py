@@ -1,0 +1,1 @@
+"""`tierstore bench train`: steps of training beside other trainers, cold reads and prefetches."""
