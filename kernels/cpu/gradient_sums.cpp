@@ -191,10 +191,11 @@ class Step {
   void update(size_t start, size_t end) const noexcept {
     const auto work = [&](size_t from, size_t to) {
       const float* sums[kUpdateRows];
-      for (size_t done = from; done < to; done += kUpdateRows) {
-        const size_t count = std::min(kUpdateRows, to - done);
-        for (size_t i = 0; i < count; ++i) sums[i] = sum_place(rows_, gradients_, start, done + i, scratch_);
-        update_rows(optimizer_, steps_, gradients_.dim, count, records_ + done, sums, gradients_.scale, plain_);
+      for (size_t left = to; left > from;) {  // from the end: its gradients were read last, and may be in a cache still
+        const size_t count = std::min(kUpdateRows, left - from);
+        left -= count;
+        for (size_t i = 0; i < count; ++i) sums[i] = sum_place(rows_, gradients_, start, left + i, scratch_);
+        update_rows(optimizer_, steps_, gradients_.dim, count, records_ + left, sums, gradients_.scale, plain_);
       }
     };
     try {
