@@ -19,6 +19,7 @@ from support.trainable import Pair, Trainable, make_trainable, tiny_caches
 
 import tierstore
 from tierstore import kernels
+from tierstore.training.runs import RunReader
 
 ADAGRAD = tierstore.RowWiseAdagrad(lr=0.05)
 
@@ -174,3 +175,89 @@ def test_a_training_that_the_collector_finds_on_its_own_thread_is_closed(trainab
         assert time.monotonic() < until
         time.sleep(0.01)
     tierstore.open_training(store, ADAGRAD, dram="16MiB").close()
+
+
+def test_a_prefetch_while_it_goes_back_brings_nothing_of_what_is_dropped(
+    trainable: Trainable, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(trainable, store, ADAGRAD, seed=0)
+    for number in (1, 2):
+        pair.steps(1)
+        pair.commit(number).wait()
+        pair.reopen(number)
+    training, rows, cleared = pair.training, pair.training["bf16"].rows, threading.Event()
+    read, cache, stop_writer = rows.read, rows.cache, training._opened._stop_writer
+
+    class Cache:
+        """The table's cache; a while goes by after it was cleared."""
+
+        def clear(self) -> None:
+            cache.clear()
+            cleared.set()
+            time.sleep(0.2)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(cache, name)
+
+    def read_late(row_ids: np.ndarray, out: np.ndarray) -> Any:
+        found = read(row_ids, out)
+        if threading.current_thread() is training._opened.prefetches.thread:
+            cleared.wait(5)
+        return found
+
+    def prefetch_and_stop(timeout_s: float) -> bool:
+        training.prefetch({"bf16": np.arange(300)})
+        return stop_writer(timeout_s)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rows, "cache", Cache())
+        patched.setattr(rows, "read", read_late)
+        patched.setattr(training._opened, "_stop_writer", prefetch_and_stop)
+        training.rollback(1)
+    pair.reference["bf16"].rollback(1)
+    pair.check_all()
+    training.prefetch({"bf16": np.arange(300)}).wait()
+    pair.check_all()
+    training.close()
+
+
+@pytest.mark.parametrize("error", [tierstore.ConfigError, OSError])
+def test_going_back_that_fails_drops_no_commit_and_breaks_the_training(
+    trainable: Trainable, store: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    pair = Pair(trainable, store, ADAGRAD, seed=0)
+    for number in (1, 2):
+        pair.steps(1)
+        pair.commit(number).wait()
+    pair.steps(1)
+    with pytest.raises(tierstore.ConfigError, match="no commit 7"):
+        pair.training.rollback(7)
+    pair.check_all()
+
+    def fail(*_: object) -> int:
+        raise error("no descriptors")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunReader, "add", fail)
+        with pytest.raises(error, match="no descriptors"):
+            pair.training.rollback(1)
+    with pytest.raises(tierstore.StoreNotReadyError, match="broken: going back to commit 1 failed"):
+        pair.training["bf16"].gather(np.arange(3))
+    pair.reopen(2)
+    assert pair.training.at == 2
+    pair.check_all()
+    pair.training.close()
+
+
+def test_a_step_whose_number_was_set_back_is_a_change(trainable: Trainable, store: Path) -> None:
+    pair = Pair(trainable, store, ADAGRAD, seed=0)
+    pair.steps(1)
+    pair.commit(1).wait()
+    table = pair.training["bf16"]
+    table.apply(np.arange(5), np.ones((5, 32), dtype=np.float32))
+    table.set_step(1)
+    assert pair.training.has_changes
+    pair.training.rollback(1)
+    assert not pair.training.has_changes
+    pair.check_all()
+    pair.training.close()

@@ -117,6 +117,14 @@ def read_commits(store: Path) -> dict[int, Commit]:
     return {} if records is None else dict(records.commits)
 
 
+def records_with(store: Path, number: int) -> TrainingRecords:
+    """Returns what the catalog says; raises `ConfigError` if commit `number`, 0: the base, is not there."""
+    records = _records(store)
+    if number:
+        records.commit(number)
+    return records
+
+
 def check_room(store: Path, needed_bytes: int) -> None:
     """Raises `BudgetError`, with both numbers, if the store's disk has no room for a commit of so many bytes."""
     free, needed = shutil.disk_usage(store).free, needed_bytes + SPARE_DISK_BYTES
@@ -224,9 +232,7 @@ def go_back(store: Path, number: int) -> TrainingRecords:
     The caller is the writer. Raises `ConfigError` if the commit is not there. Numbers are not given again.
     """
     with _changing(store):
-        before = _records(store)
-        if number:
-            before.commit(number)
+        before = records_with(store, number)
         dropped = [each for each in before.commits if each > number and each not in before.pins]
         after = replace(_without(before, dropped), current=number or None)
         if after != before:

@@ -181,7 +181,10 @@ class OpenedTraining:
 
     def go_to(self, commit: Commit | None, last_run: int) -> None:
         """Drops all rows and runs, and loads those of a commit, None for none. With the lock of steps held. Blocks."""
-        self.prefetches.idle()
+        with self.prefetches.paused():  # what they have read before is not to come into the cache afterwards
+            self._go_to(commit, last_run)
+
+    def _go_to(self, commit: Commit | None, last_run: int) -> None:
         last_run = max(last_run, 0 if self.writer is None else self.writer.last_run)
         if not self._stop_writer(WAIT_S):
             raise TimeoutError(f"{self.health.what}: a write did not end within {WAIT_S:g} s")

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 
 from .health import Health
-from .rows import CachedRows
-from .ticket import TrainingTicket
+from .rows import POLL_S, CachedRows
+from .ticket import WAIT_S, TrainingTicket
 
 REQUESTS_MAX = 64  # that wait; more are dropped: a hint that comes too late costs reads
 ROWS_FRACTION = 1 / 2  # of a cache's slots, that one prefetch may fill
@@ -38,7 +40,7 @@ class Prefetches:
         self._tables, self._buffer_bytes, self._health = tables, buffer_bytes, health
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._open: dict[int, _Request] = {}  # by id, oldest first; a dict's operations need no lock
-        self._stopping = False
+        self._stopping = self._is_paused = self._is_serving = False
         self.thread = threading.Thread(target=self._serve, name="tierstore-training-prefetch", daemon=True)
         self.num_rows = 0  # brought
         self.num_dropped = 0  # requests
@@ -92,27 +94,36 @@ class Prefetches:
                 except Exception:
                     continue
 
-    def idle(self) -> None:
-        """Waits until nothing is under way."""
-        for request in list(self._open.values()):
-            try:
-                request.ticket.wait()
-            except TimeoutError:
-                raise
-            except Exception:
-                continue
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it, requests end without a read. Waits for the one that is served now. One thread at a time."""
+        self._is_paused = True
+        try:
+            until = time.monotonic() + WAIT_S
+            while self._is_serving:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"{self._health.what}: a prefetch did not end within {WAIT_S:g} s")
+                time.sleep(POLL_S)
+            yield
+        finally:
+            self._is_paused = False
 
     def _serve(self) -> None:
         while (request := self._requests.get()) is not None:
             error: BaseException | None = None
+            self._is_serving = True  # first: `paused` sets its flag, then looks at this one
             try:
-                if not self._stopping and self._health.broken is None:
+                if not self._is_ending() and self._health.broken is None:
                     for name, rows in request.rows.items():
                         self._bring(self._tables[name], rows)
             except BaseException as raised:
                 error = raised
+            self._is_serving = False
             request.ticket.end(error=error)
             self._open.pop(id(request), None)
+
+    def _is_ending(self) -> bool:
+        return self._stopping or self._is_paused
 
     def _bring(self, table: CachedRows, rows: np.ndarray) -> None:
         missing = rows[table.cache.find(rows)][: max(1, int(table.num_slots * ROWS_FRACTION))]
@@ -123,7 +134,7 @@ class Prefetches:
             found = table.read(part, records[: len(part)])
             done = table.offer(part, records[: len(part)], found)
             self.num_rows += done
-            if done < len(part) or self._stopping:
+            if done < len(part) or self._is_ending():
                 if not table.is_whole and table.spill is not None and table.has_too_many_dirty():
                     table.spill()
                 return

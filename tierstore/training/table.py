@@ -46,6 +46,7 @@ class StepParts:
         self.lock = threading.Lock()  # held by the one step, or freeze, or rollback
         self.update = kernels.RowUpdate(scratch_bytes)
         self.threads = threads
+        self.num_changes = 0  # steps that were taken, and steps that were set; guarded by `lock`
 
 
 class TrainingTable:
@@ -100,6 +101,7 @@ class TrainingTable:
                     f"table {self._spec.name}: DenseAdam is at step {self.num_steps} and cannot be set to {step}; "
                     f"apply no row ids for each step that is skipped"
                 )
+            self._parts.num_changes += step != self.num_steps
             self._rows.cache.set_steps(step, np.empty(0))
 
     def gather(self, row_ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -184,6 +186,7 @@ class TrainingTable:
                 steps_before = self._rows.cache.num_steps
                 self._begin(ids, flat, groups)
                 step.take()
+                self._parts.num_changes += 1
                 self._parts.update.end()
                 if self._rows.has_too_many_dirty() and self._rows.spill is not None:
                     self._rows.spill()

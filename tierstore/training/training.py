@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import ConfigError
 from ..formats.training_records import PAYLOAD_BYTES_MAX
 from ..store.arguments import checked_ids, refuse_outside
-from .commits import Commit, check_room, go_back, pin, read_commits, unpin
+from .commits import Commit, check_room, go_back, pin, read_commits, records_with, unpin
 from .health import Health
 from .opened import OpenedTraining
 from .optimizers import Optimizer
@@ -43,7 +43,7 @@ class Training:
         """`open_training` is the way in. owned: what is closed with it, its threads first."""
         self._opened, self._owned, self._health = opened, owned, health
         self._at = 0 if commit is None else commit.number
-        self._steps_committed = self._steps()
+        self._changes_committed = 0
         self._last_ticket: TrainingTicket | None = None
         _open_trainings.add(self)
 
@@ -98,10 +98,7 @@ class Training:
     @property
     def has_changes(self) -> bool:
         """Whether a step was taken since the newest commit was asked for, or since opening or rolling back."""
-        return self._steps() != self._steps_committed
-
-    def _steps(self) -> dict[str, int]:
-        return {name: table.num_steps for name, table in self._opened.tables.items()}
+        return self._opened.parts.num_changes != self._changes_committed
 
     def prefetch(self, requests: Mapping[str, np.ndarray]) -> TrainingTicket:
         """Starts to bring rows into DRAM, by table name: int64 [...] row ids; -1 is skipped. Returns a ticket.
@@ -144,7 +141,7 @@ class Training:
             ticket = TrainingTicket(f"a commit of {self.path}")
             request = CommitRequest(step, bytes(payload), opened.numbers(), opened.rates(), ticket)
             self._freeze(writer, request)
-            self._steps_committed = self._steps()
+            self._changes_committed = opened.parts.num_changes
         return ticket
 
     def _freeze(self, writer: Writer, request: CommitRequest) -> None:
@@ -186,24 +183,26 @@ class Training:
         committed. Blocks as opening does.
 
         Raises:
-            ConfigError: The store does not keep that commit; all is as before.
+            ConfigError: The store does not keep that commit; all is as before. After any other error the training is
+                broken, and nothing that was committed is dropped.
         """
+        number = operator.index(number)
         self._health.check()
         if self._last_ticket is not None:
             self._last_ticket.wait()
-        with self._opened.parts.lock:
+        opened = self._opened
+        with opened.parts.lock:
             self._health.check()
             if number == self.at and not self.has_changes:
                 return
+            records = records_with(opened.store, number)
             try:
-                records = go_back(self._opened.store, number)
-                self._opened.go_to(records.commits.get(number), records.last_run)
-            except ConfigError:  # there is no such commit
-                raise
+                opened.go_to(records.commits.get(number), records.last_run)
+                go_back(opened.store, number)
+                self._last_ticket, self._at, self._changes_committed = None, number, opened.parts.num_changes
             except BaseException as error:
                 self._health.mark_broken(f"going back to commit {number} failed: {error!r}")
                 raise
-            self._last_ticket, self._at, self._steps_committed = None, number, self._steps()
 
     def stats(self) -> dict[str, Any]:
         """Returns counters of all tables, and how memory is used."""
