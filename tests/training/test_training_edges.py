@@ -19,6 +19,7 @@ from support.trainable import Pair, Trainable, make_trainable, tiny_caches
 
 import tierstore
 from tierstore import kernels
+from tierstore.training.commits import read_commits, read_training, unpin
 from tierstore.training.runs import RunReader
 
 ADAGRAD = tierstore.RowWiseAdagrad(lr=0.05)
@@ -259,5 +260,50 @@ def test_a_step_whose_number_was_set_back_is_a_change(trainable: Trainable, stor
     assert pair.training.has_changes
     pair.training.rollback(1)
     assert not pair.training.has_changes
+    pair.check_all()
+    pair.training.close()
+
+
+def test_an_opening_that_is_refused_drops_no_commit(trainable: Trainable, store: Path) -> None:
+    with pytest.raises(tierstore.BudgetError):
+        tierstore.open_training(store, ADAGRAD, dram="100KiB")
+    assert read_training(store) is None
+    pair = Pair(trainable, store, ADAGRAD, seed=0)
+    for number in (1, 2):
+        pair.steps(1)
+        pair.commit(number).wait()
+    pair.training.close()
+    with pytest.raises(tierstore.ConfigError, match=r"commit 1 .* was made with"):
+        tierstore.open_training(store, tierstore.LazyAdam(lr=0.1), at=1)
+    with pytest.raises(tierstore.BudgetError):
+        tierstore.open_training(store, at=1, dram="100KiB")
+    with pytest.raises(tierstore.BudgetError):
+        tierstore.open_training(store, at=0, dram="100KiB")
+    assert sorted(read_commits(store)) == [1, 2]
+    pair.reopen(1, at=1)
+    assert sorted(read_commits(store)) == [1]
+    pair.check_all()
+    pair.training.close()
+
+
+def test_another_optimizer_without_commits_is_what_publishing_reads(trainable: Trainable, store: Path) -> None:
+    tierstore.open_training(store, tierstore.SGD(lr=0.1), dram="16MiB").close()
+    pair = Pair(trainable, store, tierstore.LazyAdam(lr=0.1), seed=0)
+    pair.steps(1)
+    pair.commit(1).wait()
+    assert pair.training.publish() == 1
+    pair.training.pin(1)
+    pair.training.close()
+    with pytest.raises(tierstore.ConfigError, match=r"start anew: 'tierstore commits .* --unpin 1'"):
+        tierstore.open_training(store, tierstore.SGD(lr=0.1), at=0)
+    tierstore.open_training(store, at=0).close()
+    unpin(store, 1)
+    pair = Pair(trainable, store, tierstore.SGD(lr=0.1), seed=0, at=0)
+    assert not pair.training.commits
+    pair.steps(1)
+    pair.commit(2).wait()
+    assert pair.training.publish() == 2
+    pair.reopen(2, at=None)
+    assert pair.training.optimizer == tierstore.SGD(lr=0.1)
     pair.check_all()
     pair.training.close()

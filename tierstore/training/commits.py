@@ -111,6 +111,12 @@ def create_training(store: Path, training: Mapping[str, Any]) -> TrainingRecords
     return records
 
 
+def change_training(store: Path, training: Mapping[str, Any]) -> None:
+    """Notes another optimizer, and its layouts. The caller is the writer; no commit of another layout is kept."""
+    with _changing(store):
+        write_records(store / CATALOG_FILE, {TRAINING_KEY: as_json(training)})
+
+
 def read_commits(store: Path) -> dict[int, Commit]:
     """Returns the kept commits, by number. Safe beside a writer."""
     records = read_training(store)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError
 from ..formats.catalog import CatalogImage, read_catalog
@@ -18,7 +19,7 @@ from ..store.options import check_options, check_threads
 from ..tiers.nvme import default_threads
 from ..units import parse_bytes
 from .base import base_bytes_of, check_trainable, open_base
-from .commits import TrainingRecords, create_training, go_back, read_training, writing
+from .commits import Commit, TrainingRecords, change_training, create_training, go_back, read_training, writing
 from .health import Health
 from .opened import OpenedTraining, layout_of, open_files, plan_memory
 from .optimizers import Optimizer, from_dict
@@ -68,8 +69,8 @@ def open_training(
         check_trainable(table.spec)
     with ExitStack() as stack:
         stack.enter_context(writing(store))
-        chosen, records = _records(store, image, optimizer, at)
-        commit = None if records.current is None else records.commits[records.current]
+        records = read_training(store)
+        chosen, commit = _chosen(store, image, records, optimizer, at)
         files = open_files(store, image, chosen, commit, io, budget_bytes, stack)
         base_bytes = base_bytes_of(image, budget_bytes)
         plan = plan_memory(files, image, budget_bytes, base_bytes)
@@ -78,15 +79,14 @@ def open_training(
         health = Health(f"the training of {path}")
         opened = OpenedTraining(image, base, files, plan, chosen, num_threads, health)
         stack.callback(opened.stop)
-        opened.start(records.last_run, commit)
+        opened.start(_noted(store, image, records, chosen, at).last_run, commit)
         return Training(opened, stack.pop_all(), health, commit)
 
 
-def _records(
-    store: Path, image: CatalogImage, optimizer: Optimizer | None, at: int | None
-) -> tuple[Optimizer, TrainingRecords]:
-    """Returns the optimizer to train with, and what the catalog says, at the commit that is asked for."""
-    records = read_training(store)
+def _chosen(
+    store: Path, image: CatalogImage, records: TrainingRecords | None, optimizer: Optimizer | None, at: int | None
+) -> tuple[Optimizer, Commit | None]:
+    """Returns the optimizer to train with, and the commit to go on from. Changes nothing."""
     if records is None:
         if at:
             raise ConfigError(f"at: {store} has no commit {at}; it was never trained")
@@ -94,24 +94,45 @@ def _records(
             raise ConfigError(
                 f"{store} was never trained: give an optimizer, such as tierstore.RowWiseAdagrad(lr=0.01)"
             )
-        layouts = {name: layout_of(table, optimizer).to_dict() for name, table in image.tables.items()}
-        training = {"build": image.base_identity, "optimizer": optimizer.to_dict(), "layouts": layouts}
-        return optimizer, create_training(store, training)
+        return optimizer, None
     if records.training.get("build") != image.base_identity:
         raise ConfigError(
             f"{store} was built anew since its training began: its commits are of other rows; build into a new folder"
         )
-    if at is not None and at != (records.current or 0):
-        records = go_back(store, at)
-    commit = None if records.current is None else records.commits[records.current]
-    made_with = from_dict(dict(records.training["optimizer"] if commit is None else commit.optimizer["optimizer"]))
+    number = records.current if at is None else at
+    commit = records.commit(number) if number else None
+    # All commits that stay have records of one layout: others may be pinned.
+    kept = commit or next((records.commits[each] for each in sorted(records.pins)), None)
+    made_with = from_dict(dict(records.training["optimizer"] if kept is None else kept.optimizer["optimizer"]))
     if optimizer is None:
-        return made_with, records
-    wanted, found = optimizer.to_dict(), made_with.to_dict()
-    other = [name for name in found if name != "lr" and wanted.get(name) != found[name]]
-    if commit is not None and other:
+        return made_with, commit
+    if kept is not None and _rule_of(optimizer) != _rule_of(made_with):
+        anew = "start anew with at=0" if commit else f"start anew: 'tierstore commits {store} --unpin {kept.number}'"
         raise ConfigError(
-            f"optimizer: {optimizer!r}, but commit {commit.number} of {store} was made with {made_with!r}; give that "
-            f"(only lr may be another), or start anew with at=0"
+            f"optimizer: {optimizer!r}, but commit {kept.number} of {store} was made with {made_with!r}; give that "
+            f"(only lr may be another), or {anew}"
         )
-    return optimizer, records
+    return optimizer, commit
+
+
+def _rule_of(optimizer: Optimizer) -> dict[str, Any]:
+    """Returns all of it but the rate, which may change at any commit."""
+    return {name: value for name, value in optimizer.to_dict().items() if name != "lr"}
+
+
+def _noted(
+    store: Path, image: CatalogImage, records: TrainingRecords | None, optimizer: Optimizer, at: int | None
+) -> TrainingRecords:
+    """Notes in the catalog what was chosen; later commits are dropped. Only once nothing can refuse it any more."""
+    layouts = {name: layout_of(table, optimizer).to_dict() for name, table in image.tables.items()}
+    training = {"build": image.base_identity, "optimizer": optimizer.to_dict(), "layouts": layouts}
+    if records is None:
+        return create_training(store, training)
+    if at is not None:
+        records = go_back(store, at)
+    noted = from_dict(dict(records.training["optimizer"]))
+    if records.training.get("layouts") != layouts or _rule_of(noted) != _rule_of(optimizer):
+        if records.current is None:
+            records = go_back(store, 0)  # commits of the other layout that were pinned once
+        change_training(store, training)
+    return records
