@@ -16,7 +16,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -194,13 +194,22 @@ def _apply(content: bytearray, start: int, data: bytes | None, rng: random.Rando
 
 
 def crashes(
-    before: Path, operations: Sequence[Operation], work: Path, num_torn: int = 1, seed: int = 0
+    before: Path,
+    operations: Sequence[Operation],
+    work: Path,
+    num_torn: int = 1,
+    seed: int = 0,
+    moments: Collection[int] | None = None,
 ) -> Iterator[tuple[int, str, Path]]:
-    """Yields (operations done, how, folder) for a loss of power after each; the folder is there until the next one."""
+    """Yields (operations done, how, folder) for a loss of power after each; the folder is there until the next one.
+
+    moments: numbers of operations done that are looked at; None: all, 0 and the last among them.
+    """
     disk, rng = Disk(before), random.Random(seed)
+    ways: list[tuple[str, random.Random | None]] = [("lost", None), ("kept", None)]
+    ways += [(f"torn {i}", rng) for i in range(num_torn)]
     for done in range(len(operations) + 1):
-        ways: list[tuple[str, random.Random | None]] = [("lost", None), ("kept", None)]
-        for how, random_bits in [*ways, *((f"torn {i}", rng) for i in range(num_torn))]:
+        for how, random_bits in ways if moments is None or done in moments else ():
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             disk.leave(work, random_bits, lost=how == "lost")

@@ -92,6 +92,7 @@ MARKS: dict[str, tuple[str, ...]] = {
     "tools/test_report": ("long",),
     "tools/test_token_containers": ("process",),
     "training/test_power_loss": ("process",),
+    "training/test_trainer_power_loss": ("process",),
 }
 
 USES: dict[str, tuple[str, ...]] = {

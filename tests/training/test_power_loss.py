@@ -105,10 +105,9 @@ def check_crashes(tmp_path: Path, num_torn: int, every: int) -> None:
     states = play(make_training(tmp_path / "undisturbed"), lambda _: None)
     assert sum(operation.what == SYNC for operation in operations) > 20, "LMDB's syncs are among them"
     passed, num_looked_at = 0, 0
-    for done, how, folder in crashes(before, operations, tmp_path / "crashed", num_torn):
+    moments = {*range(0, len(operations), every), len(operations)}
+    for done, how, folder in crashes(before, operations, tmp_path / "crashed", num_torn, moments=moments):
         passed = sum(operation.what == MARK for operation in operations[:done])
-        if done % every and done < len(operations):
-            continue
         store = folder / "store"
         allowed = states[passed : passed + 2]
         found = [state for state in allowed if is_state(store, state)]
