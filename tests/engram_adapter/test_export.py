@@ -243,6 +243,7 @@ export_checkpoint(sys.argv[1], sys.argv[2], source=sys.argv[3], jobs=2)
 """
 
 
+@pytest.mark.process
 def test_an_export_killed_anywhere_leaves_nothing_at_its_path_and_is_repeated(
     models: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:

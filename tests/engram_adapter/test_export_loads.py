@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -13,6 +14,7 @@ from engram_adapter import build_checkpoint, export_checkpoint
 from tests.engram_adapter.test_swap_qwen4 import made_model, transformers
 
 
+@pytest.mark.long
 def test_a_transformers_model_with_trained_tables_comes_from_its_export(tmp_path: Path) -> None:
     checkpoint, store, out = tmp_path / "checkpoint", tmp_path / "store", tmp_path / "out"
     made_model(torch.bfloat16, 1, ple_layer_ids=[2]).save_pretrained(checkpoint)
