@@ -1295,7 +1295,7 @@ def initial_rows(
 def gradient_norms(rows: _Int64, sums: _Float32, block_starts: _Int64, out: _Float64) -> None:
     """Writes the L2 norm of each block of a table's gradient, in float64 and a fixed order. About 0.2 us a row.
 
-    The squares of a row are summed in 16 lanes, the rows of a block in the order of their ids: the bits depend neither
+    The squares of a row are summed in 16 parts, the rows of a block in the order of their ids: the bits depend neither
     on the order of a batch nor on the processor. NaN and infinity go through.
 
     Args:

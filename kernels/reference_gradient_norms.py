@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import numpy as np
 
-LANES = 16
+PARTS = 16
 
 
 def gradient_norms(rows: np.ndarray, sums: np.ndarray, block_starts: np.ndarray) -> np.ndarray:
-    """Returns the norm of each block: squares in 16 lanes, halved until one is left, then row after row."""
+    """Returns the norm of each block: squares in 16 parts, halved until one is left, then row after row."""
     num_rows, dim = sums.shape
-    padded = np.zeros((num_rows, -(-dim // LANES) * LANES), dtype=np.float64)
+    padded = np.zeros((num_rows, -(-dim // PARTS) * PARTS), dtype=np.float64)
     padded[:, :dim] = sums
-    lanes = np.zeros((num_rows, LANES), dtype=np.float64)
-    for start in range(0, dim, LANES):
-        lanes += padded[:, start : start + LANES] ** 2
-    while lanes.shape[1] > 1:
-        half = lanes.shape[1] // 2
-        lanes = lanes[:, :half] + lanes[:, half:]
+    parts = np.zeros((num_rows, PARTS), dtype=np.float64)
+    for start in range(0, dim, PARTS):
+        parts += padded[:, start : start + PARTS] ** 2
+    while parts.shape[1] > 1:
+        half = parts.shape[1] // 2
+        parts = parts[:, :half] + parts[:, half:]
     totals = np.zeros(len(block_starts), dtype=np.float64)
-    for row, squares in sorted(zip(rows.tolist(), lanes[:, 0].tolist(), strict=True)):
+    for row, squares in sorted(zip(rows.tolist(), parts[:, 0].tolist(), strict=True)):
         totals[max(0, int(np.searchsorted(block_starts, row, side="right")) - 1)] += squares
     return np.sqrt(totals)

@@ -7,7 +7,7 @@
 namespace tierstore {
 namespace {
 
-constexpr size_t kLanes = 16;
+constexpr size_t kParts = 16;
 
 struct RowSquares {
   int64_t row;
@@ -15,20 +15,20 @@ struct RowSquares {
 };
 
 double sum_of_squares(const float* values, size_t dim) {
-  double lanes[kLanes] = {};
+  double parts[kParts] = {};
   size_t start = 0;
-  for (; start + kLanes <= dim; start += kLanes)
-    for (size_t lane = 0; lane < kLanes; ++lane) {
-      const double value = values[start + lane];
-      lanes[lane] += value * value;
+  for (; start + kParts <= dim; start += kParts)
+    for (size_t part = 0; part < kParts; ++part) {
+      const double value = values[start + part];
+      parts[part] += value * value;
     }
-  for (size_t lane = 0; start + lane < dim; ++lane) {
-    const double value = values[start + lane];
-    lanes[lane] += value * value;
+  for (size_t part = 0; start + part < dim; ++part) {
+    const double value = values[start + part];
+    parts[part] += value * value;
   }
-  for (size_t width = kLanes / 2; width > 0; width /= 2)
-    for (size_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  return lanes[0];
+  for (size_t width = kParts / 2; width > 0; width /= 2)
+    for (size_t part = 0; part < width; ++part) parts[part] += parts[part + width];
+  return parts[0];
 }
 
 }  // namespace
