@@ -59,6 +59,10 @@ def base_bytes_of(image: CatalogImage, budget_bytes: int) -> int:
 class BaseRows(Protocol):
     """The rows of one table before any step. Any thread may read."""
 
+    def stored(self, row_ids: np.ndarray) -> np.ndarray:
+        """Returns rows in the table's codec, uint8 [n, row_bytes]. Blocks on the disk."""
+        return self._table.rows(row_ids)
+
     def read(self, row_ids: np.ndarray, out: np.ndarray) -> None:
         """Writes the records of rows, int64 [n], to out, uint8 [n, record_bytes], contiguous. Blocks on the disk."""
 

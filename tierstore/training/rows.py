@@ -64,7 +64,7 @@ class CachedRows:
         self.order = threading.Lock()  # guards what `places` says of a row against what the cache has
         self.num_removals = 0  # of runs, whose ordinals are given again; guarded by `order`
         self.num_read = {"runs": 0, "base": 0}  # rows, about: threads count without a lock
-        self._base = base
+        self.base = base
         self._threads = threads
         self._chunk = len(buffer) // layout.record_bytes
         self._buffer = buffer[: self._chunk * layout.record_bytes].reshape(self._chunk, layout.record_bytes)
@@ -127,13 +127,13 @@ class CachedRows:
         if num_in_runs == len(rows):
             self.reader.read(rows, runs, places, out, self.places)
         elif num_in_runs == 0:
-            self._base.read(rows, out)
+            self.base.read(rows, out)
         else:
             part = np.empty((num_in_runs, out.shape[1]), dtype=np.uint8)
             self.reader.read(rows[of_run], runs[of_run], places[of_run], part, self.places)
             out[of_run] = part
             part = np.empty((len(rows) - num_in_runs, out.shape[1]), dtype=np.uint8)
-            self._base.read(rows[~of_run], part)
+            self.base.read(rows[~of_run], part)
             out[~of_run] = part
         self.cache.bring_up_to_date(out, self._threads)
         return found

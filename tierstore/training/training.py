@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import operator
+import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -225,7 +226,7 @@ class Training:
         self.close()
 
     def __del__(self) -> None:
-        if not hasattr(self, "_last_ticket") or not self._health.is_of_this_process():
+        if sys.is_finalizing() or not hasattr(self, "_last_ticket") or not self._health.is_of_this_process():
             return
         if self._opened.is_needed_by_this_thread():  # the collector runs anywhere
             threading.Thread(target=self.close, name="tierstore-training-close").start()
