@@ -21,6 +21,7 @@ from tierstore.errors import ConfigError
 
 from .hash_spec import HashSpec
 from .lookup_call import LookupCall, as_int64
+from .rounded_rows import rounded_values
 from .store_module import check_fingerprint, named_table
 from .table_gradient import TableGradient, TableLookup
 from .token_shapes import check_integers
@@ -46,7 +47,7 @@ class TrainableModule(torch.nn.Module):
     gradient_norms: torch.nn.Parameter
 
     def __init__(self, training: Training, name: str, dtype: torch.dtype, quantized: bool, groups: Groups) -> None:
-        """Binds the table `name`. Raises `ConfigError` if there is none, or for another dtype or another `groups`."""
+        """Binds the table `name`. Raises `ConfigError` if it is missing, or for another dtype or another `groups`."""
         super().__init__()
         if dtype not in OUT_DTYPES:
             raise ConfigError(f"dtype {dtype}: rows come out in torch.float32 or torch.bfloat16")
@@ -90,7 +91,8 @@ class TrainableModule(torch.nn.Module):
         if torch.is_grad_enabled() and self.gradient_norms.requires_grad:
             flat = row_ids.reshape(-1)
             lookup = TableLookup(flat, groups, self._table.pin_rows(flat))
-            values: torch.Tensor = _TableRows.apply(self.gradient_norms, self, lookup, row_ids, device)  # type: ignore[no-untyped-call]
+            apply: Any = _TableRows.apply
+            values: torch.Tensor = apply(self.gradient_norms, self, lookup, row_ids, device)
             return values
         return self._gathered(row_ids, device)
 
@@ -103,6 +105,10 @@ class TrainableModule(torch.nn.Module):
         return values[torch.from_numpy(places.reshape(row_ids.shape)).to(device)]
 
     def _rows_out(self, row_ids: np.ndarray) -> torch.Tensor:
+        if self.quantized:
+            distinct, places = np.unique(row_ids, return_inverse=True)
+            rounded = torch.from_numpy(rounded_values(self._table, distinct)).to(self.dtype)
+            return rounded[torch.from_numpy(places.reshape(row_ids.shape))]
         values = torch.empty((*row_ids.shape, self.embedding_dim), dtype=torch.float32, device="cpu")
         self._table.gather(row_ids, values.numpy())
         return values.to(self.dtype)

@@ -220,7 +220,8 @@ class _Head(torch.nn.Module):
 
 def joined_step(trained: Trained, head: _Head, optimizer: torch.optim.Optimizer, seed: int) -> None:
     ids = torch.randint(0, VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(seed))
-    sum(head.out(each(ids).flatten(-2)).tanh().sum() for each in trained.embeddings).backward()  # type: ignore[union-attr]
+    losses = [head.out(each(ids).flatten(-2)).tanh().sum() for each in trained.embeddings]
+    torch.stack(losses).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
 

@@ -50,6 +50,8 @@ MARKS: dict[str, tuple[str, ...]] = {
     "engram_adapter/test_real_trace": ("long",),
     "engram_adapter/test_saved_tables": ("long",),
     "engram_adapter/test_swap_qwen4": ("long",),
+    "engram_adapter/test_trained_stores": ("long",),
+    "engram_adapter/test_trainer": ("long",),
     "faults": ("process",),
     "gpu": ("gpu",),
     "gpu/test_compile": ("process",),
