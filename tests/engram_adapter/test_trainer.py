@@ -118,8 +118,15 @@ def losses_of(trained: Any) -> list[float]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, {"gradient_checkpointing": True}],
-    ids=["plain", "accumulated", "checkpointed"],
+    [
+        pytest.param({}, id="plain"),
+        pytest.param(
+            {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+            id="accumulated",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"activation_checkpointing": True}, id="checkpointed", marks=pytest.mark.slow),
+    ],
 )
 def test_the_trainer_ends_with_the_bits_of_a_model_with_resident_tables(
     folder: Path, training: Any, options: dict[str, Any]
