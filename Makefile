@@ -15,7 +15,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= $(shell echo $$((2 * $$(nproc))))
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
-.PHONY: install check test test-all lint types fast suite programs cases sanitize soak engines demo bench wheel clean
+.PHONY: install check test test-all lint types fast suite programs cases sanitize soak engines demo demo-train \
+	bench wheel clean
 
 install: $(STAMP)
 
@@ -84,6 +85,10 @@ engines: install
 
 demo: install
 	$(BIN)/python -m tierstore.tools.demo
+
+# Fine-tunes tables on real text, is killed in the middle, and resumes to the same bits.
+demo-train: install
+	$(BIN)/python -m tierstore.tools.demo.train
 
 # make bench BENCH="warm cold"; `tierstore bench --help` lists them.
 BENCH ?= build

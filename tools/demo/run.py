@@ -63,7 +63,7 @@ SHOWN_TABLES = ("Recommended budgets", "Hit rate by order, mixed")
 REPORT = "tierstore-demo-report.html"
 MARKER = "made-by-tierstore-demo"
 WORK_PREFIX = "tierstore-demo-"
-WORK_FOLDERS = ("checkpoint", "store", "profile")
+WORK_FOLDERS = ("checkpoint", "store", "profile", "text", "frozen", "undisturbed", "killed")  # the last four: train.py
 
 
 def demo(folder: Path) -> bool:
