@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tierstore import kernels
-from tierstore.training.publish import kernel_codec
+from tierstore.offline.exporting.quantized import kernel_codec
 
 if TYPE_CHECKING:
     from tierstore.training.table import TrainingTable

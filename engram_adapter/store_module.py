@@ -8,7 +8,8 @@ store has not, `FingerprintMismatchError` for one of another hash, and where a p
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 
@@ -21,7 +22,9 @@ from .lookup_operators import handle_of
 from .store_reference import StoreReference, fixed_build
 
 if TYPE_CHECKING:
-    from tierstore import Store, Table
+    from tierstore import Store
+
+AnyTable = TypeVar("AnyTable", covariant=True)
 
 
 class StoreModule(torch.nn.Module):
@@ -112,7 +115,23 @@ def _called(store: Store) -> str:
     return f"{name}, digest {build[:16]}" if build else name
 
 
-def named_table(store: Store, name: str) -> Table:
+class HasTables(Protocol[AnyTable]):
+    """A store, or a training."""
+
+    @property
+    def tables(self) -> Mapping[str, AnyTable]:
+        """Tables by name."""
+
+
+class HasSpec(Protocol):
+    """A table of either."""
+
+    @property
+    def spec(self) -> TableSpec:
+        """What the table is."""
+
+
+def named_table(store: HasTables[AnyTable], name: str) -> AnyTable:
     """Returns the table `name`, or raises `ConfigError` that lists those there are."""
     if name not in store.tables:
         raise ConfigError(
@@ -121,7 +140,7 @@ def named_table(store: Store, name: str) -> Table:
     return store.tables[name]
 
 
-def check_fingerprint(table: Table, spec: HashSpec, layer: int | str) -> None:
+def check_fingerprint(table: HasSpec, spec: HashSpec, layer: int | str) -> None:
     """Raises `FingerprintMismatchError` unless `table` was built with the hash that `spec` describes for `layer`."""
     if table.spec.fingerprint != spec.fingerprint(layer):
         raise FingerprintMismatchError(

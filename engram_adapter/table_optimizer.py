@@ -53,7 +53,7 @@ class TableOptimizer(torch.optim.Optimizer):
         in_groups = [dict(each) for each in listed if isinstance(each, Mapping)]
         groups = in_groups if in_groups else [{"embeddings": listed}]
         self._embeddings: dict[int, TrainableModule] = {}
-        self._training = _one_training([each for group in groups for each in group["embeddings"]])
+        self._training = _one_training([each for group in groups for each in list(group["embeddings"])])
         commit = _commit_of(self._training, self._training.at)
         self.num_steps = 0 if commit is None else commit.step
         super().__init__(groups, {"lr": self._training.optimizer.lr if lr is None else lr})

@@ -258,7 +258,7 @@ class _TableRows(torch.autograd.Function):
     """Values of rows out, gradients into the table's sums. To autograd they hang on `gradient_norms`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         gradient_norms: torch.Tensor,
         module: TrainableModule,

@@ -20,6 +20,7 @@ from ..errors import BudgetError, ConfigError
 from ..formats.catalog import CatalogImage
 from ..formats.initial import InitialLayout
 from ..formats.run import RunLayout
+from ..offline.exporting.quantized import quantized
 from ..offline.exporting.row_readers import drawn_values
 from ..spec import TableSpec, codec_scale
 from ..store.embedded import open_store
@@ -60,8 +61,7 @@ class BaseRows(Protocol):
     """The rows of one table before any step. Any thread may read."""
 
     def stored(self, row_ids: np.ndarray) -> np.ndarray:
-        """Returns rows in the table's codec, uint8 [n, row_bytes]. Blocks on the disk."""
-        return self._table.rows(row_ids)
+        """Returns rows in the table's codec, uint8 [n, row_bytes]; -1: zeros, or any row. Blocks on the disk."""
 
     def read(self, row_ids: np.ndarray, out: np.ndarray) -> None:
         """Writes the records of rows, int64 [n], to out, uint8 [n, record_bytes], contiguous. Blocks on the disk."""
@@ -75,6 +75,9 @@ class StoredRows(BaseRows):
         self._codec, self._factor = table.spec.codec.partition("*")[0], codec_scale(table.spec.codec)
         self._dim, self._state = layout.dim, optimizer.initial_state(layout.dim)
 
+    def stored(self, row_ids: np.ndarray) -> np.ndarray:
+        return self._table.rows(row_ids)
+
     def read(self, row_ids: np.ndarray, out: np.ndarray) -> None:
         rows = self._table.rows(row_ids)
         values = np.empty((len(row_ids), self._dim), dtype=np.float32)
@@ -87,6 +90,9 @@ class DrawnRows(BaseRows):
 
     def __init__(self, table: InitialLayout, layout: RunLayout, optimizer: kernels.Optimizer) -> None:
         self._table, self._state = table, optimizer.initial_state(layout.dim)
+
+    def stored(self, row_ids: np.ndarray) -> np.ndarray:
+        return quantized(drawn_values(self._table, np.maximum(row_ids, 0)), self._table.spec, None).rows
 
     def read(self, row_ids: np.ndarray, out: np.ndarray) -> None:
         _fill(out, drawn_values(self._table, row_ids), self._state)

@@ -28,7 +28,7 @@ POINTER_FILE = "tables.json"  # in each checkpoint's folder: the commit that goe
 _TrainerCallback: Any = transformers_part("trainer_callback").TrainerCallback
 
 
-class CommitCallback(_TrainerCallback):  # type: ignore[misc]
+class CommitCallback(_TrainerCallback):
     """`Trainer(..., optimizers=(optimizer, None), callbacks=[CommitCallback(optimizer)])`.
 
     Pins the commit of each checkpoint, unpins those whose checkpoint was rotated away, counts steps as the Trainer

@@ -15,7 +15,7 @@ from tierstore.errors import ConfigError
 
 from ...row_id_embedding import RowIdEmbedding
 from ...store_module import check_fingerprint, named_table
-from ...trainable import Groups, TrainableRows, trained_tables
+from ...trainable import Groups, TrainableModule, TrainableRows, trained_tables
 from .swap import check_hash, hash_modules, hash_of, without_values
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def swap_trainable(
     model: torch.nn.Module, training: Training, *, quantized: bool = False, groups: Groups = "sequence"
-) -> list[TrainableRows]:
+) -> list[TrainableModule]:
     """Replaces every n-gram table of a qwen4_exp `model` by rows of `training`; returns the new embeddings.
 
     The model may have its tables in memory, or be one of `load_pretrained` or `swap_embedding`. Rows come out in the
