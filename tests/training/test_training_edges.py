@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from support.trainable import Pair, Trainable, make_trainable, tiny_caches
 import tierstore
 from tierstore import kernels
 from tierstore.training.commits import read_commits, read_training, unpin
-from tierstore.training.runs import RunReader
+from tierstore.training.runs import RunReader, RunWriter
 
 ADAGRAD = tierstore.RowWiseAdagrad(lr=0.05)
 
@@ -305,5 +306,30 @@ def test_another_optimizer_without_commits_is_what_publishing_reads(trainable: T
     assert pair.training.publish() == 2
     pair.reopen(2, at=None)
     assert pair.training.optimizer == tierstore.SGD(lr=0.1)
+    pair.check_all()
+    pair.training.close()
+
+
+def test_a_closing_that_is_interrupted_while_it_writes_keeps_the_commit(
+    trainable: Trainable, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(trainable, store, ADAGRAD, seed=0)
+    pair.steps(1)
+    sync, going_on = RunWriter.sync, threading.Event()
+
+    def sync_late(writer: RunWriter) -> None:
+        going_on.wait(20)
+        sync(writer)
+
+    monkeypatch.setattr(RunWriter, "sync", sync_late)
+    ticket = pair.commit(1)
+    threading.Timer(0.2, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        pair.training.close()
+    threading.Timer(0.2, going_on.set).start()
+    pair.training.close()
+    assert ticket.done()
+    assert ticket.wait().number == 1
+    pair.reopen(1)
     pair.check_all()
     pair.training.close()

@@ -41,6 +41,8 @@ class Prefetches:
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._open: dict[int, _Request] = {}  # by id, oldest first; a dict's operations need no lock
         self._stopping = self._is_paused = self._is_serving = False
+        # Not `Thread.join`: interrupted, it takes a thread that goes on for one that has ended (CPython 3.11).
+        self._ended = TrainingTicket("the prefetches of a training")
         self.thread = threading.Thread(target=self._serve, name="tierstore-training-prefetch", daemon=True)
         self.num_rows = 0  # brought
         self.num_dropped = 0  # requests
@@ -58,9 +60,7 @@ class Prefetches:
         """Ends the thread after what it reads now, and drops the rest; returns whether it ended in time."""
         self._stopping = True
         self._requests.put(None)
-        if self.thread.is_alive():
-            self.thread.join(timeout_s)
-        return not self.thread.is_alive()
+        return self.thread.ident is None or self._ended.ends_within(timeout_s)
 
     def add(self, row_ids: Mapping[str, np.ndarray]) -> TrainingTicket:
         """Starts to bring rows, int64 [R], -1 for none."""
@@ -109,6 +109,12 @@ class Prefetches:
             self._is_paused = False
 
     def _serve(self) -> None:
+        try:
+            self._serve_all()
+        finally:
+            self._ended.end()
+
+    def _serve_all(self) -> None:
         while (request := self._requests.get()) is not None:
             error: BaseException | None = None
             self._is_serving = True  # first: `paused` sets its flag, then looks at this one

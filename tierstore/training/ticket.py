@@ -49,6 +49,14 @@ class TrainingTicket:
             raise self._error
         return self._result
 
+    def ends_within(self, timeout_s: float) -> bool:
+        """Blocks until the work has ended, or timeout_s are over; returns whether it has, well or with an error."""
+        try:
+            self.wait(timeout_s)
+        except TimeoutError:
+            return self._ended
+        return True
+
     def end(self, result: Any = None, error: BaseException | None = None) -> None:
         """Ends it, for whoever does the work; only the first end counts."""
         if not self._ended:

@@ -91,6 +91,8 @@ class Writer:
         self._requests: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._merges = Merges(tables, self._new_run)  # of the thread alone
         self._spills: dict[str, TrainingTicket] = {}  # that are asked for
+        # Not `Thread.join`: interrupted, it takes a thread that goes on for one that has ended (CPython 3.11).
+        self._ended = TrainingTicket("the writer of a training")
         self.thread = threading.Thread(target=self._serve, name="tierstore-training-writer", daemon=True)
         self.num_spilled = 0  # records
         self.num_written = 0  # records, spills and commits
@@ -105,9 +107,7 @@ class Writer:
         Then removes runs that no commit names.
         """
         self._requests.put(None)
-        if self.thread.is_alive():
-            self.thread.join(timeout_s)
-        if self.thread.is_alive():
+        if self.thread.ident is not None and not self._ended.ends_within(timeout_s):
             return False
         for table in self._tables.values():
             while table.unnamed:
@@ -139,7 +139,10 @@ class Writer:
             while (act := self._next()) is not None:
                 act()
         finally:
-            self._merges.close()
+            try:
+                self._merges.close()
+            finally:
+                self._ended.end()
 
     def _next(self) -> Callable[[], None] | None:
         """Waits for a request; merges runs until one comes."""
