@@ -333,3 +333,20 @@ def test_a_closing_that_is_interrupted_while_it_writes_keeps_the_commit(
     pair.reopen(1)
     pair.check_all()
     pair.training.close()
+
+
+def test_at_is_the_newest_commit_that_is_durable_while_the_next_is_under_way(
+    trainable: Trainable, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(trainable, store, ADAGRAD, seed=0)
+    for number in (1, 2):
+        pair.steps(1)
+        pair.commit(number).wait()
+    sync, going_on = RunWriter.sync, threading.Event()
+    monkeypatch.setattr(RunWriter, "sync", lambda writer: (going_on.wait(20), sync(writer)))
+    pair.steps(1)
+    ticket = pair.commit(3)
+    assert pair.training.at == 2
+    going_on.set()
+    assert (ticket.wait().number, pair.training.at) == (3, 3)
+    pair.training.close()

@@ -133,7 +133,7 @@ class Training:
         step = operator.index(step)
         self._health.check()
         if self._last_ticket is not None:
-            self._last_ticket.wait()
+            self._at = int(self._last_ticket.wait().number)
         with self._opened.parts.lock:
             self._health.check()
             opened, writer = self._opened, self._opened.writer
