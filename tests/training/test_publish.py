@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from support.trainable import CODECS, Trainable, make_trainable, values_of
 import tierstore
 from tierstore.formats.catalog import read_catalog
 from tierstore.spec import codec_scale
+from tierstore.training import publish as publishing
 from tierstore.training.optimizers import Optimizer
 from tierstore.training.publish import publish
 from tierstore.training.training import Training
@@ -157,3 +159,31 @@ def test_only_kept_commits_can_be_published(tmp_path: Path) -> None:
         training.commit(1).wait()
         with pytest.raises(tierstore.ConfigError, match="no commit 7"):
             publish(store, 7)
+
+
+def test_commits_that_are_forgotten_while_one_is_published_are_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, store = built(tmp_path, {"fp32": "fp32"})
+    rng = np.random.default_rng(3)
+    with tierstore.open_training(store, tierstore.SGD(lr=0.1), dram="16MiB") as training:
+        for number in (1, 2):
+            step(training, rng)
+            training.commit(number).wait()
+        training.pin(2)
+        assert publish(store, 2).version == 1
+        training.rollback(1)  # the next commit lacks the runs of the one that was published
+        step(training, rng)
+        training.commit(3).wait()
+        wanted, write = values_now(training), publishing._publish
+
+        def forget_first(*arguments: Any) -> publishing.PublishReport:
+            training.unpin(2)
+            for number in (4, 5):
+                step(training, rng)
+                training.commit(number).wait()
+            return write(*arguments)
+
+        monkeypatch.setattr(publishing, "_publish", forget_first)
+        assert training.publish() == 2
+    check(rows_served(store, 2), wanted)

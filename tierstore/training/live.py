@@ -15,7 +15,7 @@ from types import TracebackType
 import numpy as np
 
 from .. import kernels
-from ..errors import ConfigError
+from ..errors import ConfigError, FormatError
 from ..formats.run import ROW_IDS_OF_STRETCH, Run, RunLayout
 from .commits import Commit
 from .runs import RunReader
@@ -39,7 +39,8 @@ class CommitRows:
         """
         self.places = kernels.RowPlaces(num_rows)
         self.reader = RunReader(store, layout, io)
-        self._store, self._layout, self._num_rows, self._io = store, layout, num_rows, io
+        self._store, self._layout, self._num_rows = store, layout, num_rows
+        self._others: dict[Run, RunReader] = {}  # of the commit that `hold` was given
         try:
             self.ordinals = [self.reader.add(run) for run in commit.runs.get(layout.table, ())]
             for ordinal in self.ordinals:
@@ -52,6 +53,16 @@ class CommitRows:
     def num_found(self) -> int:
         """How many rows have a record."""
         return self.places.num_found
+
+    def hold(self, since: Commit) -> None:
+        """Opens the runs that `parts(since)` will need, so that a training that forgets that commit does no harm.
+
+        Raises `ConfigError` if it has forgotten it.
+        """
+        shared = set(self.reader.runs.values())
+        for run in since.runs.get(self._layout.table, ()):
+            if run not in shared and run not in self._others:
+                self._others[run] = self._open_other(run)
 
     def parts(self, since: Commit | None = None, part_rows: int = PART_ROWS) -> Iterator[LiveRows]:
         """Yields rows that have a record, each once, run by run in the order of places, out of about part_rows at once.
@@ -81,6 +92,8 @@ class CommitRows:
     def close(self) -> None:
         """Closes the runs. Any number of times."""
         self.reader.close()
+        while self._others:
+            self._others.popitem()[1].close()
 
     def _of_other(self, run: Run, of_both: np.ndarray, given: kernels.RowPlaces, part_rows: int) -> Iterator[LiveRows]:
         """Rows of a run that only the other commit lists, unless they lie in a run that it does not list."""
@@ -96,16 +109,28 @@ class CommitRows:
 
     def _row_ids_of(self, run: Run) -> np.ndarray:
         """Row ids of a run that this commit does not list."""
-        if not (self._store / run.file).exists():
-            raise ConfigError(
-                f"{self._store / run.file} is gone: the commit to compare with was forgotten, and with it its runs; "
-                f"compare with one that is kept, or with none"
-            )
+        held = self._others.get(run)
+        reader = held or self._open_other(run)
+        try:
+            return reader.row_ids(0)
+        finally:
+            if held is None:
+                reader.close()
+
+    def _open_other(self, run: Run) -> RunReader:
+        """Opens a reader of one run that this commit does not list."""
         reader = RunReader(self._store, self._layout, "pread", depth=1, calls=1)
         try:
-            return reader.row_ids(reader.add(run))
-        finally:
+            reader.add(run)
+        except BaseException as error:
             reader.close()
+            if isinstance(error, FormatError) and not (self._store / run.file).exists():
+                raise ConfigError(
+                    f"{self._store / run.file} is gone: the commit to compare with was forgotten, and with it its "
+                    f"runs; compare with one that is kept, or with none"
+                ) from error
+            raise
+        return reader
 
     def __enter__(self) -> CommitRows:
         return self

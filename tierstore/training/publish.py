@@ -122,6 +122,11 @@ def _open_tables(
             raise FormatError(f"{path}: its training has table {name}, the store has not; restore the catalog")
         spec = image.tables[name].spec
         rows = stack.enter_context(CommitRows(path, commit, layout, spec.num_rows))
+        if since is not None:
+            try:
+                rows.hold(since)
+            except ConfigError:  # training has forgotten it meanwhile
+                since = None
         history = _history_of(path, commit, name)
         tables.append(_Table(spec, commit, layout, rows, base, served, image, since, history))
     return tables
