@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 from tierstore.errors import ConfigError, FormatError
 from tierstore.formats.catalog import CatalogImage
+from tierstore.kernels import StepHistory
 from tierstore.offline.exporting.quantized import kernel_codec
 from tierstore.offline.exporting.row_readers import RowOrigin
 from tierstore.offline.exporting.touched_rows import TouchedRows, sort_touched_rows
 from tierstore.offline.exporting.version_rows import VersionStream, keep_rows
-from tierstore.training.exported import CommitRows, Encoder, RunStream, describe, open_commit
+from tierstore.training.exported import CommitRows, Encoder, RunStream, describe, history_of, open_commit
 
 ID_BYTES = 8
 ATTEMPTS_MAX = 3  # at the newest commit
@@ -66,18 +67,20 @@ class CommitTables:
     version = None
 
     def __init__(self, rows: CommitRows, *, with_states: bool) -> None:
-        """Opens the commit's runs."""
+        """Opens the commit's runs, and reads its rates: a training that goes on may forget it then."""
         self.commit: int | None = rows.commit.number
         self.saturated: dict[str, int] = {}
         self.tables = rows.touched_tables
         self.states = describe(rows) if with_states else None
         self._rows = rows
         self._streams: dict[str, RunStream] = {}
+        self._histories: dict[str, StepHistory] = {}
         for name in self.tables:
             kernel_codec(rows.tables[name].spec)  # refuses codecs before anything is written
         try:
             for name in self.tables:
                 self._streams[name] = rows.open_stream(name)
+                self._histories[name] = history_of(rows, name)
         except BaseException:
             self.close()
             raise
@@ -93,7 +96,7 @@ class CommitTables:
 
     def sort(self, name: str, base: RowOrigin, folder: Path, memory_bytes: int) -> TouchedRows:
         """See `TouchedTables`."""
-        encoder = Encoder(self._rows, name, base, self.states is not None)
+        encoder = Encoder(self._rows, name, base, self._histories[name], self.states is not None)
         num_rows = self._rows.tables[name].spec.num_rows
         touched = sort_touched_rows(self._streams[name], num_rows, folder, memory_bytes, encoder)
         if encoder.num_nan:

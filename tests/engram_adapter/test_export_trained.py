@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import shutil
@@ -16,12 +17,13 @@ from support.committed import Committed, rows_expected
 
 import tierstore
 from engram_adapter.checkpoints import build_checkpoint, open_checkpoint, sources_of_store
+from engram_adapter.export_rows import open_touched
 from engram_adapter.exporting import export_checkpoint
 from engram_adapter.init import init_checkpoint
 from tierstore.errors import BudgetError, ConfigError, CorruptPageError, FormatError
 from tierstore.formats.catalog import read_catalog
 from tierstore.offline.exporting import new_files, parts, row_readers, touched_rows
-from tierstore.offline.exporting.row_readers import drawn_values
+from tierstore.offline.exporting.row_readers import drawn_values, origin_of
 from tierstore.tools.cli import run
 from tierstore.tools.synth import write_checkpoint
 from tierstore.training.optimizers import SGD, DenseAdam, LazyAdam, RowWiseAdagrad
@@ -393,3 +395,24 @@ def test_a_model_is_trained_from_scratch_exported_and_served(
     np.testing.assert_array_equal(rows, expected)
     untouched = np.setdiff1d(np.arange(spec.num_rows), row_ids)
     np.testing.assert_array_equal(rows[untouched], drawn_values(table, untouched))
+
+
+def test_a_commit_that_is_forgotten_while_it_is_exported_is_exported_whole(
+    models: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(models["qwen4_exp"][1], store)
+    image = read_catalog(store)
+    with tierstore.open_training(store, DenseAdam(lr=0.1), dram="64MiB") as training:
+        name, table = next(iter(training.tables.items()))
+
+        def commit(number: int) -> None:
+            table.apply(np.arange(number, 30), np.ones((30 - number, table.spec.dim), dtype=np.float32))
+            training.commit(number).wait()
+
+        commit(1)
+        with contextlib.closing(open_touched(image, None, None, states=False)) as touched:
+            for number in range(2, 6):
+                commit(number)
+            assert not (store / "training" / "00000001.rates").exists()
+            assert touched.sort(name, origin_of(image, image.tables[name]), tmp_path / "rows", 1 << 24).num_rows == 29

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,16 +130,16 @@ class RunStream:
 class Encoder:
     """Makes codec rows, and optimizer state if it is asked for, of the records of one table.
 
-    num_saturated, num_nan: of what was encoded so far; see `Quantized`.
+    history: `history_of` the table. num_saturated, num_nan: of what was encoded so far; see `Quantized`.
     """
 
     rows: CommitRows
     name: str
     base: RowOrigin
+    history: kernels.StepHistory
     with_states: bool
     num_saturated: int = 0
     num_nan: int = 0
-    _history: kernels.StepHistory | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         kernel_codec(self.rows.tables[self.name].spec)
@@ -149,9 +149,7 @@ class Encoder:
         table, optimizer = self.rows.tables[self.name], self.rows.optimizer
         dim = table.spec.dim
         floats = records.view(np.float32)
-        if self._history is None:
-            self._history = history_of(self.rows, self.name)
-        kernels.catch_up_rows(self._history, dim, floats)
+        kernels.catch_up_rows(self.history, dim, floats)
         values = np.ascontiguousarray(floats[:, :dim])
         with contextlib.closing(self.base.open()) as reader:
             old = rows_at(reader, row_ids, table.spec.row_bytes)
