@@ -115,7 +115,7 @@ def _called(store: Store) -> str:
     return f"{name}, digest {build[:16]}" if build else name
 
 
-class HasTables(Protocol[AnyTable]):
+class TableHolder(Protocol[AnyTable]):
     """A store, or a training."""
 
     @property
@@ -123,7 +123,7 @@ class HasTables(Protocol[AnyTable]):
         """Tables by name."""
 
 
-class HasSpec(Protocol):
+class TableLike(Protocol):
     """A table of either."""
 
     @property
@@ -131,7 +131,7 @@ class HasSpec(Protocol):
         """What the table is."""
 
 
-def named_table(store: HasTables[AnyTable], name: str) -> AnyTable:
+def named_table(store: TableHolder[AnyTable], name: str) -> AnyTable:
     """Returns the table `name`, or raises `ConfigError` that lists those there are."""
     if name not in store.tables:
         raise ConfigError(
@@ -140,7 +140,7 @@ def named_table(store: HasTables[AnyTable], name: str) -> AnyTable:
     return store.tables[name]
 
 
-def check_fingerprint(table: HasSpec, spec: HashSpec, layer: int | str) -> None:
+def check_fingerprint(table: TableLike, spec: HashSpec, layer: int | str) -> None:
     """Raises `FingerprintMismatchError` unless `table` was built with the hash that `spec` describes for `layer`."""
     if table.spec.fingerprint != spec.fingerprint(layer):
         raise FingerprintMismatchError(
