@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from .family import Family, family_named, family_of_config
 from .hash_arguments import checked_dead, checked_history, integers, outside_vocabulary
 from .hash_config import MIXED, POLYNOMIAL, HashParts, LayerHash
 from .token_map import checked_token_map
+
+if TYPE_CHECKING:
+    from tierstore import Training
 
 RECORD_NAME = "hash_spec"
 TOKEN_MAP_NAME = "token_map"
@@ -83,8 +86,8 @@ class HashSpec:
         return spec_of_parts(found, found.hash_of(config, token_map), token_map)
 
     @classmethod
-    def from_store(cls, store: Store) -> HashSpec:
-        """Makes the hash that a store was built with, from its catalog.
+    def from_store(cls, store: Store | Training) -> HashSpec:
+        """Makes the hash that a store, or a training's store, was built with, from its catalog.
 
         Raises `ConfigError` if the store has plain tables only, `FormatError` if the record is damaged.
         """

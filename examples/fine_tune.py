@@ -31,10 +31,9 @@ class Scores(torch.nn.Module):
         return torch.nn.functional.cross_entropy(self.out(rows).flatten(0, 1), ids[:, 1:].flatten())
 
 
-with tierstore.open(store_path, dram="16MiB") as store:
-    spec = HashSpec.from_store(store)
 ids = torch.from_numpy(np.load(ids_path))
 with tierstore.open_training(store_path, tierstore.RowWiseAdagrad(lr=0.05), dram="64MiB") as training:
+    spec = HashSpec.from_store(training)
     embeddings = [TrainableEmbedding(training, layer, spec) for layer in spec.layers]
     model = Scores(embeddings, spec.vocab_size)
     tables, dense = TableOptimizer(embeddings), torch.optim.AdamW(dense_parameters(model), lr=1e-3)

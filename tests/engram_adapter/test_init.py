@@ -78,6 +78,8 @@ def test_it_takes_no_disk_and_hashes_as_the_model_will(configs: dict[str, Path],
     image = read_catalog(tmp_path / "store", may_be_initial=True)
     assert HashSpec.from_catalog(image).num_rows(1) == tables[0].spec.num_rows
     assert list(image.tables.values()) == list(tables)
+    with tierstore.open_training(tmp_path / "store", tierstore.SGD(lr=1.0), dram="8MiB") as training:
+        assert HashSpec.from_store(training).fingerprint(1) == HashSpec.from_catalog(image).fingerprint(1)
 
 
 @pytest.mark.parametrize("command", [["verify"], ["inspect"], ["epochs"], ["build"]])

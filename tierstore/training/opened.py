@@ -118,6 +118,7 @@ class OpenedTraining:
         health: Health,
     ) -> None:
         self.store, self.plan, self.optimizer, self.health = image.path, plan, optimizer, health
+        self.attachments = image.attachments
         self.files = files
         self.parts = StepParts(SCRATCH_BYTES, threads)
         self._buffer = allocate(plan.buffer_bytes)

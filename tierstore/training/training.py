@@ -60,8 +60,11 @@ class Training:
         try:
             return self._opened.tables[name]
         except KeyError:
-            there = ", ".join(self._opened.tables)
-            raise KeyError(f"{self.path} has no table {name!r}; its tables are {there}") from None
+            raise KeyError(f"{self.path} has no table {name!r}; it has {', '.join(self._opened.tables)}") from None
+
+    def attachment(self, name: str) -> bytes:
+        """Returns a record that the adapter put in the catalog; raises `KeyError` if there is not one."""
+        return self._opened.attachments[name]
 
     @property
     def path(self) -> str:
@@ -85,8 +88,7 @@ class Training:
     @property
     def commits(self) -> Sequence[Commit]:
         """The commits that the store keeps, oldest first. Reads the catalog."""
-        found = read_commits(self._opened.store)
-        return [found[number] for number in sorted(found)]
+        return [commit for _, commit in sorted(read_commits(self._opened.store).items())]
 
     @property
     def at(self) -> int:
@@ -187,11 +189,10 @@ class Training:
             ConfigError: The store does not keep that commit; all is as before. After any other error the training is
                 broken, and nothing that was committed is dropped.
         """
-        number = operator.index(number)
+        number, opened = operator.index(number), self._opened
         self._health.check()
         if self._last_ticket is not None:
             self._last_ticket.wait()
-        opened = self._opened
         with opened.parts.lock:
             self._health.check()
             if number == self.at and not self.has_changes:
@@ -212,8 +213,8 @@ class Training:
 
     def close(self) -> None:
         """Waits for a commit under way, drops what was not committed, and gives all memory back. Twice is harmless."""
-        if not self._health.is_of_this_process():
-            return  # threads, files and lock are the parent's
+        if not self._health.is_of_this_process():  # threads, files and lock are the parent's
+            return
         self._health.is_closed = True  # whoever takes the lock of steps from now on is refused
         self._opened.stop()
         self._owned.close()
