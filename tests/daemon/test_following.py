@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from support.versions import VersionedModel, make_versions
 from support.waiting import eventually
 
 import tierstore
+from tierstore.daemon import following
 from tierstore.daemon.daemon import Daemon
 from tierstore.daemon.remote_lookups import Remote
 from tierstore.formats.catalog import publish_versions
@@ -109,6 +111,18 @@ def test_clients_of_a_store_in_place_follow_too(tmp_path: Path) -> None:
         eventually(lambda: daemon.stat().store.published == number)
         eventually(lambda: store.stats()["attached"]["version"] == 2)
         check(store, versions, 2)
+
+
+def test_a_version_published_within_the_same_tick_of_the_clock_is_not_missed(
+    versions: VersionedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two changes of the catalog may have one time of change: here, all of them."""
+    tick = 0, 0, time.time_ns() + 3600 * 10**9, 0
+    monkeypatch.setattr(following, "_signature", lambda _: tick)
+    with serving(versions.store, tmp_path / "socket", CACHED, follow=True) as daemon:
+        for version in (2, 3):
+            versions.publish(part=0.05)
+            eventually(lambda version=version: daemon.stat().store.published == version)
 
 
 def test_a_version_that_cannot_be_served_leaves_the_one_before(

@@ -22,6 +22,7 @@ from .host import Host
 logger = logging.getLogger("tierstore.daemon")
 
 LOOK_S = 0.5  # between two looks at the catalog: one call of the system each, if nothing was written
+QUIET_NS = 2 * 10**9  # a catalog that was written less long ago may change again under the same time of change
 RETRY_S, RETRY_MAX_S = 2.0, 60.0  # after a version that could not be served: at first, and at most
 CLOSE_WAIT_S = 10.0
 
@@ -70,14 +71,15 @@ class Follower:
 
     def _look(self) -> None:
         served = self._host.epochs.current
-        catalog = served.path, _signature(Path(served.path) / CATALOG_FILE)
+        catalog, looked_at = (served.path, _signature(Path(served.path) / CATALOG_FILE)), time.time_ns()
         if catalog == self._seen:
             return
         image = read_catalog(served.path)
         if image.version > served.published and image.base_identity == served.base_identity:
             event(logger, logging.INFO, "following", store=served.path, published=image.version)
             self._administration.carry_out(SwapRequest(store=served.path))
-        self._seen = catalog  # last: what failed is looked at again
+        if looked_at - catalog[1][2] > QUIET_NS:
+            self._seen = catalog  # last: what failed is looked at again
 
 
 def _signature(file: Path) -> tuple[int, ...]:
