@@ -333,7 +333,10 @@ def _missing(use: _Use) -> _Answer:
     if use.path is not None:
         folder = use.path.absolute().parent
         if not os.path.exists(folder):
-            return f"there is no folder {folder}", f"make it (mkdir -p {folder}), or give another path", ConfigError
+            remedy = f"make it (mkdir -p {folder}), or give another path"
+            if use.fault is not None and not use.writing:  # nobody reads from a folder that was just made
+                return f"there is no folder {folder}", use.fault.remedy, ConfigError
+            return f"there is no folder {folder}", remedy, ConfigError
         if use.writing:
             return "", f"something removed it from {folder} meanwhile; run it again", ConfigError
     return "", *use.at_fault("check the path")

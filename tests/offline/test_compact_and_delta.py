@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -118,6 +119,23 @@ def test_deltas_that_do_not_fit_a_store_are_refused_by_name(tmp_path: Path) -> N
         write_delta(versions.store, 2, 2, tmp_path / "none")
     with pytest.raises(tierstore.ConfigError, match="version: 7 is not one"):
         write_delta(versions.store, 0, 7, tmp_path / "none")
+
+
+def test_paths_that_are_no_deltas_and_no_new_stores_are_refused_by_name(tmp_path: Path) -> None:
+    versions = make(tmp_path, 1)
+    versions.model.build(tmp_path / "other")
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for its writer
+    (tmp_path / "folder").mkdir()
+    for what in ("pipe", "folder"):
+        with pytest.raises(tierstore.ConfigError, match=f"{what} is not a regular file; give a file that"):
+            apply_delta(tmp_path / "other", tmp_path / what)
+        with pytest.raises(tierstore.ConfigError, match=f"{what} is there and not a regular file"):
+            write_delta(versions.store, 0, 1, tmp_path / what)
+    with pytest.raises(tierstore.ConfigError, match="missing: No such file or directory; give a file that"):
+        apply_delta(tmp_path / "other", tmp_path / "missing")
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(tierstore.ConfigError, match="is the store itself, which stays as it is: give a new folder"):
+        compact(versions.store, versions.store.parent / "." / versions.store.name)
 
 
 def test_a_damaged_delta_publishes_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from .. import kernels
 from ..decisions.budget import overlay_bytes
-from ..errors import CorruptPageError
+from ..errors import ConfigError, CorruptPageError
 from ..formats.catalog import CatalogImage, read_catalog
 from ..formats.table_source import PlaneReader, TableSource
 from ..layout import TableLayout
@@ -55,6 +55,8 @@ def compact(
         CorruptPageError: Something that the rows are read from is damaged.
     """
     image = read_catalog(store_path).at_version(version)
+    if os.path.exists(new_path) and os.path.samefile(store_path, new_path):
+        raise ConfigError(f"{new_path} is the store itself, which stays as it is: give a new folder")
     digest = hashlib.sha256(f"compacted {image.identity}".encode()).hexdigest()
     origin = {
         "digest": digest, "files": [], "compacted": {

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from ..causes import named
+from ..causes import Fault, named, naming
 from ..durable import read_exactly, replacing, sync_folder, write_all
 from ..errors import ConfigError, FormatError
 from ..formats.catalog import CatalogImage, publish_versions, read_catalog
@@ -106,11 +107,23 @@ def apply_delta(
     read_catalog(path)  # before a lock is made in a folder that is not a store
     with locked_for_publish(path):
         image = read_catalog(path)
+        fd = _open_delta(delta)
         try:
-            with delta.open("rb") as opened:
-                return _apply(path, image, delta, opened.fileno(), on_progress)
+            return _apply(path, image, delta, fd, on_progress)
         except OSError as error:
             raise named(error, path, error.filename, writing=True, note="nothing was published") from error
+        finally:
+            os.close(fd)
+
+
+def _open_delta(delta: Path) -> int:
+    remedy = "give a file that 'tierstore delta STORE A..B -o FILE' wrote"
+    with naming(delta, delta, fault=Fault(ConfigError, remedy)):
+        fd = os.open(delta, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block for ever
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ConfigError(f"{delta} is not a regular file; {remedy}")
+    return fd
 
 
 def _apply(path: Path, image: CatalogImage, delta: Path, fd: int, on_progress: OnProgress | None) -> DeltaReport:
@@ -198,5 +211,6 @@ def _copy(what: str, fd: int, start: int, num_bytes: int, sha256: str, to: int, 
 def _pieces(what: str, fd: int, start: int, num_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
     for at in range(0, num_bytes, COPY_BYTES):
         data = np.empty(min(COPY_BYTES, num_bytes - at), dtype=np.uint8)
-        read_exactly(fd, data, start + at, what)
+        with naming(what):
+            read_exactly(fd, data, start + at, what)
         yield at, data
