@@ -2,7 +2,7 @@
 
 Input: a catalog at a version. Output: descriptors for the page readers; row ids and rows, checked, for whoever loads
 them. Errors: `FormatError` for files that are not what the catalog says, or whose row ids are damaged. A damaged page
-of rows costs those rows only.
+of rows costs those rows; of a table that is in memory whole, the rows of each page of the table that has one of them.
 
 A *place* is a row's number in all files of a table together, oldest first: of a row that several have, the highest
 place counts.
