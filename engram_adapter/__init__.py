@@ -60,6 +60,7 @@ __all__ = [
 ]
 
 _NEEDS_TORCH = {
+    "CommitCallback": "engines.transformers.commits",  # not in __all__: it needs transformers
     "EngramLayer": "engram_layer",
     "JoinedOptimizer": "joined_optimizer",
     "RowIdEmbedding": "row_id_embedding",

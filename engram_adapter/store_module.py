@@ -40,6 +40,8 @@ class StoreModule(torch.nn.Module):
     def __init__(self, store: Store, name: str) -> None:
         """Binds the table `name`. Raises `ConfigError` if the store has none, or its rows have no float type."""
         super().__init__()
+        if not hasattr(store, "submit"):
+            raise TypeError(f"store: a {type(store).__name__}; give a store, or train with TrainableEmbedding")
         self._table_spec = named_table(store, name).spec
         self.dtype = codec_dtype(self._table_spec.codec)
         self.num_embeddings, self.num_heads = self._table_spec.num_rows, self._table_spec.num_heads

@@ -49,6 +49,8 @@ class TrainableModule(torch.nn.Module):
     def __init__(self, training: Training, name: str, dtype: torch.dtype, quantized: bool, groups: Groups) -> None:
         """Binds the table `name`. Raises `ConfigError` if it is missing, or for another dtype or another `groups`."""
         super().__init__()
+        if not hasattr(training, "commit"):
+            raise TypeError(f"training: a {type(training).__name__}; give what tierstore.open_training returned")
         if dtype not in OUT_DTYPES:
             raise ConfigError(f"dtype {dtype}: rows come out in torch.float32 or torch.bfloat16")
         if groups not in ("sequence", "batch"):

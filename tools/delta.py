@@ -6,6 +6,7 @@ Input: a store and a range of versions, or a delta. Output: a file, or new versi
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def command(store: Path, versions: str | None, out: Path | None, delta: Path | N
     found = _RANGE.fullmatch(versions or "")
     if found is None or out is None:
         raise click.UsageError(f"{versions!r} is no range of versions: give A..B, such as 0..3")
+    if os.path.lexists(out):
+        raise click.UsageError(f"{out} exists already; give a new name, or remove it")
     with Progress("packing") as on_progress:
         report = write_delta(store, int(found[1]), int(found[2]), out, on_progress)
     click.echo(

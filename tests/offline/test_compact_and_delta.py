@@ -195,3 +195,12 @@ def test_a_placement_of_the_base_serves_every_version(tmp_path: Path) -> None:
         with tierstore.open(versions.store, "640KiB", version=version) as store:
             assert (store[NAME].explain(keys) == "static").any()
             np.testing.assert_array_equal(store[NAME].lookup(keys), versions.at(version).expected(NAME, keys))
+
+
+def test_a_delta_is_never_written_over_a_file(tmp_path: Path) -> None:
+    there = tmp_path / "config.json"
+    there.write_text("{}")
+    done = CliRunner().invoke(cli, ["delta", "store", "0..1", "-o", str(there)])
+    assert done.exit_code == 2
+    assert "exists already" in done.output
+    assert there.read_text() == "{}"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,16 @@ from tierstore.formats.catalog_records import CATALOG_FILE, read_records, write_
 from tierstore.formats.rates import read_rates
 from tierstore.formats.training_records import PAYLOAD_BYTES_MAX, layouts_of
 from tierstore.training import commits
-from tierstore.training.commits import go_back, pin, read_commits, read_training, remove_unnamed, unpin, writing
+from tierstore.training.commits import (
+    checked_commit,
+    go_back,
+    pin,
+    read_commits,
+    read_training,
+    remove_unnamed,
+    unpin,
+    writing,
+)
 
 
 @pytest.fixture
@@ -165,7 +175,7 @@ def test_room_on_the_disk_is_asked_for_before(trained: Trained) -> None:
 
 
 def test_a_payload_that_is_too_large_is_refused_before_anything_is_written(trained: Trained) -> None:
-    with pytest.raises(ConfigError, match=f"{PAYLOAD_BYTES_MAX + 1} bytes, a commit takes {PAYLOAD_BYTES_MAX}"):
+    with pytest.raises(ConfigError, match=f"{PAYLOAD_BYTES_MAX + 1} bytes, at most {PAYLOAD_BYTES_MAX}"):
         trained.commit(1, payload=bytes(PAYLOAD_BYTES_MAX + 1))
     assert read_commits(trained.store) == {}
 
@@ -197,3 +207,19 @@ def test_rates_that_are_not_the_catalogs_are_named(trained: Trained) -> None:
     file.unlink()
     with pytest.raises(FormatError, match=r"00000001\.rates"):
         read_rates(trained.store, commit.rates)
+
+
+@pytest.mark.parametrize(
+    ("step", "payload", "error", "words"),
+    [
+        (-1, b"", ConfigError, "0 or more"),
+        (1, "text", TypeError, "must be bytes"),
+        (1, bytes((1 << 20) + 1), ConfigError, "at most"),
+        (1.5, b"", TypeError, "integer"),
+    ],
+)
+def test_a_commit_has_a_step_from_0_on_and_a_payload_of_bytes(
+    step: Any, payload: Any, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        checked_commit(step, payload)

@@ -109,4 +109,4 @@ def _numbered(record: dict[str, Any]) -> list[tuple[Any, Any]]:
 
 
 def _refused(file: Path, what: str) -> FormatError:
-    return FormatError(f"{file}: {what}; copy it again, or make another: tierstore delta STORE A..B -o {file}")
+    return FormatError(f"{file}: {what}; copy it again, or make another: tierstore delta STORE A..B -o NEW_FILE")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import operator
 import os
 import shutil
 import time
@@ -131,6 +132,18 @@ def records_with(store: Path, number: int) -> TrainingRecords:
     return records
 
 
+def checked_commit(step: int, payload: bytes) -> int:
+    """Returns a commit's step as an int; raises `ConfigError` or `TypeError` for what no commit can have."""
+    step = operator.index(step)
+    if step < 0:
+        raise ConfigError(f"step: {step}; a commit's step is 0 or more")
+    if not isinstance(payload, bytes | bytearray | memoryview):
+        raise TypeError(f"payload: a {type(payload).__name__}, must be bytes; encode it")
+    if len(payload) > PAYLOAD_BYTES_MAX:
+        raise ConfigError(f"payload: {len(payload)} bytes, at most {PAYLOAD_BYTES_MAX}; keep it in a file of yours")
+    return step
+
+
 def check_room(store: Path, needed_bytes: int) -> None:
     """Raises `BudgetError`, with both numbers, if the store's disk has no room for a commit of so many bytes."""
     free, needed = shutil.disk_usage(store).free, needed_bytes + SPARE_DISK_BYTES
@@ -165,8 +178,7 @@ def publish_commit(
         optimizer: JSON-able.
         rates: Learning rates of all steps, float64 by table.
     """
-    if len(payload) > PAYLOAD_BYTES_MAX:
-        raise ConfigError(f"a payload of {len(payload)} bytes, a commit takes {PAYLOAD_BYTES_MAX}; give a path instead")
+    step = checked_commit(step, payload)
     for writer in unnamed:
         writer.sync()
     for writer in unnamed:

@@ -107,7 +107,8 @@ def _chosen(
     if optimizer is None:
         return made_with, commit
     if kept is not None and _rule_of(optimizer) != _rule_of(made_with):
-        anew = "start anew with at=0" if commit else f"start anew: 'tierstore commits {store} --unpin {kept.number}'"
+        unpin = f"start anew: 'tierstore commits {store} --unpin {kept.number}'"
+        anew = "start anew with at=0, which drops all commits" if commit else unpin
         raise ConfigError(
             f"optimizer: {optimizer!r}, but commit {kept.number} of {store} was made with {made_with!r}; give that "
             f"(only lr may be another), or {anew}"

@@ -11,17 +11,15 @@ import operator
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
-from ..formats.training_records import PAYLOAD_BYTES_MAX
 from ..store.arguments import checked_ids, refuse_outside
-from .commits import Commit, check_room, go_back, pin, read_commits, records_with, unpin
+from .commits import Commit, check_room, checked_commit, go_back, pin, read_commits, records_with, unpin
 from .health import Health
 from .opened import OpenedTraining
 from .optimizers import Optimizer
@@ -129,10 +127,9 @@ class Training:
 
         Raises:
             BudgetError: The disk has too little room; training goes on.
+            ConfigError, TypeError: A step below 0, a payload that is too long or not bytes.
         """
-        if len(payload) > PAYLOAD_BYTES_MAX:
-            raise ConfigError(f"payload: {len(payload)} bytes, at most {PAYLOAD_BYTES_MAX}; keep it in a file of yours")
-        step = operator.index(step)
+        step = checked_commit(step, payload)
         self._health.check()
         if self._last_ticket is not None:
             self._at = int(self._last_ticket.wait().number)
@@ -226,8 +223,8 @@ class Training:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if sys.is_finalizing() or not hasattr(self, "_last_ticket") or not self._health.is_of_this_process():
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:  # when this runs, sys may be gone
+        if is_finalizing() or not hasattr(self, "_last_ticket") or not self._health.is_of_this_process():
             return
         if self._opened.is_needed_by_this_thread():  # the collector runs anywhere
             threading.Thread(target=self.close, name="tierstore-training-close").start()
