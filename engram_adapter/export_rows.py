@@ -15,13 +15,14 @@ from tierstore.formats.catalog import CatalogImage
 from tierstore.kernels import StepHistory
 from tierstore.offline.exporting.quantized import kernel_codec
 from tierstore.offline.exporting.row_readers import RowOrigin
-from tierstore.offline.exporting.touched_rows import TouchedRows, sort_touched_rows
-from tierstore.offline.exporting.version_rows import VersionStream, keep_rows
+from tierstore.offline.exporting.sorted_rows import sort_touched_rows
+from tierstore.offline.exporting.touched_rows import TouchedRows
+from tierstore.offline.exporting.version_rows import KeptRows, VersionStream
 from tierstore.training.exported import CommitRows, Encoder, RunStream, describe, history_of, open_commit
 
 ID_BYTES = 8
 ATTEMPTS_MAX = 3  # at the newest commit
-FILES_A_TABLE = 2  # records lie on disk once in stretches, and once sorted
+FILES_A_TABLE = 2  # records lie on disk once in stretches, and once sorted, at most
 
 
 class TouchedTables(Protocol):
@@ -145,8 +146,8 @@ class VersionTables:
     def sort(self, name: str, base: RowOrigin, folder: Path, memory_bytes: int) -> TouchedRows:
         """See `TouchedTables`."""
         del base  # a version's rows are in the codec already
-        num_rows = self._image.tables[name].spec.num_rows
-        return sort_touched_rows(self._streams[name], num_rows, folder, memory_bytes, keep_rows)
+        spec = self._image.tables[name].spec
+        return sort_touched_rows(self._streams[name], spec.num_rows, folder, memory_bytes, KeptRows(spec.row_bytes))
 
     def close(self) -> None:
         """See `TouchedTables`."""

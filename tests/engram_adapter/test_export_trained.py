@@ -22,10 +22,11 @@ from engram_adapter.exporting import export_checkpoint
 from engram_adapter.init import init_checkpoint
 from tierstore.errors import BudgetError, ConfigError, CorruptPageError, FormatError
 from tierstore.formats.catalog import read_catalog
-from tierstore.offline.exporting import new_files, parts, row_readers, touched_rows
+from tierstore.offline.exporting import new_files, parts, row_readers, sorted_rows, touched_rows
 from tierstore.offline.exporting.row_readers import drawn_values, origin_of
 from tierstore.tools.cli import run
 from tierstore.tools.synth import write_checkpoint
+from tierstore.training import exported
 from tierstore.training.optimizers import SGD, DenseAdam, LazyAdam, RowWiseAdagrad
 from tierstore.training.publish import publish
 
@@ -124,14 +125,19 @@ def test_neither_the_sizes_of_steps_nor_of_stretches_change_a_byte(
     monkeypatch.setattr(row_readers, "STEP_BYTES", 900)
     monkeypatch.setattr(row_readers, "NEAR_BYTES", 130)
     monkeypatch.setattr(touched_rows, "IDS_AT_ONCE", 7)
-    monkeypatch.setattr(touched_rows, "COPIES", 400)  # of records in memory: some stretches of a few dozen rows
-    stretches = []
-    newest = touched_rows._newest
-    monkeypatch.setattr(touched_rows, "_newest", lambda *given: stretches.append(given[1]) or newest(*given))
+    monkeypatch.setattr(exported, "READ_BYTES", 3000)
+    sort, streams = sorted_rows._sort_stretch, []
+    monkeypatch.setattr(sorted_rows, "_sort_stretch", lambda *given: streams.append(given[0]) or sort(*given))
+    one = export_checkpoint(made.store, tmp_path / "one", source=checkpoint, states=True)
+    assert one.files == whole.files
+    assert not any(isinstance(stream, sorted_rows._Stretch) for stream in streams)  # all fits: nothing is cut
+    monkeypatch.setattr(sorted_rows, "READ_BYTES", 2000)
+    monkeypatch.setattr(sorted_rows, "SORTING_BYTES", 20_000)  # of a record in memory: stretches of two dozen rows
+    streams.clear()
     for source, name in ((checkpoint, "same"), (copy, "copied")):
         again = export_checkpoint(made.store, tmp_path / name, source=source, states=True, dram="1MiB")
         assert again.files == whole.files
-    assert max(stretches) > 5
+    assert max(stream.number for stream in streams) > 5
 
 
 def test_an_export_builds_and_verifies_clean_and_two_are_equal(trained: tuple[Path, Committed], tmp_path: Path) -> None:

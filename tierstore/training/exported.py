@@ -24,13 +24,14 @@ from ..formats.run import Run, RunLayout
 from ..formats.training_records import Commit, read_training
 from ..layout import TableLayout
 from ..offline.exporting.quantized import kernel_codec, quantized
-from ..offline.exporting.row_readers import RowOrigin, rows_at
+from ..offline.exporting.row_readers import RowOrigin, read_rows_at
 from ..offline.exporting.touched_rows import ROWS
 from .optimizers import Optimizer, from_dict
 from .runs import RunReader
 
 READ_BYTES = 4 << 20  # of records at once
 VALUES = "values"  # the output of `encode` that holds float32 values, beside the optimizer's own parts
+FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,12 @@ class RunStream:
     def records(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """See `RecordStream`."""
         at_once = max(1, READ_BYTES // self._layout.record_bytes)
+        buffer = np.empty((at_once, self._layout.record_bytes), dtype=np.uint8)
         for ordinal in self._ordinals:
             row_ids = self._reader.row_ids(ordinal)
             for start in range(0, len(row_ids), at_once):
                 part = row_ids[start : start + at_once]
-                records = np.empty((len(part), self._layout.record_bytes), dtype=np.uint8)
+                records = buffer[: len(part)]
                 places = np.arange(start, start + len(part), dtype=np.uint32)
                 self._reader.read(part, np.full(len(part), ordinal, dtype=np.uint16), places, records)
                 yield part, records
@@ -144,16 +146,29 @@ class Encoder:
     def __post_init__(self) -> None:
         kernel_codec(self.rows.tables[self.name].spec)
 
-    def __call__(self, row_ids: np.ndarray, records: np.ndarray) -> Mapping[str, np.ndarray]:
-        """See `tierstore.offline.exporting.touched_rows.Encode`."""
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """See `tierstore.offline.exporting.sorted_rows.Rounding`."""
+        spec = self.rows.tables[self.name].spec
+        if not self.with_states:
+            return {ROWS: spec.row_bytes}
+        parts = self.rows.optimizer.state_layout(spec.dim)
+        states = {name: FLOAT_BYTES * len(range(*at.indices(at.stop))) for name, at in parts.items()}
+        return {ROWS: spec.row_bytes, VALUES: FLOAT_BYTES * spec.dim} | states
+
+    def fill_before(self, row_ids: np.ndarray, rows: np.ndarray) -> None:
+        """See `Rounding`."""
+        with contextlib.closing(self.base.open()) as reader:
+            read_rows_at(reader, row_ids, rows)
+
+    def __call__(self, records: np.ndarray, before: np.ndarray) -> Mapping[str, np.ndarray]:
+        """See `Rounding`. Changes `records`."""
         table, optimizer = self.rows.tables[self.name], self.rows.optimizer
         dim = table.spec.dim
         floats = records.view(np.float32)
         kernels.catch_up_rows(self.history, dim, floats)
         values = np.ascontiguousarray(floats[:, :dim])
-        with contextlib.closing(self.base.open()) as reader:
-            old = rows_at(reader, row_ids, table.spec.row_bytes)
-        made = quantized(values, table.spec, old)
+        made = quantized(values, table.spec, before)
         self.num_saturated += made.num_saturated
         self.num_nan += made.num_nan
         if not self.with_states:

@@ -47,9 +47,9 @@ def origin_of(image: CatalogImage, table: TableLayout) -> RowOrigin:
     return DrawnRows(table) if isinstance(table, InitialLayout) else StoredRows(image, table)
 
 
-def rows_at(reader: RowReader, row_ids: np.ndarray, row_bytes: int) -> np.ndarray:
-    """Returns single rows, uint8 [n, row_bytes]. row_ids: int64 [n], ascending. Blocks on the disk."""
-    out = np.empty((len(row_ids), row_bytes), dtype=np.uint8)
+def read_rows_at(reader: RowReader, row_ids: np.ndarray, out: np.ndarray) -> None:
+    """Fills out, uint8 [n, row_bytes], with single rows. row_ids: int64 [n], ascending. Blocks on the disk."""
+    row_bytes = out.shape[1]
     step_rows, near_rows = max(1, STEP_BYTES // row_bytes), max(1, NEAR_BYTES // row_bytes)
     start = 0
     while start < len(row_ids):
@@ -58,9 +58,8 @@ def rows_at(reader: RowReader, row_ids: np.ndarray, row_bytes: int) -> np.ndarra
         gaps = np.flatnonzero(np.diff(row_ids[start:end]) > near_rows)
         end = start + int(gaps[0]) + 1 if len(gaps) else end
         rows = reader.read(first, int(row_ids[end - 1]) + 1)
-        out[start:end] = rows[row_ids[start:end] - first]
+        np.take(rows, row_ids[start:end] - first, axis=0, out=out[start:end], mode="clip")  # unbuffered
         start = end
-    return out
 
 
 @dataclass(frozen=True)

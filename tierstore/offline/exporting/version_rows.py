@@ -7,6 +7,7 @@ what the catalog says, `CorruptPageError` for a damaged page.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -60,6 +61,21 @@ class VersionStream:
         self._files.close()
 
 
-def keep_rows(_row_ids: np.ndarray, records: np.ndarray) -> Mapping[str, np.ndarray]:
-    """Makes rows of the records of a `VersionStream`: they are rows already."""
-    return {ROWS: records}
+@dataclass(frozen=True)
+class KeptRows:
+    """Keeps the records of a `VersionStream`, which are rows already; keeps the `Rounding` contract."""
+
+    row_bytes: int
+
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """See `Rounding`."""
+        return {ROWS: self.row_bytes}
+
+    def fill_before(self, row_ids: np.ndarray, rows: np.ndarray) -> None:
+        """Rows are as they are, whatever was before."""
+
+    def __call__(self, records: np.ndarray, before: np.ndarray) -> Mapping[str, np.ndarray]:
+        """See `Rounding`."""
+        del before
+        return {ROWS: np.ascontiguousarray(records)}
