@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.stores import Model, make_model
+from support.versions import make_versions
 
 import tierstore
+from tierstore.decisions.budget import overlay_bytes
 from tierstore.errors import BudgetError, ConfigError, FingerprintMismatchError, FormatError, StoreNotReadyError
 from tierstore.formats.catalog import read_catalog
 from tierstore.formats.profile import ProfileReader
@@ -63,6 +65,20 @@ def test_what_is_planned_and_placed_is_what_the_store_opens_with(own_store: Path
     assert placed["epoch"] == 1
     assert placed["static_entries"][TABLE] == pytest.approx(group.static_entries, abs=0.01 * group.static_entries + 1)
     assert tierstore.place(own_store, plan) == 2, "a plan may be placed again"
+
+
+def test_a_plan_leaves_room_for_the_index_of_the_rows_of_versions(model: Model, own_store: Path, trace: Path) -> None:
+    profile = tierstore.profile(own_store, [trace], held_out=0.3)
+    before, _ = (tierstore.plan(own_store, profile, dram=DRAM), make_versions(model, own_store, 1, part=0.3))
+    plan = tierstore.plan(own_store, profile, dram=DRAM)
+    (group,), (without,) = ([group for group in each.groups if TABLE in group.tables] for each in (plan, before))
+    index_bytes = overlay_bytes(read_catalog(own_store).at_version(None).touched[TABLE])
+    assert plan.bytes_by_tier["dram"] <= before.bytes_by_tier["dram"] - index_bytes // 2
+    assert 0 < group.static_entries < 0.95 * without.static_entries
+    tierstore.place(own_store, plan)
+    with tierstore.open(own_store, dram=DRAM) as store:
+        placed = store.stats()["placement"]
+    assert placed["static_entries"][TABLE] == pytest.approx(group.static_entries, abs=0.01 * group.static_entries + 1)
 
 
 def test_results_say_what_their_files_and_the_commands_say_and_cannot_be_changed(

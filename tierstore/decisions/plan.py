@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import kernels
 from ..errors import BudgetError
-from ..formats.placement import TableShape, lay_out_placement
+from ..formats.placement import Placement, TableShape, lay_out_placement
 from ..layout import BUCKET_KEYS, TableLayout, record_bytes
 from .budget import DramPlan, cache_set_bytes
 from .division import divide_budgets
@@ -37,16 +37,26 @@ MapLike = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 @dataclass(frozen=True)
 class Budgets:
-    """Bytes for all tables together: of HBM, of DRAM, and of packed entries on NVMe beyond those in memory."""
+    """Bytes for all tables together: of HBM, of DRAM, and of packed entries on NVMe beyond those in memory.
+
+    touched: How many rows of a table versions have, by name: their index takes a part of DRAM.
+    """
 
     hbm_bytes: int
     dram_bytes: int
     nvme_bytes: int
+    touched: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def hbm_asked(self) -> int | None:
         """Bytes of HBM, None if there must not be such a tier."""
         return self.hbm_bytes or None
+
+    def divide(
+        self, layouts: Mapping[str, TableLayout], placement: Placement | None = None
+    ) -> tuple[DramPlan, HbmPlan | None]:
+        """Returns the division of HBM and DRAM that a store opens with. Raises `BudgetError`."""
+        return divide_budgets(layouts, self.dram_bytes, self.hbm_asked, placement, touched=self.touched)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +164,7 @@ def plan_group(
     """
     tables = ranking.group.tables
     name = _largest(tables, layouts)
-    if divide_budgets(layouts, budgets.dram_bytes, budgets.hbm_asked, None)[0].shares[name].resident:
+    if budgets.divide(layouts)[0].shares[name].resident:
         return _plan_resident(ranking, layouts, budgets, batch_tokens)
 
     def tried(fraction: float) -> GroupPlan:
@@ -205,23 +215,15 @@ def _largest(tables: Iterable[str], layouts: Mapping[str, TableLayout]) -> str:
 
 
 def divide_as_opened(
-    layouts: Mapping[str, TableLayout],
-    dram_bytes: int,
-    tables: Iterable[str],
-    num_entries: int,
-    fraction: float,
-    hbm_bytes: int | None = None,
+    layouts: Mapping[str, TableLayout], budgets: Budgets, tables: Iterable[str], num_entries: int, fraction: float
 ) -> tuple[DramPlan, HbmPlan | None]:
-    """Returns the division that a store opens with whose placement has so many entries of each of `tables`.
-
-    hbm_bytes: None if there is no hbm tier.
-    """
+    """Returns the division that a store opens with whose placement has so many entries of each of `tables`."""
     shapes = {}
     for name in tables:
         num_orders = len(layouts[name].spec.orders)
         spread = [num_entries // num_orders + (order < num_entries % num_orders) for order in range(num_orders)]
         shapes[name] = TableShape(tuple(spread), fraction)
-    return divide_budgets(layouts, dram_bytes, hbm_bytes, lay_out_placement(0, layouts, shapes, {}))
+    return budgets.divide(layouts, lay_out_placement(0, layouts, shapes, {}))
 
 
 def _plan_resident(
@@ -233,7 +235,7 @@ def _plan_resident(
     hbm_entries, hbm_rates = 0, np.zeros(len(outcome.accesses))
     largest = _largest(tables, layouts)
     most = min(ranking.num_valued, budgets.hbm_bytes // len(layouts) // layouts[largest].spec.entry_bytes)
-    _, hbm = divide_as_opened(layouts, budgets.dram_bytes, tables, most, 1.0, budgets.hbm_asked)
+    _, hbm = divide_as_opened(layouts, budgets, tables, most, 1.0)
     if hbm is not None:
         hbm_entries = hbm.shares[largest].num_entries
         hbm_rates = shares(replay.per_order(ranking.static(hbm_entries)[replay.items]), outcome.accesses)
@@ -267,12 +269,12 @@ def _plan_at(
     spec = layouts[largest].spec
     record = record_bytes(spec.entry_bytes)
     left = ranking.num_valued
-    dram, hbm = divide_budgets(layouts, budgets.dram_bytes, budgets.hbm_asked, None)
-    share_bytes = float(dram.shares[largest].num_bytes)
+    dram, hbm = budgets.divide(layouts)
+    share_bytes = float(dram.shares[largest].num_bytes - dram.shares[largest].overlay_bytes)
     hbm_entries = 0
     if hbm is not None:  # as if everything were placed that both have room for
         most = min(left, int((budgets.hbm_bytes / num_tables + share_bytes) / spec.entry_bytes))
-        _, hbm = divide_as_opened(layouts, budgets.dram_bytes, tables, most, fraction, budgets.hbm_asked)
+        _, hbm = divide_as_opened(layouts, budgets, tables, most, fraction)
         assert hbm is not None, "asked for"
         hbm_entries = hbm.shares[largest].num_entries
         share_bytes -= hbm.host_index_bytes / num_tables
@@ -287,7 +289,7 @@ def _plan_at(
     static_entries = min(left, max(0, int(fraction * room)))
     nvme_entries = min(left - static_entries, beyond)
     num_entries = hbm_entries + static_entries + nvme_entries
-    dram, hbm = divide_as_opened(layouts, budgets.dram_bytes, tables, num_entries, fraction, budgets.hbm_asked)
+    dram, hbm = divide_as_opened(layouts, budgets, tables, num_entries, fraction)
     share = dram.shares[largest]
     if hbm is not None:
         hbm_entries = hbm.shares[largest].num_entries

@@ -107,13 +107,13 @@ def plan(
             counted or (unless `untested`) nothing held out.
         BudgetError: DRAM is too small to open the store with, or for the indexes of what is placed.
     """
-    image = read_catalog(store_path)
+    image = read_catalog(store_path).at_version(None)
     counted = profile if isinstance(profile, Profile) else open_profile(profile)
     counted.mapping.check(image.tables, counted.header)
     dram_bytes, why = (
         recommended_dram(counted, memory_bytes) if dram is None else (parse_bytes(dram, "dram"), "asked for")
     )
-    budgets = Budgets(parse_bytes(hbm, "hbm"), dram_bytes, parse_bytes(nvme_entries, "nvme_entries"))
+    budgets = Budgets(parse_bytes(hbm, "hbm"), dram_bytes, parse_bytes(nvme_entries, "nvme_entries"), image.touched)
     groups, is_tested = _groups_to_plan(counted, untested, on_progress)
     rankings = tuple(Ranking(group) for group in groups)
     planner = _Planner(image, budgets, batch_tokens, fractions if is_tested else (), on_progress or no_report)
