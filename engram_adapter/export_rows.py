@@ -6,6 +6,7 @@ Errors: `ConfigError` for commits and versions that are not there, and for codec
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,10 +53,11 @@ class TouchedTables(Protocol):
     def states(self) -> Mapping[str, Any] | None:
         """What files of optimizer state say of themselves; None if none are written."""
 
-    def sort(self, name: str, base: RowOrigin, folder: Path, memory_bytes: int) -> TouchedRows:
+    def sort(self, name: str, base: RowOrigin, folder: Path, memory_bytes: int, stop: threading.Event) -> TouchedRows:
         """Sorts the new rows of a table into files of a new folder. Blocks on the disk.
 
         base: the table's rows before any training: bytes that have not changed stay as they are.
+        stop: set by whoever does not want the rows any more. Threads may sort different tables at the same time.
         """
 
     def close(self) -> None:
@@ -95,11 +97,11 @@ class CommitTables:
             for run in self._rows.commit.runs[name]
         )
 
-    def sort(self, name: str, base: RowOrigin, folder: Path, memory_bytes: int) -> TouchedRows:
+    def sort(self, name: str, base: RowOrigin, folder: Path, memory_bytes: int, stop: threading.Event) -> TouchedRows:
         """See `TouchedTables`."""
         encoder = Encoder(self._rows, name, base, self._histories[name], self.states is not None)
         num_rows = self._rows.tables[name].spec.num_rows
-        touched = sort_touched_rows(self._streams[name], num_rows, folder, memory_bytes, encoder)
+        touched = sort_touched_rows(self._streams[name], num_rows, folder, memory_bytes, encoder, stop)
         if encoder.num_nan:
             raise ConfigError(
                 f"table {name}: {encoder.num_nan} values of commit {self.commit} are not numbers; export an older "
@@ -143,11 +145,12 @@ class VersionTables:
             for name, table in version.tables.items()
         )
 
-    def sort(self, name: str, base: RowOrigin, folder: Path, memory_bytes: int) -> TouchedRows:
+    def sort(self, name: str, base: RowOrigin, folder: Path, memory_bytes: int, stop: threading.Event) -> TouchedRows:
         """See `TouchedTables`."""
         del base  # a version's rows are in the codec already
         spec = self._image.tables[name].spec
-        return sort_touched_rows(self._streams[name], spec.num_rows, folder, memory_bytes, KeptRows(spec.row_bytes))
+        rounding = KeptRows(spec.row_bytes)
+        return sort_touched_rows(self._streams[name], spec.num_rows, folder, memory_bytes, rounding, stop)
 
     def close(self) -> None:
         """See `TouchedTables`."""

@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from tierstore.offline.exporting.new_files import write_files
 from tierstore.offline.exporting.new_folder import check_free, new_folder
 from tierstore.offline.exporting.touched_rows import TouchedRows
 from tierstore.process.progress import OnProgress
+from tierstore.process.workers import joined_pool
 from tierstore.units import format_bytes, parse_bytes
 
 from .export_origin import ExportOrigin, find_origin
@@ -34,6 +37,8 @@ from .tables_layout import lay_out_states
 
 JOBS_MAX = 64
 SPARE_DISK_BYTES = 64 << 20
+SORTING_BYTES = 64 << 20  # of memory for each table that is sorted at the same time as others
+WAIT_SECONDS = 0.25
 PARTS_FOLDER = ".parts"  # of touched rows while they are sorted; gone before the export appears
 _UNSORTED = TouchedRows(Path(), 0, {})
 
@@ -103,7 +108,7 @@ def export_checkpoint(
         tables_only: Write the tables' tensors alone, under their published names. `source` may then be a folder
             without tensors, whose other files come along. So it is with a store that `init` made.
         dram: What sorting touched rows may take.
-        jobs: Files written at once; by default one for each processor, at most 4.
+        jobs: Tables sorted, then files written at once; by default one for each processor, at most 4.
         on_progress: Called with (bytes done, bytes in all), in the calling thread.
 
     Raises:
@@ -157,12 +162,10 @@ def _write(
     preview = found.lay_out(dict.fromkeys(touched.tables, _UNSORTED), kept_apart)
     needed = sum(file.num_bytes for file in preview.files) + touched.disk_bytes
     _check_room(out, needed)
-    rows: dict[str, TouchedRows] = {}
     try:
         with new_folder(out) as folder:
             parts = folder / PARTS_FOLDER
-            for number, name in enumerate(touched.tables):
-                rows[name] = touched.sort(name, found.rows[name].before, parts / f"{number}", memory_bytes)
+            rows = _sort(parts, found, touched, memory_bytes, jobs)
             layout = found.lay_out(rows, kept_apart)
             states = [] if touched.states is None else lay_out_states(rows, touched.states)
             files = [*states, *layout.files]
@@ -172,6 +175,31 @@ def _write(
         raise named(error, out, error.filename, writing=True, needed_bytes=needed) from error
     exported = [ExportedFile(file.name, file.num_bytes, digests[file.name]) for file in files]
     return _Written(exported, layout.left_out, {name: each.num_rows for name, each in rows.items()})
+
+
+def _sort(
+    folder: Path, found: ExportOrigin, touched: TouchedTables, memory_bytes: int, jobs: int
+) -> dict[str, TouchedRows]:
+    """Sorts the touched rows of all tables, `jobs` at once if each has memory enough; names come in their order."""
+    at_once = max(1, min(jobs, len(touched.tables), memory_bytes // SORTING_BYTES))
+    stop = threading.Event()
+
+    def sort(name: str, number: int) -> TouchedRows:
+        return touched.sort(name, found.rows[name].before, folder / f"{number}", memory_bytes // at_once, stop)
+
+    with joined_pool(at_once, "tierstore-sort") as pool:
+        try:
+            tasks = {name: pool.submit(sort, name, number) for number, name in enumerate(touched.tables)}
+            pending = set(tasks.values())
+            while pending:
+                finished, pending = wait(pending, timeout=WAIT_SECONDS, return_when=FIRST_EXCEPTION)
+                for task in finished:
+                    task.result()
+            return {name: task.result() for name, task in tasks.items()}
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def _check_room(out: Path, total: int) -> None:

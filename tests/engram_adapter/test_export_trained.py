@@ -7,6 +7,8 @@ import json
 import resource
 import shutil
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,8 @@ SHAPES = {
     "engram fp16": {"dim": 16, "dtype": "fp16"},
     "longcat": {"dim": 16},
 }
+
+ENDLESS_S = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +131,7 @@ def test_neither_the_sizes_of_steps_nor_of_stretches_change_a_byte(
     monkeypatch.setattr(touched_rows, "IDS_AT_ONCE", 7)
     monkeypatch.setattr(exported, "READ_BYTES", 3000)
     sort, streams = sorted_rows._sort_stretch, []
-    monkeypatch.setattr(sorted_rows, "_sort_stretch", lambda *given: streams.append(given[0]) or sort(*given))
+    monkeypatch.setattr(sorted_rows, "_sort_stretch", lambda *given: streams.append(given[0].stream) or sort(*given))
     one = export_checkpoint(made.store, tmp_path / "one", source=checkpoint, states=True)
     assert one.files == whole.files
     assert not any(isinstance(stream, sorted_rows._Stretch) for stream in streams)  # all fits: nothing is cut
@@ -286,6 +290,41 @@ def test_a_flipped_bit_in_a_run_and_a_run_that_is_gone_are_named(
     with pytest.raises(FormatError, match=run_path.name):
         export_checkpoint(made.store, tmp_path / "out", source=checkpoint)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trained"]
+
+
+def test_tables_are_sorted_at_once_and_damage_in_one_ends_the_others(
+    models: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, built = tmp_path / "model", tmp_path / "built"
+    tokenizer = models["deepseek_v41"][0] / "tokenizer.json"
+    write_checkpoint(model, "deepseek_v41", rows_per_head=60, hidden=16, layers=[1, 2], dim=64, tokenizer=tokenizer)
+    build_checkpoint(model, built)
+    checkpoint, made = train((model, built), tmp_path / "store")
+    slow, _ = made.records
+    made.commit()
+    one, two = (
+        export_checkpoint(made.store, tmp_path / f"{jobs}", source=checkpoint, jobs=jobs).files for jobs in (1, 2)
+    )
+    assert one == two
+    damaged = sorted((made.store / "training").glob("*.run"))[-1]  # of the last table
+    data = bytearray(damaged.read_bytes())
+    data[4096 + 3] ^= 4
+    damaged.write_bytes(data)
+    row_ids = exported.RunStream.row_ids
+
+    def endless(stream: exported.RunStream) -> Iterator[np.ndarray]:
+        until = time.monotonic() + ENDLESS_S
+        while stream._layout.table == slow and time.monotonic() < until:
+            yield np.empty(0, dtype=np.int64)
+            time.sleep(0.001)
+        yield from row_ids(stream)
+
+    monkeypatch.setattr(exported.RunStream, "row_ids", endless)
+    started = time.monotonic()
+    with pytest.raises(CorruptPageError, match=damaged.name):
+        export_checkpoint(made.store, tmp_path / "out", source=checkpoint, jobs=2)
+    assert time.monotonic() - started < ENDLESS_S
+    assert [path.name for path in tmp_path.iterdir()].count("out") == 0
 
 
 def test_too_little_memory_to_sort_and_values_that_are_not_numbers_are_named(

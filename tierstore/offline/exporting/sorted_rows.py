@@ -13,6 +13,7 @@ stream. Nothing is written at random places.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 from ...durable import read_exactly, write_all
 from ...errors import BudgetError
 from ...units import format_bytes
+from .new_files import StoppedError
 from .touched_rows import ROW_IDS, ROWS, TouchedRows
 
 BINS_MAX = 1 << 16  # of row ids, that are counted to cut the table into stretches
@@ -71,7 +73,7 @@ class Rounding(Protocol):
 
 
 def sort_touched_rows(
-    stream: RecordStream, num_rows: int, folder: Path, memory_bytes: int, rounding: Rounding
+    stream: RecordStream, num_rows: int, folder: Path, memory_bytes: int, rounding: Rounding, stop: threading.Event
 ) -> TouchedRows:
     """Rounds the newest record of each row, and keeps the rows in ascending order. Blocks on the disk.
 
@@ -81,11 +83,14 @@ def sort_touched_rows(
         folder: A new folder for the files; it is made.
         memory_bytes: What sorting may take.
         rounding: Makes rows of records.
+        stop: Set by another thread that does not want the rows any more.
 
     Raises:
+        StoppedError: `stop` was set.
         BudgetError: So little memory would cut the table into too many stretches.
     """
     folder.mkdir(parents=True)
+    stream = _Stoppable(stream, stop)
     borders = _borders(stream, num_rows, memory_bytes, SORTING_BYTES + sum(rounding.widths.values()))
     num_touched = 0
     if not len(borders):
@@ -94,7 +99,7 @@ def sort_touched_rows(
         _partition(stream, borders, folder, memory_bytes)
         for number in range(len(borders) + 1):
             stretch = _Stretch(folder, number, stream.record_bytes)
-            num_touched += _sort_stretch(stretch, folder, rounding)
+            num_touched += _sort_stretch(_Stoppable(stretch, stop), folder, rounding)
             stretch.remove()
     return TouchedRows(folder, num_touched, rounding.widths)
 
@@ -202,6 +207,35 @@ def _append(path: Path, *pieces: np.ndarray) -> None:
             write_all(fd, np.ascontiguousarray(piece))
     finally:
         os.close(fd)
+
+
+@dataclass(frozen=True)
+class _Stoppable:
+    """A stream that ends with `StoppedError` once `stop` is set; keeps the `RecordStream` contract."""
+
+    stream: RecordStream
+    stop: threading.Event
+
+    @property
+    def record_bytes(self) -> int:
+        """See `RecordStream`."""
+        return self.stream.record_bytes
+
+    def row_ids(self) -> Iterator[np.ndarray]:
+        """See `RecordStream`."""
+        for row_ids in self.stream.row_ids():
+            self._check()
+            yield row_ids
+
+    def records(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """See `RecordStream`."""
+        for row_ids, records in self.stream.records():
+            self._check()
+            yield row_ids, records
+
+    def _check(self) -> None:
+        if self.stop.is_set():
+            raise StoppedError
 
 
 @dataclass(frozen=True)
