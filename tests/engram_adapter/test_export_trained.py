@@ -7,6 +7,7 @@ import json
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -460,4 +461,5 @@ def test_a_commit_that_is_forgotten_while_it_is_exported_is_exported_whole(
             for number in range(2, 6):
                 commit(number)
             assert not (store / "training" / "00000001.rates").exists()
-            assert touched.sort(name, origin_of(image, image.tables[name]), tmp_path / "rows", 1 << 24).num_rows == 29
+            origin = origin_of(image, image.tables[name])
+            assert touched.sort(name, origin, tmp_path / "rows", 1 << 24, threading.Event()).num_rows == 29
