@@ -1075,9 +1075,9 @@ class RunRecords:
         """
 
     def add(self, ordinal: int, number: int, fd: int, direct_fd: int, byte_start: int, num_records: int) -> None:
-        """Takes an open run, and its descriptors, which it closes once nobody reads from it any more.
+        """Takes an open run. Its descriptors are copied; the copies are closed once nobody reads from it any more.
 
-        If this raises, they are the caller's still. ordinal: below 65535, and free.
+        ordinal: below 65535, and free. direct_fd: -1 for none. Raises `OSError` if too many files are open.
         """
 
     def remove(self, ordinal: int) -> None:

@@ -1,5 +1,6 @@
 // The Python face of training records at rest: where they lie, and reading them. kernels/_cpu.pyi says what each
 // promises.
+#include <fcntl.h>
 #include <pybind11/stl.h>
 
 #include <memory>
@@ -17,6 +18,16 @@ namespace tierstore {
 namespace {
 
 using UInt16Array = py::array_t<uint16_t, py::array::c_style>;
+
+// A descriptor of our own: the caller's stays its own, whatever interrupts it.
+int copy_of(int fd) {
+  const int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+  if (copy < 0) {
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw py::error_already_set();
+  }
+  return copy;
+}
 
 void require_rows(const Int64Array& row_ids, uint64_t num_rows) {
   require(row_ids.ndim() == 1, "row_ids must be [n]");
@@ -112,10 +123,9 @@ class PyRunReader {
     run->number = number;
     run->byte_start = byte_start;
     run->num_records = num_records;
-    RunFile* const file = run.get();
+    run->file.buffered_fd = copy_of(fd);
+    run->file.direct_fd = direct_fd < 0 ? -1 : copy_of(direct_fd);
     reader_->add(static_cast<uint16_t>(ordinal), std::move(run));
-    file->file.buffered_fd = fd;  // only now: if this had raised, they would be the caller's still
-    file->file.direct_fd = direct_fd;
   }
 
   void remove(uint32_t ordinal) { reader_->remove(static_cast<uint16_t>(ordinal)); }

@@ -10,9 +10,10 @@ import numpy as np
 
 from tierstore.formats.catalog_records import CATALOG_FILE, as_json, write_records
 from tierstore.formats.run import Run, RunLayout
-from tierstore.training.commits import Commit, create_training, go_back, pin, publish_commit, read_training, writing
+from tierstore.training.commits import Commit, create_training, go_back, pin, publish_commit, read_training
 from tierstore.training.live import CommitRows
 from tierstore.training.run_writer import RunWriter
+from tierstore.training.writer_lock import WriterLock
 
 LAYOUTS = {name: RunLayout(name, dim=dim, state_floats=1, seed=seed) for name, dim, seed in (("a", 8, 1), ("b", 30, 2))}
 NUM_ROWS = 5000
@@ -139,7 +140,7 @@ def third_commit(store: Path, trained: Trained) -> Rows:
     again.next_run = trained.next_run
     again.rows = {name: dict(of) for name, of in trained.rows.items()}
     again.runs = {name: list(of) for name, of in trained.runs.items()}
-    with writing(store):
+    with WriterLock(store):
         try:
             again.spill("a", 30)
             again.spill("b", 30)
@@ -165,7 +166,7 @@ def play(store: Path, mark: Callable[[int], None]) -> list[State]:
         states.append(State(records.current, {number: by_number[number] for number in records.commits}))
         mark(len(states) - 1)
 
-    with writing(store):
+    with WriterLock(store):
         for step in (1, 2, 3):
             for name, num in (("a", 300), ("b", 100), ("a", 50)):
                 trained.spill(name, num)

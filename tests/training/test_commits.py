@@ -25,8 +25,8 @@ from tierstore.training.commits import (
     read_training,
     remove_unnamed,
     unpin,
-    writing,
 )
+from tierstore.training.writer_lock import WriterLock
 
 
 @pytest.fixture
@@ -125,27 +125,27 @@ def test_going_back_forgets_what_came_later_but_gives_no_number_twice(trained: T
 
 def test_a_second_writer_is_refused_with_the_firsts_process_id(trained: Trained) -> None:
     code = (
-        "import sys; from pathlib import Path; from tierstore.training.commits import writing\n"
-        "with writing(Path(sys.argv[1])): pass"
+        "import sys; from pathlib import Path; from tierstore.training.writer_lock import WriterLock\n"
+        "with WriterLock(Path(sys.argv[1])): pass"
     )
     command = [sys.executable, "-c", code, str(trained.store)]
-    with writing(trained.store):
+    with WriterLock(trained.store):
         refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert f"is being trained by process {os.getpid()}:" in refused.stderr
-        with pytest.raises(ConfigError, match="one training at a time"), writing(trained.store):
+        with pytest.raises(ConfigError, match="one training at a time"), WriterLock(trained.store):
             pass
     subprocess.run(command, check=True, timeout=60)
 
 
 def test_a_forked_child_does_not_keep_the_lock(trained: Trained) -> None:
     read, write = os.pipe()
-    with writing(trained.store):
+    with WriterLock(trained.store):
         child = os.fork()
         if child == 0:
             os.close(write)
             os.read(read, 1)
             os._exit(0)
-    with writing(trained.store):
+    with WriterLock(trained.store):
         pass
     os.close(write)
     assert os.waitpid(child, 0)[1] == 0
@@ -158,7 +158,7 @@ def test_a_writer_removes_what_no_commit_names_and_gives_its_number_to_nobody(tr
     trained.unnamed.clear()  # as after a kill
     (trained.store / "training" / "00000009-a.run").write_bytes(b"left")
     (trained.store / "training" / "notes.txt").write_bytes(b"somebody's")
-    with writing(trained.store):
+    with WriterLock(trained.store):
         assert files(trained.store) == commit.files | {"training/notes.txt"}
         records = read_training(trained.store)
         assert records is not None

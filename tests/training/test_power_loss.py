@@ -14,7 +14,8 @@ import pytest
 from support.durable_replay import MARK, SYNC, crashes, read_log, run_recorded
 from support.training_runs import is_state, make_training, play
 
-from tierstore.training.commits import remove_unnamed, writing
+from tierstore.training.commits import remove_unnamed
+from tierstore.training.writer_lock import WriterLock
 
 RECORD = """
 import ctypes
@@ -30,7 +31,8 @@ import ctypes, logging, os, shutil
 from pathlib import Path
 from support.training_runs import State, begin, is_state, third_commit
 from tierstore.errors import TierStoreError
-from tierstore.training.commits import remove_unnamed, writing
+from tierstore.training.commits import remove_unnamed
+from tierstore.training.writer_lock import WriterLock
 libc = ctypes.CDLL(None)
 logging.disable()
 root = Path(sys.argv[1])
@@ -46,7 +48,7 @@ def check(store, at):
     left = sorted(path.name for path in (store / "training").iterdir())
     found = before if is_state(store, before) else after
     assert is_state(store, found), f"at operation {at}: neither commit 2 nor commit 3, but {left}"
-    with writing(store):
+    with WriterLock(store):
         assert remove_unnamed(store) == []
     assert is_state(store, found)
     if found is before:
@@ -112,7 +114,7 @@ def check_crashes(tmp_path: Path, num_torn: int, every: int) -> None:
         allowed = states[passed : passed + 2]
         found = [state for state in allowed if is_state(store, state)]
         assert found, f"after {done} of {len(operations)} operations, what was not synced {how}"
-        with writing(store):  # the next training cleans up, and finds the same
+        with WriterLock(store):  # the next training cleans up, and finds the same
             assert remove_unnamed(store) == []
         assert is_state(store, found[0])
         num_looked_at += 1

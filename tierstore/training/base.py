@@ -7,7 +7,6 @@ Input: row ids. Output: training records. Errors: `CorruptPageError` for rows th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +25,7 @@ from ..spec import TableSpec, codec_scale
 from ..store.embedded import open_store
 from ..store.table import Table
 from .optimizers import Optimizer
+from .owned import Owned
 
 BASE_BYTES_MIN = 512 << 10
 CODECS = "fp32, fp16, bf16, fp8_e4m3[*FACTOR] and fp8_e4m3_e8m0x32"
@@ -104,7 +104,7 @@ def open_base(
     optimizer: Optimizer,
     num_bytes: int,
     io: str,
-    owned: ExitStack,
+    owned: Owned,
 ) -> dict[str, BaseRows]:
     """Opens a store's rows as they were built, without any version or placement; `owned` closes them."""
     native = kernels.Optimizer(**optimizer.to_dict())
@@ -112,7 +112,7 @@ def open_base(
     if drawn:
         return {name: DrawnRows(table, layouts[name], native) for name, table in drawn.items()}
     store = open_store(image.path, num_bytes, io, placement="none", threads=1, version=0)
-    owned.callback(store.close)
+    owned.add(store.close)
     return {name: StoredRows(store[name], layouts[name], native) for name in image.tables}
 
 

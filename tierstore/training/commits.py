@@ -1,8 +1,8 @@
 """Commits: durable points of a training, published by one catalog transaction each.
 
 Input: runs that were written, and what the training knows of itself. Output: a `Commit` that the catalog has; pins,
-and commits that are gone. Errors: `ConfigError` for a second writer, by its process id, and for commits that are pinned
-or not there; `BudgetError` for a disk without room.
+and commits that are gone. Errors: `ConfigError` for commits that are pinned or not there; `BudgetError` for a disk
+without room.
 
 Commits are independent of each other: each lists all its runs, oldest first, and the later run has the newer record.
 The newest two and all pinned ones are kept; a run goes when no kept commit lists it. What comes first is durable before
@@ -12,7 +12,6 @@ what comes next begins: contents, names, the transaction that lists them, the re
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import operator
 import os
@@ -45,55 +44,9 @@ from ..formats.training_records import read_training as read_training
 from ..units import format_bytes
 from .run_writer import KEPT, RunWriter
 
-LOCK_FILE = "training.lock"
 SPARE_DISK_BYTES = 16 << 20  # left free beside a commit: the catalog's transaction, the file system's own
 
 logger = logging.getLogger("tierstore")
-_lock_fds: set[int] = set()  # of this process's writers
-
-
-def _close_locks() -> None:
-    """A forked child holds no lock: its parent's would outlive the parent."""
-    while _lock_fds:
-        os.close(_lock_fds.pop())
-
-
-os.register_at_fork(after_in_child=_close_locks)
-
-
-@contextlib.contextmanager
-def writing(store: Path) -> Iterator[None]:
-    """Holds the lock of the store's one training writer; first and last removes files that no commit names.
-
-    Raises `ConfigError` with the process id of whoever has it.
-    """
-    file = store / LOCK_FILE
-    with naming(file, file, writing=True):
-        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    owner = os.getpid()
-    _lock_fds.add(fd)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
-            raise ConfigError(
-                f"{store} is being trained by process {holder}: a store has one training at a time; end that one, or "
-                "copy the store"
-            ) from None
-        with naming(file, file, writing=True):
-            os.pwrite(fd, f"{owner:<20}".encode(), 0)
-        remove_unnamed(store)
-        try:
-            yield
-        finally:
-            if os.getpid() == owner:
-                remove_unnamed(store)
-    finally:
-        if fd in _lock_fds:
-            _lock_fds.discard(fd)
-            fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked just now may not have closed it yet
-            os.close(fd)
 
 
 def create_training(store: Path, training: Mapping[str, Any]) -> TrainingRecords:

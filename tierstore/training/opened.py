@@ -6,7 +6,6 @@ and `CorruptPageError` for runs that are not what the commit lists; `BudgetError
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from .base import BaseRows
 from .commits import Commit
 from .health import Health
 from .optimizers import Optimizer
+from .owned import Owned
 from .prefetch import Prefetches
 from .rows import POLL_S, CachedRows
 from .runs import DEPTH, READ_BYTES, RunReader
@@ -70,7 +70,7 @@ def open_files(
     commit: Commit | None,
     io: str,
     budget_bytes: int,
-    owned: contextlib.ExitStack,
+    owned: Owned,
 ) -> dict[str, TableFiles]:
     """Opens the runs of a commit, None for none, which `owned` closes. Blocks on the disk."""
     found = {}
@@ -80,7 +80,7 @@ def open_files(
         read_bytes = max(READ_BYTES, layout.read_bytes_max)
         depth = max(DEPTH_MIN, min(DEPTH, reading_bytes // (CALLS * read_bytes)))
         reader = RunReader(store, layout, io, depth, CALLS)
-        owned.callback(reader.close)
+        owned.add(reader.close)
         found[name] = TableFiles(layout, reader, kernels.RowPlaces(table.spec.num_rows))
         found[name].load(() if commit is None else commit.runs.get(name, ()))
     return found

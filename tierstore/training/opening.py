@@ -8,7 +8,6 @@ a store raises.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,13 @@ from ..store.options import check_options, check_threads
 from ..tiers.nvme import default_threads
 from ..units import parse_bytes
 from .base import base_bytes_of, check_trainable, open_base
-from .commits import Commit, TrainingRecords, change_training, create_training, go_back, read_training, writing
+from .commits import Commit, TrainingRecords, change_training, create_training, go_back, read_training
 from .health import Health
 from .opened import OpenedTraining, layout_of, open_files, plan_memory
 from .optimizers import Optimizer, from_dict
+from .owned import Owned
 from .training import Training
+from .writer_lock import WriterLock
 
 
 def open_training(
@@ -67,20 +68,26 @@ def open_training(
     image = read_catalog(store, may_be_initial=True)
     for table in image.tables.values():
         check_trainable(table.spec)
-    with ExitStack() as stack:
-        stack.enter_context(writing(store))
+    owned = Owned()
+    try:
+        lock = WriterLock(store)
+        owned.add(lock.close)
+        lock.take()
         records = read_training(store)
         chosen, commit = _chosen(store, image, records, optimizer, at)
-        files = open_files(store, image, chosen, commit, io, budget_bytes, stack)
+        files = open_files(store, image, chosen, commit, io, budget_bytes, owned)
         base_bytes = base_bytes_of(image, budget_bytes)
         plan = plan_memory(files, image, budget_bytes, base_bytes)
         check_available(plan.num_bytes)
-        base = open_base(image, {name: of.layout for name, of in files.items()}, chosen, base_bytes, io, stack)
+        base = open_base(image, {name: of.layout for name, of in files.items()}, chosen, base_bytes, io, owned)
         health = Health(f"the training of {path}")
         opened = OpenedTraining(image, base, files, plan, chosen, num_threads, health)
-        stack.callback(opened.stop)
+        owned.add(opened.stop)
         opened.start(_noted(store, image, records, chosen, at).last_run, commit)
-        return Training(opened, stack.pop_all(), health, commit)
+        return Training(opened, owned, health, commit)
+    except BaseException:
+        owned.close()
+        raise
 
 
 def _chosen(

@@ -6,10 +6,10 @@ Errors: `CorruptPageError` for damage, by file, place and row; `FormatError` for
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import threading
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ class RunReader:
         read_bytes = max(READ_BYTES, layout.read_bytes_max)
         self._records = kernels.RunRecords(layout.record_bytes, layout.seed, depth, read_bytes, calls, self._mode)
         self._lock = threading.Lock()  # guards the runs
-        self._runs: dict[int, tuple[Run, Path, int]] = {}  # by ordinal, with a descriptor of our own
+        self._runs: dict[int, tuple[Run, Path, FileIO]] = {}  # by ordinal, with a file of our own
 
     @property
     def num_bytes(self) -> int:
@@ -63,34 +63,40 @@ class RunReader:
         path: where the file is if it has not its name yet.
         """
         file = self._store / run.file
-        with self._lock, contextlib.ExitStack() as stack:
+        with self._lock:
             if len(self._runs) >= RUNS_MAX:
                 raise ConfigError(f"{file}: {RUNS_MAX} runs of table {self.layout.table} are open; commit and merge")
             ordinal = next(i for i in range(RUNS_MAX) if i not in self._runs)
             allow_open_files(3 * len(self._runs) + 3)
-            fd = _open_run(path or file)
-            stack.callback(os.close, fd)
-            check_head(file, fd, self.layout, run)
-            handed = os.dup(fd)
-            direct_fd = -1
-            try:
-                direct_fd = open_direct(path or file) if self._mode == "uring" else -1
-                self._records.add(ordinal, run.number, handed, direct_fd, UNIT_BYTES, run.num_records)
-            except BaseException:
-                for each in (handed, direct_fd):
-                    if each >= 0:
-                        os.close(each)
-                raise
-            self._runs[ordinal] = run, file, fd
-            stack.pop_all()
+            opened = _open_run(path or file)
+            check_head(file, opened.fileno(), self.layout, run)
+            self._runs[ordinal] = run, file, opened  # first: what it has from here on, `close` closes
+            self._add_records(ordinal, run, opened, path or file)
             return ordinal
+
+    def _add_records(self, ordinal: int, run: Run, opened: FileIO, path: Path) -> None:
+        direct = None
+        try:
+            direct_fd = open_direct(path) if self._mode == "uring" else -1
+            direct = FileIO(direct_fd) if direct_fd >= 0 else None
+            self._records.add(ordinal, run.number, opened.fileno(), direct_fd, UNIT_BYTES, run.num_records)
+        except BaseException:
+            self._remove(ordinal)
+            raise
+        finally:
+            if direct is not None:
+                direct.close()
 
     def remove(self, ordinal: int) -> None:
         """Closes a run once no read of it is under way, without waiting for that. Its ordinal may be given again."""
         with self._lock:
-            self._records.remove(ordinal)
-            _, _, fd = self._runs.pop(ordinal)
-            os.close(fd)
+            self._remove(ordinal)
+
+    def _remove(self, ordinal: int) -> None:
+        """With the lock held. Each part may be done again: an interrupt may come between any two."""
+        self._records.remove(ordinal)
+        self._runs[ordinal][2].close()
+        del self._runs[ordinal]
 
     def load(self, ordinal: int, places: kernels.RowPlaces) -> None:
         """Notes all rows of a run in `places`: newer than what was there. Blocks on the disk."""
@@ -102,10 +108,10 @@ class RunReader:
 
         start: a multiple of ROW_IDS_OF_STRETCH. count: fewer are returned at the run's end; None: all.
         """
-        run, file, fd = self._runs[ordinal]
+        run, file, opened = self._runs[ordinal]
         left = max(0, run.num_records - start)
         ids = np.empty(left if count is None else min(count, left), dtype=np.int64)
-        read_row_ids(file, fd, self.layout, run, start, ids)
+        read_row_ids(file, opened.fileno(), self.layout, run, start, ids)
         return ids
 
     def read(
@@ -168,11 +174,20 @@ class RunReader:
             self.remove(ordinal)
 
 
-def _open_run(file: Path) -> int:
+def _open_run(file: Path) -> FileIO:
+    """Opens a run. Returns a file object: if an interrupt keeps it from being named, it is closed."""
+    refused = f"{file}: it is no regular file; {REMEDY}"
     with naming(file, file, fault=Fault(FormatError, REMEDY)):
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe in its place would block for ever
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise FormatError(f"{file}: it is no regular file; {REMEDY}")
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-    return fd
+        try:
+            opened = FileIO(file, opener=_open)
+        except IsADirectoryError:
+            raise FormatError(refused) from None
+    if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+        opened.close()
+        raise FormatError(refused)
+    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return opened
+
+
+def _open(file: str, flags: int) -> int:
+    return os.open(file, flags | os.O_NONBLOCK)  # a pipe in its place would block for ever

@@ -12,7 +12,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +22,7 @@ from .commits import Commit, check_room, checked_commit, go_back, pin, read_comm
 from .health import Health
 from .opened import OpenedTraining
 from .optimizers import Optimizer
+from .owned import Owned
 from .publish import publish
 from .table import TrainingTable
 from .ticket import TrainingTicket
@@ -38,7 +38,7 @@ class Training:
     tickets. It is of one process: a forked child cannot use it.
     """
 
-    def __init__(self, opened: OpenedTraining, owned: ExitStack, health: Health, commit: Commit | None) -> None:
+    def __init__(self, opened: OpenedTraining, owned: Owned, health: Health, commit: Commit | None) -> None:
         """`open_training` is the way in. owned: what is closed with it, its threads first."""
         self._opened, self._owned, self._health = opened, owned, health
         self._at = 0 if commit is None else commit.number
@@ -213,8 +213,7 @@ class Training:
         if not self._health.is_of_this_process():  # threads, files and lock are the parent's
             return
         self._health.is_closed = True  # whoever takes the lock of steps from now on is refused
-        self._opened.stop()
-        self._owned.close()
+        self._owned.close()  # its threads first
         self._opened.drop()
 
     def __enter__(self) -> Training:

@@ -111,7 +111,9 @@ class Writer:
             return False
         for table in self._tables.values():
             while table.unnamed:
-                table.unnamed.popitem()[1].discard()
+                ordinal, run = next(reversed(table.unnamed.items()))
+                run.discard()
+                table.unnamed.pop(ordinal, None)  # only now: an interrupted stop is called again
         return True
 
     def spill(self, name: str) -> TrainingTicket:
@@ -127,12 +129,6 @@ class Writer:
     def commit(self, request: CommitRequest) -> None:
         """Asks to write what was frozen, and to publish it."""
         self._requests.put(lambda: self._do(request.ticket, lambda: self._commit(request)) if request.claim() else None)
-
-    def idle(self) -> TrainingTicket:
-        """Returns a ticket that ends once all that was asked for before is done."""
-        ticket = TrainingTicket("writing records")
-        self._requests.put(ticket.end)
-        return ticket
 
     def _serve(self) -> None:
         try:
