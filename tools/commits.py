@@ -72,26 +72,29 @@ def command(store: Path, pins: tuple[int, ...], unpins: tuple[int, ...], as_json
 
 
 def _print(store: Path, found: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
+    from rich.table import Column, Table
 
     if not found:
         click.echo(f"{store} has no commits; a training makes them: training.commit(step)")
         return
-    table = Table("commit", "step", "when", "", "records", "on disk", "of its own", "digest")
+    plain = [
+        Column(name, no_wrap=True) for name in ("commit", "step", "when", "", "records", "on disk", "own", "digest")
+    ]
+    table = Table(*plain, box=None, pad_edge=False)
     for of in found:
         marks = [name for name in ("current", "pinned") if of[name]]
-        records = ", ".join(f"{name}: {count:,} in {of['runs'][name]} runs" for name, count in of["records"].items())
-        if of["missing"]:
-            records = f"{len(of['missing'])} files are missing: {', '.join(of['missing'][:3])}"
         table.add_row(
             str(of["commit"]),
             f"{of['step']:,}",
-            datetime.fromtimestamp(of["time_s"], UTC).strftime("%Y-%m-%d %H:%M:%SZ"),
-            ", ".join(marks),
-            Text(records),
+            datetime.fromtimestamp(of["time_s"], UTC).strftime("%m-%d %H:%M:%SZ"),
+            " ".join(marks),
+            f"{sum(of['records'].values()):,}",
             format_bytes(of["num_bytes"]),
             format_bytes(of["own_bytes"]),
-            of["digest"][:16],
+            of["digest"][:12],
         )
     console().print(table)
+    for of in found:
+        if of["missing"]:
+            names = ", ".join(of["missing"][:3])
+            click.echo(f"commit {of['commit']}: {len(of['missing'])} files are missing: {names}")

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 
 class Owned:
-    """Closes what it owns, last first: also when it is dropped, unless by a forked child."""
+    """Closes what it owns, last first: also when it is dropped before `hand_over`, unless by a forked child."""
 
-    _process = 0  # until it can own anything
+    _process = 0  # until it can own anything, and once another object closes it
 
     def __init__(self) -> None:
         self._closes: list[Callable[[], None]] = []
@@ -32,6 +32,10 @@ class Owned:
             self._closes[-1]()
             self._closes.pop()  # only now
 
-    def __del__(self) -> None:
-        if not sys.is_finalizing() and os.getpid() == self._process:
+    def hand_over(self) -> None:
+        """Another object closes it from now on, which knows in which thread the collector may."""
+        self._process = 0
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:  # when this runs, sys may be gone
+        if self._process and not is_finalizing() and os.getpid() == self._process:
             self.close()

@@ -45,6 +45,7 @@ class Training:
         self._changes_committed = 0
         self._last_ticket: TrainingTicket | None = None
         _open_trainings.add(self)
+        owned.hand_over()
 
     def __repr__(self) -> str:
         return f"<tierstore.Training {self.path}: {len(self.tables)} tables, at commit {self.at}>"
