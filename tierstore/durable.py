@@ -76,9 +76,9 @@ def write_all(fd: int, data: bytes | np.ndarray, byte_start: int | None = None) 
 def replacing(path: Path, new_path: Path | None = None, mode: int = 0o666) -> Iterator[int]:
     """Yields a descriptor of a new file, which becomes `path` in one step if the body ends: whole, and durable.
 
-    A `path` that is there and not a regular file is a `ConfigError`.
     If the body raises, the new file is removed and `path` stays as it was. The same holds for a disk that fails, until
-    the file has its name; if only its folder cannot be synced, `path` is the new file, perhaps not durably.
+    the file has its name; if only its folder cannot be synced, `path` is the new file, perhaps not durably. A `path`
+    that is a device is a `ConfigError`.
 
     Args:
         path: The file that is made, or replaced.
@@ -86,8 +86,8 @@ def replacing(path: Path, new_path: Path | None = None, mode: int = 0o666) -> It
             there is removed.
         mode: Permissions, of which the umask takes some away.
     """
-    if path.exists() and not path.is_file():  # the root user's rename takes the place of a device, such as /dev/null
-        raise ConfigError(f"{path} is there and not a regular file; give the name of a file to write")
+    if path.is_char_device() or path.is_block_device():  # a rename by root would take its place
+        raise ConfigError(f"{path} is a device; give the name of a file to write")
     new_path = new_path or path.with_name(path.name + NEW_SUFFIX)
     new_path.unlink(missing_ok=True)
     fd = -1

@@ -127,7 +127,8 @@ def test_a_forked_child_decodes_with_threads_of_its_own() -> None:
         for _ in range(5):
             child = os.fork()
             if child == 0:
-                os._exit(0 if np.array_equal(decoded(2), alone) and threads_of_this_process() == 2 else 1)
+                before = threads_of_this_process()  # one, and those that other libraries start in a child
+                os._exit(0 if np.array_equal(decoded(2), alone) and threads_of_this_process() > before else 1)
             assert os.waitpid(child, 0)[1] == 0
     finally:
         stop.set()

@@ -64,6 +64,8 @@ def write_delta(
         BudgetError: The disk has too little room.
     """
     path, out = Path(store_path), Path(out)
+    if out.exists() and not out.is_file():
+        raise ConfigError(f"{out} is there and not a regular file; give the name of a file to write")
     image = read_catalog(path)
     before, after = image.at_version(since), image.at_version(until)
     if since >= until:
