@@ -139,9 +139,7 @@ class OpenedTraining:
         self.prefetches = Prefetches(self.rows, plan.buffer_bytes, health)
         self.writer: Writer | None = None
         self.tables = {
-            name: TrainingTable(
-                image.tables[name].spec, rows, self.parts, optimizer.lr, health, self.prefetches.wait_for
-            )
+            name: TrainingTable(image.tables[name].spec, rows, self.parts, optimizer, health, self.prefetches.wait_for)
             for name, rows in self.rows.items()
         }
 

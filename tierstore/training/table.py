@@ -19,6 +19,7 @@ from .. import kernels
 from ..spec import TableSpec
 from ..store.arguments import checked_ids, refuse_outside
 from .health import Health
+from .optimizers import DenseAdam, Optimizer
 from .rows import CachedRows
 from .step import Step
 
@@ -57,12 +58,13 @@ class TrainingTable:
         spec: TableSpec,
         rows: CachedRows,
         parts: StepParts,
-        lr: float,
+        optimizer: Optimizer,
         health: Health,
         wait_for: Callable[[str, np.ndarray], None],
     ) -> None:
         """wait_for: waits for prefetches of distinct rows of a table."""
-        self._spec, self._rows, self._parts, self._lr, self._health = spec, rows, parts, lr, health
+        self._spec, self._rows, self._parts, self._health = spec, rows, parts, health
+        self._lr, self._replays_steps = optimizer.lr, isinstance(optimizer, DenseAdam)
         self._wait_for = wait_for
 
     def __repr__(self) -> str:
@@ -96,7 +98,7 @@ class TrainingTable:
             self._health.check()
             if not 0 <= step <= STEP_MAX:
                 raise ValueError(f"table {self._spec.name}: step {step} is outside 0 to {STEP_MAX}")
-            if len(self._rows.cache.rates()) and step != self.num_steps:
+            if self._replays_steps and step != self.num_steps:
                 raise ValueError(
                     f"table {self._spec.name}: DenseAdam is at step {self.num_steps} and cannot be set to {step}; "
                     f"apply no row ids for each step that is skipped"
