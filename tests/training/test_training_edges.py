@@ -265,7 +265,7 @@ def test_a_step_whose_number_was_set_back_is_a_change(trainable: Trainable, stor
     pair.training.close()
 
 
-def test_dense_adam_skips_no_step_not_even_before_its_first(trainable: Trainable, store: Path) -> None:
+def test_dense_adam_skips_no_step_not_even_before_its_first(store: Path) -> None:
     with tierstore.open_training(store, tierstore.DenseAdam(lr=0.01), dram="8MiB") as training:
         training["bf16"].set_step(0)
         with pytest.raises(ValueError, match="is at step 0 and cannot be set to 3"):
