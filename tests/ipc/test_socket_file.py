@@ -172,6 +172,24 @@ def test_a_killed_daemons_socket_is_replaced(path: Path, handler: NotingHandler)
     assert not list(path.parent.iterdir())
 
 
+@pytest.mark.parametrize("looks_before", [0, 1])
+def test_a_stale_socket_that_a_starting_daemon_removes_meanwhile_is_a_daemon_that_is_not_there(
+    path: Path, monkeypatch: pytest.MonkeyPatch, looks_before: int
+) -> None:
+    ServingChild(path).kill()
+    real_stat, looks = os.stat, []
+
+    def removed_after(file: str, **options: bool) -> os.stat_result:
+        if len(looks) == looks_before:
+            path.unlink()
+        looks.append(file)
+        return real_stat(file, **options)
+
+    monkeypatch.setattr(client_socket.os, "stat", removed_after)
+    with pytest.raises(DaemonError, match="nothing listens there"):
+        dial(path)
+
+
 @pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("turn", range(5))
 def test_one_of_several_daemons_started_at_once_serves_the_socket(path: Path, stale: bool, turn: int) -> None:

@@ -4,6 +4,8 @@ what they are of is."""
 from __future__ import annotations
 
 import json
+import subprocess
+import traceback
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,7 +74,8 @@ def test_serve_has_every_case_with_its_target(folder: Path, made: MadeStore, mon
     file = folder / "figures.json"
     options = ["--folder", folder, "--size", ROWS * stores.ROW_BYTES, "--tokens", 40, "--pairs", 2, "--json", file]
     outcome = CliRunner().invoke(cli, ["bench", "serve", *map(str, options)])
-    assert outcome.exit_code == 0, outcome.output
+    words = "".join(traceback.format_exception(outcome.exception)) if outcome.exception else ""
+    assert outcome.exit_code == 0, f"{outcome.output}\n{words}"
     record = json.loads(file.read_text())["serve"]
     for words, rows in {"one token, p50": 24, "40 tokens": 8 * 40 * 24}.items():
         compared = next(part for part in record["comparisons"] if part["case"].startswith(words))
@@ -202,6 +205,13 @@ def test_memory_that_two_map_is_counted_once(made: MadeStore, keys_file: Path, t
                 shared.append(proportional_bytes([served.pid, *clients.pids])["Pss_Shmem"])
     assert shared[0] <= 9 << 20
     assert shared[1] < 2 * shared[0]
+
+
+def test_memory_of_a_process_that_ended_is_refused_by_name() -> None:
+    ended = subprocess.Popen(["true"])
+    assert ended.wait(WAIT_S) == 0
+    with pytest.raises(DaemonError, match=f"process {ended.pid} ended while it was measured"):
+        proportional_bytes([ended.pid])
 
 
 def test_a_working_set_that_does_not_fit_is_refused(

@@ -182,7 +182,7 @@ def _check_owner(path: str, pid: int, uid: int, trusted_uids: Collection[int]) -
 
 
 def _raise_unreachable(path: str, outcome: int, timeout_s: float) -> NoReturn:
-    if outcome == errno.ECONNREFUSED and os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
+    if outcome == errno.ECONNREFUSED and _is_no_socket(path):
         raise DaemonError(f"{path}: that is not a socket; give the path that tierstore serve was given")
     remedies = {
         errno.ENOENT: f"there is no socket; start a daemon: tierstore serve STORE --socket {path}",
@@ -197,3 +197,11 @@ def _raise_unreachable(path: str, outcome: int, timeout_s: float) -> NoReturn:
     if outcome in remedies:
         raise DaemonError(f"{path}: {remedies[outcome]}")
     raise named(OSError(outcome, os.strerror(outcome)), path, kind=DaemonError)
+
+
+def _is_no_socket(path: str) -> bool:
+    """Whether a file of another kind is there. A daemon that starts may remove a stale socket at any moment."""
+    try:
+        return not stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False

@@ -93,11 +93,15 @@ def proportional_bytes(pids: Iterable[int]) -> dict[str, int]:
     """Returns what processes take together, a page that many map counted once: "Pss", and of it "Pss_Shmem",
     shared memory.
 
-    Source: smaps_rollup of proc(5).
+    Source: smaps_rollup of proc(5). Raises `DaemonError` if one of them has ended.
     """
     total = {"Pss": 0, "Pss_Shmem": 0}
     for pid in pids:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise DaemonError(f"process {pid} ended while it was measured; its words are above") from error
+        for line in lines:
             name, _, value = line.partition(":")
             if name in total:
                 total[name] += int(value.split()[0]) * 1024
