@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import linecache
-import os
 import shutil
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
+from support.interrupted import Interrupted, open_files
 from support.trainable import Pair, Trainable, make_trainable, tiny_caches
 
 import tierstore
+from tierstore.formats.run import RunLayout
+from tierstore.training.run_writer import RunWriter
 from tierstore.training.writer_lock import WriterLock
 
 ADAGRAD = tierstore.RowWiseAdagrad(lr=0.05)
-TRACED = str(Path(tierstore.__file__).parent / "training")
 LINES_MAX = 400
 
 
@@ -36,45 +34,6 @@ def built(trainable: Trainable, tmp_path_factory: pytest.TempPathFactory) -> Pat
     store = tmp_path_factory.mktemp("built") / "store"
     trainable.model.build(store)
     return store
-
-
-class Interrupted:
-    """Raises at the n-th line that the training's own files run in this thread.
-
-    Not where a `with` ends: Python names its line once more before it calls `__exit__`, and runs no signal handler
-    there.
-    """
-
-    def __init__(self, number: int, error: type[BaseException]) -> None:
-        self.left, self.error, self.was_raised = number, error, False
-        self._entered = set[tuple[int, int]]()
-
-    def __enter__(self) -> Interrupted:
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
-
-    def _trace(self, frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
-        if not frame.f_code.co_filename.startswith(TRACED):
-            return None
-        if event == "call":  # a frame that ended may have had its id, and may have left its `with` by `return`
-            self._entered = {at for at in self._entered if at[0] != id(frame)}
-        if event == "line" and not self._ends_with(frame):
-            self.left -= 1
-            if self.left == 0:
-                self.was_raised = True
-                raise self.error("at " + frame.f_code.co_name)
-        return self._trace
-
-    def _ends_with(self, frame: FrameType) -> bool:
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        at = (id(frame), frame.f_lineno)
-        if not line.startswith("with "):
-            return False
-        self._entered ^= {at}
-        return at not in self._entered
 
 
 def sweep(pair: Pair, act: Callable[[Pair], None], error: type[BaseException], every: int = 1) -> int:
@@ -206,16 +165,6 @@ def trained(trainable: Trainable, built: Path, tmp_path: Path) -> Path:
     return store
 
 
-def open_files(store: Path) -> list[str]:
-    """Returns which files of a store this process has open."""
-    gc.collect()
-    found = []
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the folder's own
-            found.append(os.readlink(f"/proc/self/fd/{number}"))
-    return sorted(file for file in found if file.startswith(f"{store}/training"))
-
-
 @pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_opening_that_is_interrupted_leaves_no_lock_and_no_thread(
     trained: Path, every: int, monkeypatch: pytest.MonkeyPatch
@@ -253,3 +202,20 @@ def test_a_close_that_is_interrupted_at_any_line_is_whole_when_it_is_called_agai
         if not interrupted.was_raised:
             break
     assert 20 < number < LINES_MAX - 1
+
+
+def test_a_run_that_is_interrupted_at_any_line_of_its_writing_is_closed(tmp_path: Path) -> None:
+    layout = RunLayout("a", dim=8, state_floats=1, seed=1)
+
+    def write(number: int) -> None:
+        with RunWriter(tmp_path, number, layout, buffer_bytes=8192) as writer:
+            writer.write(min(3, len(writer.buffer())), np.arange(3))
+            writer.finish()
+
+    for number in range(1, LINES_MAX):
+        with contextlib.suppress(KeyboardInterrupt), Interrupted(number, KeyboardInterrupt) as interrupted:
+            write(number)
+        assert open_files(tmp_path) == []
+        if not interrupted.was_raised:
+            break
+    assert 50 < number < LINES_MAX - 1

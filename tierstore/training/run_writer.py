@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import logging
 import os
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
@@ -56,16 +57,16 @@ class RunWriter:
         self._digest = hashlib.sha256()
         self._offset = 0  # bytes of the next buffer that an unfinished unit takes
         self._failed = self._is_named = self._is_kept = False
-        self._fd = -1
+        self._opened: FileIO | None = None
         self._stack = contextlib.ExitStack()
         buffer_bytes = max(buffer_bytes, round_up(layout.stored_bytes, UNIT_BYTES) + UNIT_BYTES)
         path = store / f"{self._file}{NEW_SUFFIX}"
         try:
             with self._naming():
                 (store / TRAINING_FOLDER).mkdir(exist_ok=True)
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                self._fd = os.open(path, flags, 0o666)
-                os.lseek(self._fd, UNIT_BYTES, os.SEEK_SET)  # the head comes last
+                # A file object: if an interrupt keeps it from being named, or from being closed, it closes itself.
+                self._opened = FileIO(path, "xb+", opener=_open)
+                self._opened.seek(UNIT_BYTES)  # the head comes last
             shape = buffer_bytes // UNIT_BYTES, UNIT_BYTES
             self._pages = self._stack.enter_context(writing(self._fd, shape))
         except BaseException:
@@ -166,15 +167,14 @@ class RunWriter:
     def discard(self) -> None:
         """Closes the file, and removes it unless it is kept. Any number of times."""
         self._stack.close()  # no write is under way any more
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
+        if self._opened is not None and not self._opened.closed:
             try:
                 if not self._is_kept:
                     self.path.unlink(missing_ok=True)
             except OSError as error:
                 logger.warning("%s cannot be removed; the next training removes it: %s", self.path, error)
             finally:
-                os.close(fd)
+                self._opened.close()
 
     def _advance(self, end: int) -> None:
         """Writes the whole units of the last buffer's first `end` bytes, and keeps the rest for the next one."""
@@ -188,6 +188,11 @@ class RunWriter:
                     self._pages.buffer().reshape(-1)[: len(rest)] = rest
         self._offset = len(rest)
 
+    @property
+    def _fd(self) -> int:
+        assert self._opened is not None, "__init__ opens it, or raises"
+        return self._opened.fileno()
+
     def _naming(self) -> contextlib.AbstractContextManager[None]:
         file = self._store / self._file
         return naming(file, file, writing=True, note=KEPT)
@@ -199,3 +204,7 @@ class RunWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.discard()
+
+
+def _open(file: str, flags: int) -> int:
+    return os.open(file, flags | os.O_NOFOLLOW, 0o666)
