@@ -63,7 +63,8 @@ def command(store: Path, pins: tuple[int, ...], unpins: tuple[int, ...], as_json
     for number in pins:
         pin(store, number)
     for number in unpins:
-        unpin(store, number)
+        if not unpin(store, number):
+            click.echo(f"commit {number} was not pinned", err=True)
     found = commits_record(store, read_training(store))
     if as_json:
         click.echo(json.dumps(found, indent=2))

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 from support.training_runs import Trained, make_training
 
-from tierstore.errors import ConfigError
+from tierstore.errors import ConfigError, FormatError
 from tierstore.tools.commits import command
 from tierstore.training.commits import read_training
 
@@ -51,6 +51,19 @@ def test_a_commit_is_pinned_and_unpinned(store: Path) -> None:
     assert records is not None
     assert records.pins == {1}
     assert [of["pinned"] for of in json.loads(run(store, "--unpin", "1", "--json").output)] == [False, False]
+
+
+def test_a_commit_that_was_not_pinned_is_said_to_be_so(store: Path) -> None:
+    assert "commit 1 was not pinned" in run(store, "--unpin", "1").stderr
+    run(store, "--pin", "1")
+    assert run(store, "--unpin", "1").stderr == ""
+
+
+def test_a_checkpoints_folder_is_no_store_without_commits(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    error = run(tmp_path).exception
+    assert isinstance(error, FormatError)
+    assert f"make a store of it: tierstore build {tmp_path} NEW_STORE" in str(error)
 
 
 def test_a_commit_that_is_not_there_is_named(store: Path) -> None:

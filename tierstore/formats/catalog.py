@@ -244,7 +244,7 @@ def read_catalog(
     """
     path = Path(path)
     try:
-        if not _holds_catalog(path):
+        if not holds_catalog(path):
             raise StoreNotReadyError(f"there is no store at {path}; build one: tierstore build CHECKPOINT {path}")
         records = read_records(path)
     except OSError as error:
@@ -354,13 +354,17 @@ def _shard_record(record: dict[str, Any], layout: TableLayout, shard_index: int)
     return ShardRecord(file, expected_bytes, record["sha256"])
 
 
-def _holds_catalog(path: Path) -> bool:
+def holds_catalog(path: Path) -> bool:
+    """Whether a folder is a store. Raises `FormatError` if it is another folder with files in it, or a file."""
     if (path / CATALOG_FILE).is_file():
         return True
     if path.is_dir() and any(
         entry.name != LOCK_FILE and not entry.name.startswith(NEW_CATALOG_FILE) for entry in path.iterdir()
     ):
-        raise FormatError(f"{path} holds files but no {CATALOG_FILE}: it is not a tierstore store; give another path")
+        raise FormatError(
+            f"{path} holds files but no {CATALOG_FILE}: it is not a tierstore store; give the path of one; if it is a "
+            f"checkpoint, make a store of it: tierstore build {path} NEW_STORE"
+        )
     if path.exists() and not path.is_dir():
         raise FormatError(f"{path} is a file; a store is a folder with {CATALOG_FILE}")
     return False

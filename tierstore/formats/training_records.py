@@ -18,6 +18,7 @@ from typing import Any
 from ..causes import named
 from ..errors import ConfigError, FormatError, StoreNotReadyError
 from ..layout import checked_path
+from .catalog import holds_catalog
 from .catalog_records import as_json, from_json, read_records
 from .run import Run, RunLayout
 
@@ -136,15 +137,13 @@ class TrainingRecords:
 def read_training(store: str | os.PathLike[str]) -> TrainingRecords | None:
     """Reads what the catalog says of a training; None without one. Safe beside a writer. Blocks on the disk.
 
-    Raises `StoreNotReadyError` if there is no store, `FormatError` if its records are damaged.
+    Raises `StoreNotReadyError` if there is no store, `FormatError` if it is another folder, or its records are damaged.
     """
     path = Path(store)
     try:
+        if not holds_catalog(path):
+            raise StoreNotReadyError(f"there is no store at {path}; build one: tierstore build CHECKPOINT {path}")
         records = read_records(path)
-    except FileNotFoundError as error:
-        raise StoreNotReadyError(
-            f"there is no store at {path}; build one: tierstore build CHECKPOINT {path}"
-        ) from error
     except OSError as error:
         raise named(error, f"cannot read {error.filename or path}", error.filename or path) from error
     return training_of(path, records)

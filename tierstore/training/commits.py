@@ -171,11 +171,16 @@ def pin(store: Path, number: int) -> None:
         write_records(store / CATALOG_FILE, {pin_key(number): b"{}"})
 
 
-def unpin(store: Path, number: int) -> None:
-    """Ends a pin. Any process may call. The commit goes with the next commit unless it is one of the newest two."""
+def unpin(store: Path, number: int) -> bool:
+    """Ends a pin; returns whether there was one. Any process may call.
+
+    The commit goes with the next commit unless it is one of the newest two. Raises `ConfigError` if it is not there.
+    """
     with _changing(store):
-        _records(store).commit(number)
+        records = _records(store)
+        records.commit(number)
         write_records(store / CATALOG_FILE, {}, removed=[pin_key(number)])
+        return number in records.pins
 
 
 def forget_commit(store: Path, number: int) -> None:
