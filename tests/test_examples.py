@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support.repository import REPOSITORY
-from support.text_store import TABLE_BYTES, TextStore
+from support.text_store import TABLE_BYTES, TextStore, write_trace
 
 import tierstore
 from engram_adapter import HashSpec
 
 EXAMPLES = REPOSITORY / "examples"
 TIMEOUT_S = 300
+OFFLINE = {"RAY_USAGE_STATS_ENABLED": "0"}  # Ray reports its use to its makers else
 
 
 def output_of(*arguments: object) -> str:
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, check=True, timeout=TIMEOUT_S, capture_output=True, text=True).stdout
+    environment = os.environ | OFFLINE
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, check=True, timeout=TIMEOUT_S, stdout=subprocess.PIPE, text=True
+    )
+    return done.stdout
 
 
 @pytest.mark.parametrize(("dram", "epoch"), [(16 << 20, 1), (2 * TABLE_BYTES, None)], ids=["part of it", "all of it"])
@@ -47,3 +56,33 @@ def test_tables_fine_tuned_are_published_and_a_killed_run_goes_on(text: TextStor
     row_ids = HashSpec.from_store(tierstore.open(own)).row_ids(text.documents[0][None, :9], 1)
     with tierstore.open(own, version=0) as before, tierstore.open(own) as after:
         assert not np.array_equal(before["layers.1"].rows(row_ids), after["layers.1"].rows(row_ids))
+
+
+def if_installed(script: str, package: str) -> Any:
+    is_missing = importlib.util.find_spec(package) is None
+    reason = f"{package} is not installed; pip install {package}"
+    return pytest.param(script, marks=pytest.mark.skipif(is_missing, reason=reason))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", [if_installed("ray", "ray"), if_installed("dask", "distributed")])
+def test_a_corpus_profiled_by_two_workers_of_a_cluster_is_the_profile_of_one_process(
+    text: TextStore, tmp_path: Path, script: str
+) -> None:
+    """To the byte, from traces of very different lengths."""
+    bounds = [0, 9, len(text.documents) // 2, len(text.documents)]
+    traces = [
+        write_trace(tmp_path / f"{start}.trace", text.documents[start:end]) for start, end in itertools.pairwise(bounds)
+    ]
+    merged = tmp_path / "merged.profile"
+    said = output_of(EXAMPLES / f"profile_with_{script}.py", text.store, *traces, "-o", merged, "--workers", 2)
+    assert said.endswith(f" tokens of {len(text.documents):,} documents, 3 parts\n")
+    assert merged.read_bytes() == text.profile.read_bytes()
+    assert sorted(tmp_path.iterdir()) == sorted([*traces, merged]), "the parts are gone"
+
+
+@pytest.mark.parametrize("script", ["ray", "dask"])
+def test_the_scripts_of_clusters_explain_themselves_without_the_clusters_packages(script: str) -> None:
+    said = output_of(EXAMPLES / f"profile_with_{script}.py", "--help")
+    assert "--held-out SHARE" in said
+    assert "example: python" in said.lower()
