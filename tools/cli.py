@@ -29,11 +29,13 @@ from tierstore.units import format_bytes
 from tierstore.version import VERSION
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
     from rich.console import Console
 
 TABLE_COLUMNS = 120  # width of tables where output is no terminal
 PLAIN_STEPS = 20  # a line of progress for every twentieth of the work,
 PLAIN_SECONDS = 1.0  # but none sooner after another: what is over in a moment needs no report
+COMPLETE_VARIABLE = "_TIERSTORE_COMPLETE"  # set by the script of a shell that wants completions
 
 # Each command: the module whose `command` it is, and its line in the list.
 COMMANDS = {
@@ -58,6 +60,7 @@ COMMANDS = {
     "swap": ("tierstore.tools.swap", "Have a daemon serve another version of its store."),
     "synth": ("tierstore.tools.synth", "Write a checkpoint of random values in a real model's layout."),
     "doctor": ("tierstore.tools.doctor", "Say what this machine can do, and how to mend what it cannot."),
+    "completion": ("tierstore.tools.completion", "Print what completes tierstore in bash, zsh or fish."),
     "packaging": ("tierstore.tools.packaging", "Print the systemd unit, the Grafana dashboard or the proto."),
     "bench": ("tierstore.tools.bench", "Measure, beside the hardware's own limit."),
 }
@@ -75,6 +78,13 @@ class _Commands(click.Group):
         command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
         interrupts.begin_work()
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Returns the commands that begin so, and imports none of them: somebody waits at a Tab."""
+        from click.shell_completion import CompletionItem
+
+        found = [CompletionItem(name, help=line) for name, (_, line) in COMMANDS.items() if name.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
@@ -197,7 +207,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        status = cli.main(args=arguments, prog_name="tierstore", standalone_mode=False)
+        status = cli.main(args=arguments, prog_name="tierstore", complete_var=COMPLETE_VARIABLE, standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
