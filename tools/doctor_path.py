@@ -12,9 +12,13 @@ from pathlib import Path
 from tierstore.causes import cause_of
 from tierstore.errors import TierStoreError
 from tierstore.formats.catalog import CATALOG_FILE, CatalogImage, read_catalog
+from tierstore.formats.run import REMEDY as RUN_REMEDY
 from tierstore.tiers.files import open_table
 from tierstore.tiers.placed import PlacementFile
+from tierstore.tiers.version_files import VersionFiles
 from tierstore.units import format_bytes
+
+from .history import training_record, training_words, versions_record, versions_words
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def check_store(path: Path) -> list[Finding]:
     try:
         if not os.path.lexists(path / CATALOG_FILE):
             return []
-        image = read_catalog(path, must_be_ready=False)
+        image = read_catalog(path, must_be_ready=False, may_be_initial=True)
     except TierStoreError as error:
         fact, remedy = _fact_and_remedy(error)
         return [Finding("store", "fail", fact, remedy)]
@@ -62,7 +66,12 @@ def check_store(path: Path) -> list[Finding]:
     fact = f"{len(image.tables)} tables, {num_rows:,} rows, {format_bytes(store_bytes)}{where}, {placed}"
     if not image.ready:
         return [Finding("store", "fail", f"{fact}; its build has not finished", "run the same tierstore build again")]
-    return [Finding("store", "ok", fact), _check_opens(image)]
+    findings = [Finding("store", "ok", fact)]
+    if not image.is_initial:
+        findings.append(_check_opens(image))
+    if image.versions:
+        findings.append(_check_versions(image))
+    return findings + _check_training(image)
 
 
 def _check_opens(image: CatalogImage) -> Finding:
@@ -81,6 +90,30 @@ def _check_opens(image: CatalogImage) -> Finding:
     if image.is_in_place:
         fact += f"; so do {len(image.files)} files of the checkpoint, unchanged"
     return Finding("store's files", "ok", fact)
+
+
+def _check_versions(image: CatalogImage) -> Finding:
+    """Opens every file of published rows, as a reader of the newest version does."""
+    try:
+        for name in image.touched:
+            VersionFiles(image, image.tables[name]).close()
+    except TierStoreError as error:
+        return Finding("versions", "fail", *_fact_and_remedy(error))
+    return Finding("versions", "ok", versions_words(versions_record(image)))
+
+
+def _check_training(image: CatalogImage) -> list[Finding]:
+    """Looks whether the files of all commits are there; nothing of a store that was never trained."""
+    try:
+        record = training_record(image)
+    except TierStoreError as error:
+        return [Finding("training", "fail", *_fact_and_remedy(error))]
+    if record is None:
+        return []
+    if record["missing"]:
+        fact = f"{training_words(record)}; {len(record['missing'])} files are missing: {record['missing'][0]}"
+        return [Finding("training", "fail", fact, RUN_REMEDY)]
+    return [Finding("training", "ok", training_words(record))]
 
 
 def _fact_and_remedy(error: TierStoreError) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from tierstore.layout import TableLayout
 from tierstore.units import format_bytes
 
 from .cli import console
+from .history import training_record, training_words, versions_record, versions_words
 from .inspect_files import file_record, kind_of_file, lines_of
 
 FILES_SHOWN_MAX = 5
@@ -38,7 +39,10 @@ def store_record(image: CatalogImage) -> dict[str, Any]:
             "current": image.epoch,
             "epochs": {str(epoch): record.num_bytes for epoch, record in sorted(image.placements.items())},
         },
+        "versions": versions_record(image),
+        "training": training_record(image),
         "origin": image.origin,
+        "from_scratch": image.is_initial,
         "files_in_place": [file.to_dict() for file in image.files],
         "attachments": {name: len(value) for name, value in sorted(image.attachments.items())},
     }
@@ -68,7 +72,7 @@ def _table_record(image: CatalogImage, layout: TableLayout) -> dict[str, Any]:
 @click.argument("store", type=click.Path(path_type=Path), metavar="STORE|TRACE|PROFILE")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; the keys are stable, sizes are in bytes.")
 def command(store: Path, as_json: bool) -> None:
-    """Say what a store holds: tables, rows, pages, shards, and the checkpoint that they came from.
+    """Say what a store holds: tables, rows, pages, shards, versions, a training, and the checkpoint of its rows.
 
     Of a trace or a profile: tokens, documents, vocabulary, tables.
 
@@ -80,7 +84,7 @@ def command(store: Path, as_json: bool) -> None:
         found = file_record(store, kind)
         click.echo(json.dumps(found, indent=2) if as_json else "\n".join(lines_of(found)))
         return
-    record = store_record(read_catalog(store, must_be_ready=False))
+    record = store_record(read_catalog(store, must_be_ready=False, may_be_initial=True))
     if as_json:
         click.echo(json.dumps(record, indent=2))
     else:
@@ -122,13 +126,24 @@ def _print_tables(record: dict[str, Any]) -> None:
     for epoch, num_bytes in placements["epochs"].items():
         opened = ", opened with" if int(epoch) == placements["current"] else ""
         click.echo(f"placement {epoch}: {format_bytes(num_bytes)}{opened}")
+    if record["versions"]["newest"]:
+        click.echo(f"versions: {versions_words(record['versions'])}")
+    if record["training"]:
+        click.echo(f"training: {training_words(record['training'])}")
+    if record["from_scratch"]:
+        click.echo("made by tierstore init: rows that no training touched are drawn, and stand nowhere")
     _print_origin(record["origin"])
     for name, num_bytes in record["attachments"].items():
         click.echo(f"attachment {name}: {format_bytes(num_bytes)}")
 
 
 def _print_origin(origin: dict[str, Any]) -> None:
-    files = origin.get("files", [])
+    files, compacted = origin.get("files", []), origin.get("compacted")
+    if isinstance(compacted, dict):
+        click.echo(f"compacted from version {compacted.get('version')} of {compacted.get('store')}")
+    if not files:
+        click.echo(f"digest {origin.get('digest')}")
+        return
     click.echo(f"built from {len(files)} files, digest {origin.get('digest')}")
     for file in files[:FILES_SHOWN_MAX]:
         click.echo(f"  {file['name']}: {format_bytes(file['bytes'])}")

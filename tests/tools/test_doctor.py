@@ -12,7 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.committed import Committed
+from support.stores import make_model
+from support.versions import make_versions
 
+from tierstore import SGD
 from tierstore.extras import EXTRAS, install_command
 from tierstore.formats.catalog import read_catalog
 from tierstore.tiers.memory import CgroupLimit
@@ -70,6 +74,30 @@ def test_a_store_is_looked_into(built: Path, own_store: Path) -> None:
     assert f"tierstore verify {own_store} --repair --source CHECKPOINT" in found["store's files"].remedy
     (own_store / "catalog.mdb").write_bytes(b"no catalog")
     assert what_is_found(own_store)["store"].state == "fail"
+
+
+def test_versions_and_a_training_are_looked_into(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    model.build(tmp_path / "store")
+    assert {"versions", "training"}.isdisjoint(what_is_found(tmp_path / "store"))
+    versions = make_versions(model, tmp_path / "store", 2)
+    made = Committed(versions.store, SGD(lr=0.1))
+    assert what_is_found(versions.store)["training"].fact == "sgd, no commit yet"
+    made.write("layers.1", 40)
+    made.commit(step=1200)
+    found = what_is_found(versions.store)
+    touched = sum(int(versions.touched(name, 2).sum()) for name in model.rows)
+    assert found["versions"].state == found["training"].state == "ok"
+    assert found["versions"].fact.startswith(f"readers open version 2; {touched:,} rows are newer than the base's, ")
+    assert found["training"].fact.startswith("sgd, commit 1 of step 1,200 is the newest of 1; 1 runs, ")
+    (run,) = (versions.store / "training").glob("*.run")
+    run.unlink()
+    (versions.store / "versions" / "00000002-layers.1.rows").unlink()
+    found = what_is_found(versions.store)
+    assert (found["versions"].state, found["training"].state) == ("fail", "fail")
+    assert "00000002-layers.1.rows" in found["versions"].fact
+    assert f"1 files are missing: training/{run.name}" in found["training"].fact
+    assert "tierstore commits" in found["training"].remedy
 
 
 def test_a_build_that_has_not_finished_is_told(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
