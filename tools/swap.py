@@ -46,6 +46,6 @@ def command(socket: str, store: Path | None, rollback: bool, as_json: bool) -> N
         click.echo(json.dumps({name: values[name] for name in RECORD}, indent=2))
         return
     click.echo(
-        f"version {done.version} is {done.store}: {done.warmed:,} entries were warm when clients moved, "
+        f"generation {done.version} is {done.store}: {done.warmed:,} entries were warm when clients moved, "
         f"{done.filled:,} more are now; {done.seconds:.1f} s"
     )

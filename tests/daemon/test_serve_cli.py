@@ -174,8 +174,8 @@ def test_replan_and_swap_are_asked_for_by_command(placed: Path, socket: Path, tm
         assert re.match(r"[\d,]+ entries became static and [\d,]+ made way, in \d+ steps and \d+\.\d s\n", said.output)
         said = invoke("swap", socket, tmp_path / "newer")
         assert said.exit_code == 0, said.output
-        assert said.output.startswith(f"version 2 is {tmp_path / 'newer'}: ")
-        assert invoke("swap", socket, "--rollback").output.startswith(f"version 3 is {placed}: ")
+        assert said.output.startswith(f"generation 2 is {tmp_path / 'newer'}: ")
+        assert invoke("swap", socket, "--rollback").output.startswith(f"generation 3 is {placed}: ")
         record = json.loads(invoke("swap", socket, tmp_path / "newer", "--json").output)
         assert (record["version"], record["store"]) == (4, str(tmp_path / "newer"))
         assert set(record) == {"version", "store", "warmed", "filled", "seconds"}

@@ -395,7 +395,20 @@ def test_stat_asks_the_socket_once_and_prints_its_record(
     stub = serve(monkeypatch, stat_record())
     assert run(["stat", "/run/tierstore/v41.sock"]) == 0
     assert stub.calls == [("/run/tierstore/v41.sock", StatRequest(), 10.0)]
-    assert "version 2, epoch 7, /srv/models/v41.tier" in capsys.readouterr().out
+    assert "generation 2, epoch 7, /srv/models/v41.tier" in capsys.readouterr().out
+
+
+def test_each_number_of_a_version_has_a_word_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = stat_record()
+    store = msgspec.structs.replace(record.store, published=31)
+    serve(monkeypatch, msgspec.structs.replace(record, store=store))
+    assert run(["stat", "x.sock"]) == 0
+    shown = capsys.readouterr().out
+    assert "generation 2, epoch 7, /srv/models/v41.tier, version 31 of its rows" in shown
+    assert shown.count("version") == 1
+    assert "generation" in shown[shown.index("clients: ") :]
 
 
 def test_stat_gives_the_record_itself_to_programs(
@@ -413,7 +426,7 @@ def test_a_record_with_more_than_this_release_knows_is_shown(
 ) -> None:
     serve(monkeypatch, msgspec.to_builtins(stat_record(), str_keys=True) | {"more": {"to": "come"}})
     assert run(["stat", "x.sock"]) == 0
-    assert "version 2, epoch 7" in capsys.readouterr().out
+    assert "generation 2, epoch 7" in capsys.readouterr().out
 
 
 def test_stat_of_no_daemon_is_one_line_with_status_1(
@@ -492,7 +505,7 @@ def test_stat_of_a_url_says_what_it_serves_and_how_it_fares(
             store["layers.1"].lookup(np.arange(30, dtype=np.int64).reshape(10, 3))
         assert run(["stat", url, "--token-file", str(token)]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0].startswith(f"{url}: {built}, version ")
+        assert lines[0].startswith(f"{url}: {built}, generation ")
         assert "layers.1, order 2: 10 keys, hit rate " in "\n".join(lines)
         assert run(["stat", url, "--token-file", str(token), "--json"]) == 0
         record = json.loads(capsys.readouterr().out)

@@ -77,7 +77,7 @@ _GAUGES: tuple[Number, ...] = (
     ("start_time_seconds", "When the daemon started, Unix time.", lambda record: record.daemon.started_at),
     (
         "store_version",
-        "Number of the store version that is served, 1 at the start.",
+        "Generation: counts the stores, and versions of them, that were served; 1 at the start.",
         lambda record: record.store.version,
     ),
     (

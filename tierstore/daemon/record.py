@@ -43,8 +43,9 @@ class TableShape(Struct, frozen=True):
 
 
 class StoreInfo(Struct, frozen=True):
-    """What is served. version: counts the stores that were served, and versions of them. previous: the store that a
-    rollback goes to. published: which published version of the store's rows; 0: the base."""
+    """What is served. version: the generation, which counts the stores that were served, and versions of them.
+    previous: the store that a rollback goes to. published: which published version of the store's rows; 0: the base.
+    """
 
     path: str
     version: int

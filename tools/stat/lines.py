@@ -25,11 +25,11 @@ def heading(record: StatRecord, now_s: float) -> list[str]:
     """Returns who serves what."""
     daemon, store, epochs = record.daemon, record.store, record.epochs
     before = f" (before: {store.previous})" if store.previous else ""
-    rows = f", rows of version {store.published}" if store.published else ""
+    rows = f", version {store.published} of its rows" if store.published else ""
     return [
         f"tierstore {daemon.release}, {daemon.state}, pid {daemon.pid}, "
         f"up {duration(now_s - daemon.started_at)}, {daemon.socket}",
-        f"version {store.version}, epoch {epochs.current}, {store.path}{rows}{before}",
+        f"generation {store.version}, epoch {epochs.current}, {store.path}{rows}{before}",
     ]
 
 

@@ -44,7 +44,7 @@ def remote_lines(record: dict[str, Any]) -> list[str]:
     """Returns the record for people."""
     server, hits, remote = record["server"], record["hits"], record["remote"]
     lines = [
-        f"{server['url']}: {server['store']}, version {server['version']}, digest "
+        f"{server['url']}: {server['store']}, generation {server['version']}, digest "
         f"{server['build'][:12] or 'not known'}",
         f"remote   {remote['calls']:,} calls, {remote['in_flight']:,} under way, {remote['errors']:,} failed, "
         f"{format_bytes(remote['bytes_sent'])} sent",

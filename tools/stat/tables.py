@@ -29,7 +29,7 @@ HIT_COLUMNS = (
     "table", "order", "keys/s", "hit now", "keys", "hit rate", "plan", "hbm", "static", "recency", "nvme",
 )  # fmt: skip
 HIT_COLUMNS_LEAST = ("keys", "hbm", "static", "recency", "plan", "nvme", "keys/s")  # in the order in which they go
-CLIENT_COLUMNS = ("pid", "uid", "attached", "version", "keys/s", "keys", "hit rate", "lookups")
+CLIENT_COLUMNS = ("pid", "uid", "attached", "generation", "keys/s", "keys", "hit rate", "lookups")
 
 # Parts of the budget: what people read, what the record says, and the short name by which a note is found.
 _PARTS: tuple[tuple[str, str, Callable[[Memory], int]], ...] = (
@@ -138,7 +138,7 @@ def memory_table(record: StatRecord) -> FittingTable:
 
 def clients_table(record: StatRecord, rates: Rates | None) -> FittingTable:
     """Returns the clients, those that ask the most first."""
-    clients, version = record.clients, record.store.version
+    clients, generation = record.clients, record.store.version
     key_rates = {} if rates is None else rates.client_keys_s
     ordered = sorted(clients.list, key=lambda one: (-key_rates.get(one.id, 0.0), -one.keys, one.id))
     hidden = len(ordered) - CLIENTS_SHOWN_MAX
@@ -149,7 +149,7 @@ def clients_table(record: StatRecord, rates: Rates | None) -> FittingTable:
             "pid": str(client.pid),
             "uid": str(client.uid),
             "attached": duration(client.attached_s),
-            "version": f"{client.version}" if client.version == version else f"{client.version} (old)",
+            "generation": f"{client.version}" if client.version == generation else f"{client.version} (old)",
             "keys/s": short_count(key_rates.get(client.id, math.nan)),
             "keys": short_count(client.keys),
             "hit rate": share_text(ratio(client.keys - client.nvme_hits, client.keys)),
