@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 import engram_adapter
 import tierstore
@@ -27,6 +28,8 @@ from .phases import Phases
 from .report.tables import exact_bytes
 
 STEP_TOKENS = 2048  # of a training step
+OF_TRAINING = {"optimizer", "commit_steps", "no_probe"}
+OF_PLACEMENT = {"hbm", "nvme_entries", "dry_run", "for_machine", "untested"}
 OPTIMIZERS = ("SGD", "RowWiseAdagrad", "LazyAdam", "DenseAdam")
 
 
@@ -85,6 +88,7 @@ def command(
     Example: tierstore plan v41.tier chats.profile --dram 8GiB --nvme-entries 50GiB
     Example: tierstore plan v41.tier books.trace --training --dram 64GiB --batch-tokens 65536
     """
+    _check_kind(training)
     if training:
         from . import plan_training
 
@@ -124,6 +128,17 @@ def command(
             click.echo(_made(store, report))
     if as_json:
         click.echo(json.dumps(record, indent=2))
+
+
+def _check_kind(training: bool) -> None:
+    """Refuses options of the other kind of plan, which would change nothing."""
+    context = click.get_current_context()
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    of_other = (OF_PLACEMENT if training else OF_TRAINING) & given
+    if of_other:
+        names = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in of_other))
+        what = "a plan of --training, which writes nothing, takes no" if training else "only a plan of --training takes"
+        raise click.UsageError(f"{what} {names}")
 
 
 def _check_memory(dram_bytes: int, machine_bytes: int | None, dry_run: bool) -> str:

@@ -112,6 +112,21 @@ def test_the_command_says_the_same_as_the_function(
     assert "for traces add --training" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--training", "--hbm", "1GiB"], "takes no --hbm"),
+        (["--training", "--dry-run", "--for-machine", "1TiB"], "takes no --dry-run, --for-machine"),
+        (["--optimizer", "SGD", "--no-probe"], "only a plan of --training takes --no-probe, --optimizer"),
+    ],
+)
+def test_options_of_the_other_kind_of_plan_are_refused_by_name(
+    store: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    assert run(["plan", str(store), "a.trace", "--dram", "8MiB", *options]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_tables_that_cannot_be_trained_are_named(tmp_path: Path, trace: tuple[Path, list[np.ndarray]]) -> None:
     path, _ = build_tiny(tmp_path, tiny_hash(), "fp4_e2m1_e4m3x16*0x1.8p-7", 1)
     with pytest.raises(ConfigError, match="cannot be trained"):
