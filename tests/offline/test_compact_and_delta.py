@@ -134,6 +134,11 @@ def test_paths_that_are_no_deltas_and_no_new_stores_are_refused_by_name(tmp_path
     with pytest.raises(tierstore.ConfigError, match="missing: No such file or directory; give a file that"):
         apply_delta(tmp_path / "other", tmp_path / "missing")
     assert (tmp_path / "pipe").is_fifo()
+    other = make_model(tmp_path / "foreign model", seed=8)
+    other.build(tmp_path / "foreign")
+    with pytest.raises(tierstore.ConfigError, match="holds a finished store of another checkpoint") as refused:
+        compact(versions.store, tmp_path / "foreign")
+    assert str(refused.value).endswith("; give another path")
     with pytest.raises(tierstore.ConfigError, match="is the store itself, which stays as it is: give a new folder"):
         compact(versions.store, versions.store.parent / "." / versions.store.name)
 

@@ -271,15 +271,16 @@ def _check_resumable(
     if image is None:
         return
     state = "a finished store" if image.ready else "an unfinished build"
+    remedy = "give another path" if image.ready else "give another path, or remove it"
     if image.origin.get("digest") != origin["digest"]:
         raise ConfigError(
             f"{path} holds {state} of another checkpoint (digest {str(image.origin.get('digest'))[:12]}, this one has "
-            f"{origin['digest'][:12]}); give another path, or remove it"
+            f"{origin['digest'][:12]}); {remedy}"
         )
     if image.tables != tables or image.attachments != attachments:
         raise ConfigError(
             f"{path} holds {state} of the same checkpoint with other tables, shard size or hash; "
-            f"repeat its options, give another path, or remove it"
+            f"repeat its options, or {remedy}"
         )
 
 

@@ -64,7 +64,7 @@ def init_store(
         check_place(path, allow_network_fs)
         with locked_store(path) as made:
             if (path / CATALOG_FILE).exists():
-                raise ConfigError(f"{path} holds a store already; give another path, or remove it")
+                raise ConfigError(f"{path} holds a store already; give another path")
             check_foreign(path)
             made.clear()
             create_catalog(path, tables, origin, attachments or {})
