@@ -25,6 +25,10 @@ from .export_layout import CONFIG_NAME, ExportLayout, TableRows, files_beside, l
 from .tables_layout import lay_out_tables
 
 FILES_NAMED_MAX = 4  # in a message
+_NO_CONFIG = (
+    "the store has none, and 'tierstore build' of the export needs the model's: copy it there, or export with "
+    "--source FOLDER, which has it"
+)
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,18 @@ class ExportOrigin:
         if self.checkpoint is not None:
             return lay_out_export(self.checkpoint, self.sources, rows, kept_apart)
         tables = lay_out_tables(self.image, rows)
+        files: list[NewFile] = []
+        left_out: Mapping[str, str] = {}
         if self.folder is not None:
             files, left_out = files_beside(self.folder, (), kept_apart)
-            return ExportLayout((*tables, *files), left_out)
         config = self.image.attachments.get(CONFIG_NAME)
-        files = [] if config is None else [NewFile(CONFIG_NAME, (BytesPart(config),), is_last=True)]
-        return ExportLayout((*files, *tables), {})
+        if any(file.name == CONFIG_NAME for file in files):
+            pass
+        elif config is not None:
+            files = [NewFile(CONFIG_NAME, (BytesPart(config),), is_last=True), *files]
+        elif not all(table.spec.is_plain for table in self.image.tables.values()):
+            left_out = {**left_out, CONFIG_NAME: _NO_CONFIG}
+        return ExportLayout((*tables, *files), left_out)
 
 
 def find_origin(image: CatalogImage, source: Path | None, tables_only: bool) -> ExportOrigin:

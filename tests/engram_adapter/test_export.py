@@ -286,6 +286,18 @@ def test_the_command_prints_what_sha256sum_checks(
     assert {file["name"] for file in record["files"]} == set(contents(checkpoint))
 
 
+def test_tables_alone_say_that_the_models_config_is_missing_unless_it_came_along(
+    models: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    checkpoint, store = models["deepseek_v41"]
+    report = export_checkpoint(store, tmp_path / "bare", tables_only=True)
+    assert "'tierstore build' of the export needs the model's" in report.left_out["config.json"]
+    report = export_checkpoint(store, tmp_path / "whole", source=checkpoint, tables_only=True)
+    assert "config.json" not in report.left_out
+    build_checkpoint(tmp_path / "whole", tmp_path / "again")
+    shutil.copy(checkpoint / "config.json", tmp_path / "bare")  # as the message says
+
+
 def test_reports_add_up(models: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     checkpoint, store = models["engram"]
     seen: list[tuple[int, int]] = []
