@@ -99,3 +99,7 @@ def __getattr__(name: str) -> Any:
         if error.name == __name__ or str(error.name).startswith(f"{__name__}."):
             raise
         raise ImportError(str(missing(f"engram_adapter.{name}", "torch", error))) from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_NEEDS_TORCH})

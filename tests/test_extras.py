@@ -8,10 +8,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from support.repository import REPOSITORY
 
+import engram_adapter
+import tierstore
 from tierstore import ConfigError, extras
 from tierstore.extras import EXTRAS, install_command, missing, reinstall_command
 
@@ -96,3 +99,10 @@ def test_what_needs_an_extra_says_the_command_and_no_traceback_of_an_import(
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
     assert done.returncode != 0
     assert install_command(extra) in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("package", [tierstore, engram_adapter])
+def test_dir_lists_what_is_imported_at_its_first_use(package: ModuleType) -> None:
+    assert set(package.__all__) <= set(dir(package))
+    for name in package._JOBS:
+        assert name in dir(package)

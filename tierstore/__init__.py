@@ -101,3 +101,7 @@ def __getattr__(name: str) -> Any:
     job = getattr(importlib.import_module(f".{_JOBS[name]}", __name__), name)
     globals()[name] = job
     return job
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
