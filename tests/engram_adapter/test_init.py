@@ -82,7 +82,7 @@ def test_it_takes_no_disk_and_hashes_as_the_model_will(configs: dict[str, Path],
         assert HashSpec.from_store(training).fingerprint(1) == HashSpec.from_catalog(image).fingerprint(1)
 
 
-@pytest.mark.parametrize("command", [["verify"], ["inspect"], ["epochs"], ["build"]])
+@pytest.mark.parametrize("command", [["verify"], ["epochs"], ["build"]])
 def test_readers_refuse_it_with_what_helps(
     configs: dict[str, Path], tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
