@@ -15,8 +15,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= $(shell echo $$((2 * $$(nproc))))
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
+DOCS := build/docs
+DOCS_BIN := $(DOCS)/environment/bin
+
 .PHONY: install check test test-all lint types fast suite programs cases sanitize soak engines demo demo-train \
-	bench wheel clean
+	bench docs wheel clean
 
 install: $(STAMP)
 
@@ -94,6 +97,18 @@ demo-train: install
 BENCH ?= build
 bench: install
 	$(BIN)/tierstore bench $(BENCH)
+
+# The documentation as a site that works without a network: build/docs/html/index.html. Sphinx has an environment of its
+# own, with the extra `docs`, so that it changes nothing of what tests run with.
+docs: install $(DOCS)/installed
+	$(BIN)/python docs/builder/build.py $(DOCS) $(DOCS_BIN)/sphinx-build
+
+$(DOCS)/installed: docs/builder/packages.py setup.cfg
+	mkdir -p $(DOCS)
+	test -x $(DOCS_BIN)/python || $(PYTHON) -m venv $(DOCS)/environment
+	$(PYTHON) docs/builder/packages.py > $(DOCS)/packages.txt
+	$(DOCS_BIN)/python -m pip install --quiet --disable-pip-version-check -r $(DOCS)/packages.txt
+	touch $@
 
 # For machines without a compiler: there, pip install dist/*.whl. It fits the same Python version and processor.
 wheel: install

@@ -21,7 +21,9 @@ import pytest
 # Tests import `support` and `contract`, and parts of each other as `tests.FOLDER.FILE`. None of the folders is on the
 # path: kernels/ and tools/ would be found there, by transformers for one, which takes any `kernels` for the Hub's.
 TESTS = Path(__file__).resolve().parent
-for name, folder in {"tests": TESTS, "support": TESTS / "support", "contract": TESTS / "contract"}.items():
+FOLDERS = {"tests": TESTS, "support": TESTS / "support", "contract": TESTS / "contract"}
+FOLDERS["builder"] = TESTS.parent / "docs" / "builder"  # of the documentation
+for name, folder in FOLDERS.items():
     sys.modules.setdefault(name, ModuleType(name)).__path__ = [str(folder)]
 sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() not in (TESTS, TESTS.parent)]
 
