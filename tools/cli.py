@@ -41,7 +41,7 @@ COMPLETE_VARIABLE = "_TIERSTORE_COMPLETE"  # set by the script of a shell that w
 COMMANDS = {
     "build": ("tierstore.tools.build", "Build a store from a checkpoint; run it again to resume."),
     "init": ("tierstore.tools.init", "Make a store for a model that was not trained yet."),
-    "verify": ("tierstore.tools.verify", "Check every page of a store, and its rows against the checkpoint."),
+    "verify": ("tierstore.tools.verify", "Check every page of a store; with --source, every row."),
     "export": ("tierstore.tools.export", "Write a store's rows as the checkpoint that they came from."),
     "inspect": ("tierstore.tools.inspect", "Say what a store, a trace or a profile holds."),
     "trace": ("tierstore.tools.trace", "Write a trace of token ids, or of text through a tokenizer."),
