@@ -82,11 +82,11 @@ def command(
     if as_json:
         click.echo(json.dumps(build_record(store, plans[0], report), indent=2))
         return
-    rate = format_bytes(report.bytes_written / max(report.seconds, 1e-9))
-    click.echo(
-        f"{store} is ready: {format_bytes(report.bytes_written)} written in {report.seconds:.1f} s ({rate}/s), "
-        f"{report.shards_built} shards built, {report.shards_kept} kept"
-    )
+    done = "nothing was left to write"
+    if report.bytes_written:
+        rate = format_bytes(report.bytes_written / max(report.seconds, 1e-9))
+        done = f"{format_bytes(report.bytes_written)} written in {report.seconds:.1f} s ({rate}/s)"
+    click.echo(f"{store} is ready: {done}, {report.shards_built} shards built, {report.shards_kept} kept")
 
 
 def build_record(store: Path, plan: BuildPlan, report: BuildReport) -> dict[str, Any]:

@@ -116,6 +116,7 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self._started: tuple[float, int] | None = None
+        self._last = 0, 0  # what was shown last, and of how much
         self._step_printed = -1
         self._time_printed = 0.0
 
@@ -123,11 +124,18 @@ class Progress:
         return self
 
     def __call__(self, done: int, total: int) -> None:
-        """Shows that `done` of `total` are done."""
-        first = self._started is None
-        if self._started is None:
+        """Shows that `done` of `total` are done. What is done at the first call was skipped: it is in no rate.
+
+        Less than before, or more than all, is other work, whose rate begins anew.
+        """
+        was_done, was_total = self._last
+        first = self._started is None or done < was_done or was_done == was_total < total
+        self._last = done, total
+        if first:
             self._started = time.monotonic(), done
             self._time_printed = time.monotonic()
+            self._step_printed = -1
+            self._end_bar()
         if sys.stderr.isatty():
             self._show_bar(done, total)
         elif total and (step := done * PLAIN_STEPS // total) > self._step_printed:
@@ -140,8 +148,12 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._end_bar()
+
+    def _end_bar(self) -> None:
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.stop()
 
     def _show_bar(self, done: int, total: int) -> None:
         from rich.progress import (

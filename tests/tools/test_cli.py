@@ -427,6 +427,26 @@ def test_progress_of_what_is_over_in_a_moment_is_one_line(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_progress_counts_no_rate_of_what_was_done_before_or_of_other_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(10**6))
+    monkeypatch.setattr(cli_module, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(cli_module.time, "monotonic", lambda: float(next(now)))
+    with Progress("building") as progress:
+        for done in (900, 901, 950):  # 900 were there when the command began
+            progress(done << 20, 950 << 20)
+        for done in (950, 1000, 2000):  # from here on, it is written: before, it was compared
+            progress(done << 20, 2000 << 20)
+        for done in (0, 500):
+            progress(done << 20, 2000 << 20)
+    rates = [line.split(", ")[2] for line in capsys.readouterr().err.splitlines()]
+    for rate, most in zip(rates, (50, 50, 1050, 500), strict=True):
+        number, unit = rate.split()
+        assert unit == "MiB/s"
+        assert 0 < float(number) <= most
+
+
 def test_progress_of_nothing_and_of_one_step_ends_at_100(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("verifying", "shards") as progress:
         progress(0, 0)
