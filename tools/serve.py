@@ -38,7 +38,7 @@ BEAT_S = 1.0  # between two looks at signals and at the service manager's watchd
 )
 @click.option("--dram", default="2GiB", show_default=True, help="Memory that the tiers may take, all included.")
 @click.option("--io", type=click.Choice(["auto", "uring", "mmap", "pread"]), default="auto", show_default=True)
-@click.option("--placement", help="Epoch to begin with, or 'none'.  [default: the store's current one]")
+@click.option("--placement", help="Epoch to begin with, or 'none', at any time.  [default: the store's current one]")
 @click.option("--clients", type=click.IntRange(1, 1024), default=64, show_default=True, help="Attached at once.")
 @click.option(
     "--allow-user",

@@ -17,9 +17,10 @@ import tierstore
 from tierstore.daemon import following
 from tierstore.daemon.daemon import Daemon
 from tierstore.daemon.remote_lookups import Remote
-from tierstore.formats.catalog import publish_versions
+from tierstore.formats.catalog import publish_versions, set_epoch
 from tierstore.formats.versions import VersionRecord
 from tierstore.offline import versions as publishing
+from tierstore.offline.place import prune_placements
 from tierstore.offline.versions import publish_rows
 
 NAME = "layers.1"
@@ -69,6 +70,45 @@ def test_clients_get_the_newest_version_and_follow_the_next_ones(
         assert stat.store.previous is None
         assert stat.memory.used_bytes <= dram_bytes
         assert stat.feed.errors == 0
+
+
+def test_after_a_followed_swap_placed_entries_are_still_read_as_records(
+    versions: VersionedModel, tmp_path: Path
+) -> None:
+    drawn = random_keys(np.random.default_rng(3), 700)[:120]
+    with serving(versions.store, tmp_path / "s", CACHED, follow=True) as daemon, tierstore.connect(tmp_path / "s") as s:
+        versions.publish(part=0.02)
+        eventually(lambda: daemon.stat().store.published == 2)
+        eventually(lambda: s.stats()["attached"]["version"] == 2)
+        sources = s[NAME].explain(drawn)
+        assert {"record", "pages"} <= set(sources.flat)  # a touched row's entry is read from pages
+        before = s.stats()["entries_read"]
+        np.testing.assert_array_equal(s[NAME].lookup(drawn), versions.at(2).expected(NAME, drawn))
+        assert s.stats()["entries_read"] > before
+        check(s, versions, 2)
+
+
+def test_a_daemon_without_a_placement_gets_none_by_following(versions: VersionedModel, tmp_path: Path) -> None:
+    with serving(versions.store, tmp_path / "s", CACHED, follow=True, placement="none") as daemon:
+        versions.publish(part=0.02)
+        eventually(lambda: daemon.stat().store.published == 2)
+        eventually(lambda: daemon.stat().epochs.alive == 1)
+        request(tmp_path / "s", "reload")
+        request(tmp_path / "s", "swap", store=str(versions.store))
+        assert sum(daemon.stat().epochs.static_entries.values()) == 0
+        with tierstore.connect(tmp_path / "s") as store:
+            assert "record" not in store[NAME].explain(KEYS)
+            check(store, versions, 2)
+
+
+def test_a_placement_that_was_pruned_is_not_missed_by_a_followed_swap(versions: VersionedModel, tmp_path: Path) -> None:
+    with serving(versions.store, tmp_path / "s", CACHED, follow=True) as daemon, tierstore.connect(tmp_path / "s") as s:
+        set_epoch(versions.store, None)
+        prune_placements(versions.store, 0)
+        versions.publish(part=0.02)
+        eventually(lambda: daemon.stat().store.published == 2)
+        eventually(lambda: s.stats()["attached"]["version"] == 2)
+        check(s, versions, 2)
 
 
 def test_a_daemon_that_does_not_follow_moves_when_it_is_told_to(versions: VersionedModel, tmp_path: Path) -> None:

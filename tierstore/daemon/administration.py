@@ -23,6 +23,7 @@ from ..ipc.messages import (
     SwapAnswer,
     SwapRequest,
 )
+from .epochs import Pairs
 from .host import Host
 from .placements import placed_entries
 from .replanner import Replanner
@@ -58,20 +59,26 @@ class Administration:
         try:
             self._reload_certificates()
         finally:  # a bad certificate does not keep a good placement out
-            self._replanner.adopt(placed_entries(self._host.epochs.current, self._host.tiers.slots))
+            self._replanner.adopt(self._placed_entries())
 
     def _swap(self, path: str) -> SwapAnswer:
         done = self._host.versions.swap(path, self._replanner.counts_of, self._move_all, self._note)
         filled, version = 0, self._host.epochs.current
         try:
             filled += self._replanner.replan().entered  # the slots that the old version had
-            filled += self._replanner.adopt(placed_entries(version, self._host.tiers.slots), only_free=True).entered
+            filled += self._replanner.adopt(self._placed_entries(), only_free=True).entered
         except TierStoreError as error:
             # A damaged placement, or a GPU in the version before: the new one is served all the same.
             event(logger, logging.WARNING, "not_refilled", error=error)
         return SwapAnswer(
             version=version.number, store=version.path, warmed=done.num_warmed, filled=filled, seconds=done.seconds
         )
+
+    def _placed_entries(self) -> dict[str, Pairs]:
+        """Returns what the placement of the store that is served has; nothing if none is to be served."""
+        if self._host.has_no_placement:
+            return {}
+        return placed_entries(self._host.epochs.current, self._host.tiers.slots)
 
     def _move_all(self) -> None:
         """Sends all clients the version that is served now."""

@@ -69,7 +69,8 @@ class Daemon:
             socket: its path.
             dram_bytes: all memory that it may take, but for what a Python process takes by itself.
             io: how pages are read, as in `tierstore.open`.
-            placement: as in `tierstore.open`.
+            placement: as in `tierstore.open`; "none": also none that is made meanwhile, or that a store has which is
+                served later.
             clients_max: attached at once.
             allowed_users: ids that may attach beside our own user and root.
             replan_s: seconds between automatic replans, None for none.

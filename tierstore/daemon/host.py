@@ -17,8 +17,9 @@ from ..tiers.nvme import choose_io
 from .attachments import Attachments
 from .clients import Clients
 from .epochs import Epochs
+from .placements import BegunPlacement, open_version
 from .shared_tiers import SharedTiers
-from .versions import Versions, open_version
+from .versions import Versions
 
 logger = logging.getLogger("tierstore.daemon")
 
@@ -54,6 +55,7 @@ class Host:
             follows: whether versions that are published later are served too.
         """
         choice = choose_io(io)
+        self._placement = placement
         with contextlib.ExitStack() as undo:
             opened = open_version(path, placement, choice)
             undo.callback(opened.close)
@@ -70,9 +72,15 @@ class Host:
             self.versions = Versions(self.tiers, self.epochs, self.attachments, choice)
             version = self.versions.make(opened, 1, progress.add)
             self.epochs.publish(version, self.tiers.load_placement(opened, heading, progress.add))
+            self.versions.begun = BegunPlacement.of(opened)
             self.epochs.reclaim()
             self.clients = Clients(self.tiers, self.epochs, self.attachments)
             undo.pop_all()
+
+    @property
+    def has_no_placement(self) -> bool:
+        """Whether no placement is to be served, whatever the store has."""
+        return self._placement == "none"
 
     def end_waits(self) -> None:
         """Ends all waits for clients: what would be changed is given up."""

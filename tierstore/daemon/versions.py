@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,13 +20,13 @@ from ..decisions.replan import hottest_indexes
 from ..errors import BudgetError, ConfigError, DaemonError, FingerprintMismatchError
 from ..ipc.events import event
 from ..ipc.mapped import OpenVersion, overlay_sizes, overlays_in, same_tables, side_part, table_memories
-from ..store.embedded import open_placement
 from ..tiers.in_place import InPlaceFiles, load_side
 from ..tiers.native import NativeEngine, SharedEpochs, load_table
 from ..tiers.nvme import IoChoice
 from ..tiers.shared import SharedBlock
 from .attachments import Attachments
 from .epochs import Epochs
+from .placements import BegunPlacement, open_next
 from .shared_tiers import Live, OnBytes, SharedTiers
 from .version import Version
 
@@ -48,21 +47,18 @@ class Swapped(NamedTuple):
     seconds: float
 
 
-def open_version(path: str | os.PathLike[str], placement: int | str | None, choice: IoChoice) -> OpenVersion:
-    """Opens a store's files. Raises what `tierstore.open` raises."""
-    direct = choice.mode == "uring"
-    image, placed = open_placement(Path(path).absolute(), placement, direct=direct)  # clients work in other folders
-    return OpenVersion(image, placed, direct=direct)
-
-
 class Versions:
-    """Makes versions and swaps them. previous_path: of the store that a rollback goes to."""
+    """Makes versions and swaps them.
+
+    previous_path: of the store that a rollback goes to. begun: the placement that the daemon began with.
+    """
 
     def __init__(self, tiers: SharedTiers, epochs: Epochs, attachments: Attachments, choice: IoChoice) -> None:
         """choice: how the daemon reads."""
         self._tiers, self._epochs, self._attachments, self._choice = tiers, epochs, attachments, choice
         self._tags: dict[str, int] = {}  # by identity of a store; guarded by `Epochs.changes`
         self.previous_path: str | None = None
+        self.begun: BegunPlacement | None = None
 
     def make(self, opened: OpenVersion, number: int, on_bytes: OnBytes | None) -> Version:
         """Loads resident tables, and makes the engine by which the daemon reads a version. Blocks."""
@@ -166,7 +162,7 @@ class Versions:
             started, old = time.monotonic(), epochs.current
             epochs.require_reclaimed()  # a version that is not over may still have the tag that the new one gets
             # What is static follows from what is asked for now; the store's own placement fills what stays free later.
-            opened = open_version(path, "none", self._choice)
+            opened = open_next(path, self.begun, self._choice)
             try:
                 self._check_tables(opened)
                 version = self.make(opened, old.number + 1, None)
