@@ -237,7 +237,7 @@ def test_head_has_the_length_and_no_body(server: MetricsServer) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/", 404), ("GET", "/metrics/", 404), ("POST", "/metrics", 405), ("DELETE", "/healthz", 405)],
+    [("GET", "/status", 404), ("GET", "/metrics/", 404), ("POST", "/metrics", 405), ("DELETE", "/healthz", 405)],
 )
 def test_nothing_else_is_served(server: MetricsServer, method: str, path: str, status: int) -> None:
     assert fetch(server, path, method)[0] == status

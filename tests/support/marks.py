@@ -99,6 +99,7 @@ MARKS: dict[str, tuple[str, ...]] = {
 
 USES: dict[str, tuple[str, ...]] = {
     "Daemon": ("daemon",),
+    "dumped": ("process",),
     "RemoteServer": ("daemon",),
     "ServeProcess": ("daemon", "process"),
     "SocketServer": ("daemon",),

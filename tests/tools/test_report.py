@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from support.browsers import dumped, find_browser
 from support.text_store import TextStore, good
 
 from tierstore import ConfigError
@@ -30,7 +29,6 @@ from tierstore.tools.report.page import check_report, profile_tables, write_repo
 
 XHTML, SVG = "{http://www.w3.org/1999/xhtml}", "{http://www.w3.org/2000/svg}"
 FIGURES = ["policies", "orders", "split", "reads", "steps"]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 GIB = 1 << 30
 
 
@@ -287,34 +285,20 @@ def test_the_terminal_shows_every_budget_and_every_policy(record: dict[str, Any]
         assert f"{100 * point['lru']['all']:.1f} %" in shown
 
 
-def browse(browser: str, page_file: Path, profile: Path) -> subprocess.CompletedProcess[str]:
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    command += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--dump-dom", page_file.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
 @pytest.fixture
 def browser(tmp_path: Path) -> str:
-    """A browser whose complaints would be seen."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH")
-    broken = tmp_path / "broken.html"
-    broken.write_text("<script>nothing.at.all()</script>")
-    assert "CONSOLE" in browse(found, broken, tmp_path / "browser").stderr
-    return found
+    return find_browser(tmp_path)
 
 
 def assert_opens(browser: str, page_file: Path, profile: Path) -> None:
-    opened = browse(browser, page_file, profile)
-    assert opened.returncode == 0, opened.stderr
-    assert "CONSOLE" not in opened.stderr, opened.stderr
-    assert opened.stdout.count("<svg") == len(FIGURES)
-    assert opened.stdout.rstrip().endswith("</html>")
+    page, complaints = dumped(browser, page_file.as_uri(), profile)
+    assert not complaints
+    assert page.count("<svg") == len(FIGURES)
+    assert page.rstrip().endswith("</html>")
 
 
 def test_a_browser_opens_the_page_without_a_complaint(browser: str, page_file: Path, tmp_path: Path) -> None:
-    assert_opens(browser, page_file, tmp_path / "browser")
+    assert_opens(browser, page_file, tmp_path)
 
 
 def test_a_browser_opens_what_the_command_writes_of_real_text(browser: str, text: TextStore, tmp_path: Path) -> None:
@@ -322,7 +306,7 @@ def test_a_browser_opens_what_the_command_writes_of_real_text(browser: str, text
     page_file = tmp_path / "text.html"
     shown = good("profile", text.store, text.trace, "-o", tmp_path / "p.profile", "--report", page_file).stdout
     assert f"report: {page_file}" in shown
-    assert_opens(browser, page_file, tmp_path / "browser")
+    assert_opens(browser, page_file, tmp_path)
     page = ElementTree.fromstring(page_file.read_text(encoding="utf-8"))
     first = next(page.iter(f"{XHTML}section"))
     record = json.loads(good("profile", text.store, text.trace, "-o", tmp_path / "p.profile", "--json").stdout)

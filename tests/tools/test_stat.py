@@ -18,13 +18,14 @@ from rich.text import Text
 from support.remote_servers import serving
 from support.stat_record import BOUNDS_NS, STARTED_AT, changed, client, stat_record, table_counts
 
+from tierstore.daemon.counts import Counts, expected_rate
 from tierstore.daemon.record import FeedInfo, StatRecord, TableCounts, TierHits, missed_bytes, read_amplification
 from tierstore.errors import DaemonError
 from tierstore.ipc.messages import StatRequest, from_json, to_json
 from tierstore.remote.client import connect_remote
 from tierstore.tools.cli import console, run
 from tierstore.tools.stat.lines import concerns, summary
-from tierstore.tools.stat.rates import Counts, Rates, expected_rate, quantile_ns, rates_between
+from tierstore.tools.stat.rates import Rates, quantile_ns, rates_between
 from tierstore.tools.stat.tables import page_of
 from tierstore.tools.stat.words import duration, latency_text, share_text, short_count
 

@@ -21,11 +21,12 @@ class HttpRequest(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a handler gives back: a status, and a body of a type."""
+    """What a handler gives back: a status, a body of a type, and headers of its own."""
 
     status: HTTPStatus
     body: bytes
     content_type: str = "text/plain; charset=utf-8"
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 def text_answer(status: HTTPStatus, text: str) -> Answer:
@@ -66,6 +67,7 @@ def answer_bytes(answer: Answer, *, with_body: bool = True) -> bytes:
         f"Content-Type: {answer.content_type}",
         f"Content-Length: {len(answer.body)}",
         "Connection: close",
+        *(f"{name}: {value}" for name, value in answer.headers),
     ]
     if answer.status == HTTPStatus.METHOD_NOT_ALLOWED:
         lines.append("Allow: GET, HEAD")

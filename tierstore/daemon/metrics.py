@@ -1,12 +1,14 @@
-"""The metrics of a daemon over HTTP: /metrics for Prometheus, and /healthz.
+"""The metrics of a daemon over HTTP: /metrics for Prometheus, /healthz, and the status page at /.
 
 Input: a callable that gives the stat record. Output: its families, made anew at each scrape, so that nothing is counted
-twice. Errors: a record that cannot be had is answered with 503 and logged; it never ends the daemon.
+twice; the page for browsers. Errors: a record that cannot be had is answered with 503 and logged; it never ends the
+daemon.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from http import HTTPStatus
 
@@ -21,6 +23,7 @@ from .families import families_of
 from .http import HttpServer
 from .http_messages import Answer, HttpRequest, text_answer
 from .record import HEALTHY, StatRecord
+from .status import FILES, STATUS_PATH, file_answer, status_answer
 
 logger = logging.getLogger("tierstore")
 
@@ -42,7 +45,7 @@ class StatCollector(Collector):
 
 
 class MetricsServer:
-    """Serves /metrics and /healthz over HTTP until it is closed; see `http.HttpServer` for its limits.
+    """Serves /metrics, /healthz and the status page over HTTP until it is closed; see `http.HttpServer` for its limits.
 
     /healthz: 200 while the daemon serves, also while it changes epoch or version; else 503. `address` is what was
     bound.
@@ -80,13 +83,18 @@ class MetricsServer:
 
     def _answer(self, request: HttpRequest) -> Answer:
         path = request.path
-        if path not in ("/metrics", "/healthz"):
-            return text_answer(HTTPStatus.NOT_FOUND, "there are /metrics and /healthz")
+        if path in FILES:
+            return file_answer(path)
+        if path not in ("/metrics", "/healthz", STATUS_PATH):
+            return text_answer(HTTPStatus.NOT_FOUND, "there are /, /metrics and /healthz")
         try:
             if path == "/metrics":
                 encode, content_type = encoder_of(request.accept)
                 return Answer(HTTPStatus.OK, encode(self._registry), content_type)
-            state = self._stat().daemon.state
+            record = self._stat()
+            if path == STATUS_PATH:
+                return status_answer(record, time.time())
+            state = record.daemon.state
         except Exception as error:  # whatever ails the record, the daemon must go on
             event(logger, logging.ERROR, "stat_failed", path=path, error=error)
             return text_answer(HTTPStatus.SERVICE_UNAVAILABLE, "the daemon cannot say how it fares; its log says why")

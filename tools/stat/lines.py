@@ -10,11 +10,12 @@ import math
 import time
 from collections.abc import Sequence
 
+from tierstore.daemon.counts import counts_of, expected_rate, reads_of, total_of
 from tierstore.daemon.record import StatRecord, ratio, read_amplification
 from tierstore.units import format_bytes
 
 from ..report.tables import percent
-from .rates import Rates, counts_of, expected_rate, quantile_ns, reads_of, total_of
+from .rates import Rates, quantile_ns
 from .words import UNKNOWN, bytes_a_second, duration, latency_text, number_text, share_text, short_count
 
 LOST_FRACTION_MAX = 0.01  # of reports, missed keys, remote calls: what is below is counted, but needs no eye

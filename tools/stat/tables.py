@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from tierstore.daemon.counts import Counts, counts_of, expected_rate, total_of
 from tierstore.daemon.record import Memory, StatRecord, ratio
 from tierstore.units import format_bytes
 
 from .lines import concerns, heading, learning_lines, summary
-from .rates import Counts, Rates, counts_of, expected_rate, total_of
+from .rates import Rates
 from .words import UNKNOWN, duration, share_text, short_count
 
 if TYPE_CHECKING:
