@@ -46,7 +46,7 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        return "run" in self.words
+        return "run" in self.words and not self.language.startswith("{")  # the title of a diagram is no mark
 
 
 @dataclass(frozen=True)
