@@ -97,7 +97,8 @@ class Drawing:
             return
         for bottom in self._ends(top, left, down=True):
             for right in self._ends(top, left, down=False):
-                if bottom in self._ends(top, right, down=True) and right in self._ends(bottom, left, down=False):
+                closed = bottom in self._ends(top, right, down=True) and right in self._ends(bottom, left, down=False)
+                if closed and bottom - top > 1 and right - left > 1:
                     yield Box(top, left, bottom, right)
                     return
 

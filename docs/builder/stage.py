@@ -30,7 +30,10 @@ ROOT_PAGES = {  # documents of the repository's root, and where they lie in the 
 }
 GENERATED = re.compile(r"^<!-- generated: ([a-z_-]+) -->$", re.M)
 LINK = re.compile(r"(?<=\]\()([^()\s]+)(?=(?:\s+\"[^\"]*\")?\))|(?<=^\[)[^\]\n]+\]:\s+(\S+)", re.M)
-CODE = re.compile(r"^(`{3,}|~{3,})[^\n]*\n.*?^\1[ ]*$|(`+)[^`](?:.*?[^`])?\2(?!`)", re.M | re.S)
+CODE = re.compile(  # blocks, then code within a paragraph
+    r"^(?P<block>`{3,}|~{3,})[^\n]*\n.*?^(?P=block)[ ]*$|(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\n).)*?(?<!`)(?P=ticks)(?!`)",
+    re.M | re.S,
+)
 ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:|#|/")
 FILES = "files"  # where files of the repository lie that pages link to
 
@@ -59,7 +62,7 @@ def stage(root: Path, source: Path, generators: Mapping[str, Callable[[], str]])
     for path, page in pages.items():
         text = (root / path).read_text(encoding="utf-8")
         text = relinked(text, path, root, pages, source)
-        text = GENERATED.sub(lambda match: generators[match[1]](), text)
+        text = generated(text, generators)
         target = source / page
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
@@ -76,14 +79,32 @@ def relinked(text: str, path: str, root: Path, pages: Mapping[str, str], source:
     return "".join([*parts, text[done:]])
 
 
+def generated(text: str, generators: Mapping[str, Callable[[], str]]) -> str:
+    """Returns a page's text with its generated parts; those that stand in code are examples."""
+    hidden = _code_of(text)
+
+    def written(match: re.Match[str]) -> str:
+        return match[0] if _is_within(match.start(), hidden) else generators[match[1]]()
+
+    return GENERATED.sub(written, text)
+
+
 def links_of(text: str) -> Iterator[tuple[int, int, str]]:
     """The relative links of a page outside code: start, end, target."""
-    hidden = [match.span() for match in CODE.finditer(text)]
+    hidden = _code_of(text)
     for match in LINK.finditer(text):
         group = 1 if match[1] is not None else 2
         start, end = match.span(group)
-        if not ELSEWHERE.match(match[group]) and not any(first <= start < last for first, last in hidden):
+        if not ELSEWHERE.match(match[group]) and not _is_within(start, hidden):
             yield start, end, match[group]
+
+
+def _code_of(text: str) -> list[tuple[int, int]]:
+    return [match.span() for match in CODE.finditer(text)]
+
+
+def _is_within(place: int, spans: list[tuple[int, int]]) -> bool:
+    return any(first <= place < last for first, last in spans)
 
 
 def _target(

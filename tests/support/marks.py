@@ -37,6 +37,7 @@ MARKS: dict[str, tuple[str, ...]] = {
     "daemon": ("daemon",),
     "decisions/test_intervals": ("long",),
     "decisions/test_replan": ("long",),
+    "docs/test_errors_page": ("long",),
     "engram_adapter/test_around_models": ("long",),
     "engram_adapter/test_attached_embedding": ("daemon",),
     "engram_adapter/test_codec_libraries": ("long",),
