@@ -98,8 +98,9 @@ class Drawing:
         for bottom in self._ends(top, left, down=True):
             for right in self._ends(top, left, down=False):
                 closed = bottom in self._ends(top, right, down=True) and right in self._ends(bottom, left, down=False)
-                if closed and bottom - top > 1 and right - left > 1:
-                    yield Box(top, left, bottom, right)
+                if closed:
+                    if bottom - top > 1 and right - left > 1:  # else there is no inside: two boxes, one below the other
+                        yield Box(top, left, bottom, right)
                     return
 
     def _ends(self, row: int, column: int, *, down: bool) -> list[int]:

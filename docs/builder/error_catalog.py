@@ -52,12 +52,14 @@ BUILT_IN = {  # of Python, and when they are raised
     "PermissionError": "This user may not do that.",
 }
 IMPERATIVES = re.compile(
-    r"(?P<more>then |or |first |and )?(?:add|allow|apt-get|ask|await|begin|build|call|cast|change|check|choose|clear|"
-    r"clip|close|commit|compact|compare|connect|convert|copy|correct|decode|decompress|delete|dequantize|do|"
-    r"download|drop|encode|end|export|find|finish|free|get|give|go|have|install|keep|leave|let|list|load|look|lower|make|map|mend|"
-    r"merge|mount|move|name|note|open|pass|pick|pickle|pin|plan|prefetch|profile|prune|publish|put|raise|read|rebuild|"
-    r"record|reduce|remove|rename|repair|restart|restore|retry|run|save|say|see|send|serve|set|shorten|skip|split|"
-    r"start|stop|take|train|try|turn|unset|update|use|wait|write)\b|is [^;]*\?$"
+    r"(?P<more>then |or |first |and )?(?:"
+    r"add|allow|apt-get|ask|await|begin|build|call|cast|change|check|choose|clear|clip|close|commit|compact|"
+    r"compare|connect|convert|copy|correct|decode|decompress|delete|dequantize|do|download|drop|encode|end|export|"
+    r"find|finish|free|get|give|go|have|install|keep|leave|let|list|load|look|lower|make|map|mend|merge|mount|move|"
+    r"name|note|open|pass|pick|pickle|pin|plan|prefetch|profile|prune|publish|put|raise|read|rebuild|record|reduce|"
+    r"remove|rename|repair|restart|restore|retry|run|save|say|see|send|serve|set|shorten|skip|split|start|stop|"
+    r"take|train|try|turn|unset|update|use|wait|write"
+    r")\b|is [^;]*\?$"
 )
 MESSAGES_NOT_LISTED = ("tierstore.tools.bench", "tierstore.kernels.gpu")  # built-in errors of benchmarks and launchers
 
