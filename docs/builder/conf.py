@@ -23,6 +23,7 @@ root_doc = "index"
 exclude_patterns = ["files"]
 source_suffix = {".md": "markdown"}
 nitpicky = True
+smartquotes = False  # `--option` is no dash
 
 myst_enable_extensions = ["deflist", "colon_fence", "attrs_inline", "attrs_block"]
 myst_heading_anchors = 4  # the same anchors as on a code host

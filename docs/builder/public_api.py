@@ -56,7 +56,8 @@ def _kind(found: Any) -> int:
 
 def _first_sentence(found: Any, name: str) -> str:
     text = " ".join(_doc(found, name).partition("\n\n")[0].split())
-    return re.split(r"(?<=[.:])\s", text, maxsplit=1)[0].rstrip(":").replace("|", "\\|")
+    text = re.sub(rf";(?: also)? `\w+\.{name}`", "", text)  # where it is to be had: here
+    return _escaped(re.split(r"(?<=\.)\s", text, maxsplit=1)[0]).replace("|", "\\|")
 
 
 def _doc(found: Any, name: str) -> str:
