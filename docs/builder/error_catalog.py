@@ -169,7 +169,7 @@ def reference() -> str:
         own = sorted((each for each in messages if each.error == name), key=lambda each: (each.module, each.line))
         lines += [f"\n## {name}\n", f"{_when(program, name)}\n", f"{REMEDIES[name]}\n"]
         if own:
-            lines += ["| message | what to do | raised in |", "|---|---|---|", *map(_row, own)]
+            lines += ["{.messages}", "| message | what to do | raised in |", "|---|---|---|", *map(_row, own)]
     return "\n".join([*lines, ""])
 
 

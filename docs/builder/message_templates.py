@@ -17,6 +17,7 @@ DEPTH_MAX = 4
 CHOICES_MAX = 6
 FORMATTERS = ("format_bytes", "str", "repr", "ascii", "int", "float", "sorted", "list", "tuple", "max", "min", "round")
 NAMES = {"geteuid": "uid", "st_uid": "uid", "st_mode": "mode", "st_size": "size", "tolist": "values"}
+NAMES |= {"facts": "numbers", "remedy": "what the message says"}
 UNFOLLOWED = ("tierstore.units", "tierstore.printable")  # they format values
 
 

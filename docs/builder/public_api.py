@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from types import ModuleType
 from typing import Any
@@ -71,7 +71,7 @@ def _section(found: Any, name: str, module: ModuleType) -> Iterator[str]:
     yield f"\n## {_title(found, name, module)}\n"
     if not inspect.isclass(found):
         yield from _signature(f"{module.__name__}.{name}", found)
-        yield from prose(_doc(found, name))
+        yield from prose(_doc(found, name), _parameters(found))
         return
     if issubclass(found, BaseException):
         yield from prose(_doc(found, name))
@@ -81,14 +81,14 @@ def _section(found: Any, name: str, module: ModuleType) -> Iterator[str]:
         yield from _signature(f"{module.__name__}.{name}", found)
     yield from prose(_doc(found, name))
     if init:
-        yield from prose(init)
+        yield from prose(init, _parameters(found.__init__))
     for below, member in _members(found):
         yield f"\n### {name}.{below}\n"
         if isinstance(member, property):
             yield from _property(below, member)
         else:
             yield from _signature(below, member)
-        yield from prose(_doc(member, f"{name}.{below}"))
+        yield from prose(_doc(member, f"{name}.{below}"), _parameters(member))
 
 
 def _members(found: type) -> Iterator[tuple[str, Any]]:
@@ -146,34 +146,56 @@ def _annotation(annotation: Any) -> str:
     return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", text)
 
 
-def prose(text: str) -> Iterator[str]:
-    """A Google docstring as Markdown: its sections become lists of definitions."""
+def _parameters(found: Any) -> list[str]:
+    try:
+        return list(inspect.signature(found).parameters)
+    except (TypeError, ValueError):  # a property
+        return []
+
+
+def prose(text: str, parameters: Sequence[str] = ()) -> Iterator[str]:
+    """A Google docstring as Markdown: its sections become lists of definitions.
+
+    So do paragraphs that begin with a parameter: `name: what it is. other: what that is.`
+    """
     lines, name, block = text.splitlines(), "", list[str]()
     for line in [*lines, "."]:
         heading = line[:-1] if line.endswith(":") and line[:-1] in SECTIONS else ""
         if heading or line == ".":
-            yield from _block(name, block)
+            yield from _block(name, block, parameters)
             name, block = heading, []
         elif name and line and not line.startswith(" "):  # text again behind a section
-            yield from _block(name, block)
+            yield from _block(name, block, parameters)
             name, block = "", [line]
         else:
             block.append(line)
 
 
-def _block(name: str, lines: list[str]) -> Iterator[str]:
+def _block(name: str, lines: list[str], parameters: Sequence[str]) -> Iterator[str]:
     text = inspect.cleandoc("\n".join(lines)) if name else "\n".join(lines).strip()
     if not text:
         return
     if name in ("Args", "Raises"):
         yield f"**{name}**\n"
-        for item in _items(text):
-            term, _, meaning = item.partition(":")
-            yield f"`{term.strip()}`\n: {_escaped(' '.join(meaning.split()))}\n"
+        yield from map(_definition, _items(text))
     elif name:
         yield f"**{name}**: {_escaped(' '.join(text.split()))}\n"
     else:
+        for paragraph in re.split(r"\n\s*\n", text):
+            yield from _paragraph(paragraph, parameters)
+
+
+def _paragraph(text: str, parameters: Sequence[str]) -> Iterator[str]:
+    begins = rf"(?:{'|'.join(map(re.escape, parameters))}):\s"
+    if parameters and re.match(begins, text):
+        yield from map(_definition, re.split(rf"(?<=\.)\s+(?={begins})", text))
+    else:
         yield _escaped(text) + "\n"
+
+
+def _definition(item: str) -> str:
+    term, _, meaning = item.partition(":")
+    return f"`{term.strip()}`\n: {_escaped(' '.join(meaning.split()))}\n"
 
 
 def _items(text: str) -> Iterator[str]:
