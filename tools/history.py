@@ -19,7 +19,8 @@ def versions_record(image: CatalogImage) -> Record:
     """Returns which published version readers open, "newest" (0: the base), and what all versions take."""
     tables = [table for version in image.versions.values() for table in version.tables.values()]
     return {
-        "newest": len(image.versions),
+        "newest": image.newest,
+        "folded": image.folded,
         "rows": dict(image.touched),
         "num_bytes": sum(table.num_bytes for table in tables),
     }

@@ -290,8 +290,8 @@ def test_a_publish_killed_anywhere_leaves_the_version_before(tmp_path: Path, mon
 def test_an_older_reader_refuses_a_store_with_versions_by_name(
     versioned: VersionedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog, "INITIAL_FORMAT_VERSION", 2)  # the newest that the release before knew
-    with pytest.raises(tierstore.FormatError, match=r"store format 3, this tierstore .* reads 1 to 2"):
+    monkeypatch.setattr(catalog, "KNOWN_FORMAT_VERSIONS", (1, 2))  # those that the release before knew
+    with pytest.raises(tierstore.FormatError, match=r"store format 3, this tierstore .* reads 1, 2;"):
         tierstore.open(versioned.store, SMALL, version=0)
 
 

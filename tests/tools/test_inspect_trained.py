@@ -28,6 +28,7 @@ def test_versions_and_commits_are_counted_and_sized(tmp_path: Path) -> None:
     record = good_json("inspect", versions.store)
     assert record["versions"] == {
         "newest": 2,
+        "folded": 0,
         "rows": {name: int(versions.touched(name, 2).sum()) for name in model.rows},
         "num_bytes": sum(file.stat().st_size for file in (versions.store / "versions").glob("*.rows")),
     }

@@ -84,6 +84,11 @@ class Link:
                     f"{identity[:12]}): it was built anew, or is another here; restart the daemon, "
                     "or mount the same"
                 )
+            if image.folded != layout.folded:
+                raise DaemonError(
+                    f"{path}: versions up to {image.folded} were folded into one after the daemon opened it; have it "
+                    f"open the store again: tierstore swap SOCKET {path}"
+                )
             if list(self._shares) != list(image.tables):
                 raise DaemonError(f"{path}: its tables are not those that the daemon serves; restart the daemon")
             self.attachments = image.attachments

@@ -70,6 +70,7 @@ class Clients:
             budget_bytes=tiers.plan.budget_bytes,
             dram_bytes=tiers.plan.dram_bytes,
             published=version.published,
+            folded=version.folded,
         )
         static_fd = tiers.static.export_fd if on_gpu else tiers.static.fd
         return layout, [tiers.control.fd, static_fd, tiers.recency.fd, block_fd, *([resident.fd] if resident else [])]

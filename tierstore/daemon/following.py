@@ -75,7 +75,8 @@ class Follower:
         if catalog == self._seen:
             return
         image = read_catalog(served.path)
-        if image.version > served.published and image.base_identity == served.base_identity:
+        is_other = image.version > served.published or image.folded != served.folded
+        if is_other and image.base_identity == served.base_identity:
             event(logger, logging.INFO, "following", store=served.path, published=image.version)
             self._administration.carry_out(SwapRequest(store=served.path))
         if looked_at - catalog[1][2] > QUIET_NS:

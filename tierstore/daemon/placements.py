@@ -21,7 +21,7 @@ from ..formats.catalog import read_catalog
 from ..formats.placement import Placement
 from ..ipc.events import event
 from ..ipc.mapped import OpenVersion
-from ..store.embedded import open_placement
+from ..store.embedded import OPENING_ATTEMPTS_MAX, open_placement, was_folded
 from ..tiers.nvme import IoChoice
 from ..tiers.placed import PlacementFile, load_indexes
 from .epochs import Pairs
@@ -46,8 +46,14 @@ class BegunPlacement:
 def open_version(path: str | os.PathLike[str], placement: int | str | None, choice: IoChoice) -> OpenVersion:
     """Opens a store's files. Raises what `tierstore.open` raises."""
     direct = choice.mode == "uring"
-    image, placed = open_placement(Path(path).absolute(), placement, direct=direct)  # clients work in other folders
-    return OpenVersion(image, placed, direct=direct)
+    for attempt in range(1, OPENING_ATTEMPTS_MAX + 1):
+        image, placed = open_placement(Path(path).absolute(), placement, direct=direct)  # clients work in other folders
+        try:
+            return OpenVersion(image, placed, direct=direct)
+        except FormatError:
+            if attempt == OPENING_ATTEMPTS_MAX or not was_folded(image):
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def open_next(path: str | os.PathLike[str], begun: BegunPlacement | None, choice: IoChoice) -> OpenVersion:

@@ -52,6 +52,11 @@ class Version:
         return self.opened.image.version
 
     @property
+    def folded(self) -> int:
+        """Which of the store's versions had the rows of all before it when this one was opened; 0: none."""
+        return self.opened.image.folded
+
+    @property
     def layouts(self) -> Mapping[str, TableLayout]:
         """The layouts of its tables."""
         return self.opened.image.tables

@@ -33,8 +33,13 @@ STORE_FORMAT_VERSION = 1
 IN_PLACE_FORMAT_VERSION = 2  # of a store with tables in place, which older readers cannot read
 VERSIONS_FORMAT_VERSION = 3  # of either with published versions: older readers would serve rows of the base for them
 INITIAL_FORMAT_VERSION = 4  # of a store from scratch, whose rows older readers cannot draw
+FOLDED_FORMAT_VERSION = 6  # of any whose oldest versions were folded into one, whose digest older readers cannot know
 NEW_CATALOG_FILE = "catalog.mdb.new"
 LOCK_FILE = "build.lock"
+KNOWN_FORMAT_VERSIONS = (
+    STORE_FORMAT_VERSION, IN_PLACE_FORMAT_VERSION, VERSIONS_FORMAT_VERSION, INITIAL_FORMAT_VERSION,
+    FOLDED_FORMAT_VERSION,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class CatalogImage:
         epoch: The current placement's, or None.
         last_epoch: The largest number ever given, 0 at first, so that no number is given twice.
         files: Of a store in place: the checkpoint's files that hold its rows.
-        versions: The published ones, by number, without a gap.
+        versions: The published ones, by number, without a gap; the first one is 1, or is folded.
         version: Which of them this image is of; 0: of the base. As the catalog is read, the newest.
     """
 
@@ -88,15 +93,24 @@ class CatalogImage:
 
     def at_version(self, version: int | None) -> CatalogImage:
         """Returns the image of a version; None: of the newest. Raises `ConfigError` if there is not such a version."""
-        newest = len(self.versions)
-        if version is not None and (type(version) is not int or not 0 <= version <= newest):
-            raise unknown_version(self.path, version, newest)
-        return replace(self, version=newest if version is None else version)
+        if version is not None and (type(version) is not int or version not in {0, *self.versions}):
+            raise unknown_version(self.path, version, self.versions)
+        return replace(self, version=self.newest if version is None else version)
+
+    @property
+    def newest(self) -> int:
+        """The newest version; 0 if there is only the base."""
+        return max(self.versions, default=0)
+
+    @property
+    def folded(self) -> int:
+        """The version that has the rows of all before it, which are gone; 0 if none was folded."""
+        return next((number for number, version in self.versions.items() if version.folded is not None), 0)
 
     @property
     def used_versions(self) -> list[VersionRecord]:
         """The versions whose rows this image's version is made of, oldest first."""
-        return [self.versions[number] for number in range(1, self.version + 1)]
+        return [self.versions[number] for number in sorted(self.versions) if number <= self.version]
 
     @lazy
     def touched(self) -> dict[str, int]:
@@ -209,15 +223,26 @@ def publish_versions(path: Path, versions: Sequence[VersionRecord]) -> None:
     with changing(path):
         image = read_catalog(path)
         numbers = [version.number for version in versions]
-        if numbers != list(range(len(image.versions) + 1, len(image.versions) + 1 + len(versions))):
-            raise ConfigError(f"{path} has {len(image.versions)} versions, and {numbers} are not the next ones")
+        if numbers != list(range(image.newest + 1, image.newest + 1 + len(versions))):
+            raise ConfigError(f"{path} has versions up to {image.newest}, and {numbers} are not the next ones")
         head = {
-            "format_version": VERSIONS_FORMAT_VERSION,
+            "format_version": FOLDED_FORMAT_VERSION if image.folded else VERSIONS_FORMAT_VERSION,
             "base_format": IN_PLACE_FORMAT_VERSION if image.is_in_place else STORE_FORMAT_VERSION,
             "written_by": f"tierstore {VERSION}",
         }
         records = {f"version/{version.number:08d}": as_json(version.to_dict()) for version in versions}
         write_records(path / CATALOG_FILE, {"format": as_json(head)} | records)
+
+
+def publish_folded(path: Path, version: VersionRecord) -> None:
+    """Notes a version that has the rows of all before it, and forgets those, in one transaction. Durable when it
+    returns. Its files are complete and synced; those of the versions that go may be removed then."""
+    with changing(path):
+        records = read_records(path)
+        gone = tuple(key for key in records if key.startswith("version/") and int(key[8:]) < version.number)
+        head = from_json(records, "format", path) | {"format_version": FOLDED_FORMAT_VERSION}
+        changed = {"format": as_json(head), f"version/{version.number:08d}": as_json(version.to_dict())}
+        write_records(path / CATALOG_FILE, changed, removed=gone)
 
 
 def set_epoch(path: Path, epoch: int | None) -> None:
@@ -251,10 +276,11 @@ def read_catalog(
         raise named(error, f"cannot read {error.filename or path}", error.filename or path) from error
     head = from_json(records, "format", path)
     version = head.get("format_version")
-    if version not in range(STORE_FORMAT_VERSION, INITIAL_FORMAT_VERSION + 1):
+    if version not in KNOWN_FORMAT_VERSIONS:
+        known = ", ".join(map(str, KNOWN_FORMAT_VERSIONS))
         raise FormatError(
-            f"{path}: store format {version}, this tierstore {VERSION} reads {STORE_FORMAT_VERSION} to "
-            f"{INITIAL_FORMAT_VERSION}; install a newer tierstore or rebuild the store with this one"
+            f"{path}: store format {version}, this tierstore {VERSION} reads {known}; install a newer tierstore or "
+            f"rebuild the store with this one"
         )
     image = _image(path, records, version)
     if image.is_initial and not may_be_initial:
@@ -314,7 +340,7 @@ def _image(path: Path, records: dict[str, bytes], version: int) -> CatalogImage:
     check_numbers(path, versions)
     return CatalogImage(
         path, version, ready, origin, tables, shards, attachments, placements, epoch, last_epoch, files, versions,
-        version=len(versions),
+        version=max(versions, default=0),
     )  # fmt: skip
 
 

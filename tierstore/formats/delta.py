@@ -98,6 +98,8 @@ def read_delta_head(file: Path, fd: int, layouts: dict[str, TableLayout]) -> tup
     numbers = [version.number for version in versions]
     if not numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))) or numbers[0] < 1:
         raise _refused(file, f"it has versions {numbers}, with a gap")
+    if any(version.folded is not None for version in versions):
+        raise _refused(file, "a version in it was folded")
     wanted = found.file_starts(size)[-1]
     if os.fstat(fd).st_size != wanted:
         raise _refused(file, f"{os.fstat(fd).st_size} bytes on disk, its files take {wanted}: it was cut short")

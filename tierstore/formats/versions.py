@@ -3,7 +3,8 @@
 Input: catalog records `version/00000001` and so on. Output: `VersionRecord`s, oldest first, and digests of a store at
 a version. Errors: `FormatError` for records that are damaged, `ConfigError` for a version that is not there.
 
-A version is the base and the rows of all versions up to it: of a row that several have, the newest counts.
+A version is the base and the rows of all versions up to it: of a row that several have, the newest counts. The oldest
+one may be folded: it has all rows of those before it, which are gone; its digest is what it was.
 """
 
 from __future__ import annotations
@@ -48,28 +49,34 @@ class VersionRecord:
         commit: Of the training that it was published from; None if it is not of a commit.
         created_at: Seconds since 1970.
         tables: By name.
+        folded: None, or, of the oldest one if it has the rows of all before it, its digest.
     """
 
     number: int
     commit: int | None
     created_at: float
     tables: Mapping[str, VersionTable]
+    folded: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as a JSON-able dict."""
         tables = {name: vars(table) for name, table in self.tables.items()}
-        return {"number": self.number, "commit": self.commit, "created_at": self.created_at, "tables": tables}
+        record = {"number": self.number, "commit": self.commit, "created_at": self.created_at, "tables": tables}
+        return record if self.folded is None else record | {"folded": self.folded}
 
     @classmethod
     def from_dict(cls, record: Any, layouts: Mapping[str, TableLayout], what: str) -> VersionRecord:
         """Reads what `to_dict` wrote; `what` names the record in errors. Raises `FormatError`."""
         try:
             tables = {name: VersionTable(**table) for name, table in record["tables"].items()}
-            made = cls(record["number"], record["commit"], float(record["created_at"]), tables)
+            created_at, folded = float(record["created_at"]), record.get("folded")
+            made = cls(record["number"], record["commit"], created_at, tables, folded)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{what} is damaged ({error!r:.200}); restore the catalog") from error
         if type(made.number) is not int or not (made.commit is None or type(made.commit) is int):
             raise FormatError(f"{what} is damaged: its number is {made.number!r}; restore the catalog")
+        if not isinstance(made.folded, str | None):
+            raise FormatError(f"{what} is damaged: its digest is {made.folded!r:.100}; restore the catalog")
         for name, table in made.tables.items():
             _check_table(name, table, layouts, what)
         return made
@@ -91,8 +98,14 @@ def _check_table(name: str, table: VersionTable, layouts: Mapping[str, TableLayo
 
 
 def check_numbers(path: Path, versions: Mapping[int, VersionRecord]) -> None:
-    """Raises `FormatError` unless the versions of a store are 1, 2, ... without a gap."""
-    if sorted(versions) != list(range(1, len(versions) + 1)) or any(n != v.number for n, v in versions.items()):
+    """Raises `FormatError` unless the versions of a store are 1, 2, ... without a gap, or the first one is folded."""
+    first, *later = sorted(versions) or [1]
+    if (
+        sorted(versions) != list(range(first, first + len(versions)))
+        or any(n != v.number for n, v in versions.items())
+        or (first != 1 and versions[first].folded is None)
+        or any(versions[number].folded is not None for number in later)
+    ):
         raise FormatError(f"{path}: the catalog has versions {sorted(versions)}, with a gap; restore the catalog")
 
 
@@ -100,13 +113,19 @@ def identity_of(base_identity: str, versions: Sequence[VersionRecord]) -> str:
     """Returns the digest, hex, of a store with all of `versions`, oldest first; without any it is the base's."""
     identity = base_identity
     for version in versions:
+        if version.folded is not None:
+            identity = version.folded
+            continue
         tables = {name: [table.num_rows, table.sha256] for name, table in sorted(version.tables.items())}
         text = json.dumps([identity, version.number, tables], sort_keys=True)
         identity = hashlib.sha256(text.encode()).hexdigest()
     return identity
 
 
-def unknown_version(path: Path, version: object, newest: int) -> ConfigError:
+def unknown_version(path: Path, version: object, versions: Mapping[int, VersionRecord]) -> ConfigError:
     """Returns the error for a version that a store does not have."""
+    oldest, newest = min(versions, default=0), max(versions, default=0)
     there = f"it has versions 0 (the base) to {newest}" if newest else "it has only its base, version 0"
+    if oldest > 1:
+        there = f"it has versions 0 (the base) and {oldest} to {newest}; those before {oldest} were folded into it"
     return ConfigError(f"version: {version!r} is not one of {path}: {there}; run 'tierstore versions {path}'")

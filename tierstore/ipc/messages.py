@@ -58,7 +58,9 @@ class Layout(Struct, frozen=True):
 
     is_exported: the static block's descriptor is its writable export, which drivers need that lock memory for a GPU.
     sizes: bytes of the blocks control, static, recency, client and, if tables are resident, resident. bad_pages: of
-    resident tables, and why. published: the published version of the store's rows that is served; 0: the base.
+    resident tables, and why. published: the published version of the store's rows that is served; 0: the base. folded:
+    the version into which all before it were folded when the daemon opened the store: its index of rows is of those
+    files.
     """
 
     is_exported: bool = msgspec.field(name="lent")  # the key that clients of every release read
@@ -73,6 +75,7 @@ class Layout(Struct, frozen=True):
     budget_bytes: Count
     dram_bytes: Count
     published: Count = 0
+    folded: Count = 0
 
     def __post_init__(self) -> None:
         for name, share in self.tables.items():

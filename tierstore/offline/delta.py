@@ -70,7 +70,13 @@ def write_delta(
     before, after = image.at_version(since), image.at_version(until)
     if since >= until:
         raise ConfigError(f"a delta from version {since} to {until} has nothing: give A..B with A below B")
-    head = DeltaHead(image.base_identity, before.identity, after.identity, tuple(after.used_versions[since:]))
+    if since < image.folded:
+        raise ConfigError(
+            f"{path}: versions 1 to {image.folded} were folded into one, which no delta has: give A..B with A at least "
+            f"{image.folded}, or copy the store to the other host"
+        )
+    packed = tuple(version for version in after.used_versions if version.number > since)
+    head = DeltaHead(image.base_identity, before.identity, after.identity, packed)
     head_bytes = head.to_bytes()
     starts = head.file_starts(len(head_bytes))
     check_room(out.absolute().parent, starts[-1])
@@ -130,7 +136,7 @@ def _open_delta(delta: Path) -> int:
 
 def _apply(path: Path, image: CatalogImage, delta: Path, fd: int, on_progress: OnProgress | None) -> DeltaReport:
     head, head_bytes = read_delta_head(delta, fd, image.tables)
-    has = len(image.versions)
+    has = image.newest
     first, last = head.versions[0].number, head.versions[-1].number
     _check_history(path, image, delta, head)
     missing = tuple(version for version in head.versions if version.number > has)
@@ -165,7 +171,7 @@ def _check_history(path: Path, image: CatalogImage, delta: Path, head: DeltaHead
             f"{delta} is of a store whose base has digest {head.base[:12]}, that of {path} has "
             f"{image.base_identity[:12]}: build or copy the same store first"
         )
-    first, has = head.versions[0].number, len(image.versions)
+    first, has = head.versions[0].number, image.newest
     if first - 1 > has:
         raise ConfigError(
             f"{delta} begins behind version {first - 1}, {path} has versions up to {has}: apply the delta of "

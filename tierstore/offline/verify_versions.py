@@ -35,7 +35,8 @@ def parts_of_versions(image: CatalogImage) -> list[Part]:
     """Returns what there is to check of a store's versions: each file, and each table's rows together."""
     parts: list[Part] = []
     for version in image.used_versions:
-        identity = image.at_version(version.number - 1).identity
+        before = 0 if version.folded is not None else version.number - 1
+        identity = image.at_version(before).identity
         for name, table in version.tables.items():
             spec, seed = image.tables[name].spec, image.tables[name].seed
             head = RowsFile(version.number, name, spec.row_bytes, table.num_rows, identity, seed)

@@ -85,7 +85,7 @@ def publish_rows(path: str | os.PathLike[str], changed: Mapping[str, ChangedRows
 def write_version(path: Path, image: CatalogImage, changed: Mapping[str, ChangedRows], commit: int | None) -> int:
     """Does what `publish_rows` says; the caller holds the lock, and the image was read under it."""
     _check(path, image, changed)
-    number = len(image.versions) + 1
+    number = image.newest + 1
     try:
         (path / VERSIONS_FOLDER).mkdir(exist_ok=True)
         sync_folder(path)
@@ -133,7 +133,7 @@ def check_room(path: Path, needed: int) -> None:
 
 def _write_table(path: Path, image: CatalogImage, name: str, rows: ChangedRows) -> VersionTable | None:
     """Writes the next version's file of one table; returns what the catalog says of it, None if no row came."""
-    layout, number = image.tables[name], len(image.versions) + 1
+    layout, number = image.tables[name], image.newest + 1
     head = RowsFile(number, name, layout.spec.row_bytes, 0, image.identity, layout.seed)
     new = _NewRows(path, image, layout)
     file = path / rows_file(image, number, name)
@@ -149,11 +149,16 @@ def _write_table(path: Path, image: CatalogImage, name: str, rows: ChangedRows) 
 
 def rows_file(image: CatalogImage, number: int, name: str) -> str:
     """Returns the path of a version's file of a table, relative to the store."""
+    return f"{VERSIONS_FOLDER}/{number:08d}-{file_stem(image, name)}"
+
+
+def file_stem(image: CatalogImage, name: str) -> str:
+    """Returns what the names of a table's files of rows end in."""
     readable = {table: re.sub(r"[^A-Za-z0-9._-]", "_", table)[:NAME_CHARS_MAX] for table in image.tables}
     stem = readable[name]
     if sum(other == stem for other in readable.values()) > 1:
         stem = f"{stem}-{list(readable).index(name)}"
-    return f"{VERSIONS_FOLDER}/{number:08d}-{stem}{ROWS_SUFFIX}"
+    return f"{stem}{ROWS_SUFFIX}"
 
 
 class _NewRows:

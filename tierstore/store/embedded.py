@@ -26,12 +26,12 @@ from ..tiers.nvme import IoChoice, choose_io
 from ..tiers.placed import PlacementFile
 from ..units import format_bytes, parse_bytes
 from .backing import Backing
-from .options import DEFAULT_DEVICE, check_options, check_readers, check_threads
+from .options import DEFAULT_DEVICE, HbmOptions, check_options, check_readers, check_threads
 from .store import Store
 
 logger = logging.getLogger("tierstore")
 
-PLACEMENT_ATTEMPTS_MAX = 5
+PLACEMENT_ATTEMPTS_MAX = OPENING_ATTEMPTS_MAX = 5
 
 
 def open_store(
@@ -73,21 +73,43 @@ def open_store(
     """
     hbm_options = check_options(io, hbm, device)
     budget_bytes = parse_bytes(dram, "dram")
-    hbm_bytes = hbm_options.num_bytes if hbm_options else None
     choice = choose_io(io, check_threads(threads), check_readers(readers))
-    image, placed = open_placement(path, placement, version, direct=choice.mode == "uring")
+    for attempt in range(1, OPENING_ATTEMPTS_MAX + 1):
+        image, placed = open_placement(path, placement, version, direct=choice.mode == "uring")
+        try:
+            return _open_image(image, placed, budget_bytes, hbm_options, choice, on_progress)
+        except FormatError:
+            if attempt == OPENING_ATTEMPTS_MAX or not was_folded(image):
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _open_image(
+    image: CatalogImage,
+    placed: PlacementFile | None,
+    budget_bytes: int,
+    hbm: HbmOptions | None,
+    choice: IoChoice,
+    on_progress: OnProgress | None,
+) -> Store:
+    """Opens the store of a catalog; takes `placed` over, also if that fails."""
     try:
-        heading = placed.placement if placed else None
+        heading, hbm_bytes = placed.placement if placed else None, hbm.num_bytes if hbm else None
         plan, hbm_plan = divide_budgets(
             image.tables, budget_bytes, hbm_bytes, heading, choice.num_readers, image.touched
         )
         check_available(plan.dram_bytes + (beside_hbm(plan, hbm_plan) if hbm_plan else 0))
-        on_device = hbm_options.device if hbm_options else DEFAULT_DEVICE
+        on_device = hbm.device if hbm else DEFAULT_DEVICE
         return Store(Embedded(image, plan, choice, placed, on_progress, hbm_plan, on_device))
     except BaseException:
         if placed:
             placed.close()
         raise
+
+
+def was_folded(image: CatalogImage) -> bool:
+    """Whether versions of a store were folded since its catalog was read: files that it names may be gone."""
+    return read_catalog(image.path).folded != image.folded
 
 
 def open_placement(
