@@ -20,6 +20,8 @@ from support.trainable import Pair, Trainable, make_trainable, tiny_caches
 
 import tierstore
 from tierstore import kernels
+from tierstore.training import merge as merge_module
+from tierstore.training import writer as writer_module
 from tierstore.training.commits import read_commits, read_training, unpin
 from tierstore.training.runs import RunReader, RunWriter
 
@@ -59,6 +61,28 @@ def test_a_step_in_parts_changes_every_row_while_the_cache_gives_up_slots(
     pair.steps(1, 200)
     assert pair.training["bf16"].num_steps == 1
     pair.check_all()
+    pair.training.close()
+
+
+def test_spills_between_commits_are_merged_before_their_runs_are_too_many(
+    trainable: Trainable, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_caches(monkeypatch, 64, 4)
+    monkeypatch.setattr(merge_module, "RUNS_MANY", 8)
+    monkeypatch.setattr(merge_module, "RUNS_FEW", 4)
+    monkeypatch.setattr(writer_module, "RUNS_UNMERGED_MAX", 12)
+    pair = Pair(trainable, store, ADAGRAD, seed=0)
+    with pair.training:
+        most = 0
+        for _ in range(6):
+            pair.steps(1, 200)
+            most = max(most, len(pair.training["bf16"].rows.reader.runs))
+        assert pair.training.stats()["rows_spilled"] > 500
+        assert 8 < most <= 14  # a merged run and a spill come before the others go
+        pair.check_all()
+        pair.commit(6).wait()
+        pair.reopen(6)
+        pair.check_all()
     pair.training.close()
 
 

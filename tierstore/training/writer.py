@@ -24,7 +24,7 @@ from .. import kernels
 from ..formats.run import Run
 from .commits import Commit, publish_commit
 from .health import Health
-from .merge import Merges
+from .merge import RUNS_MANY, Merges
 from .rows import CachedRows
 from .run_writer import RunWriter
 from .runs import RunReader
@@ -33,6 +33,7 @@ from .ticket import TrainingTicket
 logger = logging.getLogger("tierstore")
 
 RUNS_LOOKED_AT = 32  # after so many more, a table's runs are looked through for such that nothing needs any more
+RUNS_UNMERGED_MAX = 4 * RUNS_MANY  # of a table: beyond, a spill waits for a merge; each run takes three descriptors
 RUN_ROWS_MAX = 1 << 20  # of one run: their ids are in memory until it is finished
 
 
@@ -171,9 +172,15 @@ class Writer:
             ticket.end(result)
 
     def _spill(self, table: TableRuns) -> None:
+        if len(table.runs) >= RUNS_UNMERGED_MAX:
+            self._merges.look()
+            while self._merges.wait_s() is not None:
+                self._merge()
         self.num_spilled += self._write_run(table, table.rows.spill_rows)
         if len(table.runs) % RUNS_LOOKED_AT == 0:
             self._drop_dead_runs(table)
+            if len(table.runs) > RUNS_MANY:
+                self._merges.look()  # between commits, too: with a small cache there are many spills
 
     def _commit(self, request: CommitRequest) -> Commit:
         for table in self._tables.values():
