@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,39 @@ def test_a_compacted_store_has_the_versions_rows_in_shards(tmp_path: Path, in_pl
         keys = random_keys(np.random.default_rng(1), 60)
         np.testing.assert_array_equal(store[NAME].lookup(keys), versions.at(3).expected(NAME, keys))
     assert len({read_catalog(tmp_path / f"new {version}").identity for version in (None, 0, 2)}) == 3
+
+
+def test_eight_readers_beside_compaction_see_one_version_whole(tmp_path: Path) -> None:
+    versions = make(tmp_path, 2)
+    wrong: list[Exception] = []
+    ended, begun = threading.Event(), threading.Barrier(9)
+
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        begun.wait()
+        try:
+            while not ended.is_set():
+                with tierstore.open(versions.store, "900KiB", readers=1) as store:
+                    model = versions.at(store.stats()["version"])
+                    for name, table in store.tables.items():
+                        row_ids = rng.integers(0, table.spec.num_rows, 200)
+                        np.testing.assert_array_equal(table.rows(row_ids), model.rows[name][row_ids])
+        except Exception as error:
+            wrong.append(error)
+
+    readers = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
+    for reader in readers:
+        reader.start()
+    begun.wait()
+    try:
+        compact(versions.store, tmp_path / "compacted", shard_bytes=1 << 16)
+        check(tmp_path / "compacted", versions, 2)
+        versions.publish()
+    finally:
+        ended.set()
+        for reader in readers:
+            reader.join()
+    assert wrong == []
 
 
 def test_a_compaction_refuses_damage_by_name(tmp_path: Path) -> None:
