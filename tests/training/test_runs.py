@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.training_runs import records_of, written
 
 from tierstore import kernels
 from tierstore.errors import ConfigError, CorruptPageError, FormatError
@@ -19,31 +20,16 @@ LAYOUT = RunLayout("layers.1", dim=33, state_floats=3, seed=77)
 IO = ["uring", "pread"]
 
 
-def records_of(rng: np.random.Generator, layout: RunLayout, num: int) -> np.ndarray:
-    """Random records as they lie in memory, uint8 [num, record_bytes], their padding zeros."""
-    records = np.zeros((num, layout.record_bytes), dtype=np.uint8)
-    records[:, : layout.float_bytes] = rng.integers(0, 256, (num, layout.float_bytes), dtype=np.uint8)
-    return records
-
-
 def write_run(
     store: Path, number: int, layout: RunLayout, row_ids: np.ndarray, records: np.ndarray, buffer_bytes: int = 1 << 16
 ) -> Run:
     """Writes a run in as many buffers as it takes, and names it."""
-    with RunWriter(store, number, layout, buffer_bytes) as writer:
-        start = 0
-        while start < len(row_ids):
-            buffer = writer.buffer()
-            part = records[start : start + len(buffer)]
-            buffer[:] = 0xEE  # what a buffer held before must not show
-            buffer[: len(part), : part.shape[1]] = part
-            writer.write(len(part), row_ids[start : start + len(part)])
-            start += len(part)
-        run = writer.finish()
+    writer, run = written(store, number, layout, row_ids, records, buffer_bytes)
+    with writer:
         writer.sync()
         writer.rename()
         writer.keep()
-        return run
+    return run
 
 
 def read_back(reader: RunReader, ordinals: np.ndarray, places: np.ndarray, row_ids: np.ndarray) -> np.ndarray:

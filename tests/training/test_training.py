@@ -24,40 +24,19 @@ OPTIMIZERS = {
     "dense": tierstore.DenseAdam(lr=0.01),
 }
 ADAGRAD = OPTIMIZERS["adagrad"]
-
-
-@pytest.fixture(scope="module")
-def trainable(tmp_path_factory: pytest.TempPathFactory) -> Trainable:
-    return make_trainable(tmp_path_factory.mktemp("trainable"))
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Trainable:
-    codecs = {"bf16": "bf16", "fp8": "fp8_e4m3_e8m0x32"}
-    return make_trainable(tmp_path_factory.mktemp("two"), num_rows=200, codecs=codecs)
-
-
-@pytest.fixture(scope="module")
-def built_two(two: Trainable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = tmp_path_factory.mktemp("built_two") / "store"
-    two.model.build(store)
-    return store
+NUM_ROWS, CODECS = 200, {"bf16": "bf16", "fp8": "fp8_e4m3_e8m0x32"}
 
 
 @pytest.fixture
-def store(built_two: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(built_two, tmp_path / "store"))
-
-
-@pytest.fixture
-def pair(two: Trainable, store: Path) -> Iterator[Pair]:
-    found = Pair(two, store, ADAGRAD, seed=1)
+def pair(trainable: Trainable, store: Path) -> Iterator[Pair]:
+    found = Pair(trainable, store, ADAGRAD, seed=1)
     yield found
     found.training.close()
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_every_codec_of_a_store_is_a_base_for_training(trainable: Trainable, tmp_path: Path, *, in_place: bool) -> None:
+def test_every_codec_of_a_store_is_a_base_for_training(tmp_path: Path, *, in_place: bool) -> None:
+    trainable = make_trainable(tmp_path / "model")
     trainable.model.build(tmp_path / "store", in_place=in_place)
     pair = Pair(trainable, tmp_path / "store", ADAGRAD, seed=0)
     with pair.training:
@@ -68,9 +47,9 @@ def test_every_codec_of_a_store_is_a_base_for_training(trainable: Trainable, tmp
 
 @pytest.mark.parametrize("rule", OPTIMIZERS)
 def test_steps_are_the_references_in_bits_and_a_reopened_training_goes_on_as_if_never_closed(
-    two: Trainable, store: Path, rule: str
+    trainable: Trainable, store: Path, rule: str
 ) -> None:
-    pair = Pair(two, store, OPTIMIZERS[rule], seed=2)
+    pair = Pair(trainable, store, OPTIMIZERS[rule], seed=2)
     pair.steps(3)
     pair.check()
     assert pair.commit(3).wait().step == 3
@@ -86,10 +65,10 @@ def test_steps_are_the_references_in_bits_and_a_reopened_training_goes_on_as_if_
 @pytest.mark.parametrize("rule", OPTIMIZERS)
 @pytest.mark.parametrize("num_slots", [8, 40])
 def test_a_cache_of_a_few_slots_changes_no_bit(
-    two: Trainable, store: Path, rule: str, num_slots: int, monkeypatch: pytest.MonkeyPatch
+    trainable: Trainable, store: Path, rule: str, num_slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_caches(monkeypatch, num_slots)
-    pair = Pair(two, store, OPTIMIZERS[rule], seed=3)
+    pair = Pair(trainable, store, OPTIMIZERS[rule], seed=3)
     with pair.training:
         for size in (3, 50, 0, 8, 25):
             pair.steps(1, size)
@@ -108,10 +87,10 @@ def test_a_cache_of_a_few_slots_changes_no_bit(
 @pytest.mark.parametrize("rule", OPTIMIZERS)
 @pytest.mark.parametrize("num_slots", [8, 16, 50, 1000])
 def test_a_long_random_walk_changes_no_bit(
-    two: Trainable, store: Path, rule: str, num_slots: int, monkeypatch: pytest.MonkeyPatch
+    trainable: Trainable, store: Path, rule: str, num_slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_caches(monkeypatch, num_slots, num_aside=4)
-    pair = Pair(two, store, OPTIMIZERS[rule], seed=num_slots)
+    pair = Pair(trainable, store, OPTIMIZERS[rule], seed=num_slots)
     rng = np.random.default_rng(num_slots)
     newest = None
     for number in range(300):
@@ -137,9 +116,11 @@ def test_a_long_random_walk_changes_no_bit(
 
 
 @pytest.mark.parametrize("distance", [0, 1, 4])
-def test_prefetches_change_nothing(two: Trainable, store: Path, distance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetches_change_nothing(
+    trainable: Trainable, store: Path, distance: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny_caches(monkeypatch, 64)
-    pair = Pair(two, store, ADAGRAD, seed=4)
+    pair = Pair(trainable, store, ADAGRAD, seed=4)
     with pair.training:
         batches = [{name: pair.row_ids(name, 30) for name in pair.reference} for _ in range(12)]
         for number, batch in enumerate(batches):
@@ -156,11 +137,11 @@ def test_prefetches_change_nothing(two: Trainable, store: Path, distance: int, m
         assert (pair.training.stats()["rows_prefetched"] > 0) == (distance > 0)
 
 
-def test_two_threads_give_the_bits_of_one(two: Trainable, built_two: Path, tmp_path: Path) -> None:
+def test_two_threads_give_the_bits_of_one(trainable: Trainable, built: Path, tmp_path: Path) -> None:
     found = []
     for threads in (1, 2):
-        store = Path(shutil.copytree(built_two, tmp_path / f"store{threads}"))
-        pair = Pair(two, store, ADAGRAD, seed=5, threads=threads)
+        store = Path(shutil.copytree(built, tmp_path / f"store{threads}"))
+        pair = Pair(trainable, store, ADAGRAD, seed=5, threads=threads)
         with pair.training:
             pair.steps(4, 3000)
             found.append(np.concatenate([pair.training[name].gather(np.arange(200)) for name in pair.reference]))
@@ -241,10 +222,10 @@ def test_a_gradient_that_is_not_finite_refuses_the_step_by_name(pair: Pair) -> N
 
 
 def test_a_gradient_that_is_not_finite_refuses_a_step_in_parts_too(
-    two: Trainable, store: Path, monkeypatch: pytest.MonkeyPatch
+    trainable: Trainable, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_caches(monkeypatch, 8)
-    pair = Pair(two, store, ADAGRAD, seed=6)
+    pair = Pair(trainable, store, ADAGRAD, seed=6)
     with pair.training:
         gradients = np.ones((40, 32), dtype=np.float32)
         gradients[39, 0] = np.nan
@@ -339,10 +320,10 @@ def test_closing_waits_for_a_commit_and_a_prefetch_under_way(pair: Pair) -> None
 
 
 def test_pins_end_with_their_handle_and_leave_room_for_steps(
-    two: Trainable, store: Path, monkeypatch: pytest.MonkeyPatch
+    trainable: Trainable, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_caches(monkeypatch, 16)
-    pair = Pair(two, store, ADAGRAD, seed=7)
+    pair = Pair(trainable, store, ADAGRAD, seed=7)
     with pair.training:
         pins = [pair.training["bf16"].pin_rows(np.arange(start, start + 6)) for start in (0, 6, 12)]
         assert pair.training["bf16"].stats()["num_pinned"] == 8

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.trainable import Pair, Trainable, make_trainable, tiny_caches
+from support.trainable import Pair, Trainable, tiny_caches
 
 import tierstore
 from tierstore import kernels
@@ -26,23 +25,7 @@ from tierstore.training.commits import read_commits, read_training, unpin
 from tierstore.training.runs import RunReader, RunWriter
 
 ADAGRAD = tierstore.RowWiseAdagrad(lr=0.05)
-
-
-@pytest.fixture(scope="module")
-def trainable(tmp_path_factory: pytest.TempPathFactory) -> Trainable:
-    return make_trainable(tmp_path_factory.mktemp("trainable"), num_rows=300, codecs={"bf16": "bf16"})
-
-
-@pytest.fixture(scope="module")
-def built(trainable: Trainable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = tmp_path_factory.mktemp("built") / "store"
-    trainable.model.build(store)
-    return store
-
-
-@pytest.fixture
-def store(built: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(built, tmp_path / "store"))
+NUM_ROWS, CODECS = 300, {"bf16": "bf16"}
 
 
 def test_a_step_in_parts_changes_every_row_while_the_cache_gives_up_slots(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.interrupted import Interrupted, open_files
-from support.trainable import Pair, Trainable, make_trainable, tiny_caches
+from support.trainable import Pair, Trainable, tiny_caches
 
 import tierstore
 from tierstore.formats.run import RunLayout
@@ -22,18 +21,7 @@ from tierstore.training.writer_lock import WriterLock
 
 ADAGRAD = tierstore.RowWiseAdagrad(lr=0.05)
 LINES_MAX = 400
-
-
-@pytest.fixture(scope="module")
-def trainable(tmp_path_factory: pytest.TempPathFactory) -> Trainable:
-    return make_trainable(tmp_path_factory.mktemp("trainable"), num_rows=60, codecs={"bf16": "bf16"})
-
-
-@pytest.fixture(scope="module")
-def built(trainable: Trainable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = tmp_path_factory.mktemp("built") / "store"
-    trainable.model.build(store)
-    return store
+NUM_ROWS, CODECS = 60, {"bf16": "bf16"}
 
 
 def sweep(pair: Pair, act: Callable[[Pair], None], error: type[BaseException], every: int = 1) -> int:
@@ -68,9 +56,8 @@ def apply(row_ids: np.ndarray) -> Callable[[Pair], None]:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("num_slots", [1000, 8])
 def test_a_step_that_is_interrupted_changed_no_row_or_broke_the_training_by_name(
-    trainable: Trainable, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any, num_slots: int
+    trainable: Trainable, store: Path, monkeypatch: pytest.MonkeyPatch, error: Any, num_slots: int
 ) -> None:
-    store = Path(shutil.copytree(built, tmp_path / "store"))
     tiny_caches(monkeypatch, num_slots)
     pair = Pair(trainable, store, ADAGRAD, seed=0)
     pair.steps(1)
@@ -82,9 +69,8 @@ def test_a_step_that_is_interrupted_changed_no_row_or_broke_the_training_by_name
 
 @pytest.mark.parametrize("num_slots", [1000, 8])
 def test_a_gather_or_a_pin_that_is_interrupted_leaves_nothing_behind(
-    trainable: Trainable, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_slots: int
+    trainable: Trainable, store: Path, monkeypatch: pytest.MonkeyPatch, num_slots: int
 ) -> None:
-    store = Path(shutil.copytree(built, tmp_path / "store"))
     tiny_caches(monkeypatch, num_slots)
     pair = Pair(trainable, store, ADAGRAD, seed=0)
     pair.steps(1)
@@ -106,10 +92,7 @@ def test_a_gather_or_a_pin_that_is_interrupted_leaves_nothing_behind(
     pair.training.close()
 
 
-def test_a_commit_that_is_interrupted_happens_whole_or_not_at_all(
-    trainable: Trainable, built: Path, tmp_path: Path
-) -> None:
-    store = Path(shutil.copytree(built, tmp_path / "store"))
+def test_a_commit_that_is_interrupted_happens_whole_or_not_at_all(trainable: Trainable, store: Path) -> None:
     pair = Pair(trainable, store, ADAGRAD, seed=0)
     for number in range(1, LINES_MAX, 3):
         pair.steps(1, 10)
@@ -155,9 +138,8 @@ def open_and_close(store: Path) -> None:
 
 
 @pytest.fixture
-def trained(trainable: Trainable, built: Path, tmp_path: Path) -> Path:
+def trained(trainable: Trainable, store: Path) -> Path:
     """A store with a commit."""
-    store = Path(shutil.copytree(built, tmp_path / "store"))
     pair = Pair(trainable, store, ADAGRAD, seed=0)
     pair.steps(1)
     pair.commit(1).wait()
