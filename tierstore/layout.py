@@ -75,7 +75,10 @@ class PlacementRecord:
 
 @dataclass(frozen=True)
 class TableLayout:
-    """A table and how it lies on disk; page p is page p % pages_per_shard of shard p // pages_per_shard."""
+    """A table and how it lies on disk; page p is page p % pages_per_shard of shard p // pages_per_shard.
+
+    `spec` is the engine's: of a slice, row ids count from its first row. `public_spec` is what callers see.
+    """
 
     spec: TableSpec
     page_bytes: int
@@ -84,6 +87,14 @@ class TableLayout:
     pages_per_shard: int
     seed: int
     folder: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", self.spec.local)
+
+    @property
+    def public_spec(self) -> TableSpec:
+        """The table's spec, whose row ids are the table's own."""
+        return self.spec.public or self.spec
 
     @property
     def shape(self) -> PageShape:
@@ -126,7 +137,7 @@ class TableLayout:
         layout = cls(spec, **numbers, folder=checked_path(record.get("folder"), f"table {spec.name}"))
         fits = layout.rows_per_page == (layout.page_bytes - 16) // spec.row_bytes >= 1
         in_units = layout.page_bytes % UNIT_BYTES == 0 and layout.page_bytes <= UNIT_BYTES * PAGE_UNITS_MAX
-        if not fits or not in_units or layout.num_pages != layout.shape.num_pages(spec.num_rows):
+        if not fits or not in_units or layout.num_pages != layout.shape.num_pages(layout.spec.num_rows):
             raise FormatError(f"table {spec.name}: the catalog's layout {numbers} contradicts its rows; rebuild")
         if layout.pages_per_shard < 1:
             raise FormatError(f"table {spec.name}: the catalog says {layout.pages_per_shard} pages a shard; rebuild")

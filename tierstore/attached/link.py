@@ -92,7 +92,7 @@ class Link:
             if list(self._shares) != list(image.tables):
                 raise DaemonError(f"{path}: its tables are not those that the daemon serves; restart the daemon")
             self.attachments = image.attachments
-            self.specs = [layout.spec for layout in image.tables.values()]
+            self.specs = [layout.public_spec for layout in image.tables.values()]
             self._blocks = blocks
             self._what = f"the store {path} (of a daemon)"
             staged = self.opened.placed.placement.tables if self.opened.placed else {}

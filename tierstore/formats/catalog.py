@@ -33,12 +33,13 @@ STORE_FORMAT_VERSION = 1
 IN_PLACE_FORMAT_VERSION = 2  # of a store with tables in place, which older readers cannot read
 VERSIONS_FORMAT_VERSION = 3  # of either with published versions: older readers would serve rows of the base for them
 INITIAL_FORMAT_VERSION = 4  # of a store from scratch, whose rows older readers cannot draw
+SLICE_FORMAT_VERSION = 5  # of any with slices of tables, which older readers would take for whole ones
 FOLDED_FORMAT_VERSION = 6  # of any whose oldest versions were folded into one, whose digest older readers cannot know
 NEW_CATALOG_FILE = "catalog.mdb.new"
 LOCK_FILE = "build.lock"
 KNOWN_FORMAT_VERSIONS = (
     STORE_FORMAT_VERSION, IN_PLACE_FORMAT_VERSION, VERSIONS_FORMAT_VERSION, INITIAL_FORMAT_VERSION,
-    FOLDED_FORMAT_VERSION,
+    SLICE_FORMAT_VERSION, FOLDED_FORMAT_VERSION,
 )  # fmt: skip
 
 
@@ -85,6 +86,11 @@ class CatalogImage:
     def is_initial(self) -> bool:
         """Whether rows that training did not touch are drawn, and stand nowhere."""
         return any(isinstance(table, InitialLayout) for table in self.tables.values())
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether it holds slices of tables."""
+        return any(table.public_spec.is_slice for table in self.tables.values())
 
     @property
     def is_in_place(self) -> bool:
@@ -155,7 +161,10 @@ def create_catalog(
     version = IN_PLACE_FORMAT_VERSION if files else STORE_FORMAT_VERSION
     if any(isinstance(table, InitialLayout) for table in tables.values()):
         version = INITIAL_FORMAT_VERSION
-    records = {"format": as_json({"format_version": version, "written_by": f"tierstore {VERSION}"})}
+    head: dict[str, Any] = {"format_version": version, "written_by": f"tierstore {VERSION}"}
+    if any(table.public_spec.is_slice for table in tables.values()):
+        head |= {"format_version": SLICE_FORMAT_VERSION, "base_format": version}
+    records = {"format": as_json(head)}
     if files:
         records["files"] = _files_as_json(files)
     records["origin"] = as_json(origin)
@@ -226,12 +235,18 @@ def publish_versions(path: Path, versions: Sequence[VersionRecord]) -> None:
         if numbers != list(range(image.newest + 1, image.newest + 1 + len(versions))):
             raise ConfigError(f"{path} has versions up to {image.newest}, and {numbers} are not the next ones")
         head = {
-            "format_version": FOLDED_FORMAT_VERSION if image.folded else VERSIONS_FORMAT_VERSION,
+            "format_version": _format_with_versions(image),
             "base_format": IN_PLACE_FORMAT_VERSION if image.is_in_place else STORE_FORMAT_VERSION,
             "written_by": f"tierstore {VERSION}",
         }
         records = {f"version/{version.number:08d}": as_json(version.to_dict()) for version in versions}
         write_records(path / CATALOG_FILE, {"format": as_json(head)} | records)
+
+
+def _format_with_versions(image: CatalogImage) -> int:
+    if image.folded:
+        return FOLDED_FORMAT_VERSION
+    return SLICE_FORMAT_VERSION if image.is_slice else VERSIONS_FORMAT_VERSION
 
 
 def publish_folded(path: Path, version: VersionRecord) -> None:

@@ -193,7 +193,7 @@ def check_files(path: Path, layout: InPlaceLayout, files: Sequence[InPlaceFile])
 def make_layout(spec: TableSpec, seed: int, planes: Sequence[InPlacePlane], checksums: TableLayout) -> InPlaceLayout:
     """Returns a table's layout: pages are as many rows as about a block holds."""
     rows_per_page = max(1, BLOCK_BYTES // spec.row_bytes)
-    num_pages = -(-spec.num_rows // rows_per_page)
+    num_pages = -(-spec.own_rows // rows_per_page)
     widest = max(plane.width_bytes for plane in planes)
     page_bytes = (-(-(BLOCK_BYTES - 1 + widest) // BLOCK_BYTES)) * BLOCK_BYTES
     page_bytes = max([page_bytes, *(plane.copy.page_bytes for plane in planes if plane.copy)])
@@ -215,7 +215,7 @@ def lay_out_in_place(
         shard_bytes: The largest shard of a side table.
         file_index: The number of each file.
     """
-    spec = source.spec
+    spec = source.spec.local
     if len(source.planes) > PLANES_MAX:
         raise ConfigError(f"table {spec.name}: {len(source.planes)} planes, at most {PLANES_MAX} can stay in place")
     widest = max(plane.width_bytes for plane in source.planes)

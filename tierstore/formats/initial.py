@@ -93,7 +93,7 @@ class InitialLayout(TableLayout):
 def lay_out_initial(spec: TableSpec, seed: int, initializer: Initializer) -> InitialLayout:
     """Returns a table's layout. seed: of the checksums of its training records."""
     shape = PageShape.of_rows(spec.row_bytes)
-    num_pages = shape.num_pages(spec.num_rows)
+    num_pages = shape.num_pages(spec.own_rows)
     return InitialLayout(
         spec, shape.page_bytes, shape.rows_per_page, num_pages, num_pages, seed, "training", initializer=initializer
     )

@@ -29,8 +29,12 @@ FAULTS = {
 
 
 def page_seed(spec: TableSpec, origin_digest: str) -> int:
-    """Returns the CRC seed of a table's pages, so that a page of another table, hash or checkpoint never passes."""
-    identity = json.dumps([spec.name, spec.num_rows, spec.row_bytes, spec.codec, spec.fingerprint, origin_digest])
+    """Returns the CRC seed of a table's pages, so that a page of another table, hash or checkpoint never passes,
+    nor one of another slice. spec: the public one."""
+    table: list[object] = [spec.name, spec.num_rows, spec.row_bytes, spec.codec, spec.fingerprint, origin_digest]
+    if spec.is_slice:
+        table += [spec.row_start, spec.row_end]
+    identity = json.dumps(table)
     return kernels.crc32c(hashlib.sha256(identity.encode()).digest())
 
 

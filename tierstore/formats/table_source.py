@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,10 @@ class Plane:
 
 @dataclass(frozen=True)
 class TableSource:
-    """A table as it lies in a checkpoint: row r of the table is row r of every plane, side by side, in this order."""
+    """A table as it lies in a checkpoint: row r of the table is row r of every plane, side by side, in this order.
+
+    Of a slice, planes have its rows only, and readers count from its first row.
+    """
 
     spec: TableSpec
     planes: tuple[Plane, ...]
@@ -55,10 +58,10 @@ class TableSource:
         for plane in self.planes:
             num_bytes = sum(tensor.num_bytes for tensor in plane.tensors)
             names = ", ".join(tensor.name for tensor in plane.tensors[:3])
-            if num_bytes != plane.width_bytes * self.spec.num_rows:
+            if num_bytes != plane.width_bytes * self.spec.own_rows:
                 raise ConfigError(
                     f"table {self.spec.name}: tensors {names} hold {num_bytes / max(plane.width_bytes, 1):g} rows of "
-                    f"{plane.width_bytes} bytes, the table has {self.spec.num_rows} rows; "
+                    f"{plane.width_bytes} bytes, the table has {self.spec.own_rows} rows; "
                     f"config.json does not belong to these tensors, or a file is missing"
                 )
             for tensor in plane.tensors:
@@ -68,6 +71,14 @@ class TableSource:
                         "bytes"
                     )
 
+    def cut(self, spec: TableSpec) -> TableSource:
+        """Returns the source of a slice of the table, whose readers read bytes of its rows only. spec: the slice's."""
+        planes = []
+        for plane in self.planes:
+            pieces = _pieces(plane, spec.row_start, spec.row_end)
+            planes.append(Plane(plane.width_bytes, tuple(_cut_tensor(plane, *piece) for piece in pieces)))
+        return TableSource(spec, tuple(planes))
+
     def open_reader(self) -> PlaneReader:
         """Opens its files; returns what reads its rows, to be closed."""
         return PlaneReader(self)
@@ -76,6 +87,18 @@ class TableSource:
     def tensors(self) -> tuple[StoredTensor, ...]:
         """The tensors of all planes."""
         return tuple(tensor for plane in self.planes for tensor in plane.tensors)
+
+
+def cut_sources(sources: Sequence[TableSource], index: int, num_slices: int) -> tuple[TableSource, ...]:
+    """Returns the sources of slice `index` of `num_slices` of every table; raises as `slices.slice_bounds`."""
+    return tuple(source.cut(source.spec.cut_slice(index, num_slices)) for source in sources)
+
+
+def _cut_tensor(plane: Plane, tensor: StoredTensor, byte_start: int, start: int, end: int) -> StoredTensor:
+    is_whole_rows = bool(tensor.shape) and tensor.shape[0] * plane.width_bytes == tensor.num_bytes
+    shape = (end - start, *(tensor.shape[1:] if is_whole_rows else (plane.width_bytes,)))
+    num_bytes = (end - start) * plane.width_bytes
+    return replace(tensor, byte_start=byte_start, num_bytes=num_bytes, shape=shape)
 
 
 def find_hole(sources: Sequence[TableSource]) -> str | None:
@@ -117,7 +140,7 @@ class PlaneReader:
 
         Raises `FormatError` if the file has become shorter than its header says, `ConfigError` if the disk fails.
         """
-        assert 0 <= row_start <= row_end <= self._source.spec.num_rows
+        assert 0 <= row_start <= row_end <= self._source.spec.own_rows
         planes = []
         for plane in self._source.planes:
             out = np.empty((row_end - row_start, plane.width_bytes), dtype=np.uint8)

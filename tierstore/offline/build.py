@@ -36,6 +36,7 @@ from ..formats.checkpoint import TableSource
 from ..formats.in_place import InPlaceLayout
 from ..formats.origin import changed_files, same_checkpoint
 from ..formats.page import page_seed, repair_command
+from ..formats.table_source import cut_sources
 from ..layout import PageShape, ShardRecord, TableLayout
 from ..process.progress import OnProgress
 from ..units import format_bytes
@@ -73,7 +74,7 @@ class BuildPlan:
     @property
     def num_rows(self) -> int:
         """Rows of all tables."""
-        return sum(table.spec.num_rows for table in self.tables)
+        return sum(table.spec.num_rows for table in self.tables)  # a slice's own
 
     @property
     def num_shards(self) -> int:
@@ -117,6 +118,7 @@ def build_store(
     jobs: int | None = None,
     allow_network_fs: bool = False,
     in_place: bool = False,
+    slice: tuple[int, int] | None = None,
     on_plan: Callable[[BuildPlan], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> BuildReport:
@@ -125,15 +127,19 @@ def build_store(
     origin: who the checkpoint is (`Checkpoint.to_dict()`; its "digest" goes into every page's checksum). attachments:
     the adapter's own records, kept in the catalog (hash, token map). shard_bytes: the largest shard. jobs: shards built
     at once, by default one for each processor, at most 4. in_place: leave the rows where they are, and write what
-    checks them (`formats.in_place`); the same build again notes where the files are now. on_plan gets the preflight
+    checks them (`formats.in_place`); the same build again notes where the files are now. slice: (I, N), only slice I of
+    N of every table, of which alone bytes are read (`slices.slice_bounds`). on_plan gets the preflight
     before anything is written, on_progress (bytes done, bytes in all) now and then, both in the calling thread.
 
     Raises `BudgetError` if the disk has too little room (also midway: free some and run again), `ConfigError` if
-    the path is another's, not writable, or not on a local file system (unless allowed).
+    the path is another's, not writable, or not on a local file system (unless allowed), or there is no such slice.
     What is built stays for the next run.
     """
     path = Path(store_path)
     attachments = attachments or {}
+    if slice is not None:
+        sources = cut_sources(sources, *slice)
+        origin = origin | {"slice": f"{slice[0]}/{slice[1]}"}
     files = files_of(path, sources, origin) if in_place else ()
     lay_out = partial(_lay_out, sources, shard_bytes=shard_bytes, in_place=in_place)
     tables = lay_out(origin["digest"])
@@ -220,7 +226,7 @@ def lay_out_tables(sources: Sequence[TableSource], origin_digest: str, shard_byt
             spec=spec,
             page_bytes=shape.page_bytes,
             rows_per_page=shape.rows_per_page,
-            num_pages=shape.num_pages(spec.num_rows),
+            num_pages=shape.num_pages(spec.own_rows),
             pages_per_shard=shard_bytes // shape.page_bytes,
             seed=page_seed(spec, origin_digest),
             folder=f"shards/{index}-{readable}",

@@ -64,7 +64,7 @@ def compact(
             "origin": image.origin.get("digest"),
         },
     }  # fmt: skip
-    sources = tuple(VersionSource(layout.spec, (), image, layout) for layout in image.tables.values())
+    sources = tuple(VersionSource(layout.public_spec, (), image, layout) for layout in image.tables.values())
     return build_store(new_path, sources, origin=origin, attachments=image.attachments, **options)
 
 

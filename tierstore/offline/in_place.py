@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..formats.page import page_seed
 from ..formats.stored_tensor import StoredTensor
 from ..formats.table_source import Plane, PlaneReader, TableSource
 from ..layout import TableLayout
+from ..spec import TableSpec
 from ..tiers.in_place import InPlaceFiles
 
 
@@ -104,6 +105,10 @@ class InPlaceSource(TableSource):
     def __post_init__(self) -> None:
         """What a catalog says was checked as it was read."""
 
+    def cut(self, spec: TableSpec) -> InPlaceSource:
+        """Returns the source of a slice of the table: see `TableSource.cut`."""
+        return replace(self, spec=spec)
+
     def open_reader(self) -> PlaneReader:
         """Opens its files; every row that is read is checked by its blocks' checksums."""
         return InPlaceReader(self)
@@ -127,7 +132,7 @@ def _source_of(image: CatalogImage, table: InPlaceLayout) -> InPlaceSource:
                 )
             )  # fmt: skip
         planes.append(Plane(plane.width_bytes, tuple(tensors)))
-    return InPlaceSource(table.spec, tuple(planes), image, table)
+    return InPlaceSource(table.public_spec, tuple(planes), image, table)
 
 
 class InPlaceReader(PlaneReader):
@@ -137,12 +142,14 @@ class InPlaceReader(PlaneReader):
         self._files = InPlaceFiles(source.image, source.layout, direct=False)
         self._layout = source.layout
         self.source_row_bytes = source.spec.row_bytes
+        self._shift = source.spec.row_start - source.layout.public_spec.row_start
 
     def read(self, row_start: int, row_end: int) -> list[np.ndarray]:
         """Returns rows [row_start, row_end) as one plane, uint8 [rows, row_bytes]. Blocks on the disk.
 
         Raises `CorruptPageError` if a block is not what it was when the store was built.
         """
+        row_start, row_end = row_start + self._shift, row_end + self._shift
         per_page = self._layout.rows_per_page
         numbers = np.arange(row_start // per_page, -(-row_end // per_page))
         rows = self._files.read_rows(numbers, np.empty(0, dtype=np.uint8)).reshape(-1, self._layout.spec.row_bytes)

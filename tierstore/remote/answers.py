@@ -148,7 +148,7 @@ class Answers:
         row_ids = _array(request.row_ids, len(request.row_ids) // ID_BYTES, 1, f"row ids of table {table.spec.name}")[
             :, 0
         ]
-        self._check_tokens(-(-len(row_ids) // table.spec.num_heads))
+        self._check_tokens(-(-len(row_ids) // table.spec.local.num_heads))
         row_bytes = table.spec.row_bytes
         step = max(1, CHUNK_BYTES // row_bytes)
         with self._in_flight.holding(CHUNKS_MAX * step * row_bytes, call.peer):

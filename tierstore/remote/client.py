@@ -70,7 +70,7 @@ class Remote(Backing):
             )
         self.attachments = {attachment.name: bytes(attachment.value) for attachment in description.attachments}
         self._description = description
-        self._remote_engine = RemoteEngine(connection, self.specs, description, timeout_s)
+        self._remote_engine = RemoteEngine(connection, [spec.local for spec in self.specs], description, timeout_s)
         self.engine = self._remote_engine
 
     @property

@@ -49,7 +49,7 @@ class RemoteEngine(Engine):
     def __init__(
         self, connection: Connection, specs: Sequence[TableSpec], description: Description, timeout_s: float
     ) -> None:
-        """description: of the server, which states its limits."""
+        """specs: the engine's (`TableSpec.local`). description: of the server, which states its limits."""
         self.bad_pages = {}
         self.version = description.version  # one more whenever another version answered than before
         self.build = description.build

@@ -42,7 +42,7 @@ class DescribeRequest(Message):
 @numbered
 @dataclass
 class TableMessage(Message):
-    """One table, `Table` of lookup.proto: the fields of `TableSpec`."""
+    """One table, `Table` of lookup.proto: what `TableSpec.to_dict` gives."""
 
     name: str = text_field(1)
     num_rows: int = uint_field(2)
@@ -54,6 +54,8 @@ class TableMessage(Message):
     codec: str = text_field(8)
     dim: int = uint_field(9)
     fingerprint: str = text_field(10)
+    row_start: int = uint_field(11)
+    row_end: int = uint_field(12)
 
     def as_spec(self) -> TableSpec:
         """Returns the table's spec; raises `FormatError` if its numbers contradict each other."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import FormatError
 from ..spec import TableSpec
+from ..store.arguments import table_ids
 from ..tiers.engine import Request
 from . import messages
 from .channel import Connection
@@ -34,7 +35,10 @@ class Requests:
     """Makes requests of one server. Any thread may call."""
 
     def __init__(self, connection: Connection, specs: Sequence[TableSpec], description: Description) -> None:
-        """description: of the server, which states its limits."""
+        """specs: the engine's; on the wire, row ids and the keys of plain tables are the table's own.
+
+        description: of the server, which states its limits.
+        """
         self._connection, self._specs = connection, specs
         self.identity = bytes(description.identity)
         self.tokens_max = max(1, description.tokens_max)
@@ -88,7 +92,7 @@ class Requests:
         return ask
 
     def _attempt_rows(self, spec: TableSpec, row_ids: np.ndarray, out: np.ndarray) -> Attempt:
-        request = encode(messages.RowsRequest(self.identity, spec.name, _packed(row_ids)))
+        request = encode(messages.RowsRequest(self.identity, spec.name, _packed(_on_wire(spec, row_ids))))
 
         def ask(until: float) -> Answer:
             answer = Answer(self._connection.url, [(0, row_ids, out)], [spec.row_bytes], [0])
@@ -120,7 +124,13 @@ class Requests:
             yield start, min(start + step, num_tokens)
 
     def _table_keys(self, index: int, keys: np.ndarray) -> TableKeys:
-        return TableKeys(self._specs[index].name, len(keys), _packed(keys))
+        spec = self._specs[index]
+        return TableKeys(spec.name, len(keys), _packed(_on_wire(spec, keys) if spec.is_plain else keys))
+
+
+def _on_wire(spec: TableSpec, row_ids: np.ndarray) -> np.ndarray:
+    """Returns an engine's row ids as the table's own."""
+    return table_ids(spec.public or spec, row_ids)
 
 
 def _packed(ids: np.ndarray) -> memoryview:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from .. import kernels
-from ..spec import TableSpec, is_outside_of
+from ..address_map import is_outside_of
+from ..spec import TableSpec
 from ..tiers.engine import Request, RowRange
 from .counts import ClientCounts
 from .replies import Answer
@@ -40,7 +41,8 @@ class SplitRows:
         wanted = row_ids if self._is_outside is None else np.where(self._is_outside, -1, row_ids)
         if kernels.find_out_of_range(wanted, spec.num_rows) >= 0:
             raise ValueError(f"table {spec.name}: a row id is not one of the table's")
-        if spec.is_plain or row_ids.shape[1:] == (spec.num_heads,):
+        has_keys = spec.public is None or bool(spec.public.orders)
+        if has_keys and (spec.is_plain or row_ids.shape[1:] == (spec.num_heads,)):
             keys, is_whole = spec.keys_of_row_ids(row_ids.reshape(-1, spec.num_heads), within)
         else:
             keys, is_whole = np.empty((0, len(spec.orders)), dtype=np.int64), np.zeros(1, dtype=bool)

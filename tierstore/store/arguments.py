@@ -34,11 +34,33 @@ def checked_rows(
 
 
 def refuse_outside(spec: TableSpec, row_ids: np.ndarray) -> None:
-    """Raises `ValueError` that names the first row id outside the table, if there is one."""
+    """Raises `ValueError` that names the first row id outside the table, or the slice, if there is one."""
     outside = kernels.find_out_of_range(row_ids, spec.num_rows)
     if outside >= 0:
         bad = row_ids.reshape(-1)[outside]
         raise ValueError(f"table {spec.name}: row id {bad} is outside -1 to {spec.num_rows - 1}")
+    if spec.is_slice:
+        others = np.flatnonzero(((row_ids < spec.row_start) & (row_ids >= 0)) | (row_ids >= spec.row_end))
+        if len(others):
+            raise ValueError(f"row {row_ids.reshape(-1)[others[0]]} {not_in_slice(spec)}")
+
+
+def not_in_slice(spec: TableSpec) -> str:
+    """Returns what an error says of an id that belongs to another slice."""
+    return (
+        f"of table {spec.name} is not in this slice, rows {spec.row_start} to {spec.row_end} of {spec.num_rows}; ask "
+        f"the store that holds it"
+    )
+
+
+def local_ids(spec: TableSpec, row_ids: np.ndarray) -> np.ndarray:
+    """Returns row ids as the engine counts them, -1 as it is: the same array, but of a slice. Ids are not checked."""
+    return np.where(row_ids < 0, row_ids, row_ids - spec.row_start) if spec.row_start else row_ids
+
+
+def table_ids(spec: TableSpec, local: np.ndarray) -> np.ndarray:
+    """Returns the table's own row ids of those of an engine: what `local_ids` undoes."""
+    return np.where(local < 0, local, local + spec.row_start) if spec.row_start else local
 
 
 def checked_ids(ids: np.ndarray, what: str) -> np.ndarray:
@@ -66,9 +88,11 @@ def checked_range(within: tuple[int, int], spec: TableSpec) -> tuple[int, int]:
         start, end = map(operator.index, within)
     except (TypeError, ValueError):
         raise TypeError(f"within is {within!r}, expected two ints: (start, end), a range of row ids") from None
-    if not 0 <= start <= end <= spec.num_rows:
+    if not spec.row_start <= start <= end <= spec.row_end:
+        what = "this slice's" if spec.is_slice else "its"
         raise ValueError(
-            f"table {spec.name}: within is {start} to {end}, expected a range of its rows, 0 to {spec.num_rows}"
+            f"table {spec.name}: within is {start} to {end}, expected a range of {what} rows, {spec.row_start} to "
+            f"{spec.row_end}"
         )
     return start, end
 

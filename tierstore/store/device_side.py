@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from ..errors import StoreNotReadyError
+from ..errors import ConfigError, StoreNotReadyError
 from ..tiers.engine import DeviceEngine
 from .arguments import checked_range
 from .opened import OpenedStore
@@ -44,8 +44,11 @@ class DeviceSide:
 
         The adapter's embeddings use it. It may be for fewer tokens, as its `tokens_max` says, where a quarter of the
         page-locked memory holds no more. Its buffers live until the store is closed. Raises `BudgetError` where they do
-        not fit in the page-locked memory, `StoreNotReadyError` if there is no hbm tier, or not any more.
+        not fit in the page-locked memory, `StoreNotReadyError` if there is no hbm tier, or not any more, `ConfigError`
+        for a slice whose keys are row ids, or that has none.
         """
+        if self[name].spec.is_slice and self[name].spec.local.is_plain:
+            raise ConfigError(f"table {name} is a slice whose rows no key gives on a device; look it up from the host")
         return self._device_engine(name, tokens_max).open_lookup(self[name].index, tokens_max)
 
     def open_rows(self, name: str, tokens_max: int, *, within: tuple[int, int] | None = None) -> Any:
@@ -64,10 +67,12 @@ class DeviceSide:
         Raises:
             StoreNotReadyError: There is no hbm tier, or not any more.
             BudgetError: The buffers do not fit in the page-locked memory.
-            ConfigError: Row ids of the table do not give keys; a graph is being captured.
+            ConfigError: Row ids of the table do not give keys; it is a slice; a graph is being captured.
             TypeError, ValueError: within is not a range of the table's rows.
         """
         table = self[name]
+        if table.spec.is_slice:
+            raise ConfigError(f"table {name} is a slice: a device takes keys of it, not row ids; use open_lookup")
         wanted = checked_range((0, table.spec.num_rows) if within is None else within, table.spec)
         return self._device_engine(name, tokens_max).open_rows(table.index, tokens_max, wanted)
 

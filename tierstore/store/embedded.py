@@ -177,7 +177,7 @@ class Embedded(Backing):
         """
         self.name = str(image.path)
         self._image = image
-        self.specs = [layout.spec for layout in image.tables.values()]
+        self.specs = [layout.public_spec for layout in image.tables.values()]
         self.attachments = image.attachments
         self._plan = plan
         self._placed = placed

@@ -258,7 +258,9 @@ class RecordingEngine(EngineWrapper):
 
     def _record_rows(self, index: int, row_ids: np.ndarray, within: RowRange | None) -> None:
         """Records the keys of the whole tokens among row ids."""
-        spec = self._specs[index]
+        spec = self._specs[index].local
+        if spec.public is not None and not spec.public.orders:  # it has no keys
+            return
         if self.engine.is_resident(index) or not (spec.is_plain or row_ids.shape[1:] == (spec.num_heads,)):
             return
         keys, is_whole = spec.keys_of_row_ids(row_ids.reshape(-1, spec.num_heads), within)

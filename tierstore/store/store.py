@@ -144,7 +144,7 @@ class Store(DeviceSide):
 
     def stats(self) -> dict[str, Any]:
         """Returns counters since opening: keys, hits by tier, batches, pages and bytes read, by table and order."""
-        specs = [table.spec for table in self._tables.values()]
+        specs = [table.spec.local for table in self._tables.values()]
         return stats_of(self._engine.counters(), specs) | self._backing.details()
 
     def start_trace(self, path: str | os.PathLike[str], share: float = 1 / 16) -> None:

@@ -14,7 +14,15 @@ import numpy as np
 from .. import kernels
 from ..spec import TableSpec
 from ..tiers.engine import Engine
-from .arguments import check_sources, checked_ids, checked_out, checked_range, checked_rows, refuse_outside
+from .arguments import (
+    check_sources,
+    checked_ids,
+    checked_out,
+    checked_range,
+    checked_rows,
+    local_ids,
+    refuse_outside,
+)
 from .ticket import Ticket, handed_out
 
 KEYS_END = 1 << 63
@@ -29,17 +37,19 @@ class Table:
         self._opened = opened
         self._spec = spec
         self._rows_shape = (spec.num_heads, spec.row_bytes)
+        # Callers' keys are the engine's, but where they are row ids, or where a slice has none.
+        self._takes_keys = not (spec.is_slice and spec.local.is_plain)
         self._use(engine)
 
     def _use(self, engine: Engine) -> None:
         """Sends lookups through `engine` from now on."""
         self._engine = engine
-        self._try_lookup = engine.try_lookup
+        self._try_lookup = engine.try_lookup if self._takes_keys else _never
 
     def __repr__(self) -> str:
         spec = self._spec
         return (
-            f"<tierstore.Table {spec.name}: {spec.num_rows} rows of {spec.row_bytes} bytes, orders {list(spec.orders)}>"
+            f"<tierstore.Table {spec.name}: {_rows_text(spec)} of {spec.row_bytes} bytes, orders {list(spec.orders)}>"
         )
 
     def __reduce__(self) -> str | tuple[Any, ...]:
@@ -144,6 +154,8 @@ class Table:
         """
         within = None if within is None else checked_range(within, self._spec)
         ids, out, flat = checked_rows(self._spec, row_ids, out)
+        if self._spec.is_slice:
+            ids, within = self._local(ids, within)
         try:
             self._engine.rows(self.index, ids, flat, within, timeout_s)
         except ValueError:
@@ -174,6 +186,8 @@ class Table:
             raise TypeError(f"submit_rows: table {self._spec.name} has no out; give a uint8 buffer for its rows")
         within = None if within is None else checked_range(within, self._spec)
         ids, out, flat = checked_rows(self._spec, row_ids, out)
+        if self._spec.is_slice:
+            ids, within = self._local(ids, within)
         try:
             pending = self._engine.submit_rows(self.index, ids, flat, within)
         except ValueError:
@@ -198,6 +212,11 @@ class Table:
         """
         spec = self.spec
         keys = checked_ids(keys, "keys").copy()
+        if not spec.orders:
+            raise ValueError(
+                f"table {spec.name}: rows {spec.row_start} to {spec.row_end} of {spec.num_rows} begin or end inside a "
+                "head, so that no key has all its rows here; read them by row id: rows(row_ids)"
+            )
         if keys.ndim != 2 or keys.shape[1] != len(spec.orders):
             raise ValueError(
                 f"table {spec.name}: keys are {list(keys.shape)}, expected [N, {len(spec.orders)}]: one for each order"
@@ -211,4 +230,26 @@ class Table:
                 )
             raise ValueError(f"table {spec.name}: key {bad} is outside its {spec.num_rows} rows")
         out = checked_out(out, (len(keys), spec.num_heads, spec.row_bytes))
+        if spec.is_slice and spec.is_plain:
+            refuse_outside(spec, keys)
+            keys = local_ids(spec, keys)
         return keys, out
+
+    def _local(self, ids: np.ndarray, within: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int] | None]:
+        """Returns row ids and a range as a slice's engine counts them; refuses ids of other slices."""
+        ids = ids.copy()
+        if within is None:
+            refuse_outside(self._spec, ids)
+            return local_ids(self._spec, ids), None
+        start = self._spec.row_start
+        return local_ids(self._spec, ids), (within[0] - start, within[1] - start)
+
+
+def _never(_index: int, _keys: Any, _out: Any) -> bool:
+    """What takes no lookup on the short way."""
+    return False
+
+
+def _rows_text(spec: TableSpec) -> str:
+    rows = f"rows {spec.row_start} to {spec.row_end} of {spec.num_rows}, each"
+    return rows if spec.is_slice else f"{spec.num_rows} rows"

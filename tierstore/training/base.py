@@ -22,6 +22,7 @@ from ..formats.run import RunLayout
 from ..offline.exporting.quantized import quantized
 from ..offline.exporting.row_readers import drawn_values
 from ..spec import TableSpec, codec_scale
+from ..store.arguments import table_ids
 from ..store.embedded import open_store
 from ..store.table import Table
 from .optimizers import Optimizer
@@ -76,10 +77,10 @@ class StoredRows(BaseRows):
         self._dim, self._state = layout.dim, optimizer.initial_state(layout.dim)
 
     def stored(self, row_ids: np.ndarray) -> np.ndarray:
-        return self._table.rows(row_ids)
+        return self._table.rows(table_ids(self._table.spec, row_ids))
 
     def read(self, row_ids: np.ndarray, out: np.ndarray) -> None:
-        rows = self._table.rows(row_ids)
+        rows = self.stored(row_ids)
         values = np.empty((len(row_ids), self._dim), dtype=np.float32)
         kernels.dequantize_rows(rows, self._dim, self._codec, self._factor, values)
         _fill(out, values, self._state)

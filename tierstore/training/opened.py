@@ -139,7 +139,9 @@ class OpenedTraining:
         self.prefetches = Prefetches(self.rows, plan.buffer_bytes, health)
         self.writer: Writer | None = None
         self.tables = {
-            name: TrainingTable(image.tables[name].spec, rows, self.parts, optimizer, health, self.prefetches.wait_for)
+            name: TrainingTable(
+                image.tables[name].public_spec, rows, self.parts, optimizer, health, self.prefetches.wait_for
+            )
             for name, rows in self.rows.items()
         }
 
@@ -195,7 +197,7 @@ class OpenedTraining:
                     of.reader.remove(ordinal)
                 of.runs.clear()
                 rows.num_removals += 1
-                rows.places = of.places = kernels.RowPlaces(self.tables[name].spec.num_rows)
+                rows.places = of.places = kernels.RowPlaces(self.tables[name].spec.own_rows)
             of.load(() if commit is None else commit.runs.get(name, ()))
             rows.give_room_to_index()
         self.start(last_run, commit)

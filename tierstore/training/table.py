@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import kernels
 from ..spec import TableSpec
-from ..store.arguments import checked_ids, refuse_outside
+from ..store.arguments import checked_ids, local_ids, refuse_outside
 from .health import Health
 from .optimizers import DenseAdam, Optimizer
 from .rows import CachedRows
@@ -140,8 +140,15 @@ class TrainingTable:
     def _checked_rows(self, ids: np.ndarray) -> np.ndarray:
         """Returns a flat copy of row ids, checked: what another thread does to the caller's cannot matter."""
         flat = np.array(ids, dtype=np.int64, order="C", copy=True).reshape(-1)
-        refuse_outside(self._spec, flat)
-        return flat
+        return self.local_rows(flat)
+
+    def local_rows(self, row_ids: np.ndarray) -> np.ndarray:
+        """Returns row ids, int64 [R], as the table's records are counted; refuses those of no row, or another slice.
+
+        For the training itself.
+        """
+        refuse_outside(self._spec, row_ids)
+        return local_ids(self._spec, row_ids)
 
     def apply(
         self,
@@ -200,13 +207,15 @@ class TrainingTable:
 
     def _begin(self, ids: np.ndarray, gradients: np.ndarray, groups: np.ndarray | None) -> None:
         flat = np.ascontiguousarray(ids).reshape(-1)
+        if self._spec.is_slice:
+            flat = self.local_rows(flat.copy())
         of = None if groups is None else np.ascontiguousarray(groups).reshape(-1)
-        place, is_group = self._parts.update.begin(flat, gradients, of, self._spec.num_rows)
+        place, is_group = self._parts.update.begin(flat, gradients, of, self._spec.own_rows)
         if place >= 0 and is_group:
             assert of is not None
             raise ValueError(f"table {self._spec.name}: group {of[place]} is below 0; groups are 0 or more")
         if place >= 0:
-            refuse_outside(self._spec, flat)
+            refuse_outside(self._spec.local, flat)
             raise ValueError(f"table {self._spec.name}: row ids changed while they were read")
 
     def pin_rows(self, row_ids: np.ndarray) -> RowPins:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..store.arguments import checked_ids, refuse_outside
+from ..store.arguments import checked_ids
 from .commits import Commit, check_room, checked_commit, go_back, pin, read_commits, records_with, unpin
 from .health import Health
 from .opened import OpenedTraining
@@ -112,8 +112,7 @@ class Training:
         checked = {}
         for name, row_ids in requests.items():
             ids = np.array(checked_ids(row_ids, "row_ids"), dtype=np.int64, copy=True).reshape(-1)
-            refuse_outside(self[name].spec, ids)
-            checked[name] = ids
+            checked[name] = self[name].local_rows(ids)
         return self._opened.prefetches.add(checked)
 
     def commit(self, step: int, payload: bytes = b"") -> TrainingTicket:

@@ -148,10 +148,19 @@ class DrawnRows:
 
 
 def drawn_values(table: InitialLayout, row_ids: np.ndarray) -> np.ndarray:
-    """Returns the first values of rows of a table from scratch: int64 [n] -> float32 [n, dim]. Only computes."""
+    """Returns the first values of rows of a table from scratch: int64 [n] -> float32 [n, dim]. Only computes.
+
+    row_ids: as the table's `spec` counts them: of a slice, from its first row. Values depend on the whole table's ids.
+    """
     values = np.empty((len(row_ids), table.spec.dim), dtype=np.float32)
     initializer = table.initializer
     kernels.initial_rows(
-        row_ids, initializer.kind, 0.0, initializer.deviation, initializer.seed, initializer.table, values
+        row_ids + table.public_spec.row_start,
+        initializer.kind,
+        0.0,
+        initializer.deviation,
+        initializer.seed,
+        initializer.table,
+        values,
     )
     return values

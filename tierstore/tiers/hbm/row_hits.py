@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...spec import TableSpec, is_outside_of
+from ...address_map import is_outside_of
+from ...spec import TableSpec
 from ..engine import RowRange
 
 # keys [N, O] -> the same with -1 for hits; which were hit, bool [N, O]; their entries, uint8 [M, entry_bytes]. The last
