@@ -129,7 +129,7 @@ def test_a_store_without_its_ready_mark_does_not_open(own_store: Path) -> None:
 
 def test_a_newer_store_is_refused_with_both_versions(own_store: Path) -> None:
     edit_json(own_store, "format", format_version=99)
-    with pytest.raises(tierstore.FormatError, match=r"store format 99, this tierstore .* reads 1, 2, 3, 4, 6;"):
+    with pytest.raises(tierstore.FormatError, match=r"store format 99, this tierstore .* reads 1, 2, 3, 4, 5, 6;"):
         tierstore.open(own_store)
 
 

@@ -13,6 +13,8 @@ import numpy as np
 from .. import kernels
 from ..spec import TableSpec
 
+KEYS_END = 1 << 63
+
 
 def checked_rows(
     spec: TableSpec, row_ids: np.ndarray, out: np.ndarray | None
@@ -61,6 +63,41 @@ def local_ids(spec: TableSpec, row_ids: np.ndarray) -> np.ndarray:
 def table_ids(spec: TableSpec, local: np.ndarray) -> np.ndarray:
     """Returns the table's own row ids of those of an engine: what `local_ids` undoes."""
     return np.where(local < 0, local, local + spec.row_start) if spec.row_start else local
+
+
+def local_rows(
+    spec: TableSpec, row_ids: np.ndarray, within: tuple[int, int] | None
+) -> tuple[np.ndarray, tuple[int, int] | None]:
+    """Returns row ids, copied, and a range of them as a slice's engine counts them; refuses ids of other slices."""
+    ids = row_ids.copy()
+    if within is None:
+        refuse_outside(spec, ids)
+        return local_ids(spec, ids), None
+    return local_ids(spec, ids), (within[0] - spec.row_start, within[1] - spec.row_start)
+
+
+def checked_keys(spec: TableSpec, keys: np.ndarray) -> np.ndarray:
+    """Checks keys; returns a copy of them, contiguous, as the engine takes them."""
+    keys = checked_ids(keys, "keys").copy()
+    if not spec.orders:
+        raise ValueError(
+            f"table {spec.name}: rows {spec.row_start} to {spec.row_end} of {spec.num_rows} begin or end inside a "
+            "head, so that no key has all its rows here; read them by row id: rows(row_ids)"
+        )
+    if keys.ndim != 2 or keys.shape[1] != len(spec.orders):
+        raise ValueError(
+            f"table {spec.name}: keys are {list(keys.shape)}, expected [N, {len(spec.orders)}]: one for each order"
+        )
+    outside = kernels.find_out_of_range(keys, spec.num_rows if spec.is_plain else KEYS_END)
+    if outside >= 0:
+        bad = keys.reshape(-1)[outside]
+        if bad < -1:
+            raise ValueError(f"table {spec.name}: key {bad} is below -1; keys are 0 to 2^63 - 1, or -1 for zero rows")
+        raise ValueError(f"table {spec.name}: key {bad} is outside its {spec.num_rows} rows")
+    if spec.is_slice and spec.is_plain:
+        refuse_outside(spec, keys)
+        keys = local_ids(spec, keys)
+    return keys
 
 
 def checked_ids(ids: np.ndarray, what: str) -> np.ndarray:

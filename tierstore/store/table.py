@@ -16,16 +16,14 @@ from ..spec import TableSpec
 from ..tiers.engine import Engine
 from .arguments import (
     check_sources,
-    checked_ids,
+    checked_keys,
     checked_out,
     checked_range,
     checked_rows,
-    local_ids,
+    local_rows,
     refuse_outside,
 )
 from .ticket import Ticket, handed_out
-
-KEYS_END = 1 << 63
 
 
 class Table:
@@ -155,7 +153,7 @@ class Table:
         within = None if within is None else checked_range(within, self._spec)
         ids, out, flat = checked_rows(self._spec, row_ids, out)
         if self._spec.is_slice:
-            ids, within = self._local(ids, within)
+            ids, within = local_rows(self._spec, ids, within)
         try:
             self._engine.rows(self.index, ids, flat, within, timeout_s)
         except ValueError:
@@ -187,7 +185,7 @@ class Table:
         within = None if within is None else checked_range(within, self._spec)
         ids, out, flat = checked_rows(self._spec, row_ids, out)
         if self._spec.is_slice:
-            ids, within = self._local(ids, within)
+            ids, within = local_rows(self._spec, ids, within)
         try:
             pending = self._engine.submit_rows(self.index, ids, flat, within)
         except ValueError:
@@ -210,39 +208,8 @@ class Table:
 
         The copy is what is checked and looked up, whatever another thread, or the output, does to the caller's keys.
         """
-        spec = self.spec
-        keys = checked_ids(keys, "keys").copy()
-        if not spec.orders:
-            raise ValueError(
-                f"table {spec.name}: rows {spec.row_start} to {spec.row_end} of {spec.num_rows} begin or end inside a "
-                "head, so that no key has all its rows here; read them by row id: rows(row_ids)"
-            )
-        if keys.ndim != 2 or keys.shape[1] != len(spec.orders):
-            raise ValueError(
-                f"table {spec.name}: keys are {list(keys.shape)}, expected [N, {len(spec.orders)}]: one for each order"
-            )
-        outside = kernels.find_out_of_range(keys, spec.num_rows if spec.is_plain else KEYS_END)
-        if outside >= 0:
-            bad = keys.reshape(-1)[outside]
-            if bad < -1:
-                raise ValueError(
-                    f"table {spec.name}: key {bad} is below -1; keys are 0 to 2^63 - 1, or -1 for zero rows"
-                )
-            raise ValueError(f"table {spec.name}: key {bad} is outside its {spec.num_rows} rows")
-        out = checked_out(out, (len(keys), spec.num_heads, spec.row_bytes))
-        if spec.is_slice and spec.is_plain:
-            refuse_outside(spec, keys)
-            keys = local_ids(spec, keys)
-        return keys, out
-
-    def _local(self, ids: np.ndarray, within: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int] | None]:
-        """Returns row ids and a range as a slice's engine counts them; refuses ids of other slices."""
-        ids = ids.copy()
-        if within is None:
-            refuse_outside(self._spec, ids)
-            return local_ids(self._spec, ids), None
-        start = self._spec.row_start
-        return local_ids(self._spec, ids), (within[0] - start, within[1] - start)
+        keys = checked_keys(self._spec, keys)
+        return keys, checked_out(out, (len(keys), *self._rows_shape))
 
 
 def _never(_index: int, _keys: Any, _out: Any) -> bool:
