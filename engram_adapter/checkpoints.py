@@ -16,7 +16,7 @@ from typing import Any
 from tierstore.errors import ConfigError, FormatError
 from tierstore.formats.catalog import CATALOG_FILE, CatalogImage
 from tierstore.formats.checkpoint import Checkpoint, TableSource
-from tierstore.formats.table_source import find_hole
+from tierstore.formats.table_source import cut_sources, find_hole
 from tierstore.offline.build import BuildPlan, BuildReport, build_from_store, build_store
 
 from .families import plain_source, read_model
@@ -70,6 +70,7 @@ def build_checkpoint(
     allow_network_fs: bool = False,
     allow_holes: bool = False,
     in_place: bool = False,
+    slice: tuple[int, int] | None = None,
     on_plan: Callable[[BuildPlan], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> BuildReport:
@@ -89,11 +90,14 @@ def build_checkpoint(
         allow_holes: take parts of the checkpoint that were never written for zeros.
         in_place: leave the rows in the checkpoint's files, and write only what checks them. The files must stay as
             they are, where they are; the same build again compares them, and notes where they are now.
+        slice: (I, N): only slice I of N of every table, from 0 on. Of the tables' bytes only its own are read, but for
+            samples of every tensor, which say whose checkpoint it is.
         on_plan: called with what will be written, before anything is.
         on_progress: called with (bytes done, bytes in all), in the calling thread.
 
     Raises:
-        ConfigError: the checkpoint cannot be read or has holes, or the path is another's or cannot be written.
+        ConfigError: the checkpoint cannot be read or has holes, or the path is another's or cannot be written; or there
+            is no such slice.
         FormatError: a header lies about its file.
         BudgetError: the disk has too little room.
         ValueError: both `family` and `tensor` are given.
@@ -102,7 +106,7 @@ def build_checkpoint(
         raise ValueError(f"--family {family} and --tensor {tensor}: a plain tensor has no family; give one of them")
     options: dict[str, Any] = {
         "shard_bytes": shard_bytes, "jobs": jobs, "allow_network_fs": allow_network_fs, "on_plan": on_plan,
-        "on_progress": on_progress,
+        "on_progress": on_progress, "slice": slice,
     }  # fmt: skip
     if (Path(folder) / CATALOG_FILE).is_file():
         if in_place or family is not None or tensor is not None:
@@ -116,7 +120,7 @@ def build_checkpoint(
     else:
         model = read_model(checkpoint, family)
         sources, attachments = model.sources, model.hash_spec.attachments()
-    hole = None if allow_holes else find_hole(sources)
+    hole = None if allow_holes else find_hole(sources if slice is None else cut_sources(sources, *slice))
     if hole is not None:
         raise ConfigError(
             f"{hole}; finish or repeat it, or, if these rows are zeros in truth (a sparse copy, a file system that "
@@ -137,7 +141,7 @@ def sources_of_store(image: CatalogImage, checkpoint: Checkpoint) -> tuple[Table
 
     Raises `ConfigError` if the checkpoint lacks them, `FormatError` if the store's record of its hash is damaged.
     """
-    if all(layout.spec.is_plain for layout in image.tables.values()):
+    if all(layout.public_spec.is_plain for layout in image.tables.values()):
         return tuple(plain_source(checkpoint, name) for name in image.tables)
     try:
         family = json.loads(image.attachments[RECORD_NAME])["family"]

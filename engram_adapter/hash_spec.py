@@ -96,7 +96,7 @@ class HashSpec:
     @classmethod
     def from_catalog(cls, image: CatalogImage) -> HashSpec:
         """Makes the hash of a store that is not open, as `from_store` does."""
-        return _from_catalog(image.attachments.__getitem__, [layout.spec for layout in image.tables.values()])
+        return _from_catalog(image.attachments.__getitem__, [layout.public_spec for layout in image.tables.values()])
 
     def attachments(self) -> dict[str, bytes]:
         """Returns what a build keeps in the catalog, for `from_store`."""
@@ -273,7 +273,8 @@ def _from_catalog(attachment: Callable[[str], bytes], tables: Iterable[TableSpec
         hashes = {spec.table_name(n): (spec.fingerprint(n), spec.num_rows(n), spec.heads) for n in spec.layers}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"the store's hash record is damaged ({error!r}); restore the catalog or rebuild") from error
-    built = {t.name: (t.fingerprint, t.num_rows, t.rows_per_key) for t in tables if not t.is_plain}
+    wholes = [table.whole or table for table in tables]
+    built = {t.name: (t.fingerprint, t.num_rows, t.rows_per_key) for t in wholes if not t.is_plain}
     for name in sorted(hashes.keys() | built.keys()):
         if hashes.get(name) != built.get(name):
             raise FormatError(

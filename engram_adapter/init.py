@@ -43,6 +43,7 @@ def init_checkpoint(
     layers: Sequence[int] | None = None,
     dtype: str | None = None,
     allow_network_fs: bool = False,
+    slice: tuple[int, int] | None = None,
 ) -> tuple[InitialLayout, ...]:
     """Makes a store for a model that was not trained yet; also `engram_adapter.init_checkpoint`. Blocks shortly.
 
@@ -56,6 +57,7 @@ def init_checkpoint(
         layers: Which layers get a table; by default all that config.json names.
         dtype: What versions and exports hold: "fp32", "fp16", "bf16" or "fp8"; by default as the family publishes.
         allow_network_fs: Make it on a network file system that only this host uses.
+        slice: (I, N): only slice I of N of every table, from 0 on.
 
     Returns:
         The tables.
@@ -94,6 +96,7 @@ def init_checkpoint(
         origin={"digest": digest, "files": []},
         attachments=hash_spec.attachments() | {CONFIG_NAME: config_bytes},
         allow_network_fs=allow_network_fs,
+        slice=slice,
     )
 
 

@@ -14,7 +14,9 @@ from support.repository import REPOSITORY
 
 # Folders from the lowest floor to the highest, and what each holds; ARCHITECTURE.md has the same table. Folders in one
 # tuple share a floor, and do not import each other. The root's files are two: the ground, and the face.
-GROUND = "errors causes units version codec address_map slices spec layout stats lazy durable extras file_systems printable"
+GROUND = (
+    "errors causes units version codec address_map slices spec layout stats lazy durable extras file_systems printable"
+)
 FACE = "__init__ connecting"
 FLOORS = (
     {"kernels": "C++ and Triton for what is done to every row, and NumPy references of the same"},

@@ -16,6 +16,7 @@ import click
 from engram_adapter.checkpoints import build_checkpoint
 from engram_adapter.families import FAMILIES
 from tierstore.offline.build import BuildPlan, BuildReport
+from tierstore.slices import parse_slice
 from tierstore.units import format_bytes, parse_bytes
 
 from .cli import Progress, console
@@ -34,6 +35,7 @@ from .cli import Progress, console
 @click.option("--shard-bytes", default="1GiB", show_default=True, metavar="SIZE", help="Largest shard.")
 @click.option("--allow-network-fs", is_flag=True, help="Build on a network file system that only this host uses.")
 @click.option("--in-place", is_flag=True, help="Leave the rows in CHECKPOINT's files; write only what checks them.")
+@click.option("--slice", "slice_text", metavar="I/N", help="Only slice I of N of every table, from 0/N on.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, when all is done; sizes are in bytes.")
 @click.option("--allow-holes", is_flag=True, help="Take parts of the checkpoint that were never written for zeros.")
 def command(
@@ -47,6 +49,7 @@ def command(
     as_json: bool,
     allow_holes: bool,
     in_place: bool,
+    slice_text: str | None,
 ) -> None:
     """Build the store STORE from CHECKPOINT: a folder with config.json and *.safetensors, or one file of tensors
     (safetensors, PyTorch, GGUF).
@@ -59,10 +62,14 @@ def command(
     were moved or copied, the same command with their new place compares them and goes on. Given a store in place as
     CHECKPOINT, it makes one with shards of it.
 
+    With --slice the store has a contiguous range of each table's rows, on borders of heads if there are enough heads:
+    each of several hosts holds one. Only bytes of those rows are read. tierstore reslice joins or divides slices.
+
     \b
     Example: tierstore build DeepSeek-V4.1-Flash v41.tier --jobs 4
     Example: tierstore build model-q8_0.gguf embed.tier --tensor token_embd.weight
     Example: tierstore build DeepSeek-V4.1-Flash v41.tier --in-place
+    Example: tierstore build DeepSeek-V4.1-Flash v41-0.tier --slice 0/4
     """
     plans: list[BuildPlan] = []
     with Progress("building") as on_progress:
@@ -76,6 +83,7 @@ def command(
             allow_network_fs=allow_network_fs,
             allow_holes=allow_holes,
             in_place=in_place,
+            slice=None if slice_text is None else parse_slice(slice_text),
             on_plan=plans.append if as_json else print_plan,
             on_progress=on_progress,
         )

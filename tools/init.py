@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from engram_adapter.init import init_checkpoint
+from tierstore.slices import parse_slice
 from tierstore.units import format_bytes
 
 
@@ -26,6 +27,7 @@ from tierstore.units import format_bytes
 @click.option("--layers", metavar="N,...", help="Layers that get a table.  [default: all that config.json names]")
 @click.option("--dtype", metavar="TYPE", help="Of exports: fp32, fp16, bf16 or fp8.  [default: as published]")
 @click.option("--allow-network-fs", is_flag=True, help="Make it on a network file system that only this host uses.")
+@click.option("--slice", "slice_text", metavar="I/N", help="Only slice I of N of every table, from 0/N on.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes are in bytes.")
 def command(
     config_folder: Path,
@@ -36,6 +38,7 @@ def command(
     layers: str | None,
     dtype: str | None,
     allow_network_fs: bool,
+    slice_text: str | None,
     as_json: bool,
 ) -> None:
     """Make the store STORE for a model that was not trained yet, from CONFIG_FOLDER's config.json.
@@ -45,6 +48,7 @@ def command(
 
     \b
     Example: tierstore init my-model my-model.tier --seed 7 --std 0.01 --dtype bf16
+    Example: tierstore init my-model rank-0.tier --seed 7 --slice 0/2
     """
     chosen = None if layers is None else _layers(layers)
     tables = init_checkpoint(
@@ -56,6 +60,7 @@ def command(
         layers=chosen,
         dtype=dtype,
         allow_network_fs=allow_network_fs,
+        slice=None if slice_text is None else parse_slice(slice_text),
     )
     if as_json:
         records = [

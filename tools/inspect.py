@@ -31,6 +31,7 @@ def store_record(image: CatalogImage) -> dict[str, Any]:
         "path": str(image.path),
         "format_version": image.format_version,
         "ready": image.ready,
+        "slice": image.origin.get("slice"),
         "num_rows": sum(layout.spec.num_rows for layout in layouts),
         "table_bytes": sum(layout.spec.table_bytes for layout in layouts),
         "store_bytes": sum(layout.store_bytes for layout in layouts),
@@ -51,7 +52,14 @@ def store_record(image: CatalogImage) -> dict[str, Any]:
 def _table_record(image: CatalogImage, layout: TableLayout) -> dict[str, Any]:
     sides = paged_layouts({layout.spec.name: layout})
     shards = [(index, shard) for name in sides for index, shard in sorted(image.shards[name].items())]
-    return layout.spec.to_dict() | {
+    spec = layout.public_spec
+    return spec.to_dict() | {
+        "row_start": spec.row_start,
+        "row_end": spec.row_end,
+        "orders": list(spec.orders),
+        "rows_per_key": spec.rows_per_key,
+        "moduli": list(spec.moduli),
+        "offsets": list(spec.offsets),
         "entry_bytes": layout.spec.entry_bytes,
         "table_bytes": layout.spec.table_bytes,
         "page_bytes": layout.page_bytes,
@@ -104,7 +112,7 @@ def _print_tables(record: dict[str, Any]) -> None:
     for table in record["tables"]:
         tables.add_row(
             Text(table["name"]),  # names may hold brackets, which are markup otherwise
-            f"{table['num_rows']:,}",
+            _rows_text(table),
             f"{table['codec']} x {table['dim']}",
             f"{table['row_bytes']:,}",
             ", ".join(map(str, table["orders"])),
@@ -135,6 +143,11 @@ def _print_tables(record: dict[str, Any]) -> None:
     _print_origin(record["origin"])
     for name, num_bytes in record["attachments"].items():
         click.echo(f"attachment {name}: {format_bytes(num_bytes)}")
+
+
+def _rows_text(table: dict[str, Any]) -> str:
+    start, end, num_rows = table["row_start"], table["row_end"], table["num_rows"]
+    return f"{num_rows:,}" if end - start == num_rows else f"{start:,} to {end:,} of {num_rows:,}"
 
 
 def _print_origin(origin: dict[str, Any]) -> None:

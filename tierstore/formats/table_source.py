@@ -94,6 +94,11 @@ def cut_sources(sources: Sequence[TableSource], index: int, num_slices: int) -> 
     return tuple(source.cut(source.spec.cut_slice(index, num_slices)) for source in sources)
 
 
+def source_of_slice(source: TableSource, spec: TableSpec) -> TableSource:
+    """Returns what a store with a slice was built from, of the whole table's source; spec: the store's. Else itself."""
+    return source.cut(spec) if spec.is_slice and source.spec == spec.whole else source
+
+
 def _cut_tensor(plane: Plane, tensor: StoredTensor, byte_start: int, start: int, end: int) -> StoredTensor:
     is_whole_rows = bool(tensor.shape) and tensor.shape[0] * plane.width_bytes == tensor.num_bytes
     shape = (end - start, *(tensor.shape[1:] if is_whole_rows else (plane.width_bytes,)))

@@ -33,6 +33,7 @@ def init_store(
     origin: dict[str, Any],
     attachments: dict[str, bytes] | None = None,
     allow_network_fs: bool = False,
+    slice: tuple[int, int] | None = None,
 ) -> tuple[InitialLayout, ...]:
     """Makes a store whose rows are drawn from a normal distribution around 0. Blocks shortly.
 
@@ -43,13 +44,18 @@ def init_store(
         deviation: The standard deviation of all values.
         origin: Who the model is; its "digest" goes into the checksums of training records.
         attachments: The adapter's own records.
+        slice: (I, N), only slice I of N of every table; rows have the values that they have in the whole store.
         allow_network_fs: Make it on a network file system that only this host uses.
 
     Raises:
-        ConfigError: The path holds something or cannot be written; or a table's codec cannot be trained.
+        ConfigError: The path holds something or cannot be written; or a table's codec cannot be trained; or
+            there is no such slice.
     """
     path = Path(store_path)
     tables = {}
+    if slice is not None:
+        specs = [spec.cut_slice(*slice) for spec in specs]
+        origin = origin | {"slice": f"{slice[0]}/{slice[1]}"}
     for number, spec in enumerate(specs):
         if parse_codec(spec.codec).values not in ("fp32", "fp16", "bf16") and spec.codec not in CODECS:
             raise ConfigError(f"table {spec.name}: codec {spec.codec!r}, a table from scratch has {', '.join(CODECS)}")

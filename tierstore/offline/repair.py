@@ -30,6 +30,7 @@ from ..formats.catalog import CatalogImage, read_catalog
 from ..formats.checkpoint import PlaneReader, TableSource
 from ..formats.page import repair_command
 from ..formats.placement import PLACEMENT_FOLDER, Placement, TableShape, lay_out_placement
+from ..formats.table_source import source_of_slice
 from ..layout import TableLayout
 from ..process.progress import OnProgress
 from ..units import format_bytes
@@ -145,12 +146,14 @@ def _repair_shards(
     """Rebuilds every damaged shard of `report` and checks it again; `report` then says what is so now."""
     damaged = sorted(report.damaged_shards)
     names = sorted({image.owner_of(name) for name, _ in damaged})
-    sources = {table.spec.name: table for table in source.sources_of(image)}
+    specs = {name: layout.public_spec for name, layout in image.tables.items()}
+    found_sources = (each for each in source.sources_of(image) if each.spec.name in specs)
+    sources = {each.spec.name: source_of_slice(each, specs[each.spec.name]) for each in found_sources}
     for name in names:
         found = sources[name].spec if name in sources else "no such table"
-        if found != image.tables[name].spec:
+        if found != specs[name]:
             raise ConfigError(
-                f"table {name}: {source.path} gives {found}, the store has {image.tables[name].spec}: it is another "
+                f"table {name}: {source.path} gives {found}, the store has {specs[name]}: it is another "
                 "checkpoint, or an older tierstore read it otherwise; give the one that the store was built from, or "
                 f"build the store again"
             )

@@ -31,7 +31,7 @@ from ..formats.in_place import InPlaceLayout
 from ..formats.origin import same_checkpoint
 from ..formats.page import page_faults
 from ..formats.placement import PlacedTable
-from ..formats.table_source import find_hole
+from ..formats.table_source import find_hole, source_of_slice
 from ..layout import TableLayout
 from ..process.progress import OnProgress
 from ..process.workers import joined_pool
@@ -81,8 +81,10 @@ def verify_store(
         parts: list[Callable[[threading.Event], VerifyReport]] = []
         for name, table in image.tables.items():
             source = by_name.get(name)
-            if source is not None and source.spec != table.spec:
-                of_all.append(f"table {name}: the checkpoint gives {source.spec}, the store has {table.spec}")
+            if source is not None:
+                source = source_of_slice(source, table.public_spec)
+            if source is not None and source.spec != table.public_spec:
+                of_all.append(f"table {name}: the checkpoint gives {source.spec}, the store has {table.public_spec}")
                 source = None  # its rows cannot be compared; its pages can be checked
             reader = stack.enter_context(source.open_reader()) if source is not None else None
             sampled = _sampled_pages(table, sample_rows, seed)
@@ -228,7 +230,7 @@ class _ShardCheck:
             differ |= (rows[:, column : column + plane.shape[1]] != plane).any(axis=1)
             column += plane.shape[1]
         self.rows_compared += len(rows)
-        row_ids = np.flatnonzero(differ) + row_start
+        row_ids = np.flatnonzero(differ) + row_start + self.table.public_spec.row_start
         room = FAULTS_PER_SHARD_MAX - len(self._rows)
         name = self.table.spec.name
         self._rows += [f"row {row_id} of table {name} differs from the checkpoint's" for row_id in row_ids[:room]]

@@ -112,6 +112,7 @@ class _RowsCheck:
             found = rows[i:j].reshape(-1, rows.shape[2])[: row_end - row_start]
             expected = np.concatenate(self._reader.read(row_start, row_end), axis=1)
             differ = np.flatnonzero((found != expected).any(axis=1)) + row_start
+            differ += self._files.table.public_spec.row_start
             self._report.rows_compared += row_end - row_start
             self._num_rows += len(differ)
             name = self._files.table.spec.name

@@ -48,7 +48,7 @@ class ChangedRows:
     """The rows of one table that a version has.
 
     rows_max: how many there are at most. chunks: called once; returns (row ids int64 [n], rows uint8 [n, row_bytes])
-    one after the other, of any lengths, ids all different.
+    one after the other, of any lengths, ids all different; of a slice they count from its first row.
     """
 
     rows_max: int

@@ -32,6 +32,7 @@ from ..formats.training_records import Commit, TrainingRecords, layouts_of, read
 from ..offline.exporting.quantized import quantized
 from ..offline.versions import ChangedRows, Chunks, NothingChangedError, locked_for_publish, write_version
 from ..spec import TableSpec
+from ..store.arguments import table_ids
 from ..store.embedded import open_store
 from ..store.store import Store
 from ..tiers.version_files import VersionFiles
@@ -199,12 +200,13 @@ class _Table:
         """Yields (row ids, rows in the codec) that differ from the newest version, in the order of the runs."""
         name = self.spec.name
         for row_ids, runs, places in self._candidates():
-            old = np.ascontiguousarray(self.base[name].rows(row_ids))
+            of_table = table_ids(self.base[name].spec, row_ids)
+            old = np.ascontiguousarray(self.base[name].rows(of_table))
             new = old.copy()
             here = runs != NO_RUN  # the others are the base's again: their steps were gone back on
             if here.any():
                 new[here] = self._quantized((row_ids[here], runs[here], places[here]), old[here])
-            now = old if self.served is self.base else self.served[name].rows(row_ids)
+            now = old if self.served is self.base else self.served[name].rows(of_table)
             changed = (new != now).any(axis=1)
             self.num_rows += int(changed.sum())
             if changed.any():
