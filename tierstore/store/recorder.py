@@ -22,6 +22,7 @@ import numpy as np
 from ..formats.key_trace import KeyBlock, KeyTraceInfo, KeyTraceWriter, TracedTable
 from ..spec import TableSpec
 from ..tiers.engine import Engine, EngineWrapper, Pending, Request, RowRange
+from .arguments import table_ids
 
 logger = logging.getLogger("tierstore")
 
@@ -204,6 +205,7 @@ class RecordingEngine(EngineWrapper):
         """engine: does the work, and is there unchanged when the recording ends."""
         super().__init__(engine)
         self.engine, self.recorder, self._specs = engine, recorder, specs
+        self._has_slices = any(spec.is_slice for spec in specs)
         self.try_lookup = self._try_lookup
 
     @property
@@ -213,7 +215,7 @@ class RecordingEngine(EngineWrapper):
     def _try_lookup(self, index: int, keys: Any, out: Any) -> bool:
         done = self.engine.try_lookup(index, keys, out)
         if done:
-            self.recorder.record([(index, keys)])
+            self._record([(index, keys)])
         return done
 
     def lookup(
@@ -225,13 +227,13 @@ class RecordingEngine(EngineWrapper):
         timeout_s: float | None = None,
     ) -> None:
         self.engine.lookup(index, keys, out, sources, timeout_s)
-        self.recorder.record([(index, keys)])
+        self._record([(index, keys)])
 
     def submit(self, requests: Sequence[Request]) -> Pending | None:
         pending = self.engine.submit(requests)
         try:
             if requests:
-                self.recorder.record([(index, keys) for index, keys, _ in requests])
+                self._record([(index, keys) for index, keys, _ in requests])
             return pending
         except BaseException:  # nobody has the lookup
             if pending is not None:
@@ -256,21 +258,30 @@ class RecordingEngine(EngineWrapper):
                 pending.cancel()
             raise
 
+    def _record(self, lookups: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Records keys as callers know them: of a slice of a plain table, the table's own row ids."""
+        if self._has_slices:
+            specs = self._specs
+            plain = [
+                (index, table_ids(specs[index], keys) if specs[index].is_plain else keys) for index, keys in lookups
+            ]
+            lookups = [(index, keys) for index, keys in plain if specs[index].orders]
+        if lookups:
+            self.recorder.record(lookups)
+
     def _record_rows(self, index: int, row_ids: np.ndarray, within: RowRange | None) -> None:
         """Records the keys of the whole tokens among row ids."""
         spec = self._specs[index].local
-        if spec.public is not None and not spec.public.orders:  # it has no keys
-            return
         if self.engine.is_resident(index) or not (spec.is_plain or row_ids.shape[1:] == (spec.num_heads,)):
             return
         keys, is_whole = spec.keys_of_row_ids(row_ids.reshape(-1, spec.num_heads), within)
         if is_whole.any():
-            self.recorder.record([(index, keys[is_whole])])
+            self._record([(index, keys[is_whole])])
 
     def submit_pairs(self, index: int, keys: np.ndarray, pairs: np.ndarray, out: np.ndarray) -> Pending | None:
         pending = self.engine.submit_pairs(index, keys, pairs, out)
         try:
-            self.recorder.record([(index, self.recorder.tokens_of(index, keys, pairs))])
+            self._record([(index, self.recorder.tokens_of(index, keys, pairs))])
             return pending
         except BaseException:  # nobody has the lookup
             if pending is not None:
