@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .offline.repair import verify
     from .training.opening import open_training
     from .training.optimizers import SGD, DenseAdam, LazyAdam, RowWiseAdagrad
+    from .training.reslice import reslice
     from .training.training import Training
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "place",
     "plan",
     "profile",
+    "reslice",
     "verify",
 ]
 
@@ -91,6 +93,7 @@ _JOBS = {
     "place": "offline.place",
     "plan": "offline.plan",
     "profile": "offline.profile",
+    "reslice": "training.reslice",
     "verify": "offline.repair",
 }
 

@@ -54,6 +54,7 @@ COMMANDS = {
     "publish": ("tierstore.tools.publish", "Publish what training has committed, for a store's readers."),
     "versions": ("tierstore.tools.versions", "List what was published of a store."),
     "compact": ("tierstore.tools.compact", "Make one new store of a store and its versions."),
+    "reslice": ("tierstore.tools.reslice", "Make other slices of slices, or join them into one store."),
     "delta": ("tierstore.tools.delta", "Pack versions of a store for another host, or apply them there."),
     "serve": ("tierstore.tools.serve", "Serve a store to all processes of a host from one copy."),
     "replan": ("tierstore.tools.replan", "Have a daemon replan from the traffic that it saw."),

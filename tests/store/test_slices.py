@@ -14,6 +14,12 @@ from tierstore.formats.catalog import SLICE_FORMAT_VERSION, read_catalog
 from tierstore.slices import slice_bounds
 
 
+CUTS = [
+    *((num_slices, in_place) for num_slices in (1, 2, 3) for in_place in (False, True)),
+    *(pytest.param(n, in_place, marks=pytest.mark.slow) for n in (4, 24, 29) for in_place in (False, True)),
+]
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return make_model(tmp_path_factory.mktemp("model"))
@@ -27,12 +33,12 @@ def built(model: Model, folder: Path, num_slices: int, **options: object) -> lis
     return paths
 
 
-@pytest.mark.parametrize("num_slices", [1, 2, 3, 4, 24, 29])
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("num_slices", "in_place"), CUTS)
 def test_slices_hold_every_row_of_the_table_once_under_its_own_id(
     model: Model, tmp_path: Path, num_slices: int, in_place: bool
 ) -> None:
-    for path in built(model, tmp_path, num_slices, in_place=in_place):
+    paths = built(model, tmp_path, num_slices, in_place=in_place)
+    for path in paths:
         assert read_catalog(path).format_version == (SLICE_FORMAT_VERSION if num_slices > 1 else 2 if in_place else 1)
         with tierstore.open(path, dram="4MiB") as store:
             for name, rows in model.rows.items():
@@ -42,7 +48,7 @@ def test_slices_hold_every_row_of_the_table_once_under_its_own_id(
                 np.testing.assert_array_equal(store[name].rows(ids), rows[ids])
     ends = [
         [(table.public_spec.row_start, table.public_spec.row_end) for table in read_catalog(path).tables.values()]
-        for path in built(model, tmp_path, num_slices, in_place=in_place)
+        for path in paths
     ]
     for name, parts in zip(model.rows, zip(*ends, strict=True), strict=True):
         assert [start for start, _ in parts] + [len(model.rows[name])] == [0, *(end for _, end in parts)]
