@@ -25,6 +25,7 @@ from tierstore.formats.trace import read_token_documents, read_token_trace_info
 from tierstore.offline.documents import DOCUMENT_TOKENS_MAX
 from tierstore.offline.profile import trace_paths
 from tierstore.process.progress import OnProgress
+from tierstore.spec import TableSpec
 from tierstore.training.base import base_bytes_of, check_trainable
 from tierstore.training.disk_probe import probe_disk
 from tierstore.training.optimizers import Optimizer
@@ -82,7 +83,7 @@ def plan_training(
     done = 0
     for step in _steps(documents, batch_tokens, hash_spec.history_tokens):
         for name, counter in counters.items():
-            _count(counter, hash_spec, name, image.tables[name].spec.num_rows, step)
+            _count(counter, hash_spec, image.tables[name].public_spec, step)
         done += sum(len(ids) - start for ids, start in step)
         if on_progress:
             on_progress(done, total)
@@ -122,13 +123,19 @@ def _steps(
         yield step
 
 
-def _count(
-    counter: TrafficCounter, hash_spec: HashSpec, name: str, num_rows: int, step: list[tuple[np.ndarray, int]]
-) -> None:
-    pieces = [hash_spec.row_ids(ids[None], name)[0, start:] for ids, start in step]
-    row_ids = np.concatenate(pieces)
-    by_key = row_ids.reshape(-1, hash_spec.heads)
-    distinct, *_ = kernels.distinct_rows(row_ids.reshape(-1), num_rows)
+def _count(counter: TrafficCounter, hash_spec: HashSpec, spec: TableSpec, step: list[tuple[np.ndarray, int]]) -> None:
+    """Counts a step's rows; of a slice, those that it holds."""
+    pieces = [hash_spec.row_ids(ids[None], spec.name)[0, start:] for ids, start in step]
+    row_ids, rows_per_key = np.concatenate(pieces), hash_spec.heads
+    if spec.is_slice:
+        is_held = (row_ids >= spec.row_start) & (row_ids < spec.row_end)
+        if spec.orders:  # whole columns
+            held, rows_per_key = np.isin(hash_spec.offsets(spec.name), spec.offsets), spec.rows_per_key
+            row_ids = np.where(is_held, row_ids - spec.row_start, -1)[:, held]
+        else:
+            row_ids, rows_per_key = row_ids[is_held] - spec.row_start, 1
+    by_key = row_ids.reshape(-1, rows_per_key)
+    distinct, *_ = kernels.distinct_rows(np.ascontiguousarray(row_ids).reshape(-1), spec.own_rows)
     counter.add_step(distinct, by_key[by_key[:, 0] >= 0])
 
 

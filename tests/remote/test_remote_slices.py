@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.remote_servers import serving as serving_grpc
+from support.served import MIB, serving
+from support.stores import Model, make_model, random_keys
 
 import tierstore
-from tests.support.remote_servers import serving as serving_grpc
-from tests.support.served import MIB, serving
-from tests.support.stores import Model, make_model, random_keys
 from tierstore.formats.key_trace import read_key_blocks, read_key_trace_info
 from tierstore.remote import messages
 from tierstore.store.store import Store

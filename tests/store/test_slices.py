@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.stores import Model, make_model, random_keys
 
 import tierstore
-from tests.support.stores import Model, make_model, random_keys
 from tierstore.errors import ConfigError
 from tierstore.formats.catalog import SLICE_FORMAT_VERSION, read_catalog
 from tierstore.slices import slice_bounds
-
 
 CUTS = [
     *((num_slices, in_place) for num_slices in (1, 2, 3) for in_place in (False, True)),

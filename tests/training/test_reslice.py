@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.stores import Model, make_model
+from support.trainable import in_bits, make_trainable
 
 import tierstore
-from tests.support.stores import Model, make_model
-from tests.support.trainable import in_bits, make_trainable
 from tierstore.errors import ConfigError, CorruptPageError
 from tierstore.formats.catalog import read_catalog
 from tierstore.formats.catalog_records import CATALOG_FILE, as_json, from_json, read_records, write_records

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.stores import make_model
+from support.trainable import in_bits, make_trainable
 
 import tierstore
-from tests.support.stores import make_model
-from tests.support.trainable import in_bits, make_trainable
 from tierstore.formats.catalog import read_catalog
 from tierstore.offline.init import init_store
 from tierstore.offline.verify import verify_store

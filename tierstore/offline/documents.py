@@ -18,6 +18,7 @@ from ..errors import ConfigError, FingerprintMismatchError, FormatError
 from ..formats.key_trace import KeyBlock, KeyTraceInfo, read_key_blocks
 from ..formats.profile import KEYS, Columns, ProfileHeader, ProfileReader
 from ..layout import TableLayout
+from ..spec import TableSpec
 
 HELD_OUT_FRACTION = 1 / 4  # less gives wider intervals, more a static set that is fitted to less
 HELD_OUT_TOKENS_MAX = 4_000_000  # of a long trace a smaller fraction is held out
@@ -87,12 +88,17 @@ class KeyItems:
 def check_tables(layouts: Mapping[str, TableLayout], header: ProfileHeader) -> None:
     """Raises `FingerprintMismatchError` if a store lacks a profile's tables, or has others of their names."""
     for name, fingerprint, orders in header.tables:
-        spec = layouts[name].spec if name in layouts else None
-        if spec is None or (spec.fingerprint, spec.orders) != (fingerprint, orders):
+        spec = layouts[name].public_spec if name in layouts else None
+        if spec is None or spec.fingerprint != fingerprint or orders not in orders_of_keys(spec):
             raise FingerprintMismatchError(
                 f"the profile's keys are of table {name} with fingerprint {fingerprint}, the store has "
                 f"{spec.fingerprint if spec else 'no such table'}; record its own keys"
             )
+
+
+def orders_of_keys(spec: TableSpec) -> list[tuple[int, ...]]:
+    """Returns the orders of keys that can be taken for a table's: its own, and of a slice the whole table's."""
+    return [spec.orders] if spec.whole is None else [spec.orders, spec.whole.orders]
 
 
 def key_profile_header(
@@ -107,8 +113,8 @@ def key_profile_header(
                 f"{info.path} and {first.path} are of other tables or sample rates; profile each by itself"
             )
         for table in info.tables:
-            spec = layouts[table.name].spec if table.name in layouts else None
-            if spec is None or (spec.fingerprint, spec.orders) != (table.fingerprint, table.orders):
+            spec = layouts[table.name].public_spec if table.name in layouts else None
+            if spec is None or spec.fingerprint != table.fingerprint or table.orders not in orders_of_keys(spec):
                 raise FingerprintMismatchError(
                     f"{info.path}: recorded of table {table.name} with fingerprint {table.fingerprint}, the store has "
                     f"{spec.fingerprint if spec else 'no such table'}; profile it with the store that recorded it"

@@ -35,6 +35,7 @@ from ..formats.placement import (
 from ..formats.profile import ProfileReader
 from ..layout import PlacementRecord
 from ..process.progress import CHOOSING, PLACING, OnPhase, OnProgress, no_report
+from ..spec import TableSpec
 from ..units import format_bytes
 from .placement_file import Chosen, bytes_needed, write_placement
 from .plan import Plan
@@ -130,11 +131,45 @@ def choose_entries(image: CatalogImage, plan: Plan, reader: ProfileReader) -> di
     for ranking, group in zip(plan.rankings, plan.groups, strict=True):
         if group.num_entries == 0:
             continue
-        order_index, items = ItemRanking(reader, ranking).first(group.num_entries)
-        for name in group.tables:
+        slices = [name for name in group.tables if image.tables[name].public_spec.is_slice]
+        if len(slices) < len(group.tables):
+            order_index, items = ItemRanking(reader, ranking).first(group.num_entries)
+            for name in set(group.tables) - set(slices):
+                keys = mapping.keys_of(items, order_index, name)
+                chosen[name] = Chosen(order_index, keys, group.static_fraction, min(group.hbm_entries, len(keys)))
+        for name in slices:
+            columns = columns_of_keys(image.tables[name].public_spec, group.orders)
+            if not len(columns):
+                continue  # of a slice that is cut inside a head, which has no entries
+            order_index, items = ItemRanking(reader, ranking, columns).first(group.num_entries)
             keys = mapping.keys_of(items, order_index, name)
-            chosen[name] = Chosen(order_index, keys, group.static_fraction, min(group.hbm_entries, len(keys)))
-    return chosen
+            own_order, own_keys = entries_of_slice(image.tables[name].public_spec, columns, order_index, keys)
+            own_order, own_keys = own_order[: group.num_entries], own_keys[: group.num_entries]
+            hbm_entries = min(group.hbm_entries, len(own_keys))
+            chosen[name] = Chosen(own_order, own_keys, group.static_fraction, hbm_entries)
+    return {name: chosen[name] for name in image.tables if name in chosen}
+
+
+def columns_of_keys(spec: TableSpec, orders: tuple[int, ...]) -> np.ndarray:
+    """Returns which columns of keys of `orders`, the slice's own or the whole table's, its own columns are."""
+    assert spec.whole is not None, "of a slice"
+    return np.arange(len(orders)) if orders == spec.orders != spec.whole.orders else spec.columns(orders)
+
+
+def entries_of_slice(
+    spec: TableSpec, columns: np.ndarray, order_index: np.ndarray, keys: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the entries of a slice, as its engine has them, of keys int64 [n] and their columns uint8 [n].
+
+    The order stays: a key becomes one entry for each of its order's groups of heads that the slice has, and none for a
+    row of a plain table that lies in another slice.
+    """
+    if spec.is_plain:
+        mine = (keys >= spec.row_start) & (keys < spec.row_end)
+        return order_index[mine], keys[mine] - spec.row_start
+    is_held = order_index[:, None] == columns  # [n, own orders]
+    place, own_order = np.nonzero(is_held)
+    return own_order.astype(np.uint8), keys[place]
 
 
 def _details(plan: Plan) -> dict[str, Any]:

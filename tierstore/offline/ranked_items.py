@@ -20,8 +20,9 @@ from ..formats.profile import ProfileReader
 class ItemRanking:
     """The items of a finished profile in the order in which a ranking places them, by all that was counted of them."""
 
-    def __init__(self, profile: ProfileReader, ranking: Ranking) -> None:
-        """ranking: of a group of the profile's tables."""
+    def __init__(self, profile: ProfileReader, ranking: Ranking, held: np.ndarray | None = None) -> None:
+        """ranking: of a group of the profile's tables. held: indexes of the orders that count; None: all."""
+        self._held = held
         self._profile, self._ranking = profile, ranking
         counts = profile.counts
         # What the ranking says of counts holds for as much text as was counted without the held-out documents.
@@ -59,5 +60,5 @@ class ItemRanking:
         yield 0, np.empty((0, 2), dtype=np.uint64), np.empty(0, dtype=np.int64)
         for parts in itertools.chain((split.add(*block) for block in self._profile.items()), [None]):
             for table_index, order_index, items, sums in split.end() if parts is None else parts:
-                if table_index == self._table_index:
+                if table_index == self._table_index and (self._held is None or order_index in self._held):
                     yield order_index, items, sums.sum(axis=1)
