@@ -17,8 +17,9 @@ from tierstore.formats.checkpoint import Checkpoint, TableSource
 from tierstore.formats.origin import changed_files, same_checkpoint
 from tierstore.offline.exporting.new_files import NewFile
 from tierstore.offline.exporting.parts import BytesPart
-from tierstore.offline.exporting.row_readers import SourceRows, origin_of
+from tierstore.offline.exporting.row_readers import RowOrigin, SourceRows, origin_of
 from tierstore.offline.exporting.touched_rows import TouchedRows
+from tierstore.offline.slice_set import SliceSet
 
 from .checkpoints import sources_of_store
 from .export_layout import CONFIG_NAME, ExportLayout, TableRows, files_beside, lay_out_export
@@ -69,15 +70,18 @@ class ExportOrigin:
         return ExportLayout((*tables, *files), left_out)
 
 
-def find_origin(image: CatalogImage, source: Path | None, tables_only: bool) -> ExportOrigin:
+def find_origin(
+    image: CatalogImage, source: Path | None, tables_only: bool, slices: SliceSet | None = None
+) -> ExportOrigin:
     """Finds the checkpoint and its tables, or, if tables alone are asked for, the folder of their other files.
 
+    slices: where the rows of `image` lie, if it is that of several stores with slices.
     Raises `ConfigError` if the checkpoint is not that of the build, or is not given and not known.
     """
     if tables_only or image.is_initial:
         if source is not None and not source.is_dir():
             raise ConfigError(f"{source} is not a folder; give the folder of config.json, or leave --source out")
-        rows = {name: TableRows(origin_of(image, table), None, None) for name, table in image.tables.items()}
+        rows = {name: TableRows(_stored(image, name, slices), None, None) for name in image.tables}
         return ExportOrigin(image, None, (), source, rows)
     checkpoint = Checkpoint.open(source if source is not None else _source_of(image))
     sources = sources_of_store(image, checkpoint)
@@ -86,9 +90,16 @@ def find_origin(image: CatalogImage, source: Path | None, tables_only: bool) -> 
     rows = {}
     for each in sources:
         is_same = not changed & {tensor.path.name for tensor in each.tensors}
-        stored = origin_of(image, image.tables[each.spec.name])
+        stored = _stored(image, each.spec.name, slices)
         rows[each.spec.name] = TableRows(stored, SourceRows(each) if is_same else None, None)
     return ExportOrigin(image, checkpoint, sources, None, rows)
+
+
+def _stored(image: CatalogImage, name: str, slices: SliceSet | None) -> RowOrigin:
+    """Returns what reads a table's rows out of the store, or the slices, as they were before any training."""
+    if slices is None or slices.is_initial:
+        return origin_of(image, image.tables[name])
+    return SourceRows(next(source for source in slices.sources() if source.spec.name == name))
 
 
 def _source_of(image: CatalogImage) -> Path:

@@ -19,7 +19,9 @@ from tierstore.offline.exporting.row_readers import RowOrigin
 from tierstore.offline.exporting.sorted_rows import sort_touched_rows
 from tierstore.offline.exporting.touched_rows import TouchedRows
 from tierstore.offline.exporting.version_rows import KeptRows, VersionStream
+from tierstore.offline.slice_set import SliceSet
 from tierstore.training.exported import CommitRows, Encoder, RunStream, describe, history_of, open_commit
+from tierstore.training.exported_slices import open_commit_of_slices
 
 ID_BYTES = 8
 ATTEMPTS_MAX = 3  # at the newest commit
@@ -158,26 +160,38 @@ class VersionTables:
             stream.close()
 
 
-def open_touched(image: CatalogImage, version: int | None, commit: int | None, *, states: bool) -> TouchedTables:
+def open_touched(
+    image: CatalogImage, version: int | None, commit: int | None, *, states: bool, slices: SliceSet | None = None
+) -> TouchedTables:
     """Returns the new rows of a commit or a version; of neither: of the newest commit, else of the newest version.
 
+    slices: whose rows they are, if `image` is that of several stores with slices.
     Raises `ConfigError` for one that is not there, `ValueError` for both, and for states of a version.
     """
     if version is not None and commit is not None:
         raise ValueError(f"version {version} and commit {commit}: an export has the rows of one of them; give one")
     if version is not None and states:
         raise ValueError(f"states of version {version}: optimizer state is kept with commits; give one, or none")
-    rows = open_commit(image, commit) if version is None else None
+    rows = _open_commit(image, commit, slices) if version is None else None
     for attempt in range(1, ATTEMPTS_MAX + 1):
         if rows is None:
             break
         try:
             return CommitTables(rows, with_states=states)
         except FormatError:
-            newest = open_commit(image, commit) if attempt < ATTEMPTS_MAX else None
+            newest = _open_commit(image, commit, slices) if attempt < ATTEMPTS_MAX else None
             if newest is None or newest.commit.number == rows.commit.number:
                 raise
             rows = newest  # a training that goes on has forgotten the one that was the newest
     if states:
         raise ConfigError(f"{image.path} was never trained: there is no optimizer state")
+    if slices is not None and version != 0 and any(part.versions for part in slices.images):
+        raise ConfigError(
+            f"{slices.images[0].path} and the other slices have published versions: make one store of them first, "
+            f"tierstore reslice SLICE... --into STORE --slices 1, and export that"
+        )
     return VersionTables(image.at_version(version))
+
+
+def _open_commit(image: CatalogImage, number: int | None, slices: SliceSet | None) -> CommitRows | None:
+    return open_commit(image, number) if slices is None else open_commit_of_slices(slices, image.tables, number)

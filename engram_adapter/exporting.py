@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from tierstore.formats.catalog import read_catalog
 from tierstore.offline.exporting.new_files import write_files
 from tierstore.offline.exporting.new_folder import check_free, new_folder
 from tierstore.offline.exporting.touched_rows import TouchedRows
+from tierstore.offline.slice_set import at_one_version, join_slices
 from tierstore.process.progress import OnProgress
 from tierstore.process.workers import joined_pool
 from tierstore.units import format_bytes, parse_bytes
@@ -84,7 +85,7 @@ class ExportReport:
 
 
 def export_checkpoint(
-    store_path: str | os.PathLike[str],
+    store_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str] | None = None,
@@ -99,11 +100,12 @@ def export_checkpoint(
     """Writes a store's tables as a checkpoint, in the layout of the one that it was built from. Blocks until durable.
 
     Args:
-        store_path: The store. Readers and a training go on meanwhile.
+        store_path: The store, or all stores with slices of its tables. Readers and a training go on meanwhile.
         out: A new folder, which appears whole.
         source: The checkpoint that the store was built from; of a store in place it is found.
         version: A published version; 0: the rows as they were built.
-        commit: A commit of the training. Without version and commit: the newest commit, without any the newest version.
+        commit: A commit of the training; of slices, by its number in the one with row 0. Without version and commit:
+            the newest commit, without any the newest version.
         states: Also write the optimizer's state of all touched rows, as safetensors in the folder "states".
         tables_only: Write the tables' tensors alone, under their published names. `source` may then be a folder
             without tensors, whose other files come along. So it is with a store that `init` made.
@@ -112,23 +114,27 @@ def export_checkpoint(
         on_progress: Called with (bytes done, bytes in all), in the calling thread.
 
     Raises:
-        ConfigError: The checkpoint is another one by now; there is no such commit or version; or `out` holds something
-            or cannot be written.
+        ConfigError: Slices are missing, or not of one store; the checkpoint is another one by now; there is no such
+            commit or version; or `out` holds something or cannot be written.
         BudgetError: The disk has too little room, or `dram` is too small.
         FormatError: A file changed while it was read.
         CorruptPageError: A page, block or training record that is needed is damaged.
         ValueError: Both a version and a commit are given, or states of a version.
     """
     started = time.monotonic()
-    store_path, out, memory_bytes = Path(store_path), Path(out), parse_bytes(dram, "dram")
+    paths = [Path(store_path)] if isinstance(store_path, str | os.PathLike) else [Path(path) for path in store_path]
+    out, memory_bytes = Path(out), parse_bytes(dram, "dram")
     jobs = min(os.cpu_count() or 1, 4) if jobs is None else jobs
     if not 1 <= jobs <= JOBS_MAX:
         raise ConfigError(f"jobs: {jobs} is not within 1 to {JOBS_MAX}")
     check_free(out)
-    image = read_catalog(store_path, may_be_initial=True)
-    found = find_origin(image, None if source is None else Path(source), tables_only)
-    with contextlib.closing(open_touched(image, version, commit, states=states)) as touched:
-        written = _write(out, store_path, found, touched, memory_bytes, jobs, on_progress)
+    images = [read_catalog(path, may_be_initial=True) for path in paths]
+    is_one = len(images) == 1 and not images[0].is_slice
+    slices = None if is_one else at_one_version(join_slices(images), 0)
+    image = images[0] if slices is None else slices.whole_image()
+    found = find_origin(image, None if source is None else Path(source), tables_only, slices)
+    with contextlib.closing(open_touched(image, version, commit, states=states, slices=slices)) as touched:
+        written = _write(out, paths, found, touched, memory_bytes, jobs, on_progress)
     return ExportReport(
         tuple(sorted(written.files, key=lambda file: file.name)),
         written.left_out,
@@ -150,7 +156,7 @@ class _Written:
 
 def _write(
     out: Path,
-    store_path: Path,
+    store_paths: Sequence[Path],
     found: ExportOrigin,
     touched: TouchedTables,
     memory_bytes: int,
@@ -158,7 +164,7 @@ def _write(
     on_progress: OnProgress | None,
 ) -> _Written:
     """Writes the folder. Touched rows are sorted in it first, table after table."""
-    kept_apart = [store_path, out]
+    kept_apart = [*store_paths, out]
     preview = found.lay_out(dict.fromkeys(touched.tables, _UNSORTED), kept_apart)
     needed = sum(file.num_bytes for file in preview.files) + touched.disk_bytes
     _check_room(out, needed)

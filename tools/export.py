@@ -19,7 +19,7 @@ from .cli import Progress
 
 
 @click.command("export")
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("stores", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="STORE...")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--source",
@@ -41,7 +41,7 @@ from .cli import Progress
 @click.option("--jobs", type=int, metavar="N", help="Files written at once. Default: one a processor, at most 4.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes are in bytes.")
 def command(
-    store: Path,
+    stores: tuple[Path, ...],
     out: Path,
     source: Path | None,
     version: int | None,
@@ -57,12 +57,15 @@ def command(
     OUT has CHECKPOINT's files, tensor names and headers. Rows that training touched are new; all other bytes are the
     same. It appears when everything is on disk; killed, nothing is at OUT.
 
+    Of slices, name every one: their tables are written whole.
+
     \b
     Example: tierstore export v41.tier v41-tuned --source DeepSeek-V4.1-Flash
+    Example: tierstore export rank-0.tier rank-1.tier v41-tuned --source DeepSeek-V4.1-Flash
     """
     with Progress("exporting") as on_progress:
         report = export_checkpoint(
-            store,
+            stores,
             out,
             source=source,
             version=version,
@@ -74,7 +77,7 @@ def command(
             on_progress=on_progress,
         )
     if as_json:
-        click.echo(json.dumps(asdict(report) | {"store": str(store), "out": str(out)}, indent=2))
+        click.echo(json.dumps(asdict(report) | {"store": ", ".join(map(str, stores)), "out": str(out)}, indent=2))
     else:
         print_report(out, report)
 

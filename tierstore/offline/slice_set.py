@@ -18,10 +18,12 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..formats.catalog import CatalogImage
-from ..formats.initial import InitialLayout
+from ..formats.initial import InitialLayout, lay_out_initial
+from ..formats.page import page_seed
 from ..formats.table_source import PlaneReader, TableSource
 from ..layout import TableLayout
 from ..spec import TableSpec
+from .build import lay_out_tables
 from .compact import VersionSource
 
 SLICE_KEYS = ("slice", "resliced")  # of an origin: what is said of one store, and not of its checkpoint
@@ -70,6 +72,18 @@ class SliceSet:
     def sources(self) -> tuple[SliceSource, ...]:
         """Returns the whole tables as sources of rows; opens nothing."""
         return tuple(SliceSource(spec, (), self) for spec in self.specs)
+
+    def whole_image(self) -> CatalogImage:
+        """Returns the catalog that a store of whole tables would have, without shards: rows are those of `sources`."""
+        first, origin = self.images[0], self.origin()
+        tables: dict[str, TableLayout] = {}
+        for spec in self.specs:
+            layout = first.tables[spec.name]
+            if isinstance(layout, InitialLayout):
+                tables[spec.name] = lay_out_initial(spec, page_seed(spec, str(origin["digest"])), layout.initializer)
+        if not tables:
+            tables = lay_out_tables(self.sources(), str(origin["digest"]), self.shard_bytes())
+        return replace(first, origin=origin, tables=tables, shards={}, versions={}, version=0)
 
     def shard_bytes(self) -> int:
         """Returns the size of the largest shard, as the slices were built."""
