@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.remote_servers import serving as serving_grpc
-from support.served import MIB, serving
+from support.served import MIB, request, serving
 from support.stores import Model, make_model, random_keys
 
 import tierstore
+from tierstore.errors import ConfigError
 from tierstore.formats.key_trace import read_key_blocks, read_key_trace_info
 from tierstore.remote import messages
 from tierstore.store.store import Store
@@ -72,6 +73,16 @@ def test_clients_of_a_slice_use_the_tables_own_ids(
                 with pytest.raises(ValueError, match="begin or end inside a head"):
                     table.lookup(keys)
         assert store.stats()["keys"] > 0
+
+
+def test_another_slice_does_not_take_the_place_of_one(model: Model, tmp_path: Path) -> None:
+    model.build(tmp_path / "store", slice=(0, 3))
+    model.build(tmp_path / "second", slice=(1, 3))
+    with (
+        serving(tmp_path / "store", tmp_path / "socket", 2 * MIB),
+        pytest.raises(ConfigError, match=r"second cannot take the place of .*store: table layers.1: "),
+    ):
+        request(tmp_path / "socket", "swap", store=str(tmp_path / "second"))
 
 
 def test_a_description_carries_the_range_and_another_slice_has_another_identity(model: Model) -> None:

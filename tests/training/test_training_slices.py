@@ -11,7 +11,10 @@ from support.stores import make_model
 from support.trainable import in_bits, make_trainable
 
 import tierstore
+from tierstore.errors import ConfigError
 from tierstore.formats.catalog import read_catalog
+from tierstore.offline.compact import compact
+from tierstore.offline.delta import apply_delta, write_delta
 from tierstore.offline.init import init_store
 from tierstore.offline.verify import verify_store
 
@@ -84,6 +87,17 @@ def test_versions_of_a_slice_serve_what_was_published_of_it(tmp_path: Path) -> N
             np.testing.assert_array_equal(store["bf16"].rows(np.arange(250, 500)), expected)
             found = store["bf16"].lookup(np.arange(250, 500).reshape(-1, 1))
             np.testing.assert_array_equal(found[:, 0], expected)
+    compact(tmp_path / "store", tmp_path / "compacted")
+    write_delta(tmp_path / "store", 0, 1, tmp_path / "delta")
+    made.model.build(tmp_path / "elsewhere", slice=(1, 2))
+    apply_delta(tmp_path / "elsewhere", tmp_path / "delta")
+    made.model.build(tmp_path / "another", slice=(0, 2))
+    with pytest.raises(ConfigError):
+        apply_delta(tmp_path / "another", tmp_path / "delta")
+    for name in ("compacted", "elsewhere"):
+        with tierstore.open(tmp_path / name) as store:
+            assert store["bf16"].spec.row_start == 250
+            np.testing.assert_array_equal(store["bf16"].rows(np.arange(250, 500)), expected)
     with tierstore.open(tmp_path / "store", version=0) as store:
         np.testing.assert_array_equal(store["bf16"].rows(np.arange(250, 500)), made.model.rows["bf16"][250:])
     assert verify_store(tmp_path / "store", sources=made.model.sources).faults == []

@@ -224,8 +224,8 @@ class Versions:
 
     def _check_tables(self, opened: OpenVersion) -> None:
         current = self._epochs.current
-        ours = [layout.spec for layout in current.layouts.values()]
-        difference = same_tables(ours, [layout.spec for layout in opened.image.tables.values()])
+        ours = [layout.public_spec for layout in current.layouts.values()]
+        difference = same_tables(ours, [layout.public_spec for layout in opened.image.tables.values()])
         if difference:
             kind = FingerprintMismatchError if "fingerprint" in difference else ConfigError
             raise kind(

@@ -64,6 +64,8 @@ def compact(
             "origin": image.origin.get("digest"),
         },
     }  # fmt: skip
+    if "slice" in image.origin:
+        origin["slice"] = image.origin["slice"]
     sources = tuple(VersionSource(layout.public_spec, (), image, layout) for layout in image.tables.values())
     return build_store(new_path, sources, origin=origin, attachments=image.attachments, **options)
 

@@ -26,7 +26,7 @@ from ..spec import TableSpec
 from .build import lay_out_tables
 from .compact import VersionSource
 
-SLICE_KEYS = ("slice", "resliced")  # of an origin: what is said of one store, and not of its checkpoint
+SLICE_KEYS = ("slice", "resliced")  # of an origin: about one store, and not its checkpoint
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class Table:
         self._opened = opened
         self._spec = spec
         self._rows_shape = (spec.num_heads, spec.row_bytes)
-        # Callers' keys are the engine's, but where they are row ids, or where a slice has none.
+        self._is_slice = spec.is_slice
+        # A slice's keys are not the engine's if they are row ids, or if it has none.
         self._takes_keys = not (spec.is_slice and spec.local.is_plain)
         self._use(engine)
 
@@ -152,7 +153,7 @@ class Table:
         """
         within = None if within is None else checked_range(within, self._spec)
         ids, out, flat = checked_rows(self._spec, row_ids, out)
-        if self._spec.is_slice:
+        if self._is_slice:
             ids, within = local_rows(self._spec, ids, within)
         try:
             self._engine.rows(self.index, ids, flat, within, timeout_s)
@@ -184,7 +185,7 @@ class Table:
             raise TypeError(f"submit_rows: table {self._spec.name} has no out; give a uint8 buffer for its rows")
         within = None if within is None else checked_range(within, self._spec)
         ids, out, flat = checked_rows(self._spec, row_ids, out)
-        if self._spec.is_slice:
+        if self._is_slice:
             ids, within = local_rows(self._spec, ids, within)
         try:
             pending = self._engine.submit_rows(self.index, ids, flat, within)

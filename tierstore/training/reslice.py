@@ -112,7 +112,7 @@ def reslice(
 
 
 def _paths(into: str | os.PathLike[str], num_slices: int) -> list[Path]:
-    text = os.fspath(into)
+    text = os.path.abspath(into)
     if "{}" in text:
         paths = [Path(text.replace("{}", str(index))) for index in range(num_slices)]
         if len(set(paths)) != num_slices:

@@ -50,7 +50,7 @@ class SlicesCommit:
 
     @property
     def digests(self) -> list[str]:
-        """What tells it from any other commit of these slices."""
+        """The commits that it is made of."""
         return [commit.digest for commit in self.commits]
 
     @property
@@ -60,9 +60,9 @@ class SlicesCommit:
 
 
 def choose_commit(slices: SliceSet, step: int | None) -> SlicesCommit | None:
-    """Returns the newest commit whose step all slices hold, or that of `step`; None if no slice has any commit.
+    """Returns the newest commit whose step all slices hold, or that of `step`; None if no slice has a commit.
 
-    Raises `ConfigError` if there is none such, or the slices were not trained alike.
+    Raises `ConfigError` if there is not one, or the slices were not trained alike.
     """
     held = [_by_step(image) for image in slices.images]
     if not any(held):
