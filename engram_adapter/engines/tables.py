@@ -60,6 +60,11 @@ def matching_table(store: Store, expected: ExpectedTable, layer: str) -> Table:
         )
     table = store.tables[expected.name]
     spec = table.spec
+    if spec.is_slice:
+        raise EngineMismatchError(
+            f"{layer}: {store.name} has rows {spec.row_start} to {spec.row_end} of the {spec.num_rows} of table "
+            f"{spec.name}, and the engine asks for all; connect to all slices at once, or join them: tierstore reslice"
+        )
     sides = (
         ("rows", spec.num_rows, expected.num_rows),
         ("values a row", spec.dim, expected.dim),

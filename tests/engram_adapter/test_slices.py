@@ -12,7 +12,12 @@ from engram_adapter.checkpoints import build_checkpoint
 from engram_adapter.exporting import ExportReport, export_checkpoint
 from engram_adapter.hash_spec import HashSpec
 from engram_adapter.init import init_checkpoint
+from engram_adapter.profiles import replan
+from engram_adapter.training_plans import plan_training
 from tierstore.errors import ConfigError
+from tierstore.formats.catalog import read_catalog
+from tierstore.formats.trace import TokenTraceWriter
+from tierstore.kernels import SOURCES
 from tierstore.tools.synth import write_checkpoint
 
 SHAPES = {
@@ -118,6 +123,63 @@ def test_slices_from_scratch_export_as_the_whole_does(checkpoints: dict[str, Pat
     train(parts)
     expected = export_checkpoint(tmp_path / "whole", tmp_path / "expected")
     assert digests(export_checkpoint(parts, tmp_path / "out")) == digests(expected)
+
+
+def test_shards_of_a_slice_are_built_from_a_store_in_place_too(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = checkpoints["deepseek_v41"]
+    build_checkpoint(checkpoint, tmp_path / "in place", in_place=True)
+    build_checkpoint(tmp_path / "in place", tmp_path / "found", slice=(1, 3))
+    build_checkpoint(checkpoint, tmp_path / "expected", slice=(1, 3))
+    found, expected = (read_catalog(tmp_path / name) for name in ("found", "expected"))
+    assert (found.tables, found.shards, found.origin) == (expected.tables, expected.shards, expected.origin)
+    build_checkpoint(checkpoint, tmp_path / "part", in_place=True, slice=(1, 3))
+    build_checkpoint(tmp_path / "part", tmp_path / "again")
+    assert read_catalog(tmp_path / "again").shards == expected.shards
+    with pytest.raises(ConfigError, match="slice 0/2 of a slice; make others of it: tierstore reslice"):
+        build_checkpoint(tmp_path / "part", tmp_path / "other", slice=(0, 2))
+
+
+def test_plans_of_training_on_slices_add_up_to_the_wholes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = checkpoints["qwen4_exp"]
+    build_checkpoint(checkpoint, tmp_path / "whole")
+    with tierstore.open(tmp_path / "whole") as store:
+        vocab_size = HashSpec.from_store(store).vocab_size
+    with TokenTraceWriter(tmp_path / "trace", vocab_size=vocab_size, source="") as writer:
+        writer.add_document(np.random.default_rng(0).integers(0, vocab_size, 300).astype(np.int32))
+        writer.finish()
+
+    def touched(store: Path) -> int:
+        estimate = plan_training(store, tmp_path / "trace", ADAGRAD, "64MiB", 50, probe=False)
+        return sum(table.touched_rows for table in estimate.tables.values())
+
+    whole = touched(tmp_path / "whole")
+    for num_slices in (2, 20):
+        parts = [tmp_path / f"{index}of{num_slices}" for index in range(num_slices)]
+        for index, path in enumerate(parts):
+            build_checkpoint(checkpoint, path, slice=(index, num_slices))
+        assert sum(map(touched, parts)) == whole > 0
+
+
+def test_token_traces_plan_what_a_slice_has(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    store, tokenizer = tmp_path / "store", checkpoints["deepseek_v41"] / "tokenizer.json"
+    write_checkpoint(tmp_path / "model", "deepseek_v41", rows_per_head=1500, layers=[1], dim=64, tokenizer=tokenizer)
+    build_checkpoint(tmp_path / "model", store, slice=(1, 3))
+    with tierstore.open(store) as opened:
+        spec, own = HashSpec.from_store(opened), opened["layers.1"].spec
+    rng, token_ids = np.random.default_rng(0), []
+    with TokenTraceWriter(tmp_path / "trace", vocab_size=spec.vocab_size, source="") as writer:
+        for _ in range(60):
+            token_ids.append(np.minimum(rng.zipf(1.3, 80), spec.vocab_size - 1).astype(np.int32))
+            writer.add_document(token_ids[-1])
+        writer.finish()
+    assert replan(store, tmp_path / "trace", dram="500KiB", nvme_entries="128KiB") == 1
+    keys = spec.keys(np.stack(token_ids), 1).reshape(-1, len(spec.orders))
+    keys = np.ascontiguousarray(keys[:, own.columns(spec.orders)])
+    with tierstore.open(store, dram="500KiB") as placed, tierstore.open(store, placement="none") as bare:
+        np.testing.assert_array_equal(placed["layers.1"].lookup(keys), bare["layers.1"].lookup(keys))
+        sources = np.array(SOURCES)[placed["layers.1"].locate(keys)]
+        assert "static" in sources
+    assert tierstore.verify(store).faults == []
 
 
 def test_an_export_of_one_slice_alone_names_what_is_missing(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ def build_store(
     path = Path(store_path)
     attachments = attachments or {}
     if slice is not None:
+        if any(source.spec.is_slice for source in sources):
+            raise ConfigError(f"{path}: slice {slice[0]}/{slice[1]} of a slice; make others of it: tierstore reslice")
         sources = cut_sources(sources, *slice)
         origin = origin | {"slice": f"{slice[0]}/{slice[1]}"}
     files = files_of(path, sources, origin) if in_place else ()
