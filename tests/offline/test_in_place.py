@@ -103,7 +103,7 @@ def test_verify_counts_blocks_and_compares_rows(made: tuple[Model, Path]) -> Non
 
 
 def test_an_older_reader_refuses_it_by_its_version(made: tuple[Model, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "INITIAL_FORMAT_VERSION", 1)  # the newest that the release before knew
+    monkeypatch.setattr(catalog, "KNOWN_FORMAT_VERSIONS", (1,))  # what the release before knew
     with pytest.raises(tierstore.FormatError, match=r"store format 2, this tierstore .* reads 1"):
         tierstore.open(made[1])
 
