@@ -53,7 +53,7 @@ def test_slices_hold_every_row_of_the_table_once_under_its_own_id(
         assert [start for start, _ in parts] + [len(model.rows[name])] == [0, *(end for _, end in parts)]
 
 
-@pytest.mark.parametrize("num_slices", [2, 3, 4])
+@pytest.mark.parametrize("num_slices", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_keys_of_the_whole_table_give_each_slice_its_heads(model: Model, tmp_path: Path, num_slices: int) -> None:
     keys = random_keys(np.random.default_rng(3), 60)
     plain = np.random.default_rng(4).integers(-1, 33, (40, 1))
@@ -132,3 +132,15 @@ def test_a_build_of_another_slice_does_not_go_on_in_its_place(model: Model, tmp_
         model.build(tmp_path / "store", slice=(1, 2))
     assert model.build(tmp_path / "store", slice=(0, 2)).shards_built == 0
     assert read_catalog(tmp_path / "store").origin["slice"] == "0/2"
+
+
+def test_a_page_of_another_slice_does_not_pass_for_ones_own(model: Model, tmp_path: Path) -> None:
+    first, second, _ = built(model, tmp_path, 3)
+    of_both = [next(path.glob("shards/2-plain/*.shard")) for path in (first, second)]
+    assert of_both[0].stat().st_size == of_both[1].stat().st_size
+    of_both[1].write_bytes(of_both[0].read_bytes())
+    with (
+        tierstore.open(second, dram="4MiB") as store,
+        pytest.raises(tierstore.CorruptPageError, match="page 0 of table plain"),
+    ):
+        store["plain"].rows(np.array([11]))

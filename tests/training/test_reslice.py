@@ -53,7 +53,7 @@ def built(model: Model, folder: Path, num_slices: int, **options: object) -> lis
 
 @pytest.mark.parametrize(
     ("num_before", "num_after", "in_place"),
-    [(2, 4, False), (3, 2, True), pytest.param(29, 3, False, marks=pytest.mark.slow)],
+    [(3, 2, True), *(pytest.param(before, 3, False, marks=pytest.mark.slow) for before in (2, 29))],
 )
 def test_resliced_stores_have_the_pages_of_a_build_of_their_slices(
     model: Model, tmp_path: Path, num_before: int, num_after: int, in_place: bool

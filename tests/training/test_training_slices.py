@@ -22,7 +22,7 @@ ADAGRAD = tierstore.RowWiseAdagrad(lr=0.05, eps=1e-8)
 ROWS = 500
 
 
-@pytest.fixture(params=["built", "in place", "from scratch"])
+@pytest.fixture(params=[pytest.param("built", marks=pytest.mark.slow), "in place", "from scratch"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Path]:
     """Makes a store, or a slice of it, under a name."""
     if request.param == "from scratch":
