@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from .errors import ConfigError
+from .kernels import ORDERS_MAX
 
 SLICES_MAX = 1 << 16
 
@@ -25,6 +26,12 @@ class Heads(Protocol):
     def name(self) -> str: ...
     @property
     def num_rows(self) -> int: ...
+    @property
+    def orders(self) -> tuple[int, ...]: ...
+    @property
+    def rows_per_key(self) -> int: ...
+    @property
+    def moduli(self) -> tuple[int, ...]: ...
     @property
     def offsets(self) -> tuple[int, ...]: ...
 
@@ -46,7 +53,8 @@ def slice_bounds(spec: Heads, num_slices: int) -> list[int]:
     """Returns the first row of each slice of a table, ascending; the first is 0.
 
     If there are at least as many heads as slices, slices begin at heads, each at the one that is nearest to an even
-    cut of the rows and leaves every slice a head. Otherwise rows are cut evenly, whatever heads are cut by it.
+    cut of the rows, leaves every slice a head, and leaves none with more than ORDERS_MAX groups of heads (`held_heads`)
+    if that can be. Otherwise rows are cut evenly, whatever heads are cut by it.
 
     Raises:
         ConfigError: num_slices is not 1 to the table's rows (or to SLICES_MAX).
@@ -63,9 +71,18 @@ def slice_bounds(spec: Heads, num_slices: int) -> list[int]:
     bounds, at = [0], 0
     for index in range(1, num_slices):
         candidates = heads[at + 1 : len(heads) - (num_slices - index) + 1]
+        is_last = index == num_slices - 1
+        candidates = [row for row in candidates if _has_keys(spec, bounds[-1], row, is_last)] or candidates
         bounds.append(min(candidates, key=lambda row: (abs(row - even[index]), row)))
         at = heads.index(bounds[-1])
     return bounds
+
+
+def _has_keys(spec: Heads, start: int, row: int, is_last: bool) -> bool:
+    """Whether keys can be looked up in a slice that ends at `row`, and, if it is the last but one, in the last."""
+    parts = [(start, row), (row, spec.num_rows)] if is_last else [(start, row)]
+    address_map = spec.orders, spec.rows_per_key, spec.moduli, spec.offsets
+    return all(held_heads(*address_map, *part).orders for part in parts)
 
 
 def slice_range(spec: Heads, index: int, num_slices: int) -> tuple[int, int]:
@@ -92,11 +109,12 @@ def held_heads(
     row_start: int,
     row_end: int,
 ) -> HeldHeads:
-    """Returns the heads within rows [row_start, row_end), or none if the range begins or ends inside a head.
+    """Returns the heads within rows [row_start, row_end); none if the range begins or ends inside a head.
 
     Heads of one order stand together in groups of equal size, the greatest that divides the count of every order. A
     group is an order of the slice, so that its keys are int64 [N, groups]; a large order is several groups, one after
-    another. Rows that belong to no head (padding) may be cut anywhere.
+    another. If there are more than ORDERS_MAX groups, no engine can have them, and there are no heads either. Rows that
+    belong to no head (padding) may be cut anywhere.
     """
     held = []
     for place, (modulus, offset) in enumerate(zip(moduli, offsets, strict=True)):
@@ -108,6 +126,8 @@ def held_heads(
         return NO_HEADS
     counts = [sum(place // rows_per_key == column for place in held) for column in range(len(orders))]
     group = math.gcd(*counts)
+    if len(held) > group * ORDERS_MAX:
+        return NO_HEADS
     columns = tuple(place // rows_per_key for place in held[::group])
     return HeldHeads(
         tuple(orders[column] for column in columns),

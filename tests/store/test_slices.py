@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.stores import Model, make_model, random_keys
+from support.stores import PRIMES, Model, make_model, random_keys
 
 import tierstore
 from tierstore.errors import ConfigError
@@ -144,3 +144,20 @@ def test_a_page_of_another_slice_does_not_pass_for_ones_own(model: Model, tmp_pa
         pytest.raises(tierstore.CorruptPageError, match="page 0 of table plain"),
     ):
         store["plain"].rows(np.array([11]))
+
+
+def test_slices_of_many_heads_keep_their_keys(tmp_path: Path) -> None:
+    moduli = tuple(PRIMES[:64])
+    offsets = tuple(sum(moduli[:head]) for head in range(64))
+    spec = tierstore.TableSpec(
+        "many", sum(moduli), 8, tuple(range(2, 10)), 8, moduli, offsets, "raw", 1, "0" * 64
+    )  # fmt: skip
+    for num_slices in range(1, 65):
+        bounds = slice_bounds(spec, num_slices)
+        assert len(set(bounds)) == num_slices
+        for start, end in zip(bounds, [*bounds[1:], spec.num_rows], strict=True):
+            part = spec.cut(start, end)
+            assert 1 <= len(part.orders) <= 16
+            assert part.num_heads == len(part.moduli)
+            assert end - start <= spec.num_rows / num_slices + 3 * max(moduli)
+    assert spec.cut(0, offsets[17]).orders == ()  # of 8, 8 and 1 heads: 17 groups

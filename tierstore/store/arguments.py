@@ -82,7 +82,7 @@ def checked_keys(spec: TableSpec, keys: np.ndarray) -> np.ndarray:
     if not spec.orders:
         raise ValueError(
             f"table {spec.name}: rows {spec.row_start} to {spec.row_end} of {spec.num_rows} begin or end inside a "
-            "head, so that no key has all its rows here; read them by row id: rows(row_ids)"
+            "head, or in too many of them, so that no key has its rows here; read them by row id: rows(row_ids)"
         )
     if keys.ndim != 2 or keys.shape[1] != len(spec.orders):
         raise ValueError(
