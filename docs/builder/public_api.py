@@ -56,7 +56,6 @@ def _kind(found: Any) -> int:
 
 def _first_sentence(found: Any, name: str) -> str:
     text = " ".join(_doc(found, name).partition("\n\n")[0].split())
-    text = re.sub(rf";(?: also)? `\w+\.{name}`", "", text)  # where it is to be had: here
     return _escaped(re.split(r"(?<=\.)\s", text, maxsplit=1)[0]).replace("|", "\\|")
 
 
@@ -64,7 +63,7 @@ def _doc(found: Any, name: str) -> str:
     text = inspect.getdoc(found)
     if not text:
         raise ValueError(f"{name} is public and has no docstring")
-    return text
+    return re.sub(rf";(?: also)? `\w+\.{name}`", "", text)  # where it is to be had: here
 
 
 def _section(found: Any, name: str, module: ModuleType) -> Iterator[str]:
@@ -195,7 +194,8 @@ def _paragraph(text: str, parameters: Sequence[str]) -> Iterator[str]:
 
 def _definition(item: str) -> str:
     term, _, meaning = item.partition(":")
-    return f"`{term.strip()}`\n: {_escaped(' '.join(meaning.split()))}\n"
+    text = " ".join(meaning.split())
+    return f"`{term.strip()}`\n: {_escaped(text[:1].upper() + text[1:])}\n"
 
 
 def _items(text: str) -> Iterator[str]:

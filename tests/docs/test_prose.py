@@ -12,6 +12,7 @@ def test_sentences_are_short_and_lines_fit() -> None:
     for path in documents():
         reading = reading_of(path.relative_to(REPOSITORY).as_posix(), path.read_text())
         assert not reading.long_lines, f"{reading.path}: lines {reading.long_lines} have more than 100 columns"
+        assert "page is being written" not in path.read_text(), reading.path
         assert reading.mean_words <= MEAN_WORDS_MAX, (
             f"{reading.path}: {reading.mean_words:.1f} words; {reading.longest}"
         )
