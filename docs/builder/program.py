@@ -29,13 +29,25 @@ class Module:
     imports: dict[str, tuple[str, str]] = field(default_factory=dict)  # of `from module import name as alias`
     calls: dict[str, list[tuple[Function | None, ast.Call]]] = field(default_factory=dict)  # by the called name
 
-    def note_calls(self, node: ast.AST, function: Function | None = None) -> None:
-        """Notes each call below a node, and the function around it."""
+    def note(self, node: ast.AST, package: str, function: Function | None = None) -> None:
+        """Notes what is defined, imported and called below a node; `function` is around it."""
         for child in ast.iter_child_nodes(node):
+            around = function
             if isinstance(child, ast.Call):
                 name = child.func.attr if isinstance(child.func, ast.Attribute) else getattr(child.func, "id", "")
                 self.calls.setdefault(name, []).append((function, child))
-            self.note_calls(child, child if isinstance(child, Function) else function)
+            elif isinstance(child, Function):
+                around = child
+                self.functions.setdefault(child.name, []).append(child)
+            elif isinstance(child, ast.ClassDef):
+                self.classes[child.name] = child
+            elif isinstance(child, ast.ImportFrom):
+                dots = "." * child.level
+                base = importlib.util.resolve_name(dots + (child.module or ""), package) if dots else child.module or ""
+                for alias in child.names:
+                    self.imports[alias.asname or alias.name] = base, alias.name
+            if not isinstance(child, ast.Name | ast.Constant | ast.expr_context):  # most nodes: nothing is below them
+                self.note(child, package, around)
 
 
 class Program:
@@ -126,18 +138,7 @@ def _module(path: Path, root: Path) -> Module:
         parts.insert(0, "tierstore")
     name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
     module = Module(name, relative.as_posix(), ast.parse(path.read_text(encoding="utf-8"), str(relative)))
-    module.note_calls(module.tree)
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(module.tree):
-        if isinstance(node, Function):
-            module.functions.setdefault(node.name, []).append(node)
-        elif isinstance(node, ast.ClassDef):
-            module.classes[node.name] = node
-        elif isinstance(node, ast.ImportFrom):
-            dots = "." * node.level
-            base = importlib.util.resolve_name(dots + (node.module or ""), package) if dots else node.module or ""
-            for alias in node.names:
-                module.imports[alias.asname or alias.name] = base, alias.name
+    module.note(module.tree, name if path.name == "__init__.py" else name.rpartition(".")[0])
     for statement in module.tree.body:
         target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
         value = getattr(statement, "value", None)
