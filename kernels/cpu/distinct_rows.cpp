@@ -9,6 +9,7 @@ namespace {
 
 constexpr uint64_t kMultiplier = 0x9e3779b97f4a7c15u;  // 2^64 / golden ratio
 constexpr unsigned kDigitBits = 8;
+constexpr size_t kAheadRows = 16;  // row ids whose place in the table is asked for before it is used
 
 // Slots for so many rows: the least power of two that they fill to a half at most.
 unsigned table_bits(size_t num_references) {
@@ -60,15 +61,17 @@ BadReference DistinctRows::hash_rows(const int64_t* row_ids, const int32_t* grou
   starts_.assign(num_references + 1, 0);  // starts_[i + 1]: references of row i
   table_.resize(mask + 1);
   std::fill(table_.begin(), table_.end(), kNone);
+  const auto slot_of = [bits](int64_t row_id) { return static_cast<uint64_t>(row_id) * kMultiplier >> (64 - bits); };
   for (size_t place = 0; place < num_references; ++place) {
     const int64_t row_id = row_ids[place];
+    if (place + kAheadRows < num_references) __builtin_prefetch(&table_[slot_of(row_ids[place + kAheadRows])], 1);
     if (groups != nullptr && groups[place] < 0) return {place, true};
     if (row_id == kNoRow) {
       row_of_[place] = kNone;
       continue;
     }
     if (row_id < 0 || row_id >= num_rows) return {place, false};
-    size_t slot = static_cast<uint64_t>(row_id) * kMultiplier >> (64 - bits);
+    size_t slot = slot_of(row_id);
     while (table_[slot] != kNone && row_ids_[table_[slot]] != row_id) slot = (slot + 1) & mask;
     if (table_[slot] == kNone) {
       table_[slot] = static_cast<uint32_t>(row_ids_.size());

@@ -7,7 +7,8 @@
 namespace tierstore {
 namespace {
 
-constexpr size_t kPartRows = 512;  // whose sums are in scratch at a time, in a step in parts
+constexpr size_t kPartRows = 512;   // whose sums are in scratch at a time, in a step in parts
+constexpr size_t kAheadSlots = 16;  // slots that are asked for before they are used: records came in between
 
 }  // namespace
 
@@ -37,6 +38,9 @@ UpdateOutcome RowCache::update(const DistinctRows& rows, size_t start, size_t en
   resolve(rows.row_ids() + start, n, resolved_.data());
   size_t num_frozen = 0;
   for (size_t i = 0; i < n; ++i) {
+    if (i + kAheadSlots < n && resolved_[i + kAheadSlots] != RowIndex::kNone) {
+      __builtin_prefetch(slots_ + resolved_[i + kAheadSlots]);
+    }
     if (resolved_[i] == RowIndex::kNone) {
       missing.push_back(static_cast<uint32_t>(start + i));
     } else {
@@ -59,7 +63,10 @@ UpdateOutcome RowCache::update(const DistinctRows& rows, size_t start, size_t en
     return {UpdateOutcome::kNotFinite, bad};
   }
   put_aside_ += num_aside_ - aside_before;
-  for (size_t i = 0; i < n; ++i) touch(resolved_[i]);
+  for (size_t i = 0; i < n; ++i) {
+    if (i + kAheadSlots < n) __builtin_prefetch(slots_ + resolved_[i + kAheadSlots], 1);
+    touch(resolved_[i]);
+  }
   if (end == rows.count()) {
     history_ = std::move(history);
     if (keeps_rates) rates_.push_back(lr);
