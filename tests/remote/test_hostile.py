@@ -150,7 +150,7 @@ def stuck_streams(watched: Watched, num_lookups: int) -> None:
     keys = np.ones((20_000, 3), dtype="<i8").tobytes()
     with grpc.insecure_channel(watched.address) as channel, connect_remote(f"grpc://{watched.address}") as store:
         tables = [messages.TableKeys("layers.1", 20_000, keys)]
-        request = encode(messages.LookupRequest(store._engine._requests.identity, tables))
+        request = encode(messages.LookupRequest(store._engine._asked.requests.identity, tables))
         calls = [channel.stream_unary(f"/{SERVICE}/Lookup").future(nothing(), timeout=60) for _ in range(20)]
         streams = [channel.unary_stream(f"/{SERVICE}/LookupStream")(request, timeout=60) for _ in range(20)]
         for stream in streams:
@@ -209,7 +209,7 @@ def test_random_and_damaged_requests(watched: Watched, method: str) -> None:
     codes: dict[grpc.StatusCode | None, int] = {}
     with watched.during(), grpc.insecure_channel(watched.address) as channel:
         with connect_remote(f"grpc://{watched.address}") as store:
-            identity = store._engine._requests.identity
+            identity = store._engine._asked.requests.identity
         make = channel.unary_stream if method in STREAMED else channel.unary_unary
         ask = make(f"/{SERVICE}/{method}")
         for body in bodies(identity, seed=len(method)):

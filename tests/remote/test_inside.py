@@ -131,7 +131,7 @@ def test_an_interrupted_lookup_leaves_nobody_inside(built: Path, model: Model) -
                     is_armed = False
                     num_interrupted += 1
             left = []
-            with thread(lambda: left.extend([engine._calls.wait(0), engine._connection._inside.wait(0)])):
+            with thread(lambda: left.extend([engine._calls.wait(0), engine._asked.connection._inside.wait(0)])):
                 pass
             assert left == [True, True]
             np.testing.assert_array_equal(table.lookup(keys), expected)

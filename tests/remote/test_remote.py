@@ -88,7 +88,7 @@ class TestRemoteStreamed(RemoteStore):
 
     def open_store(self, path: Path) -> tierstore.Store:
         store = super().open_store(path)
-        store._engine._requests.tokens_max = 97
+        store._engine._asked.requests.tokens_max = 97
         return store
 
 
@@ -345,7 +345,9 @@ def test_a_ticket_of_the_parent_fails_in_the_child_by_name(built: Path) -> None:
 def request(store: tierstore.Store, num_tokens: int) -> bytes:
     keys = np.ones((num_tokens, 3), dtype="<i8").tobytes()
     return encode(
-        messages.LookupRequest(store._engine._requests.identity, [messages.TableKeys("layers.1", num_tokens, keys)])
+        messages.LookupRequest(
+            store._engine._asked.requests.identity, [messages.TableKeys("layers.1", num_tokens, keys)]
+        )
     )
 
 
@@ -366,7 +368,7 @@ def test_requests_beyond_the_limits_are_refused_with_both_numbers(built: Path) -
         assert "47040 bytes, one message holds 15904; call LookupStream" in words
         words = refused(server.address, "Lookup", request(store, 1000), exhausted)
         assert "larger than max" in words
-        rows = encode(messages.RowsRequest(store._engine._requests.identity, "layers.1", bytes(8 * 24 * 51)))
+        rows = encode(messages.RowsRequest(store._engine._asked.requests.identity, "layers.1", bytes(8 * 24 * 51)))
         with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError, match="51 tokens"):
             next(channel.unary_stream(f"/{SERVICE}/Rows")(rows, timeout=20))
         assert store["layers.1"].lookup(np.ones((400, 3), dtype=np.int64)).shape == (400, HEADS, ROW_BYTES)
@@ -498,7 +500,7 @@ def test_a_stream_that_nobody_reads_is_given_up_and_holds_little(built: Path, mo
 def test_requests_that_contradict_themselves_are_value_errors(built: Path) -> None:
     invalid = grpc.StatusCode.INVALID_ARGUMENT
     with connected(built) as (store, server):
-        identity = store._engine._requests.identity
+        identity = store._engine._asked.requests.identity
         for tables, words in (
             ([messages.TableKeys("layers.1", 2, bytes(24))], r"24 bytes, but [2, 3] int64 take 48"),
             ([messages.TableKeys("layers.1", 2**62, bytes(24))], "24 bytes, but"),
@@ -526,7 +528,7 @@ def test_keys_at_an_odd_place_of_a_message_are_read_all_the_same(built: Path, mo
         for name_bytes in range(8):
             data = encode(
                 messages.LookupRequest(
-                    store._engine._requests.identity, [messages.TableKeys("layers.1", 5, keys.tobytes())]
+                    store._engine._asked.requests.identity, [messages.TableKeys("layers.1", 5, keys.tobytes())]
                 )
             )
             padding = b"\x7a" + bytes([name_bytes]) + bytes(name_bytes)  # field 15, which nobody knows

@@ -9,6 +9,7 @@ from support.shapes import POISON
 
 from tierstore.errors import FormatError
 from tierstore.remote.messages import LookupReply, Part
+from tierstore.remote.places import Place
 from tierstore.remote.replies import Answer, decoded
 from tierstore.remote.wire import encode
 
@@ -18,7 +19,7 @@ NONE = [0, 0]
 def answer() -> tuple[Answer, np.ndarray]:
     """An answer to three tokens of a table of two orders, 4 bytes a token."""
     out = np.full((3, 2, 2), POISON, dtype=np.uint8)
-    return Answer("grpc://x", [(0, np.zeros((3, 2), dtype=np.int64), out)], [4], [2]), out
+    return Answer("grpc://x", [(0, np.zeros((3, 2), dtype=np.int64), out)], [Place(out, 4)], [(2, 1)]), out
 
 
 def reply(*parts: Part, version: int = 1) -> bytes:

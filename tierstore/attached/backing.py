@@ -15,6 +15,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..errors import TierStoreError
 from ..ipc.client_socket import DIAL_S
 from ..store.backing import Backing
@@ -97,6 +99,16 @@ class AttachedBacking(Backing):
     @property
     def build(self) -> str:
         return self._attached.link.identity
+
+    @property
+    def common_build(self) -> str:
+        return self._attached.link.opened.image.common_identity
+
+    def placed_keys(self, index: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        opened = self._attached.link.opened
+        if opened.placed is None:
+            return super().placed_keys(index, start, count)
+        return opened.placed.keys(opened.files[index].table, start, count)
 
     def _add_hbm(self, options: HbmOptions) -> None:
         """Puts a tier of this process above what is attached, and fills it. Comes before `start`."""

@@ -129,6 +129,16 @@ class CatalogImage:
         return identity_of(self.base_identity, self.used_versions)
 
     @lazy
+    def common_identity(self) -> str:
+        """A digest, hex, that all slices of one store share at one version: of the checkpoint, the version's number and
+        the commit that it was published from."""
+        newest = self.used_versions[-1:]
+        compacted = self.origin.get("compacted", {})
+        checkpoint = compacted.get("common") or self.origin.get("digest")
+        record = {"checkpoint": checkpoint, "versions": [[version.number, version.commit] for version in newest]}
+        return hashlib.sha256(as_json(record)).hexdigest()
+
+    @lazy
     def base_identity(self) -> str:
         """The digest of the base, version 0: of tables, hashes, and every shard's own digest."""
         tables = {name: layout.to_dict() for name, layout in self.tables.items()}

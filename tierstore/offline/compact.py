@@ -61,7 +61,7 @@ def compact(
     origin = {
         "digest": digest, "files": [], "compacted": {
             "store": os.path.abspath(store_path), "version": image.version, "identity": image.identity,
-            "origin": image.origin.get("digest"),
+            "origin": image.origin.get("digest"), "common": image.common_identity,
         },
     }  # fmt: skip
     if "slice" in image.origin:

@@ -32,7 +32,9 @@ from .rows_reply import PartShape, RowsReply
 from .wire import Buffer, encode
 
 CHUNK_BYTES = 1 << 20  # of rows in one message of a stream
-CHUNKS_MAX = 3  # of one stream: looked up, sent before, and on its way through grpc
+CHUNKS_MAX = 4  # of one stream: looked up, made compact, sent before, and on its way through grpc
+PLACED_KEYS_MAX = 16384  # of one answer
+PLACED_BYTES = 4 << 20  # that reading them takes, twice
 HEAD_BYTES = 4096  # of a message, at most, beside its keys or rows
 ID_BYTES = 8  # of a key or a row id
 
@@ -57,6 +59,14 @@ class Served(NamedTuple):
     def reply(self, parts: Sequence[PartShape]) -> RowsReply:
         """Returns a reply of this version, to be filled."""
         return RowsReply(self.version, self.instance, parts)
+
+
+class Wanted(NamedTuple):
+    """Keys of a table, int64 [N, O]. compact: without the rows of sentinels."""
+
+    table: Table
+    keys: np.ndarray
+    compact: bool
 
 
 class AnswerLimits(NamedTuple):
@@ -109,6 +119,7 @@ class Answers:
             message_bytes_max=self._limits.message_bytes_max,
             build=served.store.build,
             instance=served.instance,
+            common_build=served.store.common_build,
         )
         return encode(description)
 
@@ -116,14 +127,14 @@ class Answers:
         """Looks all keys of a request up, and answers in one message."""
         served = self._now_served(request.identity)
         wanted = self._wanted(served, request.tables)
-        num_bytes = sum(len(keys) * _token_bytes(table) for table, keys in wanted)
+        num_bytes = sum(len(each.keys) * _token_bytes(each.table) for each in wanted)
         if num_bytes + HEAD_BYTES > self._limits.message_bytes_max:
             most = self._limits.message_bytes_max - HEAD_BYTES
             raise Refusal(f"the rows take {num_bytes} bytes, one message holds {most}; call LookupStream", retry=False)
         with self._in_flight.holding(2 * num_bytes, call.peer):
-            reply = served.reply([_shape(place, 0, table, keys) for place, (table, keys) in enumerate(wanted)])
-            for part, (table, keys) in enumerate(wanted):
-                self._look_up(call, served, table, keys, reply, part)
+            reply = served.reply([_shape(place, 0, each) for place, each in enumerate(wanted)])
+            for part, each in enumerate(wanted):
+                self._look_up(call, served, each, reply, part)
             return reply.message
 
     def lookup_stream(self, call: Deadline, request: messages.LookupRequest) -> Iterator[bytes]:
@@ -131,15 +142,17 @@ class Answers:
         served = self._now_served(request.identity)
         wanted = self._wanted(served, request.tables)
         most = min(CHUNK_BYTES, self._limits.message_bytes_max - HEAD_BYTES)
-        chunk_bytes = max([most, *(_token_bytes(table) for table, _ in wanted)])
+        chunk_bytes = max([most, *(_token_bytes(each.table) for each in wanted)])
         with self._in_flight.holding(CHUNKS_MAX * chunk_bytes, call.peer):
-            for place, (table, keys) in enumerate(wanted):
-                step = chunk_bytes // _token_bytes(table)
-                for start in range(0, len(keys), step):
-                    of_part = keys[start : start + step]
-                    reply = served.reply([_shape(place, start, table, of_part)])
-                    self._look_up(call, served, table, of_part, reply, 0)
+            for place, each in enumerate(wanted):
+                step, at = chunk_bytes // _token_bytes(each.table), 0
+                for start in range(0, len(each.keys), step):
+                    part = each._replace(keys=each.keys[start : start + step])
+                    shape = _shape(place, at, part)
+                    reply = served.reply([shape])
+                    self._look_up(call, served, part, reply, 0)
                     yield reply.message
+                    at += shape.num_units
 
     def rows(self, call: Deadline, request: messages.RowsRequest) -> Iterator[bytes]:
         """Reads rows by their ids, part by part."""
@@ -162,9 +175,17 @@ class Answers:
     def locate(self, call: Deadline, request: messages.LocateRequest) -> bytes:
         """Answers what would answer each key."""
         served = self._now_served(request.identity)
-        ((table, keys),) = self._wanted(served, [request.keys or TableKeys()])
+        ((table, keys, _),) = self._wanted(served, [request.keys or TableKeys()])
         sources = self._in_turn(call, served, partial(table.locate, keys))
         return encode(messages.LocateReply(sources.data))
+
+    def placed(self, call: Deadline, request: messages.PlacedRequest) -> bytes:
+        """Answers which entries the placement has."""
+        served = self._now_served(request.identity)
+        count = min(request.count, PLACED_KEYS_MAX)
+        with self._in_flight.holding(2 * PLACED_BYTES + count * (ID_BYTES + 1), call.peer):
+            found = self._in_turn(call, served, partial(served.store.placed_keys, request.table, request.start, count))
+        return encode(messages.PlacedReply(found[0].data, found[1].astype("<i8").data))
 
     def stats(self, call: Deadline, request: messages.StatsRequest) -> bytes:  # noqa: ARG002
         """Returns the store's counts, and the server's own."""
@@ -188,16 +209,15 @@ class Answers:
             raise StoreChangedError(f"{store.name} is being swapped; ask again")
         return served._replace(version=version)
 
-    def _wanted(self, served: Served, tables: Sequence[TableKeys]) -> list[tuple[Table, np.ndarray]]:
-        """Returns the tables and keys, int64 [N, O], of a request, checked."""
+    def _wanted(self, served: Served, tables: Sequence[TableKeys]) -> list[Wanted]:
+        """Returns what a request asks for, checked."""
         wanted = []
         for of_table in tables:
             table = served.store[of_table.table]
             num_orders = len(table.spec.orders)
-            wanted.append(
-                (table, _array(of_table.keys, of_table.num_tokens, num_orders, f"keys of table {of_table.table}"))
-            )
-        self._check_tokens(sum(len(keys) for _, keys in wanted))
+            keys = _array(of_table.keys, of_table.num_tokens, num_orders, f"keys of table {of_table.table}")
+            wanted.append(Wanted(table, keys, bool(of_table.compact)))
+        self._check_tokens(sum(len(each.keys) for each in wanted))
         return wanted
 
     def _check_tokens(self, num_tokens: int) -> None:
@@ -207,14 +227,16 @@ class Answers:
                 retry=False,
             )
 
-    def _look_up(
-        self, call: Deadline, served: Served, table: Table, keys: np.ndarray, reply: RowsReply, part: int
-    ) -> None:
+    def _look_up(self, call: Deadline, served: Served, wanted: Wanted, reply: RowsReply, part: int) -> None:
         """Looks keys [N, O] up into a part of a reply."""
-        spec = table.spec
-        out = reply.rows[part].reshape(len(keys), spec.num_heads, spec.row_bytes)
+        (table, keys, compact), spec = wanted, wanted.table.spec
+        shape = len(keys), spec.num_heads, spec.row_bytes
+        out = np.empty(shape, dtype=np.uint8) if compact else reply.rows[part].reshape(shape)
         sources = np.empty(keys.shape, dtype=np.uint8)
         self._in_turn(call, served, partial(table.lookup, keys, out, sources))
+        if compact:
+            entries, to = out.reshape(keys.size, -1), reply.rows[part].reshape(-1, spec.entry_bytes)
+            np.take(entries, np.flatnonzero(keys >= 0), axis=0, out=to, mode="clip")  # which does not copy to's twice
         reply.count(part, _hits(sources))
 
     def _in_turn(self, call: Deadline, served: Served, act: Callable[[], T]) -> T:
@@ -249,8 +271,12 @@ def _hits(sources: np.ndarray) -> list[list[int]]:
     return [[sum(map(column.count, tier)) for column in by_order] for tier in _TIERS]
 
 
-def _shape(place: int, start: int, table: Table, keys: np.ndarray) -> PartShape:
-    """Returns the part of a reply to keys [N, O] of a table, which begin at a token of the request."""
+def _shape(place: int, start: int, wanted: Wanted) -> PartShape:
+    """Returns the part of a reply to keys [N, O] of a table, whose rows begin at a unit of the request: a token, or of
+    compact ones a key."""
+    table, keys, compact = wanted
+    if compact:
+        return PartShape(place, start, int((keys >= 0).sum()), table.spec.entry_bytes, keys.shape[1])
     return PartShape(place, start, len(keys), _token_bytes(table), keys.shape[1])
 
 

@@ -18,6 +18,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from ..errors import (
@@ -89,6 +90,7 @@ class Connection:
         self._metadata = () if token_file is None else ((TOKEN_HEADER, f"Bearer {read_token(token_file)}"),)
         self._ca_file = ca_file
         self._roots = None if ca_file is None else read_certificate(ca_file, "certificate of the authority")
+        self.rpc_error: type[Exception] = self._grpc.RpcError
         self._inside = Inside()
         self._lock = threading.Lock()  # guards `_channel`, `_methods`, `_forked`, `_of_parents`
         self._channel: Any = None
@@ -110,20 +112,27 @@ class Connection:
                 reply: bytes = call(request, timeout=_left(until), metadata=self._metadata, wait_for_ready=patient)
                 return reply
             except self._grpc.RpcError as error:
-                raise self._fault(error) from None
+                raise self.fault(error) from None
 
     def stream(self, method: str, request: bytes, until: float, take: Callable[[bytes], None]) -> None:
         """Hands each answer of a stream to `take`, in order; raises like `unary`, and what `take` raises."""
-        with self._inside.of_thread():
-            call = self._method(method, streams=True)
-            replies = call(request, timeout=_left(until), metadata=self._metadata, wait_for_ready=True)
+        with self.of_thread():
+            replies = self.begin(method, request, until)
             try:
-                for reply in replies:
+                while (reply := replies.next()) is not None:
                     take(reply)
-            except self._grpc.RpcError as error:
-                raise self._fault(error) from None
             finally:
                 replies.cancel()
+
+    def of_thread(self) -> AbstractContextManager[Any]:
+        """Returns what a thread is in while it has a stream: a fork waits until it has left."""
+        return self._inside.of_thread()
+
+    def begin(self, method: str, request: bytes, until: float, *, patient: bool = True) -> Stream:
+        """Sends the request of a method that streams, and returns at once. The caller is within `of_thread` until it
+        has cancelled the stream. patient: as of `unary`."""
+        call = self._method(method, streams=True)
+        return Stream(self, call(request, timeout=_left(until), metadata=self._metadata, wait_for_ready=patient))
 
     def tried(self, attempt: Callable[[], T], until: float) -> T:
         """Returns what `attempt` does, which is made again while the server is busy or away, until `until`."""
@@ -195,7 +204,7 @@ class Connection:
             return self._grpc.insecure_channel(str(self._address), options)
         return self._grpc.secure_channel(str(self._address), self._grpc.ssl_channel_credentials(self._roots), options)
 
-    def _fault(self, error: Any) -> Exception:
+    def fault(self, error: Any) -> Exception:
         """Returns the error that a failed call stands for."""
         code, text = error.code(), error.details() or ""
         trailers = dict(error.trailing_metadata() or ())
@@ -231,6 +240,27 @@ class Connection:
             return f"it does not speak TLS ({error.reason}); write grpc://, or start it with --tls-cert and --tls-key"
         except OSError as error:
             return f"{error.strerror or error}; check the address, and that tierstore serve runs there with --listen"
+
+
+class Stream:
+    """The answers of one call, as they come. Of one thread."""
+
+    def __init__(self, connection: Connection, replies: Any) -> None:
+        self.connection, self._replies = connection, replies
+
+    def next(self) -> bytes | None:
+        """Returns the next answer, None behind the last; blocks on the network. Raises like `Connection.unary`."""
+        try:
+            reply: bytes | None = next(self._replies, None)
+            return reply
+        except Exception as error:
+            if not isinstance(error, self.connection.rpc_error):
+                raise
+            raise self.connection.fault(error) from None
+
+    def cancel(self) -> None:
+        """Ends the call, whether answers are still on their way or not."""
+        self._replies.cancel()
 
 
 def _why_not_plain(host: str, port: int) -> str | None:

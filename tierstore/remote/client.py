@@ -10,14 +10,12 @@ import os
 import time
 from typing import Any
 
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError
 from ..store.backing import Backing
 from ..store.store import Store
-from . import messages
 from .channel import Connection
 from .engine import RemoteEngine
-from .replies import decoded
-from .wire import encode
+from .peer import Peer, describe
 
 
 def connect_remote(
@@ -58,24 +56,17 @@ class Remote(Backing):
     def __init__(self, connection: Connection, timeout_s: float) -> None:
         """Asks the server what it has; blocks on it."""
         self._connection = connection
-        reply = connection.unary(
-            "Describe", encode(messages.DescribeRequest()), time.monotonic() + timeout_s, patient=False
-        )
-        description = decoded(messages.Description, reply, connection.url)
+        description, self.specs = describe(connection, time.monotonic() + timeout_s, patient=False)
         self.name = connection.url
-        self.specs = [table.as_spec() for table in description.tables]
-        if bytes(description.identity) != messages.identity_of(self.specs):
-            raise FormatError(
-                f"{self.name}: its tables are not those of its identity; the server is of another release: update both"
-            )
         self.attachments = {attachment.name: bytes(attachment.value) for attachment in description.attachments}
         self._description = description
-        self._remote_engine = RemoteEngine(connection, [spec.local for spec in self.specs], description, timeout_s)
-        self.engine = self._remote_engine
+        local = [spec.local for spec in self.specs]
+        self._peer = Peer(connection, description, local)
+        self.engine = RemoteEngine(self._peer, local, timeout_s)
 
     @property
     def build(self) -> str:
-        return self._remote_engine.build
+        return self._peer.build
 
     def details(self) -> dict[str, Any]:
         memory = {"budget_bytes": 0, "dram_bytes": 0, "staging_bytes": 0, "resident_tables": []}
@@ -87,7 +78,7 @@ class Remote(Backing):
             "static_bytes": 0,
             "index_bytes": 0,
         }
-        server = {"url": self.name, "store": self._description.name, "version": self._remote_engine.version}
+        server = {"url": self.name, "store": self._description.name, "version": self._peer.version}
         return {"io": self.engine.io, "memory": memory, "placement": placement, "server": server}
 
     def close(self) -> None:

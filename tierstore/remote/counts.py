@@ -52,13 +52,13 @@ class ClientCounts:
             totals = self._totals
             for answer in answers:
                 totals["bytes_read"] += answer.num_bytes
+                totals["pages_read"] += answer.num_nvme_rows
                 for (index, _, _), hits in zip(answer.requests, answer.hits, strict=True):
                     for total, counts in zip(self._hits[index], hits, strict=True):
                         total[:] = map(add, total, counts)
                     from_nvme = sum(hits[NVME])
                     num_nvme += from_nvme
                     num_keys -= from_nvme + sum(hits[DRAM])
-                    totals["pages_read"] += from_nvme * self._specs[index].rows_per_key
             totals["sentinels"] += num_keys
             totals["batches"] += 1
             totals["zero_miss_batches"] += not num_nvme

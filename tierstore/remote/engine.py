@@ -1,16 +1,12 @@
-"""The engine of a store on another host: asks for lookups, and puts the answers in the caller's buffers.
+"""The engine of a store on other hosts: has lookups answered, each at once or by a ticket, and counts them.
 
-Input: what the engine contract says. Output: rows, and counts of this client's own requests. Errors: those of the
-contract; `DaemonError` and `TimeoutError` if the server does not answer, `FormatError` if it answers something else.
-
-Small lookups are one message each way; the rows of larger ones are streamed. The rows of one lookup are all of one
-version of the store: it is asked again if a change came between its requests. Shapes: N tokens, O orders, H rows per
-key.
+Input: what the engine contract says; a `Peer`, or several behind one `Cluster`, which answer. Output: rows, and counts
+of this client's own requests. Errors: those of the contract; `DaemonError` and `TimeoutError` if a server does not
+answer, `FormatError` if it answers something else. Shapes: N tokens, O orders, H rows per key.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,21 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, StoreNotReadyError, TierStoreError
+from ..errors import ConfigError, StoreNotReadyError
 from ..ipc.identity import this_process
 from ..spec import TableSpec
-from ..tiers.engine import READ_WAIT_S, Engine, Request, RowRange, VersionChangedError, in_one_version
-from . import messages
-from .channel import Connection
+from ..tiers.engine import READ_WAIT_S, Engine, Request, RowRange
 from .counts import ClientCounts
 from .inside import Inside
-from .messages import Description
-from .replies import Answer, decoded
-from .requests import Attempt, Requests
+from .peer import Asked
 from .split_rows import SplitRows
-from .wire import encode
-
-logger = logging.getLogger("tierstore")
 
 SUBMIT_THREADS = 16
 TICKETS_MAX = 256  # under way; beyond, submit waits for one to end
@@ -46,18 +35,10 @@ class RemoteEngine(Engine):
 
     io = "grpc"
 
-    def __init__(
-        self, connection: Connection, specs: Sequence[TableSpec], description: Description, timeout_s: float
-    ) -> None:
-        """specs: the engine's (`TableSpec.local`). description: of the server, which states its limits."""
+    def __init__(self, asked: Asked, specs: Sequence[TableSpec], timeout_s: float) -> None:
+        """specs: the engine's (`TableSpec.local`)."""
         self.bad_pages = {}
-        self.version = description.version  # one more whenever another version answered than before
-        self.build = description.build
-        # Instance of the server, and its version, that answered last.
-        self._answered = (description.instance, description.version) if description.instance else None
-        self._connection, self._timeout_s = connection, timeout_s
-        self._specs = specs
-        self._requests = Requests(connection, specs, description)
+        self._asked, self._timeout_s, self._specs = asked, timeout_s, specs
         self._counts = ClientCounts(specs)
         self._calls = Inside()  # but those of tickets
         self._lock = threading.RLock()  # guards `_tickets`, `_closed`, `_pool`
@@ -65,8 +46,11 @@ class RemoteEngine(Engine):
         self._tickets: set[object] = set()  # under way
         self._closed = False
         self._pool: ThreadPoolExecutor | None = None
-        self._version_lock = threading.Lock()  # guards `version` and `_answered`
         self.try_lookup = lambda index, keys, out: False  # noqa: ARG005
+
+    @property
+    def version(self) -> int:  # type: ignore[override]
+        return self._asked.version
 
     def lookup(
         self,
@@ -82,7 +66,7 @@ class RemoteEngine(Engine):
             # A reply has counts by tier and order, and not what answered each key, so that is asked for; and before the
             # lookup, which brings the keys into the server's cache.
             if sources is not None:
-                self._requests.locate(index, keys, sources, until)
+                self._asked.locate(index, keys, sources, until)
             self._look_up([(index, keys, out)], until)
             self._counts.add_latency(started_ns)
 
@@ -102,16 +86,14 @@ class RemoteEngine(Engine):
         with self._lock:
             while len(self._tickets) >= TICKETS_MAX and not self._closed:
                 if not self._ended.wait(READ_WAIT_S):
-                    raise TimeoutError(
-                        f"{self._connection.url}: {TICKETS_MAX} tickets did not end within {READ_WAIT_S} s"
-                    )
+                    raise TimeoutError(f"{self._asked.url}: {TICKETS_MAX} tickets did not end within {READ_WAIT_S} s")
             self._check_open()
             if is_empty:
                 return None
             self._pool = self._pool or ThreadPoolExecutor(SUBMIT_THREADS, thread_name_prefix="tierstore-remote-submit")
             try:
                 self._tickets.add(ticket)
-                return RemotePending(self._pool.submit(self._finish, ticket, act, started_ns), self._connection.url)
+                return RemotePending(self._pool.submit(self._finish, ticket, act, started_ns), self._asked.url)
             except BaseException:  # an interrupt, or no thread is left
                 self._tickets.discard(ticket)
                 raise
@@ -133,9 +115,7 @@ class RemoteEngine(Engine):
         pairs: np.ndarray,  # noqa: ARG002
         out: np.ndarray,  # noqa: ARG002
     ) -> RemotePending | None:
-        raise ConfigError(
-            f"{self._connection.url}: a GPU needs a store on its own host; open it or attach to its daemon"
-        )
+        raise ConfigError(f"{self._asked.url}: a GPU needs a store on its own host; open it or attach to its daemon")
 
     def is_resident(self, index: int) -> bool:  # noqa: ARG002
         return False  # ids of whole tokens travel as keys, an eighth of the bytes
@@ -158,7 +138,7 @@ class RemoteEngine(Engine):
     def locate(self, index: int, keys: np.ndarray, sources: np.ndarray) -> None:
         with self._calls.of_thread():
             self._check_open()
-            self._requests.locate(index, keys, sources, self._until())
+            self._asked.locate(index, keys, sources, self._until())
 
     def counters(self) -> dict[str, Any]:
         return self._counts.record()
@@ -171,84 +151,37 @@ class RemoteEngine(Engine):
             ended = self._ended.wait_for(lambda: not self._tickets, timeout_s)
             pool, self._pool = self._pool, None
         ended &= self._calls.wait(until - time.monotonic())
+        ended &= self._asked.close(until - time.monotonic())
         if pool is not None:
             pool.shutdown(wait=ended)
         return ended
 
     def before_fork(self) -> None:
-        self._connection.before_fork()
+        self._asked.before_fork()
         self._lock.acquire()
         self._counts.before_fork()
 
     def after_fork(self, *, child: bool) -> None:
         self._counts.after_fork(child=child)
         if child:  # threads, what they locked and what they were at are the parent's
-            self._lock, self._version_lock = threading.RLock(), threading.Lock()
+            self._lock = threading.RLock()
             self._ended = threading.Condition(self._lock)
             self._calls, self._tickets, self._pool = Inside(), set(), None
         else:
             self._lock.release()
-        self._connection.after_fork(child=child)
+        self._asked.after_fork(child=child)
 
     def _check_open(self) -> None:
         if self._closed:
-            raise StoreNotReadyError(f"the store {self._connection.url} is closed; connect again")
+            raise StoreNotReadyError(f"the store {self._asked.url} is closed; connect again")
 
     def _look_up(self, requests: Sequence[Request], until: float) -> None:
         """Fills the buffers of a lookup, and counts it."""
-        self._counts.add_lookup(requests, self._answers(self._requests.lookup(requests), until))
+        by_key, _ = self._asked.ask(requests, None, until)
+        self._counts.add_lookup(requests, by_key)
 
     def _look_up_rows(self, split: SplitRows, until: float) -> None:
-        split.take(self._answers(split.attempts(self._requests), until), self._counts)
-
-    def _answers(self, attempts: Sequence[Attempt], until: float) -> list[Answer]:
-        """Makes the requests of one lookup, again if the store was changed between them."""
-
-        def ask_all() -> list[Answer]:
-            answers = [self._connection.tried(partial(ask, until), until) for ask in attempts]
-            if len({answer.version for answer in answers}) > 1:
-                raise VersionChangedError(f"{self._connection.url}: its store was changed between two requests")
-            return answers
-
-        answers = in_one_version(self, ask_all, self._connection.url)
-        for version in {answer.version for answer in answers} - {self._answered}:
-            self._take_version(version, until)
-        return answers
-
-    def _take_version(self, version: tuple[int, int], until: float) -> None:
-        """Takes note that another version answers than before, and says so if it is of another server,
-        or a restarted one."""
-        with self._version_lock:
-            before, self._answered = self._answered, version
-            self.version += before is not None
-        if before is None or before == version:  # the latter: another thread was here first
-            return
-        now = _describe(self._connection, until)
-        if now is None:
-            return
-        known, self.build = self.build, now.build
-        if version[0] != before[0] and known and now.build and known != now.build:
-            _warn_of_another_build(self._connection.url, now, known)
-
-
-def _warn_of_another_build(url: str, now: Description, known: str) -> None:
-    logger.warning(
-        "%s: connected again, to another version of the store than before: rows come from %s (digest %.12s) now, their "
-        "digest was %.12s; if that is not meant, use 'tierstore swap' on the server's host",
-        url, now.name, now.build, known,
-    )  # fmt: skip
-
-
-def _describe(connection: Connection, until: float) -> Description | None:
-    """Returns what a server says of the version that answers now; None, with a warning, if it says nothing."""
-    try:
-        reply = connection.unary("Describe", encode(messages.DescribeRequest()), until)
-        return decoded(Description, reply, connection.url)
-    except (TierStoreError, TimeoutError) as error:
-        logger.warning(
-            "%s: another version of the store answers now; which, it does not say: %s", connection.url, error
-        )
-        return None
+        split.take(*self._asked.ask(split.lookups, split.by_id, until), self._counts)
 
 
 class RemotePending:

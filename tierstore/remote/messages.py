@@ -85,16 +85,18 @@ class Description(Message):
     message_bytes_max: int = uint_field(7)
     build: str = text_field(8)
     instance: int = uint_field(9)
+    common_build: str = text_field(10)
 
 
 @numbered
 @dataclass
 class TableKeys(Message):
-    """Keys of one table, packed int64 [num_tokens, orders]."""
+    """Keys of one table, packed int64 [num_tokens, orders]; compact: 1 to leave the rows of sentinels out."""
 
     table: str = text_field(1)
     num_tokens: int = uint_field(2)
     keys: Buffer = bytes_field(3)
+    compact: int = uint_field(4)
 
 
 @numbered
@@ -154,6 +156,26 @@ class LocateReply(Message):
     """One byte a key: its index in `kernels.SOURCES`."""
 
     sources: Buffer = bytes_field(1)
+
+
+@numbered
+@dataclass
+class PlacedRequest(Message):
+    """Asks which entries of one table are placed: `count` from the `start` hottest on."""
+
+    identity: Buffer = bytes_field(1)
+    table: str = text_field(2)
+    start: int = uint_field(3)
+    count: int = uint_field(4)
+
+
+@numbered
+@dataclass
+class PlacedReply(Message):
+    """Keys, packed int64, hottest first, and of each the index of its order, one byte; fewer at the end."""
+
+    order_index: Buffer = bytes_field(1)
+    keys: Buffer = bytes_field(2)
 
 
 @numbered

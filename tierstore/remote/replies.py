@@ -13,6 +13,7 @@ from typing import TypeVar
 from ..errors import FormatError
 from ..tiers.engine import Request
 from .messages import LookupReply, Part
+from .places import Place
 from .wire import Buffer, Message, decode
 
 DRAM, STATIC, NVME = range(3)  # of counts by order
@@ -24,14 +25,21 @@ M = TypeVar("M", bound=Message)
 class Answer:
     """What one request is answered with. One thread at a time may use it."""
 
-    def __init__(self, url: str, requests: Sequence[Request], unit_bytes: Sequence[int], orders: Sequence[int]) -> None:
-        """unit_bytes: of a token, or of a row if ids are asked for; orders: how many each table has, 0 if ids are."""
+    def __init__(
+        self, url: str, requests: Sequence[Request], places: Sequence[Place], shapes: Sequence[tuple[int, int]]
+    ) -> None:
+        """places: of each request's rows. shapes: how many orders a table has, and rows per key; (0, 0) by row ids."""
         self.requests, self.num_bytes = requests, 0
         self.version = 0, 0  # of what instance, and its number there
-        self.hits = [[[0] * num_orders for _ in (DRAM, STATIC, NVME)] for num_orders in orders]
-        self._url, self._unit_bytes = url, unit_bytes
-        self._outs = [out.reshape(-1).data for _, _, out in requests]
+        self.hits = [[[0] * num_orders for _ in (DRAM, STATIC, NVME)] for num_orders, _ in shapes]
+        self._url, self._places = url, places
+        self._rows_per_key = [rows_per_key for _, rows_per_key in shapes]
         self._filled = [0] * len(requests)
+
+    @property
+    def num_nvme_rows(self) -> int:
+        """How many rows the server's disk answered."""
+        return sum(sum(hits[NVME]) * num_rows for hits, num_rows in zip(self.hits, self._rows_per_key, strict=True))
 
     def take(self, data: bytes) -> None:
         """Puts a reply's rows where they belong; raises `FormatError` if they belong nowhere."""
@@ -41,28 +49,30 @@ class Answer:
             raise self._wrong(f"version {reply.version} within an answer of version {self.version[1]}")
         self.version = version
         for part in reply.parts:
-            if part.table >= len(self._outs):
-                raise self._wrong(f"table {part.table} of {len(self._outs)}")
+            if part.table >= len(self._places):
+                raise self._wrong(f"table {part.table} of {len(self._places)}")
             self._take_part(part)
 
     def _take_part(self, part: Part) -> None:
-        place, out = part.table, self._outs[part.table]
-        start, end = self._filled[place], self._filled[place] + len(part.rows)
-        if part.start * self._unit_bytes[place] != start or end > len(out):
+        place, start = self._places[part.table], self._filled[part.table]
+        end = start + len(part.rows)
+        if part.start * place.unit_bytes != start or end > place.num_bytes or end % place.unit_bytes:
             raise self._wrong(
-                f"{len(part.rows)} bytes from {part.start} on of table {place}, after {start} of {len(out)}"
+                f"{len(part.rows)} bytes from {part.start} on of table {part.table}, after {start} of {place.num_bytes}"
             )
-        for total, counts in zip(self.hits[place], (part.dram_hits, part.static_hits, part.nvme_hits), strict=True):
+        for total, counts in zip(
+            self.hits[part.table], (part.dram_hits, part.static_hits, part.nvme_hits), strict=True
+        ):
             if len(counts) != len(total) or max(counts, default=0) >= COUNT_END:
                 raise self._wrong(f"counts {counts} of {len(total)} orders")
             total[:] = map(add, total, counts)
-        out[start:end] = part.rows
-        self._filled[place] = end
+        place.put(start, part.rows)
+        self._filled[part.table] = end
         self.num_bytes += len(part.rows)
 
     def check_whole(self) -> None:
         """Raises `FormatError` if rows are missing."""
-        missing = sum(map(len, self._outs)) - sum(self._filled)
+        missing = sum(place.num_bytes for place in self._places) - sum(self._filled)
         if missing:
             raise self._wrong(f"the rows are {missing} bytes short")
 

@@ -1,8 +1,7 @@
 """What a client asks a server: lookups cut into requests that the server's limits allow, each ready to be sent.
 
-Input: keys or row ids, and the buffers for their rows. Output: *attempts*, functions that send one request, by some
-time (of `time.monotonic`), and return its `Answer`; each may be called again. Errors: `FormatError` if an answer is not
-what was asked for, and what the connection raises.
+Input: keys or row ids, and the buffers for their rows. Output: *attempts*: one request each, and where its answer goes;
+each may be made again. Errors: `FormatError` if an answer is not what was asked for, and what the connection raises.
 
 Shapes: N tokens, O orders, H rows per key.
 """
@@ -10,6 +9,7 @@ Shapes: N tokens, O orders, H rows per key.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..tiers.engine import Request
 from . import messages
 from .channel import Connection
 from .messages import Description, TableKeys
+from .places import Apart, Place, place_of
 from .replies import Answer, decoded
 from .wire import encode
 
@@ -28,79 +29,96 @@ UNARY_BYTES_MAX = 256 << 10  # of rows; beyond, they are streamed
 HEAD_BYTES = 4096  # of a message, at most, beside its keys or rows
 ID_BYTES = 8  # of a key or a row id
 
-Attempt = Callable[[float], Answer]
+
+@dataclass(frozen=True)
+class Attempt:
+    """One request. method: that streams its answer; answer: makes what takes it; is_small: one message holds it."""
+
+    method: str
+    request: bytes
+    answer: Callable[[], Answer]
+    is_small: bool
+
+    def ask(self, connection: Connection, until: float) -> Answer:
+        """Returns the whole answer, which must be there by `until` (of `time.monotonic`). Blocks on the network."""
+        answer = self.answer()
+        if self.is_small:
+            answer.take(connection.unary("Lookup", self.request, until))
+        else:
+            connection.stream(self.method, self.request, until, answer.take)
+        answer.check_whole()
+        return answer
 
 
 class Requests:
     """Makes requests of one server. Any thread may call."""
 
-    def __init__(self, connection: Connection, specs: Sequence[TableSpec], description: Description) -> None:
+    def __init__(self, url: str, specs: Sequence[TableSpec], description: Description) -> None:
         """specs: the engine's; on the wire, row ids and the keys of plain tables are the table's own.
 
-        description: of the server, which states its limits.
+        url: of the server; description: its own, which states its limits.
         """
-        self._connection, self._specs = connection, specs
+        self._url, self._specs = url, specs
         self.identity = bytes(description.identity)
         self.tokens_max = max(1, description.tokens_max)
         self._unary_bytes_max = min(UNARY_BYTES_MAX, description.message_bytes_max - HEAD_BYTES)
         self._ids_max = max(1, (description.message_bytes_max - HEAD_BYTES) // ID_BYTES)
 
-    def lookup(self, requests: Sequence[Request]) -> list[Attempt]:
-        """Returns what asks for a lookup in one or more tables."""
-        return [self._attempt_lookup(piece) for piece in self._pieces(requests)]
+    def lookup(self, requests: Sequence[Request], *, compact: bool = False) -> list[Attempt]:
+        """Returns what asks for a lookup in one or more tables. The tokens of each out may lie apart.
 
-    def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray) -> list[Attempt]:
-        """Returns what asks for rows by their ids, int64 [R], into out, uint8 [R, row_bytes]."""
+        compact: leaves the rows of sentinels out of the answer, and their places alone.
+        """
+        return [self._attempt_lookup(piece, compact) for piece in self._pieces(requests)]
+
+    def rows(self, index: int, row_ids: np.ndarray, out: np.ndarray, where: np.ndarray | None = None) -> list[Attempt]:
+        """Returns what asks for rows by their ids, int64 [R], into out, uint8 [R, row_bytes].
+
+        where: of each id, int64 [R], the index of its row in out, which may be of any length; None: in order.
+        """
         step = min(self._ids_max, self.tokens_max * self._specs[index].num_heads)
-        return [
-            self._attempt_rows(self._specs[index], row_ids[start : start + step], out[start : start + step])
-            for start in range(0, len(row_ids), step)
-        ]
+        attempts = []
+        for start in range(0, len(row_ids), step):
+            part = slice(start, start + step)
+            place = Place(out[part], out.shape[1]) if where is None else Apart(out, (where[part],))
+            attempts.append(self._attempt_rows(self._specs[index], row_ids[part], out, place))
+        return attempts
 
-    def locate(self, index: int, keys: np.ndarray, sources: np.ndarray, until: float) -> None:
+    def locate(self, connection: Connection, index: int, keys: np.ndarray, sources: np.ndarray, until: float) -> None:
         """Asks what would answer keys, int64 [N, O], and writes it to sources, uint8 [N, O]."""
-        connection = self._connection
         for start, end in self._token_ranges(index, len(keys)):
             request = encode(messages.LocateRequest(self.identity, self._table_keys(index, keys[start:end])))
             data = connection.tried(partial(connection.unary, "Locate", request, until), until)
-            found = decoded(messages.LocateReply, data, connection.url).sources
+            found = decoded(messages.LocateReply, data, self._url).sources
             if len(found) != keys[start:end].size:
                 raise FormatError(
-                    f"{connection.url} answered {len(found)} sources of {keys[start:end].size} keys; client and server "
+                    f"{self._url} answered {len(found)} sources of {keys[start:end].size} keys; client and server "
                     "differ: update both"
                 )
             sources[start:end] = np.frombuffer(found, dtype=np.uint8).reshape(-1, keys.shape[1])
 
-    def _attempt_lookup(self, piece: Sequence[Request]) -> Attempt:
-        request = encode(
-            messages.LookupRequest(self.identity, [self._table_keys(index, keys) for index, keys, _ in piece])
-        )
+    def _attempt_lookup(self, piece: Sequence[Request], compact: bool) -> Attempt:
+        tables = [self._table_keys(index, keys, compact) for index, keys, _ in piece]
         specs = [self._specs[index] for index, _, _ in piece]
-        token_bytes = [spec.num_heads * spec.row_bytes for spec in specs]
-        orders = [len(spec.orders) for spec in specs]
-        is_small = sum(out.nbytes for _, _, out in piece) <= self._unary_bytes_max
 
-        def ask(until: float) -> Answer:
-            answer = Answer(self._connection.url, piece, token_bytes, orders)
-            if is_small:
-                answer.take(self._connection.unary("Lookup", request, until))
-            else:
-                self._connection.stream("LookupStream", request, until, answer.take)
-            answer.check_whole()
-            return answer
+        def answer() -> Answer:
+            places = [
+                place_of(request, spec.num_heads * spec.row_bytes, compact=compact)
+                for request, spec in zip(piece, specs, strict=True)
+            ]
+            return Answer(self._url, piece, places, [(len(spec.orders), spec.rows_per_key) for spec in specs])
 
-        return ask
+        num_bytes = sum(out.nbytes for _, _, out in piece)
+        request = encode(messages.LookupRequest(self.identity, tables))
+        return Attempt("LookupStream", request, answer, num_bytes <= self._unary_bytes_max)
 
-    def _attempt_rows(self, spec: TableSpec, row_ids: np.ndarray, out: np.ndarray) -> Attempt:
+    def _attempt_rows(self, spec: TableSpec, row_ids: np.ndarray, out: np.ndarray, place: Place) -> Attempt:
         request = encode(messages.RowsRequest(self.identity, spec.name, _packed(_on_wire(spec, row_ids))))
 
-        def ask(until: float) -> Answer:
-            answer = Answer(self._connection.url, [(0, row_ids, out)], [spec.row_bytes], [0])
-            self._connection.stream("Rows", request, until, answer.take)
-            answer.check_whole()
-            return answer
+        def answer() -> Answer:
+            return Answer(self._url, [(0, row_ids, out)], [place], [(0, 0)])
 
-        return ask
+        return Attempt("Rows", request, answer, is_small=False)
 
     def _pieces(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
         """Yields a lookup in parts that the server's limits allow, each of one or more tables."""
@@ -123,9 +141,9 @@ class Requests:
         for start in range(0, num_tokens, step):
             yield start, min(start + step, num_tokens)
 
-    def _table_keys(self, index: int, keys: np.ndarray) -> TableKeys:
+    def _table_keys(self, index: int, keys: np.ndarray, compact: bool = False) -> TableKeys:
         spec = self._specs[index]
-        return TableKeys(spec.name, len(keys), _packed(_on_wire(spec, keys) if spec.is_plain else keys))
+        return TableKeys(spec.name, len(keys), _packed(_on_wire(spec, keys) if spec.is_plain else keys), int(compact))
 
 
 def _on_wire(spec: TableSpec, row_ids: np.ndarray) -> np.ndarray:

@@ -131,6 +131,7 @@ class RemoteServer:
             "LookupStream": many(self._many(answers.lookup_stream, messages.LookupRequest)),
             "Rows": many(self._many(answers.rows, messages.RowsRequest)),
             "Locate": one(self._one(answers.locate, messages.LocateRequest)),
+            "Placed": one(self._one(answers.placed, messages.PlacedRequest)),
             "Stats": one(self._one(answers.stats, messages.StatsRequest)),
         }
         lookups = self._grpc.method_handlers_generic_handler(SERVICE, methods)

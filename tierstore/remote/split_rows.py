@@ -17,8 +17,8 @@ from ..address_map import is_outside_of
 from ..spec import TableSpec
 from ..tiers.engine import Request, RowRange
 from .counts import ClientCounts
+from .peer import ById
 from .replies import Answer
-from .requests import Attempt, Requests
 
 
 class SplitRows:
@@ -36,7 +36,7 @@ class SplitRows:
     ) -> None:
         """row_ids, out, within: as of `Engine.rows`."""
         row_ids = row_ids.copy()
-        self._index, self._out, self._num_by_key = index, out, 0
+        self._index, self._out = index, out
         self._is_outside = None if within is None else is_outside_of(row_ids, within)
         wanted = row_ids if self._is_outside is None else np.where(self._is_outside, -1, row_ids)
         if kernels.find_out_of_range(wanted, spec.num_rows) >= 0:
@@ -58,22 +58,23 @@ class SplitRows:
         self.tokens = flat[:num_keyed].reshape(-1, spec.num_heads, spec.row_bytes)
         self.rows = flat[num_keyed:]
 
-    def attempts(self, requests: Requests) -> list[Attempt]:
-        """Returns what asks for whole tokens, and then what asks for the others."""
-        by_key = requests.lookup(self._lookups())
-        self._num_by_key = len(by_key)
-        return by_key + requests.rows(self._index, self.ids, self.rows)
-
-    def _lookups(self) -> list[Request]:
+    @property
+    def lookups(self) -> list[Request]:
+        """What to look up by keys: whole tokens."""
         return [(self._index, self.keys, self.tokens)] if len(self.keys) else []
 
-    def take(self, answers: Sequence[Answer], counts: ClientCounts) -> None:
-        """Puts the rows that have come to where they go, and counts them. answers: of `attempts`, in its order."""
+    @property
+    def by_id(self) -> ById | None:
+        """What to look up by ids: all else."""
+        return (self._index, self.ids, self.rows) if len(self.ids) else None
+
+    def take(self, by_key: Sequence[Answer], by_id: Sequence[Answer], counts: ClientCounts) -> None:
+        """Puts the rows that have come to where they go, and counts them. by_key, by_id: the answers."""
         self._put()
         if len(self.keys) or not len(self.ids):
-            counts.add_lookup(self._lookups(), answers[: self._num_by_key])
+            counts.add_lookup(self.lookups, by_key)
         if len(self.ids):
-            counts.add_rows(len(self.ids), answers[self._num_by_key :])
+            counts.add_rows(len(self.ids), by_id)
 
     def _put(self) -> None:
         """Copies the rows that have come to where they go, zeros where they are not wanted."""

@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..errors import ConfigError
 from ..spec import TableSpec
 from ..tiers.engine import Engine
@@ -28,6 +30,15 @@ class Backing(ABC):
     def build(self) -> str:
         """The digest of all that decides the rows, hexadecimal; empty if it is not known."""
         return ""
+
+    @property
+    def common_build(self) -> str:
+        """A digest, hexadecimal, that all slices of one store share at one version; empty if it is not known."""
+        return ""
+
+    def placed_keys(self, index: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:  # noqa: ARG002
+        """See `Store.placed_keys`; index: the table's."""
+        return np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.int64)
 
     @abstractmethod
     def details(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import logging
 import os
 from typing import Any
 
+import numpy as np
+
 from ..decisions.budget import DramPlan
 from ..decisions.division import divide_budgets
 from ..decisions.hbm_budget import HbmPlan, pinned_bytes
@@ -194,6 +196,15 @@ class Embedded(Backing):
     @property
     def build(self) -> str:
         return self._image.identity
+
+    @property
+    def common_build(self) -> str:
+        return self._image.common_identity
+
+    def placed_keys(self, index: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._placed is None:
+            return super().placed_keys(index, start, count)
+        return self._placed.keys(self._files[index].table, start, count)
 
     def _make_engine(self, choice: IoChoice, on_progress: OnProgress | None, device: str) -> Engine:
         what = f"the store {self.name}"

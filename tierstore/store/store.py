@@ -68,6 +68,19 @@ class Store(DeviceSide):
         return self._backing.build
 
     @property
+    def common_build(self) -> str:
+        """The digest that all slices of one store share at one version, hexadecimal; empty if it is not known."""
+        return self._backing.common_build
+
+    def placed_keys(self, name: str, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns which entries of a table its placement has: `count` from `start` on, 0 being the hottest.
+
+        Blocks on the disk. Returns indices of orders, uint8 [n], and keys, int64 [n]: fewer at the end, none without a
+        placement. Raises `KeyError` for a table that is not there.
+        """
+        return self._backing.placed_keys(self[name].index, start, count)
+
+    @property
     def version(self) -> int:
         """A number that grows whenever another version answers (a daemon's swap or return); -1 while it changes.
 

@@ -76,6 +76,25 @@ class PlacementFile:
         """(descriptor, O_DIRECT descriptor or -1, bytes)."""
         return self.fd, self.direct_fd, self.placement.num_bytes
 
+    def keys(self, layout: TableLayout, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the keys of `count` of a table's entries from `start` on, the hottest of all first: their indices of
+        orders, uint8 [n], and keys, int64 [n]. Fewer at the end; damaged ones are left out. Blocks on the disk."""
+        table = self.placement.tables.get(layout.spec.name)
+        first, end = (min(at, table.num_entries if table else 0) for at in (start, start + count))
+        order_index, keys = [np.empty(0, dtype=np.uint8)], [np.empty(0, dtype=np.int64)]
+        while table is not None and first < end:
+            num = min(end - first, max(1, LOAD_BYTES // table.record_bytes))
+            data = bytearray(os.pread(self.fd, num * table.record_bytes, table.byte_start + first * table.record_bytes))
+            whole = np.frombuffer(data, dtype=np.uint8)[: len(data) // table.record_bytes * table.record_bytes]
+            records = whole.reshape(-1, table.record_bytes)
+            kernels.invalidate_bad_records(records, table.entry_bytes, layout.seed)
+            trailers = records[:, -kernels.RECORD_TRAILER.itemsize :].copy().view(kernels.RECORD_TRAILER)[:, 0]
+            trailers = trailers[trailers["key"] >= 0]
+            order_index.append(trailers["order_index"].astype(np.uint8))
+            keys.append(trailers["key"].astype(np.int64))
+            first += num
+        return np.concatenate(order_index), np.concatenate(keys)
+
     def close(self) -> None:
         """Closes the descriptors; closing twice is harmless, also after an interrupted one: each is forgotten first."""
         fds, self.fd, self.direct_fd = (self.fd, self.direct_fd), -1, -1
