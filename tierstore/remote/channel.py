@@ -69,6 +69,10 @@ class TryAgainError(DaemonError):
     or another store took its store's place."""
 
 
+class OverdueError(DaemonError):
+    """A call that was not answered in time."""
+
+
 class Connection:
     """One server, reached by one channel, which is made when it is needed. Any thread may call."""
 
@@ -217,7 +221,7 @@ class Connection:
         if code is self._grpc.StatusCode.UNAVAILABLE:
             return TryAgainError(f"{self.url} cannot be reached: {self._why(text)}")
         if code is self._grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DaemonError(
+            return OverdueError(
                 f"{self.url} did not answer in time: {self._why('it is there, but slow; allow a longer timeout_s')}"
             )
         if self._closed.is_set():

@@ -15,7 +15,7 @@ from typing import Any
 from ..spec import TableSpec
 from ..stats import LatencyCounts
 from ..tiers.engine import Request
-from .replies import DRAM, NVME, STATIC, Answer
+from .replies import DRAM, NVME, STATIC, Counted
 
 TOTALS = (
     "batches",
@@ -44,7 +44,7 @@ class ClientCounts:
         with self._lock:
             self._latency.add(time.monotonic_ns() - started_ns)
 
-    def add_lookup(self, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
+    def add_lookup(self, requests: Sequence[Request], answers: Sequence[Counted]) -> None:
         """Counts a lookup by keys, whose answers are all there."""
         num_keys = sum([keys.size for _, keys, _ in requests])
         num_nvme = 0
@@ -63,7 +63,7 @@ class ClientCounts:
             totals["batches"] += 1
             totals["zero_miss_batches"] += not num_nvme
 
-    def add_rows(self, num_rows: int, answers: Sequence[Answer]) -> None:
+    def add_rows(self, num_rows: int, answers: Sequence[Counted]) -> None:
         """Counts a lookup by row ids, whose answers are all there."""
         num_bytes = sum(answer.num_bytes for answer in answers)
         with self._lock:

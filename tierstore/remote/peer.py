@@ -21,7 +21,7 @@ from ..tiers.engine import Request, VersionChangedError, in_one_version
 from . import messages
 from .channel import Connection
 from .messages import Description
-from .replies import Answer, decoded
+from .replies import Answer, Counted, decoded
 from .requests import Requests
 from .wire import encode
 
@@ -45,7 +45,7 @@ class Asked(Protocol):
 
     def ask(
         self, lookups: Sequence[Request], by_id: ById | None, until: float
-    ) -> tuple[Sequence[Answer], Sequence[Answer]]:
+    ) -> tuple[Sequence[Counted], Sequence[Counted]]:
         """Fills the buffers of lookups by keys, and of one by row ids, all from one version. Blocks until `until`.
 
         Returns what answered the keys, and what the ids, for counts.
@@ -90,7 +90,7 @@ class Peer:
 
     def ask(
         self, lookups: Sequence[Request], by_id: ById | None, until: float
-    ) -> tuple[Sequence[Answer], Sequence[Answer]]:
+    ) -> tuple[Sequence[Counted], Sequence[Counted]]:
         by_key = self.requests.lookup(lookups)
         attempts = by_key + (self.requests.rows(*by_id) if by_id else [])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import add
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from ..errors import FormatError
 from ..tiers.engine import Request
@@ -22,6 +22,20 @@ COUNT_END = 1 << 48  # above what any request can ask for
 M = TypeVar("M", bound=Message)
 
 
+class Counted(Protocol):
+    """What `ClientCounts` takes of answers to lookups by keys.
+
+    hits: of each request: counts of DRAM, STATIC and NVME, by order. num_nvme_rows: rows that a server's disk answered.
+    """
+
+    requests: Sequence[Request]
+    hits: list[list[list[int]]]
+    num_bytes: int
+
+    @property
+    def num_nvme_rows(self) -> int: ...
+
+
 class Answer:
     """What one request is answered with. One thread at a time may use it."""
 
@@ -29,7 +43,8 @@ class Answer:
         self, url: str, requests: Sequence[Request], places: Sequence[Place], shapes: Sequence[tuple[int, int]]
     ) -> None:
         """places: of each request's rows. shapes: how many orders a table has, and rows per key; (0, 0) by row ids."""
-        self.requests, self.num_bytes = requests, 0
+        self.requests: Sequence[Request] = requests
+        self.num_bytes = 0
         self.version = 0, 0  # of what instance, and its number there
         self.hits = [[[0] * num_orders for _ in (DRAM, STATIC, NVME)] for num_orders, _ in shapes]
         self._url, self._places = url, places
@@ -37,8 +52,13 @@ class Answer:
         self._filled = [0] * len(requests)
 
     @property
+    def is_by_key(self) -> bool:
+        """Whether keys were asked for, and not row ids."""
+        return any(self._rows_per_key)
+
+    @property
     def num_nvme_rows(self) -> int:
-        """How many rows the server's disk answered."""
+        """See `Counted`."""
         return sum(sum(hits[NVME]) * num_rows for hits, num_rows in zip(self.hits, self._rows_per_key, strict=True))
 
     def take(self, data: bytes) -> None:

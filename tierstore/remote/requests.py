@@ -8,7 +8,7 @@ Shapes: N tokens, O orders, H rows per key.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -64,10 +64,10 @@ class Requests:
         self._unary_bytes_max = min(UNARY_BYTES_MAX, description.message_bytes_max - HEAD_BYTES)
         self._ids_max = max(1, (description.message_bytes_max - HEAD_BYTES) // ID_BYTES)
 
-    def lookup(self, requests: Sequence[Request], *, compact: bool = False) -> list[Attempt]:
+    def lookup(self, requests: Sequence[Request], *, compact: Container[int] = ()) -> list[Attempt]:
         """Returns what asks for a lookup in one or more tables. The tokens of each out may lie apart.
 
-        compact: leaves the rows of sentinels out of the answer, and their places alone.
+        compact: tables of which the answer leaves the rows of sentinels out, and their places alone.
         """
         return [self._attempt_lookup(piece, compact) for piece in self._pieces(requests)]
 
@@ -97,13 +97,13 @@ class Requests:
                 )
             sources[start:end] = np.frombuffer(found, dtype=np.uint8).reshape(-1, keys.shape[1])
 
-    def _attempt_lookup(self, piece: Sequence[Request], compact: bool) -> Attempt:
-        tables = [self._table_keys(index, keys, compact) for index, keys, _ in piece]
+    def _attempt_lookup(self, piece: Sequence[Request], compact: Container[int]) -> Attempt:
+        tables = [self._table_keys(index, keys, compact=index in compact) for index, keys, _ in piece]
         specs = [self._specs[index] for index, _, _ in piece]
 
         def answer() -> Answer:
             places = [
-                place_of(request, spec.num_heads * spec.row_bytes, compact=compact)
+                place_of(request, spec.num_heads * spec.row_bytes, compact=request[0] in compact)
                 for request, spec in zip(piece, specs, strict=True)
             ]
             return Answer(self._url, piece, places, [(len(spec.orders), spec.rows_per_key) for spec in specs])
@@ -141,7 +141,7 @@ class Requests:
         for start in range(0, num_tokens, step):
             yield start, min(start + step, num_tokens)
 
-    def _table_keys(self, index: int, keys: np.ndarray, compact: bool = False) -> TableKeys:
+    def _table_keys(self, index: int, keys: np.ndarray, *, compact: bool = False) -> TableKeys:
         spec = self._specs[index]
         return TableKeys(spec.name, len(keys), _packed(_on_wire(spec, keys) if spec.is_plain else keys), int(compact))
 

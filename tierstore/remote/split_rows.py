@@ -18,7 +18,7 @@ from ..spec import TableSpec
 from ..tiers.engine import Request, RowRange
 from .counts import ClientCounts
 from .peer import ById
-from .replies import Answer
+from .replies import Counted
 
 
 class SplitRows:
@@ -68,7 +68,7 @@ class SplitRows:
         """What to look up by ids: all else."""
         return (self._index, self.ids, self.rows) if len(self.ids) else None
 
-    def take(self, by_key: Sequence[Answer], by_id: Sequence[Answer], counts: ClientCounts) -> None:
+    def take(self, by_key: Sequence[Counted], by_id: Sequence[Counted], counts: ClientCounts) -> None:
         """Puts the rows that have come to where they go, and counts them. by_key, by_id: the answers."""
         self._put()
         if len(self.keys) or not len(self.ids):

@@ -1,0 +1,114 @@
+"""Requests to several servers at once, by one thread: all are sent, then answers are taken in turn as they come.
+
+Input: attempts, by member. Output: answers, whose rows are where they belong. Errors: what a server raised; a server
+that is away or busy is asked again until the time is up, while the others' answers stay.
+
+Why one thread: grpc receives beside it, and copies of rows are short; threads that wake each other took longer than
+that for the lookup of one token.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from ..errors import DaemonError
+from .channel import RETRY_S_MAX, RETRY_S_MIN, Connection, OverdueError, Stream, TryAgainError
+from .member import Member
+from .replies import Answer
+from .requests import Attempt
+
+
+class Lane:
+    """One member's requests, one after another. Of one thread.
+
+    Attributes:
+        answers: Those that are whole, in the attempts' order.
+        connection: The replica that gave the last one.
+    """
+
+    def __init__(self, member: Member, attempts: Sequence[Attempt]) -> None:
+        self.member, self.answers = member, list[Answer]()
+        self.connection: Connection | None = None
+        self._attempts = attempts
+        self._stream: Stream | None = None
+        self._answer: Answer | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all answers are there."""
+        return len(self.answers) == len(self._attempts)
+
+    def begin(self, until: float) -> None:
+        """Sends the next request, if there is one."""
+        if not self.is_done:
+            attempt = self._attempts[len(self.answers)]
+            self._answer = attempt.answer()
+            self._stream = self.member.begin(attempt, until)
+
+    def step(self, until: float) -> None:
+        """Takes the next message, and blocks for it; behind the last one, sends the next request.
+
+        Raises `TryAgainError` where the request must be sent again: then `begin` does it.
+        """
+        stream, answer = self._stream, self._answer
+        assert stream is not None
+        assert answer is not None
+        try:
+            data = stream.next()
+        except (TryAgainError, OverdueError) as error:
+            self.cancel()
+            raise self.member.passed_over(stream.connection, error) from None
+        if data is not None:
+            answer.take(data)
+            return
+        answer.check_whole()
+        self.connection = stream.connection
+        self.answers.append(answer)
+        self._stream = None
+        self.begin(until)
+
+    def cancel(self) -> None:
+        """Gives the request that is under way up: nothing is written afterwards."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.cancel()
+
+
+def exchange(lanes: Sequence[Lane], until: float, closed: threading.Event) -> None:
+    """Has all lanes answered. Blocks until `until` at most; closed: ends the pauses between tries.
+
+    Raises:
+        DaemonError: A server did not answer in time. All else as `Connection.unary`. Nothing is written afterwards.
+    """
+    with ExitStack() as stack:
+        for lane in lanes:
+            stack.enter_context(lane.member.of_thread())
+            stack.callback(lane.cancel)
+        pause_s, waiting = RETRY_S_MIN, [lane for lane in lanes if not lane.is_done]
+        while waiting:
+            again, last = _in_turn(waiting, until)
+            if not again:
+                return
+            if time.monotonic() + pause_s >= until or closed.wait(pause_s):
+                raise DaemonError(str(last)) from last
+            waiting, pause_s = again, min(2 * pause_s, RETRY_S_MAX)
+
+
+def _in_turn(lanes: Sequence[Lane], until: float) -> tuple[list[Lane], Exception | None]:
+    """Sends what lanes ask next and takes their answers in turn; returns which must ask again, and the last reason."""
+    again, last = list[Lane](), None
+    for lane in lanes:
+        lane.begin(until)
+    active = list(lanes)
+    while active:
+        for lane in active:
+            try:
+                lane.step(until)
+            except TryAgainError as error:
+                again.append(lane)
+                last = error
+        active = [lane for lane in active if not lane.is_done and lane not in again]
+    return again, last
