@@ -1,6 +1,7 @@
 """A client that forks while its threads look up, run by test_remote.py in a process of its own.
 
-Arguments: a URL, how many forks, and "late" where grpc is to be loaded before tierstore can ask it to survive them.
+Arguments: a URL, or several with commas between; how many forks; and "late" where grpc is to be loaded before tierstore
+can ask it to survive them.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ def keys_of(seed: int) -> np.ndarray:
 
 
 def child(store: object, keys: np.ndarray, expected: np.ndarray, late: bool) -> int:
-    connection = store._backing._connection
-    (inherited, _) = connection._of_parents[-1]
+    connections = store._connections
+    inherited = [connection._of_parents[-1][0] for connection in connections]
     try:
         out = np.full_like(expected, 0xA5)
         ticket = store.submit({"layers.1": (keys, out)})
         ticket.wait(WAIT_S)
         good = np.array_equal(out, expected) and np.array_equal(store["layers.1"].lookup(keys), expected)
-        good = good and inherited is not None and connection._channel not in (None, inherited)
+        for connection, before in zip(connections, inherited, strict=True):
+            good = good and before is not None and connection._channel not in (None, before)
         store.close()
         return 0 if good else 1
     except DaemonError as error:
@@ -37,7 +39,12 @@ def child(store: object, keys: np.ndarray, expected: np.ndarray, late: bool) -> 
 
 
 def main(url: str, forks: str, late: bool) -> None:
-    with connect_remote(url) as store:
+    with connect_remote(url.split(",") if "," in url else url) as store:
+        store._connections = (
+            [connection for member in store._engine._asked.members for connection in member.connections]
+            if "," in url
+            else [store._engine._asked.connection]
+        )
         keys = keys_of(0)
         expected = store["layers.1"].lookup(keys)
         store.submit({"layers.1": (keys, np.empty_like(expected))}).wait(WAIT_S)  # the threads of submit now exist

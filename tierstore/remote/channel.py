@@ -98,7 +98,7 @@ class Connection:
         self._inside = Inside()
         self._lock = threading.Lock()  # guards `_channel`, `_methods`, `_forked`, `_of_parents`
         self._channel: Any = None
-        self._methods: dict[str, Any] = {}
+        self._methods: dict[tuple[str, bool], Any] = {}
         self._forked = False
         self._of_parents: list[Any] = []  # channels that must neither be used nor be freed here
         self._closed = threading.Event()
@@ -174,17 +174,17 @@ class Connection:
             self._inside.open_after_fork()
 
     def _method(self, name: str, *, streams: bool) -> Any:
-        if method := self._methods.get(name):  # as long as it is open, nearly always
+        if method := self._methods.get((name, streams)):  # as long as it is open, nearly always
             return method
         with self._lock:
             if self._closed.is_set():
                 raise StoreNotReadyError(f"{self.url} is closed; connect again")
             if self._channel is None:
                 self._channel = self._make_channel()
-            if name not in self._methods:
+            if (name, streams) not in self._methods:
                 make = self._channel.unary_stream if streams else self._channel.unary_unary
-                self._methods[name] = make(f"/{SERVICE}/{name}")
-            return self._methods[name]
+                self._methods[name, streams] = make(f"/{SERVICE}/{name}")
+            return self._methods[name, streams]
 
     def _make_channel(self) -> Any:
         if self._forked and not survives_forks():
@@ -226,6 +226,8 @@ class Connection:
             )
         if self._closed.is_set():
             return StoreNotReadyError(f"{self.url} is closed; connect again")
+        if code is self._grpc.StatusCode.CANCELLED:
+            return TryAgainError(f"{self.url} gave the call up: {text.lower()}; it is ending, or this client too slow")
         return DaemonError(f"{self.url}: {code.name.lower()}: {text}")
 
     def _why(self, otherwise: str) -> str:

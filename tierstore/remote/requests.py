@@ -32,7 +32,7 @@ ID_BYTES = 8  # of a key or a row id
 
 @dataclass(frozen=True)
 class Attempt:
-    """One request. method: that streams its answer; answer: makes what takes it; is_small: one message holds it."""
+    """One request. method: of the service; answer: makes what takes the answer; is_small: that is one message."""
 
     method: str
     request: bytes
@@ -43,7 +43,7 @@ class Attempt:
         """Returns the whole answer, which must be there by `until` (of `time.monotonic`). Blocks on the network."""
         answer = self.answer()
         if self.is_small:
-            answer.take(connection.unary("Lookup", self.request, until))
+            answer.take(connection.unary(self.method, self.request, until))
         else:
             connection.stream(self.method, self.request, until, answer.take)
         answer.check_whole()
@@ -110,7 +110,8 @@ class Requests:
 
         num_bytes = sum(out.nbytes for _, _, out in piece)
         request = encode(messages.LookupRequest(self.identity, tables))
-        return Attempt("LookupStream", request, answer, num_bytes <= self._unary_bytes_max)
+        is_small = num_bytes <= self._unary_bytes_max
+        return Attempt("Lookup" if is_small else "LookupStream", request, answer, is_small)
 
     def _attempt_rows(self, spec: TableSpec, row_ids: np.ndarray, out: np.ndarray, place: Place) -> Attempt:
         request = encode(messages.RowsRequest(self.identity, spec.name, _packed(_on_wire(spec, row_ids))))

@@ -149,7 +149,8 @@ class SetKeeper:
             return []
         count = int(self.budget_bytes / entry_bytes_of(divided.spec))
         return [
-            self._of_member(member, divided.spec.name, columns, count)
+            # Of a key that is in several columns, a server has placed as many entries.
+            self._of_member(member, divided.spec.name, columns, count * int(np.bincount(columns).max()))
             for member, part in zip(self._cluster.members, divided.parts, strict=True)
             for columns in [part.columns]
             if len(columns)

@@ -161,6 +161,13 @@ def serving(made: MadeStore) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
+def serving_store(path: Path, dram_bytes: int) -> Iterator[str]:
+    """Serves a store from a process of its own; yields its URL."""
+    with _process(_SERVER, str(path), str(dram_bytes)) as (address, _):
+        yield f"grpc://{address}"
+
+
+@contextlib.contextmanager
 def serving_bare() -> Iterator[str]:
     """Serves bare gRPC from a process of its own; yields its address."""
     with _process(_BARE_ALONE) as (address,):
