@@ -133,8 +133,8 @@ class Connection:
         return self._inside.of_thread()
 
     def begin(self, method: str, request: bytes, until: float, *, patient: bool = True) -> Stream:
-        """Sends the request of a method that streams, and returns at once. The caller is within `of_thread` until it
-        has cancelled the stream. patient: as of `unary`."""
+        """Sends the request of a method that streams, and returns at once. No fork may come until the
+        stream was cancelled: the caller is within `of_thread`, or sees to it otherwise. patient: as of `unary`."""
         call = self._method(method, streams=True)
         return Stream(self, call(request, timeout=_left(until), metadata=self._metadata, wait_for_ready=patient))
 

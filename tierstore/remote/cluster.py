@@ -6,7 +6,7 @@ in time, and what servers raise.
 
 A lookup is of one version: what the answers' versions have in common must be equal (`Member.common_build`), else all is
 asked again. So it is with the client's own set: a lookup that uses it is of its version, or is made without it. A
-server that has not said for CONFIRMED_S which version it is at, and is not asked anyway, is asked just that.
+server that has not named its version for CONFIRMED_S, and is not asked anyway, is asked just that.
 
 Shapes: N tokens, O orders, H rows per key, R rows.
 """
@@ -23,9 +23,10 @@ from .. import kernels
 from ..errors import ConfigError, StoreNotReadyError
 from ..tiers.engine import Request, VersionChangedError
 from . import messages
-from .channel import RETRY_S_MAX, RETRY_S_MIN
+from .channel import FORK_WAIT_S, RETRY_S_MAX, RETRY_S_MIN
 from .client_set import ClientSet
-from .lanes import Lane, exchange
+from .exchanges import Exchange, carry_out
+from .inside import Inside
 from .member import Member
 from .merged import Merged, Shares
 from .parts import Divided, divide
@@ -52,6 +53,7 @@ class Cluster:
         self._lock = threading.Lock()  # guards `version`, `build`, `_confirmed`
         self._confirmed = [0.0] * len(self.members)  # when each was last at `build`, by time.monotonic
         self._closed = threading.Event()
+        self._inside = Inside()  # threads with requests under way
         self.keeper = SetKeeper(self, dram_bytes)
 
     def ask(
@@ -65,10 +67,11 @@ class Cluster:
         """Has all servers name their versions; raises `StoreNotReadyError` unless they come to be at one soon."""
         pause_until = min(until, time.monotonic() + AGREE_S)
         while True:
-            lanes = [Lane(member, [_what_version(member)]) for member in self.members]
-            exchange(lanes, until, self._closed)
+            exchanges = [Exchange(member, [_what_version(member)]) for member in self.members]
+            with self._inside.of_thread():
+                carry_out(exchanges, until, self._closed)
             try:
-                self._agree(lanes, None, until)
+                self._agree(exchanges, None, until)
                 return
             except VersionChangedError as error:
                 if time.monotonic() >= pause_until or self._closed.wait(RETRY_S_MIN):
@@ -106,45 +109,46 @@ class Cluster:
             shares.add_lookup(request, of_own)
         if by_id is not None:
             shares.add_rows(*by_id)
-        lanes = [Lane(member, each) for member, each in zip(self.members, shares.attempts(), strict=True)]
+        exchanges = [Exchange(member, each) for member, each in zip(self.members, shares.attempts(), strict=True)]
         uses_own = any(of_own is not None for of_own in has)
         if uses_own:
-            lanes = self._with_unconfirmed(lanes)
-        exchange(lanes, until, self._closed)
-        build = self._agree(lanes, own.common_build if own is not None and uses_own else None, until)
+            exchanges = self._with_unconfirmed(exchanges)
+        with self._inside.of_thread():
+            carry_out(exchanges, until, self._closed)
+        build = self._agree(exchanges, own.common_build if own is not None and uses_own else None, until)
         by_key, rows = Merged(self.tables, lookups), []
-        for number, lane in enumerate(lanes):
-            by_key.add(number, [answer for answer in lane.answers if answer.is_by_key])
-            rows += [answer for answer in lane.answers if not answer.is_by_key]
+        for number, each in enumerate(exchanges):
+            by_key.add(number, [answer for answer in each.answers if answer.is_by_key])
+            rows += [answer for answer in each.answers if not answer.is_by_key]
         by_key.add_own(has, shares.compact)
         return [by_key], rows, build
 
-    def _with_unconfirmed(self, lanes: Sequence[Lane]) -> list[Lane]:
-        """Returns the lanes, with a question of the version for members that said none lately, and are not asked."""
-        now = time.monotonic()
+    def _with_unconfirmed(self, exchanges: Sequence[Exchange]) -> list[Exchange]:
+        """Returns the exchanges, and of members that are not asked and named no version lately a question of it."""
+        since = time.monotonic() - CONFIRMED_S
         return [
-            Lane(lane.member, [_what_version(lane.member)]) if lane.is_done and now - confirmed > CONFIRMED_S else lane
-            for lane, confirmed in zip(lanes, self._confirmed, strict=True)
+            Exchange(each.member, [_what_version(each.member)]) if each.is_done and confirmed < since else each
+            for each, confirmed in zip(exchanges, self._confirmed, strict=True)
         ]
 
-    def _agree(self, lanes: Sequence[Lane], expected: str | None, until: float) -> str:
-        """Returns what the versions of all answers have in common, `build` if there are none.
+    def _agree(self, exchanges: Sequence[Exchange], expected: str | None, until: float) -> str:
+        """Returns what the versions of all answers have in common, `build` without an answer.
 
         Raises `VersionChangedError` unless that is one thing, and `expected` if it is given.
         """
         found: dict[str, str] = {}
-        for lane in lanes:
-            versions = {answer.version for answer in lane.answers}
+        for each in exchanges:
+            versions = {answer.version for answer in each.answers}
             if len(versions) > 1:
-                raise VersionChangedError(f"{lane.member.url}: its store was changed between two requests")
+                raise VersionChangedError(f"{each.member.url}: its store was changed between two requests")
             for version in versions:
-                assert lane.connection is not None
-                found[lane.member.url] = lane.member.common_build(lane.connection, version, until)
+                assert each.connection is not None
+                found[each.member.url] = each.member.common_build(each.connection, version, until)
         builds = set(found.values())
         if len(builds) > 1:
-            told = ", ".join(f"{url} at {build[:12]}" for url, build in found.items())
+            listed = ", ".join(f"{url} at {build[:12]}" for url, build in found.items())
             raise VersionChangedError(
-                f"the slices are at different versions: {told}; bring all to one, by 'tierstore swap' or 'publish'"
+                f"the slices are at different versions: {listed}; bring all to one, by 'tierstore swap' or 'publish'"
             )
         if expected is not None and (builds or {self.build}) != {expected}:
             raise VersionChangedError(f"{self.url}: another version answers than the client's own set is of")
@@ -153,8 +157,8 @@ class Cluster:
             for build in builds - {self.build}:
                 self.version += bool(self.build)
                 self.build, self._confirmed = build, [0.0] * len(self.members)
-            for number, lane in enumerate(lanes):
-                if lane.answers:
+            for number, each in enumerate(exchanges):
+                if each.answers:
                     self._confirmed[number] = now
         own = self.keeper.current
         if own is not None and builds and builds != {own.common_build}:
@@ -191,6 +195,7 @@ class Cluster:
         return self.keeper.close(until - time.monotonic()) and all(ended)
 
     def before_fork(self) -> None:
+        self._inside.close_for_fork(FORK_WAIT_S)
         for member in self.members:
             member.before_fork()
         self._lock.acquire()
@@ -199,11 +204,13 @@ class Cluster:
     def after_fork(self, *, child: bool) -> None:
         self.keeper.after_fork(child=child)
         if child:
-            self._lock = threading.Lock()
+            self._lock, self._inside = threading.Lock(), Inside()
         else:
             self._lock.release()
         for member in reversed(self.members):
             member.after_fork(child=child)
+        if not child:
+            self._inside.open_after_fork()
 
 
 def _what_version(member: Member) -> Attempt:

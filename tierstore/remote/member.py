@@ -14,7 +14,6 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
 
 from ..errors import ConfigError, DaemonError, TierStoreError
 from ..spec import TableSpec
@@ -55,17 +54,8 @@ class Member:
         description.message_bytes_max = min(each.message_bytes_max for each, _ in found)
         self.requests = Requests(self.url, [spec.local for spec in self.specs], description)
 
-    def of_thread(self) -> AbstractContextManager[object]:
-        """As `Connection.of_thread`, of every replica."""
-        if len(self.connections) == 1:
-            return self.connections[0].of_thread()
-        stack = ExitStack()
-        for connection in self.connections:
-            stack.enter_context(connection.of_thread())
-        return stack
-
     def begin(self, attempt: Attempt, until: float) -> Stream:
-        """Sends a request to the replica whose turn it is, and returns at once."""
+        """Sends a request to the replica whose turn it is, and returns at once. No fork may come before its end."""
         connection, until = self._turn(until)
         return connection.begin(attempt.method, attempt.request, until, patient=len(self.connections) == 1)
 

@@ -69,7 +69,7 @@ class SetKeeper:
                 self.current = None
 
     def wake(self) -> None:
-        """Has a thread make a set if there is none; a lookup has just been answered."""
+        """Has a thread make a set if it is missing; a lookup has just been answered."""
         if self.current is not None or not self.budget_bytes or time.monotonic() < self._next_at:
             return
         with self._lock:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 from ..errors import DaemonError
 from .channel import RETRY_S_MAX, RETRY_S_MIN, Connection, OverdueError, Stream, TryAgainError
@@ -21,7 +20,7 @@ from .replies import Answer
 from .requests import Attempt
 
 
-class Lane:
+class Exchange:
     """One member's requests, one after another. Of one thread.
 
     Attributes:
@@ -42,11 +41,10 @@ class Lane:
         return len(self.answers) == len(self._attempts)
 
     def begin(self, until: float) -> None:
-        """Sends the next request, if there is one."""
-        if not self.is_done:
-            attempt = self._attempts[len(self.answers)]
-            self._answer = attempt.answer()
-            self._stream = self.member.begin(attempt, until)
+        """Sends the next request."""
+        attempt = self._attempts[len(self.answers)]
+        self._answer = attempt.answer()
+        self._stream = self.member.begin(attempt, until)
 
     def step(self, until: float) -> None:
         """Takes the next message, and blocks for it; behind the last one, sends the next request.
@@ -68,7 +66,8 @@ class Lane:
         self.connection = stream.connection
         self.answers.append(answer)
         self._stream = None
-        self.begin(until)
+        if not self.is_done:
+            self.begin(until)
 
     def cancel(self) -> None:
         """Gives the request that is under way up: nothing is written afterwards."""
@@ -77,38 +76,36 @@ class Lane:
             stream.cancel()
 
 
-def exchange(lanes: Sequence[Lane], until: float, closed: threading.Event) -> None:
-    """Has all lanes answered. Blocks until `until` at most; closed: ends the pauses between tries.
+def carry_out(exchanges: Sequence[Exchange], until: float, closed: threading.Event) -> None:
+    """Has all exchanges answered. Blocks until `until` at most; closed: ends the pauses between tries.
 
     Raises:
         DaemonError: A server did not answer in time. All else as `Connection.unary`. Nothing is written afterwards.
     """
-    with ExitStack() as stack:
-        for lane in lanes:
-            stack.enter_context(lane.member.of_thread())
-            stack.callback(lane.cancel)
-        pause_s, waiting = RETRY_S_MIN, [lane for lane in lanes if not lane.is_done]
+    pause_s, waiting = RETRY_S_MIN, [each for each in exchanges if not each.is_done]
+    try:
         while waiting:
             again, last = _in_turn(waiting, until)
-            if not again:
-                return
-            if time.monotonic() + pause_s >= until or closed.wait(pause_s):
+            if again and (time.monotonic() + pause_s >= until or closed.wait(pause_s)):
                 raise DaemonError(str(last)) from last
             waiting, pause_s = again, min(2 * pause_s, RETRY_S_MAX)
+    finally:
+        for each in exchanges:
+            each.cancel()
 
 
-def _in_turn(lanes: Sequence[Lane], until: float) -> tuple[list[Lane], Exception | None]:
-    """Sends what lanes ask next and takes their answers in turn; returns which must ask again, and the last reason."""
-    again, last = list[Lane](), None
-    for lane in lanes:
-        lane.begin(until)
-    active = list(lanes)
+def _in_turn(exchanges: Sequence[Exchange], until: float) -> tuple[list[Exchange], Exception | None]:
+    """Sends what exchanges ask next, and takes the answers in turn; returns which must ask again, and why the last."""
+    again, last = list[Exchange](), None
+    for each in exchanges:
+        each.begin(until)
+    active = list(exchanges)
     while active:
-        for lane in active:
+        for each in active:
             try:
-                lane.step(until)
+                each.step(until)
             except TryAgainError as error:
-                again.append(lane)
+                again.append(each)
                 last = error
-        active = [lane for lane in active if not lane.is_done and lane not in again]
+        active = [each for each in active if not each.is_done and each not in again]
     return again, last
