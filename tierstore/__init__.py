@@ -22,6 +22,7 @@ from .errors import (
     DaemonError,
     FingerprintMismatchError,
     FormatError,
+    RankError,
     StoreNotReadyError,
     TierStoreError,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "LazyAdam",
     "Plan",
     "Profile",
+    "RankError",
     "RowWiseAdagrad",
     "Store",
     "StoreNotReadyError",

@@ -37,3 +37,12 @@ class ConfigError(TierStoreError):
 
 class DaemonError(TierStoreError):
     """The daemon could not be reached or refused; the store itself is unharmed."""
+
+
+class RankError(TierStoreError):
+    """Another rank did not come, left, or is elsewhere in its code: start all again, from the newest commit of all."""
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = (), waited_for: str = "", waited_s: float = 0.0) -> None:
+        """ranks: Those it names, as far as they are known. waited_for: What this rank was in, and for how long."""
+        super().__init__(message)
+        self.ranks, self.waited_for, self.waited_s = ranks, waited_for, waited_s
