@@ -25,8 +25,8 @@ size_t DistinctRows::bytes_for(size_t num_references) {
   return num_references * each + 2 * sizeof(uint32_t) + (size_t{1} << table_bits(num_references)) * sizeof(uint32_t);
 }
 
-BadReference DistinctRows::find(const int64_t* row_ids, const int32_t* groups, size_t num_references,
-                                int64_t num_rows) {
+BadReference DistinctRows::find(const int64_t* row_ids, const int32_t* groups, size_t num_references, int64_t num_rows,
+                                Owners owners) {
   if (num_references > kReferencesMax) throw std::length_error("a batch has at most 1073741824 references");
   clear();
   try {
@@ -35,6 +35,7 @@ BadReference DistinctRows::find(const int64_t* row_ids, const int32_t* groups, s
       clear();
       return bad;
     }
+    if (owners.count > 1) sort_by_owner(owners);
     sort_by_group(groups, num_references);
     count_references();
     place_references(groups, num_references);
@@ -99,6 +100,29 @@ void DistinctRows::sort_by_group(const int32_t* groups, size_t num_references) {
     for (const uint32_t place : by_group_) places_[starts[digit(place)]++] = place;
     by_group_.swap(places_);
   }
+}
+
+// A counting sort, stable; starts_[i + 1] still is the number of references to row i.
+void DistinctRows::sort_by_owner(Owners owners) {
+  const size_t count = row_ids_.size();
+  const int64_t* ends = owners.starts + 1;
+  std::vector<uint32_t> next(owners.count + 1, 0), new_of(count);
+  for (size_t i = 0; i < count; ++i) {
+    new_of[i] = static_cast<uint32_t>(std::upper_bound(ends, ends + owners.count - 1, row_ids_[i]) - ends);
+    ++next[new_of[i] + 1];
+  }
+  for (size_t owner = 1; owner < owners.count; ++owner) next[owner] += next[owner - 1];
+  for (size_t i = 0; i < count; ++i) new_of[i] = next[new_of[i]]++;
+  std::vector<int64_t> row_ids(count);
+  std::vector<uint32_t> starts(count + 1, 0);
+  for (size_t i = 0; i < count; ++i) {
+    row_ids[new_of[i]] = row_ids_[i];
+    starts[new_of[i] + 1] = starts_[i + 1];
+  }
+  row_ids_.swap(row_ids);
+  starts_.swap(starts);
+  for (uint32_t& row : row_of_)
+    if (row != kNone) row = new_of[row];
 }
 
 void DistinctRows::count_references() {

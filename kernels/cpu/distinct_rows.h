@@ -20,6 +20,12 @@ struct BadReference {
 
 constexpr size_t kAllGood = SIZE_MAX;
 
+// Ranges of row ids: owner w has those from starts[w] up to starts[w + 1]. starts: [count + 1], ascending.
+struct Owners {
+  const int64_t* starts = nullptr;
+  size_t count = 0;
+};
+
 // Memory is kept from batch to batch. One thread at a time; what it found is read by any.
 class DistinctRows {
  public:
@@ -30,14 +36,17 @@ class DistinctRows {
   static size_t bytes_for(size_t num_references);
 
   // row_ids: [num_references], kNoRow or at least 0 and below num_rows. groups: [num_references], at least 0, in any
-  // order; null: one group. Throws std::bad_alloc; after that, or a bad reference, there are no rows.
-  BadReference find(const int64_t* row_ids, const int32_t* groups, size_t num_references, int64_t num_rows);
+  // order; null: one group. owners: of which all row ids are; rows are put in their order. Throws std::bad_alloc; after
+  // that, or a bad reference, there are no rows.
+  BadReference find(const int64_t* row_ids, const int32_t* groups, size_t num_references, int64_t num_rows,
+                    Owners owners = {});
 
   // Gives all memory back.
   void release();
 
   size_t count() const { return row_ids_.size(); }
-  // In the order in which the batch first refers to them.
+  size_t num_references() const { return row_of_.size(); }
+  // In the order in which the batch first refers to them; of owners, first by owner.
   const int64_t* row_ids() const { return row_ids_.data(); }
   // The references of row i are places()[starts()[i]] up to places()[starts()[i + 1]]: by group, and in a group as the
   // batch has them. Where the group changes, kNewGroup is added.
@@ -52,6 +61,7 @@ class DistinctRows {
   void clear();
   BadReference hash_rows(const int64_t* row_ids, const int32_t* groups, size_t num_references, int64_t num_rows);
   void sort_by_group(const int32_t* groups, size_t num_references);
+  void sort_by_owner(Owners owners);
   void count_references();
   void place_references(const int32_t* groups, size_t num_references);
 

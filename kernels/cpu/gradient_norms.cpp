@@ -31,13 +31,23 @@ double sum_of_squares(const float* values, size_t dim) {
   return parts[0];
 }
 
-}  // namespace
-
-void gradient_norms(const int64_t* rows, const float* sums, size_t num_rows, size_t dim, const int64_t* block_starts,
-                    size_t num_blocks, double* out) {
+std::vector<RowSquares> squares_by_row(const int64_t* rows, const float* sums, size_t num_rows, size_t dim) {
   std::vector<RowSquares> squares(num_rows);
   for (size_t i = 0; i < num_rows; ++i) squares[i] = {rows[i], sum_of_squares(sums + i * dim, dim)};
   std::sort(squares.begin(), squares.end(), [](const RowSquares& a, const RowSquares& b) { return a.row < b.row; });
+  return squares;
+}
+
+}  // namespace
+
+void gradient_squares(const int64_t* rows, const float* sums, size_t num_rows, size_t dim, double* out) {
+  const std::vector<RowSquares> squares = squares_by_row(rows, sums, num_rows, dim);
+  for (size_t i = 0; i < num_rows; ++i) out[i] = squares[i].squares;
+}
+
+void gradient_norms(const int64_t* rows, const float* sums, size_t num_rows, size_t dim, const int64_t* block_starts,
+                    size_t num_blocks, double* out) {
+  const std::vector<RowSquares> squares = squares_by_row(rows, sums, num_rows, dim);
   size_t at = 0;
   for (size_t block = 0; block < num_blocks; ++block) {
     double sum = 0;

@@ -16,4 +16,8 @@ namespace tierstore {
 void gradient_norms(const int64_t* rows, const float* sums, size_t num_rows, size_t dim, const int64_t* block_starts,
                     size_t num_blocks, double* out);
 
+// Writes the sum of squares of each row into out [num_rows], in the order of row ids: what a block's norm is made of,
+// for blocks whose rows lie on several ranks. Throws as gradient_norms.
+void gradient_squares(const int64_t* rows, const float* sums, size_t num_rows, size_t dim, double* out);
+
 }  // namespace tierstore
