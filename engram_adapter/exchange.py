@@ -12,10 +12,10 @@ Shapes: W ranks. A row of a tensor is what lies along its first axis.
 from __future__ import annotations
 
 import json
-import time
 import weakref
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -25,11 +25,9 @@ import torch.distributed as dist
 
 from tierstore.errors import ConfigError, RankError
 
-from .rank_roll import GRACE_S, RankRoll
+from .rank_waits import RankWaits
 
 TIMEOUT_S = 300.0
-POLL_S = 0.05  # how late Ctrl-C may come
-ANNOUNCE_S = 1.0  # a rank that has waited so long says so in the group's store, for the others' messages
 COUNTS_MAX = 5  # numbers that one rank sends another in an exchange of counts
 HEADER_MARK = 0x74696572  # begins what a rank sends in an exchange of counts, before the number of what it is for
 
@@ -39,13 +37,28 @@ _shared: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()  # 
 class Pending:
     """An exchange that has begun. It owns its tensors until it has ended."""
 
-    def __init__(self, ranks: Ranks, what: str, work: Any, tensors: tuple[torch.Tensor, ...]) -> None:
-        self._ranks, self._what, self._work, self._tensors = ranks, what, work, tensors
+    def __init__(self, waits: RankWaits, what: str, work: Any, tensors: tuple[torch.Tensor, ...]) -> None:
+        self._waits, self._what, self._work, self._tensors = waits, what, work, tensors
 
     def wait(self) -> torch.Tensor:
         """Returns what came. Blocks, at most as long as the ranks' limit; Ctrl-C comes through."""
-        self._ranks._wait(self._what, self._work)
+        self._waits.wait(self._what, self._work)
         return self._tensors[0]
+
+
+class Scratch:
+    """Memory that exchanges use again and again: fresh pages cost as much as the exchange over the loopback."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Returns a tensor of that shape, not cleared; whoever takes the same name next gets the same memory."""
+        num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        block = self._blocks.get(name)
+        if block is None or len(block) < num_bytes:
+            block = self._blocks[name] = torch.empty(num_bytes + num_bytes // 4, dtype=torch.uint8, device="cpu")
+        return block[:num_bytes].view(dtype).view(shape)
 
 
 class Ranks:
@@ -53,6 +66,7 @@ class Ranks:
 
     It has a gloo group of its own: CPU tensors travel whatever the given group's backend is (nccl takes none), and
     nothing meets the collectives of others, such as DDP's. All ranks of the group construct it together.
+
     `rank` and `size` are its own place and how many there are; `members` the same ranks in the default group.
     """
 
@@ -74,13 +88,13 @@ class Ranks:
         group = dist.group.WORLD if process_group is None else process_group
         if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
             raise ConfigError("process_group: this process is not a rank of the group")
+        self._given = group
         self.members = tuple(dist.get_process_group_ranks(group))
         self.rank, self.size, self.timeout_s = dist.get_rank(group), len(self.members), float(timeout_s)
-        self._broken: str | None = None
-        self._num_exchanges = 0
+        self.scratch = Scratch()
         self._group = self._new_group()
         store = dist.PrefixStore(f"tierstore/{self._group.group_name}", dist.distributed_c10d._get_default_store())
-        self._roll = RankRoll(store, self.rank, self.size)
+        self._waits = RankWaits(self.rank, self.size, self.timeout_s, store)
 
     def _new_group(self) -> Any:
         limit = timedelta(seconds=self.timeout_s)
@@ -103,11 +117,24 @@ class Ranks:
         group = dist.group.WORLD if process_group is None and dist.is_initialized() else process_group
         if group is None or group not in _shared:
             made = cls(group, TIMEOUT_S if timeout_s is None else timeout_s)
-            _shared[group] = made
+            _shared[made._given] = made
+            return made
         return _shared[group]
+
+    def beside(self) -> Ranks:
+        """Makes another `Ranks` of the same ranks, for exchanges of another thread. All ranks call it together."""
+        return Ranks(self._given, self.timeout_s)
 
     def __repr__(self) -> str:
         return f"<Ranks: rank {self.rank} of {self.size}>"
+
+    def end(self, reason: str) -> None:
+        """Allows no exchange from now on; one that another thread waits in ends with a `RankError`."""
+        self._waits.end(reason)
+
+    def whole(self, what: str) -> AbstractContextManager[None]:
+        """For what comes after `counts` and belongs together: if it raises, no exchange is possible any more."""
+        return self._waits.whole(what)
 
     def counts(self, what: str, counts: np.ndarray) -> np.ndarray:
         """Sends each rank its numbers, and returns theirs for this one. Blocks.
@@ -126,10 +153,9 @@ class Ranks:
         """
         if counts.ndim != 2 or len(counts) != self.size or counts.shape[1] > COUNTS_MAX:
             raise ValueError(f"counts are {list(counts.shape)}, expected [{self.size}, at most {COUNTS_MAX}]")
-        self._num_exchanges += 1
+        self._waits.number += 1
         sent = torch.zeros((self.size, 3 + COUNTS_MAX), dtype=torch.int64, device="cpu")
-        sent[:, 0], sent[:, 1] = HEADER_MARK, zlib.crc32(what.encode())
-        sent[:, 2] = self._num_exchanges
+        sent[:, 0], sent[:, 1], sent[:, 2] = HEADER_MARK, zlib.crc32(what.encode()), self._waits.number
         sent[:, 3 : 3 + counts.shape[1]] = torch.from_numpy(np.ascontiguousarray(counts, dtype=np.int64))
         came = self.all_to_all(what, sent).numpy()
         if (came[:, :3] != sent[0, :3].numpy()).any():
@@ -138,16 +164,14 @@ class Ranks:
 
     def _raise_places(self, what: str) -> None:
         """Raises `RankError`: some rank is elsewhere. All ranks have seen it, and say where they are."""
-        places = self._gathered(what, f"{what} (exchange {self._num_exchanges})")
+        places = self._gathered(what, f"{what} (exchange {self._waits.number})")
         listed = "; ".join(f"rank {rank} is in {place}" for rank, place in enumerate(places))
         elsewhere = tuple(rank for rank, place in enumerate(places) if place != places[self.rank])
-        raise self._failed(
+        message = (
             f"ranks are at different places: {listed}. All ranks must call the same tables in the same order, with an "
-            "empty batch too",
-            elsewhere,
-            what,
-            0.0,
+            "empty batch too"
         )
+        raise self._waits.failed(message, elsewhere, what)
 
     def start_all_to_all(
         self,
@@ -168,10 +192,10 @@ class Ranks:
         if out is None:
             num_rows = len(sent) if receive_counts is None else sum(map(int, receive_counts))
             out = torch.empty((num_rows, *sent.shape[1:]), dtype=sent.dtype, device="cpu")
-        self._check_whole(what)
+        self._waits.check(what)
         received, given = _listed(receive_counts), _listed(send_counts)
         work = dist.all_to_all_single(out, sent, received, given, group=self._group, async_op=True)
-        return Pending(self, what, work, (out, sent))
+        return Pending(self._waits, what, work, (out, sent))
 
     def all_to_all(
         self,
@@ -186,11 +210,23 @@ class Ranks:
 
     def all_gather(self, what: str, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the equally shaped tensors of all ranks, [W, ...]; call it after `counts`. Blocks."""
-        self._check_whole(what)
+        self._waits.check(what)
         one = tensor.contiguous()
         out = torch.empty((self.size, *one.shape), dtype=one.dtype, device="cpu")
         work = dist.all_gather_into_tensor(out.view(-1), one.view(-1), group=self._group, async_op=True)
-        return Pending(self, what, work, (out, one)).wait()
+        return Pending(self._waits, what, work, (out, one)).wait()
+
+    def start_send(self, what: str, tensor: torch.Tensor, to: int) -> Pending:
+        """Begins to send a tensor to rank `to` alone, which receives it; call it after `counts`. Does not block."""
+        self._waits.check(what)
+        work = dist.isend(tensor, group=self._group, group_dst=to)
+        return Pending(self._waits, what, work, (tensor,))
+
+    def receive(self, what: str, out: torch.Tensor, sender: int) -> torch.Tensor:
+        """Fills `out` with what rank `sender` sends to this one, and returns it. Blocks."""
+        self._waits.check(what)
+        work = dist.irecv(out, group=self._group, group_src=sender)
+        return Pending(self._waits, what, work, (out,)).wait()
 
     def gather_objects(self, what: str, value: Any) -> list[Any]:
         """Returns what each rank gives, by rank: small values that JSON holds (tuples come as lists). Blocks."""
@@ -205,49 +241,6 @@ class Ranks:
         padded[: len(data)] = data
         came = self.all_gather(what, padded).numpy()
         return [json.loads(came[rank, :size].tobytes()) for rank, size in enumerate(sizes)]
-
-    def _check_whole(self, what: str) -> None:
-        if self._broken is not None:
-            raise RankError(f"{what}: an exchange of these ranks failed before: {self._broken}")
-
-    def _wait(self, what: str, work: Any) -> None:
-        """Waits for an exchange in short pieces, so that Ctrl-C comes through."""
-        start = time.monotonic()
-        announced = False
-        try:
-            while True:
-                try:
-                    work.wait(timedelta(seconds=POLL_S))
-                    return
-                except RuntimeError as error:
-                    waited_s = time.monotonic() - start
-                    if work.is_completed() or waited_s >= self.timeout_s:
-                        raise self._named(what, waited_s, error) from error
-                if not announced and waited_s >= min(ANNOUNCE_S, self.timeout_s / 4):
-                    announced = True
-                    self._roll.announce(self._num_exchanges)
-        except RankError:
-            raise
-        except BaseException as error:  # the others still wait in it: nothing may follow on this group
-            self._broken = f"{what} was interrupted by {type(error).__name__}"
-            raise
-
-    def _named(self, what: str, waited_s: float, error: RuntimeError) -> RankError:
-        """Returns the error of an exchange that failed: which ranks are missing."""
-        timed_out = waited_s >= self.timeout_s
-        self._roll.announce(self._num_exchanges)
-        missing = self._roll.missing(self._num_exchanges, 0.0 if timed_out else GRACE_S)
-        who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}" if missing else "a rank"
-        how = f"did not come within {self.timeout_s:g} s" if timed_out else "left"
-        message = (
-            f"{who} {how}: rank {self.rank} of {self.size} waited {waited_s:.1f} s in {what}. See what that rank's log "
-            f"says, and start all ranks again: they resume from the newest commit that all hold ({error})"
-        )
-        return self._failed(message, missing, what, waited_s)
-
-    def _failed(self, message: str, missing: tuple[int, ...], what: str, waited_s: float) -> RankError:
-        self._broken = message
-        return RankError(message, ranks=missing, waited_for=what, waited_s=waited_s)
 
 
 def _listed(counts: Sequence[int] | None) -> list[int] | None:

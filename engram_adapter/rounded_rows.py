@@ -24,7 +24,7 @@ def rounded_values(table: TrainingTable, row_ids: np.ndarray) -> np.ndarray:
     """
     values = table.gather(row_ids)
     codec, factor = kernel_codec(table.spec)
-    built = table.rows.base.stored(row_ids) if codec == "fp8_e4m3_e8m0x32" else None
+    built = table.rows.base.stored(table.local_rows(row_ids)) if codec == "fp8_e4m3_e8m0x32" else None
     rows = np.empty((len(row_ids), table.spec.row_bytes), dtype=np.uint8)
     kernels.quantize_rows(values, codec, factor, built, rows)
     kernels.dequantize_rows(rows, table.spec.dim, codec, factor, values)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -35,16 +35,35 @@ class TableLookup:
     def __init__(self, row_ids: np.ndarray, groups: np.ndarray | None, pins: Any) -> None:
         """row_ids: int64 [R]; groups: int32 [R], None for one group; pins: keep the rows in DRAM until released."""
         self.row_ids, self.groups, self.pins = row_ids, groups, pins
+        self.sent: Any = None  # over ranks, what `GradientExchange.backward` needs
         self.number = next(_numbers)  # forwards in their order: backward goes through them in another one
         self.gradients: np.ndarray | None = None  # float32 [R, dim], of the newest backward pass
+
+
+class GradientPart(NamedTuple):
+    """The gradients of one lookup, of all ranks: those of rows that this rank holds."""
+
+    row_ids: np.ndarray  # int64 [R]
+    gradients: np.ndarray  # float32 [R, dim]
+    groups: np.ndarray | None  # int32 [R]; None: one group
+
+
+class GradientExchange(Protocol):
+    """What makes the gradient of all ranks out of that of each."""
+
+    def backward(self, sent: Any, gradients: np.ndarray, place: str) -> GradientPart:
+        """Sends float32 [R, dim] of a lookup, "1 of 1", to the ranks that hold its rows; returns what comes here."""
+
+    def gradient_norms(self, rows: np.ndarray, sums: np.ndarray) -> np.ndarray:
+        """Returns the norms of all blocks, float64 [blocks], of what each rank holds."""
 
 
 class RowGradients(NamedTuple):
     """What backward has brought since the last `zero_grad`."""
 
-    rows: np.ndarray  # int64 [D], distinct
+    rows: np.ndarray  # int64 [D], distinct; over ranks, those of this rank's slice
     sums: np.ndarray  # float32 [D, dim]
-    norms: np.ndarray  # float64 [blocks]; NaN or infinite if a sum is
+    norms: np.ndarray  # float64 [blocks], of the whole table; NaN or infinite if a sum is
     pins: list[Any]  # keep the rows in DRAM; empty once their step was taken
 
 
@@ -55,9 +74,9 @@ class TableGradient:
         parameter: float64 [blocks], on the CPU. Its values mean nothing; its `.grad` is described above.
     """
 
-    def __init__(self, spec: TableSpec) -> None:
-        """Takes no memory until a gradient comes."""
-        self._blocks, self._num_rows = block_starts(spec), spec.num_rows
+    def __init__(self, spec: TableSpec, exchange: GradientExchange | None = None) -> None:
+        """exchange: with the other ranks. Takes no memory until a gradient comes."""
+        self._blocks, self._num_rows, self._exchange = block_starts(spec), spec.num_rows, exchange
         self.parameter = torch.nn.Parameter(torch.zeros(len(self._blocks), dtype=torch.float64, device="cpu"))
         self.parameter.register_post_accumulate_grad_hook(self._accumulated)
         # By backward pass, because passes nest (activation checkpointing) and some never reach `parameter.grad`.
@@ -83,9 +102,9 @@ class TableGradient:
         assert grad is not None
         before = self._scaled(grad)
         if arrived:
-            rows, sums = _summed(self._num_rows, before, arrived)
-            norms = np.empty(len(self._blocks), dtype=np.float64)
-            kernels.gradient_norms(rows, sums, self._blocks, norms)
+            parts = [self._part(lookup, f"{i + 1} of {len(arrived)}") for i, lookup in enumerate(arrived)]
+            rows, sums = _summed(self._num_rows, before, parts)
+            norms = self._norms(rows, sums)
             pins = [*([] if before is None else before.pins), *(lookup.pins for lookup in arrived)]
             for lookup in arrived:
                 lookup.pins = lookup.gradients = None
@@ -94,6 +113,19 @@ class TableGradient:
             self._pending = before
         if self._pending is not None:
             grad.copy_(torch.from_numpy(self._pending.norms))
+
+    def _part(self, lookup: TableLookup, place: str) -> GradientPart:
+        assert lookup.gradients is not None
+        if self._exchange is None:
+            return GradientPart(lookup.row_ids, lookup.gradients, lookup.groups)
+        return self._exchange.backward(lookup.sent, lookup.gradients, place)
+
+    def _norms(self, rows: np.ndarray, sums: np.ndarray) -> np.ndarray:
+        if self._exchange is not None:
+            return self._exchange.gradient_norms(rows, sums)
+        norms = np.empty(len(self._blocks), dtype=np.float64)
+        kernels.gradient_norms(rows, sums, self._blocks, norms)
+        return norms
 
     def taken(self) -> RowGradients | None:
         """Returns the gradient, scaled as `.grad` was; None without any. It stays pending until it is dropped.
@@ -140,26 +172,24 @@ class TableGradient:
 
 def block_starts(spec: TableSpec) -> np.ndarray:
     """Returns the first row of each block of a table, int64: its heads, or one block of all rows."""
-    return np.array(spec.offsets or (0,), dtype=np.int64)
+    return np.array((spec.whole or spec).offsets or (0,), dtype=np.int64)
 
 
-def _summed(num_rows: int, before: RowGradients | None, arrived: list[TableLookup]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns distinct rows and the sums of their gradients: those before first, then lookup by lookup, group by group.
+def _summed(num_rows: int, before: RowGradients | None, parts: list[GradientPart]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns distinct rows and the sums of their gradients: those before first, then part by part, group by group.
 
     So gradients that accumulate over several backward passes have the bits of one pass over all their sequences.
     """
-    gradients = [each.gradients for each in arrived if each.gradients is not None]
-    assert len(gradients) == len(arrived)
-    if before is None and len(arrived) == 1:
-        return kernels.sum_gradients(arrived[0].row_ids, gradients[0], num_rows, arrived[0].groups)[:2]
-    row_ids, groups, next_group = [each.row_ids for each in arrived], [], 0
+    if before is None and len(parts) == 1:
+        return kernels.sum_gradients(parts[0].row_ids, parts[0].gradients, num_rows, parts[0].groups)[:2]
     if before is not None:
-        row_ids, gradients = [before.rows, *row_ids], [before.sums, *gradients]
-        groups, next_group = [np.zeros(len(before.rows), dtype=np.int32)], 1
-    for lookup in arrived:
-        own = np.zeros(len(lookup.row_ids), dtype=np.int32) if lookup.groups is None else lookup.groups
+        parts = [GradientPart(before.rows, before.sums, None), *parts]
+    groups, next_group = [], 0
+    for part in parts:
+        own = np.zeros(len(part.row_ids), dtype=np.int32) if part.groups is None else part.groups
         groups.append(own + np.int32(next_group))
         next_group += int(own.max(initial=0)) + 1
+    row_ids, gradients = [part.row_ids for part in parts], [part.gradients for part in parts]
     of_all = (np.concatenate(row_ids), np.concatenate(gradients), num_rows, np.concatenate(groups))
     return kernels.sum_gradients(*of_all)[:2]
 

@@ -6,6 +6,7 @@ table is changed; `ConfigError` and `FormatError` for a state whose commit the s
 a step was cut between two tables.
 
 The rule is the training's (`open_training(optimizer=...)`); the learning rate is the param group's, so schedulers work.
+Over ranks, all construct, step, commit and save together (`rank_agreement`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import torch
 
 from tierstore.errors import ConfigError, FormatError
 
+from .rank_agreement import TableStep, agree_on_commit, agree_on_step, digests_of_all, not_finite, resume_together
 from .table_gradient import RowGradients
-from .trainable import TrainableModule, trained_tables
+from .trainable import trained_tables
+from .trainable_module import TrainableModule
 
 if TYPE_CHECKING:
     from tierstore import Training
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from tierstore.training.ticket import TrainingTicket
 
 STATE_FORMAT = 1
+RANKS_STATE_FORMAT = 2  # with the digests of all ranks' commits
+FINITE_NORM = 3e38  # a gradient with a smaller norm is finite in float32
 Embeddings = Iterable[TrainableModule] | Iterable[dict[str, Any]]
 
 
@@ -39,7 +44,7 @@ class TableOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, embeddings: Embeddings, lr: float | None = None) -> None:
-        """Makes an optimizer of tables; reads nothing.
+        """Makes an optimizer of tables; reads nothing. Over ranks, goes back to the newest commit that all hold.
 
         Args:
             embeddings: `TrainableEmbedding`s or `TrainableRows` of one training, or param groups of them,
@@ -47,13 +52,18 @@ class TableOptimizer(torch.optim.Optimizer):
             lr: The learning rate of groups that name none; None: the one that the training was opened with.
 
         Raises:
-            ConfigError: No embeddings, of several trainings, or two of one table.
+            ConfigError: No embeddings, of several trainings, or two of one table; or ranks hold no common commit.
         """
         listed = list(embeddings)
         in_groups = [dict(each) for each in listed if isinstance(each, Mapping)]
         groups = in_groups if in_groups else [{"embeddings": listed}]
         self._embeddings: dict[int, TrainableModule] = {}
-        self._training = _one_training([each for group in groups for each in list(group["embeddings"])])
+        given = [each for group in groups for each in list(group["embeddings"])]
+        self._training = _one_training(given)
+        exchange = given[0].exchange
+        self._ranks = None if exchange is None else exchange.ranks
+        if self._ranks is not None:
+            resume_together(self._ranks, self._training)
         commit = _commit_of(self._training, self._training.at)
         self.num_steps = 0 if commit is None else commit.step
         super().__init__(groups, {"lr": self._training.optimizer.lr if lr is None else lr})
@@ -77,8 +87,11 @@ class TableOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step of every table that has a gradient. Blocks on the disk for rows that DRAM no longer holds.
 
+        Over ranks, all call it together: no rank changes a row before all have seen that their gradients are finite.
+
         Raises:
-            ValueError: A gradient is not finite; no table was changed. Or a `.grad` was changed by other than a factor.
+            ValueError: A gradient is not finite; no table was changed, on no rank. Or a `.grad` was changed by other
+                than a factor.
             StoreNotReadyError: The training is broken. It is from now on if an error or an interrupt comes between
                 two tables: then open it again, at the newest commit.
         """
@@ -92,11 +105,20 @@ class TableOptimizer(torch.optim.Optimizer):
                 embedding = self._embeddings[id(parameter)]
                 found = embedding.gradient.taken()
                 if found is not None:
-                    _check_finite(embedding, found)
                     steps.append((embedding, found, float(group["lr"])))
+        self._check(steps)
         self._apply(steps)
         self.num_steps += 1
         return loss
+
+    def _check(self, steps: list[tuple[TrainableModule, RowGradients, float]]) -> None:
+        """Raises `ValueError` unless all gradients are finite, on all ranks."""
+        checked = [TableStep(each.table_spec.name, lr, found.norms, _bad_row(found)) for each, found, lr in steps]
+        if self._ranks is not None:
+            agree_on_step(self._ranks, self.num_steps + 1, checked)
+        for each in checked:
+            if each.bad_row is not None:
+                raise not_finite(each.table, each.bad_row)
 
     def _apply(self, steps: list[tuple[TrainableModule, RowGradients, float]]) -> None:
         begun = False
@@ -131,30 +153,47 @@ class TableOptimizer(torch.optim.Optimizer):
     def commit(self, step: int | None = None, payload: bytes = b"") -> TrainingTicket:
         """Starts to make all tables durable as they are now; returns a ticket, whose `wait` returns the commit.
 
+        Over ranks, all call it with the same step. It waits until all have the commit before; the ticket is of this
+        rank's own part.
+
         step: The caller's own number of the step; None: how many steps this optimizer has taken, `num_steps`.
         """
-        if step is not None:
-            self.num_steps = step
+        number = self.num_steps if step is None else step
+        if self._ranks is not None:
+            agree_on_commit(self._ranks, self._training, number)
+        self.num_steps = number
         return self._training.commit(self.num_steps, payload)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns which commit holds the tables as they are now, and the param groups. Commits if rows have changed.
 
         Blocks until that commit is durable. Save it beside the dense weights of the same step, then
-        `training.pin(state["commit"])`: else only the newest two commits are kept.
+        `training.pin(state["commit"])`: else only the newest two commits are kept. Over ranks, all call it; it is the
+        same on all, so that one may save it, once all have their commit.
         """
         commit = _commit_of(self._training, self._training.at)
         step_of_commit = 0 if commit is None else commit.step
         if self._training.has_changes or step_of_commit != self.num_steps:
             commit = self.commit().wait()
         groups = [{**group, "params": list(range(len(group["params"])))} for group in self.param_groups]
-        return {
+        state = {
             "format": STATE_FORMAT,
             "commit": 0 if commit is None else commit.number,
             "digest": "" if commit is None else commit.digest,
             "step": 0 if commit is None else commit.step,
             "param_groups": groups,
         }
+        if self._ranks is not None:
+            digests, digest = digests_of_all(self._ranks, commit)
+            state |= {"format": RANKS_STATE_FORMAT, "digest": digest, "digests": digests}
+        return state
+
+    def _own(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Returns the state of this rank's own commit; raises `ConfigError` for a state of other ranks."""
+        digests, size = state.get("digests", [state["digest"]]), 1 if self._ranks is None else self._ranks.size
+        if len(digests) != size:
+            raise ConfigError(f"a state of {len(digests)} ranks for {size}")
+        return state | {"digest": digests[0 if self._ranks is None else self._ranks.rank]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes back to the commit that a state names, and drops what came later. Blocks as opening a training does.
@@ -166,7 +205,7 @@ class TableOptimizer(torch.optim.Optimizer):
         """
         state = _checked(state_dict, len(self.param_groups))
         number = state["commit"]
-        _check_commit(self._training, state)
+        _check_commit(self._training, self._own(state))
         if number != self._training.at or self._training.has_changes:
             self._training.rollback(number)
         self.num_steps = state["step"]
@@ -191,6 +230,9 @@ def _one_training(embeddings: Sequence[TrainableModule]) -> Training:
     training = embeddings[0].training_store
     if any(each.training_store is not training for each in embeddings):
         raise ConfigError("the embeddings are of two trainings: make a TableOptimizer for each")
+    ranks = [None if each.exchange is None else each.exchange.ranks for each in embeddings]
+    if any(each is not ranks[0] for each in ranks):
+        raise ConfigError("the embeddings are of two process groups: give all tables of a training the same")
     names = [each.table_spec.name for each in embeddings]
     for name in names:
         if names.count(name) > 1:
@@ -198,14 +240,15 @@ def _one_training(embeddings: Sequence[TrainableModule]) -> Training:
     return training
 
 
-def _check_finite(embedding: TrainableModule, found: RowGradients) -> None:
-    if np.isfinite(found.norms).all():
-        return
-    row = int(found.rows[~np.isfinite(found.sums).all(axis=1)][0])
-    raise ValueError(
-        f"table {embedding.table_spec.name}: the gradient of row {row} is not finite; no table was changed. Skip the "
-        "step (zero_grad), as GradScaler does, and see where it comes from"
-    )
+def _bad_row(found: RowGradients) -> int | None:
+    """Returns a row of this rank whose gradient is not finite; None if there is not one.
+
+    No number is larger than the norm of its block, so that small norms say enough.
+    """
+    if (found.norms < FINITE_NORM).all():
+        return None
+    bad = found.rows[~np.isfinite(found.sums).all(axis=1)]
+    return int(bad[0]) if len(bad) else None
 
 
 def _commit_of(training: Training, number: int) -> Commit | None:
@@ -219,8 +262,13 @@ def _checked(state: Any, num_groups: int) -> dict[str, Any]:
     if not isinstance(state, Mapping) or any(not isinstance(state.get(name), kind) for name, kind in types.items()):
         found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise FormatError(f"{found} is no state of a TableOptimizer, which has {', '.join(types)}")
-    if state["format"] != STATE_FORMAT:
-        raise FormatError(f"a TableOptimizer state of format {state['format']}; this version reads {STATE_FORMAT}")
+    if state["format"] not in (STATE_FORMAT, RANKS_STATE_FORMAT):
+        raise FormatError(
+            f"a TableOptimizer state of format {state['format']}; this version reads {STATE_FORMAT} and "
+            f"{RANKS_STATE_FORMAT}"
+        )
+    if state["format"] == RANKS_STATE_FORMAT and not isinstance(state.get("digests"), list):
+        raise FormatError("a TableOptimizer state of ranks without their digests; load what state_dict returned")
     if len(state["param_groups"]) != num_groups:
         raise FormatError(f"a state of {len(state['param_groups'])} param groups for an optimizer of {num_groups}")
     return dict(state)

@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 import tierstore
 from engram_adapter import HashSpec, TableOptimizer, TrainableEmbedding, TrainableRows
-from engram_adapter.trainable import Groups, prefetch_training
+from engram_adapter.trainable import prefetch_training
+from engram_adapter.trainable_module import Groups
 from tierstore.errors import ConfigError, FingerprintMismatchError, StoreNotReadyError
 
 HIDDEN = 16

@@ -32,6 +32,10 @@ class TrainingTicket:
         """Returns whether the work has ended, well or with an error."""
         return self._ended
 
+    def failed(self) -> bool:
+        """Returns whether the work has ended with an error."""
+        return self._error is not None
+
     def wait(self, timeout_s: float | None = None) -> Any:
         """Blocks until the work has ended; returns its result: of a commit the `Commit`, of a prefetch None.
 

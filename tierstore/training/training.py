@@ -130,19 +130,24 @@ class Training:
             ConfigError, TypeError: A step below 0, a payload that is too long or not bytes.
         """
         step = checked_commit(step, payload)
-        self._health.check()
-        if self._last_ticket is not None:
-            self._at = int(self._last_ticket.wait().number)
+        self.prepare_commit()
         with self._opened.parts.lock:
             self._health.check()
             opened, writer = self._opened, self._opened.writer
             assert writer is not None, "it is started until it is closed"
-            check_room(opened.store, opened.dirty_file_bytes())
             ticket = TrainingTicket(f"a commit of {self.path}")
             request = CommitRequest(step, bytes(payload), opened.numbers(), opened.rates(), ticket)
             self._freeze(writer, request)
             self._changes_committed = opened.parts.num_changes
         return ticket
+
+    def prepare_commit(self) -> int:
+        """Waits for a commit under way; returns its number. Raises `BudgetError` without room for another."""
+        self._health.check()
+        if self._last_ticket is not None:
+            self._at = int(self._last_ticket.wait().number)
+        check_room(self._opened.store, self._opened.dirty_file_bytes())
+        return self._at
 
     def _freeze(self, writer: Writer, request: CommitRequest) -> None:
         """Freezes all tables for a commit, and has it written: all of it, or nothing."""

@@ -25,7 +25,7 @@ from tierstore.errors import ConfigError, FingerprintMismatchError
 from tierstore.formats.checkpoint import Checkpoint, TableSource
 
 from ...models import read_model
-from ...trainable import Groups
+from ...trainable_module import Groups
 from .saved_tables import save_with_tables
 from .swap import check_hash, hash_of, put_in_place
 from .trainable import put_trainable

@@ -15,7 +15,8 @@ from tierstore.errors import ConfigError
 
 from ...row_id_embedding import RowIdEmbedding
 from ...store_module import check_fingerprint, named_table
-from ...trainable import Groups, TrainableModule, TrainableRows, trained_tables
+from ...trainable import TrainableRows, trained_tables
+from ...trainable_module import Groups, TrainableModule
 from .swap import check_hash, hash_modules, hash_of, without_values
 
 if TYPE_CHECKING:
