@@ -209,12 +209,8 @@ class Ranks:
         return self.start_all_to_all(what, sent, send_counts, receive_counts, out).wait()
 
     def all_gather(self, what: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the equally shaped tensors of all ranks, [W, ...]; call it after `counts`. Blocks."""
-        self._waits.check(what)
-        one = tensor.contiguous()
-        out = torch.empty((self.size, *one.shape), dtype=one.dtype, device="cpu")
-        work = dist.all_gather_into_tensor(out.view(-1), one.view(-1), group=self._group, async_op=True)
-        return Pending(self._waits, what, work, (out, one)).wait()
+        """Returns the small, equally shaped tensors of all ranks, [W, ...]; call it after `counts`. Blocks."""
+        return self.all_to_all(what, tensor.unsqueeze(0).repeat(self.size, *[1] * tensor.ndim))
 
     def start_send(self, what: str, tensor: torch.Tensor, to: int) -> Pending:
         """Begins to send a tensor to rank `to` alone, which receives it; call it after `counts`. Does not block."""

@@ -14,11 +14,12 @@ import hashlib
 import logging
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from tierstore.errors import BudgetError, ConfigError, RankError
+from tierstore.formats.catalog import read_catalog
 
 from .exchange import Ranks
 
@@ -148,3 +149,26 @@ def digests_of_all(ranks: Ranks, commit: Commit | None) -> tuple[list[str], str]
     """Returns the digests of a commit on all ranks, by rank, and one of them all. Blocks until all have it."""
     digests = ranks.gather_objects("state of the tables", "" if commit is None else commit.digest)
     return digests, hashlib.sha256("".join(digests).encode()).hexdigest() if commit is not None else ""
+
+
+def own_state(state: dict[str, Any], training: Training, ranks: Ranks | None) -> dict[str, Any]:
+    """Returns what a `TableOptimizer`'s state says of this rank's commit, by the digests of all ranks that saved it.
+
+    Ranks and slices may be others than those that saved it: new slices name the commits that they were made of, and
+    have them as commit 1. Raises `ConfigError` if these are not.
+    """
+    digests = state.get("digests", [state["digest"]])
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    commit = next((each for each in training.commits if each.number == state["commit"]), None)
+    if len(digests) == size and (commit is None or commit.digest == digests[rank]):
+        return state | {"digest": digests[rank]}
+    origin = read_catalog(training.path, may_be_initial=True).origin.get("resliced", {})
+    first = next((each for each in training.commits if each.number == 1), None)
+    if first is not None and sorted(origin.get("commits", ())) == sorted(digests) and first.step == state["step"]:
+        return state | {"commit": 1, "digest": first.digest}
+    if len(digests) == size:
+        return state | {"digest": digests[rank]}
+    raise ConfigError(
+        f"the checkpoint was saved by {len(digests)} ranks, here are {size}, and {training.path} was not made of their "
+        f"commits of step {state['step']}: tierstore reslice their stores at that step, and open the new ones"
+    )

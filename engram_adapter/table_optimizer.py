@@ -19,7 +19,15 @@ import torch
 
 from tierstore.errors import ConfigError, FormatError
 
-from .rank_agreement import TableStep, agree_on_commit, agree_on_step, digests_of_all, not_finite, resume_together
+from .rank_agreement import (
+    TableStep,
+    agree_on_commit,
+    agree_on_step,
+    digests_of_all,
+    not_finite,
+    own_state,
+    resume_together,
+)
 from .table_gradient import RowGradients
 from .trainable import trained_tables
 from .trainable_module import TrainableModule
@@ -188,24 +196,19 @@ class TableOptimizer(torch.optim.Optimizer):
             state |= {"format": RANKS_STATE_FORMAT, "digest": digest, "digests": digests}
         return state
 
-    def _own(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Returns the state of this rank's own commit; raises `ConfigError` for a state of other ranks."""
-        digests, size = state.get("digests", [state["digest"]]), 1 if self._ranks is None else self._ranks.size
-        if len(digests) != size:
-            raise ConfigError(f"a state of {len(digests)} ranks for {size}")
-        return state | {"digest": digests[0 if self._ranks is None else self._ranks.rank]}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes back to the commit that a state names, and drops what came later. Blocks as opening a training does.
+
+        Over ranks, all call it. A state of other ranks fits if the slices were made of theirs (`tierstore reslice`).
 
         Raises:
             FormatError: It is no state of a `TableOptimizer`.
             ConfigError: The store has no such commit, or another one of its number or step: the dense weights and the
                 tables would be of different steps.
         """
-        state = _checked(state_dict, len(self.param_groups))
+        state = own_state(_checked(state_dict, len(self.param_groups)), self._training, self._ranks)
         number = state["commit"]
-        _check_commit(self._training, self._own(state))
+        _check_commit(self._training, state)
         if number != self._training.at or self._training.has_changes:
             self._training.rollback(number)
         self.num_steps = state["step"]

@@ -231,7 +231,7 @@ class TrainingTable:
         self._health.check()  # a forked child may find the lock held, for ever
         with self._parts.lock:
             self._health.check()
-            return RowPins(self._rows.pin(np.unique(flat[flat >= 0]), self._wait))
+            return RowPins(self._rows.pin(kernels.distinct_rows(flat, self._spec.own_rows)[0], self._wait))
 
     @contextmanager
     def pinned(self, row_ids: np.ndarray) -> Iterator[None]:
