@@ -4,13 +4,12 @@ Input: what this rank is about to do. Output: nothing, or the commit that all ho
 before any has changed a row: `ValueError` for a gradient that is not finite on one of them, `RankError` for ranks that
 would do different things, `BudgetError` if one has no room for a commit, `ConfigError` without a commit that all hold.
 
-Each rank commits to its own catalog, at the same number and step. A rank begins a commit once all ranks have the one
-before on their disks. So whenever they are killed, all hold the newest commit of the slowest.
+Each rank commits to its own catalog, at the same step; numbers may differ, since none is given twice. A rank begins a
+commit once all ranks have the one before on their disks. So whenever they are killed, all hold the slowest's newest.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import zlib
 from collections.abc import Sequence
@@ -27,10 +26,9 @@ if TYPE_CHECKING:
     from tierstore import Training
     from tierstore.training.commits import Commit
 
-logger = logging.getLogger("tierstore.ranks")
+BUILT = -1  # instead of a step: the store as it was built
 
-AtCommit = tuple[int, int]  # number and step; (0, 0) is the store as it was built
-BUILT: AtCommit = (0, 0)
+logger = logging.getLogger("tierstore.ranks")
 
 
 class TableStep(NamedTuple):
@@ -87,88 +85,78 @@ def agree_on_commit(ranks: Ranks, training: Training, step: int) -> None:
 
     Raises:
         BudgetError: A rank has too little room; the same on all ranks, and training goes on.
-        RankError: Ranks would commit other steps, or hold other commits before.
+        ConfigError: The commit before has this step or a later one, and rows have changed: ranks would not know, when
+            they resume, which of the two they hold.
+        RankError: Ranks would commit other steps.
     """
-    refusal, before = "", -1
+    refusal = ""
     try:
-        before = training.prepare_commit()
+        training.prepare_commit()
     except BudgetError as error:
         refusal = str(error)
+    before = _line_of(training)
+    if before and before[-1].step >= step and training.has_changes:
+        raise ConfigError(f"step {step}: the commit before is of step {before[-1].step}; over ranks, steps must ascend")
     what = f"commit of step {step}"
-    numbers = np.array([bool(refusal), before], dtype=np.int64)
-    came = ranks.counts(what, np.tile(numbers, (ranks.size, 1)))
-    if came[:, 0].any():
+    came = ranks.counts(what, np.full((ranks.size, 1), bool(refusal), dtype=np.int64))
+    if came.any():
         refusals = ranks.gather_objects(what, refusal)
         raise BudgetError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(refusals) if text))
-    _check_equal(ranks, what, came[:, 1], str(before), "the commits before")
 
 
-def resume_together(ranks: Ranks, training: Training) -> AtCommit:
+def resume_together(ranks: Ranks, training: Training) -> None:
     """Takes the training to the newest commit that all ranks hold, and drops what came later. Blocks.
 
-    Returns that commit's number and step. Raises `ConfigError`, the same on all ranks, if there is no such commit, or
-    rows have changed since.
+    Raises `ConfigError`, the same on all ranks, if there is no such commit, rows have changed since, or slices were
+    made of other commits (`tierstore reslice`).
     """
-    held = {commit.number: commit.step for commit in training.commits}
-    mine = [training.at, sorted(held.items()), training.has_changes]
-    of_all = ranks.gather_objects("resume of the tables", mine)
-    ats = [(at, dict(map(tuple, commits)).get(at, 0)) for at, commits, _ in of_all]
-    if all(at == ats[0] for at in ats):
-        return ats[0]
-    chosen = _newest_of_all([[(number, step) for number, step in commits] for _, commits, _ in of_all])
-    if chosen is None or any(changed for *_, changed in of_all):
-        listed = "; ".join(f"rank {rank}: {commits or 'none'}, at {at}" for rank, (at, commits, _) in enumerate(of_all))
+    line = _line_of(training)
+    steps = [commit.step for commit in line]
+    of_all = ranks.gather_objects("resume of the tables", [steps, training.has_changes, resliced_commits(training)])
+    if any(origin != of_all[0][2] for *_, origin in of_all):
+        raise ConfigError("ranks have slices of other commits: reslice all of them at once, and open those")
+    held = [of_rank for of_rank, *_ in of_all]
+    if all(of_rank[-1:] == held[0][-1:] for of_rank in held):
+        return
+    chosen = _newest_of_all(held)
+    if chosen is None or any(changed for _, changed, _ in of_all):
+        listed = "; ".join(f"rank {rank}: steps {of_rank or 'none'}" for rank, of_rank in enumerate(held))
         raise ConfigError(
-            f"ranks are at different commits, and {'rows have changed since' if chosen else 'none is held by all'}: "
-            f"{listed} (number, step). Open all slices at one commit (at=), or start anew with at=0"
+            f"ranks are at different commits, and {'none is held by all' if chosen is None else 'rows have changed'}: "
+            f"{listed}. Open all slices at commits of one step (at=), or start anew with at=0"
         )
     with ranks.whole("resume of the tables"):
-        if training.at != chosen[0]:
+        if (steps[-1] if steps else BUILT) != chosen:
+            number = next((commit.number for commit in line if commit.step == chosen), 0)
             logger.warning(
                 "rank %d of %d: not all ranks hold commit %d of %s; it goes back to commit %d, step %d",
-                ranks.rank, ranks.size, training.at, training.path, *chosen,
+                ranks.rank, ranks.size, training.at, training.path, number, max(chosen, 0),
             )  # fmt: skip
-            training.rollback(chosen[0])
+            training.rollback(number)
         ranks.counts("the tables have gone back", np.zeros((ranks.size, 0), dtype=np.int64))
-    return chosen
 
 
-def _newest_of_all(held: list[list[AtCommit]]) -> AtCommit | None:
-    """Returns the newest commit that every rank holds.
+def _line_of(training: Training) -> list[Commit]:
+    """Returns the commits that led to where the training is, oldest first: later ones, and those of a line that was
+    left and pinned, are not of it. Along a line, steps ascend."""
+    line: list[Commit] = []
+    for commit in reversed(training.commits):
+        if commit.number <= training.at and (not line or commit.step < line[-1].step):
+            line.append(commit)
+    return line[::-1]
 
-    The store as it was built is one, as long as no rank has forgotten its first commit: what came before it, others may
-    have forgotten too.
+
+def _newest_of_all(held: list[list[int]]) -> int | None:
+    """Returns the newest step of which every rank has a commit; BUILT for the store as it was built; else None.
+
+    A rank without a commit is behind the others by one at most: then theirs is their first.
     """
     common = set.intersection(*map(set, held))
-    if all(not commits or min(commits)[0] == 1 for commits in held):
-        common.add(BUILT)
+    if not common and any(not steps for steps in held) and all(len(steps) <= 1 for steps in held):
+        return BUILT
     return max(common, default=None)
 
 
-def digests_of_all(ranks: Ranks, commit: Commit | None) -> tuple[list[str], str]:
-    """Returns the digests of a commit on all ranks, by rank, and one of them all. Blocks until all have it."""
-    digests = ranks.gather_objects("state of the tables", "" if commit is None else commit.digest)
-    return digests, hashlib.sha256("".join(digests).encode()).hexdigest() if commit is not None else ""
-
-
-def own_state(state: dict[str, Any], training: Training, ranks: Ranks | None) -> dict[str, Any]:
-    """Returns what a `TableOptimizer`'s state says of this rank's commit, by the digests of all ranks that saved it.
-
-    Ranks and slices may be others than those that saved it: new slices name the commits that they were made of, and
-    have them as commit 1. Raises `ConfigError` if these are not.
-    """
-    digests = state.get("digests", [state["digest"]])
-    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
-    commit = next((each for each in training.commits if each.number == state["commit"]), None)
-    if len(digests) == size and (commit is None or commit.digest == digests[rank]):
-        return state | {"digest": digests[rank]}
-    origin = read_catalog(training.path, may_be_initial=True).origin.get("resliced", {})
-    first = next((each for each in training.commits if each.number == 1), None)
-    if first is not None and sorted(origin.get("commits", ())) == sorted(digests) and first.step == state["step"]:
-        return state | {"commit": 1, "digest": first.digest}
-    if len(digests) == size:
-        return state | {"digest": digests[rank]}
-    raise ConfigError(
-        f"the checkpoint was saved by {len(digests)} ranks, here are {size}, and {training.path} was not made of their "
-        f"commits of step {state['step']}: tierstore reslice their stores at that step, and open the new ones"
-    )
+def resliced_commits(training: Training) -> Any:
+    """Returns the digests of the commits that a store's first commit was made of, or None."""
+    return read_catalog(training.path, may_be_initial=True).origin.get("resliced", {}).get("commits")

@@ -17,28 +17,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tierstore.errors import ConfigError, FormatError
+from tierstore.errors import ConfigError
 
-from .rank_agreement import (
-    TableStep,
-    agree_on_commit,
-    agree_on_step,
-    digests_of_all,
-    not_finite,
+from .optimizer_state import (
+    RANKS_STATE_FORMAT,
+    STATE_FORMAT,
+    check_commit,
+    checked_state,
+    commit_of,
+    commits_of_all,
     own_state,
-    resume_together,
 )
+from .rank_agreement import TableStep, agree_on_commit, agree_on_step, not_finite, resume_together
 from .table_gradient import RowGradients
 from .trainable import trained_tables
 from .trainable_module import TrainableModule
 
 if TYPE_CHECKING:
     from tierstore import Training
-    from tierstore.training.commits import Commit
     from tierstore.training.ticket import TrainingTicket
 
-STATE_FORMAT = 1
-RANKS_STATE_FORMAT = 2  # with the digests of all ranks' commits
 FINITE_NORM = 3e38  # a gradient with a smaller norm is finite in float32
 Embeddings = Iterable[TrainableModule] | Iterable[dict[str, Any]]
 
@@ -72,7 +70,7 @@ class TableOptimizer(torch.optim.Optimizer):
         self._ranks = None if exchange is None else exchange.ranks
         if self._ranks is not None:
             resume_together(self._ranks, self._training)
-        commit = _commit_of(self._training, self._training.at)
+        commit = commit_of(self._training, self._training.at)
         self.num_steps = 0 if commit is None else commit.step
         super().__init__(groups, {"lr": self._training.optimizer.lr if lr is None else lr})
 
@@ -175,11 +173,10 @@ class TableOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Returns which commit holds the tables as they are now, and the param groups. Commits if rows have changed.
 
-        Blocks until that commit is durable. Save it beside the dense weights of the same step, then
-        `training.pin(state["commit"])`: else only the newest two commits are kept. Over ranks, all call it; it is the
-        same on all, so that one may save it, once all have their commit.
+        Blocks until that commit is durable. Save it beside the dense weights of the same step, then `pin(state)`: else
+        only the newest two commits are kept. Over ranks, all call it; it is the same on all, so that one may save it.
         """
-        commit = _commit_of(self._training, self._training.at)
+        commit = commit_of(self._training, self._training.at)
         step_of_commit = 0 if commit is None else commit.step
         if self._training.has_changes or step_of_commit != self.num_steps:
             commit = self.commit().wait()
@@ -192,9 +189,14 @@ class TableOptimizer(torch.optim.Optimizer):
             "param_groups": groups,
         }
         if self._ranks is not None:
-            digests, digest = digests_of_all(self._ranks, commit)
-            state |= {"format": RANKS_STATE_FORMAT, "digest": digest, "digests": digests}
+            state |= {"format": RANKS_STATE_FORMAT} | commits_of_all(self._ranks, commit)
         return state
+
+    def pin(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the commit that a state names, this rank's own, until it is unpinned. Blocks on the catalog."""
+        state = own_state(checked_state(state_dict, len(self.param_groups)), self._training, self._ranks)
+        if state["commit"]:
+            self._training.pin(state["commit"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes back to the commit that a state names, and drops what came later. Blocks as opening a training does.
@@ -206,9 +208,9 @@ class TableOptimizer(torch.optim.Optimizer):
             ConfigError: The store has no such commit, or another one of its number or step: the dense weights and the
                 tables would be of different steps.
         """
-        state = own_state(_checked(state_dict, len(self.param_groups)), self._training, self._ranks)
+        state = own_state(checked_state(state_dict, len(self.param_groups)), self._training, self._ranks)
         number = state["commit"]
-        _check_commit(self._training, state)
+        check_commit(self._training, state)
         if number != self._training.at or self._training.has_changes:
             self._training.rollback(number)
         self.num_steps = state["step"]
@@ -252,50 +254,3 @@ def _bad_row(found: RowGradients) -> int | None:
         return None
     bad = found.rows[~np.isfinite(found.sums).all(axis=1)]
     return int(bad[0]) if len(bad) else None
-
-
-def _commit_of(training: Training, number: int) -> Commit | None:
-    """Returns the commit of a number; None if the store does not keep it."""
-    return next((commit for commit in training.commits if commit.number == number), None)
-
-
-def _checked(state: Any, num_groups: int) -> dict[str, Any]:
-    """Returns a state of this class; raises `FormatError` for anything else."""
-    types = {"format": int, "commit": int, "digest": str, "step": int, "param_groups": list}
-    if not isinstance(state, Mapping) or any(not isinstance(state.get(name), kind) for name, kind in types.items()):
-        found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        raise FormatError(f"{found} is no state of a TableOptimizer, which has {', '.join(types)}")
-    if state["format"] not in (STATE_FORMAT, RANKS_STATE_FORMAT):
-        raise FormatError(
-            f"a TableOptimizer state of format {state['format']}; this version reads {STATE_FORMAT} and "
-            f"{RANKS_STATE_FORMAT}"
-        )
-    if state["format"] == RANKS_STATE_FORMAT and not isinstance(state.get("digests"), list):
-        raise FormatError("a TableOptimizer state of ranks without their digests; load what state_dict returned")
-    if len(state["param_groups"]) != num_groups:
-        raise FormatError(f"a state of {len(state['param_groups'])} param groups for an optimizer of {num_groups}")
-    return dict(state)
-
-
-def _check_commit(training: Training, state: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` unless the training has the very commit that a state names."""
-    number = state["commit"]
-    if number == 0:
-        return
-    commit = _commit_of(training, number)
-    if commit is None:
-        kept = ", ".join(str(each.number) for each in training.commits) or "none"
-        raise ConfigError(
-            f"the checkpoint goes with commit {number} of {training.path}, step {state['step']}; the store keeps "
-            f"commits {kept}: open the store of this checkpoint, or load one whose commit is kept (training.pin)"
-        )
-    if commit.step != state["step"]:
-        raise ConfigError(
-            f"the checkpoint is of step {state['step']}, commit {number} of {training.path} of step {commit.step}: "
-            "dense weights and tables would be of different steps; load the checkpoint that was saved with it"
-        )
-    if commit.digest != state["digest"]:
-        raise ConfigError(
-            f"commit {number} of {training.path} has digest {commit.digest[:16]}, the checkpoint names "
-            f"{state['digest'][:16]}: it was saved with another store, or with a run that was rolled back since"
-        )

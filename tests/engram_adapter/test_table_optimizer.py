@@ -174,7 +174,7 @@ def test_dcp_saves_and_loads_it_as_a_stateful(trained: Trained, tmp_path: Path) 
         ({"digest": "0" * 64}, ConfigError, r"commit 1 of memory has digest [0-9a-f]{16}, the checkpoint names 0000"),
         ({"step": 4}, ConfigError, r"of step 4, commit 1 of memory of step 1: dense weights and tables would be of"),
         ({"format": 3}, FormatError, r"of format 3; this version reads 1 and 2"),
-        ({"format": 2}, FormatError, r"of ranks without their digests"),
+        ({"format": 2}, FormatError, r"of ranks without their commits"),
         ({"commit": "1"}, FormatError, r"is no state of a TableOptimizer"),
         ({"param_groups": []}, FormatError, r"0 param groups for an optimizer of 1"),
     ],

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from support.tiny_store import DIM, LAYERS, VOCAB_SIZE, build_tiny, tiny_hash
 
 import tierstore
 from engram_adapter import HashSpec, TableOptimizer, TrainableEmbedding
-from support.tiny_store import DIM, LAYERS, VOCAB_SIZE, build_tiny, tiny_hash
 from tierstore.training.optimizers import Optimizer
 
 SEQUENCES, TOKENS = 9, 5

@@ -87,7 +87,7 @@ def test_tables_without_heads_are_cut_anywhere_and_clipped_as_in_one_process(siz
     for rank in range(size):
         model.build(tmp_path / str(rank), slice=(rank, size))
 
-    def train(rank: int, share: slice, path: Path, group: Any) -> Any:
+    def train(share: slice, path: Path, group: Any) -> Any:
         training = tierstore.open_training(path, SGD, dram="8MiB", threads=1)
         tables = [TrainableRows(training, name, process_group=group, reduction="sum") for name in ("bf16", "fp32")]
         optimizer = TableOptimizer(tables)
@@ -109,9 +109,9 @@ def test_tables_without_heads_are_cut_anywhere_and_clipped_as_in_one_process(siz
 
     shares = [slice(0, 1), slice(1, 4), slice(4, 6)]
     found = run_ranks(
-        lambda rank: train(rank, shares[rank], tmp_path / str(rank), dist.group.WORLD), size, tmp_path / "ranks"
+        lambda rank: train(shares[rank], tmp_path / str(rank), dist.group.WORLD), size, tmp_path / "ranks"
     )
-    norms, rows = train(0, slice(0, 6), tmp_path / "whole", None)
+    norms, rows = train(slice(0, 6), tmp_path / "whole", None)
     assert [of_rank for of_rank, _ in found] == [norms] * size
     assert joined([of_rank for _, of_rank in found]) == joined([rows])
 
