@@ -34,21 +34,21 @@ def installed(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 def test_the_clone_that_pip_installed_from_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clone = a_clone(tmp_path / "my clone")
     installed(monkeypatch, f"file://{tmp_path}/my%20clone")
-    assert shlex.split(install_command("report"))[-2:] == ["install", f"{clone}[report]"]
+    assert shlex.split(install_command("data"))[-2:] == ["install", f"{clone}[data]"]
     assert shlex.split(reinstall_command())[-1] == str(clone)
 
 
 def test_what_runs_out_of_a_clone_goes_on_doing_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clone = a_clone(tmp_path / "clone")
     monkeypatch.setattr(extras, "__file__", str(clone / "tierstore" / "extras.py"))
-    assert shlex.split(install_command("report"))[-3:] == ["install", "-e", f"{clone}[report]"]
+    assert shlex.split(install_command("data"))[-3:] == ["install", "-e", f"{clone}[data]"]
 
 
 def test_a_clone_that_is_gone_leaves_the_packages_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, f"file://{tmp_path}/gone")
-    listed = ["numpy>=1.26", "matplotlib>=3.8; extra == 'report'", 'grpcio >=1.60 ; extra == "remote"']
+    listed = ["numpy>=1.26", "pyarrow>=18; extra == 'data'", 'grpcio >=1.60 ; extra == "remote"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: listed)
-    assert shlex.split(install_command("report"))[-2:] == ["install", "matplotlib>=3.8"]
+    assert shlex.split(install_command("data"))[-2:] == ["install", "pyarrow>=18"]
     assert shlex.split(install_command("remote"))[-2:] == ["install", "grpcio>=1.60"]
 
 
@@ -70,10 +70,10 @@ def test_every_extra_is_one_of_the_package_and_is_named_in_the_readme() -> None:
 
 
 def test_a_missing_extra_is_an_error_with_its_command() -> None:
-    error = missing("a report", "report", ImportError("No module named 'matplotlib'"))
+    error = missing("a column", "data", ImportError("No module named 'pyarrow'"))
     assert isinstance(error, ConfigError)
-    assert str(error).startswith("a report needs the extra 'report' (No module named 'matplotlib'); install it: ")
-    assert str(error).endswith(install_command("report"))
+    assert str(error).startswith("a column needs the extra 'data' (No module named 'pyarrow'); install it: ")
+    assert str(error).endswith(install_command("data"))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,6 @@ def test_a_missing_extra_is_an_error_with_its_command() -> None:
             "torch",
         ),
         ("torch", "from tierstore.tiers.hbm.device import _load; _load('torch', 'cuda:0')", "gpu"),
-        ("matplotlib", "from tierstore.tools.report.figures import require_matplotlib as r; r()", "report"),
         ("grpc", "from tierstore.remote.access import load_grpc; load_grpc()", "remote"),
         ("torch", "import tierstore.tools.demo.run", "torch"),
     ],

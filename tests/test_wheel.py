@@ -93,7 +93,12 @@ def test_a_wheel_outside_the_clone_does_the_whole_job(site: Path, tmp_path: Path
     assert "nothing is wrong" in said
     for name, part in (("systemd", "[Service]"), ("grafana", '"schemaVersion"'), ("proto", "service ")):
         assert part in run(sys.executable, command, "packaging", name, cwd=tmp_path, site=site)
+    assert {"status.html", "status.css", "status.js", "numbers.js"} <= names_in(site / "tierstore" / "daemon" / "pages")
     assert run(sys.executable, "-c", JOB, site, cwd=tmp_path, site=site) == "rows 20 24 264\n"
+
+
+def names_in(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
 
 
 def test_types_reach_a_user_of_the_wheel(site: Path, tmp_path: Path) -> None:

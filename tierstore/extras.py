@@ -33,7 +33,6 @@ EXTRAS = {
     "gpu": Extra(("torch", "triton"), "the hbm tier"),
     "remote": Extra(("grpc",), 'lookups by gRPC: serve --listen, connect("grpc://...")'),
     "data": Extra(("pyarrow", "jinja2"), "Parquet and Arrow files, and chat templates: trace"),
-    "report": Extra(("matplotlib",), "pages with figures: profile --report"),
 }
 
 

@@ -150,7 +150,7 @@ def serve_text(folder: Path, dram_bytes: int, documents: list[np.ndarray]) -> bo
 
 
 def profile_text(store: Path, documents: list[np.ndarray], folder: Path) -> tierstore.Profile:
-    """Traces and profiles text, prints the most telling tables, and writes the report where matplotlib is installed."""
+    """Traces and profiles text, prints the most telling tables, and writes the report."""
     say = console().print
     work = folder / "profile"
     work.mkdir()
@@ -169,11 +169,10 @@ def profile_text(store: Path, documents: list[np.ndarray], folder: Path) -> tier
         f"   {counts.tokens:,} tokens counted and {counts.held_out_tokens:,} of them replayed through simulated caches "
         f"in {time.monotonic() - started:.1f} s"
     )
-    with contextlib.suppress(ConfigError):  # no matplotlib: the tables above say the same
-        report = folder.parent / REPORT
-        check_report(report)
-        write_report([group], report)
-        say(f"   all curves: {report}")
+    report = folder.parent / REPORT
+    check_report(report)
+    write_report([group], report)
+    say(f"   all curves: {report}")
     return profile
 
 

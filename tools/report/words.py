@@ -1,9 +1,14 @@
-"""The words of a report: what each figure says, in plain language; a glossary; and the style of the page.
+"""The words of a report: its answer in one sentence, what each figure says in plain language, and a glossary.
 
 Input: the record of `GroupCurves.to_dict`. Output: HTML text without markup that needs escaping. Errors: none.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tierstore.decisions.recommend import Recommendation, default_choice
 
 from .tables import Record, cached_points, percent, short_bytes, whole_bytes
 
@@ -28,37 +33,48 @@ GLOSSARY = (
     ),
 )
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2330; --soft: #566070; --grid: #d7dce3; --card: #f3f5f8;
-  --a: #1766ad; --b: #177245; --c: #c05200; --d: #7a5195; --e: #a3284b; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14181f; --ink: #e8ecf2; --soft: #a4afbd; --grid: #3a4350;
-  --card: #1f2630;
-  --a: #68b3f0; --b: #5fd39a; --c: #ffa35c; --d: #c9a1e8; --e: #ff8fa8; } }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 17px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
-h1 { font-size: 2.2rem; margin: 0.5rem 0; } h2 { font-size: 1.35rem; margin: 2.6rem 0 0.4rem; }
-.lead { font-size: 1.15rem; } p { max-width: 46rem; }
-.cards { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0; }
-.card { flex: 1 1 14rem; background: var(--card); border-radius: 0.6rem; padding: 0.8rem 1.1rem; }
-.card h3 { margin: 0; font-size: 1rem; color: var(--soft); font-weight: 600; }
-.card p { margin: 0.2rem 0; font-size: 0.95rem; }
-.card .number { font-size: 1.9rem; font-weight: 700; color: var(--a); }
-figure { margin: 0.8rem 0; } svg { width: 100%; height: auto; display: block; }
-summary { cursor: pointer; color: var(--soft); } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; margin: 0.5rem 0; }
-th, td { padding: 0.28rem 0.8rem 0.28rem 0; border-bottom: 1px solid var(--grid);
-  text-align: right; white-space: nowrap; }
-thead th { color: var(--soft); vertical-align: bottom; white-space: normal; }
-th:first-child, th.text { text-align: left; }
-th.text { padding-left: 0.8rem; }
-td.text { text-align: left; white-space: normal; min-width: 14rem; padding-left: 0.8rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.3rem 1.4rem; }
-dt { font-weight: 600; } dd { margin: 0; }
-@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.5rem; } }
-code { font-size: 0.95em; overflow-wrap: anywhere; } .note { color: var(--soft); }
-footer { margin-top: 3rem; color: var(--soft); font-size: 0.85rem; }
-"""
+
+def answer(records: Sequence[Record]) -> tuple[str, str]:
+    """Returns the budget to buy, and what it brings: "64 GiB", "it answers ...". The same that `plan` takes by default.
+
+    Of several groups, whose tables share the budget: what the one says that asks for it.
+    """
+    record = max(records, key=knee_bytes)
+    budget = knee_bytes(record)
+    return _kept_together(short_bytes(budget)), _brings(record, budget)
+
+
+def _kept_together(text: str) -> str:
+    """A number and its unit on one line."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def knee_bytes(record: Record) -> int:
+    """Returns the budget that `plan` would take by default for a group by itself."""
+    return default_choice([[Recommendation(**choice) for choice in record["recommended"]]]).dram_bytes
+
+
+def name_of(choice: Mapping[str, Any], record: Record) -> str:
+    """Returns a recommendation's name; of a frugal budget that is the knee too, the latter."""
+    is_knee = choice["name"] == "frugal" and choice["dram_bytes"] == knee_bytes(record)
+    return "knee" if is_knee else str(choice["name"])
+
+
+def _brings(record: Record, budget: int) -> str:
+    points = record["points"]
+    index = next(index for index, point in enumerate(points) if point["dram_bytes"] == budget)
+    here, larger = points[index], points[index + 1 :]
+    if here.get("resident"):
+        return "it holds the tables whole, so that every look-up is answered from memory"
+    rate = here["mixed"]["hit_rate"]["all"]
+    words = f"it answers {_kept_together(percent(rate))} of all look-ups from memory"
+    if not larger:
+        return f"{words}; nothing larger was tried"
+    size = _kept_together(short_bytes(larger[0]["dram_bytes"]))
+    if larger[0].get("resident"):
+        return f"{words}; the next size, {size}, holds the tables whole"
+    gain = 100 * (larger[0]["mixed"]["hit_rate"]["all"] - rate)
+    return f"{words}, and {size} would add {gain:.1f} points"
 
 
 def words_of_figures(record: Record) -> dict[str, str]:
@@ -68,12 +84,11 @@ def words_of_figures(record: Record) -> dict[str, str]:
     orders = list(dict.fromkeys(map(str, record["orders"])))
     ceilings = ", ".join(f"{percent(1 - record['first_touch'][order])} for order {order}" for order in orders)
     cost = record["cost"]
-    star = ", the star the one that holds the tables whole" if whole_bytes(record) else ""
     return {
         "policies": "Every curve rises to the right: more memory, more accesses answered from it. The mixed policy is "
         "the one that the store uses; the band is its 95 % interval. Static alone knows only what was counted, recency "
         "alone and LRU only what has come by since they began empty. "
-        "Dotted uprights mark the recommended budgets" + star + ".",
+        "Rings mark the recommended budgets; the bold one is the knee, where the curve bends.",
         "orders": "Longer combinations of tokens are rarer, so that they repeat less and hit less. Dashed lines are "
         "ceilings: what is above them are accesses to entries never seen before, neither in the counted text nor "
         f"earlier in the replayed one. No cache passes them: {ceilings}. "
@@ -87,7 +102,7 @@ def words_of_figures(record: Record) -> dict[str, str]:
         "entries that were counted but once are not kept there.",
         "steps": "A step decodes one token of each sequence, and waits for the slowest read of any of them. The more "
         "sequences are decoded side by side, the fewer steps need no read at all: "
-        "start reads as soon as tokens are known.",
+        "start reads as soon as tokens are known. Each curve is a recommended budget.",
     }
 
 
