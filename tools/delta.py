@@ -6,8 +6,10 @@ Input: a store and a range of versions, or a delta. Output: a file, or new versi
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -26,7 +28,8 @@ _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
 @click.option(
     "--apply", "delta", type=click.Path(path_type=Path, exists=True), help="Publish the versions of this file."
 )
-def command(store: Path, versions: str | None, out: Path | None, delta: Path | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes are in bytes.")
+def command(store: Path, versions: str | None, out: Path | None, delta: Path | None, as_json: bool) -> None:
     """Pack versions A+1 to B of STORE into a file; or publish those of one (--apply) where the store is the same.
 
     Both stores must have the same base, and the same versions up to A. Versions that are there already are passed by.
@@ -42,6 +45,9 @@ def command(store: Path, versions: str | None, out: Path | None, delta: Path | N
     if delta is not None:
         with Progress("applying") as on_progress:
             report = apply_delta(store, delta, on_progress)
+        if as_json:
+            click.echo(json.dumps({"store": str(store), "delta": str(delta)} | asdict(report), indent=2))
+            return
         if report.first_version > report.last_version:
             click.echo(f"{store} has version {report.last_version} already: nothing was published")
             return
@@ -54,6 +60,9 @@ def command(store: Path, versions: str | None, out: Path | None, delta: Path | N
         raise click.UsageError(f"{out} exists already; give a new name, or remove it")
     with Progress("packing") as on_progress:
         report = write_delta(store, int(found[1]), int(found[2]), out, on_progress)
+    if as_json:
+        click.echo(json.dumps({"store": str(store), "delta": str(out)} | asdict(report), indent=2))
+        return
     click.echo(
         f"{out}: versions {report.first_version} to {report.last_version} of {store}, {format_bytes(report.num_bytes)}"
     )

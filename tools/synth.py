@@ -323,6 +323,7 @@ def _layer_list(_context: click.Context, _parameter: click.Parameter, text: str 
 )
 @click.option("--file-bytes", metavar="SIZE", help="Largest file.  [default: a quarter of all, at most 4GiB]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws the values.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes are in bytes.")
 def command(
     out: Path,
     family: str,
@@ -330,6 +331,7 @@ def command(
     rows_per_head: int | None,
     full: bool,
     file_bytes: str | None,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Write a checkpoint of random values into the new folder OUT: names, dtypes, config and tokenizer as a real one's.
@@ -350,6 +352,10 @@ def command(
             on_progress=on_progress,
             **options,
         )
+    if as_json:
+        sizes = {"num_rows": plan.num_rows, "table_bytes": plan.table_bytes, "total_bytes": plan.total_bytes}
+        click.echo(json.dumps({"checkpoint": str(out), "family": family} | sizes, indent=2))
+        return
     click.echo(
         f"{out}: {plan.num_rows:,} rows of {family}, {format_bytes(plan.table_bytes)} of tables, "
         f"{format_bytes(plan.total_bytes)} in all"

@@ -90,6 +90,7 @@ MARKS: dict[str, tuple[str, ...]] = {
     "tools/test_damaged_inputs": ("process",),
     "tools/test_demo": ("process",),
     "tools/test_epochs_cli": ("long",),
+    "tools/test_json": ("long",),
     "tools/test_plan_cli": ("long",),
     "tools/test_profile_cli": ("long",),
     "tools/test_report": ("long",),
