@@ -830,12 +830,13 @@ class Engine:
         wait_s: float,
         shared: tuple[_Bytes, int, _Bytes, bool] | None,
         make_fault: Callable[[str, int, int, int], BaseException],
+        served_by: tuple[str, float] = ...,
     ) -> None:
         """Opens tables.
 
         Args:
             tables: In the order of their indexes.
-            mode: "uring", "mmap" or "pread".
+            mode: "uring", "mmap", "pread" or "served".
             use_process_madvise: Whether "mmap" asks for read-ahead in batches.
             num_readers: Page readers: lookups that read at once.
             num_threads: That copy what memory holds of one large lookup, the caller's included, from 1 on.

@@ -33,6 +33,7 @@ EXTRAS = {
     "gpu": Extra(("torch", "triton"), "the hbm tier"),
     "remote": Extra(("grpc",), 'lookups by gRPC: serve --listen, connect("grpc://...")'),
     "data": Extra(("pyarrow", "jinja2"), "Parquet and Arrow files, and chat templates: trace"),
+    "mooncake": Extra(("mooncake",), "shards in Mooncake: open(pages=), mooncake put"),
 }
 
 

@@ -56,6 +56,7 @@ COMMANDS = {
     "compact": ("tierstore.tools.compact", "Make one new store of a store and its versions."),
     "reslice": ("tierstore.tools.reslice", "Make other slices of slices, or join them into one store."),
     "delta": ("tierstore.tools.delta", "Pack versions of a store for another host, or apply them there."),
+    "mooncake": ("tierstore.tools.mooncake", "Put a store's shards into Mooncake, the memory of a cluster."),
     "serve": ("tierstore.tools.serve", "Serve a store to all processes of a host from one copy."),
     "replan": ("tierstore.tools.replan", "Have a daemon replan from the traffic that it saw."),
     "swap": ("tierstore.tools.swap", "Have a daemon serve another version of its store."),

@@ -33,7 +33,12 @@ Engine::Engine(std::vector<Table> tables, const EngineShape& shape)
                                               &ClientBlock::of(shape.client_block)->active[0].value,
                                               &ClientBlock::of(shape.client_block)->active[1].value)) {
   if (shape.reports) reports_ = std::make_unique<ReportWriter>(shape.client_block);
-  for (Table& table : tables_) {
+  for (uint32_t index = 0; index < tables_.size(); ++index) {
+    Table& table = tables_[index];
+    for (uint32_t shard = 0; shard < table.shards.size(); ++shard) {
+      table.shards[shard].table = index;
+      table.shards[shard].index = shard;
+    }
     table_counters.emplace_back(table.num_orders);
     Table::each_file(table, [this](ShardFile& file) { number(file); });
   }

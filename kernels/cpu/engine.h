@@ -21,6 +21,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -52,7 +53,9 @@ struct EngineShape {
   const EpochLine* epochs = nullptr;
   uint64_t version = 0;
   uint8_t* client_block = nullptr;
-  bool reports = false;  // whether lookups are reported in it
+  bool reports = false;        // whether lookups are reported in it
+  std::string served_by = {};  // of kServed: the Unix socket of who serves the shards,
+  double served_wait_s = 0;    // and how long it may take to answer
 };
 
 // Counts of one table: by order, keys found in memory, those of them in the static set, and keys fetched.

@@ -154,6 +154,9 @@ bool Engine::make_reader() {
       queue = make_uring_queue(shape_.reader.depth, files_);
     } else if (shape_.mode == ReadMode::kMmap) {
       queue = make_mmap_queue(shape_.reader.depth, shape_.use_process_madvise);
+    } else if (shape_.mode == ReadMode::kServed) {
+      const size_t slot_bytes = shape_.reader.page_bytes;
+      queue = make_served_queue(shape_.reader.depth, slot_bytes, shape_.served_by, shape_.served_wait_s);
     } else {
       if (!runtime.pool) runtime.pool = PreadPool::make(shape_.pread_threads);
       queue = runtime.pool->make_queue(shape_.reader.depth);

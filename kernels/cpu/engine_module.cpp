@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <tuple>
 
 #include "py_engine.h"
 #include "table_module.h"
@@ -18,7 +19,8 @@ ReadMode mode_of(const std::string& name) {
   if (name == "uring") return ReadMode::kUring;
   if (name == "mmap") return ReadMode::kMmap;
   if (name == "pread") return ReadMode::kPread;
-  throw std::invalid_argument("mode must be uring, mmap or pread");
+  if (name == "served") return ReadMode::kServed;
+  throw std::invalid_argument("mode must be uring, mmap, pread or served");
 }
 
 PyEngine& py_engine_of(py::handle object) {
@@ -31,13 +33,14 @@ PyEngine& py_engine_of(py::handle object) {
 PyEngine::PyEngine(const std::vector<TableRecord>& records, const std::string& mode, bool use_process_madvise,
                    size_t num_readers, size_t num_threads, size_t part_bytes, size_t depth, size_t assembly_bytes,
                    size_t pread_threads, size_t jobs_max, double wait_s, const py::object& shared,
-                   py::object make_fault)
+                   py::object make_fault, const std::pair<std::string, double>& served_by)
     : fault_names_(std::move(make_fault)), num_readers_(num_readers), mode_(mode_of(mode)) {
   require(num_readers >= 1 && num_threads >= 1 && part_bytes >= 1 && depth >= 1 && depth <= 4096 &&
               pread_threads >= 1 && jobs_max >= 1,
           "limits are at least 1");
   EngineShape shape{mode_,  use_process_madvise,       num_readers, num_threads, part_bytes, pread_threads, jobs_max,
                     wait_s, {depth, 0, assembly_bytes}};
+  std::tie(shape.served_by, shape.served_wait_s) = served_by;
   std::vector<Table> tables;
   for (const TableRecord& record : records) {
     const Table& table = record.table;
@@ -162,10 +165,11 @@ void bind_engine(py::module_& module) {
   bind_ticket(module);
   py::class_<PyEngine>(module, "Engine", py::module_local())
       .def(py::init<const std::vector<TableRecord>&, const std::string&, bool, size_t, size_t, size_t, size_t, size_t,
-                    size_t, size_t, double, const py::object&, py::object>(),
+                    size_t, size_t, double, const py::object&, py::object, const std::pair<std::string, double>&>(),
            py::arg("tables"), py::kw_only(), py::arg("mode"), py::arg("use_process_madvise"), py::arg("num_readers"),
            py::arg("num_threads"), py::arg("part_bytes"), py::arg("depth"), py::arg("assembly_bytes"),
-           py::arg("pread_threads"), py::arg("jobs_max"), py::arg("wait_s"), py::arg("shared"), py::arg("make_fault"))
+           py::arg("pread_threads"), py::arg("jobs_max"), py::arg("wait_s"), py::arg("shared"), py::arg("make_fault"),
+           py::arg("served_by") = std::pair<std::string, double>{})
       .def("try_lookup", &PyEngine::try_lookup)
       .def("lookup", &PyEngine::lookup, py::arg("index"), py::arg("keys"), py::arg("out"),
            py::arg("sources") = py::none(), py::arg("seconds") = py::none())

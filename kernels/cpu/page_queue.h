@@ -1,4 +1,4 @@
-// How pages get from shards into memory: one contract, three implementations.
+// How pages get from shards into memory: one contract, four implementations.
 //
 // A queue belongs to one thread at a time. It hands pages back unchecked, in whatever order they come; short reads and
 // interruptions are its own business. No call blocks longer than its time limit, or than one read of a page that it
@@ -14,12 +14,14 @@
 namespace tierstore {
 
 // One open shard. `direct_fd` is -1 where its file system has no O_DIRECT; `map` is null unless pages are read by mmap.
+// `buffered_fd` is -1 if it is no file of this process's, but served by another one.
 struct ShardFile {
   int buffered_fd = -1;
   int direct_fd = -1;
   const uint8_t* map = nullptr;
   size_t num_bytes = 0;
-  uint32_t number = 0;  // of the files that a queue was made for
+  uint32_t number = 0;            // of the files that a queue was made for
+  uint32_t table = 0, index = 0;  // of a shard: which one of which table
 };
 
 struct PageRead {
@@ -69,7 +71,7 @@ class PageQueue {
   virtual void abandon_after_fork() {}
 };
 
-enum class ReadMode { kUring, kMmap, kPread };
+enum class ReadMode { kUring, kMmap, kPread, kServed };
 
 // Returns 0 where io_uring can be used by this process, else the errno that says why not.
 int probe_uring();
@@ -79,6 +81,9 @@ int probe_process_madvise();
 // files: all that will be read, in the order of their numbers.
 std::unique_ptr<PageQueue> make_uring_queue(size_t depth, const std::vector<const ShardFile*>& files);
 std::unique_ptr<PageQueue> make_mmap_queue(size_t depth, bool use_process_madvise);
+// slot_bytes: of the longest read. address: of the Unix socket that serves shards. wait_s: for any answer, at most.
+std::unique_ptr<PageQueue> make_served_queue(size_t depth, size_t slot_bytes, const std::string& address,
+                                             double wait_s);
 
 // Threads that pread for any number of queues, joined when destroyed. With fewer threads than asked for, because the
 // system gives no more, reads are slower; with none at all, whoever reaps reads.

@@ -31,7 +31,7 @@ class PyEngine {
   PyEngine(const std::vector<TableRecord>& records, const std::string& mode, bool use_process_madvise,
            size_t num_readers, size_t num_threads, size_t part_bytes, size_t depth, size_t assembly_bytes,
            size_t pread_threads, size_t jobs_max, double wait_s, const pybind11::object& shared,
-           pybind11::object make_fault);
+           pybind11::object make_fault, const std::pair<std::string, double>& served_by);
   ~PyEngine();
   PyEngine(const PyEngine&) = delete;
   PyEngine& operator=(const PyEngine&) = delete;

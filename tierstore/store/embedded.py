@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from ..formats.catalog import CatalogImage, read_catalog
 from ..process.progress import OnProgress
 from ..stats import expected_of
 from ..tiers.engine import DeviceEngine, Engine
-from ..tiers.files import open_tables
+from ..tiers.files import AnyFiles, open_tables
 from ..tiers.memory import available_memory
+from ..tiers.mooncake import Address, MooncakeClient
 from ..tiers.native import open_native
-from ..tiers.nvme import IoChoice, choose_io
+from ..tiers.nvme import SERVED, IoChoice, choose_io
 from ..tiers.placed import PlacementFile
 from ..units import format_bytes, parse_bytes
 from .backing import Backing
@@ -47,6 +49,7 @@ def open_store(
     threads: int | None = None,
     readers: int | None = None,
     version: int | None = None,
+    pages: str | None = None,
 ) -> Store:
     """Opens a built store in this process; also `tierstore.open`.
 
@@ -68,6 +71,11 @@ def open_store(
     of this version until it is closed, whatever is published meanwhile. What is not resident needs 18 bytes of dram for
     each row that versions have.
 
+    pages: where the shards are, if they are not here: "mooncake://HOST:PORT" of a Mooncake's master, into which
+    `tierstore mooncake put` has put them; needs the extra `mooncake`. The catalog, placements and versions are read
+    from `path`. io does not matter then. A page that does not come within 36 s is an error. A forked child's reads end
+    with its parent's store.
+
     Blocks while resident tables and placed entries load. Raises `StoreNotReadyError` (no finished store), `FormatError`
     (foreign, damaged, newer), `BudgetError` (too small, or more than the machine or the GPU has), `ConfigError` (an
     option; no such device, no kernels for it). A damaged page does not keep a store from opening:
@@ -75,11 +83,14 @@ def open_store(
     """
     hbm_options = check_options(io, hbm, device)
     budget_bytes = parse_bytes(dram, "dram")
-    choice = choose_io(io, check_threads(threads), check_readers(readers))
+    if pages is None:
+        choice = choose_io(io, check_threads(threads), check_readers(readers))
+    else:
+        choice = replace(choose_io("pread", check_threads(threads), check_readers(readers)), mode=SERVED)
     for attempt in range(1, OPENING_ATTEMPTS_MAX + 1):
         image, placed = open_placement(path, placement, version, direct=choice.mode == "uring")
         try:
-            return _open_image(image, placed, budget_bytes, hbm_options, choice, on_progress)
+            return _open_image(image, placed, budget_bytes, hbm_options, choice, pages, on_progress)
         except FormatError:
             if attempt == OPENING_ATTEMPTS_MAX or not was_folded(image):
                 raise
@@ -92,6 +103,7 @@ def _open_image(
     budget_bytes: int,
     hbm: HbmOptions | None,
     choice: IoChoice,
+    pages: str | None,
     on_progress: OnProgress | None,
 ) -> Store:
     """Opens the store of a catalog; takes `placed` over, also if that fails."""
@@ -102,7 +114,8 @@ def _open_image(
         )
         check_available(plan.dram_bytes + (beside_hbm(plan, hbm_plan) if hbm_plan else 0))
         on_device = hbm.device if hbm else DEFAULT_DEVICE
-        return Store(Embedded(image, plan, choice, placed, on_progress, hbm_plan, on_device))
+        client = None if pages is None else MooncakeClient(Address.parse(pages), image)
+        return Store(Embedded(image, plan, choice, placed, on_progress, hbm_plan, on_device, client))
     except BaseException:
         if placed:
             placed.close()
@@ -172,10 +185,12 @@ class Embedded(Backing):
         on_progress: OnProgress | None,
         hbm_plan: HbmPlan | None = None,
         device: str = DEFAULT_DEVICE,
+        client: MooncakeClient | None = None,
     ) -> None:
         """Opens the shards and loads resident tables and placed entries; `open_store` is the way in.
 
-        hbm_plan: None without an hbm tier; device: what that is on.
+        hbm_plan: None without an hbm tier; device: what that is on. client: who has the shards, if they are not here;
+        closed with this, or if this raises.
         """
         self.name = str(image.path)
         self._image = image
@@ -186,8 +201,13 @@ class Embedded(Backing):
         self._hbm_plan = hbm_plan
         self._identity = image.identity
         self._hbm_epoch = placed.placement.epoch if placed else None
-        self._files = open_tables(image, direct=choice.mode == "uring")
+        self._client = client
+        self._files: list[AnyFiles] = []
         try:
+            if client is not None:
+                choice = replace(choice, served_by=(os.fspath(client.served.socket_path), client.served.patience_s))
+            served = None if client is None else client.served
+            self._files = open_tables(image, direct=choice.mode == "uring", served=served)
             self.engine = self._make_engine(choice, on_progress, device)
         except BaseException:
             self.close()
@@ -271,3 +291,5 @@ class Embedded(Backing):
             files.close()
         if self._placed:
             self._placed.close()
+        if self._client is not None:
+            self._client.close()

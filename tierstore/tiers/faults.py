@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,8 @@ class FaultNames:
     what: names the store; table_names: in the engine's order; placement_path: of the placement file, if there is one;
     bad_pages: (table, page number) of resident tables that could not be loaded -> why, filled by the engine; in_place:
     what names blocks, of tables in place, by index. versions: of tables by index, their files of versions' rows, oldest
-    first: the path of each and its version.
+    first: the path of each and its version. served: of tables whose shards another process serves, by index: what makes
+    the error of (page, kind, detail).
     """
 
     what: str
@@ -41,6 +42,7 @@ class FaultNames:
     bad_pages: Mapping[tuple[int, int], str]
     in_place: Mapping[int, BlockNames] = field(default_factory=dict)
     versions: Mapping[int, Sequence[tuple[str, int]]] = field(default_factory=dict)
+    served: Mapping[int, Callable[[int, str, int], Exception]] = field(default_factory=dict)
 
     def __call__(self, kind: str, index: int, page: int, detail: int) -> BaseException:
         """Returns the exception for a fault in table `index`.
@@ -66,12 +68,17 @@ class FaultNames:
                 f"{self.what}: no memory for the lookup's own bookkeeping, or for a page reader; nothing of it is "
                 f"lost: look up fewer keys at once, or free memory"
             )
+        if kind in ("disk", "page") and self._is_served(index, page):
+            return self.served[index](page, kind, detail)
         if kind in ("disk", "entry") and detail == errno.EBADF:
             return StoreNotReadyError(
                 f"{self.what}: a descriptor of its files or of its I/O ring is closed, and this store did not close "
                 f"it: look for os.close or os.closerange in this process; then open the store again"
             )
         return self._damage(kind, index, page, detail)
+
+    def _is_served(self, index: int, page: int) -> bool:
+        return index in self.served and not page & kernels.VERSION_READ and (index, page) not in self.bad_pages
 
     def _damage(self, kind: str, index: int, page: int, detail: int) -> CorruptPageError:
         """Returns the error of a page or a record that cannot be read as it was written."""

@@ -27,9 +27,10 @@ from .files import AnyFiles
 from .huge_pages import bytes_on_huge_pages, keep_on_huge_pages
 from .in_place import InPlaceFiles, SideMemory, load_side, side_memory
 from .memory import allocate
-from .nvme import IoChoice, load_rows
+from .nvme import SERVED, IoChoice, load_rows
 from .overlay import Patches, RowsInMemory, TableOverlay
 from .placed import PlacementFile, load_all_static
+from .served import ServedFiles
 
 logger = logging.getLogger("tierstore")
 
@@ -169,7 +170,8 @@ class NativeEngine(HostEngine):
                 num_readers=staging.num_readers,
                 num_threads=choice.num_threads,
                 part_bytes=PART_BYTES,
-                depth=staging.depth,
+                # What another process serves comes by way of memory that is shared with it: the other half.
+                depth=max(1, staging.depth // 2) if choice.mode == SERVED else staging.depth,
                 assembly_bytes=staging.assembly_bytes,
                 pread_threads=PREAD_THREADS,
                 jobs_max=JOBS_MAX,
@@ -183,7 +185,9 @@ class NativeEngine(HostEngine):
                     self.bad_pages,
                     {index: file.names for index, file in enumerate(files) if isinstance(file, InPlaceFiles)},
                     {index: file.versions.names for index, file in enumerate(files) if file.versions is not None},
+                    {index: file.fault for index, file in enumerate(files) if isinstance(file, ServedFiles)},
                 ),
+                served_by=choice.served_by,
             )
         except RuntimeError as error:
             raise short_of_something(f"{what}: reading pages") from error

@@ -33,6 +33,7 @@ from .version_files import VersionFiles
 logger = logging.getLogger("tierstore")
 
 IO_MODES = ("auto", "uring", "mmap", "pread")
+SERVED = "served"  # the mode of pages that another process has
 THREADS_MAX = 16  # by default; more than a few share one memory's bandwidth
 
 
@@ -53,16 +54,18 @@ class IoChoice:
     """How rows come to a process.
 
     Attributes:
-        mode: How pages are read: "uring", "mmap" or "pread".
+        mode: How pages are read: "uring", "mmap", "pread" or "served".
         use_process_madvise: Whether read-ahead is asked for by process_madvise.
         num_threads: That copy what memory holds of one large lookup, the caller's included.
         num_readers: Page readers at most, each of which reads for one lookup at a time.
+        served_by: Of "served": the socket of who has the shards, and the longest wait for an answer in seconds.
     """
 
     mode: str
     use_process_madvise: bool = False
     num_threads: int = field(default_factory=default_threads)
     num_readers: int = field(default_factory=default_readers)
+    served_by: tuple[str, float] = ("", 0.0)
 
 
 def choose_io(io: str, threads: int | None = None, readers: int | None = None) -> IoChoice:

@@ -1,0 +1,1 @@
+"""Stands in for Mooncake's package where that is not installed: see `store`."""
