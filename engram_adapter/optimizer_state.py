@@ -94,9 +94,9 @@ def own_state(state: dict[str, Any], training: Training, ranks: Ranks | None) ->
         if numbers[rank] not in held or held[numbers[rank]].digest == digests[rank]:
             return own
     may_be_resliced = "digests" in state or len(digests) != size
-    if may_be_resliced and 1 in held and held[1].step == state["step"]:
-        if sorted(resliced_commits(training) or ()) == sorted(digests):
-            return state | {"commit": 1, "digest": held[1].digest}
+    is_of_step = 1 in held and held[1].step == state["step"]
+    if may_be_resliced and is_of_step and sorted(resliced_commits(training) or ()) == sorted(digests):
+        return state | {"commit": 1, "digest": held[1].digest}
     if len(digests) == size:
         return own
     raise ConfigError(

@@ -146,7 +146,7 @@ def test_a_page_of_another_slice_does_not_pass_for_ones_own(model: Model, tmp_pa
         store["plain"].rows(np.array([11]))
 
 
-def test_slices_of_many_heads_keep_their_keys(tmp_path: Path) -> None:
+def test_slices_of_many_heads_keep_their_keys() -> None:
     moduli = tuple(PRIMES[:64])
     offsets = tuple(sum(moduli[:head]) for head in range(64))
     spec = tierstore.TableSpec(

@@ -109,11 +109,7 @@ class Training:
         a prefetch of its rows that is under way. Blocks only for a copy of the ids.
         """
         self._health.check()
-        checked = {}
-        for name, row_ids in requests.items():
-            ids = np.array(checked_ids(row_ids, "row_ids"), dtype=np.int64, copy=True).reshape(-1)
-            checked[name] = self[name].local_rows(ids)
-        return self._opened.prefetches.add(checked)
+        return self._opened.prefetches.add({name: _local_copy(self[name], ids) for name, ids in requests.items()})
 
     def commit(self, step: int, payload: bytes = b"") -> TrainingTicket:
         """Makes all tables, as they are now, durable, while training goes on. Returns a ticket; `wait` for it.
@@ -234,6 +230,11 @@ class Training:
             threading.Thread(target=self.close, name="tierstore-training-close").start()
         else:
             self.close()
+
+
+def _local_copy(table: TrainingTable, row_ids: np.ndarray) -> np.ndarray:
+    """Returns a copy of row ids, int64 [R], as the table's records count them."""
+    return table.local_rows(np.array(checked_ids(row_ids, "row_ids"), dtype=np.int64, copy=True).reshape(-1))
 
 
 @atexit.register
