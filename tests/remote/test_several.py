@@ -15,6 +15,8 @@ from support.stores import Model, make_model, random_keys
 
 import tierstore
 from tests.remote.test_remote import RemoteStore
+from tierstore.formats.catalog import read_catalog
+from tierstore.offline.compact import compact
 from tierstore.remote import answers as remote_answers
 from tierstore.remote import requests as remote_requests
 
@@ -131,6 +133,24 @@ def test_missing_overlapping_and_foreign_slices_are_refused_by_name(
             tierstore.connect([low, high], dram=100)
         with pytest.raises(tierstore.ConfigError, match="dram is of a"):
             tierstore.connect(low, dram="1MiB")
+
+
+def test_slices_of_one_store_have_a_digest_in_common_and_no_others(
+    slices: dict[int, list[Path]], tmp_path: Path
+) -> None:
+    def common(paths: list[Path]) -> set[str]:
+        images = [read_catalog(path) for path in paths]
+        assert len({image.identity for image in images}) == len(images)
+        return {image.common_identity for image in images}
+
+    other = make_model(tmp_path / "rows", seed=9)
+    compacted = [tmp_path / f"compacted-{index}" for index in range(2)]
+    for path, new_path in zip(slices[2], compacted, strict=True):
+        compact(path, new_path)
+    found = [common(slices[2]), common(build_slices(other, tmp_path, 2)), common(compacted)]
+    assert [len(digests) for digests in found] == [1, 1, 1]
+    assert len(set.union(*found)) == 3
+    assert common(slices[3]) == found[0]
 
 
 def test_a_slice_that_nobody_serves_is_named(slices: dict[int, list[Path]]) -> None:

@@ -131,11 +131,13 @@ class CatalogImage:
     @lazy
     def common_identity(self) -> str:
         """A digest, hex, that all slices of one store share at one version: of the checkpoint, the version's number and
-        the commit that it was published from."""
-        newest = self.used_versions[-1:]
+        the commit that it was published from; of resliced stores, of the commits that they were made of, too."""
+        origin = {key: self.origin.get(key) for key in ("digest", "resliced")}
         compacted = self.origin.get("compacted", {})
-        checkpoint = compacted.get("common") or self.origin.get("digest")
-        record = {"checkpoint": checkpoint, "versions": [[version.number, version.commit] for version in newest]}
+        if "common" in compacted:  # a compacted slice's own digest is of its rows alone
+            origin["digest"] = compacted["common"]
+        newest = [[version.number, version.commit] for version in self.used_versions[-1:]]
+        record = {"origin": origin, "newest": newest}
         return hashlib.sha256(as_json(record)).hexdigest()
 
     @lazy
