@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from support.shapes import HEADS, POISON, ROW_BYTES
 from support.sliced import build_slices, serving_all
 from support.stores import Model, make_model, random_keys
@@ -19,6 +21,7 @@ from tierstore.formats.catalog import read_catalog
 from tierstore.offline.compact import compact
 from tierstore.remote import answers as remote_answers
 from tierstore.remote import requests as remote_requests
+from tierstore.tools.stat.command import command as stat
 
 BUDGET = 2 * 60 * 3 * 400  # of two tables; enough for all of HOT
 HOT = random_keys(np.random.default_rng(40), 60)
@@ -204,3 +207,22 @@ def test_without_placements_there_is_no_set_and_no_error(slices: dict[int, list[
     with connected(slices[3], dram="1MiB") as store:
         assert store._engine._asked.keeper.current is None
         np.testing.assert_array_equal(store["layers.1"].lookup(HOT), model.expected("layers.1", HOT))
+
+
+# The command.
+
+
+def test_stat_of_several_addresses_says_whether_they_are_one_store(slices: dict[int, list[Path]]) -> None:
+    with serving_all(slices[2]) as (low, high):
+        found = CliRunner().invoke(stat, [high, f"{low}|grpc://127.0.0.1:1"])
+        assert found.exit_code == 0
+        assert "together: one store at one version, common digest" in found.output
+        assert f"{high}: rows of layers.1 4,765 to 9,595" in found.output
+        assert "grpc://127.0.0.1:1: does not answer: grpc://127.0.0.1:1 cannot be reached" in found.output
+        found = CliRunner().invoke(stat, [low, low.replace("127.0.0.1", "localhost"), "--json"])
+        record = json.loads(found.stdout)
+        assert found.exit_code == 1
+        assert "both hold rows 0 to 4765" in record["together"]["error"]
+        assert [each["remote"]["calls"] > 0 for each in record["servers"]] == [True, True]
+        with pytest.raises(tierstore.ConfigError, match="all must be URLs"):
+            CliRunner().invoke(stat, [low, "/run/tierstore.sock"], catch_exceptions=False)

@@ -1,6 +1,6 @@
 """`tierstore stat`: how a daemon fares, once.
 
-Input: a daemon's socket, or the URL of a server of lookups by gRPC. Output: tables, or the record as JSON, whose keys
+Input: a daemon's socket, or URLs of servers of lookups by gRPC. Output: tables, or the record as JSON, whose keys
 are stable. Errors: `DaemonError` if no daemon answers there.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -35,19 +36,25 @@ def fetch_record(socket: Path) -> StatRecord:
 
 
 @click.command("stat")
-@click.argument("address", metavar="SOCKET|URL")
+@click.argument("addresses", metavar="SOCKET|URL...", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; the keys are stable, sizes are in bytes.")
 @click.option("--token-file", type=click.Path(path_type=Path), help="Of a URL: the file with the server's token.")
 @click.option("--ca-file", type=click.Path(path_type=Path), help="Of grpcs://: PEM of who signed the certificate.")
-def command(address: str, as_json: bool, token_file: Path | None, ca_file: Path | None) -> None:
+def command(addresses: tuple[str, ...], as_json: bool, token_file: Path | None, ca_file: Path | None) -> None:
     """Say how the daemon at SOCKET fares: hit rates, latency, memory, epochs, clients.
 
-    Of a server of lookups by gRPC, at a URL: what it serves, hit rates, and calls.
+    Of a server of lookups by gRPC, at a URL: what it serves, hit rates, and calls. Of several URLs, besides, whether
+    they are slices of one store at one version; the exit status is 1 if not.
 
     \b
     Example: tierstore stat /run/tierstore/v41.sock
              tierstore stat grpcs://10.0.0.7:7443 --token-file token
+             tierstore stat grpcs://a:7443 grpcs://b:7443 --token-file token
     """
+    address = addresses[0]
+    if len(addresses) > 1 or ("://" in address and "|" in address):
+        _print_several(addresses, token_file, ca_file, as_json=as_json)
+        return
     if "://" in address:
         _print_remote(address, token_file, ca_file, as_json=as_json)
         return
@@ -67,3 +74,15 @@ def _print_remote(url: str, token_file: Path | None, ca_file: Path | None, *, as
 
     record = fetch_remote_record(url, token_file, ca_file)
     click.echo(json.dumps(record, indent=2) if as_json else "\n".join(remote_lines(record)))
+
+
+def _print_several(addresses: Sequence[str], token_file: Path | None, ca_file: Path | None, *, as_json: bool) -> None:
+    for address in addresses:
+        if "://" not in address:
+            raise ConfigError(f"{address}: of several addresses, all must be URLs, grpc://HOST:PORT; ask for it alone")
+    from .several import fetch_several, several_lines
+
+    record = fetch_several(addresses, token_file, ca_file)
+    click.echo(json.dumps(record, indent=2) if as_json else "\n".join(several_lines(record)))
+    if record["together"]["error"] is not None:
+        raise SystemExit(1)
