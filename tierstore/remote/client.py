@@ -119,6 +119,10 @@ class Remote(Backing):
     def build(self) -> str:
         return self._peer.build
 
+    @property
+    def common_build(self) -> str:
+        return self._peer.common_build
+
     def details(self) -> dict[str, Any]:
         memory: dict[str, Any] = {"budget_bytes": 0, "dram_bytes": 0, "staging_bytes": 0, "resident_tables": []}
         counts = {spec.name: 0 for spec in self.specs}

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from .. import kernels
-from ..errors import ConfigError, StoreNotReadyError
+from ..errors import ConfigError, DaemonError, StoreNotReadyError, TierStoreError
 from ..tiers.engine import Request, VersionChangedError
 from . import messages
-from .channel import FORK_WAIT_S, RETRY_S_MAX, RETRY_S_MIN
+from .channel import FORK_WAIT_S, RETRY_S_MAX, RETRY_S_MIN, TryAgainError
 from .client_set import ClientSet
 from .exchanges import Exchange, carry_out
 from .inside import Inside
@@ -73,7 +73,7 @@ class Cluster:
             try:
                 self._agree(exchanges, None, until)
                 return
-            except VersionChangedError as error:
+            except (VersionChangedError, TryAgainError) as error:
                 if time.monotonic() >= pause_until or self._closed.wait(RETRY_S_MIN):
                     raise StoreNotReadyError(str(error)) from error
 
@@ -91,14 +91,16 @@ class Cluster:
             try:
                 return self._ask_once(lookups, by_id, until, own)
             except VersionChangedError as error:  # what was answered is of no version, or of another than our set
-                reason = error
-            if own is not None:
-                self.keeper.drop(own)
-                own = None
-            elif time.monotonic() + pause_s >= until or self._closed.wait(pause_s):
-                raise StoreNotReadyError(str(reason)) from reason
-            else:
-                pause_s = min(2 * pause_s, RETRY_S_MAX)
+                if own is not None:
+                    self.keeper.drop(own)
+                    own = None
+                    continue
+                failed: TierStoreError = StoreNotReadyError(str(error))
+            except TryAgainError as error:  # a server left before it named its version
+                failed = DaemonError(str(error))
+            if time.monotonic() + pause_s >= until or self._closed.wait(pause_s):
+                raise failed
+            pause_s = min(2 * pause_s, RETRY_S_MAX)
 
     def _ask_once(
         self, lookups: Sequence[Request], by_id: ById | None, until: float, own: ClientSet | None

@@ -3,8 +3,8 @@
 Input: attempts, by member. Output: answers, whose rows are where they belong. Errors: what a server raised; a server
 that is away or busy is asked again until the time is up, while the others' answers stay.
 
-Why one thread: grpc receives beside it, and copies of rows are short; threads that wake each other took longer than
-that for the lookup of one token.
+Why one thread: grpc receives beside it, and copies of rows are short. A thread for each server was not faster (0.90 to
+1.06 of this time for one token), and could still write to a buffer after an error.
 """
 
 from __future__ import annotations

@@ -95,9 +95,14 @@ class Member:
         known = self._builds.get(version)
         if known is not None:
             return known
-        description, _ = describe(connection, until, patient=True)
+        is_alone = len(self.connections) == 1
+        soon = until if is_alone else time.monotonic() + (until - time.monotonic()) * TRY_FRACTION
+        try:
+            description, _ = describe(connection, soon, patient=is_alone)
+        except (TryAgainError, OverdueError) as error:
+            raise self.passed_over(connection, error) from None
         if not description.common_build:
-            raise ConfigError(f"{connection.url}: its store does not say of which version it is; build it anew")
+            raise ConfigError(f"{connection.url} does not say of which version its rows are; update the server")
         with self._lock:
             if len(self._builds) >= BUILDS_MAX:
                 self._builds.clear()

@@ -84,6 +84,7 @@ class Peer:
         self.connection, self.url = connection, connection.url
         self.requests = Requests(connection.url, specs, description)
         self.version, self.build = description.version, description.build
+        self.common_build = description.common_build
         # Instance of the server, and its version, that answered last.
         self._answered = (description.instance, description.version) if description.instance else None
         self._lock = threading.Lock()  # guards `version` and `_answered`
@@ -132,7 +133,7 @@ class Peer:
         except (TierStoreError, TimeoutError) as error:
             logger.warning("%s: another version of the store answers now; which, it does not say: %s", self.url, error)
             return
-        known, self.build = self.build, now.build
+        known, self.build, self.common_build = self.build, now.build, now.common_build
         if version[0] != before[0] and known and now.build and known != now.build:
             _warn_of_another_build(self.url, now, known)
 
