@@ -14,6 +14,7 @@ from support.trainable import Pair, Trainable, in_bits, make_trainable, tiny_cac
 import tierstore
 from tierstore.kernels.reference_training import ReferenceTable
 from tierstore.offline.init import init_store
+from tierstore.training import base as base_module
 from tierstore.training.optimizers import Optimizer
 from tierstore.training.run_writer import RunWriter
 
@@ -43,6 +44,25 @@ def test_every_codec_of_a_store_is_a_base_for_training(tmp_path: Path, *, in_pla
         pair.check_all()
         pair.steps(2)
         pair.check_all()
+
+
+def test_rows_that_are_read_in_parts_are_those_that_are_read_at_once(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tierstore.open_training(store, ADAGRAD, dram="16MiB") as training:
+        rng = np.random.default_rng(8)
+        for name, table in training.tables.items():
+            base, rows = table.rows.base, table.rows
+            for row_ids in (np.arange(NUM_ROWS), np.sort(rng.permutation(NUM_ROWS)[:77]), rng.permutation(NUM_ROWS)):
+                found = []
+                for step in (1, 10, NUM_ROWS):
+                    monkeypatch.setattr(base_module, "READ_ROWS", step)
+                    out = np.full((len(row_ids), rows.layout.record_bytes), 0xAB, dtype=np.uint8)
+                    base.read(row_ids, out)
+                    found.append(out)
+                np.testing.assert_array_equal(found[0], found[2], name)
+                np.testing.assert_array_equal(found[1], found[2], name)
+            base.read(np.empty(0, dtype=np.int64), np.empty((0, rows.layout.record_bytes), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("rule", OPTIMIZERS)
