@@ -72,6 +72,6 @@ def test_train_measures_every_side_and_keeps_its_targets(tmp_path: Path, monkeyp
     assert adagrad["targets"]["torch Adagrad"] == 3.0
     assert adagrad["targets"]["bare loop"] == pytest.approx(1 / 1.5)
     assert all(not each["targets"] for case, each in cases.items() if case.endswith("wall"))
-    assert {each["bound"] for each in result["figures"]} == {warm.TWO_THREADS, cold.STALL_FRACTION}
+    assert {each["bound"] for each in result["figures"]} == {warm.TWO_THREADS, None, cold.STALL_FRACTION}
     assert [value for name, value in result["facts"].items() if "were read while" in name] == [0, 0, 0]
     assert list(tmp_path.iterdir()) == []  # nothing is left

@@ -117,5 +117,12 @@ def _threads(made: MadeStore, other: MadeStore, options: Options, result: Result
     ):
         steps = {1: warm_step(one, batches), 2: warm_step(two, batches)}
         found = interleave({str(threads): partial(_wall, step) for threads, step in steps.items()}, options.pairs)
-    ratios = [one / two for one, two in zip(found["1"], found["2"], strict=True)]
-    result.figure("warm step, row-wise Adagrad, rate of two threads over one", "x", ratios, TWO_THREADS, at_least=True)
+    with ExitStack() as open_now:
+        made_for = optimizer.rule, batches.dim, batches.num_rows
+        loops = {n: open_now.enter_context(BareLoop.train(*made_for, n)) for n in (1, 2)}
+        sides = {str(n): partial(_wall, partial(_bare_step, loop, batches)) for n, loop in loops.items()}
+        bare = interleave(sides, options.pairs)
+    case = "row-wise Adagrad, rate of two threads over one"
+    for what, of, bound in (("warm step", found, TWO_THREADS), (BARE, bare, None)):  # the bare loop: what memory allows
+        ratios = [one / two for one, two in zip(of["1"], of["2"], strict=True)]
+        result.figure(f"{what}, {case}", "x", ratios, bound, at_least=bound is not None)
