@@ -1,8 +1,8 @@
 """The reference of the metrics, from the code that makes them.
 
 Input: the families of a full stat record (`tests/support/stat_record.py`), and the constructors in the engines'
-plug-ins, read by `ast` since the engines are not installed. Output: Markdown tables of names, types, labels and
-meanings. Errors: `ValueError` if a plug-in makes metrics in a way that this does not read.
+plug-ins, read by `ast` since the engines are not installed. Output: Markdown tables of names, types, meanings and
+labels. Errors: `ValueError` if a plug-in makes metrics in a way that this does not read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tierstore.daemon.families import families_of
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "tests" / "support" / "stat_record.py"
 ENGINES = ROOT / "engram_adapter" / "engines"
-HEAD = ["| metric | type | labels | what it is |", "|---|---|---|---|"]
+HEAD = ["{.metrics}", "| metric | type | what it is |", "|---|---|---|"]
 
 
 def reference() -> str:
@@ -51,7 +51,8 @@ def _labels(family: Metric) -> list[str]:
 
 
 def _row(name: str, kind: str, labels: list[str], text: str) -> str:
-    return f"| `{name}` | {kind} | {', '.join(f'`{each}`' for each in labels)} | {text.rstrip('.')} |"
+    named = f" Labels: {', '.join(f'`{each}`' for each in labels)}." if labels else ""
+    return f"| `{name}` | {kind} | {text.rstrip('.')}.{named} |"
 
 
 def _rows_of_engines() -> list[str]:
