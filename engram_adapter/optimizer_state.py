@@ -93,9 +93,9 @@ def own_state(state: dict[str, Any], training: Training, ranks: Ranks | None) ->
         own = state | {"commit": numbers[rank], "digest": digests[rank]}
         if numbers[rank] not in held or held[numbers[rank]].digest == digests[rank]:
             return own
-    may_be_resliced = "digests" in state or len(digests) != size
-    is_of_step = 1 in held and held[1].step == state["step"]
-    if may_be_resliced and is_of_step and sorted(resliced_commits(training) or ()) == sorted(digests):
+    of_others = "digests" in state or len(digests) != size
+    made_of = resliced_commits(training) if of_others and 1 in held and held[1].step == state["step"] else None
+    if sorted(made_of or ()) == sorted(digests):
         return state | {"commit": 1, "digest": held[1].digest}
     if len(digests) == size:
         return own

@@ -55,18 +55,23 @@ class RankWaits:
         start = time.monotonic()
         announced = False
         with self.whole(what):
-            while True:
-                try:
-                    work.wait(timedelta(seconds=POLL_S))
-                    return
-                except RuntimeError as error:
-                    waited_s = time.monotonic() - start
-                    if work.is_completed() or waited_s >= self._timeout_s:
-                        raise self._late(what, waited_s, error) from error
+            while not self._ends(work, what, start):
                 self.check(what)
-                if not announced and waited_s >= min(ANNOUNCE_S, self._timeout_s / 4):
+                if not announced and time.monotonic() - start >= min(ANNOUNCE_S, self._timeout_s / 4):
                     announced = True
                     self._announce()
+
+    def _ends(self, work: Any, what: str, start: float) -> bool:
+        """Waits for `POLL_S`; returns whether the work has ended well."""
+        had_ended = work.is_completed()  # asked before: work may end between a wait's time-out and its error
+        try:
+            work.wait(timedelta(seconds=POLL_S))
+            return True
+        except RuntimeError as error:
+            waited_s = time.monotonic() - start
+            if had_ended or waited_s >= self._timeout_s:
+                raise self._late(what, waited_s, error) from error
+            return False
 
     def failed(self, message: str, ranks: tuple[int, ...], what: str, waited_s: float = 0.0) -> RankError:
         """Returns the error of an exchange that failed; none follows."""

@@ -97,11 +97,11 @@ def outcomes_of(folder: Path, size: int) -> list[Any]:
 
 
 def run_ranks(work: Callable[[int], Any], size: int, folder: Path, limit_s: float = LIMIT_S) -> list[Any]:
-    """Runs a function on all ranks; returns what each returned. Raises the first `RankFailure` there is."""
+    """Runs a function on all ranks; returns what each returned. Raises the `RankFailure` that came first, if any."""
     statuses = await_ranks(start_ranks(work, size, folder), limit_s)
     assert statuses == [0] * size, f"ranks ended with {statuses}"
     outcomes = outcomes_of(folder, size)
-    for outcome in outcomes:
-        if isinstance(outcome, RankFailure):
-            raise outcome
+    failures = [outcome for outcome in outcomes if isinstance(outcome, RankFailure)]
+    if failures:  # ranks that only wait for another come last
+        raise min(failures, key=lambda failure: (failure.kind == "RankError", "left" in failure.message))
     return outcomes
