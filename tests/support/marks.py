@@ -72,6 +72,7 @@ MARKS: dict[str, tuple[str, ...]] = {
     "remote": ("daemon",),
     "test_cases": ("process",),
     "test_wheel": ("process", "slow"),
+    "tiers/test_mooncake": ("process", "long"),
     "tiers/test_hbm": ("gpu",),
     "tiers/test_hbm_quiet": ("gpu",),
     "tiers/test_hbm_rows": ("gpu",),

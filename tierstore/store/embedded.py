@@ -107,6 +107,7 @@ def _open_image(
     on_progress: OnProgress | None,
 ) -> Store:
     """Opens the store of a catalog; takes `placed` over, also if that fails."""
+    client: MooncakeClient | None = None
     try:
         heading, hbm_bytes = placed.placement if placed else None, hbm.num_bytes if hbm else None
         plan, hbm_plan = divide_budgets(
@@ -119,6 +120,8 @@ def _open_image(
     except BaseException:
         if placed:
             placed.close()
+        if client:
+            client.close()
         raise
 
 

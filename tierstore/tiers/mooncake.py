@@ -28,7 +28,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import parse_qs, urlsplit
 
 from ..errors import ConfigError, StoreNotReadyError
@@ -94,7 +94,7 @@ class MooncakeClient:
     A thread looks after the worker: it keeps the last lines that the library logs, and starts it anew if it ends.
     """
 
-    def __init__(self, address: Address, image: CatalogImage, *, check: bool = True, wait_s: float = SERVED_WAIT_S):
+    def __init__(self, address: Address, image: CatalogImage, *, check: bool = True) -> None:
         """Starts the worker and waits until it is connected; check: and until all objects are known to be there.
 
         Blocks, START_LIMIT_S at most. Raises `ConfigError` and `StoreNotReadyError`.
@@ -102,7 +102,7 @@ class MooncakeClient:
         if importlib.util.find_spec("mooncake") is None:
             raise missing(f"pages at {address.text}", "mooncake", ModuleNotFoundError("No module named 'mooncake'"))
         self._address = address
-        self._config = _config_of(address, image, wait_s)
+        self._config = _config_of(address, image, SERVED_WAIT_S)
         self._lines: collections.deque[str] = collections.deque(maxlen=LINES_KEPT)
         self._closing = threading.Event()
         self._owner = os.getpid()
@@ -116,7 +116,7 @@ class MooncakeClient:
             address.text,
             lambda index, shard, start: f"{tables[index]['folder']}/{shard}/{start // tables[index]['stretch_bytes']}",
             f"put it again: {put} --replace",
-            wait_s,
+            SERVED_WAIT_S,
         )
         try:
             self._listener.bind(os.fspath(self.served.socket_path))
@@ -144,10 +144,9 @@ class MooncakeClient:
         threading.Thread(target=self._read_log, args=(process.stderr,), daemon=True).start()
         return process
 
-    def _read_log(self, lines: Any) -> None:
-        with contextlib.suppress(ValueError):  # closed
-            for line in lines:
-                self._lines.append(line.strip())
+    def _read_log(self, log: IO[str]) -> None:
+        with log:
+            self._lines.extend(line.strip() for line in log)
 
     def _ask(self, process: subprocess.Popen[str], *, check: bool) -> dict[str, Any]:
         """Hands a worker its task; returns its answer within START_LIMIT_S, {} if it ends without one."""
