@@ -38,6 +38,7 @@ MARKS: dict[str, tuple[str, ...]] = {
     "decisions/test_intervals": ("long",),
     "decisions/test_replan": ("long",),
     "docs/test_errors_page": ("long",),
+    "engram_adapter/ranks": ("process", "long"),
     "engram_adapter/test_around_models": ("long",),
     "engram_adapter/test_attached_embedding": ("daemon",),
     "engram_adapter/test_codec_libraries": ("long",),

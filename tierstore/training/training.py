@@ -137,13 +137,12 @@ class Training:
             self._changes_committed = opened.parts.num_changes
         return ticket
 
-    def prepare_commit(self) -> int:
-        """Waits for a commit under way; returns its number. Raises `BudgetError` without room for another."""
+    def prepare_commit(self) -> None:
+        """Waits for a commit under way. Raises `BudgetError` if the disk has no room for another one."""
         self._health.check()
         if self._last_ticket is not None:
             self._at = int(self._last_ticket.wait().number)
         check_room(self._opened.store, self._opened.dirty_file_bytes())
-        return self._at
 
     def _freeze(self, writer: Writer, request: CommitRequest) -> None:
         """Freezes all tables for a commit, and has it written: all of it, or nothing."""
