@@ -114,12 +114,11 @@ class Training:
     def commit(self, step: int, payload: bytes = b"") -> TrainingTicket:
         """Makes all tables, as they are now, durable, while training goes on. Returns a ticket; `wait` for it.
 
+        The ticket's `wait` returns the `Commit` once it is durable. Blocks for a commit that is under way.
+
         Args:
             step: The caller's own step, kept with the commit.
             payload: The caller's bytes, kept with the commit: at most 1 MiB.
-
-        Returns:
-            A ticket whose `wait` returns the `Commit` once it is durable. It blocks for a commit that is under way.
 
         Raises:
             BudgetError: The disk has too little room; training goes on.
