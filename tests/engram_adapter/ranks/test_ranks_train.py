@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from support.marks import slow_but
 from support.rank_processes import run_ranks
 from support.rank_training import RankTrainer, Sliced, joined, make_sliced
 
 import tierstore
+from engram_adapter import TableOptimizer, TrainableRows, build_checkpoint, export_checkpoint
+from tierstore.tools.synth import write_checkpoint
 
 RULES = {
     "sgd": tierstore.SGD(lr=0.5),
@@ -62,3 +65,38 @@ def test_any_number_of_ranks_gives_the_losses_and_rows_of_one_process_in_bits(
             of_ranks = [of_rank[step][micro] for of_rank, *_ in found]
             assert np.concatenate(of_ranks).tobytes() == expected.tobytes(), (step, micro)
     assert joined([of_rank for _, of_rank, _ in found]) == rows
+
+
+def test_ranks_export_the_checkpoint_of_one_process_byte_for_byte(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    write_checkpoint(checkpoint, "deepseek_v41", rows_per_head=60, hidden=16, layers=[1], dim=64)
+    build_checkpoint(checkpoint, tmp_path / "whole")
+    for rank in range(2):
+        build_checkpoint(checkpoint, tmp_path / str(rank), slice=(rank, 2))
+
+    def train(path: Path, group: Any, share: slice) -> None:
+        training = tierstore.open_training(path, RULES["adagrad"], dram="8MiB", threads=1)
+        (name,) = training.tables
+        table = TrainableRows(training, name, process_group=group, reduction="sum")
+        optimizer = TableOptimizer([table])
+        rng = np.random.default_rng(3)
+        for _ in range(3):
+            ids = rng.integers(0, table.num_embeddings, (4, 30))
+            above = rng.normal(size=(4, 30, table.embedding_dim)).astype(np.float32)
+            table(torch.from_numpy(ids[share])).backward(torch.from_numpy(above[share]))
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.commit().wait()
+        training.close()
+
+    shares = [slice(0, 3), slice(3, 4)]
+    run_ranks(lambda rank: train(tmp_path / str(rank), dist.group.WORLD, shares[rank]), 2, tmp_path / "ranks")
+    train(tmp_path / "whole", None, slice(0, 4))
+    export_checkpoint([tmp_path / "0", tmp_path / "1"], tmp_path / "of ranks", source=checkpoint)
+    export_checkpoint(tmp_path / "whole", tmp_path / "of one", source=checkpoint)
+    files = sorted(file.name for file in (tmp_path / "of one").iterdir() if file.is_file())
+    assert sorted(file.name for file in (tmp_path / "of ranks").iterdir() if file.is_file()) == files
+    for file in files:
+        assert (tmp_path / "of ranks" / file).read_bytes() == (tmp_path / "of one" / file).read_bytes(), file
+    tables = [file for file in files if (checkpoint / file).read_bytes() != (tmp_path / "of one" / file).read_bytes()]
+    assert tables, "training changed nothing"
