@@ -118,10 +118,11 @@ class _Drawing:
 
     def __init__(self, chart: Chart, width: int, height: int) -> None:
         self._chart, self._width = chart, width
-        names = [each.label for each in (*chart.curves, *chart.areas)] + [level.label for level in chart.levels]
+        drawn: list[Curve | Area] = [*chart.curves, *chart.areas]
+        names = [each.label for each in drawn] + [level.label for level in chart.levels]
         self._right = width - LABEL_APART_PX - round(CHARACTER_PX * max(map(len, names)))
         self._bottom = height - BOTTOM_PX
-        points = [point for each in (*chart.curves, *chart.areas) for point in each.points]
+        points = [point for each in drawn for point in each.points]
         xs = [x for x, _ in points] + [mark.x for mark in chart.marks]
         self._x_min, self._x_max = min(xs), max(xs)
 
