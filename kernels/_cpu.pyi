@@ -1306,6 +1306,15 @@ def gradient_norms(rows: _Int64, sums: _Float32, block_starts: _Int64, out: _Flo
         out: float64 [blocks], overwritten whole.
     """
 
+def place_entries(entries: _Bytes, places: _Int64, out: _Bytes, byte_start: int = 0) -> None:
+    """Copies entries to tokens: out[n, byte_start : byte_start + width] = entries[places[n]]. As fast as memory.
+
+    Args:
+        entries: uint8 [M, width].
+        places: int64 [N]; -1 gives zeros. One that is outside raises `ValueError`; out is then undefined.
+        out: uint8 [N, at least byte_start + width], contiguous.
+    """
+
 def gradient_squares(rows: _Int64, sums: _Float32, out: _Float64) -> None:
     """Writes the sum of squares of each row, [D], in the order of row ids; arguments as `gradient_norms`.
 

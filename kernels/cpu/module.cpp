@@ -28,5 +28,6 @@ PYBIND11_MODULE(_cpu, module) {
   tierstore::bind_row_cache(module);
   tierstore::bind_optimizer(module);
   tierstore::bind_owned_rows(module);
+  tierstore::bind_place_entries(module);
   tierstore::bind_quantize(module);
 }

@@ -20,6 +20,7 @@ void bind_optimizer(pybind11::module_& module);
 void bind_overlay(pybind11::module_& module);
 void bind_owned_rows(pybind11::module_& module);
 void bind_pages(pybind11::module_& module);
+void bind_place_entries(pybind11::module_& module);
 void bind_placed(pybind11::module_& module);
 void bind_profile(pybind11::module_& module);
 void bind_row_cache(pybind11::module_& module);
