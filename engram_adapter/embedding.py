@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from .store_module import StoreModule, check_fingerprint, named_table
 if TYPE_CHECKING:
     from tierstore import Store, Ticket
 
+    from .lockstep import LockStep
+    from .lockstep_fixed import FixedLockStep
+
 PENDING_PREFETCHES_MAX = 8  # of one module; the oldest is dropped beyond it, so that unused ones cannot fill memory
 
 
@@ -40,17 +43,30 @@ class TieredEmbedding(StoreModule):
 
     _ANEW: ClassVar = StoreModule._ANEW | {"_on_device", "_pending_lock", "_pending"}
 
-    def __init__(self, store: Store, layer: int | str, spec: HashSpec) -> None:
+    def __init__(
+        self,
+        store: Store,
+        layer: int | str,
+        spec: HashSpec,
+        process_group: Any = None,
+        fixed_tokens: int | None = None,
+    ) -> None:
         """Binds a table to a hash; reads nothing.
 
         Args:
             store: An open store; it stays open as long as this module lives.
             layer: The 0-based index of the model's module, or the table's name.
             spec: The model's hash.
+            process_group: A group of torch.distributed, or `exchange.Ranks`, of which each rank's store holds a slice
+                of the table. All ranks then construct, prefetch and look up in the same order, with ids of their own,
+                and with none too: [B, 0]. Blocks here until all are there.
+            fixed_tokens: The most tokens of a call over ranks, whose exchanges then always have the same sizes.
 
         Raises:
             FingerprintMismatchError: `spec` is not the hash that the table was built with.
-            ConfigError: The store has no such table, or its rows have no float type.
+            ConfigError: The store has no such table, or its rows have no float type; a slice without the ranks that
+                hold the rest, slices that are not one table, `fixed_tokens` of slices that begin inside a head.
+            RankError: The other ranks did not come.
         """
         try:
             name = spec.table_name(layer)
@@ -58,7 +74,9 @@ class TieredEmbedding(StoreModule):
             raise ConfigError(f"{error.args[0]}: pass one of these, or the hash of another model") from None
         check_fingerprint(named_table(store, name), spec, layer)
         self._layer, self._hash_spec = layer, spec
+        self._is_over_ranks = process_group is not None
         super().__init__(store, name)
+        self._lock_step = self._over_ranks(process_group, fixed_tokens)
 
     def _bind(self, store: Store) -> None:
         super()._bind(store)
@@ -67,6 +85,30 @@ class TieredEmbedding(StoreModule):
         self._on_device = DeviceEmbedding(store, self._table_spec, self._layer, self._hash_spec) if has_device else None
         self._pending_lock = threading.Lock()  # guards `_pending`
         self._pending: OrderedDict[CallKey, tuple[Ticket, np.ndarray]] = OrderedDict()
+
+    def _over_ranks(self, process_group: Any, fixed_tokens: int | None) -> LockStep | FixedLockStep | None:
+        """Returns what looks up over ranks, if a process group is given. Blocks until all ranks are there."""
+        spec = self._table_spec
+        if process_group is None:
+            if spec.is_slice or fixed_tokens is not None:
+                what = f"rows {spec.row_start} to {spec.row_end} of {spec.num_rows}" if spec.is_slice else "all rows"
+                raise ConfigError(
+                    f"the store has {what} of table {spec.name}: pass process_group=, the ranks that have one slice "
+                    f"each{'' if spec.is_slice else ', if fixed_tokens is given'}"
+                )
+            return None
+        from .exchange import Ranks  # loads torch.distributed
+        from .lockstep import LockStep
+        from .lockstep_fixed import FixedLockStep
+
+        ranks = Ranks.of(process_group)
+        if fixed_tokens is None:
+            return LockStep(ranks, self._store, self._table)
+        return FixedLockStep(ranks, self._store, self._table, fixed_tokens)
+
+    @property
+    def _kind(self) -> str:
+        return f"{super()._kind}{' over ranks' if self._is_over_ranks else ''}"
 
     @property
     def features(self) -> int:
@@ -82,7 +124,11 @@ class TieredEmbedding(StoreModule):
         with equal arguments does nothing, and so does one in a traced program. Errors of the lookup itself come out of
         the forward.
         """
-        if not is_traced():  # a traced program has its lookups, and nothing that starts before them
+        if is_traced():  # a traced program has its lookups, and nothing that starts before them
+            return
+        if self._lock_step is not None:
+            self._lock_step.prefetch(lambda: self._ids_over_ranks(token_ids, history, dead))
+        else:
             prefetch_layers([self], token_ids, history, dead)
 
     def forward(
@@ -120,6 +166,9 @@ class TieredEmbedding(StoreModule):
         self, token_ids: torch.Tensor, history: torch.Tensor | None = None, dead: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Does what `forward` says, in traced programs too."""
+        if self._lock_step is not None:  # ranks exchange what their hosts look up
+            over_ranks = self._lock_step.look_up(lambda: self._ids_over_ranks(token_ids, history, dead))
+            return self._values(over_ranks, token_ids)
         if self._on_device is not None and self._store.device is not None:  # a forked child has none
             return self._on_device.forward(
                 DeviceCall(token_ids, history, dead, self._on_device.device, self._hash_spec.history_tokens)
@@ -130,9 +179,23 @@ class TieredEmbedding(StoreModule):
             keys, rows = self._request(call)
             # On this thread: a ticket would hand the reads to a worker, and wait for that.
             self._table.lookup(keys, rows, timeout_s=WAIT_S)
+        return self._values(rows, token_ids)
+
+    def _values(self, rows: np.ndarray, token_ids: torch.Tensor) -> torch.Tensor:
+        """Returns rows, uint8 [B * T, O * H, row_bytes], as values [B, T, O * H, dim] on the device of token ids."""
         # The tensor is made here, not in prefetch: one made under inference_mode could not serve a training forward.
         values = decode_rows(torch.from_numpy(rows).to(token_ids.device), self._table_spec.codec, self.embedding_dim)
-        return values.unflatten(0, call.token_ids.shape)
+        return values.unflatten(0, token_ids.shape)
+
+    def _ids_over_ranks(
+        self, token_ids: torch.Tensor, history: torch.Tensor | None, dead: torch.Tensor | None
+    ) -> np.ndarray:
+        """Returns what ranks are asked for: keys, int64 [B * T, O], or row ids, int64 [B * T, O * H]."""
+        assert self._lock_step is not None
+        call = LookupCall(token_ids, history, dead, self._hash_spec.history_tokens)
+        made = self._hash_spec.keys if self._lock_step.by_key else self._hash_spec.row_ids
+        ids = made(call.token_ids, self._layer, history=call.history, dead=call.dead)
+        return ids.reshape(-1, ids.shape[-1])
 
     def synchronize(self) -> None:
         """Waits until the device has done all lookups, and raises what went wrong. Does nothing without an hbm tier."""
@@ -175,6 +238,11 @@ def prefetch_layers(
     Each layer's forward with equal arguments then takes its part. Arguments as in `TieredEmbedding.forward`. Raises
     `ValueError` if the layers lie in different stores or one is named twice. Does not wait for any read.
     """
+    over_ranks = [embedding for embedding in embeddings if embedding._lock_step is not None]
+    if over_ranks:
+        for embedding in over_ranks:
+            embedding.prefetch(token_ids, history, dead)
+        embeddings = [each for each in embeddings if each._lock_step is None]
     if not embeddings:
         return
     store = embeddings[0]._store

@@ -28,7 +28,7 @@ from tierstore.errors import ConfigError, RankError
 from .rank_waits import RankWaits
 
 TIMEOUT_S = 300.0
-COUNTS_MAX = 5  # numbers that one rank sends another in an exchange of counts
+COUNTS_MAX = 61  # numbers that one rank sends another in an exchange of counts
 HEADER_MARK = 0x74696572  # begins what a rank sends in an exchange of counts, before the number of what it is for
 
 _shared: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()  # of the main thread, as groups are
@@ -143,7 +143,7 @@ class Ranks:
 
         Args:
             what: What the exchange is for, in words: "forward of table layers.1". The same on all ranks.
-            counts: int64 [W, n], n at most 5: row r is for rank r.
+            counts: int64 [W, n], n at most COUNTS_MAX: row r is for rank r.
 
         Returns:
             int64 [W, n]: row r is from rank r.

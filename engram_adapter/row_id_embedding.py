@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
-from tierstore.errors import TierStoreError
+from tierstore.errors import ConfigError, TierStoreError
 
 from .codecs import decode_rows
 from .lookup_call import WAIT_S, as_int64
@@ -49,10 +49,20 @@ class RowIdEmbedding(StoreModule):
     _ANEW: ClassVar = StoreModule._ANEW | {"_of_thread"}
     weight: torch.Tensor
 
-    def __init__(self, store: Store, layer: int | str, head_offsets: bool = False) -> None:
-        """Binds a table, by the index of the model's module or by name. Raises `ConfigError` if the store has none."""
-        self._head_offsets = head_offsets
+    def __init__(self, store: Store, layer: int | str, head_offsets: bool = False, process_group: Any = None) -> None:
+        """Binds a table, by the index of the model's module or by name. Raises `ConfigError` if the store has none.
+
+        process_group: as of `TieredEmbedding`: ranks that hold a slice each, and all call this in the same order. They
+        ask each other for rows, one by one, so a table that its rank does not hold whole in memory is read by page.
+        """
+        self._head_offsets, self._is_over_ranks = head_offsets, process_group is not None
         super().__init__(store, layer if isinstance(layer, str) else f"layers.{layer}")
+        self._lock_step = None
+        if process_group is not None:
+            from .exchange import Ranks  # loads torch.distributed
+            from .lockstep import LockStep
+
+            self._lock_step = LockStep(Ranks.of(process_group), store, self._table, by_key=False)
         self.stands_for_weight = False
         # On the CPU whatever torch's default device is: a model that is made on the meta device still has its rows.
         empty = torch.empty((0, self.embedding_dim), dtype=self.dtype, device="cpu")
@@ -64,7 +74,7 @@ class RowIdEmbedding(StoreModule):
 
     @property
     def _kind(self) -> str:
-        return f"{super()._kind}(head_offsets={self._head_offsets})"
+        return f"{super()._kind}(head_offsets={self._head_offsets}){' over ranks' if self._is_over_ranks else ''}"
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         """Returns the rows of `row_ids`, integers [...], as [..., dim] on their device; row id -1 gives a zero row.
@@ -79,15 +89,22 @@ class RowIdEmbedding(StoreModule):
 
     def look_up(self, row_ids: torch.Tensor) -> torch.Tensor:
         """Does what `forward` says, in traced programs too."""
+        if self._lock_step is not None:
+            rows = self._lock_step.look_up(lambda: self._ids_of(row_ids))
+        else:
+            rows = self._own_rows(self._ids_of(row_ids))
+        return decode_rows(torch.from_numpy(rows).to(row_ids.device), self._table_spec.codec, self.embedding_dim)
+
+    def _ids_of(self, row_ids: torch.Tensor) -> np.ndarray:
+        """Returns the table's row ids, int64 [...]. Raises `TypeError`, and `ValueError` for ids outside their head."""
         check_integers(row_ids, "row ids")
         ids = as_int64(row_ids)
-        if self._head_offsets:
-            ids = self._ids_in_table(ids)
+        return self._ids_in_table(ids) if self._head_offsets else ids
+
+    def _own_rows(self, ids: np.ndarray) -> np.ndarray:
+        """Returns rows of this store, uint8 [..., row_bytes], those that were expected if they are of these ids."""
         rows = self._take_expected(ids) if hasattr(self._of_thread, "expected") else None
-        if rows is None:
-            rows = self._table.rows(ids)
-        values = torch.from_numpy(rows).to(row_ids.device)
-        return decode_rows(values, self._table_spec.codec, self.embedding_dim)
+        return self._table.rows(ids) if rows is None else rows
 
     def expect(self, expected: ExpectedRows) -> None:
         """Has this thread's next forward take rows that were asked for before, if it asks for those very ids.
@@ -115,6 +132,8 @@ class RowIdEmbedding(StoreModule):
     def copy_rows_to(self, values: torch.Tensor, piece_bytes: int) -> None:
         """Fills values, [num_embeddings, embedding_dim] on the CPU, with all rows, piece by piece. Blocks."""
         spec = self._table_spec
+        if spec.is_slice:
+            raise ConfigError(f"the store has a slice of table {spec.name}, not all rows: join the slices first")
         step = max(1, piece_bytes // spec.row_bytes)
         for start in range(0, spec.num_rows, step):
             rows = self._table.rows(np.arange(start, min(start + step, spec.num_rows), dtype=np.int64))
@@ -122,7 +141,7 @@ class RowIdEmbedding(StoreModule):
 
     def _ids_in_table(self, ids: np.ndarray) -> np.ndarray:
         """Adds each head's offset. An id past its head's end is refused: it would become the next head's row."""
-        spec = self._table_spec
+        spec = self._table_spec.whole or self._table_spec
         if ids.ndim == 0 or ids.shape[-1] != spec.num_heads:
             raise ValueError(
                 f"ids of shape {list(ids.shape)} for table {spec.name}: the last axis must be its {spec.num_heads} "

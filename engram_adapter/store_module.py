@@ -44,7 +44,8 @@ class StoreModule(torch.nn.Module):
             raise TypeError(f"store: a {type(store).__name__}; give a store, or train with TrainableEmbedding")
         self._table_spec = named_table(store, name).spec
         self.dtype = codec_dtype(self._table_spec.codec)
-        self.num_embeddings, self.num_heads = self._table_spec.num_rows, self._table_spec.num_heads
+        whole = self._table_spec.whole or self._table_spec
+        self.num_embeddings, self.num_heads = whole.num_rows, whole.num_heads
         self.embedding_dim = self._table_spec.dim
         self._bind(store)
 

@@ -15,6 +15,7 @@ from .. import kernels
 from ..spec import TableSpec
 from ..tiers.engine import Engine
 from .arguments import (
+    KEYS_END,
     check_sources,
     checked_keys,
     checked_out,
@@ -203,6 +204,29 @@ class Table:
             if pending is not None:
                 pending.cancel()
             raise
+
+    def submit_entries(self, order_index: np.ndarray, keys: np.ndarray, out: np.ndarray) -> Ticket:
+        """Starts a lookup of single keys: out[i] is the entry, the rows, of keys[i] in the order of that index.
+
+        Equal keys are read once, as those of a batch are. keys and order_index are not looked at any more once this has
+        returned; otherwise as `Store.submit`. A store reached by gRPC cannot do this: `ConfigError`.
+
+        Args:
+            order_index: int32 [M], contiguous; places in `spec.orders`.
+            keys: int64 [M], contiguous; key -1 gives zero rows.
+            out: uint8 [M, rows_per_key * row_bytes], contiguous.
+
+        Raises:
+            TypeError, ValueError: Arrays of another form, an order or a key that the table does not have.
+        """
+        spec = self._spec
+        if spec.is_plain:
+            raise ValueError(f"table {spec.name} is a plain embedding, whose keys are row ids: use submit_rows")
+        if order_index.size and not 0 <= order_index.min() <= order_index.max() < len(spec.orders):
+            raise ValueError(f"table {spec.name}: an order index is outside its {len(spec.orders)} orders")
+        if (outside := kernels.find_out_of_range(keys, KEYS_END)) >= 0:
+            raise ValueError(f"table {spec.name}: key {keys[outside]} is outside -1 to 2^63 - 1")
+        return handed_out(self._engine.submit_pairs(self.index, keys, order_index, out))
 
     def checked(self, keys: np.ndarray, out: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Checks a request; returns a copy of its keys, contiguous, and the buffer for its rows.
