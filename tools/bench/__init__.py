@@ -32,6 +32,7 @@ BENCHMARKS = {
     "serve": "A daemon's clients, beside stores in process; its changes while they look up.",
     "overlap": "A small transformer over a tenth of its tables, beside the same with all of them on its device.",
     "train": "Steps of training, warm and cold, beside torch, FBGEMM and bare loops; prefetches.",
+    "exchange": "Tables over two ranks, and over two daemons, beside bare exchanges, duplicates sent and TorchRec.",
     "gpu": "Kernels and hbm tier on a GPU: checked, then beside copies; without a GPU only checked.",
     "commit": "Commits of a training, beside cp and sync, LMDB and RocksDB; opening one of ten million rows.",
     "peers": "NumPy, torch, LMDB, RocksDB, Redis and Mooncake on the same keys.",
@@ -41,6 +42,7 @@ FOLDERS = {
     "serve",
     "overlap",
     "train",
+    "exchange",
     "gpu",
     "peers",
 }  # benchmarks with more than one file: theirs is `command.py` in a folder
@@ -51,7 +53,7 @@ def module_of(name: str) -> str:
     return f"{__name__}.{name}.command" if name in FOLDERS else f"{__name__}.{name}"
 
 
-SIZE_HELP = "Bytes of the table.  [default: build, inplace, serve and overlap 2GiB, train 256MiB, others 8GiB]"
+SIZE_HELP = "Bytes of the table.  [default: build, inplace, serve, overlap 2GiB, train, exchange 256MiB, others 8GiB]"
 TRACE_HELP = "For trace: a .trace of tokens, .npy of int32 or int64, or .zst of int32.  [default: this machine's text]"
 
 

@@ -100,11 +100,18 @@ def rows_per_head(table_bytes: int) -> int:
     return max(16, table_bytes // (ROWS_PER_TOKEN * ROW_BYTES))
 
 
-def make_store(folder: Path, num_rows: int, token_map: np.ndarray | None = None, seed: int = 0) -> MadeStore:
+def make_store(
+    folder: Path,
+    num_rows: int,
+    token_map: np.ndarray | None = None,
+    seed: int = 0,
+    part: tuple[int, int] | None = None,
+) -> MadeStore:
     """Makes, or finds, the store of a table of about `num_rows` rows under `folder`. Blocks: some 300 MiB a second.
 
     token_map: of the text that is to be profiled; the store then carries its hash. seed: of the block's rows, one in a
-    folder: another version of the same table lies in another folder. What an interrupted run began is resumed.
+    folder: another version of the same table lies in another folder. part: (I, N), slice I of N of it. What an
+    interrupted run began is resumed.
     Raises what `build_store` raises (`BudgetError` where the disk has no room).
     """
     heads = v41_hash(max(16, num_rows // ROWS_PER_TOKEN), token_map)
@@ -116,14 +123,15 @@ def make_store(folder: Path, num_rows: int, token_map: np.ndarray | None = None,
     path = (
         folder / FOLDER / (f"rows-{spec.num_rows}" if token_map is None else f"rows-{spec.num_rows}-{fingerprint[:8]}")
     )
+    if part is not None:
+        path = path.with_name(f"{path.name}-{part[0]}of{part[1]}")
     block_file = folder / FOLDER / BLOCK_FILE
     _make_block(block_file, seed)
     with Progress(f"making a table of {format_bytes(spec.table_bytes)}") as progress:
         origin = {"digest": digest, "seed": seed, "made_by": "tierstore bench", "files": []}
         attachments = {} if token_map is None else heads.attachments()
-        build_store(
-            path, [block_source(spec, block_file)], origin=origin, attachments=attachments, on_progress=progress
-        )
+        sources = [block_source(spec, block_file)]
+        build_store(path, sources, origin=origin, attachments=attachments, on_progress=progress, slice=part)
     return find_store(path)
 
 
