@@ -41,7 +41,6 @@ MARKS: dict[str, tuple[str, ...]] = {
     "engram_adapter/ranks": ("process", "long"),
     "engram_adapter/test_around_models": ("long",),
     "engram_adapter/test_attached_embedding": ("daemon",),
-    "engram_adapter/ranks": ("process",),
     "engram_adapter/test_codec_libraries": ("long",),
     "engram_adapter/test_device_embedding": ("gpu",),
     "engram_adapter/test_device_streams": ("gpu",),
