@@ -192,6 +192,15 @@ def test_slices_at_a_version_are_resliced_to_its_rows(tmp_path: Path) -> None:
     assert (report.version, report.step) == (1, None)
     with tierstore.open(tmp_path / "new") as store:
         np.testing.assert_array_equal(store["a"].rows(np.arange(ROWS)), np.concatenate(expected))
+    with tierstore.open_training(parts[0], ADAGRAD) as training:
+        training["a"].apply(np.array([9]), np.ones((1, 32), dtype=np.float32))
+        training.commit(2).wait()
+        training.publish()
+    with tierstore.open_training(parts[0], at=0):
+        pass
+    with pytest.raises(ConfigError, match=r"1of2 has versions up to 1, .*0of2 up to 2: publish what is missing"):
+        tierstore.reslice(parts, tmp_path / "other", 1)
+    assert tierstore.reslice(parts, tmp_path / "first", 1, version=1).version == 1
     tierstore.reslice(parts, tmp_path / "base", 1, version=0)
     with tierstore.open(tmp_path / "base") as store:
         np.testing.assert_array_equal(store["a"].rows(np.arange(ROWS)), made.model.rows["a"])

@@ -117,11 +117,12 @@ def join_slices(images: Sequence[CatalogImage]) -> SliceSet:
 
 def at_one_version(slices: SliceSet, version: int | None) -> SliceSet:
     """Returns the set at a version; None: the newest, which all slices must have. Raises `ConfigError`."""
-    newest = {len(image.versions): image for image in slices.images}
+    newest = {image.newest: image for image in slices.images}
     if version is None and len(newest) > 1:
         (few, one), *_, (many, other) = sorted(newest.items())
         raise ConfigError(
-            f"{one.path} has {few} versions, {other.path} has {many}: publish what is missing, or say which version"
+            f"{one.path} has versions up to {few}, {other.path} up to {many}: publish what is missing, or say which "
+            "version"
         )
     return replace(slices, images=tuple(image.at_version(version) for image in slices.images))
 
