@@ -128,7 +128,8 @@ def test_replies_that_nobody_asked_for_are_refused(built: Path) -> None:
 
         def answer_another_slot(*_: object) -> None:
             reply = np.array([(1 << 31, 0)], dtype=served.REPLY)
-            server.connections[-1].send(reply.tobytes())
+            for connection in server.connections[-1:]:  # none, once the store is closed
+                connection.send(reply.tobytes())
 
         server.answers = answer_another_slot
         with pytest.raises(StoreNotReadyError, match="Protocol error"):
