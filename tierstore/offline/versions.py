@@ -115,7 +115,8 @@ def _check(path: Path, image: CatalogImage, changed: Mapping[str, ChangedRows]) 
         if rows.rows_max > spec.num_rows or published + rows.rows_max > ROWS_MAX:
             raise ConfigError(
                 f"{path}: {rows.rows_max} rows of table {name}, which has {spec.num_rows}, beside {published} in its "
-                f"versions, of {ROWS_MAX} that fit: make one store of them all: tierstore compact {path} NEW_STORE"
+                f"versions, of {ROWS_MAX} that fit: fold the oldest into one: tierstore versions {path} --keep N, or "
+                f"make one store of them all: tierstore compact {path} NEW_STORE"
             )
         needed += RowsFile(0, name, spec.row_bytes, rows.rows_max, "", 0).num_bytes
     check_room(path, needed)

@@ -66,7 +66,7 @@ class VersionFiles:
         versions = image.used_versions
         wanted = sum(layout.spec.name in version.tables for version in versions)
         if wanted > FILES_MAX:
-            raise FormatError(f"{image.path}: {wanted} versions of table {layout.spec.name}: {_COMPACT}")
+            raise FormatError(f"{image.path}: {wanted} versions of table {layout.spec.name}: {_FEWER}")
         allow_open_files(2 * wanted)
         try:
             identity = image.base_identity
@@ -98,7 +98,7 @@ class VersionFiles:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
             direct_fd = open_direct(path) if open_direct else -1
             if self.num_rows + num_rows > ROWS_MAX:
-                raise FormatError(f"{path}: more than {ROWS_MAX} rows in the versions of {spec.name}: {_COMPACT}")
+                raise FormatError(f"{path}: more than {ROWS_MAX} rows in the versions of {spec.name}: {_FEWER}")
             self.files.append(OpenRows(path, fd, direct_fd, head, self.num_rows))
         except BaseException:
             _close(fd, direct_fd)
@@ -159,7 +159,7 @@ class VersionFiles:
             _close(file.fd, file.direct_fd)
 
 
-_COMPACT = "make one store of them all: tierstore compact STORE NEW_STORE"
+_FEWER = "fold the oldest into one: tierstore versions STORE --keep N, or: tierstore compact STORE NEW_STORE"
 
 
 def _words(head: RowsFile) -> str:
