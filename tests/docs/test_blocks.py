@@ -48,7 +48,7 @@ def test_a_page_does_what_it_shows(path: Path, text: TextStore, tmp_path: Path) 
     assert Reader(tmp_path).run(blocks_of(path)) > 0
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.process
 def test_the_example_of_how_to_test_a_block_is_one(text: TextStore, tmp_path: Path) -> None:
     examples = [block.text for block in blocks_of(REPOSITORY / "docs" / "writing.md") if "<!-- given:" in block.text]
@@ -62,6 +62,7 @@ def python_blocks() -> list[Block]:
     return [block for path in PAGES for block in blocks_of(path) if block.language == "python"]
 
 
+@pytest.mark.long
 def test_every_python_block_is_python_and_names_only_what_there_is() -> None:
     for block in python_blocks():
         try:
