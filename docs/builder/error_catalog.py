@@ -28,6 +28,7 @@ REMEDIES = {  # what helps if a message does not say it
     "BudgetError": "Give a larger budget, free memory or disk, or ask for less.",
     "ConfigError": "Change the option, the path or the checkpoint that the message names, and call again.",
     "DaemonError": "Start the daemon, wait for it, or correct the address. The store itself is unharmed.",
+    "RankError": "See the log of the rank that the message names, then start all ranks again: they resume together.",
     "Refusal": "The remote server names the reason; the client raises it as the class that fits.",
     "TryAgainError": "Call again: the server is busy or moves to another version.",
     "StoreChangedError": "Connect again: another store is served under this address.",

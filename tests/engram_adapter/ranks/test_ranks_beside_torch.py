@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from support.marks import slow_but
 from support.rank_processes import run_ranks
 from support.rank_training import Sliced, make_sliced, tokens_of
 from support.tiny_store import DIM
@@ -96,7 +97,7 @@ WRAPS: dict[str, Wrap] = {
 }
 
 
-@pytest.mark.parametrize("kind", list(WRAPS))
+@pytest.mark.parametrize("kind", slow_but(["ddp", "fsdp2"], WRAPS))
 def test_beside_data_parallel_dense_weights_a_step_is_that_of_one_process(
     sliced: Sliced, tmp_path: Path, kind: str
 ) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from support.marks import slow_but
 from support.rank_processes import RankFailure, await_ranks, outcomes_of, run_ranks, start_ranks
 from support.rank_training import RankTrainer, Sliced, joined, make_sliced, tokens_of
 from support.trainable import make_trainable
@@ -35,7 +36,7 @@ def paths(sliced: Sliced) -> list[Path]:
     return sliced.slices(2)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", slow_but([math.inf], [math.nan, math.inf]))
 def test_a_gradient_of_one_rank_that_is_not_finite_refuses_the_step_on_all(
     sliced: Sliced, tmp_path: Path, bad: float
 ) -> None:
@@ -147,7 +148,7 @@ def test_a_prefetch_sends_ids_early_and_changes_no_bit(sliced: Sliced, tmp_path:
     assert all(len(exchanged) == 6 for exchanged, _ in found[False])
 
 
-@pytest.mark.parametrize("where", ["forward", "backward", "step"])
+@pytest.mark.parametrize("where", slow_but(["forward"], ["forward", "backward", "step"]))
 def test_ranks_that_do_different_things_say_which(
     sliced: Sliced, paths: list[Path], tmp_path: Path, where: str
 ) -> None:
@@ -176,6 +177,7 @@ def test_ranks_that_do_different_things_say_which(
             assert f"rank {rank} is in {place}" in outcome.message
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_in_its_model_is_named_by_the_others_in_time(
     sliced: Sliced, paths: list[Path], tmp_path: Path
 ) -> None:
@@ -197,7 +199,12 @@ def test_a_rank_that_hangs_in_its_model_is_named_by_the_others_in_time(
     assert isinstance(second, RankFailure)  # its group is gone
 
 
-@pytest.mark.parametrize(("dtype", "quantized"), [(torch.bfloat16, False), (torch.float32, True)])
+@pytest.mark.parametrize(
+    ("dtype", "quantized"),
+    slow_but(
+        [(torch.bfloat16, True)], [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)], several=True
+    ),
+)
 def test_values_are_those_of_one_process_rounded_or_not(
     sliced: Sliced, paths: list[Path], tmp_path: Path, dtype: torch.dtype, quantized: bool
 ) -> None:

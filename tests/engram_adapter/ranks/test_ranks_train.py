@@ -67,6 +67,7 @@ def test_any_number_of_ranks_gives_the_losses_and_rows_of_one_process_in_bits(
     assert joined([of_rank for _, of_rank, _ in found]) == rows
 
 
+@pytest.mark.slow
 def test_ranks_export_the_checkpoint_of_one_process_byte_for_byte(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     write_checkpoint(checkpoint, "deepseek_v41", rows_per_head=60, hidden=16, layers=[1], dim=64)
