@@ -20,6 +20,7 @@ from support.served import Traffic, request
 from support.shapes import HEADS, POISON, ROW_BYTES
 from support.sliced import build_slices, place_keys, serving_all
 from support.stores import Model, make_model, random_keys
+from support.trainable import make_trainable
 from support.waiting import eventually
 
 import tierstore
@@ -278,6 +279,32 @@ def test_a_store_works_on_both_sides_of_a_fork(paths: tuple[list[Path], list[Pat
             "5",
         ]
         subprocess.run(command, check=True, timeout=120, env=environment)
+
+
+def test_slices_of_a_training_are_one_store_when_all_have_published(tmp_path: Path) -> None:
+    whole, paths = tmp_path / "whole", [tmp_path / "0", tmp_path / "1"]
+    made = make_trainable(tmp_path / "model", 60, codecs={"fp32": "fp32"})
+    made.model.build(whole)
+    for index, path in enumerate(paths):
+        made.model.build(path, slice=(index, 2))
+    gradients = np.random.default_rng(1).standard_normal((60, 32)).astype(np.float32)
+    for path in (whole, paths[0], paths[1]):
+        if path == paths[1]:
+            with (
+                serving_all(paths) as urls,
+                pytest.raises(tierstore.StoreNotReadyError, match="are at different versions"),
+            ):
+                tierstore.connect(urls)
+        with tierstore.open_training(path, tierstore.SGD(lr=0.1), dram="4MiB") as training:
+            spec = training["fp32"].spec
+            mine = np.arange(spec.row_start, spec.row_end)
+            training["fp32"].apply(mine, gradients[mine])
+            training.commit(1).wait()
+            training.publish()
+    keys = np.arange(60)[:, np.newaxis]
+    with serving_all(paths) as urls, tierstore.connect(urls) as store, tierstore.open(whole, dram="4MiB") as expected:
+        np.testing.assert_array_equal(store["fp32"].lookup(keys), expected["fp32"].lookup(keys))
+        assert store["fp32"].rows(keys[:, 0]).tobytes() != made.model.rows["fp32"].tobytes()
 
 
 def test_a_closed_store_leaves_no_thread(changing: Changing) -> None:
