@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import torch
 
+from tierstore.errors import ConfigError
 from tierstore.spec import TableSpec
 
 from .exchange import Ranks
@@ -85,14 +86,19 @@ class LockStep:
         by_key: whether keys are asked for, if all slices begin and end at heads; else rows are, by row id.
 
         Raises:
-            ConfigError: The slices are not one table's, overlap, or leave rows out.
+            ConfigError: The slices are not one table's, overlap, or leave rows out; keys of a store reached by gRPC.
             RankError: A rank did not come.
         """
         self.ranks, self._store, self._table = ranks, store, table
         self._what = f"table {table.spec.name}"
-        found = ranks.gather_objects(f"slices of {self._what}", table.spec.to_dict())
-        self.slices = SliceMap.of([TableSpec.from_dict(record) for record in found])
+        found = ranks.gather_objects(f"slices of {self._what}", [table.spec.to_dict(), "server" in store.stats()])
+        self.slices = SliceMap.of([TableSpec.from_dict(record) for record, _ in found])
         of = KeyForm if by_key and self.slices.by_key else RowForm
+        if of is KeyForm and (remote := [rank for rank, (_, is_remote) in enumerate(found) if is_remote]):
+            raise ConfigError(
+                f"{self._what}: the store of rank {remote[0]} is reached by gRPC, which has no lookups of single keys; "
+                f"open the slice in the rank, or attach to the daemon of its host"
+            )
         self._form: Form = of(self.slices, ranks.rank)
         self._order = [*(rank for rank in range(ranks.size) if rank != ranks.rank), ranks.rank]  # of answers in memory
         self._prefetched: deque[Asked] = deque()

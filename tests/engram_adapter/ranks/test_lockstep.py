@@ -465,6 +465,17 @@ def test_a_copy_asks_the_same_ranks_and_none_can_be_pickled(model: Sliced, tmp_p
     over_ranks(model, 2, tmp_path, act)
 
 
+def test_a_store_reached_by_grpc_is_refused_on_all_ranks(model: Sliced, tmp_path: Path) -> None:
+    def act(rank: int, store: Any) -> None:
+        stats = store.stats()
+        if rank == 1:
+            type(store).stats = lambda _: stats | {"server": {"url": "grpc://a:1"}}
+        with pytest.raises(ConfigError, match="the store of rank 1 is reached by gRPC"):
+            embedding_of(store)
+
+    over_ranks(model, 2, tmp_path, act)
+
+
 def test_ranks_whose_slices_are_not_one_table_are_refused(model: Sliced, tmp_path: Path) -> None:
     model.build(2)
     model.build(3)
