@@ -143,3 +143,13 @@ def check_sources(sources: np.ndarray, shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"sources is {list(sources.shape)}, expected {list(shape)}, one for each key, contiguous and writable"
         )
+
+
+def check_entries(spec: TableSpec, order_index: np.ndarray, keys: np.ndarray) -> None:
+    """Raises `ValueError` unless single keys, int64 [M], and the places of their orders, [M], are the table's."""
+    if spec.is_plain:
+        raise ValueError(f"table {spec.name} is a plain embedding, whose keys are row ids: use submit_rows")
+    if order_index.size and not 0 <= order_index.min() <= order_index.max() < len(spec.orders):
+        raise ValueError(f"table {spec.name}: an order index is outside its {len(spec.orders)} orders")
+    if (outside := kernels.find_out_of_range(keys, KEYS_END)) >= 0:
+        raise ValueError(f"table {spec.name}: key {keys[outside]} is outside -1 to 2^63 - 1")

@@ -15,7 +15,7 @@ from .. import kernels
 from ..spec import TableSpec
 from ..tiers.engine import Engine
 from .arguments import (
-    KEYS_END,
+    check_entries,
     check_sources,
     checked_keys,
     checked_out,
@@ -219,13 +219,7 @@ class Table:
         Raises:
             TypeError, ValueError: Arrays of another form, an order or a key that the table does not have.
         """
-        spec = self._spec
-        if spec.is_plain:
-            raise ValueError(f"table {spec.name} is a plain embedding, whose keys are row ids: use submit_rows")
-        if order_index.size and not 0 <= order_index.min() <= order_index.max() < len(spec.orders):
-            raise ValueError(f"table {spec.name}: an order index is outside its {len(spec.orders)} orders")
-        if (outside := kernels.find_out_of_range(keys, KEYS_END)) >= 0:
-            raise ValueError(f"table {spec.name}: key {keys[outside]} is outside -1 to 2^63 - 1")
+        check_entries(self._spec, order_index, keys)
         return handed_out(self._engine.submit_pairs(self.index, keys, order_index, out))
 
     def checked(self, keys: np.ndarray, out: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

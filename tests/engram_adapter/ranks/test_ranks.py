@@ -133,7 +133,7 @@ def interrupted(rank: int) -> Any:
     with pytest.raises(KeyboardInterrupt):
         ranks.counts("forward", np.zeros((2, 1), dtype=np.int64))
     took = time.monotonic() - start
-    with pytest.raises(Exception, match="no exchange .* is possible any more: forward ended with KeyboardInterrupt"):
+    with pytest.raises(Exception, match=r"no exchange .* is possible any more: forward ended with KeyboardInterrupt"):
         ranks.counts("forward", np.zeros((2, 1), dtype=np.int64))
     return took
 
