@@ -36,7 +36,6 @@ class Table:
         self._opened = opened
         self._spec = spec
         self._rows_shape = (spec.num_heads, spec.row_bytes)
-        self._is_slice = spec.is_slice
         # A slice's keys are not the engine's if they are row ids, or if it has none.
         self._takes_keys = not (spec.is_slice and spec.local.is_plain)
         self._use(engine)
@@ -48,9 +47,8 @@ class Table:
 
     def __repr__(self) -> str:
         spec = self._spec
-        return (
-            f"<tierstore.Table {spec.name}: {_rows_text(spec)} of {spec.row_bytes} bytes, orders {list(spec.orders)}>"
-        )
+        rows = f"{_rows_text(spec)} of {spec.row_bytes} bytes"
+        return f"<tierstore.Table {spec.name}: {rows}, orders {list(spec.orders)}>"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         raise TypeError(
@@ -154,7 +152,7 @@ class Table:
         """
         within = None if within is None else checked_range(within, self._spec)
         ids, out, flat = checked_rows(self._spec, row_ids, out)
-        if self._is_slice:
+        if self._spec.is_slice:
             ids, within = local_rows(self._spec, ids, within)
         try:
             self._engine.rows(self.index, ids, flat, within, timeout_s)
@@ -186,7 +184,7 @@ class Table:
             raise TypeError(f"submit_rows: table {self._spec.name} has no out; give a uint8 buffer for its rows")
         within = None if within is None else checked_range(within, self._spec)
         ids, out, flat = checked_rows(self._spec, row_ids, out)
-        if self._is_slice:
+        if self._spec.is_slice:
             ids, within = local_rows(self._spec, ids, within)
         try:
             pending = self._engine.submit_rows(self.index, ids, flat, within)
