@@ -7,7 +7,6 @@ from support.prose import MEAN_WORDS_MAX, documents, reading_of, sentences_of
 from support.repository import REPOSITORY
 
 
-@pytest.mark.skip(reason="the pages are being written: delete this line when they are")
 def test_sentences_are_short_and_lines_fit() -> None:
     for path in documents():
         reading = reading_of(path.relative_to(REPOSITORY).as_posix(), path.read_text())
