@@ -151,6 +151,19 @@ def test_explain_says_what_the_server_would_do(built: Path) -> None:
         assert (store["layers.1"].explain(keys)[keys >= 0] == "recency").mean() > 0.5
 
 
+def test_a_method_of_one_answer_can_be_asked_as_a_stream_of_one(built: Path) -> None:
+    with connected(built) as (store, _):
+        connection, data = store._engine._asked.connection, request(store, 2)
+        until = time.monotonic() + 60
+        answer = connection.unary("Lookup", data, until)
+        taken: list[bytes] = []
+        connection.stream("Lookup", data, until, taken.append)
+        assert (
+            decode(messages.LookupReply, taken[0]).parts[0].rows == decode(messages.LookupReply, answer).parts[0].rows
+        )
+        assert len(taken) == 1
+
+
 def test_a_damaged_page_is_the_same_error_as_on_the_server(own_store: Path) -> None:
     for shard in own_store.rglob("*.shard"):
         shard.write_bytes(bytes(shard.stat().st_size))

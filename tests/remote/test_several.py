@@ -37,7 +37,7 @@ def slices(model: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[int, 
 class SeveralStore(RemoteStore):
     """Servers in this process for each test, around the slices that `slices` has of `built`."""
 
-    num_slices, own_dram, dram = 2, "0", "600KiB"
+    num_slices, own_dram, dram = 2, "0", "200KiB"  # which holds no slice whole
 
     @pytest.fixture(autouse=True)
     def sliced(self, slices: dict[int, list[Path]]) -> None:

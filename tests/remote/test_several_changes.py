@@ -228,6 +228,7 @@ def test_replicas_of_which_one_is_away_can_be_connected_to(paths: tuple[list[Pat
         serving_all(paths[0]) as (low, high),
         tierstore.connect([f"grpc://127.0.0.1:1|{high}", low], timeout_s=20) as store,
     ):
+        assert set(store[NAME].explain(KEYS)[KEYS >= 0].tolist()) == {"resident"}
         np.testing.assert_array_equal(store[NAME].lookup(KEYS), model.expected(NAME, KEYS))
 
 

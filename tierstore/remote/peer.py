@@ -107,7 +107,10 @@ class Peer:
         return answers[: len(by_key)], answers[len(by_key) :]
 
     def locate(self, index: int, keys: np.ndarray, sources: np.ndarray, until: float) -> None:
-        self.requests.locate(self.connection, index, keys, sources, until)
+        self.requests.locate(self._call, index, keys, sources, until)
+
+    def _call(self, method: str, request: bytes, until: float) -> bytes:
+        return self.connection.tried(partial(self.connection.unary, method, request, until), until)
 
     def close(self, timeout_s: float) -> bool:  # noqa: ARG002
         return True

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -28,6 +27,8 @@ from .wire import encode
 UNARY_BYTES_MAX = 256 << 10  # of rows; beyond, they are streamed
 HEAD_BYTES = 4096  # of a message, at most, beside its keys or rows
 ID_BYTES = 8  # of a key or a row id
+
+Call = Callable[[str, bytes, float], bytes]  # a method's one answer to a request, by some time
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,11 @@ class Requests:
             attempts.append(self._attempt_rows(self._specs[index], row_ids[part], out, place))
         return attempts
 
-    def locate(self, connection: Connection, index: int, keys: np.ndarray, sources: np.ndarray, until: float) -> None:
+    def locate(self, call: Call, index: int, keys: np.ndarray, sources: np.ndarray, until: float) -> None:
         """Asks what would answer keys, int64 [N, O], and writes it to sources, uint8 [N, O]."""
         for start, end in self._token_ranges(index, len(keys)):
             request = encode(messages.LocateRequest(self.identity, self._table_keys(index, keys[start:end])))
-            data = connection.tried(partial(connection.unary, "Locate", request, until), until)
+            data = call("Locate", request, until)
             found = decoded(messages.LocateReply, data, self._url).sources
             if len(found) != keys[start:end].size:
                 raise FormatError(
