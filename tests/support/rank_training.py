@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from support.tiny_store import DIM, LAYERS, VOCAB_SIZE, build_tiny, tiny_hash
+from support.tiny_store import DIM, LAYERS, build_tiny, tiny_hash
 
 import tierstore
 from engram_adapter import HashSpec, TableOptimizer, TrainableEmbedding
 from tierstore.training.optimizers import Optimizer
 
 SEQUENCES, TOKENS = 9, 5
+TOKEN_IDS = 4  # few, so that sequences share rows, and the order of sums shows in the bits
 SHARES = {1: [9], 2: [3, 6], 3: [2, 5, 2], 4: [4, 0, 2, 3]}
 
 
@@ -51,7 +52,7 @@ def make_sliced(folder: Path, codec: str = "bf16") -> Sliced:
 def tokens_of(step: int, micro: int, size: int, rank: int) -> torch.Tensor:
     """A rank's part of a global micro-batch, [sequences, TOKENS]."""
     generator = torch.Generator().manual_seed(100 * step + micro)
-    whole = torch.randint(0, VOCAB_SIZE, (SEQUENCES, TOKENS), generator=generator)
+    whole = torch.randint(0, TOKEN_IDS, (SEQUENCES, TOKENS), generator=generator)
     return whole.split(SHARES[size])[rank]
 
 
