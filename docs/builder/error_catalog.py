@@ -30,6 +30,7 @@ REMEDIES = {  # what helps if a message does not say it
     "DaemonError": "Start the daemon, wait for it, or correct the address. The store itself is unharmed.",
     "RankError": "See the log of the rank that the message names, then start all ranks again: they resume together.",
     "Refusal": "The remote server names the reason; the client raises it as the class that fits.",
+    "OverdueError": "Wait longer (`timeout_s=`), or see what holds up the server that the message names.",
     "TryAgainError": "Call again: the server is busy or moves to another version.",
     "StoreChangedError": "Connect again: another store is served under this address.",
     "VersionChangedError": "Look up again, or open the store anew: its version was taken away.",
