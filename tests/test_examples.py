@@ -58,6 +58,33 @@ def test_tables_fine_tuned_are_published_and_a_killed_run_goes_on(text: TextStor
         assert not np.array_equal(before["layers.1"].rows(row_ids), after["layers.1"].rows(row_ids))
 
 
+def test_a_store_is_built_checked_and_looked_up_in(text: TextStore, tmp_path: Path) -> None:
+    model, path = text.store.parent / "model", tmp_path / "store"
+    for built, kept in ((2, 0), (0, 2)):  # run again, there is nothing left to build
+        said = output_of(EXAMPLES / "build_and_look_up.py", model, path)
+        assert f"{path}: {built} shards built, {kept} kept\n" in said
+    with tierstore.open(path) as store:
+        num_rows = sum(table.spec.num_rows for table in store.tables.values())
+    assert f"{num_rows} rows are those of {model}\n" in said
+
+
+def test_a_profile_says_what_memory_buys_and_the_plan_is_placed(text: TextStore, own: Path) -> None:
+    said = output_of(EXAMPLES / "profile_and_plan.py", own, text.trace)
+    assert f"tokens of {len(text.documents)} documents\n" in said
+    with tierstore.open(own) as store:
+        assert f"\n{own} opens with epoch {store.stats()['placement']['epoch']}: " in said
+
+
+@pytest.mark.daemon
+def test_processes_look_up_in_one_copy_of_a_daemon(text: TextStore, tmp_path: Path) -> None:
+    said = output_of(EXAMPLES / "serve_and_connect.py", text.store, tmp_path / "s")
+    assert sorted(line.partition(":")[0] for line in said.splitlines() if line.startswith("worker")) == [
+        "worker 0", "worker 1", "worker 2",
+    ]  # fmt: skip
+    assert "clients: 0 of 64" in said
+    assert not (tmp_path / "s").exists(), "the daemon has ended"
+
+
 def if_installed(script: str, package: str) -> Any:
     is_missing = importlib.util.find_spec(package) is None
     reason = f"{package} is not installed; pip install {package}"
