@@ -11,6 +11,7 @@ commit once all ranks have the one before on their disks. So whenever they are k
 from __future__ import annotations
 
 import logging
+import secrets
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -80,8 +81,10 @@ def _check_equal(ranks: Ranks, what: str, of_all: np.ndarray, mine: str, which: 
     )
 
 
-def agree_on_commit(ranks: Ranks, training: Training, step: int) -> None:
+def agree_on_commit(ranks: Ranks, training: Training, step: int) -> str:
     """Returns once all ranks have the commit before on their disks, and room for this one. Blocks.
+
+    What it returns is a text that this commit alone has, on all ranks (`together` of `Training.commit`).
 
     Raises:
         BudgetError: A rank has too little room; the same on all ranks, and training goes on.
@@ -98,10 +101,12 @@ def agree_on_commit(ranks: Ranks, training: Training, step: int) -> None:
     if before and before[-1].step >= step and training.has_changes:
         raise ConfigError(f"step {step}: the commit before is of step {before[-1].step}; over ranks, steps must ascend")
     what = f"commit of step {step}"
-    came = ranks.counts(what, np.full((ranks.size, 1), bool(refusal), dtype=np.int64))
-    if came.any():
+    numbers = np.array([bool(refusal), secrets.randbits(63)], dtype=np.int64)
+    came = ranks.counts(what, np.tile(numbers, (ranks.size, 1)))
+    if came[:, 0].any():
         refusals = ranks.gather_objects(what, refusal)
         raise BudgetError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(refusals) if text))
+    return "".join(f"{number:016x}" for number in came[:2, 1].tolist())
 
 
 def resume_together(ranks: Ranks, training: Training) -> None:

@@ -165,10 +165,9 @@ class TableOptimizer(torch.optim.Optimizer):
         step: The caller's own number of the step; None: how many steps this optimizer has taken, `num_steps`.
         """
         number = self.num_steps if step is None else step
-        if self._ranks is not None:
-            agree_on_commit(self._ranks, self._training, number)
+        together = None if self._ranks is None else agree_on_commit(self._ranks, self._training, number)
         self.num_steps = number
-        return self._training.commit(self.num_steps, payload)
+        return self._training.commit(self.num_steps, payload, together)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns which commit holds the tables as they are now, and the param groups. Commits if rows have changed.

@@ -114,7 +114,7 @@ class MemoryTraining:
         self.prefetched.append(dict(requests))
         return MemoryTicket()
 
-    def commit(self, step: int, payload: bytes = b"") -> MemoryTicket:
+    def commit(self, step: int, payload: bytes = b"", together: str | None = None) -> MemoryTicket:  # noqa: ARG002
         self.check()
         number, state = self.at + 1, self._state()
         digest = hashlib.sha256(b"".join(values.tobytes() for values, _ in state.values())).hexdigest()

@@ -130,13 +130,14 @@ class CatalogImage:
 
     @lazy
     def common_identity(self) -> str:
-        """A digest, hex, that all slices of one store share at one version: of the checkpoint, the version's number and
-        the commit that it was published from; of resliced stores, of the commits that they were made of, too."""
+        """A digest, hex, that all slices of one store share at one version: of the checkpoint, and of the commit that
+        it was published from, if ranks made it together; else of the commit's number and the version's. Of resliced
+        stores, of the commits that they were made of, too."""
         origin = {key: self.origin.get(key) for key in ("digest", "resliced")}
         compacted = self.origin.get("compacted", {})
         if "common" in compacted:  # a compacted slice's own digest is of its rows alone
             origin["digest"] = compacted["common"]
-        newest = [[version.number, version.commit] for version in self.used_versions[-1:]]
+        newest = [version.common or [version.number, version.commit] for version in self.used_versions[-1:]]
         record = {"origin": origin, "newest": newest}
         return hashlib.sha256(as_json(record)).hexdigest()
 

@@ -61,6 +61,12 @@ class Commit:
     digest: str
 
     @property
+    def common(self) -> str | None:
+        """A digest, hex, that the commits have in common which ranks made together; None: it is of one process."""
+        together = self.optimizer.get("together")
+        return None if together is None else hashlib.sha256(as_json([self.step, together])).hexdigest()
+
+    @property
     def files(self) -> frozenset[str]:
         """All files that it needs, relative to the store."""
         files = {run.file for runs in self.runs.values() for run in runs}

@@ -50,6 +50,7 @@ class VersionRecord:
         created_at: Seconds since 1970.
         tables: By name.
         folded: None, or, of the oldest one if it has the rows of all before it, its digest.
+        common: What the versions of all slices have in common that ranks committed together; None: of no such commit.
     """
 
     number: int
@@ -57,26 +58,29 @@ class VersionRecord:
     created_at: float
     tables: Mapping[str, VersionTable]
     folded: str | None = None
+    common: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as a JSON-able dict."""
         tables = {name: vars(table) for name, table in self.tables.items()}
         record = {"number": self.number, "commit": self.commit, "created_at": self.created_at, "tables": tables}
-        return record if self.folded is None else record | {"folded": self.folded}
+        optional = {"folded": self.folded, "common": self.common}
+        return record | {name: value for name, value in optional.items() if value is not None}
 
     @classmethod
     def from_dict(cls, record: Any, layouts: Mapping[str, TableLayout], what: str) -> VersionRecord:
         """Reads what `to_dict` wrote; `what` names the record in errors. Raises `FormatError`."""
         try:
             tables = {name: VersionTable(**table) for name, table in record["tables"].items()}
-            created_at, folded = float(record["created_at"]), record.get("folded")
-            made = cls(record["number"], record["commit"], created_at, tables, folded)
+            created_at, folded, common = float(record["created_at"]), record.get("folded"), record.get("common")
+            made = cls(record["number"], record["commit"], created_at, tables, folded, common)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{what} is damaged ({error!r:.200}); restore the catalog") from error
         if type(made.number) is not int or not (made.commit is None or type(made.commit) is int):
             raise FormatError(f"{what} is damaged: its number is {made.number!r}; restore the catalog")
-        if not isinstance(made.folded, str | None):
-            raise FormatError(f"{what} is damaged: its digest is {made.folded!r:.100}; restore the catalog")
+        for digest in (made.folded, made.common):
+            if not isinstance(digest, str | None):
+                raise FormatError(f"{what} is damaged: its digest is {digest!r:.100}; restore the catalog")
         for name, table in made.tables.items():
             _check_table(name, table, layouts, what)
         return made

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from ..durable import replacing, sync_folder
 from ..errors import ConfigError, CorruptPageError
 from ..formats.catalog import CatalogImage, publish_folded, read_catalog
 from ..formats.version_rows import VERSIONS_FOLDER, RowsFile, write_rows_file
-from ..formats.versions import VersionRecord, VersionTable
+from ..formats.versions import VersionTable
 from ..layout import TableLayout
 from ..process.progress import OnProgress
 from ..tiers.memory import allocate
@@ -99,7 +99,7 @@ def _fold(path: Path, image: CatalogImage, on_progress: OnProgress | None) -> Fo
             on_progress(done, total)
     sync_folder(path / VERSIONS_FOLDER)
     newest = image.versions[image.version]
-    record = VersionRecord(image.version, newest.commit, newest.created_at, tables, folded=image.identity)
+    record = replace(newest, tables=tables, folded=image.identity)
     publish_folded(path, record)
     gone = [table.num_bytes for version in image.used_versions for table in version.tables.values()]
     remove_leftovers(path, read_catalog(path))

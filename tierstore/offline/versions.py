@@ -82,8 +82,19 @@ def publish_rows(path: str | os.PathLike[str], changed: Mapping[str, ChangedRows
         return write_version(path, read_catalog(path), changed, commit)
 
 
-def write_version(path: Path, image: CatalogImage, changed: Mapping[str, ChangedRows], commit: int | None) -> int:
-    """Does what `publish_rows` says; the caller holds the lock, and the image was read under it."""
+def write_version(
+    path: Path,
+    image: CatalogImage,
+    changed: Mapping[str, ChangedRows],
+    commit: int | None,
+    common: str | None = None,
+    *,
+    may_be_empty: bool = False,
+) -> int:
+    """Does what `publish_rows` says; the caller holds the lock, and the image was read under it.
+
+    common: See `VersionRecord`. may_be_empty: Publish a version without rows rather than none.
+    """
     _check(path, image, changed)
     number = image.newest + 1
     try:
@@ -92,9 +103,9 @@ def write_version(path: Path, image: CatalogImage, changed: Mapping[str, Changed
         remove_leftovers(path, image)
         written = {name: _write_table(path, image, name, rows) for name, rows in changed.items()}
         tables = {name: table for name, table in written.items() if table is not None}
-        if not tables:
+        if not tables and not may_be_empty:
             raise NothingChangedError(f"{path}: no row changed since version {number - 1}: nothing was published")
-        publish_versions(path, [VersionRecord(number, commit, time.time(), tables)])
+        publish_versions(path, [VersionRecord(number, commit, time.time(), tables, common=common)])
     except OSError as error:
         note = "nothing was published; run the same command then"
         raise named(error, path, error.filename, writing=True, note=note) from error

@@ -49,9 +49,9 @@ class PublishReport:
     """What a publish did.
 
     Attributes:
-        version: The version that has the commit's rows: a new one, unless no row changed.
+        version: The version that has the commit's rows: a new one, unless no row changed, or it is there already.
         commit: The commit's number.
-        is_new: Whether it is a new version.
+        is_new: Whether it is a new version; a slice has one of each commit, with rows or without.
         rows: By table, how many rows were published.
         saturated: By table, values beyond the codec's largest, which they became.
         not_numbers: By table, values that are NaN.
@@ -135,8 +135,12 @@ def _open_tables(
 
 def _publish(path: Path, image: CatalogImage, commit: Commit, tables: list[_Table]) -> PublishReport:
     changed = {table.spec.name: ChangedRows(table.rows_max, table.chunks) for table in tables}
+    newest = image.versions.get(image.version)
+    # Other slices may have rows that changed: all have a version of the commit, or readers would wait for this one's.
+    may_be_empty = image.is_slice and (newest is None or newest.commit != commit.number)
     try:
-        report = PublishReport(write_version(path, image, changed, commit.number), commit.number)
+        version = write_version(path, image, changed, commit.number, commit.common, may_be_empty=may_be_empty)
+        report = PublishReport(version, commit.number)
     except NothingChangedError:
         report = PublishReport(image.version, commit.number, is_new=False)
     for table in tables:

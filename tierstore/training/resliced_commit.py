@@ -120,6 +120,11 @@ def _check_alike(images: Sequence[CatalogImage], commits: Sequence[Commit]) -> N
                 f"at step {commit.step}, {images[0].path} has applied {first['steps']} steps, {image.path} "
                 f"{commit.optimizer['steps']}: {_NOT_ALIKE}"
             )
+        if commit.optimizer.get("together") != first.get("together"):
+            raise ConfigError(
+                f"{images[0].path} and {image.path} have commits of step {commit.step} that ranks did not make "
+                f"together: {_NOT_ALIKE}"
+            )
 
 
 def _same_rates(one: Mapping[str, np.ndarray] | None, other: Mapping[str, np.ndarray] | None) -> bool:

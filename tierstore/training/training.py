@@ -111,7 +111,7 @@ class Training:
         self._health.check()
         return self._opened.prefetches.add({name: _local_copy(self[name], ids) for name, ids in requests.items()})
 
-    def commit(self, step: int, payload: bytes = b"") -> TrainingTicket:
+    def commit(self, step: int, payload: bytes = b"", together: str | None = None) -> TrainingTicket:
         """Makes all tables, as they are now, durable, while training goes on. Returns a ticket; `wait` for it.
 
         The ticket's `wait` returns the `Commit` once it is durable. Blocks for a commit that is under way.
@@ -119,6 +119,7 @@ class Training:
         Args:
             step: The caller's own step, kept with the commit.
             payload: The caller's bytes, kept with the commit: at most 1 MiB.
+            together: Of slices that ranks commit together: a text that no other commit has, the same on all of them.
 
         Raises:
             BudgetError: The disk has too little room; training goes on.
@@ -131,7 +132,8 @@ class Training:
             opened, writer = self._opened, self._opened.writer
             assert writer is not None, "it is started until it is closed"
             ticket = TrainingTicket(f"a commit of {self.path}")
-            request = CommitRequest(step, bytes(payload), opened.numbers(), opened.rates(), ticket)
+            numbers = opened.numbers() if together is None else opened.numbers() | {"together": together}
+            request = CommitRequest(step, bytes(payload), numbers, opened.rates(), ticket)
             self._freeze(writer, request)
             self._changes_committed = opened.parts.num_changes
         return ticket

@@ -18,8 +18,13 @@ from support.rank_processes import RankFailure, await_ranks, outcomes_of, run_ra
 from support.rank_training import RankTrainer, Sliced, joined, make_sliced
 
 import tierstore
+from engram_adapter import TableOptimizer, TrainableRows
 from engram_adapter.exchange import Ranks
 from tierstore.errors import BudgetError, ConfigError
+from tierstore.formats.catalog import read_catalog
+from tierstore.offline.fold import fold_versions
+from tierstore.offline.verify import verify_store
+from tierstore.training.publish import publish
 
 RULE = tierstore.DenseAdam(lr=0.01)
 STEPS = 12
@@ -83,6 +88,75 @@ def test_ranks_go_back_to_the_newest_commit_that_all_hold(
     found = run_ranks(train, 2, tmp_path / "ranks")
     assert [(commits[-1], steps) for (commits, steps), _ in found] == [((2, 4), 4)] * 2
     assert joined([rows for _, rows in found]) == undisturbed
+
+
+def published(paths: list[Path], commits: list[int | None] | None = None) -> set[str]:
+    """Publishes on every rank; returns the digests by which readers tell whether slices are of one version."""
+    for path, commit in zip(paths, commits or [None] * len(paths), strict=True):
+        publish(path, commit)
+    return {read_catalog(path).common_identity for path in paths}
+
+
+def test_ranks_whose_commits_have_other_numbers_publish_one_version(sliced: Sliced, tmp_path: Path) -> None:
+    paths = sliced.slices(2, "publish")
+
+    def train(rank: int) -> Any:
+        trainer = RankTrainer(paths[rank], sliced.spec, RULE, rank, 2, dist.group.WORLD)
+        trainer.step(0, micros=1)
+        trainer.optimizer.commit().wait()
+        if rank == 1:  # it alone, as if the other had been killed before
+            trainer.training.commit(2).wait()
+        trainer.training.close()
+        again = RankTrainer(paths[rank], sliced.spec, RULE, rank, 2, Ranks())
+        again.step(1, micros=1)
+        again.optimizer.commit().wait()
+        state = again.optimizer.state_dict()
+        again.optimizer.pin(state)
+        again.optimizer.load_state_dict(state | {"commits": [1, 1], "digests": firsts(again, 2), "step": 1})
+        again.step(7, micros=1)
+        again.optimizer.commit().wait()  # of step 2, as that which was left
+        return state["commits"], again.training.at
+
+    (left, first), (_, second) = run_ranks(train, 2, tmp_path / "ranks")
+    assert (left, first, second) == ([2, 3], 3, 4)
+    of_left = published(paths, left)
+    of_newest = published(paths)
+    assert (len(of_left), len(of_newest)) == (1, 1)
+    assert of_left != of_newest  # of equal steps
+    publish(paths[0], left[0])  # a version more on one rank alone
+    publish(paths[0])
+    assert published(paths) == of_newest
+    fold_versions(paths[0], keep=1)
+    assert read_catalog(paths[0]).common_identity in of_newest
+
+
+def firsts(trainer: RankTrainer, size: int) -> list[str]:
+    """The digests of all ranks' first commits."""
+    digest = trainer.training.commits[0].digest
+    return list(trainer.optimizer._ranks.gather_objects("first commits", digest))[:size]
+
+
+def test_a_slice_without_changed_rows_has_a_version_of_the_commit_all_the_same(sliced: Sliced, tmp_path: Path) -> None:
+    paths = sliced.slices(2, "one rank changes nothing")
+
+    def train(rank: int) -> Any:
+        training = tierstore.open_training(paths[rank], tierstore.SGD(lr=1.0), dram="8MiB", threads=1)
+        name = next(iter(training.tables))
+        rows = TrainableRows(training, name, process_group=dist.group.WORLD)
+        optimizer = TableOptimizer([rows])
+        rows(torch.zeros(3 * (rank == 0), dtype=torch.int64)).sum().backward()  # row 0, which rank 0 has
+        optimizer.step()
+        optimizer.commit().wait()
+        return [training.publish() for _ in range(2)]
+
+    assert run_ranks(train, 2, tmp_path / "ranks") == [[1, 1], [1, 1]]
+    assert len({read_catalog(path).common_identity for path in paths}) == 1
+    assert not read_catalog(paths[1]).versions[1].tables
+    assert not verify_store(paths[1]).faults
+    for path in paths:
+        with tierstore.open(path, dram="4MiB") as store:
+            row = store[next(iter(read_catalog(path).tables))].spec.row_start
+            store[next(iter(read_catalog(path).tables))].rows(np.array([row]))
 
 
 def test_before_any_commit_of_all_ranks_start_from_the_store_and_later_they_refuse(
