@@ -188,7 +188,7 @@ function show_clients(now, before, elapsed_s) {
     [count(key_rate(client))], [percent(1 - share(client.nvme_hits, client.keys))],
     client.version === now.store.version
       ? [`${client.version}`, "hide"] : [`${client.version} (old)`, "old hide"]], ""]);
-  fill("clients", [["client"], ["attached"], ["keys/s"], ["hit rate"], ["version", "hide"]], rows);
+  fill("clients", [["client"], ["attached"], ["keys/s"], ["hit rate"], ["generation", "hide"]], rows);
 }
 
 function show(status) {
@@ -203,7 +203,7 @@ function show(status) {
   put("state", status.state);
   element("state").className = `pill ${status.healthy ? "healthy" : ""}`;
   const { epochs, store } = status;
-  put("facts", [`version ${store.version}`, store.published ? `rows of version ${store.published}` : "",
+  put("facts", [`generation ${store.version}`, store.published ? `rows of version ${store.published}` : "",
     `epoch ${epochs.current}` + (epochs.alive > 1 ? " (the one before is still in use)" : ""),
     epochs.changes === 1 ? "1 change" : `${epochs.changes} changes`,
     `up ${duration(status.up_s)}`].filter(Boolean).join(" · "));
