@@ -344,3 +344,24 @@ def test_the_command_builds_slices_and_joins_them(tmp_path: Path, capsys: pytest
     assert run("verify", tmp_path / "new", "--source", folder)[0] == 0
     status, said = run("build", folder, tmp_path / "x", "--tensor", "a", "--slice", "2/2")
     assert (status, "expected I/N, slice I of N" in said) == (1, True), said
+
+
+@pytest.mark.parametrize("kind", ["built", "from scratch"])
+def test_what_a_killed_reslice_left_is_not_taken_for_another_slice(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [_maker(tmp_path, kind)(f"half-{index}", (index, 2)) for index in range(2)]
+    _train(parts, ADAGRAD, [(np.array([1, 499]), np.ones((2, 32), dtype=np.float32))], range(1, 2))
+    rename = Path.rename
+
+    def killed(path: Path, to: Path) -> Path:
+        if path.name.endswith(".resliced"):
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", killed)
+        tierstore.reslice(parts, tmp_path / "new-{}", 2)
+    made = tierstore.reslice(parts, tmp_path / "new-{}", 4).stores
+    specs = [read_catalog(path, may_be_initial=True).tables["a"].public_spec for path in made]
+    assert [(spec.row_start, spec.row_end) for spec in specs] == [(0, 125), (125, 250), (250, 375), (375, 500)]

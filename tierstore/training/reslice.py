@@ -29,6 +29,7 @@ from ..offline.slice_set import SliceSet, at_one_version, join_slices
 from ..offline.store_lock import locked_store
 from ..process.progress import OnProgress
 from ..slices import slice_bounds
+from ..spec import TableSpec
 from .resliced_commit import SlicesCommit, choose_commit, write_commit
 
 RESLICED = "resliced"  # in an origin: the commits that a store's first commit was made of
@@ -128,10 +129,11 @@ def _make(
     origin = slices.origin()
     if commit is not None:
         origin |= {RESLICED: {"step": commit.step, "commits": commit.digests}}
-    if _is_there(path, slices, origin, part):
+    specs = [spec if part is None else spec.cut_slice(*part) for spec in slices.specs]
+    if _is_there(path, specs, origin):
         return 0
     unfinished = path.with_name(f".{path.name}.resliced")
-    if _is_of_others(unfinished, origin):
+    if _is_of_others(unfinished, specs, origin):
         shutil.rmtree(unfinished)
     try:
         check_place(path, options["allow_network_fs"])
@@ -149,29 +151,29 @@ def _make(
     return written
 
 
-def _is_there(path: Path, slices: SliceSet, origin: dict[str, Any], part: tuple[int, int] | None) -> bool:
+def _is_there(path: Path, specs: list[TableSpec], origin: dict[str, Any]) -> bool:
     """Whether a new store is finished already; raises `ConfigError` if its folder holds another one."""
     if not (path / CATALOG_FILE).is_file():
         return False
     image = read_catalog(path, must_be_ready=False, may_be_initial=True)
-    specs = [layout.public_spec for layout in image.tables.values()]
-    wanted = [spec if part is None else spec.cut_slice(*part) for spec in slices.specs]
-    if not image.ready or specs != wanted or not _same_origin(image, origin):
+    if not image.ready or not _is_of(image, specs, origin):
         raise ConfigError(f"{path} holds another store; give another path, or remove it")
     return True
 
 
-def _same_origin(image: CatalogImage, origin: dict[str, Any]) -> bool:
+def _is_of(image: CatalogImage, specs: list[TableSpec], origin: dict[str, Any]) -> bool:
+    if [layout.public_spec for layout in image.tables.values()] != specs:
+        return False
     return all(image.origin.get(key) == origin.get(key) for key in ("digest", RESLICED))
 
 
-def _is_of_others(unfinished: Path, origin: dict[str, Any]) -> bool:
-    """Whether what an earlier call left is of other slices or commits, or of no use."""
+def _is_of_others(unfinished: Path, specs: list[TableSpec], origin: dict[str, Any]) -> bool:
+    """Whether what an earlier call left is of other rows, slices or commits, or of no use."""
     if not unfinished.exists():
         return False
     if not (unfinished / CATALOG_FILE).is_file():
         return True
-    return not _same_origin(read_catalog(unfinished, must_be_ready=False, may_be_initial=True), origin)
+    return not _is_of(read_catalog(unfinished, must_be_ready=False, may_be_initial=True), specs, origin)
 
 
 def _build(
