@@ -23,7 +23,7 @@ from support.repository import REPOSITORY
 
 MEAN_WORDS_MAX = 18.0
 COLUMNS_MAX = 100
-ROOT_FILES = ("README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "FORMAT.md")
+ROOT_FILES = ("README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "FORMAT.md", "CHANGELOG.md")
 FENCED = re.compile(
     r"^ *(```+|~~~+)[^\n]*\n.*?^ *\1 *$|^ *(:::+)\{[^\n]*\n|^ *:::+ *$|<!--.*?-->|\A---\n.*?\n---\n", re.M | re.S
 )
