@@ -201,6 +201,16 @@ def test_slices_at_a_version_are_resliced_to_its_rows(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"1of2 has versions up to 1, .*0of2 up to 2: publish what is missing"):
         tierstore.reslice(parts, tmp_path / "other", 1)
     assert tierstore.reslice(parts, tmp_path / "first", 1, version=1).version == 1
+    for commit in (2, 3):  # numbers on the other slice; the last one's version has the number of the first slice's
+        with tierstore.open_training(parts[1], ADAGRAD) as training:
+            training["a"].apply(np.array([499]), np.ones((1, 32), dtype=np.float32))
+            training.commit(commit).wait()
+            if commit == 3:
+                training.publish()
+    with tierstore.open_training(parts[1], at=0):
+        pass
+    with pytest.raises(ConfigError, match="version 2 of .*0of2 and version 2 of .*1of2 were published from different"):
+        tierstore.reslice(parts, tmp_path / "mixed", 1)
     tierstore.reslice(parts, tmp_path / "base", 1, version=0)
     with tierstore.open(tmp_path / "base") as store:
         np.testing.assert_array_equal(store["a"].rows(np.arange(ROWS)), made.model.rows["a"])

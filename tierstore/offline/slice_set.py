@@ -124,7 +124,15 @@ def at_one_version(slices: SliceSet, version: int | None) -> SliceSet:
             f"{one.path} has versions up to {few}, {other.path} up to {many}: publish what is missing, or say which "
             "version"
         )
-    return replace(slices, images=tuple(image.at_version(version) for image in slices.images))
+    images = tuple(image.at_version(version) for image in slices.images)
+    first = images[0]
+    other = next((image for image in images if image.common_identity != first.common_identity), None)
+    if first.version and other is not None:
+        raise ConfigError(
+            f"version {first.version} of {first.path} and version {other.version} of {other.path} were published from "
+            "different commits: publish the same commit on all, or say which version"
+        )
+    return replace(slices, images=images)
 
 
 def _check_same(one: CatalogImage, other: CatalogImage) -> None:
