@@ -33,6 +33,7 @@ from .wire import Buffer, encode
 
 CHUNK_BYTES = 1 << 20  # of rows in one message of a stream
 CHUNKS_MAX = 4  # of one stream: looked up, made compact, sent before, and on its way through grpc
+DESCRIBE_TRIES = 4  # of a description, if the store changes meanwhile
 PLACED_KEYS_MAX = 16384  # of one answer
 PLACED_BYTES = 4 << 20  # that reading them takes, twice
 HEAD_BYTES = 4096  # of a message, at most, beside its keys or rows
@@ -43,8 +44,6 @@ _TIERS = [
     [kernels.SOURCES.index(source) for source in tier]
     for tier in (("resident", "static", "recency"), ("static",), ("record", "pages"))
 ]
-
-
 T = TypeVar("T")
 
 
@@ -108,7 +107,14 @@ class Answers:
 
     def describe(self, call: Deadline, request: messages.DescribeRequest) -> bytes:  # noqa: ARG002
         """Describes what is served, and within which limits."""
-        served = self._now_served()
+        for _ in range(DESCRIBE_TRIES):
+            served = self._now_served()
+            data = self._description(served)
+            if served.store.version == served.version:  # else whose digests these are is not known
+                return data
+        raise StoreChangedError(f"{served.store.name} was swapped while it was described; ask again")
+
+    def _description(self, served: Served) -> bytes:
         description = messages.Description(
             name=served.store.name,
             version=served.version,
@@ -158,9 +164,8 @@ class Answers:
         """Reads rows by their ids, part by part."""
         served = self._now_served(request.identity)
         table = served.store[request.table]
-        row_ids = _array(request.row_ids, len(request.row_ids) // ID_BYTES, 1, f"row ids of table {table.spec.name}")[
-            :, 0
-        ]
+        num_ids = len(request.row_ids) // ID_BYTES
+        row_ids = _array(request.row_ids, num_ids, 1, f"row ids of table {table.spec.name}")[:, 0]
         self._check_tokens(-(-len(row_ids) // table.spec.local.num_heads))
         row_bytes = table.spec.row_bytes
         step = max(1, CHUNK_BYTES // row_bytes)
