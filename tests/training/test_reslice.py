@@ -209,7 +209,7 @@ def test_slices_at_a_version_are_resliced_to_its_rows(tmp_path: Path) -> None:
                 training.publish()
     with tierstore.open_training(parts[1], at=0):
         pass
-    with pytest.raises(ConfigError, match="version 2 of .*0of2 and version 2 of .*1of2 were published from different"):
+    with pytest.raises(ConfigError, match=r"version 2 of .*0of2 and version 2 of .*1of2 were published from different"):
         tierstore.reslice(parts, tmp_path / "mixed", 1)
     tierstore.reslice(parts, tmp_path / "base", 1, version=0)
     with tierstore.open(tmp_path / "base") as store:
