@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -221,6 +222,54 @@ def test_a_replica_that_does_not_answer_is_passed_over_in_time(
         assert stuck.is_set()
         assert store._engine._asked.members[1]._current == 1
         go_on.set()
+
+
+def test_a_stopped_replica_costs_no_more_than_its_part_of_the_time(
+    paths: tuple[list[Path], list[Path]], model: Model
+) -> None:
+    """Finding out why it does not answer took four seconds, and so all that the other replica had."""
+    expected = model.expected(NAME, KEYS)
+    with (
+        serving_all(paths[0]) as (low, spare),
+        serving_process(paths[0][1]) as stopped,
+        tierstore.connect([low, f"grpc://{stopped}|{spare}"], timeout_s=2) as store,
+    ):
+        np.testing.assert_array_equal(store[NAME].lookup(KEYS), expected)
+        os.kill(_pid_of(stopped), signal.SIGSTOP)
+        started = time.monotonic()
+        np.testing.assert_array_equal(store[NAME].lookup(KEYS), expected)
+        assert time.monotonic() - started < 2
+        with tierstore.connect([low, f"grpc://{stopped}|{spare}"], timeout_s=2) as again:
+            np.testing.assert_array_equal(again[NAME].lookup(KEYS), expected)
+
+
+class Moving:
+    """A store that goes on to another version while it is asked what its slices have in common."""
+
+    version = 0
+
+    def __init__(self, store: tierstore.Store) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    @property
+    def common_build(self) -> str:
+        self.version = 1
+        return "of version 1"
+
+
+def test_a_description_is_of_one_version(paths: tuple[list[Path], list[Path]]) -> None:
+    """With the old number and the new digest, old rows of one server would agree with new ones of another."""
+    with tierstore.open(paths[0][0], dram="600KiB") as opened:
+        moving = Moving(opened)
+        server = RemoteServer(lambda: moving, "127.0.0.1:0")
+        try:
+            with tierstore.connect(f"grpc://{server.address}", timeout_s=20) as store:
+                assert (store.version, store.common_build) == (1, "of version 1")
+        finally:
+            server.close(5)
 
 
 def test_replicas_of_which_one_is_away_can_be_connected_to(paths: tuple[list[Path], list[Path]], model: Model) -> None:

@@ -93,6 +93,7 @@ class Connection:
             )
         self._metadata = () if token_file is None else ((TOKEN_HEADER, f"Bearer {read_token(token_file)}"),)
         self._ca_file = ca_file
+        self.is_probed = True  # whether a fault waits to find out why
         self._roots = None if ca_file is None else read_certificate(ca_file, "certificate of the authority")
         self.rpc_error: type[Exception] = self._grpc.RpcError
         self._inside = Inside()
@@ -108,7 +109,7 @@ class Connection:
 
         until: monotonic seconds. patient: waits so long for a server that is away. Raises `TryAgainError` where it is
         away or busy, other `DaemonError`s if it does not answer in time,
-        and then takes PROBE_WAIT_S more to find out why.
+        and then takes PROBE_WAIT_S more to find out why, unless `is_probed` is off.
         """
         with self._inside.of_thread():
             try:
@@ -219,11 +220,11 @@ class Connection:
         if ERROR_TRAILER in trailers:
             return _RAISED.get(trailers[ERROR_TRAILER], DaemonError)(text)
         if code is self._grpc.StatusCode.UNAVAILABLE:
-            return TryAgainError(f"{self.url} cannot be reached: {self._why(text)}")
+            return TryAgainError(f"{self.url} cannot be reached: {self._why(text) if self.is_probed else text}")
         if code is self._grpc.StatusCode.DEADLINE_EXCEEDED:
-            return OverdueError(
-                f"{self.url} did not answer in time: {self._why('it is there, but slow; allow a longer timeout_s')}"
-            )
+            there = "it is there, but slow; allow a longer timeout_s"
+            why = self._why(there) if self.is_probed else "it is slow, or gone"
+            return OverdueError(f"{self.url} did not answer in time: {why}")
         if self._closed.is_set():
             return StoreNotReadyError(f"{self.url} is closed; connect again")
         if code is self._grpc.StatusCode.CANCELLED:
@@ -272,10 +273,15 @@ class Stream:
 def _why_not_plain(host: str, port: int) -> str | None:
     """Returns what a server speaks if it is not gRPC in plain text; None if it is, or if it sends nothing.
     Raises `OSError`."""
+    until = time.monotonic() + PROBE_WAIT_S
     with socket.create_connection((host, port), timeout=PROBE_WAIT_S) as peer:
         peer.sendall(HTTP2_PREFACE)
         with contextlib.suppress(OSError):  # it may just close
-            answer = peer.recv(16)
+            peer.settimeout(_left(until))
+            try:
+                answer = peer.recv(16)
+            except TimeoutError:  # what speaks TLS would have refused by now
+                return None
             if answer[3:4] == HTTP2_SETTINGS:
                 return None
             if answer.startswith(b"HTTP/1."):
@@ -283,7 +289,7 @@ def _why_not_plain(host: str, port: int) -> str | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # only whether it speaks TLS is asked
     with contextlib.suppress(OSError):
-        peer = socket.create_connection((host, port), timeout=PROBE_WAIT_S)
+        peer = socket.create_connection((host, port), timeout=_left(until))
         with peer, context.wrap_socket(peer):
             return "it speaks TLS; write grpcs://"
     return None

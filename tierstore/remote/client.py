@@ -44,7 +44,7 @@ def connect_remote(
         token_file: A file with the servers' token, which others may not read.
         ca_file: A PEM file of the authority that signed the servers' certificates; None: the system's authorities.
         timeout_s: The most that any lookup may take, in seconds, including the wait for a server that restarts, and
-            for servers to be at one version.
+            for servers to be at one version. An error may take 2 s more, to find out why nobody answers.
         dram: Of a list: bytes of this process for entries that the servers' placements name as the hottest. Their rows
             do not travel again.
 

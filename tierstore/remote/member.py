@@ -44,6 +44,8 @@ class Member:
         self._probing: threading.Thread | None = None
         self._builds: dict[tuple[int, int], str] = {}
         self._closed = False
+        for connection in self.connections:
+            connection.is_probed = len(self.connections) == 1  # of the time that it takes, the others need all
         found = self._describe_all(until)
         description, self.specs = found[0]
         for other, specs in found[1:]:
