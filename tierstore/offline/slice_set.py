@@ -126,11 +126,11 @@ def at_one_version(slices: SliceSet, version: int | None) -> SliceSet:
         )
     images = tuple(image.at_version(version) for image in slices.images)
     first = images[0]
-    other = next((image for image in images if image.common_identity != first.common_identity), None)
-    if first.version and other is not None:
+    differs = next((image for image in images if image.common_identity != first.common_identity), None)
+    if first.version and differs is not None:
         raise ConfigError(
-            f"version {first.version} of {first.path} and version {other.version} of {other.path} were published from "
-            "different commits: publish the same commit on all, or say which version"
+            f"version {first.version} of {first.path} and version {differs.version} of {differs.path} were published "
+            "from different commits: publish the same commit on all, or say which version"
         )
     return replace(slices, images=images)
 
