@@ -158,26 +158,12 @@ class Progress:
             bar.stop()
 
     def _show_bar(self, done: int, total: int) -> None:
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-        from rich.progress import Progress as RichProgress
+        from .bars import new_bar
 
         if self._bar is None:
-            counted = (
-                [DownloadColumn(binary_units=True), TransferSpeedColumn()]
-                if self._unit == "bytes"
-                else [MofNCompleteColumn(), TextColumn(self._unit)]
-            )
-            columns = [TextColumn(self._what), BarColumn(), *counted, TimeRemainingColumn()]
-            self._bar = RichProgress(*columns, console=console(err=True))
+            self._bar = new_bar()
             self._bar.start()
-            self._task = self._bar.add_task(self._what, total=total, completed=done)
+            self._task = self._bar.add_task(self._what, total=total, completed=done, unit=self._unit)
         self._bar.update(self._task, completed=done, total=total)
 
     def _line(self, done: int, total: int) -> str:

@@ -20,7 +20,10 @@ from .cli import Progress
 
 @click.group("mooncake")
 def command() -> None:
-    """Keep a store's shards in Mooncake, the memory of a cluster."""
+    """Keep a store's shards in Mooncake, the memory of a cluster.
+
+    Example: tierstore mooncake put v41.tier mooncake://10.0.0.1:50051
+    """
 
 
 @command.command("put")

@@ -18,12 +18,9 @@ from typing import Any
 
 import click
 
-from tierstore.units import format_bytes
-
 SILENCE_S = 1.0
 SILENCE_FRACTION = 1 / 60  # of the time so far: a job of an hour says something once a minute
 LOOK_S = 0.1
-RATE_MIN = 10  # a second: slower work shows the time that is left instead
 
 OnPhase = Callable[[str, int, "int | None"], None]
 
@@ -43,9 +40,10 @@ class Phases:
     """Shows phases one after the other; use it with `with`. Any thread may call it.
     A phase begins with its first call."""
 
-    def __init__(self, units: Mapping[str, str]) -> None:
-        """units: what each phase counts, such as "tokens" or "bytes"; "" if it counts nothing."""
-        self._units = units
+    def __init__(self, units: Mapping[str, str], *, ends: bool = True) -> None:
+        """units: what each phase counts, such as "tokens" or "bytes"; "" if it counts nothing. ends: whether a log gets
+        a line when a phase ends, also if it was over in a moment."""
+        self._units, self._ends = units, ends
         self._lock = threading.Lock()  # guards all that follows
         self._phase: _Phase | None = None
         self._started_s = self._shown_s = time.monotonic()
@@ -63,12 +61,14 @@ class Phases:
                 self._begin_bar()
             self._phase.done, self._phase.total = done, total
             if self._bar is not None:
-                self._bar.update(self._task, completed=done, total=total, counted=_counted(self._phase))
+                self._bar.update(self._task, completed=done, total=total)
 
     def __enter__(self) -> Phases:
         self._started_s = self._shown_s = time.monotonic()
         if sys.stderr.isatty():
-            self._bar = _bar()
+            from .bars import new_bar
+
+            self._bar = new_bar()
             self._bar.start()
         else:
             self._watch = threading.Thread(target=self._watch_silence, name="tierstore-progress", daemon=True)
@@ -90,7 +90,7 @@ class Phases:
     def _begin_bar(self) -> None:
         if self._bar is not None:
             assert self._phase is not None
-            self._task = self._bar.add_task(self._phase.name, total=None, counted="")
+            self._task = self._bar.add_task(self._phase.name, total=None, unit=self._phase.unit)
 
     def _end_phase(self) -> None:
         if self._phase is None:
@@ -98,9 +98,9 @@ class Phases:
         if self._bar is not None:
             phase = self._phase
             whole = phase.total or max(phase.done, 1)
-            self._bar.update(self._task, completed=whole, total=whole, counted=_counted(phase))
+            self._bar.update(self._task, completed=whole, total=whole)
             self._bar.stop_task(self._task)
-        else:
+        elif self._ends:
             self._say(time.monotonic())
 
     def _watch_silence(self) -> None:
@@ -117,42 +117,15 @@ class Phases:
         click.echo(_line(self._phase, now - self._phase.started_s), err=True)
 
 
-def _bar() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = [
-        SpinnerColumn(finished_text=" "),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[counted]}"),
-        TimeElapsedColumn(),
-    ]
-    return Progress(*columns, console=Console(file=sys.stderr))
-
-
 def _line(phase: _Phase, seconds: float) -> str:
-    """One plain line: "counting: 40 %, 400 of 1,000 tokens, 100 tokens/s, 4 s, 6 s left"."""
+    """One plain line: "counting: 40 %, 400 of 1,000 tokens, 100 tokens/s, 6 s left, 4 s"."""
+    from .bars import counted, pace
+
     share = f"{100 * phase.done // phase.total:3d} %" if phase.total else ""
-    parts = [part for part in (share, _counted(phase)) if part]
+    parts = [part for part in (share, counted(phase.done, phase.total, phase.unit)) if part]
     if phase.unit and phase.done and seconds >= SILENCE_S:
         rate = phase.done / seconds
-        if rate >= RATE_MIN:
-            parts.append(f"{_number(rate, phase.unit)}/s")
-        if phase.total and phase.done < phase.total:
-            parts.append(f"{(phase.total - phase.done) / rate:.0f} s left")
+        is_under_way = phase.total is not None and phase.done < phase.total
+        left_s = (phase.total - phase.done) / rate if phase.total is not None and is_under_way else None
+        parts += pace(rate, left_s, phase.unit)
     return f"{phase.name}: " + ", ".join([*parts, f"{seconds:.1f} s"])
-
-
-def _counted(phase: _Phase) -> str:
-    if not phase.unit:
-        return ""
-    if phase.total is None:
-        return _number(phase.done, phase.unit) if phase.done else ""
-    if phase.unit == "bytes":
-        return f"{format_bytes(phase.done)} of {format_bytes(phase.total)}"
-    return f"{phase.done:,} of {phase.total:,} {phase.unit}"
-
-
-def _number(count: float, unit: str) -> str:
-    return format_bytes(count) if unit == "bytes" else f"{count:,.0f} {unit}"

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import click
 
+from .cli import Progress
+
 
 @click.command("publish")
 @click.argument("store", type=click.Path(path_type=Path))
@@ -30,7 +32,8 @@ def command(store: Path, commit: int | None, as_json: bool) -> None:
     """
     from tierstore.training.publish import publish
 
-    report = publish(store, commit)
+    with Progress("publishing", "rows") as on_progress:
+        report = publish(store, commit, on_progress)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report), indent=2))
         return

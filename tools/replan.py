@@ -9,6 +9,8 @@ import json
 
 import click
 
+from .phases import Phases
+
 REPLAN_S = 600.0
 RECORD = ("entered", "left", "steps", "seconds")  # what --json prints of a daemon's answer
 
@@ -27,7 +29,9 @@ def command(socket: str, as_json: bool) -> None:
     from tierstore.ipc.client_socket import ask
     from tierstore.ipc.messages import ReplanAnswer, ReplanRequest
 
-    done = ask(socket, ReplanRequest(), ReplanAnswer, timeout_s=REPLAN_S)
+    with Phases({}, ends=False) as phases:  # the daemon does the work, and does not say how far it is
+        phases("replanning", 0, None)
+        done = ask(socket, ReplanRequest(), ReplanAnswer, timeout_s=REPLAN_S)
     if as_json:
         values = msgspec.structs.asdict(done)
         click.echo(json.dumps({name: values[name] for name in RECORD}, indent=2))

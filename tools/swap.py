@@ -13,6 +13,8 @@ import click
 
 from tierstore.errors import ConfigError
 
+from .phases import Phases
+
 SWAP_S = 3600.0
 RECORD = ("version", "store", "warmed", "filled", "seconds")  # what --json prints of a daemon's answer
 
@@ -40,7 +42,9 @@ def command(socket: str, store: Path | None, rollback: bool, as_json: bool) -> N
     if (store is None) != rollback:
         raise ConfigError("give the store to swap in, or --rollback, and not both")
     request = RollbackRequest() if store is None else SwapRequest(str(store.absolute()))
-    done = ask(socket, request, SwapAnswer, timeout_s=SWAP_S)
+    with Phases({}, ends=False) as phases:  # the daemon does the work, and does not say how far it is
+        phases("swapping", 0, None)
+        done = ask(socket, request, SwapAnswer, timeout_s=SWAP_S)
     if as_json:
         values = msgspec.structs.asdict(done)
         click.echo(json.dumps({name: values[name] for name in RECORD}, indent=2))

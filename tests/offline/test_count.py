@@ -123,6 +123,21 @@ def test_blocks_can_be_had_again_but_nothing_added(tmp_path: Path, capacity: int
     counter.close()
 
 
+@pytest.mark.usefixtures("tiny_blocks")
+@pytest.mark.parametrize("capacity", [100, 5000])
+def test_a_merge_says_how_far_it_is(tmp_path: Path, capacity: int) -> None:
+    items = random_items(np.random.default_rng(1), 2000, 2000)
+    with ItemCounter(tmp_path, 1, ITEM_COSTS[1] * capacity) as counter:
+        counter.add(items, 0)
+        for _ in range(2):  # a second merge begins anew
+            blocks = counter.merged()
+            told = [counter.num_merged for _ in blocks]
+            assert [done for done, _ in told] == sorted(done for done, _ in told)
+            ((last, total),) = {told[-1]}
+            assert last == total >= len(np.unique(items, axis=0))
+            assert {of for _, of in told} == {total}
+
+
 def test_no_items_give_no_blocks(tmp_path: Path) -> None:
     with ItemCounter(tmp_path, 1) as counter:
         counter.add(np.empty((0, 2), dtype=np.uint64), 0)

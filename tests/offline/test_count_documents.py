@@ -255,7 +255,9 @@ def test_every_phase_tells_its_progress(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(counted) > 5
     assert counted == sorted(counted)
     assert (counted[0], counted[-1]) == (0, sum(map(len, documents)))
-    assert [done for phase, done, _ in told if phase == "merging"][-1] == len(counted_in(tmp_path / "p")[0])
+    merging = [(done, total) for phase, done, total in told if phase == "merging"]
+    assert merging[0] == (0, None)
+    assert merging[-1][0] == merging[-1][1] == len(counted_in(tmp_path / "p")[0])
     told.clear()
     assert merge(tmp_path / "m", [tmp_path / "p"] * 2, on_progress=lambda *args: told.append(args)) != footer
     counting_items = [(done, total) for phase, done, total in told if phase == "counting"]

@@ -456,8 +456,13 @@ def test_progress_of_nothing_and_of_one_step_ends_at_100(capsys: pytest.CaptureF
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Progress("building") as progress:
-        progress(0, 100)
-        progress(100, 100)
-    assert "100/100 bytes" in capsys.readouterr().err
+    for unit, done in (("bytes", "64.00 MiB of 128.00 MiB"), ("rows", "67,108,864 of 134,217,728 rows")):
+        with Progress("building", unit) as progress:
+            progress(0, 128 << 20)
+            progress(32 << 20, 128 << 20)
+            progress(64 << 20, 128 << 20)
+        shown = capsys.readouterr().err
+        assert done in shown
+        assert re.search(r"[MGT]iB/s, \d+ s left" if unit == "bytes" else r"\d rows/s, \d+ s left", shown)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 import threading
 import time
 
@@ -10,6 +12,7 @@ import pytest
 from support.waiting import WAIT_S, eventually
 
 from tierstore.tools import phases as module
+from tierstore.tools.bars import duration
 from tierstore.tools.phases import Phases
 
 
@@ -63,6 +66,43 @@ def test_a_longer_job_may_report_less_often(said: list[str], monkeypatch: pytest
         phases("sorting", 0, None)
         assert looked.wait(WAIT_S)
         assert said == []
+
+
+def test_on_a_terminal_each_phase_has_a_bar_with_its_rate_and_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with contextlib.suppress(InterruptedError), Phases({"merging": "n-grams"}) as phases:
+        phases("merging", 0, None)
+        phases("merging", 100_000, 400_000)
+        phases("merging", 200_000, 400_000)
+        raise InterruptedError  # what is under way stays as it is
+    shown = capsys.readouterr().err
+    assert "200,000 of 400,000 n-grams" in shown
+    assert re.search(r"\d n-grams/s, \d+ s left", shown)
+
+
+def test_a_phase_whose_end_is_worth_no_line_speaks_only_if_it_lasts(
+    said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Phases({}, ends=False) as phases:
+        phases("swapping", 0, None)
+    assert said == []
+    monkeypatch.setattr(module, "SILENCE_S", 0.02)
+    monkeypatch.setattr(module, "LOOK_S", 0.01)
+    with Phases({}, ends=False) as phases:
+        phases("swapping", 0, None)
+        eventually(lambda: said)
+    assert re.fullmatch(r"swapping: \d+\.\d s", said[0])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.2, "0 s"), (119, "119 s"), (400, "6 min 40 s"), (9000, "2 h 30 min")]
+)
+def test_what_is_left_is_said_in_units_that_people_read(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
 
 
 def test_an_error_ends_it_without_a_word_of_success(said: list[str]) -> None:

@@ -107,8 +107,14 @@ def test_rows_that_were_touched_but_did_not_change_are_not_published(tmp_path: P
         training.commit(2).wait()
         report = publish(store)
         assert (report.version, report.commit, report.rows["fp8"], report.rows["bf16"]) == (1, 2, 1, 0)
+        table.apply(np.arange(50), np.ones((50, DIM), dtype=np.float32))
+        training.commit(3).wait()
+        told: list[tuple[int, int]] = []
+        publish(store, on_progress=lambda done, total: told.append((done, total)))
+        assert told == sorted(told)
+        assert told[-1][0] == told[-1][1] >= 50
     after = rows_served(store)
-    np.testing.assert_array_equal(after["fp8"][1:], rows["fp8"][1:])
+    np.testing.assert_array_equal(after["fp8"][50:], rows["fp8"][50:])
     assert (after["fp8"][0] != rows["fp8"][0]).any()
 
 

@@ -79,6 +79,7 @@ class ItemCounter:
         self._whole: Counted | None = None  # all there is, if it never filled a buffer
         self._sorter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tierstore-count")
         self._sorting: Future[None] | None = None
+        self._num_taken = 0  # by the last merge, so far
 
     @property
     def bytes_spilled(self) -> int:
@@ -135,6 +136,12 @@ class ItemCounter:
         if self._whole is not None:
             return iter([self._whole] if len(self._whole[0]) else [])
         return self._merge()
+
+    @property
+    def num_merged(self) -> tuple[int, int]:
+        """How many items `merged` has taken from the runs, and of how many, once it was called: its progress."""
+        num_items = sum(run.num_items for run in self._runs) if self._whole is None else len(self._whole[0])
+        return (self._num_taken if self._whole is None else num_items), num_items
 
     def close(self) -> None:
         """Gives memory and disk back; if a run is being written still, as soon as that has ended,
@@ -195,6 +202,7 @@ class ItemCounter:
         assert self._file is not None, "there are runs"
         block_items = max(BLOCK_ITEMS_MIN, self._merge_items // len(self._runs))
         heads = [_Head.of(self._file, run, self._num_weights) for run in self._runs]
+        self._num_taken = 0
         while heads:
             try:
                 for head in heads:
@@ -207,6 +215,7 @@ class ItemCounter:
             items = np.concatenate([items for items, _ in parts])
             sums = np.concatenate([sums for _, sums in parts])
             del parts
+            self._num_taken += len(items)
             yield aside(_sorted_and_summed, items, sums)
 
     def _named(self, error: OSError) -> TierStoreError:

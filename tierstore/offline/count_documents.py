@@ -176,13 +176,11 @@ class HeldOut:
 
 def _write_items(writer: ProfileWriter, counter: ItemCounter, report: OnPhase) -> ItemStatistics:
     statistics = ItemStatistics(writer.header)
-    num_items = 0
-    report(MERGING, 0, None)
+    report(MERGING, 0, None)  # the last buffer is sorted first
     for items, sums in counter.merged():
         statistics.add(items, sums)
         writer.write_items(items, sums)
-        num_items += len(items)
-        report(MERGING, num_items, None)
+        report(MERGING, *counter.num_merged)
     return statistics
 
 

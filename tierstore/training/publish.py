@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from ..formats.run import RunLayout
 from ..formats.training_records import Commit, TrainingRecords, layouts_of, read_training
 from ..offline.exporting.quantized import quantized
 from ..offline.versions import ChangedRows, Chunks, NothingChangedError, locked_for_publish, write_version
+from ..process.progress import OnProgress
 from ..spec import TableSpec
 from ..store.arguments import table_ids
 from ..store.embedded import open_store
@@ -65,12 +66,15 @@ class PublishReport:
     not_numbers: dict[str, int] = field(default_factory=dict)
 
 
-def publish(path: str | os.PathLike[str], commit: int | None = None) -> PublishReport:
+def publish(
+    path: str | os.PathLike[str], commit: int | None = None, on_progress: OnProgress | None = None
+) -> PublishReport:
     """Publishes the rows of a commit, and returns what was done. Blocks on the disk. Any process may call.
 
     Args:
         path: The store's folder.
         commit: The number of a commit that is kept; None: the one that a training opens at.
+        on_progress: Gets (rows done, rows in all) now and then: of all that may have changed.
 
     Raises:
         ConfigError: The store was never trained, or does not have the commit; another process publishes.
@@ -90,7 +94,7 @@ def publish(path: str | os.PathLike[str], commit: int | None = None) -> PublishR
                     if commit is not None or attempt == ATTEMPTS_MAX or wanted.number in _training_of(path).commits:
                         raise
                     continue  # it was forgotten in between: there is a newer one
-                return _publish(path, image, wanted, tables)
+                return _publish(path, image, wanted, tables, on_progress)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -133,7 +137,16 @@ def _open_tables(
     return tables
 
 
-def _publish(path: Path, image: CatalogImage, commit: Commit, tables: list[_Table]) -> PublishReport:
+def _publish(
+    path: Path, image: CatalogImage, commit: Commit, tables: list[_Table], on_progress: OnProgress | None
+) -> PublishReport:
+    rows_max, report_rows = sum(table.rows_max for table in tables), on_progress or _no_rows
+
+    def on_seen() -> None:
+        report_rows(min(rows_max, sum(table.num_seen for table in tables)), rows_max)
+
+    for table in tables:
+        table.on_seen = on_seen
     changed = {table.spec.name: ChangedRows(table.rows_max, table.chunks) for table in tables}
     newest = image.versions.get(image.version)
     # Other slices may have rows that changed: all have a version of the commit, or readers would wait for this one's.
@@ -147,7 +160,12 @@ def _publish(path: Path, image: CatalogImage, commit: Commit, tables: list[_Tabl
         name = table.spec.name
         report.rows[name], report.saturated[name] = table.num_rows, table.num_saturated
         report.not_numbers[name] = table.num_nan
+    report_rows(rows_max, rows_max)
     return report
+
+
+def _no_rows(_done: int, _total: int) -> None:
+    """Stands in for a callback that the caller did not give."""
 
 
 def _open_rows(image: CatalogImage) -> Store:
@@ -185,6 +203,8 @@ class _Table:
     image: CatalogImage
     since: Commit | None
     history: kernels.StepHistory
+    on_seen: Callable[[], None] = lambda: None
+    num_seen: int = 0
     num_rows: int = 0
     num_saturated: int = 0
     num_nan: int = 0
@@ -204,6 +224,8 @@ class _Table:
         """Yields (row ids, rows in the codec) that differ from the newest version, in the order of the runs."""
         name = self.spec.name
         for row_ids, runs, places in self._candidates():
+            self.num_seen += len(row_ids)
+            self.on_seen()
             of_table = table_ids(self.base[name].spec, row_ids)
             old = np.ascontiguousarray(self.base[name].rows(of_table))
             new = old.copy()
