@@ -90,7 +90,7 @@ def agree_on_commit(ranks: Ranks, training: Training, step: int) -> str:
         BudgetError: A rank has too little room; the same on all ranks, and training goes on.
         ConfigError: The commit before has this step or a later one, and rows have changed: ranks would not know, when
             they resume, which of the two they hold.
-        RankError: Ranks would commit other steps.
+        RankError: Ranks would commit other steps, or one has not applied a step that the others have.
     """
     refusal = ""
     try:
@@ -101,8 +101,17 @@ def agree_on_commit(ranks: Ranks, training: Training, step: int) -> str:
     if before and before[-1].step >= step and training.has_changes:
         raise ConfigError(f"step {step}: the commit before is of step {before[-1].step}; over ranks, steps must ascend")
     what = f"commit of step {step}"
-    numbers = np.array([bool(refusal), secrets.randbits(63)], dtype=np.int64)
+    applied = str({name: table.num_steps for name, table in training.tables.items()})
+    numbers = np.array([bool(refusal), secrets.randbits(63), zlib.crc32(applied.encode())], dtype=np.int64)
     came = ranks.counts(what, np.tile(numbers, (ranks.size, 1)))
+    if (came[:, 2] != came[0, 2]).any():
+        listed = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(ranks.gather_objects(what, applied)))
+        raise RankError(
+            f"{what}: ranks have applied other numbers of steps, nothing was committed: {listed}. A step failed on some: "
+            "start all ranks again, they resume from the newest commit that all hold",
+            tuple(np.flatnonzero(came[:, 2] != came[ranks.rank, 2]).tolist()),
+            what,
+        )
     if came[:, 0].any():
         refusals = ranks.gather_objects(what, refusal)
         raise BudgetError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(refusals) if text))

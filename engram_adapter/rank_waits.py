@@ -9,6 +9,7 @@ hangs, hence a thread asks it, for `GRACE_S`.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ class RankWaits:
         """store: A store of torch.distributed, under a prefix of these ranks alone."""
         self.number = 0
         self._rank, self._size, self._timeout_s, self._store = rank, size, timeout_s, store
+        self._process = os.getpid()
         self._broken: str | None = None
 
     def end(self, reason: str) -> None:
@@ -37,7 +39,10 @@ class RankWaits:
         self._broken = self._broken or reason
 
     def check(self, what: str) -> None:
-        """Raises `RankError` if an exchange has failed before."""
+        """Raises `RankError` if an exchange has failed before, or this is a fork, which would write to its parent's
+        connections."""
+        if os.getpid() != self._process:
+            raise RankError(f"{what}: this process is a fork of rank {self._rank}, which alone may exchange")
         if self._broken is not None:
             raise RankError(f"{what}: no exchange of these ranks is possible any more: {self._broken}")
 

@@ -135,11 +135,10 @@ class TableOptimizer(torch.optim.Optimizer):
                 begun = True
                 embedding.gradient.release_pins()
         except BaseException as error:
-            if begun and len(steps) > 1:
+            where = "between two of them" if self._ranks is None else "on this rank alone"
+            if (begun and len(steps) > 1) or self._ranks is not None:
                 names = ", ".join(embedding.table_spec.name for embedding, *_ in steps)
-                self._training.mark_broken(
-                    f"a step of the tables {names} was cut between two of them by {type(error).__name__}"
-                )
+                self._training.mark_broken(f"a step of the tables {names} was cut {where} by {type(error).__name__}")
             raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:

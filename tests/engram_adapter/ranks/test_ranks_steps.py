@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from engram_adapter import TableOptimizer, TrainableEmbedding, TrainableRows
 from engram_adapter.early_rows import AskedRows
 from engram_adapter.exchange import Ranks
 from engram_adapter.trainable import prefetch_training
-from tierstore.errors import ConfigError, RankError
+from tierstore.errors import ConfigError, RankError, StoreNotReadyError
+from tierstore.training.table import TrainingTable
 
 SGD = tierstore.SGD(lr=0.5)
 
@@ -62,6 +64,54 @@ def test_a_gradient_of_one_rank_that_is_not_finite_refuses_the_step_on_all(
         return joined([trainer.rows()]) != before
 
     assert run_ranks(train, 3, tmp_path / "ranks") == [True] * 3
+
+
+@pytest.mark.parametrize("where", slow_but(["before it"], ["before it", "within it"]))
+def test_a_step_that_one_rank_did_not_apply_is_committed_by_none(sliced: Sliced, tmp_path: Path, where: str) -> None:
+    paths = sliced.slices(2, f"half a step {where}")
+
+    def train(rank: int) -> Any:
+        trainer = RankTrainer(paths[rank], sliced.spec, SGD, rank, 2, Ranks(timeout_s=20))
+        trainer.step(0, micros=1)
+        trainer.optimizer.commit(step=1).wait()
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patched, name = (TableOptimizer, "_apply") if where == "before it" else (TrainingTable, "apply")
+                patch.setattr(patched, name, _interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    trainer.step(1, micros=1)
+            else:
+                trainer.step(1, micros=1)
+        if rank == 1 and where == "within it":
+            with pytest.raises(StoreNotReadyError, match="cut on this rank alone by KeyboardInterrupt"):
+                trainer.optimizer.commit(step=2)
+        else:
+            expected = "have applied other numbers of steps" if where == "before it" else "rank 1 left"
+            with pytest.raises(RankError, match=expected):
+                trainer.optimizer.commit(step=2)
+        assert [commit.step for commit in trainer.training.commits] == [1]
+
+    run_ranks(train, 2, tmp_path / "ranks")
+
+
+def _interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_fork_of_a_rank_is_refused_and_its_parent_goes_on(tmp_path: Path) -> None:
+    def work(rank: int) -> Any:
+        ranks = Ranks()
+        child = os.fork()
+        if child == 0:
+            try:
+                ranks.gather_objects("a child's", rank)
+            except RankError as error:
+                os._exit(7 if f"is a fork of rank {rank}" in str(error) else 8)
+            os._exit(9)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        return ranks.gather_objects("a parent's", rank)
+
+    assert run_ranks(work, 2, tmp_path / "ranks") == [[0, 1]] * 2
 
 
 def test_gradients_that_ranks_scale_differently_are_refused_by_name(
