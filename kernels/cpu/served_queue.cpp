@@ -1,5 +1,5 @@
 // Pages that another process of this host serves, wherever it has them from: asked for over a Unix socket, handed over
-// in shared memory. tiers/served.py is the same in Python, and says what travels; tiers/mooncake_client.py answers.
+// in shared memory. tiers/served.py is the same in Python, and says what travels; tiers/mooncake_worker.py answers.
 //
 // What arrives is copied to the caller's slot before anybody checks it, so a server that writes too late, or at any
 // time, changes no page that was checked. A server that ends, or does not answer within the limit, fails the reads that
@@ -141,6 +141,7 @@ class ServedQueue : public PageQueue {
     const ssize_t num_bytes = recv(socket_, replies_.data(), replies_.size() * sizeof(Reply), MSG_DONTWAIT);
     if (num_bytes < 0 && (errno == EAGAIN || errno == EINTR)) return;
     if (num_bytes <= 0) return fail_all(ECONNRESET);
+    if (num_bytes % sizeof(Reply) != 0) return fail_all(EPROTO);
     last_reply_ = Clock::now();
     for (size_t i = 0; i < static_cast<size_t>(num_bytes) / sizeof(Reply); ++i) {
       const Reply& reply = replies_[i];

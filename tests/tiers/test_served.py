@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from contract.reader_contract import ReaderContract
-from support.shard_server import ShardServer, from_shards
+from support.shard_server import Answers, ShardServer, from_shards
 from support.stores import Model, random_keys
 
 import tierstore
@@ -122,18 +122,35 @@ def test_a_server_that_dies_between_reads_costs_nothing_and_within_one_that_read
         np.testing.assert_array_equal(store["layers.1"].lookup(keys_of(5)), model.expected("layers.1", keys_of(5)))
 
 
-def test_replies_that_nobody_asked_for_are_refused(built: Path) -> None:
+ANOTHER_SLOT = np.array([(1 << 31, 0)], dtype=served.REPLY).tobytes()
+
+
+def answering(server: ShardServer, message: bytes) -> Answers:
+    """What has a server send a message instead of an answer."""
+
+    def answer(*_: object) -> None:
+        for connection in server.connections[-1:]:  # none, once the store is closed
+            connection.send(message)
+
+    return answer
+
+
+@pytest.mark.parametrize("message", [ANOTHER_SLOT, b"x", ANOTHER_SLOT[:4] * 3], ids=["slot", "short", "uneven"])
+def test_replies_that_nobody_asked_for_are_refused(built: Path, message: bytes) -> None:
     server = ShardServer(built)
     with server.open(built, dram=DRAM) as store:
-
-        def answer_another_slot(*_: object) -> None:
-            reply = np.array([(1 << 31, 0)], dtype=served.REPLY)
-            for connection in server.connections[-1:]:  # none, once the store is closed
-                connection.send(reply.tobytes())
-
-        server.answers = answer_another_slot
+        server.answers = answering(server, message)
         with pytest.raises(StoreNotReadyError, match="Protocol error"):
             store["layers.1"].lookup(keys_of(5))
+
+
+@pytest.mark.parametrize("message", [ANOTHER_SLOT, b"x"], ids=["slot", "short"])
+def test_such_replies_are_refused_while_a_store_is_opened(built: Path, message: bytes) -> None:
+    server = ShardServer(built)
+    server.answers = answering(server, message)
+    with pytest.raises(StoreNotReadyError, match="Protocol error"):
+        server.open(built, dram="4MiB")
+    server.close()
 
 
 def test_a_forked_child_reads_over_connections_of_its_own(built: Path, model: Model) -> None:

@@ -121,8 +121,8 @@ class ServedConnection:
     def exchange(self, requests: np.ndarray) -> np.ndarray:
         """Sends requests, REQUEST [n] of distinct slots, and waits; returns the error of each, int32 [n].
 
-        Without an answer within the limit, or if the server ends, those that are left have ETIMEDOUT or ECONNRESET, and
-        the connection is of no more use.
+        Without an answer within the limit, if the server ends, or if it answers what was not asked, those that are left
+        have ETIMEDOUT, ECONNRESET or EPROTO, and the connection is of no more use.
         """
         errors = np.full(len(self.slots), errno.ETIMEDOUT, dtype=np.int32)
         left = len(requests)
@@ -134,7 +134,10 @@ class ServedConnection:
                 if not message:
                     errors[errors == errno.ETIMEDOUT] = errno.ECONNRESET
                     break
-                replies = np.frombuffer(message, dtype=REPLY)
+                replies = np.frombuffer(message[: len(message) // REPLY.itemsize * REPLY.itemsize], dtype=REPLY)
+                if len(message) != replies.nbytes or not np.isin(replies["slot"], requests["slot"]).all():
+                    errors[errors == errno.ETIMEDOUT] = errno.EPROTO
+                    break
                 errors[replies["slot"]] = replies["error"]
                 left -= len(replies)
         except TimeoutError:
