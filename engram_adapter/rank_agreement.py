@@ -107,8 +107,8 @@ def agree_on_commit(ranks: Ranks, training: Training, step: int) -> str:
     if (came[:, 2] != came[0, 2]).any():
         listed = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(ranks.gather_objects(what, applied)))
         raise RankError(
-            f"{what}: ranks have applied other numbers of steps, nothing was committed: {listed}. A step failed on some: "
-            "start all ranks again, they resume from the newest commit that all hold",
+            f"{what}: ranks have applied other numbers of steps, nothing was committed: {listed}. A step failed on "
+            "some: start all ranks again, they resume from the newest commit that all hold",
             tuple(np.flatnonzero(came[:, 2] != came[ranks.rank, 2]).tolist()),
             what,
         )
