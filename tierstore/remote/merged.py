@@ -117,14 +117,17 @@ class Merged:
         if divided.spec.is_plain:  # no other server has these keys
             self.hits[place] = _sum(of_key, hits)
             return
-        for own, column in enumerate(divided.parts[member].columns.tolist()):
-            in_dram, in_static, from_nvme = (tier[own] for tier in hits)
-            is_first = not valid[column]
-            valid[column] = max(valid[column], in_dram + from_nvme)
-            of_key[NVME][column] = max(of_key[NVME][column], from_nvme)
-            of_key[DRAM][column] = valid[column] - of_key[NVME][column]
-            in_static = in_static if is_first else min(in_static, of_key[STATIC][column])
-            of_key[STATIC][column] = min(in_static, of_key[DRAM][column])
+        dram, static, nvme = of_key
+        for column, in_dram, in_static, from_nvme in zip(divided.parts[member].columns.tolist(), *hits, strict=True):
+            if valid[column]:
+                in_static = min(in_static, static[column])
+            found = in_dram + from_nvme
+            if found > valid[column]:
+                valid[column] = found
+            if from_nvme > nvme[column]:
+                nvme[column] = from_nvme
+            dram[column] = in_dram = valid[column] - nvme[column]
+            static[column] = in_static if in_static < in_dram else in_dram
 
     def add_own(self, has: Sequence[np.ndarray | None], compact: Container[int]) -> None:
         """Adds what the client's own set answered of each lookup, bool [N, O], last of all.
