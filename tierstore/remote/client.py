@@ -46,7 +46,8 @@ def connect_remote(
         timeout_s: The most that any lookup may take, in seconds, including the wait for a server that restarts, and
             for servers to be at one version. An error may take 2 s more, to find out why nobody answers.
         dram: Of a list: bytes of this process for entries that the servers' placements name as the hottest. Their rows
-            do not travel again.
+            do not travel again. A lookup that needs no others may be of the version before, whole, for 0.25 s after
+            all servers have moved on.
 
     Raises:
         DaemonError: Nobody answers, the token is missing or wrong, or the certificate is refused.

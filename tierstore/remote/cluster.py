@@ -67,11 +67,12 @@ class Cluster:
         """Has all servers name their versions; raises `StoreNotReadyError` unless they come to be at one soon."""
         pause_until = min(until, time.monotonic() + AGREE_S)
         while True:
+            began = time.monotonic()
             exchanges = [Exchange(member, [_what_version(member)]) for member in self.members]
             with self._inside.of_thread():
                 carry_out(exchanges, until, self._closed)
             try:
-                self._agree(exchanges, None, until)
+                self._agree(exchanges, None, until, began)
                 return
             except (VersionChangedError, TryAgainError) as error:
                 if time.monotonic() >= pause_until or self._closed.wait(RETRY_S_MIN):
@@ -105,6 +106,7 @@ class Cluster:
     def _ask_once(
         self, lookups: Sequence[Request], by_id: ById | None, until: float, own: ClientSet | None
     ) -> tuple[Sequence[Counted], Sequence[Counted], str]:
+        began = time.monotonic()
         shares = Shares(self.tables, [member.requests for member in self.members])
         has = [None if own is None else own.take(*request) for request in lookups]
         for request, of_own in zip(lookups, has, strict=True):
@@ -117,7 +119,7 @@ class Cluster:
             exchanges = self._with_unconfirmed(exchanges)
         with self._inside.of_thread():
             carry_out(exchanges, until, self._closed)
-        build = self._agree(exchanges, own.common_build if own is not None and uses_own else None, until)
+        build = self._agree(exchanges, own.common_build if own is not None and uses_own else None, until, began)
         by_key, rows = Merged(self.tables, lookups), []
         for number, each in enumerate(exchanges):
             by_key.add(number, [answer for answer in each.answers if answer.is_by_key])
@@ -133,8 +135,9 @@ class Cluster:
             for each, confirmed in zip(exchanges, self._confirmed, strict=True)
         ]
 
-    def _agree(self, exchanges: Sequence[Exchange], expected: str | None, until: float) -> str:
-        """Returns what the versions of all answers have in common, `build` without an answer.
+    def _agree(self, exchanges: Sequence[Exchange], expected: str | None, until: float, began: float) -> str:
+        """Returns what the versions of all answers have in common, `build` without an answer; began: before they were
+        asked for.
 
         Raises `VersionChangedError` unless that is one thing, and `expected` if it is given.
         """
@@ -154,14 +157,13 @@ class Cluster:
             )
         if expected is not None and (builds or {self.build}) != {expected}:
             raise VersionChangedError(f"{self.url}: another version answers than the client's own set is of")
-        now = time.monotonic()
         with self._lock:
             for build in builds - {self.build}:
                 self.version += bool(self.build)
                 self.build, self._confirmed = build, [0.0] * len(self.members)
             for number, each in enumerate(exchanges):
                 if each.answers:
-                    self._confirmed[number] = now
+                    self._confirmed[number] = max(self._confirmed[number], began)  # it may have answered at once
         own = self.keeper.current
         if own is not None and builds and builds != {own.common_build}:
             self.keeper.drop(own)
