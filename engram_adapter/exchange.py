@@ -11,6 +11,7 @@ Shapes: W ranks. A row of a tensor is what lies along its first axis.
 
 from __future__ import annotations
 
+import copy
 import json
 import weakref
 import zlib
@@ -88,10 +89,15 @@ class Ranks:
         group = dist.group.WORLD if process_group is None else process_group
         if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
             raise ConfigError("process_group: this process is not a rank of the group")
-        self._given = group
         self.members = tuple(dist.get_process_group_ranks(group))
         self.rank, self.size, self.timeout_s = dist.get_rank(group), len(self.members), float(timeout_s)
         self.scratch = Scratch()
+        self._open()
+
+    def _open(self) -> None:
+        """Makes the gloo group. It ends with the default group, not before: torch gives the name of one that was
+        destroyed to the next, and ranks would look for each other at the old one's addresses. The given group may end
+        before."""
         self._group = self._new_group()
         store = dist.PrefixStore(f"tierstore/{self._group.group_name}", dist.distributed_c10d._get_default_store())
         self._waits = RankWaits(self.rank, self.size, self.timeout_s, store)
@@ -117,13 +123,16 @@ class Ranks:
         group = dist.group.WORLD if process_group is None and dist.is_initialized() else process_group
         if group is None or group not in _shared:
             made = cls(group, TIMEOUT_S if timeout_s is None else timeout_s)
-            _shared[made._given] = made
+            _shared[dist.group.WORLD if group is None else group] = made
             return made
         return _shared[group]
 
     def beside(self) -> Ranks:
         """Makes another `Ranks` of the same ranks, for exchanges of another thread. All ranks call it together."""
-        return Ranks(self._given, self.timeout_s)
+        beside = copy.copy(self)
+        beside.scratch = Scratch()
+        beside._open()
+        return beside
 
     def __repr__(self) -> str:
         return f"<Ranks: rank {self.rank} of {self.size}>"

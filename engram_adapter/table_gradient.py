@@ -78,7 +78,8 @@ class TableGradient:
         """exchange: with the other ranks. Takes no memory until a gradient comes."""
         self._blocks, self._num_rows, self._exchange = block_starts(spec), spec.num_rows, exchange
         self.parameter = torch.nn.Parameter(torch.zeros(len(self._blocks), dtype=torch.float64, device="cpu"))
-        self.parameter.register_post_accumulate_grad_hook(self._accumulated)
+        accumulated = weakref.WeakMethod(self._accumulated)  # torch holds hooks where the collector finds no cycle
+        self.parameter.register_post_accumulate_grad_hook(lambda parameter: (accumulated() or _nothing)(parameter))
         # By backward pass, because passes nest (activation checkpointing) and some never reach `parameter.grad`.
         self._arrived: dict[int, list[weakref.ref[TableLookup]]] = {}
         self._pending: RowGradients | None = None
@@ -168,6 +169,10 @@ class TableGradient:
         scale = np.float32(_scale_between(pending.norms, now))
         with np.errstate(over="ignore", invalid="ignore"):
             return RowGradients(pending.rows, pending.sums * scale, now.copy(), pending.pins)
+
+
+def _nothing(parameter: torch.Tensor) -> None:
+    """The hook of a parameter whose module, and graphs, are gone."""
 
 
 def block_starts(spec: TableSpec) -> np.ndarray:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
+import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +115,24 @@ def test_a_fork_of_a_rank_is_refused_and_its_parent_goes_on(tmp_path: Path) -> N
         return ranks.gather_objects("a parent's", rank)
 
     assert run_ranks(work, 2, tmp_path / "ranks") == [[0, 1]] * 2
+
+
+def test_tables_of_a_group_that_ended_leave_no_thread_and_no_training(tmp_path: Path, sliced: Sliced) -> None:
+    paths = sliced.slices(2, "ended")
+
+    def train(rank: int) -> Any:
+        group = dist.new_group([0, 1])
+        trainer = RankTrainer(paths[rank], sliced.spec, SGD, rank, 2, group)
+        trainer.backward(0, 0)  # its gradient is pending
+        training = weakref.ref(trainer.training)
+        trainer.training.close()
+        dist.destroy_process_group(group)
+        del trainer, group
+        gc.collect()
+        assert training() is None
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("tierstore")]
+
+    assert run_ranks(train, 2, tmp_path / "ranks") == [[], []]
 
 
 def test_gradients_that_ranks_scale_differently_are_refused_by_name(
