@@ -6,6 +6,7 @@ Output: columns for them. Errors: none.
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -70,8 +71,6 @@ def number(count: float, unit: str) -> str:
     return format_bytes(count) if unit == "bytes" else f"{count:,.0f} {unit}"
 
 
-def new_bar(*, err: bool = True) -> Progress:
-    """Returns a bar on standard error, or output."""
-    from .cli import console
-
-    return Progress(*columns(), console=console(err=err))
+def new_bar(console: Console) -> Progress:
+    """Returns a bar on a console; it is shown between its `start` and `stop`."""
+    return Progress(*columns(), console=console)

@@ -161,7 +161,7 @@ class Progress:
         from .bars import new_bar
 
         if self._bar is None:
-            self._bar = new_bar()
+            self._bar = new_bar(console(err=True))
             self._bar.start()
             self._task = self._bar.add_task(self._what, total=total, completed=done, unit=self._unit)
         self._bar.update(self._task, completed=done, total=total)

@@ -18,6 +18,8 @@ from typing import Any
 
 import click
 
+from .cli import console
+
 SILENCE_S = 1.0
 SILENCE_FRACTION = 1 / 60  # of the time so far: a job of an hour says something once a minute
 LOOK_S = 0.1
@@ -68,7 +70,7 @@ class Phases:
         if sys.stderr.isatty():
             from .bars import new_bar
 
-            self._bar = new_bar()
+            self._bar = new_bar(console(err=True))
             self._bar.start()
         else:
             self._watch = threading.Thread(target=self._watch_silence, name="tierstore-progress", daemon=True)
