@@ -99,14 +99,16 @@ def test_what_was_put_is_served_to_whoever_has_the_catalog_alone(
     }
     again = good("mooncake", "put", built, mooncake.address).stdout
     assert f"{put['num_objects']} of them were there before" in again
-    before = psutil.Process().num_threads(), psutil.Process().num_fds(), set(os.listdir("/dev/shm"))
+    threads, descriptors, shared = psutil.Process().num_threads(), psutil.Process().num_fds(), os.listdir("/dev/shm")
     for dram in (DRAM, "4MiB"):
         with tierstore.open(bare, dram=dram, pages=mooncake.address) as store:
             check_right(store, model)
             np.testing.assert_array_equal(store["layers.1"].lookup(KEYS), model.expected("layers.1", KEYS))
             worker()
     assert not psutil.Process().children() or isinstance(mooncake, RealMooncake)
-    assert (psutil.Process().num_threads(), psutil.Process().num_fds(), set(os.listdir("/dev/shm"))) == before
+    assert psutil.Process().num_threads() <= threads  # fewer, if one of an earlier test has ended meanwhile
+    assert psutil.Process().num_fds() <= descriptors
+    assert not [name for name in set(os.listdir("/dev/shm")) - set(shared) if "tierstore" in name]
 
 
 def test_objects_that_are_missing_short_or_others_are_named_and_put_again(

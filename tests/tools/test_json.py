@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from tierstore import RowWiseAdagrad
 from tierstore.daemon.record import StatRecord
 from tierstore.ipc import client_socket
 from tierstore.ipc.messages import ReplanAnswer, SwapAnswer
+from tierstore.offline.mooncake import PutReport
 from tierstore.tools.cli import COMMANDS, cli
 
 PAGE = REPOSITORY / "docs" / "reference" / "json.md"
 REPORT_NOTHING = {"completion", "packaging", "serve", "top", "bench"}
-OF_A_DAEMON = {"stat", "replan", "swap"}
+ELSEWHERE = {"stat", "replan", "swap", "mooncake"}  # of a daemon, or of a cluster
 SMALL = ("--family", "deepseek_v41", "--dim", 64, "--hidden", 16, "--rows-per-head", 200, "--layers", "1,3")
 
 
@@ -48,6 +50,12 @@ def names_of(value: Any) -> list[str]:
     """Of a list, those of any of its elements, in the order of the longest."""
     records = value if isinstance(value, list) else [value]
     return list(max(records, key=len))
+
+
+def model_slice(model: Path, folder: Path) -> Path:
+    """A store of the whole model, which is one slice of one."""
+    printed("build", model, folder / "whole")
+    return folder / "whole"
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +84,7 @@ def reports(text: TextStore, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "publish": printed("publish", store),
         "versions": printed("versions", store),
         "compact": printed("compact", store, folder / "compact"),
+        "reslice": printed("reslice", model_slice(model, folder), "-o", folder / "resliced-{}", "--slices", 2),
         "delta": printed("delta", store, "0..1", "-o", folder / "delta"),
         "export": printed("export", store, folder / "out", "--source", model),
         "doctor": printed("doctor", folder),
@@ -91,12 +100,14 @@ def test_every_command_that_reports_has_json() -> None:
 
 
 def _has_json(command: click.Command) -> bool:
+    if isinstance(command, click.Group):
+        return all(map(_has_json, command.commands.values()))
     return any(
         "--json" in option.opts and option.is_flag for option in command.params if isinstance(option, click.Option)
     )
 
 
-@pytest.mark.parametrize("heading", [each for each in documented() if each.split(" ")[0] not in OF_A_DAEMON])
+@pytest.mark.parametrize("heading", [each for each in documented() if each.split(" ")[0] not in ELSEWHERE])
 def test_a_command_prints_the_names_that_are_documented(heading: str, reports: dict[str, Any]) -> None:
     assert sorted(names_of(reports[heading])) == sorted(documented()[heading])
 
@@ -118,6 +129,10 @@ def test_what_a_daemon_answers_has_the_names_that_are_documented(
 
 def test_the_record_of_a_daemon_has_the_names_that_are_documented() -> None:
     assert list(StatRecord.__struct_fields__) == documented()["stat"]
+
+
+def test_what_a_put_reports_has_the_names_that_are_documented() -> None:
+    assert [each.name for each in fields(PutReport)] == documented()["mooncake put"]
 
 
 def test_a_delta_that_is_applied_prints_the_same_names(reports: dict[str, Any]) -> None:
