@@ -266,7 +266,8 @@ def test_every_phase_is_told_in_order_with_its_end(text: TextStore, tmp_path: Pa
     merged = good("profile", text.store, "--merge", tmp_path / "p.profile", "-o", tmp_path / "m.profile").stderr
     assert merged.startswith("counting: 100 %, ")
     planned = good("plan", text.store, tmp_path / "p.profile", "--dram", "8MiB", "--dry-run").stderr
-    assert [line.partition(":")[0] for line in planned.splitlines() if "100 %" in line] == ["reading", "trying"]
+    ended = [line.partition(":")[0] for line in planned.splitlines() if "100 %" in line]
+    assert list(dict.fromkeys(ended)) == ["reading", "trying"]  # what lasts says it once more before its end
 
 
 def test_the_curve_ends_with_the_budget_at_which_plan_says_that_tables_fit(text: TextStore, tmp_path: Path) -> None:
