@@ -405,3 +405,20 @@ def test_closing_gives_back_every_descriptor(built: Path) -> None:
 def test_importing_the_store_loads_neither_torch_nor_triton() -> None:
     code = "import tierstore, engram_adapter, sys; assert 'torch' not in sys.modules and 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("is_closed", "is_finalizing", "closes"), [(True, True, 0), (True, False, 1), (False, True, 1)]
+)
+def test_a_closed_store_that_dies_with_the_interpreter_is_left_alone(
+    built: Path, monkeypatch: pytest.MonkeyPatch, is_closed: bool, is_finalizing: bool, closes: int
+) -> None:
+    """Modules that closing needs may be gone by then: a program over gRPC that did not close ended with a traceback."""
+    called = []
+    with tierstore.open(built) as store:
+        opened = store._opened
+        with monkeypatch.context() as patched:
+            patched.setattr(opened, "is_closed", is_closed)
+            patched.setattr(opened, "close", lambda: called.append(1))
+            type(opened).__del__(opened, is_finalizing=lambda: is_finalizing)
+    assert len(called) == closes

@@ -9,8 +9,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from ..errors import ConfigError
@@ -118,8 +120,8 @@ class OpenedStore:
             raise TimeoutError(f"lookups did not end within {CLOSE_WAIT_S} s; the disk has stopped answering")
         self.backing.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "engine"):
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:  # when this runs, sys may be gone
+        if hasattr(self, "engine") and not (self.is_closed and is_finalizing()):  # `_close_all` has closed it then
             self.close()
 
 
