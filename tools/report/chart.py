@@ -237,10 +237,14 @@ class _Drawing:
                 parts.append(_text(x, y, mark.label, "end", css, mark.colour))
                 continue
             room = MARK_APART_PX + CHARACTER_PX * len(mark.label)
-            fits = x - room > LEFT_PX or x + room > self._width
             y = self._bottom - MARK_APART_PX - LABEL_GAP_PX * rows
-            anchor, to_side = ("end", -MARK_APART_PX) if fits else ("start", MARK_APART_PX)
-            parts.append(_text(x + to_side, y, mark.label, anchor, css, mark.colour))
+            if x - room > LEFT_PX:
+                place, anchor = x - MARK_APART_PX, "end"
+            elif x + room < self._width:
+                place, anchor = x + MARK_APART_PX, "start"
+            else:  # on a phone: across its upright, so that no letter is cut off
+                place, anchor = LEFT_PX + MARK_APART_PX, "start"
+            parts.append(_text(place, y, mark.label, anchor, css, mark.colour))
             rows += 1
         return parts
 
