@@ -37,10 +37,10 @@ from .lockstep_header import (
     failed,
     of_versions,
     read_headers,
-    refuse_failed,
     write_headers,
 )
 from .lookup_call import WAIT_S
+from .rank_agreement import refuse_failed
 from .slice_map import SliceMap
 
 if TYPE_CHECKING:

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tierstore.errors import RankError, StoreNotReadyError
+from tierstore.errors import StoreNotReadyError
 from tierstore.tiers.engine import in_one_version
-
-from .exchange import Ranks
 
 if TYPE_CHECKING:
     from tierstore import Store
@@ -67,25 +65,6 @@ def write_headers(header: np.ndarray, sent: np.ndarray, send_bytes: Sequence[int
 def read_headers(answers: Sequence[np.ndarray]) -> np.ndarray:
     """Returns the headers before the answers of each rank, uint8 [bytes] each: HEADER [W]."""
     return np.concatenate([of_rank[:HEADER_BYTES] for of_rank in answers]).view(HEADER)
-
-
-def refuse_failed(ranks: Ranks, what: str, is_failed: np.ndarray, own: Exception | None) -> None:
-    """Raises if any rank failed, bool [W], which all ranks know: this rank's own error, or one that names the others'.
-
-    Blocks on an exchange of their words.
-    """
-    if not is_failed.any():
-        return
-    texts = ranks.gather_objects(f"errors of {what}", "" if own is None else f"{type(own).__name__}: {own}")
-    if own is not None:
-        raise own
-    others = tuple(map(int, np.flatnonzero(is_failed)))
-    raise RankError(
-        f"{what}: rank {ranks.rank} has no rows, because other ranks could not go on: "
-        f"{'; '.join(f'rank {rank}: {texts[rank]}' for rank in others)}",
-        ranks=others,
-        waited_for=what,
-    )
 
 
 def agree(headers: np.ndarray) -> bool:

@@ -174,3 +174,22 @@ def _newest_of_all(held: list[list[int]]) -> int | None:
 def resliced_commits(training: Training) -> Any:
     """Returns the digests of the commits that a store's first commit was made of, or None."""
     return read_catalog(training.path, may_be_initial=True).origin.get("resliced", {}).get("commits")
+
+
+def refuse_failed(ranks: Ranks, what: str, is_failed: np.ndarray, own: Exception | None) -> None:
+    """Raises if any rank failed, bool [W], which all ranks know: this rank's own error, or one that names the others'.
+
+    Blocks on an exchange of their words.
+    """
+    if not is_failed.any():
+        return
+    texts = ranks.gather_objects(f"errors of {what}", "" if own is None else f"{type(own).__name__}: {own}")
+    if own is not None:
+        raise own
+    others = tuple(map(int, np.flatnonzero(is_failed)))
+    raise RankError(
+        f"{what}: rank {ranks.rank} goes no further, because other ranks could not: "
+        f"{'; '.join(f'rank {rank}: {texts[rank]}' for rank in others)}",
+        ranks=others,
+        waited_for=what,
+    )

@@ -24,6 +24,7 @@ from tierstore.errors import ConfigError
 
 from .early_rows import AskedRows, EarlyRows, EarlyThread, EarlyTicket
 from .exchange import Ranks
+from .rank_agreement import refuse_failed
 from .rank_norms import BlockNorms
 from .table_gradient import GradientPart
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from tierstore.training.table import TrainingTable
 
 Reduction = Literal["mean", "sum"]
+
+_NO_IDS = np.empty(0, dtype=np.int64)
 
 
 class SentLookup(NamedTuple):
@@ -62,27 +65,34 @@ class TableExchange:
 
     def forward(
         self,
-        row_ids: np.ndarray,
-        groups: np.ndarray | None,
+        make_ids: Callable[[], tuple[np.ndarray, np.ndarray | None]],
         with_gradient: bool,
         values_of: Callable[[np.ndarray, torch.Tensor], torch.Tensor],
     ) -> tuple[SentLookup, torch.Tensor]:
         """Returns the lookup and the values of its distinct rows, [D, dim], valid until the next exchange. Blocks.
 
+        What `make_ids` raises on one rank is a `RankError` on the others, and the next call works.
+
         Args:
-            row_ids: int64 [R] of the table, -1 for no row.
-            groups: int32 [R], ascending, or None.
+            make_ids: Returns row ids of the table, int64 [R], -1 for no row; and groups, int32 [R], ascending, or None.
             with_gradient: Whether backward will come; the same on all ranks.
             values_of: Called once, with the rows of this slice that ranks ask for, int64 [N], and room for float32
                 [N, dim]; returns their values, there or elsewhere.
         """
         name, dim = self._spec.name, self._spec.dim
         what = f"forward of table {name}, {'with' if with_gradient else 'without'} gradient"
-        early = self.early.take(row_ids)
-        owned = kernels.OwnedRows(row_ids, self.starts, groups if with_gradient else None)
-        numbers = np.zeros((self.ranks.size, 2), dtype=np.int64)
+        row_ids, early, owned, error = _NO_IDS, None, kernels.OwnedRows(_NO_IDS, self.starts, None), None
+        try:
+            row_ids, groups = make_ids()
+            early = self.early.take(row_ids)
+            owned = kernels.OwnedRows(row_ids, self.starts, groups if with_gradient else None)
+        except Exception as raised:  # the others wait: they must hear of it
+            error = raised
+        numbers = np.zeros((self.ranks.size, 3), dtype=np.int64)
         numbers[:, 0], numbers[:, 1] = owned.counts, 0 if early is None else early.number
+        numbers[:, 2] = error is not None
         came = self.ranks.counts(what, numbers)
+        refuse_failed(self.ranks, what, came[:, 2] != 0, error)
         with self.ranks.whole(what):
             if early is not None and (came[:, 1] == early.number).all():
                 asked = early.ticket.wait(self.ranks.timeout_s)

@@ -98,11 +98,14 @@ class TrainableEmbedding(TrainableModule):
         The rows stay in DRAM until the optimizer's step, or until the graph dies. Arguments and errors are those of
         `TieredEmbedding.forward`.
         """
-        row_ids = self._row_ids(token_ids, history, dead)
-        groups = None
-        if self.groups == "sequence" and len(row_ids) > 1:
-            groups = np.repeat(np.arange(len(row_ids), dtype=np.int32), row_ids[0].size)
-        return self._values(row_ids, groups, token_ids.device)
+
+        def make_ids() -> tuple[np.ndarray, np.ndarray | None]:
+            row_ids = self._row_ids(token_ids, history, dead)
+            if self.groups == "batch" or len(row_ids) <= 1:
+                return row_ids, None
+            return row_ids, np.repeat(np.arange(len(row_ids), dtype=np.int32), row_ids[0].size)
+
+        return self._values(make_ids, token_ids.device if isinstance(token_ids, torch.Tensor) else torch.device("cpu"))
 
     def _row_ids(self, token_ids: torch.Tensor, history: torch.Tensor | None, dead: torch.Tensor | None) -> np.ndarray:
         call = LookupCall(token_ids, history, dead, self._hash_spec.history_tokens)
@@ -146,12 +149,15 @@ class TrainableRows(TrainableModule):
         With groups "sequence", the first axis of ids of two or more axes is the sequences'. Blocks on the reads. Raises
         `ValueError` for ids outside the table.
         """
-        check_integers(row_ids, "row ids")
-        ids = as_int64(row_ids)
-        groups = None
-        if self.groups == "sequence" and ids.ndim > 1 and len(ids) > 1:
-            groups = np.repeat(np.arange(len(ids), dtype=np.int32), ids[0].size)
-        return self._values(ids, groups, row_ids.device)
+
+        def make_ids() -> tuple[np.ndarray, np.ndarray | None]:
+            check_integers(row_ids, "row ids")
+            ids = as_int64(row_ids)
+            if self.groups == "batch" or ids.ndim <= 1 or len(ids) <= 1:
+                return ids, None
+            return ids, np.repeat(np.arange(len(ids), dtype=np.int32), ids[0].size)
+
+        return self._values(make_ids, row_ids.device if isinstance(row_ids, torch.Tensor) else torch.device("cpu"))
 
 
 def prefetch_training(

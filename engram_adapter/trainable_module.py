@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tierstore.training.table import TrainingTable
 
 Groups = Literal["sequence", "batch"]
+MakeIds = Callable[[], tuple[np.ndarray, np.ndarray | None]]
 OUT_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -101,17 +102,23 @@ class TrainableModule(torch.nn.Module):
         """What brings rows from other ranks; None without a process group."""
         return self._exchange
 
-    def _values(self, row_ids: np.ndarray, groups: np.ndarray | None, device: torch.device) -> torch.Tensor:
-        """Returns values [..., dim] of row ids [...], with gradient if torch asks for it."""
+    def _values(self, make_ids: MakeIds, device: torch.device) -> torch.Tensor:
+        """Returns values [..., dim] of row ids [...], with gradient if torch asks for it.
+
+        make_ids: Returns the row ids and their groups. What it raises, other ranks hear of.
+        """
         self._gradient.begin_forward()
         with_gradient = torch.is_grad_enabled() and self.gradient_norms.requires_grad
         lookup: TableLookup | None = None
-        values: Callable[[], torch.Tensor] = partial(self._gathered, row_ids, device)
+        values: Callable[[], torch.Tensor]
         if self._exchange is not None:
-            lookup, values = self._exchanged(row_ids, groups, with_gradient, device)
-        elif with_gradient:
-            flat = row_ids.reshape(-1)
-            lookup = TableLookup(flat, groups, self._table.pin_rows(flat))
+            lookup, values = self._exchanged(make_ids, with_gradient, device)
+        else:
+            row_ids, groups = make_ids()
+            values = partial(self._gathered, row_ids, device)
+            if with_gradient:
+                flat = row_ids.reshape(-1)
+                lookup = TableLookup(flat, groups, self._table.pin_rows(flat))
         if not with_gradient:
             return values()
         apply: Any = _TableRows.apply
@@ -119,19 +126,23 @@ class TrainableModule(torch.nn.Module):
         return of_rows
 
     def _exchanged(
-        self, row_ids: np.ndarray, groups: np.ndarray | None, with_gradient: bool, device: torch.device
+        self, make_ids: MakeIds, with_gradient: bool, device: torch.device
     ) -> tuple[TableLookup, Callable[[], torch.Tensor]]:
         """Brings rows from their owners; returns the lookup, and what makes values [..., dim] of them."""
         assert self._exchange is not None
-        lookup = TableLookup(row_ids.reshape(-1), groups, None)
+        lookup, shape = TableLookup(np.empty(0, dtype=np.int64), None, None), [0]
+
+        def flat_ids() -> tuple[np.ndarray, np.ndarray | None]:
+            row_ids, lookup.groups = make_ids()
+            lookup.row_ids, shape[:] = row_ids.reshape(-1), [*row_ids.shape, self.embedding_dim]
+            return lookup.row_ids, lookup.groups
 
         def values_of(own: np.ndarray, room: torch.Tensor) -> torch.Tensor:
             if with_gradient:
                 lookup.pins = self._table.pin_rows(own)
             return self._rows_out(own, room)
 
-        lookup.sent, distinct = self._exchange.forward(lookup.row_ids, groups, with_gradient, values_of)
-        shape = (*row_ids.shape, self.embedding_dim)
+        lookup.sent, distinct = self._exchange.forward(flat_ids, with_gradient, values_of)
         return lookup, lambda: self._exchange.expanded(lookup.sent, distinct, device).reshape(shape)
 
     def _gathered(self, row_ids: np.ndarray, device: torch.device) -> torch.Tensor:

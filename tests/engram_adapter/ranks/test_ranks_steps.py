@@ -219,6 +219,31 @@ def test_a_prefetch_sends_ids_early_and_changes_no_bit(sliced: Sliced, tmp_path:
     assert all(len(exchanged) == 6 for exchanged, _ in found[False])
 
 
+def test_ids_that_one_rank_refuses_are_named_on_the_other_and_the_next_batch_is_right(
+    sliced: Sliced, paths: list[Path], tmp_path: Path
+) -> None:
+    """The caller of the rank that refuses goes on: its next batch must not meet the present one of the other."""
+
+    def train(rank: int) -> Any:
+        trainer = RankTrainer(paths[rank], sliced.spec, SGD, rank, 2, Ranks(timeout_s=60))
+        table, ids, errors = trainer.embeddings[0], tokens_of(0, 0, 2, rank), []
+        for bad in (ids * 0 - 5, ids.float()):
+            try:
+                table(bad if rank == 1 else ids + 1)
+            except (ValueError, TypeError, RankError) as error:
+                errors.append((type(error).__name__, str(error)))
+        return errors, table(ids).detach().numpy()
+
+    found = run_ranks(train, 2, tmp_path / "ranks")
+    assert [kind for kind, _ in found[1][0]] == ["ValueError", "TypeError"]
+    assert [kind for kind, _ in found[0][0]] == ["RankError", "RankError"]
+    assert all("because other ranks could not: rank 1: " in text for _, text in found[0][0])
+    with tierstore.open_training(sliced.whole, SGD, dram="8MiB", at=0) as training:
+        whole = TrainableEmbedding(training, "layers.1", sliced.spec)
+        for rank in range(2):
+            np.testing.assert_array_equal(found[rank][1], whole(tokens_of(0, 0, 2, rank)).detach().numpy())
+
+
 @pytest.mark.parametrize("where", slow_but(["forward"], ["forward", "backward", "step"]))
 def test_ranks_that_do_different_things_say_which(
     sliced: Sliced, paths: list[Path], tmp_path: Path, where: str
