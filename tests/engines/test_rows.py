@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.held import held
 from support.tiny_store import DIM, build_tiny, tiny_hash
 from support.waiting import eventually
 
@@ -118,9 +118,9 @@ def test_it_keeps_its_store_open_and_lets_go_of_it(tiny: Any) -> None:
     taken = EngineRows(tierstore.open(tiny[0], dram="4MiB"), "layers.1", 8, CPU)
     taken.start(row_ids(tiny_hash(), 1, 5, 1))
     assert taken.finish().shape == (5, 8, 2 * DIM)
-    threads = threading.active_count()
+    before = held()
     del taken
-    assert threading.active_count() <= threads
+    assert held() < before, "the files of its store"
 
 
 def test_an_error_of_the_reads_comes_out_of_the_step(tiny: Any) -> None:

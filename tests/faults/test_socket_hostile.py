@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.daemon_peers import HELLO, NOBODY, as_root, in_child, open_descriptors, packet
+from support.daemon_peers import HELLO, NOBODY, as_root, in_child, packet
+from support.held import held, open_files
 from support.waiting import WAIT_S
 
 from tierstore.daemon import limits
@@ -207,13 +208,13 @@ class ServedClient:
         return self._seconds
 
 
-def wait_for_descriptors(path: Path, expected: int) -> None:
+def wait_for_descriptors(path: Path, before: frozenset[str]) -> None:
     """Waits until the server, in the same process, has closed what its peers left.
     Each request is a round of its loop."""
     deadline = time.monotonic() + WAIT_S
-    while open_descriptors() != expected and time.monotonic() < deadline:
+    while not open_files() <= before and time.monotonic() < deadline:
         ask(path, {"do": "stat"}, dict, WAIT_S)
-    assert open_descriptors() == expected
+    assert open_files() <= before
 
 
 @pytest.mark.parametrize("seed", [0])
@@ -223,10 +224,10 @@ def test_hostile_peers_leave_others_served_and_nothing_behind(
     monkeypatch.setattr(limits, "PEER_SEND_S", 0.5)
     monkeypatch.setattr(limits, "HANDSHAKE_S", 0.5)
     path, handler = tmp_path / "socket", PeerCounter()
-    before = (open_descriptors(), threading.active_count())
+    before = held()
     with SocketServer(path, handler) as opened:
         opened.start()
-        serving = open_descriptors()
+        serving = open_files()
         client = ServedClient(path)
         attackers = [Attacker(path, seed * 1000 + number) for number in range(THREADS)]
 
@@ -248,7 +249,7 @@ def test_hostile_peers_leave_others_served_and_nothing_behind(
         assert handler.num_attached > ACTS / 20
         seconds = client.close()
         wait_for_descriptors(path, serving)
-    assert (open_descriptors(), threading.active_count()) == before
+    assert held() <= before
     assert not handler.faults
     assert not handler.attached
     assert len(seconds) > 20
@@ -272,7 +273,7 @@ def test_another_users_hostile_acts_reach_nobody(monkeypatch: pytest.MonkeyPatch
         with SocketServer(path, handler) as opened:
             opened.start()
             path.chmod(0o666)  # as if the file let everybody in
-            serving = open_descriptors()
+            serving = open_files()
             client = ServedClient(path)
             assert in_child(lambda: attack(path), NOBODY) == "done"
             client.close()
@@ -285,7 +286,7 @@ def test_killed_peers_are_detached_whatever_they_were_doing(tmp_path: Path) -> N
     path, handler = tmp_path / "socket", PeerCounter()
     with SocketServer(path, handler) as opened:
         opened.start()
-        serving = open_descriptors()
+        serving = open_files()
         client = ServedClient(path)
         for number in range(30):
             read, write = os.pipe()
@@ -329,7 +330,7 @@ def test_a_daemon_that_lies_to_its_client_is_a_daemon_error(tmp_path: Path) -> N
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(os.fspath(path))
         listener.listen()
-        before = open_descriptors()
+        before = open_files()
         for lie in lies:
 
             def lie_once(lie: bytes = lie) -> None:
@@ -342,4 +343,4 @@ def test_a_daemon_that_lies_to_its_client_is_a_daemon_error(tmp_path: Path) -> N
             with pytest.raises(DaemonError):
                 dial(path, timeout_s=WAIT_S)
             thread.join(WAIT_S)
-            assert open_descriptors() == before
+            assert open_files() <= before

@@ -22,8 +22,8 @@ from support.daemon_peers import (
     connect,
     in_child,
     noted_warnings,
-    open_descriptors,
 )
+from support.held import open_files
 from support.waiting import WAIT_S, eventually
 
 from tierstore.daemon.daemon import Daemon
@@ -247,7 +247,7 @@ def test_daemons_that_come_and_go_never_serve_side_by_side(path: Path) -> None:
 
 
 def test_a_path_that_cannot_be_a_sockets_is_refused(tmp_path: Path, handler: NotingHandler) -> None:
-    before = open_descriptors()
+    before = open_files()
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     long = os.fspath(tmp_path / "x").ljust(108, "x")
@@ -270,7 +270,7 @@ def test_a_path_that_cannot_be_a_sockets_is_refused(tmp_path: Path, handler: Not
         assert ask(long[:-1], {"do": "stat"}, dict)["ok"]
     assert (tmp_path / "file").read_text() == "mine"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "link"]
-    eventually(lambda: open_descriptors() <= before)  # the connection's thread ends by itself
+    eventually(lambda: open_files() <= before)  # the connection's thread ends by itself
 
 
 def test_another_programs_socket_is_left_alone(path: Path, handler: NotingHandler) -> None:

@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.held import held
 
 from tierstore.errors import BudgetError, ConfigError
 from tierstore.offline import count as counting
@@ -23,9 +23,9 @@ ITEM_COSTS = {1: 2 * 24 + 48 + 8, 2: 2 * 32 + 48 + 16, 3: 2 * 40 + 48 + 24}  # b
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
+    before = held()
     yield
-    assert set(threading.enumerate()) <= before
+    assert held() <= before
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from contract.store_contract import StoreContract
+from support.held import open_files
 from support.shapes import ENTRY_BYTES, HEADS, POISON, ROW_BYTES
 from support.stores import Model, open_behind_hbm, random_keys
 
@@ -395,11 +395,11 @@ def test_a_closed_store_that_is_still_named_keeps_no_memory_and_its_counts(
 
 
 def test_closing_gives_back_every_descriptor(built: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for _ in range(5):
         with tierstore.open(built, dram="600KiB") as store:
             store["layers.1"].lookup(np.ones((3, 3), dtype=np.int64))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() <= before
 
 
 def test_importing_the_store_loads_neither_torch_nor_triton() -> None:

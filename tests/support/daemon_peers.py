@@ -4,7 +4,6 @@ processes of other users."""
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import queue
@@ -99,11 +98,6 @@ class NotingHandler:
 def packet(part: bytes, num_bytes: int | None = None, *, flags: int = 0, magic: bytes = b"tsd\n") -> bytes:
     """A packet, drawn by hand as the protocol's table says."""
     return magic + bytes([flags, 0, 0, 0]) + struct.pack("<I", len(part) if num_bytes is None else num_bytes) + part
-
-
-def open_descriptors() -> int:
-    gc.collect()  # sockets of earlier tests, which errors' traces may hold
-    return len(os.listdir("/proc/self/fd"))
 
 
 def connect(path: Path, role: Literal["client", "admin"] = "client") -> Channel:

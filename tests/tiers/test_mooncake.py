@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from support.held import held
 from support.mooncakes import IS_INSTALLED, FakeMooncake, RealMooncake
 from support.stores import Model, random_keys
 from support.text_store import good, good_json
@@ -99,16 +100,13 @@ def test_what_was_put_is_served_to_whoever_has_the_catalog_alone(
     }
     again = good("mooncake", "put", built, mooncake.address).stdout
     assert f"{put['num_objects']} of them were there before" in again
-    threads, descriptors, shared = psutil.Process().num_threads(), psutil.Process().num_fds(), os.listdir("/dev/shm")
-    children = set(psutil.Process().children())  # of earlier tests: PyTorch keeps processes that compile
+    before, shared = held(), os.listdir("/dev/shm")
     for dram in (DRAM, "4MiB"):
         with tierstore.open(bare, dram=dram, pages=mooncake.address) as store:
             check_right(store, model)
             np.testing.assert_array_equal(store["layers.1"].lookup(KEYS), model.expected("layers.1", KEYS))
             worker()
-    assert set(psutil.Process().children()) <= children
-    assert psutil.Process().num_threads() <= threads  # fewer, if one of an earlier test has ended meanwhile
-    assert psutil.Process().num_fds() <= descriptors
+    assert held() <= before
     assert not [name for name in set(os.listdir("/dev/shm")) - set(shared) if "tierstore" in name]
 
 

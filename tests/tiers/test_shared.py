@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.daemon_peers import NOBODY, as_root, in_child, open_descriptors
+from support.daemon_peers import NOBODY, as_root, in_child
+from support.held import open_files
 
 from tierstore.errors import BudgetError, DaemonError
 from tierstore.tiers.shared import SharedBlock, make_client_block, map_block
@@ -212,10 +213,10 @@ def test_all_of_a_block_is_there_and_told_as_it_comes() -> None:
 
 
 def test_memory_that_there_is_not_is_refused_and_nothing_is_left_open() -> None:
-    before = open_descriptors()
+    before = open_files()
     with pytest.raises(BudgetError, match=r"256\.00 TiB .*tierstore-test.*--dram"):
         SharedBlock("tierstore-test", 1 << 48)
-    assert open_descriptors() <= before  # what earlier tests have dropped may close meanwhile
+    assert open_files() <= before
 
 
 def test_a_limit_of_the_system_is_named() -> None:
