@@ -126,7 +126,7 @@ def test_ranks_in_different_places_say_so_by_name(tmp_path: Path) -> None:
 def interrupted(rank: int) -> Any:
     ranks = Ranks(timeout_s=30)
     if rank == 1:
-        time.sleep(3)
+        time.sleep(6)
         os._exit(0)
     threading.Timer(0.3, _thread.interrupt_main).start()
     start = time.monotonic()
@@ -142,7 +142,7 @@ def test_ctrl_c_comes_through_a_wait_and_ends_the_exchange(tmp_path: Path) -> No
     await_ranks(start_ranks(interrupted, 2, tmp_path))
     took = outcomes_of(tmp_path, 2)[0]
     assert isinstance(took, float), took
-    assert took < 2
+    assert took < 5, "what came was the other rank's end"
 
 
 def test_without_torch_distributed_the_error_says_what_to_call() -> None:
