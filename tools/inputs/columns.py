@@ -55,41 +55,45 @@ class ColumnReader:
     ) -> Iterator[Piece]:
         """Yields the ids of a column of lists, a document a row."""
         row = 0
-        for head, lengths, values, taken in self._batches(path, kind, field, part):
+        for head, ends, values, taken in self._batches(path, kind, field, part):
             ids = np.frombuffer(values, dtype=head["dtype"])
-            ends = np.cumsum(lengths)
-            if (lengths < 0).any() or (int(ends[-1]) if len(ends) else 0) != len(ids):
+            if len(ends) == 0 or int(ends[-1]) != len(ids) or (np.diff(ends, prepend=0) < 0).any():
                 raise FormatError(f"{path}: rows from {row} on do not add up to their {len(ids)} ids; copy it again")
             _check_rows(ids, ends, vocab_size, path, row)
             yield Piece(ids, ends, taken)
-            row += len(lengths)
+            row += len(ends)
 
     def texts(self, path: Path, kind: str, field: Field, part: tuple[int, int] | None = None) -> Iterator[Document]:
         """Yields the text of each row. Of chat the messages in JSON."""
         row = 0
-        for head, lengths, values, taken in self._batches(path, kind, field, part):
-            end = 0
-            for length in lengths.tolist():
-                data = bytes(values[end : end + length])
-                end += length
+        for head, ends, values, taken in self._batches(path, kind, field, part):
+            start = 0
+            for end in ends.tolist():
+                data = bytes(values[start:end])
+                start = end
                 yield Document(data.decode(errors="replace"), taken, f"{path}, row {row}")
                 row, taken = row + 1, 0
-            if end != len(values) or head["sort"] not in (field.sort, CHAT):
-                raise FormatError(f"{path}: a batch of {len(values)} bytes has texts of {end}; copy it again")
+            if start != len(values) or head["sort"] not in (field.sort, CHAT):
+                raise FormatError(f"{path}: a batch of {len(values)} bytes has texts of {start}; copy it again")
 
     def _batches(
         self, path: Path, kind: str, field: Field, part: tuple[int, int] | None
-    ) -> Iterator[tuple[dict[str, Any], np.ndarray, Any, int]]:
-        """Yields (head, lengths int64 [rows], values, bytes of the file that they took)."""
+    ) -> Iterator[tuple[dict[str, Any], np.ndarray, memoryview, int]]:
+        """Yields (head, where each row ends in the values, int64 [rows], values, bytes of the file that they took).
+
+        The values are overwritten by the next ones.
+        """
         size = path.stat().st_size
         unfolding, done = Unfolding(path, size), 0
         request = {"do": "read", "path": str(path), "format": kind, "column": field.name, "part": part}
         for head, body in self._worker.ask(path, request):
-            lengths_bytes = 8 * head["rows"]
-            unfolding.add(len(body) - lengths_bytes)
+            dtype = np.dtype("<i8" if head["bounds"] == "<i8" else "<i4")
+            bounds_bytes = (head["rows"] + 1) * dtype.itemsize
+            bounds = np.frombuffer(body[:bounds_bytes], dtype=dtype).astype(np.int64)
+            unfolding.add(len(body) - bounds_bytes)
             taken = max(0, int(head["done"] * size) - done)
             done += taken
-            yield head, np.frombuffer(body[:lengths_bytes], dtype=np.int64), body[lengths_bytes:], taken
+            yield head, bounds[1:] - bounds[0], body[bounds_bytes:], taken
 
     def __enter__(self) -> ColumnReader:
         return self

@@ -1,7 +1,8 @@
 """A worker that reads columns of Parquet and Arrow files with pyarrow, some rows at a time.
 
 Input: requests {"do": "describe", "path", "format"} and {"do": "read", "path", "format", "column"}. Output: what each
-column holds; then batches {"rows", "dtype", "done"} with the length of each row (int64) and the values behind.
+column holds; then batches {"sort", "rows", "bounds", "done", of ids "dtype"} with the places at which rows begin and the last
+one ends (rows + 1 integers of the type `bounds`, counted from any number), and the values from the first place on.
 Errors: `RefusedError` naming the row for what is not a document; pyarrow's own, which say that the file is damaged.
 
 Only the wanted column is decoded. A batch has some BATCH_VALUES values: pyarrow decodes a row group piece by piece, and
@@ -10,6 +11,7 @@ of an Arrow file a record batch is in memory at once.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 import json
@@ -174,40 +176,57 @@ def _document_rows(column: pa.Array, row: int, done: float) -> Message:
         missing = next(index for index, valid in enumerate(column.is_valid()) if not valid.as_py())
         raise RefusedError("row", f"row {row + missing} is null, expected a document")
     sort = _sort(column.type)
-    head = {"rows": len(column), "done": done}
+    head = {"sort": sort, "rows": len(column), "done": done}
     if sort == "chat":
         texts = [json.dumps(messages, default=str).encode() for messages in column.to_pylist()]
-        return head | {"sort": sort}, (_int64([len(text) for text in texts]), b"".join(texts))
+        bounds = pa.array([0, *itertools.accumulate(map(len, texts))], type=pa.int64())
+        return head | {"bounds": _dtype(bounds)}, (_bytes_of(bounds), b"".join(texts))
     if sort == "text":
-        column = column.cast(pa.large_string())
-        offsets, data = (pa.py_buffer(b"") if buffer is None else buffer for buffer in column.buffers()[1:])
-        bounds = memoryview(offsets).cast("B").cast("q")[column.offset : column.offset + len(column) + 1].tolist()
-        bounds = bounds or [0]
-        lengths = [end - start for start, end in itertools.pairwise(bounds)]
-        return head | {"sort": sort}, (_int64(lengths), memoryview(data)[bounds[0] : bounds[-1]])
-    values = column.flatten()
+        bounds, data = _text_parts(column)
+        return head | {"bounds": _dtype(bounds)}, (_bytes_of(bounds), data[bounds[0].as_py() : bounds[-1].as_py()])
+    bounds, values = _list_parts(column)
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    lengths = _lengths(column)
     if values.null_count:
-        index = next(index for index, valid in enumerate(values.is_valid()) if not valid.as_py())
-        while index >= lengths[0].as_py():
-            index, row, lengths = index - lengths[0].as_py(), row + 1, lengths[1:]
-        raise RefusedError("row", f"row {row} has null at place {index}, expected token ids")
-    kind = values.type
-    dtype = f"{'i' if pa.types.is_signed_integer(kind) else 'u'}{kind.bit_width // 8}"
-    return head | {"sort": "ids", "dtype": f"<{dtype}"}, (_bytes_of(lengths), _bytes_of(values))
+        places = bounds.to_pylist()
+        index = places[0] + next(index for index, valid in enumerate(values.is_valid()) if not valid.as_py())
+        at = bisect.bisect_right(places, index) - 1
+        raise RefusedError("row", f"row {row + at} has null at place {index - places[at]}, expected token ids")
+    return head | {"bounds": _dtype(bounds), "dtype": _dtype(values)}, (_bytes_of(bounds), _bytes_of(values))
 
 
-def _lengths(column: pa.Array) -> pa.Array:
-    """Tokens of each row, int64."""
+def _text_parts(column: pa.Array) -> tuple[pa.Array, memoryview]:
+    """Returns (the rows' bounds, the bytes that they count in)."""
+    if pa.types.is_string_view(column.type):
+        column = column.cast(pa.large_string())
+    offsets, data = column.buffers()[1:]
+    kind = pa.int64() if pa.types.is_large_string(column.type) else pa.int32()
+    bounds = pa.Array.from_buffers(kind, len(column) + 1, [None, offsets], offset=column.offset)
+    return bounds, memoryview(b"" if data is None else data)
+
+
+def _list_parts(column: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Returns (the rows' bounds, the values from the first to the last of them).
+
+    Not `flatten` if it can be helped: it loads pyarrow.compute, which takes as long as 5 million ids.
+    """
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        bounds = column.offsets
+        start, end = bounds[0].as_py(), bounds[-1].as_py()
+        return bounds, column.values.slice(start, end - start)
     if pa.types.is_fixed_size_list(column.type):
-        return pa.array([column.type.list_size] * len(column), type=pa.int64())
-    return column.value_lengths().cast(pa.int64())
+        size = column.type.list_size
+        start = column.offset * size
+        bounds = pa.array([start + size * index for index in range(len(column) + 1)], type=pa.int64())
+        return bounds, column.values.slice(start, size * len(column))
+    lengths = column.value_lengths().to_pylist()  # views may lie anywhere, in any order
+    return pa.array([0, *itertools.accumulate(lengths)], type=pa.int64()), column.flatten()
 
 
-def _int64(values: list[int]) -> memoryview:
-    return _bytes_of(pa.array(values, type=pa.int64()))
+def _dtype(array: pa.Array) -> str:
+    """NumPy's name of the type of integers."""
+    kind = array.type
+    return f"<{'i' if pa.types.is_signed_integer(kind) else 'u'}{kind.bit_width // 8}"
 
 
 def _bytes_of(array: pa.Array) -> memoryview:
