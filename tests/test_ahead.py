@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tierstore.formats import trace
+from tierstore.formats import packing, trace
 from tierstore.formats.trace import TokenTraceWriter
 from tierstore.process.ahead import Ahead
 
@@ -76,7 +76,7 @@ def test_a_trace_is_the_same_bytes_however_many_threads_compress_it(
 
 def test_a_trace_whose_compression_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace, "BLOCK_VALUES", 64)
-    monkeypatch.setattr(trace, "pack_block", lambda *_: np.empty(-1))
+    monkeypatch.setattr(packing, "pack_block", lambda *_: np.empty(-1))
 
     def write() -> None:
         with TokenTraceWriter(tmp_path / "t.trace", vocab_size=None, source="", threads=2) as writer:
@@ -86,4 +86,4 @@ def test_a_trace_whose_compression_fails_leaves_nothing(tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match="negative"):
         write()
     assert list(tmp_path.iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tierstore-trace")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tierstore-packing")]

@@ -40,6 +40,7 @@ from .column_layout import (
 
 COMPRESSION_LEVEL = 3
 SAMPLE_VALUES = 1 << 14  # of a column, on which filters are compared
+WRITEBACK_BYTES = 4 << 20  # written, which the disk begins with then: little is left when the file is finished
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class ColumnWriter:
             raise ConfigError(f"{self.path} is there and not a regular file; give the name of a file to write")
         self._new_path = self.path.with_name(self.path.name + NEW_SUFFIX)
         self._blocks: list[tuple[str, list[list[Any]]]] = []
-        self._num_bytes = 0
+        self._num_bytes = self._begun_bytes = 0  # written, and of them those that the disk has begun with
         self._pid = os.getpid()
         self._file: io.FileIO | None = None
         try:
@@ -171,7 +172,11 @@ class ColumnWriter:
         # Not through a buffered file: a forked child would flush its copy of the buffer into this file.
         with self._named():
             write_all(self._open_file().fileno(), data)
-        self._num_bytes += len(data)
+            self._num_bytes += len(data)
+            if (new_bytes := self._num_bytes - self._begun_bytes) >= WRITEBACK_BYTES:
+                # Linux begins to write such pages, and drops none that are not written.
+                os.posix_fadvise(self._open_file().fileno(), self._begun_bytes, new_bytes, os.POSIX_FADV_DONTNEED)
+                self._begun_bytes = self._num_bytes
 
     def _named(self) -> contextlib.AbstractContextManager[None]:
         so_far = f", after {self._num_bytes} bytes of it" if self._num_bytes else ""

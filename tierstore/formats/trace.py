@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import FormatError
-from ..process.ahead import Ahead
-from .columns import ColumnReader, ColumnWriter, PackedBlock, pack_block
+from .columns import ColumnReader, ColumnWriter
+from .packing import Packing
 
 TRACE_KIND = "trace"
 BLOCK_VALUES = 1 << 20  # tokens or accesses of one block
@@ -86,9 +86,8 @@ class TokenTraceWriter:
         self.num_tokens, self.num_documents, self.token_id_max = 0, 0, -1
         self._vocab_size = vocab_size
         header = {"trace": TOKENS, "vocab_size": vocab_size, "source": source}
-        self._ahead: Ahead[PackedBlock] | None = None  # blocks that are being compressed, if threads do it
-        self._threads = threads
         self._writer = ColumnWriter(path, TRACE_KIND, header)
+        self._packing = Packing(self._writer, TOKENS, TRACE_LEVEL, threads)
         self._block = np.empty(BLOCK_VALUES, dtype=np.int32)
         self._filled = 0  # of the block
         self._ends: list[np.ndarray] = []  # of documents, over the whole trace, within the block
@@ -110,8 +109,8 @@ class TokenTraceWriter:
         if len(ends) and (ends[0] < 0 or ends[-1] > len(token_ids) or (ends[1:] < ends[:-1]).any()):
             raise ValueError(f"document ends are not ascending from 0 to {len(token_ids)}, the tokens given")
         token_end = self.num_tokens + len(token_ids)
-        ends = np.unique(ends + self.num_tokens)  # an end twice is a document without tokens
-        ends = ends[ends > self._last_end]
+        ends = ends + self.num_tokens
+        ends = ends[ends > np.concatenate([[self._last_end], ends[:-1]])]  # an end twice is a document without tokens
         taken = 0
         while True:
             within = int(np.searchsorted(ends, self.num_tokens, side="right"))
@@ -141,27 +140,16 @@ class TokenTraceWriter:
     def _write_block(self) -> None:
         ends = np.concatenate([np.empty(0, dtype=np.int64), *self._ends])
         columns = {"token_ids": self._block[: self._filled], "document_ends": ends}
-        if self._threads:
-            self._ahead = self._ahead or Ahead(self._threads, "tierstore-trace")
-            self._ahead.put(pack_block, TOKENS, columns, TRACE_LEVEL)
-            self._block = np.empty(BLOCK_VALUES, dtype=np.int32)
-            self._write_packed(self._threads)
-        else:
-            self._writer.write_packed(pack_block(TOKENS, columns, TRACE_LEVEL))
+        self._block = self._packing.put(columns, self._block)
         self._filled = 0
         self._ends.clear()
-
-    def _write_packed(self, left: int) -> None:
-        """Writes blocks that threads have compressed, until `left` are under way."""
-        while self._ahead is not None and len(self._ahead) > left:
-            self._writer.write_packed(self._ahead.take())
 
     def finish(self) -> TokenTraceInfo:
         """Ends the last document and the trace, which has its name from then on. Blocks on the disk."""
         self.add(self._block[:0], [0])
         if self._filled:
             self._write_block()
-        self._write_packed(0)
+        self._packing.finish()
         footer = {"tokens": self.num_tokens, "documents": self.num_documents, "token_id_max": self.token_id_max}
         self._writer.finish(footer)
         return read_token_trace_info(self._writer.path)
@@ -171,8 +159,7 @@ class TokenTraceWriter:
 
     def __exit__(self, *_: object) -> None:
         try:
-            if self._ahead is not None:
-                self._ahead.close()
+            self._packing.close()
         finally:
             self._writer.abandon()
 
