@@ -9,8 +9,10 @@ or that unfold without end.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +64,8 @@ def read_chunks(path: Path, codec: str) -> Iterator[tuple[bytes, int]]:
 
 def _plain(path: Path, read_bytes: int) -> Iterator[tuple[bytes, int]]:
     with path.open("rb") as file:
+        with contextlib.suppress(OSError):  # no file system must know it
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # reads further ahead
         while data := file.read(read_bytes):
             yield data, len(data)
 

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -45,6 +45,23 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _LEFT_OUT = {"PYTHONSAFEPATH"}  # workers import from their own folder
+
+
+def _allocate(num_bytes: int) -> np.ndarray:
+    return np.empty(num_bytes, dtype=np.uint8)  # not written before it is filled
+
+
+class _Space:
+    """Memory for bodies that are not kept: fresh pages for each took longer than reading them from the pipe."""
+
+    def __init__(self) -> None:
+        self._bytes = _allocate(0)
+
+    def allocate(self, num_bytes: int) -> np.ndarray:
+        """Returns memory that the next call returns again."""
+        if len(self._bytes) < num_bytes:
+            self._bytes = _allocate(num_bytes)
+        return self._bytes[:num_bytes]
 
 
 class _Words(NamedTuple):
@@ -91,13 +108,15 @@ class WorkerProcess:
     def ask(self, path: Path, head: Mapping[str, Any], body: Any = b"") -> Iterator[tuple[dict[str, Any], memoryview]]:
         """Sends a request about a file and yields the answers. Blocks, `answer_s` without a byte at most.
 
-        Left before its end, the worker is ended with it. What was raised is what the module says.
+        The body of an answer is overwritten by the next one. Left before its end, the worker is ended with it. What was
+        raised is what the module says.
         """
+        space = _Space()
         self.send(path, head, body)
         complete = False
         try:
             while True:
-                answer, data = self.receive(path)
+                answer, data = self.receive(path, space.allocate)
                 if complete := bool(answer.get("end")):
                     return
                 yield answer, data
@@ -117,8 +136,13 @@ class WorkerProcess:
         except BrokenPipeError as error:
             raise self._died(path) from error
 
-    def receive(self, path: Path) -> tuple[dict[str, Any], memoryview]:
-        """Returns the next answer of a request about a file; raises the error that it names."""
+    def receive(
+        self, path: Path, allocate: Callable[[int], np.ndarray] = _allocate
+    ) -> tuple[dict[str, Any], memoryview]:
+        """Returns the next answer of a request about a file; raises the error that it names.
+
+        allocate: memory for so many bytes of a body, uint8.
+        """
         assert self._process is not None
         assert self._process.stdout is not None
         fd = self._process.stdout.fileno()
@@ -131,7 +155,7 @@ class WorkerProcess:
             return os.readv(fd, [view])
 
         try:
-            answer, data = worker_messages.receive(read, _allocate)
+            answer, data = worker_messages.receive(read, allocate)
         except EOFError as error:
             raise self._died(path) from error
         except TimeoutError as error:
@@ -225,10 +249,6 @@ class WorkerProcess:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _allocate(num_bytes: int) -> np.ndarray:
-    return np.empty(num_bytes, dtype=np.uint8)  # not written before it is filled
 
 
 def _signal_name(number: int) -> str:

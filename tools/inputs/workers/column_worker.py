@@ -1,8 +1,8 @@
 """A worker that reads columns of Parquet and Arrow files with pyarrow, some rows at a time.
 
 Input: requests {"do": "describe", "path", "format"} and {"do": "read", "path", "format", "column"}. Output: what each
-column holds; then batches {"sort", "rows", "bounds", "done", of ids "dtype"} with the places at which rows begin and the last
-one ends (rows + 1 integers of the type `bounds`, counted from any number), and the values from the first place on.
+column holds; then batches {"sort", "rows", "bounds", "done", of ids "dtype"} with the places at which rows begin and
+the last one ends (rows + 1 integers of the type `bounds`, counted from any number), and the values from the first on.
 Errors: `RefusedError` naming the row for what is not a document; pyarrow's own, which say that the file is damaged.
 
 Only the wanted column is decoded. A batch has some BATCH_VALUES values: pyarrow decodes a row group piece by piece, and
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -22,12 +23,14 @@ from typing import Any
 
 if not __package__:  # as a program
     sys.modules["numpy"] = None  # type: ignore[assignment]  # pyarrow does without it, and starts in half the time
+    gc.disable()  # while it starts, which makes objects and hardly any garbage
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 if __package__:
     from .worker_messages import Message, RefusedError, memory_argument, serve
 else:  # as a program
+    gc.enable()
     from worker_messages import Message, RefusedError, memory_argument, serve  # type: ignore[import-not-found,no-redef]
 
 BATCH_VALUES = 1 << 19  # ids, or bytes of text: two pieces of a pipe, so that both sides work
