@@ -32,11 +32,13 @@ DISK_PER_SIZE = 2.1  # the checkpoint, and a copy or a store with its pages' pad
 SPARE_DISK_BYTES = 256 << 20
 
 _BUILD = """
-import resource, sys, time
+import pathlib, sys, time
 from engram_adapter import build_checkpoint
 started = time.monotonic()
 build_checkpoint(sys.argv[1], sys.argv[2])
-print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+seconds = time.monotonic() - started
+status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
+print(seconds, int(status["VmHWM"].split()[0]) * 1024)  # not getrusage's peak: that begins with the parent's
 """
 
 
