@@ -20,7 +20,7 @@ from support.held import open_files
 
 from tierstore import kernels
 from tierstore.errors import BudgetError, ConfigError, FormatError
-from tierstore.formats import column_layout
+from tierstore.formats import column_layout, columns
 from tierstore.formats.columns import ColumnReader, ColumnWriter
 
 INTEGERS = ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"]
@@ -133,6 +133,29 @@ def test_an_unfinished_file_never_bears_its_name(tmp_path: Path) -> None:
         writer.write_block("items", {"a": np.arange(5)})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_disk_begins_with_what_is_written_and_nothing_is_given_to_it_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, advise = [], os.posix_fadvise
+
+    def noted(fd: int, start: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        assert start + length <= os.fstat(fd).st_size
+        begun.append((start, length))
+        advise(fd, start, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", noted)
+    monkeypatch.setattr(columns, "WRITEBACK_BYTES", 1000)
+    values = np.random.default_rng(0).integers(0, 2**63, 200)
+    with ColumnWriter(tmp_path / "a", "test", {}) as writer:
+        for _ in range(10):
+            writer.write_block("part", {"value": values})
+        writer.finish({})
+    assert len(begun) >= 8
+    assert all(length >= 1000 for _, length in begun)
+    assert [start for start, _ in begun] == [0, *np.cumsum([length for _, length in begun])[:-1]]
 
 
 def test_a_half_written_file_of_a_killed_writer_is_replaced(tmp_path: Path) -> None:

@@ -146,6 +146,58 @@ def test_a_row_that_is_no_document_is_named(tmp_path: Path, columns: ColumnReade
     assert [piece.token_ids.tolist() for piece in read_all(columns, file, vocab_size=71)] == [[1, 2, 3, 70, 4]]
 
 
+def arrow_file(path: Path, column: Any, name: str) -> Path:
+    table = pyarrow.table({name: column})
+    with pyarrow.ipc.new_file(path, table.schema) as file:
+        file.write_table(table)
+    return path
+
+
+LONG_ROWS = np.arange(6 * 200_000, dtype=np.int32).reshape(6, 200_000)  # of 800 KB: the worker answers in some parts
+
+
+@pytest.mark.parametrize("kind", ["list_", "large_list", "list_view", "large_list_view", "fixed"])
+def test_rows_that_take_several_answers_are_whole_and_in_order(
+    tmp_path: Path, columns: ColumnReader, kind: str
+) -> None:
+    inner = pyarrow.int32()
+    of = pyarrow.list_(inner, LONG_ROWS.shape[1]) if kind == "fixed" else getattr(pyarrow, kind)(inner)
+    column = pyarrow.array(list(LONG_ROWS), type=of)
+    file = arrow_file(tmp_path / "a.arrow", column, "input_ids")
+    field = columns.field_of(file, "arrow-file", None)
+    assert isinstance(field, Field)
+    pieces = [
+        (piece.token_ids.copy(), [*piece.document_ends]) for piece in columns.id_pieces(file, "arrow-file", field, None)
+    ]
+    assert len(pieces) > 1
+    documents = [part for ids, ends in pieces for part in np.split(ids, ends[:-1])]
+    np.testing.assert_array_equal(np.stack(documents), LONG_ROWS)
+
+
+@pytest.mark.parametrize("kind", ["list_", "large_list", "list_view"])
+def test_a_null_in_a_later_answer_is_named_by_its_row_in_the_file(
+    tmp_path: Path, columns: ColumnReader, kind: str
+) -> None:
+    rows = [*LONG_ROWS[:5], [], [7, 8, None]]
+    column = pyarrow.array(rows, type=getattr(pyarrow, kind)(pyarrow.int32()))
+    file = arrow_file(tmp_path / "a.arrow", column, "input_ids")
+    field = columns.field_of(file, "arrow-file", None)
+    assert isinstance(field, Field)
+    with pytest.raises(ConfigError, match="row 6 has null at place 2, expected token ids"):
+        list(columns.id_pieces(file, "arrow-file", field, None))
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
+def test_texts_that_take_several_answers_are_whole_and_in_order(
+    tmp_path: Path, columns: ColumnReader, kind: str
+) -> None:
+    texts = [f"{number} " * 300_000 for number in range(4)] + [*TEXTS]
+    file = arrow_file(tmp_path / "a.arrow", pyarrow.array(texts, type=getattr(pyarrow, kind)()), "text")
+    field = columns.field_of(file, "arrow-file", None)
+    assert isinstance(field, Field)
+    assert [document.content for document in columns.texts(file, "arrow-file", field)] == texts
+
+
 def test_a_column_that_holds_no_documents_is_named_with_what_there_is(tmp_path: Path, columns: ColumnReader) -> None:
     table = {"score": [0.5], "embedding": [[0.5]], "body": ["text"]}
     parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
@@ -239,16 +291,17 @@ def test_the_remedy_for_a_worker_that_dies_is_about_what_it_does(program: str, r
             worker.receive(Path("given"))
 
 
-def test_a_worker_for_columns_starts_without_numpy_which_takes_as_long_as_all_else(tmp_path: Path) -> None:
+def test_a_worker_for_columns_reads_without_numpy_and_compute_which_take_as_long_as_all_else(tmp_path: Path) -> None:
     file = write_column(tmp_path / "a.parquet", [[1, 2]])
     before = psutil.Process().children()
     with WorkerProcess("column_worker") as worker:
-        worker.send(file, {"do": "describe", "path": str(file), "format": "parquet"})
+        request = {"do": "read", "path": str(file), "format": "parquet", "column": "input_ids"}
+        worker.send(file, request)
         assert worker.receive(file)[0]["rows"] == 1
         (process,) = (each for each in psutil.Process().children() if each not in before)
         loaded = {Path(region.path).name for region in process.memory_maps()}
         assert any(name.startswith("libarrow.so") for name in loaded)
-        assert not any("multiarray" in name for name in loaded)
+        assert not any("multiarray" in name or name.startswith("_compute.") for name in loaded)
 
 
 def test_a_worker_that_gives_no_answer_is_ended_in_time(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class ColumnReader:
     def id_pieces(
         self, path: Path, kind: str, field: Field, vocab_size: int | None, part: tuple[int, int] | None = None
     ) -> Iterator[Piece]:
-        """Yields the ids of a column of lists, a document a row."""
+        """Yields the ids of a column of lists, a document a row. They are overwritten by those of the next piece."""
         row = 0
         for head, ends, values, taken in self._batches(path, kind, field, part):
             ids = np.frombuffer(values, dtype=head["dtype"])
