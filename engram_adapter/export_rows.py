@@ -16,11 +16,11 @@ from tierstore.formats.catalog import CatalogImage
 from tierstore.kernels import StepHistory
 from tierstore.offline.exporting.quantized import kernel_codec
 from tierstore.offline.exporting.row_readers import RowOrigin
-from tierstore.offline.exporting.sorted_rows import sort_touched_rows
+from tierstore.offline.exporting.sorted_rows import memory_to_sort, sort_touched_rows
 from tierstore.offline.exporting.touched_rows import TouchedRows
 from tierstore.offline.exporting.version_rows import KeptRows, VersionStream
 from tierstore.offline.slice_set import SliceSet
-from tierstore.training.exported import CommitRows, Encoder, RunStream, describe, history_of, open_commit
+from tierstore.training.exported import CommitRows, Encoder, RunStream, describe, history_of, open_commit, widths_of
 from tierstore.training.exported_slices import open_commit_of_slices
 
 ID_BYTES = 8
@@ -55,11 +55,17 @@ class TouchedTables(Protocol):
     def states(self) -> Mapping[str, Any] | None:
         """What files of optimizer state say of themselves; None if none are written."""
 
-    def sort(self, name: str, base: RowOrigin, folder: Path, memory_bytes: int, stop: threading.Event) -> TouchedRows:
+    def sorting_bytes(self, name: str) -> int:
+        """Returns the bytes of memory in which a table is sorted in one piece."""
+
+    def sort(
+        self, name: str, base: RowOrigin, folder: Path, memory_bytes: int, stop: threading.Event, threads: int = 1
+    ) -> TouchedRows:
         """Sorts the new rows of a table into files of a new folder. Blocks on the disk.
 
         base: the table's rows before any training: bytes that have not changed stay as they are.
-        stop: set by whoever does not want the rows any more. Threads may sort different tables at the same time.
+        stop: set by whoever does not want the rows any more. threads: that read and round. Different tables may be
+        sorted at the same time.
         """
 
     def close(self) -> None:
@@ -99,11 +105,18 @@ class CommitTables:
             for run in self._rows.commit.runs[name]
         )
 
-    def sort(self, name: str, base: RowOrigin, folder: Path, memory_bytes: int, stop: threading.Event) -> TouchedRows:
+    def sorting_bytes(self, name: str) -> int:
+        """See `TouchedTables`."""
+        num_records = sum(run.num_records for run in self._rows.commit.runs[name])
+        return memory_to_sort(num_records, widths_of(self._rows, name, with_states=self.states is not None))
+
+    def sort(
+        self, name: str, base: RowOrigin, folder: Path, memory_bytes: int, stop: threading.Event, threads: int = 1
+    ) -> TouchedRows:
         """See `TouchedTables`."""
         encoder = Encoder(self._rows, name, base, self._histories[name], self.states is not None)
         num_rows = self._rows.tables[name].spec.num_rows
-        touched = sort_touched_rows(self._streams[name], num_rows, folder, memory_bytes, encoder, stop)
+        touched = sort_touched_rows(self._streams[name], num_rows, folder, memory_bytes, encoder, stop, threads)
         if encoder.num_nan:
             raise ConfigError(
                 f"table {name}: {encoder.num_nan} values of commit {self.commit} are not numbers; export an older "
@@ -147,12 +160,19 @@ class VersionTables:
             for name, table in version.tables.items()
         )
 
-    def sort(self, name: str, base: RowOrigin, folder: Path, memory_bytes: int, stop: threading.Event) -> TouchedRows:
+    def sorting_bytes(self, name: str) -> int:
+        """See `TouchedTables`."""
+        num_records = sum(of.tables[name].num_rows for of in self._image.used_versions if name in of.tables)
+        return memory_to_sort(num_records, KeptRows(self._image.tables[name].spec.row_bytes).widths)
+
+    def sort(
+        self, name: str, base: RowOrigin, folder: Path, memory_bytes: int, stop: threading.Event, threads: int = 1
+    ) -> TouchedRows:
         """See `TouchedTables`."""
         del base  # a version's rows are in the codec already
         spec = self._image.tables[name].spec
         rounding = KeptRows(spec.row_bytes)
-        return sort_touched_rows(self._streams[name], spec.num_rows, folder, memory_bytes, rounding, stop)
+        return sort_touched_rows(self._streams[name], spec.num_rows, folder, memory_bytes, rounding, stop, threads)
 
     def close(self) -> None:
         """See `TouchedTables`."""

@@ -38,7 +38,6 @@ from .tables_layout import lay_out_states
 
 JOBS_MAX = 64
 SPARE_DISK_BYTES = 64 << 20
-SORTING_BYTES = 64 << 20  # of memory for each table that is sorted at the same time as others
 WAIT_SECONDS = 0.25
 PARTS_FOLDER = ".parts"  # of touched rows while they are sorted; gone before the export appears
 _UNSORTED = TouchedRows(Path(), 0, {})
@@ -110,7 +109,7 @@ def export_checkpoint(
         tables_only: Write the tables' tensors alone, under their published names. `source` may then be a folder
             without tensors, whose other files come along. So it is with a store that `init` made.
         dram: What sorting touched rows may take.
-        jobs: Tables sorted, then files written at once; by default one for each processor, at most 4.
+        jobs: Threads that sort touched rows, then files written at once; by default one for each processor, at most 4.
         on_progress: Called with (bytes done, bytes in all), in the calling thread.
 
     Raises:
@@ -186,12 +185,19 @@ def _write(
 def _sort(
     folder: Path, found: ExportOrigin, touched: TouchedTables, memory_bytes: int, jobs: int
 ) -> dict[str, TouchedRows]:
-    """Sorts the touched rows of all tables, `jobs` at once if each has memory enough; names come in their order."""
-    at_once = max(1, min(jobs, len(touched.tables), memory_bytes // SORTING_BYTES))
+    """Sorts the touched rows of all tables; names come in their order.
+
+    As many tables at once as memory has room for, up to `jobs`: one that has to be cut is written and read once more.
+    Threads that are left over share the pieces of a table.
+    """
+    needed = max(map(touched.sorting_bytes, touched.tables), default=1)
+    at_once = max(1, min(jobs, len(touched.tables), memory_bytes // needed))
     stop = threading.Event()
 
     def sort(name: str, number: int) -> TouchedRows:
-        return touched.sort(name, found.rows[name].before, folder / f"{number}", memory_bytes // at_once, stop)
+        return touched.sort(
+            name, found.rows[name].before, folder / f"{number}", memory_bytes // at_once, stop, -(-jobs // at_once)
+        )
 
     with joined_pool(at_once, "tierstore-sort") as pool:
         try:

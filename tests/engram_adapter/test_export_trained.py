@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import resource
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from engram_adapter.exporting import export_checkpoint
 from engram_adapter.init import init_checkpoint
 from tierstore.errors import BudgetError, ConfigError, CorruptPageError, FormatError
 from tierstore.formats.catalog import read_catalog
-from tierstore.offline.exporting import new_files, parts, row_readers, sorted_rows, touched_rows
+from tierstore.offline.exporting import new_files, parts, record_streams, row_readers, sorted_rows, touched_rows
 from tierstore.offline.exporting.row_readers import drawn_values, origin_of
 from tierstore.tools.cli import run
 from tierstore.tools.synth import write_checkpoint
@@ -44,6 +45,7 @@ SHAPES = {
 }
 
 ENDLESS_S = 10.0
+WAIT_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +137,51 @@ def test_neither_the_sizes_of_steps_nor_of_stretches_change_a_byte(
     monkeypatch.setattr(sorted_rows, "_sort_stretch", lambda *given: streams.append(given[0].stream) or sort(*given))
     one = export_checkpoint(made.store, tmp_path / "one", source=checkpoint, states=True)
     assert one.files == whole.files
-    assert not any(isinstance(stream, sorted_rows._Stretch) for stream in streams)  # all fits: nothing is cut
-    monkeypatch.setattr(sorted_rows, "READ_BYTES", 2000)
-    monkeypatch.setattr(sorted_rows, "SORTING_BYTES", 20_000)  # of a record in memory: stretches of two dozen rows
-    streams.clear()
-    for source, name in ((checkpoint, "same"), (copy, "copied")):
-        again = export_checkpoint(made.store, tmp_path / name, source=source, states=True, dram="1MiB")
-        assert again.files == whole.files
-    assert max(stream.number for stream in streams) > 5
+    assert not any(isinstance(stream, record_streams.Stretch) for stream in streams)  # all fits: nothing is cut
+    monkeypatch.setattr(record_streams, "READ_BYTES", 2000)
+    for dram, ordering_bytes, jobs in (("1MiB", 20_000, 1), ("128MiB", 2_560_000, 2)):  # stretches of two dozen rows
+        monkeypatch.setattr(sorted_rows, "ORDERING_BYTES", ordering_bytes)
+        streams.clear()
+        for source, name in ((checkpoint, "same"), (copy, "copied")):
+            out = tmp_path / f"{name} {jobs}"
+            again = export_checkpoint(made.store, out, source=source, states=True, dram=dram, jobs=jobs)
+            assert again.files == whole.files
+        assert max(stream.number for stream in streams) > 5
+
+
+@pytest.mark.parametrize("failing", [0, 1, 7])
+def test_threads_that_share_a_table_give_the_bytes_of_one_and_end_when_one_fails(
+    trained: tuple[Path, Committed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    checkpoint, made = trained
+    made.commit()
+    monkeypatch.setattr(exported, "READ_BYTES", 1000)  # dozens of pieces
+    one = export_checkpoint(made.store, tmp_path / "one", source=checkpoint, jobs=1)
+    threads: set[str] = set()
+    encode, both, counted = exported.Encoder.__call__, threading.Barrier(2), itertools.count()
+
+    def meeting(encoder: exported.Encoder, records: np.ndarray, before: np.ndarray) -> Mapping[str, np.ndarray]:
+        if threading.current_thread().name not in threads:
+            threads.add(threading.current_thread().name)
+            both.wait(WAIT_S)  # for the other one: each has a piece
+        return encode(encoder, records, before)
+
+    monkeypatch.setattr(exported.Encoder, "__call__", meeting)
+    two = export_checkpoint(made.store, tmp_path / "two", source=checkpoint, jobs=2)
+    assert len(threads) == 2
+    assert two.files == one.files
+
+    def damaged(encoder: exported.Encoder, records: np.ndarray, before: np.ndarray) -> Mapping[str, np.ndarray]:
+        if next(counted) == failing:
+            raise CorruptPageError("a piece")
+        return encode(encoder, records, before)
+
+    monkeypatch.setattr(exported.Encoder, "__call__", damaged)
+    running = {thread.ident for thread in threading.enumerate()}
+    with pytest.raises(CorruptPageError, match="a piece"):
+        export_checkpoint(made.store, tmp_path / "out", source=checkpoint, jobs=2)
+    assert {thread.ident for thread in threading.enumerate()} <= running
+    assert [path.name for path in tmp_path.iterdir()].count("out") == 0
 
 
 def test_an_export_builds_and_verifies_clean_and_two_are_equal(trained: tuple[Path, Committed], tmp_path: Path) -> None:

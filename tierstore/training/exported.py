@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ..formats.run import Run, RunLayout
 from ..formats.training_records import Commit, read_training
 from ..layout import TableLayout
 from ..offline.exporting.quantized import kernel_codec, quantized
+from ..offline.exporting.record_streams import RecordPiece
 from ..offline.exporting.row_readers import RowOrigin, read_rows_at
 from ..offline.exporting.touched_rows import ROWS
 from .optimizers import Optimizer, from_dict
@@ -110,18 +113,18 @@ class RunStream:
         for ordinal in self._ordinals:
             yield self._reader.row_ids(ordinal)
 
-    def records(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """See `RecordStream`."""
+    def pieces(self) -> Iterator[RecordPiece]:
+        """See `RecordStream`. One piece is read at a time; other threads wait, or compute."""
         at_once = max(1, READ_BYTES // self._layout.record_bytes)
-        buffer = np.empty((at_once, self._layout.record_bytes), dtype=np.uint8)
         for ordinal in self._ordinals:
             row_ids = self._reader.row_ids(ordinal)
             for start in range(0, len(row_ids), at_once):
                 part = row_ids[start : start + at_once]
-                records = buffer[: len(part)]
-                places = np.arange(start, start + len(part), dtype=np.uint32)
-                self._reader.read(part, np.full(len(part), ordinal, dtype=np.uint16), places, records)
-                yield part, records
+                yield RecordPiece(part, partial(self._read, part, ordinal, start))
+
+    def _read(self, row_ids: np.ndarray, ordinal: int, start: int, out: np.ndarray) -> None:
+        places = np.arange(start, start + len(row_ids), dtype=np.uint32)
+        self._reader.read(row_ids, np.full(len(row_ids), ordinal, dtype=np.uint16), places, out)
 
     def close(self) -> None:
         """Closes the runs; twice is harmless."""
@@ -142,6 +145,7 @@ class Encoder:
     with_states: bool
     num_saturated: int = 0
     num_nan: int = 0
+    _counting: threading.Lock = field(default_factory=threading.Lock)  # guards the two numbers
 
     def __post_init__(self) -> None:
         kernel_codec(self.rows.tables[self.name].spec)
@@ -149,12 +153,7 @@ class Encoder:
     @property
     def widths(self) -> Mapping[str, int]:
         """See `tierstore.offline.exporting.sorted_rows.Rounding`."""
-        spec = self.rows.tables[self.name].spec
-        if not self.with_states:
-            return {ROWS: spec.row_bytes}
-        parts = self.rows.optimizer.state_layout(spec.dim)
-        states = {name: FLOAT_BYTES * len(range(*at.indices(at.stop))) for name, at in parts.items()}
-        return {ROWS: spec.row_bytes, VALUES: FLOAT_BYTES * spec.dim} | states
+        return widths_of(self.rows, self.name, with_states=self.with_states)
 
     def fill_before(self, row_ids: np.ndarray, rows: np.ndarray) -> None:
         """See `Rounding`."""
@@ -169,13 +168,24 @@ class Encoder:
         kernels.catch_up_rows(self.history, dim, floats)
         values = np.ascontiguousarray(floats[:, :dim])
         made = quantized(values, table.spec, before)
-        self.num_saturated += made.num_saturated
-        self.num_nan += made.num_nan
+        with self._counting:
+            self.num_saturated += made.num_saturated
+            self.num_nan += made.num_nan
         if not self.with_states:
             return {ROWS: made.rows}
         state = floats[:, dim:]
         parts = {name: np.ascontiguousarray(state[:, at]) for name, at in optimizer.state_layout(dim).items()}
         return {ROWS: made.rows, VALUES: values} | parts
+
+
+def widths_of(rows: CommitRows, name: str, *, with_states: bool) -> dict[str, int]:
+    """Returns the bytes of a row of each output of an `Encoder`."""
+    spec = rows.tables[name].spec
+    if not with_states:
+        return {ROWS: spec.row_bytes}
+    parts = rows.optimizer.state_layout(spec.dim)
+    states = {part: FLOAT_BYTES * len(range(*at.indices(at.stop))) for part, at in parts.items()}
+    return {ROWS: spec.row_bytes, VALUES: FLOAT_BYTES * spec.dim} | states
 
 
 def history_of(rows: CommitRows, name: str) -> kernels.StepHistory:

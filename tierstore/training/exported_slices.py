@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import ConfigError
 from ..formats.training_records import read_training
 from ..layout import TableLayout
+from ..offline.exporting.record_streams import RecordPiece
 from ..offline.slice_set import SliceSet
 from .exported import CommitRows, RunStream
 from .optimizers import from_dict
@@ -82,11 +83,11 @@ class SlicesStream(RunStream):
             for row_ids in stream.row_ids():
                 yield row_ids + row_start
 
-    def records(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def pieces(self) -> Iterator[RecordPiece]:
         """See `RecordStream`."""
         for stream, row_start in self._streams:
-            for row_ids, records in stream.records():
-                yield row_ids + row_start, records
+            for piece in stream.pieces():
+                yield replace(piece, row_ids=piece.row_ids + row_start)
 
     def close(self) -> None:
         """Closes the runs; twice is harmless."""

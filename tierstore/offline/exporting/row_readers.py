@@ -31,6 +31,9 @@ class RowReader(Protocol):
     def read(self, row_start: int, row_end: int) -> np.ndarray:
         """Returns rows [row_start, row_end), uint8 [rows, row_bytes], each checked. Blocks on the disk."""
 
+    def take(self, row_ids: np.ndarray, out: np.ndarray) -> None:
+        """Fills out, uint8 [n, row_bytes], with rows that lie near each other. row_ids: int64 [n >= 1], ascending."""
+
     def close(self) -> None:
         """Closes what it holds open; twice is harmless."""
 
@@ -57,8 +60,7 @@ def read_rows_at(reader: RowReader, row_ids: np.ndarray, out: np.ndarray) -> Non
         end = int(np.searchsorted(row_ids, first + step_rows))
         gaps = np.flatnonzero(np.diff(row_ids[start:end]) > near_rows)
         end = start + int(gaps[0]) + 1 if len(gaps) else end
-        rows = reader.read(first, int(row_ids[end - 1]) + 1)
-        np.take(rows, row_ids[start:end] - first, axis=0, out=out[start:end], mode="clip")  # unbuffered
+        reader.take(row_ids[start:end], out[start:end])
         start = end
 
 
@@ -96,6 +98,11 @@ class StoredRowReader:
         skipped = row_start - int(pages[0]) * table.rows_per_page
         return rows[skipped : skipped + row_end - row_start]
 
+    def take(self, row_ids: np.ndarray, out: np.ndarray) -> None:
+        """See `RowReader`."""
+        first = int(row_ids[0])
+        kernels.place_entries(self.read(first, int(row_ids[-1]) + 1), row_ids - first, out)
+
     def close(self) -> None:
         """See `RowReader`."""
         self._files.close()
@@ -122,6 +129,14 @@ class SourceRowReader:
         """See `RowReader`."""
         return np.concatenate(self._reader.read(row_start, row_end), axis=1)
 
+    def take(self, row_ids: np.ndarray, out: np.ndarray) -> None:
+        """See `RowReader`. Planes are put beside each other in the rows that are wanted, not in all between them."""
+        first, column = int(row_ids[0]), 0
+        places = row_ids - first
+        for plane in self._reader.read(first, int(row_ids[-1]) + 1):
+            kernels.place_entries(plane, places, out, column)
+            column += plane.shape[1]
+
     def close(self) -> None:
         """See `RowReader`."""
         self._reader.close()
@@ -139,9 +154,14 @@ class DrawnRows:
 
     def read(self, row_start: int, row_end: int) -> np.ndarray:
         """See `RowReader`. Only computes."""
-        spec = self.table.spec
-        values = drawn_values(self.table, np.arange(row_start, row_end))
-        return quantized(values, spec, None).rows
+        return self._drawn(np.arange(row_start, row_end))
+
+    def take(self, row_ids: np.ndarray, out: np.ndarray) -> None:
+        """See `RowReader`. Only computes, and no rows but these."""
+        out[:] = self._drawn(row_ids)
+
+    def _drawn(self, row_ids: np.ndarray) -> np.ndarray:
+        return quantized(drawn_values(self.table, row_ids), self.table.spec, None).rows
 
     def close(self) -> None:
         """Nothing is open."""

@@ -5,55 +5,38 @@ Input: a stream of records, oldest first, in any order of rows; of two records o
 
 Row ids come first: sorted, they say which records are the newest, and where each belongs. Then the stream passes by, a
 few MiB at once, and every newest record is rounded into its place in memory: rows of a codec, a quarter of their
-records, and no copy of the records themselves. If memory has no room for the rows of the whole table, a pass before
-cuts the table into stretches that fit, and appends every record to the file of its stretch; then each file is such a
+records, and no copy of the records themselves. Pieces of the stream have places of their own, so threads share them:
+while one waits for the disk, others round. If memory has no room for the rows of the whole table, a pass before cuts
+the table into stretches that fit, and appends every record to the file of its stretch; then each file is such a
 stream. Nothing is written at random places.
 """
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from ...durable import read_exactly, write_all
 from ...errors import BudgetError
+from ...process.workers import joined_pool
 from ...units import format_bytes
-from .new_files import StoppedError
+from .record_streams import READ_BYTES, RecordPiece, RecordStream, Stoppable, Stretch, append, partition
 from .touched_rows import ROW_IDS, ROWS, TouchedRows
 
 BINS_MAX = 1 << 16  # of row ids, that are counted to cut the table into stretches
 STRETCH_BYTES_MIN = 1 << 20
 BUFFER_BYTES_MIN = 4096
-READ_BYTES = 4 << 20  # of records at once
-PASSING_BYTES = 4 * READ_BYTES  # of memory: records as read, their values, rows before and after
-SORTING_BYTES = 40  # of a record in memory beside what becomes of it: row ids, order and places
-
-
-class RecordStream(Protocol):
-    """Records of one table, oldest first."""
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of a record, without its row id."""
-
-    def row_ids(self) -> Iterator[np.ndarray]:
-        """Yields the row ids of all records, int64 [n] each. Blocks on the disk."""
-
-    def records(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields row ids, int64 [n], and records, uint8 [n, record_bytes], each checked, in the order of `row_ids`.
-
-        The next step overwrites what this one yielded. Blocks on the disk.
-        """
+PASSING_BYTES = 4 * READ_BYTES  # of memory for a thread: records as read, their values, rows before and after
+ORDERING_BYTES = 48  # of a record in memory while row ids are sorted: ids twice, order, and places
+PLACING_BYTES = 16  # of a record in memory from then on, beside what becomes of it: row id and place
 
 
 class Rounding(Protocol):
-    """What becomes of records: some arrays by name, among them `ROWS`."""
+    """What becomes of records: some arrays by name, among them `ROWS`. Any number of threads may call it at once."""
 
     @property
     def widths(self) -> Mapping[str, int]:
@@ -72,8 +55,24 @@ class Rounding(Protocol):
         """
 
 
+def memory_to_sort(num_records: int, widths: Mapping[str, int], threads: int = 1) -> int:
+    """Returns the bytes of memory in which so many records are sorted without being cut. widths: of a `Rounding`."""
+    return num_records * _kept_bytes(widths) + threads * PASSING_BYTES
+
+
+def _kept_bytes(widths: Mapping[str, int]) -> int:
+    """Returns the bytes of memory that a record takes while its stretch is sorted."""
+    return max(ORDERING_BYTES, PLACING_BYTES + sum(widths.values()))
+
+
 def sort_touched_rows(
-    stream: RecordStream, num_rows: int, folder: Path, memory_bytes: int, rounding: Rounding, stop: threading.Event
+    stream: RecordStream,
+    num_rows: int,
+    folder: Path,
+    memory_bytes: int,
+    rounding: Rounding,
+    stop: threading.Event,
+    threads: int = 1,
 ) -> TouchedRows:
     """Rounds the newest record of each row, and keeps the rows in ascending order. Blocks on the disk.
 
@@ -84,46 +83,127 @@ def sort_touched_rows(
         memory_bytes: What sorting may take.
         rounding: Makes rows of records.
         stop: Set by another thread that does not want the rows any more.
+        threads: That read and round, if memory has room for what they hold.
 
     Raises:
         StoppedError: `stop` was set.
         BudgetError: So little memory would cut the table into too many stretches.
     """
     folder.mkdir(parents=True)
-    stream = _Stoppable(stream, stop)
-    borders = _borders(stream, num_rows, memory_bytes, SORTING_BYTES + sum(rounding.widths.values()))
+    stream = Stoppable(stream, stop)
+    threads = max(1, min(threads, memory_bytes // (2 * PASSING_BYTES)))
+    room = max(memory_bytes // 2, memory_bytes - threads * PASSING_BYTES)
+    borders = _borders(stream, num_rows, memory_bytes, max(1, room // _kept_bytes(rounding.widths)))
     num_touched = 0
     if not len(borders):
-        num_touched = _sort_stretch(stream, folder, rounding)
+        num_touched = _sort_stretch(stream, folder, rounding, threads)
     else:
-        _partition(stream, borders, folder, memory_bytes)
+        partition(stream, borders, folder, memory_bytes)
         for number in range(len(borders) + 1):
-            stretch = _Stretch(folder, number, stream.record_bytes)
-            num_touched += _sort_stretch(_Stoppable(stretch, stop), folder, rounding)
+            stretch = Stretch(folder, number, stream.record_bytes)
+            num_touched += _sort_stretch(Stoppable(stretch, stop), folder, rounding, threads)
             stretch.remove()
     return TouchedRows(folder, num_touched, rounding.widths)
 
 
-def _sort_stretch(stream: RecordStream, folder: Path, rounding: Rounding) -> int:
+def _sort_stretch(stream: RecordStream, folder: Path, rounding: Rounding, threads: int) -> int:
     """Appends the rows of a stream that fits in memory to the files of the table; returns how many there are."""
     row_ids, slots = _slots(stream)
     if not len(row_ids):
         return 0
     kept = {name: np.empty((len(row_ids), width), dtype=np.uint8) for name, width in rounding.widths.items()}
-    rounding.fill_before(row_ids, kept[ROWS])
-    place = 0
-    for passing, records in stream.records():
-        slot = slots[place : place + len(passing)]
-        place += len(passing)
-        is_newest = slot >= 0
-        if not is_newest.all():
-            slot, records = slot[is_newest], records[is_newest]
-        for name, made in rounding(records, kept[ROWS].take(slot, axis=0)).items():
-            kept[name][slot] = made.view(np.uint8).reshape(len(slot), -1)
-    _append(folder / ROW_IDS, row_ids)
+    ends = [len(row_ids) * (part + 1) // threads for part in range(threads)]
+
+    def fill_before(part: int, give_up: threading.Event) -> None:
+        del give_up  # one call is all that a thread has
+        share = slice(ends[part - 1] if part else 0, ends[part])
+        rounding.fill_before(row_ids[share], kept[ROWS][share])
+
+    pieces = _Pieces(stream, slots)
+
+    def round_pieces(part: int, give_up: threading.Event) -> None:
+        del part  # whoever is free takes the next piece
+        buffer = np.empty(0, dtype=np.uint8)
+        while not give_up.is_set() and (found := pieces.take()) is not None:
+            piece, slot = found
+            if len(buffer) < len(slot) * stream.record_bytes:
+                buffer = np.empty(len(slot) * stream.record_bytes, dtype=np.uint8)
+            records = buffer[: len(slot) * stream.record_bytes].reshape(len(slot), stream.record_bytes)
+            piece.read(records)
+            _round_piece(records, slot, kept, rounding)
+
+    _together(threads, fill_before)
+    try:
+        _together(threads, round_pieces)
+    finally:
+        pieces.close()
+    append(folder / ROW_IDS, row_ids)
     for name, rows in kept.items():
-        _append(folder / name, rows)
+        append(folder / name, rows)
     return len(row_ids)
+
+
+def _round_piece(records: np.ndarray, slot: np.ndarray, kept: Mapping[str, np.ndarray], rounding: Rounding) -> None:
+    """Rounds the newest ones of some records into their places. slot: int64 [n], -1: it is not the newest."""
+    is_newest = slot >= 0
+    if not is_newest.all():
+        slot, records = slot[is_newest], records[is_newest]
+    for name, made in rounding(records, kept[ROWS].take(slot, axis=0)).items():
+        kept[name][slot] = made.view(np.uint8).reshape(len(slot), -1)
+
+
+def _together(threads: int, work: Callable[[int, threading.Event], None]) -> None:
+    """Calls work(part, give_up) in so many threads; raises an error of one, when all have ended.
+
+    give_up: set as soon as one has failed.
+    """
+    give_up = threading.Event()
+    if threads == 1:
+        work(0, give_up)
+        return
+
+    def guarded(part: int) -> None:
+        try:
+            work(part, give_up)
+        except BaseException:
+            give_up.set()
+            raise
+
+    with joined_pool(threads, "tierstore-round") as pool:
+        try:
+            for task in [pool.submit(guarded, part) for part in range(threads)]:
+                task.result()
+        except BaseException:
+            give_up.set()
+            raise
+
+
+@dataclass
+class _Pieces:
+    """The pieces of a stream, for threads to take in turn, each with the places of its records."""
+
+    stream: RecordStream
+    slots: np.ndarray
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # guards what follows
+    _place: int = 0
+    _iterator: Iterator[RecordPiece] | None = None
+
+    def take(self) -> tuple[RecordPiece, np.ndarray] | None:
+        """Returns the next piece, and int64 [n], as of `_slots`; None at the end."""
+        with self._lock:
+            if self._iterator is None:
+                self._iterator = iter(self.stream.pieces())
+            piece = next(self._iterator, None)
+            if piece is None:
+                return None
+            start, self._place = self._place, self._place + len(piece.row_ids)
+            return piece, self.slots[start : self._place]
+
+    def close(self) -> None:
+        """Closes the stream's files. No thread may be reading a piece any more."""
+        close = getattr(self._iterator, "close", None)
+        if close is not None:
+            close()
 
 
 def _slots(stream: RecordStream) -> tuple[np.ndarray, np.ndarray]:
@@ -140,16 +220,12 @@ def _slots(stream: RecordStream) -> tuple[np.ndarray, np.ndarray]:
     return row_ids, slots
 
 
-def _borders(stream: RecordStream, num_rows: int, memory_bytes: int, kept_bytes: int) -> np.ndarray:
-    """Returns where stretches end, int64 ascending: row ids, but for the last one's end.
-
-    kept_bytes: of memory that a record takes while its stretch is sorted.
-    """
+def _borders(stream: RecordStream, num_rows: int, memory_bytes: int, stretch_records: int) -> np.ndarray:
+    """Returns where stretches of so many records end, int64 ascending: row ids, but for the last one's end."""
     bin_rows = -(-num_rows // min(num_rows, BINS_MAX))
     counts = np.zeros(-(-num_rows // bin_rows), dtype=np.int64)
     for row_ids in stream.row_ids():
         counts += np.bincount(row_ids // bin_rows, minlength=len(counts))
-    stretch_records = max(1, max(memory_bytes // 2, memory_bytes - PASSING_BYTES) // kept_bytes)
     borders, in_stretch = [], 0
     for number, count in enumerate(counts.tolist()):
         if in_stretch and in_stretch + count > stretch_records:
@@ -163,117 +239,3 @@ def _borders(stream: RecordStream, num_rows: int, memory_bytes: int, kept_bytes:
             f"{stream.record_bytes} bytes, at least {format_bytes(needed)} ({needed} bytes) are needed; raise --dram"
         )
     return np.array(borders, dtype=np.int64)
-
-
-def _partition(stream: RecordStream, borders: np.ndarray, folder: Path, memory_bytes: int) -> None:
-    """Appends every record, and its row id, to the files of its stretch."""
-    buffered: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(len(borders) + 1)]
-    buffered_bytes = 0
-    for row_ids, records in stream.records():
-        stretches = np.searchsorted(borders, row_ids, side="right")
-        order = np.argsort(stretches, kind="stable")
-        row_ids, records = row_ids[order], records.take(order, axis=0)
-        ends = np.cumsum(np.bincount(stretches, minlength=len(buffered))).tolist()
-        for stretch, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-            if start < end:
-                buffered[stretch].append((row_ids[start:end], records[start:end]))
-        buffered_bytes += row_ids.nbytes + records.nbytes
-        if buffered_bytes > memory_bytes // 3:
-            _flush(buffered, folder)
-            buffered_bytes = 0
-    _flush(buffered, folder)
-
-
-def _flush(buffered: list[list[tuple[np.ndarray, np.ndarray]]], folder: Path) -> None:
-    for stretch, pieces in enumerate(buffered):
-        if pieces:
-            _append(_ids_file(folder, stretch), *(row_ids for row_ids, _ in pieces))
-            _append(_records_file(folder, stretch), *(records for _, records in pieces))
-        pieces.clear()
-
-
-def _ids_file(folder: Path, stretch: int) -> Path:
-    return folder / f"{stretch:05d}.ids"
-
-
-def _records_file(folder: Path, stretch: int) -> Path:
-    return folder / f"{stretch:05d}.records"
-
-
-def _append(path: Path, *pieces: np.ndarray) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
-    try:
-        for piece in pieces:
-            write_all(fd, np.ascontiguousarray(piece))
-    finally:
-        os.close(fd)
-
-
-@dataclass(frozen=True)
-class _Stoppable:
-    """A stream that ends with `StoppedError` once `stop` is set; keeps the `RecordStream` contract."""
-
-    stream: RecordStream
-    stop: threading.Event
-
-    @property
-    def record_bytes(self) -> int:
-        """See `RecordStream`."""
-        return self.stream.record_bytes
-
-    def row_ids(self) -> Iterator[np.ndarray]:
-        """See `RecordStream`."""
-        for row_ids in self.stream.row_ids():
-            self._check()
-            yield row_ids
-
-    def records(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """See `RecordStream`."""
-        for row_ids, records in self.stream.records():
-            self._check()
-            yield row_ids, records
-
-    def _check(self) -> None:
-        if self.stop.is_set():
-            raise StoppedError
-
-
-@dataclass(frozen=True)
-class _Stretch:
-    """The files of a stretch; keeps the `RecordStream` contract."""
-
-    folder: Path
-    number: int
-    record_bytes: int
-
-    def row_ids(self) -> Iterator[np.ndarray]:
-        """See `RecordStream`."""
-        path = _ids_file(self.folder, self.number)
-        if path.exists():  # no record is of the stretch
-            yield from (ids.view(np.int64) for ids in _pieces(path, READ_BYTES))
-
-    def records(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """See `RecordStream`."""
-        at_once = max(1, READ_BYTES // self.record_bytes)
-        ids = _pieces(_ids_file(self.folder, self.number), at_once * 8)
-        records = _pieces(_records_file(self.folder, self.number), at_once * self.record_bytes)
-        for some_ids, some_records in zip(ids, records, strict=True):
-            yield some_ids.view(np.int64), some_records.reshape(-1, self.record_bytes)
-
-    def remove(self) -> None:
-        """Removes the files."""
-        for path in (_ids_file(self.folder, self.number), _records_file(self.folder, self.number)):
-            path.unlink(missing_ok=True)
-
-
-def _pieces(path: Path, piece_bytes: int) -> Iterator[np.ndarray]:
-    """Yields a file's bytes, uint8 [piece_bytes] at most."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size = os.fstat(fd).st_size
-        for start in range(0, size, piece_bytes):
-            data = np.empty(min(piece_bytes, size - start), dtype=np.uint8)
-            read_exactly(fd, data, start, "a stretch of touched rows")
-            yield data
-    finally:
-        os.close(fd)

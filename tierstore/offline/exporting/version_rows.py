@@ -6,8 +6,10 @@ what the catalog says, `CorruptPageError` for a damaged page.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from ...errors import CorruptPageError
 from ...formats.catalog import CatalogImage
 from ...layout import TableLayout
 from ...tiers.overlay import VersionFiles
+from .record_streams import RecordPiece
 from .touched_rows import ROWS
 
 READ_BYTES = 4 << 20  # of rows at once
@@ -26,6 +29,7 @@ class VersionStream:
     def __init__(self, image: CatalogImage, table: TableLayout) -> None:
         """Opens the files and checks their heads."""
         self._files = VersionFiles(image, table)
+        self._reading = threading.Lock()  # guards the files' buffers: one thread reads, others take what it read
 
     @property
     def record_bytes(self) -> int:
@@ -37,7 +41,7 @@ class VersionStream:
         for file in self._files.files:
             yield from self._files.row_ids(file)
 
-    def records(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def pieces(self) -> Iterator[RecordPiece]:
         """See `RecordStream`."""
         at_once = max(1, READ_BYTES // self.record_bytes)
         for file in self._files.files:
@@ -45,16 +49,15 @@ class VersionStream:
             for row_ids in self._files.row_ids(file):
                 for start in range(0, len(row_ids), at_once):
                     part = row_ids[start : start + at_once]
-                    yield part, self._rows(np.arange(place, place + len(part)))
+                    yield RecordPiece(part, partial(self._read, np.arange(place, place + len(part))))
                     place += len(part)
 
-    def _rows(self, places: np.ndarray) -> np.ndarray:
-        rows = np.empty((len(places), self.record_bytes), dtype=np.uint8)
-        for part, found in self._files.read_places(places):
-            if isinstance(found, str):
-                raise CorruptPageError(found)
-            rows[part] = found
-        return rows
+    def _read(self, places: np.ndarray, out: np.ndarray) -> None:
+        with self._reading:
+            for part, found in self._files.read_places(places):
+                if isinstance(found, str):
+                    raise CorruptPageError(found)
+                out[part] = found
 
     def close(self) -> None:
         """Closes the files; twice is harmless."""
