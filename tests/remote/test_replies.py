@@ -10,7 +10,8 @@ from support.shapes import POISON
 from tierstore.errors import FormatError
 from tierstore.remote.messages import LookupReply, Part
 from tierstore.remote.places import Place
-from tierstore.remote.replies import Answer, decoded
+from tierstore.remote.replies import Answer, LastVersion, decoded
+from tierstore.remote.rows_reply import PartShape, RowsReply
 from tierstore.remote.wire import encode
 
 NONE = [0, 0]
@@ -66,6 +67,26 @@ def test_rows_that_were_not_asked_for_are_refused(data: bytes, words: str | None
     with pytest.raises(FormatError, match="short"):
         taken.check_whole()
     assert out[-1, -1, -1] == POISON
+
+
+def test_a_reply_of_the_version_that_answered_last_is_taken_as_any_other() -> None:
+    last, taken = LastVersion(), []
+    for version, expected in ((1, (0, 0)), (1, (9, 1)), (2, (9, 1)), (2, (9, 2))):
+        assert last.version == expected  # of which the reply is expected to be
+        message = RowsReply(version, 9, [PartShape(0, 0, 3, 4, 2)])
+        message.rows[0][:] = np.arange(12)
+        message.count(0, [[1, 2], [0, 1], [2, 0]])
+        out = np.full((3, 2, 2), POISON, dtype=np.uint8)
+        request = (0, np.zeros((3, 2), dtype=np.int64), out)
+        got = Answer("grpc://x", [request], [Place(out, 4)], [(2, 1)], last)
+        got.take(message.message)
+        got.check_whole()
+        assert out.reshape(-1).tolist() == list(range(12))
+        taken.append((got.version, got.hits, got.num_bytes))
+    counts = [[[1, 2], [0, 1], [2, 0]]]
+    assert taken == [((9, version), counts, 12) for version in (1, 1, 2, 2)]
+    with pytest.raises(FormatError, match="after 12 of 12"):  # twice
+        got.take(message.message)
 
 
 def test_an_answer_is_of_one_version() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tierstore import kernels
 from tierstore.remote.messages import LookupReply, Part
-from tierstore.remote.rows_reply import PartShape, RowsReply
+from tierstore.remote.rows_reply import PartShape, RowsReply, read_as_laid_out
 from tierstore.remote.wire import decode, encode
 
 
@@ -48,6 +48,38 @@ def test_a_reply_of_few_tokens_is_byte_for_byte_what_encode_makes(
 ) -> None:
     message, expected = filled(version, instance, shapes)
     assert message == encode(expected)
+
+
+KNOWN = [PartShape(0, 0, 1, 6, 3), PartShape(1, 0, 3, 4, 1)]
+
+
+def test_a_reply_of_the_expected_shape_and_version_is_read_without_a_walk_over_its_fields() -> None:
+    message, expected = filled(5, 2**31, KNOWN)
+    found = read_as_laid_out(message, 5, 2**31, tuple(KNOWN))
+    assert found is not None
+    for (rows, counts), part in zip(found, expected.parts, strict=True):
+        assert bytes(rows) == part.rows
+        assert [list(each) for each in counts] == [part.dram_hits, part.static_hits, part.nvme_hits]
+    for version, instance in ((6, 2**31), (5, 1), (0, 0)):
+        assert read_as_laid_out(message, version, instance, tuple(KNOWN)) is None
+    assert read_as_laid_out(message, 5, 2**31, tuple(KNOWN[:1])) is None
+    assert read_as_laid_out(message + b"\0", 5, 2**31, tuple(KNOWN)) is None
+
+
+def test_a_damaged_reply_is_read_as_decode_reads_it_or_left_to_decode() -> None:
+    message, _ = filled(5, 9, KNOWN)
+    for at in range(len(message)):
+        data = bytearray(message)
+        data[at] ^= 0x81
+        found = read_as_laid_out(bytes(data), 5, 9, tuple(KNOWN))
+        if found is not None:  # the bytes of a row: nothing else may differ
+            reply = decode(LookupReply, bytes(data))
+            assert (reply.version, reply.instance) == (5, 9)
+            assert [bytes(rows) for rows, _ in found] == [bytes(part.rows) for part in reply.parts]
+            counts = [[part.dram_hits, part.static_hits, part.nvme_hits] for part in reply.parts]
+            assert [[list(each) for each in of_part] for _, of_part in found] == [
+                [list(each) for each in of_part] for of_part in counts
+            ]
 
 
 @pytest.mark.parametrize("num_tokens", [128, 16_383, 16_384, 2_097_152])

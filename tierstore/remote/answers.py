@@ -39,11 +39,9 @@ PLACED_BYTES = 4 << 20  # that reading them takes, twice
 HEAD_BYTES = 4096  # of a message, at most, beside its keys or rows
 ID_BYTES = 8  # of a key or a row id
 
-# The numbers in `kernels.SOURCES` of what is the dram tier, its static set, and nvme.
-_TIERS = [
-    [kernels.SOURCES.index(source) for source in tier]
-    for tier in (("resident", "static", "recency"), ("static",), ("record", "pages"))
-]
+_DRAM, _STATIC, _NVME = b"dsn"  # the tier of each number in `kernels.SOURCES`, as a byte
+_TIER_OF = {"resident": _DRAM, "recency": _DRAM, "static": _STATIC, "record": _NVME, "pages": _NVME}
+_TIERS = bytes(_TIER_OF.get(source, 0) for source in kernels.SOURCES).ljust(256, b"\0")
 T = TypeVar("T")
 
 
@@ -270,10 +268,12 @@ def _specs(store: Store) -> list[TableSpec]:
 
 
 def _hits(sources: np.ndarray) -> list[list[int]]:
-    """Returns how many of sources [N, O] are of each tier in _TIERS, by order."""
-    data, num_orders = sources.tobytes(), sources.shape[1]
+    """Returns how many of sources [N, O] are of dram, of its static set, and of nvme, by order."""
+    data, num_orders = sources.tobytes().translate(_TIERS), sources.shape[1]
     by_order = [data[order::num_orders] for order in range(num_orders)]
-    return [[sum(map(column.count, tier)) for column in by_order] for tier in _TIERS]
+    static = [column.count(_STATIC) for column in by_order]
+    dram = [column.count(_DRAM) + in_set for column, in_set in zip(by_order, static, strict=True)]
+    return [dram, static, [column.count(_NVME) for column in by_order]]
 
 
 def _shape(place: int, start: int, wanted: Wanted) -> PartShape:

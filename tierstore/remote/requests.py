@@ -19,9 +19,10 @@ from ..store.arguments import table_ids
 from ..tiers.engine import Request
 from . import messages
 from .channel import Connection
+from .lookup_request import write_request
 from .messages import Description, TableKeys
 from .places import Apart, Place, place_of
-from .replies import Answer, decoded
+from .replies import Answer, LastVersion, decoded
 from .wire import encode
 
 UNARY_BYTES_MAX = 256 << 10  # of rows; beyond, they are streamed
@@ -59,7 +60,7 @@ class Requests:
 
         url: of the server; description: its own, which states its limits.
         """
-        self._url, self._specs = url, specs
+        self._url, self._specs, self._last = url, specs, LastVersion()
         self.identity = bytes(description.identity)
         self.tokens_max = max(1, description.tokens_max)
         self._unary_bytes_max = min(UNARY_BYTES_MAX, description.message_bytes_max - HEAD_BYTES)
@@ -107,11 +108,11 @@ class Requests:
                 place_of(request, spec.num_heads * spec.row_bytes, compact=request[0] in compact)
                 for request, spec in zip(piece, specs, strict=True)
             ]
-            return Answer(self._url, piece, places, [(len(spec.orders), spec.rows_per_key) for spec in specs])
+            shapes = [(len(spec.orders), spec.rows_per_key) for spec in specs]
+            return Answer(self._url, piece, places, shapes, self._last if is_small else None)
 
-        num_bytes = sum(out.nbytes for _, _, out in piece)
-        request = encode(messages.LookupRequest(self.identity, tables))
-        is_small = num_bytes <= self._unary_bytes_max
+        is_small = sum([out.nbytes for _, _, out in piece]) <= self._unary_bytes_max
+        request = write_request(self.identity, tables)
         return Attempt("Lookup" if is_small else "LookupStream", request, answer, is_small)
 
     def _attempt_rows(self, spec: TableSpec, row_ids: np.ndarray, out: np.ndarray, place: Place) -> Attempt:
@@ -124,6 +125,9 @@ class Requests:
 
     def _pieces(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
         """Yields a lookup in parts that the server's limits allow, each of one or more tables."""
+        if len(requests) == 1 and 0 < len(requests[0][1]) <= self._tokens_at_once(requests[0][0]):
+            yield [requests[0]]  # as nearly all are
+            return
         piece: list[Request] = []
         num_tokens = num_ids = 0
         for index, keys, out in requests:
@@ -139,9 +143,12 @@ class Requests:
             yield piece
 
     def _token_ranges(self, index: int, num_tokens: int) -> Iterator[tuple[int, int]]:
-        step = max(1, min(self.tokens_max, self._ids_max // len(self._specs[index].orders)))
+        step = self._tokens_at_once(index)
         for start in range(0, num_tokens, step):
             yield start, min(start + step, num_tokens)
+
+    def _tokens_at_once(self, index: int) -> int:
+        return max(1, min(self.tokens_max, self._ids_max // len(self._specs[index].orders)))
 
     def _table_keys(self, index: int, keys: np.ndarray, *, compact: bool = False) -> TableKeys:
         spec = self._specs[index]

@@ -1,5 +1,7 @@
 """A `LookupReply` whose bytes are laid out before its rows are there: these are looked up into the message itself.
 
+A reply that is laid out so is read in the same way, without a walk over its fields.
+
 Input: the version that answers, and how many rows each part will have; then the rows, written into `rows` by whoever
 looks them up, and counts. Output: the message. It equals that of `wire.encode`, but that all counts of a part are
 varints of one length, which protobuf's parsers take: their bytes must be known before the counts are.
@@ -103,6 +105,32 @@ def _laid_out(
 
 
 _remembered = functools.lru_cache(LAYOUTS_MAX)(_laid_out)
+
+
+def read_as_laid_out(
+    data: bytes, version: int, instance: int, parts: tuple[PartShape, ...]
+) -> list[tuple[memoryview, list[bytes]]] | None:
+    """Returns each part's rows and [dram, static, nvme] counts by order, of a reply that is laid out as a `RowsReply`
+    of these parts; None for any other reply, which `wire.decode` reads, and for parts of 128 units or more.
+    """
+    if not parts or len(parts) > REMEMBERED_PARTS_MAX:
+        return None
+    fixed, places, num_bytes = _remembered(version, instance, parts)
+    if len(data) != num_bytes or not all(data.startswith(piece, start) for start, piece in fixed):
+        return None
+    view, found = memoryview(data), []
+    for (rows_start, rows_end, count_bytes, sizes), shape in zip(places, parts, strict=True):
+        if count_bytes != 1 or not shape.num_orders:
+            return None
+        counts, at = [], rows_end
+        for tag in _HITS:
+            at += len(tag) + len(sizes)
+            counts.append(data[at : at + shape.num_orders])
+            if not data.startswith(tag + sizes, at - len(tag) - len(sizes)) or not counts[-1].isascii():
+                return None
+            at += shape.num_orders
+        found.append((view[rows_start:rows_end], counts))
+    return found
 
 
 def _of_length(values: Sequence[int], count_bytes: int) -> bytes:

@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from ..errors import ConfigError
@@ -26,6 +27,7 @@ from .credentials import ServerCredentials
 from .failures import abort
 from .health import WATCHERS_MAX, Health
 from .limits import Deadline, Deadlines, InFlight, Rates
+from .lookup_request import RequestReader
 from .messages import SERVICE
 from .wire import decode
 
@@ -124,15 +126,15 @@ class RemoteServer:
         # Requests of one message are taken as streams, which is the same on the wire:
         # grpc would else read the message first.
         one, many = self._grpc.stream_unary_rpc_method_handler, self._grpc.stream_stream_rpc_method_handler
-        answers = self._answers
+        answers, read_lookup = self._answers, RequestReader().read
         methods = {
-            "Describe": one(self._one(answers.describe, messages.DescribeRequest)),
-            "Lookup": one(self._one(answers.lookup, messages.LookupRequest)),
-            "LookupStream": many(self._many(answers.lookup_stream, messages.LookupRequest)),
-            "Rows": many(self._many(answers.rows, messages.RowsRequest)),
-            "Locate": one(self._one(answers.locate, messages.LocateRequest)),
-            "Placed": one(self._one(answers.placed, messages.PlacedRequest)),
-            "Stats": one(self._one(answers.stats, messages.StatsRequest)),
+            "Describe": one(self._one(answers.describe, partial(decode, messages.DescribeRequest))),
+            "Lookup": one(self._one(answers.lookup, read_lookup)),
+            "LookupStream": many(self._many(answers.lookup_stream, read_lookup)),
+            "Rows": many(self._many(answers.rows, partial(decode, messages.RowsRequest))),
+            "Locate": one(self._one(answers.locate, partial(decode, messages.LocateRequest))),
+            "Placed": one(self._one(answers.placed, partial(decode, messages.PlacedRequest))),
+            "Stats": one(self._one(answers.stats, partial(decode, messages.StatsRequest))),
         }
         lookups = self._grpc.method_handlers_generic_handler(SERVICE, methods)
         server.add_generic_rpc_handlers((lookups, self._health.handler()))
@@ -176,7 +178,7 @@ class RemoteServer:
     # The two below are what each call pays for: generators as context managers, and a function for each step, took a
     # tenth of a call's time.
 
-    def _one(self, answer: Callable[..., bytes], kind: type) -> Callable[..., Any]:
+    def _one(self, answer: Callable[..., bytes], read: Callable[[bytes], Any]) -> Callable[..., Any]:
         """A method of one answer, as grpc calls it."""
 
         def behaviour(requests: Iterator[bytes], context: Any) -> bytes:
@@ -186,7 +188,7 @@ class RemoteServer:
                 with self._in_flight.call(peer), self._deadlines.of(context, peer) as call:
                     data = _first(requests, call)
                     with self._in_flight.holding(len(data), peer):
-                        reply = answer(call, decode(kind, data))
+                        reply = answer(call, read(data))
             except Exception as error:
                 self._end(context, error)
             self._count("bytes_sent", len(reply))
@@ -194,7 +196,7 @@ class RemoteServer:
 
         return behaviour
 
-    def _many(self, answer: Callable[..., Iterator[bytes]], kind: type) -> Callable[..., Any]:
+    def _many(self, answer: Callable[..., Iterator[bytes]], read: Callable[[bytes], Any]) -> Callable[..., Any]:
         """A method of a stream of answers, as grpc calls it."""
 
         def behaviour(requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
@@ -203,7 +205,7 @@ class RemoteServer:
                 with self._in_flight.call(peer), self._deadlines.of(context, peer) as call:
                     data = _first(requests, call)
                     with self._in_flight.holding(len(data), peer):
-                        for reply in answer(call, decode(kind, data)):
+                        for reply in answer(call, read(data)):
                             with call.waiting_for_client():
                                 yield reply
                             self._count("bytes_sent", len(reply))
