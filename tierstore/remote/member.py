@@ -61,17 +61,20 @@ class Member:
         connection, until = self._turn(until)
         return connection.begin(attempt.method, attempt.request, until, patient=len(self.connections) == 1)
 
+    def ask(self, attempt: Attempt, until: float) -> tuple[Connection, bytes]:
+        """Returns who answered a request, and the one answer; asks the replica whose turn it is, once."""
+        return self._ask(attempt.method, attempt.request, until)
+
     def unary(self, method: str, request: bytes, until: float) -> bytes:
         """Returns the one answer of a method; asks other replicas, and again, until `until`."""
+        return self.connections[0].tried(lambda: self._ask(method, request, until)[1], until)
 
-        def ask() -> bytes:
-            connection, soon = self._turn(until)
-            try:
-                return connection.unary(method, request, soon, patient=len(self.connections) == 1)
-            except (TryAgainError, OverdueError) as error:
-                raise self.passed_over(connection, error) from None
-
-        return self.connections[0].tried(ask, until)
+    def _ask(self, method: str, request: bytes, until: float) -> tuple[Connection, bytes]:
+        connection, soon = self._turn(until)
+        try:
+            return connection, connection.unary(method, request, soon, patient=len(self.connections) == 1)
+        except (TryAgainError, OverdueError) as error:
+            raise self.passed_over(connection, error) from None
 
     def passed_over(self, connection: Connection, error: DaemonError) -> DaemonError:
         """Takes note that a replica failed. Returns the error to raise: one that says to try again if there are
