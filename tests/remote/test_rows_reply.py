@@ -10,7 +10,7 @@ import pytest
 
 from tierstore import kernels
 from tierstore.remote.messages import LookupReply, Part
-from tierstore.remote.rows_reply import PartShape, RowsReply, read_as_laid_out
+from tierstore.remote.rows_reply import PartShape, RowsReply, hits_of, read_as_laid_out
 from tierstore.remote.wire import decode, encode
 
 
@@ -48,6 +48,17 @@ def test_a_reply_of_few_tokens_is_byte_for_byte_what_encode_makes(
 ) -> None:
     message, expected = filled(version, instance, shapes)
     assert message == encode(expected)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 500])
+def test_keys_are_counted_by_the_tier_that_answered_them(num_tokens: int) -> None:
+    rng = np.random.default_rng(num_tokens)
+    tiers = [("resident", "static", "recency"), ("static",), ("record", "pages")]
+    for _ in range(20):
+        sources = rng.integers(0, len(kernels.SOURCES), (num_tokens, 3), dtype=np.uint8)
+        numbers = [[kernels.SOURCES.index(source) for source in tier] for tier in tiers]
+        expected = [np.isin(sources, tier).sum(axis=0).tolist() for tier in numbers]
+        assert [list(counts) for counts in hits_of(sources)] == expected
 
 
 KNOWN = [PartShape(0, 0, 1, 6, 3), PartShape(1, 0, 3, 4, 1)]

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from .. import kernels
 from ..errors import ConfigError, FingerprintMismatchError, StoreNotReadyError, TierStoreError
 from ..spec import TableSpec
 from ..store.store import Store
@@ -28,7 +27,7 @@ from ..store.table import Table
 from . import messages
 from .limits import Deadline, InFlight, Refusal
 from .messages import TableKeys
-from .rows_reply import PartShape, RowsReply
+from .rows_reply import PartShape, RowsReply, hits_of
 from .wire import Buffer, encode
 
 CHUNK_BYTES = 1 << 20  # of rows in one message of a stream
@@ -39,9 +38,6 @@ PLACED_BYTES = 4 << 20  # that reading them takes, twice
 HEAD_BYTES = 4096  # of a message, at most, beside its keys or rows
 ID_BYTES = 8  # of a key or a row id
 
-_DRAM, _STATIC, _NVME = b"dsn"  # the tier of each number in `kernels.SOURCES`, as a byte
-_TIER_OF = {"resident": _DRAM, "recency": _DRAM, "static": _STATIC, "record": _NVME, "pages": _NVME}
-_TIERS = bytes(_TIER_OF.get(source, 0) for source in kernels.SOURCES).ljust(256, b"\0")
 T = TypeVar("T")
 
 
@@ -240,7 +236,7 @@ class Answers:
         if compact:
             entries, to = out.reshape(keys.size, -1), reply.rows[part].reshape(-1, spec.entry_bytes)
             np.take(entries, np.flatnonzero(keys >= 0), axis=0, out=to, mode="clip")  # which does not copy to's twice
-        reply.count(part, _hits(sources))
+        reply.count(part, hits_of(sources))
 
     def _in_turn(self, call: Deadline, served: Served, act: Callable[[], T]) -> T:
         """Returns what act does, in one of the workers' turns; raises `TimeoutError` if the call's time is up before it
@@ -265,15 +261,6 @@ class Answers:
 
 def _specs(store: Store) -> list[TableSpec]:
     return [table.spec for table in store.tables.values()]
-
-
-def _hits(sources: np.ndarray) -> list[list[int]]:
-    """Returns how many of sources [N, O] are of dram, of its static set, and of nvme, by order."""
-    data, num_orders = sources.tobytes().translate(_TIERS), sources.shape[1]
-    by_order = [data[order::num_orders] for order in range(num_orders)]
-    static = [column.count(_STATIC) for column in by_order]
-    dram = [column.count(_DRAM) + in_set for column, in_set in zip(by_order, static, strict=True)]
-    return [dram, static, [column.count(_NVME) for column in by_order]]
 
 
 def _shape(place: int, start: int, wanted: Wanted) -> PartShape:

@@ -25,6 +25,12 @@ from .wire import tag_of, varint
 
 LAYOUTS_MAX = 256  # that are remembered: requests are of few shapes,
 REMEMBERED_PARTS_MAX = 64  # of few parts each: those of thousands would stay for good, and nobody counts their bytes
+HITS_MAX, HITS_KEYS_MAX = 256, 8  # counts that are remembered, of so few keys that their tiers come again
+
+# The tier of each number in `kernels.SOURCES`, as a byte.
+_DRAM, _STATIC, _NVME = b"dsn"
+_TIER_OF = {"resident": _DRAM, "recency": _DRAM, "static": _STATIC, "record": _NVME, "pages": _NVME}
+_TIERS = bytes(_TIER_OF.get(source, 0) for source in kernels.SOURCES).ljust(256, b"\0")
 
 _VERSION, _PARTS, _INSTANCE = (tag_of(LookupReply, name) for name in ("version", "parts", "instance"))
 _TABLE, _START, _ROWS = (tag_of(Part, name) for name in ("table", "start", "rows"))
@@ -78,6 +84,23 @@ class RowsReply:
         self._view[at : at + len(data)] = data
 
 
+def hits_of(sources: np.ndarray) -> Sequence[Sequence[int]]:
+    """Returns how many keys dram answered, its static set, and nvme, by order. sources: uint8 [N, O], numbers in
+    `kernels.SOURCES`."""
+    count = _hits_remembered if sources.size <= HITS_KEYS_MAX else _hits_of
+    return count(sources.tobytes().translate(_TIERS), sources.shape[1])
+
+
+def _hits_of(tiers: bytes, num_orders: int) -> Sequence[Sequence[int]]:
+    by_order = [tiers[order::num_orders] for order in range(num_orders)]
+    static = [column.count(_STATIC) for column in by_order]
+    dram = [column.count(_DRAM) + in_set for column, in_set in zip(by_order, static, strict=True)]
+    return dram, static, [column.count(_NVME) for column in by_order]
+
+
+_hits_remembered = functools.lru_cache(HITS_MAX)(_hits_of)
+
+
 def _laid_out(
     version: int, instance: int, parts: tuple[PartShape, ...]
 ) -> tuple[list[tuple[int, bytes]], list[_Place], int]:
@@ -116,8 +139,11 @@ def read_as_laid_out(
     if not parts or len(parts) > REMEMBERED_PARTS_MAX:
         return None
     fixed, places, num_bytes = _remembered(version, instance, parts)
-    if len(data) != num_bytes or not all(data.startswith(piece, start) for start, piece in fixed):
+    if len(data) != num_bytes:
         return None
+    for start, piece in fixed:
+        if not data.startswith(piece, start):
+            return None
     view, found = memoryview(data), []
     for (rows_start, rows_end, count_bytes, sizes), shape in zip(places, parts, strict=True):
         if count_bytes != 1 or not shape.num_orders:
