@@ -21,7 +21,7 @@ from .cli import Progress
 @click.option("-o", "--into", required=True, metavar="FOLDER", help="Where they go; {} stands for a slice's number.")
 @click.option("--slices", "num_slices", required=True, type=click.IntRange(min=1), metavar="M", help="1: whole tables.")
 @click.option("--step", type=click.IntRange(min=0), metavar="N", help="Of training.  [default: newest that all hold]")
-@click.option("--version", type=click.IntRange(min=0), metavar="N", help="Published rows.  [default: the newest]")
+@click.option("--version", type=click.IntRange(min=0), metavar="N", help="Published rows.  [default: newest all hold]")
 @click.option("--shard-bytes", metavar="SIZE", help="The largest shard.  [default: as SLICEs have it]")
 @click.option("--jobs", type=click.IntRange(min=1), help="Shards written at once.  [default: one a core, at most 4]")
 @click.option("--allow-network-fs", is_flag=True, help="Make them on a network file system that only this host uses.")

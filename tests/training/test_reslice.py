@@ -173,7 +173,7 @@ def test_slices_of_other_trainings_are_not_joined(tmp_path: Path) -> None:
         tierstore.reslice([parts[0], again], tmp_path / "new", 1)
 
 
-def test_slices_at_a_version_are_resliced_to_its_rows(tmp_path: Path) -> None:
+def test_slices_at_a_version_are_resliced_to_its_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = make_trainable(tmp_path / "model", ROWS, codecs={"a": "bf16"})
     parts = [tmp_path / f"{index}of2" for index in range(2)]
     expected = []
@@ -188,6 +188,10 @@ def test_slices_at_a_version_are_resliced_to_its_rows(tmp_path: Path) -> None:
             pass  # goes back to the base: what was published stays
         with tierstore.open(path) as store:
             expected.append(store["a"].rows(np.arange(start, start + 250)))
+        if index == 0:
+            made.model.build(tmp_path / "never", slice=(1, 2))
+            with pytest.raises(ConfigError, match=r"no version is in every slice: .*0of2 has versions up to 1; "):
+                tierstore.reslice([path, tmp_path / "never"], tmp_path / "new", 1)
     report = tierstore.reslice(parts, tmp_path / "new", 1)
     assert (report.version, report.step) == (1, None)
     with tierstore.open(tmp_path / "new") as store:
@@ -198,8 +202,10 @@ def test_slices_at_a_version_are_resliced_to_its_rows(tmp_path: Path) -> None:
         training.publish()
     with tierstore.open_training(parts[0], at=0):
         pass
-    with pytest.raises(ConfigError, match=r"1of2 has versions up to 1, .*0of2 up to 2: publish what is missing"):
-        tierstore.reslice(parts, tmp_path / "other", 1)
+    with caplog.at_level("WARNING"):
+        assert tierstore.reslice(parts, tmp_path / "other", 1).version == 1
+    assert "0of2 has versions up to 2; the newest that all slices hold: 1 of " in caplog.text
+    assert shards(tmp_path / "other") == shards(tmp_path / "new")
     assert tierstore.reslice(parts, tmp_path / "first", 1, version=1).version == 1
     for commit in (2, 3):  # numbers on the other slice; the last one's version has the number of the first slice's
         with tierstore.open_training(parts[1], ADAGRAD) as training:
@@ -210,7 +216,8 @@ def test_slices_at_a_version_are_resliced_to_its_rows(tmp_path: Path) -> None:
     with tierstore.open_training(parts[1], at=0):
         pass
     with pytest.raises(ConfigError, match=r"version 2 of .*0of2 and version 2 of .*1of2 were published from different"):
-        tierstore.reslice(parts, tmp_path / "mixed", 1)
+        tierstore.reslice(parts, tmp_path / "mixed", 1, version=2)
+    assert tierstore.reslice(parts, tmp_path / "mixed", 1).version == 1
     tierstore.reslice(parts, tmp_path / "base", 1, version=0)
     with tierstore.open(tmp_path / "base") as store:
         np.testing.assert_array_equal(store["a"].rows(np.arange(ROWS)), made.model.rows["a"])

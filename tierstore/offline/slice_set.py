@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,8 @@ from ..layout import TableLayout
 from ..spec import TableSpec
 from .build import lay_out_tables
 from .compact import VersionSource
+
+logger = logging.getLogger("tierstore")
 
 SLICE_KEYS = ("slice", "resliced")  # of an origin: about one store, and not its checkpoint
 
@@ -116,14 +119,12 @@ def join_slices(images: Sequence[CatalogImage]) -> SliceSet:
 
 
 def at_one_version(slices: SliceSet, version: int | None) -> SliceSet:
-    """Returns the set at a version; None: the newest, which all slices must have. Raises `ConfigError`."""
-    newest = {image.newest: image for image in slices.images}
-    if version is None and len(newest) > 1:
-        (few, one), *_, (many, other) = sorted(newest.items())
-        raise ConfigError(
-            f"{one.path} has versions up to {few}, {other.path} up to {many}: publish what is missing, or say which "
-            "version"
-        )
+    """Returns the set at a version; None: the newest that all slices hold, whatever number each gives it.
+
+    Raises `ConfigError` if a slice does not hold it, or if some have versions and none of them is in all.
+    """
+    if version is None:
+        return replace(slices, images=_at_newest_common(slices.images))
     images = tuple(image.at_version(version) for image in slices.images)
     first = images[0]
     differs = next((image for image in images if image.common_identity != first.common_identity), None)
@@ -133,6 +134,27 @@ def at_one_version(slices: SliceSet, version: int | None) -> SliceSet:
             "from different commits: publish the same commit on all, or say which version"
         )
     return replace(slices, images=images)
+
+
+def _at_newest_common(images: Sequence[CatalogImage]) -> tuple[CatalogImage, ...]:
+    by_identity = [
+        {image.at_version(number).common_identity: number for number in sorted({0, *image.versions})}
+        for image in images
+    ]
+    newest = max(images, key=lambda image: image.newest)
+    common = set(by_identity[0]).intersection(*by_identity[1:])
+    numbers = max(([of[identity] for of in by_identity] for identity in common), default=[0] * len(images))
+    if newest.newest and not any(numbers):
+        held = "; ".join(f"{image.path} has versions up to {image.newest}" for image in images)
+        raise ConfigError(
+            f"no version is in every slice: {held}: publish the same commit on all, or say which version (0: the base)"
+        )
+    found = tuple(image.at_version(number) for image, number in zip(images, numbers, strict=True))
+    behind = next((image for image, number in zip(images, numbers, strict=True) if number < image.newest), None)
+    if behind is not None:
+        at = ", ".join(f"{image.version} of {image.path}" for image in found)
+        logger.warning("%s has versions up to %d; the newest that all slices hold: %s", behind.path, behind.newest, at)
+    return found
 
 
 def _check_same(one: CatalogImage, other: CatalogImage) -> None:

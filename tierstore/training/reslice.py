@@ -75,7 +75,8 @@ def reslice(
             several go to folders "0", "1", ... in it.
         num_slices: How many; 1 makes a store with whole tables.
         step: Of trained slices, the commit of this step, which all must hold. None: the newest that all hold.
-        version: Of slices without a commit, the published version whose rows are taken; None: the newest.
+        version: Of slices without a commit, the published version whose rows are taken; None: the newest that all
+            hold.
         shard_bytes: The largest shard; None: as the old stores have it.
         jobs: Shards built at once; None: one for each processor, at most 4.
         allow_network_fs: Make them on a network file system that only this host uses.
