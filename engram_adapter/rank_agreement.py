@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tierstore import Training
     from tierstore.training.commits import Commit
 
+NO_ROOM, FAILED = 1, 2  # why a rank cannot commit
 BUILT = -1  # instead of a step: the store as it was built
 
 logger = logging.getLogger("tierstore.ranks")
@@ -90,20 +91,22 @@ def agree_on_commit(ranks: Ranks, training: Training, step: int) -> str:
         BudgetError: A rank has too little room; the same on all ranks, and training goes on.
         ConfigError: The commit before has this step or a later one, and rows have changed: ranks would not know, when
             they resume, which of the two they hold.
-        RankError: Ranks would commit other steps, or one has not applied a step that the others have.
+        RankError: Ranks would commit other steps, or one has not applied a step that the others have, or another
+            cannot commit: what it raised is quoted, and nothing was committed.
     """
-    refusal = ""
+    what, applied, error = f"commit of step {step}", "", None
     try:
-        training.prepare_commit()
-    except BudgetError as error:
-        refusal = str(error)
-    before = _line_of(training)
-    if before and before[-1].step >= step and training.has_changes:
-        raise ConfigError(f"step {step}: the commit before is of step {before[-1].step}; over ranks, steps must ascend")
-    what = f"commit of step {step}"
-    applied = str({name: table.num_steps for name, table in training.tables.items()})
-    numbers = np.array([bool(refusal), secrets.randbits(63), zlib.crc32(applied.encode())], dtype=np.int64)
+        applied = _prepared(training, step)
+    except Exception as raised:  # the others wait: they must hear of it
+        error = raised
+    kind = NO_ROOM if isinstance(error, BudgetError) else FAILED if error is not None else 0
+    numbers = np.array([kind, secrets.randbits(63), zlib.crc32(applied.encode())], dtype=np.int64)
     came = ranks.counts(what, np.tile(numbers, (ranks.size, 1)))
+    if (came[:, 0] == FAILED).any():
+        refuse_failed(ranks, what, came[:, 0] != 0, error)
+    if came[:, 0].any():
+        refusals = ranks.gather_objects(what, "" if error is None else str(error))
+        raise BudgetError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(refusals) if text))
     if (came[:, 2] != came[0, 2]).any():
         listed = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(ranks.gather_objects(what, applied)))
         raise RankError(
@@ -112,10 +115,16 @@ def agree_on_commit(ranks: Ranks, training: Training, step: int) -> str:
             tuple(np.flatnonzero(came[:, 2] != came[ranks.rank, 2]).tolist()),
             what,
         )
-    if came[:, 0].any():
-        refusals = ranks.gather_objects(what, refusal)
-        raise BudgetError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(refusals) if text))
     return "".join(f"{number:016x}" for number in came[:2, 1].tolist())
+
+
+def _prepared(training: Training, step: int) -> str:
+    """Returns how many steps each table has taken, as text, once this rank can commit."""
+    training.prepare_commit()
+    before = _line_of(training)
+    if before and before[-1].step >= step and training.has_changes:
+        raise ConfigError(f"step {step}: the commit before is of step {before[-1].step}; over ranks, steps must ascend")
+    return str({name: table.num_steps for name, table in training.tables.items()})
 
 
 def resume_together(ranks: Ranks, training: Training) -> None:

@@ -20,7 +20,7 @@ from support.rank_training import RankTrainer, Sliced, joined, make_sliced
 import tierstore
 from engram_adapter import TableOptimizer, TrainableRows
 from engram_adapter.exchange import Ranks
-from tierstore.errors import BudgetError, ConfigError
+from tierstore.errors import BudgetError, ConfigError, RankError
 from tierstore.formats.catalog import read_catalog
 from tierstore.offline.fold import fold_versions
 from tierstore.offline.verify import verify_store
@@ -197,6 +197,33 @@ def test_a_commit_that_one_rank_has_no_room_for_is_begun_by_none(
                 patch.setattr("tierstore.training.training.check_room", full)
             with pytest.raises(BudgetError, match="rank 1: the disk has 1 B left"):
                 trainer.optimizer.commit()
+        assert commits_of(trainer) == []
+        trainer.step(1, micros=1)
+        trainer.optimizer.commit().wait()
+        assert commits_of(trainer) == [(1, 2)]
+
+    run_ranks(train, 2, tmp_path / "ranks")
+
+
+def test_a_commit_that_one_rank_cannot_begin_is_named_on_the_others_and_the_next_one_works(
+    sliced: Sliced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank that failed goes on living: nothing but its word ends the wait of the others."""
+    paths = sliced.slices(2, "cannot commit")
+
+    def fails(*_: Any) -> None:
+        raise OSError(5, "no such device any more")
+
+    def train(rank: int) -> None:
+        trainer = RankTrainer(paths[rank], sliced.spec, RULE, rank, 2, dist.group.WORLD)
+        trainer.step(0, micros=1)
+        expected = RankError if rank == 0 else OSError
+        with monkeypatch.context() as patch, pytest.raises(expected, match="no such device any more") as raised:
+            if rank == 1:
+                patch.setattr(trainer.training, "prepare_commit", fails)
+            trainer.optimizer.commit()
+        if rank == 0:
+            assert raised.value.ranks == (1,)
         assert commits_of(trainer) == []
         trainer.step(1, micros=1)
         trainer.optimizer.commit().wait()
