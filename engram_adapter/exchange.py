@@ -116,10 +116,13 @@ class Ranks:
     def of(cls, process_group: Any = None, timeout_s: float | None = None) -> Ranks:
         """Returns the one `Ranks` of a group that its tables share; a `Ranks` is returned as it is.
 
+        A `DeviceMesh` of one dimension stands for its group.
         timeout_s: Of a group that has none yet; None: 300 s. Raises as the constructor does.
         """
         if isinstance(process_group, Ranks):
             return process_group
+        if isinstance(process_group, dist.device_mesh.DeviceMesh):
+            process_group = process_group.get_group()
         group = dist.group.WORLD if process_group is None and dist.is_initialized() else process_group
         if group is None or group not in _shared:
             made = cls(group, TIMEOUT_S if timeout_s is None else timeout_s)
@@ -220,6 +223,12 @@ class Ranks:
     def all_gather(self, what: str, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the small, equally shaped tensors of all ranks, [W, ...]; call it after `counts`. Blocks."""
         return self.all_to_all(what, tensor.unsqueeze(0).repeat(self.size, *[1] * tensor.ndim))
+
+    def broadcast(self, what: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Fills a tensor with rank 0's, which is contiguous and of the same shape; after `counts`. Blocks."""
+        self._waits.check(what)
+        work = dist.broadcast(tensor, group=self._group, group_src=0, async_op=True)
+        return Pending(self._waits, what, work, (tensor,)).wait()
 
     def start_send(self, what: str, tensor: torch.Tensor, to: int) -> Pending:
         """Begins to send a tensor to rank `to` alone, which receives it; call it after `counts`. Does not block."""

@@ -39,7 +39,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
             for each in self.optimizers[1:]:
                 each.step()
         except BaseException as error:
-            self.tables.training_store.mark_broken(
+            self.tables.mark_broken(
                 f"a step of tables and dense weights was cut between them by {type(error).__name__}"
             )
             raise

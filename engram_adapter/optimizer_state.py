@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tierstore.errors import ConfigError, FormatError
 
 from .exchange import Ranks
-from .rank_agreement import resliced_commits
+from .rank_agreement import agree_on_commit, resliced_commits
 
 if TYPE_CHECKING:
     from tierstore import Training
@@ -69,6 +69,22 @@ def check_commit(training: Training, state: Mapping[str, Any]) -> None:
             f"commit {number} of {training.path} has digest {commit.digest[:16]}, the checkpoint names "
             f"{state['digest'][:16]}: it was saved with another store, or with a run that was rolled back since"
         )
+
+
+def committed_state(ranks: Ranks | None, training: Training, num_steps: int) -> dict[str, Any]:
+    """Returns what a state says of the commit after `num_steps`. Commits if rows have changed; blocks until durable."""
+    commit = commit_of(training, training.at)
+    step_of_commit = 0 if commit is None else commit.step
+    if training.has_changes or step_of_commit != num_steps:
+        together = None if ranks is None else agree_on_commit(ranks, training, num_steps)
+        commit = training.commit(num_steps, b"", together).wait()
+    state = {
+        "format": STATE_FORMAT,
+        "commit": 0 if commit is None else commit.number,
+        "digest": "" if commit is None else commit.digest,
+        "step": 0 if commit is None else commit.step,
+    }
+    return state if ranks is None else state | {"format": RANKS_STATE_FORMAT} | commits_of_all(ranks, commit)
 
 
 def commits_of_all(ranks: Ranks, commit: Commit | None) -> dict[str, Any]:

@@ -50,8 +50,10 @@ def not_finite(table: str, row: int | str) -> ValueError:
     )
 
 
-def agree_on_step(ranks: Ranks, number: int, steps: Sequence[TableStep]) -> None:
+def agree_on_step(ranks: Ranks, number: int, steps: Sequence[TableStep], error: Exception | None = None) -> None:
     """Returns once all ranks are about to take the same step. Blocks.
+
+    error: Why this rank cannot, which the others hear; raised here.
 
     Raises:
         ValueError: A gradient of some rank is not finite. The same on all ranks.
@@ -62,10 +64,13 @@ def agree_on_step(ranks: Ranks, number: int, steps: Sequence[TableStep]) -> None
     tables = zlib.crc32(repr([(each.table, each.lr) for each in steps]).encode())
     scaled = zlib.crc32(b"".join(each.norms.tobytes() for each in steps))
     what = f"step {number} of the tables"
-    came = ranks.counts(what, np.tile(np.array([bad, row, tables, scaled], dtype=np.int64), (ranks.size, 1)))
+    came = ranks.counts(
+        what, np.tile(np.array([bad, row, tables, scaled, error is not None], dtype=np.int64), (ranks.size, 1))
+    )
     for place, bad_row in came[:, :2].tolist():
         if place >= 0:
             raise not_finite(steps[place].table, bad_row)
+    refuse_failed(ranks, what, came[:, 4] != 0, error)
     _check_equal(ranks, what, came[:, 2], str([(each.table, each.lr) for each in steps]), "the tables and their rates")
     _check_equal(ranks, what, came[:, 3], str([float(each.norms.sum()) for each in steps]), "the norms, once scaled,")
 

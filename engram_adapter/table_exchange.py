@@ -41,7 +41,7 @@ class SentLookup(NamedTuple):
 
     num_references: int
     owned: kernels.OwnedRows  # the rows that this rank asked for
-    asked: AskedRows  # those that ranks asked this one for
+    asked: AskedRows | None  # those that ranks asked this one for; None on a replica, which none asks
 
 
 class TableExchange:
@@ -56,12 +56,12 @@ class TableExchange:
         """
         if reduction not in ("mean", "sum"):
             raise ConfigError(f"reduction {reduction!r}: 'mean' (as DDP and FSDP) or 'sum'")
-        self.ranks, self._table, self._spec = ranks, table, table.spec
+        self.ranks, self._table, self.spec = ranks, table, table.spec
         self._scale = 1 / ranks.size if reduction == "mean" else 1.0
-        self.starts = _starts(ranks, self._spec, reduction)
+        self.starts = _starts(ranks, self.spec, reduction)
         self._threads = torch.get_num_threads()
-        self._norms = BlockNorms(ranks, self._spec, self.starts)
-        self.early = EarlyRows(EarlyThread.of(ranks), self._spec.name, self.starts)
+        self._norms = BlockNorms(ranks, self.spec, self.starts)
+        self.early = EarlyRows(EarlyThread.of(ranks), self.spec.name, self.starts)
 
     def forward(
         self,
@@ -79,7 +79,7 @@ class TableExchange:
             values_of: Called once, with the rows of this slice that ranks ask for, int64 [N], and room for float32
                 [N, dim]; returns their values, there or elsewhere.
         """
-        name, dim = self._spec.name, self._spec.dim
+        name, dim = self.spec.name, self.spec.dim
         what = f"forward of table {name}, {'with' if with_gradient else 'without'} gradient"
         row_ids, early, owned, error = _NO_IDS, None, kernels.OwnedRows(_NO_IDS, self.starts, None), None
         try:
@@ -104,16 +104,6 @@ class TableExchange:
             self.ranks.all_to_all(what, values, asked.counts, owned.counts.tolist(), into)
         return SentLookup(len(row_ids), owned, asked), into
 
-    def expanded(self, sent: SentLookup, values: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Returns values of all references, [R, dim], of those of distinct rows, which alone travel to a device."""
-        if device.type == "cpu":
-            out = torch.empty((sent.num_references, values.shape[1]), dtype=values.dtype, device="cpu")
-            sent.owned.expand(_bytes_of(values), _bytes_of(out), self._threads)
-            return out
-        with_zeros = torch.zeros((len(values) + 1, values.shape[1]), dtype=values.dtype, device=device)
-        with_zeros[:-1] = values.to(device)
-        return with_zeros[torch.from_numpy(sent.owned.places).to(device)]
-
     def gradient_norms(self, rows: np.ndarray, sums: np.ndarray) -> np.ndarray:
         """Returns the norms of all blocks of the table, float64; arguments are of this slice's rows. Blocks."""
         return self._norms.of(rows, sums)
@@ -123,8 +113,9 @@ class TableExchange:
 
         place: Which lookup of how many this is, the same on all ranks: "1 of 1".
         """
-        what = f"gradient {place} of table {self._spec.name}"
-        scratch, dim = self.ranks.scratch, self._spec.dim
+        what = f"gradient {place} of table {self.spec.name}"
+        assert sent.asked is not None
+        scratch, dim = self.ranks.scratch, self.spec.dim
         counts = sent.owned.sum_counts  # [W, G]
         given = counts.sum(axis=1)
         numbers = np.stack([given, np.full(len(given), counts.shape[1])], axis=1)
@@ -149,6 +140,7 @@ class TableExchange:
         """
         counts = sent.owned.sum_counts
         num_groups = counts.shape[1]
+        assert sent.asked is not None
         given = [0] * self.ranks.size
         message = np.empty(0, dtype=np.int32)
         if num_groups > 1:
@@ -175,6 +167,17 @@ class TableExchange:
                 groups.append(np.full(num_sums, first_group, dtype=np.int32))
             first_group, first_row = first_group + of_rank, first_row + num_asked
         return np.concatenate(rows), np.concatenate(groups)
+
+
+def expanded(sent: SentLookup, values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns values of all references, [R, dim], of those of distinct rows, which alone travel to a device."""
+    if device.type == "cpu":
+        out = torch.empty((sent.num_references, values.shape[1]), dtype=values.dtype, device="cpu")
+        sent.owned.expand(_bytes_of(values), _bytes_of(out), torch.get_num_threads())
+        return out
+    with_zeros = torch.zeros((len(values) + 1, values.shape[1]), dtype=values.dtype, device=device)
+    with_zeros[:-1] = values.to(device)
+    return with_zeros[torch.from_numpy(sent.owned.places).to(device)]
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
@@ -219,7 +222,7 @@ def exchange_of(table: TrainingTable, process_group: Any, reduction: Reduction) 
 
 
 def prefetch_over_ranks(
-    requests: Sequence[tuple[TableExchange, np.ndarray]], bring: Callable[[dict[str, np.ndarray]], Any]
+    requests: Sequence[tuple[Any, np.ndarray]], bring: Callable[[dict[str, np.ndarray]], Any]
 ) -> EarlyTicket:
     """Starts to exchange the row ids of a later batch, int64 [...] by table, and to bring what ranks will ask for."""
     batches = [exchange.early.begin(np.array(row_ids, copy=True).reshape(-1)) for exchange, row_ids in requests]

@@ -12,20 +12,20 @@ Over ranks, all construct, step, commit and save together (`rank_agreement`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from tierstore.errors import ConfigError
+from tierstore.training.ticket import TrainingTicket
 
 from .optimizer_state import (
-    RANKS_STATE_FORMAT,
-    STATE_FORMAT,
     check_commit,
     checked_state,
     commit_of,
-    commits_of_all,
+    committed_state,
     own_state,
 )
 from .rank_agreement import TableStep, agree_on_commit, agree_on_step, not_finite, resume_together
@@ -35,7 +35,8 @@ from .trainable_module import TrainableModule
 
 if TYPE_CHECKING:
     from tierstore import Training
-    from tierstore.training.ticket import TrainingTicket
+
+    from .exchange import Ranks
 
 FINITE_NORM = 3e38  # a gradient with a smaller norm is finite in float32
 Embeddings = Iterable[TrainableModule] | Iterable[dict[str, Any]]
@@ -67,12 +68,13 @@ class TableOptimizer(torch.optim.Optimizer):
         given = [each for group in groups for each in list(group["embeddings"])]
         self._training = _one_training(given)
         exchange = given[0].exchange
-        self._ranks = None if exchange is None else exchange.ranks
-        if self._ranks is not None:
-            resume_together(self._ranks, self._training)
-        commit = commit_of(self._training, self._training.at)
-        self.num_steps = 0 if commit is None else commit.step
-        super().__init__(groups, {"lr": self._training.optimizer.lr if lr is None else lr})
+        self._ranks, self._replicas = None if exchange is None else exchange.ranks, given[0].replicas
+        self.num_steps, own_lr = self._on_source("resume of the tables", partial(_resumed, self._ranks, self._training))
+        super().__init__(groups, {"lr": own_lr if lr is None else lr})
+
+    def _on_source(self, what: str, call: Callable[[], Any]) -> Any:
+        """Calls here, or with replicas on the source, whose result or error comes to all."""
+        return call() if self._replicas is None else self._replicas.from_source(what, call)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds embeddings: {"embeddings": [...], "lr": 0.02}."""
@@ -86,8 +88,17 @@ class TableOptimizer(torch.optim.Optimizer):
 
     @property
     def training_store(self) -> Training:
-        """The training whose tables it updates."""
+        """The training whose tables it updates. Raises `ConfigError` on a replica that has none."""
+        if self._training is None:
+            raise ConfigError("this replica has no training: rank 0 of its replica group has it")
         return self._training
+
+    def mark_broken(self, reason: str) -> None:
+        """Allows no step and no commit from now on; a replica without the training exchanges no more."""
+        if self._training is not None:
+            self._training.mark_broken(reason)
+        elif self._replicas is not None:
+            self._replicas.ranks.end(reason)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -113,14 +124,17 @@ class TableOptimizer(torch.optim.Optimizer):
                 if found is not None:
                     steps.append((embedding, found, float(group["lr"])))
         self._check(steps)
-        self._apply(steps)
+        if self._training is not None:
+            self._apply(steps)
         self.num_steps += 1
         return loss
 
     def _check(self, steps: list[tuple[TrainableModule, RowGradients, float]]) -> None:
         """Raises `ValueError` unless all gradients are finite, on all ranks."""
         checked = [TableStep(each.table_spec.name, lr, found.norms, _bad_row(found)) for each, found, lr in steps]
-        if self._ranks is not None:
+        if self._replicas is not None:
+            self._replicas.agree_on_step(self._ranks, self.num_steps + 1, checked)
+        elif self._ranks is not None:
             agree_on_step(self._ranks, self.num_steps + 1, checked)
         for each in checked:
             if each.bad_row is not None:
@@ -138,7 +152,7 @@ class TableOptimizer(torch.optim.Optimizer):
             where = "between two of them" if self._ranks is None else "on this rank alone"
             if (begun and len(steps) > 1) or self._ranks is not None:
                 names = ", ".join(embedding.table_spec.name for embedding, *_ in steps)
-                self._training.mark_broken(f"a step of the tables {names} was cut {where} by {type(error).__name__}")
+                self.mark_broken(f"a step of the tables {names} was cut {where} by {type(error).__name__}")
             raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -159,14 +173,25 @@ class TableOptimizer(torch.optim.Optimizer):
         """Starts to make all tables durable as they are now; returns a ticket, whose `wait` returns the commit.
 
         Over ranks, all call it with the same step. It waits until all have the commit before; the ticket is of this
-        rank's own part.
+        rank's own part. A replica without the training has no part: its ticket has ended at once, with None, and says
+        nothing of the disk (`state_dict` does).
 
         step: The caller's own number of the step; None: how many steps this optimizer has taken, `num_steps`.
         """
         number = self.num_steps if step is None else step
-        together = None if self._ranks is None else agree_on_commit(self._ranks, self._training, number)
+        tickets: list[TrainingTicket] = []
+
+        def begin() -> None:
+            training = self.training_store
+            together = None if self._ranks is None else agree_on_commit(self._ranks, training, number)
+            tickets.append(training.commit(number, payload, together))
+
+        self._on_source(f"commit of step {number}", begin)
         self.num_steps = number
-        return self._training.commit(self.num_steps, payload, together)
+        if not tickets:  # a replica
+            tickets.append(TrainingTicket("a commit of the source"))
+            tickets[0].end()
+        return tickets[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns which commit holds the tables as they are now, and the param groups. Commits if rows have changed.
@@ -174,27 +199,23 @@ class TableOptimizer(torch.optim.Optimizer):
         Blocks until that commit is durable. Save it beside the dense weights of the same step, then `pin(state)`: else
         only the newest two commits are kept. Over ranks, all call it; it is the same on all, so that one may save it.
         """
-        commit = commit_of(self._training, self._training.at)
-        step_of_commit = 0 if commit is None else commit.step
-        if self._training.has_changes or step_of_commit != self.num_steps:
-            commit = self.commit().wait()
         groups = [{**group, "params": list(range(len(group["params"])))} for group in self.param_groups]
-        state = {
-            "format": STATE_FORMAT,
-            "commit": 0 if commit is None else commit.number,
-            "digest": "" if commit is None else commit.digest,
-            "step": 0 if commit is None else commit.step,
-            "param_groups": groups,
-        }
-        if self._ranks is not None:
-            state |= {"format": RANKS_STATE_FORMAT} | commits_of_all(self._ranks, commit)
-        return state
+
+        def committed() -> dict[str, Any]:
+            return committed_state(self._ranks, self.training_store, self.num_steps)
+
+        return self._on_source("state of the tables", committed) | {"param_groups": groups}
 
     def pin(self, state_dict: dict[str, Any]) -> None:
         """Keeps the commit that a state names, this rank's own, until it is unpinned. Blocks on the catalog."""
-        state = own_state(checked_state(state_dict, len(self.param_groups)), self._training, self._ranks)
-        if state["commit"]:
-            self._training.pin(state["commit"])
+        checked = checked_state(state_dict, len(self.param_groups))
+
+        def keep() -> None:
+            state = own_state(checked, self.training_store, self._ranks)
+            if state["commit"]:
+                self.training_store.pin(state["commit"])
+
+        self._on_source("pin of the tables", keep)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes back to the commit that a state names, and drops what came later. Blocks as opening a training does.
@@ -206,12 +227,16 @@ class TableOptimizer(torch.optim.Optimizer):
             ConfigError: The store has no such commit, or another one of its number or step: the dense weights and the
                 tables would be of different steps.
         """
-        state = own_state(checked_state(state_dict, len(self.param_groups)), self._training, self._ranks)
-        number = state["commit"]
-        check_commit(self._training, state)
-        if number != self._training.at or self._training.has_changes:
-            self._training.rollback(number)
-        self.num_steps = state["step"]
+        state = checked_state(state_dict, len(self.param_groups))
+
+        def go_back() -> int:
+            training, own = self.training_store, own_state(state, self.training_store, self._ranks)
+            check_commit(training, own)
+            if own["commit"] != training.at or training.has_changes:
+                training.rollback(own["commit"])
+            return int(own["step"])
+
+        self.num_steps = self._on_source("load of the tables", go_back)
         for group, saved in zip(self.param_groups, state["param_groups"], strict=True):
             group.update({name: value for name, value in saved.items() if name != "params"})
         self.zero_grad()
@@ -223,24 +248,33 @@ def dense_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if id(parameter) not in tables]
 
 
-def _one_training(embeddings: Sequence[TrainableModule]) -> Training:
+def _one_training(embeddings: Sequence[TrainableModule]) -> Training | None:
     """Returns the training of all embeddings; raises `ConfigError` for none, two trainings, or a table given twice."""
     if not embeddings or not all(isinstance(each, TrainableModule) for each in embeddings):
         raise ConfigError(
             f"{[type(each).__name__ for each in embeddings]}: a TableOptimizer takes TrainableEmbeddings or "
             "TrainableRows, at least one; give dense parameters to another optimizer"
         )
-    training = embeddings[0].training_store
-    if any(each.training_store is not training for each in embeddings):
+    training = embeddings[0]._training
+    if any(each._training is not training for each in embeddings):
         raise ConfigError("the embeddings are of two trainings: make a TableOptimizer for each")
     ranks = [None if each.exchange is None else each.exchange.ranks for each in embeddings]
-    if any(each is not ranks[0] for each in ranks):
+    replicas = [None if each.replicas is None else each.replicas.ranks for each in embeddings]
+    if any(each is not ranks[0] for each in ranks) or any(each is not replicas[0] for each in replicas):
         raise ConfigError("the embeddings are of two process groups: give all tables of a training the same")
     names = [each.table_spec.name for each in embeddings]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"table {name} is given twice: a step would apply two gradients to it, one by one")
     return training
+
+
+def _resumed(ranks: Ranks | None, training: Any) -> list[Any]:
+    """Goes back to what all ranks hold; returns how many steps the training has taken, and its learning rate."""
+    if ranks is not None:
+        resume_together(ranks, training)
+    commit = commit_of(training, training.at)
+    return [0 if commit is None else commit.step, training.optimizer.lr]
 
 
 def _bad_row(found: RowGradients) -> int | None:

@@ -19,9 +19,11 @@ import numpy as np
 import torch
 
 from tierstore.errors import ConfigError
+from tierstore.training.ticket import TrainingTicket
 
 from .hash_spec import HashSpec
 from .lookup_call import LookupCall, as_int64
+from .replicas import Replicas
 from .store_module import check_fingerprint, named_table
 from .table_exchange import Reduction, prefetch_over_ranks
 from .token_shapes import check_integers
@@ -29,7 +31,6 @@ from .trainable_module import Groups, TrainableModule
 
 if TYPE_CHECKING:
     from tierstore import Training
-    from tierstore.training.ticket import TrainingTicket
 
     from .early_rows import EarlyTicket
 
@@ -39,7 +40,7 @@ class TrainableEmbedding(TrainableModule):
 
     def __init__(
         self,
-        training: Training,
+        training: Training | None,
         layer: int | str,
         spec: HashSpec,
         dtype: torch.dtype = torch.float32,
@@ -47,6 +48,7 @@ class TrainableEmbedding(TrainableModule):
         groups: Groups = "sequence",
         process_group: Any = None,
         reduction: Reduction = "mean",
+        replica_group: Any = None,
     ) -> None:
         """Binds a table to a hash; reads nothing.
 
@@ -64,6 +66,10 @@ class TrainableEmbedding(TrainableModule):
                 construct, call and step their modules in the same order. None: this process holds the whole table.
             reduction: Of gradients over ranks: "mean", divided by the number of ranks, as DDP and FSDP do for the dense
                 weights; or "sum".
+            replica_group: Ranks that see the same tokens, such as a tensor parallel group: of torch.distributed, a
+                `DeviceMesh` of one dimension, or `Ranks` (with a longer limit than the process group's). Its rank 0 has
+                the training and the process group; the others pass training=None, and receive. All must have the same
+                gradient of the rows, which counts once.
 
         Raises:
             FingerprintMismatchError: `spec` is not the hash that the table was built with.
@@ -74,9 +80,11 @@ class TrainableEmbedding(TrainableModule):
             name = spec.table_name(layer)
         except KeyError as error:
             raise ConfigError(f"{error.args[0]}: pass one of these, or the hash of another model") from None
-        check_fingerprint(named_table(training, name), spec, layer)
+        replicas = None if replica_group is None else Replicas(replica_group)
+        if training is not None:
+            check_fingerprint(named_table(training, name), spec, layer)
+        super().__init__(training, name, dtype, quantized, groups, process_group, reduction, replicas)
         self._layer, self._hash_spec = layer, spec
-        super().__init__(training, name, dtype, quantized, groups, process_group, reduction)
 
     @property
     def features(self) -> int:
@@ -122,17 +130,19 @@ class TrainableRows(TrainableModule):
 
     def __init__(
         self,
-        training: Training,
+        training: Training | None,
         layer: int | str,
         dtype: torch.dtype = torch.float32,
         quantized: bool = False,
         groups: Groups = "sequence",
         process_group: Any = None,
         reduction: Reduction = "mean",
+        replica_group: Any = None,
     ) -> None:
         """Binds a table, by the index of the model's module or by name; else as `TrainableEmbedding`."""
         name = layer if isinstance(layer, str) else f"layers.{layer}"
-        super().__init__(training, name, dtype, quantized, groups, process_group, reduction)
+        replicas = None if replica_group is None else Replicas(replica_group)
+        super().__init__(training, name, dtype, quantized, groups, process_group, reduction, replicas)
         empty = torch.empty((0, self.embedding_dim), dtype=dtype, device="cpu")
         self.register_buffer("weight", empty, persistent=False)
 
@@ -171,10 +181,14 @@ def prefetch_training(
     Arguments as in `TrainableEmbedding.forward`. Waits for no read. Raises `ValueError` if there is no layer, or the
     layers are of different trainings.
     """
-    if not embeddings or any(each.training_store is not embeddings[0].training_store for each in embeddings):
+    if not embeddings or any(each._training is not embeddings[0]._training for each in embeddings):
         raise ValueError("prefetch needs layers of one training: prefetch those of different trainings apart")
-    training = embeddings[0].training_store
     rows = [(each, each._row_ids(token_ids, history, dead)) for each in embeddings]
+    if embeddings[0]._training is None:  # a replica: the source prefetches
+        ticket = TrainingTicket("a prefetch of the source")
+        ticket.end()
+        return ticket
+    training = embeddings[0].training_store
     over_ranks = [(each.exchange, row_ids) for each, row_ids in rows if each.exchange is not None]
     if over_ranks:
         return prefetch_over_ranks(over_ranks, training.prefetch)

@@ -20,9 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from tierstore.errors import ConfigError
 
+from .replicas import Replicas, ReplicatedExchange, replicated_exchange
 from .rounded_rows import rounded_values
 from .store_module import named_table
-from .table_exchange import Reduction, TableExchange, exchange_of
+from .table_exchange import Reduction, TableExchange, exchange_of, expanded
 from .table_gradient import TableGradient, TableLookup
 
 if TYPE_CHECKING:
@@ -47,31 +48,43 @@ class TrainableModule(torch.nn.Module):
 
     def __init__(
         self,
-        training: Training,
+        training: Training | None,
         name: str,
         dtype: torch.dtype,
         quantized: bool,
         groups: Groups,
         process_group: Any,
         reduction: Reduction,
+        replicas: Replicas | None,
     ) -> None:
         """Binds the table `name`. Raises `ConfigError` if it is missing, or for another dtype or another `groups`."""
         super().__init__()
-        if not hasattr(training, "commit"):
-            raise TypeError(f"training: a {type(training).__name__}; give what tierstore.open_training returned")
         if dtype not in OUT_DTYPES:
             raise ConfigError(f"dtype {dtype}: rows come out in torch.float32 or torch.bfloat16")
         if groups not in ("sequence", "batch"):
             raise ConfigError(f"groups {groups!r}: 'sequence' (a group for each) or 'batch' (one group)")
-        self._training: Training = training
-        self._table: TrainingTable = named_table(training, name)
-        self._table_spec = self._table.spec
+        self._replicas, self._training = replicas, training
+        self._table: TrainingTable | None = None
+        self._table_spec: TableSpec
+        self._exchange: TableExchange | ReplicatedExchange | None
+        if replicas is None:
+            self._exchange = self._bind(name, process_group, reduction)
+        else:
+            found = replicated_exchange(replicas, training, name, lambda: self._bind(name, process_group, reduction))
+            self._exchange, self._table_spec = found, self._table_spec if replicas.is_source else found.spec
         self.dtype, self.groups, self.quantized = dtype, groups, quantized
         whole = self._table_spec.whole or self._table_spec
         self.num_embeddings, self.num_heads = whole.num_rows, whole.num_heads
         self.embedding_dim = self._table_spec.dim
-        self._exchange = exchange_of(self._table, process_group, reduction)
         self._collect()
+
+    def _bind(self, name: str, process_group: Any, reduction: Reduction) -> TableExchange | None:
+        """Binds the table of this rank's training, and returns its exchange."""
+        if not hasattr(self._training, "commit"):
+            raise TypeError(f"training: a {type(self._training).__name__}; give what tierstore.open_training returned")
+        self._table = named_table(self._training, name)
+        self._table_spec = self._table.spec
+        return exchange_of(self._table, process_group, reduction)
 
     def _collect(self) -> None:
         self._gradient = TableGradient(self._table_spec, self._exchange)
@@ -79,13 +92,25 @@ class TrainableModule(torch.nn.Module):
 
     @property
     def training_store(self) -> Training:
-        """The training that it looks up in; `training` is torch's flag of the module."""
+        """The training that it looks up in; `training` is torch's flag of the module.
+
+        Raises `ConfigError` on a replica that has none.
+        """
+        if self._training is None:
+            raise ConfigError("this replica has no training: rank 0 of its replica group has it")
         return self._training
 
     @property
     def table(self) -> TrainingTable:
-        """The table of the training."""
+        """The table of the training. Raises `ConfigError` on a replica that has none."""
+        if self._table is None:
+            raise ConfigError("this replica has no table: rank 0 of its replica group has it")
         return self._table
+
+    @property
+    def replicas(self) -> Replicas | None:
+        """The ranks that see the same tokens; None without a replica group."""
+        return self._replicas
 
     @property
     def table_spec(self) -> TableSpec:
@@ -98,7 +123,7 @@ class TrainableModule(torch.nn.Module):
         return self._gradient
 
     @property
-    def exchange(self) -> TableExchange | None:
+    def exchange(self) -> TableExchange | ReplicatedExchange | None:
         """What brings rows from other ranks; None without a process group."""
         return self._exchange
 
@@ -118,7 +143,7 @@ class TrainableModule(torch.nn.Module):
             values = partial(self._gathered, row_ids, device)
             if with_gradient:
                 flat = row_ids.reshape(-1)
-                lookup = TableLookup(flat, groups, self._table.pin_rows(flat))
+                lookup = TableLookup(flat, groups, self.table.pin_rows(flat))
         if not with_gradient:
             return values()
         apply: Any = _TableRows.apply
@@ -139,11 +164,11 @@ class TrainableModule(torch.nn.Module):
 
         def values_of(own: np.ndarray, room: torch.Tensor) -> torch.Tensor:
             if with_gradient:
-                lookup.pins = self._table.pin_rows(own)
+                lookup.pins = self.table.pin_rows(own)
             return self._rows_out(own, room)
 
         lookup.sent, distinct = self._exchange.forward(flat_ids, with_gradient, values_of)
-        return lookup, lambda: self._exchange.expanded(lookup.sent, distinct, device).reshape(shape)
+        return lookup, lambda: expanded(lookup.sent, distinct, device).reshape(shape)
 
     def _gathered(self, row_ids: np.ndarray, device: torch.device) -> torch.Tensor:
         """Returns values [..., dim] as they are now. To another device than the CPU, each distinct row travels once."""
@@ -157,11 +182,11 @@ class TrainableModule(torch.nn.Module):
         """Returns values [..., dim]; room: float32 of that shape, which may be used for them."""
         if self.quantized:
             distinct, places = np.unique(row_ids, return_inverse=True)
-            rounded = torch.from_numpy(rounded_values(self._table, distinct)).to(self.dtype)
+            rounded = torch.from_numpy(rounded_values(self.table, distinct)).to(self.dtype)
             return rounded[torch.from_numpy(places.reshape(row_ids.shape))]
         if room is None:
             room = torch.empty((*row_ids.shape, self.embedding_dim), dtype=torch.float32, device="cpu")
-        self._table.gather(row_ids, room.numpy())
+        self.table.gather(row_ids, room.numpy())
         return room.to(self.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -178,7 +203,16 @@ class TrainableModule(torch.nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
-        shared = {"_training", "_table", "_table_spec", "_hash_spec", "_gradient", "_parameters", "_exchange"}
+        shared = {
+            "_training",
+            "_table",
+            "_table_spec",
+            "_hash_spec",
+            "_gradient",
+            "_parameters",
+            "_exchange",
+            "_replicas",
+        }
         copied.__dict__.update(
             {name: value if name in shared else copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
         )
