@@ -2,8 +2,7 @@
 
 Input: encoded requests, and a time by which the answer is wanted. Output: encoded answers. Errors: what the server
 raised, by its class; `DaemonError` if it cannot be reached in time; `ConfigError` for a token that anybody could read
-on its way. A call that meets a server which is away, or busy, is made again until its time is up, so that a restart is
-a pause.
+on its way. A call that meets a server which is away, or busy, is made again until its time is up.
 
 Forks: a child cannot use its parent's grpc state. A fork waits FORK_WAIT_S at most for calls under way, and the child
 makes a channel of its own when it first calls; it keeps the parent's, and never touches it.
@@ -65,12 +64,15 @@ T = TypeVar("T")
 
 
 class TryAgainError(DaemonError):
-    """A call that the same server may answer if it is made again: it is busy,
-    or another store took its store's place."""
+    """A call that the same server may answer if it is made again: it is busy, or has another store now."""
 
 
 class OverdueError(DaemonError):
     """A call that was not answered in time."""
+
+
+class NotUnderstoodError(DaemonError):
+    """A call that ended with an error that is not tierstore's."""
 
 
 class Connection:
@@ -108,8 +110,8 @@ class Connection:
         """Returns the answer of a method of one answer, asked once; raises what the server raised.
 
         until: monotonic seconds. patient: waits so long for a server that is away. Raises `TryAgainError` where it is
-        away or busy, other `DaemonError`s if it does not answer in time,
-        and then takes PROBE_WAIT_S more to find out why, unless `is_probed` is off.
+        away or busy, other `DaemonError`s if it does not answer in time, and then takes PROBE_WAIT_S more to find out
+        why, unless `is_probed` is off.
         """
         with self._inside.of_thread():
             try:
@@ -229,7 +231,7 @@ class Connection:
             return StoreNotReadyError(f"{self.url} is closed; connect again")
         if code is self._grpc.StatusCode.CANCELLED:
             return TryAgainError(f"{self.url} gave the call up: {text.lower()}; it is ending, or this client too slow")
-        return DaemonError(f"{self.url}: {code.name.lower()}: {text}")
+        return NotUnderstoodError(f"{self.url}: {code.name.lower()}: {text}")
 
     def _why(self, otherwise: str) -> str:
         """Returns, in words, why a server cannot be reached, by trying; `otherwise` if it can."""
@@ -271,8 +273,7 @@ class Stream:
 
 
 def _why_not_plain(host: str, port: int) -> str | None:
-    """Returns what a server speaks if it is not gRPC in plain text; None if it is, or if it sends nothing.
-    Raises `OSError`."""
+    """Returns what a server speaks if not gRPC in plain text; None if it is, or sends nothing. Raises `OSError`."""
     until = time.monotonic() + PROBE_WAIT_S
     with socket.create_connection((host, port), timeout=PROBE_WAIT_S) as peer:
         peer.sendall(HTTP2_PREFACE)

@@ -185,7 +185,7 @@ class Cluster:
                 )
             found = np.empty(asked.shape, dtype=np.uint8)
             if len(columns):
-                member.requests.locate(member.unary, index, asked, found, until)
+                member.locate(index, asked, found, until)
             for own_column, column in enumerate(columns):  # a key's rows may lie in several; the slowest counts
                 np.maximum(sources[:, column], found[:, own_column], out=sources[:, column])
         has = None if own is None else own.take(index, keys, None)

@@ -16,8 +16,8 @@ import time
 from collections.abc import Sequence
 
 from ..errors import DaemonError
-from .channel import RETRY_S_MAX, RETRY_S_MIN, Connection, OverdueError, Stream, TryAgainError
-from .member import Member
+from .channel import RETRY_S_MAX, RETRY_S_MIN, Connection, Stream, TryAgainError
+from .member import PASSED_OVER, Member
 from .replies import Answer
 from .requests import Attempt
 
@@ -51,9 +51,13 @@ class Exchange:
         """Sends the next request, and blocks for its answer, which is one message. Raises like `step`."""
         attempt = self._attempts[len(self.answers)]
         answer = attempt.answer()
-        self.connection, data = self.member.ask(attempt, until)
-        answer.take(data)
-        answer.check_whole()
+        connection, data = self.member.ask(attempt, until)
+        try:
+            answer.take(data)
+            answer.check_whole()
+        except PASSED_OVER as error:
+            raise self.member.passed_over(connection, error) from None
+        self.connection = connection
         self.answers.append(answer)
 
     def begin(self, until: float) -> None:
@@ -65,20 +69,21 @@ class Exchange:
     def step(self, until: float) -> None:
         """Takes the next message, and blocks for it; behind the last one, sends the next request.
 
-        Raises `TryAgainError` where the request must be sent again: then `begin` does it.
+        Raises `TryAgainError` where the request must be sent again: then `begin` does it. A replica that answers
+        garbage counts as one that is gone; what it wrote is written over.
         """
         stream, answer = self._stream, self._answer
         assert stream is not None
         assert answer is not None
         try:
             data = stream.next()
-        except (TryAgainError, OverdueError) as error:
+            if data is not None:
+                answer.take(data)
+                return
+            answer.check_whole()
+        except PASSED_OVER as error:
             self.cancel()
             raise self.member.passed_over(stream.connection, error) from None
-        if data is not None:
-            answer.take(data)
-            return
-        answer.check_whole()
         self.connection = stream.connection
         self.answers.append(answer)
         self._stream = None

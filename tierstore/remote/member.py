@@ -4,8 +4,9 @@ Input: connections, the preferred one first. Output: calls to whichever is there
 common at the version that answered. Errors: `DaemonError` if none is there, `ConfigError` for replicas of different
 tables.
 
-A replica that cannot be reached, or does not answer, is passed over for a while. A thread asks it again, so that no
-lookup waits for it; once it answers, it takes its place in the order again.
+A replica that cannot be reached, does not answer, or answers what is no answer, is passed over for a while. A thread
+asks it again, so that no lookup waits for it; once it answers, it takes its place in the order again. If all replicas
+answer garbage, that is raised at once: to wait does not help.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from ..errors import ConfigError, DaemonError, TierStoreError
+import numpy as np
+
+from ..errors import ConfigError, DaemonError, FormatError, TierStoreError
 from ..spec import TableSpec
 from ..tiers.engine import VersionChangedError
-from .channel import Connection, OverdueError, Stream, TryAgainError
+from .channel import Connection, NotUnderstoodError, OverdueError, Stream, TryAgainError
 from .messages import Description
 from .peer import describe
-from .requests import Attempt, Requests
+from .requests import Attempt, Call, Requests
 
 logger = logging.getLogger("tierstore")
 
@@ -29,6 +33,10 @@ AWAY_S_MIN, AWAY_S_MAX = 0.25, 5.0  # that a replica which failed is passed over
 PROBE_S = 2.0  # within which it must then answer
 TRY_FRACTION = 0.4  # of the time that is left, which one replica may take while there are others
 BUILDS_MAX = 64  # remembered, of versions that answered
+GARBAGE = (FormatError, NotUnderstoodError)
+PASSED_OVER = (TryAgainError, OverdueError, *GARBAGE)  # what has another replica asked
+
+T = TypeVar("T")
 
 
 class Member:
@@ -38,9 +46,10 @@ class Member:
         """Asks every replica what it has; blocks until then. One must answer."""
         self.connections = list(connections)
         self.url = "|".join(connection.url for connection in connections)
-        self._lock = threading.Lock()  # guards `_current`, `_away`, `_probing`, `_builds`
+        self._lock = threading.Lock()  # guards `_current`, `_away`, `_garbled`, `_probing`, `_builds`
         self._current = 0
         self._away: dict[int, tuple[float, float]] = {}  # replica -> not before when, and the pause after it
+        self._garbled: set[int] = set()  # those of `_away` that answered garbage last
         self._probing: threading.Thread | None = None
         self._builds: dict[tuple[int, int], str] = {}
         self._closed = False
@@ -63,34 +72,55 @@ class Member:
 
     def ask(self, attempt: Attempt, until: float) -> tuple[Connection, bytes]:
         """Returns who answered a request, and the one answer; asks the replica whose turn it is, once."""
-        return self._ask(attempt.method, attempt.request, until)
-
-    def unary(self, method: str, request: bytes, until: float) -> bytes:
-        """Returns the one answer of a method; asks other replicas, and again, until `until`."""
-        return self.connections[0].tried(lambda: self._ask(method, request, until)[1], until)
-
-    def _ask(self, method: str, request: bytes, until: float) -> tuple[Connection, bytes]:
         connection, soon = self._turn(until)
         try:
-            return connection, connection.unary(method, request, soon, patient=len(self.connections) == 1)
-        except (TryAgainError, OverdueError) as error:
+            return connection, connection.unary(
+                attempt.method, attempt.request, soon, patient=len(self.connections) == 1
+            )
+        except PASSED_OVER as error:
             raise self.passed_over(connection, error) from None
 
-    def passed_over(self, connection: Connection, error: DaemonError) -> DaemonError:
+    def answered(self, ask: Callable[[Call], T], until: float) -> T:
+        """Returns what `ask` makes of a replica's answers, which it gets by the call that it is handed.
+
+        Asks other replicas, and again, until `until`; `ask` raises `FormatError` for what is no answer.
+        """
+
+        def ask_one() -> T:
+            connection, soon = self._turn(until)
+
+            def call(method: str, request: bytes, _: float) -> bytes:
+                return connection.unary(method, request, soon, patient=len(self.connections) == 1)
+
+            try:
+                return ask(call)
+            except PASSED_OVER as error:
+                raise self.passed_over(connection, error) from None
+
+        return self.connections[0].tried(ask_one, until)
+
+    def locate(self, index: int, keys: np.ndarray, sources: np.ndarray, until: float) -> None:
+        """As `Requests.locate`, of whichever replica answers."""
+        self.answered(lambda call: self.requests.locate(call, index, keys, sources, until), until)
+
+    def passed_over(self, connection: Connection, error: TierStoreError) -> TierStoreError:
         """Takes note that a replica failed. Returns the error to raise: one that says to try again if there are
-        others."""
+        others, unless all that are left answer garbage."""
         if len(self.connections) == 1:
             return error
         index, now = self.connections.index(connection), time.monotonic()
         with self._lock:
             _, pause_s = self._away.get(index, (0.0, AWAY_S_MIN / 2))
-            pause_s = min(2 * pause_s, AWAY_S_MAX)
+            # One that answers garbage may still say well what it has, so a probe does not tell when it is mended.
+            pause_s = AWAY_S_MAX if isinstance(error, GARBAGE) else min(2 * pause_s, AWAY_S_MAX)
             self._away[index] = now + pause_s, pause_s
+            (self._garbled.add if isinstance(error, GARBAGE) else self._garbled.discard)(index)
             others = sorted(range(len(self.connections)), key=lambda each: (self._away.get(each, (0.0,))[0], each))
             if self._current == index:
                 self._current = others[0]
                 logger.warning("%s: asking %s now", error, self.connections[self._current].url)
-        return TryAgainError(str(error))
+            garbled = {each for each in self._garbled if self._away[each][0] > now}
+        return error if len(garbled) == len(self.connections) else TryAgainError(str(error))
 
     def common_build(self, connection: Connection, version: tuple[int, int], until: float) -> str:
         """Returns what all slices have in common at a version that answered.
@@ -104,10 +134,13 @@ class Member:
         soon = until if is_alone else time.monotonic() + (until - time.monotonic()) * TRY_FRACTION
         try:
             description, _ = describe(connection, soon, patient=is_alone)
-        except (TryAgainError, OverdueError) as error:
+        except PASSED_OVER as error:
             raise self.passed_over(connection, error) from None
         if not description.common_build:
             raise ConfigError(f"{connection.url} does not say of which version its rows are; update the server")
+        if description.instance and not version[0]:
+            error = FormatError(f"{connection.url} answered without saying of which version; is that a tierstore?")
+            raise self.passed_over(connection, error)
         with self._lock:
             if len(self._builds) >= BUILDS_MAX:
                 self._builds.clear()
@@ -142,18 +175,17 @@ class Member:
             connection.after_fork(child=child)
 
     def _describe_all(self, until: float) -> list[tuple[Description, list[TableSpec]]]:
-        found, failed = list[tuple[Description, list[TableSpec]]](), None
+        found, failed = list[tuple[Description, list[TableSpec]]](), list[TierStoreError]()
         for connection in self.connections:
             left = until - time.monotonic()
             try:
                 soon = until if len(self.connections) == 1 else time.monotonic() + left / 2
                 found.append(describe(connection, soon, patient=False))
-            except DaemonError as error:
-                failed = failed or error
+            except (DaemonError, FormatError) as error:
+                failed.append(error)
                 self.passed_over(connection, error)
         if not found:
-            assert failed is not None
-            raise DaemonError(str(failed))
+            raise failed[0] if isinstance(failed[0], FormatError) else DaemonError(str(failed[0]))
         return found
 
     def _turn(self, until: float) -> tuple[Connection, float]:
@@ -183,10 +215,11 @@ class Member:
                 if specs != self.specs:
                     raise DaemonError(f"{connection.url}: it has other tables now")
             except (TierStoreError, TimeoutError) as error:
-                self.passed_over(connection, DaemonError(str(error)))
+                self.passed_over(connection, error if isinstance(error, GARBAGE) else DaemonError(str(error)))
                 continue
             with self._lock:
                 self._away.pop(index, None)
+                self._garbled.discard(index)
                 self._current = min(self._current, index)
             logger.info("%s answers again", connection.url)
             return

@@ -21,6 +21,7 @@ from .client_set import ClientSet, Keys, check_budget, entry_bytes_of, fill, hot
 from .member import Member
 from .parts import Divided
 from .replies import decoded
+from .requests import Call
 from .wire import encode
 
 logger = logging.getLogger("tierstore")
@@ -161,8 +162,11 @@ class SetKeeper:
         while num_found < count:
             asked = min(KEYS_MAX, count - num_found)
             request = encode(messages.PlacedRequest(member.requests.identity, name, num_found, asked))
-            data = member.unary("Placed", request, time.monotonic() + CALL_S)
-            reply = decoded(messages.PlacedReply, data, member.url)
+
+            def ask(call: Call) -> messages.PlacedReply:
+                return decoded(messages.PlacedReply, call("Placed", request, 0), member.url)  # noqa: B023
+
+            reply = member.answered(ask, time.monotonic() + CALL_S)
             own = np.frombuffer(reply.order_index, dtype=np.uint8)
             if len(own) * 8 != len(reply.keys) or len(own) > asked or (len(own) and own.max() >= len(columns)):
                 raise ConfigError(f"{member.url} answered {len(own)} placed keys of {asked}: update client and server")
