@@ -19,7 +19,11 @@ import tierstore
 
 KEYS = random_keys(np.random.default_rng(60), 80)
 NAME = "layers.1"
-GARBAGE = [b"\xff" * 40, b"", b"<html>", grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN]
+GARBAGE = [
+    b"\xff" * 40,
+    grpc.StatusCode.INTERNAL,
+    *(pytest.param(each, marks=pytest.mark.slow) for each in (b"", b"<html>", grpc.StatusCode.UNKNOWN)),
+]
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,13 @@ Against the real Mooncake if it is installed, and against a folder that stands i
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +23,14 @@ from support.held import held
 from support.mooncakes import IS_INSTALLED, FakeMooncake, RealMooncake
 from support.stores import Model, random_keys
 from support.text_store import good, good_json
+from support.waiting import eventually
 
 import tierstore
 from tierstore.errors import BudgetError, ConfigError, CorruptPageError, StoreNotReadyError
 from tierstore.formats.catalog import CATALOG_FILE, read_catalog
 from tierstore.offline.mooncake import put_shards
 from tierstore.tiers import mooncake as mooncake_module
-from tierstore.tiers.mooncake import Address
+from tierstore.tiers.mooncake import Address, MooncakeClient
 
 DRAM = "600KiB"
 WAIT_S = 3.0  # the real one needs a while for its first answer
@@ -165,6 +170,98 @@ def test_a_library_that_crashes_is_an_error_and_no_signal(
         with pytest.raises(StoreNotReadyError, match="has ended, and starts anew; try again"):
             check_right(store, model)
         check_right_soon(store, model)
+
+
+PARENT = """
+import sys
+from tierstore.tiers import mooncake
+import tierstore, importlib.util
+importlib.util.find_spec = lambda _: True
+store = tierstore.open(sys.argv[1], dram="600KiB", pages=sys.argv[2])
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def left_folders(folder: Path) -> list[Path]:
+    return sorted(folder.glob("tierstore-mooncake-*"))
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder for sockets, whose paths must be short."""
+    with tempfile.TemporaryDirectory(prefix="ts-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_a_parent_that_is_killed_leaves_no_folder(
+    tmp_path: Path, short: Path, monkeypatch: pytest.MonkeyPatch, built: Path, bare: Path
+) -> None:
+    """Its worker removes it; if that is killed, too, the next start does."""
+    fake, folder = FakeMooncake(tmp_path, monkeypatch), short
+    put_shards(built, fake.address)
+    command, environment = [sys.executable, "-c", PARENT, str(bare), fake.address], os.environ | {"TMPDIR": str(folder)}
+    for with_worker in (False, True):
+        parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        with parent:
+            assert parent.stdout is not None
+            assert parent.stdout.readline() == "open\n"
+            (left,) = left_folders(folder)
+            workers = psutil.Process(parent.pid).children()
+            parent.kill()
+            for each in workers if with_worker else ():
+                each.kill()
+        psutil.wait_procs(workers, timeout=60)
+        if not with_worker:
+            eventually(lambda: not left_folders(folder), "the worker removes the folder")
+    assert left_folders(folder) == [left]
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with tierstore.open(bare, dram=DRAM, pages=fake.address):
+        assert left in left_folders(folder)  # so young, it may be one in the making
+        assert len(left_folders(folder)) == 2
+        (served,) = set(left_folders(folder)) - {left}
+        for each in (left, served):
+            os.utime(each, (1, 1))
+        with tierstore.open(bare, dram=DRAM, pages=fake.address):
+            assert left not in left_folders(folder)
+            assert served in left_folders(folder)
+    assert left_folders(folder) == []
+
+
+def test_a_worker_that_cannot_be_started_is_tried_until_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Path, bare: Path, model: Model,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    fake = FakeMooncake(tmp_path, monkeypatch)
+    put_shards(built, fake.address)
+    monkeypatch.setattr(mooncake_module, "SERVED_WAIT_S", 0.2)
+    monkeypatch.setattr(mooncake_module, "START_PAUSE_S", 0.01)
+    monkeypatch.setattr(mooncake_module, "START_PAUSE_S_MAX", 0.05)
+    start, tries = MooncakeClient._start, []
+    faults: list[Exception] = [
+        OSError(errno.EAGAIN, "no process"),
+        RuntimeError("can't start new thread"),
+        MemoryError(),
+    ]
+
+    def failing(client: MooncakeClient) -> subprocess.Popen[str]:
+        tries.append(client)
+        if len(tries) <= 3:
+            raise faults[len(tries) - 1]
+        return start(client)
+
+    with tierstore.open(bare, dram=DRAM, pages=fake.address) as store:
+        check_right(store, model)
+        (tmp_path / "refuse").touch()  # and then it ends at once
+        monkeypatch.setattr(MooncakeClient, "_start", failing)
+        worker().send_signal(signal.SIGKILL)
+        eventually(lambda: len(tries) > 4, "it is tried again")
+        with pytest.raises((StoreNotReadyError, TimeoutError), match=fake.address):
+            check_right(store, model)
+        (tmp_path / "refuse").unlink()
+        check_right_soon(store, model)
+    for words in ("no process", "can't start new thread", "MemoryError", "client does not start"):
+        assert words in caplog.text
 
 
 def test_one_without_room_or_without_a_master_is_named(

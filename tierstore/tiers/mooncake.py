@@ -6,7 +6,8 @@
 Each stretch of a shard, the whole pages of 4 MiB, is an object, tierstore/DIGEST/TABLE/SHARD/NUMBER: DIGEST is the
 base's, so objects of another build are other ones. The client library runs in a process of its own
 (`mooncake_worker`): its calls have no time limit, and cannot be ended otherwise. If the process ends, it is started
-again.
+again, however often that fails. The folder of its socket goes with the store; if we are killed, the worker removes it,
+and if that was killed, too, the next start.
 
 Input: an address and a catalog. Output: a `ServedBy`. Errors: `ConfigError` (an address, no library, nobody there),
 `StoreNotReadyError` (objects are missing).
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import importlib.util
 import json
 import logging
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -45,7 +48,10 @@ STRETCH_BYTES = 4 << 20
 WORKER_FILE = Path(__file__).with_name("mooncake_worker.py")
 START_LIMIT_S = 30.0  # to connect, and to look whether all objects are there
 CLOSE_LIMIT_S = 5.0
-START_PAUSE_S = 1.0  # before a worker that ended is started again
+START_PAUSE_S, START_PAUSE_S_MAX = 1.0, 30.0  # before a worker that ended is started again; doubled if that fails
+FOLDER = "tierstore-mooncake-"
+SOCKET = "pages"
+LEFT_S = 60.0  # of age, from which a folder whose socket nobody serves is one that was left behind
 BACKLOG = 1024
 LINES_KEPT = 20  # of what the library logs
 
@@ -106,13 +112,14 @@ class MooncakeClient:
         self._lines: collections.deque[str] = collections.deque(maxlen=LINES_KEPT)
         self._closing = threading.Event()
         self._owner = os.getpid()
-        self._folder = Path(tempfile.mkdtemp(prefix="tierstore-mooncake-"))
+        _remove_left()
+        self._folder = Path(tempfile.mkdtemp(prefix=FOLDER))
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process: subprocess.Popen[str] | None = None
         put = f"tierstore mooncake put {image.path} {address.text}"
         tables: list[dict[str, Any]] = self._config["tables"]
         self.served = ServedBy(
-            self._folder / "pages",
+            self._folder / SOCKET,
             address.text,
             lambda index, shard, start: f"{tables[index]['folder']}/{shard}/{start // tables[index]['stretch_bytes']}",
             f"put it again: {put} --replace",
@@ -141,7 +148,13 @@ class MooncakeClient:
             text=True,
             errors="replace",
         )
-        threading.Thread(target=self._read_log, args=(process.stderr,), daemon=True).start()
+        try:
+            threading.Thread(target=self._read_log, args=(process.stderr,), daemon=True).start()
+        except BaseException:
+            process.kill()
+            process.wait()
+            _close_pipes(process)
+            raise
         return process
 
     def _read_log(self, log: IO[str]) -> None:
@@ -155,7 +168,9 @@ class MooncakeClient:
         late = threading.Timer(START_LIMIT_S, process.kill)
         late.start()
         try:
-            process.stdin.write(json.dumps(self._config | {"check": check}) + "\n")
+            process.stdin.write(
+                json.dumps(self._config | {"check": check, "socket": os.fspath(self.served.socket_path)}) + "\n"
+            )
             process.stdin.flush()
             return dict(json.loads(process.stdout.readline() or "{}"))
         except OSError:  # it has ended
@@ -174,7 +189,7 @@ class MooncakeClient:
         raise ConfigError(f"{self._address.text}: {why}; look whether its master runs{last}")
 
     def _keep(self) -> None:
-        """Starts the worker again whenever it ends, until `close`."""
+        """Starts the worker again whenever it ends, until `close`; meanwhile readers get named errors."""
         while True:
             assert self._process is not None
             status = self._process.wait()
@@ -184,13 +199,34 @@ class MooncakeClient:
                 "%s: the process that reads pages has ended (status %d) and is started again; its last lines: %s",
                 self._address.text, status, " | ".join(list(self._lines)[-2:]) or "nothing",
             )  # fmt: skip
-            _close_pipes(self._process)
-            if self._closing.wait(START_PAUSE_S):
+            pause_s = START_PAUSE_S
+            while not self._closing.wait(pause_s) and not self._is_started_again():
+                pause_s = min(2 * pause_s, START_PAUSE_S_MAX)
+            if self._closing.is_set():
                 return
+
+    def _is_started_again(self) -> bool:
+        """Starts a worker in place of one that ended; returns whether it serves."""
+        assert self._process is not None
+        why = "it ended at once"
+        try:
+            _close_pipes(self._process)
             self._process = self._start()
             if self._closing.is_set():  # `close` may not have seen this one
                 self._process.kill()
-            self._ask(self._process, check=False)
+            answer = self._ask(self._process, check=False)
+            if answer.get("ready"):
+                return True
+            self._process.kill()
+            self._process.wait()
+            why = answer.get("error") or why
+        except (OSError, RuntimeError, MemoryError, ValueError) as error:  # no process, thread, descriptor or memory
+            why = f"{type(error).__name__}: {error}"
+        if not self._closing.is_set():
+            logger.warning(
+                "%s: the process that reads pages cannot be started: %s; it is tried again", self._address.text, why
+            )
+        return False
 
     def close(self) -> None:
         """Ends the worker, within CLOSE_LIMIT_S, and its thread; closing twice is harmless."""
@@ -214,6 +250,19 @@ class MooncakeClient:
             _close_pipes(self._process)
         self._listener.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _remove_left() -> None:
+    """Removes folders of processes of this user that were killed: nobody listens at their sockets."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        with contextlib.suppress(OSError):  # somebody else removes it, or it is somebody else's
+            found = folder.lstat()
+            if found.st_uid != os.geteuid() or time.time() - found.st_mtime < LEFT_S:
+                continue
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+                probe.setblocking(False)
+                if probe.connect_ex(os.fspath(folder / SOCKET)) in (errno.ECONNREFUSED, errno.ENOENT):
+                    shutil.rmtree(folder)
 
 
 def _close_pipes(process: subprocess.Popen[str]) -> None:

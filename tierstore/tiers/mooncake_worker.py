@@ -1,9 +1,10 @@
 """The process that talks to Mooncake, started by `tiers.mooncake.MooncakeClient`: what hangs or dies in it is not ours.
 
 Input: the descriptor of a listening socket, as an argument; a line of JSON on standard input: address, metadata, host,
-tables (folder of names, stretch_bytes, bytes of each shard), wait_s, check. Output: a line of JSON on standard output,
-{"ready": true}, {"missing": name} or {"error": text}; then it serves what `tiers.served` describes, until standard
-input ends. A call of Mooncake's that takes longer than wait_s ends the process: nothing else ends the call.
+tables (folder of names, stretch_bytes, bytes of each shard), wait_s, check, socket (the path of that which listens).
+Output: a line of JSON on standard output, {"ready": true}, {"missing": name} or {"error": text}; then it serves what
+`tiers.served` describes, until standard input ends, and removes the socket and its folder. A call of Mooncake's that
+takes longer than wait_s ends the process: nothing else ends the call.
 
 Imports nothing of tierstore, so that it is up at once.
 """
@@ -198,7 +199,10 @@ def main() -> None:
         os._exit(1)
     listener = socket.socket(fileno=int(sys.argv[1]))
     threading.Thread(target=_accept, args=(listener, server), daemon=True).start()
-    sys.stdin.read()  # until the store closes
+    sys.stdin.read()  # until the store closes, or its process is killed, which removes nothing
+    with contextlib.suppress(OSError):
+        os.unlink(config["socket"])
+        os.rmdir(os.path.dirname(config["socket"]))
     with watchdog.call():
         server.store.close()
     os._exit(0)
