@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import tierstore
 from tierstore.errors import ConfigError, CorruptPageError
 from tierstore.formats.catalog import read_catalog
 from tierstore.formats.catalog_records import CATALOG_FILE, as_json, from_json, read_records, write_records
+from tierstore.offline import page_writer
 from tierstore.offline.init import init_store
 from tierstore.tools import cli
 from tierstore.training.optimizers import Optimizer
@@ -278,6 +280,34 @@ def test_damage_is_named_and_leaves_no_store(model: Model, tmp_path: Path) -> No
     tierstore.reslice(parts, tmp_path / "new", 1)
     assert tierstore.verify(tmp_path / "new", source=model).faults == []
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_paths_are_those_that_were_given_and_no_lock_stays(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = built(model, tmp_path, 2)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    given = [Path(path.name) for path in parts]
+    report = tierstore.reslice(given, "new/{}", 2)
+    assert report.stores == (Path("new/0"), Path("new/1"))
+    assert [list((tmp_path / path).glob("*.lock")) for path in report.stores] == [[], []]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "other").touch()
+    with pytest.raises(ConfigError, match=r"^full holds 1 other files"):
+        tierstore.reslice(given, "full", 1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(page_writer, "write_all", full)
+        with pytest.raises(tierstore.BudgetError, match=r"^joined: No space left on device: .*run the same command"):
+            tierstore.reslice(given, "joined", 1)
+    monkeypatch.chdir(tmp_path / "here")
+    made = tierstore.reslice(parts, ".", 1).stores  # its unfinished store needs the folder's name
+    assert made == (tmp_path / "here",)
+    assert tierstore.verify(tmp_path / "here").faults == []
 
 
 def test_a_damaged_training_record_is_named(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 
 from ..causes import named
 from ..durable import sync_folder
-from ..errors import ConfigError
-from ..formats.catalog import CATALOG_FILE, CatalogImage, create_catalog, mark_ready, read_catalog
+from ..errors import ConfigError, TierStoreError
+from ..formats.catalog import CATALOG_FILE, LOCK_FILE, CatalogImage, create_catalog, mark_ready, read_catalog
 from ..formats.initial import InitialLayout, lay_out_initial
 from ..formats.page import page_seed
 from ..formats.training_records import read_training
@@ -114,7 +114,9 @@ def reslice(
 
 
 def _paths(into: str | os.PathLike[str], num_slices: int) -> list[Path]:
-    text = os.path.abspath(into)
+    text = os.fspath(into)
+    if Path(text).name in ("", ".."):  # a folder whose name is not said, which the unfinished store's is made of
+        text = os.path.abspath(text)
     if "{}" in text:
         paths = [Path(text.replace("{}", str(index))) for index in range(num_slices)]
         if len(set(paths)) != num_slices:
@@ -143,10 +145,14 @@ def _make(
         records = read_training(unfinished)
         if commit is not None and (records is None or not records.commits):
             write_commit(unfinished, image, slices, commit)
+        (unfinished / LOCK_FILE).unlink(missing_ok=True)
         if path.is_dir():
             path.rmdir()
         unfinished.rename(path)
         sync_folder(path.parent)
+    except TierStoreError as error:
+        error.args = (str(error).replace(os.fspath(unfinished), os.fspath(path)),)  # people know only the final name
+        raise
     except OSError as error:
         raise named(error, path, error.filename, writing=True, note="run the same command then: it goes on") from error
     return written
