@@ -111,7 +111,7 @@ class Member:
         index, now = self.connections.index(connection), time.monotonic()
         with self._lock:
             _, pause_s = self._away.get(index, (0.0, AWAY_S_MIN / 2))
-            # One that answers garbage may still say well what it has, so a probe does not tell when it is mended.
+            # One that answers garbage may still say well what it has, so a probe does not show when it is mended.
             pause_s = AWAY_S_MAX if isinstance(error, GARBAGE) else min(2 * pause_s, AWAY_S_MAX)
             self._away[index] = now + pause_s, pause_s
             (self._garbled.add if isinstance(error, GARBAGE) else self._garbled.discard)(index)

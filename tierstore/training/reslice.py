@@ -115,7 +115,7 @@ def reslice(
 
 def _paths(into: str | os.PathLike[str], num_slices: int) -> list[Path]:
     text = os.fspath(into)
-    if Path(text).name in ("", ".."):  # a folder whose name is not said, which the unfinished store's is made of
+    if Path(text).name in ("", ".."):  # the unfinished store's name is made of the folder's own
         text = os.path.abspath(text)
     if "{}" in text:
         paths = [Path(text.replace("{}", str(index))) for index in range(num_slices)]

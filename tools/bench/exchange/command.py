@@ -1,4 +1,5 @@
-"""`tierstore bench exchange`: training and lock-step lookups of two ranks, and one store over two daemons.
+"""`tierstore bench exchange`: training and lock-step lookups of two ranks, one store over two daemons,
+and pages out of Mooncake.
 
 Input: slices of a table in V4.1's shape, which are made for the run and removed in the end. Output: by the wall, which
 neighbours disturb, with targets; and of the processors of all ranks together, without. Ranks talk over gloo on the
@@ -16,7 +17,8 @@ from tierstore.units import format_bytes
 
 from .. import stores
 from ..pairs import Options, Result
-from . import lookups, rank_group, servers, training
+from ..peers.stores import MissingPeerError
+from . import lookups, mooncake_pages, rank_group, servers, training
 
 SIZE_BYTES = 256 << 20  # of the trained table's float32 values; the table that is looked up has a quarter of its bytes
 
@@ -48,5 +50,8 @@ def run(folder: Path, options: Options) -> Result:
             servers.measure(Path(name), options.tokens, options.pairs, num_rows, result)
         except ModuleNotFoundError as error:
             result.skipped["two daemons"] = f"{error}: {install_command('remote')}"
-    result.skipped["Mooncake"] = "tierstore bench peers has its client; its backing is not measured here"
+        try:
+            mooncake_pages.measure(Path(name), paths[0][0], options.pairs, result)
+        except MissingPeerError as error:
+            result.skipped["Mooncake"] = str(error)
     return result

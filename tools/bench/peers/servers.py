@@ -39,12 +39,12 @@ class Redis(KeyValuePeer):
         ]  # fmt: skip
         self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         try:
-            _await(path.exists, self._server, "redis-server")
+            await_ready(path.exists, self._server, "redis-server")
             self._client = redis.Redis(unix_socket_path=str(path), socket_timeout=START_TIMEOUT_S)
             self._client.ping()
             self.fill(data)
         except BaseException:
-            _end(self._server)
+            end_server(self._server)
             raise
 
     def put(self, keys: list[bytes], values: list[bytes]) -> None:
@@ -55,7 +55,7 @@ class Redis(KeyValuePeer):
 
     def close(self) -> None:
         self._client.close()
-        _end(self._server)
+        end_server(self._server)
 
 
 class Mooncake(Peer):
@@ -70,7 +70,7 @@ class Mooncake(Peer):
     def __init__(self, folder: Path, data: PeerRows) -> None:
         module = imported("mooncake.store", MOONCAKE)
         package = imported("mooncake", MOONCAKE)
-        master, rpc, http, metrics = Path(package.__file__).parent / "mooncake_master", *_free_ports(3)
+        master, rpc, http, metrics = Path(package.__file__).parent / "mooncake_master", *free_ports(3)
         command = [
             str(master), f"--rpc_port={rpc}", "--rpc_address=127.0.0.1", f"--metrics_port={metrics}",
             "--enable_http_metadata_server=true", "--http_metadata_server_host=127.0.0.1",
@@ -79,11 +79,11 @@ class Mooncake(Peer):
         quiet = subprocess.DEVNULL
         self._master = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, cwd=folder)
         try:
-            _await(lambda: _listens(rpc) and _listens(http), self._master, "mooncake_master")
+            await_ready(lambda: listens(rpc) and listens(http), self._master, "mooncake_master")
             self._store = module.MooncakeDistributedStore()
             segment_bytes = 2 * data.rows.nbytes + SPARE_BYTES
             addresses = ("127.0.0.1", f"http://127.0.0.1:{http}/metadata")
-            with _standard_error_in(folder / "mooncake.log"):
+            with standard_error_in(folder / "mooncake.log"):
                 code = self._store.setup(*addresses, segment_bytes, 2 * SPARE_BYTES, "tcp", "", f"127.0.0.1:{rpc}")
             if code:
                 last = (folder / "mooncake.log").read_text(errors="replace").strip().splitlines()[-1:]
@@ -95,7 +95,7 @@ class Mooncake(Peer):
             heads = data.rows.view(np.float32).reshape(ROWS_PER_TOKEN, data.num_tokens, ROW_BYTES // 4)
             self._engram.populate(list(heads))
         except BaseException:
-            _end(self._master)
+            end_server(self._master)
             raise
 
     @property
@@ -110,10 +110,11 @@ class Mooncake(Peer):
 
     def close(self) -> None:
         self._store.close()
-        _end(self._master)
+        end_server(self._master)
 
 
-def _await(ready: Callable[[], bool], server: subprocess.Popen[bytes], name: str) -> None:
+def await_ready(ready: Callable[[], bool], server: subprocess.Popen[bytes], name: str) -> None:
+    """Waits for a server; raises `MissingPeerError` if it ends, or is not ready within START_TIMEOUT_S."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while not ready():
         if server.poll() is not None:
@@ -123,7 +124,8 @@ def _await(ready: Callable[[], bool], server: subprocess.Popen[bytes], name: str
         time.sleep(0.02)
 
 
-def _end(server: subprocess.Popen[bytes]) -> None:
+def end_server(server: subprocess.Popen[bytes]) -> None:
+    """Ends a server within 2 * STOP_TIMEOUT_S."""
     server.terminate()
     try:
         server.wait(STOP_TIMEOUT_S)
@@ -132,7 +134,8 @@ def _end(server: subprocess.Popen[bytes]) -> None:
         server.wait(STOP_TIMEOUT_S)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Returns ports of the loopback that nobody listens at now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -140,13 +143,14 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
+    """Whether somebody listens at a port of the loopback."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextlib.contextmanager
-def _standard_error_in(file: Path) -> Iterator[None]:
+def standard_error_in(file: Path) -> Iterator[None]:
     """Sends what native code writes to standard error to a file: Mooncake's client logs every step there."""
     kept = os.dup(2)
     target = os.open(file, os.O_WRONLY | os.O_CREAT, 0o600)
