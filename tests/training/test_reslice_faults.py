@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from support.durable_replay import run_recorded
 
-PREPARED = """
+NUM_PARTS = 4  # of a sweep, each a program of its own: one program has a time limit
+PREPARED = (
+    f"NUM_PARTS = {NUM_PARTS}\n"
+    + """
 import ctypes, logging, os, shutil, signal
 from pathlib import Path
 import numpy as np
@@ -60,10 +63,11 @@ def check(at):
     assert sorted(os.listdir(new)) == ["0", "1"], at
     shutil.rmtree(new)
 """
+)
 FULL = """
 num_failed = 0
-for at in range(1, num_operations + 1):
-    libc.durable_fail_at(at, int(sys.argv[2]))
+for at in range(int(sys.argv[2]), num_operations + 1, NUM_PARTS):
+    libc.durable_fail_at(at, int(sys.argv[3]))
     try:
         reslice(Path("new"))
     except TierStoreError as error:
@@ -72,10 +76,10 @@ for at in range(1, num_operations + 1):
         assert ".resliced" not in str(error), error
     libc.durable_fail_at(0, 0)
     check(at)
-assert num_operations >= num_failed > 40, (num_operations, num_failed)
+assert num_operations >= num_failed > 40 // NUM_PARTS, (num_operations, num_failed)
 """
 KILLED = """
-for at in range(1, num_operations + 1):
+for at in range(int(sys.argv[2]), num_operations + 1, NUM_PARTS):
     child = os.fork()
     if child == 0:
         libc.durable_die_at(at)
@@ -89,10 +93,16 @@ assert num_operations > 40
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_at_any_operation_leaves_no_half_store_and_the_same_call_goes_on(tmp_path: Path) -> None:
-    run_recorded(PREPARED + FULL, tmp_path, str(errno.ENOSPC))
+@pytest.mark.parametrize("first", range(1, NUM_PARTS + 1))
+def test_a_disk_that_is_full_at_any_operation_leaves_no_half_store_and_the_same_call_goes_on(
+    tmp_path: Path, first: int
+) -> None:
+    run_recorded(PREPARED + FULL, tmp_path, str(first), str(errno.ENOSPC))
 
 
 @pytest.mark.slow
-def test_a_reslice_killed_at_any_operation_leaves_no_half_store_and_the_same_call_goes_on(tmp_path: Path) -> None:
-    run_recorded(PREPARED + KILLED, tmp_path)
+@pytest.mark.parametrize("first", range(1, NUM_PARTS + 1))
+def test_a_reslice_killed_at_any_operation_leaves_no_half_store_and_the_same_call_goes_on(
+    tmp_path: Path, first: int
+) -> None:
+    run_recorded(PREPARED + KILLED, tmp_path, str(first))

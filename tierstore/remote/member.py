@@ -139,8 +139,8 @@ class Member:
         if not description.common_build:
             raise ConfigError(f"{connection.url} does not say of which version its rows are; update the server")
         if description.instance and not version[0]:
-            error = FormatError(f"{connection.url} answered without saying of which version; is that a tierstore?")
-            raise self.passed_over(connection, error)
+            nameless = FormatError(f"{connection.url} answered without its version; is that a tierstore?")
+            raise self.passed_over(connection, nameless)
         with self._lock:
             if len(self._builds) >= BUILDS_MAX:
                 self._builds.clear()
