@@ -78,8 +78,8 @@ class EarlyBatch:
         """Asks all ranks for its rows. Blocks."""
         what = f"prefetch {self.number} of table {self.table}"
         owned = kernels.OwnedRows(self.row_ids, self.starts)
-        came = ranks.counts(what, owned.counts.reshape(-1, 1))
         with ranks.whole(what):
+            came = ranks.counts(what, owned.counts.reshape(-1, 1))
             return AskedRows.exchange(ranks, what, owned, came[:, 0], self.starts)
 
 

@@ -169,7 +169,8 @@ class Ranks:
         sent = torch.zeros((self.size, 3 + COUNTS_MAX), dtype=torch.int64, device="cpu")
         sent[:, 0], sent[:, 1], sent[:, 2] = HEADER_MARK, zlib.crc32(what.encode()), self._waits.number
         sent[:, 3 : 3 + counts.shape[1]] = torch.from_numpy(np.ascontiguousarray(counts, dtype=np.int64))
-        came = self.all_to_all(what, sent).numpy()
+        with self.whole(what):
+            came = self.all_to_all(what, sent).numpy()
         if (came[:, :3] != sent[0, :3].numpy()).any():
             self._raise_places(what)
         return came[:, 3 : 3 + counts.shape[1]].copy()
@@ -244,8 +245,9 @@ class Ranks:
 
     def gather_objects(self, what: str, value: Any) -> list[Any]:
         """Returns what each rank gives, by rank: small values that JSON holds (tuples come as lists). Blocks."""
-        self.counts(what, np.zeros((self.size, 0), dtype=np.int64))
-        return self._gathered(what, value)
+        with self.whole(what):
+            self.counts(what, np.zeros((self.size, 0), dtype=np.int64))
+            return self._gathered(what, value)
 
     def _gathered(self, what: str, value: Any) -> list[Any]:
         """By tensors, not by `all_gather_object`, through which Ctrl-C does not come."""

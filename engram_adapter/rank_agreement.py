@@ -191,17 +191,23 @@ def resliced_commits(training: Training) -> Any:
 
 
 def refuse_failed(ranks: Ranks, what: str, is_failed: np.ndarray, own: Exception | None) -> None:
-    """Raises if any rank failed, bool [W], which all ranks know: this rank's own error, or one that names the others'.
+    """Raises what `refusal_of` returns. Blocks on an exchange of words if any rank failed."""
+    refusal = refusal_of(ranks, what, is_failed, own)
+    if refusal is not None:
+        raise refusal
 
-    Blocks on an exchange of their words.
+
+def refusal_of(ranks: Ranks, what: str, is_failed: np.ndarray, own: Exception | None) -> Exception | None:
+    """Returns why this rank goes no further if any rank failed, bool [W], which all ranks know: its own error, or one
+    that names the others'. None if none failed; else blocks on an exchange of their words.
     """
     if not is_failed.any():
-        return
+        return None
     texts = ranks.gather_objects(f"errors of {what}", "" if own is None else f"{type(own).__name__}: {own}")
     if own is not None:
-        raise own
+        return own
     others = tuple(map(int, np.flatnonzero(is_failed)))
-    raise RankError(
+    return RankError(
         f"{what}: rank {ranks.rank} goes no further, because other ranks could not: "
         f"{'; '.join(f'rank {rank}: {texts[rank]}' for rank in others)}",
         ranks=others,

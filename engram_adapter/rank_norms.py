@@ -16,7 +16,7 @@ import torch
 
 from tierstore import kernels
 
-from .exchange import Ranks
+from .exchange import COUNTS_MAX, Ranks
 from .table_gradient import block_starts
 
 if TYPE_CHECKING:
@@ -41,11 +41,16 @@ class BlockNorms:
         """Returns the norms of all blocks, float64; rows: distinct, int64 [D]; sums: float32 [D, dim]. Blocks."""
         what = f"gradient norms of table {self._name}"
         mine = np.zeros(len(self._blocks), dtype=np.float64)
-        if self._is_cut:
-            self._pass_on(what, rows, sums, mine)
-        else:
+        if not self._is_cut:
             kernels.gradient_norms(rows, sums, self._blocks, mine)
-        of_all = self._ranks.all_gather(what, torch.from_numpy(mine)).numpy()
+        with self._ranks.whole(what):
+            if self._is_cut or len(mine) > COUNTS_MAX:
+                self._ranks.counts(what, np.zeros((self._ranks.size, 0), dtype=np.int64))
+                if self._is_cut:
+                    self._pass_on(what, rows, sums, mine)
+                of_all = self._ranks.all_gather(what, torch.from_numpy(mine)).numpy()
+            else:
+                of_all = self._ranks.counts(what, np.tile(mine.view(np.int64), (self._ranks.size, 1))).view(np.float64)
         norms: np.ndarray = of_all[self._last_rank, np.arange(len(mine))]
         return norms
 

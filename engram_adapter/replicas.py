@@ -153,7 +153,7 @@ class ReplicatedExchange:
         except Exception as raised:
             errors.append(raised)
         ranks = self.replicas.ranks
-        numbers = np.array([bool(errors), len(row_ids), zlib.crc32(np.ascontiguousarray(row_ids))], dtype=np.int64)
+        numbers = np.array([bool(errors), len(row_ids), zlib.crc32(row_ids.tobytes())], dtype=np.int64)
         came = ranks.counts(what, np.tile(numbers, (ranks.size, 1)))
         refuse_failed(ranks, what, came[:, 0] != 0, errors[0] if errors else None)
         if (came[:, 1:] != came[0, 1:]).any():
@@ -227,6 +227,6 @@ def replicated_exchange(
         return [getattr(spec, each) for each in names]
 
     values = replicas.from_source(f"table {name}", numbers)
-    as_tuples = [tuple(each) if isinstance(each, list) else each for each in values]
+    as_tuples: list[Any] = [tuple(each) if isinstance(each, list) else each for each in values]
     spec = TableSpec(**dict(zip(names, as_tuples, strict=True)))
     return ReplicatedExchange(replicas, spec, found[0] if found else None)

@@ -22,9 +22,9 @@ import torch
 from tierstore import kernels
 from tierstore.errors import ConfigError
 
-from .early_rows import AskedRows, EarlyRows, EarlyThread, EarlyTicket
+from .early_rows import AskedRows, EarlyBatch, EarlyRows, EarlyThread, EarlyTicket
 from .exchange import Ranks
-from .rank_agreement import refuse_failed
+from .rank_agreement import refusal_of
 from .rank_norms import BlockNorms
 from .table_gradient import GradientPart
 
@@ -79,8 +79,7 @@ class TableExchange:
             values_of: Called once, with the rows of this slice that ranks ask for, int64 [N], and room for float32
                 [N, dim]; returns their values, there or elsewhere.
         """
-        name, dim = self.spec.name, self.spec.dim
-        what = f"forward of table {name}, {'with' if with_gradient else 'without'} gradient"
+        what = f"forward of table {self.spec.name}, {'with' if with_gradient else 'without'} gradient"
         row_ids, early, owned, error = _NO_IDS, None, kernels.OwnedRows(_NO_IDS, self.starts, None), None
         try:
             row_ids, groups = make_ids()
@@ -91,18 +90,33 @@ class TableExchange:
         numbers = np.zeros((self.ranks.size, 3), dtype=np.int64)
         numbers[:, 0], numbers[:, 1] = owned.counts, 0 if early is None else early.number
         numbers[:, 2] = error is not None
-        came = self.ranks.counts(what, numbers)
-        refuse_failed(self.ranks, what, came[:, 2] != 0, error)
         with self.ranks.whole(what):
-            if early is not None and (came[:, 1] == early.number).all():
-                asked = early.ticket.wait(self.ranks.timeout_s)
-            else:
-                asked = AskedRows.exchange(self.ranks, what, owned, came[:, 0], self.starts)
-            room = self.ranks.scratch.take("values out", (len(asked.row_ids), dim), torch.float32)
-            values = values_of(asked.row_ids, room)
-            into = self.ranks.scratch.take("values in", (int(owned.counts.sum()), dim), values.dtype)
-            self.ranks.all_to_all(what, values, asked.counts, owned.counts.tolist(), into)
-        return SentLookup(len(row_ids), owned, asked), into
+            came = self.ranks.counts(what, numbers)
+            refusal = refusal_of(self.ranks, what, came[:, 2] != 0, error)
+            if refusal is None:
+                return self._answered(what, owned, early, came, len(row_ids), values_of)
+        raise refusal
+
+    def _answered(
+        self,
+        what: str,
+        owned: kernels.OwnedRows,
+        early: EarlyBatch | None,
+        came: np.ndarray,
+        num_references: int,
+        values_of: Callable[[np.ndarray, torch.Tensor], torch.Tensor],
+    ) -> tuple[SentLookup, torch.Tensor]:
+        """Exchanges ids, unless they went early on all ranks, and values. came: int64 [W, 3], what ranks announced."""
+        dim = self.spec.dim
+        if early is not None and (came[:, 1] == early.number).all():
+            asked = early.ticket.wait(self.ranks.timeout_s)
+        else:
+            asked = AskedRows.exchange(self.ranks, what, owned, came[:, 0], self.starts)
+        room = self.ranks.scratch.take("values out", (len(asked.row_ids), dim), torch.float32)
+        values = values_of(asked.row_ids, room)
+        into = self.ranks.scratch.take("values in", (int(owned.counts.sum()), dim), values.dtype)
+        self.ranks.all_to_all(what, values, asked.counts, owned.counts.tolist(), into)
+        return SentLookup(num_references, owned, asked), into
 
     def gradient_norms(self, rows: np.ndarray, sums: np.ndarray) -> np.ndarray:
         """Returns the norms of all blocks of the table, float64; arguments are of this slice's rows. Blocks."""
@@ -121,8 +135,8 @@ class TableExchange:
         numbers = np.stack([given, np.full(len(given), counts.shape[1])], axis=1)
         sums = scratch.take(f"sums out {place}", (int(given.sum()), dim), torch.float32)
         sent.owned.sum(gradients, sums.numpy(), self._scale, self._threads)
-        came = self.ranks.counts(what, numbers)
         with self.ranks.whole(what):
+            came = self.ranks.counts(what, numbers)
             into = scratch.take(f"sums in {place}", (int(came[:, 0].sum()), dim), torch.float32)
             under_way = self.ranks.start_all_to_all(what, sums, given.tolist(), came[:, 0].tolist(), into)
             rows, groups = sent.asked.row_ids, None

@@ -82,7 +82,7 @@ class TrainableModule(torch.nn.Module):
         """Binds the table of this rank's training, and returns its exchange."""
         if not hasattr(self._training, "commit"):
             raise TypeError(f"training: a {type(self._training).__name__}; give what tierstore.open_training returned")
-        self._table = named_table(self._training, name)
+        self._table = named_table(self.training_store, name)
         self._table_spec = self._table.spec
         return exchange_of(self._table, process_group, reduction)
 

@@ -18,13 +18,15 @@ TRACED = str(Path(tierstore.__file__).parent / "training")
 
 
 class Interrupted:
-    """Raises at the n-th line that the training's own files run in this thread.
+    """Raises at the n-th line that the training's own files, or others, run in this thread.
 
     Not where a `with` ends: Python names its line once more before it calls `__exit__`, and runs no signal handler
     there.
     """
 
-    def __init__(self, number: int, error: type[BaseException]) -> None:
+    def __init__(self, number: int, error: type[BaseException], traced: str | tuple[str, ...] = TRACED) -> None:
+        """traced: What the names of the files begin with."""
+        self.traced = traced
         self.left, self.error, self.was_raised = number, error, False
         self._entered = set[tuple[int, int]]()
 
@@ -36,7 +38,7 @@ class Interrupted:
         sys.settrace(None)
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
-        if not frame.f_code.co_filename.startswith(TRACED):
+        if not frame.f_code.co_filename.startswith(self.traced):
             return None
         if event == "call":  # a frame that ended may have had its id, and may have left its `with` by `return`
             self._entered = {at for at in self._entered if at[0] != id(frame)}
