@@ -87,7 +87,7 @@ def _print(store: Path, found: list[dict[str, Any]]) -> None:
         table.add_row(
             str(of["commit"]),
             f"{of['step']:,}",
-            datetime.fromtimestamp(of["time_s"], UTC).strftime("%m-%d %H:%M:%SZ"),
+            datetime.fromtimestamp(of["time_s"], UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             " ".join(marks),
             f"{sum(of['records'].values()):,}",
             format_bytes(of["num_bytes"]),

@@ -86,7 +86,7 @@ def _print(image: CatalogImage, records: list[dict[str, Any]]) -> None:
         if not record["version"]:
             table.add_row("0", "the base", "", "", "", record["digest"][:12])
             continue
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["created_at"]))
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record["created_at"]))
         num_rows = sum(part["rows"] for part in record["tables"].values())
         commit = "" if record["commit"] is None else str(record["commit"])
         size = format_bytes(record["num_bytes"])

@@ -3,6 +3,7 @@ and leaves the terminal tidy."""
 
 from __future__ import annotations
 
+import calendar
 import codecs
 import os
 import pty
@@ -92,9 +93,9 @@ def test_a_daemon_that_is_not_there_at_the_start_is_an_error() -> None:
 
 def test_plain_lines_say_what_the_screen_says() -> None:
     rates = rates_between(record_after(0), record_after(3), 2.0)
-    now_s = time.mktime((2026, 9, 22, 14, 15, 1, 0, 0, -1))
+    now_s = calendar.timegm((2026, 9, 22, 14, 15, 1))
     lines = plain_lines(record_after(3), rates, now_s)
-    assert all(line.startswith("2026-09-22T14:15:01  ") for line in lines)
+    assert all(line.startswith("2026-09-22T14:15:01Z  ") for line in lines)
     assert "1.50 k keys/s  hit rate 100.0 % (since start 69.3 %)" in lines[0]
     assert "DRAM 7.82 GiB of 8.00 GiB  epoch 7  clients 3" in lines[0]
     assert lines[1].endswith("layers.1 order 2  hit rate 100.0 % of 1.50 k keys/s (since start 93.0 %)")
@@ -102,7 +103,7 @@ def test_plain_lines_say_what_the_screen_says() -> None:
     assert lines[-1].endswith(
         "  ! the old epoch waits for pid 5102: a process leaves it at its next lookup, or when it ends"
     )
-    assert plain_lines(record_after(3), None, now_s, "away") == ["2026-09-22T14:15:01  ! away"]
+    assert plain_lines(record_after(3), None, now_s, "away") == ["2026-09-22T14:15:01Z  ! away"]
 
 
 def test_without_a_terminal_it_prints_count_refreshes_and_ends_well(

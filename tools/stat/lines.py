@@ -156,7 +156,7 @@ def learning_lines(record: StatRecord, now_s: float) -> list[str]:
 
 def plain_lines(record: StatRecord, rates: Rates | None, now_s: float, problem: str | None = None) -> list[str]:
     """Returns one refresh for a log: a line for all, one for each table and order, one for what needs an eye."""
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now_s))
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now_s))
     if problem:
         return [f"{stamp}  ! {problem}"]
     memory = record.memory
