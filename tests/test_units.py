@@ -31,6 +31,13 @@ def test_what_is_no_size_is_refused_by_the_name_of_its_option(text: object) -> N
         parse_bytes(text, "dram")
 
 
+@pytest.mark.parametrize(("bits", "size"), [("8Mb", "8MB"), ("2Gib", "2GiB"), ("1.5 KIb", "1.5KIB")])
+def test_a_size_in_bits_is_refused_with_the_size_in_bytes_to_write(bits: str, size: str) -> None:
+    with pytest.raises(ConfigError, match=f"dram: '{bits}' reads as bits; for bytes write '{size}'"):
+        parse_bytes(bits, "dram")
+    assert parse_bytes(size, "dram") > 0
+
+
 @pytest.mark.parametrize(
     ("num_bytes", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (2**31, "2.00 GiB"), (2**41, "2.00 TiB")]
 )

@@ -29,6 +29,9 @@ def parse_bytes(size: int | str, what: str) -> int:
     factor = _FACTORS.get(match[2].upper()) if match else None
     if match is None or factor is None:
         raise ConfigError(f"{what}: {size!r} is not a size; write a number of bytes, or one with B, KiB, MiB, GiB, TiB")
+    if match[2].endswith("b") and match[2] != match[2].lower():
+        byte_unit = match[2][:-1] + "B"
+        raise ConfigError(f"{what}: {size!r} reads as bits; for bytes write {match[1] + byte_unit!r}")
     value = Fraction(match[1]) * factor
     if value.denominator != 1:
         raise ConfigError(f"{what}: {size!r} is {float(value)} bytes, not a whole number; write it in a smaller unit")
