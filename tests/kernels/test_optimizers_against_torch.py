@@ -148,6 +148,16 @@ def test_lazy_adam_is_within_two_ulp_of_sparse_adam_a_step(beta1: float, *, exac
     assert np.allclose(alone.values, embedding.weight.detach().numpy(), rtol=0, atol=1e-6)
 
 
+def test_a_row_that_lazy_adam_meets_late_moves_by_more_than_three_rates() -> None:
+    """As torch 2.13's SparseAdam does: findings/torch_sparse_adam_leaps_late.sh."""
+    ours = Ours(LazyAdam(0.01), torch.zeros(2, 1), "exp_avg", "exp_avg_sq")
+    gradient = np.full((1, 1), 0.5, np.float32)
+    for _ in range(5000):
+        ours.step(np.array([1]), gradient, 0.01)
+    ours.step(np.array([0]), gradient, 0.01)
+    assert -ours.values[0, 0] / 0.01 == pytest.approx(0.1 / 0.001**0.5, rel=0.01)
+
+
 def rate_of(step: int) -> float:
     return 0.01 * (1 + step % 7)
 
