@@ -92,38 +92,42 @@ float float16_value(const uint8_t* at) {
   return (bits & 0x8000) != 0 ? -magnitude : magnitude;
 }
 
-// Scales that lie side by side, as float32; 0x400000 is 2^-127.
-void read_scales(Scale scale, const uint8_t* at, size_t count, float* out) {
-  switch (scale) {
-    case Scale::kE8m0:
-      for (size_t i = 0; i < count; ++i) {
-        out[i] = float_of_bits(at[i] == 0 ? 0x00400000u : at[i] == 255 ? 0x7fc00000u : uint32_t{at[i]} << 23);
-      }
-      return;
-    case Scale::kE4m3:
-      for (size_t i = 0; i < count; ++i) out[i] = leaves::Fp8Value()(at[i]);
-      return;
-    case Scale::kFp16:
-      for (size_t i = 0; i < count; ++i) out[i] = float16_value(at + 2 * i);
-      return;
-    case Scale::kBf16:
-      for (size_t i = 0; i < count; ++i)
-        out[i] = float_of_bits(uint32_t{at[2 * i]} << 16 | uint32_t{at[2 * i + 1]} << 24);
-      return;
-    default:
-      std::memcpy(out, at, count * sizeof *out);
+// Scales by the table's factor; of any NaN the one whose low bits are 0, because rounding must not carry.
+template <typename Value>
+void finish_scales(const BlockCodec& codec, size_t count, float* out, Value value) {
+  const float factor = codec.factor;
+  const auto finish = [&](size_t i, float scale) {
+    out[i] = std::isnan(scale) ? std::numeric_limits<float>::quiet_NaN() : scale;
+  };
+  if (codec.divides) {
+    for (size_t i = 0; i < count; ++i) finish(i, value(i) / factor);
+  } else {
+    for (size_t i = 0; i < count; ++i) finish(i, value(i) * factor);
   }
 }
 
-// By the table's factor; of any NaN the one whose low bits are 0, because rounding must not carry.
-void finish_scales(const BlockCodec& codec, size_t count, float* scales) {
-  if (codec.divides) {
-    for (size_t i = 0; i < count; ++i) scales[i] /= codec.factor;
-  } else {
-    for (size_t i = 0; i < count; ++i) scales[i] *= codec.factor;
-  }
-  for (size_t i = 0; i < count; ++i) {
-    scales[i] = std::isnan(scales[i]) ? std::numeric_limits<float>::quiet_NaN() : scales[i];
+// Scales as float32, each `stride` bytes after the one before; 0x400000 is 2^-127.
+void read_scales(const BlockCodec& codec, const uint8_t* at, size_t stride, size_t count, float* out) {
+  const auto by = [&](auto value) {
+    finish_scales(codec, count, out, [&](size_t i) { return value(at + i * stride); });
+  };
+  switch (codec.scale) {
+    case Scale::kE8m0:
+      return by([](const uint8_t* byte) {
+        return float_of_bits(*byte == 0 ? 0x00400000u : *byte == 255 ? 0x7fc00000u : uint32_t{*byte} << 23);
+      });
+    case Scale::kE4m3:
+      return by([](const uint8_t* byte) { return leaves::Fp8Value()(*byte); });
+    case Scale::kFp16:
+      return by(float16_value);
+    case Scale::kBf16:
+      return by([](const uint8_t* two) { return float_of_bits(uint32_t{two[0]} << 16 | uint32_t{two[1]} << 24); });
+    default:
+      return by([](const uint8_t* four) {
+        float value;
+        std::memcpy(&value, four, sizeof value);
+        return value;
+      });
   }
 }
 
@@ -153,7 +157,7 @@ void decode_blocks(const Leaves& with, Values values, const Blocks& blocks) {
   }
 }
 
-// Values, then their scales.
+// One row: values, then their scales.
 void decode_planes(const Leaves& with, const BlockCodec& codec, const uint8_t* row, size_t dim, uint16_t* out) {
   const size_t num_blocks = dim / codec.block, stride = is_half_byte(codec.values) ? codec.block / 2 : codec.block;
   const size_t bytes_each = scale_bytes(codec.scale);
@@ -161,10 +165,21 @@ void decode_planes(const Leaves& with, const BlockCodec& codec, const uint8_t* r
   float scales[kScalesAtOnce];
   for (size_t start = 0; start < num_blocks; start += kScalesAtOnce) {
     const size_t count = std::min(kScalesAtOnce, num_blocks - start);
-    read_scales(codec.scale, at + start * bytes_each, count, scales);
-    finish_scales(codec, count, scales);
+    read_scales(codec, at + start * bytes_each, bytes_each, count, scales);
     decode_blocks(with, codec.values,
                   {row + start * stride, stride, codec.block, count, scales, out + start * codec.block});
+  }
+}
+
+// Rows of one scale each, which are blocks of a long row: many at once, since a row alone costs as much as its values.
+void decode_whole_rows(const Leaves& with, const BlockCodec& codec, const uint8_t* rows, size_t num_rows,
+                       size_t row_stride, size_t dim, uint16_t* out) {
+  const size_t scale_start = is_half_byte(codec.values) ? dim / 2 : dim;
+  float scales[kScalesAtOnce];
+  for (size_t start = 0; start < num_rows; start += kScalesAtOnce, rows += kScalesAtOnce * row_stride) {
+    const size_t count = std::min(kScalesAtOnce, num_rows - start);
+    read_scales(codec, rows + scale_start, row_stride, count, scales);
+    decode_blocks(with, codec.values, {rows, row_stride, dim, count, scales, out + start * dim});
   }
 }
 
@@ -237,6 +252,9 @@ size_t block_row_bytes(const BlockCodec& codec, size_t dim) {
 void decode_block_rows(const BlockCodec& codec, const uint8_t* rows, size_t num_rows, size_t row_stride, size_t dim,
                        bool plain, uint16_t* out) {
   const Leaves& with = plain ? leaves::kPlain : leaves::fastest();
+  if (codec.scale != Scale::kNone && codec.block == dim) {
+    return decode_whole_rows(with, codec, rows, num_rows, row_stride, dim, out);
+  }
   for (size_t row = 0; row < num_rows; ++row, rows += row_stride, out += dim) {
     if (codec.values == Values::kQ4K) {
       decode_q4_k(with, rows, dim, out);

@@ -51,6 +51,7 @@ void q4_k_plain(const uint8_t* values, const float* scales, const float* minima,
 
 #if defined(__x86_64__)
 #define TIERSTORE_AVX2 __attribute__((target("avx2")))
+#define TIERSTORE_FMA __attribute__((target("avx2,fma")))
 
 // The 16 products of a block as two tables of bytes, which one instruction looks 16 codes up in.
 struct Tables {
@@ -135,25 +136,73 @@ TIERSTORE_AVX2 inline __m256i rounded_above(__m256i integers, __m256 scale) {
   return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
 }
 
-// flipped: of a byte's bits before it is a two's complement number; 0x80 takes 128 away.
+// 16 integers of one byte times any scale. flipped: of a byte's bits before it is a two's complement number; 0x80 takes
+// 128 away.
+template <char flipped>
+TIERSTORE_AVX2 inline __m256i products_of_any(const uint8_t* bytes, __m256 scale) {
+  __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+  if (flipped != 0) packed = _mm_xor_si128(packed, _mm_set1_epi8(flipped));
+  // Values of even and of odd index apart: each result then lies where it is stored.
+  const __m256i wide = _mm256_cvtepi8_epi16(packed);
+  const __m256i even = rounded_above(_mm256_srai_epi32(_mm256_slli_epi32(wide, 16), 16), scale);
+  const __m256i odd = rounded_above(_mm256_srai_epi32(wide, 16), scale);
+  return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
+}
+
+// Whether `products_of_short` has this scale: a product's last bit is 0 then, and so is that of kByteOffset times it. A
+// negative scale makes -0 of 0, which the sum of two products does not.
+inline bool is_short(float scale) {
+  uint32_t bits;
+  std::memcpy(&bits, &scale, sizeof bits);
+  return (bits & 0xfff) == 0 && scale >= 0x1p-100f && scale <= 0x1p100f;
+}
+
+constexpr uint32_t kByteFloat = 0x47000000;       // 32768.0f, whose second byte is 0: a byte there adds its value
+constexpr float kByteOffset = 32768.0f + 128.0f;  // of it, and of the sign bit that is flipped
+constexpr char kNone = '\x80';                    // of a shuffle: a byte of zeros
+
+// The same for a scale of at most 12 significant bits, with half the instructions. A byte becomes a float by its place
+// alone; one multiply-add takes the offset away, exactly. Both halves of 16 products are then rounded together: what is
+// cut off is above a half, or is one of an odd number, if it exceeds 0x7fff by the number's last bit. As its own last
+// bit is 0, comparing with -2 or -1 does that.
+template <char flipped>
+TIERSTORE_FMA inline __m256i products_of_short(const uint8_t* bytes, __m256 scale, __m256 offset) {
+  const __m256i packed = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  const __m256i even_places = _mm256_setr_epi8(
+      kNone, 0, kNone, kNone, kNone, 2, kNone, kNone, kNone, 4, kNone, kNone, kNone, 6, kNone, kNone,  //
+      kNone, 8, kNone, kNone, kNone, 10, kNone, kNone, kNone, 12, kNone, kNone, kNone, 14, kNone, kNone);
+  const __m256i odd_places = _mm256_setr_epi8(
+      kNone, 1, kNone, kNone, kNone, 3, kNone, kNone, kNone, 5, kNone, kNone, kNone, 7, kNone, kNone,  //
+      kNone, 9, kNone, kNone, kNone, 11, kNone, kNone, kNone, 13, kNone, kNone, kNone, 15, kNone, kNone);
+  const __m256i whole = _mm256_set1_epi32(static_cast<int>(kByteFloat | (flipped == 0 ? 0x8000 : 0)));
+  const auto product = [&](__m256i places) TIERSTORE_FMA {
+    const __m256i value = _mm256_xor_si256(_mm256_shuffle_epi8(packed, places), whole);
+    return _mm256_castps_si256(_mm256_fmsub_ps(_mm256_castsi256_ps(value), scale, offset));
+  };
+  const __m256i even = product(even_places), odd = product(odd_places);
+  const __m256i kept = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
+  const __m256i cut = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa);
+  const __m256i up = _mm256_cmpgt_epi16(_mm256_or_si256(kept, _mm256_set1_epi16(-2)),
+                                        _mm256_xor_si256(cut, _mm256_set1_epi16(0x7ffe)));
+  return _mm256_sub_epi16(kept, up);
+}
+
 template <typename Value, char flipped>
-TIERSTORE_AVX2 void integers_avx2(const Blocks& blocks) {
+TIERSTORE_FMA void integers_avx2(const Blocks& blocks) {
   for (size_t b = 0; b < blocks.num_blocks; ++b) {
     const uint8_t* bytes = blocks.values + b * blocks.stride;
     uint16_t* out = blocks.out + b * blocks.count;
-    const __m256 scale = _mm256_set1_ps(blocks.scales[b]);
+    const float factor = blocks.scales[b];
+    const __m256 scale = _mm256_set1_ps(factor), offset = _mm256_set1_ps(factor * kByteOffset);
+    const auto store = [out](size_t i, __m256i values)
+                           TIERSTORE_FMA { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), values); };
     size_t i = 0;
-    for (; i + 16 <= blocks.count; i += 16) {
-      __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i));
-      if (flipped != 0) packed = _mm_xor_si128(packed, _mm_set1_epi8(flipped));
-      // Values of even and of odd index apart: each result then lies where it is stored.
-      const __m256i wide = _mm256_cvtepi8_epi16(packed);
-      const __m256i even = rounded_above(_mm256_srai_epi32(_mm256_slli_epi32(wide, 16), 16), scale);
-      const __m256i odd = rounded_above(_mm256_srai_epi32(wide, 16), scale);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
-                          _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa));
+    if (is_short(factor)) {
+      for (; i + 16 <= blocks.count; i += 16) store(i, products_of_short<flipped>(bytes + i, scale, offset));
+    } else {
+      for (; i + 16 <= blocks.count; i += 16) store(i, products_of_any<flipped>(bytes + i, scale));
     }
-    if (i < blocks.count) scale_bytes<Value>(bytes + i, blocks.count - i, blocks.scales[b], out + i);
+    if (i < blocks.count) scale_bytes<Value>(bytes + i, blocks.count - i, factor, out + i);
   }
 }
 
@@ -188,7 +237,7 @@ const Leaves kPlain = {
 
 const Leaves& fastest() {
 #if defined(__x86_64__)
-  static const bool has_avx2 = __builtin_cpu_supports("avx2");
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_avx2) return kAvx2;
 #endif
   return kPlain;

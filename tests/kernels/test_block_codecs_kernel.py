@@ -47,6 +47,17 @@ def test_any_bytes_decode_as_the_reference_decodes_them(codec: str, plain: bool)
         np.testing.assert_array_equal(got[~is_nan], expected[~is_nan])
 
 
+@pytest.mark.parametrize("codec", ["int8_bf16", "int8_fp16", "uint8b128_bf16"])
+def test_every_byte_times_scales_of_every_size_and_sign_rounds_as_the_reference_rounds(codec: str) -> None:
+    """Ties are common where a scale has few bits, and -0 comes of a negative one; scales of all exponents are here."""
+    scales = np.arange(0, 1 << 16, 7, dtype="<u2").view(np.uint8).reshape(-1, 2)
+    rows = np.concatenate([np.tile(np.arange(256, dtype=np.uint8), (len(scales), 1)), scales], axis=1)
+    expected, got = decode(reference, rows, codec, 256), decode(kernels, rows, codec, 256)
+    is_nan = (expected & 0x7FFF) > 0x7F80
+    np.testing.assert_array_equal((got & 0x7FFF) > 0x7F80, is_nan)
+    np.testing.assert_array_equal(got[~is_nan], expected[~is_nan])
+
+
 def test_a_nan_of_any_bits_stays_one() -> None:
     """Rounding carries: 0x7fffffff plus a half would be minus zero."""
     scales = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001], dtype="<u4").view(np.uint8).reshape(3, 4)
