@@ -79,7 +79,8 @@ def test_all_requests_are_sent_before_an_answer_is_waited_for(is_small: bool) ->
     each = [exchange(FakeMember(name, log), is_small=is_small) for name in "abc"]
     carried_out(*each)
     assert log[:4] == ["send a", "send b", "send and wait c" if is_small else "send c", "wait a"]
-    assert [[answer.data for answer in one.answers] for one in each] == [[b"a"], [b"b"], [b"c"]]  # type: ignore[attr-defined]
+    found = [[answer.data for answer in one.answers] for one in each]  # type: ignore[attr-defined]
+    assert found == [[b"a"], [b"b"], [b"c"]]
     assert [one.connection.name for one in each if one.connection] == ["a", "b", "c"]  # type: ignore[attr-defined]
     assert not any(entry.startswith("cancel") for entry in log)
 
