@@ -198,25 +198,29 @@ class ItemCounter:
         buffer.num_items = 0
 
     def _merge(self) -> Iterator[Counted]:
-        """Merges the runs: what lies up to the least last item of all blocks, of which more is to come, is complete."""
+        """Merges the runs: what lies up to the least last item of all blocks, of which more is to come, is complete.
+
+        Arrays are made once, and blocks are sorted in one thread: the allocator keeps what was freed, for each thread
+        by itself, and took twice the memory.
+        """
         assert self._file is not None, "there are runs"
         block_items = max(BLOCK_ITEMS_MIN, self._merge_items // len(self._runs))
-        heads = [_Head.of(self._file, run, self._num_weights) for run in self._runs]
+        heads = [_Head.of(self._file, run, self._num_weights, block_items) for run in self._runs]
+        block = _Buffer.of(sum(len(head.items) for head in heads), self._num_weights)
         self._num_taken = 0
         while heads:
             try:
                 for head in heads:
-                    head.read_up_to(block_items)
+                    head.read()
             except OSError as error:
                 raise self._named(error) from error
             limits = [head.last for head in heads if not head.at_end]
-            parts = [head.take(min(limits) if limits else None) for head in heads]
-            heads = [head for head in heads if len(head.items) or not head.at_end]
-            items = np.concatenate([items for items, _ in parts])
-            sums = np.concatenate([sums for _, sums in parts])
-            del parts
-            self._num_taken += len(items)
-            yield aside(_sorted_and_summed, items, sums)
+            block.num_items = 0
+            for head in heads:
+                block.fill(*head.take(min(limits) if limits else None))
+            heads = [head for head in heads if head.num_left or not head.at_end]
+            self._num_taken += block.num_items
+            yield self._sorter.submit(block.counted).result()
 
     def _named(self, error: OSError) -> TierStoreError:
         what = f"counts in {self._folder}, {self._bytes_spilled} bytes so far"
@@ -258,48 +262,60 @@ class _Buffer:
 
 @dataclass
 class _Head:
-    """The items of a run that were read and not taken yet."""
+    """The items of a run that were read and not taken yet: `items[start:end]`."""
 
     file: IO[bytes]
     run: _Run
     items: np.ndarray
     sums: np.ndarray
     num_read: int = 0
+    start: int = 0
+    end: int = 0
 
     @classmethod
-    def of(cls, file: IO[bytes], run: _Run, num_weights: int) -> _Head:
-        return cls(file, run, np.empty((0, 2), dtype=np.uint64), np.empty((0, num_weights), dtype=np.int64))
+    def of(cls, file: IO[bytes], run: _Run, num_weights: int, num_items: int) -> _Head:
+        """num_items: for how many there is room at most."""
+        room = min(num_items, run.num_items)
+        return cls(file, run, np.empty((room, 2), dtype=np.uint64), np.empty((room, num_weights), dtype=np.int64))
 
     @property
     def at_end(self) -> bool:
         return self.num_read == self.run.num_items
 
     @property
-    def last(self) -> tuple[int, int]:
-        return _item(self.items, len(self.items) - 1)
+    def num_left(self) -> int:
+        return self.end - self.start
 
-    def read_up_to(self, num_items: int) -> None:
-        """Reads until there are `num_items`, or the run's end is reached."""
-        count = min(num_items - len(self.items), self.run.num_items - self.num_read)
-        if count <= 0:
+    @property
+    def last(self) -> tuple[int, int]:
+        return _item(self.items, self.end - 1)
+
+    def read(self) -> None:
+        """Reads until the room is full, or the run's end is reached."""
+        for array in (self.items, self.sums):
+            array[: self.num_left] = array[self.start : self.end]
+        self.start, self.end = 0, self.num_left
+        count = min(len(self.items) - self.end, self.run.num_items - self.num_read)
+        if count == 0:
             return
-        items = np.empty((count, 2), dtype=np.uint64)
-        sums = np.empty((count, self.sums.shape[1]), dtype=self.run.sums_dtype)
-        for array, start in ((items, self.run.items_start), (sums, self.run.sums_start)):
+        new = slice(self.end, self.end + count)
+        sums = self.sums[new]
+        narrow = sums if sums.dtype == self.run.sums_dtype else np.empty(sums.shape, dtype=self.run.sums_dtype)
+        for array, start in ((self.items[new], self.run.items_start), (narrow, self.run.sums_start)):
             byte_start = start + self.num_read * array.itemsize * array.shape[1]
             read_exactly(self.file.fileno(), array.reshape(-1).view(np.uint8), byte_start, "a sorted run of counts")
-        self.items = np.concatenate([self.items, items])
-        self.sums = np.concatenate([self.sums, sums.astype(np.int64)])
+        if narrow is not sums:
+            sums[:] = narrow
+        self.end += count
         self.num_read += count
 
     def take(self, limit: tuple[int, int] | None) -> Counted:
-        """Removes and returns what lies up to and at `limit`; all, if it is None."""
-        count = len(self.items)
+        """Removes and returns what lies up to and at `limit`; all, if it is None. It is valid until the next `read`."""
+        first, self.start = self.start, self.end
         if limit is not None:
-            count = bisect.bisect_right(range(count), limit, key=lambda index: _item(self.items, index))
-        taken = self.items[:count], self.sums[:count]
-        self.items, self.sums = self.items[count:], self.sums[count:]
-        return taken
+            items = self.items
+            self.start = bisect.bisect_right(range(self.end), limit, lo=first, key=lambda at: _item(items, at))
+        return self.items[first : self.start], self.sums[first : self.start]
 
 
 def _sorted_and_summed(items: np.ndarray, weights: np.ndarray) -> Counted:
