@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tierstore import ConfigError
-from tierstore.units import format_bytes, parse_bytes
+from tierstore.units import count_text, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,9 @@ def test_a_size_in_bits_is_refused_with_the_size_in_bytes_to_write(bits: str, si
 )
 def test_sizes_are_written_in_the_largest_whole_unit(num_bytes: int, text: str) -> None:
     assert format_bytes(num_bytes) == text
+
+
+def test_a_count_names_one_thing_in_the_singular() -> None:
+    counts = [(0, "shard"), (1, "shard"), (2, "shard"), (4096, "placed entry"), (1, "placed entry"), (3, "key")]
+    said = [count_text(count, noun) for count, noun in counts]
+    assert said == ["0 shards", "1 shard", "2 shards", "4,096 placed entries", "1 placed entry", "3 keys"]

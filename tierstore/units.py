@@ -1,4 +1,4 @@
-"""Bytes in and out of words: "2GiB" -> 2147483648 -> "2.00 GiB".
+"""Bytes and counts in words: "2GiB" -> 2147483648 -> "2.00 GiB", 1 -> "1 shard".
 
 Input: what a user typed as a budget or a size. Output: an int of bytes, or a text for people. Errors: `ConfigError` for
 negative sizes, fractions of a byte and unknown units.
@@ -44,3 +44,13 @@ def format_bytes(num_bytes: float) -> str:
         if abs(num_bytes) >= factor:
             return f"{num_bytes / factor:.2f} {unit}"
     return f"{num_bytes:.0f} B"
+
+
+def count_text(count: int, noun: str) -> str:
+    """Returns a count and its noun for people: 1, "shard" -> "1 shard"; 4096, "entry" -> "4,096 entries".
+
+    `noun` is a singular whose plural ends in "s", or in "ries" if it ends in "ry".
+    """
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count:,} {noun[:-1] + 'ies' if noun.endswith('ry') else noun + 's'}"

@@ -17,7 +17,7 @@ from engram_adapter.checkpoints import build_checkpoint
 from engram_adapter.families import FAMILIES
 from tierstore.offline.build import BuildPlan, BuildReport
 from tierstore.slices import parse_slice
-from tierstore.units import format_bytes, parse_bytes
+from tierstore.units import count_text, format_bytes, parse_bytes
 
 from .cli import Progress, console
 
@@ -94,7 +94,7 @@ def command(
     if report.bytes_written:
         rate = format_bytes(report.bytes_written / max(report.seconds, 1e-9))
         done = f"{format_bytes(report.bytes_written)} written in {report.seconds:.1f} s ({rate}/s)"
-    click.echo(f"{store} is ready: {done}, {report.shards_built} shards built, {report.shards_kept} kept")
+    click.echo(f"{store} is ready: {done}, {count_text(report.shards_built, 'shard')} built, {report.shards_kept} kept")
 
 
 def build_record(store: Path, plan: BuildPlan, report: BuildReport) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from tierstore.units import format_bytes, parse_bytes
+from tierstore.units import count_text, format_bytes, parse_bytes
 
 from .cli import Progress
 
@@ -44,6 +44,6 @@ def command(
         click.echo(json.dumps({"store": str(store), "new_store": str(new_store)} | asdict(report), indent=2))
         return
     click.echo(
-        f"{new_store}: {report.shards_built} shards written ({format_bytes(report.bytes_written)}), "
+        f"{new_store}: {count_text(report.shards_built, 'shard')} written ({format_bytes(report.bytes_written)}), "
         f"{report.shards_kept} kept"
     )

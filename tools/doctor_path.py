@@ -16,7 +16,7 @@ from tierstore.formats.run import REMEDY as RUN_REMEDY
 from tierstore.tiers.files import open_table
 from tierstore.tiers.placed import PlacementFile
 from tierstore.tiers.version_files import VersionFiles
-from tierstore.units import format_bytes
+from tierstore.units import count_text, format_bytes
 
 from .history import training_record, training_words, versions_record, versions_words
 
@@ -63,7 +63,8 @@ def check_store(path: Path) -> list[Finding]:
     table_bytes = sum(layout.spec.table_bytes for layout in image.tables.values())
     placed = f"placement {image.epoch}" if image.epoch is not None else "no placement"
     where = f" beside {format_bytes(table_bytes)} in place" if image.is_in_place else ""
-    fact = f"{len(image.tables)} tables, {num_rows:,} rows, {format_bytes(store_bytes)}{where}, {placed}"
+    counts = f"{count_text(len(image.tables), 'table')}, {count_text(num_rows, 'row')}"
+    fact = f"{counts}, {format_bytes(store_bytes)}{where}, {placed}"
     if not image.ready:
         return [Finding("store", "fail", f"{fact}; its build has not finished", "run the same tierstore build again")]
     findings = [Finding("store", "ok", fact)]
@@ -86,9 +87,9 @@ def _check_opens(image: CatalogImage) -> Finding:
     except TierStoreError as error:
         fact, remedy = _fact_and_remedy(error)
         return Finding("store's files", "fail", fact, remedy)
-    fact = f"{num_shards} shards open for user {os.geteuid()}, of the right length"
+    fact = f"{count_text(num_shards, 'shard')} open for user {os.geteuid()}, of the right length"
     if image.is_in_place:
-        fact += f"; so do {len(image.files)} files of the checkpoint, unchanged"
+        fact += f"; so do {count_text(len(image.files), 'file')} of the checkpoint, unchanged"
     return Finding("store's files", "ok", fact)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from engram_adapter.exporting import ExportReport, export_checkpoint
-from tierstore.units import format_bytes
+from tierstore.units import count_text, format_bytes
 
 from .cli import Progress
 
@@ -101,8 +101,8 @@ def print_report(out: Path, report: ExportReport) -> None:
     trained = "rows as they were before any training"
     if report.commit is not None or report.version:
         of = f"commit {report.commit}" if report.commit is not None else f"version {report.version}"
-        trained = f"{sum(report.touched_rows.values()):,} rows of {of}"
+        trained = f"{count_text(sum(report.touched_rows.values()), 'row')} of {of}"
     click.echo(
-        f"{out}: {trained}; {len(report.files)} files, {format_bytes(report.num_bytes)} written in "
+        f"{out}: {trained}; {count_text(len(report.files), 'file')}, {format_bytes(report.num_bytes)} written in "
         f"{report.seconds:.1f} s ({rate}/s)"
     )

@@ -15,7 +15,7 @@ import click
 from tierstore.formats.catalog import CatalogImage, paged_layouts, read_catalog
 from tierstore.formats.in_place import InPlaceLayout
 from tierstore.layout import TableLayout
-from tierstore.units import format_bytes
+from tierstore.units import count_text, format_bytes
 
 from .cli import console
 from .history import training_record, training_words, versions_record, versions_words
@@ -157,7 +157,7 @@ def _print_origin(origin: dict[str, Any]) -> None:
     if not files:
         click.echo(f"digest {origin.get('digest')}")
         return
-    click.echo(f"built from {len(files)} files, digest {origin.get('digest')}")
+    click.echo(f"built from {count_text(len(files), 'file')}, digest {origin.get('digest')}")
     for file in files[:FILES_SHOWN_MAX]:
         click.echo(f"  {file['name']}: {format_bytes(file['bytes'])}")
     if len(files) > FILES_SHOWN_MAX:

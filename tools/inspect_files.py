@@ -17,7 +17,7 @@ from tierstore.formats.profile import KIND as PROFILE_KIND
 from tierstore.formats.profile import NGRAMS
 from tierstore.formats.trace import KEYS, TRACE_KIND, read_token_trace_info, sort_of_trace
 from tierstore.offline.profile import open_profile
-from tierstore.units import format_bytes
+from tierstore.units import count_text, format_bytes
 
 _MAGIC = b"TIERCOLS"
 _KIND_AT = struct.Struct("<24x16s")  # behind magic, version and two lengths
@@ -85,18 +85,21 @@ def lines_of(record: dict[str, Any]) -> Iterator[str]:
     size = format_bytes(record["bytes"])
     if record.get("trace") == "tokens":
         vocabulary = "unknown" if record["vocab_size"] is None else f"{record['vocab_size']:,} ids"
-        yield f"{record['path']}: a trace of {record['tokens']:,} tokens of {record['documents']:,} documents, {size}"
+        documents = count_text(record["documents"], "document")
+        yield f"{record['path']}: a trace of {count_text(record['tokens'], 'token')} of {documents}, {size}"
         yield f"vocabulary: {vocabulary}, the largest id {record['token_id_max']:,}; made by {record['source']}"
         return
     if record["kind"] == TRACE_KIND:
         yield (
-            f"{record['path']}: a trace of {record['accesses']:,} keys of {record['lookups']:,} lookups, "
+            f"{record['path']}: a trace of {count_text(record['accesses'], 'key')} of "
+            f"{count_text(record['lookups'], 'lookup')}, "
             f"{100 * record['sample_rate']:g} % of all keys, {record['dropped']:,} dropped, {size}"
         )
     else:
-        what = "tokens" if record["profile"] == NGRAMS else "lookups"
+        what = "token" if record["profile"] == NGRAMS else "lookup"
         yield (
-            f"{record['path']}: a profile of {record['tokens']:,} {what} of {record['documents']:,} documents, "
+            f"{record['path']}: a profile of {count_text(record['tokens'], what)} of "
+            f"{count_text(record['documents'], 'document')}, "
             f"{record['held_out_tokens']:,} of {record['held_out_documents']:,} held out, {size}"
         )
         if record["recommended_dram_bytes"] is not None:

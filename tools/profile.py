@@ -21,6 +21,7 @@ from tierstore.formats.profile import KEYS
 from tierstore.formats.trace import KEYS as KEY_TRACE
 from tierstore.formats.trace import sort_of_trace
 from tierstore.process.progress import COUNTING, PHASE_UNITS, OnPhase
+from tierstore.units import count_text
 
 from .cli import console
 from .phases import Phases
@@ -109,8 +110,8 @@ def _print(footer: dict[str, Any], about: dict[str, Any], output: Path, seconds:
         for table in pages.profile_tables(group):
             console().print(table)
     click.echo(
-        f"{output}: {counts['tokens']:,} tokens of {counts['documents']:,} documents, {counts['held_out_tokens']:,} "
-        f"held out, in {seconds:.1f} s"
+        f"{output}: {count_text(counts['tokens'], 'token')} of {count_text(counts['documents'], 'document')}, "
+        f"{counts['held_out_tokens']:,} held out, in {seconds:.1f} s"
     )
     for group in groups:
         click.echo(f"distinct n-grams: {group['source']['distinct n-grams']}")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import click
 
+from tierstore.units import count_text
+
 from .cli import Progress
 
 
@@ -40,9 +42,11 @@ def command(store: Path, commit: int | None, as_json: bool) -> None:
     if not report.is_new:
         click.echo(f"version {report.version} has all rows of commit {report.commit}: nothing was published")
         return
-    click.echo(f"published version {report.version}: {sum(report.rows.values()):,} rows of commit {report.commit}")
+    click.echo(
+        f"published version {report.version}: {count_text(sum(report.rows.values()), 'row')} of commit {report.commit}"
+    )
     for name, num_rows in report.rows.items():
-        click.echo(f"  {name}: {num_rows:,} rows")
+        click.echo(f"  {name}: {count_text(num_rows, 'row')}")
         if report.saturated[name]:
             click.echo(f"  {name}: {report.saturated[name]:,} values were beyond the codec's largest, and became it")
         if report.not_numbers[name]:

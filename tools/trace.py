@@ -23,7 +23,7 @@ from engram_adapter.token_map import load_tokenizer
 from tierstore.errors import ConfigError
 from tierstore.formats.trace import TokenTraceInfo, TokenTraceWriter
 from tierstore.process.progress import OnProgress
-from tierstore.units import format_bytes
+from tierstore.units import count_text, format_bytes
 
 from .cli import Progress
 from .inputs.chat import ChatTemplate
@@ -288,7 +288,8 @@ def command(
     info = report.info
     each = report.trace_bytes / max(1, info.num_tokens)
     click.echo(
-        f"{output}: {info.num_tokens:,} tokens of {info.num_documents:,} documents in {report.num_inputs:,} files, "
+        f"{output}: {count_text(info.num_tokens, 'token')} of {count_text(info.num_documents, 'document')} in "
+        f"{count_text(report.num_inputs, 'file')}, "
         f"{format_bytes(report.trace_bytes)} ({each:.2f} bytes a token), "
         f"{info.num_tokens / max(report.seconds, 1e-9):,.0f} tokens/s"
     )
@@ -298,4 +299,5 @@ def command(
         kinds = Counter(why for _, why in report.left_out)
         words = ", ".join(f"{count:,} {why}" for why, count in kinds.most_common(KINDS_NAMED_MAX))
         more = ", .." if len(kinds) > KINDS_NAMED_MAX else ""
-        click.echo(f"left out: {len(report.left_out):,} files ({words}{more}), the first {report.left_out[0].path}")
+        files = count_text(len(report.left_out), "file")
+        click.echo(f"left out: {files} ({words}{more}), the first {report.left_out[0].path}")

@@ -18,6 +18,7 @@ import tierstore
 from engram_adapter.checkpoints import open_checkpoint
 from tierstore.formats.catalog import read_catalog
 from tierstore.offline.verify_report import VerifyReport
+from tierstore.units import count_text
 
 from .cli import Progress
 
@@ -92,11 +93,12 @@ def report_record(store: Path, source: Path | None, report: VerifyReport) -> dic
 
 def print_report(store: Path, source: Path | None, report: VerifyReport) -> None:
     """Prints a report for people: what was checked and mended, then faults, then what to do."""
-    compared = f", {report.rows_compared} rows compared with {source}" if report.rows_compared else ""
-    placed = f", {report.entries_checked} placed entries" if report.entries_checked else ""
-    blocks = f", {report.blocks_checked} blocks of the checkpoint" if report.blocks_checked else ""
+    compared = f", {count_text(report.rows_compared, 'row')} compared with {source}" if report.rows_compared else ""
+    placed = f", {count_text(report.entries_checked, 'placed entry')}" if report.entries_checked else ""
+    blocks = f", {count_text(report.blocks_checked, 'block')} of the checkpoint" if report.blocks_checked else ""
     click.echo(
-        f"{store}: {report.shards_checked} shards, {report.pages_checked} pages{blocks}{placed} checked{compared}"
+        f"{store}: {count_text(report.shards_checked, 'shard')}, {count_text(report.pages_checked, 'page')}"
+        f"{blocks}{placed} checked{compared}"
     )
     for part in report.repaired:
         click.echo(f"repaired: {part}")

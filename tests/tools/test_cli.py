@@ -58,16 +58,15 @@ def test_verify_finds_nothing_wrong_with_a_fresh_store(built: tuple[Path, Path])
     model, store = built
     result = good("verify", store, "--source", model)
     rows = json.loads(good("inspect", store, "--json").stdout)["num_rows"]
-    assert f"{rows} rows compared with {model}" in result.stdout
+    assert f"{rows:,} rows compared with {model}" in result.stdout
     assert "nothing is wrong" in result.stdout
 
 
 def test_verify_of_a_sample_compares_some_rows(built: tuple[Path, Path]) -> None:
     model, store = built
     rows = json.loads(good("inspect", store, "--json").stdout)["num_rows"]
-    compared = int(
-        good("verify", store, "--source", model, "--sample", 3).stdout.split(" rows compared")[0].split()[-1]
-    )
+    said = good("verify", store, "--source", model, "--sample", 3).stdout.split(" rows compared")[0]
+    compared = int(said.split()[-1].replace(",", ""))
     assert 0 < compared < rows
 
 

@@ -27,8 +27,8 @@ About = dict[str, Any]
 def about(store: Path, inputs: Sequence[Path], profile: Path, footer: Mapping[str, Any], notes: Sequence[str]) -> About:
     """Returns {store, inputs, profile, made, tierstore, next, notes}: text each, inputs and notes lists of it.
 
-    made: local date and time. next: the command that plans with the default budget, "" if the profile cannot be planned
-    with. notes: of the caller's own; those that follow from the footer come after them.
+    made: date and time in UTC. next: the command that plans with the default budget, "" if the profile cannot be
+    planned with. notes: of the caller's own; those that follow from the footer come after them.
     """
     groups: Sequence[Record] = footer["analysis"]["groups"]
     counts = footer["counts"]
@@ -41,7 +41,7 @@ def about(store: Path, inputs: Sequence[Path], profile: Path, footer: Mapping[st
         "store": _shown(str(store)),
         "inputs": [_shown(str(path)) for path in inputs],
         "profile": _shown(str(profile)),
-        "made": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+        "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}",
         "tierstore": VERSION,
         "next": _shown(command),
         "notes": [_shown(note) for note in (*notes, *_notes_of(counts)) if note],
