@@ -135,7 +135,7 @@ def test_every_command_knows_a_store_in_place(own: tuple[Model, Path], tmp_path:
     assert [found["path"] for found in record["files_in_place"]] == [str(file)]
     assert record["tables"][0]["in_place"]
     assert f"rows in place: {file}" in command("inspect", store).replace("\n", "")
-    assert "blocks of the checkpoint checked" in command("verify", store, "--source", file)
+    assert "1 block of the checkpoint checked" in command("verify", store, "--source", file)
     assert "1 file of the checkpoint, unchanged" in " ".join(command("doctor", store).split())
     assert "is ready" in command("build", store, tmp_path / "shards.tier")
     assert "33 rows compared" in command("verify", tmp_path / "shards.tier", "--source", file)
