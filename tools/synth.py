@@ -140,11 +140,17 @@ def _shape(
         raise ValueError(
             f"dim {shape.dim}: rows of {row_bytes} bytes, a page holds up to {ROW_BYTES_MAX}; give a smaller dim"
         )
+    heads = shape.num_heads * len(shape.layers)
     if table_bytes is not None:
-        heads = shape.num_heads * len(shape.layers)
         rows_per_head = table_bytes // (heads * row_bytes)
     if rows_per_head is not None and rows_per_head < ROWS_PER_HEAD_MIN:
-        raise ValueError(f"{rows_per_head} rows per head; give a size that makes at least {ROWS_PER_HEAD_MIN}")
+        if table_bytes is None:
+            raise ValueError(f"{rows_per_head} rows per head; give at least {ROWS_PER_HEAD_MIN}")
+        least = ROWS_PER_HEAD_MIN * heads * row_bytes
+        raise ValueError(
+            f"{table_bytes} bytes are {rows_per_head} rows for each of {heads} heads; give at least {least} bytes, "
+            f"which are {ROWS_PER_HEAD_MIN}"
+        )
     return shape if rows_per_head is None else replace(shape, rows_per_head=rows_per_head)
 
 

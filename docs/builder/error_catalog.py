@@ -32,6 +32,7 @@ REMEDIES = {  # what helps if a message does not say it
     "Refusal": "The remote server names the reason; the client raises it as the class that fits.",
     "OverdueError": "Wait longer (`timeout_s=`), or see what holds up the server that the message names.",
     "TryAgainError": "Call again: the server is busy or moves to another version.",
+    "NotUnderstoodError": "Give the address of a tierstore server; see what answers there, and its log.",
     "StoreChangedError": "Connect again: another store is served under this address.",
     "VersionChangedError": "Look up again, or open the store anew: its version was taken away.",
     "ChannelClosed": "Connect again: the other side of the socket has ended.",

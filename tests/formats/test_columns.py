@@ -248,7 +248,9 @@ def test_a_file_cut_while_it_is_open_is_an_error(tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind_or_version_or_a_foreign_one_is_refused_by_name(tmp_path: Path) -> None:
     path = small_file(tmp_path)
-    with pytest.raises(FormatError, match="is a trace, expected a profile; give a profile"):
+    with pytest.raises(
+        FormatError, match="is a trace, expected a profile; give a profile, which `tierstore profile` makes"
+    ):
         ColumnReader.open(path, "profile")
     damaged = bytearray(path.read_bytes())
     damaged[8] = 2
@@ -256,7 +258,9 @@ def test_a_file_of_another_kind_or_version_or_a_foreign_one_is_refused_by_name(t
     with pytest.raises(FormatError, match="version 2, this tierstore reads 1"):
         ColumnReader.open(path, "trace")
     path.write_bytes(b"PK\3\4" * 100)
-    with pytest.raises(FormatError, match="is not a trace: it starts with"):
+    with pytest.raises(
+        FormatError, match=r"is not a trace: it starts with .*; give a trace, which `tierstore trace` makes"
+    ):
         ColumnReader.open(path, "trace")
     with pytest.raises(ConfigError, match="No such file or directory"):
         ColumnReader.open(tmp_path / "none", "trace")

@@ -301,6 +301,7 @@ def test_dialling_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path, says in (
         (tmp_path / "none", "there is no socket; start a daemon: tierstore serve STORE --socket"),
+        (Path("nowhere.example:7070"), "a server by gRPC is grpc://nowhere.example:7070"),
         (tmp_path / "file" / "socket", "a folder of this path is a file"),
         (tmp_path / "file", "that is not a socket"),
     ):

@@ -80,7 +80,7 @@ def read_head(path: Path, fd: int, kind: str) -> tuple[dict[str, Any], int, int]
     head = _read(path, fd, 0, min(file_bytes, _HEAD.size))
     if not head or not _MAGIC.startswith(head[: len(_MAGIC)]):
         found = f"it starts with {head[:8]!r}, expected {_MAGIC!r}"
-        raise FormatError(f"{path} is not a {kind}: {found}; give another file")
+        raise FormatError(f"{path} is not a {kind}: {found}; {_making(kind)}")
     if file_bytes < least_bytes:
         raise FormatError(f"{path}: {file_bytes} bytes on disk, expected {least_bytes} or more; copy it again")
     _, version, header_bytes, expected_bytes, found_kind = _HEAD.unpack(head)
@@ -98,8 +98,13 @@ def read_head(path: Path, fd: int, kind: str) -> tuple[dict[str, Any], int, int]
     _check(kernels.crc32c(header, kernels.crc32c(head)), _CHECKSUM.unpack_from(rest)[0], f"{path}: its header")
     if found_kind.rstrip(b"\0") != kind.encode():
         found = found_kind.rstrip(b"\0").decode("ascii", "backslashreplace")
-        raise FormatError(f"{path} is a {found}, expected a {kind}; give a {kind}")
+        raise FormatError(f"{path} is a {found}, expected a {kind}; {_making(kind)}")
     return _from_json(header, f"{path}: its header"), file_bytes, _HEAD.size + len(rest)
+
+
+def _making(kind: str) -> str:
+    """What to do for a file of a kind; a file's kind is the name of the command that makes it."""
+    return f"give a {kind}, which `tierstore {kind}` makes"
 
 
 def read_directory(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import socket
 import stat
 import time
@@ -35,6 +36,7 @@ from .socket_file import check_socket_path, starting_state
 
 DIAL_S = 5.0
 ASK_S = 10.0
+_ADDRESS = re.compile(r"[^/\s]+:[0-9]{1,5}")  # a host and a port, where a path is expected
 RETRY_S = 0.01  # between tries to connect while the daemon's queue of connections is full
 T = TypeVar("T")
 
@@ -184,6 +186,8 @@ def _check_owner(path: str, pid: int, uid: int, trusted_uids: Collection[int]) -
 def _raise_unreachable(path: str, outcome: int, timeout_s: float) -> NoReturn:
     if outcome == errno.ECONNREFUSED and _is_no_socket(path):
         raise DaemonError(f"{path}: that is not a socket; give the path that tierstore serve was given")
+    if outcome == errno.ENOENT and _ADDRESS.fullmatch(path):
+        raise DaemonError(f"{path}: there is no socket of this name; a server by gRPC is grpc://{path}")
     remedies = {
         errno.ENOENT: f"there is no socket; start a daemon: tierstore serve STORE --socket {path}",
         errno.ENOTDIR: "a folder of this path is a file; give the path that tierstore serve was given",
