@@ -92,7 +92,7 @@ def _print(store: Path, found: list[dict[str, Any]]) -> None:
             f"{sum(of['records'].values()):,}",
             format_bytes(of["num_bytes"]),
             format_bytes(of["own_bytes"]),
-            of["digest"][:12],
+            of["digest"][:8],  # 80 columns hold no more
         )
     console().print(table)
     for of in found:
